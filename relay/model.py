@@ -1,0 +1,148 @@
+"""Values that every layer shares: channels, entry IDs, positions, events, principals.
+
+Nothing here does I/O. All values are immutable, except that an `Event` caches its encoded frames,
+so that each protocol encodes it once however many clients receive it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import NamedTuple, NewType
+
+Channel = NewType("Channel", str)
+
+# Doors map their own nouns into these prefixes; as namespaces of other doors they are refused.
+RESERVED_NAMESPACES = frozenset({"seafile", "pydio", "axr"})
+# Redis keys hold the channel between braces: a brace in a channel would move its hash slot, and
+# control characters would break an operator's terminal and an SSE line.
+_CHANNEL = re.compile(r"[^\x00-\x20\x7f{}]{1,255}")
+
+
+def parse_channel(text: str) -> Channel:
+    """`text` as a channel; ValueError where no stream key can be made of it (1 to 255 characters,
+    no white space, braces or control characters)."""
+    if not _CHANNEL.fullmatch(text):
+        raise ValueError("a channel is 1 to 255 characters without white space, '{' or '}'")
+    return Channel(text)
+
+
+def namespace_of(channel: Channel) -> str:
+    """The text before the first ':', or '' where there is none."""
+    head, colon, _ = channel.partition(":")
+    return head if colon else ""
+
+
+class EntryID(NamedTuple):
+    """A stream entry's ID: ordered as two numbers, never as text."""
+
+    ms: int
+    seq: int
+
+    def __str__(self) -> str:
+        return f"{self.ms}-{self.seq}"
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> EntryID:
+        """From `ms-seq` or `ms`; ValueError for anything else."""
+        if isinstance(text, bytes):
+            text = text.decode("ascii")
+        ms, dash, seq = text.partition("-")
+        if not (ms.isascii() and ms.isdigit()) or (dash and not (seq.isascii() and seq.isdigit())):
+            raise ValueError(f"not an entry ID: {text[:50]!r}")
+        entry_id = cls(int(ms), int(seq) if dash else 0)
+        if entry_id.ms >> 64 or entry_id.seq >> 64:
+            raise ValueError(f"not an entry ID: {text[:50]!r}")
+        return entry_id
+
+
+ZERO_ID = EntryID(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place in one stream: everything up to and including `id` has been seen.
+
+    A bare stream ID has only `id`. Positions that the relay makes itself also carry `added` (how
+    many entries had ever been added up to here), `incarnation` (which life of the stream this is)
+    and `digest` (16 bits of the content of the entry at `id`).
+    """
+
+    id: EntryID
+    added: int | None = None
+    incarnation: int | None = None
+    digest: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Event:
+    """One entry's meaning for clients. `id` is None for the ephemeral kind.
+
+    `data` is JSON text if `is_json`, else any text, both UTF-8. `to` limits the recipients: a
+    principal receives it if the two selector sets meet; None means everyone entitled.
+    `frames` caches encodings by encoder.
+    """
+
+    channel: Channel
+    id: EntryID | None
+    data: bytes
+    is_json: bool
+    type: str | None = None
+    uid: str | None = None
+    to: frozenset[str] | None = None
+    client: str | None = None
+    info: bytes | None = None
+    frames: dict[object, bytes] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    """A revocation entry: after `id` nothing leaves for `user` on this stream."""
+
+    id: EntryID
+    user: str
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """An entry that cannot be delivered, and why; its raw fields go to the dead letters."""
+
+    id: EntryID
+    reason: str
+    fields: tuple[tuple[bytes, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One entry as read: its ID, 16 bits of its content, size in bytes, and what it means."""
+
+    id: EntryID
+    digest: int
+    size: int
+    body: Event | Revocation | Broken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Principal:
+    """Who a client is, as its door's credential says.
+
+    `user` is '' for anonymous. `expires_at` is seconds since the epoch, None for never.
+    `channels` are the names and patterns (`*` matches any run of characters) that the token
+    itself grants. `unrestricted` is set by the native door under --insecure only.
+    """
+
+    user: str = ""
+    groups: frozenset[str] = frozenset()
+    client: str = ""
+    expires_at: float | None = None
+    channels: tuple[str, ...] = ()
+    unrestricted: bool = False
+
+    def selectors(self) -> frozenset[str]:
+        """What an entry's `to` is matched against: `user:U`, `group:G`, `client:C`."""
+        mine = {f"group:{group}" for group in self.groups}
+        if self.user:
+            mine.add(f"user:{self.user}")
+        if self.client:
+            mine.add(f"client:{self.client}")
+        return frozenset(mine)
