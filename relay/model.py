@@ -74,6 +74,24 @@ class Position:
     digest: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamState:
+    """One moment of a stream, as XINFO STREAM and XINFO GROUPS tell it.
+
+    `first` is None in an empty stream; `added` counts every entry ever appended, `max_deleted` is
+    the highest ID that XDEL removed (trimming leaves it alone). `incarnation` is the marker
+    group's random number, None where there is no marker or it was not asked for.
+    """
+
+    exists: bool
+    first: EntryID | None
+    last: EntryID
+    length: int
+    added: int
+    max_deleted: EntryID
+    incarnation: int | None = None
+
+
 @dataclass(slots=True, eq=False)
 class Event:
     """One entry's meaning for clients. `id` is None for the ephemeral kind.

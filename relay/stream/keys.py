@@ -1,0 +1,95 @@
+"""Every key name of the relay, and nothing else.
+
+`<p>` is the prefix, `relay:` by default. The braces put all keys of one workspace into one Redis
+Cluster slot; a command or transaction over several keys stays within one workspace.
+
+| key                         | type     | holds                              | removed by                 |
+| --------------------------- | -------- | ---------------------------------- | -------------------------- |
+| `<p>stream:{C}`             | stream   | the events of workspace C          | its owner; the retention   |
+|                             |          |                                    | job trims it, the job for  |
+|                             |          |                                    | dead workers removes it    |
+|                             |          |                                    | where nothing was ever put |
+|                             |          |                                    | in and nobody follows it   |
+| `<p>rights:{C}`             | hash     | user -> `r`, `rw`, or `-` (refused)| the application            |
+| `<p>control`                | stream   | commands to all workers            | trimmed at each append     |
+| `<p>ephemeral:{C}`          | pub/sub  | live-only events of C (no key)     | nothing is kept            |
+| `<p>dead-letters`           | stream   | entries that could not be read     | trimmed at each append     |
+| `<p>dead-letter:{C}:<id>`   | string   | mark: this one is written          | expires after a day        |
+| `<p>nodes`                  | set      | every worker that ever started     | the job for dead workers   |
+| `<p>node:<instance>`        | string   | one worker's heartbeat, JSON       | the worker, or 15 s        |
+| `<p>canary:<instance>`      | string   | written to prove that bells ring   | the worker, or its expiry  |
+| `<p>lease:<name>`           | string   | who does this job for the site     | its holder, or its expiry  |
+"""
+
+from __future__ import annotations
+
+import re
+
+from relay.model import Channel, EntryID, parse_channel
+
+# What SCAN MATCH and ACL patterns read as wildcards (Redis `stringmatchlen`).
+_GLOB = re.compile(rb"([*?\[\]\\^])")
+
+
+class Keys:
+    """The names under one prefix; keys are bytes, as Redis returns them."""
+
+    __slots__ = ("_stream", "_text", "control", "dead_letters", "nodes", "prefix", "stream_pattern")
+
+    def __init__(self, prefix: str) -> None:
+        self._text = prefix
+        self.prefix = prefix.encode()
+        self._stream = self.prefix + b"stream:{"
+        self.control = self.prefix + b"control"
+        self.dead_letters = self.prefix + b"dead-letters"
+        self.nodes = self.prefix + b"nodes"
+        self.stream_pattern = _GLOB.sub(rb"\\\1", self._stream) + b"*}"
+
+    def stream(self, channel: Channel) -> bytes:
+        """The stream of one workspace."""
+        return f"{self._text}stream:{{{channel}}}".encode()
+
+    def rights(self, channel: Channel) -> bytes:
+        """Hash of user -> `r`, `rw` or `-`."""
+        return f"{self._text}rights:{{{channel}}}".encode()
+
+    def ephemeral(self, channel: Channel) -> bytes:
+        """The pub/sub channel of one workspace's live-only events."""
+        return f"{self._text}ephemeral:{{{channel}}}".encode()
+
+    def dead_letter_mark(self, channel: Channel, entry_id: EntryID) -> bytes:
+        """Set by the one worker that writes the dead letter of this entry."""
+        return f"{self._text}dead-letter:{{{channel}}}:{entry_id}".encode()
+
+    def node(self, instance: str) -> bytes:
+        """The heartbeat of one worker."""
+        return f"{self._text}node:{instance}".encode()
+
+    def canary(self, instance: str) -> bytes:
+        """Written again and again by the worker that waits for its invalidation."""
+        return f"{self._text}canary:{instance}".encode()
+
+    def lease(self, name: str) -> bytes:
+        """Held by the one worker that does the job `name`."""
+        return f"{self._text}lease:{name}".encode()
+
+    def channel_of_stream(self, key: bytes) -> Channel | None:
+        """The workspace whose stream `key` is; None for every other key."""
+        return self._channel_of(self._stream, key)
+
+    def channel_of_rights(self, key: bytes) -> Channel | None:
+        """The workspace whose rights hash `key` is; None for every other key."""
+        return self._channel_of(self.prefix + b"rights:{", key)
+
+    def channel_of_ephemeral(self, name: bytes) -> Channel | None:
+        """The workspace whose live-only events the pub/sub channel `name` carries, or None."""
+        return self._channel_of(self.prefix + b"ephemeral:{", name)
+
+    @staticmethod
+    def _channel_of(start: bytes, key: bytes) -> Channel | None:
+        if not (key.startswith(start) and key.endswith(b"}")):
+            return None
+        try:
+            return parse_channel(key[len(start) : -1].decode())
+        except ValueError:  # not UTF-8, or a name that no door would accept
+            return None
