@@ -12,7 +12,7 @@ import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from redis.asyncio import Redis, Sentinel
@@ -131,6 +131,29 @@ def translated() -> Iterator[None]:
         raise RedisUnavailable(f"Redis: {exc}") from exc
 
 
+async def command(client: Redis, *words: bytes | str | int) -> Any:
+    """One command through redis-py, its reply as Redis gives it."""
+    with translated():
+        return await client.execute_command(*words)  # type: ignore[no-untyped-call]
+
+
+async def time_ms(client: Redis) -> int:
+    """Redis's clock, the one that entry IDs are made of."""
+    seconds, micros = await command(client, "TIME")
+    return int(seconds) * 1000 + int(micros) // 1000
+
+
+async def scan(client: Redis, pattern: bytes, count: int) -> AsyncIterator[list[bytes]]:
+    """The keys that match, in batches; a key may come twice, and not all that change meanwhile."""
+    cursor = 0
+    while True:
+        with translated():
+            cursor, found = await client.scan(cursor, match=pattern, count=count)
+        yield cast(list[bytes], found)
+        if not cursor:
+            return
+
+
 @asynccontextmanager
 async def _sentinel(target: _Sentinels, settings: RedisSettings) -> AsyncIterator[Sentinel]:
     sentinel = Sentinel(  # type: ignore[no-untyped-call]
@@ -157,6 +180,7 @@ def _options(endpoint: Endpoint, settings: RedisSettings) -> dict[str, Any]:
         "password": endpoint.password or None,
         "socket_connect_timeout": settings.connect_timeout_s,
         "socket_timeout": settings.command_timeout_s,
+        "protocol": 3,
         "client_name": "relay-admin",
         # Spares the ACL a rule for CLIENT SETINFO.
         "driver_info": None,

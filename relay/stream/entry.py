@@ -75,15 +75,16 @@ def _event(
         raise _Unreadable(f"unknown schema {version[:20].decode(errors='replace')}")
     if data is None:
         raise _Unreadable("no data")
+    kind = _text(values, "type")
     to = values.get(b"to")
     return Event(
         channel,
         entry_id,
         data,
         _is_json(data),
-        type=_type(_text(values, "type")),
+        type=None if kind is None else checked_type(kind),
         uid=_text(values, "uid"),
-        to=None if to is None else selectors(_utf8("to", to)),
+        to=None if to is None else selectors(_recipients(_utf8("to", to))),
         client=_text(values, "client"),
         info=_info(values.get(b"info")),
     )
@@ -114,9 +115,8 @@ def _text(values: dict[bytes, bytes], name: str) -> str | None:
     return None if value is None else _utf8(name, value)
 
 
-def _type(text: str | None) -> str | None:
-    if text is None:
-        return None
+def checked_type(text: str) -> str:
+    """`text`, or ValueError where it may not be a type."""
     if text.startswith(RESERVED_TYPES):
         raise _Unreadable("reserved type")
     if _CONTROL.search(text):
@@ -138,23 +138,28 @@ def _revoked(value: bytes) -> str:
     return user
 
 
-def selectors(text: str) -> frozenset[str]:
-    """The recipients in a `to` field, as `Principal.selectors` names them.
+def _recipients(text: str) -> object:
+    if text.lstrip().startswith("["):
+        try:
+            return orjson.loads(text)
+        except orjson.JSONDecodeError:
+            raise _Unreadable("to is not a list of names") from None
+    return text
+
+
+def selectors(to: object) -> frozenset[str]:
+    """The recipients in `to`, a text or a list of names, as `Principal.selectors` names them.
 
     ValueError where there is none: an empty `to` is more likely a producer's mistake than an event
     for nobody, and must not become one for everybody.
     """
-    names: list[object]
-    if text.lstrip().startswith("["):
-        try:
-            names = orjson.loads(text)
-        except orjson.JSONDecodeError:
-            raise _Unreadable("to is not a list of names") from None
-    else:
-        names = [name for name in _SEPARATORS.split(text) if name]
-    if not names:
+    if isinstance(to, str):
+        to = [name for name in _SEPARATORS.split(to) if name]
+    if not isinstance(to, list):
+        raise _Unreadable("to is not a list of names")
+    if not to:
         raise _Unreadable("to names nobody")
-    return frozenset([_selector(name) for name in names])
+    return frozenset([_selector(name) for name in to])
 
 
 def _selector(name: object) -> str:
@@ -171,7 +176,7 @@ def _selector(name: object) -> str:
 def encode(
     data: bytes,
     *,
-    type: str | None = None,  # noqa: A002 - the field's name
+    type: str | None = None,
     uid: str | None = None,
     to: Iterable[str] | None = None,
     client: str | None = None,
@@ -182,8 +187,7 @@ def encode(
     fields = [b"data", data]
     _is_json(data)
     if type is not None:
-        _type(type)
-        fields += b"type", _bytes("type", type)
+        fields += b"type", _bytes("type", checked_type(type))
     if uid is not None:
         fields += b"uid", _bytes("uid", uid)
     if to is not None:

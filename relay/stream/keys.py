@@ -3,22 +3,21 @@
 `<p>` is the prefix, `relay:` by default. The braces put all keys of one workspace into one Redis
 Cluster slot; a command or transaction over several keys stays within one workspace.
 
-| key                         | type     | holds                              | removed by                 |
-| --------------------------- | -------- | ---------------------------------- | -------------------------- |
-| `<p>stream:{C}`             | stream   | the events of workspace C          | its owner; the retention   |
-|                             |          |                                    | job trims it, the job for  |
-|                             |          |                                    | dead workers removes it    |
-|                             |          |                                    | where nothing was ever put |
-|                             |          |                                    | in and nobody follows it   |
-| `<p>rights:{C}`             | hash     | user -> `r`, `rw`, or `-` (refused)| the application            |
-| `<p>control`                | stream   | commands to all workers            | trimmed at each append     |
-| `<p>ephemeral:{C}`          | pub/sub  | live-only events of C (no key)     | nothing is kept            |
-| `<p>dead-letters`           | stream   | entries that could not be read     | trimmed at each append     |
-| `<p>dead-letter:{C}:<id>`   | string   | mark: this one is written          | expires after a day        |
-| `<p>nodes`                  | set      | every worker that ever started     | the job for dead workers   |
-| `<p>node:<instance>`        | string   | one worker's heartbeat, JSON       | the worker, or 15 s        |
-| `<p>canary:<instance>`      | string   | written to prove that bells ring   | the worker, or its expiry  |
-| `<p>lease:<name>`           | string   | who does this job for the site     | its holder, or its expiry  |
+| key                       | type    | holds                               | removed by           |
+| ------------------------- | ------- | ----------------------------------- | -------------------- |
+| `<p>stream:{C}`           | stream  | the events of workspace C           | its owner; jobs (1)  |
+| `<p>rights:{C}`           | hash    | user -> `r`, `rw` or `-` (refused)  | the application      |
+| `<p>control`              | stream  | commands to all workers             | trimmed by XADD      |
+| `<p>ephemeral:{C}`        | pub/sub | live-only events of C; no key       | nothing is kept      |
+| `<p>dead-letters`         | stream  | entries that could not be read      | trimmed by XADD      |
+| `<p>dead-letter:{C}:<id>` | string  | mark: this one is written           | expires after a day  |
+| `<p>nodes`                | set     | the workers that started            | the worker; jobs (2) |
+| `<p>node:<instance>`      | string  | one worker's heartbeat, JSON        | the worker; 15 s     |
+| `<p>canary:<instance>`    | string  | written to prove that wake-ups come | the worker; expires  |
+| `<p>lease:<name>`         | string  | who does this job for the site      | its holder; expires  |
+
+(1) retention trims entries; a stream that was never appended to and has no follower is removed
+together with (2) the groups and registration of dead workers.
 """
 
 from __future__ import annotations

@@ -212,7 +212,8 @@ class Link(asyncio.Protocol):
                 if type(reply) is hiredis.ReplyError and self._unavailable(reply):
                     return
                 if not waiting:
-                    raise hiredis.ProtocolError("a reply that nobody asked for")
+                    self._garbled("a reply that nobody asked for")
+                    return
                 pipeline = waiting[0]
                 pipeline.replies.append(reply)
                 self.in_flight -= 1
@@ -223,7 +224,7 @@ class Link(asyncio.Protocol):
                     if not pipeline.future.done():
                         pipeline.future.set_result(pipeline.replies)
         except hiredis.ProtocolError as exc:
-            self._lose(RedisUnavailable(f"Redis at {self.endpoint} does not speak RESP: {exc}"))
+            self._garbled(exc)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell everybody."""
@@ -241,6 +242,9 @@ class Link(asyncio.Protocol):
             return False
         self._lose(RedisUnavailable(f"Redis at {self.endpoint} cannot serve now: {text}"))
         return True
+
+    def _garbled(self, what: object) -> None:
+        self._lose(RedisUnavailable(f"{self.endpoint} does not speak as Redis does: {what}"))
 
     def _flush(self) -> None:
         if self._out and self._transport is not None and not self._closed:

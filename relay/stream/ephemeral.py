@@ -1,0 +1,63 @@
+"""The ephemeral kind: JSON on a pub/sub channel, live for who is there, without ID or history.
+
+    PUBLISH <p>ephemeral:{C} '{"data": {"typing": true}, "type": "typing", "client": "c1"}'
+
+`data` is any JSON value; `text` in its place is text that is not JSON. `type`, `client` and `to`
+(a list of selectors, or one text of them) mean what they mean in an entry. A number in `data` keeps
+its value within 64-bit integers and doubles, not its spelling.
+"""
+
+from __future__ import annotations
+
+import orjson
+
+from relay.model import Channel, Event
+from relay.stream import entry
+
+
+def encode(event: Event) -> bytes:
+    """The payload for PUBLISH. ValueError where `decode` would not accept it."""
+    payload: dict[str, object]
+    if event.is_json:
+        payload = {"data": orjson.Fragment(event.data)}
+    else:
+        payload = {"text": event.data.decode()}
+    if event.type is not None:
+        payload["type"] = entry.checked_type(event.type)
+    if event.client is not None:
+        payload["client"] = event.client
+    if event.to is not None:
+        payload["to"] = sorted(event.to)
+    try:
+        return orjson.dumps(payload)
+    except orjson.JSONEncodeError as exc:  # a lone surrogate
+        raise ValueError(str(exc)) from exc
+
+
+def decode(channel: Channel, payload: bytes, max_bytes: int) -> Event | str:
+    """The event, or the reason why there is none: whoever published it waits for no answer."""
+    if len(payload) > max_bytes:
+        return f"too large: {len(payload)} bytes"
+    try:
+        values = orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        return "not JSON"
+    if not isinstance(values, dict):
+        return "not a JSON object"
+    kind, client, to, text = (values.get(name) for name in ("type", "client", "to", "text"))
+    if not all(isinstance(value, str | None) for value in (kind, client, text)):
+        return "type, client and text are texts"
+    if (text is None) == ("data" not in values):
+        return "no data" if text is None else "both data and text"
+    try:
+        return Event(
+            channel,
+            None,
+            orjson.dumps(values["data"]) if text is None else text.encode(),
+            text is None,
+            type=None if kind is None else entry.checked_type(kind),
+            to=None if to is None else entry.selectors(to),
+            client=client,
+        )
+    except ValueError as exc:
+        return str(exc)

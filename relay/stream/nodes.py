@@ -1,0 +1,244 @@
+"""Which workers live, the clearing away of those that died, and who does a job for the site.
+
+A worker that dies leaves its groups behind in every stream that its clients followed. They cost
+memory and show operators a lag that nobody will ever catch up with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+from redis.asyncio import Redis
+from redis.exceptions import WatchError
+
+from relay.errors import RedisUnavailable
+from relay.model import ZERO_ID
+from relay.stream import connect, groups
+from relay.stream.keys import Keys
+
+HEARTBEAT_S = 5
+EXPIRY_S = 15
+BATCH = 500
+
+log = logging.getLogger(__name__)
+
+
+def new_instance(name: str) -> str:
+    """One process's own name: a restarted worker is another instance."""
+    return f"{name}:{secrets.token_hex(4)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One worker as its heartbeat describes it."""
+
+    instance: str
+    name: str
+    host: str
+    pid: int
+    started: str
+    version: str
+
+
+def this_node(name: str, instance: str, version: str) -> Node:
+    """Describes this process."""
+    return Node(
+        instance=instance,
+        name=name,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        version=version,
+    )
+
+
+class Heartbeat:
+    """Says every HEARTBEAT_S that this worker lives."""
+
+    def __init__(self, *, client: Redis, keys: Keys, node: Node) -> None:
+        self._client = client
+        self._keys = keys
+        self._node = node
+        self._text = orjson.dumps(node)
+
+    async def run(self) -> None:
+        """Until cancelled. Redis being away is waited out: the reader says so to the world."""
+        while True:
+            try:
+                await self.beat()
+            except RedisUnavailable as exc:
+                log.debug("no heartbeat: %s", exc)
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def beat(self) -> None:
+        """Once; the registry too, for a Redis that lost its data has lost that as well."""
+        instance = self._node.instance
+        async with self._client.pipeline(transaction=False) as pipeline:
+            pipeline.execute_command("SADD", self._keys.nodes, instance)
+            pipeline.execute_command("SET", self._keys.node(instance), self._text, "EX", EXPIRY_S)
+            with connect.translated():
+                await pipeline.execute()
+
+    async def leave(self) -> None:
+        """For an orderly stop, after this worker has destroyed its groups."""
+        instance = self._node.instance
+        async with self._client.pipeline(transaction=False) as pipeline:
+            pipeline.execute_command("DEL", self._keys.node(instance))
+            pipeline.execute_command("SREM", self._keys.nodes, instance)
+            with connect.translated():
+                await pipeline.execute()
+
+
+async def _registry(client: Redis, keys: Keys) -> dict[str, bytes | None]:
+    """Each registered instance and its heartbeat, None where that expired."""
+    members = await connect.command(client, "SMEMBERS", keys.nodes)
+    instances = sorted(member.decode() for member in members)
+    async with client.pipeline(transaction=False) as pipeline:
+        for instance in instances:
+            # Not MGET: on Redis Cluster these keys are in different slots.
+            pipeline.execute_command("GET", keys.node(instance))
+        with connect.translated():
+            beats: list[Any] = await pipeline.execute()
+    return dict(zip(instances, beats, strict=True))
+
+
+async def live_nodes(client: Redis, keys: Keys) -> list[Node]:
+    """The workers whose heartbeat is there, by instance; one that says nonsense is left out."""
+    found = []
+    for instance, beat in (await _registry(client, keys)).items():
+        if beat is None:
+            continue
+        try:
+            found.append(Node(**orjson.loads(beat)))
+        except (ValueError, TypeError):
+            log.warning("the heartbeat of %s cannot be read", instance)
+    return found
+
+
+class DeadNodes:
+    """The job that clears away what dead workers left.
+
+    A worker counts as dead when two looks in a row found no heartbeat: after an outage of Redis all
+    heartbeats have expired, and the first one back must not destroy the groups of the others.
+    """
+
+    def __init__(self, *, client: Redis, keys: Keys) -> None:
+        self._client = client
+        self._keys = keys
+        self._suspects: frozenset[str] = frozenset()
+
+    async def remove(self) -> list[str]:
+        """Look once, at least a heartbeat after the last look; the instances removed."""
+        registry = await _registry(self._client, self._keys)
+        silent = frozenset(instance for instance, beat in registry.items() if beat is None)
+        dead = sorted(silent & self._suspects)
+        self._suspects = silent
+        if not dead:
+            return []
+        names = [groups.group_of(instance) for instance in dead]
+        async for found in connect.scan(self._client, self._keys.stream_pattern, BATCH):
+            streams = [key for key in found if self._keys.channel_of_stream(key)]
+            if streams:
+                await self._destroy(streams, names)
+                await remove_unused(self._client, streams)
+        # Last: where anything before failed, the next look finds them again.
+        await connect.command(self._client, "SREM", self._keys.nodes, *dead)
+        self._suspects -= set(dead)
+        log.info("removed what dead workers left: %s", ", ".join(dead))
+        return dead
+
+    async def _destroy(self, streams: Sequence[bytes], names: Sequence[bytes]) -> None:
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for key in streams:
+                for name in names:
+                    pipeline.execute_command("XGROUP", "DESTROY", key, name)
+            with connect.translated():
+                # A key that is gone or no stream answers with an error, which is as good.
+                await pipeline.execute(raise_on_error=False)
+
+
+async def remove_unused(client: Redis, streams: Sequence[bytes]) -> int:
+    """Delete those streams that exist only because someone once followed them: nothing was ever
+    appended, and no group but the marker is left. An entry appended meanwhile is never lost."""
+    async with client.pipeline(transaction=False) as pipeline:
+        for key in streams:
+            pipeline.execute_command("XLEN", key)
+        with connect.translated():
+            lengths: list[Any] = await pipeline.execute(raise_on_error=False)
+    removed = 0
+    for key, length in zip(streams, lengths, strict=True):
+        if length == 0:
+            removed += await _remove_if_unused(client, key)
+    return removed
+
+
+async def _remove_if_unused(client: Redis, key: bytes) -> bool:
+    async with client.pipeline(transaction=True) as transaction:
+        with connect.translated():
+            # XADD by anyone in between makes EXEC do nothing. XGROUP CREATE on a stream that is
+            # there does not (tried on 7.0 and 9.1): that worker hears of the DEL by its wake-up.
+            await transaction.watch(key)
+            try:
+                stream = await connect.command(transaction, "XINFO", "STREAM", key)
+                group_list = await connect.command(transaction, "XINFO", "GROUPS", key)
+            except connect.CommandRefused:  # gone meanwhile
+                return False
+            state = groups.parse_state(stream)
+            others = groups.parse_groups(group_list).keys() - {groups.MARKER_GROUP}
+            if state.length or state.added or state.last != ZERO_ID or others:
+                return False
+            transaction.multi()  # type: ignore[no-untyped-call]
+            transaction.execute_command("DEL", key)
+            try:
+                await transaction.execute()
+            except WatchError:
+                return False
+    return True
+
+
+class Lease:
+    """Held by at most one worker of the site, which then does the job of that name for all."""
+
+    def __init__(
+        self, *, client: Redis, keys: Keys, name: str, instance: str, ttl_s: float
+    ) -> None:
+        self._client = client
+        self._key = keys.lease(name)
+        self._holder = instance.encode()
+        self._ttl_ms = int(ttl_s * 1000)
+
+    async def hold(self) -> bool:
+        """Take it, or prolong it if it is ours; False while another worker holds it."""
+        words = ("SET", self._key, self._holder, "NX", "PX", self._ttl_ms)
+        if await connect.command(self._client, *words):
+            return True
+        return await self._if_own("SET", self._key, self._holder, "PX", self._ttl_ms)
+
+    async def release(self) -> None:
+        """Give it up if it is ours, so that the next one need not wait for its expiry."""
+        await self._if_own("DEL", self._key)
+
+    async def _if_own(self, *words: bytes | str | int) -> bool:
+        # Watched, since it may expire and be another's between the look and the write. Valkey has
+        # SET IFEQ for this, Redis 7 does not.
+        async with self._client.pipeline(transaction=True) as transaction:
+            with connect.translated():
+                await transaction.watch(self._key)
+                if await connect.command(transaction, "GET", self._key) != self._holder:
+                    return False
+                transaction.multi()  # type: ignore[no-untyped-call]
+                transaction.execute_command(*words)
+                try:
+                    await transaction.execute()
+                except WatchError:
+                    return False
+        return True
