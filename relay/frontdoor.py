@@ -1,0 +1,81 @@
+"""What a protocol folder offers, what it is given, and how folders are found.
+
+A door is a package in `relay/protocols/` whose `routes` module has a `DOOR`. Nothing outside the
+folder names it: the configuration learns its section, the server its routes, from here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aiohttp import web
+
+import relay.protocols
+
+if TYPE_CHECKING:
+    from relay.hub.hub import Hub
+    from relay.hub.session import Session
+    from relay.metrics import Metrics
+    from relay.model import Channel, Position, Principal
+    from relay.settings import Section
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoorContext:
+    """What every door works with.
+
+    `subscribe` asks the rights sources that take time, then the hub; the session's client is told
+    in a later turn. `read_token` turns a native JWT into a principal (Unauthorized otherwise).
+    `ready` says whether streams are being read. `insecure` concerns the native door only.
+    """
+
+    hub: Hub
+    subscribe: Callable[[Session, Channel, Position | None], None]
+    read_token: Callable[[str], Principal]
+    ready: Callable[[], bool]
+    metrics: Metrics
+    client_buffer_bytes: int
+    insecure: bool
+
+
+class Mounted(Protocol):
+    """A door at work."""
+
+    routes: Sequence[web.AbstractRouteDef]
+
+    def reload(self, settings: Any) -> None:  # noqa: ANN401  # its own section's class
+        """New settings for connections made from now on."""
+
+    def start(self) -> None:
+        """Called in the running loop before the listeners open."""
+
+    def stop(self) -> None:
+        """Called after the last client was asked to go."""
+
+
+class FrontDoor(Protocol):
+    """A folder in `relay/protocols/`."""
+
+    name: str
+    settings: type[Section]
+
+    def mount(self, context: DoorContext, settings: Any) -> Mounted | None:  # noqa: ANN401
+        """None where its settings leave it shut; its paths are 404 then."""
+
+
+def find_doors() -> dict[str, FrontDoor]:
+    """Every door by name."""
+    doors: dict[str, FrontDoor] = {}
+    for module in pkgutil.iter_modules(relay.protocols.__path__):
+        door = importlib.import_module(f"relay.protocols.{module.name}.routes").DOOR
+        doors[door.name] = door
+    return doors
+
+
+def door_settings() -> dict[str, type[Section]]:
+    """Every door's section of the configuration: `protocol:<name>`."""
+    return {f"protocol:{name}": door.settings for name, door in find_doors().items()}

@@ -1,0 +1,86 @@
+"""A batch of entries on its way to many clients: encoded once per format, joined once per range."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from relay.hub.encoding import Encoder, frame
+from relay.model import Channel, EntryID, Event, Position, Record
+
+if TYPE_CHECKING:
+    from relay.hub.session import Subscription
+
+
+class Batch:
+    """Records of one stream, in order, and their encodings by format and range."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        records: Sequence[Record],
+        position_at: Callable[[Record, int], Position],
+    ) -> None:
+        self.records = records
+        self._channel = channel
+        self._position_at = position_at
+        self._ids = [record.id for record in records]
+        self._limited = any(
+            isinstance(record.body, Event) and record.body.to is not None for record in records
+        )
+        self._chunks: dict[tuple[Encoder, int, int], bytes] = {}
+
+    def index_after(self, entry_id: EntryID) -> int:
+        """The index of the first record after `entry_id`."""
+        return bisect_right(self._ids, entry_id)
+
+    def deliver(
+        self, encoder: Encoder, subscriptions: Iterable[Subscription], begin: int, end: int
+    ) -> None:
+        """Offers records begin to end to sessions of one format; what is shared is made once."""
+        if begin >= end:
+            return
+        if encoder.personal:
+            for subscription in subscriptions:
+                self._deliver_personal(encoder, subscription, begin, end)
+        elif self._limited:
+            for subscription in subscriptions:
+                selectors = subscription.session.selectors
+                data = b"".join(
+                    frame(encoder, event) for _, event in self._events(begin, end, selectors)
+                )
+                if data:
+                    subscription.session.offer(data)
+        else:
+            data = self._chunk(encoder, begin, end)
+            if data:
+                for subscription in subscriptions:
+                    subscription.session.offer(data)
+
+    def _chunk(self, encoder: Encoder, begin: int, end: int) -> bytes:
+        key = (encoder, begin, end)
+        data = self._chunks.get(key)
+        if data is None:
+            data = b"".join(frame(encoder, event) for _, event in self._events(begin, end, None))
+            self._chunks[key] = data
+        return data
+
+    def _deliver_personal(
+        self, encoder: Encoder, subscription: Subscription, begin: int, end: int
+    ) -> None:
+        session = subscription.session
+        for index, event in self._events(begin, end, session.selectors):
+            position = self._position_at(self.records[index], index)
+            cursor = session.cursor(self._channel, position)
+            session.offer(encoder.personal_event(event, cursor, frame(encoder, event)))
+
+    def _events(
+        self, begin: int, end: int, selectors: frozenset[str] | None
+    ) -> Iterable[tuple[int, Event]]:
+        for index in range(begin, end):
+            body = self.records[index].body
+            if isinstance(body, Event) and (
+                body.to is None or (selectors is not None and not body.to.isdisjoint(selectors))
+            ):
+                yield index, body

@@ -1,0 +1,40 @@
+"""How events become bytes of one protocol: the interface that doors implement.
+
+An encoder is one object for all sessions of one format, and its identity is the cache key: an
+event is encoded and framed once for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from relay.hub.recovery import Notice
+from relay.model import Channel, Event, Position
+
+
+class Encoder(Protocol):
+    """Bytes on the wire, framed, for what the hub has to say."""
+
+    # True where a frame carries the client's whole cursor, and so differs from client to client.
+    personal: bool
+
+    def event(self, event: Event) -> bytes:
+        """One event's frame, the same for every client (for a personal encoder: all of the frame
+        that is the same)."""
+
+    def personal_event(
+        self, event: Event, cursor: Iterable[tuple[Channel, Position]], shared: bytes
+    ) -> bytes:
+        """The whole frame for one client; `shared` is what `event` gave."""
+
+    def notice(self, channel: Channel, notice: Notice) -> bytes:
+        """What a client may have missed, or that it lost a channel."""
+
+
+def frame(encoder: Encoder, event: Event) -> bytes:
+    """`event` in `encoder`'s format, made once."""
+    data = event.frames.get(encoder)
+    if data is None:
+        data = event.frames[encoder] = encoder.event(event)
+    return data

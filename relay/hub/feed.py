@@ -1,0 +1,448 @@
+"""One workspace's stream and its local clients: live delivery, catch-up and resume.
+
+The feed has one position W: everything up to it was offered to every live client. A subscription
+is in one mode:
+
+* *new*: waits for an examination that began after it came. Rights and stream are read in one
+  transaction there, so no revocation can fall between.
+* *behind*: it resumes, or its socket was full. It has a cursor of its own; nothing is buffered
+  for it. It is served from pages, shared by all who are behind on this stream, and becomes live
+  in the turn in which its cursor reaches W.
+* *live*: its cursor is W. Entries go straight to its socket, in the turn in which W moves.
+
+A feed is *settled* while its position is known to belong to the stream as it is. After a lost
+connection or group, or a hole, it is examined first: clients are told what may be missing, and
+everybody's rights are checked again, before anything further is delivered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from relay.errors import Forbidden, RelayError, Unavailable
+from relay.hub.delivery import Batch
+from relay.hub.recovery import Notice, Verdict, incarnation_of, judge, untrimmed
+from relay.model import ZERO_ID, EntryID, Event, Position, Revocation
+from relay.reads import ExamineRequest, PageRequest, Server
+
+if TYPE_CHECKING:
+    from relay.hub.encoding import Encoder
+    from relay.hub.hub import Hub
+    from relay.hub.session import Subscription
+    from relay.model import Channel, Record, StreamState
+    from relay.reads import Examined, Page
+
+
+class Feed:
+    """A followed stream. Sans-I/O: it asks `hub.reads`, and is told."""
+
+    def __init__(self, hub: Hub, channel: Channel) -> None:
+        self.hub = hub
+        self.channel = channel
+        self.alive = True
+        self.settled = False
+        self.misaligned = True  # the group in Redis does not stand at `position`
+        self.average_bytes = 512.0
+        self.position = ZERO_ID
+        self.added: int | None = None
+        self.digest: int | None = None
+        self.incarnation: int | None = None
+        self._server: Server | None = None
+        self._new: dict[Subscription, None] = {}
+        self._behind: dict[Subscription, None] = {}
+        self._live: dict[Encoder, dict[Subscription, None]] = {}
+        self._recheck = False
+        self._members = 0
+
+    # ---- coming and going -------------------------------------------------------------------
+
+    def join(self, subscription: Subscription) -> None:
+        """A new subscription; it is answered by the next examination."""
+        self._members += 1
+        self._new[subscription] = None
+        self.hub.reads.want_examine(self)
+
+    def leave(self, subscription: Subscription) -> None:
+        """The subscription is over, in whatever mode it was. Called once for each that joined."""
+        self._new.pop(subscription, None)
+        self._behind.pop(subscription, None)
+        if subscription.live:
+            self._remove_live(subscription)
+        self._members -= 1
+        if not self._members:
+            self.hub.forget(self)
+
+    def subscriptions(self) -> Iterator[Subscription]:
+        """Those that were admitted."""
+        for subscriptions in self._live.values():
+            yield from subscriptions
+        yield from self._behind
+
+    @property
+    def behind_count(self) -> int:
+        """How many subscriptions are served from pages now."""
+        return len(self._behind)
+
+    # ---- examinations -----------------------------------------------------------------------
+
+    def examine_request(self) -> ExamineRequest:
+        """Takes everybody who waits now; who comes later waits for the next one."""
+        taken = tuple(self._new)
+        self._new = {}
+        users = {subscription.session.principal.user for subscription in taken}
+        recheck, self._recheck = self._recheck, False
+        if recheck:
+            users |= {sub.session.principal.user for sub in self.subscriptions()}
+        own = {
+            sub.asked.id
+            for sub in taken
+            if sub.asked and not (self.settled and sub.asked.incarnation == self.incarnation)
+        }
+        if not self.settled and self._server is not None:
+            own.add(self.position)
+        own.discard(ZERO_ID)
+        users.discard("")
+        return ExamineRequest(tuple(users), tuple(own), (taken, recheck))
+
+    def on_examine_failed(self, request: ExamineRequest, reason: str) -> None:
+        """Whoever waited is refused; the others stay as they are."""
+        taken, recheck = _token(request)
+        self._recheck |= recheck
+        for subscription in taken:
+            if not _gone(subscription):
+                self._refuse(subscription, Unavailable(reason))
+
+    def on_unsettled(self) -> None:
+        """Nothing more is delivered until an examination has judged the position."""
+        if self.alive:
+            self.settled = False
+            self._recheck = True
+            self.hub.reads.want_examine(self)
+
+    def on_rights_changed(self) -> None:
+        """The rights of everybody here are read again."""
+        if self.alive:
+            self._recheck = True
+            self.hub.reads.want_examine(self)
+
+    def on_examined(self, request: ExamineRequest, examined: Examined) -> None:
+        """Settles the position, checks rights, places the new ones; in this order."""
+        taken, recheck = _token(request)
+        incarnation = incarnation_of(examined.state.incarnation, examined.server.replid)
+        if not self.settled or incarnation != self.incarnation:
+            # Another life may hide a revocation that was lost with the old one.
+            if self._server is not None and not recheck:
+                for subscription in taken:
+                    if not _gone(subscription):
+                        self._new[subscription] = None
+                self.on_unsettled()
+                return
+            self._settle(examined, incarnation)
+        if recheck:
+            self._check_rights(examined)
+        for subscription in taken:
+            if not _gone(subscription):
+                self._place(subscription, examined)
+        if self.alive:
+            for subscription in list(self._behind):
+                self.catch_up(subscription)
+
+    def _settle(self, examined: Examined, incarnation: int) -> None:
+        state, previous = examined.state, self._server
+        self._server = examined.server
+        old, self.incarnation = self.incarnation, incarnation
+        self.settled = self.misaligned = True
+        if previous is None:
+            self.position, self.added, self.digest = state.last, state.added, None
+            return
+        at = self.position
+        mine = Position(at, self.added, old, self.digest)
+        verdict = judge(mine, state, incarnation, examined.own.get(at))
+        notice = verdict.notice
+        if notice is None and self.hub.may_have_lost(self.channel, previous, examined.server):
+            # Entries that no position has seen may have been lost with the old primary.
+            notice = Notice("reset", "failover", at, at)
+        self.position = verdict.resume
+        if verdict.resume == ZERO_ID:
+            self.added, self.digest = 0, None
+        elif verdict.notice is not None:
+            self.added, self.digest = _added_before_first(state), None
+        if notice is None:
+            return
+        self.hub.metrics.told(notice, self._live_count())
+        for encoder, subscriptions in self._live.items():
+            data = encoder.notice(self.channel, notice)
+            for subscription in subscriptions:
+                subscription.session.offer(data)
+        for subscription in self._behind:
+            self._rewind(subscription, notice, verdict)
+
+    @staticmethod
+    def _rewind(subscription: Subscription, notice: Notice, verdict: Verdict) -> None:
+        """A client that is behind learns of the other life too, and does not stay ahead of it."""
+        cursor = subscription.cursor
+        if cursor is None or notice.kind != "reset":
+            return
+        if verdict.resume < cursor:
+            subscription.behind_at(verdict.resume, None, None)
+        subscription.pending_notice = Notice("reset", notice.reason, cursor, subscription.cursor)
+
+    def _check_rights(self, examined: Examined) -> None:
+        for subscription in list(self.subscriptions()):
+            principal = subscription.session.principal
+            value = examined.rights.get(principal.user)
+            if self.hub.rights.allowed(principal, self.channel, value, admitted=True):
+                subscription.rights_as_of = examined.state.last
+            else:
+                reason = "revoked" if value == b"-" else "rights_changed"
+                at = examined.state.last
+                self.drop(subscription, Notice("revoked", reason, self.position, at))
+
+    def _place(self, subscription: Subscription, examined: Examined) -> None:
+        session, state, asked = subscription.session, examined.state, subscription.asked
+        value = examined.rights.get(session.principal.user)
+        if not self.hub.rights.allowed(session.principal, self.channel, value, admitted=False):
+            self._refuse(subscription, Forbidden(f"no right to read {self.channel}"))
+            return
+        subscription.rights_as_of = state.last
+        subscription.known_deleted = state.max_deleted
+        if asked is None:
+            subscription.behind_at(state.last, state.added, None)
+        else:
+            incarnation = self.incarnation or 0
+            verdict = judge(asked, state, incarnation, examined.own.get(asked.id))
+            subscription.pending_notice = verdict.notice
+            if verdict.resume == ZERO_ID:
+                subscription.behind_at(ZERO_ID, 0, None)
+            else:
+                kept = asked.added if verdict.notice is None else None
+                subscription.behind_at(verdict.resume, kept, asked.digest)
+        self._behind[subscription] = None
+        session.client.subscribed(subscription)
+
+    # ---- live -------------------------------------------------------------------------------
+
+    def on_records(self, records: Sequence[Record]) -> None:
+        """Offers the entries directly after `position` to every live client, and moves it."""
+        batch = Batch(self.channel, records, self._position_at)
+        for begin, end in _runs(records):
+            for encoder, subscriptions in self._live.items():
+                batch.deliver(encoder, subscriptions, begin, end)
+            self.hub.metrics.delivered(self._live_count() * (end - begin))
+            if end < len(records):
+                self._revoke(records[end].body)
+        last = records[-1]
+        self.position, self.digest = last.id, last.digest
+        if self.added is not None:
+            self.added += len(records)
+        for subscription in list(self._behind):
+            cursor = subscription.cursor
+            if cursor is not None and cursor >= records[0].id:
+                self.catch_up(subscription)
+
+    def _position_at(self, record: Record, index: int) -> Position:
+        """The position that a live client has after record number `index` of the batch."""
+        added = None if self.added is None else self.added + index + 1
+        return Position(record.id, added, self.incarnation, record.digest)
+
+    def _revoke(self, body: object) -> None:
+        if not isinstance(body, Revocation):
+            return
+        for subscription in list(self.subscriptions()):
+            as_of = subscription.rights_as_of
+            if subscription.session.principal.user == body.user and as_of and as_of < body.id:
+                self.drop(subscription, Notice("revoked", "revoked", body.id, body.id))
+
+    def on_ephemeral(self, event: Event) -> None:
+        """Live clients only: there is no history to serve the others from."""
+        for encoder, subscriptions in self._live.items():
+            data = encoder.event(event)
+            for subscription in subscriptions:
+                session = subscription.session
+                if event.to is None or not event.to.isdisjoint(session.selectors):
+                    session.offer(data)
+
+    def untouched(self, state: StreamState) -> bool:
+        """Whether nothing after `position` was removed unread."""
+        return state.max_deleted <= self.position and untrimmed(
+            Position(self.position, self.added), state
+        )
+
+    def on_hole(self, state: StreamState, first_read: EntryID) -> None:
+        """Tells live clients, then waits for an examination: a revocation may be among what is
+        gone."""
+        reason = "deleted" if state.max_deleted > self.position else "trimmed"
+        notice = Notice("gap", reason, self.position, first_read)
+        self.hub.metrics.told(notice, self._live_count())
+        self.position, self.digest = _before(first_read), None
+        self.added = _added_before_first(state) if state.first == first_read else None
+        for encoder, subscriptions in self._live.items():
+            data = encoder.notice(self.channel, notice)
+            for subscription in subscriptions:
+                subscription.session.offer(data)
+        self.misaligned = True
+        self.on_unsettled()
+
+    # ---- behind -----------------------------------------------------------------------------
+
+    def stall(self, subscription: Subscription) -> None:
+        """A live subscription's socket is full: from W on it is owed."""
+        self._remove_live(subscription)
+        subscription.behind_at(self.position, self.added, self.digest)
+        subscription.known_deleted = None
+        self._behind[subscription] = None
+
+    def catch_up(self, subscription: Subscription) -> None:
+        """The subscription's socket has room: make it live, or ask for what it lacks."""
+        if subscription not in self._behind or not self.settled or subscription.session.paused:
+            return
+        if subscription.pending_notice is not None:
+            notice, subscription.pending_notice = subscription.pending_notice, None
+            self._tell(subscription, notice)
+        if subscription.cursor == self.position:
+            self._go_live(subscription)
+        elif subscription.cursor is not None and subscription.cursor < self.position:
+            self.hub.reads.want_page(self)
+        # else: another worker had read further than this one; W will reach the cursor.
+
+    def page_request(self) -> PageRequest | None:
+        """From the rearmost cursor that can be served now."""
+        if not self.settled:
+            return None
+        cursors = [
+            subscription.cursor
+            for subscription in self._behind
+            if not subscription.session.paused and subscription.cursor is not None
+        ]
+        start = min(cursors, default=self.position)
+        return PageRequest(start, self.position) if start < self.position else None
+
+    def on_page(self, request: PageRequest, page: Page) -> None:
+        """Serves everybody whose cursor lies in the page, up to W."""
+        if not self.alive or not self.settled:
+            return
+        if incarnation_of(page.state.incarnation, page.server.replid) != self.incarnation:
+            self.on_unsettled()
+            return
+        batch = Batch(self.channel, page.records, self._page_position)
+        served = batch.index_after(self.position)
+        last = page.records[-1] if page.records else None
+        covered = last.id if last else request.start
+        if page.complete:
+            covered = max(covered, request.reached)
+        covered = min(covered, self.position)
+        for subscription in list(self._behind):
+            cursor = subscription.cursor
+            if cursor is None or subscription.session.paused:
+                continue
+            if request.start <= cursor < covered:
+                self._serve(subscription, batch, served, covered, page.state)
+            self.catch_up(subscription)
+
+    def _serve(
+        self,
+        subscription: Subscription,
+        batch: Batch,
+        served: int,
+        covered: EntryID,
+        state: StreamState,
+    ) -> None:
+        cursor = subscription.cursor
+        if cursor is None:
+            return
+        begin = batch.index_after(cursor)
+        added = subscription.added
+        if state.max_deleted > cursor and state.max_deleted != subscription.known_deleted:
+            self._tell(subscription, Notice("gap", "deleted", cursor, state.first))
+            added = None
+            subscription.known_deleted = state.max_deleted
+        elif not untrimmed(Position(cursor, added), state):
+            self._tell(subscription, Notice("gap", "trimmed", cursor, state.first))
+            added = None
+        batch.deliver(
+            subscription.session.encoder, (subscription,), begin, served
+        )
+        self.hub.metrics.caught_up(served - begin)
+        at_record = served > begin and batch.records[served - 1].id == covered
+        subscription.behind_at(
+            covered,
+            None if added is None else added + served - begin,
+            batch.records[served - 1].digest if at_record else None,
+        )
+
+    def _page_position(self, record: Record, _index: int) -> Position:
+        return Position(record.id, None, self.incarnation, record.digest)
+
+    def _refuse(self, subscription: Subscription, error: RelayError) -> None:
+        self.hub.metrics.subscriptions.dec()
+        subscription.session.refuse(self.channel, error)
+        self.leave(subscription)
+
+    # ---- telling ----------------------------------------------------------------------------
+
+    def drop(self, subscription: Subscription, notice: Notice) -> None:
+        """Ends a subscription and says why."""
+        session = subscription.session
+        if session.subscriptions.pop(self.channel, None) is None:
+            return
+        self.hub.metrics.subscriptions.dec()
+        self._tell(subscription, notice)
+        self.leave(subscription)
+        session.client.dropped(self.channel, notice)
+        self.hub.flush_soon()
+
+    def _tell(self, subscription: Subscription, notice: Notice) -> None:
+        self.hub.metrics.told(notice, 1)
+        session = subscription.session
+        session.offer(session.encoder.notice(self.channel, notice))
+
+    def _go_live(self, subscription: Subscription) -> None:
+        del self._behind[subscription]
+        subscription.live = True
+        subscription.cursor = None
+        self._live.setdefault(subscription.session.encoder, {})[subscription] = None
+
+    def _remove_live(self, subscription: Subscription) -> None:
+        encoder = subscription.session.encoder
+        subscriptions = self._live[encoder]
+        del subscriptions[subscription]
+        subscription.live = False
+        if not subscriptions:
+            del self._live[encoder]
+
+    def _live_count(self) -> int:
+        return sum(map(len, self._live.values()))
+
+
+def _token(request: ExamineRequest) -> tuple[tuple[Subscription, ...], bool]:
+    taken, recheck = request.token  # type: ignore[misc]
+    return taken, recheck
+
+
+def _gone(subscription: Subscription) -> bool:
+    """Whether it was taken back while the examination was under way."""
+    mine = subscription.session.subscriptions.get(subscription.feed.channel)
+    return mine is not subscription
+
+
+def _runs(records: Sequence[Record]) -> Iterator[tuple[int, int]]:
+    """Index ranges between revocations: each must take effect before what follows it."""
+    begin = 0
+    for index, record in enumerate(records):
+        if isinstance(record.body, Revocation):
+            yield begin, index
+            begin = index + 1
+    yield begin, len(records)
+
+
+def _before(entry_id: EntryID) -> EntryID:
+    """The greatest ID below."""
+    if entry_id.seq:
+        return EntryID(entry_id.ms, entry_id.seq - 1)
+    return EntryID(entry_id.ms - 1, 2**64 - 1) if entry_id.ms else ZERO_ID
+
+
+def _added_before_first(state: StreamState) -> int:
+    """How many entries had been added before the first one that is still there."""
+    return state.added - state.length

@@ -1,0 +1,237 @@
+"""All local clients by workspace and by user; the turn in which bytes leave.
+
+Sans-I/O: it asks `StreamReads` for what it needs and writes to `Outbox`es. Everything that one
+turn of the loop offers to a client leaves in one write at the end of that turn.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from relay.errors import BadRequest, LimitExceeded, Unauthorized
+from relay.hub.feed import Feed
+from relay.hub.recovery import Notice
+from relay.hub.session import Session, Subscription
+from relay.model import Channel, Position, Principal
+
+if TYPE_CHECKING:
+    from relay.hub.encoding import Encoder
+    from relay.hub.session import Client
+    from relay.metrics import Metrics
+    from relay.reads import Server, StreamReads
+
+_NO_HISTORY = b"0" * 40
+
+
+class Rights(Protocol):
+    """May this principal read this channel now?"""
+
+    def allowed(
+        self, principal: Principal, channel: Channel, hash_value: bytes | None, *, admitted: bool
+    ) -> bool:
+        """`hash_value` is the user's field in the rights hash; `admitted` says that the client
+        had the right until now, so an answer that is being renewed still holds."""
+
+
+class Hub:
+    """The sessions of this worker."""
+
+    def __init__(
+        self,
+        *,
+        reads: StreamReads,
+        rights: Rights,
+        metrics: Metrics,
+        call_soon: Callable[[Callable[[], None]], object],
+        waits_for_replicas: Callable[[Channel], bool],
+        connections_per_user: int = 0,
+    ) -> None:
+        self.reads = reads
+        self.rights = rights
+        self.metrics = metrics
+        self.dirty: list[Session] = []
+        self.connections_per_user = connections_per_user
+        self._call_soon = call_soon
+        self._waits_for_replicas = waits_for_replicas
+        self._feeds: dict[Channel, Feed] = {}
+        self._by_user: dict[str, set[Session]] = {}
+        self._flush_planned = False
+        self._expiries: list[tuple[float, int, weakref.ref[Session]]] = []
+        self._numbers = itertools.count()
+
+    # ---- sessions ---------------------------------------------------------------------------
+
+    def open(self, principal: Principal, encoder: Encoder, client: Client) -> Session:
+        """A session without a socket yet; LimitExceeded if the user has too many."""
+        user = principal.user
+        mine = self._by_user.get(user)
+        if user and mine and 0 < self.connections_per_user <= len(mine):
+            raise LimitExceeded(f"more than {self.connections_per_user} connections of one user")
+        session = Session(self, principal, encoder, client)
+        self._by_user.setdefault(user, set()).add(session)
+        self._watch_expiry(session)
+        return session
+
+    def close(self, session: Session) -> None:
+        """Forgets a session and all it follows."""
+        if session.closed:
+            return
+        session.closed = True
+        session.reserved.clear()
+        for subscription in list(session.subscriptions.values()):
+            subscription.feed.leave(subscription)
+        self.metrics.subscriptions.dec(len(session.subscriptions))
+        session.subscriptions.clear()
+        user = session.principal.user
+        mine = self._by_user.get(user, set())
+        mine.discard(session)
+        if not mine:
+            self._by_user.pop(user, None)
+
+    def sessions(self) -> list[Session]:
+        """All of them, in no order."""
+        return [session for mine in self._by_user.values() for session in mine]
+
+    def change_principal(self, session: Session, principal: Principal) -> None:
+        """A refreshed credential of the same user; rights are checked again."""
+        if principal.user != session.principal.user:
+            raise Unauthorized("the new token is another user's")
+        session.principal = principal
+        session.selectors = principal.selectors()
+        self._watch_expiry(session)
+        for subscription in session.subscriptions.values():
+            subscription.feed.on_rights_changed()
+
+    # ---- subscriptions ----------------------------------------------------------------------
+
+    def subscribe(self, session: Session, channel: Channel, asked: Position | None) -> None:
+        """The client's `subscribed` or `refused` is called in a later turn."""
+        self._check_new(session, channel)
+        feed = self._feeds.get(channel)
+        if feed is None:
+            feed = self._feeds[channel] = Feed(self, channel)
+            self.metrics.streams.set(len(self._feeds))
+            self.reads.follow(feed)
+        subscription = session.subscriptions[channel] = Subscription(session, feed, asked)
+        self.metrics.subscriptions.inc()
+        feed.join(subscription)
+
+    def reserve(self, session: Session, channel: Channel) -> None:
+        """The channel will be subscribed to once its rights are known."""
+        self._check_new(session, channel)
+        session.reserved.add(channel)
+
+    def unreserve(self, session: Session, channel: Channel) -> bool:
+        """Whether the client still wants it."""
+        wanted = channel in session.reserved
+        session.reserved.discard(channel)
+        return wanted
+
+    @staticmethod
+    def _check_new(session: Session, channel: Channel) -> None:
+        if channel in session.subscriptions or channel in session.reserved:
+            raise BadRequest(f"already subscribed to {channel}")
+
+    def unsubscribe(self, session: Session, channel: Channel) -> None:
+        """Ends it; BadRequest if there is none."""
+        if channel in session.reserved:
+            session.reserved.discard(channel)
+            return
+        subscription = session.subscriptions.pop(channel, None)
+        if subscription is None:
+            raise BadRequest(f"not subscribed to {channel}")
+        self.metrics.subscriptions.dec()
+        subscription.feed.leave(subscription)
+
+    def forget(self, feed: Feed) -> None:
+        """Called by a feed whose last client left."""
+        if self._feeds.get(feed.channel) is feed:
+            del self._feeds[feed.channel]
+            feed.alive = False
+            self.metrics.streams.set(len(self._feeds))
+            self.reads.release(feed)
+
+    def feed(self, channel: Channel) -> Feed | None:
+        """The feed of a channel that is followed here."""
+        return self._feeds.get(channel)
+
+    def feeds(self) -> list[Feed]:
+        """All followed streams."""
+        return list(self._feeds.values())
+
+    # ---- from the control stream, and from time ---------------------------------------------
+
+    def disconnect_user(self, user: str, reason: str) -> None:
+        """Every session of the user here."""
+        for session in list(self._by_user.get(user, ())):
+            session.client.disconnect(reason)
+
+    def drop_subscription(self, channel: Channel, user: str, reason: str) -> None:
+        """One channel of every session of the user here."""
+        for session in list(self._by_user.get(user, ())):
+            subscription = session.subscriptions.get(channel)
+            if subscription is not None:
+                at = subscription.feed.position
+                subscription.feed.drop(subscription, Notice("revoked", reason, at, at))
+
+    def recheck(self, channel: Channel | None) -> None:
+        """Rights may have changed: of one channel, or of all."""
+        feed = self._feeds.get(channel) if channel else None
+        for each in self.feeds() if channel is None else [feed] if feed else []:
+            each.on_rights_changed()
+
+    def _watch_expiry(self, session: Session) -> None:
+        expires_at = session.principal.expires_at
+        if expires_at is not None:
+            entry = (expires_at, next(self._numbers), weakref.ref(session))
+            heapq.heappush(self._expiries, entry)
+
+    def sessions_expiring(self, now: float) -> list[Session]:
+        """Sessions whose credential's time is over and was not refreshed."""
+        found = []
+        while self._expiries and self._expiries[0][0] <= now:
+            _, _, reference = heapq.heappop(self._expiries)
+            session = reference()
+            if session is None or session.closed:
+                continue
+            expires_at = session.principal.expires_at
+            if expires_at is not None and expires_at <= now:
+                found.append(session)
+        return found
+
+    def expire(self, session: Session) -> None:
+        """The session's credential is over: nothing more leaves for it."""
+        for subscription in list(session.subscriptions.values()):
+            at = subscription.feed.position
+            subscription.feed.drop(subscription, Notice("revoked", "expired", at, at))
+        session.client.expired()
+
+    def may_have_lost(self, channel: Channel, before: Server, now: Server) -> bool:
+        """Whether entries that nobody here has seen may be gone with the old primary.
+
+        A primary that came back from its own disk has no earlier history (master_replid2 is all
+        zeros, tried on Redis 7.0 and Valkey 9.1); what it had acknowledged is as safe as its
+        persistence setting. A promoted replica names an earlier one.
+        """
+        if before.replid == now.replid or now.previous == _NO_HISTORY:
+            return False
+        return not self._waits_for_replicas(channel)
+
+    # ---- the turn ---------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Writes what this turn offered: each client once."""
+        self._flush_planned = False
+        dirty, self.dirty = self.dirty, []
+        for session in dirty:
+            session.write_out()
+
+    def flush_soon(self) -> None:
+        """As `flush`, at the end of this turn; for offers outside the reader's own turn."""
+        if not self._flush_planned:
+            self._flush_planned = True
+            self._call_soon(self.flush)

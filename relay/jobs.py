@@ -1,0 +1,99 @@
+"""What is done by the clock: retention and the groups of dead workers, by one worker of the site.
+
+Each job runs under a lease in Redis, so any number of workers may have it scheduled. A job that
+finds Redis away is simply tried again at its next time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from apscheduler.schedulers.asyncio import AsyncIOScheduler
+
+
+from relay.errors import RelayError
+from relay.stream.nodes import DeadNodes, Lease
+from relay.stream.retention import trim
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from relay.model import Channel
+    from relay.settings import JobSettings, NamespaceSettings
+    from relay.stream.keys import Keys
+
+_log = logging.getLogger(__name__)
+
+
+class Jobs:
+    """The schedule of one worker."""
+
+    def __init__(
+        self,
+        *,
+        client: Redis,
+        keys: Keys,
+        instance: str,
+        settings: JobSettings,
+        namespace_of: Callable[[Channel], NamespaceSettings],
+    ) -> None:
+        self._client = client
+        self._keys = keys
+        self._instance = instance
+        self._namespace_of = namespace_of
+        self._dead_nodes = DeadNodes(client=client, keys=keys)
+        self._leases: list[Lease] = []
+        self._scheduler = AsyncIOScheduler(timezone="UTC")
+        self._add("retention", self._trim, settings.retention_s)
+        self._add("dead-nodes", self._remove_dead_nodes, settings.dead_nodes_s)
+
+    def start(self) -> None:
+        """In the running loop."""
+        self._scheduler.start()
+
+    async def stop(self) -> None:
+        """No further run; the leases are given up for the other workers."""
+        self._scheduler.shutdown(wait=False)
+        for lease in self._leases:
+            try:
+                await lease.release()
+            except RelayError as exc:
+                _log.info("a lease is left to expire: %s", exc)
+
+    def _add(self, name: str, job: Callable[[], Awaitable[None]], every_s: float) -> None:
+        lease = Lease(
+            client=self._client,
+            keys=self._keys,
+            name=name,
+            instance=self._instance,
+            # Longer than the period, so that the holder keeps it from one run to the next.
+            ttl_s=every_s * 2.5,
+        )
+        self._leases.append(lease)
+
+        async def run() -> None:
+            try:
+                if await lease.hold():
+                    await job()
+            except RelayError as exc:
+                _log.warning("job %s is put off: %s", name, exc)
+
+        self._scheduler.add_job(
+            run, "interval", seconds=every_s, jitter=every_s / 10, max_instances=1, coalesce=True
+        )
+
+    async def _trim(self) -> None:
+        done = await trim(self._client, self._keys, self._namespace_of)
+        if done.entries or done.foreign:
+            _log.info(
+                "retention: %d entries removed from %d streams; %d foreign keys",
+                done.entries,
+                done.streams,
+                done.foreign,
+            )
+
+    async def _remove_dead_nodes(self) -> None:
+        for instance in await self._dead_nodes.remove():
+            _log.info("groups of dead worker %s removed", instance)

@@ -1,0 +1,172 @@
+"""One entry's way, on one page: decode, set aside what cannot be read, check rights, to the hub.
+
+And one subscription's way: ask the sources of rights that take time, then join the stream, where
+the rights hash is read together with the stream itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from relay.model import Broken, Channel, EntryID, Event, Record
+from relay.stream import ephemeral
+from relay.stream.control import ControlCommand, Disconnect, DropRights, Unsubscribe
+from relay.stream.entry import decode
+
+if TYPE_CHECKING:
+    from relay.hub.hub import Hub
+    from relay.hub.session import Session
+    from relay.metrics import Metrics
+    from relay.model import Position, Principal
+    from relay.reads import Followed
+    from relay.rights.policy import Policy
+
+_log = logging.getLogger(__name__)
+
+DEAD_LETTERS_WAITING = 1000
+
+
+class Incoming:
+    """From Redis to the hub."""
+
+    def __init__(self, *, metrics: Metrics, max_entry_bytes: int) -> None:
+        self._metrics = metrics
+        self._max_entry_bytes = max_entry_bytes
+        self.dead_letters: asyncio.Queue[tuple[Channel, Broken]] = asyncio.Queue(
+            DEAD_LETTERS_WAITING
+        )
+
+    def decode(self, channel: Channel, entry_id: EntryID, fields: Sequence[bytes]) -> Record:
+        """What an entry means; never raises."""
+        return decode(channel, entry_id, fields, self._max_entry_bytes)
+
+    def decode_ephemeral(self, channel: Channel, payload: bytes) -> Event | None:
+        """An event of the ephemeral kind, None if it cannot be read."""
+        event = ephemeral.decode(channel, payload, self._max_entry_bytes)
+        if isinstance(event, str):
+            _log.warning("ephemeral event on %s is dropped: %s", channel, event)
+            return None
+        return event
+
+    def deliver(self, stream: Followed, records: list[Record]) -> None:
+        """Live entries, in order, directly after the stream's position."""
+        self._metrics.events.inc(len(records))
+        for record in records:
+            if isinstance(record.body, Broken):
+                self._set_aside(stream.channel, record.body)
+        stream.on_records(records)
+        self._metrics.lag.observe(max(0.0, time.time() - records[-1].id.ms / 1000))
+
+    def _set_aside(self, channel: Channel, broken: Broken) -> None:
+        self._metrics.dead_letters.inc()
+        try:
+            self.dead_letters.put_nowait((channel, broken))
+        except asyncio.QueueFull:
+            # The entry itself stays in its stream; only the note about it is lost.
+            _log.warning("entry %s of %s cannot be read: %s", broken.id, channel, broken.reason)
+
+
+class Admission:
+    """Who may read what; the hub's `Rights`."""
+
+    def __init__(self, policy: Policy, spawn: Callable[..., object]) -> None:
+        self.policy = policy
+        self.hub: Hub | None = None
+        self._spawn = spawn
+
+    def allowed(
+        self, principal: Principal, channel: Channel, hash_value: bytes | None, *, admitted: bool
+    ) -> bool:
+        """See `relay.hub.hub.Rights`."""
+        answer = None
+        if self.policy.needs_http(principal, channel) and self.policy.http is not None:
+            answer = self.policy.http.cached(principal, channel)
+            if answer is None and admitted:
+                # It is being asked again (`renew`), and that decides within the time limit.
+                answer = True
+        return self.policy.allowed(principal, channel, hash_value, answer, now=time.time())
+
+    def subscribe(self, session: Session, channel: Channel, asked: Position | None) -> None:
+        """Join now, or after the application has answered."""
+        hub = self._hub()
+        if self._must_ask(session, channel):
+            hub.reserve(session, channel)
+            self._spawn(self._ask_then_join(session, channel, asked), name=f"rights {channel}")
+        else:
+            hub.subscribe(session, channel, asked)
+
+    async def _ask_then_join(
+        self, session: Session, channel: Channel, asked: Position | None
+    ) -> None:
+        http = self.policy.http
+        if http is not None:
+            await http.ask(session.principal, channel)
+        hub = self._hub()
+        if hub.unreserve(session, channel):
+            hub.subscribe(session, channel, asked)
+
+    def _must_ask(self, session: Session, channel: Channel) -> bool:
+        http = self.policy.http
+        return (
+            http is not None
+            and self.policy.needs_http(session.principal, channel)
+            and http.cached(session.principal, channel) is None
+        )
+
+    async def renew(self) -> None:
+        """For ever: answers of the application that have run out are asked for again, and who
+        lost the right is dropped. A token whose time is over ends its client."""
+        while True:
+            await asyncio.sleep(0.5)
+            hub, now = self._hub(), time.time()
+            for session in hub.sessions_expiring(now):
+                hub.expire(session)
+            http = self.policy.http
+            if http is None:
+                continue
+            for feed in hub.feeds():
+                pairs = {
+                    (subscription.session.principal.user, subscription.session.principal.groups): (
+                        subscription.session.principal
+                    )
+                    for subscription in feed.subscriptions()
+                }
+                for principal in pairs.values():
+                    if (
+                        self.policy.needs_http(principal, feed.channel)
+                        and http.cached(principal, feed.channel) is None
+                    ):
+                        self._spawn(self._ask_again(principal, feed.channel), name="rights renewed")
+
+    async def _ask_again(self, principal: Principal, channel: Channel) -> None:
+        http = self.policy.http
+        if http is not None and not await http.ask(principal, channel):
+            self._hub().recheck(channel)
+
+    def obey(self, command: ControlCommand) -> None:
+        """A command from the control stream."""
+        hub = self._hub()
+        match command:
+            case Disconnect():
+                hub.disconnect_user(command.user, "disconnected")
+            case Unsubscribe():
+                hub.drop_subscription(command.channel, command.user, "unsubscribed")
+            case DropRights():
+                if self.policy.http is not None:
+                    self.policy.http.drop(command.channel, command.user)
+                hub.recheck(command.channel)
+
+    def control_lost(self) -> None:
+        """Commands may have been missed: everybody is checked."""
+        if self.policy.http is not None:
+            self.policy.http.drop()
+        self._hub().recheck(None)
+
+    def _hub(self) -> Hub:
+        if self.hub is None:
+            raise RuntimeError("used before the composition was complete")
+        return self.hub

@@ -1,0 +1,87 @@
+"""Who a request comes from, and whether its Origin may use what it brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from aiohttp import web
+
+from relay.errors import Forbidden, Unauthorized
+from relay.model import Principal
+from relay.protocols.native.settings import COOKIE_NAME
+
+
+def principal_of(
+    request: web.Request,
+    read_token: Callable[[str], Principal],
+    origins: frozenset[str],
+    *,
+    insecure: bool,
+) -> Principal:
+    """By precedence: header, query, cookie. Without any: anonymous.
+
+    A cookie is sent by the browser itself, so it needs an Origin that is this host or allowed:
+    else any page could read as its visitor.
+    """
+    header = request.headers.get("Authorization")
+    if header is not None:
+        scheme, _, token = header.partition(" ")
+        if scheme.lower() != "bearer" or not token.strip():
+            raise Unauthorized("Authorization must be: Bearer TOKEN")
+        return _read(read_token, token.strip(), insecure=insecure)
+    if "token" in request.query:
+        return _read(read_token, request.query["token"], insecure=insecure)
+    if COOKIE_NAME in request.cookies:
+        check_origin(request, origins)
+        return _read(read_token, request.cookies[COOKIE_NAME], insecure=insecure)
+    return Principal(unrestricted=insecure)
+
+
+def _read(read_token: Callable[[str], Principal], token: str, *, insecure: bool) -> Principal:
+    principal = read_token(token)
+    if not insecure:
+        return principal
+    return Principal(
+        user=principal.user,
+        groups=principal.groups,
+        client=principal.client,
+        expires_at=principal.expires_at,
+        channels=principal.channels,
+        unrestricted=True,
+    )
+
+
+def check_origin(request: web.Request, origins: frozenset[str]) -> None:
+    """Forbidden unless the request's Origin is its own host's or an allowed one.
+
+    A page's own EventSource sends no Origin to its own host (it is a plain GET); browsers then say
+    so in Sec-Fetch-Site.
+    """
+    origin = request.headers.get("Origin")
+    if origin is None:
+        if request.headers.get("Sec-Fetch-Site") in ("same-origin", "none"):
+            return
+        raise Forbidden("a cookie needs an Origin; send the token in the Authorization header")
+    if not is_allowed(request, origin, origins):
+        raise Forbidden("this Origin is not allowed")
+
+
+def is_allowed(request: web.Request, origin: str, origins: frozenset[str]) -> bool:
+    """The request's own host, or one of the configured origins."""
+    origin = origin.lower()
+    return origin in origins or origin in (
+        f"http://{request.host}".lower(),
+        f"https://{request.host}".lower(),
+    )
+
+
+def cors_headers(request: web.Request, origins: frozenset[str]) -> dict[str, str]:
+    """For an allowed Origin: it may read the answer, with its cookie. For others: nothing."""
+    origin = request.headers.get("Origin")
+    if origin is None or not is_allowed(request, origin, origins):
+        return {"Vary": "Origin"}
+    return {
+        "Access-Control-Allow-Origin": origin,
+        "Access-Control-Allow-Credentials": "true",
+        "Vary": "Origin",
+    }

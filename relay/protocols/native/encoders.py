@@ -1,0 +1,111 @@
+"""The native door's encoders: one object for all clients of one format.
+
+* websocket: one text frame an event, the same for everybody;
+* SSE with one channel: the block with the stream's ID, the same for everybody;
+* SSE with several: the block's `id:` is the client's own cursor, only the rest is shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from relay.hub.recovery import Notice
+from relay.model import Channel, EntryID, Event, Position
+from relay.protocols.native import codec
+from relay.protocols.native.cursor import encode as encode_cursor
+from relay.transports.websocket import frame_text
+
+
+def _text(entry_id: EntryID | None) -> str | None:
+    return None if entry_id is None else str(entry_id)
+
+
+class WebSocketEncoder:
+    """Text frames."""
+
+    personal = False
+
+    def event(self, event: Event) -> bytes:
+        """`{"channel","id","type","data","client"}`."""
+        return frame_text(codec.event_object(event))
+
+    def personal_event(
+        self, event: Event, cursor: Iterable[tuple[Channel, Position]], shared: bytes
+    ) -> bytes:
+        """Nothing here is personal."""
+        del event, cursor
+        return shared
+
+    def notice(self, channel: Channel, notice: Notice) -> bytes:
+        """`{"notice",...}`."""
+        return frame_text(
+            codec.notice_object(
+                notice.kind,
+                channel=channel,
+                from_=_text(notice.from_id),
+                to=_text(notice.to_id),
+                reason=notice.reason,
+            )
+        )
+
+
+class SseEncoder:
+    """Blocks whose ID is the stream's: for connections with one channel."""
+
+    personal = False
+
+    def __init__(self, tail: Callable[[Event], bytes]) -> None:
+        self._tail = tail
+
+    def event(self, event: Event) -> bytes:
+        """The whole block; without an ID for the ephemeral kind."""
+        tail = self._tail(event)
+        return tail if event.id is None else codec.sse_id(str(event.id)) + tail
+
+    def personal_event(
+        self, event: Event, cursor: Iterable[tuple[Channel, Position]], shared: bytes
+    ) -> bytes:
+        """Nothing here is personal."""
+        del event, cursor
+        return shared
+
+    def notice(self, channel: Channel, notice: Notice) -> bytes:
+        """An SSE event of its own name."""
+        return codec.sse_notice(
+            notice.kind,
+            channel=channel,
+            from_=_text(notice.from_id),
+            to=_text(notice.to_id),
+            reason=notice.reason,
+        )
+
+
+class SseCursorEncoder(SseEncoder):
+    """Blocks whose ID is the client's cursor over all its channels."""
+
+    personal = True
+
+    def event(self, event: Event) -> bytes:
+        """The block without its ID."""
+        return self._tail(event)
+
+    def personal_event(
+        self, event: Event, cursor: Iterable[tuple[Channel, Position]], shared: bytes
+    ) -> bytes:
+        """The client's own ID line before the shared rest."""
+        del event
+        return codec.sse_id(encode_cursor(cursor)) + shared
+
+
+WEBSOCKET = WebSocketEncoder()
+SSE = SseEncoder(codec.sse_tail)
+SSE_ENVELOPE = SseEncoder(codec.envelope_tail)
+SSE_CURSOR = SseCursorEncoder(codec.sse_tail)
+SSE_CURSOR_ENVELOPE = SseCursorEncoder(codec.envelope_tail)
+
+
+def sse_encoder(*, several: bool, envelope: bool) -> SseEncoder:
+    """The format that a request asks for."""
+    if several:
+        return SSE_CURSOR_ENVELOPE if envelope else SSE_CURSOR
+    return SSE_ENVELOPE if envelope else SSE

@@ -1,0 +1,277 @@
+"""The native door's paths: `/sse`, `/ws`, and the live page."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from relay.errors import (
+    BadRequest,
+    ClientError,
+    Forbidden,
+    LimitExceeded,
+    RelayError,
+    Unauthorized,
+    Unavailable,
+)
+from relay.model import Channel, Principal, parse_channel
+from relay.protocols.native import codec, cursor, page
+from relay.protocols.native.credentials import cors_headers, principal_of
+from relay.protocols.native.encoders import WEBSOCKET, sse_encoder
+from relay.protocols.native.settings import NativeSettings
+from relay.protocols.native.sse_client import Refused, SseClient
+from relay.protocols.native.ws_client import TOO_MUCH, UNAUTHORIZED, WsClient
+from relay.transports import sse, websocket
+from relay.transports.heartbeat import Heartbeat
+from relay.transports.reaper import Reaper
+from relay.transports.take_over import take_over
+
+if TYPE_CHECKING:
+    from prometheus_client import Gauge
+
+    from relay.frontdoor import DoorContext
+    from relay.hub.session import Session
+    from relay.transports.client_socket import ClientSocket
+
+_ADMISSION_S = 10.0
+_NO_PONG = 4408
+_HTTP_STATUS: dict[type[RelayError], int] = {
+    BadRequest: 400,
+    Unauthorized: 401,
+    Forbidden: 403,
+    LimitExceeded: 429,
+    Unavailable: 503,
+}
+
+
+class MountedNative:
+    """The door at work."""
+
+    def __init__(self, context: DoorContext, settings: NativeSettings) -> None:
+        self._context = context
+        self._gauge = context.metrics.connections.labels("native")
+        self.routes: list[web.AbstractRouteDef] = [
+            web.get("/sse", self._answering(self._sse), allow_head=False),
+            web.options("/sse", self._preflight),
+            web.get("/ws", self._answering(self._ws), allow_head=False),
+        ]
+        if settings.page:
+            self.routes += page.routes()
+        self._reaper = Reaper()
+        self.reload(settings)
+
+    def reload(self, settings: NativeSettings) -> None:
+        """See `relay.frontdoor.Mounted`. Heartbeats of open connections keep their pace."""
+        self._settings = settings
+        self._origins = settings.origins()
+        self._sse_beat = Heartbeat(
+            interval_s=settings.heartbeat_s, beat=codec.HEARTBEAT, only_quiet=True
+        )
+        self._ws_beat = Heartbeat(
+            interval_s=settings.heartbeat_s,
+            beat=websocket.PING,
+            deadline_s=settings.pong_timeout_s,
+            farewell=websocket.frame_close(_NO_PONG, "no answer to pings"),
+        )
+
+    def start(self) -> None:
+        """See `relay.frontdoor.Mounted`."""
+
+    def stop(self) -> None:
+        """See `relay.frontdoor.Mounted`."""
+
+    # ---- server-sent events -----------------------------------------------------------------
+
+    async def _sse(self, request: web.Request) -> web.StreamResponse:
+        settings, context = self._settings, self._context
+        principal = self._principal(request)
+        channels = _channels(request, settings.channels_per_connection)
+        if not channels:
+            raise BadRequest("name a channel: /sse?channel=C")
+        envelope = request.query.get("envelope", "0") not in ("", "0", "false")
+        positions = {}
+        # The header wins: a browser's own reconnect repeats the URL, but knows what it has seen.
+        last = request.headers.get("Last-Event-ID") or request.query.get("last_event_id")
+        if last:
+            positions = cursor.decode(last, channels)
+        if not context.ready():
+            raise Unavailable("streams cannot be read now")
+        admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        client = SseClient(len(channels), admitted)
+        encoder = sse_encoder(several=len(channels) > 1, envelope=envelope)
+        session = client.session = context.hub.open(principal, encoder, client)
+        try:
+            for channel in channels:
+                context.subscribe(session, channel, positions.get(channel))
+            async with asyncio.timeout(_ADMISSION_S):
+                await admitted
+        except TimeoutError:
+            session.end()
+            raise Unavailable("streams cannot be read now") from None
+        except BaseException:
+            session.end()
+            raise
+        session.offer(self._first_block(session, envelope=envelope))
+        socket = sse.SseConnection(
+            buffer_bytes=context.client_buffer_bytes,
+            reaper=self._reaper,
+            heartbeat=self._sse_beat,
+        )
+        _join(socket, session, self._gauge)
+        response = take_over(request, sse.head(cors_headers(request, self._origins)), socket)
+        client.attached(socket)
+        session.attach(socket)
+        return response
+
+    def _first_block(self, session: Session, *, envelope: bool) -> bytes:
+        retry_ms = int(self._settings.retry_ms * random.uniform(0.5, 1.5))  # noqa: S311
+        places = [
+            (name, subscription.position) for name, subscription in session.subscriptions.items()
+        ]
+        at = cursor.encode(places)
+        if not envelope:
+            return codec.first_block(at, retry_ms)
+        each = [(name, str(position.id)) for name, position in places]
+        return codec.first_envelope_block(at, retry_ms, each)
+
+    async def _preflight(self, request: web.Request) -> web.Response:
+        headers = cors_headers(request, self._origins)
+        headers["Access-Control-Allow-Methods"] = "GET"
+        headers["Access-Control-Allow-Headers"] = "Authorization, Last-Event-ID"
+        headers["Access-Control-Max-Age"] = "600"
+        return web.Response(status=204, headers=headers)
+
+    # ---- websocket --------------------------------------------------------------------------
+
+    async def _ws(self, request: web.Request) -> web.StreamResponse:
+        settings, context = self._settings, self._context
+        accepted = websocket.accept_headers(request)
+        if isinstance(accepted, web.Response):
+            return accepted
+        client = WsClient(context, settings, asyncio.get_running_loop().time)
+        socket = websocket.WebSocketConnection(
+            buffer_bytes=context.client_buffer_bytes,
+            max_frame_bytes=settings.ws_max_frame_bytes,
+            reaper=self._reaper,
+            heartbeat=self._ws_beat,
+        )
+        # A script cannot read the answer to a refused handshake: so a bad token is told in the
+        # websocket. Not so a foreign Origin, whose page shall not even get that far.
+        try:
+            principal = self._principal(request)
+            session = context.hub.open(principal, WEBSOCKET, client)
+        except (Unauthorized, LimitExceeded) as exc:
+            context.metrics.refused.labels(exc.code).inc()
+            response = take_over(request, accepted, socket)
+            socket.write(websocket.frame_text(codec.error_object(exc)))
+            socket.close_with(
+                UNAUTHORIZED if isinstance(exc, Unauthorized) else TOO_MUCH, str(exc)
+            )
+            return response
+        client.session = session
+        socket.on_text = client.on_text
+        _join(socket, session, self._gauge)
+        response = take_over(request, accepted, socket)
+        client.attached(socket)
+        session.attach(socket)
+        self._subscribe_from_query(request, client)
+        context.hub.flush_soon()
+        return response
+
+    def _subscribe_from_query(self, request: web.Request, client: WsClient) -> None:
+        names = request.query.getall("channel", [])
+        last = request.query.get("last_event_id")
+        try:
+            channels = _channels(request, self._settings.channels_per_connection)
+            if last:
+                cursor.decode(last, channels)
+        except (ClientError, Unavailable) as exc:
+            client.say_error(exc, names[0] if len(names) == 1 else None)
+            return
+        for channel in channels:
+            try:
+                command = codec.Subscribe(channel=channel, last_event_id=last or None)
+                client.subscribe(command)
+            except (ClientError, Unavailable) as exc:
+                client.say_error(exc, channel)
+
+    # ---- both -------------------------------------------------------------------------------
+
+    def _principal(self, request: web.Request) -> Principal:
+        context = self._context
+        return principal_of(
+            request, context.read_token, self._origins, insecure=context.insecure
+        )
+
+    def _answering(
+        self, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        async def answer(request: web.Request) -> web.StreamResponse:
+            try:
+                return await handler(request)
+            except Refused as exc:
+                return self._refuse(request, exc.error, exc.channel)
+            except (ClientError, Unavailable) as exc:
+                return self._refuse(request, exc, None)
+
+        return answer
+
+    def _refuse(
+        self, request: web.Request, error: RelayError, channel: Channel | None
+    ) -> web.Response:
+        if not isinstance(error, ClientError | Unavailable):
+            raise error
+        self._context.metrics.refused.labels(error.code).inc()
+        headers = cors_headers(request, self._origins)
+        headers["Cache-Control"] = "no-store"
+        if isinstance(error, Unavailable):
+            headers["Retry-After"] = str(random.randint(1, 5))  # noqa: S311
+        return web.Response(
+            status=_HTTP_STATUS.get(type(error), 400),
+            body=codec.refusal(error, channel),
+            content_type="application/json",
+            headers=headers,
+        )
+
+
+def _channels(request: web.Request, most: int) -> Sequence[Channel]:
+    names = list(dict.fromkeys(request.query.getall("channel", [])))
+    if len(names) > most:
+        raise LimitExceeded(f"more than {most} channels on one connection")
+    try:
+        return [parse_channel(name) for name in names]
+    except ValueError as exc:
+        raise BadRequest(str(exc)) from None
+
+
+def _join(socket: ClientSocket, session: Session, gauge: Gauge) -> None:
+    """Socket and session: full, drained and closed are the session's business."""
+    gauge.inc()
+
+    def closed() -> None:
+        gauge.dec()
+        session.end()
+
+    socket.on_full = session.pause
+    socket.on_drained = session.resume
+    socket.on_closed = closed
+
+
+@dataclass(frozen=True, slots=True)
+class NativeDoor:
+    """See `relay.frontdoor.FrontDoor`."""
+
+    name: str = "native"
+    settings: type[NativeSettings] = NativeSettings
+
+    def mount(self, context: DoorContext, settings: NativeSettings) -> MountedNative | None:
+        """None if it is switched off."""
+        return MountedNative(context, settings) if settings.enabled else None
+
+
+DOOR = NativeDoor()

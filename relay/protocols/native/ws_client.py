@@ -1,0 +1,180 @@
+"""One native websocket: commands in, replies and errors out. No I/O of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from relay.errors import ClientError, LimitExceeded, RelayError, Unauthorized, Unavailable
+from relay.hub.recovery import Notice
+from relay.protocols.native import codec, cursor
+from relay.transports.websocket import frame_close, frame_text
+
+if TYPE_CHECKING:
+    from relay.frontdoor import DoorContext
+    from relay.hub.session import Outbox, Session, Subscription
+    from relay.model import Channel
+    from relay.protocols.native.settings import NativeSettings
+
+GOING_AWAY = 1001
+BAD_COMMANDS = 4400
+UNAUTHORIZED = 4401
+DISCONNECTED = 4403
+TOO_MUCH = 4429
+_BAD_COMMANDS_ALLOWED = 3
+_CLOSES = {"stopping": GOING_AWAY, "disconnected": DISCONNECTED}
+
+
+class WsClient:
+    """The table: command in, hub call and reply out."""
+
+    __slots__ = (
+        "_allowance",
+        "_bad",
+        "_clock",
+        "_context",
+        "_outbox",
+        "_refs",
+        "_seen_at",
+        "_settings",
+        "session",
+    )
+
+    def __init__(
+        self, context: DoorContext, settings: NativeSettings, clock: Callable[[], float]
+    ) -> None:
+        self.session: Session | None = None
+        self._context = context
+        self._settings = settings
+        self._clock = clock
+        self._outbox: Outbox | None = None
+        self._refs: dict[Channel, codec.Ref] = {}
+        self._bad = 0
+        self._allowance = float(settings.commands_burst)
+        self._seen_at = clock()
+
+    def attached(self, outbox: Outbox) -> None:
+        """The handshake is done."""
+        self._outbox = outbox
+
+    # ---- from the client --------------------------------------------------------------------
+
+    def on_text(self, text: bytes) -> None:
+        """One frame; a mistake is answered, and costs the connection only when repeated."""
+        session = self.session
+        if session is None or session.closed:
+            return
+        if not self._within_rate():
+            self.close(TOO_MUCH, LimitExceeded("too many commands"))
+            return
+        try:
+            command = codec.parse_command(text)
+        except codec.BadCommand as exc:
+            self._say(codec.error_object(exc, exc.ref, exc.channel))
+            self._bad += 1
+            if self._bad >= _BAD_COMMANDS_ALLOWED:
+                self.close(BAD_COMMANDS, None)
+            return
+        channel = getattr(command, "channel", None)
+        try:
+            self._obey(session, command)
+        except (ClientError, Unavailable) as exc:
+            self._say(codec.error_object(exc, command.ref, channel))
+
+    def _obey(self, session: Session, command: codec.Command) -> None:
+        hub = self._context.hub
+        match command:
+            case codec.Subscribe():
+                self.subscribe(command)
+            case codec.Unsubscribe():
+                hub.unsubscribe(session, command.channel)
+                self._refs.pop(command.channel, None)
+                self._say(
+                    codec.reply_object("unsubscribe", command.ref, channel=command.channel)
+                )
+            case codec.Refresh():
+                principal = self._context.read_token(command.token)
+                # --insecure opened the connection, not the old token.
+                principal = replace(
+                    principal, unrestricted=session.principal.unrestricted
+                )
+                hub.change_principal(session, principal)
+                self._say(codec.reply_object("refresh", command.ref))
+            case codec.Ping():
+                self._say(codec.reply_object("ping", command.ref))
+
+    def subscribe(self, command: codec.Subscribe) -> None:
+        """By command or from the query; answered by `subscribed` or `refused`."""
+        session = self.session
+        if session is None:
+            return
+        most = self._settings.channels_per_connection
+        if len(session.subscriptions) + len(session.reserved) >= most:
+            raise LimitExceeded(f"more than {most} channels on one connection")
+        asked = None
+        if command.last_event_id is not None:
+            found = cursor.decode(command.last_event_id, [command.channel])
+            asked = found.get(command.channel)
+        if not self._context.ready():
+            raise Unavailable("streams cannot be read now")
+        self._context.subscribe(session, command.channel, asked)
+        if command.ref is not None:
+            self._refs[command.channel] = command.ref
+
+    # ---- from the hub (relay.hub.session.Client) --------------------------------------------
+
+    def subscribed(self, subscription: Subscription) -> None:
+        """See `relay.hub.session.Client`."""
+        channel = subscription.feed.channel
+        at = cursor.encode([(channel, subscription.position)]).decode()
+        ref = self._refs.pop(channel, None)
+        self._say(codec.reply_object("subscribe", ref, channel=channel, position=at))
+
+    def refused(self, channel: Channel, error: RelayError) -> None:
+        """See `relay.hub.session.Client`."""
+        if isinstance(error, ClientError | Unavailable):
+            self._context.metrics.refused.labels(error.code).inc()
+            self._say(codec.error_object(error, self._refs.pop(channel, None), channel))
+
+    def dropped(self, channel: Channel, notice: Notice) -> None:
+        """The notice says it all; the connection stays for its other channels."""
+
+    def expired(self) -> None:
+        """See `relay.hub.session.Client`."""
+        self.close(UNAUTHORIZED, Unauthorized("the token has expired"))
+
+    def disconnect(self, reason: str) -> None:
+        """See `relay.hub.session.Client`."""
+        if self.session is not None:
+            self.session.offer(frame_text(codec.notice_object("closing", reason=reason)))
+        self.close(_CLOSES.get(reason, GOING_AWAY), None)
+
+    def say_error(self, error: ClientError | Unavailable, channel: str | None) -> None:
+        """An error that no command caused: something in the query was wrong."""
+        self._say(codec.error_object(error, None, channel))
+
+    # ---- inner workings ---------------------------------------------------------------------
+
+    def _say(self, payload: bytes) -> None:
+        if self.session is not None:
+            self.session.reply(frame_text(payload))
+
+    def _within_rate(self) -> bool:
+        now = self._clock()
+        earned = (now - self._seen_at) * self._settings.commands_per_s
+        self._seen_at = now
+        self._allowance = min(self._settings.commands_burst, self._allowance + earned) - 1
+        return self._allowance >= 0
+
+    def close(self, code: int, error: ClientError | None) -> None:
+        """Say why, close with `code`, and leave the hub."""
+        session = self.session
+        if session is None or session.closed:
+            return
+        if error is not None:
+            session.offer(frame_text(codec.error_object(error)))
+        session.write_out()
+        session.end()
+        if self._outbox is not None:
+            self._outbox.close(frame_close(code, str(error) if error else ""))

@@ -1,0 +1,132 @@
+"""What the hub asks of the stream side, and what comes back.
+
+The hub does no I/O and the stream side knows no clients; these values are all they exchange.
+A *followed* stream is a channel with at least one local client; its object belongs to the hub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from relay.model import Channel, EntryID, Event, Record, StreamState
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """The Redis that answered: its replication history, and the one before it.
+
+    `previous` is all zeros after a start from its own disk, and the old primary's `replid` after
+    a promotion (INFO replication, master_replid2).
+    """
+
+    replid: bytes
+    previous: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ExamineRequest:
+    """Look at a stream and its rights in one transaction.
+
+    `users` are the fields of the rights hash wanted; `own` the IDs whose own entries matter.
+    """
+
+    users: tuple[str, ...]
+    own: tuple[EntryID, ...]
+    token: object
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """The answer: one moment of the stream, its rights, and the digests of `own` entries."""
+
+    server: Server
+    state: StreamState
+    rights: Mapping[str, bytes | None]
+    own: Mapping[EntryID, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PageRequest:
+    """Entries after `start` for clients that are behind. `reached` was this worker's position
+    when the request was made: all entries up to it exist already."""
+
+    start: EntryID
+    reached: EntryID
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Entries after the request's start, in order. `complete`: there were no more.
+
+    `state` is of the same moment.
+    """
+
+    server: Server
+    state: StreamState
+    records: Sequence[Record]
+    complete: bool
+
+
+class Followed(Protocol):
+    """A stream with local clients, as the reader sees it."""
+
+    channel: Channel
+    alive: bool
+    settled: bool
+    misaligned: bool
+    average_bytes: float
+
+    @property
+    def position(self) -> EntryID:
+        """This worker's position W: everything up to it was offered to every local client."""
+
+    def examine_request(self) -> ExamineRequest:
+        """What the next examination must answer; everybody waiting now is part of it."""
+
+    def on_examined(self, request: ExamineRequest, examined: Examined) -> None:
+        """The examination's answer."""
+
+    def on_examine_failed(self, request: ExamineRequest, reason: str) -> None:
+        """Redis answered, but not with a stream (for instance a foreign key of that name)."""
+
+    def on_records(self, records: Sequence[Record]) -> None:
+        """The entries directly after `position`, in order."""
+
+    def on_hole(self, state: StreamState, first_read: EntryID) -> None:
+        """Entries between `position` and `first_read` were removed before they were read."""
+
+    def on_unsettled(self) -> None:
+        """The group or the connection was lost: the position must be judged anew."""
+
+    def on_rights_changed(self) -> None:
+        """The rights hash was written: everybody must be checked again."""
+
+    def on_ephemeral(self, event: Event) -> None:
+        """An event of the ephemeral kind."""
+
+    def untouched(self, state: StreamState) -> bool:
+        """Whether nothing between `position` and what follows it was removed unread."""
+
+    def page_request(self) -> PageRequest | None:
+        """What clients that are behind need next, None if nothing."""
+
+    def on_page(self, request: PageRequest, page: Page) -> None:
+        """The page for them."""
+
+
+class StreamReads(Protocol):
+    """What the hub asks for; answers come later, through `Followed`."""
+
+    def follow(self, stream: Followed) -> None:
+        """Begin: ephemeral events are received from here on."""
+
+    def want_examine(self, stream: Followed) -> None:
+        """Somebody waits for an examination."""
+
+    def want_page(self, stream: Followed) -> None:
+        """Somebody is behind and can take more."""
+
+    def release(self, stream: Followed) -> None:
+        """The last local client left."""

@@ -1,0 +1,135 @@
+"""The listeners: doors on the shared one or their own, health and metrics beside them."""
+
+from __future__ import annotations
+
+import errno
+import ssl
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from relay.errors import StartError
+
+if TYPE_CHECKING:
+    from relay.frontdoor import Mounted
+    from relay.metrics import Metrics
+    from relay.settings import MetricsSettings, Section, ServerSettings
+
+# A cursor over many channels comes back in one header line (native/README.md, "Cursor").
+_LINE_BYTES = 32768
+
+
+class Server:
+    """Opens and closes the listeners."""
+
+    def __init__(self, *, metrics: Metrics, ready: Callable[[], str]) -> None:
+        """`ready` gives the reason why this worker is not ready, '' if it is."""
+        self._metrics = metrics
+        self._ready = ready
+        self._runners: list[web.AppRunner] = []
+        self._sites: list[web.BaseSite] = []
+
+    async def start(
+        self,
+        settings: ServerSettings,
+        metrics: MetricsSettings,
+        doors: Sequence[tuple[Mounted, Section]],
+    ) -> int:
+        """Listen; the shared listener's port. StartError where an address cannot be had."""
+        shared: list[web.AbstractRouteDef] = []
+        own: dict[tuple[str, int], list[web.AbstractRouteDef]] = {}
+        for door, section in doors:
+            port = int(getattr(section, "port", 0))
+            host = str(getattr(section, "host", "")) or settings.host
+            own.setdefault((host, port), []) if port else None
+            (own[host, port] if port else shared).extend(door.routes)
+        health = [
+            web.get("/healthz", self._healthz),
+            web.get("/readyz", self._readyz),
+            web.get("/metrics", self._exposition),
+        ]
+        if metrics.port:
+            own.setdefault((metrics.host, metrics.port), []).extend(health)
+        else:
+            shared.extend(health)
+        tls = _tls(settings)
+        port = await self._listen(settings.host, settings.port, shared, tls, settings.backlog)
+        for (host, number), routes in own.items():
+            plain = metrics.port and (host, number) == (metrics.host, metrics.port)
+            await self._listen(host, number, routes, None if plain else tls, settings.backlog)
+        return port
+
+    async def stop_listening(self) -> None:
+        """New clients are refused from here on."""
+        for site in self._sites:
+            await site.stop()
+        self._sites.clear()
+
+    async def close(self) -> None:
+        """After the clients have gone."""
+        for runner in self._runners:
+            await runner.cleanup()
+
+    async def _listen(
+        self,
+        host: str,
+        port: int,
+        routes: Sequence[web.AbstractRouteDef],
+        tls: ssl.SSLContext | None,
+        backlog: int,
+    ) -> int:
+        app = web.Application()
+        app.router.add_routes(routes)
+        runner = web.AppRunner(
+            app,
+            access_log=None,
+            max_line_size=_LINE_BYTES,
+            max_field_size=_LINE_BYTES,
+            handle_signals=False,
+        )
+        await runner.setup()
+        self._runners.append(runner)
+        site = web.TCPSite(runner, host, port, ssl_context=tls, backlog=backlog)
+        try:
+            await site.start()
+        except OSError as exc:
+            raise StartError(_why(host, port, exc)) from exc
+        self._sites.append(site)
+        addresses: Sequence[Any] = runner.addresses
+        return int(addresses[0][1])
+
+    async def _healthz(self, _request: web.Request) -> web.Response:
+        return web.Response(text="alive\n")
+
+    async def _readyz(self, _request: web.Request) -> web.Response:
+        reason = self._ready()
+        return web.Response(status=503 if reason else 200, text=f"{reason or 'ready'}\n")
+
+    async def _exposition(self, _request: web.Request) -> web.Response:
+        return web.Response(
+            body=self._metrics.exposition(),
+            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+        )
+
+
+def _tls(settings: ServerSettings) -> ssl.SSLContext | None:
+    if not settings.tls_cert:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key or None)
+    except (OSError, ssl.SSLError) as exc:
+        raise StartError(f"[server] tls_cert, tls_key: cannot be used: {exc}") from exc
+    return context
+
+
+def _why(host: str, port: int, exc: OSError) -> str:
+    if exc.errno == errno.EADDRINUSE:
+        return f"port {port} of {host} is taken; choose another: --port N, or [server] port"
+    if exc.errno == errno.EACCES:
+        return f"port {port} needs privileges; choose one above 1023: --port N"
+    return f"cannot listen on {host} port {port}: {exc.strerror or exc}"
+
+
+
