@@ -35,7 +35,8 @@ from relay.rights.http import HttpRights
 from relay.rights.policy import Policy
 from relay.rights.token import TokenReader
 from relay.server import Server
-from relay.stream import dead_letters, revoke as revocations
+from relay.stream import dead_letters
+from relay.stream import revoke as revocations
 from relay.stream.connect import redis_client
 from relay.stream.control_reader import ControlReader
 from relay.stream.keys import Keys
@@ -158,7 +159,9 @@ class Relay:
             reading,
             self._spawn(heartbeat.run(), name="heartbeat"),
             self._spawn(admission.renew(), name="renew"),
-            self._spawn(self._write_dead_letters(incoming, client, keys, node), name="dead-letters"),
+            self._spawn(
+                self._write_dead_letters(incoming, client, keys, node), name="dead-letters"
+            ),
         ]
         try:
             # So that the first clients of a start are not refused, unless Redis is really away.
@@ -263,7 +266,7 @@ class Relay:
             tokens = TokenReader(config.jwt)
             http = self._http_rights(config)
         except RelayError as exc:
-            _log.error("not reloaded, the old settings stay: %s", exc)  # noqa: TRY400  # no bug
+            _log.error("not reloaded, the old settings stay: %s", exc)  # no bug
             return
         self._config = config
         self._tokens = tokens
@@ -305,7 +308,7 @@ async def _task(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 
 @contextlib.contextmanager
-def _pid_file(path: str) -> Any:  # noqa: ANN401
+def _pid_file(path: str) -> Any:
     if not path:
         yield
         return

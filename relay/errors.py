@@ -1,15 +1,15 @@
 """Exceptions, ours apart from theirs.
 
-    RelayError
-    ├── ConfigError            the configuration: one line for the operator, exit code 1
-    ├── StartError             something the machine lacks (port taken ...): one line, exit code 1
-    ├── RedisUnavailable       Redis is away, or answered that it cannot serve now: try again
-    ├── ClientError            a client's mistake; carries the code that its door shows it
-    │   ├── Unauthorized       no credential, or a bad or expired one
-    │   ├── Forbidden          a good credential that does not open this
-    │   ├── BadRequest         cannot be understood
-    │   └── LimitExceeded      too large, too fast, too many
-    └── Unavailable            the relay cannot answer now (Redis away, stopping): try again
+RelayError
+├── ConfigError            the configuration: one line for the operator, exit code 1
+├── StartError             something the machine lacks (port taken ...): one line, exit code 1
+├── RedisUnavailable       Redis is away, or answered that it cannot serve now: try again
+├── ClientError            a client's mistake; carries the code that its door shows it
+│   ├── Unauthorized       no credential, or a bad or expired one
+│   ├── Forbidden          a good credential that does not open this
+│   ├── BadRequest         cannot be understood
+│   └── LimitExceeded      too large, too fast, too many
+└── Unavailable            the relay cannot answer now (Redis away, stopping): try again
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Mounted(Protocol):
 
     routes: Sequence[web.AbstractRouteDef]
 
-    def reload(self, settings: Any) -> None:  # noqa: ANN401  # its own section's class
+    def reload(self, settings: Any) -> None:  # its own section's class
         """New settings for connections made from now on."""
 
     def start(self) -> None:
@@ -63,7 +63,7 @@ class FrontDoor(Protocol):
     name: str
     settings: type[Section]
 
-    def mount(self, context: DoorContext, settings: Any) -> Mounted | None:  # noqa: ANN401
+    def mount(self, context: DoorContext, settings: Any) -> Mounted | None:
         """None where its settings leave it shut; its paths are 404 then."""
 
 

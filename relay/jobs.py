@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
-
 from relay.errors import RelayError
 from relay.stream.nodes import DeadNodes, Lease
 from relay.stream.retention import trim

@@ -130,6 +130,3 @@ def _why(host: str, port: int, exc: OSError) -> str:
     if exc.errno == errno.EACCES:
         return f"port {port} needs privileges; choose one above 1023: --port N"
     return f"cannot listen on {host} port {port}: {exc.strerror or exc}"
-
-
-

@@ -20,9 +20,19 @@ class Section(BaseModel):
 class NodeSettings(Section):
     """[node]: this process."""
 
-    name: str = Field("", max_length=100, pattern=r"^[A-Za-z0-9._-]*$", description="name in groups, metrics and logs; empty: hostname_port")
+    name: str = Field(
+        "",
+        max_length=100,
+        pattern=r"^[A-Za-z0-9._-]*$",
+        description="name in groups, metrics and logs; empty: hostname_port",
+    )
     pid_file: str = Field("", description="path; written at start, removed at stop; empty: none")
-    drain_s: float = Field(5.0, ge=0, le=300, description="seconds over which clients are asked to reconnect at stop, so that they do not all come back at once")
+    drain_s: float = Field(
+        5.0,
+        ge=0,
+        le=300,
+        description="seconds over which clients are asked to reconnect at stop, so that they do not all come back at once",
+    )
 
 
 class ServerSettings(Section):
@@ -32,66 +42,142 @@ class ServerSettings(Section):
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes any free one")
     tls_cert: str = Field("", description="path of a PEM certificate chain; empty: no TLS")
     tls_key: str = Field("", description="path of its PEM private key")
-    backlog: int = Field(4096, ge=1, le=65535, description="connections the kernel may hold until they are accepted; a reconnect storm needs many")
+    backlog: int = Field(
+        4096,
+        ge=1,
+        le=65535,
+        description="connections the kernel may hold until they are accepted; a reconnect storm needs many",
+    )
 
 
 class LogSettings(Section):
     """[log]: what is written, never a token or a payload."""
 
-    level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level written")
-    format: Literal["plain", "json"] = Field("plain", description="one line an event, for people or for machines")
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="lowest level written"
+    )
+    format: Literal["plain", "json"] = Field(
+        "plain", description="one line an event, for people or for machines"
+    )
     file: str = Field("", description="path, opened again on SIGUSR1; empty: standard error")
 
 
 class RedisSettings(Section):
     """[redis]: where the streams are."""
 
-    url: str = Field("embedded", description="embedded, redis://[user:pw@]host:port/db, rediss://..., unix:///path?db=0, or sentinel://[user:pw@]host:port,host:port/master-name/db")
-    password: SecretStr = Field(SecretStr(""), description="password where the URL has none (password_file: read it from a file)")
-    sentinel_password: SecretStr = Field(SecretStr(""), description="password of the Sentinels themselves")
-    tls_ca: str = Field("", description="path of the PEM authorities that sign a rediss:// server; empty: the system's")
-    prefix: str = Field("relay:", max_length=50, pattern=r"^[^\s{}]*$", description="start of every key")
-    connect_timeout_s: float = Field(2.0, gt=0, le=60, description="seconds for a connection and its greeting")
-    command_timeout_s: float = Field(5.0, gt=0, le=300, description="seconds for an answer before the connection is given up")
-    embedded_dir: str = Field("", description="data folder of the embedded Valkey; empty: data in the working folder")
-    embedded_port: int = Field(6399, ge=1, le=65535, description="loopback port of the embedded Valkey, for redis-cli")
+    url: str = Field(
+        "embedded",
+        description="embedded, redis://[user:pw@]host:port/db, rediss://..., unix:///path?db=0, or sentinel://[user:pw@]host:port,host:port/master-name/db",
+    )
+    password: SecretStr = Field(
+        SecretStr(""),
+        description="password where the URL has none (password_file: read it from a file)",
+    )
+    sentinel_password: SecretStr = Field(
+        SecretStr(""), description="password of the Sentinels themselves"
+    )
+    tls_ca: str = Field(
+        "",
+        description="path of the PEM authorities that sign a rediss:// server; empty: the system's",
+    )
+    prefix: str = Field(
+        "relay:", max_length=50, pattern=r"^[^\s{}]*$", description="start of every key"
+    )
+    connect_timeout_s: float = Field(
+        2.0, gt=0, le=60, description="seconds for a connection and its greeting"
+    )
+    command_timeout_s: float = Field(
+        5.0, gt=0, le=300, description="seconds for an answer before the connection is given up"
+    )
+    embedded_dir: str = Field(
+        "", description="data folder of the embedded Valkey; empty: data in the working folder"
+    )
+    embedded_port: int = Field(
+        6399, ge=1, le=65535, description="loopback port of the embedded Valkey, for redis-cli"
+    )
 
 
 class StreamSettings(Section):
     """[stream]: how streams are read."""
 
-    page_bytes: int = Field(262144, ge=4096, le=16777216, description="bytes aimed at in one read of a stream; bounds what catch-up holds in memory")
-    max_entry_bytes: int = Field(1048576, ge=1024, le=67108864, description="bytes of one entry; a larger one goes to the dead letters")
-    sweep_s: float = Field(300.0, ge=1, le=86400, description="seconds over which every followed stream is read once without a wake-up, in case one was lost")
-    canary_s: float = Field(0.5, ge=0.1, le=10, description="seconds between two proofs that wake-ups arrive; /readyz turns false after three missing")
-    tracking: Literal["auto", "off"] = Field("auto", description="auto uses client-side-caching invalidations where the server allows them; off always polls with blocking reads")
-    resume_concurrency: int = Field(4, ge=1, le=64, description="catch-up reads under way at once in one worker")
+    page_bytes: int = Field(
+        262144,
+        ge=4096,
+        le=16777216,
+        description="bytes aimed at in one read of a stream; bounds what catch-up holds in memory",
+    )
+    max_entry_bytes: int = Field(
+        1048576,
+        ge=1024,
+        le=67108864,
+        description="bytes of one entry; a larger one goes to the dead letters",
+    )
+    sweep_s: float = Field(
+        300.0,
+        ge=1,
+        le=86400,
+        description="seconds over which every followed stream is read once without a wake-up, in case one was lost",
+    )
+    canary_s: float = Field(
+        0.5,
+        ge=0.1,
+        le=10,
+        description="seconds between two proofs that wake-ups arrive; /readyz turns false after three missing",
+    )
+    tracking: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto uses client-side-caching invalidations where the server allows them; off always polls with blocking reads",
+    )
+    resume_concurrency: int = Field(
+        4, ge=1, le=64, description="catch-up reads under way at once in one worker"
+    )
 
 
 class HubSettings(Section):
     """[hub]: clients, whatever their door."""
 
-    client_buffer_bytes: int = Field(262144, ge=4096, le=67108864, description="bytes waiting for one client before it is served from the stream instead")
-    connections_per_user: int = Field(0, ge=0, le=1000000, description="connections of one user on this worker; 0: no limit")
+    client_buffer_bytes: int = Field(
+        262144,
+        ge=4096,
+        le=67108864,
+        description="bytes waiting for one client before it is served from the stream instead",
+    )
+    connections_per_user: int = Field(
+        0, ge=0, le=1000000, description="connections of one user on this worker; 0: no limit"
+    )
 
 
 class RightsSettings(Section):
     """[rights]: the application that is asked where a namespace lists http."""
 
-    http_url: str = Field("", description="URL asked with POST {user, channel, groups}; 200 with {\"read\": true} allows; empty: none")
-    http_timeout_ms: int = Field(1000, ge=10, le=60000, description="milliseconds for its answer; later is a refusal")
+    http_url: str = Field(
+        "",
+        description='URL asked with POST {user, channel, groups}; 200 with {"read": true} allows; empty: none',
+    )
+    http_timeout_ms: int = Field(
+        1000, ge=10, le=60000, description="milliseconds for its answer; later is a refusal"
+    )
     http_cache_s: float = Field(30.0, ge=0, le=86400, description="seconds an answer holds")
-    http_token: SecretStr = Field(SecretStr(""), description="sent as Authorization: Bearer to http_url")
+    http_token: SecretStr = Field(
+        SecretStr(""), description="sent as Authorization: Bearer to http_url"
+    )
 
 
 class JwtSettings(Section):
     """[jwt]: tokens of the native door."""
 
-    algorithm: Literal["HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "EdDSA"] = Field("HS256", description="the only algorithm accepted, whatever a token says")
-    key: SecretStr = Field(SecretStr(""), description="secret (HS*) or PEM public key; several for rotation, separated by a line with ---; the first one signs; empty: tokens are refused")
+    algorithm: Literal[
+        "HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "EdDSA"
+    ] = Field("HS256", description="the only algorithm accepted, whatever a token says")
+    key: SecretStr = Field(
+        SecretStr(""),
+        description="secret (HS*) or PEM public key; several for rotation, separated by a line with ---; the first one signs; empty: tokens are refused",
+    )
     audience: str = Field("", description="required aud; empty: not checked")
     issuer: str = Field("", description="required iss; empty: not checked")
-    leeway_s: float = Field(0.0, ge=0, le=300, description="seconds of clock difference forgiven in exp and nbf")
+    leeway_s: float = Field(
+        0.0, ge=0, le=300, description="seconds of clock difference forgiven in exp and nbf"
+    )
 
 
 class MetricsSettings(Section):
@@ -104,17 +190,40 @@ class MetricsSettings(Section):
 class JobSettings(Section):
     """[jobs]: what one worker of the site does for all."""
 
-    retention_s: float = Field(60.0, ge=1, le=86400, description="seconds between two trims of streams that others append to; 0 is not allowed, use a namespace without limits")
-    dead_nodes_s: float = Field(15.0, ge=1, le=3600, description="seconds between two looks for workers that died without removing their groups")
+    retention_s: float = Field(
+        60.0,
+        ge=1,
+        le=86400,
+        description="seconds between two trims of streams that others append to; 0 is not allowed, use a namespace without limits",
+    )
+    dead_nodes_s: float = Field(
+        15.0,
+        ge=1,
+        le=3600,
+        description="seconds between two looks for workers that died without removing their groups",
+    )
 
 
 class NamespaceSettings(Section):
     """[namespace:NAME], and [namespace] for channels of every other namespace."""
 
-    rights: str = Field("claims, hash", pattern=r"^\s*((claims|hash|http|anonymous)(\s*,\s*(claims|hash|http|anonymous))*)?\s*$", description="who may read, any of: claims (the token names the channel), hash (the rights hash), http (the application), anonymous (everyone)")
-    retention_count: int = Field(10000, ge=0, le=1000000000, description="entries kept per stream, about; 0: no limit")
-    retention_age_s: int = Field(604800, ge=0, le=3153600000, description="seconds an entry is kept, about; 0: no limit")
-    wait_replicas: int = Field(0, ge=0, le=100, description="replicas that must confirm an append of the relay's own producers; if > 0, a failover is not told to clients as a reset")
+    rights: str = Field(
+        "claims, hash",
+        pattern=r"^\s*((claims|hash|http|anonymous)(\s*,\s*(claims|hash|http|anonymous))*)?\s*$",
+        description="who may read, any of: claims (the token names the channel), hash (the rights hash), http (the application), anonymous (everyone)",
+    )
+    retention_count: int = Field(
+        10000, ge=0, le=1000000000, description="entries kept per stream, about; 0: no limit"
+    )
+    retention_age_s: int = Field(
+        604800, ge=0, le=3153600000, description="seconds an entry is kept, about; 0: no limit"
+    )
+    wait_replicas: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="replicas that must confirm an append of the relay's own producers; if > 0, a failover is not told to clients as a reset",
+    )
 
     def sources(self) -> frozenset[str]:
         """The rights sources as a set."""

@@ -18,7 +18,7 @@ everybody's rights are checked again, before anything further is delivered.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from relay.errors import Forbidden, RelayError, Unavailable
 from relay.hub.delivery import Batch
@@ -360,9 +360,7 @@ class Feed:
         elif not untrimmed(Position(cursor, added), state):
             self._tell(subscription, Notice("gap", "trimmed", cursor, state.first))
             added = None
-        batch.deliver(
-            subscription.session.encoder, (subscription,), begin, served
-        )
+        batch.deliver(subscription.session.encoder, (subscription,), begin, served)
         self.hub.metrics.caught_up(served - begin)
         at_record = served > begin and batch.records[served - 1].id == covered
         subscription.behind_at(
@@ -416,8 +414,7 @@ class Feed:
 
 
 def _token(request: ExamineRequest) -> tuple[tuple[Subscription, ...], bool]:
-    taken, recheck = request.token  # type: ignore[misc]
-    return taken, recheck
+    return cast("tuple[tuple[Subscription, ...], bool]", request.token)
 
 
 def _gone(subscription: Subscription) -> bool:

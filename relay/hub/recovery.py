@@ -29,7 +29,7 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`resume` is the ID after which delivery goes on; `notice` is None if nothing can be missing."""
+    """Delivery goes on after `resume`; `notice` is None if nothing can be missing."""
 
     resume: EntryID
     notice: Notice | None = None

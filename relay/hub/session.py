@@ -104,6 +104,7 @@ class Session:
     """A client in the hub. Made by a door, registered by `Hub.open`."""
 
     __slots__ = (
+        "__weakref__",
         "_outbox",
         "_pending",
         "client",
@@ -115,7 +116,6 @@ class Session:
         "reserved",
         "selectors",
         "subscriptions",
-        "__weakref__",
     )
 
     def __init__(self, hub: Hub, principal: Principal, encoder: Encoder, client: Client) -> None:
@@ -177,9 +177,7 @@ class Session:
             subscription.feed.catch_up(subscription)
         self.hub.flush_soon()
 
-    def cursor(
-        self, channel: Channel, position: Position
-    ) -> Iterator[tuple[Channel, Position]]:
+    def cursor(self, channel: Channel, position: Position) -> Iterator[tuple[Channel, Position]]:
         """All positions of this client, with `channel` at `position`."""
         for name, subscription in self.subscriptions.items():
             yield name, position if name == channel else subscription.position
@@ -192,5 +190,3 @@ class Session:
     def end(self) -> None:
         """The client is gone, or is to be forgotten. Idempotent."""
         self.hub.close(self)
-
-

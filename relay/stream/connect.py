@@ -181,6 +181,8 @@ def _options(endpoint: Endpoint, settings: RedisSettings) -> dict[str, Any]:
         "socket_connect_timeout": settings.connect_timeout_s,
         "socket_timeout": settings.command_timeout_s,
         "protocol": 3,
+        # Once more, for a pooled connection that died unseen; who waits longer does so knowingly.
+        "retry": Retry(NoBackoff(), 1),
         "client_name": "relay-admin",
         # Spares the ACL a rule for CLIENT SETINFO.
         "driver_info": None,

@@ -29,11 +29,14 @@ _RIGHTS_S = 0.8
 class Polled(Protocol):
     """The reader, as the poll sees it."""
 
-    def followed(self) -> list[Followed]: ...
+    def followed(self) -> list[Followed]:
+        """All streams with a local client."""
 
-    def news(self, channel: Channel) -> None: ...
+    def news(self, channel: Channel) -> None:
+        """This one has entries that were not read yet."""
 
-    def polled(self, *, control: bool, rights: bool) -> None: ...
+    def polled(self, *, control: bool, rights: bool) -> None:
+        """A round is complete."""
 
 
 async def poll(reader: Polled, redis: RedisSettings, keys: Keys) -> None:

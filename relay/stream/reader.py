@@ -12,19 +12,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, cast
 
 import hiredis
 
 from relay.errors import RedisUnavailable
-from relay.model import Channel, EntryID, Event, Record
-from relay.reads import ExamineRequest, Followed, PageRequest, Server
+from relay.model import Channel, Event, Record
+from relay.reads import Followed, Server
 from relay.stream import asking
 from relay.stream.connect import CommandRefused, discover
-from relay.stream.groups import group_of, parse_state
+from relay.stream.groups import group_of
 from relay.stream.link import Link
 from relay.stream.poll import poll
+from relay.stream.turns import LiveTurns, PageTurns
 from relay.stream.wakeup import Bell, sweep_slices
 
 if TYPE_CHECKING:
@@ -35,9 +36,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_EXAMINE_BATCH = 64
-_READ_BATCH = 256
 _BACKOFF_S = (0.05, 2.0)
+_DESTROY_BATCH = 256
 
 
 class Reader:
@@ -61,20 +61,20 @@ class Reader:
         self._redis = redis
         self._settings = settings
         self._metrics = metrics
-        self._decode = decode
-        self._on_records = on_records
         self._on_turn = on_turn
         self._decode_ephemeral = decode_ephemeral
-        self._control = control
-        self._instance = instance
         self._group = group_of(instance)
         self._followed: dict[Channel, Followed] = {}
-        self._lengths: dict[Followed, int] = {}
-        self._examine: dict[Followed, None] = {}
-        self._read: dict[Followed, None] = {}
-        self._pages: dict[Followed, None] = {}
-        self._control_news = True
-        self._swept: set[Followed] = set()
+        self._live = LiveTurns(
+            keys=keys,
+            instance=instance,
+            settings=settings,
+            metrics=metrics,
+            decode=decode,
+            on_records=on_records,
+            control=control,
+        )
+        self._pages = PageTurns(keys=keys, settings=settings, decode=decode)
         self._work = asyncio.Event()
         self._page_work = asyncio.Event()
         self._link: Link | None = None
@@ -99,12 +99,12 @@ class Reader:
 
     def want_examine(self, stream: Followed) -> None:
         """Look at the stream with the next pipeline."""
-        self._examine[stream] = None
+        self._live.want_examine(stream)
         self._work.set()
 
     def want_page(self, stream: Followed) -> None:
         """Read a page with the next page pipeline."""
-        self._pages[stream] = None
+        self._pages.want(stream)
         self._page_work.set()
 
     def release(self, stream: Followed) -> None:
@@ -112,9 +112,8 @@ class Reader:
         if self._followed.get(stream.channel) is not stream:
             return
         del self._followed[stream.channel]
-        for waiting in (self._examine, self._read, self._pages):
-            waiting.pop(stream, None)
-        self._lengths.pop(stream, None)
+        self._live.forget(stream)
+        self._pages.forget(stream)
         if self._link is not None:
             # In order with what follows on this link: a client that comes back at once gets a
             # new group after this one is gone.
@@ -151,7 +150,7 @@ class Reader:
             backoff = min(_BACKOFF_S[1], backoff * 2)
 
     async def stop(self) -> None:
-        """Stop reading and take this worker's groups away, so that XINFO GROUPS shows the living."""
+        """Stop reading and take this worker's groups away: XINFO GROUPS shows the living."""
         self._stopping = True
         link = self._link
         if link is None:
@@ -161,8 +160,8 @@ class Reader:
             for channel in self._followed
         ]
         try:
-            for start in range(0, len(commands), _READ_BATCH):
-                await link.execute(commands[start : start + _READ_BATCH])
+            for start in range(0, len(commands), _DESTROY_BATCH):
+                await link.execute(commands[start : start + _DESTROY_BATCH])
         except RedisUnavailable as exc:
             _log.info("groups stay behind for the dead-worker job: %s", exc)
 
@@ -206,14 +205,10 @@ class Reader:
 
     def _resume(self, link: Link) -> None:
         """A new connection knows nothing: arm, examine and read everything once."""
-        self._lengths.clear()
-        self._read.clear()
-        self._control_news = True
         if self._followed:
             names = [self._keys.ephemeral(channel) for channel in self._followed]
             self._post(link.subscribe(*names))
-        for stream in self._followed.values():
-            stream.on_unsettled()
+        self._live.connected(self._followed.values())
         self._work.set()
 
     def _post(self, answer: object) -> None:
@@ -243,11 +238,11 @@ class Reader:
                 if stream is not None:
                     stream.on_rights_changed()
             elif key == self._keys.control:
-                self._control_news = True
+                self._live.want_control()
                 self._work.set()
 
     def _on_everything(self) -> None:
-        self._control_news = True
+        self._live.want_control()
         for stream in self._followed.values():
             stream.on_unsettled()
         self._work.set()
@@ -266,7 +261,7 @@ class Reader:
         """The stream may have entries that were not read yet."""
         stream = self._followed.get(channel)
         if stream is not None:
-            self._read[stream] = None
+            self._live.want_read(stream)
             self._work.set()
 
     def followed(self) -> list[Followed]:
@@ -276,7 +271,8 @@ class Reader:
     def polled(self, *, control: bool, rights: bool) -> None:
         """Without tracking: a round is complete; look at what no blocking read announces."""
         self._bell.touch()
-        self._control_news |= control
+        if control:
+            self._live.want_control()
         if rights:
             for stream in self._followed.values():
                 stream.on_rights_changed()
@@ -289,171 +285,42 @@ class Reader:
             for part in sweep_slices(self.followed(), steps):
                 await asyncio.sleep(self._settings.sweep_s / steps)
                 for stream in part:
-                    if stream.alive and stream.settled and stream not in self._read:
-                        self._swept.add(stream)
-                        self._read[stream] = None
+                    if stream.alive and stream.settled:
+                        self._live.want_read(stream, swept=True)
                 self._work.set()
             if not self._followed:
                 await asyncio.sleep(1.0)
 
-    # ---- the pipeline of live reads ---------------------------------------------------------
+    # ---- the two pipelines ------------------------------------------------------------------
 
     async def _serve(self, link: Link, server: Server) -> None:
         while True:
             await self._work.wait()
             self._work.clear()
-            control, self._control_news = self._control_news, False
-            examine = [
-                (stream, stream.examine_request())
-                for stream in _take(self._examine, _EXAMINE_BATCH)
-            ]
-            read = [stream for stream in _take(self._read, _READ_BATCH) if stream.settled]
-            if self._examine or self._read:
+            commands = self._live.commands(server)
+            if commands:
+                self._metrics.round_trips.labels("read").inc()
+                more = self._live.take(await link.execute(commands))
+                if more:
+                    self._metrics.round_trips.labels("check").inc()
+                    self._live.take_suspicious(await link.execute(more))
+                self._on_turn()
+            if self._live.wanted:
                 self._work.set()
-            commands = self._control.commands() if control else []
-            ends = [len(commands)]
-            for stream, request in examine:
-                commands += asking.examine_commands(self._keys, stream, request)
-                ends.append(len(commands))
-            counts = []
-            for stream in read:
-                counts.append(asking.count_for(stream, self._settings.page_bytes))
-                commands += asking.read_commands(
-                    self._keys, stream, self._group, self._instance, counts[-1]
-                )
-                stream.misaligned = False
-                ends.append(len(commands))
-            if not commands:
-                continue
-            self._metrics.round_trips.labels("read").inc()
-            replies = await link.execute(commands)
-            # In the order of the pipeline: a right that was read before an entry is older.
-            if control and self._control.take(replies[: ends[0]]):
-                self._control_news = True
-                self._work.set()
-            self._take_examined(examine, server, replies, ends)
-            await self._take_read(link, read, counts, replies, ends[len(examine) :])
-            self._on_turn()
-
-    def _take_examined(
-        self,
-        examine: Sequence[tuple[Followed, ExamineRequest]],
-        server: Server,
-        replies: Sequence[object],
-        ends: Sequence[int],
-    ) -> None:
-        for (stream, request), end in zip(examine, ends[1:], strict=False):
-            try:
-                examined = asking.parse_examined(request, server, replies[end - 1])
-            except CommandRefused as exc:
-                _log.error("channel %s cannot be read: %s", stream.channel, exc)
-                stream.on_examine_failed(request, "the channel's stream cannot be read")
-                continue
-            stream.on_examined(request, examined)
-            if stream.alive and stream.settled and stream.misaligned:
-                self._read[stream] = None
-                self._work.set()
-
-    async def _take_read(
-        self,
-        link: Link,
-        read: Sequence[Followed],
-        counts: Sequence[int],
-        replies: Sequence[object],
-        ends: Sequence[int],
-    ) -> None:
-        suspicious: list[tuple[Followed, list[Record]]] = []
-        for stream, count, end in zip(read, counts, ends[1:], strict=True):
-            length, reply = replies[end - 2], replies[end - 1]
-            if isinstance(reply, hiredis.ReplyError) or not isinstance(length, int):
-                self._lengths.pop(stream, None)
-                if stream.alive:
-                    stream.on_unsettled()
-                continue
-            entries = asking.parse_read(reply)
-            before = self._lengths.get(stream)
-            self._lengths[stream] = length
-            swept = stream in self._swept
-            self._swept.discard(stream)
-            if not entries or not stream.alive:
-                continue
-            if swept:
-                self._metrics.lost_wakeups.inc()
-            if len(entries) >= count:
-                self._read[stream] = None
-                self._work.set()
-            records = asking.decode_all(stream, entries, self._decode)
-            # Trimming takes the oldest first. So nothing unread is gone if something older than
-            # what was read is still there; if the lengths do not say so, the stream is asked.
-            if (before and length == before + len(records)) or 2 * len(records) < length:
-                self._deliver(stream, records)
-            else:
-                suspicious.append((stream, records))
-        if suspicious:
-            await self._take_suspicious(link, suspicious)
-
-    async def _take_suspicious(
-        self, link: Link, suspicious: Sequence[tuple[Followed, list[Record]]]
-    ) -> None:
-        replies = await link.execute(
-            [("XINFO", "STREAM", self._keys.stream(stream.channel)) for stream, _ in suspicious]
-        )
-        for (stream, records), reply in zip(suspicious, replies, strict=True):
-            if not stream.alive or not stream.settled:
-                continue
-            if isinstance(reply, hiredis.ReplyError):
-                stream.on_unsettled()
-                continue
-            state = parse_state(reply)
-            if stream.untouched(state):
-                self._deliver(stream, records)
-            else:
-                stream.on_hole(state, records[0].id)
-
-    def _deliver(self, stream: Followed, records: list[Record]) -> None:
-        # A stream that was rewound or unsettled meanwhile reads these again.
-        if stream.settled and not stream.misaligned and records[0].id > stream.position:
-            self._on_records(stream, records)
-
-    # ---- pages ------------------------------------------------------------------------------
 
     async def _serve_pages(self, link: Link, server: Server) -> None:
         while True:
             await self._page_work.wait()
             self._page_work.clear()
-            commands = []
-            asked: list[tuple[Followed, PageRequest, int]] = []
-            for stream in _take(self._pages, self._settings.resume_concurrency):
-                request = stream.page_request()
-                if request is not None:
-                    count = asking.count_for(stream, self._settings.page_bytes)
-                    asked.append((stream, request, count))
-                    commands += asking.page_commands(self._keys, stream, request, count)
-            if self._pages:
+            commands = self._pages.commands()
+            if commands:
+                self._metrics.round_trips.labels("page").inc()
+                self._pages.take(server, await link.execute(commands))
+                self._on_turn()
+                # The sockets of this turn's writes report that they are full at its end.
+                await asyncio.sleep(0)
+            if self._pages.wanted:
                 self._page_work.set()
-            if not asked:
-                continue
-            self._metrics.round_trips.labels("page").inc()
-            replies = await link.execute(commands)
-            size = len(commands) // len(asked)
-            for index, (stream, request, count) in enumerate(asked):
-                reply = replies[(index + 1) * size - 1]
-                try:
-                    page = asking.parse_page(stream, server, reply, count, self._decode)
-                except CommandRefused:
-                    stream.on_unsettled()
-                    continue
-                stream.on_page(request, page)
-            self._on_turn()
-            # The sockets of this turn's writes report that they are full at its end.
-            await asyncio.sleep(0)
-
-
-def _take(waiting: dict[Followed, None], most: int) -> list[Followed]:
-    taken = list(waiting)[:most] if len(waiting) > most else list(waiting)
-    for stream in taken:
-        del waiting[stream]
-    return taken
 
 
 async def _await(future: asyncio.Future[None]) -> None:
@@ -465,4 +332,3 @@ def _first(group: BaseExceptionGroup[Exception]) -> BaseException:
     while isinstance(first, BaseExceptionGroup):
         first = first.exceptions[0]
     return first
-

@@ -169,9 +169,7 @@ class MountedNative:
             context.metrics.refused.labels(exc.code).inc()
             response = take_over(request, accepted, socket)
             socket.write(websocket.frame_text(codec.error_object(exc)))
-            socket.close_with(
-                UNAUTHORIZED if isinstance(exc, Unauthorized) else TOO_MUCH, str(exc)
-            )
+            socket.close_with(UNAUTHORIZED if isinstance(exc, Unauthorized) else TOO_MUCH, str(exc))
             return response
         client.session = session
         socket.on_text = client.on_text
@@ -204,9 +202,7 @@ class MountedNative:
 
     def _principal(self, request: web.Request) -> Principal:
         context = self._context
-        return principal_of(
-            request, context.read_token, self._origins, insecure=context.insecure
-        )
+        return principal_of(request, context.read_token, self._origins, insecure=context.insecure)
 
     def _answering(
         self, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]

@@ -90,15 +90,11 @@ class WsClient:
             case codec.Unsubscribe():
                 hub.unsubscribe(session, command.channel)
                 self._refs.pop(command.channel, None)
-                self._say(
-                    codec.reply_object("unsubscribe", command.ref, channel=command.channel)
-                )
+                self._say(codec.reply_object("unsubscribe", command.ref, channel=command.channel))
             case codec.Refresh():
                 principal = self._context.read_token(command.token)
                 # --insecure opened the connection, not the old token.
-                principal = replace(
-                    principal, unrestricted=session.principal.unrestricted
-                )
+                principal = replace(principal, unrestricted=session.principal.unrestricted)
                 hub.change_principal(session, principal)
                 self._say(codec.reply_object("refresh", command.ref))
             case codec.Ping():

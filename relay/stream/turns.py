@@ -1,0 +1,279 @@
+"""What one pipeline asks and what its replies mean: live reads, and pages for who is behind.
+
+Without I/O of their own, so that tests can delay, drop and interleave replies at will. A turn is
+`commands()`, then `take(replies)`; nothing else is asked in between by the same object.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import hiredis
+
+from relay.model import Record
+from relay.reads import ExamineRequest, Followed, PageRequest, Server
+from relay.stream import asking
+from relay.stream.connect import CommandRefused
+from relay.stream.groups import group_of, parse_state
+
+if TYPE_CHECKING:
+    from relay.metrics import Metrics
+    from relay.settings import StreamSettings
+    from relay.stream.control_reader import ControlReader
+    from relay.stream.keys import Keys
+    from relay.stream.link import Command
+
+_log = logging.getLogger(__name__)
+
+_EXAMINE_BATCH = 64
+_READ_BATCH = 256
+
+
+class LiveTurns:
+    """Examinations, live reads and the control stream, in the order of one link."""
+
+    def __init__(
+        self,
+        *,
+        keys: Keys,
+        instance: str,
+        settings: StreamSettings,
+        metrics: Metrics,
+        decode: asking.Decode,
+        on_records: Callable[[Followed, list[Record]], None],
+        control: ControlReader,
+    ) -> None:
+        self._keys = keys
+        self._instance = instance
+        self._group = group_of(instance).decode()
+        self._settings = settings
+        self._metrics = metrics
+        self._decode = decode
+        self._on_records = on_records
+        self._control = control
+        self._control_news = True
+        self._examine: dict[Followed, None] = {}
+        self._read: dict[Followed, None] = {}
+        self._swept: set[Followed] = set()
+        # Each stream's length at its last read; see `_is_plain`.
+        self._lengths: dict[Followed, int] = {}
+        self._asked: _Asked | None = None
+        self._suspicious: list[tuple[Followed, list[Record]]] = []
+
+    # ---- what is wanted ---------------------------------------------------------------------
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to ask."""
+        return bool(self._examine or self._read or self._control_news)
+
+    def want_examine(self, stream: Followed) -> None:
+        """Somebody waits, or the stream must be judged anew."""
+        self._examine[stream] = None
+
+    def want_read(self, stream: Followed, *, swept: bool = False) -> None:
+        """The stream may have news; `swept`: nothing has said so."""
+        if swept:
+            if stream in self._read:
+                return
+            self._swept.add(stream)
+        else:
+            self._swept.discard(stream)
+        self._read[stream] = None
+
+    def want_control(self) -> None:
+        """There may be commands."""
+        self._control_news = True
+
+    def forget(self, stream: Followed) -> None:
+        """The last client left."""
+        self._examine.pop(stream, None)
+        self._read.pop(stream, None)
+        self._lengths.pop(stream, None)
+        self._swept.discard(stream)
+
+    def connected(self, streams: Iterable[Followed]) -> None:
+        """A new connection knows nothing: whatever was asked or armed on the old one is void."""
+        self._asked = None
+        self._suspicious.clear()
+        self._read.clear()
+        self._lengths.clear()
+        self._swept.clear()
+        self._control_news = True
+        for stream in streams:
+            stream.on_unsettled()
+
+    # ---- a turn -----------------------------------------------------------------------------
+
+    def commands(self, server: Server) -> list[Command]:
+        """One pipeline for what is wanted, up to a bound."""
+        asked = _Asked(server, self._control_news)
+        self._control_news = False
+        commands = self._control.commands() if asked.control else []
+        asked.control_end = len(commands)
+        for stream in _take(self._examine, _EXAMINE_BATCH):
+            request = stream.examine_request()
+            commands += asking.examine_commands(self._keys, stream, request)
+            asked.examined.append((stream, request, len(commands)))
+        for stream in _take(self._read, _READ_BATCH):
+            if not stream.settled:
+                continue  # its examination asks for the read
+            count = asking.count_for(stream, self._settings.page_bytes)
+            commands += asking.read_commands(self._keys, stream, self._group, self._instance, count)
+            stream.misaligned = False
+            asked.read.append((stream, count, len(commands)))
+        self._asked = asked
+        return commands
+
+    def take(self, replies: Sequence[object]) -> list[Command]:
+        """Acts on the replies in the order of the pipeline: a right that was read before an entry
+        is older than it. Returns what must be asked before some entries can be delivered."""
+        asked, self._asked = self._asked, None
+        if asked is None:
+            return []
+        if asked.control and self._control.take(replies[: asked.control_end]):
+            self._control_news = True
+        for stream, request, end in asked.examined:
+            self._take_examined(stream, request, asked.server, replies[end - 1])
+        for stream, count, end in asked.read:
+            self._take_read(stream, count, replies[end - 2], replies[end - 1])
+        return [
+            ("XINFO", "STREAM", self._keys.stream(stream.channel)) for stream, _ in self._suspicious
+        ]
+
+    def take_suspicious(self, replies: Sequence[object]) -> None:
+        """The answers to what `take` returned."""
+        suspicious, self._suspicious = self._suspicious, []
+        for (stream, records), reply in zip(suspicious, replies, strict=True):
+            if not stream.alive or not stream.settled:
+                continue
+            if isinstance(reply, hiredis.ReplyError):
+                stream.on_unsettled()
+                continue
+            state = parse_state(reply)
+            if stream.untouched(state):
+                self._deliver(stream, records)
+            else:
+                stream.on_hole(state, records[0].id)
+
+    def _take_examined(
+        self, stream: Followed, request: ExamineRequest, server: Server, reply: object
+    ) -> None:
+        try:
+            examined = asking.parse_examined(request, server, reply)
+        except CommandRefused as exc:
+            _log.error("channel %s cannot be read: %s", stream.channel, exc)
+            stream.on_examine_failed(request, "the channel's stream cannot be read")
+            return
+        stream.on_examined(request, examined)
+        if stream.alive and stream.settled and stream.misaligned:
+            self._read[stream] = None
+
+    def _take_read(self, stream: Followed, count: int, length: object, reply: object) -> None:
+        swept = stream in self._swept
+        self._swept.discard(stream)
+        if not stream.alive:
+            return
+        if isinstance(reply, hiredis.ReplyError) or not isinstance(length, int):
+            self._lengths.pop(stream, None)
+            stream.on_unsettled()
+            return
+        entries = asking.parse_read(reply)
+        before = self._lengths.get(stream)
+        self._lengths[stream] = length
+        if not entries:
+            return
+        if swept:
+            self._metrics.lost_wakeups.inc()
+        if len(entries) >= count:
+            self._read[stream] = None
+        records = asking.decode_all(stream, entries, self._decode)
+        if _is_plain(len(records), before, length):
+            self._deliver(stream, records)
+        else:
+            self._suspicious.append((stream, records))
+
+    def _deliver(self, stream: Followed, records: list[Record]) -> None:
+        # A stream that was rewound or unsettled meanwhile reads these again.
+        if stream.settled and not stream.misaligned and records[0].id > stream.position:
+            self._on_records(stream, records)
+
+
+class PageTurns:
+    """Pages for clients that are behind, a few streams at a time: that bounds their memory."""
+
+    def __init__(self, *, keys: Keys, settings: StreamSettings, decode: asking.Decode) -> None:
+        self._keys = keys
+        self._settings = settings
+        self._decode = decode
+        self._pages: dict[Followed, None] = {}
+        self._asked: list[tuple[Followed, PageRequest, int, int]] = []
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody is behind and can take more."""
+        return bool(self._pages)
+
+    def want(self, stream: Followed) -> None:
+        """Somebody on this stream is."""
+        self._pages[stream] = None
+
+    def forget(self, stream: Followed) -> None:
+        """The last client left."""
+        self._pages.pop(stream, None)
+
+    def commands(self) -> list[Command]:
+        """One page for each of the next few streams."""
+        self._asked.clear()
+        commands: list[Command] = []
+        for stream in _take(self._pages, self._settings.resume_concurrency):
+            request = stream.page_request()
+            if request is not None:
+                count = asking.count_for(stream, self._settings.page_bytes)
+                commands += asking.page_commands(self._keys, stream, request, count)
+                self._asked.append((stream, request, count, len(commands)))
+        return commands
+
+    def take(self, server: Server, replies: Sequence[object]) -> None:
+        """Hands each page to its stream."""
+        for stream, request, count, end in self._asked:
+            try:
+                page = asking.parse_page(stream, server, replies[end - 1], count, self._decode)
+            except CommandRefused:
+                stream.on_unsettled()
+                continue
+            stream.on_page(request, page)
+        self._asked.clear()
+
+
+class _Asked:
+    """What a pipeline asked, and where in its replies each answer ends."""
+
+    __slots__ = ("control", "control_end", "examined", "read", "server")
+
+    def __init__(self, server: Server, control: bool) -> None:
+        self.server = server
+        self.control = control
+        self.control_end = 0
+        self.examined: list[tuple[Followed, ExamineRequest, int]] = []
+        self.read: list[tuple[Followed, int, int]] = []
+
+
+def _is_plain(count: int, before: int | None, length: int) -> bool:
+    """Whether the stream's length alone shows that nothing unread was trimmed.
+
+    Trimming takes the oldest first, so nothing unread is gone if something older than what was
+    read is still there: the length has grown by just what was read, or what was read is less than
+    half of it. (The length was taken a moment before the read; half is far more than that moment
+    can change.)
+    """
+    return (bool(before) and length == (before or 0) + count) or 2 * count < length
+
+
+def _take(waiting: dict[Followed, None], most: int) -> list[Followed]:
+    taken = list(waiting)[:most] if len(waiting) > most else list(waiting)
+    for stream in taken:
+        del waiting[stream]
+    return taken
