@@ -1,1 +1,1 @@
-
+"""The front doors: one folder a protocol; none knows another."""

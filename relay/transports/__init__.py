@@ -1,1 +1,1 @@
-
+"""Bytes to and from one client; no protocol words."""

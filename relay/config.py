@@ -1,0 +1,334 @@
+"""The configuration: file, environment and command line become the frozen sections of settings.
+
+Promise: what is wrong is one ConfigError of one line that names the place (file and section,
+environment variable or option), the setting and what is allowed, never a secret's value.
+
+Order, later wins: code defaults, file, environment `RELAY_<SECTION>_<KEY>`, `--set`, flags.
+A section [namespace:NAME] takes what it does not set from [namespace].
+"""
+
+from __future__ import annotations
+
+import configparser
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import SecretStr, ValidationError
+
+from relay.config_text import allowed, env_name
+from relay.errors import ConfigError
+from relay.model import Channel, namespace_of, parse_channel
+from relay.settings import (
+    HubSettings,
+    JobSettings,
+    JwtSettings,
+    LogSettings,
+    MetricsSettings,
+    NamespaceSettings,
+    NodeSettings,
+    RedisSettings,
+    RightsSettings,
+    Section,
+    ServerSettings,
+    StreamSettings,
+)
+
+SECTIONS: Mapping[str, type[Section]] = {
+    "node": NodeSettings,
+    "server": ServerSettings,
+    "log": LogSettings,
+    "redis": RedisSettings,
+    "stream": StreamSettings,
+    "hub": HubSettings,
+    "rights": RightsSettings,
+    "jwt": JwtSettings,
+    "metrics": MetricsSettings,
+    "jobs": JobSettings,
+    "namespace": NamespaceSettings,
+}
+# `serve`'s flags that stand for a setting; --insecure stands for none, so that no file can leave
+# it switched on.
+FLAGS: Mapping[str, tuple[str, str]] = {
+    "host": ("server", "host"),
+    "port": ("server", "port"),
+    "redis": ("redis", "url"),
+}
+
+# Kubernetes and Docker set these for a service or container that is named relay.
+_SERVICE_LINK = re.compile(
+    r"RELAY_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
+_NAMESPACE = "namespace:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything that was configured; a reload makes a new one.
+
+    `namespaces` has the sections [namespace:NAME] by name, and [namespace] itself under ''.
+    """
+
+    node: NodeSettings
+    server: ServerSettings
+    log: LogSettings
+    redis: RedisSettings
+    stream: StreamSettings
+    hub: HubSettings
+    rights: RightsSettings
+    jwt: JwtSettings
+    metrics: MetricsSettings
+    jobs: JobSettings
+    namespaces: Mapping[str, NamespaceSettings]
+    doors: Mapping[str, Section]
+    insecure: bool = False
+
+    def namespace(self, channel: Channel) -> NamespaceSettings:
+        """The rules of this channel's namespace."""
+        return self.namespaces.get(namespace_of(channel)) or self.namespaces[""]
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """One value as somebody wrote it; `where` and `text` together name it in an error."""
+
+    where: str
+    text: str
+
+    def line(self, problem: str, *, secret: bool = False) -> str:
+        text = "(hidden)" if secret else " ".join(self.text.split())
+        return f"{self.where}{text[:57] + '...' if len(text) > 60 else text}: {problem}"
+
+
+# Section -> key -> what was given, from one source.
+_Source = dict[str, dict[str, _Given]]
+
+
+def load(
+    path: Path | None,
+    *,
+    environ: Mapping[str, str],
+    overrides: Sequence[str],
+    flags: Mapping[str, str],
+    doors: Mapping[str, type[Section]],
+) -> Config:
+    """The configuration of one start or reload; ConfigError where anything in it is wrong.
+
+    `overrides` are --set's SECTION.KEY=VALUE; `flags` has values for the names in FLAGS, and
+    `insecure` with any text.
+    """
+    classes = {**SECTIONS, **doors}
+    sources = [_file(path, classes) if path else {}]
+    sets = _sets(overrides, classes)
+    namespaces = sorted(
+        {name for source in (sources[0], sets) for name in source if name.startswith(_NAMESPACE)}
+    )
+    classes |= dict.fromkeys(namespaces, NamespaceSettings)
+    sources += [_environment(environ, classes), sets, _flags(flags)]
+    given: _Source = {name: {} for name in classes}
+    for source in sources:
+        for section, values in source.items():
+            _merge(given[section], values, classes[section])
+    sections = {
+        name: _section(
+            cls, given["namespace"] | given[name] if name in namespaces else given[name], name
+        )
+        for name, cls in classes.items()
+    }
+    rules = {"": sections.pop("namespace")}
+    rules |= {name.removeprefix(_NAMESPACE): sections.pop(name) for name in namespaces}
+    return Config(
+        **{name: sections.pop(name) for name in SECTIONS if name != "namespace"},  # type: ignore[arg-type]  # each by its own name
+        namespaces=rules,  # type: ignore[arg-type]  # _section made them of NamespaceSettings
+        doors=sections,
+        insecure="insecure" in flags,
+    )
+
+
+def _file(path: Path, classes: Mapping[str, type[Section]]) -> _Source:
+    parser = configparser.ConfigParser(
+        interpolation=None,
+        inline_comment_prefixes=None,
+        delimiters=("=",),
+        empty_lines_in_values=False,
+        # No section lends its values to all others; [DEFAULT] is as unknown as any other.
+        default_section="\0",
+    )
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # keys keep their case
+    try:
+        # A byte order mark is what some editors leave.
+        parser.read_string(path.read_text(encoding="utf-8-sig"), source=str(path))
+    except OSError as exc:
+        raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {exc.start})") from exc
+    except configparser.Error as exc:
+        # `from None`: the parser's text quotes the line, which may be a secret.
+        raise ConfigError(f"{path}: {_syntax(exc)}") from None
+    source: _Source = {}
+    for section in parser.sections():
+        cls = _class_of(section, classes, f"{path}: [{section}]")
+        source[section] = {}
+        for key, text in parser.items(section):
+            where = f"{path}: [{section}] {key}"
+            _check_key(key, cls, where)
+            source[section][key] = _Given(f"{where} = ", text)
+    return source
+
+
+def _syntax(exc: configparser.Error) -> str:
+    match exc:
+        case configparser.MissingSectionHeaderError():
+            return f"line {exc.lineno}: a setting stands before the first [section]"
+        case configparser.ParsingError() if exc.errors:
+            return f"line {exc.errors[0][0]}: neither a [section] nor KEY = VALUE"
+        case configparser.DuplicateSectionError():
+            return f"line {exc.lineno}: [{exc.section}] is there twice"
+        case configparser.DuplicateOptionError():
+            return f"line {exc.lineno}: [{exc.section}] {exc.option} is there twice"
+        case _:
+            return "cannot be understood as an INI file"
+
+
+def _environment(environ: Mapping[str, str], classes: Mapping[str, type[Section]]) -> _Source:
+    names: dict[str, tuple[str, str]] = {}
+    for section, cls in classes.items():
+        for key in _keys(cls):
+            name = env_name(section, key)
+            if name in names:
+                other_section, other_key = names[name]
+                raise ConfigError(
+                    f"[{other_section}] {other_key} and [{section}] {key} share the environment"
+                    f" variable {name}: rename one of the sections"
+                )
+            names[name] = (section, key)
+    source: _Source = {}
+    for name, text in sorted(environ.items()):
+        if not name.startswith("RELAY_") or _SERVICE_LINK.fullmatch(name):
+            continue
+        if name not in names:
+            hint = _near(name, names)
+            if name.startswith("RELAY_NAMESPACE_"):
+                hint += " (a [namespace:NAME] must be in the file, if only as an empty section)"
+            raise ConfigError(f"environment variable {name}: no setting has this name{hint}")
+        section, key = names[name]
+        source.setdefault(section, {})[key] = _Given(f"environment variable {name} = ", text)
+    return source
+
+
+def _sets(overrides: Iterable[str], classes: Mapping[str, type[Section]]) -> _Source:
+    source: _Source = {}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        # The last point: a namespace may have points in its name, a key has none.
+        section, _, key = (part.strip() for part in name.rpartition("."))
+        if not equals or not section or not key:
+            # Not the text: it may be a secret that lost its name.
+            raise ConfigError(f"--set {name if equals else '...'}: must be SECTION.KEY=VALUE")
+        where = f"--set {section}.{key}"
+        _check_key(key, _class_of(section, classes, where), where)
+        source.setdefault(section, {})[key] = _Given(f"{where}=", text.strip())
+    return source
+
+
+def _flags(flags: Mapping[str, str]) -> _Source:
+    source: _Source = {}
+    for flag, (section, key) in FLAGS.items():
+        if flag in flags:
+            source.setdefault(section, {})[key] = _Given(f"--{flag} ", flags[flag])
+    return source
+
+
+def _class_of(section: str, classes: Mapping[str, type[Section]], where: str) -> type[Section]:
+    if cls := classes.get(section):
+        return cls
+    if section.startswith(_NAMESPACE):
+        name = section.removeprefix(_NAMESPACE)
+        try:
+            parse_channel(name)
+        except ValueError:
+            name = ":"
+        if ":" in name:
+            raise ConfigError(
+                f"{where}: a namespace's name has no ':', white space or braces; it is what stands"
+                " before a channel's first ':'"
+            )
+        return NamespaceSettings
+    known = ", ".join([*(name for name in classes), "namespace:NAME"])
+    raise ConfigError(f"{where}: no such section{_near(section, classes)}; there are {known}")
+
+
+def _check_key(key: str, cls: type[Section], where: str) -> None:
+    keys = list(_keys(cls))
+    if key not in keys:
+        raise ConfigError(
+            f"{where}: no such setting{_near(key, keys)}; there are {', '.join(keys)}"
+        )
+
+
+def _keys(cls: type[Section]) -> Iterator[str]:
+    for key in cls.model_fields:
+        yield key
+        if _is_secret(cls, key):
+            yield f"{key}_file"
+
+
+def _is_secret(cls: type[Section], key: str) -> bool:
+    field = cls.model_fields.get(key)
+    return field is not None and field.annotation is SecretStr
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _merge(into: dict[str, _Given], values: Mapping[str, _Given], cls: type[Section]) -> None:
+    """One source's values over those of the sources before it."""
+    for key, given in values.items():
+        file_key = f"{key}_file"
+        if _is_secret(cls, key) and file_key in values:
+            raise ConfigError(
+                values[file_key].line(f"{key} is given in the same place; give one of the two")
+            )
+        # A secret and its file are one setting: the later source's form replaces the other.
+        if _is_secret(cls, key):
+            into.pop(file_key, None)
+        elif _is_secret(cls, key.removesuffix("_file")):
+            into.pop(key.removesuffix("_file"), None)
+        into[key] = given
+
+
+def _section(cls: type[Section], given: Mapping[str, _Given], name: str) -> Section:
+    texts: dict[str, str] = {}
+    for key, value in given.items():
+        secret_key = key.removesuffix("_file")
+        if key not in cls.model_fields:
+            texts[secret_key] = _read_secret(value)
+        else:
+            texts[key] = value.text
+    try:
+        return cls.model_validate(texts)
+    except ValidationError as exc:
+        error = exc.errors(include_url=False)[0]
+    # Outside the except block, and so without a cause: pydantic's text quotes the values.
+    own = error.get("ctx", {}).get("error")
+    key = str(error["loc"][0]) if error["loc"] else ""
+    if key not in cls.model_fields:
+        raise ConfigError(f"[{name}]: {own or error['msg']}")
+    problem = str(own) if own else allowed(cls.model_fields[key])
+    culprit = given.get(key) or given.get(f"{key}_file") or _Given(f"[{name}] {key} = ", "")
+    raise ConfigError(culprit.line(problem, secret=_is_secret(cls, key) and key in given))
+
+
+def _read_secret(value: _Given) -> str:
+    try:
+        text = Path(value.text).read_text(encoding="utf-8")
+    except OSError as exc:
+        raise ConfigError(value.line(f"cannot be read: {exc.strerror}")) from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(value.line("is not UTF-8 text")) from exc
+    # Editors and `echo` end a file with one newline; any other white space may be meant.
+    return text.removesuffix("\n").removesuffix("\r")

@@ -1,0 +1,60 @@
+"""Takes a connection away from aiohttp, which has read and checked its request.
+
+aiohttp keeps a task, a parser and buffers for each connection, and frames what it writes itself;
+a client that waits for events needs none of that. The only file that knows aiohttp's insides
+(`aiohttp.web_protocol.RequestHandler`, tried with 3.14.5): its tests fail if they change.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+if TYPE_CHECKING:
+    from aiohttp.abc import AbstractStreamWriter
+    from aiohttp.web_request import BaseRequest
+
+    from relay.transports.client_socket import ClientSocket
+
+
+class TakenOver(web.StreamResponse):
+    """What a handler returns after `take_over`: aiohttp logs its status and writes nothing."""
+
+    async def prepare(self, request: BaseRequest) -> AbstractStreamWriter | None:  # noqa: ARG002 - aiohttp's signature
+        """Nothing: the head has been written."""
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Nothing: the connection goes on without aiohttp."""
+
+
+def take_over(request: web.Request, head: bytes, client: ClientSocket) -> web.StreamResponse:
+    """Give `client` the request's transport, write `head`, and release aiohttp's part.
+
+    The handler returns the result at once. Before this returns `client` has been given what came
+    after the request; if the connection has closed in the meantime, `on_closed` has been called.
+    """
+    response = TakenOver(status=int(head[9:12]))
+    response.force_close()
+    handler = request.protocol
+    transport = handler.transport
+    if transport is None or transport.is_closing():
+        client.connection_lost(None)
+        return response
+    # What arrived behind an upgrade's head, in the same segment or before the handler ran.
+    tail = handler._message_tail
+    transport.set_protocol(client)
+    # With its transport gone the handler has nothing to write to or to close; told of the loss, it
+    # stops its timer, leaves the server's list and ends its task when the response comes back.
+    handler.transport = None
+    handler._message_tail = b""
+    handler.connection_lost(None)
+    client.connection_made(transport)
+    transport.write(head)
+    if tail:
+        client.data_received(tail)
+    # aiohttp pauses a client that sends much before its handler is done; does nothing otherwise.
+    if not transport.is_closing():
+        transport.resume_reading()
+    return response
