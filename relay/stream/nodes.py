@@ -127,21 +127,30 @@ async def live_nodes(client: Redis, keys: Keys) -> list[Node]:
 class DeadNodes:
     """The job that clears away what dead workers left.
 
-    A worker counts as dead when two looks in a row found no heartbeat: after an outage of Redis all
-    heartbeats have expired, and the first one back must not destroy the groups of the others.
+    A worker counts as dead when every look for `patience_s` found no heartbeat: after an outage of
+    Redis all have expired, and the first worker back must not destroy the groups of the others.
     """
 
-    def __init__(self, *, client: Redis, keys: Keys) -> None:
+    def __init__(self, *, client: Redis, keys: Keys, patience_s: float = 2 * HEARTBEAT_S) -> None:
         self._client = client
         self._keys = keys
-        self._suspects: frozenset[str] = frozenset()
+        self._patience_s = patience_s
+        self._silent_since: dict[str, float] = {}
 
     async def remove(self) -> list[str]:
-        """Look once, at least a heartbeat after the last look; the instances removed."""
+        """Look once; the instances removed."""
         registry = await _registry(self._client, self._keys)
-        silent = frozenset(instance for instance, beat in registry.items() if beat is None)
-        dead = sorted(silent & self._suspects)
-        self._suspects = silent
+        now = asyncio.get_running_loop().time()
+        self._silent_since = {
+            instance: self._silent_since.get(instance, now)
+            for instance, beat in registry.items()
+            if beat is None
+        }
+        dead = [
+            instance
+            for instance, since in self._silent_since.items()
+            if since < now and now - since >= self._patience_s
+        ]
         if not dead:
             return []
         names = [groups.group_of(instance) for instance in dead]
@@ -152,8 +161,8 @@ class DeadNodes:
                 await remove_unused(self._client, streams)
         # Last: where anything before failed, the next look finds them again.
         await connect.command(self._client, "SREM", self._keys.nodes, *dead)
-        self._suspects -= set(dead)
-        log.info("removed what dead workers left: %s", ", ".join(dead))
+        for instance in dead:
+            del self._silent_since[instance]
         return dead
 
     async def _destroy(self, streams: Sequence[bytes], names: Sequence[bytes]) -> None:

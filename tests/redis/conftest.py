@@ -1,0 +1,52 @@
+"""Servers for these tests: one of each kind a module, emptied for every test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from redis.asyncio import Redis
+
+from relay.stream.connect import redis_client
+from relay.stream.keys import Keys
+from tests.support.valkey import Flavour, Server, running
+
+
+@pytest.fixture(params=["valkey", "redis"], scope="module")
+def flavour(request: pytest.FixtureRequest) -> Flavour:
+    which: Flavour = request.param
+    return which
+
+
+@pytest.fixture(scope="module")
+def shared_server(tmp_path_factory: pytest.TempPathFactory, flavour: Flavour) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp(flavour), flavour)
+    with running(server):
+        yield server
+
+
+@pytest.fixture
+def server(shared_server: Server) -> Server:
+    """A running, empty server that a test may fill but not stop."""
+    with shared_server.client() as admin:
+        admin.flushall()
+        admin.execute_command("ACL", "LOG", "RESET")
+    return shared_server
+
+
+@pytest.fixture
+def keys() -> Keys:
+    return Keys("relay:")
+
+
+@pytest.fixture
+async def client(server: Server) -> AsyncIterator[Redis]:
+    """What the relay itself uses for its jobs, with the relay's rights."""
+    async with redis_client(server.settings()) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def admin(server: Server) -> AsyncIterator[Redis]:
+    async with redis_client(server.settings("admin")) as opened:
+        yield opened

@@ -1,0 +1,104 @@
+"""control.py, dead_letters.py and revoke.py against real servers, each with its user's rights."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+
+import pytest
+from redis.asyncio import Redis
+
+from relay.model import Broken, Channel, EntryID, Revocation
+from relay.stream import control, dead_letters, entry
+from relay.stream.connect import CommandRefused, redis_client
+from relay.stream.keys import Keys
+from relay.stream.revoke import revoke
+from tests.support.valkey import Server
+
+pytestmark = pytest.mark.redis
+NEWS = Channel("news")
+ID = EntryID(5, 1)
+
+
+async def only_entry(admin: Redis, key: bytes) -> tuple[EntryID, list[bytes]]:
+    raw = await admin.execute_command("XRANGE", key, "-", "+")  # type: ignore[no-untyped-call]
+    (entries,) = [raw] if isinstance(raw, list) else [list(raw)]
+    ((entry_id, fields),) = entries
+    flat = (
+        [part for pair in fields.items() for part in pair] if isinstance(fields, dict) else fields
+    )
+    return EntryID.parse(entry_id), list(flat)
+
+
+async def letter(admin: Redis, keys: Keys) -> dict[str, str]:
+    _, fields = await only_entry(admin, keys.dead_letters)
+    texts = [field.decode() for field in fields]
+    return dict(zip(texts[::2], texts[1::2], strict=True))
+
+
+async def test_a_control_command_is_appended(client: Redis, admin: Redis, keys: Keys) -> None:
+    command = control.Unsubscribe(channel=NEWS, user="anna")
+    entry_id = await control.publish(client, keys, command)
+    found_id, fields = await only_entry(admin, keys.control)
+    assert found_id == entry_id
+    assert control.decode(found_id, fields) == command
+
+
+async def test_a_dead_letter_is_written_once(client: Redis, admin: Redis, keys: Keys) -> None:
+    broken = Broken(ID, "no data", ((b"text", b"hello"), (b"raw", b"\xff\x00")))
+    async with asyncio.TaskGroup() as tasks:
+        written = [
+            tasks.create_task(dead_letters.write(client, keys, NEWS, broken, node=f"node:{n}"))
+            for n in range(5)
+        ]
+    assert sorted(task.result() for task in written) == [False] * 4 + [True]
+    found = await letter(admin, keys)
+    assert (found["stream"], found["id"], found["reason"]) == (
+        "relay:stream:{news}",
+        "5-1",
+        "no data",
+    )
+    assert found["node"].startswith("node:")
+    assert found["at"].endswith("+00:00")
+    raw = base64.b64encode(b"\xff\x00").decode()
+    assert json.loads(found["fields"]) == [["text", "hello"], ["raw", {"base64": raw}]]
+    assert "truncated" not in found
+    assert 86000 < await admin.ttl(keys.dead_letter_mark(NEWS, ID)) <= 86400
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        ((b"data", "ä".encode() * 100_000), (b"x", b"y")),
+        ((b"data", b"\xff" * 200_000),),
+        (*[(b"n%d" % n, b"v" * 100) for n in range(2000)],),
+        ((b"n" * 100_000, b"v"),),
+    ],
+)
+async def test_a_large_one_is_cut_and_says_so(
+    client: Redis, admin: Redis, keys: Keys, pairs: tuple[tuple[bytes, bytes], ...]
+) -> None:
+    await dead_letters.write(client, keys, NEWS, Broken(ID, "too large", pairs), node="n")
+    found = await letter(admin, keys)
+    assert found["truncated"] == "1"
+    assert 50_000 < len(found["fields"].encode()) < 110_000
+    json.loads(found["fields"])
+
+
+async def test_a_revocation_is_hash_and_entry(server: Server, admin: Redis, keys: Keys) -> None:
+    await admin.hset(keys.rights(NEWS), "anna", "rw")
+    async with redis_client(server.settings("maintenance")) as maintenance:
+        entry_id = await revoke(maintenance, keys, NEWS, "anna")
+    assert await admin.hgetall(keys.rights(NEWS)) == {b"anna": b"-"}
+    found_id, fields = await only_entry(admin, keys.stream(NEWS))
+    assert found_id == entry_id
+    assert entry.decode(NEWS, found_id, fields, 1).body == Revocation(entry_id, "anna")
+
+
+async def test_the_relay_itself_may_not_write_rights(
+    client: Redis, admin: Redis, keys: Keys
+) -> None:
+    with pytest.raises(CommandRefused):
+        await revoke(client, keys, NEWS, "anna")
+    assert await admin.dbsize() == 0

