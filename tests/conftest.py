@@ -1,0 +1,28 @@
+"""Fixtures for all tests: a real server, a real relay. What is missing fails, nothing is skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.relay import RelayProcess
+from tests.support.valkey import Server, running
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One Valkey under the documented ACL rules, for a file's tests."""
+    folder: Path = tmp_path_factory.mktemp("valkey")
+    server = Server(folder)
+    with running(server):
+        yield server
+
+
+@pytest.fixture(scope="module")
+def relay(valkey: Server) -> Iterator[RelayProcess]:
+    """One relay with default settings, for a file's tests; channels keep them apart."""
+    process = RelayProcess(valkey).start()
+    yield process
+    process.kill()

@@ -1,0 +1,136 @@
+"""A real relay in its own process, with a real server behind it, as tests and benchmarks use it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jwt
+
+from tests.support.valkey import Server, User, free_port
+
+ROOT = Path(__file__).parents[2]
+KEY = "a test key that is long enough for HS256"
+START_S = 15
+
+
+class RelayProcess:
+    """`python -m relay serve` on a free port that stays the same over restarts."""
+
+    def __init__(
+        self, server: Server, *, settings: Sequence[str] = (), flags: Sequence[str] = ()
+    ) -> None:
+        self.server = server
+        self.port = free_port()
+        self.log: list[str] = []
+        self.settings = list(settings)
+        self.flags = list(flags)
+        self._process: subprocess.Popen[str] | None = None
+        self._client = server.client("admin")
+
+    @property
+    def url(self) -> str:
+        """Of the shared listener."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Of the running process."""
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> RelayProcess:
+        """Run it; it serves when this returns."""
+        command = [sys.executable, "-m", "relay", "serve", "--port", str(self.port)]
+        command += ["--redis", self.server.url("relay"), *self.flags]
+        for setting in ["node.drain_s=0.2", f"jwt.key={KEY}", *self.settings]:
+            command += ["--set", setting]
+        environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        environment["PYTHONPATH"] = str(ROOT)
+        ready = threading.Event()
+        self._process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+        )
+        threading.Thread(target=self._read, args=(self._process, ready), daemon=True).start()
+        if not ready.wait(START_S) or self._process.poll() is not None:
+            raise RuntimeError("the relay did not start:\n" + "\n".join(self.log[-20:]))
+        return self
+
+    def _read(self, process: subprocess.Popen[str], ready: threading.Event) -> None:
+        assert process.stdout is not None
+        with process.stdout as lines:
+            for line in lines:
+                self.log.append(line.rstrip())
+                # The banner is printed once the listeners are open.
+                if f":{self.port}/" in line:
+                    ready.set()
+        ready.set()
+
+    def stop(self, limit_s: float = 15) -> int:
+        """SIGTERM; the exit code."""
+        return self._end(signal.SIGTERM, limit_s)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._end(signal.SIGKILL, 5)
+
+    def send(self, number: signal.Signals) -> None:
+        """Any other signal."""
+        os.kill(self.pid, number)
+
+    def restart(self) -> None:
+        """Orderly."""
+        self.stop()
+        self.start()
+
+    def _end(self, how: signal.Signals, limit_s: float) -> int:
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        process.send_signal(how)
+        try:
+            return process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+
+    def token(
+        self,
+        user: str = "alice",
+        channels: Sequence[str] = ("*",),
+        *,
+        ttl_s: float | None = None,
+        groups: Sequence[str] = (),
+        key: str = KEY,
+    ) -> str:
+        """A native JWT."""
+        claims: dict[str, object] = {"sub": user, "channels": list(channels)}
+        if groups:
+            claims["groups"] = list(groups)
+        if ttl_s is not None:
+            claims["exp"] = time.time() + ttl_s
+        return jwt.encode(claims, key, algorithm="HS256")
+
+    def xadd(self, channel: str, **fields: str) -> str:
+        """Append as any producer would; the entry's ID."""
+        words = [part for pair in fields.items() for part in pair]
+        entry_id: bytes = self._client.execute_command(  # type: ignore[no-untyped-call]
+            "XADD", f"relay:stream:{{{channel}}}", "*", *words
+        )
+        return entry_id.decode()
+
+    def redis(self, user: User = "admin") -> object:
+        """A blocking client of the server behind."""
+        return self.server.client(user)
