@@ -57,7 +57,7 @@ def example(sections: Mapping[str, type[Section]]) -> str:
     parts = [_comment(_HEAD)]
     for name, cls in sections.items():
         heading = (cls.__doc__ or "").strip().splitlines()[0]
-        lines = [f"[{name}]", _comment(heading.split(": ", 1)[-1].capitalize())]
+        lines = [f"[{name}]", _comment(_capital(heading.split(": ", 1)[-1])), ""]
         lines += [_setting(key, field) for key, field in cls.model_fields.items()]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
@@ -69,7 +69,7 @@ def _setting(key: str, field: FieldInfo) -> str:
     text = default.get_secret_value() if secret else _text(default)
     about = field.description or ""
     if field.annotation in (int, float) or get_origin(field.annotation) is Literal:
-        about += f". {allowed(field).capitalize()}"
+        about += f". {_capital(allowed(field))}"
     elif field.annotation is bool:
         about += ". Yes or no"
     about += f". Default: {text or 'empty'}."
@@ -79,15 +79,17 @@ def _setting(key: str, field: FieldInfo) -> str:
 
 
 def _comment(text: str) -> str:
-    lines = []
-    for paragraph in text.split("\n\n"):
-        # break_on_hyphens would part an option such as --set from its dashes.
-        lines.append(
-            textwrap.fill(
-                paragraph, 99, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
-            )
+    # break_on_hyphens would part an option such as --set from its dashes.
+    return "\n#\n".join(
+        textwrap.fill(
+            paragraph, 99, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
         )
-    return "\n#\n".join(lines)
+        for paragraph in text.split("\n\n")
+    )
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _range(limits: Mapping[str, Any]) -> str:
