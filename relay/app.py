@@ -168,8 +168,6 @@ class Relay:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_FIRST_READ_S):
                     await reader.wait_ready()
-            for _, door, _section in self._doors:
-                door.start()
             port = await server.start(
                 config.server, config.metrics, [(door, section) for _, door, section in self._doors]
             )
@@ -283,8 +281,6 @@ class Relay:
         sessions = hub.sessions()
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        for _, door, _ in self._doors:
-            door.stop()
         for index, session in enumerate(sessions):
             session.client.disconnect("stopping")
             due = begun + self._config.node.drain_s * (index + 1) / len(sessions)
@@ -294,8 +290,8 @@ class Relay:
             # Sockets that have not taken their last bytes by then are cut.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_BYTES_S):
-                    while self._metrics.open_connections():
-                        await asyncio.sleep(0.02)
+                    for _, door, _ in self._doors:
+                        await door.closed()
             _log.info("%d clients asked to reconnect", len(sessions))
 
 

@@ -50,11 +50,8 @@ class Mounted(Protocol):
     def reload(self, settings: Any) -> None:  # its own section's class
         """New settings for connections made from now on."""
 
-    def start(self) -> None:
-        """Called in the running loop before the listeners open."""
-
-    def stop(self) -> None:
-        """Called after the last client was asked to go."""
+    async def closed(self) -> None:
+        """Returns once no client's socket is open any more."""
 
 
 class FrontDoor(Protocol):

@@ -79,11 +79,6 @@ class Metrics:
             "relay_refusals_total", "Requests refused", ["code"], registry=self.registry
         )
 
-    def open_connections(self) -> int:
-        """Over all doors."""
-        samples = next(iter(self.connections.collect())).samples
-        return int(sum(sample.value for sample in samples))
-
     def delivered(self, count: int) -> None:
         """Live events offered, all clients together."""
         if count:

@@ -7,6 +7,8 @@ the rights hash is read together with the stream itself.
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 DEAD_LETTERS_WAITING = 1000
+# Half of the second within which an expiry takes effect.
+_LOOK_S = 0.5
 
 
 class Incoming:
@@ -77,6 +81,9 @@ class Admission:
         self.policy = policy
         self.hub: Hub | None = None
         self._spawn = spawn
+        # Answers of the application that clients here rest on, by the time they run out.
+        self._due: list[tuple[float, int, Principal, Channel]] = []
+        self._numbers = itertools.count()
 
     def allowed(
         self, principal: Principal, channel: Channel, hash_value: bytes | None, *, admitted: bool
@@ -97,6 +104,8 @@ class Admission:
             hub.reserve(session, channel)
             self._spawn(self._ask_then_join(session, channel, asked), name=f"rights {channel}")
         else:
+            if self.policy.needs_http(session.principal, channel):
+                self._renew_later(session.principal, channel)
             hub.subscribe(session, channel, asked)
 
     async def _ask_then_join(
@@ -105,6 +114,7 @@ class Admission:
         http = self.policy.http
         if http is not None:
             await http.ask(session.principal, channel)
+            self._renew_later(session.principal, channel)
         hub = self._hub()
         if hub.unreserve(session, channel):
             hub.subscribe(session, channel, asked)
@@ -118,34 +128,32 @@ class Admission:
         )
 
     async def renew(self) -> None:
-        """For ever: answers of the application that have run out are asked for again, and who
-        lost the right is dropped. A token whose time is over ends its client."""
+        """For ever: a token whose time is over ends its client; answers of the application that
+        have run out are asked for again, and who lost the right is dropped."""
         while True:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(_LOOK_S)
             hub, now = self._hub(), time.time()
             for session in hub.sessions_expiring(now):
                 hub.expire(session)
-            http = self.policy.http
-            if http is None:
-                continue
-            for feed in hub.feeds():
-                pairs = {
-                    (subscription.session.principal.user, subscription.session.principal.groups): (
-                        subscription.session.principal
-                    )
-                    for subscription in feed.subscriptions()
-                }
-                for principal in pairs.values():
-                    if (
-                        self.policy.needs_http(principal, feed.channel)
-                        and http.cached(principal, feed.channel) is None
-                    ):
-                        self._spawn(self._ask_again(principal, feed.channel), name="rights renewed")
+            while self._due and self._due[0][0] <= now:
+                _, _, principal, channel = heapq.heappop(self._due)
+                if _is_there(hub, principal, channel):
+                    self._spawn(self._ask_again(principal, channel), name=f"rights {channel}")
 
     async def _ask_again(self, principal: Principal, channel: Channel) -> None:
         http = self.policy.http
-        if http is not None and not await http.ask(principal, channel):
+        if http is None:
+            return
+        allowed = await http.ask(principal, channel)
+        self._renew_later(principal, channel)
+        if not allowed:
             self._hub().recheck(channel)
+
+    def _renew_later(self, principal: Principal, channel: Channel) -> None:
+        http = self.policy.http
+        if http is not None:
+            due = time.time() + (http.expires_in(principal, channel) or 0.0)
+            heapq.heappush(self._due, (due, next(self._numbers), principal, channel))
 
     def obey(self, command: ControlCommand) -> None:
         """A command from the control stream."""
@@ -170,3 +178,10 @@ class Admission:
         if self.hub is None:
             raise RuntimeError("used before the composition was complete")
         return self.hub
+
+
+def _is_there(hub: Hub, principal: Principal, channel: Channel) -> bool:
+    feed = hub.feed(channel)
+    return feed is not None and any(
+        subscription.session.principal == principal for subscription in feed.subscriptions()
+    )

@@ -32,8 +32,6 @@ from relay.transports.reaper import Reaper
 from relay.transports.take_over import take_over
 
 if TYPE_CHECKING:
-    from prometheus_client import Gauge
-
     from relay.frontdoor import DoorContext
     from relay.hub.session import Session
     from relay.transports.client_socket import ClientSocket
@@ -63,6 +61,8 @@ class MountedNative:
         if settings.page:
             self.routes += page.routes()
         self._reaper = Reaper()
+        self._open = 0
+        self._last_closed = asyncio.Event()
         self.reload(settings)
 
     def reload(self, settings: NativeSettings) -> None:
@@ -79,11 +79,29 @@ class MountedNative:
             farewell=websocket.frame_close(_NO_PONG, "no answer to pings"),
         )
 
-    def start(self) -> None:
+    async def closed(self) -> None:
         """See `relay.frontdoor.Mounted`."""
+        if self._open:
+            self._last_closed.clear()
+            await self._last_closed.wait()
 
-    def stop(self) -> None:
-        """See `relay.frontdoor.Mounted`."""
+    def _join(self, socket: ClientSocket, session: Session) -> None:
+        """Socket and session: full, drained and closed are the session's business."""
+        self._count(1)
+
+        def closed() -> None:
+            self._count(-1)
+            session.end()
+
+        socket.on_full = session.pause
+        socket.on_drained = session.resume
+        socket.on_closed = closed
+
+    def _count(self, change: int) -> None:
+        self._open += change
+        self._gauge.set(self._open)
+        if not self._open:
+            self._last_closed.set()
 
     # ---- server-sent events -----------------------------------------------------------------
 
@@ -122,7 +140,7 @@ class MountedNative:
             reaper=self._reaper,
             heartbeat=self._sse_beat,
         )
-        _join(socket, session, self._gauge)
+        self._join(socket, session)
         response = take_over(request, sse.head(cors_headers(request, self._origins)), socket)
         client.attached(socket)
         session.attach(socket)
@@ -173,7 +191,7 @@ class MountedNative:
             return response
         client.session = session
         socket.on_text = client.on_text
-        _join(socket, session, self._gauge)
+        self._join(socket, session)
         response = take_over(request, accepted, socket)
         client.attached(socket)
         session.attach(socket)
@@ -243,19 +261,6 @@ def _channels(request: web.Request, most: int) -> Sequence[Channel]:
         return [parse_channel(name) for name in names]
     except ValueError as exc:
         raise BadRequest(str(exc)) from None
-
-
-def _join(socket: ClientSocket, session: Session, gauge: Gauge) -> None:
-    """Socket and session: full, drained and closed are the session's business."""
-    gauge.inc()
-
-    def closed() -> None:
-        gauge.dec()
-        session.end()
-
-    socket.on_full = session.pause
-    socket.on_drained = session.resume
-    socket.on_closed = closed
 
 
 @dataclass(frozen=True, slots=True)
