@@ -1,0 +1,153 @@
+"""docs/redis.md: the ACL rules suffice for what each user sends, and hold nothing beyond it."""
+
+from __future__ import annotations
+
+import pytest
+from redis.asyncio import Redis
+
+from relay.stream.connect import command
+from tests.support.valkey import User, acl_lines
+
+pytestmark = pytest.mark.redis
+STREAM = "relay:stream:{news}"
+RIGHTS = "relay:rights:{news}"
+GROUP = "relay:web1:5f0c9a31"
+
+# What each user sends: the relay's lines are those of relay/stream, the others' those of the page.
+SENT: dict[User, list[str]] = {
+    "producer": [
+        f"XADD {STREAM} MAXLEN ~ 1000 * data 1",
+        "PUBLISH relay:ephemeral:{news} 1",
+        "PING",
+    ],
+    "relay": [
+        "CLIENT TRACKING ON",
+        "CLIENT SETNAME relay",
+        "INFO replication",
+        "SELECT 0",
+        "PING",
+        "TIME",
+        f"XLEN {STREAM}",
+        "XLEN relay:control",
+        "XLEN relay:canary:web1:5f0c9a31",
+        f"XREADGROUP GROUP {GROUP} w NOACK STREAMS {STREAM} >",
+        f"XREAD STREAMS {STREAM} $",
+        f"XRANGE {STREAM} - +",
+        "XREVRANGE relay:control + - COUNT 1",
+        f"XADD {STREAM} * data 1",
+        "XADD relay:control * command disconnect",
+        "XADD relay:dead-letters * id 1-1",
+        f"XTRIM {STREAM} MAXLEN 5",
+        f"XGROUP CREATE {STREAM} {GROUP} $ MKSTREAM",
+        f"XGROUP SETID {STREAM} {GROUP} $",
+        f"XGROUP DESTROY {STREAM} {GROUP}",
+        f"XINFO STREAM {STREAM}",
+        f"XINFO GROUPS {STREAM}",
+        f"HMGET {RIGHTS} anna",
+        "MULTI",
+        "EXEC",
+        f"WATCH {STREAM}",
+        "UNWATCH",
+        "SUBSCRIBE relay:ephemeral:{news}",
+        "UNSUBSCRIBE relay:ephemeral:{news}",
+        "SET relay:dead-letter:{news}:1-1 w NX EX 5",
+        "SET relay:node:web1:5f0c9a31 x EX 15",
+        "SET relay:lease:retention x NX",
+        "SET relay:canary:web1:5f0c9a31 1 EX 15",
+        "GET relay:node:web1:5f0c9a31",
+        "GET relay:lease:retention",
+        "DEL relay:canary:web1:5f0c9a31",
+        f"DEL {STREAM}",
+        "SADD relay:nodes x",
+        "SREM relay:nodes x",
+        "SMEMBERS relay:nodes",
+        "SCAN 0",
+    ],
+    "maintenance": [
+        "CLIENT SETNAME relay-admin",
+        "INFO",
+        "SELECT 0",
+        "PING",
+        "TIME",
+        "MULTI",
+        f"HSET {RIGHTS} anna -",
+        f"HDEL {RIGHTS} anna",
+        f"XADD {STREAM} * revoke anna",
+        "EXEC",
+        f"XLEN {STREAM}",
+        f"XRANGE {STREAM} - +",
+        f"XREVRANGE {STREAM} + -",
+        f"XREAD STREAMS {STREAM} 0",
+        f"XINFO STREAM {STREAM}",
+        f"XINFO GROUPS {STREAM}",
+        f"HGET {RIGHTS} anna",
+        f"HGETALL {RIGHTS}",
+        "GET relay:lease:retention",
+        "SMEMBERS relay:nodes",
+        f"EXISTS {STREAM}",
+        "TTL relay:lease:retention",
+        f"TYPE {STREAM}",
+        "SCAN 0",
+        f"XTRIM {STREAM} MAXLEN 5",
+        f"XGROUP DESTROY {STREAM} {GROUP}",
+        "SREM relay:nodes x",
+        f"DEL {STREAM}",
+        "PUBLISH relay:ephemeral:{news} 1",
+        "PUBSUB NUMSUB relay:ephemeral:{news}",
+        "PUBSUB CHANNELS",
+    ],
+}
+REFUSED: dict[User, list[str]] = {
+    "producer": [
+        f"XRANGE {STREAM} - +",
+        f"DEL {STREAM}",
+        f"XTRIM {STREAM} MAXLEN 0",
+        f"XREAD STREAMS {STREAM} 0",
+        "XADD relay:control * command disconnect",
+        f"HSET {RIGHTS} anna rw",
+        f"HGETALL {RIGHTS}",
+        "SUBSCRIBE relay:ephemeral:{news}",
+    ],
+    "relay": [
+        f"HSET {RIGHTS} anna rw",
+        f"DEL {RIGHTS}",
+        f"SET {RIGHTS} x",
+        "GET other",
+        "XADD other * data 1",
+        "SUBSCRIBE other",
+        "CONFIG GET *",
+        "FLUSHALL",
+        "ACL LIST",
+        "CLIENT KILL ID 1",
+        "EVAL 1 0",
+    ],
+    "maintenance": ["GET other", "CONFIG GET *", "FLUSHALL", "ACL LIST", "EVAL 1 0", "KEYS *"],
+}
+
+
+async def dry_run(admin: Redis, user: User, line: str) -> bytes:
+    answer: bytes = await command(admin, "ACL", "DRYRUN", user, *line.split())
+    return answer
+
+
+@pytest.mark.parametrize(("user", "line"), [(u, line) for u in SENT for line in SENT[u]])
+async def test_what_a_user_sends_is_allowed(admin: Redis, user: User, line: str) -> None:
+    assert await dry_run(admin, user, line) == b"OK"
+
+
+@pytest.mark.parametrize(("user", "line"), [(u, line) for u in REFUSED for line in REFUSED[u]])
+async def test_what_a_user_must_not_send_is_refused(admin: Redis, user: User, line: str) -> None:
+    assert b"no permissions" in await dry_run(admin, user, line)
+
+
+@pytest.mark.parametrize("user", list(SENT))
+def test_no_rule_is_for_nothing(user: User) -> None:
+    (rules,) = [line.split() for line in acl_lines() if line.split()[1] == user]
+    allowed = {rule[1:] for rule in rules if rule.startswith("+")}
+    words = [line.lower().split() for line in SENT[user]]
+    assert allowed == {
+        rule
+        for first, *rest in words
+        for rule in (first, f"{first}|{rest[0]}" if rest else "")
+        if rule in allowed
+    }
