@@ -1,0 +1,1 @@
+"""The command line: arguments, the lines to copy at start, exit codes."""

@@ -1,0 +1,101 @@
+"""What can be written after `relay`; nothing is done here."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+_EXIT_CODES = "Exit codes: 0 done, 1 configuration or start error (one line says which), 2 usage."
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments by name; with a usage error it leaves with exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="relay",
+        description="Delivers events from Redis streams to websocket and SSE clients.",
+        epilog=_EXIT_CODES,
+        # An abbreviated --inse would be a loud option in a quiet form.
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = _command(commands, "serve", "run the relay until a signal ends it")
+    _configured(serve)
+    serve.add_argument("--host", help="address to listen on, [server] host")
+    serve.add_argument("--port", metavar="N", help="TCP port, [server] port; default 8000")
+    _redis(serve)
+    serve.add_argument(
+        "--insecure",
+        action="store_true",
+        help="anyone may read every channel of the native door; for trying things out",
+    )
+
+    _command(commands, "genconfig", "print config.example.ini: every setting with its default")
+    check = _command(commands, "checkconfig", "say whether `serve` would accept the configuration")
+    _configured(check)
+    _command(commands, "version", "print the version")
+
+    token = _command(commands, "token", "print a token signed with the first [jwt] key")
+    _configured(token)
+    token.add_argument("--user", required=True, metavar="U", help="who it is for")
+    token.add_argument(
+        "--channel",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="C",
+        help="names, or patterns in which * matches anything",
+    )
+    token.add_argument("--group", nargs="+", action="extend", default=[], metavar="G")
+    token.add_argument(
+        "--ttl",
+        type=_ttl_s,
+        default=86400.0,
+        metavar="S",
+        help="seconds until it expires; default 86400, a day; 0: never",
+    )
+
+    revoke = _command(commands, "revoke", "from now on nothing of CHANNEL leaves for USER")
+    _configured(revoke)
+    _redis(revoke)
+    revoke.add_argument("channel", metavar="CHANNEL")
+    revoke.add_argument("user", metavar="USER")
+    return parser.parse_args(arguments)
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, about: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name, help=about, description=about, epilog=_EXIT_CODES, allow_abbrev=False
+    )
+
+
+def _configured(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-c", "--config", type=Path, metavar="FILE", help="INI file; see config.example.ini"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="SECTION.KEY=VALUE",
+        help="one setting over file and environment; may be repeated",
+    )
+
+
+def _redis(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--redis", metavar="URL", help="[redis] url; default embedded")
+
+
+def _ttl_s(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError("seconds, 0 for never")
+    return seconds

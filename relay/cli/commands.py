@@ -1,0 +1,146 @@
+"""One function a command; errors become one line on standard error and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from urllib.parse import urlsplit
+
+from relay import __version__, logs
+from relay.cli.arguments import parse
+from relay.cli.banner import banner
+from relay.cli.local_key import uses_local_key, with_local_key
+from relay.config import FLAGS, SECTIONS, Config, load
+from relay.config_text import example
+from relay.errors import RelayError
+from relay.frontdoor import door_settings
+from relay.model import parse_channel
+from relay.rights.token import TokenReader
+
+OK, FAILED = 0, 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    options = parse(arguments)
+    try:
+        return _COMMANDS[options.command](options)
+    except RelayError as exc:
+        return _failed(exc)
+    except BaseExceptionGroup as group:
+        # A part that runs in a TaskGroup found that it cannot start.
+        expected, rest = group.split(RelayError)
+        if rest is not None or expected is None:
+            raise
+        return _failed(_first(expected))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # `relay genconfig | head`: nobody reads on. Python would say so once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _first(group: BaseExceptionGroup[RelayError]) -> BaseException:
+    each: BaseException = group
+    while isinstance(each, BaseExceptionGroup):
+        each = each.exceptions[0]
+    return each
+
+
+def _failed(exc: BaseException) -> int:
+    sys.stderr.write(f"relay: {logs.redact(' '.join(str(exc).split()))}\n")
+    return FAILED
+
+
+def _load(options: argparse.Namespace) -> Config:
+    flags = {flag: text for flag in FLAGS if (text := getattr(options, flag, None)) is not None}
+    if getattr(options, "insecure", False):
+        flags["insecure"] = "yes"
+    return load(
+        options.config,
+        environ=os.environ,
+        overrides=options.overrides,
+        flags=flags,
+        doors=door_settings(),
+    )
+
+
+def _serve(options: argparse.Namespace) -> int:
+    # Here, not above: the other commands need none of the server's modules.
+    from relay.app import run
+
+    def reload() -> Config:
+        return with_local_key(_load(options))
+
+    given = _load(options)
+    local = uses_local_key(given)
+    config = with_local_key(given)
+    logs.setup(config.log)
+
+    def on_ready(port: int, redis_address: str) -> None:
+        # A token for every channel is shown only where the relay made the key itself, for trying
+        # things out; one of the operator's key does not belong on a screen or in a journal.
+        token = _sign(config, "me", ["*"], [], 86400.0) if local else None
+        text = banner(config, port=port, redis_address=redis_address, token=token)
+        print(text, flush=True)
+
+    return run(config, reload=reload, on_ready=on_ready)
+
+
+def _genconfig(options: argparse.Namespace) -> int:
+    del options
+    sys.stdout.write(example({**SECTIONS, **door_settings()}))
+    return OK
+
+
+def _checkconfig(options: argparse.Namespace) -> int:
+    config = _load(options)
+    TokenReader(config.jwt)
+    print(f"{options.config or 'environment'}: the configuration is valid")
+    return OK
+
+
+def _version(options: argparse.Namespace) -> int:
+    del options
+    print(f"relay {__version__}")
+    return OK
+
+
+def _token(options: argparse.Namespace) -> int:
+    config = with_local_key(_load(options))
+    print(_sign(config, options.user, options.channel, options.group, options.ttl or None))
+    return OK
+
+
+def _sign(
+    config: Config, user: str, channels: list[str], groups: list[str], ttl_s: float | None
+) -> str:
+    return TokenReader(config.jwt).sign(user, channels, groups, ttl_s)
+
+
+def _revoke(options: argparse.Namespace) -> int:
+    from relay.app import revoke
+
+    config = _load(options)
+    try:
+        channel = parse_channel(options.channel)
+    except ValueError as exc:
+        raise RelayError(f"CHANNEL: {exc}") from exc
+    entry_id = asyncio.run(revoke(config.redis, channel, options.user))
+    where = urlsplit(config.redis.url).hostname or config.redis.url
+    print(f"{options.user} reads nothing of {channel} after {entry_id} (Redis: {where})")
+    return OK
+
+
+_COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
+    "serve": _serve,
+    "genconfig": _genconfig,
+    "checkconfig": _checkconfig,
+    "version": _version,
+    "token": _token,
+    "revoke": _revoke,
+}
