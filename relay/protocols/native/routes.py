@@ -20,7 +20,7 @@ from relay.errors import (
     Unavailable,
 )
 from relay.model import Channel, Principal, parse_channel
-from relay.protocols.native import codec, cursor, page
+from relay.protocols.native import codec, cursor, live_page
 from relay.protocols.native.credentials import cors_headers, principal_of
 from relay.protocols.native.encoders import WEBSOCKET, sse_encoder
 from relay.protocols.native.settings import NativeSettings
@@ -59,7 +59,7 @@ class MountedNative:
             web.get("/ws", self._answering(self._ws), allow_head=False),
         ]
         if settings.page:
-            self.routes += page.routes()
+            self.routes += live_page.routes()
         self._reaper = Reaper()
         self._open = 0
         self._last_closed = asyncio.Event()
