@@ -37,10 +37,9 @@ def head(extra: Mapping[str, str] | None = None) -> bytes:
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
-def block(data: bytes, *, id: bytes | None = None, event: bytes | None = None) -> bytes:  # noqa: A002 - the field's own name
-    """One event. Its data arrives as it is, but with every line break as "\\n"."""
-    # Any of the three is a line break to the client; splitlines() of bytes knows exactly these,
-    # but swallows one at the end, which the client must see.
+def block(data: bytes, *, id: bytes | None = None, event: bytes | None = None) -> bytes:
+    """One event. Its data arrives as it is, but with every line break as LF."""
+    # CR, LF and CRLF each end a line for the client, which joins the data lines with LF.
     if b"\r" in data:
         data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     body = b"data: " + data.replace(b"\n", b"\ndata: ") + b"\n\n"
@@ -53,7 +52,7 @@ def block(data: bytes, *, id: bytes | None = None, event: bytes | None = None) -
     return body
 
 
-def id_only(id: bytes) -> bytes:  # noqa: A002 - the field's own name
+def id_only(id: bytes) -> bytes:
     """A block that moves the client's last event ID and dispatches nothing."""
     return b"id: " + _checked_id(id) + b"\n\n"
 

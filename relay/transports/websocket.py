@@ -192,13 +192,11 @@ class FrameReader:
             if not last and opcode != CONTINUATION:
                 self._kind, self._message = opcode, bytearray(payload)
                 return
-            if opcode == CONTINUATION:
-                message = self._message
-                assert message is not None
-                message += payload
+            if self._message is not None:
+                self._message += payload
                 if not last:
                     return
-                opcode, payload, self._message = self._kind, bytes(message), None
+                opcode, payload, self._message = self._kind, bytes(self._message), None
             if opcode == TEXT:
                 _check_utf8(payload)
         elif opcode == CLOSE:
@@ -207,7 +205,11 @@ class FrameReader:
 
 
 def _tokens(request: web.Request, name: str) -> set[str]:
-    return {part.strip().lower() for value in request.headers.getall(name, ()) for part in value.split(",")}
+    return {
+        part.strip().lower()
+        for value in request.headers.getall(name, ())
+        for part in value.split(",")
+    }
 
 
 def accept_headers(request: web.Request) -> bytes | web.Response:
