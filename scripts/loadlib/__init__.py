@@ -1,0 +1,1 @@
+"""What `scripts/load` runs: the relay and its peers, measured on loopback."""

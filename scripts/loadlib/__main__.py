@@ -1,0 +1,139 @@
+"""The command line of `scripts/load`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import uvloop
+
+from scripts.loadlib.fanout import Fanout
+from scripts.loadlib.followed import Followed
+from scripts.loadlib.idle import Idle
+from scripts.loadlib.processes import LoadError
+from scripts.loadlib.report import finish
+from scripts.loadlib.servers import ROOT, Cores, RelayOptions
+from scripts.loadlib.slow import Slow
+
+
+class _Measurement(Protocol):
+    async def run(self, folder: Path) -> list[dict[str, Any]]: ...
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part.replace("_", "")) for part in text.split(",")]
+
+
+def _names(*allowed: str) -> Any:
+    def names(text: str) -> list[str]:
+        found = text.split(",")
+        if not set(found) <= set(allowed):
+            raise argparse.ArgumentTypeError(f"any of {', '.join(allowed)}")
+        return found
+
+    return names
+
+
+def _arguments() -> argparse.Namespace:
+    every = argparse.ArgumentParser(add_help=False)
+    every.add_argument("--bench-dir", type=Path, default=ROOT.parent / "shared" / "bench",
+                       help="folder of wsink.c and sendloop.c")  # fmt: skip
+    every.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
+                       help="a setting of the relay; repeatable")  # fmt: skip
+    every.add_argument("--relay-command", default="",
+                       help="another program in place of `python -m relay serve`")  # fmt: skip
+    every.add_argument("--out", default="", help="file for the JSON; default: standard output")
+    parser = argparse.ArgumentParser(prog="scripts/load", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    one = commands.add_parser("fanout", parents=[every], help="CPU per delivery and latency")
+    one.add_argument("--rate", type=_numbers, default=[20_000, 50_000], dest="rates",
+                     help="deliveries per second, several with commas")  # fmt: skip
+    one.add_argument("--clients", type=int, default=1000)
+    one.add_argument("--server", type=_names("relay", "nchan", "c"), dest="servers",
+                     default=["relay", "nchan", "c"], help="with commas")  # fmt: skip
+    one.add_argument("--rounds", type=int, default=3)
+    one.add_argument("--seconds", type=float, default=20)
+
+    one = commands.add_parser("idle", parents=[every], help="memory per idle client")
+    one.add_argument("--clients", type=int, default=5000)
+    one.add_argument("--server", type=_names("relay", "nchan"), dest="servers",
+                     default=["relay", "nchan"])  # fmt: skip
+    one.add_argument("--own-channels", action="store_true", help="a channel for each client")
+
+    one = commands.add_parser("followed", parents=[every], help="many followed workspaces")
+    one.add_argument("--workspaces", type=_numbers, default=[100, 20_000])
+    one.add_argument("--rate", type=int, default=2000, help="events per second")
+    one.add_argument("--seconds", type=float, default=20)
+    one.add_argument("--idle-seconds", type=float, default=30)
+    one.add_argument("--channels-per-connection", type=int, default=1000)
+
+    one = commands.add_parser("slow", parents=[every], help="a client that stops reading")
+    one.add_argument("--megabytes", type=int, default=200, help="that pass meanwhile")
+    one.add_argument("--seconds", type=float, default=30)
+    one.add_argument("--entry-bytes", type=int, default=10_000)
+    one.add_argument("--others", type=int, default=20, help="clients on each of two channels")
+    one.add_argument("--rounds", type=int, default=2)
+    return parser.parse_args()
+
+
+def _measurement(options: argparse.Namespace, cores: Cores) -> _Measurement:
+    shared: dict[str, Any] = {
+        "cores": cores,
+        "bench": options.bench_dir.resolve(),
+        "relay": RelayOptions(command=options.relay_command, settings=options.set),
+    }
+    match options.command:
+        case "fanout":
+            return Fanout(
+                rates=options.rates, clients=options.clients, servers=options.servers,
+                rounds=options.rounds, seconds=options.seconds, **shared,
+            )  # fmt: skip
+        case "idle":
+            return Idle(
+                clients=options.clients, servers=options.servers,
+                own_channels=options.own_channels, **shared,
+            )  # fmt: skip
+        case "followed":
+            return Followed(
+                workspaces=options.workspaces, rate=options.rate, seconds=options.seconds,
+                idle_seconds=options.idle_seconds,
+                per_connection=options.channels_per_connection, **shared,
+            )  # fmt: skip
+        case _:
+            return Slow(
+                megabytes=options.megabytes, seconds=options.seconds, others=options.others,
+                entry_bytes=options.entry_bytes, rounds=options.rounds, **shared,
+            )  # fmt: skip
+
+
+def main() -> int:
+    """Runs one measurement; 1 with a line on standard error where it cannot."""
+    options = _arguments()
+    # A stop unwinds everything: no server is left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        cores = Cores.of_this_machine()
+        measurement = _measurement(options, cores)
+        # The publisher and the Python clients are this process.
+        os.sched_setaffinity(0, {cores.clients})
+        with tempfile.TemporaryDirectory(prefix="relay-load-") as folder:
+            rows = uvloop.run(measurement.run(Path(folder)))
+    except LoadError as exc:
+        sys.stderr.write(f"scripts/load: {exc}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    hidden = {"command", "bench_dir", "out", "relay_command"}
+    shown = {name: value for name, value in vars(options).items() if name not in hidden}
+    finish(options.command, shown, rows, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Publishers: events at an even pace into a stream (XADD) or over HTTP (Nchan)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import cast
+
+import hiredis
+
+from scripts.loadlib.processes import LoadError
+
+_PADDING = b"0" * 120
+
+
+def payload(extra: bytes = b"") -> bytes:
+    """JSON with the time of now, as wsink looks for it, and 120 bytes of padding."""
+    return b'{"m":"T=%019d",%b"p":"%b"}' % (time.time_ns(), extra, _PADDING)
+
+
+async def paced(rate: float, total: int, send: Callable[[int], Awaitable[None]]) -> float:
+    """Calls `send` `total` times, evenly spaced; returns by how much the last one was late.
+
+    What is late is sent at once: the pace is the clock's, not that of the answers.
+    """
+    started = time.monotonic()
+    late_s = 0.0
+    for number in range(total):
+        late_s = time.monotonic() - (started + number / rate)
+        # Also when late: what comes back must be read.
+        await asyncio.sleep(max(0.0, -late_s))
+        await send(number)
+    return max(0.0, late_s)
+
+
+class RedisFeed(asyncio.Protocol):
+    """Appends to streams in a pipeline: does not wait for one answer before the next command."""
+
+    def __init__(self, prefix: bytes = b"relay:") -> None:
+        self._prefix = prefix
+        self._reader = hiredis.Reader()
+        self._transport: asyncio.Transport | None = None
+        self._unanswered = 0
+        self._answered = asyncio.Event()
+        self._answered.set()
+        self._error: str | None = None
+
+    @classmethod
+    async def connect(cls, port: int) -> RedisFeed:
+        """A feed to the server on this loopback port."""
+        loop = asyncio.get_running_loop()
+        _, feed = await loop.create_connection(cls, "127.0.0.1", port)
+        return feed
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Part of asyncio.Protocol."""
+        self._transport = cast("asyncio.Transport", transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Part of asyncio.Protocol."""
+        if self._unanswered:
+            self._error = self._error or f"Redis closed the connection: {exc}"
+        self._answered.set()
+
+    def data_received(self, data: bytes) -> None:
+        """Part of asyncio.Protocol."""
+        self._reader.feed(data)
+        while (reply := self._reader.gets()) is not False:
+            if isinstance(reply, hiredis.ReplyError):
+                self._error = str(reply)
+            self._unanswered -= 1
+        if not self._unanswered:
+            self._answered.set()
+
+    async def publish(self, channel: bytes, data: bytes) -> None:
+        """Sends one XADD; raises LoadError where an earlier one was refused."""
+        if self._error or self._transport is None:
+            raise LoadError(f"Redis: {self._error}")
+        key = self._prefix + b"stream:{" + channel + b"}"
+        self._transport.write(
+            b"*5\r\n$4\r\nXADD\r\n$%d\r\n%b\r\n$1\r\n*\r\n$4\r\ndata\r\n$%d\r\n%b\r\n"
+            % (len(key), key, len(data), data)
+        )
+        self._unanswered += 1
+        self._answered.clear()
+
+    async def settle(self) -> None:
+        """Returns once every command has its answer."""
+        async with asyncio.timeout(60):
+            await self._answered.wait()
+        if self._error:
+            raise LoadError(f"Redis: {self._error}")
+
+    def close(self) -> None:
+        """Ends the connection."""
+        if self._transport is not None:
+            self._transport.close()
+
+
+class NchanFeed:
+    """Posts to Nchan's publisher location over one kept connection, one event at a time."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def connect(cls, port: int) -> NchanFeed:
+        """A feed to the server on this loopback port."""
+        return cls(*await asyncio.open_connection("127.0.0.1", port))
+
+    async def publish(self, channel: bytes, data: bytes) -> None:
+        """Posts one event and waits for its answer."""
+        self._writer.write(
+            b"POST /pub?channel=%b HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (channel, len(data), data)
+        )
+        async with asyncio.timeout(10):
+            head = await self._reader.readuntil(b"\r\n\r\n")
+            status = int(head.split(b" ", 2)[1])
+            length = 0
+            for line in head.lower().split(b"\r\n"):
+                if line.startswith(b"content-length:"):
+                    length = int(line.partition(b":")[2])
+            await self._reader.readexactly(length)
+        if not 200 <= status < 300:
+            raise LoadError(f"nchan answers {status} to a publication")
+
+    async def settle(self) -> None:
+        """Nothing is ever under way here."""
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._writer.close()

