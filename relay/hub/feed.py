@@ -213,6 +213,8 @@ class Feed:
             incarnation = self.incarnation or 0
             verdict = judge(asked, state, incarnation, examined.own.get(asked.id))
             subscription.pending_notice = verdict.notice
+            if verdict.notice is not None and verdict.notice.kind == "gap":
+                subscription.known_first = state.first
             if verdict.resume == ZERO_ID:
                 subscription.behind_at(ZERO_ID, 0, None)
             else:
@@ -290,7 +292,7 @@ class Feed:
         """A live subscription's socket is full: from W on it is owed."""
         self._remove_live(subscription)
         subscription.behind_at(self.position, self.added, self.digest)
-        subscription.known_deleted = None
+        subscription.known_deleted = subscription.known_first = None
         self._behind[subscription] = None
 
     def catch_up(self, subscription: Subscription) -> None:
@@ -358,8 +360,10 @@ class Feed:
             added = None
             subscription.known_deleted = state.max_deleted
         elif not untrimmed(Position(cursor, added), state):
-            self._tell(subscription, Notice("gap", "trimmed", cursor, state.first))
+            if state.first is None or state.first != subscription.known_first:
+                self._tell(subscription, Notice("gap", "trimmed", cursor, state.first))
             added = None
+            subscription.known_first = state.first
         batch.deliver(subscription.session.encoder, (subscription,), begin, served)
         self.hub.metrics.caught_up(served - begin)
         at_record = served > begin and batch.records[served - 1].id == covered

@@ -66,7 +66,10 @@ def judge(
     own_there = own_digest is not None and position.digest in (None, own_digest)
     # An empty past cannot be checked by its own entry; the marker group survives a failover.
     nothing_seen = at == ZERO_ID and same_life
-    if not (same_history or own_there or nothing_seen or at == state.max_deleted):
+    # No deletion stands at 0-0: there the two are equal in every new life, and would hide that
+    # what was appended in the old one is gone.
+    own_deleted = at == state.max_deleted and at != ZERO_ID
+    if not (same_history or own_there or nothing_seen or own_deleted):
         if position.incarnation is not None and not same_life:
             return _reset("other_incarnation", at, ZERO_ID)
         if position.incarnation is not None:

@@ -66,6 +66,7 @@ class Subscription:
         "digest",
         "feed",
         "known_deleted",
+        "known_first",
         "live",
         "pending_notice",
         "rights_as_of",
@@ -80,7 +81,9 @@ class Subscription:
         self.cursor: EntryID | None = None
         self.added: int | None = None
         self.digest: int | None = None
+        # As the client was last told of a gap: nothing new is missing while these stay the same.
         self.known_deleted: EntryID | None = None
+        self.known_first: EntryID | None = None
         self.pending_notice: Notice | None = None
         self.rights_as_of: EntryID | None = None
 
