@@ -10,15 +10,13 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal, NoReturn, TypedDict
+from typing import Literal, NoReturn
 
 import orjson
 
 from relay.errors import BadRequest, ClientError, Unavailable
-from relay.hub.encoding import Encoder
-from relay.hub.recovery import Notice, NoticeKind
-from relay.model import Channel, Event, Position, parse_channel
-from relay.protocols.native.cursor import encode as encode_cursor
+from relay.hub.recovery import NoticeKind
+from relay.model import Channel, Event, parse_channel
 
 Ref = str | int | float | None
 ReplyName = Literal["subscribe", "unsubscribe", "refresh", "ping"]
@@ -30,14 +28,6 @@ _REF_CHARS = 200
 # What every JSON reader, JavaScript's too, reads back unchanged.
 _SAFE_INTEGER = 2**53 - 1
 _LINE_BREAKS = str.maketrans({"\r": " ", "\n": " ", "\0": " "})
-
-
-class _Told(TypedDict):
-    channel: Channel
-    from_: str | None
-    to: str | None
-    reason: str
-
 
 # --- server to client -----------------------------------------------------------------------
 
@@ -154,65 +144,6 @@ def first_envelope_block(
 HEARTBEAT = b":\n\n"
 
 
-class WebSocketEncoder(Encoder):
-    """Text frames, the same for every client."""
-
-    personal = False
-
-    def event(self, event: Event) -> bytes:
-        """One text frame."""
-        return frame_text(event_object(event))
-
-    def personal_event(
-        self,
-        event: Event,  # noqa: ARG002 - the interface's; nothing here is personal
-        cursor: Iterable[tuple[Channel, Position]],  # noqa: ARG002
-        shared: bytes,
-    ) -> bytes:
-        """The same frame: an event's own ID resumes its channel."""
-        return shared
-
-    def notice(self, channel: Channel, notice: Notice) -> bytes:
-        """One text frame."""
-        return frame_text(notice_object(notice.kind, **_told(channel, notice)))
-
-
-class SseEncoder(Encoder):
-    """SSE events; where `several`, with the client's cursor over all its channels as ID.
-
-    A notice has no ID: the client that drops right after it must be told again, and must not
-    begin after an entry that it was only told about.
-    """
-
-    def __init__(self, *, several: bool, envelope: bool) -> None:
-        self.personal = several
-        self._tail = envelope_tail if envelope else sse_tail
-
-    def event(self, event: Event) -> bytes:
-        """The whole block, or with several channels all but its ID."""
-        tail = self._tail(event)
-        return tail if self.personal or event.id is None else sse_id(str(event.id)) + tail
-
-    def personal_event(
-        self, event: Event, cursor: Iterable[tuple[Channel, Position]], shared: bytes
-    ) -> bytes:
-        """The block with this client's cursor; an ephemeral event is no place to resume from."""
-        return shared if event.id is None else sse_id(encode_cursor(cursor)) + shared
-
-    def notice(self, channel: Channel, notice: Notice) -> bytes:
-        """A named event without an ID."""
-        return sse_notice(notice.kind, **_told(channel, notice))
-
-
-# One object for all sessions of a format: the hub caches what they make by their identity.
-WEBSOCKET: Final = WebSocketEncoder()
-SSE: Final = {
-    (several, envelope): SseEncoder(several=several, envelope=envelope)
-    for several in (False, True)
-    for envelope in (False, True)
-}
-
-
 def _sse_data(data: bytes) -> bytes:
     """`data` in lines. A client joins them with LF again, so CR LF and CR arrive as LF; between
     the tokens of JSON that changes nothing, and inside its strings neither can stand."""
@@ -230,25 +161,6 @@ def _notice_fields(
     channel: Channel | None, from_: str | None, to: str | None, reason: str | None
 ) -> dict[str, object]:
     return _known(channel=channel) | _known(**{"from": from_, "to": to, "reason": reason})
-
-
-def _told(channel: Channel, notice: Notice) -> _Told:
-    return {
-        "channel": channel,
-        "from_": None if notice.from_id is None else str(notice.from_id),
-        "to": None if notice.to_id is None else str(notice.to_id),
-        "reason": notice.reason,
-    }
-
-
-def frame_text(payload: bytes) -> bytes:
-    """`payload` as one whole text frame of a server: not masked, so the same for every client."""
-    size = len(payload)
-    if size < 126:
-        return bytes((0x81, size)) + payload
-    if size < 65536:
-        return b"\x81\x7e" + size.to_bytes(2, "big") + payload
-    return b"\x81\x7f" + size.to_bytes(8, "big") + payload
 
 
 def _error_fields(error: ClientError | Unavailable) -> dict[str, object]:

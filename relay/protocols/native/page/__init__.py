@@ -1,0 +1,52 @@
+"""The live page: static files, read once, that load nothing from anywhere else."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import NamedTuple
+
+# img-src for the tab's icon; everything else that the page does not need is forbidden.
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+# All but the page itself are below /live/, where no other door has a path.
+_FILES = (
+    ("/", "index.html", "text/html; charset=utf-8"),
+    ("/live/app.js", "app.js", "text/javascript; charset=utf-8"),
+    ("/live/view.js", "view.js", "text/javascript; charset=utf-8"),
+    ("/live/style.css", "style.css", "text/css; charset=utf-8"),
+    ("/live/icon.svg", "icon.svg", "image/svg+xml"),
+)
+
+
+class Asset(NamedTuple):
+    """One file and how to serve it; a request whose If-None-Match is the ETag gets a 304."""
+
+    path: str
+    content_type: str
+    body: bytes
+    headers: Mapping[str, str]
+
+
+def load() -> tuple[Asset, ...]:
+    """All files of the page, the page itself first."""
+    folder = files(__name__)
+    return tuple(_asset(path, kind, (folder / name).read_bytes()) for path, name, kind in _FILES)
+
+
+def _asset(path: str, content_type: str, body: bytes) -> Asset:
+    headers = {
+        "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+        # Asked every time: after an upgrade an old script would meet a new relay.
+        "Cache-Control": "no-cache",
+        "ETag": f'"{hashlib.sha256(body).hexdigest()[:24]}"',
+        "X-Content-Type-Options": "nosniff",
+        # A token can stand in the address of a stream that this page opens.
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cross-Origin-Resource-Policy": "same-origin",
+    }
+    return Asset(path, content_type, body, headers)
