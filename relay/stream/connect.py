@@ -18,7 +18,13 @@ from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 from redis.asyncio import Redis, Sentinel
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import (
+    ClusterDownError,
+    MasterDownError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
 
 from relay.errors import ConfigError, RedisUnavailable, RelayError
 from relay.settings import RedisSettings
@@ -122,11 +128,15 @@ def translated() -> Iterator[None]:
     """Around each use of redis-py: its exceptions leave as ours."""
     try:
         yield
+    except (ReadOnlyError, MasterDownError, ClusterDownError) as exc:
+        raise RedisUnavailable(f"Redis cannot serve now: {exc}") from exc
     except ResponseError as exc:
-        # Subclasses such as ReadOnlyError have lost their code word from the text.
-        lost_code = type(exc) is not ResponseError
-        refused = CommandRefused("Redis", f"{type(exc).__name__} {exc}" if lost_code else str(exc))
-        raise refused from exc
+        text = str(exc)
+        if text.partition(" ")[0] in UNAVAILABLE_CODES:
+            raise RedisUnavailable(f"Redis cannot serve now: {text}") from exc
+        # redis-py cuts the code word off for those errors that it has a class for.
+        known = type(exc) is not ResponseError
+        raise CommandRefused("Redis", f"{type(exc).__name__} {text}" if known else text) from exc
     except (RedisError, OSError) as exc:
         raise RedisUnavailable(f"Redis: {exc}") from exc
 

@@ -139,7 +139,7 @@ async def test_a_killed_connection_is_told_once(server: Server, admin: Redis) ->
 
 async def _seen_blocked(admin: Redis) -> None:
     async with asyncio.timeout(5):
-        while not (await admin.info("clients"))["blocked_clients"]:  # noqa: ASYNC110 - Redis has no event
+        while not (await admin.info("clients"))["blocked_clients"]:
             await asyncio.sleep(0)
 
 

@@ -41,7 +41,7 @@ async def test_the_loop_beats_and_outlives_redis(client: Redis, admin: Redis, ke
     instance, beat = heartbeat(client, keys, "one")
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(beat.run())
-        while not await admin.exists(keys.node(instance)):  # noqa: ASYNC110 - Redis tells no event
+        while not await admin.exists(keys.node(instance)):
             await asyncio.sleep(0)
         running.cancel()
 

@@ -196,7 +196,7 @@ class SentinelServer(Server):
         """For [redis] url."""
         return f"sentinel://{user}:{password_of(user)}@127.0.0.1:{self.port}/main/{db}"
 
-    def client(self, user: User = "admin") -> redis.Redis:  # noqa: ARG002 - Sentinels have no ACL here
+    def client(self, user: User = "admin") -> redis.Redis:
         """A blocking client of the Sentinel itself."""
         return redis.Redis(port=self.port, driver_info=None, protocol=3)
 
