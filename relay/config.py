@@ -331,4 +331,4 @@ def _read_secret(value: _Given) -> str:
     except UnicodeDecodeError as exc:
         raise ConfigError(value.line("is not UTF-8 text")) from exc
     # Editors and `echo` end a file with one newline; any other white space may be meant.
-    return text.removesuffix("\n").removesuffix("\r")
+    return text.removesuffix("\n")

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from relay import logs
+from relay.errors import StartError
+from relay.settings import LogSettings
+
+TOKEN = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJtZSJ9.c2lnbmF0dXJl-_"
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    scheduler = logging.getLogger("apscheduler").level
+    access = logging.getLogger("aiohttp.access").disabled
+    yield
+    for handler in root.handlers:
+        if handler not in handlers:
+            handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.getLogger("apscheduler").setLevel(scheduler)
+    logging.getLogger("aiohttp.access").disabled = access
+
+
+def record(text: str, *args: object) -> logging.LogRecord:
+    return logging.LogRecord("relay.x", logging.INFO, "f.py", 1, text, args, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"GET /sse?channel=a&token={TOKEN} HTTP/1.1",
+        "GET /sse?token=opaque-text&channel=a",
+        "GET /x?next=%2Fsse%3Ftoken%3Dopaque-text",
+        "cookie: relay_token=opaque-text; a=b",
+        '{"token": "opaque-text"}',
+        "{'access_token': 'opaque-text'}",
+        "token: opaque-text",
+        "Authorization: Bearer opaque-text",
+        "authorization: Basic b3BhcXVlLXRleHQ= opaque",
+        "<Headers('Authorization': 'Bearer opaque-text')>",
+        "(b'Authorization', b'Bearer opaque-text')",
+        "sent Bearer opaque-text to it",
+        f"cannot decode {TOKEN}",
+        f"b'{TOKEN[:30]}' is cut",
+        "redis://user:opaque-text@host:1/0 is away",
+        "rediss://:opaque-text@host is away",
+        "password = opaque-text",
+        "PASSWORD=opaque-text",
+        "client_secret=opaque-text",
+    ],
+)
+def test_no_line_holds_a_token(text: str) -> None:
+    for formatter in (logs.PlainFormatter(), logs.JsonFormatter()):
+        for each in (record(text), record("%s", text)):
+            line = formatter.format(each)
+            assert "[hidden]" in line
+            for part in ("opaque-text", "b3BhcXVl", "eyJ", "c2lnbmF0"):
+                assert part not in line
+
+
+def test_what_is_no_token_stays() -> None:
+    text = "channel=news id=1-2 http://host:8000/x?channel=a@b author: me, 12 tokens read"
+    assert logs.redact(text) == text
+
+
+def test_a_token_in_a_traceback_is_hidden_too() -> None:
+    try:
+        raise ValueError(f"token={TOKEN}")
+    except ValueError:
+        failed = logging.LogRecord("x", logging.ERROR, "f", 1, "no", (), sys.exc_info())
+    failed.stack_info = f"Stack: token={TOKEN}"
+    plain = logs.PlainFormatter().format(failed)
+    assert plain.splitlines()[1] == "Traceback (most recent call last):"
+    assert "Stack: token=[hidden]" in plain
+    fields = json.loads(logs.JsonFormatter().format(failed))
+    assert fields["exception"].startswith("Traceback")
+    assert TOKEN not in plain + str(fields)
+
+
+def test_plain_is_one_line_that_nobody_can_break() -> None:
+    line = logs.PlainFormatter().format(record("from %s", "a\r\n2026 error: b\x1b[2J\u2028c"))
+    assert len(line.splitlines()) == 1
+    assert line.endswith(r" info relay.x: from a\r\n2026 error: b\x1b[2J\u2028c")
+    assert line[10] == "T"
+    assert line[19] == "."
+    assert line[23] == "Z"
+
+
+def test_json_is_json_whatever_is_in_it() -> None:
+    fields = json.loads(logs.JsonFormatter().format(record("half a pair: %s \n", "\udc80")))
+    assert fields["message"] == "half a pair: \\udc80 \n"
+    assert fields["level"] == "info"
+    assert fields["logger"] == "relay.x"
+    assert fields["time"].endswith("Z")
+
+
+def test_standard_error_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.setup(LogSettings())
+    logging.getLogger("relay.x").info("seen")
+    logging.getLogger("relay.x").debug("unseen")
+    logs.reopen()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.endswith("relay.x: seen\n")
+    assert "unseen" not in captured.err
+
+
+def test_a_second_setup_replaces_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    for _ in range(2):
+        logs.setup(LogSettings(file=str(path), format="json"))
+    logging.getLogger("relay.x").warning("once")
+    assert [json.loads(line)["message"] for line in path.read_text().splitlines()] == ["once"]
+
+
+def test_levels_change_and_chatter_stays_out(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    logs.setup(LogSettings(file=str(path), level="warning"))
+    logging.getLogger("relay.x").info("1")
+    logs.set_level("debug")
+    logging.getLogger("relay.x").debug("2")
+    logging.getLogger("aiohttp.access").error("3")
+    logging.getLogger("apscheduler.executors").info("4")
+    logging.getLogger("apscheduler.executors").warning("5")
+    logs.set_level("error")
+    logging.getLogger("apscheduler.executors").warning("6")
+    assert [line[-1] for line in path.read_text().splitlines()] == ["2", "5"]
+
+
+def test_a_file_moved_away_is_opened_again(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    logs.setup(LogSettings(file=str(path)))
+    log = logging.getLogger("relay.x")
+    log.info("first")
+    path.rename(tmp_path / "old")
+    log.info("second")
+    logs.reopen()
+    log.info("third %s", "\udc80")
+    assert (tmp_path / "old").read_text().splitlines()[1].endswith("second")
+    assert path.read_text().endswith("third \\udc80\n")
+
+
+def test_a_file_that_cannot_be_opened_again_leaves_the_old_one(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    logs.setup(LogSettings(file=str(folder / "log")))
+    folder.rename(tmp_path / "moved")
+    logs.reopen()
+    logging.getLogger("relay.x").info("still")
+    lines = (tmp_path / "moved" / "log").read_text().splitlines()
+    assert "cannot be opened again: No such file" in lines[0]
+    assert lines[1].endswith("still")
+
+
+def test_a_file_that_cannot_be_opened_is_a_start_error(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="No such file or directory; --set log.file="):
+        logs.setup(LogSettings(file=str(tmp_path / "none" / "log")))
