@@ -292,7 +292,8 @@ def test_a_config_cannot_be_changed() -> None:
 def test_the_example_with_its_comment_signs_taken_away_is_the_defaults(tmp_path: Path) -> None:
     text = example({**SECTIONS, **DOORS})
     settings = [line for line in text.splitlines() if line.startswith("#") and line[1:2] != " "]
-    count = sum(len(cls.model_fields) for cls in [*SECTIONS.values(), DoorSettings])
+    classes: list[type[Section]] = [*SECTIONS.values(), DoorSettings]
+    count = sum(len(cls.model_fields) for cls in classes)
     blank = text.splitlines().count("#")
     assert len(settings) - blank == count
     path = tmp_path / "relay.ini"

