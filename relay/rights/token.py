@@ -140,6 +140,11 @@ class TokenReader:
             raise Unauthorized(
                 "the token's sub must be 1 to 255 characters without control characters"
             )
+        client = claims.get("client", "")
+        if not isinstance(client, str) or not (client == "" or _NAME.fullmatch(client)):
+            raise Unauthorized(
+                "the token's client must be at most 255 characters without control characters"
+            )
         channels = _names(claims, "channels")
         try:
             for channel in channels:
@@ -149,6 +154,7 @@ class TokenReader:
         return Principal(
             user=user,
             groups=frozenset(_names(claims, "groups")),
+            client=client,
             expires_at=expires_at,
             channels=channels,
         )

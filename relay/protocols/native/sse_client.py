@@ -55,8 +55,10 @@ class SseClient:
 
     def dropped(self, channel: Channel, notice: Notice) -> None:
         """See `relay.hub.session.Client`."""
-        del channel, notice
-        if self.session is not None and not self.session.subscriptions:
+        del channel
+        # After the last of the expired ones comes `expired`, which has something to add.
+        last = self.session is not None and not self.session.subscriptions
+        if last and notice.reason != "expired":
             self._end(b"")
 
     def expired(self) -> None:

@@ -307,3 +307,12 @@ def test_nothing_is_signed_that_would_be_refused() -> None:
 def test_without_a_key_nothing_is_signed() -> None:
     with pytest.raises(ConfigError, match="none is configured"):
         TokenReader(settings("")).sign("ann", [])
+
+
+def test_client_is_who_an_entry_can_address() -> None:
+    reader = TokenReader(settings())
+    claims = {"sub": "u", "client": "page-1"}
+    assert "client:page-1" in reader.read(token(claims), now=lambda: NOW).selectors()
+    assert reader.read(token({"sub": "u"}), now=lambda: NOW).client == ""
+    for bad in (1, None, "a\nb", "x" * 256):
+        assert "client" in refusal(token({"sub": "u", "client": bad}))
