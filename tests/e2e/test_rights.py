@@ -1,0 +1,383 @@
+"""Who may read: tokens, the rights hash, revocation in its order, and what a cookie needs."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import jwt
+import pytest
+
+from relay import app
+from relay.settings import RedisSettings
+from tests.support.clients import Native, Refused, native, redis, rights_key, stream_key
+from tests.support.relay import KEY, ROOT, RelayProcess
+from tests.support.valkey import Server
+
+pytestmark = pytest.mark.redis
+
+
+async def _revoke(server: Server, channel: str, user: str) -> str:
+    """As the library does it, with the rights of maintenance."""
+    return await app.revoke(RedisSettings(url=server.url("maintenance")), channel, user)
+
+
+def _grant(server: Server, channel: str, user: str, right: str) -> None:
+    redis(server, "HSET", rights_key(channel), user, right)
+
+
+def _place(entry_id: str) -> tuple[int, ...]:
+    return tuple(map(int, entry_id.split("-")))
+
+
+async def _status(door: Native, channel: str, token: str) -> int:
+    """Of an attempt to follow the channel."""
+    try:
+        client = await door.sse(channel, token=token)
+    except Refused as exc:
+        return exc.answer.status
+    client.drop()
+    return 200
+
+
+@pytest.mark.parametrize(
+    ("claims", "allowed"),
+    [
+        (["e2e:claim"], True),
+        (["e2e:*"], True),
+        (["*"], True),
+        (["*claim"], True),
+        (["e2e"], False),
+        (["e2e:claims", "x:*"], False),
+        ([], False),
+    ],
+)
+async def test_claims_name_channels_or_patterns(
+    relay: RelayProcess, door: Native, claims: list[str], allowed: bool
+) -> None:
+    token = relay.token(channels=claims)
+    assert await _status(door, "e2e:claim", token) == (200 if allowed else 403)
+
+
+async def test_the_hash_grants_live_and_its_change_takes_effect_within_a_second(
+    relay: RelayProcess, door: Native, valkey: Server, channel: str
+) -> None:
+    token = relay.token("bob", [])
+    assert await _status(door, channel, token) == 403
+    _grant(valkey, channel, "bob", "rw")
+    client = await door.sse(channel, token=token)
+    relay.xadd(channel, data="1")
+    assert (await client.next()).json() == 1
+    began = time.monotonic()
+    redis(valkey, "HDEL", rights_key(channel), "bob")
+    (notice,) = await client.ended()
+    assert time.monotonic() - began < 1
+    assert notice.event == "relay:revoked"
+    assert notice.json()["reason"] == "rights_changed"
+    assert await _status(door, channel, token) == 403
+
+
+async def test_a_refusal_in_the_hash_wins_over_the_token(
+    relay: RelayProcess, door: Native, valkey: Server, channel: str
+) -> None:
+    client = await door.ws(channel, token=relay.token("bob"))
+    await client.next()
+    _grant(valkey, channel, "bob", "-")
+    notice = await client.next(1)
+    assert (notice["notice"], notice["channel"], notice["reason"]) == (
+        "revoked", channel, "revoked",
+    )  # fmt: skip
+    assert "error" in await client.ask(cmd="subscribe", channel=channel)
+
+
+async def test_after_a_revocation_nothing_leaves_for_that_user(
+    relay: RelayProcess, door: Native, valkey: Server, channel: str
+) -> None:
+    token = relay.token("bob")
+    others = await door.sse(channel)
+    stream = await door.sse(channel, token=token)
+    socket = await door.ws(channel, token=token)
+    await socket.next()
+    relay.xadd(channel, data="1")
+    entry = await _revoke(valkey, channel, "bob")
+    relay.xadd(channel, data="2")
+    event, notice = await stream.ended()
+    assert (event.json(), notice.event, notice.id) == (1, "relay:revoked", None)
+    assert (await socket.next())["data"] == 1
+    said = await socket.next()
+    assert said.pop("notice") == "revoked"
+    for told in (said, notice.json()):
+        # The hash may be seen before the entry; then `from` is the last event that left.
+        assert _place(told.pop("from")) <= _place(entry) <= _place(told.pop("to"))
+        assert told == {"channel": channel, "reason": "revoked"}
+    assert [block.json() for block in await others.take(2)] == [1, 2]
+    # The websocket stays, and is silent about this channel.
+    assert (await socket.ask(cmd="ping"))["reply"] == "ping"
+
+
+async def test_a_burst_around_a_revocation_is_cut_at_its_place(
+    relay: RelayProcess, door: Native, valkey: Server, channel: str
+) -> None:
+    client = await door.sse(channel, token=relay.token("bob"))
+    pipeline = valkey.client().pipeline()
+    for number in range(200):
+        pipeline.execute_command("XADD", stream_key(channel), "*", "data", number)  # type: ignore[no-untyped-call]
+        if number == 99:
+            pipeline.execute_command("HSET", rights_key(channel), "bob", "-")  # type: ignore[no-untyped-call]
+            pipeline.execute_command("XADD", stream_key(channel), "*", "revoke", "bob")  # type: ignore[no-untyped-call]
+    pipeline.execute()
+    *events, notice = await client.ended()
+    assert notice.event == "relay:revoked"
+    assert [event.json() for event in events] == list(range(len(events)))
+    assert len(events) <= 100
+
+
+async def test_replay_is_refused_after_a_revocation_and_whole_after_a_new_grant(
+    relay: RelayProcess, door: Native, valkey: Server, channel: str
+) -> None:
+    token = relay.token("bob", [])
+    _grant(valkey, channel, "bob", "r")
+    client = await door.sse(channel, token=token)
+    client.drop()
+    relay.xadd(channel, data="1")
+    await _revoke(valkey, channel, "bob")
+    relay.xadd(channel, data="2")
+    with pytest.raises(Refused) as refused:
+        await door.sse(channel, token=token, header=client.last_id)
+    assert refused.value.answer.error == {
+        "code": "forbidden",
+        "message": f"no right to read {channel}",
+        "channel": channel,
+    }
+    _grant(valkey, channel, "bob", "r")
+    client = await door.sse(channel, token=token, header=client.last_id)
+    assert [block.json() for block in await client.take(2)] == [1, 2]
+    # The old revocation entry is not the place of the new right.
+    relay.xadd(channel, data="3")
+    assert (await client.next()).json() == 3
+
+
+async def test_a_revocation_reaches_who_is_catching_up(
+    relay: RelayProcess, door: Native, valkey: Server, channel: str
+) -> None:
+    load = "x" * 200_000
+    client = await door.sse(channel, token=relay.token("bob"), limit=65536)
+    client.transport.pause_reading()
+    for number in range(60):
+        relay.xadd(channel, data=f'{{"n":{number},"load":"{load}"}}')
+    async with asyncio.timeout(8):
+        while not await door.metric("relay_catch_up_clients"):
+            await asyncio.sleep(0.02)
+    await _revoke(valkey, channel, "bob")
+    relay.xadd(channel, data='{"n":"after"}')
+    async with asyncio.timeout(8):
+        while await door.metric("relay_catch_up_clients"):
+            await asyncio.sleep(0.02)
+    client.transport.resume_reading()
+    raw = await asyncio.wait_for(client._reader.read(-1), 8)
+    assert b'"after"' not in raw
+    assert b"relay:revoked" in raw[-300:]
+    # What waited for it was not all let out: the revocation overtook the backlog.
+    assert raw.count(load.encode()) < 60
+
+
+async def test_the_revoke_command_names_its_entry(
+    relay: RelayProcess, door: Native, valkey: Server, channel: str
+) -> None:
+    client = await door.sse(channel, token=relay.token("bob"))
+    words = [sys.executable, "-m", "relay", "revoke", "--redis", valkey.url("maintenance")]
+    run = await asyncio.to_thread(
+        subprocess.run, [*words, channel, "bob"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    (notice,) = await client.ended()
+    assert notice.event == "relay:revoked"
+    assert notice.json()["to"] in run.stdout
+    assert redis(valkey, "HGET", rights_key(channel), "bob") == b"-"
+
+
+@pytest.mark.parametrize("kind", ["sse", "ws"])
+async def test_a_token_that_runs_out_ends_the_connection(
+    relay: RelayProcess, door: Native, channel: str, kind: str
+) -> None:
+    token = relay.token("bob", ttl_s=1)
+    began = time.monotonic()
+    if kind == "sse":
+        stream = await door.sse(channel, token=token)
+        notice, error = await stream.ended()
+        assert (notice.event, notice.json()["reason"]) == ("relay:revoked", "expired")
+        assert (error.event, error.json()["code"]) == ("relay:error", "unauthorized")
+    else:
+        socket = await door.ws(channel, token=token)
+        (_, said, wrong), code = await socket.closed()
+        assert (said["notice"], said["reason"]) == ("revoked", "expired")
+        assert wrong["error"]["code"] == "unauthorized"
+        assert code == 4401
+    assert 0.5 < time.monotonic() - began < 2.2
+    assert await _status(door, channel, token) == 401
+
+
+async def test_refresh_prolongs_narrows_and_keeps_the_user(
+    relay: RelayProcess, door: Native, channel: str
+) -> None:
+    other = f"{channel}-other"
+    client = await door.ws(channel, other, token=relay.token("bob", ttl_s=2))
+    await client.take(2)
+    wrong = await client.ask(cmd="refresh", token=relay.token("eve"), ref=1)
+    assert (wrong["error"]["code"], wrong["ref"]) == ("unauthorized", 1)
+    # A new token that opens less takes the rest away.
+    reply = await client.ask(cmd="refresh", token=relay.token("bob", [channel]), ref=2)
+    assert reply == {"reply": "refresh", "ref": 2}
+    notice = await client.next(1)
+    assert (notice["notice"], notice["channel"], notice["reason"]) == (
+        "revoked", other, "rights_changed",
+    )  # fmt: skip
+    with pytest.raises(TimeoutError):
+        await client.next(2.7)
+    relay.xadd(channel, data="1")
+    assert (await client.next())["data"] == 1
+
+
+async def test_to_names_users_groups_and_clients(
+    relay: RelayProcess, door: Native, channel: str
+) -> None:
+    claims = {"sub": "bob", "channels": ["*"], "groups": ["staff"], "client": "page-1"}
+    bob = await door.sse(channel, token=jwt.encode(claims, KEY, algorithm="HS256"))
+    alice = await door.ws(channel)
+    await alice.next()
+    for number, to in enumerate(
+        ("bob", "user:alice", "group:staff", "client:page-1", "alice,bob", "group:none")
+    ):
+        relay.xadd(channel, data=str(number), to=to)
+    relay.xadd(channel, data="99")
+    assert [block.json() for block in await bob.take(5)] == [0, 2, 3, 4, 99]
+    assert [event["data"] for event in await alice.take(3)] == [1, 4, 99]
+    # In replay too.
+    bob = await door.sse(
+        channel, token=jwt.encode(claims, KEY, algorithm="HS256"), last="0-0"
+    )  # fmt: skip
+    assert [block.json() for block in await bob.take(5)] == [0, 2, 3, 4, 99]
+
+
+async def test_ephemeral_events_reach_who_is_there_and_nobody_else(
+    relay: RelayProcess, door: Native, valkey: Server, channel: str
+) -> None:
+    clients = [await door.sse(channel), await door.sse(channel, f"{channel}-b")]
+    socket = await door.ws(channel)
+    await socket.next()
+    entry = relay.xadd(channel, data="1")
+    assert (await clients[0].next()).id == entry
+    last = (await clients[1].next()).id
+    await socket.next()
+    for payload in (
+        '{"data":{"t":1},"type":"typing","client":"c"}',
+        '{"text":"a","to":["user:eve"]}',
+    ):
+        redis(valkey, "PUBLISH", f"relay:ephemeral:{{{channel}}}", payload)
+    for client, kept in zip(clients, (entry, last), strict=True):
+        block = await client.next()
+        assert (block.id, block.event, block.json()) == (None, "typing", {"t": 1})
+        assert client.last_id == kept
+    assert await socket.next() == {
+        "channel": channel, "type": "typing", "data": {"t": 1}, "client": "c",
+    }  # fmt: skip
+    relay.xadd(channel, data="2")
+    assert (await clients[0].next()).json() == 2
+    replay = await door.sse(channel, last="0-0")
+    assert [block.json() for block in await replay.take(2)] == [1, 2]
+
+
+async def test_operators_disconnect_and_unsubscribe(
+    relay: RelayProcess, door: Native, valkey: Server, channel: str
+) -> None:
+    token = relay.token(channel)  # a user of this test alone
+    socket = await door.ws(channel, f"{channel}-b", token=token)
+    await socket.take(2)
+    stream = await door.sse(channel, token=token)
+    await _control(valkey, command="unsubscribe", channel=channel, user=channel)
+    notice = await socket.next()
+    assert (notice["notice"], notice["channel"]) == ("revoked", channel)
+    assert [block.event for block in await stream.ended()] == ["relay:revoked"]
+    # The right is still there: they may come back.
+    stream = await door.sse(channel, token=token)
+    await _control(valkey, command="disconnect", user=channel)
+    said, code = await socket.closed()
+    assert ([each["notice"] for each in said], code) == (["closing"], 4403)
+    (closing,) = await stream.ended()
+    assert (closing.event, closing.json()) == ("relay:closing", {"reason": "disconnected"})
+
+
+async def _control(server: Server, **fields: str) -> None:
+    words = [word for pair in fields.items() for word in pair]
+    command = ("XADD", "relay:control", "*", *words)
+    await asyncio.to_thread(server.client("maintenance").execute_command, *command)
+
+
+async def test_a_cookie_needs_an_allowed_origin(
+    relay: RelayProcess, door: Native, channel: str
+) -> None:
+    cookie = {"Cookie": f"relay_token={door.token}"}
+    own = f"http://127.0.0.1:{relay.port}"
+    for headers, status in (
+        ({}, 403),
+        ({"Origin": "https://evil.example.org"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Sec-Fetch-Site": "same-origin"}, 400),
+        ({"Origin": own}, 400),
+    ):
+        # 400: the credential was good; there is no channel in the request.
+        answer = await door.get("/sse", **cookie, **headers)
+        assert answer.status == status, headers
+    client = await door.sse(channel, token="", headers={**cookie, "Origin": own})
+    relay.xadd(channel, data="1")
+    assert (await client.next()).json() == 1
+    socket = await door.ws(channel, token="", headers={**cookie, "Origin": own})
+    assert (await socket.next())["reply"] == "subscribe"
+    for headers in ({}, {"Origin": "https://evil.example.org"}):
+        answer = await door.get(f"/ws?channel={channel}", **cookie, **headers, **_UPGRADE)
+        assert answer.status == 403
+
+
+_UPGRADE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
+}
+
+
+async def test_header_wins_over_query_and_query_over_cookie(
+    relay: RelayProcess, door: Native
+) -> None:
+    good, bad = {"Authorization": f"Bearer {door.token}"}, {"Authorization": "Bearer bad"}
+    assert (await door.get("/sse?token=bad", **good)).status == 400
+    assert (await door.get(f"/sse?token={door.token}", **bad)).status == 401
+    evil = {"Origin": "https://evil.example.org", "Cookie": "relay_token=bad"}
+    assert (await door.get(f"/sse?token={door.token}", **evil)).status == 400
+    assert (await door.get("/sse", Authorization=f"Basic {relay.token()}")).status == 401
+
+
+@pytest.fixture(scope="module")
+def open_relay(valkey: Server) -> Iterator[RelayProcess]:
+    """Started with --insecure."""
+    process = RelayProcess(valkey, flags=["--insecure"]).start()
+    yield process
+    process.kill()
+
+
+async def test_insecure_opens_the_native_doors_channels_only(
+    open_relay: RelayProcess, channel: str
+) -> None:
+    async with native(open_relay) as door:
+        client = await door.sse(channel, token="")
+        open_relay.xadd(channel, data="1")
+        assert (await client.next()).json() == 1
+        for name in ("seafile:lib", "pydio:ws", "axr:room"):
+            assert await _status(door, name, "") == 403
+        assert await _status(door, channel, "bad") == 401
+    assert any("INSECURE" in line for line in open_relay.log)
