@@ -11,7 +11,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -92,6 +92,14 @@ def serving(cwd: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str],
         process.stdout.close()
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A working folder whose embedded Valkey is gone afterwards, also after a failure."""
+    yield tmp_path
+    with suppress(OSError, ValueError):
+        os.kill(int((tmp_path / "data" / "valkey.pid").read_text()), signal.SIGTERM)
+
+
 def test_run_hands_its_arguments_on(tmp_path: Path) -> None:
     done = run(ROOT / "scripts" / "run", "version", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"relay {__version__}\n", "")
@@ -107,39 +115,39 @@ def test_paths_are_those_of_the_folder_where_the_user_stands(tmp_path: Path) -> 
 
 @pytest.mark.redis
 @pytest.mark.timeout(60)
-def test_run_serves_and_its_lines_work_as_they_stand(tmp_path: Path) -> None:
+def test_run_serves_and_its_lines_work_as_they_stand(folder: Path) -> None:
     settings = ["--set", f"redis.embedded_port={free_port()}", "--set", "node.drain_s=0"]
-    with serving(tmp_path, "serve", "--port", "0", *settings) as (process, lines):
-        appended = run("sh", "-c", lines["append"], cwd=tmp_path)
+    with serving(folder, "serve", "--port", "0", *settings) as (process, lines):
+        appended = run("sh", "-c", lines["append"], cwd=folder)
         assert re.fullmatch(r"\d+-\d+\n", appended.stdout), appended
         resumed = lines["watch"].replace("?", "?last_event_id=0&")
         # curl stays connected; its time limit ends it.
-        watched = run("sh", "-c", resumed + " --silent --max-time 2", cwd=tmp_path)
+        watched = run("sh", "-c", resumed + " --silent --max-time 2", cwd=folder)
         assert 'data: {"hello":1}' in watched.stdout
         with urllib.request.urlopen(lines["page"].partition("#")[0]) as page:  # noqa: S310
             assert b"<html" in page.read()
         token = run(
-            ROOT / "scripts" / "run", "token", "--user", "u", "--channel", "news", cwd=tmp_path
+            ROOT / "scripts" / "run", "token", "--user", "u", "--channel", "news", cwd=folder
         ).stdout.strip()
         own = resumed.replace(lines["token"], token) + " --silent --max-time 2"
-        assert 'data: {"hello":1}' in run("sh", "-c", own, cwd=tmp_path).stdout
+        assert 'data: {"hello":1}' in run("sh", "-c", own, cwd=folder).stdout
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
-    data = tmp_path / "data"
+    data = folder / "data"
     assert stat.S_IMODE(data.stat().st_mode) == 0o700
     assert not (data / "valkey.pid").exists()
 
 
 @pytest.mark.redis
 @pytest.mark.timeout(60)
-def test_a_relay_killed_at_once_starts_again_with_its_data(tmp_path: Path) -> None:
+def test_a_relay_killed_at_once_starts_again_with_its_data(folder: Path) -> None:
     settings = ["--set", f"redis.embedded_port={free_port()}", "--set", "node.drain_s=0"]
-    with serving(tmp_path, "serve", "--port", "0", *settings) as (process, lines):
-        run("sh", "-c", lines["append"], cwd=tmp_path)
+    with serving(folder, "serve", "--port", "0", *settings) as (process, lines):
+        run("sh", "-c", lines["append"], cwd=folder)
         process.kill()
-    with serving(tmp_path, "serve", "--port", "0", *settings) as (process, lines):
+    with serving(folder, "serve", "--port", "0", *settings) as (process, lines):
         resumed = lines["watch"].replace("?", "?last_event_id=0&")
-        watched = run("sh", "-c", resumed + " --silent --max-time 2", cwd=tmp_path)
+        watched = run("sh", "-c", resumed + " --silent --max-time 2", cwd=folder)
         assert 'data: {"hello":1}' in watched.stdout
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 0
