@@ -91,11 +91,17 @@ class Followed(Protocol):
     def on_examine_failed(self, request: ExamineRequest, reason: str) -> None:
         """Redis answered, but not with a stream (for instance a foreign key of that name)."""
 
+    def on_examine_lost(self, request: ExamineRequest) -> None:
+        """The connection was lost before the answer came: whoever waited waits again."""
+
     def on_records(self, records: Sequence[Record]) -> None:
         """The entries directly after `position`, in order."""
 
-    def on_hole(self, state: StreamState, first_read: EntryID) -> None:
-        """Entries between `position` and `first_read` were removed before they were read."""
+    def on_hole(
+        self, state: StreamState, first_read: EntryID | None, following: int | None
+    ) -> None:
+        """Entries after `position` were removed before they were read; `first_read` is what
+        follows now, None where nothing does. `following` as in `untouched`."""
 
     def on_unsettled(self) -> None:
         """The group or the connection was lost: the position must be judged anew."""
@@ -106,8 +112,15 @@ class Followed(Protocol):
     def on_ephemeral(self, event: Event) -> None:
         """An event of the ephemeral kind."""
 
-    def untouched(self, state: StreamState) -> bool:
-        """Whether nothing between `position` and what follows it was removed unread."""
+    def same_life(self, state: StreamState, server: Server) -> bool:
+        """Whether the state, taken with its marker, is of the life that was examined."""
+
+    def whole_at(self, state: StreamState) -> bool:
+        """Whether nothing was ever appended after `position`."""
+
+    def untouched(self, state: StreamState, following: int | None) -> bool:
+        """Whether nothing after `position` was removed unread. `following`: how many entries
+        there are after it, None where more may follow than were read."""
 
     def page_request(self) -> PageRequest | None:
         """What clients that are behind need next, None if nothing."""

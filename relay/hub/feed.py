@@ -18,11 +18,12 @@ everybody's rights are checked again, before anything further is delivered.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from relay.errors import Forbidden, RelayError, Unavailable
 from relay.hub.delivery import Batch
-from relay.hub.recovery import Notice, Verdict, incarnation_of, judge, untrimmed
+from relay.hub.recovery import Notice, incarnation_of, judge, untrimmed
 from relay.model import ZERO_ID, EntryID, Event, Position, Revocation
 from relay.reads import ExamineRequest, PageRequest, Server
 
@@ -48,6 +49,8 @@ class Feed:
         self.added: int | None = None
         self.digest: int | None = None
         self.incarnation: int | None = None
+        # The highest deletion that live clients were told of; it may lie ahead of the position.
+        self._known_deleted = ZERO_ID
         self._server: Server | None = None
         self._new: dict[Subscription, None] = {}
         self._behind: dict[Subscription, None] = {}
@@ -113,6 +116,16 @@ class Feed:
             if not _gone(subscription):
                 self._refuse(subscription, Unavailable(reason))
 
+    def on_examine_lost(self, request: ExamineRequest) -> None:
+        """Whoever waited is part of the next examination."""
+        taken, recheck = _token(request)
+        self._recheck |= recheck
+        for subscription in taken:
+            if not _gone(subscription):
+                self._new[subscription] = None
+        if self.alive:
+            self.hub.reads.want_examine(self)
+
     def on_unsettled(self) -> None:
         """Nothing more is delivered until an examination has judged the position."""
         if self.alive:
@@ -158,7 +171,10 @@ class Feed:
             return
         at = self.position
         mine = Position(at, self.added, old, self.digest)
-        verdict = judge(mine, state, incarnation, examined.own.get(at))
+        judged = state
+        if old == incarnation and at < state.max_deleted == self._known_deleted:
+            judged = replace(state, max_deleted=ZERO_ID)
+        verdict = judge(mine, judged, incarnation, examined.own.get(at))
         notice = verdict.notice
         if notice is None and self.hub.may_have_lost(self.channel, previous, examined.server):
             # Entries that no position has seen may have been lost with the old primary.
@@ -167,7 +183,10 @@ class Feed:
         if verdict.resume == ZERO_ID:
             self.added, self.digest = 0, None
         elif verdict.notice is not None:
-            self.added, self.digest = _added_before_first(state), None
+            before = state.first is None or verdict.resume < state.first
+            self.added, self.digest = _added_before_first(state) if before else None, None
+        if verdict.notice is not None:
+            self._known_deleted = state.max_deleted
         if notice is None:
             return
         self.hub.metrics.told(notice, self._live_count())
@@ -176,17 +195,27 @@ class Feed:
             for subscription in subscriptions:
                 subscription.session.offer(data)
         for subscription in self._behind:
-            self._rewind(subscription, notice, verdict)
+            self._tell_later(subscription, notice, at, verdict.resume, old)
 
     @staticmethod
-    def _rewind(subscription: Subscription, notice: Notice, verdict: Verdict) -> None:
-        """A client that is behind learns of the other life too, and does not stay ahead of it."""
+    def _tell_later(
+        subscription: Subscription, notice: Notice, at: EntryID, resume: EntryID, old: int | None
+    ) -> None:
+        """A client that is behind learns of it too, and does not stay ahead of another life.
+
+        Before the position that was judged, a gap shows in its pages; at it, it would not.
+        """
         cursor = subscription.cursor
-        if cursor is None or notice.kind != "reset":
+        if cursor is None or (notice.kind == "gap" and cursor < at):
             return
-        if verdict.resume < cursor:
-            subscription.behind_at(verdict.resume, None, None)
-        subscription.pending_notice = Notice("reset", notice.reason, cursor, subscription.cursor)
+        if subscription.untold is None:
+            subscription.untold = Position(cursor, subscription.added, old, subscription.digest)
+        if notice.kind == "reset":
+            subscription.known_deleted = subscription.known_first = None
+            if resume < cursor:
+                subscription.behind_at(resume, None, None)
+        to_id = notice.to_id if notice.kind == "gap" else subscription.cursor
+        subscription.pending_notice = Notice(notice.kind, notice.reason, cursor, to_id)
 
     def _check_rights(self, examined: Examined) -> None:
         for subscription in list(self.subscriptions()):
@@ -213,6 +242,7 @@ class Feed:
             incarnation = self.incarnation or 0
             verdict = judge(asked, state, incarnation, examined.own.get(asked.id))
             subscription.pending_notice = verdict.notice
+            subscription.untold = None if verdict.notice is None else asked
             if verdict.notice is not None and verdict.notice.kind == "gap":
                 subscription.known_first = state.first
             if verdict.resume == ZERO_ID:
@@ -265,20 +295,38 @@ class Feed:
                 if event.to is None or not event.to.isdisjoint(session.selectors):
                     session.offer(data)
 
-    def untouched(self, state: StreamState) -> bool:
-        """Whether nothing after `position` was removed unread."""
-        return state.max_deleted <= self.position and untrimmed(
-            Position(self.position, self.added), state
-        )
+    def same_life(self, state: StreamState, server: Server) -> bool:
+        """Whether the state, taken with its marker, is of the life that was examined."""
+        return incarnation_of(state.incarnation, server.replid) == self.incarnation
 
-    def on_hole(self, state: StreamState, first_read: EntryID) -> None:
+    def whole_at(self, state: StreamState) -> bool:
+        """Whether nothing was ever appended after `position`."""
+        return state.last <= self.position
+
+    def untouched(self, state: StreamState, following: int | None) -> bool:
+        """Whether nothing after `position` was removed unread: all that was ever added after it
+        must be what follows it now, wherever both are counted."""
+        if following is not None and self.added is not None:
+            return state.added - self.added == following
+        if self.position < state.max_deleted != self._known_deleted:
+            return False
+        return untrimmed(Position(self.position, self.added), state)
+
+    def on_hole(
+        self, state: StreamState, first_read: EntryID | None, following: int | None
+    ) -> None:
         """Tells live clients, then waits for an examination: a revocation may be among what is
         gone."""
         reason = "deleted" if state.max_deleted > self.position else "trimmed"
-        notice = Notice("gap", reason, self.position, first_read)
+        notice = Notice("gap", reason, self.position, first_read or state.last)
         self.hub.metrics.told(notice, self._live_count())
-        self.position, self.digest = _before(first_read), None
-        self.added = _added_before_first(state) if state.first == first_read else None
+        self.position = _before(first_read) if first_read else state.last
+        self.digest = None
+        self._known_deleted = state.max_deleted
+        if following is not None:
+            self.added = state.added - following
+        else:
+            self.added = _added_before_first(state) if state.first == first_read else None
         for encoder, subscriptions in self._live.items():
             data = encoder.notice(self.channel, notice)
             for subscription in subscriptions:
@@ -292,7 +340,7 @@ class Feed:
         """A live subscription's socket is full: from W on it is owed."""
         self._remove_live(subscription)
         subscription.behind_at(self.position, self.added, self.digest)
-        subscription.known_deleted = subscription.known_first = None
+        subscription.known_deleted, subscription.known_first = self._known_deleted, None
         self._behind[subscription] = None
 
     def catch_up(self, subscription: Subscription) -> None:
@@ -301,8 +349,13 @@ class Feed:
             return
         if subscription.pending_notice is not None:
             notice, subscription.pending_notice = subscription.pending_notice, None
+            subscription.untold = None
             self._tell(subscription, notice)
         if subscription.cursor == self.position:
+            deleted = self._known_deleted
+            if deleted > self.position and deleted != subscription.known_deleted:
+                # Live clients were told of this one, and will not be again.
+                self._tell(subscription, Notice("gap", "deleted", self.position, deleted))
             self._go_live(subscription)
         elif subscription.cursor is not None and subscription.cursor < self.position:
             self.hub.reads.want_page(self)

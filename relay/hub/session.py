@@ -71,6 +71,7 @@ class Subscription:
         "pending_notice",
         "rights_as_of",
         "session",
+        "untold",
     )
 
     def __init__(self, session: Session, feed: Feed, asked: Position | None) -> None:
@@ -85,12 +86,16 @@ class Subscription:
         self.known_deleted: EntryID | None = None
         self.known_first: EntryID | None = None
         self.pending_notice: Notice | None = None
+        self.untold: Position | None = None
         self.rights_as_of: EntryID | None = None
 
     @property
     def position(self) -> Position:
         """Where this client is, as a position that can be resumed from."""
         feed = self.feed
+        if self.untold is not None:
+            # What may be missing has not been told yet: from here it will be judged again.
+            return self.untold
         if self.live:
             return Position(feed.position, feed.added, feed.incarnation, feed.digest)
         if self.cursor is None:

@@ -10,7 +10,7 @@ from typing import cast
 
 import hiredis
 
-from relay.model import Channel, EntryID, Record
+from relay.model import Channel, EntryID, Record, StreamState
 from relay.reads import Examined, ExamineRequest, Followed, Page, PageRequest, Server
 from relay.stream.connect import CommandRefused
 from relay.stream.entry import digest
@@ -67,26 +67,34 @@ def parse_examined(request: ExamineRequest, server: Server, reply: object) -> Ex
 def read_commands(
     keys: Keys, stream: Followed, group: str, consumer: str, count: int
 ) -> list[Command]:
-    """Arm, then read. A group that does not stand at this worker's position is put there."""
+    """Look, which also arms, and read; in one transaction, or a trim between the two would hide
+    what it took. A group that does not stand at this worker's position is put there first."""
     key = keys.stream(stream.channel)
-    commands: list[Command] = []
+    commands: list[Command] = [("MULTI",), ("XINFO", "STREAM", key)]
     if stream.misaligned:
         at = str(stream.position)
+        commands.append(("XINFO", "GROUPS", key))
         commands.append(("XGROUP", "CREATE", key, group, at))
         commands.append(("XGROUP", "SETID", key, group, at))
-    commands.append(("XLEN", key))
     commands.append(
         ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "NOACK", "STREAMS", key, ">")
     )
+    commands.append(("EXEC",))
     return commands
 
 
-def parse_read(reply: object) -> list[RawEntry]:
-    """XREADGROUP's entries of its one stream."""
-    if not reply:
-        return []
-    ((_, entries),) = cast(dict[bytes, list[RawEntry]], reply).items()
-    return entries
+def parse_read(reply: object, *, aligning: bool) -> tuple[StreamState, list[RawEntry]]:
+    """The moment of the stream and what was read then; CommandRefused where the group is gone.
+
+    `aligning`: the stream was misaligned when this was asked.
+    """
+    answers = _transaction(reply)
+    state = parse_state(*answers[: 2 if aligning else 1])
+    read = _checked("XREADGROUP", answers[-1])
+    if not read:
+        return state, []
+    ((_, entries),) = cast(dict[bytes, list[RawEntry]], read).items()
+    return state, entries
 
 
 def page_commands(keys: Keys, stream: Followed, request: PageRequest, count: int) -> list[Command]:

@@ -300,10 +300,7 @@ class Reader:
             commands = self._live.commands(server)
             if commands:
                 self._metrics.round_trips.labels("read").inc()
-                more = self._live.take(await link.execute(commands))
-                if more:
-                    self._metrics.round_trips.labels("check").inc()
-                    self._live.take_suspicious(await link.execute(more))
+                self._live.take(await link.execute(commands))
                 self._on_turn()
             if self._live.wanted:
                 self._work.set()

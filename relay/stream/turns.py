@@ -10,13 +10,11 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-import hiredis
-
-from relay.model import Record
+from relay.model import EntryID, Record
 from relay.reads import ExamineRequest, Followed, PageRequest, Server
 from relay.stream import asking
 from relay.stream.connect import CommandRefused
-from relay.stream.groups import group_of, parse_state
+from relay.stream.groups import group_of
 
 if TYPE_CHECKING:
     from relay.metrics import Metrics
@@ -57,10 +55,7 @@ class LiveTurns:
         self._examine: dict[Followed, None] = {}
         self._read: dict[Followed, None] = {}
         self._swept: set[Followed] = set()
-        # Each stream's length at its last read; see `_is_plain`.
-        self._lengths: dict[Followed, int] = {}
         self._asked: _Asked | None = None
-        self._suspicious: list[tuple[Followed, list[Record]]] = []
 
     # ---- what is wanted ---------------------------------------------------------------------
 
@@ -91,15 +86,14 @@ class LiveTurns:
         """The last client left."""
         self._examine.pop(stream, None)
         self._read.pop(stream, None)
-        self._lengths.pop(stream, None)
         self._swept.discard(stream)
 
     def connected(self, streams: Iterable[Followed]) -> None:
         """A new connection knows nothing: whatever was asked or armed on the old one is void."""
-        self._asked = None
-        self._suspicious.clear()
+        asked, self._asked = self._asked, None
+        for stream, request, _ in asked.examined if asked else ():
+            stream.on_examine_lost(request)
         self._read.clear()
-        self._lengths.clear()
         self._swept.clear()
         self._control_news = True
         for stream in streams:
@@ -119,44 +113,30 @@ class LiveTurns:
             asked.examined.append((stream, request, len(commands)))
         for stream in _take(self._read, _READ_BATCH):
             if not stream.settled:
-                continue  # its examination asks for the read
+                # Its examination asks for the read. There may be none under way: the last one may
+                # have found another type under this key, which is gone now.
+                self._examine[stream] = None
+                continue
             count = asking.count_for(stream, self._settings.page_bytes)
+            aligning = stream.misaligned
             commands += asking.read_commands(self._keys, stream, self._group, self._instance, count)
             stream.misaligned = False
-            asked.read.append((stream, count, len(commands)))
+            asked.read.append((stream, count, aligning, len(commands)))
         self._asked = asked
         return commands
 
-    def take(self, replies: Sequence[object]) -> list[Command]:
+    def take(self, replies: Sequence[object]) -> None:
         """Acts on the replies in the order of the pipeline: a right that was read before an entry
-        is older than it. Returns what must be asked before some entries can be delivered."""
+        is older than it."""
         asked, self._asked = self._asked, None
         if asked is None:
-            return []
+            return
         if asked.control and self._control.take(replies[: asked.control_end]):
             self._control_news = True
         for stream, request, end in asked.examined:
             self._take_examined(stream, request, asked.server, replies[end - 1])
-        for stream, count, end in asked.read:
-            self._take_read(stream, count, replies[end - 2], replies[end - 1])
-        return [
-            ("XINFO", "STREAM", self._keys.stream(stream.channel)) for stream, _ in self._suspicious
-        ]
-
-    def take_suspicious(self, replies: Sequence[object]) -> None:
-        """The answers to what `take` returned."""
-        suspicious, self._suspicious = self._suspicious, []
-        for (stream, records), reply in zip(suspicious, replies, strict=True):
-            if not stream.alive or not stream.settled:
-                continue
-            if isinstance(reply, hiredis.ReplyError):
-                stream.on_unsettled()
-                continue
-            state = parse_state(reply)
-            if stream.untouched(state):
-                self._deliver(stream, records)
-            else:
-                stream.on_hole(state, records[0].id)
+        for stream, count, aligning, end in asked.read:
+            self._take_read(stream, count, asked.server, aligning, replies[end - 1])
 
     def _take_examined(
         self, stream: Followed, request: ExamineRequest, server: Server, reply: object
@@ -171,34 +151,37 @@ class LiveTurns:
         if stream.alive and stream.settled and stream.misaligned:
             self._read[stream] = None
 
-    def _take_read(self, stream: Followed, count: int, length: object, reply: object) -> None:
+    def _take_read(
+        self, stream: Followed, count: int, server: Server, aligning: bool, reply: object
+    ) -> None:
         swept = stream in self._swept
         self._swept.discard(stream)
-        if not stream.alive:
+        # A stream that was rewound or unsettled meanwhile reads these again.
+        if not stream.alive or not stream.settled or stream.misaligned:
             return
-        if isinstance(reply, hiredis.ReplyError) or not isinstance(length, int):
-            self._lengths.pop(stream, None)
+        try:
+            state, entries = asking.parse_read(reply, aligning=aligning)
+        except CommandRefused:
             stream.on_unsettled()
             return
-        entries = asking.parse_read(reply)
-        before = self._lengths.get(stream)
-        self._lengths[stream] = length
-        if not entries:
+        if aligning and not stream.same_life(state, server):
+            # Deleted and made anew after the examination: the group was made in another life.
+            stream.on_unsettled()
+            return
+        if not entries and stream.whole_at(state):
             return
         if swept:
             self._metrics.lost_wakeups.inc()
-        if len(entries) >= count:
+        complete = len(entries) < count
+        first = EntryID.parse(entries[0][0]) if entries else None
+        following = len(entries) if complete else None
+        if not stream.untouched(state, following):
+            stream.on_hole(state, first, following)
+            return
+        if not complete:
             self._read[stream] = None
-        records = asking.decode_all(stream, entries, self._decode)
-        if _is_plain(len(records), before, length):
-            self._deliver(stream, records)
-        else:
-            self._suspicious.append((stream, records))
-
-    def _deliver(self, stream: Followed, records: list[Record]) -> None:
-        # A stream that was rewound or unsettled meanwhile reads these again.
-        if stream.settled and not stream.misaligned and records[0].id > stream.position:
-            self._on_records(stream, records)
+        if entries:
+            self._on_records(stream, asking.decode_all(stream, entries, self._decode))
 
 
 class PageTurns:
@@ -258,18 +241,7 @@ class _Asked:
         self.control = control
         self.control_end = 0
         self.examined: list[tuple[Followed, ExamineRequest, int]] = []
-        self.read: list[tuple[Followed, int, int]] = []
-
-
-def _is_plain(count: int, before: int | None, length: int) -> bool:
-    """Whether the stream's length alone shows that nothing unread was trimmed.
-
-    Trimming takes the oldest first, so nothing unread is gone if something older than what was
-    read is still there: the length has grown by just what was read, or what was read is less than
-    half of it. (The length was taken a moment before the read; half is far more than that moment
-    can change.)
-    """
-    return (bool(before) and length == (before or 0) + count) or 2 * count < length
+        self.read: list[tuple[Followed, int, bool, int]] = []
 
 
 def _take(waiting: dict[Followed, None], most: int) -> list[Followed]:

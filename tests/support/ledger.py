@@ -1,0 +1,182 @@
+"""What was appended, who might read it, and what each client got: the judge of random schedules.
+
+It knows nothing of how the relay works. An event that a client was owed and did not get must have
+been told: by a notice whose knowledge is no older than the event, before any later event.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from relay.hub.recovery import Notice
+from relay.model import Channel, EntryID
+
+
+@dataclass(slots=True, kw_only=True)
+class Entry:
+    """One entry, whatever became of it."""
+
+    number: int  # its place among all entries ever appended to the channel
+    step: int
+    life: int
+    id: EntryID
+    to: str | None = None
+    revokes: str | None = None
+    present: bool = True
+
+
+@dataclass(slots=True)
+class Log:
+    """One channel."""
+
+    entries: list[Entry] = field(default_factory=list)
+    life: int = 0
+    exists: bool = False
+    removals: int = 0
+    # Each change of the rights hash: step, user (None: all), value.
+    rights: list[tuple[int, str | None, bytes | None]] = field(default_factory=list)
+
+    def value(self, user: str, step: int) -> bytes | None:
+        """The hash's value for a user after this step."""
+        value = None
+        for at, who, new in self.rights:
+            if at <= step and who in (None, user):
+                value = new
+        return value
+
+    def present(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.present]
+
+    def gone(self) -> None:
+        """The stream was deleted."""
+        for entry in self.entries:
+            self.removals += entry.present
+            entry.present = False
+        self.exists = False
+
+
+@dataclass(slots=True)
+class Received:
+    """One client's view of one channel, over all its connections."""
+
+    events: set[int] = field(default_factory=set)
+    # The step of the newest knowledge that a notice came from.
+    told: int = -1
+    last: int = -1
+    # Entries appended up to here are not owed: the client began, or began anew, after them.
+    owed_after: int = 0
+    # The step of the look that let the present subscription in; its rights are of then.
+    admitted: int = 0
+    excused: set[int] = field(default_factory=set)
+
+
+class Ledger:
+    """All channels and clients. `allowed` is the rights rule: (user, value of the hash)."""
+
+    def __init__(self, channels: list[Channel], claims: frozenset[str]) -> None:
+        self.step = 0
+        self.logs = {channel: Log() for channel in channels}
+        self.statistics: Counter[str] = Counter()
+        self._claims = claims
+
+    def allowed(self, channel: Channel, user: str, step: int) -> bool:
+        value = self.logs[channel].value(user, step)
+        return value == b"r" or (value is None and user in self._claims)
+
+    def append(
+        self, channel: Channel, entry_id: EntryID, to: str | None = None, revokes: str | None = None
+    ) -> Entry:
+        log = self.logs[channel]
+        log.exists = True
+        entry = Entry(
+            number=len(log.entries),
+            step=self.step,
+            life=log.life,
+            id=entry_id,
+            to=to,
+            revokes=revokes,
+        )
+        log.entries.append(entry)
+        return entry
+
+    # ---- what clients tell -------------------------------------------------------------------
+
+    def admitted(self, view: Received, channel: Channel, user: str, known_at: int) -> None:
+        """The hub let a client in on what it knew at `known_at`."""
+        assert self.allowed(channel, user, known_at), "let in without a right"
+        view.admitted = known_at
+
+    def began(self, view: Received, channel: Channel, known_at: int) -> None:
+        """The client came without a position: what was there already is not owed."""
+        view.owed_after = known_at
+        view.excused |= {
+            entry.number
+            for entry in self.logs[channel].entries
+            if entry.step <= known_at and entry.number not in view.events
+        }
+
+    def received_event(
+        self, view: Received, channel: Channel, user: str, number: int, offered_at: int
+    ) -> None:
+        """Checks what must hold for every single event, whenever it comes."""
+        log = self.logs[channel]
+        entry = log.entries[number]
+        assert number not in view.events, f"entry {number} came twice"
+        assert number > view.last, f"entry {number} came after {view.last}"
+        assert entry.to in (None, user), "an event for somebody else"
+        for other in log.entries[:number]:
+            if other.revokes == user and other.step > view.admitted:
+                granted = any(
+                    other.step < at <= offered_at and value != b"-"
+                    for at, who, value in log.rights
+                    if who in (None, user)
+                )
+                assert granted, f"entry {number} came after the revocation {other.number}"
+        self._check_hole(view, channel, user, view.last + 1, number)
+        view.events.add(number)
+        view.last = number
+        self.statistics["events"] += 1
+
+    def received_notice(
+        self, view: Received, channel: Channel, user: str, notice: Notice, known_at: int
+    ) -> None:
+        log = self.logs[channel]
+        if notice.kind == "revoked":
+            changes = [who for _, who, _ in log.rights if who in (None, user)]
+            assert changes, "revoked, and nobody changed a right"
+        else:
+            assert log.removals, f"{notice} though nothing was ever removed"
+            missing = any(
+                not entry.present and entry.number > view.last and self._owed(view, entry, user)
+                for entry in log.entries
+            )
+            self.statistics["notices"] += 1
+            self.statistics["false alarms"] += not missing
+        view.told = max(view.told, known_at)
+
+    @staticmethod
+    def _owed(view: Received, entry: Entry, user: str) -> bool:
+        return (
+            entry.revokes is None
+            and entry.to in (None, user)
+            and entry.number not in view.events
+            and entry.number not in view.excused
+            and entry.step > view.owed_after
+        )
+
+    def _check_hole(
+        self, view: Received, channel: Channel, user: str, begin: int, end: int
+    ) -> None:
+        """Every owed entry from begin to end, of which none came, was told: by a notice that came
+        before anything later, and whose knowledge is no older than the entry."""
+        for entry in self.logs[channel].entries[begin:end]:
+            if self._owed(view, entry, user) and view.told < entry.step:
+                raise AssertionError(
+                    f"silent about {entry}; last event {view.last}, told {view.told}"
+                )
+
+    def check_complete(self, view: Received, channel: Channel, user: str) -> None:
+        """At quiescence a subscribed client has everything, or was told."""
+        assert self.allowed(channel, user, self.step), "still subscribed without a right"
+        self._check_hole(view, channel, user, view.last + 1, len(self.logs[channel].entries))

@@ -1,0 +1,418 @@
+"""Drives two real workers (hub, live turns, page turns) against a real server, one step at a time.
+
+What a worker asks is executed on the server at once; when its answers are handed over is a step of
+its own, so that they interleave at will with appends, trims, revocations and lost links. Wake-ups
+are the server's own invalidation pushes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import cast
+
+import hiredis
+import orjson
+
+from relay.errors import RelayError
+from relay.hub.hub import Hub
+from relay.hub.recovery import Notice
+from relay.hub.session import Session, Subscription
+from relay.metrics import Metrics
+from relay.model import Channel, EntryID, Event, Position, Principal
+from relay.reads import Followed, Server
+from relay.settings import StreamSettings
+from relay.stream import entry
+from relay.stream.control_reader import ControlReader
+from relay.stream.groups import group_of
+from relay.stream.keys import Keys
+from relay.stream.link import Command
+from relay.stream.turns import LiveTurns, PageTurns
+from tests.support.ledger import Ledger, Received
+
+CHANNELS = [Channel("news"), Channel("work")]
+USERS = ["ann", "bob"]
+# ann's token opens everything; bob has what the rights hash says.
+CLAIMS = frozenset({"ann"})
+BUFFER_BYTES = 250
+# A few entries a page: schedules are short, and every bound should be met.
+PAGE_BYTES = 120
+_MORE = object()
+_pack = cast(Callable[[tuple[bytes | str | int, ...]], bytes], hiredis.pack_command)
+
+
+class Wire:
+    """A blocking RESP3 connection. Pushes are handed over as they are read, as `Link` does."""
+
+    def __init__(self, port: int, on_push: Callable[[list[object]], None] | None = None) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=5)
+        self._reader = hiredis.Reader(notEnoughData=_MORE)
+        self._on_push = on_push
+        self.execute([("HELLO", 3, "AUTH", "admin", "any")])
+
+    def execute(self, commands: Sequence[Command]) -> list[object]:
+        """One pipeline; error replies stand in the list."""
+        self._socket.sendall(b"".join([_pack(tuple(command)) for command in commands]))
+        replies: list[object] = []
+        while len(replies) < len(commands):
+            reply = self._reader.gets()
+            if reply is _MORE:
+                data = self._socket.recv(65536)
+                assert data, "the server closed the connection"
+                self._reader.feed(data)
+            elif isinstance(reply, hiredis.PushNotification):
+                if self._on_push is not None:
+                    self._on_push(reply)
+            else:
+                replies.append(reply)
+        return replies
+
+    def call(self, *command: bytes | str | int) -> object:
+        (reply,) = self.execute([command])
+        return reply
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Rights:
+    """The hub's rights: a claim, unless the hash says otherwise."""
+
+    def allowed(
+        self, principal: Principal, channel: Channel, hash_value: bytes | None, *, admitted: bool
+    ) -> bool:
+        del channel, admitted
+        return hash_value == b"r" or (hash_value is None and principal.user in CLAIMS)
+
+
+class Format:
+    """Lines of JSON; a personal one carries the client's whole cursor."""
+
+    def __init__(self, clock: Clock, *, personal: bool) -> None:
+        self.personal = personal
+        self._clock = clock
+
+    def event(self, event: Event) -> bytes:
+        return orjson.dumps(
+            {"c": event.channel, "e": int(event.data), "i": str(event.id), "k": self._clock.now}
+        )[:-1] + (b"" if self.personal else b"}\n")
+
+    def personal_event(
+        self, event: Event, cursor: Iterable[tuple[Channel, Position]], shared: bytes
+    ) -> bytes:
+        del event
+        places = {
+            channel: (str(at.id), at.added, at.incarnation, at.digest) for channel, at in cursor
+        }
+        return shared + b',"p":' + orjson.dumps(places) + b"}\n"
+
+    def notice(self, channel: Channel, notice: Notice) -> bytes:
+        told = {"c": channel, "n": notice.kind, "r": notice.reason, "k": self._clock.known_at}
+        return orjson.dumps(told) + b"\n"
+
+
+class Clock:
+    """The schedule's step, and the step of the snapshot that is being acted on."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.known_at = 0
+
+
+class Outbox:
+    """A socket whose peer reads when it is told to."""
+
+    def __init__(self) -> None:
+        self.data = b""
+        self.most_before = 0
+
+    @property
+    def full(self) -> bool:
+        return len(self.data) > BUFFER_BYTES
+
+    @full.setter
+    def full(self, _value: bool) -> None:
+        raise AssertionError
+
+    def write(self, data: bytes) -> None:
+        self.most_before = max(self.most_before, len(self.data))
+        self.data += data
+
+    def close(self, last: bytes = b"") -> None:
+        self.data += last
+
+
+class Person:
+    """A client that connects again and again, and what it has received."""
+
+    def __init__(self, name: str, user: str, ledger: Ledger, clock: Clock) -> None:
+        self.name = name
+        self.user = user
+        self.ledger = ledger
+        self.clock = clock
+        self.views = {channel: Received() for channel in CHANNELS}
+        self.bare: dict[Channel, EntryID] = {}
+        self.places: dict[Channel, Position] = {}
+        self.anew: set[Channel] = set()
+        self.worker: Worker | None = None
+        self.session: Session | None = None
+        self.outbox = Outbox()
+        self.standing: set[Channel] = set()
+
+    # relay.hub.session.Client
+
+    def subscribed(self, subscription: Subscription) -> None:
+        channel = subscription.feed.channel
+        view = self.views[channel]
+        self.standing.add(channel)
+        self.ledger.admitted(view, channel, self.user, self.clock.known_at)
+        if channel in self.anew:
+            self.anew.discard(channel)
+            self.ledger.began(view, channel, self.clock.known_at)
+            self.bare[channel] = subscription.position.id
+            self.places[channel] = subscription.position
+
+    def refused(self, channel: Channel, error: RelayError) -> None:
+        del error
+        self.anew.discard(channel)
+
+    def dropped(self, channel: Channel, notice: Notice) -> None:
+        del notice
+        self.standing.discard(channel)
+
+    def expired(self) -> None:
+        raise AssertionError
+
+    def disconnect(self, reason: str) -> None:
+        raise AssertionError(reason)
+
+    # the test's hand
+
+    def connect(self, worker: Worker, channels: Iterable[Channel], how: str) -> None:
+        assert self.session is None
+        self.worker = worker
+        self.outbox = Outbox()
+        principal = Principal(user=self.user)
+        personal = self.name.endswith("p")
+        encoder = worker.personal if personal else worker.shared
+        self.session = worker.hub.open(principal, encoder, self)
+        self.session.attach(self.outbox)
+        for channel in channels:
+            self.subscribe(channel, how)
+
+    def subscribe(self, channel: Channel, how: str) -> None:
+        assert self.worker
+        assert self.session
+        if channel in self.session.subscriptions:
+            return
+        asked: Position | None = None
+        if how == "full":
+            asked = self.places.get(channel)
+        if asked is None and how != "anew" and channel in self.bare:
+            asked = Position(self.bare[channel])
+        if asked is None:
+            self.anew.add(channel)
+        else:
+            self.anew.discard(channel)
+        self.worker.hub.subscribe(self.session, channel, asked)
+
+    def unsubscribe(self, channel: Channel) -> None:
+        if self.worker and self.session and channel in self.session.subscriptions:
+            self.read()
+            self._keep_place(channel)
+            self.worker.hub.unsubscribe(self.session, channel)
+            self.standing.discard(channel)
+
+    def read(self) -> None:
+        """Everything that the socket holds."""
+        data, self.outbox.data = self.outbox.data, b""
+        for line in data.splitlines():
+            frame = orjson.loads(line)
+            channel = Channel(frame["c"])
+            view = self.views[channel]
+            if "n" in frame:
+                notice = Notice(frame["n"], frame["r"])
+                self.ledger.received_notice(view, channel, self.user, notice, frame["k"])
+                continue
+            self.ledger.received_event(view, channel, self.user, frame["e"], frame["k"])
+            self.bare[channel] = EntryID.parse(frame["i"])
+            self.places.pop(channel, None)
+            for name, (entry_id, *rest) in frame.get("p", {}).items():
+                self.places[Channel(name)] = Position(EntryID.parse(entry_id), *rest)
+
+    def drain(self) -> None:
+        self.read()
+        if self.session is not None and self.session.paused:
+            self.session.resume()
+
+    def leave(self, *, politely: bool) -> None:
+        """Politely: everything sent has arrived, and the relay's last word was its position."""
+        if self.session is None:
+            return
+        if politely:
+            self.read()
+            for channel in self.standing:
+                self._keep_place(channel)
+        self.session.end()
+        self.session = None
+        self.worker = None
+        self.standing.clear()
+        self.anew.clear()
+
+    def _keep_place(self, channel: Channel) -> None:
+        if self.session is not None and channel in self.standing:
+            self.places[channel] = self.session.subscriptions[channel].position
+
+
+class Worker:
+    """A relay process without its loop: links, turns and hub."""
+
+    def __init__(
+        self, name: str, port: int, keys: Keys, clock: Clock, formats: tuple[Format, Format]
+    ) -> None:
+        self.name = name
+        self.port = port
+        self.clock = clock
+        self.shared, self.personal = formats
+        self._keys = keys
+        self._later: list[Callable[[], None]] = []
+        self._followed: dict[Channel, Followed] = {}
+        metrics = Metrics()
+        self.hub = Hub(
+            reads=self,
+            rights=Rights(),
+            metrics=metrics,
+            call_soon=self._later.append,
+            waits_for_replicas=lambda _channel: False,
+        )
+        settings = StreamSettings().model_copy(update={"page_bytes": PAGE_BYTES})
+        decode = partial(entry.decode, max_bytes=settings.max_entry_bytes)
+        self.live = LiveTurns(
+            keys=keys,
+            instance=name,
+            settings=settings,
+            metrics=metrics,
+            decode=decode,
+            on_records=lambda stream, records: stream.on_records(records),
+            control=ControlReader(keys, lambda _command: None, lambda: self.hub.recheck(None)),
+        )
+        self.pages = PageTurns(keys=keys, settings=settings, decode=decode)
+        self._asked: tuple[int, list[object]] | None = None
+        self._asked_pages: tuple[int, list[object]] | None = None
+        self._open()
+
+    def _open(self) -> None:
+        self._link = Wire(self.port, self._on_push)
+        self._link.call("CLIENT", "TRACKING", "ON")
+        self._page_link = Wire(self.port)
+        info = cast(bytes, self._link.call("INFO", "replication"))
+        facts = dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)
+        self._server = Server(facts[b"master_replid"], facts[b"master_replid2"])
+
+    def close(self) -> None:
+        self._link.close()
+        self._page_link.close()
+
+    # relay.reads.StreamReads
+
+    def follow(self, stream: Followed) -> None:
+        self._followed[stream.channel] = stream
+
+    def want_examine(self, stream: Followed) -> None:
+        self.live.want_examine(stream)
+
+    def want_page(self, stream: Followed) -> None:
+        self.pages.want(stream)
+
+    def release(self, stream: Followed) -> None:
+        del self._followed[stream.channel]
+        self.live.forget(stream)
+        self.pages.forget(stream)
+        key = self._keys.stream(stream.channel)
+        self._link.call("XGROUP", "DESTROY", key, group_of(self.name))
+
+    # wake-ups
+
+    def _on_push(self, push: list[object]) -> None:
+        assert push[0] == b"invalidate", push
+        keys = push[1]
+        if not isinstance(keys, list):
+            self.live.want_control()
+            for stream in self._followed.values():
+                stream.on_unsettled()
+            return
+        for key in keys:
+            channel = self._keys.channel_of_stream(key)
+            if channel is not None and channel in self._followed:
+                self.live.want_read(self._followed[channel])
+            channel = self._keys.channel_of_rights(key)
+            if channel is not None and channel in self._followed:
+                self._followed[channel].on_rights_changed()
+            if key == self._keys.control:
+                self.live.want_control()
+
+    # steps
+
+    @property
+    def busy(self) -> bool:
+        return bool(
+            self.live.wanted or self.pages.wanted or self._asked or self._asked_pages or self._later
+        )
+
+    def hear(self) -> None:
+        """Take in every push that the server has sent so far."""
+        self._link.call("PING")
+
+    def ask(self) -> None:
+        if self._asked is None and self.live.wanted:
+            commands = self.live.commands(self._server)
+            if commands:
+                self._asked = self.clock.now, self._link.execute(commands)
+
+    def take(self) -> None:
+        if self._asked is not None:
+            (self.clock.known_at, replies), self._asked = self._asked, None
+            self.live.take(replies)
+            self.flush()
+
+    def ask_pages(self) -> None:
+        if self._asked_pages is None and self.pages.wanted:
+            commands = self.pages.commands()
+            if commands:
+                self._asked_pages = self.clock.now, self._page_link.execute(commands)
+
+    def take_pages(self) -> None:
+        if self._asked_pages is not None:
+            (self.clock.known_at, replies), self._asked_pages = self._asked_pages, None
+            self.pages.take(self._server, replies)
+            self.flush()
+
+    def work(self) -> None:
+        self.hear()
+        self.ask()
+        self.take()
+        self.ask_pages()
+        self.take_pages()
+
+    def flush(self) -> None:
+        """The end of a turn of the loop."""
+        later, self._later[:] = list(self._later), []
+        for call in later:
+            call()
+        self.hub.flush()
+        self.clock.known_at = self.clock.now
+
+    def lose_links(self) -> None:
+        """What was asked may have been done; its answers are never seen."""
+        self.close()
+        self._asked = self._asked_pages = None
+        self._open()
+        self.live.connected(self._followed.values())
+
+
+def distinct_markers() -> Callable[[], int]:
+    """Random markers meet in 16 bits once in 65,536 pairs: too often for a million schedules."""
+    numbers = itertools.count(1)
+    return lambda: next(numbers)
