@@ -25,8 +25,9 @@ log = logging.getLogger(__name__)
 
 # For Redis, name lookups and log files, and for what asyncio accepts before it can be refused.
 _SPARE_DESCRIPTORS = 64
-# asyncio accepts up to `backlog` connections in one turn, and fails as often in one turn too.
-_ASYNCIO_BATCH = 8
+# asyncio accepts up to `backlog` connections in one turn, and fails as often in one turn too. One
+# that is refused is closed five turns later, and by then the spare ones must not have run out.
+_ASYNCIO_BATCH = 4
 _LOG_EVERY_S = 60.0
 _HANDSHAKE_S = 15.0
 
@@ -43,15 +44,25 @@ def raise_open_file_limit() -> int:
     return hard
 
 
-class _Refused(asyncio.Protocol):
-    """A connection for which there is no descriptor to spare."""
+class _Gate(asyncio.Protocol):
+    """Looks at a new connection's descriptor before aiohttp's handler is made for it."""
+
+    __slots__ = ("_site",)
+
+    def __init__(self, site: GuardedSite) -> None:
+        self._site = site
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Close it: a client that knows at once can try another host."""
-        if isinstance(transport, asyncio.Transport):
-            transport.abort()
+        """Hand the connection on, or close it: who knows at once can try another host."""
+        opened = cast("asyncio.Transport", transport)
+        # The kernel gives the lowest free number, so a high one means that few are left.
+        if opened.get_extra_info("socket").fileno() < self._site.limit:
+            handler = self._site.make_handler()
+            opened.set_protocol(handler)
+            handler.connection_made(opened)
         else:
-            transport.close()
+            self._site.count_refused()
+            opened.abort()
 
 
 class GuardedSite(web.BaseSite):
@@ -72,15 +83,14 @@ class GuardedSite(web.BaseSite):
         spare: int = _SPARE_DESCRIPTORS,
     ) -> None:
         super().__init__(runner, ssl_context=ssl_context, backlog=backlog)
-        self._factory = cast("web.Server", runner.server)  # BaseSite has looked: it is set up
+        self.make_handler = cast("web.Server", runner.server)  # BaseSite has looked: it is set up
         self._host = host
         self._port = port
         self._reuse_port = reuse_port
         # A test's or a container's limit may be small: an eighth of it then.
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         unlimited = limit == resource.RLIM_INFINITY
-        self._limit = float("inf") if unlimited else limit - min(spare, limit // 8)
-        self._probe = -1
+        self.limit = float("inf") if unlimited else limit - min(spare, limit // 8)
         self._logged_at = float("-inf")
         self.refused = 0
 
@@ -101,10 +111,8 @@ class GuardedSite(web.BaseSite):
         await super().start()
         loop = asyncio.get_running_loop()
         batch = _ASYNCIO_BATCH if isinstance(loop, asyncio.BaseEventLoop) else self._backlog
-        # Before the first connection comes; cleanup() stops a site that could not start too.
-        self._probe = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         server = await loop.create_server(
-            self._make_protocol,
+            lambda: _Gate(self),
             self._host or None,
             self._port,
             ssl=self._ssl_context,
@@ -120,32 +128,9 @@ class GuardedSite(web.BaseSite):
             with socket.socket(fileno=os.dup(listening.fileno())) as again:
                 again.listen(self._backlog)
 
-    async def stop(self) -> None:
-        """Stop listening; open connections go on."""
-        await super().stop()
-        if self._probe >= 0:
-            os.close(self._probe)
-            self._probe = -1
-
-    def _make_protocol(self) -> asyncio.BaseProtocol:
-        """Called by the loop for each connection, when it is about to be or has been accepted."""
-        if self._is_short():
-            self.refused += 1
-            self._complain()
-            return _Refused()
-        return self._factory()
-
-    def _is_short(self) -> bool:
-        # The kernel hands out the lowest free number, so one more descriptor tells how many are
-        # left, whoever opened the others; dup and close take about a microsecond.
-        try:
-            number = os.dup(self._probe)
-        except OSError:
-            return True
-        os.close(number)
-        return number >= self._limit
-
-    def _complain(self) -> None:
+    def count_refused(self) -> None:
+        """One more was closed; said in the log at most once a minute."""
+        self.refused += 1
         now = asyncio.get_running_loop().time()
         if now - self._logged_at >= _LOG_EVERY_S:
             self._logged_at = now
