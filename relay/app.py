@@ -200,8 +200,7 @@ class Relay:
         embedded = EmbeddedValkey(folder, settings.embedded_port)
         await embedded.start()
         stack.push_async_callback(embedded.stop)
-        watch = await stack.enter_async_context(_task(embedded.supervise()))
-        del watch
+        await stack.enter_async_context(_task(embedded.supervise()))
         return settings.model_copy(update={"url": f"redis://127.0.0.1:{settings.embedded_port}/0"})
 
     def _mount(self, context: DoorContext) -> None:

@@ -16,7 +16,8 @@ Channel = NewType("Channel", str)
 RESERVED_NAMESPACES = frozenset({"seafile", "pydio", "axr"})
 # Redis keys hold the channel between braces: a brace in a channel would move its hash slot, and
 # control characters would break an operator's terminal and an SSE line.
-_CHANNEL = re.compile(r"[^\x00-\x20\x7f{}]{1,255}")
+# A lone surrogate has no UTF-8, so no key could be made of it.
+_CHANNEL = re.compile(r"[^\x00-\x20\x7f{}\ud800-\udfff]{1,255}")
 
 
 def parse_channel(text: str) -> Channel:

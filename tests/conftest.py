@@ -1,4 +1,4 @@
-"""Fixtures for all tests: a real server, a real relay. What is missing fails, nothing is skipped."""
+"""Fixtures for all tests: a real server and a real relay. What is missing fails."""
 
 from __future__ import annotations
 

@@ -44,7 +44,9 @@ class Feed:
         self.alive = True
         self.settled = False
         self.misaligned = True  # the group in Redis does not stand at `position`
-        self.average_bytes = 512.0
+        # Large until its entries are known: a first read of small ones is cheap to repeat, one of
+        # large ones fills the memory.
+        self.average_bytes = 8192.0
         self.position = ZERO_ID
         self.added: int | None = None
         self.digest: int | None = None

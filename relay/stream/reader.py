@@ -3,13 +3,14 @@
 One task serves all streams on one tracking link: it takes whatever was asked for since the last
 pipeline came back (examinations, reads, the control stream), sends it in one write, and hands the
 answers over in order. A second link carries the pages for clients that are behind, so that their
-large replies do not stand before live entries. Lost links are opened again with back-off; then
+large replies do not stand before live entries; a third the events of the ephemeral kind. Lost links are opened again with back-off; then
 every stream is examined before anything more is delivered from it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Callable, Iterable
@@ -78,6 +79,7 @@ class Reader:
         self._work = asyncio.Event()
         self._page_work = asyncio.Event()
         self._link: Link | None = None
+        self._messages: Link | None = None
         self._bell = Bell(
             keys=keys,
             instance=instance,
@@ -94,8 +96,8 @@ class Reader:
     def follow(self, stream: Followed) -> None:
         """Ephemeral events from now on; the stream itself is examined when somebody joins."""
         self._followed[stream.channel] = stream
-        if self._link is not None:
-            self._post(self._link.subscribe(self._keys.ephemeral(stream.channel)))
+        if self._messages is not None:
+            self._post(self._messages.subscribe(self._keys.ephemeral(stream.channel)))
 
     def want_examine(self, stream: Followed) -> None:
         """Look at the stream with the next pipeline."""
@@ -114,10 +116,10 @@ class Reader:
         del self._followed[stream.channel]
         self._live.forget(stream)
         self._pages.forget(stream)
-        if self._link is not None:
+        if self._link is not None and self._messages is not None:
+            self._post(self._messages.unsubscribe(self._keys.ephemeral(stream.channel)))
             # In order with what follows on this link: a client that comes back at once gets a
             # new group after this one is gone.
-            self._post(self._link.unsubscribe(self._keys.ephemeral(stream.channel)))
             key = self._keys.stream(stream.channel)
             self._post(self._link.execute([("XGROUP", "DESTROY", key, self._group)]))
 
@@ -144,7 +146,7 @@ class Reader:
                     self._metrics.reconnects.inc()
                     _log.warning("Redis: %s", _first(group))
             finally:
-                self._link = None
+                self._link = self._messages = None
                 self._reading.clear()
             await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311  # no secret
             backoff = min(_BACKOFF_S[1], backoff * 2)
@@ -173,18 +175,28 @@ class Reader:
             if not lost.done():
                 lost.set_exception(exc or RedisUnavailable("the link was closed"))
 
-        link = await Link.open(
-            endpoint, settings=self._redis, on_push=self._bell.on_push, on_lost=on_lost
-        )
-        pages = await Link.open(endpoint, settings=self._redis, on_lost=on_lost)
-        try:
+        async with contextlib.AsyncExitStack() as links:
+
+            async def opened(on_push: Callable[[list[object]], None] | None) -> Link:
+                each = await Link.open(
+                    endpoint, settings=self._redis, on_push=on_push, on_lost=on_lost
+                )
+                links.callback(each.close)
+                return each
+
+            link = await opened(self._bell.on_push)
+            pages = await opened(None)
+            # A connection that has subscribed falls under the server's output limit for pub/sub
+            # (32 MB by default) in all that it reads: one large read would cut it off.
+            messages = await opened(self._bell.on_push)
+            links.callback(lambda: lost.done() and lost.exception())
             tracking = self._settings.tracking == "auto" and await self._bell.start(link)
             if not tracking:
                 self._bell.touch()
                 _log.warning("wake-ups are not available: streams are polled with blocking reads")
             server = Server(link.replid, link.previous_replid)
-            self._link = link
-            self._resume(link)
+            self._link, self._messages = link, messages
+            self._resume(messages)
             self._reading.set()
             _log.info("reading streams from %s (%s %s)", endpoint, link.server, link.version)
             async with asyncio.TaskGroup() as tasks:
@@ -196,18 +208,13 @@ class Reader:
                     tasks.create_task(self._bell.prove(link, pages), name="canary")
                 else:
                     tasks.create_task(poll(self, self._redis, self._keys), name="poll")
-        finally:
-            link.close()
-            pages.close()
-            if lost.done():
-                lost.exception()
         return backoff
 
-    def _resume(self, link: Link) -> None:
+    def _resume(self, messages: Link) -> None:
         """A new connection knows nothing: arm, examine and read everything once."""
         if self._followed:
             names = [self._keys.ephemeral(channel) for channel in self._followed]
-            self._post(link.subscribe(*names))
+            self._post(messages.subscribe(*names))
         self._live.connected(self._followed.values())
         self._work.set()
 
