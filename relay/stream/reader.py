@@ -3,7 +3,8 @@
 One task serves all streams on one tracking link: it takes whatever was asked for since the last
 pipeline came back (examinations, reads, the control stream), sends it in one write, and hands the
 answers over in order. A second link carries the pages for clients that are behind, so that their
-large replies do not stand before live entries; a third the events of the ephemeral kind. Lost links are opened again with back-off; then
+large replies do not stand before live entries; a third the events of the ephemeral kind.
+Lost links are opened again with back-off; then
 every stream is examined before anything more is delivered from it.
 """
 

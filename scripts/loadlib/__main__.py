@@ -64,7 +64,7 @@ def _arguments() -> argparse.Namespace:
     one.add_argument("--clients", type=int, default=5000)
     one.add_argument("--server", type=_names("relay", "nchan"), dest="servers",
                      default=["relay", "nchan"])  # fmt: skip
-    one.add_argument("--own-channels", action="store_true", help="a channel for each client")
+    one.add_argument("--own-channels", action="store_true", help="a channel for every two clients")
 
     one = commands.add_parser("followed", parents=[every], help="many followed workspaces")
     one.add_argument("--workspaces", type=_numbers, default=[100, 20_000])

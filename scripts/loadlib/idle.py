@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.loadlib.feed import payload
 from scripts.loadlib.processes import LoadError, build
 from scripts.loadlib.report import say, table
 from scripts.loadlib.servers import Cores, RelayOptions, Running, server
@@ -14,7 +15,7 @@ from scripts.loadlib.sink import Sink
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Idle:
-    """Clients of one channel, or each of a channel of its own."""
+    """Clients of one channel, or two on each of many."""
 
     clients: int
     servers: list[str]
@@ -40,18 +41,29 @@ class Idle:
         async with self._sink(running, wsink, "warm", 64):
             pass
         empty_kb = await running.process.settled_rss_kb()
-        async with self._sink(running, wsink, channel, self.clients):
-            full_kb = await running.process.settled_rss_kb(30)
-        if not running.process.alive:
-            raise LoadError(f"{running.name} died")
+        half = self.clients // 2
+        async with self._sink(running, wsink, channel, half) as first:
+            half_kb = await running.process.settled_rss_kb(30)
+            async with self._sink(running, wsink, channel, half) as second:
+                full_kb = await running.process.settled_rss_kb(30)
+                # Whoever was counted must still be there, and subscribed.
+                for number in range(half if self.own_channels else 1):
+                    name = channel.replace("%d", str(number)).encode()
+                    await running.feed.publish(name, payload())
+                await running.feed.settle()
+                seen = [(await sink.result())["marks"] for sink in (first, second)]
+        if seen != [half, half]:
+            raise LoadError(f"{running.name}: of twice {half} clients, {seen} got the event")
         left_kb = await running.process.settled_rss_kb(30)
         return {
-            "clients": self.clients,
-            "channels": self.clients if self.own_channels else 1,
+            "clients": half * 2,
+            "channels": half if self.own_channels else 1,
             "before MB": empty_kb / 1024,
             "with clients MB": full_kb / 1024,
             "after they left MB": left_kb / 1024,
-            "KB/client": (full_kb - empty_kb) / self.clients,
+            "KB/client": (full_kb - empty_kb) / (half * 2),
+            # Free of what a server had allocated and given back before the first client.
+            "KB/client of the second half": (full_kb - half_kb) / half,
         }
 
     def _sink(self, running: Running, wsink: Path, channel: str, clients: int) -> Sink:
@@ -63,4 +75,5 @@ class Idle:
             clients=clients,
             subscribed=running.subscribed,
             limit_s=600,
+            expect=clients,
         )

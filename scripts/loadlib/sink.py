@@ -73,6 +73,14 @@ class Sink:
         line = await self._line(120)
         if line != b"READY\n":
             raise await self._failed(line)
+        # It goes on without those who were not subscribed within a minute, with a word on stderr.
+        if self._process is not None and self._process.stderr is not None:
+            try:
+                async with asyncio.timeout(0.05):
+                    line = await self._process.stderr.readline()
+            except TimeoutError:
+                return
+            raise await self._failed(line)
 
     async def _line(self, limit_s: float) -> bytes:
         if self._process is None or self._process.stdout is None:

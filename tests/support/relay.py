@@ -24,13 +24,23 @@ class RelayProcess:
     """`python -m relay serve` on a free port that stays the same over restarts."""
 
     def __init__(
-        self, server: Server, *, settings: Sequence[str] = (), flags: Sequence[str] = ()
+        self,
+        server: Server,
+        *,
+        settings: Sequence[str] = (),
+        flags: Sequence[str] = (),
+        key: str = KEY,
+        prefix: Sequence[str] = (),
     ) -> None:
+        """`key` is [jwt] key, '' where the configuration file has one; `prefix` is what runs
+        the command."""
         self.server = server
         self.port = free_port()
         self.log: list[str] = []
         self.settings = list(settings)
         self.flags = list(flags)
+        self.key = key
+        self.prefix = list(prefix)
         self._process: subprocess.Popen[str] | None = None
         self._client = server.client("admin")
 
@@ -47,9 +57,10 @@ class RelayProcess:
 
     def start(self) -> RelayProcess:
         """Run it; it serves when this returns."""
-        command = [sys.executable, "-m", "relay", "serve", "--port", str(self.port)]
+        command = [*self.prefix, sys.executable, "-m", "relay", "serve", "--port", str(self.port)]
         command += ["--redis", self.server.url("relay"), *self.flags]
-        for setting in ["node.drain_s=0.2", f"jwt.key={KEY}", *self.settings]:
+        key = [f"jwt.key={self.key}"] if self.key else []
+        for setting in ["node.drain_s=0.2", *key, *self.settings]:
             command += ["--set", setting]
         environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         environment["PYTHONPATH"] = str(ROOT)
