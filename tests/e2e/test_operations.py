@@ -1,0 +1,352 @@
+"""A running relay as its operator sees it: health, metrics, signals, logs, TLS, ports."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import ipaddress
+import os
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import jwt
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from tests.support.clients import Native, Refused, native, redis, stream_key, until
+from tests.support.relay import KEY, ROOT, RelayProcess
+from tests.support.valkey import Server, free_port
+
+pytestmark = pytest.mark.redis
+
+
+@asynccontextmanager
+async def running(
+    server: Server, *settings: str, flags: Sequence[str] = (), key: str = KEY
+) -> AsyncIterator[tuple[RelayProcess, Native]]:
+    """A relay of this test's own, and its clients."""
+    relay = RelayProcess(server, settings=settings, flags=flags, key=key)
+    await asyncio.to_thread(relay.start)
+    try:
+        async with native(relay) as door:
+            yield relay, door
+    finally:
+        relay.kill()
+
+
+async def test_health_readiness_and_every_metric(
+    relay: RelayProcess, door: Native, channel: str
+) -> None:
+    assert (await door.get("/healthz")).status == 200
+    assert (await door.get("/readyz")).status == 200
+    client = await door.sse(channel)
+    for data in ("1", "2"):
+        relay.xadd(channel, data=data)
+    relay.xadd(channel, nothing="here")
+    relay.xadd(channel, data="3")
+    await client.take(3)
+    with pytest.raises(Refused):
+        await door.sse(channel, token="bad")
+    text = (await door.get("/metrics")).body.decode()
+    names = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
+    assert {
+        "relay_events_total",
+        "relay_deliveries_total",
+        "relay_notices_total",
+        "relay_lag_seconds",
+        "relay_connections",
+        "relay_subscriptions",
+        "relay_catch_up_clients",
+        "relay_followed_streams",
+        "relay_dead_letters_total",
+        "relay_redis_round_trips_total",
+        "relay_redis_reconnects_total",
+        "relay_lost_wakeups_total",
+        "relay_refusals_total",
+    } <= names
+    for sample, least in (
+        ("relay_events_total", 4),
+        ('relay_deliveries_total{way="live"}', 3),
+        ("relay_lag_seconds_count", 1),
+        ('relay_connections{door="native"}', 1),
+        ("relay_subscriptions", 1),
+        ("relay_followed_streams", 1),
+        ("relay_dead_letters_total", 1),
+        ('relay_redis_round_trips_total{purpose="read"}', 1),
+        ('relay_refusals_total{code="unauthorized"}', 1),
+    ):
+        assert await door.metric(sample) >= least, sample
+    client.drop()
+    async with asyncio.timeout(5):
+        while await door.metric("relay_followed_streams"):
+            pass
+    assert await door.metric("relay_subscriptions") == 0
+    assert await door.metric('relay_connections{door="native"}') == 0
+
+
+async def _becomes(door: Native, status: int, limit_s: float) -> None:
+    async with asyncio.timeout(limit_s):
+        while await door.status("/readyz") != status:
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("how", ["freeze", "kill"])
+async def test_readiness_says_the_truth_about_redis(tmp_path: Path, how: str) -> None:
+    server = Server(tmp_path).start()
+    try:
+        async with running(server) as (relay, door):
+            client = await door.sse("news")
+            server.freeze() if how == "freeze" else server.kill()
+            await _becomes(door, 503, 2)
+            assert await door.status("/healthz") == 200
+            with pytest.raises(Refused) as refused:
+                await door.sse("news")
+            answer = refused.value.answer
+            assert (answer.status, answer.error["code"]) == (503, "unavailable")
+            assert int(answer.headers["retry-after"]) > 0
+            server.thaw() if how == "freeze" else await asyncio.to_thread(server.start)
+            await _becomes(door, 200, 5)
+            relay.xadd("news", data="1")
+            assert (await client.next()).json() == 1
+    finally:
+        server.kill()
+
+
+async def _said(relay: RelayProcess, text: str, count: int = 1) -> None:
+    await until(lambda: sum(text in line for line in relay.log) >= count)
+
+
+async def test_reload_changes_rights_limits_and_keys_and_drops_nobody(
+    valkey: Server, tmp_path: Path
+) -> None:
+    file = tmp_path / "relay.ini"
+    new_key = "another test key that is long enough"
+    (tmp_path / "keys").write_text(KEY)
+    text = f"[jwt]\nkey_file = {tmp_path}/keys\n"
+    file.write_text(text)
+    async with running(valkey, flags=["-c", str(file)], key="") as (relay, door):
+        stream, websocket = await door.sse("open:a"), await door.ws("open:a")
+        await websocket.next()
+        fresh = jwt.encode({"sub": "bob", "channels": ["*"]}, new_key, algorithm="HS256")
+        for token in ("", fresh):
+            with pytest.raises(Refused):
+                await door.sse("open:a", token=token)
+
+        # Both keys hold while tokens of the old one are about.
+        (tmp_path / "keys").write_text(f"{new_key}\n---\n{KEY}")
+        file.write_text(text + "[namespace:open]\nrights = anonymous\n[log]\nlevel = debug\n")
+        relay.send(signal.SIGHUP)
+        await _said(relay, "reloaded")
+        for token in ("", fresh, door.token):
+            (await door.sse("open:a", token=token)).drop()
+        with pytest.raises(Refused):
+            await door.sse("shut:a", token="")
+
+        file.write_text(text + "[namespace:open]\nrights = everyone\n")
+        relay.send(signal.SIGHUP)
+        await _said(relay, "not reloaded")
+        complaint = next(line for line in relay.log if "not reloaded" in line)
+        assert "[namespace:open] rights" in complaint
+        (await door.sse("open:a", token="")).drop()
+
+        relay.xadd("open:a", data="1")
+        assert (await stream.next()).json() == 1
+        assert (await websocket.next())["data"] == 1
+
+        # The old key is withdrawn, and so is the namespace's openness: who was let in by it goes.
+        anonymous = await door.sse("open:a", token="")
+        (tmp_path / "keys").write_text(new_key)
+        file.write_text(text)
+        relay.send(signal.SIGHUP)
+        await _said(relay, " reloaded", 2)
+        assert [block.event for block in await anonymous.ended()] == ["relay:revoked"]
+        with pytest.raises(Refused):
+            await door.sse("open:a")
+        (await door.sse("open:a", token=fresh)).drop()
+
+
+async def test_stop_tells_the_clients_and_takes_the_groups_away(
+    valkey: Server, channel: str
+) -> None:
+    async with running(valkey) as (relay, door):
+        streams = [await door.sse(channel) for _ in range(20)]
+        websocket = await door.ws(channel)
+        await websocket.next()
+        assert len(redis(valkey, "XINFO", "GROUPS", stream_key(channel))) == 2
+        async with asyncio.TaskGroup() as tasks:
+            code = tasks.create_task(asyncio.to_thread(relay.stop))
+            told = [tasks.create_task(stream.ended()) for stream in streams]
+            closed = await websocket.closed()
+        assert closed == ([{"notice": "closing", "reason": "stopping"}], 1001)
+        for task in told:
+            (block,) = task.result()
+            assert (block.event, block.json()) == ("relay:closing", {"reason": "stopping"})
+            assert block.id is None
+        assert code.result() == 0
+        groups = redis(valkey, "XINFO", "GROUPS", stream_key(channel))
+        assert len(groups) == 1  # the marker of the stream's incarnation
+        assert not redis(valkey, "KEYS", f"relay:node:*_{relay.port}:*")
+
+
+def _is_shut(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionResetError:
+        return False
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+async def test_a_second_signal_ends_it_at_once(valkey: Server, channel: str) -> None:
+    async with running(valkey, "node.drain_s=60") as (relay, door):
+        for _ in range(40):
+            await door.sse(channel)
+        relay.send(signal.SIGTERM)
+        # Draining begins once nobody new can come; it would last a minute.
+        await until(lambda: _is_shut(relay.port))
+        assert await asyncio.to_thread(relay.stop, 3) == 1
+
+
+async def test_the_log_file_is_opened_again(valkey: Server, tmp_path: Path) -> None:
+    path, moved = tmp_path / "relay.log", tmp_path / "relay.log.1"
+    async with running(valkey, f"log.file={path}", "log.format=json") as (relay, _):
+        await until(path.exists)
+        path.rename(moved)
+        relay.send(signal.SIGUSR1)
+        await until(path.exists)
+        before = moved.read_text()
+        relay.send(signal.SIGHUP)
+        await until(lambda: "reloaded" in path.read_text())
+        assert moved.read_text() == before
+
+
+async def test_no_token_and_no_payload_in_the_log(valkey: Server, channel: str) -> None:
+    secret = "payload-that-nobody-logs"
+    async with running(valkey, "log.level=debug") as (relay, door):
+        stream = await door.sse(channel)
+        websocket = await door.ws(channel, f"{channel}-b")
+        await websocket.take(2)
+        await door.get(f"/sse?channel={channel}x&token={door.token}x")
+        relay.xadd(channel, data=secret, v="9")
+        relay.xadd(channel, nothing=secret)
+        relay.xadd(channel, data=secret, type="relay:x")
+        redis(valkey, "PUBLISH", f"relay:ephemeral:{{{channel}}}", secret)
+        redis(valkey, "XADD", "relay:control", "*", "command", "no-such")
+        await websocket.send(cmd="refresh", token=f"{door.token}x")
+        await websocket.socket.send_str(secret)
+        relay.xadd(channel, data=f'"{secret}"')
+        assert (await stream.next()).json() == secret
+        await asyncio.to_thread(relay.stop)
+        log = "\n".join(relay.log)
+        assert "no-such" in log
+    assert secret not in log
+    # The signature is what makes a token one; the header says nothing.
+    assert door.token.rpartition(".")[2] not in log
+    assert KEY not in log
+    assert "secret@" not in log
+
+
+async def test_pid_file(valkey: Server, tmp_path: Path) -> None:
+    path = tmp_path / "relay.pid"
+    async with running(valkey, f"node.pid_file={path}") as (relay, _):
+        assert path.read_text() == f"{relay.pid}\n"
+        assert not path.stat().st_mode & stat.S_IWOTH
+        await asyncio.to_thread(relay.stop)
+        assert not path.exists()
+
+
+def _certificate(folder: Path) -> Path:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "relay")])
+    now = datetime.datetime.now(datetime.UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    path = folder / "relay.pem"
+    encoding = serialization.Encoding.PEM
+    secret = key.private_bytes(
+        encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path.write_bytes(secret + certificate.public_bytes(encoding))
+    return path
+
+
+async def test_tls(valkey: Server, tmp_path: Path, channel: str) -> None:
+    path = _certificate(tmp_path)
+    context = ssl.create_default_context(cafile=str(path))
+    setting = f"server.tls_cert={path}"
+    async with running(valkey, setting) as (relay, _), native(relay, tls=context) as door:
+        assert await door.status("/readyz") == 200
+        stream, websocket = await door.sse(channel), await door.ws(channel)
+        await websocket.next()
+        relay.xadd(channel, data=f'"{"x" * 100_000}"')
+        assert (await stream.next()).json() == (await websocket.next())["data"]
+
+
+async def test_the_door_and_the_metrics_on_ports_of_their_own(valkey: Server, channel: str) -> None:
+    own, metrics = free_port(), free_port()
+    settings = [f"protocol:native.port={own}", f"metrics.port={metrics}"]
+    async with running(valkey, *settings) as (relay, shared):
+        assert await shared.status("/sse") == 404
+        assert await shared.status("/metrics") == 404
+        async with native(relay, port=own) as door, native(relay, port=metrics) as health:
+            client = await door.sse(channel)
+            relay.xadd(channel, data="1")
+            assert (await client.next()).json() == 1
+            assert await door.status("/metrics") == 404
+            for name in ("healthz", "readyz", "metrics"):
+                assert await health.status(f"/{name}") == 200
+            assert await health.status("/sse") == 404
+
+
+async def test_a_taken_port_is_one_line_and_exit_code_1(relay: RelayProcess) -> None:
+    words = [sys.executable, "-m", "relay", "serve", "--port", str(relay.port)]
+    words += ["--redis", relay.server.url("relay"), "--set", f"jwt.key={KEY}"]
+    run = await asyncio.to_thread(
+        subprocess.run, words, cwd=ROOT, capture_output=True, text=True, timeout=15
+    )
+    assert run.returncode == 1
+    last = run.stderr.strip().splitlines()[-1]
+    assert f"port {relay.port}" in last
+    assert "--port" in last
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(40)
+async def test_the_groups_of_a_worker_that_died_are_removed(valkey: Server, channel: str) -> None:
+    client = valkey.client()
+    async with running(valkey, "jobs.dead_nodes_s=1"), running(valkey) as (dying, door):
+        await door.sse(channel)
+        relay_groups = redis(valkey, "XINFO", "GROUPS", stream_key(channel))
+        assert len(relay_groups) == 2
+        redis(valkey, "XADD", stream_key(channel), "*", "data", "1")
+        os.kill(dying.pid, signal.SIGKILL)
+        # Its heartbeat lasts 15 s; the test does not wait for that.
+        (key,) = redis(valkey, "KEYS", f"relay:node:*_{dying.port}:*")
+        client.delete(key)
+        await until(
+            lambda: len(redis(valkey, "XINFO", "GROUPS", stream_key(channel))) == 1, limit_s=20
+        )
+        instance = key.removeprefix(b"relay:node:")
+        await until(lambda: not client.sismember("relay:nodes", instance))
