@@ -52,8 +52,6 @@ class Heartbeat:
         self._next_slot = 0
         self._members = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._due = 0.0
-        self._skipped = False
 
     def __len__(self) -> int:
         return self._members
@@ -80,20 +78,13 @@ class Heartbeat:
             self._timer = None
 
     def _schedule(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._due = loop.time() + self._tick_s
-        self._timer = loop.call_at(self._due, self._on_timer)
+        self._timer = asyncio.get_running_loop().call_later(self._tick_s, self._on_timer)
 
     def _on_timer(self) -> None:
-        late_s = asyncio.get_running_loop().time() - self._due
+        # However late this is, it is one tick. asyncio, and libuv since 1.45, read the sockets
+        # before they run timers: the answers that came during a stall have been seen by now.
         self._timer = None
-        # libuv runs timers before it reads: after a stall the answers may be waiting in the
-        # sockets, so they get one turn before anybody is judged.
-        if late_s > 5 * self._tick_s and not self._skipped:
-            self._skipped = True
-        else:
-            self._skipped = False
-            self.turn()
+        self.turn()
         if self._members and self._timer is None:
             self._schedule()
 
