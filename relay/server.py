@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import ssl
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from relay.errors import StartError
+from relay.transports.listener import GuardedSite
 
 if TYPE_CHECKING:
     from relay.frontdoor import Mounted
@@ -90,14 +91,13 @@ class Server:
         )
         await runner.setup()
         self._runners.append(runner)
-        site = web.TCPSite(runner, host, port, ssl_context=tls, backlog=backlog)
+        site = GuardedSite(runner, host, port, ssl_context=tls, backlog=backlog)
         try:
             await site.start()
         except OSError as exc:
             raise StartError(_why(host, port, exc)) from exc
         self._sites.append(site)
-        addresses: Sequence[Any] = runner.addresses
-        return int(addresses[0][1])
+        return site.port
 
     async def _healthz(self, _request: web.Request) -> web.Response:
         return web.Response(text="alive\n")

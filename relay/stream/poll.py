@@ -49,12 +49,15 @@ async def poll(reader: Polled, redis: RedisSettings, keys: Keys) -> None:
             streams = [stream for stream in reader.followed() if stream.settled]
             if not streams:
                 await asyncio.sleep(_BLOCK_MS / 1000)
+            # A round lasts no longer for many streams: `polled` is also what readiness, rights and
+            # the control stream wait for.
+            block_ms = max(1, _BLOCK_MS * _BATCH // max(_BATCH, len(streams)))
             for start in range(0, len(streams), _BATCH):
                 batch = streams[start : start + _BATCH]
                 names = [keys.stream(stream.channel) for stream in batch]
                 after = [str(stream.position) for stream in batch]
                 (reply,) = await link.execute(
-                    [("XREAD", "COUNT", 1, "BLOCK", _BLOCK_MS, "STREAMS", *names, *after)]
+                    [("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", *names, *after)]
                 )
                 if isinstance(reply, hiredis.ReplyError):
                     # One foreign key fails the whole read: let each be read, and judged, alone.
