@@ -29,7 +29,7 @@ class Server:
         self._metrics = metrics
         self._ready = ready
         self._runners: list[web.AppRunner] = []
-        self._sites: list[web.BaseSite] = []
+        self._sites: list[GuardedSite] = []
 
     async def start(
         self,
@@ -38,27 +38,30 @@ class Server:
         doors: Sequence[tuple[Mounted, Section]],
     ) -> int:
         """Listen; the shared listener's port. StartError where an address cannot be had."""
-        shared: list[web.AbstractRouteDef] = []
-        own: dict[tuple[str, int], list[web.AbstractRouteDef]] = {}
-        for door, section in doors:
-            port = int(getattr(section, "port", 0))
-            host = str(getattr(section, "host", "")) or settings.host
-            own.setdefault((host, port), []) if port else None
-            (own[host, port] if port else shared).extend(door.routes)
+        shared = [
+            route for door, section in doors if not _own_port(section) for route in door.routes
+        ]
         health = [
             web.get("/healthz", self._healthz),
             web.get("/readyz", self._readyz),
             web.get("/metrics", self._exposition),
         ]
+        if not metrics.port:
+            shared += health
+        tls = _tls(settings.tls_cert, settings.tls_key, "[server]")
+        backlog = settings.backlog
+        port = await self._listen(settings.host, settings.port, shared, tls, backlog)
+        for door, section in doors:
+            own = _own_port(section)
+            if not own:
+                continue
+            host = str(getattr(section, "host", "")) or settings.host
+            cert, key = (str(getattr(section, name, "")) for name in ("tls_cert", "tls_key"))
+            door_tls = _tls(cert, key, "the door's own") or tls
+            await self._listen(host, own, door.routes, door_tls, backlog)
         if metrics.port:
-            own.setdefault((metrics.host, metrics.port), []).extend(health)
-        else:
-            shared.extend(health)
-        tls = _tls(settings)
-        port = await self._listen(settings.host, settings.port, shared, tls, settings.backlog)
-        for (host, number), routes in own.items():
-            plain = metrics.port and (host, number) == (metrics.host, metrics.port)
-            await self._listen(host, number, routes, None if plain else tls, settings.backlog)
+            # Plain: it is meant for loopback, where the scraper or the probe is.
+            await self._listen(metrics.host, metrics.port, health, None, backlog)
         return port
 
     async def stop_listening(self) -> None:
@@ -113,14 +116,19 @@ class Server:
         )
 
 
-def _tls(settings: ServerSettings) -> ssl.SSLContext | None:
-    if not settings.tls_cert:
+def _own_port(section: Section) -> int:
+    """The port of a door's own listener; 0 where it is on the shared one."""
+    return int(getattr(section, "port", 0))
+
+
+def _tls(cert: str, key: str, whose: str) -> ssl.SSLContext | None:
+    if not cert:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key or None)
+        context.load_cert_chain(cert, key or None)
     except (OSError, ssl.SSLError) as exc:
-        raise StartError(f"[server] tls_cert, tls_key: cannot be used: {exc}") from exc
+        raise StartError(f"{whose} tls_cert, tls_key: cannot be used: {exc}") from exc
     return context
 
 

@@ -19,6 +19,8 @@ class NativeSettings(Section):
     enabled: bool = Field(True, description="off: none of its paths exist")
     host: str = Field("", description="address of a listener of its own; empty: the one of [server]; counts only with a port")
     port: int = Field(0, ge=0, le=65535, description="port of a listener of its own; 0: the shared listener of [server]")
+    tls_cert: str = Field("", description="path of a PEM certificate chain for a listener of its own; empty: that of [server]")
+    tls_key: str = Field("", description="path of its PEM private key")
     page: bool = Field(True, description="the live page at /; it reads nothing without a token that opens it")
     allowed_origins: str = Field("", description="origins besides the relay's own, as https://app.example.org, separated by commas, whose pages may read with the cookie and across origins")
     heartbeat_s: float = Field(25.0, ge=1, le=3600, description="seconds of silence after which a comment line or a ping is sent; proxies close what is silent for 30 or 60")
