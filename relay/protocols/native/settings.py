@@ -47,7 +47,12 @@ class NativeSettings(Section):
 
     def origins(self) -> frozenset[str]:
         """The allowed origins besides the relay's own, as browsers write them."""
-        return frozenset(origin.lower() for origin in _split(self.allowed_origins))
+        return frozenset(_as_sent(origin.lower()) for origin in _split(self.allowed_origins))
+
+
+def _as_sent(origin: str) -> str:
+    # Browsers leave out the scheme's own port.
+    return origin.removesuffix(":443" if origin.startswith("https:") else ":80")
 
 
 def _split(text: str) -> list[str]:

@@ -2,7 +2,8 @@
 //
 // While a stream lives the browser recovers it by itself (Last-Event-ID). The page keeps the same
 // cursor for what a browser forgets: its own Drop and Reconnect, a reload, and a refusal.
-import { at, between, buttons, clearNotices, clock, eventRow, notice, show, showPositions, why } from "./view.js";
+import { at, between, buttons, clearNotices, clock, eventRow, notice } from "./view.js";
+import { show, showPositions, why } from "./view.js";
 
 const MAX_ROWS = 500;
 const MAX_RETRY_MS = 30000;

@@ -1,0 +1,223 @@
+"""What the native door says survives the wire; what it hears is understood or refused in words."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.errors import Forbidden, Unavailable
+from relay.model import Channel, EntryID, Event
+from relay.protocols.native import codec
+
+NEWS = Channel("news")
+TEXTS = st.text(st.characters(codec="utf-8"))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def event(data: bytes, *, is_json: bool = True, type: str | None = None) -> Event:
+    """One of the channel `news`."""
+    return Event(NEWS, EntryID(12, 3), data, is_json, type=type)
+
+
+def read_sse(text: bytes) -> list[dict[str, str]]:
+    """Events as the WHATWG's rules read them; lines end with CR, LF or CR LF."""
+    found: list[dict[str, str]] = []
+    block: dict[str, str] = {}
+    data: list[str] = []
+    for line in re.split("\r\n|\n|\r", text.decode()):
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if not line:
+            if data:
+                found.append(block | {"data": "\n".join(data)})
+            block, data = {}, []
+        elif name == "data":
+            data.append(value)
+        elif name:
+            block[name] = value
+    return found
+
+
+@given(JSON, st.sampled_from([None, 1, "\t"]), st.sampled_from(["\n", "\r\n", "\r"]))
+def test_json_survives_whatever_its_line_breaks(
+    value: object, indent: int | str | None, line_break: str
+) -> None:
+    """On the websocket, as SSE data and in an envelope."""
+    data = json.dumps(value, indent=indent).replace("\n", line_break).encode()
+    one = event(data, type="note")
+    assert json.loads(codec.event_object(one))["data"] == value
+    (block,) = read_sse(codec.sse_id("12-3") + codec.sse_tail(one))
+    assert (block["id"], block["event"]) == ("12-3", "note")
+    assert json.loads(block["data"]) == value
+    (block,) = read_sse(codec.envelope_tail(one))
+    assert "event" not in block
+    assert json.loads(block["data"]) == {
+        "channel": "news", "id": "12-3", "type": "note", "data": value
+    }  # fmt: skip
+
+
+@given(TEXTS)
+def test_text_survives(text: str) -> None:
+    """As it is in JSON; as SSE data with LF for every line break."""
+    one = event(text.encode(), is_json=False)
+    assert json.loads(codec.event_object(one))["data"] == text
+    (block,) = read_sse(codec.envelope_tail(one))
+    assert json.loads(block["data"])["data"] == text
+    (block,) = read_sse(codec.sse_tail(one))
+    assert block == {"data": re.sub("\r\n|\r", "\n", text)}
+
+
+def test_numbers_and_key_order_are_the_producers() -> None:
+    """Nothing is parsed and written again."""
+    data = b'{"b":12345678901234567890123, "a":1.0}'
+    assert b'"data":' + data + b"}" in codec.event_object(event(data))
+
+
+def test_an_ephemeral_event_has_no_id() -> None:
+    """It is no place to resume from; the client is shown where given."""
+    one = Event(NEWS, None, b"1", True, client="c7")
+    assert json.loads(codec.event_object(one)) == {"channel": "news", "data": 1, "client": "c7"}
+
+
+@pytest.mark.parametrize("kind", ["relay:gap", "a\nevent: relay:gap", "a\r\n\r\ndata: x", "a\0b"])
+def test_a_type_cannot_pretend(kind: str) -> None:
+    """Neither to be a notice nor to be another event."""
+    (block,) = read_sse(codec.sse_tail(event(b"1", type=kind)))
+    assert not block.get("event", "").startswith("relay:")
+    assert block["data"] == "1"
+
+
+def test_notices_leave_out_what_is_not_known() -> None:
+    """On both wires."""
+    assert json.loads(codec.notice_object("gap", channel=NEWS, from_="1-0", reason="trimmed")) == {
+        "notice": "gap", "channel": "news", "from": "1-0", "reason": "trimmed"
+    }  # fmt: skip
+    assert read_sse(codec.sse_notice("reset", channel=NEWS, to="1-0")) == [
+        {"event": "relay:reset", "data": '{"channel":"news","to":"1-0"}'}
+    ]
+    assert read_sse(codec.sse_error(Forbidden("no"), "news")) == [
+        {"event": "relay:error", "data": '{"code":"forbidden","message":"no","channel":"news"}'}
+    ]
+
+
+def test_replies_and_errors_carry_the_ref() -> None:
+    """Null where the client gave none."""
+    reply = codec.reply_object("subscribe", "r1", channel=NEWS, position="c1.x")
+    expected = {"reply": "subscribe", "ref": "r1", "channel": "news", "id": "c1.x"}
+    assert json.loads(reply) == expected
+    assert json.loads(codec.error_object(Unavailable("wait"))) == {
+        "error": {"code": "unavailable", "message": "wait"}, "ref": None
+    }  # fmt: skip
+    assert json.loads(codec.refusal(Forbidden("no"), "news")) == {
+        "error": {"code": "forbidden", "message": "no", "channel": "news"}
+    }
+
+
+def test_a_stream_begins_with_its_position() -> None:
+    """A browser sees no event in it; an envelope's script does."""
+    assert codec.first_block(b"c1.x", 2000) == b"retry: 2000\nid: c1.x\n\n"
+    (block,) = read_sse(codec.first_envelope_block("c1.x", 2000, [(NEWS, "1-0")]))
+    assert (block["id"], block["retry"], block["event"]) == ("c1.x", "2000", "relay:open")
+    assert json.loads(block["data"]) == {
+        "retry_ms": 2000, "channels": [{"channel": "news", "id": "1-0"}]
+    }  # fmt: skip
+    assert read_sse(codec.HEARTBEAT) == []
+
+
+@pytest.mark.parametrize(
+    ("frame", "command"),
+    [
+        ('{"cmd":"ping"}', codec.Ping()),
+        ('{"cmd":"ping","ref":null}', codec.Ping()),
+        ('{"cmd":"ping","ref":1.5}', codec.Ping(ref=1.5)),
+        ('{"cmd":"ping","ref":-9007199254740991}', codec.Ping(ref=-(2**53 - 1))),
+        ('{"cmd":"refresh","token":"t","ref":"a"}', codec.Refresh(token="t", ref="a")),
+        ('{"cmd":"unsubscribe","channel":"news"}', codec.Unsubscribe(channel=NEWS)),
+        ('{"cmd":"subscribe","channel":"news","ref":0}', codec.Subscribe(channel=NEWS, ref=0)),
+        (
+            '{"cmd":"subscribe","channel":"news","last_event_id":"1-0"}',
+            codec.Subscribe(channel=NEWS, last_event_id="1-0"),
+        ),
+        (
+            '{"cmd":"subscribe","channel":"news","last_event_id":null}',
+            codec.Subscribe(channel=NEWS),
+        ),
+    ],
+)
+def test_commands_are_understood(frame: str, command: codec.Command) -> None:
+    """Each with its ref."""
+    assert codec.parse_command(frame) == command
+
+
+@pytest.mark.parametrize(
+    ("frame", "said"),
+    [
+        ("", "one JSON object"),
+        ("null", "one JSON object"),
+        ("[]", "one JSON object"),
+        ('"ping"', "one JSON object"),
+        ("[" * 50_000, "one JSON object"),
+        ('{"cmd":' * 50_000, "one JSON object"),
+        ('{"cmd":"ping","ref":' + "9" * 5000 + "}", "one JSON object"),
+        ('{"cmd":"ping","ref":NaN}', "one JSON object"),
+        ('{"cmd":"ping","ref":"\\ud800"}', "one JSON object"),
+        ('{"cmd":"ping","cmd":"ping"}', "twice"),
+        ("{}", "cmd is one of"),
+        ('{"cmd":null}', "cmd is one of"),
+        ('{"cmd":["ping"]}', "cmd is one of"),
+        ('{"cmd":"Ping"}', "cmd is one of"),
+        ('{"cmd":"ping","ref":true}', "ref is"),
+        ('{"cmd":"ping","ref":{}}', "ref is"),
+        ('{"cmd":"ping","ref":9007199254740993}', "ref is"),
+        ('{"cmd":"ping","ref":1e308e}', "one JSON object"),
+        ('{"cmd":"ping","ref":"' + "x" * 201 + '"}', "ref is"),
+        ('{"cmd":"ping","channel":"news"}', "no field 'channel'"),
+        ('{"cmd":"subscribe","channel":"news","lastEventId":"1-0"}', "no field 'lastEventId'"),
+        ('{"cmd":"subscribe"}', "needs channel"),
+        ('{"cmd":"subscribe","channel":null}', "needs channel"),
+        ('{"cmd":"subscribe","channel":7}', "needs channel"),
+        ('{"cmd":"subscribe","channel":"a b"}', "255 characters"),
+        ('{"cmd":"subscribe","channel":"' + "x" * 256 + '"}', "255 characters"),
+        ('{"cmd":"subscribe","channel":"news","last_event_id":5}', "last_event_id is"),
+        ('{"cmd":"subscribe","channel":"news","last_event_id":""}', "last_event_id is"),
+        ('{"cmd":"refresh","token":""}', "needs token"),
+    ],
+)
+def test_anything_else_is_refused_in_words(frame: str, said: str) -> None:
+    """Each by what is wrong with it."""
+    with pytest.raises(codec.BadCommand, match=said):
+        codec.parse_command(frame)
+
+
+def test_a_refusal_still_names_ref_and_channel() -> None:
+    """So that a client knows which of its commands it was."""
+    with pytest.raises(codec.BadCommand) as refused:
+        codec.parse_command('{"cmd":"subscribe","channel":"a b","ref":7}')
+    assert (refused.value.ref, refused.value.channel) == (7, "a b")
+
+
+@given(st.text() | JSON.map(json.dumps) | st.dictionaries(
+    st.sampled_from(["cmd", "ref", "channel", "token", "last_event_id"]),
+    JSON | st.sampled_from(["subscribe", "refresh", "ping"]),
+).map(json.dumps))  # fmt: skip
+def test_no_frame_raises_anything_else(frame: str) -> None:
+    """And every ref that is taken can be given back."""
+    try:
+        command = codec.parse_command(frame)
+    except codec.BadCommand as exc:
+        codec.error_object(exc, exc.ref, exc.channel)
+    else:
+        assert json.loads(codec.reply_object("ping", command.ref))["ref"] == command.ref
+
+
+def test_a_token_is_not_in_a_log() -> None:
+    """Where a command is shown."""
+    assert "secret" not in repr(codec.parse_command('{"cmd":"refresh","token":"secret"}'))

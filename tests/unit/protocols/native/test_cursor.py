@@ -1,0 +1,135 @@
+"""Cursors come back whole, and nothing else is taken for one."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.errors import BadRequest
+from relay.model import Channel, EntryID, Position, parse_channel
+from relay.protocols.native import cursor
+
+U64 = st.integers(0, 2**64 - 1)
+POSITIONS = st.builds(
+    Position,
+    st.builds(EntryID, U64, U64),
+    added=st.none() | U64,
+    incarnation=st.none() | U64,
+    digest=st.none() | st.integers(0, 2**16 - 1),
+)
+CHANNELS = st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]), min_size=1).map(
+    lambda text: parse_channel(text.replace("{", "(").replace("}", ")")[:255])
+)
+NEWS = Channel("news")
+PLACE = Position(EntryID(1763700000000, 3), added=9, incarnation=2**32 - 1, digest=7)
+
+
+def twins() -> tuple[Channel, Channel]:
+    """Two channels whose three bytes are the same."""
+    seen: dict[bytes, Channel] = {}
+    for number in count():
+        channel = Channel(f"c{number}")
+        name = cursor.part(channel, PLACE)[:4]
+        if name in seen:
+            return seen[name], channel
+        seen[name] = channel
+    raise AssertionError
+
+
+@given(st.lists(st.tuples(CHANNELS, POSITIONS), min_size=1, max_size=8, unique_by=lambda p: p[0]))
+def test_every_position_comes_back(places: list[tuple[Channel, Position]]) -> None:
+    """And the text is safe in a header, a query and an SSE line."""
+    text = cursor.encode(places).decode("ascii")
+    assert cursor.decode(text, [channel for channel, _ in places]) == dict(places)
+    assert text.replace("-", "").replace("_", "").replace(".", "").isalnum()
+    assert text.encode() == cursor.join(cursor.part(*place) for place in places)
+
+
+def test_it_is_compact() -> None:
+    """It is sent with every event."""
+    assert len(cursor.part(NEWS, PLACE)) <= 30
+
+
+@given(st.text(max_size=200) | st.text("c1.-_AB", max_size=50).map("c1.".__add__))
+def test_any_other_text_is_a_bad_request_or_a_position(text: str) -> None:
+    """Never another exception; what is accepted is what we would have made."""
+    try:
+        found = cursor.decode(text, [NEWS])
+    except BadRequest:
+        return
+    if text.startswith("c1.") and len(text.split(".")) == 2:
+        for position in found.values():
+            assert cursor.encode([(NEWS, position)]).decode() == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "",
+            "c1.",
+            "c1.AAAA",
+            "c2.AAAA",
+            "x" * 100_000,
+            "c1." + "A" * 60_000,
+            "c1." + "." * 60_000,
+        ),
+        *("c1.\ud800", "-1", "1-", "1-2-3", "9" * 5000, f"{2**64}-0", "$", "1 -2", "١-٢"),
+    ],
+)
+def test_garbage_is_a_bad_request(text: str) -> None:
+    """However long."""
+    with pytest.raises(BadRequest):
+        cursor.decode(text, [NEWS])
+
+
+@given(POSITIONS, st.data())
+def test_a_cut_or_padded_cursor_is_a_bad_request(position: Position, data: st.DataObject) -> None:
+    """A proxy that cuts a header must not move a client."""
+    text = cursor.encode([(NEWS, position)]).decode()
+    with pytest.raises(BadRequest):
+        cursor.decode(text[: data.draw(st.integers(3, len(text) - 1))], [NEWS])
+    for extra in ("=", ".", " ", "\n", "A", "AAAA"):
+        with pytest.raises(BadRequest):
+            cursor.decode(text + extra, [NEWS])
+
+
+def test_what_was_not_asked_for_is_ignored() -> None:
+    """A client that drops a channel keeps its cursor."""
+    text = cursor.encode([(NEWS, PLACE), (Channel("other"), Position(EntryID(1, 1)))]).decode()
+    assert cursor.decode(text, [NEWS]) == {NEWS: PLACE}
+    assert cursor.decode(text, [Channel("third"), NEWS]) == {NEWS: PLACE}
+
+
+def test_a_plain_id_resumes_one_channel_only() -> None:
+    """IDs of different streams have no order."""
+    assert cursor.decode("12-3", [NEWS]) == {NEWS: Position(EntryID(12, 3))}
+    with pytest.raises(BadRequest, match="several need a cursor"):
+        cursor.decode("12-3", [NEWS, Channel("other")])
+
+
+def test_channels_with_the_same_three_bytes_keep_their_places() -> None:
+    """By their order; and neither is ever left without a place, which would mean 'from now'."""
+    first, second = twins()
+    other = Position(EntryID(5, 5))
+    text = cursor.encode([(first, PLACE), (second, other)]).decode()
+    assert cursor.decode(text, [first, second]) == {first: PLACE, second: other}
+    alone = cursor.encode([(second, other)]).decode()
+    assert set(cursor.decode(alone, [first, second])) == {first, second}
+
+
+@pytest.mark.parametrize(
+    "position",
+    [
+        Position(EntryID(2**64, 0)),
+        Position(EntryID(1, 0), digest=2**16),
+        Position(EntryID(1, 0), added=-1),
+    ],
+)
+def test_a_number_that_does_not_fit_is_our_own_bug(position: Position) -> None:
+    """Not a cursor that nobody can read."""
+    with pytest.raises(ValueError, match="bits"):
+        cursor.part(NEWS, position)
