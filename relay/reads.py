@@ -97,6 +97,9 @@ class Followed(Protocol):
     def on_records(self, records: Sequence[Record]) -> None:
         """The entries directly after `position`, in order."""
 
+    def on_end(self, last: EntryID) -> None:
+        """There was nothing more to read up to `last`, the stream's last generated ID."""
+
     def on_hole(
         self, state: StreamState, first_read: EntryID | None, following: int | None
     ) -> None:
@@ -114,9 +117,6 @@ class Followed(Protocol):
 
     def same_life(self, state: StreamState, server: Server) -> bool:
         """Whether the state, taken with its marker, is of the life that was examined."""
-
-    def whole_at(self, state: StreamState) -> bool:
-        """Whether nothing was ever appended after `position`."""
 
     def untouched(self, state: StreamState, following: int | None) -> bool:
         """Whether nothing after `position` was removed unread. `following`: how many entries

@@ -185,8 +185,11 @@ class Feed:
         if verdict.resume == ZERO_ID:
             self.added, self.digest = 0, None
         elif verdict.notice is not None:
-            before = state.first is None or verdict.resume < state.first
-            self.added, self.digest = _added_before_first(state) if before else None, None
+            self.added = self.digest = None
+            if state.first is None or verdict.resume < state.first:
+                # Nothing is left before the first one: who comes now begins there too.
+                self.position = _before(state.first) if state.first else state.last
+                self.added = _added_before_first(state)
         if verdict.notice is not None:
             self._known_deleted = state.max_deleted
         if notice is None:
@@ -197,25 +200,22 @@ class Feed:
             for subscription in subscriptions:
                 subscription.session.offer(data)
         for subscription in self._behind:
-            self._tell_later(subscription, notice, at, verdict.resume, old)
+            self._tell_later(subscription, notice, old)
 
-    @staticmethod
-    def _tell_later(
-        subscription: Subscription, notice: Notice, at: EntryID, resume: EntryID, old: int | None
-    ) -> None:
+    def _tell_later(self, subscription: Subscription, notice: Notice, old: int | None) -> None:
         """A client that is behind learns of it too, and does not stay ahead of another life.
 
-        Before the position that was judged, a gap shows in its pages; at it, it would not.
+        Before this worker's position a gap shows in its pages; at it, it would not.
         """
         cursor = subscription.cursor
-        if cursor is None or (notice.kind == "gap" and cursor < at):
+        if cursor is None or (notice.kind == "gap" and cursor < self.position):
             return
         if subscription.untold is None:
             subscription.untold = Position(cursor, subscription.added, old, subscription.digest)
         if notice.kind == "reset":
             subscription.known_deleted = subscription.known_first = None
-            if resume < cursor:
-                subscription.behind_at(resume, None, None)
+            if self.position < cursor:
+                subscription.behind_at(self.position, None, None)
         to_id = notice.to_id if notice.kind == "gap" else subscription.cursor
         subscription.pending_notice = Notice(notice.kind, notice.reason, cursor, to_id)
 
@@ -266,13 +266,24 @@ class Feed:
             self.hub.metrics.delivered(self._live_count() * (end - begin))
             if end < len(records):
                 self._revoke(records[end].body)
-        last = records[-1]
+        before, last = self.position, records[-1]
         self.position, self.digest = last.id, last.digest
         if self.added is not None:
             self.added += len(records)
+        self._passed(before)
+
+    def on_end(self, last: EntryID) -> None:
+        """Everything up to `last` was read or told of; it may be an entry that is gone."""
+        before = self.position
+        if before < last:
+            self.position, self.digest = last, None
+            self._passed(before)
+
+    def _passed(self, before: EntryID) -> None:
+        """Whoever was ahead of this worker may be where it is now, or behind it."""
         for subscription in list(self._behind):
             cursor = subscription.cursor
-            if cursor is not None and cursor >= records[0].id:
+            if cursor is not None and cursor > before:
                 self.catch_up(subscription)
 
     def _position_at(self, record: Record, index: int) -> Position:
@@ -300,10 +311,6 @@ class Feed:
     def same_life(self, state: StreamState, server: Server) -> bool:
         """Whether the state, taken with its marker, is of the life that was examined."""
         return incarnation_of(state.incarnation, server.replid) == self.incarnation
-
-    def whole_at(self, state: StreamState) -> bool:
-        """Whether nothing was ever appended after `position`."""
-        return state.last <= self.position
 
     def untouched(self, state: StreamState, following: int | None) -> bool:
         """Whether nothing after `position` was removed unread: all that was ever added after it

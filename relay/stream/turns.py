@@ -168,12 +168,15 @@ class LiveTurns:
             # Deleted and made anew after the examination: the group was made in another life.
             stream.on_unsettled()
             return
-        if not entries and stream.whole_at(state):
-            return
-        if swept:
+        if swept and entries:
             self._metrics.lost_wakeups.inc()
         complete = len(entries) < count
         first = EntryID.parse(entries[0][0]) if entries else None
+        if first is not None and first <= stream.position:
+            # Somebody has set the group back by hand.
+            stream.misaligned = True
+            self._read[stream] = None
+            return
         following = len(entries) if complete else None
         if not stream.untouched(state, following):
             stream.on_hole(state, first, following)
@@ -182,6 +185,8 @@ class LiveTurns:
             self._read[stream] = None
         if entries:
             self._on_records(stream, asking.decode_all(stream, entries, self._decode))
+        if complete:
+            stream.on_end(state.last)
 
 
 class PageTurns:

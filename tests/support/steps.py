@@ -21,7 +21,7 @@ from relay.hub.hub import Hub
 from relay.hub.recovery import Notice
 from relay.hub.session import Session, Subscription
 from relay.metrics import Metrics
-from relay.model import Channel, EntryID, Event, Position, Principal
+from relay.model import ZERO_ID, Channel, EntryID, Event, Position, Principal
 from relay.reads import Followed, Server
 from relay.settings import StreamSettings
 from relay.stream import entry
@@ -37,8 +37,9 @@ USERS = ["ann", "bob"]
 # ann's token opens everything; bob has what the rights hash says.
 CLAIMS = frozenset({"ann"})
 BUFFER_BYTES = 250
-# A few entries a page: schedules are short, and every bound should be met.
-PAGE_BYTES = 120
+# Four entries a page: schedules are short, and every bound should be met.
+PAGE_BYTES = 2048
+ENTRY_BYTES = 500
 _MORE = object()
 _pack = cast(Callable[[tuple[bytes | str | int, ...]], bytes], hiredis.pack_command)
 
@@ -126,19 +127,13 @@ class Outbox:
 
     def __init__(self) -> None:
         self.data = b""
-        self.most_before = 0
-
-    @property
-    def full(self) -> bool:
-        return len(self.data) > BUFFER_BYTES
-
-    @full.setter
-    def full(self, _value: bool) -> None:
-        raise AssertionError
+        self.full = False
 
     def write(self, data: bytes) -> None:
-        self.most_before = max(self.most_before, len(self.data))
+        # So what is held never exceeds the bound plus what one turn offered.
+        assert not self.full or b'"e":' not in data, "an event for a full socket"
         self.data += data
+        self.full = self.full or len(self.data) > BUFFER_BYTES
 
     def close(self, last: bytes = b"") -> None:
         self.data += last
@@ -212,7 +207,8 @@ class Person:
             asked = self.places.get(channel)
         if asked is None and how != "anew" and channel in self.bare:
             asked = Position(self.bare[channel])
-        if asked is None:
+        # A bare 0-0 asks for the beginning of whatever there is.
+        if asked is None or asked == Position(ZERO_ID):
             self.anew.add(channel)
         else:
             self.anew.discard(channel)
@@ -244,8 +240,15 @@ class Person:
 
     def drain(self) -> None:
         self.read()
+        self.outbox.full = False
         if self.session is not None and self.session.paused:
             self.session.resume()
+
+    def fill(self) -> None:
+        """The socket fills up by what is none of the hub's business."""
+        self.outbox.full = True
+        if self.session is not None:
+            self.session.pause()
 
     def leave(self, *, politely: bool) -> None:
         """Politely: everything sent has arrived, and the relay's last word was its position."""
@@ -319,6 +322,8 @@ class Worker:
 
     def follow(self, stream: Followed) -> None:
         self._followed[stream.channel] = stream
+        # As if it had been followed for long: a page is four entries from the start.
+        stream.average_bytes = ENTRY_BYTES
 
     def want_examine(self, stream: Followed) -> None:
         self.live.want_examine(stream)
