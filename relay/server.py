@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from relay.settings import MetricsSettings, Section, ServerSettings
 
 # A cursor over many channels comes back in one header line (native/README.md, "Cursor").
-_LINE_BYTES = 32768
+_LINE_BYTES = 65536
 
 
 class Server:
