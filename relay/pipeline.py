@@ -93,7 +93,9 @@ class Admission:
         if self.policy.needs_http(principal, channel) and self.policy.http is not None:
             answer = self.policy.http.cached(principal, channel)
             if answer is None and admitted:
-                # It is being asked again (`renew`), and that decides within the time limit.
+                # Dropped, or about another user's groups since a refresh: it is asked again by
+                # the next `renew`, and that decides.
+                self._renew_later(principal, channel)
                 answer = True
         return self.policy.allowed(principal, channel, hash_value, answer, now=time.time())
 
@@ -182,6 +184,9 @@ class Admission:
 
 def _is_there(hub: Hub, principal: Principal, channel: Channel) -> bool:
     feed = hub.feed(channel)
-    return feed is not None and any(
-        subscription.session.principal == principal for subscription in feed.subscriptions()
-    )
+    if feed is None:
+        return False
+    # Not the whole principal: a refreshed token differs, and is the same question.
+    asked = (principal.user, principal.groups)
+    sessions = (subscription.session for subscription in feed.subscriptions())
+    return any((each.principal.user, each.principal.groups) == asked for each in sessions)
