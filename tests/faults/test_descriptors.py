@@ -47,10 +47,9 @@ async def test_out_of_descriptors(poor: RelayProcess, valkey: Server, channel: s
     async with native(poor) as door:
         stream, websocket = await door.sse(channel), await door.ws(channel)
         await websocket.next()
-        crowd = []
+        address = ("127.0.0.1", poor.port)
+        crowd = [socket.create_connection(address) for _ in range(LIMIT * 2)]
         try:
-            for _ in range(LIMIT * 2):
-                crowd.append(socket.create_connection(("127.0.0.1", poor.port)))
             assert not await asyncio.to_thread(_is_served, poor.port)
             began, before = time.monotonic(), _cpu_s(poor.pid)
             for number in range(20):

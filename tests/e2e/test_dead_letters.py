@@ -1,0 +1,76 @@
+"""Entries that cannot be read are set aside once, whoever reads them, and the rest flows on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.clients import Native, native, redis, until
+from tests.support.relay import RelayProcess
+from tests.support.valkey import Server
+
+pytestmark = pytest.mark.redis
+
+
+@pytest.fixture(scope="module")
+def relay(valkey: Server) -> Iterator[RelayProcess]:
+    """One whose entries may be small only."""
+    process = RelayProcess(valkey, settings=["stream.max_entry_bytes=1024"]).start()
+    yield process
+    process.kill()
+
+
+def _letters(server: Server, channel: str) -> list[dict[str, str]]:
+    found = []
+    for _, fields in redis(server, "XRANGE", "relay:dead-letters", "-", "+"):
+        pairs = fields.items() if isinstance(fields, dict) else zip(fields[::2], fields[1::2])  # noqa: B905
+        letter = {name.decode(): value.decode() for name, value in pairs}
+        if letter["stream"] == f"relay:stream:{{{channel}}}":
+            found.append(letter)
+    return found
+
+
+async def test_each_is_written_once_by_two_relays_and_the_next_events_flow(
+    relay: RelayProcess, door: Native, valkey: Server, channel: str
+) -> None:
+    other = RelayProcess(valkey, settings=["stream.max_entry_bytes=1024"])
+    await asyncio.to_thread(other.start)
+    try:
+        async with native(other) as second:
+            streams = [await door.sse(channel), await second.sse(channel)]
+            websocket = await second.ws(channel)
+            ids = {}
+            for number, fields in enumerate(
+                (
+                    {"no": "data"},
+                    {"data": "1", "v": "99"},
+                    {"data": "x" * 1100},
+                    {"data": "1", "to": ""},
+                    {"data": "1", "info": "no json"},
+                )
+            ):
+                ids[relay.xadd(channel, **fields)] = fields
+                relay.xadd(channel, data=str(number))
+            for stream in streams:
+                assert [block.json() for block in await stream.take(5)] == list(range(5))
+            said = await websocket.take(6)
+            assert [each["data"] for each in said if "data" in each] == list(range(5))
+            await until(lambda: len(_letters(valkey, channel)) >= 5)
+            # A second reading, by who resumes, writes no second letter.
+            replay = await door.sse(channel, last="0-0")
+            assert [block.json() for block in await replay.take(5)] == list(range(5))
+            letters = {letter["id"]: letter for letter in _letters(valkey, channel)}
+            assert len(_letters(valkey, channel)) == len(letters) == 5
+            assert letters.keys() == ids.keys()
+            reasons = [letters[entry]["reason"] for entry in ids]
+            assert reasons[0] == "no data"
+            assert "schema" in reasons[1]
+            assert "too large" in reasons[2]
+            for entry, fields in ids.items():
+                assert dict(json.loads(letters[entry]["fields"])) == fields
+            assert await door.metric("relay_dead_letters_total") == 5
+    finally:
+        other.kill()
