@@ -1,0 +1,147 @@
+"""A hub with nobody behind it, and clients that keep what they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from relay.errors import RelayError
+from relay.hub.hub import Hub
+from relay.hub.recovery import Notice
+from relay.hub.session import Session, Subscription
+from relay.metrics import Metrics
+from relay.model import ZERO_ID, Channel, EntryID, Event, Position, Principal, Record, StreamState
+from relay.reads import Examined, ExamineRequest, Followed, Server
+
+NEWS = Channel("news")
+SERVER = Server(b"a" * 40, b"0" * 40)
+
+
+class Reads:
+    def __init__(self) -> None:
+        self.examine: list[Followed] = []
+        self.pages: list[Followed] = []
+        self.released: list[Followed] = []
+
+    def follow(self, stream: Followed) -> None:
+        pass
+
+    def want_examine(self, stream: Followed) -> None:
+        self.examine.append(stream)
+
+    def want_page(self, stream: Followed) -> None:
+        self.pages.append(stream)
+
+    def release(self, stream: Followed) -> None:
+        self.released.append(stream)
+
+
+class Rights:
+    def allowed(
+        self, principal: Principal, channel: Channel, hash_value: bytes | None, *, admitted: bool
+    ) -> bool:
+        del principal, channel, admitted
+        return hash_value != b"-"
+
+
+class Words:
+    """An encoder whose frames are words that a person can read."""
+
+    def __init__(self, *, personal: bool = False) -> None:
+        self.personal = personal
+        self.encoded = 0
+
+    def event(self, event: Event) -> bytes:
+        self.encoded += 1
+        return event.data + b" "
+
+    def personal_event(
+        self, event: Event, cursor: Iterable[tuple[Channel, Position]], shared: bytes
+    ) -> bytes:
+        del event
+        return shared + b",".join(f"{c}@{at.id}+{at.added}".encode() for c, at in cursor) + b" "
+
+    def notice(self, channel: Channel, notice: Notice) -> bytes:
+        return f"!{channel}:{notice.reason} ".encode()
+
+
+class Client:
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def subscribed(self, subscription: Subscription) -> None:
+        self.told.append(f"subscribed {subscription.feed.channel}")
+
+    def refused(self, channel: Channel, error: RelayError) -> None:
+        self.told.append(f"refused {channel}: {type(error).__name__}")
+
+    def dropped(self, channel: Channel, notice: Notice) -> None:
+        self.told.append(f"dropped {channel}: {notice.reason}")
+
+    def expired(self) -> None:
+        self.told.append("expired")
+
+    def disconnect(self, reason: str) -> None:
+        self.told.append(f"disconnect: {reason}")
+
+
+class Outbox:
+    def __init__(self) -> None:
+        self.full = False
+        self.writes: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        self.writes.append(data)
+
+    def close(self, last: bytes = b"") -> None:
+        self.writes.append(last)
+
+
+def make_hub(reads: Reads, *, most: int = 0) -> Hub:
+    def at_once(call: Callable[[], None]) -> None:
+        call()
+
+    return Hub(
+        reads=reads,
+        rights=Rights(),
+        metrics=Metrics(),
+        call_soon=at_once,
+        waits_for_replicas=lambda _channel: False,
+        connections_per_user=most,
+    )
+
+
+def join(
+    hub: Hub, principal: Principal, encoder: Words, *channels: Channel
+) -> tuple[Session, Client, Outbox]:
+    client, outbox = Client(), Outbox()
+    session = hub.open(principal, encoder, client)
+    session.attach(outbox)
+    for channel in channels or (NEWS,):
+        hub.subscribe(session, channel, None)
+    return session, client, outbox
+
+
+def examine(hub: Hub, channel: Channel = NEWS, **rights: bytes) -> ExamineRequest:
+    """Answer what the feed asks, from an empty stream."""
+    feed = hub.feed(channel)
+    assert feed
+    request = feed.examine_request()
+    state = StreamState(
+        exists=True,
+        first=None,
+        last=feed.position,
+        length=0,
+        added=feed.added or 0,
+        max_deleted=ZERO_ID,
+        incarnation=1,
+    )
+    values = {user: rights.get(user) for user in request.users}
+    feed.on_examined(request, Examined(server=SERVER, state=state, rights=values, own={}))
+    return request
+
+
+def event(text: str, number: int, to: str | None = None) -> Record:
+    entry_id = EntryID(number, 0)
+    recipients = None if to is None else frozenset({to})
+    body = Event(NEWS, entry_id, text.encode(), is_json=False, to=recipients)
+    return Record(entry_id, 0, len(text), body)

@@ -1,0 +1,93 @@
+from relay.hub.recovery import Notice
+from relay.model import Channel, EntryID, Principal, Record, Revocation
+from tests.support.hub import NEWS, Reads, Words, event, examine, join, make_hub
+
+ANN = Principal(user="ann")
+BOB = Principal(user="bob", groups=frozenset({"kitchen"}), client="c1")
+
+
+def test_a_batch_is_encoded_once_and_written_once_for_all() -> None:
+    hub, words = make_hub(Reads()), Words()
+    outboxes = [join(hub, ANN, words)[2] for _ in range(3)]
+    examine(hub)
+    feed = hub.feed(NEWS)
+    assert feed
+    feed.on_records([event("one", 1), event("two", 2)])
+    hub.flush()
+    assert words.encoded == 2
+    assert [outbox.writes for outbox in outboxes] == [[b"one two "]] * 3
+
+
+def test_to_names_users_groups_and_clients() -> None:
+    hub, words = make_hub(Reads()), Words()
+    ann, bob = join(hub, ANN, words)[2], join(hub, BOB, words)[2]
+    examine(hub)
+    feed = hub.feed(NEWS)
+    assert feed
+    names = ["user:ann", "group:kitchen", "client:c1", "user:carol"]
+    feed.on_records([event(name, number, name) for number, name in enumerate(names, 1)])
+    hub.flush()
+    assert ann.writes == [b"user:ann "]
+    assert bob.writes == [b"group:kitchen client:c1 "]
+
+
+def test_a_revocation_within_a_batch_has_its_place() -> None:
+    hub, words = make_hub(Reads()), Words()
+    _, client, ann = join(hub, ANN, words)
+    bob = join(hub, BOB, words)[2]
+    examine(hub)
+    feed = hub.feed(NEWS)
+    assert feed
+    place = EntryID(2, 0)
+    revocation = Record(place, 0, 9, Revocation(place, "ann"))
+    feed.on_records([event("before", 1), revocation, event("after", 3)])
+    hub.flush()
+    assert b"".join(ann.writes) == b"before !news:revoked "
+    assert b"".join(bob.writes) == b"before after "
+    assert client.told == ["subscribed news", "dropped news: revoked"]
+
+
+def test_a_personal_frame_carries_the_place_in_every_channel() -> None:
+    hub, work = make_hub(Reads()), Channel("work")
+    outbox = join(hub, ANN, Words(personal=True), NEWS, work)[2]
+    examine(hub)
+    examine(hub, work)
+    feed = hub.feed(NEWS)
+    assert feed
+    feed.on_records([event("one", 5), event("two", 6)])
+    hub.flush()
+    assert outbox.writes == [b"one news@5-0+1,work@0-0+0 two news@6-0+2,work@0-0+0 "]
+
+
+def test_a_full_socket_gets_no_events_and_its_place_stays() -> None:
+    reads = Reads()
+    hub, words = make_hub(reads), Words()
+    session, _, outbox = join(hub, ANN, words)
+    examine(hub)
+    feed = hub.feed(NEWS)
+    assert feed
+    outbox.full = True
+    feed.on_records([event("one", 1)])
+    hub.flush()
+    feed.on_records([event("two", 2)])
+    hub.flush()
+    assert outbox.writes == [b"one "]
+    assert session.subscriptions[NEWS].position.id == EntryID(1, 0)
+    outbox.full = False
+    session.resume()
+    assert reads.pages == [feed]
+
+
+def test_a_place_given_out_before_its_notice_was_told_is_judged_again() -> None:
+    hub = make_hub(Reads())
+    session = join(hub, ANN, Words())[0]
+    examine(hub)
+    subscription = session.subscriptions[NEWS]
+    before = subscription.position
+    session.pause()
+    subscription.untold = before
+    subscription.pending_notice = Notice("reset", "other_incarnation")
+    subscription.behind_at(EntryID(0, 0), 0, None)
+    assert subscription.position is before
+    session.resume()
+    assert subscription.untold is None

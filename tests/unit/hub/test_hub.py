@@ -1,0 +1,99 @@
+import pytest
+
+from relay.errors import BadRequest, LimitExceeded, Unauthorized
+from relay.model import Principal
+from tests.support.hub import NEWS, Reads, Words, examine, join, make_hub
+
+ANN = Principal(user="ann")
+
+
+def test_a_user_has_so_many_connections_and_no_more() -> None:
+    hub = make_hub(Reads(), most=2)
+    first = join(hub, ANN, Words())[0]
+    join(hub, ANN, Words())
+    with pytest.raises(LimitExceeded):
+        join(hub, ANN, Words())
+    first.end()
+    first.end()
+    join(hub, ANN, Words())
+
+
+def test_anonymous_clients_are_not_one_user() -> None:
+    hub = make_hub(Reads(), most=1)
+    assert [join(hub, Principal(), Words()) for _ in range(3)]
+
+
+def test_a_channel_is_subscribed_to_once() -> None:
+    hub = make_hub(Reads())
+    session = join(hub, ANN, Words())[0]
+    with pytest.raises(BadRequest):
+        hub.subscribe(session, NEWS, None)
+    with pytest.raises(BadRequest):
+        hub.reserve(session, NEWS)
+    hub.unsubscribe(session, NEWS)
+    with pytest.raises(BadRequest):
+        hub.unsubscribe(session, NEWS)
+
+
+def test_the_last_one_to_leave_releases_the_stream() -> None:
+    reads = Reads()
+    hub = make_hub(reads)
+    sessions = [join(hub, ANN, Words())[0] for _ in range(2)]
+    feed = hub.feed(NEWS)
+    sessions[0].end()
+    assert not reads.released
+    sessions[1].end()
+    assert reads.released == [feed]
+    assert hub.feed(NEWS) is None
+
+
+def test_a_refused_client_hears_it_and_does_not_stay() -> None:
+    hub = make_hub(Reads())
+    session, client, _ = join(hub, ANN, Words())
+    examine(hub, ann=b"-")
+    assert client.told == ["refused news: Forbidden"]
+    assert not session.subscriptions
+
+
+def test_a_lost_right_drops_at_the_next_look() -> None:
+    hub = make_hub(Reads())
+    _, client, outbox = join(hub, ANN, Words())
+    examine(hub)
+    hub.recheck(NEWS)
+    examine(hub, ann=b"-")
+    assert client.told[-1] == "dropped news: revoked"
+    assert outbox.writes == [b"!news:revoked "]
+
+
+def test_who_waits_while_the_link_is_lost_waits_again() -> None:
+    reads = Reads()
+    hub = make_hub(reads)
+    _, client, _ = join(hub, ANN, Words())
+    feed = hub.feed(NEWS)
+    assert feed
+    feed.on_examine_lost(feed.examine_request())
+    assert len(reads.examine) == 2
+    examine(hub)
+    assert client.told == ["subscribed news"]
+
+
+def test_a_credential_ends_at_its_time_unless_it_was_refreshed() -> None:
+    hub = make_hub(Reads())
+    ends, client, outbox = join(hub, Principal(user="ann", expires_at=10.0), Words())
+    refreshed = join(hub, Principal(user="bob", expires_at=10.0), Words())[0]
+    join(hub, Principal(user="carol", expires_at=5.0), Words())[0].end()
+    examine(hub)
+    hub.change_principal(refreshed, Principal(user="bob", expires_at=20.0))
+    assert hub.sessions_expiring(9.0) == []
+    assert hub.sessions_expiring(10.0) == [ends]
+    hub.expire(ends)
+    assert client.told[-2:] == ["dropped news: expired", "expired"]
+    assert outbox.writes == [b"!news:expired "]
+    assert hub.sessions_expiring(20.0) == [refreshed]
+
+
+def test_a_refreshed_credential_is_the_same_users() -> None:
+    hub = make_hub(Reads())
+    session = join(hub, ANN, Words())[0]
+    with pytest.raises(Unauthorized):
+        hub.change_principal(session, Principal(user="bob"))
