@@ -138,14 +138,18 @@ class Ledger:
         view.last = number
         self.statistics["events"] += 1
 
+    def dropped(self, view: Received, channel: Channel, user: str) -> None:
+        """The hub ended a subscription."""
+        changes = {at for at, who, _ in self.logs[channel].rights if who in (None, user)}
+        assert any(at > view.admitted and not self.allowed(channel, user, at) for at in changes), (
+            "dropped, and the right was there all the time"
+        )
+
     def received_notice(
         self, view: Received, channel: Channel, user: str, notice: Notice, known_at: int
     ) -> None:
         log = self.logs[channel]
-        if notice.kind == "revoked":
-            changes = [who for _, who, _ in log.rights if who in (None, user)]
-            assert changes, "revoked, and nobody changed a right"
-        else:
+        if notice.kind != "revoked":
             assert log.removals, f"{notice} though nothing was ever removed"
             missing = any(
                 not entry.present and entry.number > view.last and self._owed(view, entry, user)

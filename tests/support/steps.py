@@ -8,12 +8,10 @@ are the server's own invalidation pushes.
 from __future__ import annotations
 
 import itertools
-import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import cast
 
-import hiredis
 import orjson
 
 from relay.errors import RelayError
@@ -28,9 +26,9 @@ from relay.stream import entry
 from relay.stream.control_reader import ControlReader
 from relay.stream.groups import group_of
 from relay.stream.keys import Keys
-from relay.stream.link import Command
 from relay.stream.turns import LiveTurns, PageTurns
 from tests.support.ledger import Ledger, Received
+from tests.support.wire import Wire
 
 CHANNELS = [Channel("news"), Channel("work")]
 USERS = ["ann", "bob"]
@@ -40,42 +38,6 @@ BUFFER_BYTES = 250
 # Four entries a page: schedules are short, and every bound should be met.
 PAGE_BYTES = 2048
 ENTRY_BYTES = 500
-_MORE = object()
-_pack = cast(Callable[[tuple[bytes | str | int, ...]], bytes], hiredis.pack_command)
-
-
-class Wire:
-    """A blocking RESP3 connection. Pushes are handed over as they are read, as `Link` does."""
-
-    def __init__(self, port: int, on_push: Callable[[list[object]], None] | None = None) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=5)
-        self._reader = hiredis.Reader(notEnoughData=_MORE)
-        self._on_push = on_push
-        self.execute([("HELLO", 3, "AUTH", "admin", "any")])
-
-    def execute(self, commands: Sequence[Command]) -> list[object]:
-        """One pipeline; error replies stand in the list."""
-        self._socket.sendall(b"".join([_pack(tuple(command)) for command in commands]))
-        replies: list[object] = []
-        while len(replies) < len(commands):
-            reply = self._reader.gets()
-            if reply is _MORE:
-                data = self._socket.recv(65536)
-                assert data, "the server closed the connection"
-                self._reader.feed(data)
-            elif isinstance(reply, hiredis.PushNotification):
-                if self._on_push is not None:
-                    self._on_push(reply)
-            else:
-                replies.append(reply)
-        return replies
-
-    def call(self, *command: bytes | str | int) -> object:
-        (reply,) = self.execute([command])
-        return reply
-
-    def close(self) -> None:
-        self._socket.close()
 
 
 class Rights:
@@ -175,6 +137,7 @@ class Person:
 
     def dropped(self, channel: Channel, notice: Notice) -> None:
         del notice
+        self.ledger.dropped(self.views[channel], channel, self.user)
         self.standing.discard(channel)
 
     def expired(self) -> None:
@@ -202,6 +165,7 @@ class Person:
         assert self.session
         if channel in self.session.subscriptions:
             return
+        self.read()
         asked: Position | None = None
         if how == "full":
             asked = self.places.get(channel)

@@ -1,0 +1,162 @@
+"""What producers and operators do to the streams, each step told to the ledger."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis.stateful import RuleBasedStateMachine
+
+from relay.model import Channel, EntryID
+from relay.stream import entry
+from relay.stream.groups import group_of
+from relay.stream.keys import Keys
+from tests.support.ledger import Ledger
+from tests.support.steps import CHANNELS, CLAIMS, ENTRY_BYTES, Clock, Format, Person, Worker
+from tests.support.wire import Wire
+
+statistics: Counter[str] = Counter()
+
+
+class World(RuleBasedStateMachine):
+    """Two workers, five clients, two channels; `port` is set by the test."""
+
+    port = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = Keys("relay:")
+        self.admin = Wire(self.port)
+        self.admin.call("FLUSHALL")
+        self.clock = Clock()
+        self.formats = (Format(self.clock, personal=False), Format(self.clock, personal=True))
+        self.ledger = Ledger(CHANNELS, CLAIMS)
+        self.names = 0
+        self.workers = [self._worker() for _ in range(2)]
+        names = ["ann-s", "ann-p", "bob-s", "bob-p", "ann2-s"]
+        self.people = [
+            Person(name, "bob" if name.startswith("bob") else "ann", self.ledger, self.clock)
+            for name in names
+        ]
+        self.times = dict.fromkeys(CHANNELS, 0)
+        self.foreign: set[Channel] = set()
+
+    def _worker(self) -> Worker:
+        self.names += 1
+        return Worker(f"w{self.names}", self.port, self.keys, self.clock, self.formats)
+
+    def step(self) -> None:
+        """The turn that a step ran in is over: bytes leave."""
+        for worker in self.workers:
+            worker.flush()
+        self.clock.now += 1
+        self.clock.known_at = self.ledger.step = self.clock.now
+        statistics["steps"] += 1
+
+    def _add(
+        self, channel: Channel, to: str | None, revokes: str | None
+    ) -> tuple[bytes | str | int, ...]:
+        log = self.ledger.logs[channel]
+        self.times[channel] += 1
+        # The life is part of the ID, so that a bare ID names an entry of its own life only.
+        entry_id = EntryID(self.times[channel], log.life + 1)
+        added = self.ledger.append(channel, entry_id, to, revokes)
+        fields = (
+            entry.encode_revocation(revokes)
+            if revokes
+            else entry.encode(b"%*d" % (ENTRY_BYTES, added.number), to=to and [to])
+        )
+        return ("XADD", self.keys.stream(channel), str(entry_id), *fields)
+
+    def _change_right(self, channel: Channel, user: str | None, value: bytes | None) -> None:
+        self.ledger.logs[channel].rights.append((self.clock.now, user, value))
+
+    def append(self, channel: Channel, count: int, to: str | None) -> None:
+        self._restore(channel)
+        self.admin.execute([self._add(channel, to, None) for _ in range(count)])
+        self.step()
+
+    def revoke(self, channel: Channel, user: str) -> None:
+        self._restore(channel)
+        self._change_right(channel, user, b"-")
+        commands = [
+            ("MULTI",),
+            ("HSET", self.keys.rights(channel), user, b"-"),
+            self._add(channel, None, user),
+            ("EXEC",),
+        ]
+        self.admin.execute(commands)
+        self.step()
+
+    def change_right(self, channel: Channel, user: str, value: bytes | None) -> None:
+        self._change_right(channel, user, value)
+        key = self.keys.rights(channel)
+        if value is None:
+            self.admin.call("HDEL", key, user)
+        else:
+            self.admin.call("HSET", key, user, value)
+        self.step()
+
+    def trim(self, channel: Channel, keep: int) -> None:
+        self._restore(channel)
+        self.admin.call("XTRIM", self.keys.stream(channel), "MAXLEN", keep)
+        log = self.ledger.logs[channel]
+        present = log.present()
+        for old in present[: len(present) - keep]:
+            old.present = False
+            log.removals += 1
+        self.step()
+
+    def delete_entry(self, channel: Channel, back: int) -> None:
+        log = self.ledger.logs[channel]
+        present = log.present()
+        if len(present) <= back:
+            return
+        one = present[-1 - back]
+        assert self.admin.call("XDEL", self.keys.stream(channel), str(one.id)) == 1
+        one.present = False
+        log.removals += 1
+        self.step()
+
+    def _gone(self, channel: Channel, *, rewind: bool) -> None:
+        log = self.ledger.logs[channel]
+        log.gone()
+        log.life += 1
+        log.removals += 1
+        if rewind:
+            self.times[channel] = 0
+
+    def delete_stream(self, channel: Channel, rewind: bool) -> None:
+        self.foreign.discard(channel)
+        self.admin.call("DEL", self.keys.stream(channel))
+        self._gone(channel, rewind=rewind)
+        self.step()
+
+    def put_another_type(self, channel: Channel) -> None:
+        self.admin.call("SET", self.keys.stream(channel), "not a stream")
+        self.foreign.add(channel)
+        self._gone(channel, rewind=False)
+        self.step()
+
+    def flush_everything(self, rewind: bool) -> None:
+        self.admin.call("FLUSHALL")
+        self.foreign.clear()
+        for channel in CHANNELS:
+            self._gone(channel, rewind=rewind)
+            self._change_right(channel, None, None)
+        self.step()
+
+    def touch_group(self, channel: Channel, which: int, at: str) -> None:
+        """What an operator's hand can do to a worker's group, and not be told of.
+
+        Not forward: a read that stops at its COUNT cannot see that; the next whole one tells it.
+        """
+        key, group = self.keys.stream(channel), group_of(self.workers[which].name)
+        if at == "gone":
+            self.admin.call("XGROUP", "DESTROY", key, group)
+        else:
+            self.admin.call("XGROUP", "SETID", key, group, at)
+        self.step()
+
+    def _restore(self, channel: Channel) -> None:
+        if channel in self.foreign:
+            self.delete_stream(channel, rewind=False)

@@ -1,0 +1,209 @@
+"""Replies by hand: what a turn asks, and that an answer which cannot be trusted is asked anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import hiredis
+import pytest
+
+from relay.hub.feed import Feed
+from relay.hub.session import Session
+from relay.metrics import Metrics
+from relay.model import EntryID, Principal
+from relay.settings import StreamSettings
+from relay.stream import entry
+from relay.stream.control_reader import ControlReader
+from relay.stream.groups import MARKER_GROUP
+from relay.stream.keys import Keys
+from relay.stream.link import Command
+from relay.stream.turns import LiveTurns, PageTurns
+from tests.support.hub import NEWS, SERVER, Client, Outbox, Reads, Words, examine, join, make_hub
+
+KEYS = Keys("relay:")
+SETTINGS = StreamSettings()
+NO_GROUP = hiredis.ReplyError("NOGROUP No such key or consumer group")
+
+
+class Scene:
+    def __init__(self) -> None:
+        self.reads = Reads()
+        self.hub = make_hub(self.reads)
+        self.session: Session
+        self.client: Client
+        self.outbox: Outbox
+        self.session, self.client, self.outbox = join(self.hub, Principal(user="ann"), Words())
+        feed = self.hub.feed(NEWS)
+        assert feed
+        self.feed: Feed = feed
+        self.turns = LiveTurns(
+            keys=KEYS,
+            instance="w1",
+            settings=SETTINGS,
+            metrics=Metrics(),
+            decode=partial(entry.decode, max_bytes=1000),
+            on_records=lambda stream, records: stream.on_records(records),
+            control=ControlReader(KEYS, lambda _command: None, lambda: None),
+        )
+        self.turns.commands(SERVER)
+        self.turns.take([0, []])  # the control stream's first look
+
+    def read(self, exec_reply: object) -> list[Command]:
+        self.turns.want_read(self.feed)
+        commands = self.turns.commands(SERVER)
+        self.turns.take([b"OK", *[b"QUEUED"] * (len(commands) - 2), exec_reply])
+        self.hub.flush()
+        return commands
+
+
+def info(*numbers: int, added: int, last: int, deleted: int = 0) -> dict[bytes, object]:
+    return {
+        b"first-entry": [b"%d-0" % numbers[0], []] if numbers else None,
+        b"last-generated-id": b"%d-0" % last,
+        b"length": len(numbers),
+        b"entries-added": added,
+        b"max-deleted-entry-id": b"%d-0" % deleted,
+    }
+
+
+def found(*numbers: int) -> dict[bytes, object] | None:
+    entries = [[b"%d-0" % number, [b"data", b"%d" % number]] for number in numbers]
+    return {KEYS.stream(NEWS): entries} if entries else None
+
+
+MARKER = [{b"name": MARKER_GROUP, b"last-delivered-id": b"1-0"}]
+
+
+@pytest.fixture
+def scene() -> Scene:
+    """A settled feed whose group stands at its position, 0-0."""
+    made = Scene()
+    examine(made.hub)
+    made.read([info(added=0, last=0), MARKER, b"OK", b"OK", None])
+    return made
+
+
+def names(commands: Sequence[Command]) -> list[object]:
+    return [command[0] for command in commands]
+
+
+def test_a_group_is_put_in_its_place_once_and_read_in_the_same_moment() -> None:
+    scene = Scene()
+    examine(scene.hub)
+    first = scene.read([info(added=0, last=0), MARKER, b"OK", b"OK", None])
+    assert names(first) == ["MULTI", "XINFO", "XINFO", "XGROUP", "XGROUP", "XREADGROUP", "EXEC"]
+    then = scene.read([info(1, added=1, last=1), found(1)])
+    assert names(then) == ["MULTI", "XINFO", "XREADGROUP", "EXEC"]
+    assert scene.outbox.writes == [b"1 "]
+
+
+def test_what_was_removed_unread_is_told_before_anything_is_delivered(scene: Scene) -> None:
+    scene.read([info(3, 4, added=4, last=4), found(3, 4)])
+    assert scene.outbox.writes == [b"!news:trimmed "]
+    assert scene.feed.position < EntryID(3, 0)
+    assert not scene.feed.settled
+
+
+def test_an_entry_deleted_unread_is_told_though_older_ones_are_there(scene: Scene) -> None:
+    scene.read([info(1, added=1, last=1), found(1)])
+    scene.read([info(1, 2, 4, added=4, last=4, deleted=3), found(2, 4)])
+    assert scene.outbox.writes == [b"1 ", b"!news:deleted "]
+
+
+def test_removal_of_all_that_was_unread_is_told_as_well(scene: Scene) -> None:
+    scene.read([info(added=2, last=2), found()])
+    assert scene.outbox.writes == [b"!news:trimmed "]
+    assert scene.feed.position == EntryID(2, 0)
+
+
+def test_trimming_what_was_read_is_nobodys_loss(scene: Scene) -> None:
+    scene.read([info(1, 2, added=2, last=2), found(1, 2)])
+    scene.read([info(added=2, last=2), found()])
+    scene.read([info(3, added=3, last=3), found(3)])
+    assert scene.outbox.writes == [b"1 2 ", b"3 "]
+
+
+def test_a_read_that_stopped_at_its_count_goes_on(scene: Scene) -> None:
+    scene.feed.average_bytes = SETTINGS.page_bytes / 2
+    scene.read([info(1, 2, 3, added=3, last=3), found(1, 2)])
+    assert scene.turns.wanted
+    assert scene.outbox.writes == [b"1 2 "]
+
+
+def test_a_read_that_stopped_at_its_count_still_sees_a_trim(scene: Scene) -> None:
+    scene.feed.average_bytes = SETTINGS.page_bytes / 2
+    scene.read([info(*range(3, 99), added=98, last=98), found(3, 4)])
+    assert scene.outbox.writes == [b"!news:trimmed "]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        [info(1, added=1, last=1), NO_GROUP],
+        [hiredis.ReplyError("ERR no such key"), NO_GROUP],
+        hiredis.ReplyError("EXECABORT"),
+    ],
+)
+def test_a_lost_group_or_stream_is_examined(scene: Scene, reply: object) -> None:
+    scene.read(reply)
+    assert not scene.feed.settled
+    assert scene.reads.examine[-1] is scene.feed
+
+
+def test_a_group_that_was_made_in_another_life_is_not_read() -> None:
+    scene = Scene()
+    examine(scene.hub)
+    other = [{b"name": MARKER_GROUP, b"last-delivered-id": b"2-0"}]
+    scene.read([info(1, added=1, last=1), other, b"OK", b"OK", found(1)])
+    assert not scene.feed.settled
+    assert scene.outbox.writes == []
+
+
+def test_a_group_that_was_set_back_is_put_right_and_nothing_comes_twice(scene: Scene) -> None:
+    scene.read([info(1, added=1, last=1), found(1)])
+    scene.read([info(1, 2, added=2, last=2), found(1, 2)])
+    commands = scene.turns.commands(SERVER)
+    assert "XGROUP" in names(commands)
+    scene.turns.take([b"OK"] * 6 + [[info(1, 2, added=2, last=2), MARKER, b"", b"", found(2)]])
+    scene.hub.flush()
+    assert scene.outbox.writes == [b"1 ", b"2 "]
+
+
+def test_an_unsettled_stream_is_examined_before_it_is_read(scene: Scene) -> None:
+    scene.feed.on_unsettled()
+    scene.turns.want_read(scene.feed)
+    scene.turns.commands(SERVER)
+    assert names(scene.turns.commands(SERVER))[:2] == ["MULTI", "XGROUP"]
+
+
+def test_a_new_link_voids_what_was_asked_on_the_old_one(scene: Scene) -> None:
+    scene.turns.want_read(scene.feed)
+    scene.turns.commands(SERVER)
+    scene.turns.connected([scene.feed])
+    scene.turns.take([b"OK", b"", b"", [info(1, added=1, last=1), found(1)]])
+    assert scene.outbox.writes == []
+    assert not scene.feed.settled
+
+
+def test_who_waited_on_the_old_link_is_examined_on_the_new_one() -> None:
+    scene = Scene()
+    scene.turns.want_examine(scene.feed)
+    scene.turns.commands(SERVER)
+    scene.turns.connected([scene.feed])
+    request = examine(scene.hub)
+    assert request.users == ("ann",)
+    assert scene.client.told == ["subscribed news"]
+
+
+def test_a_page_of_a_stream_that_is_gone_is_examined(scene: Scene) -> None:
+    scene.read([info(1, added=1, last=1), found(1)])
+    scene.session.pause()
+    scene.read([info(1, 2, added=2, last=2), found(2)])
+    scene.session.resume()
+    pages = PageTurns(keys=KEYS, settings=SETTINGS, decode=partial(entry.decode, max_bytes=1000))
+    pages.want(scene.feed)
+    assert names(pages.commands()) == ["MULTI", "XINFO", "XINFO", "XRANGE", "EXEC"]
+    gone = hiredis.ReplyError("ERR no such key")
+    pages.take(SERVER, [b"OK", b"", b"", b"", [gone, gone, []]])
+    assert not scene.feed.settled
