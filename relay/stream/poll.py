@@ -36,7 +36,7 @@ class Polled(Protocol):
         """This one has entries that were not read yet."""
 
     def polled(self, *, control: bool, rights: bool) -> None:
-        """A round is complete."""
+        """Redis has answered; and what no blocking read announces is due."""
 
 
 async def poll(reader: Polled, redis: RedisSettings, keys: Keys) -> None:
@@ -49,8 +49,7 @@ async def poll(reader: Polled, redis: RedisSettings, keys: Keys) -> None:
             streams = [stream for stream in reader.followed() if stream.settled]
             if not streams:
                 await asyncio.sleep(_BLOCK_MS / 1000)
-            # A round lasts no longer for many streams: `polled` is also what readiness, rights and
-            # the control stream wait for.
+            # A round lasts no longer for many streams: rights and the control stream wait for it.
             block_ms = max(1, _BLOCK_MS * _BATCH // max(_BATCH, len(streams)))
             for start in range(0, len(streams), _BATCH):
                 batch = streams[start : start + _BATCH]
@@ -66,6 +65,8 @@ async def poll(reader: Polled, redis: RedisSettings, keys: Keys) -> None:
                     channel = keys.channel_of_stream(name)
                     if channel is not None:
                         reader.news(channel)
+                # Each answer proves that streams are being read, however long the round takes.
+                reader.polled(control=False, rights=False)
             rights = loop.time() - checked_at >= _RIGHTS_S
             if rights:
                 checked_at = loop.time()
