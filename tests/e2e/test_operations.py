@@ -334,19 +334,28 @@ async def test_a_taken_port_is_one_line_and_exit_code_1(relay: RelayProcess) -> 
 
 @pytest.mark.slow
 @pytest.mark.timeout(40)
-async def test_the_groups_of_a_worker_that_died_are_removed(valkey: Server, channel: str) -> None:
-    client = valkey.client()
-    async with running(valkey, "jobs.dead_nodes_s=1"), running(valkey) as (dying, door):
+async def test_the_groups_of_a_worker_that_died_are_removed(tmp_path: Path) -> None:
+    # A server of its own: another relay there might hold the job's lease.
+    server = Server(tmp_path).start()
+    try:
+        await _dead_groups_go(server, "news")
+    finally:
+        server.kill()
+
+
+async def _dead_groups_go(server: Server, channel: str) -> None:
+    client = server.client()
+    async with running(server, "jobs.dead_nodes_s=1"), running(server) as (dying, door):
         await door.sse(channel)
-        relay_groups = redis(valkey, "XINFO", "GROUPS", stream_key(channel))
+        relay_groups = redis(server, "XINFO", "GROUPS", stream_key(channel))
         assert len(relay_groups) == 2
-        redis(valkey, "XADD", stream_key(channel), "*", "data", "1")
+        redis(server, "XADD", stream_key(channel), "*", "data", "1")
         os.kill(dying.pid, signal.SIGKILL)
         # Its heartbeat lasts 15 s; the test does not wait for that.
-        (key,) = redis(valkey, "KEYS", f"relay:node:*_{dying.port}:*")
+        (key,) = redis(server, "KEYS", f"relay:node:*_{dying.port}:*")
         client.delete(key)
         await until(
-            lambda: len(redis(valkey, "XINFO", "GROUPS", stream_key(channel))) == 1, limit_s=20
+            lambda: len(redis(server, "XINFO", "GROUPS", stream_key(channel))) == 1, limit_s=20
         )
         instance = key.removeprefix(b"relay:node:")
         await until(lambda: not client.sismember("relay:nodes", instance))
