@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from relay.hub.encoding import Encoder, frame
-from relay.model import Channel, EntryID, Event, Position, Record
+from relay.model import Channel, EntryID, Event, Position, Record, Revocation
 
 if TYPE_CHECKING:
     from relay.hub.session import Subscription
@@ -84,3 +84,13 @@ class Batch:
                 body.to is None or (selectors is not None and not body.to.isdisjoint(selectors))
             ):
                 yield index, body
+
+
+def unrevoked_runs(records: Sequence[Record]) -> Iterator[tuple[int, int]]:
+    """Index ranges between revocations: each must take effect before what follows it."""
+    begin = 0
+    for index, record in enumerate(records):
+        if isinstance(record.body, Revocation):
+            yield begin, index
+            begin = index + 1
+    yield begin, len(records)

@@ -22,13 +22,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from relay.errors import Forbidden, RelayError, Unavailable
-from relay.hub.delivery import Batch
-from relay.hub.recovery import Notice, incarnation_of, judge, untrimmed
+from relay.hub import catch_up
+from relay.hub.delivery import Batch, unrevoked_runs
+from relay.hub.live import LiveClients
+from relay.hub.recovery import (
+    Notice,
+    added_before_first,
+    before,
+    incarnation_of,
+    judge,
+    untrimmed,
+)
 from relay.model import ZERO_ID, EntryID, Event, Position, Revocation
 from relay.reads import ExamineRequest, PageRequest, Server
 
 if TYPE_CHECKING:
-    from relay.hub.encoding import Encoder
     from relay.hub.hub import Hub
     from relay.hub.session import Subscription
     from relay.model import Channel, Record, StreamState
@@ -56,7 +64,7 @@ class Feed:
         self._server: Server | None = None
         self._new: dict[Subscription, None] = {}
         self._behind: dict[Subscription, None] = {}
-        self._live: dict[Encoder, dict[Subscription, None]] = {}
+        self._live = LiveClients(channel, hub.metrics)
         self._recheck = False
         self._members = 0
 
@@ -73,15 +81,14 @@ class Feed:
         self._new.pop(subscription, None)
         self._behind.pop(subscription, None)
         if subscription.live:
-            self._remove_live(subscription)
+            self._live.remove(subscription)
         self._members -= 1
         if not self._members:
             self.hub.forget(self)
 
     def subscriptions(self) -> Iterator[Subscription]:
         """Those that were admitted."""
-        for subscriptions in self._live.values():
-            yield from subscriptions
+        yield from self._live
         yield from self._behind
 
     @property
@@ -115,7 +122,7 @@ class Feed:
         taken, recheck = _token(request)
         self._recheck |= recheck
         for subscription in taken:
-            if not _gone(subscription):
+            if not subscription.gone:
                 self._refuse(subscription, Unavailable(reason))
 
     def on_examine_lost(self, request: ExamineRequest) -> None:
@@ -123,7 +130,7 @@ class Feed:
         taken, recheck = _token(request)
         self._recheck |= recheck
         for subscription in taken:
-            if not _gone(subscription):
+            if not subscription.gone:
                 self._new[subscription] = None
         if self.alive:
             self.hub.reads.want_examine(self)
@@ -149,7 +156,7 @@ class Feed:
             # Another life may hide a revocation that was lost with the old one.
             if self._server is not None and not recheck:
                 for subscription in taken:
-                    if not _gone(subscription):
+                    if not subscription.gone:
                         self._new[subscription] = None
                 self.on_unsettled()
                 return
@@ -157,7 +164,7 @@ class Feed:
         if recheck:
             self._check_rights(examined)
         for subscription in taken:
-            if not _gone(subscription):
+            if not subscription.gone:
                 self._place(subscription, examined)
         if self.alive:
             for subscription in list(self._behind):
@@ -188,36 +195,15 @@ class Feed:
             self.added = self.digest = None
             if state.first is None or verdict.resume < state.first:
                 # Nothing is left before the first one: who comes now begins there too.
-                self.position = _before(state.first) if state.first else state.last
-                self.added = _added_before_first(state)
+                self.position = before(state.first) if state.first else state.last
+                self.added = added_before_first(state)
         if verdict.notice is not None:
             self._known_deleted = state.max_deleted
         if notice is None:
             return
-        self.hub.metrics.told(notice, self._live_count())
-        for encoder, subscriptions in self._live.items():
-            data = encoder.notice(self.channel, notice)
-            for subscription in subscriptions:
-                subscription.session.offer(data)
+        self._live.tell(notice)
         for subscription in self._behind:
-            self._tell_later(subscription, notice, old)
-
-    def _tell_later(self, subscription: Subscription, notice: Notice, old: int | None) -> None:
-        """A client that is behind learns of it too, and does not stay ahead of another life.
-
-        Before this worker's position a gap shows in its pages; at it, it would not.
-        """
-        cursor = subscription.cursor
-        if cursor is None or (notice.kind == "gap" and cursor < self.position):
-            return
-        if subscription.untold is None:
-            subscription.untold = Position(cursor, subscription.added, old, subscription.digest)
-        if notice.kind == "reset":
-            subscription.known_deleted = subscription.known_first = None
-            if self.position < cursor:
-                subscription.behind_at(self.position, None, None)
-        to_id = notice.to_id if notice.kind == "gap" else subscription.cursor
-        subscription.pending_notice = Notice(notice.kind, notice.reason, cursor, to_id)
+            subscription.tell_later(notice, old)
 
     def _check_rights(self, examined: Examined) -> None:
         for subscription in list(self.subscriptions()):
@@ -260,10 +246,10 @@ class Feed:
     def on_records(self, records: Sequence[Record]) -> None:
         """Offers the entries directly after `position` to every live client, and moves it."""
         batch = Batch(self.channel, records, self._position_at)
-        for begin, end in _runs(records):
-            for encoder, subscriptions in self._live.items():
+        for begin, end in unrevoked_runs(records):
+            for encoder, subscriptions in self._live.formats():
                 batch.deliver(encoder, subscriptions, begin, end)
-            self.hub.metrics.delivered(self._live_count() * (end - begin))
+            self.hub.metrics.delivered(len(self._live) * (end - begin))
             if end < len(records):
                 self._revoke(records[end].body)
         before, last = self.position, records[-1]
@@ -301,12 +287,7 @@ class Feed:
 
     def on_ephemeral(self, event: Event) -> None:
         """Live clients only: there is no history to serve the others from."""
-        for encoder, subscriptions in self._live.items():
-            data = encoder.event(event)
-            for subscription in subscriptions:
-                session = subscription.session
-                if event.to is None or not event.to.isdisjoint(session.selectors):
-                    session.offer(data)
+        self._live.offer(event)
 
     def same_life(self, state: StreamState, server: Server) -> bool:
         """Whether the state, taken with its marker, is of the life that was examined."""
@@ -328,15 +309,15 @@ class Feed:
         gone."""
         reason = "deleted" if state.max_deleted > self.position else "trimmed"
         notice = Notice("gap", reason, self.position, first_read or state.last)
-        self.hub.metrics.told(notice, self._live_count())
-        self.position = _before(first_read) if first_read else state.last
+        self.hub.metrics.told(notice, len(self._live))
+        self.position = before(first_read) if first_read else state.last
         self.digest = None
         self._known_deleted = state.max_deleted
         if following is not None:
             self.added = state.added - following
         else:
-            self.added = _added_before_first(state) if state.first == first_read else None
-        for encoder, subscriptions in self._live.items():
+            self.added = added_before_first(state) if state.first == first_read else None
+        for encoder, subscriptions in self._live.formats():
             data = encoder.notice(self.channel, notice)
             for subscription in subscriptions:
                 subscription.session.offer(data)
@@ -347,7 +328,7 @@ class Feed:
 
     def stall(self, subscription: Subscription) -> None:
         """A live subscription's socket is full: from W on it is owed."""
-        self._remove_live(subscription)
+        self._live.remove(subscription)
         subscription.behind_at(self.position, self.added, self.digest)
         subscription.known_deleted, subscription.known_first = self._known_deleted, None
         self._behind[subscription] = None
@@ -359,13 +340,14 @@ class Feed:
         if subscription.pending_notice is not None:
             notice, subscription.pending_notice = subscription.pending_notice, None
             subscription.untold = None
-            self._tell(subscription, notice)
+            subscription.tell(notice)
         if subscription.cursor == self.position:
             deleted = self._known_deleted
             if deleted > self.position and deleted != subscription.known_deleted:
                 # Live clients were told of this one, and will not be again.
-                self._tell(subscription, Notice("gap", "deleted", self.position, deleted))
-            self._go_live(subscription)
+                subscription.tell(Notice("gap", "deleted", self.position, deleted))
+            del self._behind[subscription]
+            self._live.add(subscription)
         elif subscription.cursor is not None and subscription.cursor < self.position:
             self.hub.reads.want_page(self)
         # else: another worker had read further than this one; W will reach the cursor.
@@ -374,13 +356,10 @@ class Feed:
         """From the rearmost cursor that can be served now."""
         if not self.settled:
             return None
-        cursors = [
-            subscription.cursor
-            for subscription in self._behind
-            if not subscription.session.paused and subscription.cursor is not None
-        ]
-        start = min(cursors, default=self.position)
-        return PageRequest(start, self.position) if start < self.position else None
+        start = catch_up.rearmost(self._behind)
+        if start is None or start >= self.position:
+            return None
+        return PageRequest(start, self.position)
 
     def on_page(self, request: PageRequest, page: Page) -> None:
         """Serves everybody whose cursor lies in the page, up to W."""
@@ -389,54 +368,11 @@ class Feed:
         if incarnation_of(page.state.incarnation, page.server.replid) != self.incarnation:
             self.on_unsettled()
             return
-        batch = Batch(self.channel, page.records, self._page_position)
-        served = batch.index_after(self.position)
-        last = page.records[-1] if page.records else None
-        covered = last.id if last else request.start
-        if page.complete:
-            covered = max(covered, request.reached)
-        covered = min(covered, self.position)
+        share = catch_up.Share(self.channel, self.incarnation, request, page, self.position)
         for subscription in list(self._behind):
-            cursor = subscription.cursor
-            if cursor is None or subscription.session.paused:
-                continue
-            if request.start <= cursor < covered:
-                self._serve(subscription, batch, served, covered, page.state)
-            self.catch_up(subscription)
-
-    def _serve(
-        self,
-        subscription: Subscription,
-        batch: Batch,
-        served: int,
-        covered: EntryID,
-        state: StreamState,
-    ) -> None:
-        cursor = subscription.cursor
-        if cursor is None:
-            return
-        begin = batch.index_after(cursor)
-        added = subscription.added
-        if state.max_deleted > cursor and state.max_deleted != subscription.known_deleted:
-            self._tell(subscription, Notice("gap", "deleted", cursor, state.first))
-            added = None
-            subscription.known_deleted = state.max_deleted
-        elif not untrimmed(Position(cursor, added), state):
-            if state.first is None or state.first != subscription.known_first:
-                self._tell(subscription, Notice("gap", "trimmed", cursor, state.first))
-            added = None
-            subscription.known_first = state.first
-        batch.deliver(subscription.session.encoder, (subscription,), begin, served)
-        self.hub.metrics.caught_up(served - begin)
-        at_record = served > begin and batch.records[served - 1].id == covered
-        subscription.behind_at(
-            covered,
-            None if added is None else added + served - begin,
-            batch.records[served - 1].digest if at_record else None,
-        )
-
-    def _page_position(self, record: Record, _index: int) -> Position:
-        return Position(record.id, None, self.incarnation, record.digest)
+            if not subscription.session.paused:
+                self.hub.metrics.caught_up(share.serve(subscription))
+                self.catch_up(subscription)
 
     def _refuse(self, subscription: Subscription, error: RelayError) -> None:
         self.hub.metrics.subscriptions.dec()
@@ -451,61 +387,11 @@ class Feed:
         if session.subscriptions.pop(self.channel, None) is None:
             return
         self.hub.metrics.subscriptions.dec()
-        self._tell(subscription, notice)
+        subscription.tell(notice)
         self.leave(subscription)
         session.client.dropped(self.channel, notice)
         self.hub.flush_soon()
 
-    def _tell(self, subscription: Subscription, notice: Notice) -> None:
-        self.hub.metrics.told(notice, 1)
-        session = subscription.session
-        session.offer(session.encoder.notice(self.channel, notice))
-
-    def _go_live(self, subscription: Subscription) -> None:
-        del self._behind[subscription]
-        subscription.live = True
-        subscription.cursor = None
-        self._live.setdefault(subscription.session.encoder, {})[subscription] = None
-
-    def _remove_live(self, subscription: Subscription) -> None:
-        encoder = subscription.session.encoder
-        subscriptions = self._live[encoder]
-        del subscriptions[subscription]
-        subscription.live = False
-        if not subscriptions:
-            del self._live[encoder]
-
-    def _live_count(self) -> int:
-        return sum(map(len, self._live.values()))
-
 
 def _token(request: ExamineRequest) -> tuple[tuple[Subscription, ...], bool]:
     return cast("tuple[tuple[Subscription, ...], bool]", request.token)
-
-
-def _gone(subscription: Subscription) -> bool:
-    """Whether it was taken back while the examination was under way."""
-    mine = subscription.session.subscriptions.get(subscription.feed.channel)
-    return mine is not subscription
-
-
-def _runs(records: Sequence[Record]) -> Iterator[tuple[int, int]]:
-    """Index ranges between revocations: each must take effect before what follows it."""
-    begin = 0
-    for index, record in enumerate(records):
-        if isinstance(record.body, Revocation):
-            yield begin, index
-            begin = index + 1
-    yield begin, len(records)
-
-
-def _before(entry_id: EntryID) -> EntryID:
-    """The greatest ID below."""
-    if entry_id.seq:
-        return EntryID(entry_id.ms, entry_id.seq - 1)
-    return EntryID(entry_id.ms - 1, 2**64 - 1) if entry_id.ms else ZERO_ID
-
-
-def _added_before_first(state: StreamState) -> int:
-    """How many entries had been added before the first one that is still there."""
-    return state.added - state.length

@@ -104,3 +104,15 @@ def _gap(reason: str, at: EntryID, state: StreamState) -> Verdict:
 
 def _reset(reason: str, at: EntryID, resume: EntryID) -> Verdict:
     return Verdict(resume, Notice("reset", reason, at, resume))
+
+
+def before(entry_id: EntryID) -> EntryID:
+    """The greatest ID below."""
+    if entry_id.seq:
+        return EntryID(entry_id.ms, entry_id.seq - 1)
+    return EntryID(entry_id.ms - 1, 2**64 - 1) if entry_id.ms else ZERO_ID
+
+
+def added_before_first(state: StreamState) -> int:
+    """How many entries had been added before the first one that is still there."""
+    return state.added - state.length

@@ -90,6 +90,11 @@ class Subscription:
         self.rights_as_of: EntryID | None = None
 
     @property
+    def gone(self) -> bool:
+        """Whether it was taken back while it was being examined."""
+        return self.session.subscriptions.get(self.feed.channel) is not self
+
+    @property
     def position(self) -> Position:
         """Where this client is, as a position that can be resumed from."""
         feed = self.feed
@@ -106,6 +111,29 @@ class Subscription:
         """No longer live: events after `cursor` are still owed."""
         self.live = False
         self.cursor, self.added, self.digest = cursor, added, digest
+
+    def tell(self, notice: Notice) -> None:
+        """The client sees it in its protocol's own words, in order with its events."""
+        session = self.session
+        session.hub.metrics.told(notice, 1)
+        session.offer(session.encoder.notice(self.feed.channel, notice))
+
+    def tell_later(self, notice: Notice, old: int | None) -> None:
+        """A client that is behind learns of it too, and does not stay ahead of another life.
+
+        Before this worker's position a gap shows in its pages; at it, it would not.
+        """
+        cursor = self.cursor
+        if cursor is None or (notice.kind == "gap" and cursor < self.feed.position):
+            return
+        if self.untold is None:
+            self.untold = Position(cursor, self.added, old, self.digest)
+        if notice.kind == "reset":
+            self.known_deleted = self.known_first = None
+            if self.feed.position < cursor:
+                self.behind_at(self.feed.position, None, None)
+        to_id = notice.to_id if notice.kind == "gap" else self.cursor
+        self.pending_notice = Notice(notice.kind, notice.reason, cursor, to_id)
 
 
 class Session:

@@ -80,7 +80,8 @@ async def _run(
         for name in client.channels:
             assert client.received[name] == list(range(totals[name])), (
                 f"{'websocket' if client.websocket else 'sse'} {name}: "
-                f"{len(client.received[name])} of {totals[name]}; {client.notices[-3:]}"
+                f"{len(client.received[name])} of {totals[name]}; {client.notices[-3:]}\n"
+                + "\n".join(relay.log[-20:])
             )
     connections = sum(client.connections for client in clients)
     deliveries = sum(len(numbers) for client in clients for numbers in client.received.values())

@@ -1,0 +1,79 @@
+"""Clients that are behind: which page they need next, and each one's share of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from relay.hub.delivery import Batch
+from relay.hub.recovery import Notice, untrimmed
+from relay.model import Position
+
+if TYPE_CHECKING:
+    from relay.hub.session import Subscription
+    from relay.model import Channel, EntryID, Record
+    from relay.reads import Page, PageRequest
+
+
+def rearmost(subscriptions: Iterable[Subscription]) -> EntryID | None:
+    """The lowest cursor of those that can take more now."""
+    return min(
+        (
+            subscription.cursor
+            for subscription in subscriptions
+            if not subscription.session.paused and subscription.cursor is not None
+        ),
+        default=None,
+    )
+
+
+class Share:
+    """One page, for everybody whose cursor lies in it, up to the worker's own position."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        incarnation: int | None,
+        request: PageRequest,
+        page: Page,
+        position: EntryID,
+    ) -> None:
+        self._incarnation = incarnation
+        self._state = page.state
+        self._start = request.start
+        self._batch = Batch(channel, page.records, self._position_at)
+        self._end = self._batch.index_after(position)
+        covered = page.records[-1].id if page.records else request.start
+        if page.complete:
+            # Whatever this worker had read when it asked was in the stream, or is gone.
+            covered = max(covered, request.reached)
+        self._covered = min(covered, position)
+
+    def serve(self, subscription: Subscription) -> int:
+        """Offers what the page has for it, tells it what is gone, and moves its cursor; how many
+        entries it was offered."""
+        cursor = subscription.cursor
+        if cursor is None or not self._start <= cursor < self._covered:
+            return 0
+        begin, end, state = self._batch.index_after(cursor), self._end, self._state
+        added = subscription.added
+        if state.max_deleted > cursor and state.max_deleted != subscription.known_deleted:
+            subscription.tell(Notice("gap", "deleted", cursor, state.first))
+            added = None
+            subscription.known_deleted = state.max_deleted
+        elif not untrimmed(Position(cursor, added), state):
+            if state.first is None or state.first != subscription.known_first:
+                subscription.tell(Notice("gap", "trimmed", cursor, state.first))
+            added = None
+            subscription.known_first = state.first
+        self._batch.deliver(subscription.session.encoder, (subscription,), begin, end)
+        at_record = end > begin and self._batch.records[end - 1].id == self._covered
+        subscription.behind_at(
+            self._covered,
+            None if added is None else added + end - begin,
+            self._batch.records[end - 1].digest if at_record else None,
+        )
+        return end - begin
+
+    def _position_at(self, record: Record, _index: int) -> Position:
+        return Position(record.id, None, self._incarnation, record.digest)
