@@ -154,7 +154,7 @@ class Relay:
             namespace_of=self._namespace,
         )
         server = Server(metrics=metrics, ready=lambda: self._not_ready(reader))
-        reading = self._spawn(reader.run(), name="reader")
+        reading = self._spawn(self._keep_reading(reader), name="reader")
         tasks = [
             reading,
             self._spawn(heartbeat.run(), name="heartbeat"),
@@ -230,6 +230,15 @@ class Relay:
         if self._background is None:
             raise RuntimeError("not running")
         return self._background.create_task(coroutine, name=name)
+
+    async def _keep_reading(self, reader: Reader) -> None:
+        """A reader that ends by itself is a bug: better no process than one that only looks up."""
+        try:
+            await reader.run()
+        finally:
+            if not self._stop.is_set():
+                _log.critical("the reader has ended: stopping")
+                self._stop.set()
 
     async def _write_dead_letters(
         self, incoming: Incoming, client: Redis, keys: Keys, node: str

@@ -149,6 +149,7 @@ class Reader:
             finally:
                 self._link = self._messages = None
                 self._reading.clear()
+            _uncancel()
             await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311  # no secret
             backoff = min(_BACKOFF_S[1], backoff * 2)
 
@@ -190,7 +191,9 @@ class Reader:
             # A connection that has subscribed falls under the server's output limit for pub/sub
             # (32 MB by default) in all that it reads: one large read would cut it off.
             messages = await opened(self._bell.on_push)
-            links.callback(lambda: lost.done() and lost.exception())
+            # Where another task ended first, the future was cancelled with the one that awaits it;
+            # to ask it would raise CancelledError here, and end the reader for good.
+            links.callback(lambda: lost.done() and not lost.cancelled() and lost.exception())
             tracking = self._settings.tracking == "auto" and await self._bell.start(link)
             if not tracking:
                 self._bell.touch()
@@ -326,6 +329,18 @@ class Reader:
                 await asyncio.sleep(0)
             if self._pages.wanted:
                 self._page_work.set()
+
+
+def _uncancel() -> None:
+    """Take back what a TaskGroup that failed left behind in this task.
+
+    Python 3.11's cancels its own task when a child fails while it waits in `__aexit__`, and does
+    not take that back (read in 3.11.2's asyncio/taskgroups.py). The next `asyncio.timeout` of this
+    task would then end the task without a word instead of raising TimeoutError.
+    """
+    task = asyncio.current_task()
+    while task is not None and task.cancelling():
+        task.uncancel()
 
 
 async def _await(future: asyncio.Future[None]) -> None:

@@ -1,0 +1,37 @@
+"""A relay whose process stood still for seconds: its bell is silent, its links are not lost."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+
+import pytest
+
+from tests.support.clients import native, until
+from tests.support.relay import RelayProcess
+from tests.support.valkey import Server
+
+pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
+
+
+async def test_it_reads_again_after_it_stood_still(valkey: Server, channel: str) -> None:
+    relay = RelayProcess(valkey, settings=["stream.canary_s=0.1"])
+    await asyncio.to_thread(relay.start)
+    try:
+        async with native(relay) as door:
+            client = await door.sse(channel)
+            # Only while it sleeps between two proofs is silence what it finds first.
+            for _ in range(20):
+                if any("no wake-up arrived" in line for line in relay.log):
+                    break
+                relay.send(signal.SIGSTOP)
+                await asyncio.to_thread(time.sleep, 0.5)
+                relay.send(signal.SIGCONT)
+                await asyncio.sleep(0.3)
+            relay.xadd(channel, data="1")
+            assert (await client.next()).data == "1"
+            await until(lambda: any("no wake-up arrived" in line for line in relay.log))
+            assert await door.status("/readyz") == 200
+    finally:
+        relay.kill()
