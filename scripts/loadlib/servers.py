@@ -217,4 +217,8 @@ async def server(
     place.mkdir(exist_ok=True)
     opened = relay(place, cores, options) if name == "relay" else nchan(place, cores)
     async with opened as running:
-        yield running
+        try:
+            yield running
+        except LoadError as exc:
+            # What the server wrote is in a folder that is about to go.
+            raise running.process.failed(f"was running when: {exc}\nThe end of its log") from exc
