@@ -92,7 +92,9 @@ class Server:
     def _configuration(self, replica_of: Server | None) -> list[str]:
         port = ["--port", "0", "--tls-port"] if self.scheme == "rediss" else ["--port"]
         words = [*port, str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
-        words += "--save", "", "--appendonly", "yes", "--appendfsync", "everysec"
+        # Not everysec: while an fsync is under way that puts the write itself off, for up to two
+        # seconds (Redis, aof.c), and a kill -9 would lose what was acknowledged.
+        words += "--save", "", "--appendonly", "yes", "--appendfsync", "always"
         words += "--repl-diskless-sync-delay", "0", "--enable-debug-command", "yes"
         if self._acl:
             users = [*acl_lines(), "user admin on nopass ~* &* +@all", "user default off"]
