@@ -24,17 +24,19 @@ import uvloop
 
 from relay import __version__, logs
 from relay.embedded import EmbeddedValkey
-from relay.errors import RelayError, StartError
+from relay.errors import RelayError
 from relay.frontdoor import DoorContext, Mounted, find_doors
 from relay.hub.hub import Hub
 from relay.jobs import Jobs
 from relay.metrics import Metrics
 from relay.model import parse_channel
+from relay.pid_file import pid_file
 from relay.pipeline import Admission, Incoming
 from relay.rights.http import HttpRights
 from relay.rights.policy import Policy
 from relay.rights.token import TokenReader
 from relay.server import Server
+from relay.siblings import BEAT_S
 from relay.stream import dead_letters
 from relay.stream import revoke as revocations
 from relay.stream.connect import redis_client
@@ -49,7 +51,8 @@ if TYPE_CHECKING:
 
     from relay.config import Config
     from relay.model import Channel
-    from relay.settings import NamespaceSettings, RedisSettings, Section
+    from relay.settings import MetricsSettings, NamespaceSettings, RedisSettings, Section
+    from relay.siblings import Worker
 
 _log = logging.getLogger(__name__)
 
@@ -58,12 +61,20 @@ _LAST_BYTES_S = 2.0
 
 
 def run(
-    config: Config, *, reload: Callable[[], Config], on_ready: Callable[[int, str], None]
+    config: Config,
+    *,
+    reload: Callable[[], Config],
+    on_ready: Callable[[int, str], None],
+    worker: Worker | None = None,
 ) -> int:
-    """Serve until a signal; the exit code. StartError in one line if something is missing."""
+    """Serve until a signal; the exit code. StartError in one line if something is missing.
+
+    As one `worker` of several it shares its ports, and leaves the embedded Valkey and the pid file
+    to the supervisor.
+    """
     raise_open_file_limit()
-    with _pid_file(config.node.pid_file):
-        return uvloop.run(Relay(config, reload, on_ready).run())
+    with pid_file("" if worker else config.node.pid_file):
+        return uvloop.run(Relay(config, reload, on_ready, worker).run())
 
 
 async def revoke(redis: RedisSettings, channel_name: str, user: str) -> str:
@@ -81,12 +92,14 @@ class Relay:
         config: Config,
         reload: Callable[[], Config],
         on_ready: Callable[[int, str], None],
+        worker: Worker | None = None,
     ) -> None:
         self._config = config
         self._load_again = reload
         self._on_ready = on_ready
+        self._worker = worker
         self._stop = asyncio.Event()
-        self._metrics = Metrics()
+        self._metrics = Metrics(worker.number, worker.siblings) if worker else Metrics()
         self._background: asyncio.TaskGroup | None = None
         self._doors: list[tuple[str, Mounted, Section]] = []
         self._tokens = TokenReader(config.jwt)
@@ -108,6 +121,8 @@ class Relay:
     async def _serve(self, redis: RedisSettings, client: Redis) -> None:
         config, metrics = self._config, self._metrics
         node = config.node.name or f"{socket.gethostname()}_{config.server.port}"
+        if self._worker:
+            node = f"{node}-{self._worker.number}"
         instance = new_instance(node)
         keys = Keys(redis.prefix)
         policy = Policy(config.namespace, self._http_rights(config))
@@ -169,9 +184,14 @@ class Relay:
                 async with asyncio.timeout(_FIRST_READ_S):
                     await reader.wait_ready()
             port = await server.start(
-                config.server, config.metrics, [(door, section) for _, door, section in self._doors]
+                config.server,
+                self._metrics_settings(),
+                [(door, section) for _, door, section in self._doors],
+                shared_ports=self._worker is not None,
             )
             jobs.start()
+            if self._worker:
+                tasks.append(self._spawn(self._beat(self._worker, reader), name="siblings"))
             if config.insecure:
                 _log.warning("INSECURE: anyone may read every channel of the native door")
             self._on_ready(port, redis.url)
@@ -196,12 +216,15 @@ class Relay:
         settings = self._config.redis
         if settings.url != "embedded":
             return settings
+        local = settings.model_copy(update={"url": f"redis://127.0.0.1:{settings.embedded_port}/0"})
+        if self._worker:
+            return local
         folder = Path(settings.embedded_dir or "data")
         embedded = EmbeddedValkey(folder, settings.embedded_port)
         await embedded.start()
         stack.push_async_callback(embedded.stop)
         await stack.enter_async_context(_task(embedded.supervise()))
-        return settings.model_copy(update={"url": f"redis://127.0.0.1:{settings.embedded_port}/0"})
+        return local
 
     def _mount(self, context: DoorContext) -> None:
         for name, door in find_doors().items():
@@ -222,9 +245,30 @@ class Relay:
     def _namespace(self, channel: Channel) -> NamespaceSettings:
         return self._config.namespace(channel)
 
-    @staticmethod
-    def _not_ready(reader: Reader) -> str:
-        return "" if reader.ready() else "streams are not being read"
+    def _not_ready(self, reader: Reader) -> str:
+        if not reader.ready():
+            return "streams are not being read"
+        others = self._worker.siblings.not_ready() if self._worker else []
+        return f"worker {', '.join(map(str, others))} is not ready" if others else ""
+
+    def _metrics_settings(self) -> MetricsSettings:
+        """With a listener of its own for metrics, each worker has its own: they are scraped one by
+        one."""
+        settings = self._config.metrics
+        if not self._worker or not settings.port:
+            return settings
+        return settings.model_copy(update={"port": settings.port + self._worker.number - 1})
+
+    async def _beat(self, worker: Worker, reader: Reader) -> None:
+        """Tells the other workers of this host; cancelled when listening ends."""
+        try:
+            while True:
+                ready = reader.ready() and not self._stop.is_set()
+                connections = len(self._hub.sessions())
+                worker.siblings.beat(worker.number, ready=ready, connections=connections)
+                await asyncio.sleep(BEAT_S)
+        finally:
+            worker.siblings.clear(worker.number)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
         if self._background is None:
@@ -309,19 +353,3 @@ async def _task(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         task = group.create_task(coroutine, name="embedded Valkey")
         yield
         task.cancel()
-
-
-@contextlib.contextmanager
-def _pid_file(path: str) -> Any:
-    if not path:
-        yield
-        return
-    file = Path(path)
-    try:
-        file.write_text(f"{os.getpid()}\n")
-    except OSError as exc:
-        raise StartError(f"[node] pid_file: {path} cannot be written: {exc.strerror}") from exc
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
