@@ -240,12 +240,12 @@ def _reserved(config: Config) -> Iterator[socket.socket]:
     """
     if config.metrics.port + config.node.workers > 65536:
         raise StartError("[metrics] port: each worker needs one, and there are none above 65535")
-    seen = set()
-    for host, port in addresses(config.server, config.doors.values()):
+    clients = addresses(config.server, config.doors.values())
+    for index, (host, port) in enumerate(clients):
+        if (host, port) in clients[:index]:
+            taken = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            raise StartError(listen_error(host, port, taken))
         try:
-            if (host, port) in seen:
-                raise OSError(errno.EADDRINUSE, "taken")
-            seen.add((host, port))
             with _bound(host, port, socket.SO_REUSEADDR):
                 pass
         except OSError as exc:
