@@ -191,6 +191,8 @@ class Relay:
             )
             jobs.start()
             if self._worker:
+                # Before the supervisor hears that this worker serves, and then again and again.
+                self._tell(self._worker, reader)
                 tasks.append(self._spawn(self._beat(self._worker, reader), name="siblings"))
             if config.insecure:
                 _log.warning("INSECURE: anyone may read every channel of the native door")
@@ -263,12 +265,14 @@ class Relay:
         """Tells the other workers of this host; cancelled when listening ends."""
         try:
             while True:
-                ready = reader.ready() and not self._stop.is_set()
-                connections = len(self._hub.sessions())
-                worker.siblings.beat(worker.number, ready=ready, connections=connections)
+                self._tell(worker, reader)
                 await asyncio.sleep(BEAT_S)
         finally:
             worker.siblings.clear(worker.number)
+
+    def _tell(self, worker: Worker, reader: Reader) -> None:
+        ready = reader.ready() and not self._stop.is_set()
+        worker.siblings.beat(worker.number, ready=ready, connections=len(self._hub.sessions()))
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
         if self._background is None:
