@@ -44,13 +44,16 @@ from relay.stream.control_reader import ControlReader
 from relay.stream.keys import Keys
 from relay.stream.nodes import Heartbeat, new_instance, this_node
 from relay.stream.reader import Reader
+from relay.stream.seats import Seats
 from relay.transports.listener import raise_open_file_limit
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from relay.config import Config
-    from relay.model import Channel
+    from relay.hub.encoding import Encoder
+    from relay.hub.session import Client, Session
+    from relay.model import Channel, Principal
     from relay.settings import MetricsSettings, NamespaceSettings, RedisSettings, Section
     from relay.siblings import Worker
 
@@ -124,6 +127,8 @@ class Relay:
         if self._worker:
             node = f"{node}-{self._worker.number}"
         instance = new_instance(node)
+        if self._worker:
+            self._worker.siblings.enter(self._worker.number, instance)
         keys = Keys(redis.prefix)
         policy = Policy(config.namespace, self._http_rights(config))
         self._admission = admission = Admission(policy, self._spawn)
@@ -150,8 +155,24 @@ class Relay:
             connections_per_user=config.hub.connections_per_user,
         )
         metrics.behind.set_function(lambda: sum(feed.behind_count for feed in hub.feeds()))
+        self._seats = seats = Seats(
+            client=client,
+            keys=keys,
+            instance=instance,
+            limit=config.hub.connections_per_user,
+            count=hub.count,
+            users=hub.users,
+            dead=self._worker.siblings.is_dead if self._worker else lambda _: False,
+        )
+        hub.on_count = seats.changed
+
+        async def open_session(principal: Principal, encoder: Encoder, client: Client) -> Session:
+            async with seats.seat(principal.user):
+                return hub.open(principal, encoder, client)
+
         context = DoorContext(
             hub=hub,
+            open=open_session,
             subscribe=admission.subscribe,
             read_token=lambda token: self._tokens.read(token),
             ready=reader.ready,
@@ -174,6 +195,7 @@ class Relay:
             reading,
             self._spawn(heartbeat.run(), name="heartbeat"),
             self._spawn(admission.renew(), name="renew"),
+            self._spawn(seats.run(), name="seats"),
             self._spawn(
                 self._write_dead_letters(incoming, client, keys, node), name="dead-letters"
             ),
@@ -206,6 +228,7 @@ class Relay:
             await self._drain(hub)
             with contextlib.suppress(RelayError):
                 await heartbeat.leave()
+                await seats.leave()
         finally:
             for task in tasks:
                 task.cancel()
@@ -326,6 +349,7 @@ class Relay:
         self._tokens = tokens
         self._admission.policy.reload(config.namespace, http)
         self._hub.connections_per_user = config.hub.connections_per_user
+        self._seats.limit = config.hub.connections_per_user
         for name, door, _ in self._doors:
             door.reload(config.doors[f"protocol:{name}"])
         logs.set_level(config.log.level)

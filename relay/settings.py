@@ -149,7 +149,7 @@ class HubSettings(Section):
         description="bytes waiting for one client before it is served from the stream instead",
     )
     connections_per_user: int = Field(
-        0, ge=0, le=1000000, description="connections of one user on this worker; 0: no limit"
+        0, ge=0, le=1000000, description="connections of one user on all workers of all hosts; 0: no limit"
     )
 
 

@@ -24,7 +24,7 @@ READY, ERROR = "ready", "error "
 _PR_SET_PDEATHSIG = 1
 # One cache line a slot: a worker's beats do not disturb its neighbour's.
 _SLOT = 8
-_READY_AT, _CONNECTIONS = range(2)
+_READY_AT, _CONNECTIONS, _INSTANCE, _DEAD = range(4)
 
 
 class Siblings:
@@ -43,8 +43,32 @@ class Siblings:
         self._cells[(number - 1) * _SLOT + _READY_AT] = time.monotonic() if ready else 0.0
 
     def clear(self, number: int) -> None:
-        """The worker has gone."""
+        """The worker does not serve."""
         self.beat(number, ready=False, connections=0)
+
+    def enter(self, number: int, instance: str) -> None:
+        """The worker's name in Redis; it ends with eight random digits."""
+        self._cells[(number - 1) * _SLOT + _INSTANCE] = _digits(instance)
+
+    def bury(self, number: int) -> None:
+        """The worker has died. What it was called is remembered for a few more deaths, and so for
+        longer than anything of it in Redis matters: after each, its successor waits longer."""
+        self.clear(number)
+        first = (number - 1) * _SLOT
+        last = first + _SLOT
+        earlier = self._cells[first + _DEAD : last - 1].tolist()
+        for cell, name in enumerate(earlier, first + _DEAD + 1):
+            self._cells[cell] = name
+        self._cells[first + _DEAD] = self._cells[first + _INSTANCE]
+        self._cells[first + _INSTANCE] = 0.0
+
+    def is_dead(self, instance: str) -> bool:
+        """Whether it was a worker of this host that is known to have died."""
+        digits = _digits(instance)
+        return any(
+            digits in self._cells[first + _DEAD : first + _SLOT].tolist()
+            for first in range(0, len(self._cells), _SLOT)
+        )
 
     def ready(self, number: int) -> bool:
         """Whether it said so lately."""
@@ -92,6 +116,14 @@ def die_with_parent(parent: int) -> None:
     if os.getppid() != parent:
         # It died before the kernel was asked.
         os._exit(1)
+
+
+def _digits(instance: str) -> float:
+    try:
+        # 32 bits: a double holds them exactly.
+        return float(int(instance.rpartition(":")[2], 16))
+    except ValueError:
+        return -1.0
 
 
 def shared_memory(workers: int) -> int:

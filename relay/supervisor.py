@@ -133,7 +133,7 @@ class Supervisor:
             problem = await self._hear(number, process)
             code = await process.wait()
             del self._processes[number]
-            self._siblings.clear(number)
+            self._siblings.bury(number)
             if self._stopping.is_set():
                 return
             if code == 1 and problem and number not in self._started:
