@@ -45,6 +45,7 @@ from relay.stream.keys import Keys
 from relay.stream.nodes import Heartbeat, new_instance, this_node
 from relay.stream.reader import Reader
 from relay.stream.seats import Seats
+from relay.transports.balance import Balance
 from relay.transports.listener import raise_open_file_limit
 
 if TYPE_CHECKING:
@@ -164,7 +165,8 @@ class Relay:
             users=hub.users,
             dead=self._worker.siblings.is_dead if self._worker else lambda _: False,
         )
-        hub.on_count = seats.changed
+        self._on_count: list[Callable[[str], None]] = [seats.changed]
+        hub.on_count = lambda user: [told(user) for told in self._on_count]
 
         async def open_session(principal: Principal, encoder: Encoder, client: Client) -> Session:
             async with seats.seat(principal.user):
@@ -213,9 +215,13 @@ class Relay:
             )
             jobs.start()
             if self._worker:
+                balance = Balance(self._worker, lambda: hub.total)
+                self._on_count.append(lambda _: balance.tell())
+                server.balance(balance, self._spawn)
                 # Before the supervisor hears that this worker serves, and then again and again.
-                self._tell(self._worker, reader)
-                tasks.append(self._spawn(self._beat(self._worker, reader), name="siblings"))
+                self._tell(self._worker, reader, balance)
+                beats = self._beat(self._worker, reader, balance)
+                tasks.append(self._spawn(beats, name="siblings"))
             if config.insecure:
                 _log.warning("INSECURE: anyone may read every channel of the native door")
             self._on_ready(port, redis.url)
@@ -284,18 +290,21 @@ class Relay:
             return settings
         return settings.model_copy(update={"port": settings.port + self._worker.number - 1})
 
-    async def _beat(self, worker: Worker, reader: Reader) -> None:
-        """Tells the other workers of this host; cancelled when listening ends."""
+    async def _beat(self, worker: Worker, reader: Reader, balance: Balance) -> None:
+        """Tells the other workers of this host, until the order to stop."""
         try:
-            while True:
-                self._tell(worker, reader)
-                await asyncio.sleep(BEAT_S)
+            while not self._stop.is_set():
+                self._tell(worker, reader, balance)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(BEAT_S):
+                        await self._stop.wait()
         finally:
             worker.siblings.clear(worker.number)
 
-    def _tell(self, worker: Worker, reader: Reader) -> None:
-        ready = reader.ready() and not self._stop.is_set()
-        worker.siblings.beat(worker.number, ready=ready, connections=len(self._hub.sessions()))
+    @staticmethod
+    def _tell(worker: Worker, reader: Reader, balance: Balance) -> None:
+        worker.siblings.beat(worker.number, ready=reader.ready())
+        balance.beat()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
         if self._background is None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from relay.frontdoor import Mounted
     from relay.metrics import Metrics
     from relay.settings import MetricsSettings, Section, ServerSettings
+    from relay.transports.balance import Balance
 
 # A cursor over many channels comes back in one header line (native/README.md, "Cursor").
 _LINE_BYTES = 65536
@@ -31,6 +32,7 @@ class Server:
         self._ready = ready
         self._runners: list[web.AppRunner] = []
         self._sites: list[GuardedSite] = []
+        self._balance: Balance | None = None
 
     async def start(
         self,
@@ -69,8 +71,22 @@ class Server:
             await listen(metrics.host, metrics.port, health, None, reuse_port=False)
         return port
 
+    def balance(self, balance: Balance, spawn: Callable[..., object]) -> None:
+        """Share what comes to the shared listener with this host's other workers.
+
+        Not with TLS: its handshake is over when a connection is looked at, and its keys are here.
+        """
+        site = self._sites[0]
+        if site.tls:
+            return
+        self._balance = balance
+        site.give = balance.give
+        balance.receive(lambda connection: spawn(site.adopt(connection), name="adopt"))
+
     async def stop_listening(self) -> None:
         """New clients are refused from here on."""
+        if self._balance is not None:
+            self._balance.stop()
         for site in self._sites:
             await site.stop()
         self._sites.clear()

@@ -10,7 +10,9 @@ import ctypes
 import mmap
 import os
 import signal
+import socket
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from relay.errors import StartError
@@ -36,15 +38,19 @@ class Siblings:
         self._cells = memoryview(self._map).cast("d")
         self.count = len(self._cells) // _SLOT
 
-    def beat(self, number: int, *, ready: bool, connections: int) -> None:
-        """This worker lives; a beat holds for PATIENCE_S."""
+    def tell(self, number: int, connections: int) -> None:
+        """How many clients this worker has."""
         self._cells[(number - 1) * _SLOT + _CONNECTIONS] = connections
+
+    def beat(self, number: int, *, ready: bool) -> None:
+        """This worker lives; a beat holds for PATIENCE_S."""
         # CLOCK_MONOTONIC is one clock for all processes of a host.
         self._cells[(number - 1) * _SLOT + _READY_AT] = time.monotonic() if ready else 0.0
 
     def clear(self, number: int) -> None:
         """The worker does not serve."""
-        self.beat(number, ready=False, connections=0)
+        self.beat(number, ready=False)
+        self.tell(number, 0)
 
     def enter(self, number: int, instance: str) -> None:
         """The worker's name in Redis; it ends with eight random digits."""
@@ -75,7 +81,7 @@ class Siblings:
         return time.monotonic() - self._cells[(number - 1) * _SLOT + _READY_AT] < PATIENCE_S
 
     def connections(self, number: int) -> int:
-        """How many clients it had at its last beat."""
+        """How many clients it has, those included that are just coming."""
         return int(self._cells[(number - 1) * _SLOT + _CONNECTIONS])
 
     def not_ready(self) -> list[int]:
@@ -89,13 +95,26 @@ class Worker:
 
     number: int
     siblings: Siblings
+    # Connections that siblings hand over come from the one, and go to them through the others.
+    inbox: socket.socket
+    outboxes: Mapping[int, socket.socket]
+
+    @staticmethod
+    def argument(number: int, memory: int, inbox: int, outboxes: Sequence[int]) -> str:
+        """The value of --worker, with descriptors that are inherited."""
+        return ":".join(map(str, (number, memory, os.getpid(), inbox, *outboxes)))
 
     @classmethod
     def parse(cls, text: str) -> Worker:
-        """The value of --worker. The process ends from now on with the one that started it."""
-        number, descriptor, parent = (int(part) for part in text.split(":"))
+        """From `argument`. The process ends from now on with the one that started it."""
+        number, memory, parent, inbox, *outboxes = (int(part) for part in text.split(":"))
         die_with_parent(parent)
-        return cls(number, Siblings(descriptor))
+        return cls(
+            number,
+            Siblings(memory),
+            socket.socket(fileno=inbox),
+            {index: socket.socket(fileno=each) for index, each in enumerate(outboxes, 1)},
+        )
 
     @staticmethod
     def say_ready() -> None:

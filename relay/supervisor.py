@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import logging
 import os
 import signal
@@ -30,7 +31,7 @@ from relay.embedded import EmbeddedValkey
 from relay.errors import RelayError, StartError
 from relay.pid_file import pid_file
 from relay.server import addresses, listen_error
-from relay.siblings import ERROR, READY, Siblings, shared_memory
+from relay.siblings import ERROR, READY, Siblings, Worker, shared_memory
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -77,6 +78,13 @@ class Supervisor:
         self._on_ready = on_ready
         self._memory = shared_memory(config.node.workers)
         self._siblings = Siblings(self._memory)
+        # Held here too: what waits for a worker that died is taken by its successor.
+        self._pairs = [
+            socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            for _ in range(config.node.workers)
+        ]
+        for each in itertools.chain.from_iterable(self._pairs):
+            each.setblocking(False)
         self._processes: dict[int, Process] = {}
         self._port = 0
         self._stopping = asyncio.Event()
@@ -148,7 +156,9 @@ class Supervisor:
             delay_s = min(delay_s * 2, ceiling_s)
 
     async def _spawn(self, number: int) -> Process:
-        worker = f"{number}:{self._memory}:{os.getpid()}"
+        inbox = self._pairs[number - 1][0].fileno()
+        outboxes = [pair[1].fileno() for pair in self._pairs]
+        worker = Worker.argument(number, self._memory, inbox, outboxes)
         return await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -160,7 +170,7 @@ class Supervisor:
             worker,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
-            pass_fds=(self._memory,),
+            pass_fds=(self._memory, inbox, *outboxes),
             # A Ctrl-C in the terminal is for the parent alone: the worker would take what is
             # passed on for the second signal, and end at once.
             start_new_session=True,

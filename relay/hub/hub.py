@@ -56,7 +56,8 @@ class Hub:
         self.dirty: list[Session] = []
         self.connections_per_user = connections_per_user
         # Called with a user whose sessions have become more or fewer.
-        self.on_count: Callable[[str], None] = lambda _: None
+        self.on_count: Callable[[str], object] = lambda _: None
+        self.total = 0
         self._call_soon = call_soon
         self._waits_for_replicas = waits_for_replicas
         self._feeds: dict[Channel, Feed] = {}
@@ -75,6 +76,7 @@ class Hub:
             raise LimitExceeded(f"more than {self.connections_per_user} connections of one user")
         session = Session(self, principal, encoder, client)
         self._by_user.setdefault(user, set()).add(session)
+        self.total += 1
         self.on_count(user)
         self._watch_expiry(session)
         return session
@@ -92,6 +94,7 @@ class Hub:
         user = session.principal.user
         mine = self._by_user.get(user, set())
         mine.discard(session)
+        self.total -= 1
         if not mine:
             self._by_user.pop(user, None)
         self.on_count(user)

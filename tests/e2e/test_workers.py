@@ -106,6 +106,37 @@ async def test_two_workers_serve_and_say_who_they_are(valkey: Server, channel: s
         assert any("relay.stream.reader[2]: " in line for line in relay.log)
 
 
+async def _clients(first: Native, second: Native) -> list[float]:
+    return [
+        await door.metric(f'relay_connections{{door="native",worker="{number}"}}')
+        for number, door in ((1, first), (2, second))
+    ]
+
+
+async def test_clients_are_spread_evenly_and_a_new_worker_gets_its_share(
+    valkey: Server, channel: str
+) -> None:
+    metrics = neighbours()
+    async with (
+        running(valkey, f"metrics.port={metrics}") as (relay, door),
+        native(relay, port=metrics) as first,
+        native(relay, port=metrics + 1) as second,
+    ):
+        await over_both(door, channel, 200)
+        counts = await _clients(first, second)
+        assert sum(counts) == 200
+        assert max(counts) <= 110
+        os.kill(workers(relay)[1], signal.SIGKILL)
+        await said(relay, "worker 1 serves", 2)
+        # Its clients come back: most to it, so that it has as many as the other.
+        await over_both(door, channel, 100)
+        counts = await _clients(first, second)
+        assert max(counts) <= 1.1 * sum(counts) / 2
+        relay.xadd(channel, data="1")
+        for stream in door.streams[-100:]:
+            assert (await stream.next()).json() == 1
+
+
 # ---- they are replaced ----------------------------------------------------------------------
 
 
