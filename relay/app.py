@@ -236,6 +236,8 @@ class Relay:
                 await heartbeat.leave()
                 await seats.leave()
         finally:
+            # A start that failed ends the reader too, and that is no news.
+            self._stop.set()
             for task in tasks:
                 task.cancel()
             await server.close()
