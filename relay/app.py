@@ -24,17 +24,19 @@ import uvloop
 
 from relay import __version__, logs
 from relay.embedded import EmbeddedValkey
-from relay.errors import RelayError, StartError
+from relay.errors import RelayError
 from relay.frontdoor import DoorContext, Mounted, find_doors
 from relay.hub.hub import Hub
 from relay.jobs import Jobs
 from relay.metrics import Metrics
 from relay.model import parse_channel
+from relay.pid_file import pid_file
 from relay.pipeline import Admission, Incoming
 from relay.rights.http import HttpRights
 from relay.rights.policy import Policy
 from relay.rights.token import TokenReader
 from relay.server import Server
+from relay.siblings import BEAT_S
 from relay.stream import dead_letters
 from relay.stream import revoke as revocations
 from relay.stream.connect import redis_client
@@ -42,14 +44,19 @@ from relay.stream.control_reader import ControlReader
 from relay.stream.keys import Keys
 from relay.stream.nodes import Heartbeat, new_instance, this_node
 from relay.stream.reader import Reader
+from relay.stream.seats import Seats
+from relay.transports.balance import Balance
 from relay.transports.listener import raise_open_file_limit
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from relay.config import Config
-    from relay.model import Channel
-    from relay.settings import NamespaceSettings, RedisSettings, Section
+    from relay.hub.encoding import Encoder
+    from relay.hub.session import Client, Session
+    from relay.model import Channel, Principal
+    from relay.settings import MetricsSettings, NamespaceSettings, RedisSettings, Section
+    from relay.siblings import Worker
 
 _log = logging.getLogger(__name__)
 
@@ -58,12 +65,20 @@ _LAST_BYTES_S = 2.0
 
 
 def run(
-    config: Config, *, reload: Callable[[], Config], on_ready: Callable[[int, str], None]
+    config: Config,
+    *,
+    reload: Callable[[], Config],
+    on_ready: Callable[[int, str], None],
+    worker: Worker | None = None,
 ) -> int:
-    """Serve until a signal; the exit code. StartError in one line if something is missing."""
+    """Serve until a signal; the exit code. StartError in one line if something is missing.
+
+    As one `worker` of several it shares its ports, and leaves the embedded Valkey and the pid file
+    to the supervisor.
+    """
     raise_open_file_limit()
-    with _pid_file(config.node.pid_file):
-        return uvloop.run(Relay(config, reload, on_ready).run())
+    with pid_file("" if worker else config.node.pid_file):
+        return uvloop.run(Relay(config, reload, on_ready, worker).run())
 
 
 async def revoke(redis: RedisSettings, channel_name: str, user: str) -> str:
@@ -81,12 +96,14 @@ class Relay:
         config: Config,
         reload: Callable[[], Config],
         on_ready: Callable[[int, str], None],
+        worker: Worker | None = None,
     ) -> None:
         self._config = config
         self._load_again = reload
         self._on_ready = on_ready
+        self._worker = worker
         self._stop = asyncio.Event()
-        self._metrics = Metrics()
+        self._metrics = Metrics(worker.number, worker.siblings) if worker else Metrics()
         self._background: asyncio.TaskGroup | None = None
         self._doors: list[tuple[str, Mounted, Section]] = []
         self._tokens = TokenReader(config.jwt)
@@ -108,7 +125,11 @@ class Relay:
     async def _serve(self, redis: RedisSettings, client: Redis) -> None:
         config, metrics = self._config, self._metrics
         node = config.node.name or f"{socket.gethostname()}_{config.server.port}"
+        if self._worker:
+            node = f"{node}-{self._worker.number}"
         instance = new_instance(node)
+        if self._worker:
+            self._worker.siblings.enter(self._worker.number, instance)
         keys = Keys(redis.prefix)
         policy = Policy(config.namespace, self._http_rights(config))
         self._admission = admission = Admission(policy, self._spawn)
@@ -135,8 +156,25 @@ class Relay:
             connections_per_user=config.hub.connections_per_user,
         )
         metrics.behind.set_function(lambda: sum(feed.behind_count for feed in hub.feeds()))
+        self._seats = seats = Seats(
+            client=client,
+            keys=keys,
+            instance=instance,
+            limit=config.hub.connections_per_user,
+            count=hub.count,
+            users=hub.users,
+            dead=self._worker.siblings.is_dead if self._worker else lambda _: False,
+        )
+        self._on_count: list[Callable[[str], None]] = [seats.changed]
+        hub.on_count = lambda user: [told(user) for told in self._on_count]
+
+        async def open_session(principal: Principal, encoder: Encoder, client: Client) -> Session:
+            async with seats.seat(principal.user):
+                return hub.open(principal, encoder, client)
+
         context = DoorContext(
             hub=hub,
+            open=open_session,
             subscribe=admission.subscribe,
             read_token=lambda token: self._tokens.read(token),
             ready=reader.ready,
@@ -159,6 +197,7 @@ class Relay:
             reading,
             self._spawn(heartbeat.run(), name="heartbeat"),
             self._spawn(admission.renew(), name="renew"),
+            self._spawn(seats.run(), name="seats"),
             self._spawn(
                 self._write_dead_letters(incoming, client, keys, node), name="dead-letters"
             ),
@@ -169,9 +208,20 @@ class Relay:
                 async with asyncio.timeout(_FIRST_READ_S):
                     await reader.wait_ready()
             port = await server.start(
-                config.server, config.metrics, [(door, section) for _, door, section in self._doors]
+                config.server,
+                self._metrics_settings(),
+                [(door, section) for _, door, section in self._doors],
+                shared_ports=self._worker is not None,
             )
             jobs.start()
+            if self._worker:
+                balance = Balance(self._worker, lambda: hub.total)
+                self._on_count.append(lambda _: balance.tell())
+                server.balance(balance, self._spawn)
+                # Before the supervisor hears that this worker serves, and then again and again.
+                self._tell(self._worker, reader, balance)
+                beats = self._beat(self._worker, reader, balance)
+                tasks.append(self._spawn(beats, name="siblings"))
             if config.insecure:
                 _log.warning("INSECURE: anyone may read every channel of the native door")
             self._on_ready(port, redis.url)
@@ -184,7 +234,10 @@ class Relay:
             await self._drain(hub)
             with contextlib.suppress(RelayError):
                 await heartbeat.leave()
+                await seats.leave()
         finally:
+            # A start that failed ends the reader too, and that is no news.
+            self._stop.set()
             for task in tasks:
                 task.cancel()
             await server.close()
@@ -196,12 +249,15 @@ class Relay:
         settings = self._config.redis
         if settings.url != "embedded":
             return settings
+        local = settings.model_copy(update={"url": f"redis://127.0.0.1:{settings.embedded_port}/0"})
+        if self._worker:
+            return local
         folder = Path(settings.embedded_dir or "data")
         embedded = EmbeddedValkey(folder, settings.embedded_port)
         await embedded.start()
         stack.push_async_callback(embedded.stop)
         await stack.enter_async_context(_task(embedded.supervise()))
-        return settings.model_copy(update={"url": f"redis://127.0.0.1:{settings.embedded_port}/0"})
+        return local
 
     def _mount(self, context: DoorContext) -> None:
         for name, door in find_doors().items():
@@ -222,9 +278,35 @@ class Relay:
     def _namespace(self, channel: Channel) -> NamespaceSettings:
         return self._config.namespace(channel)
 
+    def _not_ready(self, reader: Reader) -> str:
+        if not reader.ready():
+            return "streams are not being read"
+        others = self._worker.siblings.not_ready() if self._worker else []
+        return f"worker {', '.join(map(str, others))} is not ready" if others else ""
+
+    def _metrics_settings(self) -> MetricsSettings:
+        """With a listener of its own for metrics, each worker has its own: they are scraped one by
+        one."""
+        settings = self._config.metrics
+        if not self._worker or not settings.port:
+            return settings
+        return settings.model_copy(update={"port": settings.port + self._worker.number - 1})
+
+    async def _beat(self, worker: Worker, reader: Reader, balance: Balance) -> None:
+        """Tells the other workers of this host, until the order to stop."""
+        try:
+            while not self._stop.is_set():
+                self._tell(worker, reader, balance)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(BEAT_S):
+                        await self._stop.wait()
+        finally:
+            worker.siblings.clear(worker.number)
+
     @staticmethod
-    def _not_ready(reader: Reader) -> str:
-        return "" if reader.ready() else "streams are not being read"
+    def _tell(worker: Worker, reader: Reader, balance: Balance) -> None:
+        worker.siblings.beat(worker.number, ready=reader.ready())
+        balance.beat()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
         if self._background is None:
@@ -278,6 +360,7 @@ class Relay:
         self._tokens = tokens
         self._admission.policy.reload(config.namespace, http)
         self._hub.connections_per_user = config.hub.connections_per_user
+        self._seats.limit = config.hub.connections_per_user
         for name, door, _ in self._doors:
             door.reload(config.doors[f"protocol:{name}"])
         logs.set_level(config.log.level)
@@ -309,19 +392,3 @@ async def _task(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         task = group.create_task(coroutine, name="embedded Valkey")
         yield
         task.cancel()
-
-
-@contextlib.contextmanager
-def _pid_file(path: str) -> Any:
-    if not path:
-        yield
-        return
-    file = Path(path)
-    try:
-        file.write_text(f"{os.getpid()}\n")
-    except OSError as exc:
-        raise StartError(f"[node] pid_file: {path} cannot be written: {exc.strerror}") from exc
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)

@@ -54,6 +54,7 @@ SECTIONS: Mapping[str, type[Section]] = {
 FLAGS: Mapping[str, tuple[str, str]] = {
     "host": ("server", "host"),
     "port": ("server", "port"),
+    "workers": ("node", "workers"),
     "redis": ("redis", "url"),
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,8 +17,9 @@ from aiohttp import web
 import relay.protocols
 
 if TYPE_CHECKING:
+    from relay.hub.encoding import Encoder
     from relay.hub.hub import Hub
-    from relay.hub.session import Session
+    from relay.hub.session import Client, Session
     from relay.metrics import Metrics
     from relay.model import Channel, Position, Principal
     from relay.settings import Section
@@ -28,12 +29,15 @@ if TYPE_CHECKING:
 class DoorContext:
     """What every door works with.
 
-    `subscribe` asks the rights sources that take time, then the hub; the session's client is told
-    in a later turn. `read_token` turns a native JWT into a principal (Unauthorized otherwise).
-    `ready` says whether streams are being read. `insecure` concerns the native door only.
+    `open` makes a client's session as `hub.open` does, after its user's connections on all workers
+    have been counted: LimitExceeded, or Unavailable. `subscribe` asks the rights sources that take
+    time, then the hub; the session's client is told in a later turn. `read_token` turns a native
+    JWT into a principal (Unauthorized otherwise). `ready` says whether streams are being read.
+    `insecure` concerns the native door only.
     """
 
     hub: Hub
+    open: Callable[[Principal, Encoder, Client], Awaitable[Session]]
     subscribe: Callable[[Session, Channel, Position | None], None]
     read_token: Callable[[str], Principal]
     ready: Callable[[], bool]

@@ -50,19 +50,31 @@ def redact(text: str) -> str:
     return text
 
 
-class PlainFormatter(logging.Formatter):
-    """`2026-11-21T05:44:34.123Z info relay.app: what happened`, a traceback below it."""
+class _Formatter(logging.Formatter):
+    def __init__(self, worker: int = 0) -> None:
+        """`worker` is the number of this one of several, 0 of an only one."""
+        super().__init__()
+        self._worker = worker
+
+
+class PlainFormatter(_Formatter):
+    """`2026-11-21T05:44:34.123Z info relay.app: what happened`, a traceback below it.
+
+    Of worker 2 it is `relay.app[2]`.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """One line; control characters are escaped, so that no client can forge another."""
         text = _CONTROL.sub(lambda match: repr(match[0])[1:-1], redact(record.getMessage()))
-        line = f"{_when(record)} {record.levelname.lower()} {record.name}: {text}"
+        name = f"{record.name}[{self._worker}]" if self._worker else record.name
+        line = f"{_when(record)} {record.levelname.lower()} {name}: {text}"
         trace = _trace(self, record)
         return f"{line}\n{trace}" if trace else line
 
 
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message and, where there is one, exception."""
+class JsonFormatter(_Formatter):
+    """One JSON object a line: time, level, logger, message and, where there are any, worker and
+    exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line; it is always valid JSON."""
@@ -72,6 +84,8 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": redact(record.getMessage()),
         }
+        if self._worker:
+            fields["worker"] = str(self._worker)
         if trace := _trace(self, record):
             fields["exception"] = trace
         try:
@@ -113,8 +127,10 @@ class FileHandler(logging.StreamHandler[TextIO]):
         return self._path.open("a", encoding="utf-8", errors="backslashreplace")
 
 
-def setup(settings: LogSettings) -> None:
+def setup(settings: LogSettings, *, worker: int = 0) -> None:
     """All loggers write as `settings` say; what an earlier call set up is taken away.
+
+    `worker` is in each line where it is not 0.
 
     StartError where the file cannot be opened.
     """
@@ -129,7 +145,7 @@ def setup(settings: LogSettings) -> None:
             ) from exc
     else:
         handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if settings.format == "json" else PlainFormatter())
+    handler.setFormatter((JsonFormatter if settings.format == "json" else PlainFormatter)(worker))
     root = logging.getLogger()
     for old in (each for each in root.handlers[:] if isinstance(each.formatter, _OURS)):
         root.removeHandler(old)

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Protocol, cast
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    generate_latest,
+)
+
+if TYPE_CHECKING:
+    from relay.siblings import Siblings
 
 
 class _Told(Protocol):
@@ -17,7 +29,9 @@ class _Told(Protocol):
 class Metrics:
     """What `/metrics` shows. Counters are incremented per batch, never per client."""
 
-    def __init__(self) -> None:
+    def __init__(self, worker: int = 0, siblings: Siblings | None = None) -> None:
+        """`worker` is the number of this one of several, 0 of an only one."""
+        self._worker = worker
         self.registry = CollectorRegistry(auto_describe=True)
         self.events = Counter(
             "relay_events_total", "Entries read live from streams", registry=self.registry
@@ -79,6 +93,16 @@ class Metrics:
             "relay_refusals_total", "Requests refused", ["code"], registry=self.registry
         )
 
+        if siblings is not None:
+            ready = Gauge(
+                "relay_worker_ready",
+                "Whether a worker of this host reads streams, 1 or 0; the same from each of them",
+                ["worker"],
+                registry=self.registry,
+            )
+            for number in range(1, siblings.count + 1):
+                ready.labels(str(number)).set_function(partial(siblings.ready, number))
+
     def delivered(self, count: int) -> None:
         """Live events offered, all clients together."""
         if count:
@@ -96,4 +120,23 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """The text format of Prometheus."""
-        return generate_latest(self.registry)
+        if not self._worker:
+            return generate_latest(self.registry)
+        return generate_latest(cast("CollectorRegistry", _Labelled(self.registry, self._worker)))
+
+
+class _Labelled:
+    """A registry's metrics with the worker's number: a scrape of the shared port may reach any of
+    them, and one's counters are not another's."""
+
+    def __init__(self, registry: CollectorRegistry, worker: int) -> None:
+        self._registry = registry
+        self._label = {"worker": str(worker)}
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            # What already says which worker it is about keeps that.
+            metric.samples = [
+                sample._replace(labels=self._label | sample.labels) for sample in metric.samples
+            ]
+            yield metric

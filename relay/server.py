@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from relay.frontdoor import Mounted
     from relay.metrics import Metrics
     from relay.settings import MetricsSettings, Section, ServerSettings
+    from relay.transports.balance import Balance
 
 # A cursor over many channels comes back in one header line (native/README.md, "Cursor").
 _LINE_BYTES = 65536
@@ -30,14 +32,20 @@ class Server:
         self._ready = ready
         self._runners: list[web.AppRunner] = []
         self._sites: list[GuardedSite] = []
+        self._balance: Balance | None = None
 
     async def start(
         self,
         settings: ServerSettings,
         metrics: MetricsSettings,
         doors: Sequence[tuple[Mounted, Section]],
+        *,
+        shared_ports: bool = False,
     ) -> int:
-        """Listen; the shared listener's port. StartError where an address cannot be had."""
+        """Listen; the shared listener's port. StartError where an address cannot be had.
+
+        `shared_ports`: other workers listen on the doors' ports too.
+        """
         shared = [
             route for door, section in doors if not _own_port(section) for route in door.routes
         ]
@@ -49,23 +57,36 @@ class Server:
         if not metrics.port:
             shared += health
         tls = _tls(settings.tls_cert, settings.tls_key, "[server]")
-        backlog = settings.backlog
-        port = await self._listen(settings.host, settings.port, shared, tls, backlog)
+        listen = partial(self._listen, backlog=settings.backlog)
+        port = await listen(settings.host, settings.port, shared, tls, reuse_port=shared_ports)
         for door, section in doors:
-            own = _own_port(section)
-            if not own:
+            if not _own_port(section):
                 continue
-            host = str(getattr(section, "host", "")) or settings.host
+            host, own = _own_address(settings, section)
             cert, key = (str(getattr(section, name, "")) for name in ("tls_cert", "tls_key"))
             door_tls = _tls(cert, key, "the door's own") or tls
-            await self._listen(host, own, door.routes, door_tls, backlog)
+            await listen(host, own, door.routes, door_tls, reuse_port=shared_ports)
         if metrics.port:
             # Plain: it is meant for loopback, where the scraper or the probe is.
-            await self._listen(metrics.host, metrics.port, health, None, backlog)
+            await listen(metrics.host, metrics.port, health, None, reuse_port=False)
         return port
+
+    def balance(self, balance: Balance, spawn: Callable[..., object]) -> None:
+        """Share what comes to the shared listener with this host's other workers.
+
+        Not with TLS: its handshake is over when a connection is looked at, and its keys are here.
+        """
+        site = self._sites[0]
+        if site.tls:
+            return
+        self._balance = balance
+        site.give = balance.give
+        balance.receive(lambda connection: spawn(site.adopt(connection), name="adopt"))
 
     async def stop_listening(self) -> None:
         """New clients are refused from here on."""
+        if self._balance is not None:
+            self._balance.stop()
         for site in self._sites:
             await site.stop()
         self._sites.clear()
@@ -81,7 +102,9 @@ class Server:
         port: int,
         routes: Sequence[web.AbstractRouteDef],
         tls: ssl.SSLContext | None,
+        *,
         backlog: int,
+        reuse_port: bool,
     ) -> int:
         app = web.Application()
         app.router.add_routes(routes)
@@ -94,11 +117,13 @@ class Server:
         )
         await runner.setup()
         self._runners.append(runner)
-        site = GuardedSite(runner, host, port, ssl_context=tls, backlog=backlog)
+        site = GuardedSite(
+            runner, host, port, ssl_context=tls, backlog=backlog, reuse_port=reuse_port
+        )
         try:
             await site.start()
         except OSError as exc:
-            raise StartError(_why(host, port, exc)) from exc
+            raise StartError(listen_error(host, port, exc)) from exc
         self._sites.append(site)
         return site.port
 
@@ -132,7 +157,19 @@ def _tls(cert: str, key: str, whose: str) -> ssl.SSLContext | None:
     return context
 
 
-def _why(host: str, port: int, exc: OSError) -> str:
+def _own_address(settings: ServerSettings, section: Section) -> tuple[str, int]:
+    """Of a door's own listener; port 0 where it has none."""
+    return str(getattr(section, "host", "")) or settings.host, _own_port(section)
+
+
+def addresses(settings: ServerSettings, doors: Iterable[Section]) -> list[tuple[str, int]]:
+    """Host and port of the listeners for clients: the shared one first, then doors' own."""
+    own = (_own_address(settings, door) for door in doors)
+    return [(settings.host, settings.port), *(each for each in own if each[1])]
+
+
+def listen_error(host: str, port: int, exc: OSError) -> str:
+    """One line for the operator: what is wrong with the address."""
     if exc.errno == errno.EADDRINUSE:
         return f"port {port} of {host} is taken; choose another: --port N, or [server] port"
     if exc.errno == errno.EACCES:

@@ -26,6 +26,12 @@ class NodeSettings(Section):
         pattern=r"^[A-Za-z0-9._-]*$",
         description="name in groups, metrics and logs; empty: hostname_port",
     )
+    workers: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="processes that share the ports, each with its own part of the clients; about one a processor core",
+    )
     pid_file: str = Field("", description="path; written at start, removed at stop; empty: none")
     drain_s: float = Field(
         5.0,
@@ -143,7 +149,7 @@ class HubSettings(Section):
         description="bytes waiting for one client before it is served from the stream instead",
     )
     connections_per_user: int = Field(
-        0, ge=0, le=1000000, description="connections of one user on this worker; 0: no limit"
+        0, ge=0, le=1000000, description="connections of one user on all workers of all hosts; 0: no limit"
     )
 
 
@@ -184,7 +190,7 @@ class MetricsSettings(Section):
     """[metrics]: /metrics, /healthz and /readyz."""
 
     host: str = Field("127.0.0.1", description="address of an own listener for the three")
-    port: int = Field(0, ge=0, le=65535, description="its port; 0: they are on the shared listener")
+    port: int = Field(0, ge=0, le=65535, description="its port; 0: they are on the shared listener. Of several workers the second has the next port, and so on")
 
 
 class JobSettings(Section):

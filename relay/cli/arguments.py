@@ -25,6 +25,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     _configured(serve)
     serve.add_argument("--host", help="address to listen on, [server] host")
     serve.add_argument("--port", metavar="N", help="TCP port, [server] port; default 8000")
+    serve.add_argument(
+        "--workers", metavar="N", help="processes that share the port, [node] workers; default 1"
+    )
+    # What the supervisor of several workers tells each of them.
+    serve.add_argument("--worker", help=argparse.SUPPRESS)
     _redis(serve)
     serve.add_argument(
         "--insecure",

@@ -19,6 +19,7 @@ from relay.errors import RelayError
 from relay.frontdoor import door_settings
 from relay.model import parse_channel
 from relay.rights.token import TokenReader
+from relay.siblings import Worker
 
 OK, FAILED = 0, 1
 
@@ -26,16 +27,17 @@ OK, FAILED = 0, 1
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     options = parse(arguments)
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _COMMANDS[options.command](options)
     except RelayError as exc:
-        return _failed(exc)
+        return _failed(exc, options)
     except BaseExceptionGroup as group:
         # A part that runs in a TaskGroup found that it cannot start.
         expected, rest = group.split(RelayError)
         if rest is not None or expected is None:
             raise
-        return _failed(_first(expected))
+        return _failed(_first(expected), options)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -51,8 +53,13 @@ def _first(group: BaseExceptionGroup[RelayError]) -> BaseException:
     return each
 
 
-def _failed(exc: BaseException) -> int:
-    sys.stderr.write(f"relay: {logs.redact(' '.join(str(exc).split()))}\n")
+def _failed(exc: BaseException, options: argparse.Namespace) -> int:
+    line = logs.redact(" ".join(str(exc).split()))
+    if getattr(options, "worker", None):
+        # Several workers have the same to say; their supervisor says it once.
+        Worker.say_error(line)
+    else:
+        sys.stderr.write(f"relay: {line}\n")
     return FAILED
 
 
@@ -71,7 +78,9 @@ def _load(options: argparse.Namespace) -> Config:
 
 def _serve(options: argparse.Namespace) -> int:
     # Here, not above: the other commands need none of the server's modules.
-    from relay.app import run
+    from relay import app, supervisor
+
+    worker = Worker.parse(options.worker) if options.worker else None
 
     def reload() -> Config:
         return with_local_key(_load(options))
@@ -79,7 +88,7 @@ def _serve(options: argparse.Namespace) -> int:
     given = _load(options)
     local = uses_local_key(given)
     config = with_local_key(given)
-    logs.setup(config.log)
+    logs.setup(config.log, worker=worker.number if worker else 0)
 
     def on_ready(port: int, redis_address: str) -> None:
         # A token for every channel is shown only where the relay made the key itself, for trying
@@ -88,7 +97,11 @@ def _serve(options: argparse.Namespace) -> int:
         text = banner(config, port=port, redis_address=redis_address, token=token)
         print(text, flush=True)
 
-    return run(config, reload=reload, on_ready=on_ready)
+    if worker:
+        return app.run(config, reload=reload, on_ready=lambda *_: Worker.say_ready(), worker=worker)
+    if config.node.workers > 1:
+        return supervisor.run(config, arguments=options.arguments, reload=reload, on_ready=on_ready)
+    return app.run(config, reload=reload, on_ready=on_ready)
 
 
 def _genconfig(options: argparse.Namespace) -> int:

@@ -55,6 +55,9 @@ class Hub:
         self.metrics = metrics
         self.dirty: list[Session] = []
         self.connections_per_user = connections_per_user
+        # Called with a user whose sessions have become more or fewer.
+        self.on_count: Callable[[str], object] = lambda _: None
+        self.total = 0
         self._call_soon = call_soon
         self._waits_for_replicas = waits_for_replicas
         self._feeds: dict[Channel, Feed] = {}
@@ -73,6 +76,8 @@ class Hub:
             raise LimitExceeded(f"more than {self.connections_per_user} connections of one user")
         session = Session(self, principal, encoder, client)
         self._by_user.setdefault(user, set()).add(session)
+        self.total += 1
+        self.on_count(user)
         self._watch_expiry(session)
         return session
 
@@ -89,8 +94,18 @@ class Hub:
         user = session.principal.user
         mine = self._by_user.get(user, set())
         mine.discard(session)
+        self.total -= 1
         if not mine:
             self._by_user.pop(user, None)
+        self.on_count(user)
+
+    def count(self, user: str) -> int:
+        """How many sessions of the user are here."""
+        return len(self._by_user.get(user, ()))
+
+    def users(self) -> list[str]:
+        """Everyone who has a session here; '' stands for those without a name."""
+        return list(self._by_user)
 
     def sessions(self) -> list[Session]:
         """All of them, in no order."""

@@ -13,6 +13,7 @@ Cluster slot; a command or transaction over several keys stays within one worksp
 | `<p>dead-letter:{C}:<id>` | string  | mark: this one is written           | expires after a day  |
 | `<p>nodes`                | set     | the workers that started            | the worker; jobs (2) |
 | `<p>node:<instance>`      | string  | one worker's heartbeat, JSON        | the worker; 15 s     |
+| `<p>users:<instance>`     | hash    | user -> connections on that worker  | the worker; 6 s      |
 | `<p>canary:<instance>`    | string  | written to prove that wake-ups come | the worker; expires  |
 | `<p>lease:<name>`         | string  | who does this job for the site      | its holder; expires  |
 
@@ -63,6 +64,10 @@ class Keys:
     def node(self, instance: str) -> bytes:
         """The heartbeat of one worker."""
         return f"{self._text}node:{instance}".encode()
+
+    def users(self, instance: str) -> bytes:
+        """How many connections each user has on one worker."""
+        return f"{self._text}users:{instance}".encode()
 
     def canary(self, instance: str) -> bytes:
         """Written again and again by the worker that waits for its invalidation."""

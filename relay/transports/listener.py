@@ -14,6 +14,7 @@ import logging
 import os
 import resource
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from aiohttp import web
@@ -56,7 +57,11 @@ class _Gate(asyncio.Protocol):
         """Hand the connection on, or close it: who knows at once can try another host."""
         opened = cast("asyncio.Transport", transport)
         # The kernel gives the lowest free number, so a high one means that few are left.
-        if opened.get_extra_info("socket").fileno() < self._site.limit:
+        connection = opened.get_extra_info("socket")
+        if self._site.give is not None and self._site.give(connection):
+            # Only this process's descriptor: the sibling has one of its own.
+            opened.abort()
+        elif connection.fileno() < self._site.limit:
             handler = self._site.make_handler()
             opened.set_protocol(handler)
             handler.connection_made(opened)
@@ -93,6 +98,8 @@ class GuardedSite(web.BaseSite):
         self.limit = float("inf") if unlimited else limit - min(spare, limit // 8)
         self._logged_at = float("-inf")
         self.refused = 0
+        # Asked first, where set: whether another process has taken the connection over.
+        self.give: Callable[[socket.socket], bool] | None = None
 
     @property
     def name(self) -> str:
@@ -100,6 +107,11 @@ class GuardedSite(web.BaseSite):
         scheme = "https" if self._ssl_context else "http"
         host = f"[{self._host}]" if ":" in self._host else self._host or "0.0.0.0"  # noqa: S104 - only shown
         return f"{scheme}://{host}:{self._port}"
+
+    @property
+    def tls(self) -> bool:
+        """Whether it speaks TLS."""
+        return self._ssl_context is not None
 
     @property
     def port(self) -> int:
@@ -127,6 +139,20 @@ class GuardedSite(web.BaseSite):
             # The kernel's queue is what a reconnect storm needs; listening again only sets that.
             with socket.socket(fileno=os.dup(listening.fileno())) as again:
                 again.listen(self._backlog)
+
+    async def adopt(self, connection: socket.socket) -> None:
+        """Serve a connection that another process has accepted."""
+        loop = asyncio.get_running_loop()
+        if connection.fileno() >= self.limit:
+            self.count_refused()
+            connection.close()
+            return
+        connection.setblocking(False)
+        try:
+            await loop.connect_accepted_socket(self.make_handler, connection)
+        except OSError:
+            # The client has gone already.
+            connection.close()
 
     def count_refused(self) -> None:
         """One more was closed; said in the log at most once a minute."""

@@ -45,6 +45,8 @@ def _arguments() -> argparse.Namespace:
                        help="folder of wsink.c and sendloop.c")  # fmt: skip
     every.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
                        help="a setting of the relay; repeatable")  # fmt: skip
+    every.add_argument("--workers", type=int, default=1,
+                       help="processes of the relay, all on the server's core")  # fmt: skip
     every.add_argument("--relay-command", default="",
                        help="another program in place of `python -m relay serve`")  # fmt: skip
     every.add_argument("--out", default="", help="file for the JSON; default: standard output")
@@ -86,7 +88,10 @@ def _measurement(options: argparse.Namespace, cores: Cores) -> _Measurement:
     shared: dict[str, Any] = {
         "cores": cores,
         "bench": options.bench_dir.resolve(),
-        "relay": RelayOptions(command=options.relay_command, settings=options.set),
+        "relay": RelayOptions(
+            command=options.relay_command,
+            settings=[*options.set, f"node.workers={options.workers}"],
+        ),
     }
     match options.command:
         case "fanout":

@@ -62,6 +62,11 @@ SENT: dict[User, list[str]] = {
         "SREM relay:nodes x",
         "SMEMBERS relay:nodes",
         "SCAN 0",
+        "HSET relay:users:web1:5f0c9a31 anna 1",
+        "HDEL relay:users:web1:5f0c9a31 anna",
+        "HGET relay:users:web2:b7e2d604 anna",
+        "EXPIRE relay:users:web1:5f0c9a31 6",
+        "DEL relay:users:web1:5f0c9a31",
     ],
     "maintenance": [
         "CLIENT SETNAME relay-admin",

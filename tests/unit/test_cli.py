@@ -37,6 +37,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
             handler.close()
     logging.getLogger().handlers[:] = handlers
     logging.getLogger().setLevel(level)
+    logging.getLogger("aiohttp.access").disabled = False
 
 
 def configured(*sets: str, insecure: bool = False) -> Config:

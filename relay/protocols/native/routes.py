@@ -122,7 +122,7 @@ class MountedNative:
         admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         client = SseClient(len(channels), admitted)
         encoder = sse_encoder(several=len(channels) > 1, envelope=envelope)
-        session = client.session = context.hub.open(principal, encoder, client)
+        session = client.session = await context.open(principal, encoder, client)
         try:
             for channel in channels:
                 context.subscribe(session, channel, positions.get(channel))
@@ -182,7 +182,7 @@ class MountedNative:
         # websocket. Not so a foreign Origin, whose page shall not even get that far.
         try:
             principal = self._principal(request)
-            session = context.hub.open(principal, WEBSOCKET, client)
+            session = await context.open(principal, WEBSOCKET, client)
         except (Unauthorized, LimitExceeded) as exc:
             context.metrics.refused.labels(exc.code).inc()
             response = take_over(request, accepted, socket)

@@ -1,0 +1,154 @@
+"""What the workers of one `relay serve --workers N` tell each other: bytes in memory they share.
+
+Each worker has one slot and is the only one who writes there, but for the supervisor, who clears
+the slot of a dead one. A slot is a few 8-byte numbers, aligned, so that no reader sees half of one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import signal
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from relay.errors import StartError
+
+BEAT_S = 0.25
+# A worker that hangs is noticed within 2 s: this, and the beat it may have made just before.
+PATIENCE_S = 1.5
+
+# What a worker writes to its supervisor.
+READY, ERROR = "ready", "error "
+_PR_SET_PDEATHSIG = 1
+# One cache line a slot: a worker's beats do not disturb its neighbour's.
+_SLOT = 8
+_READY_AT, _CONNECTIONS, _INSTANCE, _DEAD = range(4)
+
+
+class Siblings:
+    """The slots of all workers, numbered from 1."""
+
+    def __init__(self, descriptor: int) -> None:
+        """`descriptor` is that of `shared_memory`, which stays open."""
+        self._map = mmap.mmap(descriptor, 0)
+        self._cells = memoryview(self._map).cast("d")
+        self.count = len(self._cells) // _SLOT
+
+    def tell(self, number: int, connections: int) -> None:
+        """How many clients this worker has."""
+        self._cells[(number - 1) * _SLOT + _CONNECTIONS] = connections
+
+    def beat(self, number: int, *, ready: bool) -> None:
+        """This worker lives; a beat holds for PATIENCE_S."""
+        # CLOCK_MONOTONIC is one clock for all processes of a host.
+        self._cells[(number - 1) * _SLOT + _READY_AT] = time.monotonic() if ready else 0.0
+
+    def clear(self, number: int) -> None:
+        """The worker does not serve."""
+        self.beat(number, ready=False)
+        self.tell(number, 0)
+
+    def enter(self, number: int, instance: str) -> None:
+        """The worker's name in Redis; it ends with eight random digits."""
+        self._cells[(number - 1) * _SLOT + _INSTANCE] = _digits(instance)
+
+    def bury(self, number: int) -> None:
+        """The worker has died. What it was called is remembered for a few more deaths, and so for
+        longer than anything of it in Redis matters: after each, its successor waits longer."""
+        self.clear(number)
+        first = (number - 1) * _SLOT
+        last = first + _SLOT
+        earlier = self._cells[first + _DEAD : last - 1].tolist()
+        for cell, name in enumerate(earlier, first + _DEAD + 1):
+            self._cells[cell] = name
+        self._cells[first + _DEAD] = self._cells[first + _INSTANCE]
+        self._cells[first + _INSTANCE] = 0.0
+
+    def is_dead(self, instance: str) -> bool:
+        """Whether it was a worker of this host that is known to have died."""
+        digits = _digits(instance)
+        return any(
+            digits in self._cells[first + _DEAD : first + _SLOT].tolist()
+            for first in range(0, len(self._cells), _SLOT)
+        )
+
+    def ready(self, number: int) -> bool:
+        """Whether it said so lately."""
+        return time.monotonic() - self._cells[(number - 1) * _SLOT + _READY_AT] < PATIENCE_S
+
+    def connections(self, number: int) -> int:
+        """How many clients it has, those included that are just coming."""
+        return int(self._cells[(number - 1) * _SLOT + _CONNECTIONS])
+
+    def not_ready(self) -> list[int]:
+        """The numbers of those who did not."""
+        return [number for number in range(1, self.count + 1) if not self.ready(number)]
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """What a worker process was told by its supervisor."""
+
+    number: int
+    siblings: Siblings
+    # Connections that siblings hand over come from the one, and go to them through the others.
+    inbox: socket.socket
+    outboxes: Mapping[int, socket.socket]
+
+    @staticmethod
+    def argument(number: int, memory: int, inbox: int, outboxes: Sequence[int]) -> str:
+        """The value of --worker, with descriptors that are inherited."""
+        return ":".join(map(str, (number, memory, os.getpid(), inbox, *outboxes)))
+
+    @classmethod
+    def parse(cls, text: str) -> Worker:
+        """From `argument`. The process ends from now on with the one that started it."""
+        number, memory, parent, inbox, *outboxes = (int(part) for part in text.split(":"))
+        die_with_parent(parent)
+        return cls(
+            number,
+            Siblings(memory),
+            socket.socket(fileno=inbox),
+            {index: socket.socket(fileno=each) for index, each in enumerate(outboxes, 1)},
+        )
+
+    @staticmethod
+    def say_ready() -> None:
+        """The listeners are open."""
+        print(READY, flush=True)  # noqa: T201  # the supervisor reads it
+
+    @staticmethod
+    def say_error(line: str) -> None:
+        """Why this worker does not start; it ends with exit code 1."""
+        print(f"{ERROR}{line}", flush=True)  # noqa: T201  # the supervisor reads it
+
+
+def die_with_parent(parent: int) -> None:
+    """The kernel kills this process when `parent` dies, even by SIGKILL."""
+    # Not SIGTERM: a port that is still being drained would keep the next relay from starting, and
+    # clients resume without loss anyway.
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        # It died before the kernel was asked.
+        os._exit(1)
+
+
+def _digits(instance: str) -> float:
+    try:
+        # 32 bits: a double holds them exactly.
+        return float(int(instance.rpartition(":")[2], 16))
+    except ValueError:
+        return -1.0
+
+
+def shared_memory(workers: int) -> int:
+    """A descriptor for `Siblings`, to be inherited; nobody is ready yet."""
+    if not hasattr(os, "memfd_create"):
+        raise StartError("several workers need Linux: --workers 1")
+    descriptor = os.memfd_create("relay-workers")
+    os.ftruncate(descriptor, workers * _SLOT * 8)
+    return descriptor

@@ -1,0 +1,405 @@
+"""Several workers on one port: they serve, are replaced when they die, and end together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.chaos import ChaosClient, produce
+from tests.support.clients import Native, Refused, SseClient, native, redis, until
+from tests.support.relay import KEY, ROOT, RelayProcess
+from tests.support.valkey import Server, free_port
+
+pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
+
+
+@asynccontextmanager
+async def running(
+    server: Server, *settings: str, flags: Sequence[str] = ()
+) -> AsyncIterator[tuple[RelayProcess, Native]]:
+    """A relay with two workers, and its clients."""
+    relay = RelayProcess(server, settings=settings, flags=["--workers", "2", *flags])
+    await asyncio.to_thread(relay.start)
+    try:
+        async with native(relay) as door:
+            yield relay, door
+    finally:
+        relay.kill()
+
+
+def workers(relay: RelayProcess) -> dict[int, int]:
+    """Process by number, of those that run now."""
+    found = {}
+    for child in Path(f"/proc/{relay.pid}/task/{relay.pid}/children").read_text().split():
+        with contextlib.suppress(OSError, ValueError):
+            words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+            found[int(words[words.index(b"--worker") + 1].split(b":")[0])] = int(child)
+    return found
+
+
+async def on_every_worker(door: Native) -> dict[str, str]:
+    """The metrics of each of two workers, by its number; the kernel spreads the connections."""
+    found: dict[str, str] = {}
+    async with asyncio.timeout(8):
+        while len(found) < 2:
+            text = (await door.get("/metrics", Connection="close")).body.decode()
+            line = next(each for each in text.splitlines() if each.startswith("relay_events_total"))
+            found[line.partition('worker="')[2][0]] = text
+    return found
+
+
+async def over_both(door: Native, channel: str, count: int = 24) -> list[SseClient]:
+    """So many that, but once in millions of runs, each of two workers has some."""
+    return [await door.sse(channel) for _ in range(count)]
+
+
+def neighbours() -> int:
+    """A free port whose successor is free too."""
+    while True:
+        port = free_port()
+        with contextlib.suppress(OSError), socket.socket() as beside:
+            beside.bind(("127.0.0.1", port + 1))
+            return port
+
+
+async def said(relay: RelayProcess, text: str, count: int = 1) -> None:
+    await until(lambda: sum(text in line for line in relay.log) >= count)
+
+
+# ---- they serve -----------------------------------------------------------------------------
+
+
+async def test_two_workers_serve_and_say_who_they_are(valkey: Server, channel: str) -> None:
+    async with running(valkey) as (relay, door):
+        assert sorted(workers(relay)) == [1, 2]
+        assert await door.status("/readyz") == 200
+        streams = await over_both(door, channel)
+        relay.xadd(channel, data="1")
+        for stream in streams:
+            assert (await stream.next()).json() == 1
+        texts = await on_every_worker(door)
+        assert sorted(texts) == ["1", "2"]
+        total = 0.0
+        for number, text in texts.items():
+            for each in (1, 2):
+                assert f'relay_worker_ready{{worker="{each}"}} 1.0' in text
+            start = f'relay_connections{{door="native",worker="{number}"}} '
+            total += float(next(x for x in text.splitlines() if x.startswith(start)).split()[-1])
+        assert total == len(streams)
+        names = redis(valkey, "KEYS", f"relay:node:*_{relay.port}-*")
+        assert {name.decode().split(":")[2].rpartition("-")[2] for name in names} == {"1", "2"}
+        assert any("relay.stream.reader[1]: " in line for line in relay.log)
+        assert any("relay.stream.reader[2]: " in line for line in relay.log)
+
+
+async def _clients(first: Native, second: Native) -> list[float]:
+    return [
+        await door.metric(f'relay_connections{{door="native",worker="{number}"}}')
+        for number, door in ((1, first), (2, second))
+    ]
+
+
+async def test_clients_are_spread_evenly_and_a_new_worker_gets_its_share(
+    valkey: Server, channel: str
+) -> None:
+    metrics = neighbours()
+    async with (
+        running(valkey, f"metrics.port={metrics}") as (relay, door),
+        native(relay, port=metrics) as first,
+        native(relay, port=metrics + 1) as second,
+    ):
+        await over_both(door, channel, 200)
+        counts = await _clients(first, second)
+        assert sum(counts) == 200
+        assert max(counts) <= 110
+        os.kill(workers(relay)[1], signal.SIGKILL)
+        await said(relay, "worker 1 serves", 2)
+        # Its clients come back: most to it, so that it has as many as the other.
+        await over_both(door, channel, 100)
+        counts = await _clients(first, second)
+        assert max(counts) <= 1.1 * sum(counts) / 2
+        relay.xadd(channel, data="1")
+        for stream in door.streams[-100:]:
+            assert (await stream.next()).json() == 1
+
+
+# ---- they are replaced ----------------------------------------------------------------------
+
+
+async def test_a_killed_worker_is_back_and_its_clients_have_missed_nothing(valkey: Server) -> None:
+    rng = random.Random(7)
+    channels = [f"killed:{number}" for number in range(10)]
+    events = 6000
+    totals = dict.fromkeys(channels, events // len(channels))
+    async with running(valkey, flags=["--insecure"]) as (relay, door):
+        clients = [
+            ChaosClient(relay.port, rng.sample(channels, 2), websocket=bool(number % 2))
+            for number in range(40)
+        ]
+        # Set: a client ends no connection by itself, only the killed worker does.
+        stay = asyncio.Event()
+        stay.set()
+        marks = [threading.Event() for _ in range(2)]
+        away_s = []
+
+        async def kill(mark: threading.Event, number: int) -> None:
+            await asyncio.to_thread(mark.wait)
+            os.kill(workers(relay)[number], signal.SIGKILL)
+            begun = time.monotonic()
+            await said(relay, f"worker {number} serves", 2)
+            away_s.append(time.monotonic() - begun)
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(client.run(rng, stay)) for client in clients]
+            for client in clients:
+                await client.subscribed.wait()
+            async with asyncio.TaskGroup() as trouble:
+                trouble.create_task(asyncio.to_thread(produce, valkey, channels, events, marks))
+                trouble.create_task(kill(marks[0], 1))
+                trouble.create_task(kill(marks[1], 2))
+            async with asyncio.timeout(20):
+                for client in clients:
+                    while not client.done(totals):
+                        client.progress.clear()
+                        await client.progress.wait()
+            for task in tasks:
+                task.cancel()
+        assert await door.status("/readyz") == 200
+    for client in clients:
+        for name in client.channels:
+            assert client.received[name] == list(range(totals[name]))
+        assert client.notices == []
+    assert any(client.connections > 1 for client in clients)
+    assert max(away_s) < 2
+
+
+async def test_no_worker_is_ready_while_one_is_not(valkey: Server) -> None:
+    metrics = neighbours()
+    async with (
+        running(valkey, f"metrics.port={metrics}") as (relay, _),
+        native(relay, port=metrics) as first,
+        native(relay, port=metrics + 1) as second,
+    ):
+        for door in (first, second):
+            assert await door.status("/readyz") == 200
+        # It hangs: its connections stay and nothing answers.
+        os.kill(workers(relay)[2], signal.SIGSTOP)
+        async with asyncio.timeout(2):
+            while await first.status("/readyz") == 200:
+                await asyncio.sleep(0.02)
+        assert (await first.get("/readyz")).body == b"worker 2 is not ready\n"
+        assert await first.metric('relay_worker_ready{worker="2"}') == 0
+        os.kill(workers(relay)[2], signal.SIGCONT)
+        async with asyncio.timeout(5):
+            while await first.status("/readyz") != 200:
+                await asyncio.sleep(0.02)
+        # Each can be scraped by itself.
+        for number, door in ((1, first), (2, second)):
+            text = (await door.get("/metrics")).body.decode()
+            assert f'relay_events_total{{worker="{number}"}}' in text
+
+
+# ---- signals --------------------------------------------------------------------------------
+
+
+async def test_reload_and_reopen_reach_every_worker(valkey: Server, tmp_path: Path) -> None:
+    file, log = tmp_path / "relay.ini", tmp_path / "relay.log"
+    file.write_text("")
+    async with running(valkey, f"log.file={log}", flags=["-c", str(file)]) as (relay, door):
+        with pytest.raises(Refused):
+            await door.sse("open:a", token="")
+        file.write_text("[namespace:open]\nrights = anonymous\n")
+        relay.send(signal.SIGHUP)
+        for number in (1, 2):
+            mark = f"relay.app[{number}]: reloaded"
+            await until(lambda mark=mark: mark in log.read_text())  # type: ignore[misc]
+        for _ in range(8):
+            (await door.sse("open:a", token="")).drop()
+        log.rename(tmp_path / "relay.log.1")
+        relay.send(signal.SIGUSR1)
+        await until(log.exists)
+        relay.send(signal.SIGHUP)
+        for number in (1, 2):
+            mark = f"relay.app[{number}]: reloaded"
+            await until(lambda mark=mark: mark in log.read_text())  # type: ignore[misc]
+
+
+async def test_stop_tells_the_clients_of_every_worker(valkey: Server, channel: str) -> None:
+    async with running(valkey) as (relay, door):
+        streams = await over_both(door, channel)
+        pids = list(workers(relay).values())
+        async with asyncio.TaskGroup() as tasks:
+            code = tasks.create_task(asyncio.to_thread(relay.stop))
+            told = [tasks.create_task(stream.ended()) for stream in streams]
+        assert {task.result()[-1].event for task in told} == {"relay:closing"}
+        assert code.result() == 0
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+        assert not redis(valkey, "KEYS", f"relay:node:*_{relay.port}-*")
+
+
+async def test_a_second_signal_ends_every_worker_at_once(valkey: Server, channel: str) -> None:
+    async with running(valkey, "node.drain_s=60") as (relay, door):
+        await over_both(door, channel, 100)
+        relay.send(signal.SIGTERM)
+        await said(relay, ": stopping", 3)
+        pids = list(workers(relay).values())
+        assert await asyncio.to_thread(relay.stop, 3) == 1
+        await until(lambda: not any(_runs(pid) for pid in pids))
+
+
+async def test_workers_die_with_their_supervisor(valkey: Server) -> None:
+    async with running(valkey) as (relay, _):
+        pids = list(workers(relay).values())
+        await asyncio.to_thread(relay.kill)
+        await until(lambda: not any(_runs(pid) for pid in pids), limit_s=2)
+        # Its port is free again at once.
+        await asyncio.to_thread(relay.start)
+
+
+def _runs(pid: int) -> bool:
+    # Whoever inherited a dead process may take its time to ask for it.
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+# ---- what keeps them from starting ----------------------------------------------------------
+
+
+async def _refused(server: Server, *words: str) -> str:
+    """The one line on standard error of a start that fails."""
+    command = [sys.executable, "-m", "relay", "serve", "--workers", "2", "--redis"]
+    command += [server.url("relay"), "--set", f"jwt.key={KEY}", "--set", "log.level=error", *words]
+    run = await asyncio.to_thread(
+        subprocess.run, command, cwd=ROOT, capture_output=True, text=True, timeout=15
+    )
+    assert run.returncode == 1
+    assert run.stdout == ""
+    assert run.stderr.count("\n") == 1, run.stderr
+    return run.stderr
+
+
+async def test_a_taken_port_is_one_line_and_exit_code_1(valkey: Server) -> None:
+    async with running(valkey) as (relay, _):
+        line = await _refused(valkey, "--port", str(relay.port))
+        assert f"port {relay.port}" in line
+        own = f"protocol:native.port={relay.port}"
+        line = await _refused(valkey, "--port", str(free_port()), "--set", own)
+        assert f"port {relay.port}" in line
+
+
+async def test_what_keeps_a_worker_from_starting_is_said_once(
+    valkey: Server, tmp_path: Path
+) -> None:
+    path = tmp_path / "none.pem"
+    line = await _refused(valkey, "--port", "0", "--set", f"server.tls_cert={path}")
+    assert "tls_cert" in line
+
+
+# ---- what is per user or per site -----------------------------------------------------------
+
+
+async def test_operators_disconnect_and_unsubscribe_over_workers_and_relays(
+    valkey: Server, channel: str
+) -> None:
+    async with running(valkey) as (_, door), running(valkey) as (_, other):
+        streams = [*await over_both(door, channel), *await over_both(other, channel)]
+        sockets = [await each.ws(channel) for each in (door, other) for _ in range(12)]
+        for socket_ in sockets:
+            await socket_.next()
+        command = ["command", "unsubscribe", "channel", channel, "user", "alice"]
+        redis(valkey, "XADD", "relay:control", "*", *command)
+        for stream in streams:
+            assert [block.event for block in await stream.ended()] == ["relay:revoked"]
+        for socket_ in sockets:
+            notice = await socket_.next()
+            assert (notice["notice"], notice["reason"]) == ("revoked", "unsubscribed"), notice
+        redis(valkey, "XADD", "relay:control", "*", "command", "disconnect", "user", "alice")
+        for socket_ in sockets:
+            notices, code = await socket_.closed()
+            assert (notices[-1]["reason"], code) == ("disconnected", 4403), json.dumps(notices)
+
+
+async def _answers(door: Native, channel: str, attempts: int) -> list[str]:
+    """What attempts to connect, one after the other, came to."""
+    found = []
+    for _ in range(attempts):
+        try:
+            await door.sse(channel)
+            found.append("open")
+        except Refused as exc:
+            found.append(exc.answer.error["code"])
+    return found
+
+
+async def test_the_connections_of_a_user_are_limited_over_workers_and_relays(
+    valkey: Server, channel: str
+) -> None:
+    limit = "hub.connections_per_user=5"
+    async with running(valkey, limit) as (_, door), running(valkey, limit) as (_, other):
+        opened = [await each.sse(channel) for each in (door, other, door, other, door)]
+        assert await _answers(door, channel, 6) == ["limit_exceeded"] * 6
+        assert await _answers(other, channel, 6) == ["limit_exceeded"] * 6
+        refused, code = await (await other.ws(channel)).closed()
+        assert (refused[-1]["error"]["code"], code) == ("limit_exceeded", 4429)
+        # Whoever leaves makes room, wherever it was.
+        opened[0].drop()
+        async with asyncio.timeout(5):
+            while await _answers(other, channel, 1) != ["open"]:
+                pass
+        assert await _answers(door, channel, 3) == ["limit_exceeded"] * 3
+        # Of many that come at once no more than the limit get in, and not fewer.
+        for stream in [*opened, *other.streams]:
+            stream.drop()
+        await until(lambda: not any(_seats(valkey)))
+        async with asyncio.TaskGroup() as tasks:
+            several = [tasks.create_task(_answers(door, channel, 3)) for _ in range(4)]
+            several += [tasks.create_task(_answers(other, channel, 3)) for _ in range(4)]
+        assert sum(task.result().count("open") for task in several) == 5
+
+
+def _seats(server: Server) -> list[int]:
+    keys = redis(server, "KEYS", "relay:users:*")
+    return [int(count) for key in keys for count in redis(server, "HVALS", key)]
+
+
+async def test_the_seats_of_a_killed_worker_are_free_at_once(valkey: Server, channel: str) -> None:
+    async with running(valkey, "hub.connections_per_user=8") as (relay, door):
+        streams = await over_both(door, channel, 8)
+        assert await _answers(door, channel, 1) == ["limit_exceeded"]
+        for number in (1, 2):
+            os.kill(workers(relay)[number], signal.SIGKILL)
+            await said(relay, f"worker {number} has ended")
+        for stream in streams:
+            with pytest.raises((asyncio.IncompleteReadError, ConnectionError, EOFError)):
+                await stream.next()
+        await said(relay, "serves", 4)
+        assert await _answers(door, channel, 9) == ["open"] * 8 + ["limit_exceeded"]
+
+
+async def test_a_limit_holds_from_a_reload_on(valkey: Server, tmp_path: Path, channel: str) -> None:
+    file = tmp_path / "relay.ini"
+    file.write_text("")
+    async with running(valkey, flags=["-c", str(file)]) as (relay, door):
+        await over_both(door, channel, 4)
+        assert not redis(valkey, "KEYS", f"relay:users:*_{relay.port}-*")
+        file.write_text("[hub]\nconnections_per_user = 6\n")
+        relay.send(signal.SIGHUP)
+        await said(relay, ": reloaded", 2)
+        await until(lambda: sum(_seats(valkey)) == 4)
+        assert await _answers(door, channel, 4) == ["open"] * 2 + ["limit_exceeded"] * 2
