@@ -7,7 +7,9 @@ import asyncio
 import contextlib
 import os
 import select
+import signal
 import sys
+from collections.abc import Iterator
 
 import orjson
 
@@ -18,7 +20,7 @@ from relay.hub.recovery import incarnation_of, judge, untrimmed
 from relay.model import ZERO_ID, Broken, Channel, EntryID, Event, Position, Record, Revocation
 from relay.stream import entry
 from relay.stream.publish import publish as append
-from relay.stream.view import View, look, wait_for_news
+from relay.stream.view import PAGE, View, look, wait_for_news
 
 _AGAIN_S = 0.5
 
@@ -53,15 +55,35 @@ async def publish(site: Site, options: argparse.Namespace) -> int:
 
 
 async def tail(site: Site, options: argparse.Namespace) -> int:
-    """Until the reader of standard output is gone; ^C leaves as KeyboardInterrupt."""
+    """Until ^C, or until the reader of standard output is gone."""
+    follower = _Tail(site, channel_of(options.channel), as_json=options.json)
     with contextlib.suppress(BrokenPipeError):
-        try:
-            await _Tail(site, channel_of(options.channel), as_json=options.json).run(options.after)
-        finally:
-            # A half-written batch of a ^C is written whole.
-            sys.stdout.flush()
+        with _interrupting(follower), contextlib.suppress(asyncio.CancelledError):
+            await follower.run(options.after)
+        sys.stdout.flush()
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+@contextlib.contextmanager
+def _interrupting(follower: _Tail) -> Iterator[None]:
+    """^C ends it, whatever it waits for."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+    def stop() -> None:
+        # Said twice: a cancellation alone may come out of a library as its own error.
+        follower.stopped = True
+        if task is not None:
+            task.cancel()
+
+    # Signals belong to the main thread; in another one there is no ^C.
+    with contextlib.suppress(ValueError, RuntimeError):
+        loop.add_signal_handler(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError, RuntimeError):
+            loop.remove_signal_handler(signal.SIGINT)
 
 
 class _Tail:
@@ -71,15 +93,16 @@ class _Tail:
         self._site = site
         self._channel = channel
         self._json = as_json
+        self.stopped = False
         self._position = Position(ZERO_ID)
         self._reader_gone = select.poll()
         self._reader_gone.register(sys.stdout.fileno(), select.POLLERR)
 
     async def run(self, after: EntryID | None) -> None:
         """The first look must succeed; later ones are tried again for ever."""
-        self._begin(await self._look(after or ZERO_ID, 1), after)
+        self._begin(await self._look(after or ZERO_ID, PAGE if after else 1), after)
         away = False
-        while not self._reader_gone.poll(0):
+        while not (self.stopped or self._reader_gone.poll(0)):
             try:
                 view = await self._look(self._position.id)
                 if away:
@@ -95,7 +118,7 @@ class _Tail:
                     away = True
                 await asyncio.sleep(_AGAIN_S)
 
-    async def _look(self, after: EntryID, count: int = 50) -> View:
+    async def _look(self, after: EntryID, count: int = PAGE) -> View:
         site = self._site
         limit = site.config.stream.max_entry_bytes
         return await look(site.client, site.keys, self._channel, after, limit, count)
@@ -120,6 +143,7 @@ class _Tail:
             whole = state.added == state.length or untrimmed(Position(after), state)
             if state.max_deleted > after or not whole:
                 say(f"entries after {after} were removed; the oldest is {state.first or 'gone'}")
+            self._show(view)
 
     def _whole(self, view: View) -> bool:
         """Says what may be missing; False where the place is another one now."""

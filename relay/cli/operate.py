@@ -36,12 +36,7 @@ _COMMANDS: Mapping[str, Command] = {
 
 def run(options: argparse.Namespace, config: Config) -> int:
     """The exit code."""
-    try:
-        code = asyncio.run(_run(options, config))
-    except KeyboardInterrupt:
-        if options.command != "tail":
-            raise
-        return 0  # its ordinary end
+    code = asyncio.run(_run(options, config))
     # Here, where a reader that has gone is still an exception with a meaning.
     sys.stdout.flush()
     return code
