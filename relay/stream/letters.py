@@ -106,9 +106,11 @@ def fields_of(letter: Letter) -> list[bytes]:
     """The entry's flat fields as far as the letter has them; RelayError where it has none."""
     try:
         pairs = orjson.loads(letter.values["fields"])
-        return [_bytes(part) for name, value in pairs for part in (name, value)]
-    except (KeyError, ValueError, TypeError) as exc:
-        raise RelayError(f"dead letter {letter.id} has no fields of an entry") from exc
+        if isinstance(pairs, list) and pairs:
+            return [_bytes(part) for name, value in pairs for part in (name, value)]
+    except (KeyError, ValueError, TypeError):
+        pass
+    raise RelayError(f"dead letter {letter.id} has no fields of an entry")
 
 
 async def _original(client: Redis, keys: Keys, letter: Letter) -> list[bytes]:
