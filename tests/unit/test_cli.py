@@ -29,7 +29,9 @@ KEY = "0123456789abcdef0123456789abcdef"
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     handlers, level = logging.getLogger().handlers[:], logging.getLogger().level
+    access = logging.getLogger("aiohttp.access").disabled
     yield
+    logging.getLogger("aiohttp.access").disabled = access
     for handler in logging.getLogger().handlers:
         if handler not in handlers:
             handler.close()
