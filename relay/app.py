@@ -42,7 +42,7 @@ from relay.stream import revoke as revocations
 from relay.stream.connect import redis_client
 from relay.stream.control_reader import ControlReader
 from relay.stream.keys import Keys
-from relay.stream.nodes import Heartbeat, new_instance, this_node
+from relay.stream.nodes import Heartbeat, Load, new_instance, this_node
 from relay.stream.reader import Reader
 from relay.stream.seats import Seats
 from relay.transports.balance import Balance
@@ -183,7 +183,17 @@ class Relay:
             insecure=config.insecure,
         )
         self._mount(context)
-        heartbeat = Heartbeat(client=client, keys=keys, node=this_node(node, instance, __version__))
+        heartbeat = Heartbeat(
+            client=client,
+            keys=keys,
+            node=this_node(node, instance, __version__),
+            load=lambda: Load(
+                ready=reader.ready(),
+                connections=len(hub.sessions()),
+                streams=len(hub.feeds()),
+                lag_ms=round(metrics.take_worst_lag() * 1000),
+            ),
+        )
         jobs = Jobs(
             client=client,
             keys=keys,

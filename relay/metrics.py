@@ -56,6 +56,7 @@ class Metrics:
             buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30, 300),
             registry=self.registry,
         )
+        self._worst_lag_s = 0.0
         self.connections = Gauge(
             "relay_connections", "Open client connections", ["door"], registry=self.registry
         )
@@ -102,6 +103,16 @@ class Metrics:
             )
             for number in range(1, siblings.count + 1):
                 ready.labels(str(number)).set_function(partial(siblings.ready, number))
+
+    def delayed(self, seconds: float) -> None:
+        """An entry of this age was offered to the live clients."""
+        self.lag.observe(seconds)
+        self._worst_lag_s = max(self._worst_lag_s, seconds)
+
+    def take_worst_lag(self) -> float:
+        """The largest `delayed` since the last call, in seconds."""
+        worst, self._worst_lag_s = self._worst_lag_s, 0.0
+        return worst
 
     def delivered(self, count: int) -> None:
         """Live events offered, all clients together."""

@@ -63,7 +63,7 @@ class Incoming:
             if isinstance(record.body, Broken):
                 self._set_aside(stream.channel, record.body)
         stream.on_records(records)
-        self._metrics.lag.observe(max(0.0, time.time() - records[-1].id.ms / 1000))
+        self._metrics.delayed(max(0.0, time.time() - records[-1].id.ms / 1000))
 
     def _set_aside(self, channel: Channel, broken: Broken) -> None:
         self._metrics.dead_letters.inc()

@@ -7,7 +7,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from relay.cli import operator_arguments as operate
+from relay.cli.operator_arguments import Commands
+
 _EXIT_CODES = "Exit codes: 0 done, 1 configuration or start error (one line says which), 2 usage."
+OPERATOR_EXIT_CODES = (
+    "Exit codes: 0 done; 1 not done: configuration, Redis away, no rights, no such thing (one line"
+    " on standard error says which); 2 usage."
+)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -67,14 +74,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     _redis(revoke)
     revoke.add_argument("channel", metavar="CHANNEL")
     revoke.add_argument("user", metavar="USER")
-    return parser.parse_args(arguments)
+    operate.add(commands, _operator)
+    options = parser.parse_args(arguments)
+    operate.check(options, parser)
+    return options
+
+
+def _operator(
+    commands: Commands, name: str, about: str, exit_codes: str = OPERATOR_EXIT_CODES
+) -> argparse.ArgumentParser:
+    """A command on a running site: where it is configured, and --json for scripts."""
+    parser = _command(commands, name, about, exit_codes)
+    _configured(parser)
+    _redis(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line, for scripts")
+    return parser
 
 
 def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, about: str
+    commands: Commands, name: str, about: str, exit_codes: str = _EXIT_CODES
 ) -> argparse.ArgumentParser:
     return commands.add_parser(
-        name, help=about, description=about, epilog=_EXIT_CODES, allow_abbrev=False
+        name, help=about, description=about, epilog=exit_codes, allow_abbrev=False
     )
 
 

@@ -13,6 +13,7 @@ from relay import __version__, logs
 from relay.cli.arguments import parse
 from relay.cli.banner import banner
 from relay.cli.local_key import uses_local_key, with_local_key
+from relay.cli.operator_arguments import COMMANDS as OPERATOR_COMMANDS
 from relay.config import FLAGS, SECTIONS, Config, load
 from relay.config_text import example
 from relay.errors import RelayError
@@ -149,6 +150,13 @@ def _revoke(options: argparse.Namespace) -> int:
     return OK
 
 
+def _operate(options: argparse.Namespace) -> int:
+    # Here, not above: redis-py is slow to import, and `relay version` needs none of it.
+    from relay.cli import operate
+
+    return operate.run(options, _load(options))
+
+
 _COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "serve": _serve,
     "genconfig": _genconfig,
@@ -156,4 +164,5 @@ _COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "version": _version,
     "token": _token,
     "revoke": _revoke,
+    **dict.fromkeys(OPERATOR_COMMANDS, _operate),
 }

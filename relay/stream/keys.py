@@ -11,6 +11,8 @@ Cluster slot; a command or transaction over several keys stays within one worksp
 | `<p>ephemeral:{C}`        | pub/sub | live-only events of C; no key       | nothing is kept      |
 | `<p>dead-letters`         | stream  | entries that could not be read      | trimmed by XADD      |
 | `<p>dead-letter:{C}:<id>` | string  | mark: this one is written           | expires after a day  |
+| `<p>requeued:{C}:<id>`    | string  | mark: this dead letter's new entry  | expires after a day  |
+| `<p>uid:{C}:<uid>`        | string  | the first entry with this uid       | expires: its window  |
 | `<p>nodes`                | set     | the workers that started            | the worker; jobs (2) |
 | `<p>node:<instance>`      | string  | one worker's heartbeat, JSON        | the worker; 15 s     |
 | `<p>users:<instance>`     | hash    | user -> connections on that worker  | the worker; 6 s      |
@@ -43,7 +45,7 @@ class Keys:
         self.control = self.prefix + b"control"
         self.dead_letters = self.prefix + b"dead-letters"
         self.nodes = self.prefix + b"nodes"
-        self.stream_pattern = _GLOB.sub(rb"\\\1", self._stream) + b"*}"
+        self.stream_pattern = self.streams_matching("*")
 
     def stream(self, channel: Channel) -> bytes:
         """The stream of one workspace."""
@@ -60,6 +62,18 @@ class Keys:
     def dead_letter_mark(self, channel: Channel, entry_id: EntryID) -> bytes:
         """Set by the one worker that writes the dead letter of this entry."""
         return f"{self._text}dead-letter:{{{channel}}}:{entry_id}".encode()
+
+    def requeued(self, channel: Channel, letter_id: EntryID) -> bytes:
+        """The ID of the entry that this dead letter, as one of the site's, has become again."""
+        return f"{self._text}requeued:{{{channel}}}:{letter_id}".encode()
+
+    def uid(self, channel: Channel, uid: str) -> bytes:
+        """The ID of the first entry that its producer gave this `uid`."""
+        return f"{self._text}uid:{{{channel}}}:{uid}".encode()
+
+    def streams_matching(self, pattern: str) -> bytes:
+        """For SCAN MATCH: the streams of the channels that match the glob `pattern`."""
+        return _GLOB.sub(rb"\\\1", self._stream) + pattern.encode(errors="surrogateescape") + b"}"
 
     def node(self, instance: str) -> bytes:
         """The heartbeat of one worker."""

@@ -11,8 +11,8 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -47,6 +47,25 @@ class Node:
     pid: int
     started: str
     version: str
+    # None: a worker of an older version does not say.
+    ready: bool | None = None
+    connections: int | None = None
+    streams: int | None = None
+    lag_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What a worker has to do at the moment of a beat. `lag_ms` is the largest age of an entry
+    when it was offered to the live clients, since the beat before."""
+
+    ready: bool
+    connections: int
+    streams: int
+    lag_ms: int
+
+
+_FIELDS = frozenset(field.name for field in fields(Node))
 
 
 def this_node(name: str, instance: str, version: str) -> Node:
@@ -64,11 +83,13 @@ def this_node(name: str, instance: str, version: str) -> Node:
 class Heartbeat:
     """Says every HEARTBEAT_S that this worker lives."""
 
-    def __init__(self, *, client: Redis, keys: Keys, node: Node) -> None:
+    def __init__(
+        self, *, client: Redis, keys: Keys, node: Node, load: Callable[[], Load] | None = None
+    ) -> None:
         self._client = client
         self._keys = keys
         self._node = node
-        self._text = orjson.dumps(node)
+        self._load = load
 
     async def run(self) -> None:
         """Until cancelled. Redis being away is waited out: the reader says so to the world."""
@@ -82,9 +103,11 @@ class Heartbeat:
     async def beat(self) -> None:
         """Once; the registry too, for a Redis that lost its data has lost that as well."""
         instance = self._node.instance
+        node = replace(self._node, **asdict(self._load())) if self._load else self._node
+        text = orjson.dumps(node)
         async with self._client.pipeline(transaction=False) as pipeline:
             pipeline.execute_command("SADD", self._keys.nodes, instance)
-            pipeline.execute_command("SET", self._keys.node(instance), self._text, "EX", EXPIRY_S)
+            pipeline.execute_command("SET", self._keys.node(instance), text, "EX", EXPIRY_S)
             with connect.translated():
                 await pipeline.execute()
 
@@ -113,15 +136,23 @@ async def _registry(client: Redis, keys: Keys) -> dict[str, bytes | None]:
 
 async def live_nodes(client: Redis, keys: Keys) -> list[Node]:
     """The workers whose heartbeat is there, by instance; one that says nonsense is left out."""
-    found = []
+    return (await workers(client, keys))[0]
+
+
+async def workers(client: Redis, keys: Keys) -> tuple[list[Node], list[str]]:
+    """The `live_nodes`, and the instances that are registered and silent: killed or cut off."""
+    living, silent = [], []
     for instance, beat in (await _registry(client, keys)).items():
         if beat is None:
+            silent.append(instance)
             continue
         try:
-            found.append(Node(**orjson.loads(beat)))
+            values = orjson.loads(beat)
+            # A newer relay on the same Redis may say more than this one knows.
+            living.append(Node(**{name: values[name] for name in values if name in _FIELDS}))
         except (ValueError, TypeError):
             log.warning("the heartbeat of %s cannot be read", instance)
-    return found
+    return living, silent
 
 
 class DeadNodes:

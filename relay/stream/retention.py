@@ -79,3 +79,22 @@ def commands(
         if min_ms > 0:
             wanted.append(("XTRIM", key, "MINID", min_ms))
     return wanted
+
+
+async def trim_one(
+    client: Redis, keys: Keys, channel: Channel, *, max_entries: int | None, max_age_s: float | None
+) -> int | None:
+    """Remove exactly what is beyond the newest `max_entries` or older than `max_age_s`; how many.
+
+    None where the channel has no stream.
+    """
+    key = keys.stream(channel)
+    if not await connect.command(client, "EXISTS", key):
+        return None
+    removed = 0
+    if max_entries is not None:
+        removed += await connect.command(client, "XTRIM", key, "MAXLEN", max_entries)
+    if max_age_s is not None:
+        oldest_ms = max(0, await connect.time_ms(client) - int(max_age_s * 1000))
+        removed += await connect.command(client, "XTRIM", key, "MINID", oldest_ms)
+    return removed

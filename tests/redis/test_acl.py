@@ -79,6 +79,11 @@ SENT: dict[User, list[str]] = {
         f"HDEL {RIGHTS} anna",
         f"XADD {STREAM} * revoke anna",
         "EXEC",
+        "EVAL return 2 relay:uid:{news}:7d1f " + STREAM,
+        "EVAL return 2 relay:requeued:{news}:1-1 " + STREAM,
+        "SET relay:uid:{news}:7d1f 1-1 EX 3600",
+        "WAIT 1 1000",
+        "XDEL relay:dead-letters 1-1",
         f"XLEN {STREAM}",
         f"XRANGE {STREAM} - +",
         f"XREVRANGE {STREAM} + -",
@@ -126,7 +131,14 @@ REFUSED: dict[User, list[str]] = {
         "CLIENT KILL ID 1",
         "EVAL 1 0",
     ],
-    "maintenance": ["GET other", "CONFIG GET *", "FLUSHALL", "ACL LIST", "EVAL 1 0", "KEYS *"],
+    "maintenance": [
+        "GET other",
+        "CONFIG GET *",
+        "FLUSHALL",
+        "ACL LIST",
+        "EVAL return 1 other",
+        "KEYS *",
+    ],
 }
 
 

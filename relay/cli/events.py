@@ -1,0 +1,224 @@
+"""`relay publish` and `relay tail`: one event in, all events out."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import select
+import signal
+import sys
+from collections.abc import Iterator
+
+import orjson
+
+from relay.cli.output import emit, safe, say
+from relay.cli.site import Site, channel_of
+from relay.errors import RedisUnavailable, RelayError
+from relay.hub.recovery import incarnation_of, judge, untrimmed
+from relay.model import ZERO_ID, Broken, Channel, EntryID, Event, Position, Record, Revocation
+from relay.stream import entry
+from relay.stream.publish import publish as append
+from relay.stream.view import PAGE, View, look, wait_for_news
+
+_AGAIN_S = 0.5
+
+
+async def publish(site: Site, options: argparse.Namespace) -> int:
+    """Append; the ID on standard output."""
+    channel = channel_of(options.channel)
+    try:
+        data = sys.stdin.buffer.read() if options.data == "-" else os.fsencode(options.data)
+        to = options.to and set().union(*(entry.selectors(names) for names in options.to))
+        fields = entry.encode(
+            data, type=options.type, uid=options.uid, to=to, client=options.client
+        )
+    except ValueError as exc:
+        raise RelayError(f"not published: {exc}") from exc
+    limit = site.config.stream.max_entry_bytes
+    if entry.size(fields) > limit:
+        raise RelayError(f"not published: {entry.size(fields)} bytes, at most {limit} are allowed")
+    done = await append(
+        site.client,
+        site.keys,
+        channel,
+        fields,
+        namespace=site.config.namespace(channel),
+        uid=options.uid,
+    )
+    if options.json:
+        emit({"channel": channel, "id": str(done.id), "appended": done.fresh})
+    else:
+        print(done.id)
+    return 0
+
+
+async def tail(site: Site, options: argparse.Namespace) -> int:
+    """Until ^C, or until the reader of standard output is gone."""
+    follower = _Tail(site, channel_of(options.channel), as_json=options.json)
+    with contextlib.suppress(BrokenPipeError):
+        with _interrupting(follower), contextlib.suppress(asyncio.CancelledError):
+            await follower.run(options.after)
+        sys.stdout.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+@contextlib.contextmanager
+def _interrupting(follower: _Tail) -> Iterator[None]:
+    """^C ends it, whatever it waits for."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+    def stop() -> None:
+        # Said twice: a cancellation alone may come out of a library as its own error.
+        follower.stopped = True
+        if task is not None:
+            task.cancel()
+
+    # Signals belong to the main thread; in another one there is no ^C.
+    with contextlib.suppress(ValueError, RuntimeError):
+        loop.add_signal_handler(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError, RuntimeError):
+            loop.remove_signal_handler(signal.SIGINT)
+
+
+class _Tail:
+    """Its place in the stream is judged at each look, so that a loss is said."""
+
+    def __init__(self, site: Site, channel: Channel, *, as_json: bool) -> None:
+        self._site = site
+        self._channel = channel
+        self._json = as_json
+        self.stopped = False
+        self._position = Position(ZERO_ID)
+        self._reader_gone = select.poll()
+        self._reader_gone.register(sys.stdout.fileno(), select.POLLERR)
+
+    async def run(self, after: EntryID | None) -> None:
+        """The first look must succeed; later ones are tried again for ever."""
+        self._begin(await self._look(after or ZERO_ID, PAGE if after else 1), after)
+        away = False
+        while not (self.stopped or self._reader_gone.poll(0)):
+            try:
+                view = await self._look(self._position.id)
+                if away:
+                    say("Redis is back")
+                    away = False
+                if self._whole(view):
+                    self._show(view)
+                    if not view.more:
+                        await self._wait()
+            except RedisUnavailable as exc:
+                if not away:
+                    say(f"{exc}; trying again")
+                    away = True
+                await asyncio.sleep(_AGAIN_S)
+
+    async def _look(self, after: EntryID, count: int = PAGE) -> View:
+        site = self._site
+        limit = site.config.stream.max_entry_bytes
+        return await look(site.client, site.keys, self._channel, after, limit, count)
+
+    async def _wait(self) -> None:
+        site = self._site
+        limit_s = site.config.redis.command_timeout_s
+        await wait_for_news(site.client, site.keys, self._channel, self._position.id, limit_s)
+
+    def _begin(self, view: View, after: EntryID | None) -> None:
+        state = view.state
+        if not state.exists:
+            say(f"{self._channel} has no stream yet; waiting for its first event")
+        elif after is None:
+            self._position = self._at_the_end(view)
+        elif after > state.last:
+            say(f"{after} is later than the last entry, {state.last}; going on after that one")
+            self._position = self._at_the_end(view)
+        else:
+            # Any ID may be given, as one made of a time; so its own entry need not be there.
+            self._position = Position(after, None, _incarnation(view), None)
+            whole = state.added == state.length or untrimmed(Position(after), state)
+            if state.max_deleted > after or not whole:
+                say(f"entries after {after} were removed; the oldest is {state.first or 'gone'}")
+            self._show(view)
+
+    def _whole(self, view: View) -> bool:
+        """Says what may be missing; False where the place is another one now."""
+        state, position = view.state, self._position
+        if position.id == ZERO_ID and position.added is None:
+            return True
+        if not state.exists and position.id == ZERO_ID:
+            return True
+        digest = view.own.digest if view.own else None
+        verdict = judge(position, state, _incarnation(view) or 0, digest)
+        if verdict.notice is None:
+            return True
+        say(f"entries after {position.id} may be missing: {verdict.notice.reason}")
+        if verdict.resume == position.id:
+            return True
+        self._position = Position(verdict.resume)
+        return False
+
+    def _show(self, view: View) -> None:
+        for record in view.records:
+            if self._json:
+                emit(_values(record))
+            else:
+                sys.stdout.write(_line(record) + "\n")
+        if view.records:
+            sys.stdout.flush()
+        if not view.more:
+            self._position = self._at_the_end(view)
+        else:
+            last = view.records[-1]
+            self._position = Position(last.id, None, _incarnation(view), last.digest)
+
+    def _at_the_end(self, view: View) -> Position:
+        state = view.state
+        newest = view.records[-1] if view.records else view.own
+        digest = newest.digest if newest and newest.id == state.last else None
+        if digest is None and state.last == self._position.id:
+            digest = self._position.digest
+        # Of an empty past nothing can be lost with a new life.
+        incarnation = None if state.last == ZERO_ID else _incarnation(view)
+        return Position(state.last, state.added, incarnation, digest)
+
+
+def _incarnation(view: View) -> int | None:
+    # Without a marker nothing names the life of the stream: no relay has followed it yet.
+    marker = view.state.incarnation
+    return None if marker is None else incarnation_of(marker, view.replid)
+
+
+def _line(record: Record) -> str:
+    """ID, type, client, data; `-` for what is not there. Control characters are escaped."""
+    body = record.body
+    if isinstance(body, Event):
+        parts = [body.type or "-", body.client or "-", body.data.decode()]
+    elif isinstance(body, Revocation):
+        parts = ["relay:revoke", "-", body.user]
+    else:
+        parts = ["relay:broken", "-", body.reason]
+    return "  ".join([str(record.id), *map(safe, parts)])
+
+
+def _values(record: Record) -> dict[str, object]:
+    values: dict[str, object] = {"id": str(record.id)}
+    match record.body:
+        case Event() as event:
+            data = orjson.Fragment(event.data) if event.is_json else event.data.decode()
+            values |= {"type": event.type, "client": event.client, "data": data}
+            if event.uid is not None:
+                values["uid"] = event.uid
+            if event.to is not None:
+                values["to"] = sorted(event.to)
+            if event.info is not None:
+                values["info"] = orjson.Fragment(event.info)
+        case Revocation() as revocation:
+            values |= {"revoke": revocation.user}
+        case Broken() as broken:
+            values |= {"broken": broken.reason}
+    return values

@@ -1,0 +1,174 @@
+"""`relay dead-letters`: list, show, requeue, drop."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import AsyncIterator
+
+from relay.cli.output import Progress, duration, emit, optional, safe, say, table
+from relay.cli.site import Site
+from relay.errors import RedisUnavailable, RelayError
+from relay.model import Broken
+from relay.stream import connect, entry, letters
+from relay.stream.letters import Letter
+
+_HEAD = ("ID", "FROM", "ENTRY", "AGE", "REASON")
+
+
+async def dead_letters(site: Site, options: argparse.Namespace) -> int:
+    """What `action` says."""
+    match options.action:
+        case "list":
+            return await _list(site, options)
+        case "show":
+            return await _show(site, options)
+        case "requeue":
+            return await _requeue(site, options)
+        case _:
+            return await _drop(site, options)
+
+
+async def _list(site: Site, options: argparse.Namespace) -> int:
+    now_ms = await connect.time_ms(site.client)
+    progress = Progress("dead letters")
+    rows: list[list[str]] = []
+    try:
+        async for page in letters.pages(site.client, site.keys):
+            if options.json:
+                for letter in page:
+                    emit(_values(letter))
+                continue
+            # Without the fields: there may be thousands of letters of 64 KiB.
+            rows += [
+                [
+                    str(letter.id),
+                    _from(letter),
+                    str(letter.entry_id or "-"),
+                    duration(max(0, now_ms - letter.id.ms)),
+                    letter.reason,
+                ]
+                for letter in page
+            ]
+            progress(len(rows))
+    finally:
+        progress.end()
+    if rows:
+        table(_HEAD, rows, right=(3,))
+    elif not options.json:
+        say("no dead letters")
+    return 0
+
+
+def _from(letter: Letter) -> str:
+    values = letter.values
+    return letter.channel or values.get("stream") or values.get("queue") or "-"
+
+
+def _values(letter: Letter) -> dict[str, object]:
+    return {
+        "id": str(letter.id),
+        "channel": letter.channel,
+        "entry": optional(letter.entry_id),
+        "reason": letter.reason,
+        "node": letter.values.get("node"),
+        "at": letter.values.get("at"),
+        "truncated": letter.truncated,
+    }
+
+
+async def _show(site: Site, options: argparse.Namespace) -> int:
+    letter = await letters.find(site.client, site.keys, options.id)
+    if options.json:
+        emit({"id": str(letter.id), **letter.values})
+        return 0
+    print(f"{'letter':<12}{letter.id}")
+    for name, value in letter.values.items():
+        if name != "fields":
+            print(f"{safe(name):<12}{safe(value)}")
+    try:
+        fields = letters.fields_of(letter)
+    except RelayError:
+        # Of a kind that this version does not know: as it is.
+        if "fields" in letter.values:
+            print(f"{'fields':<12}{safe(letter.values['fields'])}")
+        return 0
+    texts = [safe(field.decode(errors="backslashreplace")) for field in fields]
+    for pair in zip(texts[::2], texts[1::2], strict=True):
+        print(f"{'field':<12}{' = '.join(pair)}")
+    return 0
+
+
+async def _chosen(site: Site, options: argparse.Namespace) -> AsyncIterator[Letter]:
+    if options.all:
+        async for page in letters.pages(site.client, site.keys):
+            for letter in page:
+                yield letter
+        return
+    for letter_id in options.ids:
+        yield await letters.find(site.client, site.keys, letter_id)
+
+
+async def _requeue(site: Site, options: argparse.Namespace) -> int:
+    """Each by itself: one that cannot be requeued stays, and is said."""
+    progress = Progress("requeued")
+    done = failed = again = 0
+    try:
+        async for letter in _chosen(site, options):
+            if letter.channel is None:
+                say(f"dead letter {letter.id} did not come from a stream; it stays")
+                failed += 1
+                continue
+            namespace = site.config.namespace(letter.channel)
+            try:
+                entry_id = await letters.requeue(site.client, site.keys, letter, namespace)
+            except (RedisUnavailable, connect.CommandRefused):
+                raise
+            except RelayError as exc:
+                progress.end()
+                say(f"{exc}; it stays")
+                failed += 1
+                continue
+            done += 1
+            again += _still_broken(site, letter)
+            if options.json:
+                emit({"letter": str(letter.id), "channel": letter.channel, "id": str(entry_id)})
+            elif not options.all:
+                print(f"{letter.id} is {letter.channel} {entry_id}")
+            progress(done)
+    finally:
+        progress.end()
+    if options.all and not options.json:
+        print(f"{done} requeued")
+    if again:
+        say(f"{again} of them cannot be delivered by this version either, and will come back")
+    return 1 if failed else 0
+
+
+def _still_broken(site: Site, letter: Letter) -> bool:
+    if letter.truncated or letter.channel is None:
+        return False
+    fields, limit = letters.fields_of(letter), site.config.stream.max_entry_bytes
+    record = entry.decode(letter.channel, letter.id, fields, limit)
+    return isinstance(record.body, Broken)
+
+
+async def _drop(site: Site, options: argparse.Namespace) -> int:
+    removed = 0
+    if options.all:
+        progress = Progress("dropped")
+        try:
+            async for page in letters.pages(site.client, site.keys):
+                ids = [letter.id for letter in page]
+                removed += await letters.drop(site.client, site.keys, ids)
+                progress(removed)
+        finally:
+            progress.end()
+    else:
+        # All are looked up before any is removed: a mistyped ID changes nothing.
+        chosen = [letter.id async for letter in _chosen(site, options)]
+        removed = await letters.drop(site.client, site.keys, chosen)
+    if options.json:
+        emit({"dropped": removed})
+    else:
+        print(f"{removed} dropped")
+    return 0

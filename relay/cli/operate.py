@@ -1,0 +1,52 @@
+"""Runs an operator's command in a loop of its own; imported only where there is one to run."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING
+
+from relay.cli import events, letters, streams, workers
+from relay.cli.site import Site, site_of
+from relay.errors import RelayError
+from relay.stream.connect import CommandRefused
+
+if TYPE_CHECKING:
+    from relay.config import Config
+
+# redis-py's class for the answer NOPERM.
+_NO_RIGHTS = "NoPermissionError"
+
+Command = Callable[[Site, argparse.Namespace], Awaitable[int]]
+
+_COMMANDS: Mapping[str, Command] = {
+    "publish": events.publish,
+    "tail": events.tail,
+    "streams": streams.streams,
+    "trim": streams.trim,
+    "workers": workers.workers,
+    "status": workers.status,
+    "disconnect": workers.disconnect,
+    "unsubscribe": workers.unsubscribe,
+    "dead-letters": letters.dead_letters,
+}
+
+
+def run(options: argparse.Namespace, config: Config) -> int:
+    """The exit code."""
+    code = asyncio.run(_run(options, config))
+    # Here, where a reader that has gone is still an exception with a meaning.
+    sys.stdout.flush()
+    return code
+
+
+async def _run(options: argparse.Namespace, config: Config) -> int:
+    try:
+        async with site_of(config) as site:
+            return await _COMMANDS[options.command](site, options)
+    except CommandRefused as exc:
+        if exc.code != _NO_RIGHTS and "NOPERM" not in str(exc):
+            raise
+        raise RelayError(f"{exc} (docs/redis.md has a maintenance user who may)") from exc

@@ -1,0 +1,52 @@
+"""What every operator's command works on: the configuration, a client of its Redis, the keys."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from relay.errors import RelayError
+from relay.model import Channel, parse_channel
+from relay.stream.connect import redis_client
+from relay.stream.keys import Keys
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from relay.config import Config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One Redis with its relays."""
+
+    config: Config
+    client: Redis
+    keys: Keys
+
+
+@asynccontextmanager
+async def site_of(config: Config) -> AsyncIterator[Site]:
+    """The site that is configured; nothing is connected before the first command."""
+    async with redis_client(config.redis) as client:
+        yield Site(config=config, client=client, keys=Keys(config.redis.prefix))
+
+
+def channel_of(text: str) -> Channel:
+    """CHANNEL on the command line; RelayError where none can have this name."""
+    try:
+        return parse_channel(text)
+    except ValueError as exc:
+        raise RelayError(f"CHANNEL: {exc}") from exc
+
+
+def user_of(text: str) -> str:
+    """USER on the command line; RelayError where none can have this name."""
+    try:
+        if text.encode():
+            return text
+    except UnicodeEncodeError:
+        raise RelayError("USER: is not UTF-8") from None
+    raise RelayError("USER: is empty")

@@ -1,0 +1,132 @@
+"""`relay streams` and `relay trim`: what the streams hold, and less of it."""
+
+from __future__ import annotations
+
+import argparse
+
+from relay.cli.output import Progress, duration, emit, optional, say, table
+from relay.cli.site import Site, channel_of
+from relay.errors import RelayError
+from relay.settings import NamespaceSettings
+from relay.stream import nodes, overview, retention
+from relay.stream.overview import Follower, StreamOverview
+
+_HEAD = ("CHANNEL", "ENTRIES", "FIRST", "LAST", "AGE", "RETENTION", "WORKERS", "BEHIND")
+
+
+async def streams(site: Site, options: argparse.Namespace) -> int:
+    """Sorted by channel. 1 where a pattern matches none."""
+    progress = Progress("streams")
+    found: list[StreamOverview] = []
+    try:
+        async for batch in overview.walk(site.client, site.keys, options.pattern, progress):
+            found += batch
+    finally:
+        progress.end()
+    alive = {node.instance for node in await nodes.live_nodes(site.client, site.keys)}
+    found.sort(key=lambda stream: stream.channel)
+    if options.json:
+        for stream in found:
+            emit(_values(stream, site.config.namespace(stream.channel), alive))
+    elif found:
+        _show(site, found, alive)
+    if not found:
+        if options.pattern != "*":
+            raise RelayError(f"no stream of a channel that matches {options.pattern}")
+        say("no streams yet")
+    return 0
+
+
+def _show(site: Site, found: list[StreamOverview], alive: set[str]) -> None:
+    rows: list[list[str]] = []
+    for stream in found:
+        state, followers = stream.state, stream.followers
+        worst = max(followers, key=lambda each: each.lag_ms, default=None)
+        rows.append(
+            [
+                stream.channel,
+                str(state.length),
+                str(state.first or "-"),
+                str(state.last) if state.added else "-",
+                duration(stream.age_ms),
+                _retention(site.config.namespace(stream.channel)),
+                str(sum(each.worker in alive for each in followers)),
+                _behind(worst) if worst else "-",
+            ]
+        )
+        # A line of its own for each that is not simply alive and up to date.
+        rows += [
+            [f"  {follower.name}: {_behind(follower)}{_state(follower, alive)}"]
+            for follower in followers
+            if follower.behind or follower.worker not in alive
+        ]
+    table(_HEAD, rows, right=(1, 4, 6))
+
+
+def _behind(follower: Follower) -> str:
+    if not follower.behind:
+        return "0"
+    count = f"{follower.behind}{' or more' if follower.at_least else ''}"
+    return f"{count}, {duration(follower.lag_ms)}"
+
+
+def _state(follower: Follower, alive: set[str]) -> str:
+    if follower.worker is None:
+        return " (not a worker's group)"
+    return "" if follower.worker in alive else " (no heartbeat)"
+
+
+def _retention(namespace: NamespaceSettings) -> str:
+    limits = []
+    if namespace.retention_count:
+        limits.append(str(namespace.retention_count))
+    if namespace.retention_age_s:
+        limits.append(duration(namespace.retention_age_s * 1000))
+    return ", ".join(limits) or "none"
+
+
+def _values(
+    stream: StreamOverview, namespace: NamespaceSettings, alive: set[str]
+) -> dict[str, object]:
+    state = stream.state
+    return {
+        "channel": stream.channel,
+        "entries": state.length,
+        "first": optional(state.first),
+        "last": optional(state.last) if state.added else None,
+        "age_ms": stream.age_ms,
+        "retention_count": namespace.retention_count or None,
+        "retention_age_s": namespace.retention_age_s or None,
+        "groups": [
+            {
+                "name": each.name,
+                "worker": each.worker,
+                "alive": each.worker in alive,
+                "last": optional(each.last),
+                "behind": each.behind,
+                "behind_at_least": each.at_least,
+                "lag_ms": each.lag_ms,
+            }
+            for each in stream.followers
+        ],
+    }
+
+
+async def trim(site: Site, options: argparse.Namespace) -> int:
+    """At once and exactly, unlike the retention job."""
+    channel = channel_of(options.channel)
+    max_entries, max_age_s = options.max_entries, options.max_age
+    if max_entries is None and max_age_s is None:
+        namespace = site.config.namespace(channel)
+        max_entries = namespace.retention_count or None
+        max_age_s = namespace.retention_age_s or None
+    removed = await retention.trim_one(
+        site.client, site.keys, channel, max_entries=max_entries, max_age_s=max_age_s
+    )
+    if removed is None:
+        raise RelayError(f"{channel} has no stream; `relay streams` shows which have")
+    if options.json:
+        emit({"channel": channel, "removed": removed})
+    else:
+        print(f"{removed} {'entry' if removed == 1 else 'entries'} removed from {channel}")
+    return 0

@@ -1,0 +1,179 @@
+"""`relay workers`, `relay status`, and the commands that go to all workers."""
+
+from __future__ import annotations
+
+import argparse
+from datetime import UTC, datetime
+from typing import Any
+
+from relay.cli.output import duration, emit, say, table
+from relay.cli.site import Site, channel_of, user_of
+from relay.errors import RedisUnavailable
+from relay.model import EntryID
+from relay.stream import connect, control, letters, nodes
+from relay.stream.nodes import Node
+
+_HEAD = (
+    "WORKER", "HOST", "PID", "VERSION", "UP", "READY", "CONNECTIONS", "STREAMS", "LAG",
+)  # fmt: skip
+
+
+async def workers(site: Site, options: argparse.Namespace) -> int:
+    """By host; the registered ones that are silent too."""
+    living, silent = await nodes.workers(site.client, site.keys)
+    living.sort(key=lambda node: (node.host, node.instance))
+    now_ms = await connect.time_ms(site.client)
+    if options.json:
+        for node in living:
+            emit(_values(node, now_ms))
+        for instance in silent:
+            emit({"instance": instance, "alive": False})
+        return 0
+    if not living and not silent:
+        say("no worker is registered: none has run on this Redis, or all stopped in order")
+        return 0
+    rows = [_row(node, now_ms) for node in living]
+    rows += [[instance, *["-"] * 4, "silent", *["-"] * 3] for instance in silent]
+    table(_HEAD, rows, right=(2, 4, 6, 7, 8))
+    hosts = len({node.host for node in living})
+    connections = sum(node.connections or 0 for node in living)
+    print(
+        f"{_several(len(living), 'worker')} on {_several(hosts, 'host')},"
+        f" {_several(connections, 'connection')}"
+    )
+    return 0
+
+
+def _several(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _row(node: Node, now_ms: int) -> list[str]:
+    ready = {True: "yes", False: "no", None: "-"}[node.ready]
+    numbers = ["-" if each is None else str(each) for each in (node.connections, node.streams)]
+    return [
+        node.instance,
+        node.host,
+        str(node.pid),
+        node.version,
+        duration(_up_ms(node, now_ms)),
+        ready,
+        *numbers,
+        duration(node.lag_ms),
+    ]
+
+
+def _up_ms(node: Node, now_ms: int) -> int | None:
+    try:
+        started = datetime.fromisoformat(node.started)
+    except ValueError:
+        return None
+    if started.tzinfo is None:
+        started = started.replace(tzinfo=UTC)
+    return max(0, now_ms - int(started.timestamp() * 1000))
+
+
+def _values(node: Node, now_ms: int) -> dict[str, object]:
+    up_ms = _up_ms(node, now_ms)
+    return {
+        "instance": node.instance,
+        "alive": True,
+        "name": node.name,
+        "host": node.host,
+        "pid": node.pid,
+        "version": node.version,
+        "started": node.started,
+        "up_s": None if up_ms is None else up_ms // 1000,
+        "ready": node.ready,
+        "connections": node.connections,
+        "streams": node.streams,
+        "lag_ms": node.lag_ms,
+    }
+
+
+async def status(site: Site, options: argparse.Namespace) -> int:
+    """0 where nothing is wrong, else 1 and a line on standard error for each thing."""
+    values: dict[str, Any] = {"good": False, "redis": False}
+    wrong: list[str] = []
+    try:
+        living, silent = await nodes.workers(site.client, site.keys)
+        dead_letters = await letters.count(site.client, site.keys)
+    except (RedisUnavailable, connect.CommandRefused) as exc:
+        wrong.append(str(exc))
+    else:
+        lag_ms = max((node.lag_ms or 0 for node in living), default=0)
+        values |= {
+            "redis": True,
+            "workers": len(living),
+            "ready": sum(node.ready is not False for node in living),
+            "silent": len(silent),
+            "connections": sum(node.connections or 0 for node in living),
+            "lag_ms": lag_ms,
+            "dead_letters": dead_letters,
+        }
+        if len(living) < options.min_workers:
+            wrong.append(f"{_several(len(living), 'worker')} alive, {options.min_workers} wanted")
+        wrong += [
+            f"{node.instance} does not read streams" for node in living if node.ready is False
+        ]
+        if lag_ms > options.max_lag * 1000:
+            wrong.append(f"lag {duration(lag_ms)}, at most {options.max_lag:g} s wanted")
+        limit = options.max_dead_letters
+        if limit is not None and dead_letters > limit:
+            wrong.append(f"{_several(dead_letters, 'dead letter')}, at most {limit} wanted")
+    values["good"] = not wrong
+    values["wrong"] = wrong
+    if options.json:
+        emit(values)
+    else:
+        _show(values)
+    for line in wrong:
+        say(line)
+    return 1 if wrong else 0
+
+
+def _show(values: dict[str, Any]) -> None:
+    rows = [("status", "good" if values["good"] else "NOT GOOD")]
+    if not values["redis"]:
+        rows.append(("redis", "does not answer as it should"))
+    else:
+        workers = f"{values['workers']} alive, {values['ready']} ready"
+        if values["silent"]:
+            workers += f", {values['silent']} silent"
+        rows += [
+            ("redis", "answers"),
+            ("workers", workers),
+            ("connections", str(values["connections"])),
+            ("lag", duration(values["lag_ms"])),
+            ("dead letters", str(values["dead_letters"])),
+        ]
+    for name, text in rows:
+        print(f"{name:<14}{text}")
+
+
+async def disconnect(site: Site, options: argparse.Namespace) -> int:
+    """In the control stream when this returns; each worker acts within its next wake-up."""
+    user = user_of(options.user)
+    entry_id = await control.publish(site.client, site.keys, control.Disconnect(user=user))
+    await _told(site, options, entry_id, f"connections of {user} are closed", {"user": user})
+    return 0
+
+
+async def unsubscribe(site: Site, options: argparse.Namespace) -> int:
+    """As `disconnect`, for one channel."""
+    channel, user = channel_of(options.channel), user_of(options.user)
+    command = control.Unsubscribe(channel=channel, user=user)
+    entry_id = await control.publish(site.client, site.keys, command)
+    what = f"subscriptions of {user} to {channel} are ended"
+    await _told(site, options, entry_id, what, {"channel": channel, "user": user})
+    return 0
+
+
+async def _told(
+    site: Site, options: argparse.Namespace, entry_id: EntryID, what: str, values: dict[str, object]
+) -> None:
+    count = len(await nodes.live_nodes(site.client, site.keys))
+    if options.json:
+        emit({"id": str(entry_id), "workers": count, **values})
+    else:
+        print(f"{what} on {_several(count, 'worker')} (control entry {entry_id})")

@@ -1,0 +1,424 @@
+"""The operator's commands against a live relay, as the maintenance user that docs/redis.md has."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from relay.cli.commands import main
+from tests.support.cli import Cli
+from tests.support.clients import Native, redis, stream_key, until
+from tests.support.relay import RelayProcess
+from tests.support.valkey import Server, free_port, running
+
+pytestmark = [pytest.mark.redis, pytest.mark.timeout(90)]
+
+ID = re.compile(r"\d+-\d+")
+
+
+@pytest.fixture
+def cli(valkey: Server) -> Cli:
+    return Cli(valkey)
+
+
+# ---- publish --------------------------------------------------------------------------------
+
+
+async def test_what_is_published_reaches_a_client_and_its_id_is_printed(
+    cli: Cli, door: Native, channel: str
+) -> None:
+    client = await door.sse(channel)
+    printed = await cli.out("publish", channel, '{"n":12345678901234567890}', "--type", "note")
+    event = await client.next()
+    assert (event.id, event.event) == (printed.strip(), "note")
+    assert event.data == '{"n":12345678901234567890}'
+
+
+async def test_only_the_recipients_get_it(
+    cli: Cli, relay: RelayProcess, door: Native, channel: str
+) -> None:
+    anna = await door.sse(channel, token=relay.token("anna"))
+    kitchen = await door.sse(channel, token=relay.token("ben", groups=["kitchen"]))
+    carl = await door.sse(channel, token=relay.token("carl"))
+    await cli.out("publish", channel, "1", "--to", "anna,group:kitchen", "--client", "c1")
+    await cli.out("publish", channel, "2")
+    assert [block.data for block in await anna.take(2)] == ["1", "2"]
+    assert [block.data for block in await kitchen.take(2)] == ["1", "2"]
+    assert (await carl.next()).data == "2"
+
+
+async def test_one_uid_is_one_event_however_many_publish_it(
+    cli: Cli, valkey: Server, channel: str
+) -> None:
+    async with asyncio.TaskGroup() as group:
+        tasks = [
+            group.create_task(
+                cli.process("publish", channel, "1", "--uid", "order 7"), name=str(each)
+            )
+            for each in range(3)
+        ]
+    (first,) = {task.result().stdout for task in tasks}
+    assert redis(valkey, "XLEN", stream_key(channel)) == 1
+    (again,) = await cli.objects("publish", channel, "another", "--uid", "order 7")
+    assert again == {"channel": channel, "id": first.strip(), "appended": False}
+    (other,) = await cli.objects("publish", channel, "1", "--uid", "order 8")
+    assert other["appended"]
+    assert 3500 < redis(valkey, "TTL", f"relay:uid:{{{channel}}}:order 7") <= 3600
+
+
+async def test_the_window_and_the_length_are_those_of_the_namespace(
+    cli: Cli, valkey: Server, channel: str
+) -> None:
+    sets = ["--set", "namespace.uid_window_s=1", "--set", "namespace.retention_count=100"]
+    first = await cli.out("publish", channel, "1", "--uid", "u", *sets)
+    await until(lambda: not redis(valkey, "EXISTS", f"relay:uid:{{{channel}}}:u"))
+    assert await cli.out("publish", channel, "1", "--uid", "u", *sets) != first
+    for _ in range(300):
+        redis(valkey, "XADD", stream_key(channel), "*", "data", "1")
+    await cli.out("publish", channel, "1", *sets)
+    assert redis(valkey, "XLEN", stream_key(channel)) < 250
+
+
+async def test_data_may_come_from_standard_input(cli: Cli, valkey: Server, channel: str) -> None:
+    done = await cli.process("publish", channel, "-", stdin="<a>\n ä</a>".encode())
+    assert ID.fullmatch(done.stdout.strip())
+    ((_, fields),) = redis(valkey, "XRANGE", stream_key(channel), "-", "+")
+    assert fields == {b"data": "<a>\n ä</a>".encode()}
+
+
+async def test_what_no_relay_could_deliver_is_not_published(
+    cli: Cli, valkey: Server, channel: str
+) -> None:
+    assert "reserved type" in await cli.refused("publish", channel, "1", "--type", "relay:x")
+    assert "to names nobody" in await cli.refused("publish", channel, "1", "--to", ",")
+    limit = ["--set", "stream.max_entry_bytes=1024"]
+    assert "at most 1024" in await cli.refused("publish", channel, "x" * 2000, *limit)
+    done = await cli.run("publish", channel, "-", stdin=b"\xff")
+    assert (done.returncode, done.stderr) == (
+        1, "relay: not published: field data is not UTF-8\n",
+    )  # fmt: skip
+    assert "without white space" in await cli.refused("publish", "a b", "1")
+    assert not redis(valkey, "EXISTS", stream_key(channel))
+
+
+async def test_an_event_that_no_replica_confirms_is_an_error_that_names_its_id(
+    cli: Cli, channel: str
+) -> None:
+    line = await cli.refused("publish", channel, "1", "--set", "namespace.wait_replicas=1")
+    assert re.search(r"appended as \d+-\d+, but 0 of 1 replicas", line)
+
+
+# ---- tail -----------------------------------------------------------------------------------
+
+
+async def test_tail_shows_what_was_there_and_what_comes_a_line_each(
+    cli: Cli, relay: RelayProcess, channel: str
+) -> None:
+    first = relay.xadd(channel, data="0")
+    second = relay.xadd(channel, data="a\n\x1b[31mb", type="chat", client="c1")
+    async with cli.tail(channel, "--after", first) as tail:
+        assert await tail.line() == f"{second}  chat  c1  a\\n\\x1b[31mb"
+        revoked = relay.xadd(channel, revoke="anna")
+        broken = relay.xadd(channel, nothing="here")
+        assert await tail.line() == f"{revoked}  relay:revoke  -  anna"
+        assert await tail.line() == f"{broken}  relay:broken  -  no data"
+        assert await tail.interrupt() == 0
+        assert await tail.said() == ""
+
+
+async def test_tail_without_a_place_begins_now_and_with_json_says_everything(
+    cli: Cli, relay: RelayProcess, channel: str
+) -> None:
+    async with cli.tail(channel, "--json") as tail:
+        assert (
+            await tail.said() == f"relay: {channel} has no stream yet; waiting for its first event"
+        )
+        entry = relay.xadd(channel, data='{"n":1.0}', to="anna", uid="u")
+        assert await tail.line() == (
+            f'{{"id":"{entry}","type":null,"client":null,"data":{{"n":1.0}},"uid":"u",'
+            '"to":["user:anna"]}'
+        )
+        text = relay.xadd(channel, data="plain", type="t")
+        assert json.loads(await tail.line()) == {
+            "id": text, "type": "t", "client": None, "data": "plain",
+        }  # fmt: skip
+
+
+async def test_tail_reads_pages_of_a_long_stream(cli: Cli, valkey: Server, channel: str) -> None:
+    for number in range(120):
+        redis(valkey, "XADD", stream_key(channel), "*", "data", number)
+    async with cli.tail(channel, "--after", "0") as tail:
+        lines = [await tail.line() for _ in range(120)]
+    assert [line.split()[-1] for line in lines] == [str(number) for number in range(120)]
+
+
+async def test_tail_ends_when_nobody_reads_on_even_without_an_event(
+    cli: Cli, relay: RelayProcess, channel: str
+) -> None:
+    relay.xadd(channel, data="1")
+    async with cli.tail(channel, "--after", "0") as tail:
+        await tail.line()
+        tail.process._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined]
+        assert await tail.ended() == 0
+        assert await tail.said() == ""
+
+
+async def test_tail_says_what_may_be_missing(
+    cli: Cli, relay: RelayProcess, valkey: Server, channel: str
+) -> None:
+    first = relay.xadd(channel, data="1")
+    relay.xadd(channel, data="2")
+    third = relay.xadd(channel, data="3")
+    redis(valkey, "XTRIM", stream_key(channel), "MAXLEN", 1)
+    async with cli.tail(channel, "--after", first) as tail:
+        assert (
+            await tail.said() == f"relay: entries after {first} were removed; the oldest is {third}"
+        )
+        assert (await tail.line()).endswith("3")
+        redis(valkey, "DEL", stream_key(channel))
+        assert f"entries after {third} may be missing" in await tail.said()
+        relay.xadd(channel, data="4")
+        assert (await tail.line()).endswith("4")
+
+
+async def test_tail_outlives_redis_and_misses_nothing(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    with running(server):
+        redis(server, "XADD", stream_key("c"), "*", "data", "1")
+        async with Cli(server).tail("c", "--after", "0") as tail:
+            assert (await tail.line()).endswith("1")
+            await asyncio.to_thread(server.stop)
+            assert "trying again" in await tail.said()
+            await asyncio.to_thread(server.start)
+            redis(server, "XADD", stream_key("c"), "*", "data", "2")
+            assert await tail.said() == "relay: Redis is back"
+            assert (await tail.line()).endswith("2")
+            assert await tail.interrupt() == 0
+
+
+# ---- streams and trim -----------------------------------------------------------------------
+
+
+async def test_streams_shows_how_far_each_worker_is(
+    cli: Cli, relay: RelayProcess, door: Native, valkey: Server, channel: str
+) -> None:
+    client = await door.sse(channel)
+    first = relay.xadd(channel, data="1")
+    last = relay.xadd(channel, data="2")
+    await client.take(2)
+    redis(valkey, "XGROUP", "CREATE", stream_key(channel), "relay:gone:5f0c9a31", first)
+    redis(valkey, "XGROUP", "CREATE", stream_key(channel), "mine", "0")
+    (stream,) = await cli.objects("streams", channel, "--set", "namespace.retention_age_s=0")
+    assert (stream["channel"], stream["entries"]) == (channel, 2)
+    assert (stream["first"], stream["last"]) == (first, last)
+    assert (stream["retention_count"], stream["retention_age_s"]) == (10000, None)
+    assert 0 <= stream["age_ms"] < 30000
+    groups = {group["name"]: group for group in stream["groups"]}
+    gone, mine = groups.pop("relay:gone:5f0c9a31"), groups.pop("mine")
+    (living,) = groups.values()
+    assert (living["alive"], living["behind"], living["lag_ms"], living["last"]) == (
+        True, 0, 0, last,
+    )  # fmt: skip
+    assert (gone["alive"], gone["behind"], gone["worker"]) == (False, 1, "gone:5f0c9a31")
+    assert (mine["behind"], mine["worker"]) == (2, None)
+    assert 0 <= gone["lag_ms"] <= mine["lag_ms"]
+    head, row, *remarks = (await cli.out("streams", channel)).splitlines()
+    assert head.split() == [
+        "CHANNEL", "ENTRIES", "FIRST", "LAST", "AGE", "RETENTION", "WORKERS", "BEHIND",
+    ]  # fmt: skip
+    assert row.split()[:4] == [channel, "2", first, last]
+    assert "10000, 7 d" in row
+    assert sorted(re.sub(r", .* \(", " (", remark) for remark in remarks) == [
+        "  mine: 2 (not a worker's group)",
+        "  relay:gone:5f0c9a31: 1 (no heartbeat)",
+    ]
+
+
+async def test_streams_takes_a_pattern_and_says_where_none_matches(
+    cli: Cli, relay: RelayProcess, channel: str
+) -> None:
+    relay.xadd(f"{channel}:a", data="1")
+    relay.xadd(f"{channel}:b", data="1")
+    found = await cli.objects("streams", f"{channel}:[ab]")
+    assert [stream["channel"] for stream in found] == [f"{channel}:a", f"{channel}:b"]
+    assert "no stream" in await cli.refused("streams", "nobody:*")
+
+
+async def test_progress_is_for_terminals_only(valkey: Server, channel: str) -> None:
+    with valkey.client() as admin, admin.pipeline(transaction=False) as pipeline:
+        for number in range(4000):
+            pipeline.execute_command("XADD", stream_key(f"{channel}:{number}"), "*", "data", "1")
+        pipeline.execute()
+    quiet = await Cli(valkey).run("streams", f"{channel}:*")
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+    assert len(quiet.stdout.splitlines()) == 4001
+    assert "\x1b" not in quiet.stdout
+    terminal, end = os.openpty()
+    try:
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "relay", "streams", f"{channel}:*", "--json"],
+            env={**os.environ, "RELAY_REDIS_URL": valkey.url("maintenance")},
+            stdout=subprocess.PIPE,
+            stderr=end,
+            check=True,
+        )
+        assert len(done.stdout.splitlines()) == 4000
+        shown = os.read(terminal, 65536).decode()
+    finally:
+        os.close(terminal)
+        os.close(end)
+        redis(valkey, "FLUSHALL")
+    assert re.fullmatch(r"(\r[\d,]+ streams \.\.\. )+\r\x1b\[K", shown)
+
+
+async def test_trim_is_exact_and_clients_go_on(
+    cli: Cli, relay: RelayProcess, door: Native, valkey: Server, channel: str
+) -> None:
+    client = await door.sse(channel)
+    for number in range(5):
+        relay.xadd(channel, data=str(number))
+    await client.take(5)
+    assert await cli.out("trim", channel, "--max-entries", "2") == (
+        f"3 entries removed from {channel}\n"
+    )
+    relay.xadd(channel, data="5")
+    assert (await client.next()).data == "5"
+    assert await cli.objects("trim", channel, "--max-age", "3600") == [
+        {"channel": channel, "removed": 0}
+    ]
+    redis(valkey, "XADD", stream_key(f"{channel}:old"), "1-1", "data", "1")
+    assert await cli.out("trim", f"{channel}:old") == f"1 entry removed from {channel}:old\n"
+    assert "no stream" in await cli.refused("trim", "nothing-here", "--max-entries", "1")
+
+
+# ---- workers, status, the control stream ----------------------------------------------------
+
+
+async def test_workers_and_status_tell_what_the_relay_does(
+    cli: Cli, relay: RelayProcess, door: Native, valkey: Server, channel: str
+) -> None:
+    client = await door.sse(channel)
+    relay.xadd(channel, data="1")
+    await client.next()
+
+    def beaten() -> object:
+        (instance,) = redis(valkey, "SMEMBERS", "relay:nodes") or [b""]
+        beat = redis(valkey, "GET", b"relay:node:" + instance)
+        return beat and json.loads(beat)["connections"]
+
+    await until(beaten, 12)
+    (worker,) = await cli.objects("workers")
+    assert worker["pid"] == relay.pid
+    assert (worker["ready"], worker["connections"], worker["streams"]) == (True, 1, 1)
+    assert 0 <= worker["lag_ms"] < 5000
+    assert 0 <= worker["up_s"] < 600
+    head, row, total = (await cli.out("workers")).splitlines()
+    assert head.split()[0] == "WORKER"
+    assert row.split()[:3] == [worker["instance"], worker["host"], str(relay.pid)]
+    assert total == "1 worker on 1 host, 1 connection"
+    (status,) = await cli.objects("status")
+    assert (status["good"], status["workers"], status["wrong"]) == (True, 1, [])
+    assert (await cli.out("status")).splitlines()[0].split() == ["status", "good"]
+
+
+async def test_status_is_1_with_a_line_for_each_thing_that_is_wrong(
+    cli: Cli, relay: RelayProcess, valkey: Server
+) -> None:
+    await until(lambda: redis(valkey, "SMEMBERS", "relay:nodes"), 12)
+    redis(valkey, "XADD", "relay:dead-letters", "*", "reason", "a test")
+    redis(valkey, "SADD", "relay:nodes", "killed:1")
+    done = await cli.run("status", "--min-workers", "2", "--max-dead-letters", "0")
+    redis(valkey, "DEL", "relay:dead-letters")
+    assert done.returncode == 1
+    assert "NOT GOOD" in done.stdout
+    assert "1 alive, 1 ready, 1 silent" in done.stdout
+    assert done.stderr.splitlines() == [
+        "relay: 1 worker alive, 2 wanted",
+        "relay: 1 dead letter, at most 0 wanted",
+    ]
+    assert "killed:1" in await cli.out("workers")
+    redis(valkey, "SREM", "relay:nodes", "killed:1")
+
+
+async def test_disconnect_and_unsubscribe_reach_the_worker(
+    cli: Cli, relay: RelayProcess, door: Native, channel: str
+) -> None:
+    stays = await door.ws(channel, token=relay.token("ben"))
+    gone = await door.ws(channel, token=relay.token("anna"))
+    await stays.next()
+    await gone.next()
+    assert "of ben" in await cli.out("unsubscribe", channel, "ben")
+    notice = await stays.next()
+    assert (notice["notice"], notice["reason"]) == ("revoked", "unsubscribed")
+    (told,) = await cli.objects("disconnect", "anna")
+    assert (told["user"], told["workers"]) == ("anna", 1)
+    await gone.closed()
+    assert (await stays.ask(cmd="ping"))["reply"] == "ping"
+
+
+# ---- what goes wrong ------------------------------------------------------------------------
+
+EVERY = [
+    ["publish", "c", "1"],
+    ["publish", "c", "1", "--uid", "u"],
+    ["tail", "c"],
+    ["streams"],
+    ["workers"],
+    ["dead-letters", "list"],
+    ["dead-letters", "requeue", "--all"],
+    ["trim", "c", "--max-entries", "1"],
+    ["disconnect", "u"],
+    ["unsubscribe", "c", "u"],
+]
+
+
+def said(capfd: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line in which a command of this process says why not."""
+    assert main(words) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("words", EVERY, ids=" ".join)
+def test_redis_away_is_one_line(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    away = f"redis://user:secret@127.0.0.1:{free_port()}"
+    line = said(capfd, *words, "--redis", away)
+    assert "127.0.0.1" in line
+    assert "secret" not in line
+
+
+@pytest.mark.parametrize("words", EVERY, ids=" ".join)
+def test_no_rights_is_one_line_that_says_who_has_them(
+    words: list[str], valkey: Server, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = said(capfd, *words, "--redis", valkey.url("producer"))
+    assert "no permissions" in line
+    assert "docs/redis.md" in line
+
+
+def test_status_without_redis_or_rights_is_1(
+    valkey: Server, capfd: pytest.CaptureFixture[str]
+) -> None:
+    away = f"redis://127.0.0.1:{free_port()}"
+    for url, word in ((away, "127.0.0.1"), (valkey.url("producer"), "no permissions")):
+        assert main(["status", "--json", "--redis", url]) == 1
+        out, err = capfd.readouterr()
+        assert json.loads(out)["redis"] is False
+        assert err.count("\n") == 1
+        assert word in err
+
+
+async def test_a_wrong_password_is_one_line(valkey: Server) -> None:
+    url = f"redis://maintenance:wrong@127.0.0.1:{valkey.port}"
+    line = await Cli(valkey).refused("streams", "--redis", url)
+    assert "wrong" not in line.replace("wrong username", "").replace("invalid", "")

@@ -1,0 +1,169 @@
+"""publish, overview, view, letters and load against real servers, with the maintenance rights."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from redis.asyncio import Redis
+
+from relay.errors import RelayError
+from relay.model import ZERO_ID, Channel, EntryID, Event
+from relay.settings import NamespaceSettings
+from relay.stream import entry, letters, nodes, overview, retention, view
+from relay.stream.connect import CommandRefused, command, redis_client
+from relay.stream.keys import Keys
+from relay.stream.publish import Appended, publish
+from tests.support.valkey import Server
+
+pytestmark = pytest.mark.redis
+NEWS = Channel("news")
+NAMESPACE = NamespaceSettings()
+
+
+@pytest.fixture
+async def hand(server: Server) -> AsyncIterator[Redis]:
+    """With the rights of maintenance."""
+    async with redis_client(server.settings("maintenance")) as opened:
+        yield opened
+
+
+async def test_of_many_with_one_uid_one_appends(hand: Redis, admin: Redis, keys: Keys) -> None:
+    async def once(number: int) -> Appended:
+        fields = entry.encode(str(number).encode(), uid="u")
+        return await publish(hand, keys, NEWS, fields, namespace=NAMESPACE, uid="u")
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(once(number), name=str(number)) for number in range(20)]
+    done = [task.result() for task in tasks]
+    assert len({each.id for each in done}) == 1
+    assert sum(each.fresh for each in done) == 1
+    assert await admin.xlen(keys.stream(NEWS)) == 1
+    other = Channel("other")
+    assert (await publish(hand, keys, other, [b"data", b"1"], namespace=NAMESPACE, uid="u")).fresh
+
+
+async def test_a_uid_is_not_taken_by_an_append_that_failed(
+    hand: Redis, admin: Redis, keys: Keys
+) -> None:
+    await admin.set(keys.stream(NEWS), "no stream")
+    with pytest.raises(CommandRefused, match="WRONGTYPE"):
+        await publish(hand, keys, NEWS, [b"data", b"1"], namespace=NAMESPACE, uid="u")
+    await admin.delete(keys.stream(NEWS))
+    assert (await publish(hand, keys, NEWS, [b"data", b"1"], namespace=NAMESPACE, uid="u")).fresh
+
+
+async def test_what_was_trimmed_unread_is_not_behind(hand: Redis, admin: Redis, keys: Keys) -> None:
+    key = keys.stream(NEWS)
+    for number in range(1, 11):
+        await command(admin, "XADD", key, f"{number}-0", "data", "1")
+    await command(admin, "XGROUP", "CREATE", key, "relay:w:1", "5-0")
+    await command(admin, "XGROUP", "CREATE", key, "relay:w:2", "10-0")
+    await command(admin, "XTRIM", key, "MAXLEN", 2)
+    await admin.set(keys.stream(Channel("foreign")), "x")
+    counted: list[int] = []
+    (batch,) = [each async for each in overview.walk(hand, keys, "*", counted.append) if each]
+    (stream,) = batch
+    behind = {each.worker: (each.behind, each.at_least) for each in stream.followers}
+    assert behind == {"w:1": (2, False), "w:2": (0, False)}
+    assert stream.state.length == 2
+    assert counted[-1] == 2
+    assert [each async for each in overview.walk(hand, keys, "n?", counted.append) if each] == []
+
+
+async def test_a_deletion_within_makes_the_count_a_page(
+    hand: Redis, admin: Redis, keys: Keys
+) -> None:
+    key = keys.stream(NEWS)
+    for number in range(1, 151):
+        await command(admin, "XADD", key, f"{number}-0", "data", "1")
+    await command(admin, "XGROUP", "CREATE", key, "relay:w:1", "1-0")
+    await command(admin, "XDEL", key, "120-0")
+    ((stream,),) = [each async for each in overview.walk(hand, keys, "*", lambda _: None) if each]
+    (follower,) = stream.followers
+    assert (follower.behind, follower.at_least) == (100, True)
+
+
+async def test_a_look_is_one_moment_of_a_stream_or_of_none(
+    hand: Redis, admin: Redis, keys: Keys
+) -> None:
+    nothing = await view.look(hand, keys, NEWS, ZERO_ID, 1000)
+    assert (nothing.state.exists, nothing.records, nothing.own) == (False, [], None)
+    for number in (1, 2, 3):
+        await command(admin, "XADD", keys.stream(NEWS), f"{number}-0", "data", str(number))
+    seen = await view.look(hand, keys, NEWS, EntryID(1, 0), 1000, 1)
+    assert seen.own is not None
+    assert seen.own.id == EntryID(1, 0)
+    (record,) = seen.records
+    assert isinstance(record.body, Event)
+    assert (record.body.data, seen.more, seen.state.length) == (b"2", True, 3)
+    assert len(seen.replid) == 40
+    await admin.set(keys.stream(Channel("foreign")), "x")
+    with pytest.raises(CommandRefused, match="WRONGTYPE"):
+        await view.look(hand, keys, Channel("foreign"), ZERO_ID, 1000)
+
+
+async def test_letters_that_come_while_it_walks_wait_for_the_next_time(
+    hand: Redis, admin: Redis, keys: Keys
+) -> None:
+    for number in range(1, 131):
+        await command(admin, "XADD", keys.dead_letters, f"{number}-0", "reason", "r")
+    ids: list[EntryID] = []
+    async for page in letters.pages(hand, keys):
+        ids += [letter.id for letter in page]
+        await command(admin, "XADD", keys.dead_letters, "*", "reason", "later")
+    assert ids == [EntryID(number, 0) for number in range(1, 131)]
+    assert await letters.count(hand, keys) == 132
+
+
+@pytest.mark.parametrize("fields", ["{}", "[[1]]", "no JSON", '[["data"]]', '[["data", 5]]'])
+async def test_a_letter_with_nonsense_in_it_is_not_requeued(
+    hand: Redis, admin: Redis, keys: Keys, fields: str
+) -> None:
+    letter_id = await command(
+        admin, "XADD", keys.dead_letters, "*", "stream", keys.stream(NEWS), "fields", fields
+    )
+    letter = await letters.find(hand, keys, EntryID.parse(letter_id))
+    with pytest.raises(RelayError, match="no fields of an entry"):
+        await letters.requeue(hand, keys, letter, NAMESPACE)
+    assert await letters.count(hand, keys) == 1
+    assert not await admin.exists(keys.stream(NEWS))
+
+
+async def test_one_stream_is_trimmed_exactly(hand: Redis, admin: Redis, keys: Keys) -> None:
+    for number in range(1, 6):
+        await command(admin, "XADD", keys.stream(NEWS), f"{number}-0", "data", "1")
+    await command(admin, "XADD", keys.stream(NEWS), "*", "data", "1")
+
+    async def trim(max_entries: int | None, max_age_s: float | None) -> int | None:
+        return await retention.trim_one(
+            hand, keys, NEWS, max_entries=max_entries, max_age_s=max_age_s
+        )
+
+    assert await trim(4, None) == 2
+    assert await trim(None, 3600) == 3
+    assert await trim(None, None) == 0
+    assert await trim(0, 0) == 1
+    await admin.delete(keys.stream(NEWS))
+    assert await trim(1, None) is None
+
+
+async def test_a_heartbeat_says_how_busy_the_worker_is(
+    client: Redis, admin: Redis, keys: Keys
+) -> None:
+    instance = nodes.new_instance("one")
+    load = nodes.Load(ready=False, connections=3, streams=2, lag_ms=7)
+    node = nodes.this_node("one", instance, "1.2")
+    beat = nodes.Heartbeat(client=client, keys=keys, node=node, load=lambda: load)
+    await beat.beat()
+    # One of a newer version, which says more, and one that is gone.
+    await admin.sadd(keys.nodes, "newer:1", "gone:1")
+    newer = '{"instance":"newer:1","name":"n","host":"h","pid":1,"started":"x","version":"9","x":1}'
+    await admin.set(keys.node("newer:1"), newer)
+    living, silent = await nodes.workers(client, keys)
+    assert silent == ["gone:1"]
+    said = {each.instance: each for each in living}
+    mine = said[instance]
+    assert (mine.ready, mine.connections, mine.streams, mine.lag_ms) == (False, 3, 2, 7)
+    assert (said["newer:1"].version, said["newer:1"].ready) == ("9", None)

@@ -1,0 +1,148 @@
+"""`relay COMMAND` as an operator runs it, with the documented maintenance user."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+from unittest.mock import patch
+
+from relay.cli.commands import main
+from tests.support.clients import within
+from tests.support.relay import ROOT
+from tests.support.valkey import Server, User
+
+# A process may take seconds to begin where the machine is busy.
+LIMIT_S = 40.0
+
+
+def _environment(server: Server, user: User) -> dict[str, str]:
+    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environment["PYTHONPATH"] = str(ROOT)
+    # As docs/redis.md recommends it: no password in a process list.
+    environment["RELAY_REDIS_URL"] = server.url(user)
+    return environment
+
+
+class Cli:
+    """Runs commands on the site of one Redis."""
+
+    def __init__(self, server: Server, user: User = "maintenance") -> None:
+        self._server = server
+        self._user: User = user
+
+    async def run(self, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
+        """To its end, whatever that is; one at a time. In this process, since starting one takes
+        longer than all that most commands do."""
+        return await asyncio.to_thread(self._run, words, stdin)
+
+    def _run(self, words: Sequence[str], stdin: bytes) -> subprocess.CompletedProcess[str]:
+        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            patch.dict(os.environ, _environment(self._server, self._user)),
+            patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin))),
+        ):
+            try:
+                code = main(words)
+            except SystemExit as left:  # argparse
+                code = int(left.code or 0)
+        texts = []
+        for stream in (out, err):
+            stream.flush()
+            texts.append(stream.buffer.getvalue().decode())
+        return subprocess.CompletedProcess(words, code, *texts)
+
+    async def process(self, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
+        """As `run`, in a process of its own."""
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "relay", *words],
+            env=_environment(self._server, self._user),
+            input=stdin,
+            capture_output=True,
+            check=False,
+        )
+        return subprocess.CompletedProcess(
+            done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
+        )
+
+    async def out(self, *words: str) -> str:
+        """What it prints, which must be all that it says, with exit code 0."""
+        done = await self.run(*words)
+        assert (done.returncode, done.stderr) == (0, ""), done
+        return done.stdout
+
+    async def objects(self, *words: str) -> list[dict[str, Any]]:
+        """With --json."""
+        text = await self.out(*words, "--json")
+        return [json.loads(line) for line in text.splitlines()]
+
+    async def refused(self, *words: str, code: int = 1) -> str:
+        """The one line in which it says why not."""
+        done = await self.run(*words)
+        assert done.returncode == code, done
+        assert done.stdout == ""
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith("relay: ")
+        return done.stderr
+
+    @asynccontextmanager
+    async def tail(self, *words: str) -> AsyncIterator[Tail]:
+        """`relay tail`, killed at the end if it still runs."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "relay",
+            "tail",
+            *words,
+            env=_environment(self._server, self._user),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            yield Tail(process)
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+            # A pipe that is not read to its end is reported as unclosed.
+            process._transport.close()  # type: ignore[attr-defined]  # no public way
+
+
+class Tail:
+    """One that runs."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+
+    async def line(self) -> str:
+        """The next one of its output."""
+        assert self.process.stdout
+        line: bytes = await within(LIMIT_S, self.process.stdout.readline())
+        return line.decode().rstrip("\n")
+
+    async def said(self) -> str:
+        """The next line on standard error."""
+        assert self.process.stderr
+        line: bytes = await within(LIMIT_S, self.process.stderr.readline())
+        return line.decode().rstrip("\n")
+
+    async def interrupt(self) -> int:
+        """^C; the exit code."""
+        self.process.send_signal(signal.SIGINT)
+        return await self.ended()
+
+    async def ended(self) -> int:
+        """Its exit code."""
+        code: int = await within(LIMIT_S, self.process.wait())
+        return code
