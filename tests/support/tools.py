@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -81,3 +82,34 @@ async def run(
     out, err = await process.communicate(None if given is None else given.encode())
     seconds = time.monotonic() - began
     return Ended(process.returncode or 0, out.decode(), err.decode(), seconds)
+
+
+class Slack:
+    """What a busy machine may add to a time limit: a constant, and what it did to a sleep.
+
+    A thread sleeps for short whiles as long as the context lasts, and sees how late it wakes.
+    """
+
+    def __init__(self) -> None:
+        self._late_s = 0.0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Slack:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return 0.2 + 4 * self._late_s
+
+    def _watch(self) -> None:
+        while not self._end.is_set():
+            began = time.monotonic()
+            time.sleep(0.01)
+            self._late_s = max(self._late_s, time.monotonic() - began - 0.01)
