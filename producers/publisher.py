@@ -9,6 +9,7 @@ gets through, in order and once.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 from collections.abc import Coroutine, Iterable
@@ -32,6 +33,7 @@ from producers.outgoing import (
 from producers.spool import Spool
 from relay.model import EntryID
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LIMIT_MS = 200
@@ -84,6 +86,7 @@ class AsyncPublisher:
         # that has to be spooled. Nobody's network time is prolonged: each has its own deadline,
         # and whoever comes to its turn after it goes to the disk at once.
         self._turn = asyncio.Lock()
+        self._spooling = False
 
     async def publish(
         self,
@@ -121,7 +124,11 @@ class AsyncPublisher:
                 if self._spool.pending():
                     await self._deliver(self._spool, deadline)
                 return _id(await self._send(event, deadline))
-            except Away:
+            except Away as exc:
+                if not self._spooling:
+                    # Once an outage: also a wrong password ends here, and somebody must be told.
+                    _log.warning("events go to the spool %s: %s", self._spool.path, exc)
+                    self._spooling = True
                 await asyncio.to_thread(self._spool.append, event)
                 return None
 
@@ -178,7 +185,11 @@ class AsyncPublisher:
                     raise Away(outcome.reason)
                 if isinstance(outcome, Refused):
                     await asyncio.to_thread(spool.refuse, line, outcome.reason)
+                    _log.error("refused, see %s.refused: %s", spool.path, outcome.reason)
             await asyncio.to_thread(spool.done, batch, len(batch.lines))
+        if self._spooling:
+            _log.warning("the spool %s is delivered", spool.path)
+            self._spooling = False
 
 
 def _id(outcome: EntryID | Refused | None) -> EntryID | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from producers.publisher import AsyncPublisher, Publisher, PublishFailed
 from tests.support.api_server import SECRET
 from tests.support.clients import native, redis, stream_key
-from tests.support.relay import RelayProcess
+from tests.support.relay import ROOT, RelayProcess
 from tests.support.tools import TOOLS, Slack, Tool
 from tests.support.valkey import Server, free_port, running
 
@@ -210,3 +212,49 @@ def _publish_through(publish: Callable[[], bool], server: Server, how: str, away
     end = time.monotonic() + 10
     while not publish():
         assert time.monotonic() < end
+
+
+_COUNTING = """
+import sys
+from producers.publisher import Publisher
+with Publisher(sys.argv[1], spool=sys.argv[2]) as publisher:
+    for number in range(int(sys.argv[3]), 10**9):
+        publisher.publish("news", number, uid=f"n{number}")
+        print(number, flush=True)
+"""
+
+
+async def test_a_program_killed_again_and_again_over_outages_loses_and_repeats_nothing(
+    server: Server, tmp_path: Path
+) -> None:
+    """It begins again with the event after the last one that it knows of."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    spool = str(tmp_path / "spool")
+    following = 0
+    for _ in range(4):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            _COUNTING,
+            server.url("producer"),
+            spool,
+            str(following),
+            stdout=asyncio.subprocess.PIPE,
+            env=environment,
+        )
+        assert process.stdout is not None
+        for goal, step in ((20, server.kill), (40, server.start), (60, process.kill)):
+            first = following
+            while following < first + goal:
+                following = int(await process.stdout.readline()) + 1
+            await asyncio.to_thread(step)
+        while line := await process.stdout.readline():
+            following = int(line) + 1
+        await process.wait()
+    async with AsyncPublisher(server.url("producer"), spool=spool) as publisher:
+        await publisher.publish("news", -1)
+    found = data(server)
+    assert found.pop() == -1
+    # The last one was perhaps sent, or spooled, before the program could say so.
+    assert found == list(range(len(found)))
+    assert following <= len(found) <= following + 1
