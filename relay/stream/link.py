@@ -82,11 +82,14 @@ class Link(asyncio.Protocol):
         on_push: Callable[[list[object]], None] | None = None,
         on_lost: Callable[[Exception | None], None] | None = None,
         name: str = "relay",
+        check_primary: bool = True,
     ) -> Link:
         """Connect and greet; RedisUnavailable where that fails, in a text without the password.
 
         `on_lost` is called once when the link is gone, with None if `close` was the cause; never
-        for a link that did not open. `name` is what CLIENT LIST shows.
+        for a link that did not open. `name` is what CLIENT LIST shows. Without `check_primary`
+        nothing is asked that needs the right to INFO: `replid` stays empty, and a replica shows
+        itself by refusing the first write.
         """
         loop = asyncio.get_running_loop()
         link = cls(endpoint, settings.command_timeout_s, on_push)
@@ -98,7 +101,7 @@ class Link(asyncio.Protocol):
                     await loop.create_connection(
                         lambda: link, endpoint.host, endpoint.port, ssl=endpoint.tls
                     )
-                await link._greet(name)
+                await link._greet(name, check_primary)
         except TimeoutError as exc:
             link.close()
             raise RedisUnavailable(
@@ -118,7 +121,7 @@ class Link(asyncio.Protocol):
         link._on_lost = on_lost
         return link
 
-    async def _greet(self, name: str) -> None:
+    async def _greet(self, name: str, check_primary: bool) -> None:
         hello: list[bytes | str | int] = ["HELLO", 3]
         if self.endpoint.username or self.endpoint.password:
             hello += "AUTH", self.endpoint.username or "default", self.endpoint.password
@@ -129,6 +132,8 @@ class Link(asyncio.Protocol):
             self.version = str(greeting.get(b"version", b""), "ascii", "replace")
         if self.endpoint.db:
             await self.call("SELECT", self.endpoint.db)
+        if not check_primary:
+            return
         info = cast(bytes, await self.call("INFO", "replication"))
         lines = dict(line.partition(b":")[::2] for line in info.split(b"\r\n"))
         if lines.get(b"role") != b"master":

@@ -11,6 +11,7 @@ from tests.support.valkey import User, acl_lines
 pytestmark = pytest.mark.redis
 STREAM = "relay:stream:{news}"
 RIGHTS = "relay:rights:{news}"
+UID = "relay:uid:{news}:7d1f"
 GROUP = "relay:web1:5f0c9a31"
 
 # What each user sends: the relay's lines are those of relay/stream, the others' those of the page.
@@ -19,6 +20,11 @@ SENT: dict[User, list[str]] = {
         f"XADD {STREAM} MAXLEN ~ 1000 * data 1",
         "PUBLISH relay:ephemeral:{news} 1",
         "PING",
+        "SELECT 0",
+        f"EVAL script 2 {STREAM} {UID} 1000 * data 1",
+        f"EVALSHA sha 2 {STREAM} {UID} 1000 * data 1",
+        f"GET {UID}",
+        f"SET {UID} 1-1 PX 1000",
     ],
     "relay": [
         "CLIENT TRACKING ON",
@@ -117,6 +123,12 @@ REFUSED: dict[User, list[str]] = {
         f"HSET {RIGHTS} anna rw",
         f"HGETALL {RIGHTS}",
         "SUBSCRIBE relay:ephemeral:{news}",
+        f"SET {STREAM} x",
+        f"GET {STREAM}",
+        f"XADD {UID} * data 1",
+        f"EVAL script 1 {RIGHTS}",
+        "EVAL script 1 relay:control",
+        "SCRIPT FLUSH",
     ],
     "relay": [
         f"HSET {RIGHTS} anna rw",
@@ -160,11 +172,12 @@ async def test_what_a_user_must_not_send_is_refused(admin: Redis, user: User, li
 @pytest.mark.parametrize("user", list(SENT))
 def test_no_rule_is_for_nothing(user: User) -> None:
     (rules,) = [line.split() for line in acl_lines() if line.split()[1] == user]
-    allowed = {rule[1:] for rule in rules if rule.startswith("+")}
-    words = [line.lower().split() for line in SENT[user]]
+    words = [rule.strip("()") for rule in rules]  # of a selector
+    allowed = {word[1:] for word in words if word.startswith("+")}
+    sent = [line.lower().split() for line in SENT[user]]
     assert allowed == {
         rule
-        for first, *rest in words
+        for first, *rest in sent
         for rule in (first, f"{first}|{rest[0]}" if rest else "")
         if rule in allowed
     }

@@ -1,0 +1,92 @@
+"""Events straight to Redis: one connection, kept from event to event, opened again when lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from pydantic import SecretStr
+
+from producers.outgoing import Away, Outcome, Outgoing, Postponed, Refused
+from relay.errors import RedisUnavailable
+from relay.model import EntryID
+from relay.settings import RedisSettings
+from relay.stream.append_once import TEMPORARY_CODES, Appender, Entry
+from relay.stream.connect import CommandRefused, discover
+from relay.stream.keys import Keys
+from relay.stream.link import Link
+
+
+class DirectSender:
+    """A `Sender` over Redis; needs the `producer` rights of docs/redis.md and no more."""
+
+    def __init__(self, url: str, *, prefix: str, password: str, window_s: int, maxlen: int) -> None:
+        self._settings = RedisSettings(
+            url=url,
+            prefix=prefix,
+            password=SecretStr(password),
+            # The publisher's own limit is over all waits together, and ends first.
+            connect_timeout_s=60,
+            command_timeout_s=300,
+        )
+        self._keys = Keys(prefix)
+        self._window_s = window_s
+        self._maxlen = maxlen
+        self._link: Link | None = None
+        self._appender: Appender | None = None
+        self._opening = asyncio.Lock()
+
+    def check(self, event: Outgoing) -> None:
+        """An entry carries everything."""
+
+    async def send(self, events: Sequence[Outgoing], leaving: Callable[[], None]) -> list[Outcome]:
+        """Append in order, in one pipeline."""
+        entries = [Entry(each.channel, each.fields(), each.uid) for each in events]
+        try:
+            appender = await self._connected()
+        except RedisUnavailable as exc:
+            raise Away(str(exc)) from exc
+        link = self._link
+        leaving()
+        try:
+            replies = await appender.append(entries)
+        except RedisUnavailable as exc:
+            self._drop(link)
+            raise Away(str(exc), sent=True) from exc
+        except asyncio.CancelledError:
+            # Nobody knows when this connection answers again: the next event takes a new one.
+            self._drop(link)
+            raise
+        return [_outcome(reply) for reply in replies]
+
+    async def close(self) -> None:
+        """Give up the connection."""
+        self._drop(self._link)
+
+    async def _connected(self) -> Appender:
+        async with self._opening:
+            if self._appender is None:
+                endpoint = await discover(self._settings)
+                self._link = link = await Link.open(
+                    endpoint,
+                    settings=self._settings,
+                    on_lost=lambda _: self._drop(link),
+                    name="relay-producer",
+                    check_primary=False,
+                )
+                self._appender = Appender(
+                    link, self._keys, window_s=self._window_s, maxlen=self._maxlen
+                )
+            return self._appender
+
+    def _drop(self, link: Link | None) -> None:
+        if link is not None and link is self._link:
+            self._link = self._appender = None
+            link.close()
+
+
+def _outcome(reply: EntryID | CommandRefused) -> Outcome:
+    if isinstance(reply, EntryID):
+        return reply
+    reason = str(reply)
+    return Postponed(reason) if reply.code in TEMPORARY_CODES else Refused(reason)

@@ -1,0 +1,239 @@
+<?php
+
+/**
+ * Publishes one event to a relay's Redis. One file, PHP 7.4 or newer, no extension.
+ *
+ *     require 'relay_publish.php';
+ *     $id = relay_publish('news', ['hello' => 1], ['type' => 'note', 'uid' => 'order-7']);
+ *
+ *     php relay_publish.php CHANNEL DATA [--type T] [--uid U] [--to NAMES] [--client C]
+ *
+ * relay_publish() returns the entry's ID or throws RelayPublishError, within `limit_ms`; only the
+ * look-up of a host name has PHP's own limit, so give an address, or a name from /etc/hosts.
+ */
+
+declare(strict_types=1);
+
+final class RelayPublishError extends RuntimeException
+{
+    /** Sent, but not answered: the event may have been appended. With a uid, publish it again. */
+    public bool $unknown = false;
+}
+
+/** Appends once for a uid, and tells the first entry's ID. */
+const RELAY_APPEND_ONCE = <<<'LUA'
+local known = redis.call('GET', KEYS[2])
+if known then return known end
+local id = redis.call('XADD', KEYS[1], unpack(ARGV, 2))
+redis.call('SET', KEYS[2], id, 'PX', ARGV[1])
+return id
+
+LUA;
+
+/**
+ * @param mixed $data a string as it is, anything else as JSON
+ * @param array $options type, uid, to (a string, or an array of names), client; redis (URL),
+ *   password, prefix, limit_ms, window_s (how long a uid is remembered), maxlen
+ */
+function relay_publish(string $channel, $data, array $options = []): string
+{
+    $options += [
+        'redis' => getenv('RELAY_REDIS_URL') ?: 'redis://127.0.0.1:6379/0',
+        'password' => getenv('RELAY_REDIS_PASSWORD') ?: '',
+        'prefix' => getenv('RELAY_REDIS_PREFIX') ?: 'relay:',
+        'limit_ms' => 200,
+        'window_s' => 86400,
+        'maxlen' => 0,
+    ];
+    $deadline = microtime(true) + $options['limit_ms'] / 1000;
+    $fields = ['data', is_string($data) ? $data : relay_json($data)];
+    foreach (['type', 'uid', 'to', 'client'] as $name) {
+        if (isset($options[$name])) {
+            $value = $options[$name];
+            array_push($fields, $name, is_array($value) ? relay_json(array_values($value)) : (string) $value);
+        }
+    }
+    relay_check($channel, $fields);
+    $words = $options['maxlen'] ? ['MAXLEN', '~', $options['maxlen'], '*'] : ['*'];
+    $words = array_merge($words, $fields);
+    $stream = "{$options['prefix']}stream:{{$channel}}";
+    if (isset($options['uid'])) {
+        $mark = "{$options['prefix']}uid:{{$channel}}:{$options['uid']}";
+        $command = ['EVAL', RELAY_APPEND_ONCE, 2, $stream, $mark, $options['window_s'] * 1000];
+    } else {
+        $command = ['XADD', $stream];
+    }
+    return relay_ask($options, array_merge($command, $words), $deadline);
+}
+
+/** Refuse what the relay would have to put to the dead letters. */
+function relay_check(string $channel, array $fields): void
+{
+    $wrong = null;
+    if (!preg_match('/^[^\x00-\x20\x7f{}]{1,255}$/Du', $channel)) {
+        $wrong = "a channel is 1 to 255 characters without white space, '{' or '}'";
+    }
+    foreach (array_chunk($fields, 2) as [$name, $value]) {
+        if (!preg_match('//u', $value)) {
+            $wrong = "$name is not UTF-8";
+        } elseif ($name === 'type' && preg_match('/^relay:|[\x00-\x1f\x7f]/', $value)) {
+            $wrong = 'type is reserved or has a control character';
+        } elseif ($name === 'to' && (trim($value, ", \t\r\n") === '' || $value === '[]')) {
+            $wrong = 'to names nobody';
+        } elseif ($name === 'uid' && ($value === '' || strlen($value) > 255)) {
+            $wrong = 'a uid is 1 to 255 bytes long';
+        }
+    }
+    if ($wrong !== null) {
+        throw new RelayPublishError($wrong);
+    }
+}
+
+function relay_json($value): string
+{
+    $flags = JSON_THROW_ON_ERROR | JSON_UNESCAPED_UNICODE | JSON_UNESCAPED_SLASHES | JSON_PRESERVE_ZERO_FRACTION;
+    try {
+        return json_encode($value, $flags);
+    } catch (JsonException $exception) {
+        throw new RelayPublishError("data cannot be JSON: {$exception->getMessage()}");
+    }
+}
+
+/** Connect, log in and send $command, all in one write; its reply. */
+function relay_ask(array $options, array $command, float $deadline): string
+{
+    $url = parse_url($options['redis']);
+    if (!$url || ($url['scheme'] ?? '') !== 'redis' || !isset($url['host'])) {
+        throw new RelayPublishError('the address of Redis is redis://[user:password@]host:port/db');
+    }
+    $where = "tcp://{$url['host']}:" . ($url['port'] ?? 6379);
+    $password = rawurldecode($url['pass'] ?? '') ?: $options['password'];
+    $commands = [];
+    if ($password !== '') {
+        $commands[] = ['AUTH', rawurldecode($url['user'] ?? '') ?: 'default', $password];
+    }
+    if ((int) trim($url['path'] ?? '', '/')) {
+        $commands[] = ['SELECT', (int) trim($url['path'], '/')];
+    }
+    $commands[] = $command;
+
+    $left = max($deadline - microtime(true), 0.001);
+    $socket = @stream_socket_client($where, $number, $reason, $left);
+    if (!$socket) {
+        throw new RelayPublishError("Redis at $where cannot be reached: $reason");
+    }
+    stream_set_blocking($socket, false);
+    try {
+        relay_write($socket, $commands, $where, $deadline);
+        $buffer = '';
+        foreach ($commands as [$word]) {
+            $reply = relay_reply($socket, $buffer, $where, $deadline);
+            if ($reply[0] === '-') {
+                throw new RelayPublishError("$word: " . substr($reply, 1));
+            }
+        }
+        return $reply;
+    } finally {
+        fclose($socket);
+    }
+}
+
+function relay_write($socket, array $commands, string $where, float $deadline): void
+{
+    $out = '';
+    foreach ($commands as $words) {
+        $out .= '*' . count($words) . "\r\n";
+        foreach ($words as $word) {
+            $out .= '$' . strlen((string) $word) . "\r\n$word\r\n";
+        }
+    }
+    while ($out !== '') {
+        relay_wait($socket, true, $where, $deadline);
+        $count = @fwrite($socket, $out);
+        if ($count === false) {
+            throw relay_unknown("Redis at $where closed the connection");
+        }
+        $out = (string) substr($out, $count);
+    }
+}
+
+/** One reply: the text of a string; with its '-' where it is an error. */
+function relay_reply($socket, string &$buffer, string $where, float $deadline): string
+{
+    while (!preg_match('/^(?:([+-][^\r\n]*)\r\n|\$(\d+)\r\n)/', $buffer, $found)
+        || (isset($found[2]) && strlen($buffer) < strlen($found[0]) + $found[2] + 2)) {
+        relay_wait($socket, false, $where, $deadline);
+        $more = fread($socket, 65536);
+        if ($more === false || ($more === '' && feof($socket))) {
+            throw relay_unknown("Redis at $where closed the connection");
+        }
+        $buffer .= $more;
+        if ($buffer !== '' && strpos('+-$', $buffer[0]) === false) {
+            throw relay_unknown("$where does not speak as Redis does");
+        }
+    }
+    $length = isset($found[2]) ? (int) $found[2] + 2 : 0;
+    $reply = isset($found[2]) ? substr($buffer, strlen($found[0]), $length - 2) : $found[1];
+    $buffer = (string) substr($buffer, strlen($found[0]) + $length);
+    return $reply;
+}
+
+function relay_wait($socket, bool $to_write, string $where, float $deadline): void
+{
+    $left = (int) (($deadline - microtime(true)) * 1000000);
+    $read = $to_write ? [] : [$socket];
+    $write = $to_write ? [$socket] : [];
+    $except = [];
+    if ($left <= 0 || !@stream_select($read, $write, $except, 0, $left)) {
+        throw relay_unknown("Redis at $where did not answer within the time limit");
+    }
+}
+
+function relay_unknown(string $text): RelayPublishError
+{
+    $error = new RelayPublishError($text);
+    $error->unknown = true;
+    return $error;
+}
+
+/** @param string[] $arguments */
+function relay_publish_main(array $arguments): int
+{
+    $usage = "usage: relay_publish.php CHANNEL DATA [--type T] [--uid U] [--to NAMES] [--client C]\n"
+        . "         [--limit-ms 200] [--maxlen N]\n"
+        . "DATA - is standard input. Redis: RELAY_REDIS_URL, RELAY_REDIS_PASSWORD, RELAY_REDIS_PREFIX.\n"
+        . "Prints the entry's ID. Exit codes: 0 published, 1 failed (one line says why), 2 usage.\n";
+    $plain = [];
+    $options = [];
+    while ($arguments) {
+        $word = array_shift($arguments);
+        if (preg_match('/^--(type|uid|to|client|limit-ms|maxlen)$/D', $word, $found) && $arguments) {
+            $value = array_shift($arguments);
+            $name = str_replace('-', '_', $found[1]);
+            $number = $name === 'limit_ms' || $name === 'maxlen';
+            if ($number && !preg_match('/^\d{1,9}$/D', $value)) {
+                fwrite(STDERR, $usage);
+                return 2;
+            }
+            $options[$name] = $number ? (int) $value : $value;
+        } else {
+            $plain[] = $word;
+        }
+    }
+    if (count($plain) !== 2) {
+        fwrite(STDERR, $usage);
+        return 2;
+    }
+    [$channel, $data] = $plain;
+    try {
+        echo relay_publish($channel, $data === '-' ? stream_get_contents(STDIN) : $data, $options), "\n";
+        return 0;
+    } catch (RelayPublishError $error) {
+        fwrite(STDERR, "relay_publish: {$error->getMessage()}" . ($error->unknown ? '; the event may have been appended' : '') . "\n");
+        return 1;
+    }
+}
+
+if (PHP_SAPI === 'cli' && realpath($_SERVER['argv'][0] ?? '') === __FILE__) {
+    exit(relay_publish_main(array_slice($_SERVER['argv'], 1)));
+}

@@ -1,0 +1,180 @@
+"""The producers in PHP, Node and shell, and the lines of docs/producers.md, each really run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.api_server import SECRET, api_server
+from tests.support.clients import Native, redis, stream_key
+from tests.support.tools import TOOLS, Tool, run
+from tests.support.valkey import Server, password_of
+
+pytestmark = pytest.mark.redis
+# The limit of 200 ms is for another test: a busy machine shall fail none of these.
+EASY = ("--limit-ms", "9000")
+DOCUMENT = Path(__file__).parents[2] / "docs" / "producers.md"
+
+
+@pytest.fixture(params=TOOLS)
+def tool(request: pytest.FixtureRequest, valkey: Server) -> Tool:
+    return Tool.of(request.param, valkey)
+
+
+def count(server: Server, channel: str) -> int:
+    found: int = redis(server, "XLEN", stream_key(channel))
+    return found
+
+
+async def test_an_event_reaches_sse_and_websocket_with_all_that_was_given(
+    door: Native, tool: Tool, channel: str
+) -> None:
+    sse, ws = await door.sse(channel), await door.ws(channel)
+    await ws.next()
+    data = '{"text":"Grüße \\"$HOME\\"  `x` %s","big":12345678901234567890,"f":1.0}'
+    options = ("--type", "chat", "--uid", "u 1", "--to", "alice, bob", "--client", "c1")
+    done = await tool.run(channel, data, *options, *EASY)
+    assert (done.code, done.err) == (0, ""), done
+    block, frame = await sse.next(), await ws.next()
+    assert (block.id, block.event, block.data) == (done.out.strip(), "chat", data)
+    assert (frame["id"], frame["client"]) == (done.out.strip(), "c1")
+    assert frame["data"] == json.loads(data)
+
+
+async def test_text_and_standard_input_arrive_as_they_are(
+    door: Native, tool: Tool, channel: str
+) -> None:
+    sse = await door.sse(channel)
+    first = await tool.run(channel, '<x a="1"/>', *EASY)
+    second = await tool.run(channel, "-", *EASY, given='[1,\n "zwölf"]')
+    assert first.code == second.code == 0, (first, second)
+    assert [block.data for block in await sse.take(2)] == ['<x a="1"/>', '[1,\n "zwölf"]']
+
+
+async def test_a_uid_is_appended_once_and_gives_the_first_id(
+    valkey: Server, tool: Tool, channel: str
+) -> None:
+    first = await tool.run(channel, "1", "--uid", "order 7", *EASY)
+    again = await tool.run(channel, "2", "--uid", "order 7", "--maxlen", "1000", *EASY)
+    assert first.out == again.out != ""
+    assert count(valkey, channel) == 1
+    assert 0 < redis(valkey, "PTTL", f"relay:uid:{{{channel}}}:order 7") <= 86_400_000
+
+
+async def test_prefix_and_a_login_in_the_url_are_used(
+    valkey: Server, tool: Tool, channel: str
+) -> None:
+    tool.environment = {"RELAY_REDIS_URL": valkey.url("producer"), "RELAY_REDIS_PREFIX": "other:"}
+    refused = await tool.run(channel, "1", *EASY)
+    assert refused.code == 1
+    assert "NOPERM" in refused.err  # the documented rules are for the prefix relay:
+    tool.environment = {
+        "RELAY_REDIS_URL": valkey.url("admin"),
+        "RELAY_REDIS_PREFIX": "other:",
+    }
+    assert (await tool.run(channel, "1", *EASY)).code == 0
+    assert redis(valkey, "XLEN", f"other:stream:{{{channel}}}") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("a b", "1"), "a channel is"),
+        (("", "1"), "a channel is"),
+        (("a}b", "1"), "a channel is"),
+        (("news", "1", "--type", "relay:gap"), "type is reserved"),
+        (("news", "1", "--type", "a\nb"), "control character"),
+        (("news", "1", "--to", " , "), "to names nobody"),
+        (("news", "1", "--uid", "x" * 256), "a uid is"),
+    ],
+)
+async def test_what_the_relay_could_not_deliver_is_refused(
+    tool: Tool, arguments: tuple[str, ...], reason: str
+) -> None:
+    done = await tool.run(*arguments, *EASY)
+    assert done.code == 1
+    assert reason in done.err
+    assert not done.out
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("news",), ("a", "b", "c"), ("a", "b", "--limit-ms", "x")]
+)
+async def test_wrong_usage_is_code_2(tool: Tool, arguments: tuple[str, ...]) -> None:
+    done = await tool.run(*arguments)
+    assert done.code == 2
+    assert "usage" in done.err
+
+
+async def test_a_wrong_password_and_a_refusal_are_told(
+    valkey: Server, tool: Tool, channel: str
+) -> None:
+    redis(valkey, "SET", stream_key(channel), "not a stream")
+    refused = await tool.run(channel, "1", *EASY)
+    tool.environment["RELAY_REDIS_PASSWORD"] = "wrong"
+    unknown = await tool.run(channel, "1", *EASY)
+    assert refused.code == unknown.code == 1
+    assert "WRONGTYPE" in refused.err
+    assert "WRONGPASS" in unknown.err
+    assert "wrong\n" not in unknown.err
+
+
+async def test_the_shell_publishes_by_http(door: Native, valkey: Server, channel: str) -> None:
+    sse = await door.sse(channel)
+    async with api_server(valkey) as api:
+        tool = Tool("sh", {"PUBLISH_API_SECRET": SECRET})
+        http = ("--http", api.url, *EASY)
+        for data in ('{"n":1}', '{"n":2}'):
+            done = await tool.run(channel, data, "--uid", 'a"\\b', "--client", "c", *http)
+            assert (done.code, done.err) == (0, ""), done
+        done = await tool.run(channel, "-", *http, given='"last"')
+        assert done.code == 0, done
+        assert [block.json() for block in await sse.take(2)] == [{"n": 1}, "last"]
+
+        requests = api.requests
+        for data in ("text", "1,2", '1},"x":{"y":1', "[1}", '"open', "", '1,"channel":"other"'):
+            done = await tool.run(channel, data, *http)
+            assert done.code == 1, (data, done)
+        assert api.requests == requests + 1  # only a bare word is left to the server to refuse
+        done = await tool.run(channel, "1", "--to", "bob", *http)
+        assert "cannot carry" in done.err
+        api.status = 503
+        assert "503" in (await tool.run(channel, "1", *http)).err
+        tool.environment["PUBLISH_API_SECRET"] = "wrong"
+        api.status = 200
+        assert "401" in (await tool.run(channel, "1", *http)).err
+
+
+def documented() -> list[str]:
+    return re.findall(r"^\$ (redis-cli .*)$", DOCUMENT.read_text(), re.MULTILINE)
+
+
+async def test_the_redis_cli_lines_of_the_document_do_what_it_says(
+    door: Native, valkey: Server
+) -> None:
+    sse = await door.sse("news")
+    login = {"REDISCLI_AUTH": password_of("producer")}
+    lines = documented()
+    assert len(lines) == 4
+    answers: list[Any] = []
+    for line in lines:
+        words = line.replace("redis-cli", f"redis-cli -p {valkey.port} --user producer", 1)
+        done = await run(["sh", "-c", words], login)
+        assert done.code == 0, done
+        answers.append(done.out.strip())
+    assert answers[2] == answers[3]  # the same uid
+    blocks = await sse.take(3)
+    assert [block.id for block in blocks] == answers[:3]
+    assert [block.json() for block in blocks] == [{"hello": 1}, {"text": "lunch?"}, {"n": 7}]
+
+
+def test_one_script_in_all_languages() -> None:
+    from relay.stream.append_once import SCRIPT
+    from tests.support.tools import PRODUCERS
+
+    for path in ("php/relay_publish.php", "node/relay-publish.mjs", "sh/relay-publish"):
+        assert SCRIPT in (PRODUCERS / path).read_text()

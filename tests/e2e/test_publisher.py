@@ -1,0 +1,203 @@
+"""producers/publisher.py against a running relay, with the rights of the `producer` user."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+
+from producers.publisher import AsyncPublisher, Publisher, PublishFailed
+from tests.support.api_server import SECRET, ApiServer, api_server
+from tests.support.clients import Native, redis, stream_key
+from tests.support.valkey import Server
+
+pytestmark = pytest.mark.redis
+# Far from what a healthy answer takes, so that a busy machine fails no test.
+EASY_MS = 5000
+
+
+@pytest.fixture
+async def publisher(valkey: Server) -> AsyncIterator[AsyncPublisher]:
+    async with AsyncPublisher(valkey.url("producer"), limit_ms=EASY_MS) as opened:
+        yield opened
+
+
+@pytest.fixture
+def blocking(valkey: Server) -> Iterator[Publisher]:
+    with Publisher(valkey.url("producer"), limit_ms=EASY_MS) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def api(valkey: Server) -> AsyncIterator[ApiServer]:
+    async with api_server(valkey) as opened:
+        yield opened
+
+
+def entries(server: Server, channel: str) -> list[bytes]:
+    """The data of all."""
+    found = redis(server, "XRANGE", stream_key(channel), "-", "+")
+    return [fields[b"data"] for _, fields in found]
+
+
+async def test_an_event_reaches_sse_and_websocket_with_all_that_was_given(
+    door: Native, publisher: AsyncPublisher, channel: str
+) -> None:
+    sse, ws = await door.sse(channel), await door.ws(channel)
+    await ws.next()
+    data = {"text": "Grüße", "big": 12345678901234567890}
+    entry_id = await publisher.publish(
+        channel, data, type="chat", uid="u1", to="alice, bob", client="c1"
+    )
+    block, frame = await sse.next(), await ws.next()
+    assert (block.id, block.event, block.json()) == (str(entry_id), "chat", data)
+    assert frame == {
+        "channel": channel,
+        "id": str(entry_id),
+        "type": "chat",
+        "data": data,
+        "client": "c1",
+    }
+
+
+async def test_the_blocking_publisher_does_the_same(
+    door: Native, blocking: Publisher, channel: str
+) -> None:
+    sse = await door.sse(channel)
+    ids = [await asyncio.to_thread(blocking.publish, channel, data) for data in ("<x/>", b"[1]")]
+    blocks = await sse.take(2)
+    assert [(block.id, block.data) for block in blocks] == [
+        (str(ids[0]), "<x/>"),
+        (str(ids[1]), "[1]"),
+    ]
+
+
+async def test_to_keeps_an_event_from_everybody_else(
+    door: Native, publisher: AsyncPublisher, channel: str
+) -> None:
+    sse = await door.sse(channel)
+    await publisher.publish(channel, "for bob", to=["bob"])
+    await publisher.publish(channel, "for alice", to=["user:alice", "group:x y"])
+    assert (await sse.next()).data == "for alice"
+
+
+async def test_a_uid_is_appended_once_and_gives_the_first_id(
+    valkey: Server, publisher: AsyncPublisher, blocking: Publisher, channel: str
+) -> None:
+    first = await publisher.publish(channel, "one", uid="order 7")
+    again = await asyncio.to_thread(blocking.publish, channel, "two", uid="order 7")
+    redis(valkey, "SCRIPT", "FLUSH")
+    forgotten = await publisher.publish(channel, "three", uid="order 7")
+    other = await publisher.publish(f"{channel}:other", "four", uid="order 7")
+    assert first == again == forgotten != other
+    assert len(entries(valkey, channel)) == 1
+    assert 0 < redis(valkey, "PTTL", f"relay:uid:{{{channel}}}:order 7") <= 86_400_000
+
+
+async def test_maxlen_trims(valkey: Server, channel: str) -> None:
+    async with AsyncPublisher(valkey.url("producer"), limit_ms=EASY_MS, maxlen=50) as publisher:
+        for number in range(400):
+            await publisher.publish(channel, number, uid=str(number) if number % 2 else None)
+    assert 50 <= len(entries(valkey, channel)) < 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"channel": "a b"}, "a channel is"),
+        ({"data": b"\xff"}, "field data is not UTF-8"),
+        ({"data": float("nan")}, "not JSON compliant"),
+        ({"type": "relay:gap"}, "reserved type"),
+        ({"to": " , "}, "to names nobody"),
+        ({"to": []}, "to names nobody"),
+        ({"uid": ""}, "a uid is"),
+        ({"uid": "x" * 256}, "a uid is"),
+    ],
+)
+async def test_what_no_relay_could_deliver_is_refused_at_once(
+    publisher: AsyncPublisher, arguments: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        await publisher.publish(**{"channel": "news", "data": 1, **arguments})
+
+
+async def test_overlapping_calls_share_a_connection_and_keep_their_order(
+    valkey: Server, publisher: AsyncPublisher, channel: str
+) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(200):
+            tasks.create_task(publisher.publish(channel, number))
+    assert [int(data) for data in entries(valkey, channel)] == list(range(200))
+
+
+async def test_a_forked_child_publishes_over_a_connection_of_its_own(
+    valkey: Server, blocking: Publisher, channel: str
+) -> None:
+    await asyncio.to_thread(blocking.publish, channel, "parent")
+    code = (
+        "import os, sys\n"
+        "from producers.publisher import Publisher\n"
+        "publisher = Publisher(sys.argv[1], limit_ms=5000)\n"
+        "publisher.publish(sys.argv[2], 'before')\n"
+        "if os.fork() == 0:\n"
+        "    publisher.publish(sys.argv[2], 'child')\n"
+        "    os._exit(0)\n"
+        "assert os.wait()[1] == 0\n"
+        "publisher.publish(sys.argv[2], 'after')\n"
+    )
+    done = await python(code, valkey.url("producer"), channel)
+    assert done == (0, ""), done
+    assert entries(valkey, channel) == [b"parent", b"before", b"child", b"after"]
+
+
+async def test_a_refusal_names_what_redis_said(
+    valkey: Server, publisher: AsyncPublisher, channel: str
+) -> None:
+    redis(valkey, "SET", stream_key(channel), "not a stream")
+    with pytest.raises(PublishFailed, match="WRONGTYPE") as failure:
+        await publisher.publish(channel, 1)
+    assert not failure.value.unknown
+    assert await publisher.publish(f"{channel}:other", 1)
+
+
+async def test_by_http_an_event_arrives_once_by_its_uid(
+    door: Native, api: ApiServer, channel: str
+) -> None:
+    sse = await door.sse(channel)
+    async with AsyncPublisher(http=api.url, secret=SECRET, limit_ms=EASY_MS) as publisher:
+        for data in ({"n": 1}, {"n": 2}, "text"):
+            uid = None if data == "text" else "same"
+            assert await publisher.publish(channel, data, uid=uid, client="c") is None
+        assert [block.json() for block in await sse.take(2)] == [{"n": 1}, "text"]
+        with pytest.raises(PublishFailed, match="namespace not found"):
+            await publisher.publish("seafile:x", 1)
+        with pytest.raises(ValueError, match="cannot carry type or to"):
+            await publisher.publish(channel, 1, to="bob")
+
+
+async def test_by_http_a_wrong_secret_and_a_broken_server_are_told(api: ApiServer) -> None:
+    async with AsyncPublisher(http=api.url, secret="wrong", limit_ms=EASY_MS) as publisher:
+        with pytest.raises(PublishFailed, match="401"):
+            await publisher.publish("news", 1)
+        api.status = 500
+        with pytest.raises(PublishFailed, match="500") as failure:
+            await publisher.publish("news", 1)
+        assert failure.value.unknown
+        api.status = 400
+        with pytest.raises(PublishFailed, match="400") as failure:
+            await publisher.publish("news", 1)
+        assert not failure.value.unknown
+
+
+async def python(code: str, *arguments: str) -> tuple[int, str]:
+    """Run it in an interpreter of its own; exit code and what it wrote on stderr."""
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, *arguments, stderr=asyncio.subprocess.PIPE, env=environment
+    )
+    _, text = await process.communicate()
+    return process.returncode or 0, text.decode()

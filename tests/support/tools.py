@@ -1,0 +1,115 @@
+"""Runs the producers of other languages as their users do: one process an event."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.support.valkey import Server, password_of
+
+PRODUCERS = Path(__file__).parents[2] / "producers"
+_FILES = {
+    "php": "php/relay_publish.php",
+    "node": "node/relay-publish.mjs",
+    "sh": "sh/relay-publish",
+}
+TOOLS = tuple(_FILES)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a process ended and how long it took."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+@dataclass(slots=True)
+class Tool:
+    """One of `TOOLS`, with the login of the `producer` user."""
+
+    name: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, server: Server) -> Tool:
+        """The password on its own, as where the URL is in a file that many may read."""
+        return cls(
+            name,
+            {
+                "RELAY_REDIS_URL": f"redis://producer@127.0.0.1:{server.port}/0",
+                "RELAY_REDIS_PASSWORD": password_of("producer"),
+            },
+        )
+
+    def command(self) -> list[str]:
+        """What is run; fails where the interpreter is missing."""
+        assert shutil.which(self.name), f"{self.name} is missing; .ci/run installs it"
+        return [self.name, str(PRODUCERS / _FILES[self.name])]
+
+    async def run(self, *arguments: str, given: str | None = None) -> Ended:
+        """One event."""
+        return await run([*self.command(), *arguments], self.environment, given)
+
+    async def start_s(self) -> float:
+        """What the interpreter itself takes, by a call that ends before any network."""
+        ended = await self.run()
+        assert ended.code == 2
+        return ended.seconds
+
+
+async def run(
+    command: Sequence[str], environment: dict[str, str], given: str | None = None
+) -> Ended:
+    """Run it to its end."""
+    began = time.monotonic()
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL if given is None else pipe,
+        stdout=pipe,
+        stderr=pipe,
+        env={"PATH": os.environ["PATH"], **environment},
+    )
+    out, err = await process.communicate(None if given is None else given.encode())
+    seconds = time.monotonic() - began
+    return Ended(process.returncode or 0, out.decode(), err.decode(), seconds)
+
+
+class Slack:
+    """What a busy machine may add to a time limit: a constant, and what it did to a sleep.
+
+    A thread sleeps for short whiles as long as the context lasts, and sees how late it wakes.
+    """
+
+    def __init__(self) -> None:
+        self._late_s = 0.0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Slack:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return 0.2 + 4 * self._late_s
+
+    def _watch(self) -> None:
+        while not self._end.is_set():
+            began = time.monotonic()
+            time.sleep(0.01)
+            self._late_s = max(self._late_s, time.monotonic() - began - 0.01)
