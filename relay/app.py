@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import uvloop
 
+from producers.api_queue import QueueProducer
 from relay import __version__, logs
 from relay.embedded import EmbeddedValkey
-from relay.errors import RelayError, StartError
+from relay.errors import LimitExceeded, RelayError, StartError
 from relay.frontdoor import DoorContext, Mounted, find_doors
 from relay.hub.hub import Hub
 from relay.jobs import Jobs
@@ -35,8 +36,9 @@ from relay.rights.http import HttpRights
 from relay.rights.policy import Policy
 from relay.rights.token import TokenReader
 from relay.server import Server
-from relay.stream import dead_letters
+from relay.stream import dead_letters, entry
 from relay.stream import revoke as revocations
+from relay.stream.append import Appender
 from relay.stream.connect import redis_client
 from relay.stream.control_reader import ControlReader
 from relay.stream.keys import Keys
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from relay.config import Config
-    from relay.model import Channel
+    from relay.model import Channel, EntryID
     from relay.settings import NamespaceSettings, RedisSettings, Section
 
 _log = logging.getLogger(__name__)
@@ -134,10 +136,14 @@ class Relay:
             waits_for_replicas=lambda channel: self._namespace(channel).wait_replicas > 0,
             connections_per_user=config.hub.connections_per_user,
         )
+        appender = Appender(
+            keys=keys, redis=redis, settings=config.publish, namespace_of=self._namespace
+        )
         metrics.behind.set_function(lambda: sum(feed.behind_count for feed in hub.feeds()))
         context = DoorContext(
             hub=hub,
             subscribe=admission.subscribe,
+            publish=self._publishing(appender),
             read_token=lambda token: self._tokens.read(token),
             ready=reader.ready,
             metrics=metrics,
@@ -153,16 +159,20 @@ class Relay:
             settings=config.jobs,
             namespace_of=self._namespace,
         )
+        queue = self._queue(redis, keys, instance) if config.queue.enabled else None
         server = Server(metrics=metrics, ready=lambda: self._not_ready(reader))
         reading = self._spawn(self._keep_reading(reader), name="reader")
         tasks = [
             reading,
+            self._spawn(appender.run(), name="appends"),
             self._spawn(heartbeat.run(), name="heartbeat"),
             self._spawn(admission.renew(), name="renew"),
             self._spawn(
                 self._write_dead_letters(incoming, client, keys, node), name="dead-letters"
             ),
         ]
+        if queue is not None:
+            tasks.append(self._spawn(queue.run(), name="queue"))
         try:
             # So that the first clients of a start are not refused, unless Redis is really away.
             with contextlib.suppress(TimeoutError):
@@ -178,6 +188,8 @@ class Relay:
             await self._stop.wait()
             _log.info("stopping")
             await server.stop_listening()
+            if queue is not None:
+                tasks.pop().cancel()
             await jobs.stop()
             await reader.stop()
             reading.cancel()
@@ -213,6 +225,39 @@ class Relay:
                 self._doors.append((name, mounted, section))
         if not self._config.jwt.key.get_secret_value():
             _log.warning("[jwt] key is empty: tokens are refused")
+
+    def _publishing(
+        self, appender: Appender
+    ) -> Callable[[Channel, bytes, str | None, str | None], asyncio.Future[EntryID]]:
+        limit = self._config.stream.max_entry_bytes
+
+        def publish(
+            channel: Channel, data: bytes, client: str | None, uid: str | None
+        ) -> asyncio.Future[EntryID]:
+            fields = entry.encode(data, client=client, uid=uid)
+            if entry.size(fields) > limit:
+                raise LimitExceeded(f"too large: {entry.size(fields)} of {limit} bytes")
+            return appender.append(channel, fields, uid)
+
+        return publish
+
+    def _queue(self, redis: RedisSettings, keys: Keys, instance: str) -> QueueProducer:
+        config, counter = self._config, self._metrics.queue_commands
+
+        def on_applied(taken: int, broken: int) -> None:
+            counter.labels("taken").inc(taken)
+            counter.labels("broken").inc(broken)
+
+        return QueueProducer(
+            keys=keys,
+            redis=redis,
+            settings=config.queue,
+            publish=config.publish,
+            instance=instance,
+            namespace_of=self._namespace,
+            max_entry_bytes=config.stream.max_entry_bytes,
+            on_applied=on_applied,
+        )
 
     def _http_rights(self, config: Config) -> HttpRights | None:
         if not config.rights.http_url or self._http_session is None:

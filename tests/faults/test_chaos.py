@@ -100,9 +100,7 @@ def valkey(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def relay(valkey: Server) -> Iterator[RelayProcess]:
-    process = RelayProcess(
-        valkey, flags=["--insecure"]
-    ).start()
+    process = RelayProcess(valkey, flags=["--insecure"]).start()
     yield process
     process.kill()
 

@@ -1,0 +1,1 @@
+"""Producers: what puts events into workspaces' streams, in the relay's process or alone."""
