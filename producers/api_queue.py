@@ -221,7 +221,7 @@ class QueueProducer:
                 raise
         finally:
             link.close()
-            if lost.done():
+            if lost.done() and not lost.cancelled():
                 lost.exception()
 
     def _on_push(self, push: list[object]) -> None:
