@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 _LEASE_MS = 1500
 _RENEW_S = 0.5
 # In case a wake-up was lost.
-_SWEEP_S = 30.0
+_SWEEP_S = 5.0
 # Without wake-ups (tracking is refused).
 _POLL_S = 0.1
 _BATCH_BYTES = 1 << 20

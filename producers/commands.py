@@ -121,6 +121,22 @@ def many(text: bytes) -> list[Command]:
     return [_command(whole[start:end]) for start, end in _elements(whole)]
 
 
+def read(text: bytes) -> list[Publication | Command]:
+    """A text that is one command object or an array of them, each the short way where it goes."""
+    if not text.startswith(b"["):
+        return [_plainly(text) or one(text)]
+    whole = _complete(text)
+    parts = [whole[start:end] for start, end in _elements(whole)]
+    return [_plainly(part.encode()) or _command(part) for part in parts]
+
+
+def _plainly(text: bytes) -> Publication | None:
+    try:
+        return plain_publish(text)
+    except Invalid:
+        return None  # its parameters say the same, when their turn comes
+
+
 def queued(text: bytes) -> list[Command]:
     """An item of the queue: a command, or the form of before 1.6.0, {"data": [commands]}."""
     whole = _complete(text)

@@ -65,6 +65,11 @@ def test_data_keeps_its_bytes_however_the_command_is_written(
     assert commands.publish(command.params)[:2] == (name, data)
     (again,) = commands.many(f"[{text}]".encode())
     assert again == command
+    for found in commands.read(f"[{text} , {text}]".encode()) + commands.read(text.encode()):
+        if isinstance(found, commands.Command):
+            assert found == command
+        else:
+            assert found == commands.publish(command.params)
 
 
 @given(data=DATA, name=NAMES, after=st.sampled_from(["", " ", ',"uid":"u"', "}", "]", ',"x":{}']))
@@ -80,6 +85,6 @@ def test_the_short_way_agrees_with_the_long_one(data: str, name: str, after: str
 
 @given(st.binary() | st.text('{}[]",:\\ 1etnul').map(str.encode))
 def test_no_text_breaks_the_reader(text: bytes) -> None:
-    for read in (commands.one, commands.many, commands.queued, commands.plain_publish):
+    for read in (commands.read, commands.many, commands.queued, commands.plain_publish):
         with contextlib.suppress(commands.Invalid):
             read(text)

@@ -63,18 +63,11 @@ async def answer(body: bytes, publish: Publish) -> list[Reply]:
     return replies
 
 
-def _commands(body: bytes) -> list[commands.Publication] | list[commands.Command]:
-    first = body[:1]
-    if first == b"[":
-        return commands.many(body)
-    if first != b"{":
+def _commands(body: bytes) -> list[commands.Publication | commands.Command]:
+    if body[:1] not in (b"[", b"{"):
         # v1 looks at the first byte only: white space before it is an error.
         raise commands.Invalid("neither an object nor an array")
-    try:
-        plain = commands.plain_publish(body)
-    except commands.Invalid:
-        plain = None  # the long way knows which error it is
-    return [plain] if plain is not None else [commands.one(body)]
+    return commands.read(body)
 
 
 def _start(command: commands.Command, publish: Publish) -> _Started:
