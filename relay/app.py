@@ -15,15 +15,13 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
-from pathlib import Path
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import uvloop
 
-from relay import __version__, logs
-from relay.embedded import EmbeddedValkey
+from relay import __version__, logs, parts
 from relay.errors import RelayError
 from relay.frontdoor import DoorContext, Mounted, find_doors
 from relay.hub.hub import Hub
@@ -37,8 +35,8 @@ from relay.rights.policy import Policy
 from relay.rights.token import TokenReader
 from relay.server import Server
 from relay.siblings import BEAT_S
-from relay.stream import dead_letters
 from relay.stream import revoke as revocations
+from relay.stream.append import Appender
 from relay.stream.connect import redis_client
 from relay.stream.control_reader import ControlReader
 from relay.stream.keys import Keys
@@ -113,7 +111,9 @@ class Relay:
         """Start, serve, stop."""
         async with contextlib.AsyncExitStack() as stack:
             self._handle_signals()
-            redis = await self._redis(stack)
+            redis = await parts.reachable_redis(
+                self._config.redis, stack, is_worker=self._worker is not None
+            )
             client = await stack.enter_async_context(redis_client(redis))
             self._background = await stack.enter_async_context(asyncio.TaskGroup())
             self._http_session = await stack.enter_async_context(
@@ -155,6 +155,9 @@ class Relay:
             waits_for_replicas=lambda channel: self._namespace(channel).wait_replicas > 0,
             connections_per_user=config.hub.connections_per_user,
         )
+        appender = Appender(
+            keys=keys, redis=redis, settings=config.publish, namespace_of=self._namespace
+        )
         metrics.behind.set_function(lambda: sum(feed.behind_count for feed in hub.feeds()))
         self._seats = seats = Seats(
             client=client,
@@ -176,6 +179,7 @@ class Relay:
             hub=hub,
             open=open_session,
             subscribe=admission.subscribe,
+            publish=parts.publishing(appender, config.stream.max_entry_bytes),
             read_token=lambda token: self._tokens.read(token),
             ready=reader.ready,
             metrics=metrics,
@@ -205,13 +209,17 @@ class Relay:
         reading = self._spawn(self._keep_reading(reader), name="reader")
         tasks = [
             reading,
+            self._spawn(appender.run(), name="appends"),
             self._spawn(heartbeat.run(), name="heartbeat"),
             self._spawn(admission.renew(), name="renew"),
             self._spawn(seats.run(), name="seats"),
-            self._spawn(
-                self._write_dead_letters(incoming, client, keys, node), name="dead-letters"
-            ),
+            self._spawn(incoming.write_dead_letters(client, keys, node), name="dead-letters"),
         ]
+        taking: asyncio.Task[None] | None = None
+        if config.queue.enabled:
+            queue = parts.queue_producer(config, metrics, redis, keys, instance, self._namespace)
+            taking = self._spawn(queue.run(), name="queue")
+            tasks.append(taking)
         try:
             # So that the first clients of a start are not refused, unless Redis is really away.
             with contextlib.suppress(TimeoutError):
@@ -238,6 +246,8 @@ class Relay:
             await self._stop.wait()
             _log.info("stopping")
             await server.stop_listening()
+            if taking is not None:
+                taking.cancel()
             await jobs.stop()
             await reader.stop()
             reading.cancel()
@@ -253,21 +263,6 @@ class Relay:
             await server.close()
 
     # ---- parts ------------------------------------------------------------------------------
-
-    async def _redis(self, stack: contextlib.AsyncExitStack) -> RedisSettings:
-        """Where Redis is; the embedded one is started first and stopped last."""
-        settings = self._config.redis
-        if settings.url != "embedded":
-            return settings
-        local = settings.model_copy(update={"url": f"redis://127.0.0.1:{settings.embedded_port}/0"})
-        if self._worker:
-            return local
-        folder = Path(settings.embedded_dir or "data")
-        embedded = EmbeddedValkey(folder, settings.embedded_port)
-        await embedded.start()
-        stack.push_async_callback(embedded.stop)
-        await stack.enter_async_context(_task(embedded.supervise()))
-        return local
 
     def _mount(self, context: DoorContext) -> None:
         for name, door in find_doors().items():
@@ -332,16 +327,6 @@ class Relay:
                 _log.critical("the reader has ended: stopping")
                 self._stop.set()
 
-    async def _write_dead_letters(
-        self, incoming: Incoming, client: Redis, keys: Keys, node: str
-    ) -> None:
-        while True:
-            channel, broken = await incoming.dead_letters.get()
-            try:
-                await dead_letters.write(client, keys, channel, broken, node=node)
-            except RelayError as exc:
-                _log.warning("dead letter %s of %s is not written: %s", broken.id, channel, exc)
-
     # ---- signals ----------------------------------------------------------------------------
 
     def _handle_signals(self) -> None:
@@ -394,11 +379,3 @@ class Relay:
                     for _, door, _ in self._doors:
                         await door.closed()
             _log.info("%d clients asked to reconnect", len(sessions))
-
-
-@contextlib.asynccontextmanager
-async def _task(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(coroutine, name="embedded Valkey")
-        yield
-        task.cancel()

@@ -29,6 +29,8 @@ from relay.settings import (
     MetricsSettings,
     NamespaceSettings,
     NodeSettings,
+    PublishSettings,
+    QueueSettings,
     RedisSettings,
     RightsSettings,
     Section,
@@ -47,6 +49,8 @@ SECTIONS: Mapping[str, type[Section]] = {
     "jwt": JwtSettings,
     "metrics": MetricsSettings,
     "jobs": JobSettings,
+    "publish": PublishSettings,
+    "producer:queue": QueueSettings,
     "namespace": NamespaceSettings,
 }
 # `serve`'s flags that stand for a setting; --insecure stands for none, so that no file can leave
@@ -82,6 +86,8 @@ class Config:
     jwt: JwtSettings
     metrics: MetricsSettings
     jobs: JobSettings
+    publish: PublishSettings
+    queue: QueueSettings
     namespaces: Mapping[str, NamespaceSettings]
     doors: Mapping[str, Section]
     insecure: bool = False
@@ -141,7 +147,11 @@ def load(
     rules = {"": sections.pop("namespace")}
     rules |= {name.removeprefix(_NAMESPACE): sections.pop(name) for name in namespaces}
     return Config(
-        **{name: sections.pop(name) for name in SECTIONS if name != "namespace"},  # type: ignore[arg-type]  # each by its own name
+        **{  # type: ignore[arg-type]  # each by its own name
+            name.removeprefix("producer:"): sections.pop(name)
+            for name in SECTIONS
+            if name != "namespace"
+        },
         namespaces=rules,  # type: ignore[arg-type]  # _section made them of NamespaceSettings
         doors=sections,
         insecure="insecure" in flags,

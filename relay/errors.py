@@ -4,6 +4,7 @@ RelayError
 ├── ConfigError            the configuration: one line for the operator, exit code 1
 ├── StartError             something the machine lacks (port taken ...): one line, exit code 1
 ├── RedisUnavailable       Redis is away, or answered that it cannot serve now: try again
+├── NotReplicated          appended, but too few replicas said so in time
 ├── ClientError            a client's mistake; carries the code that its door shows it
 │   ├── Unauthorized       no credential, or a bad or expired one
 │   ├── Forbidden          a good credential that does not open this
@@ -29,6 +30,10 @@ class StartError(RelayError):
 
 class RedisUnavailable(RelayError):
     """Redis is away, loading, read-only or refusing; the caller backs off and tries again."""
+
+
+class NotReplicated(RelayError):
+    """The entry has an ID, but fewer replicas than asked for confirmed it within the limit."""
 
 
 class ClientError(RelayError):

@@ -17,11 +17,13 @@ from aiohttp import web
 import relay.protocols
 
 if TYPE_CHECKING:
+    import asyncio
+
     from relay.hub.encoding import Encoder
     from relay.hub.hub import Hub
     from relay.hub.session import Client, Session
     from relay.metrics import Metrics
-    from relay.model import Channel, Position, Principal
+    from relay.model import Channel, EntryID, Position, Principal
     from relay.settings import Section
 
 
@@ -32,13 +34,16 @@ class DoorContext:
     `open` makes a client's session as `hub.open` does, after its user's connections on all workers
     have been counted: LimitExceeded, or Unavailable. `subscribe` asks the rights sources that take
     time, then the hub; the session's client is told in a later turn. `read_token` turns a native
-    JWT into a principal (Unauthorized otherwise). `ready` says whether streams are being read.
+    JWT into a principal (Unauthorized otherwise). `publish` (channel, data, client, uid) appends:
+    the future is the entry's ID or an error; what is wrong with the entry itself is raised at once
+    (ValueError, LimitExceeded, Unavailable). `ready` says whether streams are being read.
     `insecure` concerns the native door only.
     """
 
     hub: Hub
     open: Callable[[Principal, Encoder, Client], Awaitable[Session]]
     subscribe: Callable[[Session, Channel, Position | None], None]
+    publish: Callable[[Channel, bytes, str | None, str | None], asyncio.Future[EntryID]]
     read_token: Callable[[str], Principal]
     ready: Callable[[], bool]
     metrics: Metrics

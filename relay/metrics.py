@@ -76,6 +76,12 @@ class Metrics:
             "Entries that could not be delivered",
             registry=self.registry,
         )
+        self.queue_commands = Counter(
+            "relay_queue_commands_total",
+            "Items taken from command queues, and dead letters made of them",
+            ["result"],
+            registry=self.registry,
+        )
         self.round_trips = Counter(
             "relay_redis_round_trips_total",
             "Pipelines sent to Redis",

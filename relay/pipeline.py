@@ -14,18 +14,22 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from relay.errors import RelayError
 from relay.model import Broken, Channel, EntryID, Event, Record
-from relay.stream import ephemeral
+from relay.stream import dead_letters, ephemeral
 from relay.stream.control import ControlCommand, Disconnect, DropRights, Unsubscribe
 from relay.stream.entry import decode
 
 if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
     from relay.hub.hub import Hub
     from relay.hub.session import Session
     from relay.metrics import Metrics
     from relay.model import Position, Principal
     from relay.reads import Followed
     from relay.rights.policy import Policy
+    from relay.stream.keys import Keys
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +68,15 @@ class Incoming:
                 self._set_aside(stream.channel, record.body)
         stream.on_records(records)
         self._metrics.delayed(max(0.0, time.time() - records[-1].id.ms / 1000))
+
+    async def write_dead_letters(self, client: Redis, keys: Keys, node: str) -> None:
+        """For ever: what was set aside, as soon as Redis takes it."""
+        while True:
+            channel, broken = await self.dead_letters.get()
+            try:
+                await dead_letters.write(client, keys, channel, broken, node=node)
+            except RelayError as exc:
+                _log.warning("dead letter %s of %s is not written: %s", broken.id, channel, exc)
 
     def _set_aside(self, channel: Channel, broken: Broken) -> None:
         self._metrics.dead_letters.inc()

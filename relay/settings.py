@@ -210,6 +210,48 @@ class JobSettings(Section):
     )
 
 
+class PublishSettings(Section):
+    """[publish]: appends by the relay's own producers, HTTP and queue."""
+
+    uid_window_s: float = Field(
+        600.0,
+        ge=0,
+        le=2592000,
+        description="seconds in which an event with the uid of an earlier one of its channel is not appended again, and the producer gets the first one's ID; 0: it is appended again",
+    )
+    timeout_s: float = Field(
+        2.0,
+        gt=0,
+        le=60,
+        description="seconds for a connection to Redis, and then for its answer, before a producer gets an error",
+    )
+
+
+class QueueSettings(Section):
+    """[producer:queue]: commands that others RPUSH, as Centrifugo v1's redis_api."""
+
+    enabled: bool = Field(
+        False,
+        description="take commands from the queue; off, so that a Centrifugo on the same Redis keeps its own",
+    )
+    name: str = Field(
+        "centrifugo.api",
+        min_length=1,
+        max_length=100,
+        pattern=r"^[^\s{}]+$",
+        description="key of the queue, without the relay's prefix",
+    )
+    shards: int = Field(
+        0, ge=0, le=256, description="further queues NAME.0 to NAME.N-1; order holds within each"
+    )
+    batch: int = Field(
+        256,
+        ge=1,
+        le=1000,
+        description="commands carried out in one step; more is faster, and holds Redis up for longer",
+    )
+
+
 class NamespaceSettings(Section):
     """[namespace:NAME], and [namespace] for channels of every other namespace."""
 

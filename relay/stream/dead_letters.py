@@ -37,6 +37,17 @@ async def write(client: Redis, keys: Keys, channel: Channel, broken: Broken, *, 
     return True
 
 
+def of_command(queue: str, command: bytes, reason: str, *, node: str) -> list[bytes]:
+    """Flat fields of the dead letter of a queue's command; `scripts.APPLY` writes its like."""
+    text, truncated = _fields([(b"command", command)])
+    at = datetime.now(UTC).isoformat(timespec="milliseconds")
+    letter = [b"queue", queue.encode(), b"reason", reason.encode(errors="replace")]
+    letter += b"node", node.encode(), b"at", at.encode(), b"fields", text
+    if truncated:
+        letter += b"truncated", b"1"
+    return letter
+
+
 def _fields(pairs: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, bool]:
     """Names and values as JSON, from at most LIMIT_BYTES of them; and whether that cut some off."""
     left = LIMIT_BYTES

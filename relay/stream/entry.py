@@ -181,11 +181,14 @@ def encode(
     to: Iterable[str] | None = None,
     client: str | None = None,
     info: bytes | None = None,
+    checked: bool = False,
 ) -> list[bytes]:
     """Flat fields for XADD. ValueError with the reason where `decode` would call them broken,
-    except for the size, whose limit is the relay's setting: see `size`."""
+    except for the size, whose limit is the relay's setting: see `size`. `checked`: the caller
+    knows that `data` is UTF-8."""
     fields = [b"data", data]
-    _is_json(data)
+    if not checked:
+        _is_json(data)
     if type is not None:
         fields += b"type", _bytes("type", checked_type(type))
     if uid is not None:

@@ -12,13 +12,14 @@ Cluster slot; a command or transaction over several keys stays within one worksp
 | `<p>dead-letters`         | stream  | entries that could not be read      | trimmed by XADD      |
 | `<p>dead-letter:{C}:<id>` | string  | mark: this one is written           | expires after a day  |
 | `<p>requeued:{C}:<id>`    | string  | mark: this dead letter's new entry  | expires after a day  |
-| `<p>uid:{C}:<uid>`        | string  | the first entry with this uid       | expires: its window  |
 | `<p>nodes`                | set     | the workers that started            | the worker; jobs (2) |
 | `<p>node:<instance>`      | string  | one worker's heartbeat, JSON        | the worker; 15 s     |
 | `<p>users:<instance>`     | hash    | user -> connections on that worker  | the worker; 6 s      |
 | `<p>canary:<instance>`    | string  | written to prove that wake-ups come | the worker; expires  |
 | `<p>lease:<name>`         | string  | who does this job for the site      | its holder; expires  |
 | `<p>uid:{C}:<uid>`        | string  | ID of the entry appended with it    | expires: its window  |
+| `<p>queue:<name>`         | string  | how many commands were taken of it  | stays                |
+| `<name>`, `<name>.<n>`    | list    | queue of commands; no prefix        | who takes them       |
 
 (1) retention trims entries; a stream that was never appended to and has no follower is removed
 together with (2) the groups and registration of dead workers.
@@ -92,9 +93,9 @@ class Keys:
         """Held by the one worker that does the job `name`."""
         return f"{self._text}lease:{name}".encode()
 
-    def uid(self, channel: Channel, uid: str) -> bytes:
-        """The ID of the entry that was appended with this uid."""
-        return f"{self._text}uid:{{{channel}}}:{uid}".encode()
+    def queue_count(self, queue: str) -> bytes:
+        """How many commands were ever taken of this queue."""
+        return f"{self._text}queue:{queue}".encode()
 
     def channel_of_stream(self, key: bytes) -> Channel | None:
         """The workspace whose stream `key` is; None for every other key."""

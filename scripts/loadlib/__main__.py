@@ -16,6 +16,7 @@ from scripts.loadlib.fanout import Fanout
 from scripts.loadlib.followed import Followed
 from scripts.loadlib.idle import Idle
 from scripts.loadlib.processes import LoadError
+from scripts.loadlib.produce import Produce
 from scripts.loadlib.report import finish
 from scripts.loadlib.servers import ROOT, Cores, RelayOptions
 from scripts.loadlib.slow import Slow
@@ -81,6 +82,11 @@ def _arguments() -> argparse.Namespace:
     one.add_argument("--entry-bytes", type=int, default=10_000)
     one.add_argument("--others", type=int, default=20, help="clients on each of two channels")
     one.add_argument("--rounds", type=int, default=2)
+
+    one = commands.add_parser("produce", parents=[every], help="events by queue and HTTP API")
+    one.add_argument("--commands", type=int, default=100_000, help="of each kind; single HTTP: / 4")
+    one.add_argument("--connections", type=int, default=32, help="HTTP requests at one time")
+    one.add_argument("--rounds", type=int, default=3)
     return parser.parse_args()
 
 
@@ -109,6 +115,11 @@ def _measurement(options: argparse.Namespace, cores: Cores) -> _Measurement:
                 workspaces=options.workspaces, rate=options.rate, seconds=options.seconds,
                 idle_seconds=options.idle_seconds,
                 per_connection=options.channels_per_connection, **shared,
+            )  # fmt: skip
+        case "produce":
+            return Produce(
+                commands=options.commands, connections=options.connections,
+                rounds=options.rounds, **shared,
             )  # fmt: skip
         case _:
             return Slow(

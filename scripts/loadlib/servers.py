@@ -54,6 +54,8 @@ class Running:
     subscribe_path: str
     # What a client has received once it is subscribed; empty: nothing is said.
     subscribed: str
+    # Of the relay's own Redis.
+    redis_port: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +116,7 @@ async def relay(folder: Path, cores: Cores, options: RelayOptions) -> AsyncItera
                 feed=feed,
                 subscribe_path="/ws?channel=",
                 subscribed='"subscribe"',
+                redis_port=redis_port,
             )
             feed.close()
         finally:

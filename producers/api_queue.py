@@ -1,0 +1,321 @@
+"""Commands that any program RPUSHes to `centrifugo.api` and its shards, applied once and in order.
+
+A worker looks at the head of a queue, prepares the entries, and appends them and takes the head
+away in one step (`relay.stream.queue`): whoever dies at any point leaves the command either in
+the queue or done. What cannot be carried out becomes a dead letter in that same step. Order holds
+within a queue; one worker serves it at a time, and the next one takes over within seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from producers import commands
+from relay.errors import RedisUnavailable
+from relay.stream import dead_letters, entry
+from relay.stream.append import UID_BYTES
+from relay.stream.connect import CommandRefused, discover
+from relay.stream.link import Link
+from relay.stream.queue import Head, Operation, Queues
+
+if TYPE_CHECKING:
+    from relay.model import Channel
+    from relay.settings import (
+        NamespaceSettings,
+        PublishSettings,
+        QueueSettings,
+        RedisSettings,
+    )
+    from relay.stream.keys import Keys
+
+_log = logging.getLogger(__name__)
+
+_LEASE_MS = 1500
+_RENEW_S = 0.5
+# In case a wake-up was lost.
+_SWEEP_S = 5.0
+# Without wake-ups (tracking is refused).
+_POLL_S = 0.1
+_BATCH_BYTES = 1 << 20
+_BACKOFF_S = (0.1, 2.0)
+
+# What one command means: the entries to append. Invalid where it cannot be carried out.
+Handler = Callable[[commands.Command, int], list[Operation]]
+
+
+class Dispatcher:
+    """Which command is carried out how; `handlers` adds to publish and broadcast."""
+
+    def __init__(
+        self,
+        *,
+        keys: Keys,
+        namespace_of: Callable[[Channel], NamespaceSettings],
+        max_entry_bytes: int,
+        window_ms: int,
+        handlers: Mapping[str, Handler] | None = None,
+    ) -> None:
+        self._keys = keys
+        self._namespace_of = namespace_of
+        self._max_entry_bytes = max_entry_bytes
+        self._window_ms = window_ms
+        self._handlers: dict[str, Handler] = {
+            "publish": self._publish,
+            "broadcast": self._broadcast,
+            **(handlers or {}),
+        }
+
+    def operations(self, item: bytes, index: int) -> tuple[list[Operation], list[str]]:
+        """What this item of a queue asks for, and why parts of it cannot be done."""
+        try:
+            plain = commands.plain_publish(item)
+            if plain is not None:
+                return [self.operation(plain, index)], []
+            queued = commands.queued(item)
+        except commands.Invalid as exc:
+            return [], [str(exc)]
+        wanted: list[Operation] = []
+        reasons: list[str] = []
+        for command in queued:
+            try:
+                handler = self._handlers.get(command.method)
+                if handler is None:
+                    raise commands.Invalid(f"unknown method {command.method[:50]!r}")  # noqa: TRY301  # one way to a reason
+                wanted += handler(command, index)
+            except commands.Invalid as exc:
+                reasons.append(str(exc))
+        return wanted, reasons
+
+    def operation(self, publication: commands.Publication, index: int) -> Operation:
+        """The append of one publication; Invalid where a reader could not make sense of it."""
+        channel, data, client, uid = publication
+        fields = [b"data", data]
+        if client is not None or uid is not None:
+            fields = entry.encode(data, client=client, uid=uid, checked=True)
+        if entry.size(fields) > self._max_entry_bytes:
+            raise commands.Invalid(f"too large: {entry.size(fields)} bytes")
+        uid_key = None
+        if uid is not None and self._window_ms:
+            if len(uid.encode()) > UID_BYTES:
+                raise commands.Invalid(f"uid of more than {UID_BYTES} bytes")
+            uid_key = self._keys.uid(channel, uid)
+        keep = self._namespace_of(channel).retention_count
+        return Operation(self._keys.stream(channel), fields, index, keep, uid_key)
+
+    def _publish(self, command: commands.Command, index: int) -> list[Operation]:
+        return [self.operation(commands.publish(command.params), index)]
+
+    def _broadcast(self, command: commands.Command, index: int) -> list[Operation]:
+        names, data, client = commands.broadcast(command.params)
+        if not names or not data:
+            raise commands.Invalid("broadcast without channels or data")
+        # Unlike v1, which stops half way: in the queue a command is applied whole or not at all.
+        channels = [commands.checked_channel(name) for name in names]
+        return [
+            self.operation(commands.Publication(channel, data, client), index)
+            for channel in channels
+        ]
+
+
+class _Shard:
+    """One queue as this worker sees it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.held = asyncio.Event()
+        self.news = asyncio.Event()
+        self.average_bytes = 1024.0
+
+
+class QueueProducer:
+    """Takes commands from all queues that this worker holds; `run` until cancelled."""
+
+    def __init__(
+        self,
+        *,
+        keys: Keys,
+        redis: RedisSettings,
+        settings: QueueSettings,
+        publish: PublishSettings,
+        instance: str,
+        namespace_of: Callable[[Channel], NamespaceSettings],
+        max_entry_bytes: int,
+        on_applied: Callable[[int, int], None] = lambda _applied, _broken: None,
+        handlers: Mapping[str, Handler] | None = None,
+    ) -> None:
+        """`on_applied` counts: commands taken, and dead letters among them."""
+        self._keys = keys
+        self._redis = redis
+        self._settings = settings
+        self._instance = instance
+        self._namespace_of = namespace_of
+        self._window_ms = int(publish.uid_window_s * 1000)
+        self._on_applied = on_applied
+        self._dispatcher = Dispatcher(
+            keys=keys,
+            namespace_of=namespace_of,
+            max_entry_bytes=max_entry_bytes,
+            window_ms=self._window_ms,
+            handlers=handlers,
+        )
+        names = [settings.name, *(f"{settings.name}.{n}" for n in range(settings.shards))]
+        self._shards = {name.encode(): _Shard(name) for name in names}
+        self._queues: Queues | None = None
+
+    async def run(self) -> None:
+        """Survives everything that Redis does. A command half way at the end is done or waits."""
+        backoff = _BACKOFF_S[0]
+        while True:
+            try:
+                await self._connected()
+            except* (RedisUnavailable, CommandRefused) as group:
+                if self._queues is not None:
+                    backoff = _BACKOFF_S[0]
+                _log.warning("queue: %s", _first(group))
+            finally:
+                self._queues = None
+                for shard in self._shards.values():
+                    shard.held.clear()
+            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311  # no secret
+            backoff = min(_BACKOFF_S[1], backoff * 2)
+
+    async def _connected(self) -> None:
+        lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def on_lost(exc: Exception | None) -> None:
+            if not lost.done():
+                lost.set_exception(exc or RedisUnavailable("the link was closed"))
+
+        link = await Link.open(
+            await discover(self._redis),
+            settings=self._redis,
+            on_push=self._on_push,
+            on_lost=on_lost,
+            name="relay-queue",
+        )
+        try:
+            queues = Queues(link, self._keys, self._instance)
+            await queues.prepare()
+            try:
+                await link.call("CLIENT", "TRACKING", "ON")
+                tracking = True
+            except CommandRefused:
+                tracking = False
+                _log.warning("queue: wake-ups are not available, queues are polled")
+            self._queues = queues
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(_await(lost), name="queue lost")
+                    tasks.create_task(self._hold(queues, tracking), name="queue leases")
+                    for shard in self._shards.values():
+                        tasks.create_task(self._serve(queues, shard), name=f"queue {shard.name}")
+            except asyncio.CancelledError:
+                # The next worker need not wait for the leases to expire.
+                with contextlib.suppress(RedisUnavailable, CommandRefused):
+                    await queues.hold([shard.name for shard in self._shards.values()], 0)
+                raise
+        finally:
+            link.close()
+            if lost.done() and not lost.cancelled():
+                lost.exception()
+
+    def _on_push(self, push: list[object]) -> None:
+        if push[0] != b"invalidate":
+            return
+        names = push[1]
+        for name in names if isinstance(names, list) else self._shards:
+            if name in self._shards:
+                self._shards[name].news.set()
+
+    async def _hold(self, queues: Queues, tracking: bool) -> None:
+        shards = list(self._shards.values())
+        loop = asyncio.get_running_loop()
+        renew_at = sweep_at = loop.time()
+        while True:
+            now = loop.time()
+            if now >= renew_at:
+                renew_at = now + _RENEW_S
+                held = await queues.hold([shard.name for shard in shards], _LEASE_MS)
+                for shard, mine in zip(shards, held, strict=True):
+                    if not mine:
+                        shard.held.clear()
+                    elif not shard.held.is_set():
+                        shard.held.set()
+                        shard.news.set()
+            if not tracking or now >= sweep_at:
+                sweep_at = now + _SWEEP_S
+                for shard in shards:
+                    shard.news.set()
+            await asyncio.sleep(_RENEW_S if tracking else _POLL_S)
+
+    async def _serve(self, queues: Queues, shard: _Shard) -> None:
+        while True:
+            await shard.held.wait()
+            await shard.news.wait()
+            shard.news.clear()
+            try:
+                while shard.held.is_set():
+                    most = max(1, int(_BATCH_BYTES / shard.average_bytes))
+                    head = await queues.head(shard.name, min(self._settings.batch, most))
+                    if not head.items:
+                        break
+                    shard.average_bytes = sum(map(len, head.items)) / len(head.items) + 1
+                    await self._apply(queues, shard, head)
+            except CommandRefused as exc:
+                # Of another type, no memory, no right: the queue stays as it is.
+                _log.error("queue %s: %s", shard.name, exc)  # no bug
+                await asyncio.sleep(1.0)
+                shard.news.set()
+
+    async def _apply(self, queues: Queues, shard: _Shard, head: Head) -> None:
+        operations: list[Operation] = []
+        broken = 0
+        for index, item in enumerate(head.items):
+            wanted, reasons = self._dispatcher.operations(item, index)
+            operations += wanted
+            for reason in reasons:
+                broken += 1
+                operations.append(self._dead_letter(shard.name, item, reason, index))
+        replicas = self._replicas(operations)
+        failed = await queues.apply(
+            shard.name,
+            head,
+            operations,
+            window_ms=self._window_ms,
+            replicas=replicas,
+            wait_ms=int(self._redis.command_timeout_s * 500),
+        )
+        if failed is not None:
+            self._on_applied(len(head.items), broken + failed)
+
+    def _dead_letter(self, queue: str, item: bytes, reason: str, index: int) -> Operation:
+        letter = dead_letters.of_command(queue, item, reason, node=self._instance)
+        return Operation(self._keys.dead_letters, letter, index, dead_letters.KEEP)
+
+    def _replicas(self, operations: Sequence[Operation]) -> int:
+        """How many replicas the strictest namespace of this batch wants.
+
+        Nobody waits for an answer here; this keeps the queue from running ahead of the replicas.
+        A failover that loses the entries loses their removal from the queue with them.
+        """
+        channels = {self._keys.channel_of_stream(key) for key in {each.key for each in operations}}
+        return max(
+            (self._namespace_of(channel).wait_replicas for channel in channels if channel),
+            default=0,
+        )
+
+
+async def _await(future: asyncio.Future[None]) -> None:
+    await future
+
+
+def _first(group: BaseExceptionGroup[Exception]) -> BaseException:
+    first: BaseException = group
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first

@@ -1,0 +1,91 @@
+"""Parts of the composition that need more than their constructor."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from producers.api_queue import QueueProducer
+from relay.embedded import EmbeddedValkey
+from relay.errors import LimitExceeded
+from relay.stream import entry
+
+if TYPE_CHECKING:
+    from relay.config import Config
+    from relay.metrics import Metrics
+    from relay.model import Channel, EntryID
+    from relay.settings import NamespaceSettings, RedisSettings
+    from relay.stream.append import Appender
+    from relay.stream.keys import Keys
+
+
+async def reachable_redis(
+    settings: RedisSettings, stack: contextlib.AsyncExitStack, *, is_worker: bool
+) -> RedisSettings:
+    """Where Redis is; the embedded one is started first and stopped last."""
+    if settings.url != "embedded":
+        return settings
+    local = settings.model_copy(update={"url": f"redis://127.0.0.1:{settings.embedded_port}/0"})
+    if is_worker:
+        return local
+    folder = Path(settings.embedded_dir or "data")
+    embedded = EmbeddedValkey(folder, settings.embedded_port)
+    await embedded.start()
+    stack.push_async_callback(embedded.stop)
+    await stack.enter_async_context(_task(embedded.supervise()))
+    return local
+
+
+def publishing(
+    appender: Appender, max_entry_bytes: int
+) -> Callable[[Channel, bytes, str | None, str | None], asyncio.Future[EntryID]]:
+    """What `DoorContext.publish` is."""
+
+    def publish(
+        channel: Channel, data: bytes, client: str | None, uid: str | None
+    ) -> asyncio.Future[EntryID]:
+        fields = entry.encode(data, client=client, uid=uid)
+        size = entry.size(fields)
+        if size > max_entry_bytes:
+            raise LimitExceeded(f"too large: {size} of {max_entry_bytes} bytes")
+        return appender.append(channel, fields, uid)
+
+    return publish
+
+
+def queue_producer(
+    config: Config,
+    metrics: Metrics,
+    redis: RedisSettings,
+    keys: Keys,
+    instance: str,
+    namespace_of: Callable[[Channel], NamespaceSettings],
+) -> QueueProducer:
+    """The command queue, taken in this process."""
+    counter = metrics.queue_commands
+
+    def on_applied(taken: int, broken: int) -> None:
+        counter.labels("taken").inc(taken)
+        counter.labels("broken").inc(broken)
+
+    return QueueProducer(
+        keys=keys,
+        redis=redis,
+        settings=config.queue,
+        publish=config.publish,
+        instance=instance,
+        namespace_of=namespace_of,
+        max_entry_bytes=config.stream.max_entry_bytes,
+        on_applied=on_applied,
+    )
+
+
+@contextlib.asynccontextmanager
+async def _task(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(coroutine, name="embedded Valkey")
+        yield
+        task.cancel()

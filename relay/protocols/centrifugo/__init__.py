@@ -1,0 +1,1 @@
+"""The Centrifugo v1 door; so far its HTTP API."""

@@ -1,0 +1,127 @@
+"""What a request to the HTTP API means: its signature, its commands, their replies.
+
+Commands are carried out in order; those of one request, and of requests that come at the same
+time, travel to Redis together. A reply says success only when the entry has its ID.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+from producers import commands
+from relay.errors import LimitExceeded, RelayError
+from relay.model import Channel, EntryID
+from relay.protocols.centrifugo.codec import FIX, RETRY, Reply
+
+# v1's texts, which clients compare.
+INVALID_MESSAGE = "invalid message"
+LIMIT_EXCEEDED = "limit exceeded"
+INTERNAL_ERROR = "internal server error"
+
+Publish = Callable[[Channel, bytes, str | None, str | None], asyncio.Future[EntryID]]
+
+
+class _Started(NamedTuple):
+    """A command under way: what is appended, and what is already known to be wrong."""
+
+    method: str
+    uid: str
+    appends: list[asyncio.Future[EntryID]]
+    error: str = ""
+    advice: str = ""
+
+
+def signed(secret: bytes, body: bytes, sign: str) -> bool:
+    """Whether `sign` is the lower-case hex HMAC-SHA256 of `body`; never true without a secret."""
+    # Bytes: compare_digest takes text in ASCII only, and this text is the peer's.
+    wanted = hmac.digest(secret, body, "sha256").hex().encode()
+    return bool(secret) and hmac.compare_digest(wanted, sign.encode(errors="replace"))
+
+
+async def answer(body: bytes, publish: Publish) -> list[Reply]:
+    """Carry the commands out; one reply each.
+
+    Invalid where the request as a whole is refused: commands before the broken one have been
+    carried out by then, as in v1.
+    """
+    started: list[_Started] = []
+    broken: commands.Invalid | None = None
+    try:
+        for each in _commands(body):
+            if isinstance(each, commands.Publication):
+                started.append(_append("publish", "", [each], publish))
+            else:
+                started.append(_start(each, publish))
+    except commands.Invalid as exc:
+        broken = exc
+    replies = [await _finish(each) for each in started]
+    if broken is not None:
+        raise broken
+    return replies
+
+
+def _commands(body: bytes) -> list[commands.Publication | commands.Command]:
+    if body[:1] not in (b"[", b"{"):
+        # v1 looks at the first byte only: white space before it is an error.
+        raise commands.Invalid("neither an object nor an array")
+    return commands.read(body)
+
+
+def _start(command: commands.Command, publish: Publish) -> _Started:
+    method, params, uid = command
+    if method == "publish":
+        try:
+            return _append(method, uid, [commands.publish(params)], publish)
+        except commands.NamespaceNotFound as exc:
+            return _Started(method, uid, [], str(exc), FIX)
+        except commands.UnusableChannel:
+            return _Started(method, uid, [], INVALID_MESSAGE, FIX)
+    if method != "broadcast":
+        raise commands.Invalid("unknown method")
+    names, data, client = commands.broadcast(params)
+    if not names or not data or not all(names):
+        return _Started(method, uid, [], INVALID_MESSAGE, FIX)
+    wanted: list[commands.Publication] = []
+    error = ""
+    for name in names:
+        try:
+            wanted.append(commands.Publication(commands.checked_channel(name), data, client))
+        except commands.Invalid as exc:
+            # Those before it are published, those after it are not.
+            error = str(exc) if isinstance(exc, commands.NamespaceNotFound) else INVALID_MESSAGE
+            break
+    begun = _append(method, uid, wanted, publish)
+    return begun if begun.error or not error else begun._replace(error=error, advice=FIX)
+
+
+def _append(
+    method: str, uid: str, publications: list[commands.Publication], publish: Publish
+) -> _Started:
+    appends: list[asyncio.Future[EntryID]] = []
+    try:
+        for channel, data, client, event_uid in publications:
+            appends.append(publish(channel, data, client, event_uid))
+    except LimitExceeded:
+        return _Started(method, uid, appends, LIMIT_EXCEEDED, FIX)
+    except ValueError:
+        return _Started(method, uid, appends, INVALID_MESSAGE, FIX)
+    except RelayError:
+        return _Started(method, uid, appends, INTERNAL_ERROR, RETRY)
+    return _Started(method, uid, appends)
+
+
+async def _finish(started: _Started) -> Reply:
+    error, advice = started.error, started.advice
+    for append in started.appends:
+        try:
+            await _id(append)
+        except RelayError:
+            error, advice = INTERNAL_ERROR, RETRY
+    return Reply(started.method, started.uid, error, advice)
+
+
+async def _id(append: Awaitable[EntryID]) -> EntryID:
+    return await append

@@ -1,0 +1,106 @@
+"""Lua scripts: each is one step that must not be seen half done; the data in it is opaque.
+
+Nothing is parsed in Lua: JSON there turns `[]` into `{}` and 12345678901234567890 into 1.23e19.
+A script may do only what the user who runs it may do by itself, so it needs no further rights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Final, cast
+
+from relay.stream.connect import CommandRefused
+
+if TYPE_CHECKING:
+    from relay.stream.link import Link
+
+
+class Script:
+    """One script by its hash; `load` must have been called once on the server."""
+
+    __slots__ = ("sha", "text")
+
+    def __init__(self, text: str) -> None:
+        self.text: Final = text
+        self.sha: Final = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+async def load(link: Link, *scripts: Script) -> None:
+    """Make them known to the server behind `link`; CommandRefused where an ACL forbids it."""
+    for script in scripts:
+        sha = cast(bytes, await link.call("SCRIPT", "LOAD", script.text))
+        if sha.decode() != script.sha:
+            raise CommandRefused("SCRIPT LOAD", "the server calls it by another name")
+
+
+# KEYS stream, uid key; ARGV window in ms, then XADD's words after the key. The entry's ID, the
+# first one where the uid is known.
+APPEND_ONCE = Script("""\
+local known = redis.call('GET', KEYS[2])
+if known then return known end
+local id = redis.call('XADD', KEYS[1], unpack(ARGV, 2))
+redis.call('SET', KEYS[2], id, 'PX', ARGV[1])
+return id
+""")
+
+# KEYS leases; ARGV holder, time to live in ms (0: give up). Which of them the holder has now, as
+# 1 or 0.
+HOLD = Script("""\
+local held = {}
+for i, key in ipairs(KEYS) do
+  local holder = redis.call('GET', key)
+  held[i] = 0
+  if ARGV[2] == '0' then
+    if holder == ARGV[1] then redis.call('DEL', key) end
+  elseif not holder or holder == ARGV[1] then
+    redis.call('SET', key, ARGV[1], 'PX', ARGV[2])
+    held[i] = 1
+  end
+end
+return held
+""")
+
+# KEYS queue, its count, dead letters, then of each operation the stream and, if it has a uid, the
+# uid's key. ARGV the count as read, how many items, the first and the last of them, window in ms,
+# dead letters kept, node, time, then of each operation: entries kept (0: all), 1 if it has a uid,
+# index of its item, number of words, words. -1 where the head of the queue is not what was read
+# and nothing was done, else how many operations ended as dead letters.
+#
+# INCRBY comes first because Redis checks memory, disk and replicas at a script's first write only:
+# once it has gone through, nothing of that kind stops the script half way. What still can, a
+# stream's key of another type or an ACL, concerns one operation and must not stop the others.
+APPLY = Script("""\
+local queue, n = KEYS[1], tonumber(ARGV[2])
+if (redis.call('GET', KEYS[2]) or '0') ~= ARGV[1]
+  or redis.call('LINDEX', queue, 0) ~= ARGV[3]
+  or redis.call('LINDEX', queue, n - 1) ~= ARGV[4] then return -1 end
+redis.call('INCRBY', KEYS[2], n)
+local k, a, failed, keys, argv = 4, 9, 0, #KEYS, ARGV
+while k <= keys do
+  local stream, uid, known = KEYS[k], nil, nil
+  local keep, from = argv[a], a + 4
+  local to = from + argv[a + 3] - 1
+  k = k + 1
+  if argv[a + 1] == '1' then
+    uid = KEYS[k]
+    k = k + 1
+    known = redis.pcall('GET', uid)
+    if type(known) == 'table' then known = nil end
+  end
+  if not known then
+    local id
+    if keep == '0' then id = redis.pcall('XADD', stream, '*', unpack(argv, from, to))
+    else id = redis.pcall('XADD', stream, 'MAXLEN', '~', keep, '*', unpack(argv, from, to)) end
+    if type(id) == 'table' then
+      failed = failed + 1
+      local item = redis.call('LINDEX', queue, argv[a + 2])
+      redis.pcall('XADD', KEYS[3], 'MAXLEN', '~', argv[6], '*', 'queue', queue,
+        'reason', id.err, 'node', argv[7], 'at', argv[8],
+        'fields', cjson.encode({{'command', string.sub(item, 1, 65536)}}))
+    elseif uid then redis.pcall('SET', uid, id, 'PX', argv[5]) end
+  end
+  a = to + 1
+end
+redis.call('LTRIM', queue, n, -1)
+return failed
+""")

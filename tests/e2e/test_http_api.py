@@ -1,0 +1,237 @@
+"""Centrifugo v1's HTTP API against a real relay, by plain HTTP, byte for byte."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+from urllib.parse import urlencode
+
+import aiohttp
+import pytest
+from yarl import URL
+
+from tests.support.relay import RelayProcess
+from tests.support.valkey import Server
+
+pytestmark = pytest.mark.redis
+SECRET = "a secret of the API"
+OK = b'{"method":"publish","error":null,"body":null}'
+
+
+@pytest.fixture(scope="module")
+def relay(valkey: Server) -> Iterator[RelayProcess]:
+    settings = [f"protocol:centrifugo.secret={SECRET}", "protocol:centrifugo.api_max_bytes=100000"]
+    process = RelayProcess(valkey, settings=settings).start()
+    yield process
+    process.kill()
+
+
+def sign(body: bytes, secret: str = SECRET) -> str:
+    return hmac.digest(secret.encode(), body, "sha256").hex()
+
+
+class Api:
+    """Sends what it is told to."""
+
+    def __init__(self, session: aiohttp.ClientSession, relay: RelayProcess) -> None:
+        self.session = session
+        self.relay = relay
+
+    async def raw(
+        self, body: bytes, *, method: str = "POST", path: str = "/api/", **headers: str
+    ) -> tuple[int, bytes, str]:
+        url = URL(self.relay.url + path, encoded=True)
+        async with self.session.request(
+            method, url, data=body, headers=headers, allow_redirects=False
+        ) as answer:
+            return answer.status, await answer.read(), answer.headers.get("Content-Type", "")
+
+    async def json(self, body: bytes, **more: str) -> tuple[int, bytes, str]:
+        headers = {"Content-Type": "application/json", "X-API-Sign": sign(body)}
+        return await self.raw(body, **(headers | more))
+
+    async def ask(self, text: str) -> Any:
+        status, body, kind = await self.json(text.encode())
+        assert (status, kind) == (200, "application/json"), body
+        return json.loads(body)
+
+    def entries(self, channel: str) -> list[dict[bytes, bytes]]:
+        client: Any = self.relay.redis()
+        with client:
+            return [fields for _, fields in client.xrange(f"relay:stream:{{{channel}}}")]
+
+
+@pytest.fixture
+async def api(relay: RelayProcess) -> AsyncIterator[Api]:
+    async with aiohttp.ClientSession() as session:
+        yield Api(session, relay)
+
+
+def publish(channel: str, data: str = "1", rest: str = "") -> str:
+    return f'{{"method":"publish","params":{{"channel":"{channel}","data":{data}}}{rest}}}'
+
+
+async def test_a_publish_is_answered_once_the_entry_is_there(api: Api, channel: str) -> None:
+    data = '{ "a" : [], "n": 12345678901234567890, "f": 1.0 }'
+    text = publish(channel, data).encode()
+    assert await api.json(text) == (200, b"[" + OK + b"]", "application/json")
+    assert api.entries(channel) == [{b"data": data.encode()}]
+
+
+async def test_an_array_is_carried_out_in_order(api: Api, channel: str) -> None:
+    text = ",".join(publish(channel, str(n), f',"uid":"{n}"') for n in range(100))
+    answer = await api.json(f"[{text}]".encode())
+    wanted = ",".join(
+        f'{{"uid":"{n}","method":"publish","error":null,"body":null}}' for n in range(100)
+    )
+    assert answer == (200, f"[{wanted}]".encode(), "application/json")
+    assert [fields[b"data"] for fields in api.entries(channel)] == [b"%d" % n for n in range(100)]
+    assert await api.ask("[]") == []
+
+
+async def test_client_and_uid_travel_and_a_uid_counts_once(api: Api, channel: str) -> None:
+    params = f'{{"Channel":"{channel}","data":1,"client":"c","uid":"u"}}'
+    for _ in range(2):
+        assert await api.ask(f'{{"method":"publish","params":{params}}}')
+    assert api.entries(channel) == [{b"data": b"1", b"client": b"c", b"uid": b"u"}]
+
+
+async def test_a_broadcast_stops_at_its_first_error(api: Api, channel: str) -> None:
+    text = '{"method":"broadcast","params":{"channels":%s,"data":%s,"client":"c"}}'
+    both = json.dumps([channel, f"{channel}2"])
+    assert await api.ask(text % (both, '"x"')) == [
+        {"method": "broadcast", "error": None, "body": None}
+    ]
+    assert api.entries(f"{channel}2") == [{b"data": b'"x"', b"client": b"c"}]
+    (reply,) = await api.ask(text % (json.dumps([f"{channel}3", "axr:r", f"{channel}4"]), "1"))
+    assert (reply["error"], reply["advice"]) == ("namespace not found", "fix")
+    assert len(api.entries(f"{channel}3")) == 1
+    assert api.entries(f"{channel}4") == []
+    for wrong in ("[]", "null", '[""]'):
+        (reply,) = await api.ask(text % (wrong, "1"))
+        assert (reply["error"], reply["advice"]) == ("invalid message", "fix")
+
+
+async def test_errors_of_one_command_leave_the_others(api: Api, channel: str) -> None:
+    commands = [publish("seafile:r"), publish("a b"), publish(channel), publish("$pydio:x")]
+    body = ",".join(commands)
+    _, answer, _ = await api.json(f"[{body}]".encode())
+    refused = b'{"method":"publish","error":"%s","advice":"fix","body":null}'
+    namespace = refused % b"namespace not found"
+    wanted = [namespace, refused % b"invalid message", OK, namespace]
+    assert answer == b"[" + b",".join(wanted) + b"]"
+    (reply,) = await api.ask(publish("seafile:r"))
+    assert reply["error"] == "namespace not found"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        " {}",
+        "1",
+        "{}",
+        '{"method":"sing","params":{}}',
+        '{"method":"publish"}',
+        '{"method":"publish","params":[]}',
+        '{"method":"publish","params":{"channel":"a"}}',
+        '{"method":"publish","params":{"data":1}}',
+        '{"method":"publish","params":{"channel":1,"data":1}}',
+        '{"method":1}',
+        "[1]",
+        '{"method":"publish","params":{"channel":"a","data":1}}x',
+    ],
+)
+async def test_what_cannot_be_understood_is_a_bad_request(api: Api, text: str) -> None:
+    answer = await api.json(text.encode())
+    assert answer == (400, b"Bad Request\n", "text/plain; charset=utf-8")
+
+
+async def test_commands_before_a_broken_one_have_been_carried_out(api: Api, channel: str) -> None:
+    status, _, _ = await api.json(f'[{publish(channel)},{{"method":"sing"}}]'.encode())
+    assert status == 400
+    assert len(api.entries(channel)) == 1
+
+
+async def test_only_a_signed_request_is_heard(api: Api, channel: str) -> None:
+    body = publish(channel).encode()
+    plain = {"Content-Type": "application/json"}
+    assert (await api.raw(body, **plain))[0] == 400
+    for wrong in (sign(body).upper(), sign(body, ""), sign(body + b" "), "é", "x"):
+        status, text, kind = await api.raw(body, **plain, **{"X-API-Sign": wrong})
+        assert (status, text, kind) == (401, b"Unauthorized\n", "text/plain; charset=utf-8")
+    assert api.entries(channel) == []
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "POST", "DELETE"])
+async def test_any_method_and_any_path_below(api: Api, channel: str, method: str) -> None:
+    body = publish(channel).encode()
+    assert (await api.json(body, method=method, path="/api/v1/x"))[0] == 200
+    assert (await api.raw(b"", method=method, path="/api?a=b"))[0] == 301
+
+
+async def test_the_forms_of_the_older_libraries(api: Api, channel: str) -> None:
+    data = publish(channel, '"é+&"')
+    fields = {"data": data, "sign": sign(data.encode())}
+    form = "application/x-www-form-urlencoded"
+    query = urlencode(fields)
+    assert (await api.raw(query.encode(), **{"Content-Type": form}))[0] == 200
+    assert (await api.raw(b"", method="GET", path=f"/api/?{query}"))[0] == 200
+    parts = aiohttp.FormData(fields, default_to_multipart=True)
+    async with api.session.post(f"{api.relay.url}/api/", data=parts) as answer:
+        assert answer.status == 200
+    assert api.entries(channel) == [{b"data": '"é+&"'.encode()}] * 3
+
+
+async def test_too_large_a_request_is_refused(api: Api, channel: str) -> None:
+    assert (await api.json(publish(channel, f'"{"x" * 100_000}"').encode()))[0] == 413
+    assert api.entries(channel) == []
+
+
+async def test_requests_at_one_time_are_all_answered(api: Api, channel: str) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        asked = [tasks.create_task(api.ask(publish(channel, str(n)))) for n in range(100)]
+    assert all(task.result()[0]["error"] is None for task in asked)
+    assert sorted(int(fields[b"data"]) for fields in api.entries(channel)) == list(range(100))
+
+
+async def test_without_a_secret_there_is_no_api(valkey: Server) -> None:
+    process = RelayProcess(valkey)
+    await asyncio.to_thread(process.start)
+    try:
+        body = publish("c").encode()
+        async with aiohttp.ClientSession() as session:
+            headers = {"Content-Type": "application/json", "X-API-Sign": sign(body, "")}
+            async with session.post(f"{process.url}/api/", data=body, headers=headers) as answer:
+                assert answer.status == 404
+        assert any("[protocol:centrifugo] secret is empty" in line for line in process.log)
+    finally:
+        await asyncio.to_thread(process.kill)
+
+
+async def test_redis_away_is_an_error_and_never_a_success(tmp_path: Any) -> None:
+    server = Server(tmp_path)
+    server.start()
+    settings = [f"protocol:centrifugo.secret={SECRET}", "publish.timeout_s=0.5"]
+    process = RelayProcess(server, settings=settings)
+    try:
+        await asyncio.to_thread(process.start)
+        async with aiohttp.ClientSession() as session:
+            api = Api(session, process)
+            assert (await api.ask(publish("c")))[0]["error"] is None
+            server.freeze()
+            body = publish("c").encode()
+            async with asyncio.timeout(3):
+                answer = await api.json(body)
+            assert answer[0] == 200
+            error = b'"error":"internal server error","advice":"retry"'
+            assert answer[1] == b'[{"method":"publish",' + error + b',"body":null}]'
+            server.thaw()
+            assert (await api.ask(publish("c")))[0]["error"] is None
+    finally:
+        await asyncio.to_thread(process.kill)
+        server.kill()

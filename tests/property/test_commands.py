@@ -1,0 +1,90 @@
+"""Commands: data keeps its bytes, and the short way through a publish agrees with the long one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from producers import commands
+
+SPACE = st.text(" \t\r\n", max_size=2)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+
+
+@st.composite
+def texts(draw: st.DrawFn, value: Any) -> str:
+    """`value` as JSON in any of the ways to write it."""
+    pad = draw(SPACE)
+    if isinstance(value, dict):
+        inner = [f"{pad}{draw(texts(k))}{pad}:{pad}{draw(texts(v))}" for k, v in value.items()]
+        return "{" + (",".join(inner) or pad) + pad + "}"
+    if isinstance(value, list):
+        return "[" + (",".join(pad + draw(texts(each)) for each in value) or pad) + pad + "]"
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return "1e999"
+    text = json.dumps(value, ensure_ascii=draw(st.booleans()))
+    # Half a surrogate pair can only be written as an escape.
+    return text if text.isprintable() else json.dumps(value)
+
+
+VALUES = st.recursive(
+    SCALARS, lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(), each, max_size=3)
+)
+DATA = VALUES.flatmap(texts)
+NAMES = st.text('abc:$é"\\', min_size=1, max_size=5)
+
+
+@st.composite
+def publishes(draw: st.DrawFn) -> tuple[str, str, bytes]:
+    """A publish as any program might write it, its channel and its data."""
+    data, name = draw(DATA), draw(NAMES)
+    members = [(draw(st.sampled_from(["data", "Data", "DATA"])), data)]
+    members.append((draw(st.sampled_from(["channel", "Channel"])), json.dumps(name)))
+    members += draw(st.lists(st.tuples(st.sampled_from("xyz"), DATA), max_size=2))
+    outer = [("method", '"publish"'), ("params", draw(_object(members)))]
+    return draw(_object(outer)), name, data.encode()
+
+
+@st.composite
+def _object(draw: st.DrawFn, members: list[tuple[str, str]]) -> str:
+    pad = draw(SPACE)
+    shuffled = draw(st.permutations(members))
+    return "{" + ",".join(f'{pad}"{name}"{pad}:{pad}{text}{pad}' for name, text in shuffled) + "}"
+
+
+@given(publishes())
+def test_data_keeps_its_bytes_however_the_command_is_written(
+    case: tuple[str, str, bytes],
+) -> None:
+    text, name, data = case
+    command = commands.one(text.encode())
+    assert commands.publish(command.params)[:2] == (name, data)
+    (again,) = commands.many(f"[{text}]".encode())
+    assert again == command
+    for found in commands.read(f"[{text} , {text}]".encode()) + commands.read(text.encode()):
+        if isinstance(found, commands.Command):
+            assert found == command
+        else:
+            assert found == commands.publish(command.params)
+
+
+@given(data=DATA, name=NAMES, after=st.sampled_from(["", " ", ',"uid":"u"', "}", "]", ',"x":{}']))
+@settings(max_examples=300)
+def test_the_short_way_agrees_with_the_long_one(data: str, name: str, after: str) -> None:
+    escaped = json.dumps(name, ensure_ascii=False)
+    text = f'{{"method":"publish","params":{{"channel":{escaped},"data":{data}{after}}}}}'.encode()
+    short = commands.plain_publish(text)
+    if short is not None:
+        assert commands.publish(commands.one(text).params) == short
+        assert short.data == data.encode()
+
+
+@given(st.binary() | st.text('{}[]",:\\ 1etnul').map(str.encode))
+def test_no_text_breaks_the_reader(text: bytes) -> None:
+    for read in (commands.read, commands.many, commands.queued, commands.plain_publish):
+        with contextlib.suppress(commands.Invalid):
+            read(text)

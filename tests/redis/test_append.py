@@ -1,0 +1,162 @@
+"""append.py against real servers: order, idempotence, errors within their limits, replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from relay.errors import NotReplicated, RedisUnavailable, RelayError
+from relay.model import Channel, EntryID
+from relay.settings import NamespaceSettings, PublishSettings
+from relay.stream.append import Appender
+from relay.stream.connect import CommandRefused, command
+from relay.stream.keys import Keys
+from tests.support.valkey import Flavour, Server, running
+
+pytestmark = pytest.mark.redis
+NEWS = Channel("news")
+
+
+@contextlib.asynccontextmanager
+async def appending(
+    server: Server, keys: Keys, *, timeout_s: float = 2.0, window_s: float = 600, **rules: int
+) -> AsyncIterator[Appender]:
+    appender = Appender(
+        keys=keys,
+        redis=server.settings(),
+        settings=PublishSettings(timeout_s=timeout_s, uid_window_s=window_s),
+        namespace_of=lambda _: NamespaceSettings(**rules),
+    )
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(appender.run())
+        try:
+            yield appender
+        finally:
+            task.cancel()
+
+
+async def entries(admin: Redis, keys: Keys) -> list[tuple[EntryID, bytes]]:
+    found: Any = await admin.xrange(keys.stream(NEWS))
+    return [(EntryID.parse(entry_id), fields[b"data"]) for entry_id, fields in found]
+
+
+async def test_appends_of_one_turn_keep_their_order_and_get_their_ids(
+    server: Server, admin: Redis, keys: Keys
+) -> None:
+    async with appending(server, keys) as appender:
+        futures = [
+            appender.append(NEWS, [b"data", b"%d" % n], f"u{n}" if n % 3 else None)
+            for n in range(2500)
+        ]
+        ids = [await future for future in futures]
+    assert await entries(admin, keys) == [(ids[n], b"%d" % n) for n in range(2500)]
+
+
+async def test_a_turn_is_a_pipeline(server: Server, admin: Redis, keys: Keys) -> None:
+    async with appending(server, keys) as appender:
+        await appender.append(NEWS, [b"data", b"0"])
+        before = (await admin.info("stats"))["total_reads_processed"]
+        for future in [appender.append(NEWS, [b"data", b"1"]) for _ in range(500)]:
+            await future
+        after = (await admin.info("stats"))["total_reads_processed"]
+    assert after - before < 10
+
+
+async def test_a_uid_is_appended_once_within_its_window(
+    server: Server, admin: Redis, keys: Keys
+) -> None:
+    async with appending(server, keys, window_s=0.5) as appender:
+        twice = [appender.append(NEWS, [b"data", b"%d" % n], "u") for n in range(2)]
+        first, second = [await each for each in twice]
+        assert first == second
+        assert await appender.append(Channel("other"), [b"data", b"1"], "u")
+        assert await admin.xlen(keys.stream(Channel("other"))) == 1
+        while await admin.exists(keys.uid(NEWS, "u")):
+            await asyncio.sleep(0.05)
+        assert await appender.append(NEWS, [b"data", b"2"], "u") > first
+    assert [data for _, data in await entries(admin, keys)] == [b"0", b"2"]
+
+
+async def test_without_a_window_a_uid_is_only_a_field(
+    server: Server, admin: Redis, keys: Keys
+) -> None:
+    async with appending(server, keys, window_s=0) as appender:
+        assert await appender.append(NEWS, [b"data", b"1"], "u") != await appender.append(
+            NEWS, [b"data", b"1"], "u"
+        )
+
+
+async def test_a_stream_is_trimmed_as_its_namespace_says(
+    server: Server, admin: Redis, keys: Keys
+) -> None:
+    async with appending(server, keys, retention_count=100) as appender:
+        for future in [appender.append(NEWS, [b"data", b"1"]) for _ in range(1000)]:
+            await future
+    assert 100 <= await admin.xlen(keys.stream(NEWS)) <= 300
+
+
+async def test_a_refusal_concerns_its_append_only(server: Server, admin: Redis, keys: Keys) -> None:
+    await admin.set(keys.stream(NEWS), "no stream")
+    async with appending(server, keys) as appender:
+        refused = [appender.append(NEWS, [b"data", b"1"], uid) for uid in (None, "u")]
+        fine = appender.append(Channel("other"), [b"data", b"1"])
+        for each in refused:
+            with pytest.raises(CommandRefused, match="WRONGTYPE"):
+                await each
+        assert await fine
+
+
+async def test_flushed_scripts_come_back(server: Server, admin: Redis, keys: Keys) -> None:
+    async with appending(server, keys) as appender:
+        first = await appender.append(NEWS, [b"data", b"1"], "u")
+        await command(admin, "SCRIPT", "FLUSH")
+        assert await appender.append(NEWS, [b"data", b"1"], "u") == first
+
+
+async def test_no_caller_waits_longer_than_the_limit(
+    tmp_path: Path, flavour: Flavour, keys: Keys
+) -> None:
+    loop = asyncio.get_running_loop()
+    server = Server(tmp_path, flavour)
+    with running(server):
+        async with appending(server, keys, timeout_s=0.3) as appender:
+            await appender.append(NEWS, [b"data", b"1"])
+            server.freeze()
+            for uid, limit in ((None, 0.8), ("u", 1.5)):
+                begun = loop.time()
+                with pytest.raises(RedisUnavailable):
+                    await appender.append(NEWS, [b"data", b"2"], uid)
+                assert loop.time() - begun < limit
+            server.thaw()
+            await asyncio.to_thread(server.kill)
+            with pytest.raises(RelayError):
+                await appender.append(NEWS, [b"data", b"3"])
+            await asyncio.to_thread(server.start)
+            assert await appender.append(NEWS, [b"data", b"4"])
+
+
+async def test_success_means_that_the_replicas_have_it(
+    tmp_path: Path, flavour: Flavour, keys: Keys
+) -> None:
+    primary = Server(tmp_path / "primary", flavour)
+    replica = Server(tmp_path / "replica", flavour, replica_of=primary)
+    with running(primary, replica):
+        with primary.client() as admin:
+            confirmed = 0
+            while not confirmed:
+                admin.xadd("other", {"a": "b"})
+                confirmed = admin.execute_command("WAIT", 1, 100)
+        async with appending(primary, keys, timeout_s=1.0, wait_replicas=1) as appender:
+            entry_id = await appender.append(NEWS, [b"data", b"1"])
+            with replica.client() as other:
+                assert other.xrange(keys.stream(NEWS))[0][0] == str(entry_id).encode()
+            replica.freeze()
+            with pytest.raises(NotReplicated, match="0 of 1 replicas"):
+                await appender.append(NEWS, [b"data", b"2"])
+            replica.thaw()

@@ -1,0 +1,49 @@
+"""`python -m producers` in its own process, as tests and benchmarks use it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from tests.support.relay import ROOT
+from tests.support.valkey import Server
+
+
+class ProducerProcess:
+    """One producer by itself. What it says goes to the test's own standard error."""
+
+    def __init__(self, server: Server, name: str, *, settings: Sequence[str] = ()) -> None:
+        self.command = [sys.executable, "-m", "producers", name, "--redis", server.url("relay")]
+        for setting in settings:
+            self.command += ["--set", setting]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Of the running process."""
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Run it; it works some time after this returns."""
+        environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        environment["PYTHONPATH"] = str(ROOT)
+        self._process = subprocess.Popen(self.command, env=environment, cwd=ROOT)
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        return self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, how: signal.Signals) -> int:
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        process.send_signal(how)
+        return process.wait(15)

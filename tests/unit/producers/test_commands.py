@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import pytest
+
+from producers import commands
+from producers.commands import Command, Invalid, NamespaceNotFound, Publication, UnusableChannel
+
+
+def published(text: str) -> Publication:
+    command = commands.one(text.encode())
+    assert command.method == "publish"
+    return commands.publish(command.params)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "[]",
+        "{}",
+        "12345678901234567890",
+        "1.0",
+        "1e400",
+        '"\\u00e9\\/"',
+        '{ "b":1,\t"a" : [ ] }',
+        "null",
+        "1" * 5000,
+        '"}}"',
+        '{"a":{"channel":"x","data":1}}',
+    ],
+)
+def test_data_keeps_its_bytes(data: str) -> None:
+    text = '{"method":"publish","params":{"channel":"news","data":%s}}'
+    wanted = Publication(commands.checked_channel("news"), data.encode())
+    assert published(text % data) == wanted
+    # The short way leaves numbers that are no float to the long one.
+    assert commands.plain_publish((text % data).encode()) in (wanted, None)
+    assert published(text % f" {data}\n ") == wanted
+    assert commands.plain_publish((text % f" {data}\n").encode()) in (wanted, None)
+
+
+def test_names_match_as_go_matches_them() -> None:
+    # U+017F is what Go's field matching takes for an s, too.
+    text = '{"METHOD":"publish","Param\u017f":{"CHANNEL":"a","x":[1],"data":1,"Data":2,"uid":"u"}}'
+    assert published(text) == ("a", b"2", None, "u")
+
+
+def test_null_leaves_a_string_as_it_was() -> None:
+    params = '{"channel":"a","data":null,"client":null}'
+    text = f'{{"method":"publish","method":null,"uid":null,"params":{params}}}'
+    assert commands.one(text.encode()).uid == ""
+    assert published(text) == ("a", b"null", None, None)
+
+
+def test_half_a_surrogate_pair_is_what_go_reads() -> None:
+    assert published('{"method":"publish","params":{"channel":"\\ud800x","data":1}}')[0] == "�x"
+
+
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        (None, "no params"),
+        ("null", "publish without channel"),
+        ("[]", "not an object"),
+        ('{"data":1}', "publish without channel"),
+        ('{"channel":"","data":1}', "publish without channel"),
+        ('{"channel":"a"}', "publish without data"),
+        ('{"channel":5,"data":1}', "channel is not a string"),
+        ('{"channel":"a","data":1,"client":{}}', "client is not a string"),
+        ('{"channel":"a","data":1,"uid":true}', "uid is not a string"),
+    ],
+)
+def test_what_cannot_be_published_has_a_reason(params: str | None, reason: str) -> None:
+    with pytest.raises(Invalid, match=f"^{reason}$"):
+        commands.publish(params)
+
+
+@pytest.mark.parametrize("name", ["seafile:1", "pydio:x", "axr:r", "$axr:r"])
+def test_channels_of_other_doors_are_refused(name: str) -> None:
+    with pytest.raises(NamespaceNotFound):
+        commands.checked_channel(name)
+    text = b'{"method":"publish","params":{"channel":"%s","data":1}}' % name.encode()
+    with pytest.raises(NamespaceNotFound):
+        commands.plain_publish(text)
+
+
+def test_a_name_that_no_workspace_can_have_is_refused() -> None:
+    with pytest.raises(UnusableChannel):
+        commands.checked_channel("a b")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b" ",
+        b"{",
+        b"}",
+        b"{}x",
+        b'{"method":"publish",}',
+        b'{"method" "publish"}',
+        b'{"a":01}',
+        b'{"a":NaN}',
+        b'{"a":-Infinity}',
+        b'{"a":"\n"}',
+        b'{"a":"\xff"}',
+        b"\xef\xbb\xbf{}",
+        b"[" * 100_000,
+        b"{}\x0c",
+    ],
+)
+def test_what_is_not_json_is_invalid(text: bytes) -> None:
+    for read in (commands.one, commands.many, commands.queued):
+        with pytest.raises(Invalid):
+            read(text)
+    assert commands.plain_publish(text) is None
+
+
+def test_an_array_is_taken_apart() -> None:
+    text = b'[ {"method":"a"} ,{"uid":"2","params":[ 1 ]}, null,{}]'
+    assert commands.many(text) == [
+        Command("a", None, ""),
+        Command("", "[ 1 ]", "2"),
+        Command("", None, ""),
+        Command("", None, ""),
+    ]
+    assert commands.many(b"[]") == []
+    for wrong in (b"[1]", b"{}", b'[{"method":1}]'):
+        with pytest.raises(Invalid):
+            commands.many(wrong)
+
+
+def test_the_queue_knows_the_form_of_before_1_6_too() -> None:
+    assert commands.queued(b' {"data":[{"method":"a"},{"method":"b"}]} ') == [
+        Command("a", None, ""),
+        Command("b", None, ""),
+    ]
+    assert commands.queued(b'{"method":"a"}') == [Command("a", None, "")]
+    with pytest.raises(Invalid):
+        commands.queued(b'[{"method":"a"}]')
+
+
+def test_a_broadcast_names_its_channels() -> None:
+    found = commands.broadcast('{"Channels":["a",null,"b"],"data":{"x": 1},"client":"c"}')
+    assert found == (["a", "", "b"], b'{"x": 1}', "c")
+    assert commands.broadcast('{"channels":null}') == ([], b"", None)
+    for wrong in ('{"channels":"a"}', '{"channels":[1]}'):
+        with pytest.raises(Invalid):
+            commands.broadcast(wrong)
+
+
+def test_a_plain_publish_is_only_what_it_seems() -> None:
+    text = '{"method":"publish","params":{"channel":"a","data":1,"client":"c"}}'
+    assert commands.plain_publish(text.encode()) is None
+    assert published(text) == ("a", b"1", "c", None)
