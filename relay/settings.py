@@ -211,7 +211,7 @@ class JobSettings(Section):
 
 
 class PublishSettings(Section):
-    """[publish]: appends by the relay's own producers, HTTP and queue."""
+    """[publish]: appends by the relay's own producers: HTTP, queue and command line."""
 
     uid_window_s: float = Field(
         600.0,
@@ -265,12 +265,6 @@ class NamespaceSettings(Section):
     )
     retention_age_s: int = Field(
         604800, ge=0, le=3153600000, description="seconds an entry is kept, about; 0: no limit"
-    )
-    uid_window_s: int = Field(
-        3600,
-        ge=1,
-        le=2592000,
-        description="seconds in which an event of the relay's own producers whose uid was already appended to its channel is not appended again",
     )
     wait_replicas: int = Field(
         0,

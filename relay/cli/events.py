@@ -46,6 +46,7 @@ async def publish(site: Site, options: argparse.Namespace) -> int:
         fields,
         namespace=site.config.namespace(channel),
         uid=options.uid,
+        window_s=site.config.publish.uid_window_s,
     )
     if options.json:
         emit({"channel": channel, "id": str(done.id), "appended": done.fresh})

@@ -52,7 +52,7 @@ def add(commands: Commands, operator: Operator) -> None:
     publish.add_argument(
         "--uid",
         metavar="ID",
-        help="your own name for the event: within [namespace] uid_window_s it is appended once, and"
+        help="your own name for the event: within [publish] uid_window_s it is appended once, and"
         " its first ID is printed again",
     )
     publish.add_argument(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha1
 from typing import cast
 
 import hiredis
@@ -18,17 +17,7 @@ from relay.model import Channel, EntryID
 from relay.stream.connect import CommandRefused
 from relay.stream.keys import Keys
 from relay.stream.link import Command, Link
-
-# KEYS stream, uid key; ARGV window in ms, then XADD's words after the key. The entry's ID, the
-# first one where the uid is known.
-SCRIPT = """\
-local known = redis.call('GET', KEYS[2])
-if known then return known end
-local id = redis.call('XADD', KEYS[1], unpack(ARGV, 2))
-redis.call('SET', KEYS[2], id, 'PX', ARGV[1])
-return id
-"""
-SHA = sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
+from relay.stream.scripts import APPEND_ONCE
 
 # First words of error replies about the server's state, not about the entry: the same command may
 # be accepted later. Those in `connect.UNAVAILABLE_CODES` end the link instead.
@@ -72,7 +61,7 @@ class Appender:
         while len(found) < len(entries):
             commands = [self._command(each) for each in entries[len(found) :]]
             if by_text and commands[0][0] == "EVALSHA":
-                commands[0] = ("EVAL", SCRIPT, *commands[0][2:])
+                commands[0] = ("EVAL", APPEND_ONCE.text, *commands[0][2:])
                 self._script_sent = True
             for reply in await self._link.execute(commands):
                 if isinstance(reply, hiredis.ReplyError):
@@ -94,4 +83,4 @@ class Appender:
         if each.uid is None:
             return ("XADD", stream, *words)
         mark = self._keys.uid(each.channel, each.uid)
-        return ("EVALSHA", SHA, 2, stream, mark, self._window_s * 1000, *words)
+        return ("EVALSHA", APPEND_ONCE.sha, 2, stream, mark, self._window_s * 1000, *words)

@@ -26,7 +26,7 @@ _ONCE = """\
 local first = redis.call('GET', KEYS[1])
 if first then return {first, 0} end
 local id = redis.call('XADD', KEYS[2], unpack(ARGV, 2))
-redis.call('SET', KEYS[1], id, 'EX', ARGV[1])
+redis.call('SET', KEYS[1], id, 'PX', ARGV[1])
 return {id, 1}
 """
 
@@ -47,15 +47,16 @@ async def publish(
     *,
     namespace: NamespaceSettings,
     uid: str | None = None,
+    window_s: float = 0,
 ) -> Appended:
-    """Append these flat fields. Where `uid` was appended to the channel within the namespace's
-    window, nothing is written and the first ID comes back.
+    """Append these flat fields. Where `uid` was appended to the channel within `window_s`, nothing
+    is written and the first ID comes back; with 0 it is appended again.
 
     RedisUnavailable where too few replicas confirmed it; the text has the ID, since it is there.
     """
-    mark = None if uid is None else keys.uid(channel, uid)
+    mark = None if uid is None or not window_s else keys.uid(channel, uid)
     return await append(
-        client, keys, channel, fields, namespace=namespace, mark=mark, mark_s=namespace.uid_window_s
+        client, keys, channel, fields, namespace=namespace, mark=mark, mark_s=window_s
     )
 
 
@@ -67,7 +68,7 @@ async def append(
     *,
     namespace: NamespaceSettings,
     mark: bytes | None,
-    mark_s: int,
+    mark_s: float,
 ) -> Appended:
     """As `publish`, at most once while the key `mark` is there; it lives for `mark_s`."""
     key = keys.stream(channel)
@@ -79,7 +80,7 @@ async def append(
         if mark is None:
             pipeline.execute_command("XADD", key, *words)
         else:
-            pipeline.execute_command("EVAL", _ONCE, 2, mark, key, mark_s, *words)
+            pipeline.execute_command("EVAL", _ONCE, 2, mark, key, int(mark_s * 1000), *words)
         if namespace.wait_replicas:
             # On the same connection: WAIT speaks of the writes of its own connection only.
             pipeline.execute_command("WAIT", namespace.wait_replicas, WAIT_MS)

@@ -32,7 +32,7 @@ async def hand(server: Server) -> AsyncIterator[Redis]:
 async def test_of_many_with_one_uid_one_appends(hand: Redis, admin: Redis, keys: Keys) -> None:
     async def once(number: int) -> Appended:
         fields = entry.encode(str(number).encode(), uid="u")
-        return await publish(hand, keys, NEWS, fields, namespace=NAMESPACE, uid="u")
+        return await publish(hand, keys, NEWS, fields, namespace=NAMESPACE, uid="u", window_s=60)
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(once(number), name=str(number)) for number in range(20)]
@@ -41,7 +41,9 @@ async def test_of_many_with_one_uid_one_appends(hand: Redis, admin: Redis, keys:
     assert sum(each.fresh for each in done) == 1
     assert await admin.xlen(keys.stream(NEWS)) == 1
     other = Channel("other")
-    assert (await publish(hand, keys, other, [b"data", b"1"], namespace=NAMESPACE, uid="u")).fresh
+    assert (
+        await publish(hand, keys, other, [b"data", b"1"], namespace=NAMESPACE, uid="u", window_s=60)
+    ).fresh
 
 
 async def test_a_uid_is_not_taken_by_an_append_that_failed(
@@ -49,9 +51,11 @@ async def test_a_uid_is_not_taken_by_an_append_that_failed(
 ) -> None:
     await admin.set(keys.stream(NEWS), "no stream")
     with pytest.raises(CommandRefused, match="WRONGTYPE"):
-        await publish(hand, keys, NEWS, [b"data", b"1"], namespace=NAMESPACE, uid="u")
+        await publish(hand, keys, NEWS, [b"data", b"1"], namespace=NAMESPACE, uid="u", window_s=60)
     await admin.delete(keys.stream(NEWS))
-    assert (await publish(hand, keys, NEWS, [b"data", b"1"], namespace=NAMESPACE, uid="u")).fresh
+    assert (
+        await publish(hand, keys, NEWS, [b"data", b"1"], namespace=NAMESPACE, uid="u", window_s=60)
+    ).fresh
 
 
 async def test_what_was_trimmed_unread_is_not_behind(hand: Redis, admin: Redis, keys: Keys) -> None:
