@@ -39,6 +39,9 @@ async def running(
             yield relay, door
     finally:
         relay.kill()
+        # What a killed host leaves counts for seconds more; it is no other test's business.
+        for key in redis(server, "KEYS", f"relay:users:*_{relay.port}-*"):
+            redis(server, "DEL", key)
 
 
 def workers(relay: RelayProcess) -> dict[int, int]:
