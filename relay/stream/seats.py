@@ -3,9 +3,9 @@
 Each worker keeps a hash of its own users and counts, which expires soon after the worker has died.
 A new connection is counted first and the others' counts are read in the same transaction: of two
 that come at once at two workers, with one seat left, exactly one gets it. Of more than that, one
-that is counted and then refused may cost another its place for that moment: never too many get in. Everything that waits is
-served by one transaction at a time. Without a limit nothing is written; an idle client costs
-nothing, a worker one command every RENEW_S.
+that is counted and then refused may cost another its place for that moment: never too many get in.
+Everything that waits is served by one transaction at a time. Without a limit nothing is written;
+an idle client costs nothing, a worker one command every RENEW_S.
 """
 
 from __future__ import annotations
