@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import signal
 import sys
 import tempfile
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,22 +130,30 @@ def _measurement(options: argparse.Namespace, cores: Cores) -> _Measurement:
             )  # fmt: skip
 
 
+async def _stoppable(
+    measuring: Coroutine[Any, Any, list[dict[str, Any]]],
+) -> list[dict[str, Any]]:
+    # A stop unwinds everything: no server is left behind.
+    task = asyncio.current_task()
+    if task is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await measuring
+
+
 def main() -> int:
     """Runs one measurement; 1 with a line on standard error where it cannot."""
     options = _arguments()
-    # A stop unwinds everything: no server is left behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         cores = Cores.of_this_machine()
         measurement = _measurement(options, cores)
         # The publisher and the Python clients are this process.
         os.sched_setaffinity(0, {cores.clients})
         with tempfile.TemporaryDirectory(prefix="relay-load-") as folder:
-            rows = uvloop.run(measurement.run(Path(folder)))
+            rows = uvloop.run(_stoppable(measurement.run(Path(folder))))
     except LoadError as exc:
         sys.stderr.write(f"scripts/load: {exc}\n")
         return 1
-    except KeyboardInterrupt:
+    except (asyncio.CancelledError, KeyboardInterrupt):
         return 130
     hidden = {"command", "bench_dir", "out", "relay_command"}
     shown = {name: value for name, value in vars(options).items() if name not in hidden}
