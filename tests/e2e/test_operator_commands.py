@@ -6,13 +6,13 @@ import asyncio
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from relay.cli.commands import main
+from relay.cli.output import Progress
 from tests.support.cli import Cli
 from tests.support.clients import Native, redis, stream_key, until
 from tests.support.relay import RelayProcess
@@ -251,32 +251,34 @@ async def test_streams_takes_a_pattern_and_says_where_none_matches(
     assert "no stream" in await cli.refused("streams", "nobody:*")
 
 
-async def test_progress_is_for_terminals_only(valkey: Server, channel: str) -> None:
+async def test_without_a_terminal_there_is_no_progress(valkey: Server, channel: str) -> None:
     with valkey.client() as admin, admin.pipeline(transaction=False) as pipeline:
         for number in range(4000):
             pipeline.execute_command("XADD", stream_key(f"{channel}:{number}"), "*", "data", "1")
         pipeline.execute()
-    quiet = await Cli(valkey).run("streams", f"{channel}:*")
+    try:
+        quiet = await Cli(valkey).run("streams", f"{channel}:*")
+    finally:
+        redis(valkey, "FLUSHALL")
     assert (quiet.returncode, quiet.stderr) == (0, "")
     assert len(quiet.stdout.splitlines()) == 4001
     assert "\x1b" not in quiet.stdout
+
+
+def test_on_a_terminal_long_work_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A real terminal, and work that counts as long from its first step on.
+    monkeypatch.setattr("relay.cli.output._PROGRESS_S", 0.0)
     terminal, end = os.openpty()
     try:
-        done = await asyncio.to_thread(
-            subprocess.run,
-            [sys.executable, "-m", "relay", "streams", f"{channel}:*", "--json"],
-            env={**os.environ, "RELAY_REDIS_URL": valkey.url("maintenance")},
-            stdout=subprocess.PIPE,
-            stderr=end,
-            check=True,
-        )
-        assert len(done.stdout.splitlines()) == 4000
-        shown = os.read(terminal, 65536).decode()
+        with os.fdopen(end, "w") as screen:
+            monkeypatch.setattr(sys, "stderr", screen)
+            progress = Progress("streams")
+            progress(1200)
+            progress.end()
+            shown = os.read(terminal, 65536).decode()
     finally:
         os.close(terminal)
-        os.close(end)
-        redis(valkey, "FLUSHALL")
-    assert re.fullmatch(r"(\r[\d,]+ streams \.\.\. )+\r\x1b\[K", shown)
+    assert shown == "\r1,200 streams ... \r\x1b[K"
 
 
 async def test_trim_is_exact_and_clients_go_on(
