@@ -21,6 +21,7 @@ from relay.stream import dead_letters, entry
 from relay.stream.append import UID_BYTES
 from relay.stream.connect import CommandRefused, discover
 from relay.stream.link import Link
+from relay.stream.lost import first_of, uncancel, wait_for
 from relay.stream.queue import Head, Operation, Queues
 
 if TYPE_CHECKING:
@@ -176,11 +177,12 @@ class QueueProducer:
             except* (RedisUnavailable, CommandRefused) as group:
                 if self._queues is not None:
                     backoff = _BACKOFF_S[0]
-                _log.warning("queue: %s", _first(group))
+                _log.warning("queue: %s", first_of(group))
             finally:
                 self._queues = None
                 for shard in self._shards.values():
                     shard.held.clear()
+            uncancel()
             await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311  # no secret
             backoff = min(_BACKOFF_S[1], backoff * 2)
 
@@ -210,7 +212,7 @@ class QueueProducer:
             self._queues = queues
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(_await(lost), name="queue lost")
+                    tasks.create_task(wait_for(lost), name="queue lost")
                     tasks.create_task(self._hold(queues, tracking), name="queue leases")
                     for shard in self._shards.values():
                         tasks.create_task(self._serve(queues, shard), name=f"queue {shard.name}")
@@ -308,14 +310,3 @@ class QueueProducer:
             (self._namespace_of(channel).wait_replicas for channel in channels if channel),
             default=0,
         )
-
-
-async def _await(future: asyncio.Future[None]) -> None:
-    await future
-
-
-def _first(group: BaseExceptionGroup[Exception]) -> BaseException:
-    first: BaseException = group
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    return first

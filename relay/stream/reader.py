@@ -26,6 +26,7 @@ from relay.stream import asking
 from relay.stream.connect import CommandRefused, discover
 from relay.stream.groups import group_of
 from relay.stream.link import Link
+from relay.stream.lost import first_of, uncancel, wait_for
 from relay.stream.poll import poll
 from relay.stream.turns import LiveTurns, PageTurns
 from relay.stream.wakeup import Bell, sweep_slices
@@ -145,11 +146,11 @@ class Reader:
             except* (RedisUnavailable, CommandRefused) as group:
                 if not self._stopping:
                     self._metrics.reconnects.inc()
-                    _log.warning("Redis: %s", _first(group))
+                    _log.warning("Redis: %s", first_of(group))
             finally:
                 self._link = self._messages = None
                 self._reading.clear()
-            _uncancel()
+            uncancel()
             await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311  # no secret
             backoff = min(_BACKOFF_S[1], backoff * 2)
 
@@ -207,7 +208,7 @@ class Reader:
                 tasks.create_task(self._serve(link, server), name="streams")
                 tasks.create_task(self._serve_pages(pages, server), name="pages")
                 tasks.create_task(self._sweep(), name="sweep")
-                tasks.create_task(_await(lost), name="lost")
+                tasks.create_task(wait_for(lost), name="lost")
                 if tracking:
                     tasks.create_task(self._bell.prove(link, pages), name="canary")
                 else:
@@ -329,26 +330,3 @@ class Reader:
                 await asyncio.sleep(0)
             if self._pages.wanted:
                 self._page_work.set()
-
-
-def _uncancel() -> None:
-    """Take back what a TaskGroup that failed left behind in this task.
-
-    Python 3.11's cancels its own task when a child fails while it waits in `__aexit__`, and does
-    not take that back (read in 3.11.2's asyncio/taskgroups.py). The next `asyncio.timeout` of this
-    task would then end the task without a word instead of raising TimeoutError.
-    """
-    task = asyncio.current_task()
-    while task is not None and task.cancelling():
-        task.uncancel()
-
-
-async def _await(future: asyncio.Future[None]) -> None:
-    await future
-
-
-def _first(group: BaseExceptionGroup[Exception]) -> BaseException:
-    first: BaseException = group
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    return first
