@@ -1,0 +1,58 @@
+"""The systems' own clients from npm, and Node to run them in.
+
+`tests/npm/` names them; they are installed once, and again only after the lock has changed. Where
+Node or npm is missing a test is skipped, but in CI it fails: there it would never be missed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+_FOLDER = Path(__file__).parents[1] / "npm"
+_LOCK = _FOLDER / "package-lock.json"
+_MODULES = _FOLDER / "node_modules"
+# A copy of the lock that the installed packages are from; made last.
+_STAMP = _MODULES / ".installed-lock.json"
+
+
+def node() -> str:
+    """The path of Node."""
+    return _tool("node", "nodejs")
+
+
+@functools.cache
+def node_modules() -> Path:
+    """The folder with the packages of `tests/npm/package.json`, for NODE_PATH or a page."""
+    npm = _tool("npm", "npm")
+    node()
+    with _LOCK.open() as lock:
+        # Test runs that begin together must not install into the same folder.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _STAMP.exists() or _STAMP.read_bytes() != _LOCK.read_bytes():
+            command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+            done = subprocess.run(
+                command, cwd=_FOLDER, capture_output=True, text=True, timeout=300, check=False
+            )
+            assert done.returncode == 0, f"npm ci: {done.stderr[-2000:]}"
+            shutil.copyfile(_LOCK, _STAMP)
+    return _MODULES
+
+
+def environment() -> dict[str, str]:
+    """For a Node process: `require` finds the packages by their names."""
+    return {**os.environ, "NODE_PATH": str(node_modules())}
+
+
+def _tool(command: str, package: str) -> str:
+    found = shutil.which(command)
+    if found is None:
+        missing = f"needs {command}: apt-get install {package}"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
+    return found
