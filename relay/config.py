@@ -4,7 +4,8 @@ Promise: what is wrong is one ConfigError of one line that names the place (file
 environment variable or option), the setting and what is allowed, never a secret's value.
 
 Order, later wins: code defaults, file, environment `RELAY_<SECTION>_<KEY>`, `--set`, flags.
-A section [namespace:NAME] takes what it does not set from [namespace].
+A section [namespace:NAME] takes what it does not set from [namespace]; a door's own sections,
+[protocol:DOOR:NAME], take nothing from anywhere and become a field of [protocol:DOOR].
 """
 
 from __future__ import annotations
@@ -129,10 +130,9 @@ def load(
     classes = {**SECTIONS, **doors}
     sources = [_file(path, classes) if path else {}]
     sets = _sets(overrides, classes)
-    namespaces = sorted(
-        {name for source in (sources[0], sets) for name in source if name.startswith(_NAMESPACE)}
-    )
-    classes |= dict.fromkeys(namespaces, NamespaceSettings)
+    named = sorted({name for source in (sources[0], sets) for name in source} - classes.keys())
+    namespaces = [name for name in named if name.startswith(_NAMESPACE)]
+    classes |= {name: _class_of(name, classes, "") for name in named}
     sources += [_environment(environ, classes), sets, _flags(flags)]
     given: _Source = {name: {} for name in classes}
     for source in sources:
@@ -146,6 +146,9 @@ def load(
     }
     rules = {"": sections.pop("namespace")}
     rules |= {name.removeprefix(_NAMESPACE): sections.pop(name) for name in namespaces}
+    for name, cls in doors.items():
+        if cls.sections_by_name:
+            sections[name] = _with_own(sections, name, cls.sections_by_name[0])
     return Config(
         **{  # type: ignore[arg-type]  # each by its own name
             name.removeprefix("producer:"): sections.pop(name)
@@ -204,17 +207,10 @@ def _syntax(exc: configparser.Error) -> str:
 
 
 def _environment(environ: Mapping[str, str], classes: Mapping[str, type[Section]]) -> _Source:
-    names: dict[str, tuple[str, str]] = {}
+    names: dict[str, list[tuple[str, str]]] = {}
     for section, cls in classes.items():
         for key in _keys(cls):
-            name = env_name(section, key)
-            if name in names:
-                other_section, other_key = names[name]
-                raise ConfigError(
-                    f"[{other_section}] {other_key} and [{section}] {key} share the environment"
-                    f" variable {name}: rename one of the sections"
-                )
-            names[name] = (section, key)
+            names.setdefault(env_name(section, key), []).append((section, key))
     source: _Source = {}
     for name, text in sorted(environ.items()):
         if not name.startswith("RELAY_") or _SERVICE_LINK.fullmatch(name):
@@ -224,7 +220,13 @@ def _environment(environ: Mapping[str, str], classes: Mapping[str, type[Section]
             if name.startswith("RELAY_NAMESPACE_"):
                 hint += " (a [namespace:NAME] must be in the file, if only as an empty section)"
             raise ConfigError(f"environment variable {name}: no setting has this name{hint}")
-        section, key = names[name]
+        if others := names[name][1:]:
+            one, other = (f"[{section}] {key}" for section, key in (names[name][0], others[0]))
+            raise ConfigError(
+                f"{one} and {other} share the environment variable {name}: rename one of the"
+                " sections"
+            )
+        section, key = names[name][0]
         source.setdefault(section, {})[key] = _Given(f"environment variable {name} = ", text)
     return source
 
@@ -267,7 +269,11 @@ def _class_of(section: str, classes: Mapping[str, type[Section]], where: str) ->
                 " before a channel's first ':'"
             )
         return NamespaceSettings
-    known = ", ".join([*(name for name in classes), "namespace:NAME"])
+    for name, cls in classes.items():
+        if cls.sections_by_name and section.startswith(f"{name}:"):
+            return cls.sections_by_name[1]
+    by_name = [f"{name}:NAME" for name, cls in classes.items() if cls.sections_by_name]
+    known = ", ".join([*classes, *by_name, "namespace:NAME"])
     raise ConfigError(f"{where}: no such section{_near(section, classes)}; there are {known}")
 
 
@@ -280,14 +286,14 @@ def _check_key(key: str, cls: type[Section], where: str) -> None:
 
 
 def _keys(cls: type[Section]) -> Iterator[str]:
-    for key in cls.model_fields:
+    for key in cls.settings():
         yield key
         if _is_secret(cls, key):
             yield f"{key}_file"
 
 
 def _is_secret(cls: type[Section], key: str) -> bool:
-    field = cls.model_fields.get(key)
+    field = cls.settings().get(key)
     return field is not None and field.annotation is SecretStr
 
 
@@ -332,6 +338,22 @@ def _section(cls: type[Section], given: Mapping[str, _Given], name: str) -> Sect
     problem = str(own) if own else allowed(cls.model_fields[key])
     culprit = given.get(key) or given.get(f"{key}_file") or _Given(f"[{name}] {key} = ", "")
     raise ConfigError(culprit.line(problem, secret=_is_secret(cls, key) and key in given))
+
+
+def _with_own(sections: dict[str, Section], name: str, field: str) -> Section:
+    """The section with its own sections in the field for them; they are taken from `sections`."""
+    section = sections[name]
+    start = f"{name}:"
+    own = {
+        each.removeprefix(start): sections.pop(each)
+        for each in list(sections)
+        if each.startswith(start)
+    }
+    try:
+        return type(section).model_validate({**dict(section), field: own})
+    except ValidationError as exc:
+        error = exc.errors(include_url=False)[0]
+    raise ConfigError(f"[{name}:...]: {error.get('ctx', {}).get('error') or error['msg']}")
 
 
 def _read_secret(value: _Given) -> str:

@@ -56,11 +56,18 @@ def example(sections: Mapping[str, type[Section]]) -> str:
     """config.example.ini; [namespace] stands last and shows how one is named."""
     parts = [_comment(_HEAD)]
     for name, cls in sections.items():
-        heading = (cls.__doc__ or "").strip().splitlines()[0]
-        lines = [f"[{name}]", _comment(_capital(heading.split(": ", 1)[-1])), ""]
-        lines += [_setting(key, field) for key, field in cls.model_fields.items()]
-        parts.append("\n".join(lines))
+        parts.append(_example(f"[{name}]", cls))
+        if cls.sections_by_name:
+            # A comment: the section would be there, empty as it is.
+            parts.append(_example(f"#[{name}:NAME]", cls.sections_by_name[1]))
     return "\n\n".join(parts) + "\n"
+
+
+def _example(heading: str, cls: type[Section]) -> str:
+    about = (cls.__doc__ or "").strip().splitlines()[0]
+    lines = [heading, _comment(_capital(about.split(": ", 1)[-1])), ""]
+    lines += [_setting(key, field) for key, field in cls.settings().items()]
+    return "\n".join(lines)
 
 
 def _setting(key: str, field: FieldInfo) -> str:

@@ -6,15 +6,27 @@ description is its comment line in config.example.ini. Doors declare theirs in t
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic.fields import FieldInfo
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values cannot change after the start."""
+    """Base of all sections: unknown keys are errors, values cannot change after the start.
+
+    A door's section may have sections of its own, [protocol:DOOR:NAME]: `sections_by_name` is the
+    field that gets them, as a mapping by NAME, and their class.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+    sections_by_name: ClassVar[tuple[str, type[Section]] | None] = None
+
+    @classmethod
+    def settings(cls) -> dict[str, FieldInfo]:
+        """What can be set: every field but the one for the sections of its own."""
+        own = cls.sections_by_name[0] if cls.sections_by_name else ""
+        return {name: field for name, field in cls.model_fields.items() if name != own}
 
 
 class NodeSettings(Section):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from pydantic import Field, SecretStr, field_validator
@@ -31,6 +32,35 @@ class DoorSettings(Section):
         return number
 
 
+class RoomSettings(Section):
+    """[protocol:house:NAME]: a room."""
+
+    code: str = Field("", max_length=3, description="short")
+    odd: int = Field(1, description="an odd number")
+
+    @field_validator("odd")
+    @classmethod
+    def _is_odd(cls, number: int) -> int:
+        return DoorSettings._is_odd(number)
+
+
+class HouseSettings(Section):
+    """[protocol:house]: a door with rooms."""
+
+    sections_by_name: ClassVar[tuple[str, type[Section]] | None] = ("rooms", RoomSettings)
+
+    rooms: Mapping[str, RoomSettings] = Field(default_factory=dict)
+    enabled: bool = Field(True, description="off: it is shut")
+
+    @field_validator("rooms")
+    @classmethod
+    def _are_bright(cls, rooms: Mapping[str, RoomSettings]) -> Mapping[str, RoomSettings]:
+        if "dark" in rooms:
+            raise ValueError("no room is called dark")
+        return rooms
+
+
+HOUSES: Mapping[str, type[Section]] = {"protocol:house": HouseSettings}
 DOORS: Mapping[str, type[Section]] = {"protocol:test": DoorSettings}
 
 
@@ -219,12 +249,56 @@ def test_variables_that_container_platforms_set_for_a_service_named_relay_are_le
     assert read(environ=links) == read()
 
 
-def test_two_settings_with_one_environment_name_are_an_error(ini: Callable[[str], Path]) -> None:
-    line = error(ini("[namespace:a-b]\n[namespace:a.b]\n"))
+def test_one_environment_name_of_two_settings_is_an_error_once_it_is_used(
+    ini: Callable[[str], Path],
+) -> None:
+    path = ini("[namespace:a-b]\n[namespace:a.b]\n")
+    assert read(path).namespaces.keys() == {"", "a-b", "a.b"}
+    line = error(path, environ={"RELAY_NAMESPACE_A_B_RIGHTS": "hash"})
     assert line.startswith("[namespace:a-b] rights and [namespace:a.b] rights share")
     assert "RELAY_NAMESPACE_A_B_RIGHTS" in line
+    doors = {"protocol:x": DoorSettings, "protocol.x": DoorSettings}
     with pytest.raises(ConfigError, match="share the environment variable"):
-        read(doors={"protocol:x": DoorSettings, "protocol.x": DoorSettings})
+        read(doors=doors, environ={"RELAY_PROTOCOL_X_CODE": "a"})
+
+
+def test_a_door_gets_the_sections_of_its_own_by_name(ini: Callable[[str], Path]) -> None:
+    path = ini("[protocol:house]\nenabled = no\n[protocol:house:red]\ncode = r\n")
+    config = read(
+        path,
+        "protocol:house:blue.odd=3",
+        environ={"RELAY_PROTOCOL_HOUSE_RED_ODD": "5"},
+        doors=HOUSES,
+    )
+    house = config.doors["protocol:house"]
+    assert isinstance(house, HouseSettings)
+    assert not house.enabled
+    assert house.rooms == {"red": RoomSettings(code="r", odd=5), "blue": RoomSettings(odd=3)}
+    assert list(config.doors) == ["protocol:house"]
+    nothing = read(doors=HOUSES).doors["protocol:house"]
+    assert nothing == HouseSettings()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "[protocol:house:red]\nodd = 2\n",
+            "relay.ini: [protocol:house:red] odd = 2: 2 is even",
+        ),
+        ("[protocol:house:red]\nrooms = 2\n", "[protocol:house:red] rooms: no such setting"),
+        ("[protocol:house]\nrooms = 2\n", "[protocol:house] rooms: no such setting"),
+        ("[protocol:house:dark]\n", "[protocol:house:...]: no room is called dark"),
+        ("[protocol:home:red]\n", "[protocol:home:red]: no such section"),
+    ],
+)
+def test_what_is_wrong_in_a_section_of_a_door_s_own_is_one_line(
+    ini: Callable[[str], Path], text: str, line: str
+) -> None:
+    path = ini(text)
+    with pytest.raises(ConfigError) as caught:
+        read(path, doors=HOUSES)
+    assert line in str(caught.value).replace(f"{path}:", "relay.ini:")
 
 
 @pytest.mark.parametrize(
@@ -299,6 +373,15 @@ def test_the_example_with_its_comment_signs_taken_away_is_the_defaults(tmp_path:
     path = tmp_path / "relay.ini"
     path.write_text(text.replace("\n#", "\n").replace("\n ", "\n# "))
     assert read(path) == read()
+
+
+def test_the_example_shows_a_door_s_own_sections_without_making_one(tmp_path: Path) -> None:
+    text = example(HOUSES)
+    assert "\n#[protocol:house:NAME]\n# A room.\n" in text
+    assert "#rooms" not in text
+    path = tmp_path / "relay.ini"
+    path.write_text(text)
+    assert read(path, doors=HOUSES) == read(doors=HOUSES)
 
 
 def test_every_setting_in_the_example_has_a_comment_with_its_default() -> None:

@@ -99,10 +99,9 @@ class CentrifugoDoor:
 
     def mount(self, context: DoorContext, settings: CentrifugoSettings) -> MountedCentrifugo | None:
         """None without a secret: an HMAC with an empty key can be forged."""
-        if settings.enabled and not settings.secret.get_secret_value():
+        if settings.enabled and not settings.is_open:
             _log.info("[protocol:centrifugo] secret is empty: there is no /api/")
-            return None
-        return MountedCentrifugo(context, settings) if settings.enabled else None
+        return MountedCentrifugo(context, settings) if settings.is_open else None
 
 
 class _TooLarge(Exception):
