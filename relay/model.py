@@ -7,6 +7,7 @@ so that each protocol encodes it once however many clients receive it.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, NewType
 
@@ -58,6 +59,7 @@ class EntryID(NamedTuple):
 
 
 ZERO_ID = EntryID(0, 0)
+_NOTHING: Mapping[bytes, bytes] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,9 @@ class Event:
     """One entry's meaning for clients. `id` is None for the ephemeral kind.
 
     `data` is JSON text if `is_json`, else any text, both UTF-8. `to` limits the recipients: a
-    principal receives it if the two selector sets meet; None means everyone entitled.
+    principal receives it if the two selector sets meet; None means everyone entitled. `extra` are
+    the entry's fields that the schema does not know, for the door that wrote them. `door` limits an
+    event of the ephemeral kind to the clients of one door; it means nothing there beyond.
     `frames` caches encodings by encoder.
     """
 
@@ -111,6 +115,8 @@ class Event:
     to: frozenset[str] | None = None
     client: str | None = None
     info: bytes | None = None
+    extra: Mapping[bytes, bytes] = field(default_factory=lambda: _NOTHING)
+    door: str | None = None
     frames: dict[object, bytes] = field(default_factory=dict, repr=False)
 
 
@@ -147,7 +153,9 @@ class Principal:
 
     `user` is '' for anonymous. `expires_at` is seconds since the epoch, None for never.
     `channels` are the names and patterns (`*` matches any run of characters) that the token
-    itself grants. `unrestricted` is set by the native door under --insecure only.
+    itself grants. `unrestricted` is set by the native door under --insecure only. `door` is where
+    the client came in; `grant` is that door's own rule for channels of its own namespace, and is
+    asked at every check, so that it may change its mind.
     """
 
     user: str = ""
@@ -156,6 +164,8 @@ class Principal:
     expires_at: float | None = None
     channels: tuple[str, ...] = ()
     unrestricted: bool = False
+    door: str = "native"
+    grant: Callable[[Channel], bool] | None = field(default=None, compare=False, repr=False)
 
     def selectors(self) -> frozenset[str]:
         """What an entry's `to` is matched against: `user:U`, `group:G`, `client:C`."""

@@ -175,9 +175,9 @@ class Admission:
         hub = self._hub()
         match command:
             case Disconnect():
-                hub.disconnect_user(command.user, "disconnected")
+                hub.disconnect_user(command.user, "disconnected", command.door)
             case Unsubscribe():
-                hub.drop_subscription(command.channel, command.user, "unsubscribed")
+                hub.drop_subscription(command.channel, command.user, "unsubscribed", command.door)
             case DropRights():
                 if self.policy.http is not None:
                     self.policy.http.drop(command.channel, command.user)

@@ -268,9 +268,9 @@ class NamespaceSettings(Section):
     """[namespace:NAME], and [namespace] for channels of every other namespace."""
 
     rights: str = Field(
-        "claims, hash",
-        pattern=r"^\s*((claims|hash|http|anonymous)(\s*,\s*(claims|hash|http|anonymous))*)?\s*$",
-        description="who may read, any of: claims (the token names the channel), hash (the rights hash), http (the application), anonymous (everyone)",
+        "door, claims, hash",
+        pattern=r"^\s*((door|claims|hash|http|anonymous)(\s*,\s*(door|claims|hash|http|anonymous))*)?\s*$",
+        description="who may read, any of: door (the rule of the door that the namespace belongs to, for who came in there), claims (the token names the channel), hash (the rights hash), http (the application), anonymous (everyone)",
     )
     retention_count: int = Field(
         10000, ge=0, le=1000000000, description="entries kept per stream, about; 0: no limit"

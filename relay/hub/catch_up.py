@@ -66,6 +66,9 @@ class Share:
                 subscription.tell(Notice("gap", "trimmed", cursor, state.first))
             added = None
             subscription.known_first = state.first
+        if subscription.gone:
+            # Its protocol has no words for a gap, so the client was closed.
+            return 0
         self._batch.deliver(subscription.session.encoder, (subscription,), begin, end)
         at_record = end > begin and self._batch.records[end - 1].id == self._covered
         subscription.behind_at(

@@ -16,6 +16,8 @@ from relay.model import Channel, Event, Position
 class Encoder(Protocol):
     """Bytes on the wire, framed, for what the hub has to say."""
 
+    # Whose clients speak this format: `Event.door`.
+    door: str
     # True where a frame carries the client's whole cursor, and so differs from client to client.
     personal: bool
 
@@ -28,8 +30,9 @@ class Encoder(Protocol):
     ) -> bytes:
         """The whole frame for one client; `shared` is what `event` gave."""
 
-    def notice(self, channel: Channel, notice: Notice) -> bytes:
-        """What a client may have missed, or that it lost a channel."""
+    def notice(self, channel: Channel, notice: Notice) -> bytes | None:
+        """What a client may have missed, or that it lost a channel; None where the protocol has no
+        words for it: then each client's `noticed` is called."""
 
 
 def frame(encoder: Encoder, event: Event) -> bytes:

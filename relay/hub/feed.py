@@ -309,7 +309,6 @@ class Feed:
         gone."""
         reason = "deleted" if state.max_deleted > self.position else "trimmed"
         notice = Notice("gap", reason, self.position, first_read or state.last)
-        self.hub.metrics.told(notice, len(self._live))
         self.position = before(first_read) if first_read else state.last
         self.digest = None
         self._known_deleted = state.max_deleted
@@ -317,10 +316,7 @@ class Feed:
             self.added = state.added - following
         else:
             self.added = added_before_first(state) if state.first == first_read else None
-        for encoder, subscriptions in self._live.formats():
-            data = encoder.notice(self.channel, notice)
-            for subscription in subscriptions:
-                subscription.session.offer(data)
+        self._live.tell(notice)
         self.misaligned = True
         self.on_unsettled()
 
@@ -341,11 +337,15 @@ class Feed:
             notice, subscription.pending_notice = subscription.pending_notice, None
             subscription.untold = None
             subscription.tell(notice)
+            if subscription.gone:
+                return
         if subscription.cursor == self.position:
             deleted = self._known_deleted
             if deleted > self.position and deleted != subscription.known_deleted:
                 # Live clients were told of this one, and will not be again.
                 subscription.tell(Notice("gap", "deleted", self.position, deleted))
+                if subscription.gone:
+                    return
             del self._behind[subscription]
             self._live.add(subscription)
         elif subscription.cursor is not None and subscription.cursor < self.position:

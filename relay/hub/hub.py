@@ -180,18 +180,24 @@ class Hub:
 
     # ---- from the control stream, and from time ---------------------------------------------
 
-    def disconnect_user(self, user: str, reason: str) -> None:
-        """Every session of the user here."""
-        for session in list(self._by_user.get(user, ())):
+    def disconnect_user(self, user: str, reason: str, door: str | None = None) -> None:
+        """Every session of the user here, of one door or of all."""
+        for session in self._sessions_of(user, door):
             session.client.disconnect(reason)
 
-    def drop_subscription(self, channel: Channel, user: str, reason: str) -> None:
-        """One channel of every session of the user here."""
-        for session in list(self._by_user.get(user, ())):
-            subscription = session.subscriptions.get(channel)
-            if subscription is not None:
-                at = subscription.feed.position
-                subscription.feed.drop(subscription, Notice("revoked", reason, at, at))
+    def drop_subscription(
+        self, channel: Channel | None, user: str, reason: str, door: str | None = None
+    ) -> None:
+        """One channel, or without a name all, of every session of the user here."""
+        for session in self._sessions_of(user, door):
+            for subscription in list(session.subscriptions.values()):
+                if channel in (None, subscription.feed.channel):
+                    at = subscription.feed.position
+                    subscription.feed.drop(subscription, Notice("revoked", reason, at, at))
+
+    def _sessions_of(self, user: str, door: str | None) -> list[Session]:
+        mine = self._by_user.get(user, ())
+        return [session for session in mine if door in (None, session.principal.door)]
 
     def recheck(self, channel: Channel | None) -> None:
         """Rights may have changed: of one channel, or of all."""

@@ -51,14 +51,20 @@ class LiveClients:
     def tell(self, notice: Notice) -> None:
         """To all of them."""
         self._metrics.told(notice, len(self))
-        for encoder, subscriptions in self._formats.items():
+        for encoder, subscriptions in list(self._formats.items()):
             data = encoder.notice(self._channel, notice)
-            for subscription in subscriptions:
-                subscription.session.offer(data)
+            # A copy: clients that are noticed may leave.
+            for subscription in list(subscriptions):
+                if data is None:
+                    subscription.session.client.noticed(subscription, notice)
+                else:
+                    subscription.session.offer(data)
 
     def offer(self, event: Event) -> None:
         """An event that no position counts: the ephemeral kind."""
         for encoder, subscriptions in self._formats.items():
+            if event.door not in (None, encoder.door):
+                continue
             data = encoder.event(event)
             for subscription in subscriptions:
                 session = subscription.session

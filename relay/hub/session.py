@@ -45,6 +45,9 @@ class Client(Protocol):
     def dropped(self, channel: Channel, notice: Notice) -> None:
         """The subscription ended; the notice has been offered to the client already."""
 
+    def noticed(self, subscription: Subscription, notice: Notice) -> None:
+        """A notice for which the format has no words. The subscription may be closed from here."""
+
     def expired(self) -> None:
         """The credential's time is over; its subscriptions have been dropped."""
 
@@ -116,7 +119,11 @@ class Subscription:
         """The client sees it in its protocol's own words, in order with its events."""
         session = self.session
         session.hub.metrics.told(notice, 1)
-        session.offer(session.encoder.notice(self.feed.channel, notice))
+        data = session.encoder.notice(self.feed.channel, notice)
+        if data is None:
+            session.client.noticed(self, notice)
+        else:
+            session.offer(data)
 
     def tell_later(self, notice: Notice, old: int | None) -> None:
         """A client that is behind learns of it too, and does not stay ahead of another life.

@@ -35,7 +35,14 @@ class Claims:
 
     def grant(self, channel: str) -> bool:
         """Whether one of them names `channel`."""
-        return channel in self._names or any(_match(parts, channel) for parts in self._patterns)
+        if channel in self._names:
+            return True
+        # A `*` that was meant for the site's own channels does not open another system's.
+        owner = namespace_of(Channel(channel))
+        start = f"{owner}:" if owner in RESERVED_NAMESPACES else ""
+        return any(
+            parts[0].startswith(start) and _match(parts, channel) for parts in self._patterns
+        )
 
 
 def _match(parts: tuple[str, ...], text: str) -> bool:
@@ -132,6 +139,8 @@ class Policy:
 
     def _granted(self, sources: frozenset[str], principal: Principal, channel: Channel) -> bool:
         if "anonymous" in sources:
+            return True
+        if "door" in sources and principal.grant is not None and principal.grant(channel):
             return True
         return (
             "claims" in sources

@@ -23,17 +23,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disconnect:
-    """Close every connection of a user, in every door."""
+    """Close every connection of a user, in one door or in every."""
 
     user: str
+    door: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unsubscribe:
-    """End a user's subscriptions to one channel; they may subscribe again if their rights allow."""
+    """End a user's subscriptions to one channel or, without, to all, in one door or in every; they
+    may subscribe again if their rights allow."""
 
-    channel: Channel
     user: str
+    channel: Channel | None = None
+    door: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,8 @@ def encode(command: ControlCommand) -> list[bytes]:
         fields += "channel", channel
     if command.user is not None:
         fields += "user", command.user
+    if not isinstance(command, DropRights) and command.door is not None:
+        fields += "door", command.door
     return [field.encode() for field in fields]
 
 
@@ -71,12 +76,12 @@ def decode(entry_id: EntryID, fields: Sequence[bytes]) -> ControlCommand | None:
             for name, value in zip(fields[::2], fields[1::2], strict=False)
         }
         channel = parse_channel(values["channel"]) if "channel" in values else None
-        user = values.get("user")
+        user, door = values.get("user"), values.get("door")
         match values.get("command"), channel, user:
             case "disconnect", None, str():
-                return Disconnect(user=user)
-            case "unsubscribe", str(), str():
-                return Unsubscribe(channel=channel, user=user)
+                return Disconnect(user=user, door=door)
+            case "unsubscribe", _, str():
+                return Unsubscribe(channel=channel, user=user, door=door)
             case "drop-rights", _, _:
                 return DropRights(channel=channel, user=user)
             case name, _, _:

@@ -12,13 +12,14 @@ An entry is flat fields, so that `XADD key '*' data '{"hello":1}'` is a complete
     v        schema version; absent means 1
     revoke   a user: this entry is the place of a revocation, and no event
 
-Unknown fields are ignored. Whatever cannot be delivered is `Broken` with a reason, never raised.
+Unknown fields are kept for the door that wrote them (`Event.extra`). Whatever cannot be delivered
+is `Broken` with a reason, never raised.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from zlib import crc32
 
 import orjson
@@ -34,6 +35,9 @@ _SEPARATORS = re.compile(r"[,\s]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # The first bytes that JSON text can have; spares large XML and prose a parse that must fail.
 _JSON_STARTS = frozenset(b' \t\r\n{["-0123456789tfn')
+
+
+_KNOWN = frozenset({b"data", b"type", b"uid", b"to", b"client", b"info", b"v", b"revoke"})
 
 
 class _Unreadable(ValueError):
@@ -87,6 +91,7 @@ def _event(
         to=None if to is None else selectors(_recipients(_utf8("to", to))),
         client=_text(values, "client"),
         info=_info(values.get(b"info")),
+        extra={name: value for name, value in values.items() if name not in _KNOWN},
     )
 
 
@@ -181,11 +186,12 @@ def encode(
     to: Iterable[str] | None = None,
     client: str | None = None,
     info: bytes | None = None,
+    extra: Mapping[bytes, bytes] | None = None,
     checked: bool = False,
 ) -> list[bytes]:
     """Flat fields for XADD. ValueError with the reason where `decode` would call them broken,
     except for the size, whose limit is the relay's setting: see `size`. `checked`: the caller
-    knows that `data` is UTF-8."""
+    knows that `data` is UTF-8. `extra` are fields beyond the schema, of any bytes."""
     fields = [b"data", data]
     if not checked:
         _is_json(data)
@@ -204,6 +210,10 @@ def encode(
     if info is not None:
         _info(info)
         fields += b"info", info
+    for name, value in (extra or {}).items():
+        if name in _KNOWN:
+            raise _Unreadable(f"field {name.decode()} is the schema's own")
+        fields += name, value
     return fields
 
 

@@ -4,7 +4,8 @@
 
 `data` is any JSON value; `text` in its place is text that is not JSON. `type`, `client` and `to`
 (a list of selectors, or one text of them) mean what they mean in an entry. A number in `data` keeps
-its value within 64-bit integers and doubles, not its spelling.
+its value within 64-bit integers and doubles, not its spelling. `door` limits it to the clients of
+one door, as Centrifugo's join and leave; `extra`, texts by name, is for the door that wrote it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ def encode(event: Event) -> bytes:
         payload["client"] = event.client
     if event.to is not None:
         payload["to"] = sorted(event.to)
+    if event.door is not None:
+        payload["door"] = event.door
+    if event.extra:
+        payload["extra"] = {name.decode(): value.decode() for name, value in event.extra.items()}
     try:
         return orjson.dumps(payload)
     except orjson.JSONEncodeError as exc:  # a lone surrogate
@@ -44,9 +49,12 @@ def decode(channel: Channel, payload: bytes, max_bytes: int) -> Event | str:
         return "not JSON"
     if not isinstance(values, dict):
         return "not a JSON object"
-    kind, client, to, text = (values.get(name) for name in ("type", "client", "to", "text"))
-    if not all(isinstance(value, str | None) for value in (kind, client, text)):
-        return "type, client and text are texts"
+    kind, client, text, door = (values.get(name) for name in ("type", "client", "text", "door"))
+    if not all(isinstance(value, str | None) for value in (kind, client, text, door)):
+        return "type, client, text and door are texts"
+    to, extra = values.get("to"), values.get("extra", {})
+    if not isinstance(extra, dict) or not all(isinstance(value, str) for value in extra.values()):
+        return "extra is not texts by name"
     if (text is None) == ("data" not in values):
         return "no data" if text is None else "both data and text"
     try:
@@ -58,6 +66,8 @@ def decode(channel: Channel, payload: bytes, max_bytes: int) -> Event | str:
             type=None if kind is None else entry.checked_type(kind),
             to=None if to is None else entry.selectors(to),
             client=client,
+            extra={name.encode(): value.encode() for name, value in extra.items()},
+            door=door,
         )
     except ValueError as exc:
         return str(exc)

@@ -46,8 +46,11 @@ class Rights:
 class Words:
     """An encoder whose frames are words that a person can read."""
 
-    def __init__(self, *, personal: bool = False) -> None:
+    door = "words"
+
+    def __init__(self, *, personal: bool = False, speechless: bool = False) -> None:
         self.personal = personal
+        self.speechless = speechless
         self.encoded = 0
 
     def event(self, event: Event) -> bytes:
@@ -60,13 +63,16 @@ class Words:
         del event
         return shared + b",".join(f"{c}@{at.id}+{at.added}".encode() for c, at in cursor) + b" "
 
-    def notice(self, channel: Channel, notice: Notice) -> bytes:
+    def notice(self, channel: Channel, notice: Notice) -> bytes | None:
+        if self.speechless:
+            return None
         return f"!{channel}:{notice.reason} ".encode()
 
 
 class Client:
     def __init__(self) -> None:
         self.told: list[str] = []
+        self.on_notice: Callable[[], None] = lambda: None
 
     def subscribed(self, subscription: Subscription) -> None:
         self.told.append(f"subscribed {subscription.feed.channel}")
@@ -76,6 +82,10 @@ class Client:
 
     def dropped(self, channel: Channel, notice: Notice) -> None:
         self.told.append(f"dropped {channel}: {notice.reason}")
+
+    def noticed(self, subscription: Subscription, notice: Notice) -> None:
+        self.told.append(f"noticed {subscription.feed.channel}: {notice.reason}")
+        self.on_notice()
 
     def expired(self) -> None:
         self.told.append("expired")

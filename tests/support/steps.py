@@ -53,6 +53,8 @@ class Rights:
 class Format:
     """Lines of JSON; a personal one carries the client's whole cursor."""
 
+    door = "native"
+
     def __init__(self, clock: Clock, *, personal: bool) -> None:
         self.personal = personal
         self._clock = clock
@@ -139,6 +141,9 @@ class Person:
         del notice
         self.ledger.dropped(self.views[channel], channel, self.user)
         self.standing.discard(channel)
+
+    def noticed(self, subscription: Subscription, notice: Notice) -> None:
+        raise AssertionError(notice)
 
     def expired(self) -> None:
         raise AssertionError

@@ -23,6 +23,7 @@ def _text(entry_id: EntryID | None) -> str | None:
 class WebSocketEncoder:
     """Text frames."""
 
+    door = "native"
     personal = False
 
     def event(self, event: Event) -> bytes:
@@ -52,6 +53,7 @@ class WebSocketEncoder:
 class SseEncoder:
     """Blocks whose ID is the stream's: for connections with one channel."""
 
+    door = "native"
     personal = False
 
     def __init__(self, tail: Callable[[Event], bytes]) -> None:

@@ -61,6 +61,9 @@ class SseClient:
         if last and notice.reason != "expired":
             self._end(b"")
 
+    def noticed(self, subscription: Subscription, notice: Notice) -> None:
+        """Never called: the format has words for every notice."""
+
     def expired(self) -> None:
         """See `relay.hub.session.Client`."""
         self._end(codec.sse_error(Unauthorized("the token has expired")))

@@ -136,6 +136,9 @@ class WsClient:
     def dropped(self, channel: Channel, notice: Notice) -> None:
         """The notice says it all; the connection stays for its other channels."""
 
+    def noticed(self, subscription: Subscription, notice: Notice) -> None:
+        """Never called: the format has words for every notice."""
+
     def expired(self) -> None:
         """See `relay.hub.session.Client`."""
         self.close(UNAUTHORIZED, Unauthorized("the token has expired"))

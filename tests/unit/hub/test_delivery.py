@@ -1,5 +1,14 @@
 from relay.hub.recovery import Notice
-from relay.model import Channel, EntryID, Principal, Record, Revocation
+from relay.model import (
+    ZERO_ID,
+    Channel,
+    EntryID,
+    Event,
+    Principal,
+    Record,
+    Revocation,
+    StreamState,
+)
 from tests.support.hub import NEWS, Reads, Words, event, examine, join, make_hub
 
 ANN = Principal(user="ann")
@@ -91,3 +100,44 @@ def test_a_place_given_out_before_its_notice_was_told_is_judged_again() -> None:
     assert subscription.position is before
     session.resume()
     assert subscription.untold is None
+
+
+def test_a_format_without_words_for_a_gap_has_its_clients_noticed() -> None:
+    hub, words = make_hub(Reads()), Words(speechless=True)
+    session, client, outbox = join(hub, ANN, words)
+    other = join(hub, BOB, words)[1]
+    examine(hub)
+    feed = hub.feed(NEWS)
+    assert feed
+    client.on_notice = session.end
+    feed.on_hole(
+        StreamState(
+            exists=True,
+            first=EntryID(5, 0),
+            last=EntryID(5, 0),
+            length=1,
+            added=5,
+            max_deleted=ZERO_ID,
+        ),
+        EntryID(5, 0),
+        1,
+    )
+    hub.flush()
+    assert client.told[-1] == "noticed news: trimmed"
+    assert other.told[-1] == "noticed news: trimmed"
+    assert not outbox.writes
+    assert hub.total == 1
+
+
+def test_an_ephemeral_event_of_a_door_reaches_that_doors_clients_only() -> None:
+    hub, words, others = make_hub(Reads()), Words(), Words()
+    others.door = "other"
+    mine, theirs = join(hub, ANN, words)[2], join(hub, ANN, others)[2]
+    examine(hub)
+    feed = hub.feed(NEWS)
+    assert feed
+    for door in ("words", None):
+        feed.on_ephemeral(Event(NEWS, None, str(door).encode(), is_json=False, door=door))
+    hub.flush()
+    assert mine.writes == [b"words None "]
+    assert theirs.writes == [b"None "]

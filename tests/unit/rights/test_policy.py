@@ -212,3 +212,23 @@ def test_no_pattern_takes_long() -> None:
     assert not claims.grant("a" * 255)
     # The same as a regular expression does not end within a life.
     assert time.perf_counter() - started < 1
+
+
+def test_a_doors_own_rule_counts_where_the_namespace_lists_it_and_a_refusal_still_wins() -> None:
+    mine = {"news"}
+    guest = Principal(user="ann", door="some", grant=lambda channel: channel in mine)
+    assert allowed("door", guest)
+    assert not allowed("claims, hash, http", guest)
+    assert not allowed("door", guest, b"-")
+    assert not allowed("door", guest, channel=Channel("other"))
+    mine.clear()
+    assert not allowed("door", guest)
+
+
+@pytest.mark.parametrize("owner", sorted(RESERVED_NAMESPACES))
+def test_a_star_opens_another_systems_workspaces_only_where_it_names_the_system(owner: str) -> None:
+    channel = Channel(f"{owner}:1")
+    for pattern in ("*", "*1", "*:*"):
+        assert not allowed("claims", Principal(channels=(pattern,)), channel=channel)
+    for pattern in (f"{owner}:*", f"{owner}:1"):
+        assert allowed("claims", Principal(channels=(pattern,)), channel=channel)

@@ -54,7 +54,7 @@ def test_decode_gives_back_what_was_encoded(made: Event) -> None:
         (b"[1]", "not a JSON object"),
         (b"{}", "no data"),
         (b'{"data":1,"text":"x"}', "both data and text"),
-        (b'{"data":1,"type":5}', "type, client and text are texts"),
+        (b'{"data":1,"type":5}', "type, client, text and door are texts"),
         (b'{"data":1,"type":"relay:gap"}', "reserved type"),
         (b'{"data":1,"to":[]}', "to names nobody"),
         (b'{"data":1,"to":{}}', "to is not a list of names"),
