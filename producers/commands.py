@@ -149,7 +149,7 @@ def queued(text: bytes) -> list[Command]:
 
 def publish(params: str | None) -> Publication:
     """The parameters of a publish."""
-    given = _params(params, strings=("channel", "client", "uid"), raws=("data",))
+    given = fields(params, strings=("channel", "client", "uid"), raws=("data",))
     if not given.get("channel"):
         raise Invalid("publish without channel")
     if "data" not in given:
@@ -164,12 +164,14 @@ def publish(params: str | None) -> Publication:
 
 def broadcast(params: str | None) -> Broadcast:
     """The parameters of a broadcast; without channels or data, both may be empty."""
-    given = _params(params, strings=("client",), raws=("data",), lists=("channels",))
+    given = fields(params, strings=("client",), raws=("data",), lists=("channels",))
     data = given.get("data", "").encode()
     return Broadcast(given.get("channels", []), data, given.get("client") or None)
 
 
-def _params(params: str | None, **kinds: tuple[str, ...]) -> dict[str, Any]:
+def fields(params: str | None, **kinds: tuple[str, ...]) -> dict[str, Any]:
+    """The parameters of these names, by their kinds: `strings`, `raws` (JSON text as it was sent),
+    `lists` (of strings) and `bools`; what was not given is not there."""
     if params is None:
         raise Invalid("no params")
     return _struct(params, **kinds)
@@ -239,6 +241,7 @@ def _struct(
     strings: tuple[str, ...] = (),
     raws: tuple[str, ...] = (),
     lists: tuple[str, ...] = (),
+    bools: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """What Go would find in the fields of these names; `raws` as JSON text."""
     if text == "null":
@@ -257,6 +260,10 @@ def _struct(
             if not isinstance(value, list | None):
                 raise Invalid(f"{name} is not a list")
             found[name] = ["" if each is None else _text(name, each) for each in value or ()]
+        elif name in bools and value is not None:
+            if not isinstance(value, bool):
+                raise Invalid(f"{name} is not a boolean")
+            found[name] = value
     return found
 
 

@@ -152,3 +152,10 @@ def test_a_plain_publish_is_only_what_it_seems() -> None:
     text = '{"method":"publish","params":{"channel":"a","data":1,"client":"c"}}'
     assert commands.plain_publish(text.encode()) is None
     assert published(text) == ("a", b"1", "c", None)
+
+
+def test_a_boolean_is_one_or_is_not_given() -> None:
+    assert commands.fields('{"Recover":true}', bools=("recover",)) == {"recover": True}
+    assert commands.fields('{"recover":null}', bools=("recover",)) == {}
+    with pytest.raises(Invalid, match="recover is not a boolean"):
+        commands.fields('{"recover":"true"}', bools=("recover",))
