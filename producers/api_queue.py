@@ -94,10 +94,10 @@ class Dispatcher:
 
     def operation(self, publication: commands.Publication, index: int) -> Operation:
         """The append of one publication; Invalid where a reader could not make sense of it."""
-        channel, data, client, uid = publication
+        channel, data, client, uid, kind, to = publication
         fields = [b"data", data]
-        if client is not None or uid is not None:
-            fields = entry.encode(data, client=client, uid=uid, checked=True)
+        if client is not None or uid is not None or kind is not None or to is not None:
+            fields = entry.encode(data, type=kind, uid=uid, to=to, client=client, checked=True)
         if entry.size(fields) > self._max_entry_bytes:
             raise commands.Invalid(f"too large: {entry.size(fields)} bytes")
         uid_key = None
@@ -112,15 +112,12 @@ class Dispatcher:
         return [self.operation(commands.publish(command.params), index)]
 
     def _broadcast(self, command: commands.Command, index: int) -> list[Operation]:
-        names, data, client = commands.broadcast(command.params)
-        if not names or not data:
+        broadcast = commands.broadcast(command.params)
+        if not broadcast.channels or not broadcast.data:
             raise commands.Invalid("broadcast without channels or data")
         # Unlike v1, which stops half way: in the queue a command is applied whole or not at all.
-        channels = [commands.checked_channel(name) for name in names]
-        return [
-            self.operation(commands.Publication(channel, data, client), index)
-            for channel in channels
-        ]
+        wanted = [broadcast.publication(name) for name in broadcast.channels]
+        return [self.operation(each, index) for each in wanted]
 
 
 class _Shard:

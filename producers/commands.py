@@ -3,6 +3,7 @@
 `data` keeps its bytes as they were sent: it is cut out of the text, never written anew. Names
 match whatever their case, the last of equal names counts, null leaves a string as it was, unknown
 names are skipped (read in the v1.8.0 source: libcentrifugo/api/v1, encoding/json of Go 1.9).
+`type` and `to` are our own additions, which upstream skips as unknown.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from relay.model import RESERVED_NAMESPACES, Channel, namespace_of, parse_channel
+from relay.stream import entry
 
 PRIVATE_PREFIX = "$"
 
@@ -41,8 +43,8 @@ class NamespaceNotFound(Invalid):
         super().__init__("namespace not found")
 
 
-class UnusableChannel(Invalid):
-    """No workspace can have this name."""
+class Undeliverable(Invalid):
+    """No workspace can have this name, or no event this type or these recipients."""
 
 
 class Command(NamedTuple):
@@ -54,12 +56,14 @@ class Command(NamedTuple):
 
 
 class Publication(NamedTuple):
-    """`data` for one channel."""
+    """`data` for one channel; `to` is None or the recipients, as `entry.encode` wants them."""
 
     channel: Channel
     data: bytes
     client: str | None = None
     uid: str | None = None
+    type: str | None = None
+    to: tuple[str, ...] | None = None
 
 
 class Broadcast(NamedTuple):
@@ -68,6 +72,13 @@ class Broadcast(NamedTuple):
     channels: list[str]
     data: bytes
     client: str | None = None
+    type: str | None = None
+    to: tuple[str, ...] | None = None
+
+    def publication(self, name: str) -> Publication:
+        """The one for the channel of this name; Invalid where there can be none."""
+        channel = checked_channel(name)
+        return Publication(channel, self.data, self.client, type=self.type, to=self.to)
 
 
 def _refuse(word: str) -> object:
@@ -86,7 +97,7 @@ def checked_channel(name: str) -> Channel:
     try:
         channel = parse_channel(name)
     except ValueError as exc:
-        raise UnusableChannel(str(exc)) from None
+        raise Undeliverable(str(exc)) from None
     if namespace_of(Channel(name.removeprefix(PRIVATE_PREFIX))) in RESERVED_NAMESPACES:
         raise NamespaceNotFound
     return channel
@@ -149,7 +160,9 @@ def queued(text: bytes) -> list[Command]:
 
 def publish(params: str | None) -> Publication:
     """The parameters of a publish."""
-    given = fields(params, strings=("channel", "client", "uid"), raws=("data",))
+    given = fields(
+        params, strings=("channel", "client", "uid", "type"), raws=("data",), names=("to",)
+    )
     if not given.get("channel"):
         raise Invalid("publish without channel")
     if "data" not in given:
@@ -159,19 +172,35 @@ def publish(params: str | None) -> Publication:
         given["data"].encode(),
         given.get("client") or None,
         given.get("uid") or None,
+        *_addressed(given),
     )
 
 
 def broadcast(params: str | None) -> Broadcast:
     """The parameters of a broadcast; without channels or data, both may be empty."""
-    given = fields(params, strings=("client",), raws=("data",), lists=("channels",))
+    given = fields(
+        params, strings=("client", "type"), raws=("data",), lists=("channels",), names=("to",)
+    )
     data = given.get("data", "").encode()
-    return Broadcast(given.get("channels", []), data, given.get("client") or None)
+    client = given.get("client") or None
+    return Broadcast(given.get("channels", []), data, client, *_addressed(given))
+
+
+def _addressed(given: dict[str, Any]) -> tuple[str | None, tuple[str, ...] | None]:
+    """Type and recipients; an empty `to` is an error, not everybody."""
+    kind, to = given.get("type") or None, given.get("to")
+    try:
+        if kind is not None:
+            entry.checked_type(kind)
+        return kind, None if to is None else tuple(sorted(entry.recipients(to)))
+    except ValueError as exc:
+        raise Undeliverable(str(exc)) from None
 
 
 def fields(params: str | None, **kinds: tuple[str, ...]) -> dict[str, Any]:
     """The parameters of these names, by their kinds: `strings`, `raws` (JSON text as it was sent),
-    `lists` (of strings) and `bools`; what was not given is not there."""
+    `lists` (of strings), `bools` and `names` (a string or a list of strings); what was not given
+    is not there."""
     if params is None:
         raise Invalid("no params")
     return _struct(params, **kinds)
@@ -242,6 +271,7 @@ def _struct(
     raws: tuple[str, ...] = (),
     lists: tuple[str, ...] = (),
     bools: tuple[str, ...] = (),
+    names: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """What Go would find in the fields of these names; `raws` as JSON text."""
     if text == "null":
@@ -264,6 +294,9 @@ def _struct(
             if not isinstance(value, bool):
                 raise Invalid(f"{name} is not a boolean")
             found[name] = value
+        elif name in names and value is not None:
+            many = isinstance(value, list)
+            found[name] = [_text(name, each) for each in value] if many else _text(name, value)
     return found
 
 

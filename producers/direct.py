@@ -36,9 +36,6 @@ class DirectSender:
         self._appender: Appender | None = None
         self._opening = asyncio.Lock()
 
-    def check(self, event: Outgoing) -> None:
-        """An entry carries everything."""
-
     async def send(self, events: Sequence[Outgoing], leaving: Callable[[], None]) -> list[Outcome]:
         """Append in order, in one pipeline."""
         entries = [Entry(each.channel, each.fields(), each.uid) for each in events]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import io
 import json
 from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
@@ -17,13 +18,14 @@ from relay.model import EntryID
 # One request of many commands is refused as a whole when it is too large for the server.
 _BODY_BYTES = 256 * 1024
 _ANSWER_BYTES = 4 * 1024 * 1024
+_HEADERS = {"Content-Type": "application/json", "Prefer": "return=representation"}
 
 
 class HttpSender:
     """A `Sender` over HTTP. `url` is the relay's (`http://host:8000`) or that of its `/api/`.
 
-    An ID comes back only where the server tells it; Centrifugo itself does not. Text that is not
-    JSON travels as a JSON string, for a command has no other place for it.
+    The relay tells the ID to whoever prefers to hear it; Centrifugo itself does not. Text that is
+    not JSON travels as a JSON string, for a command has no other place for it.
     """
 
     def __init__(self, url: str, *, secret: str) -> None:
@@ -35,12 +37,6 @@ class HttpSender:
         self._url = url.rstrip("/") + "/" if parts.path.strip("/") else url.rstrip("/") + "/api/"
         self._secret = secret.encode()
         self._session: aiohttp.ClientSession | None = None
-
-    def check(self, event: Outgoing) -> None:
-        """ValueError for `type` and `to`: this API has no place for them, and a server skips what
-        it does not know, so that an event for one would be delivered to all."""
-        if event.type is not None or event.to is not None:
-            raise ValueError("the HTTP API cannot carry type or to; publish to Redis")
 
     async def send(self, events: Sequence[Outgoing], leaving: Callable[[], None]) -> list[Outcome]:
         """Send in order, in as few requests as their size allows."""
@@ -64,7 +60,7 @@ class HttpSender:
     async def _post(self, commands: Sequence[bytes], leaving: Callable[[], None]) -> list[Outcome]:
         body = commands[0] if len(commands) == 1 else b"[" + b",".join(commands) + b"]"
         sign = hmac.new(self._secret, body, hashlib.sha256).hexdigest()
-        headers = {"Content-Type": "application/json", "X-API-Sign": sign}
+        headers = {**_HEADERS, "X-API-Sign": sign}
         if self._session is None:
             # The publisher's limit is over all waits together, and the only one.
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=None)
@@ -72,7 +68,7 @@ class HttpSender:
         leaving()
         try:
             async with self._session.post(
-                self._url, data=body, headers=headers, allow_redirects=False
+                self._url, data=io.BytesIO(body), headers=headers, allow_redirects=False
             ) as answer:
                 text = await answer.content.read(_ANSWER_BYTES)
                 status = answer.status
@@ -113,7 +109,7 @@ def _outcome(reply: dict[str, object]) -> Outcome:
 
 def command(event: Outgoing) -> bytes:
     """A `publish` command; the event's JSON stands in it byte for byte."""
-    options = {"uid": event.uid, "client": event.client}
+    options = {"uid": event.uid, "type": event.type, "to": event.to, "client": event.client}
     rest = {name: value for name, value in options.items() if value is not None}
     data = event.data
     try:

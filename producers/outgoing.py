@@ -74,10 +74,6 @@ class Outgoing:
 class Sender(Protocol):
     """A way to the relay. One event, or several that all have a uid."""
 
-    def check(self, event: Outgoing) -> None:
-        """ValueError where this way cannot carry all of the event."""
-        ...
-
     async def send(self, events: Sequence[Outgoing], leaving: Callable[[], None]) -> list[Outcome]:
         """Send in order; what became of each. `Away` where that is not known of all of them.
 
@@ -112,7 +108,7 @@ def outgoing(
         data = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     names = None
     if to is not None:
-        names = tuple(sorted(entry.selectors(to if isinstance(to, str) else list(to))))
+        names = tuple(sorted(entry.recipients(to if isinstance(to, str) else list(to))))
     if uid is not None and not 0 < len(uid.encode()) <= UID_BYTES:
         raise ValueError(f"a uid is 1 to {UID_BYTES} bytes long")
     event = Outgoing(

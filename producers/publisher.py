@@ -47,10 +47,9 @@ __all__ = ["AsyncPublisher", "PublishFailed", "Publisher"]
 class AsyncPublisher:
     """For one event loop; calls may overlap.
 
-    `url` is as `[redis] url`. Where `http` is the relay's address, `secret` is that
-    of its API, which has no `type` and no `to`, and Redis is not asked. `window_s` (how long a uid
-    is remembered) and `maxlen` (to about how many entries the stream is trimmed, 0: not at all)
-    are for Redis; by HTTP the relay's settings hold.
+    `url` is as `[redis] url`. Where `http` is the relay's address, `secret` is that of its API, and
+    Redis is not asked. `window_s` (how long a uid is remembered) and `maxlen` (to about how many
+    entries the stream is trimmed, 0: not at all) are for Redis; by HTTP the relay's settings hold.
     """
 
     def __init__(
@@ -105,12 +104,12 @@ class AsyncPublisher:
         the only recipients, `"anna, group:kitchen"` or an iterable of names. `client`: who caused
         it.
 
-        None where the event is in the spool, or where the HTTP API took it without telling an ID.
+        None where the event is in the spool, or where the HTTP API took it without telling an ID,
+        as Centrifugo's own does; that skips `type` and `to`.
         PublishFailed where it was not taken; ValueError or TypeError for what no relay could
         deliver.
         """
         event = outgoing(channel, data, uid=uid, type=type, to=to, client=client)
-        self._sender.check(event)
         deadline = asyncio.get_running_loop().time() + self._limit_s
         if self._spool is None:
             try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +27,23 @@ if TYPE_CHECKING:
     from relay.settings import Section
 
 
+class Publish(Protocol):
+    """Appends an event; the future is its entry's ID, or an error."""
+
+    def __call__(
+        self,
+        channel: Channel,
+        data: bytes,
+        *,
+        client: str | None = None,
+        uid: str | None = None,
+        type: str | None = None,
+        to: Iterable[str] | None = None,
+    ) -> asyncio.Future[EntryID]:
+        """Raises at once what is wrong with the entry itself: ValueError, LimitExceeded; and
+        Unavailable where no more appends can wait."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoorContext:
     """What every door works with.
@@ -34,16 +51,14 @@ class DoorContext:
     `open` makes a client's session as `hub.open` does, after its user's connections on all workers
     have been counted: LimitExceeded, or Unavailable. `subscribe` asks the rights sources that take
     time, then the hub; the session's client is told in a later turn. `read_token` turns a native
-    JWT into a principal (Unauthorized otherwise). `publish` (channel, data, client, uid) appends:
-    the future is the entry's ID or an error; what is wrong with the entry itself is raised at once
-    (ValueError, LimitExceeded, Unavailable). `ready` says whether streams are being read.
+    JWT into a principal (Unauthorized otherwise). `ready` says whether streams are being read.
     `insecure` concerns the native door only.
     """
 
     hub: Hub
     open: Callable[[Principal, Encoder, Client], Awaitable[Session]]
     subscribe: Callable[[Session, Channel, Position | None], None]
-    publish: Callable[[Channel, bytes, str | None, str | None], asyncio.Future[EntryID]]
+    publish: Publish
     read_token: Callable[[str], Principal]
     ready: Callable[[], bool]
     metrics: Metrics

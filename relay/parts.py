@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from relay.stream import entry
 
 if TYPE_CHECKING:
     from relay.config import Config
+    from relay.frontdoor import Publish
     from relay.metrics import Metrics
     from relay.model import Channel, EntryID
     from relay.settings import NamespaceSettings, RedisSettings
@@ -39,15 +40,19 @@ async def reachable_redis(
     return local
 
 
-def publishing(
-    appender: Appender, max_entry_bytes: int
-) -> Callable[[Channel, bytes, str | None, str | None], asyncio.Future[EntryID]]:
+def publishing(appender: Appender, max_entry_bytes: int) -> Publish:
     """What `DoorContext.publish` is."""
 
     def publish(
-        channel: Channel, data: bytes, client: str | None, uid: str | None
+        channel: Channel,
+        data: bytes,
+        *,
+        client: str | None = None,
+        uid: str | None = None,
+        type: str | None = None,
+        to: Iterable[str] | None = None,
     ) -> asyncio.Future[EntryID]:
-        fields = entry.encode(data, client=client, uid=uid)
+        fields = entry.encode(data, type=type, uid=uid, to=to, client=client)
         size = entry.size(fields)
         if size > max_entry_bytes:
             raise LimitExceeded(f"too large: {size} of {max_entry_bytes} bytes")

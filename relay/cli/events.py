@@ -30,7 +30,7 @@ async def publish(site: Site, options: argparse.Namespace) -> int:
     channel = channel_of(options.channel)
     try:
         data = sys.stdin.buffer.read() if options.data == "-" else os.fsencode(options.data)
-        to = options.to and set().union(*(entry.selectors(names) for names in options.to))
+        to = options.to and set().union(*(entry.recipients(names) for names in options.to))
         fields = entry.encode(
             data, type=options.type, uid=options.uid, to=to, client=options.client
         )

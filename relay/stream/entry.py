@@ -88,7 +88,7 @@ def _event(
         _is_json(data),
         type=None if kind is None else checked_type(kind),
         uid=_text(values, "uid"),
-        to=None if to is None else selectors(_recipients(_utf8("to", to))),
+        to=None if to is None else recipients(_utf8("to", to)),
         client=_text(values, "client"),
         info=_info(values.get(b"info")),
         extra={name: value for name, value in values.items() if name not in _KNOWN},
@@ -143,13 +143,14 @@ def _revoked(value: bytes) -> str:
     return user
 
 
-def _recipients(text: str) -> object:
-    if text.lstrip().startswith("["):
+def recipients(to: object) -> frozenset[str]:
+    """The recipients in `to`, as `selectors`; the text may also be a JSON array of names."""
+    if isinstance(to, str) and to.lstrip().startswith("["):
         try:
-            return orjson.loads(text)
+            to = orjson.loads(to)
         except orjson.JSONDecodeError:
             raise _Unreadable("to is not a list of names") from None
-    return text
+    return selectors(to)
 
 
 def selectors(to: object) -> frozenset[str]:

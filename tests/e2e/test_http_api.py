@@ -99,6 +99,43 @@ async def test_client_and_uid_travel_and_a_uid_counts_once(api: Api, channel: st
     assert api.entries(channel) == [{b"data": b"1", b"client": b"c", b"uid": b"u"}]
 
 
+async def test_type_and_to_travel_as_in_an_entry(api: Api, channel: str) -> None:
+    text = '{"method":"publish","params":{"channel":"%s","data":1,"type":"chat","to":%s}}'
+    for to in ('"bob, group:kitchen"', '["Anna Li"]'):
+        assert (await api.ask(text % (channel, to)))[0]["error"] is None
+    broadcast = '{"method":"broadcast","params":{"channels":["%s"],"data":1,"to":"bob"}}'
+    assert (await api.ask(broadcast % channel))[0]["error"] is None
+    assert api.entries(channel) == [
+        {b"data": b"1", b"type": b"chat", b"to": b"group:kitchen,user:bob"},
+        {b"data": b"1", b"type": b"chat", b"to": b'["user:Anna Li"]'},
+        {b"data": b"1", b"to": b"user:bob"},
+    ]
+    for wrong in ("[]", '" , "', '"[1]"'):
+        (reply,) = await api.ask(text % (channel, wrong))
+        assert (reply["error"], reply["advice"]) == ("invalid message", "fix")
+    (reply,) = await api.ask(text.replace("chat", "relay:gap") % (channel, '"bob"'))
+    assert (reply["error"], reply["advice"]) == ("invalid message", "fix")
+    (reply,) = await api.ask(broadcast.replace('"bob"', "[]") % channel)
+    assert (reply["error"], reply["advice"]) == ("invalid message", "fix")
+    assert (await api.json((text % (channel, "1")).encode()))[0] == 400
+    assert len(api.entries(channel)) == 3
+
+
+async def test_whoever_prefers_it_is_told_the_entry_s_id(api: Api, channel: str) -> None:
+    again = publish(channel, "1").replace('"data"', '"uid":"u","data"')
+    broadcast = f'{{"method":"broadcast","params":{{"channels":["{channel}"],"data":1}}}}'
+    body = f"[{again},{again},{publish('seafile:r')},{broadcast}]".encode()
+    _, text, _ = await api.json(body, Prefer="respond-async, return=representation")
+    first, second, refused, several = json.loads(text)
+    client: Any = api.relay.redis()
+    with client:
+        ids = [each.decode() for each, _ in client.xrange(f"relay:stream:{{{channel}}}")]
+    assert first == second == {"method": "publish", "error": None, "body": {"id": ids[0]}}
+    assert refused["body"] is several["body"] is None
+    _, text, _ = await api.json(body)
+    assert [reply["body"] for reply in json.loads(text)] == [None] * 4
+
+
 async def test_a_broadcast_stops_at_its_first_error(api: Api, channel: str) -> None:
     text = '{"method":"broadcast","params":{"channels":%s,"data":%s,"client":"c"}}'
     both = json.dumps([channel, f"{channel}2"])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.api_server import SECRET, api_server
 from tests.support.clients import Native, redis, stream_key
+from tests.support.relay import RelayProcess
 from tests.support.tools import TOOLS, Tool, run
 from tests.support.valkey import Server, password_of
 
@@ -18,6 +19,14 @@ pytestmark = pytest.mark.redis
 # The limit of 200 ms is for another test: a busy machine shall fail none of these.
 EASY = ("--limit-ms", "9000")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "producers.md"
+SECRET = "the secret of the api"
+
+
+@pytest.fixture(scope="module")
+def relay(valkey: Server) -> Iterator[RelayProcess]:
+    process = RelayProcess(valkey, settings=[f"protocol:centrifugo.secret={SECRET}"]).start()
+    yield process
+    process.kill()
 
 
 @pytest.fixture(params=TOOLS)
@@ -123,30 +132,40 @@ async def test_a_wrong_password_and_a_refusal_are_told(
     assert "wrong\n" not in unknown.err
 
 
-async def test_the_shell_publishes_by_http(door: Native, valkey: Server, channel: str) -> None:
-    sse = await door.sse(channel)
-    async with api_server(valkey) as api:
-        tool = Tool("sh", {"PUBLISH_API_SECRET": SECRET})
-        http = ("--http", api.url, *EASY)
-        for data in ('{"n":1}', '{"n":2}'):
-            done = await tool.run(channel, data, "--uid", 'a"\\b', "--client", "c", *http)
-            assert (done.code, done.err) == (0, ""), done
-        done = await tool.run(channel, "-", *http, given='"last"')
-        assert done.code == 0, done
-        assert [block.json() for block in await sse.take(2)] == [{"n": 1}, "last"]
+async def test_the_shell_publishes_by_http(
+    door: Native, valkey: Server, relay: RelayProcess, channel: str
+) -> None:
+    sse, ws = await door.sse(channel), await door.ws(channel)
+    await ws.next()
+    tool = Tool("sh", {"PUBLISH_API_SECRET": SECRET})
+    http = ("--http", relay.url, *EASY)
+    ids = []
+    for data in ('{"n":1}', '{"n":2}'):
+        options = ("--uid", 'a"\\b', "--client", "c", "--type", "chat", "--to", "alice, bob")
+        done = await tool.run(channel, data, *options, *http)
+        assert (done.code, done.err) == (0, ""), done
+        ids.append(done.out.strip())
+    done = await tool.run(channel, "1", "--to", '["Anna Li","bob"]', *http)
+    assert done.code == 0, done
+    done = await tool.run(channel, "-", *http, given='"last"')
+    assert done.code == 0, done
+    first, last = await sse.take(2)
+    assert (first.id, first.event, first.json()) == (ids[0], "chat", {"n": 1})
+    assert ids[0] == ids[1]
+    assert (last.id, last.json()) == (done.out.strip(), "last")
+    assert (await ws.next())["client"] == "c"
 
-        requests = api.requests
-        for data in ("text", "1,2", '1},"x":{"y":1', "[1}", '"open', "", '1,"channel":"other"'):
-            done = await tool.run(channel, data, *http)
-            assert done.code == 1, (data, done)
-        assert api.requests == requests + 1  # only a bare word is left to the server to refuse
-        done = await tool.run(channel, "1", "--to", "bob", *http)
-        assert "cannot carry" in done.err
-        api.status = 503
-        assert "503" in (await tool.run(channel, "1", *http)).err
-        tool.environment["PUBLISH_API_SECRET"] = "wrong"
-        api.status = 200
-        assert "401" in (await tool.run(channel, "1", *http)).err
+    before = count(valkey, channel)
+    for data in ("text", "1,2", '1},"x":{"y":1', "[1}", '"open', "", '1,"channel":"other"'):
+        done = await tool.run(channel, data, *http)
+        assert done.code == 1, (data, done)
+        # Only a bare word is left to the relay to refuse.
+        assert ("400" if data == "text" else "DATA is not JSON") in done.err
+    assert "namespace not found" in (await tool.run("axr:r", "1", *http)).err
+    assert "no --maxlen" in (await tool.run(channel, "1", "--maxlen", "9", *http)).err
+    tool.environment["PUBLISH_API_SECRET"] = "wrong"
+    assert "401" in (await tool.run(channel, "1", *http)).err
+    assert count(valkey, channel) == before
 
 
 def documented() -> list[str]:

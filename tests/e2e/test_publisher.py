@@ -6,18 +6,27 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from producers.publisher import AsyncPublisher, Publisher, PublishFailed
-from tests.support.api_server import SECRET, ApiServer, api_server
 from tests.support.clients import Native, redis, stream_key
-from tests.support.valkey import Server
+from tests.support.relay import RelayProcess
+from tests.support.valkey import Server, free_port
 
 pytestmark = pytest.mark.redis
 # Far from what a healthy answer takes, so that a busy machine fails no test.
 EASY_MS = 5000
+SECRET = "the secret of the api"
+
+
+@pytest.fixture(scope="module")
+def relay(valkey: Server) -> Iterator[RelayProcess]:
+    process = RelayProcess(valkey, settings=[f"protocol:centrifugo.secret={SECRET}"]).start()
+    yield process
+    process.kill()
 
 
 @pytest.fixture
@@ -33,9 +42,17 @@ def blocking(valkey: Server) -> Iterator[Publisher]:
 
 
 @pytest.fixture
-async def api(valkey: Server) -> AsyncIterator[ApiServer]:
-    async with api_server(valkey) as opened:
+async def by_http(relay: RelayProcess) -> AsyncIterator[AsyncPublisher]:
+    async with AsyncPublisher(http=relay.url, secret=SECRET, limit_ms=EASY_MS) as opened:
         yield opened
+
+
+@pytest.fixture(params=["redis", "http"])
+def either(
+    request: pytest.FixtureRequest, publisher: AsyncPublisher, by_http: AsyncPublisher
+) -> AsyncPublisher:
+    """Both ways to the relay: they shall not differ."""
+    return publisher if request.param == "redis" else by_http
 
 
 def entries(server: Server, channel: str) -> list[bytes]:
@@ -45,12 +62,12 @@ def entries(server: Server, channel: str) -> list[bytes]:
 
 
 async def test_an_event_reaches_sse_and_websocket_with_all_that_was_given(
-    door: Native, publisher: AsyncPublisher, channel: str
+    door: Native, either: AsyncPublisher, channel: str
 ) -> None:
     sse, ws = await door.sse(channel), await door.ws(channel)
     await ws.next()
     data = {"text": "Grüße", "big": 12345678901234567890}
-    entry_id = await publisher.publish(
+    entry_id = await either.publish(
         channel, data, type="chat", uid="u1", to="alice, bob", client="c1"
     )
     block, frame = await sse.next(), await ws.next()
@@ -77,12 +94,12 @@ async def test_the_blocking_publisher_does_the_same(
 
 
 async def test_to_keeps_an_event_from_everybody_else(
-    door: Native, publisher: AsyncPublisher, channel: str
+    door: Native, either: AsyncPublisher, channel: str
 ) -> None:
     sse = await door.sse(channel)
-    await publisher.publish(channel, "for bob", to=["bob"])
-    await publisher.publish(channel, "for alice", to=["user:alice", "group:x y"])
-    assert (await sse.next()).data == "for alice"
+    await either.publish(channel, {"for": "bob"}, to=["bob"])
+    await either.publish(channel, {"for": "alice"}, to=["user:alice", "group:x y"])
+    assert (await sse.next()).json() == {"for": "alice"}
 
 
 async def test_a_uid_is_appended_once_and_gives_the_first_id(
@@ -119,10 +136,10 @@ async def test_maxlen_trims(valkey: Server, channel: str) -> None:
     ],
 )
 async def test_what_no_relay_could_deliver_is_refused_at_once(
-    publisher: AsyncPublisher, arguments: dict[str, Any], reason: str
+    either: AsyncPublisher, arguments: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ValueError, match=reason):
-        await publisher.publish(**{"channel": "news", "data": 1, **arguments})
+        await either.publish(**{"channel": "news", "data": 1, **arguments})
 
 
 async def test_overlapping_calls_share_a_connection_and_keep_their_order(
@@ -165,32 +182,73 @@ async def test_a_refusal_names_what_redis_said(
 
 
 async def test_by_http_an_event_arrives_once_by_its_uid(
-    door: Native, api: ApiServer, channel: str
+    door: Native, publisher: AsyncPublisher, by_http: AsyncPublisher, channel: str
 ) -> None:
     sse = await door.sse(channel)
-    async with AsyncPublisher(http=api.url, secret=SECRET, limit_ms=EASY_MS) as publisher:
-        for data in ({"n": 1}, {"n": 2}, "text"):
-            uid = None if data == "text" else "same"
-            assert await publisher.publish(channel, data, uid=uid, client="c") is None
-        assert [block.json() for block in await sse.take(2)] == [{"n": 1}, "text"]
-        with pytest.raises(PublishFailed, match="namespace not found"):
-            await publisher.publish("seafile:x", 1)
-        with pytest.raises(ValueError, match="cannot carry type or to"):
-            await publisher.publish(channel, 1, to="bob")
+    first = await by_http.publish(channel, {"n": 1}, uid="same")
+    assert first == await by_http.publish(channel, {"n": 2}, uid="same")
+    # The first ID is the same one, whichever way the second goes.
+    assert first == await publisher.publish(channel, {"n": 3}, uid="same")
+    last = await by_http.publish(channel, "text", client="c")
+    blocks = await sse.take(2)
+    assert [(block.id, block.json()) for block in blocks] == [
+        (str(first), {"n": 1}),
+        (str(last), "text"),
+    ]
+    with pytest.raises(PublishFailed, match="namespace not found"):
+        await by_http.publish("seafile:x", 1)
+    with pytest.raises(PublishFailed, match="limit exceeded"):
+        await by_http.publish(channel, "x" * (1 << 20))
+    with pytest.raises(PublishFailed, match="413"):
+        await by_http.publish(channel, "x" * (11 << 20))
 
 
-async def test_by_http_a_wrong_secret_and_a_broken_server_are_told(api: ApiServer) -> None:
-    async with AsyncPublisher(http=api.url, secret="wrong", limit_ms=EASY_MS) as publisher:
+async def test_a_spool_is_delivered_by_http_in_order_once(
+    valkey: Server, relay: RelayProcess, channel: str, tmp_path: Path
+) -> None:
+    spool = tmp_path / "spool"
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    async with AsyncPublisher(http=nowhere, secret=SECRET, spool=spool) as away:
+        for number in range(250):
+            assert await away.publish(channel, number) is None
+        # Of a batch the relay refuses as a whole, the others arrive all the same.
+        assert await away.publish("seafile:x", 1) is None
+    async with AsyncPublisher(http=relay.url, secret=SECRET, spool=spool) as publisher:
+        await publisher.flush()
+        assert await publisher.publish(channel, 250)
+    assert [int(data) for data in entries(valkey, channel)] == list(range(251))
+    assert "namespace not found" in (tmp_path / "spool.refused").read_text()
+
+
+async def test_by_http_a_wrong_secret_is_told(relay: RelayProcess, channel: str) -> None:
+    async with AsyncPublisher(http=relay.url, secret="wrong", limit_ms=EASY_MS) as publisher:
         with pytest.raises(PublishFailed, match="401"):
-            await publisher.publish("news", 1)
-        api.status = 500
-        with pytest.raises(PublishFailed, match="500") as failure:
-            await publisher.publish("news", 1)
-        assert failure.value.unknown
-        api.status = 400
-        with pytest.raises(PublishFailed, match="400") as failure:
-            await publisher.publish("news", 1)
-        assert not failure.value.unknown
+            await publisher.publish(channel, 1)
+
+
+async def test_by_http_an_answer_of_something_else_is_told() -> None:
+    answer = "500 Internal Server Error"
+
+    async def broken(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head = f"HTTP/1.1 {answer}\r\nContent-Length: 2\r\nConnection: close\r\n\r\n[]"
+        writer.write(head.encode())
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(broken, "127.0.0.1", 0) as proxy:
+        url = f"http://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
+        async with AsyncPublisher(http=url, secret=SECRET, limit_ms=EASY_MS) as publisher:
+            for line, unknown in (
+                ("500 Internal Server Error", True),
+                ("302 Found", False),
+                ("400 Bad Request", False),
+                ("200 OK", True),
+            ):
+                answer = line
+                with pytest.raises(PublishFailed) as failure:
+                    await publisher.publish("news", 1)
+                assert failure.value.unknown is unknown, line
 
 
 async def python(code: str, *arguments: str) -> tuple[int, str]:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from producers.publisher import AsyncPublisher, Publisher, PublishFailed
-from tests.support.api_server import SECRET
 from tests.support.clients import native, redis, stream_key
 from tests.support.relay import ROOT, RelayProcess
 from tests.support.tools import TOOLS, Slack, Tool
@@ -21,6 +20,7 @@ from tests.support.valkey import Server, free_port, running
 
 pytestmark = pytest.mark.redis
 LIMIT_S = 0.2
+SECRET = "the secret of the api"
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ async def taking(
                 task.cancel()
 
 
-def publish(data: str, channel: str = "news", **more: str) -> str:
+def publish(data: str, channel: str = "news", **more: object) -> str:
     rest = "".join(f',"{name}":{json.dumps(value)}' for name, value in more.items())
     params = f'{{"channel":"{channel}","data":{data}{rest}}}'
     return f'{{"method":"publish","params":{params}}}'
@@ -104,16 +104,23 @@ async def test_commands_are_applied_as_they_were_sent(
             QUEUE,
             '{"method":"broadcast","params":{"channels":["a","b"],"data":{"x": 1},"client":"c"}}',
             f'{{"data":[{publish("1", "old")},{publish("2", "old")}]}}',
-            publish("7", uid="u", client="c"),
+            publish("7", uid="u", client="c", type="chat", to=["Anna Li", "group:kitchen"]),
+            '{"method":"broadcast","params":{"channels":["b"],"data":2,"type":"t","to":"bob"}}',
         )
-        await taken.until(len(odd) + 3)
+        await taken.until(len(odd) + 4)
     assert await data_of(admin, keys) == [*[each.encode() for each in odd], b"7"]
-    assert await data_of(admin, keys, "a") == await data_of(admin, keys, "b") == [b'{"x": 1}']
+    assert await data_of(admin, keys, "a") == [b'{"x": 1}']
+    assert await entries(admin, keys.stream(Channel("b"))) == [
+        {b"data": b'{"x": 1}', b"client": b"c"},
+        {b"data": b"2", b"type": b"t", b"to": b"user:bob"},
+    ]
     assert await data_of(admin, keys, "old") == [b"1", b"2"]
     assert (await entries(admin, keys.stream(NEWS)))[-1] == {
         b"data": b"7",
         b"uid": b"u",
         b"client": b"c",
+        b"type": b"chat",
+        b"to": b'["group:kitchen","user:Anna Li"]',
     }
     assert not await admin.exists(keys.dead_letters, QUEUE)
 
@@ -132,6 +139,8 @@ async def test_broken_ones_are_dead_letters_and_the_next_ones_flow(
         publish("1", "a b"): "a channel is 1 to 255 characters without white space, '{' or '}'",
         publish(f'"{"x" * 10_000}"'): "too large: 10007 bytes",
         publish("1", uid="u" * 300): "uid of more than 255 bytes",
+        publish("1", type="relay:gap"): "reserved type",
+        publish("1", to=[]): "to names nobody",
         '{"method":"broadcast","params":{"channels":["c","axr:r"],"data":1}}': (
             "namespace not found"
         ),

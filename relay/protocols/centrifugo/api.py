@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from producers import commands
 from relay.errors import LimitExceeded, RelayError
-from relay.model import Channel, EntryID
 from relay.protocols.centrifugo.codec import FIX, RETRY, Reply
+
+if TYPE_CHECKING:
+    from relay.frontdoor import Publish
+    from relay.model import EntryID
 
 # v1's texts, which clients compare.
 INVALID_MESSAGE = "invalid message"
 LIMIT_EXCEEDED = "limit exceeded"
 INTERNAL_ERROR = "internal server error"
-
-Publish = Callable[[Channel, bytes, str | None, str | None], asyncio.Future[EntryID]]
 
 
 class _Started(NamedTuple):
@@ -41,8 +41,8 @@ def signed(secret: bytes, body: bytes, sign: str) -> bool:
     return bool(secret) and hmac.compare_digest(wanted, sign.encode(errors="replace"))
 
 
-async def answer(body: bytes, publish: Publish) -> list[Reply]:
-    """Carry the commands out; one reply each.
+async def answer(body: bytes, publish: Publish, *, ids: bool = False) -> list[Reply]:
+    """Carry the commands out; one reply each, with `ids` that of a publish tells its entry's ID.
 
     Invalid where the request as a whole is refused: commands before the broken one have been
     carried out by then, as in v1.
@@ -57,7 +57,7 @@ async def answer(body: bytes, publish: Publish) -> list[Reply]:
                 started.append(_start(each, publish))
     except commands.Invalid as exc:
         broken = exc
-    replies = [await _finish(each) for each in started]
+    replies = [await _finish(each, ids=ids) for each in started]
     if broken is not None:
         raise broken
     return replies
@@ -77,18 +77,21 @@ def _start(command: commands.Command, publish: Publish) -> _Started:
             return _append(method, uid, [commands.publish(params)], publish)
         except commands.NamespaceNotFound as exc:
             return _Started(method, uid, [], str(exc), FIX)
-        except commands.UnusableChannel:
+        except commands.Undeliverable:
             return _Started(method, uid, [], INVALID_MESSAGE, FIX)
     if method != "broadcast":
         raise commands.Invalid("unknown method")
-    names, data, client = commands.broadcast(params)
-    if not names or not data or not all(names):
+    try:
+        broadcast = commands.broadcast(params)
+    except commands.Undeliverable:
+        return _Started(method, uid, [], INVALID_MESSAGE, FIX)
+    if not broadcast.channels or not broadcast.data or not all(broadcast.channels):
         return _Started(method, uid, [], INVALID_MESSAGE, FIX)
     wanted: list[commands.Publication] = []
     error = ""
-    for name in names:
+    for name in broadcast.channels:
         try:
-            wanted.append(commands.Publication(commands.checked_channel(name), data, client))
+            wanted.append(broadcast.publication(name))
         except commands.Invalid as exc:
             # Those before it are published, those after it are not.
             error = str(exc) if isinstance(exc, commands.NamespaceNotFound) else INVALID_MESSAGE
@@ -102,8 +105,9 @@ def _append(
 ) -> _Started:
     appends: list[asyncio.Future[EntryID]] = []
     try:
-        for channel, data, client, event_uid in publications:
-            appends.append(publish(channel, data, client, event_uid))
+        for channel, data, client, event_uid, kind, to in publications:
+            append = publish(channel, data, client=client, uid=event_uid, type=kind, to=to)
+            appends.append(append)
     except LimitExceeded:
         return _Started(method, uid, appends, LIMIT_EXCEEDED, FIX)
     except ValueError:
@@ -113,15 +117,14 @@ def _append(
     return _Started(method, uid, appends)
 
 
-async def _finish(started: _Started) -> Reply:
-    error, advice = started.error, started.advice
+async def _finish(started: _Started, *, ids: bool) -> Reply:
+    error, advice, body = started.error, started.advice, b"null"
     for append in started.appends:
         try:
-            await _id(append)
+            entry_id = await append
         except RelayError:
             error, advice = INTERNAL_ERROR, RETRY
-    return Reply(started.method, started.uid, error, advice)
-
-
-async def _id(append: Awaitable[EntryID]) -> EntryID:
-    return await append
+        else:
+            if ids and started.method == "publish":
+                body = b'{"id":"%s"}' % str(entry_id).encode()
+    return Reply(started.method, started.uid, error, advice, body)

@@ -12,12 +12,13 @@ RETRY = "retry"
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The answer to one command; `error` is '' where it succeeded."""
+    """The answer to one command; `error` is '' where it succeeded, `body` is JSON text."""
 
     method: str
     uid: str = ""
     error: str = ""
     advice: str = ""
+    body: bytes = b"null"
 
 
 def encode(replies: list[Reply]) -> bytes:
@@ -32,8 +33,7 @@ def _encode(reply: Reply) -> bytes:
     members |= {"method": reply.method, "error": reply.error or None}
     if reply.advice:
         members["advice"] = reply.advice
-    members["body"] = None
-    return orjson.dumps(members)
+    return orjson.dumps(members)[:-1] + b',"body":' + reply.body + b"}"
 
 
 _SUCCESS = {reply: _encode(reply) for reply in (Reply("publish"), Reply("broadcast"))}

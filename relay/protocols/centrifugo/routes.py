@@ -50,7 +50,7 @@ class MountedCentrifugo:
         if not api.signed(self._secret, body, sign):
             return self._refused(401, "Unauthorized")
         try:
-            replies = await api.answer(body, self._context.publish)
+            replies = await api.answer(body, self._context.publish, ids=_wants_ids(request))
         except Invalid:
             return _plain(400, "Bad Request")
         return web.Response(body=codec.encode(replies), content_type="application/json")
@@ -106,6 +106,12 @@ class CentrifugoDoor:
 
 class _TooLarge(Exception):
     pass
+
+
+def _wants_ids(request: web.Request) -> bool:
+    """Whether replies may say more than v1's, in the words of RFC 7240."""
+    preferred = request.headers.get("Prefer", "").lower()
+    return "return=representation" in preferred.replace(" ", "").split(",")
 
 
 async def _moved(request: web.Request) -> web.Response:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from producers import commands
-from producers.commands import Command, Invalid, NamespaceNotFound, Publication, UnusableChannel
+from producers.commands import Command, Invalid, NamespaceNotFound, Publication, Undeliverable
 
 
 def published(text: str) -> Publication:
@@ -41,14 +41,14 @@ def test_data_keeps_its_bytes(data: str) -> None:
 def test_names_match_as_go_matches_them() -> None:
     # U+017F is what Go's field matching takes for an s, too.
     text = '{"METHOD":"publish","Param\u017f":{"CHANNEL":"a","x":[1],"data":1,"Data":2,"uid":"u"}}'
-    assert published(text) == ("a", b"2", None, "u")
+    assert published(text) == ("a", b"2", None, "u", None, None)
 
 
 def test_null_leaves_a_string_as_it_was() -> None:
-    params = '{"channel":"a","data":null,"client":null}'
+    params = '{"channel":"a","data":null,"client":null,"to":null,"type":null}'
     text = f'{{"method":"publish","method":null,"uid":null,"params":{params}}}'
     assert commands.one(text.encode()).uid == ""
-    assert published(text) == ("a", b"null", None, None)
+    assert published(text) == ("a", b"null", None, None, None, None)
 
 
 def test_half_a_surrogate_pair_is_what_go_reads() -> None:
@@ -67,6 +67,13 @@ def test_half_a_surrogate_pair_is_what_go_reads() -> None:
         ('{"channel":5,"data":1}', "channel is not a string"),
         ('{"channel":"a","data":1,"client":{}}', "client is not a string"),
         ('{"channel":"a","data":1,"uid":true}', "uid is not a string"),
+        ('{"channel":"a","data":1,"type":1}', "type is not a string"),
+        ('{"channel":"a","data":1,"type":"relay:gap"}', "reserved type"),
+        ('{"channel":"a","data":1,"to":{}}', "to is not a string"),
+        ('{"channel":"a","data":1,"to":["bob",null]}', "to is not a string"),
+        ('{"channel":"a","data":1,"to":[]}', "to names nobody"),
+        ('{"channel":"a","data":1,"to":""}', "to names nobody"),
+        ('{"channel":"a","data":1,"to":"[1]"}', "to is not a list of names"),
     ],
 )
 def test_what_cannot_be_published_has_a_reason(params: str | None, reason: str) -> None:
@@ -84,7 +91,7 @@ def test_channels_of_other_doors_are_refused(name: str) -> None:
 
 
 def test_a_name_that_no_workspace_can_have_is_refused() -> None:
-    with pytest.raises(UnusableChannel):
+    with pytest.raises(Undeliverable):
         commands.checked_channel("a b")
 
 
@@ -141,17 +148,35 @@ def test_the_queue_knows_the_form_of_before_1_6_too() -> None:
 
 def test_a_broadcast_names_its_channels() -> None:
     found = commands.broadcast('{"Channels":["a",null,"b"],"data":{"x": 1},"client":"c"}')
-    assert found == (["a", "", "b"], b'{"x": 1}', "c")
-    assert commands.broadcast('{"channels":null}') == ([], b"", None)
-    for wrong in ('{"channels":"a"}', '{"channels":[1]}'):
+    assert found == (["a", "", "b"], b'{"x": 1}', "c", None, None)
+    assert commands.broadcast('{"channels":null}') == ([], b"", None, None, None)
+    for wrong in ('{"channels":"a"}', '{"channels":[1]}', '{"channels":["a"],"data":1,"to":[]}'):
         with pytest.raises(Invalid):
             commands.broadcast(wrong)
+    found = commands.broadcast('{"channels":["a"],"data":1,"type":"t","to":"bob"}')
+    assert found.publication("a") == ("a", b"1", None, None, "t", ("user:bob",))
+
+
+@pytest.mark.parametrize(
+    ("to", "names"),
+    [
+        ('"bob, group:kitchen"', ("group:kitchen", "user:bob")),
+        ('["Anna Li","group:kitchen"]', ("group:kitchen", "user:Anna Li")),
+        ('"[\\"Anna Li\\"]"', ("user:Anna Li",)),
+        ('["\\ud800"]', ("user:\ufffd",)),
+    ],
+)
+def test_recipients_are_named_as_in_an_entry(to: str, names: tuple[str, ...]) -> None:
+    params = f'{{"channel":"a","data":1,"TO":{to},"type":"chat"}}'
+    text = f'{{"method":"publish","params":{params}}}'
+    assert published(text) == ("a", b"1", None, None, "chat", names)
+    assert commands.plain_publish(text.encode()) is None
 
 
 def test_a_plain_publish_is_only_what_it_seems() -> None:
     text = '{"method":"publish","params":{"channel":"a","data":1,"client":"c"}}'
     assert commands.plain_publish(text.encode()) is None
-    assert published(text) == ("a", b"1", "c", None)
+    assert published(text) == ("a", b"1", "c", None, None, None)
 
 
 def test_a_boolean_is_one_or_is_not_given() -> None:
