@@ -11,11 +11,16 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import uvloop
 
-from producers.api_queue import QueueProducer
+from producers.registry import (
+    Producer,
+    ProducerContext,
+    Running,
+    find_producers,
+    producer_settings,
+)
 from relay import logs
 from relay.config import Config, load
 from relay.errors import ConfigError, RelayError
@@ -23,15 +28,13 @@ from relay.frontdoor import door_settings
 from relay.stream.keys import Keys
 from relay.stream.nodes import new_instance
 
-if TYPE_CHECKING:
-    from collections.abc import Coroutine
-    from typing import Any
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one producer until a signal; the exit code (1: configuration, 2: usage)."""
     parser = argparse.ArgumentParser(prog="python -m producers", allow_abbrev=False)
-    parser.add_argument("name", choices=["queue"], help="queue: commands from [producer:queue]")
+    producers = find_producers()
+    about = "; ".join(f"{name}: {each.summary}" for name, each in producers.items())
+    parser.add_argument("name", choices=list(producers), help=about)
     parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="the relay's INI file")
     parser.add_argument("--redis", metavar="URL", help="[redis] url")
     parser.add_argument(
@@ -51,37 +54,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
             overrides=options.overrides,
             flags=flags,
             doors=door_settings(),
+            producers=producer_settings(),
         )
         if config.redis.url == "embedded":
             raise ConfigError("[redis] url: a producer by itself needs the address of a Redis")
+        running = _build(producers[options.name], config)
     except RelayError as exc:
         sys.stderr.write(f"producers: {logs.redact(' '.join(str(exc).split()))}\n")
         return 1
     logs.setup(config.log)
-    uvloop.run(_until_signal(_queue(config)))
+    uvloop.run(_until_signal(running))
     return 0
 
 
-def _queue(config: Config) -> Coroutine[Any, Any, None]:
-    # Whether the relay takes commands itself is [producer:queue] enabled; this one was asked to.
-    return QueueProducer(
+def _build(producer: Producer, config: Config) -> Running:
+    # Whether the relay runs it too is for its section to say; this one was asked for.
+    context = ProducerContext(
         keys=Keys(config.redis.prefix),
         redis=config.redis,
-        settings=config.queue,
         publish=config.publish,
-        instance=new_instance(config.node.name or f"{socket.gethostname()}_queue"),
+        instance=new_instance(config.node.name or f"{socket.gethostname()}_{producer.name}"),
         namespace_of=config.namespace,
         max_entry_bytes=config.stream.max_entry_bytes,
-    ).run()
+        count=lambda _result, _number: None,
+    )
+    return producer.build(context, config.producers[f"producer:{producer.name}"])
 
 
-async def _until_signal(work: Coroutine[Any, Any, None]) -> None:
+async def _until_signal(running: Running) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with asyncio.TaskGroup() as tasks:
-        task = tasks.create_task(work, name="producer")
+        task = tasks.create_task(running.run(), name="producer")
         stopping = tasks.create_task(stop.wait(), name="signal")
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)

@@ -13,10 +13,12 @@ import contextlib
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from producers import commands
 from relay.errors import RedisUnavailable
+from relay.settings import QueueSettings
 from relay.stream import dead_letters, entry
 from relay.stream.append import UID_BYTES
 from relay.stream.connect import CommandRefused, discover
@@ -25,11 +27,11 @@ from relay.stream.lost import first_of, uncancel, wait_for
 from relay.stream.queue import Head, Operation, Queues
 
 if TYPE_CHECKING:
+    from producers.registry import ProducerContext
     from relay.model import Channel
     from relay.settings import (
         NamespaceSettings,
         PublishSettings,
-        QueueSettings,
         RedisSettings,
     )
     from relay.stream.keys import Keys
@@ -307,3 +309,37 @@ class QueueProducer:
             (self._namespace_of(channel).wait_replicas for channel in channels if channel),
             default=0,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ApiQueue:
+    """See `producers.registry.Producer`."""
+
+    name: str = "queue"
+    summary: str = "commands from the lists that [producer:queue] names"
+    settings: type[QueueSettings] = QueueSettings
+
+    def wanted(self, settings: QueueSettings) -> bool:
+        """Off, so that a Centrifugo on the same Redis keeps its own."""
+        return settings.enabled
+
+    def build(self, context: ProducerContext, settings: QueueSettings) -> QueueProducer:
+        """See `producers.registry.Producer`."""
+
+        def on_applied(taken: int, broken: int) -> None:
+            context.count("taken", taken)
+            context.count("broken", broken)
+
+        return QueueProducer(
+            keys=context.keys,
+            redis=context.redis,
+            settings=settings,
+            publish=context.publish,
+            instance=context.instance,
+            namespace_of=context.namespace_of,
+            max_entry_bytes=context.max_entry_bytes,
+            on_applied=on_applied,
+        )
+
+
+PRODUCER = ApiQueue()

@@ -215,11 +215,9 @@ class Relay:
             self._spawn(seats.run(), name="seats"),
             self._spawn(incoming.write_dead_letters(client, keys, node), name="dead-letters"),
         ]
-        taking: asyncio.Task[None] | None = None
-        if config.queue.enabled:
-            queue = parts.queue_producer(config, metrics, redis, keys, instance, self._namespace)
-            taking = self._spawn(queue.run(), name="queue")
-            tasks.append(taking)
+        producers = parts.producers(config, metrics, redis, keys, instance, self._namespace)
+        taking = [self._spawn(each.run(), name=f"producer {name}") for name, each in producers]
+        tasks += taking
         try:
             # So that the first clients of a start are not refused, unless Redis is really away.
             with contextlib.suppress(TimeoutError):
@@ -246,8 +244,8 @@ class Relay:
             await self._stop.wait()
             _log.info("stopping")
             await server.stop_listening()
-            if taking is not None:
-                taking.cancel()
+            for task in taking:
+                task.cancel()
             await jobs.stop()
             await reader.stop()
             reading.cancel()

@@ -31,7 +31,6 @@ from relay.settings import (
     NamespaceSettings,
     NodeSettings,
     PublishSettings,
-    QueueSettings,
     RedisSettings,
     RightsSettings,
     Section,
@@ -51,7 +50,6 @@ SECTIONS: Mapping[str, type[Section]] = {
     "metrics": MetricsSettings,
     "jobs": JobSettings,
     "publish": PublishSettings,
-    "producer:queue": QueueSettings,
     "namespace": NamespaceSettings,
 }
 # `serve`'s flags that stand for a setting; --insecure stands for none, so that no file can leave
@@ -74,7 +72,8 @@ _NAMESPACE = "namespace:"
 class Config:
     """Everything that was configured; a reload makes a new one.
 
-    `namespaces` has the sections [namespace:NAME] by name, and [namespace] itself under ''.
+    `namespaces` has the sections [namespace:NAME] by name, and [namespace] itself under ''; `doors`
+    and `producers` have theirs by the sections' full names.
     """
 
     node: NodeSettings
@@ -88,9 +87,9 @@ class Config:
     metrics: MetricsSettings
     jobs: JobSettings
     publish: PublishSettings
-    queue: QueueSettings
     namespaces: Mapping[str, NamespaceSettings]
     doors: Mapping[str, Section]
+    producers: Mapping[str, Section]
     insecure: bool = False
 
     def namespace(self, channel: Channel) -> NamespaceSettings:
@@ -121,13 +120,14 @@ def load(
     overrides: Sequence[str],
     flags: Mapping[str, str],
     doors: Mapping[str, type[Section]],
+    producers: Mapping[str, type[Section]] | None = None,
 ) -> Config:
     """The configuration of one start or reload; ConfigError where anything in it is wrong.
 
     `overrides` are --set's SECTION.KEY=VALUE; `flags` has values for the names in FLAGS, and
     `insecure` with any text.
     """
-    classes = {**SECTIONS, **doors}
+    classes = {**SECTIONS, **doors, **(producers or {})}
     sources = [_file(path, classes) if path else {}]
     sets = _sets(overrides, classes)
     named = sorted({name for source in (sources[0], sets) for name in source} - classes.keys())
@@ -150,12 +150,9 @@ def load(
         if cls.sections_by_name:
             sections[name] = _with_own(sections, name, cls.sections_by_name[0])
     return Config(
-        **{  # type: ignore[arg-type]  # each by its own name
-            name.removeprefix("producer:"): sections.pop(name)
-            for name in SECTIONS
-            if name != "namespace"
-        },
+        **{name: sections.pop(name) for name in SECTIONS if name != "namespace"},  # type: ignore[arg-type]  # each by its own name
         namespaces=rules,  # type: ignore[arg-type]  # _section made them of NamespaceSettings
+        producers={name: sections.pop(name) for name in producers or {}},
         doors=sections,
         insecure="insecure" in flags,
     )

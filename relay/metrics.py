@@ -76,10 +76,10 @@ class Metrics:
             "Entries that could not be delivered",
             registry=self.registry,
         )
-        self.queue_commands = Counter(
-            "relay_queue_commands_total",
-            "Items taken from command queues, and dead letters made of them",
-            ["result"],
+        self.producer_items = Counter(
+            "relay_producer_items_total",
+            "Items that a producer took from its source, and of these the ones it could not use",
+            ["producer", "result"],
             registry=self.registry,
         )
         self.round_trips = Counter(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from producers.api_queue import QueueProducer
+from producers.registry import ProducerContext, Running, find_producers
 from relay.embedded import EmbeddedValkey
 from relay.errors import LimitExceeded
 from relay.stream import entry
@@ -61,31 +62,33 @@ def publishing(appender: Appender, max_entry_bytes: int) -> Publish:
     return publish
 
 
-def queue_producer(
+def producers(
     config: Config,
     metrics: Metrics,
     redis: RedisSettings,
     keys: Keys,
     instance: str,
     namespace_of: Callable[[Channel], NamespaceSettings],
-) -> QueueProducer:
-    """The command queue, taken in this process."""
-    counter = metrics.queue_commands
+) -> Iterator[tuple[str, Running]]:
+    """Those that this process is to run itself, by name."""
+    for name, producer in find_producers().items():
+        settings = config.producers[f"producer:{name}"]
+        if not producer.wanted(settings):
+            continue
+        context = ProducerContext(
+            keys=keys,
+            redis=redis,
+            publish=config.publish,
+            instance=instance,
+            namespace_of=namespace_of,
+            max_entry_bytes=config.stream.max_entry_bytes,
+            count=partial(_count, metrics, name),
+        )
+        yield name, producer.build(context, settings)
 
-    def on_applied(taken: int, broken: int) -> None:
-        counter.labels("taken").inc(taken)
-        counter.labels("broken").inc(broken)
 
-    return QueueProducer(
-        keys=keys,
-        redis=redis,
-        settings=config.queue,
-        publish=config.publish,
-        instance=instance,
-        namespace_of=namespace_of,
-        max_entry_bytes=config.stream.max_entry_bytes,
-        on_applied=on_applied,
-    )
+def _count(metrics: Metrics, name: str, result: str, number: int) -> None:
+    metrics.producer_items.labels(name, result).inc(number)
 
 
 @contextlib.asynccontextmanager

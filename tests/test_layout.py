@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from producers.registry import producer_settings
 from relay.config import SECTIONS
 from relay.config_text import example
 from relay.frontdoor import door_settings
@@ -20,7 +21,7 @@ MODULES = sorted((ROOT / "relay").rglob("*.py")) + PRODUCERS
 
 
 def test_config_example_is_what_the_code_prints() -> None:
-    printed = example({**SECTIONS, **door_settings()})
+    printed = example({**SECTIONS, **door_settings(), **producer_settings()})
     kept = (ROOT / "config.example.ini").read_text()
     assert kept == printed, "run: scripts/run genconfig > config.example.ini"
 

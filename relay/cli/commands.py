@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from urllib.parse import urlsplit
 
+from producers.registry import producer_settings
 from relay import __version__, logs
 from relay.cli.arguments import parse
 from relay.cli.banner import banner
@@ -74,6 +75,7 @@ def _load(options: argparse.Namespace) -> Config:
         overrides=options.overrides,
         flags=flags,
         doors=door_settings(),
+        producers=producer_settings(),
     )
 
 
@@ -107,7 +109,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _genconfig(options: argparse.Namespace) -> int:
     del options
-    sys.stdout.write(example({**SECTIONS, **door_settings()}))
+    sys.stdout.write(example({**SECTIONS, **door_settings(), **producer_settings()}))
     return OK
 
 

@@ -13,6 +13,7 @@ import pytest
 from pydantic import SecretStr
 
 import relay.app
+from producers.registry import producer_settings
 from relay import __version__
 from relay.cli.arguments import parse
 from relay.cli.banner import banner
@@ -42,7 +43,14 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 def configured(*sets: str, insecure: bool = False) -> Config:
     flags = {"insecure": "yes"} if insecure else {}
-    return load(None, environ={}, overrides=sets, flags=flags, doors=door_settings())
+    return load(
+        None,
+        environ={},
+        overrides=sets,
+        flags=flags,
+        doors=door_settings(),
+        producers=producer_settings(),
+    )
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
