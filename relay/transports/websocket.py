@@ -100,13 +100,15 @@ def _unmask(payload: bytes, mask: bytes) -> bytes:
 class FrameReader:
     """Turns a client's bytes into messages and control frames, at most `max_bytes` a message.
 
-    Between messages it holds no buffer. After a ProtocolViolation it must not be fed again.
+    Between messages it holds no buffer. After a ProtocolViolation it must not be fed again. The
+    first `skip_bytes` are dropped: some old clients send bytes of a draft before their first frame.
     """
 
-    __slots__ = ("_kind", "_max_bytes", "_message", "_rest")
+    __slots__ = ("_kind", "_max_bytes", "_message", "_rest", "_skip")
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, skip_bytes: int = 0) -> None:
         self._max_bytes = max_bytes
+        self._skip = skip_bytes
         self._rest: bytes | bytearray = b""
         self._message: bytearray | None = None
         self._kind = 0
@@ -114,6 +116,8 @@ class FrameReader:
     def feed(self, data: bytes) -> list[tuple[int, bytes]]:
         """What `data` completes, in order: text and binary messages, pings, pongs, and a close
         frame as the last, for nothing counts after it (section 5.5.1)."""
+        if self._skip:
+            data, self._skip = data[self._skip :], max(0, self._skip - len(data))
         if self._rest:
             self._rest += data
             source: bytes | bytearray = self._rest
@@ -212,8 +216,13 @@ def _tokens(request: web.Request, name: str) -> set[str]:
     }
 
 
-def accept_headers(request: web.Request) -> bytes | web.Response:
-    """The 101 head for a valid opening handshake (section 4.2), else the answer to send instead."""
+def accept_headers(
+    request: web.Request, versions: frozenset[str] = frozenset({"13"})
+) -> bytes | web.Response:
+    """The 101 head for a valid opening handshake (section 4.2), else the answer to send instead.
+
+    `versions` that a door may add: 8, whose frames are the same (hybi-08 to -12 are drafts of it).
+    """
     if (
         request.method != "GET"
         or request.version < (1, 1)
@@ -221,7 +230,7 @@ def accept_headers(request: web.Request) -> bytes | web.Response:
         or "upgrade" not in _tokens(request, "Connection")
     ):
         return _upgrade_required("this address speaks websocket")
-    if request.headers.get("Sec-WebSocket-Version", "").strip() != "13":
+    if request.headers.get("Sec-WebSocket-Version", "").strip() not in versions:
         return _upgrade_required("websocket version 13 is required")
     key = request.headers.get("Sec-WebSocket-Key", "").strip()
     try:
@@ -267,9 +276,11 @@ class WebSocketConnection(ClientSocket):
         max_frame_bytes: int,
         reaper: Reaper,
         heartbeat: Heartbeat | None = None,
+        skip_bytes: int = 0,
     ) -> None:
+        """`skip_bytes`: what this client sends before its first frame, see `FrameReader`."""
         super().__init__(buffer_bytes=buffer_bytes, reaper=reaper, heartbeat=heartbeat)
-        self._reader = FrameReader(max_frame_bytes)
+        self._reader = FrameReader(max_frame_bytes, skip_bytes)
         self._pong: bytes | None = None
         self._deaf = False
         self.on_text: Callable[[bytes], None] = _ignore

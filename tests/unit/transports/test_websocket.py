@@ -166,6 +166,17 @@ def test_what_came_before_a_violation_is_not_lost() -> None:
     assert caught.value.before == [(1, b"good")]
 
 
+@pytest.mark.parametrize("piece", [1, 3, 8, 100])
+def test_what_a_client_is_known_to_send_first_is_dropped(piece: int) -> None:
+    reader = FrameReader(LIMIT, skip_bytes=8)
+    data = b"\x81\x85\xffjunk!" + masked(1, b"one") + masked(1, b"two")
+    assert len(b"\x81\x85\xffjunk!") == 8
+    found: Found = []
+    for start in range(0, len(data), piece):
+        found += reader.feed(data[start : start + piece])
+    assert found == [(1, b"one"), (1, b"two")]
+
+
 @st.composite
 def conversations(draw: st.DrawFn) -> tuple[bytes, Found]:
     """A valid sequence of frames and what they mean."""
