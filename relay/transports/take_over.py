@@ -1,7 +1,8 @@
 """Takes a connection away from aiohttp, which has read and checked its request.
 
 aiohttp keeps a task, a parser and buffers for each connection, and frames what it writes itself;
-a client that waits for events needs none of that. The only file that knows aiohttp's insides
+a client that waits for events needs none of that; one that waited for an answer can go back to
+aiohttp with its next request. The only file that knows aiohttp's insides
 (`aiohttp.web_protocol.RequestHandler`, tried with 3.14.5): its tests fail if they change.
 """
 
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 if TYPE_CHECKING:
+    import asyncio
+
     from aiohttp.abc import AbstractStreamWriter
     from aiohttp.web_request import BaseRequest
 
@@ -30,12 +33,13 @@ class TakenOver(web.StreamResponse):
 
 
 def take_over(request: web.Request, head: bytes, client: ClientSocket) -> web.StreamResponse:
-    """Give `client` the request's transport, write `head`, and release aiohttp's part.
+    """Give `client` the request's transport, write `head` if there is one, and release aiohttp's
+    part.
 
     The handler returns the result at once. Before this returns `client` has been given what came
     after the request; if the connection has closed in the meantime, `on_closed` has been called.
     """
-    response = TakenOver(status=int(head[9:12]))
+    response = TakenOver(status=int(head[9:12]) if head else 200)
     response.force_close()
     handler = request.protocol
     transport = handler.transport
@@ -51,10 +55,36 @@ def take_over(request: web.Request, head: bytes, client: ClientSocket) -> web.St
     handler._message_tail = b""
     handler.connection_lost(None)
     client.connection_made(transport)
-    transport.write(head)
+    if head:
+        transport.write(head)
     if tail:
         client.data_received(tail)
     # aiohttp pauses a client that sends much before its handler is done; does nothing otherwise.
     if not transport.is_closing():
         transport.resume_reading()
     return response
+
+
+def server_of(request: web.Request) -> web.Server | None:
+    """Where the request's connection can go back to; to be asked before `take_over`.
+
+    None if the client has sent its next request already: aiohttp's part, which has it, is let go.
+    """
+    handler = request.protocol
+    return None if handler._messages else handler._manager
+
+
+def give_back(
+    server: web.Server, transport: asyncio.Transport, answer: bytes, early: bytes
+) -> None:
+    """Write the answer to the request that was taken over, and let aiohttp read the next one.
+
+    `early` is what has come of that already.
+    """
+    transport.write(answer)
+    handler = server()
+    transport.set_write_buffer_limits()
+    transport.set_protocol(handler)
+    handler.connection_made(transport)
+    if early:
+        handler.data_received(early)

@@ -20,6 +20,7 @@ from relay.transports.client_socket import ClientSocket
 if TYPE_CHECKING:
     import asyncio
 
+    from relay.transports.exchange import Asked
     from relay.transports.heartbeat import Heartbeat
     from relay.transports.reaper import Reaper
 
@@ -208,7 +209,7 @@ class FrameReader:
         found.append((opcode, payload))
 
 
-def _tokens(request: web.Request, name: str) -> set[str]:
+def _tokens(request: web.Request | Asked, name: str) -> set[str]:
     return {
         part.strip().lower()
         for value in request.headers.getall(name, ())
@@ -217,7 +218,7 @@ def _tokens(request: web.Request, name: str) -> set[str]:
 
 
 def accept_headers(
-    request: web.Request, versions: frozenset[str] = frozenset({"13"})
+    request: web.Request | Asked, versions: frozenset[str] = frozenset({"13"})
 ) -> bytes | web.Response:
     """The 101 head for a valid opening handshake (section 4.2), else the answer to send instead.
 
