@@ -3,7 +3,8 @@
 Promise: what is wrong is one ConfigError of one line that names the place (file and section,
 environment variable or option), the setting and what is allowed, never a secret's value.
 
-Order, later wins: code defaults, file, environment `RELAY_<SECTION>_<KEY>`, `--set`, flags.
+Order, later wins: code defaults, other servers' configurations (`relay.foreign`), file, environment
+`RELAY_<SECTION>_<KEY>`, `--set`, flags.
 A section [namespace:NAME] takes what it does not set from [namespace]; a door's own sections,
 [protocol:DOOR:NAME], take nothing from anywhere and become a field of [protocol:DOOR].
 """
@@ -14,13 +15,14 @@ import configparser
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import SecretStr, ValidationError
 
 from relay.config_text import allowed, env_name
 from relay.errors import ConfigError
+from relay.foreign import Translation
 from relay.model import Channel, namespace_of, parse_channel
 from relay.settings import (
     HubSettings,
@@ -74,6 +76,7 @@ class Config:
 
     `namespaces` has the sections [namespace:NAME] by name, and [namespace] itself under ''; `doors`
     and `producers` have theirs by the sections' full names.
+    `notes` are what the operator should know of other servers' configurations.
     """
 
     node: NodeSettings
@@ -91,6 +94,7 @@ class Config:
     doors: Mapping[str, Section]
     producers: Mapping[str, Section]
     insecure: bool = False
+    notes: Sequence[str] = field(default=(), compare=False)
 
     def namespace(self, channel: Channel) -> NamespaceSettings:
         """The rules of this channel's namespace."""
@@ -121,16 +125,18 @@ def load(
     flags: Mapping[str, str],
     doors: Mapping[str, type[Section]],
     producers: Mapping[str, type[Section]] | None = None,
+    foreign: Sequence[Translation] = (),
 ) -> Config:
     """The configuration of one start or reload; ConfigError where anything in it is wrong.
 
     `overrides` are --set's SECTION.KEY=VALUE; `flags` has values for the names in FLAGS, and
-    `insecure` with any text.
+    `insecure` with any text. `foreign`, later wins, is what other servers' configurations say.
     """
     classes = {**SECTIONS, **doors, **(producers or {})}
-    sources = [_file(path, classes) if path else {}]
+    sources = [_translated(each) for each in foreign]
+    sources.append(_file(path, classes) if path else {})
     sets = _sets(overrides, classes)
-    named = sorted({name for source in (sources[0], sets) for name in source} - classes.keys())
+    named = sorted({name for source in (*sources, sets) for name in source} - classes.keys())
     namespaces = [name for name in named if name.startswith(_NAMESPACE)]
     classes |= {name: _class_of(name, classes, "") for name in named}
     sources += [_environment(environ, classes), sets, _flags(flags)]
@@ -155,7 +161,15 @@ def load(
         producers={name: sections.pop(name) for name in producers or {}},
         doors=sections,
         insecure="insecure" in flags,
+        notes=[note for each in foreign for note in (each.missing, *each.notes) if note],
     )
+
+
+def _translated(translation: Translation) -> _Source:
+    source: _Source = {}
+    for said in translation.said:
+        source.setdefault(said.section, {})[said.key] = _Given(said.where, said.text)
+    return source
 
 
 def _file(path: Path, classes: Mapping[str, type[Section]]) -> _Source:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
+from relay.errors import ConfigError
+from relay.foreign import Said
 from relay.settings import Section
 
 _HEAD = """\
@@ -60,6 +62,30 @@ def example(sections: Mapping[str, type[Section]]) -> str:
         if cls.sections_by_name:
             # A comment: the section would be there, empty as it is.
             parts.append(_example(f"#[{name}:NAME]", cls.sections_by_name[1]))
+    return "\n\n".join(parts) + "\n"
+
+
+def ini(said: Iterable[Said]) -> str:
+    """An INI file with these settings; of equal ones the last. ConfigError where none can have one.
+
+    A setting's `why` is its comment.
+    """
+    sections: dict[str, dict[str, Said]] = {}
+    for each in said:
+        # What an INI file would not give back: it drops white space around a value.
+        if each.text != each.text.strip() or len(each.text.splitlines()) > 1:
+            raise ConfigError(
+                f"{each.where}(hidden): white space at its ends, or a line's end within, cannot"
+                f" stand in an INI file; of a secret write {each.key}_file = PATH there by hand"
+            )
+        sections.setdefault(each.section, {})[each.key] = each
+    parts = []
+    for name, settings in sections.items():
+        lines = [f"[{name}]"]
+        for key, each in settings.items():
+            lines += [_comment(each.why)] if each.why else []
+            lines.append(f"{key} = {each.text}".rstrip())
+        parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 

@@ -2,6 +2,13 @@
 
 A door is a package in `relay/protocols/` whose `routes` module has a `DOOR`. Nothing outside the
 folder names it: the configuration learns its section, the server its routes, from here.
+
+A door that takes another server's place may read that server's configuration too. It then has a
+`foreign` (`Replacing`; the words are in `relay.foreign`), and the command line learns from it which
+files, option and command are its: `relay serve -c config.json`, `relay serve --seafile-conf-dir
+DIR`, `relay centrifugo --port=8001`. The door's part is one pure function from file, environment
+and flags to settings of ours (`Foreign.read`); reload, `checkconfig`, `convert-config` and the
+operators' commands follow from it.
 """
 
 from __future__ import annotations
@@ -10,7 +17,7 @@ import importlib
 import pkgutil
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from aiohttp import web
 
@@ -19,6 +26,7 @@ import relay.protocols
 if TYPE_CHECKING:
     import asyncio
 
+    from relay.foreign import Foreign
     from relay.hub.encoding import Encoder
     from relay.hub.hub import Hub
     from relay.hub.session import Client, Session
@@ -88,6 +96,13 @@ class FrontDoor(Protocol):
         """None where its settings leave it shut; its paths are 404 then."""
 
 
+@runtime_checkable
+class Replacing(FrontDoor, Protocol):
+    """A door that reads the configuration of the server whose place it takes."""
+
+    foreign: Foreign
+
+
 def find_doors() -> dict[str, FrontDoor]:
     """Every door by name."""
     doors: dict[str, FrontDoor] = {}
@@ -100,3 +115,9 @@ def find_doors() -> dict[str, FrontDoor]:
 def door_settings() -> dict[str, type[Section]]:
     """Every door's section of the configuration: `protocol:<name>`."""
     return {f"protocol:{name}": door.settings for name, door in find_doors().items()}
+
+
+def find_foreign() -> list[Foreign]:
+    """How doors read other servers' configurations, in the order of the doors' names."""
+    doors = sorted(find_doors().items())
+    return [door.foreign for _, door in doors if isinstance(door, Replacing)]

@@ -22,6 +22,11 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
     sections_by_name: ClassVar[tuple[str, type[Section]] | None] = None
 
+    @property
+    def is_open(self) -> bool:
+        """Of a door's section: whether the door has paths at all."""
+        return bool(getattr(self, "enabled", True))
+
     @classmethod
     def settings(cls) -> dict[str, FieldInfo]:
         """What can be set: every field but the one for the sections of its own."""

@@ -164,7 +164,7 @@ class Supervisor:
             "-m",
             "relay",
             *self._arguments,
-            "--port",
+            "--shared-port",
             str(self._port),
             "--worker",
             worker,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+from relay.cli import foreign_arguments
 from relay.cli import operator_arguments as operate
 from relay.cli.operator_arguments import Commands
+from relay.foreign import Foreign
 
 _EXIT_CODES = "Exit codes: 0 done, 1 configuration or start error (one line says which), 2 usage."
 OPERATOR_EXIT_CODES = (
@@ -17,8 +20,12 @@ OPERATOR_EXIT_CODES = (
 )
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments by name; with a usage error it leaves with exit code 2."""
+def parse(arguments: Sequence[str] | None, foreigns: Sequence[Foreign] = ()) -> argparse.Namespace:
+    """The arguments by name; with a usage error it leaves with exit code 2.
+
+    `foreigns` are the other servers whose configurations the doors read.
+    """
+    configured = partial(_configured, foreigns=foreigns)
     parser = argparse.ArgumentParser(
         prog="relay",
         description="Delivers events from Redis streams to websocket and SSE clients.",
@@ -29,14 +36,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     serve = _command(commands, "serve", "run the relay until a signal ends it")
-    _configured(serve)
+    configured(serve)
     serve.add_argument("--host", help="address to listen on, [server] host")
     serve.add_argument("--port", metavar="N", help="TCP port, [server] port; default 8000")
     serve.add_argument(
         "--workers", metavar="N", help="processes that share the port, [node] workers; default 1"
     )
-    # What the supervisor of several workers tells each of them.
-    serve.add_argument("--worker", help=argparse.SUPPRESS)
+    _worker(serve)
     _redis(serve)
     serve.add_argument(
         "--insecure",
@@ -44,13 +50,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="anyone may read every channel of the native door; for trying things out",
     )
 
-    _command(commands, "genconfig", "print config.example.ini: every setting with its default")
+    generate = _command(
+        commands, "genconfig", "print config.example.ini: every setting with its default"
+    )
+    generate.add_argument(
+        "-c",
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="write it to a new file; with another server's ending its smallest file",
+    )
+    convert = _command(
+        commands, "convert-config", "print another server's configuration as an INI file"
+    )
+    configured(convert)
     check = _command(commands, "checkconfig", "say whether `serve` would accept the configuration")
-    _configured(check)
+    configured(check)
     _command(commands, "version", "print the version")
 
     token = _command(commands, "token", "print a token signed with the first [jwt] key")
-    _configured(token)
+    configured(token)
     token.add_argument("--user", required=True, metavar="U", help="who it is for")
     token.add_argument(
         "--channel",
@@ -70,22 +89,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
 
     revoke = _command(commands, "revoke", "from now on nothing of CHANNEL leaves for USER")
-    _configured(revoke)
+    configured(revoke)
     _redis(revoke)
     revoke.add_argument("channel", metavar="CHANNEL")
     revoke.add_argument("user", metavar="USER")
-    operate.add(commands, _operator)
+    operate.add(commands, partial(_operator, configured=configured))
+    foreign_arguments.add_commands(commands, foreigns, _command, _serving)
     options = parser.parse_args(arguments)
     operate.check(options, parser)
     return options
 
 
 def _operator(
-    commands: Commands, name: str, about: str, exit_codes: str = OPERATOR_EXIT_CODES
+    commands: Commands,
+    name: str,
+    about: str,
+    exit_codes: str = OPERATOR_EXIT_CODES,
+    *,
+    configured: Callable[[argparse.ArgumentParser], None],
 ) -> argparse.ArgumentParser:
     """A command on a running site: where it is configured, and --json for scripts."""
     parser = _command(commands, name, about, exit_codes)
-    _configured(parser)
+    configured(parser)
     _redis(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line, for scripts")
     return parser
@@ -99,10 +124,36 @@ def _command(
     )
 
 
-def _configured(parser: argparse.ArgumentParser) -> None:
+def _configured(parser: argparse.ArgumentParser, *, foreigns: Sequence[Foreign]) -> None:
+    theirs = ", ".join(suffix for each in foreigns for suffix in each.suffixes)
     parser.add_argument(
-        "-c", "--config", type=Path, metavar="FILE", help="INI file; see config.example.ini"
+        "-c",
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="INI file; see config.example.ini"
+        + (f". Other servers' files by their ending: {theirs}" if theirs else ""),
     )
+    foreign_arguments.add_options(parser, foreigns)
+    _overrides(parser)
+
+
+def _serving(parser: argparse.ArgumentParser) -> None:
+    """What serves under another server's command line is a relay all the same."""
+    _overrides(parser)
+    parser.add_argument(
+        "--workers", metavar="N", help="processes that share the port, [node] workers; default 1"
+    )
+    _worker(parser)
+
+
+def _worker(parser: argparse.ArgumentParser) -> None:
+    # What the supervisor of several workers tells each of them.
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--shared-port", help=argparse.SUPPRESS)
+
+
+def _overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         action="append",

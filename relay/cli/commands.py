@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from urllib.parse import urlsplit
 
-from producers.registry import producer_settings
 from relay import __version__, logs
+from relay.cli import configured
 from relay.cli.arguments import parse
 from relay.cli.banner import banner
+from relay.cli.configured import configuration
 from relay.cli.local_key import uses_local_key, with_local_key
 from relay.cli.operator_arguments import COMMANDS as OPERATOR_COMMANDS
-from relay.config import FLAGS, SECTIONS, Config, load
-from relay.config_text import example
+from relay.config import Config
 from relay.errors import RelayError
-from relay.frontdoor import door_settings
+from relay.foreign import Foreign
+from relay.frontdoor import find_foreign
 from relay.model import parse_channel
 from relay.rights.token import TokenReader
 from relay.siblings import Worker
 
 OK, FAILED = 0, 1
+_log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
-    options = parse(arguments)
+    options = parse(arguments, find_foreign())
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _COMMANDS[options.command](options)
+        return _COMMANDS.get(options.command, _foreign)(options)
     except RelayError as exc:
         return _failed(exc, options)
     except BaseExceptionGroup as group:
@@ -65,20 +68,6 @@ def _failed(exc: BaseException, options: argparse.Namespace) -> int:
     return FAILED
 
 
-def _load(options: argparse.Namespace) -> Config:
-    flags = {flag: text for flag in FLAGS if (text := getattr(options, flag, None)) is not None}
-    if getattr(options, "insecure", False):
-        flags["insecure"] = "yes"
-    return load(
-        options.config,
-        environ=os.environ,
-        overrides=options.overrides,
-        flags=flags,
-        doors=door_settings(),
-        producers=producer_settings(),
-    )
-
-
 def _serve(options: argparse.Namespace) -> int:
     # Here, not above: the other commands need none of the server's modules.
     from relay import app, supervisor
@@ -86,12 +75,15 @@ def _serve(options: argparse.Namespace) -> int:
     worker = Worker.parse(options.worker) if options.worker else None
 
     def reload() -> Config:
-        return with_local_key(_load(options))
+        return with_local_key(configuration(options, strict=True))
 
-    given = _load(options)
+    given = configuration(options)
     local = uses_local_key(given)
     config = with_local_key(given)
     logs.setup(config.log, worker=worker.number if worker else 0)
+    if worker is None:
+        for note in config.notes:
+            _log.warning("%s", note)
 
     def on_ready(port: int, redis_address: str) -> None:
         # A token for every channel is shown only where the relay made the key itself, for trying
@@ -108,16 +100,33 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _genconfig(options: argparse.Namespace) -> int:
-    del options
-    sys.stdout.write(example({**SECTIONS, **door_settings(), **producer_settings()}))
+    configured.genconfig(options)
     return OK
 
 
 def _checkconfig(options: argparse.Namespace) -> int:
-    config = _load(options)
-    TokenReader(config.jwt)
-    print(f"{options.config or 'environment'}: the configuration is valid")
+    configured.checkconfig(options)
     return OK
+
+
+def _convert_config(options: argparse.Namespace) -> int:
+    configured.convert_config(options)
+    return OK
+
+
+def _foreign(options: argparse.Namespace) -> int:
+    """Another server's command line."""
+    foreign: Foreign = options.foreign
+    match options.action:
+        case "genconfig":
+            return _genconfig(options)
+        case "checkconfig":
+            return _checkconfig(options)
+        case "version":
+            print(f"{foreign.version} (relay {__version__})")
+            return OK
+        case _:
+            return _serve(options)
 
 
 def _version(options: argparse.Namespace) -> int:
@@ -127,7 +136,7 @@ def _version(options: argparse.Namespace) -> int:
 
 
 def _token(options: argparse.Namespace) -> int:
-    config = with_local_key(_load(options))
+    config = with_local_key(configuration(options))
     print(_sign(config, options.user, options.channel, options.group, options.ttl or None))
     return OK
 
@@ -141,7 +150,7 @@ def _sign(
 def _revoke(options: argparse.Namespace) -> int:
     from relay.app import revoke
 
-    config = _load(options)
+    config = configuration(options)
     try:
         channel = parse_channel(options.channel)
     except ValueError as exc:
@@ -156,13 +165,14 @@ def _operate(options: argparse.Namespace) -> int:
     # Here, not above: redis-py is slow to import, and `relay version` needs none of it.
     from relay.cli import operate
 
-    return operate.run(options, _load(options))
+    return operate.run(options, configuration(options))
 
 
 _COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "serve": _serve,
     "genconfig": _genconfig,
     "checkconfig": _checkconfig,
+    "convert-config": _convert_config,
     "version": _version,
     "token": _token,
     "revoke": _revoke,

@@ -8,9 +8,11 @@ from typing import ClassVar
 import pytest
 from pydantic import Field, SecretStr, field_validator
 
+from relay import config_text
 from relay.config import SECTIONS, Config, load
 from relay.config_text import allowed, env_name, example
 from relay.errors import ConfigError
+from relay.foreign import Said, Translation
 from relay.model import Channel
 from relay.settings import Section, ServerSettings
 
@@ -299,6 +301,71 @@ def test_what_is_wrong_in_a_section_of_a_door_s_own_is_one_line(
     with pytest.raises(ConfigError) as caught:
         read(path, doors=HOUSES)
     assert line in str(caught.value).replace(f"{path}:", "relay.ini:")
+
+
+def said(section: str, key: str, text: str) -> Said:
+    return Said(section=section, key=key, text=text, where=f"old.conf: {key.upper()} = ")
+
+
+def test_another_server_s_configuration_is_above_the_defaults_and_below_all_else(
+    ini: Callable[[str], Path],
+) -> None:
+    one = Translation(
+        said=[
+            said("server", "port", "1"),
+            said("server", "host", "a"),
+            said("server", "backlog", "5"),
+            said("namespace:old", "retention_count", "6"),
+            said("protocol:house:red", "code", "o"),
+        ],
+        notes=["old.conf: COLOR has no effect"],
+    )
+    two = Translation(said=[said("server", "backlog", "7")], missing="new.conf: not there")
+    config = load(
+        ini("[server]\nport = 2\n"),
+        environ={"RELAY_NAMESPACE_OLD_WAIT_REPLICAS": "3"},
+        overrides=["server.host=b"],
+        flags={},
+        doors=HOUSES,
+        foreign=[one, two],
+    )
+    assert (config.server.port, config.server.host, config.server.backlog) == (2, "b", 7)
+    old = config.namespaces["old"]
+    assert (old.retention_count, old.wait_replicas) == (6, 3)
+    house = config.doors["protocol:house"]
+    assert isinstance(house, HouseSettings)
+    assert house.rooms["red"].code == "o"
+    assert config.notes == ["old.conf: COLOR has no effect", "new.conf: not there"]
+
+
+def test_what_is_wrong_in_another_server_s_configuration_is_told_in_its_words() -> None:
+    old = [Translation(said=[said("server", "port", "x")])]
+    with pytest.raises(ConfigError, match=r"^old.conf: PORT = x: a whole number from 0 to 65535$"):
+        load(None, environ={}, overrides=[], flags={}, doors={}, foreign=old)
+
+
+def test_settings_become_an_ini_file_that_says_the_same(tmp_path: Path) -> None:
+    settings = [
+        said("server", "port", "1"),
+        said("protocol:house:red", "code", ""),
+        Said(section="jwt", key="key", text="# a;b = %c", where="", why="The old one's."),
+        said("server", "port", "2"),
+    ]
+    text = config_text.ini(settings)
+    head = "[server]\nport = 2\n\n[protocol:house:red]\ncode =\n\n"
+    assert text == head + "[jwt]\n# The old one's.\nkey = # a;b = %c\n"
+    path = tmp_path / "relay.ini"
+    path.write_text(text)
+    foreign = [Translation(said=settings)]
+    assert read(path, doors=HOUSES) == load(
+        None, environ={}, overrides=[], flags={}, doors=HOUSES, foreign=foreign
+    )
+
+
+@pytest.mark.parametrize("text", [" a", "a ", "a\nb", "a\x85b", "\ufeff \t"])
+def test_a_value_that_no_ini_file_gives_back_is_refused_and_not_shown(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^old.conf: KEY = \(hidden\): .* key_file = PATH"):
+        config_text.ini([said("jwt", "key", text)])
 
 
 @pytest.mark.parametrize(

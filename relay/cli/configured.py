@@ -1,0 +1,127 @@
+"""Which configuration a command line means, and the commands that write or check one."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from producers.registry import producer_settings
+from relay.cli.foreign_arguments import flags_of, path_of
+from relay.config import FLAGS, SECTIONS, Config, load
+from relay.config_text import example, ini
+from relay.errors import ConfigError
+from relay.foreign import Foreign, Translation
+from relay.frontdoor import door_settings, find_foreign
+from relay.rights.token import TokenReader
+
+
+def configuration(options: argparse.Namespace, *, strict: bool = False) -> Config:
+    """What file, environment and command line say together.
+
+    With `strict` another server's file has to be there, though that server starts without it.
+    """
+    foreign = _translations(options)
+    for each in foreign:
+        if strict and each.missing:
+            raise ConfigError(each.missing)
+    flags = {flag: text for flag in FLAGS if (text := getattr(options, flag, None)) is not None}
+    if getattr(options, "insecure", False):
+        flags["insecure"] = "yes"
+    if port := getattr(options, "shared_port", None):
+        flags["port"] = port
+    return load(
+        options.config if _foreign_file(options) is None else None,
+        environ=os.environ,
+        overrides=options.overrides,
+        flags=flags,
+        doors=door_settings(),
+        producers=producer_settings(),
+        foreign=foreign,
+    )
+
+
+def genconfig(options: argparse.Namespace) -> None:
+    """Print every setting, or write a new file; never over one that is there."""
+    path: Path | None = options.config
+    foreign = _foreign_file(options) if path else None
+    every = {**SECTIONS, **door_settings(), **producer_settings()}
+    text = foreign.example(path) if foreign and path else example(every)
+    if path is None:
+        sys.stdout.write(text)
+        return
+    try:
+        # It holds a secret, or will.
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise ConfigError(f"output config file already exists: {path}") from None
+    except OSError as exc:
+        raise ConfigError(f"{path}: cannot be written: {exc.strerror}") from exc
+    with os.fdopen(file, "w", encoding="utf-8") as out:
+        out.write(text)
+
+
+def checkconfig(options: argparse.Namespace) -> None:
+    """ConfigError where `serve` would not accept it; notes go to standard error."""
+    config = configuration(options, strict=True)
+    TokenReader(config.jwt)
+    _print_notes(config)
+    if _commanded(options) is None:
+        print(f"{options.config or 'environment'}: the configuration is valid")
+
+
+def convert_config(options: argparse.Namespace) -> None:
+    """Print another server's configuration as an INI file of ours."""
+    translations = [each for each in _translations(options) if each.said or each.missing]
+    if not translations or (options.config and _foreign_file(options) is None):
+        suffixes = [suffix for foreign in find_foreign() for suffix in foreign.suffixes]
+        raise ConfigError(
+            f"{options.config or '-c FILE'}: needs another server's configuration; a file's name"
+            f" ends in one of {', '.join(suffixes)}"
+        )
+    # Everything in it is checked before anything is printed.
+    config = configuration(options, strict=True)
+    text = ini([said for each in translations for said in each.said])
+    _print_notes(config)
+    sys.stdout.write(text)
+
+
+def _print_notes(config: Config) -> None:
+    for note in config.notes:
+        sys.stderr.write(f"relay: {note}\n")
+
+
+def _commanded(options: argparse.Namespace) -> Foreign | None:
+    """The other server whose command line this is."""
+    foreign: Foreign | None = getattr(options, "foreign", None)
+    return foreign
+
+
+def _foreign_file(options: argparse.Namespace) -> Foreign | None:
+    """Whose file `-c` names; None where it is ours or is not given."""
+    path: Path | None = options.config
+    commanded = _commanded(options)
+    if path is None:
+        return commanded
+    suffix = path.suffix.lower()
+    if commanded is not None:
+        if suffix not in commanded.suffixes:
+            raise ConfigError(
+                f"{path}: must end in one of {', '.join(commanded.suffixes)}; an INI file is for"
+                " `relay serve -c`"
+            )
+        return commanded
+    return next((each for each in find_foreign() if suffix in each.suffixes), None)
+
+
+def _translations(options: argparse.Namespace) -> list[Translation]:
+    owner = _foreign_file(options)
+    commanded = _commanded(options)
+    found: list[Translation] = []
+    for foreign in find_foreign():
+        path = options.config if foreign is owner else path_of(options, foreign)
+        if path is not None or foreign.by_environment:
+            flags = flags_of(options) if foreign is commanded else {}
+            found.append(foreign.read(path, os.environ, flags))
+    return found

@@ -1,0 +1,84 @@
+"""What doors add to the command line for other servers' configurations."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from relay.cli.operator_arguments import Commands
+from relay.foreign import Foreign
+
+# Their flags have names of ours, with other meanings.
+_DEST = "foreign:"
+_ACTIONS = ("genconfig", "checkconfig", "version")
+
+
+def add_options(parser: argparse.ArgumentParser, foreigns: Sequence[Foreign]) -> None:
+    """One option for each folder or file that `-c` cannot name."""
+    for foreign in foreigns:
+        if foreign.option:
+            parser.add_argument(
+                foreign.option,
+                type=Path,
+                metavar="PATH",
+                dest=_DEST + foreign.option,
+                help=foreign.option_about,
+            )
+
+
+def add_commands(
+    commands: Commands,
+    foreigns: Sequence[Foreign],
+    command: Callable[[Commands, str, str], argparse.ArgumentParser],
+    process: Callable[[argparse.ArgumentParser], None],
+) -> None:
+    """`relay COMMAND`, with the other server's own flags.
+
+    `command` makes a parser; `process` adds what a serving process takes besides.
+    """
+    for foreign in foreigns:
+        if not foreign.command:
+            continue
+        parser = command(
+            commands, foreign.command, f"serve as {foreign.version} does, with its command line"
+        )
+        parser.set_defaults(foreign=foreign)
+        parser.add_argument(
+            "action",
+            nargs="?",
+            choices=_ACTIONS,
+            help=f"instead of serving: write a new {foreign.default_path}, check it, or say the"
+            " version",
+        )
+        parser.add_argument(
+            "-c",
+            "--config",
+            type=Path,
+            metavar="FILE",
+            default=Path(foreign.default_path),
+            help=f"ends in {', '.join(foreign.suffixes)}; default {foreign.default_path}",
+        )
+        for flag in foreign.flags:
+            names = [f"-{flag.short}"] if flag.short else []
+            parser.add_argument(
+                *names,
+                f"--{flag.name}",
+                dest=_DEST + flag.name,
+                metavar="BOOL" if flag.switch else "VALUE",
+                help=flag.about,
+                **({"nargs": "?", "const": "true"} if flag.switch else {}),  # type: ignore[arg-type]
+            )
+        process(parser)
+
+
+def flags_of(options: argparse.Namespace) -> Mapping[str, str]:
+    """The flags of the other server's command line that were given, by name."""
+    given = {name: text for name, text in vars(options).items() if name.startswith(_DEST)}
+    return {name.removeprefix(_DEST): text for name, text in given.items() if text is not None}
+
+
+def path_of(options: argparse.Namespace, foreign: Foreign) -> Path | None:
+    """What the door's own option names."""
+    path: Path | None = getattr(options, _DEST + foreign.option, None)
+    return path
