@@ -22,6 +22,7 @@ import aiohttp
 import uvloop
 
 from relay import __version__, logs, parts
+from relay.drain import drain
 from relay.errors import RelayError
 from relay.frontdoor import DoorContext, Mounted, find_doors
 from relay.hub.hub import Hub
@@ -35,6 +36,7 @@ from relay.rights.policy import Policy
 from relay.rights.token import TokenReader
 from relay.server import Server
 from relay.siblings import BEAT_S
+from relay.site import Site
 from relay.stream import revoke as revocations
 from relay.stream.append import Appender
 from relay.stream.connect import redis_client
@@ -59,7 +61,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _FIRST_READ_S = 10.0
-_LAST_BYTES_S = 2.0
 
 
 def run(
@@ -105,7 +106,6 @@ class Relay:
         self._background: asyncio.TaskGroup | None = None
         self._doors: list[tuple[str, Mounted, Section]] = []
         self._tokens = TokenReader(config.jwt)
-        self._http_session: aiohttp.ClientSession | None = None
 
     async def run(self) -> int:
         """Start, serve, stop."""
@@ -116,13 +116,15 @@ class Relay:
             )
             client = await stack.enter_async_context(redis_client(redis))
             self._background = await stack.enter_async_context(asyncio.TaskGroup())
-            self._http_session = await stack.enter_async_context(
+            self._http = http = await stack.enter_async_context(
                 aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
             )
-            await self._serve(redis, client)
+            await self._serve(redis, client, http)
         return 0
 
-    async def _serve(self, redis: RedisSettings, client: Redis) -> None:
+    async def _serve(
+        self, redis: RedisSettings, client: Redis, http: aiohttp.ClientSession
+    ) -> None:
         config, metrics = self._config, self._metrics
         node = config.node.name or f"{socket.gethostname()}_{config.server.port}"
         if self._worker:
@@ -171,15 +173,34 @@ class Relay:
         self._on_count: list[Callable[[str], None]] = [seats.changed]
         hub.on_count = lambda user: [told(user) for told in self._on_count]
 
-        async def open_session(principal: Principal, encoder: Encoder, client: Client) -> Session:
-            async with seats.seat(principal.user):
+        async def open_session(
+            principal: Principal, encoder: Encoder, client: Client, *, limit: int | None = None
+        ) -> Session:
+            door = None if limit is None else principal.door
+            async with seats.seat(principal.user, door, limit or 0):
                 return hub.open(principal, encoder, client)
+
+        site = Site(
+            redis=redis,
+            keys=keys,
+            instance=instance,
+            decode=incoming.decode,
+            spawn=self._spawn,
+        )
 
         context = DoorContext(
             hub=hub,
             open=open_session,
             subscribe=admission.subscribe,
             publish=parts.publishing(appender, config.stream.max_entry_bytes),
+            whisper=site.whisper,
+            disconnect=site.disconnect,
+            unsubscribe=site.unsubscribe,
+            history=site.history.read,
+            bus=site.bus,
+            store=site.store,
+            spawn=self._spawn,
+            http=http,
             read_token=lambda token: self._tokens.read(token),
             ready=reader.ready,
             metrics=metrics,
@@ -210,6 +231,7 @@ class Relay:
         tasks = [
             reading,
             self._spawn(appender.run(), name="appends"),
+            self._spawn(site.run(), name="site"),
             self._spawn(heartbeat.run(), name="heartbeat"),
             self._spawn(admission.renew(), name="renew"),
             self._spawn(seats.run(), name="seats"),
@@ -223,6 +245,7 @@ class Relay:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_FIRST_READ_S):
                     await reader.wait_ready()
+                    await site.wait_open()
             port = await server.start(
                 config.server,
                 self._metrics_settings(),
@@ -249,7 +272,8 @@ class Relay:
             await jobs.stop()
             await reader.stop()
             reading.cancel()
-            await self._drain(hub)
+            doors = {name: door for name, door, _ in self._doors}
+            await drain(hub.sessions(), doors, self._config.node.drain_s)
             with contextlib.suppress(RelayError):
                 await heartbeat.leave()
                 await seats.leave()
@@ -274,9 +298,7 @@ class Relay:
             _log.warning("[jwt] key is empty: tokens are refused")
 
     def _http_rights(self, config: Config) -> HttpRights | None:
-        if not config.rights.http_url or self._http_session is None:
-            return None
-        return HttpRights(config.rights, self._http_session)
+        return HttpRights(config.rights, self._http) if config.rights.http_url else None
 
     def _namespace(self, channel: Channel) -> NamespaceSettings:
         return self._config.namespace(channel)
@@ -359,21 +381,3 @@ class Relay:
         logs.set_level(config.log.level)
         self._hub.recheck(None)
         _log.info("reloaded")
-
-    async def _drain(self, hub: Hub) -> None:
-        """Asks every client to come back elsewhere, not all in one moment."""
-        sessions = hub.sessions()
-        loop = asyncio.get_running_loop()
-        begun = loop.time()
-        for index, session in enumerate(sessions):
-            session.client.disconnect("stopping")
-            due = begun + self._config.node.drain_s * (index + 1) / len(sessions)
-            if len(sessions) > 1 and index % 16 == 15 and due > loop.time():
-                await asyncio.sleep(due - loop.time())
-        if sessions:
-            # Sockets that have not taken their last bytes by then are cut.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LAST_BYTES_S):
-                    for _, door, _ in self._doors:
-                        await door.closed()
-            _log.info("%d clients asked to reconnect", len(sessions))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -26,17 +26,31 @@ import relay.protocols
 if TYPE_CHECKING:
     import asyncio
 
+    import aiohttp
+
     from relay.foreign import Foreign
     from relay.hub.encoding import Encoder
     from relay.hub.hub import Hub
     from relay.hub.session import Client, Session
     from relay.metrics import Metrics
-    from relay.model import Channel, EntryID, Position, Principal
+    from relay.model import Channel, EntryID, Event, Position, Principal
+    from relay.reads import Snapshot
     from relay.settings import Section
 
 
+class OpenSession(Protocol):
+    """Makes a client's session."""
+
+    async def __call__(
+        self, principal: Principal, encoder: Encoder, client: Client, *, limit: int | None = None
+    ) -> Session:
+        """As `hub.open`, after the user's connections on all workers have been counted: at most
+        `limit` of those that came in by this principal's door, where None stands for
+        `[hub] connections_per_user` of all doors. LimitExceeded, or Unavailable."""
+
+
 class Publish(Protocol):
-    """Appends an event; the future is its entry's ID, or an error."""
+    """Appends an event to its workspace's stream."""
 
     def __call__(
         self,
@@ -47,26 +61,90 @@ class Publish(Protocol):
         uid: str | None = None,
         type: str | None = None,
         to: Iterable[str] | None = None,
+        info: bytes | None = None,
+        extra: Mapping[bytes, bytes] | None = None,
     ) -> asyncio.Future[EntryID]:
-        """Raises at once what is wrong with the entry itself: ValueError, LimitExceeded; and
-        Unavailable where no more appends can wait."""
+        """The entry's ID, or the error why there is none. What is wrong with the entry itself is
+        raised at once: ValueError, LimitExceeded, Unavailable."""
+
+
+class Command(Protocol):
+    """Tells all workers, through the control stream."""
+
+    async def __call__(
+        self, user: str, *, channel: Channel | None = None, door: str | None = None
+    ) -> None:
+        """Unavailable where they could not be told."""
+
+
+class Bus(Protocol):
+    """Bytes from this worker to another of the site, whichever host it is on."""
+
+    instance: str
+
+    def send(self, instance: str, topic: str, payload: bytes) -> asyncio.Future[bool]:
+        """False where that worker is not there; Unavailable where nobody can say. At most once,
+        and in order between two workers. Nobody need look at the answer."""
+
+    def listen(self, topic: str, on_payload: Callable[[str, bytes], None]) -> None:
+        """What comes for `topic`, with its sender's instance. One listener a topic."""
+
+
+class Store(Protocol):
+    """Small values with a time limit, for all workers. Names are `<door>:<what>:<id>`.
+
+    Each raises Unavailable where Redis is away.
+    """
+
+    async def claim(self, name: str, value: bytes, ttl_s: float) -> bytes | None:
+        """None where it is ours now, else what was there."""
+
+    async def put(self, name: str, value: bytes, ttl_s: float) -> None:
+        """Write it, whatever was there."""
+
+    async def put_many(self, values: Mapping[str, bytes], ttl_s: float) -> None:
+        """All of them in one pipeline."""
+
+    async def get(self, name: str) -> bytes | None:
+        """What is there."""
+
+    async def delete(self, name: str) -> None:
+        """Before its time is over."""
+
+
+class Spawn(Protocol):
+    """Starts a task of the relay."""
+
+    def __call__(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        """`name` is what an operator sees."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoorContext:
     """What every door works with.
 
-    `open` makes a client's session as `hub.open` does, after its user's connections on all workers
-    have been counted: LimitExceeded, or Unavailable. `subscribe` asks the rights sources that take
-    time, then the hub; the session's client is told in a later turn. `read_token` turns a native
-    JWT into a principal (Unauthorized otherwise). `ready` says whether streams are being read.
-    `insecure` concerns the native door only.
+    `subscribe` asks the rights sources that take time, then the hub; the session's client is told
+    in a later turn. `whisper` publishes an event of the ephemeral kind, and nobody learns whether
+    it arrived; ValueError where it cannot be one. `disconnect` and `unsubscribe` concern a user's
+    connections on all workers. `history` has the newest events of a channel, at least so many if
+    there are (Unavailable where Redis is away). `read_token` turns a native JWT into a principal
+    (Unauthorized otherwise). `ready` says whether streams are being read. `spawn` runs a task that
+    ends with the relay; an exception that it lets out ends the relay. `http` is for requests to
+    applications. `insecure` concerns the native door only.
     """
 
     hub: Hub
-    open: Callable[[Principal, Encoder, Client], Awaitable[Session]]
+    open: OpenSession
     subscribe: Callable[[Session, Channel, Position | None], None]
     publish: Publish
+    whisper: Callable[[Event], None]
+    disconnect: Command
+    unsubscribe: Command
+    history: Callable[[Channel, int], Awaitable[Snapshot]]
+    bus: Bus
+    store: Store
+    spawn: Spawn
+    http: aiohttp.ClientSession
     read_token: Callable[[str], Principal]
     ready: Callable[[], bool]
     metrics: Metrics
@@ -74,10 +152,26 @@ class DoorContext:
     insecure: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listener:
+    """An address of a door's own. An empty `host` is that of [server], and so is TLS without a
+    certificate here."""
+
+    port: int
+    routes: Sequence[web.AbstractRouteDef]
+    host: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+
+
 class Mounted(Protocol):
-    """A door at work."""
+    """A door at work. `routes` are for the shared listener or, where its section has a `port`, for
+    that one; `listeners` come on top. `drain_s`: seconds over which its clients are asked to
+    reconnect at stop; None: `[node] drain_s`."""
 
     routes: Sequence[web.AbstractRouteDef]
+    listeners: Sequence[Listener]
+    drain_s: float | None
 
     def reload(self, settings: Any) -> None:  # its own section's class
         """New settings for connections made from now on."""

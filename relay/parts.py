@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,8 +52,12 @@ def publishing(appender: Appender, max_entry_bytes: int) -> Publish:
         uid: str | None = None,
         type: str | None = None,
         to: Iterable[str] | None = None,
+        info: bytes | None = None,
+        extra: Mapping[bytes, bytes] | None = None,
     ) -> asyncio.Future[EntryID]:
-        fields = entry.encode(data, type=type, uid=uid, to=to, client=client)
+        fields = entry.encode(
+            data, type=type, uid=uid, to=to, client=client, info=info, extra=extra
+        )
         size = entry.size(fields)
         if size > max_entry_bytes:
             raise LimitExceeded(f"too large: {size} of {max_entry_bytes} bytes")

@@ -69,6 +69,20 @@ class Page:
     complete: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The newest entries of a stream, newest first, and the moment they belong to.
+
+    `events` are what of `records` is for clients; `whole`: there are no older entries.
+    """
+
+    server: Server
+    state: StreamState
+    records: Sequence[Record]
+    events: Sequence[Event]
+    whole: bool
+
+
 class Followed(Protocol):
     """A stream with local clients, as the reader sees it."""
 

@@ -66,6 +66,10 @@ class Server:
             cert, key = (str(getattr(section, name, "")) for name in ("tls_cert", "tls_key"))
             door_tls = _tls(cert, key, "the door's own") or tls
             await listen(host, own, door.routes, door_tls, reuse_port=shared_ports)
+        for each in (each for door, _ in doors for each in door.listeners):
+            own_tls = _tls(each.tls_cert, each.tls_key, "the door's own") or tls
+            host = each.host or settings.host
+            await listen(host, each.port, each.routes, own_tls, reuse_port=shared_ports)
         if metrics.port:
             # Plain: it is meant for loopback, where the scraper or the probe is.
             await listen(metrics.host, metrics.port, health, None, reuse_port=False)

@@ -99,9 +99,9 @@ class Hub:
             self._by_user.pop(user, None)
         self.on_count(user)
 
-    def count(self, user: str) -> int:
-        """How many sessions of the user are here."""
-        return len(self._by_user.get(user, ()))
+    def count(self, user: str, door: str | None = None) -> int:
+        """How many sessions of the user are here, of one door or of all."""
+        return len(self._sessions_of(user, door))
 
     def users(self) -> list[str]:
         """Everyone who has a session here; '' stands for those without a name."""

@@ -91,10 +91,11 @@ def decode(entry_id: EntryID, fields: Sequence[bytes]) -> ControlCommand | None:
     return None
 
 
+def append(keys: Keys, command: ControlCommand) -> list[bytes | str | int]:
+    """The XADD that tells every worker; each acts on it within its next wake-up."""
+    return ["XADD", keys.control, "MAXLEN", "~", KEEP, "*", *encode(command)]
+
+
 async def publish(client: Redis, keys: Keys, command: ControlCommand) -> EntryID:
-    """Append the command; every worker acts on it within its next wake-up."""
-    fields = encode(command)
-    entry_id = await connect.command(
-        client, "XADD", keys.control, "MAXLEN", "~", KEEP, "*", *fields
-    )
-    return EntryID.parse(entry_id)
+    """Append the command."""
+    return EntryID.parse(await connect.command(client, *append(keys, command)))

@@ -17,6 +17,8 @@ Cluster slot; a command or transaction over several keys stays within one worksp
 | `<p>users:<instance>`     | hash    | user -> connections on that worker  | the worker; 6 s      |
 | `<p>canary:<instance>`    | string  | written to prove that wake-ups come | the worker; expires  |
 | `<p>lease:<name>`         | string  | who does this job for the site      | its holder; expires  |
+| `<p>store:<door>:<w>:<id>` | string | what a door keeps for all   | expires              |
+| `<p>bus:<instance>`       | pub/sub | one worker's ear; no key            | nothing is kept      |
 | `<p>uid:{C}:<uid>`        | string  | ID of the entry appended with it    | expires: its window  |
 | `<p>queue:<name>`         | string  | how many commands were taken of it  | stays                |
 | `<name>`, `<name>.<n>`    | list    | queue of commands; no prefix        | who takes them       |
@@ -80,6 +82,14 @@ class Keys:
     def node(self, instance: str) -> bytes:
         """The heartbeat of one worker."""
         return f"{self._text}node:{instance}".encode()
+
+    def bus(self, instance: str) -> bytes:
+        """The pub/sub channel on which one worker hears from the others."""
+        return f"{self._text}bus:{instance}".encode()
+
+    def store(self, name: str) -> bytes:
+        """A small value of a door: `<door>:<what>:<id>`."""
+        return f"{self._text}store:{name}".encode()
 
     def users(self, instance: str) -> bytes:
         """How many connections each user has on one worker."""

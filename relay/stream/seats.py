@@ -15,7 +15,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relay.errors import LimitExceeded, RedisUnavailable, Unavailable
 from relay.stream import connect
@@ -32,8 +32,20 @@ EXPIRY_S = 6
 _log = logging.getLogger(__name__)
 
 
+class _Who(NamedTuple):
+    """A user in one door or, where that is None, in all of them together."""
+
+    user: str
+    door: str | None
+
+    @property
+    def field(self) -> str:
+        return self.user if self.door is None else f"{self.user}\x1f{self.door}"
+
+
 class Seats:
-    """This worker's part of the count; `limit` may be changed at any time, 0 is none."""
+    """This worker's part of the count; `limit` may be changed at any time, 0 is none. A door may
+    have a limit of its own beside it, which counts those who came in there."""
 
     def __init__(
         self,
@@ -42,13 +54,14 @@ class Seats:
         keys: Keys,
         instance: str,
         limit: int,
-        count: Callable[[str], int],
+        count: Callable[[str, str | None], int],
         users: Callable[[], Iterable[str]],
         dead: Callable[[str], bool],
     ) -> None:
-        """`count` and `users` tell of the clients here; `dead` says of another instance that it is
-        known to have died, before its counts expire."""
+        """`count` (by user, and door if not None) and `users` tell of the clients here; `dead` says
+        of another instance that it is known to have died, before its counts expire."""
         self.limit = limit
+        self._door_limits: dict[str, int] = {}
         self._client = client
         self._keys = keys
         self._instance = instance
@@ -57,39 +70,43 @@ class Seats:
         self._users = users
         self._dead = dead
         # Seats asked for, and those of them that were given; a session then has them.
-        self._reserved: Counter[str] = Counter()
-        self._given: Counter[str] = Counter()
-        self._waiting: list[tuple[str, asyncio.Future[None]]] = []
+        self._reserved: Counter[_Who] = Counter()
+        self._given: Counter[_Who] = Counter()
+        self._waiting: list[tuple[_Who, asyncio.Future[None]]] = []
         self._changed: set[str] = set()
         self._work = asyncio.Event()
         self._written = False
 
     @contextlib.asynccontextmanager
-    async def seat(self, user: str) -> AsyncIterator[None]:
-        """Open the session inside. LimitExceeded where the user has too many, Unavailable where
-        Redis cannot be asked."""
-        if not user or not self.limit:
+    async def seat(self, user: str, door: str | None = None, limit: int = 0) -> AsyncIterator[None]:
+        """Open the session inside. LimitExceeded where the user has too many: more than `limit` in
+        `door`, or without a door more than the limit of all. Unavailable where Redis cannot be
+        asked."""
+        if door is not None:
+            self._door_limits[door] = limit
+        who = _Who(user, door)
+        if not user or not self._limit_of(who):
             yield
             return
         # Those that are here suffice to refuse: a client that tries and tries costs Redis nothing.
-        self._check(user, 0)
-        self._reserved[user] += 1
+        self._check(who, 0)
+        self._reserved[who] += 1
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((user, answer))
+        self._waiting.append((who, answer))
         self._work.set()
         try:
             await answer
             try:
                 yield
             finally:
-                _take_one(self._given, user)
+                _take_one(self._given, who)
         finally:
-            _take_one(self._reserved, user)
+            _take_one(self._reserved, who)
             self.changed(user)
 
     def changed(self, user: str) -> None:
         """A session of the user has begun or ended."""
-        if user and self.limit:
+        if user and self._limited():
             self._changed.add(user)
             self._work.set()
 
@@ -102,7 +119,7 @@ class Seats:
             self._work.clear()
             waiting, self._waiting = self._waiting, []
             try:
-                others = await self._exchange({user for user, _ in waiting})
+                others = await self._exchange({who for who, _ in waiting})
             except RedisUnavailable as exc:
                 _log.debug("connections are not counted: %s", exc)
                 for _, answer in waiting:
@@ -111,15 +128,15 @@ class Seats:
                 self._written = False
                 await asyncio.sleep(0.2)
                 continue
-            for user, answer in waiting:
+            for who, answer in waiting:
                 if answer.done():
                     continue
                 try:
-                    self._check(user, others[user])
+                    self._check(who, others[who])
                 except LimitExceeded as exc:
                     answer.set_exception(exc)
                 else:
-                    self._given[user] += 1
+                    self._given[who] += 1
                     answer.set_result(None)
 
     async def leave(self) -> None:
@@ -127,34 +144,45 @@ class Seats:
         if self._written:
             await connect.command(self._client, "DEL", self._own)
 
-    def _check(self, user: str, elsewhere: int) -> None:
-        if 0 < self.limit <= self._count(user) + self._given[user] + elsewhere:
-            raise LimitExceeded(f"more than {self.limit} connections of one user")
+    def _limit_of(self, who: _Who) -> int:
+        return self.limit if who.door is None else self._door_limits.get(who.door, 0)
 
-    async def _exchange(self, asked: set[str]) -> dict[str, int]:
+    def _limited(self) -> list[str | None]:
+        """The doors whose connections are counted; None stands for all together."""
+        doors: list[str | None] = [door for door, limit in self._door_limits.items() if limit]
+        return [None, *doors] if self.limit else doors
+
+    def _check(self, who: _Who, elsewhere: int) -> None:
+        limit = self._limit_of(who)
+        if 0 < limit <= self._count(*who) + self._given[who] + elsewhere:
+            raise LimitExceeded(f"more than {limit} connections of one user")
+
+    async def _exchange(self, asked: set[_Who]) -> dict[_Who, int]:
         """Write what changed here; how many connections those users have elsewhere."""
-        changed, self._changed = self._changed | asked, set()
-        if not self.limit:
+        users, self._changed = self._changed | {who.user for who in asked}, set()
+        doors = self._limited()
+        if not doors:
             self._written = False
             return dict.fromkeys(asked, 0)
         if not self._written:
             # At first, after a reload that set a limit, and after an outage.
-            changed |= {user for user in self._users() if user}
+            users |= {user for user in self._users() if user}
+        changed = [_Who(user, door) for user in sorted(users) for door in doors]
         instances: list[str] = []
         if asked:
             members = await connect.command(self._client, "SMEMBERS", self._keys.nodes)
             names = sorted(member.decode() for member in members)
             instances = [name for name in names if name != self._instance and not self._dead(name)]
-        wanted = sorted(asked)
+        wanted = list(asked)
         async with self._client.pipeline(transaction=True) as transaction:
-            for user in sorted(changed):
-                count = self._count(user) + self._reserved[user]
-                words = ("HSET", self._own, user, count) if count else ("HDEL", self._own, user)
+            for who in changed:
+                count, field = self._count(*who) + self._reserved[who], who.field
+                words = ("HSET", self._own, field, count) if count else ("HDEL", self._own, field)
                 transaction.execute_command(*words)
             transaction.execute_command("EXPIRE", self._own, EXPIRY_S)
             for instance in instances:
-                for user in wanted:
-                    transaction.execute_command("HGET", self._keys.users(instance), user)
+                for who in wanted:
+                    transaction.execute_command("HGET", self._keys.users(instance), who.field)
             with connect.translated():
                 replies: list[Any] = await transaction.execute()
         there, *found = replies[len(changed) :]
@@ -166,7 +194,7 @@ class Seats:
         return others
 
 
-def _take_one(counter: Counter[str], user: str) -> None:
-    counter[user] -= 1
-    if not counter[user]:
-        del counter[user]
+def _take_one(counter: Counter[_Who], who: _Who) -> None:
+    counter[who] -= 1
+    if not counter[who]:
+        del counter[who]

@@ -50,7 +50,7 @@ async def worker(
             keys=KEYS,
             instance=name,
             limit=limit,
-            count=lambda user: here.get(user, 0),
+            count=lambda user, _door: here.get(user, 0),
             users=lambda: [user for user, count in here.items() if count],
             dead=dead.__contains__,
         )
@@ -152,3 +152,18 @@ async def test_who_gives_up_waiting_leaves_no_seat_taken(valkey: Server) -> None
             await one.open()
             with pytest.raises(LimitExceeded):
                 await one.open()
+
+
+async def test_a_doors_own_limit_holds_over_workers_and_beside_the_other(valkey: Server) -> None:
+    with running(valkey):
+        async with worker(valkey, "one:1", 0) as one, worker(valkey, "two:2", 0) as two:
+            async with one.seats.seat("anna", "d", 1):
+                one.here["anna"] = 1
+            with pytest.raises(LimitExceeded, match="more than 1"):
+                async with two.seats.seat("anna", "d", 1):
+                    pass
+            async with two.seats.seat("anna", "other", 1):
+                pass
+            async with two.seats.seat("anna"):
+                pass
+            assert b"anna\x1fd" in written(valkey, "one:1")

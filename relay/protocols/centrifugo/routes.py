@@ -14,13 +14,16 @@ from relay.protocols.centrifugo import api, codec
 from relay.protocols.centrifugo.settings import CentrifugoSettings
 
 if TYPE_CHECKING:
-    from relay.frontdoor import DoorContext
+    from relay.frontdoor import DoorContext, Listener
 
 _log = logging.getLogger(__name__)
 
 
 class MountedCentrifugo:
     """The door at work."""
+
+    listeners: Sequence[Listener] = ()
+    drain_s: float | None = None
 
     def __init__(self, context: DoorContext, settings: CentrifugoSettings) -> None:
         self._context = context

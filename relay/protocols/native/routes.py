@@ -32,7 +32,7 @@ from relay.transports.reaper import Reaper
 from relay.transports.take_over import take_over
 
 if TYPE_CHECKING:
-    from relay.frontdoor import DoorContext
+    from relay.frontdoor import DoorContext, Listener
     from relay.hub.session import Session
     from relay.transports.client_socket import ClientSocket
 
@@ -49,6 +49,9 @@ _HTTP_STATUS: dict[type[RelayError], int] = {
 
 class MountedNative:
     """The door at work."""
+
+    listeners: Sequence[Listener] = ()
+    drain_s: float | None = None
 
     def __init__(self, context: DoorContext, settings: NativeSettings) -> None:
         self._context = context

@@ -1,0 +1,50 @@
+"""The end of a worker's clients: each is asked to come back elsewhere, not all in one moment."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from relay.frontdoor import Mounted
+    from relay.hub.session import Session
+
+_log = logging.getLogger(__name__)
+
+# Clients that may be told in one turn: timers for each would cost more than the telling.
+_TOGETHER_S = 0.02
+_LAST_BYTES_S = 2.0
+
+
+async def drain(
+    sessions: Sequence[Session], doors: Mapping[str, Mounted], default_s: float
+) -> None:
+    """Tells all of them, each door's clients spread over its own `drain_s` or else `default_s`;
+    then waits until their last bytes are out, for at most 2 s."""
+    if not sessions:
+        return
+    by_door: dict[str, list[Session]] = {}
+    for session in sessions:
+        by_door.setdefault(session.principal.door, []).append(session)
+    due: list[tuple[float, Session]] = []
+    for name, mine in by_door.items():
+        own = doors[name].drain_s if name in doors else None
+        seconds = default_s if own is None else own
+        due += [(seconds * index / len(mine), session) for index, session in enumerate(mine)]
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    for at, session in sorted(due, key=lambda each: each[0]):
+        wait_s = begun + at - loop.time()
+        if wait_s > _TOGETHER_S:
+            await asyncio.sleep(wait_s)
+        if not session.closed:
+            session.client.disconnect("stopping")
+    # Sockets that have not taken their last bytes by then are cut.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_BYTES_S):
+            for door in doors.values():
+                await door.closed()
+    _log.info("%d clients asked to reconnect", len(sessions))

@@ -1,0 +1,70 @@
+"""What the doors of all workers share: a bus, small values, the newest events, commands to all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from relay.stream import control, ephemeral
+from relay.stream.bus import SiteBus
+from relay.stream.history import History
+from relay.stream.side_link import SideLink
+from relay.stream.store import SiteStore
+
+if TYPE_CHECKING:
+    from relay.model import Channel, Event
+    from relay.settings import RedisSettings
+    from relay.stream.asking import Decode
+    from relay.stream.keys import Keys
+
+
+class Site:
+    """Two connections of their own; `run` must be running."""
+
+    def __init__(
+        self,
+        *,
+        redis: RedisSettings,
+        keys: Keys,
+        instance: str,
+        decode: Decode,
+        spawn: Callable[..., object],
+    ) -> None:
+        self.bus = SiteBus(redis=redis, keys=keys, instance=instance)
+        self.store = SiteStore(self.bus.link, keys)
+        self._long = SideLink(redis)
+        self.history = History(link=self._long, keys=keys, decode=decode, spawn=spawn)
+        self._keys = keys
+
+    async def run(self) -> None:
+        """Until cancelled; survives everything that Redis does."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.bus.link.run(), name="bus")
+            tasks.create_task(self._long.run(), name="history")
+
+    async def wait_open(self) -> None:
+        """Until both are connected."""
+        await self.bus.link.wait_open()
+        await self._long.wait_open()
+
+    def whisper(self, event: Event) -> None:
+        """See `relay.frontdoor.DoorContext`."""
+        payload = ephemeral.encode(event)
+        self.bus.link.post(("PUBLISH", self._keys.ephemeral(event.channel), payload))
+
+    async def disconnect(
+        self, user: str, *, channel: Channel | None = None, door: str | None = None
+    ) -> None:
+        """See `relay.frontdoor.Command`; a channel means nothing here."""
+        del channel
+        await self._tell(control.Disconnect(user=user, door=door))
+
+    async def unsubscribe(
+        self, user: str, *, channel: Channel | None = None, door: str | None = None
+    ) -> None:
+        """See `relay.frontdoor.Command`; without a channel, from all."""
+        await self._tell(control.Unsubscribe(user=user, channel=channel, door=door))
+
+    async def _tell(self, command: control.ControlCommand) -> None:
+        await self.bus.link.call(*control.append(self._keys, command))

@@ -1,0 +1,85 @@
+"""Bytes from one worker of the site to another, whichever host it is on.
+
+Each worker listens to one pub/sub channel of its own. What is sent arrives at most once, in order
+between two workers; the sender learns whether anybody was there.
+
+    PUBLISH <p>bus:<instance> <topic> NUL <sender's instance> NUL <payload>
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+from relay.errors import Unavailable
+
+if TYPE_CHECKING:
+    from relay.settings import RedisSettings
+    from relay.stream.keys import Keys
+
+from relay.stream.side_link import SideLink
+
+_log = logging.getLogger(__name__)
+
+
+class SiteBus:
+    """See `relay.frontdoor.Bus`; `link` also serves small commands of others."""
+
+    def __init__(self, *, redis: RedisSettings, keys: Keys, instance: str) -> None:
+        self.instance = instance
+        self._keys = keys
+        self._listeners: dict[str, Callable[[str, bytes], None]] = {}
+        self.link = SideLink(redis, subscribe_to=[keys.bus(instance)], on_message=self._on_message)
+
+    def listen(self, topic: str, on_payload: Callable[[str, bytes], None]) -> None:
+        """What comes for `topic` goes to `on_payload`, with its sender's instance."""
+        self._listeners[topic] = on_payload
+
+    def send(self, instance: str, topic: str, payload: bytes) -> asyncio.Future[bool]:
+        """False where that worker is not there; Unavailable where nobody can say."""
+        told: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        if instance == self.instance:
+            self._deliver(topic, instance, payload)
+            told.set_result(True)
+            return told
+        message = b"\0".join((topic.encode(), self.instance.encode(), payload))
+        sent = cast(
+            "asyncio.Future[list[object]]",
+            self.link.execute([("PUBLISH", self._keys.bus(instance), message)]),
+        )
+
+        def done(finished: asyncio.Future[list[object]]) -> None:
+            if finished.cancelled():
+                told.cancel()
+                return
+            exc = finished.exception()
+            if told.done():
+                return
+            if exc is not None:
+                told.set_exception(Unavailable(str(exc)))
+                # Whoever only tells, and does not ask, need not look.
+                told.exception()
+            else:
+                told.set_result(finished.result()[0] == 1)
+
+        sent.add_done_callback(done)
+        return told
+
+    def _on_message(self, _name: bytes, message: bytes) -> None:
+        topic, found, rest = message.partition(b"\0")
+        sender, also, payload = rest.partition(b"\0")
+        if found and also:
+            self._deliver(topic.decode(errors="replace"), sender.decode(errors="replace"), payload)
+
+    def _deliver(self, topic: str, sender: str, payload: bytes) -> None:
+        listener = self._listeners.get(topic)
+        if listener is None:
+            # A newer relay on the same Redis may say more than this one knows.
+            _log.debug("nobody listens to %r", topic[:50])
+            return
+        try:
+            listener(sender, payload)
+        except Exception:  # noqa: BLE001  # one message must not end the link of all others
+            _log.exception("a message of %s for %r failed", sender, topic[:50])

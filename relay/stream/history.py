@@ -1,0 +1,111 @@
+"""The newest events of a workspace, as one moment of its stream.
+
+Whoever asks for the same channel while a read is under way shares the next one: a storm of resumes
+costs one read a workspace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, cast
+
+import hiredis
+
+from relay.errors import RedisUnavailable, RelayError, Unavailable
+from relay.model import EntryID, Event
+from relay.reads import Server, Snapshot
+from relay.stream.connect import CommandRefused
+from relay.stream.groups import MARKER_GROUP, new_marker, parse_state
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from relay.model import Channel
+    from relay.stream.asking import Decode
+    from relay.stream.keys import Keys
+    from relay.stream.link import Command
+    from relay.stream.side_link import SideLink
+
+# Revocations and entries that cannot be read stand between events.
+_MORE = 16
+
+
+class History:
+    """Reads on a link of its own, so that long replies hold nothing else up."""
+
+    def __init__(
+        self, *, link: SideLink, keys: Keys, decode: Decode, spawn: Callable[..., object]
+    ) -> None:
+        self._link = link
+        self._keys = keys
+        self._decode = decode
+        self._spawn = spawn
+        self._wanted: dict[Channel, list[tuple[int, asyncio.Future[Snapshot]]]] = {}
+        self._reading: set[Channel] = set()
+
+    def read(self, channel: Channel, count: int) -> asyncio.Future[Snapshot]:
+        """At least `count` of the newest events, if there are as many. Unavailable where Redis is
+        away or the key is no stream."""
+        answer: asyncio.Future[Snapshot] = asyncio.get_running_loop().create_future()
+        self._wanted.setdefault(channel, []).append((count, answer))
+        if channel not in self._reading:
+            self._reading.add(channel)
+            self._spawn(self._serve(channel), name=f"history {channel}")
+        return answer
+
+    async def _serve(self, channel: Channel) -> None:
+        try:
+            # So that all who ask in one turn are served by one read.
+            await asyncio.sleep(0)
+            while waiting := self._wanted.pop(channel, None):
+                try:
+                    snapshot = await self._read(channel, max(count for count, _ in waiting))
+                except RelayError as exc:
+                    for _, answer in waiting:
+                        if not answer.done():
+                            answer.set_exception(Unavailable(str(exc)))
+                    continue
+                for _, answer in waiting:
+                    if not answer.done():
+                        answer.set_result(snapshot)
+        finally:
+            self._reading.discard(channel)
+
+    async def _read(self, channel: Channel, count: int) -> Snapshot:
+        take = count + _MORE if count else 1
+        while True:
+            snapshot = await self._once(channel, take)
+            enough = len(snapshot.events) >= count or snapshot.whole
+            if enough:
+                return snapshot
+            take *= 4
+
+    async def _once(self, channel: Channel, take: int) -> Snapshot:
+        key = self._keys.stream(channel)
+        commands: list[Command] = [
+            ("MULTI",),
+            # Names the stream's life where there is a stream; makes none.
+            ("XGROUP", "CREATE", key, MARKER_GROUP, f"{new_marker()}-0"),
+            ("XINFO", "STREAM", key),
+            ("XINFO", "GROUPS", key),
+            ("XREVRANGE", key, "+", "-", "COUNT", take),
+            ("EXEC",),
+        ]
+        server = Server(*self._link.replication)
+        reply = (await self._link.execute(commands))[-1]
+        if isinstance(reply, hiredis.ReplyError):
+            raise CommandRefused("EXEC", str(reply))
+        if reply is None:
+            raise RedisUnavailable("the transaction was not carried out")
+        _, stream, groups, found = cast("list[object]", reply)
+        if isinstance(found, hiredis.ReplyError):
+            raise CommandRefused("XREVRANGE", str(found))
+        entries = cast("list[tuple[bytes, list[bytes]]]", found)
+        records = [self._decode(channel, EntryID.parse(raw), fields) for raw, fields in entries]
+        return Snapshot(
+            server=server,
+            state=parse_state(stream, groups),
+            records=records,
+            events=[record.body for record in records if isinstance(record.body, Event)],
+            whole=len(entries) < take,
+        )

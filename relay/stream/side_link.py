@@ -1,0 +1,127 @@
+"""A connection beside reading and appending: what doors keep in Redis and tell other workers.
+
+It is opened again whenever it is lost; what is sent meanwhile fails at once, and whoever sent it
+decides. Commands of one loop turn leave in one write, as on every link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, cast
+
+import hiredis
+
+from relay.errors import RedisUnavailable, Unavailable
+from relay.stream.connect import CommandRefused, discover
+from relay.stream.link import Link
+from relay.stream.lost import uncancel
+
+if TYPE_CHECKING:
+    from relay.settings import RedisSettings
+    from relay.stream.link import Command
+
+_log = logging.getLogger(__name__)
+
+_BACKOFF_S = (0.05, 2.0)
+
+
+class SideLink:
+    """`run` must be running. `subscribe_to` are pub/sub channels whose messages go to
+    `on_message` with the channel's name."""
+
+    def __init__(
+        self,
+        redis: RedisSettings,
+        *,
+        subscribe_to: Sequence[bytes] = (),
+        on_message: Callable[[bytes, bytes], None] | None = None,
+    ) -> None:
+        self._redis = redis
+        self._names = subscribe_to
+        self._on_message = on_message
+        self._link: Link | None = None
+        self._open = asyncio.Event()
+
+    @property
+    def replication(self) -> tuple[bytes, bytes]:
+        """The server's replication history and the one before; empty while it is away."""
+        return (self._link.replid, self._link.previous_replid) if self._link else (b"", b"")
+
+    def execute(self, commands: Sequence[Command]) -> Awaitable[list[object]]:
+        """The replies, error replies among them; RedisUnavailable where it is away."""
+        if self._link is None:
+            future: asyncio.Future[list[object]] = asyncio.get_running_loop().create_future()
+            future.set_exception(RedisUnavailable("Redis is away"))
+            return future
+        return self._link.execute(commands)
+
+    async def call(self, *command: bytes | str | int) -> object:
+        """One command's reply. Unavailable where Redis is away; CommandRefused where it refuses."""
+        try:
+            (reply,) = await self.execute([command])
+        except RedisUnavailable as exc:
+            raise Unavailable(str(exc)) from exc
+        if isinstance(reply, hiredis.ReplyError):
+            raise CommandRefused(str(command[0]), str(reply))
+        return reply
+
+    def post(self, *commands: Command) -> None:
+        """Send what nobody waits for; while Redis is away it is lost."""
+        sent = cast("asyncio.Future[list[object]]", self.execute(commands))
+
+        def done(finished: asyncio.Future[list[object]]) -> None:
+            if finished.cancelled() or finished.exception() is not None:
+                return
+            for reply in finished.result():
+                if isinstance(reply, hiredis.ReplyError):
+                    _log.error("Redis refused: %s", reply)
+
+        sent.add_done_callback(done)
+
+    async def wait_open(self) -> None:
+        """Until it is connected, and subscribed."""
+        await self._open.wait()
+
+    async def run(self) -> None:
+        """Until cancelled; survives everything that Redis does."""
+        backoff = _BACKOFF_S[0]
+        while True:
+            try:
+                await self._connected()
+                backoff = _BACKOFF_S[0]
+            except (RedisUnavailable, CommandRefused) as exc:
+                _log.debug("Redis: %s", exc)
+            finally:
+                self._link = None
+                self._open.clear()
+            uncancel()
+            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311  # no secret
+            backoff = min(_BACKOFF_S[1], backoff * 2)
+
+    async def _connected(self) -> None:
+        lost = asyncio.Event()
+        link = await Link.open(
+            await discover(self._redis),
+            settings=self._redis,
+            on_push=self._on_push,
+            on_lost=lambda _: lost.set(),
+        )
+        try:
+            if self._names:
+                for reply in await link.subscribe(*self._names):
+                    if isinstance(reply, hiredis.ReplyError):
+                        raise CommandRefused("SUBSCRIBE", str(reply))
+            self._link = link
+            self._open.set()
+            await lost.wait()
+        finally:
+            link.close()
+
+    def _on_push(self, push: list[object]) -> None:
+        if self._on_message is not None and push[0] == b"message":
+            name, payload = push[1], push[2]
+            if isinstance(name, bytes) and isinstance(payload, bytes):
+                self._on_message(name, payload)

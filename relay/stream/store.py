@@ -1,0 +1,59 @@
+"""Small values of doors with a time limit: who holds a session, where somebody was last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
+
+import hiredis
+
+from relay.errors import RedisUnavailable, Unavailable
+from relay.stream.connect import CommandRefused
+
+if TYPE_CHECKING:
+    from relay.stream.keys import Keys
+    from relay.stream.side_link import SideLink
+
+
+class SiteStore:
+    """See `relay.frontdoor.Store`."""
+
+    def __init__(self, link: SideLink, keys: Keys) -> None:
+        self._link = link
+        self._keys = keys
+
+    async def claim(self, name: str, value: bytes, ttl_s: float) -> bytes | None:
+        """None where it is ours now, else what was there."""
+        ms = _ms(ttl_s)
+        found = await self._link.call("SET", self._keys.store(name), value, "NX", "GET", "PX", ms)
+        return cast("bytes | None", found)
+
+    async def put(self, name: str, value: bytes, ttl_s: float) -> None:
+        """Write it, whatever was there."""
+        await self._link.call("SET", self._keys.store(name), value, "PX", _ms(ttl_s))
+
+    async def put_many(self, values: Mapping[str, bytes], ttl_s: float) -> None:
+        """All of them in one pipeline."""
+        commands = [
+            ("SET", self._keys.store(name), value, "PX", _ms(ttl_s))
+            for name, value in values.items()
+        ]
+        try:
+            replies = await self._link.execute(commands)
+        except RedisUnavailable as exc:
+            raise Unavailable(str(exc)) from exc
+        for reply in replies:
+            if isinstance(reply, hiredis.ReplyError):
+                raise CommandRefused("SET", str(reply))
+
+    async def get(self, name: str) -> bytes | None:
+        """What is there."""
+        return cast("bytes | None", await self._link.call("GET", self._keys.store(name)))
+
+    async def delete(self, name: str) -> None:
+        """Before its time is over."""
+        await self._link.call("DEL", self._keys.store(name))
+
+
+def _ms(ttl_s: float) -> int:
+    return max(1, round(ttl_s * 1000))

@@ -1,0 +1,141 @@
+"""What doors share over all workers: the bus, the store, the newest events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+from redis.asyncio import Redis
+
+from relay.errors import Unavailable
+from relay.hub.recovery import incarnation_of
+from relay.model import Broken, Channel, Event, Revocation
+from relay.site import Site
+from relay.stream.entry import decode
+from relay.stream.keys import Keys
+from tests.support.clients import until, within
+from tests.support.valkey import Server, running
+
+pytestmark = pytest.mark.redis
+NEWS = Channel("news")
+
+
+@asynccontextmanager
+async def site(server: Server, instance: str) -> AsyncIterator[Site]:
+    async with asyncio.TaskGroup() as group:
+
+        def spawn(*arguments: object, **named: object) -> object:
+            return group.create_task(*arguments, **named)  # type: ignore[arg-type]
+
+        one = Site(
+            redis=server.settings(),
+            keys=Keys("relay:"),
+            instance=instance,
+            decode=lambda channel, entry_id, fields: decode(channel, entry_id, fields, 1000),
+            spawn=spawn,
+        )
+        task = group.create_task(one.run())
+        await within(5, one.wait_open())
+        yield one
+        task.cancel()
+
+
+async def test_the_bus_keeps_order_and_says_who_is_not_there(server: Server) -> None:
+    async with site(server, "one:1") as one, site(server, "two:2") as two:
+        heard: list[tuple[str, bytes]] = []
+        two.bus.listen("greetings", lambda sender, payload: heard.append((sender, payload)))
+        sent = [one.bus.send("two:2", "greetings", b"\0%d\0" % number) for number in range(100)]
+        assert all([await each for each in sent])
+        await until(lambda: len(heard) == 100)
+        assert heard == [("one:1", b"\0%d\0" % number) for number in range(100)]
+        assert not await one.bus.send("three:3", "greetings", b"")
+        assert await two.bus.send("two:2", "greetings", b"to myself")
+        assert heard[-1] == ("two:2", b"to myself")
+
+
+async def test_one_listener_that_fails_does_not_deafen_the_worker(server: Server) -> None:
+    async with site(server, "one:1") as one, site(server, "two:2") as two:
+        heard: list[bytes] = []
+
+        def listen(_sender: str, payload: bytes) -> None:
+            heard.append(payload)
+            if payload == b"bad":
+                raise ValueError
+
+        two.bus.listen("t", listen)
+        for payload in (b"bad", b"good"):
+            await one.bus.send("two:2", "t", payload)
+        await one.bus.send("two:2", "unknown", b"")
+        await until(lambda: heard == [b"bad", b"good"])
+
+
+async def test_of_two_that_claim_one_gets_it(server: Server) -> None:
+    async with site(server, "one:1") as one, site(server, "two:2") as two:
+        first = await asyncio.wait_for(one.store.claim("d:session:1", b"one", 60), 5)
+        second = await two.store.claim("d:session:1", b"two", 60)
+        assert (first, second) == (None, b"one")
+        await one.store.put_many({"d:session:1": b"again", "d:session:2": b"x"}, 60)
+        assert await two.store.get("d:session:1") == b"again"
+        await one.store.delete("d:session:1")
+        assert await two.store.get("d:session:1") is None
+        await one.store.put("d:session:3", b"short", 0.001)
+
+        async def gone() -> bool:
+            return await two.store.get("d:session:3") is None
+
+        while not await gone():
+            await asyncio.sleep(0)
+
+
+async def test_the_newest_events_newest_first_with_their_moment(
+    server: Server, admin: Redis
+) -> None:
+    key = "relay:stream:{news}"
+    async with site(server, "one:1") as one:
+        empty = await one.history.read(NEWS, 10)
+        assert (empty.state.exists, empty.events, empty.whole) == (False, [], True)
+        assert not await admin.exists(key)
+
+        for number in range(50):
+            await admin.xadd(key, {"data": str(number)})
+            await admin.xadd(key, {"revoke": "ann"})
+            await admin.xadd(key, {"nonsense": "1"})
+        asked = [one.history.read(NEWS, count) for count in (3, 40, 0)]
+        found = [await each for each in asked]
+        assert found[0] is found[1] is found[2]
+        events = found[1].events
+        assert [event.data for event in events[:3]] == [b"49", b"48", b"47"]
+        assert len(events) >= 40
+        assert {type(record.body) for record in found[1].records} == {Event, Revocation, Broken}
+        assert found[1].state.added == 150
+        mine = incarnation_of(found[1].state.incarnation, found[1].server.replid)
+        again = await one.history.read(NEWS, 1)
+        assert incarnation_of(again.state.incarnation, again.server.replid) == mine
+        everything = await one.history.read(NEWS, 1000)
+        assert (everything.whole, len(everything.events)) == (True, 50)
+
+        await admin.set("relay:stream:{other}", "no stream")
+        with pytest.raises(Unavailable):
+            await one.history.read(Channel("other"), 1)
+
+
+async def test_while_redis_is_away_it_is_said_and_then_it_works_again(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    server = Server(tmp_path_factory.mktemp("own"))
+    with running(server):
+        async with site(server, "one:1") as one:
+            server.stop()
+            asking: list[Callable[[], object]] = [
+                lambda: one.bus.send("two:2", "t", b""),
+                lambda: one.store.get("d:x:1"),
+                lambda: one.history.read(NEWS, 1),
+            ]
+            for ask in asking:
+                with pytest.raises(Unavailable):
+                    await ask()  # type: ignore[misc]
+            server.start()
+            await within(10, one.wait_open())
+            assert await one.store.get("d:x:1") is None
