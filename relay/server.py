@@ -12,6 +12,7 @@ from aiohttp import web
 
 from relay.errors import StartError
 from relay.transports.listener import GuardedSite
+from relay.transports.precedence import in_order
 
 if TYPE_CHECKING:
     from relay.frontdoor import Mounted
@@ -111,7 +112,7 @@ class Server:
         reuse_port: bool,
     ) -> int:
         app = web.Application()
-        app.router.add_routes(routes)
+        app.router.add_routes(in_order(routes))
         runner = web.AppRunner(
             app,
             access_log=None,

@@ -67,6 +67,9 @@ def frame_pong(payload: bytes) -> bytes:
 
 
 PING = _frame(PING_OPCODE, b"")
+_EMPTY_PONG = _frame(PONG, b"")
+# How a client's ping without a payload begins; the mask follows, and that is all.
+_EMPTY_PING, _EMPTY_PING_BYTES = b"\x89\x80", 6
 
 
 def parse_close(payload: bytes) -> int | None:
@@ -113,6 +116,11 @@ class FrameReader:
         self._rest: bytes | bytearray = b""
         self._message: bytearray | None = None
         self._kind = 0
+
+    @property
+    def within_frame(self) -> bool:
+        """Whether the next bytes belong to a frame that has begun."""
+        return bool(self._rest)
 
     def feed(self, data: bytes) -> list[tuple[int, bytes]]:
         """What `data` completes, in order: text and binary messages, pings, pongs, and a close
@@ -265,10 +273,11 @@ class WebSocketConnection(ClientSocket):
     """A websocket client: text goes to `on_text`, everything else is dealt with here.
 
     `write` and `close` take framed bytes; `close`'s last ones should end with a close frame, whose
-    answer is then waited for.
+    answer is then waited for. Without an `on_binary` a binary message closes with 1003. `goodbye`
+    is set once the client has sent a close frame.
     """
 
-    __slots__ = ("_deaf", "_pong", "_reader", "on_text")
+    __slots__ = ("_deaf", "_pong", "_reader", "goodbye", "on_binary", "on_text")
 
     def __init__(
         self,
@@ -284,7 +293,9 @@ class WebSocketConnection(ClientSocket):
         self._reader = FrameReader(max_frame_bytes, skip_bytes)
         self._pong: bytes | None = None
         self._deaf = False
+        self.goodbye = False
         self.on_text: Callable[[bytes], None] = _ignore
+        self.on_binary: Callable[[bytes], None] | None = None
 
     def close_with(self, code: int, reason: str = "") -> None:
         """Close with a code and a reason for people."""
@@ -294,6 +305,14 @@ class WebSocketConnection(ClientSocket):
         """Whatever the client sends shows that it is there."""
         self.silent_since = 0
         if self._deaf:
+            return
+        # Thousands of clients may ping each second: nothing is taken apart for that.
+        if (
+            len(data) == _EMPTY_PING_BYTES
+            and data.startswith(_EMPTY_PING)
+            and not self._reader.within_frame
+        ):
+            self._answer(b"")
             return
         violation = None
         try:
@@ -311,7 +330,10 @@ class WebSocketConnection(ClientSocket):
             elif opcode == PING_OPCODE:
                 self._answer(payload)
             elif opcode == BINARY:
-                self.close_with(1003, "text only")
+                if self.on_binary is None:
+                    self.close_with(1003, "text only")
+                else:
+                    self.on_binary(payload)
         if violation is not None:
             self._on_violation(violation)
 
@@ -327,10 +349,10 @@ class WebSocketConnection(ClientSocket):
         if self.full:
             self._pong = payload
         else:
-            self.write(frame_pong(payload))
+            self.write(frame_pong(payload) if payload else _EMPTY_PONG)
 
     def _on_close(self, payload: bytes) -> None:
-        self._deaf = True
+        self._deaf = self.goodbye = True
         transport = self._transport
         # An empty `last` below: both sides have said goodbye, and the server hangs up (7.1.1).
         if not self.closing:
@@ -359,3 +381,4 @@ class WebSocketConnection(ClientSocket):
     def _let_go(self) -> None:
         super()._let_go()
         self.on_text = _ignore
+        self.on_binary = None

@@ -391,3 +391,67 @@ def test_pings_of_a_client_that_does_not_read_cost_one_pong(run: Run, reaper: Re
             assert b"\x8a\x040498" not in stream
 
     run(main())
+
+
+def test_empty_pings_are_answered_wherever_a_frame_was_cut(run: Run, reaper: Reaper) -> None:
+    """The short way for a ping alone in its segment, the long way in the middle of a frame."""
+    messages: list[bytes] = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        head = accept_headers(request)
+        assert isinstance(head, bytes)
+        socket = WebSocketConnection(buffer_bytes=65536, max_frame_bytes=LIMIT, reaper=reaper)
+        socket.on_binary = messages.append
+        return take_over(request, head, socket)
+
+    async def main() -> None:
+        async with (
+            serving(handler) as (port, _),
+            raw_client(port, HANDSHAKE) as (reader, writer),
+        ):
+            await head_of(reader)
+            writer.write(masked(9, b""))
+            assert await reader.readexactly(2) == b"\x8a\x00"
+            # The same six bytes are the payload of a frame that has begun.
+            begun = masked(2, b"\x89\x80abcd", mask=b"\0\0\0\0")
+            writer.write(begun[:6])
+            await asyncio.sleep(0.05)
+            writer.write(begun[6:])
+            await asyncio.sleep(0.05)
+            writer.write(masked(9, b"x") + masked(9, b""))
+            assert await reader.readexactly(5) == b"\x8a\x01x\x8a\x00"
+            assert messages == [b"\x89\x80abcd"]
+
+    run(main())
+
+
+def test_binary_messages_are_refused_or_taken(run: Run, reaper: Reaper) -> None:
+    taken: list[bytes] = []
+    goodbyes: list[bool] = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        head = accept_headers(request)
+        assert isinstance(head, bytes)
+        socket = WebSocketConnection(buffer_bytes=65536, max_frame_bytes=LIMIT, reaper=reaper)
+        if request.query_string != "refuse":
+            socket.on_binary = taken.append
+        socket.on_closed = lambda: goodbyes.append(socket.goodbye)
+        return take_over(request, head, socket)
+
+    async def main() -> None:
+        async with serving(handler) as (port, _), ClientSession() as session:
+            async with session.ws_connect(f"http://127.0.0.1:{port}/") as client:
+                await client.send_bytes(b"\xff\x00")
+            async with session.ws_connect(f"http://127.0.0.1:{port}/?refuse") as client:
+                await client.send_bytes(b"x")
+                await client.receive()
+                assert client.close_code == 1003
+            async with raw_client(port, HANDSHAKE) as (reader, _):
+                await head_of(reader)
+        while len(goodbyes) < 3:
+            await asyncio.sleep(0)
+
+    run(main())
+    assert taken == [b"\xff\x00"]
+    assert goodbyes[0]
+    assert not goodbyes[2]
