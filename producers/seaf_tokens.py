@@ -1,0 +1,121 @@
+"""What a Seafile server and its clients prove themselves with: three generations of one key.
+
+* until February 2023: the shared `notification_token`, as it is;
+* 10.0, 11.0: a JWT in `Seafile-Repo-Token`, signed with `jwt_private_key`;
+* 12.0 on: the same JWT as `Authorization: Token <jwt>`, signed with `JWT_PRIVATE_KEY`.
+
+Rules read in notification-server's server.go and measured on 11.0 and 13.0: HS256, HS384 and HS512
+count, `exp` is a whole number that lies in the future, to the second and without leeway. No error
+text holds a token or a part of it.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from jwt.algorithms import HMACAlgorithm
+from jwt.api_jws import PyJWS
+from jwt.exceptions import PyJWTError
+
+ALGORITHMS = ("HS256", "HS384", "HS512")
+
+
+class Refused(Exception):
+    """The token opens nothing; the text is for the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """Of a valid token. `username` and `repo_id` are '' where it has none."""
+
+    expires_at: int
+    repo_id: str
+    username: str
+
+
+class _Hmac(HMACAlgorithm):
+    """PyJWT's HMAC for keys of any length: Seafile's scripts decide how long they are."""
+
+    def prepare_key(self, key: str | bytes) -> bytes:
+        return key if isinstance(key, bytes) else key.encode()
+
+    def check_key_length(self, key: bytes) -> str | None:  # noqa: ARG002
+        return None
+
+
+class SeafTokens:
+    """Reads tokens under one key; without a key it refuses all, since anyone could sign."""
+
+    def __init__(self, key: str, notification_token: str = "") -> None:
+        self._key = key.encode()
+        self._shared = notification_token.encode()
+        self._jws = PyJWS(algorithms=[])
+        for name in ALGORITHMS:
+            self._jws.register_algorithm(
+                name, _Hmac(getattr(HMACAlgorithm, name.replace("HS", "SHA")))
+            )
+
+    def read(self, token: str, now: float) -> Claims:
+        """Whom the token names; Refused where it is not valid at `now`, in seconds."""
+        if not self._key:
+            raise Refused("no key is configured")
+        try:
+            claims = json.loads(self._jws.decode(token, key=self._key, algorithms=[*ALGORITHMS]))
+        # `from None`: the library's texts quote parts of the token.
+        except (PyJWTError, ValueError, RecursionError):
+            raise Refused("its signature does not fit the key, or it is no token") from None
+        if not isinstance(claims, dict):
+            raise Refused("its payload is not an object")
+        expires_at = claims.get("exp")
+        if type(expires_at) is not int:
+            raise Refused("it has no exp, or one that is not a whole number")
+        if expires_at <= int(now):
+            raise Refused("it has expired")
+        not_before = claims.get("nbf")
+        # Ignored by 10 and 11, checked by the library of 12 on; none of the senders sets it.
+        if isinstance(not_before, int | float) and not_before > now:
+            raise Refused("it is not valid yet")
+        return Claims(expires_at, _text(claims, "repo_id"), _text(claims, "username"))
+
+    def check_sender(
+        self, repo_token: str | None, authorization: str | None, now: float, *, clients: bool
+    ) -> None:
+        """Refused unless one of the two headers lets its sender post events.
+
+        `repo_token` is `Seafile-Repo-Token`, `authorization` is `Authorization`. A token that names
+        a user was given to a client for subscribing; it counts only with `clients`.
+        """
+        given = [token for token in (repo_token, _second_word(authorization)) if token]
+        if not given:
+            raise Refused("no token")
+        reason = ""
+        for token in given:
+            if self._shared and hmac.compare_digest(token.encode(), self._shared):
+                return
+            try:
+                claims = self.read(token, now)
+            except Refused as exc:
+                reason = str(exc)
+                continue
+            if clients or not claims.username:
+                return
+            reason = "it is a client's token for subscribing"
+        raise Refused(reason)
+
+
+def _second_word(authorization: str | None) -> str:
+    # Split at single blanks; neither the first word nor those after the second are looked at.
+    words = (authorization or "").split(" ")
+    return words[1] if len(words) > 1 else ""
+
+
+def _text(claims: dict[str, Any], name: str) -> str:
+    value = claims.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise Refused(f"its {name} is not a text")
+    return value
