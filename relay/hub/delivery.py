@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from relay.hub.encoding import Encoder, frame
@@ -36,14 +36,13 @@ class Batch:
         return bisect_right(self._ids, entry_id)
 
     def deliver(
-        self, encoder: Encoder, subscriptions: Iterable[Subscription], begin: int, end: int
+        self, encoder: Encoder, subscriptions: Collection[Subscription], begin: int, end: int
     ) -> None:
         """Offers records begin to end to sessions of one format; what is shared is made once."""
         if begin >= end:
             return
         if encoder.personal:
-            for subscription in subscriptions:
-                self._deliver_personal(encoder, subscription, begin, end)
+            self._deliver_personal(encoder, subscriptions, begin, end)
         elif self._limited:
             for subscription in subscriptions:
                 selectors = subscription.session.selectors
@@ -67,17 +66,25 @@ class Batch:
         return data
 
     def _deliver_personal(
-        self, encoder: Encoder, subscription: Subscription, begin: int, end: int
+        self, encoder: Encoder, subscriptions: Collection[Subscription], begin: int, end: int
     ) -> None:
-        session = subscription.session
-        for index, event in self._events(begin, end, session.selectors):
+        for index in range(begin, end):
+            event = self.records[index].body
+            if not isinstance(event, Event):
+                continue
+            shared, to = frame(encoder, event), event.to
+            # One object for everybody, so that an encoder can see that it has met it.
             position = self._position_at(self.records[index], index)
-            cursor = session.cursor(self._channel, position)
-            session.offer(encoder.personal_event(event, cursor, frame(encoder, event)))
+            for subscription in subscriptions:
+                session = subscription.session
+                if to is None or not to.isdisjoint(session.selectors):
+                    data = encoder.personal_event(event, position, subscription, shared)
+                    if data:
+                        session.offer(data)
 
     def _events(
         self, begin: int, end: int, selectors: frozenset[str] | None
-    ) -> Iterable[tuple[int, Event]]:
+    ) -> Iterator[tuple[int, Event]]:
         for index in range(begin, end):
             body = self.records[index].body
             if isinstance(body, Event) and (

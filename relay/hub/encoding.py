@@ -6,11 +6,13 @@ event is encoded and framed once for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from relay.hub.recovery import Notice
 from relay.model import Channel, Event, Position
+
+if TYPE_CHECKING:
+    from relay.hub.session import Subscription
 
 
 class Encoder(Protocol):
@@ -18,7 +20,7 @@ class Encoder(Protocol):
 
     # Whose clients speak this format: `Event.door`.
     door: str
-    # True where a frame carries the client's whole cursor, and so differs from client to client.
+    # True where a frame differs from client to client, as one that carries the whole cursor.
     personal: bool
 
     def event(self, event: Event) -> bytes:
@@ -26,9 +28,14 @@ class Encoder(Protocol):
         that is the same)."""
 
     def personal_event(
-        self, event: Event, cursor: Iterable[tuple[Channel, Position]], shared: bytes
+        self,
+        event: Event,
+        position: Position | None,
+        subscription: Subscription,
+        shared: bytes,
     ) -> bytes:
-        """The whole frame for one client; `shared` is what `event` gave."""
+        """What one client gets, b"" for nothing; `shared` is what `event` gave. `position` is where
+        the client is in the event's channel with it, None for the ephemeral kind."""
 
     def notice(self, channel: Channel, notice: Notice) -> bytes | None:
         """What a client may have missed, or that it lost a channel; None where the protocol has no

@@ -65,8 +65,11 @@ class LiveClients:
         for encoder, subscriptions in self._formats.items():
             if event.door not in (None, encoder.door):
                 continue
-            data = encoder.event(event)
+            data = shared = encoder.event(event)
             for subscription in subscriptions:
                 session = subscription.session
                 if event.to is None or not event.to.isdisjoint(session.selectors):
-                    session.offer(data)
+                    if encoder.personal:
+                        data = encoder.personal_event(event, None, subscription, shared)
+                    if data:
+                        session.offer(data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from relay.errors import RelayError
 from relay.hub.hub import Hub
@@ -58,9 +58,15 @@ class Words:
         return event.data + b" "
 
     def personal_event(
-        self, event: Event, cursor: Iterable[tuple[Channel, Position]], shared: bytes
+        self,
+        event: Event,
+        position: Position | None,
+        subscription: Subscription,
+        shared: bytes,
     ) -> bytes:
-        del event
+        if position is None:
+            return shared
+        cursor = subscription.session.cursor(event.channel, position)
         return shared + b",".join(f"{c}@{at.id}+{at.added}".encode() for c, at in cursor) + b" "
 
     def notice(self, channel: Channel, notice: Notice) -> bytes | None:

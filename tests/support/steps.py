@@ -65,9 +65,14 @@ class Format:
         )[:-1] + (b"" if self.personal else b"}\n")
 
     def personal_event(
-        self, event: Event, cursor: Iterable[tuple[Channel, Position]], shared: bytes
+        self,
+        event: Event,
+        position: Position | None,
+        subscription: Subscription,
+        shared: bytes,
     ) -> bytes:
-        del event
+        assert position is not None
+        cursor = subscription.session.cursor(event.channel, position)
         places = {
             channel: (str(at.id), at.added, at.incarnation, at.digest) for channel, at in cursor
         }

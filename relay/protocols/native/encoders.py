@@ -7,13 +7,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from relay.hub.cursor import encode as encode_cursor
 from relay.hub.recovery import Notice
 from relay.model import Channel, EntryID, Event, Position
 from relay.protocols.native import codec
-from relay.protocols.native.cursor import encode as encode_cursor
 from relay.transports.websocket import frame_text
+
+if TYPE_CHECKING:
+    from relay.hub.session import Subscription
 
 
 def _text(entry_id: EntryID | None) -> str | None:
@@ -31,10 +35,14 @@ class WebSocketEncoder:
         return frame_text(codec.event_object(event))
 
     def personal_event(
-        self, event: Event, cursor: Iterable[tuple[Channel, Position]], shared: bytes
+        self,
+        event: Event,
+        position: Position | None,
+        subscription: Subscription,
+        shared: bytes,
     ) -> bytes:
         """Nothing here is personal."""
-        del event, cursor
+        del event, position, subscription
         return shared
 
     def notice(self, channel: Channel, notice: Notice) -> bytes:
@@ -65,10 +73,14 @@ class SseEncoder:
         return tail if event.id is None else codec.sse_id(str(event.id)) + tail
 
     def personal_event(
-        self, event: Event, cursor: Iterable[tuple[Channel, Position]], shared: bytes
+        self,
+        event: Event,
+        position: Position | None,
+        subscription: Subscription,
+        shared: bytes,
     ) -> bytes:
         """Nothing here is personal."""
-        del event, cursor
+        del event, position, subscription
         return shared
 
     def notice(self, channel: Channel, notice: Notice) -> bytes:
@@ -92,10 +104,16 @@ class SseCursorEncoder(SseEncoder):
         return self._tail(event)
 
     def personal_event(
-        self, event: Event, cursor: Iterable[tuple[Channel, Position]], shared: bytes
+        self,
+        event: Event,
+        position: Position | None,
+        subscription: Subscription,
+        shared: bytes,
     ) -> bytes:
         """The client's own ID line before the shared rest."""
-        del event
+        if position is None:
+            return shared
+        cursor = subscription.session.cursor(event.channel, position)
         return codec.sse_id(encode_cursor(cursor)) + shared
 
 

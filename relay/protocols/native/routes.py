@@ -19,8 +19,9 @@ from relay.errors import (
     Unauthorized,
     Unavailable,
 )
+from relay.hub import cursor
 from relay.model import Channel, Principal, parse_channel
-from relay.protocols.native import codec, cursor, live_page
+from relay.protocols.native import codec, live_page
 from relay.protocols.native.credentials import cors_headers, principal_of
 from relay.protocols.native.encoders import WEBSOCKET, sse_encoder
 from relay.protocols.native.settings import NativeSettings

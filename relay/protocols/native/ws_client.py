@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from relay.errors import ClientError, LimitExceeded, RelayError, Unauthorized, Unavailable
+from relay.hub import cursor
 from relay.hub.recovery import Notice
-from relay.protocols.native import codec, cursor
+from relay.protocols.native import codec
 from relay.transports.websocket import frame_close, frame_text
 
 if TYPE_CHECKING:

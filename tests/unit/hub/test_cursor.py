@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.errors import BadRequest
+from relay.hub import cursor
 from relay.model import Channel, EntryID, Position, parse_channel
-from relay.protocols.native import cursor
 
 U64 = st.integers(0, 2**64 - 1)
 POSITIONS = st.builds(
