@@ -197,6 +197,7 @@ class Relay:
             disconnect=site.disconnect,
             unsubscribe=site.unsubscribe,
             history=site.history.read,
+            members=site.members,
             bus=site.bus,
             store=site.store,
             spawn=self._spawn,

@@ -63,9 +63,12 @@ class Publish(Protocol):
         to: Iterable[str] | None = None,
         info: bytes | None = None,
         extra: Mapping[bytes, bytes] | None = None,
+        unless_latest: bytes | None = None,
     ) -> asyncio.Future[EntryID]:
         """The entry's ID, or the error why there is none. What is wrong with the entry itself is
-        raised at once: ValueError, LimitExceeded, Unavailable."""
+        raised at once: ValueError, LimitExceeded, Unavailable. `unless_latest` is the name of one
+        of `extra`: an event that equals the newest one of its type in that is not appended again,
+        and that one's ID is the answer."""
 
 
 class Command(Protocol):
@@ -127,10 +130,11 @@ class DoorContext:
     in a later turn. `whisper` publishes an event of the ephemeral kind, and nobody learns whether
     it arrived; ValueError where it cannot be one. `disconnect` and `unsubscribe` concern a user's
     connections on all workers. `history` has the newest events of a channel, at least so many if
-    there are (Unavailable where Redis is away). `read_token` turns a native JWT into a principal
-    (Unauthorized otherwise). `ready` says whether streams are being read. `spawn` runs a task that
-    ends with the relay; an exception that it lets out ends the relay. `http` is for requests to
-    applications. `insecure` concerns the native door only.
+    there are (Unavailable where Redis is away). `members` reads a group that the application keeps,
+    the Redis set `<prefix>group:<name>` of users (Unavailable likewise). `read_token` turns a
+    native JWT into a principal (Unauthorized otherwise). `ready` says whether streams are being
+    read. `spawn` runs a task that ends with the relay; an exception that it lets out ends the
+    relay. `http` is for requests to applications. `insecure` concerns the native door only.
     """
 
     hub: Hub
@@ -141,6 +145,7 @@ class DoorContext:
     disconnect: Command
     unsubscribe: Command
     history: Callable[[Channel, int], Awaitable[Snapshot]]
+    members: Callable[[str], Awaitable[frozenset[str]]]
     bus: Bus
     store: Store
     spawn: Spawn

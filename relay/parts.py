@@ -54,6 +54,7 @@ def publishing(appender: Appender, max_entry_bytes: int) -> Publish:
         to: Iterable[str] | None = None,
         info: bytes | None = None,
         extra: Mapping[bytes, bytes] | None = None,
+        unless_latest: bytes | None = None,
     ) -> asyncio.Future[EntryID]:
         fields = entry.encode(
             data, type=type, uid=uid, to=to, client=client, info=info, extra=extra
@@ -61,7 +62,7 @@ def publishing(appender: Appender, max_entry_bytes: int) -> Publish:
         size = entry.size(fields)
         if size > max_entry_bytes:
             raise LimitExceeded(f"too large: {size} of {max_entry_bytes} bytes")
-        return appender.append(channel, fields, uid)
+        return appender.append(channel, fields, uid, unless_latest=unless_latest)
 
     return publish
 

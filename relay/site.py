@@ -66,5 +66,11 @@ class Site:
         """See `relay.frontdoor.Command`; without a channel, from all."""
         await self._tell(control.Unsubscribe(user=user, channel=channel, door=door))
 
+    async def members(self, group: str) -> frozenset[str]:
+        """See `relay.frontdoor.DoorContext`."""
+        found = await self.bus.link.call("SMEMBERS", self._keys.group(group))
+        names = found if isinstance(found, list | set) else []
+        return frozenset(name.decode(errors="replace") for name in names)
+
     async def _tell(self, command: control.ControlCommand) -> None:
         await self.bus.link.call(*control.append(self._keys, command))

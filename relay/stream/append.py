@@ -79,9 +79,18 @@ class Appender:
             tasks.create_task(self._replicated.run(), name="replicated appends")
 
     def append(
-        self, channel: Channel, fields: Sequence[bytes], uid: str | None = None
+        self,
+        channel: Channel,
+        fields: Sequence[bytes],
+        uid: str | None = None,
+        *,
+        unless_latest: bytes | None = None,
     ) -> asyncio.Future[EntryID]:
         """The ID of the entry with these fields, at the end of the channel's stream.
+
+        With `unless_latest`, the name of one of the fields, nothing is appended where the newest
+        entry of this one's type has the same value in it: that one's ID is the answer then. A uid
+        is only a field beside that.
 
         Appends to one channel happen in the order of the calls. Errors: RedisUnavailable (it may
         or may not have happened), CommandRefused (it has not), NotReplicated (it has, here),
@@ -95,11 +104,16 @@ class Appender:
         words += fields
         key = self._keys.stream(channel)
         once = bool(uid) and self._window_ms > 0
-        if uid and once:
+        if unless_latest is not None:
+            values = dict(zip(fields[::2], fields[1::2], strict=True))
+            same = values.get(b"type", b""), unless_latest, values[unless_latest]
+            once = True
+            command: Command = ("EVALSHA", scripts.APPEND_CHANGED.sha, 1, key, *same, *words)
+        elif uid and once:
             if len(uid.encode(errors="replace")) > UID_BYTES:
                 raise LimitExceeded(f"a uid is at most {UID_BYTES} bytes long")
             sha, uid_key = scripts.APPEND_ONCE.sha, self._keys.uid(channel, uid)
-            command: Command = ("EVALSHA", sha, 2, key, uid_key, self._window_ms, *words)
+            command = ("EVALSHA", sha, 2, key, uid_key, self._window_ms, *words)
         else:
             command = ("XADD", key, *words)
         lane = self._replicated if rules.wait_replicas else self._plain
@@ -163,7 +177,7 @@ class _Lane:
 
         link = await Link.open(await discover(self._redis), settings=self._redis, on_lost=on_lost)
         try:
-            await scripts.load(link, scripts.APPEND_ONCE)
+            await scripts.load(link, scripts.APPEND_ONCE, scripts.APPEND_CHANGED)
         except BaseException:
             link.close()
             raise

@@ -18,6 +18,7 @@ Cluster slot; a command or transaction over several keys stays within one worksp
 | `<p>canary:<instance>`    | string  | written to prove that wake-ups come | the worker; expires  |
 | `<p>lease:<name>`         | string  | who does this job for the site      | its holder; expires  |
 | `<p>store:<door>:<w>:<id>` | string | what a door keeps for all   | expires              |
+| `<p>group:<name>`         | set     | the users of a group                | the application      |
 | `<p>bus:<instance>`       | pub/sub | one worker's ear; no key            | nothing is kept      |
 | `<p>uid:{C}:<uid>`        | string  | ID of the entry appended with it    | expires: its window  |
 | `<p>queue:<name>`         | string  | how many commands were taken of it  | stays                |
@@ -98,6 +99,10 @@ class Keys:
     def canary(self, instance: str) -> bytes:
         """Written again and again by the worker that waits for its invalidation."""
         return f"{self._text}canary:{instance}".encode()
+
+    def group(self, name: str) -> bytes:
+        """The users of a group that the application keeps."""
+        return f"{self._text}group:{name}".encode()
 
     def lease(self, name: str) -> bytes:
         """Held by the one worker that does the job `name`."""

@@ -43,6 +43,27 @@ redis.call('SET', KEYS[2], id, 'PX', ARGV[1])
 return id
 """)
 
+# KEYS stream; ARGV a type, a field's name, its value, then XADD's words after the key. The entry's
+# ID, or that of the newest entry of the type where that one has the same value in the field. What
+# lies deeper than the second look is as good as not there.
+APPEND_CHANGED = Script("""\
+local latest = nil
+for _, count in ipairs({16, 1024}) do
+  local entries = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', count)
+  for _, entry in ipairs(entries) do
+    local fields = {}
+    for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
+    if fields['type'] == ARGV[1] then
+      if fields[ARGV[2]] == ARGV[3] then return entry[1] end
+      latest = entry
+      break
+    end
+  end
+  if latest or #entries < count then break end
+end
+return redis.call('XADD', KEYS[1], unpack(ARGV, 4))
+""")
+
 # KEYS leases; ARGV holder, time to live in ms (0: give up). Which of them the holder has now, as
 # 1 or 0.
 HOLD = Script("""\

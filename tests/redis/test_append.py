@@ -160,3 +160,41 @@ async def test_success_means_that_the_replicas_have_it(
             with pytest.raises(NotReplicated, match="0 of 1 replicas"):
                 await appender.append(NEWS, [b"data", b"2"])
             replica.thaw()
+
+
+async def test_what_equals_the_newest_of_its_type_is_not_appended_again(
+    server: Server, admin: Redis, keys: Keys
+) -> None:
+    """Two appenders, as two sources that tell of the same; whatever lies between counts."""
+
+    def update(commit: str, kind: str = "update") -> list[bytes]:
+        return [b"data", b"1", b"type", kind.encode(), b"commit", commit.encode()]
+
+    async with appending(server, keys) as one, appending(server, keys) as two:
+
+        async def append(commit: str, by: Appender = one) -> EntryID:
+            return await by.append(NEWS, update(commit), unless_latest=b"commit")
+
+        first = await append("a")
+        assert await append("a", two) == first
+        both = [each.append(NEWS, update("b"), unless_latest=b"commit") for each in (one, two)]
+        second, again = [await each for each in both]
+        assert second == again > first
+        # Back to the first one, which is not the latest: that is news.
+        third = await append("a")
+        assert third > second
+        # Other types in between, one with the same word in it, change nothing ...
+        for _ in range(40):
+            await one.append(NEWS, update("a", "other"))
+        assert await append("a", two) == third
+        # ... but one without the field does: whoever wrote it, it is the latest of its type.
+        await one.append(NEWS, [b"data", b"1", b"type", b"update"])
+        fourth = await append("a")
+        assert fourth > third
+        # What is not in the stream any more is not there.
+        await admin.delete(keys.stream(NEWS))
+        await append("a")
+        assert await admin.xlen(keys.stream(NEWS)) == 1
+        await admin.set(keys.stream(Channel("not a stream")), "x")
+        with pytest.raises(CommandRefused):
+            await one.append(Channel("not a stream"), update("a"), unless_latest=b"commit")

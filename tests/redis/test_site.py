@@ -139,3 +139,12 @@ async def test_while_redis_is_away_it_is_said_and_then_it_works_again(
             server.start()
             await within(10, one.wait_open())
             assert await one.store.get("d:x:1") is None
+
+
+async def test_the_members_of_a_group_are_the_applications_set(
+    server: Server, admin: Redis
+) -> None:
+    await admin.sadd("relay:group:seafile:7", "anna", "bert")
+    async with site(server, "one:1") as one:
+        assert await one.members("seafile:7") == {"anna", "bert"}
+        assert await one.members("seafile:8") == frozenset()
