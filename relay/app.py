@@ -34,7 +34,7 @@ from relay.pipeline import Admission, Incoming
 from relay.rights.http import HttpRights
 from relay.rights.policy import Policy
 from relay.rights.token import TokenReader
-from relay.server import Server
+from relay.server import Server, main_port
 from relay.siblings import BEAT_S
 from relay.site import Site
 from relay.stream import revoke as revocations
@@ -126,7 +126,8 @@ class Relay:
         self, redis: RedisSettings, client: Redis, http: aiohttp.ClientSession
     ) -> None:
         config, metrics = self._config, self._metrics
-        node = config.node.name or f"{socket.gethostname()}_{config.server.port}"
+        known_by = main_port(config.server, config.doors.values())
+        node = config.node.name or f"{socket.gethostname()}_{known_by}"
         if self._worker:
             node = f"{node}-{self._worker.number}"
         instance = new_instance(node)

@@ -161,8 +161,14 @@ def load(
         producers={name: sections.pop(name) for name in producers or {}},
         doors=sections,
         insecure="insecure" in flags,
-        notes=[note for each in foreign for note in (each.missing, *each.notes) if note],
+        notes=[note for each in foreign for note in _notes(each)],
     )
+
+
+def _notes(translation: Translation) -> Iterator[str]:
+    if translation.missing:
+        yield f"{translation.missing}; the defaults count"
+    yield from translation.notes
 
 
 def _translated(translation: Translation) -> _Source:

@@ -173,6 +173,11 @@ def addresses(settings: ServerSettings, doors: Iterable[Section]) -> list[tuple[
     return [(settings.host, settings.port), *(each for each in own if each[1])]
 
 
+def main_port(settings: ServerSettings, doors: Iterable[Section]) -> int:
+    """The port by which a relay is known: the shared listener's, else the first door's own."""
+    return next((port for _, port in addresses(settings, doors) if port), 0)
+
+
 def listen_error(host: str, port: int, exc: OSError) -> str:
     """One line for the operator: what is wrong with the address."""
     if exc.errno == errno.EADDRINUSE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from urllib.parse import parse_qs, urlsplit
 
 from relay.config import Config
@@ -14,12 +15,13 @@ _ANY_HOST = {"0.0.0.0", "::", ""}  # noqa: S104  # compared with, not bound
 
 
 def banner(config: Config, *, port: int, redis_address: str | None, token: str | None) -> str:
-    """Page, token, Redis and curl lines. No password of Redis is in them.
+    """Page, token, Redis, curl lines and doors with a port of their own. No password of Redis is in
+    them.
 
     `redis_address` is its URL, None where it shall not be shown. Without `token` the lines say
     how to make one; with --insecure none is needed.
     """
-    base = f"{'https' if config.server.tls_cert else 'http'}://{_host(config.server.host)}:{port}"
+    base = _url(config.server.host, port, tls=bool(config.server.tls_cert))
     fragment = f"#token={token}&channel={_CHANNEL}" if token else f"#channel={_CHANNEL}"
     curl = ["curl", "-N", f"{base}/sse?channel={_CHANNEL}"]
     if token:
@@ -39,10 +41,26 @@ def banner(config: Config, *, port: int, redis_address: str | None, token: str |
             rows.append(("valkey", f"127.0.0.1:{config.redis.embedded_port}"))
         rows.append(("append", shlex.join(command)))
     rows.append(("watch", shlex.join(curl)))
+    rows += _doors(config)
     lines = [f"relay is ready on {base}"]
     if config.insecure:
         lines.append("INSECURE: anyone may read every channel of the native door")
-    return "\n".join([*lines, *(f"  {name:<8}{text}" for name, text in rows)])
+    width = max(len(name) for name, _ in rows) + 1
+    return "\n".join([*lines, *(f"  {name:<{width}} {text}" for name, text in rows)])
+
+
+def _doors(config: Config) -> Iterator[tuple[str, str]]:
+    """The doors that have a listener of their own."""
+    for name, section in config.doors.items():
+        port = int(getattr(section, "port", 0))
+        if port and section.is_open:
+            host, cert = (str(getattr(section, key, "")) for key in ("host", "tls_cert"))
+            tls = bool(cert or config.server.tls_cert)
+            yield name.removeprefix("protocol:"), _url(host or config.server.host, port, tls=tls)
+
+
+def _url(host: str, port: int, *, tls: bool) -> str:
+    return f"{'https' if tls else 'http'}://{_host(host)}:{port}"
 
 
 def _host(host: str) -> str:

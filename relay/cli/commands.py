@@ -78,7 +78,8 @@ def _serve(options: argparse.Namespace) -> int:
         return with_local_key(configuration(options, strict=True))
 
     given = configuration(options)
-    local = uses_local_key(given)
+    # A site that another server's configuration describes is not one for trying things out.
+    local = uses_local_key(given) and not configured.is_foreign(options)
     config = with_local_key(given)
     logs.setup(config.log, worker=worker.number if worker else 0)
     if worker is None:

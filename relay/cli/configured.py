@@ -42,6 +42,11 @@ def configuration(options: argparse.Namespace, *, strict: bool = False) -> Confi
     )
 
 
+def is_foreign(options: argparse.Namespace) -> bool:
+    """Whether another server's configuration is part of it."""
+    return any(each.said or each.missing for each in _translations(options))
+
+
 def genconfig(options: argparse.Namespace) -> None:
     """Print every setting, or write a new file; never over one that is there."""
     path: Path | None = options.config

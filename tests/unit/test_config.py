@@ -335,7 +335,10 @@ def test_another_server_s_configuration_is_above_the_defaults_and_below_all_else
     house = config.doors["protocol:house"]
     assert isinstance(house, HouseSettings)
     assert house.rooms["red"].code == "o"
-    assert config.notes == ["old.conf: COLOR has no effect", "new.conf: not there"]
+    assert config.notes == [
+        "old.conf: COLOR has no effect",
+        "new.conf: not there; the defaults count",
+    ]
 
 
 def test_what_is_wrong_in_another_server_s_configuration_is_told_in_its_words() -> None:

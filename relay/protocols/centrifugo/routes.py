@@ -11,6 +11,7 @@ from aiohttp import web
 
 from producers.commands import Invalid
 from relay.protocols.centrifugo import api, codec
+from relay.protocols.centrifugo.foreign import CentrifugoForeign
 from relay.protocols.centrifugo.settings import CentrifugoSettings
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class CentrifugoDoor:
 
     name = "centrifugo"
     settings = CentrifugoSettings
+    foreign = CentrifugoForeign()
 
     def mount(self, context: DoorContext, settings: CentrifugoSettings) -> MountedCentrifugo | None:
         """None without a secret: an HMAC with an empty key can be forged."""

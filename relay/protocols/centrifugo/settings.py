@@ -45,7 +45,7 @@ class _Door(Section):
     port: int = Field(0, ge=0, le=65535, description="port of a listener of its own; 0: the shared listener of [server]")
     tls_cert: str = Field("", description="path of a PEM certificate chain for a listener of its own; empty: that of [server]")
     tls_key: str = Field("", description="path of its PEM private key")
-    http_prefix: str = Field("", pattern=r"^(/[^\s/?#{}]+)*/?$", description="stands before every path of this door, as /centrifugo")
+    http_prefix: str = Field("", pattern=r"^(/[^\s/?#{}]+)*$", description="stands before every path of this door, as /centrifugo")
 
 
 class CentrifugoSettings(CentrifugoNamespace, _Door):

@@ -1,0 +1,436 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from relay.config import Config, load
+from relay.config_text import ini
+from relay.errors import ConfigError
+from relay.foreign import Foreign, Translation
+from relay.frontdoor import door_settings, find_foreign
+from relay.model import Channel
+from relay.protocols.centrifugo.foreign import CentrifugoForeign
+from relay.protocols.centrifugo.options import CHANNEL_OPTIONS, OPTIONS, Fate
+from relay.protocols.centrifugo.settings import CentrifugoNamespace, CentrifugoSettings
+from relay.settings import LogSettings, NodeSettings, RedisSettings
+
+FOREIGN = CentrifugoForeign()
+# The documents' own example (server/configuration.md), in the three formats.
+DOCUMENTED = {
+    "json": """{
+  "secret": "secret",
+  "namespaces": [
+    {"name": "public", "publish": true, "watch": true, "presence": true, "join_leave": true,
+     "history_size": 10, "history_lifetime": 30}
+  ],
+  "log_level": "debug"
+}""",
+    "toml": """log_level = "debug"
+
+secret = "secret"
+
+[[namespaces]]
+name = "public"
+publish = true
+watch = true
+presence = true
+join_leave = true
+history_size = 10
+history_lifetime = 30
+""",
+    "yaml": """log_level: debug
+
+secret: secret
+namespaces:
+  - name: public
+    publish: true
+    watch: true
+    presence: true
+    join_leave: true
+    history_size: 10
+    history_lifetime: 30
+""",
+}
+EVERYWHERE = "0.0.0.0"  # noqa: S104  # compared with, not bound
+NO_OPTION = "Centrifugo v1.8.0 has no such option; it has no effect"
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def file(text: str, suffix: str = "json") -> Path:
+        path = tmp_path / f"config.{suffix}"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return file
+
+
+def translate(
+    path: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    **flags: str,
+) -> Translation:
+    return FOREIGN.read(path, environ or {}, flags)
+
+
+def configured(translation: Translation) -> Config:
+    return load(
+        None, environ={}, overrides=[], flags={}, doors=door_settings(), foreign=[translation]
+    )
+
+
+def door(translation: Translation) -> CentrifugoSettings:
+    section = configured(translation).doors["protocol:centrifugo"]
+    assert isinstance(section, CentrifugoSettings)
+    return section
+
+
+def error(write: Write, text: str, suffix: str = "json") -> str:
+    path = write(text, suffix)
+    with pytest.raises(ConfigError) as caught:
+        configured(translate(path))
+    line = str(caught.value)
+    assert "\n" not in line
+    return line.replace(str(path), path.name)
+
+
+def test_the_door_has_it_and_the_command_line_finds_it() -> None:
+    found: list[Foreign] = [each for each in find_foreign() if each.command == "centrifugo"]
+    assert [each.version for each in found] == ["Centrifugo v1.8.0"]
+
+
+@pytest.mark.parametrize("suffix", ["json", "toml", "yaml", "yml"])
+def test_the_documented_file_in_every_format(write: Write, suffix: str) -> None:
+    translation = translate(write(DOCUMENTED["yaml" if suffix == "yml" else suffix], suffix))
+    config = configured(translation)
+    assert translation.notes == []
+    assert config.log == LogSettings(level="debug")
+    assert config.redis == RedisSettings()
+    settings = door(translation)
+    assert settings.secret.get_secret_value() == "secret"
+    assert (settings.host, settings.port) == (EVERYWHERE, 8000)
+    assert settings.namespaces == {
+        "public": CentrifugoNamespace(
+            publish=True,
+            watch=True,
+            presence=True,
+            join_leave=True,
+            history_size=10,
+            history_lifetime=30,
+        )
+    }
+    assert not settings.publish
+
+
+def test_without_anything_the_defaults_are_centrifugo_s(tmp_path: Path) -> None:
+    translation = translate(tmp_path / "config.json")
+    assert translation.missing.endswith("config.json: there is no such file")
+    assert translation.notes == [
+        "secret is empty: the door stays shut, since anyone can sign with an empty secret"
+    ]
+    assert door(translation) == CentrifugoSettings(host=EVERYWHERE, port=8000)
+    config = configured(translation)
+    assert config.server.port == 0
+    assert config.server.host == "127.0.0.1"
+    assert config.redis.url == "embedded"
+    assert config.node == NodeSettings()
+
+
+def test_a_flag_wins_over_a_variable_that_over_the_file(write: Write) -> None:
+    path = write('{"port": "1", "address": "a", "secret": "f", "api_port": 4}')
+    environ = {"CENTRIFUGO_PORT": "2", "CENTRIFUGO_ADDRESS": "b", "CENTRIFUGO_API_PORT": ""}
+    settings = door(translate(path, environ, port="3"))
+    assert (settings.port, settings.host, settings.api_port) == (3, "b", 4)
+    assert settings.secret.get_secret_value() == "f"
+
+
+def test_exactly_the_bound_variables_count(write: Write) -> None:
+    bound = [
+        "debug",
+        "insecure",
+        "insecure_api",
+        "admin",
+        "admin_password",
+        "admin_secret",
+        "insecure_admin",
+        "secret",
+        "connection_lifetime",
+        "watch",
+        "publish",
+        "anonymous",
+        "join_leave",
+        "presence",
+        "recover",
+        "history_size",
+        "history_lifetime",
+        "history_drop_inactive",
+        "port",
+        "api_port",
+        "admin_port",
+        "address",
+        "web",
+        "web_path",
+        "insecure_web",
+        "ssl",
+        "ssl_cert",
+        "ssl_key",
+        "engine",
+        "redis_host",
+        "redis_port",
+        "redis_url",
+    ]
+    assert {name for name, option in OPTIONS.items() if option.env} == set(bound)
+    environ = {"CENTRIFUGO_MAX_CHANNEL_LENGTH": "7", "CENTRIFUGO_HOME": "/srv", "PORT": "1"}
+    translation = translate(write('{"secret": "s"}'), environ)
+    assert door(translation).max_channel_length == 255
+    assert [note.split(":")[0] for note in translation.notes] == [
+        "environment variable CENTRIFUGO_MAX_CHANNEL_LENGTH"
+    ]
+
+
+def test_exactly_the_documented_flags_are_there() -> None:
+    flags = [
+        "address",
+        "admin",
+        "admin_port",
+        "api_port",
+        "debug",
+        "engine",
+        "insecure",
+        "insecure_admin",
+        "insecure_api",
+        "log_file",
+        "log_level",
+        "name",
+        "pid_file",
+        "port",
+        "redis_api",
+        "redis_api_num_shards",
+        "redis_db",
+        "redis_host",
+        "redis_master_name",
+        "redis_password",
+        "redis_pool",
+        "redis_port",
+        "redis_sentinels",
+        "redis_url",
+        "ssl",
+        "ssl_cert",
+        "ssl_key",
+        "web",
+        "web_path",
+    ]
+    assert {flag.name for flag in FOREIGN.flags} == set(flags)
+    short = {flag.short: flag.name for flag in FOREIGN.flags if flag.short}
+    letters = [("a", "address"), ("d", "debug"), ("e", "engine"), ("n", "name"), ("p", "port")]
+    assert short == dict([*letters, ("w", "web")])
+
+
+def test_every_option_of_its_own_reaches_its_setting(write: Write) -> None:
+    """Each with a value that is not the default, so that none goes nowhere."""
+    values: dict[str, object] = {}
+    own = {
+        name: option.to[0].rpartition(".")[2]
+        for name, option in OPTIONS.items()
+        if option.fate is Fate.MAPPED and not option.made and "centrifugo" in option.to[0]
+    }
+    given: dict[str, object] = {}
+    for name, key in own.items():
+        default = CentrifugoSettings.model_fields[key].get_default()
+        value: object = "%!"
+        if isinstance(default, bool):
+            value = not default
+        elif isinstance(default, int | float):
+            value = 5000 if name == "client_queue_max_size" else 7
+        values[key] = given[name.upper()] = value
+    assert len(own) > 40
+    settings = door(translate(write(json.dumps(given))))
+    for key, value in values.items():
+        got = getattr(settings, key)
+        assert (got.get_secret_value() if hasattr(got, "get_secret_value") else got) == value, key
+
+
+def test_other_options_reach_theirs(write: Write) -> None:
+    text = """{"secret": "s", "name": "n1", "pid_file": "/run/p", "log_file": "/log",
+        "log_level": "CRITICAL", "http_prefix": "centrifugo/", "web": true, "ssl": true,
+        "ssl_cert": "/c", "ssl_key": "/k", "admin_port": "9"}"""
+    translation = translate(write(text))
+    config = configured(translation)
+    assert config.node == NodeSettings(name="n1", pid_file="/run/p")
+    assert config.log == LogSettings(level="error", file="/log")
+    settings = door(translation)
+    assert (settings.http_prefix, settings.web, settings.admin_port) == ("/centrifugo", True, 9)
+    assert (settings.tls_cert, settings.tls_key) == ("/c", "/k")
+    assert [note for note in translation.notes if "live page" in note]
+
+
+@pytest.mark.parametrize(
+    ("options", "url", "password"),
+    [
+        ("", "redis://127.0.0.1:6379/0", ""),
+        ('"redis_host": "r", "redis_port": 7, "redis_db": 3', "redis://r:7/3", ""),
+        ('"redis_host": "::1", "redis_password": "p@:/"', "redis://[::1]:6379/0", "p@:/"),
+        ('"redis_url": "redis://:p%40w@r:7/2", "redis_host": "no"', "redis://r:7/2", "p@w"),
+        ('"redis_url": "redis://r", "redis_password": "no"', "redis://r:6379/0", ""),
+        (
+            '"redis_master_name": "mymaster", "redis_sentinels": ":26379, s2:26380"',
+            "sentinel://127.0.0.1:26379,s2:26380/mymaster/0",
+            "",
+        ),
+    ],
+)
+def test_the_redis_engine_s_address(write: Write, options: str, url: str, password: str) -> None:
+    more = f", {options}" if options else ""
+    translation = translate(write(f'{{"secret": "s", "engine": "redis"{more}}}'))
+    redis = configured(translation).redis
+    assert (redis.url, redis.password.get_secret_value()) == (url, password)
+    memory = translate(write(f'{{"secret": "s"{more}}}'))
+    assert configured(memory).redis.url == "embedded"
+
+
+def test_the_redis_engine_s_other_options(write: Write) -> None:
+    text = """{"secret": "s", "engine": "redis", "redis_api": true, "redis_api_num_shards": 5,
+        "redis_prefix": "app", "redis_connect_timeout": 3, "redis_read_timeout": 0}"""
+    settings = {(each.section, each.key): each.text for each in translate(write(text)).said}
+    assert settings["producer:queue", "enabled"] == "yes"
+    assert settings["producer:queue", "shards"] == "5"
+    assert settings["producer:queue", "name"] == "app.api"
+    assert settings["redis", "prefix"] == "relay:app:"
+    assert settings["redis", "connect_timeout_s"] == "3"
+    assert ("redis", "command_timeout_s") not in settings
+
+
+def test_streams_keep_what_history_may_ask_for_and_little_else(write: Write) -> None:
+    text = """{"secret": "s", "history_size": 5, "history_lifetime": 10, "namespaces": [
+        {"name": "big", "history_size": 50000, "history_lifetime": 1},
+        {"name": "old", "history_size": 1, "history_lifetime": 864000}, {"name": "none"}]}"""
+    config = configured(translate(write(text)))
+    for channel, kept in {
+        "news": (10000, 3600),
+        "none:x": (10000, 3600),
+        "big:x": (50000, 3600),
+        "$big:x": (50000, 3600),
+        "old:x": (10000, 864000),
+    }.items():
+        rules = config.namespace(Channel(channel))
+        assert (rules.retention_count, rules.retention_age_s) == kept, channel
+    slash = text.replace("{", '{"namespace_channel_boundary": "/", ', 1)
+    rules = configured(translate(write(slash))).namespace(Channel("big/x"))
+    assert (rules.retention_count, rules.retention_age_s) == (50000, 864000)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('{"secret": s}', "config.json: line 1, column 12: Expecting value"),
+        ("[]", "config.json: must be one object of options"),
+        ('{"port": "x"}', "config.json: port = x: a whole number from 0 to 65535"),
+        ('{"history_size": 1.5}', "config.json: history_size = 1.5: a whole number"),
+        ('{"insecure": "perhaps"}', "config.json: insecure: must be true or false"),
+        ('{"secret": ["a"]}', "config.json: secret: must be text"),
+        ('{"history_size": true}', "config.json: history_size: must be a number"),
+        ('{"engine": "etcd"}', "config.json: engine = etcd: no such engine"),
+        ('{"namespaces": {}}', "config.json: namespaces: must be a list of objects"),
+        ('{"namespaces": ["a"]}', "config.json: namespaces: must be a list of objects"),
+        ('{"namespaces": [{}]}', "config.json: namespaces, number 1: its name must be"),
+        ('{"namespaces": [{"name": "a"}]}', "its name must be two or more letters"),
+        ('{"namespaces": [{"name": "aa"}, {"Name": "aa"}]}', "namespaces: aa is there twice"),
+        ('{"namespaces": [{"name": "axr"}]}', "belong to another door"),
+        (
+            '{"namespaces": [{"name": "aa", "history_size": -1}]}',
+            "config.json: namespace aa: history_size = -1: a whole number from 0",
+        ),
+        ('{"ssl_autocert": true}', "ssl_autocert = yes: certificates by ACME are not included"),
+        ('{"ssl": true, "ssl_key": "k"}', "config.json: ssl = yes: needs ssl_cert"),
+        ('{"web": true, "web_path": "/w"}', "web_path = /w: pages of one's own are not served"),
+        ('{"engine": "redis", "redis_port": "1,2"}', "redis_port = (several): one site has one"),
+        ('{"engine": "redis", "redis_url": "r:1"}', "redis_url = (hidden): must be redis://"),
+        ('{"engine": "redis", "redis_sentinels": ":1"}', "go together"),
+        ('{"max_channel_length": 1000}', "max_channel_length = 1000: a whole number from 1 to 255"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_stops_the_start(write: Write, text: str, line: str) -> None:
+    assert line in error(write, text)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text", "line"),
+    [
+        ("toml", "secret = hidden-one\n", "config.toml: line 1, column 10: not TOML"),
+        ("toml", 'secret = "a"\nsecret = "hidden-one"\n', "config.toml: "),
+        ("yaml", "secret: [hidden-one\n", "config.yaml: line 2, column 1"),
+        ("yaml", "secret: !hidden-one 1\n", "config.yaml: line 1, column 9"),
+        ("yml", "a: \x00", "config.yml: not YAML"),
+        ("yaml", "- 1\n", "config.yaml: must be one object"),
+        ("json", "\udc80".encode("utf-8", "surrogateescape").decode("latin-1") + "x", "line 1"),
+    ],
+)
+def test_no_syntax_error_shows_the_file(write: Write, suffix: str, text: str, line: str) -> None:
+    told = error(write, text, suffix)
+    assert line in told
+    assert "hidden-one" not in told
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n"])
+def test_an_empty_file_gives_nothing(write: Write, text: str) -> None:
+    for suffix in ("toml", "yaml"):
+        assert door(translate(write(text, suffix))).port == 8000
+
+
+def test_unknown_keys_do_no_harm_and_are_told(write: Write) -> None:
+    text = '{"secret": "s", "histori_size": 1, "namespaces": [{"name": "aa", "wacth": true}]}'
+    notes = [note.partition("config.json: ")[2] for note in translate(write(text)).notes]
+    assert notes == [
+        f"histori_size: {NO_OPTION}; did you mean history_size?",
+        f"namespace aa: wacth: {NO_OPTION}; did you mean watch?",
+    ]
+
+
+def test_switches_are_what_go_takes_for_one(write: Write) -> None:
+    for text in ("1", "t", "T", "true", "TRUE", "True"):
+        assert door(translate(None, {"CENTRIFUGO_WATCH": text})).watch
+        assert not door(translate(None, {"CENTRIFUGO_WATCH": "1"}, debug=text)).admin
+    for text in ("0", "f", "F", "false", "FALSE", "False"):
+        assert not door(translate(write('{"watch": true}'), {"CENTRIFUGO_WATCH": text})).watch
+    assert door(translate(write('{"watch": "true"}'))).watch
+
+
+def test_every_insecure_mode_is_told(write: Write) -> None:
+    text = '{"insecure": true, "insecure_api": true, "insecure_admin": true}'
+    assert [note.split()[0] for note in translate(write(text)).notes] == [
+        "insecure",
+        "insecure_api",
+        "insecure_admin",
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["json", "toml", "yaml", "yml"])
+def test_the_smallest_file_opens_the_door_with_a_new_secret(write: Write, suffix: str) -> None:
+    found = set()
+    for _ in range(2):
+        text = FOREIGN.example(Path(f"c.{suffix}"))
+        found.add(door(translate(write(text, suffix))).secret.get_secret_value())
+    assert all(len(secret) == 36 for secret in found)
+    assert len(found) == 2
+    with pytest.raises(ConfigError, match=r"c.ini: must end in one of .json, .toml, .yaml, .yml"):
+        FOREIGN.example(Path("c.ini"))
+
+
+def test_as_an_ini_file_it_says_the_same(write: Write, tmp_path: Path) -> None:
+    text = """{"secret": "a%b;#c", "engine": "redis", "redis_password": "x", "recover": true,
+        "history_size": 20000, "history_lifetime": 7, "namespaces": [{"name": "aa"}, {"name":
+        "b-b", "publish": true, "history_size": 2, "history_lifetime": 9999}], "web": true}"""
+    translation = translate(write(text))
+    path = tmp_path / "relay.ini"
+    path.write_text(ini(translation.said))
+    kept = load(path, environ={}, overrides=[], flags={}, doors=door_settings())
+    assert kept == configured(translation)
+
+
+def test_channel_options_have_the_same_kinds_as_the_top_s() -> None:
+    assert {name: OPTIONS[name].kind for name in CHANNEL_OPTIONS} == CHANNEL_OPTIONS
+    assert set(CHANNEL_OPTIONS) == set(CentrifugoNamespace.model_fields)
