@@ -87,6 +87,16 @@ class ClientSocket(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def pause_reading(self) -> None:
+        """Nothing more from the client for now; what it sends on waits in the kernel."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Go on with it."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
     def peer(self) -> str:
         """The client's address as text, or '' where there is none (a Unix socket, or gone)."""
         address = self._transport.get_extra_info("peername") if self._transport else None

@@ -1,7 +1,8 @@
 """Server-side websocket frames (RFC 6455) without I/O, and the connection that speaks them.
 
 A server's frames are not masked, so one framed bytes object serves every client. Compression is
-not negotiated; without context takeover a compressed frame would be one more such object.
+agreed on where a door wants it, and without context takeover: so a compressed frame is one more
+such object (`relay.transports.deflate`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,18 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from relay.transports import deflate
 from relay.transports.client_socket import ClientSocket
+from relay.transports.frames import (
+    BINARY,
+    CLOSE,
+    COMPRESSED,
+    PING_OPCODE,
+    PONG,
+    TEXT,
+    FrameReader,
+)
+from relay.transports.frames import ProtocolViolation as ProtocolViolation
 
 if TYPE_CHECKING:
     import asyncio
@@ -24,35 +36,32 @@ if TYPE_CHECKING:
     from relay.transports.heartbeat import Heartbeat
     from relay.transports.reaper import Reaper
 
-CONTINUATION, TEXT, BINARY, CLOSE, PING_OPCODE, PONG = 0, 1, 2, 8, 9, 10
-_OPCODES = frozenset({CONTINUATION, TEXT, BINARY, CLOSE, PING_OPCODE, PONG})
-
 # RFC 6455 section 1.3: appended to the client's key before hashing.
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 
-class ProtocolViolation(Exception):
-    """The client broke the protocol; `before` is what it had said correctly until then."""
-
-    def __init__(self, code: int, reason: str) -> None:
-        super().__init__(reason)
-        self.code = code
-        self.reason = reason
-        self.before: list[tuple[int, bytes]] = []
-
-
-def _frame(opcode: int, payload: bytes) -> bytes:
-    size = len(payload)
+def _frame(opcode: int, payload: bytes, bits: int = 0) -> bytes:
+    size, first = len(payload), 0x80 | bits | opcode
     if size < 126:
-        return bytes((0x80 | opcode, size)) + payload
+        return bytes((first, size)) + payload
     if size < 65536:
-        return struct.pack("!BBH", 0x80 | opcode, 126, size) + payload
-    return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
+        return struct.pack("!BBH", first, 126, size) + payload
+    return struct.pack("!BBQ", first, 127, size) + payload
 
 
 def frame_text(payload: bytes) -> bytes:
     """One text message, which must be UTF-8."""
     return _frame(TEXT, payload)
+
+
+def frame_compressed(payload: bytes, level: int = 1) -> bytes:
+    """One text message for clients that have agreed to permessage-deflate."""
+    return _frame(TEXT, deflate.deflate(payload, level), COMPRESSED)
+
+
+def frame_ping(payload: bytes) -> bytes:
+    """A ping; the answer has the same payload."""
+    return _frame(PING_OPCODE, payload)
 
 
 def frame_close(code: int, reason: str = "") -> bytes:
@@ -72,151 +81,6 @@ _EMPTY_PONG = _frame(PONG, b"")
 _EMPTY_PING, _EMPTY_PING_BYTES = b"\x89\x80", 6
 
 
-def parse_close(payload: bytes) -> int | None:
-    """The code of a client's close frame, None where it gave none."""
-    if not payload:
-        return None
-    if len(payload) == 1:
-        raise ProtocolViolation(1002, "close frame with half a code")
-    code: int = struct.unpack_from("!H", payload)[0]
-    # Section 7.4 and the IANA registry; 1004 to 1006 and 1015 never travel.
-    if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
-        raise ProtocolViolation(1002, "close code that may not be sent")
-    _check_utf8(payload[2:])
-    return code
-
-
-def _check_utf8(payload: bytes) -> None:
-    try:
-        payload.decode()
-    except UnicodeDecodeError:
-        raise ProtocolViolation(1007, "not UTF-8") from None
-
-
-def _unmask(payload: bytes, mask: bytes) -> bytes:
-    # XOR of two long integers is the fastest that Python has for this without an extension.
-    size = len(payload)
-    pad = (mask * (size // 4 + 1))[:size]
-    xor = int.from_bytes(payload, "little") ^ int.from_bytes(pad, "little")
-    return xor.to_bytes(size, "little")
-
-
-class FrameReader:
-    """Turns a client's bytes into messages and control frames, at most `max_bytes` a message.
-
-    Between messages it holds no buffer. After a ProtocolViolation it must not be fed again. The
-    first `skip_bytes` are dropped: some old clients send bytes of a draft before their first frame.
-    """
-
-    __slots__ = ("_kind", "_max_bytes", "_message", "_rest", "_skip")
-
-    def __init__(self, max_bytes: int, skip_bytes: int = 0) -> None:
-        self._max_bytes = max_bytes
-        self._skip = skip_bytes
-        self._rest: bytes | bytearray = b""
-        self._message: bytearray | None = None
-        self._kind = 0
-
-    @property
-    def within_frame(self) -> bool:
-        """Whether the next bytes belong to a frame that has begun."""
-        return bool(self._rest)
-
-    def feed(self, data: bytes) -> list[tuple[int, bytes]]:
-        """What `data` completes, in order: text and binary messages, pings, pongs, and a close
-        frame as the last, for nothing counts after it (section 5.5.1)."""
-        if self._skip:
-            data, self._skip = data[self._skip :], max(0, self._skip - len(data))
-        if self._rest:
-            self._rest += data
-            source: bytes | bytearray = self._rest
-        else:
-            source = data
-        found: list[tuple[int, bytes]] = []
-        start = 0
-        try:
-            while end := self._frame_at(source, start, found):
-                start = end
-                if found and found[-1][0] == CLOSE:
-                    start = len(source)
-                    break
-        except ProtocolViolation as violation:
-            violation.before = found
-            raise
-        if start == len(source):
-            self._rest = b""
-        elif start or source is data:
-            # A bytearray grows in place: a large frame in small pieces costs linear time.
-            self._rest = bytearray(memoryview(source)[start:])
-        return found
-
-    def _frame_at(
-        self, source: bytes | bytearray, start: int, found: list[tuple[int, bytes]]
-    ) -> int:
-        """Handle the frame at `start`; its end, or 0 while it is not complete."""
-        have = len(source) - start
-        if have < 2:
-            return 0
-        first, second = source[start], source[start + 1]
-        opcode = first & 0x0F
-        last = first >= 0x80
-        self._check_head(first, second, opcode, last=last)
-        size = second & 0x7F
-        at = start + 2
-        if size == 126:
-            if have < 4:
-                return 0
-            (size,) = struct.unpack_from("!H", source, at)
-            at += 2
-        elif size == 127:
-            if have < 10:
-                return 0
-            (size,) = struct.unpack_from("!Q", source, at)
-            at += 8
-        # Before the payload is waited for: what is too long is never held.
-        held = len(self._message) if self._message is not None and opcode < 8 else 0
-        if opcode < 8 and held + size > self._max_bytes:
-            raise ProtocolViolation(1009, f"more than {self._max_bytes} bytes")
-        end = at + 4 + size
-        if len(source) < end:
-            return 0
-        payload = _unmask(bytes(source[at + 4 : end]), bytes(source[at : at + 4])) if size else b""
-        self._accept(opcode, payload, found, last=last)
-        return end
-
-    def _check_head(self, first: int, second: int, opcode: int, *, last: bool) -> None:
-        if first & 0x70:
-            raise ProtocolViolation(1002, "reserved bits set")
-        if opcode not in _OPCODES:
-            raise ProtocolViolation(1002, "unknown opcode")
-        if second < 0x80:
-            raise ProtocolViolation(1002, "a client's frames must be masked")
-        if opcode >= 8:
-            # Section 5.5: control frames are short and whole.
-            if not last or second & 0x7F > 125:
-                raise ProtocolViolation(1002, "control frame too long or in fragments")
-        elif (opcode == CONTINUATION) != (self._message is not None):
-            raise ProtocolViolation(1002, "fragments out of order")
-
-    def _accept(
-        self, opcode: int, payload: bytes, found: list[tuple[int, bytes]], *, last: bool
-    ) -> None:
-        if opcode < 8:
-            if not last and opcode != CONTINUATION:
-                self._kind, self._message = opcode, bytearray(payload)
-                return
-            if self._message is not None:
-                self._message += payload
-                if not last:
-                    return
-                opcode, payload, self._message = self._kind, bytes(self._message), None
-            if opcode == TEXT:
-                _check_utf8(payload)
-        elif opcode == CLOSE:
-            parse_close(payload)
-        found.append((opcode, payload))
-
-
 def _tokens(request: web.Request | Asked, name: str) -> set[str]:
     return {
         part.strip().lower()
@@ -226,11 +90,15 @@ def _tokens(request: web.Request | Asked, name: str) -> set[str]:
 
 
 def accept_headers(
-    request: web.Request | Asked, versions: frozenset[str] = frozenset({"13"})
+    request: web.Request | Asked,
+    versions: frozenset[str] = frozenset({"13"}),
+    *,
+    compress: bool = False,
 ) -> bytes | web.Response:
     """The 101 head for a valid opening handshake (section 4.2), else the answer to send instead.
 
     `versions` that a door may add: 8, whose frames are the same (hybi-08 to -12 are drafts of it).
+    `compress`: agree to permessage-deflate; the caller has looked whether it is offered.
     """
     if (
         request.method != "GET"
@@ -252,7 +120,10 @@ def accept_headers(
     digest = hashlib.sha1(key.encode() + _GUID, usedforsecurity=False).digest()
     return (
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Accept: " + base64.b64encode(digest) + b"\r\n\r\n"
+        b"Sec-WebSocket-Accept: "
+        + base64.b64encode(digest)
+        + (b"\r\nSec-WebSocket-Extensions: " + deflate.AGREED if compress else b"")
+        + b"\r\n\r\n"
     )
 
 
@@ -277,7 +148,7 @@ class WebSocketConnection(ClientSocket):
     is set once the client has sent a close frame.
     """
 
-    __slots__ = ("_deaf", "_pong", "_reader", "goodbye", "on_binary", "on_text")
+    __slots__ = ("_deaf", "_pong", "_pong_counts", "_reader", "goodbye", "on_binary", "on_text")
 
     def __init__(
         self,
@@ -287,10 +158,14 @@ class WebSocketConnection(ClientSocket):
         reaper: Reaper,
         heartbeat: Heartbeat | None = None,
         skip_bytes: int = 0,
+        compressed: bool = False,
+        only_pong_counts: bool = False,
     ) -> None:
-        """`skip_bytes`: what this client sends before its first frame, see `FrameReader`."""
+        """`skip_bytes`: what this client sends before its first frame, see `FrameReader`.
+        `compressed`: it was agreed on. `only_pong_counts`: nothing else answers the heartbeat."""
         super().__init__(buffer_bytes=buffer_bytes, reaper=reaper, heartbeat=heartbeat)
-        self._reader = FrameReader(max_frame_bytes, skip_bytes)
+        self._reader = FrameReader(max_frame_bytes, skip_bytes, compressed=compressed)
+        self._pong_counts = only_pong_counts
         self._pong: bytes | None = None
         self._deaf = False
         self.goodbye = False
@@ -302,8 +177,9 @@ class WebSocketConnection(ClientSocket):
         self.close(frame_close(code, reason))
 
     def data_received(self, data: bytes) -> None:
-        """Whatever the client sends shows that it is there."""
-        self.silent_since = 0
+        """Whatever the client sends shows that it is there, where not a pong is asked for."""
+        if not self._pong_counts:
+            self.silent_since = 0
         if self._deaf:
             return
         # Thousands of clients may ping each second: nothing is taken apart for that.
@@ -329,6 +205,8 @@ class WebSocketConnection(ClientSocket):
                 self.on_text(payload)
             elif opcode == PING_OPCODE:
                 self._answer(payload)
+            elif opcode == PONG:
+                self.silent_since = 0
             elif opcode == BINARY:
                 if self.on_binary is None:
                     self.close_with(1003, "text only")

@@ -13,18 +13,16 @@ from aiohttp import ClientSession, WSMsgType, web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.transports.frames import FrameReader, ProtocolViolation, parse_close
 from relay.transports.reaper import Reaper
 from relay.transports.take_over import take_over
 from relay.transports.websocket import (
     PING,
-    FrameReader,
-    ProtocolViolation,
     WebSocketConnection,
     accept_headers,
     frame_close,
     frame_pong,
     frame_text,
-    parse_close,
 )
 from tests.unit.transports.serving import HANDSHAKE, Run, head_of, masked, raw_client, serving
 
