@@ -187,6 +187,7 @@ class Relay:
             instance=instance,
             decode=incoming.decode,
             spawn=self._spawn,
+            dead=self._worker.siblings.is_dead if self._worker else lambda _: False,
         )
 
         context = DoorContext(
@@ -201,6 +202,7 @@ class Relay:
             members=site.members,
             bus=site.bus,
             store=site.store,
+            presence=site.presence,
             spawn=self._spawn,
             http=http,
             read_token=lambda token: self._tokens.read(token),
@@ -227,6 +229,8 @@ class Relay:
             instance=instance,
             settings=config.jobs,
             namespace_of=self._namespace,
+            presence=site.presence,
+            dead=self._worker.siblings.is_dead if self._worker else lambda _: False,
         )
         server = Server(metrics=metrics, ready=lambda: self._not_ready(reader))
         reading = self._spawn(self._keep_reading(reader), name="reader")
@@ -277,6 +281,7 @@ class Relay:
             doors = {name: door for name, door, _ in self._doors}
             await drain(hub.sessions(), doors, self._config.node.drain_s)
             with contextlib.suppress(RelayError):
+                await site.presence.leave()
                 await heartbeat.leave()
                 await seats.leave()
         finally:

@@ -115,6 +115,25 @@ class Store(Protocol):
         """Before its time is over."""
 
 
+class Presence(Protocol):
+    """Who is in which channel, on all workers. Nothing need be refreshed; `info` is the door's own,
+    without a line break before its end."""
+
+    def add(self, channel: Channel, client: str, info: bytes) -> None:
+        """This worker's client is there from now on, or has another `info`. The ID is unique on
+        all workers."""
+
+    def remove(self, channel: Channel, client: str) -> None:
+        """It is not; nothing where it was not."""
+
+    def read(self, channel: Channel) -> Awaitable[Mapping[str, bytes]]:
+        """Everyone there, with the info; within seconds without those of a worker that died.
+        Unavailable where Redis is away."""
+
+    def on_gone(self, gone: Callable[[Channel, Mapping[str, bytes]], None]) -> None:
+        """`gone` is called with clients of a worker that died, on one of the others."""
+
+
 class Spawn(Protocol):
     """Starts a task of the relay."""
 
@@ -148,6 +167,7 @@ class DoorContext:
     members: Callable[[str], Awaitable[frozenset[str]]]
     bus: Bus
     store: Store
+    presence: Presence
     spawn: Spawn
     http: aiohttp.ClientSession
     read_token: Callable[[str], Principal]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
 from relay.errors import RelayError
-from relay.stream.nodes import DeadNodes, Lease
+from relay.stream.nodes import HEARTBEAT_S, DeadNodes, Lease, Silence
 from relay.stream.retention import trim
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from relay.model import Channel
     from relay.settings import JobSettings, NamespaceSettings
     from relay.stream.keys import Keys
+    from relay.stream.presence import SitePresence
 
 _log = logging.getLogger(__name__)
 
@@ -37,16 +38,23 @@ class Jobs:
         instance: str,
         settings: JobSettings,
         namespace_of: Callable[[Channel], NamespaceSettings],
+        presence: SitePresence,
+        dead: Callable[[str], bool] = lambda _: False,
     ) -> None:
+        """`dead` says of a worker that it is known to have died."""
         self._client = client
         self._keys = keys
         self._instance = instance
         self._namespace_of = namespace_of
-        self._dead_nodes = DeadNodes(client=client, keys=keys)
+        self._presence = presence
+        self._silence = Silence(client=client, keys=keys, dead=dead)
+        self._dead_nodes = DeadNodes(client=client, keys=keys, dead=dead, clear=presence.clear)
         self._leases: list[Lease] = []
         self._scheduler = AsyncIOScheduler(timezone="UTC")
         self._add("retention", self._trim, settings.retention_s)
         self._add("dead-nodes", self._remove_dead_nodes, settings.dead_nodes_s)
+        # Often, since clients wait to be told; but only where there are any.
+        self._add("presence", self._remove_absent, HEARTBEAT_S, lambda: presence.in_use)
 
     def start(self) -> None:
         """In the running loop."""
@@ -61,7 +69,13 @@ class Jobs:
             except RelayError as exc:
                 _log.info("a lease is left to expire: %s", exc)
 
-    def _add(self, name: str, job: Callable[[], Awaitable[None]], every_s: float) -> None:
+    def _add(
+        self,
+        name: str,
+        job: Callable[[], Awaitable[None]],
+        every_s: float,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
         lease = Lease(
             client=self._client,
             keys=self._keys,
@@ -74,7 +88,7 @@ class Jobs:
 
         async def run() -> None:
             try:
-                if await lease.hold():
+                if wanted() and await lease.hold():
                     await job()
             except RelayError as exc:
                 _log.warning("job %s is put off: %s", name, exc)
@@ -96,3 +110,7 @@ class Jobs:
     async def _remove_dead_nodes(self) -> None:
         for instance in await self._dead_nodes.remove():
             _log.info("groups of dead worker %s removed", instance)
+
+    async def _remove_absent(self) -> None:
+        for instance in await self._silence.look():
+            await self._presence.clear(instance)

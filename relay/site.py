@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from relay.stream import control, ephemeral
 from relay.stream.bus import SiteBus
 from relay.stream.history import History
+from relay.stream.presence import SitePresence
 from relay.stream.side_link import SideLink
 from relay.stream.store import SiteStore
 
@@ -30,11 +31,21 @@ class Site:
         instance: str,
         decode: Decode,
         spawn: Callable[..., object],
+        dead: Callable[[str], bool] = lambda _: False,
     ) -> None:
+        """`dead` says of a worker that it is known to have died."""
         self.bus = SiteBus(redis=redis, keys=keys, instance=instance)
         self.store = SiteStore(self.bus.link, keys)
         self._long = SideLink(redis)
         self.history = History(link=self._long, keys=keys, decode=decode, spawn=spawn)
+        self.presence = SitePresence(
+            link=self.bus.link,
+            long=self._long,
+            keys=keys,
+            instance=instance,
+            dead=dead,
+            spawn=spawn,
+        )
         self._keys = keys
 
     async def run(self) -> None:
@@ -42,6 +53,7 @@ class Site:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.bus.link.run(), name="bus")
             tasks.create_task(self._long.run(), name="history")
+            tasks.create_task(self.presence.run(), name="presence")
 
     async def wait_open(self) -> None:
         """Until both are connected."""

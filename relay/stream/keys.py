@@ -15,6 +15,8 @@ Cluster slot; a command or transaction over several keys stays within one worksp
 | `<p>nodes`                | set     | the workers that started            | the worker; jobs (2) |
 | `<p>node:<instance>`      | string  | one worker's heartbeat, JSON        | the worker; 15 s     |
 | `<p>users:<instance>`     | hash    | user -> connections on that worker  | the worker; 6 s      |
+| `<p>presence:{C}`         | hash    | client -> worker, newline, its info | the worker; jobs (2) |
+| `<p>present:<instance>`   | set     | channels with clients of the worker | the worker; jobs (2) |
 | `<p>canary:<instance>`    | string  | written to prove that wake-ups come | the worker; expires  |
 | `<p>lease:<name>`         | string  | who does this job for the site      | its holder; expires  |
 | `<p>store:<door>:<w>:<id>` | string | what a door keeps for all   | expires              |
@@ -25,7 +27,7 @@ Cluster slot; a command or transaction over several keys stays within one worksp
 | `<name>`, `<name>.<n>`    | list    | queue of commands; no prefix        | who takes them       |
 
 (1) retention trims entries; a stream that was never appended to and has no follower is removed
-together with (2) the groups and registration of dead workers.
+together with (2) the groups, registration and clients of dead workers.
 """
 
 from __future__ import annotations
@@ -95,6 +97,14 @@ class Keys:
     def users(self, instance: str) -> bytes:
         """How many connections each user has on one worker."""
         return f"{self._text}users:{instance}".encode()
+
+    def presence(self, channel: Channel) -> bytes:
+        """Who is in one workspace: client -> worker and info."""
+        return f"{self._text}presence:{{{channel}}}".encode()
+
+    def present(self, instance: str) -> bytes:
+        """The channels in which clients of one worker are present."""
+        return f"{self._text}present:{instance}".encode()
 
     def canary(self, instance: str) -> bytes:
         """Written again and again by the worker that waits for its invalidation."""

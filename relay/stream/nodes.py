@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -155,21 +155,30 @@ async def workers(client: Redis, keys: Keys) -> tuple[list[Node], list[str]]:
     return living, silent
 
 
-class DeadNodes:
-    """The job that clears away what dead workers left.
+class Silence:
+    """Which of the registered workers are dead.
 
     A worker counts as dead when every look for `patience_s` found no heartbeat: after an outage of
-    Redis all have expired, and the first worker back must not destroy the groups of the others.
+    Redis all have expired, and the first worker back must not take the others for dead. `dead` says
+    of a worker that it is known to have died; then nothing is waited for.
     """
 
-    def __init__(self, *, client: Redis, keys: Keys, patience_s: float = 2 * HEARTBEAT_S) -> None:
+    def __init__(
+        self,
+        *,
+        client: Redis,
+        keys: Keys,
+        dead: Callable[[str], bool] = lambda _: False,
+        patience_s: float = 2 * HEARTBEAT_S,
+    ) -> None:
         self._client = client
         self._keys = keys
+        self._dead = dead
         self._patience_s = patience_s
         self._silent_since: dict[str, float] = {}
 
-    async def remove(self) -> list[str]:
-        """Look once; the instances removed."""
+    async def look(self) -> list[str]:
+        """Once; their instances."""
         registry = await _registry(self._client, self._keys)
         now = asyncio.get_running_loop().time()
         self._silent_since = {
@@ -177,13 +186,40 @@ class DeadNodes:
             for instance, beat in registry.items()
             if beat is None
         }
-        dead = [
+        silent = (
             instance
             for instance, since in self._silent_since.items()
             if since < now and now - since >= self._patience_s
-        ]
+        )
+        return sorted({*silent, *filter(self._dead, registry)})
+
+
+class DeadNodes:
+    """The job that clears away what dead workers left, as `Silence` finds them; `clear` does so
+    with what is not of its own kind."""
+
+    def __init__(
+        self,
+        *,
+        client: Redis,
+        keys: Keys,
+        dead: Callable[[str], bool] = lambda _: False,
+        patience_s: float = 2 * HEARTBEAT_S,
+        clear: Callable[[str], Awaitable[None]] | None = None,
+    ) -> None:
+        self._client = client
+        self._keys = keys
+        self._clear = clear
+        self._silence = Silence(client=client, keys=keys, dead=dead, patience_s=patience_s)
+
+    async def remove(self) -> list[str]:
+        """Look once; the instances removed."""
+        dead = await self._silence.look()
         if not dead:
             return []
+        if self._clear is not None:
+            for instance in dead:
+                await self._clear(instance)
         names = [groups.group_of(instance) for instance in dead]
         async for found in connect.scan(self._client, self._keys.stream_pattern, BATCH):
             streams = [key for key in found if self._keys.channel_of_stream(key)]
@@ -192,8 +228,6 @@ class DeadNodes:
                 await remove_unused(self._client, streams)
         # Last: where anything before failed, the next look finds them again.
         await connect.command(self._client, "SREM", self._keys.nodes, *dead)
-        for instance in dead:
-            del self._silent_since[instance]
         return dead
 
     async def _destroy(self, streams: Sequence[bytes], names: Sequence[bytes]) -> None:

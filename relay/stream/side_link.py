@@ -44,6 +44,8 @@ class SideLink:
         self._on_message = on_message
         self._link: Link | None = None
         self._open = asyncio.Event()
+        # Called with each new connection, before anybody else can use it.
+        self.on_open: list[Callable[[], None]] = []
 
     @property
     def replication(self) -> tuple[bytes, bytes]:
@@ -115,6 +117,8 @@ class SideLink:
                     if isinstance(reply, hiredis.ReplyError):
                         raise CommandRefused("SUBSCRIBE", str(reply))
             self._link = link
+            for told in self.on_open:
+                told()
             self._open.set()
             await lost.wait()
         finally:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 
 import pytest
 from redis.asyncio import Redis
@@ -12,34 +11,12 @@ from redis.asyncio import Redis
 from relay.errors import Unavailable
 from relay.hub.recovery import incarnation_of
 from relay.model import Broken, Channel, Event, Revocation
-from relay.site import Site
-from relay.stream.entry import decode
-from relay.stream.keys import Keys
 from tests.support.clients import until, within
+from tests.support.site import site
 from tests.support.valkey import Server, running
 
 pytestmark = pytest.mark.redis
 NEWS = Channel("news")
-
-
-@asynccontextmanager
-async def site(server: Server, instance: str) -> AsyncIterator[Site]:
-    async with asyncio.TaskGroup() as group:
-
-        def spawn(*arguments: object, **named: object) -> object:
-            return group.create_task(*arguments, **named)  # type: ignore[arg-type]
-
-        one = Site(
-            redis=server.settings(),
-            keys=Keys("relay:"),
-            instance=instance,
-            decode=lambda channel, entry_id, fields: decode(channel, entry_id, fields, 1000),
-            spawn=spawn,
-        )
-        task = group.create_task(one.run())
-        await within(5, one.wait_open())
-        yield one
-        task.cancel()
 
 
 async def test_the_bus_keeps_order_and_says_who_is_not_there(server: Server) -> None:

@@ -1,0 +1,65 @@
+"""What doors share over all workers, without the rest of a relay; also as a process to be killed.
+
+python -m tests.support.site REDIS_URL INSTANCE CHANNEL CLIENTS
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from relay.model import Channel
+from relay.settings import RedisSettings
+from relay.site import Site
+from relay.stream.connect import redis_client
+from relay.stream.entry import decode
+from relay.stream.keys import Keys
+from relay.stream.nodes import Heartbeat, this_node
+from tests.support.clients import within
+from tests.support.valkey import Server
+
+
+@asynccontextmanager
+async def site(
+    server: Server | RedisSettings, instance: str, dead: Callable[[str], bool] = lambda _: False
+) -> AsyncIterator[Site]:
+    """One worker's."""
+    async with asyncio.TaskGroup() as group:
+
+        def spawn(*arguments: object, **named: object) -> object:
+            return group.create_task(*arguments, **named)  # type: ignore[arg-type]
+
+        one = Site(
+            redis=server.settings() if isinstance(server, Server) else server,
+            keys=Keys("relay:"),
+            instance=instance,
+            decode=lambda channel, entry_id, fields: decode(channel, entry_id, fields, 1000),
+            spawn=spawn,
+            dead=dead,
+        )
+        task = group.create_task(one.run())
+        await within(5, one.wait_open())
+        yield one
+        task.cancel()
+
+
+async def _be_present(url: str, instance: str, channel: str, clients: int) -> None:
+    settings = RedisSettings(url=url)
+    async with redis_client(settings) as client, site(settings, instance) as one:
+        node = this_node("test", instance, "1")
+        heartbeat = Heartbeat(client=client, keys=Keys("relay:"), node=node)
+        await heartbeat.beat()
+        for number in range(clients):
+            one.presence.add(Channel(channel), f"{instance}-{number}", b"{}")
+        while len(await one.presence.read(Channel(channel))) < clients:
+            await asyncio.sleep(0)
+        await one.presence.check()
+        print("present", flush=True)  # noqa: T201  # whoever started it waits for this
+        await heartbeat.run()
+
+
+if __name__ == "__main__":
+    _, url, instance, channel, clients = sys.argv
+    asyncio.run(_be_present(url, instance, channel, int(clients)))
