@@ -96,14 +96,21 @@ class Answer:
 
     def raw(self, *, reusable: bool) -> bytes:
         """As bytes of HTTP/1.1."""
+        # RFC 9110 section 8.6: 204 and 304 have no body and no length.
+        extra = [] if self.status in (204, 304) else [f"Content-Length: {len(self.body)}"]
+        if not reusable:
+            extra.append("Connection: close")
+        return self._lines(extra) + self.body
+
+    def unbounded(self) -> bytes:
+        """As the beginning of a response that ends with its connection, for `Exchange.take`."""
+        # nginx would otherwise hold back what follows until its buffer is full.
+        return self._lines(["X-Accel-Buffering: no", "Connection: close"]) + self.body
+
+    def _lines(self, extra: list[str]) -> bytes:
         lines = [f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}"]
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
-        # RFC 9110 section 8.6: 204 and 304 have no body and no length.
-        if self.status not in (204, 304):
-            lines.append(f"Content-Length: {len(self.body)}")
-        if not reusable:
-            lines.append("Connection: close")
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + self.body
+        return ("\r\n".join([*lines, *extra]) + "\r\n\r\n").encode("latin-1")
 
     def encode(self) -> bytes:
         """For another worker."""

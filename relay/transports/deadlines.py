@@ -1,0 +1,57 @@
+"""Many clients that wait for the same length of time, on one timer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Deadlines(Generic[T]):
+    """Calls `on_due` for each item `delay_s` after it was added, unless it was removed first."""
+
+    def __init__(self, delay_s: float, on_due: Callable[[T], None]) -> None:
+        self._delay_s = delay_s
+        self._on_due = on_due
+        # All have the same delay, so the order of insertion is the order of the deadlines.
+        self._due: dict[T, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._due)
+
+    def __contains__(self, item: T) -> bool:
+        return item in self._due
+
+    def add(self, item: T) -> None:
+        """Start the item's time, anew if it was running."""
+        self._due.pop(item, None)
+        loop = asyncio.get_running_loop()
+        self._due[item] = due = loop.time() + self._delay_s
+        if self._timer is None:
+            self._timer = loop.call_at(due, self._on_timer)
+
+    def remove(self, item: T) -> None:
+        """Forget the item; without items there is no timer."""
+        self._due.pop(item, None)
+        if not self._due and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _on_timer(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = None
+        now = loop.time()
+        overdue = []
+        for item, due in self._due.items():
+            if due > now:
+                break
+            overdue.append(item)
+        for item in overdue:
+            # Another one's end may have taken it away.
+            if self._due.pop(item, None) is not None:
+                self._on_due(item)
+        if self._due and self._timer is None:
+            self._timer = loop.call_at(next(iter(self._due.values())), self._on_timer)

@@ -1,0 +1,96 @@
+"""SockJS's answers that belong to no session: headers, greeting, info and the iframe's page."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import secrets
+from collections.abc import Iterable
+from email.utils import formatdate
+from time import time
+
+from multidict import MultiMapping
+
+from relay.transports.exchange import Answer
+
+PLAIN = "text/plain; charset=UTF-8"
+SCRIPT = "application/javascript; charset=UTF-8"
+HTML = "text/html; charset=UTF-8"
+_YEAR_S = 31_536_000
+
+NOT_CACHED = {"Cache-Control": "no-store, no-cache, no-transform, must-revalidate, max-age=0"}
+
+# Internet Explorer shows nothing of a page before it has this much (sockjs-protocol, "HtmlFile").
+_HTMLFILE_BYTES = 1024
+
+
+def cors(headers: MultiMapping[str]) -> dict[str, str]:
+    """Any page may read the answer: who a client is, it says in its messages, not by cookie."""
+    origin = headers.get("Origin", "")
+    answer = {"Access-Control-Allow-Origin": origin if origin and origin.isascii() else "*"}
+    if origin and origin.isascii():
+        answer |= {"Access-Control-Allow-Credentials": "true", "Vary": "Origin"}
+    wanted = headers.get("Access-Control-Request-Headers", "")
+    if wanted and wanted != "null" and wanted.isascii():
+        answer["Access-Control-Allow-Headers"] = wanted
+    return answer
+
+
+def _cached() -> dict[str, str]:
+    return {
+        "Cache-Control": f"public, max-age={_YEAR_S}",
+        "Expires": formatdate(time() + _YEAR_S, usegmt=True),
+    }
+
+
+def preflight(headers: MultiMapping[str], methods: str) -> Answer:
+    """The answer to OPTIONS."""
+    allowed = {"Access-Control-Allow-Methods": methods, "Access-Control-Max-Age": str(_YEAR_S)}
+    return Answer(204, b"", _cached() | cors(headers) | allowed)
+
+
+def not_allowed(methods: Iterable[str]) -> Answer:
+    """Another method than these."""
+    return Answer(405, b"", {"Allow": ", ".join(methods)})
+
+
+def greeting() -> Answer:
+    """Of the base address."""
+    return Answer(200, b"Welcome to SockJS!\n", {"Content-Type": PLAIN})
+
+
+def info(headers: MultiMapping[str]) -> Answer:
+    """What a client asks first. Browsers of old had no randomness of their own."""
+    body = (
+        b'{"websocket":true,"cookie_needed":false,"origins":["*:*"],"entropy":%d}\n'
+        % secrets.randbits(32)
+    )
+    kind = {"Content-Type": "application/json; charset=UTF-8"}
+    return Answer(200, body, kind | NOT_CACHED | cors(headers))
+
+
+def iframe(headers: MultiMapping[str], sockjs_url: str) -> Answer:
+    """A page on this server's origin that loads the client, for transports that cannot cross."""
+    body = (
+        '<!DOCTYPE html>\n<html>\n<head>\n<meta charset="UTF-8">\n'
+        '<meta http-equiv="X-UA-Compatible" content="IE=edge">\n'
+        f'<script src="{html.escape(sockjs_url)}"></script>\n'
+        "<script>document.domain = document.domain; SockJS.bootstrap_iframe();</script>\n"
+        "</head>\n<body></body>\n</html>\n"
+    ).encode()
+    tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+    known = [each.strip() for each in headers.get("If-None-Match", "").split(",")]
+    if tag in known or f"W/{tag}" in known:
+        return Answer(304, b"", _cached() | {"ETag": tag})
+    return Answer(200, body, {"Content-Type": HTML, "ETag": tag} | _cached())
+
+
+def htmlfile_page(callback: str) -> bytes:
+    """The beginning of an htmlfile response: `callback` is an object of the page around it."""
+    page = (
+        '<!doctype html>\n<html><head>\n<meta http-equiv="Content-Type" '
+        'content="text/html; charset=UTF-8">\n</head><body>\n<script>\n'
+        f"document.domain = document.domain;\nvar c = parent.{callback};\nc.start();\n"
+        "function p(d) { c.message(d); }\nwindow.onload = function() { c.stop(); };\n</script>\n"
+    ).encode()
+    return page.ljust(_HTMLFILE_BYTES) + b"\r\n\r\n"

@@ -1,0 +1,107 @@
+"""Two workers with the echo door; a client talks to the one or to both in turn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+import uvloop
+from aiohttp import ClientResponse, ClientSession, TCPConnector
+
+from relay.transports.sockjs.sessions import SockJsOptions
+from tests.support.bus import Wire
+from tests.support.sockjs import OPTIONS, EchoDoor, MemoryStore, serving
+
+
+class Site:
+    """The workers, and a browser that cannot choose between them."""
+
+    def __init__(self, mode: str, options: SockJsOptions) -> None:
+        self.mode = mode
+        self.wire = Wire()
+        self.store = MemoryStore()
+        self.doors = [EchoDoor(self.wire.bus(name), self.store, options) for name in ("one", "two")]
+        self.ports: list[int] = []
+        self.http: ClientSession
+        self._turn = 0
+        self._ids = 0
+
+    @property
+    def door(self) -> EchoDoor:
+        """The one that has the sessions."""
+        return self.doors[0]
+
+    def session(self, door: str = "echo") -> str:
+        """The path of a new session."""
+        self._ids += 1
+        return f"/{door}/000/s{self._ids}"
+
+    def url(self, path: str) -> str:
+        """At the first worker, or for `turns` at each in turn."""
+        port = self.ports[self._turn % 2 if self.mode == "turns" else 0]
+        self._turn += 1
+        return f"http://127.0.0.1:{port}{path}"
+
+    @asynccontextmanager
+    async def request(
+        self, method: str, path: str, data: bytes | None = None, **headers: str
+    ) -> AsyncIterator[ClientResponse]:
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        async with self.http.request(
+            method, self.url(path), data=data, headers=names, allow_redirects=False
+        ) as response:
+            yield response
+
+    async def fetch(
+        self, method: str, path: str, data: bytes | None = None, **headers: str
+    ) -> tuple[int, bytes]:
+        async with self.request(method, path, data, **headers) as response:
+            return response.status, await response.read()
+
+    async def get(self, path: str) -> bytes:
+        status, body = await self.fetch("GET", path)
+        assert status == 200
+        return body
+
+    async def post(self, path: str, data: bytes = b"") -> bytes:
+        status, body = await self.fetch("POST", path, data)
+        assert status == 200
+        return body
+
+    async def send(self, session: str, *messages: str) -> None:
+        body = ("[" + ",".join(f'"{each}"' for each in messages) + "]").encode()
+        assert await self.fetch("POST", session + "/xhr_send", body) == (204, b"")
+
+
+Main = Callable[[Site], Awaitable[None]]
+RunSite = Callable[..., None]
+
+
+@pytest.fixture(params=["local-asyncio", "local-uvloop", "turns-asyncio", "turns-uvloop"])
+def on_site(request: pytest.FixtureRequest) -> RunSite:
+    """Run a test on one worker, and with a session on one and requests to both."""
+    mode, _, kind = str(request.param).partition("-")
+    factory = uvloop.new_event_loop if kind == "uvloop" else asyncio.new_event_loop
+    reported: list[object] = []
+
+    def go(main: Main, options: SockJsOptions = OPTIONS) -> None:
+        async def all_of_it() -> None:
+            loop = asyncio.get_running_loop()
+            loop.set_exception_handler(lambda _, what: reported.append(what))
+            site = Site(mode, options)
+            async with (
+                asyncio.timeout(15),
+                serving(site.doors[0].routes) as one,
+                serving(site.doors[1].routes) as two,
+                ClientSession(connector=TCPConnector(limit=0)) as site.http,
+            ):
+                site.ports = [one, two]
+                await main(site)
+
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(all_of_it())
+        assert not reported
+
+    return go

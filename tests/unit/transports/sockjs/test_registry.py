@@ -1,0 +1,132 @@
+"""Who has a session: asked once, kept cheaply, and no obstacle when its worker is gone."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from relay.transports.sockjs import registry as module
+from relay.transports.sockjs.registry import Registry
+from tests.support.sockjs import MemoryStore
+from tests.unit.transports.sockjs.conftest import RunSite, Site
+
+
+def registry(store: MemoryStore, instance: str) -> Registry:
+    def spawn(coroutine: object, *, name: str) -> object:
+        return asyncio.get_running_loop().create_task(coroutine, name=name)  # type: ignore[arg-type]
+
+    return Registry(door="d", instance=instance, store=store, spawn=spawn)
+
+
+async def test_the_first_to_claim_is_the_owner_until_it_lets_go() -> None:
+    store = MemoryStore()
+    one, two = registry(store, "one"), registry(store, "two")
+    assert await one.owner("s") is None
+    assert await one.claim("s") == "one"
+    assert await two.claim("s") == "one"
+    asked = store.asked
+    # Remembered.
+    assert await two.owner("s") == await two.claim("s") == "one"
+    assert store.asked == asked
+    one.release("s")
+    await asyncio.sleep(0)
+    assert not store.values
+    two.forget("s")
+    assert await two.owner("s") is None
+    assert await two.claim("s") == "two"
+    two.release("s")
+
+
+async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_KNOWN", 2)
+    store = MemoryStore()
+    one, two = registry(store, "one"), registry(store, "two")
+    for name in "abc":
+        await one.claim(name)
+        await two.owner(name)
+    asked = store.asked
+    assert [await two.owner(name) for name in "cb"] == ["one", "one"]
+    assert store.asked == asked
+    assert await two.owner("a") == "one"
+    assert store.asked == asked + 1
+    for name in "abc":
+        one.release(name)
+
+
+async def test_all_entries_are_kept_alive_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_REFRESH_S", 0.01)
+    store = MemoryStore()
+    one = registry(store, "one")
+    for number in range(50):
+        await one.claim(str(number))
+    kept = dict(store.values)
+    store.values.clear()
+    asked = store.asked
+    while not store.values:
+        await asyncio.sleep(0.001)
+    assert store.values == kept
+    assert store.asked == asked + 1
+    for number in range(50):
+        one.release(str(number))
+    await asyncio.sleep(0)
+    assert one._timer is None
+
+
+async def test_the_session_id_is_not_told_to_redis() -> None:
+    store = MemoryStore()
+    one = registry(store, "one")
+    await one.claim("secret\udcff")
+    (name,) = store.values
+    assert name.startswith("d:sockjs:")
+    assert "secret" not in name
+    one.release("secret\udcff")
+
+
+def test_only_the_first_request_of_a_session_asks_redis(on_site: RunSite) -> None:
+    async def main(site: Site) -> None:
+        session = site.session()
+        assert await site.post(session + "/xhr") == b"o\n"
+        await site.send(session, "x")
+        asked = site.store.asked
+        for _ in range(10):
+            await site.send(session, "x")
+        assert site.store.asked == asked == (1 if site.mode == "local" else 2)
+
+    on_site(main)
+
+
+def test_the_client_of_a_dead_worker_begins_anew(on_site: RunSite) -> None:
+    async def main(site: Site) -> None:
+        if site.mode == "local":
+            return
+        session = site.session()
+        assert await site.post(session + "/xhr") == b"o\n"  # at the first worker
+        await site.send(session, "x")  # by way of the second
+        site.wire.dead.add("one")
+        site.ports[0] = site.ports[1]
+        # There is no telling what it had: so the client is told that its session is another.
+        assert (await site.fetch("POST", session + "/xhr_send", b'["x"]'))[0] == 404
+        assert await site.post(session + "/xhr") == b"o\n"
+        await site.send(session, "y")
+        assert await site.post(session + "/xhr") == b'a["y"]\n'
+
+    on_site(main)
+
+
+@pytest.mark.parametrize("path", ["xhr", "xhr_send", "xhr_streaming"])
+def test_without_redis_a_new_session_is_refused_and_old_ones_go_on(
+    on_site: RunSite, path: str
+) -> None:
+    async def main(site: Site) -> None:
+        session = site.session()
+        for _ in range(2):
+            await site.fetch("POST", session + "/xhr", b"")
+            await site.send(session, "x")
+
+        site.store.away = True
+        status, text = await site.fetch("POST", site.session() + "/" + path, b'["x"]')
+        assert (status, text) == (503, b"Service Unavailable\n")
+        assert await site.post(session + "/xhr") == b'a["x"]\n'
+
+    on_site(main)
