@@ -200,6 +200,7 @@ class Relay:
             unsubscribe=site.unsubscribe,
             history=site.history.read,
             members=site.members,
+            on_command=admission.on_command.__setitem__,
             bus=site.bus,
             store=site.store,
             presence=site.presence,

@@ -148,10 +148,11 @@ class DoorContext:
     `subscribe` asks the rights sources that take time, then the hub; the session's client is told
     in a later turn. `whisper` publishes an event of the ephemeral kind, and nobody learns whether
     it arrived; ValueError where it cannot be one. `disconnect` and `unsubscribe` concern a user's
-    connections on all workers. `history` has the newest events of a channel, at least so many if
-    there are (Unavailable where Redis is away). `members` reads a group that the application keeps,
-    the Redis set `<prefix>group:<name>` of users (Unavailable likewise). `read_token` turns a
-    native JWT into a principal (Unauthorized otherwise). `ready` says whether streams are being
+    connections on all workers. `on_command` (a door's name, its function) hears the control
+    stream's commands for that door. `history` has the newest events of a channel, at least so many
+    if there are (Unavailable where Redis is away). `members` reads a group that the application
+    keeps, the Redis set `<prefix>group:<name>` of users (Unavailable likewise). `read_token` turns
+    a native JWT into a principal (Unauthorized otherwise). `ready` says whether streams are being
     read. `spawn` runs a task that ends with the relay; an exception that it lets out ends the
     relay. `http` is for requests to applications. `insecure` concerns the native door only.
     """
@@ -165,6 +166,7 @@ class DoorContext:
     unsubscribe: Command
     history: Callable[[Channel, int], Awaitable[Snapshot]]
     members: Callable[[str], Awaitable[frozenset[str]]]
+    on_command: Callable[[str, Callable[[str], None]], None]
     bus: Bus
     store: Store
     presence: Presence

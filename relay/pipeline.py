@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from relay.errors import RelayError
 from relay.model import Broken, Channel, EntryID, Event, Record
 from relay.stream import dead_letters, ephemeral
-from relay.stream.control import ControlCommand, Disconnect, DropRights, Unsubscribe
+from relay.stream.control import ControlCommand, Disconnect, DoorCommand, DropRights, Unsubscribe
 from relay.stream.entry import decode
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ class Admission:
     def __init__(self, policy: Policy, spawn: Callable[..., object]) -> None:
         self.policy = policy
         self.hub: Hub | None = None
+        # By door: what it does with the commands that only it understands.
+        self.on_command: dict[str, Callable[[str], None]] = {}
         self._spawn = spawn
         # Answers of the application that clients here rest on, by the time they run out.
         self._due: list[tuple[float, int, Principal, Channel]] = []
@@ -178,6 +180,10 @@ class Admission:
                 hub.disconnect_user(command.user, "disconnected", command.door)
             case Unsubscribe():
                 hub.drop_subscription(command.channel, command.user, "unsubscribed", command.door)
+            case DoorCommand():
+                # A door that is shut here has nobody whom it could concern.
+                if command.door in self.on_command:
+                    self.on_command[command.door](command.payload)
             case DropRights():
                 if self.policy.http is not None:
                     self.policy.http.drop(command.channel, command.user)

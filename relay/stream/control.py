@@ -48,12 +48,23 @@ class DropRights:
     user: str | None = None
 
 
-ControlCommand = Disconnect | Unsubscribe | DropRights
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoorCommand:
+    """What only one door understands, as its producer wrote it."""
+
+    door: str
+    payload: str
+
+
+ControlCommand = Disconnect | Unsubscribe | DropRights | DoorCommand
 _NAMES = {Disconnect: "disconnect", Unsubscribe: "unsubscribe", DropRights: "drop-rights"}
 
 
 def encode(command: ControlCommand) -> list[bytes]:
     """Flat fields for XADD."""
+    if isinstance(command, DoorCommand):
+        words = ["command", "door", "door", command.door, "payload", command.payload]
+        return [word.encode() for word in words]
     channel = None if isinstance(command, Disconnect) else command.channel
     fields = ["command", _NAMES[type(command)]]
     if channel is not None:
@@ -82,6 +93,8 @@ def decode(entry_id: EntryID, fields: Sequence[bytes]) -> ControlCommand | None:
                 return Disconnect(user=user, door=door)
             case "unsubscribe", _, str():
                 return Unsubscribe(channel=channel, user=user, door=door)
+            case "door", None, None if door is not None and "payload" in values:
+                return DoorCommand(door=door, payload=values["payload"])
             case "drop-rights", _, _:
                 return DropRights(channel=channel, user=user)
             case name, _, _:

@@ -10,6 +10,7 @@ from relay.model import Channel, EntryID
 from relay.stream.control import (
     ControlCommand,
     Disconnect,
+    DoorCommand,
     DropRights,
     Unsubscribe,
     decode,
@@ -24,6 +25,7 @@ channels = st.sampled_from([Channel("news"), Channel("team:ä")])
 @given(
     st.builds(Disconnect, user=users, door=st.none() | users)
     | st.builds(Unsubscribe, channel=st.none() | channels, user=users, door=st.none() | users)
+    | st.builds(DoorCommand, door=users, payload=users)
     | st.builds(DropRights, channel=st.none() | channels, user=st.none() | users)
 )
 def test_decode_gives_back_what_was_encoded(command: ControlCommand) -> None:
@@ -41,6 +43,8 @@ def test_decode_gives_back_what_was_encoded(command: ControlCommand) -> None:
         [b"command", b"unsubscribe", b"user", b"anna", b"channel", b"a b"],
         [b"command", b"disconnect", b"user", b"anna", b"channel", b"news"],
         [b"user"],
+        [b"command", b"door", b"door", b"socketio"],
+        [b"command", b"door", b"payload", b"{}"],
     ],
 )
 def test_what_is_not_understood_is_skipped_and_logged(
