@@ -1,4 +1,4 @@
-"""The Centrifugo door's paths: so far `/api/` and whatever lies below it."""
+"""The Centrifugo door's paths: its clients', and `/api/` and whatever lies below it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from producers.commands import Invalid
 from relay.protocols.centrifugo import api, codec
 from relay.protocols.centrifugo.foreign import CentrifugoForeign
 from relay.protocols.centrifugo.settings import CentrifugoSettings
+from relay.protocols.centrifugo.sockets import Sockets
 
 if TYPE_CHECKING:
     from relay.frontdoor import DoorContext, Listener
@@ -28,9 +29,12 @@ class MountedCentrifugo:
 
     def __init__(self, context: DoorContext, settings: CentrifugoSettings) -> None:
         self._context = context
+        prefix = settings.http_prefix.rstrip("/")
+        self._sockets = Sockets(context, settings)
         self.routes: Sequence[web.AbstractRouteDef] = [
-            web.route("*", "/api", _moved),
-            web.route("*", "/api/{rest:.*}", self._api),
+            *self._sockets.routes(prefix),
+            web.route("*", f"{prefix}/api", _moved),
+            web.route("*", f"{prefix}/api/{{rest:.*}}", self._api),
         ]
         self.reload(settings)
 
@@ -38,9 +42,11 @@ class MountedCentrifugo:
         """See `relay.frontdoor.Mounted`. An empty secret refuses all from now on."""
         self._secret = settings.secret.get_secret_value().encode()
         self._max_bytes = settings.api_max_bytes
+        self._sockets.reload(settings)
 
     async def closed(self) -> None:
-        """No socket outlives its request."""
+        """See `relay.frontdoor.Mounted`."""
+        await self._sockets.closed()
 
     async def _api(self, request: web.Request) -> web.Response:
         try:
@@ -121,7 +127,7 @@ def _wants_ids(request: web.Request) -> bool:
 
 async def _moved(request: web.Request) -> web.Response:
     query = f"?{request.query_string}" if request.query_string else ""
-    return web.Response(status=301, headers={"Location": f"/api/{query}"})
+    return web.Response(status=301, headers={"Location": f"{request.path}/{query}"})
 
 
 def _plain(status: int, text: str) -> web.Response:

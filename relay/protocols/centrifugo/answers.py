@@ -1,0 +1,61 @@
+"""Replies in the order of their frames: what one frame asked is answered together.
+
+A subscription may stand before its reply can leave. Then the client must not be given anything
+until it does, for what follows the reply may not come before it: `held` counts those.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from producers.commands import Command
+from relay.protocols.centrifugo import client_codec as codec
+
+
+class _Batch:
+    __slots__ = ("held", "left", "replies")
+
+    def __init__(self, count: int) -> None:
+        self.replies = [b""] * count
+        self.left = count
+        self.held = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """The place of one command's reply."""
+
+    command: Command
+    batch: _Batch
+    index: int
+
+
+class Answers:
+    """What is still to be answered; `send` takes the JSON text of one frame's reply."""
+
+    __slots__ = ("_batches", "_send", "held")
+
+    def __init__(self, send: Callable[[bytes], None]) -> None:
+        self._send = send
+        self._batches: deque[_Batch] = deque()
+        self.held = 0
+
+    def expect(self, commands: Sequence[Command]) -> list[Slot]:
+        """The commands of the next frame."""
+        batch = _Batch(len(commands))
+        self._batches.append(batch)
+        return [Slot(command, batch, index) for index, command in enumerate(commands)]
+
+    def fill(self, slot: Slot, reply: bytes, *, holds: bool = False) -> None:
+        """One reply; sends what is complete. `holds`: nothing may come before it."""
+        batch = slot.batch
+        batch.replies[slot.index] = reply
+        batch.left -= 1
+        batch.held += holds
+        self.held += holds
+        while self._batches and not self._batches[0].left:
+            done = self._batches.popleft()
+            self.held -= done.held
+            self._send(codec.batch(done.replies))

@@ -1,0 +1,416 @@
+"""One client of Centrifugo v1: commands in, hub calls and replies out. No I/O of its own.
+
+Commands are carried out in the order in which they came; subscriptions that follow each other wait
+for their streams together. What v1 calls fatal closes the connection with code 3000 and a reason
+in JSON, and the rest of its frame is not answered.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
+
+from producers.commands import Invalid
+from relay.errors import LimitExceeded, RelayError
+from relay.model import Channel, Principal
+from relay.protocols.centrifugo import client_codec as codec
+from relay.protocols.centrifugo import requests
+from relay.protocols.centrifugo.answers import Answers, Slot
+from relay.protocols.centrifugo.door import Door, Fatal
+from relay.protocols.centrifugo.encoders import DOOR, Format
+from relay.protocols.centrifugo.gojson import is_json
+from relay.protocols.centrifugo.subscriptions import Subscriptions
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from relay.hub.recovery import Notice
+    from relay.hub.session import Session, Subscription
+
+CLOSE_CODE = 3000
+# Commands that wait for their turn before no more is read from the client.
+_WAITING = 64
+_DISCONNECTS = {"disconnected": ("disconnect", False), "stopping": ("shutting down", True)}
+
+
+class Socket(Protocol):
+    """The client's socket: a websocket or a SockJS session."""
+
+    full: bool
+
+    def write(self, data: bytes) -> None:
+        """Framed bytes."""
+
+    def close(self, last: bytes = b"") -> None:
+        """After everything is out."""
+
+    def close_with(self, code: int, reason: str = "") -> None:
+        """Close with a code and a reason."""
+
+    def abort(self) -> None:
+        """Close now."""
+
+    def waiting_bytes(self) -> int:
+        """What is held for the client."""
+
+    def pause_reading(self) -> None:
+        """Nothing more from the client for now."""
+
+    def resume_reading(self) -> None:
+        """Go on."""
+
+
+class Connection:
+    """The table, and the hub's view of the client (`relay.hub.session.Client`)."""
+
+    __slots__ = (
+        "_answers",
+        "_busy",
+        "_held",
+        "_info",
+        "_reading",
+        "_socket",
+        "_timer",
+        "_waiting",
+        "client",
+        "closed",
+        "door",
+        "format",
+        "pending",
+        "session",
+        "subscriptions",
+    )
+
+    def __init__(self, door: Door, encoder: Format, client: str) -> None:
+        """`client` is the new connection's ID, a UUID."""
+        self.door = door
+        self.format = encoder
+        self.client = client
+        self.session: Session | None = None
+        self.closed = False
+        self.subscriptions = Subscriptions(door, self)
+        # Commands under way, of which only subscriptions may be several.
+        self.pending = 0
+        self._info = ""
+        self._socket: Socket | None = None
+        self._answers = Answers(self._say)
+        # None stands for a frame that cannot be read.
+        self._waiting: deque[Slot | None] = deque()
+        self._busy = self._held = False
+        self._reading = True
+        self._timer: asyncio.TimerHandle | None = None
+
+    def attached(self, socket: Socket) -> None:
+        """The socket is there; the client has some time to say who it is."""
+        self._socket = socket
+        self.door.unauthenticated.add(self)
+        if delay := self.door.settings.stale_connection_close_delay:
+            self._timer = self.door.call_later(delay, lambda: self.close("stale"))
+
+    @property
+    def user(self) -> str:
+        """'' for who has no name, or has not said it yet."""
+        return self.session.principal.user if self.session is not None else ""
+
+    def info(self, name: str) -> bytes:
+        """Who this client is in a channel, as pushes and presence say it."""
+        return codec.info_json(self.user, self.client, self._info, self.subscriptions.info(name))
+
+    # ---- from the client ------------------------------------------------------------------------
+
+    def on_frame(self, frame: bytes) -> None:
+        """One frame; it is dealt with once those before it have been."""
+        if self.closed:
+            return
+        try:
+            self._waiting.extend(self._answers.expect(codec.parse(frame)))
+        except Invalid:
+            self._waiting.append(None)
+        self._advance()
+
+    def _advance(self) -> None:
+        if self._busy or self.closed:
+            return
+        self._busy = True
+        try:
+            while self._waiting and not self.closed:
+                slot = self._waiting.popleft()
+                if not self._begin(slot):
+                    self._waiting.appendleft(slot)
+                    break
+        except Invalid:
+            self.close(codec.INVALID_MESSAGE)
+        except Fatal as fatal:
+            self.close(fatal.reason, reconnect=fatal.reconnect)
+        finally:
+            self._busy = False
+        self._read_or_not()
+
+    def _begin(self, slot: Slot | None) -> bool:
+        """Whether its turn had come, and it was begun."""
+        method = "" if slot is None else slot.command.method
+        if self.pending and not (
+            method == "subscribe" and self.pending == self.subscriptions.asked
+        ):
+            return False
+        if self._socket is None or self._socket.full:
+            # Who does not read is not given answers that would have to be kept.
+            return False
+        if slot is None:
+            raise Fatal(codec.INVALID_MESSAGE)
+        if self.session is None and method != "connect":
+            raise Fatal(codec.UNAUTHORIZED)
+        handler = _METHODS.get(method)
+        if handler is None:
+            raise Fatal(codec.METHOD_NOT_FOUND)
+        return handler(self, slot)
+
+    def _read_or_not(self) -> None:
+        reading = len(self._waiting) < _WAITING
+        if reading == self._reading or self._socket is None or self.closed:
+            return
+        self._reading = reading
+        if reading:
+            self._socket.resume_reading()
+        else:
+            self._socket.pause_reading()
+
+    def connect(self, slot: Slot) -> bool:
+        """Answered once the user's connections on all workers have been counted."""
+        if self.session is not None:
+            raise Fatal(codec.INVALID_MESSAGE)
+        given = codec.credentials(slot.command.params)
+        settings, now = self.door.settings, self.door.clock()
+        timestamp = int(now) if settings.insecure else self.door.timestamp(given)
+        ends = None
+        if settings.connection_lifetime and not settings.insecure:
+            ends = timestamp + settings.connection_lifetime
+        principal = Principal(
+            user=given.user,
+            client=self.client,
+            door=DOOR,
+            grant=self.subscriptions.admitted.__contains__,
+            expires_at=None if ends is None else self._closes_at(ends),
+        )
+        expired = ends is not None and ends <= now
+        self.later(self._open(slot, principal, given.info, expired=expired))
+        return True
+
+    async def _open(self, slot: Slot, principal: Principal, info: str, *, expired: bool) -> None:
+        settings = self.door.settings
+        try:
+            session = await self.door.context.open(
+                principal, self.format, self, limit=settings.user_connection_limit
+            )
+        except LimitExceeded:
+            raise Fatal(codec.LIMIT_EXCEEDED) from None
+        ttl = settings.connection_lifetime
+        if self.closed or self._socket is None or expired:
+            session.end()
+            # No error: until it is stale, the client may come with a new token.
+            self.answer(slot, codec.connect_body("", ttl, expired=True))
+            return
+        self.session = session
+        self._info = info if is_json(info) else ""
+        self.door.unauthenticated.discard(self)
+        self._stop_timer()
+        session.attach(self._socket)
+        self.answer(slot, codec.connect_body(self.client, ttl))
+
+    def refresh(self, slot: Slot) -> bool:
+        """A new token for the same connection, whose user stays. It counts in insecure mode too."""
+        given = codec.credentials(slot.command.params)
+        timestamp, session = self.door.timestamp(given), self.session
+        lifetime = self.door.settings.connection_lifetime
+        ends = timestamp + lifetime
+        expired = lifetime > 0 and ends <= self.door.clock()
+        if not expired:
+            if is_json(given.info):
+                self._info = given.info
+            if lifetime and session is not None:
+                principal = replace(session.principal, expires_at=self._closes_at(ends))
+                self.door.context.hub.change_principal(session, principal)
+        self.reply(slot, codec.connect_body(self.client, lifetime, expired=expired))
+        return True
+
+    def _closes_at(self, ends: int) -> float:
+        return ends + self.door.settings.expired_connection_close_delay
+
+    # ---- to the client --------------------------------------------------------------------------
+
+    def later(self, work: Coroutine[object, object, None]) -> None:
+        """Carry out a command that waits for others; it ends with `answer`, or is fatal."""
+        self.pending += 1
+        # It ends by itself; the relay keeps it.
+        _ = self.door.context.spawn(self._carry_out(work), name=f"centrifugo {self.client}")
+
+    async def _carry_out(self, work: Coroutine[object, object, None]) -> None:
+        try:
+            await work
+        except Fatal as fatal:
+            self.close(fatal.reason, reconnect=fatal.reconnect)
+        except RelayError:
+            self.close(codec.INTERNAL_ERROR, reconnect=True)
+
+    def reply(
+        self,
+        slot: Slot,
+        body: bytes | None,
+        error: str = "",
+        advice: str = "",
+        *,
+        holds: bool = False,
+    ) -> None:
+        """The answer to a command that did not have to wait."""
+        self._answers.fill(slot, codec.reply(slot.command, body, error, advice), holds=holds)
+
+    def answer(
+        self, slot: Slot, body: bytes, error: str = "", advice: str = "", *, holds: bool = False
+    ) -> None:
+        """The answer to a command that was under way. `holds`: nothing may reach the client before
+        it."""
+        if self.closed:
+            return
+        self.pending -= 1
+        text = codec.reply(slot.command, body, error, advice)
+        self._answers.fill(slot, text, holds=holds)
+        self._hold_or_not()
+        self._advance()
+
+    def _hold_or_not(self) -> None:
+        # A session that is paused is given no events; it is served from the stream afterwards.
+        session, held = self.session, self._answers.held > 0
+        if session is None or held == self._held:
+            return
+        self._held = held
+        if held:
+            session.pause()
+        else:
+            self.drained()
+
+    def _say(self, payload: bytes) -> None:
+        data = self.format.frame(payload)
+        if self.session is not None:
+            self.session.reply(data)
+        elif self._socket is not None:
+            self._socket.write(data)
+
+    # ---- from the socket ------------------------------------------------------------------------
+
+    def filled(self) -> None:
+        """Too much waits for the client: it is served from the stream, as long as it takes it."""
+        if self.session is not None:
+            self.session.pause()
+        if self._timer is None and self._socket is not None:
+            self._watch(self._socket.waiting_bytes())
+
+    def _watch(self, waiting: int) -> None:
+        settings = self.door.settings
+        delay = settings.client_message_write_timeout or settings.client_stalled_s
+        self._timer = self.door.call_later(
+            min(delay, settings.client_stalled_s), lambda: self._look(waiting)
+        )
+
+    def _look(self, before: int) -> None:
+        self._timer = None
+        if self._socket is None or not self._socket.full:
+            return
+        waiting = self._socket.waiting_bytes()
+        if waiting < before:
+            self._watch(waiting)
+        else:
+            self.close("slow")
+
+    def drained(self) -> None:
+        """There is room again: for events, and for answers."""
+        if self._socket is None or self._socket.full:
+            return
+        self._stop_timer()
+        if self.session is not None and not self._held:
+            self.session.resume()
+        self._advance()
+
+    def gone(self) -> None:
+        """The socket is closed."""
+        self.closed = True
+        self._forget()
+        self._socket = None
+
+    # ---- from the hub (relay.hub.session.Client) ------------------------------------------------
+
+    def subscribed(self, subscription: Subscription) -> None:
+        """See `relay.hub.session.Client`."""
+        self.subscriptions.stands(subscription)
+
+    def refused(self, channel: Channel, error: RelayError) -> None:
+        """See `relay.hub.session.Client`."""
+        try:
+            self.subscriptions.refused(channel, error)
+        except Fatal as fatal:
+            self.close(fatal.reason, reconnect=fatal.reconnect)
+
+    def dropped(self, channel: Channel, notice: Notice) -> None:
+        """See `relay.hub.session.Client`."""
+        del notice
+        self.subscriptions.dropped(channel)
+
+    def noticed(self, subscription: Subscription, notice: Notice) -> None:
+        """Something may be missing, and v1 has no words for it: the client comes back, asks for
+        what follows its last message, and is told that it was not recovered."""
+        del subscription, notice
+        self.close("insufficient state", reconnect=True)
+
+    def expired(self) -> None:
+        """See `relay.hub.session.Client`."""
+        self.close("expired", reconnect=True)
+
+    def disconnect(self, reason: str) -> None:
+        """See `relay.hub.session.Client`."""
+        text, reconnect = _DISCONNECTS.get(reason, (reason, True))
+        self.close(text, reconnect=reconnect)
+
+    # ---- the end --------------------------------------------------------------------------------
+
+    def close(self, reason: str, *, reconnect: bool = False) -> None:
+        """Say why, and leave the hub. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        if self.session is not None:
+            self.session.write_out()
+        self._forget()
+        if self._socket is not None:
+            self._socket.close_with(CLOSE_CODE, codec.close_reason(reason, reconnect=reconnect))
+
+    def cut(self) -> None:
+        """Close without a word, as v1 at its stop who has not said who he is."""
+        self.closed = True
+        self._forget()
+        if self._socket is not None:
+            self._socket.abort()
+
+    def _forget(self) -> None:
+        self._stop_timer()
+        self._waiting.clear()
+        self.door.unauthenticated.discard(self)
+        self.subscriptions.end()
+        if self.session is not None:
+            self.session.end()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+_METHODS: dict[str, Callable[[Connection, Slot], bool]] = {
+    "connect": Connection.connect,
+    "refresh": Connection.refresh,
+    "subscribe": lambda connection, slot: connection.subscriptions.subscribe(slot),
+    "unsubscribe": lambda connection, slot: connection.subscriptions.unsubscribe(slot),
+    "publish": requests.publish,
+    "history": requests.history,
+    "ping": requests.ping,
+}

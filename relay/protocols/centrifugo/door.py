@@ -1,0 +1,61 @@
+"""What all connections of the door share: its settings, its clock, and what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from relay.protocols.centrifugo import client_codec as codec
+from relay.protocols.centrifugo import tokens
+from relay.protocols.centrifugo.channels import Names
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from relay.frontdoor import DoorContext
+    from relay.protocols.centrifugo.connection import Connection
+    from relay.protocols.centrifugo.settings import CentrifugoSettings
+
+
+class Fatal(Exception):
+    """The connection is over: close code 3000, and why, in v1's words."""
+
+    def __init__(self, reason: str, *, reconnect: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.reconnect = reconnect
+
+
+class Door:
+    """`clock` is seconds since the epoch; `call_later` is the loop's."""
+
+    def __init__(
+        self,
+        context: DoorContext,
+        settings: CentrifugoSettings,
+        *,
+        clock: Callable[[], float],
+        call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle],
+    ) -> None:
+        self.context = context
+        self.clock = clock
+        self.call_later = call_later
+        # Connections that are in no hub yet; a stop cuts them.
+        self.unauthenticated: set[Connection] = set()
+        self.reload(settings)
+
+    def reload(self, settings: CentrifugoSettings) -> None:
+        """From now on these count, for open connections too."""
+        self.settings = settings
+        self.names = Names(settings)
+        self._secret = settings.secret.get_secret_value().encode()
+
+    def timestamp(self, given: codec.Credentials) -> int:
+        """Of credentials whose token is right; Fatal otherwise, the token first."""
+        signed = given.user, given.timestamp, given.info
+        if not tokens.is_signed(self._secret, given.token, *signed):
+            raise Fatal(codec.INVALID_TOKEN)
+        timestamp = tokens.parse_timestamp(given.timestamp)
+        if timestamp is None:
+            raise Fatal(codec.INVALID_MESSAGE)
+        return timestamp

@@ -1,0 +1,112 @@
+"""Where clients come in: the raw websocket at `/connection/websocket`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from relay.protocols.centrifugo import encoders
+from relay.protocols.centrifugo.connection import Connection
+from relay.protocols.centrifugo.door import Door
+from relay.transports import deflate, websocket
+from relay.transports.heartbeat import Heartbeat
+from relay.transports.reaper import Reaper
+from relay.transports.take_over import take_over
+
+if TYPE_CHECKING:
+    from relay.frontdoor import DoorContext
+    from relay.protocols.centrifugo.encoders import Format
+    from relay.protocols.centrifugo.settings import CentrifugoSettings
+    from relay.transports.client_socket import ClientSocket
+
+# v1 waits for a pong for ten ninths of the interval (libcentrifugo/server/handlers.go).
+_PONG_SHARE = 9
+_PING = b"ping"
+
+
+class Sockets:
+    """The clients of this worker."""
+
+    def __init__(self, context: DoorContext, settings: CentrifugoSettings) -> None:
+        loop = asyncio.get_running_loop()
+        self.door = Door(context, settings, clock=time.time, call_later=loop.call_later)
+        self._gauge = context.metrics.connections.labels(encoders.DOOR)
+        self._reaper = Reaper()
+        self._open = 0
+        self._last_closed = asyncio.Event()
+        # Server options: v1 reads these at start only.
+        self._compressed: Format | None = None
+        if settings.websocket_compression:
+            self._compressed = encoders.compressed(settings)
+        self._beat = Heartbeat(
+            interval_s=settings.ping_interval,
+            beat=websocket.frame_ping(_PING),
+            deadline_s=settings.ping_interval / _PONG_SHARE,
+        )
+
+    def routes(self, prefix: str) -> list[web.AbstractRouteDef]:
+        """Their paths."""
+        return [web.route("*", f"{prefix}/connection/websocket", self._websocket)]
+
+    def reload(self, settings: CentrifugoSettings) -> None:
+        """See `relay.frontdoor.Mounted`."""
+        self.door.reload(settings)
+
+    async def closed(self) -> None:
+        """See `relay.frontdoor.Mounted`. Who has not said who he is, is cut."""
+        for connection in list(self.door.unauthenticated):
+            connection.cut()
+        if self._open:
+            self._last_closed.clear()
+            await self._last_closed.wait()
+
+    async def _websocket(self, request: web.Request) -> web.StreamResponse:
+        squeezed = self._compressed if deflate.is_offered(request) else None
+        head = websocket.accept_headers(request, compress=squeezed is not None)
+        if isinstance(head, web.Response):
+            return _bad_request()
+        settings = self.door.settings
+        socket = websocket.WebSocketConnection(
+            buffer_bytes=settings.client_queue_max_size,
+            max_frame_bytes=settings.client_request_max_size,
+            reaper=self._reaper,
+            heartbeat=self._beat,
+            compressed=squeezed is not None,
+            only_pong_counts=True,
+        )
+        connection = Connection(self.door, squeezed or encoders.WEBSOCKET, str(uuid.uuid4()))
+        socket.on_text = socket.on_binary = connection.on_frame
+        self._join(socket, connection)
+        connection.attached(socket)
+        return take_over(request, head, socket)
+
+    def _join(self, socket: ClientSocket, connection: Connection) -> None:
+        self._count(1)
+
+        def closed() -> None:
+            self._count(-1)
+            connection.gone()
+
+        socket.on_full = connection.filled
+        socket.on_drained = connection.drained
+        socket.on_closed = closed
+
+    def _count(self, change: int) -> None:
+        self._open += change
+        self._gauge.set(self._open)
+        if not self._open:
+            self._last_closed.set()
+
+
+def _bad_request() -> web.Response:
+    return web.Response(
+        status=400,
+        text="Bad Request\n",
+        content_type="text/plain",
+        charset="utf-8",
+        headers={"X-Content-Type-Options": "nosniff"},
+    )

@@ -1,0 +1,413 @@
+"""The Centrifugo door's clients without sockets and without Redis: a hub over streams in memory,
+and transcripts that are replayed against it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from relay.errors import LimitExceeded
+from relay.frontdoor import DoorContext
+from relay.hub.encoding import Encoder
+from relay.hub.hub import Hub
+from relay.hub.session import Client, Session
+from relay.metrics import Metrics
+from relay.model import ZERO_ID, Channel, EntryID, Event, Position, Principal, Record, StreamState
+from relay.protocols.centrifugo import tokens
+from relay.protocols.centrifugo.connection import Connection
+from relay.protocols.centrifugo.door import Door
+from relay.protocols.centrifugo.encoders import Format
+from relay.protocols.centrifugo.settings import CentrifugoNamespace, CentrifugoSettings
+from relay.reads import Examined, Followed, Page, Server, Snapshot
+from relay.rights.policy import Policy
+from relay.settings import NamespaceSettings
+from relay.stream import entry
+
+SECRET = "a secret of the application"
+NOW = 1_700_000_000
+_SERVER = Server(b"a" * 40, b"0" * 40)
+_ENTRY_BYTES = 1 << 20
+
+
+class Stream:
+    """One workspace."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.added = 0
+        self.last = ZERO_ID
+        self.rights: dict[str, bytes] = {}
+
+    def state(self) -> StreamState:
+        return StreamState(
+            exists=True,
+            first=self.records[0].id if self.records else None,
+            last=self.last,
+            length=len(self.records),
+            added=self.added,
+            max_deleted=ZERO_ID,
+            incarnation=1,
+        )
+
+
+class Streams:
+    """`relay.reads.StreamReads` in memory; answers come in a later turn of the loop."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.streams: dict[Channel, Stream] = {}
+        self.followed: dict[Channel, Followed] = {}
+        self.hub: Hub | None = None
+        # While it is set, nothing is answered.
+        self.frozen = False
+        self._waiting: list[tuple[str, Followed]] = []
+
+    def stream(self, channel: Channel) -> Stream:
+        return self.streams.setdefault(channel, Stream())
+
+    def follow(self, stream: Followed) -> None:
+        self.followed[stream.channel] = stream
+
+    def release(self, stream: Followed) -> None:
+        del self.followed[stream.channel]
+
+    def want_examine(self, stream: Followed) -> None:
+        self._soon("examine", stream)
+
+    def want_page(self, stream: Followed) -> None:
+        self._soon("page", stream)
+
+    def _soon(self, what: str, stream: Followed) -> None:
+        self._waiting.append((what, stream))
+        asyncio.get_running_loop().call_soon(self.answer)
+
+    def answer(self) -> None:
+        if self.frozen or self.hub is None:
+            return
+        waiting, self._waiting = self._waiting, []
+        for what, followed in dict.fromkeys(waiting):
+            if followed.alive:
+                self._examine(followed) if what == "examine" else self._page(followed)
+        self.hub.flush()
+
+    def _examine(self, followed: Followed) -> None:
+        stream = self.stream(followed.channel)
+        request = followed.examine_request()
+        own = {record.id: record.digest for record in stream.records if record.id in request.own}
+        rights = {user: stream.rights.get(user) for user in request.users}
+        examined = Examined(server=_SERVER, state=stream.state(), rights=rights, own=own)
+        followed.on_examined(request, examined)
+
+    def _page(self, followed: Followed) -> None:
+        request = followed.page_request()
+        if request is not None:
+            stream = self.stream(followed.channel)
+            records = [record for record in stream.records if record.id > request.start]
+            state = stream.state()
+            page = Page(server=_SERVER, state=state, records=records, complete=True)
+            followed.on_page(request, page)
+
+    def append(self, channel: Channel, fields: list[bytes]) -> EntryID:
+        stream = self.stream(channel)
+        ms = self._clock.now * 1000
+        entry_id = EntryID(ms, 0) if stream.last.ms < ms else EntryID(ms, stream.last.seq + 1)
+        record = entry.decode(channel, entry_id, fields, _ENTRY_BYTES)
+        stream.records.append(record)
+        stream.last, stream.added = entry_id, stream.added + 1
+        followed = self.followed.get(channel)
+        if followed is not None and followed.settled and not self.frozen:
+            followed.on_records([record])
+            if self.hub is not None:
+                self.hub.flush()
+        return entry_id
+
+    async def history(self, channel: Channel, count: int) -> Snapshot:
+        await asyncio.sleep(0)
+        stream = self.stream(channel)
+        records = stream.records[: -max(count, 1) - 1 : -1]
+        events = [record.body for record in records if isinstance(record.body, Event)]
+        return Snapshot(
+            server=_SERVER,
+            state=stream.state(),
+            records=records,
+            events=events,
+            whole=len(records) == len(stream.records),
+        )
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = NOW
+        self._timers: list[_Timer] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_later(self, delay: float, call: Any) -> asyncio.TimerHandle:
+        timer = _Timer(self.now + delay, call)
+        self._timers.append(timer)
+        return cast("asyncio.TimerHandle", timer)
+
+    def pass_(self, seconds: int) -> None:
+        for _ in range(seconds):
+            self.now += 1
+            due = [timer for timer in self._timers if timer.at <= self.now]
+            self._timers = [timer for timer in self._timers if timer.at > self.now]
+            for timer in due:
+                if not timer.cancelled:
+                    timer.call()
+
+
+class _Timer:
+    def __init__(self, at: float, call: Any) -> None:
+        self.at = at
+        self.call = call
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class _Rights:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._policy = Policy(lambda _: NamespaceSettings(), None)
+
+    def allowed(
+        self, principal: Principal, channel: Channel, hash_value: bytes | None, *, admitted: bool
+    ) -> bool:
+        del admitted
+        return self._policy.allowed(principal, channel, hash_value, None, now=self._clock.now)
+
+
+class Context:
+    """What of `DoorContext` a connection uses."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.streams = Streams(clock)
+        self.metrics = Metrics()
+        self.hub = self.streams.hub = Hub(
+            reads=self.streams,
+            rights=_Rights(clock),
+            metrics=self.metrics,
+            call_soon=lambda call: asyncio.get_running_loop().call_soon(call),
+            waits_for_replicas=lambda _: False,
+        )
+        self.history = self.streams.history
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.is_ready = True
+        self.refusing: Exception | None = None
+
+    def ready(self) -> bool:
+        return self.is_ready
+
+    async def open(
+        self, principal: Principal, encoder: Encoder, client: Client, *, limit: int | None = None
+    ) -> Session:
+        await asyncio.sleep(0)
+        user = principal.user
+        if limit and user and self.hub.count(user) >= limit:
+            raise LimitExceeded("too many")
+        return self.hub.open(principal, encoder, client)
+
+    def subscribe(self, session: Session, channel: Channel, asked: Position | None) -> None:
+        self.hub.subscribe(session, channel, asked)
+
+    def publish(
+        self, channel: Channel, data: bytes, *, client: str | None = None, info: bytes | None = None
+    ) -> asyncio.Future[EntryID]:
+        fields = entry.encode(data, client=client, info=info)
+        done: asyncio.Future[EntryID] = asyncio.get_running_loop().create_future()
+        if self.refusing is not None:
+            done.set_exception(self.refusing)
+        else:
+            done.set_result(self.streams.append(channel, fields))
+        return done
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(coroutine, name=name)
+        self.tasks.add(task)
+        return task
+
+
+class Socket:
+    """Keeps what it is given; `lines` are whole frames."""
+
+    def __init__(self) -> None:
+        self.full = False
+        self.lines: list[str] = []
+        self.reading = True
+        self.waiting = 0
+
+    def write(self, data: bytes) -> None:
+        self.lines += [f"< {line}" for line in data.decode().splitlines()]
+
+    def close(self, last: bytes = b"") -> None:
+        self.lines.append(f"x {last.decode()}")
+
+    def close_with(self, code: int, reason: str = "") -> None:
+        self.lines.append(f"x {code} {reason}")
+
+    def abort(self) -> None:
+        self.lines.append("x cut")
+
+    def waiting_bytes(self) -> int:
+        return self.waiting
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+
+class Bench:
+    """Connections by name over one hub."""
+
+    def __init__(self, settings: CentrifugoSettings) -> None:
+        self.clock = Clock()
+        self.context = Context(self.clock)
+        self.door = Door(
+            cast("DoorContext", self.context),
+            settings,
+            clock=self.clock.time,
+            call_later=self.clock.call_later,
+        )
+        self.format = Format(lambda text: text + b"\n")
+        self.connections: dict[str, Connection] = {}
+        self.sockets: dict[str, Socket] = {}
+
+    def connection(self, name: str) -> Connection:
+        if name not in self.connections:
+            connection = Connection(self.door, self.format, f"client-{name}")
+            self.connections[name], self.sockets[name] = connection, Socket()
+            connection.attached(self.sockets[name])
+        return self.connections[name]
+
+    async def settle(self) -> None:
+        """Everything that follows from the last step has happened."""
+        for _ in range(50):
+            await asyncio.sleep(0)
+        for task in self.context.tasks:
+            if task.done() and task.exception() is not None:
+                raise RuntimeError("a task has failed") from task.exception()
+
+    def pass_(self, seconds: int) -> None:
+        for _ in range(seconds):
+            self.clock.pass_(1)
+            for session in self.context.hub.sessions_expiring(self.clock.now):
+                self.context.hub.expire(session)
+
+    def do(self, words: Sequence[str]) -> None:
+        """What is not a client's doing."""
+        hub, streams = self.context.hub, self.context.streams
+        match words:
+            case ["append", channel, data]:
+                streams.append(Channel(channel), entry.encode(data.encode()))
+            case ["entry", channel, *fields]:
+                streams.append(Channel(channel), [field.encode() for field in fields])
+            case ["trim", channel, count]:
+                stream = streams.stream(Channel(channel))
+                del stream.records[: len(stream.records) - int(count)]
+            case ["hole", channel]:
+                feed = streams.followed[Channel(channel)]
+                feed.on_hole(streams.stream(Channel(channel)).state(), None, None)
+            case ["right", channel, user, value]:
+                streams.stream(Channel(channel)).rights[user] = value.encode()
+                hub.recheck(Channel(channel))
+            case ["time", seconds]:
+                self.pass_(int(seconds))
+            case ["unsubscribe", user, *channel]:
+                only = Channel(channel[0]) if channel else None
+                hub.drop_subscription(only, user, "unsubscribed", "centrifugo")
+            case ["disconnect", user]:
+                hub.disconnect_user(user, "disconnected", "centrifugo")
+            case ["stop"]:
+                for session in hub.sessions():
+                    session.client.disconnect("stopping")
+                for connection in list(self.door.unauthenticated):
+                    connection.cut()
+            case ["away"]:
+                self.context.is_ready = False
+            case ["gone", name]:
+                self.connections[name].gone()
+            case _:
+                raise ValueError(f"unknown step {words}")
+
+
+class Transcript:
+    """Steps of one test: `A> frame` is sent by client A, `A< frame` is what it must get, `Ax` its
+    close; `@` is done by others, `!` is a setting. `$token(user,timestamp,info)` and
+    `$sign(client,channel,info)` are signatures."""
+
+    def __init__(self, name: str, lines: Sequence[str]) -> None:
+        self.name = name
+        self._lines = [line for line in lines if line and not line.startswith("#")]
+
+    def settings(self) -> CentrifugoSettings:
+        """Those of the `!` lines: `! key value`, `! namespace.key value`."""
+        values: dict[str, Any] = {"secret": SECRET}
+        namespaces: dict[str, dict[str, str]] = {}
+        for line in self._lines:
+            if line.startswith("! "):
+                key, _, value = line[2:].partition(" ")
+                name, dot, option = key.partition(".")
+                if dot:
+                    namespaces.setdefault(name, {})[option] = value
+                else:
+                    values[key] = value
+        found = {
+            name: CentrifugoNamespace.model_validate({k: v for k, v in options.items() if k})
+            for name, options in namespaces.items()
+        }
+        return CentrifugoSettings.model_validate({**values, "namespaces": found})
+
+    async def replay(self) -> None:
+        """Every step; what is not expected fails, and so does what does not come."""
+        bench = Bench(self.settings())
+        for line in (_filled(line) for line in self._lines if not line.startswith("!")):
+            if line.startswith("@ "):
+                self._nothing_left(bench, line)
+                bench.do(_words(line[2:]))
+            elif line[1] == ">":
+                self._nothing_left(bench, line)
+                bench.connection(line[0]).on_frame(line[3:].encode())
+            else:
+                lines = bench.sockets[line[0]].lines
+                assert lines, f"{self.name}: nothing came for {line}"
+                assert f"{line[0]}{lines.pop(0)}" == line
+                continue
+            await bench.settle()
+        self._nothing_left(bench, "the end")
+
+    def _nothing_left(self, bench: Bench, before: str) -> None:
+        left = {name: socket.lines for name, socket in bench.sockets.items() if socket.lines}
+        assert not left, f"{self.name}: not expected before {before}: {left}"
+
+
+def transcripts(path: Path) -> Iterator[Transcript]:
+    """Those of one file; each begins with a line `== name`."""
+    parts = re.split(r"^== (.*)\n", path.read_text(), flags=re.MULTILINE)
+    for name, text in zip(parts[1::2], parts[2::2], strict=True):
+        yield Transcript(name, [line.rstrip("\n") for line in text.split("\n")])
+
+
+def _words(line: str) -> list[str]:
+    # Quotes as in a shell would spoil the JSON: white space separates, except within braces.
+    return re.findall(r"\{.*?\}(?=\s|$)|\"[^\"]*\"|\S+", line)
+
+
+def _filled(line: str) -> str:
+    line = line.replace("$now", str(NOW))
+    line = re.sub(r"\$token\((.*?)\)", lambda m: tokens.sign(SECRET.encode(), *_parts(m[1])), line)
+    return re.sub(r"\$sign\((.*?)\)", lambda m: tokens.sign(SECRET.encode(), *_parts(m[1])), line)
+
+
+def _parts(text: str) -> list[str]:
+    return [part.replace("\\;", ",") for part in text.split(",")]
