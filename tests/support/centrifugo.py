@@ -242,7 +242,6 @@ class Socket:
     def __init__(self) -> None:
         self.full = False
         self.lines: list[str] = []
-        self.reading = True
         self.waiting = 0
 
     def write(self, data: bytes) -> None:
@@ -259,12 +258,6 @@ class Socket:
 
     def waiting_bytes(self) -> int:
         return self.waiting
-
-    def pause_reading(self) -> None:
-        self.reading = False
-
-    def resume_reading(self) -> None:
-        self.reading = True
 
 
 class Bench:

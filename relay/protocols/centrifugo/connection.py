@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from producers.commands import Invalid
 from relay.errors import LimitExceeded, RelayError
@@ -18,7 +18,7 @@ from relay.model import Channel, Principal
 from relay.protocols.centrifugo import client_codec as codec
 from relay.protocols.centrifugo import requests
 from relay.protocols.centrifugo.answers import Answers, Slot
-from relay.protocols.centrifugo.door import Door, Fatal
+from relay.protocols.centrifugo.door import Door, Fatal, Socket
 from relay.protocols.centrifugo.encoders import DOOR, Format
 from relay.protocols.centrifugo.gojson import is_json
 from relay.protocols.centrifugo.subscriptions import Subscriptions
@@ -30,36 +30,11 @@ if TYPE_CHECKING:
     from relay.hub.session import Session, Subscription
 
 CLOSE_CODE = 3000
-# Commands that wait for their turn before no more is read from the client.
+# Commands that wait for their turn before no more is read from the client, and before it is closed
+# where its reading cannot be stopped.
 _WAITING = 64
+_TOO_MANY = 16384
 _DISCONNECTS = {"disconnected": ("disconnect", False), "stopping": ("shutting down", True)}
-
-
-class Socket(Protocol):
-    """The client's socket: a websocket or a SockJS session."""
-
-    full: bool
-
-    def write(self, data: bytes) -> None:
-        """Framed bytes."""
-
-    def close(self, last: bytes = b"") -> None:
-        """After everything is out."""
-
-    def close_with(self, code: int, reason: str = "") -> None:
-        """Close with a code and a reason."""
-
-    def abort(self) -> None:
-        """Close now."""
-
-    def waiting_bytes(self) -> int:
-        """What is held for the client."""
-
-    def pause_reading(self) -> None:
-        """Nothing more from the client for now."""
-
-    def resume_reading(self) -> None:
-        """Go on."""
 
 
 class Connection:
@@ -70,6 +45,7 @@ class Connection:
         "_busy",
         "_held",
         "_info",
+        "_read",
         "_reading",
         "_socket",
         "_timer",
@@ -100,11 +76,13 @@ class Connection:
         self._waiting: deque[Slot | None] = deque()
         self._busy = self._held = False
         self._reading = True
+        self._read: Callable[[bool], None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def attached(self, socket: Socket) -> None:
-        """The socket is there; the client has some time to say who it is."""
-        self._socket = socket
+    def attached(self, socket: Socket, read: Callable[[bool], None] | None = None) -> None:
+        """The socket is there; the client has some time to say who it is. `read`: whether to read
+        from it, where that can be chosen."""
+        self._socket, self._read = socket, read
         self.door.unauthenticated.add(self)
         if delay := self.door.settings.stale_connection_close_delay:
             self._timer = self.door.call_later(delay, lambda: self.close("stale"))
@@ -124,11 +102,18 @@ class Connection:
         """One frame; it is dealt with once those before it have been."""
         if self.closed:
             return
+        if len(frame) > self.door.settings.client_request_max_size:
+            self.oversized()
+            return
         try:
             self._waiting.extend(self._answers.expect(codec.parse(frame)))
         except Invalid:
             self._waiting.append(None)
         self._advance()
+
+    def oversized(self) -> None:
+        """A frame too large, where the transport lets it through or has none of its own words."""
+        self.close(codec.LIMIT_EXCEEDED)
 
     def _advance(self) -> None:
         if self._busy or self.closed:
@@ -169,13 +154,11 @@ class Connection:
 
     def _read_or_not(self) -> None:
         reading = len(self._waiting) < _WAITING
-        if reading == self._reading or self._socket is None or self.closed:
-            return
-        self._reading = reading
-        if reading:
-            self._socket.resume_reading()
-        else:
-            self._socket.pause_reading()
+        if self._read is not None and reading != self._reading and not self.closed:
+            self._reading = reading
+            self._read(reading)
+        if len(self._waiting) > _TOO_MANY:
+            self.oversized()
 
     def connect(self, slot: Slot) -> bool:
         """Answered once the user's connections on all workers have been counted."""
@@ -336,7 +319,7 @@ class Connection:
         """The socket is closed."""
         self.closed = True
         self._forget()
-        self._socket = None
+        self._socket = self._read = None
 
     # ---- from the hub (relay.hub.session.Client) ------------------------------------------------
 

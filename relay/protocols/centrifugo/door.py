@@ -1,9 +1,9 @@
-"""What all connections of the door share: its settings, its clock, and what it is given."""
+"""What all connections of the door share: its settings, its clock, what it is given and needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from relay.protocols.centrifugo import client_codec as codec
 from relay.protocols.centrifugo import tokens
@@ -24,6 +24,27 @@ class Fatal(Exception):
         super().__init__(reason)
         self.reason = reason
         self.reconnect = reconnect
+
+
+class Socket(Protocol):
+    """The client's socket: a websocket or a SockJS session."""
+
+    full: bool
+
+    def write(self, data: bytes) -> None:
+        """Framed bytes."""
+
+    def close(self, last: bytes = b"") -> None:
+        """After everything is out."""
+
+    def close_with(self, code: int, reason: str = "") -> None:
+        """Close with a code and a reason."""
+
+    def abort(self) -> None:
+        """Close now."""
+
+    def waiting_bytes(self) -> int:
+        """What is held for the client."""
 
 
 class Door:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from relay.hub.recovery import Notice
 from relay.model import Channel, Event, Position
 from relay.protocols.centrifugo import client_codec as codec
+from relay.transports.sockjs.frames import element
 from relay.transports.websocket import frame_compressed, frame_text
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def message(event: Event) -> bytes:
 
 
 WEBSOCKET = Format(frame_text)
+SOCKJS = Format(element)
 
 
 def compressed(settings: CentrifugoSettings) -> Format:

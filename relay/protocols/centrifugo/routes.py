@@ -30,9 +30,9 @@ class MountedCentrifugo:
     def __init__(self, context: DoorContext, settings: CentrifugoSettings) -> None:
         self._context = context
         prefix = settings.http_prefix.rstrip("/")
-        self._sockets = Sockets(context, settings)
+        self._sockets = Sockets(context, settings, prefix)
         self.routes: Sequence[web.AbstractRouteDef] = [
-            *self._sockets.routes(prefix),
+            *self._sockets.routes,
             web.route("*", f"{prefix}/api", _moved),
             web.route("*", f"{prefix}/api/{{rest:.*}}", self._api),
         ]

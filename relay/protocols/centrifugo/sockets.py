@@ -1,4 +1,4 @@
-"""Where clients come in: the raw websocket at `/connection/websocket`."""
+"""Where clients come in: the raw websocket at `/connection/websocket`, SockJS at `/connection`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from relay.protocols.centrifugo.door import Door
 from relay.transports import deflate, websocket
 from relay.transports.heartbeat import Heartbeat
 from relay.transports.reaper import Reaper
+from relay.transports.sockjs.routes import SockJs
+from relay.transports.sockjs.sessions import SockJsOptions
 from relay.transports.take_over import take_over
 
 if TYPE_CHECKING:
@@ -22,16 +24,22 @@ if TYPE_CHECKING:
     from relay.protocols.centrifugo.encoders import Format
     from relay.protocols.centrifugo.settings import CentrifugoSettings
     from relay.transports.client_socket import ClientSocket
+    from relay.transports.exchange import Asked
+    from relay.transports.sockjs.session import SockJsSession
 
 # v1 waits for a pong for ten ninths of the interval (libcentrifugo/server/handlers.go).
 _PONG_SHARE = 9
 _PING = b"ping"
+# SockJS packs messages into JSON once more, where a character may take six, and several at a time.
+_ESCAPED = 6
+_FRAME_BYTES = 4096
 
 
 class Sockets:
     """The clients of this worker."""
 
-    def __init__(self, context: DoorContext, settings: CentrifugoSettings) -> None:
+    def __init__(self, context: DoorContext, settings: CentrifugoSettings, prefix: str) -> None:
+        """`prefix` stands before all of their paths."""
         loop = asyncio.get_running_loop()
         self.door = Door(context, settings, clock=time.time, call_later=loop.call_later)
         self._gauge = context.metrics.connections.labels(encoders.DOOR)
@@ -48,9 +56,25 @@ class Sockets:
             deadline_s=settings.ping_interval / _PONG_SHARE,
         )
 
-    def routes(self, prefix: str) -> list[web.AbstractRouteDef]:
-        """Their paths."""
-        return [web.route("*", f"{prefix}/connection/websocket", self._websocket)]
+        self._sockjs = SockJs(
+            door=encoders.DOOR,
+            prefix=f"{prefix}/connection",
+            options=SockJsOptions(
+                sockjs_url=settings.sockjs_url,
+                heartbeat_s=settings.sockjs_heartbeat_delay,
+                max_request_bytes=settings.client_request_max_size * _ESCAPED + _FRAME_BYTES,
+                buffer_bytes=settings.client_queue_max_size,
+            ),
+            accept=self._accept,
+            bus=context.bus,
+            store=context.store,
+            spawn=context.spawn,
+        )
+        self.routes: list[web.AbstractRouteDef] = [
+            # Before SockJS, as in v1.
+            web.route("*", f"{prefix}/connection/websocket", self._websocket),
+            *self._sockjs.routes,
+        ]
 
     def reload(self, settings: CentrifugoSettings) -> None:
         """See `relay.frontdoor.Mounted`."""
@@ -81,10 +105,25 @@ class Sockets:
         connection = Connection(self.door, squeezed or encoders.WEBSOCKET, str(uuid.uuid4()))
         socket.on_text = socket.on_binary = connection.on_frame
         self._join(socket, connection)
-        connection.attached(socket)
+
+        def read(reading: bool) -> None:
+            if reading:
+                socket.resume_reading()
+            else:
+                socket.pause_reading()
+
+        connection.attached(socket, read)
         return take_over(request, head, socket)
 
-    def _join(self, socket: ClientSocket, connection: Connection) -> None:
+    def _accept(self, session: SockJsSession, asked: Asked) -> None:
+        del asked
+        connection = Connection(self.door, encoders.SOCKJS, str(uuid.uuid4()))
+        session.on_text = connection.on_frame
+        session.on_oversized = connection.oversized
+        self._join(session, connection)
+        connection.attached(session)
+
+    def _join(self, socket: ClientSocket | SockJsSession, connection: Connection) -> None:
         self._count(1)
 
         def closed() -> None:
