@@ -3,7 +3,8 @@
 A worker looks at the head of a queue, prepares the entries, and appends them and takes the head
 away in one step (`relay.stream.queue`): whoever dies at any point leaves the command either in
 the queue or done. What cannot be carried out becomes a dead letter in that same step. Order holds
-within a queue; one worker serves it at a time, and the next one takes over within seconds.
+within a queue; one worker serves it at a time, and the next one takes over within seconds. Several
+workers share the queues out evenly.
 """
 
 from __future__ import annotations

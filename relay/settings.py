@@ -180,7 +180,7 @@ class RightsSettings(Section):
     http_timeout_ms: int = Field(
         1000, ge=10, le=60000, description="milliseconds for its answer; later is a refusal"
     )
-    http_cache_s: float = Field(30.0, ge=0, le=86400, description="seconds an answer holds")
+    http_cache_s: float = Field(30.0, ge=1, le=86400, description="seconds an answer holds; the application may drop it at once")
     http_token: SecretStr = Field(
         SecretStr(""), description="sent as Authorization: Bearer to http_url"
     )

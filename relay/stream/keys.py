@@ -24,6 +24,7 @@ Cluster slot; a command or transaction over several keys stays within one worksp
 | `<p>bus:<instance>`       | pub/sub | one worker's ear; no key            | nothing is kept      |
 | `<p>uid:{C}:<uid>`        | string  | ID of the entry appended with it    | expires: its window  |
 | `<p>queue:<name>`         | string  | how many commands were taken of it  | stays                |
+| `<p>takers`               | zset    | who takes commands, until when (ms) | them; expires        |
 | `<name>`, `<name>.<n>`    | list    | queue of commands; no prefix        | who takes them       |
 
 (1) retention trims entries; a stream that was never appended to and has no follower is removed
@@ -43,7 +44,16 @@ _GLOB = re.compile(rb"([*?\[\]\\^])")
 class Keys:
     """The names under one prefix; keys are bytes, as Redis returns them."""
 
-    __slots__ = ("_stream", "_text", "control", "dead_letters", "nodes", "prefix", "stream_pattern")
+    __slots__ = (
+        "_stream",
+        "_text",
+        "control",
+        "dead_letters",
+        "nodes",
+        "prefix",
+        "stream_pattern",
+        "takers",
+    )
 
     def __init__(self, prefix: str) -> None:
         self._text = prefix
@@ -52,6 +62,7 @@ class Keys:
         self.control = self.prefix + b"control"
         self.dead_letters = self.prefix + b"dead-letters"
         self.nodes = self.prefix + b"nodes"
+        self.takers = self.prefix + b"takers"
         self.stream_pattern = self.streams_matching("*")
 
     def stream(self, channel: Channel) -> bytes:

@@ -62,9 +62,12 @@ class Queues:
         await scripts.load(self._link, scripts.HOLD, scripts.APPLY)
 
     async def hold(self, queues: Sequence[str], ttl_ms: int) -> list[bool]:
-        """Which of the queues this worker is to serve for so long; 0 gives all up."""
-        leases = [self._keys.lease(f"queue:{queue}") for queue in queues]
-        words: Command = (scripts.HOLD.sha, len(leases), *leases, self._instance, ttl_ms)
+        """Which of the queues this worker is to serve for so long; 0 gives all up.
+
+        At most its fair share of them while others ask too; all of them once it is alone.
+        """
+        keys = [self._keys.takers, *[self._keys.lease(f"queue:{queue}") for queue in queues]]
+        words: Command = (scripts.HOLD.sha, len(keys), *keys, self._instance, ttl_ms)
         return [bool(held) for held in cast(list[int], await self._call("EVALSHA", *words))]
 
     async def head(self, queue: str, most: int) -> Head:

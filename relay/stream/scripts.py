@@ -64,19 +64,32 @@ end
 return redis.call('XADD', KEYS[1], unpack(ARGV, 4))
 """)
 
-# KEYS leases; ARGV holder, time to live in ms (0: give up). Which of them the holder has now, as
-# 1 or 0.
+# KEYS who takes part, then leases; ARGV holder, time to live in ms (0: give up). Which of the
+# leases the holder has now, as 1 or 0: its own first, then free ones, up to its fair share.
 HOLD = Script("""\
-local held = {}
-for i, key in ipairs(KEYS) do
-  local holder = redis.call('GET', key)
+local me, ttl, leases = ARGV[1], tonumber(ARGV[2]), #KEYS - 1
+local time = redis.call('TIME')
+local now, share, own, held, free = time[1] * 1000 + math.floor(time[2] / 1000), 0, 0, {}, {}
+if ttl == 0 then redis.call('ZREM', KEYS[1], me)
+else
+  redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+  redis.call('ZADD', KEYS[1], now + ttl, me)
+  redis.call('EXPIRE', KEYS[1], math.ceil(ttl / 1000))
+  share = math.ceil(leases / redis.call('ZCARD', KEYS[1]))
+end
+for i = 1, leases do
+  local holder = redis.call('GET', KEYS[i + 1])
   held[i] = 0
-  if ARGV[2] == '0' then
-    if holder == ARGV[1] then redis.call('DEL', key) end
-  elseif not holder or holder == ARGV[1] then
-    redis.call('SET', key, ARGV[1], 'PX', ARGV[2])
-    held[i] = 1
-  end
+  if not holder then free[#free + 1] = i
+  elseif holder == me and own < share then
+    redis.call('SET', KEYS[i + 1], me, 'PX', ttl)
+    held[i], own = 1, own + 1
+  elseif holder == me then redis.call('DEL', KEYS[i + 1]) end
+end
+for _, i in ipairs(free) do
+  if own == share then break end
+  redis.call('SET', KEYS[i + 1], me, 'PX', ttl)
+  held[i], own = 1, own + 1
 end
 return held
 """)

@@ -3,7 +3,7 @@
 `CLIENT TRACKING ON`, then any read-only command on a key arms it: the next write to the key by
 anyone sends one invalidation push and disarms it. So whoever reads a stream arms it first
 (`XLEN`, in the same pipeline) and then reads: an entry appended in between is covered by one or
-the other. Works with Redis 6.2 to 8 and Valkey 9 without server configuration. FLUSHALL,
+the other. Works with Redis 7.0 to 8 and Valkey 9 without server configuration. FLUSHALL,
 FLUSHDB and a reload push one NULL that means every key.
 
 The canary is a key of this worker's own, written again and again: its invalidation proves that

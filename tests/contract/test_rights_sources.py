@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
 
 from relay.model import Channel, Principal
 from relay.rights.http import CONCURRENT, HttpRights
@@ -142,11 +142,10 @@ async def test_both_answers_are_kept_for_their_time(
     assert len(application.asked) == 3
 
 
-async def test_no_cache_asks_each_time(application: Application, make: Make) -> None:
-    rights = make(http_cache_s=0)
-    assert await rights.ask(ANN, NEWS)
-    assert await rights.ask(ANN, NEWS)
-    assert len(application.asked) == 2
+def test_an_answer_that_does_not_hold_is_refused() -> None:
+    """Who may read is looked up in the answers held: with none, nobody ever may."""
+    with pytest.raises(ValidationError, match="http_cache_s"):
+        RightsSettings(http_cache_s=0)
 
 
 async def test_the_cache_is_bounded(make: Make) -> None:
@@ -205,7 +204,7 @@ async def test_an_application_that_drops_each_answer_is_not_asked_for_ever(
 async def test_identical_questions_at_once_are_one_request(
     application: Application, make: Make
 ) -> None:
-    rights = make(http_cache_s=0)
+    rights = make()
     go = asyncio.Event()
 
     async def later() -> web.StreamResponse:

@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,37 @@ async def _push(admin: Any, pushed: asyncio.Event) -> None:
                 await admin.rpush(f"centrifugo.api.{shard}", *part)
         await asyncio.sleep(max(0.0, begun + SECONDS * (step + 1) / steps - loop.time()))
     pushed.set()
+
+
+async def test_the_shards_of_a_killed_producer_are_taken_over(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    keys = Keys("relay:")
+    queues = ["centrifugo.api", *(f"centrifugo.api.{n}" for n in range(SHARDS))]
+    with running(server):
+        alone = [ProducerProcess(server, "queue", settings=SETTINGS) for _ in range(2)]
+        try:
+            async with redis_client(server.settings("admin")) as admin:
+
+                async def shares(*wanted: int) -> None:
+                    async with asyncio.timeout(15):
+                        found: list[int] = []
+                        while found != list(wanted):
+                            await asyncio.sleep(0.05)
+                            leases = [keys.lease(f"queue:{queue}") for queue in queues]
+                            holders = Counter([await admin.get(lease) for lease in leases])
+                            found = sorted(holders.values()) if None not in holders else []
+
+                alone[0].start()
+                await shares(5)
+                alone[1].start()
+                await shares(2, 3)
+                await asyncio.to_thread(alone[0].kill)
+                await shares(5)
+                alone[0].start()
+                await shares(2, 3)
+        finally:
+            for producer in alone:
+                producer.kill()
 
 
 async def test_a_producer_by_itself_takes_commands_and_leaves_in_order(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def test_names() -> None:
     assert keys.dead_letter_mark(news, EntryID(5, 1)) == b"relay:dead-letter:{team:news}:5-1"
     assert (keys.control, keys.dead_letters) == (b"relay:control", b"relay:dead-letters")
     assert (keys.nodes, keys.node("a:1")) == (b"relay:nodes", b"relay:node:a:1")
+    assert keys.takers == b"relay:takers"
     assert (keys.canary("a:1"), keys.lease("trim")) == (b"relay:canary:a:1", b"relay:lease:trim")
 
 

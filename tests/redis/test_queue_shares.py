@@ -1,0 +1,116 @@
+"""Several workers on the shards of one queue: each serves its share, and what others leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from producers.api_queue import QueueProducer
+from relay.model import Channel
+from relay.settings import NamespaceSettings, PublishSettings, QueueSettings
+from relay.stream.connect import command
+from relay.stream.keys import Keys
+from tests.support.valkey import Server
+
+pytestmark = pytest.mark.redis
+QUEUE = "centrifugo.api"
+SHARDS = 7
+NAMES = [QUEUE, *(f"{QUEUE}.{n}" for n in range(SHARDS))]
+
+
+@asynccontextmanager
+async def worker(server: Server, keys: Keys, name: str) -> AsyncIterator[None]:
+    producer = QueueProducer(
+        keys=keys,
+        redis=server.settings(),
+        settings=QueueSettings(enabled=True, shards=SHARDS, batch=3),
+        publish=PublishSettings(),
+        instance=name,
+        namespace_of=lambda _: NamespaceSettings(),
+        max_entry_bytes=10_000,
+    )
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(producer.run())
+        try:
+            yield
+        finally:
+            task.cancel()
+
+
+async def shares(admin: Redis, keys: Keys, *wanted: int) -> Counter[str]:
+    """Until so many leases each are held; then who has how many."""
+    async with asyncio.timeout(10):
+        while True:
+            holders: list[bytes | None] = [
+                await command(admin, "GET", keys.lease(f"queue:{name}")) for name in NAMES
+            ]
+            found = Counter(holder.decode() for holder in holders if holder)
+            if sorted(found.values()) == sorted(wanted):
+                return found
+            await asyncio.sleep(0.05)
+
+
+async def test_each_has_its_share_and_the_last_one_all(
+    server: Server, admin: Redis, keys: Keys
+) -> None:
+    async with worker(server, keys, "one"):
+        assert await shares(admin, keys, 8) == {"one": 8}
+        async with worker(server, keys, "two"):
+            await shares(admin, keys, 4, 4)
+            async with worker(server, keys, "three"):
+                found = await shares(admin, keys, 3, 3, 2)
+                assert set(found) == {"one", "two", "three"}
+            # An orderly end leaves its queues to the others at once.
+            await shares(admin, keys, 4, 4)
+        assert await shares(admin, keys, 8) == {"one": 8}
+    assert not await admin.exists(keys.takers)
+
+
+async def test_who_dies_counts_no_longer(server: Server, admin: Redis, keys: Keys) -> None:
+    async with worker(server, keys, "one"):
+        await shares(admin, keys, 8)
+        # What a worker leaves that was killed a moment ago: its entry and its leases, for 1.5 s.
+        seconds, micros = await command(admin, "TIME")
+        until_ms = int(seconds) * 1000 + int(micros) // 1000 + 1500
+        await command(admin, "ZADD", keys.takers, until_ms, "dead")
+        await shares(admin, keys, 4)
+        assert await shares(admin, keys, 8) == {"one": 8}
+
+
+async def test_order_holds_while_queues_change_hands(
+    server: Server, admin: Redis, keys: Keys
+) -> None:
+    pushed = 0
+
+    async def push() -> None:
+        nonlocal pushed
+        while True:
+            for name in NAMES:
+                params = {"channel": name, "data": pushed}
+                await admin.rpush(name, json.dumps({"method": "publish", "params": params}))
+            pushed += 1
+            await asyncio.sleep(0.01)  # so that what waits is soon done
+
+    async with worker(server, keys, "one"), asyncio.TaskGroup() as tasks:
+        pushing = tasks.create_task(push())
+        for _ in range(2):
+            async with worker(server, keys, "two"):
+                await shares(admin, keys, 4, 4)
+            await shares(admin, keys, 8)
+        pushing.cancel()
+    async with worker(server, keys, "last"):
+        async with asyncio.timeout(10):
+            while await admin.exists(*NAMES):
+                await asyncio.sleep(0.02)
+    for name in NAMES:
+        found: Any = await admin.xrange(keys.stream(Channel(name)))
+        numbers = [int(fields[b"data"]) for _, fields in found]
+        assert numbers == list(range(len(numbers)))
+        assert pushed <= len(numbers) <= pushed + 1
