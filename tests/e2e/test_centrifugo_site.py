@@ -1,0 +1,256 @@
+"""A Centrifugo v1 site's command lines, file, variables and signals, with a real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.support.centrifugo_site import SECRET, eventually, fetch, publish, redis_flags, site
+from tests.support.valkey import Server, free_port
+
+pytestmark = [pytest.mark.redis, pytest.mark.timeout(120)]
+OK = b'[{"method":"publish","error":null,"body":null}]'
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """With the smallest configuration of the documents."""
+    (tmp_path / "config.json").write_text(json.dumps({"secret": SECRET}))
+    return tmp_path
+
+
+def entries(server: Server, channel: str) -> int:
+    length: int = server.client("admin").xlen(f"relay:stream:{{{channel}}}")
+    return length
+
+
+def test_the_documented_command_line_opens_this_door_alone(valkey: Server, folder: Path) -> None:
+    port = free_port()
+    redis = redis_flags(valkey)
+    with site(folder, "centrifugo", "--config=config.json", f"--port={port}", *redis) as running:
+        base = f"http://127.0.0.1:{port}"
+        assert publish(base, "site", 1) == (200, OK)
+        assert publish(base, "site", 1, secret="wrong")[0] == 401
+        for path in ("/healthz", "/metrics", "/sse?channel=site", "/"):
+            assert fetch(base + path)[0] == 404, path
+        assert running.shared.startswith("http://127.0.0.1:")
+        assert fetch(f"{running.shared}/readyz")[0] == 200
+        assert fetch(f"{running.shared}/api/", body=b"[]")[0] == 404
+        # A site that was not made to try things out: no token on the screen.
+        assert not [line for line in running.lines if "eyJ" in line]
+        assert running.said("  centrifugo").endswith(base)
+    assert running.ended() == 0
+    assert entries(valkey, "site") == 1
+
+
+def test_variables_short_flags_and_serve_with_the_file(valkey: Server, folder: Path) -> None:
+    port = free_port()
+    (folder / "config.json").write_text('{"secret": "no"}')
+    environ = {
+        "CENTRIFUGO_SECRET": SECRET,
+        "CENTRIFUGO_PORT": str(port),
+        "CENTRIFUGO_ENGINE": "redis",
+        "CENTRIFUGO_REDIS_URL": valkey.url("relay"),
+    }
+    with site(folder, "serve", "-c", "config.json", environ=environ):
+        assert publish(f"http://127.0.0.1:{port}", "variables", 1) == (200, OK)
+    other = free_port()
+    short = ["-p", str(other), "-a", "127.0.0.1", "-n", "short-1", "-e", "redis"]
+    with site(folder, "centrifugo", *short, environ=environ) as running:
+        assert publish(f"http://127.0.0.1:{other}", "variables", 1) == (200, OK)
+        metrics = fetch(f"{running.shared}/metrics")[1]
+        assert b"relay_" in metrics
+        nodes = valkey.client("admin").keys("relay:node*short-1*")
+        assert nodes
+
+
+def test_hup_reads_the_file_again_and_a_bad_one_changes_nothing(
+    valkey: Server, folder: Path
+) -> None:
+    port = free_port()
+    base = f"http://127.0.0.1:{port}"
+    config = folder / "config.json"
+    with site(folder, "centrifugo", f"--port={port}", *redis_flags(valkey)) as running:
+        assert publish(base, "hup", 1)[0] == 200
+        config.write_text('{"secret": "second", "log_level": "debug"}')
+        running.send(signal.SIGHUP)
+        running.said("reloaded")
+        assert publish(base, "hup", 1)[0] == 401
+        assert publish(base, "hup", 1, secret="second")[0] == 200
+        config.write_text('{"secret": "third", }')
+        running.send(signal.SIGHUP)
+        assert "config.json: line 1" in running.said("not reloaded")
+        assert "third" not in "".join(running.lines)
+        config.write_text('{"secret": "third", "namespaces": [{"name": "x"}]}')
+        running.send(signal.SIGHUP)
+        assert "its name must be" in running.said("not reloaded", times=2)
+        config.unlink()
+        running.send(signal.SIGHUP)
+        assert "there is no such file" in running.said("not reloaded", times=3)
+        assert publish(base, "hup", 1, secret="second")[0] == 200
+
+
+def test_several_workers_share_the_file_s_port(valkey: Server, folder: Path) -> None:
+    port = free_port()
+    arguments = ["centrifugo", f"--port={port}", "--workers", "2", *redis_flags(valkey)]
+    with site(folder, *arguments) as running:
+        for n in range(20):
+            assert publish(f"http://127.0.0.1:{port}", "workers", n) == (200, OK)
+        assert fetch(f"{running.shared}/readyz")[0] == 200
+        (folder / "config.json").write_text('{"secret": "second"}')
+        running.send(signal.SIGHUP)
+        running.said("reloaded", times=2)
+        assert publish(f"http://127.0.0.1:{port}", "workers", 1, secret="second")[0] == 200
+    assert running.ended() == 0
+
+
+def test_the_memory_engine_is_an_embedded_server_that_keeps_its_data(folder: Path) -> None:
+    port, valkey_port = free_port(), free_port()
+    arguments = ["centrifugo", f"--port={port}", "--set", f"redis.embedded_port={valkey_port}"]
+    with site(folder, *arguments):
+        assert publish(f"http://127.0.0.1:{port}", "memory", 1) == (200, OK)
+    with site(folder, *arguments) as running:
+        assert running.said("  valkey").endswith(str(valkey_port))
+        listed = subprocess.run(
+            ["redis-cli", "-p", str(valkey_port), "XLEN", "relay:stream:{memory}"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert listed.stdout.strip() == "1"
+
+
+def test_the_queue_and_its_shards_have_the_prefix(valkey: Server, folder: Path) -> None:
+    arguments = ["centrifugo", f"--port={free_port()}", "--redis_api", "--redis_api_num_shards=2"]
+    command = '{"method":"publish","params":{"channel":"queue","data":1}}'
+    admin = valkey.client("admin")
+    with site(folder, *arguments, *redis_flags(valkey)):
+        for queue in ("centrifugo.api", "centrifugo.api.0", "centrifugo.api.1"):
+            admin.rpush(queue, command)
+        eventually(lambda: entries(valkey, "queue") == 3)
+
+
+def test_tls_with_the_file_s_own_names(valkey: Server, folder: Path) -> None:
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-keyout",
+            "server.key",
+            "-out",
+            "server.crt",
+            "-days",
+            "1",
+            "-subj",
+            "/CN=localhost",
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+        ],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+    )
+    port = free_port()
+    flags = ["--ssl", "--ssl_key=server.key", "--ssl_cert=server.crt", f"--port={port}"]
+    with site(folder, "centrifugo", "--config=config.json", *flags, *redis_flags(valkey)):
+        context = ssl.create_default_context(cafile=str(folder / "server.crt"))
+        url = f"https://127.0.0.1:{port}/api/"
+        request = urllib.request.Request(url, data=b"[]", method="POST")
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, context=context)  # noqa: S310
+        assert refused.value.code == 400
+        refused.value.close()
+        with socket.create_connection(("127.0.0.1", port)) as plain:
+            plain.sendall(b"GET /api/ HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert not plain.recv(100).startswith(b"HTTP")
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "line"),
+    [
+        ('{"secret"', [], "relay: config.json: line 1, column 10: Expecting ':' delimiter"),
+        (
+            "{}",
+            ["--engine=etcd"],
+            "relay: --engine=etcd: no such engine; there are memory and redis",
+        ),
+        ("{}", ["--port=x"], "relay: --port=x: a whole number from 0 to 65535"),
+        ("{}", ["--config=config.ini"], "config.ini: must end in one of .json, .toml, .yaml, .yml"),
+        ('{"ssl_autocert": true}', [], "certificates by ACME are not included"),
+        ('{"engine": "redis", "redis_host": "a,b"}', [], "one site has one Redis here"),
+    ],
+)
+def test_what_cannot_be_served_stops_the_start_with_one_line(
+    folder: Path, text: str, flags: list[str], line: str
+) -> None:
+    (folder / "config.json").write_text(text)
+    with site(folder, "centrifugo", *flags, ready=False) as running:
+        assert running.ended() == 1
+    assert len(running.lines) == 1, running.lines
+    assert line in running.lines[0]
+
+
+def test_a_busy_port_and_an_unknown_flag(valkey: Server, folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        flags = [f"--port={port}", "-a", "127.0.0.1", *redis_flags(valkey)]
+        with site(folder, "centrifugo", *flags, ready=False) as running:
+            assert running.ended() == 1
+        assert f"port {port} of 127.0.0.1 is taken" in running.lines[-1]
+    with site(folder, "centrifugo", "--prot=1", ready=False) as running:
+        assert running.ended() == 2
+
+
+def test_without_a_file_it_starts_shut_and_says_so(valkey: Server, tmp_path: Path) -> None:
+    port = free_port()
+    with site(tmp_path, "centrifugo", f"--port={port}", *redis_flags(valkey)) as running:
+        running.said("config.json: there is no such file; the defaults count")
+        running.said("secret is empty: the door stays shut")
+        assert not [line for line in running.lines if line.startswith("  centrifugo")]
+        with pytest.raises(OSError, match="refused"):
+            fetch(f"http://127.0.0.1:{port}/api/")
+
+
+def test_the_tools(tmp_path: Path) -> None:
+    def tool(*words: str) -> tuple[int, list[str]]:
+        with site(tmp_path, *words, ready=False) as running:
+            code = running.ended()
+        return code, running.lines
+
+    assert tool("centrifugo", "genconfig") == (0, [])
+    made = tmp_path / "config.json"
+    assert os.stat(made).st_mode & 0o777 == 0o600
+    before = made.read_text()
+    refused = (1, ["relay: output config file already exists: config.json"])
+    assert tool("centrifugo", "genconfig") == refused
+    assert tool("genconfig", "-c", "config.json") == refused
+    assert made.read_text() == before
+    assert tool("centrifugo", "checkconfig") == (0, [])
+    for name in ("a.toml", "a.yaml", "a.yml", "a.ini"):
+        assert tool("genconfig", "-c", name) == (0, [])
+        assert tool("checkconfig", "-c", name) == (0, [f"{name}: the configuration is valid"])
+        assert tool("genconfig", "-c", name)[0] == 1
+    missing = (1, ["relay: none.json: there is no such file"])
+    assert tool("centrifugo", "checkconfig", "-c", "none.json") == missing
+    assert tool("checkconfig", "-c", "none.json") == missing
+    (code, lines) = tool("centrifugo", "version")
+    assert code == 0
+    assert lines[0].startswith("Centrifugo v1.8.0 (relay ")
+    code, lines = tool("convert-config", "-c", "config.json")
+    assert code == 0
+    (tmp_path / "relay.ini").write_text("\n".join(lines) + "\n")
+    assert tool("checkconfig", "-c", "relay.ini")[0] == 0
+    assert tool("convert-config", "-c", "relay.ini")[0] == 1
+    assert tool("convert-config")[0] == 1

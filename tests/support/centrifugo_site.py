@@ -1,0 +1,151 @@
+"""`relay centrifugo` as a site that had Centrifugo v1 runs it: its file and flags, a real Redis."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.support.relay import ROOT
+from tests.support.valkey import Server
+
+SECRET = "very-long-secret-key"
+START_S = 30.0
+
+
+class Site:
+    """One process in its working folder."""
+
+    def __init__(
+        self, folder: Path, arguments: Sequence[str], environ: Mapping[str, str] | None = None
+    ) -> None:
+        self.lines: list[str] = []
+        self._more = threading.Condition()
+        self._ended = False
+        environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "relay", *arguments],
+            cwd=folder,
+            env={**environment, "PYTHONPATH": str(ROOT), **(environ or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            for line in lines:
+                with self._more:
+                    self.lines.append(line.rstrip())
+                    self._more.notify_all()
+        with self._more:
+            self._ended = True
+            self._more.notify_all()
+
+    def said(self, text: str, *, times: int = 1) -> str:
+        """The line with `text`, as soon as so many of them are there."""
+        deadline = time.monotonic() + START_S
+
+        def found() -> list[str]:
+            return [line for line in self.lines if text in line]
+
+        with self._more:
+            while len(found()) < times:
+                left = deadline - time.monotonic()
+                if left <= 0 or self._ended:
+                    raise AssertionError(f"{text!r} not in {self.lines[-20:]}")
+                self._more.wait(left)
+            return found()[times - 1]
+
+    @property
+    def shared(self) -> str:
+        """The address of the listener for everything else."""
+        return self.said("relay is ready on").rpartition(" ")[2]
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal."""
+        self.process.send_signal(number)
+
+    def ended(self) -> int:
+        """Its exit code, once it has ended by itself."""
+        code = self.process.wait(START_S)
+        self._reader.join(START_S)
+        return code
+
+
+@contextmanager
+def site(
+    folder: Path, *arguments: str, environ: Mapping[str, str] | None = None, ready: bool = True
+) -> Iterator[Site]:
+    """`relay ARGUMENTS`, stopped at the end; it serves when this returns if `ready`."""
+    running = Site(folder, arguments, environ)
+    try:
+        if ready:
+            # The last line of those that a start prints.
+            running.said("  watch")
+        yield running
+    finally:
+        if running.process.poll() is None:
+            running.send(signal.SIGTERM)
+            try:
+                running.process.wait(START_S)
+            except subprocess.TimeoutExpired:
+                running.process.kill()
+        running.process.wait()
+
+
+def redis_flags(server: Server) -> list[str]:
+    """The redis engine on `server`, with the rights of docs/redis.md."""
+    return ["--engine=redis", f"--redis_url={server.url('relay')}"]
+
+
+def fetch(
+    url: str, *, body: bytes | None = None, headers: Mapping[str, str] | None = None
+) -> tuple[int, bytes, dict[str, str]]:
+    """Status, body and headers, whatever the status; redirects are not followed."""
+    request = urllib.request.Request(url, data=body, headers=dict(headers or {}))  # noqa: S310
+    opener = urllib.request.build_opener(_Stay)
+    try:
+        with opener.open(request, timeout=START_S) as answer:
+            return answer.status, answer.read(), dict(answer.headers)
+    except urllib.error.HTTPError as exc:
+        with exc:
+            return exc.code, exc.read(), dict(exc.headers)
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+def publish(base: str, channel: str, data: object, *, secret: str = SECRET) -> tuple[int, bytes]:
+    """A signed publish to /api/."""
+    params = {"channel": channel, "data": data}
+    body = json.dumps({"method": "publish", "params": params}).encode()
+    sign = hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
+    headers = {"Content-Type": "application/json", "X-API-Sign": sign}
+    status, text, _ = fetch(f"{base}/api/", body=body, headers=headers)
+    return status, text
+
+
+def eventually(is_so: Callable[[], bool]) -> None:
+    """Returns once it is."""
+    deadline = time.monotonic() + START_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

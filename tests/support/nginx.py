@@ -1,0 +1,92 @@
+"""A real nginx in front of something, with a recipe of the documents as it stands."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.relay import ROOT
+from tests.support.valkey import free_port
+
+START_S = 20.0
+
+
+def recipes(document: str) -> dict[str, str]:
+    """The ```nginx blocks of a document by the heading above each, a second one with ` 2`."""
+    found: dict[str, str] = {}
+    heading = ""
+    text = (ROOT / document).read_text()
+    for part in re.finditer(r"^#+ ([^\n]*)$|^```nginx\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        if part[1] is not None:
+            heading = part[1]
+        else:
+            found[heading if heading not in found else f"{heading} 2"] = part[2]
+    return found
+
+
+@contextmanager
+def nginx(folder: Path, recipe: str, ports: Mapping[int, int]) -> Iterator[str]:
+    """The address of one that runs `recipe`; `ports` are put for the recipe's own upstreams.
+
+    It listens on loopback, at a free port for the recipe's 80.
+    """
+    binary = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if binary is None:
+        missing = "needs nginx: apt-get install nginx"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
+    port = free_port()
+    assert recipe.count("listen 80;") == 1
+    recipe = recipe.replace("listen 80;", f"listen 127.0.0.1:{port};")
+    for old, new in ports.items():
+        assert f"127.0.0.1:{old};" in recipe
+        recipe = recipe.replace(f"127.0.0.1:{old};", f"127.0.0.1:{new};")
+    paths = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    head = [
+        "daemon off;",
+        *(["user root;"] if os.geteuid() == 0 else []),
+        f"pid {folder}/nginx.pid;",
+        "error_log stderr warn;",
+        "events { worker_connections 512; }",
+        "http {",
+        "access_log off;",
+        *(f"{name}_temp_path {folder}/nginx-{name};" for name in paths),
+    ]
+    config = folder / "nginx.conf"
+    config.write_text("\n".join([*head, recipe, "}"]))
+    process = subprocess.Popen(
+        [binary, "-e", "stderr", "-p", str(folder), "-c", str(config)],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        _wait(process, port)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        _, told = process.communicate(timeout=START_S)
+        # Shown by pytest beside a failure.
+        sys.stderr.write(told)
+
+
+def _wait(process: subprocess.Popen[str], port: int) -> None:
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+        except OSError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+        else:
+            return
