@@ -3,8 +3,8 @@
     Redis ── Reader ── Incoming ── Hub ── doors ── Server
                                     └─ Admission (rights)
 
-Stop: refuse new clients, stop reading, ask the clients to reconnect (spread over `drain_s`), let
-their last bytes out, then let go. A second signal ends it at once.
+Stop: refuse new clients, ask the others to reconnect (spread over `drain_s`; they are served until
+then), let their last bytes out, stop reading, then let go. A second signal ends it at once.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ class Relay:
         self._stop = asyncio.Event()
         self._metrics = Metrics(worker.number, worker.siblings) if worker else Metrics()
         self._background: asyncio.TaskGroup | None = None
+        self._door_tasks: set[asyncio.Task[None]] = set()
         self._doors: list[tuple[str, Mounted, Section]] = []
         self._tokens = TokenReader(config.jwt)
 
@@ -204,7 +205,7 @@ class Relay:
             bus=site.bus,
             store=site.store,
             presence=site.presence,
-            spawn=self._spawn,
+            spawn=self._spawn_for_door,
             http=http,
             read_token=lambda token: self._tokens.read(token),
             ready=reader.ready,
@@ -277,10 +278,10 @@ class Relay:
             for task in taking:
                 task.cancel()
             await jobs.stop()
-            await reader.stop()
-            reading.cancel()
             doors = {name: door for name, door, _ in self._doors}
             await drain(hub.sessions(), doors, self._config.node.drain_s)
+            await reader.stop()
+            reading.cancel()
             with contextlib.suppress(RelayError):
                 await site.presence.leave()
                 await heartbeat.leave()
@@ -288,7 +289,7 @@ class Relay:
         finally:
             # A start that failed ends the reader too, and that is no news.
             self._stop.set()
-            for task in tasks:
+            for task in (*tasks, *self._door_tasks):
                 task.cancel()
             await server.close()
 
@@ -345,6 +346,14 @@ class Relay:
         if self._background is None:
             raise RuntimeError("not running")
         return self._background.create_task(coroutine, name=name)
+
+    def _spawn_for_door(
+        self, coroutine: Coroutine[Any, Any, None], *, name: str
+    ) -> asyncio.Task[None]:
+        task = self._spawn(coroutine, name=name)
+        self._door_tasks.add(task)
+        task.add_done_callback(self._door_tasks.discard)
+        return task
 
     async def _keep_reading(self, reader: Reader) -> None:
         """A reader that ends by itself is a bug: better no process than one that only looks up."""

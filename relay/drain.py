@@ -22,18 +22,17 @@ _LAST_BYTES_S = 2.0
 async def drain(
     sessions: Sequence[Session], doors: Mapping[str, Mounted], default_s: float
 ) -> None:
-    """Tells all of them, each door's clients spread over its own `drain_s` or else `default_s`;
+    """Tells all of them, spread over `default_s`, or in the last tenth of their door's `drain_s`;
     then waits until their last bytes are out, for at most 2 s."""
-    if not sessions:
-        return
     by_door: dict[str, list[Session]] = {}
     for session in sessions:
         by_door.setdefault(session.principal.door, []).append(session)
     due: list[tuple[float, Session]] = []
     for name, mine in by_door.items():
         own = doors[name].drain_s if name in doors else None
-        seconds = default_s if own is None else own
-        due += [(seconds * index / len(mine), session) for index, session in enumerate(mine)]
+        start, end = (0.0, default_s) if own is None else (0.9 * own, own)
+        step = (end - start) / len(mine)
+        due += [(start + step * index, session) for index, session in enumerate(mine)]
     loop = asyncio.get_running_loop()
     begun = loop.time()
     for at, session in sorted(due, key=lambda each: each[0]):
@@ -47,4 +46,5 @@ async def drain(
         async with asyncio.timeout(_LAST_BYTES_S):
             for door in doors.values():
                 await door.closed()
-    _log.info("%d clients asked to reconnect", len(sessions))
+    if sessions:
+        _log.info("%d clients asked to reconnect", len(sessions))

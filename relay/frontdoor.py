@@ -182,19 +182,20 @@ class DoorContext:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listener:
     """An address of a door's own. An empty `host` is that of [server], and so is TLS without a
-    certificate here."""
+    certificate here; `plain`: never TLS, for clients that have none."""
 
     port: int
     routes: Sequence[web.AbstractRouteDef]
     host: str = ""
     tls_cert: str = ""
     tls_key: str = ""
+    plain: bool = False
 
 
 class Mounted(Protocol):
     """A door at work. `routes` are for the shared listener or, where its section has a `port`, for
-    that one; `listeners` come on top. `drain_s`: seconds over which its clients are asked to
-    reconnect at stop; None: `[node] drain_s`."""
+    that one; `listeners` come on top. `drain_s`: seconds that its clients may stay at stop, where
+    they do not come back by themselves; None: they are asked to reconnect over `[node] drain_s`."""
 
     routes: Sequence[web.AbstractRouteDef]
     listeners: Sequence[Listener]

@@ -69,6 +69,7 @@ class Server:
             await listen(host, own, door.routes, door_tls, reuse_port=shared_ports)
         for each in (each for door, _ in doors for each in door.listeners):
             own_tls = _tls(each.tls_cert, each.tls_key, "the door's own") or tls
+            own_tls = None if each.plain else own_tls
             host = each.host or settings.host
             await listen(host, each.port, each.routes, own_tls, reuse_port=shared_ports)
         if metrics.port:

@@ -227,7 +227,9 @@ class Supervisor:
                 process.send_signal(number)
 
     async def _end_the_slow(self, keepers: Iterable[asyncio.Task[None]]) -> None:
-        await asyncio.wait(keepers, timeout=self._config.node.drain_s + _STOP_S)
+        own = (float(getattr(door, "drain_s", 0)) for door in self._config.doors.values())
+        drain_s = max(self._config.node.drain_s, *own)
+        await asyncio.wait(keepers, timeout=drain_s + _STOP_S)
         for number in self._processes:
             _log.error("worker %d does not end and is killed", number)
         self._pass_on(signal.SIGKILL)
