@@ -1,0 +1,1 @@
+"""Pydio's door: PHP on the private channel, its browsers on the public one."""

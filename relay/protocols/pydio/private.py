@@ -1,0 +1,156 @@
+"""The private channel: PHP with the admin key, from an authorised host, by websocket or POST."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from producers import private_channel
+from relay.errors import LimitExceeded, RelayError
+from relay.protocols.pydio.hosts import AuthorisedHosts
+from relay.protocols.pydio.settings import PydioSettings, split
+from relay.transports import websocket
+from relay.transports.take_over import take_over
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from relay.frontdoor import DoorContext
+    from relay.protocols.pydio.outbound import Outbound
+    from relay.transports.reaper import Reaper
+
+_log = logging.getLogger(__name__)
+
+ADMIN_KEY = "Admin-Key"
+_VERSIONS = frozenset({"8", "13"})
+# Eight random bytes directly behind the head of a handshake of version 8: the third key of an older
+# draft (vendor/phpws/websocket.client.php, `serializeHeaders`, Pydio 6.4.2).
+_JUNK_BYTES = 8
+_LOG_EVERY_S = 1.0
+
+
+class PrivateChannel:
+    """PHP's way in."""
+
+    def __init__(
+        self,
+        context: DoorContext,
+        settings: PydioSettings,
+        outbound: Outbound,
+        reaper: Reaper,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._context = context
+        self._outbound = outbound
+        self._reaper = reaper
+        self._clock = loop.time
+        self._complained_at = float("-inf")
+        self._silenced = 0
+        self.sockets: set[websocket.WebSocketConnection] = set()
+        self.reload(settings)
+
+    def reload(self, settings: PydioSettings) -> None:
+        """For connections from now on."""
+        self._settings = settings
+        self._key = settings.key.get_secret_value().encode()
+        self._hosts = AuthorisedHosts(split(settings.authorised_hosts), clock=self._clock)
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """The one handler of its paths."""
+        peer = _peer(request)
+        # Both are always looked at, so that neither tells how the other went.
+        allowed = await self._hosts.allow(peer)
+        keyed = self._has_key(request)
+        if not (allowed and keyed):
+            self._complain(
+                f"private channel: {peer or 'somebody'} is refused:"
+                f" {'wrong key' if allowed else 'not an authorised host'}"
+            )
+            return self._refused(403, "forbidden", "not allowed")
+        if request.method == "POST":
+            return await self._post(request, peer)
+        accepted = websocket.accept_headers(request, _VERSIONS)
+        if isinstance(accepted, web.Response):
+            return accepted
+        return self._open(request, accepted, peer)
+
+    def _has_key(self, request: web.Request) -> bool:
+        shown = request.headers.get(ADMIN_KEY, "").encode(errors="surrogateescape")
+        return hmac.compare_digest(shown, self._key) and bool(self._key)
+
+    # ---- websocket --------------------------------------------------------------------------
+
+    def _open(self, request: web.Request, accepted: bytes, peer: str) -> web.StreamResponse:
+        old = request.headers.get("Sec-WebSocket-Version", "").strip() == "8"
+        # No heartbeat: PHP reads nothing while it works, and hangs up when its request is over.
+        socket = websocket.WebSocketConnection(
+            buffer_bytes=self._context.client_buffer_bytes,
+            max_frame_bytes=self._settings.private_max_bytes,
+            reaper=self._reaper,
+            skip_bytes=_JUNK_BYTES if old else 0,
+        )
+
+        def received(text: bytes) -> None:
+            try:
+                self._outbound.add(private_channel.read(text))
+            except private_channel.Unreadable as exc:
+                self._context.metrics.refused.labels("bad_request").inc()
+                self._complain(f"private channel: a message of {peer} is dropped: {exc}")
+
+        socket.on_text = received
+        socket.on_closed = lambda: self.sockets.discard(socket)
+        self.sockets.add(socket)
+        return take_over(request, accepted, socket)
+
+    # ---- POST -------------------------------------------------------------------------------
+
+    async def _post(self, request: web.Request, peer: str) -> web.Response:
+        try:
+            publication = private_channel.read(await self._body(request))
+            entry_id = await self._context.publish(
+                publication.channel,
+                publication.data,
+                to=publication.to,
+                extra=publication.extra,
+            )
+        except (private_channel.Unreadable, ValueError) as exc:
+            self._complain(f"private channel: a message of {peer} is dropped: {exc}")
+            return self._refused(400, "bad_request", str(exc))
+        except LimitExceeded as exc:
+            return self._refused(413, exc.code, str(exc))
+        except RelayError:
+            return self._refused(503, "unavailable", "not appended; try again")
+        return web.json_response({"channel": publication.channel, "id": str(entry_id)})
+
+    async def _body(self, request: web.Request) -> bytes:
+        most = self._settings.private_max_bytes
+        body = bytearray()
+        while part := await request.content.readany():
+            body += part
+            if len(body) > most:
+                raise LimitExceeded(f"more than {most} bytes")
+        return bytes(body)
+
+    # ---- both -------------------------------------------------------------------------------
+
+    def _refused(self, status: int, code: str, text: str) -> web.Response:
+        self._context.metrics.refused.labels(code).inc()
+        return web.json_response({"error": {"code": code, "message": text}}, status=status)
+
+    def _complain(self, text: str) -> None:
+        # Who is refused can try as often as they like: not a line each.
+        now = self._clock()
+        if now - self._complained_at < _LOG_EVERY_S:
+            self._silenced += 1
+            return
+        more = f" ({self._silenced} more since the last line)" if self._silenced else ""
+        self._complained_at, self._silenced = now, 0
+        _log.warning("%s%s", text, more)
+
+
+def _peer(request: web.Request) -> str:
+    address = request.transport.get_extra_info("peername") if request.transport else None
+    return str(address[0]) if isinstance(address, tuple) else ""

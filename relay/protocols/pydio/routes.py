@@ -1,0 +1,228 @@
+"""The Pydio door's paths: the public channel of its browsers and the private one of PHP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from relay.errors import (
+    ClientError,
+    Forbidden,
+    LimitExceeded,
+    RelayError,
+    Unauthorized,
+    Unavailable,
+)
+from relay.frontdoor import Listener
+from relay.protocols.pydio import codec
+from relay.protocols.pydio.accounts import Account, Accounts
+from relay.protocols.pydio.browser import GOING_AWAY, Browser, Surroundings
+from relay.protocols.pydio.outbound import Outbound
+from relay.protocols.pydio.private import ADMIN_KEY, PrivateChannel
+from relay.protocols.pydio.server import Credentials, PydioServer, chosen_cookies
+from relay.protocols.pydio.settings import PydioSettings
+from relay.transports import websocket
+from relay.transports.heartbeat import Heartbeat
+from relay.transports.reaper import Reaper
+from relay.transports.take_over import take_over
+
+if TYPE_CHECKING:
+    from relay.frontdoor import DoorContext
+
+_log = logging.getLogger(__name__)
+
+_MAX_FRAME_BYTES = 4096
+_HTTP_STATUS: dict[type[RelayError], int] = {
+    Unauthorized: 401,
+    Forbidden: 403,
+    LimitExceeded: 429,
+    Unavailable: 503,
+}
+
+
+class MountedPydio:
+    """The door at work."""
+
+    def __init__(self, context: DoorContext, settings: PydioSettings) -> None:
+        loop = asyncio.get_running_loop()
+        self._context = context
+        self._settings = settings
+        self._gauge = context.metrics.connections.labels("pydio")
+        self._reaper = Reaper()
+        self._outbound = Outbound(context.publish, clock=loop.time)
+        self._private = PrivateChannel(context, settings, self._outbound, self._reaper, loop)
+        self._accounts = Accounts(
+            PydioServer(settings, context.http),
+            settings,
+            spawn=context.spawn,
+            recheck=context.hub.recheck,
+            clock=loop.time,
+        )
+        self._around = Surroundings(
+            subscribe=context.subscribe,
+            refused=lambda code: context.metrics.refused.labels(code).inc(),
+            ask_again=self._ask_again,
+            loop=loop,
+        )
+        private = _routes(settings.private_path, self._private.handle)
+        if settings.private_port:
+            self.routes = _routes(settings.public_path, self._public)
+            self.listeners = [
+                Listener(
+                    host=settings.private_host,
+                    port=settings.private_port,
+                    routes=private,
+                    plain=True,
+                )
+            ]
+        else:
+            self.routes = _routes(settings.public_path, self._either)
+            if settings.private_path != settings.public_path:
+                self.routes += private
+            self.listeners = []
+        self._open = 0
+        self._last_closed = asyncio.Event()
+        self.reload(settings)
+        self._tasks = {
+            context.spawn(self._accounts.run(), name="pydio accounts"),
+            context.spawn(self._outbound.run(), name="pydio outbound"),
+        }
+
+    def reload(self, settings: PydioSettings) -> None:
+        """See `relay.frontdoor.Mounted`. Paths stay until a restart, and heartbeats of open
+        connections keep their pace."""
+        self._settings = settings
+        self.drain_s = settings.drain_s
+        self._origins = settings.origins()
+        self._private.reload(settings)
+        self._accounts.reload(settings)
+        self._heartbeat = Heartbeat(
+            interval_s=settings.heartbeat_s,
+            beat=websocket.PING,
+            deadline_s=settings.pong_timeout_s,
+            farewell=websocket.frame_close(GOING_AWAY, "no answer to pings"),
+        )
+
+    async def closed(self) -> None:
+        """See `relay.frontdoor.Mounted`; what PHP has sent is in its streams by then."""
+        await self._outbound.settled()
+        if self._open:
+            self._last_closed.clear()
+            await self._last_closed.wait()
+
+    async def _either(self, request: web.Request) -> web.StreamResponse:
+        # 6.4.2 has one path: only the header tells PHP from a browser.
+        if ADMIN_KEY in request.headers:
+            return await self._private.handle(request)
+        return await self._public(request)
+
+    # ---- the public channel -----------------------------------------------------------------
+
+    async def _public(self, request: web.Request) -> web.StreamResponse:
+        try:
+            return await self._admit(request)
+        except (ClientError, Unavailable) as exc:
+            self._context.metrics.refused.labels(exc.code).inc()
+            return web.Response(status=_HTTP_STATUS.get(type(exc), 400), text=f"{exc}\n")
+
+    async def _admit(self, request: web.Request) -> web.StreamResponse:
+        accepted = websocket.accept_headers(request)
+        if isinstance(accepted, web.Response):
+            return accepted
+        if not self._settings.auth_url:
+            raise Unavailable("[protocol:pydio] auth_url is empty: nobody can be identified")
+        context = self._context
+        account = await self._accounts.enter(self._credentials(request))
+        browser = Browser(account, self._around)
+        encoder = codec.encoder_for(account.identity.masked)
+        session = await context.open(account.principal, encoder, browser)
+        browser.session = session
+        account.members.add(browser)
+        if not account.valid:
+            # It was ended while the seat was being taken.
+            self._accounts.leave(account, browser)
+            session.end()
+            raise Unauthorized("Pydio knows nobody by this any more")
+        socket = websocket.WebSocketConnection(
+            buffer_bytes=context.client_buffer_bytes,
+            max_frame_bytes=_MAX_FRAME_BYTES,
+            reaper=self._reaper,
+            heartbeat=self._heartbeat,
+        )
+
+        def closed() -> None:
+            self._count(-1)
+            self._accounts.leave(account, browser)
+            session.end()
+
+        self._count(1)
+        socket.on_text = browser.on_text
+        socket.on_full = session.pause
+        socket.on_drained = session.resume
+        socket.on_closed = closed
+        response = take_over(request, accepted, socket)
+        session.attach(socket)
+        browser.attached(socket)
+        context.hub.flush_soon()
+        return response
+
+    def _credentials(self, request: web.Request) -> Credentials:
+        """What the request brings; Unauthorized without any, Forbidden where a foreign page has
+        made the browser bring its cookies."""
+        query = request.query
+        token = Credentials(token=query.get("auth_token", ""), hash=query.get("auth_hash", ""))
+        if token:
+            return token
+        header = "; ".join(request.headers.getall("Cookie", ()))
+        cookies = Credentials(cookies=chosen_cookies(header, self._settings.cookies))
+        if not cookies:
+            raise Unauthorized("log in to Pydio first")
+        origin = request.headers.get("Origin", "").lower()
+        own = (f"http://{request.host}".lower(), f"https://{request.host}".lower())
+        if origin not in self._origins and origin not in own:
+            raise Forbidden("this Origin is not allowed")
+        return cookies
+
+    def _ask_again(self, account: Account, then: Callable[[], None]) -> None:
+        async def ask() -> None:
+            await self._accounts.renew(account)
+            then()
+
+        task = self._context.spawn(ask(), name="pydio rights")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _count(self, change: int) -> None:
+        self._open += change
+        self._gauge.set(self._open)
+        if not self._open:
+            self._last_closed.set()
+
+
+def _routes(
+    path: str, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> list[web.AbstractRouteDef]:
+    return [web.get(path, handler, allow_head=False), web.post(path, handler)]
+
+
+class PydioDoor:
+    """See `relay.frontdoor.FrontDoor`."""
+
+    name = "pydio"
+    settings = PydioSettings
+
+    def mount(self, context: DoorContext, settings: PydioSettings) -> MountedPydio | None:
+        """None without a key: PHP could not be told from anybody else."""
+        if not settings.enabled:
+            return None
+        if not settings.key.get_secret_value():
+            _log.info("[protocol:pydio] key is empty: there is no Pydio")
+            return None
+        return MountedPydio(context, settings)
+
+
+DOOR = PydioDoor()

@@ -1,0 +1,198 @@
+"""Pydio's private channel: what PHP sends reaches the streams, and nobody else's does."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import AsyncIterator, Iterator
+
+import aiohttp
+import pytest
+
+from tests.support.clients import Native, native, redis, until
+from tests.support.pydio import KEY, publish, tree
+from tests.support.relay import RelayProcess
+from tests.support.valkey import Server, free_port
+
+ACCEPTED = "HTTP/1.1 101 Switching Protocols"
+FORBIDDEN = "HTTP/1.1 403 Forbidden"
+SETTINGS = [f"protocol:pydio.key={KEY}", "protocol:pydio.drain_s=0.2"]
+
+
+@pytest.fixture(scope="module")
+def relay(valkey: Server) -> Iterator[RelayProcess]:
+    process = RelayProcess(valkey, settings=SETTINGS).start()
+    yield process
+    process.kill()
+
+
+@pytest.fixture
+async def door(relay: RelayProcess) -> AsyncIterator[Native]:
+    async with native(relay) as clients:
+        clients = Native(
+            clients.port, relay.token(channels=["pydio:*"]), clients.session, clients.streams
+        )
+        yield clients
+
+
+async def post(relay: RelayProcess, body: bytes, **headers: str) -> tuple[int, dict[str, object]]:
+    async with aiohttp.ClientSession() as session:
+        request = session.post(
+            f"{relay.url}/private", data=io.BytesIO(body), headers={"Admin-Key": KEY} | headers
+        )
+        async with request as answer:
+            return answer.status, await answer.json()
+
+
+@pytest.mark.timeout(60)
+async def test_the_real_clients_shape_arrives_100_times(relay: RelayProcess, door: Native) -> None:
+    stream = await door.sse("pydio:junk")
+    sent = [
+        [{"REPO_ID": "junk", "CONTENT": tree(f"{n}-{m}")} for m in range(2)] for n in range(100)
+    ]
+    answers = await publish(relay.port, *sent)
+    assert answers == [ACCEPTED] * 100
+    expected = [str(message["CONTENT"]) for messages in sent for message in messages]
+    # Two connections are two ways into the stream: order is kept within each.
+    found = [block.data or "" for block in await stream.take(200)]
+    assert sorted(found) == sorted(expected)
+    for first, second in (expected[at : at + 2] for at in range(0, 200, 2)):
+        assert found.index(first) < found.index(second)
+
+
+@pytest.mark.parametrize("form", ["serialize", "json"])
+async def test_contents_of_every_length_of_a_frame(
+    relay: RelayProcess, door: Native, form: str
+) -> None:
+    stream = await door.sse(f"pydio:sizes-{form}")
+    contents = [tree("é" * size) for size in (0, 10, 100, 32_000, 32_600, 33_000, 80_000)]
+    assert len(contents[-1].encode()) > 160_000
+    messages = [{"REPO_ID": f"sizes-{form}", "CONTENT": content} for content in contents]
+    assert await publish(relay.port, messages, form=form) == [ACCEPTED]
+    assert [block.data for block in await stream.take(len(contents))] == contents
+
+
+async def test_two_publishers_at_once_keep_their_own_order(
+    relay: RelayProcess, door: Native
+) -> None:
+    stream = await door.sse("pydio:both")
+    sent = {name: [tree(f"{name}{number}") for number in range(200)] for name in ("left", "right")}
+    async with asyncio.TaskGroup() as group:
+        for contents in sent.values():
+            messages = [{"REPO_ID": "both", "CONTENT": content} for content in contents]
+            group.create_task(publish(relay.port, messages))
+    found = [block.data or "" for block in await stream.take(400)]
+    for name, contents in sent.items():
+        assert [data for data in found if name in data] == contents
+
+
+async def test_recipients_and_paths_stand_in_the_entry(relay: RelayProcess) -> None:
+    status, answer = await post(
+        relay,
+        json.dumps(
+            {
+                "REPO_ID": "entry",
+                "CONTENT": tree("x"),
+                "GROUP_PATH": "/staff/a b",
+                "NODE_PATHES": ["/ü"],
+            }
+        ).encode(),
+    )
+    assert (status, answer["channel"]) == (200, "pydio:entry")
+    stream = "relay:stream:{pydio:entry}"
+    ((entry_id, fields),) = redis(relay.server, "XRANGE", stream, "-", "+")
+    assert entry_id.decode() == answer["id"]
+    entry = dict(fields)
+    assert entry[b"data"] == tree("x").encode()
+    assert json.loads(entry[b"to"]) == ["group:/staff/a b"]
+    assert json.loads(entry[b"node_paths"]) == ["/ü"]
+
+
+@pytest.mark.parametrize("key", ["wrong", KEY[:-1], KEY + "x", "ü"])
+async def test_a_wrong_key_is_refused_before_the_upgrade(relay: RelayProcess, key: str) -> None:
+    message = {"REPO_ID": "closed", "CONTENT": tree("x")}
+    assert await publish(relay.port, [message], key=key) == [FORBIDDEN]
+    status, answer = await post(relay, json.dumps(message).encode(), **{"Admin-Key": "wrong"})
+    assert status == 403
+    assert answer == {"error": {"code": "forbidden", "message": "not allowed"}}
+    assert redis(relay.server, "EXISTS", "relay:stream:{pydio:closed}") == 0
+    await until(lambda: any("127.0.0.1 is refused: wrong key" in line for line in relay.log))
+    assert not any(KEY in line for line in relay.log)
+
+
+async def test_without_a_key_nothing_is_private(relay: RelayProcess) -> None:
+    async with aiohttp.ClientSession() as session, session.get(f"{relay.url}/private") as answer:
+        assert answer.status == 403
+
+
+async def test_another_host_is_refused_even_with_the_key(valkey: Server) -> None:
+    settings = [*SETTINGS, "protocol:pydio.authorised_hosts=10.0.0.0/8, ::1, php.invalid"]
+    process = RelayProcess(valkey, settings=settings).start()
+    try:
+        message = {"REPO_ID": "host", "CONTENT": tree("x")}
+        assert await publish(process.port, [message]) == [FORBIDDEN]
+        await until(lambda: any("refused: not an authorised host" in each for each in process.log))
+        process.settings[-1] = "protocol:pydio.authorised_hosts=127.0.0.0/8"
+        process.restart()
+        assert await publish(process.port, [message]) == [ACCEPTED]
+    finally:
+        process.stop()
+
+
+async def test_php_may_have_a_listener_of_its_own(valkey: Server) -> None:
+    port = free_port()
+    settings = [*SETTINGS, f"protocol:pydio.private_port={port}", "protocol:pydio.public_path=/p"]
+    process = RelayProcess(valkey, settings=settings).start()
+    try:
+        message = {"REPO_ID": "own", "CONTENT": tree("x")}
+        assert await publish(port, [message]) == [ACCEPTED]
+        await until(lambda: redis(valkey, "EXISTS", "relay:stream:{pydio:own}"))
+        # Then the key opens nothing elsewhere.
+        assert await publish(process.port, [message]) == ["HTTP/1.1 404 Not Found"]
+        assert await publish(process.port, [message], path="/p") == [
+            "HTTP/1.1 426 Upgrade Required"
+        ]
+    finally:
+        process.stop()
+
+
+async def test_what_cannot_be_read_costs_nothing_else(relay: RelayProcess, door: Native) -> None:
+    stream = await door.sse("pydio:bad")
+    good = [{"REPO_ID": "bad", "CONTENT": tree(str(n))} for n in range(2)]
+    bad = {"REPO_ID": "bad", "CONTENT": ""}
+    assert await publish(relay.port, [good[0], bad, good[1]]) == [ACCEPTED]
+    assert [block.data for block in await stream.take(2)] == [tree("0"), tree("1")]
+    await until(lambda: any("is dropped: CONTENT is missing" in line for line in relay.log))
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'a:2:{s:7:"REPO_ID";s:1:"1";s:7:"CONTENT";O:8:"stdClass":0:{}}', 400),
+        (b"nonsense", 400),
+        (b"x" * 1_100_000, 413),
+    ],
+)
+async def test_a_bad_post_says_what_is_wrong(relay: RelayProcess, body: bytes, status: int) -> None:
+    assert (await post(relay, body))[0] == status
+
+
+async def test_a_message_beyond_the_limit_closes_its_connection_only(
+    relay: RelayProcess, door: Native
+) -> None:
+    stream = await door.sse("pydio:long")
+    long = {"REPO_ID": "long", "CONTENT": "x" * 1_100_000}
+    short = {"REPO_ID": "long", "CONTENT": tree("x")}
+    assert await publish(relay.port, [long], [short]) == [ACCEPTED] * 2
+    assert (await stream.next()).data == tree("x")
+
+
+async def test_a_modern_websocket_client_needs_no_junk(relay: RelayProcess, door: Native) -> None:
+    stream = await door.sse("pydio:modern")
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(f"{relay.url}/private", headers={"Admin-Key": KEY}) as socket,
+    ):
+        await socket.send_str(json.dumps({"REPO_ID": "modern", "CONTENT": tree("x")}))
+        assert (await stream.next()).data == tree("x")
