@@ -103,6 +103,8 @@ class Handover:
         # Links whose client is here, and links whose session is here.
         self._near: dict[int, NearEnd] = {}
         self._far: dict[tuple[str, int], RemoteTransport] = {}
+        # Workers that were not there at the last probe.
+        self._absent: set[str] = set()
         self._probe_timer: asyncio.TimerHandle | None = None
         bus.listen(self._topic, self._on_payload)
 
@@ -243,7 +245,13 @@ class Handover:
     def _probed(self, peer: str, sent: asyncio.Future[bool]) -> None:
         if sent.cancelled() or sent.exception() is not None or sent.result():
             # What was lost while the bus was away is found by the next probe.
+            self._absent.discard(peer)
             return
+        if peer not in self._absent:
+            # After a failover of Redis a worker that lives may not listen again yet.
+            self._absent.add(peer)
+            return
+        self._absent.discard(peer)
         for end in [each for each in self._near.values() if each.link.peer == peer]:
             end.cut()
         for transport in [each for each in self._far.values() if each.link.peer == peer]:

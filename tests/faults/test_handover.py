@@ -1,0 +1,116 @@
+"""Polling sessions over two workers, of which one dies, or whose Redis does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from aiohttp import ClientError, ClientResponse, ClientSession
+
+from tests.support.sockjs_sites import WorkerProcess, workers
+from tests.support.valkey import Server, free_port, running
+
+pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
+# Two of the handover's periods, and some for a busy machine.
+_NOTICED_S = 25
+
+
+class Browser:
+    """Requests to whichever worker the test names."""
+
+    def __init__(self, http: ClientSession, session: str) -> None:
+        self._http = http
+        self._session = session
+
+    async def post(self, worker: WorkerProcess, transport: str, body: bytes = b"") -> bytes:
+        url = f"http://127.0.0.1:{worker.port}/echo/0/{self._session}/{transport}"
+        async with self._http.post(url, data=body) as answer:
+            return str(answer.status).encode() + b" " + await answer.read()
+
+    @asynccontextmanager
+    async def stream(self, worker: WorkerProcess) -> AsyncIterator[ClientResponse]:
+        url = f"http://127.0.0.1:{worker.port}/echo/0/{self._session}/xhr_streaming"
+        async with self._http.post(url) as answer:
+            await answer.content.readuntil(b"\n")
+            yield answer
+
+
+async def rest(answer: ClientResponse) -> bytes:
+    """All that comes until the end, however that is reached."""
+    found = b""
+    async with asyncio.timeout(_NOTICED_S):
+        try:
+            while more := await answer.content.readany():
+                found += more
+        except ClientError:
+            pass
+    return found
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[ClientSession]:
+    async with ClientSession() as opened:
+        yield opened
+
+
+async def test_the_death_of_a_sessions_worker_ends_its_streams_elsewhere(
+    valkey: Server, http: ClientSession
+) -> None:
+    browser = Browser(http, "owner-dies")
+    async with workers(valkey, [free_port(), free_port()]) as (owner, other):
+        assert await browser.post(owner, "xhr") == b"200 o\n"
+        async with browser.stream(other) as answer:
+            assert await browser.post(other, "xhr_send", b'["x"]') == b"204 "
+            assert await answer.content.readuntil(b"\n") == b'a["x"]\n'
+            await owner.kill()
+            assert await browser.post(other, "xhr_send", b'["y"]') == b"404 404 page not found\n"
+            assert await rest(answer) == b""
+        # A session that is not the one it had: the client knows by that that it must begin anew.
+        assert await browser.post(other, "xhr") == b"200 o\n"
+
+
+async def test_the_death_of_the_worker_that_has_the_socket_ends_the_session(
+    valkey: Server, http: ClientSession
+) -> None:
+    browser = Browser(http, "other-dies")
+    async with workers(valkey, [free_port(), free_port()]) as (owner, other):
+        assert await browser.post(owner, "xhr") == b"200 o\n"
+        async with browser.stream(other) as answer:
+            await browser.post(owner, "xhr_send", b'["x"]')
+            assert await answer.content.readuntil(b"\n") == b'a["x"]\n'
+            await other.kill()
+            assert await rest(answer) == b""
+            answers = set()
+
+            async def anew() -> bool:
+                answers.add(await browser.post(owner, "xhr"))
+                return b"200 o\n" in answers
+
+            async with asyncio.timeout(_NOTICED_S):
+                while not await anew():
+                    await asyncio.sleep(0.1)
+        assert answers <= {b"200 o\n", b'200 c[2010,"Another connection still open"]\n'}
+
+
+async def test_what_redis_lost_between_two_workers_is_not_passed_over(
+    tmp_path: Path, http: ClientSession
+) -> None:
+    server = Server(tmp_path)
+    browser = Browser(http, "redis-dies")
+    with running(server):
+        async with workers(server, [free_port(), free_port()]) as (owner, other):
+            assert await browser.post(owner, "xhr") == b"200 o\n"
+            async with browser.stream(other) as answer:
+                server.kill()
+                # The owner answers without Redis; the echo is lost on its way to the stream.
+                assert await browser.post(owner, "xhr_send", b'["lost"]') == b"204 "
+                server.start()
+                assert await rest(answer) == b""
+            async with asyncio.timeout(_NOTICED_S):
+                while await browser.post(other, "xhr") != b"200 o\n":
+                    await asyncio.sleep(0.1)
+            assert await browser.post(owner, "xhr_send", b'["found"]') == b"204 "
+            assert await browser.post(owner, "xhr") == b'200 a["found"]\n'
