@@ -86,6 +86,13 @@ def read(body: bytes) -> SeafEvent:
     return SeafEvent(channel, kind, content.encode(), user, group)
 
 
+def recipients(content: bytes) -> tuple[str, int | None]:
+    """The user, or else the group, that a permission's content names. ValueError where it cannot be
+    understood."""
+    text = content.decode(errors="replace").strip(_SPACE)
+    return _recipients({name.casefold(): value for name, value, _ in _members(text)})
+
+
 def read_line(payload: bytes) -> SeafEvent | None:
     """What seafevents publishes on `repo_update`: tab-separated up to 11, JSON from 12 on. None
     where it is another message; Unaddressed where it cannot be understood."""

@@ -80,6 +80,13 @@ class SeafTokens:
             raise Refused("it is not valid yet")
         return Claims(expires_at, _text(claims, "repo_id"), _text(claims, "username"))
 
+    def read_for(self, repo_id: str, token: str, now: float) -> Claims:
+        """As `read`; Refused too where the token is for another library."""
+        claims = self.read(token, now)
+        if claims.repo_id != repo_id:
+            raise Refused("it is for another library")
+        return claims
+
     def check_sender(
         self, repo_token: str | None, authorization: str | None, now: float, *, clients: bool
     ) -> None:

@@ -48,6 +48,10 @@ class _UpgradeResource(DynamicResource):
             return None, set()
         return await super().resolve(request)
 
+    def raw_match(self, path: str) -> bool:  # noqa: ARG002
+        """Never: aiohttp would add the next route of the same pattern here."""
+        return False
+
 
 def in_order(routes: Iterable[web.AbstractRouteDef]) -> list[web.AbstractRouteDef]:
     """The routes as they must be registered; among equals the order stays."""

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import hmac
 import json
 import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
+
+import aiohttp
+
+from tests.support.clients import LIMIT_S, Answer
+from tests.support.relay import RelayProcess
 
 KEY = "M@O8VWUb81YvmtWLHGB2I_V7di5-@0p(MF*GrE!sIws23F"
 
@@ -35,3 +46,157 @@ def sender_token(ttl_s: float = 300, key: str = KEY) -> str:
 
 def _base64(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+def new_library() -> str:
+    """An ID that no other test has."""
+    return str(uuid.uuid4())
+
+
+class HungUp(Exception):
+    """The connection is closed; `code` is that of a close frame, 1006 where there was none."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(str(code))
+        self.code = code
+
+
+class Client:
+    """What a sync client does on its websocket; it answers pings."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self.socket = socket
+
+    async def send(self, kind: str, content: object) -> None:
+        """One message."""
+        await self.socket.send_str(json.dumps({"type": kind, "content": content}))
+
+    async def subscribe(self, *repo_ids: str, user: str = "alice@example.com", **more: Any) -> None:
+        """With a good token for each; nothing is answered."""
+        repos = [
+            {"id": repo_id, "jwt_token": subscribe_token(repo_id, user), **more}
+            for repo_id in repo_ids
+        ]
+        await self.send("subscribe", {"repos": repos})
+
+    async def settle(self) -> None:
+        """Until what was sent before has been dealt with: a token that is refused is answered."""
+        mark = new_library()
+        await self.send("subscribe", {"repos": [{"id": mark, "jwt_token": "bad"}]})
+        assert await self.next() == {"type": "jwt-expired", "content": {"repo_id": mark}}
+
+    async def text(self, limit_s: float = LIMIT_S) -> str:
+        """The next message as it came."""
+        async with asyncio.timeout(limit_s):
+            while (message := await self.socket.receive()).type is aiohttp.WSMsgType.PING:
+                # What came before the end can still be read where no answer can be written.
+                with contextlib.suppress(ConnectionError):
+                    await self.socket.pong(message.data)
+        if message.type is not aiohttp.WSMsgType.TEXT:
+            raise HungUp(self.socket.close_code or 1006)
+        text: str = message.data
+        return text
+
+    async def next(self, limit_s: float = LIMIT_S) -> dict[str, Any]:
+        """The next message."""
+        found: dict[str, Any] = json.loads(await self.text(limit_s))
+        return found
+
+    async def take(self, count: int) -> list[dict[str, Any]]:
+        """The next `count`."""
+        return [await self.next() for _ in range(count)]
+
+    async def hung_up(self) -> int:
+        """The code with which it ends; nothing may come before."""
+        try:
+            unexpected = await self.text()
+        except HungUp as exc:
+            return exc.code
+        raise AssertionError(unexpected)
+
+
+@dataclass(frozen=True, slots=True)
+class Seafile:
+    """Servers and clients of one relay; everything is closed with the test."""
+
+    port: int
+    session: aiohttp.ClientSession
+    relay: RelayProcess
+    sockets: list[Client] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        """Without a slash at the end."""
+        return f"http://127.0.0.1:{self.port}"
+
+    async def connect(
+        self, path: str = "/notification", *, agent: str = "Seafile/9.0.20 (Linux)", **options: Any
+    ) -> Client:
+        """As the sync client does."""
+        socket = await self.session.ws_connect(
+            self.url + path,
+            headers={"User-Agent": agent},
+            protocols=("notification.seafile.com",),
+            max_msg_size=0,
+            autoping=False,
+            **options,
+        )
+        client = Client(socket)
+        self.sockets.append(client)
+        return client
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Answer:
+        """One request, its path as it is given."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close"]
+        lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+        if body is not None:
+            lines.append(f"Content-Length: {len(body)}")
+        writer.write("\r\n".join([*lines, "", ""]).encode() + (body or b""))
+        async with asyncio.timeout(LIMIT_S):
+            head, _, rest = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+        status, *fields = head.decode().split("\r\n")
+        pairs = (line.partition(": ") for line in fields)
+        return Answer(
+            int(status.split()[1]), {name.lower(): value for name, _, value in pairs}, rest
+        )
+
+    async def post(self, kind: str, content: object, **headers: str) -> Answer:
+        """An event, as seaf-server of 12 and 13 sends it unless headers say otherwise."""
+        body = json.dumps({"type": kind, "content": content}, separators=(",", ":")).encode()
+        given = headers or {"Authorization": f"Token {sender_token()}"}
+        return await self.request("POST", "/events", body, given)
+
+    async def commit(self, repo_id: str, commit_id: str) -> None:
+        """A repo-update."""
+        answer = await self.post("repo-update", {"repo_id": repo_id, "commit_id": commit_id})
+        assert answer.status == 200, answer
+
+    async def lock(self, repo_id: str, path: str, change: str = "locked") -> None:
+        """A file-lock-changed."""
+        content = {
+            "repo_id": repo_id,
+            "path": path,
+            "change_event": change,
+            "lock_user": "bob@example.com",
+        }
+        assert (await self.post("file-lock-changed", content)).status == 200
+
+
+@asynccontextmanager
+async def seafile(relay: RelayProcess, port: int | None = None) -> AsyncIterator[Seafile]:
+    """For one test."""
+    async with aiohttp.ClientSession() as session:
+        one = Seafile(port or relay.port, session, relay)
+        try:
+            yield one
+        finally:
+            for client in one.sockets:
+                await client.socket.close()

@@ -21,7 +21,9 @@ def _saying(word: str) -> Handler:
 async def test_upgrades_come_first_and_fallbacks_last() -> None:
     routes: list[web.AbstractRouteDef] = [
         FallbackRoute("/{slashes:/*}", _saying("left over")),
+        web.route("*", "/both", _saying("plain")),
         web.get("/", _saying("page")),
+        UpgradeRoute("/both", _saying("upgrade")),
         UpgradeRoute("/{slashes:/*}", _saying("upgrade")),
     ]
     app = web.Application()
@@ -48,6 +50,8 @@ async def test_upgrades_come_first_and_fallbacks_last() -> None:
             assert await ask("/", Upgrade="websocket") == "upgrade"
             assert await ask("///", Upgrade="WebSocket") == "upgrade"
             assert await ask("/", Upgrade="h2c") == "page"
+            assert await ask("/both") == "plain"
+            assert await ask("/both", Upgrade="websocket") == "upgrade"
             assert await ask("/other", Upgrade="websocket") == "404"
         finally:
             await runner.cleanup()

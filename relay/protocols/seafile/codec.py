@@ -1,0 +1,143 @@
+"""Seafile's messages: `{"type": T, "content": {...}}` in both directions (client.go, event.go).
+
+Read as Go's encoding/json reads them: names match whatever their case, null counts as absent, what
+follows the JSON value is ignored. Written as Go writes them: without white space, `<`, `>`, `&` and
+the two line separators as escapes, one LF at the end; `type` first.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NamedTuple
+
+import orjson
+
+from producers.seaf_events import FOLDER_PERM_CHANGED, recipients
+from relay.model import EntryID, Event
+from relay.transports.websocket import frame_text
+
+# What libwebsockets hands to the real clients in one piece (measured, 4.1.6): they parse each
+# piece by itself, so that a longer message is lost on them.
+READABLE_BYTES = 4096
+
+_STRING_OR_SPACE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[ \t\r\n]+', re.DOTALL)
+_ESCAPES = (
+    (b"<", b"\\u003c"),
+    (b">", b"\\u003e"),
+    (b"&", b"\\u0026"),
+    ("\u2028".encode(), b"\\u2028"),
+    ("\u2029".encode(), b"\\u2029"),
+)
+
+
+class BadMessage(ValueError):
+    """Not one of the two messages; upstream hangs up then. The text is for the log."""
+
+
+class Subscribe(NamedTuple):
+    """One library of a subscribe. `after`, which only our own clients send, is the ID of the last
+    event that the client has seen."""
+
+    repo_id: str
+    token: str
+    after: EntryID | None
+
+
+class Unsubscribe(NamedTuple):
+    """One library of an unsubscribe."""
+
+    repo_id: str
+
+
+def _refuse(word: str) -> object:
+    raise ValueError(word)
+
+
+_decoder = json.JSONDecoder(parse_constant=_refuse, parse_int=float)
+
+
+def parse(text: bytes) -> list[Subscribe | Unsubscribe]:
+    """What a client's message asks for, in order; BadMessage."""
+    try:
+        message, _ = _decoder.raw_decode(text.decode(errors="replace").lstrip(" \t\r\n"))
+    except (ValueError, RecursionError):
+        raise BadMessage("not JSON") from None
+    fields = _object(message, "a message")
+    kind = fields.get("type")
+    if kind not in ("subscribe", "unsubscribe"):
+        raise BadMessage("its type is neither subscribe nor unsubscribe")
+    if "content" not in fields:
+        raise BadMessage("no content")
+    content = fields["content"]
+    repos = None if content is None else _object(content, "content").get("repos")
+    if repos is None:
+        return []
+    if not isinstance(repos, list):
+        raise BadMessage("repos is not a list")
+    return [_subscribe(each) if kind == "subscribe" else _unsubscribe(each) for each in repos]
+
+
+def _subscribe(repo: Any) -> Subscribe:
+    fields = {} if repo is None else _object(repo, "a library")
+    after = fields.get("after")
+    try:
+        last = EntryID.parse(after) if isinstance(after, str) and after else None
+    except ValueError:
+        raise BadMessage("after is not the ID of an event") from None
+    return Subscribe(_text(fields, "id"), _text(fields, "jwt_token"), last)
+
+
+def _unsubscribe(repo: Any) -> Unsubscribe:
+    # Until March 2023 the server wanted texts here, while clients sent objects.
+    if isinstance(repo, str):
+        return Unsubscribe(repo)
+    return Unsubscribe(_text({} if repo is None else _object(repo, "a library"), "id"))
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BadMessage(f"{what} is not an object")
+    return {name.casefold(): each for name, each in value.items()}
+
+
+def _text(fields: dict[str, Any], name: str) -> str:
+    value = fields.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise BadMessage(f"{name} is not a text")
+    return value
+
+
+def message(kind: str, content: bytes) -> bytes:
+    """A message of this type; `content` is JSON text."""
+    compact = _STRING_OR_SPACE.sub(lambda found: found[0] if found[0][0] == 34 else b"", content)
+    text = b'{"type":' + json.dumps(kind, ensure_ascii=False).encode() + b',"content":' + compact
+    for plain, escaped in _ESCAPES:
+        text = text.replace(plain, escaped)
+    return text + b"}\n"
+
+
+def event_message(event: Event) -> bytes:
+    """An event of any producer."""
+    content = event.data if event.is_json else orjson.dumps(event.data.decode(errors="replace"))
+    return message(event.type or "", content)
+
+
+def is_for_some(event: Event) -> bool:
+    """Whether a permission is for a user or a group, but the entry for everyone: an entry of
+    `/events` says for whom it is, one of another program may have been written without care."""
+    if event.type != FOLDER_PERM_CHANGED or event.to is not None:
+        return False
+    try:
+        user, group = recipients(event.data)
+    except ValueError:
+        return True
+    return bool(user) or group is not None
+
+
+def jwt_expired(repo_id: str) -> bytes:
+    """The one message that the notification server makes itself, as a frame."""
+    content = json.dumps({"repo_id": repo_id}, ensure_ascii=False, separators=(",", ":"))
+    return frame_text(message("jwt-expired", content.encode(errors="replace")))

@@ -1,0 +1,48 @@
+"""Seafile's own configuration as settings of ours: `relay serve --seafile-conf-dir DIR`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from relay.errors import ConfigError
+from relay.foreign import Flag, Said, Translation
+from relay.protocols.seafile import conf
+
+_SECTION = "protocol:seafile"
+
+
+class SeafileForeign:
+    """See `relay.foreign.Foreign`. Seafile's variables count without a folder too, for from 12 on
+    there is nothing else."""
+
+    suffixes: Sequence[str] = ()
+    option = "--seafile-conf-dir"
+    option_about = "folder with Seafile's seafile.conf, notification.conf and ccnet.conf"
+    command = ""
+    flags: Sequence[Flag] = ()
+    default_path = ""
+    version = ""
+    by_environment = True
+
+    def read(
+        self, path: Path | None, environ: Mapping[str, str], flags: Mapping[str, str]
+    ) -> Translation:
+        """See `relay.foreign.Foreign`."""
+        del flags
+        found = conf.read(path, environ)
+        said = [
+            Said(section=_SECTION, key=key, text=value, where=f"{found.where[key]} {key} = ")
+            for key, value in found.door.items()
+        ]
+        if found.log_level:
+            where = "log level of Seafile's notification server = "
+            said.append(Said(section="log", key="level", text=found.log_level, where=where))
+        notes = []
+        if found.door.get("enabled") == "no":
+            notes.append(f"{found.where['enabled']} says enabled = false: no door for Seafile")
+        return Translation(said=said, notes=notes)
+
+    def example(self, path: Path) -> str:
+        """See `relay.foreign.Foreign`."""
+        raise ConfigError(f"{path}: Seafile's own set-up writes its configuration")

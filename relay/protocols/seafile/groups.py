@@ -1,0 +1,130 @@
+"""Who is in a group: from Seafile's ccnet database, or from a Redis set. Fails closed.
+
+Upstream sends a group's event to everyone when its database is down; here to nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import aiomysql
+from pymysql.err import MySQLError
+
+from relay.errors import RelayError
+
+if TYPE_CHECKING:
+    from relay.protocols.seafile.settings import SeafileSettings
+
+_log = logging.getLogger(__name__)
+
+# The sender waits for its answer, a second at most.
+_LIMIT_S = 0.6
+# A failure is held just long enough to spare a database that is down.
+_FAILURE_S = 1.0
+_KEPT = 10_000
+# From upstream's event.go; `GroupUser` is the ccnet database's.
+_QUERY = "SELECT user_name FROM GroupUser WHERE group_id = %s"
+
+Source = Callable[[int], Awaitable[frozenset[str]]]
+
+
+class Failed(Exception):
+    """The members cannot be had now; the text is for the log."""
+
+
+class Groups:
+    """The members of groups, remembered for a while; asked for once however many want them."""
+
+    def __init__(
+        self, source: Source, cache_s: float, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._source = source
+        self._cache_s = cache_s
+        self._now = now
+        self._known: OrderedDict[int, tuple[float, frozenset[str] | None]] = OrderedDict()
+        self._asking: dict[int, asyncio.Event] = {}
+
+    async def members(self, group: int) -> frozenset[str] | None:
+        """User names; None where nobody can say. Within 0.6 seconds."""
+        while True:
+            known = self._known.get(group)
+            if known is not None and self._now() < known[0]:
+                return known[1]
+            asking = self._asking.get(group)
+            if asking is None:
+                return await self._ask(group)
+            await asking.wait()
+
+    async def _ask(self, group: int) -> frozenset[str] | None:
+        asked = self._asking[group] = asyncio.Event()
+        members: frozenset[str] | None = None
+        try:
+            async with asyncio.timeout(_LIMIT_S):
+                members = await self._source(group)
+        except (Failed, TimeoutError) as exc:
+            reason = str(exc) or f"no answer within {_LIMIT_S} s"
+            _log.warning("members of group %d cannot be had: %s", group, reason)
+        finally:
+            hold = _FAILURE_S if members is None else self._cache_s
+            self._known[group] = (self._now() + hold, members)
+            self._known.move_to_end(group)
+            while len(self._known) > _KEPT:
+                self._known.popitem(last=False)
+            del self._asking[group]
+            asked.set()
+        return members
+
+
+def source_of(
+    settings: SeafileSettings, redis_members: Callable[[str], Awaitable[frozenset[str]]]
+) -> Source:
+    """As the settings say."""
+
+    async def from_redis(group: int) -> frozenset[str]:
+        try:
+            return await redis_members(f"seafile:{group}")
+        except RelayError as exc:
+            raise Failed(str(exc)) from exc
+
+    async def from_database(group: int) -> frozenset[str]:
+        return await _query(settings, group)
+
+    return from_database if settings.groups == "database" else from_redis
+
+
+async def _query(settings: SeafileSettings, group: int) -> frozenset[str]:
+    # A connection for each question: there are few, thanks to the cache, and none goes stale.
+    try:
+        connection = await aiomysql.connect(
+            host=settings.db_host,
+            port=settings.db_port,
+            unix_socket=settings.db_socket or None,
+            user=settings.db_user,
+            password=settings.db_password.get_secret_value(),
+            db=settings.db_name,
+            charset="utf8mb4",
+            ssl=_tls() if settings.db_tls else None,
+            autocommit=True,
+        )
+        try:
+            async with connection.cursor() as cursor:
+                await cursor.execute(_QUERY, (group,))
+                rows = await cursor.fetchall()
+        finally:
+            connection.close()
+    except (MySQLError, OSError, EOFError, RuntimeError) as exc:
+        raise Failed(f"{type(exc).__name__}: {exc}") from exc
+    return frozenset(str(row[0]) for row in rows)
+
+
+def _tls() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context

@@ -1,0 +1,151 @@
+"""The Seafile door's paths: the websocket at `/` and `/notification`, `/events`, `/ping`.
+
+Each is served with and without `/notification`, which some proxies strip and others do not, with
+doubled slashes and with one at the end, and never by a redirect: the sync client asks `/ping` once
+in its life, and a redirected POST is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from relay.protocols.seafile import answers
+from relay.protocols.seafile.connection import SeafileClient
+from relay.protocols.seafile.events import EventsHandler
+from relay.protocols.seafile.foreign import SeafileForeign
+from relay.protocols.seafile.service import Service
+from relay.protocols.seafile.settings import SeafileSettings
+from relay.transports import websocket
+from relay.transports.heartbeat import Heartbeat
+from relay.transports.precedence import FallbackRoute, UpgradeRoute
+from relay.transports.reaper import Reaper
+from relay.transports.take_over import take_over
+
+if TYPE_CHECKING:
+    from relay.frontdoor import DoorContext, Listener
+
+_log = logging.getLogger(__name__)
+
+_ROOT = "/{before:/*}"
+_NOTIFICATION = "/{before:/*}notification{after:/*}"
+_NO_PONG = 1001
+
+
+class MountedSeafile:
+    """The door at work."""
+
+    listeners: Sequence[Listener] = ()
+    drain_s: float | None = None
+
+    def __init__(self, context: DoorContext, settings: SeafileSettings) -> None:
+        self._context = context
+        self._gauge = context.metrics.connections.labels("seafile")
+        self._service = Service(context, settings)
+        self._events = EventsHandler(self._service, settings)
+        self._reaper = Reaper()
+        self._clients: set[SeafileClient] = set()
+        self._last_closed = asyncio.Event()
+        self.routes: Sequence[web.AbstractRouteDef] = [
+            UpgradeRoute(_ROOT, self._websocket),
+            UpgradeRoute(_NOTIFICATION, self._websocket),
+            FallbackRoute(_ROOT, _bad_request),
+            web.route("*", _NOTIFICATION, _bad_request),
+            web.route("*", _below("ping"), _ping),
+            web.route("*", _below("events"), self._events.answer),
+            web.route("*", "/{before:/*}notification/{rest:.*}", _not_found),
+        ]
+        if settings.port:
+            self.routes = [*self.routes, FallbackRoute("/{rest:.*}", _not_found)]
+        self.reload(settings)
+
+    def reload(self, settings: SeafileSettings) -> None:
+        """See `relay.frontdoor.Mounted`. Pings of open connections keep their pace."""
+        self._settings = settings
+        self._service.reload(settings)
+        self._events.reload(settings)
+        self._heartbeat = Heartbeat(
+            interval_s=settings.ping_s,
+            beat=websocket.PING,
+            deadline_s=settings.pong_timeout_s,
+            farewell=websocket.frame_close(_NO_PONG),
+            # A sync client pings by itself and is written a pong each second.
+            only_quiet=True,
+        )
+
+    async def closed(self) -> None:
+        """See `relay.frontdoor.Mounted`."""
+        for client in list(self._clients):
+            # Who has not subscribed to anything has no session that the stop could reach.
+            if client.session is None:
+                client.close()
+        if self._clients:
+            self._last_closed.clear()
+            await self._last_closed.wait()
+
+    async def _websocket(self, request: web.Request) -> web.StreamResponse:
+        accepted = websocket.accept_headers(request)
+        if isinstance(accepted, web.Response):
+            return answers.no_websocket()
+        socket = websocket.WebSocketConnection(
+            buffer_bytes=self._context.client_buffer_bytes,
+            max_frame_bytes=self._settings.message_max_bytes,
+            reaper=self._reaper,
+            heartbeat=self._heartbeat,
+        )
+        client = SeafileClient(self._service, socket, request.headers.get("User-Agent", ""))
+        socket.on_text = socket.on_binary = client.on_message
+        socket.on_full, socket.on_drained = client.full, client.drained
+        self._clients.add(client)
+        self._gauge.set(len(self._clients))
+
+        def closed() -> None:
+            self._clients.discard(client)
+            self._gauge.set(len(self._clients))
+            if not self._clients:
+                self._last_closed.set()
+            client.gone()
+
+        socket.on_closed = closed
+        return take_over(request, accepted, socket)
+
+
+def _below(name: str) -> str:
+    return f"/{{before:/*(?:notification/+)?}}{name}{{after:/*}}"
+
+
+async def _ping(_request: web.Request) -> web.Response:
+    return answers.pong()
+
+
+async def _bad_request(_request: web.Request) -> web.Response:
+    return answers.no_websocket()
+
+
+async def _not_found(_request: web.Request) -> web.Response:
+    return answers.error(404, "404 page not found")
+
+
+class SeafileDoor:
+    """See `relay.frontdoor.FrontDoor` and `Replacing`."""
+
+    name = "seafile"
+    settings = SeafileSettings
+    foreign = SeafileForeign()
+
+    def mount(self, context: DoorContext, settings: SeafileSettings) -> MountedSeafile | None:
+        """None without a key: anyone could sign."""
+        if not settings.enabled:
+            return None
+        secrets = settings.key, settings.notification_token
+        if not any(secret.get_secret_value() for secret in secrets):
+            _log.info("[protocol:seafile] key is empty: none of its paths exist")
+            return None
+        return MountedSeafile(context, settings)
+
+
+DOOR = SeafileDoor()

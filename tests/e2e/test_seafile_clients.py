@@ -1,0 +1,518 @@
+"""What sync clients and the Seahub page do on the websocket (wire facts, sections 2, 5)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from tests.support.clients import native, redis, rights_key, until
+from tests.support.relay import RelayProcess
+from tests.support.seafile import (
+    KEY,
+    Client,
+    HungUp,
+    Seafile,
+    new_library,
+    seafile,
+    sign,
+    subscribe_token,
+)
+from tests.support.valkey import Server
+
+pytestmark = pytest.mark.redis
+SETTINGS = [f"protocol:seafile.key={KEY}"]
+ALICE, BOB = "alice@example.com", "bob@example.com"
+
+
+@pytest.fixture(scope="module")
+def relay(valkey: Server) -> Iterator[RelayProcess]:
+    process = RelayProcess(valkey, settings=SETTINGS).start()
+    yield process
+    process.kill()
+
+
+@pytest.fixture
+async def door(relay: RelayProcess) -> AsyncIterator[Seafile]:
+    async with seafile(relay) as one:
+        yield one
+
+
+def expired(repo_id: str) -> dict[str, object]:
+    return {"type": "jwt-expired", "content": {"repo_id": repo_id}}
+
+
+def update(repo_id: str, commit: str) -> dict[str, object]:
+    return {"type": "repo-update", "content": {"repo_id": repo_id, "commit_id": commit}}
+
+
+async def followed(door: Seafile, *repo_ids: str, user: str = ALICE, **options: str) -> Client:
+    """A client whose subscriptions stand: it has seen an event of each."""
+    client = await door.connect(**options)
+    await client.subscribe(*repo_ids, user=user)
+    for repo_id in repo_ids:
+        await standing(door, client, repo_id)
+    return client
+
+
+async def standing(door: Seafile, client: Client, repo_id: str) -> None:
+    """Subscribing has no answer: an event that comes back is one."""
+    number = 0
+    while True:
+        mark = {"repo_id": repo_id, "mark": number}
+        assert (await door.post("mark", mark)).status == 200
+        number += 1
+        try:
+            while (await client.next(0.3))["content"] != mark:
+                pass
+        except TimeoutError:
+            continue
+        return
+
+
+# ---- the handshake and the frames ------------------------------------------------------------
+
+
+async def test_the_handshake_chooses_nothing(door: Seafile) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", door.port)
+    writer.write(
+        b"GET /notification HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://127.0.0.1\r\n"
+        b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+        b"Sec-WebSocket-Protocol: notification.seafile.com\r\n"
+        b"Sec-WebSocket-Extensions: permessage-deflate\r\n\r\n"
+    )
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    names = [line.partition(":")[0] for line in head.strip().split("\r\n")[1:]]
+    assert head.startswith("http/1.1 101 ")
+    assert sorted(names) == ["connection", "sec-websocket-accept", "upgrade"]
+    # A ping of the client's has its payload back; the server's own comes after a second of silence.
+    writer.write(b"\x89\x82\0\0\0\0hi")
+    assert await reader.readexactly(4) == b"\x8a\x02hi"
+    assert await reader.readexactly(2) == b"\x89\x00"
+    writer.close()
+
+
+async def test_a_close_frame_is_echoed(door: Seafile) -> None:
+    client = await door.connect()
+    await client.socket.close(code=3001)
+    assert client.socket.close_code == 3001
+
+
+async def test_binary_messages_are_read_like_text(door: Seafile) -> None:
+    client = await door.connect()
+    mark = new_library()
+    content = {"repos": [{"id": mark, "jwt_token": ""}]}
+    await client.socket.send_bytes(json.dumps({"type": "subscribe", "content": content}).encode())
+    assert await client.next() == expired(mark)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no json",
+        "[]",
+        "{}",
+        '{"type":"hello","content":{}}',
+        '{"type":"subscribe"}',
+        '{"type":"subscribe","content":1}',
+        '{"type":"subscribe","content":{"repos":["x"]}}',
+        '{"type":"unsubscribe","content":{"repos":[1]}}',
+    ],
+)
+async def test_a_bad_message_ends_only_that_connection(door: Seafile, text: str) -> None:
+    library = new_library()
+    client = await followed(door, library)
+    other = await followed(door, library)
+    await client.socket.send_str(text)
+    with pytest.raises(HungUp, match="1006"):
+        # The marks of the other's subscribing come before.
+        await client.take(100)
+    await door.commit(library, "c")
+    assert await other.next() == update(library, "c")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"type": "subscribe", "content": None},
+        {"type": "subscribe", "content": {}},
+        {"type": "unsubscribe", "content": {"repos": [{"id": "never"}, "subscribed"]}},
+    ],
+)
+async def test_tolerated(door: Seafile, message: dict[str, object]) -> None:
+    client = await door.connect()
+    await client.socket.send_str(json.dumps(message))
+    await client.settle()
+
+
+async def test_a_subscribe_of_seven_megabytes(door: Seafile) -> None:
+    """Measured upstream; every token of it is refused, and nobody else waits for that."""
+    client, other = await door.connect(), await door.connect()
+    repos = [{"id": f"r{n}", "jwt_token": "x" * 400} for n in range(16_500)]
+    text = json.dumps({"type": "subscribe", "content": {"repos": repos}})
+    assert len(text) > 7_000_000
+    await client.socket.send_str(text)
+    await other.settle()
+    for number in range(16_500):
+        assert await client.next() == expired(f"r{number}")
+
+
+async def test_a_message_is_one_frame_and_said_where_it_is_too_long(door: Seafile) -> None:
+    library = new_library()
+    client = await followed(door, library)
+    name = "n" * 5000
+    await door.lock(library, name)
+    assert (await client.next())["content"]["path"] == name
+    assert any("sync clients read at most 4096" in line for line in door.relay.log)
+
+
+async def test_content_comes_as_it_was_sent(door: Seafile) -> None:
+    library = new_library()
+    client = await followed(door, library)
+    token = {"Authorization": f"Token {sign(KEY, exp=int(time.time()) + 60)}"}
+    content = f'{{ "z":1.0, "repo_id" : "{library}" ,"big":12345678901234567890, "t":"<a&b>" }}'
+    body = f'{{"top":1,"content":{content},"type":"file-lock-changed"}}'.encode()
+    assert (await door.request("POST", "/events", body, token)).status == 200
+    assert await client.text() == (
+        f'{{"type":"file-lock-changed","content":{{"z":1.0,"repo_id":"{library}",'
+        '"big":12345678901234567890,"t":"\\u003ca\\u0026b\\u003e"}}\n'
+    )
+
+
+# ---- subscribing -----------------------------------------------------------------------------
+
+
+async def test_a_bad_token_is_told_and_the_others_go_on(door: Seafile) -> None:
+    good, now = new_library(), int(time.time())
+    bad = {
+        "signature": sign("another key", repo_id="signature", exp=now + 60),
+        "empty": "",
+        "expired": sign(repo_id="expired", exp=now - 5),
+        "fraction": sign(repo_id="fraction", exp=now + 60.5),
+        "no-exp": sign(repo_id="no-exp"),
+        "another": sign(repo_id=good, exp=now + 60),
+        "none": sign(algorithm="none", repo_id="none", exp=now + 60),
+    }
+    client = await door.connect()
+    repos = [{"id": name, "jwt_token": token} for name, token in bad.items()]
+    repos.insert(3, {"id": good, "jwt_token": subscribe_token(good)})
+    await client.send("subscribe", {"repos": repos})
+    assert await client.take(len(bad)) == [expired(name) for name in bad]
+    await standing(door, client, good)
+
+
+async def test_subscribing_twice_doubles_nothing(door: Seafile) -> None:
+    library = new_library()
+    client = await followed(door, library)
+    await client.subscribe(library, library)
+    await client.settle()
+    await door.commit(library, "a")
+    await door.commit(library, "b")
+    assert await client.take(2) == [update(library, "a"), update(library, "b")]
+
+
+@pytest.mark.parametrize("form", ["objects", "texts"])
+async def test_both_forms_of_unsubscribe(door: Seafile, form: str) -> None:
+    left, kept = new_library(), new_library()
+    client = await followed(door, left, kept)
+    await client.send("unsubscribe", {"repos": [left if form == "texts" else {"id": left}]})
+    await client.settle()
+    await door.commit(left, "c")
+    await door.commit(kept, "c")
+    assert await client.next() == update(kept, "c")
+    # And again.
+    await client.subscribe(left, agent="x")
+    await standing(door, client, left)
+
+
+async def test_a_token_runs_out_to_the_second_and_is_renewed_by_another(door: Seafile) -> None:
+    first, second = new_library(), new_library()
+    client = await door.connect()
+    end = int(time.time()) + 3
+    short = {name: sign(repo_id=name, username=ALICE, exp=end) for name in (first, second)}
+    repos = [{"id": name, "jwt_token": token} for name, token in short.items()]
+    await client.send("subscribe", {"repos": repos})
+    for library in (first, second):
+        await standing(door, client, library)
+    await client.subscribe(first)
+    assert await client.next() == expired(second)
+    assert time.time() >= end
+    await door.commit(second, "late")
+    await door.commit(first, "c")
+    assert await client.next() == update(first, "c")
+    # As the real client does after jwt-expired.
+    await client.subscribe(second)
+    await standing(door, client, second)
+
+
+async def test_fifty_libraries_at_once(door: Seafile) -> None:
+    libraries = [new_library() for _ in range(50)]
+    client = await followed(door, *libraries)
+    for library in libraries:
+        await door.commit(library, "c")
+    assert await client.take(50) == [update(library, "c") for library in libraries]
+
+
+# ---- who gets what ---------------------------------------------------------------------------
+
+
+def permission(library: str, path: str, **to: object) -> dict[str, object]:
+    return {
+        "repo_id": library,
+        "path": path,
+        "type": "user",
+        "change_event": "add",
+        "perm": "r",
+        **to,
+    }
+
+
+async def test_everyone_subscribed_gets_updates_locks_and_comments(door: Seafile) -> None:
+    library = new_library()
+    clients = [await followed(door, library, user=user) for user in (ALICE, BOB)]
+    for client in clients[:1]:
+        # What the others' subscribing sent.
+        while True:
+            try:
+                await client.next(0.2)
+            except TimeoutError:
+                break
+    await door.commit(library, "c")
+    await door.lock(library, "f.txt")
+    comment = {"repo_id": library, "type": "comment_updated", "file_uuid": "u", "file_path": ""}
+    await door.post("comment-update", comment)
+    for client in clients:
+        kinds = [each["type"] for each in await client.take(3)]
+        assert kinds == ["repo-update", "file-lock-changed", "comment-update"]
+
+
+async def test_permissions_go_to_the_user_or_the_groups_members(
+    door: Seafile, valkey: Server
+) -> None:
+    library = new_library()
+    alice = await followed(door, library)
+    bob = await followed(door, library, user=BOB)
+    redis(valkey, "SADD", "relay:group:seafile:7", BOB, "carol@example.com")
+    sent = [
+        permission(library, "/1", user=ALICE, group=-1),
+        permission(library, "/2", user="", group=7),
+        permission(library, "/3", user="", group=-1),
+        # A group that nobody is in; none at all counts as group 0.
+        permission(library, "/4", user="", group=8),
+        permission(library, "/5", user=""),
+        permission(library, "/6", user=ALICE.upper(), group=-1),
+        permission(library, "/7", user=BOB, group=7),
+    ]
+    for content in sent:
+        assert (await door.post("folder-perm-changed", content)).status == 200
+    await door.commit(library, "end")
+
+    async def paths(client: Client) -> list[str]:
+        found: list[str] = []
+        while (message := await client.next())["type"] != "repo-update":
+            if message["type"] == "folder-perm-changed":
+                found.append(message["content"]["path"])
+        return found
+
+    assert await paths(alice) == ["/1", "/3"]
+    assert await paths(bob) == ["/2", "/3", "/7"]
+
+
+async def test_the_last_tokens_user_counts_for_all_libraries(door: Seafile) -> None:
+    first, second = new_library(), new_library()
+    client = await followed(door, first)
+    await client.subscribe(second, user=BOB)
+    await standing(door, client, second)
+    await standing(door, client, first)
+    await door.post("folder-perm-changed", permission(first, "/a", user=ALICE, group=-1))
+    await door.post("folder-perm-changed", permission(first, "/b", user=BOB, group=-1))
+    assert (await client.next())["content"]["path"] == "/b"
+
+
+async def test_a_permission_of_another_producer_without_recipients_is_for_nobody(
+    door: Seafile,
+) -> None:
+    library = new_library()
+    client = await followed(door, library)
+    channel = f"seafile:{library}"
+    content = json.dumps(permission(library, "/x", user="", group=7))
+    door.relay.xadd(channel, data=content, type="folder-perm-changed")
+    door.relay.xadd(channel, data='{"any": "program"}', type="its-own")
+    assert await client.next() == {"type": "its-own", "content": {"any": "program"}}
+
+
+async def test_a_right_that_was_taken_away_holds_for_good_tokens_too(
+    door: Seafile, valkey: Server
+) -> None:
+    library, other = new_library(), new_library()
+    client = await followed(door, library, other)
+    redis(valkey, "HSET", rights_key(f"seafile:{library}"), ALICE, "-")
+    await until(lambda: any(f"lost seafile:{library}" in line for line in door.relay.log))
+    await door.commit(library, "secret")
+    await client.subscribe(library)
+    await client.settle()
+    await door.commit(library, "secret too")
+    await door.commit(other, "c")
+    assert await client.next() == update(other, "c")
+
+
+def remembered(server: Server) -> int:
+    """Of how many clients the relay knows where they were."""
+    return len(redis(server, "KEYS", "relay:store:seafile:seen:*"))
+
+
+# ---- what was missed -------------------------------------------------------------------------
+
+
+async def test_a_client_that_comes_back_is_sent_what_it_missed(door: Seafile) -> None:
+    library, user = new_library(), f"{new_library()}@example.com"
+    client = await followed(door, library, user=user)
+    before = remembered(door.relay.server)
+    await client.socket.close()
+    await until(lambda: remembered(door.relay.server) > before)
+    await door.lock(library, "a")
+    for number in range(3):
+        await door.commit(library, f"c{number}")
+    await door.post("mark", {"repo_id": library})
+    await door.post("folder-perm-changed", permission(library, "/u", user=user, group=-1))
+    await door.post("folder-perm-changed", permission(library, "/b", user=BOB, group=-1))
+    await door.lock(library, "a", "unlocked")
+    back = await door.connect()
+    await back.subscribe(library, user=user)
+    found = await back.take(4)
+    assert [each["type"] for each in found] == [
+        "file-lock-changed",
+        "repo-update",
+        "folder-perm-changed",
+        "file-lock-changed",
+    ]
+    assert found[1] == update(library, "c2")
+    await door.commit(library, "live")
+    assert await back.next() == update(library, "live")
+
+
+async def test_browsers_and_strangers_are_sent_nothing_old(door: Seafile) -> None:
+    library, user = new_library(), f"{new_library()}@example.com"
+    agent = "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36"
+    page = await followed(door, library, user=user, agent=agent)
+    await page.socket.close()
+    await door.lock(library, "a")
+    for agent_, user_ in ((agent, user), ("Seafile/9.0.20 (Linux)", f"new-{user}")):
+        client = await door.connect(agent=agent_)
+        await client.subscribe(library, user=user_)
+        await standing(door, client, library)
+
+
+async def test_our_own_clients_say_where_they_were(door: Seafile) -> None:
+    library = new_library()
+    await door.commit(library, "a")
+    await door.lock(library, "f")
+    ((first, _), *_) = redis(
+        door.relay.server, "XRANGE", f"relay:stream:{{seafile:{library}}}", "-", "+"
+    )
+    client = await door.connect()
+    await client.subscribe(library, user=f"{library}@example.com", after=first.decode())
+    assert (await client.next())["type"] == "file-lock-changed"
+    await door.commit(library, "b")
+    assert await client.next() == update(library, "b")
+    # From the beginning.
+    other = await door.connect()
+    await other.subscribe(library, user=f"x{library}@example.com", after="0-0")
+    assert [each["type"] for each in await other.take(2)] == ["file-lock-changed", "repo-update"]
+
+
+async def test_nothing_is_missed_over_a_kill(valkey: Server) -> None:
+    """Events while no relay was there are in the stream, if another producer wrote them."""
+    process = RelayProcess(valkey, settings=SETTINGS)
+    await asyncio.to_thread(process.start)
+    library, user = new_library(), f"{new_library()}@example.com"
+    try:
+        async with seafile(process) as door:
+            before = remembered(valkey)
+            client = await followed(door, library, user=user)
+            await until(lambda: remembered(valkey) > before)
+            await asyncio.to_thread(process.kill)
+            assert await client.hung_up() == 1006
+            content = json.dumps({"repo_id": library, "path": "f"})
+            process.xadd(f"seafile:{library}", data=content, type="file-lock-changed")
+            await asyncio.to_thread(process.start)
+            back = await door.connect()
+            await back.subscribe(library, user=user)
+            assert (await back.next())["type"] == "file-lock-changed"
+    finally:
+        process.kill()
+
+
+# ---- several hosts, other doors --------------------------------------------------------------
+
+
+async def test_an_event_posted_to_one_host_reaches_a_client_on_another(
+    door: Seafile, valkey: Server
+) -> None:
+    second = RelayProcess(valkey, settings=SETTINGS)
+    await asyncio.to_thread(second.start)
+    library = new_library()
+    try:
+        async with seafile(second) as other:
+            client = await followed(other, library)
+            await door.commit(library, "c")
+            assert await client.next() == update(library, "c")
+    finally:
+        await asyncio.to_thread(second.stop)
+
+
+async def test_a_library_is_read_by_other_doors_with_a_right_to_it(door: Seafile) -> None:
+    library = new_library()
+    channel = f"seafile:{library}"
+    async with native(door.relay, channels=[channel]) as clients:
+        stream = await clients.sse(channel)
+        await door.commit(library, "c")
+        assert (await stream.next()).json() == {"repo_id": library, "commit_id": "c"}
+    async with native(door.relay) as clients:
+        socket = await clients.ws(channel)
+        assert (await socket.next())["error"]["code"] == "forbidden"
+
+
+async def test_a_stop_closes_clients_with_and_without_libraries(valkey: Server) -> None:
+    process = RelayProcess(valkey, settings=SETTINGS)
+    await asyncio.to_thread(process.start)
+    try:
+        async with seafile(process) as door:
+            one, other = await followed(door, new_library()), await door.connect()
+            await other.settle()
+            async with asyncio.TaskGroup() as tasks:
+                ends = [tasks.create_task(each.hung_up()) for each in (one, other)]
+                stopped = await asyncio.to_thread(process.stop)
+            assert (stopped, *(end.result() for end in ends)) == (0, 1001, 1001)
+    finally:
+        process.kill()
+
+
+async def test_redis_away_and_back(tmp_path_factory: pytest.TempPathFactory) -> None:
+    server = Server(tmp_path_factory.mktemp("away")).start()
+    process = RelayProcess(server, settings=SETTINGS)
+    await asyncio.to_thread(process.start)
+    library = new_library()
+    try:
+        async with seafile(process) as door:
+            client = await followed(door, library)
+            await asyncio.to_thread(server.kill)
+            answer = await door.post("repo-update", {"repo_id": library, "commit_id": "lost"})
+            assert answer.status == 503
+            await asyncio.to_thread(server.start)
+
+            async def posted() -> bool:
+                content = {"repo_id": library, "commit_id": "c"}
+                return (await door.post("repo-update", content)).status == 200
+
+            while not await posted():
+                await asyncio.sleep(0.1)
+            assert await client.next() == update(library, "c")
+    finally:
+        process.kill()
+        server.kill()

@@ -1,0 +1,112 @@
+"""The messages of the wire facts' tables, byte for byte."""
+
+from __future__ import annotations
+
+import pytest
+
+from relay.model import Channel, EntryID, Event
+from relay.protocols.seafile.codec import (
+    BadMessage,
+    Subscribe,
+    Unsubscribe,
+    event_message,
+    jwt_expired,
+    message,
+    parse,
+)
+
+A = "aaaaaaaa-0000-4000-8000-000000000000"
+
+
+def test_subscribe_with_any_number_of_libraries() -> None:
+    text = b'{"type":"subscribe","content":{"repos":[{"id":"x","jwt_token":"t"},{"id":"y"}]}}'
+    assert parse(text) == [Subscribe("x", "t", None), Subscribe("y", "", None)]
+
+
+def test_both_forms_of_unsubscribe() -> None:
+    assert parse(b'{"type":"unsubscribe","content":{"repos":[{"id":"x"},"y"]}}') == [
+        Unsubscribe("x"),
+        Unsubscribe("y"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"type":"subscribe","content":null}',
+        b'{"type":"subscribe","content":{}}',
+        b'{"type":"subscribe","content":{"repos":null}}',
+        b'{"type":"unsubscribe","content":null}',
+        b' \n{"type":"subscribe","content":{}} and bytes after it',
+    ],
+)
+def test_tolerated(text: bytes) -> None:
+    assert parse(text) == []
+
+
+def test_names_in_any_case() -> None:
+    text = b'{"TYPE":"subscribe","Content":{"REPOS":[{"Id":"x","JWT_Token":"t"}]}}'
+    assert parse(text) == [Subscribe("x", "t", None)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"no json",
+        b"[]",
+        b"{}",
+        b"null",
+        b'{"type":"hello","content":{}}',
+        b'{"type":1,"content":{}}',
+        b'{"type":"subscribe"}',
+        b'{"type":"subscribe","content":[]}',
+        b'{"type":"subscribe","content":"x"}',
+        b'{"type":"subscribe","content":{"repos":{}}}',
+        b'{"type":"subscribe","content":{"repos":["x"]}}',
+        b'{"type":"subscribe","content":{"repos":[1]}}',
+        b'{"type":"subscribe","content":{"repos":[{"id":1}]}}',
+        b'{"type":"subscribe","content":{"repos":[{"id":"x","jwt_token":1}]}}',
+        b'{"type":"subscribe","content":{"repos":[{"id":"x","after":"when"}]}}',
+        b'{"type":"unsubscribe","content":{"repos":[1]}}',
+        b'{"type":"subscribe","content":NaN}',
+        b"[" * 100_000,
+    ],
+)
+def test_anything_else_ends_the_connection(text: bytes) -> None:
+    with pytest.raises(BadMessage):
+        parse(text)
+
+
+def test_after_is_ours() -> None:
+    text = b'{"type":"subscribe","content":{"repos":[{"id":"x","jwt_token":"t","after":"5-1"}]}}'
+    assert parse(text) == [Subscribe("x", "t", EntryID(5, 1))]
+
+
+@pytest.mark.parametrize(
+    ("sent", "received"),
+    [
+        # Captures of notification-server 11.0 and 13.0.
+        (b'{"repo_id":"a","commit_id":"c"}', b'{"repo_id":"a","commit_id":"c"}'),
+        (b'{ "b" : 1 ,\n "a":[ 1 , 2 ], "b": 2 }', b'{"b":1,"a":[1,2],"b":2}'),
+        (
+            b'{"n":12345678901234567890,"f":1.0,"e":1E5}',
+            b'{"n":12345678901234567890,"f":1.0,"e":1E5}',
+        ),
+        (b'{"p":"a < b && c > d"}', b'{"p":"a \\u003c b \\u0026\\u0026 c \\u003e d"}'),
+        (b'{"p":"a \\" b \\\\"}', b'{"p":"a \\" b \\\\"}'),
+        ('{"p":"ä\u2028ü"}'.encode(), '{"p":"ä\\u2028ü"}'.encode()),
+    ],
+)
+def test_content_is_passed_on_as_it_was_given(sent: bytes, received: bytes) -> None:
+    assert message("repo-update", sent) == b'{"type":"repo-update","content":%s}\n' % received
+
+
+def test_an_event_of_another_producer() -> None:
+    event = Event(Channel("seafile:x"), EntryID(1, 0), b'say "hi"', is_json=False)
+    assert event_message(event) == b'{"type":"","content":"say \\"hi\\""}\n'
+
+
+def test_jwt_expired_is_one_frame() -> None:
+    text = b'{"type":"jwt-expired","content":{"repo_id":"%s"}}\n' % A.encode()
+    assert jwt_expired(A) == bytes((0x81, len(text))) + text

@@ -1,0 +1,189 @@
+"""Seafile's files of every version, with the oddities of its documents."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from relay.errors import ConfigError
+from relay.protocols.seafile import conf
+
+KEY = "M@O8VWUb81YvmtWLHGB2I_V7di5-@0p(MF*GrE!sIws23F"
+TOKEN = "xP7GGgGPVCQu8r0xNJ+k4Q=="
+
+# As the manual of the first 10.0 prints the two files, its unmatched quote included.
+FIRST_SEAFILE = f"""\
+## seafile.conf
+# notification_token and private_key are required.You should generate them manually.
+[notification]
+# notification_url is the url of notification server
+notification_url = 127.0.0.1:8083
+notification_token = {TOKEN}
+# private_key is used to generate jwt token
+private_key = {KEY}
+"""
+FIRST_NOTIFICATION = f"""\
+## notification.conf
+# private_key and notification_token are required.You should generate them manually.
+[general]
+# the ip of notification server
+host = 127.0.0.1
+# the port of notification server
+port = 8083
+# the log level of notification server
+log_level = info
+notification_token = {TOKEN}
+# private_key is used to check whether the request jwt token is valid
+private_key = "{KEY}
+"""
+LATER_SEAFILE = f"""\
+# jwt_private_key are required.You should generate it manually.
+[notification]
+enabled = true
+# the ip of notification server. (Do not modify the host when using Nginx or Apache)
+host = 127.0.0.1
+port = 8083
+log_level = debug
+jwt_private_key = {KEY}
+"""
+CCNET = """\
+[Database]
+ENGINE = mysql
+HOST = db.example.org
+PORT = 3307
+USER = seafile
+PASSWD = p%w#1;"x
+DB = ccnet-db
+USE_SSL = true
+"""
+
+
+def folder(path: Path, **files: str) -> Path:
+    for name, text in files.items():
+        (path / f"{name}.conf").write_text(text)
+    return path
+
+
+def test_the_first_manuals_two_files_as_printed_yield_one_key(tmp_path: Path) -> None:
+    both = conf.read(
+        folder(tmp_path, seafile=FIRST_SEAFILE, notification=FIRST_NOTIFICATION), {}
+    ).door
+    assert both == {
+        "key": KEY,
+        "notification_token": TOKEN,
+        "host": "127.0.0.1",
+        "port": "8083",
+    }
+    for name in ("seafile", "notification"):
+        alone = tmp_path / name
+        alone.mkdir()
+        folder(alone, **{name: (tmp_path / f"{name}.conf").read_text()})
+        assert conf.read(alone, {}).door["key"] == KEY
+
+
+def test_the_later_manuals_file_as_printed(tmp_path: Path) -> None:
+    found = conf.read(folder(tmp_path, seafile=LATER_SEAFILE), {})
+    assert found.door == {"enabled": "yes", "host": "127.0.0.1", "port": "8083", "key": KEY}
+    assert found.log_level == "debug"
+
+
+@pytest.mark.parametrize(
+    ("written", "key"),
+    [
+        ("a#b;c%d", "a#b;c%d"),
+        ("#begins", "#begins"),
+        ("a # b ; c", "a # b ; c"),
+        ("%(name)s %% $HOME", "%(name)s %% $HOME"),
+        ('"quoted"', "quoted"),
+        ("'quoted'", "quoted"),
+        ('"unmatched', "unmatched"),
+        ('unmatched"', "unmatched"),
+        ('in"side', 'in"side'),
+        ("a=b==", "a=b=="),
+        ("back\\slash\\", "back\\slash\\"),
+        ("[looks] like a section", "[looks] like a section"),
+    ],
+)
+def test_keys_of_any_characters(tmp_path: Path, written: str, key: str) -> None:
+    text = f"[notification]\nenabled=true\njwt_private_key={written}\nport=8083\n"
+    assert conf.read(folder(tmp_path, seafile=text), {}).door["key"] == key
+    spaced = f"\ufeff[notification]\r\n  jwt_private_key  =  {written}  \r\n"
+    assert conf.read(folder(tmp_path, seafile=spaced), {}).door["key"] == key
+
+
+def test_groups_are_in_the_ccnet_database(tmp_path: Path) -> None:
+    door = conf.read(folder(tmp_path, seafile=LATER_SEAFILE, ccnet=CCNET), {}).door
+    assert {key: value for key, value in door.items() if key.startswith(("db_", "groups"))} == {
+        "groups": "database",
+        "db_host": "db.example.org",
+        "db_port": "3307",
+        "db_user": "seafile",
+        "db_password": 'p%w#1;"x',
+        "db_name": "ccnet-db",
+        "db_tls": "yes",
+    }
+
+
+def test_sqlite_has_no_database_to_ask(tmp_path: Path) -> None:
+    door = conf.read(folder(tmp_path, ccnet="[Database]\nENGINE = sqlite\nHOST = x\n"), {}).door
+    assert door == {}
+
+
+def test_disabled_is_said(tmp_path: Path) -> None:
+    text = LATER_SEAFILE.replace("enabled = true", "enabled = false")
+    assert conf.read(folder(tmp_path, seafile=text), {}).door["enabled"] == "no"
+    assert conf.read(None, {"ENABLE_NOTIFICATION_SERVER": "false"}).door["enabled"] == "no"
+
+
+def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
+    text = LATER_SEAFILE.replace("enabled = true", "enabled = maybe")
+    with pytest.raises(ConfigError, match=re.escape("seafile.conf [notification] enabled")):
+        conf.read(folder(tmp_path, seafile=text), {})
+    with pytest.raises(ConfigError, match="has none of"):
+        conf.read(tmp_path / "nowhere", {})
+
+
+def test_the_port_defaults_to_8083(tmp_path: Path) -> None:
+    text = "[notification]\njwt_private_key = x\n"
+    assert conf.read(folder(tmp_path, seafile=text), {}).door["port"] == "8083"
+
+
+def test_the_environment_of_12_and_13_wins(tmp_path: Path) -> None:
+    environ = {
+        "JWT_PRIVATE_KEY": "k" * 32,
+        "NOTIFICATION_SERVER_PORT": "9083",
+        "NOTIFICATION_SERVER_HOST": "192.0.2.1",
+        "NOTIFICATION_SERVER_LOG_LEVEL": "warning",
+        "SEAFILE_MYSQL_DB_HOST": "db",
+        "SEAFILE_MYSQL_DB_PORT": "3308",
+        "SEAFILE_MYSQL_DB_USER": "u",
+        "SEAFILE_MYSQL_DB_PASSWORD": "p",
+        "SEAFILE_MYSQL_DB_CCNET_DB_NAME": "c",
+        "SEAFILE_MYSQL_DB_SEAFILE_DB_NAME": "unused",
+        "ENABLE_NOTIFICATION_SERVER": "true",
+    }
+    found = conf.read(folder(tmp_path, seafile=LATER_SEAFILE, ccnet=CCNET), environ)
+    assert found.log_level == "warning"
+    assert found.where["key"] == "environment variable JWT_PRIVATE_KEY"
+    assert found.door == {
+        "enabled": "yes",
+        "key": "k" * 32,
+        "host": "192.0.2.1",
+        "port": "9083",
+        "groups": "database",
+        "db_host": "db",
+        "db_port": "3308",
+        "db_user": "u",
+        "db_password": "p",
+        "db_name": "c",
+        "db_tls": "yes",
+    }
+
+
+def test_the_environment_alone_is_enough() -> None:
+    assert conf.read(None, {"JWT_PRIVATE_KEY": "k"}).door == {"key": "k", "port": "8083"}
+    inner = {"JWT_PRIVATE_KEY": "k", "INNER_NOTIFICATION_SERVER_URL": "http://notif:9000"}
+    assert conf.read(None, inner).door["port"] == "9000"
+    assert conf.read(None, {}).door == {}
