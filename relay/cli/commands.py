@@ -21,7 +21,6 @@ from relay.config import Config
 from relay.errors import RelayError
 from relay.foreign import Foreign
 from relay.frontdoor import find_foreign
-from relay.model import parse_channel
 from relay.rights.token import TokenReader
 from relay.siblings import Worker
 
@@ -150,15 +149,13 @@ def _sign(
 
 def _revoke(options: argparse.Namespace) -> int:
     from relay.app import revoke
+    from relay.cli.site import channel_of, user_of
 
     config = configuration(options)
-    try:
-        channel = parse_channel(options.channel)
-    except ValueError as exc:
-        raise RelayError(f"CHANNEL: {exc}") from exc
-    entry_id = asyncio.run(revoke(config.redis, channel, options.user))
+    channel, user = channel_of(options.channel), user_of(options.user)
+    entry_id = asyncio.run(revoke(config.redis, channel, user))
     where = urlsplit(config.redis.url).hostname or config.redis.url
-    print(f"{options.user} reads nothing of {channel} after {entry_id} (Redis: {where})")
+    print(f"{user} reads nothing of {channel} after {entry_id} (Redis: {where})")
     return OK
 
 

@@ -19,6 +19,7 @@ from relay.errors import RedisUnavailable, RelayError
 from relay.hub.recovery import incarnation_of, judge, untrimmed
 from relay.model import ZERO_ID, Broken, Channel, EntryID, Event, Position, Record, Revocation
 from relay.stream import entry
+from relay.stream.append import UID_BYTES
 from relay.stream.publish import publish as append
 from relay.stream.view import PAGE, View, look, wait_for_news
 
@@ -30,6 +31,8 @@ async def publish(site: Site, options: argparse.Namespace) -> int:
     channel = channel_of(options.channel)
     try:
         data = sys.stdin.buffer.read() if options.data == "-" else os.fsencode(options.data)
+        if options.uid is not None and not 0 < len(options.uid.encode()) <= UID_BYTES:
+            raise ValueError(f"a uid is 1 to {UID_BYTES} bytes long")  # noqa: TRY301  # one way out
         to = options.to and set().union(*(entry.recipients(names) for names in options.to))
         fields = entry.encode(
             data, type=options.type, uid=options.uid, to=to, client=options.client

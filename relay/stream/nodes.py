@@ -26,6 +26,8 @@ from relay.stream import connect, groups
 from relay.stream.keys import Keys
 
 HEARTBEAT_S = 5
+# While it is not ready, so that it is not long said to be bad after it became good.
+NOT_READY_S = 0.5
 EXPIRY_S = 15
 BATCH = 500
 
@@ -81,7 +83,7 @@ def this_node(name: str, instance: str, version: str) -> Node:
 
 
 class Heartbeat:
-    """Says every HEARTBEAT_S that this worker lives."""
+    """Says every HEARTBEAT_S that this worker lives, and soon when it has become ready."""
 
     def __init__(
         self, *, client: Redis, keys: Keys, node: Node, load: Callable[[], Load] | None = None
@@ -90,6 +92,7 @@ class Heartbeat:
         self._keys = keys
         self._node = node
         self._load = load
+        self._good = True
 
     async def run(self) -> None:
         """Until cancelled. Redis being away is waited out: the reader says so to the world."""
@@ -98,12 +101,13 @@ class Heartbeat:
                 await self.beat()
             except RedisUnavailable as exc:
                 log.debug("no heartbeat: %s", exc)
-            await asyncio.sleep(HEARTBEAT_S)
+            await asyncio.sleep(HEARTBEAT_S if self._good else NOT_READY_S)
 
     async def beat(self) -> None:
         """Once; the registry too, for a Redis that lost its data has lost that as well."""
         instance = self._node.instance
         node = replace(self._node, **asdict(self._load())) if self._load else self._node
+        self._good = node.ready is not False
         text = orjson.dumps(node)
         async with self._client.pipeline(transaction=False) as pipeline:
             pipeline.execute_command("SADD", self._keys.nodes, instance)

@@ -177,6 +177,8 @@ def test_revoke_goes_where_the_configuration_says(
     assert "127.0.0.1:1" in one_line(capsys)
     assert main(["revoke", "a channel", "u"]) == 1
     assert "without white space" in one_line(capsys)
+    assert main(["revoke", "c", ""]) == 1
+    assert one_line(capsys) == "relay: USER: is empty\n"
 
     async def done(redis: object, channel: str, user: str) -> str:
         return "1-2"
