@@ -116,8 +116,8 @@ class Store(Protocol):
 
 
 class Presence(Protocol):
-    """Who is in which channel, on all workers. Nothing need be refreshed; `info` is the door's own,
-    without a line break before its end."""
+    """Who is in which channel, on all workers. Nothing need be refreshed; `info` is the door's
+    own."""
 
     def add(self, channel: Channel, client: str, info: bytes) -> None:
         """This worker's client is there from now on, or has another `info`. The ID is unique on

@@ -394,6 +394,7 @@ _METHODS: dict[str, Callable[[Connection, Slot], bool]] = {
     "subscribe": lambda connection, slot: connection.subscriptions.subscribe(slot),
     "unsubscribe": lambda connection, slot: connection.subscriptions.unsubscribe(slot),
     "publish": requests.publish,
+    "presence": requests.presence,
     "history": requests.history,
     "ping": requests.ping,
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from relay.protocols.centrifugo import client_codec as codec
 from relay.protocols.centrifugo import tokens
 from relay.protocols.centrifugo.channels import Names
+from relay.protocols.centrifugo.presence import Presence
 
 if TYPE_CHECKING:
     import asyncio
@@ -64,6 +65,7 @@ class Door:
         # Connections that are in no hub yet; a stop cuts them.
         self.unauthenticated: set[Connection] = set()
         self.reload(settings)
+        self.presence = Presence(context, lambda channel: self.names.rules(channel))
 
     def reload(self, settings: CentrifugoSettings) -> None:
         """From now on these count, for open connections too."""

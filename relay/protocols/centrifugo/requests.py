@@ -69,6 +69,29 @@ def _unpublishable(connection: Connection, name: str, data: bytes) -> tuple[str,
     return codec.PERMISSION_DENIED, codec.FIX
 
 
+def presence(connection: Connection, slot: Slot) -> bool:
+    """Who is there, by client."""
+    name = codec.channel_of(slot.command.params)
+    error, advice, rules = codec.PERMISSION_DENIED, codec.FIX, None
+    if name in connection.subscriptions:
+        error, advice = codec.NOT_AVAILABLE, codec.RETRY
+        rules = connection.door.names.rules(name)
+    if rules is None or not rules.presence:
+        connection.reply(slot, codec.data_body(name), error, advice)
+    else:
+        connection.later(_presence(connection, slot, Channel(name)))
+    return True
+
+
+async def _presence(connection: Connection, slot: Slot, channel: Channel) -> None:
+    try:
+        found = await connection.door.presence.read(channel)
+    except RelayError:
+        connection.answer(slot, codec.data_body(channel), codec.INTERNAL_ERROR, codec.RETRY)
+    else:
+        connection.answer(slot, codec.data_body(channel, found))
+
+
 def history(connection: Connection, slot: Slot) -> bool:
     """The newest first."""
     name = codec.channel_of(slot.command.params)

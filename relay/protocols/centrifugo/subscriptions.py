@@ -141,6 +141,8 @@ class Subscriptions:
         channel, session = subscription.feed.channel, subscription.session
         asked = self._asked.pop(channel)
         self._own.add(channel)
+        # Over Redis and back: the client has its reply before it is told of itself.
+        self._door.presence.joined(channel, *self._who(channel))
         rules = asked.rules
         last, messages, recovered = "", None, False
         if rules is not None and rules.recover:
@@ -188,6 +190,10 @@ class Subscriptions:
     def _left(self, channel: Channel) -> None:
         self._own.remove(channel)
         self.admitted.discard(channel)
+        self._door.presence.left(channel, *self._who(channel))
+
+    def _who(self, channel: Channel) -> tuple[str, bytes]:
+        return self._connection.client, self._connection.info(channel)
 
 
 def visible(session: Session, events: Iterable[Event]) -> list[bytes]:

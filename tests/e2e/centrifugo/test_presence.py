@@ -1,0 +1,159 @@
+"""Presence, join and leave of Centrifugo v1: on one worker, on several, and when one dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.centrifugo_client import SECRET, Centrifugo, V1Client, centrifugo
+from tests.support.clients import redis
+from tests.support.relay import RelayProcess
+from tests.support.valkey import Server
+
+pytestmark = pytest.mark.redis
+RULES = [
+    f"protocol:centrifugo.secret={SECRET}",
+    "protocol:centrifugo:here.presence=true",
+    "protocol:centrifugo:here.join_leave=true",
+    "protocol:centrifugo:quiet.presence=true",
+    "protocol:centrifugo:told.join_leave=true",
+]
+
+
+@pytest.fixture(scope="module")
+def relay(valkey: Server) -> Iterator[RelayProcess]:
+    process = RelayProcess(valkey, settings=RULES).start()
+    yield process
+    process.kill()
+
+
+@pytest.fixture
+async def site(relay: RelayProcess) -> AsyncIterator[Centrifugo]:
+    async with centrifugo(relay.url) as one:
+        yield one
+
+
+async def present(client: V1Client, channel: str) -> list[str]:
+    reply = await client.ask("presence", channel=channel)
+    return list(reply["body"]["data"])
+
+
+async def test_who_is_there_is_told_by_client(site: Centrifugo) -> None:
+    anna = await site.client("anna", '{"name": "Anna <3"}')
+    bob = await site.client("bob")
+    await anna.subscribe("here:room")
+    await bob.subscribe("here:room")
+    reply = await anna.ask("presence", channel="here:room")
+    wanted = {
+        anna.id: {"user": "anna", "client": anna.id, "default_info": {"name": "Anna <3"}},
+        bob.id: {"user": "bob", "client": bob.id},
+    }
+    assert reply["body"] == {"channel": "here:room", "data": wanted}
+    await bob.ask("unsubscribe", channel="here:room")
+    assert await present(anna, "here:room") == [anna.id]
+
+
+async def test_joins_and_leaves_are_told_once_and_kept_nowhere(
+    site: Centrifugo, relay: RelayProcess
+) -> None:
+    anna = await site.client("anna")
+    await anna.subscribe("told:room")
+    assert await anna.push("join") == {
+        "channel": "told:room",
+        "data": {"user": "anna", "client": anna.id},
+    }
+    bob = await site.client("bob", '{"n":1}')
+    await bob.subscribe("told:room")
+    who = {"default_info": {"n": 1}, "user": "bob", "client": bob.id}
+    assert await anna.push("join") == {"channel": "told:room", "data": who}
+    await bob.stop()
+    assert await anna.push("leave") == {"channel": "told:room", "data": who}
+    assert anna.pushes == []
+    assert redis(relay.server, "XLEN", "relay:stream:{told:room}") == 0
+    # The option for asking is off there.
+    reply = await anna.ask("presence", channel="told:room")
+    assert (reply["error"], reply["advice"]) == ("not available", "retry")
+
+
+async def test_without_the_option_nobody_is_told(site: Centrifugo) -> None:
+    anna = await site.client("anna")
+    bob = await site.client("bob")
+    await anna.subscribe("quiet:room")
+    await bob.subscribe("quiet:room")
+    assert set(await present(anna, "quiet:room")) == {anna.id, bob.id}
+    assert anna.pushes == []
+
+
+async def gone(client: V1Client, count: int) -> list[str]:
+    """The clients of the next leaves."""
+    return [(await client.push("leave", 45))["data"]["client"] for _ in range(count)]
+
+
+@pytest.mark.timeout(90)
+async def test_when_a_worker_is_killed_its_clients_leave_once(valkey: Server) -> None:
+    relay = RelayProcess(valkey, settings=RULES, flags=["--workers", "2"])
+    await asyncio.to_thread(relay.start)
+    try:
+        async with centrifugo(relay.url) as site:
+            clients = [await site.client(f"u{number}") for number in range(24)]
+            for client in clients:
+                await client.subscribe("here:two")
+            assert set(await present(clients[0], "here:two")) == {each.id for each in clients}
+            children = Path(f"/proc/{relay.pid}/task/{relay.pid}/children").read_text()
+            os.kill(int(children.split()[0]), signal.SIGKILL)
+            async with asyncio.timeout(15):
+                while not any(each.closed for each in clients):
+                    await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            dead = {each.id for each in clients if each.closed}
+            left = [each for each in clients if not each.closed]
+            assert dead
+            assert left
+            # Its host knows at once; nobody waits for the heartbeat to run out.
+            async with asyncio.timeout(10):
+                while set(await present(left[0], "here:two")) != {each.id for each in left}:
+                    await asyncio.sleep(0.05)
+            assert set(await gone(left[0], len(dead))) == dead
+            later = await site.client("later")
+            await later.subscribe("here:two")
+            joined = set()
+            while later.id not in joined:
+                joined.add((await left[-1].push("join"))["data"]["client"])
+            told = [each["body"] for each in left[-1].pushes if each["method"] == "leave"]
+            assert sorted(each["data"]["client"] for each in told) == sorted(dead)
+    finally:
+        relay.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+async def test_when_a_host_dies_its_clients_leave_once(valkey: Server) -> None:
+    hosts = [RelayProcess(valkey, settings=RULES) for _ in range(3)]
+    for host in hosts:
+        await asyncio.to_thread(host.start)
+    try:
+        async with centrifugo(hosts[0].url) as site:
+            one, two, three = [await site.client(f"u{n}", url=h.url) for n, h in enumerate(hosts)]
+            for client in (one, two, three):
+                await client.subscribe("here:hosts")
+            assert set(await present(one, "here:hosts")) == {one.id, two.id, three.id}
+            hosts[2].kill()
+            async with asyncio.timeout(30):
+                while set(await present(one, "here:hosts")) != {one.id, two.id}:
+                    await asyncio.sleep(0.1)
+            assert [await gone(each, 1) for each in (one, two)] == [[three.id]] * 2
+            last = await site.client("last")
+            await last.subscribe("here:hosts")
+            with contextlib.suppress(IndexError):
+                while (await two.push("join"))["data"]["client"] != last.id:
+                    pass
+            assert not [each for each in two.pushes if each["method"] == "leave"]
+    finally:
+        for host in hosts:
+            host.kill()
