@@ -22,6 +22,7 @@ from tests.support.clients import LIMIT_S
 from tests.support.relay import RelayProcess
 
 KEY = "adminsecretkey"
+_PAGE = Path(__file__).with_name("pydio_page.html")
 _PUBLISHER = Path(__file__).with_name("pydio_publisher.php")
 
 
@@ -46,7 +47,6 @@ class Pydio:
         self.cookies: list[str] = []
         self.broken = ""
         self.port = 0
-        self.page = ""
         self._runner: web.AppRunner | None = None
 
     @property
@@ -71,6 +71,7 @@ class Pydio:
         app.router.add_get("/pydio/", self._action)
         app.router.add_get("/pydio/api/pydio/ws_authenticate/", self._action)
         app.router.add_get("/page", self._page)
+        app.router.add_get("/workspaces", self._workspaces)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port)
@@ -83,8 +84,14 @@ class Pydio:
             await self._runner.cleanup()
             self._runner = None
 
-    async def _page(self, _request: web.Request) -> web.Response:
-        return web.Response(text=self.page, content_type="text/html")
+    async def _page(self, request: web.Request) -> web.Response:
+        page = web.Response(text=_PAGE.read_text(), content_type="text/html")
+        page.set_cookie("AjaXplorer", request.query["user"], httponly=True)
+        return page
+
+    async def _workspaces(self, request: web.Request) -> web.Response:
+        user = self.sessions[request.cookies["AjaXplorer"]]
+        return web.json_response(list(user.acl))
 
     async def _action(self, request: web.Request) -> web.Response:
         self.cookies.append(request.headers.get("Cookie", ""))
