@@ -1,0 +1,90 @@
+"""What PHP has sent: its order and its patience, whatever Redis does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+
+import pytest
+
+from producers.private_channel import Publication
+from relay.errors import LimitExceeded, RedisUnavailable
+from relay.model import Channel, EntryID
+from relay.protocols.pydio import outbound
+from relay.protocols.pydio.outbound import Outbound
+
+ONE = Channel("pydio:1")
+
+
+class Stream:
+    """Appends as told: each attempt takes the next of `answers`, then all succeed."""
+
+    def __init__(self, answers: Iterable[Exception | None] = ()) -> None:
+        self.answers = list(answers)
+        self.entries: list[bytes] = []
+        self.uids: dict[bytes, set[str | None]] = {}
+
+    def publish(
+        self,
+        channel: Channel,
+        data: bytes,
+        *,
+        client: str | None = None,
+        uid: str | None = None,
+        type: str | None = None,
+        to: Iterable[str] | None = None,
+        info: bytes | None = None,
+        extra: Mapping[bytes, bytes] | None = None,
+        unless_latest: bytes | None = None,
+    ) -> asyncio.Future[EntryID]:
+        future: asyncio.Future[EntryID] = asyncio.get_running_loop().create_future()
+        self.uids.setdefault(data, set()).add(uid)
+        error = self.answers.pop(0) if self.answers else None
+        if error is None:
+            self.entries.append(data)
+            future.set_result(EntryID(len(self.entries), 0))
+        else:
+            future.set_exception(error)
+        return future
+
+
+async def sent(stream: Stream, count: int, clock: Iterable[float] = ()) -> None:
+    times = iter(clock)
+    out = Outbound(stream.publish, clock=lambda: next(times, 0.0))
+    task = asyncio.get_running_loop().create_task(out.run())
+    for number in range(count):
+        out.add(Publication(channel=ONE, data=b"%d" % number))
+    await out.settled()
+    task.cancel()
+
+
+async def test_what_fails_is_tried_again_under_the_same_uid_before_later_ones() -> None:
+    away = RedisUnavailable("away")
+    stream = Stream([away, away, away, away])
+    await sent(stream, 4)
+    assert stream.entries == [b"0", b"1", b"2", b"3"]
+    assert all(len(uids) == 1 and None not in uids for uids in stream.uids.values())
+
+
+async def test_what_can_never_be_appended_is_given_up_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stream = Stream([None, LimitExceeded("too large: 9 of 8 bytes"), None])
+    await sent(stream, 3)
+    assert stream.entries == [b"0", b"2"]
+    assert "lost for pydio:1: too large" in caplog.text
+
+
+async def test_after_a_minute_it_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    await sent(Stream([RedisUnavailable("away")]), 1, [0.0, outbound.HOLD_S + 1])
+    assert "not taken within 60 s" in caplog.text
+
+
+async def test_the_memory_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(outbound, "LIMIT_BYTES", 2)
+    stream = Stream()
+    await sent(stream, 3)
+    assert stream.entries == [b"0", b"1"]
+    assert "too many wait" in caplog.text
