@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -186,6 +186,27 @@ class _Rights:
         return self._policy.allowed(principal, channel, hash_value, None, now=self._clock.now)
 
 
+class Presence:
+    """`relay.frontdoor.Presence` in memory."""
+
+    def __init__(self) -> None:
+        self.there: dict[Channel, dict[str, bytes]] = {}
+        self.gone: list[Callable[[Channel, Mapping[str, bytes]], None]] = []
+
+    def add(self, channel: Channel, client: str, info: bytes) -> None:
+        self.there.setdefault(channel, {})[client] = info
+
+    def remove(self, channel: Channel, client: str) -> None:
+        self.there.get(channel, {}).pop(client, None)
+
+    async def read(self, channel: Channel) -> Mapping[str, bytes]:
+        await asyncio.sleep(0)
+        return self.there.get(channel, {})
+
+    def on_gone(self, gone: Callable[[Channel, Mapping[str, bytes]], None]) -> None:
+        self.gone.append(gone)
+
+
 class Context:
     """What of `DoorContext` a connection uses."""
 
@@ -200,6 +221,7 @@ class Context:
             waits_for_replicas=lambda _: False,
         )
         self.history = self.streams.history
+        self.presence = Presence()
         self.tasks: set[asyncio.Task[None]] = set()
         self.is_ready = True
         self.refusing: Exception | None = None
@@ -229,6 +251,15 @@ class Context:
         else:
             done.set_result(self.streams.append(channel, fields))
         return done
+
+    def whisper(self, event: Event) -> None:
+        def arrive() -> None:
+            followed = self.streams.followed.get(event.channel)
+            if followed is not None:
+                followed.on_ephemeral(event)
+            self.hub.flush()
+
+        asyncio.get_running_loop().call_soon(arrive)
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine, name=name)
@@ -328,6 +359,9 @@ class Bench:
                     connection.cut()
             case ["away"]:
                 self.context.is_ready = False
+            case ["died", channel, client, info]:
+                for gone in self.context.presence.gone:
+                    gone(Channel(channel), {client: info.encode()})
             case ["gone", name]:
                 self.connections[name].gone()
             case _:
