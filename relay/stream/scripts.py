@@ -65,7 +65,8 @@ return redis.call('XADD', KEYS[1], unpack(ARGV, 4))
 """)
 
 # KEYS who takes part, then leases; ARGV holder, time to live in ms (0: give up). Which of the
-# leases the holder has now, as 1 or 0: its own first, then free ones, up to its fair share.
+# leases the holder has now, as 1 or 0: its own first, then free ones, up to its fair share. A time
+# beyond the longest is of another server's clock, before a failover: the dead must not hold shares.
 HOLD = Script("""\
 local me, ttl, leases = ARGV[1], tonumber(ARGV[2]), #KEYS - 1
 local time = redis.call('TIME')
@@ -73,6 +74,7 @@ local now, share, own, held, free = time[1] * 1000 + math.floor(time[2] / 1000),
 if ttl == 0 then redis.call('ZREM', KEYS[1], me)
 else
   redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+  redis.call('ZREMRANGEBYSCORE', KEYS[1], '(' .. now + ttl, '+inf')
   redis.call('ZADD', KEYS[1], now + ttl, me)
   redis.call('EXPIRE', KEYS[1], math.ceil(ttl / 1000))
   share = math.ceil(leases / redis.call('ZCARD', KEYS[1]))

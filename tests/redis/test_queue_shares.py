@@ -82,6 +82,12 @@ async def test_who_dies_counts_no_longer(server: Server, admin: Redis, keys: Key
         await command(admin, "ZADD", keys.takers, until_ms, "dead")
         await shares(admin, keys, 4)
         assert await shares(admin, keys, 8) == {"one": 8}
+        # And by the clock of the server before a failover.
+        await command(admin, "ZADD", keys.takers, until_ms + 3_600_000, "dead")
+        async with asyncio.timeout(5):
+            while await command(admin, "ZRANGE", keys.takers, 0, -1) != [b"one"]:
+                await asyncio.sleep(0.05)
+        assert await shares(admin, keys, 8) == {"one": 8}
 
 
 async def test_order_holds_while_queues_change_hands(
