@@ -52,7 +52,9 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from relay.config import Config
-    from relay.model import Channel
+    from relay.hub.encoding import Encoder
+    from relay.hub.session import Client, Session
+    from relay.model import Channel, Principal
     from relay.settings import MetricsSettings, NamespaceSettings, RedisSettings, Section
     from relay.siblings import Worker
 
@@ -173,6 +175,13 @@ class Relay:
         self._on_count: list[Callable[[str], None]] = [seats.changed]
         hub.on_count = lambda user: [told(user) for told in self._on_count]
 
+        async def open_session(
+            principal: Principal, encoder: Encoder, client: Client, *, limit: int | None = None
+        ) -> Session:
+            door = None if limit is None else principal.door
+            async with seats.seat(principal.user, door, limit or 0):
+                return hub.open(principal, encoder, client)
+
         site = Site(
             redis=redis,
             keys=keys,
@@ -184,7 +193,7 @@ class Relay:
 
         context = DoorContext(
             hub=hub,
-            open=parts.opening(seats, hub),
+            open=open_session,
             subscribe=admission.subscribe,
             publish=parts.publishing(appender, config.stream.max_entry_bytes),
             whisper=site.whisper,
@@ -196,7 +205,6 @@ class Relay:
             bus=site.bus,
             store=site.store,
             presence=site.presence,
-            active=site.active,
             spawn=self._spawn_for_door,
             http=http,
             read_token=lambda token: self._tokens.read(token),
@@ -224,6 +232,7 @@ class Relay:
             settings=config.jobs,
             namespace_of=self._namespace,
             presence=site.presence,
+            dead=self._worker.siblings.is_dead if self._worker else lambda _: False,
         )
         server = Server(metrics=metrics, ready=lambda: self._not_ready(reader))
         reading = self._spawn(self._keep_reading(reader), name="reader")

@@ -87,6 +87,11 @@ class ClientSocket(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def leave(self) -> None:
+        """The worker that has the client's socket stops, and it is not this one: end it, so that
+        the client comes again elsewhere. Those that can spare the client more do so."""
+        self.close()
+
     def pause_reading(self) -> None:
         """Nothing more from the client for now; what it sends on waits in the kernel."""
         if self._transport is not None and not self._transport.is_closing():

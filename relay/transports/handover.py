@@ -103,6 +103,8 @@ class Handover:
         # Links whose client is here, and links whose session is here.
         self._near: dict[int, NearEnd] = {}
         self._far: dict[tuple[str, int], RemoteTransport] = {}
+        # Set once the last of the clients has gone, after the order to stop.
+        self._leaving: asyncio.Event | None = None
         # Workers that were not there at the last probe.
         self._absent: set[str] = set()
         self._probe_timer: asyncio.TimerHandle | None = None
@@ -141,6 +143,17 @@ class Handover:
             raise
         return self._respond(request, asked, near)
 
+    async def closed(self) -> None:
+        """At stop: clients whose session is elsewhere are asked to come again, on another worker.
+
+        Returns once none is left.
+        """
+        self._leaving = asyncio.Event()
+        for near in list(self._near.values()):
+            near.leave()
+        if self._near:
+            await self._leaving.wait()
+
     def _respond(self, request: web.Request, asked: Asked, near: NearEnd) -> web.StreamResponse:
         kind, payload = near.first
         match kind:
@@ -149,7 +162,10 @@ class Handover:
             case Kind.HOLD | Kind.TAKE:
                 if kind is Kind.HOLD:
                     hold(request, asked, near)
-                return take_over(request, b"", near)
+                response = take_over(request, b"", near)
+                if self._leaving is not None:
+                    near.leave()
+                return response
             case _:
                 raise NotThere(gone=kind is not Kind.UNKNOWN)
 
@@ -167,7 +183,7 @@ class Handover:
                 self._on_ask(peer, number, count, payload)
             case Kind.PROBE_NEAR | Kind.PROBE_FAR:
                 self._on_probe(peer, kind, payload)
-            case Kind.CREDIT_FAR | Kind.DATA | Kind.GONE | Kind.CLOSED:
+            case Kind.CREDIT_FAR | Kind.DATA | Kind.GONE | Kind.CLOSED | Kind.LEAVE:
                 transport = self._far.get((peer, number))
                 if transport is not None and self._in_order(transport.link, count, transport.cut):
                     transport.on_message(kind, payload)
@@ -190,6 +206,8 @@ class Handover:
 
     def _near_over(self, near: NearEnd) -> None:
         self._near.pop(near.link.number, None)
+        if not self._near and self._leaving is not None:
+            self._leaving.set()
 
     # ---- the owner ------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
+from relay.transports.client_socket import ClientSocket
 from relay.transports.exchange import HeldRequest
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 # What a client may send ahead of its session's worker.
 _INPUT_BYTES = 65536
+# What may be under way to one client, whatever its session's own limit: Redis drops a subscriber
+# that it holds 32 MB for (client-output-buffer-limit pubsub), and with it everybody's messages.
+_OUTPUT_BYTES = 262_144
 _TAKEN = struct.Struct("!?I")
 _SIZE = struct.Struct("!I")
 
@@ -34,6 +38,7 @@ class Kind(IntEnum):
     CLOSED = 5
     PROBE_NEAR = 6
     PROBE_FAR = 7
+    LEAVE = 8
 
     ANSWER = 16
     HOLD = 17
@@ -161,6 +166,11 @@ class NearEnd(HeldRequest):
         self.answered.set()
         self.abort()
 
+    def leave(self) -> None:
+        """This worker stops: the owner is asked to let the client come again elsewhere."""
+        if not self._over:
+            self.link.tell(Kind.LEAVE)
+
     def give_up(self) -> None:
         """Tell the owner that the client is gone, if it has to be told."""
         if not self._over:
@@ -240,6 +250,9 @@ class RemoteTransport(asyncio.Transport):
         # Written and not confirmed; read and not confirmed.
         self._in_flight = 0
         self._owed = 0
+        # What came while the owner did not want to read; bounded by what is not confirmed.
+        self._reading = True
+        self._unread: list[bytes] = []
 
     def begin(self, kind: Kind, protocol: asyncio.Protocol, *, duplex: bool = False) -> None:
         """Give the connection to `protocol`, and tell the asker what it is for."""
@@ -272,13 +285,22 @@ class RemoteTransport(asyncio.Transport):
                     self._paused = False
                     self._protocol.resume_writing()
             case Kind.DATA:
-                self._protocol.data_received(payload)
-                self._owed += len(payload)
-                if self._owed >= _INPUT_BYTES // 4 and not self._over:
-                    self._tell(Kind.CREDIT_NEAR, _SIZE.pack(self._owed))
-                    self._owed = 0
+                self._unread.append(payload)
+                self._read()
+            case Kind.LEAVE:
+                if isinstance(self._protocol, ClientSocket):
+                    self._protocol.leave()
             case _:
                 self._end(None if kind is Kind.CLOSED else ConnectionResetError())
+
+    def _read(self) -> None:
+        while self._reading and self._unread and self._protocol is not None:
+            data = self._unread.pop(0)
+            self._owed += len(data)
+            self._protocol.data_received(data)
+        if self._owed >= _INPUT_BYTES // 4 and not self._over:
+            self._tell(Kind.CREDIT_NEAR, _SIZE.pack(self._owed))
+            self._owed = 0
 
     def cut(self) -> None:
         """Something on the way is lost: so is the connection."""
@@ -327,6 +349,15 @@ class RemoteTransport(asyncio.Transport):
             self._protocol = None
             self._end(None)
 
+    def pause_reading(self) -> None:
+        """See `asyncio.ReadTransport`."""
+        self._reading = False
+
+    def resume_reading(self) -> None:
+        """See `asyncio.ReadTransport`."""
+        self._reading = True
+        self._read()
+
     def is_closing(self) -> bool:
         """See `asyncio.BaseTransport`."""
         return self._closing
@@ -337,8 +368,8 @@ class RemoteTransport(asyncio.Transport):
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         """See `asyncio.WriteTransport`. To be called before anything is written."""
-        self._high = 65536 if high is None else high
-        self._low = self._high // 4 if low is None else low
+        self._high = min(_OUTPUT_BYTES, 65536 if high is None else high)
+        self._low = min(self._high, self._high // 4 if low is None else low)
 
     def get_write_buffer_size(self) -> int:
         """See `asyncio.WriteTransport`: what the client's worker has not confirmed."""

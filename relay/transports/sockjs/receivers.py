@@ -63,6 +63,14 @@ class StreamReceiver(ClientSocket):
             self.over = True
             self.end()
 
+    def leave(self) -> None:
+        """See `ClientSocket`: as if it had reached its limit."""
+        if not self.closing:
+            self.over = True
+            self.end()
+            if self.session is not None:
+                self.session.receiver_over(self)
+
     def end(self) -> None:
         """See `Receiver`."""
         self._finishing = True
@@ -125,6 +133,10 @@ class PollReceiver(HeldRequest):
         if self._waiting is not None:
             self._waiting.add(self)
         exchange.hold(self)
+
+    def leave(self) -> None:
+        """See `ClientSocket`: as if it had waited for long."""
+        self.beat()
 
     def beat(self) -> None:
         """So that nothing on the way takes the connection for dead."""

@@ -98,7 +98,12 @@ class Registry:
     def release(self, session_id: str) -> None:
         """The session is over."""
         self._held.discard(session_id)
-        self._spawn(self._delete(session_id), name="sockjs-release")
+        deleting = self._delete(session_id)
+        try:
+            self._spawn(deleting, name="sockjs-release")
+        except RuntimeError:
+            # The relay stops, and has ended its tasks: the entry is left to its time limit.
+            deleting.close()
         if not self._held and self._timer is not None:
             self._timer.cancel()
             self._timer = None

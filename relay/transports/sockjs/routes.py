@@ -4,7 +4,7 @@
         door="centrifugo", prefix="/connection", options=SockJsOptions(sockjs_url=...),
         accept=accept, bus=context.bus, store=context.store, spawn=context.spawn,
     )
-    routes += sockjs.routes
+    routes += sockjs.routes       # and in `Mounted.closed`: await sockjs.closed()
 
     def accept(session: SockJsSession, asked: Asked) -> None:
         # A new client. As with a websocket: set its callbacks, and give it to the hub's session.
@@ -103,6 +103,10 @@ class SockJs:
     def __len__(self) -> int:
         """Sessions that are not websockets."""
         return len(self._sessions)
+
+    async def closed(self) -> None:
+        """For the door's `Mounted.closed`: clients of other workers' sessions go there directly."""
+        await self._handover.closed()
 
     # ---- static ---------------------------------------------------------------------------------
 

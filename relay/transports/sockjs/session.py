@@ -132,9 +132,8 @@ class SockJsSession:
             return
         self._pending.append(data)
         self._pending_bytes += len(data)
-        if self._pending_bytes > self._buffer_bytes and not self.full:
-            self.full = True
-            self.on_full()
+        if self._pending_bytes > self._buffer_bytes:
+            self._settle(full=True)
 
     def close(self, last: bytes = b"") -> None:
         """End the session with the frame `last`, after what waits; "Go away!" without one."""
@@ -206,11 +205,15 @@ class SockJsSession:
             if receiver.over:
                 self._detach()
 
+    def receiver_over(self, receiver: Receiver) -> None:
+        """The receiver has ended by itself; another will come."""
+        if receiver is self._receiver and not self._farewell:
+            self._detach()
+
     def receiver_full(self) -> None:
         """The receiver has more than it should."""
-        if not self.full and not self.closing:
-            self.full = True
-            self.on_full()
+        if not self.closing:
+            self._settle(full=True)
 
     def receiver_drained(self) -> None:
         """The receiver takes more."""
@@ -238,8 +241,8 @@ class SockJsSession:
 
     def _settle(self, *, full: bool) -> None:
         was, self.full = self.full, full
-        if was and not full:
-            self.on_drained()
+        if was != full:
+            (self.on_full if full else self.on_drained)()
 
     def _detach(self) -> None:
         self._receiver = None

@@ -366,6 +366,58 @@ def test_a_lost_message_costs_the_connection_and_both_sides_notice(
     run(main())
 
 
+def test_a_worker_that_stops_lets_the_clients_of_others_come_again(
+    run: Run, reaper: Reaper
+) -> None:
+    async def main() -> None:
+        _, workers = both(reaper)
+        owner, asker = workers["owner"], workers["asker"]
+        async with asker.serving() as port, raw_client(port, get("/stream")) as (reader, _):
+            await head_of(reader)
+            owner.streams[0].write(b"before")
+            await asker.handover.closed()
+            assert await reader.read() == b"before"
+            await owner.until("closed")
+            # Whoever comes now is answered, but may not stay.
+            async with raw_client(port, get("/stream")) as (again, _):
+                await head_of(again)
+                assert await again.read() == b""
+            async with raw_client(port, get("/now", b"x")) as (again, _):
+                await head_of(again)
+                assert await again.readexactly(1) == b"X"
+        assert not len(owner.handover)
+
+    run(main())
+
+
+def test_a_websocket_whose_owner_does_not_read_is_held_up(
+    run: Run, reaper: Reaper, front: str
+) -> None:
+    async def main() -> None:
+        _, workers = both(reaper)
+        handshake = HANDSHAKE.replace(b"GET /", b"GET /ws")
+        async with (
+            workers[front].serving() as port,
+            raw_client(port, handshake) as (reader, writer),
+        ):
+            await head_of(reader)
+            (socket,) = workers["owner"].streams
+            socket.pause_reading()
+            frame = masked(1, b"x" * 60_000)
+            count = 0
+            # Until both kernels' buffers and what may be under way are full.
+            while writer.transport.get_write_buffer_size() < 1_000_000:
+                writer.write(frame)
+                count += 1
+                await asyncio.sleep(0.001)
+            assert count > 16
+            socket.resume_reading()
+            for _ in range(count):
+                assert len(await reader.readexactly(4 + 60_000)) == 60_004
+
+    run(main())
+
+
 @pytest.mark.parametrize("dead", ["owner", "asker"])
 def test_a_worker_that_died_takes_its_connections_with_it(
     run: Run, reaper: Reaper, dead: str
@@ -411,4 +463,4 @@ def test_nothing_is_left_of_a_request_that_was_given_up(run: Run, reaper: Reaper
 
 
 def test_the_kinds_of_each_side_are_told_apart() -> None:
-    assert all((kind < Kind.ANSWER) == (kind in list(Kind)[:7]) for kind in Kind)
+    assert all((kind < Kind.ANSWER) == (kind in list(Kind)[:8]) for kind in Kind)

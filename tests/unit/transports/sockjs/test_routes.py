@@ -519,6 +519,29 @@ def test_a_session_that_is_cut_off_says_nothing(on_site: RunSite) -> None:
     on_site(main)
 
 
+def test_a_worker_that_stops_costs_the_sessions_of_others_nothing(on_site: RunSite) -> None:
+    async def main(site: Site) -> None:
+        if site.mode == "local":
+            return
+        session = site.session()
+        assert await site.post(session + "/xhr") == b"o\n"  # at the first worker
+        other = site.doors[1].echo
+        async with site.request("POST", session + "/xhr_streaming") as answer:
+            await line(answer)
+            await other.closed()
+            assert await answer.content.read() == b""
+        async with asyncio.TaskGroup() as tasks:
+            site.url("")
+            poll = tasks.create_task(site.post(session + "/xhr"))
+            # Already leaving: nobody waits there.
+            assert await poll == b"h\n"
+        await site.send(session, "not lost")
+        assert await site.post(session + "/xhr") == b'a["not lost"]\n'
+        assert site.door.closed == 0
+
+    on_site(main)
+
+
 # ---- websocket ----------------------------------------------------------------------------------
 
 
