@@ -61,8 +61,8 @@ class Foreign(Protocol):
     `option`: further option of these commands that names its file or folder, as
     `--seafile-conf-dir`; '' where there is none. `option_about` is its help.
     `command`: `relay COMMAND` takes the other server's own command line, `flags` and `-c FILE`
-    (without it: `default_path`), and serves; `COMMAND genconfig|checkconfig|version` too. '' where
-    there is none. `version` is the other server's name and version.
+    (without it: `default_path`), and serves; `COMMAND genconfig|checkconfig|version|help` too. ''
+    where there is none. `version` is the other server's name and version.
     `by_environment`: it is read at every start, without a path too, since variables alone may
     configure it.
     """

@@ -125,6 +125,9 @@ def _foreign(options: argparse.Namespace) -> int:
         case "version":
             print(f"{foreign.version} (relay {__version__})")
             return OK
+        case "help":
+            options.print_help()
+            return OK
         case _:
             return _serve(options)
 

@@ -11,7 +11,7 @@ from relay.foreign import Foreign
 
 # Their flags have names of ours, with other meanings.
 _DEST = "foreign:"
-_ACTIONS = ("genconfig", "checkconfig", "version")
+_ACTIONS = ("genconfig", "checkconfig", "version", "help")
 
 
 def add_options(parser: argparse.ArgumentParser, foreigns: Sequence[Foreign]) -> None:
@@ -43,13 +43,13 @@ def add_commands(
         parser = command(
             commands, foreign.command, f"serve as {foreign.version} does, with its command line"
         )
-        parser.set_defaults(foreign=foreign)
+        parser.set_defaults(foreign=foreign, print_help=parser.print_help)
         parser.add_argument(
             "action",
             nargs="?",
             choices=_ACTIONS,
-            help=f"instead of serving: write a new {foreign.default_path}, check it, or say the"
-            " version",
+            help=f"instead of serving: write a new {foreign.default_path}, check it, say the"
+            " version, or these lines",
         )
         parser.add_argument(
             "-c",

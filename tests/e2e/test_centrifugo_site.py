@@ -11,9 +11,10 @@ import subprocess
 import urllib.request
 from pathlib import Path
 
+import aiohttp
 import pytest
 
-from tests.support.centrifugo_site import SECRET, eventually, fetch, publish, redis_flags, site
+from tests.support.centrifugo_site import SECRET, V1, eventually, fetch, publish, redis_flags, site
 from tests.support.valkey import Server, free_port
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(120)]
@@ -96,6 +97,35 @@ def test_hup_reads_the_file_again_and_a_bad_one_changes_nothing(
         running.send(signal.SIGHUP)
         assert "there is no such file" in running.said("not reloaded", times=3)
         assert publish(base, "hup", 1, secret="second")[0] == 200
+
+
+async def test_hup_changes_what_open_clients_may_do(valkey: Server, folder: Path) -> None:
+    port = free_port()
+    config = folder / "config.json"
+    rooms = {"name": "rooms", "publish": True}
+    url = f"http://127.0.0.1:{port}/connection/websocket"
+
+    def configure(times: int, **options: object) -> None:
+        config.write_text(json.dumps({"secret": SECRET, **options}))
+        running.send(signal.SIGHUP)
+        running.said("reloaded", times=times)
+
+    with site(folder, "centrifugo", f"--port={port}", *redis_flags(valkey)) as running:
+        async with aiohttp.ClientSession() as session, session.ws_connect(url) as ws:
+            client = V1(ws)
+            await client.connect("ann")
+            assert (await client.ask("subscribe", channel="rooms:1"))["status"] is False
+            configure(1, namespaces=[rooms])
+            assert (await client.ask("subscribe", channel="rooms:1"))["status"] is True
+            assert (await client.ask("publish", channel="rooms:1", data=1))["status"] is True
+            configure(2, namespaces=[{"name": "rooms"}])
+            assert (await client.ask("publish", channel="rooms:1", data=2))["status"] is False
+            # Subscriptions of a namespace that is gone stay.
+            configure(3, namespaces=[])
+            assert (await client.ask("unsubscribe", channel="rooms:1"))["status"] is False
+            configure(4, max_channel_length=4)
+            assert (await client.ask("subscribe", channel="12345"))["status"] is False
+            assert (await client.ask("subscribe", channel="1234"))["status"] is True
 
 
 def test_several_workers_share_the_file_s_port(valkey: Server, folder: Path) -> None:
@@ -229,6 +259,10 @@ def test_the_tools(tmp_path: Path) -> None:
             code = running.ended()
         return code, running.lines
 
+    code, lines = tool("centrifugo", "help")
+    assert code == 0
+    assert any("--redis_sentinels" in line for line in lines)
+    assert tool("centrifugo", "sing")[0] == 2
     assert tool("centrifugo", "genconfig") == (0, [])
     made = tmp_path / "config.json"
     assert os.stat(made).st_mode & 0o777 == 0o600

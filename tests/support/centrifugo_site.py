@@ -16,7 +16,11 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import aiohttp
+
+from tests.support.clients import within
 from tests.support.relay import ROOT
 from tests.support.valkey import Server
 
@@ -107,6 +111,32 @@ def site(
             except subprocess.TimeoutExpired:
                 running.process.kill()
         running.process.wait()
+
+
+class V1:
+    """A v1 client, frame by frame."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self._socket = socket
+
+    async def ask(self, method: str, **params: object) -> dict[str, Any]:
+        """The reply to one command; what is pushed before it is passed over."""
+        await self._socket.send_json({"uid": "1", "method": method, "params": params})
+        return await self.next(method)
+
+    async def next(self, method: str) -> dict[str, Any]:
+        """The next frame of this method."""
+        while True:
+            frame = await within(START_S, self._socket.receive_json())
+            if frame["method"] == method:
+                return dict(frame["body"])
+
+    async def connect(self, user: str) -> None:
+        """With a token of the site's."""
+        info = user, "1500000000"
+        token = hmac.new(SECRET.encode(), "".join(info).encode(), hashlib.sha256).hexdigest()
+        body = await self.ask("connect", user=user, timestamp=info[1], token=token)
+        assert body["client"]
 
 
 def redis_flags(server: Server) -> list[str]:

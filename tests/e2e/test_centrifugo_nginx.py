@@ -1,0 +1,105 @@
+"""The nginx recipes of docs/centrifugo.md, as they stand, between clients and a site."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.support.centrifugo_site import SECRET, V1, fetch, publish, redis_flags, site
+from tests.support.clients import within
+from tests.support.nginx import nginx, recipes
+from tests.support.valkey import Server, free_port
+
+pytestmark = [pytest.mark.redis, pytest.mark.timeout(120)]
+LIMIT_S = 20.0
+RECIPES = recipes("docs/centrifugo.md")
+# Recipe, the path it serves under, and the relay's own prefix.
+CASES = [
+    ("A domain of its own", "", ""),
+    ("A path of a site", "/centrifugo", "/centrifugo"),
+    ("A path of a site 2", "/centrifugo", ""),
+]
+
+
+def test_each_recipe_is_tried() -> None:
+    assert list(RECIPES) == [name for name, _, _ in CASES]
+
+
+@contextmanager
+def behind(server: Server, folder: Path, recipe: str, path: str, prefix: str) -> Iterator[str]:
+    """The address of a site's paths behind nginx."""
+    config = {"secret": SECRET, "http_prefix": prefix, "admin": True, "insecure_admin": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    port = free_port()
+    with (
+        # Two workers: whatever comes over nginx's connections reaches either.
+        site(folder, "centrifugo", f"--port={port}", "--workers", "2", *redis_flags(server)),
+        nginx(folder, RECIPES[recipe], {8000: port}) as base,
+    ):
+        yield base + path
+
+
+@pytest.mark.parametrize(("recipe", "path", "prefix"), CASES)
+def test_the_api(valkey: Server, tmp_path: Path, recipe: str, path: str, prefix: str) -> None:
+    with behind(valkey, tmp_path, recipe, path, prefix) as base:
+        for _ in range(3):
+            status, text = publish(base, "nginx", {"text": "x" * 100_000})
+            assert (status, json.loads(text)[0]["error"]) == (200, None)
+        # Its own refusals come through.
+        assert publish(base, "nginx", 1, secret="wrong") == (401, b"Unauthorized\n")
+
+
+@pytest.mark.parametrize(("recipe", "path", "prefix"), CASES)
+async def test_a_raw_websocket(
+    valkey: Server, tmp_path: Path, recipe: str, path: str, prefix: str
+) -> None:
+    with behind(valkey, tmp_path, recipe, path, prefix) as base:
+        async with aiohttp.ClientSession() as session:
+            url = f"{base}/connection/websocket"
+            async with session.ws_connect(url) as socket:
+                client = V1(socket)
+                await client.connect("ann")
+                assert (await client.ask("subscribe", channel="ngx"))["status"] is True
+                await asyncio.to_thread(publish, base, "ngx", {"n": 1})
+                assert (await client.next("message"))["data"] == {"n": 1}
+
+
+@pytest.mark.parametrize(("recipe", "path", "prefix"), CASES)
+async def test_sockjs(valkey: Server, tmp_path: Path, recipe: str, path: str, prefix: str) -> None:
+    """Its information, and a stream that is not held back on the way."""
+    with behind(valkey, tmp_path, recipe, path, prefix) as base:
+        status, text, headers = await asyncio.to_thread(
+            fetch, f"{base}/connection/info", headers={"Origin": "http://elsewhere.example"}
+        )
+        assert status == 200
+        assert json.loads(text)["websocket"] is True
+        assert headers["Access-Control-Allow-Origin"] == "http://elsewhere.example"
+        async with aiohttp.ClientSession() as session:
+            stream = f"{base}/connection/000/abcdefgh/xhr_streaming"
+            async with session.post(stream) as answer:
+                assert answer.status == 200
+                assert len(await within(LIMIT_S, answer.content.readline())) == 2049
+                assert await within(LIMIT_S, answer.content.readline()) == b"o\n"
+            for number in range(5):
+                await _poll(session, f"{base}/connection/000/session{number}")
+
+
+async def _poll(session: aiohttp.ClientSession, address: str) -> None:
+    """A polling session from its beginning to its end, each request as nginx sends it on."""
+
+    async def post(transport: str, body: str = "") -> str:
+        async with session.post(f"{address}/{transport}", data=body) as answer:
+            assert answer.status in {200, 204}
+            text: str = await within(LIMIT_S, answer.text())
+            return text
+
+    assert await post("xhr") == "o\n"
+    await post("xhr_send", json.dumps([json.dumps({"uid": "7", "method": "nothing"})]))
+    closing = '{"reason":"unauthorized","reconnect":false}'
+    assert await post("xhr") == f"c[3000,{json.dumps(closing)}]\n"
