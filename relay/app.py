@@ -24,7 +24,7 @@ import uvloop
 from relay import __version__, logs, parts
 from relay.drain import drain
 from relay.errors import RelayError
-from relay.frontdoor import DoorContext, Mounted, find_doors
+from relay.frontdoor import DoorContext, Mounted, find_doors, read_token
 from relay.hub.hub import Hub
 from relay.jobs import Jobs
 from relay.metrics import Metrics
@@ -207,7 +207,7 @@ class Relay:
             presence=site.presence,
             spawn=self._spawn_for_door,
             http=http,
-            read_token=lambda token: self._tokens.read(token),
+            read_token=lambda text: read_token(text, self._tokens, self._doors),
             ready=reader.ready,
             metrics=metrics,
             client_buffer_bytes=config.hub.client_buffer_bytes,

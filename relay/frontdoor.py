@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from aiohttp import web
 
 import relay.protocols
+from relay.errors import Unauthorized
 
 if TYPE_CHECKING:
     import asyncio
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from relay.metrics import Metrics
     from relay.model import Channel, EntryID, Event, Position, Principal
     from relay.reads import Snapshot
+    from relay.rights.token import TokenReader
     from relay.settings import Section
 
 
@@ -152,9 +154,10 @@ class DoorContext:
     stream's commands for that door. `history` has the newest events of a channel, at least so many
     if there are (Unavailable where Redis is away). `members` reads a group that the application
     keeps, the Redis set `<prefix>group:<name>` of users (Unavailable likewise). `read_token` turns
-    a native JWT into a principal (Unauthorized otherwise). `ready` says whether streams are being
-    read. `spawn` runs a task that ends with the relay; an exception that it lets out ends the
-    relay. `http` is for requests to applications. `insecure` concerns the native door only.
+    a native JWT, or a token of a door that `ReadsTokens`, into a principal (Unauthorized
+    otherwise). `ready` says whether streams are being read. `spawn` runs a task that ends with the
+    relay; an exception that it lets out ends the relay. `http` is for requests to applications.
+    `insecure` concerns the native door only.
     """
 
     hub: Hub
@@ -219,10 +222,32 @@ class FrontDoor(Protocol):
 
 
 @runtime_checkable
+class ReadsTokens(Mounted, Protocol):
+    """A door at work whose own tokens open its workspaces in the native door too."""
+
+    def read_token(self, token: str) -> Principal | None:
+        """Whom it names and what it opens there; None where it is no valid token of this door."""
+
+
+@runtime_checkable
 class Replacing(FrontDoor, Protocol):
     """A door that reads the configuration of the server whose place it takes."""
 
     foreign: Foreign
+
+
+def read_token(
+    token: str, native: TokenReader, doors: Iterable[tuple[str, Mounted, Section]]
+) -> Principal:
+    """What `DoorContext.read_token` does: a native token, or one of a door at work."""
+    try:
+        return native.read(token)
+    except Unauthorized:
+        for _, door, _ in doors:
+            principal = door.read_token(token) if isinstance(door, ReadsTokens) else None
+            if principal is not None:
+                return principal
+        raise
 
 
 def find_doors() -> dict[str, FrontDoor]:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from tests.support.clients import native, redis, rights_key, until
+from tests.support.clients import Refused, native, redis, rights_key, until
 from tests.support.relay import RelayProcess
 from tests.support.seafile import (
     KEY,
@@ -476,6 +476,24 @@ async def test_a_library_is_read_by_other_doors_with_a_right_to_it(door: Seafile
     async with native(door.relay) as clients:
         socket = await clients.ws(channel)
         assert (await socket.next())["error"]["code"] == "forbidden"
+
+
+async def test_a_clients_token_opens_its_library_in_the_native_door(door: Seafile) -> None:
+    """So that a web page can follow it by SSE, until the token runs out."""
+    library, other = new_library(), new_library()
+    channel = f"seafile:{library}"
+    async with native(door.relay) as clients:
+        stream = await clients.sse(channel, token=subscribe_token(library, ttl_s=3))
+        await door.commit(library, "c")
+        assert (await stream.next()).json()["commit_id"] == "c"
+        assert "relay:revoked" in [block.event for block in await stream.ended()]
+        for name, token in (
+            (f"seafile:{other}", subscribe_token(library)),
+            (channel, sign(repo_id=library, exp=int(time.time()) + 60)),
+            (channel, sign("another key", repo_id=library, username=ALICE, exp=2**40)),
+        ):
+            with pytest.raises(Refused):
+                await clients.sse(name, token=token)
 
 
 async def test_a_stop_closes_clients_with_and_without_libraries(valkey: Server) -> None:

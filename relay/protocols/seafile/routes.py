@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from producers.seaf_events import channel_of
+from producers.seaf_tokens import Refused
+from relay.model import Principal
 from relay.protocols.seafile import answers
 from relay.protocols.seafile.connection import SeafileClient
 from relay.protocols.seafile.events import EventsHandler
@@ -75,6 +79,20 @@ class MountedSeafile:
             farewell=websocket.frame_close(_NO_PONG),
             # A sync client pings by itself and is written a pong each second.
             only_quiet=True,
+        )
+
+    def read_token(self, token: str) -> Principal | None:
+        """See `relay.frontdoor.ReadsTokens`: a client's JWT opens its library there, so that a page
+        can follow it by SSE. A server's opens nothing."""
+        try:
+            claims = self._service.tokens.read(token, time.time())
+            channel = channel_of(claims.repo_id)
+        except (Refused, ValueError):
+            return None
+        if not claims.username:
+            return None
+        return Principal(
+            user=claims.username, channels=(channel,), expires_at=float(claims.expires_at)
         )
 
     async def closed(self) -> None:
