@@ -168,7 +168,7 @@ async def test_a_message_is_one_frame_and_said_where_it_is_too_long(door: Seafil
     name = "n" * 5000
     await door.lock(library, name)
     assert (await client.next())["content"]["path"] == name
-    assert any("sync clients read at most 4096" in line for line in door.relay.log)
+    await until(lambda: any("sync clients read at most 4096" in line for line in door.relay.log))
 
 
 async def test_content_comes_as_it_was_sent(door: Seafile) -> None:
