@@ -102,7 +102,8 @@ class Event:
     `data` is JSON text if `is_json`, else any text, both UTF-8. `to` limits the recipients: a
     principal receives it if the two selector sets meet; None means everyone entitled. `extra` are
     the entry's fields that the schema does not know, for the door that wrote them. `door` limits an
-    event of the ephemeral kind to the clients of one door; it means nothing there beyond.
+    event of the ephemeral kind to the clients of one door; it means nothing there beyond. `after`
+    is where this worker was in the stream when one of the ephemeral kind came.
     `frames` caches encodings by encoder.
     """
 
@@ -117,6 +118,7 @@ class Event:
     info: bytes | None = None
     extra: Mapping[bytes, bytes] = field(default_factory=lambda: _NOTHING)
     door: str | None = None
+    after: EntryID | None = None
     frames: dict[object, bytes] = field(default_factory=dict, repr=False)
 
 

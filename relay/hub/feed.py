@@ -287,6 +287,7 @@ class Feed:
 
     def on_ephemeral(self, event: Event) -> None:
         """Live clients only: there is no history to serve the others from."""
+        event.after = self.position
         self._live.offer(event)
 
     def same_life(self, state: StreamState, server: Server) -> bool:

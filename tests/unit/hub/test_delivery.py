@@ -136,8 +136,11 @@ def test_an_ephemeral_event_of_a_door_reaches_that_doors_clients_only() -> None:
     examine(hub)
     feed = hub.feed(NEWS)
     assert feed
+    feed.on_records([event("one ", 7)])
     for door in ("words", None):
-        feed.on_ephemeral(Event(NEWS, None, str(door).encode(), is_json=False, door=door))
+        heard = Event(NEWS, None, str(door).encode(), is_json=False, door=door)
+        feed.on_ephemeral(heard)
+        assert heard.after == EntryID(7, 0)
     hub.flush()
-    assert mine.writes == [b"words None "]
-    assert theirs.writes == [b"None "]
+    assert mine.writes == [b"one  words None "]
+    assert theirs.writes == [b"one  None "]
