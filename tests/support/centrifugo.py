@@ -345,6 +345,9 @@ class Bench:
             case ["right", channel, user, value]:
                 streams.stream(Channel(channel)).rights[user] = value.encode()
                 hub.recheck(Channel(channel))
+            case ["whisper", channel, kind, data]:
+                event = Event(Channel(channel), None, data.encode(), is_json=True, type=kind)
+                self.context.whisper(event)
             case ["time", seconds]:
                 self.pass_(int(seconds))
             case ["unsubscribe", user, *channel]:

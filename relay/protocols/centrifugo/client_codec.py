@@ -203,7 +203,9 @@ def message_push(event: Event) -> bytes:
 
 
 def _head(event: Event) -> list[bytes]:
-    return [] if event.id is None else [b'"uid":"%b"' % str(event.id).encode()]
+    # The ephemeral kind has no ID, but clients ask for what follows the last uid that they had.
+    uid = event.after if event.id is None else event.id
+    return [] if uid is None else [b'"uid":"%b"' % str(uid).encode()]
 
 
 def presence_push(method: str, channel: str, info: bytes) -> bytes:

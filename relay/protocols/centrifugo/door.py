@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Protocol
 from relay.protocols.centrifugo import client_codec as codec
 from relay.protocols.centrifugo import tokens
 from relay.protocols.centrifugo.channels import Names
+from relay.protocols.centrifugo.encoders import DOOR, Format
 from relay.protocols.centrifugo.presence import Presence
 
 if TYPE_CHECKING:
     import asyncio
 
     from relay.frontdoor import DoorContext
+    from relay.hub.session import Session
+    from relay.model import Channel
     from relay.protocols.centrifugo.connection import Connection
     from relay.protocols.centrifugo.settings import CentrifugoSettings
 
@@ -65,6 +68,7 @@ class Door:
         # Connections that are in no hub yet; a stop cuts them.
         self.unauthenticated: set[Connection] = set()
         self.reload(settings)
+        context.hub.on_not_subscribed[DOOR] = _tell_unsubscribed
         self.presence = Presence(context, lambda channel: self.names.rules(channel))
 
     def reload(self, settings: CentrifugoSettings) -> None:
@@ -82,3 +86,9 @@ class Door:
         if timestamp is None:
             raise Fatal(codec.INVALID_MESSAGE)
         return timestamp
+
+
+def _tell_unsubscribed(session: Session, channel: Channel) -> None:
+    # v1 pushes it to all of the user's connections, whatever they are subscribed to.
+    if isinstance(session.encoder, Format):
+        session.reply(session.encoder.frame(codec.unsubscribe_push(channel)))

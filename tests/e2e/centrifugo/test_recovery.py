@@ -1,0 +1,160 @@
+"""Clients that are cut again and again while messages flow: each message once, in order, and
+`recovered` is never true when something is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.centrifuge_js import JsClient, Node, Said, running_node
+from tests.support.clients import stream_key
+from tests.support.cutter import Cutter, cutting
+from tests.support.relay import RelayProcess
+from tests.support.valkey import Server
+
+# Seconds of cutting. The full minute: RELAY_CUT_S=60.
+CUT_S = float(os.environ.get("RELAY_CUT_S", "8"))
+pytestmark = [pytest.mark.redis, pytest.mark.slow, pytest.mark.timeout(120 + int(CUT_S) * 2)]
+SECRET = "a secret of the application"
+CLIENTS = 100
+CHANNELS = [f"feed{number}" for number in range(20)]
+PER_S = 500
+
+
+@pytest.fixture
+def relay(valkey: Server) -> Iterator[RelayProcess]:
+    settings = {
+        "secret": SECRET,
+        "recover": "true",
+        "history_size": "5000",
+        "history_lifetime": "60",
+    }
+    process = RelayProcess(
+        valkey,
+        settings=[f"protocol:centrifugo.{key}={value}" for key, value in settings.items()],
+        flags=["--workers", "2"],
+    ).start()
+    yield process
+    process.kill()
+
+
+class Follower:
+    """What one client has got of its channel, whose messages are numbered."""
+
+    def __init__(self, client: JsClient, channel: str) -> None:
+        self.client = client
+        self.channel = channel
+        self.last: int | None = None
+        self.holes: list[tuple[int, int]] = []
+        self.wrong: list[str] = []
+        self.subscribed = 0
+        self.unrecovered = 0
+        client.on_said = self.hear
+
+    def hear(self, said: Said) -> None:
+        match said:
+            case {"on": "message", "data": int(number)}:
+                if self.last is not None and number <= self.last:
+                    self.wrong.append(f"{number} after {self.last}")
+                elif self.last is not None and number != self.last + 1:
+                    self.holes.append((self.last, number))
+                self.last = number
+            case {"on": "subscribe", "recovered": bool(recovered)}:
+                # centrifuge-js hands the recovered messages over before this.
+                self.subscribed += 1
+                if self.subscribed > 1 and not recovered:
+                    self.unrecovered += 1
+                    self.holes.clear()
+                elif self.holes:
+                    self.wrong.append(f"recovered, but {self.holes} are missing")
+                    self.holes.clear()
+            case _:
+                pass
+
+
+class Producer:
+    """XADD from another process's point of view, numbered within each channel."""
+
+    def __init__(self, server: Server) -> None:
+        self._redis = server.client()
+        self.numbers = dict.fromkeys(CHANNELS, 0)
+
+    def add(self, count: int) -> None:
+        pipeline = self._redis.pipeline(transaction=False)
+        for channel in random.choices(CHANNELS, k=count):
+            self.numbers[channel] += 1
+            pipeline.xadd(stream_key(channel), {"data": str(self.numbers[channel])})
+        pipeline.execute()
+
+
+async def produce(producer: Producer, ended: asyncio.Event) -> None:
+    begun, sent = time.monotonic(), 0
+    while not ended.is_set():
+        due = int((time.monotonic() - begun) * PER_S) - sent
+        if due > 0:
+            await asyncio.to_thread(producer.add, min(due, 500))
+            sent += min(due, 500)
+        await asyncio.sleep(0.01)
+
+
+async def cut_at_random(cutter: Cutter) -> None:
+    end = time.monotonic() + CUT_S
+    while time.monotonic() < end:
+        cutter.cut(random.randrange(1 << 20))
+        # Each client about every four seconds.
+        await asyncio.sleep(random.expovariate(CLIENTS / 4))
+
+
+async def settled(followers: list[Follower], producer: Producer) -> None:
+    """Everybody has the last message of the channel."""
+    async with asyncio.timeout(60):
+        while any(each.last != producer.numbers[each.channel] for each in followers):
+            await asyncio.sleep(0.05)
+
+
+def make(node: Node, cutter: Cutter, transports: list[str], number: int) -> Follower:
+    path = "/connection" if transports else "/connection/websocket"
+    scheme = "http" if transports else "ws"
+    url = f"{scheme}://127.0.0.1:{cutter.port}{path}"
+    # The first wait is as long as a user's would be divided by ten.
+    client = node.client(url, f"u{number}", transports=transports, options={"retry": 100})
+    return Follower(client, CHANNELS[number % len(CHANNELS)])
+
+
+@pytest.mark.parametrize(
+    "transports",
+    [[], ["xhr-streaming"], ["xhr-polling"]],
+    ids=["raw", "xhr-streaming", "xhr-polling"],
+)
+async def test_cut_clients_miss_nothing(
+    relay: RelayProcess, valkey: Server, transports: list[str]
+) -> None:
+    producer, ended = Producer(valkey), asyncio.Event()
+    async with (
+        running_node(SECRET) as node,
+        cutting(relay.port) as cutter,
+        asyncio.TaskGroup() as group,
+    ):
+        followers = [make(node, cutter, transports, number) for number in range(CLIENTS)]
+        for each in followers:
+            each.client.tell("subscribe", channel=each.channel, only=True)
+            each.client.tell("connect")
+        async with asyncio.timeout(30):
+            while not all(each.subscribed for each in followers):
+                await asyncio.sleep(0.05)
+        producing = group.create_task(produce(producer, ended))
+        await cut_at_random(cutter)
+        ended.set()
+        await producing
+        await settled(followers, producer)
+        assert cutter.cuts > CUT_S * 5
+        assert sum(each.subscribed for each in followers) > CLIENTS + cutter.cuts / 4
+        wrong = {each.client.name: each.wrong for each in followers if each.wrong or each.holes}
+        assert not wrong
+        # What was missed was always within history.
+        assert not [each.client.name for each in followers if each.unrecovered]

@@ -1,0 +1,67 @@
+"""A TCP proxy that cuts connections at any byte, both ways at once, as a network does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+
+class Cutter:
+    """Forwards to `port`; its own port is set when it runs."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self.port = 0
+        self.cuts = 0
+        self._open: dict[asyncio.WriteTransport, asyncio.WriteTransport] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def cut(self, index: int) -> None:
+        """The connection of this number, counted round."""
+        if self._open:
+            near = list(self._open)[index % len(self._open)]
+            for transport in (near, self._open.pop(near)):
+                transport.abort()
+            self.cuts += 1
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            other_reader, other_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        except OSError:
+            writer.transport.abort()
+            return
+        self._open[writer.transport] = other_writer.transport
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(_pump(reader, other_writer))
+                group.create_task(_pump(other_reader, writer))
+        finally:
+            self._open.pop(writer.transport, None)
+            writer.transport.abort()
+            other_writer.transport.abort()
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with suppress(OSError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    with suppress(OSError):
+        writer.write_eof()
+
+
+@asynccontextmanager
+async def cutting(port: int) -> AsyncIterator[Cutter]:
+    """A cutter before this port."""
+    cutter = Cutter(port)
+    server = await asyncio.start_server(cutter._serve, "127.0.0.1", 0)
+    cutter.port = server.sockets[0].getsockname()[1]
+    try:
+        yield cutter
+    finally:
+        server.close()
+        while len(cutter):
+            cutter.cut(0)
