@@ -52,9 +52,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from relay.config import Config
-    from relay.hub.encoding import Encoder
-    from relay.hub.session import Client, Session
-    from relay.model import Channel, Principal
+    from relay.model import Channel
     from relay.settings import MetricsSettings, NamespaceSettings, RedisSettings, Section
     from relay.siblings import Worker
 
@@ -175,13 +173,6 @@ class Relay:
         self._on_count: list[Callable[[str], None]] = [seats.changed]
         hub.on_count = lambda user: [told(user) for told in self._on_count]
 
-        async def open_session(
-            principal: Principal, encoder: Encoder, client: Client, *, limit: int | None = None
-        ) -> Session:
-            door = None if limit is None else principal.door
-            async with seats.seat(principal.user, door, limit or 0):
-                return hub.open(principal, encoder, client)
-
         site = Site(
             redis=redis,
             keys=keys,
@@ -193,7 +184,7 @@ class Relay:
 
         context = DoorContext(
             hub=hub,
-            open=open_session,
+            open=parts.opening(seats, hub),
             subscribe=admission.subscribe,
             publish=parts.publishing(appender, config.stream.max_entry_bytes),
             whisper=site.whisper,
@@ -205,6 +196,7 @@ class Relay:
             bus=site.bus,
             store=site.store,
             presence=site.presence,
+            active=site.active,
             spawn=self._spawn_for_door,
             http=http,
             read_token=lambda text: read_token(text, self._tokens, self._doors),
@@ -232,7 +224,6 @@ class Relay:
             settings=config.jobs,
             namespace_of=self._namespace,
             presence=site.presence,
-            dead=self._worker.siblings.is_dead if self._worker else lambda _: False,
         )
         server = Server(metrics=metrics, ready=lambda: self._not_ready(reader))
         reading = self._spawn(self._keep_reading(reader), name="reader")

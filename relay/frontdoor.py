@@ -113,6 +113,9 @@ class Store(Protocol):
     async def get(self, name: str) -> bytes | None:
         """What is there."""
 
+    async def get_many(self, names: Sequence[str]) -> list[bytes | None]:
+        """What is there, in the order of the names, in one pipeline."""
+
     async def delete(self, name: str) -> None:
         """Before its time is over."""
 
@@ -134,6 +137,19 @@ class Presence(Protocol):
 
     def on_gone(self, gone: Callable[[Channel, Mapping[str, bytes]], None]) -> None:
         """`gone` is called with clients of a worker that died, on one of the others."""
+
+
+class Active(Protocol):
+    """What there is on all workers. Each raises Unavailable where Redis is away."""
+
+    async def channels(self) -> list[Channel]:
+        """Those that a client of any door follows."""
+
+    async def is_followed(self, channel: Channel) -> bool:
+        """Whether it is one of them."""
+
+    async def workers(self) -> list[str]:
+        """Instances, those included that died a moment ago."""
 
 
 class Spawn(Protocol):
@@ -173,6 +189,7 @@ class DoorContext:
     bus: Bus
     store: Store
     presence: Presence
+    active: Active
     spawn: Spawn
     http: aiohttp.ClientSession
     read_token: Callable[[str], Principal]

@@ -39,14 +39,13 @@ class Jobs:
         settings: JobSettings,
         namespace_of: Callable[[Channel], NamespaceSettings],
         presence: SitePresence,
-        dead: Callable[[str], bool] = lambda _: False,
     ) -> None:
-        """`dead` says of a worker that it is known to have died."""
         self._client = client
         self._keys = keys
         self._instance = instance
         self._namespace_of = namespace_of
         self._presence = presence
+        dead = presence.is_dead
         self._silence = Silence(client=client, keys=keys, dead=dead)
         self._dead_nodes = DeadNodes(client=client, keys=keys, dead=dead, clear=presence.clear)
         self._leases: list[Lease] = []

@@ -16,12 +16,16 @@ from relay.stream import entry
 
 if TYPE_CHECKING:
     from relay.config import Config
-    from relay.frontdoor import Publish
+    from relay.frontdoor import OpenSession, Publish
+    from relay.hub.encoding import Encoder
+    from relay.hub.hub import Hub
+    from relay.hub.session import Client, Session
     from relay.metrics import Metrics
-    from relay.model import Channel, EntryID
+    from relay.model import Channel, EntryID, Principal
     from relay.settings import NamespaceSettings, RedisSettings
     from relay.stream.append import Appender
     from relay.stream.keys import Keys
+    from relay.stream.seats import Seats
 
 
 async def reachable_redis(
@@ -39,6 +43,19 @@ async def reachable_redis(
     stack.push_async_callback(embedded.stop)
     await stack.enter_async_context(_task(embedded.supervise()))
     return local
+
+
+def opening(seats: Seats, hub: Hub) -> OpenSession:
+    """What `DoorContext.open` is."""
+
+    async def open_session(
+        principal: Principal, encoder: Encoder, client: Client, *, limit: int | None = None
+    ) -> Session:
+        door = None if limit is None else principal.door
+        async with seats.seat(principal.user, door, limit or 0):
+            return hub.open(principal, encoder, client)
+
+    return open_session
 
 
 def publishing(appender: Appender, max_entry_bytes: int) -> Publish:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from relay.stream import control, ephemeral
+from relay.stream.active import SiteActive
 from relay.stream.bus import SiteBus
 from relay.stream.history import History
 from relay.stream.presence import SitePresence
@@ -46,6 +47,7 @@ class Site:
             dead=dead,
             spawn=spawn,
         )
+        self.active = SiteActive(self._long, keys)
         self._keys = keys
 
     async def run(self) -> None:

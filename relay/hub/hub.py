@@ -57,6 +57,9 @@ class Hub:
         self.connections_per_user = connections_per_user
         # Called with a user whose sessions have become more or fewer.
         self.on_count: Callable[[str], object] = lambda _: None
+        # By door, where its protocol tells a client all the same: called for each session of a user
+        # who is to be unsubscribed from a channel that it does not follow.
+        self.on_not_subscribed: dict[str, Callable[[Session, Channel], None]] = {}
         self.total = 0
         self._call_soon = call_soon
         self._waits_for_replicas = waits_for_replicas
@@ -190,6 +193,10 @@ class Hub:
     ) -> None:
         """One channel, or without a name all, of every session of the user here."""
         for session in self._sessions_of(user, door):
+            if channel is not None and channel not in session.subscriptions:
+                if told := self.on_not_subscribed.get(session.principal.door):
+                    told(session, channel)
+                continue
             for subscription in list(session.subscriptions.values()):
                 if channel in (None, subscription.feed.channel):
                     at = subscription.feed.position

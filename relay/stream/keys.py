@@ -49,6 +49,7 @@ class Keys:
         "_text",
         "control",
         "dead_letters",
+        "ephemeral_pattern",
         "nodes",
         "prefix",
         "stream_pattern",
@@ -64,6 +65,8 @@ class Keys:
         self.nodes = self.prefix + b"nodes"
         self.takers = self.prefix + b"takers"
         self.stream_pattern = self.streams_matching("*")
+        # For PUBSUB CHANNELS.
+        self.ephemeral_pattern = _GLOB.sub(rb"\\\1", self.prefix + b"ephemeral:{") + b"*}"
 
     def stream(self, channel: Channel) -> bytes:
         """The stream of one workspace."""

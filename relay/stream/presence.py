@@ -59,7 +59,7 @@ class SitePresence:
         self._long = long
         self._keys = keys
         self._instance = instance
-        self._dead = dead
+        self.is_dead = dead
         self._spawn = spawn
         self._own: dict[Channel, dict[str, bytes]] = {}
         # Clients of whom Redis may have something else than `_own`.
@@ -124,7 +124,7 @@ class SitePresence:
 
     async def _read(self, channel: Channel) -> dict[str, bytes]:
         by_instance = await self._entries(channel)
-        others = [each for each in by_instance if each != self._instance and not self._dead(each)]
+        others = [each for each in by_instance if each != self._instance and not self.is_dead(each)]
         lives = await _execute(
             self._long, [("EXISTS", self._keys.node(instance)) for instance in others]
         )

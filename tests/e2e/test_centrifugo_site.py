@@ -253,6 +253,29 @@ def test_without_a_file_it_starts_shut_and_says_so(valkey: Server, tmp_path: Pat
             fetch(f"http://127.0.0.1:{port}/api/")
 
 
+def test_every_insecure_mode_is_told(valkey: Server, folder: Path) -> None:
+    port = free_port()
+    flags = ["--insecure", "--insecure_api", "--insecure_admin", f"--port={port}"]
+    with site(folder, "centrifugo", *flags, *redis_flags(valkey)) as running:
+        for name in ("insecure", "insecure_api", "insecure_admin"):
+            running.said(f"INSECURE: [protocol:centrifugo] {name}:")
+        body = b'{"method":"publish","params":{"channel":"insecure","data":1}}'
+        json_type = {"Content-Type": "application/json"}
+        assert fetch(f"http://127.0.0.1:{port}/api/", body=body, headers=json_type)[:2] == (200, OK)
+
+
+def test_api_port_and_prefix(valkey: Server, folder: Path) -> None:
+    port, api = free_port(), free_port()
+    config = {"secret": SECRET, "http_prefix": "/centrifugo", "port": port, "api_port": str(api)}
+    (folder / "config.json").write_text(json.dumps(config))
+    with site(folder, "centrifugo", *redis_flags(valkey)):
+        assert publish(f"http://127.0.0.1:{api}/centrifugo", "prefix", 1) == (200, OK)
+        assert fetch(f"http://127.0.0.1:{api}/api/", body=b"[]")[0] == 404
+        assert fetch(f"http://127.0.0.1:{port}/centrifugo/api/", body=b"[]")[0] == 404
+        assert fetch(f"http://127.0.0.1:{port}/centrifugo/connection/info")[0] == 200
+        assert fetch(f"http://127.0.0.1:{port}/connection/info")[0] == 404
+
+
 def test_the_tools(tmp_path: Path) -> None:
     def tool(*words: str) -> tuple[int, list[str]]:
         with site(tmp_path, *words, ready=False) as running:

@@ -56,6 +56,8 @@ SENT: dict[User, list[str]] = {
         "UNWATCH",
         "SUBSCRIBE relay:ephemeral:{news}",
         "PUBLISH relay:ephemeral:{news} 1",
+        "PUBSUB CHANNELS relay:ephemeral:{*}",
+        "PUBSUB NUMSUB relay:ephemeral:{news}",
         "SUBSCRIBE relay:bus:web1:5f0c9a31",
         "PUBLISH relay:bus:web2:b7e2d604 1",
         "SET relay:store:door:session:1 web1:5f0c9a31 NX GET PX 1000",

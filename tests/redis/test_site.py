@@ -98,6 +98,19 @@ async def test_the_newest_events_newest_first_with_their_moment(
             await one.history.read(Channel("other"), 1)
 
 
+async def test_what_there_is_on_all_workers(server: Server, admin: Redis) -> None:
+    async with site(server, "one:1") as one, admin.pubsub() as ears:
+        assert await one.active.channels() == []
+        await ears.subscribe("relay:ephemeral:{team:news}", "relay:ephemeral:{b*}", "other:{a}")
+        assert sorted(await one.active.channels()) == ["b*", "team:news"]
+        assert await one.active.is_followed(Channel("team:news"))
+        assert not await one.active.is_followed(NEWS)
+        await admin.sadd("relay:nodes", "two:2", "one:1")
+        assert await one.active.workers() == ["one:1", "two:2"]
+        await one.store.put("d:x:2", b"2", 60)
+        assert await one.store.get_many(["d:x:1", "d:x:2"]) == [None, b"2"]
+
+
 async def test_while_redis_is_away_it_is_said_and_then_it_works_again(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
@@ -109,6 +122,9 @@ async def test_while_redis_is_away_it_is_said_and_then_it_works_again(
                 lambda: one.bus.send("two:2", "t", b""),
                 lambda: one.store.get("d:x:1"),
                 lambda: one.history.read(NEWS, 1),
+                one.active.channels,
+                lambda: one.active.is_followed(NEWS),
+                lambda: one.store.get_many(["d:x:1"]),
             ]
             for ask in asking:
                 with pytest.raises(Unavailable):

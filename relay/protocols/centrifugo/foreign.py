@@ -274,16 +274,6 @@ def _notes(given: Given) -> Iterator[str]:
         yield f"{level.where}{level.text}: no such level; info counts, as in {_VERSION}"
     if not (given.text("secret") or given.on("insecure") or given.on("insecure_api")):
         yield "secret is empty: the door stays shut, since anyone can sign with an empty secret"
-    for name in ("insecure", "insecure_api", "insecure_admin"):
-        if given.on(name):
-            yield f"{name} is on: {_INSECURE[name]}"
-
-
-_INSECURE = {
-    "insecure": "clients need no token; for trying things out",
-    "insecure_api": "whoever reaches /api/ may publish and disconnect",
-    "insecure_admin": "whoever reaches the admin socket is an administrator",
-}
 
 
 def _said(section: str, key: str, value: Value, text: str | None = None) -> Said:

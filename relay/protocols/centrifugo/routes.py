@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_INSECURE = {
+    "insecure": "clients need no token",
+    "insecure_api": "whoever reaches /api/ may publish and disconnect",
+    "insecure_admin": "whoever reaches the admin socket is an administrator",
+}
+
 
 class MountedCentrifugo:
     """The door at work: each part has its routes and takes new settings."""
@@ -65,7 +71,12 @@ class CentrifugoDoor:
         """None without a secret: an HMAC with an empty key can be forged."""
         if settings.enabled and not settings.is_open:
             _log.info("[protocol:centrifugo] secret is empty: there is no /api/")
-        return MountedCentrifugo(context, settings) if settings.is_open else None
+        if not settings.is_open:
+            return None
+        for name, who in _INSECURE.items():
+            if getattr(settings, name):
+                _log.warning("INSECURE: [protocol:centrifugo] %s: %s", name, who)
+        return MountedCentrifugo(context, settings)
 
 
 DOOR = CentrifugoDoor()

@@ -97,3 +97,18 @@ def test_a_refreshed_credential_is_the_same_users() -> None:
     session = join(hub, ANN, Words())[0]
     with pytest.raises(Unauthorized):
         hub.change_principal(session, Principal(user="bob"))
+
+
+def test_who_does_not_follow_the_channel_is_told_where_the_door_wants_it() -> None:
+    hub = make_hub(Reads())
+    follows = join(hub, Principal(user="ann", door="v1"), Words())[0]
+    other = join(hub, ANN, Words())[0]
+    idle = hub.open(Principal(user="ann", door="v1"), other.encoder, other.client)
+    told: list[object] = []
+    hub.on_not_subscribed["v1"] = lambda session, channel: told.append((session, channel))
+    hub.unsubscribe(other, NEWS)
+    hub.drop_subscription(NEWS, "ann", "unsubscribed")
+    assert told == [(idle, NEWS)]
+    assert not follows.subscriptions
+    hub.drop_subscription(None, "ann", "unsubscribed")
+    assert len(told) == 1

@@ -399,15 +399,6 @@ def test_switches_are_what_go_takes_for_one(write: Write) -> None:
     assert door(translate(write('{"watch": "true"}'))).watch
 
 
-def test_every_insecure_mode_is_told(write: Write) -> None:
-    text = '{"insecure": true, "insecure_api": true, "insecure_admin": true}'
-    assert [note.split()[0] for note in translate(write(text)).notes] == [
-        "insecure",
-        "insecure_api",
-        "insecure_admin",
-    ]
-
-
 @pytest.mark.parametrize("suffix", ["json", "toml", "yaml", "yml"])
 def test_the_smallest_file_opens_the_door_with_a_new_secret(write: Write, suffix: str) -> None:
     found = set()

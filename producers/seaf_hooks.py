@@ -1,0 +1,192 @@
+"""The tap on the Redis channel `repo_update`, where seafevents tells of every commit.
+
+No HTTP from Seafile is needed then. The taps of all processes listen and one of them appends, under
+a lease. The others remember what they heard last, and whoever takes over begins with that: a commit
+that is the library's latest already is not appended again (nor is one that came by `/events`).
+Pub/sub keeps nothing: what is published while no relay listens is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import Field, SecretStr
+
+from producers import seaf_events
+from relay.errors import ConfigError, RelayError
+from relay.settings import RedisSettings, Section
+from relay.stream import entry
+from relay.stream.append import Appender
+from relay.stream.connect import redis_client
+from relay.stream.nodes import Lease
+from relay.stream.side_link import SideLink
+
+if TYPE_CHECKING:
+    from producers.registry import ProducerContext
+    from producers.seaf_events import SeafEvent
+    from relay.model import Channel, EntryID
+
+_log = logging.getLogger(__name__)
+
+_LEASE = "seaf_hooks"
+_LEASE_S = 3.0
+_RENEW_S = 0.5
+# Longer than a lease: who takes over has heard what the one before may not have appended.
+_REMEMBERED_S = 10.0
+_REMEMBERED = 100_000
+_CHANNEL = b"repo_update"
+
+
+class SeafHooksSettings(Section):
+    """[producer:seaf_hooks]: commits from the Redis channel repo_update of Seafile's seafevents."""
+
+    redis_url: str = Field(
+        "",
+        description="Redis of Seafile, as redis://host:port/0; empty: nothing is taken from there. "
+        "Where it is the relay's own, its user needs &repo_update",
+    )
+    redis_password: SecretStr = Field(SecretStr(""), description="password where the URL has none")
+
+
+class Tap:
+    """See `producers.registry.Running`."""
+
+    def __init__(self, context: ProducerContext, source: RedisSettings) -> None:
+        self._context = context
+        self._link = SideLink(source, subscribe_to=[_CHANNEL], on_message=self._on_message)
+        self._appender = Appender(
+            keys=context.keys,
+            redis=context.redis,
+            settings=context.publish,
+            namespace_of=context.namespace_of,
+        )
+        self._holds = False
+        # The latest commit of each library: heard within the last seconds, or not yet appended.
+        self._heard: OrderedDict[Channel, tuple[float, SeafEvent]] = OrderedDict()
+        self._failed: dict[Channel, SeafEvent] = {}
+
+    async def run(self) -> None:
+        """Until cancelled; survives everything that both Redis do."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._appender.run(), name="tap appends")
+            tasks.create_task(self._link.run(), name="tap link")
+            tasks.create_task(self._hold(), name="tap lease")
+
+    async def _hold(self) -> None:
+        context = self._context
+        async with redis_client(context.redis) as client:
+            lease = Lease(
+                client=client,
+                keys=context.keys,
+                name=_LEASE,
+                instance=context.instance,
+                ttl_s=_LEASE_S,
+            )
+            try:
+                while True:
+                    try:
+                        self._set_holding(await lease.hold())
+                    except RelayError as exc:
+                        # Nobody can append while Redis is away: it stays as it is.
+                        _log.debug("tap: %s", exc)
+                    self._forget()
+                    for channel in list(self._failed) if self._holds else ():
+                        self._append(self._failed.pop(channel))
+                    await asyncio.sleep(_RENEW_S)
+            finally:
+                self._holds = False
+                try:
+                    async with asyncio.timeout(1.0):
+                        await lease.release()
+                except (RelayError, TimeoutError) as exc:
+                    _log.info("tap: the lease is left to expire: %s", exc)
+
+    def _set_holding(self, holds: bool) -> None:
+        if holds and not self._holds:
+            _log.info("tap: this process appends what Seafile publishes")
+            self._holds = True
+            for _, event in self._heard.values():
+                self._append(event)
+        elif not holds and self._holds:
+            _log.warning("tap: another process appends what Seafile publishes")
+            self._failed.clear()
+            self._holds = False
+
+    def _forget(self) -> None:
+        before = time.monotonic() - _REMEMBERED_S
+        while self._heard:
+            heard_at, _ = next(iter(self._heard.values()))
+            if heard_at > before and len(self._heard) <= _REMEMBERED:
+                break
+            self._heard.popitem(last=False)
+
+    def _on_message(self, _name: bytes, payload: bytes) -> None:
+        try:
+            event = seaf_events.read_line(payload)
+        except seaf_events.Unaddressed as exc:
+            _log.warning("tap: a message cannot be read: %s", exc)
+            self._context.count("broken", 1)
+            return
+        if event is None:
+            return
+        self._heard[event.channel] = (time.monotonic(), event)
+        self._heard.move_to_end(event.channel)
+        if self._holds:
+            self._context.count("taken", 1)
+            self._append(event)
+
+    def _append(self, event: SeafEvent) -> None:
+        fields = entry.encode(
+            event.content, type=event.type, extra={seaf_events.COMMIT: event.commit.encode()}
+        )
+        try:
+            future = self._appender.append(event.channel, fields, unless_latest=seaf_events.COMMIT)
+        except RelayError as exc:
+            _log.warning("tap: %s waits: %s", event.channel, exc)
+            self._failed[event.channel] = event
+            return
+
+        def done(appended: asyncio.Future[EntryID]) -> None:
+            if appended.cancelled():
+                return
+            exc = appended.exception()
+            if exc is None:
+                # A later commit is there: an earlier one is news to nobody.
+                self._failed.pop(event.channel, None)
+            else:
+                _log.warning("tap: %s waits: %s", event.channel, exc)
+                self._failed[event.channel] = event
+
+        future.add_done_callback(done)
+
+
+@dataclass(frozen=True, slots=True)
+class SeafHooks:
+    """See `producers.registry.Producer`."""
+
+    name: str = "seaf_hooks"
+    summary: str = "Seafile's commits from the Redis channel repo_update"
+    settings: type[SeafHooksSettings] = SeafHooksSettings
+
+    def wanted(self, settings: SeafHooksSettings) -> bool:
+        """Where its Redis is named."""
+        return bool(settings.redis_url)
+
+    def build(self, context: ProducerContext, settings: SeafHooksSettings) -> Tap:
+        """See `producers.registry.Producer`."""
+        if not settings.redis_url or settings.redis_url == "embedded":
+            raise ConfigError(
+                "[producer:seaf_hooks] redis_url: needs the address of Seafile's Redis"
+            )
+        source = context.redis.model_copy(
+            update={"url": settings.redis_url, "password": settings.redis_password}
+        )
+        return Tap(context, source)
+
+
+PRODUCER = SeafHooks()

@@ -1,0 +1,70 @@
+"""A relay with two workers, and a look at each of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from tests.support.clients import Native, SseClient, native, redis, until
+from tests.support.relay import RelayProcess
+from tests.support.valkey import Server, free_port
+
+
+@asynccontextmanager
+async def running(
+    server: Server, *settings: str, flags: Sequence[str] = ()
+) -> AsyncIterator[tuple[RelayProcess, Native]]:
+    """A relay with two workers, and its clients."""
+    relay = RelayProcess(server, settings=settings, flags=["--workers", "2", *flags])
+    await asyncio.to_thread(relay.start)
+    try:
+        async with native(relay) as door:
+            yield relay, door
+    finally:
+        relay.kill()
+        # What a killed host leaves counts for seconds more; it is no other test's business.
+        for key in redis(server, "KEYS", f"relay:users:*_{relay.port}-*"):
+            redis(server, "DEL", key)
+
+
+def workers(relay: RelayProcess) -> dict[int, int]:
+    """Process by number, of those that run now."""
+    found = {}
+    for child in Path(f"/proc/{relay.pid}/task/{relay.pid}/children").read_text().split():
+        with contextlib.suppress(OSError, ValueError):
+            words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+            found[int(words[words.index(b"--worker") + 1].split(b":")[0])] = int(child)
+    return found
+
+
+async def on_every_worker(door: Native) -> dict[str, str]:
+    """The metrics of each of two workers, by its number; the kernel spreads the connections."""
+    found: dict[str, str] = {}
+    async with asyncio.timeout(8):
+        while len(found) < 2:
+            text = (await door.get("/metrics", Connection="close")).body.decode()
+            line = next(each for each in text.splitlines() if each.startswith("relay_events_total"))
+            found[line.partition('worker="')[2][0]] = text
+    return found
+
+
+async def over_both(door: Native, channel: str, count: int = 24) -> list[SseClient]:
+    """So many that, but once in millions of runs, each of two workers has some."""
+    return [await door.sse(channel) for _ in range(count)]
+
+
+def neighbours() -> int:
+    """A free port whose successor is free too."""
+    while True:
+        port = free_port()
+        with contextlib.suppress(OSError), socket.socket() as beside:
+            beside.bind(("127.0.0.1", port + 1))
+            return port
+
+
+async def said(relay: RelayProcess, text: str, count: int = 1) -> None:
+    await until(lambda: sum(text in line for line in relay.log) >= count)
