@@ -1,12 +1,11 @@
 """What a request to the HTTP API means: its signature, its commands, their replies.
 
-Commands are carried out in order; those of one request, and of requests that come at the same
-time, travel to Redis together. A reply says success only when the entry has its ID.
+Commands are carried out in order; what those of one request publish, and of requests that come at
+the same time, travels to Redis together. A reply says success only when the entry has its ID.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,8 +14,9 @@ from relay.errors import LimitExceeded, RelayError
 from relay.protocols.centrifugo.codec import FIX, RETRY, Reply
 
 if TYPE_CHECKING:
-    from relay.frontdoor import Publish
-    from relay.model import EntryID
+    from relay.protocols.centrifugo.door import Door
+    from relay.protocols.centrifugo.publisher import Appended
+    from relay.protocols.centrifugo.server_commands import ServerCommands
 
 # v1's texts, which clients compare.
 INVALID_MESSAGE = "invalid message"
@@ -29,7 +29,7 @@ class _Started(NamedTuple):
 
     method: str
     uid: str
-    appends: list[asyncio.Future[EntryID]]
+    appends: list[Appended]
     error: str = ""
     advice: str = ""
 
@@ -41,80 +41,98 @@ def signed(secret: bytes, body: bytes, sign: str) -> bool:
     return bool(secret) and hmac.compare_digest(wanted, sign.encode(errors="replace"))
 
 
-async def answer(body: bytes, publish: Publish, *, ids: bool = False) -> list[Reply]:
-    """Carry the commands out; one reply each, with `ids` that of a publish tells its entry's ID.
+class Api:
+    """The commands of backends and administrators."""
 
-    Invalid where the request as a whole is refused: commands before the broken one have been
-    carried out by then, as in v1.
-    """
-    started: list[_Started] = []
-    broken: commands.Invalid | None = None
-    try:
-        for each in _commands(body):
-            if isinstance(each, commands.Publication):
-                started.append(_append("publish", "", [each], publish))
-            else:
-                started.append(_start(each, publish))
-    except commands.Invalid as exc:
-        broken = exc
-    replies = [await _finish(each, ids=ids) for each in started]
-    if broken is not None:
-        raise broken
-    return replies
+    def __init__(self, door: Door, server: ServerCommands) -> None:
+        self._door = door
+        self._server = server
 
+    async def answer(self, body: bytes, *, ids: bool = False) -> list[Reply]:
+        """Carry the commands out; one reply each, with `ids` that of a publish tells its entry's
+        ID.
 
-def _commands(body: bytes) -> list[commands.Publication | commands.Command]:
-    if body[:1] not in (b"[", b"{"):
-        # v1 looks at the first byte only: white space before it is an error.
-        raise commands.Invalid("neither an object nor an array")
-    return commands.read(body)
-
-
-def _start(command: commands.Command, publish: Publish) -> _Started:
-    method, params, uid = command
-    if method == "publish":
+        Invalid where the request as a whole is refused: commands before the broken one have been
+        carried out by then, as in v1.
+        """
+        replies: list[Reply] = []
+        started: list[_Started] = []
+        broken: commands.Invalid | None = None
         try:
-            return _append(method, uid, [commands.publish(params)], publish)
+            for each in _read(body):
+                if isinstance(each, commands.Publication):
+                    started.append(self._append("publish", "", [each]))
+                elif each.method == "publish":
+                    started.append(self._publish(each))
+                elif each.method == "broadcast":
+                    started.append(self._broadcast(each))
+                else:
+                    handle = self._server.find(each.method)
+                    # What was published before is there for what is asked after.
+                    replies += [await _finish(one, ids=ids) for one in started]
+                    started.clear()
+                    replies.append(await handle(each))
+        except commands.Invalid as exc:
+            broken = exc
+        replies += [await _finish(one, ids=ids) for one in started]
+        if broken is not None:
+            raise broken
+        return replies
+
+    def _publish(self, command: commands.Command) -> _Started:
+        method, params, uid = command
+        try:
+            return self._append(method, uid, [commands.publish(params)])
         except commands.NamespaceNotFound as exc:
             return _Started(method, uid, [], str(exc), FIX)
         except commands.Undeliverable:
             return _Started(method, uid, [], INVALID_MESSAGE, FIX)
-    if method != "broadcast":
-        raise commands.Invalid("unknown method")
-    try:
-        broadcast = commands.broadcast(params)
-    except commands.Undeliverable:
-        return _Started(method, uid, [], INVALID_MESSAGE, FIX)
-    if not broadcast.channels or not broadcast.data or not all(broadcast.channels):
-        return _Started(method, uid, [], INVALID_MESSAGE, FIX)
-    wanted: list[commands.Publication] = []
-    error = ""
-    for name in broadcast.channels:
+
+    def _broadcast(self, command: commands.Command) -> _Started:
+        method, params, uid = command
         try:
-            wanted.append(broadcast.publication(name))
-        except commands.Invalid as exc:
-            # Those before it are published, those after it are not.
-            error = str(exc) if isinstance(exc, commands.NamespaceNotFound) else INVALID_MESSAGE
-            break
-    begun = _append(method, uid, wanted, publish)
-    return begun if begun.error or not error else begun._replace(error=error, advice=FIX)
+            broadcast = commands.broadcast(params)
+        except commands.Undeliverable:
+            return _Started(method, uid, [], INVALID_MESSAGE, FIX)
+        if not broadcast.channels or not broadcast.data or not all(broadcast.channels):
+            return _Started(method, uid, [], INVALID_MESSAGE, FIX)
+        wanted: list[commands.Publication] = []
+        error = ""
+        for name in broadcast.channels:
+            try:
+                wanted.append(broadcast.publication(name))
+            except commands.Invalid as exc:
+                # Those before it are published, those after it are not.
+                error = str(exc) if isinstance(exc, commands.NamespaceNotFound) else INVALID_MESSAGE
+                break
+        begun = self._append(method, uid, wanted)
+        return begun if begun.error or not error else begun._replace(error=error, advice=FIX)
+
+    def _append(self, method: str, uid: str, publications: list[commands.Publication]) -> _Started:
+        appends: list[Appended] = []
+        try:
+            for channel, data, client, event_uid, kind, to in publications:
+                if not self._door.may_be_published_to(channel):
+                    error = str(commands.NamespaceNotFound())
+                    return _Started(method, uid, appends, error, FIX)
+                append = self._door.publisher.publish(
+                    channel, data, client=client, uid=event_uid, type=kind, to=to
+                )
+                appends.append(append)
+        except LimitExceeded:
+            return _Started(method, uid, appends, LIMIT_EXCEEDED, FIX)
+        except ValueError:
+            return _Started(method, uid, appends, INVALID_MESSAGE, FIX)
+        except RelayError:
+            return _Started(method, uid, appends, INTERNAL_ERROR, RETRY)
+        return _Started(method, uid, appends)
 
 
-def _append(
-    method: str, uid: str, publications: list[commands.Publication], publish: Publish
-) -> _Started:
-    appends: list[asyncio.Future[EntryID]] = []
-    try:
-        for channel, data, client, event_uid, kind, to in publications:
-            append = publish(channel, data, client=client, uid=event_uid, type=kind, to=to)
-            appends.append(append)
-    except LimitExceeded:
-        return _Started(method, uid, appends, LIMIT_EXCEEDED, FIX)
-    except ValueError:
-        return _Started(method, uid, appends, INVALID_MESSAGE, FIX)
-    except RelayError:
-        return _Started(method, uid, appends, INTERNAL_ERROR, RETRY)
-    return _Started(method, uid, appends)
+def _read(body: bytes) -> list[commands.Publication | commands.Command]:
+    if body[:1] not in (b"[", b"{"):
+        # v1 looks at the first byte only: white space before it is an error.
+        raise commands.Invalid("neither an object nor an array")
+    return commands.read(body)
 
 
 async def _finish(started: _Started, *, ids: bool) -> Reply:
@@ -122,9 +140,13 @@ async def _finish(started: _Started, *, ids: bool) -> Reply:
     for append in started.appends:
         try:
             entry_id = await append
+        except LimitExceeded:
+            error, advice = LIMIT_EXCEEDED, FIX
         except RelayError:
             error, advice = INTERNAL_ERROR, RETRY
+        except ValueError:
+            error, advice = INVALID_MESSAGE, FIX
         else:
-            if ids and started.method == "publish":
+            if ids and started.method == "publish" and entry_id is not None:
                 body = b'{"id":"%s"}' % str(entry_id).encode()
     return Reply(started.method, started.uid, error, advice, body)

@@ -10,6 +10,7 @@ from relay.protocols.centrifugo import tokens
 from relay.protocols.centrifugo.channels import Names
 from relay.protocols.centrifugo.encoders import DOOR, Format
 from relay.protocols.centrifugo.presence import Presence
+from relay.protocols.centrifugo.publisher import Publisher
 
 if TYPE_CHECKING:
     import asyncio
@@ -70,12 +71,18 @@ class Door:
         self.reload(settings)
         context.hub.on_not_subscribed[DOOR] = _tell_unsubscribed
         self.presence = Presence(context, lambda channel: self.names.rules(channel))
+        self.publisher = Publisher(context, lambda channel: self.names.rules(channel), clock)
 
     def reload(self, settings: CentrifugoSettings) -> None:
         """From now on these count, for open connections too."""
         self.settings = settings
         self.names = Names(settings)
         self._secret = settings.secret.get_secret_value().encode()
+
+    def may_be_published_to(self, channel: str) -> bool:
+        """By the API. Where no namespace is configured, a channel may have any but another door's:
+        such a site has the rules of [namespace]."""
+        return not self.settings.namespaces or self.names.rules(channel) is not None
 
     def timestamp(self, given: codec.Credentials) -> int:
         """Of credentials whose token is right; Fatal otherwise, the token first."""

@@ -12,11 +12,9 @@ from relay.protocols.centrifugo.channels import is_foreign
 from relay.protocols.centrifugo.subscriptions import visible
 
 if TYPE_CHECKING:
-    import asyncio
-
-    from relay.model import EntryID
     from relay.protocols.centrifugo.answers import Slot
     from relay.protocols.centrifugo.connection import Connection
+    from relay.protocols.centrifugo.publisher import Appended
     from relay.protocols.centrifugo.settings import CentrifugoNamespace
 
 
@@ -28,7 +26,7 @@ def publish(connection: Connection, slot: Slot) -> bool:
     if not error:
         info = connection.info(name)
         try:
-            appending = connection.door.context.publish(
+            appending = connection.door.publisher.publish(
                 Channel(name), data, client=connection.client, info=info
             )
         except LimitExceeded:
@@ -42,7 +40,7 @@ def publish(connection: Connection, slot: Slot) -> bool:
         return True
     connection.pending += 1
 
-    def appended(append: asyncio.Future[EntryID]) -> None:
+    def appended(append: Appended) -> None:
         failed = append.cancelled() or append.exception() is not None
         body = codec.status_body(name, status=not failed)
         if failed:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from relay.frontdoor import Listener
+from relay.protocols.centrifugo.api import Api
 from relay.protocols.centrifugo.api_routes import ApiRoutes
 from relay.protocols.centrifugo.foreign import CentrifugoForeign
+from relay.protocols.centrifugo.server_commands import ServerCommands
 from relay.protocols.centrifugo.settings import CentrifugoSettings
 from relay.protocols.centrifugo.sockets import Sockets
 
@@ -34,7 +36,8 @@ class MountedCentrifugo:
     def __init__(self, context: DoorContext, settings: CentrifugoSettings) -> None:
         prefix = settings.http_prefix.rstrip("/")
         self._sockets = Sockets(context, settings, prefix)
-        self._api = ApiRoutes(context, settings, prefix)
+        door = self._sockets.door
+        self._api = ApiRoutes(door, Api(door, ServerCommands(door)), prefix)
         by_port: dict[int, list[web.AbstractRouteDef]] = {0: [*self._sockets.routes]}
         for port, routes in ((settings.api_port, self._api.routes),):
             by_port.setdefault(0 if port == settings.port else port, []).extend(routes)
@@ -53,7 +56,6 @@ class MountedCentrifugo:
     def reload(self, settings: CentrifugoSettings) -> None:
         """See `relay.frontdoor.Mounted`; ports and `http_prefix` stay."""
         self._sockets.reload(settings)
-        self._api.reload(settings)
 
     async def closed(self) -> None:
         """See `relay.frontdoor.Mounted`."""

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from relay.hub.recovery import Notice
+from relay.model import ZERO_ID
 from relay.protocols.centrifugo import encoders
 from relay.protocols.centrifugo.connection import Connection
 from relay.protocols.centrifugo.door import Door
@@ -21,6 +23,8 @@ from relay.transports.take_over import take_over
 
 if TYPE_CHECKING:
     from relay.frontdoor import DoorContext
+    from relay.hub.session import Session
+    from relay.model import Channel
     from relay.protocols.centrifugo.encoders import Format
     from relay.protocols.centrifugo.settings import CentrifugoSettings
     from relay.transports.client_socket import ClientSocket
@@ -42,6 +46,7 @@ class Sockets:
         """`prefix` stands before all of their paths."""
         loop = asyncio.get_running_loop()
         self.door = Door(context, settings, clock=time.time, call_later=loop.call_later)
+        context.hub.on_not_subscribed[encoders.DOOR] = _tell_unsubscribed
         self._gauge = context.metrics.connections.labels(encoders.DOOR)
         self._reaper = Reaper()
         self._open = 0
@@ -139,6 +144,12 @@ class Sockets:
         self._gauge.set(self._open)
         if not self._open:
             self._last_closed.set()
+
+
+def _tell_unsubscribed(session: Session, channel: Channel) -> None:
+    """v1 sends the push whether the client was subscribed or not."""
+    notice = Notice("revoked", "unsubscribed", ZERO_ID, ZERO_ID)
+    session.reply(session.encoder.notice(channel, notice) or b"")
 
 
 def _bad_request() -> web.Response:

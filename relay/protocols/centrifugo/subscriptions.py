@@ -191,6 +191,7 @@ class Subscriptions:
         self._own.remove(channel)
         self.admitted.discard(channel)
         self._door.presence.left(channel, *self._who(channel))
+        self._door.publisher.unsubscribed(channel)
 
     def _who(self, channel: Channel) -> tuple[str, bytes]:
         return self._connection.client, self._connection.info(channel)

@@ -1,0 +1,304 @@
+"""All commands of Centrifugo v1's server API by HTTP, byte for byte; what they do to clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+
+from tests.support.centrifugo_client import SECRET, Centrifugo, centrifugo, sign
+from tests.support.clients import redis
+from tests.support.relay import RelayProcess
+from tests.support.valkey import Server, free_port
+
+pytestmark = pytest.mark.redis
+RULES = [
+    f"protocol:centrifugo.secret={SECRET}",
+    "protocol:centrifugo:hist.history_size=3",
+    "protocol:centrifugo:hist.history_lifetime=60",
+    "protocol:centrifugo:short.history_size=3",
+    "protocol:centrifugo:short.history_lifetime=1",
+    "protocol:centrifugo:drop.history_size=3",
+    "protocol:centrifugo:drop.history_lifetime=60",
+    "protocol:centrifugo:drop.history_drop_inactive=true",
+    "protocol:centrifugo:here.presence=true",
+    "protocol:centrifugo:bare.publish=true",
+]
+
+
+@pytest.fixture(scope="module")
+def relay(valkey: Server) -> Iterator[RelayProcess]:
+    process = RelayProcess(valkey, settings=RULES).start()
+    yield process
+    process.kill()
+
+
+@pytest.fixture
+async def site(relay: RelayProcess) -> AsyncIterator[Centrifugo]:
+    async with centrifugo(relay.url) as one:
+        yield one
+
+
+async def exact(site: Centrifugo, body: str) -> str:
+    answer = await site.request(body.encode())
+    assert answer.status == 200, answer
+    return answer.body.decode()
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "wanted"),
+    [
+        ("unsubscribe", '{"user":"u","channel":"hist:a"}', '"error":null,"body":null'),
+        ("unsubscribe", '{"user":"u"}', '"error":null,"body":null'),
+        ("unsubscribe", '{"channel":"hist:a"}', '"error":"invalid message","body":null'),
+        (
+            "unsubscribe",
+            '{"user":"u","channel":"no:a"}',
+            '"error":"namespace not found","body":null',
+        ),
+        ("disconnect", '{"user":"nobody"}', '"error":null,"body":null'),
+        ("disconnect", "{}", '"error":"invalid message","body":null'),
+        (
+            "presence",
+            '{"channel":""}',
+            '"error":"invalid message","body":{"channel":"","data":null}',
+        ),
+        ("presence", "null", '"error":"invalid message","body":{"channel":"","data":null}'),
+        (
+            "presence",
+            '{"channel":"no:<a>"}',
+            '"error":"namespace not found","body":{"channel":"no:\\u003ca\\u003e","data":null}',
+        ),
+        (
+            "presence",
+            '{"channel":"bare:a"}',
+            '"error":"not available","body":{"channel":"bare:a","data":null}',
+        ),
+        (
+            "presence",
+            '{"channel":"here:nobody"}',
+            '"error":null,"body":{"channel":"here:nobody","data":{}}',
+        ),
+        ("history", "{}", '"error":"invalid message","body":{"channel":"","data":null}'),
+        (
+            "history",
+            '{"channel":"bare:a"}',
+            '"error":"not available","body":{"channel":"bare:a","data":null}',
+        ),
+        (
+            "history",
+            '{"channel":"seafile:a"}',
+            '"error":"namespace not found","body":{"channel":"seafile:a","data":null}',
+        ),
+        (
+            "history",
+            '{"channel":"hist:nothing"}',
+            '"error":null,"body":{"channel":"hist:nothing","data":[]}',
+        ),
+        (
+            "publish",
+            '{"channel":"no:a","data":1}',
+            '"error":"namespace not found","advice":"fix","body":null',
+        ),
+    ],
+)
+async def test_each_answer_is_v1s(site: Centrifugo, method: str, params: str, wanted: str) -> None:
+    command = f'{{"uid":"7","method":"{method}","params":{params}}}'
+    assert await exact(site, command) == f'[{{"uid":"7","method":"{method}",{wanted}}}]'
+    # Without params, or with params of a wrong type, the whole request is refused.
+    for bad in (f'{{"method":"{method}"}}', f'{{"method":"{method}","params":1}}'):
+        assert (await site.request(bad.encode())).status == 400
+
+
+async def test_history_is_newest_first_and_exactly_as_long_as_it_says(site: Centrifugo) -> None:
+    assert (
+        await exact(
+            site,
+            '[{"method":"publish","params":{"channel":"hist:x","data":0}},'
+            '{"method":"publish","params":{"channel":"hist:x","data":{"a": "<&>"}, "client":"c1"}},'
+            '{"method":"publish","params":{"channel":"hist:x","data":[1, 12345678901234567890]}},'
+            '{"method":"publish","params":{"channel":"hist:x","data":null}},'
+            '{"method":"publish","params":{"channel":"hist:other","data":1}}]',
+        )
+        == "[" + ",".join(['{"method":"publish","error":null,"body":null}'] * 5) + "]"
+    )
+    text = await exact(site, '{"method":"history","params":{"channel":"hist:x"}}')
+    (reply,) = json.loads(text)
+    uids = [each["uid"] for each in reply["body"]["data"]]
+    assert text == (
+        '[{"method":"history","error":null,"body":{"channel":"hist:x","data":['
+        f'{{"uid":"{uids[0]}","channel":"hist:x","data":null}},'
+        f'{{"uid":"{uids[1]}","channel":"hist:x","data":[1,12345678901234567890]}},'
+        f'{{"uid":"{uids[2]}","channel":"hist:x","data":{{"a":"\\u003c\\u0026\\u003e"}},'
+        '"client":"c1"}]}}]'
+    )
+
+
+async def test_what_a_batch_publishes_is_there_for_what_it_asks_after(site: Centrifugo) -> None:
+    text = await exact(
+        site,
+        '[{"method":"publish","params":{"channel":"hist:b","data":1}},'
+        '{"uid":"2","method":"history","params":{"channel":"hist:b"}},'
+        '{"method":"publish","params":{"channel":"hist:b","data":2}}]',
+    )
+    replies = json.loads(text)
+    assert [each["data"] for each in replies[1]["body"]["data"]] == [1]
+    # What stands before a broken command has been carried out.
+    body = b'[{"method":"publish","params":{"channel":"hist:b","data":3}},{"method":"nonsense"}]'
+    assert (await site.request(body)).status == 400
+    found = (await site.api("history", channel="hist:b"))["body"]["data"]
+    assert [each["data"] for each in found] == [3, 2, 1]
+
+
+async def test_history_is_over_a_lifetime_after_the_last_message(site: Centrifugo) -> None:
+    async def kept() -> list[Any]:
+        found = (await site.api("history", channel="short:x"))["body"]["data"]
+        return [each["data"] for each in found]
+
+    await site.api("publish", channel="short:x", data=1)
+    assert await kept() == [1]
+    async with asyncio.timeout(5):
+        while await kept():
+            await asyncio.sleep(0.05)
+    # Every publication renews the time of the whole list, but what is over stays over.
+    await site.api("publish", channel="short:x", data=2)
+    assert (await kept())[0] == 2
+
+
+async def test_into_an_inactive_channel_nothing_is_kept(
+    site: Centrifugo, relay: RelayProcess
+) -> None:
+    async def kept(channel: str) -> list[Any]:
+        found = (await site.api("history", channel=channel))["body"]["data"]
+        return [each["data"] for each in found]
+
+    async def publish(channel: str, *data: int) -> None:
+        commands = [
+            {"method": "publish", "params": {"channel": channel, "data": each}} for each in data
+        ]
+        answer = json.loads(await exact(site, json.dumps(commands)))
+        assert [each["error"] for each in answer] == [None] * len(data)
+
+    await publish("drop:x", 1, 2)
+    assert await kept("drop:x") == []
+    assert redis(relay.server, "EXISTS", "relay:stream:{drop:x}") == 0
+    anna = await site.client("anna")
+    await anna.subscribe("drop:x")
+    await publish("drop:x", 3, 4)
+    assert [(await anna.push("message"))["data"] for _ in range(2)] == [3, 4]
+    assert await kept("drop:x") == [4, 3]
+    await anna.ask("unsubscribe", channel="drop:x")
+    # There is a history, so it grows.
+    await publish("drop:x", 5)
+    assert await kept("drop:x") == [5, 4, 3]
+    # There is none, but somebody has only just left.
+    await anna.subscribe("drop:y")
+    await anna.stop()
+    async with asyncio.timeout(5):
+        while not redis(relay.server, "EXISTS", "relay:store:centrifugo:touched:drop:y"):
+            await asyncio.sleep(0.01)
+    await publish("drop:y", 6)
+    assert await kept("drop:y") == [6]
+
+
+async def test_a_user_is_unsubscribed_and_disconnected(site: Centrifugo) -> None:
+    anna, tablet, bob = [await site.client(user) for user in ("anna", "anna", "bob")]
+    for each in (anna, bob):
+        await each.subscribe("bare:x")
+    await anna.subscribe("bare:y")
+    reply = await site.api("unsubscribe", user="anna", channel="bare:x")
+    assert reply == {"method": "unsubscribe", "error": None, "body": None}
+    # Whether subscribed or not.
+    for each in (anna, tablet):
+        assert await each.push("unsubscribe") == {"channel": "bare:x", "status": True}
+    await site.api("publish", channel="bare:x", data=1)
+    await site.api("publish", channel="bare:y", data=2)
+    assert (await bob.push("message"))["data"] == 1
+    assert (await anna.push("message"))["data"] == 2
+    assert await anna.subscribe("bare:x")
+    await site.api("unsubscribe", user="anna")
+    assert {(await anna.push("unsubscribe"))["channel"] for _ in range(2)} == {"bare:x", "bare:y"}
+    assert tablet.pushes == []
+
+    await site.api("disconnect", user="anna")
+    for each in (anna, tablet):
+        code, _reason = await each.until_closed()
+        assert code == 3000
+    assert bob.closed is None
+
+
+async def test_channels_are_those_with_subscribers_of_this_door(
+    site: Centrifugo, relay: RelayProcess
+) -> None:
+    anna = await site.client("anna")
+    for channel in ("bare:<1>", "plain", "$none"):
+        if not channel.startswith("$"):
+            await anna.subscribe(channel)
+    found = (await site.api("channels"))["body"]["data"]
+    assert {"bare:<1>", "plain"} <= set(found)
+    await anna.stop()
+    async with asyncio.timeout(5):
+        while "plain" in (await site.api("channels"))["body"]["data"]:
+            await asyncio.sleep(0.01)
+    # No params are needed.
+    assert (await exact(site, '{"method":"channels"}')).startswith('[{"method":"channels","error"')
+
+
+@pytest.mark.timeout(60)
+async def test_commands_act_on_all_workers_and_hosts(valkey: Server) -> None:
+    flags = ["--workers", "2"]
+    hosts = [RelayProcess(valkey, settings=RULES, flags=flags) for _ in range(2)]
+    for host in hosts:
+        await asyncio.to_thread(host.start)
+    try:
+        async with centrifugo(hosts[0].url) as site:
+            clients = [await site.client("anna", url=host.url) for host in hosts for _ in range(8)]
+            for each in clients:
+                await each.subscribe("here:all")
+            for host in hosts:
+                body = (await site.api("presence", url=host.url, channel="here:all"))["body"]
+                assert set(body["data"]) == {each.id for each in clients}
+                assert "here:all" in (await site.api("channels", url=host.url))["body"]["data"]
+            await site.api("unsubscribe", user="anna", channel="here:all")
+            for each in clients:
+                assert (await each.push("unsubscribe"))["channel"] == "here:all"
+            await site.api("disconnect", url=hosts[1].url, user="anna")
+            for each in clients:
+                assert (await each.until_closed())[0] == 3000
+    finally:
+        for host in hosts:
+            host.kill()
+
+
+async def test_its_own_port_and_no_signature_where_the_settings_say_so(valkey: Server) -> None:
+    port = free_port()
+    more = [f"protocol:centrifugo.{each}" for each in ("insecure_api=true", f"api_port={port}")]
+    relay = RelayProcess(
+        valkey, settings=[*RULES, *more, "protocol:centrifugo.http_prefix=/centrifugo"]
+    )
+    await asyncio.to_thread(relay.start)
+    try:
+        async with centrifugo(f"http://127.0.0.1:{port}") as site:
+            body = b'{"method":"channels"}'
+            kind = {"Content-Type": "application/json"}
+            answer = await site.request(body, kind, path="/centrifugo/api/")
+            assert answer.status == 200
+            assert (await site.request(b"", kind, path="/centrifugo/api/")).status == 400
+            moved = await site.request(b"", kind, path="/centrifugo/api")
+            assert (moved.status, moved.headers["Location"]) == (301, "/centrifugo/api/")
+            for url in (relay.url, site.url):
+                answer = await site.request(body, kind, url=url)
+                assert answer.status == 404
+            answer = await site.request(body, kind, url=relay.url, path="/centrifugo/api/")
+            assert answer.status == 404
+            form = {"Content-Type": "application/x-www-form-urlencoded"}
+            answer = await site.request(
+                b"data=%7B%22method%22%3A%22channels%22%7D", form, path="/centrifugo/api/any"
+            )
+            assert answer.status == 200
+            assert sign("x") != sign("y")
+    finally:
+        relay.kill()
