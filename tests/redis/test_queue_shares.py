@@ -94,10 +94,11 @@ async def test_order_holds_while_queues_change_hands(
     server: Server, admin: Redis, keys: Keys
 ) -> None:
     pushed = 0
+    enough = False
 
     async def push() -> None:
         nonlocal pushed
-        while True:
+        while not enough:
             for name in NAMES:
                 params = {"channel": name, "data": pushed}
                 await admin.rpush(name, json.dumps({"method": "publish", "params": params}))
@@ -105,12 +106,13 @@ async def test_order_holds_while_queues_change_hands(
             await asyncio.sleep(0.01)  # so that what waits is soon done
 
     async with worker(server, keys, "one"), asyncio.TaskGroup() as tasks:
-        pushing = tasks.create_task(push())
+        tasks.create_task(push())
         for _ in range(2):
             async with worker(server, keys, "two"):
                 await shares(admin, keys, 4, 4)
             await shares(admin, keys, 8)
-        pushing.cancel()
+        # Not a cancel: redis-py 8 overlooks many on Python 3.11, in the turn in which it sends.
+        enough = True
     async with worker(server, keys, "last"):
         async with asyncio.timeout(10):
             while await admin.exists(*NAMES):
@@ -119,4 +121,4 @@ async def test_order_holds_while_queues_change_hands(
         found: Any = await admin.xrange(keys.stream(Channel(name)))
         numbers = [int(fields[b"data"]) for _, fields in found]
         assert numbers == list(range(len(numbers)))
-        assert pushed <= len(numbers) <= pushed + 1
+        assert len(numbers) == pushed
