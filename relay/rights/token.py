@@ -42,8 +42,8 @@ class _Hmac(HMACAlgorithm):
 class TokenReader:
     """Reads tokens under one set of settings; after a reload there is a new reader."""
 
-    def __init__(self, settings: JwtSettings) -> None:
-        """ConfigError where a key does not fit the algorithm."""
+    def __init__(self, settings: JwtSettings, *, source: str = "[jwt] key") -> None:
+        """ConfigError where a key does not fit the algorithm; `source` is the setting it names."""
         name = settings.algorithm
         # A PyJWS that knows one algorithm: whatever a token's header says, no other code runs.
         self._jws = PyJWS(algorithms=[name])
@@ -53,7 +53,7 @@ class TokenReader:
             self._algorithm = _Hmac(self._algorithm.hash_alg)
             self._jws.register_algorithm(name, self._algorithm)
         self._settings = settings
-        self._keys = _keys(settings, self._algorithm)
+        self._keys = _keys(settings, self._algorithm, source)
 
     def read(self, token: str, *, now: Callable[[], float] = time.time) -> Principal:
         """Who the token names; Unauthorized with the reason where it opens nothing."""
@@ -115,7 +115,18 @@ class TokenReader:
             return payload
         raise Unauthorized("the token's signature fits no configured key")
 
-    def _principal(self, claims: dict[str, Any], now: float) -> Principal:
+    def claims(
+        self, token: str, *, now: Callable[[], float] = time.time
+    ) -> tuple[dict[str, Any], float | None]:
+        """What a valid token says and when it expires (seconds since the epoch), for doors whose
+        tokens name users in their own way; Unauthorized as `read`."""
+        if not self._keys:
+            raise Unauthorized("tokens are not accepted here: no key is configured")
+        claims = self._payload(token)
+        return claims, self._check(claims, now())
+
+    def _check(self, claims: dict[str, Any], now: float) -> float | None:
+        """Times, issuer and audience; when it expires."""
         leeway_s = self._settings.leeway_s
         expires_at = _time(claims, "exp")
         if expires_at is not None:
@@ -134,6 +145,10 @@ class TokenReader:
                 audience = [audience]
             if not isinstance(audience, list) or self._settings.audience not in audience:
                 raise Unauthorized("the token's aud is not the one accepted here")
+        return expires_at
+
+    def _principal(self, claims: dict[str, Any], now: float) -> Principal:
+        expires_at = self._check(claims, now)
         user = claims.get("sub")
         # An empty name would be nobody: it cannot be revoked, addressed or counted.
         if not isinstance(user, str) or not _NAME.fullmatch(user):
@@ -188,7 +203,7 @@ def _names(claims: dict[str, Any], name: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _keys(settings: JwtSettings, algorithm: Algorithm) -> list[Any]:
+def _keys(settings: JwtSettings, algorithm: Algorithm, source: str) -> list[Any]:
     text = settings.key.get_secret_value()
     parts = [""]
     for line in text.splitlines():
@@ -202,9 +217,9 @@ def _keys(settings: JwtSettings, algorithm: Algorithm) -> list[Any]:
         secret = part.strip()
         if not secret:
             if len(parts) > 1:
-                raise ConfigError(f"[jwt] key: key {number} of {len(parts)} is empty")
+                raise ConfigError(f"{source}: key {number} of {len(parts)} is empty")
             continue
-        which = f"[jwt] key: key {number} of {len(parts)}"
+        which = f"{source}: key {number} of {len(parts)}"
         if isinstance(algorithm, HMACAlgorithm) and len(secret.encode()) < MIN_SECRET_BYTES:
             raise ConfigError(f"{which} is too short: at least {MIN_SECRET_BYTES} bytes")
         try:

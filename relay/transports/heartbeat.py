@@ -8,15 +8,32 @@ minute does not find all of its clients overdue when it goes on.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from relay.transports.client_socket import ClientSocket
+from typing import Protocol
 
 _TICK_S = 0.1
 # A client that is full and does not drain gets no beat, for that would wait behind the rest. It is
 # slow rather than silent as long as it takes something, so it has this many intervals instead.
 _STALLED_INTERVALS = 4
+
+
+class Beating(Protocol):
+    """A client as the heartbeat sees it: a `ClientSocket`, or a session over several requests. The
+    last three are the heartbeat's notes; who hears from the client sets `silent_since` to 0."""
+
+    full: bool
+    closing: bool
+    beat_slot: int
+    quiet: bool
+    silent_since: int
+
+    def write(self, data: bytes) -> None:
+        """Send the beat."""
+
+    def close(self, last: bytes = b"") -> None:
+        """It does not answer."""
+
+    def abort(self) -> None:
+        """It does not even take anything."""
 
 
 class Heartbeat:
@@ -43,7 +60,7 @@ class Heartbeat:
         self._only_quiet = only_quiet
         self._tick_s = min(_TICK_S, interval_s / 2)
         count = max(2, round(interval_s / self._tick_s))
-        self._slots: list[set[ClientSocket]] = [set() for _ in range(count)]
+        self._slots: list[set[Beating]] = [set() for _ in range(count)]
         self._deadline = None if deadline_s is None else max(1, round(deadline_s / self._tick_s))
         self._stalled = _STALLED_INTERVALS * count + (self._deadline or 0)
         # How long after its beat a slot is looked at again, within one round.
@@ -56,7 +73,7 @@ class Heartbeat:
     def __len__(self) -> int:
         return self._members
 
-    def add(self, client: ClientSocket) -> None:
+    def add(self, client: Beating) -> None:
         """Begin with `client`: its first beat comes within one interval."""
         # By turns, not by the time of arrival: a reconnect storm must not share one slot.
         client.beat_slot = self._next_slot
@@ -66,7 +83,7 @@ class Heartbeat:
         if self._timer is None:
             self._schedule()
 
-    def remove(self, client: ClientSocket) -> None:
+    def remove(self, client: Beating) -> None:
         """Forget `client`; without clients there is no timer."""
         if client.beat_slot < 0:
             return
@@ -97,7 +114,7 @@ class Heartbeat:
         for client in tuple(self._slots[(self._tick - self._look) % count]):
             self._judge(client)
 
-    def _beat_one(self, client: ClientSocket) -> None:
+    def _beat_one(self, client: Beating) -> None:
         if client.closing:
             return
         if not client.silent_since and (client.full or self._deadline is not None):
@@ -106,7 +123,7 @@ class Heartbeat:
             client.write(self._beat)
         client.quiet = True
 
-    def _judge(self, client: ClientSocket) -> None:
+    def _judge(self, client: Beating) -> None:
         if client.closing or not client.silent_since:
             return
         silent = self._tick - client.silent_since

@@ -64,6 +64,11 @@ def frame_ping(payload: bytes) -> bytes:
     return _frame(PING_OPCODE, payload)
 
 
+def frame_binary(payload: bytes) -> bytes:
+    """One binary message."""
+    return _frame(BINARY, payload)
+
+
 def frame_close(code: int, reason: str = "") -> bytes:
     """A close frame; the reason is cut to what a control frame can carry (section 5.5)."""
     text = reason.encode()[:123].decode(errors="ignore").encode()

@@ -1,0 +1,398 @@
+"""One client: its connection to the namespace, its rooms, and what the hub tells it.
+
+    connecting ── token ── session ── rooms ── CONNECT ── events
+        └ refused: CONNECT_ERROR (2.x: ERROR), then the connection is closed
+
+The rooms are `allusers` and the user's ID, joined at once; emitters may add others. Each is one
+subscription of one session, and the session's socket is attached after all of them stand, so that
+CONNECT comes before the first event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from producers.socketio_entry import EVERYBODY, SOCKET, Unusable, channel_of
+from relay.errors import ClientError, Forbidden, RelayError, Unauthorized, Unavailable
+from relay.hub.recovery import Notice
+from relay.model import Channel, Position, Principal
+from relay.protocols.socketio.credentials import find_token, read_profile
+from relay.protocols.socketio.recovery import Record, new_pid, positions_of
+from relay.protocols.socketio.rooms import Rooms
+from relay.transports.socketio.connection import Acknowledge, Connection
+
+if TYPE_CHECKING:
+    from relay.hub.session import Session, Subscription
+    from relay.protocols.socketio.routes import MountedSocketIo
+    from relay.transports.engineio.engine import Engine
+    from relay.transports.exchange import Asked
+
+_ADMISSION_S = 10.0
+# The cache buster of polling from engine.io-client 6.6 on (socket.io-client 4.8, captured):
+# base 36. Older ones are base 64 of the time, whose first digit is an upper-case letter until 2060.
+_RECENT = re.compile(r"[0-9a-z]{7,10}")
+_GOODBYE_S = 1.0
+_NO_TIME = "streams cannot be read now"
+
+
+class SocketClient:
+    """The door's side of an engine, and of a session once it has one."""
+
+    __slots__ = (
+        "_admitted",
+        "_asked",
+        "_door",
+        "_expected",
+        "_missing",
+        "_recovers",
+        "_timer",
+        "connection",
+        "engine",
+        "pid",
+        "rooms",
+        "session",
+        "sid",
+        "uid",
+    )
+
+    def __init__(self, door: MountedSocketIo, engine: Engine, asked: Asked) -> None:
+        self._door = door
+        self._asked: Asked | None = asked
+        self.engine = engine
+        self.connection = Connection(engine, self)
+        self.session: Session | None = None
+        self.uid = ""
+        self.sid = ""
+        self.pid = ""
+        self.rooms = Rooms({})
+        self._admitted: asyncio.Future[None] | None = None
+        self._missing = False
+        self._recovers = False
+        self._expected = 0
+        engine.on_message = self.connection.on_message
+        engine.on_closed = self.connection.on_closed
+        loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = loop.call_later(
+            door.settings.connect_timeout_s, engine.close
+        )
+
+    # ---- from the client (relay.transports.socketio.connection.Handler) ---------------------
+
+    def connecting(self, namespace: str, auth: Mapping[str, Any], query: str) -> None:
+        """The token decides; it is looked at here, for nothing may be told before."""
+        connection, asked, door = self.connection, self._asked, self._door
+        if namespace != door.settings.namespace:
+            if namespace == "/" and connection.version == 3:
+                # Every 2.x client has it, unasked; it opens nothing.
+                connection.accept("/", self.engine.sid)
+            else:
+                connection.refuse(namespace, "Invalid namespace")
+            return
+        if asked is None:
+            return
+        try:
+            token = find_token(asked, auth, query, door.origins)
+            profile = read_profile(door.tokens, token)
+            channel_of(profile.uid)
+        except (Unauthorized, Forbidden) as exc:
+            self._refuse(exc)
+            return
+        except Unusable:
+            self._refuse(Unauthorized("the token's uid cannot be a room"))
+            return
+        self.uid = profile.uid
+        principal = Principal(
+            user=profile.uid,
+            groups=profile.roles,
+            expires_at=profile.expires_at,
+            door="socketio",
+            grant=self._grants,
+        )
+        # Nothing else tells a 4.x client from a 3.x one.
+        self._recovers = "pid" in auth or bool(_RECENT.fullmatch(asked.query.get("t", "")))
+        _ = door.context.spawn(self._join(principal, dict(auth)), name="socketio join")
+
+    def event(
+        self, namespace: str, name: str, args: list[Any], acknowledge: Acknowledge | None
+    ) -> None:
+        """Upstream's service listens to no event, so that none is answered."""
+
+    def left(self, namespace: str) -> None:
+        """The client leaves: it does not want anything back."""
+        if namespace == self._door.settings.namespace:
+            self._forget()
+            self._end_session()
+            self.engine.close()
+
+    def closed(self, reason: str) -> None:
+        """The connection is gone; what was kept of the session stays for its time."""
+        del reason
+        self._stop_timer()
+        self._asked = None
+        self._door.gone(self)
+        self._end_session()
+
+    # ---- joining ----------------------------------------------------------------------------
+
+    def _grants(self, channel: Channel) -> bool:
+        # Asked again at every re-check; a room that was left grants nothing.
+        return self.rooms.grants(channel)
+
+    async def _join(self, principal: Principal, auth: dict[str, Any]) -> None:
+        try:
+            await self._subscribe(principal, auth)
+        except RelayError as exc:
+            self._end_session()
+            self._refuse(exc)
+
+    async def _subscribe(self, principal: Principal, auth: dict[str, Any]) -> None:
+        door = self._door
+        record: Record | None = None
+        kept = None
+        if self.connection.version == 4:
+            kept = await door.sessions.find(auth, self.uid)
+        positions: dict[Channel, Position] | None = None
+        rooms = Rooms.new((EVERYBODY, self.uid))
+        if kept is not None:
+            self.pid, record = kept
+            channels = Rooms(record.rooms).channels()
+            positions = positions_of(record, auth, channels)
+            if positions is None or len(positions) < len(channels):
+                positions = record = None
+        if record is not None:
+            door.take_over(self.pid, record)
+            rooms = Rooms(record.rooms)
+        await self._open(principal, rooms, positions or {}, record)
+        if record is not None and self._missing:
+            # Something it should have got is gone. It is told so by a new ID, and begins afresh.
+            self._end_session()
+            record = None
+            await self._open(principal, Rooms.new((EVERYBODY, self.uid)), {}, None)
+        await self._begin(record)
+
+    async def _open(
+        self,
+        principal: Principal,
+        rooms: Rooms,
+        positions: Mapping[Channel, Position],
+        record: Record | None,
+    ) -> None:
+        door, context = self._door, self._door.context
+        if not context.ready():
+            raise Unavailable(_NO_TIME)
+        self.rooms, self._missing = rooms, False
+        self.sid = record.sid if record is not None else self._new_sid()
+        principal = replace(principal, client=self.sid)
+        encoder = door.encoder(self.connection.version, recovers=self._recovers)
+        session = self.session = await context.open(principal, encoder, self)
+        if self.engine.closing:
+            raise Unavailable("the client has gone")
+        self._admitted = asyncio.get_running_loop().create_future()
+        channels = rooms.channels()
+        self._expected = len(channels)
+        for channel in channels:
+            context.subscribe(session, channel, positions.get(channel))
+        try:
+            async with asyncio.timeout(_ADMISSION_S):
+                await self._admitted
+        except TimeoutError:
+            raise Unavailable(_NO_TIME) from None
+        finally:
+            self._admitted = None
+
+    async def _begin(self, record: Record | None) -> None:
+        door, session = self._door, self.session
+        if session is None or self.engine.closing:
+            raise Unavailable("the client has gone")
+        self.rooms.began(session)
+        if record is None:
+            recoverable = self.connection.version == 4 and door.sessions.recovery_s
+            self.pid = new_pid() if recoverable else ""
+        if self.pid and not await door.sessions.keep(self.pid, self.record()):
+            self.pid = ""
+        connection, namespace = self.connection, door.settings.namespace
+        if self.engine.closing or session.closed or not connection.wants(namespace):
+            raise Unavailable("the client has gone")
+        self._stop_timer()
+        more = {"pid": self.pid} if self.pid else {}
+        connection.out = session.reply
+        connection.accept(namespace, self.sid, **more)
+        engine = self.engine
+        engine.on_full, engine.on_drained = session.pause, session.resume
+        door.joined(self)
+        session.attach(engine)
+        if engine.full:
+            session.pause()
+
+    def _new_sid(self) -> str:
+        if self.connection.version == 3:
+            # What a 2.x client makes of its engine's ID itself.
+            return f"{self._door.settings.namespace}#{self.engine.sid}"
+        return SOCKET + secrets.token_urlsafe(15)
+
+    def _refuse(self, error: RelayError) -> None:
+        """Said in the protocol's words, and the connection is over: without a right there is
+        nothing to wait for. Clients before 4.0 come back by themselves unless they are put out."""
+        if self.engine.closing:
+            return
+        door, connection = self._door, self.connection
+        code = error.code if isinstance(error, ClientError | Unavailable) else "unavailable"
+        door.context.metrics.refused.labels(code).inc()
+        connection.out = self.engine.write
+        namespace = door.settings.namespace
+        # What is over soon is no refusal: after one a 4.x client would not try again.
+        if isinstance(error, ClientError):
+            connection.refuse(namespace, str(error))
+            connection.put_out(namespace)
+            self._close_soon()
+        else:
+            self.engine.close()
+
+    # ---- rooms ------------------------------------------------------------------------------
+
+    def names(self) -> set[str]:
+        """What an emitter may call it by: its rooms and its ID."""
+        return {*self.rooms.joined, self.sid}
+
+    def join(self, room: str) -> None:
+        """An emitter puts it into a room."""
+        session = self.session
+        if session is None or session.closed or room in self.rooms.joined:
+            return
+        try:
+            channel = self.rooms.add(room, session)
+        except Unusable:
+            return
+        if channel is None:
+            self._door.changed(self)
+        elif channel not in session.reserved:
+            self._door.context.subscribe(session, channel, None)
+
+    def leave(self, room: str) -> None:
+        """An emitter takes it out of a room."""
+        session = self.session
+        if session is None or session.closed or room not in self.rooms.joined:
+            return
+        channel = self.rooms.remove(room)
+        if channel in session.subscriptions or channel in session.reserved:
+            self._door.context.hub.unsubscribe(session, channel)
+        self._door.changed(self)
+
+    # ---- from the hub (relay.hub.session.Client) --------------------------------------------
+
+    def subscribed(self, subscription: Subscription) -> None:
+        """See `relay.hub.session.Client`."""
+        if subscription.pending_notice is not None:
+            self._missing = True
+        self.rooms.placed(subscription)
+        admitted = self._admitted
+        if admitted is None:
+            # A room of an emitter's, joined later.
+            self._door.changed(self)
+            return
+        self._answered(admitted)
+
+    def _answered(self, admitted: asyncio.Future[None]) -> None:
+        self._expected -= 1
+        if not self._expected and not admitted.done():
+            admitted.set_result(None)
+
+    def refused(self, channel: Channel, error: RelayError) -> None:
+        """See `relay.hub.session.Client`."""
+        self.rooms.lost(channel)
+        admitted = self._admitted
+        if admitted is None or admitted.done():
+            return
+        if isinstance(error, Forbidden) and self.rooms.joined:
+            # Revoked: the client is not in this room, and that is all.
+            self._answered(admitted)
+        else:
+            admitted.set_exception(error)
+
+    def dropped(self, channel: Channel, notice: Notice) -> None:
+        """The protocol has no words for a room that is lost; without any the client is put out."""
+        self.rooms.lost(channel)
+        session = self.session
+        if session is not None and not session.subscriptions and notice.reason != "expired":
+            self.put_out()
+        else:
+            self._door.changed(self)
+
+    def noticed(self, subscription: Subscription, notice: Notice) -> None:
+        """What a client may have missed it learns by losing its connection and its session: it
+        comes back by itself, and `recovered` is false then."""
+        del subscription
+        if notice.kind in ("gap", "reset"):
+            self._forget()
+            self._end_session()
+            self.engine.close()
+
+    def expired(self) -> None:
+        """See `relay.hub.session.Client`. Its token would be refused: it need not come back."""
+        self.put_out()
+
+    def disconnect(self, reason: str) -> None:
+        """See `relay.hub.session.Client`. At the relay's own stop it shall come back."""
+        if reason == "stopping":
+            self._end_session()
+            self.engine.close()
+        else:
+            self.put_out()
+
+    def superseded(self) -> None:
+        """Its client has come back on another connection, and has the session there."""
+        self.pid = ""
+        self._end_session()
+        self.engine.close()
+
+    def put_out(self) -> None:
+        """The client is told that the server has ended it, and stays away (`io server
+        disconnect`)."""
+        session = self.session
+        self._forget()
+        if session is not None and not session.closed:
+            self.connection.leave(self._door.settings.namespace)
+            self._end_session()
+        self._close_soon()
+
+    # ---- inner workings ---------------------------------------------------------------------
+
+    def record(self) -> Record:
+        """What another worker needs to go on."""
+        return Record(
+            sid=self.sid,
+            uid=self.uid,
+            instance=self._door.context.bus.instance,
+            rooms=dict(self.rooms.joined),
+            start=self.rooms.start(),
+        )
+
+    def _forget(self) -> None:
+        pid, self.pid = self.pid, ""
+        if pid:
+            self._door.forget(pid)
+
+    def _end_session(self) -> None:
+        session, self.session = self.session, None
+        if self._admitted is not None and not self._admitted.done():
+            self._admitted.set_exception(Unavailable("the client has gone"))
+        if session is not None and not session.closed:
+            session.write_out()
+            session.end()
+            self.connection.out = self.engine.write
+
+    def _close_soon(self) -> None:
+        """A 4.x client reads packets a turn later than their transport's end, which would hide
+        them; it closes by itself, and who does not is closed."""
+        self._stop_timer()
+        self._timer = asyncio.get_running_loop().call_later(_GOODBYE_S, self.engine.close)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -1,0 +1,171 @@
+"""The formats of this door: one encoder per generation, and two with the cursor for 4.x clients.
+
+The packet's text is made once per event and generation. What differs from client to client is
+whether it gets the event at all (several rooms in one emit, `except`), and for clients that can
+recover the cursor, upstream's offset: the client gives back the last one it has seen.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from producers import socketio_entry
+from producers.socketio_entry import EVERYONE, Audience, room_of
+from relay.hub import cursor
+from relay.hub.recovery import Notice
+from relay.model import Channel, Event, Position
+from relay.transports.engineio.packets import MESSAGE, Packet, frame
+from relay.transports.socketio import codec
+
+if TYPE_CHECKING:
+    from relay.hub.session import Subscription
+    from relay.protocols.socketio.client import SocketClient
+
+# Keys of `Event.frames`: what all encoders of this door share.
+_AUDIENCE, _ATTACHMENTS = "socketio audience", "socketio attachments"
+_FILTERS = (b"rooms", b"except")
+OFFSET_EVENT = "relay:offset"
+
+
+class SocketEncoder:
+    """Whole frames, the same for every client of one generation; some clients may get none."""
+
+    door = "socketio"
+    personal = True
+
+    def __init__(self, version: int, namespace: str) -> None:
+        self._version = version
+        self._namespace = namespace
+
+    def event(self, event: Event) -> bytes:
+        """The packet's frames; nothing for a name that clients fire themselves."""
+        text, attachments = self._packet(event)
+        return codec.frames(text, attachments, self._version) if text else b""
+
+    def personal_event(
+        self,
+        event: Event,
+        position: Position | None,
+        subscription: Subscription,
+        shared: bytes,
+    ) -> bytes:
+        """`shared`, or nothing."""
+        del position
+        return shared if shared and wanted(event, subscription) else b""
+
+    def notice(self, channel: Channel, notice: Notice) -> bytes | None:
+        """There are no words for it: see `SocketClient.noticed`."""
+        del channel, notice
+        return None
+
+    def _packet(self, event: Event) -> tuple[bytes, list[bytes]]:
+        name, (packet, attachments) = socketio_entry.said(event)
+        if name in codec.RESERVED_EVENTS:
+            return b"", []
+        kind = codec.BINARY_EVENT if attachments else codec.EVENT
+        text = codec.packet(kind, self._namespace, packet, attachments=len(attachments))
+        return text, attachments
+
+
+class OffsetEncoder(SocketEncoder):
+    """Whole frames, and after each the client's cursor as an event of its own name.
+
+    For clients of Engine.IO 4 that may be older than 4.6: those would hand a further argument to
+    the application. Nobody listens to this event, and a client of 4.6 and later takes its last
+    argument for its offset as that of any other.
+    """
+
+    def __init__(self, version: int, namespace: str) -> None:
+        super().__init__(version, namespace)
+        # The part of the event's own channel is the same for every client that is where it is.
+        self._position: Position | None = None
+        self._part = b""
+        self._head = b"4" + codec.packet(codec.EVENT, namespace, b'["%b' % OFFSET_EVENT.encode())
+
+    def personal_event(
+        self,
+        event: Event,
+        position: Position | None,
+        subscription: Subscription,
+        shared: bytes,
+    ) -> bytes:
+        """The event's frames and the cursor's."""
+        if not shared or not wanted(event, subscription):
+            return b""
+        if position is None and not shared.endswith(b'"]'):
+            # The client takes every last argument that is a text for its offset, the event's name
+            # too; after what has no place in a stream it needs a cursor only then.
+            return shared
+        return shared + _framed(self._head, b'","%b"]' % self.cursor(position, subscription))
+
+    def cursor(self, position: Position | None, subscription: Subscription) -> bytes:
+        """Where the client is in all its streams, with `subscription` at `position`."""
+        client = cast("SocketClient", subscription.session.client)
+        parts = []
+        for channel, each in subscription.session.subscriptions.items():
+            if each is not subscription or position is None:
+                parts.append(client.rooms.part(channel, each))
+                continue
+            if self._position is not position:
+                self._position, self._part = position, cursor.part(channel, position)
+            parts.append(self._part)
+        return cursor.join(parts)
+
+
+class RecoverableEncoder(OffsetEncoder):
+    """Frames with the client's cursor as the last argument: upstream's own way, in which no cut
+    can come between an event and its offset."""
+
+    def event(self, event: Event) -> bytes:
+        """The packet's text without its last bracket."""
+        text, attachments = self._packet(event)
+        if attachments:
+            event.frames[_ATTACHMENTS] = b"".join(
+                frame(Packet(MESSAGE, each, True), self._version) for each in attachments
+            )
+        return b"4" + text[:-1] if text else b""
+
+    def personal_event(
+        self,
+        event: Event,
+        position: Position | None,
+        subscription: Subscription,
+        shared: bytes,
+    ) -> bytes:
+        """The whole packet for one client."""
+        if not shared or not wanted(event, subscription):
+            return b""
+        if position is None and not shared.endswith(b'"'):
+            data = _framed(shared, b"]")
+        else:
+            data = _framed(shared, b',"%b"]' % self.cursor(position, subscription))
+        attachments = event.frames.get(_ATTACHMENTS)
+        return data if attachments is None else data + attachments
+
+
+def _framed(head: bytes, tail: bytes) -> bytes:
+    size = len(head) + len(tail)
+    if size < 126:
+        return b"\x81%c%b%b" % (size, head, tail)
+    if size < 65536:
+        return b"\x81\x7e%b%b%b" % (size.to_bytes(2, "big"), head, tail)
+    return b"\x81\x7f%b%b%b" % (size.to_bytes(8, "big"), head, tail)
+
+
+def wanted(event: Event, subscription: Subscription) -> bool:
+    """Whether this client gets the event from this stream."""
+    client = cast("SocketClient", subscription.session.client)
+    extra = event.extra
+    if not client.rooms.partial and not (extra and any(name in extra for name in _FILTERS)):
+        return True
+    audience = _audience(event)
+    room = None if event.to is not None and audience.rooms is not None else room_of(event.channel)
+    return audience.wants(room, client.rooms.joined, (client.sid,))
+
+
+def _audience(event: Event) -> Audience:
+    found = cast("dict[object, Audience]", event.frames).get(_AUDIENCE)
+    if found is None:
+        found = socketio_entry.audience(event.extra) if event.extra else EVERYONE
+        cast("dict[object, Audience]", event.frames)[_AUDIENCE] = found
+    return found

@@ -1,0 +1,92 @@
+"""The rooms of one client, and where it is in their streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from producers.socketio_entry import EVERYBODY, channel_of, room_of
+from relay.hub import cursor
+from relay.model import ZERO_ID, Channel, EntryID
+
+if TYPE_CHECKING:
+    from relay.hub.session import Session, Subscription
+
+
+class Rooms:
+    """`joined` has the rooms, and where in its stream the client joined each. `partial`: it follows
+    a stream whose room it is not in, that of `allusers`, which has what goes to everybody."""
+
+    __slots__ = ("_parts", "_start", "joined", "partial")
+
+    def __init__(self, joined: Mapping[str, EntryID]) -> None:
+        self.joined = dict(joined)
+        self.partial = bool(joined) and EVERYBODY not in joined
+        self._start: dict[Channel, bytes] = {}
+        self._parts: dict[Channel, tuple[EntryID, bytes]] = {}
+
+    @classmethod
+    def new(cls, names: Iterable[str]) -> Rooms:
+        """Joined from where their streams are now."""
+        return cls(dict.fromkeys(names, ZERO_ID))
+
+    def channels(self) -> list[Channel]:
+        """What to follow; everybody's first, which is followed in any case."""
+        return list(dict.fromkeys(map(channel_of, (EVERYBODY, *self.joined))))
+
+    def grants(self, channel: Channel) -> bool:
+        """Whether these rooms open a stream."""
+        room = room_of(channel)
+        return room in self.joined or (self.partial and room == EVERYBODY)
+
+    def began(self, session: Session) -> None:
+        """Everything that the session gets lies after where its subscriptions are now."""
+        for channel, subscription in session.subscriptions.items():
+            self._start[channel] = cursor.part(channel, subscription.position)
+
+    def placed(self, subscription: Subscription) -> None:
+        """One subscription stands."""
+        channel = subscription.feed.channel
+        room = room_of(channel)
+        if subscription.asked is None and room in self.joined:
+            self.joined[room] = subscription.position.id
+        self._start[channel] = cursor.part(channel, subscription.position)
+
+    def add(self, room: str, session: Session) -> Channel | None:
+        """Join; the stream that is to be followed now, None where it is already, or may not be."""
+        channel = channel_of(room)
+        subscription = session.subscriptions.get(channel)
+        self.joined[room] = ZERO_ID if subscription is None else subscription.position.id
+        self.partial = self.partial and room != EVERYBODY
+        return channel if subscription is None else None
+
+    def remove(self, room: str) -> Channel | None:
+        """Leave; the stream that need not be followed any more."""
+        self.joined.pop(room, None)
+        if room == EVERYBODY:
+            self.partial = True
+            return None
+        channel = channel_of(room)
+        self._start.pop(channel, None)
+        self._parts.pop(channel, None)
+        return channel
+
+    def lost(self, channel: Channel) -> None:
+        """The client may not read this stream any more."""
+        self.joined.pop(room_of(channel), None)
+        self._start.pop(channel, None)
+        self._parts.pop(channel, None)
+
+    def start(self) -> str:
+        """A cursor of where the session began."""
+        return cursor.join(self._start.values()).decode()
+
+    def part(self, channel: Channel, subscription: Subscription) -> bytes:
+        """Where the client is in a stream, as a part of its cursor."""
+        known = self._parts.get(channel)
+        if known is not None and subscription.live and known[0] is subscription.feed.position:
+            return known[1]
+        position = subscription.position
+        part = cursor.part(channel, position)
+        self._parts[channel] = position.id, part
+        return part

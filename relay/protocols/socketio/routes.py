@@ -1,0 +1,202 @@
+"""The door's paths, `/notifications/` and `/socket.io/`, and all of its clients here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import orjson
+from aiohttp import web
+
+from relay.protocols.socketio.client import SocketClient
+from relay.protocols.socketio.encoders import OffsetEncoder, RecoverableEncoder, SocketEncoder
+from relay.protocols.socketio.recovery import Record, Sessions
+from relay.protocols.socketio.settings import SocketIoSettings
+from relay.rights.token import TokenReader
+from relay.transports.engineio.endpoint import Endpoint
+
+if TYPE_CHECKING:
+    from multidict import MultiMapping
+
+    from relay.frontdoor import DoorContext, Listener
+    from relay.transports.engineio.engine import Engine
+    from relay.transports.exchange import Asked
+
+_log = logging.getLogger(__name__)
+
+_TAKEN = "socketio:taken"
+
+
+class MountedSocketIo:
+    """The door at work."""
+
+    listeners: Sequence[Listener] = ()
+    drain_s: float | None = None
+
+    def __init__(self, context: DoorContext, settings: SocketIoSettings) -> None:
+        self.context = context
+        self._gauge = context.metrics.connections.labels("socketio")
+        self._clients: set[SocketClient] = set()
+        self._by_pid: dict[str, SocketClient] = {}
+        self._endpoint = Endpoint(
+            topic="socketio",
+            bus=context.bus,
+            timing=settings.timing(),
+            buffer_bytes=context.client_buffer_bytes,
+            opened=self._opened,
+            cors=cors_headers,
+        )
+        self._take(settings)
+        self._encoders = (
+            SocketEncoder(3, settings.namespace),
+            SocketEncoder(4, settings.namespace),
+            OffsetEncoder(4, settings.namespace),
+            RecoverableEncoder(4, settings.namespace),
+        )
+        self.sessions = Sessions(context.store, settings.recovery_s)
+        self.routes: list[web.AbstractRouteDef] = [
+            web.route("*", path, self._endpoint.handle) for path in settings.path_list()
+        ]
+        context.bus.listen(_TAKEN, self._on_taken)
+        context.on_command("socketio", self._obey)
+        if settings.recovery_s:
+            _ = context.spawn(self._renew(), name="socketio sessions")
+
+    def reload(self, settings: SocketIoSettings) -> None:
+        """See `relay.frontdoor.Mounted`. Namespace and paths stay as they were at the start."""
+        self._take(settings)
+        self._endpoint.reload(settings.timing())
+
+    def _take(self, settings: SocketIoSettings) -> None:
+        self.tokens = TokenReader(settings.jwt(), source="[protocol:socketio] secret")
+        self.settings = settings
+        self.origins = settings.origins()
+
+    async def closed(self) -> None:
+        """See `relay.frontdoor.Mounted`. Who never joined was not asked to leave yet."""
+        for client in list(self._clients):
+            client.engine.close()
+        await self._endpoint.closed()
+
+    # ---- clients ----------------------------------------------------------------------------
+
+    def _opened(self, engine: Engine, asked: Asked) -> None:
+        client = SocketClient(self, engine, asked)
+        self._clients.add(client)
+        self._gauge.set(len(self._clients))
+        client.connection.opened()
+
+    def gone(self, client: SocketClient) -> None:
+        """Its connection is over; what is kept of it stays for its time."""
+        self._clients.discard(client)
+        self._gauge.set(len(self._clients))
+        if self._by_pid.get(client.pid) is client:
+            del self._by_pid[client.pid]
+
+    def encoder(self, version: int, *, recovers: bool) -> SocketEncoder:
+        """The format of a client of this generation; `recovers`: it is known to be able to."""
+        if version == 3:
+            return self._encoders[0]
+        if not self.sessions.recovery_s:
+            return self._encoders[1]
+        return self._encoders[3 if recovers else 2]
+
+    # ---- recovery ---------------------------------------------------------------------------
+
+    def joined(self, client: SocketClient) -> None:
+        """It is in the namespace from now on."""
+        if client.pid:
+            self._by_pid[client.pid] = client
+
+    def changed(self, client: SocketClient) -> None:
+        """It is in other rooms now."""
+        if client.pid and self._by_pid.get(client.pid) is client:
+            _ = self.context.spawn(self._keep(client.pid, client.record()), name="socketio session")
+
+    async def _keep(self, pid: str, record: Record) -> None:
+        await self.sessions.keep(pid, record)
+
+    def forget(self, pid: str) -> None:
+        """Its client begins afresh when it comes back."""
+        self._by_pid.pop(pid, None)
+        _ = self.context.spawn(self.sessions.forget(pid), name="socketio session")
+
+    def take_over(self, pid: str, record: Record) -> None:
+        """Whoever still has this session has lost its client: a half open connection, perhaps."""
+        if record.instance == self.context.bus.instance:
+            self._supersede(pid)
+        else:
+            sent = self.context.bus.send(record.instance, _TAKEN, pid.encode())
+            # If it cannot be told it finds out by its own heartbeat.
+            sent.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def _on_taken(self, instance: str, payload: bytes) -> None:
+        del instance
+        self._supersede(payload.decode(errors="replace"))
+
+    def _supersede(self, pid: str) -> None:
+        client = self._by_pid.pop(pid, None)
+        if client is not None:
+            client.superseded()
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(self.sessions.renew_s)
+            records = {pid: client.record() for pid, client in self._by_pid.items()}
+            await self.sessions.renew(records)
+
+    # ---- emitters' commands -----------------------------------------------------------------
+
+    def _obey(self, payload: str) -> None:
+        """`socketsJoin`, `socketsLeave` or `disconnectSockets`, as the tap passes them on."""
+        try:
+            command = orjson.loads(payload)
+            what, rooms = command["do"], set(command["rooms"])
+            without, names = set(command["except"]), list(command.get("names", ()))
+        except (ValueError, KeyError, TypeError) as exc:
+            _log.warning("an emitter's command is skipped: %s", exc)
+            return
+        for client in list(self._clients):
+            if client.session is None:
+                continue
+            mine = client.names()
+            if (rooms and mine.isdisjoint(rooms)) or not mine.isdisjoint(without):
+                continue
+            if what == "disconnect":
+                client.put_out()
+            for name in names:
+                if what == "join":
+                    client.join(name)
+                elif what == "leave":
+                    client.leave(name)
+
+
+def cors_headers(headers: MultiMapping[str]) -> dict[str, str]:
+    """Any page may ask, as with Socket.IO 2: without a token it is told nothing, and the cookie
+    counts for allowed Origins only. Browsers want the Origin itself where credentials are sent."""
+    origin = headers.get("Origin")
+    if origin is None or not origin.isprintable():
+        return {"Vary": "Origin"}
+    return {
+        "Access-Control-Allow-Origin": origin,
+        "Access-Control-Allow-Credentials": "true",
+        "Vary": "Origin",
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class SocketIoDoor:
+    """See `relay.frontdoor.FrontDoor`."""
+
+    name: str = "socketio"
+    settings: type[SocketIoSettings] = SocketIoSettings
+
+    def mount(self, context: DoorContext, settings: SocketIoSettings) -> MountedSocketIo | None:
+        """None without a secret: a token signed with nothing could be forged."""
+        return MountedSocketIo(context, settings) if settings.secret.get_secret_value() else None
+
+
+DOOR = SocketIoDoor()

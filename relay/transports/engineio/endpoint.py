@@ -1,0 +1,361 @@
+"""Engine.IO's HTTP side: one path for both protocols, and the sessions of this worker.
+
+A session's ID names the worker that has it, so a request that arrives at another one is handed to
+its owner (`relay.transports.handover`): no sticky proxy is needed. Errors are those of engine.io
+6.6 (captured): status 400 and `{"code","message"}`. Unlike there, a websocket of an unsupported
+protocol version is refused before the upgrade.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import secrets
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs
+
+import orjson
+from aiohttp import web
+
+from relay.transports import websocket
+from relay.transports.engineio import packets
+from relay.transports.engineio.engine import Engine
+from relay.transports.engineio.packets import Malformed
+from relay.transports.exchange import (
+    Answer,
+    Asked,
+    Exchange,
+    HeldRequest,
+    LocalExchange,
+    asked_of,
+    read_body,
+)
+from relay.transports.handover import Bus, Handover, NotThere
+from relay.transports.heartbeat import Heartbeat
+from relay.transports.reaper import Reaper
+
+if TYPE_CHECKING:
+    from multidict import MultiMapping
+
+UNKNOWN_TRANSPORT, UNKNOWN_SID, BAD_METHOD, BAD_REQUEST, FORBIDDEN, BAD_VERSION = range(6)
+_MESSAGES = (
+    "Transport unknown",
+    "Session ID unknown",
+    "Bad handshake method",
+    "Bad request",
+    "Forbidden",
+    "Unsupported protocol version",
+)
+_TEXT = "text/plain; charset=UTF-8"
+_SCRIPT = "text/javascript; charset=UTF-8"
+_PING_4 = packets.frame(packets.Packet(packets.PING), 4)
+# A client of protocol 3 pings by itself; how often it is looked for, as a part of its interval.
+_LOOKS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """What a client is told, in seconds and bytes, and how long an upgrade may take."""
+
+    ping_interval_s: float = 25.0
+    ping_timeout_s: float = 20.0
+    max_payload_bytes: int = 1_000_000
+    upgrade_timeout_s: float = 10.0
+
+
+# The door's part: a session has been opened by this request. It sets the callbacks.
+Opened = Callable[[Engine, Asked], None]
+
+
+class Endpoint:
+    """All sessions of one door on this worker. `topic` is the same on all workers, and no other
+    door's. `cors` gives the headers of every answer."""
+
+    def __init__(
+        self,
+        *,
+        topic: str,
+        bus: Bus,
+        timing: Timing,
+        buffer_bytes: int,
+        opened: Opened,
+        cors: Callable[[MultiMapping[str]], dict[str, str]],
+    ) -> None:
+        self._instance = bus.instance
+        self._buffer_bytes = buffer_bytes
+        self._opened = opened
+        self._cors = cors
+        self._reaper = Reaper()
+        self._engines: dict[str, Engine] = {}
+        self._last_gone = asyncio.Event()
+        self._handover = Handover(
+            topic=topic,
+            bus=bus,
+            handle=self._handle,
+            buffer_bytes=buffer_bytes,
+            reaper=self._reaper,
+        )
+        self.reload(timing)
+
+    def reload(self, timing: Timing) -> None:
+        """For sessions that begin from now on."""
+        self._timing = timing
+        deadline = timing.ping_interval_s + timing.ping_timeout_s
+        self._beats = {
+            3: Heartbeat(interval_s=timing.ping_interval_s / _LOOKS, beat=b"", deadline_s=deadline),
+            4: Heartbeat(
+                interval_s=timing.ping_interval_s,
+                beat=_PING_4,
+                deadline_s=timing.ping_timeout_s,
+            ),
+        }
+
+    def __len__(self) -> int:
+        return len(self._engines)
+
+    async def closed(self) -> None:
+        """Returns once no session is left here."""
+        if self._engines:
+            self._last_gone.clear()
+            await self._last_gone.wait()
+
+    # ---- requests ---------------------------------------------------------------------------
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Every method and query on the door's paths."""
+        if request.method == "OPTIONS":
+            return web.Response(status=204, headers=self._preflight(request.headers))
+        body: bytes | None = b""
+        if request.method == "POST":
+            body = await read_body(request, self._timing.max_payload_bytes)
+        asked = asked_of(request, body)
+        owner = owner_of(asked.query.get("sid", ""))
+        if owner is not None and owner != self._instance:
+            try:
+                return await self._handover.forward(request, asked, owner)
+            except NotThere:
+                pass
+        # A session of nobody ends here too: `_handle` answers whatever it gets.
+        exchange = LocalExchange(request, asked)
+        if not self._handle(exchange):
+            self._refuse(exchange, UNKNOWN_SID)
+        if exchange.response is None:
+            raise RuntimeError("the request was not answered")
+        return exchange.response
+
+    def _preflight(self, headers: Mapping[str, str]) -> dict[str, str]:
+        wanted = headers.get("Access-Control-Request-Headers", "")
+        allowed = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600"}
+        if wanted and wanted.isprintable():
+            allowed["Access-Control-Allow-Headers"] = wanted
+        return {**self._cors_of(headers), **allowed}
+
+    def _handle(self, exchange: Exchange) -> bool:
+        """Answers here, unless the session is unknown."""
+        asked = exchange.asked
+        query = asked.query
+        transport = query.get("transport", "")
+        if transport not in ("polling", "websocket"):
+            self._refuse(exchange, UNKNOWN_TRANSPORT)
+        elif "sid" not in query:
+            self._begin(exchange, transport)
+        elif (engine := self._engines.get(query["sid"])) is None:
+            return False
+        elif transport == "websocket":
+            self._probe(exchange, engine)
+        elif asked.method == "GET":
+            self._poll(exchange, engine)
+        elif asked.method == "POST":
+            self._receive(exchange, engine)
+        else:
+            self._refuse(exchange, BAD_REQUEST)
+        return True
+
+    def _begin(self, exchange: Exchange, transport: str) -> None:
+        asked = exchange.asked
+        # Without a parameter it is 3, as engine.io with allowEIO3 has it (captured).
+        version = {"3": 3, "4": 4}.get(asked.query.get("EIO", "3"))
+        if asked.method != "GET":
+            self._refuse(exchange, BAD_METHOD)
+        elif version is None:
+            self._refuse(exchange, BAD_VERSION)
+        elif transport == "websocket":
+            head = websocket.accept_headers(asked)
+            if isinstance(head, web.Response):
+                self._refuse(exchange, BAD_REQUEST)
+                return
+            engine = self._engine(version)
+            socket = self._websocket()
+            engine.attach(socket)
+            exchange.take(head, socket, duplex=True)
+            self._open(engine, asked, upgrades=[])
+        else:
+            engine = self._engine(version)
+            self._open(engine, asked, upgrades=["websocket"])
+            self._poll(exchange, engine)
+
+    def _engine(self, version: int) -> Engine:
+        engine = Engine(
+            sid=new_sid(self._instance),
+            version=version,
+            buffer_bytes=self._buffer_bytes,
+            reaper=self._reaper,
+            heartbeat=self._beats[version],
+            on_gone=self._gone,
+        )
+        self._engines[engine.sid] = engine
+        return engine
+
+    def _open(self, engine: Engine, asked: Asked, upgrades: list[str]) -> None:
+        timing = self._timing
+        handshake = orjson.dumps(
+            {
+                "sid": engine.sid,
+                "upgrades": upgrades,
+                "pingInterval": round(timing.ping_interval_s * 1000),
+                "pingTimeout": round(timing.ping_timeout_s * 1000),
+                "maxPayload": timing.max_payload_bytes,
+            }
+        )
+        engine.write(packets.frame(packets.Packet(packets.OPEN, handshake), engine.version))
+        self._opened(engine, asked)
+
+    def _gone(self, engine: Engine) -> None:
+        self._engines.pop(engine.sid, None)
+        if not self._engines:
+            self._last_gone.set()
+
+    # ---- polling ----------------------------------------------------------------------------
+
+    def _poll(self, exchange: Exchange, engine: Engine) -> None:
+        waiting = _Waiting(exchange, engine.version, self._cors_of(exchange.asked.headers))
+        if not engine.poll(waiting.answer):
+            self._refuse(exchange, BAD_REQUEST)
+        elif not waiting.answered:
+            held = HeldRequest(buffer_bytes=self._buffer_bytes, reaper=self._reaper)
+            held.on_closed = engine.poll_lost
+            waiting.held = held
+            exchange.hold(held)
+
+    def _receive(self, exchange: Exchange, engine: Engine) -> None:
+        asked = exchange.asked
+        headers = self._cors_of(asked.headers)
+        if asked.body is None:
+            self._answer(exchange, 413, b"", headers)
+            engine.abort()
+            return
+        kind = asked.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        binary = kind == "application/octet-stream"
+        try:
+            body = asked.body
+            if "j" in asked.query or kind == "application/x-www-form-urlencoded":
+                body = packets.jsonp_body(_form_field(body))
+            received = packets.decode_payload(body, engine.version, binary=binary)
+        except Malformed:
+            self._refuse(exchange, BAD_REQUEST)
+            engine.close()
+            return
+        self._answer(exchange, 200, b"ok", {**headers, "Content-Type": "text/html"})
+        engine.receive(received)
+
+    # ---- websocket --------------------------------------------------------------------------
+
+    def _probe(self, exchange: Exchange, engine: Engine) -> None:
+        head = websocket.accept_headers(exchange.asked)
+        if isinstance(head, web.Response):
+            self._refuse(exchange, BAD_REQUEST)
+            return
+        socket = self._websocket()
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self._timing.upgrade_timeout_s, socket.abort)
+        if engine.probe(socket, timer):
+            exchange.take(head, socket, duplex=True)
+        else:
+            timer.cancel()
+            self._refuse(exchange, BAD_REQUEST)
+
+    def _websocket(self) -> websocket.WebSocketConnection:
+        return websocket.WebSocketConnection(
+            buffer_bytes=self._buffer_bytes,
+            max_frame_bytes=self._timing.max_payload_bytes,
+            reaper=self._reaper,
+        )
+
+    # ---- answers ----------------------------------------------------------------------------
+
+    def _refuse(self, exchange: Exchange, code: int) -> None:
+        body = orjson.dumps({"code": code, "message": _MESSAGES[code]})
+        headers = {"Content-Type": "application/json", **self._cors_of(exchange.asked.headers)}
+        self._answer(exchange, 403 if code == FORBIDDEN else 400, body, headers)
+
+    @staticmethod
+    def _answer(exchange: Exchange, status: int, body: bytes, headers: dict[str, str]) -> None:
+        exchange.answer(Answer(status, body, {**headers, "Cache-Control": "no-store"}))
+
+    def _cors_of(self, headers: MultiMapping[str] | Mapping[str, str]) -> dict[str, str]:
+        return self._cors(headers)  # type: ignore[arg-type]  # both have `get`
+
+
+class _Waiting:
+    """One poll: it is answered at once, or held."""
+
+    __slots__ = ("_exchange", "_headers", "_version", "answered", "held")
+
+    def __init__(self, exchange: Exchange, version: int, headers: dict[str, str]) -> None:
+        self._exchange = exchange
+        self._version = version
+        self._headers = headers
+        self.answered = False
+        self.held: HeldRequest | None = None
+
+    def answer(self, frames: bytes) -> None:
+        """The frames that waited, as a body."""
+        query = self._exchange.asked.query
+        index = query.get("j", "")
+        jsonp = index.isascii() and index.isdigit()
+        body = packets.encode_payload(
+            packets.unframe(frames, self._version),
+            self._version,
+            base64_only=jsonp or query.get("b64", "0") not in ("", "0", "false"),
+        )
+        kind, data = _TEXT, body.data
+        if body.binary:
+            kind = "application/octet-stream"
+        elif jsonp:
+            kind, data = _SCRIPT, packets.jsonp_answer(int(index[:9]), data)
+        headers = {**self._headers, "Content-Type": kind, "Cache-Control": "no-store"}
+        answer = Answer(200, data, headers)
+        self.answered = True
+        if self.held is None:
+            self._exchange.answer(answer)
+        else:
+            self.held.finish(answer)
+
+
+def _form_field(body: bytes) -> bytes:
+    try:
+        fields = parse_qs(body.decode(), keep_blank_values=True, max_num_fields=16)
+        return fields["d"][0].encode()
+    except (KeyError, ValueError):
+        raise Malformed("a form without the field d") from None
+
+
+def new_sid(instance: str) -> str:
+    """An ID nobody can guess, which names its owner."""
+    return (
+        f"{secrets.token_urlsafe(15)}.{urlsafe_b64encode(instance.encode()).decode().rstrip('=')}"
+    )
+
+
+def owner_of(sid: str) -> str | None:
+    """The worker that made this ID; None where none of ours did."""
+    _, dot, name = sid.partition(".")
+    if not dot or len(name) > 400:
+        return None
+    try:
+        return urlsafe_b64decode(name + "=" * (-len(name) % 4)).decode()
+    except (binascii.Error, ValueError):
+        return None

@@ -1,0 +1,340 @@
+"""One Engine.IO session: over polling, over websocket, and from the first to the second.
+
+To the hub it is an outbox, and it is so throughout: what is written to it are websocket frames,
+the same bytes for every client of its generation. Over polling they wait until the client asks,
+and become the packets of one body; the upgrade sends what waits as it is. Sans-I/O but for the
+sockets that `endpoint.py` gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from relay.transports.engineio.packets import (
+    CLOSE,
+    MESSAGE,
+    NOOP,
+    PING,
+    PONG,
+    UPGRADE,
+    Malformed,
+    Packet,
+    frame,
+    from_binary,
+    from_text,
+)
+from relay.transports.websocket import frame_close
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from relay.transports.heartbeat import Heartbeat
+    from relay.transports.reaper import Reaper
+    from relay.transports.websocket import WebSocketConnection
+
+_NOOP = frame(Packet(NOOP), 4)
+_CLOSE = frame(Packet(CLOSE), 4)
+_PROBE, _PROBED = b"2probe", frame(Packet(PONG, b"probe"), 4)
+_GOODBYE = frame_close(1000)
+
+
+def _nothing() -> None:
+    """The callback of an owner who does not care, or does not care any more."""
+
+
+def _ignore(data: bytes, binary: bool) -> None:
+    """Likewise, for messages."""
+
+
+class Engine:
+    """A session. Its owner sets the callbacks; after `on_closed`, called exactly once with why,
+    there are none. `full`: more than `buffer_bytes` wait; writes are still taken then."""
+
+    __slots__ = (
+        "_buffer_bytes",
+        "_heartbeat",
+        "_on_gone",
+        "_poll",
+        "_probe",
+        "_probe_timer",
+        "_reaper",
+        "_socket",
+        "_waiting",
+        "_waiting_bytes",
+        "beat_slot",
+        "closing",
+        "full",
+        "on_closed",
+        "on_drained",
+        "on_full",
+        "on_message",
+        "probed",
+        "quiet",
+        "sid",
+        "silent_since",
+        "version",
+    )
+
+    def __init__(
+        self,
+        *,
+        sid: str,
+        version: int,
+        buffer_bytes: int,
+        reaper: Reaper,
+        heartbeat: Heartbeat,
+        on_gone: Callable[[Engine], None],
+    ) -> None:
+        self.sid = sid
+        self.version = version
+        self._buffer_bytes = buffer_bytes
+        self._reaper = reaper
+        self._heartbeat = heartbeat
+        self._on_gone: Callable[[Engine], None] | None = on_gone
+        self._socket: WebSocketConnection | None = None
+        self._probe: WebSocketConnection | None = None
+        self._probe_timer: asyncio.TimerHandle | None = None
+        self.probed = False
+        self._poll: Callable[[bytes], None] | None = None
+        self._waiting: list[bytes] = []
+        self._waiting_bytes = 0
+        self.full = False
+        self.closing = False
+        self.on_message: Callable[[bytes, bool], None] = _ignore
+        self.on_closed: Callable[[str], None] | None = None
+        self.on_full: Callable[[], None] = _nothing
+        self.on_drained: Callable[[], None] = _nothing
+        # The heartbeat's notes.
+        self.beat_slot = -1
+        self.quiet = True
+        self.silent_since = 0
+        heartbeat.add(self)
+
+    @property
+    def polling(self) -> bool:
+        """Whether requests carry it now."""
+        return self._socket is None
+
+    # ---- what the relay says ----------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        """Websocket frames of this session's generation; swallowed if it is closing."""
+        if self.closing or not data:  # nothing: what protocol 3's heartbeat says
+            return
+        self.quiet = False
+        if self._socket is not None:
+            self._socket.write(data)
+            return
+        self._waiting.append(data)
+        self._waiting_bytes += len(data)
+        if self._poll is not None and not self.probed:
+            self._answer_poll()
+        elif self._waiting_bytes > self._buffer_bytes and not self.full:
+            self.full = True
+            self.on_full()
+
+    def close(self, last: bytes = b"") -> None:
+        """Write `last`, say goodbye, and close; aborted if the client does not take it."""
+        if self.closing:
+            return
+        if last:
+            self.write(last)
+        self.closing = True
+        self._drop_probe()
+        if self._socket is not None:
+            self._socket.close(_GOODBYE)
+            return
+        self._waiting.append(_CLOSE)
+        self._reaper.watch(self)
+        if self._poll is not None:
+            self._answer_poll()
+
+    def abort(self) -> None:
+        """Close now; what waits is lost."""
+        self._gone("transport close")
+
+    # ---- polling ----------------------------------------------------------------------------
+
+    def poll(self, answer: Callable[[bytes], None]) -> bool:
+        """The client asks what there is; `answer` gets frames now or later, once. False where it
+        has asked already: such a client is lost, and the session with it (captured: code 400)."""
+        self.silent_since = 0
+        if self._poll is not None or self._socket is not None:
+            self._gone("transport error")
+            return False
+        if self.probed:
+            # The client finishes its polling before it says `5` on the websocket.
+            answer(_NOOP)
+        elif self._waiting:
+            self._poll = answer
+            self._answer_poll()
+        else:
+            self._poll = answer
+        return True
+
+    def poll_lost(self) -> None:
+        """The client went away while it waited for its answer."""
+        self._poll = None
+        self._gone("transport close")
+
+    def receive(self, packets: list[Packet]) -> None:
+        """A POST's packets."""
+        self.silent_since = 0
+        for packet in packets:
+            if self.closing:
+                break
+            self._on_packet(packet)
+
+    def _answer_poll(self) -> None:
+        answer, self._poll = self._poll, None
+        data = self._take()
+        if answer is not None:
+            answer(data)
+        if self.closing:
+            self._gone("forced close")
+
+    def _take(self) -> bytes:
+        data = b"".join(self._waiting)
+        self._waiting.clear()
+        self._waiting_bytes = 0
+        if self.full:
+            self.full = False
+            self.on_drained()
+        return data
+
+    # ---- websocket --------------------------------------------------------------------------
+
+    def attach(self, socket: WebSocketConnection) -> None:
+        """The session begins on this websocket; before the take-over."""
+        self._socket = socket
+        socket.on_text = self._on_text
+        socket.on_binary = self._on_binary
+        socket.on_full = self._socket_full
+        socket.on_drained = self._socket_drained
+        socket.on_closed = self._socket_closed
+
+    def probe(self, socket: WebSocketConnection, timer: asyncio.TimerHandle) -> bool:
+        """A websocket that may replace polling; `timer` closes it if it never does. False where
+        there is one already."""
+        if self._socket is not None or self._probe is not None or self.closing:
+            return False
+        self._probe, self._probe_timer = socket, timer
+        socket.on_text = self._on_probe
+        socket.on_closed = self._drop_probe
+        return True
+
+    def _on_probe(self, text: bytes) -> None:
+        self.silent_since = 0
+        probe = self._probe
+        if probe is None:
+            return
+        if text == _PROBE and not self.probed:
+            self.probed = True
+            probe.write(_PROBED)
+            poll, self._poll = self._poll, None
+            if poll is not None:
+                poll(_NOOP)
+        elif text == b"%d" % UPGRADE and self.probed:
+            self._upgrade(probe)
+        else:
+            probe.close_with(1002)
+
+    def _upgrade(self, socket: WebSocketConnection) -> None:
+        self._probe = None
+        self._end_probing()
+        poll, self._poll = self._poll, None
+        if poll is not None:
+            poll(_NOOP)
+        self.attach(socket)
+        waiting = b"".join(self._waiting)
+        self._waiting.clear()
+        self._waiting_bytes = 0
+        was_full, self.full = self.full, False
+        if waiting:
+            socket.write(waiting)
+        if was_full and not self.full:
+            self.on_drained()
+
+    def _drop_probe(self) -> None:
+        probe, self._probe = self._probe, None
+        self._end_probing()
+        if probe is not None:
+            probe.abort()
+            if self._waiting and self._poll is not None:
+                self._answer_poll()
+
+    def _end_probing(self) -> None:
+        self.probed = False
+        if self._probe_timer is not None:
+            self._probe_timer.cancel()
+            self._probe_timer = None
+
+    def _socket_full(self) -> None:
+        self.full = True
+        self.on_full()
+
+    def _socket_drained(self) -> None:
+        self.full = False
+        self.silent_since = 0
+        self.on_drained()
+
+    def _socket_closed(self) -> None:
+        self._gone("transport close")
+
+    def _on_text(self, text: bytes) -> None:
+        self.silent_since = 0
+        try:
+            packet = from_text(text)
+        except Malformed:
+            self.close()
+            return
+        self._on_packet(packet)
+
+    def _on_binary(self, data: bytes) -> None:
+        self.silent_since = 0
+        try:
+            packet = from_binary(data, self.version)
+        except Malformed:
+            self.close()
+            return
+        self._on_packet(packet)
+
+    # ---- both -------------------------------------------------------------------------------
+
+    def _on_packet(self, packet: Packet) -> None:
+        if packet.kind == MESSAGE:
+            try:
+                self.on_message(packet.data, packet.binary)
+            except Malformed:
+                self.close()
+        elif packet.kind == PING and self.version == 3:
+            # Over polling too it is answered in order with the rest.
+            self.write(frame(Packet(PONG, packet.data), 3))
+        elif packet.kind in (PING, PONG):
+            # Each generation's heartbeat has one direction ("invalid heartbeat direction").
+            if packet.kind == PING or self.version == 3:
+                self.close()
+        elif packet.kind == CLOSE:
+            self._gone("transport close")
+
+    def _gone(self, reason: str) -> None:
+        on_gone, self._on_gone = self._on_gone, None
+        if on_gone is None:
+            return
+        self.closing = True
+        self._heartbeat.remove(self)
+        self._reaper.forget(self)
+        self._drop_probe()
+        poll, self._poll = self._poll, None
+        self._waiting.clear()
+        if poll is not None:
+            poll(_CLOSE)
+        socket, self._socket = self._socket, None
+        if socket is not None and not socket.closing:
+            socket.close(_GOODBYE)
+        on_gone(self)
+        on_closed, self.on_closed = self.on_closed, None
+        self.on_message, self.on_full, self.on_drained = _ignore, _nothing, _nothing
+        if on_closed is not None:
+            on_closed(reason)

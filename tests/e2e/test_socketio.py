@@ -1,0 +1,258 @@
+"""The Socket.IO door with the real clients of all generations: who may come, and what they get."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.support.clients import native, until
+from tests.support.relay import RelayProcess
+from tests.support.socketio import (
+    CLIENTS,
+    SECRET,
+    Driver,
+    axr_token,
+    connect_options,
+    npm_clients,
+)
+from tests.support.valkey import Server
+
+pytestmark = pytest.mark.redis
+TRANSPORTS = (["polling"], ["websocket"], ["polling", "websocket"])
+OLD = "socket.io-client-2"
+
+
+@pytest.fixture(scope="module")
+def axr(valkey: Server) -> Iterator[RelayProcess]:
+    """A relay with AcceleratXR's door."""
+    process = RelayProcess(valkey, settings=[f"protocol:socketio.secret={SECRET}"]).start()
+    yield process
+    process.kill()
+
+
+@pytest.fixture
+async def npm() -> AsyncIterator[Driver]:
+    async with npm_clients() as driver:
+        yield driver
+
+
+def without_offset(package: str, args: list[Any]) -> list[Any]:
+    """What the application's emit was: a client that can recover gets its cursor behind it."""
+    if package == "socket.io-client" and isinstance(args[-1], str) and args[-1].startswith("c1."):
+        return args[:-1]
+    return args
+
+
+@pytest.mark.parametrize("transports", TRANSPORTS, ids="+".join)
+@pytest.mark.parametrize("package", CLIENTS)
+@pytest.mark.parametrize("path", ["/notifications", "/socket.io"])
+async def test_every_generation_gets_its_rooms_events_over_every_transport(
+    axr: RelayProcess, npm: Driver, package: str, transports: list[str], path: str
+) -> None:
+    uid = f"u-{package}-{'-'.join(transports)}{path.replace('/', '-')}"
+    client = await npm.open(
+        f"{axr.url}/axr",
+        package=package,
+        path=path,
+        transports=transports,
+        **connect_options(package, axr_token(uid)),
+    )
+    connected = await client.until("connect")
+    assert connected["id"]
+    axr.xadd("axr:allusers", data='{"hello":"world"}', type="msg")
+    assert without_offset(package, await client.event()) == ["msg", {"hello": "world"}]
+    axr.xadd(f"axr:{uid}", data="[1,2]", type="ü😀")
+    assert without_offset(package, await client.event()) == ["ü😀", [1, 2]]
+    # Rooms that it is not in, and names that clients fire themselves.
+    axr.xadd("axr:other", data="1")
+    axr.xadd(f"axr:{uid}", data="1", type="disconnect")
+    axr.xadd(f"axr:{uid}", data="plain text")
+    assert without_offset(package, await client.event()) == ["message", "plain text"]
+
+
+@pytest.mark.parametrize("package", CLIENTS[:2])
+@pytest.mark.parametrize("transports", TRANSPORTS, ids="+".join)
+async def test_clients_that_cannot_recover_get_no_further_argument(
+    axr: RelayProcess, npm: Driver, package: str, transports: list[str]
+) -> None:
+    options = connect_options(package, axr_token("plain"))
+    client = await npm.open(f"{axr.url}/axr", package=package, transports=transports, **options)
+    await client.until("connect")
+    for number in range(3):
+        axr.xadd("axr:plain", data=f'"{number}"', type="text")
+    seen = [await client.event() for _ in range(3)]
+    assert seen == [["text", "0"], ["text", "1"], ["text", "2"]]
+
+
+@pytest.mark.parametrize("package", CLIENTS)
+@pytest.mark.parametrize("transports", TRANSPORTS[:2], ids="+".join)
+@pytest.mark.parametrize("token", ["", "nonsense", "expired", "other", "profileless"])
+async def test_without_a_good_token_clients_are_told_put_out_and_get_nothing(
+    axr: RelayProcess, npm: Driver, package: str, transports: list[str], token: str
+) -> None:
+    given = {
+        "expired": axr_token(exp=time.time() - 1),
+        "other": axr_token(secret="the secret of another site altogether"),
+        "profileless": axr_token(profile={"name": "no uid"}),
+    }.get(token, token)
+    options = connect_options(package, given)
+    client = await npm.open(f"{axr.url}/axr", package=package, transports=transports, **options)
+    refused = await client.next()
+    if package == OLD:
+        assert refused["what"] == "error"
+    else:
+        assert refused["what"] == "connect_error"
+        assert "token" in refused["message"]
+    if package != "socket.io-client":
+        gone = await client.until("disconnect")
+        assert (gone["reason"], gone["again"]) == ("io server disconnect", False)
+    assert not client.events
+
+
+@pytest.mark.parametrize("package", CLIENTS)
+async def test_an_unknown_namespace_is_refused_in_the_clients_words(
+    axr: RelayProcess, npm: Driver, package: str
+) -> None:
+    options = connect_options(package, axr_token())
+    client = await npm.open(f"{axr.url}/nope", package=package, **options)
+    refused = await client.next()
+    message = refused["args"][0] if package == OLD else refused["message"]
+    assert message == "Invalid namespace"
+
+
+async def test_tokens_are_found_wherever_the_documents_put_them(
+    axr: RelayProcess, npm: Driver
+) -> None:
+    token = axr_token("places", as_text=True)
+    places: list[dict[str, Any]] = [
+        {"query": {"jwt_token": token}},
+        {"auth": {"jwt_token": token}},
+        {"auth": {"token": f"Bearer {token}"}},
+        {"extraHeaders": {"Authorization": f"JWT {token}"}},
+        {"extraHeaders": {"Authorization": f"bearer {token}"}},
+        {"extraHeaders": {"Cookie": f"a=b; jwt={token}", "Origin": axr.url}},
+    ]
+    for options in places:
+        client = await npm.open(f"{axr.url}/axr", **options)
+        assert (await client.next())["what"] == "connect", options
+    foreign = {"Cookie": f"jwt={token}", "Origin": "https://evil.example"}
+    client = await npm.open(f"{axr.url}/axr", extraHeaders=foreign)
+    refused = await client.next()
+    assert (refused["what"], refused["message"]) == ("connect_error", "this Origin is not allowed")
+
+
+@pytest.mark.parametrize("package", CLIENTS)
+@pytest.mark.parametrize("transports", TRANSPORTS[:2], ids="+".join)
+async def test_the_end_of_the_token_ends_the_connection(
+    axr: RelayProcess, npm: Driver, package: str, transports: list[str]
+) -> None:
+    options = connect_options(package, axr_token("brief", exp=time.time() + 1.5))
+    client = await npm.open(f"{axr.url}/axr", package=package, transports=transports, **options)
+    await client.until("connect")
+    gone = await client.until("disconnect")
+    assert (gone["reason"], gone["again"]) == ("io server disconnect", False)
+
+
+async def test_an_entry_reaches_clients_of_every_door_that_may_read_it(
+    axr: RelayProcess, npm: Driver
+) -> None:
+    options = connect_options("socket.io-client", axr_token("both"))
+    client = await npm.open(f"{axr.url}/axr", **options)
+    await client.until("connect")
+    async with native(axr, channels=["axr:both"]) as door:
+        stream = await door.sse("axr:both")
+        axr.xadd("axr:both", data='{"n":1}', type="msg")
+        block = await stream.next()
+        assert (block.event, block.json()) == ("msg", {"n": 1})
+    assert (await client.event())[:2] == ["msg", {"n": 1}]
+
+
+# ---- errors of Engine.IO, as captured from engine.io 6.6 ----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "query", "status", "code", "message"),
+    [
+        ("GET", "EIO=4&transport=carrier-pigeon", 400, 0, "Transport unknown"),
+        ("GET", "EIO=4&transport=polling&sid=unknown", 400, 1, "Session ID unknown"),
+        ("POST", "EIO=4&transport=polling", 400, 2, "Bad handshake method"),
+        ("GET", "EIO=4&transport=websocket", 400, 3, "Bad request"),
+        ("GET", "EIO=5&transport=polling", 400, 5, "Unsupported protocol version"),
+        ("GET", "EIO=2&transport=polling", 400, 5, "Unsupported protocol version"),
+    ],
+)
+async def test_errors_are_those_of_engine_io(
+    axr: RelayProcess, method: str, query: str, status: int, code: int, message: str
+) -> None:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.request(method, f"{axr.url}/notifications/?{query}") as answer,
+    ):
+        assert answer.status == status
+        assert json.loads(await answer.read()) == {"code": code, "message": message}
+
+
+async def test_a_websocket_of_an_unsupported_version_is_refused_before_the_upgrade(
+    axr: RelayProcess,
+) -> None:
+    async with aiohttp.ClientSession() as session:
+        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+            await session.ws_connect(f"{axr.url}/socket.io/?EIO=2&transport=websocket")
+        assert refused.value.status == 400
+
+
+@pytest.mark.parametrize("body", [b"nonsense", b"42/axr,[]", b'42/axr,["early"]', b"4\xff", b"2"])
+async def test_garbage_closes_its_own_connection_and_no_other(
+    axr: RelayProcess, npm: Driver, body: bytes
+) -> None:
+    options = connect_options("socket.io-client", axr_token("calm"))
+    calm = await npm.open(f"{axr.url}/axr", **options)
+    await calm.until("connect")
+    url = f"{axr.url}/notifications/?EIO=4&transport=polling"
+    async with aiohttp.ClientSession() as session:
+        async with session.get(url) as answer:
+            sid = json.loads((await answer.text())[1:])["sid"]
+        async with session.post(f"{url}&sid={sid}", data=body) as answer:
+            assert answer.status in (200, 400)
+
+        async def unknown() -> bool:
+            async with session.get(f"{url}&sid={sid}") as answer:
+                return answer.status == 400
+
+        async with asyncio.timeout(8):
+            while not await unknown():
+                pass
+    axr.xadd("axr:calm", data="1", type="msg")
+    assert (await calm.event())[:2] == ["msg", 1]
+
+
+async def test_a_body_that_is_too_large_is_refused_and_ends_the_session(axr: RelayProcess) -> None:
+    url = f"{axr.url}/notifications/?EIO=4&transport=polling"
+    async with aiohttp.ClientSession() as session:
+        async with session.get(url) as answer:
+            handshake = json.loads((await answer.text())[1:])
+        assert handshake["maxPayload"] == 1_000_000
+        mine = f"{url}&sid={handshake['sid']}"
+        async with session.post(mine, data=b"4" * 1_000_001) as answer:
+            assert answer.status == 413
+        async with session.get(mine) as answer:
+            assert answer.status == 400
+
+
+async def test_shut_without_a_secret(valkey: Server) -> None:
+    relay = RelayProcess(valkey)
+    await asyncio.to_thread(relay.start)
+    try:
+        async with aiohttp.ClientSession() as session:
+            url = f"{relay.url}/notifications/?EIO=4&transport=polling"
+            async with session.get(url) as answer:
+                assert answer.status == 404
+        assert await until(lambda: "door socketio is shut" in "\n".join(relay.log))
+    finally:
+        await asyncio.to_thread(relay.stop)

@@ -1,0 +1,149 @@
+"""Real Socket.IO clients and emitters from npm, and AcceleratXR's tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import jwt
+
+from tests.support.clients import LIMIT_S
+from tests.support.npm import environment, node
+
+SECRET = "a secret of AcceleratXR that is long enough"
+CLIENTS = ("socket.io-client-2", "socket.io-client-3", "socket.io-client")
+_DRIVER = Path(__file__).with_name("socketio_client.cjs")
+
+
+def axr_token(
+    uid: str = "u1", *, secret: str = SECRET, as_text: bool = False, **claims: Any
+) -> str:
+    """As AcceleratXR's account service signs it."""
+    profile: object = {"uid": uid, "name": uid.title(), "roles": ["player"]}
+    if as_text:
+        profile = json.dumps(profile)
+    ends = {"exp": time.time() + 3600} | claims
+    return jwt.encode({"profile": profile, **ends}, secret, algorithm="HS256")
+
+
+class NpmClient:
+    """One client of the driver."""
+
+    def __init__(self, driver: Driver, name: str) -> None:
+        self._driver = driver
+        self.name = name
+        self.seen: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.events: list[list[Any]] = []
+
+    async def next(self, limit_s: float = LIMIT_S) -> dict[str, Any]:
+        """What happens next."""
+        async with asyncio.timeout(limit_s):
+            return await self.seen.get()
+
+    async def until(self, what: str, limit_s: float = LIMIT_S) -> dict[str, Any]:
+        """The next of this kind; events before it are kept in `events`."""
+        async with asyncio.timeout(limit_s):
+            while True:
+                found = await self.seen.get()
+                if found["what"] == what:
+                    return found
+                if found["what"] == "event":
+                    self.events.append(found["args"])
+
+    async def event(self, limit_s: float = LIMIT_S) -> list[Any]:
+        """The next event: its name and arguments."""
+        if self.events:
+            return self.events.pop(0)
+        args: list[Any] = (await self.until("event", limit_s))["args"]
+        return args
+
+    async def do(self, what: str, *args: Any) -> None:
+        """Let it do something."""
+        await self._driver.send({"do": self.name, "what": what, "args": args})
+
+
+class Driver:
+    """A Node process with any number of clients."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self._clients: dict[str, NpmClient] = {}
+
+    async def open(
+        self,
+        url: str,
+        *,
+        package: str = "socket.io-client",
+        path: str = "/notifications",
+        **options: Any,
+    ) -> NpmClient:
+        """A client that has begun to connect; nothing of what it says has been read."""
+        name = f"c{len(self._clients)}"
+        client = self._clients[name] = NpmClient(self, name)
+        options = {"path": path, "reconnectionDelay": 20, "reconnectionDelayMax": 100, **options}
+        await self.send({"open": name, "package": package, "url": url, "options": options})
+        return client
+
+    async def send(self, command: object) -> None:
+        """One line."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(command).encode() + b"\n")
+        await self._process.stdin.drain()
+
+    async def read(self) -> None:
+        """For ever."""
+        assert self._process.stdout is not None
+        while line := await self._process.stdout.readline():
+            found = json.loads(line)
+            self._clients[found["name"]].seen.put_nowait(found)
+
+
+@asynccontextmanager
+async def npm_clients() -> AsyncIterator[Driver]:
+    """Clients for one test."""
+    process = await asyncio.create_subprocess_exec(
+        node(),
+        str(_DRIVER),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env=await asyncio.to_thread(environment),
+        limit=1 << 24,
+    )
+    driver = Driver(process)
+    async with asyncio.TaskGroup() as tasks:
+        reading = tasks.create_task(driver.read())
+        try:
+            yield driver
+        finally:
+            reading.cancel()
+            process.kill()
+            await process.wait()
+
+
+def connect_options(package: str, token: str) -> dict[str, Any]:
+    """How a client of this generation gives its token."""
+    if package == "socket.io-client-2":
+        return {"query": {"jwt_token": token}}
+    return {"auth": {"token": token}}
+
+
+async def run_node(script: str, *args: str, limit_s: float = 20) -> str:
+    """What a script prints, run with the packages of `tests/npm`."""
+    process = await asyncio.create_subprocess_exec(
+        node(),
+        "-e",
+        script,
+        *args,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=await asyncio.to_thread(environment),
+    )
+    async with asyncio.timeout(limit_s):
+        out, err = await process.communicate()
+    assert process.returncode == 0, err.decode()
+    return out.decode()
