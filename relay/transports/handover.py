@@ -20,6 +20,7 @@ messages it has sent on them. A worker that died is noticed by that too.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import struct
@@ -51,6 +52,7 @@ _log = logging.getLogger(__name__)
 _PROBE_S = 5.0
 # An owner answers in the turn in which it gets the request; this is for a bus that lost one.
 _ANSWER_S = 10.0
+_LEAVE_S = 1.0
 # Kind, the link's number (the asker's) and the message's, from 1.
 _HEAD = struct.Struct("!BQI")
 _ENTRY = struct.Struct("!QI")
@@ -146,13 +148,15 @@ class Handover:
     async def closed(self) -> None:
         """At stop: clients whose session is elsewhere are asked to come again, on another worker.
 
-        Returns once none is left.
+        Returns once none is left, or after a second: an owner may have gone too.
         """
         self._leaving = asyncio.Event()
         for near in list(self._near.values()):
             near.leave()
         if self._near:
-            await self._leaving.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LEAVE_S):
+                    await self._leaving.wait()
 
     def _respond(self, request: web.Request, asked: Asked, near: NearEnd) -> web.StreamResponse:
         kind, payload = near.first

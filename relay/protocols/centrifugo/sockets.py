@@ -89,6 +89,7 @@ class Sockets:
         """See `relay.frontdoor.Mounted`. Who has not said who he is, is cut."""
         for connection in list(self.door.unauthenticated):
             connection.cut()
+        await self._sockjs.closed()
         if self._open:
             self._last_closed.clear()
             await self._last_closed.wait()
