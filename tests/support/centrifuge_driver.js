@@ -58,7 +58,7 @@ const orders = {
     client.subscriptions = {};
     client.on('connect', (context) => say(order.id, 'connect', context));
     client.on('disconnect', (context) => say(order.id, 'disconnect', context));
-    client.on('error', (error) => say(order.id, 'error', { error }));
+    client.on('error', (error) => say(order.id, 'failure', { error }));
     clients[order.id] = client;
   },
   connect: (order) => clients[order.id].connect(),

@@ -14,6 +14,8 @@ class Cutter:
         self._target = port
         self.port = 0
         self.cuts = 0
+        # While it is set, nobody comes in.
+        self.refuses = False
         self._open: dict[asyncio.WriteTransport, asyncio.WriteTransport] = {}
 
     def __len__(self) -> int:
@@ -28,6 +30,9 @@ class Cutter:
             self.cuts += 1
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.refuses:
+            writer.transport.abort()
+            return
         try:
             other_reader, other_writer = await asyncio.open_connection("127.0.0.1", self._target)
         except OSError:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from tests.support.centrifuge_js import JsClient, Node, running_node
+from tests.support.centrifuge_js import JsClient, Node, Said, running_node
+from tests.support.cutter import cutting
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server
 
@@ -90,3 +92,157 @@ async def test_messages_there_and_back(
     assert [each["data"] for each in (await ann.ask("history", name))["data"]] == list(
         range(11, 1, -1)
     )
+
+
+async def test_a_private_channel_is_signed_by_the_application(
+    node: Node, relay: RelayProcess, package: str
+) -> None:
+    ann = make(node, relay, package=package, channelInfo='{"role":"admin"}')
+    ann.tell("startAuthBatching")
+    ann.tell("subscribe", channel="$one")
+    ann.tell("subscribe", channel="$two")
+    ann.tell("stopAuthBatching")
+    await ann.connected()
+    assert {(await ann.next("subscribe"))["channel"] for _ in range(2)} == {"$one", "$two"}
+    asked = [set(said["channels"]) for said in ann.said if said["on"] == "auth"]
+    assert asked == [{"$one", "$two"}]
+    await ann.ask("publish", "$one", data=1)
+    assert (await ann.next("message"))["info"]["channel_info"] == {"role": "admin"}
+    eve = await make(node, relay, user="eve", package=package, refuseAuth=True).connected()
+    eve.tell("subscribe", channel="$one")
+    assert (await eve.next("error"))["error"] == 403
+
+
+async def test_who_comes_who_is_there_and_who_leaves(
+    node: Node, relay: RelayProcess, transport: str, package: str, channel: str
+) -> None:
+    name = channel.partition(":")[2]
+    ann = await make(node, relay, transport, package=package, user="ann").connected()
+    await ann.subscribed(name)
+    bob = await make(
+        node, relay, transport, package=package, user="bob", info='{"age":7}'
+    ).connected()
+    await bob.subscribed(name)
+    his, hers = bob.said[0]["client"], ann.said[0]["client"]
+    who = {"user": "bob", "client": his, "default_info": {"age": 7}}
+
+    async def bobs(kind: str) -> Said:
+        # Ann may be told of herself first.
+        while (said := await ann.next(kind))["data"]["user"] != "bob":
+            pass
+        return said
+
+    assert (await bobs("join"))["data"] == who
+    found = (await ann.ask("presence", name))["data"]
+    assert found == {his: who, hers: {"user": "ann", "client": hers}}
+    bob.tell("unsubscribe", channel=name)
+    assert (await bobs("leave"))["data"] == who
+    bob.tell("resubscribe", channel=name)
+    assert (await bobs("join"))["data"] == who
+    bob.tell("disconnect")
+    assert (await bobs("leave"))["data"] == who
+    assert list((await ann.ask("presence", name))["data"]) == [hers]
+
+
+async def test_commands_in_batches(
+    node: Node, relay: RelayProcess, transport: str, channel: str
+) -> None:
+    name = channel.partition(":")[2]
+    ann = await make(node, relay, transport).connected()
+    ann.tell("startBatching")
+    for number in range(10):
+        ann.tell("subscribe", channel=f"{name}-{number}")
+    ann.tell("ping")
+    ann.tell("stopBatching")
+    assert {(await ann.next("subscribe"))["channel"] for _ in range(10)} == {
+        f"{name}-{number}" for number in range(10)
+    }
+    ann.tell("startBatching")
+    for number in range(10):
+        ann.tell("publish", channel=f"{name}-{number}", data=number)
+    ann.tell("history", channel=f"{name}-3")
+    ann.tell("stopBatching")
+    for number in range(10):
+        assert (await ann.next("publish"))["answer"]["channel"] == f"{name}-{number}"
+    # What was published before it in the batch is history already.
+    assert [each["data"] for each in (await ann.next("history"))["answer"]["data"]] == [3]
+
+
+async def test_errors_reach_the_application(node: Node, relay: RelayProcess, package: str) -> None:
+    ann = await make(node, relay, package=package).connected()
+    ann.tell("subscribe", channel="nowhere:a")
+    refused = await ann.next("error")
+    assert (refused["error"], refused["advice"]) == ("namespace not found", "fix")
+    await ann.subscribed("open:a")
+    assert await ann.ask("publish", "open:a", data=1) == {
+        "error": "permission denied",
+        "advice": "fix",
+    }
+    assert await ann.ask("presence", "open:a") == {"error": "not available", "advice": "retry"}
+    eve = make(node, relay, options={"token": "f" * 64})
+    eve.tell("connect")
+    assert await eve.next("disconnect") == {
+        "on": "disconnect",
+        "reason": "invalid token",
+        "reconnect": False,
+    }
+
+
+async def test_a_client_that_was_cut_gets_what_it_missed(
+    node: Node, relay: RelayProcess, transport: str, package: str, channel: str
+) -> None:
+    name = channel.partition(":")[2]
+    async with cutting(relay.port) as cutter:
+        scheme, path = (
+            ("ws", "/connection/websocket") if transport == "raw" else ("http", "/connection")
+        )
+        ann = node.client(
+            f"{scheme}://127.0.0.1:{cutter.port}{path}",
+            transports=TRANSPORTS[transport],
+            package=package,
+        )
+        await ann.connected()
+        assert (await ann.subscribed(name))["recovered"] is False
+        # Nothing missed while there was no history, something, nothing again, something again.
+        number = 0
+        for missed in (0, 3, 0, 2):
+            cutter.refuses = True
+            while len(cutter):
+                cutter.cut(0)
+            for _ in range(missed):
+                relay.xadd(name, data=str(number + 1))
+                number += 1
+            cutter.refuses = False
+            assert (await ann.next("subscribe"))["recovered"] is True
+            relay.xadd(name, data=str(number + 1))
+            number += 1
+            for expected in range(number - missed, number + 1):
+                assert (await ann.next("message"))["data"] == expected
+        assert len([said for said in ann.said if said["on"] == "message"]) == number
+
+
+async def test_a_token_is_refreshed_before_it_ends(
+    node: Node, valkey: Server, package: str
+) -> None:
+    settings = ["connection_lifetime=2", "expired_connection_close_delay=1", f"secret={SECRET}"]
+    process = RelayProcess(valkey, settings=[f"protocol:centrifugo.{each}" for each in settings])
+    await asyncio.to_thread(process.start)
+    try:
+        ann = await make(node, process, package=package).connected()
+        await ann.subscribed("news")
+        await ann.next("refresh")
+        await ann.next("refresh")
+        assert not [said for said in ann.said if said["on"] == "disconnect"]
+        process.xadd("news", data="1")
+        assert (await ann.next("message"))["data"] == 1
+        # Too old a token is no error: the client asks the application for another and comes again.
+        bob = make(node, process, package=package, older=-100)
+        bob.tell("connect")
+        await bob.next("refresh")
+        await bob.next("connect")
+        # Who never brings a new one is closed, and may come again.
+        eve = make(node, process, package=package, options={"refreshAttempts": 0, "retry": 20000})
+        await eve.connected()
+        assert (await eve.next("disconnect"))["reason"] in ("expired", "refresh failed")
+    finally:
+        process.kill()
