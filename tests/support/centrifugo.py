@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -242,9 +242,17 @@ class Context:
         self.hub.subscribe(session, channel, asked)
 
     def publish(
-        self, channel: Channel, data: bytes, *, client: str | None = None, info: bytes | None = None
+        self,
+        channel: Channel,
+        data: bytes,
+        *,
+        client: str | None = None,
+        uid: str | None = None,
+        type: str | None = None,
+        to: Iterable[str] | None = None,
+        info: bytes | None = None,
     ) -> asyncio.Future[EntryID]:
-        fields = entry.encode(data, client=client, info=info)
+        fields = entry.encode(data, client=client, uid=uid, type=type, to=to, info=info)
         done: asyncio.Future[EntryID] = asyncio.get_running_loop().create_future()
         if self.refusing is not None:
             done.set_exception(self.refusing)
