@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from producers import commands
 from relay.errors import RedisUnavailable
 from relay.settings import QueueSettings
-from relay.stream import dead_letters, entry
+from relay.stream import control, dead_letters, entry
 from relay.stream.append import UID_BYTES
 from relay.stream.connect import CommandRefused, discover
 from relay.stream.link import Link
@@ -48,6 +48,11 @@ _POLL_S = 0.1
 _BATCH_BYTES = 1 << 20
 _BACKOFF_S = (0.1, 2.0)
 
+# Their commands concern the clients of this door alone.
+_DOOR = "centrifugo"
+# v1 takes these from a queue too, and nobody is there for the answer.
+_QUESTIONS = ("presence", "history", "channels", "stats", "node")
+
 # What one command means: the entries to append. Invalid where it cannot be carried out.
 Handler = Callable[[commands.Command, int], list[Operation]]
 
@@ -71,6 +76,9 @@ class Dispatcher:
         self._handlers: dict[str, Handler] = {
             "publish": self._publish,
             "broadcast": self._broadcast,
+            "unsubscribe": self._unsubscribe,
+            "disconnect": self._disconnect,
+            **dict.fromkeys(_QUESTIONS, _nothing),
             **(handlers or {}),
         }
 
@@ -121,6 +129,33 @@ class Dispatcher:
         # Unlike v1, which stops half way: in the queue a command is applied whole or not at all.
         wanted = [broadcast.publication(name) for name in broadcast.channels]
         return [self.operation(each, index) for each in wanted]
+
+    def _unsubscribe(self, command: commands.Command, index: int) -> list[Operation]:
+        given = commands.fields(command.params, strings=("channel", "user"))
+        name = given.get("channel")
+        channel = commands.checked_channel(name) if name else None
+        return [
+            self._control(
+                control.Unsubscribe(user=_user(given), channel=channel, door=_DOOR), index
+            )
+        ]
+
+    def _disconnect(self, command: commands.Command, index: int) -> list[Operation]:
+        given = commands.fields(command.params, strings=("user",))
+        return [self._control(control.Disconnect(user=_user(given), door=_DOOR), index)]
+
+    def _control(self, command: control.ControlCommand, index: int) -> Operation:
+        return Operation(self._keys.control, control.encode(command), index, control.KEEP)
+
+
+def _nothing(_command: commands.Command, _index: int) -> list[Operation]:
+    return []
+
+
+def _user(given: Mapping[str, str]) -> str:
+    if not given.get("user"):
+        raise commands.Invalid("without user")
+    return given["user"]
 
 
 class _Shard:

@@ -13,8 +13,9 @@ import pytest
 from redis.asyncio import Redis
 
 from producers.api_queue import QueueProducer
-from relay.model import Channel
+from relay.model import Channel, EntryID
 from relay.settings import NamespaceSettings, PublishSettings, QueueSettings
+from relay.stream import control
 from relay.stream.connect import command, discover
 from relay.stream.keys import Keys
 from relay.stream.link import Link
@@ -134,6 +135,8 @@ async def test_broken_ones_are_dead_letters_and_the_next_ones_flow(
         "nonsense": "not JSON",
         "[]": "not an object",
         '{"method":"sing"}': "unknown method 'sing'",
+        '{"method":"disconnect","params":{"user":""}}': "without user",
+        '{"method":"unsubscribe","params":{"user":"u","channel":"axr:r"}}': "namespace not found",
         '{"method":"publish"}': "no params",
         publish("1", "seafile:r"): "namespace not found",
         publish("1", "a b"): "a channel is 1 to 255 characters without white space, '{' or '}'",
@@ -157,6 +160,34 @@ async def test_broken_ones_are_dead_letters_and_the_next_ones_flow(
     assert await data_of(admin, keys) == [b"1"] * len(broken) + [b"2"]
     assert taken.broken == len(broken) + 1
     assert not await admin.exists(keys.stream(Channel("c")))
+
+
+async def test_what_concerns_clients_goes_to_all_workers_and_questions_to_nobody(
+    server: Server, admin: Redis, keys: Keys
+) -> None:
+    taken = Taken()
+    questions = ("presence", "history", "channels", "stats", "node")
+    items = [
+        '{"method":"unsubscribe","params":{"user":"anna","channel":"news"}}',
+        '{"method":"unsubscribe","params":{"user":"anna"}}',
+        '{"method":"disconnect","params":{"user":"bob"}}',
+        *(f'{{"method":"{each}","params":{{"channel":"news"}}}}' for each in questions),
+    ]
+    async with taking(server, keys, taken):
+        await admin.rpush(QUEUE, *items)
+        await taken.until(len(items))
+    found = [control.decode(EntryID(1, 1), [*fields]) for fields in await raw(admin, keys.control)]
+    assert found == [
+        control.Unsubscribe(user="anna", channel=NEWS, door="centrifugo"),
+        control.Unsubscribe(user="anna", door="centrifugo"),
+        control.Disconnect(user="bob", door="centrifugo"),
+    ]
+    assert not await admin.exists(keys.dead_letters, QUEUE)
+
+
+async def raw(admin: Redis, key: bytes) -> list[list[bytes]]:
+    found = await entries(admin, key)
+    return [[part for pair in fields.items() for part in pair] for fields in found]
 
 
 async def test_a_uid_is_appended_once(server: Server, admin: Redis, keys: Keys) -> None:

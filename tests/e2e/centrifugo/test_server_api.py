@@ -273,6 +273,31 @@ async def test_commands_act_on_all_workers_and_hosts(valkey: Server) -> None:
             host.kill()
 
 
+async def test_the_queue_unsubscribes_and_disconnects_too(valkey: Server) -> None:
+    queue = ["producer:queue.enabled=true", "producer:queue.name=centrifugo.api.e2e"]
+    relay = RelayProcess(valkey, settings=[*RULES, *queue], flags=["--workers", "2"])
+    await asyncio.to_thread(relay.start)
+    try:
+        async with centrifugo(relay.url) as site:
+            clients = [await site.client("anna") for _ in range(12)]
+            for each in clients:
+                await each.subscribe("bare:q")
+            command = '{"method":"unsubscribe","params":{"user":"anna","channel":"bare:q"}}'
+            redis(valkey, "RPUSH", "centrifugo.api.e2e", command)
+            for each in clients:
+                assert (await each.push("unsubscribe"))["channel"] == "bare:q"
+            redis(
+                valkey,
+                "RPUSH",
+                "centrifugo.api.e2e",
+                '{"method":"disconnect","params":{"user":"anna"}}',
+            )
+            for each in clients:
+                assert (await each.until_closed())[0] == 3000
+    finally:
+        relay.kill()
+
+
 async def test_its_own_port_and_no_signature_where_the_settings_say_so(valkey: Server) -> None:
     port = free_port()
     more = [f"protocol:centrifugo.{each}" for each in ("insecure_api=true", f"api_port={port}")]
