@@ -14,7 +14,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,7 @@ from relay.pipeline import Admission, Incoming
 from relay.rights.http import HttpRights
 from relay.rights.policy import Policy
 from relay.rights.token import TokenReader
-from relay.server import Server, main_port
+from relay.server import Server, node_name
 from relay.siblings import BEAT_S
 from relay.site import Site
 from relay.stream import revoke as revocations
@@ -125,8 +124,7 @@ class Relay:
         self, redis: RedisSettings, client: Redis, http: aiohttp.ClientSession
     ) -> None:
         config, metrics = self._config, self._metrics
-        known_by = main_port(config.server, config.doors.values())
-        node = config.node.name or f"{socket.gethostname()}_{known_by}"
+        node = node_name(config)
         if self._worker:
             node = f"{node}-{self._worker.number}"
         instance = new_instance(node)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 import ssl
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ from relay.transports.listener import GuardedSite
 from relay.transports.precedence import in_order
 
 if TYPE_CHECKING:
+    from relay.config import Config
     from relay.frontdoor import Mounted
     from relay.metrics import Metrics
     from relay.settings import MetricsSettings, Section, ServerSettings
@@ -174,9 +176,13 @@ def addresses(settings: ServerSettings, doors: Iterable[Section]) -> list[tuple[
     return [(settings.host, settings.port), *(each for each in own if each[1])]
 
 
-def main_port(settings: ServerSettings, doors: Iterable[Section]) -> int:
-    """The port by which a relay is known: the shared listener's, else the first door's own."""
-    return next((port for _, port in addresses(settings, doors) if port), 0)
+def node_name(config: Config, port: int = 0) -> str:
+    """By which a relay is known: [node] name, else hostname_port.
+
+    The port is the shared listener's, else the first door's own; `port` where all are free ones.
+    """
+    ports = (number for _, number in addresses(config.server, config.doors.values()) if number)
+    return config.node.name or f"{socket.gethostname()}_{next(ports, port)}"
 
 
 def listen_error(host: str, port: int, exc: OSError) -> str:

@@ -30,7 +30,7 @@ from relay import logs
 from relay.embedded import EmbeddedValkey
 from relay.errors import RelayError, StartError
 from relay.pid_file import pid_file
-from relay.server import addresses, listen_error
+from relay.server import addresses, listen_error, node_name
 from relay.siblings import ERROR, READY, Siblings, Worker, shared_memory
 
 if TYPE_CHECKING:
@@ -159,11 +159,14 @@ class Supervisor:
         inbox = self._pairs[number - 1][0].fileno()
         outboxes = [pair[1].fileno() for pair in self._pairs]
         worker = Worker.argument(number, self._memory, inbox, outboxes)
+        # Here, where a port of 0 is still known as one: the name shall outlive a restart.
+        name = ["--set", f"node.name={node_name(self._config, self._port)}"]
         return await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "relay",
             *self._arguments,
+            *name,
             "--shared-port",
             str(self._port),
             "--worker",

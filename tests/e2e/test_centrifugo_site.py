@@ -135,6 +135,9 @@ def test_several_workers_share_the_file_s_port(valkey: Server, folder: Path) -> 
         for n in range(20):
             assert publish(f"http://127.0.0.1:{port}", "workers", n) == (200, OK)
         assert fetch(f"{running.shared}/readyz")[0] == 200
+        # Upstream's hostname_port, though the shared listener's port is any free one.
+        nodes = valkey.client("admin").keys(f"relay:node:{socket.gethostname()}_{port}-*")
+        assert len(nodes) == 2
         (folder / "config.json").write_text('{"secret": "second"}')
         running.send(signal.SIGHUP)
         running.said("reloaded", times=2)
