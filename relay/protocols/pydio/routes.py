@@ -20,9 +20,10 @@ from relay.errors import (
 from relay.frontdoor import Listener
 from relay.protocols.pydio import codec
 from relay.protocols.pydio.accounts import Account, Accounts
-from relay.protocols.pydio.browser import GOING_AWAY, Browser, Surroundings
+from relay.protocols.pydio.browser import GOING_AWAY, Browser
 from relay.protocols.pydio.outbound import Outbound
 from relay.protocols.pydio.private import ADMIN_KEY, PrivateChannel
+from relay.protocols.pydio.registration import Surroundings
 from relay.protocols.pydio.server import Credentials, PydioServer, chosen_cookies
 from relay.protocols.pydio.settings import PydioSettings
 from relay.transports import websocket
