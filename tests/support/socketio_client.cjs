@@ -1,7 +1,7 @@
 // Socket.IO clients of npm, driven line by line: commands come in, what happens goes out, as JSON.
 //
 //   {"open": NAME, "package": "socket.io-client-2", "url": ..., "options": {...}}
-//   {"do": NAME, "what": "emit" | "ack" | "cut" | "close" | "connect", "args": [...]}
+//   {"do": NAME, "what": "emit" | "ask" | "cut" | "close" | "connect", "args": [...]}
 "use strict";
 
 const lines = require("node:readline").createInterface({ input: process.stdin });
@@ -56,6 +56,9 @@ lines.on("line", (line) => {
   switch (command.what) {
     case "emit":
       socket.emit(...args);
+      break;
+    case "ask":
+      socket.emit(...args, (...answer) => say(command.do, "answer", { args: plain(answer) }));
       break;
     case "cut": {
       // As a lost network: the engine learns of it by its transport, and says no goodbye.

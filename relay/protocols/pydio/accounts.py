@@ -20,8 +20,9 @@ from relay.errors import Unauthorized, Unavailable
 from relay.model import Channel, Principal
 
 if TYPE_CHECKING:
+    from relay.protocols.pydio.credentials import Credentials
     from relay.protocols.pydio.identity import Identity
-    from relay.protocols.pydio.server import Credentials, PydioServer
+    from relay.protocols.pydio.server import PydioServer
     from relay.protocols.pydio.settings import PydioSettings
 
 _log = logging.getLogger(__name__)

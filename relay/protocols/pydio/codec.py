@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from producers.private_channel import PATHS, workspace
+from producers.private_channel import PATHS
 from relay.hub.encoding import frame
 from relay.hub.recovery import Notice
 from relay.model import Channel, Event, Position
@@ -93,13 +93,16 @@ class Masked(Verbatim):
     """
 
     def __init__(self, repositories: frozenset[str]) -> None:
-        self._channels = frozenset(workspace(repository) for repository in repositories)
+        self._repositories = repositories
 
     def event(self, event: Event) -> bytes:
         """See `relay.hub.encoding.Encoder`."""
-        if PATHS in event.extra and event.channel in self._channels:
-            return _RELOAD
-        return frame(VERBATIM, event)
+        return _RELOAD if hides(event, self._repositories) else frame(VERBATIM, event)
+
+
+def hides(event: Event, masked: frozenset[str]) -> bool:
+    """Whether an event may name what a user with masks on these workspaces must not see."""
+    return PATHS in event.extra and event.channel.partition(":")[2] in masked
 
 
 _masked: WeakValueDictionary[frozenset[str], Masked] = WeakValueDictionary()

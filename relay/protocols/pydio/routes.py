@@ -21,10 +21,12 @@ from relay.frontdoor import Listener
 from relay.protocols.pydio import codec
 from relay.protocols.pydio.accounts import Account, Accounts
 from relay.protocols.pydio.browser import GOING_AWAY, Browser
+from relay.protocols.pydio.credentials import Reader
+from relay.protocols.pydio.npm.kind import NpmKind
 from relay.protocols.pydio.outbound import Outbound
 from relay.protocols.pydio.private import ADMIN_KEY, PrivateChannel
 from relay.protocols.pydio.registration import Surroundings
-from relay.protocols.pydio.server import Credentials, PydioServer, chosen_cookies
+from relay.protocols.pydio.server import PydioServer
 from relay.protocols.pydio.settings import PydioSettings
 from relay.transports import websocket
 from relay.transports.heartbeat import Heartbeat
@@ -69,6 +71,14 @@ class MountedPydio:
             ask_again=self._ask_again,
             loop=loop,
         )
+        self._npm = NpmKind(
+            context,
+            settings,
+            self._accounts,
+            self._around,
+            reader=lambda: self._reader,
+            on_count=self._count,
+        )
         private = _routes(settings.private_path, self._private.handle)
         if settings.private_port:
             self.routes = _routes(settings.public_path, self._public)
@@ -85,6 +95,12 @@ class MountedPydio:
             if settings.private_path != settings.public_path:
                 self.routes += private
             self.listeners = []
+        # Socket.IO clients put a slash behind their path.
+        slash = f"{settings.public_path}/"
+        self.routes += [
+            web.options(settings.public_path, self._npm.endpoint.handle),
+            *(web.route(method, slash, self._npm_only) for method in ("GET", "POST", "OPTIONS")),
+        ]
         self._open = 0
         self._last_closed = asyncio.Event()
         self.reload(settings)
@@ -98,7 +114,8 @@ class MountedPydio:
         connections keep their pace."""
         self._settings = settings
         self.drain_s = settings.drain_s
-        self._origins = settings.origins()
+        self._reader = Reader(settings)
+        self._npm.reload(settings)
         self._private.reload(settings)
         self._accounts.reload(settings)
         self._heartbeat = Heartbeat(
@@ -111,19 +128,27 @@ class MountedPydio:
     async def closed(self) -> None:
         """See `relay.frontdoor.Mounted`; what PHP has sent is in its streams by then."""
         await self._outbound.settled()
+        await self._npm.closed()
         if self._open:
             self._last_closed.clear()
             await self._last_closed.wait()
 
     async def _either(self, request: web.Request) -> web.StreamResponse:
         # 6.4.2 has one path: only the header tells PHP from a browser.
-        if ADMIN_KEY in request.headers:
+        if ADMIN_KEY in request.headers and "EIO" not in request.query:
             return await self._private.handle(request)
         return await self._public(request)
 
     # ---- the public channel -----------------------------------------------------------------
 
+    async def _npm_only(self, request: web.Request) -> web.StreamResponse:
+        if "EIO" not in request.query:
+            raise web.HTTPNotFound
+        return await self._npm.endpoint.handle(request)
+
     async def _public(self, request: web.Request) -> web.StreamResponse:
+        if "EIO" in request.query:
+            return await self._npm.endpoint.handle(request)
         try:
             return await self._admit(request)
         except (ClientError, Unavailable) as exc:
@@ -137,7 +162,7 @@ class MountedPydio:
         if not self._settings.auth_url:
             raise Unavailable("[protocol:pydio] auth_url is empty: nobody can be identified")
         context = self._context
-        account = await self._accounts.enter(self._credentials(request))
+        account = await self._accounts.enter(self._reader.read(request.headers, request.query))
         browser = Browser(account, self._around)
         encoder = codec.encoder_for(account.identity.masked)
         session = await context.open(account.principal, encoder, browser)
@@ -170,23 +195,6 @@ class MountedPydio:
         browser.attached(socket)
         context.hub.flush_soon()
         return response
-
-    def _credentials(self, request: web.Request) -> Credentials:
-        """What the request brings; Unauthorized without any, Forbidden where a foreign page has
-        made the browser bring its cookies."""
-        query = request.query
-        token = Credentials(token=query.get("auth_token", ""), hash=query.get("auth_hash", ""))
-        if token:
-            return token
-        header = "; ".join(request.headers.getall("Cookie", ()))
-        cookies = Credentials(cookies=chosen_cookies(header, self._settings.cookies))
-        if not cookies:
-            raise Unauthorized("log in to Pydio first")
-        origin = request.headers.get("Origin", "").lower()
-        own = (f"http://{request.host}".lower(), f"https://{request.host}".lower())
-        if origin not in self._origins and origin not in own:
-            raise Forbidden("this Origin is not allowed")
-        return cookies
 
     def _ask_again(self, account: Account, then: Callable[[], None]) -> None:
         async def ask() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
 import aiohttp
@@ -17,8 +16,9 @@ from yarl import URL
 from relay import __version__
 from relay.errors import Unauthorized, Unavailable
 from relay.protocols.pydio import identity
+from relay.protocols.pydio.credentials import Credentials
 from relay.protocols.pydio.identity import Identity, Unclear
-from relay.protocols.pydio.settings import PydioSettings, split
+from relay.protocols.pydio.settings import PydioSettings
 
 _log = logging.getLogger(__name__)
 
@@ -26,25 +26,6 @@ CONCURRENT = 32
 # Waiting for one's turn has a limit too, or a storm of pages on a dead Pydio would hang.
 _TURN_TIMEOUTS = 4
 _LIMIT_ANSWER_BYTES = 4 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """What a browser brings: Pydio's cookies as it sent them, or the token and hash of 6.5 to 8."""
-
-    cookies: str = field(default="", repr=False)
-    token: str = field(default="", repr=False)
-    hash: str = field(default="", repr=False)
-
-    def __bool__(self) -> bool:
-        return bool(self.cookies or (self.token and self.hash))
-
-
-def chosen_cookies(header: str, beginnings: str) -> str:
-    """Of a Cookie header the pairs whose names begin so, unchanged."""
-    starts = tuple(split(beginnings))
-    pairs = (pair.strip() for pair in header.split(";"))
-    return "; ".join(pair for pair in pairs if starts and "=" in pair and pair.startswith(starts))
 
 
 class _Asking:

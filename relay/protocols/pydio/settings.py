@@ -34,6 +34,8 @@ class PydioSettings(Section):
     auth_cache_s: float = Field(10.0, ge=0, le=3600, description="seconds in which the same cookies are not asked about again")
     recheck_s: float = Field(60.0, ge=1, le=86400, description="seconds after which Pydio is asked again about who is connected; a right that is lost ends with it")
     hold_s: float = Field(600.0, ge=1, le=86400, description="seconds since Pydio's last answer that a browser stays while Pydio gives none")
+    npm_namespace: str = Field("/", min_length=1, max_length=100, pattern=r"^/[^\s,?#]*$", description="the Socket.IO namespace of the npm kind, whose path is public_path")
+    npm_recovery_s: float = Field(120.0, ge=0, le=86400, description="seconds within which a Socket.IO 4 client that lost its connection gets what it missed, whichever worker it comes back to; 0: never")
     heartbeat_s: float = Field(25.0, ge=1, le=3600, description="seconds between pings to a browser; proxies close what is silent for 30 or 60")
     pong_timeout_s: float = Field(10.0, ge=1, le=3600, description="seconds a browser may leave a ping without an answer before it is closed")
     drain_s: float = Field(30.0, ge=0, le=300, description="seconds that a stop leaves Pydio's browsers connected, for they do not come back until their page is loaded again")

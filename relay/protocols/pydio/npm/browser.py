@@ -1,0 +1,146 @@
+"""The Socket.IO side of a registration: acknowledgements, and the place that is kept."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from producers.private_channel import EVERYBODY, workspace
+from relay.errors import RelayError, Unavailable
+from relay.hub import cursor
+from relay.protocols.pydio import codec
+from relay.protocols.pydio.npm.sessions import Record
+from relay.protocols.pydio.registration import Registration
+
+if TYPE_CHECKING:
+    from relay.hub.recovery import Notice
+    from relay.hub.session import Subscription
+    from relay.model import Channel, Position
+    from relay.protocols.pydio.accounts import Account
+    from relay.protocols.pydio.npm.client import NpmClient
+    from relay.protocols.pydio.npm.encoders import NpmEncoder
+    from relay.protocols.pydio.registration import Surroundings
+    from relay.transports.socketio.connection import Acknowledge
+
+
+class NpmBrowser(Registration):
+    """The Socket.IO side of a registration."""
+
+    __slots__ = ("_admitted", "_awaited", "_client", "_expected", "_positions", "_start")
+
+    def __init__(self, account: Account, around: Surroundings, client: NpmClient) -> None:
+        super().__init__(account, around)
+        self._client = client
+        self._awaited: tuple[str, Acknowledge] | None = None
+        self._admitted: asyncio.Future[None] = around.loop.create_future()
+        self._expected: set[Channel] = set()
+        self._start: dict[Channel, bytes] = {}
+
+    async def enter(self, repository: str | None, positions: Mapping[Channel, Position]) -> None:
+        """Follow what is for everybody, and where it was before; returns when both stand."""
+        self.repository = repository
+        self._expected = set(channels_of(repository))
+        for channel in channels_of(repository):
+            self.join(channel, positions.get(channel))
+        await self._admitted
+
+    def asks(self, repository: str | None, acknowledge: Acknowledge | None) -> None:
+        """The client wants to be in this workspace, or in none."""
+        if self._awaited is not None:
+            self._awaited[1]({"ok": False})
+        self._awaited = None
+        if repository is None:
+            self.unregister()
+            if acknowledge is not None:
+                acknowledge({"ok": True})
+            return
+        if acknowledge is not None:
+            self._awaited = (repository, acknowledge)
+        self.register(repository)
+
+    def gone(self) -> None:
+        """The connection is over, or the session is another's."""
+        self.account.members.discard(self)
+        if not self._admitted.done():
+            self._admitted.set_exception(Unavailable("the client has gone"))
+            # Nobody may be waiting yet.
+            self._admitted.exception()
+
+    def record(self) -> Record:
+        """What another worker needs to go on."""
+        return Record(
+            sid=self._client.sid,
+            user=self.account.identity.user,
+            instance=self._client.kind.context.bus.instance,
+            repository=self.repository,
+            start=cursor.join(self._start.values()).decode(),
+        )
+
+    # ---- see `Registration` -----------------------------------------------------------------
+
+    def encoder(self, masked: frozenset[str]) -> NpmEncoder:
+        """See `Registration`."""
+        return self._client.kind.encoders.get(self._client.connection.version, masked)
+
+    def say(self, content: bytes) -> None:
+        """See `Registration`."""
+        session = self.session
+        if session is not None:
+            encoder = self.encoder(self.account.identity.masked)
+            session.reply(encoder.content(content, session.subscriptions))
+
+    def shut_out(self, reason: str) -> None:
+        """See `Registration`."""
+        del reason
+        self._client.put_out()
+
+    def disconnect(self, reason: str) -> None:
+        """See `Registration`."""
+        if reason == "stopping":
+            self._client.stop()
+        else:
+            self._client.put_out()
+
+    def noticed(self, subscription: Subscription, notice: Notice) -> None:
+        """See `relay.hub.session.Client`; with the client's own cursor."""
+        del subscription
+        self.say(codec.content_of(notice))
+
+    def decided(self, repository: str, *, granted: bool) -> None:
+        """See `Registration`."""
+        if self._awaited is not None and self._awaited[0] == repository:
+            awaited, self._awaited = self._awaited, None
+            awaited[1]({"ok": granted})
+
+    def subscribed(self, subscription: Subscription) -> None:
+        """See `relay.hub.session.Client`."""
+        channel = subscription.feed.channel
+        self._start[channel] = cursor.part(channel, subscription.position)
+        super().subscribed(subscription)
+        self._stands(channel)
+
+    def refused(self, channel: Channel, error: RelayError) -> None:
+        """See `relay.hub.session.Client`."""
+        if isinstance(error, Unavailable) and not self._admitted.done():
+            # It comes back by itself; nothing is promised before it is in.
+            self._admitted.set_exception(error)
+            return
+        super().refused(channel, error)
+        self._stands(channel)
+
+    def settled(self) -> None:
+        """See `Registration`."""
+        wanted = set(channels_of(self.repository))
+        self._start = {name: part for name, part in self._start.items() if name in wanted}
+        self._client.kind.sessions.changed(self._client.pid)
+
+    def _stands(self, channel: Channel) -> None:
+        self._expected.discard(channel)
+        if not self._expected and not self._admitted.done():
+            self._admitted.set_result(None)
+
+
+def channels_of(repository: str | None) -> list[Channel]:
+    """What somebody in this workspace follows."""
+    return [EVERYBODY] if repository is None else [EVERYBODY, workspace(repository)]

@@ -1,0 +1,213 @@
+"""One npm client's connection: who it is, its namespace, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from relay.errors import ClientError, RelayError, Unauthorized, Unavailable
+from relay.protocols.pydio.npm.browser import NpmBrowser, channels_of
+from relay.protocols.pydio.npm.sessions import Record, new_pid
+from relay.transports.socketio.connection import Acknowledge, Connection
+
+if TYPE_CHECKING:
+    from relay.hub.session import Session
+    from relay.model import Channel, Position
+    from relay.protocols.pydio.accounts import Account
+    from relay.protocols.pydio.npm.kind import NpmKind
+    from relay.transports.engineio.engine import Engine
+    from relay.transports.exchange import Asked
+
+_CONNECT_S = 45.0
+_ADMISSION_S = 10.0
+_GOODBYE_S = 1.0
+
+
+class NpmClient:
+    """One connection; see `relay.transports.socketio.connection.Handler`."""
+
+    def __init__(self, kind: NpmKind, engine: Engine, asked: Asked) -> None:
+        self.kind = kind
+        self.engine = engine
+        self.connection = Connection(engine, self)
+        self.pid = ""
+        self.sid = ""
+        self._asked = asked
+        self._browser: NpmBrowser | None = None
+        engine.on_message = self.connection.on_message
+        engine.on_closed = self.connection.on_closed
+        loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = loop.call_later(_CONNECT_S, engine.close)
+
+    # ---- from the client --------------------------------------------------------------------
+
+    def connecting(self, namespace: str, auth: Mapping[str, Any], query: str) -> None:
+        """Pydio says who it is; nothing is told before."""
+        del query
+        if namespace == self.kind.namespace:
+            self.kind.spawn(self._join(dict(auth)), "pydio join")
+        elif namespace == "/" and self.connection.version == 3:
+            # Every 2.x client has it, unasked; it opens nothing.
+            self.connection.accept("/", self.engine.sid)
+        else:
+            self.connection.refuse(namespace, "Invalid namespace")
+
+    def event(
+        self, namespace: str, name: str, args: list[Any], acknowledge: Acknowledge | None
+    ) -> None:
+        """`register` and `unregister`; any other is ignored."""
+        browser = self._browser
+        if namespace != self.kind.namespace or browser is None or not browser.alive:
+            return
+        if not browser.within_rate():
+            self.put_out()
+        elif name == "register":
+            repository = args[0] if args else None
+            if isinstance(repository, int) and not isinstance(repository, bool):
+                repository = str(repository)
+            if isinstance(repository, str):
+                browser.asks(repository, acknowledge)
+            elif acknowledge is not None:
+                acknowledge({"ok": False})
+        elif name == "unregister":
+            browser.asks(None, acknowledge)
+
+    def left(self, namespace: str) -> None:
+        """The client leaves: it does not want anything back."""
+        if namespace == self.kind.namespace:
+            self._forget()
+            self.end()
+            self.engine.close()
+
+    def closed(self, reason: str) -> None:
+        """The connection is gone."""
+        del reason
+        self._stop_timer()
+        self.end()
+        self.kind.gone(self)
+
+    # ---- joining ----------------------------------------------------------------------------
+
+    async def _join(self, auth: dict[str, Any]) -> None:
+        kind = self.kind
+        try:
+            asked = self._asked
+            credentials = kind.reader().read(asked.headers, asked.query, auth)
+            account = await kind.accounts.enter(credentials)
+            await self._enter(account, auth)
+        except RelayError as exc:
+            self.end()
+            self._refuse(exc)
+
+    async def _enter(self, account: Account, auth: dict[str, Any]) -> None:
+        kind, connection = self.kind, self.connection
+        if self.engine.closing:
+            raise Unavailable("the client has gone")
+        user = account.identity.user
+        kept = await kind.sessions.find(auth, user) if connection.version == 4 else None
+        browser = self._browser = NpmBrowser(account, kind.around, self)
+        encoder = browser.encoder(account.identity.masked)
+        session = await kind.context.open(account.principal, encoder, browser)
+        if self._browser is not browser:
+            session.end()
+            raise Unavailable("the client has gone")
+        browser.session = session
+        account.members.add(browser)
+        if not account.valid:
+            raise Unauthorized("Pydio knows nobody by this any more")
+        record: Record | None = None
+        positions: dict[Channel, Position] = {}
+        if kept is not None:
+            record = kept[1]
+            if record.repository is not None and not account.may_read(record.repository):
+                record = None
+            else:
+                found = record.positions(auth, channels_of(record.repository))
+                positions, record = (found, record) if found is not None else ({}, None)
+        if record is not None and kept is not None:
+            kind.supersede(kept[0])
+            self.pid, self.sid = kept[0], record.sid
+        else:
+            self.sid = secrets.token_urlsafe(15)
+        try:
+            async with asyncio.timeout(_ADMISSION_S):
+                await browser.enter(record.repository if record else None, positions)
+        except TimeoutError:
+            raise Unavailable("streams cannot be read now") from None
+        await self._begin(session, browser, record)
+
+    async def _begin(self, session: Session, browser: NpmBrowser, record: Record | None) -> None:
+        kind, connection = self.kind, self.connection
+        if record is None and connection.version == 4:
+            self.pid = new_pid()
+        if self.pid and not await kind.sessions.begin(self.pid, browser.record):
+            self.pid = ""
+        if self.engine.closing or session.closed or not connection.wants(kind.namespace):
+            raise Unavailable("the client has gone")
+        self._stop_timer()
+        connection.out = session.reply
+        connection.accept(kind.namespace, self.sid, **({"pid": self.pid} if self.pid else {}))
+        self.engine.on_full, self.engine.on_drained = session.pause, session.resume
+        kind.joined(self, record)
+        session.attach(self.engine)
+        if self.engine.full:
+            session.pause()
+
+    def _refuse(self, error: RelayError) -> None:
+        if self.engine.closing:
+            return
+        kind, connection = self.kind, self.connection
+        if not isinstance(error, ClientError):
+            # What is over soon is no refusal: after one a client would not try again.
+            self.engine.close()
+            return
+        kind.around.refused(error.code)
+        connection.refuse(kind.namespace, str(error), {"code": error.code})
+        connection.put_out(kind.namespace)
+        self._close_soon()
+
+    # ---- ending -----------------------------------------------------------------------------
+
+    def put_out(self) -> None:
+        """The client is told that the server has ended it, and stays away."""
+        self._forget()
+        browser = self._browser
+        if browser is not None and browser.alive:
+            self.connection.leave(self.kind.namespace)
+        self.end()
+        self._close_soon()
+
+    def stop(self) -> None:
+        """The client shall come back, to another worker."""
+        self.end()
+        self.engine.close()
+
+    def end(self) -> None:
+        """It leaves the hub, its last words said."""
+        browser, self._browser = self._browser, None
+        if browser is None:
+            return
+        browser.gone()
+        session = browser.session
+        if session is not None and not session.closed:
+            session.write_out()
+            session.end()
+        self.connection.out = self.engine.write
+
+    def _forget(self) -> None:
+        pid, self.pid = self.pid, ""
+        if pid:
+            self.kind.spawn(self.kind.sessions.forget(pid), "pydio session")
+
+    def _close_soon(self) -> None:
+        # A 4.x client reads packets a turn later than their transport's end, which would hide
+        # them; it closes by itself, and who does not is closed.
+        self._stop_timer()
+        self._timer = asyncio.get_running_loop().call_later(_GOODBYE_S, self.engine.close)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

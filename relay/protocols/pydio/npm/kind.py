@@ -1,0 +1,124 @@
+"""All npm clients of this worker: connections, sessions that are kept, and who has which.
+
+The wire of Pydio's own npm server was never published, so this is ours (README.md): `register` and
+`unregister` with the workspace, answered where the client asks for an acknowledgement, and
+`message` with the content. A client of 4.6 or later that was cut off gets what it missed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from relay.protocols.pydio.npm.client import NpmClient
+from relay.protocols.pydio.npm.encoders import Encoders
+from relay.protocols.pydio.npm.sessions import Record, Sessions
+from relay.transports.engineio.endpoint import Endpoint, Timing
+
+if TYPE_CHECKING:
+    from relay.frontdoor import DoorContext
+    from relay.protocols.pydio.accounts import Accounts
+    from relay.protocols.pydio.credentials import Reader
+    from relay.protocols.pydio.registration import Surroundings
+    from relay.protocols.pydio.settings import PydioSettings
+    from relay.transports.engineio.engine import Engine
+    from relay.transports.exchange import Asked
+
+_TAKEN = "pydio:taken"
+_MAX_PAYLOAD_BYTES = 65536
+
+
+class NpmKind:
+    """All clients of this kind on this worker."""
+
+    def __init__(
+        self,
+        context: DoorContext,
+        settings: PydioSettings,
+        accounts: Accounts,
+        around: Surroundings,
+        reader: Callable[[], Reader],
+        on_count: Callable[[int], None],
+    ) -> None:
+        self.context = context
+        self.accounts = accounts
+        self.around = around
+        self.namespace = settings.npm_namespace
+        self.encoders = Encoders(settings.npm_namespace)
+        self.sessions = Sessions(context.store, settings.npm_recovery_s)
+        self.reader = reader
+        self._on_count = on_count
+        self._clients: set[NpmClient] = set()
+        self._by_pid: dict[str, NpmClient] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.endpoint = Endpoint(
+            topic="pydio",
+            bus=context.bus,
+            timing=_timing(settings),
+            buffer_bytes=context.client_buffer_bytes,
+            opened=self._opened,
+            cors=lambda headers: self.reader().cors(headers),
+        )
+        context.bus.listen(_TAKEN, self._on_taken)
+        self.spawn(self.sessions.run(), "pydio sessions")
+
+    def reload(self, settings: PydioSettings) -> None:
+        """For connections from now on; the namespace stays until a restart."""
+        self.endpoint.reload(_timing(settings))
+
+    def spawn(self, coroutine: Any, name: str) -> None:
+        """A task that ends with the relay."""
+        task = self.context.spawn(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def closed(self) -> None:
+        """Returns once nobody is connected. Who never joined was not asked to leave yet."""
+        for client in list(self._clients):
+            client.engine.close()
+        await self.endpoint.closed()
+
+    def _opened(self, engine: Engine, asked: Asked) -> None:
+        client = NpmClient(self, engine, asked)
+        self._clients.add(client)
+        self._on_count(1)
+        client.connection.opened()
+
+    def gone(self, client: NpmClient) -> None:
+        """Its connection is over; what is kept of it stays for its time."""
+        self._clients.discard(client)
+        self._on_count(-1)
+        if client.pid and self._by_pid.get(client.pid) is client:
+            del self._by_pid[client.pid]
+            self.sessions.leave(client.pid)
+
+    def joined(self, client: NpmClient, record: Record | None) -> None:
+        """Whoever still has this session has lost its client: a half open connection, perhaps."""
+        if record is not None and record.instance != self.context.bus.instance:
+            sent = self.context.bus.send(record.instance, _TAKEN, client.pid.encode())
+            # If it cannot be told it finds out by its own heartbeat.
+            sent.add_done_callback(lambda done: done.cancelled() or done.exception())
+        if client.pid:
+            self._by_pid[client.pid] = client
+
+    def supersede(self, pid: str) -> None:
+        """Its client has come back on another connection."""
+        client = self._by_pid.pop(pid, None)
+        if client is not None:
+            self.sessions.leave(pid)
+            client.pid = ""
+            client.end()
+            client.engine.close()
+
+    def _on_taken(self, instance: str, payload: bytes) -> None:
+        del instance
+        self.supersede(payload.decode(errors="replace"))
+
+
+def _timing(settings: PydioSettings) -> Timing:
+    return Timing(
+        ping_interval_s=settings.heartbeat_s,
+        ping_timeout_s=settings.pong_timeout_s,
+        max_payload_bytes=_MAX_PAYLOAD_BYTES,
+    )

@@ -1,0 +1,266 @@
+"""Pydio's npm kind, with the Socket.IO clients of its time and of today."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from tests.support.clients import LIMIT_S, redis
+from tests.support.pydio import KEY, Pydio, publish, standing_in, tree
+from tests.support.relay import RelayProcess
+from tests.support.socketio import Driver, NpmClient, npm_clients
+from tests.support.valkey import Server
+
+# Node, its packages and PHP start on a machine that runs other tests too.
+pytestmark = pytest.mark.timeout(90)
+
+BOTH = ("socket.io-client-2", "socket.io-client")
+RELOAD_FOLDER = '<tree><reload_instruction object="data" node="" file=""/></tree>'
+RELOAD_WORKSPACES = '<tree><reload_instruction object="repository_list"/></tree>'
+
+
+@pytest.fixture
+async def pydio() -> AsyncIterator[Pydio]:
+    async with standing_in() as server:
+        server.login("alice", "/staff", w_1="rw", w_2="rw")
+        yield server
+
+
+@pytest.fixture
+async def npm() -> AsyncIterator[Driver]:
+    async with npm_clients() as driver:
+        yield driver
+
+
+@pytest.fixture
+async def relay(valkey: Server, pydio: Pydio) -> AsyncIterator[RelayProcess]:
+    process = made(valkey, pydio)
+    await asyncio.to_thread(process.start)
+    yield process
+    await asyncio.to_thread(process.kill)
+
+
+def made(valkey: Server, pydio: Pydio, *flags: str, **settings: object) -> RelayProcess:
+    values = {
+        "key": KEY,
+        "auth_url": pydio.auth_url,
+        "recheck_s": 1,
+        "auth_cache_s": 0.2,
+        "drain_s": 0.2,
+    }
+    words = [f"protocol:pydio.{name}={value}" for name, value in (values | settings).items()]
+    return RelayProcess(valkey, settings=words, flags=flags)
+
+
+async def page(
+    npm: Driver, relay: RelayProcess, cookie: str, package: str = "socket.io-client", **more: Any
+) -> NpmClient:
+    """A page of the npm kind, still connecting."""
+    headers = {"Cookie": f"AjaXplorer={cookie}", "Origin": relay.url}
+    namespace = more.pop("namespace", "")
+    return await npm.open(
+        f"{relay.url}{namespace}", package=package, path="/public", extraHeaders=headers, **more
+    )
+
+
+async def asked(client: NpmClient, *words: str) -> object:
+    """What the relay acknowledges."""
+    await client.do("ask", *words)
+    return (await client.until("answer"))["args"][0]
+
+
+async def said(relay: RelayProcess, repository: str, *texts: str, **members: object) -> list[str]:
+    contents = [tree(text) for text in texts]
+    messages = [{"REPO_ID": repository, "CONTENT": each} | members for each in contents]
+    await publish(relay.port, messages)
+    return contents
+
+
+async def heard(client: NpmClient) -> str:
+    """The next content."""
+    name, content, *_ = await client.event()
+    assert name == "message"
+    return str(content)
+
+
+@pytest.mark.parametrize("transports", [["polling", "websocket"], ["websocket"], ["polling"]])
+@pytest.mark.parametrize("package", BOTH)
+async def test_a_page_registers_and_switches(
+    relay: RelayProcess, npm: Driver, package: str, transports: list[str]
+) -> None:
+    client = await page(npm, relay, "alice", package, transports=transports)
+    await client.until("connect")
+    assert await asked(client, "register", "1") == {"ok": True}
+    contents = await said(relay, "1", "ü\n", "second")
+    assert [await heard(client), await heard(client)] == contents
+    assert await asked(client, "register", "3") == {"ok": False}
+    assert await asked(client, "register", "2") == {"ok": True}
+    await said(relay, "1", "unheard")
+    assert await said(relay, "2", "x" * 160_000) == [await heard(client)]
+    assert await said(relay, "2", "for me", USER_ID="alice") == [await heard(client)]
+    await said(relay, "2", "unheard", USER_ID="bob")
+    await said(relay, "2", "unheard", GROUP_PATH="/")
+    assert await asked(client, "unregister") == {"ok": True}
+    await said(relay, "2", "unheard")
+    assert await said(relay, "*", "for all") == [await heard(client)]
+
+
+async def test_a_client_of_socket_io_2_gets_the_content_alone(
+    relay: RelayProcess, npm: Driver
+) -> None:
+    client = await page(npm, relay, "alice", "socket.io-client-2")
+    await client.until("connect")
+    await asked(client, "register", "1")
+    (content,) = await said(relay, "1", "x")
+    assert await client.event() == ["message", content]
+
+
+@pytest.mark.parametrize("package", BOTH)
+async def test_who_pydio_does_not_know_is_refused(
+    relay: RelayProcess, npm: Driver, package: str
+) -> None:
+    client = await page(npm, relay, "mallory", package)
+    refused = await client.until("error" if package == BOTH[0] else "connect_error")
+    assert "unauthorized" in str(refused)
+    foreign = await npm.open(
+        relay.url,
+        package=package,
+        path="/public",
+        extraHeaders={"Cookie": "AjaXplorer=alice", "Origin": "https://evil.example"},
+    )
+    refused = await foreign.until("error" if package == BOTH[0] else "connect_error")
+    assert "forbidden" in str(refused)
+
+
+async def test_token_and_hash_in_the_query_or_in_auth(
+    relay: RelayProcess, npm: Driver, pydio: Pydio
+) -> None:
+    pydio.tokens["t", "n:h"] = pydio.sessions["alice"]
+    proof = {"auth_token": "t", "auth_hash": "n:h"}
+    for package, options in ((BOTH[0], {"query": proof}), (BOTH[1], {"auth": proof})):
+        client = await npm.open(relay.url, package=package, path="/public", **options)
+        await client.until("connect")
+        assert await asked(client, "register", "1") == {"ok": True}
+
+
+@pytest.mark.parametrize("transports", [["websocket"], ["polling"]])
+async def test_a_cut_client_of_today_gets_what_it_missed(
+    relay: RelayProcess, npm: Driver, transports: list[str]
+) -> None:
+    client = await page(npm, relay, "alice", transports=transports)
+    await client.until("connect")
+    await asked(client, "register", "1")
+    assert await said(relay, "1", "before") == [await heard(client)]
+    await client.do("cut")
+    await client.until("disconnect")
+    missed = await said(relay, "1", *(f"missed {number}" for number in range(5)))
+    again = await client.until("connect")
+    assert again["recovered"] is True
+    contents = missed + await said(relay, "1", "after")
+    assert [await heard(client) for _ in contents] == contents
+
+
+async def test_a_client_that_heard_nothing_before_the_cut_recovers_too(
+    relay: RelayProcess, npm: Driver
+) -> None:
+    client = await page(npm, relay, "alice", reconnectionDelay=500, reconnectionDelayMax=500)
+    await client.until("connect")
+    await asked(client, "register", "2")
+    await client.do("cut")
+    await client.until("disconnect")
+    missed = await said(relay, "2", "missed")
+    assert (await client.until("connect"))["recovered"] is True
+    assert await heard(client) == missed[0]
+
+
+async def test_a_2_5_client_comes_back_and_registers_again(
+    relay: RelayProcess, npm: Driver
+) -> None:
+    client = await page(npm, relay, "alice", "socket.io-client-2")
+    await client.until("connect")
+    await asked(client, "register", "1")
+    await client.do("cut")
+    await client.until("disconnect")
+    await client.until("connect")
+    assert await asked(client, "register", "1") == {"ok": True}
+    assert await said(relay, "1", "again") == [await heard(client)]
+
+
+async def test_another_user_cannot_have_the_session(
+    relay: RelayProcess, npm: Driver, pydio: Pydio
+) -> None:
+    bob = pydio.login("bob", w_2="r")
+    delays: dict[str, Any] = {"reconnectionDelay": 1000, "reconnectionDelayMax": 1000}
+    client = await page(npm, relay, "alice", **delays)
+    await client.until("connect")
+    await asked(client, "register", "1")
+    await client.do("cut")
+    await client.until("disconnect")
+    # Somebody else logs in with the same browser meanwhile.
+    pydio.sessions["alice"] = bob
+    await said(relay, "1", "not for bob")
+    again = await client.until("connect")
+    assert again["recovered"] is False
+    assert await asked(client, "register", "2") == {"ok": True}
+    assert await said(relay, "2", "for bob") == [await heard(client)]
+
+
+async def test_a_right_that_is_lost_while_away(
+    relay: RelayProcess, npm: Driver, pydio: Pydio
+) -> None:
+    client = await page(npm, relay, "alice")
+    await client.until("connect")
+    await asked(client, "register", "1")
+    del pydio.sessions["alice"].acl["1"]
+    assert await heard(client) == RELOAD_WORKSPACES
+    await client.do("cut")
+    await client.until("disconnect")
+    await said(relay, "1", "not for alice")
+    await client.until("connect")
+    assert await asked(client, "register", "1") == {"ok": False}
+    assert await said(relay, "*", "for all") == [await heard(client)]
+
+
+async def test_a_logout_puts_the_page_out(relay: RelayProcess, npm: Driver, pydio: Pydio) -> None:
+    client = await page(npm, relay, "alice")
+    await client.until("connect")
+    del pydio.sessions["alice"]
+    gone = await client.until("disconnect", LIMIT_S * 2)
+    assert (gone["reason"], gone["active"]) == ("io server disconnect", False)
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+async def test_after_a_restart_the_page_goes_on_where_it_was(
+    relay: RelayProcess, npm: Driver, how: str
+) -> None:
+    client = await page(npm, relay, "alice")
+    await client.until("connect")
+    await asked(client, "register", "1")
+    assert await said(relay, "1", "before") == [await heard(client)]
+    await asyncio.to_thread(getattr(relay, how))
+    # What any producer appends meanwhile is what the page has missed.
+    redis(relay.server, "XADD", "relay:stream:{pydio:1}", "*", "data", tree("meanwhile"))
+    await asyncio.to_thread(relay.start)
+    again = await client.until("connect", LIMIT_S * 2)
+    assert again["recovered"] is True
+    assert await heard(client) == tree("meanwhile")
+    assert await said(relay, "1", "after") == [await heard(client)]
+
+
+async def test_a_namespace_of_its_own(valkey: Server, pydio: Pydio, npm: Driver) -> None:
+    relay = made(valkey, pydio, npm_namespace="/pydio", public_path="/ws/pydio")
+    await asyncio.to_thread(relay.start)
+    try:
+        headers = {"Cookie": "AjaXplorer=alice", "Origin": relay.url}
+        for package in BOTH:
+            client = await npm.open(
+                f"{relay.url}/pydio", package=package, path="/ws/pydio", extraHeaders=headers
+            )
+            await client.until("connect")
+            assert await asked(client, "register", "1") == {"ok": True}
+            assert await said(relay, "1", package) == [await heard(client)]
+    finally:
+        await asyncio.to_thread(relay.kill)
