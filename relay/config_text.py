@@ -75,8 +75,9 @@ def ini(said: Iterable[Said]) -> str:
         # What an INI file would not give back: it drops white space around a value.
         if each.text != each.text.strip() or len(each.text.splitlines()) > 1:
             raise ConfigError(
-                f"{each.where}(hidden): white space at its ends, or a line's end within, cannot"
-                f" stand in an INI file; of a secret write {each.key}_file = PATH there by hand"
+                f"{each.where.removesuffix(' = ')} has white space at its ends, or a line's"
+                " end within, which no INI file keeps; of a secret it can name a file instead,"
+                f" {each.key}_file"
             )
         sections.setdefault(each.section, {})[each.key] = each
     parts = []

@@ -27,6 +27,7 @@ _VERSION = "Centrifugo v1.8.0"
 # Centrifugo keeps nothing but the history that is configured. An hour serves clients that are slow
 # or were away, and a site of many quiet channels does not fill its Redis.
 _KEPT_S = 3600
+_MOST = 1_000_000_000
 _LEVELS = {"trace": "debug", "debug": "debug", "info": "info"} | dict.fromkeys(
     ("error", "critical", "fatal", "none"), "error"
 )
@@ -162,7 +163,8 @@ def _kept(values: Mapping[str, Value]) -> tuple[int, int]:
         for key in ("history_size", "history_lifetime")
     )
     default: int = NamespaceSettings.model_fields["retention_count"].default
-    return max(default, size), max(_KEPT_S, lifetime)
+    # What is out of range is told in Centrifugo's own words.
+    return max(default, min(size, _MOST)), max(_KEPT_S, min(lifetime, _MOST))
 
 
 def _node(given: Given) -> Iterator[Said]:

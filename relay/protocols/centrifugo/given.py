@@ -174,7 +174,9 @@ def _content(path: Path) -> Mapping[Any, Any] | None:
         problem = _place(str(exc))
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
-        problem = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "not YAML"
+        problem = (
+            f"line {mark.line + 1}, column {mark.column + 1}: not YAML" if mark else "not YAML"
+        )
     except RecursionError:
         problem = "is nested too deeply"
     if problem:
