@@ -11,7 +11,17 @@ import aiohttp
 import pytest
 
 from tests.support.clients import redis, until
-from tests.support.pydio import KEY, Browser, Pydio, Refused, browse, publish, standing_in, tree
+from tests.support.pydio import (
+    KEY,
+    Browser,
+    Pydio,
+    Refused,
+    browse,
+    publish,
+    seen_by,
+    standing_in,
+    tree,
+)
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server
 
@@ -67,17 +77,7 @@ async def said(relay: RelayProcess, repository: str, text: str, **members: objec
 
 
 async def entered(relay: RelayProcess, browser: Browser, repository: str) -> None:
-    """The browser is in the workspace: nothing says so, but a message of its own arrives."""
-    await browser.register(repository)
-    for number in range(100):
-        content = await said(relay, repository, f"probe {number}")
-        try:
-            while await browser.next(0.3) != content:
-                pass
-        except TimeoutError:
-            continue
-        return
-    raise AssertionError("not registered")
+    await seen_by(browser, relay, repository)
 
 
 async def next_real(browser: Browser) -> str:

@@ -19,9 +19,10 @@ import aiohttp
 from aiohttp import web
 
 from tests.support.clients import LIMIT_S
-from tests.support.relay import RelayProcess
+from tests.support.relay import ROOT, RelayProcess
 
 KEY = "adminsecretkey"
+EXAMPLE = ROOT / "docs" / "pydio-npm.html"
 _PAGE = Path(__file__).with_name("pydio_page.html")
 _PUBLISHER = Path(__file__).with_name("pydio_publisher.php")
 
@@ -47,6 +48,8 @@ class Pydio:
         self.cookies: list[str] = []
         self.broken = ""
         self.port = 0
+        # The folder of socket.io.js.
+        self.scripts: Path | None = None
         self._runner: web.AppRunner | None = None
 
     @property
@@ -72,6 +75,8 @@ class Pydio:
         app.router.add_get("/pydio/api/pydio/ws_authenticate/", self._action)
         app.router.add_get("/page", self._page)
         app.router.add_get("/workspaces", self._workspaces)
+        app.router.add_get("/example", self._example)
+        app.router.add_get("/socket.io.js", self._script)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port)
@@ -83,6 +88,15 @@ class Pydio:
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
+
+    async def _example(self, request: web.Request) -> web.Response:
+        page = web.Response(text=EXAMPLE.read_text(), content_type="text/html")
+        page.set_cookie("AjaXplorer", request.query["user"], httponly=True)
+        return page
+
+    async def _script(self, _request: web.Request) -> web.FileResponse:
+        assert self.scripts is not None
+        return web.FileResponse(self.scripts / "socket.io.js")
 
     async def _page(self, request: web.Request) -> web.Response:
         page = web.Response(text=_PAGE.read_text(), content_type="text/html")
@@ -219,6 +233,21 @@ async def browse(
     except aiohttp.WSServerHandshakeError as exc:
         raise Refused(exc.status) from None
     return Browser(socket)
+
+
+async def seen_by(browser: Browser, relay: RelayProcess, repository: str) -> None:
+    """The browser is in the workspace: nothing says so, but a message of its own arrives."""
+    await browser.register(repository)
+    for number in range(100):
+        content = tree(f"probe {number}")
+        await publish(relay.port, [{"REPO_ID": repository, "CONTENT": content}])
+        try:
+            while await browser.next(0.3) != content:
+                pass
+        except TimeoutError:
+            continue
+        return
+    raise AssertionError("not registered")
 
 
 @asynccontextmanager
