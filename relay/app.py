@@ -21,7 +21,7 @@ import aiohttp
 import uvloop
 
 from relay import __version__, logs, parts
-from relay.drain import drain
+from relay.drain import drain, end_all
 from relay.errors import RelayError
 from relay.frontdoor import DoorContext, Mounted, find_doors, read_token
 from relay.hub.hub import Hub
@@ -278,8 +278,7 @@ class Relay:
         finally:
             # A start that failed ends the reader too, and that is no news.
             self._stop.set()
-            for task in (*tasks, *self._door_tasks):
-                task.cancel()
+            await end_all((*tasks, *self._door_tasks))
             await server.close()
 
     # ---- parts ------------------------------------------------------------------------------
