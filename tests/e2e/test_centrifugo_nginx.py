@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -18,6 +20,8 @@ from tests.support.valkey import Server, free_port
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(120)]
 LIMIT_S = 20.0
+# Loopback as well, but not the host that the recipes let in.
+ELSEWHERE = ("127.0.0.2", 0)
 RECIPES = recipes("docs/centrifugo.md")
 # Recipe, the path it serves under, and the relay's own prefix.
 CASES = [
@@ -53,6 +57,25 @@ def test_the_api(valkey: Server, tmp_path: Path, recipe: str, path: str, prefix:
             assert (status, json.loads(text)[0]["error"]) == (200, None)
         # Its own refusals come through.
         assert publish(base, "nginx", 1, secret="wrong") == (401, b"Unauthorized\n")
+
+
+@pytest.mark.parametrize(("recipe", "path", "prefix"), CASES[:2])
+def test_what_is_closed_to_others_and_nothing_beside_it(
+    valkey: Server, tmp_path: Path, recipe: str, path: str, prefix: str
+) -> None:
+    def status(path_below: str) -> int:
+        connection = HTTPConnection(address.hostname or "", address.port, LIMIT_S, ELSEWHERE)
+        with closing(connection):
+            connection.request("POST", f"{path}{path_below}", "[]")
+            return connection.getresponse().status
+
+    with behind(valkey, tmp_path, recipe, path, prefix) as base:
+        address = urlsplit(base)
+        assert status("/socket") == 403
+        # Socket.IO's path, not the admin's.
+        assert status("/socket.io/") == 404
+        assert status("/connection/info") == 405
+        assert status("/api/") == 403
 
 
 @pytest.mark.parametrize(("recipe", "path", "prefix"), CASES)
