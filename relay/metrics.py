@@ -130,6 +130,14 @@ class Metrics:
         if count:
             self._catch_up.inc(count)
 
+    def offered(self) -> int:
+        """Events offered so far, in whatever way."""
+        return round(_total(self.deliveries))
+
+    def received(self) -> int:
+        """Entries read live so far."""
+        return round(_total(self.events))
+
     def told(self, notice: _Told, clients: int) -> None:
         """Notices offered."""
         if clients:
@@ -140,6 +148,15 @@ class Metrics:
         if not self._worker:
             return generate_latest(self.registry)
         return generate_latest(cast("CollectorRegistry", _Labelled(self.registry, self._worker)))
+
+
+def _total(counter: Counter) -> float:
+    return sum(
+        sample.value
+        for metric in counter.collect()
+        for sample in metric.samples
+        if sample.name.endswith("_total")
+    )
 
 
 class _Labelled:

@@ -6,21 +6,24 @@ until it does, for what follows the reply may not come before it: `held` counts 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from producers.commands import Command
 from relay.protocols.centrifugo import client_codec as codec
+from relay.protocols.centrifugo.stats import Stats
 
 
 class _Batch:
-    __slots__ = ("held", "left", "replies")
+    __slots__ = ("began", "held", "left", "replies")
 
     def __init__(self, count: int) -> None:
         self.replies = [b""] * count
         self.left = count
         self.held = 0
+        self.began = time.perf_counter()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,15 +38,17 @@ class Slot:
 class Answers:
     """What is still to be answered; `send` takes the JSON text of one frame's reply."""
 
-    __slots__ = ("_batches", "_send", "held")
+    __slots__ = ("_batches", "_send", "_stats", "held")
 
-    def __init__(self, send: Callable[[bytes], None]) -> None:
+    def __init__(self, send: Callable[[bytes], None], stats: Stats) -> None:
         self._send = send
+        self._stats = stats
         self._batches: deque[_Batch] = deque()
         self.held = 0
 
-    def expect(self, commands: Sequence[Command]) -> list[Slot]:
-        """The commands of the next frame."""
+    def expect(self, commands: Sequence[Command], size_bytes: int) -> list[Slot]:
+        """The commands of the next frame, which is so large."""
+        self._stats.asked(size_bytes)
         batch = _Batch(len(commands))
         self._batches.append(batch)
         return [Slot(command, batch, index) for index, command in enumerate(commands)]
@@ -58,4 +63,6 @@ class Answers:
         while self._batches and not self._batches[0].left:
             done = self._batches.popleft()
             self.held -= done.held
-            self._send(codec.batch(done.replies))
+            text = codec.batch(done.replies)
+            self._send(text)
+            self._stats.answered(len(text), time.perf_counter() - done.began)

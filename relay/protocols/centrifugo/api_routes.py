@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,14 @@ class ApiRoutes:
         ]
 
     async def _answer(self, request: web.Request) -> web.Response:
+        started = time.perf_counter()
+        try:
+            return await self._carry_out(request)
+        finally:
+            self._door.stats.count("http_api_num_requests")
+            self._door.stats.http_api.record(time.perf_counter() - started)
+
+    async def _carry_out(self, request: web.Request) -> web.Response:
         try:
             body, sign = await self._commands(request)
         except ValueError:

@@ -71,7 +71,7 @@ class Connection:
         self.pending = 0
         self._info = ""
         self._socket: Socket | None = None
-        self._answers = Answers(self._say)
+        self._answers = Answers(self._say, door.stats)
         # None stands for a frame that cannot be read.
         self._waiting: deque[Slot | None] = deque()
         self._busy = self._held = False
@@ -106,7 +106,7 @@ class Connection:
             self.oversized()
             return
         try:
-            self._waiting.extend(self._answers.expect(codec.parse(frame)))
+            self._waiting.extend(self._answers.expect(codec.parse(frame), len(frame)))
         except Invalid:
             self._waiting.append(None)
         self._advance()
@@ -197,7 +197,7 @@ class Connection:
             return
         self.session = session
         self._info = info if is_json(info) else ""
-        self.door.unauthenticated.discard(self)
+        self.door.authenticated(self)
         self._stop_timer()
         session.attach(self._socket)
         self.answer(slot, codec.connect_body(self.client, ttl))

@@ -11,6 +11,7 @@ from relay.protocols.centrifugo.channels import Names
 from relay.protocols.centrifugo.encoders import DOOR, Format
 from relay.protocols.centrifugo.presence import Presence
 from relay.protocols.centrifugo.publisher import Publisher
+from relay.protocols.centrifugo.stats import Stats
 
 if TYPE_CHECKING:
     import asyncio
@@ -70,14 +71,22 @@ class Door:
         self.unauthenticated: set[Connection] = set()
         self.reload(settings)
         context.hub.on_not_subscribed[DOOR] = _tell_unsubscribed
-        self.presence = Presence(context, lambda channel: self.names.rules(channel))
-        self.publisher = Publisher(context, lambda channel: self.names.rules(channel), clock)
+        self.stats = Stats()
+        self.presence = Presence(context, lambda channel: self.names.rules(channel), self.stats)
+        self.publisher = Publisher(
+            context, lambda channel: self.names.rules(channel), clock, self.stats
+        )
 
     def reload(self, settings: CentrifugoSettings) -> None:
         """From now on these count, for open connections too."""
         self.settings = settings
         self.names = Names(settings)
         self._secret = settings.secret.get_secret_value().encode()
+
+    def authenticated(self, connection: Connection) -> None:
+        """It is in the hub from now on."""
+        self.unauthenticated.discard(connection)
+        self.stats.count("client_num_connect", "node_num_add_client_conn")
 
     def may_be_published_to(self, channel: str) -> bool:
         """By the API. Where no namespace is configured, a channel may have any but another door's:

@@ -18,6 +18,7 @@ from relay.protocols.centrifugo.gojson import text
 if TYPE_CHECKING:
     from relay.frontdoor import DoorContext
     from relay.protocols.centrifugo.settings import CentrifugoNamespace
+    from relay.protocols.centrifugo.stats import Stats
 
 _DOOR = "centrifugo"
 
@@ -26,10 +27,14 @@ class Presence:
     """`rules` are a channel's, None where its namespace is unknown or another door's."""
 
     def __init__(
-        self, context: DoorContext, rules: Callable[[str], CentrifugoNamespace | None]
+        self,
+        context: DoorContext,
+        rules: Callable[[str], CentrifugoNamespace | None],
+        stats: Stats,
     ) -> None:
         self._context = context
         self._rules = rules
+        self._stats = stats
         # Those who ask in the same moment are given the same mapping.
         self._last: tuple[Mapping[str, bytes], bytes] = ({}, b"{}")
         context.presence.on_gone(self._gone)
@@ -42,6 +47,7 @@ class Presence:
         # As answers have it, made once: a channel may have thousands of clients.
         kept = codec.client_info(info) or codec.info_json("", client, "", "")
         self._context.presence.add(channel, client, kept)
+        self._stats.count("node_num_add_presence")
         if rules.join_leave:
             self._tell(channel, "join", info)
 
@@ -49,11 +55,14 @@ class Presence:
         """It is over."""
         self._context.presence.remove(channel, client)
         rules = self._rules(channel)
+        if rules is not None and (rules.presence or rules.join_leave):
+            self._stats.count("node_num_remove_presence")
         if rules is not None and rules.join_leave:
             self._tell(channel, "leave", info)
 
     async def read(self, channel: Channel) -> bytes:
         """A JSON object, by client. Unavailable where Redis is away."""
+        self._stats.count("node_num_presence")
         found = await self._context.presence.read(channel)
         clients, written = self._last
         if found is not clients:
@@ -72,6 +81,7 @@ class Presence:
 
     def _tell(self, channel: Channel, what: str, info: bytes) -> None:
         self._context.whisper(Event(channel, None, info, is_json=True, type=what, door=_DOOR))
+        self._stats.count(f"node_num_{what}_msg_published")
 
 
 def _as_pushed(client: str, info: bytes) -> bytes:

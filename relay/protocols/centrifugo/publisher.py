@@ -22,6 +22,7 @@ from relay.protocols.centrifugo.gojson import is_json
 if TYPE_CHECKING:
     from relay.frontdoor import DoorContext
     from relay.protocols.centrifugo.settings import CentrifugoNamespace
+    from relay.protocols.centrifugo.stats import Stats
 
 _log = logging.getLogger(__name__)
 
@@ -42,10 +43,12 @@ class Publisher:
         context: DoorContext,
         rules: Callable[[str], CentrifugoNamespace | None],
         clock: Callable[[], float],
+        stats: Stats,
     ) -> None:
         self._context = context
         self._rules = rules
         self._clock = clock
+        self._stats = stats
         # Channels that a client has just left, with their lifetime in seconds.
         self._left: dict[Channel, int] = {}
         # By channel: what waits until it is known whether anybody would read it.
@@ -74,6 +77,7 @@ class Publisher:
             to=None if to is None else tuple(to),
             info=info,
         )
+        self._stats.count("node_num_client_msg_published")
         rules = self._rules(channel)
         if rules is None or not (rules.history_drop_inactive and rules.has_history):
             return publish()
@@ -109,6 +113,7 @@ class Publisher:
                 event.client, event.info = client, info
                 shown = Event(WATCH, None, codec.message(event), is_json=False, door=WATCHERS)
                 self._context.whisper(shown)
+                self._stats.count("node_num_admin_msg_published")
 
             appended.add_done_callback(show)
         return appended

@@ -26,6 +26,7 @@ def publish(connection: Connection, slot: Slot) -> bool:
     if not error:
         info = connection.info(name)
         try:
+            connection.door.stats.count("client_num_msg_published")
             appending = connection.door.publisher.publish(
                 Channel(name), data, client=connection.client, info=info
             )

@@ -10,6 +10,7 @@ from relay.frontdoor import Listener
 from relay.protocols.centrifugo.api import Api
 from relay.protocols.centrifugo.api_routes import ApiRoutes
 from relay.protocols.centrifugo.foreign import CentrifugoForeign
+from relay.protocols.centrifugo.node import Node
 from relay.protocols.centrifugo.server_commands import ServerCommands
 from relay.protocols.centrifugo.settings import CentrifugoSettings
 from relay.protocols.centrifugo.sockets import Sockets
@@ -37,7 +38,10 @@ class MountedCentrifugo:
         prefix = settings.http_prefix.rstrip("/")
         self._sockets = Sockets(context, settings, prefix)
         door = self._sockets.door
-        self._api = ApiRoutes(door, Api(door, ServerCommands(door)), prefix)
+        node = Node(door)
+        # It ends with the relay.
+        _ = context.spawn(node.run(), name="centrifugo node")
+        self._api = ApiRoutes(door, Api(door, ServerCommands(door, node)), prefix)
         by_port: dict[int, list[web.AbstractRouteDef]] = {0: [*self._sockets.routes]}
         for port, routes in ((settings.api_port, self._api.routes),):
             by_port.setdefault(0 if port == settings.port else port, []).extend(routes)

@@ -22,6 +22,7 @@ from relay.protocols.centrifugo.publisher import WATCH
 if TYPE_CHECKING:
     from producers.commands import Command
     from relay.protocols.centrifugo.door import Door
+    from relay.protocols.centrifugo.node import Node
 
 _log = logging.getLogger(__name__)
 
@@ -31,14 +32,17 @@ Handler = Callable[["Command"], Awaitable[Reply]]
 class ServerCommands:
     """`find` says who carries a command out."""
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: Door, node: Node) -> None:
         self._door = door
+        self._node = node
         self._handlers: dict[str, Handler] = {
             "unsubscribe": self._unsubscribe,
             "disconnect": self._disconnect,
             "presence": self._presence,
             "history": self._history,
             "channels": self._channels,
+            "stats": self._stats,
+            "node": self._own_node,
         }
 
     def find(self, method: str) -> Handler:
@@ -59,6 +63,7 @@ class ServerCommands:
             channel = parse_channel(name) if name else None
         except ValueError:
             return _failed(command, words.INVALID_MESSAGE)
+        self._door.stats.count("node_num_control_msg_published")
         tell = self._door.context.unsubscribe(user, channel=channel, door=encoders.DOOR)
         return await _done(command, tell)
 
@@ -66,6 +71,7 @@ class ServerCommands:
         user = commands.fields(command.params, strings=("user",)).get("user", "")
         if not user:
             return _failed(command, words.INVALID_MESSAGE)
+        self._door.stats.count("node_num_control_msg_published")
         return await _done(command, self._door.context.disconnect(user, door=encoders.DOOR))
 
     async def _presence(self, command: Command) -> Reply:
@@ -90,6 +96,7 @@ class ServerCommands:
             error = words.NOT_AVAILABLE
         if error or rules is None:
             return _failed(command, error or words.NAMESPACE_NOT_FOUND, words.data_body(name))
+        self._door.stats.count("node_num_history")
         try:
             snapshot = await self._door.context.history(Channel(name), rules.history_size)
         except RelayError as exc:
@@ -109,6 +116,16 @@ class ServerCommands:
             if channel != WATCH and self._door.names.rules(channel) is not None
         ]
         return Reply(command.method, command.uid, body=b'{"data":[' + b",".join(own) + b"]}")
+
+    async def _stats(self, command: Command) -> Reply:
+        try:
+            found = await self._node.stats()
+        except RelayError as exc:
+            return _broken(command, exc, b'{"data":null}')
+        return Reply(command.method, command.uid, body=found)
+
+    async def _own_node(self, command: Command) -> Reply:
+        return Reply(command.method, command.uid, body=self._node.raw())
 
 
 def _unreadable(name: str) -> str:

@@ -95,6 +95,7 @@ class Sockets:
             await self._last_closed.wait()
 
     async def _websocket(self, request: web.Request) -> web.StreamResponse:
+        self.door.stats.count("http_raw_ws_num_requests")
         squeezed = self._compressed if deflate.is_offered(request) else None
         head = websocket.accept_headers(request, compress=squeezed is not None)
         if isinstance(head, web.Response):
@@ -123,6 +124,7 @@ class Sockets:
 
     def _accept(self, session: SockJsSession, asked: Asked) -> None:
         del asked
+        self.door.stats.count("http_sockjs_num_requests")
         connection = Connection(self.door, encoders.SOCKJS, str(uuid.uuid4()))
         session.on_text = connection.on_frame
         session.on_oversized = connection.oversized

@@ -141,6 +141,7 @@ class Subscriptions:
         channel, session = subscription.feed.channel, subscription.session
         asked = self._asked.pop(channel)
         self._own.add(channel)
+        self._door.stats.count("client_num_subscribe", "node_num_add_client_sub")
         # Over Redis and back: the client has its reply before it is told of itself.
         self._door.presence.joined(channel, *self._who(channel))
         rules = asked.rules
@@ -189,6 +190,7 @@ class Subscriptions:
 
     def _left(self, channel: Channel) -> None:
         self._own.remove(channel)
+        self._door.stats.count("node_num_remove_client_sub")
         self.admitted.discard(channel)
         self._door.presence.left(channel, *self._who(channel))
         self._door.publisher.unsubscribed(channel)

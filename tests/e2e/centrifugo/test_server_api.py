@@ -327,3 +327,85 @@ async def test_its_own_port_and_no_signature_where_the_settings_say_so(valkey: S
             assert sign("x") != sign("y")
     finally:
         relay.kill()
+
+
+@pytest.mark.timeout(60)
+async def test_stats_tell_of_every_node_and_change_once_an_interval(valkey: Server) -> None:
+    intervals = ["node_ping_interval=0.2", "node_metrics_interval=1"]
+    settings = [*RULES, *(f"protocol:centrifugo.{each}" for each in intervals)]
+    hosts = [
+        RelayProcess(valkey, settings=settings, flags=["--workers", "2"]),
+        RelayProcess(valkey, settings=settings),
+    ]
+    for host in hosts:
+        await asyncio.to_thread(host.start)
+    try:
+        async with centrifugo(hosts[0].url) as site:
+
+            async def stats() -> list[Any]:
+                body = (await site.api("stats", url=hosts[1].url))["body"]["data"]
+                assert list(body) == ["nodes", "metrics_interval"]
+                assert body["metrics_interval"] == 1
+                nodes: list[Any] = body["nodes"]
+                return nodes
+
+            async with asyncio.timeout(10):
+                while len(nodes := await stats()) < 3:
+                    await asyncio.sleep(0.05)
+            ports = [host.port for host in hosts]
+            names = sorted(each["name"].partition("_")[2] for each in nodes)
+            assert names == sorted([f"{ports[0]}-1", f"{ports[0]}-2", f"{ports[1]}"])
+            for node in nodes:
+                assert list(node) == ["uid", "version", "name", "started_at", "metrics"]
+                assert node["version"] == "1.8.0"
+                metrics = node["metrics"]
+                assert list(metrics) == sorted(metrics)
+                assert {type(each) for each in metrics.values()} == {int}
+                assert len(metrics) == 74
+                assert metrics["node_memory_sys"] > 1_000_000
+
+            clients = [await site.client(f"u{n % 2}", url=hosts[1].url) for n in range(4)]
+            for each in clients:
+                await each.subscribe("here:stats")
+            for _ in range(3):
+                await site.api("publish", url=hosts[1].url, channel="here:stats", data=1)
+            for each in clients:
+                await each.push("message")
+            node = (await site.api("node", url=hosts[1].url))["body"]["data"]
+            raw = node["metrics"]
+            gauges = [raw[f"node_num_{each}"] for each in ("clients", "unique_clients", "channels")]
+            assert gauges == [4, 2, 1]
+            assert [raw[f"client_num_{each}"] for each in ("connect", "subscribe")] == [4, 4]
+            assert raw["client_api_num_requests"] == 8
+            assert raw["client_num_msg_sent"] == 8 + 12
+            assert raw["node_num_client_msg_published"] == 3
+            assert raw["node_num_add_presence"] == 4
+            assert raw["http_raw_ws_num_requests"] == 4
+            assert raw["http_api_num_requests"] >= 3
+
+            async def of_an_interval() -> Any:
+                found = next(each for each in await stats() if each["uid"] == node["uid"])
+                assert found["metrics"]["node_num_clients"] == 4
+                return found["metrics"]
+
+            seen = set()
+            async with asyncio.timeout(10):
+                # What happened is in one snapshot, or two where it took longer, and then in none.
+                while (found := await of_an_interval())["client_num_subscribe"] or not seen:
+                    if found["client_num_subscribe"]:
+                        seen.add((found["client_num_subscribe"], found["client_api_15_count"]))
+                    await asyncio.sleep(0.02)
+            assert sum(subscribed for subscribed, _ in seen) == 4
+            assert found["client_api_15_count"] == 8
+            assert found["client_api_1_count"] == 0
+            # `node` does not forget.
+            raw = (await site.api("node", url=hosts[1].url))["body"]["data"]["metrics"]
+            assert raw["client_num_subscribe"] == 4
+
+            hosts[0].kill()
+            async with asyncio.timeout(10):
+                while [each["name"].partition("_")[2] for each in await stats()] != [f"{ports[1]}"]:
+                    await asyncio.sleep(0.05)
+    finally:
+        for host in hosts:
+            host.kill()

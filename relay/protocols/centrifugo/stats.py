@@ -1,0 +1,146 @@
+"""What v1's `stats` and `node` count, under v1's names; all values are integers.
+
+Counters only grow; `Node` makes the differences of an interval of them. Times are in microseconds,
+kept to three digits, for the interval that runs and the fourteen before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+
+# libcentrifugo of v1.8.0: node/node.go, conns/, server/. What the relay has no such thing for
+# stays 0: who receives what of a kind that Redis delivers to readers of streams.
+COUNTERS = (
+    "client_api_num_requests",
+    "client_bytes_in",
+    "client_bytes_out",
+    "client_num_connect",
+    "client_num_msg_published",
+    "client_num_msg_queued",
+    "client_num_msg_sent",
+    "client_num_subscribe",
+    "http_api_num_requests",
+    "http_raw_ws_num_requests",
+    "http_sockjs_num_requests",
+    "node_num_add_client_conn",
+    "node_num_add_client_sub",
+    "node_num_add_presence",
+    "node_num_admin_msg_published",
+    "node_num_admin_msg_received",
+    "node_num_client_msg_published",
+    "node_num_client_msg_received",
+    "node_num_control_msg_published",
+    "node_num_control_msg_received",
+    "node_num_history",
+    "node_num_join_msg_published",
+    "node_num_join_msg_received",
+    "node_num_last_message_id",
+    "node_num_leave_msg_published",
+    "node_num_leave_msg_received",
+    "node_num_presence",
+    "node_num_remove_client_conn",
+    "node_num_remove_client_sub",
+    "node_num_remove_presence",
+)
+GAUGES = (
+    "node_cpu_usage",
+    "node_memory_heap_alloc",
+    "node_memory_heap_sys",
+    "node_memory_stack_inuse",
+    "node_memory_sys",
+    "node_num_channels",
+    "node_num_clients",
+    "node_num_goroutine",
+    "node_num_unique_clients",
+    "node_rusage_stime",
+    "node_rusage_utime",
+    "node_uptime_seconds",
+)
+_WINDOWS = (1, 15)
+_QUANTILES = (("50", 0.5), ("90", 0.9), ("99", 0.99), ("99.99", 0.9999))
+_DIGITS = 1000
+
+
+class Durations:
+    """How long something took, by windows of one interval each, the newest first."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._windows: deque[Counter[int]] = deque([Counter()], maxlen=max(_WINDOWS))
+
+    def record(self, seconds: float) -> None:
+        """One more."""
+        value = max(0, int(seconds * 1e6))
+        step = 1
+        while value // step >= _DIGITS:
+            step *= 10
+        self._windows[0][value // step * step] += 1
+
+    def rotate(self) -> None:
+        """The interval is over."""
+        self._windows.appendleft(Counter())
+
+    def values(self) -> dict[str, int]:
+        """Over one window and over all of them."""
+        found: dict[str, int] = {}
+        for windows in _WINDOWS:
+            merged: Counter[int] = Counter()
+            for index, window in enumerate(self._windows):
+                if index < windows:
+                    merged.update(window)
+            found |= _describe(f"{self._name}_{windows}", merged)
+        return found
+
+
+def _describe(name: str, counted: Counter[int]) -> dict[str, int]:
+    total = counted.total()
+    unit = f"{name}_microseconds"
+    ordered = sorted(counted.items())
+    found = {f"{name}_count": total}
+    for label, share in _QUANTILES:
+        rank, seen, at = math.ceil(share * total), 0, 0
+        for value, count in ordered:
+            seen, at = seen + count, value
+            if seen >= rank:
+                break
+        found[f"{unit}_{label}%ile"] = at
+    found[f"{unit}_max"] = ordered[-1][0] if ordered else 0
+    found[f"{unit}_min"] = ordered[0][0] if ordered else 0
+    summed = sum(value * count for value, count in ordered)
+    found[f"{unit}_mean"] = summed // total if total else 0
+    return found
+
+
+class Stats:
+    """Of this worker."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
+        self.http_api = Durations("http_api")
+        self.client_api = Durations("client_api")
+
+    def count(self, *names: str) -> None:
+        """Each happened once more."""
+        for name in names:
+            self.counts[name] += 1
+
+    def asked(self, size_bytes: int) -> None:
+        """By a client, in one frame."""
+        self.counts["client_api_num_requests"] += 1
+        self.counts["client_bytes_in"] += size_bytes
+
+    def answered(self, size_bytes: int, seconds: float) -> None:
+        """To a client, in one frame, which took so long."""
+        self.client_api.record(seconds)
+        self.count("client_num_msg_queued", "client_num_msg_sent")
+        self.counts["client_bytes_out"] += size_bytes
+
+    def durations(self) -> dict[str, int]:
+        """Both histograms."""
+        return self.http_api.values() | self.client_api.values()
+
+    def rotate(self) -> None:
+        """An interval is over."""
+        self.http_api.rotate()
+        self.client_api.rotate()
