@@ -268,8 +268,8 @@ def _split_url(value: Value) -> tuple[str, str]:
 def _notes(given: Given) -> Iterator[str]:
     if given.on("web"):
         yield (
-            f"{given.values['web'].where}true: Centrifugo's own page is not included; the live page"
-            " is there instead"
+            f"{given.values['web'].where}true: Centrifugo's own page is not included; the"
+            " live page, on the listener of [server], is there instead"
         )
     level = given.first("log_level")
     if level and level.text.lower() not in _LEVELS:

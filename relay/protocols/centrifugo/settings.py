@@ -91,7 +91,7 @@ class CentrifugoSettings(CentrifugoNamespace, _Door):
     admin_secret: SecretStr = Field(SecretStr(""), description="signs what /auth/ gives; empty: nobody gets in")
     insecure_admin: bool = Field(False, description="the admin socket asks for no password; for a port that only administrators reach")
     admin_port: int = Field(0, ge=0, le=65535, description="port of a listener for the admin paths alone; 0: they are with the others")
-    web: bool = Field(False, description="the live page at / and /auth/; implies admin")
+    web: bool = Field(False, description="/auth/ and the admin socket; Centrifugo's own page is not included, the live page of [server] is there instead")
     debug: bool = Field(False, description="/debug/ beside the admin paths: tasks, memory and connections as text; with neither admin nor web too")
     node_ping_interval: float = Field(3.0, ge=0.1, le=3600, description="seconds between two signs of life of a node in stats; after twice as long, and a second, it is left out")
     node_metrics_interval: float = Field(60.0, ge=0.1, le=86400, description="seconds between two snapshots of the counters in stats")
