@@ -388,7 +388,7 @@ async def test_stats_tell_of_every_node_and_change_once_an_interval(valkey: Serv
                 assert found["metrics"]["node_num_clients"] == 4
                 return found["metrics"]
 
-            seen = set()
+            seen: set[Any] = set()
             async with asyncio.timeout(10):
                 # What happened is in one snapshot, or two where it took longer, and then in none.
                 while (found := await of_an_interval())["client_num_subscribe"] or not seen:
