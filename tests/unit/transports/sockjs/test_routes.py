@@ -356,7 +356,6 @@ def test_a_session_without_a_receiver_dies(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         session = site.session()
         assert await site.post(session + "/xhr") == b"o\n"
-        await site.send(session, "x")
         await site.door.until_closed(1)
         assert (await site.fetch("POST", session + "/xhr_send", b'["x"]'))[0] == 404
         assert not len(site.door.echo)
@@ -370,12 +369,11 @@ def test_a_waiting_poll_keeps_the_session_and_is_answered_by_a_heartbeat(on_site
     async def main(site: Site) -> None:
         session = site.session()
         assert await site.post(session + "/xhr") == b"o\n"
-        for _ in range(3):
-            assert await site.post(session + "/xhr") == b"h\n"
+        assert await site.post(session + "/xhr") == b"h\n"
         assert await site.get(session + "/jsonp?c=x") == b'/**/x("h");\r\n'
         assert site.door.closed == 0
 
-    on_site(main, replace(OPTIONS, disconnect_s=0.4, heartbeat_s=0.5))
+    on_site(main, replace(OPTIONS, disconnect_s=1.0, heartbeat_s=1.3))
 
 
 def test_streams_and_websockets_have_heartbeats(on_site: RunSite) -> None:
