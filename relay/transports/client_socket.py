@@ -33,7 +33,9 @@ class ClientSocket(asyncio.Protocol):
         "_buffer_bytes",
         "_heartbeat",
         "_reaper",
+        "_silent_since",
         "_transport",
+        "_unheard",
         "beat_slot",
         "closing",
         "full",
@@ -41,7 +43,6 @@ class ClientSocket(asyncio.Protocol):
         "on_drained",
         "on_full",
         "quiet",
-        "silent_since",
     )
 
     def __init__(
@@ -60,7 +61,8 @@ class ClientSocket(asyncio.Protocol):
         # The heartbeat's notes, kept here so that it needs no object of its own per client.
         self.beat_slot = -1
         self.quiet = True
-        self.silent_since = 0
+        self._silent_since = 0
+        self._unheard = False
 
     # -- for the owner ---------------------------------------------------------------------------
 
@@ -93,14 +95,28 @@ class ClientSocket(asyncio.Protocol):
         self.close()
 
     def pause_reading(self) -> None:
-        """Nothing more from the client for now; what it sends on waits in the kernel."""
+        """Nothing more from the client for now; what it sends on waits in the kernel, an answer to
+        the heartbeat too."""
+        self._unheard = True
+        self._silent_since = 0
         if self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
         """Go on with it."""
+        self._unheard = False
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
+
+    @property
+    def silent_since(self) -> int:
+        """The heartbeat's note of when the client should have begun to answer; 0: it need not."""
+        return self._silent_since
+
+    @silent_since.setter
+    def silent_since(self, tick: int) -> None:
+        # Who is not read cannot be silent; but one that is full and takes nothing is.
+        self._silent_since = 0 if self._unheard and not self.full else tick
 
     def peer(self) -> str:
         """The client's address as text, or '' where there is none (a Unix socket, or gone)."""

@@ -175,6 +175,29 @@ def test_only_a_pong_answers_where_a_pong_is_asked_for(run: Run, reaper: Reaper)
     run(main())
 
 
+def test_who_is_not_read_is_not_silent(run: Run, reaper: Reaper) -> None:
+    beats = Heartbeat(interval_s=0.2, beat=frame_ping(b"ping"), deadline_s=0.1)
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        head = accept_headers(request)
+        assert isinstance(head, bytes)
+        client = WebSocketConnection(
+            buffer_bytes=65536, max_frame_bytes=LIMIT, reaper=reaper, heartbeat=beats
+        )
+        response = take_over(request, head, client)
+        client.pause_reading()
+        asyncio.get_running_loop().call_later(1.0, client.resume_reading)
+        return response
+
+    async def main() -> None:
+        async with serving(handler) as (port, _), raw_client(port, HANDSHAKE) as (reader, _):
+            await head_of(reader)
+            # Three beats at least while it is not read; then none is answered, and it ends.
+            assert (await reader.read()).count(b"ping") >= 3
+
+    run(main())
+
+
 def test_reading_can_wait(run: Run, reaper: Reaper) -> None:
     taken: asyncio.Queue[bytes] = asyncio.Queue()
     clients: list[WebSocketConnection] = []
