@@ -16,9 +16,11 @@ from tests.support.seafile import (
     Client,
     HungUp,
     Seafile,
+    followed,
     new_library,
     seafile,
     sign,
+    standing,
     subscribe_token,
 )
 from tests.support.valkey import Server
@@ -47,30 +49,6 @@ def expired(repo_id: str) -> dict[str, object]:
 
 def update(repo_id: str, commit: str) -> dict[str, object]:
     return {"type": "repo-update", "content": {"repo_id": repo_id, "commit_id": commit}}
-
-
-async def followed(door: Seafile, *repo_ids: str, user: str = ALICE, **options: str) -> Client:
-    """A client whose subscriptions stand: it has seen an event of each."""
-    client = await door.connect(**options)
-    await client.subscribe(*repo_ids, user=user)
-    for repo_id in repo_ids:
-        await standing(door, client, repo_id)
-    return client
-
-
-async def standing(door: Seafile, client: Client, repo_id: str) -> None:
-    """Subscribing has no answer: an event that comes back is one."""
-    number = 0
-    while True:
-        mark = {"repo_id": repo_id, "mark": number}
-        assert (await door.post("mark", mark)).status == 200
-        number += 1
-        try:
-            while (await client.next(0.3))["content"] != mark:
-                pass
-        except TimeoutError:
-            continue
-        return
 
 
 # ---- the handshake and the frames ------------------------------------------------------------

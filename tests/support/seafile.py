@@ -200,3 +200,29 @@ async def seafile(relay: RelayProcess, port: int | None = None) -> AsyncIterator
         finally:
             for client in one.sockets:
                 await client.socket.close()
+
+
+async def followed(
+    door: Seafile, *repo_ids: str, user: str = "alice@example.com", **options: str
+) -> Client:
+    """A client whose subscriptions stand: it has seen an event of each."""
+    client = await door.connect(**options)
+    await client.subscribe(*repo_ids, user=user)
+    for repo_id in repo_ids:
+        await standing(door, client, repo_id)
+    return client
+
+
+async def standing(door: Seafile, client: Client, repo_id: str) -> None:
+    """Subscribing has no answer: an event that comes back is one."""
+    number = 0
+    while True:
+        mark = {"repo_id": repo_id, "mark": number}
+        assert (await door.post("mark", mark)).status == 200
+        number += 1
+        try:
+            while (await client.next(0.3))["content"] != mark:
+                pass
+        except TimeoutError:
+            continue
+        return

@@ -71,13 +71,14 @@ class Groups:
             reason = str(exc) or f"no answer within {_LIMIT_S} s"
             _log.warning("members of group %d cannot be had: %s", group, reason)
         finally:
-            hold = _FAILURE_S if members is None else self._cache_s
-            self._known[group] = (self._now() + hold, members)
-            self._known.move_to_end(group)
-            while len(self._known) > _KEPT:
-                self._known.popitem(last=False)
+            # Whoever waited asks again if this one went away before it had the answer.
             del self._asking[group]
             asked.set()
+        hold = _FAILURE_S if members is None else self._cache_s
+        self._known[group] = (self._now() + hold, members)
+        self._known.move_to_end(group)
+        while len(self._known) > _KEPT:
+            self._known.popitem(last=False)
         return members
 
 

@@ -1,0 +1,126 @@
+"""The proxy recipes of Seafile's documents, as printed, in real nginx and Apache: each passes the
+websocket, `/ping` and `/events`. Only the port and the log files' folder are the test's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.support.proxies import apache, nginx
+from tests.support.relay import RelayProcess
+from tests.support.seafile import KEY, new_library, seafile, sender_token, standing
+from tests.support.valkey import Server, free_port
+
+pytestmark = pytest.mark.redis
+
+MAP = """\
+map $http_upgrade $connection_upgrade {
+default upgrade;
+'' close;
+}
+"""
+# 10.0, first version.
+FIRST_NGINX = """\
+    location /notification {
+        proxy_pass http://127.0.0.1:8083/;
+        proxy_http_version 1.1;
+        proxy_set_header Upgrade $http_upgrade;
+        proxy_set_header Connection "upgrade";
+        access_log      /var/log/nginx/notif.access.log;
+        error_log       /var/log/nginx/notif.error.log;
+    }
+"""
+LATER_NGINX = (
+    """\
+    location /notification/ping {
+        proxy_pass http://127.0.0.1:8083/ping;
+        access_log      /var/log/nginx/notif.access.log;
+        error_log       /var/log/nginx/notif.error.log;
+    }
+
+"""
+    + FIRST_NGINX
+)
+# 13.0, "use other reverse proxy": without a slash at the end.
+OTHER_NGINX = """\
+    location /notification {
+        proxy_pass http://127.0.0.1:8083;
+        proxy_http_version 1.1;
+        proxy_set_header Upgrade $http_upgrade;
+        proxy_set_header Connection "upgrade";
+        proxy_set_header Host $host;
+        proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+    }
+"""
+APACHE = """\
+    ProxyPass /notification/ping  http://127.0.0.1:8083/ping/
+    ProxyPassReverse /notification/ping  http://127.0.0.1:8083/ping/
+
+    ProxyPass /notification  ws://127.0.0.1:8083/
+    ProxyPassReverse /notification ws://127.0.0.1:8083/
+"""
+# What it takes on top, for Seahub 13 posts comments to /notification/events through the proxy.
+APACHE_EVENTS = (
+    """\
+    ProxyPass /notification/events  http://127.0.0.1:8083/events
+"""
+    + APACHE
+)
+
+Front = Callable[[Path, int], AbstractContextManager[int]]
+
+
+def behind_nginx(block: str, folder: Path, port: int) -> AbstractContextManager[int]:
+    text = block.replace("8083", str(port)).replace("/var/log/nginx", str(folder))
+    return nginx(folder, http=MAP, server=text)
+
+
+def behind_apache(block: str, folder: Path, port: int) -> AbstractContextManager[int]:
+    return apache(folder, server=block.replace("8083", str(port)))
+
+
+FRONTS: dict[str, Front] = {
+    "nginx-first": partial(behind_nginx, FIRST_NGINX),
+    "nginx-later": partial(behind_nginx, LATER_NGINX),
+    "nginx-other": partial(behind_nginx, OTHER_NGINX),
+    "apache": partial(behind_apache, APACHE),
+    "apache-events": partial(behind_apache, APACHE_EVENTS),
+}
+
+
+@pytest.fixture(scope="module")
+def relay(valkey: Server) -> Iterator[tuple[RelayProcess, int]]:
+    """On a port of the door's own, as with a seafile.conf."""
+    port = free_port()
+    settings = [f"protocol:seafile.key={KEY}", f"protocol:seafile.port={port}"]
+    process = RelayProcess(valkey, settings=settings).start()
+    yield process, port
+    process.kill()
+
+
+@pytest.mark.parametrize("name", FRONTS)
+async def test_a_recipe_passes_all_three_routes(
+    relay: tuple[RelayProcess, int], tmp_path: Path, name: str
+) -> None:
+    process, door_port = relay
+    library = new_library()
+    with FRONTS[name](tmp_path / "front", door_port) as port:
+        async with seafile(process, port) as front, seafile(process, door_port) as door:
+            answer = await front.request("GET", "/notification/ping")
+            assert (answer.status, answer.body) == (200, b'{"ret": "pong"}\n')
+            client = await front.connect("/notification")
+            await client.subscribe(library)
+            await standing(door, client, library)
+            headers = {"Authorization": f"Token {sender_token()}"}
+            body = (
+                b'{"type":"repo-update","content":{"repo_id":"%s","commit_id":"c"}}'
+                % library.encode()
+            )
+            answer = await front.request("POST", "/notification/events", body, headers)
+            assert answer.status == 200
+            assert (await client.next())["content"]["commit_id"] == "c"

@@ -1,0 +1,94 @@
+"""Real nginx and Apache in front of a relay, with configurations as documents print them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.valkey import free_port
+
+START_S = 10.0
+_APACHE_MODULES = Path("/usr/lib/apache2/modules")
+
+
+def _program(name: str, package: str) -> str:
+    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/bin:/usr/local/sbin")
+    if found is None:
+        missing = f"needs {name}: apt-get install {package}"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
+    return found
+
+
+@contextmanager
+def nginx(folder: Path, *, http: str, server: str) -> Iterator[int]:
+    """`http` stands in the http block, `server` in the server block; the port that is served."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    temporary = "\n".join(
+        f"{each}_temp_path {folder / each};"
+        for each in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    # A worker of its own user could not write into a test's folder.
+    user = "user root;\n" if os.geteuid() == 0 else ""
+    configuration = folder / "nginx.conf"
+    configuration.write_text(
+        f"daemon off;\n{user}pid {folder / 'pid'};\nerror_log {folder / 'error.log'};\n"
+        f"events {{}}\nhttp {{\naccess_log off;\n{temporary}\n{http}\n"
+        f"server {{\nlisten 127.0.0.1:{port};\n{server}\n}}\n}}\n"
+    )
+    command = [_program("nginx", "nginx"), "-p", str(folder), "-c", str(configuration)]
+    with _serving([*command, "-e", str(folder / "error.log")], port, folder / "error.log"):
+        yield port
+
+
+@contextmanager
+def apache(folder: Path, *, server: str) -> Iterator[int]:
+    """`server` stands in the virtual host; the port that is served."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    program = _program("apache2", "apache2")
+    modules = ("mpm_event", "authz_core", "proxy", "proxy_http", "proxy_wstunnel", "rewrite")
+    loads = "\n".join(
+        f"LoadModule {name}_module {_APACHE_MODULES}/mod_{name}.so" for name in modules
+    )
+    configuration = folder / "apache.conf"
+    configuration.write_text(
+        f"ServerRoot {folder}\nServerName localhost\nPidFile {folder / 'pid'}\n"
+        f"DefaultRuntimeDir {folder}\nErrorLog {folder / 'error.log'}\n{loads}\n"
+        f"Listen 127.0.0.1:{port}\n<VirtualHost *:{port}>\n{server}\n</VirtualHost>\n"
+    )
+    command = [program, "-DFOREGROUND", "-f", str(configuration)]
+    with _serving(command, port, folder / "error.log"):
+        yield port
+
+
+@contextmanager
+def _serving(command: list[str], port: int, log: Path) -> Iterator[None]:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        end = time.monotonic() + START_S
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            if process.poll() is not None or time.monotonic() > end:
+                said = (
+                    process.stderr.read() if process.poll() is not None and process.stderr else b""
+                )
+                kept = log.read_text() if log.exists() else ""
+                raise RuntimeError(f"{command[0]} did not start: {said.decode()} {kept[-2000:]}")
+            time.sleep(0.02)
+        yield
+    finally:
+        process.terminate()
+        process.wait(START_S)
+        if process.stderr is not None:
+            process.stderr.close()

@@ -1,0 +1,108 @@
+"""Debian's Seafile sync client, `seafile-daemon` and `seafile-cli`, with a home of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+# Debian's Python: the client's modules are there.
+_PYTHON = "/usr/bin/python3"
+_SET_PRO = """
+import sys
+from pysearpc import searpc_func
+import seafile
+class Rpc(seafile.RpcClient):
+    @searpc_func("int", ["string", "string", "string"])
+    def seafile_set_server_property(url, key, value): pass
+print(Rpc(sys.argv[1]).seafile_set_server_property(sys.argv[2], "is_pro", "true"))
+"""
+_LIMIT_S = 30.0
+
+
+class SyncClient:
+    """One daemon at work in `folder`."""
+
+    def __init__(self, folder: Path, process: asyncio.subprocess.Process) -> None:
+        self.folder = folder
+        self.libraries = folder / "libraries"
+        self._process = process
+
+    async def download(self, url: str, repo_id: str) -> Path:
+        """Follow this library of the server; the folder that its files come to."""
+        self.libraries.mkdir(exist_ok=True)
+        await _run(
+            self.folder,
+            *("seaf-cli", "download", "-c", str(self.folder / "conf"), "-l", repo_id),
+            *("-s", url, "-d", str(self.libraries), "-u", "alice@example.com", "-p", "any"),
+        )
+        return self.libraries / "library"
+
+    async def call_server_pro(self, url: str) -> None:
+        """As the graphical client does when the server says so: only then are locks heeded."""
+        socket = self.folder / "seafile-data" / "seafile.sock"
+        await _run(self.folder, _PYTHON, "-c", _SET_PRO, str(socket), url)
+
+    def log(self) -> str:
+        """The daemon's."""
+        path = self.folder / "conf" / "logs" / "seafile.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def stop(self) -> None:
+        """SIGSTOP."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """SIGCONT."""
+        self._process.send_signal(signal.SIGCONT)
+
+
+@asynccontextmanager
+async def sync_client(folder: Path) -> AsyncIterator[SyncClient]:
+    """A daemon; where there is none the test is skipped, but in CI it fails."""
+    daemon, cli = shutil.which("seaf-daemon"), shutil.which("seaf-cli")
+    if daemon is None or cli is None:
+        missing = "needs the sync client: apt-get install seafile-daemon seafile-cli"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
+    folder.mkdir(parents=True)
+    await _run(folder, "seaf-cli", "init", "-c", str(folder / "conf"), "-d", str(folder))
+    data = folder / "seafile-data"
+    process = await asyncio.create_subprocess_exec(
+        daemon,
+        *("-c", str(folder / "conf"), "-d", str(data), "-w", str(folder / "seafile")),
+        env=_environment(folder),
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        async with asyncio.timeout(_LIMIT_S):
+            while not (data / "seafile.sock").exists():
+                await asyncio.sleep(0.05)
+        yield SyncClient(folder, process)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    return {"PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8"}
+
+
+async def _run(folder: Path, *command: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        env=_environment(folder),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    async with asyncio.timeout(_LIMIT_S):
+        said, _ = await process.communicate()
+    assert process.returncode == 0, said.decode()
