@@ -5,13 +5,14 @@ websocket, `/ping` and `/events`. Only the port and the log files' folder are th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.support.proxies import apache, nginx
+from tests.support.apache import apache
+from tests.support.nginx import nginx
 from tests.support.relay import RelayProcess
 from tests.support.seafile import KEY, new_library, seafile, sender_token, standing
 from tests.support.valkey import Server, free_port
@@ -75,13 +76,18 @@ APACHE_EVENTS = (
 Front = Callable[[Path, int], AbstractContextManager[int]]
 
 
-def behind_nginx(block: str, folder: Path, port: int) -> AbstractContextManager[int]:
+@contextmanager
+def behind_nginx(block: str, folder: Path, port: int) -> Iterator[int]:
     text = block.replace("8083", str(port)).replace("/var/log/nginx", str(folder))
-    return nginx(folder, http=MAP, server=text)
+    recipe = f"{MAP}\nserver {{\nlisten 80;\n{text}\n}}"
+    with nginx(folder, recipe, {}) as address:
+        yield int(address.rstrip("/").rpartition(":")[2])
 
 
-def behind_apache(block: str, folder: Path, port: int) -> AbstractContextManager[int]:
-    return apache(folder, server=block.replace("8083", str(port)))
+@contextmanager
+def behind_apache(block: str, folder: Path, port: int) -> Iterator[int]:
+    with apache(folder, server=block.replace("8083", str(port))) as own:
+        yield own
 
 
 FRONTS: dict[str, Front] = {
@@ -109,7 +115,7 @@ async def test_a_recipe_passes_all_three_routes(
 ) -> None:
     process, door_port = relay
     library = new_library()
-    with FRONTS[name](tmp_path / "front", door_port) as port:
+    with FRONTS[name](tmp_path, door_port) as port:
         async with seafile(process, port) as front, seafile(process, door_port) as door:
             answer = await front.request("GET", "/notification/ping")
             assert (answer.status, answer.body) == (200, b'{"ret": "pong"}\n')

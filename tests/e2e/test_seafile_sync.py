@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.clients import native, until
-from tests.support.proxies import nginx
+from tests.support.nginx import nginx
 from tests.support.relay import RelayProcess
 from tests.support.seafile import KEY, Seafile, seafile
 from tests.support.seafile_server import Library, StandIn, stand_in
@@ -25,6 +25,23 @@ pytestmark = [pytest.mark.redis, pytest.mark.slow, pytest.mark.timeout(180)]
 
 # Without an event the client looks every 30 seconds; with one it was measured at 0.7 to 1.0.
 SOON_S = 12.0
+
+
+# Both as the manual has them.
+RECIPE = """
+server {
+    listen 80;
+    location /notification {
+        proxy_pass http://127.0.0.1:8083/;
+        proxy_http_version 1.1;
+        proxy_set_header Upgrade $http_upgrade;
+        proxy_set_header Connection "upgrade";
+    }
+    location / {
+        proxy_pass http://127.0.0.1:8000;
+    }
+}
+"""
 
 
 @dataclass(slots=True)
@@ -78,19 +95,10 @@ def relay(valkey: Server, door_port: int) -> Iterator[RelayProcess]:
 @asynccontextmanager
 async def scene(relay: RelayProcess, door_port: int, folder: Path) -> AsyncIterator[Scene]:
     async with stand_in() as (server, server_port), sync_client(folder / "client") as client:
-        block = f"""
-            location /notification {{
-                proxy_pass http://127.0.0.1:{door_port}/;
-                proxy_http_version 1.1;
-                proxy_set_header Upgrade $http_upgrade;
-                proxy_set_header Connection "upgrade";
-            }}
-            location / {{ proxy_pass http://127.0.0.1:{server_port}; }}
-        """
         library = server.library()
         library.commit(first_txt=b"first")
-        with nginx(folder / "nginx", http="", server=block) as port:
-            url = f"http://127.0.0.1:{port}"
+        recipe = RECIPE.replace("8083", str(door_port)).replace("8000", str(server_port))
+        with nginx(folder, recipe, {}) as url:
             await client.call_server_pro(url)
             target = await client.download(url, library.repo_id)
             async with seafile(relay, door_port) as door:

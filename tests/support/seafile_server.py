@@ -14,6 +14,7 @@ import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -22,6 +23,7 @@ from tests.support.seafile import subscribe_token
 
 USER = "alice@example.com"
 _EMPTY = "0" * 40
+_PAGE = Path(__file__).with_name("seahub_page.html")
 _FILE_MODE = 0o100644
 
 
@@ -109,6 +111,7 @@ class StandIn:
     def __init__(self) -> None:
         self.libraries: dict[str, Library] = {}
         self.asked: list[str] = []
+        self.page_token_s = 259_200
         app = web.Application(middlewares=[self._remember])
         repo = "/seafhttp/repo/{repo}"
         app.router.add_routes(
@@ -127,6 +130,10 @@ class StandIn:
                 web.post(f"{repo}/pack-fs/", self._pack),
                 web.get(f"{repo}/block/{{block}}", self._block),
                 web.get(f"{repo}/jwt-token", self._jwt),
+                # For the page.
+                web.get("/page", self._page),
+                web.get("/files/{repo}", self._files),
+                web.get("/api/v2.1/repos/{repo}/repo-notification-jwt-token/", self._page_jwt),
             ]
         )
         self.app = app
@@ -206,6 +213,16 @@ class StandIn:
     async def _jwt(self, request: web.Request) -> web.Response:
         token = subscribe_token(self._of(request).repo_id, USER)
         return web.json_response({"jwt_token": token})
+
+    async def _page(self, _request: web.Request) -> web.Response:
+        return web.Response(body=_PAGE.read_bytes(), content_type="text/html", charset="utf-8")
+
+    async def _files(self, request: web.Request) -> web.Response:
+        return web.json_response(sorted(self._of(request).files))
+
+    async def _page_jwt(self, request: web.Request) -> web.Response:
+        token = subscribe_token(self._of(request).repo_id, USER, ttl_s=self.page_token_s)
+        return web.json_response({"token": token})
 
     async def _heads(self, request: web.Request) -> web.Response:
         wanted = json.loads(await request.read())

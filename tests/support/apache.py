@@ -1,4 +1,4 @@
-"""Real nginx and Apache in front of a relay, with configurations as documents print them."""
+"""A real Apache in front of a relay, with a configuration as a document prints it."""
 
 from __future__ import annotations
 
@@ -25,28 +25,6 @@ def _program(name: str, package: str) -> str:
         missing = f"needs {name}: apt-get install {package}"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
     return found
-
-
-@contextmanager
-def nginx(folder: Path, *, http: str, server: str) -> Iterator[int]:
-    """`http` stands in the http block, `server` in the server block; the port that is served."""
-    folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
-    temporary = "\n".join(
-        f"{each}_temp_path {folder / each};"
-        for each in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    # A worker of its own user could not write into a test's folder.
-    user = "user root;\n" if os.geteuid() == 0 else ""
-    configuration = folder / "nginx.conf"
-    configuration.write_text(
-        f"daemon off;\n{user}pid {folder / 'pid'};\nerror_log {folder / 'error.log'};\n"
-        f"events {{}}\nhttp {{\naccess_log off;\n{temporary}\n{http}\n"
-        f"server {{\nlisten 127.0.0.1:{port};\n{server}\n}}\n}}\n"
-    )
-    command = [_program("nginx", "nginx"), "-p", str(folder), "-c", str(configuration)]
-    with _serving([*command, "-e", str(folder / "error.log")], port, folder / "error.log"):
-        yield port
 
 
 @contextmanager
@@ -89,6 +67,11 @@ def _serving(command: list[str], port: int, log: Path) -> Iterator[None]:
         yield
     finally:
         process.terminate()
-        process.wait(START_S)
+        try:
+            process.wait(START_S)
+        except subprocess.TimeoutExpired:
+            # It waits for its workers' connections; nobody needs them any more.
+            process.kill()
+            process.wait()
         if process.stderr is not None:
             process.stderr.close()
