@@ -189,6 +189,23 @@ async def test_a_2_5_client_comes_back_and_registers_again(
     assert await said(relay, "1", "again") == [await heard(client)]
 
 
+@pytest.mark.parametrize("package", BOTH)
+async def test_polling_over_two_workers(
+    valkey: Server, pydio: Pydio, npm: Driver, package: str
+) -> None:
+    relay = made(valkey, pydio, "--workers", "2")
+    await asyncio.to_thread(relay.start)
+    try:
+        pages = [await page(npm, relay, "alice", package, transports=["polling"]) for _ in range(4)]
+        for client in pages:
+            await client.until("connect")
+            assert await asked(client, "register", "1") == {"ok": True}
+        (content,) = await said(relay, "1", "for all four")
+        assert [await heard(client) for client in pages] == [content] * 4
+    finally:
+        await asyncio.to_thread(relay.kill)
+
+
 async def test_another_user_cannot_have_the_session(
     relay: RelayProcess, npm: Driver, pydio: Pydio
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -371,6 +372,57 @@ async def test_what_php_sends_while_redis_is_away_arrives_in_its_order(
     finally:
         relay.kill()
         server.kill()
+
+
+async def test_a_page_that_registers_while_redis_is_away_reads_its_folder_later(
+    tmp_path: Path, pydio: Pydio, http: aiohttp.ClientSession
+) -> None:
+    pydio.login("alice", w_1="r", w_2="r")
+    server = Server(tmp_path / "own")
+    server.start()
+    settings = {"key": KEY, "auth_url": pydio.auth_url, "drain_s": 0.2}
+    relay = RelayProcess(server, settings=[f"protocol:pydio.{n}={v}" for n, v in settings.items()])
+    try:
+        relay.start()
+        page = await browse(http, relay, "alice")
+        await entered(relay, page, "1")
+        server.kill()
+        async with asyncio.timeout(10):
+            while (await http.get(f"{relay.url}/readyz")).status == 200:
+                await asyncio.sleep(0.05)
+        await page.register("2")
+        # Longer than a subscription may take before it counts as late; nothing announces that.
+        await asyncio.sleep(1.5)
+        server.start()
+        assert await next_real(page) == RELOAD_FOLDER
+        await entered(relay, page, "2")
+    finally:
+        relay.kill()
+        server.kill()
+
+
+async def test_a_new_key_counts_after_a_reload(
+    tmp_path: Path, valkey: Server, pydio: Pydio, http: aiohttp.ClientSession
+) -> None:
+    pydio.login("alice", w_1="r")
+    key = tmp_path / "key"
+    key.write_text("the old one")
+    words = {"key_file": key, "auth_url": pydio.auth_url, "drain_s": 0.2}
+    relay = RelayProcess(valkey, settings=[f"protocol:pydio.{n}={v}" for n, v in words.items()])
+    try:
+        relay.start()
+        with pytest.raises(Refused, match="401"):
+            await browse(http, relay, "alice")
+        key.write_text(KEY)
+        relay.send(signal.SIGHUP)
+        await until(lambda: any("reloaded" in line for line in relay.log))
+        page = await browse(http, relay, "alice")
+        await entered(relay, page, "1")
+        message = {"REPO_ID": "1", "CONTENT": tree("x")}
+        answers = await publish(relay.port, [message], key="the old one")
+        assert answers == ["HTTP/1.1 403 Forbidden"]
+    finally:
+        relay.kill()
 
 
 async def test_a_page_that_asks_too_fast_is_closed(

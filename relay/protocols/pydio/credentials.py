@@ -42,7 +42,8 @@ class Reader:
             if isinstance(token, str) and isinstance(proof, str) and token and proof:
                 return Credentials(token=token, hash=proof)
         cookies = chosen_cookies("; ".join(headers.getall("Cookie", ())), self._beginnings)
-        if not cookies:
+        # What is not UTF-8 is none of Pydio's, and could not be sent on.
+        if not cookies or not cookies.isprintable():
             raise Unauthorized("log in to Pydio first")
         if not self.is_allowed(headers):
             raise Forbidden("this Origin is not allowed")

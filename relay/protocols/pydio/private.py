@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hmac
 import logging
+import os
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -49,13 +51,13 @@ class PrivateChannel:
         self._clock = loop.time
         self._complained_at = float("-inf")
         self._silenced = 0
-        self.sockets: set[websocket.WebSocketConnection] = set()
         self.reload(settings)
 
     def reload(self, settings: PydioSettings) -> None:
         """For connections from now on."""
         self._settings = settings
-        self._key = settings.key.get_secret_value().encode()
+        # Never empty: see `PydioDoor.mount`; a reload that empties it closes the channel.
+        self._key = settings.key.get_secret_value().encode() or os.urandom(32)
         self._hosts = AuthorisedHosts(split(settings.authorised_hosts), clock=self._clock)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -79,7 +81,8 @@ class PrivateChannel:
 
     def _has_key(self, request: web.Request) -> bool:
         shown = request.headers.get(ADMIN_KEY, "").encode(errors="surrogateescape")
-        return hmac.compare_digest(shown, self._key) and bool(self._key)
+        # Of digests: the comparison itself would tell the key's length.
+        return hmac.compare_digest(sha256(shown).digest(), sha256(self._key).digest())
 
     # ---- websocket --------------------------------------------------------------------------
 
@@ -101,8 +104,6 @@ class PrivateChannel:
                 self._complain(f"private channel: a message of {peer} is dropped: {exc}")
 
         socket.on_text = received
-        socket.on_closed = lambda: self.sockets.discard(socket)
-        self.sockets.add(socket)
         return take_over(request, accepted, socket)
 
     # ---- POST -------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _MESSAGES_PER_S = 5.0
 _MESSAGES_BURST = 50.0
 _TRY_AGAIN_S = 1.0
+# A subscription that took longer to stand has passed over what the page may not have listed.
+_LATE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,7 @@ class Registration:
     __slots__ = (
         "_allowance",
         "_around",
-        "_late",
+        "_asked_at",
         "_seen_at",
         "_wish",
         "account",
@@ -62,8 +64,8 @@ class Registration:
         self._around = around
         # What it has asked for last and may not read; it may be granted yet.
         self._wish: str | None = None
-        # Channels of which something may have been missed before the subscription stood.
-        self._late: set[Channel] = set()
+        # Since when it waits for subscriptions that do not stand yet.
+        self._asked_at: dict[Channel, float] = {}
         self._allowance = _MESSAGES_BURST
         self._seen_at = around.loop.time()
 
@@ -157,6 +159,8 @@ class Registration:
             return
         if channel in session.subscriptions or channel in session.reserved:
             return
+        if position is None:
+            self._asked_at.setdefault(channel, self._around.loop.time())
         try:
             self._around.subscribe(session, channel, position)
         except Unavailable:
@@ -165,12 +169,11 @@ class Registration:
             self._around.refused(exc.code)
 
     def _join_later(self, channel: Channel) -> None:
-        self._late.add(channel)
         self._around.loop.call_later(_TRY_AGAIN_S, self.join, channel)
 
     def _leave(self, channel: Channel) -> None:
         session = self.session
-        self._late.discard(channel)
+        self._asked_at.pop(channel, None)
         if session is not None and (
             channel in session.subscriptions or channel in session.reserved
         ):
@@ -191,8 +194,8 @@ class Registration:
     def subscribed(self, subscription: Subscription) -> None:
         """See `relay.hub.session.Client`."""
         channel = subscription.feed.channel
-        if channel in self._late:
-            self._late.discard(channel)
+        now = self._around.loop.time()
+        if now - self._asked_at.pop(channel, now) > _LATE_S:
             self.say(codec.RELOAD_FOLDER)
         self.settled()
         if channel != EVERYBODY:
@@ -217,7 +220,7 @@ class Registration:
         self._end_registration(channel)
 
     def _end_registration(self, channel: Channel) -> None:
-        self._late.discard(channel)
+        self._asked_at.pop(channel, None)
         if channel != EVERYBODY and self._wants(channel):
             self.repository = None
             self.settled()
