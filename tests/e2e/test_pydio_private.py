@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.clients import Native, native, redis, until
 from tests.support.pydio import KEY, publish, tree
-from tests.support.relay import RelayProcess
+from tests.support.relay import ROOT, RelayProcess
 from tests.support.valkey import Server, free_port
 
 ACCEPTED = "HTTP/1.1 101 Switching Protocols"
@@ -196,3 +196,27 @@ async def test_a_modern_websocket_client_needs_no_junk(relay: RelayProcess, door
     ):
         await socket.send_str(json.dumps({"REPO_ID": "modern", "CONTENT": tree("x")}))
         assert (await stream.next()).data == tree("x")
+
+
+async def test_the_documented_php_and_curl_work(relay: RelayProcess, door: Native) -> None:
+    text = (
+        (ROOT / "docs" / "pydio.md")
+        .read_text()
+        .replace("127.0.0.1:8090", f"127.0.0.1:{relay.port}")
+    )
+    section = text.partition("## PHP without a websocket")[2]
+    php, shell = (
+        section.partition(f"```{name}\n")[2].partition("```")[0] for name in ("php", "sh")
+    )
+    stream = await door.sse("pydio:1")
+    for command in (
+        ["php", "-r", f"$id = 1; $key = '{KEY}'; {php}"],
+        ["sh", "-c", f"KEY={KEY}; {shell}"],
+    ):
+        process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+        assert await process.wait() == 0
+    found = [block.data for block in await stream.take(2)]
+    assert found == [
+        "<tree><nodes_diff>...</nodes_diff></tree>",
+        '<tree><reload_instruction object="data"/></tree>',
+    ]
