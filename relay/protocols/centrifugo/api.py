@@ -7,6 +7,7 @@ the same time, travels to Redis together. A reply says success only when the ent
 from __future__ import annotations
 
 import hmac
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from producers import commands
@@ -55,11 +56,21 @@ class Api:
         Invalid where the request as a whole is refused: commands before the broken one have been
         carried out by then, as in v1.
         """
+        return await self.run(_read(body), ids=ids)
+
+    def knows(self, method: str) -> bool:
+        """Whether there is such a command."""
+        return method in ("publish", "broadcast") or self._server.knows(method)
+
+    async def run(
+        self, asked: Sequence[commands.Publication | commands.Command], *, ids: bool = False
+    ) -> list[Reply]:
+        """As `answer`, for commands that have been read."""
         replies: list[Reply] = []
         started: list[_Started] = []
         broken: commands.Invalid | None = None
         try:
-            for each in _read(body):
+            for each in asked:
                 if isinstance(each, commands.Publication):
                     started.append(self._append("publish", "", [each]))
                 elif each.method == "publish":

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from relay.frontdoor import Listener
+from relay.protocols.centrifugo.admin_routes import AdminRoutes
 from relay.protocols.centrifugo.api import Api
 from relay.protocols.centrifugo.api_routes import ApiRoutes
 from relay.protocols.centrifugo.foreign import CentrifugoForeign
@@ -41,10 +42,14 @@ class MountedCentrifugo:
         node = Node(door)
         # It ends with the relay.
         _ = context.spawn(node.run(), name="centrifugo node")
-        self._api = ApiRoutes(door, Api(door, ServerCommands(door, node)), prefix)
+        api = Api(door, ServerCommands(door, node))
+        self._api = ApiRoutes(door, api, prefix)
+        self._admin = AdminRoutes(door, api, settings, prefix)
         by_port: dict[int, list[web.AbstractRouteDef]] = {0: [*self._sockets.routes]}
-        for port, routes in ((settings.api_port, self._api.routes),):
-            by_port.setdefault(0 if port == settings.port else port, []).extend(routes)
+        parts = (settings.api_port, self._api.routes), (settings.admin_port, self._admin.routes)
+        for port, routes in parts:
+            if routes:
+                by_port.setdefault(0 if port == settings.port else port, []).extend(routes)
         self.routes: Sequence[web.AbstractRouteDef] = by_port.pop(0)
         self.listeners: Sequence[Listener] = [
             Listener(
@@ -63,6 +68,7 @@ class MountedCentrifugo:
 
     async def closed(self) -> None:
         """See `relay.frontdoor.Mounted`."""
+        await self._admin.closed()
         await self._sockets.closed()
 
 

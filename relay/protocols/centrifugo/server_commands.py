@@ -45,6 +45,10 @@ class ServerCommands:
             "node": self._own_node,
         }
 
+    def knows(self, method: str) -> bool:
+        """Whether there is such a command."""
+        return method in self._handlers
+
     def find(self, method: str) -> Handler:
         """Invalid where there is no such command."""
         handler = self._handlers.get(method)

@@ -1,0 +1,247 @@
+"""Centrifugo v1's admin socket, `/auth/`, `watch` and `/debug/`, as its page uses them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.support.centrifugo_client import SECRET, Centrifugo, centrifugo
+from tests.support.relay import RelayProcess
+from tests.support.valkey import Server, free_port
+
+pytestmark = pytest.mark.redis
+PASSWORD = "a password"
+RULES = [
+    f"protocol:centrifugo.secret={SECRET}",
+    "protocol:centrifugo.web=true",
+    f"protocol:centrifugo.admin_password={PASSWORD}",
+    "protocol:centrifugo.admin_secret=a secret for tokens",
+    "protocol:centrifugo:seen.watch=true",
+    "protocol:centrifugo:seen.publish=true",
+    "protocol:centrifugo:seen.history_size=5",
+    "protocol:centrifugo:seen.history_lifetime=60",
+    "protocol:centrifugo:unseen.publish=true",
+]
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+
+
+@pytest.fixture(scope="module")
+def relay(valkey: Server) -> Iterator[RelayProcess]:
+    process = RelayProcess(valkey, settings=RULES).start()
+    yield process
+    process.kill()
+
+
+class Admin:
+    """An admin socket."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self.socket = socket
+
+    async def frame(self) -> Any:
+        message = await self.socket.receive(8)
+        assert message.type is aiohttp.WSMsgType.TEXT, message
+        return json.loads(message.data)
+
+    async def ask(self, method: str, **params: Any) -> Any:
+        await self.socket.send_json({"uid": "9", "method": method, "params": params})
+        (reply,) = await self.frame()
+        return reply
+
+    async def closed(self) -> tuple[int | None, Any]:
+        message = await self.socket.receive(8)
+        assert message.type is aiohttp.WSMsgType.CLOSE, message
+        return message.data, json.loads(message.extra or "null")
+
+
+class Admins:
+    """Opens them."""
+
+    def __init__(self, session: aiohttp.ClientSession, site: Centrifugo) -> None:
+        self._session = session
+        self.site = site
+
+    async def open(self, url: str = "", path: str = "/socket") -> Admin:
+        return Admin(await self._session.ws_connect((url or self.site.url) + path))
+
+    async def token(self, url: str = "") -> str:
+        answer = await self.site.request(b"password=a+password", FORM, url=url, path="/auth/")
+        assert answer.status == 200
+        assert answer.body.endswith(b"\n")
+        token: str = json.loads(answer.body)["token"]
+        return token
+
+
+@pytest.fixture
+async def admins(relay: RelayProcess) -> AsyncIterator[Admins]:
+    async with centrifugo(relay.url) as site, aiohttp.ClientSession() as session:
+        yield Admins(session, site)
+
+
+async def test_the_password_gives_a_token_and_nothing_else_does(admins: Admins) -> None:
+    for body in (b"password=wrong", b"", b"password="):
+        answer = await admins.site.request(body, FORM, path="/auth/")
+        assert (answer.status, answer.body) == (400, b"Bad Request\n")
+    answer = await admins.site.request(b"", {}, path="/auth/?password=a%20password", method="GET")
+    assert answer.status == 200
+    assert await admins.token() != ""
+
+
+async def test_commands_are_answered_in_arrays_whether_watching_or_not(admins: Admins) -> None:
+    admin = await admins.open()
+    reply = await admin.ask("connect", token=await admins.token())
+    wanted = {"uid": "9", "method": "connect", "error": None, "body": True}
+    assert (reply, list(reply)) == (wanted, list(wanted))
+    assert (await admin.ask("ping"))["body"] == "pong"
+    await admin.socket.send_str("[]")
+    await admin.socket.send_json(
+        [
+            {"uid": "1", "method": "publish", "params": {"channel": "seen:a", "data": {"n": 1}}},
+            {"uid": "2", "method": "history", "params": {"channel": "seen:a"}},
+        ]
+    )
+    published, history = await admin.frame()
+    assert published == {"uid": "1", "method": "publish", "error": None, "body": None}
+    assert [each["data"] for each in history["body"]["data"]] == [{"n": 1}]
+    info = (await admin.ask("info"))["body"]["data"]
+    assert (info["version"], info["config"]["node_ping_interval"]) == ("1.8.0", 3_000_000_000)
+    text = json.dumps(info)
+    assert not [each for each in (SECRET, PASSWORD, "a secret for tokens") if each in text]
+    assert (await admin.ask("stats"))["body"]["data"]["nodes"]
+    assert (await admin.ask("presence", channel="seen:a"))["error"] == "not available"
+
+
+@pytest.mark.parametrize(
+    ("frame", "reason"),
+    [
+        ('{"method":"ping"}', "unauthorized"),
+        ('{"method":"connect","params":{"token":"no","watch":true}}', "unauthorized"),
+        ('{"method":"connect","params":{}}', "unauthorized"),
+        ("garbage", "invalid message"),
+        (' {"method":"ping"}', "invalid message"),
+        ('{"method":"connect"}', "invalid message"),
+    ],
+)
+async def test_who_is_not_let_in_is_told_why(admins: Admins, frame: str, reason: str) -> None:
+    admin = await admins.open()
+    await admin.socket.send_str(frame)
+    assert await admin.closed() == (3000, {"reason": reason, "reconnect": True})
+
+
+async def test_what_is_wrong_afterwards_closes_too(admins: Admins) -> None:
+    for frame, reason in (
+        ('{"method":"sing","params":{}}', "method not found"),
+        ("1", "invalid message"),
+    ):
+        admin = await admins.open()
+        await admin.ask("connect", token=await admins.token())
+        await admin.socket.send_str(frame)
+        assert await admin.closed() == (3000, {"reason": reason, "reconnect": True})
+
+
+async def test_a_plain_request_is_refused(admins: Admins) -> None:
+    answer = await admins.site.request(b"", {}, path="/socket", method="GET")
+    assert (answer.status, answer.body) == (400, b"Bad Request\n")
+
+
+@pytest.mark.timeout(60)
+async def test_who_watches_sees_what_is_published_on_any_worker(valkey: Server) -> None:
+    hosts = [
+        RelayProcess(valkey, settings=RULES, flags=["--workers", "2"]),
+        RelayProcess(valkey, settings=RULES),
+    ]
+    for host in hosts:
+        await asyncio.to_thread(host.start)
+    try:
+        async with centrifugo(hosts[0].url) as site, aiohttp.ClientSession() as session:
+            admins = Admins(session, site)
+            # A token of one host holds on all.
+            token = await admins.token(hosts[1].url)
+            watchers = [await admins.open() for _ in range(6)]
+            for each in watchers:
+                assert (await each.ask("connect", token=token, watch=True))["body"] is True
+            # The subscription stands a moment after the reply.
+            for each in watchers:
+                reply = await each.ask("channels")
+                assert reply["body"]["data"] == []
+            client = await site.client("anna", url=hosts[1].url)
+            await client.subscribe("seen:x")
+            await client.subscribe("unseen:x")
+            first = watchers[0]
+
+            async def shown() -> bool:
+                """Whether all of them have begun to watch."""
+                await site.api("publish", channel="seen:probe", data=0)
+                return all([await probe(each) for each in watchers])
+
+            async def probe(admin: Admin) -> bool:
+                try:
+                    message = await admin.socket.receive(0.3)
+                except TimeoutError:
+                    return False
+                return bool(json.loads(message.data)["method"] == "message")
+
+            async with asyncio.timeout(10):
+                while not await shown():
+                    pass
+            await client.ask("publish", channel="unseen:x", data=1)
+            await client.ask("publish", channel="seen:x", data={"n": [1.0, "<"]})
+            await site.api("publish", channel="seen:y", data=2, client="c1")
+            for each in watchers:
+                found: list[Any] = []
+                while len(found) < 2:
+                    frame = await each.frame()
+                    if frame["body"]["channel"] != "seen:probe":
+                        found.append(frame)
+                assert list(found[0]) == ["method", "error", "body"]
+                assert list(found[0]["body"]) == ["uid", "channel", "data", "client", "info"]
+                assert found[0]["body"]["info"] == {"user": "anna", "client": client.id}
+                assert (found[0]["body"]["data"], found[1]["body"]["data"]) == (
+                    {"n": [1.0, "<"]},
+                    2,
+                )
+                assert found[1]["body"]["client"] == "c1"
+                assert found[1]["error"] is None
+            assert (await first.ask("ping"))["body"] == "pong"
+            # Nobody else is given any of it.
+            await client.subscribe("relay.centrifugo.watch")
+            await site.api("publish", channel="seen:y", data=3)
+            assert (await first.frame())["body"]["data"] == 3
+            await client.ask("ping")
+            assert [each["body"]["channel"] for each in client.pushes] == ["unseen:x", "seen:x"]
+    finally:
+        for host in hosts:
+            host.kill()
+
+
+async def test_a_port_of_its_own_without_a_password_and_a_look_inside(valkey: Server) -> None:
+    port = free_port()
+    own = ("web=false", "admin=true", "insecure_admin=true", "debug=true", f"admin_port={port}")
+    settings = [*RULES, *(f"protocol:centrifugo.{each}" for each in own)]
+    relay = RelayProcess(valkey, settings=settings)
+    await asyncio.to_thread(relay.start)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        async with centrifugo(url) as site, aiohttp.ClientSession() as session:
+            admin = await Admins(session, site).open()
+            # Known at once.
+            assert (await admin.ask("ping"))["body"] == "pong"
+            assert (await admin.ask("connect", watch=True))["body"] is True
+            answer = await site.request(b"", {}, path="/debug/", method="GET")
+            text = answer.body.decode()
+            assert answer.headers["Content-Type"].startswith("text/plain")
+            for part in ("1 centrifugo admin", "node_memory_sys", "centrifugo node", "# tasks"):
+                assert part in text
+            assert (await site.request(b"", {}, path="/auth/", method="GET")).status == 404
+            for path in ("/socket", "/debug/"):
+                answer = await site.request(b"", {}, url=relay.url, path=path, method="GET")
+                assert answer.status == 404
+            await asyncio.to_thread(relay.stop)
+            assert (await admin.closed())[1] == {"reason": "shutting down", "reconnect": True}
+    finally:
+        relay.kill()
