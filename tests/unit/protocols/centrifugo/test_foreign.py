@@ -1,23 +1,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
-from relay.config import Config, load
+from relay.config import load
 from relay.config_text import ini
 from relay.errors import ConfigError
-from relay.foreign import Foreign, Translation
+from relay.foreign import Foreign
 from relay.frontdoor import door_settings, find_foreign
 from relay.model import Channel
-from relay.protocols.centrifugo.foreign import CentrifugoForeign
 from relay.protocols.centrifugo.options import CHANNEL_OPTIONS, OPTIONS, Fate
 from relay.protocols.centrifugo.settings import CentrifugoNamespace, CentrifugoSettings
 from relay.settings import LogSettings, NodeSettings, RedisSettings
+from tests.support.centrifugo_config import FOREIGN, Write, configured, door, error, translate
 
-FOREIGN = CentrifugoForeign()
 # The documents' own example (server/configuration.md), in the three formats.
 DOCUMENTED = {
     "json": """{
@@ -55,47 +53,6 @@ namespaces:
 """,
 }
 EVERYWHERE = "0.0.0.0"  # noqa: S104  # compared with, not bound
-NO_OPTION = "Centrifugo v1.8.0 has no such option; it has no effect"
-Write = Callable[..., Path]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def file(text: str, suffix: str = "json") -> Path:
-        path = tmp_path / f"config.{suffix}"
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    return file
-
-
-def translate(
-    path: Path | None = None,
-    environ: Mapping[str, str] | None = None,
-    **flags: str,
-) -> Translation:
-    return FOREIGN.read(path, environ or {}, flags)
-
-
-def configured(translation: Translation) -> Config:
-    return load(
-        None, environ={}, overrides=[], flags={}, doors=door_settings(), foreign=[translation]
-    )
-
-
-def door(translation: Translation) -> CentrifugoSettings:
-    section = configured(translation).doors["protocol:centrifugo"]
-    assert isinstance(section, CentrifugoSettings)
-    return section
-
-
-def error(write: Write, text: str, suffix: str = "json") -> str:
-    path = write(text, suffix)
-    with pytest.raises(ConfigError) as caught:
-        configured(translate(path))
-    line = str(caught.value)
-    assert "\n" not in line
-    return line.replace(str(path), path.name)
 
 
 def test_the_door_has_it_and_the_command_line_finds_it() -> None:
@@ -138,58 +95,6 @@ def test_without_anything_the_defaults_are_centrifugo_s(tmp_path: Path) -> None:
     assert config.server.host == "127.0.0.1"
     assert config.redis.url == "embedded"
     assert config.node == NodeSettings()
-
-
-def test_a_flag_wins_over_a_variable_that_over_the_file(write: Write) -> None:
-    path = write('{"port": "1", "address": "a", "secret": "f", "api_port": 4}')
-    environ = {"CENTRIFUGO_PORT": "2", "CENTRIFUGO_ADDRESS": "b", "CENTRIFUGO_API_PORT": ""}
-    settings = door(translate(path, environ, port="3"))
-    assert (settings.port, settings.host, settings.api_port) == (3, "b", 4)
-    assert settings.secret.get_secret_value() == "f"
-
-
-def test_exactly_the_bound_variables_count(write: Write) -> None:
-    bound = [
-        "debug",
-        "insecure",
-        "insecure_api",
-        "admin",
-        "admin_password",
-        "admin_secret",
-        "insecure_admin",
-        "secret",
-        "connection_lifetime",
-        "watch",
-        "publish",
-        "anonymous",
-        "join_leave",
-        "presence",
-        "recover",
-        "history_size",
-        "history_lifetime",
-        "history_drop_inactive",
-        "port",
-        "api_port",
-        "admin_port",
-        "address",
-        "web",
-        "web_path",
-        "insecure_web",
-        "ssl",
-        "ssl_cert",
-        "ssl_key",
-        "engine",
-        "redis_host",
-        "redis_port",
-        "redis_url",
-    ]
-    assert {name for name, option in OPTIONS.items() if option.env} == set(bound)
-    environ = {"CENTRIFUGO_MAX_CHANNEL_LENGTH": "7", "CENTRIFUGO_HOME": "/srv", "PORT": "1"}
-    translation = translate(write('{"secret": "s"}'), environ)
-    assert door(translation).max_channel_length == 255
-    assert [note.split(":")[0] for note in translation.notes] == [
-        "environment variable CENTRIFUGO_MAX_CHANNEL_LENGTH"
-    ]
 
 
 def test_exactly_the_documented_flags_are_there() -> None:
@@ -357,48 +262,6 @@ def test_streams_keep_what_history_may_ask_for_and_little_else(write: Write) -> 
 )
 def test_what_is_wrong_is_one_line_and_stops_the_start(write: Write, text: str, line: str) -> None:
     assert line in error(write, text)
-
-
-@pytest.mark.parametrize(
-    ("suffix", "text", "line"),
-    [
-        ("toml", "secret = hidden-one\n", "config.toml: line 1, column 10: not TOML"),
-        ("toml", 'secret = "a"\nsecret = "hidden-one"\n', "config.toml: "),
-        ("yaml", "secret: [hidden-one\n", "config.yaml: line 2, column 1: not YAML"),
-        ("yaml", "secret: !hidden-one 1\n", "config.yaml: line 1, column 9"),
-        ("yml", "a: \x00", "config.yml: not YAML"),
-        ("yaml", "- 1\n", "config.yaml: must be one object"),
-        ("json", "\udc80".encode("utf-8", "surrogateescape").decode("latin-1") + "x", "line 1"),
-    ],
-)
-def test_no_syntax_error_shows_the_file(write: Write, suffix: str, text: str, line: str) -> None:
-    told = error(write, text, suffix)
-    assert line in told
-    assert "hidden-one" not in told
-
-
-@pytest.mark.parametrize("text", ["", "# nothing\n"])
-def test_an_empty_file_gives_nothing(write: Write, text: str) -> None:
-    for suffix in ("toml", "yaml"):
-        assert door(translate(write(text, suffix))).port == 8000
-
-
-def test_unknown_keys_do_no_harm_and_are_told(write: Write) -> None:
-    text = '{"secret": "s", "histori_size": 1, "namespaces": [{"name": "aa", "wacth": true}]}'
-    notes = [note.partition("config.json: ")[2] for note in translate(write(text)).notes]
-    assert notes == [
-        f"histori_size: {NO_OPTION}; did you mean history_size?",
-        f"namespace aa: wacth: {NO_OPTION}; did you mean watch?",
-    ]
-
-
-def test_switches_are_what_go_takes_for_one(write: Write) -> None:
-    for text in ("1", "t", "T", "true", "TRUE", "True"):
-        assert door(translate(None, {"CENTRIFUGO_WATCH": text})).watch
-        assert not door(translate(None, {"CENTRIFUGO_WATCH": "1"}, debug=text)).admin
-    for text in ("0", "f", "F", "false", "FALSE", "False"):
-        assert not door(translate(write('{"watch": true}'), {"CENTRIFUGO_WATCH": text})).watch
-    assert door(translate(write('{"watch": "true"}'))).watch
 
 
 @pytest.mark.parametrize("suffix", ["json", "toml", "yaml", "yml"])

@@ -1,0 +1,47 @@
+"""Centrifugo's files, variables and flags, read as the relay reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from relay.config import Config, load
+from relay.errors import ConfigError
+from relay.foreign import Translation
+from relay.frontdoor import door_settings
+from relay.protocols.centrifugo.foreign import CentrifugoForeign
+from relay.protocols.centrifugo.settings import CentrifugoSettings
+
+FOREIGN = CentrifugoForeign()
+Write = Callable[..., Path]
+
+
+def translate(
+    path: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    **flags: str,
+) -> Translation:
+    return FOREIGN.read(path, environ or {}, flags)
+
+
+def configured(translation: Translation) -> Config:
+    return load(
+        None, environ={}, overrides=[], flags={}, doors=door_settings(), foreign=[translation]
+    )
+
+
+def door(translation: Translation) -> CentrifugoSettings:
+    section = configured(translation).doors["protocol:centrifugo"]
+    assert isinstance(section, CentrifugoSettings)
+    return section
+
+
+def error(write: Write, text: str, suffix: str = "json") -> str:
+    path = write(text, suffix)
+    with pytest.raises(ConfigError) as caught:
+        configured(translate(path))
+    line = str(caught.value)
+    assert "\n" not in line
+    return line.replace(str(path), path.name)
