@@ -21,6 +21,7 @@ from relay.protocols.centrifugo.answers import Answers, Slot
 from relay.protocols.centrifugo.door import Door, Fatal, Socket
 from relay.protocols.centrifugo.encoders import DOOR, Format
 from relay.protocols.centrifugo.gojson import is_json
+from relay.protocols.centrifugo.stall import Stall
 from relay.protocols.centrifugo.subscriptions import Subscriptions
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Connection:
         "_read",
         "_reading",
         "_socket",
+        "_stall",
         "_timer",
         "_waiting",
         "client",
@@ -78,6 +80,7 @@ class Connection:
         self._reading = True
         self._read: Callable[[bool], None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._stall: Stall | None = None
 
     def attached(self, socket: Socket, read: Callable[[bool], None] | None = None) -> None:
         """The socket is there; the client has some time to say who it is. `read`: whether to read
@@ -212,6 +215,7 @@ class Connection:
         if not expired:
             if is_json(given.info):
                 self._info = given.info
+                self.subscriptions.introduce()
             if lifetime and session is not None:
                 principal = replace(session.principal, expires_at=self._closes_at(ends))
                 self.door.context.hub.change_principal(session, principal)
@@ -286,31 +290,18 @@ class Connection:
         """Too much waits for the client: it is served from the stream, as long as it takes it."""
         if self.session is not None:
             self.session.pause()
-        if self._timer is None and self._socket is not None:
-            self._watch(self._socket.waiting_bytes())
-
-    def _watch(self, waiting: int) -> None:
-        settings = self.door.settings
-        delay = settings.client_message_write_timeout or settings.client_stalled_s
-        self._timer = self.door.call_later(
-            min(delay, settings.client_stalled_s), lambda: self._look(waiting)
-        )
-
-    def _look(self, before: int) -> None:
-        self._timer = None
-        if self._socket is None or not self._socket.full:
-            return
-        waiting = self._socket.waiting_bytes()
-        if waiting < before:
-            self._watch(waiting)
-        else:
-            self.close("slow")
+        if self._stall is None and self._socket is not None:
+            self._stall = Stall(
+                self.door,
+                self._socket,
+                lambda reason, reconnect: self.close(reason, reconnect=reconnect),
+            )
 
     def drained(self) -> None:
         """There is room again: for events, and for answers."""
         if self._socket is None or self._socket.full:
             return
-        self._stop_timer()
+        self._stop_watching()
         if self.session is not None and not self._held:
             self.session.resume()
         self._advance()
@@ -376,11 +367,17 @@ class Connection:
 
     def _forget(self) -> None:
         self._stop_timer()
+        self._stop_watching()
         self._waiting.clear()
         self.door.unauthenticated.discard(self)
         self.subscriptions.end()
         if self.session is not None:
             self.session.end()
+
+    def _stop_watching(self) -> None:
+        if self._stall is not None:
+            self._stall.end()
+            self._stall = None
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -41,6 +41,13 @@ class Presence:
 
     def joined(self, channel: Channel, client: str, info: bytes) -> None:
         """The client's subscription stands; `info` is who it is, as pushes say it."""
+        self.changed(channel, client, info)
+        rules = self._rules(channel)
+        if rules is not None and rules.join_leave:
+            self._tell(channel, "join", info)
+
+    def changed(self, channel: Channel, client: str, info: bytes) -> None:
+        """The client is there with this info from now on; nobody is told."""
         rules = self._rules(channel)
         if rules is None or not (rules.presence or rules.join_leave):
             return
@@ -48,8 +55,6 @@ class Presence:
         kept = codec.client_info(info) or codec.info_json("", client, "", "")
         self._context.presence.add(channel, client, kept)
         self._stats.count("node_num_add_presence")
-        if rules.join_leave:
-            self._tell(channel, "join", info)
 
     def left(self, channel: Channel, client: str, info: bytes) -> None:
         """It is over."""

@@ -195,6 +195,11 @@ class Subscriptions:
         self._door.presence.left(channel, *self._who(channel))
         self._door.publisher.unsubscribed(channel)
 
+    def introduce(self) -> None:
+        """The client has another info."""
+        for name in self._own:
+            self._door.presence.changed(Channel(name), *self._who(Channel(name)))
+
     def _who(self, channel: Channel) -> tuple[str, bytes]:
         return self._connection.client, self._connection.info(channel)
 
