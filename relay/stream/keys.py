@@ -23,6 +23,7 @@ Cluster slot; a command or transaction over several keys stays within one worksp
 | `<p>group:<name>`         | set     | the users of a group                | the application      |
 | `<p>bus:<instance>`       | pub/sub | one worker's ear; no key            | nothing is kept      |
 | `<p>uid:{C}:<uid>`        | string  | ID of the entry appended with it    | expires: its window  |
+| `<p>tap:<name>`           | string  | how far a tap on others' Redis came | stays                |
 | `<p>queue:<name>`         | string  | how many commands were taken of it  | stays                |
 | `<p>takers`               | zset    | who takes commands, until when (ms) | them; expires        |
 | `<name>`, `<name>.<n>`    | list    | queue of commands; no prefix        | who takes them       |
@@ -131,6 +132,10 @@ class Keys:
     def lease(self, name: str) -> bytes:
         """Held by the one worker that does the job `name`."""
         return f"{self._text}lease:{name}".encode()
+
+    def tap(self, name: str) -> bytes:
+        """How far a tap has come in what others publish."""
+        return f"{self._text}tap:{name}".encode()
 
     def queue_count(self, queue: str) -> bytes:
         """How many commands were ever taken of this queue."""

@@ -140,3 +140,46 @@ end
 redis.call('LTRIM', queue, n, -1)
 return failed
 """)
+
+# KEYS a tap's mark, then the stream of each entry; ARGV the mark as read, the new one, then of each
+# emit either `p`, a pub/sub channel and a payload, or `x`, entries kept (0: all), number of words,
+# words, number of copies, and of each copy the number of its own words and these. A later copy gets
+# the IDs of those before it. -1 where the mark is another and nothing was done, else how many
+# appends Redis refused.
+EMITS = Script("""\
+if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return -1 end
+redis.call('SET', KEYS[1], ARGV[2])
+local k, a, failed, argv = 2, 3, 0, ARGV
+while a <= #argv do
+  if argv[a] == 'p' then
+    redis.pcall('PUBLISH', argv[a + 1], argv[a + 2])
+    a = a + 3
+  else
+    local keep, n, from, earlier = argv[a + 1], tonumber(argv[a + 2]), a + 3, ''
+    a = from + n
+    local copies = tonumber(argv[a])
+    a = a + 1
+    for copy = 1, copies do
+      local words = {}
+      if keep ~= '0' then words = {'MAXLEN', '~', keep} end
+      words[#words + 1] = '*'
+      for i = from, from + n - 1 do words[#words + 1] = argv[i] end
+      local own = tonumber(argv[a])
+      for i = a + 1, a + own do words[#words + 1] = argv[i] end
+      a = a + 1 + own
+      if copy > 1 then
+        words[#words + 1] = 'copies'
+        words[#words + 1] = earlier
+      end
+      local id = redis.pcall('XADD', KEYS[k], unpack(words))
+      k = k + 1
+      if type(id) == 'table' then
+        failed = failed + 1
+        id = '0-0'
+      end
+      earlier = copy > 1 and earlier .. ' ' .. id or id
+    end
+  end
+end
+return failed
+""")

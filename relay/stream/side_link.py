@@ -29,18 +29,20 @@ _BACKOFF_S = (0.05, 2.0)
 
 
 class SideLink:
-    """`run` must be running. `subscribe_to` are pub/sub channels whose messages go to
-    `on_message` with the channel's name."""
+    """`run` must be running. `subscribe_to` and `patterns` are pub/sub channels whose messages go
+    to `on_message` with the channel's name."""
 
     def __init__(
         self,
         redis: RedisSettings,
         *,
         subscribe_to: Sequence[bytes] = (),
+        patterns: Sequence[bytes] = (),
         on_message: Callable[[bytes, bytes], None] | None = None,
     ) -> None:
         self._redis = redis
         self._names = subscribe_to
+        self._patterns = patterns
         self._on_message = on_message
         self._link: Link | None = None
         self._open = asyncio.Event()
@@ -112,10 +114,11 @@ class SideLink:
             on_lost=lambda _: lost.set(),
         )
         try:
-            if self._names:
-                for reply in await link.subscribe(*self._names):
-                    if isinstance(reply, hiredis.ReplyError):
-                        raise CommandRefused("SUBSCRIBE", str(reply))
+            names = [("SUBSCRIBE", name) for name in self._names]
+            names += [("PSUBSCRIBE", pattern) for pattern in self._patterns]
+            for reply in await link.execute(names):
+                if isinstance(reply, hiredis.ReplyError):
+                    raise CommandRefused("SUBSCRIBE", str(reply))
             self._link = link
             for told in self.on_open:
                 told()
@@ -125,7 +128,7 @@ class SideLink:
             link.close()
 
     def _on_push(self, push: list[object]) -> None:
-        if self._on_message is not None and push[0] == b"message":
-            name, payload = push[1], push[2]
+        if self._on_message is not None and push[0] in (b"message", b"pmessage"):
+            name, payload = push[-2:]
             if isinstance(name, bytes) and isinstance(payload, bytes):
                 self._on_message(name, payload)

@@ -108,6 +108,13 @@ SENT: dict[User, list[str]] = {
         "GET relay:uid:{news}:7d1f",
         "SET relay:uid:{news}:7d1f 1-1 PX 5",
         "WAIT 1 5",
+        "PSUBSCRIBE socket.io#/axr#*",
+        "SUBSCRIBE socket.io-request#/axr#",
+        "XREAD COUNT 9 STREAMS socket.io 0-0",
+        "XREVRANGE socket.io + - COUNT 1",
+        "GET relay:tap:socketio_emitter",
+        "SET relay:tap:socketio_emitter x",
+        "EVALSHA 0 2 relay:tap:socketio_emitter relay:stream:{axr:allusers} x",
     ],
     "maintenance": [
         "CLIENT SETNAME relay-admin",

@@ -18,6 +18,8 @@ from tests.support.npm import environment, node
 SECRET = "a secret of AcceleratXR that is long enough"
 CLIENTS = ("socket.io-client-2", "socket.io-client-3", "socket.io-client")
 _DRIVER = Path(__file__).with_name("socketio_client.cjs")
+_EMITTER = Path(__file__).with_name("socketio_emitter.cjs")
+GENERATIONS = ("3", "5")
 
 
 def axr_token(
@@ -132,18 +134,36 @@ def connect_options(package: str, token: str) -> dict[str, Any]:
     return {"auth": {"token": token}}
 
 
-async def run_node(script: str, *args: str, limit_s: float = 20) -> str:
-    """What a script prints, run with the packages of `tests/npm`."""
+class Emitter:
+    """A Node process with an emitter of /axr: socket.io-emitter 3.2 or the 5.x one."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    async def run(self, script: str) -> None:
+        """JavaScript with `io`, the emitter; what it published is at Redis when this returns."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(script.replace("\n", " ").encode() + b"\n")
+        async with asyncio.timeout(LIMIT_S):
+            assert await self._process.stdout.readline() == b"done\n"
+
+
+@asynccontextmanager
+async def emitter(generation: str, port: int) -> AsyncIterator[Emitter]:
+    """An emitter that publishes to the Redis on this port."""
     process = await asyncio.create_subprocess_exec(
         node(),
-        "-e",
-        script,
-        *args,
+        str(_EMITTER),
+        generation,
+        "127.0.0.1",
+        str(port),
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
         env=await asyncio.to_thread(environment),
     )
-    async with asyncio.timeout(limit_s):
-        out, err = await process.communicate()
-    assert process.returncode == 0, err.decode()
-    return out.decode()
+    try:
+        yield Emitter(process)
+    finally:
+        process.kill()
+        await process.wait()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from producers.socketio_entry import EVERYBODY, SOCKET, Unusable, channel_of
 from relay.errors import ClientError, Forbidden, RelayError, Unauthorized, Unavailable
 from relay.hub.recovery import Notice
-from relay.model import Channel, Position, Principal
+from relay.model import Channel, EntryID, Position, Principal
 from relay.protocols.socketio.credentials import find_token, read_profile
 from relay.protocols.socketio.recovery import Record, new_pid, positions_of
 from relay.protocols.socketio.rooms import Rooms
@@ -259,19 +259,20 @@ class SocketClient:
         """What an emitter may call it by: its rooms and its ID."""
         return {*self.rooms.joined, self.sid}
 
-    def join(self, room: str) -> None:
-        """An emitter puts it into a room."""
+    def join(self, room: str, place: EntryID | None) -> None:
+        """An emitter puts it into a room, when the room's stream was at `place`."""
         session = self.session
         if session is None or session.closed or room in self.rooms.joined:
             return
         try:
-            channel = self.rooms.add(room, session)
+            channel = self.rooms.add(room, place, session)
         except Unusable:
             return
         if channel is None:
             self._door.changed(self)
         elif channel not in session.reserved:
-            self._door.context.subscribe(session, channel, None)
+            asked = None if place is None else Position(place)
+            self._door.context.subscribe(session, channel, asked)
 
     def leave(self, room: str) -> None:
         """An emitter takes it out of a room."""

@@ -52,11 +52,11 @@ class Rooms:
             self.joined[room] = subscription.position.id
         self._start[channel] = cursor.part(channel, subscription.position)
 
-    def add(self, room: str, session: Session) -> Channel | None:
+    def add(self, room: str, place: EntryID | None, session: Session) -> Channel | None:
         """Join; the stream that is to be followed now, None where it is already, or may not be."""
         channel = channel_of(room)
         subscription = session.subscriptions.get(channel)
-        self.joined[room] = ZERO_ID if subscription is None else subscription.position.id
+        self.joined[room] = place or (subscription.position.id if subscription else ZERO_ID)
         self.partial = self.partial and room != EVERYBODY
         return channel if subscription is None else None
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import orjson
 from aiohttp import web
 
+from relay.model import EntryID
 from relay.protocols.socketio.client import SocketClient
 from relay.protocols.socketio.encoders import OffsetEncoder, RecoverableEncoder, SocketEncoder
 from relay.protocols.socketio.recovery import Record, Sessions
@@ -155,8 +156,9 @@ class MountedSocketIo:
         try:
             command = orjson.loads(payload)
             what, rooms = command["do"], set(command["rooms"])
-            without, names = set(command["except"]), list(command.get("names", ()))
-        except (ValueError, KeyError, TypeError) as exc:
+            without = set(command["except"])
+            names = {name: _place(at) for name, at in command["names"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
             _log.warning("an emitter's command is skipped: %s", exc)
             return
         for client in list(self._clients):
@@ -167,11 +169,15 @@ class MountedSocketIo:
                 continue
             if what == "disconnect":
                 client.put_out()
-            for name in names:
+            for name, place in names.items():
                 if what == "join":
-                    client.join(name)
+                    client.join(name, place)
                 elif what == "leave":
                     client.leave(name)
+
+
+def _place(text: str) -> EntryID | None:
+    return EntryID.parse(text) if text else None
 
 
 def cors_headers(headers: MultiMapping[str]) -> dict[str, str]:

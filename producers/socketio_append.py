@@ -1,0 +1,104 @@
+"""One batch of emits as one step in Redis: entries, live-only events, commands, and the mark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
+
+import orjson
+
+from producers.socketio_entry import Contents, Emit, Unusable, contents, copies
+from producers.socketio_wire import Control
+from relay.model import Channel, EntryID, Event
+from relay.stream import control, ephemeral, scripts
+from relay.stream import entry as entries
+
+if TYPE_CHECKING:
+    from relay.settings import NamespaceSettings
+    from relay.stream.keys import Keys
+    from relay.stream.side_link import SideLink
+
+_DOOR = "socketio"
+# In a live-only event: the rooms before this one have their own, whenever a client joined them.
+_ALWAYS = EntryID(2**64 - 1, 0)
+
+_WAIT_MS = 1000
+
+Words = list[bytes | str | int]
+
+
+class Batch:
+    """What one step is to append, under the names of one set of keys."""
+
+    def __init__(
+        self,
+        keys: Keys,
+        namespace_of: Callable[[Channel], NamespaceSettings],
+        max_entry_bytes: int,
+    ) -> None:
+        self._keys = keys
+        self._namespace_of = namespace_of
+        self._max_entry_bytes = max_entry_bytes
+        self._streams: list[bytes] = []
+        self._words: Words = []
+        self._replicas = 0
+
+    def add(self, emit: Emit) -> None:
+        """Unusable where no entry can be made of it; then nothing is added."""
+        what = contents(emit)
+        where = copies(emit)
+        if emit.volatile:
+            self._whisper(emit, what)
+            return
+        fields = entries.encode(what.data, type=what.type, extra=what.extra, checked=True)
+        if entries.size(fields) > self._max_entry_bytes:
+            raise Unusable(f"too large: {entries.size(fields)} bytes")
+        keep = self._namespace_of(where[0].channel).retention_count
+        self._words += "x", keep, len(fields), *fields, len(where)
+        for channel, socket in where:
+            self._streams.append(self._keys.stream(channel))
+            to = [] if socket is None else [b"to", orjson.dumps([f"client:{socket}"])]
+            self._words += len(to), *to
+            rules = self._namespace_of(channel)
+            self._replicas = max(self._replicas, rules.wait_replicas)
+
+    def _whisper(self, emit: Emit, what: Contents) -> None:
+        always = str(_ALWAYS).encode()
+        published: Words = []
+        for number, (channel, socket) in enumerate(copies(emit)):
+            extra = dict(what.extra)
+            if number:
+                extra[b"copies"] = b" ".join([always] * number)
+            to = None if socket is None else frozenset({f"client:{socket}"})
+            event = Event(channel, None, what.data, True, type=what.type, to=to, extra=extra)
+            payload = ephemeral.encode(event)
+            if len(payload) > self._max_entry_bytes:
+                raise Unusable(f"too large: {len(payload)} bytes")
+            published += "p", self._keys.ephemeral(channel), payload
+        self._words += published
+
+    def command(self, command: Control, joined: Sequence[tuple[str, str]]) -> None:
+        """For all workers' clients; `joined` are rooms and where their streams are now."""
+        payload = {
+            "do": command.what,
+            "rooms": command.rooms,
+            "except": command.without,
+            "names": dict(joined) if command.what == "join" else dict.fromkeys(command.names, ""),
+        }
+        text = orjson.dumps(payload).decode()
+        fields = control.encode(control.DoorCommand(door=_DOOR, payload=text))
+        self._streams.append(self._keys.control)
+        self._words += "x", control.KEEP, len(fields), *fields, 1, 0
+
+    async def apply(self, link: SideLink, mark_key: bytes, old: bytes, new: bytes) -> bool:
+        """All of it and the mark, where that is still `old`; whether it was.
+
+        Unavailable where nobody knows; CommandRefused where Redis does not want it.
+        """
+        streams = self._streams
+        words: Words = ["EVALSHA", scripts.EMITS.sha, len(streams) + 1, mark_key, *streams]
+        words += old, new, *self._words
+        refused = cast(int, await link.call(*words))
+        if self._replicas:
+            await link.call("WAIT", self._replicas, _WAIT_MS)
+        return refused >= 0
