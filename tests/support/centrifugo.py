@@ -93,6 +93,8 @@ class Streams:
             if followed.alive:
                 self._examine(followed) if what == "examine" else self._page(followed)
         self.hub.flush()
+        for channel in list(self.followed):
+            self._deliver(channel)
 
     def _examine(self, followed: Followed) -> None:
         stream = self.stream(followed.channel)
@@ -118,12 +120,17 @@ class Streams:
         record = entry.decode(channel, entry_id, fields, _ENTRY_BYTES)
         stream.records.append(record)
         stream.last, stream.added = entry_id, stream.added + 1
-        followed = self.followed.get(channel)
-        if followed is not None and followed.settled and not self.frozen:
-            followed.on_records([record])
-            if self.hub is not None:
-                self.hub.flush()
+        self._deliver(channel)
         return entry_id
+
+    def _deliver(self, channel: Channel) -> None:
+        followed = self.followed.get(channel)
+        if followed is None or not followed.settled or self.frozen or self.hub is None:
+            return
+        news = [each for each in self.streams[channel].records if each.id > followed.position]
+        if news:
+            followed.on_records(news)
+            self.hub.flush()
 
     async def history(self, channel: Channel, count: int) -> Snapshot:
         await asyncio.sleep(0)

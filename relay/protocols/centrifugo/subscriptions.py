@@ -111,7 +111,7 @@ class Subscriptions:
 
     def _join(self, channel: Channel, asked: _Asked) -> None:
         context, session = self._door.context, self._connection.session
-        if session is None:
+        if session is None or self._connection.closed:
             return
         if not context.ready():
             raise Fatal(codec.INTERNAL_ERROR, reconnect=True)

@@ -1,0 +1,214 @@
+"""What transcripts cannot show: what happens while something else is under way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from relay.errors import RedisUnavailable, Unavailable
+from relay.model import Channel
+from relay.protocols.centrifugo.connection import Connection
+from relay.protocols.centrifugo.settings import CentrifugoSettings
+from relay.stream import entry
+from tests.support.centrifugo import SECRET, Bench, Socket
+
+RULES: dict[str, Any] = {
+    "secret": SECRET,
+    "insecure": True,
+    "publish": True,
+    "recover": True,
+    "history_size": 100,
+    "history_lifetime": 60,
+}
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench(CentrifugoSettings.model_validate(RULES))
+
+
+def say(connection: Connection, *commands: tuple[str, dict[str, object]]) -> None:
+    """One frame."""
+    found = [
+        {"uid": str(number), "method": method, "params": params}
+        for number, (method, params) in enumerate(commands)
+    ]
+    connection.on_frame(json.dumps(found if len(found) > 1 else found[0]).encode())
+
+
+def append(bench: Bench, channel: str, data: str) -> None:
+    bench.context.streams.append(Channel(channel), entry.encode(data.encode()))
+
+
+def heard(socket: Socket) -> list[Any]:
+    lines, socket.lines[:] = list(socket.lines), []
+    return [json.loads(line[2:]) if line.startswith("<") else line for line in lines]
+
+
+async def connected(bench: Bench, name: str = "A") -> tuple[Connection, Socket]:
+    connection = bench.connection(name)
+    say(connection, ("connect", {}))
+    await bench.settle()
+    socket = bench.sockets[name]
+    assert heard(socket)[0]["body"]["client"]
+    return connection, socket
+
+
+async def test_nothing_comes_before_the_reply_of_its_batch(bench: Bench) -> None:
+    streams = bench.context.streams
+    append(bench, "a", "1")
+    connection, socket = await connected(bench)
+    other, _ = await connected(bench, "B")
+    say(other, ("subscribe", {"channel": "a"}))
+    await bench.settle()
+    # The one stands at once, the other's stream does not answer yet.
+    held = bench.context.history
+
+    async def late(channel: Channel, count: int) -> Any:
+        if channel == "b":
+            await opened.wait()
+        return await held(channel, count)
+
+    opened = asyncio.Event()
+    bench.context.history = late
+    say(
+        connection,
+        ("subscribe", {"channel": "a", "recover": True, "last": "0-0"}),
+        ("subscribe", {"channel": "b", "recover": True, "last": "0-0"}),
+    )
+    await bench.settle()
+    for data in ("2", "3"):
+        append(bench, "a", data)
+        await bench.settle()
+    assert heard(socket) == []
+    opened.set()
+    await bench.settle()
+    (replies, *pushes) = heard(socket)
+    assert [reply["body"]["channel"] for reply in replies] == ["a", "b"]
+    assert [each["data"] for each in replies[0]["body"]["messages"]] == [1]
+    assert [push["body"]["data"] for push in pushes] == [2, 3]
+    assert streams.followed
+
+
+async def test_what_arrives_between_snapshot_and_subscription_comes_once(bench: Bench) -> None:
+    append(bench, "a", "1")
+    append(bench, "a", "2")
+    other, _ = await connected(bench, "B")
+    say(other, ("subscribe", {"channel": "a"}))
+    await bench.settle()
+    connection, socket = await connected(bench)
+    streams = bench.context.streams
+    streams.frozen = True
+    say(connection, ("subscribe", {"channel": "a", "recover": True, "last": "0-0"}))
+    await bench.settle()
+    # The snapshot was taken; the subscription waits.
+    append(bench, "a", "3")
+    streams.frozen = False
+    streams.answer()
+    append(bench, "a", "4")
+    await bench.settle()
+    reply, *pushes = heard(socket)
+    messages = [each["data"] for each in reversed(reply["body"]["messages"])]
+    assert messages + [push["body"]["data"] for push in pushes] == [1, 2, 3, 4]
+    assert reply["body"]["recovered"] is True
+
+
+async def test_reading_waits_for_commands_to_be_carried_out(bench: Bench) -> None:
+    connection, socket = await connected(bench)
+    reading: list[bool] = []
+    connection.attached(socket, reading.append)
+    socket.full = True
+    for _ in range(100):
+        say(connection, ("ping", {}))
+    assert heard(socket) == []
+    assert reading == [False]
+    socket.full = False
+    connection.drained()
+    await bench.settle()
+    assert len(heard(socket)) == 100
+    assert reading == [False, True]
+
+
+async def test_who_cannot_be_stopped_is_closed(bench: Bench) -> None:
+    connection, socket = await connected(bench)
+    socket.full = True
+    frame = b"[" + b",".join([b'{"method":"ping"}'] * 3000) + b"]"
+    for _ in range(6):
+        connection.on_frame(frame)
+    assert heard(socket) == ['x 3000 {"reason":"limit exceeded","reconnect":false}']
+
+
+async def test_slow_is_who_takes_nothing(bench: Bench) -> None:
+    connection, socket = await connected(bench)
+    socket.full, socket.waiting = True, 1000
+    connection.filled()
+    for _ in range(5):
+        socket.waiting -= 1
+        bench.pass_(60)
+    assert heard(socket) == []
+    bench.pass_(60)
+    assert heard(socket) == ['x 3000 {"reason":"slow","reconnect":false}']
+
+
+async def test_a_write_may_have_a_shorter_time(bench: Bench) -> None:
+    settings = CentrifugoSettings.model_validate(RULES | {"client_message_write_timeout": 2})
+    bench = Bench(settings)
+    connection, socket = await connected(bench)
+    socket.full, socket.waiting = True, 1000
+    connection.filled()
+    bench.pass_(1)
+    connection.filled()
+    bench.pass_(1)
+    assert heard(socket) == ['x 3000 {"reason":"error sending message","reconnect":true}']
+
+
+async def test_redis_away_while_recovering(bench: Bench) -> None:
+    connection, socket = await connected(bench)
+
+    async def away(channel: Channel, count: int) -> Any:
+        raise Unavailable("Redis is away")
+
+    bench.context.history = away
+    say(connection, ("subscribe", {"channel": "a", "recover": True, "last": "0-0"}))
+    await bench.settle()
+    assert heard(socket) == ['x 3000 {"reason":"internal server error","reconnect":true}']
+
+
+async def test_redis_away_while_asking_or_publishing(bench: Bench) -> None:
+    connection, socket = await connected(bench)
+    say(connection, ("subscribe", {"channel": "a"}))
+    await bench.settle()
+    heard(socket)
+
+    async def away(channel: Channel, count: int) -> Any:
+        raise Unavailable("Redis is away")
+
+    bench.context.history = away
+    bench.context.refusing = RedisUnavailable("away")
+    say(connection, ("history", {"channel": "a"}), ("publish", {"channel": "a", "data": 1}))
+    await bench.settle()
+    (replies,) = heard(socket)
+    assert [(each["error"], each["advice"]) for each in replies] == [
+        ("internal server error", "retry")
+    ] * 2
+    assert [each["body"] for each in replies] == [
+        {"channel": "a", "data": None},
+        {"channel": "a", "status": False},
+    ]
+
+
+async def test_a_client_that_goes_while_it_is_admitted_leaves_nothing(bench: Bench) -> None:
+    connection = bench.connection("A")
+    say(connection, ("connect", {"user": "ann"}))
+    connection.gone()
+    await bench.settle()
+    assert bench.context.hub.total == 0
+    connection, _ = await connected(bench, "B")
+    say(connection, ("subscribe", {"channel": "a", "recover": True, "last": "0-0"}))
+    connection.gone()
+    await bench.settle()
+    assert bench.context.hub.total == 0
+    assert not bench.context.streams.followed
