@@ -126,3 +126,14 @@ async def _poll(session: aiohttp.ClientSession, address: str) -> None:
     await post("xhr_send", json.dumps([json.dumps({"uid": "7", "method": "nothing"})]))
     closing = '{"reason":"unauthorized","reconnect":false}'
     assert await post("xhr") == f"c[3000,{json.dumps(closing)}]\n"
+
+
+@pytest.mark.parametrize(("recipe", "path", "prefix"), CASES)
+async def test_the_admin_socket(
+    valkey: Server, tmp_path: Path, recipe: str, path: str, prefix: str
+) -> None:
+    with behind(valkey, tmp_path, recipe, path, prefix) as base:
+        async with aiohttp.ClientSession() as session, session.ws_connect(f"{base}/socket") as ws:
+            await ws.send_json({"uid": "1", "method": "connect", "params": {"watch": True}})
+            reply = await within(LIMIT_S, ws.receive_json())
+            assert reply[0]["body"] is True

@@ -279,6 +279,34 @@ def test_api_port_and_prefix(valkey: Server, folder: Path) -> None:
         assert fetch(f"http://127.0.0.1:{port}/connection/info")[0] == 404
 
 
+def test_the_documented_admin_options_on_a_port_of_their_own(valkey: Server, folder: Path) -> None:
+    port, admin = free_port(), free_port()
+    config = {
+        "secret": SECRET,
+        "web": True,
+        "admin": True,
+        "admin_password": "password",
+        "admin_secret": "secret",
+        "admin_port": str(admin),
+        "debug": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    with site(folder, "centrifugo", f"--port={port}", *redis_flags(valkey)) as running:
+        running.said("web = true: Centrifugo's own page is not included")
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        status, text, _ = fetch(
+            f"http://127.0.0.1:{admin}/auth/", body=b"password=password", headers=form
+        )
+        assert status == 200
+        assert json.loads(text)["token"]
+        wrong = fetch(f"http://127.0.0.1:{admin}/auth/", body=b"password=no", headers=form)
+        assert wrong[0] == 400
+        assert fetch(f"http://127.0.0.1:{admin}/debug/")[0] == 200
+        for path in ("/auth/", "/socket", "/debug/"):
+            assert fetch(f"http://127.0.0.1:{port}{path}")[0] == 404, path
+        assert publish(f"http://127.0.0.1:{port}", "admin", 1) == (200, OK)
+
+
 def test_the_tools(tmp_path: Path) -> None:
     def tool(*words: str) -> tuple[int, list[str]]:
         with site(tmp_path, *words, ready=False) as running:
