@@ -21,7 +21,7 @@ from tests.support.socketio import npm_clients
 from tests.support.valkey import Server
 
 # Node, its packages, PHP and Chromium start on a machine that runs other tests too.
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.redis, pytest.mark.timeout(120)]
 SECRET = "a secret of the application"
 RENAME = (
     '<tree><nodes_diff><update><tree filename="/neu – ü.txt" text="neu" is_file="true"'

@@ -15,7 +15,7 @@ from tests.support.socketio import Driver, NpmClient, npm_clients
 from tests.support.valkey import Server
 
 # Node, its packages and PHP start on a machine that runs other tests too.
-pytestmark = pytest.mark.timeout(90)
+pytestmark = [pytest.mark.redis, pytest.mark.timeout(90)]
 
 BOTH = ("socket.io-client-2", "socket.io-client")
 RELOAD_FOLDER = '<tree><reload_instruction object="data" node="" file=""/></tree>'
@@ -161,6 +161,39 @@ async def test_a_cut_client_of_today_gets_what_it_missed(
     assert again["recovered"] is True
     contents = missed + await said(relay, "1", "after")
     assert [await heard(client) for _ in contents] == contents
+
+
+@pytest.mark.parametrize("transports", [["websocket"], ["polling", "websocket"]])
+async def test_cut_again_and_again_it_hears_each_once_and_in_order(
+    relay: RelayProcess, npm: Driver, transports: list[str]
+) -> None:
+    client = await page(npm, relay, "alice", transports=transports)
+    await client.until("connect")
+    await asked(client, "register", "1")
+    contents = [tree(str(number)) for number in range(400)]
+
+    async def produce() -> None:
+        for content in contents:
+            await asyncio.to_thread(
+                redis, relay.server, "XADD", "relay:stream:{pydio:1}", "*", "data", content
+            )
+
+    async with asyncio.TaskGroup() as group:
+        producing = group.create_task(produce())
+        found: list[str] = []
+        cuts = 0
+        while len(found) < len(contents):
+            # A cut after each tenth message, as long as there is something to miss.
+            if len(found) >= 10 * (cuts + 1) and not producing.done():
+                cuts += 1
+                await client.do("cut")
+            seen = await client.next()
+            if seen["what"] == "event":
+                found.append(seen["args"][1])
+            elif seen["what"] == "connect":
+                assert seen["recovered"] is True
+    assert found == contents
+    assert cuts > 1
 
 
 async def test_a_client_that_heard_nothing_before_the_cut_recovers_too(

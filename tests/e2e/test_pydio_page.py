@@ -60,6 +60,7 @@ async def enters(chrome: Chrome, relay: RelayProcess, repository: str) -> None:
     await seen(chrome, FILES, [f"/in-{repository}"])
 
 
+@pytest.mark.redis
 @pytest.mark.timeout(120)
 async def test_a_page_lives_through_a_rename_a_switch_and_a_lost_right(
     tmp_path: Path, valkey: Server

@@ -15,6 +15,8 @@ from tests.support.pydio import KEY, publish, tree
 from tests.support.relay import ROOT, RelayProcess
 from tests.support.valkey import Server, free_port
 
+# PHP starts on a machine that runs other tests too.
+pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
 ACCEPTED = "HTTP/1.1 101 Switching Protocols"
 FORBIDDEN = "HTTP/1.1 403 Forbidden"
 SETTINGS = [f"protocol:pydio.key={KEY}", "protocol:pydio.drain_s=0.2"]
@@ -45,7 +47,6 @@ async def post(relay: RelayProcess, body: bytes, **headers: str) -> tuple[int, d
             return answer.status, await answer.json()
 
 
-@pytest.mark.timeout(60)
 async def test_the_real_clients_shape_arrives_100_times(relay: RelayProcess, door: Native) -> None:
     stream = await door.sse("pydio:junk")
     sent = [

@@ -26,6 +26,8 @@ from tests.support.pydio import (
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server
 
+# PHP starts on a machine that runs other tests too.
+pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
 RELOAD_FOLDER = '<tree><reload_instruction object="data" node="" file=""/></tree>'
 RELOAD_WORKSPACES = '<tree><reload_instruction object="repository_list"/></tree>'
 
