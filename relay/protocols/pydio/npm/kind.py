@@ -89,8 +89,9 @@ class NpmKind:
         """Its connection is over; what is kept of it stays for its time."""
         self._clients.discard(client)
         self._on_count(-1)
-        if client.pid and self._by_pid.get(client.pid) is client:
-            del self._by_pid[client.pid]
+        # One that never joined has no place there, but what was kept of it may be being renewed.
+        if client.pid and self._by_pid.get(client.pid, client) is client:
+            self._by_pid.pop(client.pid, None)
             self.sessions.leave(client.pid)
 
     def joined(self, client: NpmClient, record: Record | None) -> None:
