@@ -60,7 +60,7 @@ def _arguments() -> argparse.Namespace:
     one.add_argument("--rate", type=_numbers, default=[20_000, 50_000], dest="rates",
                      help="deliveries per second, several with commas")  # fmt: skip
     one.add_argument("--clients", type=int, default=1000)
-    one.add_argument("--server", type=_names("relay", "nchan", "c"), dest="servers",
+    one.add_argument("--server", type=_names("relay", "centrifugo", "nchan", "c"), dest="servers",
                      default=["relay", "nchan", "c"], help="with commas")  # fmt: skip
     one.add_argument("--rounds", type=int, default=3)
     one.add_argument("--seconds", type=float, default=20)

@@ -64,6 +64,7 @@ class Fanout:
             path=running.subscribe_path + _CHANNEL.decode(),
             clients=self.clients,
             subscribed=running.subscribed,
+            greeting=running.greeting,
             limit_s=self.seconds * 2 + 30,
             quiet_s=3,
         )

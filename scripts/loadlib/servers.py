@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from scripts.loadlib.feed import NchanFeed, RedisFeed
@@ -54,6 +54,8 @@ class Running:
     subscribe_path: str
     # What a client has received once it is subscribed; empty: nothing is said.
     subscribed: str
+    # What a client says first, about the channel `bench`.
+    greeting: str = ""
     # Of the relay's own Redis.
     redis_port: int = 0
 
@@ -92,9 +94,26 @@ async def valkey(folder: Path, cores: Cores) -> AsyncIterator[tuple[Measured, in
         await process.stop()
 
 
+# How clients of a door come in: path, first words, and what shows that they are subscribed.
+_DOORS = {
+    "relay": ("/ws?channel=", "", '"subscribe"'),
+    "centrifugo": (
+        "/connection/websocket?",
+        '[{"method":"connect","params":{}},{"method":"subscribe","params":{"channel":"bench"}}]',
+        '"subscribe"',
+    ),
+}
+_CENTRIFUGO = ["protocol:centrifugo.secret=bench", "protocol:centrifugo.insecure=true"]
+
+
 @asynccontextmanager
-async def relay(folder: Path, cores: Cores, options: RelayOptions) -> AsyncIterator[Running]:
-    """A relay that says it is ready, with a Valkey of its own."""
+async def relay(
+    folder: Path, cores: Cores, options: RelayOptions, door: str = "relay"
+) -> AsyncIterator[Running]:
+    """A relay that says it is ready, with a Valkey of its own; `door`: whose clients come."""
+    path, greeting, subscribed = _DOORS[door]
+    if door == "centrifugo":
+        options = replace(options, settings=[*_CENTRIFUGO, *options.settings])
     async with valkey(folder, cores) as (redis, redis_port):
         port = free_port()
         process = Measured.start(
@@ -109,13 +128,14 @@ async def relay(folder: Path, cores: Cores, options: RelayOptions) -> AsyncItera
             await _ready(process, port)
             feed = await RedisFeed.connect(redis_port)
             yield Running(
-                name="relay",
+                name=door,
                 port=port,
                 process=process,
                 redis=redis,
                 feed=feed,
-                subscribe_path="/ws?channel=",
-                subscribed='"subscribe"',
+                subscribe_path=path,
+                subscribed=subscribed,
+                greeting=greeting,
                 redis_port=redis_port,
             )
             feed.close()
@@ -215,10 +235,10 @@ http {{
 async def server(
     name: str, folder: Path, cores: Cores, options: RelayOptions
 ) -> AsyncIterator[Running]:
-    """The relay or Nchan."""
+    """The relay, by one of its doors, or Nchan."""
     place = folder / name
     place.mkdir(exist_ok=True)
-    opened = relay(place, cores, options) if name == "relay" else nchan(place, cores)
+    opened = relay(place, cores, options, name) if name in _DOORS else nchan(place, cores)
     async with opened as running:
         try:
             yield running
