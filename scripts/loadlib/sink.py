@@ -29,7 +29,8 @@ class Sink:
         expect: int = 0,
         greeting: str = "",
     ) -> None:
-        """Each client says `greeting` first. It ends after `limit_s`, `quiet_s` after the last event, or with event `expect`."""
+        """Each client says `greeting` first. It ends after `limit_s`, `quiet_s` after the last
+        event, or with event `expect`."""
         argv = [tool("taskset", "util-linux"), "-c", str(core), str(program), "-r", "-P"]
         argv += ["-p", str(port), "-u", path, "-n", str(clients), "-d", str(limit_s)]
         if greeting:

@@ -59,6 +59,7 @@ class Streams:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self.server = _SERVER
         self.streams: dict[Channel, Stream] = {}
         self.followed: dict[Channel, Followed] = {}
         self.hub: Hub | None = None
@@ -101,7 +102,7 @@ class Streams:
         request = followed.examine_request()
         own = {record.id: record.digest for record in stream.records if record.id in request.own}
         rights = {user: stream.rights.get(user) for user in request.users}
-        examined = Examined(server=_SERVER, state=stream.state(), rights=rights, own=own)
+        examined = Examined(server=self.server, state=stream.state(), rights=rights, own=own)
         followed.on_examined(request, examined)
 
     def _page(self, followed: Followed) -> None:
@@ -110,7 +111,7 @@ class Streams:
             stream = self.stream(followed.channel)
             records = [record for record in stream.records if record.id > request.start]
             state = stream.state()
-            page = Page(server=_SERVER, state=state, records=records, complete=True)
+            page = Page(server=self.server, state=state, records=records, complete=True)
             followed.on_page(request, page)
 
     def append(self, channel: Channel, fields: list[bytes]) -> EntryID:
@@ -132,13 +133,19 @@ class Streams:
             followed.on_records(news)
             self.hub.flush()
 
+    def promote(self) -> None:
+        """A replica takes over; nobody can say what the old primary had."""
+        self.server = Server(b"b" * 40, self.server.replid)
+        for followed in list(self.followed.values()):
+            followed.on_unsettled()
+
     async def history(self, channel: Channel, count: int) -> Snapshot:
         await asyncio.sleep(0)
         stream = self.stream(channel)
         records = stream.records[: -max(count, 1) - 1 : -1]
         events = [record.body for record in records if isinstance(record.body, Event)]
         return Snapshot(
-            server=_SERVER,
+            server=self.server,
             state=stream.state(),
             records=records,
             events=events,
@@ -214,6 +221,19 @@ class Presence:
         self.gone.append(gone)
 
 
+class Store:
+    """`relay.frontdoor.Store` in memory."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+
+    async def put(self, name: str, value: bytes, ttl_s: float) -> None:
+        self.values[name] = value
+
+    async def get(self, name: str) -> bytes | None:
+        return self.values.get(name)
+
+
 class Context:
     """What of `DoorContext` a connection uses."""
 
@@ -229,6 +249,7 @@ class Context:
         )
         self.history = self.streams.history
         self.presence = Presence()
+        self.store = Store()
         self.tasks: set[asyncio.Task[None]] = set()
         self.is_ready = True
         self.refusing: Exception | None = None

@@ -37,15 +37,23 @@ def kept(snapshot: Snapshot, rules: CentrifugoNamespace, now: float) -> Sequence
     return newest if newest[0].id.ms / 1000 + rules.history_lifetime > now else ()
 
 
-def missed(snapshot: Snapshot, rules: CentrifugoNamespace, last: str, now: float) -> Missed:
-    """What a client whose newest known ID is `last` has missed, as far as it is kept."""
+def missed(
+    snapshot: Snapshot,
+    rules: CentrifugoNamespace,
+    last: str,
+    now: float,
+    doubt: EntryID | None = None,
+) -> Missed:
+    """What a client whose newest known ID is `last` has missed, as far as it is kept; nothing is
+    promised to who has seen nothing after `doubt`."""
     history = kept(snapshot, rules, now)
     try:
         at = EntryID.parse(last)
     except ValueError:
         # Nothing, or an ID of the Centrifugo that was here before.
         return Missed(history, recovered=False)
-    if not rules.has_history or not _is_whole(snapshot, at):
+    doubtful = doubt is not None and at <= doubt
+    if doubtful or not rules.has_history or not _is_whole(snapshot, at):
         return Missed(history, recovered=False)
     since = [event for event in snapshot.events if event.id is not None and event.id > at]
     if len(since) > len(history):

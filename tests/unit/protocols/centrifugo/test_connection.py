@@ -212,3 +212,29 @@ async def test_a_client_that_goes_while_it_is_admitted_leaves_nothing(bench: Ben
     await bench.settle()
     assert bench.context.hub.total == 0
     assert not bench.context.streams.followed
+
+
+async def test_after_a_failover_nobody_is_promised_to_have_everything(bench: Bench) -> None:
+    append(bench, "a", "1")
+    connection, socket = await connected(bench)
+    say(connection, ("subscribe", {"channel": "a"}))
+    await bench.settle()
+    last = heard(socket)[0]["body"]["last"]
+    bench.context.streams.promote()
+    await bench.settle()
+    reason = '{"reason":"insufficient state","reconnect":true}'
+    assert heard(socket) == [f"x 3000 {reason}"]
+    # Its own entry is still there, and nothing was appended; yet something may be gone.
+    again, socket = await connected(bench, "B")
+    say(again, ("subscribe", {"channel": "a", "recover": True, "last": last}))
+    await bench.settle()
+    body = heard(socket)[0]["body"]
+    assert (body["recovered"], [each["data"] for each in body["messages"]]) == (False, [1])
+    # Who has been told, and what came since, is as ever.
+    append(bench, "a", "2")
+    await bench.settle()
+    last = heard(socket)[0]["body"]["uid"]
+    third, socket = await connected(bench, "C")
+    say(third, ("subscribe", {"channel": "a", "recover": True, "last": last}))
+    await bench.settle()
+    assert heard(socket)[0]["body"]["recovered"] is True
