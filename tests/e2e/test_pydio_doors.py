@@ -14,6 +14,7 @@ import pytest
 from tests.support.browser import chromium
 from tests.support.centrifuge_js import running_node
 from tests.support.clients import native, redis
+from tests.support.nginx import nginx, recipes
 from tests.support.npm import node_modules
 from tests.support.pydio import KEY, browse, publish, seen_by, standing_in, tree
 from tests.support.relay import RelayProcess
@@ -146,5 +147,48 @@ async def test_the_documented_page_works(tmp_path: Path, valkey: Server) -> None
                 await until(files, ["/neu – ü.txt"])
                 log = await asyncio.to_thread(chrome.get_log, "browser")
                 assert not [line for line in log if "Uncaught" in json.dumps(line)]
+        finally:
+            await asyncio.to_thread(relay.kill)
+
+
+async def test_behind_the_documented_nginx(tmp_path: Path, valkey: Server) -> None:
+    async with (
+        standing_in() as pydio,
+        aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as http,
+        npm_clients() as npm,
+    ):
+        pydio.login("alice", w_1="r")
+        words = {"key": KEY, "auth_url": pydio.auth_url, "drain_s": 0.2}
+        settings = [f"protocol:pydio.{name}={value}" for name, value in words.items()]
+        relay = RelayProcess(valkey, settings=settings)
+        await asyncio.to_thread(relay.start)
+        recipe = recipes("docs/pydio.md")["Behind nginx"].replace(":8090;", f":{relay.port};")
+        try:
+            with nginx(tmp_path, recipe, {}) as front:
+                page = await browse(http, relay, "alice", base=front)
+                await seen_by(page, relay, "1")
+                pages = []
+                for package in ("socket.io-client-2", "socket.io-client"):
+                    for transport in ("polling", "websocket"):
+                        headers = {"Cookie": "AjaXplorer=alice", "Origin": front}
+                        client = await npm.open(
+                            front,
+                            package=package,
+                            path="/public",
+                            extraHeaders=headers,
+                            transports=[transport],
+                        )
+                        await client.until("connect")
+                        await client.do("ask", "register", "1")
+                        assert (await client.until("answer"))["args"] == [{"ok": True}]
+                        pages.append(client)
+                await publish(relay.port, [{"REPO_ID": "1", "CONTENT": RENAME}])
+                assert await page.next() == RENAME
+                for client in pages:
+                    assert (await client.event())[1] == RENAME
+                # From outside nobody reaches the private channel, the key or not.
+                port = int(front.rpartition(":")[2])
+                message = {"REPO_ID": "1", "CONTENT": tree("x")}
+                assert await publish(port, [message]) == ["HTTP/1.1 404 Not Found"]
         finally:
             await asyncio.to_thread(relay.kill)

@@ -127,6 +127,17 @@ async def test_without_a_key_nothing_is_private(relay: RelayProcess) -> None:
         assert answer.status == 403
 
 
+async def test_the_key_opens_nothing_on_the_public_path(relay: RelayProcess) -> None:
+    message = {"REPO_ID": "outside", "CONTENT": tree("x")}
+    answers = await publish(relay.port, [message], path="/public")
+    assert answers == ["HTTP/1.1 426 Upgrade Required"]
+    async with aiohttp.ClientSession() as session:
+        request = session.post(f"{relay.url}/public", json=message, headers={"Admin-Key": KEY})
+        async with request as answer:
+            assert answer.status == 426
+    assert redis(relay.server, "EXISTS", "relay:stream:{pydio:outside}") == 0
+
+
 async def test_another_host_is_refused_even_with_the_key(valkey: Server) -> None:
     settings = [*SETTINGS, "protocol:pydio.authorised_hosts=10.0.0.0/8, ::1, php.invalid"]
     process = RelayProcess(valkey, settings=settings).start()

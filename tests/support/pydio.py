@@ -221,14 +221,17 @@ async def browse(
     origin: str | None = None,
     path: str = "/public",
     headers: Mapping[str, str] | None = None,
+    base: str = "",
 ) -> Browser:
-    """Connect as a page does; Refused with the status where it may not."""
-    own = {"Origin": relay.url if origin is None else origin}
+    """Connect as a page does, to the relay or to `base`; Refused with the status where it may
+    not."""
+    base = base or relay.url
+    own = {"Origin": base if origin is None else origin}
     if cookie:
         own["Cookie"] = f"other=1; AjaXplorer={cookie}; AjaXplorerX"
     try:
         socket = await session.ws_connect(
-            f"{relay.url}{path}", headers=own | dict(headers or {}), max_msg_size=0
+            f"{base}{path}", headers=own | dict(headers or {}), max_msg_size=0
         )
     except aiohttp.WSServerHandshakeError as exc:
         raise Refused(exc.status) from None

@@ -80,21 +80,22 @@ class MountedPydio:
             on_count=self._count,
         )
         private = _routes(settings.private_path, self._private.handle)
+        self.listeners: list[Listener] = []
         if settings.private_port:
             self.routes = _routes(settings.public_path, self._public)
-            self.listeners = [
+            self.listeners.append(
                 Listener(
                     host=settings.private_host,
                     port=settings.private_port,
                     routes=private,
                     plain=True,
                 )
-            ]
-        else:
+            )
+        elif settings.private_path == settings.public_path:
             self.routes = _routes(settings.public_path, self._either)
-            if settings.private_path != settings.public_path:
-                self.routes += private
-            self.listeners = []
+        else:
+            # A key opens nothing on the public path: a proxy may show that one to everybody.
+            self.routes = _routes(settings.public_path, self._public) + private
         # Socket.IO clients put a slash behind their path.
         slash = f"{settings.public_path}/"
         self.routes += [
