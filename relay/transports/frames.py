@@ -47,7 +47,8 @@ def _check_utf8(payload: bytes) -> None:
         raise ProtocolViolation(1007, "not UTF-8") from None
 
 
-def _unmask(payload: bytes, mask: bytes) -> bytes:
+def unmask(payload: bytes, mask: bytes) -> bytes:
+    """What the client meant (section 5.3)."""
     # XOR of two long integers is the fastest that Python has for this without an extension.
     size = len(payload)
     pad = (mask * (size // 4 + 1))[:size]
@@ -138,7 +139,7 @@ class FrameReader:
         end = at + 4 + size
         if len(source) < end:
             return 0
-        payload = _unmask(bytes(source[at + 4 : end]), bytes(source[at : at + 4])) if size else b""
+        payload = unmask(bytes(source[at + 4 : end]), bytes(source[at : at + 4])) if size else b""
         self._accept(opcode, payload, found, last=last)
         return end
 

@@ -26,6 +26,7 @@ from relay.transports.frames import (
     PONG,
     TEXT,
     FrameReader,
+    unmask,
 )
 from relay.transports.frames import ProtocolViolation as ProtocolViolation
 
@@ -82,8 +83,8 @@ def frame_pong(payload: bytes) -> bytes:
 
 PING = _frame(PING_OPCODE, b"")
 _EMPTY_PONG = _frame(PONG, b"")
-# How a client's ping without a payload begins; the mask follows, and that is all.
-_EMPTY_PING, _EMPTY_PING_BYTES = b"\x89\x80", 6
+# How a client's ping begins; its length and the mask follow.
+_PING_HEAD, _PING_HEAD_BYTES = 0x89, 6
 
 
 def _tokens(request: web.Request | Asked, name: str) -> set[str]:
@@ -187,13 +188,16 @@ class WebSocketConnection(ClientSocket):
             self.silent_since = 0
         if self._deaf:
             return
-        # Thousands of clients may ping each second: nothing is taken apart for that.
+        # Thousands of clients may ping each second: one ping by itself needs no reader.
+        size = len(data) - _PING_HEAD_BYTES
         if (
-            len(data) == _EMPTY_PING_BYTES
-            and data.startswith(_EMPTY_PING)
+            0 <= size <= 125
+            and data[0] == _PING_HEAD
+            and data[1] == 0x80 | size
             and not self._reader.within_frame
         ):
-            self._answer(b"")
+            if not self.closing:
+                self._answer(unmask(data[6:], data[2:6]) if size else b"")
             return
         violation = None
         try:

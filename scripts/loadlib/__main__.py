@@ -17,6 +17,7 @@ import uvloop
 from scripts.loadlib.fanout import Fanout
 from scripts.loadlib.followed import Followed
 from scripts.loadlib.idle import Idle
+from scripts.loadlib.pings import Pings
 from scripts.loadlib.processes import LoadError
 from scripts.loadlib.produce import Produce
 from scripts.loadlib.report import finish
@@ -85,6 +86,11 @@ def _arguments() -> argparse.Namespace:
     one.add_argument("--others", type=int, default=20, help="clients on each of two channels")
     one.add_argument("--rounds", type=int, default=2)
 
+    one = commands.add_parser("pings", parents=[every], help="clients that ping each second")
+    one.add_argument("--clients", type=int, default=5000)
+    one.add_argument("--seconds", type=float, default=20)
+    one.add_argument("--rounds", type=int, default=3)
+
     one = commands.add_parser("produce", parents=[every], help="events by queue and HTTP API")
     one.add_argument("--commands", type=int, default=100_000, help="of each kind; single HTTP: / 4")
     one.add_argument("--connections", type=int, default=32, help="HTTP requests at one time")
@@ -118,6 +124,11 @@ def _measurement(options: argparse.Namespace, cores: Cores) -> _Measurement:
                 idle_seconds=options.idle_seconds,
                 per_connection=options.channels_per_connection, **shared,
             )  # fmt: skip
+        case "pings":
+            shared.pop("bench")
+            return Pings(
+                clients=options.clients, seconds=options.seconds, rounds=options.rounds, **shared
+            )
         case "produce":
             return Produce(
                 commands=options.commands, connections=options.connections,

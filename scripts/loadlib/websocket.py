@@ -23,6 +23,7 @@ class WebSocket(asyncio.Protocol):
         self.ready = asyncio.Event()
         self.closed = asyncio.Event()
         self.close_code = 0
+        self.pongs = 0
 
     @classmethod
     async def connect(
@@ -54,6 +55,10 @@ class WebSocket(asyncio.Protocol):
     def send_text(self, text: bytes) -> None:
         """One text frame."""
         self._send(_TEXT, text)
+
+    def ping(self) -> None:
+        """One ping without a payload."""
+        self._send(_PING, b"")
 
     def pause(self) -> None:
         """Stops reading from the socket."""
@@ -115,6 +120,8 @@ class WebSocket(asyncio.Protocol):
             self._on_text(payload)
         elif kind == _PING:
             self._send(_PONG, payload)
+        elif kind == _PONG:
+            self.pongs += 1
         elif kind == _CLOSE:
             self.close_code = int.from_bytes(payload[:2])
             self.close()

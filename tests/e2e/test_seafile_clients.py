@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import signal
 import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -23,7 +26,7 @@ from tests.support.seafile import (
     standing,
     subscribe_token,
 )
-from tests.support.valkey import Server
+from tests.support.valkey import Server, free_port
 
 pytestmark = pytest.mark.redis
 SETTINGS = [f"protocol:seafile.key={KEY}"]
@@ -512,3 +515,67 @@ async def test_redis_away_and_back(tmp_path_factory: pytest.TempPathFactory) -> 
     finally:
         process.kill()
         server.kill()
+
+
+async def test_who_does_not_answer_pings_is_closed_so_that_it_comes_back(valkey: Server) -> None:
+    """Upstream leaves such a connection open, and serves it no more."""
+    short = ["protocol:seafile.ping_s=0.2", "protocol:seafile.pong_timeout_s=1"]
+    process = RelayProcess(valkey, settings=[*SETTINGS, *short])
+    await asyncio.to_thread(process.start)
+    library = new_library()
+    try:
+        async with seafile(process) as door, native(process) as metrics:
+            stalled, other = await followed(door, library), await followed(door, library)
+            # Nobody reads from the first one: its pings are not answered.
+            while await metrics.metric('relay_connections{door="seafile"}') > 1:
+                with contextlib.suppress(TimeoutError):
+                    await other.next(0.1)
+            await door.commit(library, "c")
+            while (message := await other.next())["type"] != "repo-update":
+                pass
+            assert message == update(library, "c")
+            with pytest.raises(HungUp):
+                await stalled.take(1000)
+            back = await door.connect()
+            await back.subscribe(library)
+            await standing(door, back, library)
+    finally:
+        process.kill()
+
+
+async def test_several_workers_on_the_doors_own_port(valkey: Server) -> None:
+    port = free_port()
+    settings = [*SETTINGS, f"protocol:seafile.port={port}"]
+    process = RelayProcess(valkey, settings=settings, flags=["--workers", "2"])
+    await asyncio.to_thread(process.start)
+    library = new_library()
+    try:
+        async with seafile(process, port) as door:
+            clients = [await followed(door, library) for _ in range(8)]
+            await door.commit(library, "c")
+            for client in clients:
+                while (message := await client.next())["type"] != "repo-update":
+                    pass
+                assert message == update(library, "c")
+    finally:
+        await asyncio.to_thread(process.stop)
+
+
+async def test_a_new_key_counts_after_sighup(valkey: Server, tmp_path: Path) -> None:
+    path = tmp_path / "relay.ini"
+    path.write_text(f"[protocol:seafile]\nkey = {KEY}\n")
+    process = RelayProcess(valkey, flags=["-c", str(path)])
+    await asyncio.to_thread(process.start)
+    try:
+        async with seafile(process) as door:
+            await door.commit(new_library(), "c")
+            path.write_text("[protocol:seafile]\nkey = another key of this site\n")
+            process.send(signal.SIGHUP)
+            await until(lambda: any("reloaded" in line for line in process.log))
+            content = {"repo_id": new_library(), "commit_id": "c"}
+            assert (await door.post("repo-update", content)).status == 400
+            token = sign("another key of this site", exp=int(time.time()) + 60)
+            answer = await door.post("repo-update", content, Authorization=f"Token {token}")
+            assert answer.status == 200
+    finally:
+        process.kill()

@@ -101,7 +101,10 @@ class SeafileClient:
         """Some of what waits; the rest in later turns, so that nobody else has to wait for it."""
         self._planned = False
         for _ in range(_TURN):
-            if not self._work or self._busy or self._socket.closing:
+            if not self._work:
+                self._work = None
+                return
+            if self._busy or self._socket.closing:
                 return
             # Who does not read the answers is asked nothing either; `drained` goes on.
             if self._socket.full:
@@ -111,7 +114,7 @@ class SeafileClient:
                 self._unsubscribe(item.repo_id)
             else:
                 self._subscribe(item)
-        if self._work and not self._planned:
+        if not self._planned:
             self._planned = True
             self._service.call_soon(self._turn)
 
