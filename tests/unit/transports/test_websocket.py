@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import pytest
 from aiohttp import ClientSession, WSMsgType, web
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from relay.transports.frames import FrameReader, ProtocolViolation, parse_close
@@ -205,6 +205,8 @@ def conversations(draw: st.DrawFn) -> tuple[bytes, Found]:
     return data, found
 
 
+# How fast examples are made is the machine's business, which runs other tests too.
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(conversation=conversations(), draw=st.data())
 def test_any_splitting_of_any_valid_sequence_gives_the_same_messages(
     conversation: tuple[bytes, Found], draw: st.DataObject
