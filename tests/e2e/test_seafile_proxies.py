@@ -1,9 +1,10 @@
-"""The proxy recipes of Seafile's documents, as printed, in real nginx and Apache: each passes the
-websocket, `/ping` and `/events`. Only the port and the log files' folder are the test's.
+"""The proxy recipes of Seafile's documents and of ours, as printed, in real nginx and Apache: each
+passes the websocket, `/ping` and `/events`. Only the port and the log files' folder are the test's.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -12,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.apache import apache
-from tests.support.nginx import nginx
-from tests.support.relay import RelayProcess
+from tests.support.nginx import nginx, recipes
+from tests.support.relay import ROOT, RelayProcess
 from tests.support.seafile import KEY, new_library, seafile, sender_token, standing
 from tests.support.valkey import Server, free_port
 
@@ -65,13 +66,7 @@ APACHE = """\
     ProxyPass /notification  ws://127.0.0.1:8083/
     ProxyPassReverse /notification ws://127.0.0.1:8083/
 """
-# What it takes on top, for Seahub 13 posts comments to /notification/events through the proxy.
-APACHE_EVENTS = (
-    """\
-    ProxyPass /notification/events  http://127.0.0.1:8083/events
-"""
-    + APACHE
-)
+OURS, HEADING = "docs/seafile.md", "The web server in front"
 
 Front = Callable[[Path, int], AbstractContextManager[int]]
 
@@ -85,6 +80,18 @@ def behind_nginx(block: str, folder: Path, port: int) -> Iterator[int]:
 
 
 @contextmanager
+def behind_our_nginx(recipe: str, folder: Path, port: int) -> Iterator[int]:
+    with nginx(folder, recipe, {8083: port}) as address:
+        yield int(address.rpartition(":")[2])
+
+
+def apache_recipe(document: str) -> str:
+    found = re.search(r"^```apache\n(.*?)^```$", (ROOT / document).read_text(), re.M | re.S)
+    assert found
+    return found[1]
+
+
+@contextmanager
 def behind_apache(block: str, folder: Path, port: int) -> Iterator[int]:
     with apache(folder, server=block.replace("8083", str(port))) as own:
         yield own
@@ -95,7 +102,8 @@ FRONTS: dict[str, Front] = {
     "nginx-later": partial(behind_nginx, LATER_NGINX),
     "nginx-other": partial(behind_nginx, OTHER_NGINX),
     "apache": partial(behind_apache, APACHE),
-    "apache-events": partial(behind_apache, APACHE_EVENTS),
+    "nginx-ours": partial(behind_our_nginx, recipes(OURS)[HEADING]),
+    "apache-ours": partial(behind_apache, apache_recipe(OURS)),
 }
 
 

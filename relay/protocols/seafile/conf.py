@@ -104,6 +104,9 @@ def read(folder: Path | None, environ: Mapping[str, str]) -> Found:
         _notification(parsed["seafile.conf"].get("notification"), found)
         _database(parsed["ccnet.conf"].get("database", {}), found)
     _environment(environ, found)
+    if "port" in found.door and "host" not in found.door:
+        # Upstream's default, which containers rest on.
+        found.put("host", "0.0.0.0", "the default of Seafile")  # noqa: S104
     return found
 
 

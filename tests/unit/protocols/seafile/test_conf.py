@@ -13,6 +13,8 @@ from relay.protocols.seafile import conf
 KEY = "M@O8VWUb81YvmtWLHGB2I_V7di5-@0p(MF*GrE!sIws23F"
 TOKEN = "xP7GGgGPVCQu8r0xNJ+k4Q=="
 
+# Upstream's default.
+EVERYWHERE = "0.0.0.0"  # noqa: S104
 # As the manual of the first 10.0 prints the two files, its unmatched quote included.
 FIRST_SEAFILE = f"""\
 ## seafile.conf
@@ -183,7 +185,11 @@ def test_the_environment_of_12_and_13_wins(tmp_path: Path) -> None:
 
 
 def test_the_environment_alone_is_enough() -> None:
-    assert conf.read(None, {"JWT_PRIVATE_KEY": "k"}).door == {"key": "k", "port": "8083"}
+    assert conf.read(None, {"JWT_PRIVATE_KEY": "k"}).door == {
+        "key": "k",
+        "port": "8083",
+        "host": EVERYWHERE,
+    }
     inner = {"JWT_PRIVATE_KEY": "k", "INNER_NOTIFICATION_SERVER_URL": "http://notif:9000"}
     assert conf.read(None, inner).door["port"] == "9000"
     assert conf.read(None, {}).door == {}
