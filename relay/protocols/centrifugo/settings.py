@@ -75,8 +75,6 @@ class CentrifugoSettings(CentrifugoNamespace, _Door):
     client_stalled_s: float = Field(60.0, ge=1, le=86400, description="seconds a client served from the stream may take nothing before it is closed as slow")
     client_message_write_timeout: float = Field(0.0, ge=0, le=86400, description="seconds one write to a client may take before it is closed; 0: only client_stalled_s counts")
     ping_interval: float = Field(25.0, ge=0.1, le=86400, description="seconds between two pings of a raw websocket; without an answer within 10/9 of it the connection is cut")
-    presence_ping_interval: float = Field(25.0, ge=0.1, le=86400, description="seconds between two signs of a client's presence")
-    presence_expire_interval: float = Field(60.0, ge=0.1, le=864000, description="seconds after its last sign in which a client still counts as present, as after its worker was killed")
     websocket_compression: bool = Field(False, description="compress for clients that ask for it; costs processor time")
     websocket_compression_min_size: int = Field(0, ge=0, le=1073741824, description="bytes below which a message is not compressed")
     websocket_compression_level: int = Field(1, ge=-2, le=9, description="1 is fast, 9 is small, 0 does not compress, -1 is zlib's choice, -2 Huffman coding alone")
