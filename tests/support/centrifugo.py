@@ -230,6 +230,9 @@ class Store:
     async def put(self, name: str, value: bytes, ttl_s: float) -> None:
         self.values[name] = value
 
+    async def put_many(self, values: Mapping[str, bytes], ttl_s: float) -> None:
+        self.values.update(values)
+
     async def get(self, name: str) -> bytes | None:
         return self.values.get(name)
 
@@ -330,9 +333,11 @@ class Socket:
 class Bench:
     """Connections by name over one hub."""
 
-    def __init__(self, settings: CentrifugoSettings) -> None:
+    def __init__(
+        self, settings: CentrifugoSettings, context: Callable[[Clock], Context] = Context
+    ) -> None:
         self.clock = Clock()
-        self.context = Context(self.clock)
+        self.context = context(self.clock)
         self.door = Door(
             cast("DoorContext", self.context),
             settings,
@@ -349,6 +354,10 @@ class Bench:
             self.connections[name], self.sockets[name] = connection, Socket()
             connection.attached(self.sockets[name])
         return self.connections[name]
+
+    def send(self, name: str, text: str) -> None:
+        """One frame of a client."""
+        self.connection(name).on_frame(text.encode())
 
     async def settle(self) -> None:
         """Everything that follows from the last step has happened."""
@@ -412,6 +421,8 @@ class Transcript:
     close; `@` is done by others, `!` is a setting. `$token(user,timestamp,info)` and
     `$sign(client,channel,info)` are signatures."""
 
+    bench: Callable[[CentrifugoSettings], Bench] = Bench
+
     def __init__(self, name: str, lines: Sequence[str]) -> None:
         self.name = name
         self._lines = [line for line in lines if line and not line.startswith("#")]
@@ -436,14 +447,14 @@ class Transcript:
 
     async def replay(self) -> None:
         """Every step; what is not expected fails, and so does what does not come."""
-        bench = Bench(self.settings())
+        bench = self.bench(self.settings())
         for line in (_filled(line) for line in self._lines if not line.startswith("!")):
             if line.startswith("@ "):
                 self._nothing_left(bench, line)
                 bench.do(_words(line[2:]))
             elif line[1] == ">":
                 self._nothing_left(bench, line)
-                bench.connection(line[0]).on_frame(line[3:].encode())
+                bench.send(line[0], line[3:])
             else:
                 lines = bench.sockets[line[0]].lines
                 assert lines, f"{self.name}: nothing came for {line}"
@@ -457,11 +468,11 @@ class Transcript:
         assert not left, f"{self.name}: not expected before {before}: {left}"
 
 
-def transcripts(path: Path) -> Iterator[Transcript]:
+def transcripts(path: Path, kind: type[Transcript] = Transcript) -> Iterator[Transcript]:
     """Those of one file; each begins with a line `== name`."""
     parts = re.split(r"^== (.*)\n", path.read_text(), flags=re.MULTILINE)
     for name, text in zip(parts[1::2], parts[2::2], strict=True):
-        yield Transcript(name, [line.rstrip("\n") for line in text.split("\n")])
+        yield kind(name, [line.rstrip("\n") for line in text.split("\n")])
 
 
 def _words(line: str) -> list[str]:

@@ -46,7 +46,7 @@ class Sockets:
         """`prefix` stands before all of their paths."""
         loop = asyncio.get_running_loop()
         self.door = Door(context, settings, clock=time.time, call_later=loop.call_later)
-        context.hub.on_not_subscribed[encoders.DOOR] = _tell_unsubscribed
+        context.hub.on_not_subscribed[encoders.DOOR] = tell_unsubscribed
         self._gauge = context.metrics.connections.labels(encoders.DOOR)
         self._reaper = Reaper()
         self._open = 0
@@ -149,7 +149,7 @@ class Sockets:
             self._last_closed.set()
 
 
-def _tell_unsubscribed(session: Session, channel: Channel) -> None:
+def tell_unsubscribed(session: Session, channel: Channel) -> None:
     """v1 sends the push whether the client was subscribed or not."""
     notice = Notice("revoked", "unsubscribed", ZERO_ID, ZERO_ID)
     session.reply(session.encoder.notice(channel, notice) or b"")

@@ -1,0 +1,111 @@
+"""The Centrifugo door's API and administrators without sockets, beside its clients."""
+
+from __future__ import annotations
+
+import asyncio
+
+from producers.commands import Invalid
+from relay.model import Channel
+from relay.protocols.centrifugo import codec, sockets
+from relay.protocols.centrifugo.admin import Administrator
+from relay.protocols.centrifugo.api import Api
+from relay.protocols.centrifugo.node import Node
+from relay.protocols.centrifugo.server_commands import ServerCommands
+from relay.protocols.centrifugo.settings import CentrifugoSettings
+from tests.support.centrifugo import Bench, Clock, Context, Socket, Transcript
+
+API, ADMINS = "P", "MN"
+TOKEN = "good"
+
+
+class _Bus:
+    instance = "bench:1"
+
+
+class _Active:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def channels(self) -> list[Channel]:
+        await asyncio.sleep(0)
+        return list(self._context.streams.followed)
+
+    async def is_followed(self, channel: Channel) -> bool:
+        return channel in await self.channels()
+
+    async def workers(self) -> list[str]:
+        return [_Bus.instance]
+
+
+class ServerContext(Context):
+    """What of `DoorContext` servers use."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self.bus = _Bus()
+        self.active = _Active(self)
+
+    async def unsubscribe(
+        self, user: str, *, channel: Channel | None = None, door: str | None = None
+    ) -> None:
+        self.hub.drop_subscription(channel, user, "unsubscribed", door)
+
+    async def disconnect(
+        self, user: str, *, channel: Channel | None = None, door: str | None = None
+    ) -> None:
+        del channel
+        self.hub.disconnect_user(user, "disconnected", door)
+
+
+class _AdminSocket(Socket):
+    def write(self, data: bytes) -> None:
+        while data:
+            size, head = data[1], 2
+            if size == 126:
+                size, head = int.from_bytes(data[2:4], "big"), 4
+            self.lines.append(f"< {data[head : head + size].decode()}")
+            data = data[head + size :]
+
+    def pause_reading(self) -> None:
+        self.lines.append("paused")
+
+    def resume_reading(self) -> None:
+        pass
+
+
+class ServerBench(Bench):
+    """`P` is the API, whose bodies are taken to be signed; `M` and `N` are administrators."""
+
+    def __init__(self, settings: CentrifugoSettings) -> None:
+        super().__init__(settings, ServerContext)
+        self.context.hub.on_not_subscribed["centrifugo"] = sockets.tell_unsubscribed
+        self._api = Api(self.door, ServerCommands(self.door, Node(self.door)))
+        self.sockets[API] = Socket()
+        self._admins: dict[str, Administrator] = {}
+
+    def send(self, name: str, text: str) -> None:
+        if name == API:
+            _ = self.context.spawn(self._request(text), name="request")
+        elif name in ADMINS:
+            if name not in self._admins:
+                self._admins[name] = Administrator(self.door, self._api, TOKEN.__eq__)
+                self.sockets[name] = socket = _AdminSocket()
+                self._admins[name].attached(socket)
+            self._admins[name].on_frame(text.encode())
+        else:
+            super().send(name, text)
+
+    async def _request(self, text: str) -> None:
+        try:
+            answer = codec.encode(await self._api.answer(text.encode()))
+        except Invalid:
+            self.sockets[API].lines.append("x 400")
+        else:
+            self.sockets[API].lines.append(f"< {answer.decode()}")
+
+
+class ServerTranscript(Transcript):
+    """With `P>` for a request to the API, `P<` and `Px` for its answer, `M` for an administrator's
+    frames."""
+
+    bench = ServerBench
