@@ -191,6 +191,7 @@ class Relay:
             history=site.history.read,
             members=site.members,
             on_command=admission.on_command.__setitem__,
+            on_drop=admission.on_drop.append,
             bus=site.bus,
             store=site.store,
             presence=site.presence,

@@ -167,13 +167,14 @@ class DoorContext:
     in a later turn. `whisper` publishes an event of the ephemeral kind, and nobody learns whether
     it arrived; ValueError where it cannot be one. `disconnect` and `unsubscribe` concern a user's
     connections on all workers. `on_command` (a door's name, its function) hears the control
-    stream's commands for that door. `history` has the newest events of a channel, at least so many
-    if there are (Unavailable where Redis is away). `members` reads a group that the application
-    keeps, the Redis set `<prefix>group:<name>` of users (Unavailable likewise). `read_token` turns
-    a native JWT, or a token of a door that `ReadsTokens`, into a principal (Unauthorized
-    otherwise). `ready` says whether streams are being read. `spawn` runs a task that ends with the
-    relay; an exception that it lets out ends the relay. `http` is for requests to applications.
-    `insecure` concerns the native door only.
+    stream's commands for that door; `on_drop` (a function) that answers about a channel's or a
+    user's rights (None: all) are to be asked for again. `history` has the newest events of a
+    channel, at least so many if there are (Unavailable where Redis is away). `members` reads a
+    group that the application keeps, the Redis set `<prefix>group:<name>` of users (Unavailable
+    likewise). `read_token` turns a native JWT, or a token of a door that `ReadsTokens`, into a
+    principal (Unauthorized otherwise). `ready` says whether streams are being read. `spawn`
+    runs a task that ends with the relay; an exception that it lets out ends the relay. `http`
+    is for requests to applications. `insecure` concerns the native door only.
     """
 
     hub: Hub
@@ -186,6 +187,7 @@ class DoorContext:
     history: Callable[[Channel, int], Awaitable[Snapshot]]
     members: Callable[[str], Awaitable[frozenset[str]]]
     on_command: Callable[[str, Callable[[str], None]], None]
+    on_drop: Callable[[Callable[[Channel | None, str | None], None]], None]
     bus: Bus
     store: Store
     presence: Presence

@@ -95,6 +95,8 @@ class Admission:
         self.hub: Hub | None = None
         # By door: what it does with the commands that only it understands.
         self.on_command: dict[str, Callable[[str], None]] = {}
+        # Doors that keep answers about rights; None stands for every channel, or every user.
+        self.on_drop: list[Callable[[Channel | None, str | None], None]] = []
         self._spawn = spawn
         # Answers of the application that clients here rest on, by the time they run out.
         self._due: list[tuple[float, int, Principal, Channel]] = []
@@ -185,15 +187,19 @@ class Admission:
                 if command.door in self.on_command:
                     self.on_command[command.door](command.payload)
             case DropRights():
-                if self.policy.http is not None:
-                    self.policy.http.drop(command.channel, command.user)
+                self._drop(command.channel, command.user)
                 hub.recheck(command.channel)
 
     def control_lost(self) -> None:
         """Commands may have been missed: everybody is checked."""
-        if self.policy.http is not None:
-            self.policy.http.drop()
+        self._drop(None, None)
         self._hub().recheck(None)
+
+    def _drop(self, channel: Channel | None, user: str | None) -> None:
+        if self.policy.http is not None:
+            self.policy.http.drop(channel, user)
+        for told in self.on_drop:
+            told(channel, user)
 
     def _hub(self) -> Hub:
         if self.hub is None:
