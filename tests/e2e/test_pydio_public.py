@@ -305,6 +305,28 @@ async def test_a_right_that_is_lost_ends_the_registration(
     assert await next_real(other) == RELOAD_WORKSPACES
 
 
+@pytest.mark.parametrize("user", ["alice", None])
+async def test_a_change_that_somebody_announces_counts_at_once(
+    start: Start, pydio: Pydio, http: aiohttp.ClientSession, user: str | None
+) -> None:
+    alice = pydio.login("alice", w_1="r", w_2="r")
+    pydio.login("bob", w_1="r")
+    relay = start(recheck_s=3000, hold_s=3000)
+    page, other = await browse(http, relay, "alice"), await browse(http, relay, "bob")
+    await entered(relay, page, "1")
+    await entered(relay, other, "1")
+    asked = pydio.asked.count("bob")
+    del alice.acl["1"]
+    whom = ("user", user) if user else ()
+    redis(relay.server, "XADD", "relay:control", "*", "command", "drop-rights", *whom)
+    assert await next_real(page) == RELOAD_WORKSPACES
+    await entered(relay, page, "2")
+    if user:
+        assert pydio.asked.count("bob") == asked
+    else:
+        await until(lambda: pydio.asked.count("bob") == asked + 1)
+
+
 async def test_a_revocation_by_the_operator_counts_at_its_place(
     start: Start, pydio: Pydio, http: aiohttp.ClientSession
 ) -> None:

@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 _LOOK_S = 0.25
 # While Pydio is away it is asked more often than usual, but not by everybody at once.
 _RETRY_S = 5.0
+_SPREAD_S = 5.0
 
 
 class Member(Protocol):
@@ -45,12 +46,14 @@ class Member(Protocol):
 class Account:
     """A credential and what Pydio said about it last. Times are of the loop's clock."""
 
-    __slots__ = ("checked_at", "credentials", "identity", "members", "principal", "valid")
+    __slots__ = ("checked_at", "credentials", "due", "identity", "members", "principal", "valid")
 
     def __init__(self, credentials: Credentials, identity: Identity, now: float) -> None:
         self.credentials = credentials
         self.members: set[Member] = set()
         self.valid = True
+        # When it is asked about again.
+        self.due = now
         self.update(identity, now)
 
     def update(self, identity: Identity, now: float) -> None:
@@ -130,6 +133,13 @@ class Accounts:
         if account.valid and not self._is_fresh(account):
             await self._ask_again(account)
 
+    def ask_soon(self, user: str | None) -> None:
+        """Their rights may have changed; None: everybody's."""
+        for account in self._known.values():
+            if user in (None, account.identity.user):
+                # All of a site are not asked about in the same moment.
+                self._plan(account, random.uniform(0.0, _SPREAD_S) if user is None else 0.0)  # noqa: S311
+
     def leave(self, account: Account, member: Member) -> None:
         """A browser has gone."""
         account.members.discard(member)
@@ -140,8 +150,8 @@ class Accounts:
             await asyncio.sleep(_LOOK_S)
             now = self._clock()
             while self._due and self._due[0][0] <= now:
-                _, _, account = heapq.heappop(self._due)
-                if not account.valid:
+                due, _, account = heapq.heappop(self._due)
+                if not account.valid or due != account.due:
                     continue
                 if account.members:
                     self._spawn(self._on_time(account), name="pydio rights")
@@ -153,7 +163,9 @@ class Accounts:
         return account.valid and self._clock() - account.checked_at < self._settings.auth_cache_s
 
     def _plan(self, account: Account, in_s: float) -> None:
-        heapq.heappush(self._due, (self._clock() + in_s, next(self._numbers), account))
+        # What was planned before is passed over when its time comes.
+        account.due = self._clock() + in_s
+        heapq.heappush(self._due, (account.due, next(self._numbers), account))
 
     async def _on_time(self, account: Account) -> None:
         settings = self._settings

@@ -65,6 +65,7 @@ class MountedPydio:
             recheck=context.hub.recheck,
             clock=loop.time,
         )
+        context.on_drop(lambda _, user: self._accounts.ask_soon(user))
         self._around = Surroundings(
             subscribe=context.subscribe,
             refused=lambda code: context.metrics.refused.labels(code).inc(),
