@@ -100,7 +100,7 @@ class SeafTokens:
             raise Refused("no token")
         reason = ""
         for token in given:
-            if self._shared and hmac.compare_digest(token.encode(), self._shared):
+            if self._shared and hmac.compare_digest(token.encode(errors="replace"), self._shared):
                 return
             try:
                 claims = self.read(token, now)

@@ -517,6 +517,30 @@ async def test_redis_away_and_back(tmp_path_factory: pytest.TempPathFactory) -> 
         server.kill()
 
 
+async def test_a_stream_that_lost_something_disconnects_its_clients(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """There are no words for it; a sync client fetches everything when it is back."""
+    server = Server(tmp_path_factory.mktemp("flushed")).start()
+    process = RelayProcess(server, settings=SETTINGS)
+    await asyncio.to_thread(process.start)
+    library = new_library()
+    try:
+        async with seafile(process) as door:
+            client = await followed(door, library)
+            redis(server, "FLUSHALL")
+            await door.commit(library, "c")
+            with pytest.raises(HungUp):
+                await client.take(1000)
+            await until(lambda: any("may have missed events" in line for line in process.log))
+            back = await followed(door, library)
+            await door.commit(library, "d")
+            assert await back.next() == update(library, "d")
+    finally:
+        process.kill()
+        server.kill()
+
+
 async def test_who_does_not_answer_pings_is_closed_so_that_it_comes_back(valkey: Server) -> None:
     """Upstream leaves such a connection open, and serves it no more."""
     short = ["protocol:seafile.ping_s=0.2", "protocol:seafile.pong_timeout_s=1"]

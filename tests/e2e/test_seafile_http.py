@@ -144,7 +144,16 @@ async def test_who_may_post(door: Seafile, headers: dict[str, str], good: bool) 
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"no json", b"[]", b'{"type":1}', b'{"type":"x","content":{}} more']
+    "body",
+    [
+        b"",
+        b"no json",
+        b"[]",
+        b"\xff\xfe",
+        b'{"type":1}',
+        b'{"type":"x","content":{}} more',
+        b'{"type":"x","content":' + b"[" * 50_000,
+    ],
 )
 async def test_a_body_that_is_no_event(door: Seafile, body: bytes) -> None:
     answer = await door.request("POST", "/events", body, {"Seafile-Repo-Token": TOKEN})
@@ -159,6 +168,27 @@ async def test_an_object_that_concerns_no_library(door: Seafile, body: bytes) ->
     for method in ("POST", "GET"):
         answer = await door.request(method, "/events", body, {"Seafile-Repo-Token": TOKEN})
         assert (answer.status, answer.body) == (200, b"")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"type":"relay:revoked","content":{"repo_id":"r"}}',
+        b'{"type":"a\\u0000b","content":{"repo_id":"r"}}',
+        b'{"type":"folder-perm-changed","content":{"repo_id":"r","user":"\\ud800"}}',
+    ],
+)
+async def test_what_no_stream_can_hold_is_an_error(door: Seafile, body: bytes) -> None:
+    answer = await door.request("POST", "/events", body, {"Seafile-Repo-Token": TOKEN})
+    assert answer.status == 503
+    assert (await door.request("GET", "/ping")).status == 200
+
+
+async def test_odd_headers_are_refused_like_any_other(door: Seafile) -> None:
+    for value in ("\u00ff", "a.b.c", "x" * 20_000, "Token", " "):
+        for name in ("Seafile-Repo-Token", "Authorization"):
+            answer = await door.request("POST", "/events", b"{}", {name: value})
+            assert (answer.status, answer.body) == (400, NO_MATCH), value
 
 
 async def test_any_content_type_and_unknown_types_pass(door: Seafile, valkey: Server) -> None:
@@ -253,6 +283,22 @@ def test_a_port_of_its_own_opens_this_door_only(valkey: Server) -> None:
             for path in ("/sse", "/other", "/healthz"):
                 answer = await own.request("GET", path)
                 assert (answer.status, answer.body) == (404, b"404 page not found\n")
+
+    try:
+        asyncio.run(ask())
+    finally:
+        process.kill()
+
+
+def test_without_the_live_page_the_root_is_seafiles_alone(valkey: Server) -> None:
+    settings = [*SETTINGS, "protocol:native.page=no"]
+    process = RelayProcess(valkey, settings=settings).start()
+
+    async def ask() -> None:
+        async with seafile(process) as door:
+            answer = await door.request("GET", "/")
+            assert (answer.status, answer.body) == (400, b"Bad Request\n")
+            await (await door.connect("/")).settle()
 
     try:
         asyncio.run(ask())

@@ -26,7 +26,7 @@ class MariaDb:
         self.socket = folder / "sock"
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
-        self._owner = [f"--user={'root' if os.geteuid() == 0 else os.environ.get('USER', '')}"]
+        self._owner = ["--user=root"] if os.geteuid() == 0 else []
 
     def prepare(self) -> None:
         """Make the data folder; skipped where there is no MariaDB, but in CI it fails."""

@@ -158,7 +158,7 @@ class Seafile:
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
         if body is not None:
             lines.append(f"Content-Length: {len(body)}")
-        writer.write("\r\n".join([*lines, "", ""]).encode() + (body or b""))
+        writer.write("\r\n".join([*lines, "", ""]).encode("latin-1") + (body or b""))
         async with asyncio.timeout(LIMIT_S):
             head, _, rest = (await reader.read()).partition(b"\r\n\r\n")
         writer.close()

@@ -1,4 +1,4 @@
-"""HTTP answers as the notification server writes them, byte for byte."""
+"""HTTP answers as the notification server writes them, byte for byte; who asked for them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ class _Bare(web.Response):
     async def _prepare_headers(self) -> None:
         await super()._prepare_headers()
         self.headers.popall(hdrs.CONTENT_TYPE, None)
+
+
+def sender(request: web.Request) -> str:
+    """Who asks, for the log: what a proxy says, as upstream."""
+    return request.headers.get("X-Forwarded-For") or request.remote or ""
 
 
 def pong() -> web.Response:

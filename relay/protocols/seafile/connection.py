@@ -43,6 +43,7 @@ class SeafileClient:
 
     __slots__ = (
         "__weakref__",
+        "_address",
         "_agent",
         "_busy",
         "_id",
@@ -58,7 +59,10 @@ class SeafileClient:
         "watched",
     )
 
-    def __init__(self, service: Service, socket: WebSocketConnection, agent: str) -> None:
+    def __init__(
+        self, service: Service, socket: WebSocketConnection, *, agent: str, address: str
+    ) -> None:
+        """`address` is for the log."""
         self.session: Session | None = None
         # Channel -> when its token runs out: what the client follows, as far as it is concerned.
         self._libraries: dict[Channel, int] = {}
@@ -66,6 +70,7 @@ class SeafileClient:
         self._service = service
         self._socket = socket
         self._agent = agent
+        self._address = address
         self._id = service.next_id()
         # Made when it is needed: an empty one takes as much as all the rest here.
         self._work: deque[codec.Subscribe | codec.Unsubscribe] | None = None
@@ -87,11 +92,11 @@ class SeafileClient:
         try:
             self._work += codec.parse(text)
         except codec.BadMessage as exc:
-            _log.info("client %s: bad message, hanging up: %s", self._socket.peer(), exc)
+            _log.info("client %s: bad message, hanging up: %s", self._address, exc)
             self.hang_up("bad_message")
             return
         if len(self._work) > _WAITING:
-            _log.info("client %s: too many libraries at once, hanging up", self._socket.peer())
+            _log.info("client %s: too many libraries at once, hanging up", self._address)
             self.hang_up("limit_exceeded")
             return
         if not self._planned:
@@ -123,7 +128,7 @@ class SeafileClient:
             claims = self._service.tokens.read_for(wanted.repo_id, wanted.token, time.time())
             channel = channel_of(wanted.repo_id)
         except (Refused, ValueError) as exc:
-            _log.info("client %s: token refused: %s", self._socket.peer(), exc)
+            _log.info("client %s: token refused: %s", self._address, exc)
             self._service.refused("unauthorized")
             self._say(codec.jwt_expired(wanted.repo_id))
             return
@@ -184,7 +189,7 @@ class SeafileClient:
             session = await self._service.context.open(principal, SEAFILE, self)
         except RelayError as exc:
             # It comes back after a minute; there are no words to tell it more.
-            _log.info("client %s of %s is refused: %s", self._socket.peer(), user, exc)
+            _log.info("client %s of %s is refused: %s", self._address, user, exc)
             self.hang_up(getattr(exc, "code", "unavailable"))
             return
         if self._socket.closing:
@@ -237,7 +242,7 @@ class SeafileClient:
         self._libraries.pop(channel, None)
         self._missed.pop(channel, None)
         self._service.refused(getattr(error, "code", "unavailable"))
-        _log.info("client %s may not read %s: %s", self._socket.peer(), channel, error)
+        _log.info("client %s may not read %s: %s", self._address, channel, error)
         if not isinstance(error, Forbidden):
             self.hang_up("unavailable")
 
@@ -247,7 +252,7 @@ class SeafileClient:
         if expires_at is not None and expires_at <= time.time():
             self._say(codec.jwt_expired(channel.removeprefix(PREFIX)))
         else:
-            _log.info("client %s lost %s: %s", self._socket.peer(), channel, notice.reason)
+            _log.info("client %s lost %s: %s", self._address, channel, notice.reason)
 
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
         """Events may be missing. A sync client fetches everything when it has reconnected, so that
@@ -255,7 +260,7 @@ class SeafileClient:
         if notice.kind in ("gap", "reset") and not self._socket.closing:
             _log.warning(
                 "client %s may have missed events of %s (%s): disconnected, so that it asks anew",
-                self._socket.peer(),
+                self._address,
                 subscription.feed.channel,
                 notice.reason,
             )

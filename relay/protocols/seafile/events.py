@@ -44,7 +44,7 @@ class EventsHandler:
 
     async def answer(self, request: web.Request) -> web.Response:
         """The token first, then the body, as upstream."""
-        sender = request.remote or ""
+        sender = answers.sender(request)
         try:
             self._service.tokens.check_sender(
                 request.headers.get("Seafile-Repo-Token"),

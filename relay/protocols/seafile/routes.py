@@ -115,7 +115,12 @@ class MountedSeafile:
             reaper=self._reaper,
             heartbeat=self._heartbeat,
         )
-        client = SeafileClient(self._service, socket, request.headers.get("User-Agent", ""))
+        client = SeafileClient(
+            self._service,
+            socket,
+            agent=request.headers.get("User-Agent", ""),
+            address=answers.sender(request),
+        )
         socket.on_text = socket.on_binary = client.on_message
         socket.on_full, socket.on_drained = client.full, client.drained
         self._clients.add(client)

@@ -67,7 +67,7 @@ def test_without_a_key_nothing_is_valid() -> None:
 
 def test_the_first_generation_compares_the_shared_token() -> None:
     check("shared secret")
-    for other in ("shared secret ", "", None, "Shared secret"):
+    for other in ("shared secret ", "", None, "Shared secret", "\udcff", "é"):
         with pytest.raises(Refused):
             check(other)
 
