@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 from producers.commands import Invalid
 from relay.errors import LimitExceeded, RelayError
-from relay.model import Channel, Principal
+from relay.model import Channel
 from relay.protocols.centrifugo import client_codec as codec
-from relay.protocols.centrifugo import requests
+from relay.protocols.centrifugo import credentials, requests
 from relay.protocols.centrifugo.answers import Answers, Slot
-from relay.protocols.centrifugo.door import Door, Fatal, Socket
-from relay.protocols.centrifugo.encoders import DOOR, Format
+from relay.protocols.centrifugo.door import Door, Fatal, Input, Socket
+from relay.protocols.centrifugo.encoders import Format
 from relay.protocols.centrifugo.gojson import is_json
 from relay.protocols.centrifugo.stall import Stall
 from relay.protocols.centrifugo.subscriptions import Subscriptions
@@ -29,12 +29,15 @@ if TYPE_CHECKING:
 
     from relay.hub.recovery import Notice
     from relay.hub.session import Session, Subscription
+    from relay.model import Principal
 
 CLOSE_CODE = 3000
 # Commands that wait for their turn before no more is read from the client, and before it is closed
 # where its reading cannot be stopped.
 _WAITING = 64
 _TOO_MANY = 16384
+# As in answers.py.
+_NOTHING: deque[Slot | None] = deque(maxlen=0)
 _DISCONNECTS = {"disconnected": ("disconnect", False), "stopping": ("shutting down", True)}
 
 
@@ -46,7 +49,7 @@ class Connection:
         "_busy",
         "_held",
         "_info",
-        "_read",
+        "_input",
         "_reading",
         "_socket",
         "_stall",
@@ -75,17 +78,17 @@ class Connection:
         self._socket: Socket | None = None
         self._answers = Answers(self._say, door.stats)
         # None stands for a frame that cannot be read.
-        self._waiting: deque[Slot | None] = deque()
+        self._waiting = _NOTHING
         self._busy = self._held = False
         self._reading = True
-        self._read: Callable[[bool], None] | None = None
+        self._input: Input | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._stall: Stall | None = None
 
-    def attached(self, socket: Socket, read: Callable[[bool], None] | None = None) -> None:
-        """The socket is there; the client has some time to say who it is. `read`: whether to read
-        from it, where that can be chosen."""
-        self._socket, self._read = socket, read
+    def attached(self, socket: Socket, input: Input | None = None) -> None:
+        """The socket is there; the client has some time to say who it is. `input` is where its
+        reading can be stopped."""
+        self._socket, self._input = socket, input
         self.door.unauthenticated.add(self)
         if delay := self.door.settings.stale_connection_close_delay:
             self._timer = self.door.call_later(delay, lambda: self.close("stale"))
@@ -108,6 +111,8 @@ class Connection:
         if len(frame) > self.door.settings.client_request_max_size:
             self.oversized()
             return
+        if not self._waiting:
+            self._waiting = deque()
         try:
             self._waiting.extend(self._answers.expect(codec.parse(frame), len(frame)))
         except Invalid:
@@ -134,6 +139,8 @@ class Connection:
             self.close(fatal.reason, reconnect=fatal.reconnect)
         finally:
             self._busy = False
+        if not self._waiting:
+            self._waiting = _NOTHING
         self._read_or_not()
 
     def _begin(self, slot: Slot | None) -> bool:
@@ -157,9 +164,9 @@ class Connection:
 
     def _read_or_not(self) -> None:
         reading = len(self._waiting) < _WAITING
-        if self._read is not None and reading != self._reading and not self.closed:
+        if self._input is not None and reading != self._reading and not self.closed:
             self._reading = reading
-            self._read(reading)
+            (self._input.resume_reading if reading else self._input.pause_reading)()
         if len(self._waiting) > _TOO_MANY:
             self.oversized()
 
@@ -168,19 +175,8 @@ class Connection:
         if self.session is not None:
             raise Fatal(codec.INVALID_MESSAGE)
         given = codec.credentials(slot.command.params)
-        settings, now = self.door.settings, self.door.clock()
-        timestamp = int(now) if settings.insecure else self.door.timestamp(given)
-        ends = None
-        if settings.connection_lifetime and not settings.insecure:
-            ends = timestamp + settings.connection_lifetime
-        principal = Principal(
-            user=given.user,
-            client=self.client,
-            door=DOOR,
-            grant=self.subscriptions.admitted.__contains__,
-            expires_at=None if ends is None else self._closes_at(ends),
-        )
-        expired = ends is not None and ends <= now
+        grant = self.subscriptions.admitted.__contains__
+        principal, expired = credentials.principal(self.door, given, self.client, grant)
         self.later(self._open(slot, principal, given.info, expired=expired))
         return True
 
@@ -208,22 +204,17 @@ class Connection:
     def refresh(self, slot: Slot) -> bool:
         """A new token for the same connection, whose user stays. It counts in insecure mode too."""
         given = codec.credentials(slot.command.params)
-        timestamp, session = self.door.timestamp(given), self.session
-        lifetime = self.door.settings.connection_lifetime
-        ends = timestamp + lifetime
-        expired = lifetime > 0 and ends <= self.door.clock()
-        if not expired:
+        term, session = credentials.renewed(self.door, given), self.session
+        if not term.expired:
             if is_json(given.info):
                 self._info = given.info
                 self.subscriptions.introduce()
-            if lifetime and session is not None:
-                principal = replace(session.principal, expires_at=self._closes_at(ends))
+            if term.closes_at is not None and session is not None:
+                principal = replace(session.principal, expires_at=term.closes_at)
                 self.door.context.hub.change_principal(session, principal)
-        self.reply(slot, codec.connect_body(self.client, lifetime, expired=expired))
+        lifetime = self.door.settings.connection_lifetime
+        self.reply(slot, codec.connect_body(self.client, lifetime, expired=term.expired))
         return True
-
-    def _closes_at(self, ends: int) -> float:
-        return ends + self.door.settings.expired_connection_close_delay
 
     # ---- to the client --------------------------------------------------------------------------
 
@@ -310,7 +301,7 @@ class Connection:
         """The socket is closed."""
         self.closed = True
         self._forget()
-        self._socket = self._read = None
+        self._socket = self._input = None
 
     # ---- from the hub (relay.hub.session.Client) ------------------------------------------------
 
@@ -369,7 +360,7 @@ class Connection:
     def _forget(self) -> None:
         self._stop_timer()
         self._stop_watching()
-        self._waiting.clear()
+        self._waiting = _NOTHING
         self.door.unauthenticated.discard(self)
         self.subscriptions.end()
         if self.session is not None:

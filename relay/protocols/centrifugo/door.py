@@ -54,6 +54,16 @@ class Socket(Protocol):
         """What is held for the client."""
 
 
+class Input(Protocol):
+    """Where the client is read from."""
+
+    def pause_reading(self) -> None:
+        """Nothing more for now."""
+
+    def resume_reading(self) -> None:
+        """Go on."""
+
+
 class Door:
     """`clock` is seconds since the epoch; `call_later` is the loop's."""
 

@@ -112,14 +112,7 @@ class Sockets:
         connection = Connection(self.door, squeezed or encoders.WEBSOCKET, str(uuid.uuid4()))
         socket.on_text = socket.on_binary = connection.on_frame
         self._join(socket, connection)
-
-        def read(reading: bool) -> None:
-            if reading:
-                socket.resume_reading()
-            else:
-                socket.pause_reading()
-
-        connection.attached(socket, read)
+        connection.attached(socket, socket)
         return take_over(request, head, socket)
 
     def _accept(self, session: SockJsSession, asked: Asked) -> None:

@@ -118,18 +118,26 @@ async def test_what_arrives_between_snapshot_and_subscription_comes_once(bench: 
 
 async def test_reading_waits_for_commands_to_be_carried_out(bench: Bench) -> None:
     connection, socket = await connected(bench)
-    reading: list[bool] = []
-    connection.attached(socket, reading.append)
+    reading: list[str] = []
+
+    class Input:
+        def pause_reading(self) -> None:
+            reading.append("paused")
+
+        def resume_reading(self) -> None:
+            reading.append("resumed")
+
+    connection.attached(socket, Input())
     socket.full = True
     for _ in range(100):
         say(connection, ("ping", {}))
     assert heard(socket) == []
-    assert reading == [False]
+    assert reading == ["paused"]
     socket.full = False
     connection.drained()
     await bench.settle()
     assert len(heard(socket)) == 100
-    assert reading == [False, True]
+    assert reading == ["paused", "resumed"]
 
 
 async def test_who_cannot_be_stopped_is_closed(bench: Bench) -> None:
