@@ -49,6 +49,85 @@ async def test_the_folder_is_all_it_takes(valkey: Server, tmp_path: Path) -> Non
         process.kill()
 
 
+TOKEN = "xP7GGgGPVCQu8r0xNJ+k4Q=="
+FIRST = {
+    "seafile.conf": f"""\
+## seafile.conf
+# notification_token and private_key are required.You should generate them manually.
+[notification]
+# notification_url is the url of notification server
+notification_url = 127.0.0.1:8083
+notification_token = {TOKEN}
+# private_key is used to generate jwt token
+private_key = {KEY}
+""",
+    "notification.conf": f"""\
+## notification.conf
+# private_key and notification_token are required.You should generate them manually.
+# private_key and notification_token should be the same as configured in seafile.conf.
+[general]
+# the ip of notification server
+host = 127.0.0.1
+# the port of notification server
+port = 8083
+# the log level of notification server
+log_level = info
+# notification_token is used to simply authenticate seafile server
+notification_token = {TOKEN}
+# private_key is used to check whether the request jwt token is valid
+private_key = "{KEY}
+""",
+}
+
+
+async def test_the_first_manuals_files_as_printed(valkey: Server, tmp_path: Path) -> None:
+    """But for the port: the shared token for the server, tokens of the key for its clients."""
+    port = free_port()
+    for name, text in FIRST.items():
+        (tmp_path / name).write_text(text.replace("8083", str(port)))
+    process = plain(valkey, "--seafile-conf-dir", str(tmp_path))
+    await asyncio.to_thread(process.start)
+    library = new_library()
+    headers = {"Seafile-Repo-Token": TOKEN}
+    try:
+        async with seafile(process, port) as door:
+            client = await followed(door, library)
+            content = {"repo_id": library, "commit_id": "c"}
+            assert (await door.post("repo-update", content, **headers)).status == 200
+            assert (await client.next())["content"] == content
+    finally:
+        process.kill()
+
+
+async def test_the_environment_of_12_and_13_is_all_it_takes(valkey: Server) -> None:
+    port = free_port()
+    variables = [
+        f"JWT_PRIVATE_KEY={KEY}",
+        f"NOTIFICATION_SERVER_PORT={port}",
+        "NOTIFICATION_SERVER_HOST=127.0.0.1",
+        "NOTIFICATION_SERVER_LOG_LEVEL=debug",
+        "SEAFILE_MYSQL_DB_HOST=127.0.0.1",
+        "SEAFILE_MYSQL_DB_PORT=1",
+        "SEAFILE_MYSQL_DB_USER=seafile",
+        "SEAFILE_MYSQL_DB_PASSWORD=none",
+        "SEAFILE_MYSQL_DB_CCNET_DB_NAME=ccnet_db",
+        "SEAFILE_MYSQL_DB_SEAFILE_DB_NAME=seafile_db",
+    ]
+    process = RelayProcess(valkey, prefix=["env", *variables])
+    await asyncio.to_thread(process.start)
+    library = new_library()
+    try:
+        async with seafile(process, port) as door:
+            client = await followed(door, library)
+            content = {"repo_id": library, "path": "/x", "user": "", "group": 7}
+            assert (await door.post("folder-perm-changed", content)).status == 200
+            await door.commit(library, "c")
+            # The database is not there: the group is nobody.
+            assert (await client.next())["type"] == "repo-update"
+    finally:
+        process.kill()
+
+
 async def test_enabled_false_says_so_and_serves_nothing(valkey: Server, tmp_path: Path) -> None:
     port = free_port()
     folder = conf_dir(tmp_path / "conf", port, enabled="false")
