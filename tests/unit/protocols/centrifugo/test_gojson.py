@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.protocols.centrifugo import client_codec as codec
+from relay.protocols.centrifugo.gojson import compact, is_json, text
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+@given(st.text())
+def test_a_text_is_the_same_text_and_safe_in_a_page(value: str) -> None:
+    written = text(value)
+    assert json.loads(written) == value
+    assert not set("<>&\u2028\u2029") & set(written.decode())
+
+
+def test_half_a_surrogate_pair_is_a_replacement_character() -> None:
+    assert json.loads(text("a\ud800b")) == "a\ufffdb"
+
+
+@given(values, st.sampled_from([None, 1, "\t"]))
+def test_compact_json_means_the_same_and_has_no_space_between(
+    value: object, indent: int | str | None
+) -> None:
+    written = json.dumps(value, indent=indent, ensure_ascii=False).encode(errors="replace")
+    found = compact(written)
+    assert json.loads(found) == json.loads(written)
+    assert found == compact(found)
+    assert len(found) >= len(json.dumps(value, separators=(",", ":"), ensure_ascii=False))
+
+
+def test_numbers_keep_their_spelling() -> None:
+    assert compact(b"[ 1.0, 12345678901234567890 , 1E5 ]") == b"[1.0,12345678901234567890,1E5]"
+
+
+@pytest.mark.parametrize(
+    ("info", "wanted"),
+    [
+        (b'{"client":"c","user":"u"}', b'{"user":"u","client":"c"}'),
+        (b'{"user":"u","default_info": {"a": 1},"more":2}', None),
+        (b"[]", b""),
+        (b'"text"', b""),
+        (b"{}", b""),
+        (b'{"user":7}', b""),
+        (b'{"user":"u","default_info":null}', b'{"user":"u","client":""}'),
+    ],
+)
+def test_info_has_v1s_form_or_is_none(info: bytes, wanted: bytes | None) -> None:
+    if wanted is None:
+        wanted = b'{"user":"u","client":"","default_info":{"a":1}}'
+    assert codec.client_info(info) == (wanted or None)
+
+
+@pytest.mark.parametrize(("given_text", "valid"), [("{}", True), ("", False), ("{", False)])
+def test_what_is_json(given_text: str, valid: bool) -> None:
+    assert is_json(given_text) is valid
