@@ -1,0 +1,277 @@
+"""Connection state recovery of real 4.x clients: cut again and again, over killed workers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from tests.support.clients import redis, until
+from tests.support.relay import RelayProcess
+from tests.support.socketio import (
+    SECRET,
+    Driver,
+    NpmClient,
+    axr_token,
+    connect_options,
+    emitter,
+    npm_clients,
+)
+from tests.support.valkey import Server, running
+from tests.support.workers import workers
+
+pytestmark = [pytest.mark.redis, pytest.mark.slow, pytest.mark.timeout(120)]
+NEW, OLD = "socket.io-client", "socket.io-client-2"
+EVENTS, CUTS = 2000, 20
+
+
+async def start(server: Server, *settings: str, count: int = 2) -> RelayProcess:
+    relay = RelayProcess(
+        server,
+        settings=[f"protocol:socketio.secret={SECRET}", f"node.workers={count}", *settings],
+    )
+    await asyncio.to_thread(relay.start)
+    return relay
+
+
+async def connect(
+    npm: Driver, relay: RelayProcess, uid: str, package: str = NEW, **more: Any
+) -> tuple[NpmClient, dict[str, Any]]:
+    options = {**connect_options(package, axr_token(uid)), **more}
+    client = await npm.open(f"{relay.url}/axr", package=package, **options)
+    return client, await client.until("connect")
+
+
+class Ledger:
+    """What a client has seen, in order."""
+
+    def __init__(self, client: NpmClient) -> None:
+        self.client = client
+        self.numbers: list[int] = []
+        self.recovered: list[bool] = []
+        self.ids: set[str] = set()
+
+    async def read(self, count: int) -> None:
+        """Until so many events were seen in all."""
+        while len(self.numbers) < count:
+            await self._next()
+
+    async def read_until_connected(self, count: int) -> None:
+        """Until it has come back so often."""
+        while len(self.recovered) < count:
+            await self._next()
+
+    async def _next(self) -> None:
+        found = await self.client.next(30)
+        if found["what"] == "event":
+            self.numbers.append(found["args"][1]["n"])
+        elif found["what"] == "connect":
+            self.recovered.append(found["recovered"])
+            self.ids.add(found["id"])
+
+
+@pytest.mark.parametrize(
+    "transports", [["polling", "websocket"], ["polling"], ["websocket"]], ids="+".join
+)
+async def test_a_client_cut_again_and_again_misses_and_repeats_nothing(
+    valkey: Server, transports: list[str]
+) -> None:
+    relay = await start(valkey)
+    uid = f"cut-{'-'.join(transports)}"
+    try:
+        async with npm_clients() as npm, asyncio.TaskGroup() as tasks:
+            client, connected = await connect(npm, relay, uid, transports=transports)
+            ledger = Ledger(client)
+            # A first event: with websocket alone a client shows only by coming back that it can
+            # recover, and a cut between an event and its offset would repeat that event.
+            relay.xadd(f"axr:{uid}", data='{"n":-1}', type="msg")
+            await ledger.read(1)
+            if transports == ["websocket"]:
+                await client.until("offset")
+                await client.do("cut")
+                assert (await client.until("connect"))["recovered"]
+
+            async def produce(first: int) -> None:
+                for number in range(first, first + EVENTS // CUTS):
+                    room = uid if number % 2 else "allusers"
+                    await asyncio.to_thread(
+                        relay.xadd, f"axr:{room}", data=f'{{"n":{number}}}', type="msg"
+                    )
+
+            for cut in range(CUTS):
+                first = cut * EVENTS // CUTS
+                producing = tasks.create_task(produce(first))
+                await ledger.read(1 + first + 20)
+                connects = len(ledger.recovered)
+                if cut in (CUTS // 3, 2 * CUTS // 3):
+                    # Whoever has the client.
+                    for process in workers(relay).values():
+                        os.kill(process, signal.SIGKILL)
+                else:
+                    await client.do("cut")
+                await ledger.read_until_connected(connects + 1)
+                await producing
+                await ledger.read(1 + (cut + 1) * EVENTS // CUTS)
+        for parity in (0, 1):
+            mine = [number for number in ledger.numbers[1:] if number % 2 == parity]
+            assert mine == list(range(parity, EVENTS, 2))
+        assert all(ledger.recovered)
+        assert len(ledger.recovered) >= CUTS
+        assert ledger.ids <= {connected["id"]}
+    finally:
+        await asyncio.to_thread(relay.stop)
+
+
+async def test_a_text_at_the_end_and_volatile_events_do_not_break_recovery(valkey: Server) -> None:
+    relay = await start(valkey)
+    try:
+        async with npm_clients() as npm:
+            for transports in (["polling", "websocket"], ["websocket"]):
+                uid = f"text-{len(transports)}"
+                client, _ = await connect(npm, relay, uid, transports=transports)
+                relay.xadd(f"axr:{uid}", data='"a text"', type="msg")
+                assert (await client.event())[:2] == ["msg", "a text"]
+                publish = valkey.client().publish
+                name = f"relay:ephemeral:{{axr:{uid}}}"
+                await asyncio.to_thread(publish, name, '{"data":"live","type":"v"}')
+                assert (await client.event())[:2] == ["v", "live"]
+                if transports == ["websocket"]:
+                    await client.until("offset")
+                await client.do("cut")
+                relay.xadd(f"axr:{uid}", data="1", type="missed")
+                assert (await client.until("connect"))["recovered"]
+                assert (await client.event())[:2] == ["missed", 1]
+    finally:
+        await asyncio.to_thread(relay.stop)
+
+
+async def test_a_client_that_has_seen_nothing_yet_recovers(valkey: Server) -> None:
+    relay = await start(valkey)
+    try:
+        async with npm_clients() as npm:
+            client, connected = await connect(npm, relay, "quiet")
+            for number in (1, 2):
+                os.kill(workers(relay)[number], signal.SIGKILL)
+            relay.xadd("axr:quiet", data="1", type="missed")
+            again = await client.until("connect", 30)
+            assert (again["recovered"], again["id"]) == (True, connected["id"])
+            assert (await client.event())[:2] == ["missed", 1]
+    finally:
+        await asyncio.to_thread(relay.stop)
+
+
+async def test_what_is_gone_is_told_by_a_new_session(valkey: Server) -> None:
+    relay = await start(valkey, count=1)
+    try:
+        async with npm_clients() as npm:
+            client, connected = await connect(npm, relay, "gone")
+            relay.xadd("axr:gone", data="1", type="msg")
+            await client.event()
+            # The client stays away, its worker does not know.
+            relay.send(signal.SIGSTOP)
+            await client.do("cut")
+            for number in range(3):
+                relay.xadd("axr:gone", data=str(number), type="msg")
+            key = "relay:stream:{axr:gone}"
+            redis(valkey, "XTRIM", key, "MAXLEN", 1)
+            relay.send(signal.SIGCONT)
+            again = await client.until("connect", 20)
+            assert again["recovered"] is False
+            assert again["id"] != connected["id"]
+            relay.xadd("axr:gone", data="9", type="msg")
+            while (await client.event())[1] != 9:
+                pass
+    finally:
+        await asyncio.to_thread(relay.stop)
+
+
+async def test_another_user_cannot_take_a_session(valkey: Server) -> None:
+    relay = await start(valkey, count=1)
+    try:
+        async with npm_clients() as npm:
+            client, _ = await connect(npm, relay, "victim")
+            relay.xadd("axr:victim", data="1", type="msg")
+            offset = (await client.event())[-1]
+            names = redis(valkey, "KEYS", "relay:store:socketio:session:*")
+            (name,) = [each for each in names if b"victim" in redis(valkey, "GET", each)]
+            pid = name.decode().rpartition(":")[2]
+            auth = {"token": axr_token("thief"), "pid": pid, "offset": offset}
+            thief = await npm.open(f"{relay.url}/axr", auth=auth)
+            assert (await thief.until("connect"))["recovered"] is False
+            relay.xadd("axr:victim", data="2", type="msg")
+            relay.xadd("axr:allusers", data="3", type="msg")
+            assert (await client.event())[1] == 2
+            assert (await thief.event())[1] == 3
+            # A revoked right is looked at again.
+            hash_key = "relay:rights:{axr:victim}"
+            redis(valkey, "HSET", hash_key, "victim", "-")
+            await client.do("cut")
+            await client.until("connect")
+            relay.xadd("axr:victim", data="4", type="msg")
+            relay.xadd("axr:allusers", data="5", type="msg")
+            while (args := await client.event())[1] != 5:
+                assert args[1] == 3
+    finally:
+        await asyncio.to_thread(relay.stop)
+
+
+async def test_old_clients_get_the_same_over_polling_with_four_workers_and_no_sticky_proxy(
+    valkey: Server,
+) -> None:
+    relay = await start(valkey, count=4)
+    try:
+        async with npm_clients() as npm:
+            for package in ("socket.io-client-2", "socket.io-client-3", NEW):
+                for index in range(4):
+                    uid = f"four-{package}-{index}"
+                    client, _ = await connect(npm, relay, uid, package, transports=["polling"])
+                    for number in range(10):
+                        relay.xadd(f"axr:{uid}", data=str(number), type="msg")
+                        assert (await client.event())[1] == number
+                    # And the upgrade, wherever it arrives.
+                    other, found = await connect(npm, relay, uid, package)
+                    if found["transport"] == "polling":
+                        await other.until("upgrade")
+                    relay.xadd(f"axr:{uid}", data="10", type="msg")
+                    assert (await client.event())[1] == 10
+                    assert (await other.event())[1] == 10
+    finally:
+        await asyncio.to_thread(relay.stop)
+
+
+async def test_a_hand_over_of_the_tap_loses_and_repeats_nothing(
+    valkey: Server, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    services = Server(tmp_path_factory.mktemp("services"), acl=False)
+    with running(services):
+        tap = [
+            "producer:socketio_emitter.redis_host=127.0.0.1",
+            f"producer:socketio_emitter.redis_port={services.port}",
+        ]
+        relay = await start(valkey, *tap)
+        count = services.client().execute_command
+        requests = "socket.io-request#/axr#"
+        try:
+            await until(lambda: count("PUBSUB", "NUMSUB", requests)[1] >= 2)  # type: ignore[no-untyped-call]
+            lease = "relay:lease:socketio_emitter"
+            holder = await until(lambda: valkey.client().get(lease))
+            async with emitter("5", services.port) as io:
+                for number in range(60):
+                    await io.run(f'io.to("tap").emit("msg", {number});')
+                    if number == 20:
+                        # The one that appends: workers are told apart by the end of their names.
+                        which = int(holder.decode().rpartition(":")[0].rpartition("-")[2])
+                        os.kill(workers(relay)[which], signal.SIGKILL)
+            stream = "relay:stream:{axr:tap}"
+
+            def appended() -> list[int]:
+                found = redis(valkey, "XRANGE", stream, "-", "+")
+                return [int(fields[b"data"]) for _, fields in found]
+
+            await until(lambda: len(appended()) >= 60, 20)
+            assert appended() == list(range(60))
+        finally:
+            await asyncio.to_thread(relay.stop)
