@@ -61,8 +61,9 @@ def _arguments() -> argparse.Namespace:
     one.add_argument("--rate", type=_numbers, default=[20_000, 50_000], dest="rates",
                      help="deliveries per second, several with commas")  # fmt: skip
     one.add_argument("--clients", type=int, default=1000)
-    one.add_argument("--server", type=_names("relay", "centrifugo", "nchan", "c"), dest="servers",
-                     default=["relay", "nchan", "c"], help="with commas")  # fmt: skip
+    allowed = _names("relay", "centrifugo", "socketio", "socket.io", "nchan", "c")
+    one.add_argument("--server", type=allowed, dest="servers", default=["relay", "nchan", "c"],
+                     help="with commas; socketio is the relay's door, socket.io npm's")  # fmt: skip
     one.add_argument("--rounds", type=int, default=3)
     one.add_argument("--seconds", type=float, default=20)
 

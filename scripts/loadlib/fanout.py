@@ -16,8 +16,6 @@ from scripts.loadlib.report import say, table
 from scripts.loadlib.servers import Cores, RelayOptions, Running, server
 from scripts.loadlib.sink import Sink
 
-_CHANNEL = b"bench"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fanout:
@@ -61,7 +59,7 @@ class Fanout:
             wsink,
             core=self.cores.clients,
             port=running.port,
-            path=running.subscribe_path + _CHANNEL.decode(),
+            path=running.subscribe_path + running.channel.decode(),
             clients=self.clients,
             subscribed=running.subscribed,
             greeting=running.greeting,
@@ -71,13 +69,13 @@ class Fanout:
         async with sink:
             full_kb = await running.process.settled_rss_kb()
             # One event warms what is made on first use; it is part of the count.
-            await running.feed.publish(_CHANNEL, payload())
+            await running.feed.publish(running.channel, payload())
             await asyncio.sleep(1)
             cpu_s = running.process.cpu_s()
             redis_s = running.redis.cpu_s() if running.redis else 0.0
 
             async def send(_: int) -> None:
-                await running.feed.publish(_CHANNEL, payload())
+                await running.feed.publish(running.channel, payload())
 
             late_s = await paced(rate / self.clients, events, send)
             await running.feed.settle()

@@ -34,6 +34,10 @@ async def paced(rate: float, total: int, send: Callable[[int], Awaitable[None]])
     return max(0.0, late_s)
 
 
+def _command(*words: bytes) -> bytes:
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(w), w) for w in words)
+
+
 class RedisFeed(asyncio.Protocol):
     """Appends to streams in a pipeline: does not wait for one answer before the next command."""
 
@@ -77,13 +81,13 @@ class RedisFeed(asyncio.Protocol):
         """Sends one XADD; raises LoadError where an earlier one was refused."""
         if self._error or self._transport is None:
             raise LoadError(f"Redis: {self._error}")
-        key = self._prefix + b"stream:{" + channel + b"}"
-        self._transport.write(
-            b"*5\r\n$4\r\nXADD\r\n$%d\r\n%b\r\n$1\r\n*\r\n$4\r\ndata\r\n$%d\r\n%b\r\n"
-            % (len(key), key, len(data), data)
-        )
+        self._transport.write(self._xadd(channel, data))
         self._unanswered += 1
         self._answered.clear()
+
+    def _xadd(self, channel: bytes, data: bytes) -> bytes:
+        key = self._prefix + b"stream:{" + channel + b"}"
+        return _command(b"XADD", key, b"*", b"data", data)
 
     async def settle(self) -> None:
         """Returns once every command has its answer."""
@@ -96,6 +100,17 @@ class RedisFeed(asyncio.Protocol):
         """Ends the connection."""
         if self._transport is not None:
             self._transport.close()
+
+
+class EmitFeed(RedisFeed):
+    """Appends as the emitter of Socket.IO's streams adapter does; `channel` is the room's."""
+
+    def _xadd(self, channel: bytes, data: bytes) -> bytes:
+        room = channel.removeprefix(b"axr:")
+        packet = b'{"type":2,"data":["msg",%b],"nsp":"/axr"}' % data
+        text = b'{"packet":%b,"opts":{"rooms":["%b"],"flags":{},"except":[]}}' % (packet, room)
+        fields = (b"uid", b"emitter", b"nsp", b"/axr", b"type", b"3", b"data", text)
+        return _command(b"XADD", b"socket.io", b"MAXLEN", b"~", b"10000", b"*", *fields)
 
 
 class NchanFeed:

@@ -13,7 +13,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from scripts.loadlib.feed import NchanFeed, RedisFeed
+import jwt
+
+from scripts.loadlib.feed import EmitFeed, NchanFeed, RedisFeed
 from scripts.loadlib.processes import LoadError, Measured, free_port, tool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +58,7 @@ class Running:
     subscribed: str
     # What a client says first, about the channel `bench`.
     greeting: str = ""
+    channel: bytes = b"bench"
     # Of the relay's own Redis.
     redis_port: int = 0
 
@@ -102,7 +105,16 @@ _DOORS = {
         '[{"method":"connect","params":{}},{"method":"subscribe","params":{"channel":"bench"}}]',
         '"subscribe"',
     ),
+    "socketio": (
+        "/notifications/?EIO=4&transport=websocket&c=",
+        # With a pid, as a client that has been here: it gets its cursor as Socket.IO has it.
+        '40/axr,{"token":"%s","pid":"bench"}',
+        '40/axr,{"sid"',
+    ),
 }
+_AXR_SECRET = "the secret of a measurement, and no other"  # noqa: S105 - it guards nothing
+_AXR_ROOM = b"axr:allusers"
+_SOCKETIO = [f"protocol:socketio.secret={_AXR_SECRET}", "protocol:socketio.ping_interval_s=3600"]
 _CENTRIFUGO = ["protocol:centrifugo.secret=bench", "protocol:centrifugo.insecure=true"]
 
 
@@ -114,6 +126,10 @@ async def relay(
     path, greeting, subscribed = _DOORS[door]
     if door == "centrifugo":
         options = replace(options, settings=[*_CENTRIFUGO, *options.settings])
+    if door == "socketio":
+        options = replace(options, settings=[*_SOCKETIO, *options.settings])
+        token = jwt.encode({"profile": {"uid": "bench"}}, _AXR_SECRET, algorithm="HS256")
+        greeting %= token
     async with valkey(folder, cores) as (redis, redis_port):
         port = free_port()
         process = Measured.start(
@@ -136,6 +152,7 @@ async def relay(
                 subscribe_path=path,
                 subscribed=subscribed,
                 greeting=greeting,
+                channel=_AXR_ROOM if door == "socketio" else b"bench",
                 redis_port=redis_port,
             )
             feed.close()
@@ -232,13 +249,48 @@ http {{
 
 
 @asynccontextmanager
+async def socket_io(folder: Path, cores: Cores) -> AsyncIterator[Running]:
+    """Socket.IO 4 of npm on its redis-streams adapter, with a Valkey of its own."""
+    modules = ROOT / "tests" / "npm" / "node_modules"
+    if not (modules / "socket.io").is_dir():
+        raise LoadError("Socket.IO is missing; run: npm ci --ignore-scripts in tests/npm")
+    async with valkey(folder, cores) as (redis, redis_port):
+        port = free_port()
+        script = Path(__file__).with_name("socketio_server.cjs")
+        argv = [tool("node", "nodejs"), str(script), str(port), str(redis_port)]
+        env = {"NODE_PATH": str(modules), "NODE_ENV": "production"}
+        process = Measured.start("socket.io", argv, core=cores.server, folder=folder, env=env)
+        try:
+            await process.wait_for_port(port)
+            feed = await EmitFeed.connect(redis_port)
+            yield Running(
+                name="socket.io",
+                port=port,
+                process=process,
+                redis=redis,
+                feed=feed,
+                subscribe_path=_DOORS["socketio"][0],
+                subscribed=_DOORS["socketio"][2],
+                greeting="40/axr,",
+                channel=_AXR_ROOM,
+                redis_port=redis_port,
+            )
+            feed.close()
+        finally:
+            await process.stop()
+
+
+@asynccontextmanager
 async def server(
     name: str, folder: Path, cores: Cores, options: RelayOptions
 ) -> AsyncIterator[Running]:
-    """The relay, by one of its doors, or Nchan."""
+    """The relay, by one of its doors, Nchan, or Socket.IO."""
     place = folder / name
     place.mkdir(exist_ok=True)
-    opened = relay(place, cores, options, name) if name in _DOORS else nchan(place, cores)
+    if name in _DOORS:
+        opened = relay(place, cores, options, name)
+    else:
+        opened = socket_io(place, cores) if name == "socket.io" else nchan(place, cores)
     async with opened as running:
         try:
             yield running

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Keys of `Event.frames`: what all encoders of this door share.
 _AUDIENCE, _ATTACHMENTS = "socketio audience", "socketio attachments"
 _FILTERS = (b"rooms", b"except")
+_HEADS = 10_000
 OFFSET_EVENT = "relay:offset"
 
 
@@ -77,9 +78,13 @@ class OffsetEncoder(SocketEncoder):
 
     def __init__(self, version: int, namespace: str) -> None:
         super().__init__(version, namespace)
-        # The part of the event's own channel is the same for every client that is where it is.
+        # The part of the event's own channel is the same for every client that is where it is, and
+        # so is all that stands before it.
         self._position: Position | None = None
         self._part = b""
+        self._shared = b""
+        self._before = b""
+        self._heads: dict[int, bytes] = {}
         self._head = b"4" + codec.packet(codec.EVENT, namespace, b'["%b' % OFFSET_EVENT.encode())
 
     def personal_event(
@@ -90,6 +95,9 @@ class OffsetEncoder(SocketEncoder):
         shared: bytes,
     ) -> bytes:
         """The event's frames and the cursor's."""
+        quick = self._quick(event, position, subscription, shared)
+        if quick is not None:
+            return shared + quick
         if not shared or not wanted(event, subscription):
             return b""
         if position is None and not shared.endswith(b'"]'):
@@ -97,6 +105,38 @@ class OffsetEncoder(SocketEncoder):
             # too; after what has no place in a stream it needs a cursor only then.
             return shared
         return shared + _framed(self._head, b'","%b"]' % self.cursor(position, subscription))
+
+    def _begin(self, shared: bytes) -> bytes:
+        """The packet up to its cursor."""
+        del shared
+        return self._head + b'","'
+
+    def _quick(
+        self,
+        event: Event,
+        position: Position | None,
+        subscription: Subscription,
+        shared: bytes,
+    ) -> bytes | None:
+        """The frame with the cursor for nearly every client and event: one for everybody in the
+        room, to a client of two streams of which only this one has moved. None for all others."""
+        if position is None or event.extra or not shared:
+            return None
+        rooms = cast("SocketClient", subscription.session.client).rooms
+        after = rooms.after(subscription)
+        if after is None:
+            return None
+        if self._position is not position or self._shared is not shared:
+            self._position, self._shared = position, shared
+            self._part = cursor.part(event.channel, position)
+            self._before = self._begin(shared) + cursor.PREFIX + self._part + cursor.SEPARATOR
+        size = len(self._before) + len(after)
+        head = self._heads.get(size)
+        if head is None:
+            if len(self._heads) > _HEADS:
+                self._heads.clear()
+            head = self._heads[size] = _frame_head(size)
+        return head + self._before + after
 
     def cursor(self, position: Position | None, subscription: Subscription) -> bytes:
         """Where the client is in all its streams, with `subscription` at `position`."""
@@ -125,6 +165,9 @@ class RecoverableEncoder(OffsetEncoder):
             )
         return b"4" + text[:-1] if text else b""
 
+    def _begin(self, shared: bytes) -> bytes:
+        return shared + b',"'
+
     def personal_event(
         self,
         event: Event,
@@ -133,6 +176,9 @@ class RecoverableEncoder(OffsetEncoder):
         shared: bytes,
     ) -> bytes:
         """The whole packet for one client."""
+        quick = self._quick(event, position, subscription, shared)
+        if quick is not None:
+            return quick
         if not shared or not wanted(event, subscription):
             return b""
         if position is None and not shared.endswith(b'"'):
@@ -144,12 +190,16 @@ class RecoverableEncoder(OffsetEncoder):
 
 
 def _framed(head: bytes, tail: bytes) -> bytes:
-    size = len(head) + len(tail)
+    return _frame_head(len(head) + len(tail)) + head + tail
+
+
+def _frame_head(size: int) -> bytes:
+    """Of a text frame: the rest of it is not the same bytes for everybody."""
     if size < 126:
-        return b"\x81%c%b%b" % (size, head, tail)
+        return bytes((0x81, size))
     if size < 65536:
-        return b"\x81\x7e%b%b%b" % (size.to_bytes(2, "big"), head, tail)
-    return b"\x81\x7f%b%b%b" % (size.to_bytes(8, "big"), head, tail)
+        return b"\x81\x7e" + size.to_bytes(2, "big")
+    return b"\x81\x7f" + size.to_bytes(8, "big")
 
 
 def wanted(event: Event, subscription: Subscription) -> bool:

@@ -17,13 +17,14 @@ class Rooms:
     """`joined` has the rooms, and where in its stream the client joined each. `partial`: it follows
     a stream whose room it is not in, that of `allusers`, which has what goes to everybody."""
 
-    __slots__ = ("_parts", "_start", "joined", "partial")
+    __slots__ = ("_after", "_parts", "_start", "joined", "partial")
 
     def __init__(self, joined: Mapping[str, EntryID]) -> None:
         self.joined = dict(joined)
         self.partial = bool(joined) and EVERYBODY not in joined
         self._start: dict[Channel, bytes] = {}
         self._parts: dict[Channel, tuple[EntryID, bytes]] = {}
+        self._after: tuple[Subscription, Subscription, EntryID, bytes] | None = None
 
     @classmethod
     def new(cls, names: Iterable[str]) -> Rooms:
@@ -46,6 +47,7 @@ class Rooms:
 
     def placed(self, subscription: Subscription) -> None:
         """One subscription stands."""
+        self._after = None
         channel = subscription.feed.channel
         room = room_of(channel)
         if subscription.asked is None and room in self.joined:
@@ -54,6 +56,7 @@ class Rooms:
 
     def add(self, room: str, place: EntryID | None, session: Session) -> Channel | None:
         """Join; the stream that is to be followed now, None where it is already, or may not be."""
+        self._after = None
         channel = channel_of(room)
         subscription = session.subscriptions.get(channel)
         self.joined[room] = place or (subscription.position.id if subscription else ZERO_ID)
@@ -62,6 +65,7 @@ class Rooms:
 
     def remove(self, room: str) -> Channel | None:
         """Leave; the stream that need not be followed any more."""
+        self._after = None
         self.joined.pop(room, None)
         if room == EVERYBODY:
             self.partial = True
@@ -73,6 +77,7 @@ class Rooms:
 
     def lost(self, channel: Channel) -> None:
         """The client may not read this stream any more."""
+        self._after = None
         self.joined.pop(room_of(channel), None)
         self._start.pop(channel, None)
         self._parts.pop(channel, None)
@@ -80,6 +85,28 @@ class Rooms:
     def start(self) -> str:
         """A cursor of where the session began."""
         return cursor.join(self._start.values()).decode()
+
+    def after(self, subscription: Subscription) -> bytes | None:
+        """How a cursor of two streams ends, whose first is `subscription`; None for any other.
+
+        Most clients are in two rooms, and most events go to the first of them: then this is all
+        that differs between clients, and it changes only with the other room.
+        """
+        known = self._after
+        if known is not None:
+            first, other, at, end = known
+            if first is subscription and other.live and other.feed.position is at:
+                return end
+            self._after = None
+        subscriptions = subscription.session.subscriptions
+        if len(subscriptions) != 2 or self.partial:
+            return None
+        first, other = subscriptions.values()
+        if first is not subscription or not other.live:
+            return None
+        end = self.part(other.feed.channel, other) + b'"]'
+        self._after = first, other, other.feed.position, end
+        return end
 
     def part(self, channel: Channel, subscription: Subscription) -> bytes:
         """Where the client is in a stream, as a part of its cursor."""
