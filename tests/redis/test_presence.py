@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -197,6 +198,24 @@ async def test_a_killed_worker_leaves_nobody_behind_and_each_is_told_of_once(
             assert sorted(told) == sorted(f"{dead}-{number}" for number in range(1200))
             assert await admin.hkeys(KEY) == [b"mine"]
             assert not await admin.exists(f"relay:present:{dead}")
+
+
+async def test_a_worker_that_was_taken_for_dead_is_there_again(
+    doomed: subprocess.Popen[str], server: Server, admin: Redis
+) -> None:
+    assert doomed.stdout is not None
+    with doomed.stdout as lines:
+        assert await asyncio.to_thread(lines.readline) == "present\n"
+        async with site(server, "one:1") as one:
+            doomed.send_signal(signal.SIGSTOP)
+            await admin.delete("relay:node:dead:1")
+            await one.presence.clear("dead:1")
+            assert not await one.presence.read(NEWS)
+            doomed.send_signal(signal.SIGCONT)
+            async with asyncio.timeout(15):
+                while len(await one.presence.read(NEWS)) < 1200:
+                    await asyncio.sleep(0.05)
+            assert await admin.smembers("relay:present:dead:1") == {b"news"}
 
 
 async def test_the_registration_goes_last(
