@@ -9,6 +9,7 @@ the last one left off: there nothing is lost as long as they are not trimmed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -40,6 +41,9 @@ _log = logging.getLogger(__name__)
 _LEASE = "socketio_emitter"
 _LEASE_S = 1.5
 _RENEW_S = 0.5
+# Before it takes a lease a tap has listened for longer than one outlives its holder: whoever was
+# there before has heard more, and comes first.
+_LISTEN_S = _LEASE_S + 2 * _RENEW_S
 _BATCH = 200
 _BLOCK_MS = 1000
 _PAUSE_S = 0.2
@@ -80,6 +84,10 @@ class Tap:
 
     async def _hold(self) -> None:
         context = self._context
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_RENEW_S + _LISTEN_S):
+                await self._source.wait_open()
+        await asyncio.sleep(_LISTEN_S)
         async with redis_client(context.redis) as client:
             lease = Lease(
                 client=client,
