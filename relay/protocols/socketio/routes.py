@@ -72,7 +72,9 @@ class MountedSocketIo:
         self._endpoint.reload(settings.timing())
 
     def _take(self, settings: SocketIoSettings) -> None:
-        self.tokens = TokenReader(settings.jwt(), source="[protocol:socketio] secret")
+        self.tokens = TokenReader(
+            settings.jwt(), source="[protocol:socketio] secret (signs clients' JWTs)"
+        )
         self.settings = settings
         self.origins = settings.origins()
 
