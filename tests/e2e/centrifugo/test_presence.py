@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.centrifugo_client import SECRET, Centrifugo, V1Client, centrifugo
-from tests.support.clients import redis
+from tests.support.clients import redis, until
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server
 
@@ -48,6 +49,17 @@ async def seen(client: V1Client, channel: str, wanted: set[str], limit_s: float 
     async with asyncio.timeout(limit_s):
         while set(await present(client, channel)) != wanted:
             await asyncio.sleep(0.05)
+
+
+def clients_of(valkey: Server, pid: int, channel: str) -> set[str]:
+    """Those whose worker is this process."""
+    found: set[str] = set()
+    for client, value in redis(valkey, "HGETALL", f"relay:presence:{{{channel}}}").items():
+        instance, _, _ = value.partition(b"\n")
+        beat = redis(valkey, "GET", f"relay:node:{instance.decode()}")
+        if json.loads(beat)["pid"] == pid:
+            found.add(client.decode())
+    return found
 
 
 async def test_who_is_there_is_told_by_client(site: Centrifugo) -> None:
@@ -112,15 +124,13 @@ async def test_when_a_worker_is_killed_its_clients_leave_once(valkey: Server) ->
                 await client.subscribe("here:two")
             await seen(clients[0], "here:two", {each.id for each in clients})
             children = Path(f"/proc/{relay.pid}/task/{relay.pid}/children").read_text()
-            os.kill(int(children.split()[0]), signal.SIGKILL)
-            async with asyncio.timeout(15):
-                while not any(each.closed for each in clients):
-                    await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            dead = {each.id for each in clients if each.closed}
-            left = [each for each in clients if not each.closed]
+            victim = int(children.split()[0])
+            dead = clients_of(valkey, victim, "here:two")
+            left = [each for each in clients if each.id not in dead]
             assert dead
             assert left
+            os.kill(victim, signal.SIGKILL)
+            await until(lambda: {each.id for each in clients if each.closed} == dead)
             # Its host knows at once; nobody waits for the heartbeat to run out.
             await seen(left[0], "here:two", {each.id for each in left})
             assert set(await gone(left[0], len(dead))) == dead
