@@ -35,6 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     producers = find_producers()
     about = "; ".join(f"{name}: {each.summary}" for name, each in producers.items())
     parser.add_argument("name", choices=list(producers), help=about)
+    parser.add_argument(
+        "argument",
+        nargs="?",
+        help=", ".join(
+            f"{name}: [producer:{name}] {each.argument}"
+            for name, each in producers.items()
+            if each.argument
+        ),
+    )
     parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="the relay's INI file")
     parser.add_argument("--redis", metavar="URL", help="[redis] url")
     parser.add_argument(
@@ -46,6 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="any setting; may be repeated",
     )
     options = parser.parse_args(arguments)
+    producer = producers[options.name]
+    if options.argument is not None:
+        if not producer.argument:
+            parser.error(f"{producer.name} takes no {options.argument!r}")
+        options.overrides.append(f"producer:{producer.name}.{producer.argument}={options.argument}")
     flags = {"redis": options.redis} if options.redis else {}
     try:
         config = load(
@@ -58,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if config.redis.url == "embedded":
             raise ConfigError("[redis] url: a producer by itself needs the address of a Redis")
-        running = _build(producers[options.name], config)
+        running = _build(producer, config)
     except RelayError as exc:
         sys.stderr.write(f"producers: {logs.redact(' '.join(str(exc).split()))}\n")
         return 1

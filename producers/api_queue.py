@@ -353,6 +353,7 @@ class ApiQueue:
 
     name: str = "queue"
     summary: str = "commands from the lists that [producer:queue] names"
+    argument: str = ""
     settings: type[QueueSettings] = QueueSettings
 
     def wanted(self, settings: QueueSettings) -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
-
-from pydantic import SecretStr
 
 from producers.outgoing import Away, Outcome, Outgoing, Postponed, Refused
 from relay.errors import RedisUnavailable
@@ -15,23 +14,31 @@ from relay.stream.append_once import TEMPORARY_CODES, Appender, Entry
 from relay.stream.connect import CommandRefused, discover
 from relay.stream.keys import Keys
 from relay.stream.link import Link
+from relay.stream.scripts import APPEND_ONCE, load
 
 
 class DirectSender:
-    """A `Sender` over Redis; needs the `producer` rights of docs/redis.md and no more."""
+    """A `Sender` over Redis; needs the `producer` rights of docs/redis.md and no more.
 
-    def __init__(self, url: str, *, prefix: str, password: str, window_s: int, maxlen: int) -> None:
-        self._settings = RedisSettings(
-            url=url,
-            prefix=prefix,
-            password=SecretStr(password),
-            # The publisher's own limit is over all waits together, and ends first.
-            connect_timeout_s=60,
-            command_timeout_s=300,
+    With `load_script` the rights of the user `relay`, who may not EVAL, do as well.
+    """
+
+    def __init__(
+        self,
+        settings: RedisSettings,
+        *,
+        window_s: int,
+        maxlen: int = 0,
+        load_script: bool = False,
+    ) -> None:
+        # The caller's own limit is over all waits together, and ends first.
+        self._settings = settings.model_copy(
+            update={"connect_timeout_s": 60.0, "command_timeout_s": 300.0}
         )
-        self._keys = Keys(prefix)
+        self._keys = Keys(settings.prefix)
         self._window_s = window_s
         self._maxlen = maxlen
+        self._load_script = load_script
         self._link: Link | None = None
         self._appender: Appender | None = None
         self._opening = asyncio.Lock()
@@ -71,8 +78,13 @@ class DirectSender:
                     name="relay-producer",
                     check_primary=False,
                 )
+                loaded = False
+                if self._load_script:
+                    with contextlib.suppress(CommandRefused):
+                        await load(link, APPEND_ONCE)
+                        loaded = True
                 self._appender = Appender(
-                    link, self._keys, window_s=self._window_s, maxlen=self._maxlen
+                    link, self._keys, window_s=self._window_s, maxlen=self._maxlen, loaded=loaded
                 )
             return self._appender
 
@@ -86,4 +98,7 @@ def _outcome(reply: EntryID | CommandRefused) -> Outcome:
     if isinstance(reply, EntryID):
         return reply
     reason = str(reply)
-    return Postponed(reason) if reply.code in TEMPORARY_CODES else Refused(reason)
+    # A user who may not run scripts is the fault of no event, and would empty a spool of thousands.
+    # A key that is not allowed may be that of this event alone.
+    unusable = reply.code == "NOSCRIPT" or (reply.code == "NOPERM" and " to run " in reason)
+    return Postponed(reason) if unusable or reply.code in TEMPORARY_CODES else Refused(reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from relay.model import Channel, EntryID, parse_channel
 from relay.stream import entry
 
 UID_BYTES = 255
+# How long Redis remembers a uid: longer than any outage after which a spool must not repeat.
+WINDOW_S = 24 * 3600
+SPOOL_BYTES = 64 * 1024 * 1024
 
 
 class PublishFailed(RelayError):
@@ -85,6 +89,16 @@ class Sender(Protocol):
     async def close(self) -> None:
         """Give up connections."""
         ...
+
+
+async def send_until(deadline: float, sender: Sender, events: Sequence[Outgoing]) -> list[Outcome]:
+    """`sender.send`, given up at this time of the loop's clock with Away."""
+    left = asyncio.Event()
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await sender.send(events, left.set)
+    except TimeoutError as exc:
+        raise Away("no answer within the time limit", sent=left.is_set()) from exc
 
 
 def outgoing(

@@ -18,28 +18,31 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 from uuid import uuid4
 
+from pydantic import SecretStr
+
 from producers.direct import DirectSender
 from producers.http import HttpSender
 from producers.outgoing import (
+    SPOOL_BYTES,
+    WINDOW_S,
     Away,
-    Outcome,
     Outgoing,
     Postponed,
     PublishFailed,
     Refused,
     Sender,
     outgoing,
+    send_until,
 )
 from producers.spool import Spool
+from producers.spool_delivery import deliver
 from relay.model import EntryID
+from relay.settings import RedisSettings
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LIMIT_MS = 200
-# How long Redis remembers a uid: longer than any outage after which a spool must not repeat.
-WINDOW_S = 24 * 3600
-SPOOL_BYTES = 64 * 1024 * 1024
 
 __all__ = ["AsyncPublisher", "PublishFailed", "Publisher"]
 
@@ -71,9 +74,7 @@ class AsyncPublisher:
             HttpSender(http, secret=secret)
             if http
             else DirectSender(
-                url,
-                prefix=prefix,
-                password=password,
+                RedisSettings(url=url, prefix=prefix, password=SecretStr(password)),
                 window_s=window_s,
                 maxlen=maxlen,
             )
@@ -159,33 +160,15 @@ class AsyncPublisher:
         await self.close()
 
     async def _send(self, event: Outgoing, deadline: float) -> EntryID | Refused | None:
-        (outcome,) = await self._limited([event], deadline)
+        (outcome,) = await send_until(deadline, self._sender, [event])
         if isinstance(outcome, Postponed):
             raise Away(outcome.reason)
         return outcome
 
-    async def _limited(self, events: list[Outgoing], deadline: float) -> list[Outcome]:
-        left = asyncio.Event()
-        try:
-            async with asyncio.timeout_at(deadline):
-                return await self._sender.send(events, left.set)
-        except TimeoutError as exc:
-            raise Away("no answer within the time limit", sent=left.is_set()) from exc
-
     async def _deliver(self, spool: Spool, deadline: float) -> None:
         """Send what waits, oldest first; Away as soon as one cannot be sent."""
-        while (batch := await asyncio.to_thread(spool.batch)).lines:
-            readable = [line.event for line in batch.lines if line.event is not None]
-            outcomes = iter(await self._limited(readable, deadline) if readable else [])
-            for count, line in enumerate(batch.lines):
-                outcome = Refused(line.reason) if line.event is None else next(outcomes)
-                if isinstance(outcome, Postponed):
-                    await asyncio.to_thread(spool.done, batch, count)
-                    raise Away(outcome.reason)
-                if isinstance(outcome, Refused):
-                    await asyncio.to_thread(spool.refuse, line, outcome.reason)
-                    _log.error("refused, see %s.refused: %s", spool.path, outcome.reason)
-            await asyncio.to_thread(spool.done, batch, len(batch.lines))
+        while await deliver(spool, self._sender, deadline):
+            pass
         if self._spooling:
             _log.warning("the spool %s is delivered", spool.path)
             self._spooling = False

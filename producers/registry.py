@@ -50,6 +50,7 @@ class Producer(Protocol):
 
     name: str
     summary: str  # one line for --help
+    argument: str  # the setting that a word behind the name is for; '': it takes none
     settings: type[Section]
 
     def wanted(self, settings: Any) -> bool:  # of its own section's class

@@ -171,6 +171,7 @@ class SeafHooks:
 
     name: str = "seaf_hooks"
     summary: str = "Seafile's commits from the Redis channel repo_update"
+    argument: str = ""
     settings: type[SeafHooksSettings] = SeafHooksSettings
 
     def wanted(self, settings: SeafHooksSettings) -> bool:

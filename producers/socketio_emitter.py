@@ -259,6 +259,7 @@ class SocketIoEmitter:
 
     name: str = "socketio_emitter"
     summary: str = "what Node's Socket.IO emitters publish"
+    argument: str = ""
     settings: type[EmitterSettings] = EmitterSettings
 
     def wanted(self, settings: EmitterSettings) -> bool:

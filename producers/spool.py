@@ -1,8 +1,9 @@
 """Events that could not be sent, in a local file, until they can: in order, none lost, none twice.
 
-`PATH` has one JSON object a line, oldest first. `PATH.state` is the lock between processes and
-holds two numbers: how often the file was emptied, and how many bytes at its start are delivered.
-`PATH.refused` collects lines that can never be delivered, with the reason.
+`PATH` has one JSON object a line, oldest first; the producers of other languages append to it too.
+`PATH.state` is the lock between processes and holds two numbers: how often the file was emptied,
+and how many bytes at its start are delivered. `PATH.refused` collects lines that can never be
+delivered, with the reason.
 
 The lock is held for disk work only, never while something is sent. So two processes may send the
 same lines at the same time; each line's uid makes that harmless, and as each begins with the first
@@ -70,6 +71,8 @@ class Spool:
             return self.path.stat().st_size > 0
         except FileNotFoundError:
             return False
+        except OSError as exc:
+            raise PublishFailed(f"spool {self.path}: {exc}") from exc
 
     def append(self, event: Outgoing) -> None:
         """Keep `event`, which has a uid: it is on the disk when this returns.

@@ -4,21 +4,36 @@
 //     import { publish } from "./relay-publish.mjs";
 //     const id = await publish("news", { hello: 1 }, { type: "note", uid: "order-7" });
 //
-//     relay-publish.mjs CHANNEL DATA [--type T] [--uid U] [--to NAMES] [--client C]
+//     relay-publish.mjs CHANNEL DATA [--type T] [--uid U] [--to NAMES] [--client C] [--spool FILE]
 //
 // publish() resolves to the entry's ID or rejects with a PublishError, within `limitMs`.
+//
+// With `spool`, a local file, an event that cannot be sent now is appended there and publish()
+// resolves to null, and so is every later one until `python -m producers spool FILE` has delivered
+// what waits. That takes the program `flock` (util-linux, busybox): Node has no file locks.
 
-import { readFileSync, realpathSync } from "node:fs";
+import { spawn } from "node:child_process";
+import { randomUUID } from "node:crypto";
+import { constants, readFileSync, realpathSync } from "node:fs";
+import { open, stat } from "node:fs/promises";
 import net from "node:net";
 import { fileURLToPath } from "node:url";
 
 export class PublishError extends Error {
   // `unknown`: sent, but not answered; it may have been appended. With a uid, publish it again.
-  constructor(text, unknown = false) {
+  // `away`: Redis cannot be asked now; the same event may be taken later.
+  constructor(text, unknown = false, away = false) {
     super(text);
     this.unknown = unknown;
+    this.away = away;
   }
 }
+
+const SPOOL_BYTES = 64 * 1024 * 1024;
+const BEHIND = "earlier events wait there";
+// First words of replies that say "not now", as in relay/stream.
+const NOT_NOW =
+  /^(BUSY|MISCONF|OOM|TRYAGAIN|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|UNBLOCKED|NOREPLICAS)\b/;
 
 // Appends once for a uid, and tells the first entry's ID.
 const APPEND_ONCE = `\
@@ -31,8 +46,18 @@ return id
 
 // `data`: a string as it is, anything else as JSON. `options`: type, uid, to (a string, or an array
 // of names), client; redis (URL), password, prefix, limitMs, windowS (how long a uid is
-// remembered), maxlen.
+// remembered), maxlen; spool (a file). Resolves to null where the event is in the spool.
 export async function publish(channel, data, options = {}) {
+  const { id, reason } = await publishOrSpool(channel, data, options);
+  if (id === null && reason !== BEHIND)
+    process.emitWarning(`relay: events go to the spool ${options.spool}: ${reason}`);
+  return id;
+}
+
+async function publishOrSpool(channel, data, given) {
+  // A uid from the start, so that a spooled event arrives once even where its answer is lost.
+  const uid = given.uid ?? (given.spool ? randomUUID() : undefined);
+  const options = { ...given, uid };
   const {
     redis = process.env.RELAY_REDIS_URL || "redis://127.0.0.1:6379/0",
     password = process.env.RELAY_REDIS_PASSWORD || "",
@@ -40,6 +65,7 @@ export async function publish(channel, data, options = {}) {
     limitMs = 200,
     windowS = 86400,
     maxlen = 0,
+    spool = "",
   } = options;
   const text = typeof data === "string" ? data : JSON.stringify(data);
   if (text === undefined) throw new PublishError("data cannot be JSON");
@@ -52,13 +78,84 @@ export async function publish(channel, data, options = {}) {
   check(channel, options, fields);
   const stream = `${prefix}stream:{${channel}}`;
   const words = [...(maxlen ? ["MAXLEN", "~", maxlen] : []), "*", ...fields];
-  const uid = options.uid ?? null;
   const mark = `${prefix}uid:{${channel}}:${uid}`;
   const command =
-    uid === null
+    uid === undefined
       ? ["XADD", stream, ...words]
       : ["EVAL", APPEND_ONCE, 2, stream, mark, windowS * 1000, ...words];
-  return ask(new URL(redis), password, command, limitMs);
+  const url = new URL(redis);
+  if (!spool) return { id: await ask(url, password, command, limitMs) };
+
+  let failure = { message: BEHIND, unknown: false };
+  if (!(await stat(spool).catch(() => undefined))?.size) {
+    try {
+      return { id: await ask(url, password, command, limitMs) };
+    } catch (error) {
+      if (!error.away) throw error;
+      failure = error;
+    }
+  }
+  const event = { channel };
+  // Half a surrogate pair becomes what it would have become on its way to Redis.
+  for (let i = 0; i < fields.length; i += 2) event[fields[i]] = Buffer.from(fields[i + 1]).toString();
+  try {
+    await keep(spool, `${JSON.stringify(event)}\n`, limitMs);
+  } catch (error) {
+    throw new PublishError(`${failure.message}; spool ${spool}: ${error.message}`, failure.unknown);
+  }
+  return { id: null, reason: failure.message };
+}
+
+// Append a line to the spool as producers/spool.py does: under the lock of PATH.state, whose two
+// numbers say how often the spool was emptied and how many bytes at its start are delivered.
+async function keep(path, line, limitMs) {
+  // For its owner alone: events may hold anything.
+  const lock = await open(`${path}.state`, constants.O_RDWR | constants.O_CREAT, 0o600);
+  let file;
+  try {
+    await locked(lock.fd, limitMs);
+    file = await open(path, "a+", 0o600);
+    const { size } = await file.stat();
+    let bytes = Buffer.from(line);
+    if (size + bytes.length > SPOOL_BYTES) throw new Error(`full, ${size} bytes`);
+    if (size) {
+      // A writer that died has left a part of its line: that part is kept with the refused.
+      const { buffer } = await file.read(Buffer.alloc(1), 0, 1, size - 1);
+      if (buffer[0] !== 10) bytes = Buffer.concat([Buffer.from("\n"), bytes]);
+    } else {
+      // After `rm` the number of delivered bytes would be one of another file.
+      const { buffer, bytesRead } = await lock.read(Buffer.alloc(42), 0, 42, 0);
+      const [emptied, done] = buffer.toString("latin1", 0, bytesRead).split(" ").map(Number);
+      const fresh = `${String(emptied + 1).padStart(20, "0")} ${"0".repeat(20)}\n`;
+      if (done) await lock.write(fresh, 0);
+    }
+    try {
+      const { bytesWritten } = await file.write(bytes);
+      if (bytesWritten < bytes.length) throw new Error("no space left for the whole of it");
+    } catch (error) {
+      await file.truncate(size).catch(() => undefined);
+      throw error;
+    }
+    await lock.close(); // many may wait for the disk at once
+    await file.sync();
+  } finally {
+    await lock.close();
+    await file?.close();
+  }
+}
+
+// Lock the open file `fd`. The lock belongs to what is open, not to the process that asked for it,
+// so it is ours after `flock` has ended, and ends with us.
+function locked(fd, limitMs) {
+  return new Promise((resolve, reject) => {
+    const stdio = ["ignore", "ignore", "ignore", fd];
+    const child = spawn("flock", ["3"], { stdio, timeout: Math.max(limitMs, 1) });
+    child.on("error", (error) => reject(new Error(`flock: ${error.message}`)));
+    child.on("exit", (code) => {
+      if (code === 0) resolve();
+      else reject(new Error(code === null ? "locked by others" : `flock ended with ${code}`));
+    });
+  });
 }
 
 // Refuse what the relay would have to put to the dead letters.
@@ -95,7 +192,7 @@ function ask(url, password, command, limitMs) {
       socket.destroy();
       settle(value);
     };
-    const fail = (text) => end(reject, new PublishError(`Redis at ${where} ${text}`, sent));
+    const fail = (text) => end(reject, new PublishError(`Redis at ${where} ${text}`, sent, true));
     const timer = setTimeout(() => fail("did not answer within the time limit"), limitMs);
     socket.on("error", (error) => fail(`cannot be reached: ${error.message || error.code}`));
     socket.on("close", () => fail("closed the connection"));
@@ -108,8 +205,9 @@ function ask(url, password, command, limitMs) {
       for (let found; (found = reply(buffer)); ) {
         buffer = buffer.subarray(found.length);
         if (found.kind === "-") {
-          const text = `${commands[answered][0]}: ${found.text}`;
-          return end(reject, new PublishError(text));
+          const [word] = commands[answered];
+          const away = word === "AUTH" || word === "SELECT" || NOT_NOW.test(found.text);
+          return end(reject, new PublishError(`${word}: ${found.text}`, false, away));
         }
         answered += 1;
         if (answered === commands.length) return end(resolve, found.text);
@@ -140,9 +238,10 @@ function reply(buffer) {
 
 const USAGE = `\
 usage: relay-publish.mjs CHANNEL DATA [--type T] [--uid U] [--to NAMES] [--client C]
-         [--limit-ms 200] [--maxlen N]
+         [--limit-ms 200] [--maxlen N] [--spool FILE]
 DATA - is standard input. Redis: RELAY_REDIS_URL, RELAY_REDIS_PASSWORD, RELAY_REDIS_PREFIX.
-Prints the entry's ID. Exit codes: 0 published, 1 failed (one line says why), 2 usage.
+Prints the entry's ID. Exit codes: 0 published, 1 failed (one line says why), 2 usage,
+3 kept in the spool FILE (one line says why), which \`python -m producers spool FILE\` delivers.
 `;
 
 async function main(words) {
@@ -150,7 +249,7 @@ async function main(words) {
   const options = {};
   while (words.length) {
     const word = words.shift();
-    const name = /^--(type|uid|to|client|limit-ms|maxlen)$/.exec(word)?.[1];
+    const name = /^--(type|uid|to|client|limit-ms|maxlen|spool)$/.exec(word)?.[1];
     if (!name || !words.length) {
       plain.push(word);
     } else if (name === "limit-ms" || name === "maxlen") {
@@ -165,7 +264,12 @@ async function main(words) {
   const [channel, data] = plain;
   try {
     const text = data === "-" ? readFileSync(0, "utf8") : data;
-    process.stdout.write(`${await publish(channel, text, options)}\n`);
+    const { id, reason } = await publishOrSpool(channel, text, options);
+    if (id === null) {
+      process.stderr.write(`relay-publish: spooled: ${reason}\n`);
+      return 3;
+    }
+    process.stdout.write(`${id}\n`);
     return 0;
   } catch (error) {
     const unknown = error.unknown ? "; the event may have been appended" : "";

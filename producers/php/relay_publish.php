@@ -7,9 +7,13 @@
  *     $id = relay_publish('news', ['hello' => 1], ['type' => 'note', 'uid' => 'order-7']);
  *
  *     php relay_publish.php CHANNEL DATA [--type T] [--uid U] [--to NAMES] [--client C]
+ *         [--spool FILE]
  *
  * relay_publish() returns the entry's ID or throws RelayPublishError, within `limit_ms`; only the
  * look-up of a host name has PHP's own limit, so give an address, or a name from /etc/hosts.
+ *
+ * With `spool`, a local file, an event that cannot be sent now is appended there and null returned,
+ * and so is every later one until `python -m producers spool FILE` has delivered what waits.
  */
 
 declare(strict_types=1);
@@ -18,7 +22,14 @@ final class RelayPublishError extends RuntimeException
 {
     /** Sent, but not answered: the event may have been appended. With a uid, publish it again. */
     public bool $unknown = false;
+    /** The relay's Redis cannot be asked now; the same event may be taken later. */
+    public bool $away = false;
 }
+
+const RELAY_SPOOL_BYTES = 67108864;
+const RELAY_BEHIND = 'earlier events wait there';
+/** First words of replies that say "not now", as in relay/stream. */
+const RELAY_NOT_NOW = '/^-(BUSY|MISCONF|OOM|TRYAGAIN|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|UNBLOCKED|NOREPLICAS) /';
 
 /** Appends once for a uid, and tells the first entry's ID. */
 const RELAY_APPEND_ONCE = <<<'LUA'
@@ -33,9 +44,20 @@ LUA;
 /**
  * @param mixed $data a string as it is, anything else as JSON
  * @param array $options type, uid, to (a string, or an array of names), client; redis (URL),
- *   password, prefix, limit_ms, window_s (how long a uid is remembered), maxlen
+ *   password, prefix, limit_ms, window_s (how long a uid is remembered), maxlen; spool (a file)
+ * @return ?string the entry's ID; null where the event is in the spool
  */
-function relay_publish(string $channel, $data, array $options = []): string
+function relay_publish(string $channel, $data, array $options = []): ?string
+{
+    [$id, $reason] = relay_publish_or_spool($channel, $data, $options);
+    if ($id === null && $reason !== RELAY_BEHIND) {
+        error_log("relay_publish: events go to the spool {$options['spool']}: $reason");
+    }
+    return $id;
+}
+
+/** The entry's ID and '', or null and why the event is in the spool. */
+function relay_publish_or_spool(string $channel, $data, array $options): array
 {
     $options += [
         'redis' => getenv('RELAY_REDIS_URL') ?: 'redis://127.0.0.1:6379/0',
@@ -44,7 +66,13 @@ function relay_publish(string $channel, $data, array $options = []): string
         'limit_ms' => 200,
         'window_s' => 86400,
         'maxlen' => 0,
+        'spool' => null,
     ];
+    $spool = $options['spool'];
+    if ($spool !== null) {
+        // From the start, so that the event arrives once even where its answer is lost.
+        $options['uid'] = $options['uid'] ?? bin2hex(random_bytes(16));
+    }
     $deadline = microtime(true) + $options['limit_ms'] / 1000;
     $fields = ['data', is_string($data) ? $data : relay_json($data)];
     foreach (['type', 'uid', 'to', 'client'] as $name) {
@@ -63,7 +91,85 @@ function relay_publish(string $channel, $data, array $options = []): string
     } else {
         $command = ['XADD', $stream];
     }
-    return relay_ask($options, array_merge($command, $words), $deadline);
+    if ($spool === null) {
+        return [relay_ask($options, array_merge($command, $words), $deadline), ''];
+    }
+    clearstatcache(true, $spool);
+    $reason = RELAY_BEHIND;
+    $unknown = false;
+    if (!@filesize($spool)) {
+        try {
+            return [relay_ask($options, array_merge($command, $words), $deadline), ''];
+        } catch (RelayPublishError $error) {
+            if (!$error->away) {
+                throw $error;
+            }
+            $reason = $error->getMessage();
+            $unknown = $error->unknown;
+        }
+    }
+    $event = ['channel' => $channel];
+    foreach (array_chunk($fields, 2) as [$name, $value]) {
+        $event[$name] = $value;
+    }
+    try {
+        relay_spool($spool, relay_json($event) . "\n", $options['limit_ms'] / 1000);
+    } catch (RelayPublishError $error) {
+        $failed = new RelayPublishError("$reason; spool $spool: {$error->getMessage()}");
+        $failed->unknown = $unknown || $error->unknown;
+        throw $failed;
+    }
+    return [null, $reason];
+}
+
+/**
+ * Append a line to the spool as producers/spool.py does: under the lock of $path.state, whose two
+ * numbers say how often the spool was emptied and how many bytes at its start are delivered.
+ */
+function relay_spool(string $path, string $line, float $limit_s): void
+{
+    $lock = relay_open("$path.state", 'c+');
+    $deadline = microtime(true) + $limit_s;
+    while (!flock($lock, LOCK_EX | LOCK_NB)) {
+        if (microtime(true) > $deadline) {
+            throw new RelayPublishError('locked by others');
+        }
+        usleep(2000);
+    }
+    $file = relay_open($path, 'a+');
+    $size = fstat($file)['size'];
+    if ($size + strlen($line) > RELAY_SPOOL_BYTES) {
+        throw new RelayPublishError("full, $size bytes");
+    }
+    if ($size) {
+        // A writer that died has left a part of its line: that part is kept with the refused.
+        fseek($file, -1, SEEK_END);
+        $line = fread($file, 1) === "\n" ? $line : "\n$line";
+    } elseif (preg_match('/^(\d+) 0*[1-9]/', (string) stream_get_contents($lock), $found)) {
+        // After `rm` the number of delivered bytes would be one of another file.
+        rewind($lock);
+        fwrite($lock, sprintf("%020d %020d\n", (int) $found[1] + 1, 0));
+    }
+    if (@fwrite($file, $line) !== strlen($line)) {
+        $reason = error_get_last()['message'] ?? 'written in part';
+        @ftruncate($file, $size);
+        throw new RelayPublishError($reason);
+    }
+    flock($lock, LOCK_UN); // many may wait for the disk at once
+    if (function_exists('fsync') && !@fsync($file)) { // PHP 8.1
+        throw relay_unknown('not known to be on the disk');
+    }
+}
+
+function relay_open(string $path, string $mode)
+{
+    $mask = umask(0077); // for its owner alone: events may hold anything
+    $file = @fopen($path, $mode);
+    umask($mask);
+    if (!$file) {
+        throw new RelayPublishError(error_get_last()['message'] ?? "$path cannot be opened");
+    }
+    return $file;
 }
 
 /** Refuse what the relay would have to put to the dead letters. */
@@ -120,7 +226,7 @@ function relay_ask(array $options, array $command, float $deadline): string
     $left = max($deadline - microtime(true), 0.001);
     $socket = @stream_socket_client($where, $number, $reason, $left);
     if (!$socket) {
-        throw new RelayPublishError("Redis at $where cannot be reached: $reason");
+        throw relay_away("Redis at $where cannot be reached: $reason");
     }
     stream_set_blocking($socket, false);
     try {
@@ -129,7 +235,9 @@ function relay_ask(array $options, array $command, float $deadline): string
         foreach ($commands as [$word]) {
             $reply = relay_reply($socket, $buffer, $where, $deadline);
             if ($reply[0] === '-') {
-                throw new RelayPublishError("$word: " . substr($reply, 1));
+                $error = new RelayPublishError("$word: " . substr($reply, 1));
+                $error->away = $word === 'AUTH' || $word === 'SELECT' || preg_match(RELAY_NOT_NOW, "$reply ");
+                throw $error;
             }
         }
         return $reply;
@@ -189,9 +297,16 @@ function relay_wait($socket, bool $to_write, string $where, float $deadline): vo
     }
 }
 
-function relay_unknown(string $text): RelayPublishError
+function relay_away(string $text): RelayPublishError
 {
     $error = new RelayPublishError($text);
+    $error->away = true;
+    return $error;
+}
+
+function relay_unknown(string $text): RelayPublishError
+{
+    $error = relay_away($text);
     $error->unknown = true;
     return $error;
 }
@@ -200,14 +315,15 @@ function relay_unknown(string $text): RelayPublishError
 function relay_publish_main(array $arguments): int
 {
     $usage = "usage: relay_publish.php CHANNEL DATA [--type T] [--uid U] [--to NAMES] [--client C]\n"
-        . "         [--limit-ms 200] [--maxlen N]\n"
+        . "         [--limit-ms 200] [--maxlen N] [--spool FILE]\n"
         . "DATA - is standard input. Redis: RELAY_REDIS_URL, RELAY_REDIS_PASSWORD, RELAY_REDIS_PREFIX.\n"
-        . "Prints the entry's ID. Exit codes: 0 published, 1 failed (one line says why), 2 usage.\n";
+        . "Prints the entry's ID. Exit codes: 0 published, 1 failed (one line says why), 2 usage,\n"
+        . "3 kept in the spool FILE (one line says why), which `python -m producers spool FILE` delivers.\n";
     $plain = [];
     $options = [];
     while ($arguments) {
         $word = array_shift($arguments);
-        if (preg_match('/^--(type|uid|to|client|limit-ms|maxlen)$/D', $word, $found) && $arguments) {
+        if (preg_match('/^--(type|uid|to|client|limit-ms|maxlen|spool)$/D', $word, $found) && $arguments) {
             $value = array_shift($arguments);
             $name = str_replace('-', '_', $found[1]);
             $number = $name === 'limit_ms' || $name === 'maxlen';
@@ -226,7 +342,13 @@ function relay_publish_main(array $arguments): int
     }
     [$channel, $data] = $plain;
     try {
-        echo relay_publish($channel, $data === '-' ? stream_get_contents(STDIN) : $data, $options), "\n";
+        $data = $data === '-' ? stream_get_contents(STDIN) : $data;
+        [$id, $reason] = relay_publish_or_spool($channel, $data, $options);
+        if ($id === null) {
+            fwrite(STDERR, "relay_publish: spooled: $reason\n");
+            return 3;
+        }
+        echo "$id\n";
         return 0;
     } catch (RelayPublishError $error) {
         fwrite(STDERR, "relay_publish: {$error->getMessage()}" . ($error->unknown ? '; the event may have been appended' : '') . "\n");

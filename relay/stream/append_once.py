@@ -37,16 +37,18 @@ class Appender:
     """Appends over one link, for as long as that lasts.
 
     `window_s` is how long a uid is remembered; `maxlen` trims the stream to about so many entries
-    (0: not at all).
+    (0: not at all). `loaded`: the script is known to the server already.
     """
 
-    def __init__(self, link: Link, keys: Keys, *, window_s: int, maxlen: int = 0) -> None:
+    def __init__(
+        self, link: Link, keys: Keys, *, window_s: int, maxlen: int = 0, loaded: bool = False
+    ) -> None:
         self._link = link
         self._keys = keys
         self._window_s = window_s
         self._maxlen = maxlen
         # A server that has restarted has forgotten its scripts; but then this link is lost too.
-        self._script_sent = False
+        self._script_sent = loaded
 
     async def append(self, entries: Sequence[Entry]) -> list[EntryID | CommandRefused]:
         """Append in order, in one pipeline; each entry's ID, or why Redis refused that one.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from producers.__main__ import main
@@ -15,6 +17,7 @@ def test_every_producer_has_its_section_and_is_off_or_on_by_its_own_settings() -
     for name, producer in found.items():
         assert producer.name == name
         assert producer.summary
+        assert producer.argument in {"", *producer.settings.model_fields}
         assert issubclass(producer.settings, Section)
         assert producer.wanted(producer.settings()) in (False, True)
     assert set(producer_settings()) == {f"producer:{name}" for name in found}
@@ -32,3 +35,15 @@ def test_an_unknown_producer_is_a_usage_error(capsys: pytest.CaptureFixture[str]
         main(["nonsense"])
     assert left.value.code == 2
     assert "queue" in capsys.readouterr().err
+
+
+def test_a_word_behind_the_name_is_for_those_that_take_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["queue", "word"])
+    assert left.value.code == 2
+    assert "queue takes no 'word'" in capsys.readouterr().err
+    for words in (["spool"], ["spool", str(tmp_path / "missing" / "file")]):
+        assert main([*words, "--redis", "redis://127.0.0.1:1/0"]) == 1
+        assert "[producer:spool] path" in capsys.readouterr().err

@@ -1,0 +1,132 @@
+"""Delivers what waits in a spool: in order, each event once, whoever appended it and whoever dies.
+
+The publisher's part of it, and a producer that does nothing else: for programs that only append,
+or that end before Redis is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from producers.direct import DirectSender
+from producers.outgoing import (
+    SPOOL_BYTES,
+    WINDOW_S,
+    Away,
+    Postponed,
+    PublishFailed,
+    Refused,
+    Sender,
+    send_until,
+)
+from producers.spool import Spool
+from relay.errors import ConfigError
+from relay.settings import Section
+
+if TYPE_CHECKING:
+    from producers.registry import ProducerContext
+
+_log = logging.getLogger(__name__)
+
+# Between two looks at a file with nothing in it.
+_LOOK_S = 0.2
+_BACKOFF_S = (0.1, 2.0)
+# For the lock, which others hold while they write a line.
+_LOCK_S = 5.0
+
+
+class SpoolSettings(Section):
+    """[producer:spool]: what other programs have spooled on this host."""
+
+    path: str = Field(
+        "",
+        description="file with what this host's producers could not send; empty: none",
+    )
+
+
+async def deliver(spool: Spool, sender: Sender, deadline: float) -> int:
+    """Send the oldest lines, up to a limit; how many are off the spool now, 0: nothing waits.
+
+    `deadline` by the loop's clock. Away where one cannot be sent now: it and all behind it stay.
+    PublishFailed where the disk fails.
+    """
+    batch = await asyncio.to_thread(spool.batch)
+    readable = [line.event for line in batch.lines if line.event is not None]
+    outcomes = iter(await send_until(deadline, sender, readable) if readable else [])
+    for count, line in enumerate(batch.lines):
+        outcome = Refused(line.reason) if line.event is None else next(outcomes)
+        if isinstance(outcome, Postponed):
+            await asyncio.to_thread(spool.done, batch, count)
+            raise Away(outcome.reason)
+        if isinstance(outcome, Refused):
+            await asyncio.to_thread(spool.refuse, line, outcome.reason)
+            _log.error("refused, see %s.refused: %s", spool.path, outcome.reason)
+    await asyncio.to_thread(spool.done, batch, len(batch.lines))
+    return len(batch.lines)
+
+
+class SpoolDelivery:
+    """See `producers.registry.Running`."""
+
+    def __init__(self, context: ProducerContext, path: Path) -> None:
+        self._count = context.count
+        self._spool = Spool(path, limit_s=_LOCK_S, limit_bytes=SPOOL_BYTES)
+        self._sender = DirectSender(context.redis, window_s=WINDOW_S, load_script=True)
+        self._limit_s = context.redis.connect_timeout_s + context.redis.command_timeout_s
+
+    async def run(self) -> None:
+        """Until cancelled. What is sent and not yet noted then is known by its uid to the next."""
+        loop = asyncio.get_running_loop()
+        wait_s, failing = _BACKOFF_S[0], False
+        try:
+            while True:
+                try:
+                    while await asyncio.to_thread(self._spool.pending):
+                        taken = await deliver(
+                            self._spool, self._sender, loop.time() + self._limit_s
+                        )
+                        self._count("taken", taken)
+                        wait_s = _BACKOFF_S[0]
+                        if failing:
+                            _log.warning("the spool %s is being delivered", self._spool.path)
+                            failing = False
+                    await asyncio.sleep(_LOOK_S)
+                except (Away, PublishFailed) as exc:
+                    if not failing:
+                        _log.warning("the spool %s waits: %s", self._spool.path, exc)
+                        failing = True
+                    await self._sender.close()
+                    await asyncio.sleep(wait_s)
+                    wait_s = min(wait_s * 2, _BACKOFF_S[1])
+        finally:
+            await self._sender.close()
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolProducer:
+    """See `producers.registry.Producer`."""
+
+    name: str = "spool"
+    summary: str = "events that other programs on this host have spooled"
+    argument: str = "path"
+    settings: type[SpoolSettings] = SpoolSettings
+
+    def wanted(self, settings: SpoolSettings) -> bool:
+        """Where a file is named."""
+        return bool(settings.path)
+
+    def build(self, context: ProducerContext, settings: SpoolSettings) -> SpoolDelivery:
+        """See `producers.registry.Producer`."""
+        path = Path(settings.path)
+        if not settings.path or not path.parent.is_dir():
+            raise ConfigError("[producer:spool] path: needs a file in a folder that exists")
+        return SpoolDelivery(context, path)
+
+
+PRODUCER = SpoolProducer()
