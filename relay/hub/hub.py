@@ -104,7 +104,8 @@ class Hub:
 
     def count(self, user: str, door: str | None = None) -> int:
         """How many sessions of the user are here, of one door or of all."""
-        return len(self._sessions_of(user, door))
+        mine = self._by_user.get(user, ())
+        return len(mine) if door is None else len(self._sessions_of(user, door))
 
     def users(self) -> list[str]:
         """Everyone who has a session here; '' stands for those without a name."""
