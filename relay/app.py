@@ -199,6 +199,7 @@ class Relay:
             spawn=self._spawn_for_door,
             http=http,
             read_token=lambda text: read_token(text, self._tokens, self._doors),
+            pass_on=lambda request, instance: server.pass_on(request, instance),
             ready=reader.ready,
             metrics=metrics,
             client_buffer_bytes=config.hub.client_buffer_bytes,

@@ -172,9 +172,11 @@ class DoorContext:
     channel, at least so many if there are (Unavailable where Redis is away). `members` reads a
     group that the application keeps, the Redis set `<prefix>group:<name>` of users (Unavailable
     likewise). `read_token` turns a native JWT, or a token of a door that `ReadsTokens`, into a
-    principal (Unauthorized otherwise). `ready` says whether streams are being read. `spawn`
-    runs a task that ends with the relay; an exception that it lets out ends the relay. `http`
-    is for requests to applications. `insecure` concerns the native door only.
+    principal (Unauthorized otherwise). `pass_on` gives a request without a body, with its
+    connection, to another worker (an instance) of this host: what the handler returns then; None
+    where that cannot be. `ready` says whether streams are being read. `spawn` runs a task that ends
+    with the relay; an exception that it lets out ends the relay. `http` is for requests to
+    applications. `insecure` concerns the native door only.
     """
 
     hub: Hub
@@ -195,6 +197,7 @@ class DoorContext:
     spawn: Spawn
     http: aiohttp.ClientSession
     read_token: Callable[[str], Principal]
+    pass_on: Callable[[web.Request, str], web.StreamResponse | None]
     ready: Callable[[], bool]
     metrics: Metrics
     client_buffer_bytes: int

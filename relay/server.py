@@ -14,6 +14,7 @@ from aiohttp import web
 from relay.errors import StartError
 from relay.transports.listener import GuardedSite
 from relay.transports.precedence import in_order
+from relay.transports.take_over import hand_on
 
 if TYPE_CHECKING:
     from relay.config import Config
@@ -89,7 +90,26 @@ class Server:
             return
         self._balance = balance
         site.give = balance.give
-        balance.receive(lambda connection: spawn(site.adopt(connection), name="adopt"))
+
+        def take(connection: socket.socket, listener: int, early: bytes) -> None:
+            if listener < len(self._sites):
+                spawn(self._sites[listener].adopt(connection, early), name="adopt")
+            else:
+                connection.close()
+
+        balance.receive(take)
+
+    def pass_on(self, request: web.Request, instance: str) -> web.StreamResponse | None:
+        """See `relay.frontdoor.DoorContext`."""
+        balance = self._balance
+        address = request.transport and request.transport.get_extra_info("sockname")
+        if balance is None or not isinstance(address, tuple):
+            return None
+        for index, site in enumerate(self._sites):
+            if site.port == address[1]:
+                give = partial(_give, balance, instance, index)
+                return hand_on(request, give)
+        return None
 
     async def stop_listening(self) -> None:
         """New clients are refused from here on."""
@@ -147,6 +167,12 @@ class Server:
             body=self._metrics.exposition(),
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
         )
+
+
+def _give(
+    balance: Balance, instance: str, listener: int, connection: socket.socket, early: bytes
+) -> bool:
+    return balance.pass_on(instance, connection, listener, early)
 
 
 def _own_port(section: Section) -> int:

@@ -56,6 +56,14 @@ class Siblings:
         """The worker's name in Redis; it ends with eight random digits."""
         self._cells[(number - 1) * _SLOT + _INSTANCE] = _digits(instance)
 
+    def number_of(self, instance: str) -> int | None:
+        """The worker of this host that has this name; None if there is none that serves."""
+        digits = _digits(instance)
+        for number in range(1, self.count + 1):
+            if self._cells[(number - 1) * _SLOT + _INSTANCE] == digits:
+                return number if self.ready(number) else None
+        return None
+
     def bury(self, number: int) -> None:
         """The worker has died. What it was called is remembered for a few more deaths, and so for
         longer than anything of it in Redis matters: after each, its successor waits longer."""

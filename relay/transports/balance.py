@@ -5,6 +5,9 @@ workers had at worst 7, 15 and 24 % more than its share of 1,000 connections (1,
 5,000); and after a worker died all its clients are at the others, and stay there. So each worker
 accepts by itself, for no single process to be in everybody's way, and passes on (SCM_RIGHTS) what
 is too much for it. Nothing has been read of such a connection, and it is handed on only once.
+
+In the same way a request goes to the sibling that has its session, with its connection: a websocket
+that this worker kept would have to be passed on message by message.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import struct
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -22,6 +26,13 @@ if TYPE_CHECKING:
 
 # What a worker may have beyond the emptiest: less would only pass connections back and forth.
 _SHARE, _COUNT = 1.03, 3
+# Before what was read of a connection: which listener it came to.
+_HEAD = struct.Struct("!B")
+# A longer request stays where it is.
+_EARLY_BYTES = 65536
+
+# A connection, the listener's index, and what has been read of it.
+Take = Callable[[socket.socket, int, bytes], object]
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +90,17 @@ class Balance:
         self._given[number] = max(0, self._given[number] - max(0, now - before))
         return now + self._given[number]
 
-    def receive(self, take: Callable[[socket.socket], object]) -> None:
+    def pass_on(
+        self, instance: str, connection: socket.socket, listener: int, early: bytes
+    ) -> bool:
+        """Whether the worker of this name, on this host, has it now, with the `early` bytes that
+        were read here; then this process closes its own descriptor of it."""
+        number = self._siblings.number_of(instance)
+        if number in (None, self._number) or len(early) > _EARLY_BYTES:
+            return False
+        return self._send(number or 0, connection, listener, early)
+
+    def receive(self, take: Take) -> None:
         """From now on `take` gets what siblings hand over, until `stop`."""
         asyncio.get_running_loop().add_reader(self._inbox.fileno(), self._read, take)
 
@@ -87,19 +108,23 @@ class Balance:
         """Nothing more is taken; siblings hear it from the shared memory."""
         asyncio.get_running_loop().remove_reader(self._inbox.fileno())
 
-    def _send(self, number: int, connection: socket.socket) -> bool:
+    def _send(
+        self, number: int, connection: socket.socket, listener: int = 0, early: bytes = b""
+    ) -> bool:
+        message = _HEAD.pack(listener) + early
         try:
-            socket.send_fds(self._outboxes[number], [b"c"], [connection.fileno()])
+            socket.send_fds(self._outboxes[number], [message], [connection.fileno()])
         except OSError:
             # It does not keep up.
             return False
         return True
 
-    def _read(self, take: Callable[[socket.socket], object]) -> None:
+    def _read(self, take: Take) -> None:
         with contextlib.suppress(BlockingIOError):
             while True:
                 try:
-                    _, descriptors, _, _ = socket.recv_fds(self._inbox, 1, 1)
+                    size = _HEAD.size + _EARLY_BYTES
+                    message, descriptors, _, _ = socket.recv_fds(self._inbox, size, 1)
                 except BlockingIOError:
                     raise
                 except OSError as exc:
@@ -110,4 +135,5 @@ class Balance:
                     return
                 self._taken += 1
                 self.tell()
-                take(socket.socket(fileno=descriptors[0]))
+                early = message[_HEAD.size :]
+                take(socket.socket(fileno=descriptors[0]), _HEAD.unpack_from(message)[0], early)

@@ -84,23 +84,34 @@ class NotThere(Exception):
 
 
 Handle = Callable[[Exchange], bool]
+# See `relay.frontdoor.DoorContext`.
+PassOn = Callable[[web.Request, str], web.StreamResponse | None]
 
 
 class Handover:
     """One door's, on one worker. `topic` is the same on all workers, and no other door's.
 
     `handle` answers the exchange, or returns False: no such session here, and nothing was done.
-    `buffer_bytes` is what this worker may hold for one client whose session is elsewhere.
+    `buffer_bytes` is what this worker may hold for one client whose session is elsewhere. With
+    `pass_on` a websocket goes to a worker of this host with its socket, and not over the bus.
     """
 
     def __init__(
-        self, *, topic: str, bus: Bus, handle: Handle, buffer_bytes: int, reaper: Reaper
+        self,
+        *,
+        topic: str,
+        bus: Bus,
+        handle: Handle,
+        buffer_bytes: int,
+        reaper: Reaper,
+        pass_on: PassOn | None = None,
     ) -> None:
         self._topic = f"handover:{topic}"
         self._bus = bus
         self._handle = handle
         self._buffer_bytes = buffer_bytes
         self._reaper = reaper
+        self._pass_on = pass_on
         self._numbers = itertools.count(1)
         # Links whose client is here, and links whose session is here.
         self._near: dict[int, NearEnd] = {}
@@ -124,6 +135,11 @@ class Handover:
 
     async def forward(self, request: web.Request, asked: Asked, owner: str) -> web.StreamResponse:
         """Let `owner` handle the request; what the door's handler returns. NotThere."""
+        if self._pass_on is not None and "Upgrade" in request.headers:
+            # A websocket would be passed on message by message for as long as it lasts.
+            moved = self._pass_on(request, owner)
+            if moved is not None:
+                return moved
         near = NearEnd(
             link=Link(next(self._numbers), owner, self._send),
             buffer_bytes=self._buffer_bytes,

@@ -140,8 +140,8 @@ class GuardedSite(web.BaseSite):
             with socket.socket(fileno=os.dup(listening.fileno())) as again:
                 again.listen(self._backlog)
 
-    async def adopt(self, connection: socket.socket) -> None:
-        """Serve a connection that another process has accepted."""
+    async def adopt(self, connection: socket.socket, early: bytes = b"") -> None:
+        """Serve a connection that another process has accepted, and read `early` from."""
         loop = asyncio.get_running_loop()
         if connection.fileno() >= self.limit:
             self.count_refused()
@@ -149,7 +149,10 @@ class GuardedSite(web.BaseSite):
             return
         connection.setblocking(False)
         try:
-            await loop.connect_accepted_socket(self.make_handler, connection)
+            _, handler = await loop.connect_accepted_socket(self.make_handler, connection)
+            if early:
+                # Nothing can have come behind it: who asked waits for the answer.
+                handler.data_received(early)
         except OSError:
             # The client has gone already.
             connection.close()

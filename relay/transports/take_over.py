@@ -8,13 +8,14 @@ aiohttp with its next request. The only file that knows aiohttp's insides
 
 from __future__ import annotations
 
+import asyncio
+import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 if TYPE_CHECKING:
-    import asyncio
-
     from aiohttp.abc import AbstractStreamWriter
     from aiohttp.web_request import BaseRequest
 
@@ -62,6 +63,35 @@ def take_over(request: web.Request, head: bytes, client: ClientSocket) -> web.St
     # aiohttp pauses a client that sends much before its handler is done; does nothing otherwise.
     if not transport.is_closing():
         transport.resume_reading()
+    return response
+
+
+def hand_on(
+    request: web.Request, give: Callable[[socket.socket, bytes], bool]
+) -> web.StreamResponse | None:
+    """Let another process answer the request; the handler returns the result at once.
+
+    `give` gets the connection and all that was read of it, and says whether the other process has
+    it now. None if not, and nothing has happened then. Not with TLS, whose keys are here, and not
+    for a request with a body.
+    """
+    handler = request.protocol
+    transport = handler.transport
+    if transport is None or transport.is_closing() or transport.get_extra_info("sslcontext"):
+        return None
+    lines = [f"{request.method} {request.raw_path} HTTP/1.1".encode()]
+    lines += [name + b": " + value for name, value in request.raw_headers]
+    early = b"\r\n".join(lines) + b"\r\n\r\n" + handler._message_tail
+    if not give(transport.get_extra_info("socket"), early):
+        return None
+    response = TakenOver(status=101)
+    response.force_close()
+    transport.set_protocol(asyncio.Protocol())
+    handler.transport = None
+    handler._message_tail = b""
+    handler.connection_lost(None)
+    # Only this process's descriptor: the other one has its own.
+    transport.abort()
     return response
 
 

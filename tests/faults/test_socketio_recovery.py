@@ -242,6 +242,32 @@ async def test_old_clients_get_the_same_over_polling_with_four_workers_and_no_st
         await asyncio.to_thread(relay.stop)
 
 
+async def test_an_upgrade_moves_to_the_worker_of_its_session(valkey: Server) -> None:
+    relay = await start(valkey, count=4)
+    try:
+        async with npm_clients() as npm:
+            clients = []
+            for index in range(12):
+                client, found = await connect(npm, relay, f"moves-{index}")
+                if found["transport"] == "polling":
+                    await client.until("upgrade")
+                clients.append(client)
+            before = published(valkey)
+            for number in range(20):
+                relay.xadd("axr:allusers", data=str(number), type="msg")
+                for client in clients:
+                    assert (await client.event())[1] == number
+            # Nothing of that went from one worker to another: some 180 messages would have.
+            assert published(valkey) - before < 60
+    finally:
+        await asyncio.to_thread(relay.stop)
+
+
+def published(server: Server) -> int:
+    """How many messages the workers have sent."""
+    return int(redis(server, "INFO", "commandstats").get("cmdstat_publish", {}).get("calls", 0))
+
+
 async def test_a_hand_over_of_the_tap_loses_and_repeats_nothing(
     valkey: Server, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

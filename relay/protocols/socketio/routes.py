@@ -49,6 +49,7 @@ class MountedSocketIo:
             buffer_bytes=context.client_buffer_bytes,
             opened=self._opened,
             cors=cors_headers,
+            pass_on=context.pass_on,
         )
         self._take(settings)
         self._encoders = (

@@ -33,7 +33,7 @@ from relay.transports.exchange import (
     asked_of,
     read_body,
 )
-from relay.transports.handover import Bus, Handover, NotThere
+from relay.transports.handover import Bus, Handover, NotThere, PassOn
 from relay.transports.heartbeat import Heartbeat
 from relay.transports.reaper import Reaper
 
@@ -83,6 +83,7 @@ class Endpoint:
         buffer_bytes: int,
         opened: Opened,
         cors: Callable[[MultiMapping[str]], dict[str, str]],
+        pass_on: PassOn,
     ) -> None:
         self._instance = bus.instance
         self._buffer_bytes = buffer_bytes
@@ -97,6 +98,7 @@ class Endpoint:
             handle=self._handle,
             buffer_bytes=buffer_bytes,
             reaper=self._reaper,
+            pass_on=pass_on,
         )
         self.reload(timing)
 

@@ -83,7 +83,7 @@ async def test_a_sibling_with_fewer_gets_it_whole(
     first.beat()
     far.send(b"hello")
     taken: asyncio.Queue[socket.socket] = asyncio.Queue()
-    second.balance.receive(taken.put_nowait)
+    second.balance.receive(lambda connection, _listener, _early: taken.put_nowait(connection))
     try:
         assert first.balance.give(near)
         near.close()
@@ -94,6 +94,34 @@ async def test_a_sibling_with_fewer_gets_it_whole(
             adopted.send(b"and back")
         assert far.recv(10) == b"and back"
         assert first.worker.siblings.connections(2) == 1
+    finally:
+        second.balance.stop()
+
+
+async def test_a_request_goes_to_the_worker_of_that_name(
+    sides: tuple[Side, Side], connection: Pair
+) -> None:
+    first, second = sides
+    near, far = connection
+    first.worker.siblings.enter(1, "web-1:0000000a")
+    first.worker.siblings.enter(2, "web-2:0000000b")
+    second.beat()
+    taken: asyncio.Queue[tuple[socket.socket, int, bytes]] = asyncio.Queue()
+    second.balance.receive(lambda *what: taken.put_nowait(what))
+    try:
+        assert not first.balance.pass_on("elsewhere:0000000c", near, 0, b"")
+        assert not first.balance.pass_on("web-1:0000000a", near, 0, b"")
+        assert not first.balance.pass_on("web-2:0000000b", near, 0, b"x" * 70_000)
+        assert first.balance.pass_on("web-2:0000000b", near, 3, b"GET / HTTP/1.1")
+        near.close()
+        async with asyncio.timeout(2):
+            adopted, listener, early = await taken.get()
+        with adopted:
+            assert (listener, early) == (3, b"GET / HTTP/1.1")
+            adopted.send(b"here")
+        assert far.recv(10) == b"here"
+        second.worker.siblings.clear(2)
+        assert not first.balance.pass_on("web-2:0000000b", far, 0, b"")
     finally:
         second.balance.stop()
 

@@ -59,6 +59,7 @@ class NpmKind:
             buffer_bytes=context.client_buffer_bytes,
             opened=self._opened,
             cors=lambda headers: self.reader().cors(headers),
+            pass_on=context.pass_on,
         )
         context.bus.listen(_TAKEN, self._on_taken)
         self.spawn(self.sessions.run(), "pydio sessions")
