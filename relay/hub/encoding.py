@@ -42,6 +42,23 @@ class Encoder(Protocol):
         words for it: then each client's `noticed` is called."""
 
 
+class SharedEncoder:
+    """The part of an `Encoder` whose frames are the same for every client."""
+
+    personal = False
+
+    def personal_event(
+        self,
+        event: Event,
+        position: Position | None,
+        subscription: Subscription,
+        shared: bytes,
+    ) -> bytes:
+        """Nothing here is personal."""
+        del event, position, subscription
+        return shared
+
+
 def frame(encoder: Encoder, event: Event) -> bytes:
     """`event` in `encoder`'s format, made once."""
     data = event.frames.get(encoder)

@@ -15,6 +15,7 @@ import orjson
 
 from producers import commands
 from relay.errors import RelayError
+from relay.hub.encoding import SharedEncoder
 from relay.model import Principal
 from relay.protocols.centrifugo import client_codec as words
 from relay.protocols.centrifugo.codec import Reply, encode
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from producers.commands import Command
     from relay.hub.recovery import Notice
     from relay.hub.session import Session, Subscription
-    from relay.model import Channel, Event, Position
+    from relay.model import Channel, Event
     from relay.protocols.centrifugo.api import Api
     from relay.protocols.centrifugo.door import Door
     from relay.protocols.centrifugo.settings import CentrifugoSettings
@@ -59,28 +60,16 @@ class Socket(Protocol):
         """Go on."""
 
 
-class Pushes:
+class Pushes(SharedEncoder):
     """The encoder of what administrators watch (`relay.hub.encoding.Encoder`)."""
 
     door = WATCHERS
-    personal = False
 
     def event(self, event: Event) -> bytes:
         """A push; nothing for what others may write to this channel."""
         if event.door != WATCHERS:
             return b""
         return frame_text(b'{"method":"message","error":null,"body":' + event.data + b"}")
-
-    def personal_event(
-        self,
-        event: Event,
-        position: Position | None,
-        subscription: Subscription,
-        shared: bytes,
-    ) -> bytes:
-        """Nothing here is personal."""
-        del event, position, subscription
-        return shared
 
     def notice(self, channel: Channel, notice: Notice) -> bytes | None:
         """Nothing is promised here that could be missing."""

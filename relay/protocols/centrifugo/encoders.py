@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from relay.hub.encoding import SharedEncoder
 from relay.hub.recovery import Notice
-from relay.model import Channel, Event, Position
+from relay.model import Channel, Event
 from relay.protocols.centrifugo import client_codec as codec
 from relay.transports.sockjs.frames import element
 from relay.transports.websocket import frame_compressed, frame_text
 
 if TYPE_CHECKING:
-    from relay.hub.session import Subscription
     from relay.protocols.centrifugo.settings import CentrifugoSettings
 
 DOOR = "centrifugo"
@@ -27,11 +27,10 @@ _PUSH = "centrifugo push"
 _MESSAGE = "centrifugo message"
 
 
-class Format:
+class Format(SharedEncoder):
     """How JSON text becomes bytes for one kind of client; `frame` does it."""
 
     door = DOOR
-    personal = False
 
     def __init__(self, frame: Callable[[bytes], bytes]) -> None:
         self.frame = frame
@@ -42,17 +41,6 @@ class Format:
         if payload is None:
             payload = event.frames[_PUSH] = _push(event)
         return self.frame(payload)
-
-    def personal_event(
-        self,
-        event: Event,
-        position: Position | None,
-        subscription: Subscription,
-        shared: bytes,
-    ) -> bytes:
-        """Nothing here is personal."""
-        del event, position, subscription
-        return shared
 
     def notice(self, channel: Channel, notice: Notice) -> bytes | None:
         """An `unsubscribe` push for a subscription that is over. v1 has no words for a gap: then

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from relay.hub.cursor import encode as encode_cursor
+from relay.hub.encoding import SharedEncoder
 from relay.hub.recovery import Notice
 from relay.model import Channel, EntryID, Event, Position
 from relay.protocols.native import codec
@@ -24,26 +25,14 @@ def _text(entry_id: EntryID | None) -> str | None:
     return None if entry_id is None else str(entry_id)
 
 
-class WebSocketEncoder:
+class WebSocketEncoder(SharedEncoder):
     """Text frames."""
 
     door = "native"
-    personal = False
 
     def event(self, event: Event) -> bytes:
         """`{"channel","id","type","data","client"}`."""
         return frame_text(codec.event_object(event))
-
-    def personal_event(
-        self,
-        event: Event,
-        position: Position | None,
-        subscription: Subscription,
-        shared: bytes,
-    ) -> bytes:
-        """Nothing here is personal."""
-        del event, position, subscription
-        return shared
 
     def notice(self, channel: Channel, notice: Notice) -> bytes:
         """`{"notice",...}`."""
@@ -58,11 +47,10 @@ class WebSocketEncoder:
         )
 
 
-class SseEncoder:
+class SseEncoder(SharedEncoder):
     """Blocks whose ID is the stream's: for connections with one channel."""
 
     door = "native"
-    personal = False
 
     def __init__(self, tail: Callable[[Event], bytes]) -> None:
         self._tail = tail
@@ -71,17 +59,6 @@ class SseEncoder:
         """The whole block; without an ID for the ephemeral kind."""
         tail = self._tail(event)
         return tail if event.id is None else codec.sse_id(str(event.id)) + tail
-
-    def personal_event(
-        self,
-        event: Event,
-        position: Position | None,
-        subscription: Subscription,
-        shared: bytes,
-    ) -> bytes:
-        """Nothing here is personal."""
-        del event, position, subscription
-        return shared
 
     def notice(self, channel: Channel, notice: Notice) -> bytes:
         """An SSE event of its own name."""

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from producers.private_channel import PATHS
-from relay.hub.encoding import frame
+from relay.hub.encoding import SharedEncoder, frame
 from relay.hub.recovery import Notice
-from relay.model import Channel, Event, Position
+from relay.model import Channel, Event
 from relay.transports.websocket import frame_text
 
 if TYPE_CHECKING:
-    from relay.hub.session import Subscription
+    pass
 
 # The page reads the folder that it shows again, from Pydio itself.
 RELOAD_FOLDER = b'<tree><reload_instruction object="data" node="" file=""/></tree>'
@@ -48,26 +48,14 @@ def parse(text: bytes) -> Register | Unregister | None:
     return Unregister() if verb == "unregister" else None
 
 
-class Verbatim:
+class Verbatim(SharedEncoder):
     """One text frame an event: its data as it is."""
 
     door = "pydio"
-    personal = False
 
     def event(self, event: Event) -> bytes:
         """See `relay.hub.encoding.Encoder`."""
         return frame_text(event.data)
-
-    def personal_event(
-        self,
-        event: Event,
-        position: Position | None,
-        subscription: Subscription,
-        shared: bytes,
-    ) -> bytes:
-        """Nothing here is personal."""
-        del event, position, subscription
-        return shared
 
     def notice(self, channel: Channel, notice: Notice) -> bytes:
         """The instruction to read again what may have changed unseen."""

@@ -5,22 +5,21 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from relay.hub.encoding import SharedEncoder
 from relay.protocols.seafile import codec
 from relay.transports.websocket import frame_text
 
 if TYPE_CHECKING:
     from relay.hub.recovery import Notice
-    from relay.hub.session import Subscription
-    from relay.model import Channel, Event, Position
+    from relay.model import Channel, Event
 
 _log = logging.getLogger(__name__)
 
 
-class SeafileEncoder:
+class SeafileEncoder(SharedEncoder):
     """Events as the notification server sends them, but never in several frames."""
 
     door = "seafile"
-    personal = False
 
     def event(self, event: Event) -> bytes:
         """One frame; said in the log where no real client can read it."""
@@ -38,13 +37,6 @@ class SeafileEncoder:
                 codec.READABLE_BYTES,
             )
         return frame_text(text)
-
-    def personal_event(
-        self, event: Event, position: Position | None, subscription: Subscription, shared: bytes
-    ) -> bytes:
-        """Nothing here is personal."""
-        del event, position, subscription
-        return shared
 
     def notice(self, channel: Channel, notice: Notice) -> bytes | None:
         """The protocol has no words for what may be missing, nor for a right that was lost."""
