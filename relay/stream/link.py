@@ -12,6 +12,7 @@ in their true order to the replies.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -24,6 +25,8 @@ from relay.settings import RedisSettings
 from relay.stream.connect import UNAVAILABLE_CODES, CommandRefused, Endpoint
 
 Command = Sequence[bytes | str | int]
+
+_log = logging.getLogger(__name__)
 
 # Its stub allows for tuples of one element only.
 _pack = cast(Callable[[tuple[bytes | str | int, ...]], bytes], hiredis.pack_command)
@@ -291,3 +294,18 @@ class Link(asyncio.Protocol):
         if self._on_lost is not None:
             on_lost, self._on_lost = self._on_lost, None
             on_lost(reason)
+
+
+def unawaited(answer: Awaitable[list[object]]) -> None:
+    """For commands whose answer nobody waits for: what Redis refused is said in the log; a lost
+    link shows elsewhere."""
+    future = cast("asyncio.Future[list[object]]", answer)
+
+    def done(finished: asyncio.Future[list[object]]) -> None:
+        if finished.cancelled() or finished.exception() is not None:
+            return
+        for reply in finished.result():
+            if isinstance(reply, hiredis.ReplyError):
+                _log.error("Redis refused: %s", reply)
+
+    future.add_done_callback(done)

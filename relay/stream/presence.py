@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import hiredis
 
-from relay.errors import RedisUnavailable, RelayError, Unavailable
+from relay.errors import RelayError, Unavailable
 from relay.model import Channel, parse_channel
-from relay.stream.connect import CommandRefused
 
 if TYPE_CHECKING:
     from relay.stream.keys import Keys
@@ -125,8 +124,8 @@ class SitePresence:
     async def _read(self, channel: Channel) -> dict[str, bytes]:
         by_instance = await self._entries(channel)
         others = [each for each in by_instance if each != self._instance and not self.is_dead(each)]
-        lives = await _execute(
-            self._long, [("EXISTS", self._keys.node(instance)) for instance in others]
+        lives = await self._long.call_all(
+            [("EXISTS", self._keys.node(instance)) for instance in others]
         )
         found: dict[str, bytes] = {}
         for instance, is_alive in zip(others, lives, strict=True):
@@ -136,7 +135,7 @@ class SitePresence:
 
     async def _entries(self, channel: Channel) -> dict[str, dict[str, bytes]]:
         """What the hash has, by instance."""
-        (reply,) = await _execute(self._long, [("HGETALL", self._keys.presence(channel))])
+        (reply,) = await self._long.call_all([("HGETALL", self._keys.presence(channel))])
         found: dict[str, dict[str, bytes]] = {}
         for client, value in cast("dict[bytes, bytes]", reply).items():
             instance, _, info = value.partition(b"\n")
@@ -226,7 +225,7 @@ class SitePresence:
             self._changed.setdefault(channel, set()).update(mine)
         self._own.clear()
         self._write()
-        (_,) = await _execute(self._link, [("DEL", self._keys.present(self._instance))])
+        (_,) = await self._link.call_all([("DEL", self._keys.present(self._instance))])
 
     # ---- what others left -----------------------------------------------------------------------
 
@@ -234,7 +233,7 @@ class SitePresence:
         """Remove what a dead worker left, and tell the doors. Of several workers that do so at once
         one tells of each client."""
         key = self._keys.present(instance)
-        (members,) = await _execute(self._long, [("SMEMBERS", key)])
+        (members,) = await self._long.call_all([("SMEMBERS", key)])
         for raw in cast("set[bytes]", members):
             try:
                 channel = parse_channel(raw.decode())
@@ -242,13 +241,13 @@ class SitePresence:
                 _log.warning("%r in the channels of %s is no channel", raw[:50], instance)
             else:
                 await self._clear_channel(channel, instance)
-            await _execute(self._long, [("SREM", key, raw)])
+            await self._long.call_all([("SREM", key, raw)])
 
     async def _clear_channel(self, channel: Channel, instance: str) -> None:
         theirs = (await self._entries(channel)).get(instance, {})
         key = self._keys.presence(channel)
         for some in _batches(list(theirs)):
-            removed = await _execute(self._long, [("HDEL", key, client) for client in some])
+            removed = await self._long.call_all([("HDEL", key, client) for client in some])
             gone = {
                 client: theirs[client]
                 for client, count in zip(some, removed, strict=True)
@@ -262,16 +261,3 @@ class SitePresence:
 def _batches(items: list[_T]) -> Iterator[list[_T]]:
     for start in range(0, len(items), _BATCH):
         yield items[start : start + _BATCH]
-
-
-async def _execute(link: SideLink, commands: list[Command]) -> list[object]:
-    if not commands:
-        return []
-    try:
-        replies = await link.execute(commands)
-    except RedisUnavailable as exc:
-        raise Unavailable(str(exc)) from exc
-    for reply in replies:
-        if isinstance(reply, hiredis.ReplyError):
-            raise CommandRefused(str(commands[0][0]), str(reply))
-    return replies

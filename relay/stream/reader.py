@@ -15,9 +15,7 @@ import contextlib
 import logging
 import random
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, cast
-
-import hiredis
+from typing import TYPE_CHECKING
 
 from relay.errors import RedisUnavailable
 from relay.model import Channel, Event, Record
@@ -25,7 +23,7 @@ from relay.reads import Followed, Server
 from relay.stream import asking
 from relay.stream.connect import CommandRefused, discover
 from relay.stream.groups import group_of
-from relay.stream.link import Link
+from relay.stream.link import Link, unawaited
 from relay.stream.lost import first_of, uncancel, wait_for
 from relay.stream.poll import poll
 from relay.stream.turns import LiveTurns, PageTurns
@@ -99,7 +97,7 @@ class Reader:
         """Ephemeral events from now on; the stream itself is examined when somebody joins."""
         self._followed[stream.channel] = stream
         if self._messages is not None:
-            self._post(self._messages.subscribe(self._keys.ephemeral(stream.channel)))
+            unawaited(self._messages.subscribe(self._keys.ephemeral(stream.channel)))
 
     def want_examine(self, stream: Followed) -> None:
         """Look at the stream with the next pipeline."""
@@ -119,11 +117,11 @@ class Reader:
         self._live.forget(stream)
         self._pages.forget(stream)
         if self._link is not None and self._messages is not None:
-            self._post(self._messages.unsubscribe(self._keys.ephemeral(stream.channel)))
+            unawaited(self._messages.unsubscribe(self._keys.ephemeral(stream.channel)))
             # In order with what follows on this link: a client that comes back at once gets a
             # new group after this one is gone.
             key = self._keys.stream(stream.channel)
-            self._post(self._link.execute([("XGROUP", "DESTROY", key, self._group)]))
+            unawaited(self._link.execute([("XGROUP", "DESTROY", key, self._group)]))
 
     # ---- health -----------------------------------------------------------------------------
 
@@ -219,22 +217,9 @@ class Reader:
         """A new connection knows nothing: arm, examine and read everything once."""
         if self._followed:
             names = [self._keys.ephemeral(channel) for channel in self._followed]
-            self._post(messages.subscribe(*names))
+            unawaited(messages.subscribe(*names))
         self._live.connected(self._followed.values())
         self._work.set()
-
-    def _post(self, answer: object) -> None:
-        """For commands whose answer nobody waits for; a lost link shows elsewhere."""
-        future = cast("asyncio.Future[list[object]]", answer)
-
-        def done(finished: asyncio.Future[list[object]]) -> None:
-            if finished.cancelled() or finished.exception() is not None:
-                return
-            for reply in finished.result():
-                if isinstance(reply, hiredis.ReplyError):
-                    _log.error("Redis refused: %s", reply)
-
-        future.add_done_callback(done)
 
     # ---- wake-ups ---------------------------------------------------------------------------
 

@@ -10,13 +10,13 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import hiredis
 
 from relay.errors import RedisUnavailable, Unavailable
 from relay.stream.connect import CommandRefused, discover
-from relay.stream.link import Link
+from relay.stream.link import Link, unawaited
 from relay.stream.lost import uncancel
 
 if TYPE_CHECKING:
@@ -64,26 +64,25 @@ class SideLink:
 
     async def call(self, *command: bytes | str | int) -> object:
         """One command's reply. Unavailable where Redis is away; CommandRefused where it refuses."""
+        (reply,) = await self.call_all([command])
+        return reply
+
+    async def call_all(self, commands: Sequence[Command]) -> list[object]:
+        """As `call`, for several in one pipeline; nothing is sent for none."""
+        if not commands:
+            return []
         try:
-            (reply,) = await self.execute([command])
+            replies = await self.execute(commands)
         except RedisUnavailable as exc:
             raise Unavailable(str(exc)) from exc
-        if isinstance(reply, hiredis.ReplyError):
-            raise CommandRefused(str(command[0]), str(reply))
-        return reply
+        for command, reply in zip(commands, replies, strict=True):
+            if isinstance(reply, hiredis.ReplyError):
+                raise CommandRefused(str(command[0]), str(reply))
+        return replies
 
     def post(self, *commands: Command) -> None:
         """Send what nobody waits for; while Redis is away it is lost."""
-        sent = cast("asyncio.Future[list[object]]", self.execute(commands))
-
-        def done(finished: asyncio.Future[list[object]]) -> None:
-            if finished.cancelled() or finished.exception() is not None:
-                return
-            for reply in finished.result():
-                if isinstance(reply, hiredis.ReplyError):
-                    _log.error("Redis refused: %s", reply)
-
-        sent.add_done_callback(done)
+        unawaited(self.execute(commands))
 
     async def wait_open(self) -> None:
         """Until it is connected, and subscribed."""

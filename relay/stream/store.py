@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
-import hiredis
-
-from relay.errors import RedisUnavailable, Unavailable
-from relay.stream.connect import CommandRefused
-
 if TYPE_CHECKING:
     from relay.stream.keys import Keys
-    from relay.stream.link import Command
     from relay.stream.side_link import SideLink
 
 
@@ -35,7 +29,7 @@ class SiteStore:
 
     async def put_many(self, values: Mapping[str, bytes], ttl_s: float) -> None:
         """All of them in one pipeline."""
-        await self._execute(
+        await self._link.call_all(
             [
                 ("SET", self._keys.store(name), value, "PX", _ms(ttl_s))
                 for name, value in values.items()
@@ -49,22 +43,12 @@ class SiteStore:
     async def get_many(self, names: Sequence[str]) -> list[bytes | None]:
         """What is there, in the order of the names, in one pipeline."""
         # Not MGET: on Redis Cluster these keys are in different slots.
-        found = await self._execute([("GET", self._keys.store(name)) for name in names])
+        found = await self._link.call_all([("GET", self._keys.store(name)) for name in names])
         return cast("list[bytes | None]", found)
 
     async def delete(self, name: str) -> None:
         """Before its time is over."""
         await self._link.call("DEL", self._keys.store(name))
-
-    async def _execute(self, commands: Sequence[Command]) -> list[object]:
-        try:
-            replies = await self._link.execute(commands)
-        except RedisUnavailable as exc:
-            raise Unavailable(str(exc)) from exc
-        for reply in replies:
-            if isinstance(reply, hiredis.ReplyError):
-                raise CommandRefused(str(commands[0][0]), str(reply))
-        return replies
 
 
 def _ms(ttl_s: float) -> int:
