@@ -1,4 +1,4 @@
-"""The rules that hold for every file: contracts, sizes, docstrings, the generated example."""
+"""The rules that hold for every file: contracts, docstrings, the generated example."""
 
 from __future__ import annotations
 
@@ -41,10 +41,8 @@ def test_the_import_contracts_hold_and_are_exhaustive() -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_each_module_says_its_job_and_stays_small(path: Path) -> None:
-    text = path.read_text()
-    assert len(text.splitlines()) <= 400
-    assert ast.get_docstring(ast.parse(text)), "a module's docstring says its job and promise"
+def test_each_module_has_a_docstring(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text())), "a module's docstring states its job"
 
 
 def test_only_the_stream_package_imports_redis() -> None:
