@@ -154,17 +154,20 @@ class Principal:
     """Who a client is, as its door's credential says.
 
     `user` is '' for anonymous. `expires_at` is seconds since the epoch, None for never.
-    `channels` are the names and patterns (`*` matches any run of characters) that the token
-    itself grants. `unrestricted` is set by the native door under --insecure only. `door` is where
-    the client came in; `grant` is that door's own rule for channels of its own namespace, and is
-    asked at every check, so that it may change its mind.
+    `channels` are the names that the token itself grants; a `*` in them is an ordinary character.
+    `patterns`, where `*` matches any run of characters, come from native tokens only: the names in
+    other protocols' tokens were chosen by users or by other servers. `unrestricted` is set by the
+    native door under --insecure only. `door` is where the client came in; `grant` is that door's
+    own rule for channels of its own namespace, and is asked at every check, so that it may change
+    its mind.
     """
 
     user: str = ""
     groups: frozenset[str] = frozenset()
     client: str = ""
     expires_at: float | None = None
-    channels: tuple[str, ...] = ()
+    channels: frozenset[str] = frozenset()
+    patterns: tuple[str, ...] = ()
     unrestricted: bool = False
     door: str = "native"
     grant: Callable[[Channel], bool] | None = field(default=None, compare=False, repr=False)

@@ -19,24 +19,21 @@ log = logging.getLogger(__name__)
 # Values of the rights hash.
 REFUSED = b"-"
 _READERS = frozenset({b"r", b"rw"})
-# Distinct sets of claims kept split; most users of a site share a few, or have one of their own.
-_LIMIT_CLAIMS = 4096
+# Distinct sets of patterns kept split; most users of a site share a few.
+_LIMIT_PATTERNS = 4096
 _LIMIT_LOGGED = 100
 
 
-class Claims:
-    """The names and patterns of one token. A `*` matches any run of characters, ':' included."""
+class Patterns:
+    """The patterns of one token. A `*` matches any run of characters, ':' included."""
 
-    __slots__ = ("_names", "_patterns")
+    __slots__ = ("_patterns",)
 
-    def __init__(self, claims: tuple[str, ...]) -> None:
-        self._names = frozenset(claim for claim in claims if "*" not in claim)
-        self._patterns = [tuple(claim.split("*")) for claim in claims if "*" in claim]
+    def __init__(self, patterns: tuple[str, ...]) -> None:
+        self._patterns = [tuple(pattern.split("*")) for pattern in patterns]
 
     def grant(self, channel: str) -> bool:
-        """Whether one of them names `channel`."""
-        if channel in self._names:
-            return True
+        """Return True if a pattern matches `channel`."""
         # A `*` that was meant for the site's own channels does not open another system's.
         owner = namespace_of(Channel(channel))
         start = f"{owner}:" if owner in RESERVED_NAMESPACES else ""
@@ -49,6 +46,8 @@ def _match(parts: tuple[str, ...], text: str) -> bool:
     # Not `re` or `fnmatch`: both try every way to share the text among the stars, and tokens may
     # come from users' own applications. With nothing but stars the leftmost place of each part is
     # always good enough, so that there is nothing to go back for.
+    if len(parts) == 1:
+        return parts[0] == text
     first, *middle, last = parts
     end = len(text) - len(last)
     start = len(first)
@@ -74,7 +73,7 @@ class Policy:
         namespace_of_channel: Callable[[Channel], NamespaceSettings],
         http: HttpRights | None,
     ) -> None:
-        self._claims: OrderedDict[tuple[str, ...], Claims] = OrderedDict()
+        self._patterns: OrderedDict[tuple[str, ...], Patterns] = OrderedDict()
         self._logged: set[bytes] = set()
         self.reload(namespace_of_channel, http)
 
@@ -142,21 +141,22 @@ class Policy:
             return True
         if "door" in sources and principal.grant is not None and principal.grant(channel):
             return True
-        return (
-            "claims" in sources
-            and bool(principal.channels)
-            and self._claims_of(principal.channels).grant(channel)
-        )
+        if "claims" not in sources:
+            return False
+        if channel in principal.channels:
+            return True
+        patterns = principal.patterns
+        return bool(patterns) and self._split(patterns).grant(channel)
 
-    def _claims_of(self, channels: tuple[str, ...]) -> Claims:
-        claims = self._claims.get(channels)
-        if claims is None:
-            claims = self._claims[channels] = Claims(channels)
-            if len(self._claims) > _LIMIT_CLAIMS:
-                self._claims.popitem(last=False)
+    def _split(self, texts: tuple[str, ...]) -> Patterns:
+        patterns = self._patterns.get(texts)
+        if patterns is None:
+            patterns = self._patterns[texts] = Patterns(texts)
+            if len(self._patterns) > _LIMIT_PATTERNS:
+                self._patterns.popitem(last=False)
         else:
-            self._claims.move_to_end(channels)
-        return claims
+            self._patterns.move_to_end(texts)
+        return patterns
 
     def _log_unknown(self, channel: Channel, value: bytes) -> None:
         if value not in self._logged and len(self._logged) < _LIMIT_LOGGED:

@@ -171,7 +171,8 @@ class TokenReader:
             groups=frozenset(_names(claims, "groups")),
             client=client,
             expires_at=expires_at,
-            channels=channels,
+            channels=frozenset(name for name in channels if "*" not in name),
+            patterns=tuple(name for name in channels if "*" in name),
         )
 
 

@@ -477,6 +477,15 @@ async def test_a_clients_token_opens_its_library_in_the_native_door(door: Seafil
                 await clients.sse(name, token=token)
 
 
+@pytest.mark.parametrize("pattern", ["*", "{start}*", "*{end}"])
+async def test_a_star_in_a_clients_token_is_no_pattern(door: Seafile, pattern: str) -> None:
+    library = new_library()
+    name = pattern.format(start=library[0], end=library[-1])
+    async with native(door.relay) as clients:
+        with pytest.raises(Refused):
+            await clients.sse(f"seafile:{library}", token=subscribe_token(name))
+
+
 async def test_a_stop_closes_clients_with_and_without_libraries(valkey: Server) -> None:
     process = RelayProcess(valkey, settings=SETTINGS)
     await asyncio.to_thread(process.start)

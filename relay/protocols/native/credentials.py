@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from aiohttp import web
 
@@ -41,14 +42,7 @@ def _read(read_token: Callable[[str], Principal], token: str, *, insecure: bool)
     principal = read_token(token)
     if not insecure:
         return principal
-    return Principal(
-        user=principal.user,
-        groups=principal.groups,
-        client=principal.client,
-        expires_at=principal.expires_at,
-        channels=principal.channels,
-        unrestricted=True,
-    )
+    return replace(principal, unrestricted=True)
 
 
 def check_origin(request: web.Request, origins: frozenset[str]) -> None:

@@ -92,7 +92,9 @@ class MountedSeafile:
         if not claims.username:
             return None
         return Principal(
-            user=claims.username, channels=(channel,), expires_at=float(claims.expires_at)
+            user=claims.username,
+            channels=frozenset({channel}),
+            expires_at=float(claims.expires_at),
         )
 
     async def closed(self) -> None:
