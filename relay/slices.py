@@ -1,0 +1,80 @@
+"""Time slices for long work on the event loop.
+
+A request that asks for thousands of small steps must not delay the other clients of the worker.
+Run such steps in a loop over `in_slices(items)`, or call `await next_slice()` between two of them.
+All work that does so shares one slice of `SLICE_S` per turn of the event loop, however many
+requests ask for it at the same time:
+
+    async for channel in in_slices(channels):
+        subscribe(channel)
+
+A single step is never interrupted, so each must be short itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from time import perf_counter
+from typing import TypeVar
+
+SLICE_S = 0.005
+
+T = TypeVar("T")
+
+
+class _Budget:
+    """The time that long work may still use in the current turn of one event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        # None: no long work has run in this turn.
+        self._until: float | None = None
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    def is_spent(self) -> bool:
+        now = perf_counter()
+        if self._until is None:
+            self._begin(now)
+            return False
+        return now >= self._until
+
+    async def next_turn(self) -> None:
+        waiter: asyncio.Future[None] = self.loop.create_future()
+        self._waiting.append(waiter)
+        await waiter
+
+    def _begin(self, now: float) -> None:
+        self._until = now + SLICE_S
+        self.loop.call_soon(self._end_turn)
+
+    def _end_turn(self) -> None:
+        self._until = None
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                # One task per turn, because each may use the whole slice.
+                waiter.set_result(None)
+                self._begin(perf_counter())
+                break
+
+
+_budget: _Budget | None = None
+
+
+async def next_slice() -> None:
+    """Return at once while this turn's slice lasts; otherwise wait for a later turn."""
+    global _budget
+    loop = asyncio.get_running_loop()
+    if _budget is None or _budget.loop is not loop:
+        _budget = _Budget(loop)
+    if _budget.is_spent():
+        await _budget.next_turn()
+
+
+async def in_slices(items: Iterable[T]) -> AsyncIterator[T]:
+    """Iterate over `items`, and wait for another turn whenever this turn's slice is used up."""
+    for item in items:
+        await next_slice()
+        yield item
