@@ -2,13 +2,19 @@
 
 Promise: no line holds a token, whoever logs it. The code never logs one on purpose; the patterns
 below are the last net, for exception texts and libraries.
+
+Repeated lines are counted instead of written, so that no peer can flood the log: see
+`RepeatLimiter`. Callers log every occurrence and keep no counters of their own.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO, cast
 
@@ -127,6 +133,184 @@ class FileHandler(logging.StreamHandler[TextIO]):
         return self._path.open("a", encoding="utf-8", errors="backslashreplace")
 
 
+# A line of level info is not the result of an attack; this limit only stops a runaway loop.
+_INFO_LINES = 100
+# Warnings and errors from one place in the code with different values, such as names of channels.
+_DISTINCT_LINES = 5
+# Lines that are remembered as written while their place in the code keeps logging.
+_REMEMBERED_LINES = 50
+
+
+@dataclass(slots=True)
+class _Window:
+    """The lines from one place in the code since `began`."""
+
+    began: float
+    # Lines that this window may still write.
+    left: int
+    written: set[int] = field(default_factory=set)
+    suppressed: int = 0
+    same: bool = True
+    latest: logging.LogRecord | None = None
+
+
+class RepeatLimiter(logging.Handler):
+    """Writes a repeated line once, and then at most once per window with the number of repeats.
+
+    Records count as repeats if they come from the same place in the code: the same logger, level,
+    call and message template. Records with a traceback must also have the same exception type,
+    raised in the same line.
+
+    - Level warning and above: an identical text is written once per series. At most 5 different
+      texts per window are written, so that operators see distinct faults even if a peer chooses the
+      values. A traceback is written once.
+    - Level info: at most 100 lines per window.
+    - Level debug: everything is written.
+
+    The first record is always written at once. The number of suppressed records is written when the
+    window ends, together with the latest text, and when the handler is closed.
+    """
+
+    def __init__(
+        self,
+        target: logging.Handler,
+        *,
+        window_s: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__()
+        self.target = target
+        self._window_s = window_s
+        self._clock = clock
+        self._windows: dict[tuple[object, ...], _Window] = {}
+        self._timer: threading.Timer | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record, or count it. The caller holds the handler's lock."""
+        if record.levelno < logging.INFO:
+            self.target.handle(record)
+            return
+        now = self._clock()
+        self._end_windows(now)
+        key = _origin(record)
+        window = self._windows.get(key)
+        if window is None:
+            window = self._windows[key] = _Window(now, self._allowance(record))
+        text = record.getMessage()
+        if self._may_write(window, record, text):
+            window.left -= 1
+            self.target.handle(record)
+            return
+        window.suppressed += 1
+        if window.latest is not None and window.latest.msg != text:
+            window.same = False
+        # Without arguments and traceback: they may keep large objects alive.
+        kept = {"msg": text, "args": None, "exc_info": None, "exc_text": None}
+        window.latest = logging.makeLogRecord({**record.__dict__, **kept})
+        if self._timer is None:
+            self._start_timer(window.began + self._window_s - now)
+
+    def flush(self) -> None:
+        """Write the counts of windows that have ended."""
+        self.acquire()
+        try:
+            self._end_windows(self._clock())
+        finally:
+            self.release()
+        self.target.flush()
+
+    def close(self) -> None:
+        """Write all counts and close the target too."""
+        self.acquire()
+        try:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            for window in self._windows.values():
+                self._write_count(window, self._clock())
+            self._windows.clear()
+        finally:
+            self.release()
+        super().close()
+        self.target.close()
+
+    @staticmethod
+    def _allowance(record: logging.LogRecord) -> int:
+        return _DISTINCT_LINES if record.levelno >= logging.WARNING else _INFO_LINES
+
+    @staticmethod
+    def _may_write(window: _Window, record: logging.LogRecord, text: str) -> bool:
+        if window.left <= 0:
+            return False
+        if record.levelno < logging.WARNING:
+            return True
+        # A traceback counts as the same whatever the values in its line.
+        same = hash("" if record.exc_info else text)
+        if same in window.written:
+            return False
+        window.written.add(same)
+        return True
+
+    def _end_windows(self, now: float) -> None:
+        over = [key for key, each in self._windows.items() if now - each.began >= self._window_s]
+        for key in over:
+            window = self._windows[key]
+            if not window.suppressed or window.latest is None:
+                del self._windows[key]
+                continue
+            allowance = self._allowance(window.latest)
+            self._write_count(window, now)
+            # The series goes on: texts that have been written stay suppressed.
+            known = window.written if len(window.written) <= _REMEMBERED_LINES else set()
+            self._windows[key] = _Window(now, allowance, known)
+
+    def _write_count(self, window: _Window, now: float) -> None:
+        latest = window.latest
+        if latest is None:
+            return
+        span = f"in the last {max(1, round(now - window.began))} s"
+        count = f"{window.suppressed:,} time{'s' if window.suppressed > 1 else ''}"
+        what = "repeated" if window.same else "and similar lines, logged"
+        latest.msg = f"{latest.msg} ({what} {count} {span})"
+        self.target.handle(latest)
+        window.suppressed, window.latest, window.same = 0, None, True
+
+    def _start_timer(self, delay_s: float) -> None:
+        # A thread, because logging has no event loop: counts must appear even if nothing else is
+        # logged. It only runs while lines are being suppressed.
+        self._timer = threading.Timer(max(0.0, delay_s), self._on_timer)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _on_timer(self) -> None:
+        self.acquire()
+        try:
+            if self._timer is None:
+                return
+            self._timer = None
+            now = self._clock()
+            self._end_windows(now)
+            waiting = [each.began for each in self._windows.values() if each.suppressed]
+            if waiting:
+                self._start_timer(min(waiting) + self._window_s - now)
+        finally:
+            self.release()
+
+
+def _origin(record: logging.LogRecord) -> tuple[object, ...]:
+    """Return what records have in common that count as repeats of one line."""
+    # Without arguments the text may have been put together by the caller.
+    template = record.msg if record.args else None
+    place = (record.name, record.levelno, record.pathname, record.lineno, template)
+    if not record.exc_info or record.exc_info[0] is None:
+        return place
+    kind, _, trace = record.exc_info
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised = (trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace else None
+    return (record.name, record.levelno, record.pathname, record.lineno, kind, raised)
+
+
 def setup(settings: LogSettings, *, worker: int = 0) -> None:
     """All loggers write as `settings` say; what an earlier call set up is taken away.
 
@@ -147,10 +331,10 @@ def setup(settings: LogSettings, *, worker: int = 0) -> None:
         handler = logging.StreamHandler()
     handler.setFormatter((JsonFormatter if settings.format == "json" else PlainFormatter)(worker))
     root = logging.getLogger()
-    for old in (each for each in root.handlers[:] if isinstance(each.formatter, _OURS)):
+    for old in (each for each in root.handlers[:] if isinstance(each, RepeatLimiter)):
         root.removeHandler(old)
         old.close()
-    root.addHandler(handler)
+    root.addHandler(RepeatLimiter(handler))
     set_level(settings.level)
     # It would print request lines, and native clients may have their token there.
     logging.getLogger("aiohttp.access").disabled = True
@@ -167,11 +351,8 @@ def set_level(level: str) -> None:
 def reopen() -> None:
     """Opens the log file again, for SIGUSR1; nothing where standard error is the log."""
     for handler in logging.getLogger().handlers:
-        if isinstance(handler, FileHandler):
-            handler.reopen()
-
-
-_OURS = (PlainFormatter, JsonFormatter)
+        if isinstance(handler, RepeatLimiter) and isinstance(handler.target, FileHandler):
+            handler.target.reopen()
 
 
 def _when(record: logging.LogRecord) -> str:

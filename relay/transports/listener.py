@@ -29,7 +29,6 @@ _SPARE_DESCRIPTORS = 64
 # asyncio accepts up to `backlog` connections in one turn, and fails as often in one turn too. One
 # that is refused is closed five turns later, and by then the spare ones must not have run out.
 _ASYNCIO_BATCH = 4
-_LOG_EVERY_S = 60.0
 _HANDSHAKE_S = 15.0
 
 
@@ -96,7 +95,6 @@ class GuardedSite(web.BaseSite):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         unlimited = limit == resource.RLIM_INFINITY
         self.limit = float("inf") if unlimited else limit - min(spare, limit // 8)
-        self._logged_at = float("-inf")
         self.refused = 0
         # Asked first, where set: whether another process has taken the connection over.
         self.give: Callable[[socket.socket], bool] | None = None
@@ -158,13 +156,9 @@ class GuardedSite(web.BaseSite):
             connection.close()
 
     def count_refused(self) -> None:
-        """One more was closed; said in the log at most once a minute."""
+        """Count and log a connection that was closed because descriptors are short."""
         self.refused += 1
-        now = asyncio.get_running_loop().time()
-        if now - self._logged_at >= _LOG_EVERY_S:
-            self._logged_at = now
-            log.error(
-                "new connections are refused (%d so far): all but the last of the descriptors are"
-                " in use; raise the limit of open files",
-                self.refused,
-            )
+        log.error(
+            "Refused a new connection: all file descriptors but the reserve are in use; raise the"
+            " limit of open files"
+        )

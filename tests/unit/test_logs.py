@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -165,3 +167,142 @@ def test_a_file_that_cannot_be_opened_again_leaves_the_old_one(tmp_path: Path) -
 def test_a_file_that_cannot_be_opened_is_a_start_error(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="No such file or directory; --set log.file="):
         logs.setup(LogSettings(file=str(tmp_path / "none" / "log")))
+
+
+# ---- repeated lines --------------------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Limited:
+    """A logger whose only handler is a `RepeatLimiter` in front of a list of lines."""
+
+    def __init__(self, window_s: float = 60.0) -> None:
+        self.clock = Clock()
+        self.lines: list[str] = []
+        self.written = threading.Event()
+        outer = self
+
+        class Target(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                outer.lines.append(self.format(record))
+                outer.written.set()
+
+        self.limiter = logs.RepeatLimiter(Target(), window_s=window_s, clock=self.clock)
+        self.log = logging.Logger("relay.x", logging.DEBUG)  # noqa: LOG001 - none shared
+        self.log.addHandler(self.limiter)
+
+
+@pytest.fixture
+def limited() -> Iterator[Limited]:
+    made = Limited()
+    yield made
+    made.limiter.close()
+
+
+def test_a_repeated_line_is_written_once_and_then_counted_once_a_minute(limited: Limited) -> None:
+    def event(number: int) -> None:
+        limited.clock.now += 60.0 * number
+        for _ in range(1000):
+            limited.log.warning("rejected a request from %s", "10.0.0.1")
+
+    event(0)
+    assert limited.lines == ["rejected a request from 10.0.0.1"]
+    event(1)
+    event(1)
+    assert limited.lines[1:] == [
+        "rejected a request from 10.0.0.1 (repeated 999 times in the last 60 s)",
+        "rejected a request from 10.0.0.1 (repeated 1,000 times in the last 60 s)",
+    ]
+
+
+def test_the_first_line_after_a_quiet_minute_is_written_at_once(limited: Limited) -> None:
+    for _ in range(3):
+        limited.log.warning("a")
+        limited.clock.now += 61
+    assert limited.lines == ["a", "a", "a"]
+
+
+def test_values_that_a_peer_chooses_count_together(limited: Limited) -> None:
+    def formatted(each: int) -> None:
+        limited.log.warning("wrong token %d", each)
+
+    def joined(each: int) -> None:
+        limited.log.warning(f"wrong token {each}")  # noqa: G004 - libraries do that
+
+    for log in (formatted, joined):
+        before = len(limited.lines)
+        for each in range(1000):
+            log(each)
+        assert limited.lines[before:] == [f"wrong token {each}" for each in range(5)]
+    limited.clock.now += 60
+    limited.limiter.flush()
+    summary = "wrong token 999 (and similar lines, logged 995 times in the last 60 s)"
+    assert limited.lines[10:] == [summary, summary]
+
+
+def test_distinct_faults_are_all_seen_during_a_flood(limited: Limited) -> None:
+    for _ in range(1000):
+        limited.log.warning("rejected %s", "x")
+    limited.log.warning("rejected %s", "y")
+    limited.log.error("rejected %s", "x")
+    limited.log.warning("lost the connection to %s", "x")
+    assert limited.lines == ["rejected x", "rejected y", "rejected x", "lost the connection to x"]
+
+
+def test_a_traceback_is_written_once_for_each_place_that_raises(limited: Limited) -> None:
+    def first(value: str) -> None:
+        raise ValueError(value)
+
+    def second(value: str) -> None:
+        raise ValueError(value)
+
+    for number in range(100):
+        for function in (first, second):
+            try:
+                function(str(number))
+            except ValueError:
+                limited.log.exception("failed at 0x%x", number)
+    assert [line.splitlines()[0] for line in limited.lines] == ["failed at 0x0"] * 2
+    limited.clock.now += 60
+    limited.limiter.flush()
+    assert len(limited.lines) == 4
+    assert all("Traceback" not in line for line in limited.lines[2:])
+
+
+def test_lines_of_level_info_are_written_until_they_flood(limited: Limited) -> None:
+    for _ in range(1000):
+        limited.log.info("reloaded")
+        limited.log.debug("seen")
+    assert limited.lines.count("reloaded") == 100
+    assert limited.lines.count("seen") == 1000
+
+
+def test_the_count_is_written_even_if_nothing_else_is_logged() -> None:
+    limited = Limited(window_s=0.1)
+    limited.limiter._clock = time.monotonic
+    for _ in range(3):
+        limited.log.warning("a")
+    limited.written.clear()
+    assert limited.written.wait(10)
+    assert limited.lines == ["a", "a (repeated 2 times in the last 1 s)"]
+    limited.limiter.close()
+
+
+def test_a_closed_log_has_its_counts(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    logs.setup(LogSettings(file=str(path)))
+    for _ in range(7):
+        logging.getLogger("relay.x").warning("a")
+    logs.setup(LogSettings())
+    lines = path.read_text().splitlines()
+    assert [line.partition("relay.x: ")[2] for line in lines] == [
+        "a",
+        "a (repeated 6 times in the last 1 s)",
+    ]

@@ -31,7 +31,6 @@ _VERSIONS = frozenset({"8", "13"})
 # Eight random bytes directly behind the head of a handshake of version 8: the third key of an older
 # draft (vendor/phpws/websocket.client.php, `serializeHeaders`, Pydio 6.4.2).
 _JUNK_BYTES = 8
-_LOG_EVERY_S = 1.0
 
 
 class PrivateChannel:
@@ -49,8 +48,6 @@ class PrivateChannel:
         self._outbound = outbound
         self._reaper = reaper
         self._clock = loop.time
-        self._complained_at = float("-inf")
-        self._silenced = 0
         self.reload(settings)
 
     def reload(self, settings: PydioSettings) -> None:
@@ -67,9 +64,12 @@ class PrivateChannel:
         allowed = await self._hosts.allow(peer)
         keyed = self._has_key(request)
         if not (allowed and keyed):
-            self._complain(
-                f"private channel: {peer or 'somebody'} is refused:"
-                f" {'wrong key' if allowed else 'not an authorised host'}"
+            _log.warning(
+                "Rejected a request of %s on Pydio's private path: %s",
+                peer or "an unknown address",
+                "wrong Admin-Key, see [protocol:pydio] key"
+                if allowed
+                else "not in [protocol:pydio] authorised_hosts",
             )
             return self._refused(403, "forbidden", "not allowed")
         if request.method == "POST":
@@ -101,7 +101,7 @@ class PrivateChannel:
                 self._outbound.add(private_channel.read(text))
             except private_channel.Unreadable as exc:
                 self._context.metrics.refused.labels("bad_request").inc()
-                self._complain(f"private channel: a message of {peer} is dropped: {exc}")
+                _log.warning("Dropped a message of %s on Pydio's private path: %s", peer, exc)
 
         socket.on_text = received
         return take_over(request, accepted, socket)
@@ -118,7 +118,7 @@ class PrivateChannel:
                 extra=publication.extra,
             )
         except (private_channel.Unreadable, ValueError) as exc:
-            self._complain(f"private channel: a message of {peer} is dropped: {exc}")
+            _log.warning("Dropped a message of %s on Pydio's private path: %s", peer, exc)
             return self._refused(400, "bad_request", str(exc))
         except LimitExceeded as exc:
             return self._refused(413, exc.code, str(exc))
@@ -140,16 +140,6 @@ class PrivateChannel:
     def _refused(self, status: int, code: str, text: str) -> web.Response:
         self._context.metrics.refused.labels(code).inc()
         return web.json_response({"error": {"code": code, "message": text}}, status=status)
-
-    def _complain(self, text: str) -> None:
-        # Who is refused can try as often as they like: not a line each.
-        now = self._clock()
-        if now - self._complained_at < _LOG_EVERY_S:
-            self._silenced += 1
-            return
-        more = f" ({self._silenced} more since the last line)" if self._silenced else ""
-        self._complained_at, self._silenced = now, 0
-        _log.warning("%s%s", text, more)
 
 
 def _peer(request: web.Request) -> str:
