@@ -13,6 +13,7 @@ import aiohttp
 import orjson
 
 from producers.outgoing import Away, Outcome, Outgoing, Refused
+from relay.json_text import is_json
 from relay.model import EntryID
 
 # One request of many commands is refused as a whole when it is too large for the server.
@@ -112,9 +113,7 @@ def command(event: Outgoing) -> bytes:
     options = {"uid": event.uid, "type": event.type, "to": event.to, "client": event.client}
     rest = {name: value for name, value in options.items() if value is not None}
     data = event.data
-    try:
-        orjson.loads(data)
-    except orjson.JSONDecodeError:
+    if not is_json(data):
         data = orjson.dumps(data.decode())
     head = b'{"method":"publish","params":{"channel":' + orjson.dumps(event.channel)
     tail = b"," + orjson.dumps(rest)[1:-1] if rest else b""

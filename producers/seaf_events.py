@@ -15,7 +15,11 @@ from relay.model import Channel, parse_channel
 
 PREFIX = "seafile:"
 REPO_UPDATE = "repo-update"
+FILE_LOCK_CHANGED = "file-lock-changed"
 FOLDER_PERM_CHANGED = "folder-perm-changed"
+COMMENT_UPDATE = "comment-update"
+# The types that the notification servers of 10 to 13 pass on to clients; they drop all others.
+TYPES = frozenset({REPO_UPDATE, FILE_LOCK_CHANGED, FOLDER_PERM_CHANGED, COMMENT_UPDATE})
 # Of an entry: the commit of a repo-update. Two sources may tell of one commit.
 COMMIT = b"commit"
 

@@ -24,6 +24,7 @@ from zlib import crc32
 
 import orjson
 
+from relay.json_text import is_json
 from relay.model import Broken, Channel, EntryID, Event, Record, Revocation
 
 SCHEMA = b"1"
@@ -33,9 +34,6 @@ _SELECTOR_KINDS = ("user", "group", "client")
 _SEPARATORS = re.compile(r"[,\s]+")
 # A line break in a type would end an SSE `event:` line and let an entry forge the next one.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-# The first bytes that JSON text can have; spares large XML and prose a parse that must fail.
-_JSON_STARTS = frozenset(b' \t\r\n{["-0123456789tfn')
-
 
 _KNOWN = frozenset({b"data", b"type", b"uid", b"to", b"client", b"info", b"v", b"revoke"})
 
@@ -96,13 +94,8 @@ def _event(
 
 
 def _is_json(data: bytes) -> bool:
-    if data and data[0] in _JSON_STARTS:
-        try:
-            orjson.loads(data)
-        except orjson.JSONDecodeError:
-            pass
-        else:
-            return True
+    if is_json(data):
+        return True
     if not data.isascii():
         _utf8("data", data)
     return False

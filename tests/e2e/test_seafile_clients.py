@@ -165,6 +165,31 @@ async def test_content_comes_as_it_was_sent(door: Seafile) -> None:
     )
 
 
+async def test_half_a_surrogate_pair_is_sent_on_as_it_came(door: Seafile) -> None:
+    library = new_library()
+    client = await followed(door, library)
+    token = {"Authorization": f"Token {sign(KEY, exp=int(time.time()) + 60)}"}
+    content = f'{{"repo_id":"{library}","path":"a\\ud800b","n":1e999}}'
+    body = f'{{"type":"file-lock-changed","content":{content}}}'.encode()
+    assert (await door.request("POST", "/events", body, token)).status == 200
+    assert await client.text() == f'{{"type":"file-lock-changed","content":{content}}}\n'
+
+
+async def test_only_the_protocols_own_events_are_sent(door: Seafile) -> None:
+    """Upstream drops other types, and makes `jwt-expired` itself."""
+    library = new_library()
+    client = await followed(door, library)
+    channel = f"seafile:{library}"
+    for kind in ("new-in-14", "jwt-expired", "", "Repo-Update"):
+        assert (await door.post(kind, {"repo_id": library})).status == 200
+        door.relay.xadd(channel, data=json.dumps({"repo_id": library}), type=kind)
+    door.relay.xadd(channel, data='{"repo_id": 1}')
+    for data in ("text", "[]", '"text"', "1"):
+        door.relay.xadd(channel, data=data, type="repo-update")
+    await door.commit(library, "c")
+    assert await client.next() == update(library, "c")
+
+
 # ---- subscribing -----------------------------------------------------------------------------
 
 
@@ -323,8 +348,8 @@ async def test_a_permission_of_another_producer_without_recipients_is_for_nobody
     channel = f"seafile:{library}"
     content = json.dumps(permission(library, "/x", user="", group=7))
     door.relay.xadd(channel, data=content, type="folder-perm-changed")
-    door.relay.xadd(channel, data='{"any": "program"}', type="its-own")
-    assert await client.next() == {"type": "its-own", "content": {"any": "program"}}
+    door.relay.xadd(channel, data='{"any": "program"}', type="repo-update")
+    assert await client.next() == {"type": "repo-update", "content": {"any": "program"}}
 
 
 async def test_a_right_that_was_taken_away_holds_for_good_tokens_too(
@@ -359,7 +384,7 @@ async def test_a_client_that_comes_back_is_sent_what_it_missed(door: Seafile) ->
     await door.lock(library, "a")
     for number in range(3):
         await door.commit(library, f"c{number}")
-    await door.post("mark", {"repo_id": library})
+    await door.post("comment-update", {"repo_id": library})
     await door.post("folder-perm-changed", permission(library, "/u", user=user, group=-1))
     await door.post("folder-perm-changed", permission(library, "/b", user=BOB, group=-1))
     await door.lock(library, "a", "unlocked")

@@ -218,7 +218,7 @@ async def standing(door: Seafile, client: Client, repo_id: str) -> None:
     number = 0
     while True:
         mark = {"repo_id": repo_id, "mark": number}
-        assert (await door.post("mark", mark)).status == 200
+        assert (await door.post("comment-update", mark)).status == 200
         number += 1
         try:
             while (await client.next(0.3))["content"] != mark:

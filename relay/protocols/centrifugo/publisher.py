@@ -14,10 +14,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from relay.errors import RelayError
+from relay.json_text import is_json
 from relay.model import Channel, EntryID, Event
 from relay.protocols.centrifugo import client_codec as codec
 from relay.protocols.centrifugo import history
-from relay.protocols.centrifugo.gojson import is_json
 
 if TYPE_CHECKING:
     from relay.frontdoor import DoorContext
@@ -109,7 +109,7 @@ class Publisher:
             def show(done: Appended) -> None:
                 if done.cancelled() or done.exception() is not None:
                     return
-                event = Event(channel, done.result(), data, is_json(data.decode()))
+                event = Event(channel, done.result(), data, is_json(data))
                 event.client, event.info = client, info
                 shown = Event(WATCH, None, codec.message(event), is_json=False, door=WATCHERS)
                 self._context.whisper(shown)

@@ -11,9 +11,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
-import orjson
-
-from producers.seaf_events import FOLDER_PERM_CHANGED, recipients
+from producers.seaf_events import FOLDER_PERM_CHANGED, TYPES, recipients
 from relay.model import EntryID, Event
 from relay.transports.websocket import frame_text
 
@@ -120,9 +118,11 @@ def message(kind: str, content: bytes) -> bytes:
 
 
 def event_message(event: Event) -> bytes:
-    """An event of any producer."""
-    content = event.data if event.is_json else orjson.dumps(event.data.decode(errors="replace"))
-    return message(event.type or "", content)
+    """Return the message for an event, b"" where the protocol has none: its types are known to all
+    clients, and their content is an object."""
+    if event.type not in TYPES or not event.is_json or event.data.lstrip()[:1] != b"{":
+        return b""
+    return message(event.type, event.data)
 
 
 def is_for_some(event: Event) -> bool:

@@ -22,12 +22,26 @@ class SeafileEncoder(SharedEncoder):
     door = "seafile"
 
     def event(self, event: Event) -> bytes:
-        """One frame; said in the log where no real client can read it."""
+        """Return one frame, or b"" where clients of this protocol must not receive the event."""
         if codec.is_for_some(event):
-            # Whoever appended it left out for whom it is.
-            _log.warning("event %s of %s has no recipients: to nobody", event.id, event.channel)
+            # The program that appended it left out its recipients.
+            _log.warning(
+                "Event %s on %s not delivered to Seafile clients: a permission for a user or group"
+                " needs the field to",
+                event.id,
+                event.channel,
+            )
             return b""
         text = codec.event_message(event)
+        if not text:
+            _log.debug(
+                "Event %s on %s not delivered to Seafile clients: type %r with this content is not"
+                " part of their protocol",
+                event.id,
+                event.channel,
+                event.type,
+            )
+            return b""
         if len(text) > codec.READABLE_BYTES:
             _log.warning(
                 "event %s of %s has %d bytes: sync clients read at most %d in one message",

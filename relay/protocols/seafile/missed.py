@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 
 import orjson
 
+from producers.seaf_events import FILE_LOCK_CHANGED, FOLDER_PERM_CHANGED, REPO_UPDATE
 from relay.model import EntryID, Event
 
-_LATEST_ONLY = "repo-update"
-_ALL_OF = frozenset({"file-lock-changed", "folder-perm-changed"})
+_LATEST_ONLY = REPO_UPDATE
+_ALL_OF = frozenset({FILE_LOCK_CHANGED, FOLDER_PERM_CHANGED})
 
 # Library -> the last event that was sent, and which connection says so.
 Places = dict[str, tuple[EntryID, str]]

@@ -86,6 +86,29 @@ def test_any_fields_are_an_event_or_a_revocation_or_a_reason(fields: list[bytes]
     assert isinstance(body, Event | Revocation) or body.reason
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"a":"\\ud800"}',
+        b'["\\udc00\\ud800", "\\\\ud800"]',
+        b'"\\uD83D"',
+        b'{"a":1e999,"b":-1E+400}',
+        b"1" * 5000,
+    ],
+)
+def test_json_that_orjson_rejects_is_json_all_the_same(data: bytes) -> None:
+    body = event(b"data", data, b"info", data)
+    assert body.is_json
+    assert (body.data, body.info) == (data, data)
+
+
+@pytest.mark.parametrize(
+    "data", [b'{"a":"\\ud800"', b'["\\ud800",NaN]', b'"\\ud80"', b'["\\ud800",01]', b"[" * 2000]
+)
+def test_what_only_looks_like_it_is_text(data: bytes) -> None:
+    assert not event(b"data", data).is_json
+
+
 @given(data=jsons)
 def test_json_is_seen_as_json_and_kept_as_it_is(data: bytes) -> None:
     body = event(b"data", data)

@@ -102,9 +102,9 @@ def test_content_is_passed_on_as_it_was_given(sent: bytes, received: bytes) -> N
     assert message("repo-update", sent) == b'{"type":"repo-update","content":%s}\n' % received
 
 
-def test_an_event_of_another_producer() -> None:
+def test_an_event_of_another_producer_is_none_of_the_protocols() -> None:
     event = Event(Channel("seafile:x"), EntryID(1, 0), b'say "hi"', is_json=False)
-    assert event_message(event) == b'{"type":"","content":"say \\"hi\\""}\n'
+    assert event_message(event) == b""
 
 
 def test_jwt_expired_is_one_frame() -> None:
