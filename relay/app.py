@@ -44,6 +44,7 @@ from relay.stream.keys import Keys
 from relay.stream.nodes import Heartbeat, Load, new_instance, this_node
 from relay.stream.reader import Reader
 from relay.stream.seats import Seats
+from relay.stream.unused import UnusedStreams
 from relay.transports.balance import Balance
 from relay.transports.listener import raise_open_file_limit
 
@@ -134,6 +135,7 @@ class Relay:
         policy = Policy(config.namespace, self._http_rights(config))
         self._admission = admission = Admission(policy, self._spawn)
         incoming = Incoming(metrics=metrics, max_entry_bytes=config.stream.max_entry_bytes)
+        unused = UnusedStreams(client, keys)
         reader = Reader(
             keys=keys,
             instance=instance,
@@ -145,6 +147,7 @@ class Relay:
             on_turn=lambda: hub.flush(),
             decode_ephemeral=incoming.decode_ephemeral,
             control=ControlReader(keys, admission.obey, admission.control_lost),
+            unused=unused,
         )
         loop = asyncio.get_running_loop()
         self._hub = admission.hub = hub = Hub(
@@ -232,6 +235,7 @@ class Relay:
             self._spawn(appender.run(), name="appends"),
             self._spawn(site.run(), name="site"),
             self._spawn(heartbeat.run(), name="heartbeat"),
+            self._spawn(unused.run(), name="unused-streams"),
             self._spawn(admission.renew(), name="renew"),
             self._spawn(seats.run(), name="seats"),
             self._spawn(incoming.write_dead_letters(client, keys, node), name="dead-letters"),

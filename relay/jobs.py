@@ -15,6 +15,7 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from relay.errors import RelayError
 from relay.stream.nodes import HEARTBEAT_S, DeadNodes, Lease, Silence
 from relay.stream.retention import trim
+from relay.stream.unused import UnusedStreamsJob
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -51,6 +52,8 @@ class Jobs:
         self._leases: list[Lease] = []
         self._scheduler = AsyncIOScheduler(timezone="UTC")
         self._add("retention", self._trim, settings.retention_s)
+        self._unused = UnusedStreamsJob(client, keys)
+        self._add("unused-streams", self._remove_unused, settings.retention_s)
         self._add("dead-nodes", self._remove_dead_nodes, settings.dead_nodes_s)
         # Often, since clients wait to be told; but only where there are any.
         self._add("presence", self._remove_absent, HEARTBEAT_S, lambda: presence.in_use)
@@ -105,6 +108,11 @@ class Jobs:
                 done.streams,
                 done.foreign,
             )
+
+    async def _remove_unused(self) -> None:
+        removed = await self._unused.run()
+        if removed:
+            _log.info("Removed %d unused streams", removed)
 
     async def _remove_dead_nodes(self) -> None:
         for instance in await self._dead_nodes.remove():

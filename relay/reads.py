@@ -30,11 +30,14 @@ class ExamineRequest:
     """Look at a stream and its rights in one transaction.
 
     `users` are the fields of the rights hash wanted; `own` the IDs whose own entries matter.
+    With `mark` the stream gets a marker group if it has none, and is created if it is missing. It
+    is set only after a client's right to read the stream has been confirmed.
     """
 
     users: tuple[str, ...]
     own: tuple[EntryID, ...]
     token: object
+    mark: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,7 @@ class Followed(Protocol):
 
     channel: Channel
     alive: bool
+    exists: bool
     settled: bool
     misaligned: bool
     average_bytes: float

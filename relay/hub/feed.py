@@ -66,6 +66,10 @@ class Feed:
         self._behind: dict[Subscription, None] = {}
         self._live = LiveClients(channel, hub.metrics)
         self._recheck = False
+        # The next examination creates the stream's marker group.
+        self._mark = False
+        # The stream was found in Redis or created.
+        self.exists = False
         self._members = 0
 
     # ---- coming and going -------------------------------------------------------------------
@@ -104,6 +108,7 @@ class Feed:
         self._new = {}
         users = {subscription.session.principal.user for subscription in taken}
         recheck, self._recheck = self._recheck, False
+        mark, self._mark = self._mark, False
         if recheck:
             users |= {sub.session.principal.user for sub in self.subscriptions()}
         own = {
@@ -115,7 +120,7 @@ class Feed:
             own.add(self.position)
         own.discard(ZERO_ID)
         users.discard("")
-        return ExamineRequest(tuple(users), tuple(own), (taken, recheck))
+        return ExamineRequest(tuple(users), tuple(own), (taken, recheck), mark)
 
     def on_examine_failed(self, request: ExamineRequest, reason: str) -> None:
         """Whoever waited is refused; the others stay as they are."""
@@ -151,6 +156,9 @@ class Feed:
     def on_examined(self, request: ExamineRequest, examined: Examined) -> None:
         """Settles the position, checks rights, places the new ones; in this order."""
         taken, recheck = _token(request)
+        if examined.state.incarnation is None and not request.mark:
+            self._request_marker(taken, recheck=recheck, examined=examined)
+            return
         incarnation = incarnation_of(examined.state.incarnation, examined.server.replid)
         if not self.settled or incarnation != self.incarnation:
             # Another life may hide a revocation that was lost with the old one.
@@ -170,9 +178,42 @@ class Feed:
             for subscription in list(self._behind):
                 self.catch_up(subscription)
 
+    def _request_marker(
+        self, taken: Sequence[Subscription], *, recheck: bool, examined: Examined
+    ) -> None:
+        """Reject clients without a right, then request an examination that creates the marker.
+
+        So nothing is written to Redis for a client before its right is confirmed. The second
+        examination reads rights and stream together again: a revocation in between is seen.
+        """
+        self._recheck |= recheck
+        for subscription in taken:
+            if subscription.gone:
+                continue
+            if self._may_join(subscription, examined):
+                self._new[subscription] = None
+            else:
+                self._reject(subscription)
+        if not self.alive:
+            return
+        self._mark = self.exists = True
+        if self._server is not None:
+            self.on_unsettled()
+        else:
+            self.hub.reads.want_examine(self)
+
+    def _may_join(self, subscription: Subscription, examined: Examined) -> bool:
+        principal = subscription.session.principal
+        value = examined.rights.get(principal.user)
+        return self.hub.rights.allowed(principal, self.channel, value, admitted=False)
+
+    def _reject(self, subscription: Subscription) -> None:
+        self._refuse(subscription, Forbidden(f"no right to read {self.channel}"))
+
     def _settle(self, examined: Examined, incarnation: int) -> None:
         state, previous = examined.state, self._server
         self._server = examined.server
+        self.exists = self.exists or state.exists
         old, self.incarnation = self.incarnation, incarnation
         self.settled = self.misaligned = True
         if previous is None:
@@ -218,9 +259,8 @@ class Feed:
 
     def _place(self, subscription: Subscription, examined: Examined) -> None:
         session, state, asked = subscription.session, examined.state, subscription.asked
-        value = examined.rights.get(session.principal.user)
-        if not self.hub.rights.allowed(session.principal, self.channel, value, admitted=False):
-            self._refuse(subscription, Forbidden(f"no right to read {self.channel}"))
+        if not self._may_join(subscription, examined):
+            self._reject(subscription)
             return
         subscription.rights_as_of = state.last
         subscription.known_deleted = state.max_deleted

@@ -10,7 +10,7 @@ from typing import cast
 
 import hiredis
 
-from relay.model import Channel, EntryID, Record, StreamState
+from relay.model import ZERO_ID, Channel, EntryID, Record, StreamState
 from relay.reads import Examined, ExamineRequest, Followed, Page, PageRequest, Server
 from relay.stream.connect import CommandRefused
 from relay.stream.entry import digest
@@ -29,13 +29,20 @@ def count_for(stream: Followed, page_bytes: int) -> int:
     return max(1, min(MAX_COUNT, int(page_bytes / stream.average_bytes)))
 
 
-def examine_commands(keys: Keys, stream: Followed, request: ExamineRequest) -> list[Command]:
-    """One transaction over the stream and its rights hash; the stream is made where it is
-    missing, with a random marker group that names its incarnation."""
+def examine_commands(
+    keys: Keys, stream: Followed, group: str, request: ExamineRequest
+) -> list[Command]:
+    """Return one transaction over the stream and its rights hash.
+
+    It writes nothing unless `request.mark` is set. Then it creates the marker group that names the
+    stream's incarnation and this worker's `group`, which protects an unused stream from removal.
+    """
     key = keys.stream(stream.channel)
-    commands: list[Command] = [
-        ("MULTI",),
-        create_marker(key, new_marker()),
+    commands: list[Command] = [("MULTI",)]
+    if request.mark:
+        commands.append(create_marker(key, new_marker()))
+        commands.append(("XGROUP", "CREATE", key, group, str(ZERO_ID)))
+    commands += [
         ("XINFO", "STREAM", key),
         ("XINFO", "GROUPS", key),
     ]
@@ -48,9 +55,9 @@ def examine_commands(keys: Keys, stream: Followed, request: ExamineRequest) -> l
 
 def parse_examined(request: ExamineRequest, server: Server, reply: object) -> Examined:
     """From EXEC's reply; CommandRefused where the key is no stream."""
-    answers = _transaction(reply)
-    state = parse_state(*answers[1:3])
-    rest = answers[3:]
+    answers = _transaction(reply)[2 if request.mark else 0 :]
+    state = parse_state(*answers[:2])
+    rest = answers[2:]
     rights: dict[str, bytes | None] = {}
     if request.users:
         values = _checked("HMGET", rest[0])

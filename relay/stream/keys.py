@@ -28,8 +28,9 @@ Cluster slot; a command or transaction over several keys stays within one worksp
 | `<p>takers`               | zset    | who takes commands, until when (ms) | them; expires        |
 | `<name>`, `<name>.<n>`    | list    | queue of commands; no prefix        | who takes them       |
 
-(1) retention trims entries; a stream that was never appended to and has no follower is removed
-together with (2) the groups, registration and clients of dead workers.
+(1) Retention trims entries. Workers and a job remove streams that were never appended to and have
+no follower (`unused.py`). (2) The job for dead workers removes their groups, registration and
+clients.
 """
 
 from __future__ import annotations

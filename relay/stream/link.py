@@ -296,16 +296,16 @@ class Link(asyncio.Protocol):
             on_lost(reason)
 
 
-def unawaited(answer: Awaitable[list[object]]) -> None:
-    """For commands whose answer nobody waits for: what Redis refused is said in the log; a lost
-    link shows elsewhere."""
+def unawaited(answer: Awaitable[list[object]], *, expected: str = "") -> None:
+    """Log error replies to commands whose reply is not needed, except those that contain the text
+    `expected`. A lost link is logged by its owner."""
     future = cast("asyncio.Future[list[object]]", answer)
 
     def done(finished: asyncio.Future[list[object]]) -> None:
         if finished.cancelled() or finished.exception() is not None:
             return
         for reply in finished.result():
-            if isinstance(reply, hiredis.ReplyError):
+            if isinstance(reply, hiredis.ReplyError) and not (expected and expected in str(reply)):
                 _log.error("Redis refused: %s", reply)
 
     future.add_done_callback(done)

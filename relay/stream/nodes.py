@@ -21,9 +21,9 @@ from redis.asyncio import Redis
 from redis.exceptions import WatchError
 
 from relay.errors import RedisUnavailable
-from relay.model import ZERO_ID
 from relay.stream import connect, groups
 from relay.stream.keys import Keys
+from relay.stream.unused import remove_unused
 
 HEARTBEAT_S = 5
 # While it is not ready, so that it is not long said to be bad after it became good.
@@ -242,45 +242,6 @@ class DeadNodes:
             with connect.translated():
                 # A key that is gone or no stream answers with an error, which is as good.
                 await pipeline.execute(raise_on_error=False)
-
-
-async def remove_unused(client: Redis, streams: Sequence[bytes]) -> int:
-    """Delete those streams that exist only because someone once followed them: nothing was ever
-    appended, and no group but the marker is left. An entry appended meanwhile is never lost."""
-    async with client.pipeline(transaction=False) as pipeline:
-        for key in streams:
-            pipeline.execute_command("XLEN", key)
-        with connect.translated():
-            lengths: list[Any] = await pipeline.execute(raise_on_error=False)
-    removed = 0
-    for key, length in zip(streams, lengths, strict=True):
-        if length == 0:
-            removed += await _remove_if_unused(client, key)
-    return removed
-
-
-async def _remove_if_unused(client: Redis, key: bytes) -> bool:
-    async with client.pipeline(transaction=True) as transaction:
-        with connect.translated():
-            # XADD by anyone in between makes EXEC do nothing. XGROUP CREATE on a stream that is
-            # there does not (tried on 7.0 and 9.1): that worker hears of the DEL by its wake-up.
-            await transaction.watch(key)
-            try:
-                stream = await connect.command(transaction, "XINFO", "STREAM", key)
-                group_list = await connect.command(transaction, "XINFO", "GROUPS", key)
-            except connect.CommandRefused:  # gone meanwhile
-                return False
-            state = groups.parse_state(stream)
-            others = groups.parse_groups(group_list).keys() - {groups.MARKER_GROUP}
-            if state.length or state.added or state.last != ZERO_ID or others:
-                return False
-            transaction.multi()  # type: ignore[no-untyped-call]
-            transaction.execute_command("DEL", key)
-            try:
-                await transaction.execute()
-            except WatchError:
-                return False
-    return True
 
 
 class Lease:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from relay.errors import RedisUnavailable
-from relay.model import Channel, Event, Record
+from relay.model import ZERO_ID, Channel, Event, Record
 from relay.reads import Followed, Server
 from relay.stream import asking
 from relay.stream.connect import CommandRefused, discover
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from relay.settings import RedisSettings, StreamSettings
     from relay.stream.control_reader import ControlReader
     from relay.stream.keys import Keys
+    from relay.stream.unused import UnusedStreams
 
 _log = logging.getLogger(__name__)
 
@@ -57,8 +58,10 @@ class Reader:
         on_turn: Callable[[], None],
         decode_ephemeral: Callable[[Channel, bytes], Event | None],
         control: ControlReader,
+        unused: UnusedStreams,
     ) -> None:
         self._keys = keys
+        self._unused = unused
         self._redis = redis
         self._settings = settings
         self._metrics = metrics
@@ -121,7 +124,11 @@ class Reader:
             # In order with what follows on this link: a client that comes back at once gets a
             # new group after this one is gone.
             key = self._keys.stream(stream.channel)
-            unawaited(self._link.execute([("XGROUP", "DESTROY", key, self._group)]))
+            destroyed = self._link.execute([("XGROUP", "DESTROY", key, self._group)])
+            # The stream may have been deleted, or was never created for a rejected client.
+            unawaited(destroyed, expected="requires the key to exist")
+        if stream.exists and stream.position == ZERO_ID:
+            self._unused.released(stream.channel)
 
     # ---- health -----------------------------------------------------------------------------
 

@@ -64,6 +64,26 @@ end
 return redis.call('XADD', KEYS[1], unpack(ARGV, 4))
 """)
 
+# KEYS stream; ARGV a command, then the names of groups that do not count. Runs the command on the
+# stream if nothing was ever appended to it and it has no other groups, and returns its reply; else
+# returns 0.
+REMOVE_UNUSED = Script("""\
+if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('XLEN', KEYS[1]) > 0 then return 0 end
+local info = redis.call('XINFO', 'STREAM', KEYS[1])
+for i = 1, #info, 2 do
+  if info[i] == 'entries-added' and info[i + 1] > 0 then return 0 end
+  if info[i] == 'last-generated-id' and info[i + 1] ~= '0-0' then return 0 end
+end
+local markers = {}
+for i = 2, #ARGV do markers[ARGV[i]] = true end
+for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
+  for i = 1, #group, 2 do
+    if group[i] == 'name' and not markers[group[i + 1]] then return 0 end
+  end
+end
+return redis.call(ARGV[1], KEYS[1])
+""")
+
 # KEYS who takes part, then leases; ARGV holder, time to live in ms (0: give up). Which of the
 # leases the holder has now, as 1 or 0: its own first, then free ones, up to its fair share. A time
 # beyond the longest is of another server's clock, before a failover: the dead must not hold shares.

@@ -109,7 +109,7 @@ class LiveTurns:
         asked.control_end = len(commands)
         for stream in _take(self._examine, _EXAMINE_BATCH):
             request = stream.examine_request()
-            commands += asking.examine_commands(self._keys, stream, request)
+            commands += asking.examine_commands(self._keys, stream, self._group, request)
             asked.examined.append((stream, request, len(commands)))
         for stream in _take(self._read, _READ_BATCH):
             if not stream.settled:

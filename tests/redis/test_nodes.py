@@ -11,6 +11,7 @@ from relay.model import Channel
 from relay.stream import groups, nodes
 from relay.stream.connect import command, redis_client
 from relay.stream.keys import Keys
+from relay.stream.unused import remove_unused
 from tests.support.valkey import Server
 
 pytestmark = pytest.mark.redis
@@ -107,7 +108,7 @@ async def test_a_stream_that_someone_used_stays(
             await admin.xgroup_create(key, "mine")
         case _:
             await command(admin, "XSETID", key, "5-0")
-    assert await nodes.remove_unused(client, [key]) == 0
+    assert await remove_unused(client, [key]) == 0
     assert await admin.exists(key)
 
 
@@ -124,7 +125,7 @@ async def test_an_entry_appended_meanwhile_is_never_lost(server: Server, keys: K
             await admin.delete(key)
             await command(admin, *groups.create_marker(key, 5))
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(nodes.remove_unused(client, [key]))
+                tasks.create_task(remove_unused(client, [key]))
                 for _ in range(n % 7):
                     await asyncio.sleep(0)
                 await admin.xadd(key, {"data": "1"})

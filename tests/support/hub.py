@@ -137,7 +137,9 @@ def join(
     return session, client, outbox
 
 
-def examine(hub: Hub, channel: Channel = NEWS, **rights: bytes) -> ExamineRequest:
+def examine(
+    hub: Hub, channel: Channel = NEWS, *, marker: int | None = 1, **rights: bytes
+) -> ExamineRequest:
     """Answer what the feed asks, from an empty stream."""
     feed = hub.feed(channel)
     assert feed
@@ -149,7 +151,7 @@ def examine(hub: Hub, channel: Channel = NEWS, **rights: bytes) -> ExamineReques
         length=0,
         added=feed.added or 0,
         max_deleted=ZERO_ID,
-        incarnation=1,
+        incarnation=marker,
     )
     values = {user: rights.get(user) for user in request.users}
     feed.on_examined(request, Examined(server=SERVER, state=state, rights=values, own={}))

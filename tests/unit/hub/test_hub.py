@@ -112,3 +112,33 @@ def test_who_does_not_follow_the_channel_is_told_where_the_door_wants_it() -> No
     assert not follows.subscriptions
     hub.drop_subscription(None, "ann", "unsubscribed")
     assert len(told) == 1
+
+
+def test_a_marker_is_requested_only_for_a_client_with_a_right() -> None:
+    hub = make_hub(Reads())
+    _, ann, _ = join(hub, ANN, Words())
+    _, ben, _ = join(hub, Principal(user="ben"), Words())
+    request = examine(hub, marker=None, ben=b"-")
+    assert not request.mark
+    assert (ann.told, ben.told) == ([], ["refused news: Forbidden"])
+    request = examine(hub)
+    assert request.mark
+    assert request.users == ("ann",)
+    assert ann.told == ["subscribed news"]
+
+
+def test_no_marker_is_requested_where_nobody_has_a_right() -> None:
+    reads = Reads()
+    hub = make_hub(reads)
+    join(hub, ANN, Words())
+    examine(hub, marker=None, ann=b"-")
+    assert hub.feed(NEWS) is None
+    assert len(reads.examine) == 1
+
+
+def test_a_right_that_is_lost_before_the_marker_is_written_is_seen() -> None:
+    hub = make_hub(Reads())
+    _, client, _ = join(hub, ANN, Words())
+    examine(hub, marker=None)
+    examine(hub, ann=b"-")
+    assert client.told == ["refused news: Forbidden"]

@@ -174,7 +174,7 @@ def test_an_unsettled_stream_is_examined_before_it_is_read(scene: Scene) -> None
     scene.feed.on_unsettled()
     scene.turns.want_read(scene.feed)
     scene.turns.commands(SERVER)
-    assert names(scene.turns.commands(SERVER))[:2] == ["MULTI", "XGROUP"]
+    assert names(scene.turns.commands(SERVER))[:3] == ["MULTI", "XINFO", "XINFO"]
 
 
 def test_a_new_link_voids_what_was_asked_on_the_old_one(scene: Scene) -> None:
