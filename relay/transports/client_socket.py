@@ -42,6 +42,7 @@ class ClientSocket(asyncio.Protocol):
         "on_closed",
         "on_drained",
         "on_full",
+        "pinged",
         "quiet",
     )
 
@@ -61,6 +62,7 @@ class ClientSocket(asyncio.Protocol):
         # The heartbeat's notes, kept here so that it needs no object of its own per client.
         self.beat_slot = -1
         self.quiet = True
+        self.pinged = False
         self._silent_since = 0
         self._unheard = False
 

@@ -15,6 +15,12 @@ _OPCODES = frozenset({CONTINUATION, TEXT, BINARY, CLOSE, PING_OPCODE, PONG})
 # The bit of a message's first frame that says it is compressed (RFC 7692 section 6).
 COMPRESSED = 0x40
 
+# Frames that one call parses. More of them wait for the next call, so that a read full of tiny
+# frames does not hold up the loop.
+FRAMES_PER_TURN = 64
+# A fragment below this size is counted as idle. Real clients send fragments of 4 KiB and more.
+_TINY_BYTES = 512
+
 
 class ProtocolViolation(Exception):
     """The client broke the protocol; `before` is what it had said correctly until then."""
@@ -63,7 +69,17 @@ class FrameReader:
     first `skip_bytes` are dropped: some old clients send bytes of a draft before their first frame.
     """
 
-    __slots__ = ("_allowed", "_inflates", "_kind", "_max_bytes", "_message", "_rest", "_skip")
+    __slots__ = (
+        "_allowed",
+        "_inflates",
+        "_kind",
+        "_max_bytes",
+        "_message",
+        "_rest",
+        "_skip",
+        "idle_frames",
+        "more",
+    )
 
     def __init__(self, max_bytes: int, skip_bytes: int = 0, *, compressed: bool = False) -> None:
         self._max_bytes = max_bytes
@@ -73,15 +89,22 @@ class FrameReader:
         self._rest: bytes | bytearray = b""
         self._message: bytearray | None = None
         self._kind = 0
+        # Control frames and tiny fragments so far: work for the server that carries no message.
+        self.idle_frames = 0
+        # Whether the last call stopped early; call `feed(b"")` to continue.
+        self.more = False
 
     @property
-    def within_frame(self) -> bool:
-        """Whether the next bytes belong to a frame that has begun."""
-        return bool(self._rest)
+    def at_frame_start(self) -> bool:
+        """Whether the next byte begins a frame."""
+        return not self._rest and not self._skip
 
     def feed(self, data: bytes) -> list[tuple[int, bytes]]:
-        """What `data` completes, in order: text and binary messages, pings, pongs, and a close
-        frame as the last, for nothing counts after it (section 5.5.1)."""
+        """Return what `data` completes, in order: messages, pings, pongs and at most one close.
+
+        A close frame is the last item, because nothing counts after it (section 5.5.1). At most
+        FRAMES_PER_TURN frames are parsed; `more` says whether others may be left.
+        """
         if self._skip:
             data, self._skip = data[self._skip :], max(0, self._skip - len(data))
         if self._rest:
@@ -90,20 +113,28 @@ class FrameReader:
         else:
             source = data
         found: list[tuple[int, bytes]] = []
-        start = 0
+        start = count = 0
+        self.more = False
         try:
             while end := self._frame_at(source, start, found):
                 start = end
+                count += 1
                 if found and found[-1][0] == CLOSE:
                     start = len(source)
+                    break
+                if count == FRAMES_PER_TURN:
+                    self.more = start < len(source)
                     break
         except ProtocolViolation as violation:
             violation.before = found
             raise
         if start == len(source):
             self._rest = b""
-        elif start or source is data:
-            # A bytearray grows in place: a large frame in small pieces costs linear time.
+        elif isinstance(source, bytearray):
+            # Deleting from the front of a bytearray moves no bytes, and it grows in place: a large
+            # frame in small pieces and many frames in one piece both cost linear time.
+            del source[:start]
+        else:
             self._rest = bytearray(memoryview(source)[start:])
         return found
 
@@ -161,6 +192,8 @@ class FrameReader:
     def _accept(
         self, opcode: int, payload: bytes, found: list[tuple[int, bytes]], *, last: bool
     ) -> None:
+        if opcode >= 8 or (not last and len(payload) < _TINY_BYTES):
+            self.idle_frames += 1
         if opcode < 8:
             if not last and opcode != CONTINUATION:
                 self._kind, self._message = opcode, bytearray(payload)

@@ -17,13 +17,17 @@ _STALLED_INTERVALS = 4
 
 
 class Beating(Protocol):
-    """A client as the heartbeat sees it: a `ClientSocket`, or a session over several requests. The
-    last three are the heartbeat's notes; who hears from the client sets `silent_since` to 0."""
+    """A client as the heartbeat sees it: a `ClientSocket`, or a session over several requests.
+
+    The last four are the heartbeat's notes. The owner of the client sets `silent_since` to 0 when
+    the client has sent something, and `pinged` when that was a ping of its own.
+    """
 
     full: bool
     closing: bool
     beat_slot: int
     quiet: bool
+    pinged: bool
     silent_since: int
 
     def write(self, data: bytes) -> None:
@@ -40,8 +44,12 @@ class Heartbeat:
     """Writes `beat` to each client every `interval_s`.
 
     With `deadline_s` an answer is expected (anything that the client sends is one): a client that
-    is silent for so long after a beat is closed with `farewell`. With `only_quiet` a client that
-    was written to since its last beat is left alone.
+    is silent for so long after a beat is closed with `farewell`. A client that was sent no beat is
+    never closed for its silence.
+
+    `only_quiet` saves beats. Without `deadline_s`, a client that was written to since its last beat
+    needs none. With `deadline_s`, a client that has sent a ping since then needs none: it has shown
+    that it is there. Events that were written to it would show nothing.
     """
 
     def __init__(
@@ -117,11 +125,16 @@ class Heartbeat:
     def _beat_one(self, client: Beating) -> None:
         if client.closing:
             return
-        if not client.silent_since and (client.full or self._deadline is not None):
-            client.silent_since = self._tick
-        if not client.full and (client.quiet or not self._only_quiet):
+        expects = self._deadline is not None
+        needless = self._only_quiet and (client.pinged if expects else not client.quiet)
+        client.quiet, client.pinged = True, False
+        if not client.full:
+            if needless:
+                return
             client.write(self._beat)
-        client.quiet = True
+            client.quiet = True
+        if not client.silent_since and (client.full or expects):
+            client.silent_since = self._tick
 
     def _judge(self, client: Beating) -> None:
         if client.closing or not client.silent_since:

@@ -7,10 +7,12 @@ such object (`relay.transports.deflate`).
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hashlib
 import struct
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -31,8 +33,6 @@ from relay.transports.frames import (
 from relay.transports.frames import ProtocolViolation as ProtocolViolation
 
 if TYPE_CHECKING:
-    import asyncio
-
     from relay.transports.exchange import Asked
     from relay.transports.heartbeat import Heartbeat
     from relay.transports.reaper import Reaper
@@ -85,6 +85,10 @@ PING = _frame(PING_OPCODE, b"")
 _EMPTY_PONG = _frame(PONG, b"")
 # How a client's ping begins; its length and the mask follow.
 _PING_HEAD, _PING_HEAD_BYTES = 0x89, 6
+# Control frames and tiny fragments that one client may send within the time. The busiest real
+# clients, Seafile's, send one ping per second.
+_IDLE_FRAMES, _IDLE_FRAMES_S = 100, 2.0
+_POLICY_VIOLATION = 1008
 
 
 def _tokens(request: web.Request | Asked, name: str) -> set[str]:
@@ -151,10 +155,22 @@ class WebSocketConnection(ClientSocket):
 
     `write` and `close` take framed bytes; `close`'s last ones should end with a close frame, whose
     answer is then waited for. Without an `on_binary` a binary message closes with 1003. `goodbye`
-    is set once the client has sent a close frame.
+    is set once the client has sent a close frame. A client that sends too many control frames or
+    tiny fragments is closed with 1008.
     """
 
-    __slots__ = ("_deaf", "_pong", "_pong_counts", "_reader", "goodbye", "on_binary", "on_text")
+    __slots__ = (
+        "_deaf",
+        "_idle_allowed",
+        "_idle_since",
+        "_planned",
+        "_pong",
+        "_pong_counts",
+        "_reader",
+        "goodbye",
+        "on_binary",
+        "on_text",
+    )
 
     def __init__(
         self,
@@ -173,7 +189,10 @@ class WebSocketConnection(ClientSocket):
         self._reader = FrameReader(max_frame_bytes, skip_bytes, compressed=compressed)
         self._pong_counts = only_pong_counts
         self._pong: bytes | None = None
-        self._deaf = False
+        self._deaf = self._planned = False
+        # The value of `idle_frames` at which the time is looked at.
+        self._idle_allowed = _IDLE_FRAMES
+        self._idle_since = time.monotonic()
         self.goodbye = False
         self.on_text: Callable[[bytes], None] = _ignore
         self.on_binary: Callable[[bytes], None] | None = None
@@ -194,17 +213,32 @@ class WebSocketConnection(ClientSocket):
             0 <= size <= 125
             and data[0] == _PING_HEAD
             and data[1] == 0x80 | size
-            and not self._reader.within_frame
+            and self._reader.at_frame_start
+            and not self.closing
         ):
-            if not self.closing:
-                self._answer(unmask(data[6:], data[2:6]) if size else b"")
+            self._reader.idle_frames += 1
+            if self._reader.idle_frames <= self._idle_allowed or self._may_idle():
+                self._answer([unmask(data[6:], data[2:6]) if size else b""])
             return
+        self._read(data)
+
+    def _read(self, data: bytes) -> None:
         violation = None
         try:
             found = self._reader.feed(data)
         except ProtocolViolation as exc:
             found, violation = exc.before, exc
+        if self._reader.idle_frames > self._idle_allowed and not self._may_idle():
+            return
+        pings: list[bytes] = []
         for opcode, payload in found:
+            if opcode == PING_OPCODE:
+                pings.append(payload)
+                continue
+            if pings:
+                # A message may close the connection: pongs are written before it.
+                self._answer(pings)
+                pings = []
             if opcode == CLOSE:
                 self._on_close(payload)
                 return
@@ -212,8 +246,6 @@ class WebSocketConnection(ClientSocket):
                 continue
             if opcode == TEXT:
                 self.on_text(payload)
-            elif opcode == PING_OPCODE:
-                self._answer(payload)
             elif opcode == PONG:
                 self.silent_since = 0
             elif opcode == BINARY:
@@ -221,22 +253,76 @@ class WebSocketConnection(ClientSocket):
                     self.close_with(1003, "text only")
                 else:
                     self.on_binary(payload)
+        if pings:
+            self._answer(pings)
         if violation is not None:
             self._on_violation(violation)
+        elif self._reader.more:
+            self._read_later()
+
+    def _read_later(self) -> None:
+        """Let other clients have their turn before the rest of what has come is parsed."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        if self.closing:
+            # A client that still sends as much as this is not waiting for the close frame.
+            self._deaf = True
+            return
+        transport.pause_reading()
+        if not self._planned:
+            self._planned = True
+            asyncio.get_running_loop().call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        self._planned = False
+        # If the owner has paused reading meanwhile, `resume_reading` continues.
+        if self._unheard or not self._reader.more:
+            return
+        try:
+            self._read(b"")
+        except BaseException:
+            # As the loop does when `data_received` fails.
+            self.abort()
+            raise
+        if self._deaf or not (self._reader.more or self._unheard):
+            super().resume_reading()
+
+    def resume_reading(self) -> None:
+        """Parse what has come already before the socket is read again."""
+        self._unheard = False
+        if self._reader.more and not self._deaf:
+            self._read_later()
+        else:
+            super().resume_reading()
 
     def resume_writing(self) -> None:
         """Send the pong that had to wait, then as every socket."""
         super().resume_writing()
         if self._pong is not None:
             pong, self._pong = self._pong, None
-            self._answer(pong)
+            self._answer([pong])
 
-    def _answer(self, payload: bytes) -> None:
+    def _answer(self, pings: list[bytes]) -> None:
+        self.pinged = True
+        if self.closing:
+            return
         # Section 5.5.3 allows to answer the latest ping only: so pings cannot fill the memory.
         if self.full:
-            self._pong = payload
+            self._pong = pings[-1]
         else:
-            self.write(frame_pong(payload) if payload else _EMPTY_PONG)
+            pongs = [frame_pong(payload) if payload else _EMPTY_PONG for payload in pings]
+            self.write(pongs[0] if len(pongs) == 1 else b"".join(pongs))
+
+    def _may_idle(self) -> bool:
+        """Allow as many control frames again if the last ones took long enough, else close."""
+        now = time.monotonic()
+        if now - self._idle_since >= _IDLE_FRAMES_S:
+            self._idle_since = now
+            self._idle_allowed = self._reader.idle_frames + _IDLE_FRAMES
+            return True
+        self._on_violation(ProtocolViolation(_POLICY_VIOLATION, "too many control frames"))
+        return False
 
     def _on_close(self, payload: bytes) -> None:
         self._deaf = self.goodbye = True

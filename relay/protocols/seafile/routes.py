@@ -77,7 +77,7 @@ class MountedSeafile:
             beat=websocket.PING,
             deadline_s=settings.pong_timeout_s,
             farewell=websocket.frame_close(_NO_PONG),
-            # A sync client pings by itself and is written a pong each second.
+            # A sync client sends a ping each second and needs none.
             only_quiet=True,
         )
 

@@ -69,6 +69,7 @@ class Engine:
         "on_drained",
         "on_full",
         "on_message",
+        "pinged",
         "probed",
         "quiet",
         "sid",
@@ -108,6 +109,7 @@ class Engine:
         # The heartbeat's notes.
         self.beat_slot = -1
         self.quiet = True
+        self.pinged = False
         self.silent_since = 0
         heartbeat.add(self)
 

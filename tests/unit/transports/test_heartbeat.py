@@ -14,7 +14,13 @@ from relay.transports.client_socket import ClientSocket
 from relay.transports.heartbeat import Heartbeat
 from relay.transports.reaper import Reaper
 from relay.transports.take_over import take_over
-from relay.transports.websocket import PING, WebSocketConnection, accept_headers, frame_close
+from relay.transports.websocket import (
+    PING,
+    WebSocketConnection,
+    accept_headers,
+    frame_close,
+    frame_text,
+)
 from tests.unit.transports.serving import (
     GET,
     HANDSHAKE,
@@ -139,6 +145,52 @@ def test_a_stream_is_beaten_only_when_nothing_else_was_written(run: Run, reaper:
     run(main())
 
 
+def only_silent() -> Heartbeat:
+    return Heartbeat(interval_s=2.0, beat=PING, deadline_s=1.0, farewell=FAREWELL, only_quiet=True)
+
+
+def test_a_client_that_only_answers_pings_stays_while_it_is_written_to(
+    run: Run, reaper: Reaper
+) -> None:
+    """A page that follows a busy library: it sends nothing by itself."""
+
+    async def main() -> None:
+        heartbeat = only_silent()
+        async with connected(Door(reaper, heartbeat), HANDSHAKE) as (client, reader, writer):
+            for _ in range(4):
+                for _ in range(SLOTS):
+                    client.write(frame_text(b"event"))
+                    turn(heartbeat, 1)
+                await reader.readuntil(PING)
+                writer.write(masked(10, b""))
+                while client.silent_since:
+                    await asyncio.sleep(0)
+            assert not client.closing
+            # One that does not even answer pings is gone, whatever is written to it.
+            for _ in range(2 * SLOTS):
+                client.write(frame_text(b"event"))
+                turn(heartbeat, 1)
+            assert client.closing
+
+    run(main())
+
+
+def test_a_client_that_pings_is_not_pinged(run: Run, reaper: Reaper) -> None:
+    async def main() -> None:
+        heartbeat = only_silent()
+        async with connected(Door(reaper, heartbeat), HANDSHAKE) as (client, reader, writer):
+            for _ in range(3):
+                writer.write(masked(9, b"mine"))
+                assert await reader.readexactly(6) == b"\x8a\x04mine"
+                turn(heartbeat, SLOTS)
+            assert not client.closing
+            assert not client.silent_since
+            turn(heartbeat, SLOTS)
+            assert await reader.readexactly(2) == PING
+
+    run(main())
+
+
 @pytest.mark.parametrize("request_bytes", [HANDSHAKE, GET], ids=["websocket", "sse"])
 def test_a_full_client_is_not_beaten_and_has_longer(
     run: Run, reaper: Reaper, request_bytes: bytes
@@ -177,6 +229,9 @@ def test_a_crowd_is_spread_over_the_interval(run: Run, reaper: Reaper) -> None:
                 reader, _ = await stack.enter_async_context(raw_client(port, HANDSHAKE))
                 await head_of(reader)
             assert len(door.heartbeat) == 3 * SLOTS
+            # A slow machine may have turned the wheel meanwhile.
+            for client in door.clients:
+                client.silent_since = 0
             for _ in range(SLOTS):
                 beaten = sum(bool(client.silent_since) for client in door.clients)
                 door.heartbeat.turn()

@@ -382,13 +382,169 @@ def test_pings_of_a_client_that_does_not_read_cost_one_pong(run: Run, reaper: Re
             waiting = client.waiting_bytes()
             got = asyncio.Event()
             client.on_text = lambda _: got.set()
-            writer.write(b"".join(masked(9, b"%04d" % i) for i in range(500)) + masked(1, b"end"))
+            writer.write(b"".join(masked(9, b"%04d" % i) for i in range(100)) + masked(1, b"end"))
             await got.wait()
             assert client.waiting_bytes() <= waiting
             stream = b""
-            while b"\x8a\x040499" not in stream:
+            while b"\x8a\x040099" not in stream:
                 stream = stream[-10:] + await reader.read(1 << 20)
-            assert b"\x8a\x040498" not in stream
+            assert b"\x8a\x040098" not in stream
+
+    run(main())
+
+
+def test_the_pongs_of_one_read_are_one_write(
+    run: Run, reaper: Reaper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[bytes] = []
+    write = WebSocketConnection.write
+
+    def watched(client: WebSocketConnection, data: bytes) -> None:
+        written.append(data)
+        write(client, data)
+
+    monkeypatch.setattr(WebSocketConnection, "write", watched)
+
+    async def main() -> None:
+        server = Server(reaper)
+        async with (
+            serving(server.handle) as (port, _),
+            raw_client(port, HANDSHAKE) as (reader, writer),
+        ):
+            await head_of(reader)
+            writer.write(masked(9, b"a") + masked(9, b"") + masked(9, b"b"))
+            assert await reader.readexactly(8) == b"\x8a\x01a\x8a\x00\x8a\x01b"
+            assert len(written) == 1
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [masked(9, b""), masked(10, b"pong"), masked(1, b"", fin=False) + masked(0, b"")],
+    ids=["pings", "pongs", "fragments"],
+)
+@pytest.mark.parametrize("together", [True, False])
+def test_a_flood_of_frames_without_a_message_is_1008(
+    run: Run, reaper: Reaper, piece: bytes, *, together: bool
+) -> None:
+    async def main() -> None:
+        server = Server(reaper)
+        async with (
+            serving(server.handle) as (port, _),
+            raw_client(port, HANDSHAKE) as (reader, writer),
+        ):
+            await head_of(reader)
+            client = await server.connected.get()
+            messages: list[bytes] = []
+            client.on_text = messages.append
+            for _ in range(3):
+                writer.write(piece * 150)
+                await writer.drain()
+                if not together:
+                    await asyncio.sleep(0.05)
+            received = await reader.read()
+            assert client.closing
+            assert b"\x88" in received
+            assert struct.pack("!H", 1008) in received
+            assert len(received) <= 450
+
+    run(main())
+
+
+def test_after_a_close_frame_was_sent_a_flood_is_not_parsed(
+    run: Run, reaper: Reaper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[int] = []
+    frame_at = FrameReader._frame_at
+
+    def watched(frames: FrameReader, source: bytes | bytearray, start: int, found: Found) -> int:
+        parsed.append(start)
+        return frame_at(frames, source, start, found)
+
+    monkeypatch.setattr(FrameReader, "_frame_at", watched)
+
+    def close(client: WebSocketConnection) -> None:
+        client.on_text = lambda _: client.close_with(4429)
+
+    async def main() -> None:
+        server = Server(reaper, close)
+        async with (
+            serving(server.handle) as (port, _),
+            raw_client(port, HANDSHAKE) as (reader, writer),
+        ):
+            await head_of(reader)
+            writer.write(masked(1, b"x", mask=b"abcd") * 20_000)
+            await server.closed.get()
+            assert len(parsed) <= 200
+
+    run(main())
+
+
+def test_many_messages_in_one_read_are_handled_in_several_turns(run: Run, reaper: Reaper) -> None:
+    """Also if the owner stops reading in between."""
+
+    async def main() -> None:
+        messages: list[bytes] = []
+        most = 0
+        in_turn = 0
+
+        def received(client: WebSocketConnection, text: bytes) -> None:
+            nonlocal in_turn, most
+            messages.append(text)
+            in_turn += 1
+            most = max(most, in_turn)
+            if len(messages) % 100 == 0:
+                client.pause_reading()
+                loop.call_later(0.001, client.resume_reading)
+
+        def tick() -> None:
+            nonlocal in_turn
+            in_turn = 0
+            if len(messages) < 20_000:
+                loop.call_soon(tick)
+
+        loop = asyncio.get_running_loop()
+        server = Server(
+            reaper, lambda each: setattr(each, "on_text", lambda text: received(each, text))
+        )
+        async with (
+            serving(server.handle) as (port, _),
+            raw_client(port, HANDSHAKE) as (reader, writer),
+        ):
+            await head_of(reader)
+            tick()
+            writer.write(b"".join(masked(1, b"%d" % i, mask=b"abcd") for i in range(20_000)))
+            writer.write(masked(8, struct.pack("!H", 1000)))
+            await server.closed.get()
+            assert messages == [b"%d" % i for i in range(20_000)]
+            assert most <= 200
+
+    run(main())
+
+
+def test_bytes_that_are_dropped_may_look_like_a_ping(run: Run, reaper: Reaper) -> None:
+    """Pydio 6's publisher sends 8 random bytes before its first frame."""
+
+    async def main() -> None:
+        async def handler(request: web.Request) -> web.StreamResponse:
+            head = accept_headers(request)
+            assert isinstance(head, bytes)
+            socket = WebSocketConnection(
+                buffer_bytes=65536, max_frame_bytes=LIMIT, reaper=reaper, skip_bytes=8
+            )
+            socket.on_text = lambda text: socket.write(frame_text(text))
+            return take_over(request, head, socket)
+
+        async with (
+            serving(handler) as (port, _),
+            raw_client(port, HANDSHAKE) as (reader, writer),
+        ):
+            await head_of(reader)
+            writer.write(b"\x89\x82abcdef")
+            await asyncio.sleep(0.05)
+            writer.write(masked(1, b"message"))
+            assert await reader.readexactly(9) == frame_text(b"message")
 
     run(main())
 
