@@ -20,7 +20,6 @@ import binascii
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import quote, unquote
 
 import orjson
 
@@ -46,24 +45,16 @@ class Unusable(ValueError):
 
 
 def channel_of(room: str) -> Channel:
-    """The workspace of a room; Unusable where its name is too long for one.
-
-    White space, braces and control characters have no place in a key and stand there as %XX.
-    """
-    escaped = "".join(quote(char) if _out_of_place(char) else char for char in room)
+    """Return the channel of a room. Raise Unusable if the room's name is too long."""
     try:
-        return parse_channel(f"{NAMESPACE}:{escaped}")
+        return parse_channel(f"{NAMESPACE}:{room}")
     except ValueError as exc:
         raise Unusable(str(exc)) from None
 
 
-def _out_of_place(char: str) -> bool:
-    return char in "{}%" or char.isspace() or not char.isprintable()
-
-
 def room_of(channel: Channel) -> str:
-    """The room of a workspace."""
-    return unquote(channel.removeprefix(f"{NAMESPACE}:"))
+    """Return the room of a channel."""
+    return channel.removeprefix(f"{NAMESPACE}:")
 
 
 def is_socket(room: str) -> bool:

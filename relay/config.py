@@ -282,8 +282,8 @@ def _class_of(section: str, classes: Mapping[str, type[Section]], where: str) ->
             name = ":"
         if ":" in name:
             raise ConfigError(
-                f"{where}: a namespace's name has no ':', white space or braces; it is what stands"
-                " before a channel's first ':'"
+                f"{where}: a namespace's name has no ':'; it is the 1 to 255 characters before a"
+                " channel's first ':'"
             )
         return NamespaceSettings
     for name, cls in classes.items():

@@ -15,18 +15,22 @@ Channel = NewType("Channel", str)
 
 # Doors map their own nouns into these prefixes; as namespaces of other doors they are refused.
 RESERVED_NAMESPACES = frozenset({"seafile", "pydio", "axr"})
-# Redis keys hold the channel between braces: a brace in a channel would move its hash slot, and
-# control characters would break an operator's terminal and an SSE line.
-# A lone surrogate has no UTF-8, so no key could be made of it.
-_CHANNEL = re.compile(r"[^\x00-\x20\x7f{}\ud800-\udfff]{1,255}")
+# Every character is allowed except lone surrogates, which have no UTF-8. Keys escape what would
+# break them, see relay/stream/keys.py.
+_CHANNEL = re.compile(r"[^\ud800-\udfff]{1,255}", re.DOTALL)
 
 
 def parse_channel(text: str) -> Channel:
-    """`text` as a channel; ValueError where no stream key can be made of it (1 to 255 characters,
-    no white space, braces or control characters)."""
+    """Return `text` as a channel. Raise ValueError if it is empty, too long or not valid UTF-8."""
     if not _CHANNEL.fullmatch(text):
-        raise ValueError("a channel is 1 to 255 characters without white space, '{' or '}'")
+        raise ValueError(f"a channel is 1 to 255 characters of valid UTF-8; {_problem(text)}")
     return Channel(text)
+
+
+def _problem(text: str) -> str:
+    if not text:
+        return "this one is empty"
+    return f"this one has {len(text)}" if len(text) > 255 else "this one has half a surrogate pair"
 
 
 def namespace_of(channel: Channel) -> str:

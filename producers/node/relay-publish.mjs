@@ -76,9 +76,10 @@ async function publishOrSpool(channel, data, given) {
     fields.push(name, Array.isArray(value) ? JSON.stringify(value) : String(value));
   }
   check(channel, options, fields);
-  const stream = `${prefix}stream:{${channel}}`;
+  const tag = escape(channel);
+  const stream = `${prefix}stream:{${tag}}`;
   const words = [...(maxlen ? ["MAXLEN", "~", maxlen] : []), "*", ...fields];
-  const mark = `${prefix}uid:{${channel}}:${uid}`;
+  const mark = `${prefix}uid:{${tag}}:${uid}`;
   const command =
     uid === undefined
       ? ["XADD", stream, ...words]
@@ -158,10 +159,18 @@ function locked(fd, limitMs) {
   });
 }
 
+// A channel's name as it stands in keys; see `escape` in relay/stream/keys.py.
+function escape(channel) {
+  return channel.replace(
+    /[\x00-\x20{}\x7f]|%(?=[01][0-9A-F]|2[05]|7[BDF])/g,
+    (found) => `%${found.charCodeAt(0).toString(16).toUpperCase().padStart(2, "0")}`,
+  );
+}
+
 // Refuse what the relay would have to put to the dead letters.
 function check(channel, { type, uid, to }, fields) {
-  if (!/^[^\x00-\x20\x7f{}]{1,255}$/u.test(channel))
-    throw new PublishError("a channel is 1 to 255 characters without white space, '{' or '}'");
+  if (!/^[^\ud800-\udfff]{1,255}$/u.test(channel))
+    throw new PublishError("a channel is 1 to 255 characters of valid UTF-8");
   if (type !== undefined && /^relay:|[\x00-\x1f\x7f]/.test(type))
     throw new PublishError("type is reserved or has a control character");
   if (Array.isArray(to) ? !to.length : to !== undefined && !/[^,\s]/.test(to))

@@ -84,9 +84,10 @@ function relay_publish_or_spool(string $channel, $data, array $options): array
     relay_check($channel, $fields);
     $words = $options['maxlen'] ? ['MAXLEN', '~', $options['maxlen'], '*'] : ['*'];
     $words = array_merge($words, $fields);
-    $stream = "{$options['prefix']}stream:{{$channel}}";
+    $tag = relay_escape($channel);
+    $stream = "{$options['prefix']}stream:{{$tag}}";
     if (isset($options['uid'])) {
-        $mark = "{$options['prefix']}uid:{{$channel}}:{$options['uid']}";
+        $mark = "{$options['prefix']}uid:{{$tag}}:{$options['uid']}";
         $command = ['EVAL', RELAY_APPEND_ONCE, 2, $stream, $mark, $options['window_s'] * 1000];
     } else {
         $command = ['XADD', $stream];
@@ -172,12 +173,22 @@ function relay_open(string $path, string $mode)
     return $file;
 }
 
+/** A channel's name as it stands in keys; see `escape` in relay/stream/keys.py. */
+function relay_escape(string $channel): string
+{
+    return preg_replace_callback(
+        '/[\x00-\x20{}\x7f]|%(?=[01][0-9A-F]|2[05]|7[BDF])/',
+        fn (array $found): string => sprintf('%%%02X', ord($found[0])),
+        $channel
+    );
+}
+
 /** Refuse what the relay would have to put to the dead letters. */
 function relay_check(string $channel, array $fields): void
 {
     $wrong = null;
-    if (!preg_match('/^[^\x00-\x20\x7f{}]{1,255}$/Du', $channel)) {
-        $wrong = "a channel is 1 to 255 characters without white space, '{' or '}'";
+    if (!preg_match('/^.{1,255}$/Dsu', $channel)) {
+        $wrong = 'a channel is 1 to 255 characters of valid UTF-8';
     }
     foreach (array_chunk($fields, 2) as [$name, $value]) {
         if (!preg_match('//u', $value)) {

@@ -27,7 +27,7 @@ async def streams(site: Site, options: argparse.Namespace) -> int:
     found.sort(key=lambda stream: stream.channel)
     if options.json:
         for stream in found:
-            emit(_values(stream, site.config.namespace(stream.channel), alive))
+            emit(_values(site, stream, alive))
     elif found:
         _show(site, found, alive)
     if not found:
@@ -54,6 +54,10 @@ def _show(site: Site, found: list[StreamOverview], alive: set[str]) -> None:
                 _behind(worst) if worst else "-",
             ]
         )
+        key = site.keys.stream(stream.channel).decode()
+        if f"{{{stream.channel}}}" not in key:
+            # Only if it cannot be guessed from the name.
+            rows.append([f"  key: {key}"])
         # A line of its own for each that is not simply alive and up to date.
         rows += [
             [f"  {follower.name}: {_behind(follower)}{_state(follower, alive)}"]
@@ -85,12 +89,11 @@ def _retention(namespace: NamespaceSettings) -> str:
     return ", ".join(limits) or "none"
 
 
-def _values(
-    stream: StreamOverview, namespace: NamespaceSettings, alive: set[str]
-) -> dict[str, object]:
-    state = stream.state
+def _values(site: Site, stream: StreamOverview, alive: set[str]) -> dict[str, object]:
+    state, namespace = stream.state, site.config.namespace(stream.channel)
     return {
         "channel": stream.channel,
+        "key": site.keys.stream(stream.channel).decode(),
         "entries": state.length,
         "first": optional(state.first),
         "last": optional(state.last) if state.added else None,

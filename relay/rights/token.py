@@ -160,15 +160,20 @@ class TokenReader:
             raise Unauthorized(
                 "the token's client must be at most 255 characters without control characters"
             )
-        channels = _names(claims, "channels")
+        channels = _texts(claims, "channels")
         try:
             for channel in channels:
                 parse_channel(channel)
         except ValueError as exc:
             raise Unauthorized(f"the token's channels: {exc}") from None
+        groups = _texts(claims, "groups")
+        if not all(map(_NAME.fullmatch, groups)):
+            raise Unauthorized(
+                "the token's groups must be texts of 1 to 255 characters without control characters"
+            )
         return Principal(
             user=user,
-            groups=frozenset(_names(claims, "groups")),
+            groups=frozenset(groups),
             client=client,
             expires_at=expires_at,
             channels=frozenset(name for name in channels if "*" not in name),
@@ -191,16 +196,14 @@ def _time(claims: dict[str, Any], name: str) -> float | None:
     raise Unauthorized(f"the token's {name} is not a time in seconds")
 
 
-def _names(claims: dict[str, Any], name: str) -> tuple[str, ...]:
+def _texts(claims: dict[str, Any], name: str) -> tuple[str, ...]:
     value = claims.get(name)
     if value is None:
         return ()
     if not isinstance(value, list) or len(value) > LIMIT_NAMES:
         raise Unauthorized(f"the token's {name} is not a list of at most {LIMIT_NAMES} names")
-    if not all(isinstance(each, str) and _NAME.fullmatch(each) for each in value):
-        raise Unauthorized(
-            f"the token's {name} must be texts of 1 to 255 characters without control characters"
-        )
+    if not all(isinstance(each, str) for each in value):
+        raise Unauthorized(f"the token's {name} must be texts")
     return tuple(value)
 
 

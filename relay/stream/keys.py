@@ -28,6 +28,10 @@ Cluster slot; a command or transaction over several keys stays within one worksp
 | `<p>takers`               | zset    | who takes commands, until when (ms) | them; expires        |
 | `<name>`, `<name>.<n>`    | list    | queue of commands; no prefix        | who takes them       |
 
+`{C}` is the channel's name between braces. Within it, white space (ASCII), control characters, `{`
+and `}` are written as `%XX`, for example `relay:stream:{ws-ü%20&%20co}`; `%` itself only where it
+would look like one of these (see `escape`). All other names stand as they are.
+
 (1) Retention trims entries. Workers and a job remove streams that were never appended to and have
 no follower (`unused.py`). (2) The job for dead workers removes their groups, registration and
 clients.
@@ -39,8 +43,23 @@ import re
 
 from relay.model import Channel, EntryID, parse_channel
 
+# A brace would move the hash slot, and white space or a control character would make the key hard
+# to type or unsafe to show. The set is ASCII only: producers in every language have to agree on it.
+_ESCAPED = "[01][0-9A-F]|2[05]|7[BDF]"
+_OUT_OF_PLACE = re.compile(rf"[\x00-\x20{{}}\x7f]|%(?={_ESCAPED})")
+_ESCAPE = re.compile(rf"%({_ESCAPED})")
 # What SCAN MATCH and ACL patterns read as wildcards (Redis `stringmatchlen`).
 _GLOB = re.compile(rb"([*?\[\]\\^])")
+
+
+def escape(name: str) -> str:
+    """Return `name` as keys contain it; names without the escaped characters are unchanged."""
+    return _OUT_OF_PLACE.sub(lambda found: f"%{ord(found[0]):02X}", name)
+
+
+def unescape(text: str) -> str:
+    """Return the name of which `escape` made `text`."""
+    return _ESCAPE.sub(lambda found: chr(int(found[1], 16)), text)
 
 
 class Keys:
@@ -72,31 +91,35 @@ class Keys:
 
     def stream(self, channel: Channel) -> bytes:
         """The stream of one workspace."""
-        return f"{self._text}stream:{{{channel}}}".encode()
+        return f"{self._text}stream:{{{escape(channel)}}}".encode()
 
     def rights(self, channel: Channel) -> bytes:
         """Hash of user -> `r`, `rw` or `-`."""
-        return f"{self._text}rights:{{{channel}}}".encode()
+        return f"{self._text}rights:{{{escape(channel)}}}".encode()
 
     def ephemeral(self, channel: Channel) -> bytes:
         """The pub/sub channel of one workspace's live-only events."""
-        return f"{self._text}ephemeral:{{{channel}}}".encode()
+        return f"{self._text}ephemeral:{{{escape(channel)}}}".encode()
 
     def dead_letter_mark(self, channel: Channel, entry_id: EntryID) -> bytes:
         """Set by the one worker that writes the dead letter of this entry."""
-        return f"{self._text}dead-letter:{{{channel}}}:{entry_id}".encode()
+        return f"{self._text}dead-letter:{{{escape(channel)}}}:{entry_id}".encode()
 
     def requeued(self, channel: Channel, letter_id: EntryID) -> bytes:
         """The ID of the entry that this dead letter, as one of the site's, has become again."""
-        return f"{self._text}requeued:{{{channel}}}:{letter_id}".encode()
+        return f"{self._text}requeued:{{{escape(channel)}}}:{letter_id}".encode()
 
     def uid(self, channel: Channel, uid: str) -> bytes:
         """The ID of the first entry that its producer gave this `uid`."""
-        return f"{self._text}uid:{{{channel}}}:{uid}".encode()
+        return f"{self._text}uid:{{{escape(channel)}}}:{uid}".encode()
 
     def streams_matching(self, pattern: str) -> bytes:
         """For SCAN MATCH: the streams of the channels that match the glob `pattern`."""
-        return _GLOB.sub(rb"\\\1", self._stream) + pattern.encode(errors="surrogateescape") + b"}"
+        return (
+            _GLOB.sub(rb"\\\1", self._stream)
+            + escape(pattern).encode(errors="surrogateescape")
+            + b"}"
+        )
 
     def node(self, instance: str) -> bytes:
         """The heartbeat of one worker."""
@@ -108,7 +131,7 @@ class Keys:
 
     def store(self, name: str) -> bytes:
         """A small value of a door: `<door>:<what>:<id>`."""
-        return f"{self._text}store:{name}".encode()
+        return f"{self._text}store:{escape(name)}".encode()
 
     def users(self, instance: str) -> bytes:
         """How many connections each user has on one worker."""
@@ -116,7 +139,7 @@ class Keys:
 
     def presence(self, channel: Channel) -> bytes:
         """Who is in one workspace: client -> worker and info."""
-        return f"{self._text}presence:{{{channel}}}".encode()
+        return f"{self._text}presence:{{{escape(channel)}}}".encode()
 
     def present(self, instance: str) -> bytes:
         """The channels in which clients of one worker are present."""
@@ -159,6 +182,9 @@ class Keys:
         if not (key.startswith(start) and key.endswith(b"}")):
             return None
         try:
-            return parse_channel(key[len(start) : -1].decode())
-        except ValueError:  # not UTF-8, or a name that no door would accept
+            text = key[len(start) : -1].decode()
+            channel = parse_channel(unescape(text))
+        except ValueError:  # not UTF-8, empty or too long
             return None
+        # A name that was not escaped as above belongs to nobody: its channel has another key.
+        return channel if escape(channel) == text else None

@@ -138,7 +138,6 @@ async def test_a_gap_is_a_notice(
     ("command", "code"),
     [
         ({"cmd": "subscribe"}, "bad_request"),
-        ({"cmd": "subscribe", "channel": "a b"}, "bad_request"),
         ({"cmd": "subscribe", "channel": 1}, "bad_request"),
         ({"cmd": "subscribe", "channel": "x", "lastEventId": "0-0"}, "bad_request"),
         ({"cmd": "subscribe", "channel": "x", "last_event_id": "never"}, "bad_request"),

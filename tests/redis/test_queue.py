@@ -139,7 +139,9 @@ async def test_broken_ones_are_dead_letters_and_the_next_ones_flow(
         '{"method":"unsubscribe","params":{"user":"u","channel":"axr:r"}}': "namespace not found",
         '{"method":"publish"}': "no params",
         publish("1", "seafile:r"): "namespace not found",
-        publish("1", "a b"): "a channel is 1 to 255 characters without white space, '{' or '}'",
+        publish(
+            "1", "x" * 256
+        ): "a channel is 1 to 255 characters of valid UTF-8; this one has 256",
         publish(f'"{"x" * 10_000}"'): "too large: 10007 bytes",
         publish("1", uid="u" * 300): "uid of more than 255 bytes",
         publish("1", type="relay:gap"): "reserved type",

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from xml.sax.saxutils import quoteattr
+from xml.sax.saxutils import escape, quoteattr
 
 import aiohttp
 from aiohttp import web
@@ -136,7 +136,7 @@ def _user_xml(user: User) -> str:
         f'<repo access_type="fs" id={quoteattr(key)} repository_type="workspace"'
         f' repositorySlug={quoteattr(key)} acl="{acl}"'
         + (' hasMask="true"' if key in user.masked else "")
-        + f"><label>{key}</label></repo>"
+        + f"><label>{escape(key)}</label></repo>"
         for key, acl in user.acl.items()
     )
     return (

@@ -164,7 +164,7 @@ def test_values_keep_percent_hash_and_semicolon_and_go_on_in_the_next_line(
         ("[DEFAULT]\nport = 1\n", "[DEFAULT]: no such section"),
         ("[namespace:a:b]\n", "[namespace:a:b]: a namespace's name has no ':'"),
         ("[namespace:]\n", "a namespace's name has no ':'"),
-        ("[namespace:a b]\n", "white space"),
+        (f"[namespace:{'x' * 256}]\n", "1 to 255 characters"),
         ("port = 1\n", "relay.ini: line 1: a setting stands before the first [section]"),
         ("[server]\nport\n", "relay.ini: line 2: neither a [section] nor KEY = VALUE"),
         ("[server]\n[server]\n", "relay.ini: line 2: [server] is there twice"),

@@ -40,8 +40,10 @@ class Browser(Registration):
             self._close(POLICY, "too many messages")
             return
         match codec.parse(text):
-            case codec.Register(repository):
-                self.register(repository)
+            case codec.Register(asked):
+                # phpws compares loosely, so white space around an ID counts only if it is part of
+                # the ID.
+                self.register(asked if self.account.may_read(asked) else asked.strip())
             case codec.Unregister():
                 self.unregister()
             case None:

@@ -44,7 +44,7 @@ def parse(text: bytes) -> Register | Unregister | None:
     if not colon:
         return None
     if verb == "register":
-        return Register(rest.strip())
+        return Register(rest)
     return Unregister() if verb == "unregister" else None
 
 

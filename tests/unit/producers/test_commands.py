@@ -90,9 +90,10 @@ def test_channels_of_other_doors_are_refused(name: str) -> None:
         commands.plain_publish(text)
 
 
-def test_a_name_that_no_workspace_can_have_is_refused() -> None:
+@pytest.mark.parametrize("name", ["", "x" * 256, "\ud800"])
+def test_a_name_that_no_workspace_can_have_is_refused(name: str) -> None:
     with pytest.raises(Undeliverable):
-        commands.checked_channel("a b")
+        commands.checked_channel(name)
 
 
 @pytest.mark.parametrize(

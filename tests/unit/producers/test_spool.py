@@ -97,9 +97,7 @@ def test_lines_that_are_none_say_why_and_do_not_stop_the_others(tmp_path: Path) 
     kept = spool(tmp_path)
     kept.append(event(1))
     with kept.path.open("ab") as file:
-        file.write(
-            b'oops\n{"uid":"u","channel":"a b","data":"1"}\n{"channel":"a","data":"1"}\n[]\n'
-        )
+        file.write(b'oops\n{"uid":"u","channel":"","data":"1"}\n{"channel":"a","data":"1"}\n[]\n')
     kept.append(event(2))
     batch = kept.batch()
     reasons = [line.reason for line in batch.lines]

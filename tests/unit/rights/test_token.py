@@ -206,8 +206,6 @@ def test_a_token_must_name_a_user(sub: object) -> None:
         [1],
         [None],
         [""],
-        ["a b"],
-        ["a{b"],
         ["x" * 256],
         ["\ud800"],
         5,
@@ -299,7 +297,7 @@ def test_a_token_may_be_signed_for_ever() -> None:
 
 def test_nothing_is_signed_that_would_be_refused() -> None:
     reader = TokenReader(settings())
-    for user, channels in (("", []), ("ann", ["a b"])):
+    for user, channels in (("", []), ("ann", [""])):
         with pytest.raises(Unauthorized):
             reader.sign(user, channels)
     with pytest.raises(Unauthorized, match="expired"):

@@ -40,7 +40,7 @@ def test_decode_gives_back_what_was_encoded(command: ControlCommand) -> None:
         [b"command", b"disconnect"],
         [b"command", b"disconnect", b"user", b"\xff"],
         [b"command", b"unsubscribe", b"channel", b"news"],
-        [b"command", b"unsubscribe", b"user", b"anna", b"channel", b"a b"],
+        [b"command", b"unsubscribe", b"user", b"anna", b"channel", b""],
         [b"command", b"disconnect", b"user", b"anna", b"channel", b"news"],
         [b"user"],
         [b"command", b"door", b"door", b"socketio"],

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.model import Channel, EntryID, parse_channel
-from relay.stream.keys import Keys
+from relay.stream.keys import Keys, escape, unescape
 
-
-def _is_channel(text: str) -> bool:
-    try:
-        parse_channel(text)
-        text.encode()
-    except ValueError:
-        return False
-    return True
-
-
-channels = st.text(min_size=1, max_size=60).filter(_is_channel).map(Channel)
+# Half of the characters are those that matter to the escaping.
+_characters = st.sampled_from(" %{}:*\t\n\x00\x7f07BDF25aü") | st.characters(codec="utf-8")
+channels = st.text(_characters, min_size=1, max_size=60).map(parse_channel)
 prefixes = st.text(st.characters(exclude_characters="{} \t\n", codec="utf-8"), max_size=10)
 
 
@@ -46,6 +39,46 @@ def test_names() -> None:
     assert (keys.canary("a:1"), keys.lease("trim")) == (b"relay:canary:a:1", b"relay:lease:trim")
 
 
+@given(name=channels)
+def test_escaping_is_reversible_and_keeps_ordinary_names(name: Channel) -> None:
+    text = escape(name)
+    assert unescape(text) == name
+    # Nothing that would move the hash slot, break a line or has to be quoted for a terminal.
+    assert not any(char <= " " or char in "{}\x7f" for char in text)
+    if not any(char <= " " or char in "{}%\x7f" for char in name):
+        assert text == name
+
+
+@given(one=channels, other=channels)
+def test_two_names_never_share_a_key(one: Channel, other: Channel) -> None:
+    keys = Keys("relay:")
+    assert (keys.stream(one) == keys.stream(other)) == (one == other)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("ws-ü & co", "relay:stream:{ws-ü%20&%20co}"),
+        ("a{b}\n", "relay:stream:{a%7Bb%7D%0A}"),
+        ("100%", "relay:stream:{100%}"),
+        ("100%20", "relay:stream:{100%2520}"),
+        ("%7b%41", "relay:stream:{%7b%41}"),
+    ],
+)
+def test_escaped_names(name: str, key: str) -> None:
+    keys = Keys("relay:")
+    assert keys.stream(parse_channel(name)) == key.encode()
+    assert keys.channel_of_stream(key.encode()) == name
+
+
+@given(text=st.text(_characters, min_size=1, max_size=30))
+def test_a_key_that_is_not_escaped_as_ours_belongs_to_no_channel(text: str) -> None:
+    keys = Keys("relay:")
+    key = f"relay:stream:{{{text}}}".encode()
+    channel = keys.channel_of_stream(key)
+    assert channel is None or keys.stream(channel) == key
+
+
 def test_foreign_keys_have_no_channel() -> None:
     keys = Keys("relay:")
     for key in (
@@ -56,6 +89,7 @@ def test_foreign_keys_have_no_channel() -> None:
         b"relay:strea",
         b"relay:stream:{\xff}",
         b"relay:stream:{a}b}",
+        b"relay:stream:{%2541}",
     ):
         assert keys.channel_of_stream(key) is None
 

@@ -237,6 +237,20 @@ function whereText() {
   return positions.get(channels[0]).id || "the position it had";
 }
 
+// White space separates names in the field; within a name it is written as %20, as in Redis keys
+// (relay/stream/keys.py, but any white space).
+function escaped(name) {
+  return name.replace(/\s|%(?=[0-9A-F]{2})/g, (found) => encodeURIComponent(found));
+}
+
+function unescaped(text) {
+  try {
+    return text.replace(/(%[0-9A-F]{2})+/g, decodeURIComponent);
+  } catch {
+    return text; // no escape of ours
+  }
+}
+
 function remember(wish) {
   sessionStorage.setItem("relay:form", JSON.stringify({ channels, token, wish }));
 }
@@ -244,7 +258,7 @@ function remember(wish) {
 function follow() {
   stop();
   if (pending.length) flush();
-  const wanted = at("channels").value.split(/\s+/).filter(Boolean);
+  const wanted = at("channels").value.split(/\s+/).filter(Boolean).map(unescaped);
   channels = [...new Set(wanted)].sort();
   token = at("token").value.trim();
   if (!channels.length) return;
@@ -294,7 +308,7 @@ function readFragment() {
   const given = new URLSearchParams(location.hash.slice(1));
   const named = given.getAll("channel").filter(Boolean);
   const tokenGiven = given.get("token");
-  if (named.length) at("channels").value = named.join(" ");
+  if (named.length) at("channels").value = named.map(escaped).join(" ");
   if (tokenGiven !== null) at("token").value = tokenGiven;
   return named.length > 0 && tokenGiven !== null;
 }
@@ -307,7 +321,7 @@ function start() {
     sessionStorage.removeItem("relay:form");
   }
   if (stored) {
-    at("channels").value = stored.channels.join(" ");
+    at("channels").value = stored.channels.map(escaped).join(" ");
     at("token").value = stored.token;
   }
   const fresh = readFragment();

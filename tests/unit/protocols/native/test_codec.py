@@ -184,7 +184,6 @@ def test_commands_are_understood(frame: str, command: codec.Command) -> None:
         ('{"cmd":"subscribe"}', "needs channel"),
         ('{"cmd":"subscribe","channel":null}', "needs channel"),
         ('{"cmd":"subscribe","channel":7}', "needs channel"),
-        ('{"cmd":"subscribe","channel":"a b"}', "255 characters"),
         ('{"cmd":"subscribe","channel":"' + "x" * 256 + '"}', "255 characters"),
         ('{"cmd":"subscribe","channel":"news","last_event_id":5}', "last_event_id is"),
         ('{"cmd":"subscribe","channel":"news","last_event_id":""}', "last_event_id is"),
@@ -200,7 +199,7 @@ def test_anything_else_is_refused_in_words(frame: str, said: str) -> None:
 def test_a_refusal_still_names_ref_and_channel() -> None:
     """So that a client knows which of its commands it was."""
     with pytest.raises(codec.BadCommand) as refused:
-        codec.parse_command('{"cmd":"subscribe","channel":"a b","ref":7}')
+        codec.parse_command('{"cmd":"subscribe","channel":"a b","token":"t","ref":7}')
     assert (refused.value.ref, refused.value.channel) == (7, "a b")
 
 

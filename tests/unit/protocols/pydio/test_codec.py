@@ -18,7 +18,7 @@ ONE = Channel("pydio:1")
     ("text", "message"),
     [
         (b"register:1", codec.Register("1")),
-        (b"register: 9f2ab ", codec.Register("9f2ab")),
+        (b"register: 9f2ab ", codec.Register(" 9f2ab ")),
         (b"register:a:b", codec.Register("a:b")),
         (b"register:", codec.Register("")),
         (b"unregister:", codec.Unregister()),

@@ -19,14 +19,15 @@ def test_user_group_and_workspaces() -> None:
         '<user groupPath="/a &amp; b" id="ann"><active_repo id="1" write="1" read="1"/>'
         '<repositories><repo access_type="fs" id="1" repositorySlug="one" acl="rw"><label>One'
         '</label></repo><repo id="2" acl="r" hasMask="true" /><repo id="3" acl="w"/>'
-        '<repo id="4" acl=""/><repo id="a b" acl="rw"/><repo acl="rw"/></repositories>'
+        '<repo id="4" acl=""/><repo id="a b" acl="rw"/>'
+        f'<repo id="{"x" * 256}" acl="rw"/><repo acl="rw"/></repositories>'
         '<preferences><pref name="x" value="1"/></preferences><special_rights is_admin="0" />'
         "</user>"
     )
     assert read(xml) == Identity(
         user="ann",
         group_path="/a & b",
-        readable=frozenset({"1", "2", "4"}),
+        readable=frozenset({"1", "2", "4", "a b"}),
         masked=frozenset({"2"}),
     )
 
