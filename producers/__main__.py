@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -27,6 +28,8 @@ from relay.errors import ConfigError, RelayError
 from relay.frontdoor import door_settings
 from relay.stream.keys import Keys
 from relay.stream.nodes import new_instance
+
+_log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"producers: {logs.redact(' '.join(str(exc).split()))}\n")
         return 1
     logs.setup(config.log)
+    for note in config.notes:
+        _log.warning("%s", note)
     uvloop.run(_until_signal(running))
     return 0
 

@@ -20,7 +20,7 @@ from pydantic import Field, SecretStr
 from producers import seaf_events
 from relay.errors import ConfigError, RelayError
 from relay.settings import RedisSettings, Section
-from relay.stream import entry
+from relay.stream import connect, entry
 from relay.stream.append import Appender
 from relay.stream.connect import redis_client
 from relay.stream.nodes import Lease
@@ -187,6 +187,7 @@ class SeafHooks:
         source = context.redis.model_copy(
             update={"url": settings.redis_url, "password": settings.redis_password}
         )
+        connect.check(source, "[producer:seaf_hooks] redis_url")
         return Tap(context, source)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from pydantic import Field, SecretStr
 
 from relay.settings import Section
@@ -20,12 +23,15 @@ class EmitterSettings(Section):
         description="the same Redis as redis://[user:pw@]host:port/db, rediss:// or sentinel://, in place of redis_host; the relay's own may be given too",
     )
     redis_password: SecretStr = Field(SecretStr(""), description="password where the URL has none")
+    same_as: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "namespace": ("protocol:socketio", "namespace")
+    }
+
     namespace: str = Field(
-        "/axr",
-        min_length=1,
+        "",
         max_length=100,
-        pattern=r"^/[^\s,?#]*$",
-        description="the emitters' namespace; others' emits are left alone",
+        pattern=r"^(/[^\s,?#]*)?$",
+        description="the emitters' namespace; emits to other namespaces are ignored; empty: [protocol:socketio] namespace, which it must equal",
     )
     key: str = Field(
         "socket.io",

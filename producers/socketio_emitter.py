@@ -25,7 +25,7 @@ from producers.socketio_heard import Heard
 from producers.socketio_wire import Control
 from relay.errors import ConfigError, RedisUnavailable, RelayError, Unavailable
 from relay.model import EntryID
-from relay.stream import scripts
+from relay.stream import connect, scripts
 from relay.stream.connect import CommandRefused, redis_client
 from relay.stream.nodes import Lease
 from relay.stream.side_link import SideLink
@@ -274,6 +274,7 @@ class SocketIoEmitter:
                 "[producer:socketio_emitter] redis_host: needs the address of the emitters' Redis"
             )
         source = context.redis.model_copy(update={"url": url, "password": settings.redis_password})
+        connect.check(source, "[producer:socketio_emitter] redis_url")
         return Tap(context, settings, source)
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-
-from relay.cli.commands import main
+import signal
 
 if __name__ == "__main__":
+    # Before the imports, which take half a second: the default action of these two would end a
+    # relay that is starting. `relay.reloading` lets them through.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR1))
+
+    import sys
+
+    from relay.cli.commands import main
+
     sys.exit(main())

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import pickle
 import signal
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
@@ -30,11 +31,12 @@ from relay.metrics import Metrics
 from relay.model import parse_channel
 from relay.pid_file import pid_file
 from relay.pipeline import Admission, Incoming
+from relay.reloading import Reloads, release_signals
 from relay.rights.http import HttpRights
 from relay.rights.policy import Policy
 from relay.rights.token import TokenReader
-from relay.server import Server, node_name
-from relay.siblings import BEAT_S
+from relay.server import Listening, Server, node_name
+from relay.siblings import BEAT_S, REOPEN_LOG, Worker
 from relay.site import Site
 from relay.stream import revoke as revocations
 from relay.stream.append import Appender
@@ -53,8 +55,7 @@ if TYPE_CHECKING:
 
     from relay.config import Config
     from relay.model import Channel
-    from relay.settings import MetricsSettings, NamespaceSettings, RedisSettings, Section
-    from relay.siblings import Worker
+    from relay.settings import NamespaceSettings, RedisSettings, Section
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +79,17 @@ def run(
         return uvloop.run(Relay(config, reload, on_ready, worker).run())
 
 
+def check(config: Config) -> list[Listening]:
+    """Build every part of a relay and start none; return the listeners that it would open.
+
+    Raises what `run` would raise for the same configuration: ConfigError, StartError. It connects
+    to nothing and may be called from any thread.
+    """
+    relay = Relay(config, reload=lambda: config, on_ready=lambda *_: None, check_only=True)
+    asyncio.run(relay.run())
+    return relay.listeners
+
+
 async def revoke(redis: RedisSettings, channel_name: str, user: str) -> str:
     """Write the revocation; the ID of its entry, after which nothing leaves for `user`."""
     channel = parse_channel(channel_name)
@@ -94,9 +106,14 @@ class Relay:
         reload: Callable[[], Config],
         on_ready: Callable[[int, str], None],
         worker: Worker | None = None,
+        *,
+        check_only: bool = False,
     ) -> None:
+        """`check_only`: `run` returns once all parts are built; see `check`."""
         self._config = config
-        self._load_again = reload
+        self._check_only = check_only
+        self.listeners: list[Listening] = []
+        self._reloads = Reloads(reload, lambda: self._config, self._reload)
         self._on_ready = on_ready
         self._worker = worker
         self._stop = asyncio.Event()
@@ -109,9 +126,12 @@ class Relay:
     async def run(self) -> int:
         """Start, serve, stop."""
         async with contextlib.AsyncExitStack() as stack:
-            self._handle_signals()
+            if not self._check_only:
+                self._handle_signals()
             redis = await parts.reachable_redis(
-                self._config.redis, stack, is_worker=self._worker is not None
+                self._config.redis,
+                stack,
+                starts_it=self._worker is None and not self._check_only,
             )
             client = await stack.enter_async_context(redis_client(redis))
             self._background = await stack.enter_async_context(asyncio.TaskGroup())
@@ -229,9 +249,15 @@ class Relay:
             presence=site.presence,
         )
         server = Server(metrics=metrics, ready=lambda: self._not_ready(reader))
+        self.listeners = server.plan(config, self._doors)
+        producers = list(parts.producers(config, metrics, redis, keys, instance, self._namespace))
+        if self._check_only:
+            return
         reading = self._spawn(self._keep_reading(reader), name="reader")
+        settings = self._obey_supervisor() if self._worker else self._reloads.run()
         tasks = [
             reading,
+            self._spawn(settings, name="settings"),
             self._spawn(appender.run(), name="appends"),
             self._spawn(site.run(), name="site"),
             self._spawn(heartbeat.run(), name="heartbeat"),
@@ -240,7 +266,6 @@ class Relay:
             self._spawn(seats.run(), name="seats"),
             self._spawn(incoming.write_dead_letters(client, keys, node), name="dead-letters"),
         ]
-        producers = parts.producers(config, metrics, redis, keys, instance, self._namespace)
         taking = [self._spawn(each.run(), name=f"producer {name}") for name, each in producers]
         tasks += taking
         try:
@@ -249,12 +274,8 @@ class Relay:
                 async with asyncio.timeout(_FIRST_READ_S):
                     await reader.wait_ready()
                     await site.wait_open()
-            port = await server.start(
-                config.server,
-                self._metrics_settings(),
-                [(door, section) for _, door, section in self._doors],
-                shared_ports=self._worker is not None,
-            )
+            number = self._worker.number if self._worker else None
+            port = await server.start(config, self.listeners, number)
             jobs.start()
             if self._worker:
                 balance = Balance(self._worker, lambda: hub.total)
@@ -293,11 +314,11 @@ class Relay:
         for name, door in find_doors().items():
             section = self._config.doors[f"protocol:{name}"]
             mounted = door.mount(context, section)
-            if mounted is None:
-                _log.info("door %s is shut", name)
-            else:
+            if mounted is not None:
                 self._doors.append((name, mounted, section))
-        if not self._config.jwt.key.get_secret_value():
+            elif not self._check_only:
+                _log.info("Protocol %s is disabled: its URLs return 404", name)
+        if not self._check_only and not self._config.jwt.key.get_secret_value():
             _log.warning("[jwt] key is empty: tokens are refused")
 
     def _http_rights(self, config: Config) -> HttpRights | None:
@@ -311,14 +332,6 @@ class Relay:
             return "streams are not being read"
         others = self._worker.siblings.not_ready() if self._worker else []
         return f"worker {', '.join(map(str, others))} is not ready" if others else ""
-
-    def _metrics_settings(self) -> MetricsSettings:
-        """With a listener of its own for metrics, each worker has its own: they are scraped one by
-        one."""
-        settings = self._config.metrics
-        if not self._worker or not settings.port:
-            return settings
-        return settings.model_copy(update={"port": settings.port + self._worker.number - 1})
 
     async def _beat(self, worker: Worker, reader: Reader, balance: Balance) -> None:
         """Tells the other workers of this host, until the order to stop."""
@@ -339,7 +352,11 @@ class Relay:
     def _spawn(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
         if self._background is None:
             raise RuntimeError("not running")
-        return self._background.create_task(coroutine, name=name)
+        task = self._background.create_task(coroutine, name=name)
+        if self._check_only:
+            # Cancelled before its first step, it does nothing.
+            task.cancel()
+        return task
 
     def _spawn_for_door(
         self, coroutine: Coroutine[Any, Any, None], *, name: str
@@ -364,8 +381,10 @@ class Relay:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_stop_signal)
-        loop.add_signal_handler(signal.SIGHUP, self._on_reload_signal)
-        loop.add_signal_handler(signal.SIGUSR1, logs.reopen)
+        if self._worker is None:
+            loop.add_signal_handler(signal.SIGHUP, self._reloads.ask)
+            loop.add_signal_handler(signal.SIGUSR1, logs.reopen)
+            release_signals()
 
     def _on_stop_signal(self) -> None:
         if self._stop.is_set():
@@ -373,18 +392,20 @@ class Relay:
             os._exit(1)
         self._stop.set()
 
-    def _on_reload_signal(self) -> None:
-        """New namespaces, limits, secrets and log level; a bad file changes nothing."""
-        try:
-            config = self._load_again()
-            tokens = TokenReader(config.jwt)
-            http = self._http_rights(config)
-        except RelayError as exc:
-            _log.error("not reloaded, the old settings stay: %s", exc)  # no bug
-            return
+    async def _obey_supervisor(self) -> None:
+        """Carry out the supervisor's messages: a configuration, or to open the log file again."""
+        async for message in Worker.messages():
+            if message == REOPEN_LOG:
+                logs.reopen()
+            else:
+                # The supervisor's own process made it.
+                self._reload(pickle.loads(message))  # noqa: S301
+
+    def _reload(self, config: Config) -> None:
+        """Use new namespaces, limits, secrets and log level. They have passed `check`."""
         self._config = config
-        self._tokens = tokens
-        self._admission.policy.reload(config.namespace, http)
+        self._tokens = TokenReader(config.jwt)
+        self._admission.policy.reload(config.namespace, self._http_rights(config))
         self._hub.connections_per_user = config.hub.connections_per_user
         self._seats.limit = config.hub.connections_per_user
         for name, door, _ in self._doors:

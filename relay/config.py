@@ -12,6 +12,7 @@ A section [namespace:NAME] takes what it does not set from [namespace]; a door's
 from __future__ import annotations
 
 import configparser
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -63,11 +64,28 @@ FLAGS: Mapping[str, tuple[str, str]] = {
     "redis": ("redis", "url"),
 }
 
-# Kubernetes and Docker set these for a service or container that is named relay.
+# Kubernetes and Docker set these for services and containers named relay or relay-NAME.
 _SERVICE_LINK = re.compile(
-    r"RELAY_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+    r"RELAY_(PORT|(\w+_)?"
+    r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?))"
 )
+# A service named relay-server sets RELAY_SERVER_PORT, which is a setting's name, to such a value.
+_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
+# Placeholders of the documentation and of other projects' examples: anybody knows them.
+_PLACEHOLDER = re.compile(
+    r"(?is)\s*(the (one|secret|key) that .*|the .* key of .*|jwt_private_key\b.*"
+    r"|<[^<>]*>|\$\{.*\}|change[ _-]?me.*"
+    r"|(your|replace|insert)[ _-].*)\s*"
+)
+# Sections that a reload changes, besides protocols' own, [log] level and
+# [hub] connections_per_user.
+_RELOADED = ("rights", "jwt", "namespaces", "notes")
 _NAMESPACE = "namespace:"
+# How to change a setting that has its default: the shortest way.
+_BY_DEFAULT = {
+    "[server] port": "[server] port (--port N)",
+    "[server] host": "[server] host (--host)",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +94,8 @@ class Config:
 
     `namespaces` has the sections [namespace:NAME] by name, and [namespace] itself under ''; `doors`
     and `producers` have theirs by the sections' full names.
-    `notes` are what the operator should know of other servers' configurations.
+    `notes` are lines for the operator: unknown variables, and what other servers' configurations
+    say without effect. `origins` has the place of each setting that was given, by `[section] key`.
     """
 
     node: NodeSettings
@@ -95,6 +114,14 @@ class Config:
     producers: Mapping[str, Section]
     insecure: bool = False
     notes: Sequence[str] = field(default=(), compare=False)
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def where(self, setting: str) -> str:
+        """Return `setting` ([section] key) and the file, variable or option that sets it."""
+        origin = self.origins.get(setting, "")
+        if not origin:
+            return _BY_DEFAULT.get(setting, setting)
+        return origin if setting in origin else f"{setting} (set by {origin})"
 
     def namespace(self, channel: Channel) -> NamespaceSettings:
         """The rules of this channel's namespace."""
@@ -126,11 +153,15 @@ def load(
     doors: Mapping[str, type[Section]],
     producers: Mapping[str, type[Section]] | None = None,
     foreign: Sequence[Translation] = (),
+    strict: bool = False,
 ) -> Config:
-    """The configuration of one start or reload; ConfigError where anything in it is wrong.
+    """Return the configuration of one start or reload; raise ConfigError if anything is wrong.
 
-    `overrides` are --set's SECTION.KEY=VALUE; `flags` has values for the names in FLAGS, and
-    `insecure` with any text. `foreign`, later wins, is what other servers' configurations say.
+    Args:
+        overrides: the values of --set, SECTION.KEY=VALUE.
+        flags: values for the names in FLAGS, and `insecure` with any text.
+        foreign: other servers' configurations; later ones win.
+        strict: an unknown RELAY_ variable is an error instead of a note.
     """
     classes = {**SECTIONS, **doors, **(producers or {})}
     sources = [_translated(each) for each in foreign]
@@ -139,7 +170,10 @@ def load(
     named = sorted({name for source in (*sources, sets) for name in source} - classes.keys())
     namespaces = [name for name in named if name.startswith(_NAMESPACE)]
     classes |= {name: _class_of(name, classes, "") for name in named}
-    sources += [_environment(environ, classes), sets, _flags(flags)]
+    unknown: list[str] = []
+    sources += [_environment(environ, classes, unknown), sets, _flags(flags)]
+    if strict and unknown:
+        raise ConfigError(unknown[0])
     given: _Source = {name: {} for name in classes}
     for source in sources:
         for section, values in source.items():
@@ -150,6 +184,7 @@ def load(
         )
         for name, cls in classes.items()
     }
+    sections |= {name: _with_same(name, each, sections) for name, each in sections.items()}
     rules = {"": sections.pop("namespace")}
     rules |= {name.removeprefix(_NAMESPACE): sections.pop(name) for name in namespaces}
     for name, cls in doors.items():
@@ -161,8 +196,49 @@ def load(
         producers={name: sections.pop(name) for name in producers or {}},
         doors=sections,
         insecure="insecure" in flags,
-        notes=[note for each in foreign for note in _notes(each)],
+        origins={
+            f"[{name}] {key}": value.where.rstrip(" =")
+            for name, values in given.items()
+            for key, value in values.items()
+        },
+        notes=[*(note for each in foreign for note in _notes(each)), *unknown],
     )
+
+
+def after_reload(old: Config, new: Config) -> tuple[Config, list[str]]:
+    """Return the configuration in force once `new` was loaded by a running relay.
+
+    Also return the changed settings that take effect only after a restart, as `[section] key`.
+    """
+    kept = {name: getattr(new, name) for name in _RELOADED}
+    kept["log"] = old.log.model_copy(update={"level": new.log.level})
+    limit = new.hub.connections_per_user
+    kept["hub"] = old.hub.model_copy(update={"connections_per_user": limit})
+    kept["doors"] = {
+        name: section.model_copy(
+            update={
+                key: getattr(old.doors[name], key)
+                for key in section.fixed
+                if key in type(section).model_fields
+            }
+        )
+        for name, section in new.doors.items()
+    }
+    current = dataclasses.replace(old, **kept)
+    used = dict(_sections(current))
+    return current, [
+        f"[{name}] {key}"
+        for name, section in _sections(new)
+        for key in type(section).settings()
+        if getattr(section, key) != getattr(used[name], key)
+    ]
+
+
+def _sections(config: Config) -> Iterator[tuple[str, Section]]:
+    """All sections but the namespaces', by name."""
+    yield from ((name, getattr(config, name)) for name in SECTIONS if name != "namespace")
+    yield from config.doors.items()
+    yield from config.producers.items()
 
 
 def _notes(translation: Translation) -> Iterator[str]:
@@ -223,20 +299,28 @@ def _syntax(exc: configparser.Error) -> str:
             return "cannot be understood as an INI file"
 
 
-def _environment(environ: Mapping[str, str], classes: Mapping[str, type[Section]]) -> _Source:
+def _environment(
+    environ: Mapping[str, str], classes: Mapping[str, type[Section]], unknown: list[str]
+) -> _Source:
+    """Return the settings in the environment; append a line to `unknown` for each other name."""
     names: dict[str, list[tuple[str, str]]] = {}
     for section, cls in classes.items():
         for key in _keys(cls):
             names.setdefault(env_name(section, key), []).append((section, key))
     source: _Source = {}
     for name, text in sorted(environ.items()):
-        if not name.startswith("RELAY_") or _SERVICE_LINK.fullmatch(name):
+        if not name.startswith("RELAY_"):
+            continue
+        if name.endswith("_PORT") and _SERVICE_ADDRESS.fullmatch(text):
             continue
         if name not in names:
+            if _SERVICE_LINK.fullmatch(name):
+                continue
             hint = _near(name, names)
             if name.startswith("RELAY_NAMESPACE_"):
                 hint += " (a [namespace:NAME] must be in the file, if only as an empty section)"
-            raise ConfigError(f"environment variable {name}: no setting has this name{hint}")
+            unknown.append(f"environment variable {name}: no setting has this name{hint}")
+            continue
         if others := names[name][1:]:
             one, other = (f"[{section}] {key}" for section, key in (names[name][0], others[0]))
             raise ConfigError(
@@ -343,6 +427,16 @@ def _section(cls: type[Section], given: Mapping[str, _Given], name: str) -> Sect
             texts[secret_key] = _read_secret(value)
         else:
             texts[key] = value.text
+    for key, text in texts.items():
+        if _is_secret(cls, key) and _PLACEHOLDER.fullmatch(text):
+            secret = given.get(key) or given[f"{key}_file"]
+            raise ConfigError(
+                secret.line(
+                    "is a placeholder from an example, which anybody knows; set a secret of"
+                    " your own",
+                    secret=key in given,
+                )
+            )
     try:
         return cls.model_validate(texts)
     except ValidationError as exc:
@@ -355,6 +449,22 @@ def _section(cls: type[Section], given: Mapping[str, _Given], name: str) -> Sect
     problem = str(own) if own else allowed(cls.model_fields[key])
     culprit = given.get(key) or given.get(f"{key}_file") or _Given(f"[{name}] {key} = ", "")
     raise ConfigError(culprit.line(problem, secret=_is_secret(cls, key) and key in given))
+
+
+def _with_same(name: str, section: Section, sections: Mapping[str, Section]) -> Section:
+    """Return the section with the values that another section must have too (`same_as`)."""
+    same: dict[str, object] = {}
+    for key, (other, other_key) in section.same_as.items():
+        value, wanted = getattr(section, key), getattr(sections.get(other), other_key, None)
+        if wanted is None:
+            continue
+        if value and value != wanted:
+            raise ConfigError(
+                f"[{name}] {key} = {value}: must equal [{other}] {other_key}, which is {wanted};"
+                " leave it empty to use that"
+            )
+        same[key] = wanted
+    return section.model_copy(update=same) if same else section
 
 
 def _with_own(sections: dict[str, Section], name: str, field: str) -> Section:

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 
 async def reachable_redis(
-    settings: RedisSettings, stack: contextlib.AsyncExitStack, *, is_worker: bool
+    settings: RedisSettings, stack: contextlib.AsyncExitStack, *, starts_it: bool
 ) -> RedisSettings:
-    """Where Redis is; the embedded one is started first and stopped last."""
+    """Return the settings of the Redis to use; start the embedded one if `starts_it`."""
     if settings.url != "embedded":
         return settings
     local = settings.model_copy(update={"url": f"redis://127.0.0.1:{settings.embedded_port}/0"})
-    if is_worker:
+    if not starts_it:
         return local
     folder = Path(settings.embedded_dir or "data")
     embedded = EmbeddedValkey(folder, settings.embedded_port)

@@ -6,6 +6,7 @@ import errno
 import socket
 import ssl
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,11 +21,24 @@ if TYPE_CHECKING:
     from relay.config import Config
     from relay.frontdoor import Mounted
     from relay.metrics import Metrics
-    from relay.settings import MetricsSettings, Section, ServerSettings
+    from relay.settings import Section, ServerSettings
     from relay.transports.balance import Balance
 
 # A cursor over many channels comes back in one header line (native/README.md, "Cursor").
 _LINE_BYTES = 65536
+_LAST_PORT = 65535
+_ALL_ADDRESSES = {"", "0.0.0.0", "::"}  # noqa: S104  # compared with, not bound
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """One listener as configured: `setting` names its port."""
+
+    host: str
+    port: int
+    setting: str
+    routes: Sequence[web.AbstractRouteDef]
+    tls: ssl.SSLContext | None
 
 
 class Server:
@@ -38,47 +52,64 @@ class Server:
         self._sites: list[GuardedSite] = []
         self._balance: Balance | None = None
 
-    async def start(
-        self,
-        settings: ServerSettings,
-        metrics: MetricsSettings,
-        doors: Sequence[tuple[Mounted, Section]],
-        *,
-        shared_ports: bool = False,
-    ) -> int:
-        """Listen; the shared listener's port. StartError where an address cannot be had.
+    def plan(
+        self, config: Config, doors: Sequence[tuple[str, Mounted, Section]]
+    ) -> list[Listening]:
+        """Return all listeners in the order in which they open, the shared one first.
 
-        `shared_ports`: other workers listen on the doors' ports too.
+        StartError if two of them need the same port, or if a certificate cannot be loaded.
         """
+        server = config.server
         shared = [
-            route for door, section in doors if not _own_port(section) for route in door.routes
+            route for _, door, section in doors if not _own_port(section) for route in door.routes
         ]
         health = [
             web.get("/healthz", self._healthz),
             web.get("/readyz", self._readyz),
             web.get("/metrics", self._exposition),
         ]
-        if not metrics.port:
+        if not config.metrics.port:
             shared += health
-        tls = _tls(settings.tls_cert, settings.tls_key, "[server]")
-        listen = partial(self._listen, backlog=settings.backlog)
-        port = await listen(settings.host, settings.port, shared, tls, reuse_port=shared_ports)
-        for door, section in doors:
-            if not _own_port(section):
-                continue
-            host, own = _own_address(settings, section)
-            cert, key = (str(getattr(section, name, "")) for name in ("tls_cert", "tls_key"))
-            door_tls = _tls(cert, key, "the door's own") or tls
-            await listen(host, own, door.routes, door_tls, reuse_port=shared_ports)
-        for each in (each for door, _ in doors for each in door.listeners):
-            own_tls = _tls(each.tls_cert, each.tls_key, "the door's own") or tls
-            own_tls = None if each.plain else own_tls
-            host = each.host or settings.host
-            await listen(host, each.port, each.routes, own_tls, reuse_port=shared_ports)
-        if metrics.port:
-            # Plain: it is meant for loopback, where the scraper or the probe is.
-            await listen(metrics.host, metrics.port, health, None, reuse_port=False)
-        return port
+        tls = _tls(server.tls_cert, server.tls_key, "[server]")
+        found = [Listening(server.host, server.port, "[server] port", shared, tls)]
+        for name, door, section in doors:
+            whose = f"[protocol:{name}]"
+            if _own_port(section):
+                cert, key = (str(getattr(section, name, "")) for name in ("tls_cert", "tls_key"))
+                own = _tls(cert, key, whose)
+                host, port = _own_address(server, section)
+                found.append(Listening(host, port, f"{whose} port", door.routes, own or tls))
+            for each in door.listeners:
+                setting = f"{whose} {_port_setting(section, each.port)}"
+                own = _tls(each.tls_cert, each.tls_key, whose) or tls
+                own = None if each.plain else own
+                host = each.host or server.host
+                found.append(Listening(host, each.port, setting, each.routes, own))
+        if config.metrics.port:
+            # Without TLS: the listener is meant for a scraper or probe on the same host.
+            host, port = config.metrics.host, config.metrics.port
+            found.append(Listening(host, port, "[metrics] port", health, None))
+        _check_ports(config, found)
+        return found
+
+    async def start(
+        self, config: Config, listeners: Sequence[Listening], worker: int | None
+    ) -> int:
+        """Open the listeners and return the shared one's port; StartError if one cannot open.
+
+        `worker` is the number of this worker if other processes listen on the same ports. Each
+        worker then has a metrics listener of its own, on the ports from [metrics] port on.
+        """
+        for each in listeners:
+            port = each.port
+            shared = worker is not None
+            if worker is not None and each.setting == "[metrics] port":
+                port, shared = port + worker - 1, False
+            try:
+                await self._listen(each, port, config.server.backlog, reuse_port=shared)
+            except OSError as exc:
+                raise StartError(listen_error(config, each, exc, port)) from exc
+        return self._sites[0].port
 
     def balance(self, balance: Balance, spawn: Callable[..., object]) -> None:
         """Share what comes to the shared listener with this host's other workers.
@@ -125,17 +156,10 @@ class Server:
             await runner.cleanup()
 
     async def _listen(
-        self,
-        host: str,
-        port: int,
-        routes: Sequence[web.AbstractRouteDef],
-        tls: ssl.SSLContext | None,
-        *,
-        backlog: int,
-        reuse_port: bool,
-    ) -> int:
+        self, listening: Listening, port: int, backlog: int, *, reuse_port: bool
+    ) -> None:
         app = web.Application()
-        app.router.add_routes(in_order(routes))
+        app.router.add_routes(in_order(listening.routes))
         runner = web.AppRunner(
             app,
             access_log=None,
@@ -146,14 +170,15 @@ class Server:
         await runner.setup()
         self._runners.append(runner)
         site = GuardedSite(
-            runner, host, port, ssl_context=tls, backlog=backlog, reuse_port=reuse_port
+            runner,
+            listening.host,
+            port,
+            ssl_context=listening.tls,
+            backlog=backlog,
+            reuse_port=reuse_port,
         )
-        try:
-            await site.start()
-        except OSError as exc:
-            raise StartError(listen_error(host, port, exc)) from exc
+        await site.start()
         self._sites.append(site)
-        return site.port
 
     async def _healthz(self, _request: web.Request) -> web.Response:
         return web.Response(text="alive\n")
@@ -211,10 +236,56 @@ def node_name(config: Config, port: int = 0) -> str:
     return config.node.name or f"{socket.gethostname()}_{next(ports, port)}"
 
 
-def listen_error(host: str, port: int, exc: OSError) -> str:
-    """One line for the operator: what is wrong with the address."""
+def listen_error(config: Config, listening: Listening, exc: OSError, port: int = 0) -> str:
+    """Return one line for the operator: the address, the problem and the setting to change."""
+    host, port = listening.host, port or listening.port
+    setting = config.where(listening.setting)
     if exc.errno == errno.EADDRINUSE:
-        return f"port {port} of {host} is taken; choose another: --port N, or [server] port"
+        return (
+            f"port {port} of {host or 'all addresses'} is already in use by another process;"
+            f" stop that process or change {setting}"
+        )
     if exc.errno == errno.EACCES:
-        return f"port {port} needs privileges; choose one above 1023: --port N"
-    return f"cannot listen on {host} port {port}: {exc.strerror or exc}"
+        return (
+            f"port {port} of {host or 'all addresses'} needs the privilege to open ports below"
+            f" 1024 (CAP_NET_BIND_SERVICE); change {setting} or grant it"
+        )
+    return f"cannot listen on {host} port {port} ({setting}): {exc.strerror or exc}"
+
+
+def _check_ports(config: Config, listeners: Sequence[Listening]) -> None:
+    """StartError if two listeners need the same port, which the kernel would let workers share."""
+    used: list[tuple[str, int, str]] = []
+    wanted = [(each.host, each.port, each.setting) for each in listeners if each.port]
+    last = config.metrics.port + config.node.workers - 1
+    if config.metrics.port and last > _LAST_PORT:
+        raise StartError(
+            f"{config.where('[metrics] port')}: each of {config.node.workers} workers needs a port"
+            f" from {config.metrics.port} on, but the last port is {_LAST_PORT}"
+        )
+    # The second worker's metrics listener has the next port, and so on.
+    wanted += [
+        (config.metrics.host, port, "[metrics] port")
+        for port in range(config.metrics.port + 1, last + 1)
+        if config.metrics.port
+    ]
+    if config.redis.url == "embedded":
+        wanted.append(("127.0.0.1", config.redis.embedded_port, "[redis] embedded_port"))
+    for host, port, setting in wanted:
+        for other_host, other_port, other in used:
+            if port == other_port and _overlap(host, other_host):
+                one, two = config.where(other), config.where(setting)
+                raise StartError(f"{one} and {two} both need port {port}; change one of them")
+        used.append((host, port, setting))
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether the two hosts have an address in common."""
+    one, other = ("127.0.0.1" if each == "localhost" else each for each in (one, other))
+    return one == other or bool({one, other} & _ALL_ADDRESSES)
+
+
+def _port_setting(section: Section, port: int) -> str:
+    """Return the setting that has this port."""
+    keys = (key for key in type(section).settings() if key.endswith("port"))
+    return next((key for key in keys if getattr(section, key) == port), "port")

@@ -6,6 +6,7 @@ description is its comment line in config.example.ini. Doors declare theirs in t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
@@ -21,6 +22,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
     sections_by_name: ClassVar[tuple[str, type[Section]] | None] = None
+    # Settings of a protocol that a reload cannot change.
+    fixed: ClassVar[frozenset[str]] = frozenset({"enabled", "host", "port", "tls_cert", "tls_key"})
+    # Setting -> section and setting of another section that it must equal; empty takes that value.
+    same_as: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
     @property
     def is_open(self) -> bool:

@@ -6,13 +6,14 @@ the slot of a dead one. A slot is a few 8-byte numbers, aligned, so that no read
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import mmap
 import os
 import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from relay.errors import StartError
@@ -21,8 +22,10 @@ BEAT_S = 0.25
 # A worker that hangs is noticed within 2 s: this, and the beat it may have made just before.
 PATIENCE_S = 1.5
 
-# What a worker writes to its supervisor.
+# Lines that a worker writes to its supervisor.
 READY, ERROR = "ready", "error "
+# Messages of a supervisor to its workers: four bytes of length, then one of these or a Config.
+REOPEN_LOG = b"reopen"
 _PR_SET_PDEATHSIG = 1
 # One cache line a slot: a worker's beats do not disturb its neighbour's.
 _SLOT = 8
@@ -125,6 +128,34 @@ class Worker:
         )
 
     @staticmethod
+    def message(payload: bytes) -> bytes:
+        """Return `payload` as written to a worker's standard input."""
+        return len(payload).to_bytes(4, "big") + payload
+
+    @staticmethod
+    def first_message() -> bytes:
+        """Read the first message of the supervisor, the configuration; blocks."""
+        # Unbuffered: the messages that follow are read by the event loop.
+        size = int.from_bytes(_read_exactly(4), "big")
+        return _read_exactly(size)
+
+    @staticmethod
+    async def messages() -> AsyncIterator[bytes]:
+        """Yield the further messages of the supervisor until it ends."""
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(0, "rb", 0, closefd=False)
+        )
+        try:
+            while True:
+                size = int.from_bytes(await reader.readexactly(4), "big")
+                yield await reader.readexactly(size)
+        except asyncio.IncompleteReadError:
+            return
+        finally:
+            transport.close()
+
+    @staticmethod
     def say_ready() -> None:
         """The listeners are open."""
         print(READY, flush=True)  # noqa: T201  # the supervisor reads it
@@ -133,6 +164,17 @@ class Worker:
     def say_error(line: str) -> None:
         """Why this worker does not start; it ends with exit code 1."""
         print(f"{ERROR}{line}", flush=True)  # noqa: T201  # the supervisor reads it
+
+
+def _read_exactly(size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        chunk = os.read(0, size - len(data))
+        if not chunk:
+            # The supervisor has ended.
+            os._exit(1)
+        data += chunk
+    return data
 
 
 def die_with_parent(parent: int) -> None:

@@ -5,18 +5,20 @@
                              └─ worker N ── the same
 
 Promise: while it lives, every worker that dies is replaced; when it ends, however that happens, no
-worker outlives it. It touches no client and no stream. A worker tells on its standard output that
-it serves, or in one line why it cannot; everything else it says goes to the log.
+worker outlives it. It touches no client and no stream. A worker writes to its standard output that
+it serves, or in one line why it cannot; everything else goes to the log. On its standard input it
+receives the configuration in force, and each one that a reload puts in its place.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
+import dataclasses
 import itertools
 import logging
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -26,17 +28,19 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
-from relay import logs
+from relay import app, logs
 from relay.embedded import EmbeddedValkey
-from relay.errors import RelayError, StartError
+from relay.errors import StartError
 from relay.pid_file import pid_file
-from relay.server import addresses, listen_error, node_name
-from relay.siblings import ERROR, READY, Siblings, Worker, shared_memory
+from relay.reloading import Reloads, release_signals
+from relay.server import listen_error, node_name
+from relay.siblings import ERROR, READY, REOPEN_LOG, Siblings, Worker, shared_memory
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
 
     from relay.config import Config
+    from relay.server import Listening
 
 _log = logging.getLogger(__name__)
 
@@ -50,16 +54,16 @@ _STOP_S = 10.0
 def run(
     config: Config,
     *,
-    arguments: Sequence[str],
     reload: Callable[[], Config],
     on_ready: Callable[[int, str], None],
 ) -> int:
-    """Keep `config.node.workers` processes of `relay ARGUMENTS` until a signal; the exit code.
+    """Keep `config.node.workers` workers running until a signal; return the exit code.
 
-    StartError, or a group of it, where a worker cannot start at all.
+    StartError or ConfigError, or a group of them, if a worker cannot start at all.
     """
+    listeners = app.check(config)
     with pid_file(config.node.pid_file):
-        return uvloop.run(Supervisor(config, arguments, reload, on_ready).run())
+        return uvloop.run(Supervisor(config, listeners, reload, on_ready).run())
 
 
 class Supervisor:
@@ -68,13 +72,15 @@ class Supervisor:
     def __init__(
         self,
         config: Config,
-        arguments: Sequence[str],
+        listeners: Sequence[Listening],
         reload: Callable[[], Config],
         on_ready: Callable[[int, str], None],
     ) -> None:
+        # The configuration in force: the one of the start, changed by each accepted reload. A
+        # worker that replaces another gets it, whatever the file says by then.
         self._config = config
-        self._arguments = list(arguments)
-        self._load_again = reload
+        self._listeners = listeners
+        self._reloads = Reloads(reload, lambda: self._config, self._reload)
         self._on_ready = on_ready
         self._memory = shared_memory(config.node.workers)
         self._siblings = Siblings(self._memory)
@@ -96,11 +102,12 @@ class Supervisor:
         config = self._config
         async with contextlib.AsyncExitStack() as stack:
             # Held to the end: with a port of 0 nobody else may get it while a worker is away.
-            reserved = stack.enter_context(_reserved(config))
+            reserved = stack.enter_context(_reserved(config, self._listeners))
             self._port = reserved.getsockname()[1]
             self._handle_signals()
             redis = await self._redis(stack)
             async with asyncio.TaskGroup() as group:
+                reloads = group.create_task(self._reloads.run(), name="reloads")
                 try:
                     keepers = [
                         group.create_task(self._keep(number), name=f"worker {number}")
@@ -109,6 +116,7 @@ class Supervisor:
                     announce = group.create_task(self._announce(redis), name="announce")
                     await self._stopping.wait()
                     announce.cancel()
+                    reloads.cancel()
                     group.create_task(self._end_the_slow(keepers), name="limit")
                 finally:
                     self._pass_on(signal.SIGTERM if self._stopping.is_set() else signal.SIGKILL)
@@ -159,25 +167,30 @@ class Supervisor:
         inbox = self._pairs[number - 1][0].fileno()
         outboxes = [pair[1].fileno() for pair in self._pairs]
         worker = Worker.argument(number, self._memory, inbox, outboxes)
-        # Here, where a port of 0 is still known as one: the name shall outlive a restart.
-        name = ["--set", f"node.name={node_name(self._config, self._port)}"]
-        return await asyncio.create_subprocess_exec(
+        process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "relay",
-            *self._arguments,
-            *name,
-            "--shared-port",
-            str(self._port),
+            "serve",
             "--worker",
             worker,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             pass_fds=(self._memory, inbox, *outboxes),
-            # A Ctrl-C in the terminal is for the parent alone: the worker would take what is
-            # passed on for the second signal, and end at once.
+            # Ctrl-C in a terminal must reach the supervisor alone. It passes one signal on; a
+            # second one would end the worker at once.
             start_new_session=True,
         )
+        _send(process, self._packed())
+        return process
+
+    def _packed(self) -> bytes:
+        """The configuration in force, with the port and the name that workers share."""
+        config = self._config
+        # The port is known here if 0 was configured, and the name must outlive a restart.
+        node = config.node.model_copy(update={"name": node_name(config, self._port)})
+        server = config.server.model_copy(update={"port": self._port})
+        return pickle.dumps(dataclasses.replace(config, node=node, server=server))
 
     async def _hear(self, number: int, process: Process) -> str:
         """Until the worker's output ends; its error, if it told one."""
@@ -201,8 +214,9 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_stop_signal)
-        loop.add_signal_handler(signal.SIGHUP, self._on_reload_signal)
+        loop.add_signal_handler(signal.SIGHUP, self._reloads.ask)
         loop.add_signal_handler(signal.SIGUSR1, self._on_reopen_signal)
+        release_signals()
 
     def _on_stop_signal(self) -> None:
         if self._stopping.is_set():
@@ -212,16 +226,17 @@ class Supervisor:
         _log.info("stopping")
         self._stopping.set()
 
-    def _on_reload_signal(self) -> None:
-        self._pass_on(signal.SIGHUP)
-        try:
-            logs.set_level(self._load_again().log.level)
-        except RelayError as exc:
-            _log.error("not reloaded, the old settings stay: %s", exc)  # no bug
+    def _reload(self, config: Config) -> None:
+        self._config = config
+        logs.set_level(config.log.level)
+        payload = self._packed()
+        for process in self._processes.values():
+            _send(process, payload)
 
     def _on_reopen_signal(self) -> None:
         logs.reopen()
-        self._pass_on(signal.SIGUSR1)
+        for process in self._processes.values():
+            _send(process, REOPEN_LOG)
 
     def _pass_on(self, number: signal.Signals) -> None:
         for process in self._processes.values():
@@ -246,38 +261,50 @@ def _how(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
+def _send(process: Process, payload: bytes) -> None:
+    if process.stdin is not None and not process.stdin.is_closing():
+        process.stdin.write(Worker.message(payload))
+
+
 @contextlib.contextmanager
-def _reserved(config: Config) -> Iterator[socket.socket]:
+def _reserved(config: Config, listeners: Sequence[Listening]) -> Iterator[socket.socket]:
     """A socket bound to the shared listener's address, on which nobody can connect.
 
-    StartError where another program, be it another relay with workers, has one of the ports: the
-    kernel would let both share it.
+    StartError if another program has one of the ports: the kernel would let both share it if it
+    is another relay with workers.
     """
-    if config.metrics.port + config.node.workers > 65536:
-        raise StartError("[metrics] port: each worker needs one, and there are none above 65535")
-    clients = addresses(config.server, config.doors.values())
-    for index, (host, port) in enumerate(clients):
-        if (host, port) in clients[:index]:
-            taken = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-            raise StartError(listen_error(host, port, taken))
+    for each in listeners:
         try:
-            with _bound(host, port, socket.SO_REUSEADDR):
+            with _bound(each.host, each.port):
                 pass
         except OSError as exc:
-            raise StartError(listen_error(host, port, exc)) from exc
-    with _bound(config.server.host, config.server.port, socket.SO_REUSEPORT) as bound:
+            raise StartError(listen_error(config, each, exc)) from exc
+    shared = listeners[0]
+    try:
+        bound = _bound(shared.host, shared.port, shared=True)
+    except OSError as exc:
+        raise StartError(listen_error(config, shared, exc)) from exc
+    with bound:
         yield bound
 
 
-def _bound(host: str, port: int, option: int) -> socket.socket:
+def _bound(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A socket bound to the address; OSError where another program listens there.
+
+    `shared`: this relay's workers can bind to the address too, no other program can.
+    """
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, kind, protocol, _, address = found[0]
     bound = socket.socket(family, kind, protocol)
     try:
-        bound.setsockopt(socket.SOL_SOCKET, option, 1)
+        # Connections of an earlier relay may still be in TIME_WAIT on this port.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
         if family == socket.AF_INET6:
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         bound.bind(address)
+        # The kernel lets a second relay bind beside this socket only while the option is set.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError:
         bound.close()
         raise

@@ -42,8 +42,10 @@ def parse(arguments: Sequence[str] | None, foreigns: Sequence[Foreign] = ()) -> 
     serve.add_argument(
         "--workers", metavar="N", help="processes that share the port, [node] workers; default 1"
     )
-    _worker(serve)
+    # The supervisor of several workers gives each of them its number and descriptors.
+    serve.add_argument("--worker", help=argparse.SUPPRESS)
     _redis(serve)
+    _strict(serve)
     serve.add_argument(
         "--insecure",
         action="store_true",
@@ -141,16 +143,18 @@ def _configured(parser: argparse.ArgumentParser, *, foreigns: Sequence[Foreign])
 def _serving(parser: argparse.ArgumentParser) -> None:
     """What serves under another server's command line is a relay all the same."""
     _overrides(parser)
+    _strict(parser)
     parser.add_argument(
         "--workers", metavar="N", help="processes that share the port, [node] workers; default 1"
     )
-    _worker(parser)
 
 
-def _worker(parser: argparse.ArgumentParser) -> None:
-    # What the supervisor of several workers tells each of them.
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--shared-port", help=argparse.SUPPRESS)
+def _strict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="do not start with a RELAY_ variable in the environment that is no setting",
+    )
 
 
 def _overrides(parser: argparse.ArgumentParser) -> None:

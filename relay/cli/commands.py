@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import os
+import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from urllib.parse import urlsplit
@@ -21,6 +22,7 @@ from relay.config import Config
 from relay.errors import RelayError
 from relay.foreign import Foreign
 from relay.frontdoor import find_foreign
+from relay.reloading import release_signals
 from relay.rights.token import TokenReader
 from relay.siblings import Worker
 
@@ -31,7 +33,8 @@ _log = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     options = parse(arguments, find_foreign())
-    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if options.command in _COMMANDS and options.command != "serve":
+        release_signals()
     try:
         return _COMMANDS.get(options.command, _foreign)(options)
     except RelayError as exc:
@@ -71,19 +74,21 @@ def _serve(options: argparse.Namespace) -> int:
     # Here, not above: the other commands need none of the server's modules.
     from relay import app, supervisor
 
-    worker = Worker.parse(options.worker) if options.worker else None
+    if options.worker:
+        return _work(Worker.parse(options.worker))
 
     def reload() -> Config:
-        return with_local_key(configuration(options, strict=True))
+        config = with_local_key(configuration(options, complete=True))
+        app.check(config)
+        return config
 
     given = configuration(options)
     # A site that another server's configuration describes is not one for trying things out.
     local = uses_local_key(given) and not configured.is_foreign(options)
     config = with_local_key(given)
-    logs.setup(config.log, worker=worker.number if worker else 0)
-    if worker is None:
-        for note in config.notes:
-            _log.warning("%s", note)
+    logs.setup(config.log)
+    for note in config.notes:
+        _log.warning("%s", note)
 
     def on_ready(port: int, redis_address: str) -> None:
         # A token for every channel is shown only where the relay made the key itself, for trying
@@ -92,11 +97,20 @@ def _serve(options: argparse.Namespace) -> int:
         text = banner(config, port=port, redis_address=redis_address, token=token)
         print(text, flush=True)
 
-    if worker:
-        return app.run(config, reload=reload, on_ready=lambda *_: Worker.say_ready(), worker=worker)
-    if config.node.workers > 1:
-        return supervisor.run(config, arguments=options.arguments, reload=reload, on_ready=on_ready)
-    return app.run(config, reload=reload, on_ready=on_ready)
+    serve = supervisor.run if config.node.workers > 1 else app.run
+    return serve(config, reload=reload, on_ready=on_ready)
+
+
+def _work(worker: Worker) -> int:
+    """Serve as one of several workers, as the supervisor's messages say."""
+    from relay import app
+
+    # The supervisor's own process made it.
+    config: Config = pickle.loads(Worker.first_message())  # noqa: S301
+    logs.setup(config.log, worker=worker.number)
+    return app.run(
+        config, reload=lambda: config, on_ready=lambda *_: Worker.say_ready(), worker=worker
+    )
 
 
 def _genconfig(options: argparse.Namespace) -> int:

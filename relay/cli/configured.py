@@ -14,23 +14,24 @@ from relay.config_text import example, ini
 from relay.errors import ConfigError
 from relay.foreign import Foreign, Translation
 from relay.frontdoor import door_settings, find_foreign
-from relay.rights.token import TokenReader
 
 
-def configuration(options: argparse.Namespace, *, strict: bool = False) -> Config:
-    """What file, environment and command line say together.
+def configuration(
+    options: argparse.Namespace, *, complete: bool = False, strict: bool = False
+) -> Config:
+    """Return what file, environment and command line say together.
 
-    With `strict` another server's file has to be there, though that server starts without it.
+    Args:
+        complete: another server's file must exist, although that server starts without it.
+        strict: an unknown RELAY_ variable is an error instead of a note.
     """
     foreign = _translations(options)
     for each in foreign:
-        if strict and each.missing:
+        if complete and each.missing:
             raise ConfigError(each.missing)
     flags = {flag: text for flag in FLAGS if (text := getattr(options, flag, None)) is not None}
     if getattr(options, "insecure", False):
         flags["insecure"] = "yes"
-    if port := getattr(options, "shared_port", None):
-        flags["port"] = port
     return load(
         options.config if _foreign_file(options) is None else None,
         environ=os.environ,
@@ -39,6 +40,7 @@ def configuration(options: argparse.Namespace, *, strict: bool = False) -> Confi
         doors=door_settings(),
         producers=producer_settings(),
         foreign=foreign,
+        strict=strict or getattr(options, "strict", False),
     )
 
 
@@ -68,9 +70,12 @@ def genconfig(options: argparse.Namespace) -> None:
 
 
 def checkconfig(options: argparse.Namespace) -> None:
-    """ConfigError where `serve` would not accept it; notes go to standard error."""
-    config = configuration(options, strict=True)
-    TokenReader(config.jwt)
+    """Raise what `serve` would raise for this configuration; notes go to standard error."""
+    # Here, not above: the other commands need none of the server's modules.
+    from relay import app
+
+    config = configuration(options, complete=True, strict=True)
+    app.check(config)
     _print_notes(config)
     if _commanded(options) is None:
         print(f"{options.config or 'environment'}: the configuration is valid")
@@ -86,7 +91,7 @@ def convert_config(options: argparse.Namespace) -> None:
             f" ends in one of {', '.join(suffixes)}"
         )
     # Everything in it is checked before anything is printed.
-    config = configuration(options, strict=True)
+    config = configuration(options, complete=True)
     text = ini([said for each in translations for said in each.said])
     _print_notes(config)
     sys.stdout.write(text)

@@ -35,6 +35,10 @@ UNAVAILABLE_CODES = frozenset(
     {"LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "UNBLOCKED", "NOREPLICAS"}
 )
 
+_ENCODE = (
+    "; percent-encode special characters in user and password: # is %23, / is %2F, ? is %3F,"
+    " [ is %5B"
+)
 _SCHEMES = "embedded, redis://, rediss://, unix:// or sentinel://"
 
 
@@ -71,6 +75,14 @@ class _Sentinels:
     addresses: tuple[tuple[str, int], ...]
     master: str
     endpoint: Endpoint
+
+
+def check(settings: RedisSettings, setting: str) -> None:
+    """Raise the ConfigError that `discover` would raise, with the name of the URL's setting."""
+    try:
+        _parse(settings)
+    except ConfigError as exc:
+        raise ConfigError(str(exc).replace("[redis] url", setting)) from None
 
 
 async def discover(settings: RedisSettings) -> Endpoint:
@@ -202,7 +214,13 @@ def _options(endpoint: Endpoint, settings: RedisSettings) -> dict[str, Any]:
 def _parse(settings: RedisSettings) -> Endpoint | _Sentinels:
     if settings.url == "embedded":
         return Endpoint(host="127.0.0.1", port=settings.embedded_port)
-    url = urlsplit(settings.url)
+    try:
+        url = urlsplit(settings.url)
+    except ValueError:
+        # `from None`: the text may quote a part of the password.
+        raise ConfigError(f"[redis] url: cannot be understood{_ENCODE}") from None
+    if "@" in url.path + url.query + url.fragment:
+        raise ConfigError(f"[redis] url: cannot be understood{_ENCODE}")
     # Not url.hostname and url.port: they cannot read a list of Sentinels, and lower-case the name.
     login, _, location = url.netloc.rpartition("@")
     user, _, password = login.partition(":")

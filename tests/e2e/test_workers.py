@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.chaos import ChaosClient, produce
 from tests.support.clients import Native, Refused, native, redis, until
-from tests.support.relay import KEY, ROOT
+from tests.support.relay import KEY, ROOT, RelayProcess
 from tests.support.valkey import Server, free_port
 from tests.support.workers import neighbours, on_every_worker, over_both, running, said, workers
 
@@ -263,3 +263,69 @@ async def test_what_keeps_a_worker_from_starting_is_said_once(
     path = tmp_path / "none.pem"
     line = await _refused(valkey, "--port", "0", "--set", f"server.tls_cert={path}")
     assert "tls_cert" in line
+
+
+async def test_several_workers_start_on_a_port_that_one_relay_has_just_left(
+    valkey: Server, channel: str
+) -> None:
+    relay = RelayProcess(valkey)
+    await asyncio.to_thread(relay.start)
+    try:
+        async with native(relay) as door:
+            await over_both(door, channel)
+            # The relay closes first, so the kernel keeps its half of each connection for a minute.
+            assert await asyncio.to_thread(relay.stop) == 0
+        relay.flags = ["--workers", "2"]
+        await asyncio.to_thread(relay.start)
+        assert sorted(workers(relay)) == [1, 2]
+    finally:
+        relay.kill()
+
+
+async def test_a_worker_is_replaced_although_the_file_was_broken_since(
+    valkey: Server, tmp_path: Path
+) -> None:
+    file = tmp_path / "relay.ini"
+    file.write_text("[namespace:open]\nrights = anonymous\n")
+    async with running(valkey, flags=["-c", str(file)]) as (relay, door):
+        # In force: one reload after the start, which the broken file does not take back.
+        file.write_text("[namespace:open]\nrights = anonymous\n[namespace:b]\nrights = anonymous\n")
+        relay.send(signal.SIGHUP)
+        for number in (1, 2):
+            await said(relay, f"relay.app[{number}]: reloaded")
+        file.write_text("[namespace:open]\nrights = everyone\n[server]\nprot = 1\n")
+        relay.send(signal.SIGHUP)
+        await said(relay, "not reloaded")
+        for number in (1, 2):
+            os.kill(workers(relay)[number], signal.SIGKILL)
+            await said(relay, f"worker {number} serves", 2)
+        async with asyncio.timeout(10):
+            while await door.status("/readyz") != 200:
+                await asyncio.sleep(0.02)
+        for _ in range(8):
+            (await door.sse("open:a", "b:a", token="")).drop()
+        assert sum("not reloaded" in line for line in relay.log) == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--workers", "2"]])
+async def test_signals_during_the_start_are_kept_for_later(
+    valkey: Server, tmp_path: Path, flags: list[str]
+) -> None:
+    log = tmp_path / "relay.log"
+    relay = RelayProcess(valkey, flags=flags, settings=[f"log.file={log}"])
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(asyncio.to_thread(relay.start))
+            await until(lambda: relay._process is not None and _blocks_signals(relay.pid))
+            relay.send(signal.SIGUSR1)
+            relay.send(signal.SIGHUP)
+        await until(lambda: "reloaded" in log.read_text())
+    finally:
+        relay.kill()
+
+
+def _blocks_signals(pid: int) -> bool:
+    """Whether the command line has begun; before that Python itself starts."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    blocked = int(status.partition("SigBlk:\t")[2].split()[0], 16)
+    return bool(blocked & 1 << (signal.SIGHUP - 1))

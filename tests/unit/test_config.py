@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from pydantic import Field, SecretStr, field_validator
 
-from relay.config import SECTIONS, Config, load
+from relay.config import SECTIONS, Config, after_reload, load
 from relay.config_text import allowed, env_name, example
 from relay.errors import ConfigError
 from relay.model import Channel
@@ -40,8 +42,16 @@ def read(
     environ: Mapping[str, str] | None = None,
     flags: Mapping[str, str] | None = None,
     doors: Mapping[str, type[Section]] = DOORS,
+    strict: bool = False,
 ) -> Config:
-    return load(path, environ=environ or {}, overrides=sets, flags=flags or {}, doors=doors)
+    return load(
+        path,
+        environ=environ or {},
+        overrides=sets,
+        flags=flags or {},
+        doors=doors,
+        strict=strict,
+    )
 
 
 @pytest.fixture
@@ -56,7 +66,7 @@ def ini(tmp_path: Path) -> Callable[[str], Path]:
 
 def error(path: Path | None, *sets: str, environ: Mapping[str, str] | None = None) -> str:
     with pytest.raises(ConfigError) as caught:
-        read(path, *sets, environ=environ)
+        read(path, *sets, environ=environ, strict=True)
     text = str(caught.value)
     assert "\n" not in text
     return text.replace(f"{path}:", "relay.ini:")
@@ -215,8 +225,91 @@ def test_variables_that_container_platforms_set_for_a_service_named_relay_are_le
         "RELAY_SERVICE_HOST": "10.0.0.1",
         "RELAY_SERVICE_PORT": "8000",
         "RELAY_SERVICE_PORT_HTTP": "8000",
+        # Of services named relay-redis and relay-server; RELAY_SERVER_PORT is a setting's name.
+        "RELAY_REDIS_SERVICE_HOST": "10.0.0.2",
+        "RELAY_REDIS_PORT_6379_TCP_PORT": "6379",
+        "RELAY_SERVER_PORT": "tcp://10.0.0.3:8000",
+        "RELAY_METRICS_PORT": "tcp://[fd00::3]:9100",
     }
-    assert read(environ=links) == read()
+    config = read(environ=links, strict=True)
+    assert config == read()
+    assert not config.notes
+
+
+def test_an_unknown_variable_is_a_note_unless_strict() -> None:
+    environ = {"RELAY_SERVER_PROT": "1", "RELAY_HOME": "/srv", "RELAY_SERVER_PORT": "81"}
+    config = read(environ=environ)
+    assert config.server.port == 81
+    home, port = config.notes
+    assert home.startswith("environment variable RELAY_HOME: no setting has this name")
+    assert port.endswith("did you mean RELAY_SERVER_PORT?")
+    with pytest.raises(ConfigError, match="RELAY_HOME: no setting has this name"):
+        read(environ=environ, strict=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the one that signs X-API-Sign",
+        "the private key of Pydio's settings",
+        "<secret>",
+        "${JWT_KEY}",
+        "CHANGE_ME",
+        "changeme-please",
+        "your-256-bit-secret",
+        "REPLACE_WITH_A_SECRET",
+        "insert your key here",
+    ],
+)
+def test_a_placeholder_is_no_secret(text: str, tmp_path: Path) -> None:
+    expected = "is a placeholder from an example"
+    line = error(None, f"jwt.key={text}")
+    assert expected in line
+    assert text not in line
+    (tmp_path / "key").write_text(f"{text}\n")
+    assert expected in error(None, f"protocol:test.secret_file={tmp_path / 'key'}")
+
+
+def test_other_texts_are_secrets() -> None:
+    for text in ("correct horse battery staple", "theoneandonly", "-----BEGIN PUBLIC KEY-----"):
+        assert read(None, f"jwt.key={text}").jwt.key.get_secret_value() == text
+
+
+class OtherSettings(Section):
+    """[protocol:other]: has a setting that must equal one of [protocol:test]."""
+
+    same_as: ClassVar[Mapping[str, tuple[str, str]]] = {"word": ("protocol:test", "code")}
+
+    word: str = Field("", description="as there")
+
+
+def test_settings_that_must_agree() -> None:
+    doors: Mapping[str, type[Section]] = {**DOORS, "protocol:other": OtherSettings}
+    for sets in (["protocol:test.code=a"], ["protocol:test.code=a", "protocol:other.word=a"]):
+        other = read(None, *sets, doors=doors).doors["protocol:other"]
+        assert isinstance(other, OtherSettings)
+        assert other.word == "a"
+    with pytest.raises(
+        ConfigError, match=r"\[protocol:other\] word = b: must equal \[protocol:test\]"
+    ):
+        read(None, "protocol:test.code=a", "protocol:other.word=b", doors=doors)
+
+
+def test_a_reload_changes_what_it_can_and_names_the_rest() -> None:
+    old = read(None, "server.port=1", "log.level=info", "protocol:test.code=a")
+    sets = ["server.port=2", "log.level=debug", "log.format=json", "protocol:test.code=b"]
+    sets += ["protocol:test.enabled=no", "hub.connections_per_user=3", "rights.http_cache_s=9"]
+    new = read(None, *sets, "namespace:x.rights=hash")
+    config, later = after_reload(old, new)
+    assert sorted(later) == ["[log] format", "[protocol:test] enabled", "[server] port"]
+    assert (config.server, config.log.format) == (old.server, "plain")
+    assert (config.log.level, config.hub.connections_per_user) == ("debug", 3)
+    assert (config.rights, config.namespaces) == (new.rights, new.namespaces)
+    door = config.doors["protocol:test"]
+    assert isinstance(door, DoorSettings)
+    assert (door.code, door.enabled) == ("b", True)
+    # A worker that replaces another gets it as bytes.
+    assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301  # its own
 
 
 def test_one_environment_name_of_two_settings_is_an_error_once_it_is_used(

@@ -52,6 +52,9 @@ class CentrifugoSettings(CentrifugoNamespace, _Door):
     """[protocol:centrifugo]: Centrifugo v1's websocket, SockJS, HTTP API and admin socket."""
 
     sections_by_name: ClassVar[tuple[str, type[Section]] | None] = ("namespaces", CentrifugoNamespace)
+    fixed: ClassVar[frozenset[str]] = Section.fixed | {
+        "http_prefix", "api_port", "admin_port", "admin", "web", "debug",
+    }  # fmt: skip
 
     namespaces: Mapping[str, CentrifugoNamespace] = Field(default_factory=dict)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import ip_network
+from typing import ClassVar
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -14,6 +15,10 @@ _PATH = r"^/[A-Za-z0-9._~/-]*[A-Za-z0-9._~-]$"
 
 class PydioSettings(Section):
     """[protocol:pydio]: Pydio's message queues, from PHP to its browsers."""
+
+    fixed: ClassVar[frozenset[str]] = Section.fixed | {
+        "private_host", "private_port", "public_path", "private_path", "npm_namespace",
+    }  # fmt: skip
 
     enabled: bool = Field(True, description="off: none of its paths exist")
     key: SecretStr = Field(SecretStr(""), description="Pydio's private key (6.4.2: WS_SERVER_ADMIN; 6.5 to 8: the Booster's key pair as TOKEN:SECRET): PHP shows it, and so does the relay to Pydio; empty: none of its paths exist")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, SecretStr, field_validator
 
@@ -13,6 +13,8 @@ from relay.transports.engineio.endpoint import Timing
 class SocketIoSettings(Section):
     """[protocol:socketio]: AcceleratXR's push notifications for Socket.IO 2, 3 and 4 clients."""
 
+    fixed: ClassVar[frozenset[str]] = Section.fixed | {"namespace", "paths"}
+
     secret: SecretStr = Field(SecretStr(""), description="what signs the clients' JWTs (or the PEM public key); several for rotation, separated by a line with ---; empty: the door is shut")
     algorithm: Literal["HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "EdDSA"] = Field("HS256", description="the only algorithm accepted, whatever a token says")
     audience: str = Field("", description="required aud; empty: not checked")
@@ -21,7 +23,7 @@ class SocketIoSettings(Section):
     port: int = Field(0, ge=0, le=65535, description="port of a listener of its own; 0: the shared listener of [server]")
     tls_cert: str = Field("", description="path of a PEM certificate chain for a listener of its own; empty: that of [server]")
     tls_key: str = Field("", description="path of its PEM private key")
-    namespace: str = Field("/axr", min_length=1, max_length=100, pattern=r"^/[^\s,?#]*$", description="the Socket.IO namespace of all clients; [producer:socketio_emitter] has its own setting, and the two must agree")
+    namespace: str = Field("/axr", min_length=1, max_length=100, pattern=r"^/[^\s,?#]*$", description="the Socket.IO namespace of all clients, and of emitters too")
     paths: str = Field("/notifications/, /socket.io/", description="paths that are served, separated by commas; clients give one as their option path")
     allowed_origins: str = Field("", description="origins besides the relay's own, as https://app.example.org, separated by commas, whose pages may come with the cookie jwt; with a token in query, header or auth any page may come")
     ping_interval_s: float = Field(25.0, ge=0.1, le=3600, description="seconds between two heartbeats; clients are told")
