@@ -119,6 +119,9 @@ class Store(Protocol):
     async def delete(self, name: str) -> None:
         """Before its time is over."""
 
+    async def time_ms(self) -> int:
+        """Return the clock of Redis, which entry IDs are made of, in milliseconds."""
+
 
 class Presence(Protocol):
     """Who is in which channel, on all workers. Nothing need be refreshed; `info` is the door's

@@ -50,6 +50,11 @@ class SiteStore:
         """Before its time is over."""
         await self._link.call("DEL", self._keys.store(name))
 
+    async def time_ms(self) -> int:
+        """Return the clock of Redis, which entry IDs are made of, in milliseconds."""
+        seconds, micros = cast("tuple[bytes, bytes]", await self._link.call("TIME"))
+        return int(seconds) * 1000 + int(micros) // 1000
+
 
 def _ms(ttl_s: float) -> int:
     return max(1, round(ttl_s * 1000))

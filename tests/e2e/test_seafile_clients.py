@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import json
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
+from relay.protocols.seafile import missed
 from tests.support.clients import Refused, native, redis, rights_key, until
-from tests.support.relay import RelayProcess
+from tests.support.relay import ROOT, RelayProcess
 from tests.support.seafile import (
     KEY,
     Client,
@@ -367,6 +369,13 @@ async def test_a_right_that_was_taken_away_holds_for_good_tokens_too(
     assert await client.next() == update(other, "c")
 
 
+def remembered_places(door: Seafile, user: str) -> bytes | None:
+    """What is stored of this user's client."""
+    name = missed.name(user, "Seafile/9.0.20 (Linux)")
+    value: bytes | None = redis(door.relay.server, "GET", f"relay:store:{name}")
+    return value
+
+
 def remembered(server: Server) -> int:
     """Of how many clients the relay knows where they were."""
     return len(redis(server, "KEYS", "relay:store:seafile:seen:*"))
@@ -400,6 +409,109 @@ async def test_a_client_that_comes_back_is_sent_what_it_missed(door: Seafile) ->
     assert found[1] == update(library, "c2")
     await door.commit(library, "live")
     assert await back.next() == update(library, "live")
+
+
+async def noted(door: Seafile, user: str) -> None:
+    """Until the end of the only connection of this user and program is stored."""
+
+    def ended() -> bool:
+        stored = missed.read(remembered_places(door, user))
+        return all(place.ended for places in stored.values() for place in places)
+
+    await until(ended)
+
+
+def hang_up(client: Client) -> None:
+    """End the connection without a close frame, as a program that exits."""
+    connection = client.socket.get_extra_info("socket")
+    connection.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("says_goodbye", [True, False])
+@pytest.mark.parametrize("new_tokens", [True, False])
+async def test_nothing_is_sent_twice_to_one_that_comes_again_and_again(
+    door: Seafile, says_goodbye: bool, new_tokens: bool
+) -> None:
+    library, user = new_library(), f"{new_library()}@example.com"
+    for number in range(5):
+        client = await door.connect()
+        token = subscribe_token(library, user, ttl_s=1000 + number * new_tokens)
+        await client.send("subscribe", {"repos": [{"id": library, "jwt_token": token}]})
+        if number:
+            # It was away for this one.
+            assert (await client.next())["content"]["path"] == f"away{number}"
+        else:
+            await standing(door, client, library)
+        await door.lock(library, f"live{number}")
+        assert (await client.next())["content"]["path"] == f"live{number}"
+        if says_goodbye:
+            await client.socket.close()
+        else:
+            hang_up(client)
+        await noted(door, user)
+        await door.lock(library, f"away{number + 1}")
+
+
+async def test_two_machines_of_one_user_each_get_what_they_missed(door: Seafile) -> None:
+    library, user = new_library(), f"{new_library()}@example.com"
+    tokens = [subscribe_token(library, user, ttl_s=1000 + number) for number in range(2)]
+
+    async def come(token: str) -> Client:
+        client = await door.connect()
+        await client.send("subscribe", {"repos": [{"id": library, "jwt_token": token}]})
+        return client
+
+    async def leave(client: Client) -> None:
+        before = remembered_places(door, user)
+        await client.socket.close()
+        await until(lambda: remembered_places(door, user) != before)
+
+    one = await come(tokens[0])
+    await standing(door, one, library)
+    two = await come(tokens[1])
+    await standing(door, two, library)
+    await leave(one)
+    await door.lock(library, "a")
+    await leave(two)
+    await door.lock(library, "b")
+    two = await come(tokens[1])
+    assert (await two.next())["content"]["path"] == "b"
+    one = await come(tokens[0])
+    assert [each["content"]["path"] for each in await one.take(2)] == ["a", "b"]
+    await door.lock(library, "c")
+    for client in (one, two):
+        assert (await client.next())["content"]["path"] == "c"
+
+
+@pytest.mark.parametrize("ahead_s", [0, 120])
+async def test_a_sleeping_client_is_sent_everything_since_it_fell_asleep(
+    valkey: Server, tmp_path: Path, ahead_s: int
+) -> None:
+    """It reads nothing and closes nothing, so that its end is noticed seconds later. Entry IDs are
+    made of the clock of Redis, and the clock of the relay's host may be ahead of it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import time\nreal = time.time\ntime.time = lambda: real() + {ahead_s}\n"
+    )
+    settings = [*SETTINGS, "protocol:seafile.ping_s=0.5", "protocol:seafile.pong_timeout_s=1"]
+    process = RelayProcess(
+        valkey, settings=settings, prefix=["env", f"PYTHONPATH={tmp_path}:{ROOT}"]
+    )
+    await asyncio.to_thread(process.start)
+    library, user = new_library(), f"{new_library()}@example.com"
+    try:
+        async with seafile(process) as door, native(process) as clients:
+            await followed(door, library, user=user)
+            await door.lock(library, "a")
+            # Until the relay has given it up.
+            async with asyncio.timeout(15):
+                while await clients.metric('relay_connections{door="seafile"}'):
+                    await asyncio.sleep(0.1)
+            await door.lock(library, "b")
+            back = await door.connect()
+            await back.subscribe(library, user=user)
+            assert [each["content"]["path"] for each in await back.take(2)] == ["a", "b"]
+    finally:
+        process.kill()
 
 
 async def test_browsers_and_strangers_are_sent_nothing_old(door: Seafile) -> None:

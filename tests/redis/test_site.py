@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 from relay.errors import Unavailable
 from relay.hub.recovery import incarnation_of
 from relay.model import Broken, Channel, Event, Revocation
+from relay.stream.connect import time_ms
 from tests.support.clients import until, within
 from tests.support.site import site
 from tests.support.valkey import Server, running
@@ -64,6 +65,13 @@ async def test_of_two_that_claim_one_gets_it(server: Server) -> None:
 
         while not await gone():
             await asyncio.sleep(0)
+
+
+async def test_the_time_is_that_of_redis(server: Server, admin: Redis) -> None:
+    async with site(server, "one:1") as one:
+        await asyncio.wait_for(one.bus.link.wait_open(), 5)
+        before = await time_ms(admin)
+        assert before <= await one.store.time_ms() <= await time_ms(admin)
 
 
 async def test_the_newest_events_newest_first_with_their_moment(

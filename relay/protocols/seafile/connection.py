@@ -6,10 +6,14 @@ connection is whom the last valid one names; so the session in the hub begins wi
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import random
+import termios
 import time
+from array import array
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from producers.seaf_events import PREFIX, channel_of
 from producers.seaf_tokens import Refused
@@ -18,15 +22,18 @@ from relay.hub.recovery import incarnation_of
 from relay.model import Channel, EntryID, Position, Principal
 from relay.protocols.seafile import codec, missed
 from relay.protocols.seafile.encoders import SEAFILE
-from relay.transports.websocket import frame_close
+from relay.protocols.seafile.missed import Place
+from relay.transports.websocket import WebSocketConnection, frame_close
 
 if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Mapping
+
     from producers.seaf_tokens import Claims
     from relay.hub.recovery import Notice
     from relay.hub.session import Session, Subscription
     from relay.model import Event
     from relay.protocols.seafile.service import Service
-    from relay.transports.websocket import WebSocketConnection
 
 _log = logging.getLogger(__name__)
 
@@ -34,8 +41,70 @@ GOING_AWAY = 1001
 # Libraries of one message that are dealt with in one turn of the loop: each costs an HMAC.
 _TURN = 50
 _WAITING = 100_000
-# A storm of subscribes is over by then, and a relay that is killed after it has noted it.
+# Seconds after which the places of a client are stored: first when a storm of subscribes is over,
+# then again and again, so that a killed relay repeats little and nothing outlives its time limit.
 _NOTE_S = 2.0
+_NOTE_AGAIN_S = 30.0
+# A sync client pings every second, and hangs up after 5 seconds without a pong. Events that were
+# written so long before it was last heard have arrived.
+_ARRIVED_S = 6.0
+
+
+# Two pings of a sync client.
+_RECENTLY_S = 2.0
+
+
+class SeafileSocket(WebSocketConnection):
+    """A client's websocket that knows up to when everything has certainly arrived."""
+
+    __slots__ = ("_complete", "_heard_at")
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._heard_at = time.monotonic()
+        self._complete = False
+
+    @property
+    def arrived_at(self) -> float | None:
+        """Return the time (`time.monotonic`) before which everything that was sent has arrived,
+        None if all of it has."""
+        return None if self.goodbye or self._complete else self._heard_at - _ARRIVED_S
+
+    def data_received(self, data: bytes) -> None:
+        """See `WebSocketConnection`."""
+        self._heard_at = time.monotonic()
+        super().data_received(data)
+
+    def eof_received(self) -> None:
+        """See `WebSocketConnection`. A client that closes its socket without a close frame, but
+        recently sent something and has acknowledged all bytes, has received everything."""
+        recently = time.monotonic() - self._heard_at < _RECENTLY_S
+        self._complete = recently and not self.waiting_bytes() and not self._unacknowledged()
+        super().eof_received()
+
+    def _unacknowledged(self) -> bool:
+        transport = self._transport
+        connection = None if transport is None else transport.get_extra_info("socket")
+        if connection is None:
+            return True
+        count = array("i", [0])
+        try:
+            fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, count)
+        except OSError:
+            return True
+        return bool(count[0])
+
+
+class _Library:
+    """A library that the client follows: when its token runs out, the token's digest, and the
+    event up to which the client has certainly received everything."""
+
+    __slots__ = ("expires_at", "floor", "token")
+
+    def __init__(self) -> None:
+        self.expires_at = 0
+        self.token = 0
+        self.floor: EntryID | None = None
 
 
 class SeafileClient:
@@ -47,12 +116,16 @@ class SeafileClient:
         "_agent",
         "_busy",
         "_id",
+        "_left",
         "_libraries",
+        "_memory",
         "_missed",
-        "_noting",
-        "_places",
+        "_note_timer",
+        "_noted",
+        "_noted_at",
         "_planned",
         "_service",
+        "_settled",
         "_socket",
         "_work",
         "session",
@@ -60,12 +133,12 @@ class SeafileClient:
     )
 
     def __init__(
-        self, service: Service, socket: WebSocketConnection, *, agent: str, address: str
+        self, service: Service, socket: SeafileSocket, *, agent: str, address: str
     ) -> None:
         """`address` is for the log."""
         self.session: Session | None = None
-        # Channel -> when its token runs out: what the client follows, as far as it is concerned.
-        self._libraries: dict[Channel, int] = {}
+        # What the client follows, as far as it is concerned.
+        self._libraries: dict[Channel, _Library] = {}
         self.watched: dict[Channel, int] = {}
         self._service = service
         self._socket = socket
@@ -77,9 +150,15 @@ class SeafileClient:
         # A task works for this client: what comes meanwhile waits for it.
         self._busy = False
         self._planned = False
-        self._noting = False
-        # Where the client was in libraries that it does not follow now.
-        self._places: dict[Channel, EntryID] = {}
+        # Where this connection left libraries that it followed, and what is stored of earlier ones.
+        self._left: dict[Channel, Place] = {}
+        self._memory: missed.Places = {}
+        self._note_timer: asyncio.TimerHandle | None = None
+        # The places that were stored last: a hash of them, when, and whether they were the same as
+        # the time before.
+        self._noted = 0
+        self._noted_at = 0.0
+        self._settled = False
         # What it is sent once the hub agrees to its subscription.
         self._missed: dict[Channel, list[Event]] = {}
 
@@ -139,22 +218,29 @@ class SeafileClient:
             self._busy = True
             self._service.spawn(self._begin(claims.username), name="seafile client")
             return
-        self._follow(session, channel, claims, wanted.after)
+        self._follow(session, channel, claims, wanted)
 
     def _follow(
-        self, session: Session, channel: Channel, claims: Claims, after: EntryID | None
+        self, session: Session, channel: Channel, claims: Claims, wanted: codec.Subscribe
     ) -> None:
-        renewed = channel in self._libraries
-        self._libraries[channel] = claims.expires_at
+        library = self._libraries.setdefault(channel, _Library())
+        library.expires_at = claims.expires_at
+        library.token = missed.digest(wanted.token)
         self._service.expiries.watch(self, channel, claims.expires_at)
-        if renewed and (channel in session.subscriptions or channel in session.reserved):
+        if channel in session.subscriptions or channel in session.reserved:
             return
-        seen = after or self._places.pop(channel, None)
+        library.floor = seen = wanted.after or self._seen(channel, library.token)
         if seen is not None and self._service.settings.missed_s:
             self._busy = True
             self._service.spawn(self._look_back(session, channel, seen), name="seafile client")
         else:
             self._service.context.subscribe(session, channel, None)
+
+    def _seen(self, channel: Channel, token: int) -> EntryID | None:
+        left = self._left.pop(channel, None)
+        if left is not None:
+            return left.at
+        return missed.resumed(self._memory.pop(channel.removeprefix(PREFIX), ()), token)
 
     def _unsubscribe(self, repo_id: str) -> None:
         try:
@@ -164,12 +250,14 @@ class SeafileClient:
         self._leave(channel)
 
     def _leave(self, channel: Channel) -> None:
-        if self._libraries.pop(channel, None) is None or self.session is None:
+        library = self._libraries.pop(channel, None)
+        if library is None or self.session is None:
             return
         self._missed.pop(channel, None)
         subscription = self.session.subscriptions.get(channel)
         if subscription is not None:
-            self._places[channel] = subscription.position.id
+            at = subscription.position.id
+            self._left[channel] = Place(at, self._id, library.token, ended=False)
         if subscription is not None or channel in self.session.reserved:
             self._service.context.hub.unsubscribe(self.session, channel)
 
@@ -181,7 +269,7 @@ class SeafileClient:
         positions: dict[Channel, Position | None] = dict.fromkeys(self._libraries)
         if old is not None:
             positions |= {name: each.position for name, each in old.subscriptions.items()}
-            self._places = {}
+            self._left = {}
             old.end()
         self.session = None
         principal = Principal(user=user, door=SEAFILE.door, grant=self._may_read)
@@ -203,8 +291,8 @@ class SeafileClient:
             if channel in self._libraries:
                 self._service.context.subscribe(session, channel, position)
         if self._remembers and user:
-            places = missed.read(await self._service.recall(missed.name(user, self._agent)))
-            self._places = {Channel(PREFIX + repo): at for repo, (at, _) in places.items()}
+            name = missed.name(user, self._agent)
+            self._memory = missed.read(await self._service.recall(name))
         self._done()
 
     async def _look_back(self, session: Session, channel: Channel, seen: EntryID) -> None:
@@ -230,11 +318,14 @@ class SeafileClient:
 
     def subscribed(self, subscription: Subscription) -> None:
         """The protocol says nothing then; what the client missed comes before all that follows."""
-        for event in self._missed.pop(subscription.feed.channel, ()):
+        channel = subscription.feed.channel
+        for event in self._missed.pop(channel, ()):
             subscription.session.reply(self._service.frame(event))
-        if self._remembers and not self._noting:
-            self._noting = True
-            self._service.call_later(_NOTE_S, self._note)
+        library = self._libraries.get(channel)
+        if library is not None and library.floor is None:
+            library.floor = subscription.position.id
+        if self._remembers and self._note_timer is None:
+            self._note_timer = self._service.call_later(_NOTE_S, self._note_again)
 
     def refused(self, channel: Channel, error: RelayError) -> None:
         """A right that the site has taken away has no words: `jwt-expired` would bring the client
@@ -248,8 +339,8 @@ class SeafileClient:
 
     def dropped(self, channel: Channel, notice: Notice) -> None:
         """Ended by the hub, which looks at rights by itself: perhaps because the token ran out."""
-        expires_at = self._libraries.pop(channel, None)
-        if expires_at is not None and expires_at <= time.time():
+        library = self._libraries.pop(channel, None)
+        if library is not None and library.expires_at <= time.time():
             self._say(codec.jwt_expired(channel.removeprefix(PREFIX)))
         else:
             _log.info("client %s lost %s: %s", self._address, channel, notice.reason)
@@ -277,7 +368,8 @@ class SeafileClient:
 
     def expires_at(self, channel: Channel) -> int | None:
         """See `Holder`."""
-        return self._libraries.get(channel)
+        library = self._libraries.get(channel)
+        return None if library is None else library.expires_at
 
     def expire(self, channel: Channel) -> None:
         """The client fetches a new token and subscribes again within two seconds."""
@@ -285,7 +377,8 @@ class SeafileClient:
         self._say(codec.jwt_expired(channel.removeprefix(PREFIX)))
 
     def _may_read(self, channel: Channel) -> bool:
-        return self._libraries.get(channel, 0) > time.time()
+        library = self._libraries.get(channel)
+        return library is not None and library.expires_at > time.time()
 
     # ---- the socket -------------------------------------------------------------------------
 
@@ -304,6 +397,8 @@ class SeafileClient:
     def gone(self) -> None:
         """The socket is closed, whoever wanted it."""
         self._work = None
+        if self._note_timer is not None:
+            self._note_timer.cancel()
         self._note(at_end=True)
         if self.session is not None:
             self.session.end()
@@ -333,18 +428,38 @@ class SeafileClient:
     def _remembers(self) -> bool:
         return bool(self._service.settings.missed_s) and not missed.is_browser(self._agent)
 
-    def _note(self, *, at_end: bool = False) -> None:
-        self._noting = False
+    def _note_again(self) -> None:
+        self._note_timer = None
+        if self.session is not None and not self.session.closed:
+            self._note(at_end=False)
+            delay_s = _NOTE_AGAIN_S * random.uniform(0.75, 1.25)  # noqa: S311  # no secret
+            self._note_timer = self._service.call_later(delay_s, self._note_again)
+
+    def _note(self, *, at_end: bool) -> None:
         session = self.session
         if session is None or session.closed or not session.principal.user or not self._remembers:
             return
-        # What was sent shortly before the end may never have arrived, unless it said goodbye.
-        lost_s = 0.0 if self._socket.goodbye else self._service.unheard_s
-        latest = EntryID(int((time.time() - lost_s) * 1000), 0)
-        places = {name.removeprefix(PREFIX): at for name, at in self._places.items() if at_end}
+        places = {
+            name.removeprefix(PREFIX): place._replace(ended=at_end)
+            for name, place in self._left.items()
+        }
+        floors = {repo: place.at for repo, place in places.items()}
         for channel, subscription in session.subscriptions.items():
-            at = subscription.position.id
-            places[channel.removeprefix(PREFIX)] = min(at, latest) if lost_s else at
-        if places:
+            library = self._libraries.get(channel)
+            if library is not None:
+                repo, at = channel.removeprefix(PREFIX), subscription.position.id
+                places[repo] = Place(at, self._id, library.token, at_end)
+                floors[repo] = at if library.floor is None else library.floor
+        if places and (at_end or self._must_note(places)):
             name = missed.name(session.principal.user, self._agent)
-            self._service.remember(name, places, self._id)
+            self._service.remember(name, places, floors, self._socket.arrived_at)
+
+    def _must_note(self, places: Mapping[str, Place]) -> bool:
+        """Return False if these places are stored already and do not expire soon. The latest events
+        had perhaps not arrived when places were stored first, so they are stored twice."""
+        now, state = time.monotonic(), hash(tuple(place.at for place in places.values()))
+        same = state == self._noted
+        if same and self._settled and now < self._noted_at + self._service.settings.missed_s / 2:
+            return False
+        self._noted, self._noted_at, self._settled = state, now, same
+        return True

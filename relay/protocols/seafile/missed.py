@@ -1,13 +1,18 @@
 """What a client missed while it was away: where it was, and which of the newest events it needs.
 
 A sync client comes back 60 seconds after a disconnect and begins anew; upstream nothing is kept for
-it. Here the place where it left each library is remembered for its user and program.
+it. Here the last event that each connection has received from a library is remembered. All
+connections of one user with one program share a memory, since a new connection does not say which
+machine it comes from. The token that it subscribes with does: a client keeps the token of a library
+for three days, until it is restarted.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+from zlib import crc32
 
 import orjson
 
@@ -16,9 +21,22 @@ from relay.model import EntryID, Event
 
 _LATEST_ONLY = REPO_UPDATE
 _ALL_OF = frozenset({FILE_LOCK_CHANGED, FOLDER_PERM_CHANGED})
+# Machines of one user with the same program of which the places are kept, for each library.
+_LIMIT_PLACES = 4
 
-# Library -> the last event that was sent, and which connection says so.
-Places = dict[str, tuple[EntryID, str]]
+
+class Place(NamedTuple):
+    """What one connection has seen of a library: everything up to `at`. `token` is the digest of
+    the token that it subscribed with. `ended`: the connection is closed."""
+
+    at: EntryID
+    connection: str
+    token: int
+    ended: bool
+
+
+# Library -> the places of its connections, the newest last.
+Places = dict[str, list[Place]]
 
 
 def is_browser(agent: str) -> bool:
@@ -29,35 +47,70 @@ def is_browser(agent: str) -> bool:
 
 def name(user: str, agent: str) -> str:
     """Of the remembered places in the store."""
-    # Two machines of one user with the same program share it; addresses change too often to tell
-    # them apart.
     digest = hashlib.sha256(f"{user}\n{agent}".encode(errors="replace")).hexdigest()
     return f"seafile:seen:{digest[:40]}"
+
+
+def digest(token: str) -> int:
+    """Return the short form of a token that is remembered. Only one user's tokens are compared."""
+    return crc32(token.encode(errors="replace"))
 
 
 def read(value: bytes | None) -> Places:
     """From the store; what cannot be read is as good as nothing."""
     try:
         found = orjson.loads(value or b"{}")
-        return {repo: (EntryID.parse(at), str(by)) for repo, (at, by) in found.items()}
+        return {
+            repo: [
+                Place(EntryID.parse(at), str(connection), int(token), bool(ended))
+                for at, connection, token, ended in places
+            ]
+            for repo, places in found.items()
+        }
     except (ValueError, AttributeError, TypeError):
         return {}
 
 
 def write(places: Places) -> bytes:
     """For the store."""
-    return orjson.dumps({repo: (str(at), by) for repo, (at, by) in places.items()})
+    return orjson.dumps(
+        {
+            repo: [(str(at), connection, token, ended) for at, connection, token, ended in each]
+            for repo, each in places.items()
+        }
+    )
 
 
-def merged(stored: Places, mine: Mapping[str, EntryID], connection: str) -> Places:
-    """What is remembered once this connection says where it is. Of two connections with one memory
-    the rearmost place of a library counts: what comes twice does no harm to a sync client."""
+def merged(stored: Places, mine: Mapping[str, Place]) -> Places:
+    """Return the places with those of one connection put in. A place with the same token is of the
+    same client, so only the later one of the two is kept."""
     places = dict(stored)
-    for repo, at in mine.items():
-        there = places.get(repo)
-        if there is None or there[1] == connection or at < there[0]:
-            places[repo] = (at, connection)
+    for repo, place in mine.items():
+        kept = [each for each in places.get(repo, ()) if each.connection != place.connection]
+        same = [each for each in kept if each.token == place.token]
+        if all(each.at < place.at for each in same):
+            kept = [*(each for each in kept if each.token != place.token), place]
+        places[repo] = kept[-_LIMIT_PLACES:]
     return places
+
+
+def resumed(places: Sequence[Place], token: int) -> EntryID | None:
+    """Return what a client has seen that subscribes with `token`, None if it is new.
+
+    1. The place of the same token: the client has reconnected.
+    2. The latest place of a closed connection: the client was restarted, and got a new token.
+       Where two machines were restarted it may be the other one's. That loses nothing, because a
+       restarted client fetches locks and permissions itself. An earlier place would repeat events
+       that this client has had, and an old lock makes its file read-only again.
+    3. The earliest of the others: the worker was killed and could not say that they are closed.
+    """
+    for chosen in (
+        [place for place in places if place.token == token],
+        [place for place in places if place.ended],
+    ):
+        if chosen:
+            return max(place.at for place in chosen)
+    return min((place.at for place in places), default=None)
 
 
 def needed(events: Sequence[Event], after: EntryID, selectors: frozenset[str]) -> list[Event]:

@@ -19,7 +19,7 @@ from producers.seaf_events import channel_of
 from producers.seaf_tokens import Refused
 from relay.model import Principal
 from relay.protocols.seafile import answers
-from relay.protocols.seafile.connection import SeafileClient
+from relay.protocols.seafile.connection import SeafileClient, SeafileSocket
 from relay.protocols.seafile.events import EventsHandler
 from relay.protocols.seafile.foreign import SeafileForeign
 from relay.protocols.seafile.service import Service
@@ -111,7 +111,7 @@ class MountedSeafile:
         accepted = websocket.accept_headers(request)
         if isinstance(accepted, web.Response):
             return answers.no_websocket()
-        socket = websocket.WebSocketConnection(
+        socket = SeafileSocket(
             buffer_bytes=self._context.client_buffer_bytes,
             max_frame_bytes=self._settings.message_max_bytes,
             reaper=self._reaper,

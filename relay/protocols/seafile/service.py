@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
 from producers.seaf_tokens import SeafTokens
 from relay.errors import RelayError
 from relay.hub.encoding import frame
+from relay.model import EntryID
 from relay.protocols.seafile import missed
 from relay.protocols.seafile.encoders import SEAFILE
 from relay.protocols.seafile.expiries import Expiries
 
 if TYPE_CHECKING:
     from relay.frontdoor import DoorContext
-    from relay.model import Channel, EntryID, Event
+    from relay.model import Channel, Event
     from relay.protocols.seafile.settings import SeafileSettings
     from relay.reads import Snapshot
 
@@ -44,11 +47,6 @@ class Service:
         """A task that nobody waits for."""
         _ = self.context.spawn(work, name=name)
 
-    @property
-    def unheard_s(self) -> float:
-        """For so long a client may be gone until that is noticed."""
-        return self.settings.ping_s + self.settings.pong_timeout_s
-
     def next_id(self) -> str:
         """A name for a connection that no other has, on any worker."""
         return f"{self.context.bus.instance}:{next(self._numbers)}"
@@ -61,9 +59,9 @@ class Service:
         """In the next turn of the loop."""
         asyncio.get_running_loop().call_soon(call)
 
-    def call_later(self, delay_s: float, call: Callable[[], None]) -> None:
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> asyncio.TimerHandle:
         """As the loop's."""
-        asyncio.get_running_loop().call_later(delay_s, call)
+        return asyncio.get_running_loop().call_later(delay_s, call)
 
     def frame(self, event: Event) -> bytes:
         """As it would have been delivered live."""
@@ -84,15 +82,40 @@ class Service:
         except RelayError:
             return None
 
-    def remember(self, name: str, places: Mapping[str, EntryID], connection: str) -> None:
-        """Into the store, beside what other connections of the same memory have written."""
-        self.spawn(self._remember(name, places, connection), name="seafile places")
+    def remember(
+        self,
+        name: str,
+        places: Mapping[str, missed.Place],
+        floors: Mapping[str, EntryID],
+        certain_at: float | None,
+    ) -> None:
+        """Write a connection's places into the store, beside those of others with this memory.
 
-    async def _remember(self, name: str, places: Mapping[str, EntryID], connection: str) -> None:
+        What was sent after `certain_at` (`time.monotonic`) may not have arrived; None if everything
+        has. `floors` has the place of each library before which everything has arrived anyway.
+        """
+        work = self._remember(name, places, floors, certain_at)
+        self.spawn(work, name="seafile places")
+
+    async def _remember(
+        self,
+        name: str,
+        places: Mapping[str, missed.Place],
+        floors: Mapping[str, EntryID],
+        certain_at: float | None,
+    ) -> None:
         store = self.context.store
         try:
+            if certain_at is not None:
+                # Entry IDs are made of the clock of Redis; this host's may differ from it.
+                ms = await store.time_ms() - math.ceil((time.monotonic() - certain_at) * 1000)
+                latest = EntryID(max(ms, 0), 0)
+                seen = {
+                    repo: max(floors[repo], min(each.at, latest)) for repo, each in places.items()
+                }
+                places = {repo: each._replace(at=seen[repo]) for repo, each in places.items()}
             stored = missed.read(await store.get(name))
-            value = missed.write(missed.merged(stored, places, connection))
+            value = missed.write(missed.merged(stored, places))
             await store.put(name, value, self.settings.missed_s or 1)
         except RelayError as exc:
-            _log.info("where a client was is not remembered: %s", exc)
+            _log.info("Places of a Seafile client not stored: %s", exc)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from relay.model import Channel, EntryID, Event
 from relay.protocols.seafile import missed
+from relay.protocols.seafile.missed import Place
 
 ALICE = frozenset({"user:alice"})
 
@@ -37,20 +38,66 @@ def test_an_update_that_was_seen_is_not_sent_again() -> None:
 
 
 def test_what_is_stored_is_read_again_and_rubbish_is_nothing() -> None:
-    places: missed.Places = {"a": (EntryID(5, 1), "w:1"), "b": (EntryID(6, 0), "w:2")}
+    places: missed.Places = {
+        "a": [Place(EntryID(5, 1), "w:1", 7, ended=True)],
+        "b": [Place(EntryID(6, 0), "w:2", 2**32 - 1, ended=False), place(3, "w:3")],
+    }
     assert missed.read(missed.write(places)) == places
-    for rubbish in (None, b"", b"[]", b"{", b'{"a":1}', b'{"a":["x","y"]}', b'{"a":["1"]}', b"1"):
+    for rubbish in (
+        None,
+        b"",
+        b"[]",
+        b"{",
+        b'{"a":1}',
+        b'{"a":["x","y"]}',
+        b'{"a":["1"]}',
+        b"1",
+        b'{"a":["1-0","w:1"]}',
+    ):
         assert missed.read(rubbish) == {}
 
 
-def test_of_two_connections_with_one_memory_the_rearmost_place_counts() -> None:
-    stored: missed.Places = {"a": (EntryID(5, 0), "one"), "b": (EntryID(5, 0), "two")}
-    mine = {"a": EntryID(9, 0), "b": EntryID(9, 0), "c": EntryID(9, 0)}
-    assert missed.merged(stored, mine, "one") == {
-        "a": (EntryID(9, 0), "one"),
-        "b": (EntryID(5, 0), "two"),
-        "c": (EntryID(9, 0), "one"),
+def place(ms: int, connection: str, token: int = 0, *, ended: bool = False) -> Place:
+    return Place(EntryID(ms, 0), connection, token, ended)
+
+
+def test_a_connections_own_place_is_replaced_and_those_of_others_stay() -> None:
+    other = place(5, "two", 2)
+    stored: missed.Places = {"a": [place(5, "one", 1), other], "b": [other]}
+    mine = place(9, "one", 1, ended=True)
+    assert missed.merged(stored, {"a": mine, "b": mine, "c": mine}) == {
+        "a": [other, mine],
+        "b": [other, mine],
+        "c": [mine],
     }
+
+
+def test_the_same_token_is_the_same_client_and_its_latest_place_counts() -> None:
+    earlier, later = place(5, "one", 1, ended=True), place(9, "two", 1)
+    assert missed.merged({"a": [earlier]}, {"a": later}) == {"a": [later]}
+    # The end of a connection may be noticed when the next one has begun.
+    assert missed.merged({"a": [later]}, {"a": earlier}) == {"a": [later]}
+
+
+def test_few_places_are_kept_of_a_library() -> None:
+    places: missed.Places = {}
+    for number in range(9):
+        places = missed.merged(places, {"a": place(number, str(number), number)})
+    assert [each.at.ms for each in places["a"]] == [5, 6, 7, 8]
+
+
+def test_a_client_resumes_its_own_place() -> None:
+    places = [
+        place(3, "asleep", 1),
+        place(5, "restarted", 2, ended=True),
+        place(7, "again", 3, ended=True),
+        place(9, "other machine", 4),
+    ]
+    for token, ms in ((1, 3), (2, 5), (4, 9), (99, 7)):
+        assert missed.resumed(places, token) == EntryID(ms, 0)
+    # Connections of a worker that was killed.
+    assert missed.resumed([places[0], places[3]], 99) == EntryID(3, 0)
+    assert missed.resumed([], 99) is None
 
 
 def test_one_memory_for_a_user_and_program() -> None:
