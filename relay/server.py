@@ -242,7 +242,7 @@ def listen_error(config: Config, listening: Listening, exc: OSError, port: int =
     setting = config.where(listening.setting)
     if exc.errno == errno.EADDRINUSE:
         return (
-            f"port {port} of {host or 'all addresses'} is already in use by another process;"
+            f"port {port} of {host or 'all addresses'} is taken by another process;"
             f" stop that process or change {setting}"
         )
     if exc.errno == errno.EACCES:

@@ -74,7 +74,7 @@ def _serve(options: argparse.Namespace) -> int:
     # Here, not above: the other commands need none of the server's modules.
     from relay import app, supervisor
 
-    if options.worker:
+    if getattr(options, "worker", None):
         return _work(Worker.parse(options.worker))
 
     def reload() -> Config:
