@@ -47,6 +47,8 @@ _SWEEP_S = 5.0
 _POLL_S = 0.1
 _BATCH_BYTES = 1 << 20
 _BACKOFF_S = (0.1, 2.0)
+# A connection that has lasted this long was good: the next loss starts with a short pause again.
+_GOOD_S = 1.0
 
 # Their commands concern the clients of this door alone.
 _DOOR = "centrifugo"
@@ -205,12 +207,16 @@ class QueueProducer:
 
     async def run(self) -> None:
         """Survives everything that Redis does. A command half way at the end is done or waits."""
+        loop = asyncio.get_running_loop()
         backoff = _BACKOFF_S[0]
         while True:
+            began_at = loop.time()
             try:
                 await self._connected()
             except* (RedisUnavailable, CommandRefused) as group:
-                if self._queues is not None:
+                # A Redis that refuses the leases, for example because its memory is full, must not
+                # be asked again at once.
+                if loop.time() - began_at > _GOOD_S:
                     backoff = _BACKOFF_S[0]
                 _log.warning("queue: %s", first_of(group))
             finally:

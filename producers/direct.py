@@ -10,10 +10,11 @@ from producers.outgoing import Away, Outcome, Outgoing, Postponed, Refused
 from relay.errors import RedisUnavailable
 from relay.model import EntryID
 from relay.settings import RedisSettings
-from relay.stream.append_once import TEMPORARY_CODES, Appender, Entry
+from relay.stream.append_once import Appender, Entry
 from relay.stream.connect import CommandRefused, discover
 from relay.stream.keys import Keys
 from relay.stream.link import Link
+from relay.stream.refusals import TEMPORARY_CODES
 from relay.stream.scripts import APPEND_ONCE, load
 
 

@@ -45,6 +45,7 @@ from relay.stream.control_reader import ControlReader
 from relay.stream.keys import Keys
 from relay.stream.nodes import Heartbeat, Load, new_instance, this_node
 from relay.stream.reader import Reader
+from relay.stream.refusals import Refusals
 from relay.stream.seats import Seats
 from relay.stream.unused import UnusedStreams
 from relay.transports.balance import Balance
@@ -155,6 +156,7 @@ class Relay:
         policy = Policy(config.namespace, self._http_rights(config))
         self._admission = admission = Admission(policy, self._spawn)
         incoming = Incoming(metrics=metrics, max_entry_bytes=config.stream.max_entry_bytes)
+        refusals = Refusals()
         unused = UnusedStreams(client, keys)
         reader = Reader(
             keys=keys,
@@ -166,8 +168,9 @@ class Relay:
             on_records=incoming.deliver,
             on_turn=lambda: hub.flush(),
             decode_ephemeral=incoming.decode_ephemeral,
-            control=ControlReader(keys, admission.obey, admission.control_lost),
+            control=ControlReader(keys, admission.obey, admission.control_lost, refusals),
             unused=unused,
+            refusals=refusals,
         )
         loop = asyncio.get_running_loop()
         self._hub = admission.hub = hub = Hub(
@@ -179,7 +182,11 @@ class Relay:
             connections_per_user=config.hub.connections_per_user,
         )
         appender = Appender(
-            keys=keys, redis=redis, settings=config.publish, namespace_of=self._namespace
+            keys=keys,
+            redis=redis,
+            settings=config.publish,
+            namespace_of=self._namespace,
+            refusals=refusals,
         )
         metrics.behind.set_function(lambda: sum(feed.behind_count for feed in hub.feeds()))
         self._seats = seats = Seats(
@@ -190,6 +197,7 @@ class Relay:
             count=hub.count,
             users=hub.users,
             dead=self._worker.siblings.is_dead if self._worker else lambda _: False,
+            refusals=refusals,
         )
         self._on_count: list[Callable[[str], None]] = [seats.changed]
         hub.on_count = lambda user: [told(user) for told in self._on_count]
@@ -238,7 +246,9 @@ class Relay:
                 connections=len(hub.sessions()),
                 streams=len(hub.feeds()),
                 lag_ms=round(metrics.take_worst_lag() * 1000),
+                refused=str(refusals),
             ),
+            refusals=refusals,
         )
         jobs = Jobs(
             client=client,
@@ -248,7 +258,11 @@ class Relay:
             namespace_of=self._namespace,
             presence=site.presence,
         )
-        server = Server(metrics=metrics, ready=lambda: self._not_ready(reader))
+        server = Server(
+            metrics=metrics,
+            ready=lambda: self._not_ready(reader),
+            limits=lambda: str(refusals),
+        )
         self.listeners = server.plan(config, self._doors)
         producers = list(parts.producers(config, metrics, redis, keys, instance, self._namespace))
         if self._check_only:

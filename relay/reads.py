@@ -92,6 +92,7 @@ class Followed(Protocol):
     channel: Channel
     alive: bool
     exists: bool
+    marked: bool
     settled: bool
     misaligned: bool
     average_bytes: float

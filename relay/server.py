@@ -44,8 +44,16 @@ class Listening:
 class Server:
     """Opens and closes the listeners."""
 
-    def __init__(self, *, metrics: Metrics, ready: Callable[[], str]) -> None:
-        """`ready` gives the reason why this worker is not ready, '' if it is."""
+    def __init__(
+        self,
+        *,
+        metrics: Metrics,
+        ready: Callable[[], str],
+        limits: Callable[[], str] = lambda: "",
+    ) -> None:
+        """`ready` gives the reason why this worker is not ready, '' if it is. `limits` describes
+        what does not work although events are delivered, '' if everything does."""
+        self._limits = limits
         self._metrics = metrics
         self._ready = ready
         self._runners: list[web.AppRunner] = []
@@ -185,7 +193,9 @@ class Server:
 
     async def _readyz(self, _request: web.Request) -> web.Response:
         reason = self._ready()
-        return web.Response(status=503 if reason else 200, text=f"{reason or 'ready'}\n")
+        lines = (reason or "ready", self._limits())
+        text = "".join(f"{line}\n" for line in lines if line)
+        return web.Response(status=503 if reason else 200, text=text)
 
     async def _exposition(self, _request: web.Request) -> web.Response:
         return web.Response(

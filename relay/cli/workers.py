@@ -116,6 +116,10 @@ async def status(site: Site, options: argparse.Namespace) -> int:
         wrong += [
             f"{node.instance} does not read streams" for node in living if node.ready is False
         ]
+        wrong += [f"{node.instance}: {node.refused}" for node in living if node.refused]
+        refusal = await _write_refusal(site)
+        if refusal and not any(refusal in line for line in wrong):
+            wrong.append(f"Redis refuses writes ({refusal}): publishing is rejected")
         if lag_ms > options.max_lag * 1000:
             wrong.append(f"lag {duration(lag_ms)}, at most {options.max_lag:g} s wanted")
         limit = options.max_dead_letters
@@ -130,6 +134,18 @@ async def status(site: Site, options: argparse.Namespace) -> int:
     for line in wrong:
         say(line)
     return 1 if wrong else 0
+
+
+async def _write_refusal(site: Site) -> str:
+    """Return Redis' answer if it refuses a small write, '' if it accepts it.
+
+    A Redis that is full refuses heartbeats too, so that workers cannot report it.
+    """
+    try:
+        await connect.command(site.client, "SET", site.keys.canary("status"), "1", "PX", 1000)
+    except (connect.CommandRefused, connect.RefusedForNow) as exc:
+        return exc.reply
+    return ""
 
 
 def _show(values: dict[str, Any]) -> None:

@@ -70,6 +70,8 @@ class Feed:
         self._mark = False
         # The stream was found in Redis or created.
         self.exists = False
+        # It has a marker group. If not, Redis refused to create one.
+        self.marked = True
         self._members = 0
 
     # ---- coming and going -------------------------------------------------------------------
@@ -214,6 +216,7 @@ class Feed:
         state, previous = examined.state, self._server
         self._server = examined.server
         self.exists = self.exists or state.exists
+        self.marked = state.incarnation is not None
         old, self.incarnation = self.incarnation, incarnation
         self.settled = self.misaligned = True
         if previous is None:

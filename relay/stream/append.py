@@ -17,8 +17,9 @@ import hiredis
 from relay.errors import LimitExceeded, NotReplicated, RedisUnavailable, RelayError, Unavailable
 from relay.model import Channel, EntryID
 from relay.stream import scripts
-from relay.stream.connect import CommandRefused, discover
+from relay.stream.connect import CommandRefused, RefusedForNow, discover
 from relay.stream.link import Link
+from relay.stream.refusals import TEMPORARY_CODES, Effect, Refusals, code_of, rule_of
 
 if TYPE_CHECKING:
     from relay.settings import NamespaceSettings, PublishSettings, RedisSettings
@@ -31,6 +32,8 @@ UID_BYTES = 255
 _WAITING = 100_000
 _BATCH = 1000
 _PAUSE_S = 0.05
+# Name of an area in `Refusals`.
+PUBLISHING = "publishing"
 
 
 class _Append:
@@ -59,7 +62,9 @@ class Appender:
         redis: RedisSettings,
         settings: PublishSettings,
         namespace_of: Callable[[Channel], NamespaceSettings],
+        refusals: Refusals | None = None,
     ) -> None:
+        refusals = refusals or Refusals()
         self._keys = keys
         self._namespace_of = namespace_of
         self._window_ms = int(settings.uid_window_s * 1000)
@@ -68,9 +73,9 @@ class Appender:
             "command_timeout_s": settings.timeout_s,
         }
         limited = redis.model_copy(update=limits)
-        self._plain = _Lane(limited)
+        self._plain = _Lane(limited, refusals)
         # WAIT blocks its connection, and counts what that connection wrote.
-        self._replicated = _Lane(limited)
+        self._replicated = _Lane(limited, refusals)
 
     async def run(self) -> None:
         """Until cancelled; survives everything that Redis does."""
@@ -123,8 +128,9 @@ class Appender:
 class _Lane:
     """One connection and what waits for it."""
 
-    def __init__(self, redis: RedisSettings) -> None:
+    def __init__(self, redis: RedisSettings, refusals: Refusals) -> None:
         self._redis = redis
+        self._refusals = refusals
         self._link: Link | None = None
         self._waiting: list[_Append] = []
         self._in_flight = 0
@@ -150,6 +156,8 @@ class _Lane:
                 try:
                     link = self._link or await self._open()
                 except (RedisUnavailable, CommandRefused) as exc:
+                    if isinstance(exc, CommandRefused):
+                        self._refusals.refused(PUBLISHING, str(exc))
                     waiting, self._waiting = self._waiting, []
                     self._work.clear()
                     for append in waiting:
@@ -223,6 +231,8 @@ class _Lane:
             if append.future.done():  # whoever asked has gone
                 continue
             if isinstance(reply, bytes):
+                if self._refusals.has(PUBLISHING):
+                    self._refusals.accepted(PUBLISHING)
                 entry_id = EntryID.parse(reply)
                 if append.replicas and not (
                     isinstance(confirmed, int) and confirmed >= append.replicas
@@ -237,7 +247,16 @@ class _Lane:
                 if self._link is not None:
                     self._link.close()
             else:
-                append.future.set_exception(CommandRefused("XADD", str(reply)))
+                append.future.set_exception(self._refused(str(reply)))
+
+    def _refused(self, reply: str) -> RelayError:
+        rule = rule_of(reply)
+        # A key of another type concerns one channel. Its publisher gets the error.
+        if rule.effect is not Effect.ONE:
+            self._refusals.refused(PUBLISHING, reply)
+        if code_of(reply) in TEMPORARY_CODES:
+            return RefusedForNow("XADD", reply)
+        return CommandRefused("XADD", reply)
 
 
 def _fail(append: _Append, exc: BaseException) -> None:

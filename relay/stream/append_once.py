@@ -19,10 +19,6 @@ from relay.stream.keys import Keys
 from relay.stream.link import Command, Link
 from relay.stream.scripts import APPEND_ONCE
 
-# First words of error replies about the server's state, not about the entry: the same command may
-# be accepted later. Those in `connect.UNAVAILABLE_CODES` end the link instead.
-TEMPORARY_CODES = frozenset({"BUSY", "MISCONF", "OOM", "TRYAGAIN"})
-
 
 @dataclass(frozen=True, slots=True)
 class Entry:

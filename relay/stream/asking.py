@@ -22,6 +22,7 @@ Decode = Callable[[Channel, EntryID, Sequence[bytes]], Record]
 RawEntry = tuple[bytes, list[bytes] | None]
 
 MAX_COUNT = 1000
+_ABORTED = "EXECABORT Transaction discarded because of: "
 
 
 def count_for(stream: Followed, page_bytes: int) -> int:
@@ -29,33 +30,35 @@ def count_for(stream: Followed, page_bytes: int) -> int:
     return max(1, min(MAX_COUNT, int(page_bytes / stream.average_bytes)))
 
 
+class ChangedMeanwhile(Exception):  # no fault: it is asked again
+    """The stream changed between the commands of one look that was no transaction."""
+
+
 def examine_commands(
-    keys: Keys, stream: Followed, group: str, request: ExamineRequest
+    keys: Keys, stream: Followed, group: str, request: ExamineRequest, *, plain: bool = False
 ) -> list[Command]:
-    """Return one transaction over the stream and its rights hash.
+    """Return one look at the stream and its rights hash.
 
     It writes nothing unless `request.mark` is set. Then it creates the marker group that names the
     stream's incarnation and this worker's `group`, which protects an unused stream from removal.
     """
     key = keys.stream(stream.channel)
-    commands: list[Command] = [("MULTI",)]
+    writes: list[Command] = []
     if request.mark:
-        commands.append(create_marker(key, new_marker()))
-        commands.append(("XGROUP", "CREATE", key, group, str(ZERO_ID)))
-    commands += [
-        ("XINFO", "STREAM", key),
-        ("XINFO", "GROUPS", key),
-    ]
+        writes.append(create_marker(key, new_marker()))
+        writes.append(("XGROUP", "CREATE", key, group, str(ZERO_ID)))
+    reads: list[Command] = [("XINFO", "STREAM", key), ("XINFO", "GROUPS", key)]
     if request.users:
-        commands.append(("HMGET", keys.rights(stream.channel), *request.users))
-    commands.extend(("XRANGE", key, str(own), str(own)) for own in request.own)
-    commands.append(("EXEC",))
-    return commands
+        reads.append(("HMGET", keys.rights(stream.channel), *request.users))
+    reads.extend(("XRANGE", key, str(own), str(own)) for own in request.own)
+    return _one_look(writes, reads, plain=plain)
 
 
-def parse_examined(request: ExamineRequest, server: Server, reply: object) -> Examined:
-    """From EXEC's reply; CommandRefused where the key is no stream."""
-    answers = _transaction(reply)[2 if request.mark else 0 :]
+def parse_examined(
+    request: ExamineRequest, server: Server, replies: Sequence[object], *, plain: bool = False
+) -> Examined:
+    """Parse the replies to `examine_commands`. CommandRefused if the key is no stream."""
+    answers = _seen(replies, 2 if request.mark else 0, plain=plain)
     state = parse_state(*answers[:2])
     rest = answers[2:]
     rights: dict[str, bytes | None] = {}
@@ -72,31 +75,44 @@ def parse_examined(request: ExamineRequest, server: Server, reply: object) -> Ex
 
 
 def read_commands(
-    keys: Keys, stream: Followed, group: str, consumer: str, count: int
+    keys: Keys, stream: Followed, group: str, consumer: str, count: int, *, plain: bool = False
 ) -> list[Command]:
-    """Look, which also arms, and read; in one transaction, or a trim between the two would hide
-    what it took. A group that does not stand at this worker's position is put there first."""
+    """Return one look at the stream's state, which also arms its wake-up, and at its new entries.
+
+    Both must be of one moment: a trim between the two would hide what it took. A group that does
+    not stand at this worker's position is put there first. The `plain` form writes nothing.
+    """
     key = keys.stream(stream.channel)
-    commands: list[Command] = [("MULTI",), ("XINFO", "STREAM", key)]
+    at = str(stream.position)
+    if plain:
+        reads: list[Command] = [
+            ("XINFO", "STREAM", key),
+            ("XINFO", "GROUPS", key),
+            ("XRANGE", key, f"({at}", "+", "COUNT", count),
+        ]
+        return _one_look([], reads, plain=True)
+    commands: list[Command] = [("XINFO", "STREAM", key)]
     if stream.misaligned:
-        at = str(stream.position)
         commands.append(("XINFO", "GROUPS", key))
         commands.append(("XGROUP", "CREATE", key, group, at))
         commands.append(("XGROUP", "SETID", key, group, at))
     commands.append(
         ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "NOACK", "STREAMS", key, ">")
     )
-    commands.append(("EXEC",))
-    return commands
+    return _one_look([], commands, plain=False)
 
 
-def parse_read(reply: object, *, aligning: bool) -> tuple[StreamState, list[RawEntry]]:
-    """The moment of the stream and what was read then; CommandRefused where the group is gone.
+def parse_read(
+    replies: Sequence[object], *, aligning: bool, plain: bool = False
+) -> tuple[StreamState, list[RawEntry]]:
+    """Return the stream's state and what was read then. CommandRefused if the group is gone.
 
     `aligning`: the stream was misaligned when this was asked.
     """
-    answers = _transaction(reply)
-    state = parse_state(*answers[: 2 if aligning else 1])
+    answers = _seen(replies, 0, plain=plain)
+    state = parse_state(*answers[: 2 if aligning or plain else 1])
+    if plain:
+        return state, cast(list[RawEntry], _checked("XRANGE", answers[2]))
     read = _checked("XREADGROUP", answers[-1])
     if not read:
         return state, []
@@ -104,21 +120,30 @@ def parse_read(reply: object, *, aligning: bool) -> tuple[StreamState, list[RawE
     return state, entries
 
 
-def page_commands(keys: Keys, stream: Followed, request: PageRequest, count: int) -> list[Command]:
-    """One transaction: the entries and the moment of the stream they belong to."""
+def page_commands(
+    keys: Keys, stream: Followed, request: PageRequest, count: int, *, plain: bool = False
+) -> list[Command]:
+    """Return one look at the stream's state and the entries after the request's start."""
     key = keys.stream(stream.channel)
-    return [
-        ("MULTI",),
+    reads: list[Command] = [
         ("XINFO", "STREAM", key),
         ("XINFO", "GROUPS", key),
         ("XRANGE", key, f"({request.start}", "+", "COUNT", count),
-        ("EXEC",),
     ]
+    return _one_look([], reads, plain=plain)
 
 
-def parse_page(stream: Followed, server: Server, reply: object, count: int, decode: Decode) -> Page:
-    """From EXEC's reply; CommandRefused where the stream is gone."""
-    answers = _transaction(reply)
+def parse_page(
+    stream: Followed,
+    server: Server,
+    replies: Sequence[object],
+    count: int,
+    decode: Decode,
+    *,
+    plain: bool = False,
+) -> Page:
+    """Parse the replies to `page_commands`. CommandRefused if the stream is gone."""
+    answers = _seen(replies, 0, plain=plain)
     state = parse_state(*answers[:2])
     entries = cast(list[RawEntry], _checked("XRANGE", answers[2]))
     records = decode_all(stream, entries, decode)
@@ -137,8 +162,36 @@ def decode_all(stream: Followed, entries: Sequence[RawEntry], decode: Decode) ->
     return records
 
 
-def _transaction(reply: object) -> list[object]:
-    return cast(list[object], _checked("EXEC", reply))
+def _one_look(writes: list[Command], reads: list[Command], *, plain: bool) -> list[Command]:
+    """Return the commands so that their replies are of one moment.
+
+    As a transaction, or where Redis refuses that (its memory is full, the user may not run MULTI),
+    with the state once more at the end: if it is the same, nothing happened in between.
+    """
+    if plain:
+        return [*writes, *reads, reads[0]]
+    return [("MULTI",), *writes, *reads, ("EXEC",)]
+
+
+def _seen(replies: Sequence[object], writes: int, *, plain: bool) -> list[object]:
+    """Return the replies to the reading commands of one look, which came after some `writes`."""
+    if plain:
+        *answers, again = replies[writes:]
+        if not _is_same(answers[0], again):
+            raise ChangedMeanwhile
+        return answers
+    executed = replies[-1]
+    if isinstance(executed, hiredis.ReplyError):
+        # EXECABORT does not say why. The command that was refused does.
+        refused = (each for each in replies if isinstance(each, hiredis.ReplyError))
+        raise CommandRefused("transaction", str(next(refused)).removeprefix(_ABORTED))
+    return cast(list[object], executed)[writes:]
+
+
+def _is_same(one: object, other: object) -> bool:
+    if isinstance(one, hiredis.ReplyError) and isinstance(other, hiredis.ReplyError):
+        return str(one) == str(other)
+    return one == other
 
 
 def _checked(command: str, reply: object) -> object:

@@ -8,9 +8,11 @@ more way to find the endpoint of a key.
 
 from __future__ import annotations
 
+import ast
+import re
 import ssl
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
@@ -19,6 +21,7 @@ from redis.asyncio import Redis, Sentinel
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
+    BusyLoadingError,
     ClusterDownError,
     MasterDownError,
     ReadOnlyError,
@@ -28,11 +31,13 @@ from redis.exceptions import (
 
 from relay.errors import ConfigError, RedisUnavailable, RelayError
 from relay.settings import RedisSettings
+from relay.stream.refusals import TEMPORARY_CODES, Effect, code_of, codes
 
-# The first word of error replies that say "not this server, not now": the same command may work
-# after the owner of the connection has asked where Redis is and connected again.
-UNAVAILABLE_CODES = frozenset(
-    {"LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "UNBLOCKED", "NOREPLICAS"}
+# After one of these the owner of the connection asks where Redis is and connects again.
+UNAVAILABLE_CODES = codes(Effect.RECONNECT)
+# What redis-py makes of an error in a pipeline: the repr of a tuple with the text.
+_PIPELINED = re.compile(
+    r"Command # \d+ \(.*?\) of pipeline caused error: \((?P<text>.*),\)", re.DOTALL
 )
 
 _ENCODE = (
@@ -47,7 +52,28 @@ class CommandRefused(RelayError):
 
     def __init__(self, command: str, answer: str) -> None:
         super().__init__(f"{command}: {answer}")
-        self.code = answer.partition(" ")[0]
+        self.reply = answer
+        self.code = code_of(answer)
+
+
+class RefusedForNow(RedisUnavailable):
+    """Redis refuses this command now and may accept it later; `reply` is its answer."""
+
+    def __init__(self, command: str, reply: str) -> None:
+        super().__init__(f"{command} is refused now: {reply}")
+        self.reply = reply
+
+
+def refusal_text(exc: ResponseError) -> str:
+    """Return the error reply as Redis sent it, code included."""
+    text = str(exc)
+    pipelined = _PIPELINED.fullmatch(text)
+    if pipelined is not None:
+        with suppress(ValueError, SyntaxError):
+            text = str(ast.literal_eval(pipelined["text"]))
+    # redis-py removes the code of errors that it has a class for.
+    code = exc.status_code
+    return f"{code} {text}" if code and code_of(text) != code else text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,15 +166,15 @@ def translated() -> Iterator[None]:
     """Around each use of redis-py: its exceptions leave as ours."""
     try:
         yield
-    except (ReadOnlyError, MasterDownError, ClusterDownError) as exc:
+    except (ReadOnlyError, MasterDownError, ClusterDownError, BusyLoadingError) as exc:
         raise RedisUnavailable(f"Redis cannot serve now: {exc}") from exc
     except ResponseError as exc:
-        text = str(exc)
-        if text.partition(" ")[0] in UNAVAILABLE_CODES:
+        text = refusal_text(exc)
+        if code_of(text) in UNAVAILABLE_CODES:
             raise RedisUnavailable(f"Redis cannot serve now: {text}") from exc
-        # redis-py cuts the code word off for those errors that it has a class for.
-        known = type(exc) is not ResponseError
-        raise CommandRefused("Redis", f"{type(exc).__name__} {text}" if known else text) from exc
+        if code_of(text) in TEMPORARY_CODES:
+            raise RefusedForNow("Redis", text) from exc
+        raise CommandRefused("Redis", text) from exc
     except (RedisError, OSError) as exc:
         raise RedisUnavailable(f"Redis: {exc}") from exc
 

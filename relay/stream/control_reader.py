@@ -9,8 +9,11 @@ from relay.model import EntryID
 from relay.stream.control import ControlCommand, decode
 from relay.stream.keys import Keys
 from relay.stream.link import Command
+from relay.stream.refusals import Refusals
 
 _COUNT = 100
+# Name of an area in `Refusals`.
+COMMANDS = "reads of the control stream"
 
 
 class ControlReader:
@@ -22,7 +25,9 @@ class ControlReader:
         keys: Keys,
         on_command: Callable[[ControlCommand], None],
         on_lost: Callable[[], None],
+        refusals: Refusals | None = None,
     ) -> None:
+        self._refusals = refusals or Refusals()
         self._key = keys.control
         self._on_command = on_command
         self._on_lost = on_lost
@@ -42,7 +47,11 @@ class ControlReader:
         """Acts on what was read; true if there is more."""
         newest = replies[1]
         if not isinstance(newest, list):
+            # Commands have effect again when the stream can be read.
+            self._refusals.refused(COMMANDS, str(newest), "disconnect and unsubscribe do nothing")
             return False
+        if self._refusals.has(COMMANDS):
+            self._refusals.accepted(COMMANDS)
         newest_id = EntryID.parse(newest[0][0]) if newest else EntryID(0, 0)
         if self._last is None:
             self._last = newest_id

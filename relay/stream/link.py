@@ -171,7 +171,7 @@ class Link(asyncio.Protocol):
         return future
 
     async def call(self, *command: bytes | str | int) -> object:
-        """Send one command and await its reply; CommandRefused where that is an error."""
+        """Send one command and await its reply. An error reply raises CommandRefused."""
         (reply,) = await self.execute([command])
         if isinstance(reply, hiredis.ReplyError):
             word = command[0]

@@ -18,11 +18,12 @@ from typing import Any
 
 import orjson
 from redis.asyncio import Redis
-from redis.exceptions import WatchError
+from redis.exceptions import ResponseError, WatchError
 
-from relay.errors import RedisUnavailable
+from relay.errors import RelayError
 from relay.stream import connect, groups
 from relay.stream.keys import Keys
+from relay.stream.refusals import Refusals
 from relay.stream.unused import remove_unused
 
 HEARTBEAT_S = 5
@@ -30,6 +31,11 @@ HEARTBEAT_S = 5
 NOT_READY_S = 0.5
 EXPIRY_S = 15
 BATCH = 500
+
+# Names of areas in `Refusals`.
+REGISTRY = "the list of workers"
+HEARTBEATS = "heartbeats"
+_UNSEEN = "'relay status' and other workers do not see this worker"
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +60,8 @@ class Node:
     connections: int | None = None
     streams: int | None = None
     lag_ms: int | None = None
+    # What Redis refuses to this worker, as `/readyz` shows it.
+    refused: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +73,7 @@ class Load:
     connections: int
     streams: int
     lag_ms: int
+    refused: str = ""
 
 
 _FIELDS = frozenset(field.name for field in fields(Node))
@@ -86,8 +95,15 @@ class Heartbeat:
     """Says every HEARTBEAT_S that this worker lives, and soon when it has become ready."""
 
     def __init__(
-        self, *, client: Redis, keys: Keys, node: Node, load: Callable[[], Load] | None = None
+        self,
+        *,
+        client: Redis,
+        keys: Keys,
+        node: Node,
+        load: Callable[[], Load] | None = None,
+        refusals: Refusals | None = None,
     ) -> None:
+        self._refusals = refusals or Refusals()
         self._client = client
         self._keys = keys
         self._node = node
@@ -95,25 +111,39 @@ class Heartbeat:
         self._good = True
 
     async def run(self) -> None:
-        """Until cancelled. Redis being away is waited out: the reader says so to the world."""
+        """Beat until cancelled. Errors of Redis are waited out."""
         while True:
             try:
                 await self.beat()
-            except RedisUnavailable as exc:
+            except RelayError as exc:
                 log.debug("no heartbeat: %s", exc)
             await asyncio.sleep(HEARTBEAT_S if self._good else NOT_READY_S)
 
     async def beat(self) -> None:
-        """Once; the registry too, for a Redis that lost its data has lost that as well."""
+        """Write the heartbeat, and the registry too: a Redis that lost its data lost that as well.
+
+        A Redis whose memory is full refuses SET and SADD. Then the heartbeat that it has is kept.
+        """
         instance = self._node.instance
         node = replace(self._node, **asdict(self._load())) if self._load else self._node
         self._good = node.ready is not False
         text = orjson.dumps(node)
+        commands: tuple[tuple[bytes | str | int, ...], ...] = (
+            ("SADD", self._keys.nodes, instance),
+            ("SET", self._keys.node(instance), text, "EX", EXPIRY_S),
+            ("EXPIRE", self._keys.node(instance), EXPIRY_S),
+        )
         async with self._client.pipeline(transaction=False) as pipeline:
-            pipeline.execute_command("SADD", self._keys.nodes, instance)
-            pipeline.execute_command("SET", self._keys.node(instance), text, "EX", EXPIRY_S)
+            for command in commands:
+                pipeline.execute_command(*command)
             with connect.translated():
-                await pipeline.execute()
+                replies: list[Any] = await pipeline.execute(raise_on_error=False)
+        registered, beaten, _ = replies
+        for area, reply in ((REGISTRY, registered), (HEARTBEATS, beaten)):
+            if isinstance(reply, ResponseError):
+                self._refusals.refused(area, connect.refusal_text(reply), _UNSEEN)
+            elif not isinstance(reply, Exception):
+                self._refusals.accepted(area)
 
     async def leave(self) -> None:
         """For an orderly stop, after this worker has destroyed its groups."""

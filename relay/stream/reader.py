@@ -26,6 +26,8 @@ from relay.stream.groups import group_of
 from relay.stream.link import Link, unawaited
 from relay.stream.lost import first_of, uncancel, wait_for
 from relay.stream.poll import poll
+from relay.stream.read_mode import ReadMode
+from relay.stream.refusals import Refusals
 from relay.stream.turns import LiveTurns, PageTurns
 from relay.stream.wakeup import Bell, sweep_slices
 
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _BACKOFF_S = (0.05, 2.0)
+# A connection that has lasted this long was good: the next loss starts with a short pause again.
+_GOOD_S = 1.0
+_RETRY_S = 1.0
 _DESTROY_BATCH = 256
 
 
@@ -59,7 +64,10 @@ class Reader:
         decode_ephemeral: Callable[[Channel, bytes], Event | None],
         control: ControlReader,
         unused: UnusedStreams,
+        refusals: Refusals | None = None,
     ) -> None:
+        refusals = refusals or Refusals()
+        self._mode = ReadMode(refusals)
         self._keys = keys
         self._unused = unused
         self._redis = redis
@@ -77,8 +85,10 @@ class Reader:
             decode=decode,
             on_records=on_records,
             control=control,
+            mode=self._mode,
+            on_usual=self._on_usual,
         )
-        self._pages = PageTurns(keys=keys, settings=settings, decode=decode)
+        self._pages = PageTurns(keys=keys, settings=settings, decode=decode, mode=self._mode)
         self._work = asyncio.Event()
         self._page_work = asyncio.Event()
         self._link: Link | None = None
@@ -90,8 +100,10 @@ class Reader:
             on_keys=self._on_keys,
             on_everything=self._on_everything,
             on_message=self._on_message,
+            refusals=refusals,
         )
         self._reading = asyncio.Event()
+        self._served_since: float | None = None
         self._stopping = False
 
     # ---- what the hub asks for (relay.reads.StreamReads) ------------------------------------
@@ -134,7 +146,7 @@ class Reader:
 
     def ready(self) -> bool:
         """Whether streams are being read now."""
-        return self._link is not None and self._bell.rings()
+        return self._link is not None and self._bell.rings() and not self._mode.blocked
 
     async def wait_ready(self) -> None:
         """Until streams are being read."""
@@ -144,10 +156,12 @@ class Reader:
 
     async def run(self) -> None:
         """Reads until cancelled; survives everything that Redis does."""
+        loop = asyncio.get_running_loop()
         backoff = _BACKOFF_S[0]
         while not self._stopping:
+            self._served_since = None
             try:
-                backoff = await self._connected(backoff)
+                await self._connected()
             except* (RedisUnavailable, CommandRefused) as group:
                 if not self._stopping:
                     self._metrics.reconnects.inc()
@@ -156,6 +170,8 @@ class Reader:
                 self._link = self._messages = None
                 self._reading.clear()
             uncancel()
+            if self._served_since is not None and loop.time() - self._served_since > _GOOD_S:
+                backoff = _BACKOFF_S[0]
             await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311  # no secret
             backoff = min(_BACKOFF_S[1], backoff * 2)
 
@@ -175,7 +191,7 @@ class Reader:
         except RedisUnavailable as exc:
             _log.info("groups stay behind for the dead-worker job: %s", exc)
 
-    async def _connected(self, backoff: float) -> float:
+    async def _connected(self) -> None:
         endpoint = await discover(self._redis)
         lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -208,17 +224,18 @@ class Reader:
             self._link, self._messages = link, messages
             self._resume(messages)
             self._reading.set()
+            self._served_since = asyncio.get_running_loop().time()
             _log.info("reading streams from %s (%s %s)", endpoint, link.server, link.version)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._serve(link, server), name="streams")
                 tasks.create_task(self._serve_pages(pages, server), name="pages")
                 tasks.create_task(self._sweep(), name="sweep")
+                tasks.create_task(self._retry(), name="retry")
                 tasks.create_task(wait_for(lost), name="lost")
                 if tracking:
                     tasks.create_task(self._bell.prove(link, pages), name="canary")
                 else:
                     tasks.create_task(poll(self, self._redis, self._keys), name="poll")
-        return backoff
 
     def _resume(self, messages: Link) -> None:
         """A new connection knows nothing: arm, examine and read everything once."""
@@ -281,6 +298,25 @@ class Reader:
             for stream in self._followed.values():
                 stream.on_rights_changed()
         self._work.set()
+
+    def _on_usual(self) -> None:
+        """Redis accepts groups and transactions again: create what is missing, move the groups."""
+        for stream in self._followed.values():
+            if not stream.marked:
+                stream.on_unsettled()
+            elif stream.settled and stream.misaligned:
+                self._live.want_read(stream)
+        self._work.set()
+
+    async def _retry(self) -> None:
+        """Repeat what Redis refused, after a pause."""
+        while True:
+            await asyncio.sleep(_RETRY_S)
+            self._live.retry_paused()
+            probe = self._mode.choose_probe(self.followed())
+            if probe is not None and probe.settled:
+                self._live.want_read(probe)
+            self._work.set()
 
     async def _sweep(self) -> None:
         """Reads everything once per `sweep_s`, in small steps, in case a wake-up was lost."""

@@ -17,8 +17,9 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from relay.errors import LimitExceeded, RedisUnavailable, Unavailable
+from relay.errors import LimitExceeded, RelayError, Unavailable
 from relay.stream import connect
+from relay.stream.refusals import Refusals
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 RENEW_S = 2.0
 # As long as the clients of a host that died may be refused, since they seem to be there still.
 EXPIRY_S = 6
+
+# Name of an area in `Refusals`.
+COUNTS = "counts of connections"
 
 _log = logging.getLogger(__name__)
 
@@ -57,10 +61,12 @@ class Seats:
         count: Callable[[str, str | None], int],
         users: Callable[[], Iterable[str]],
         dead: Callable[[str], bool],
+        refusals: Refusals | None = None,
     ) -> None:
         """`count` (by user, and door if not None) and `users` tell of the clients here; `dead` says
         of another instance that it is known to have died, before its counts expire."""
         self.limit = limit
+        self._refusals = refusals or Refusals()
         self._door_limits: dict[str, int] = {}
         self._client = client
         self._keys = keys
@@ -120,7 +126,17 @@ class Seats:
             waiting, self._waiting = self._waiting, []
             try:
                 others = await self._exchange({who for who, _ in waiting})
-            except RedisUnavailable as exc:
+            except (connect.CommandRefused, connect.RefusedForNow) as exc:
+                # Redis answers, but does not store counts. A limit that holds on each worker by
+                # itself is better than rejecting everybody.
+                self._refusals.refused(
+                    COUNTS, exc.reply, "limits per user hold on each worker only"
+                )
+                self._written = False
+                self._admit(waiting, {who: 0 for who, _ in waiting})
+                await asyncio.sleep(0.2)
+                continue
+            except RelayError as exc:
                 _log.debug("connections are not counted: %s", exc)
                 for _, answer in waiting:
                     if not answer.done():
@@ -128,16 +144,22 @@ class Seats:
                 self._written = False
                 await asyncio.sleep(0.2)
                 continue
-            for who, answer in waiting:
-                if answer.done():
-                    continue
-                try:
-                    self._check(who, others[who])
-                except LimitExceeded as exc:
-                    answer.set_exception(exc)
-                else:
-                    self._given[who] += 1
-                    answer.set_result(None)
+            self._refusals.accepted(COUNTS)
+            self._admit(waiting, others)
+
+    def _admit(
+        self, waiting: list[tuple[_Who, asyncio.Future[None]]], others: dict[_Who, int]
+    ) -> None:
+        for who, answer in waiting:
+            if answer.done():
+                continue
+            try:
+                self._check(who, others[who])
+            except LimitExceeded as exc:
+                answer.set_exception(exc)
+            else:
+                self._given[who] += 1
+                answer.set_result(None)
 
     async def leave(self) -> None:
         """At an orderly stop, after the last client: its users may go elsewhere at once."""

@@ -63,7 +63,7 @@ class SideLink:
         return self._link.execute(commands)
 
     async def call(self, *command: bytes | str | int) -> object:
-        """One command's reply. Unavailable where Redis is away; CommandRefused where it refuses."""
+        """Send one command and return its reply. Unavailable where Redis is away or refuses it."""
         (reply,) = await self.call_all([command])
         return reply
 
@@ -77,7 +77,7 @@ class SideLink:
             raise Unavailable(str(exc)) from exc
         for command, reply in zip(commands, replies, strict=True):
             if isinstance(reply, hiredis.ReplyError):
-                raise CommandRefused(str(command[0]), str(reply))
+                raise Unavailable(f"Redis refuses {command[0]!s}: {reply}")
         return replies
 
     def post(self, *commands: Command) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from relay.model import EntryID, Record
 from relay.reads import ExamineRequest, Followed, PageRequest, Server
 from relay.stream import asking
 from relay.stream.connect import CommandRefused
 from relay.stream.groups import group_of
+from relay.stream.read_mode import ReadMode
+from relay.stream.refusals import Effect, rule_of
 
 if TYPE_CHECKING:
     from relay.metrics import Metrics
@@ -42,7 +44,12 @@ class LiveTurns:
         decode: asking.Decode,
         on_records: Callable[[Followed, list[Record]], None],
         control: ControlReader,
+        mode: ReadMode | None = None,
+        on_usual: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_usual` is called when streams are read by groups again, after plain reads."""
+        self._mode = mode or ReadMode()
+        self._on_usual = on_usual
         self._keys = keys
         self._instance = instance
         self._group = group_of(instance).decode()
@@ -87,14 +94,22 @@ class LiveTurns:
         self._examine.pop(stream, None)
         self._read.pop(stream, None)
         self._swept.discard(stream)
+        self._mode.paused.pop(stream, None)
+
+    def retry_paused(self) -> None:
+        """Read the streams again whose reads were refused a moment ago."""
+        for stream in self._mode.take_paused():
+            if stream.alive:
+                self._examine[stream] = None
 
     def connected(self, streams: Iterable[Followed]) -> None:
         """A new connection knows nothing: whatever was asked or armed on the old one is void."""
         asked, self._asked = self._asked, None
-        for stream, request, _ in asked.examined if asked else ():
+        for stream, request, *_ in asked.examined if asked else ():
             stream.on_examine_lost(request)
         self._read.clear()
         self._swept.clear()
+        self._mode.paused.clear()
         self._control_news = True
         for stream in streams:
             stream.on_unsettled()
@@ -109,8 +124,12 @@ class LiveTurns:
         asked.control_end = len(commands)
         for stream in _take(self._examine, _EXAMINE_BATCH):
             request = stream.examine_request()
-            commands += asking.examine_commands(self._keys, stream, self._group, request)
-            asked.examined.append((stream, request, len(commands)))
+            plain = self._mode.plain
+            start = len(commands)
+            commands += asking.examine_commands(
+                self._keys, stream, self._group, request, plain=plain
+            )
+            asked.examined.append((stream, request, plain, start, len(commands)))
         for stream in _take(self._read, _READ_BATCH):
             if not stream.settled:
                 # Its examination asks for the read. There may be none under way: the last one may
@@ -118,10 +137,13 @@ class LiveTurns:
                 self._examine[stream] = None
                 continue
             count = asking.count_for(stream, self._settings.page_bytes)
-            aligning = stream.misaligned
-            commands += asking.read_commands(self._keys, stream, self._group, self._instance, count)
+            form = _Form(stream.misaligned, self._mode.is_plain_for(stream))
+            start = len(commands)
+            commands += asking.read_commands(
+                self._keys, stream, self._group, self._instance, count, plain=form.plain
+            )
             stream.misaligned = False
-            asked.read.append((stream, count, aligning, len(commands)))
+            asked.read.append((stream, count, form, start, len(commands)))
         self._asked = asked
         return commands
 
@@ -133,18 +155,35 @@ class LiveTurns:
             return
         if asked.control and self._control.take(replies[: asked.control_end]):
             self._control_news = True
-        for stream, request, end in asked.examined:
-            self._take_examined(stream, request, asked.server, replies[end - 1])
-        for stream, count, aligning, end in asked.read:
-            self._take_read(stream, count, asked.server, aligning, replies[end - 1])
+        for stream, request, plain, start, end in asked.examined:
+            self._take_examined(stream, request, asked.server, plain, replies[start:end])
+        for stream, count, form, start, end in asked.read:
+            self._take_read(stream, count, asked.server, form, replies[start:end])
+            if form.plain:
+                # The group in Redis has not moved.
+                stream.misaligned = True
 
     def _take_examined(
-        self, stream: Followed, request: ExamineRequest, server: Server, reply: object
+        self,
+        stream: Followed,
+        request: ExamineRequest,
+        server: Server,
+        plain: bool,
+        replies: Sequence[object],
     ) -> None:
         try:
-            examined = asking.parse_examined(request, server, reply)
+            examined = asking.parse_examined(request, server, replies, plain=plain)
+        except asking.ChangedMeanwhile:
+            stream.on_examine_lost(request)
+            return
         except CommandRefused as exc:
-            _log.error("channel %s cannot be read: %s", stream.channel, exc)
+            if self._mode.try_plain(exc, plain=plain):
+                stream.on_examine_lost(request)
+                return
+            if rule_of(exc.reply).effect is Effect.ONE:
+                _log.error("Channel %s cannot be read: %s", stream.channel, exc)
+            else:
+                self._mode.pause(stream, exc)
             stream.on_examine_failed(request, "the channel's stream cannot be read")
             return
         stream.on_examined(request, examined)
@@ -152,19 +191,31 @@ class LiveTurns:
             self._read[stream] = None
 
     def _take_read(
-        self, stream: Followed, count: int, server: Server, aligning: bool, reply: object
+        self, stream: Followed, count: int, server: Server, form: _Form, replies: Sequence[object]
     ) -> None:
         swept = stream in self._swept
         self._swept.discard(stream)
         # A stream that was rewound or unsettled meanwhile reads these again.
         if not stream.alive or not stream.settled or stream.misaligned:
             return
+        aligning, plain = form
         try:
-            state, entries = asking.parse_read(reply, aligning=aligning)
-        except CommandRefused:
-            stream.on_unsettled()
+            state, entries = asking.parse_read(replies, aligning=aligning, plain=plain)
+        except asking.ChangedMeanwhile:
+            self._read[stream] = None
             return
-        if aligning and not stream.same_life(state, server):
+        except CommandRefused as exc:
+            stream.misaligned = True
+            if self._mode.is_gone(exc):
+                stream.on_unsettled()
+            elif self._mode.try_plain(exc, plain=plain):
+                self._read[stream] = None
+            else:
+                self._mode.pause(stream, exc)
+            return
+        if (self._mode.plain or self._mode.blocked) and self._mode.read(plain=plain):
+            self._on_usual()
+        if (aligning or plain) and not stream.same_life(state, server):
             # Deleted and made anew after the examination: the group was made in another life.
             stream.on_unsettled()
             return
@@ -192,12 +243,21 @@ class LiveTurns:
 class PageTurns:
     """Pages for clients that are behind, a few streams at a time: that bounds their memory."""
 
-    def __init__(self, *, keys: Keys, settings: StreamSettings, decode: asking.Decode) -> None:
+    def __init__(
+        self,
+        *,
+        keys: Keys,
+        settings: StreamSettings,
+        decode: asking.Decode,
+        mode: ReadMode | None = None,
+    ) -> None:
+        self._mode = mode or ReadMode()
         self._keys = keys
         self._settings = settings
         self._decode = decode
         self._pages: dict[Followed, None] = {}
-        self._asked: list[tuple[Followed, PageRequest, int, int]] = []
+        self._asked: list[tuple[Followed, PageRequest, int, int, int]] = []
+        self._plain = False
 
     @property
     def wanted(self) -> bool:
@@ -215,25 +275,47 @@ class PageTurns:
     def commands(self) -> list[Command]:
         """One page for each of the next few streams."""
         self._asked.clear()
+        self._plain = self._mode.plain
         commands: list[Command] = []
         for stream in _take(self._pages, self._settings.resume_concurrency):
             request = stream.page_request()
             if request is not None:
                 count = asking.count_for(stream, self._settings.page_bytes)
-                commands += asking.page_commands(self._keys, stream, request, count)
-                self._asked.append((stream, request, count, len(commands)))
+                start = len(commands)
+                commands += asking.page_commands(
+                    self._keys, stream, request, count, plain=self._plain
+                )
+                self._asked.append((stream, request, count, start, len(commands)))
         return commands
 
     def take(self, server: Server, replies: Sequence[object]) -> None:
         """Hands each page to its stream."""
-        for stream, request, count, end in self._asked:
+        for stream, request, count, start, end in self._asked:
             try:
-                page = asking.parse_page(stream, server, replies[end - 1], count, self._decode)
-            except CommandRefused:
-                stream.on_unsettled()
+                page = asking.parse_page(
+                    stream, server, replies[start:end], count, self._decode, plain=self._plain
+                )
+            except asking.ChangedMeanwhile:
+                self._pages[stream] = None
+                continue
+            except CommandRefused as exc:
+                if self._mode.try_plain(exc, plain=self._plain):
+                    self._pages[stream] = None
+                elif rule_of(exc.reply).effect is Effect.ONE:
+                    stream.on_unsettled()
+                else:
+                    # After the pause the stream is examined, and pages are requested anew.
+                    self._mode.pause(stream, exc)
                 continue
             stream.on_page(request, page)
         self._asked.clear()
+
+
+class _Form(NamedTuple):
+    """How a stream was read."""
+
+    aligning: bool
+    plain: bool
 
 
 class _Asked:
@@ -245,8 +327,8 @@ class _Asked:
         self.server = server
         self.control = control
         self.control_end = 0
-        self.examined: list[tuple[Followed, ExamineRequest, int]] = []
-        self.read: list[tuple[Followed, int, bool, int]] = []
+        self.examined: list[tuple[Followed, ExamineRequest, bool, int, int]] = []
+        self.read: list[tuple[Followed, int, _Form, int, int]] = []
 
 
 def _take(waiting: dict[Followed, None], most: int) -> list[Followed]:

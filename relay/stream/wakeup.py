@@ -16,14 +16,20 @@ import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
+import hiredis
+
 from relay.errors import RedisUnavailable
 from relay.stream.connect import CommandRefused
+from relay.stream.refusals import WRITES, Refusals
 
 if TYPE_CHECKING:
     from relay.stream.keys import Keys
     from relay.stream.link import Link
 
 MISSED_CANARIES = 3
+_CANARY_S = 60
+# Name of an area in `Refusals`.
+CANARY = "the canary key"
 _T = TypeVar("_T")
 
 
@@ -39,7 +45,9 @@ class Bell:
         on_keys: Callable[[Iterable[bytes]], None],
         on_everything: Callable[[], None],
         on_message: Callable[[bytes, bytes], None],
+        refusals: Refusals | None = None,
     ) -> None:
+        self._refusals = refusals or Refusals()
         self._canary = keys.canary(instance)
         self._period_s = period_s
         self._on_keys = on_keys
@@ -79,18 +87,34 @@ class Bell:
         return True
 
     async def prove(self, tracking: Link, writer: Link) -> None:
-        """Writes the canary for ever; RedisUnavailable once the bell has fallen silent."""
+        """Write the canary again and again. RedisUnavailable if its wake-ups no longer arrive.
+
+        A Redis that refuses writes may still prolong a key that exists, which is a wake-up as well.
+        If it refuses that too, its answers are the only proof that is left.
+        """
         count = 0
         while True:
             count += 1
             await tracking.call("GET", self._canary)
-            await writer.call("SET", self._canary, count, "EX", 60)
+            set_, prolonged = await writer.execute(
+                [
+                    ("SET", self._canary, count, "EX", _CANARY_S),
+                    ("EXPIRE", self._canary, _CANARY_S),
+                ]
+            )
+            if isinstance(set_, hiredis.ReplyError):
+                self._refusals.refused(CANARY, str(set_), "wake-ups cannot be checked")
+                if prolonged != 1:
+                    self.touch()
+            else:
+                self._refusals.accepted(CANARY)
+                self._refusals.accepted(WRITES)
             await asyncio.sleep(self._period_s)
             if not self.rings():
                 raise RedisUnavailable("no wake-up arrived from Redis: connecting again")
 
     def touch(self) -> None:
-        """Without tracking: a round of polling has been completed."""
+        """Count this moment as a wake-up: Redis has answered, and no better proof can be had."""
         self._rang_at = asyncio.get_running_loop().time()
 
 

@@ -142,7 +142,6 @@ def test_a_read_that_stopped_at_its_count_still_sees_a_trim(scene: Scene) -> Non
     [
         [info(1, added=1, last=1), NO_GROUP],
         [hiredis.ReplyError("ERR no such key"), NO_GROUP],
-        hiredis.ReplyError("EXECABORT"),
     ],
 )
 def test_a_lost_group_or_stream_is_examined(scene: Scene, reply: object) -> None:
@@ -207,3 +206,71 @@ def test_a_page_of_a_stream_that_is_gone_is_examined(scene: Scene) -> None:
     gone = hiredis.ReplyError("ERR no such key")
     pages.take(SERVER, [b"OK", b"", b"", b"", [gone, gone, []]])
     assert not scene.feed.settled
+
+
+# ---- refusals ----------------------------------------------------------------------------------
+
+FULL = hiredis.ReplyError("OOM command not allowed when used memory > 'maxmemory'.")
+ABORTED = hiredis.ReplyError("EXECABORT Transaction discarded because of previous errors.")
+
+
+def refuse(scene: Scene, refusal: hiredis.ReplyError) -> None:
+    scene.turns.want_read(scene.feed)
+    commands = scene.turns.commands(SERVER)
+    scene.turns.take([b"OK", *[refusal] * (len(commands) - 2), ABORTED])
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        FULL,
+        hiredis.ReplyError("MISCONF Errors writing to the AOF file: No space left on device"),
+        hiredis.ReplyError("NOREPLICAS Not enough good replicas to write."),
+        hiredis.ReplyError("NOPERM User relay has no permissions to run the 'xreadgroup' command"),
+        hiredis.ReplyError("ERR unknown command 'MULTI', with args beginning with: "),
+    ],
+)
+def test_where_groups_are_refused_entries_are_read_without_them(
+    scene: Scene, refusal: hiredis.ReplyError
+) -> None:
+    refuse(scene, refusal)
+    commands = scene.turns.commands(SERVER)
+    assert names(commands) == ["XINFO", "XINFO", "XRANGE", "XINFO"]
+    state = info(1, 2, added=2, last=2)
+    entries = [[b"%d-0" % number, [b"data", b"%d" % number]] for number in (1, 2)]
+    scene.turns.take([state, MARKER, entries, state])
+    scene.hub.flush()
+    assert scene.outbox.writes == [b"1 2 "]
+    assert scene.feed.position == EntryID(2, 0)
+
+
+def test_a_plain_look_that_was_no_single_moment_is_repeated(scene: Scene) -> None:
+    refuse(scene, FULL)
+    scene.turns.commands(SERVER)
+    scene.turns.take([info(added=0, last=0), MARKER, [], info(1, added=1, last=1)])
+    assert scene.turns.wanted
+    assert names(scene.turns.commands(SERVER)) == ["XINFO", "XINFO", "XRANGE", "XINFO"]
+
+
+def test_a_plain_read_sees_a_trim_and_another_life(scene: Scene) -> None:
+    refuse(scene, FULL)
+    scene.turns.commands(SERVER)
+    state = info(3, added=3, last=3)
+    scene.turns.take([state, MARKER, [[b"3-0", [b"data", b"3"]]], state])
+    scene.hub.flush()
+    assert scene.outbox.writes == [b"!news:trimmed "]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_what_is_refused_in_every_way_is_not_repeated_without_a_pause(
+    scene: Scene, plain: bool
+) -> None:
+    busy = hiredis.ReplyError("BUSY Redis is busy running a script.")
+    denied = hiredis.ReplyError("NOPERM User relay has no permissions to run the 'xinfo' command")
+    refuse(scene, denied if plain else busy)
+    if plain:
+        scene.turns.commands(SERVER)
+        scene.turns.take([denied] * 4)
+    assert not scene.turns.wanted
+    scene.turns.retry_paused()
+    assert scene.turns.wanted
