@@ -73,16 +73,16 @@ class FrameReader:
         "_allowed",
         "_inflates",
         "_kind",
-        "_max_bytes",
         "_message",
         "_rest",
         "_skip",
         "idle_frames",
+        "max_bytes",
         "more",
     )
 
     def __init__(self, max_bytes: int, skip_bytes: int = 0, *, compressed: bool = False) -> None:
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._allowed = COMPRESSED if compressed else 0
         self._inflates = False
         self._skip = skip_bytes
@@ -165,8 +165,8 @@ class FrameReader:
             at += 8
         # Before the payload is waited for: what is too long is never held.
         held = len(self._message) if self._message is not None and opcode < 8 else 0
-        if opcode < 8 and held + size > self._max_bytes:
-            raise ProtocolViolation(1009, f"more than {self._max_bytes} bytes")
+        if opcode < 8 and held + size > self.max_bytes:
+            raise ProtocolViolation(1009, f"more than {self.max_bytes} bytes")
         end = at + 4 + size
         if len(source) < end:
             return 0
@@ -213,9 +213,9 @@ class FrameReader:
 
     def _inflated(self, payload: bytes) -> bytes:
         try:
-            message = inflate(payload, self._max_bytes)
+            message = inflate(payload, self.max_bytes)
         except Undecodable as exc:
             raise ProtocolViolation(1007, str(exc)) from None
         if message is None:
-            raise ProtocolViolation(1009, f"more than {self._max_bytes} bytes")
+            raise ProtocolViolation(1009, f"more than {self.max_bytes} bytes")
         return message

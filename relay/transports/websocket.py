@@ -197,6 +197,10 @@ class WebSocketConnection(ClientSocket):
         self.on_text: Callable[[bytes], None] = _ignore
         self.on_binary: Callable[[bytes], None] | None = None
 
+    def limit_messages(self, max_bytes: int) -> None:
+        """Change the largest message that the client may send from now on."""
+        self._reader.max_bytes = max_bytes
+
     def close_with(self, code: int, reason: str = "") -> None:
         """Close with a code and a reason for people."""
         self.close(frame_close(code, reason))

@@ -220,6 +220,7 @@ class SocketClient:
             raise Unavailable("the client has gone")
         self._stop_timer()
         more = {"pid": self.pid} if self.pid else {}
+        self.engine.authorize()
         connection.out = session.reply
         connection.accept(namespace, self.sid, **more)
         engine = self.engine
@@ -382,6 +383,8 @@ class SocketClient:
         session, self.session = self.session, None
         if self._admitted is not None and not self._admitted.done():
             self._admitted.set_exception(Unavailable("the client has gone"))
+        # Its subscriptions refer to the session, and thereby to this client.
+        self.rooms.reset_cache()
         if session is not None and not session.closed:
             session.write_out()
             session.end()
@@ -391,6 +394,8 @@ class SocketClient:
         """A 4.x client reads packets a turn later than their transport's end, which would hide
         them; it closes by itself, and who does not is closed."""
         self._stop_timer()
+        # A client that was rejected cannot try another token on the same connection.
+        self._asked = None
         self._timer = asyncio.get_running_loop().call_later(_GOODBYE_S, self.engine.close)
 
     def _stop_timer(self) -> None:

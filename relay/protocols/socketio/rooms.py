@@ -82,6 +82,10 @@ class Rooms:
         self._start.pop(channel, None)
         self._parts.pop(channel, None)
 
+    def reset_cache(self) -> None:
+        """Drop the references to subscriptions."""
+        self._after = None
+
     def start(self) -> str:
         """A cursor of where the session began."""
         return cursor.join(self._start.values()).decode()

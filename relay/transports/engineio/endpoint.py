@@ -20,6 +20,7 @@ from urllib.parse import parse_qs
 import orjson
 from aiohttp import web
 
+from relay.slices import next_slice
 from relay.transports import websocket
 from relay.transports.engineio import packets
 from relay.transports.engineio.engine import Engine
@@ -52,6 +53,8 @@ _MESSAGES = (
 _TEXT = "text/plain; charset=UTF-8"
 _SCRIPT = "text/javascript; charset=UTF-8"
 _PING_4 = packets.frame(packets.Packet(packets.PING), 4)
+# A form of JSONP is decoded by slow code; only browsers without CORS send any.
+_FORM_BYTES = 65_536
 # A client of protocol 3 pings by itself; how often it is looked for, as a part of its interval.
 _LOOKS = 5
 
@@ -132,7 +135,9 @@ class Endpoint:
             return web.Response(status=204, headers=self._preflight(request.headers))
         body: bytes | None = b""
         if request.method == "POST":
-            body = await read_body(request, self._timing.max_payload_bytes)
+            body = await read_body(request, self._max_body_bytes(request))
+            # Decoding takes milliseconds: many bodies that arrive together must take turns.
+            await next_slice()
         asked = asked_of(request, body)
         owner = owner_of(asked.query.get("sid", ""))
         if owner is not None and owner != self._instance:
@@ -147,6 +152,13 @@ class Endpoint:
         if exchange.response is None:
             raise RuntimeError("the request was not answered")
         return exchange.response
+
+    def _max_body_bytes(self, request: web.Request) -> int:
+        engine = self._engines.get(request.query.get("sid", ""))
+        if engine is not None:
+            return engine.max_message_bytes
+        # The session may belong to another worker, which checks the size again.
+        return self._timing.max_payload_bytes
 
     def _preflight(self, headers: Mapping[str, str]) -> dict[str, str]:
         wanted = headers.get("Access-Control-Request-Headers", "")
@@ -190,7 +202,7 @@ class Endpoint:
                 self._refuse(exchange, BAD_REQUEST)
                 return
             engine = self._engine(version)
-            socket = self._websocket()
+            socket = self._websocket(engine)
             engine.attach(socket)
             exchange.take(head, socket, duplex=True)
             self._open(engine, asked, upgrades=[])
@@ -204,6 +216,7 @@ class Endpoint:
             sid=new_sid(self._instance),
             version=version,
             buffer_bytes=self._buffer_bytes,
+            max_message_bytes=self._timing.max_payload_bytes,
             reaper=self._reaper,
             heartbeat=self._beats[version],
             on_gone=self._gone,
@@ -245,15 +258,19 @@ class Endpoint:
     def _receive(self, exchange: Exchange, engine: Engine) -> None:
         asked = exchange.asked
         headers = self._cors_of(asked.headers)
-        if asked.body is None:
+        kind = asked.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        binary = kind == "application/octet-stream"
+        is_form = "j" in asked.query or kind == "application/x-www-form-urlencoded"
+        limit = engine.max_message_bytes
+        if is_form:
+            limit = min(limit, _FORM_BYTES)
+        body = asked.body
+        if body is None or len(body) > limit:
             self._answer(exchange, 413, b"", headers)
             engine.abort()
             return
-        kind = asked.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        binary = kind == "application/octet-stream"
         try:
-            body = asked.body
-            if "j" in asked.query or kind == "application/x-www-form-urlencoded":
+            if is_form:
                 body = packets.jsonp_body(_form_field(body))
             received = packets.decode_payload(body, engine.version, binary=binary)
         except Malformed:
@@ -270,7 +287,7 @@ class Endpoint:
         if isinstance(head, web.Response):
             self._refuse(exchange, BAD_REQUEST)
             return
-        socket = self._websocket()
+        socket = self._websocket(engine)
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self._timing.upgrade_timeout_s, socket.abort)
         if engine.probe(socket, timer):
@@ -279,10 +296,10 @@ class Endpoint:
             timer.cancel()
             self._refuse(exchange, BAD_REQUEST)
 
-    def _websocket(self) -> websocket.WebSocketConnection:
+    def _websocket(self, engine: Engine) -> websocket.WebSocketConnection:
         return websocket.WebSocketConnection(
             buffer_bytes=self._buffer_bytes,
-            max_frame_bytes=self._timing.max_payload_bytes,
+            max_frame_bytes=engine.max_message_bytes,
             reaper=self._reaper,
         )
 

@@ -8,6 +8,7 @@ sockets that `endpoint.py` gives it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,10 @@ _NOOP = frame(Packet(NOOP), 4)
 _CLOSE = frame(Packet(CLOSE), 4)
 _PROBE, _PROBED = b"2probe", frame(Packet(PONG, b"probe"), 4)
 _GOODBYE = frame_close(1000)
+# Until a client has shown a credential it may send this much. A Socket.IO client needs two packets
+# to connect, and a token fits into a few kilobytes.
+_STRANGER_PACKETS = 100
+_STRANGER_BYTES = 65_536
 
 
 def _nothing() -> None:
@@ -49,9 +54,14 @@ def _ignore(data: bytes, binary: bool) -> None:
 
 class Engine:
     """A session. Its owner sets the callbacks; after `on_closed`, called exactly once with why,
-    there are none. `full`: more than `buffer_bytes` wait; writes are still taken then."""
+    there are none. `full`: more than `buffer_bytes` wait; writes are still taken then.
+
+    `max_message_bytes` limits one message or request body. Until the owner calls `authorize` it is
+    small, and so is the total of what the client may send.
+    """
 
     __slots__ = (
+        "_authorized_bytes",
         "_buffer_bytes",
         "_heartbeat",
         "_on_gone",
@@ -60,11 +70,14 @@ class Engine:
         "_probe_timer",
         "_reaper",
         "_socket",
+        "_stranger_bytes",
+        "_stranger_packets",
         "_waiting",
         "_waiting_bytes",
         "beat_slot",
         "closing",
         "full",
+        "max_message_bytes",
         "on_closed",
         "on_drained",
         "on_full",
@@ -83,6 +96,7 @@ class Engine:
         sid: str,
         version: int,
         buffer_bytes: int,
+        max_message_bytes: int,
         reaper: Reaper,
         heartbeat: Heartbeat,
         on_gone: Callable[[Engine], None],
@@ -100,6 +114,10 @@ class Engine:
         self._poll: Callable[[bytes], None] | None = None
         self._waiting: list[bytes] = []
         self._waiting_bytes = 0
+        self._stranger_packets = _STRANGER_PACKETS
+        self._stranger_bytes: float = _STRANGER_BYTES
+        self._authorized_bytes = max_message_bytes
+        self.max_message_bytes = min(max_message_bytes, _STRANGER_BYTES)
         self.full = False
         self.closing = False
         self.on_message: Callable[[bytes, bool], None] = _ignore
@@ -117,6 +135,13 @@ class Engine:
     def polling(self) -> bool:
         """Whether requests carry it now."""
         return self._socket is None
+
+    def authorize(self) -> None:
+        """Lift the limits for clients that have not shown a credential."""
+        self._stranger_bytes = math.inf
+        self.max_message_bytes = self._authorized_bytes
+        if self._socket is not None:
+            self._socket.limit_messages(self.max_message_bytes)
 
     # ---- what the relay says ----------------------------------------------------------------
 
@@ -208,8 +233,9 @@ class Engine:
     # ---- websocket --------------------------------------------------------------------------
 
     def attach(self, socket: WebSocketConnection) -> None:
-        """The session begins on this websocket; before the take-over."""
+        """Use this websocket for the session from now on."""
         self._socket = socket
+        socket.limit_messages(self.max_message_bytes)
         socket.on_text = self._on_text
         socket.on_binary = self._on_binary
         socket.on_full = self._socket_full
@@ -305,6 +331,12 @@ class Engine:
     # ---- both -------------------------------------------------------------------------------
 
     def _on_packet(self, packet: Packet) -> None:
+        if self._stranger_bytes < math.inf:
+            self._stranger_packets -= 1
+            self._stranger_bytes -= len(packet.data)
+            if self._stranger_packets < 0 or self._stranger_bytes < 0:
+                self.close()
+                return
         if packet.kind == MESSAGE:
             try:
                 self.on_message(packet.data, packet.binary)

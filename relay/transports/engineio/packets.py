@@ -20,8 +20,12 @@ from relay.transports.websocket import frame_binary, frame_text
 
 OPEN, CLOSE, PING, PONG, MESSAGE, UPGRADE, NOOP = range(7)
 VERSIONS = (3, 4)
-# A body of a client; what one POST can make the relay do is bounded by its size already.
+# Engine.IO has no limit on the packets of one body. A megabyte of empty packets would hold the
+# event loop for a second; real clients send a few at a time (python-engineio accepts 16).
+MAX_PACKETS = 1000
 _SEPARATOR = b"\x1e"
+# How a packet of protocol 3 begins in a text body, in ASCII and in UTF-16.
+_LENGTH, _WIDE_LENGTH = re.compile(rb"([0-9]{1,10}):"), re.compile(rb"((?:[0-9]\0){1,10}):\0")
 
 
 class Malformed(Exception):
@@ -102,10 +106,24 @@ def encode_payload(packets: Sequence[Packet], version: int, *, base64_only: bool
 
 
 def decode_payload(body: bytes, version: int, *, binary: bool) -> list[Packet]:
-    """The packets of a POST's body; Malformed. `binary`: it came as application/octet-stream."""
+    """Return the packets of a POST's body.
+
+    Args:
+        binary: The body came as application/octet-stream.
+
+    Raises:
+        Malformed: The body is not a payload of this protocol, or has more than `MAX_PACKETS`.
+    """
     if version == 4:
+        if body.count(_SEPARATOR) >= MAX_PACKETS:
+            raise Malformed("too many packets in one body")
         return [_from_text_form(part, 4) for part in body.split(_SEPARATOR)]
-    return list(_decode_binary(body) if binary else _decode_lengths(body))
+    packets: list[Packet] = []
+    for packet in _decode_binary(body) if binary else _decode_lengths(body):
+        if len(packets) >= MAX_PACKETS:
+            raise Malformed("too many packets in one body")
+        packets.append(packet)
+    return packets
 
 
 def _text_form(packet: Packet, version: int) -> bytes:
@@ -128,7 +146,7 @@ def _from_text_form(text: bytes, version: int) -> Packet:
 
 def _utf16_units(text: str) -> int:
     # JavaScript counts characters beyond the basic plane twice.
-    return len(text) + sum(char > "\uffff" for char in text)
+    return len(text.encode("utf-16-le")) // 2
 
 
 def _with_length(packet: bytes) -> bytes:
@@ -141,33 +159,23 @@ def _decode_lengths(body: bytes) -> Iterable[Packet]:
         text = body.decode()
     except UnicodeDecodeError:
         raise Malformed("not UTF-8") from None
-    if text.isascii():
-        units: Sequence[bytes] | None = None
-    else:
-        raw = text.encode("utf-16-le")
-        units = [raw[at : at + 2] for at in range(0, len(raw), 2)]
-    size = len(body) if units is None else len(units)
-    colon = b":" if units is None else b":\0"
-    at = 0
+    # Lengths count UTF-16 units. In ASCII text these are its bytes.
+    width = 1 if text.isascii() else 2
+    units = body if width == 1 else text.encode("utf-16-le")
+    length = _LENGTH if width == 1 else _WIDE_LENGTH
+    at, size = 0, len(units)
     while at < size:
-        digits = ""
-        while at < size and (char := body[at : at + 1] if units is None else units[at]) != colon:
-            digits += char[:1].decode("latin-1")
-            at += 1
-            if len(digits) > 10:
-                break
-        # `isdigit` alone is true of other alphabets' digits.
-        if not (digits.isascii() and digits.isdigit()) or at >= size:
+        found = length.match(units, at)
+        if found is None:
             raise Malformed("a packet's length is missing")
-        at += 1
-        end = at + int(digits)
+        digits, at = found[1][::width], found.end()
+        end = at + int(digits) * width
         if end > size or end == at:
             raise Malformed("a packet is shorter than it says")
-        if units is None:
-            packet = body[at:end]
-        else:
+        packet = units[at:end]
+        if width == 2:
             try:
-                packet = b"".join(units[at:end]).decode("utf-16-le").encode()
+                packet = packet.decode("utf-16-le").encode()
             except UnicodeError:
                 raise Malformed("a packet's length cuts a character") from None
         yield _from_text_form(packet, 3)

@@ -33,10 +33,11 @@ class Handler(Protocol):
     def event(
         self, namespace: str, name: str, args: list[Any], acknowledge: Acknowledge | None
     ) -> None:
-        """An event from the client, who waits for `acknowledge(*values)` unless it is None."""
+        """Handle an event from the client, which waits for `acknowledge(*values)` unless it is
+        None. Binary arguments are placeholders; events of more than 64 KB are ignored."""
 
     def left(self, namespace: str) -> None:
-        """The client has left a namespace that was accepted."""
+        """The client has left a namespace, or does not want to connect to it any more."""
 
     def closed(self, reason: str) -> None:
         """The connection is over, with everything it had."""
@@ -51,7 +52,7 @@ class Connection:
     def __init__(self, engine: Engine, handler: Handler) -> None:
         self.engine = engine
         self.out: Callable[[bytes], None] = engine.write
-        self._handler = handler
+        self._handler: Handler | None = handler
         self._decoder = codec.Decoder()
         self._waiting: set[str] = set()
         self._namespaces: set[str] = set()
@@ -63,43 +64,52 @@ class Connection:
 
     def opened(self) -> None:
         """The engine is open. A 2.x client takes `/` as given (captured: `40` unasked)."""
-        if self.version == 3:
+        handler = self._handler
+        if self.version == 3 and handler is not None:
             self._waiting.add("/")
-            self._handler.connecting("/", {}, "")
+            handler.connecting("/", {}, "")
 
     # ---- from the engine --------------------------------------------------------------------
 
     def on_message(self, data: bytes, binary: bool) -> None:
         """One message; Malformed closes the connection, as upstream does (captured)."""
+        handler = self._handler
         found = self._decoder.feed(data, binary=binary)
-        if found is None:
+        if found is None or handler is None:
             return
         namespace = found.namespace
         if found.kind == codec.CONNECT:
             if namespace not in self._namespaces and namespace not in self._waiting:
                 self._waiting.add(namespace)
-                self._handler.connecting(namespace, found.data or {}, found.query)
+                handler.connecting(namespace, found.data or {}, found.query)
             return
         if namespace not in self._namespaces:
             # A packet that crossed the refusal or the end of its namespace, or an event too early.
             if found.kind == codec.DISCONNECT:
-                self._waiting.discard(namespace)
+                if namespace in self._waiting:
+                    self._waiting.discard(namespace)
+                    handler.left(namespace)
                 return
             raise Malformed("not connected to this namespace")
         if found.kind == codec.DISCONNECT:
             self._namespaces.discard(namespace)
-            self._handler.left(namespace)
+            handler.left(namespace)
         elif found.kind in (codec.EVENT, codec.BINARY_EVENT):
+            if found.data is None:
+                return
             name, *args = found.data
             acknowledge = None if found.id is None else self._acknowledge(namespace, found.id)
-            self._handler.event(namespace, name, args, acknowledge)
+            handler.event(namespace, name, args, acknowledge)
         elif found.kind == codec.ERROR:
             raise Malformed("errors come from the server")
         # else: an acknowledgement; nobody here asks for one.
 
     def on_closed(self, reason: str) -> None:
-        """The engine has closed."""
-        self._handler.closed(reason)
+        """Tell the handler that the engine has closed."""
+        # Without this reference no cycle keeps the connection's objects in memory.
+        handler, self._handler = self._handler, None
+        if handler is not None:
+            handler.closed(reason)
 
     def _acknowledge(self, namespace: str, number: int) -> Acknowledge:
         def acknowledge(*values: object) -> None:

@@ -35,6 +35,7 @@ class NpmClient:
         self.pid = ""
         self.sid = ""
         self._asked = asked
+        self._rejected = False
         self._browser: NpmBrowser | None = None
         engine.on_message = self.connection.on_message
         engine.on_closed = self.connection.on_closed
@@ -47,7 +48,10 @@ class NpmClient:
         """Pydio says who it is; nothing is told before."""
         del query
         if namespace == self.kind.namespace:
-            self.kind.spawn(self._join(dict(auth)), "pydio join")
+            # A client that was rejected cannot try again on the same connection: each attempt is a
+            # request to Pydio.
+            if not self._rejected:
+                self.kind.spawn(self._join(dict(auth)), "pydio join")
         elif namespace == "/" and self.connection.version == 3:
             # Every 2.x client has it, unasked; it opens nothing.
             self.connection.accept("/", self.engine.sid)
@@ -147,6 +151,7 @@ class NpmClient:
         if self.engine.closing or session.closed or not connection.wants(kind.namespace):
             raise Unavailable("the client has gone")
         self._stop_timer()
+        self.engine.authorize()
         connection.out = session.reply
         connection.accept(kind.namespace, self.sid, **({"pid": self.pid} if self.pid else {}))
         self.engine.on_full, self.engine.on_drained = session.pause, session.resume
@@ -204,6 +209,7 @@ class NpmClient:
     def _close_soon(self) -> None:
         # A 4.x client reads packets a turn later than their transport's end, which would hide
         # them; it closes by itself, and who does not is closed.
+        self._rejected = True
         self._stop_timer()
         self._timer = asyncio.get_running_loop().call_later(_GOODBYE_S, self.engine.close)
 

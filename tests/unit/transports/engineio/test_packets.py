@@ -156,3 +156,14 @@ def test_protocol_3_bodies_that_are_not_right(body: bytes) -> None:
 def test_protocol_4_bodies_that_are_not_right(body: bytes) -> None:
     with pytest.raises(Malformed):
         decode_payload(body, 4, binary=False)
+
+
+@pytest.mark.parametrize("version", [3, 4])
+@pytest.mark.parametrize("binary", [False, True])
+def test_a_body_has_a_limited_number_of_packets(version: int, binary: bool) -> None:
+    most = [Packet(MESSAGE, b"x", binary)] * packets.MAX_PACKETS
+    body = encode_payload(most, version, base64_only=False)
+    assert len(decode_payload(body.data, version, binary=body.binary)) == packets.MAX_PACKETS
+    body = encode_payload([*most, most[0]], version, base64_only=False)
+    with pytest.raises(Malformed):
+        decode_payload(body.data, version, binary=body.binary)

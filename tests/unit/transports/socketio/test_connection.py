@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +24,8 @@ from relay.transports.heartbeat import Heartbeat
 from relay.transports.reaper import Reaper
 from relay.transports.socketio.connection import Acknowledge, Connection
 
+PLACEHOLDER = {"_placeholder": True, "num": 0}
+
 
 class Door:
     """Accepts /axr with a token, refuses it without."""
@@ -35,6 +39,8 @@ class Door:
     def connecting(self, namespace: str, auth: Mapping[str, Any], query: str) -> None:
         good = auth.get("token") == "good" or "token=good" in query
         if namespace == "/" or good:
+            if good:
+                self.connection.engine.authorize()
             self.connection.accept(namespace, "the-sid")
         elif namespace == "/axr":
             self.connection.refuse(namespace, "not authorized", {"code": 401})
@@ -65,6 +71,7 @@ class Wire:
             sid="~sid.w",
             version=version,
             buffer_bytes=1000,
+            max_message_bytes=1_000_000,
             reaper=Reaper(),
             heartbeat=Heartbeat(interval_s=25, beat=b""),
             on_gone=self.gone.append,
@@ -100,7 +107,7 @@ async def test_a_2x_client_as_captured(old: Wire) -> None:
     old.post(b'24:42/axr,0["echo",{"x":1}]')
     assert old.poll() == b'17:43/axr,0[{"x":1}]'
     old.post(b'46:451-/axr,["bin",{"_placeholder":true,"num":0}]6:b4AQL/')
-    assert old.door.said[-1] == ("/axr", "bin", [b"\x01\x02\xff"])
+    assert old.door.said[-1] == ("/axr", "bin", [PLACEHOLDER])
     old.door.connection.emit("/axr", "bin", b"\x01\x02\xff")
     assert old.poll() == b'46:451-/axr,["bin",{"_placeholder":true,"num":0}]6:b4AQL/'
     old.post(b"7:41/axr,")
@@ -113,7 +120,7 @@ async def test_a_4x_client_as_captured(new: Wire) -> None:
     new.post(b'42/axr,0["echo",{"x":1}]')
     assert new.poll() == b'43/axr,0[{"x":1}]'
     new.post(b'451-/axr,["bin",{"_placeholder":true,"num":0}]\x1ebAQL/')
-    assert new.door.said[-1] == ("/axr", "bin", [b"\x01\x02\xff"])
+    assert new.door.said[-1] == ("/axr", "bin", [PLACEHOLDER])
     new.post(b"41/axr,\x1e1")
     assert new.door.said[-2:] == [("/axr", "left"), "transport close"]
     assert new.gone
@@ -139,6 +146,72 @@ async def test_what_breaks_the_protocol_ends_the_connection(new: Wire, body: byt
     assert new.engine.closing
     assert new.poll() == b"1"
     assert new.door.said[-1] == "forced close"
+
+
+@pytest.mark.parametrize("version", [3, 4])
+@pytest.mark.parametrize(
+    "packets",
+    [
+        [Packet(MESSAGE, b"0/a,")] * 101,
+        [Packet(MESSAGE, b'55-["m"]'), *[Packet(MESSAGE, bytes(20_000), True)] * 4],
+        [Packet(MESSAGE, b"0/a," + b" " * 70_000)],
+    ],
+    ids=["packets", "attachments", "bytes"],
+)
+async def test_a_client_without_a_credential_may_send_little(
+    version: int, packets: list[Packet]
+) -> None:
+    wire = Wire(version)
+    body = encode_payload(packets, version, base64_only=True).data
+    wire.post(body)
+    assert wire.engine.closing
+
+
+async def test_a_client_with_a_credential_may_send_more(new: Wire) -> None:
+    assert new.engine.max_message_bytes == 65_536
+    new.post(b'40/axr,{"token":"good"}')
+    assert new.engine.max_message_bytes == 1_000_000
+    for _ in range(10):
+        new.post(b"\x1e".join([b'42/axr,["m",1]'] * 100))
+    new.post(b'42/axr,["large","' + b"x" * 900_000 + b'"]')
+    assert not new.engine.closing
+    assert len(new.door.said) == 1000
+    socket = Socket()
+    timer = asyncio.get_running_loop().call_later(60, lambda: None)
+    assert new.engine.probe(socket, timer)  # type: ignore[arg-type]
+    socket.on_text(b"2probe")
+    socket.on_text(b"5")
+    assert socket.max_bytes == 1_000_000
+    timer.cancel()
+
+
+async def test_a_client_that_gives_up_while_it_connects_has_left(new: Wire) -> None:
+    """Otherwise it could connect again while the first attempt is still under way."""
+    left: list[str] = []
+    new.door.connecting = lambda *_: None  # type: ignore[method-assign]
+    new.door.left = left.append  # type: ignore[method-assign,assignment]
+    new.post(b"40/axr,\x1e41/axr,\x1e41/axr,")
+    assert left == ["/axr"]
+
+
+@pytest.mark.parametrize("version", [3, 4])
+async def test_nothing_of_a_closed_connection_needs_the_garbage_collector(version: int) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        wire = Wire(version)
+        wire.post(
+            encode_payload([Packet(MESSAGE, b"0/axr?token=good,")], 3, base64_only=True).data
+            if version == 3
+            else b'40/axr,{"token":"good"}'
+        )
+        wire.engine.close()
+        wire.poll()
+        door = weakref.ref(wire.door)
+        del wire
+        assert door() is None
+    finally:
+        gc.enable()
 
 
 async def test_a_2x_client_that_answers_pings_it_never_got_is_closed(old: Wire) -> None:
@@ -180,6 +253,10 @@ class Socket:
         self.on_full: Callable[[], None] = lambda: None
         self.on_drained: Callable[[], None] = lambda: None
         self.on_closed: Callable[[], None] = lambda: None
+        self.max_bytes = 0
+
+    def limit_messages(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
 
     def write(self, data: bytes) -> None:
         self.out.append(data)
