@@ -23,7 +23,7 @@ import uvloop
 
 from relay import __version__, logs, parts
 from relay.drain import drain, end_all
-from relay.errors import RelayError
+from relay.errors import RelayError, StartError
 from relay.frontdoor import DoorContext, Mounted, find_doors, read_token
 from relay.hub.hub import Hub
 from relay.jobs import Jobs
@@ -330,6 +330,8 @@ class Relay:
             mounted = door.mount(context, section)
             if mounted is not None:
                 self._doors.append((name, mounted, section))
+            elif section.unservable:
+                raise StartError(f"[protocol:{name}] {section.unservable}")
             elif not self._check_only:
                 _log.info("Protocol %s is disabled: its URLs return 404", name)
         if not self._check_only and not self._config.jwt.key.get_secret_value():

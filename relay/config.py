@@ -476,8 +476,12 @@ def _with_own(sections: dict[str, Section], name: str, field: str) -> Section:
         for each in list(sections)
         if each.startswith(start)
     }
+    if not own:
+        return section
+    # Only what somebody has set: see `Section.unservable`.
+    given = {key: getattr(section, key) for key in section.model_fields_set}
     try:
-        return type(section).model_validate({**dict(section), field: own})
+        return type(section).model_validate({**given, field: own})
     except ValidationError as exc:
         error = exc.errors(include_url=False)[0]
     raise ConfigError(f"[{name}:...]: {error.get('ctx', {}).get('error') or error['msg']}")

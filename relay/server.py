@@ -233,7 +233,7 @@ def _own_address(settings: ServerSettings, section: Section) -> tuple[str, int]:
 
 def addresses(settings: ServerSettings, doors: Iterable[Section]) -> list[tuple[str, int]]:
     """Host and port of the listeners for clients: the shared one first, then doors' own."""
-    own = (_own_address(settings, door) for door in doors)
+    own = (_own_address(settings, door) for door in doors if door.is_open)
     return [(settings.host, settings.port), *(each for each in own if each[1])]
 
 

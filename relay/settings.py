@@ -28,9 +28,23 @@ class Section(BaseModel):
     same_as: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
     @property
+    def missing(self) -> str:
+        """Return the setting of a protocol without which it cannot be served, '' if it is set."""
+        return ""
+
+    @property
     def is_open(self) -> bool:
-        """Of a door's section: whether the door has paths at all."""
-        return bool(getattr(self, "enabled", True))
+        """Return True if the protocol is served."""
+        return bool(getattr(self, "enabled", True)) and not self.missing
+
+    @property
+    def unservable(self) -> str:
+        """Return why a protocol that somebody has configured cannot be served, '' if there is no
+        such reason. A protocol of which nothing is set is not wanted."""
+        if not self.model_fields_set or not getattr(self, "enabled", True) or not self.missing:
+            return ""
+        instead = ", or enabled = no" if "enabled" in type(self).model_fields else ""
+        return f"{self.missing} is not set, so this protocol cannot be served. Set it{instead}"
 
     @classmethod
     def settings(cls) -> dict[str, FieldInfo]:

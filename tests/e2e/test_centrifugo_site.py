@@ -246,14 +246,12 @@ def test_a_busy_port_and_an_unknown_flag(valkey: Server, folder: Path) -> None:
         assert running.ended() == 2
 
 
-def test_without_a_file_it_starts_shut_and_says_so(valkey: Server, tmp_path: Path) -> None:
-    port = free_port()
-    with site(tmp_path, "centrifugo", f"--port={port}", *redis_flags(valkey)) as running:
+def test_without_a_file_there_is_no_secret_and_no_start(valkey: Server, tmp_path: Path) -> None:
+    flags = [f"--port={free_port()}", *redis_flags(valkey)]
+    with site(tmp_path, "centrifugo", *flags, ready=False) as running:
+        assert running.ended() == 1
         running.said("config.json: there is no such file; the defaults count")
-        running.said("secret is empty: the door stays shut")
-        assert not [line for line in running.lines if line.startswith("  centrifugo")]
-        with pytest.raises(OSError, match="refused"):
-            fetch(f"http://127.0.0.1:{port}/api/")
+        running.said("[protocol:centrifugo] secret is not set")
 
 
 def test_every_insecure_mode_is_told(valkey: Server, folder: Path) -> None:

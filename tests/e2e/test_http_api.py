@@ -245,7 +245,7 @@ async def test_without_a_secret_there_is_no_api(valkey: Server) -> None:
             headers = {"Content-Type": "application/json", "X-API-Sign": sign(body, "")}
             async with session.post(f"{process.url}/api/", data=body, headers=headers) as answer:
                 assert answer.status == 404
-        assert any("[protocol:centrifugo] secret is empty" in line for line in process.log)
+        assert any("Protocol centrifugo is disabled" in line for line in process.log)
     finally:
         await asyncio.to_thread(process.kill)
 

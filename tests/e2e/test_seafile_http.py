@@ -315,6 +315,6 @@ def test_without_a_key_the_door_is_shut(relay: RelayProcess, valkey: Server) -> 
 
     try:
         asyncio.run(ask())
-        assert any("[protocol:seafile] key is empty" in line for line in process.log)
+        assert any("Protocol seafile is disabled" in line for line in process.log)
     finally:
         process.kill()

@@ -274,8 +274,6 @@ def _notes(given: Given) -> Iterator[str]:
     level = given.first("log_level")
     if level and level.text.lower() not in _LEVELS:
         yield f"{level.where}{level.text}: no such level; info counts, as in {_VERSION}"
-    if not (given.text("secret") or given.on("insecure") or given.on("insecure_api")):
-        yield "secret is empty: the door stays shut, since anyone can sign with an empty secret"
 
 
 def _said(section: str, key: str, value: Value, text: str | None = None) -> Said:

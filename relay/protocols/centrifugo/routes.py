@@ -80,9 +80,7 @@ class CentrifugoDoor:
     foreign = CentrifugoForeign()
 
     def mount(self, context: DoorContext, settings: CentrifugoSettings) -> MountedCentrifugo | None:
-        """None without a secret: an HMAC with an empty key can be forged."""
-        if settings.enabled and not settings.is_open:
-            _log.info("[protocol:centrifugo] secret is empty: there is no /api/")
+        """See `relay.frontdoor.FrontDoor`."""
         if not settings.is_open:
             return None
         for name, who in _INSECURE.items():

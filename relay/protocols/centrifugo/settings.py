@@ -108,13 +108,12 @@ class CentrifugoSettings(CentrifugoNamespace, _Door):
         return namespaces
 
     @property
-    def is_open(self) -> bool:
-        """Whether the door has paths at all.
-
-        With an empty secret nothing is validly signed: what still needs a signature is refused.
+    def missing(self) -> str:
+        """See `Section`. An HMAC with an empty key can be forged. With `insecure` or `insecure_api`
+        what still needs a signature is refused.
         """
         signs = bool(self.secret.get_secret_value())
-        return self.enabled and (signs or self.insecure or self.insecure_api)
+        return "" if signs or self.insecure or self.insecure_api else "secret"
 
     def namespace(self, name: str) -> CentrifugoNamespace | None:
         """The rules of a namespace, of channels without one for ''; None where there is none."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -35,8 +34,6 @@ from relay.transports.take_over import take_over
 
 if TYPE_CHECKING:
     from relay.frontdoor import DoorContext
-
-_log = logging.getLogger(__name__)
 
 _MAX_FRAME_BYTES = 4096
 _HTTP_STATUS: dict[type[RelayError], int] = {
@@ -227,13 +224,8 @@ class PydioDoor:
     settings = PydioSettings
 
     def mount(self, context: DoorContext, settings: PydioSettings) -> MountedPydio | None:
-        """None without a key: PHP could not be told from anybody else."""
-        if not settings.enabled:
-            return None
-        if not settings.key.get_secret_value():
-            _log.info("[protocol:pydio] key is empty: there is no Pydio")
-            return None
-        return MountedPydio(context, settings)
+        """See `relay.frontdoor.FrontDoor`."""
+        return MountedPydio(context, settings) if settings.is_open else None
 
 
 DOOR = PydioDoor()

@@ -45,6 +45,11 @@ class PydioSettings(Section):
     pong_timeout_s: float = Field(10.0, ge=1, le=3600, description="seconds a browser may leave a ping without an answer before it is closed")
     drain_s: float = Field(30.0, ge=0, le=300, description="seconds that a stop leaves Pydio's browsers connected, for they do not come back until their page is loaded again")
 
+    @property
+    def missing(self) -> str:
+        """See `Section`. Without a key PHP could not be told from any other client."""
+        return "" if self.key.get_secret_value() else "key"
+
     @field_validator("auth_url")
     @classmethod
     def _is_url(cls, text: str) -> str:

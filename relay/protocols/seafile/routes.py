@@ -8,7 +8,6 @@ in its life, and a redirected POST is lost.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -32,8 +31,6 @@ from relay.transports.take_over import take_over
 
 if TYPE_CHECKING:
     from relay.frontdoor import DoorContext, Listener
-
-_log = logging.getLogger(__name__)
 
 _ROOT = "/{before:/*}"
 _NOTIFICATION = "/{before:/*}notification{after:/*}"
@@ -163,14 +160,8 @@ class SeafileDoor:
     foreign = SeafileForeign()
 
     def mount(self, context: DoorContext, settings: SeafileSettings) -> MountedSeafile | None:
-        """None without a key: anyone could sign."""
-        if not settings.enabled:
-            return None
-        secrets = settings.key, settings.notification_token
-        if not any(secret.get_secret_value() for secret in secrets):
-            _log.info("[protocol:seafile] key is empty: none of its paths exist")
-            return None
-        return MountedSeafile(context, settings)
+        """See `relay.frontdoor.FrontDoor`."""
+        return MountedSeafile(context, settings) if settings.is_open else None
 
 
 DOOR = SeafileDoor()

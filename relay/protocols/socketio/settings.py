@@ -15,7 +15,7 @@ class SocketIoSettings(Section):
 
     fixed: ClassVar[frozenset[str]] = Section.fixed | {"namespace", "paths"}
 
-    secret: SecretStr = Field(SecretStr(""), description="what signs the clients' JWTs (or the PEM public key); several for rotation, separated by a line with ---; empty: the door is shut")
+    secret: SecretStr = Field(SecretStr(""), description="what signs the clients' JWTs (or the PEM public key); several for rotation, separated by a line with ---; empty: none of its paths exist")
     algorithm: Literal["HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "EdDSA"] = Field("HS256", description="the only algorithm accepted, whatever a token says")
     audience: str = Field("", description="required aud; empty: not checked")
     issuer: str = Field("", description="required iss; empty: not checked")
@@ -32,6 +32,11 @@ class SocketIoSettings(Section):
     connect_timeout_s: float = Field(45.0, ge=0.1, le=3600, description="seconds within which a client must have joined the namespace")
     max_payload_bytes: int = Field(1000000, ge=1024, le=67108864, description="bytes of one message or request from a client")
     recovery_s: float = Field(120.0, ge=0, le=86400, description="seconds within which a 4.x client that lost its connection gets what it missed, whichever worker it comes back to; 0: never")
+
+    @property
+    def missing(self) -> str:
+        """See `Section`. Tokens signed with an empty secret could be forged."""
+        return "" if self.secret.get_secret_value() else "secret"
 
     @field_validator("paths")
     @classmethod
