@@ -102,10 +102,17 @@ class Answer:
             extra.append("Connection: close")
         return self._lines(extra) + self.body
 
-    def unbounded(self) -> bytes:
-        """As the beginning of a response that ends with its connection, for `Exchange.take`."""
+    def streamed(self, length_bytes: int | None) -> bytes:
+        """As the beginning of a response for `Exchange.take`.
+
+        `length_bytes` is the size of what follows, or None if the response ends with its
+        connection.
+        """
         # nginx would otherwise hold back what follows until its buffer is full.
-        return self._lines(["X-Accel-Buffering: no", "Connection: close"]) + self.body
+        extra = ["X-Accel-Buffering: no", "Connection: close"]
+        if length_bytes is not None:
+            extra.append(f"Content-Length: {len(self.body) + length_bytes}")
+        return self._lines(extra) + self.body
 
     def _lines(self, extra: list[str]) -> bytes:
         lines = [f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}"]

@@ -11,6 +11,8 @@ from relay.transports.sockjs.frames import BadFrame, Framing, parse_messages
 from relay.transports.websocket import ProtocolViolation, WebSocketConnection, frame_close
 
 if TYPE_CHECKING:
+    import asyncio
+
     from relay.transports.deadlines import Deadlines
     from relay.transports.heartbeat import Heartbeat
     from relay.transports.reaper import Reaper
@@ -20,10 +22,13 @@ _TOO_BIG = 1009
 
 
 class StreamReceiver(ClientSocket):
-    """A response without end (xhr_streaming, eventsource, htmlfile).
+    """A streamed response (xhr_streaming, eventsource, htmlfile).
 
-    After `limit_bytes` it ends all the same, and the client asks for another: browsers keep all of
-    a response in memory.
+    Browsers keep the whole response of an XMLHttpRequest in memory, so after `length_bytes` the
+    client must ask for another one. The messages at its end count as received only because the
+    client sees a difference between a complete response and a broken one: the response has a
+    declared length. Without `length_bytes` the session ends with its only response, because the
+    client of an EventSource or a frame sees no such difference.
     """
 
     __slots__ = ("_cut_short", "_finishing", "_framing", "_left_bytes", "over", "session")
@@ -33,43 +38,68 @@ class StreamReceiver(ClientSocket):
         *,
         session: SockJsSession,
         framing: Framing,
-        limit_bytes: int,
+        length_bytes: int | None,
         buffer_bytes: int,
         reaper: Reaper,
         heartbeat: Heartbeat | None,
     ) -> None:
+        """`length_bytes` is what follows the head and the prelude."""
         super().__init__(buffer_bytes=buffer_bytes, reaper=reaper, heartbeat=heartbeat)
         self.session: SockJsSession | None = session
         self.over = False
         self._framing = framing
-        self._left_bytes = limit_bytes
+        self._left_bytes = length_bytes
         self._finishing = False
         self._cut_short = False
         self.on_full = session.receiver_full
         self.on_drained = session.receiver_drained
 
-    def send(self, frame: bytes) -> None:
+    def send(self, frame: bytes) -> bool:
         """See `Receiver`."""
-        self._send(self._framing.wrap(frame))
+        return self._send(self._framing.wrap(frame))
 
-    def send_messages(self, elements: bytes) -> None:
+    def send_messages(self, elements: bytes) -> bool:
         """See `Receiver`."""
-        self._send(self._framing.messages(elements))
+        return self._send(self._framing.messages(elements))
 
-    def _send(self, data: bytes) -> None:
-        self.write(data)
-        self._left_bytes -= len(data)
-        if self._left_bytes <= 0 and not self.closing:
-            self.over = True
-            self.end()
+    def _send(self, data: bytes) -> bool:
+        left = self._left_bytes
+        if left is None or self.closing:
+            super().write(data)
+            return True
+        if len(data) > left:
+            self._complete()
+            return False
+        super().write(data)
+        self._left_bytes = left - len(data)
+        if not self._left_bytes:
+            self._complete()
+        return True
+
+    def write(self, data: bytes) -> None:
+        """Send a heartbeat, which counts as a part of the response."""
+        self._send(data)
+        if self.over and self.session is not None:
+            self.session.receiver_over(self)
+
+    def _complete(self) -> None:
+        """Fill the response up to its declared length with a heartbeat frame, and end it."""
+        if self._left_bytes:
+            super().write(b"h" * (self._left_bytes - 1) + b"\n")
+        self._left_bytes = None
+        self.over = True
+        self.end()
 
     def leave(self) -> None:
-        """See `ClientSocket`: as if it had reached its limit."""
-        if not self.closing:
-            self.over = True
-            self.end()
-            if self.session is not None:
-                self.session.receiver_over(self)
+        """See `ClientSocket`: the session goes on elsewhere if its client can tell."""
+        session = self.session
+        if self.closing or session is None:
+            return
+        if self._left_bytes is None:
+            session.close()
+        else:
+            self._complete()
+            session.receiver_over(self)
 
     def end(self) -> None:
         """See `Receiver`."""
@@ -79,13 +109,19 @@ class StreamReceiver(ClientSocket):
     def refuse(self, frame: bytes) -> None:
         """See `Receiver`."""
         self.session = None
-        self.write(self._framing.wrap(frame))
+        super().write(self._framing.wrap(frame))
         self.close()
 
     def abort(self) -> None:
         """See `ClientSocket`."""
         self._cut_short = True
         super().abort()
+
+    def _hang_up(self, transport: asyncio.Transport, *, said_goodbye: bool) -> None:
+        # After a close frame the client hangs up. A proxy would report a response that is shorter
+        # than its declared length.
+        if self._left_bytes is None:
+            super()._hang_up(transport, said_goodbye=said_goodbye)
 
     def data_received(self, data: bytes) -> None:
         """The next request, sent too early: it is sent again when this connection has closed."""
@@ -143,13 +179,15 @@ class PollReceiver(HeldRequest):
         if self.session is not None:
             self.session.beat(self)
 
-    def send(self, frame: bytes) -> None:
+    def send(self, frame: bytes) -> bool:
         """See `Receiver`."""
         self._answer(self._framing.wrap(frame))
+        return True
 
-    def send_messages(self, elements: bytes) -> None:
+    def send_messages(self, elements: bytes) -> bool:
         """See `Receiver`."""
         self._answer(self._framing.messages(elements))
+        return True
 
     def _answer(self, body: bytes) -> None:
         self.over = True
@@ -223,13 +261,15 @@ class WebSocketReceiver(WebSocketConnection):
             return
         self.session.messages(texts)
 
-    def send(self, frame: bytes) -> None:
+    def send(self, frame: bytes) -> bool:
         """See `Receiver`."""
         self.write(self._framing.wrap(frame))
+        return True
 
-    def send_messages(self, elements: bytes) -> None:
+    def send_messages(self, elements: bytes) -> bool:
         """See `Receiver`."""
         self.write(self._framing.messages(elements))
+        return True
 
     def end(self) -> None:
         """See `Receiver`."""

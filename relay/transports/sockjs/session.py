@@ -23,11 +23,14 @@ class Receiver(Protocol):
     # It takes no more: a poll that has been answered, a stream that has reached its limit.
     over: bool
 
-    def send(self, frame: bytes) -> None:
-        """One frame that is not of messages."""
+    def send(self, frame: bytes) -> bool:
+        """Send one frame that has no messages; see `send_messages`."""
 
-    def send_messages(self, elements: bytes) -> None:
-        """One frame of messages."""
+    def send_messages(self, elements: bytes) -> bool:
+        """Send one frame of messages.
+
+        Return False if the frame has no room in it. Nothing was sent then, and it is over.
+        """
 
     def end(self) -> None:
         """Nothing follows. Its end is told to the session by `receiver_lost`, unless it is over
@@ -126,7 +129,10 @@ class SockJsSession:
             return
         receiver = self._receiver
         if receiver is not None and not self._pending:
-            receiver.send_messages(data)
+            sent = receiver.send_messages(data)
+            if not sent:
+                self._pending.append(data)
+                self._pending_bytes += len(data)
             if receiver.over:
                 self._detach()
             return
@@ -186,8 +192,10 @@ class SockJsSession:
             self._opened = True
             receiver.send(OPEN)
         if self._pending and not receiver.over:
-            pending, self._pending, self._pending_bytes = self._pending, [], 0
-            receiver.send_messages(pending[0] if len(pending) == 1 else b"".join(pending))
+            pending = self._pending
+            joined = pending[0] if len(pending) == 1 else b"".join(pending)
+            if receiver.send_messages(joined):
+                self._pending, self._pending_bytes = [], 0
         if self._farewell:
             if not receiver.over:
                 self._say_goodbye(receiver)
@@ -197,6 +205,16 @@ class SockJsSession:
             self._detach()
         else:
             self._settle(full=receiver.full)
+
+    @property
+    def has_receiver(self) -> bool:
+        """Whether a receiver is attached, so that another one would be refused."""
+        return self._receiver is not None
+
+    @property
+    def pending_bytes(self) -> int:
+        """The size of the messages that wait for a receiver."""
+        return self._pending_bytes
 
     def beat(self, receiver: Receiver) -> None:
         """Nothing was sent for long: show the way that the connection lives."""
@@ -254,7 +272,10 @@ class SockJsSession:
             self._settle(full=self._pending_bytes > self._buffer_bytes)
 
     def _say_goodbye(self, receiver: Receiver) -> None:
-        receiver.send(self._farewell)
+        if not receiver.send(self._farewell):
+            # The next receiver gets it.
+            self._detach()
+            return
         receiver.end()
         if receiver.over:
             self._detach()

@@ -24,6 +24,8 @@ _XHR_PRELUDE = b"h" * 2048 + b"\n"
 # Opera's EventSource needed one.
 _EVENTSOURCE_PRELUDE = b"\r\n"
 _PONG_S = 10.0
+# More than the opening frame and what stands around the messages of one frame.
+_FRAME_BYTES = 64
 # As sockjs-go v1 and v2: what is no name of JavaScript, or would leave it.
 _NO_CALLBACK = re.compile(r"[^a-zA-Z0-9_.]")
 
@@ -160,20 +162,23 @@ class Sessions:
     def _stream(self, session: SockJsSession, transport: str, exchange: Exchange) -> None:
         options = self._options
         asked = exchange.asked
+        kind, prelude = _STREAMS[transport]
+        if transport == "htmlfile":
+            prelude = htmlfile_page(callback_of(asked))
+        length = None
+        if transport == "xhr_streaming" and not (session.closing or session.has_receiver):
+            # A frame is never divided, so a response has room for all that waits.
+            length = max(options.response_limit_bytes, session.pending_bytes + _FRAME_BYTES)
         receiver = StreamReceiver(
             session=session,
             framing=self._framing[transport],
-            limit_bytes=options.response_limit_bytes,
+            length_bytes=length,
             buffer_bytes=options.buffer_bytes,
             reaper=self._reaper,
             heartbeat=self._beats.get(transport),
         )
-        kind, prelude = _STREAMS[transport]
-        if transport == "htmlfile":
-            prelude = htmlfile_page(callback_of(asked))
-        # Neither length nor chunks: the response ends with its connection.
         head = Answer(200, prelude, {"Content-Type": kind} | NOT_CACHED | cors(asked.headers))
-        exchange.take(head.unbounded(), receiver)
+        exchange.take(head.streamed(length), receiver)
         if not receiver.closing:
             session.attach(receiver)
 

@@ -85,12 +85,16 @@ class Producer:
     def __init__(self, server: Server) -> None:
         self._redis = server.client()
         self.numbers = dict.fromkeys(CHANNELS, 0)
+        self.data_bytes = 0
+        self.channels = CHANNELS
 
     def add(self, count: int) -> None:
         pipeline = self._redis.pipeline(transaction=False)
-        for channel in random.choices(CHANNELS, k=count):
+        for channel in random.choices(self.channels, k=count):
             self.numbers[channel] += 1
-            pipeline.xadd(stream_key(channel), {"data": str(self.numbers[channel])})
+            # JSON ignores white space: the size of a message matters, not its content.
+            data = str(self.numbers[channel]).ljust(self.data_bytes)
+            pipeline.xadd(stream_key(channel), {"data": data})
         pipeline.execute()
 
 
@@ -116,6 +120,13 @@ async def kill_one(relay: RelayProcess) -> None:
     """One of the workers dies, and with it whatever it knew."""
     await asyncio.sleep(CUT_S / 2)
     os.kill(workers(relay)[1], signal.SIGKILL)
+
+
+async def kill_all_in_turn(relay: RelayProcess) -> None:
+    """Each worker dies once, and has been replaced when the next one dies."""
+    for number in (1, 2):
+        await asyncio.sleep(2.5)
+        os.kill(workers(relay)[number], signal.SIGKILL)
 
 
 async def settled(followers: list[Follower], producer: Producer) -> None:
@@ -169,3 +180,45 @@ async def test_cut_clients_miss_nothing(
         # Of a polling client many a connection that is cut was idle.
         assert sum(each.subscribed for each in followers) > CLIENTS + cutter.cuts / 20
         assert cutter.cuts > CUT_S * 5
+
+
+@pytest.mark.parametrize("package", ["centrifuge", "centrifuge-1.4.9"])
+@pytest.mark.parametrize("transport", ["eventsource", "xhr-streaming", "xhr-polling"])
+async def test_clients_of_killed_workers_miss_nothing(
+    relay: RelayProcess, valkey: Server, transport: str, package: str
+) -> None:
+    """Responses reach their limit all the time, many of them on the way through another worker."""
+    producer, ended = Producer(valkey), asyncio.Event()
+    # Each response is full after a third of a second.
+    producer.channels, producer.data_bytes = CHANNELS[:1], 800
+    async with running_node(SECRET) as node, asyncio.TaskGroup() as group:
+        followers = [
+            Follower(
+                node.client(
+                    f"{relay.url}/connection",
+                    f"u{number}",
+                    transports=[transport],
+                    package=package,
+                    # A sockjs-client in Node does not see that a response broke off.
+                    options={"retry": 100, "pingInterval": 3000},
+                ),
+                CHANNELS[0],
+            )
+            for number in range(20)
+        ]
+        for each in followers:
+            each.client.tell("subscribe", channel=each.channel, only=True)
+            each.client.tell("connect")
+        async with asyncio.timeout(30):
+            while not all(each.subscribed for each in followers):
+                await asyncio.sleep(0.05)
+        producing = group.create_task(produce(producer, ended))
+        await kill_all_in_turn(relay)
+        await asyncio.sleep(1.0)
+        ended.set()
+        await producing
+        await settled(followers, producer)
+        wrong = {each.client.name: each.wrong for each in followers if each.wrong or each.holes}
+        assert not wrong
+        assert not [each.client.name for each in followers if each.unrecovered]
+        assert sum(each.subscribed for each in followers) > len(followers)

@@ -37,7 +37,10 @@ class Lonely(Deadlines[SockJsSession]):
 
 
 class FakeReceiver:
-    """A poll, or a stream with a limit, without a socket."""
+    """A poll, or a stream with a limit, without a socket.
+
+    A frame that is longer than the limit fits into a stream that has sent nothing else.
+    """
 
     def __init__(self, *, poll: bool) -> None:
         self.poll = poll
@@ -49,15 +52,19 @@ class FakeReceiver:
         self.frames: list[bytes] = []
         self.size = 0
 
-    def send(self, frame: bytes) -> None:
+    def send(self, frame: bytes) -> bool:
         assert not self.over
         assert not self.ended
+        if self.size > 1 and self.size + len(frame) > LIMIT and not self.poll:
+            self.over = True
+            return False
         self.frames.append(frame)
         self.size += len(frame)
         self.over = self.poll or self.size > LIMIT
+        return True
 
-    def send_messages(self, elements: bytes) -> None:
-        self.send(array_frame(elements))
+    def send_messages(self, elements: bytes) -> bool:
+        return self.send(array_frame(elements))
 
     def end(self) -> None:
         self.ended = True
