@@ -177,7 +177,8 @@ class DoorContext:
     likewise). `read_token` turns a native JWT, or a token of a door that `ReadsTokens`, into a
     principal (Unauthorized otherwise). `pass_on` gives a request without a body, with its
     connection, to another worker (an instance) of this host: what the handler returns then; None
-    where that cannot be. `ready` says whether streams are being read. `spawn` runs a task that ends
+    where that cannot be. `is_connected` returns whether there is a connection to Redis
+    over which streams are read, and `wait_connected` waits for one. `spawn` runs a task that ends
     with the relay; an exception that it lets out ends the relay. `http` is for requests to
     applications. `insecure` concerns the native door only.
     """
@@ -201,7 +202,8 @@ class DoorContext:
     http: aiohttp.ClientSession
     read_token: Callable[[str], Principal]
     pass_on: Callable[[web.Request, str], web.StreamResponse | None]
-    ready: Callable[[], bool]
+    is_connected: Callable[[], bool]
+    wait_connected: Callable[[], Awaitable[None]]
     metrics: Metrics
     client_buffer_bytes: int
     insecure: bool

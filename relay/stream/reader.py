@@ -148,6 +148,13 @@ class Reader:
         """Whether streams are being read now."""
         return self._link is not None and self._bell.rings() and not self._mode.blocked
 
+    def is_connected(self) -> bool:
+        """Return whether there is a connection to Redis over which streams are read.
+
+        Unlike `ready`, this stays true while this worker is merely late: its clients then wait.
+        """
+        return self._link is not None
+
     async def wait_ready(self) -> None:
         """Until streams are being read."""
         await self._reading.wait()

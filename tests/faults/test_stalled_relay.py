@@ -35,3 +35,27 @@ async def test_it_reads_again_after_it_stood_still(valkey: Server, channel: str)
             assert await door.status("/readyz") == 200
     finally:
         relay.kill()
+
+
+async def test_clients_that_come_while_it_is_late_are_served(valkey: Server, channel: str) -> None:
+    """The worker was busy for so long that it has not seen its canary; Redis is there."""
+    relay = RelayProcess(valkey, settings=["stream.canary_s=0.1"])
+    await asyncio.to_thread(relay.start)
+    try:
+        async with native(relay) as door, asyncio.TaskGroup() as tasks:
+            first = relay.xadd(channel, data="1")
+            for _ in range(3):
+                relay.send(signal.SIGSTOP)
+                opening = [
+                    tasks.create_task(door.sse(channel, last=first), name="resume")
+                    for _ in range(50)
+                ]
+                await asyncio.to_thread(time.sleep, 1.0)
+                relay.send(signal.SIGCONT)
+                streams = [await each for each in opening]
+                opened = [each.opened for each in streams if each.opened is not None]
+                assert [each.id is not None for each in opened] == [True] * 50
+                for each in streams:
+                    each.drop()
+    finally:
+        relay.kill()

@@ -117,7 +117,7 @@ class Subscriptions:
         context, session = self._door.context, self._connection.session
         if session is None or self._connection.closed:
             return
-        if not context.ready():
+        if not context.is_connected():
             raise Fatal(codec.INTERNAL_ERROR, reconnect=True)
         position = None if asked.snapshot is None else history.position(asked.snapshot)
         context.subscribe(session, channel, position)

@@ -141,6 +141,14 @@ def first_envelope_block(
     return b"retry: %d\n" % retry_ms + sse_id(position) + _named("open", _dump(opened))
 
 
+def empty_stream(retry_ms: int, reason: str) -> bytes:
+    """Return a whole stream without events: the client reconnects after `retry_ms`.
+
+    The reason is a comment for people who look at the answer; a client ignores it.
+    """
+    return b"retry: %d\n: %b\n\n" % (retry_ms, reason.translate(_LINE_BREAKS).encode())
+
+
 HEARTBEAT = b":\n\n"
 
 

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from relay.transports.client_socket import ClientSocket
 
 _ADMISSION_S = 10.0
+# An SSE request waits this long for Redis before its client is asked to reconnect.
+_CONNECTION_S = 5.0
 _NO_PONG = 4408
 _HTTP_STATUS: dict[type[RelayError], int] = {
     BadRequest: 400,
@@ -58,7 +60,7 @@ class MountedNative:
         self._context = context
         self._gauge = context.metrics.connections.labels("native")
         self.routes: list[web.AbstractRouteDef] = [
-            web.get("/sse", self._answering(self._sse), allow_head=False),
+            web.get("/sse", self._answering(self._patient(self._sse)), allow_head=False),
             web.options("/sse", self._preflight),
             web.get("/ws", self._answering(self._ws), allow_head=False),
         ]
@@ -121,8 +123,8 @@ class MountedNative:
         last = request.headers.get("Last-Event-ID") or request.query.get("last_event_id")
         if last:
             positions = cursor.decode(last, channels)
-        if not context.ready():
-            raise Unavailable("streams cannot be read now")
+        if not context.is_connected():
+            await self._connected()
         admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         client = SseClient(len(channels), admitted)
         encoder = sse_encoder(several=len(channels) > 1, envelope=envelope)
@@ -148,6 +150,44 @@ class MountedNative:
         response = take_over(request, sse.head(cors_headers(request, self._origins)), socket)
         client.attached(socket)
         session.attach(socket)
+        return response
+
+    async def _connected(self) -> None:
+        """Wait for the connection to Redis: it is away for moves and restarts, but not for long."""
+        try:
+            async with asyncio.timeout(_CONNECTION_S):
+                await self._context.wait_connected()
+        except TimeoutError:
+            raise Unavailable("streams cannot be read now") from None
+
+    def _patient(
+        self, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        """Answer with an empty stream while a request cannot be served for a temporary reason.
+
+        A browser's EventSource reconnects after the end of a stream, but never after a 503.
+        """
+
+        async def answer(request: web.Request) -> web.StreamResponse:
+            try:
+                return await handler(request)
+            except Unavailable as exc:
+                return self._come_again(request, exc)
+            except Refused as exc:
+                if isinstance(exc.error, Unavailable):
+                    return self._come_again(request, exc.error)
+                raise
+
+        return answer
+
+    def _come_again(self, request: web.Request, error: Unavailable) -> web.Response:
+        self._context.metrics.refused.labels(error.code).inc()
+        response = web.Response(
+            body=codec.empty_stream(random.randint(1000, 5000), str(error)),  # noqa: S311
+            content_type="text/event-stream",
+            headers=cors_headers(request, self._origins) | {"Cache-Control": "no-store"},
+        )
+        response.force_close()
         return response
 
     def _first_block(self, session: Session, *, envelope: bool) -> bytes:

@@ -113,7 +113,7 @@ class WsClient:
         if command.last_event_id is not None:
             found = cursor.decode(command.last_event_id, [command.channel])
             asked = found.get(command.channel)
-        if not self._context.ready():
+        if not self._context.is_connected():
             raise Unavailable("streams cannot be read now")
         self._context.subscribe(session, command.channel, asked)
         if command.ref is not None:

@@ -183,7 +183,7 @@ class SocketClient:
         record: Record | None,
     ) -> None:
         door, context = self._door, self._door.context
-        if not context.ready():
+        if not context.is_connected():
             raise Unavailable(_NO_TIME)
         self.rooms, self._missing = rooms, False
         self.sid = record.sid if record is not None else self._new_sid()
