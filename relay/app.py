@@ -3,8 +3,9 @@
     Redis ── Reader ── Incoming ── Hub ── doors ── Server
                                     └─ Admission (rights)
 
-Stop: refuse new clients, ask the others to reconnect (spread over `drain_s`; they are served until
-then), let their last bytes out, stop reading, then let go. A second signal ends it at once.
+Stop: reject new clients but serve producers, ask clients to reconnect (spread over `drain_s`; they
+are served until then), close the listeners, answer the last producers, let the clients' last bytes
+out, stop reading, then let go. A second signal ends it at once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import aiohttp
 import uvloop
 
 from relay import __version__, logs, parts
-from relay.drain import drain, end_all
+from relay.drain import drain, end_all, last_bytes
 from relay.errors import RelayError, StartError
 from relay.frontdoor import DoorContext, Mounted, find_doors, read_token
 from relay.hub.hub import Hub
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _FIRST_READ_S = 10.0
+_HANDED_OVER_S = 0.05
 
 
 def run(
@@ -118,6 +120,7 @@ class Relay:
         self._on_ready = on_ready
         self._worker = worker
         self._stop = asyncio.Event()
+        self._listening = True
         self._metrics = Metrics(worker.number, worker.siblings) if worker else Metrics()
         self._background: asyncio.TaskGroup | None = None
         self._door_tasks: set[asyncio.Task[None]] = set()
@@ -231,6 +234,7 @@ class Relay:
             http=http,
             read_token=lambda text: read_token(text, self._tokens, self._doors),
             pass_on=lambda request, instance: server.pass_on(request, instance),
+            gather=lambda request: server.gather(request),
             is_connected=reader.is_connected,
             wait_connected=reader.wait_ready,
             metrics=metrics,
@@ -305,12 +309,19 @@ class Relay:
             self._on_ready(port, redis.url)
             await self._stop.wait()
             _log.info("stopping")
-            await server.stop_listening()
+            if self._worker:
+                # Siblings get the new clients from here on.
+                self._worker.siblings.beat(self._worker.number, ready=False)
+            await server.reject_clients()
             for task in taking:
                 task.cancel()
             await jobs.stop()
             doors = {name: door for name, door, _ in self._doors}
-            await drain(hub.sessions(), doors, self._config.node.drain_s)
+            async with asyncio.TaskGroup() as leaving:
+                leaving.create_task(self._leave_to_siblings(server), name="leave to siblings")
+                await drain(hub.sessions(), doors, self._config.node.drain_s)
+            await self._stop_listening(server)
+            await last_bytes(doors)
             await reader.stop()
             reading.cancel()
             with contextlib.suppress(RelayError):
@@ -345,6 +356,8 @@ class Relay:
         return self._config.namespace(channel)
 
     def _not_ready(self, reader: Reader) -> str:
+        if self._stop.is_set():
+            return "this worker is stopping"
         if not reader.ready():
             return "streams are not being read"
         others = self._worker.siblings.not_ready() if self._worker else []
@@ -353,18 +366,35 @@ class Relay:
     async def _beat(self, worker: Worker, reader: Reader, balance: Balance) -> None:
         """Tells the other workers of this host, until the order to stop."""
         try:
-            while not self._stop.is_set():
+            while True:
                 self._tell(worker, reader, balance)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(BEAT_S):
-                        await self._stop.wait()
+                await asyncio.sleep(BEAT_S)
         finally:
             worker.siblings.clear(worker.number)
 
-    @staticmethod
-    def _tell(worker: Worker, reader: Reader, balance: Balance) -> None:
-        worker.siblings.beat(worker.number, ready=reader.ready())
+    def _tell(self, worker: Worker, reader: Reader, balance: Balance) -> None:
+        worker.siblings.beat(worker.number, ready=reader.ready() and not self._stop.is_set())
+        worker.siblings.listen(worker.number, open=self._listening)
         balance.beat()
+
+    async def _leave_to_siblings(self, server: Server) -> None:
+        """Close the listeners early if only this worker stops, so that clients go to the others."""
+        worker = self._worker
+        if worker is None:
+            return
+        # If all were told to stop, they have said by then that they are not ready.
+        await asyncio.sleep(2 * BEAT_S)
+        if len(worker.siblings.not_ready()) < worker.siblings.count:
+            await self._stop_listening(server)
+
+    async def _stop_listening(self, server: Server) -> None:
+        worker = self._worker
+        if worker and self._listening:
+            self._listening = False
+            worker.siblings.listen(worker.number, open=False)
+            # A sibling may be about to hand a producer's connection over.
+            await asyncio.sleep(_HANDED_OVER_S)
+        await server.stop_listening()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
         if self._background is None:

@@ -23,8 +23,8 @@ _CANCEL_AGAIN_S = 0.2
 async def drain(
     sessions: Sequence[Session], doors: Mapping[str, Mounted], default_s: float
 ) -> None:
-    """Tells all of them, spread over `default_s`, or in the last tenth of their door's `drain_s`;
-    then waits until their last bytes are out, for at most 2 s."""
+    """Ask all of them to reconnect, spread over `default_s`, or in the last tenth of their door's
+    `drain_s`."""
     by_door: dict[str, list[Session]] = {}
     for session in sessions:
         by_door.setdefault(session.principal.door, []).append(session)
@@ -42,13 +42,16 @@ async def drain(
             await asyncio.sleep(wait_s)
         if not session.closed:
             session.client.disconnect("stopping")
-    # Sockets that have not taken their last bytes by then are cut.
+    if sessions:
+        _log.info("%d clients asked to reconnect", len(sessions))
+
+
+async def last_bytes(doors: Mapping[str, Mounted]) -> None:
+    """Wait until the clients' sockets are closed, for at most 2 s. The others are cut later."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_LAST_BYTES_S):
             for door in doors.values():
                 await door.closed()
-    if sessions:
-        _log.info("%d clients asked to reconnect", len(sessions))
 
 
 async def end_all(tasks: Iterable[asyncio.Task[None]]) -> None:

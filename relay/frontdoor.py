@@ -177,7 +177,9 @@ class DoorContext:
     likewise). `read_token` turns a native JWT, or a token of a door that `ReadsTokens`, into a
     principal (Unauthorized otherwise). `pass_on` gives a request without a body, with its
     connection, to another worker (an instance) of this host: what the handler returns then; None
-    where that cannot be. `is_connected` returns whether there is a connection to Redis
+    where that cannot be. `gather` gives it to the one worker of this host that gets all such
+    requests, so that one worker sees them in their order; None if that is this worker, or the
+    connection cannot be handed over. `is_connected` returns whether there is a connection to Redis
     over which streams are read, and `wait_connected` waits for one. `spawn` runs a task that ends
     with the relay; an exception that it lets out ends the relay. `http` is for requests to
     applications. `insecure` concerns the native door only.
@@ -202,6 +204,7 @@ class DoorContext:
     http: aiohttp.ClientSession
     read_token: Callable[[str], Principal]
     pass_on: Callable[[web.Request, str], web.StreamResponse | None]
+    gather: Callable[[web.Request], web.StreamResponse | None]
     is_connected: Callable[[], bool]
     wait_connected: Callable[[], Awaitable[None]]
     metrics: Metrics
@@ -212,7 +215,8 @@ class DoorContext:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listener:
     """An address of a door's own. An empty `host` is that of [server], and so is TLS without a
-    certificate here; `plain`: never TLS, for clients that have none."""
+    certificate here; `plain`: never TLS, for clients that have none. `producers`: see
+    `Mounted`."""
 
     port: int
     routes: Sequence[web.AbstractRouteDef]
@@ -220,14 +224,20 @@ class Listener:
     tls_cert: str = ""
     tls_key: str = ""
     plain: bool = False
+    producers: Sequence[web.AbstractRouteDef] = ()
 
 
 class Mounted(Protocol):
     """A door at work. `routes` are for the shared listener or, where its section has a `port`, for
     that one; `listeners` come on top. `drain_s`: seconds that its clients may stay at stop, where
-    they do not come back by themselves; None: they are asked to reconnect over `[node] drain_s`."""
+    they do not come back by themselves; None: they are asked to reconnect over `[node] drain_s`.
+
+    `producers` are routes for programs that publish and do not retry. They are served until the
+    clients have gone, while new clients are rejected. They have the paths of `routes`, and take the
+    place of those on the same listener."""
 
     routes: Sequence[web.AbstractRouteDef]
+    producers: Sequence[web.AbstractRouteDef]
     listeners: Sequence[Listener]
     drain_s: float | None
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 import ssl
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from aiohttp import web
 
 from relay.errors import StartError
 from relay.transports.listener import GuardedSite
-from relay.transports.precedence import in_order
-from relay.transports.take_over import hand_on
+from relay.transports.precedence import FallbackRoute, in_order
+from relay.transports.take_over import drop, hand_on
 
 if TYPE_CHECKING:
     from relay.config import Config
@@ -26,18 +26,21 @@ if TYPE_CHECKING:
 
 # A cursor over many channels comes back in one header line (native/README.md, "Cursor").
 _LINE_BYTES = 65536
+_FIRST_BYTES_S, _LOOKS = 0.2, 20
 _LAST_PORT = 65535
 _ALL_ADDRESSES = {"", "0.0.0.0", "::"}  # noqa: S104  # compared with, not bound
 
 
 @dataclass(frozen=True, slots=True)
 class Listening:
-    """One listener as configured: `setting` names its port."""
+    """One listener as configured: `setting` names its port. `producers` are the routes that are
+    served until the end of a stop."""
 
     host: str
     port: int
     setting: str
     routes: Sequence[web.AbstractRouteDef]
+    producers: Sequence[web.AbstractRouteDef]
     tls: ssl.SSLContext | None
 
 
@@ -58,6 +61,9 @@ class Server:
         self._ready = ready
         self._runners: list[web.AppRunner] = []
         self._sites: list[GuardedSite] = []
+        # By site: what stays open at a stop, and the runner that then serves it.
+        self._lasting: list[Sequence[web.AbstractRouteDef]] = []
+        self._last: list[web.AppRunner] = []
         self._balance: Balance | None = None
 
     def plan(
@@ -76,27 +82,36 @@ class Server:
             web.get("/readyz", self._readyz),
             web.get("/metrics", self._exposition),
         ]
+        producers = [
+            route
+            for _, door, section in doors
+            if not _own_port(section)
+            for route in door.producers
+        ]
         if not config.metrics.port:
             shared += health
+            producers += health
         tls = _tls(server.tls_cert, server.tls_key, "[server]")
-        found = [Listening(server.host, server.port, "[server] port", shared, tls)]
+        found = [Listening(server.host, server.port, "[server] port", shared, producers, tls)]
         for name, door, section in doors:
             whose = f"[protocol:{name}]"
             if _own_port(section):
                 cert, key = (str(getattr(section, name, "")) for name in ("tls_cert", "tls_key"))
                 own = _tls(cert, key, whose)
                 host, port = _own_address(server, section)
-                found.append(Listening(host, port, f"{whose} port", door.routes, own or tls))
+                routes = door.routes, door.producers
+                found.append(Listening(host, port, f"{whose} port", *routes, own or tls))
             for each in door.listeners:
                 setting = f"{whose} {_port_setting(section, each.port)}"
                 own = _tls(each.tls_cert, each.tls_key, whose) or tls
                 own = None if each.plain else own
                 host = each.host or server.host
-                found.append(Listening(host, each.port, setting, each.routes, own))
+                routes = each.routes, each.producers
+                found.append(Listening(host, each.port, setting, *routes, own))
         if config.metrics.port:
             # Without TLS: the listener is meant for a scraper or probe on the same host.
             host, port = config.metrics.host, config.metrics.port
-            found.append(Listening(host, port, "[metrics] port", health, None))
+            found.append(Listening(host, port, "[metrics] port", health, health, None))
         _check_ports(config, found)
         return found
 
@@ -125,10 +140,9 @@ class Server:
         Not with TLS: its handshake is over when a connection is looked at, and its keys are here.
         """
         site = self._sites[0]
-        if site.tls:
-            return
         self._balance = balance
-        site.give = balance.give
+        if not site.tls:
+            site.give = balance.give
 
         def take(connection: socket.socket, listener: int, early: bytes) -> None:
             if listener < len(self._sites):
@@ -141,41 +155,64 @@ class Server:
     def pass_on(self, request: web.Request, instance: str) -> web.StreamResponse | None:
         """See `relay.frontdoor.DoorContext`."""
         balance = self._balance
-        address = request.transport and request.transport.get_extra_info("sockname")
-        if balance is None or not isinstance(address, tuple):
+        site = None if balance is None else self._site_of(request)
+        if balance is None or site is None:
             return None
-        for index, site in enumerate(self._sites):
-            if site.port == address[1]:
-                give = partial(_give, balance, instance, index)
-                return hand_on(request, give)
+
+        def give(connection: socket.socket, early: bytes) -> bool:
+            return balance.pass_on(instance, connection, site, early)
+
+        return hand_on(request, give)
+
+    def _site_of(self, request: web.Request) -> int | None:
+        """Return the index of the listener that the request came to."""
+        address = request.transport and request.transport.get_extra_info("sockname")
+        if isinstance(address, tuple):
+            for index, site in enumerate(self._sites):
+                if site.port == address[1]:
+                    return index
         return None
 
+    def gather(self, request: web.Request) -> web.StreamResponse | None:
+        """See `relay.frontdoor.DoorContext`."""
+        balance = self._balance
+        site = None if balance is None else self._site_of(request)
+        if balance is None or site is None:
+            return None
+
+        def give(connection: socket.socket, early: bytes) -> bool:
+            return balance.give_first(connection, site, early)
+
+        return hand_on(request, give)
+
+    async def reject_clients(self) -> None:
+        """From now on serve new connections of producers and health checks only."""
+        for site, routes in zip(self._sites, self._lasting, strict=True):
+            runner = await self._runner([*routes, FallbackRoute("/{any:.*}", _drop)])
+            self._last.append(runner)
+            site.make_handler = cast("web.Server", runner.server)
+
     async def stop_listening(self) -> None:
-        """New clients are refused from here on."""
+        """Close the listeners. Producers' requests that have arrived by then are answered."""
         if self._balance is not None:
             self._balance.stop()
         for site in self._sites:
             await site.stop()
         self._sites.clear()
+        for runner in self._last:
+            await _arrived(cast("web.Server", runner.server))
+            await runner.cleanup()
+        self._last.clear()
 
     async def close(self) -> None:
         """After the clients have gone."""
-        for runner in self._runners:
+        for runner in [*self._last, *self._runners]:
             await runner.cleanup()
 
     async def _listen(
         self, listening: Listening, port: int, backlog: int, *, reuse_port: bool
     ) -> None:
-        app = web.Application()
-        app.router.add_routes(in_order(listening.routes))
-        runner = web.AppRunner(
-            app,
-            access_log=None,
-            max_line_size=_LINE_BYTES,
-            max_field_size=_LINE_BYTES,
-            handle_signals=False,
-        )
-        await runner.setup()
+        runner = await self._runner(listening.routes)
         self._runners.append(runner)
         site = GuardedSite(
             runner,
@@ -187,6 +224,21 @@ class Server:
         )
         await site.start()
         self._sites.append(site)
+        self._lasting.append(listening.producers)
+
+    @staticmethod
+    async def _runner(routes: Sequence[web.AbstractRouteDef]) -> web.AppRunner:
+        app = web.Application()
+        app.router.add_routes(in_order(routes))
+        runner = web.AppRunner(
+            app,
+            access_log=None,
+            max_line_size=_LINE_BYTES,
+            max_field_size=_LINE_BYTES,
+            handle_signals=False,
+        )
+        await runner.setup()
+        return runner
 
     async def _healthz(self, _request: web.Request) -> web.Response:
         return web.Response(text="alive\n")
@@ -204,10 +256,16 @@ class Server:
         )
 
 
-def _give(
-    balance: Balance, instance: str, listener: int, connection: socket.socket, early: bytes
-) -> bool:
-    return balance.pass_on(instance, connection, listener, early)
+async def _drop(request: web.Request) -> web.StreamResponse:
+    return drop(request)
+
+
+async def _arrived(server: web.Server) -> None:
+    """Wait until connections that have just been accepted have sent a request, or for 0.2 s."""
+    for _ in range(_LOOKS):
+        await asyncio.sleep(_FIRST_BYTES_S / _LOOKS)
+        if all(each._current_request is not None for each in server.connections):
+            return
 
 
 def _own_port(section: Section) -> int:

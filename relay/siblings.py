@@ -27,9 +27,10 @@ READY, ERROR = "ready", "error "
 # Messages of a supervisor to its workers: four bytes of length, then one of these or a Config.
 REOPEN_LOG = b"reopen"
 _PR_SET_PDEATHSIG = 1
-# One cache line a slot: a worker's beats do not disturb its neighbour's.
-_SLOT = 8
-_READY_AT, _CONNECTIONS, _INSTANCE, _DEAD = range(4)
+# Whole cache lines a slot: a worker's beats do not disturb its neighbour's.
+_SLOT = 16
+_READY_AT, _CONNECTIONS, _INSTANCE, _LISTENS_AT, _DEAD = range(5)
+_DEATHS = 5
 
 
 class Siblings:
@@ -50,8 +51,20 @@ class Siblings:
         # CLOCK_MONOTONIC is one clock for all processes of a host.
         self._cells[(number - 1) * _SLOT + _READY_AT] = time.monotonic() if ready else 0.0
 
+    def listen(self, number: int, *, open: bool) -> None:
+        """Record whether this worker's listeners are open, also while it stops."""
+        self._cells[(number - 1) * _SLOT + _LISTENS_AT] = time.monotonic() if open else 0.0
+
+    def first_listening(self) -> int | None:
+        """Return the lowest number of a worker whose listeners are open."""
+        for number in range(1, self.count + 1):
+            if time.monotonic() - self._cells[(number - 1) * _SLOT + _LISTENS_AT] < PATIENCE_S:
+                return number
+        return None
+
     def clear(self, number: int) -> None:
         """The worker does not serve."""
+        self.listen(number, open=False)
         self.beat(number, ready=False)
         self.tell(number, 0)
 
@@ -72,7 +85,7 @@ class Siblings:
         longer than anything of it in Redis matters: after each, its successor waits longer."""
         self.clear(number)
         first = (number - 1) * _SLOT
-        last = first + _SLOT
+        last = first + _DEAD + _DEATHS
         earlier = self._cells[first + _DEAD : last - 1].tolist()
         for cell, name in enumerate(earlier, first + _DEAD + 1):
             self._cells[cell] = name
@@ -83,7 +96,7 @@ class Siblings:
         """Whether it was a worker of this host that is known to have died."""
         digits = _digits(instance)
         return any(
-            digits in self._cells[first + _DEAD : first + _SLOT].tolist()
+            digits in self._cells[first + _DEAD : first + _DEAD + _DEATHS].tolist()
             for first in range(0, len(self._cells), _SLOT)
         )
 

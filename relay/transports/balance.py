@@ -52,6 +52,7 @@ class Balance:
         self._known = 0
         self._given: Counter[int] = Counter()
         self._seen: Counter[int] = Counter()
+        self._take: Take | None = None
 
     def beat(self) -> None:
         """Again and again: what was on its way has arrived."""
@@ -90,6 +91,14 @@ class Balance:
         self._given[number] = max(0, self._given[number] - max(0, now - before))
         return now + self._given[number]
 
+    def give_first(self, connection: socket.socket, listener: int, early: bytes) -> bool:
+        """Give a request, as `pass_on`, to the first worker of this host whose listeners are open.
+        Return False if this is that worker."""
+        number = self._siblings.first_listening()
+        if number in (None, self._number) or len(early) > _EARLY_BYTES:
+            return False
+        return self._send(number or 0, connection, listener, early)
+
     def pass_on(
         self, instance: str, connection: socket.socket, listener: int, early: bytes
     ) -> bool:
@@ -102,11 +111,16 @@ class Balance:
 
     def receive(self, take: Take) -> None:
         """From now on `take` gets what siblings hand over, until `stop`."""
+        self._take = take
         asyncio.get_running_loop().add_reader(self._inbox.fileno(), self._read, take)
 
     def stop(self) -> None:
-        """Nothing more is taken; siblings hear it from the shared memory."""
-        asyncio.get_running_loop().remove_reader(self._inbox.fileno())
+        """Take what has been handed over, and nothing more; siblings read in the shared memory that
+        this worker does not listen."""
+        take, self._take = self._take, None
+        if take is not None:
+            asyncio.get_running_loop().remove_reader(self._inbox.fileno())
+            self._read(take)
 
     def _send(
         self, number: int, connection: socket.socket, listener: int = 0, early: bytes = b""

@@ -10,6 +10,7 @@ free: whoever comes then is closed at once, those who are there notice nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import resource
@@ -138,6 +139,22 @@ class GuardedSite(web.BaseSite):
             with socket.socket(fileno=os.dup(listening.fileno())) as again:
                 again.listen(self._backlog)
 
+    async def stop(self) -> None:
+        """Stop listening. Connections that the kernel has accepted already are served."""
+        listening = cast("asyncio.Server", self._server).sockets if self._server else ()
+        # Closing a listening socket resets what waits in its queue, so that is taken first. The
+        # duplicate keeps the socket open until then.
+        queues = [socket.socket(fileno=os.dup(each.fileno())) for each in listening]
+        await super().stop()
+        waiting: list[socket.socket] = []
+        for queue in queues:
+            with queue, contextlib.suppress(OSError):
+                queue.setblocking(False)
+                while True:
+                    waiting.append(queue.accept()[0])
+        for connection in waiting:
+            await self.adopt(connection)
+
     async def adopt(self, connection: socket.socket, early: bytes = b"") -> None:
         """Serve a connection that another process has accepted, and read `early` from."""
         loop = asyncio.get_running_loop()
@@ -147,7 +164,12 @@ class GuardedSite(web.BaseSite):
             return
         connection.setblocking(False)
         try:
-            _, handler = await loop.connect_accepted_socket(self.make_handler, connection)
+            _, handler = await loop.connect_accepted_socket(
+                self.make_handler,
+                connection,
+                ssl=self._ssl_context,
+                ssl_handshake_timeout=_HANDSHAKE_S if self._ssl_context else None,
+            )
             if early:
                 # Nothing can have come behind it: who asked waits for the answer.
                 handler.data_received(early)

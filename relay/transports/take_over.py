@@ -95,6 +95,17 @@ def hand_on(
     return response
 
 
+def drop(request: web.Request) -> web.StreamResponse:
+    """Close the request's connection without an answer; the handler returns the result at once.
+
+    A browser's EventSource and a proxy then try again elsewhere, as if the connection had been
+    refused. After a status of 5xx an EventSource would give up.
+    """
+    if request.transport is not None:
+        request.transport.abort()
+    return web.Response(status=503)
+
+
 def server_of(request: web.Request) -> web.Server | None:
     """Where the request's connection can go back to; to be asked before `take_over`.
 

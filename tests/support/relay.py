@@ -92,6 +92,11 @@ class RelayProcess:
         """SIGTERM; the exit code."""
         return self._end(signal.SIGTERM, limit_s)
 
+    def ended(self, limit_s: float = 15) -> int:
+        """Wait for the end of a relay that was told to stop; the exit code."""
+        process, self._process = self._process, None
+        return 0 if process is None else process.wait(limit_s)
+
     def kill(self) -> None:
         """SIGKILL."""
         self._end(signal.SIGKILL, 5)

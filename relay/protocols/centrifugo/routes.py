@@ -51,6 +51,8 @@ class MountedCentrifugo:
             if routes:
                 by_port.setdefault(0 if port == settings.port else port, []).extend(routes)
         self.routes: Sequence[web.AbstractRouteDef] = by_port.pop(0)
+        shared = settings.api_port in {0, settings.port}
+        self.producers = self._api.routes if shared else ()
         self.listeners: Sequence[Listener] = [
             Listener(
                 port=port,
@@ -58,6 +60,7 @@ class MountedCentrifugo:
                 host=settings.host,
                 tls_cert=settings.tls_cert,
                 tls_key=settings.tls_key,
+                producers=self._api.routes if port == settings.api_port else (),
             )
             for port, routes in by_port.items()
         ]

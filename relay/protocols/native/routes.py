@@ -54,6 +54,7 @@ class MountedNative:
     """The door at work."""
 
     listeners: Sequence[Listener] = ()
+    producers: Sequence[web.AbstractRouteDef] = ()
     drain_s: float | None = None
 
     def __init__(self, context: DoorContext, settings: NativeSettings) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 import logging
 import os
@@ -18,8 +20,6 @@ from relay.transports import websocket
 from relay.transports.take_over import take_over
 
 if TYPE_CHECKING:
-    import asyncio
-
     from relay.frontdoor import DoorContext
     from relay.protocols.pydio.outbound import Outbound
     from relay.transports.reaper import Reaper
@@ -31,6 +31,8 @@ _VERSIONS = frozenset({"8", "13"})
 # Eight random bytes directly behind the head of a handshake of version 8: the third key of an older
 # draft (vendor/phpws/websocket.client.php, `serializeHeaders`, Pydio 6.4.2).
 _JUNK_BYTES = 8
+# How long a stop waits for PHP requests that are under way.
+_LAST_REQUESTS_S = 1.0
 
 
 class PrivateChannel:
@@ -48,6 +50,8 @@ class PrivateChannel:
         self._outbound = outbound
         self._reaper = reaper
         self._clock = loop.time
+        self._open: set[websocket.WebSocketConnection] = set()
+        self._none_open = asyncio.Event()
         self.reload(settings)
 
     def reload(self, settings: PydioSettings) -> None:
@@ -77,7 +81,17 @@ class PrivateChannel:
         accepted = websocket.accept_headers(request, _VERSIONS)
         if isinstance(accepted, web.Response):
             return accepted
-        return self._open(request, accepted, peer)
+        # One worker reads the connections of all, so that a message never overtakes those of the
+        # PHP requests before it: PHP does not wait until a message has been appended.
+        return self._context.gather(request) or self._connect(request, accepted, peer)
+
+    async def closed(self) -> None:
+        """Return once PHP has ended the requests under way, or after a second."""
+        if self._open:
+            self._none_open.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_REQUESTS_S):
+                    await self._none_open.wait()
 
     def _has_key(self, request: web.Request) -> bool:
         shown = request.headers.get(ADMIN_KEY, "").encode(errors="surrogateescape")
@@ -86,7 +100,7 @@ class PrivateChannel:
 
     # ---- websocket --------------------------------------------------------------------------
 
-    def _open(self, request: web.Request, accepted: bytes, peer: str) -> web.StreamResponse:
+    def _connect(self, request: web.Request, accepted: bytes, peer: str) -> web.StreamResponse:
         old = request.headers.get("Sec-WebSocket-Version", "").strip() == "8"
         # No heartbeat: PHP reads nothing while it works, and hangs up when its request is over.
         socket = websocket.WebSocketConnection(
@@ -103,7 +117,14 @@ class PrivateChannel:
                 self._context.metrics.refused.labels("bad_request").inc()
                 _log.warning("Dropped a message of %s on Pydio's private path: %s", peer, exc)
 
+        def closed() -> None:
+            self._open.discard(socket)
+            if not self._open:
+                self._none_open.set()
+
+        self._open.add(socket)
         socket.on_text = received
+        socket.on_closed = closed
         return take_over(request, accepted, socket)
 
     # ---- POST -------------------------------------------------------------------------------

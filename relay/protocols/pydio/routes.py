@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -30,7 +30,7 @@ from relay.protocols.pydio.settings import PydioSettings
 from relay.transports import websocket
 from relay.transports.heartbeat import Heartbeat
 from relay.transports.reaper import Reaper
-from relay.transports.take_over import take_over
+from relay.transports.take_over import drop, take_over
 
 if TYPE_CHECKING:
     from relay.frontdoor import DoorContext
@@ -79,6 +79,8 @@ class MountedPydio:
         )
         private = _routes(settings.private_path, self._private.handle)
         self.listeners: list[Listener] = []
+        # PHP never sends anything again.
+        self.producers: Sequence[web.AbstractRouteDef] = ()
         if settings.private_port:
             self.routes = _routes(settings.public_path, self._public)
             self.listeners.append(
@@ -86,14 +88,17 @@ class MountedPydio:
                     host=settings.private_host,
                     port=settings.private_port,
                     routes=private,
+                    producers=private,
                     plain=True,
                 )
             )
         elif settings.private_path == settings.public_path:
             self.routes = _routes(settings.public_path, self._either)
+            self.producers = _routes(settings.public_path, self._with_key)
         else:
             # A key opens nothing on the public path: a proxy may show that one to everybody.
             self.routes = _routes(settings.public_path, self._public) + private
+            self.producers = private
         # Socket.IO clients put a slash behind their path.
         slash = f"{settings.public_path}/"
         self.routes += [
@@ -126,6 +131,7 @@ class MountedPydio:
 
     async def closed(self) -> None:
         """See `relay.frontdoor.Mounted`; what PHP has sent is in its streams by then."""
+        await self._private.closed()
         await self._outbound.settled()
         await self._npm.closed()
         if self._open:
@@ -134,9 +140,12 @@ class MountedPydio:
 
     async def _either(self, request: web.Request) -> web.StreamResponse:
         # 6.4.2 has one path: only the header tells PHP from a browser.
-        if ADMIN_KEY in request.headers and "EIO" not in request.query:
+        if _is_private(request):
             return await self._private.handle(request)
         return await self._public(request)
+
+    async def _with_key(self, request: web.Request) -> web.StreamResponse:
+        return await self._private.handle(request) if _is_private(request) else drop(request)
 
     # ---- the public channel -----------------------------------------------------------------
 
@@ -209,6 +218,10 @@ class MountedPydio:
         self._gauge.set(self._open)
         if not self._open:
             self._last_closed.set()
+
+
+def _is_private(request: web.Request) -> bool:
+    return ADMIN_KEY in request.headers and "EIO" not in request.query
 
 
 def _routes(

@@ -51,13 +51,17 @@ class MountedSeafile:
         self._reaper = Reaper()
         self._clients: set[SeafileClient] = set()
         self._last_closed = asyncio.Event()
+        # Neither seaf-server nor Seahub sends an event again.
+        self.producers: Sequence[web.AbstractRouteDef] = [
+            web.route("*", _below("ping"), _ping),
+            web.route("*", _below("events"), self._events.answer),
+        ]
         self.routes: Sequence[web.AbstractRouteDef] = [
             UpgradeRoute(_ROOT, self._websocket),
             UpgradeRoute(_NOTIFICATION, self._websocket),
             FallbackRoute(_ROOT, _bad_request),
             web.route("*", _NOTIFICATION, _bad_request),
-            web.route("*", _below("ping"), _ping),
-            web.route("*", _below("events"), self._events.answer),
+            *self.producers,
             web.route("*", "/{before:/*}notification/{rest:.*}", _not_found),
         ]
         if settings.port:

@@ -35,6 +35,7 @@ class MountedSocketIo:
     """The door at work."""
 
     listeners: Sequence[Listener] = ()
+    producers: Sequence[web.AbstractRouteDef] = ()
     drain_s: float | None = None
 
     def __init__(self, context: DoorContext, settings: SocketIoSettings) -> None:
