@@ -18,7 +18,7 @@ from typing import Any
 
 from jwt.algorithms import HMACAlgorithm
 from jwt.api_jws import PyJWS
-from jwt.exceptions import PyJWTError
+from jwt.exceptions import InvalidSignatureError, PyJWTError
 
 ALGORITHMS = ("HS256", "HS384", "HS512")
 
@@ -47,10 +47,11 @@ class _Hmac(HMACAlgorithm):
 
 
 class SeafTokens:
-    """Reads tokens under one key; without a key it refuses all, since anyone could sign."""
+    """Reads tokens signed with one of the keys; without a key it refuses all, since anyone could
+    sign. `key` has several separated by a line with ---."""
 
     def __init__(self, key: str, notification_token: str = "") -> None:
-        self._key = key.encode()
+        self._keys = [each.encode() for each in key.split("\n---\n") if each]
         self._shared = notification_token.encode()
         self._jws = PyJWS(algorithms=[])
         for name in ALGORITHMS:
@@ -60,13 +61,9 @@ class SeafTokens:
 
     def read(self, token: str, now: float) -> Claims:
         """Whom the token names; Refused where it is not valid at `now`, in seconds."""
-        if not self._key:
+        if not self._keys:
             raise Refused("no key is configured")
-        try:
-            claims = json.loads(self._jws.decode(token, key=self._key, algorithms=[*ALGORITHMS]))
-        # `from None`: the library's texts quote parts of the token.
-        except (PyJWTError, ValueError, RecursionError):
-            raise Refused("its signature does not fit the key, or it is no token") from None
+        claims = self._payload(token)
         if not isinstance(claims, dict):
             raise Refused("its payload is not an object")
         expires_at = claims.get("exp")
@@ -79,6 +76,17 @@ class SeafTokens:
         if isinstance(not_before, int | float) and not_before > now:
             raise Refused("it is not valid yet")
         return Claims(expires_at, _text(claims, "repo_id"), _text(claims, "username"))
+
+    def _payload(self, token: str) -> object:
+        for key in self._keys:
+            try:
+                return json.loads(self._jws.decode(token, key=key, algorithms=[*ALGORITHMS]))
+            except InvalidSignatureError:
+                continue
+            # `from None`: the library's texts quote parts of the token.
+            except (PyJWTError, ValueError, RecursionError):
+                raise Refused("it is not a token") from None
+        raise Refused("its signature does not fit the key")
 
     def read_for(self, repo_id: str, token: str, now: float) -> Claims:
         """As `read`; Refused too where the token is for another library."""

@@ -331,6 +331,28 @@ async def test_permissions_go_to_the_user_or_the_groups_members(
     assert await paths(bob) == ["/2", "/3", "/7"]
 
 
+async def test_a_group_without_a_set_is_said(door: Seafile, valkey: Server) -> None:
+    library = new_library()
+    bob = await followed(door, library, user=BOB)
+    content = permission(library, "/1", user="", group=4711)
+    assert (await door.post("folder-perm-changed", content)).status == 200
+    log = door.relay.log
+    await until(lambda: any("<prefix>group:seafile:4711 is missing" in line for line in log))
+    await until(lambda: any("members of group 4711 are not known" in line for line in log))
+    # As the log says; a missing set is remembered for a second.
+    redis(valkey, "SADD", "relay:group:seafile:4711", BOB)
+
+    async def sent() -> bool:
+        await door.post("folder-perm-changed", content)
+        try:
+            return bool((await bob.next(0.3))["type"] == "folder-perm-changed")
+        except TimeoutError:
+            return False
+
+    while not await sent():
+        pass
+
+
 async def test_the_last_tokens_user_counts_for_all_libraries(door: Seafile) -> None:
     first, second = new_library(), new_library()
     client = await followed(door, first)

@@ -86,7 +86,7 @@ async def test_while_the_database_is_down_it_goes_to_nobody_and_the_rest_goes_on
         await permit(door, library, "/down", 7)
         assert await paths(door, bob, library) == []
         assert await until(
-            lambda: any("members of group 7 cannot be had" in line for line in door.relay.log)
+            lambda: any("Members of Seafile group 7 not known" in line for line in door.relay.log)
         )
     finally:
         database.start()

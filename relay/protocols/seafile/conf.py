@@ -1,4 +1,5 @@
-"""Seafile's own configuration: `seafile.conf`, `notification.conf`, `ccnet.conf` and environment.
+"""Seafile's own configuration: `seafile.conf`, `notification.conf`, `ccnet.conf`, `.env` and
+environment.
 
 Where each version keeps what the notification server needs (seafile-server, branches 10.0 to 13.0):
 
@@ -6,27 +7,44 @@ Where each version keeps what the notification server needs (seafile-server, bra
 | ---------------- | ------------------------------------------ | ------------------------------- |
 | first 10.0       | notification.conf [general]                | ccnet.conf [Database]           |
 | 10.0, 11.0       | seafile.conf [notification]                | ccnet.conf [Database]           |
-| 12.0, 13.0       | environment                                | environment                     |
+| 12.0, 13.0       | environment, or .env in the folder         | environment, or .env            |
 
 A value is the rest of its line, whatever characters it has, as the C server's GKeyFile reads it;
 Go's reader took `#` and `;` for comments until May 2023, so that generated keys were cut there.
 Quotes around it do not belong to it, nor does a single one at its begin, which is in the manual's
 own sample.
+
+Seafile's programs read some keys differently, and then sign with different ones. All readings are
+accepted then:
+
+* seafile.conf: seaf-server keeps quotes and resolves escapes, the Go programs do neither.
+* .env: the scripts of 12 took the text up to the next `=`, later ones let the shell read the file.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from relay.errors import ConfigError
 
 DEFAULT_PORT = "8083"
-FILES = ("seafile.conf", "notification.conf", "ccnet.conf")
+FILES = ("seafile.conf", "notification.conf", "ccnet.conf", ".env")
 
+# Of several readings of one key. A shorter text that is not the whole key could be guessed.
+_LEAST_PART = 16
+_KEYS = "\n---\n"
+_SPACE = " \t\r\f\v"
+_ESCAPES = {"s": " ", "n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+_ESCAPE = re.compile(r"\\(.)")
+# NAME=value as a shell reads it: in quotes, or up to white space.
+_VARIABLE = re.compile(
+    r"""\s*(?:export\s+)?([A-Za-z_]\w*)=(?:'([^']*)'|"((?:[^"\\]|\\.)*)"|(\S*))(?:\s.*)?"""
+)
 _SECTION = re.compile(r"\[([^\]]*)\]")
 _QUOTES = "\"'"
 _NO = frozenset({"false", "0", "no", "off"})
@@ -51,6 +69,7 @@ class Found:
     door: dict[str, str] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)
     log_level: str = ""
+    notes: list[str] = field(default_factory=list)
 
     def put(self, key: str, value: str | None, where: str) -> None:
         """A later source wins; what is empty says nothing."""
@@ -63,12 +82,16 @@ class Found:
 _Sections = dict[str, dict[str, str]]
 
 
-def parse(text: str) -> _Sections:
-    """The sections of one file. The last of equal names counts; other lines mean nothing."""
+def parse(text: str, read_value: Callable[[str], str] | None = None) -> _Sections:
+    """Return the sections of one file. The last of equal names counts; other lines mean nothing.
+
+    `read_value` turns a value as it is in the file into its meaning; without it quotes are removed.
+    """
     sections: _Sections = {}
     current: dict[str, str] = {}
-    for line in text.removeprefix("\ufeff").splitlines():
-        stripped = line.strip()
+    read_value = read_value or unquoted
+    for line in text.removeprefix("\ufeff").split("\n"):
+        stripped = line.strip(_SPACE)
         if not stripped or stripped[0] in "#;":
             continue
         if heading := _SECTION.fullmatch(stripped):
@@ -76,7 +99,7 @@ def parse(text: str) -> _Sections:
             continue
         name, equals, value = stripped.partition("=")
         if equals:
-            current[name.strip().lower()] = unquoted(value.strip())
+            current[name.strip(_SPACE).lower()] = read_value(value.strip(_SPACE))
     return sections
 
 
@@ -91,9 +114,35 @@ def unquoted(value: str) -> str:
     return value
 
 
+def as_seaf_server(value: str) -> str:
+    """Return a value as GLib's GKeyFile reads it: with its quotes, escapes resolved."""
+    return _ESCAPE.sub(lambda found: _ESCAPES.get(found[1], found[0]), value).rstrip(_SPACE + "\n")
+
+
+def variables(text: str) -> dict[str, str]:
+    """Return the variables of a .env file. Lines that are no assignment mean nothing."""
+    found: dict[str, str] = {}
+    for line in text.removeprefix("\ufeff").split("\n"):
+        if match := _VARIABLE.fullmatch(line.rstrip("\r")):
+            name, single, double, plain = match.groups()
+            if double is not None:
+                double = re.sub(r'\\(["\\$`])', r"\1", double)
+            found[name] = next(each for each in (single, double, plain) if each is not None)
+            # As the scripts of 12 read it, with awk and `=` between fields.
+            part = line.rstrip("\r").split("=")[1]
+            if name == "JWT_PRIVATE_KEY" and len(part) >= _LEAST_PART:
+                found[name] = readings(found[name], part)
+    return found
+
+
+def readings(*keys: str | None) -> str:
+    """Return different readings of one key as the setting of the protocol has them."""
+    return _KEYS.join(dict.fromkeys(key for key in keys if key))
+
+
 def read(folder: Path | None, environ: Mapping[str, str]) -> Found:
     """Everything that the folder and the environment say. ConfigError where the folder has none of
-    the three files, or a value cannot be meant."""
+    the files, or a value cannot be meant."""
     found = Found()
     if folder is not None:
         files = {name: _file(folder / name) for name in FILES}
@@ -101,9 +150,22 @@ def read(folder: Path | None, environ: Mapping[str, str]) -> Found:
             raise ConfigError(f"{folder}: has none of {', '.join(FILES)}")
         parsed = {name: parse(text or "") for name, text in files.items()}
         _first_generation(parsed["notification.conf"].get("general", {}), found)
-        _notification(parsed["seafile.conf"].get("notification"), found)
+        section = parsed["seafile.conf"].get("notification")
+        if section is not None:
+            exact = parse(files["seafile.conf"] or "", as_seaf_server)["notification"]
+            for name in ("jwt_private_key", "private_key"):
+                section[name] = readings(section.get(name), exact.get(name))
+        _notification(section, found)
         _database(parsed["ccnet.conf"].get("database", {}), found)
-    _environment(environ, found)
+        stored = variables(files[".env"] or "")
+        where = dict.fromkeys(stored, f"{folder / '.env'}: ")
+    else:
+        stored, where = {}, {}
+    # A variable of the process wins over the file.
+    where |= dict.fromkeys(environ, "environment variable ")
+    _environment({**stored, **environ}, where, found)
+    if folder is not None and "port" not in found.door:
+        found.put("port", DEFAULT_PORT, "the default of Seafile")
     if "port" in found.door and "host" not in found.door:
         # Upstream's default, which containers rest on.
         found.put("host", "0.0.0.0", "the default of Seafile")  # noqa: S104
@@ -132,7 +194,14 @@ def _notification(section: Mapping[str, str] | None, found: Found) -> None:
     where = "seafile.conf [notification]"
     if "enabled" in section:
         found.put("enabled", _boolean(section["enabled"], f"{where} enabled"), where)
-    found.put("host", section.get("host"), where)
+    host = section.get("host", "")
+    if _is_own(host):
+        found.put("host", host, where)
+    elif host:
+        found.notes.append(
+            f"{where} host = {host} is not an address of this host but where seaf-server finds the"
+            " notification server: listening on all addresses"
+        )
     # The first generation names the other end: the notification server's address. What its own
     # file says counts first.
     _, _, url_port = section.get("notification_url", "").rpartition(":")
@@ -167,7 +236,27 @@ def _database(section: Mapping[str, str], found: Found) -> None:
         found.put("db_tls", _boolean(section["use_ssl"], f"{where} USE_SSL"), where)
 
 
-def _environment(environ: Mapping[str, str], found: Found) -> None:
+def _is_own(host: str) -> bool:
+    """Return False for a name of one word: with containers it is the notification server's, as
+    seaf-server sees it."""
+    try:
+        ip_address(host)
+    except ValueError:
+        return host == "localhost" or "." in host
+    return True
+
+
+def _environment(environ: Mapping[str, str], where: Mapping[str, str], found: Found) -> None:
+    """`where` says for each variable where it comes from."""
+    # Where the server posts to. A port in it wins over that of seafile.conf, which 13 ignores.
+    name = "INNER_NOTIFICATION_SERVER_URL"
+    if inner := environ.get(name):
+        try:
+            port = urlsplit(inner).port
+        except ValueError:
+            raise ConfigError(f"{where[name]}{name}: is not a URL") from None
+        if port or "port" not in found.door:
+            found.put("port", str(port or DEFAULT_PORT), f"{where[name]}{name}")
     for key, name in (
         ("key", "JWT_PRIVATE_KEY"),
         ("host", "NOTIFICATION_SERVER_HOST"),
@@ -178,20 +267,13 @@ def _environment(environ: Mapping[str, str], found: Found) -> None:
         ("db_password", "SEAFILE_MYSQL_DB_PASSWORD"),
         ("db_name", "SEAFILE_MYSQL_DB_CCNET_DB_NAME"),
     ):
-        found.put(key, environ.get(name), f"environment variable {name}")
-    if environ.get("SEAFILE_MYSQL_DB_HOST"):
-        found.put("groups", "database", "environment variable SEAFILE_MYSQL_DB_HOST")
-    if switch := environ.get("ENABLE_NOTIFICATION_SERVER"):
-        name = "environment variable ENABLE_NOTIFICATION_SERVER"
-        found.put("enabled", _boolean(switch, name), name)
-    # Where the server posts to; its port is ours where nothing else says it.
-    name = "INNER_NOTIFICATION_SERVER_URL"
-    if (inner := environ.get(name)) and "port" not in found.door:
-        try:
-            port = urlsplit(inner).port
-        except ValueError:
-            raise ConfigError(f"environment variable {name}: is not a URL") from None
-        found.put("port", str(port or DEFAULT_PORT), f"environment variable {name}")
+        found.put(key, environ.get(name), f"{where.get(name)}{name}")
+    name = "SEAFILE_MYSQL_DB_HOST"
+    if environ.get(name):
+        found.put("groups", "database", f"{where[name]}{name}")
+    name = "ENABLE_NOTIFICATION_SERVER"
+    if switch := environ.get(name):
+        found.put("enabled", _boolean(switch, f"{where[name]}{name}"), f"{where[name]}{name}")
     found.log_level = _level(environ.get("NOTIFICATION_SERVER_LOG_LEVEL", "")) or found.log_level
     if environ.get("JWT_PRIVATE_KEY") and "port" not in found.door:
         found.put("port", DEFAULT_PORT, "the default of Seafile 12")

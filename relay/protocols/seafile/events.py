@@ -103,6 +103,13 @@ class EventsHandler:
         if event.group is None:
             return None
         members = await self._groups.members(event.group)
+        if members is None:
+            _log.warning(
+                "Event %s on %s not delivered: the members of group %d are not known",
+                event.type,
+                event.channel,
+                event.group,
+            )
         # Whom the group has not, or nobody can say whom it has: a selector that no client has.
         return [f"user:{name}" for name in members or () if name] or [
             f"group:seafile:{event.group}"

@@ -18,7 +18,7 @@ class SeafileForeign:
 
     suffixes: Sequence[str] = ()
     option = "--seafile-conf-dir"
-    option_about = "folder with Seafile's seafile.conf, notification.conf and ccnet.conf"
+    option_about = "folder with Seafile's seafile.conf, notification.conf, ccnet.conf and .env"
     command = ""
     flags: Sequence[Flag] = ()
     default_path = ""
@@ -38,9 +38,11 @@ class SeafileForeign:
         if found.log_level:
             where = "log level of Seafile's notification server = "
             said.append(Said(section="log", key="level", text=found.log_level, where=where))
-        notes = []
+        notes = list(found.notes)
         if found.door.get("enabled") == "no":
-            notes.append(f"{found.where['enabled']} says enabled = false: no door for Seafile")
+            notes.append(
+                f"{found.where['enabled']} says enabled = false: the Seafile protocol is disabled"
+            )
         return Translation(said=said, notes=notes)
 
     def example(self, path: Path) -> str:

@@ -69,7 +69,7 @@ class Groups:
                 members = await self._source(group)
         except (Failed, TimeoutError) as exc:
             reason = str(exc) or f"no answer within {_LIMIT_S} s"
-            _log.warning("members of group %d cannot be had: %s", group, reason)
+            _log.warning("Members of Seafile group %d not known: %s", group, reason)
         finally:
             # Whoever waited asks again if this one went away before it had the answer.
             del self._asking[group]
@@ -89,9 +89,16 @@ def source_of(
 
     async def from_redis(group: int) -> frozenset[str]:
         try:
-            return await redis_members(f"seafile:{group}")
+            members = await redis_members(f"seafile:{group}")
         except RelayError as exc:
             raise Failed(str(exc)) from exc
+        if not members:
+            # Redis has no empty sets, so this group was never stored.
+            raise Failed(
+                f"the Redis set <prefix>group:seafile:{group} is missing; add its members with"
+                " SADD, or set [protocol:seafile] groups = database"
+            )
+        return members
 
     async def from_database(group: int) -> frozenset[str]:
         return await _query(settings, group)

@@ -93,3 +93,11 @@ def test_a_clients_token_posts_nothing_unless_asked_for() -> None:
     with pytest.raises(Refused):
         check(authorization=f"Token {token}")
     check(authorization=f"Token {token}", clients=True)
+
+
+def test_several_keys_count_for_rotation() -> None:
+    tokens = SeafTokens(f"{KEY}\n---\nold key")
+    for key in (KEY, "old key"):
+        assert tokens.read(sign(key, exp=GOOD), NOW).expires_at == GOOD
+    with pytest.raises(Refused, match="does not fit"):
+        tokens.read(sign("---", exp=GOOD), NOW)

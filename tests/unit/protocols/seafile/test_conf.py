@@ -110,9 +110,9 @@ def test_the_later_manuals_file_as_printed(tmp_path: Path) -> None:
 )
 def test_keys_of_any_characters(tmp_path: Path, written: str, key: str) -> None:
     text = f"[notification]\nenabled=true\njwt_private_key={written}\nport=8083\n"
-    assert conf.read(folder(tmp_path, seafile=text), {}).door["key"] == key
+    assert conf.read(folder(tmp_path, seafile=text), {}).door["key"].split("\n---\n")[0] == key
     spaced = f"\ufeff[notification]\r\n  jwt_private_key  =  {written}  \r\n"
-    assert conf.read(folder(tmp_path, seafile=spaced), {}).door["key"] == key
+    assert conf.read(folder(tmp_path, seafile=spaced), {}).door["key"].split("\n---\n")[0] == key
 
 
 def test_groups_are_in_the_ccnet_database(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_groups_are_in_the_ccnet_database(tmp_path: Path) -> None:
 
 def test_sqlite_has_no_database_to_ask(tmp_path: Path) -> None:
     door = conf.read(folder(tmp_path, ccnet="[Database]\nENGINE = sqlite\nHOST = x\n"), {}).door
-    assert door == {}
+    assert "groups" not in door
 
 
 def test_disabled_is_said(tmp_path: Path) -> None:
@@ -193,3 +193,84 @@ def test_the_environment_alone_is_enough() -> None:
     inner = {"JWT_PRIVATE_KEY": "k", "INNER_NOTIFICATION_SERVER_URL": "http://notif:9000"}
     assert conf.read(None, inner).door["port"] == "9000"
     assert conf.read(None, {}).door == {}
+
+
+@pytest.mark.parametrize(
+    ("written", "keys"),
+    [
+        ('"quoted"', ["quoted", '"quoted"']),
+        ("a\\sb\\\\c", ["a\\sb\\\\c", "a b\\c"]),
+        ("plain#;%", ["plain#;%"]),
+        ("no-break\u00a0", ["no-break\u00a0"]),
+    ],
+)
+def test_a_key_is_read_as_each_of_seafile_s_programs_does(
+    tmp_path: Path, written: str, keys: list[str]
+) -> None:
+    text = f"[notification]\njwt_private_key = {written}\n"
+    assert conf.read(folder(tmp_path, seafile=text), {}).door["key"].split("\n---\n") == keys
+
+
+def with_variables(tmp_path: Path, text: str, seafile: str = LATER_SEAFILE) -> Path:
+    path = folder(tmp_path, seafile=seafile)
+    (path / ".env").write_text(text)
+    return path
+
+
+WITHOUT_KEY = "[notification]\nenabled = true\nhost = 127.0.0.1\nport = 8083\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "keys"),
+    [
+        (f"JWT_PRIVATE_KEY={KEY}", [KEY]),
+        (f"JWT_PRIVATE_KEY='{KEY}' # comment", [KEY, f"'{KEY}' # comment"]),
+        (f'export JWT_PRIVATE_KEY="{KEY}"\r', [KEY, f'"{KEY}"']),
+        ("JWT_PRIVATE_KEY=0123456789abcdef==", ["0123456789abcdef==", "0123456789abcdef"]),
+        # The part before `=` is short enough to be guessed.
+        ("JWT_PRIVATE_KEY=short=0123456789abcdef", ["short=0123456789abcdef"]),
+        ('JWT_PRIVATE_KEY="a\\"b\\\\c$"', ['a"b\\c$']),
+    ],
+)
+def test_the_key_of_12_and_13_is_in_the_folder_s_env_file(
+    tmp_path: Path, line: str, keys: list[str]
+) -> None:
+    text = f"# JWT_PRIVATE_KEY=old\nSEAFILE_SERVER_PROTOCOL=https\n{line}\nno assignment\n"
+    found = conf.read(with_variables(tmp_path, text, WITHOUT_KEY), {})
+    assert found.door["key"].split("\n---\n") == keys
+    assert found.where["key"] == f"{tmp_path / '.env'}: JWT_PRIVATE_KEY"
+
+
+def test_a_variable_of_the_process_wins_over_the_env_file_and_that_over_seafile_conf(
+    tmp_path: Path,
+) -> None:
+    path = with_variables(
+        tmp_path, "JWT_PRIVATE_KEY=of-the-file\nSEAFILE_MYSQL_DB_HOST=db\nTZ=Etc/UTC\n"
+    )
+    assert conf.read(path, {}).door["key"] == "of-the-file"
+    door = conf.read(path, {"JWT_PRIVATE_KEY": "of-the-process"}).door
+    assert (door["key"], door["groups"], door["db_host"]) == ("of-the-process", "database", "db")
+
+
+def test_a_stale_section_does_not_win_over_the_url_of_13(tmp_path: Path) -> None:
+    path = folder(tmp_path, seafile=LATER_SEAFILE.replace("8083", "9000"))
+    name = "INNER_NOTIFICATION_SERVER_URL"
+    assert conf.read(path, {name: "http://127.0.0.1:8084"}).door["port"] == "8084"
+    assert conf.read(path, {name: "http://127.0.0.1"}).door["port"] == "9000"
+    both = {name: "http://127.0.0.1:8084", "NOTIFICATION_SERVER_PORT": "8085"}
+    assert conf.read(path, both).door["port"] == "8085"
+    (path / ".env").write_text(f"{name}=http://notification-server:8086\n")
+    assert conf.read(path, {}).door["port"] == "8086"
+
+
+def test_a_folder_always_wants_the_protocol(tmp_path: Path) -> None:
+    """So that a key that is missing is an error at start."""
+    (tmp_path / ".env").write_text("TZ=Etc/UTC\n")
+    assert conf.read(tmp_path, {}).door == {"port": "8083", "host": EVERYWHERE}
+
+
+def test_the_name_of_a_container_is_no_address_to_listen_on(tmp_path: Path) -> None:
+    text = LATER_SEAFILE.replace("host = 127.0.0.1", "host = notification-server")
+    found = conf.read(folder(tmp_path, seafile=text), {})
+    assert found.door["host"] == EVERYWHERE
+    assert "host = notification-server" in found.notes[0]
