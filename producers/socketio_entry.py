@@ -85,11 +85,15 @@ def copies(emit: Emit) -> list[Copy]:
     """Where the emit's entries go: one for each room's stream, then one for each socket."""
     if not emit.rooms:
         return [Copy(channel_of(EVERYBODY), None)]
-    rooms = [room for room in emit.rooms if not is_socket(room)]
-    sockets = [room for room in emit.rooms if is_socket(room)]
-    return [Copy(channel_of(room), None) for room in rooms] + [
-        Copy(channel_of(EVERYBODY), socket) for socket in sockets
+    return [
+        Copy(channel_of(EVERYBODY), room) if is_socket(room) else Copy(channel_of(room), None)
+        for room in _in_order(emit.rooms)
     ]
+
+
+def _in_order(rooms: Iterable[str]) -> list[str]:
+    """Return the rooms in the order of their entries: a socket's ID comes after all others."""
+    return sorted(rooms, key=is_socket)
 
 
 class Contents(NamedTuple):
@@ -130,7 +134,7 @@ def contents(emit: Emit) -> Contents:
         for number, part in enumerate(attachments):
             extra[b"attachment.%d" % number] = base64.b64encode(part)
     if len(emit.rooms) != 1:
-        extra[b"rooms"] = orjson.dumps(emit.rooms)
+        extra[b"rooms"] = orjson.dumps(_in_order(emit.rooms))
     if emit.without:
         extra[b"except"] = orjson.dumps(emit.without)
     return Contents(data, kind, extra)

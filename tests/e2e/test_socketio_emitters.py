@@ -270,6 +270,51 @@ async def test_a_socket_is_a_room_by_its_id(axr: RelayProcess, npm: Driver, io: 
         assert await seen(other) == ["both", 2]
 
 
+async def test_a_socket_that_has_left_allusers_still_gets_what_is_sent_to_its_id(
+    axr: RelayProcess, npm: Driver, io5: Emitter
+) -> None:
+    for package in CLIENTS:
+        uid = f"left-{package}"
+        options = connect_options(package, axr_token(uid))
+        client = await npm.open(f"{axr.url}/axr", package=package, **options)
+        sid = (await client.until("connect"))["id"]
+        commands = axr.server.client().execute_command("XLEN", "relay:control")  # type: ignore[no-untyped-call]
+        await io5.run(f'io.in("{uid}").socketsLeave("allusers");')
+        await asyncio.to_thread(wait_for_commands, axr, commands + 1)
+        await io5.run(
+            f'io.to("{sid}").emit("own", 1); io.to("{sid}").volatile.emit("own", 2);'
+            f'io.to("allusers").emit("users"); io.to("{sid}").except("{uid}").emit("except");'
+            f'io.to("elsewhere").to("{sid}").emit("own", 3);'
+        )
+        got = [await seen(client) for _ in range(3)]
+        assert sorted(map(str, got)) == ["['own', 1]", "['own', 2]", "['own', 3]"]
+
+
+async def test_an_emit_to_a_socket_and_its_room_arrives_once(
+    axr: RelayProcess, npm: Driver, io: Emitter
+) -> None:
+    client = await npm.open(f"{axr.url}/axr", **connect_options(NEW, axr_token("once")))
+    sid = (await client.until("connect"))["id"]
+    await io.run(
+        f'io.to("{sid}").to("once").emit("first", 1); io.to("once").to("{sid}").emit("first", 2);'
+        f'io.to("{sid}").emit("last");'
+    )
+    names = [await seen(client)]
+    while ["last"] not in names or names.count(["first", 2]) < 1 or names.count(["first", 1]) < 1:
+        names.append(await seen(client))
+    # The streams of two rooms have no common order, so wait for both of them.
+    await io.run(f'io.to("{sid}").emit("end"); io.to("once").emit("end");')
+    while names.count(["end"]) < 2:
+        names.append(await seen(client))
+    assert sorted(map(str, names)) == [
+        "['end']",
+        "['end']",
+        "['first', 1]",
+        "['first', 2]",
+        "['last']",
+    ]
+
+
 async def test_garbage_on_the_channel_costs_nothing(
     axr: RelayProcess, npm: Driver, services: Server, io5: Emitter
 ) -> None:

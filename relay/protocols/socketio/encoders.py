@@ -203,14 +203,16 @@ def _frame_head(size: int) -> bytes:
 
 
 def wanted(event: Event, subscription: Subscription) -> bool:
-    """Whether this client gets the event from this stream."""
+    """Return whether this client gets the event from this stream."""
     client = cast("SocketClient", subscription.session.client)
     extra = event.extra
     if not client.rooms.partial and not (extra and any(name in extra for name in _FILTERS)):
         return True
-    audience = _audience(event)
-    room = None if event.to is not None and audience.rooms is not None else room_of(event.channel)
-    return audience.wants(room, client.rooms.joined, (client.sid,))
+    # Emits to a socket's ID are stored in the stream of `allusers`, because a socket has no stream.
+    # They are for that socket whether or not it is in this room.
+    is_addressed = event.to is not None and f"client:{client.sid}" in event.to
+    room = None if is_addressed else room_of(event.channel)
+    return _audience(event).wants(room, client.rooms.joined, (client.sid,))
 
 
 def _audience(event: Event) -> Audience:
