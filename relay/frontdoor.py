@@ -86,13 +86,19 @@ class Bus(Protocol):
     """Bytes from this worker to another of the site, whichever host it is on."""
 
     instance: str
+    # Names this worker in the IDs that clients see. It is random, and does not contain the host.
+    address: str
 
-    def send(self, instance: str, topic: str, payload: bytes) -> asyncio.Future[bool]:
-        """False where that worker is not there; Unavailable where nobody can say. At most once,
-        and in order between two workers. Nobody need look at the answer."""
+    def send(self, address: str, topic: str, payload: bytes) -> asyncio.Future[bool]:
+        """Send bytes to the worker with this address, at most once and in order.
+
+        The result is False if there is no such worker, and Unavailable if that is unknown. It may
+        be ignored.
+        """
 
     def listen(self, topic: str, on_payload: Callable[[str, bytes], None]) -> None:
-        """What comes for `topic`, with its sender's instance. One listener a topic."""
+        """Call `on_payload` with the sender's address and the payload of each message for `topic`,
+        which has one listener."""
 
 
 class Store(Protocol):

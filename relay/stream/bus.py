@@ -3,7 +3,10 @@
 Each worker listens to one pub/sub channel of its own. What is sent arrives at most once, in order
 between two workers; the sender learns whether anybody was there.
 
-    PUBLISH <p>bus:<instance> <topic> NUL <sender's instance> NUL <payload>
+    PUBLISH <p>bus:<address> <topic> NUL <sender's address> NUL <payload>
+
+The address is the random part of the worker's name. Clients see it in session IDs, so it must not
+contain the host or port.
 """
 
 from __future__ import annotations
@@ -29,25 +32,28 @@ class SiteBus:
 
     def __init__(self, *, redis: RedisSettings, keys: Keys, instance: str) -> None:
         self.instance = instance
+        self.address = instance.rpartition(":")[2]
         self._keys = keys
         self._listeners: dict[str, Callable[[str, bytes], None]] = {}
-        self.link = SideLink(redis, subscribe_to=[keys.bus(instance)], on_message=self._on_message)
+        self.link = SideLink(
+            redis, subscribe_to=[keys.bus(self.address)], on_message=self._on_message
+        )
 
     def listen(self, topic: str, on_payload: Callable[[str, bytes], None]) -> None:
-        """What comes for `topic` goes to `on_payload`, with its sender's instance."""
+        """See `relay.frontdoor.Bus`."""
         self._listeners[topic] = on_payload
 
-    def send(self, instance: str, topic: str, payload: bytes) -> asyncio.Future[bool]:
-        """False where that worker is not there; Unavailable where nobody can say."""
+    def send(self, address: str, topic: str, payload: bytes) -> asyncio.Future[bool]:
+        """See `relay.frontdoor.Bus`."""
         told: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        if instance == self.instance:
-            self._deliver(topic, instance, payload)
+        if address == self.address:
+            self._deliver(topic, address, payload)
             told.set_result(True)
             return told
-        message = b"\0".join((topic.encode(), self.instance.encode(), payload))
+        message = b"\0".join((topic.encode(), self.address.encode(), payload))
         sent = cast(
             "asyncio.Future[list[object]]",
-            self.link.execute([("PUBLISH", self._keys.bus(instance), message)]),
+            self.link.execute([("PUBLISH", self._keys.bus(address), message)]),
         )
 
         def done(finished: asyncio.Future[list[object]]) -> None:

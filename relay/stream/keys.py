@@ -21,7 +21,7 @@ Cluster slot; a command or transaction over several keys stays within one worksp
 | `<p>lease:<name>`         | string  | who does this job for the site      | its holder; expires  |
 | `<p>store:<door>:<w>:<id>` | string | what a door keeps for all   | expires              |
 | `<p>group:<name>`         | set     | the users of a group                | the application      |
-| `<p>bus:<instance>`       | pub/sub | one worker's ear; no key            | nothing is kept      |
+| `<p>bus:<address>`        | pub/sub | one worker's ear; no key            | nothing is kept      |
 | `<p>uid:{C}:<uid>`        | string  | ID of the entry appended with it    | expires: its window  |
 | `<p>tap:<name>`           | string  | how far a tap on others' Redis came | stays                |
 | `<p>queue:<name>`         | string  | how many commands were taken of it  | stays                |
@@ -125,9 +125,9 @@ class Keys:
         """The heartbeat of one worker."""
         return f"{self._text}node:{instance}".encode()
 
-    def bus(self, instance: str) -> bytes:
-        """The pub/sub channel on which one worker hears from the others."""
-        return f"{self._text}bus:{instance}".encode()
+    def bus(self, address: str) -> bytes:
+        """Return the pub/sub channel on which one worker receives messages from the others."""
+        return f"{self._text}bus:{address}".encode()
 
     def store(self, name: str) -> bytes:
         """A small value of a door: `<door>:<what>:<id>`."""

@@ -11,7 +11,7 @@ messages it has sent on them. A worker that died is noticed by that too.
 
     handover = Handover(topic="sockjs", bus=context.bus, handle=handle, ...)
     asked = asked_of(request, await read_body(request, limit_bytes))
-    if owner == context.bus.instance:
+    if owner == context.bus.address:
         response = handover.here(request, asked)       # None: no such session
     else:
         response = await handover.forward(request, asked, owner)   # NotThere
@@ -62,14 +62,14 @@ class Bus(Protocol):
     """Bytes to one worker of the site; see `relay.frontdoor.Bus`."""
 
     @property
-    def instance(self) -> str:
-        """This worker's name."""
+    def address(self) -> str:
+        """This worker's address."""
 
-    def send(self, instance: str, topic: str, payload: bytes) -> asyncio.Future[bool]:
-        """False: there is no such worker any more."""
+    def send(self, address: str, topic: str, payload: bytes) -> asyncio.Future[bool]:
+        """Send a message. The result is False if there is no such worker."""
 
     def listen(self, topic: str, on_payload: Callable[[str, bytes], None]) -> None:
-        """`on_payload` gets the sender's name and the payload."""
+        """Call `on_payload` with the sender's address and the payload."""
 
 
 class NotThere(Exception):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import socket
 import time
+from base64 import urlsafe_b64decode
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -25,7 +28,7 @@ from tests.support.valkey import Server
 
 pytestmark = pytest.mark.redis
 TRANSPORTS = (["polling"], ["websocket"], ["polling", "websocket"])
-OLD = "socket.io-client-2"
+OLD, NEW = "socket.io-client-2", "socket.io-client"
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,21 @@ async def test_every_generation_gets_its_rooms_events_over_every_transport(
     axr.xadd(f"axr:{uid}", data="1", type="disconnect")
     axr.xadd(f"axr:{uid}", data="plain text")
     assert without_offset(package, await client.event()) == ["message", "plain text"]
+
+
+async def test_session_ids_do_not_reveal_the_host(axr: RelayProcess, npm: Driver) -> None:
+    async with aiohttp.ClientSession() as http:
+        url = f"{axr.url}/socket.io/?EIO=4&transport=polling"
+        async with http.get(url) as answer:
+            engine_id = json.loads((await answer.text())[1:])["sid"]
+    client = await npm.open(f"{axr.url}/axr", **connect_options(NEW, axr_token("ids")))
+    connected = await client.until("connect")
+    old = await npm.open(f"{axr.url}/axr", package=OLD, **connect_options(OLD, axr_token("ids")))
+    name = f"{socket.gethostname()}-{axr.port}"
+    for sid in (engine_id, connected["id"], (await old.until("connect"))["id"]):
+        parts = [part + "=" * (-len(part) % 4) for part in re.split("[~.#]", sid)]
+        shown = [sid, *(urlsafe_b64decode(part).decode(errors="replace") for part in parts)]
+        assert not any(word in each for each in shown for word in (name, str(axr.port)))
 
 
 @pytest.mark.parametrize("package", CLIENTS[:2])

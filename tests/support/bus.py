@@ -28,7 +28,7 @@ class WireBus:
 
     def __init__(self, wire: Wire, instance: str) -> None:
         self._wire = wire
-        self.instance = instance
+        self.instance = self.address = instance
 
     def send(self, instance: str, topic: str, payload: bytes) -> asyncio.Future[bool]:
         loop = asyncio.get_running_loop()

@@ -369,7 +369,7 @@ class SocketClient:
         return Record(
             sid=self.sid,
             uid=self.uid,
-            instance=self._door.context.bus.instance,
+            instance=self._door.context.bus.address,
             rooms=dict(self.rooms.joined),
             start=self.rooms.start(),
         )

@@ -131,7 +131,7 @@ class MountedSocketIo:
 
     def take_over(self, pid: str, record: Record) -> None:
         """Whoever still has this session has lost its client: a half open connection, perhaps."""
-        if record.instance == self.context.bus.instance:
+        if record.instance == self.context.bus.address:
             self._supersede(pid)
         else:
             sent = self.context.bus.send(record.instance, _TAKEN, pid.encode())

@@ -78,10 +78,10 @@ class SockJs:
         reaper = Reaper()
         self._options = options
         self._accept = accept
-        self._instance = bus.instance
+        self._address = bus.address
         self._prefix = prefix
         self._sessions = Sessions(options, reaper)
-        self._registry = Registry(door=door, instance=bus.instance, store=store, spawn=spawn)
+        self._registry = Registry(door=door, instance=bus.address, store=store, spawn=spawn)
         self._handover = Handover(
             topic=f"{door}:sockjs",
             bus=bus,
@@ -173,7 +173,7 @@ class SockJs:
         session_id = asked.route["session"]
         if session_id not in self._sessions:
             owner = await self._registry.claim(session_id)
-            if owner != self._instance:
+            if owner != self._address:
                 try:
                     return await self._handover.forward(request, asked, owner)
                 except NotThere:

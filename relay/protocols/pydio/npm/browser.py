@@ -72,7 +72,7 @@ class NpmBrowser(Registration):
         return Record(
             sid=self._client.sid,
             user=self.account.identity.user,
-            instance=self._client.kind.context.bus.instance,
+            instance=self._client.kind.context.bus.address,
             repository=self.repository,
             start=cursor.join(self._start.values()).decode(),
         )

@@ -97,7 +97,7 @@ class NpmKind:
 
     def joined(self, client: NpmClient, record: Record | None) -> None:
         """Whoever still has this session has lost its client: a half open connection, perhaps."""
-        if record is not None and record.instance != self.context.bus.instance:
+        if record is not None and record.instance != self.context.bus.address:
             sent = self.context.bus.send(record.instance, _TAKEN, client.pid.encode())
             # If it cannot be told it finds out by its own heartbeat.
             sent.add_done_callback(lambda done: done.cancelled() or done.exception())
