@@ -15,7 +15,7 @@ from aiohttp import web
 from relay.errors import StartError
 from relay.transports.listener import GuardedSite
 from relay.transports.precedence import FallbackRoute, in_order
-from relay.transports.take_over import drop, hand_on
+from relay.transports.take_over import drop, end_rejected_upgrade, hand_on
 
 if TYPE_CHECKING:
     from relay.config import Config
@@ -228,7 +228,7 @@ class Server:
 
     @staticmethod
     async def _runner(routes: Sequence[web.AbstractRouteDef]) -> web.AppRunner:
-        app = web.Application()
+        app = web.Application(middlewares=[end_rejected_upgrade])
         app.router.add_routes(in_order(routes))
         runner = web.AppRunner(
             app,

@@ -17,6 +17,7 @@ from aiohttp import web
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
+    from aiohttp.typedefs import Handler
     from aiohttp.web_request import BaseRequest
 
     from relay.transports.client_socket import ClientSocket
@@ -93,6 +94,23 @@ def hand_on(
     # Only this process's descriptor: the other one has its own.
     transport.abort()
     return response
+
+
+@web.middleware
+async def end_rejected_upgrade(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Close the connection after the answer to an upgrade that was not accepted.
+
+    What follows such a request is not HTTP: Pydio's PHP sends eight random bytes, others their
+    first frames. aiohttp would parse it as the next request, answer it and log the error.
+    """
+    try:
+        return await handler(request)
+    finally:
+        protocol = request.protocol
+        # `take_over` and `hand_on` leave no transport.
+        if protocol._upgraded and protocol.transport is not None:
+            protocol._message_tail = b""
+            protocol.close()
 
 
 def drop(request: web.Request) -> web.StreamResponse:

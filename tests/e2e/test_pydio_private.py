@@ -118,8 +118,30 @@ async def test_a_wrong_key_is_refused_before_the_upgrade(relay: RelayProcess, ke
     assert status == 403
     assert answer == {"error": {"code": "forbidden", "message": "not allowed"}}
     assert redis(relay.server, "EXISTS", "relay:stream:{pydio:closed}") == 0
-    await until(lambda: any("127.0.0.1 is refused: wrong key" in line for line in relay.log))
+    await until(
+        lambda: any(
+            "127.0.0.1 on Pydio's private path: wrong Admin-Key" in line for line in relay.log
+        )
+    )
     assert not any(KEY in line for line in relay.log)
+
+
+async def test_a_rejected_php_client_costs_no_error_in_the_log(relay: RelayProcess) -> None:
+    # Eight random bytes follow its request, which are no further request.
+    before = len(relay.log)
+    message = {"REPO_ID": "closed", "CONTENT": tree("x")}
+    for path, key, status in (
+        ("/private", "wrong", FORBIDDEN),
+        ("/public", KEY, "HTTP/1.1 426 Upgrade Required"),
+        ("/nowhere", KEY, "HTTP/1.1 404 Not Found"),
+    ):
+        answers = await publish(relay.port, *[[message]] * 10, key=key, path=path)
+        assert answers == [status] * 10
+    async with aiohttp.ClientSession() as session, session.get(f"{relay.url}/healthz") as answer:
+        assert answer.status == 200
+    said = relay.log[before:]
+    assert all(" warning relay.protocols.pydio.private: " in line for line in said)
+    assert len(said) <= 3
 
 
 async def test_without_a_key_nothing_is_private(relay: RelayProcess) -> None:
@@ -144,7 +166,9 @@ async def test_another_host_is_refused_even_with_the_key(valkey: Server) -> None
     try:
         message = {"REPO_ID": "host", "CONTENT": tree("x")}
         assert await publish(process.port, [message]) == [FORBIDDEN]
-        await until(lambda: any("refused: not an authorised host" in each for each in process.log))
+        await until(
+            lambda: any("not in [protocol:pydio] authorised_hosts" in each for each in process.log)
+        )
         process.settings[-1] = "protocol:pydio.authorised_hosts=127.0.0.0/8"
         process.restart()
         assert await publish(process.port, [message]) == [ACCEPTED]
@@ -175,7 +199,7 @@ async def test_what_cannot_be_read_costs_nothing_else(relay: RelayProcess, door:
     bad = {"REPO_ID": "bad", "CONTENT": ""}
     assert await publish(relay.port, [good[0], bad, good[1]]) == [ACCEPTED]
     assert [block.data for block in await stream.take(2)] == [tree("0"), tree("1")]
-    await until(lambda: any("is dropped: CONTENT is missing" in line for line in relay.log))
+    await until(lambda: any("path: CONTENT is missing" in line for line in relay.log))
 
 
 @pytest.mark.parametrize(
