@@ -94,10 +94,18 @@ def check(config: Config) -> list[Listening]:
 
 
 async def revoke(redis: RedisSettings, channel_name: str, user: str) -> str:
-    """Write the revocation; the ID of its entry, after which nothing leaves for `user`."""
+    """Revoke the right to read; return the ID of the entry after which nothing is delivered."""
     channel = parse_channel(channel_name)
     async with redis_client(redis) as client:
         return str(await revocations.revoke(client, Keys(redis.prefix), channel, user))
+
+
+async def grant(redis: RedisSettings, channel_name: str, user: str) -> str | None:
+    """Undo a revocation; return the ID of the entry, None if the user is not refused."""
+    channel = parse_channel(channel_name)
+    async with redis_client(redis) as client:
+        entry_id = await revocations.grant(client, Keys(redis.prefix), channel, user)
+        return None if entry_id is None else str(entry_id)
 
 
 class Relay:

@@ -135,6 +135,18 @@ class Revocation:
 
 
 @dataclass(frozen=True, slots=True)
+class Grant:
+    """A grant entry: from `id` on a revocation of `user` no longer holds on this stream.
+
+    It is delivered to nobody and changes no subscription. Readers ask for rights as they are now:
+    a client that comes back after it reads everything after its own position.
+    """
+
+    id: EntryID
+    user: str
+
+
+@dataclass(frozen=True, slots=True)
 class Broken:
     """An entry that cannot be delivered, and why; its raw fields go to the dead letters."""
 
@@ -150,7 +162,7 @@ class Record:
     id: EntryID
     digest: int
     size: int
-    body: Event | Revocation | Broken
+    body: Event | Revocation | Grant | Broken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -90,11 +90,15 @@ def parse(arguments: Sequence[str] | None, foreigns: Sequence[Foreign] = ()) -> 
         help="seconds until it expires; default 86400, a day; 0: never",
     )
 
-    revoke = _command(commands, "revoke", "from now on nothing of CHANNEL leaves for USER")
-    configured(revoke)
-    _redis(revoke)
-    revoke.add_argument("channel", metavar="CHANNEL")
-    revoke.add_argument("user", metavar="USER")
+    for name, about in (
+        ("revoke", "stop delivering CHANNEL to USER, whatever else allows it, until `grant`"),
+        ("grant", "undo `revoke`: token, protocol, application or rights hash decide again"),
+    ):
+        change = _command(commands, name, about)
+        configured(change)
+        _redis(change)
+        change.add_argument("channel", metavar="CHANNEL")
+        change.add_argument("user", metavar="USER")
     operate.add(commands, partial(_operator, configured=configured))
     foreign_arguments.add_commands(commands, foreigns, _command, _serving)
     options = parser.parse_args(arguments)

@@ -171,9 +171,29 @@ def _revoke(options: argparse.Namespace) -> int:
     config = configuration(options)
     channel, user = channel_of(options.channel), user_of(options.user)
     entry_id = asyncio.run(revoke(config.redis, channel, user))
-    where = urlsplit(config.redis.url).hostname or config.redis.url
-    print(f"{user} reads nothing of {channel} after {entry_id} (Redis: {where})")
+    print(f"{user} reads nothing of {channel} after {entry_id} (Redis: {_where(config)})")
     return OK
+
+
+def _grant(options: argparse.Namespace) -> int:
+    from relay.app import grant
+    from relay.cli.site import channel_of, user_of
+
+    config = configuration(options)
+    channel, user = channel_of(options.channel), user_of(options.user)
+    entry_id = asyncio.run(grant(config.redis, channel, user))
+    where = f"(Redis: {_where(config)})"
+    if entry_id is None:
+        raise RelayError(f"{user} is not revoked on {channel} {where}: nothing changed")
+    print(
+        f"the revocation of {user} on {channel} ended at {entry_id} {where};"
+        f" {user} reads it again as far as token, protocol, application or rights hash allow"
+    )
+    return OK
+
+
+def _where(config: Config) -> str:
+    return urlsplit(config.redis.url).hostname or config.redis.url
 
 
 def _operate(options: argparse.Namespace) -> int:
@@ -191,5 +211,6 @@ _COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "version": _version,
     "token": _token,
     "revoke": _revoke,
+    "grant": _grant,
     **dict.fromkeys(OPERATOR_COMMANDS, _operate),
 }

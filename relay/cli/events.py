@@ -17,7 +17,17 @@ from relay.cli.output import emit, safe, say
 from relay.cli.site import Site, channel_of
 from relay.errors import RedisUnavailable, RelayError
 from relay.hub.recovery import incarnation_of, judge, untrimmed
-from relay.model import ZERO_ID, Broken, Channel, EntryID, Event, Position, Record, Revocation
+from relay.model import (
+    ZERO_ID,
+    Broken,
+    Channel,
+    EntryID,
+    Event,
+    Grant,
+    Position,
+    Record,
+    Revocation,
+)
 from relay.stream import entry
 from relay.stream.append import UID_BYTES
 from relay.stream.publish import publish as append
@@ -204,6 +214,8 @@ def _line(record: Record) -> str:
         parts = [body.type or "-", body.client or "-", body.data.decode()]
     elif isinstance(body, Revocation):
         parts = ["relay:revoke", "-", body.user]
+    elif isinstance(body, Grant):
+        parts = ["relay:grant", "-", body.user]
     else:
         parts = ["relay:broken", "-", body.reason]
     return "  ".join([str(record.id), *map(safe, parts)])
@@ -223,6 +235,8 @@ def _values(record: Record) -> dict[str, object]:
                 values["info"] = orjson.Fragment(event.info)
         case Revocation() as revocation:
             values |= {"revoke": revocation.user}
+        case Grant() as grant:
+            values |= {"grant": grant.user}
         case Broken() as broken:
             values |= {"broken": broken.reason}
     return values

@@ -11,6 +11,7 @@ An entry is flat fields, so that `XADD key '*' data '{"hello":1}'` is a complete
     info     JSON about that client
     v        schema version; absent means 1
     revoke   a user: this entry is the place of a revocation, and no event
+    grant    a user: without `data`, this entry is the place where a revocation ends, and no event
 
 Unknown fields are kept for the door that wrote them (`Event.extra`). Whatever cannot be delivered
 is `Broken` with a reason, never raised.
@@ -25,7 +26,7 @@ from zlib import crc32
 import orjson
 
 from relay.json_text import is_json
-from relay.model import Broken, Channel, EntryID, Event, Record, Revocation
+from relay.model import Broken, Channel, EntryID, Event, Grant, Record, Revocation
 
 SCHEMA = b"1"
 RESERVED_TYPES = "relay:"
@@ -52,11 +53,13 @@ def decode(channel: Channel, entry_id: EntryID, fields: Sequence[bytes], max_byt
     joined = b"\0".join(fields)
     size = len(joined)
     values = dict(zip(fields[::2], fields[1::2], strict=False))
-    body: Event | Revocation | Broken
+    body: Event | Revocation | Grant | Broken
     try:
         if b"revoke" in values:
             # Before every other check: a revocation that is overlooked opens what was closed.
-            body = Revocation(entry_id, _revoked(values[b"revoke"]))
+            body = Revocation(entry_id, _user(values, "revoke"))
+        elif b"grant" in values and b"data" not in values:
+            body = Grant(entry_id, _user(values, "grant"))
         else:
             body = _event(channel, entry_id, values, size, max_bytes)
     except _Unreadable as exc:
@@ -129,10 +132,10 @@ def _info(value: bytes | None) -> bytes | None:
     return value
 
 
-def _revoked(value: bytes) -> str:
-    user = _utf8("revoke", value)
+def _user(values: Mapping[bytes, bytes], name: str) -> str:
+    user = _utf8(name, values[name.encode()])
     if not user:
-        raise _Unreadable("revoke names nobody")
+        raise _Unreadable(f"{name} names nobody")
     return user
 
 
@@ -213,9 +216,18 @@ def encode(
 
 def encode_revocation(user: str) -> list[bytes]:
     """Flat fields of the entry after which nothing leaves for `user`."""
-    value = _bytes("revoke", user)
-    _revoked(value)
-    return [b"revoke", value]
+    return _encode_change("revoke", user)
+
+
+def encode_grant(user: str) -> list[bytes]:
+    """Flat fields of the entry from which on a revocation of `user` no longer holds."""
+    return _encode_change("grant", user)
+
+
+def _encode_change(name: str, user: str) -> list[bytes]:
+    fields = [name.encode(), _bytes(name, user)]
+    _user({fields[0]: fields[1]}, name)
+    return fields
 
 
 def size(fields: Sequence[bytes]) -> int:

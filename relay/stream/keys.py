@@ -8,6 +8,7 @@ Cluster slot; a command or transaction over several keys stays within one worksp
 | `<p>stream:{C}`           | stream  | the events of workspace C           | its owner; jobs (1)  |
 | `<p>rights:{C}`           | hash    | user -> `r`, `rw` or `-` (refused)  | the application      |
 | `<p>control`              | stream  | commands to all workers             | trimmed by XADD      |
+| `<p>revoked:{C}`          | hash    | refused user -> their right before  | `relay grant`        |
 | `<p>ephemeral:{C}`        | pub/sub | live-only events of C; no key       | nothing is kept      |
 | `<p>dead-letters`         | stream  | entries that could not be read      | trimmed by XADD      |
 | `<p>dead-letter:{C}:<id>` | string  | mark: this one is written           | expires after a day  |
@@ -96,6 +97,10 @@ class Keys:
     def rights(self, channel: Channel) -> bytes:
         """Hash of user -> `r`, `rw` or `-`."""
         return f"{self._text}rights:{{{escape(channel)}}}".encode()
+
+    def revoked(self, channel: Channel) -> bytes:
+        """Hash of user -> the value in the rights hash that a revocation has replaced."""
+        return f"{self._text}revoked:{{{escape(channel)}}}".encode()
 
     def ephemeral(self, channel: Channel) -> bytes:
         """The pub/sub channel of one workspace's live-only events."""

@@ -1,28 +1,76 @@
-"""Takes one user's right to one workspace away, at a place in its stream.
+"""Revokes a user's right to read a channel, and grants it again.
 
-The hash says what holds from now on; the entry is the place after which nothing leaves, in live
-delivery, replay and catch-up alike. One transaction, so that no reader sees one without the other.
+Both change the rights hash and append an entry in one step, so that no reader sees one without the
+other. The entry's ID is the position of the change in the stream. Revoke writes the refusal `-`,
+which overrides every source of rights. Grant removes it and restores what the hash had before, so
+that the sources of rights decide again: tokens, protocols' own rules, the application, the hash.
 """
 
 from __future__ import annotations
 
+from typing import cast
+
 from redis.asyncio import Redis
 
 from relay.model import Channel, EntryID
-from relay.stream import entry
-from relay.stream.connect import translated
+from relay.stream import connect, control, entry
+from relay.stream.control import DropRights
 from relay.stream.keys import Keys
+from relay.stream.scripts import Script
 
-# Beats every other rights source: the token's claims cannot be withdrawn, only overruled.
+# Written by `revoke`: the token's claims cannot be withdrawn, only overruled.
 REFUSED = b"-"
+
+# KEYS rights, revoked, stream; ARGV the refusal, the user, then XADD's words after the key. The
+# entry's ID. A second revocation keeps the value from before the first.
+_REVOKE = Script("""\
+local before = redis.call('HGET', KEYS[1], ARGV[2])
+if not before then
+  redis.call('HDEL', KEYS[2], ARGV[2])
+elseif before ~= ARGV[1] then
+  redis.call('HSET', KEYS[2], ARGV[2], before)
+end
+redis.call('HSET', KEYS[1], ARGV[2], ARGV[1])
+return redis.call('XADD', KEYS[3], unpack(ARGV, 3))
+""")
+
+# The same keys and arguments. The entry's ID, or nil if the user is not refused there.
+_GRANT = Script("""\
+if redis.call('HGET', KEYS[1], ARGV[2]) ~= ARGV[1] then return nil end
+local id = redis.call('XADD', KEYS[3], unpack(ARGV, 3))
+local before = redis.call('HGET', KEYS[2], ARGV[2])
+if before then
+  redis.call('HSET', KEYS[1], ARGV[2], before)
+  redis.call('HDEL', KEYS[2], ARGV[2])
+else
+  redis.call('HDEL', KEYS[1], ARGV[2])
+end
+return id
+""")
 
 
 async def revoke(client: Redis, keys: Keys, channel: Channel, user: str) -> EntryID:
-    """Refuse `user` from the returned entry on, until their field in the rights hash says else."""
-    fields = entry.encode_revocation(user)
-    async with client.pipeline(transaction=True) as transaction:
-        transaction.execute_command("HSET", keys.rights(channel), fields[1], REFUSED)
-        transaction.execute_command("XADD", keys.stream(channel), "*", *fields)
-        with translated():
-            _, entry_id = await transaction.execute()
-    return EntryID.parse(entry_id)
+    """Refuse `user` from the returned entry on, until `grant` or another value in the hash."""
+    entry_id = await _run(client, keys, channel, _REVOKE, entry.encode_revocation(user))
+    return EntryID.parse(cast(bytes, entry_id))
+
+
+async def grant(client: Redis, keys: Keys, channel: Channel, user: str) -> EntryID | None:
+    """Undo `revoke` from the returned entry on. Return None if the user is not refused.
+
+    Workers then ask the sources of rights anew, and protocols whose clients do not come back by
+    themselves invite them to.
+    """
+    entry_id = await _run(client, keys, channel, _GRANT, entry.encode_grant(user))
+    if entry_id is None:
+        return None
+    await control.publish(client, keys, DropRights(channel=channel, user=user))
+    return EntryID.parse(cast(bytes, entry_id))
+
+
+async def _run(
+    client: Redis, keys: Keys, channel: Channel, script: Script, fields: list[bytes]
+) -> object:
+    names = keys.rights(channel), keys.revoked(channel), keys.stream(channel)
+    words = REFUSED, fields[1], b"*", *fields
+    return await connect.command(client, "EVAL", script.text, len(names), *names, *words)

@@ -197,6 +197,69 @@ async def test_the_revoke_command_names_its_entry(
     assert notice.event == "relay:revoked"
     assert notice.json()["to"] in run.stdout
     assert redis(valkey, "HGET", rights_key(channel), "bob") == b"-"
+    words[3] = "grant"
+    run = await asyncio.to_thread(
+        subprocess.run, [*words, channel, "bob"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    ((entry_id, _),) = redis(valkey, "XREVRANGE", stream_key(channel), "+", "-", "COUNT", "1")
+    assert entry_id.decode() in run.stdout
+    assert redis(valkey, "HGET", rights_key(channel), "bob") is None
+    assert await _status(door, channel, relay.token("bob")) == 200
+
+
+async def test_a_grant_ends_a_revocation_for_every_source_of_rights(
+    relay: RelayProcess, door: Native, valkey: Server, channel: str
+) -> None:
+    claims, by_hash = relay.token("bob"), relay.token("ben", [])
+    _grant(valkey, channel, "ben", "r")
+    clients = [await door.sse(channel, token=claims), await door.sse(channel, token=by_hash)]
+    relay.xadd(channel, data="1")
+    for user in ("bob", "ben"):
+        await _revoke(valkey, channel, user)
+    for client, token in zip(clients, (claims, by_hash), strict=True):
+        event, notice = await client.ended()
+        assert (event.json(), notice.event) == (1, "relay:revoked")
+        assert await _status(door, channel, token) == 403
+    relay.xadd(channel, data="2")
+    settings = RedisSettings(url=valkey.url("maintenance"))
+    for user in ("bob", "ben"):
+        newest = await app.grant(settings, channel, user)
+        ((entry_id, fields),) = redis(
+            valkey, "XREVRANGE", stream_key(channel), "+", "-", "COUNT", "1"
+        )
+        assert (entry_id.decode(), fields) == (newest, {b"grant": user.encode()})
+    # As before the revocation: nothing of it is left, and no right has been added.
+    assert redis(valkey, "HGETALL", rights_key(channel)) == {b"ben": b"r"}
+    assert await _status(door, channel, relay.token("bob", [])) == 403
+    relay.xadd(channel, data="3")
+    # Replay follows the rights of now; the entries of both changes are no events.
+    back = [
+        await door.sse(channel, token=token, header=client.last_id)
+        for client, token in zip(clients, (claims, by_hash), strict=True)
+    ]
+    for client in back:
+        assert [block.json() for block in await client.take(2)] == [2, 3]
+    relay.xadd(channel, data="4")
+    for client in back:
+        assert (await client.next()).json() == 4
+    assert await app.grant(settings, channel, "bob") is None
+
+
+async def test_a_grant_entry_alone_opens_nothing(
+    relay: RelayProcess, door: Native, valkey: Server, channel: str
+) -> None:
+    token = relay.token("bob")
+    await _revoke(valkey, channel, "bob")
+    relay.xadd(channel, grant="bob")
+    assert await _status(door, channel, token) == 403
+    client = await door.sse(channel, last="0-0")
+    relay.xadd(channel, data="1")
+    assert (await client.next()).json() == 1
+    assert redis(valkey, "XLEN", "relay:dead-letters") == 0 or not any(
+        channel.encode() in fields[b"stream"]
+        for _, fields in redis(valkey, "XRANGE", "relay:dead-letters", "-", "+")
+    )
 
 
 @pytest.mark.parametrize("kind", ["sse", "ws"])

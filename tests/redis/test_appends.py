@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+from itertools import chain
+from typing import Any, cast
 
 import pytest
 from redis.asyncio import Redis
 
-from relay.model import Broken, Channel, EntryID, Revocation
+from relay.model import Broken, Channel, EntryID, Grant, Revocation
 from relay.stream import control, dead_letters, entry
 from relay.stream.connect import CommandRefused, redis_client
 from relay.stream.keys import Keys
-from relay.stream.revoke import revoke
+from relay.stream.revoke import grant, revoke
 from tests.support.valkey import Server
 
 pytestmark = pytest.mark.redis
@@ -96,9 +98,55 @@ async def test_a_revocation_is_hash_and_entry(server: Server, admin: Redis, keys
     assert entry.decode(NEWS, found_id, fields, 1).body == Revocation(entry_id, "anna")
 
 
+@pytest.mark.parametrize("before", [None, b"r", b"rw"])
+async def test_a_grant_is_the_inverse_of_a_revocation(
+    server: Server, admin: Redis, keys: Keys, before: bytes | None
+) -> None:
+    if before is not None:
+        await admin.hset(keys.rights(NEWS), "anna", before)
+    await admin.hset(keys.rights(NEWS), "ben", "-")
+    rights = await admin.hgetall(keys.rights(NEWS))
+    async with redis_client(server.settings("maintenance")) as maintenance:
+        assert await grant(maintenance, keys, NEWS, "anna") is None
+        # The second one must not take the refusal for the right from before.
+        revoked = [await revoke(maintenance, keys, NEWS, "anna") for _ in range(2)]
+        assert await admin.hget(keys.rights(NEWS), "anna") == b"-"
+        granted = await grant(maintenance, keys, NEWS, "anna")
+        assert granted is not None
+        assert await grant(maintenance, keys, NEWS, "anna") is None
+    assert await admin.hgetall(keys.rights(NEWS)) == rights
+    assert not await admin.exists(keys.revoked(NEWS))
+    found = cast(Any, await admin.xrange(keys.stream(NEWS)))
+    bodies = [
+        entry.decode(NEWS, EntryID.parse(each), [*chain(*fields.items())], 9).body
+        for each, fields in found
+    ]
+    assert bodies == [*(Revocation(each, "anna") for each in revoked), Grant(granted, "anna")]
+    (told,) = cast(Any, await admin.xrange(keys.control))
+    assert told[1] == {b"command": b"drop-rights", b"channel": NEWS.encode(), b"user": b"anna"}
+
+
+async def test_a_right_that_the_application_has_given_since_stays(
+    server: Server, admin: Redis, keys: Keys
+) -> None:
+    async with redis_client(server.settings("maintenance")) as maintenance:
+        await admin.hset(keys.rights(NEWS), "anna", "r")
+        await revoke(maintenance, keys, NEWS, "anna")
+        await admin.hset(keys.rights(NEWS), "anna", "rw")
+        assert await grant(maintenance, keys, NEWS, "anna") is None
+        assert await admin.hget(keys.rights(NEWS), "anna") == b"rw"
+        # What was there before an older revocation is not restored.
+        await admin.hdel(keys.rights(NEWS), "anna")
+        await revoke(maintenance, keys, NEWS, "anna")
+        await grant(maintenance, keys, NEWS, "anna")
+    assert not await admin.exists(keys.rights(NEWS))
+
+
 async def test_the_relay_itself_may_not_write_rights(
     client: Redis, admin: Redis, keys: Keys
 ) -> None:
     with pytest.raises(CommandRefused):
         await revoke(client, keys, NEWS, "anna")
+    with pytest.raises(CommandRefused):
+        await grant(client, keys, NEWS, "anna")
     assert await admin.dbsize() == 0

@@ -23,6 +23,7 @@ class Entry:
     id: EntryID
     to: str | None = None
     revokes: str | None = None
+    grants: str | None = None
     present: bool = True
 
 
@@ -85,7 +86,12 @@ class Ledger:
         return value == b"r" or (value is None and user in self._claims)
 
     def append(
-        self, channel: Channel, entry_id: EntryID, to: str | None = None, revokes: str | None = None
+        self,
+        channel: Channel,
+        entry_id: EntryID,
+        to: str | None = None,
+        revokes: str | None = None,
+        grants: str | None = None,
     ) -> Entry:
         log = self.logs[channel]
         log.exists = True
@@ -96,6 +102,7 @@ class Ledger:
             id=entry_id,
             to=to,
             revokes=revokes,
+            grants=grants,
         )
         log.entries.append(entry)
         return entry
@@ -163,6 +170,7 @@ class Ledger:
     def _owed(view: Received, entry: Entry, user: str) -> bool:
         return (
             entry.revokes is None
+            and entry.grants is None
             and entry.to in (None, user)
             and entry.number not in view.events
             and entry.number not in view.excused

@@ -54,6 +54,20 @@ class Schedules(World):
         self.ask(which)
         self.take(which)
 
+    @rule(channel=channels, user=users, which=workers, read=st.booleans())
+    def revoke_and_grant(self, channel: Channel, user: str, which: int, read: bool) -> None:
+        """Both within one read, or in two."""
+        before = self.ledger.logs[channel].value(user, self.clock.now)
+        self.append(channel, 1, None)
+        self.revoke(channel, user)
+        self.append(channel, 1, None)
+        if read:
+            self.hear(which)
+            self.ask(which)
+            self.take(which)
+        self.grant(channel, user, before)
+        self.append(channel, 1, None)
+
     @rule(channel=channels, who=people, which=workers)
     def revoke_for_a_moment(self, channel: Channel, who: int, which: int) -> None:
         """Who comes after the right was given back is past the revocation."""

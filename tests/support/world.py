@@ -53,18 +53,24 @@ class World(RuleBasedStateMachine):
         statistics["steps"] += 1
 
     def _add(
-        self, channel: Channel, to: str | None, revokes: str | None
+        self,
+        channel: Channel,
+        to: str | None = None,
+        *,
+        revokes: str | None = None,
+        grants: str | None = None,
     ) -> tuple[bytes | str | int, ...]:
         log = self.ledger.logs[channel]
         self.times[channel] += 1
         # The life is part of the ID, so that a bare ID names an entry of its own life only.
         entry_id = EntryID(self.times[channel], log.life + 1)
-        added = self.ledger.append(channel, entry_id, to, revokes)
-        fields = (
-            entry.encode_revocation(revokes)
-            if revokes
-            else entry.encode(b"%*d" % (ENTRY_BYTES, added.number), to=to and [to])
-        )
+        added = self.ledger.append(channel, entry_id, to, revokes, grants)
+        if revokes:
+            fields = entry.encode_revocation(revokes)
+        elif grants:
+            fields = entry.encode_grant(grants)
+        else:
+            fields = entry.encode(b"%*d" % (ENTRY_BYTES, added.number), to=to and [to])
         return ("XADD", self.keys.stream(channel), str(entry_id), *fields)
 
     def _change_right(self, channel: Channel, user: str | None, value: bytes | None) -> None:
@@ -72,7 +78,7 @@ class World(RuleBasedStateMachine):
 
     def append(self, channel: Channel, count: int, to: str | None) -> None:
         self._restore(channel)
-        self.admin.execute([self._add(channel, to, None) for _ in range(count)])
+        self.admin.execute([self._add(channel, to) for _ in range(count)])
         self.step()
 
     def revoke(self, channel: Channel, user: str) -> None:
@@ -81,9 +87,19 @@ class World(RuleBasedStateMachine):
         commands = [
             ("MULTI",),
             ("HSET", self.keys.rights(channel), user, b"-"),
-            self._add(channel, None, user),
+            self._add(channel, revokes=user),
             ("EXEC",),
         ]
+        self.admin.execute(commands)
+        self.step()
+
+    def grant(self, channel: Channel, user: str, before: bytes | None) -> None:
+        """End a revocation; the hash then says what it said before."""
+        self._restore(channel)
+        self._change_right(channel, user, before)
+        key = self.keys.rights(channel)
+        restored = ("HSET", key, user, before) if before else ("HDEL", key, user)
+        commands = [("MULTI",), self._add(channel, grants=user), restored, ("EXEC",)]
         self.admin.execute(commands)
         self.step()
 

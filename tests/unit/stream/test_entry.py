@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.model import Broken, Channel, EntryID, Event, Record, Revocation
+from relay.model import Broken, Channel, EntryID, Event, Grant, Record, Revocation
 from relay.stream import entry
 
 NEWS = Channel("news")
@@ -80,10 +80,14 @@ def test_decode_gives_back_what_was_encoded(
     assert record.size == entry.size(fields)
 
 
-@given(fields=st.lists(st.binary() | st.sampled_from([b"data", b"to", b"v", b"revoke", b"type"])))
-def test_any_fields_are_an_event_or_a_revocation_or_a_reason(fields: list[bytes]) -> None:
+@given(
+    fields=st.lists(
+        st.binary() | st.sampled_from([b"data", b"to", b"v", b"revoke", b"grant", b"type"])
+    )
+)
+def test_any_fields_are_an_event_or_a_change_of_rights_or_a_reason(fields: list[bytes]) -> None:
     body = read(fields).body
-    assert isinstance(body, Event | Revocation) or body.reason
+    assert isinstance(body, Event | Revocation | Grant) or body.reason
 
 
 @pytest.mark.parametrize(
@@ -180,3 +184,16 @@ def test_encode_refuses_what_decode_would_call_broken() -> None:
         entry.encode(b"1", info=b"x")
     with pytest.raises(ValueError, match="revoke names nobody"):
         entry.encode_revocation("")
+
+
+def test_a_grant_is_no_event_and_one_with_data_is() -> None:
+    assert read(entry.encode_grant("anna")).body == Grant(ID, "anna")
+    assert reason(b"grant", b"") == "grant names nobody"
+    # A field that the schema does not know in an event, as before there were grants.
+    body = read([b"data", b"1", b"grant", b"anna"]).body
+    assert isinstance(body, Event)
+    assert body.extra == {b"grant": b"anna"}
+    # What is refused is never opened by a second field.
+    assert read([b"grant", b"anna", b"revoke", b"ben"]).body == Revocation(ID, "ben")
+    with pytest.raises(ValueError, match="grant names nobody"):
+        entry.encode_grant("")
