@@ -11,6 +11,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from relay import app
+from relay.settings import RedisSettings
 from tests.support.clients import redis, until
 from tests.support.pydio import (
     KEY,
@@ -339,6 +341,26 @@ async def test_a_revocation_by_the_operator_counts_at_its_place(
     await said(relay, "1", "not for eve")
     assert await next_real(page) == RELOAD_WORKSPACES
     assert await said(relay, "*", "for all") == await next_real(page)
+
+
+async def test_a_grant_brings_the_page_back_to_its_workspace(
+    start: Start, pydio: Pydio, http: aiohttp.ClientSession
+) -> None:
+    pydio.login("mia", w_1="r")
+    relay = start()
+    page = await browse(http, relay, "mia")
+    await entered(relay, page, "1")
+    settings = RedisSettings(url=relay.server.url("maintenance"))
+    await app.revoke(settings, "pydio:1", "mia")
+    await said(relay, "1", "not for mia")
+    assert await next_real(page) == RELOAD_WORKSPACES
+    # A notice that changes nothing, then one more: the wish outlasts refusals.
+    for _ in range(2):
+        redis(relay.server, "XADD", "relay:control", "*", "command", "drop-rights", "user", "mia")
+        assert await said(relay, "*", "for all") == await next_real(page)
+    assert await app.grant(settings, "pydio:1", "mia")
+    assert await next_real(page) == RELOAD_FOLDER
+    assert await said(relay, "1", "for mia") == await next_real(page)
 
 
 async def test_a_logout_closes_the_page(

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from relay import app
 from relay.protocols.seafile import missed
+from relay.settings import RedisSettings
 from tests.support.clients import Refused, native, redis, rights_key, until
 from tests.support.relay import ROOT, RelayProcess
 from tests.support.seafile import (
@@ -389,6 +391,31 @@ async def test_a_right_that_was_taken_away_holds_for_good_tokens_too(
     await door.commit(library, "secret too")
     await door.commit(other, "c")
     assert await client.next() == update(other, "c")
+
+
+async def test_a_grant_brings_the_client_back_to_the_library(door: Seafile, valkey: Server) -> None:
+    library, other = new_library(), new_library()
+    channel = f"seafile:{library}"
+    client = await followed(door, library, other)
+    settings = RedisSettings(url=valkey.url("maintenance"))
+    await app.revoke(settings, channel, ALICE)
+    await door.commit(library, "secret")
+    await client.settle()
+    # As a client that has connected meanwhile: its token opens the library, the site does not.
+    await client.subscribe(library)
+    await client.settle()
+    assert await app.grant(settings, channel, ALICE)
+    expired = {"type": "jwt-expired", "content": {"repo_id": library}}
+    assert await client.next() == expired
+    # What a real client does then.
+    await client.subscribe(library)
+    await client.settle()
+    await door.commit(library, "c")
+    assert await client.next() == update(library, "c")
+    # Nothing is owed any more: a further notice of rights invites nobody.
+    redis(valkey, "XADD", "relay:control", "*", "command", "drop-rights", "user", ALICE)
+    await door.commit(other, "d")
+    assert await client.next() == update(other, "d")
 
 
 def remembered_places(door: Seafile, user: str) -> bytes | None:

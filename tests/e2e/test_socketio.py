@@ -14,6 +14,8 @@ from typing import Any
 import aiohttp
 import pytest
 
+from relay import app
+from relay.settings import RedisSettings
 from tests.support.clients import native, until
 from tests.support.relay import RelayProcess
 from tests.support.socketio import (
@@ -131,6 +133,27 @@ async def test_without_a_good_token_clients_are_told_put_out_and_get_nothing(
         gone = await client.until("disconnect")
         assert (gone["reason"], gone["again"]) == ("io server disconnect", False)
     assert not client.events
+
+
+@pytest.mark.parametrize("package", CLIENTS)
+async def test_a_grant_brings_the_client_back_to_its_room(
+    axr: RelayProcess, npm: Driver, package: str
+) -> None:
+    uid = f"granted-{package}"
+    options = connect_options(package, axr_token(uid))
+    client = await npm.open(f"{axr.url}/axr", package=package, transports=["websocket"], **options)
+    await client.until("connect")
+    settings = RedisSettings(url=axr.server.url("maintenance"))
+    await app.revoke(settings, f"axr:{uid}", uid)
+    axr.xadd(f"axr:{uid}", data='"secret"', type="text")
+    axr.xadd("axr:allusers", data='"all"', type="text")
+    assert without_offset(package, await client.event()) == ["text", "all"]
+    assert await app.grant(settings, f"axr:{uid}", uid)
+    # Its protocol has no word for a room: the connection is lost, and comes back by itself.
+    await client.until("disconnect")
+    await client.until("connect")
+    axr.xadd(f"axr:{uid}", data='"again"', type="text")
+    assert without_offset(package, await client.event()) == ["text", "again"]
 
 
 @pytest.mark.parametrize("package", CLIENTS)

@@ -36,6 +36,9 @@ _SPREAD_S = 5.0
 class Member(Protocol):
     """A browser of an account, as the account sees it."""
 
+    def rights_changed(self) -> None:
+        """The site's rights may have changed; Pydio's answer is the same."""
+
     def identity_changed(self, account: Account) -> None:
         """Its user is the same; group, masks or workspaces may differ."""
 
@@ -135,8 +138,10 @@ class Accounts:
 
     def ask_soon(self, user: str | None) -> None:
         """Their rights may have changed; None: everybody's."""
-        for account in self._known.values():
+        for account in list(self._known.values()):
             if user in (None, account.identity.user):
+                for member in list(account.members):
+                    member.rights_changed()
                 # All of a site are not asked about in the same moment.
                 self._plan(account, random.uniform(0.0, _SPREAD_S) if user is None else 0.0)  # noqa: S311
 

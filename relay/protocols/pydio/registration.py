@@ -7,6 +7,7 @@ protocol has no other words for that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -222,7 +223,8 @@ class Registration:
     def _end_registration(self, channel: Channel) -> None:
         self._asked_at.pop(channel, None)
         if channel != EVERYBODY and self._wants(channel):
-            self.repository = None
+            # Pydio may still grant it: only the site's rights were lost, which may come back.
+            self._wish, self.repository = self.repository, None
             self.settled()
 
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
@@ -232,6 +234,15 @@ class Registration:
         """Never called: an account has its own clock."""
 
     # ---- from the account (relay.protocols.pydio.accounts.Member) ---------------------------
+
+    def rights_changed(self) -> None:
+        """See `accounts.Member`."""
+        wish = self._wish
+        if wish is not None:
+            # The page has not seen what happened meanwhile: it reads its folder then.
+            self._asked_at[workspace(wish)] = -math.inf
+            if not self._grant_wish():
+                del self._asked_at[workspace(wish)]
 
     def identity_changed(self, account: Account) -> None:
         """See `accounts.Member`."""

@@ -124,6 +124,7 @@ class SeafileClient:
         "_noted",
         "_noted_at",
         "_planned",
+        "_refused",
         "_service",
         "_settled",
         "_socket",
@@ -139,6 +140,8 @@ class SeafileClient:
         self.session: Session | None = None
         # What the client follows, as far as it is concerned.
         self._libraries: dict[Channel, _Library] = {}
+        # Libraries that its tokens open and the site's rights do not.
+        self._refused: set[Channel] = set()
         self.watched: dict[Channel, int] = {}
         self._service = service
         self._socket = socket
@@ -224,6 +227,7 @@ class SeafileClient:
         self, session: Session, channel: Channel, claims: Claims, wanted: codec.Subscribe
     ) -> None:
         library = self._libraries.setdefault(channel, _Library())
+        self._refused.discard(channel)
         library.expires_at = claims.expires_at
         library.token = missed.digest(wanted.token)
         self._service.expiries.watch(self, channel, claims.expires_at)
@@ -250,6 +254,7 @@ class SeafileClient:
         self._leave(channel)
 
     def _leave(self, channel: Channel) -> None:
+        self._refused.discard(channel)
         library = self._libraries.pop(channel, None)
         if library is None or self.session is None:
             return
@@ -334,7 +339,9 @@ class SeafileClient:
         self._missed.pop(channel, None)
         self._service.refused(getattr(error, "code", "unavailable"))
         _log.info("client %s may not read %s: %s", self._address, channel, error)
-        if not isinstance(error, Forbidden):
+        if isinstance(error, Forbidden):
+            self._refused.add(channel)
+        else:
             self.hang_up("unavailable")
 
     def dropped(self, channel: Channel, notice: Notice) -> None:
@@ -343,7 +350,19 @@ class SeafileClient:
         if library is not None and library.expires_at <= time.time():
             self._say(codec.jwt_expired(channel.removeprefix(PREFIX)))
         else:
+            if library is not None:
+                self._refused.add(channel)
             _log.info("client %s lost %s: %s", self._address, channel, notice.reason)
+
+    def rights_changed(self, channel: Channel | None, user: str | None) -> None:
+        """Invite the client to subscribe again to libraries that it was refused, once for each
+        change of rights; None stands for every channel, or every user."""
+        session = self.session
+        if session is None or user not in (None, session.principal.user):
+            return
+        for refused in self._refused & {channel} if channel else set(self._refused):
+            self._refused.discard(refused)
+            self._say(codec.jwt_expired(refused.removeprefix(PREFIX)))
 
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
         """Events may be missing. A sync client fetches everything when it has reconnected, so that

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from producers.seaf_events import channel_of
 from producers.seaf_tokens import Refused
-from relay.model import Principal
+from relay.model import Channel, Principal
 from relay.protocols.seafile import answers
 from relay.protocols.seafile.connection import SeafileClient, SeafileSocket
 from relay.protocols.seafile.events import EventsHandler
@@ -50,6 +50,7 @@ class MountedSeafile:
         self._events = EventsHandler(self._service, settings)
         self._reaper = Reaper()
         self._clients: set[SeafileClient] = set()
+        context.on_drop(self._rights_changed)
         self._last_closed = asyncio.Event()
         # Neither seaf-server nor Seahub sends an event again.
         self.producers: Sequence[web.AbstractRouteDef] = [
@@ -67,6 +68,10 @@ class MountedSeafile:
         if settings.port:
             self.routes = [*self.routes, FallbackRoute("/{rest:.*}", _not_found)]
         self.reload(settings)
+
+    def _rights_changed(self, channel: Channel | None, user: str | None) -> None:
+        for client in self._clients:
+            client.rights_changed(channel, user)
 
     def reload(self, settings: SeafileSettings) -> None:
         """See `relay.frontdoor.Mounted`. Pings of open connections keep their pace."""

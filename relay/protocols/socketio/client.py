@@ -50,6 +50,7 @@ class SocketClient:
         "_expected",
         "_missing",
         "_recovers",
+        "_refused",
         "_timer",
         "connection",
         "engine",
@@ -70,6 +71,8 @@ class SocketClient:
         self.sid = ""
         self.pid = ""
         self.rooms = Rooms({})
+        # Streams of rooms that the site's rights have closed to it.
+        self._refused: set[Channel] = set()
         self._admitted: asyncio.Future[None] | None = None
         self._missing = False
         self._recovers = False
@@ -307,6 +310,8 @@ class SocketClient:
     def refused(self, channel: Channel, error: RelayError) -> None:
         """See `relay.hub.session.Client`."""
         self.rooms.lost(channel)
+        if isinstance(error, Forbidden):
+            self._refused.add(channel)
         admitted = self._admitted
         if admitted is None or admitted.done():
             return
@@ -319,6 +324,8 @@ class SocketClient:
     def dropped(self, channel: Channel, notice: Notice) -> None:
         """The protocol has no words for a room that is lost; without any the client is put out."""
         self.rooms.lost(channel)
+        if notice.reason in ("revoked", "rights_changed"):
+            self._refused.add(channel)
         session = self.session
         if session is not None and not session.subscriptions and notice.reason != "expired":
             self.put_out()
@@ -330,9 +337,21 @@ class SocketClient:
         comes back by itself, and `recovered` is false then."""
         del subscription
         if notice.kind in ("gap", "reset"):
-            self._forget()
-            self._end_session()
-            self.engine.close()
+            self._come_again()
+
+    def rights_changed(self, channel: Channel | None, user: str | None) -> None:
+        """Have a client that was refused a room join anew; None stands for every one."""
+        session = self.session
+        if session is None or session.closed or user not in (None, session.principal.user):
+            return
+        if self._refused if channel is None else channel in self._refused:
+            self._come_again()
+
+    def _come_again(self) -> None:
+        self._refused.clear()
+        self._forget()
+        self._end_session()
+        self.engine.close()
 
     def expired(self) -> None:
         """See `relay.hub.session.Client`. Its token would be refused: it need not come back."""

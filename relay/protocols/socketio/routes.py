@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import orjson
 from aiohttp import web
 
-from relay.model import EntryID
+from relay.model import Channel, EntryID
 from relay.protocols.socketio.client import SocketClient
 from relay.protocols.socketio.encoders import OffsetEncoder, RecoverableEncoder, SocketEncoder
 from relay.protocols.socketio.recovery import Record, Sessions
@@ -65,6 +65,7 @@ class MountedSocketIo:
         ]
         context.bus.listen(_TAKEN, self._on_taken)
         context.on_command("socketio", self._obey)
+        context.on_drop(self._rights_changed)
         if settings.recovery_s:
             _ = context.spawn(self._renew(), name="socketio sessions")
 
@@ -152,6 +153,10 @@ class MountedSocketIo:
             await asyncio.sleep(self.sessions.renew_s)
             records = {pid: client.record() for pid, client in self._by_pid.items()}
             await self.sessions.renew(records)
+
+    def _rights_changed(self, channel: Channel | None, user: str | None) -> None:
+        for client in list(self._clients):
+            client.rights_changed(channel, user)
 
     # ---- emitters' commands -----------------------------------------------------------------
 
