@@ -70,6 +70,28 @@ class _Gate(asyncio.Protocol):
             opened.abort()
 
 
+class _Adopted(asyncio.Protocol):
+    """Passes `early`, which another process has read, to aiohttp's handler at once.
+
+    If the handler had to wait for it, the connection could be lost in between, and aiohttp would
+    then handle the request without its own server ("'NoneType' object is not callable").
+    """
+
+    __slots__ = ("_early", "_site")
+
+    def __init__(self, site: GuardedSite, early: bytes) -> None:
+        self._site = site
+        self._early = early
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        handler = self._site.make_handler()
+        transport.set_protocol(handler)
+        handler.connection_made(transport)
+        if self._early:
+            # Nothing can have followed it: the client waits for the answer.
+            handler.data_received(self._early)
+
+
 class GuardedSite(web.BaseSite):
     """A TCP site of an aiohttp runner that keeps `spare` descriptors free.
 
@@ -164,15 +186,12 @@ class GuardedSite(web.BaseSite):
             return
         connection.setblocking(False)
         try:
-            _, handler = await loop.connect_accepted_socket(
-                self.make_handler,
+            await loop.connect_accepted_socket(
+                lambda: _Adopted(self, early),
                 connection,
                 ssl=self._ssl_context,
                 ssl_handshake_timeout=_HANDSHAKE_S if self._ssl_context else None,
             )
-            if early:
-                # Nothing can have come behind it: who asked waits for the answer.
-                handler.data_received(early)
         except OSError:
             # The client has gone already.
             connection.close()

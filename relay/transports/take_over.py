@@ -140,6 +140,10 @@ def give_back(
 
     `early` is what has come of that already.
     """
+    if transport.is_closing():
+        # aiohttp's handler must not get a connection that ends before its task has begun. The
+        # protocol that waited for the answer is told of the end.
+        return
     transport.write(answer)
     handler = server()
     transport.set_write_buffer_limits()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
 import resource
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 
 import pytest
 from aiohttp import ClientSession, web
@@ -228,3 +230,49 @@ def test_refusals_are_counted_and_logged_with_one_text(
     with caplog.at_level(logging.ERROR):
         run(main())
     assert len({record.getMessage() for record in caplog.records}) == 1
+
+
+def test_a_client_that_leaves_while_its_request_is_handed_over_costs_nothing(run: Run) -> None:
+    """Another worker has read the request, and the connection may end at any moment."""
+
+    async def main() -> None:
+        async with _guarded() as site:
+            for turns in range(4):
+                for lingers in (True, False):
+                    accepted, client = _connection()
+                    if not lingers:
+                        client.setsockopt(
+                            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                        )
+                    client.close()
+                    adopting = asyncio.ensure_future(site.adopt(accepted, GET))  # noqa: TID251 - awaited below
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+                    await adopting
+                    await asyncio.sleep(0.01)
+            gc.collect()  # reports the exceptions of tasks that nobody awaited
+
+    run(main())
+
+
+def _connection() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        return server.accept()[0], client
+
+
+@asynccontextmanager
+async def _guarded() -> AsyncIterator[GuardedSite]:
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(text="here")
+
+    app = web.Application()
+    app.router.add_get("/", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = GuardedSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield site
+    finally:
+        await runner.cleanup()

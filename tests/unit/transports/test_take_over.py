@@ -8,11 +8,13 @@ import logging
 import socket
 import ssl
 import weakref
+from contextlib import suppress
 
 import pytest
 from aiohttp import ClientSession, web
 
 from relay.transports import sse
+from relay.transports.exchange import Answer, HeldRequest, LocalExchange, asked_of
 from relay.transports.reaper import Reaper
 from relay.transports.take_over import take_over
 from relay.transports.websocket import WebSocketConnection, accept_headers, frame_text
@@ -210,3 +212,33 @@ def test_other_requests_of_the_same_server_are_untouched(run: Run, reaper: Reape
             assert answer.headers["Sec-WebSocket-Version"] == "13"
 
     run(main())
+
+
+def test_an_answer_to_a_connection_that_is_ending_costs_nothing(run: Run) -> None:
+    closed: list[bool] = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        exchange = LocalExchange(request, asked_of(request, b""))
+        held = HeldRequest(buffer_bytes=65536, reaper=Reaper())
+        exchange.hold(held)
+        transport = held._transport
+        assert transport is not None
+
+        def lose_and_answer() -> None:
+            # The loop has seen the end of the connection, and its protocol has not yet.
+            transport.abort()
+            held.finish(Answer(200, b"late"))
+            closed.append(transport.is_closing())
+
+        asyncio.get_running_loop().call_soon(lose_and_answer)
+        assert exchange.response is not None
+        return exchange.response
+
+    async def main() -> None:
+        async with serving(handler) as (port, _), raw_client(port, GET) as (reader, _):
+            with suppress(ConnectionError):
+                assert await reader.read() == b""
+        gc.collect()  # reports the exceptions of tasks that nobody awaited
+
+    run(main())
+    assert closed == [True]
