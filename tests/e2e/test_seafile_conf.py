@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -166,45 +172,134 @@ def test_what_is_wrong_is_one_line_that_names_the_place(tmp_path: Path) -> None:
     assert KEY not in done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(120)
-def test_start_status_restart_stop(tmp_path: Path) -> None:
-    """With the embedded Valkey, as on a machine that has nothing else."""
-    port, own, inside = free_port(), free_port(), free_port()
-    folder = conf_dir(tmp_path / "seafile" / "conf", port)
-    variables = {"NOTIF_SERVER_OPTIONS": f"--port {own} --set redis.embedded_port={inside}"}
+class Script:
+    """`notif_server.sh` in a folder as Seafile's, with the embedded Valkey."""
 
-    def run(action: str) -> subprocess.CompletedProcess[str]:
+    def __init__(self, top: Path, *, enabled: str = "true", key: str = KEY) -> None:
+        self.port = free_port()
+        self.conf = conf_dir(top / "conf", self.port, enabled=enabled, key=key)
+        self.log = top / "logs" / "notification-server.log"
+        self._pid_file = top / "pids" / "notification-server.pid"
+        self._options = f"--port {free_port()} --set redis.embedded_port={free_port()}"
+
+    def run(self, action: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [SCRIPT, action, folder],
-            env={**os.environ, **variables},
+            [SCRIPT, action, self.conf],
+            env={**os.environ, "NOTIF_SERVER_OPTIONS": self._options},
             capture_output=True,
             text=True,
             check=False,
             timeout=60,
         )
 
-    def pid() -> int:
-        return int((tmp_path / "seafile" / "pids" / "notification-server.pid").read_text())
+    def pid(self) -> int:
+        return int(self._pid_file.read_text())
 
+    def processes(self) -> list[str]:
+        """The command lines of relays for this folder."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                found.append(path.read_bytes().replace(b"\0", b" ").decode())
+        return [line for line in found if " relay serve " in line and str(self.conf) in line]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Iterator[Script]:
+    one = Script(tmp_path / "sea file")
+    yield one
+    one.run("stop")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_start_status_restart_stop(script: Script) -> None:
+    run = script.run
+    assert run("status").returncode == 3
+    started = run("start")
+    assert (started.returncode, started.stdout) == (0, "Notification server started.\n"), started
+    first = script.pid()
+    assert run("status").stdout == f"Notification server is running, process {first}.\n"
+    assert "already running" in run("start").stdout
+    assert run("restart").returncode == 0
+    assert script.pid() != first
+
+    # As logrotate does it.
+    moved = script.log.rename(script.log.with_suffix(".1"))
+    os.kill(script.pid(), signal.SIGUSR1)
+    wait_for(script.log.exists)
+    assert run("stop").stdout == "Notification server stopped.\n"
+    # The restart was before, the stop after it.
+    assert [path.read_text().count("relay.app: stopping") for path in (moved, script.log)] == [1, 1]
+
+    assert run("status").returncode == 3
+    assert run("stop").returncode == 0
+    (script.conf / "seafile.conf").write_text("[notification]\nport = x\njwt_private_key = k\n")
+    failed = run("start")
+    assert failed.returncode == 1
+    assert "seafile.conf [notification] port = x" in failed.stderr
+    assert run("dance").returncode == 2
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+class Pong(BaseHTTPRequestHandler):
+    """Seafile's own notification server, as a start sees it."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"ret": "pong"}\n')
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Not into the test's output."""
+
+
+def test_a_start_fails_while_another_server_has_the_port(script: Script) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", script.port), Pong) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        failed = script.run("start")
+        other.shutdown()
+    assert failed.returncode == 1
+    assert str(script.port) in failed.stderr
+    assert "started" not in failed.stdout
+    assert not script.processes()
+    assert script.run("status").returncode == 3
+
+
+@pytest.mark.parametrize("enabled", ["true", "false"])
+def test_a_start_without_a_key_or_switched_off_fails_and_leaves_nothing(
+    tmp_path: Path, enabled: str
+) -> None:
+    script = Script(tmp_path / "seafile", enabled=enabled, key="")
     try:
-        assert run("status").returncode == 3
-        started = run("start")
-        assert (started.returncode, started.stdout) == (0, "Notification server started.\n"), (
-            started
-        )
-        first = pid()
-        assert run("status").stdout == f"Notification server is running, process {first}.\n"
-        assert "already running" in run("start").stdout
-        assert run("restart").returncode == 0
-        assert pid() != first
-        assert run("stop").stdout == "Notification server stopped.\n"
-        assert run("status").returncode == 3
-        assert run("stop").returncode == 0
-        (folder / "seafile.conf").write_text("[notification]\nport = x\njwt_private_key = k\n")
-        failed = run("start")
+        failed = script.run("start")
         assert failed.returncode == 1
-        assert "seafile.conf [notification] port = x" in failed.stderr
-        assert run("dance").returncode == 2
+        said = "[protocol:seafile] key" if enabled == "true" else "enabled = false"
+        assert said in failed.stderr
+        assert not script.processes()
     finally:
-        run("stop")
+        script.run("stop")
+
+
+def test_the_key_of_12_and_13_beside_seafile_conf(tmp_path: Path) -> None:
+    script = Script(tmp_path / "seafile", key="")
+    (script.conf / ".env").write_text(f"JWT_PRIVATE_KEY={KEY}\n")
+    try:
+        assert script.run("start").stdout == "Notification server started.\n"
+    finally:
+        assert script.run("stop").returncode == 0
+
+
+@pytest.mark.parametrize("text", ["", "-1", "not a number", "1"])
+def test_a_stale_process_number_is_not_signalled(script: Script, text: str) -> None:
+    folder = script.conf.parent / "pids"
+    folder.mkdir()
+    (folder / "notification-server.pid").write_text(f"{text}\n")
+    assert script.run("status").returncode == 3
+    assert script.run("stop").stdout == "Notification server is not running.\n"
