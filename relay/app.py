@@ -255,7 +255,7 @@ class Relay:
             keys=keys,
             node=this_node(node, instance, __version__),
             load=lambda: Load(
-                ready=reader.ready(),
+                ready=reader.ready() and reader.settled(),
                 connections=len(hub.sessions()),
                 streams=len(hub.feeds()),
                 lag_ms=round(metrics.take_worst_lag() * 1000),
@@ -270,6 +270,7 @@ class Relay:
             settings=config.jobs,
             namespace_of=self._namespace,
             presence=site.presence,
+            refusals=refusals,
         )
         server = Server(
             metrics=metrics,
@@ -368,6 +369,8 @@ class Relay:
             return "this worker is stopping"
         if not reader.ready():
             return "streams are not being read"
+        if not reader.settled():
+            return "streams are being examined after a new connection to Redis"
         others = self._worker.siblings.not_ready() if self._worker else []
         return f"worker {', '.join(map(str, others))} is not ready" if others else ""
 
@@ -381,7 +384,8 @@ class Relay:
             worker.siblings.clear(worker.number)
 
     def _tell(self, worker: Worker, reader: Reader, balance: Balance) -> None:
-        worker.siblings.beat(worker.number, ready=reader.ready() and not self._stop.is_set())
+        ready = reader.ready() and reader.settled() and not self._stop.is_set()
+        worker.siblings.beat(worker.number, ready=ready)
         worker.siblings.listen(worker.number, open=self._listening)
         balance.beat()
 

@@ -214,9 +214,12 @@ class EmbeddedValkey:
             if self._child is not None and self._child.returncode is not None:
                 self._child, self._pid = None, 0
                 raise await asyncio.to_thread(self._why_ended)
-            # With an ACL file the unnamed user may have no rights; then a refusal is an answer too.
+            # With an ACL file the unnamed user may have no rights; then a refusal is an answer too,
+            # as it is with a full disk.
             # It comes after the look at the child: another program may have won the port.
-            if answer is not None and answer.startswith((b"+PONG", b"-NOAUTH", b"-NOPERM")):
+            if answer is not None and answer.startswith(
+                (b"+PONG", b"-NOAUTH", b"-NOPERM", b"-MISCONF")
+            ):
                 return
             if loop.time() > deadline:
                 raise StartError(

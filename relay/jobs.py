@@ -7,13 +7,14 @@ finds Redis away is simply tried again at its next time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
 from relay.errors import RelayError
 from relay.stream.nodes import HEARTBEAT_S, DeadNodes, Lease, Silence
+from relay.stream.refusals import Refusals
 from relay.stream.retention import trim
 from relay.stream.unused import UnusedStreamsJob
 
@@ -28,6 +29,23 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
+# Name of a note in `Refusals`.
+_MISNAMED = "misnamed streams"
+
+
+def _misnamed(keys: Keys, found: Sequence[bytes]) -> str:
+    if not found:
+        return ""
+    start = keys.prefix.decode() + "stream:"
+    name = found[0].decode(errors="replace")
+    channel = name.removeprefix(start).strip("{}")
+    others = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return (
+        f"stream {name}{others} belongs to no channel: its events are not delivered."
+        f" The key of a channel has braces: {start}{{{channel}}}"
+    )
+
+
 class Jobs:
     """The schedule of one worker."""
 
@@ -40,7 +58,9 @@ class Jobs:
         settings: JobSettings,
         namespace_of: Callable[[Channel], NamespaceSettings],
         presence: SitePresence,
+        refusals: Refusals,
     ) -> None:
+        self._refusals = refusals
         self._client = client
         self._keys = keys
         self._instance = instance
@@ -101,6 +121,7 @@ class Jobs:
 
     async def _trim(self) -> None:
         done = await trim(self._client, self._keys, self._namespace_of)
+        self._refusals.note(_MISNAMED, _misnamed(self._keys, done.misnamed))
         if done.entries or done.foreign:
             _log.info(
                 "retention: %d entries removed from %d streams; %d foreign keys",

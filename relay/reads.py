@@ -98,6 +98,10 @@ class Followed(Protocol):
     average_bytes: float
 
     @property
+    def has_waiting(self) -> bool:
+        """Return True if a client waits for the next examination."""
+
+    @property
     def position(self) -> EntryID:
         """This worker's position W: everything up to it was offered to every local client."""
 

@@ -98,6 +98,11 @@ class Feed:
         yield from self._behind
 
     @property
+    def has_waiting(self) -> bool:
+        """Return True if a client waits for the next examination."""
+        return bool(self._new)
+
+    @property
     def behind_count(self) -> int:
         """How many subscriptions are served from pages now."""
         return len(self._behind)

@@ -157,7 +157,7 @@ class _Lane:
                     link = self._link or await self._open()
                 except (RedisUnavailable, CommandRefused) as exc:
                     if isinstance(exc, CommandRefused):
-                        self._refusals.refused(PUBLISHING, str(exc))
+                        self._refusals.refused(PUBLISHING, exc.reply)
                     waiting, self._waiting = self._waiting, []
                     self._work.clear()
                     for append in waiting:

@@ -120,6 +120,11 @@ def parse_read(
     return state, entries
 
 
+def has_news_command(keys: Keys, stream: Followed) -> Command:
+    """Return a command that arms the wake-up and whose reply is empty if nothing is unread."""
+    return ("XRANGE", keys.stream(stream.channel), f"({stream.position}", "+", "COUNT", 1)
+
+
 def page_commands(
     keys: Keys, stream: Followed, request: PageRequest, count: int, *, plain: bool = False
 ) -> list[Command]:

@@ -69,6 +69,7 @@ class Keys:
     __slots__ = (
         "_stream",
         "_text",
+        "any_stream_pattern",
         "control",
         "dead_letters",
         "ephemeral_pattern",
@@ -87,6 +88,8 @@ class Keys:
         self.nodes = self.prefix + b"nodes"
         self.takers = self.prefix + b"takers"
         self.stream_pattern = self.streams_matching("*")
+        # Keys of streams, and keys that look like them.
+        self.any_stream_pattern = _GLOB.sub(rb"\\\1", self.prefix + b"stream:") + b"*"
         # For PUBSUB CHANNELS.
         self.ephemeral_pattern = _GLOB.sub(rb"\\\1", self.prefix + b"ephemeral:{") + b"*}"
 

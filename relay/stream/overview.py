@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from relay.model import Channel, EntryID, StreamState
 from relay.stream import connect, groups
 from relay.stream.keys import Keys
+from relay.stream.retention import streams_among
 from relay.stream.view import stream_state
 
 # XINFO STREAM brings the first and the last entry with it, and each may be a megabyte.
@@ -64,6 +65,15 @@ async def walk(
         for start in range(0, len(fresh), _STREAMS):
             yield await _overview(client, keys, fresh[start : start + _STREAMS])
         on_keys(len(seen))
+
+
+async def misnamed(client: Redis, keys: Keys) -> AsyncIterator[str]:
+    """Yield the names of streams whose key is not that of a channel."""
+    async for found in connect.scan(client, keys.any_stream_pattern, _KEYS):
+        strange = [key for key in found if keys.channel_of_stream(key) is None]
+        if strange:
+            for key in await streams_among(client, strange):
+                yield key.decode(errors="replace")
 
 
 async def _overview(client: Redis, keys: Keys, batch: Sequence[bytes]) -> list[StreamOverview]:

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import random
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ _BACKOFF_S = (0.05, 2.0)
 # A connection that has lasted this long was good: the next loss starts with a short pause again.
 _GOOD_S = 1.0
 _RETRY_S = 1.0
+_NEWS_BATCH = 256
 _DESTROY_BATCH = 256
 
 
@@ -155,6 +157,10 @@ class Reader:
         """
         return self._link is not None
 
+    def settled(self) -> bool:
+        """Return False while streams wait for their first examination on a new connection."""
+        return not self._live.settling
+
     async def wait_ready(self) -> None:
         """Until streams are being read."""
         await self._reading.wait()
@@ -235,6 +241,7 @@ class Reader:
             _log.info("reading streams from %s (%s %s)", endpoint, link.server, link.version)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._serve(link, server), name="streams")
+                tasks.create_task(self._find_news(link), name="news")
                 tasks.create_task(self._serve_pages(pages, server), name="pages")
                 tasks.create_task(self._sweep(), name="sweep")
                 tasks.create_task(self._retry(), name="retry")
@@ -249,6 +256,7 @@ class Reader:
         if self._followed:
             names = [self._keys.ephemeral(channel) for channel in self._followed]
             unawaited(messages.subscribe(*names))
+        self._live.only_urgent = True
         self._live.connected(self._followed.values())
         self._work.set()
 
@@ -271,8 +279,7 @@ class Reader:
 
     def _on_everything(self) -> None:
         self._live.want_control()
-        for stream in self._followed.values():
-            stream.on_unsettled()
+        self._live.all_unsettled(self._followed.values())
         self._work.set()
 
     def _on_message(self, name: bytes, payload: bytes) -> None:
@@ -305,6 +312,32 @@ class Reader:
             for stream in self._followed.values():
                 stream.on_rights_changed()
         self._work.set()
+
+    async def _find_news(self, link: Link) -> None:
+        """Find the streams to which something was appended while the connection was lost.
+
+        An examination costs several commands, and thousands of streams wait for one. This look
+        costs one command each, so that streams with news are examined first. It also arms the
+        wake-ups: what is appended from now on is found at once.
+        """
+        try:
+            streams = deque(self._followed.values())
+            while streams:
+                batch: list[Followed] = []
+                size = 0.0
+                while streams and len(batch) < _NEWS_BATCH and size < self._settings.page_bytes:
+                    stream = streams.popleft()
+                    if stream.alive and not stream.settled:
+                        batch.append(stream)
+                        size += stream.average_bytes
+                commands = [asking.has_news_command(self._keys, stream) for stream in batch]
+                for stream, reply in zip(batch, await link.execute(commands), strict=True):
+                    if reply and isinstance(reply, list) and stream.alive:
+                        self._live.want_read(stream)
+                self._work.set()
+        finally:
+            self._live.only_urgent = False
+            self._work.set()
 
     def _on_usual(self) -> None:
         """Redis accepts groups and transactions again: create what is missing, move the groups."""

@@ -96,6 +96,7 @@ class Refusals:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._now: dict[str, tuple[str, float]] = {}
+        self._notes: dict[str, str] = {}
 
     def refused(self, area: str, reply: str, consequence: str = "") -> None:
         """Store an error reply, and log it if it is new."""
@@ -121,11 +122,16 @@ class Refusals:
         if known is not None:
             _log.warning("Redis accepts %s again after %.1f s", area, self._clock() - known[1])
 
+    def note(self, name: str, text: str) -> None:
+        """Store something else that is wrong in Redis, and log it if it is new; '' ends it."""
+        if text and self._notes.get(name) != text:
+            _log.warning("%s", text)
+        self._notes[name] = text
+
     def has(self, area: str) -> bool:
         """Return True if the area is refused now."""
         return area in self._now
 
     def __str__(self) -> str:
-        return "; ".join(
-            f"Redis refuses {area} ({reply})" for area, (reply, _) in self._now.items()
-        )
+        refused = [f"Redis refuses {area} ({reply})" for area, (reply, _) in self._now.items()]
+        return "; ".join([*refused, *filter(None, self._notes.values())])

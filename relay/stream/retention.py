@@ -5,7 +5,7 @@ Producers of our own trim at each append; a plain XADD does not. One worker of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
@@ -18,15 +18,21 @@ from relay.stream import connect
 from relay.stream.keys import Keys
 
 BATCH = 500
+_MOST_MISNAMED = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trimmed:
-    """What one run did. `foreign` counts keys under the streams' names that are no streams."""
+    """What one run did. `foreign` counts keys under the streams' names that are no streams.
+
+    `misnamed` are streams whose key is not that of a channel, for example without the braces:
+    nothing that is appended to them is delivered.
+    """
 
     streams: int
     entries: int
     foreign: int
+    misnamed: tuple[bytes, ...] = ()
 
 
 async def trim(
@@ -34,9 +40,13 @@ async def trim(
 ) -> Trimmed:
     """Trim every stream once. What is appended meanwhile waits for the next run."""
     streams = entries = foreign = 0
+    misnamed: list[bytes] = []
     # Entry IDs carry Redis's clock; this machine's may differ.
     now_ms = await connect.time_ms(client)
-    async for found in connect.scan(client, keys.stream_pattern, BATCH):
+    async for found in connect.scan(client, keys.any_stream_pattern, BATCH):
+        strange = [key for key in found if keys.channel_of_stream(key) is None]
+        if strange and len(misnamed) < _MOST_MISNAMED:
+            misnamed += await streams_among(client, strange)
         asked: list[bytes] = []
         async with client.pipeline(transaction=False) as pipeline:
             for key in found:
@@ -58,7 +68,19 @@ async def trim(
                 with connect.translated():
                     raise reply
         foreign += len(not_streams)
-    return Trimmed(streams=streams - foreign, entries=entries, foreign=foreign)
+    return Trimmed(
+        streams=streams - foreign, entries=entries, foreign=foreign, misnamed=tuple(misnamed)
+    )
+
+
+async def streams_among(client: Redis, keys: Sequence[bytes]) -> list[bytes]:
+    """Return those of the keys that are streams."""
+    async with client.pipeline(transaction=False) as pipeline:
+        for key in keys:
+            pipeline.execute_command("XLEN", key)
+        with connect.translated():
+            lengths: list[Any] = await pipeline.execute(raise_on_error=False)
+    return [key for key, length in zip(keys, lengths, strict=True) if isinstance(length, int)]
 
 
 def commands(

@@ -59,7 +59,12 @@ class LiveTurns:
         self._on_records = on_records
         self._control = control
         self._control_news = True
+        # Streams for which a client waits, or which have news, are examined before the others.
+        self._urgent: dict[Followed, None] = {}
         self._examine: dict[Followed, None] = {}
+        # Only urgent streams are examined while this is set.
+        self.only_urgent = False
+        self._settling = False
         self._read: dict[Followed, None] = {}
         self._swept: set[Followed] = set()
         self._asked: _Asked | None = None
@@ -69,11 +74,21 @@ class LiveTurns:
     @property
     def wanted(self) -> bool:
         """Whether there is anything to ask."""
-        return bool(self._examine or self._read or self._control_news)
+        others = self._examine and not self.only_urgent
+        return bool(self._urgent or others or self._read or self._control_news)
+
+    @property
+    def settling(self) -> bool:
+        """Return True while streams of a new connection wait for their first examination."""
+        return self._settling
 
     def want_examine(self, stream: Followed) -> None:
-        """Somebody waits, or the stream must be judged anew."""
-        self._examine[stream] = None
+        """Examine the stream: a client waits, or the position must be judged anew."""
+        if stream.has_waiting:
+            self._examine.pop(stream, None)
+            self._urgent[stream] = None
+        elif stream not in self._urgent:
+            self._examine[stream] = None
 
     def want_read(self, stream: Followed, *, swept: bool = False) -> None:
         """The stream may have news; `swept`: nothing has said so."""
@@ -92,6 +107,7 @@ class LiveTurns:
     def forget(self, stream: Followed) -> None:
         """The last client left."""
         self._examine.pop(stream, None)
+        self._urgent.pop(stream, None)
         self._read.pop(stream, None)
         self._swept.discard(stream)
         self._mode.paused.pop(stream, None)
@@ -100,7 +116,7 @@ class LiveTurns:
         """Read the streams again whose reads were refused a moment ago."""
         for stream in self._mode.take_paused():
             if stream.alive:
-                self._examine[stream] = None
+                self.want_examine(stream)
 
     def connected(self, streams: Iterable[Followed]) -> None:
         """A new connection knows nothing: whatever was asked or armed on the old one is void."""
@@ -111,7 +127,12 @@ class LiveTurns:
         self._swept.clear()
         self._mode.paused.clear()
         self._control_news = True
+        self.all_unsettled(streams)
+
+    def all_unsettled(self, streams: Iterable[Followed]) -> None:
+        """Every stream may have changed without a wake-up."""
         for stream in streams:
+            self._settling = True
             stream.on_unsettled()
 
     # ---- a turn -----------------------------------------------------------------------------
@@ -122,7 +143,10 @@ class LiveTurns:
         self._control_news = False
         commands = self._control.commands() if asked.control else []
         asked.control_end = len(commands)
-        for stream in _take(self._examine, _EXAMINE_BATCH):
+        examine = _take(self._urgent, _EXAMINE_BATCH)
+        if not self.only_urgent:
+            examine += _take(self._examine, _EXAMINE_BATCH - len(examine))
+        for stream in examine:
             request = stream.examine_request()
             plain = self._mode.plain
             start = len(commands)
@@ -134,7 +158,8 @@ class LiveTurns:
             if not stream.settled:
                 # Its examination asks for the read. There may be none under way: the last one may
                 # have found another type under this key, which is gone now.
-                self._examine[stream] = None
+                self._examine.pop(stream, None)
+                self._urgent[stream] = None
                 continue
             count = asking.count_for(stream, self._settings.page_bytes)
             form = _Form(stream.misaligned, self._mode.is_plain_for(stream))
@@ -162,6 +187,8 @@ class LiveTurns:
             if form.plain:
                 # The group in Redis has not moved.
                 stream.misaligned = True
+        if self._settling and not (self._urgent or self._examine):
+            self._settling = False
 
     def _take_examined(
         self,

@@ -95,7 +95,7 @@ class Bell:
         count = 0
         while True:
             count += 1
-            await tracking.call("GET", self._canary)
+            (armed,) = await tracking.execute([("GET", self._canary)])
             set_, prolonged = await writer.execute(
                 [
                     ("SET", self._canary, count, "EX", _CANARY_S),
@@ -104,8 +104,11 @@ class Bell:
             )
             if isinstance(set_, hiredis.ReplyError):
                 self._refusals.refused(CANARY, str(set_), "wake-ups cannot be checked")
-                if prolonged != 1:
+                if prolonged != 1 or isinstance(armed, hiredis.ReplyError):
                     self.touch()
+            elif isinstance(armed, hiredis.ReplyError):
+                self._refusals.refused(CANARY, str(armed), "wake-ups cannot be checked")
+                self.touch()
             else:
                 self._refusals.accepted(CANARY)
                 self._refusals.accepted(WRITES)

@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 from redis import Redis
 
+from tests.support.cli import Cli
 from tests.support.clients import Native, native
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server, running
@@ -26,7 +27,7 @@ def relay(
     workers = ["--workers", str(request.param)] if request.param > 1 else []
     with running(server):
         process = RelayProcess(
-            server, flags=workers, settings=["hub.connections_per_user=50"]
+            server, flags=workers, settings=["hub.connections_per_user=50", "jobs.retention_s=1"]
         ).start()
         yield process
         process.kill()
@@ -109,3 +110,26 @@ async def test_a_foreign_key_in_place_of_the_list_of_workers_is_reported(
     assert [block.json() for block in await follower.take(1)] == [1]
     redis.delete("relay:nodes")
     await until(relay, lambda status, text: status == 200 and "refuses" not in text)
+
+
+async def test_a_stream_without_braces_is_reported(relay: RelayProcess) -> None:
+    redis = admin(relay)
+    redis.xadd("relay:stream:news", {"data": "1"})
+    await until(relay, lambda status, text: status == 200 and "relay:stream:{news}" in text)
+    cli = Cli(relay.server)
+    listed = await cli.run("streams")
+    assert "relay:stream:news belongs to no channel" in listed.stderr
+    redis.delete("relay:stream:news")
+    await until(relay, lambda status, text: text == "ready\n")
+
+
+async def test_status_names_what_redis_refuses(relay: RelayProcess) -> None:
+    redis = admin(relay)
+    cli = Cli(relay.server)
+    fill(redis)
+    await until(relay, lambda status, text: status == 200 and "refuses writes" in text)
+    done = await cli.run("status")
+    assert done.returncode == 1
+    assert "OOM" in done.stderr
+    empty(redis)
+    await until(relay, lambda status, text: text == "ready\n")

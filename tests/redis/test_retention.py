@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from relay.errors import RedisUnavailable
 from relay.model import Channel, namespace_of
 from relay.settings import NamespaceSettings
-from relay.stream import retention
+from relay.stream import overview, retention
 from relay.stream.connect import redis_client
 from relay.stream.keys import Keys
 from tests.support.valkey import Server
@@ -74,3 +74,16 @@ async def test_redis_gone_is_said(server: Server, keys: Keys) -> None:
     async with redis_client(stopped.settings()) as client:
         with pytest.raises(RedisUnavailable):
             await retention.trim(client, keys, settings_of)
+
+
+async def test_streams_that_belong_to_no_channel_are_found(
+    client: Redis, admin: Redis, keys: Keys
+) -> None:
+    for key in ("relay:stream:news", "relay:stream:{news", "relay:stream:{news}"):
+        await admin.xadd(key, {"data": "1"})
+    await admin.set("relay:stream:text", "x")
+    done = await retention.trim(client, keys, lambda _: SETTINGS[""])
+    assert sorted(done.misnamed) == [b"relay:stream:news", b"relay:stream:{news"]
+    assert done.streams == 1
+    found = [name async for name in overview.misnamed(client, keys)]
+    assert sorted(found) == ["relay:stream:news", "relay:stream:{news"]

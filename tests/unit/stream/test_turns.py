@@ -11,7 +11,7 @@ import pytest
 from relay.hub.feed import Feed
 from relay.hub.session import Session
 from relay.metrics import Metrics
-from relay.model import EntryID, Principal
+from relay.model import Channel, EntryID, Principal
 from relay.settings import StreamSettings
 from relay.stream import entry
 from relay.stream.control_reader import ControlReader
@@ -274,3 +274,42 @@ def test_what_is_refused_in_every_way_is_not_repeated_without_a_pause(
     assert not scene.turns.wanted
     scene.turns.retry_paused()
     assert scene.turns.wanted
+
+
+# ---- many streams on a new connection ----------------------------------------------------------
+
+
+def test_streams_with_news_or_waiting_clients_are_examined_before_the_others() -> None:
+    reads = Reads()
+    hub = make_hub(reads)
+    quiet, news, requested = (Channel(name) for name in ("quiet", "news", "requested"))
+    session, _, _ = join(hub, Principal(user="ann"), Words(), quiet, news)
+    turns = Scene().turns
+    feeds = {channel: hub.feed(channel) for channel in (quiet, news)}
+    for channel in feeds:
+        examine(hub, channel)
+    turns.only_urgent = True
+    turns.connected([feed for feed in feeds.values() if feed])
+    for feed in feeds.values():
+        assert feed
+        turns.want_examine(feed)
+    turns.commands(SERVER)
+    turns.take([0, [], []])
+    assert turns.settling
+    assert not turns.wanted
+    has_news = feeds[news]
+    assert has_news
+    turns.want_read(has_news)
+    hub.subscribe(session, requested, None)
+    waiting = hub.feed(requested)
+    assert waiting
+    turns.want_examine(waiting)
+    assert _examined(turns.commands(SERVER)) == {KEYS.stream(requested)}
+    assert _examined(turns.commands(SERVER)) == {KEYS.stream(news)}
+    assert turns.settling
+    turns.only_urgent = False
+    assert _examined(turns.commands(SERVER)) == {KEYS.stream(quiet)}
+
+
+def _examined(commands: Sequence[Command]) -> set[object]:
+    return {command[2] for command in commands if command[:2] == ("XINFO", "STREAM")}
