@@ -189,7 +189,6 @@ class Relay:
             rights=admission,
             metrics=metrics,
             call_soon=loop.call_soon,
-            waits_for_replicas=lambda channel: self._namespace(channel).wait_replicas > 0,
             connections_per_user=config.hub.connections_per_user,
         )
         appender = Appender(

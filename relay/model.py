@@ -71,8 +71,8 @@ class Position:
     """A place in one stream: everything up to and including `id` has been seen.
 
     A bare stream ID has only `id`. Positions that the relay makes itself also carry `added` (how
-    many entries had ever been added up to here), `incarnation` (which life of the stream this is)
-    and `digest` (16 bits of the content of the entry at `id`).
+    many entries had ever been added up to here), `incarnation` (see `StreamState`) and `digest` (16
+    bits of the content of the entry at `id`).
     """
 
     id: EntryID
@@ -81,13 +81,29 @@ class Position:
     digest: int | None = None
 
 
+class Marker(NamedTuple):
+    """The groups that carry a stream's incarnation (see `relay.stream.groups`), as stored.
+
+    `is_current`: nothing was lost since the certificate in `id` was written.
+    """
+
+    id: EntryID
+    has_failover: bool
+    is_current: bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamState:
     """One moment of a stream, as XINFO STREAM and XINFO GROUPS tell it.
 
     `first` is None in an empty stream; `added` counts every entry ever appended, `max_deleted` is
-    the highest ID that XDEL removed (trimming leaves it alone). `incarnation` is the marker
-    group's random number, None where there is no marker or it was not asked for.
+    the highest ID that XDEL removed (trimming leaves it alone).
+
+    `incarnation` is None if the stream has no marker group or it was not asked for. Its upper 32
+    bits name the stream's life, which ends with DEL and FLUSHALL. Its lower 32 bits name the
+    history of its entries, which ends when Redis may have lost some, at a failover or a restart.
+    Such a loss concerns positions up to `failover`, None if there was none. `marker` is what the
+    stream itself stores.
     """
 
     exists: bool
@@ -97,6 +113,8 @@ class StreamState:
     added: int
     max_deleted: EntryID
     incarnation: int | None = None
+    failover: EntryID | None = None
+    marker: Marker | None = None
 
 
 @dataclass(slots=True, eq=False)

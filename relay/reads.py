@@ -14,18 +14,6 @@ from relay.model import Channel, EntryID, Event, Record, StreamState
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
-    """The Redis that answered: its replication history, and the one before it.
-
-    `previous` is all zeros after a start from its own disk, and the old primary's `replid` after
-    a promotion (INFO replication, master_replid2).
-    """
-
-    replid: bytes
-    previous: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class ExamineRequest:
     """Look at a stream and its rights in one transaction.
 
@@ -44,7 +32,6 @@ class ExamineRequest:
 class Examined:
     """The answer: one moment of the stream, its rights, and the digests of `own` entries."""
 
-    server: Server
     state: StreamState
     rights: Mapping[str, bytes | None]
     own: Mapping[EntryID, int]
@@ -66,7 +53,6 @@ class Page:
     `state` is of the same moment.
     """
 
-    server: Server
     state: StreamState
     records: Sequence[Record]
     complete: bool
@@ -79,7 +65,6 @@ class Snapshot:
     `events` are what of `records` is for clients; `whole`: there are no older entries.
     """
 
-    server: Server
     state: StreamState
     records: Sequence[Record]
     events: Sequence[Event]
@@ -138,8 +123,8 @@ class Followed(Protocol):
     def on_ephemeral(self, event: Event) -> None:
         """An event of the ephemeral kind."""
 
-    def same_life(self, state: StreamState, server: Server) -> bool:
-        """Whether the state, taken with its marker, is of the life that was examined."""
+    def same_life(self, state: StreamState) -> bool:
+        """Whether the state, taken with its marker, is of the incarnation that was examined."""
 
     def untouched(self, state: StreamState, following: int | None) -> bool:
         """Whether nothing after `position` was removed unread. `following`: how many entries

@@ -306,7 +306,7 @@ class NamespaceSettings(Section):
         0,
         ge=0,
         le=100,
-        description="replicas that must confirm an append of the relay's own producers; if > 0, a failover is not told to clients as a reset",
+        description="replicas that must confirm an append of the relay's own producers",
     )
 
     def sources(self) -> frozenset[str]:

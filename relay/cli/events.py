@@ -16,7 +16,7 @@ import orjson
 from relay.cli.output import emit, safe, say
 from relay.cli.site import Site, channel_of
 from relay.errors import RedisUnavailable, RelayError
-from relay.hub.recovery import incarnation_of, judge, untrimmed
+from relay.hub.recovery import judge, untrimmed
 from relay.model import (
     ZERO_ID,
     Broken,
@@ -153,7 +153,7 @@ class _Tail:
             self._position = self._at_the_end(view)
         else:
             # Any ID may be given, as one made of a time; so its own entry need not be there.
-            self._position = Position(after, None, _incarnation(view), None)
+            self._position = Position(after, None, state.incarnation, None)
             whole = state.added == state.length or untrimmed(Position(after), state)
             if state.max_deleted > after or not whole:
                 say(f"entries after {after} were removed; the oldest is {state.first or 'gone'}")
@@ -167,7 +167,7 @@ class _Tail:
         if not state.exists and position.id == ZERO_ID:
             return True
         digest = view.own.digest if view.own else None
-        verdict = judge(position, state, _incarnation(view) or 0, digest)
+        verdict = judge(position, state, digest)
         if verdict.notice is None:
             return True
         say(f"entries after {position.id} may be missing: {verdict.notice.reason}")
@@ -188,7 +188,7 @@ class _Tail:
             self._position = self._at_the_end(view)
         else:
             last = view.records[-1]
-            self._position = Position(last.id, None, _incarnation(view), last.digest)
+            self._position = Position(last.id, None, view.state.incarnation, last.digest)
 
     def _at_the_end(self, view: View) -> Position:
         state = view.state
@@ -197,14 +197,8 @@ class _Tail:
         if digest is None and state.last == self._position.id:
             digest = self._position.digest
         # Of an empty past nothing can be lost with a new life.
-        incarnation = None if state.last == ZERO_ID else _incarnation(view)
+        incarnation = None if state.last == ZERO_ID else state.incarnation
         return Position(state.last, state.added, incarnation, digest)
-
-
-def _incarnation(view: View) -> int | None:
-    # Without a marker nothing names the life of the stream: no relay has followed it yet.
-    marker = view.state.incarnation
-    return None if marker is None else incarnation_of(marker, view.replid)
 
 
 def _line(record: Record) -> str:

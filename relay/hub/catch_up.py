@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from relay.hub.delivery import Batch
-from relay.hub.recovery import Notice, untrimmed
+from relay.hub.recovery import gap, untrimmed
 from relay.model import Position
 
 if TYPE_CHECKING:
@@ -58,12 +58,12 @@ class Share:
         begin, end, state = self._batch.index_after(cursor), self._end, self._state
         added = subscription.added
         if state.max_deleted > cursor and state.max_deleted != subscription.known_deleted:
-            subscription.tell(Notice("gap", "deleted", cursor, state.first))
+            subscription.tell(gap("deleted", cursor, state))
             added = None
             subscription.known_deleted = state.max_deleted
         elif not untrimmed(Position(cursor, added), state):
             if state.first is None or state.first != subscription.known_first:
-                subscription.tell(Notice("gap", "trimmed", cursor, state.first))
+                subscription.tell(gap("trimmed", cursor, state))
             added = None
             subscription.known_first = state.first
         if subscription.gone:

@@ -3,9 +3,12 @@
 `c1.` and one part per channel, with a dot between them. A part is base64url, without padding, of:
 
     3 bytes   hash of the channel's name: a cursor is sent with every event, so it must be short
-    1 byte    which of the optional fields follow: 1 incarnation, 2 digest, 4 added
-    varint    incarnation        2 bytes  digest        varint  added
+    1 byte    which of the optional fields follow: 8 incarnation, 2 digest, 4 added
+    8 bytes   incarnation        2 bytes  digest        varint  added
     varint    ms                 varint   seq
+
+Parts made by earlier versions may have 1 in place of 8, and a varint: an incarnation that cannot be
+compared with present ones. It is skipped; such a part counts as a stream ID with a digest.
 
 A part depends on its own channel and position only, so a session keeps its parts and replaces
 one per event.
@@ -29,8 +32,9 @@ SEPARATOR = b"."
 MAX_CHARS = 65536
 
 _NAME_BYTES = 3
-_HAS_INCARNATION, _HAS_DIGEST, _HAS_ADDED = 1, 2, 4
-_ALL_FLAGS = _HAS_INCARNATION | _HAS_DIGEST | _HAS_ADDED
+_HAS_OLD_INCARNATION, _HAS_DIGEST, _HAS_ADDED, _HAS_INCARNATION = 1, 2, 4, 8
+_ALL_FLAGS = _HAS_OLD_INCARNATION | _HAS_DIGEST | _HAS_ADDED | _HAS_INCARNATION
+_INCARNATION_BYTES = 8
 _TO_STANDARD = str.maketrans("-_", "+/")
 
 
@@ -44,7 +48,7 @@ def part(channel: Channel, position: Position) -> bytes:
     fields = b""
     if position.incarnation is not None:
         flags |= _HAS_INCARNATION
-        fields += _varint(position.incarnation)
+        fields += position.incarnation.to_bytes(_INCARNATION_BYTES, "big")
     if position.digest is not None:
         if position.digest >> 16:
             raise ValueError("a digest has 16 bits")
@@ -153,8 +157,11 @@ def _read_part(encoded: str) -> tuple[bytes, Position]:
     if flags & ~_ALL_FLAGS:
         raise _Broken
     incarnation = digest = added = None
+    if flags & _HAS_OLD_INCARNATION:
+        _, at = _read_varint(raw, at)
     if flags & _HAS_INCARNATION:
-        incarnation, at = _read_varint(raw, at)
+        incarnation = int.from_bytes(raw[at : at + _INCARNATION_BYTES], "big")
+        at += _INCARNATION_BYTES
     if flags & _HAS_DIGEST:
         digest, at = int.from_bytes(raw[at : at + 2], "big"), at + 2
     if flags & _HAS_ADDED:

@@ -25,16 +25,9 @@ from relay.errors import Forbidden, RelayError, Unavailable
 from relay.hub import catch_up
 from relay.hub.delivery import Batch, unrevoked_runs
 from relay.hub.live import LiveClients
-from relay.hub.recovery import (
-    Notice,
-    added_before_first,
-    before,
-    incarnation_of,
-    judge,
-    untrimmed,
-)
+from relay.hub.recovery import Notice, added_before_first, before, gap, judge, untrimmed
 from relay.model import ZERO_ID, EntryID, Event, Position, Revocation
-from relay.reads import ExamineRequest, PageRequest, Server
+from relay.reads import ExamineRequest, PageRequest
 
 if TYPE_CHECKING:
     from relay.hub.hub import Hub
@@ -61,7 +54,7 @@ class Feed:
         self.incarnation: int | None = None
         # The highest deletion that live clients were told of; it may lie ahead of the position.
         self._known_deleted = ZERO_ID
-        self._server: Server | None = None
+        self._examined = False
         self._new: dict[Subscription, None] = {}
         self._behind: dict[Subscription, None] = {}
         self._live = LiveClients(channel, hub.metrics)
@@ -121,13 +114,16 @@ class Feed:
         own = {
             sub.asked.id
             for sub in taken
-            if sub.asked and not (self.settled and sub.asked.incarnation == self.incarnation)
+            if sub.asked and not (self.settled and self._is_of_this_incarnation(sub.asked))
         }
-        if not self.settled and self._server is not None:
+        if not self.settled and self._examined:
             own.add(self.position)
         own.discard(ZERO_ID)
         users.discard("")
         return ExamineRequest(tuple(users), tuple(own), (taken, recheck), mark)
+
+    def _is_of_this_incarnation(self, position: Position) -> bool:
+        return position.incarnation is not None and position.incarnation == self.incarnation
 
     def on_examine_failed(self, request: ExamineRequest, reason: str) -> None:
         """Whoever waited is refused; the others stay as they are."""
@@ -166,16 +162,15 @@ class Feed:
         if examined.state.incarnation is None and not request.mark:
             self._request_marker(taken, recheck=recheck, examined=examined)
             return
-        incarnation = incarnation_of(examined.state.incarnation, examined.server.replid)
-        if not self.settled or incarnation != self.incarnation:
+        if not self.settled or examined.state.incarnation != self.incarnation:
             # Another life may hide a revocation that was lost with the old one.
-            if self._server is not None and not recheck:
+            if self._examined and not recheck:
                 for subscription in taken:
                     if not subscription.gone:
                         self._new[subscription] = None
                 self.on_unsettled()
                 return
-            self._settle(examined, incarnation)
+            self._settle(examined)
         if recheck:
             self._check_rights(examined)
         for subscription in taken:
@@ -204,7 +199,7 @@ class Feed:
         if not self.alive:
             return
         self._mark = self.exists = True
-        if self._server is not None:
+        if self._examined:
             self.on_unsettled()
         else:
             self.hub.reads.want_examine(self)
@@ -217,30 +212,27 @@ class Feed:
     def _reject(self, subscription: Subscription) -> None:
         self._refuse(subscription, Forbidden(f"no right to read {self.channel}"))
 
-    def _settle(self, examined: Examined, incarnation: int) -> None:
-        state, previous = examined.state, self._server
-        self._server = examined.server
+    def _settle(self, examined: Examined) -> None:
+        state = examined.state
         self.exists = self.exists or state.exists
         self.marked = state.incarnation is not None
-        old, self.incarnation = self.incarnation, incarnation
+        old, self.incarnation = self.incarnation, state.incarnation
         self.settled = self.misaligned = True
-        if previous is None:
+        if not self._examined:
+            self._examined = True
             self.position, self.added, self.digest = state.last, state.added, None
             return
         at = self.position
         mine = Position(at, self.added, old, self.digest)
         judged = state
-        if old == incarnation and at < state.max_deleted == self._known_deleted:
+        if old == self.incarnation and at < state.max_deleted == self._known_deleted:
             judged = replace(state, max_deleted=ZERO_ID)
-        verdict = judge(mine, judged, incarnation, examined.own.get(at))
+        verdict = judge(mine, judged, examined.own.get(at))
         notice = verdict.notice
-        if notice is None and self.hub.may_have_lost(self.channel, previous, examined.server):
-            # Entries that no position has seen may have been lost with the old primary.
-            notice = Notice("reset", "failover", at, at)
         self.position = verdict.resume
         if verdict.resume == ZERO_ID:
             self.added, self.digest = 0, None
-        elif verdict.notice is not None:
+        elif not verdict.counted:
             self.added = self.digest = None
             if state.first is None or verdict.resume < state.first:
                 # Nothing is left before the first one: who comes now begins there too.
@@ -275,8 +267,7 @@ class Feed:
         if asked is None:
             subscription.behind_at(state.last, state.added, None)
         else:
-            incarnation = self.incarnation or 0
-            verdict = judge(asked, state, incarnation, examined.own.get(asked.id))
+            verdict = judge(asked, state, examined.own.get(asked.id))
             subscription.pending_notice = verdict.notice
             subscription.untold = None if verdict.notice is None else asked
             if verdict.notice is not None and verdict.notice.kind == "gap":
@@ -284,7 +275,7 @@ class Feed:
             if verdict.resume == ZERO_ID:
                 subscription.behind_at(ZERO_ID, 0, None)
             else:
-                kept = asked.added if verdict.notice is None else None
+                kept = asked.added if verdict.counted else None
                 subscription.behind_at(verdict.resume, kept, asked.digest)
         self._behind[subscription] = None
         session.client.subscribed(subscription)
@@ -338,9 +329,9 @@ class Feed:
         event.after = self.position
         self._live.offer(event)
 
-    def same_life(self, state: StreamState, server: Server) -> bool:
-        """Whether the state, taken with its marker, is of the life that was examined."""
-        return incarnation_of(state.incarnation, server.replid) == self.incarnation
+    def same_life(self, state: StreamState) -> bool:
+        """Whether the state, taken with its marker, is of the incarnation that was examined."""
+        return state.incarnation == self.incarnation
 
     def untouched(self, state: StreamState, following: int | None) -> bool:
         """Whether nothing after `position` was removed unread: all that was ever added after it
@@ -357,7 +348,7 @@ class Feed:
         """Tells live clients, then waits for an examination: a revocation may be among what is
         gone."""
         reason = "deleted" if state.max_deleted > self.position else "trimmed"
-        notice = Notice("gap", reason, self.position, first_read or state.last)
+        notice = gap(reason, self.position, state, first_read)
         self.position = before(first_read) if first_read else state.last
         self.digest = None
         self._known_deleted = state.max_deleted
@@ -414,7 +405,7 @@ class Feed:
         """Serves everybody whose cursor lies in the page, up to W."""
         if not self.alive or not self.settled:
             return
-        if incarnation_of(page.state.incarnation, page.server.replid) != self.incarnation:
+        if not self.same_life(page.state):
             self.on_unsettled()
             return
         share = catch_up.Share(self.channel, self.incarnation, request, page, self.position)

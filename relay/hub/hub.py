@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from relay.hub.encoding import Encoder
     from relay.hub.session import Client
     from relay.metrics import Metrics
-    from relay.reads import Server, StreamReads
-
-_NO_HISTORY = b"0" * 40
+    from relay.reads import StreamReads
 
 
 class Rights(Protocol):
@@ -47,7 +45,6 @@ class Hub:
         rights: Rights,
         metrics: Metrics,
         call_soon: Callable[[Callable[[], None]], object],
-        waits_for_replicas: Callable[[Channel], bool],
         connections_per_user: int = 0,
     ) -> None:
         self.reads = reads
@@ -62,7 +59,6 @@ class Hub:
         self.on_not_subscribed: dict[str, Callable[[Session, Channel], None]] = {}
         self.total = 0
         self._call_soon = call_soon
-        self._waits_for_replicas = waits_for_replicas
         self._feeds: dict[Channel, Feed] = {}
         self._by_user: dict[str, set[Session]] = {}
         self._flush_planned = False
@@ -238,17 +234,6 @@ class Hub:
             at = subscription.feed.position
             subscription.feed.drop(subscription, Notice("revoked", "expired", at, at))
         session.client.expired()
-
-    def may_have_lost(self, channel: Channel, before: Server, now: Server) -> bool:
-        """Whether entries that nobody here has seen may be gone with the old primary.
-
-        A primary that came back from its own disk has no earlier history (master_replid2 is all
-        zeros, tried on Redis 7.0 and Valkey 9.1); what it had acknowledged is as safe as its
-        persistence setting. A promoted replica names an earlier one.
-        """
-        if before.replid == now.replid or now.previous == _NO_HISTORY:
-            return False
-        return not self._waits_for_replicas(channel)
 
     # ---- the turn ---------------------------------------------------------------------------
 

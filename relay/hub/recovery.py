@@ -1,16 +1,19 @@
-"""When a replay is whole, and what a client is told when it is not.
+"""When a replay is complete, and which notice a client receives if it is not.
 
-The rule is judged on one snapshot of the stream (XINFO STREAM, taken together with the entries).
-Redis tells nobody about trimming: `max-deleted-entry-id` stays 0-0 after XTRIM, so the rule
-counts entries instead (`entries-added` against length). It may raise a false alarm; it is never
-silent about a loss.
+The rule is judged on one snapshot of the stream (XINFO, taken together with the entries). It may
+raise a false alarm; it is never silent about a loss. Two kinds of loss leave no trace in Redis:
+
+* Trimming: `max-deleted-entry-id` stays 0-0 after XTRIM, so the rule counts entries instead
+  (`entries-added` against length).
+* Acknowledged entries that a failover or a restart lost. The stream stores where this may have
+  happened (`StreamState.failover`); a position up to there is safe only if it is of the stream's
+  present history.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
-from zlib import crc32
 
 from relay.model import ZERO_ID, EntryID, Position, StreamState
 
@@ -19,7 +22,7 @@ NoticeKind = Literal["gap", "reset", "revoked", "closing"]
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """What a client may have missed on one channel, and from where it goes on."""
+    """What a client may have missed on one channel: something after `from_id`, up to `to_id`."""
 
     kind: NoticeKind
     reason: str
@@ -29,21 +32,18 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Delivery goes on after `resume`; `notice` is None if nothing can be missing."""
+    """Delivery goes on after `resume`; `notice` is None if nothing can be missing.
+
+    `counted`: what is in the stream up to the position is what the client has seen, so that the
+    position's `added` still counts.
+    """
 
     resume: EntryID
     notice: Notice | None = None
+    counted: bool = False
 
 
-def incarnation_of(marker: int | None, replid: bytes) -> int:
-    """32 bits: the upper half names the stream's life (it dies with DEL and FLUSHALL), the lower
-    half the replication history it is read from (it changes with a failover)."""
-    return (crc32(str(marker).encode()) & 0xFFFF) << 16 | crc32(replid) & 0xFFFF
-
-
-def judge(
-    position: Position, state: StreamState, incarnation: int, own_digest: int | None
-) -> Verdict:
+def judge(position: Position, state: StreamState, own_digest: int | None) -> Verdict:
     """Whether everything after `position` is still in the stream.
 
     `own_digest` is the content digest of the entry at the position's ID, None where there is no
@@ -52,9 +52,10 @@ def judge(
     at = position.id
     same_life = same_history = False
     if position.incarnation is not None:
-        same_life = position.incarnation >> 16 == incarnation >> 16
-        same_history = position.incarnation == incarnation
-    elif at == ZERO_ID:
+        if state.incarnation is not None:
+            same_life = position.incarnation >> 32 == state.incarnation >> 32
+            same_history = position.incarnation == state.incarnation
+    elif at == ZERO_ID and position.added is None:
         # "From the beginning": nothing has been seen, so nothing of another life either.
         same_life = same_history = True
     if not state.exists:
@@ -74,16 +75,26 @@ def judge(
             return _reset("other_incarnation", at, ZERO_ID)
         if position.incarnation is not None:
             return _reset("failover", at, at)
-        if state.first is None or at < state.first:
+        if (state.first is None or at < state.first) and state.added != state.length:
             return _gap("trimmed", at, state)
-        if state.max_deleted >= at:
+        if state.max_deleted > at:
             return _gap("deleted", at, state)
+        # Nothing was ever removed here, so the position is of another stream of this name.
         return _reset("unknown_position", at, at)
+    if not same_history and may_have_lost(at, state):
+        # What was appended after it before the failover may be gone, whatever is there now.
+        return Verdict(at, Notice("reset", "failover", at, at), counted=own_there)
     if state.max_deleted > at:
         return _gap("deleted", at, state)
     if not untrimmed(position, state):
         return _gap("trimmed", at, state)
-    return Verdict(at)
+    return Verdict(at, counted=True)
+
+
+def may_have_lost(at: EntryID, state: StreamState) -> bool:
+    """Return True if a failover or restart may have lost what followed `at`, unless the position is
+    known to be of the stream's present history."""
+    return state.failover is not None and at <= state.failover
 
 
 def untrimmed(position: Position, state: StreamState) -> bool:
@@ -98,8 +109,14 @@ def untrimmed(position: Position, state: StreamState) -> bool:
     return added is not None and state.added - added == state.length
 
 
+def gap(reason: str, at: EntryID, state: StreamState, next_id: EntryID | None = None) -> Notice:
+    """Return the notice that something after `at` was removed. `next_id` is the next entry that is
+    known to be there, by default the stream's first one."""
+    return Notice("gap", reason, at, max(next_id or state.first or state.last, state.max_deleted))
+
+
 def _gap(reason: str, at: EntryID, state: StreamState) -> Verdict:
-    return Verdict(at, Notice("gap", reason, at, state.first or state.last))
+    return Verdict(at, gap(reason, at, state))
 
 
 def _reset(reason: str, at: EntryID, resume: EntryID) -> Verdict:

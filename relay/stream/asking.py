@@ -11,12 +11,13 @@ from typing import cast
 import hiredis
 
 from relay.model import ZERO_ID, Channel, EntryID, Record, StreamState
-from relay.reads import Examined, ExamineRequest, Followed, Page, PageRequest, Server
+from relay.reads import Examined, ExamineRequest, Followed, Page, PageRequest
 from relay.stream.connect import CommandRefused
 from relay.stream.entry import digest
 from relay.stream.groups import create_marker, new_marker, parse_state
 from relay.stream.keys import Keys
 from relay.stream.link import Command
+from relay.stream.primary import Primary
 
 Decode = Callable[[Channel, EntryID, Sequence[bytes]], Record]
 RawEntry = tuple[bytes, list[bytes] | None]
@@ -35,7 +36,13 @@ class ChangedMeanwhile(Exception):  # no fault: it is asked again
 
 
 def examine_commands(
-    keys: Keys, stream: Followed, group: str, request: ExamineRequest, *, plain: bool = False
+    keys: Keys,
+    stream: Followed,
+    group: str,
+    request: ExamineRequest,
+    primary: Primary,
+    *,
+    plain: bool = False,
 ) -> list[Command]:
     """Return one look at the stream and its rights hash.
 
@@ -45,7 +52,7 @@ def examine_commands(
     key = keys.stream(stream.channel)
     writes: list[Command] = []
     if request.mark:
-        writes.append(create_marker(key, new_marker()))
+        writes.append(create_marker(key, new_marker(), primary.certificate))
         writes.append(("XGROUP", "CREATE", key, group, str(ZERO_ID)))
     reads: list[Command] = [("XINFO", "STREAM", key), ("XINFO", "GROUPS", key)]
     if request.users:
@@ -55,11 +62,11 @@ def examine_commands(
 
 
 def parse_examined(
-    request: ExamineRequest, server: Server, replies: Sequence[object], *, plain: bool = False
+    request: ExamineRequest, primary: Primary, replies: Sequence[object], *, plain: bool = False
 ) -> Examined:
     """Parse the replies to `examine_commands`. CommandRefused if the key is no stream."""
     answers = _seen(replies, 2 if request.mark else 0, plain=plain)
-    state = parse_state(*answers[:2])
+    state = parse_state(answers[0], answers[1], primary)
     rest = answers[2:]
     rights: dict[str, bytes | None] = {}
     if request.users:
@@ -71,7 +78,7 @@ def parse_examined(
         entries = cast(list[RawEntry], _checked("XRANGE", found))
         if entries:
             own[entry_id] = digest(entries[0][1] or [])
-    return Examined(server=server, state=state, rights=rights, own=own)
+    return Examined(state=state, rights=rights, own=own)
 
 
 def read_commands(
@@ -103,14 +110,14 @@ def read_commands(
 
 
 def parse_read(
-    replies: Sequence[object], *, aligning: bool, plain: bool = False
+    replies: Sequence[object], primary: Primary, *, aligning: bool, plain: bool = False
 ) -> tuple[StreamState, list[RawEntry]]:
     """Return the stream's state and what was read then. CommandRefused if the group is gone.
 
     `aligning`: the stream was misaligned when this was asked.
     """
     answers = _seen(replies, 0, plain=plain)
-    state = parse_state(*answers[: 2 if aligning or plain else 1])
+    state = parse_state(answers[0], answers[1] if aligning or plain else None, primary)
     if plain:
         return state, cast(list[RawEntry], _checked("XRANGE", answers[2]))
     read = _checked("XREADGROUP", answers[-1])
@@ -140,7 +147,7 @@ def page_commands(
 
 def parse_page(
     stream: Followed,
-    server: Server,
+    primary: Primary,
     replies: Sequence[object],
     count: int,
     decode: Decode,
@@ -149,10 +156,10 @@ def parse_page(
 ) -> Page:
     """Parse the replies to `page_commands`. CommandRefused if the stream is gone."""
     answers = _seen(replies, 0, plain=plain)
-    state = parse_state(*answers[:2])
+    state = parse_state(answers[0], answers[1], primary)
     entries = cast(list[RawEntry], _checked("XRANGE", answers[2]))
     records = decode_all(stream, entries, decode)
-    return Page(server=server, state=state, records=records, complete=len(entries) < count)
+    return Page(state=state, records=records, complete=len(entries) < count)
 
 
 def decode_all(stream: Followed, entries: Sequence[RawEntry], decode: Decode) -> list[Record]:

@@ -1,21 +1,36 @@
-"""Group names, the incarnation marker, and what XINFO says about a stream.
+"""Group names, the groups that carry a stream's incarnation, and the parsing of XINFO.
 
-Each worker is its own group on the streams that its clients follow. One more group, which nobody
-ever reads, marks which life of the stream this is: its last-delivered-id is random, is replicated
-and persisted with the stream, and dies with DEL and FLUSHALL (tried on Redis 7.0 and Valkey 9.1).
+Each worker is its own group on the streams that its clients follow. Two more groups are never read.
+Their last-delivered-ids are replicated, persisted and deleted with the stream, and move with it to
+another Redis Cluster node (tried on Redis 7.0, 8.2 and Valkey 9.1):
+
+* `relay:epoch` is `<life>-<history * 2^32 + certificate>`. `life` is random and tells this stream
+  from one of the same name before DEL or FLUSHALL. `certificate` names the replication ID under
+  which the stream was last examined. `history` names the one under which its entries were last
+  possibly lost (see `relay.stream.primary`).
+* `relay:failover` is the stream's last ID when that was noticed; there is none before. A client
+  whose position is not after it, and is of another history, may have missed entries that were lost.
 """
 
 from __future__ import annotations
 
 import secrets
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import hiredis
 
-from relay.model import ZERO_ID, EntryID, StreamState
+from relay.model import ZERO_ID, EntryID, Marker, StreamState
 from relay.stream.connect import CommandRefused
 
+if TYPE_CHECKING:
+    from relay.stream.primary import Primary
+
+Command = tuple[bytes | str, ...]
+
 MARKER_GROUP = b"relay:epoch"
+FAILOVER_GROUP = b"relay:failover"
+OWN_GROUPS = frozenset({MARKER_GROUP, FAILOVER_GROUP})
+_LOW = (1 << 32) - 1
 _WORKER = b"relay:"
 
 
@@ -25,23 +40,40 @@ def group_of(instance: str) -> bytes:
 
 
 def instance_of(group: bytes) -> str | None:
-    """The worker whose fan-out group this is; None for the marker and for others' groups."""
-    if group == MARKER_GROUP or not group.startswith(_WORKER):
+    """Return the worker whose fan-out group this is, or None for any other group."""
+    if group in OWN_GROUPS or not group.startswith(_WORKER):
         return None
     return group[len(_WORKER) :].decode(errors="replace")
 
 
 def new_marker() -> int:
-    """A random incarnation: 63 bits, since Redis reads IDs as signed numbers first; never 0."""
-    return secrets.randbits(63) or 1
+    """Return a random life: 32 bits, never 0."""
+    return secrets.randbits(32) or 1
 
 
-def create_marker(key: bytes, marker: int) -> tuple[bytes | str, ...]:
-    """The command that gives a stream its marker, making the stream where there is none.
+def create_marker(key: bytes, life: int, certificate: int, *, make: bool = True) -> Command:
+    """Return the command that gives a stream its incarnation.
 
-    BUSYGROUP as the answer means that somebody else did so first: read theirs.
+    A stream that has one answers BUSYGROUP and keeps it. `make`: create a missing stream.
     """
-    return ("XGROUP", "CREATE", key, MARKER_GROUP, f"{marker}-0", "MKSTREAM")
+    marker = f"{life}-{certificate << 32 | certificate}"
+    made = ("MKSTREAM",) if make else ()
+    return ("XGROUP", "CREATE", key, MARKER_GROUP, marker, *made)
+
+
+def certify_commands(key: bytes, state: StreamState, certificate: int) -> list[Command]:
+    """Return the commands that store what `parse_state` found out about an examined stream: none if
+    the stream has this certificate already."""
+    marker = state.marker
+    if marker is None or state.incarnation is None or marker.id.seq & _LOW == certificate:
+        return []
+    seq = (state.incarnation & _LOW) << 32 | certificate
+    certify = ("XGROUP", "SETID", key, MARKER_GROUP, str(EntryID(marker.id.ms, seq)))
+    if marker.is_current:
+        return [certify]
+    # The place first: if the second command is lost with its connection, both are repeated.
+    how = "SETID" if marker.has_failover else "CREATE"
+    return [("XGROUP", how, key, FAILOVER_GROUP, str(state.failover)), certify]
 
 
 def parse_groups(reply: object) -> dict[bytes, EntryID]:
@@ -54,16 +86,13 @@ def parse_groups(reply: object) -> dict[bytes, EntryID]:
     return {group[b"name"]: EntryID.parse(group[b"last-delivered-id"]) for group in groups}
 
 
-def parse_marker(reply: object) -> int | None:
-    """XINFO GROUPS: the incarnation, None where the stream or its marker is missing."""
-    marker = parse_groups(reply).get(MARKER_GROUP)
-    return None if marker is None else marker.ms
+def parse_state(
+    stream: object, groups: object = None, primary: Primary | None = None
+) -> StreamState:
+    """Parse XINFO STREAM, and XINFO GROUPS of the same transaction, into one moment of a stream.
 
-
-def parse_state(stream: object, groups: object = None) -> StreamState:
-    """XINFO STREAM, and XINFO GROUPS if asked in the same transaction, as one moment.
-
-    A stream that does not exist is a state; CommandRefused for every other error reply.
+    If `primary` does not vouch for the stream's certificate, the state says so as if that were
+    stored already. A stream that does not exist is a state; CommandRefused for other errors.
     """
     if isinstance(stream, Exception):
         if not _no_such_key(stream):
@@ -73,14 +102,28 @@ def parse_state(stream: object, groups: object = None) -> StreamState:
         )
     info = cast(dict[bytes, object], stream)
     first = cast(list[bytes] | None, info[b"first-entry"])
+    last = EntryID.parse(cast(bytes, info[b"last-generated-id"]))
+    marker = failover = incarnation = None
+    if groups is not None and primary is not None:
+        found = parse_groups(groups)
+        place = found.get(MARKER_GROUP)
+        if place is None:
+            failover = last
+        else:
+            marker = Marker(place, FAILOVER_GROUP in found, primary.vouches_for(place.seq & _LOW))
+            history = place.seq >> 32 if marker.is_current else primary.certificate
+            failover = found.get(FAILOVER_GROUP) if marker.is_current else last
+            incarnation = (place.ms & _LOW) << 32 | history
     return StreamState(
         exists=True,
         first=EntryID.parse(first[0]) if first else None,
-        last=EntryID.parse(cast(bytes, info[b"last-generated-id"])),
+        last=last,
         length=cast(int, info[b"length"]),
         added=cast(int, info[b"entries-added"]),
         max_deleted=EntryID.parse(cast(bytes, info[b"max-deleted-entry-id"])),
-        incarnation=None if groups is None else parse_marker(groups),
+        incarnation=incarnation,
+        failover=failover,
+        marker=marker,
     )
 
 

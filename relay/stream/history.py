@@ -13,9 +13,10 @@ import hiredis
 
 from relay.errors import RedisUnavailable, RelayError, Unavailable
 from relay.model import EntryID, Event
-from relay.reads import Server, Snapshot
+from relay.reads import Snapshot
 from relay.stream.connect import CommandRefused
-from relay.stream.groups import MARKER_GROUP, new_marker, parse_state
+from relay.stream.groups import create_marker, new_marker, parse_state
+from relay.stream.primary import Replication
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,30 +82,32 @@ class History:
             take *= 4
 
     async def _once(self, channel: Channel, take: int) -> Snapshot:
-        key = self._keys.stream(channel)
+        key, primary = self._keys.stream(channel), self._link.primary
         commands: list[Command] = [
+            # The replication ID may change while the connection lasts.
+            ("INFO", "replication"),
             ("MULTI",),
-            # Names the stream's life where there is a stream; makes none.
-            ("XGROUP", "CREATE", key, MARKER_GROUP, f"{new_marker()}-0"),
+            # Gives an existing stream its incarnation, as an examination does.
+            create_marker(key, new_marker(), primary.certificate, make=False),
             ("XINFO", "STREAM", key),
             ("XINFO", "GROUPS", key),
             ("XREVRANGE", key, "+", "-", "COUNT", take),
             ("EXEC",),
         ]
-        server = Server(*self._link.replication)
-        reply = (await self._link.execute(commands))[-1]
+        info, *_, reply = await self._link.execute(commands)
+        if isinstance(info, bytes):
+            primary.observe(Replication.parse(info))
         if isinstance(reply, hiredis.ReplyError):
             raise CommandRefused("EXEC", str(reply))
         if reply is None:
             raise RedisUnavailable("the transaction was not carried out")
-        _, stream, groups, found = cast("list[object]", reply)
+        stream, groups, found = cast("list[object]", reply)[-3:]
         if isinstance(found, hiredis.ReplyError):
             raise CommandRefused("XREVRANGE", str(found))
         entries = cast("list[tuple[bytes, list[bytes]]]", found)
         records = [self._decode(channel, EntryID.parse(raw), fields) for raw, fields in entries]
         return Snapshot(
-            server=server,
-            state=parse_state(stream, groups),
+            state=parse_state(stream, groups, primary),
             records=records,
             events=[record.body for record in records if isinstance(record.body, Event)],
             whole=len(entries) < take,

@@ -23,6 +23,7 @@ import hiredis
 from relay.errors import RedisUnavailable
 from relay.settings import RedisSettings
 from relay.stream.connect import UNAVAILABLE_CODES, CommandRefused, Endpoint
+from relay.stream.primary import Replication
 
 Command = Sequence[bytes | str | int]
 
@@ -48,7 +49,7 @@ class _Pipeline:
 class Link(asyncio.Protocol):
     """A connection that has said who it is; made by `open`, which holds all of the greeting.
 
-    `replid` and `previous_replid` name the server's replication history and the one before it;
+    `run_id` names the server's process, `replication` its place in the replication at that time;
     `server` and `version` are what it calls itself.
     """
 
@@ -59,8 +60,8 @@ class Link(asyncio.Protocol):
         on_push: Callable[[list[object]], None] | None,
     ) -> None:
         self.endpoint = endpoint
-        self.replid = b""
-        self.previous_replid = b""
+        self.run_id = b""
+        self.replication = Replication(b"", b"", b"")
         self.server = ""
         self.version = ""
         self.in_flight = 0
@@ -91,8 +92,8 @@ class Link(asyncio.Protocol):
 
         `on_lost` is called once when the link is gone, with None if `close` was the cause; never
         for a link that did not open. `name` is what CLIENT LIST shows. Without `check_primary`
-        nothing is asked that needs the right to INFO: `replid` stays empty, and a replica shows
-        itself by refusing the first write.
+        nothing is asked that needs the right to INFO: `replication` stays empty, and a replica
+        shows itself by refusing the first write.
         """
         loop = asyncio.get_running_loop()
         link = cls(endpoint, settings.command_timeout_s, on_push)
@@ -137,14 +138,16 @@ class Link(asyncio.Protocol):
             await self.call("SELECT", self.endpoint.db)
         if not check_primary:
             return
-        info = cast(bytes, await self.call("INFO", "replication"))
-        lines = dict(line.partition(b":")[::2] for line in info.split(b"\r\n"))
-        if lines.get(b"role") != b"master":
+        for reply in (replies := await self.execute([("INFO", "server"), ("INFO", "replication")])):
+            if isinstance(reply, hiredis.ReplyError):
+                raise CommandRefused("INFO", str(reply))
+        server, replication = cast("list[bytes]", replies)
+        self.replication = Replication.parse(replication)
+        if self.replication.role != b"master":
             # Right after a failover Sentinel may still name the old primary (its clients
             # documentation asks for this check).
             raise RedisUnavailable(f"Redis at {self.endpoint} is a replica")
-        self.replid = lines.get(b"master_replid", b"")
-        self.previous_replid = lines.get(b"master_replid2", b"")
+        self.run_id = server.partition(b"\nrun_id:")[2].partition(b"\r")[0]
 
     def execute(self, commands: Sequence[Command]) -> Awaitable[list[object]]:
         """Send `commands` as one pipeline; it awaits the list of their replies.

@@ -117,7 +117,7 @@ async def _followers(
     async with client.pipeline(transaction=False) as pipeline:
         for key, state, found in streams:
             for group in found:
-                if group[b"name"] == groups.MARKER_GROUP:
+                if group[b"name"] in groups.OWN_GROUPS:
                     continue
                 name = group[b"name"].decode(errors="replace")
                 worker = groups.instance_of(group[b"name"])

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING
 
 from relay.errors import RedisUnavailable
 from relay.model import ZERO_ID, Channel, Event, Record
-from relay.reads import Followed, Server
+from relay.reads import Followed
 from relay.stream import asking
 from relay.stream.connect import CommandRefused, discover
 from relay.stream.groups import group_of
 from relay.stream.link import Link, unawaited
 from relay.stream.lost import first_of, uncancel, wait_for
 from relay.stream.poll import poll
+from relay.stream.primary import Primary
 from relay.stream.read_mode import ReadMode
 from relay.stream.refusals import Refusals
 from relay.stream.turns import LiveTurns, PageTurns
@@ -79,9 +80,11 @@ class Reader:
         self._decode_ephemeral = decode_ephemeral
         self._group = group_of(instance)
         self._followed: dict[Channel, Followed] = {}
+        self._primary = Primary()
         self._live = LiveTurns(
             keys=keys,
             instance=instance,
+            primary=self._primary,
             settings=settings,
             metrics=metrics,
             decode=decode,
@@ -90,7 +93,9 @@ class Reader:
             mode=self._mode,
             on_usual=self._on_usual,
         )
-        self._pages = PageTurns(keys=keys, settings=settings, decode=decode, mode=self._mode)
+        self._pages = PageTurns(
+            keys=keys, primary=self._primary, settings=settings, decode=decode, mode=self._mode
+        )
         self._work = asyncio.Event()
         self._page_work = asyncio.Event()
         self._link: Link | None = None
@@ -233,16 +238,17 @@ class Reader:
             if not tracking:
                 self._bell.touch()
                 _log.warning("wake-ups are not available: streams are polled with blocking reads")
-            server = Server(link.replid, link.previous_replid)
+            self._primary.connected(link.run_id, link.replication)
+            links.callback(self._primary.disconnected)
             self._link, self._messages = link, messages
             self._resume(messages)
             self._reading.set()
             self._served_since = asyncio.get_running_loop().time()
             _log.info("reading streams from %s (%s %s)", endpoint, link.server, link.version)
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._serve(link, server), name="streams")
+                tasks.create_task(self._serve(link), name="streams")
                 tasks.create_task(self._find_news(link), name="news")
-                tasks.create_task(self._serve_pages(pages, server), name="pages")
+                tasks.create_task(self._serve_pages(pages), name="pages")
                 tasks.create_task(self._sweep(), name="sweep")
                 tasks.create_task(self._retry(), name="retry")
                 tasks.create_task(wait_for(lost), name="lost")
@@ -373,11 +379,11 @@ class Reader:
 
     # ---- the two pipelines ------------------------------------------------------------------
 
-    async def _serve(self, link: Link, server: Server) -> None:
+    async def _serve(self, link: Link) -> None:
         while True:
             await self._work.wait()
             self._work.clear()
-            commands = self._live.commands(server)
+            commands = self._live.commands()
             if commands:
                 self._metrics.round_trips.labels("read").inc()
                 self._live.take(await link.execute(commands))
@@ -385,14 +391,14 @@ class Reader:
             if self._live.wanted:
                 self._work.set()
 
-    async def _serve_pages(self, link: Link, server: Server) -> None:
+    async def _serve_pages(self, link: Link) -> None:
         while True:
             await self._page_work.wait()
             self._page_work.clear()
             commands = self._pages.commands()
             if commands:
                 self._metrics.round_trips.labels("page").inc()
-                self._pages.take(server, await link.execute(commands))
+                self._pages.take(await link.execute(commands))
                 self._on_turn()
                 # The sockets of this turn's writes report that they are full at its end.
                 await asyncio.sleep(0)

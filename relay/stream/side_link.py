@@ -18,6 +18,7 @@ from relay.errors import RedisUnavailable, Unavailable
 from relay.stream.connect import CommandRefused, discover
 from relay.stream.link import Link, unawaited
 from relay.stream.lost import uncancel
+from relay.stream.primary import Primary
 
 if TYPE_CHECKING:
     from relay.settings import RedisSettings
@@ -45,14 +46,10 @@ class SideLink:
         self._patterns = patterns
         self._on_message = on_message
         self._link: Link | None = None
+        self.primary = Primary()
         self._open = asyncio.Event()
         # Called with each new connection, before anybody else can use it.
         self.on_open: list[Callable[[], None]] = []
-
-    @property
-    def replication(self) -> tuple[bytes, bytes]:
-        """The server's replication history and the one before; empty while it is away."""
-        return (self._link.replid, self._link.previous_replid) if self._link else (b"", b"")
 
     def execute(self, commands: Sequence[Command]) -> Awaitable[list[object]]:
         """The replies, error replies among them; RedisUnavailable where it is away."""
@@ -118,12 +115,14 @@ class SideLink:
             for reply in await link.execute(names):
                 if isinstance(reply, hiredis.ReplyError):
                     raise CommandRefused("SUBSCRIBE", str(reply))
+            self.primary.connected(link.run_id, link.replication)
             self._link = link
             for told in self.on_open:
                 told()
             self._open.set()
             await lost.wait()
         finally:
+            self.primary.disconnected()
             link.close()
 
     def _on_push(self, push: list[object]) -> None:

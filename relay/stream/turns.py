@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from relay.model import EntryID, Record
-from relay.reads import ExamineRequest, Followed, PageRequest, Server
+from relay.reads import ExamineRequest, Followed, PageRequest
 from relay.stream import asking
 from relay.stream.connect import CommandRefused
-from relay.stream.groups import group_of
+from relay.stream.groups import certify_commands, group_of
+from relay.stream.primary import Replication
 from relay.stream.read_mode import ReadMode
 from relay.stream.refusals import Effect, rule_of
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from relay.stream.control_reader import ControlReader
     from relay.stream.keys import Keys
     from relay.stream.link import Command
+    from relay.stream.primary import Primary
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class LiveTurns:
         *,
         keys: Keys,
         instance: str,
+        primary: Primary,
         settings: StreamSettings,
         metrics: Metrics,
         decode: asking.Decode,
@@ -51,6 +54,7 @@ class LiveTurns:
         self._mode = mode or ReadMode()
         self._on_usual = on_usual
         self._keys = keys
+        self._primary = primary
         self._instance = instance
         self._group = group_of(instance).decode()
         self._settings = settings
@@ -67,6 +71,7 @@ class LiveTurns:
         self._settling = False
         self._read: dict[Followed, None] = {}
         self._swept: set[Followed] = set()
+        self._certify: list[Command] = []
         self._asked: _Asked | None = None
 
     # ---- what is wanted ---------------------------------------------------------------------
@@ -75,7 +80,9 @@ class LiveTurns:
     def wanted(self) -> bool:
         """Whether there is anything to ask."""
         others = self._examine and not self.only_urgent
-        return bool(self._urgent or others or self._read or self._control_news)
+        if self._urgent or others or self._read:
+            return True
+        return self._control_news or bool(self._certify)
 
     @property
     def settling(self) -> bool:
@@ -125,6 +132,7 @@ class LiveTurns:
             stream.on_examine_lost(request)
         self._read.clear()
         self._swept.clear()
+        self._certify.clear()
         self._mode.paused.clear()
         self._control_news = True
         self.all_unsettled(streams)
@@ -137,21 +145,27 @@ class LiveTurns:
 
     # ---- a turn -----------------------------------------------------------------------------
 
-    def commands(self, server: Server) -> list[Command]:
+    def commands(self) -> list[Command]:
         """One pipeline for what is wanted, up to a bound."""
-        asked = _Asked(server, self._control_news)
+        asked = _Asked(self._control_news)
         self._control_news = False
         commands = self._control.commands() if asked.control else []
         asked.control_end = len(commands)
         examine = _take(self._urgent, _EXAMINE_BATCH)
         if not self.only_urgent:
             examine += _take(self._examine, _EXAMINE_BATCH - len(examine))
+        certify, self._certify = self._certify, []
+        commands += certify
+        if examine:
+            # Before the examinations: the replication ID may change while the connection lasts.
+            asked.replication = len(commands)
+            commands.append(("INFO", "replication"))
         for stream in examine:
             request = stream.examine_request()
             plain = self._mode.plain
             start = len(commands)
             commands += asking.examine_commands(
-                self._keys, stream, self._group, request, plain=plain
+                self._keys, stream, self._group, request, self._primary, plain=plain
             )
             asked.examined.append((stream, request, plain, start, len(commands)))
         for stream in _take(self._read, _READ_BATCH):
@@ -180,10 +194,13 @@ class LiveTurns:
             return
         if asked.control and self._control.take(replies[: asked.control_end]):
             self._control_news = True
+        info = None if asked.replication is None else replies[asked.replication]
+        if isinstance(info, bytes):
+            self._primary.observe(Replication.parse(info))
         for stream, request, plain, start, end in asked.examined:
-            self._take_examined(stream, request, asked.server, plain, replies[start:end])
+            self._take_examined(stream, request, plain, replies[start:end])
         for stream, count, form, start, end in asked.read:
-            self._take_read(stream, count, asked.server, form, replies[start:end])
+            self._take_read(stream, count, form, replies[start:end])
             if form.plain:
                 # The group in Redis has not moved.
                 stream.misaligned = True
@@ -194,12 +211,11 @@ class LiveTurns:
         self,
         stream: Followed,
         request: ExamineRequest,
-        server: Server,
         plain: bool,
         replies: Sequence[object],
     ) -> None:
         try:
-            examined = asking.parse_examined(request, server, replies, plain=plain)
+            examined = asking.parse_examined(request, self._primary, replies, plain=plain)
         except asking.ChangedMeanwhile:
             stream.on_examine_lost(request)
             return
@@ -213,12 +229,15 @@ class LiveTurns:
                 self._mode.pause(stream, exc)
             stream.on_examine_failed(request, "the channel's stream cannot be read")
             return
+        self._certify += certify_commands(
+            self._keys.stream(stream.channel), examined.state, self._primary.certificate
+        )
         stream.on_examined(request, examined)
         if stream.alive and stream.settled and stream.misaligned:
             self._read[stream] = None
 
     def _take_read(
-        self, stream: Followed, count: int, server: Server, form: _Form, replies: Sequence[object]
+        self, stream: Followed, count: int, form: _Form, replies: Sequence[object]
     ) -> None:
         swept = stream in self._swept
         self._swept.discard(stream)
@@ -227,7 +246,9 @@ class LiveTurns:
             return
         aligning, plain = form
         try:
-            state, entries = asking.parse_read(replies, aligning=aligning, plain=plain)
+            state, entries = asking.parse_read(
+                replies, self._primary, aligning=aligning, plain=plain
+            )
         except asking.ChangedMeanwhile:
             self._read[stream] = None
             return
@@ -242,7 +263,7 @@ class LiveTurns:
             return
         if (self._mode.plain or self._mode.blocked) and self._mode.read(plain=plain):
             self._on_usual()
-        if (aligning or plain) and not stream.same_life(state, server):
+        if (aligning or plain) and not stream.same_life(state):
             # Deleted and made anew after the examination: the group was made in another life.
             stream.on_unsettled()
             return
@@ -274,12 +295,14 @@ class PageTurns:
         self,
         *,
         keys: Keys,
+        primary: Primary,
         settings: StreamSettings,
         decode: asking.Decode,
         mode: ReadMode | None = None,
     ) -> None:
         self._mode = mode or ReadMode()
         self._keys = keys
+        self._primary = primary
         self._settings = settings
         self._decode = decode
         self._pages: dict[Followed, None] = {}
@@ -315,12 +338,17 @@ class PageTurns:
                 self._asked.append((stream, request, count, start, len(commands)))
         return commands
 
-    def take(self, server: Server, replies: Sequence[object]) -> None:
+    def take(self, replies: Sequence[object]) -> None:
         """Hands each page to its stream."""
         for stream, request, count, start, end in self._asked:
             try:
                 page = asking.parse_page(
-                    stream, server, replies[start:end], count, self._decode, plain=self._plain
+                    stream,
+                    self._primary,
+                    replies[start:end],
+                    count,
+                    self._decode,
+                    plain=self._plain,
                 )
             except asking.ChangedMeanwhile:
                 self._pages[stream] = None
@@ -348,12 +376,12 @@ class _Form(NamedTuple):
 class _Asked:
     """What a pipeline asked, and where in its replies each answer ends."""
 
-    __slots__ = ("control", "control_end", "examined", "read", "server")
+    __slots__ = ("control", "control_end", "examined", "read", "replication")
 
-    def __init__(self, server: Server, control: bool) -> None:
-        self.server = server
+    def __init__(self, control: bool) -> None:
         self.control = control
         self.control_end = 0
+        self.replication: int | None = None
         self.examined: list[tuple[Followed, ExamineRequest, bool, int, int]] = []
         self.read: list[tuple[Followed, int, _Form, int, int]] = []
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from relay.errors import RelayError
 from relay.stream import connect
-from relay.stream.groups import MARKER_GROUP
+from relay.stream.groups import OWN_GROUPS
 from relay.stream.scripts import REMOVE_UNUSED
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ async def _each(client: Redis, streams: Iterable[bytes], command: str) -> list[i
     async with client.pipeline(transaction=False) as pipeline:
         pipeline.execute_command("SCRIPT", "LOAD", REMOVE_UNUSED.text)
         for key in keys:
-            pipeline.execute_command("EVALSHA", REMOVE_UNUSED.sha, 1, key, command, MARKER_GROUP)
+            pipeline.execute_command("EVALSHA", REMOVE_UNUSED.sha, 1, key, command, *OWN_GROUPS)
         with connect.translated():
             loaded, *replies = await pipeline.execute(raise_on_error=False)
             if isinstance(loaded, Exception):

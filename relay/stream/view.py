@@ -11,6 +11,7 @@ from redis.exceptions import ResponseError
 from relay.model import ZERO_ID, Channel, EntryID, Record, StreamState
 from relay.stream import connect, entry, groups
 from relay.stream.keys import Keys
+from relay.stream.primary import Primary, Replication
 
 PAGE = 50
 # A wait longer than the client's own limit for an answer would look like a dead connection.
@@ -24,7 +25,6 @@ class View:
     are the first ones after it, and `more` says that there may be others."""
 
     state: StreamState
-    replid: bytes
     own: Record | None
     records: list[Record]
     more: bool
@@ -51,11 +51,10 @@ async def look(
             for reply in (own, entries, info):
                 if isinstance(reply, Exception):
                     raise reply
-            state = stream_state(stream, found)
+            state = stream_state(stream, found, str(info["master_replid"]).encode())
     records = [_record(channel, each, max_entry_bytes) for each in entries]
     return View(
         state=state,
-        replid=str(info["master_replid"]).encode(),
         own=_record(channel, own[0], max_entry_bytes) if own else None,
         records=records,
         more=len(records) == count,
@@ -71,7 +70,7 @@ async def wait_for_news(
     await connect.command(client, "XREAD", *words)
 
 
-def stream_state(stream: object, found: object) -> StreamState:
+def stream_state(stream: object, found: object, replid: bytes = b"") -> StreamState:
     """`groups.parse_state` for what a redis-py pipeline brought; its errors are raised."""
     if isinstance(stream, ResponseError) and "no such key" in str(stream):
         return StreamState(
@@ -80,7 +79,9 @@ def stream_state(stream: object, found: object) -> StreamState:
     for reply in (stream, found):
         if isinstance(reply, Exception):
             raise reply
-    return groups.parse_state(stream, found)
+    primary = Primary()
+    primary.observe(Replication(b"master", replid, b""))
+    return groups.parse_state(stream, found, primary)
 
 
 def _record(channel: Channel, raw: tuple[bytes, dict[bytes, bytes]], max_bytes: int) -> Record:

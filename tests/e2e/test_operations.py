@@ -118,6 +118,8 @@ async def test_readiness_says_the_truth_about_redis(tmp_path: Path, how: str) ->
                 await late.block()
             server.thaw() if how == "freeze" else await asyncio.to_thread(server.start)
             await _becomes(door, 200, 5)
+            if how == "kill":
+                assert (await client.next()).event == "relay:reset"
             relay.xadd("news", data="1")
             assert (await client.next()).json() == 1
     finally:

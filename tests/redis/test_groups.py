@@ -11,6 +11,7 @@ from relay.model import EntryID, StreamState
 from relay.stream import groups
 from relay.stream.connect import CommandRefused, command, discover
 from relay.stream.link import Link
+from relay.stream.primary import Primary
 from tests.support.valkey import Server
 
 pytestmark = pytest.mark.redis
@@ -25,9 +26,17 @@ async def link(server: Server) -> AsyncIterator[Link]:
     opened.close()
 
 
-async def state(link: Link) -> StreamState:
+async def state(link: Link, primary: Primary | None = None) -> StreamState:
     stream, found = await link.execute([("XINFO", "STREAM", STREAM), ("XINFO", "GROUPS", STREAM)])
-    return groups.parse_state(stream, found)
+    return groups.parse_state(stream, found, primary or known(1))
+
+
+def known(*certificates: int) -> Primary:
+    """A server that vouches for these certificates; the last one is its own."""
+    primary = Primary()
+    primary._whole.update(certificates)
+    primary.certificate = certificates[-1]
+    return primary
 
 
 async def test_a_stream_that_is_not_there(link: Link) -> None:
@@ -36,26 +45,62 @@ async def test_a_stream_that_is_not_there(link: Link) -> None:
     assert (nothing.first, nothing.last, nothing.incarnation) == (None, (0, 0), None)
 
 
-@pytest.mark.parametrize("marker", [1, 2**63 - 1, None])
-async def test_the_marker_is_kept_to_the_last_bit(link: Link, marker: int | None) -> None:
-    marker = marker or groups.new_marker()
-    assert await link.call(*groups.create_marker(STREAM, marker)) == b"OK"
-    made = await state(link)
+@pytest.mark.parametrize("life", [1, 2**32 - 1, None])
+async def test_the_marker_is_kept_to_the_last_bit(link: Link, life: int | None) -> None:
+    life, certificate = life or groups.new_marker(), 2**32 - 1
+    assert await link.call(*groups.create_marker(STREAM, life, certificate)) == b"OK"
+    made = await state(link, known(certificate))
     assert (made.exists, made.first, made.length, made.added) == (True, None, 0, 0)
-    assert made.incarnation == marker
+    assert made.incarnation == life << 32 | certificate
     with pytest.raises(CommandRefused, match="BUSYGROUP"):
-        await link.call(*groups.create_marker(STREAM, 5))
+        await link.call(*groups.create_marker(STREAM, 5, 1))
     # Entries have far lower IDs than most markers; neither minds the other.
     await link.execute([("XADD", STREAM, "7-1", "data", "1"), ("XADD", STREAM, "7-2", "data", "2")])
-    assert await state(link) == StreamState(
+    assert await state(link, known(certificate)) == StreamState(
         exists=True,
         first=EntryID(7, 1),
         last=EntryID(7, 2),
         length=2,
         added=2,
         max_deleted=EntryID(0, 0),
-        incarnation=marker,
+        incarnation=made.incarnation,
+        marker=made.marker,
     )
+
+
+async def test_a_certificate_that_nobody_vouches_for_is_replaced(link: Link) -> None:
+    await link.call(*groups.create_marker(STREAM, 5, 1))
+    await link.call("XADD", STREAM, "7-1", "data", "1")
+    assert groups.certify_commands(STREAM, await state(link), 1) == []
+    for certificate, last in ((2, "8-1"), (3, "9-1")):
+        await link.call("XADD", STREAM, last, "data", "1")
+        lost = await state(link, known(certificate))
+        expected = (5 << 32 | certificate, EntryID.parse(last))
+        assert (lost.incarnation, lost.failover) == expected
+        for command_ in groups.certify_commands(STREAM, lost, certificate):
+            await link.call(*command_)
+        # The place and the history stay while entries are appended.
+        await link.call("XADD", STREAM, last.replace("-1", "-2"), "data", "1")
+        again = await state(link, known(certificate))
+        assert (again.incarnation, again.failover) == expected
+        assert groups.certify_commands(STREAM, again, certificate) == []
+
+
+async def test_a_certificate_of_the_same_data_is_replaced_without_a_loss(link: Link) -> None:
+    await link.call(*groups.create_marker(STREAM, 5, 1))
+    await link.call("XADD", STREAM, "7-1", "data", "1")
+    for command_ in groups.certify_commands(STREAM, await state(link, known(1, 2)), 2):
+        await link.call(*command_)
+    now = await state(link, known(2))
+    assert (now.incarnation, now.failover) == (5 << 32 | 1, None)
+
+
+async def test_a_marker_of_an_earlier_version_names_no_history(link: Link) -> None:
+    """Whether something was lost cannot be judged, so that bare stream IDs are no proof either."""
+    await link.call("XADD", STREAM, "7-1", "data", "1")
+    await link.call("XGROUP", "CREATE", STREAM, groups.MARKER_GROUP, f"{2**63 - 1}-0")
+    old = await state(link)
+    assert (old.incarnation, old.failover) == ((2**32 - 1) << 32 | 1, EntryID(7, 1))
 
 
 async def test_deletions_show(link: Link, admin: Redis) -> None:
@@ -72,7 +117,7 @@ async def test_deletions_show(link: Link, admin: Redis) -> None:
 async def test_the_marker_dies_with_the_stream(
     link: Link, admin: Redis, words: tuple[bytes | str, ...]
 ) -> None:
-    await link.call(*groups.create_marker(STREAM, 5))
+    await link.call(*groups.create_marker(STREAM, 5, 1))
     await command(admin, *words)
     assert not (await state(link)).exists
 
@@ -102,11 +147,11 @@ async def test_markers_survive_a_restart_from_disk(tmp_path_factory: pytest.Temp
         settings = own.settings()
         first = await Link.open(await discover(settings), settings=settings)
         marker = groups.new_marker()
-        await first.call(*groups.create_marker(STREAM, marker))
+        await first.call(*groups.create_marker(STREAM, marker, 1))
         first.close()
         own.restart()
         second = await Link.open(await discover(settings), settings=settings)
-        assert (await state(second)).incarnation == marker
+        assert (await state(second)).incarnation == marker << 32 | 1
         second.close()
     finally:
         own.kill()

@@ -45,7 +45,8 @@ async def test_the_greeting_names_server_and_replication_history(server: Server)
     async with opened(server.settings()) as link:
         assert link.server == server.flavour
         assert int(link.version.split(".")[0]) >= 7
-        assert len(link.replid) == len(link.previous_replid) == 40
+        assert len(link.run_id) == len(link.replication.replid) == 40
+        assert link.replication.previous == b""
         assert link.in_flight == 0
 
 
@@ -310,14 +311,14 @@ async def test_sentinel_names_the_new_primary_after_a_failover(tmp_path: Path) -
         async with opened(settings) as link:
             await link.call("XADD", STREAM, "*", "data", "1")
             assert link.endpoint.port == primary.port
-            first = link.replid
+            first = link.replication.replid
         await asyncio.to_thread(primary.kill)
         async with asyncio.timeout(15):
             while True:
                 try:
                     async with opened(settings) as link, redis_client(settings) as client:
                         assert link.endpoint.port == replica.port
-                        assert link.previous_replid == first != link.replid
+                        assert link.replication.previous == first != link.replication.replid
                         assert await link.call("XLEN", STREAM) == 1
                         assert await client.xlen(STREAM) == 1
                         break

@@ -57,7 +57,7 @@ async def test_what_the_dead_left_is_removed_after_a_while(
     used, unused, shared = (keys.stream(Channel(name)) for name in ("used", "unused", "shared"))
     await admin.xadd(used, {"data": "1"})
     for key in (used, unused, shared):
-        await command(admin, *groups.create_marker(key, 5))
+        await command(admin, *groups.create_marker(key, 5, 1))
         await admin.xgroup_create(key, groups.group_of(dead))
     await admin.xgroup_create(shared, groups.group_of(alive))
     await admin.set(keys.stream(Channel("foreign")), "x")
@@ -97,7 +97,7 @@ async def test_a_stream_that_someone_used_stays(
     client: Redis, admin: Redis, keys: Keys, what: str
 ) -> None:
     key = keys.stream(NEWS)
-    await command(admin, *groups.create_marker(key, 5))
+    await command(admin, *groups.create_marker(key, 5, 1))
     match what:
         case "entry":
             await admin.xadd(key, {"data": "1"})
@@ -123,7 +123,7 @@ async def test_an_entry_appended_meanwhile_is_never_lost(server: Server, keys: K
     ):
         for n in range(rounds):
             await admin.delete(key)
-            await command(admin, *groups.create_marker(key, 5))
+            await command(admin, *groups.create_marker(key, 5, 1))
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(remove_unused(client, [key]))
                 for _ in range(n % 7):

@@ -102,7 +102,7 @@ async def test_a_look_is_one_moment_of_a_stream_or_of_none(
     (record,) = seen.records
     assert isinstance(record.body, Event)
     assert (record.body.data, seen.more, seen.state.length) == (b"2", True, 3)
-    assert len(seen.replid) == 40
+    assert seen.state.incarnation is None
     await admin.set(keys.stream(Channel("foreign")), "x")
     with pytest.raises(CommandRefused, match="WRONGTYPE"):
         await view.look(hand, keys, Channel("foreign"), ZERO_ID, 1000)

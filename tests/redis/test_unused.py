@@ -15,7 +15,7 @@ from relay.stream.unused import UnusedStreams, UnusedStreamsJob
 
 async def create(admin: Redis, keys: Keys, name: str, *others: str) -> bytes:
     key = keys.stream(Channel(name))
-    await command(admin, *groups.create_marker(key, 5))
+    await command(admin, *groups.create_marker(key, 5, 1))
     for group in others:
         await admin.xgroup_create(key, group)
     return key

@@ -22,14 +22,13 @@ from relay.protocols.centrifugo.connection import Connection
 from relay.protocols.centrifugo.door import Door
 from relay.protocols.centrifugo.encoders import Format
 from relay.protocols.centrifugo.settings import CentrifugoNamespace, CentrifugoSettings
-from relay.reads import Examined, Followed, Page, Server, Snapshot
+from relay.reads import Examined, Followed, Page, Snapshot
 from relay.rights.policy import Policy
 from relay.settings import NamespaceSettings
 from relay.stream import entry
 
 SECRET = "a secret of the application"
 NOW = 1_700_000_000
-_SERVER = Server(b"a" * 40, b"0" * 40)
 _ENTRY_BYTES = 1 << 20
 
 
@@ -41,6 +40,8 @@ class Stream:
         self.added = 0
         self.last = ZERO_ID
         self.rights: dict[str, bytes] = {}
+        self.history = 1
+        self.failover: EntryID | None = None
 
     def state(self) -> StreamState:
         return StreamState(
@@ -50,7 +51,8 @@ class Stream:
             length=len(self.records),
             added=self.added,
             max_deleted=ZERO_ID,
-            incarnation=1,
+            incarnation=1 << 32 | self.history,
+            failover=self.failover,
         )
 
 
@@ -59,7 +61,6 @@ class Streams:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self.server = _SERVER
         self.streams: dict[Channel, Stream] = {}
         self.followed: dict[Channel, Followed] = {}
         self.hub: Hub | None = None
@@ -102,7 +103,7 @@ class Streams:
         request = followed.examine_request()
         own = {record.id: record.digest for record in stream.records if record.id in request.own}
         rights = {user: stream.rights.get(user) for user in request.users}
-        examined = Examined(server=self.server, state=stream.state(), rights=rights, own=own)
+        examined = Examined(state=stream.state(), rights=rights, own=own)
         followed.on_examined(request, examined)
 
     def _page(self, followed: Followed) -> None:
@@ -111,7 +112,7 @@ class Streams:
             stream = self.stream(followed.channel)
             records = [record for record in stream.records if record.id > request.start]
             state = stream.state()
-            page = Page(server=self.server, state=state, records=records, complete=True)
+            page = Page(state=state, records=records, complete=True)
             followed.on_page(request, page)
 
     def append(self, channel: Channel, fields: list[bytes]) -> EntryID:
@@ -135,7 +136,8 @@ class Streams:
 
     def promote(self) -> None:
         """A replica takes over; nobody can say what the old primary had."""
-        self.server = Server(b"b" * 40, self.server.replid)
+        for stream in self.streams.values():
+            stream.history, stream.failover = stream.history + 1, stream.last
         for followed in list(self.followed.values()):
             followed.on_unsettled()
 
@@ -145,7 +147,6 @@ class Streams:
         records = stream.records[: -max(count, 1) - 1 : -1]
         events = [record.body for record in records if isinstance(record.body, Event)]
         return Snapshot(
-            server=self.server,
             state=stream.state(),
             records=records,
             events=events,
@@ -248,7 +249,6 @@ class Context:
             rights=_Rights(clock),
             metrics=self.metrics,
             call_soon=lambda call: asyncio.get_running_loop().call_soon(call),
-            waits_for_replicas=lambda _: False,
         )
         self.history = self.streams.history
         self.presence = Presence()
@@ -257,7 +257,7 @@ class Context:
         self.is_ready = True
         self.refusing: Exception | None = None
 
-    def ready(self) -> bool:
+    def is_connected(self) -> bool:
         return self.is_ready
 
     async def open(

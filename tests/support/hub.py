@@ -10,10 +10,11 @@ from relay.hub.recovery import Notice
 from relay.hub.session import Session, Subscription
 from relay.metrics import Metrics
 from relay.model import ZERO_ID, Channel, EntryID, Event, Position, Principal, Record, StreamState
-from relay.reads import Examined, ExamineRequest, Followed, Server
+from relay.reads import Examined, ExamineRequest, Followed
 
 NEWS = Channel("news")
-SERVER = Server(b"a" * 40, b"0" * 40)
+# Of a stream whose life is 1, on a server that has told nothing of its replication.
+INCARNATION = 1 << 32
 
 
 class Reads:
@@ -121,7 +122,6 @@ def make_hub(reads: Reads, *, most: int = 0) -> Hub:
         rights=Rights(),
         metrics=Metrics(),
         call_soon=at_once,
-        waits_for_replicas=lambda _channel: False,
         connections_per_user=most,
     )
 
@@ -138,7 +138,7 @@ def join(
 
 
 def examine(
-    hub: Hub, channel: Channel = NEWS, *, marker: int | None = 1, **rights: bytes
+    hub: Hub, channel: Channel = NEWS, *, marker: int | None = INCARNATION, **rights: bytes
 ) -> ExamineRequest:
     """Answer what the feed asks, from an empty stream."""
     feed = hub.feed(channel)
@@ -154,7 +154,7 @@ def examine(
         incarnation=marker,
     )
     values = {user: rights.get(user) for user in request.users}
-    feed.on_examined(request, Examined(server=SERVER, state=state, rights=values, own={}))
+    feed.on_examined(request, Examined(state=state, rights=values, own={}))
     return request
 
 

@@ -8,6 +8,7 @@ are the server's own invalidation pushes.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import cast
@@ -20,12 +21,13 @@ from relay.hub.recovery import Notice
 from relay.hub.session import Session, Subscription
 from relay.metrics import Metrics
 from relay.model import ZERO_ID, Channel, EntryID, Event, Position, Principal
-from relay.reads import Followed, Server
+from relay.reads import Followed
 from relay.settings import StreamSettings
 from relay.stream import entry
 from relay.stream.control_reader import ControlReader
 from relay.stream.groups import group_of
 from relay.stream.keys import Keys
+from relay.stream.primary import Primary, Replication
 from relay.stream.turns import LiveTurns, PageTurns
 from tests.support.ledger import Ledger, Received
 from tests.support.wire import Wire
@@ -262,20 +264,21 @@ class Worker:
             rights=Rights(),
             metrics=metrics,
             call_soon=self._later.append,
-            waits_for_replicas=lambda _channel: False,
         )
+        self._primary = Primary()
         settings = StreamSettings().model_copy(update={"page_bytes": PAGE_BYTES})
         decode = partial(entry.decode, max_bytes=settings.max_entry_bytes)
         self.live = LiveTurns(
             keys=keys,
             instance=name,
+            primary=self._primary,
             settings=settings,
             metrics=metrics,
             decode=decode,
             on_records=lambda stream, records: stream.on_records(records),
             control=ControlReader(keys, lambda _command: None, lambda: self.hub.recheck(None)),
         )
-        self.pages = PageTurns(keys=keys, settings=settings, decode=decode)
+        self.pages = PageTurns(keys=keys, primary=self._primary, settings=settings, decode=decode)
         self._asked: tuple[int, list[object]] | None = None
         self._asked_pages: tuple[int, list[object]] | None = None
         self._open()
@@ -285,8 +288,10 @@ class Worker:
         self._link.call("CLIENT", "TRACKING", "ON")
         self._page_link = Wire(self.port)
         info = cast(bytes, self._link.call("INFO", "replication"))
-        facts = dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)
-        self._server = Server(facts[b"master_replid"], facts[b"master_replid2"])
+        server = cast(bytes, self._link.call("INFO", "server"))
+        run_id = re.search(rb"run_id:(\w+)", server)
+        assert run_id
+        self._primary.connected(run_id[1], Replication.parse(info))
 
     def close(self) -> None:
         self._link.close()
@@ -346,7 +351,7 @@ class Worker:
 
     def ask(self) -> None:
         if self._asked is None and self.live.wanted:
-            commands = self.live.commands(self._server)
+            commands = self.live.commands()
             if commands:
                 self._asked = self.clock.now, self._link.execute(commands)
 
@@ -365,7 +370,7 @@ class Worker:
     def take_pages(self) -> None:
         if self._asked_pages is not None:
             (self.clock.known_at, replies), self._asked_pages = self._asked_pages, None
-            self.pages.take(self._server, replies)
+            self.pages.take(replies)
             self.flush()
 
     def work(self) -> None:

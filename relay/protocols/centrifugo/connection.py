@@ -324,8 +324,7 @@ class Connection:
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
         """Something may be missing, and v1 has no words for it: the client comes back, asks for
         what follows its last message, and is told that it was not recovered."""
-        if notice.reason == "failover" and notice.from_id is not None:
-            self.door.doubts.remember(subscription.feed.channel, notice.from_id)
+        del subscription, notice
         self.close("insufficient state", reconnect=True)
 
     def expired(self) -> None:

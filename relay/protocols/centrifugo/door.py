@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Protocol
 from relay.protocols.centrifugo import client_codec as codec
 from relay.protocols.centrifugo import tokens
 from relay.protocols.centrifugo.channels import Names
-from relay.protocols.centrifugo.doubts import Doubts
 from relay.protocols.centrifugo.encoders import DOOR, Format
 from relay.protocols.centrifugo.presence import Presence
 from relay.protocols.centrifugo.publisher import Publisher
@@ -80,7 +79,6 @@ class Door:
         self.call_later = call_later
         # Connections that are in no hub yet; a stop cuts them.
         self.unauthenticated: set[Connection] = set()
-        self.doubts = Doubts(context)
         self.reload(settings)
         context.hub.on_not_subscribed[DOOR] = _tell_unsubscribed
         self.stats = Stats()

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from relay.hub.recovery import incarnation_of, judge
-from relay.model import EntryID, Event, Position
+from relay.hub.recovery import judge, may_have_lost
+from relay.model import ZERO_ID, EntryID, Event, Position
 
 if TYPE_CHECKING:
     from relay.protocols.centrifugo.settings import CentrifugoNamespace
@@ -37,23 +37,15 @@ def kept(snapshot: Snapshot, rules: CentrifugoNamespace, now: float) -> Sequence
     return newest if newest[0].id.ms / 1000 + rules.history_lifetime > now else ()
 
 
-def missed(
-    snapshot: Snapshot,
-    rules: CentrifugoNamespace,
-    last: str,
-    now: float,
-    doubt: EntryID | None = None,
-) -> Missed:
-    """What a client whose newest known ID is `last` has missed, as far as it is kept; nothing is
-    promised to who has seen nothing after `doubt`."""
+def missed(snapshot: Snapshot, rules: CentrifugoNamespace, last: str, now: float) -> Missed:
+    """What a client whose newest known ID is `last` has missed, as far as it is kept."""
     history = kept(snapshot, rules, now)
     try:
         at = EntryID.parse(last)
     except ValueError:
         # Nothing, or an ID of the Centrifugo that was here before.
         return Missed(history, recovered=False)
-    doubtful = doubt is not None and at <= doubt
-    if doubtful or not rules.has_history or not _is_whole(snapshot, at):
+    if not rules.has_history or not _is_whole(snapshot, at):
         return Missed(history, recovered=False)
     since = [event for event in snapshot.events if event.id is not None and event.id > at]
     if len(since) > len(history):
@@ -62,20 +54,23 @@ def missed(
 
 
 def position(snapshot: Snapshot) -> Position:
-    """Where delivery goes on after the snapshot."""
+    """Return the position from which delivery goes on after the snapshot."""
     state = snapshot.state
+    if not state.exists:
+        # From the beginning of the stream that the subscription creates.
+        return Position(ZERO_ID)
     newest = snapshot.records[0] if snapshot.records else None
     digest = newest.digest if newest is not None and newest.id == state.last else None
-    incarnation = incarnation_of(state.incarnation, snapshot.server.replid)
-    return Position(state.last, state.added, incarnation, digest)
+    return Position(state.last, state.added, state.incarnation, digest)
 
 
 def _is_whole(snapshot: Snapshot, at: EntryID) -> bool:
     state = snapshot.state
+    if may_have_lost(at, state):
+        return False
     if state.exists and at == state.last:
         # Nothing was appended since, whether or not its own entry is still kept. Another life of
         # the stream would have to have come to this very ID, to the millisecond.
         return True
     own = next((record.digest for record in snapshot.records if record.id == at), None)
-    incarnation = incarnation_of(state.incarnation, snapshot.server.replid)
-    return judge(Position(at), state, incarnation, own).notice is None
+    return judge(Position(at), state, own).notice is None

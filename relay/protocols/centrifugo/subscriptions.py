@@ -20,7 +20,6 @@ from relay.protocols.centrifugo.gojson import is_json
 
 if TYPE_CHECKING:
     from relay.hub.session import Session, Subscription
-    from relay.model import EntryID
     from relay.protocols.centrifugo.answers import Slot
     from relay.protocols.centrifugo.connection import Connection
     from relay.protocols.centrifugo.settings import CentrifugoNamespace
@@ -29,14 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class _Asked:
-    """A subscription that has not been answered. `snapshot` is what it is recovered from; up to
-    `doubt` something may be missing that it does not show."""
+    """A subscription that has not been answered. `snapshot` is what it is recovered
+    from."""
 
     slot: Slot
     wanted: codec.Subscribe
     rules: CentrifugoNamespace | None
     snapshot: Snapshot | None = None
-    doubt: EntryID | None = None
 
 
 class Subscriptions:
@@ -110,7 +108,6 @@ class Subscriptions:
 
     async def _recover(self, channel: Channel, asked: _Asked, rules: CentrifugoNamespace) -> None:
         asked.snapshot = await self._door.context.history(channel, history.wanted(rules))
-        asked.doubt = await self._door.doubts.of(channel, asked.snapshot)
         self._join(channel, asked)
 
     def _join(self, channel: Channel, asked: _Asked) -> None:
@@ -153,9 +150,7 @@ class Subscriptions:
         if rules is not None and rules.recover:
             last = str(subscription.position.id)
         if rules is not None and asked.snapshot is not None:
-            found = history.missed(
-                asked.snapshot, rules, asked.wanted.last, self._door.clock(), asked.doubt
-            )
+            found = history.missed(asked.snapshot, rules, asked.wanted.last, self._door.clock())
             messages, recovered = visible(session, found.events), found.recovered
         body = codec.subscribe_body(
             channel, status=True, last=last, messages=messages, recovered=recovered

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from producers.seaf_events import PREFIX, channel_of
 from producers.seaf_tokens import Refused
 from relay.errors import Forbidden, RelayError
-from relay.hub.recovery import incarnation_of
 from relay.model import Channel, EntryID, Position, Principal
 from relay.protocols.seafile import codec, missed
 from relay.protocols.seafile.encoders import SEAFILE
@@ -308,8 +307,7 @@ class SeafileClient:
             if snapshot is not None and snapshot.state.exists:
                 state = snapshot.state
                 self._missed[channel] = missed.needed(snapshot.events, seen, session.selectors)
-                life = incarnation_of(state.incarnation, snapshot.server.replid)
-                position = Position(state.last, state.added, life)
+                position = Position(state.last, state.added, state.incarnation)
             self._service.context.subscribe(session, channel, position)
         self._done()
 

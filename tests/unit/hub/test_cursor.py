@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from itertools import count
 
 import pytest
@@ -24,7 +25,7 @@ CHANNELS = st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]), min
     lambda text: parse_channel(text.replace("{", "(").replace("}", ")")[:255])
 )
 NEWS = Channel("news")
-PLACE = Position(EntryID(1763700000000, 3), added=9, incarnation=2**32 - 1, digest=7)
+PLACE = Position(EntryID(1763700000000, 3), added=9, incarnation=2**64 - 1, digest=7)
 
 
 def twins() -> tuple[Channel, Channel]:
@@ -62,6 +63,8 @@ def test_any_other_text_is_a_bad_request_or_a_position(text: str) -> None:
         return
     if text.startswith("c1.") and len(text.split(".")) == 2:
         for position in found.values():
+            if _of_an_earlier_version(text):
+                continue
             assert cursor.encode([(NEWS, position)]).decode() == text
 
 
@@ -95,6 +98,21 @@ def test_a_cut_or_padded_cursor_is_a_bad_request(position: Position, data: st.Da
     for extra in ("=", ".", " ", "\n", "A", "AAAA"):
         with pytest.raises(BadRequest):
             cursor.decode(text + extra, [NEWS])
+
+
+def _of_an_earlier_version(text: str) -> bool:
+    part = text.removeprefix("c1.")
+    return bool(urlsafe_b64decode(part + "=" * (-len(part) % 4))[3] & 1)
+
+
+def test_a_cursor_of_an_earlier_version_is_a_stream_id_with_a_digest() -> None:
+    """Its incarnation cannot be compared with anything any more."""
+    raw = cursor._name(NEWS) + bytes((7,)) + cursor._varint(0xABCD1234) + b"\x00\x07"
+    raw += cursor._varint(9) + cursor._varint(1763700000000) + cursor._varint(3)
+    text = "c1." + urlsafe_b64encode(raw).rstrip(b"=").decode()
+    assert cursor.decode(text, [NEWS]) == {
+        NEWS: Position(EntryID(1763700000000, 3), added=9, digest=7)
+    }
 
 
 def test_what_was_not_asked_for_is_ignored() -> None:

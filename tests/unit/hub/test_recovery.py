@@ -1,11 +1,13 @@
 import pytest
 
-from relay.hub.recovery import incarnation_of, judge
+from relay.hub.recovery import judge
 from relay.model import ZERO_ID, EntryID, Position, StreamState
 
-LIFE = incarnation_of(1, b"primary")
-OTHER_LIFE = incarnation_of(2, b"primary")
-FAILED_OVER = incarnation_of(1, b"replica")
+LIFE = 1 << 32 | 1
+OTHER_LIFE = 2 << 32 | 1
+# Markers are random: of 50,000 pairs that differ, one would be equal in its lower 16 bits.
+SIMILAR_LIFE = 1 << 48 | LIFE
+BEFORE_THE_FAILOVER = 1 << 32 | 2
 
 
 def at(number: int) -> EntryID:
@@ -13,7 +15,13 @@ def at(number: int) -> EntryID:
 
 
 def state(
-    first: int | None, last: int, *, added: int, length: int, deleted: int = 0
+    first: int | None,
+    last: int,
+    *,
+    added: int,
+    length: int,
+    deleted: int = 0,
+    failover: int | None = None,
 ) -> StreamState:
     return StreamState(
         exists=True,
@@ -22,12 +30,17 @@ def state(
         length=length,
         added=added,
         max_deleted=at(deleted),
+        incarnation=LIFE,
+        failover=None if failover is None else at(failover),
     )
 
 
 WHOLE = state(1, 9, added=9, length=9)
 TRIMMED = state(5, 9, added=9, length=5)
 EMPTY = state(None, 9, added=9, length=0)
+FAILED_OVER = state(1, 9, added=9, length=9, failover=6)
+EMPTY_AGAIN = state(None, 0, added=0, length=0, failover=0)
+NEW = state(5, 9, added=5, length=5)
 
 
 @pytest.mark.parametrize(
@@ -49,11 +62,24 @@ EMPTY = state(None, 9, added=9, length=0)
         # Rule 3: the same life, or the position's own entry.
         (Position(at(4), 4, OTHER_LIFE, 7), WHOLE, None, "other_incarnation"),
         (Position(at(4), 4, OTHER_LIFE, 7), WHOLE, 8, "other_incarnation"),
-        (Position(at(4), 4, FAILED_OVER, 7), WHOLE, 7, None),
-        (Position(at(4), 4, FAILED_OVER, 7), WHOLE, 8, "failover"),
-        (Position(at(4), 4, FAILED_OVER, 7), WHOLE, None, "failover"),
-        (Position(ZERO_ID, 0, FAILED_OVER), WHOLE, None, None),
+        (Position(at(4), 4, SIMILAR_LIFE, 7), WHOLE, None, "other_incarnation"),
         (Position(ZERO_ID, 0, OTHER_LIFE), WHOLE, None, "other_incarnation"),
+        (Position(at(4)), NEW, None, "unknown_position"),
+        # Rule 4: after a failover or restart, what followed the position may have been lost.
+        (Position(at(4), 4, BEFORE_THE_FAILOVER, 7), FAILED_OVER, 7, "failover"),
+        (Position(at(6), 6, BEFORE_THE_FAILOVER, 7), FAILED_OVER, 7, "failover"),
+        (Position(at(4), 4, BEFORE_THE_FAILOVER, 7), FAILED_OVER, 8, "failover"),
+        (Position(at(4), 4, BEFORE_THE_FAILOVER, 7), FAILED_OVER, None, "failover"),
+        (Position(at(7), 7, BEFORE_THE_FAILOVER, 7), FAILED_OVER, None, "failover"),
+        (Position(at(12), 12, BEFORE_THE_FAILOVER), FAILED_OVER, None, "position_ahead"),
+        (Position(ZERO_ID, 0, BEFORE_THE_FAILOVER), FAILED_OVER, None, "failover"),
+        (Position(ZERO_ID, 0, BEFORE_THE_FAILOVER), EMPTY_AGAIN, None, "failover"),
+        (Position(at(4), 4, LIFE, 7), FAILED_OVER, 7, None),
+        (Position(at(6)), FAILED_OVER, 7, "failover"),
+        (Position(at(7)), FAILED_OVER, 7, None),
+        (Position(ZERO_ID), FAILED_OVER, None, None),
+        # A cursor of an earlier version, of a client that had seen an empty stream.
+        (Position(ZERO_ID, 0), FAILED_OVER, None, "unknown_position"),
         (Position(at(12), 12, OTHER_LIFE), WHOLE, None, "position_ahead"),
         (Position(EntryID(4, 3)), WHOLE, None, "unknown_position"),
     ],
@@ -61,23 +87,47 @@ EMPTY = state(None, 9, added=9, length=0)
 def test_a_position_is_whole_or_the_reason_is_told(
     position: Position, stream: StreamState, own: int | None, reason: str | None
 ) -> None:
-    verdict = judge(position, stream, LIFE, own)
+    verdict = judge(position, stream, own)
     assert (verdict.notice and verdict.notice.reason) == reason
 
 
 def test_after_another_life_a_client_begins_with_all_of_this_one() -> None:
-    assert judge(Position(at(4), 4, OTHER_LIFE), WHOLE, LIFE, None).resume == ZERO_ID
-    assert judge(Position(at(12), 12, OTHER_LIFE), WHOLE, LIFE, None).resume == ZERO_ID
+    assert judge(Position(at(4), 4, OTHER_LIFE), WHOLE, None).resume == ZERO_ID
+    assert judge(Position(at(12), 12, OTHER_LIFE), WHOLE, None).resume == ZERO_ID
 
 
 def test_a_bare_position_ahead_goes_on_at_the_end() -> None:
-    assert judge(Position(at(12)), WHOLE, LIFE, None).resume == at(9)
+    assert judge(Position(at(12)), WHOLE, None).resume == at(9)
 
 
 def test_a_stream_that_is_gone_is_another_life() -> None:
     gone = StreamState(
         exists=False, first=None, last=ZERO_ID, length=0, added=0, max_deleted=ZERO_ID
     )
-    verdict = judge(Position(at(4), 4, LIFE), gone, LIFE, None)
+    verdict = judge(Position(at(4), 4, LIFE), gone, None)
     assert verdict.notice
     assert (verdict.notice.kind, verdict.resume) == ("reset", ZERO_ID)
+
+
+@pytest.mark.parametrize(
+    ("position", "stream", "to"),
+    [
+        # XADD 1 to 5, XDEL 4, resume after 2.
+        (Position(at(2), 2, LIFE), state(1, 5, added=5, length=4, deleted=4), 4),
+        (Position(at(2), 2, LIFE), state(5, 9, added=9, length=5), 5),
+        (Position(at(2), 2, LIFE), state(7, 9, added=9, length=3, deleted=4), 7),
+        (Position(at(2), 2, LIFE), state(None, 9, added=9, length=0, deleted=4), 9),
+    ],
+)
+def test_a_gap_ends_after_all_that_is_missing(
+    position: Position, stream: StreamState, to: int
+) -> None:
+    notice = judge(position, stream, 7).notice
+    assert notice
+    assert (notice.kind, notice.from_id, notice.to_id) == ("gap", at(2), at(to))
+
+
+def test_a_place_before_a_failover_is_still_counted() -> None:
+    """So that later trims cause no more false alarms than before."""
+    assert judge(Position(at(4), 4, BEFORE_THE_FAILOVER, 7), FAILED_OVER, 7).counted
+    assert not judge(Position(at(4), 4, BEFORE_THE_FAILOVER, 7), FAILED_OVER, 8).counted

@@ -18,11 +18,14 @@ from relay.stream.control_reader import ControlReader
 from relay.stream.groups import MARKER_GROUP
 from relay.stream.keys import Keys
 from relay.stream.link import Command
+from relay.stream.primary import Primary, Replication
 from relay.stream.turns import LiveTurns, PageTurns
-from tests.support.hub import NEWS, SERVER, Client, Outbox, Reads, Words, examine, join, make_hub
+from tests.support.hub import NEWS, Client, Outbox, Reads, Words, examine, join, make_hub
 
 KEYS = Keys("relay:")
 SETTINGS = StreamSettings()
+PRIMARY = Primary()
+PRIMARY.observe(Replication(b"master", b"", b""))
 NO_GROUP = hiredis.ReplyError("NOGROUP No such key or consumer group")
 
 
@@ -40,18 +43,19 @@ class Scene:
         self.turns = LiveTurns(
             keys=KEYS,
             instance="w1",
+            primary=PRIMARY,
             settings=SETTINGS,
             metrics=Metrics(),
             decode=partial(entry.decode, max_bytes=1000),
             on_records=lambda stream, records: stream.on_records(records),
             control=ControlReader(KEYS, lambda _command: None, lambda: None),
         )
-        self.turns.commands(SERVER)
+        self.turns.commands()
         self.turns.take([0, []])  # the control stream's first look
 
     def read(self, exec_reply: object) -> list[Command]:
         self.turns.want_read(self.feed)
-        commands = self.turns.commands(SERVER)
+        commands = self.turns.commands()
         self.turns.take([b"OK", *[b"QUEUED"] * (len(commands) - 2), exec_reply])
         self.hub.flush()
         return commands
@@ -162,7 +166,7 @@ def test_a_group_that_was_made_in_another_life_is_not_read() -> None:
 def test_a_group_that_was_set_back_is_put_right_and_nothing_comes_twice(scene: Scene) -> None:
     scene.read([info(1, added=1, last=1), found(1)])
     scene.read([info(1, 2, added=2, last=2), found(1, 2)])
-    commands = scene.turns.commands(SERVER)
+    commands = scene.turns.commands()
     assert "XGROUP" in names(commands)
     scene.turns.take([b"OK"] * 6 + [[info(1, 2, added=2, last=2), MARKER, b"", b"", found(2)]])
     scene.hub.flush()
@@ -172,13 +176,13 @@ def test_a_group_that_was_set_back_is_put_right_and_nothing_comes_twice(scene: S
 def test_an_unsettled_stream_is_examined_before_it_is_read(scene: Scene) -> None:
     scene.feed.on_unsettled()
     scene.turns.want_read(scene.feed)
-    scene.turns.commands(SERVER)
-    assert names(scene.turns.commands(SERVER))[:3] == ["MULTI", "XINFO", "XINFO"]
+    scene.turns.commands()
+    assert names(scene.turns.commands())[:4] == ["INFO", "MULTI", "XINFO", "XINFO"]
 
 
 def test_a_new_link_voids_what_was_asked_on_the_old_one(scene: Scene) -> None:
     scene.turns.want_read(scene.feed)
-    scene.turns.commands(SERVER)
+    scene.turns.commands()
     scene.turns.connected([scene.feed])
     scene.turns.take([b"OK", b"", b"", [info(1, added=1, last=1), found(1)]])
     assert scene.outbox.writes == []
@@ -188,7 +192,7 @@ def test_a_new_link_voids_what_was_asked_on_the_old_one(scene: Scene) -> None:
 def test_who_waited_on_the_old_link_is_examined_on_the_new_one() -> None:
     scene = Scene()
     scene.turns.want_examine(scene.feed)
-    scene.turns.commands(SERVER)
+    scene.turns.commands()
     scene.turns.connected([scene.feed])
     request = examine(scene.hub)
     assert request.users == ("ann",)
@@ -200,11 +204,13 @@ def test_a_page_of_a_stream_that_is_gone_is_examined(scene: Scene) -> None:
     scene.session.pause()
     scene.read([info(1, 2, added=2, last=2), found(2)])
     scene.session.resume()
-    pages = PageTurns(keys=KEYS, settings=SETTINGS, decode=partial(entry.decode, max_bytes=1000))
+    pages = PageTurns(
+        keys=KEYS, primary=PRIMARY, settings=SETTINGS, decode=partial(entry.decode, max_bytes=1000)
+    )
     pages.want(scene.feed)
     assert names(pages.commands()) == ["MULTI", "XINFO", "XINFO", "XRANGE", "EXEC"]
     gone = hiredis.ReplyError("ERR no such key")
-    pages.take(SERVER, [b"OK", b"", b"", b"", [gone, gone, []]])
+    pages.take([b"OK", b"", b"", b"", [gone, gone, []]])
     assert not scene.feed.settled
 
 
@@ -216,7 +222,7 @@ ABORTED = hiredis.ReplyError("EXECABORT Transaction discarded because of previou
 
 def refuse(scene: Scene, refusal: hiredis.ReplyError) -> None:
     scene.turns.want_read(scene.feed)
-    commands = scene.turns.commands(SERVER)
+    commands = scene.turns.commands()
     scene.turns.take([b"OK", *[refusal] * (len(commands) - 2), ABORTED])
 
 
@@ -234,7 +240,7 @@ def test_where_groups_are_refused_entries_are_read_without_them(
     scene: Scene, refusal: hiredis.ReplyError
 ) -> None:
     refuse(scene, refusal)
-    commands = scene.turns.commands(SERVER)
+    commands = scene.turns.commands()
     assert names(commands) == ["XINFO", "XINFO", "XRANGE", "XINFO"]
     state = info(1, 2, added=2, last=2)
     entries = [[b"%d-0" % number, [b"data", b"%d" % number]] for number in (1, 2)]
@@ -246,15 +252,15 @@ def test_where_groups_are_refused_entries_are_read_without_them(
 
 def test_a_plain_look_that_was_no_single_moment_is_repeated(scene: Scene) -> None:
     refuse(scene, FULL)
-    scene.turns.commands(SERVER)
+    scene.turns.commands()
     scene.turns.take([info(added=0, last=0), MARKER, [], info(1, added=1, last=1)])
     assert scene.turns.wanted
-    assert names(scene.turns.commands(SERVER)) == ["XINFO", "XINFO", "XRANGE", "XINFO"]
+    assert names(scene.turns.commands()) == ["XINFO", "XINFO", "XRANGE", "XINFO"]
 
 
 def test_a_plain_read_sees_a_trim_and_another_life(scene: Scene) -> None:
     refuse(scene, FULL)
-    scene.turns.commands(SERVER)
+    scene.turns.commands()
     state = info(3, added=3, last=3)
     scene.turns.take([state, MARKER, [[b"3-0", [b"data", b"3"]]], state])
     scene.hub.flush()
@@ -269,7 +275,7 @@ def test_what_is_refused_in_every_way_is_not_repeated_without_a_pause(
     denied = hiredis.ReplyError("NOPERM User relay has no permissions to run the 'xinfo' command")
     refuse(scene, denied if plain else busy)
     if plain:
-        scene.turns.commands(SERVER)
+        scene.turns.commands()
         scene.turns.take([denied] * 4)
     assert not scene.turns.wanted
     scene.turns.retry_paused()
@@ -293,7 +299,7 @@ def test_streams_with_news_or_waiting_clients_are_examined_before_the_others() -
     for feed in feeds.values():
         assert feed
         turns.want_examine(feed)
-    turns.commands(SERVER)
+    turns.commands()
     turns.take([0, [], []])
     assert turns.settling
     assert not turns.wanted
@@ -304,11 +310,11 @@ def test_streams_with_news_or_waiting_clients_are_examined_before_the_others() -
     waiting = hub.feed(requested)
     assert waiting
     turns.want_examine(waiting)
-    assert _examined(turns.commands(SERVER)) == {KEYS.stream(requested)}
-    assert _examined(turns.commands(SERVER)) == {KEYS.stream(news)}
+    assert _examined(turns.commands()) == {KEYS.stream(requested)}
+    assert _examined(turns.commands()) == {KEYS.stream(news)}
     assert turns.settling
     turns.only_urgent = False
-    assert _examined(turns.commands(SERVER)) == {KEYS.stream(quiet)}
+    assert _examined(turns.commands()) == {KEYS.stream(quiet)}
 
 
 def _examined(commands: Sequence[Command]) -> set[object]:

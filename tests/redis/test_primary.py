@@ -1,0 +1,104 @@
+"""relay/stream/primary.py: what real servers say at starts, promotions and when replicas come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from relay.stream.connect import discover
+from relay.stream.link import Link
+from relay.stream.primary import Primary, Replication
+from tests.support.clients import until
+from tests.support.valkey import Flavour, Server, running
+
+pytestmark = pytest.mark.redis
+
+
+@asynccontextmanager
+async def opened(server: Server) -> AsyncIterator[Link]:
+    settings = server.settings()
+    link = await Link.open(await discover(settings), settings=settings)
+    try:
+        yield link
+    finally:
+        link.close()
+
+
+async def observe(primary: Primary, link: Link) -> None:
+    info = cast(bytes, await link.call("INFO", "replication"))
+    primary.observe(Replication.parse(info))
+
+
+@pytest.mark.parametrize("flavour", ["valkey", "redis"])
+@pytest.mark.parametrize("options", [("--appendonly", "yes"), ("--appendonly", "no")])
+async def test_nothing_vouches_for_the_time_before_a_start(
+    tmp_path: Path, flavour: Flavour, options: tuple[str, ...]
+) -> None:
+    """However the server ended: it does not say whether it read everything back."""
+    server = Server(tmp_path, flavour, options=options)
+    primary = Primary()
+    certificates: list[int] = []
+    with running(server):
+        for how in ("kill", "kill", "stop", "stop"):
+            async with opened(server) as link:
+                primary.connected(link.run_id, link.replication)
+            assert not any(primary.vouches_for(each) for each in certificates)
+            certificates.append(primary.certificate)
+            await asyncio.to_thread(server.client().save)
+            await asyncio.to_thread(getattr(server, how))
+            await asyncio.to_thread(server.start)
+            primary.disconnected()
+    assert len(set(certificates)) == 4
+
+
+@pytest.mark.parametrize("flavour", ["valkey", "redis"])
+async def test_a_first_replica_changes_the_replication_id_and_loses_nothing(
+    tmp_path: Path, flavour: Flavour
+) -> None:
+    server = Server(tmp_path / "primary", flavour)
+    replica = Server(tmp_path / "replica", flavour, replica_of=server)
+    away = Server(tmp_path / "away", flavour)
+    clock = [0.0]
+    primary, late = Primary(lambda: clock[0]), Primary()
+    with running(server):
+        async with opened(server) as link:
+            primary.connected(link.run_id, link.replication)
+            before = primary.certificate
+            with running(replica):
+                await until(lambda: server.client().info("replication")["connected_slaves"] == 1)
+                await observe(primary, link)
+                assert primary.certificate != before
+                assert primary.vouches_for(before)
+                late.connected(link.run_id, link.replication)
+                await observe(late, link)
+                alone = primary.certificate
+                # Promoted: what the primary acknowledged meanwhile may not have arrived here.
+                replica.client().replicaof("NO", "ONE")
+                async with opened(replica) as other:
+                    promoted = Primary()
+                    promoted.connected(other.run_id, other.replication)
+                    assert not promoted.vouches_for(alone)
+        primary.disconnected()
+        clock[0] += 10
+        async with opened(server) as link:
+            primary.connected(link.run_id, link.replication)
+            assert primary.vouches_for(before)
+            # The same process as another's replica for a moment, and promoted again.
+            with running(away):
+                server.client().replicaof("127.0.0.1", away.port)
+                server.client().replicaof("NO", "ONE")
+            await observe(primary, link)
+            assert not primary.vouches_for(before)
+            assert not primary.vouches_for(alone)
+            last = primary.certificate
+        primary.disconnected()
+        clock[0] += 3600
+        async with opened(server) as link:
+            primary.connected(link.run_id, link.replication)
+            assert primary.vouches_for(last)
+            assert not primary.vouches_for(before)
