@@ -114,12 +114,12 @@ class Dispatcher:
         if entry.size(fields) > self._max_entry_bytes:
             raise commands.Invalid(f"too large: {entry.size(fields)} bytes")
         uid_key = None
-        if uid is not None and self._window_ms:
+        rules = self._namespace_of(channel)
+        if uid is not None and self._window_ms and rules.unique_uids:
             if len(uid.encode()) > UID_BYTES:
                 raise commands.Invalid(f"uid of more than {UID_BYTES} bytes")
             uid_key = self._keys.uid(channel, uid)
-        keep = self._namespace_of(channel).retention_count
-        return Operation(self._keys.stream(channel), fields, index, keep, uid_key)
+        return Operation(self._keys.stream(channel), fields, index, rules.retention_count, uid_key)
 
     def _publish(self, command: commands.Command, index: int) -> list[Operation]:
         return [self.operation(commands.publish(command.params), index)]

@@ -309,6 +309,11 @@ class NamespaceSettings(Section):
         description="replicas that must confirm an append of the relay's own producers",
     )
 
+    unique_uids: bool = Field(
+        True,
+        description="append only the first of several events that have the same uid within [publish] uid_window_s; off: the HTTP API and the queue append each of them, as Centrifugo v1 does",
+    )
+
     def sources(self) -> frozenset[str]:
         """The rights sources as a set."""
         return frozenset(part.strip() for part in self.rights.split(",") if part.strip())

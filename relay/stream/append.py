@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 import hiredis
 
 from relay.errors import LimitExceeded, NotReplicated, RedisUnavailable, RelayError, Unavailable
-from relay.model import Channel, EntryID
+from relay.model import RESERVED_NAMESPACES, Channel, EntryID, namespace_of
 from relay.stream import scripts
 from relay.stream.connect import CommandRefused, RefusedForNow, discover
 from relay.stream.link import Link
@@ -108,7 +108,9 @@ class Appender:
         words.append("*")
         words += fields
         key = self._keys.stream(channel)
-        once = bool(uid) and self._window_ms > 0
+        # In channels of one protocol the uid is the relay's own: it makes an append repeatable.
+        unique = rules.unique_uids or namespace_of(channel) in RESERVED_NAMESPACES
+        once = bool(uid) and self._window_ms > 0 and unique
         if unless_latest is not None:
             values = dict(zip(fields[::2], fields[1::2], strict=True))
             same = values.get(b"type", b""), unless_latest, values[unless_latest]

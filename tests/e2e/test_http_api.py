@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 from yarl import URL
 
+from tests.support.clients import redis, until
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server
 
@@ -136,6 +137,37 @@ async def test_whoever_prefers_it_is_told_the_entry_s_id(api: Api, channel: str)
     assert [reply["body"] for reply in json.loads(text)] == [None] * 4
 
 
+async def test_uids_need_not_be_unique_where_the_namespace_says_so(
+    valkey: Server, channel: str
+) -> None:
+    settings = [
+        f"protocol:centrifugo.secret={SECRET}",
+        "protocol:pydio.key=adminsecretkey",
+        "producer:queue.enabled=yes",
+        "namespace.unique_uids=no",
+    ]
+    relay = RelayProcess(valkey, settings=settings)
+    await asyncio.to_thread(relay.start)
+    try:
+        async with aiohttp.ClientSession() as session:
+            api = Api(session, relay)
+            again = publish(channel, "1").replace('"data"', '"uid":"u","data"')
+            for _ in range(2):
+                assert [each["error"] for each in await api.ask(f"[{again},{again}]")] == [None] * 2
+            wanted = [{b"data": b"1", b"uid": b"u"}] * 4
+            assert api.entries(channel) == wanted
+            redis(valkey, "RPUSH", "centrifugo.api", again, again)
+            await until(lambda: len(api.entries(channel)) == 6)
+            assert redis(valkey, "EXISTS", f"relay:uid:{{{channel}}}:u") == 0
+            # What the relay itself repeats after a lost connection is still appended once.
+            headers = {"Admin-Key": "adminsecretkey"}
+            async with session.ws_connect(f"{relay.url}/private", headers=headers) as socket:
+                await socket.send_str('{"REPO_ID":"uids","CONTENT":"<tree/>"}')
+                await until(lambda: redis(valkey, "KEYS", "relay:uid:{pydio:uids}:*"))
+    finally:
+        await asyncio.to_thread(relay.kill)
+
+
 async def test_a_broadcast_stops_at_its_first_error(api: Api, channel: str) -> None:
     text = '{"method":"broadcast","params":{"channels":%s,"data":%s,"client":"c"}}'
     both = json.dumps([channel, f"{channel}2"])
@@ -150,6 +182,11 @@ async def test_a_broadcast_stops_at_its_first_error(api: Api, channel: str) -> N
     for wrong in ("[]", "null", '[""]'):
         (reply,) = await api.ask(text % (wrong, "1"))
         assert (reply["error"], reply["advice"]) == ("invalid message", "fix")
+    # As Centrifugo: what stands before the empty name is published.
+    (reply,) = await api.ask(text % (json.dumps([f"{channel}5", "", f"{channel}6"]), "1"))
+    assert (reply["error"], reply["advice"]) == ("invalid message", "fix")
+    assert len(api.entries(f"{channel}5")) == 1
+    assert api.entries(f"{channel}6") == []
 
 
 async def test_errors_of_one_command_leave_the_others(api: Api, channel: str) -> None:

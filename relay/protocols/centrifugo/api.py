@@ -105,7 +105,7 @@ class Api:
             broadcast = commands.broadcast(params)
         except commands.Undeliverable:
             return _Started(method, uid, [], INVALID_MESSAGE, FIX)
-        if not broadcast.channels or not broadcast.data or not all(broadcast.channels):
+        if not broadcast.channels or not broadcast.data:
             return _Started(method, uid, [], INVALID_MESSAGE, FIX)
         wanted: list[commands.Publication] = []
         error = ""

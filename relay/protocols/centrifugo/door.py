@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from relay.protocols.centrifugo import client_codec as codec
 from relay.protocols.centrifugo import tokens
@@ -79,7 +79,7 @@ class Door:
         self.call_later = call_later
         # Connections that are in no hub yet; a stop cuts them.
         self.unauthenticated: set[Connection] = set()
-        self.reload(settings)
+        self._use(settings)
         context.hub.on_not_subscribed[DOOR] = _tell_unsubscribed
         self.stats = Stats()
         self.presence = Presence(context, lambda channel: self.names.rules(channel), self.stats)
@@ -89,6 +89,18 @@ class Door:
 
     def reload(self, settings: CentrifugoSettings) -> None:
         """From now on these count, for open connections too."""
+        before = self.names
+        self._use(settings)
+        sessions = self.context.hub.sessions()
+        connections = [
+            cast("Connection", session.client).subscriptions
+            for session in sessions
+            if session.principal.door == DOOR
+        ]
+        reloaded = self.presence.reloaded(before, connections)
+        _ = self.context.spawn(reloaded, name="centrifugo presence")
+
+    def _use(self, settings: CentrifugoSettings) -> None:
         self.settings = settings
         self.names = Names(settings)
         self._secret = settings.secret.get_secret_value().encode()

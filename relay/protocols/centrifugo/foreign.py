@@ -155,6 +155,13 @@ def _retention(given: Given) -> Iterator[Said]:
         where = f"history of [{section}]: "
         yield Said(section=section, key="retention_count", text=str(count), where=where, why=why)
         yield Said(section=section, key="retention_age_s", text=str(age_s), where=where)
+        yield Said(
+            section=section,
+            key="unique_uids",
+            text="no",
+            where=f"{_VERSION}'s uid = ",
+            why="Centrifugo's backends need not give each message a uid of its own.",
+        )
 
 
 def _kept(values: Mapping[str, Value]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ on a worker that dies leaves too: one of the other workers says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from producers import commands
@@ -17,8 +17,10 @@ from relay.protocols.centrifugo.gojson import text
 
 if TYPE_CHECKING:
     from relay.frontdoor import DoorContext
+    from relay.protocols.centrifugo.channels import Names
     from relay.protocols.centrifugo.settings import CentrifugoNamespace
     from relay.protocols.centrifugo.stats import Stats
+    from relay.protocols.centrifugo.subscriptions import Subscriptions
 
 _DOOR = "centrifugo"
 
@@ -48,19 +50,23 @@ class Presence:
 
     def changed(self, channel: Channel, client: str, info: bytes) -> None:
         """The client is there with this info from now on; nobody is told."""
-        rules = self._rules(channel)
-        if rules is None or not (rules.presence or rules.join_leave):
+        if not _is_kept(self._rules(channel)):
             return
         # As answers have it, made once: a channel may have thousands of clients.
         kept = codec.client_info(info) or codec.info_json("", client, "", "")
         self._context.presence.add(channel, client, kept)
         self._stats.count("node_num_add_presence")
 
+    async def reloaded(self, before: Names, subscriptions: Iterable[Subscriptions]) -> None:
+        """Add the clients that are subscribed already to channels that have presence only now."""
+        for each in subscriptions:
+            await each.introduce_in(lambda channel: not _is_kept(before.rules(channel)))
+
     def left(self, channel: Channel, client: str, info: bytes) -> None:
         """It is over."""
         self._context.presence.remove(channel, client)
         rules = self._rules(channel)
-        if rules is not None and (rules.presence or rules.join_leave):
+        if _is_kept(rules):
             self._stats.count("node_num_remove_presence")
         if rules is not None and rules.join_leave:
             self._tell(channel, "leave", info)
@@ -87,6 +93,10 @@ class Presence:
     def _tell(self, channel: Channel, what: str, info: bytes) -> None:
         self._context.whisper(Event(channel, None, info, is_json=True, type=what, door=_DOOR))
         self._stats.count(f"node_num_{what}_msg_published")
+
+
+def _is_kept(rules: CentrifugoNamespace | None) -> bool:
+    return rules is not None and (rules.presence or rules.join_leave)
 
 
 def _as_pushed(client: str, info: bytes) -> bytes:

@@ -7,7 +7,7 @@ recovered messages, each once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from relay.protocols.centrifugo import channels, encoders, history
 from relay.protocols.centrifugo import client_codec as codec
 from relay.protocols.centrifugo.door import Door, Fatal
 from relay.protocols.centrifugo.gojson import is_json
+from relay.slices import in_slices
 
 if TYPE_CHECKING:
     from relay.hub.session import Session, Subscription
@@ -195,6 +196,13 @@ class Subscriptions:
         self.admitted.discard(channel)
         self._door.presence.left(channel, *self._who(channel))
         self._door.publisher.unsubscribed(channel)
+
+    async def introduce_in(self, wanted: Callable[[Channel], bool]) -> None:
+        """Add the client to the presence of those of its channels that are `wanted`."""
+        async for name in in_slices(map(Channel, list(self._own))):
+            # It may have been unsubscribed from in the meantime.
+            if name in self._own and wanted(name):
+                self._door.presence.changed(name, *self._who(name))
 
     def introduce(self) -> None:
         """The client has another info."""

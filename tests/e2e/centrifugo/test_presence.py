@@ -77,6 +77,36 @@ async def test_who_is_there_is_told_by_client(site: Centrifugo) -> None:
     assert await present(anna, "here:room") == [anna.id]
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("count", [1, 2])
+async def test_presence_that_a_reload_enables_has_those_who_are_subscribed(
+    valkey: Server, tmp_path: Path, count: int
+) -> None:
+    path = tmp_path / "late.ini"
+    path.write_text("[protocol:centrifugo:late]\n")
+    flags = ["--workers", str(count), "-c", str(path)]
+    relay = RelayProcess(valkey, settings=[f"protocol:centrifugo.secret={SECRET}"], flags=flags)
+    await asyncio.to_thread(relay.start)
+    try:
+        async with centrifugo(relay.url) as site:
+            clients = [await site.client(f"u{number}") for number in range(6)]
+            for each in clients:
+                await each.subscribe("late:room")
+            reply = await clients[0].ask("presence", channel="late:room")
+            assert reply["error"] == "not available"
+            path.write_text("[protocol:centrifugo:late]\npresence = yes\n")
+            relay.send(signal.SIGHUP)
+            await until(
+                lambda: sum("relay.app" in e and "reloaded" in e for e in relay.log) >= count
+            )
+            everybody = {each.id for each in clients}
+            await seen(clients[0], "late:room", everybody)
+            await clients[1].ask("unsubscribe", channel="late:room")
+            await seen(clients[0], "late:room", everybody - {clients[1].id})
+    finally:
+        await asyncio.to_thread(relay.kill)
+
+
 async def test_joins_and_leaves_are_told_once_and_kept_nowhere(
     site: Centrifugo, relay: RelayProcess
 ) -> None:

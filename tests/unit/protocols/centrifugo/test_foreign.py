@@ -221,6 +221,8 @@ def test_streams_keep_what_history_may_ask_for_and_little_else(write: Write) -> 
     }.items():
         rules = config.namespace(Channel(channel))
         assert (rules.retention_count, rules.retention_age_s) == kept, channel
+        # Centrifugo appends each message, whatever its uid.
+        assert not rules.unique_uids
     slash = text.replace("{", '{"namespace_channel_boundary": "/", ', 1)
     rules = configured(translate(write(slash))).namespace(Channel("big/x"))
     assert (rules.retention_count, rules.retention_age_s) == (50000, 864000)
