@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 from aiohttp import web
 
 from relay.errors import StartError
+from relay.transports.http_connection import KEEPALIVE_S, ConnectionLimits
 from relay.transports.listener import GuardedSite
 from relay.transports.precedence import FallbackRoute, in_order
 from relay.transports.take_over import drop, end_rejected_upgrade, hand_on
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from relay.settings import Section, ServerSettings
     from relay.transports.balance import Balance
 
-# A cursor over many channels comes back in one header line (native/README.md, "Cursor").
-_LINE_BYTES = 65536
 _FIRST_BYTES_S, _LOOKS = 0.2, 20
 _LAST_PORT = 65535
 _ALL_ADDRESSES = {"", "0.0.0.0", "::"}  # noqa: S104  # compared with, not bound
@@ -65,6 +64,7 @@ class Server:
         self._lasting: list[Sequence[web.AbstractRouteDef]] = []
         self._last: list[web.AppRunner] = []
         self._balance: Balance | None = None
+        self._connections = ConnectionLimits()
 
     def plan(
         self, config: Config, doors: Sequence[tuple[str, Mounted, Section]]
@@ -190,7 +190,7 @@ class Server:
         for site, routes in zip(self._sites, self._lasting, strict=True):
             runner = await self._runner([*routes, FallbackRoute("/{any:.*}", _drop)])
             self._last.append(runner)
-            site.make_handler = cast("web.Server", runner.server)
+            site.serve(runner)
 
     async def stop_listening(self) -> None:
         """Close the listeners. Producers' requests that have arrived by then are answered."""
@@ -221,6 +221,7 @@ class Server:
             ssl_context=listening.tls,
             backlog=backlog,
             reuse_port=reuse_port,
+            limits=self._connections,
         )
         await site.start()
         self._sites.append(site)
@@ -233,8 +234,7 @@ class Server:
         runner = web.AppRunner(
             app,
             access_log=None,
-            max_line_size=_LINE_BYTES,
-            max_field_size=_LINE_BYTES,
+            keepalive_timeout=KEEPALIVE_S,
             handle_signals=False,
         )
         await runner.setup()

@@ -40,6 +40,14 @@ class Deadlines(Generic[T]):
             self._timer.cancel()
             self._timer = None
 
+    def oldest(self, *, min_age_s: float) -> T | None:
+        """Return the item with the nearest deadline, if it was added `min_age_s` ago or earlier."""
+        item = next(iter(self._due), None)
+        if item is None:
+            return None
+        age_s = asyncio.get_running_loop().time() - (self._due[item] - self._delay_s)
+        return item if age_s >= min_age_s else None
+
     def _on_timer(self) -> None:
         loop = asyncio.get_running_loop()
         self._timer = None

@@ -19,7 +19,7 @@ from multidict import CIMultiDict, MultiMapping
 from yarl import URL
 
 from relay.transports.client_socket import ClientSocket
-from relay.transports.take_over import give_back, server_of, take_over
+from relay.transports.take_over import factory_of, give_back, take_over
 
 if TYPE_CHECKING:
     import asyncio
@@ -227,10 +227,10 @@ class LocalExchange(Exchange):
 
 def hold(request: web.Request, asked: Asked, held: HeldRequest) -> None:
     """Before the take-over: tell `held` how the connection returns to aiohttp."""
-    server = server_of(request) if asked.reusable else None
-    if server is not None:
+    factory = factory_of(request) if asked.reusable else None
+    if factory is not None:
         # Bound now: the request, and aiohttp's part of the connection with it, goes.
-        held.returns(lambda transport, raw, early: give_back(server, transport, raw, early))
+        held.returns(lambda transport, raw, early: give_back(factory, transport, raw, early))
 
 
 def as_response(answer: Answer) -> web.Response:
@@ -254,17 +254,3 @@ def asked_of(request: web.Request, body: bytes | None) -> Asked:
         # Before HTTP/1.1 a connection that goes on must be agreed on: not worth it.
         reusable=request.keep_alive and request.version >= (1, 1),
     )
-
-
-async def read_body(request: web.Request, limit_bytes: int) -> bytes | None:
-    """The request's body; None if it is larger, and then the rest has not been read."""
-    if (request.content_length or 0) > limit_bytes:
-        return None
-    parts: list[bytes] = []
-    size = 0
-    while part := await request.content.readany():
-        parts.append(part)
-        size += len(part)
-        if size > limit_bytes:
-            return None
-    return b"".join(parts)

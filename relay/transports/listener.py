@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, cast
 
 from aiohttp import web
 
+from relay.transports.http_connection import ConnectionLimits, HttpFactory
+
 if TYPE_CHECKING:
     import ssl
 
@@ -61,12 +63,11 @@ class _Gate(asyncio.Protocol):
         if self._site.give is not None and self._site.give(connection):
             # Only this process's descriptor: the sibling has one of its own.
             opened.abort()
-        elif connection.fileno() < self._site.limit:
+        elif self._site.has_room(connection):
             handler = self._site.make_handler()
             opened.set_protocol(handler)
             handler.connection_made(opened)
         else:
-            self._site.count_refused()
             opened.abort()
 
 
@@ -108,9 +109,12 @@ class GuardedSite(web.BaseSite):
         ssl_context: ssl.SSLContext | None = None,
         reuse_port: bool = False,
         spare: int = _SPARE_DESCRIPTORS,
+        limits: ConnectionLimits | None = None,
     ) -> None:
+        """`limits` are those of all listeners of this process."""
         super().__init__(runner, ssl_context=ssl_context, backlog=backlog)
-        self.make_handler = cast("web.Server", runner.server)  # BaseSite has looked: it is set up
+        self._limits = limits or ConnectionLimits()
+        self.serve(runner)
         self._host = host
         self._port = port
         self._reuse_port = reuse_port
@@ -121,6 +125,10 @@ class GuardedSite(web.BaseSite):
         self.refused = 0
         # Asked first, where set: whether another process has taken the connection over.
         self.give: Callable[[socket.socket], bool] | None = None
+
+    def serve(self, runner: web.BaseRunner) -> None:
+        """Let `runner`, which has been set up, handle the connections from now on."""
+        self.make_handler = HttpFactory(cast("web.Server", runner.server), self._limits)
 
     @property
     def name(self) -> str:
@@ -180,8 +188,7 @@ class GuardedSite(web.BaseSite):
     async def adopt(self, connection: socket.socket, early: bytes = b"") -> None:
         """Serve a connection that another process has accepted, and read `early` from."""
         loop = asyncio.get_running_loop()
-        if connection.fileno() >= self.limit:
-            self.count_refused()
+        if not self.has_room(connection):
             connection.close()
             return
         connection.setblocking(False)
@@ -196,10 +203,16 @@ class GuardedSite(web.BaseSite):
             # The client has gone already.
             connection.close()
 
-    def count_refused(self) -> None:
-        """Count and log a connection that was closed because descriptors are short."""
+    def has_room(self, connection: socket.socket) -> bool:
+        """Return whether a new connection can be served; log it if not.
+
+        If descriptors are short, an old connection without a request is closed for the new one.
+        """
+        if connection.fileno() < self.limit or self.make_handler.shed():
+            return True
         self.refused += 1
         log.error(
             "Refused a new connection: all file descriptors but the reserve are in use; raise the"
             " limit of open files"
         )
+        return False

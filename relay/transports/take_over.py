@@ -2,8 +2,9 @@
 
 aiohttp keeps a task, a parser and buffers for each connection, and frames what it writes itself;
 a client that waits for events needs none of that; one that waited for an answer can go back to
-aiohttp with its next request. The only file that knows aiohttp's insides
-(`aiohttp.web_protocol.RequestHandler`, tried with 3.14.5): its tests fail if they change.
+aiohttp with its next request. Together with `http_connection` the only file that depends on
+aiohttp's internals (`aiohttp.web_protocol.RequestHandler`, tested with 3.14.5): their tests fail if
+these change.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from aiohttp import web
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from aiohttp.web_request import BaseRequest
 
     from relay.transports.client_socket import ClientSocket
+    from relay.transports.http_connection import HttpConnection, HttpFactory
 
 
 class TakenOver(web.StreamResponse):
@@ -124,17 +126,18 @@ def drop(request: web.Request) -> web.StreamResponse:
     return web.Response(status=503)
 
 
-def server_of(request: web.Request) -> web.Server | None:
-    """Where the request's connection can go back to; to be asked before `take_over`.
+def factory_of(request: web.Request) -> HttpFactory | None:
+    """Return what makes the successor of the request's connection; call this before `take_over`.
 
-    None if the client has sent its next request already: aiohttp's part, which has it, is let go.
+    Return None if the client has sent its next request already: aiohttp's handler, which has read
+    it, is released.
     """
     handler = request.protocol
-    return None if handler._messages else handler._manager
+    return None if handler._messages else cast("HttpConnection", handler).factory
 
 
 def give_back(
-    server: web.Server, transport: asyncio.Transport, answer: bytes, early: bytes
+    factory: HttpFactory, transport: asyncio.Transport, answer: bytes, early: bytes
 ) -> None:
     """Write the answer to the request that was taken over, and let aiohttp read the next one.
 
@@ -145,9 +148,10 @@ def give_back(
         # protocol that waited for the answer is told of the end.
         return
     transport.write(answer)
-    handler = server()
+    handler = factory()
     transport.set_write_buffer_limits()
     transport.set_protocol(handler)
     handler.connection_made(transport)
+    handler.reused()
     if early:
         handler.data_received(early)

@@ -210,7 +210,7 @@ async def test_an_event_beyond_the_limit(door: Seafile) -> None:
     body = b'{"type":"x","content":{"repo_id":"r","x":"%s"}}' % (b"x" * 1_100_000)
     answer = await door.request("POST", "/events", body, {"Seafile-Repo-Token": TOKEN})
     assert answer.status == 413
-    await until(lambda: any("more than 1048576 bytes" in line for line in door.relay.log))
+    await until(lambda: any("events_max_bytes (1048576 bytes)" in line for line in door.relay.log))
 
 
 async def test_while_redis_is_frozen_the_sender_gets_its_answer_in_time(

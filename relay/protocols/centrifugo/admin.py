@@ -187,6 +187,11 @@ class Administrator:
         if self._session is not None:
             self._session.end()
 
+    def expire(self) -> None:
+        """Close the connection if it has not authenticated."""
+        if not self._known:
+            self.close(words.UNAUTHORIZED)
+
     def close(self, reason: str) -> None:
         """Say why; administrators may always come back."""
         socket = self._socket

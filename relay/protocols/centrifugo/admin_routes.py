@@ -17,6 +17,8 @@ from relay.protocols.centrifugo import plain_http
 from relay.protocols.centrifugo.admin import Administrator
 from relay.protocols.centrifugo.node import memory
 from relay.transports import websocket
+from relay.transports.bodies import BodyRejected
+from relay.transports.deadlines import Deadlines
 from relay.transports.heartbeat import Heartbeat
 from relay.transports.reaper import Reaper
 from relay.transports.take_over import take_over
@@ -43,6 +45,10 @@ class AdminRoutes:
         self._reaper = Reaper()
         self._beat = Heartbeat(interval_s=settings.ping_interval, beat=websocket.PING)
         self._open: set[Administrator] = set()
+        # As for clients: a connection that does not authenticate is closed.
+        self._stale: Deadlines[Administrator] = Deadlines(
+            settings.stale_connection_close_delay, Administrator.expire
+        )
         self._auth_path = f"{prefix}/auth"
         self.routes: list[web.AbstractRouteDef] = []
         if settings.admin or settings.web:
@@ -69,8 +75,10 @@ class AdminRoutes:
             return _token(_INSECURE)
         try:
             fields = await plain_http.form(request, _FORM_BYTES)
-        except (ValueError, plain_http.TooLarge):
+        except ValueError:
             return plain_http.error(400, "Bad Request")
+        except BodyRejected as exc:
+            return plain_http.body_error(exc)
         password = settings.admin_password.get_secret_value().encode()
         given = fields.get("password", b"")
         if not (password and self._key() and hmac.compare_digest(password, given)):
@@ -112,6 +120,7 @@ class AdminRoutes:
 
         def closed() -> None:
             self._open.discard(administrator)
+            self._stale.remove(administrator)
             administrator.gone()
 
         socket.on_text = socket.on_binary = administrator.on_frame
@@ -119,6 +128,8 @@ class AdminRoutes:
         socket.on_drained = administrator.drained
         socket.on_closed = closed
         administrator.attached(socket)
+        if settings.stale_connection_close_delay:
+            self._stale.add(administrator)
         return take_over(request, head, socket)
 
     # ---- /debug/ --------------------------------------------------------------------------------

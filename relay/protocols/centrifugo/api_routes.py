@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,9 +12,13 @@ from aiohttp import web
 from producers.commands import Invalid
 from relay.protocols.centrifugo import codec, plain_http
 from relay.protocols.centrifugo.api import Api, signed
+from relay.transports.bodies import BodyRejected, read_body
 
 if TYPE_CHECKING:
     from relay.protocols.centrifugo.door import Door
+
+# What `signed` can accept.
+_SIGNATURE = re.compile(r"[0-9a-f]{64}")
 
 
 class ApiRoutes:
@@ -38,15 +43,23 @@ class ApiRoutes:
             self._door.stats.http_api.record(time.perf_counter() - started)
 
     async def _carry_out(self, request: web.Request) -> web.Response:
+        settings = self._door.settings
+        is_json = request.headers.get("Content-Type", "").lower().startswith("application/json")
+        if is_json and not settings.insecure_api:
+            # Don't read the body of a request that cannot be valid.
+            shown = request.headers.get("X-API-Sign", "")
+            if not shown or not request.can_read_body:
+                return self._refused(400, "Bad Request")
+            if not _SIGNATURE.fullmatch(shown):
+                return self._refused(401, "Unauthorized")
         try:
-            body, sign = await self._commands(request)
+            body, sign = await self._commands(request, is_json=is_json)
         except ValueError:
             return plain_http.error(400, "Bad Request")
-        except plain_http.TooLarge:
-            return plain_http.error(413, "Request Entity Too Large")
-        settings = self._door.settings
+        except BodyRejected as exc:
+            return plain_http.body_error(exc)
         if not settings.insecure_api:
-            # An empty secret, as after a reload, refuses all.
+            # An empty secret, as after a reload, rejects all requests.
             secret = settings.secret.get_secret_value().encode()
             if not sign or not body or not secret:
                 return self._refused(400, "Bad Request")
@@ -58,14 +71,14 @@ class ApiRoutes:
             return plain_http.error(400, "Bad Request")
         return web.Response(body=codec.encode(replies), content_type="application/json")
 
-    async def _commands(self, request: web.Request) -> tuple[bytes, str]:
+    async def _commands(self, request: web.Request, *, is_json: bool) -> tuple[bytes, str]:
         """The commands' text and its signature, in whichever form they were sent."""
-        kind = request.headers.get("Content-Type", "").lower()
-        if kind.startswith("application/json"):
-            body = await plain_http.body(request, self._door.settings.api_max_bytes)
+        limit_bytes = self._door.settings.api_max_bytes
+        if is_json:
+            body = await read_body(request, limit_bytes, "[protocol:centrifugo] api_max_bytes")
             return body, request.headers.get("X-API-Sign", "")
         # cent 1.x and phpcent 1.x send a form.
-        fields = await plain_http.form(request, self._door.settings.api_max_bytes)
+        fields = await plain_http.form(request, limit_bytes)
         return fields.get("data", b""), fields.get("sign", b"").decode("latin-1")
 
     def _refused(self, status: int, text: str) -> web.Response:

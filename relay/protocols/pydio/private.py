@@ -17,6 +17,7 @@ from relay.errors import LimitExceeded, RelayError
 from relay.protocols.pydio.hosts import AuthorisedHosts
 from relay.protocols.pydio.settings import PydioSettings, split
 from relay.transports import websocket
+from relay.transports.bodies import BodyRejected, read_body
 from relay.transports.take_over import take_over
 
 if TYPE_CHECKING:
@@ -131,7 +132,9 @@ class PrivateChannel:
 
     async def _post(self, request: web.Request, peer: str) -> web.Response:
         try:
-            publication = private_channel.read(await self._body(request))
+            limit_bytes = self._settings.private_max_bytes
+            body = await read_body(request, limit_bytes, "[protocol:pydio] private_max_bytes")
+            publication = private_channel.read(body)
             entry_id = await self._context.publish(
                 publication.channel,
                 publication.data,
@@ -141,20 +144,14 @@ class PrivateChannel:
         except (private_channel.Unreadable, ValueError) as exc:
             _log.warning("Dropped a message of %s on Pydio's private path: %s", peer, exc)
             return self._refused(400, "bad_request", str(exc))
+        except BodyRejected as exc:
+            code = "limit_exceeded" if exc.status == 413 else "bad_request"
+            return self._refused(exc.status, code, str(exc))
         except LimitExceeded as exc:
             return self._refused(413, exc.code, str(exc))
         except RelayError:
             return self._refused(503, "unavailable", "not appended; try again")
         return web.json_response({"channel": publication.channel, "id": str(entry_id)})
-
-    async def _body(self, request: web.Request) -> bytes:
-        most = self._settings.private_max_bytes
-        body = bytearray()
-        while part := await request.content.readany():
-            body += part
-            if len(body) > most:
-                raise LimitExceeded(f"more than {most} bytes")
-        return bytes(body)
 
     # ---- both -------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from producers.seaf_tokens import Refused
 from relay.errors import RelayError
 from relay.protocols.seafile import answers
 from relay.protocols.seafile.groups import Groups, source_of
+from relay.transports.bodies import BodyRejected, read_body
 
 if TYPE_CHECKING:
     from producers.seaf_events import SeafEvent
@@ -27,6 +28,14 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _LIMIT_S = 0.9
+# Go's http.StatusText.
+_STATUS_TEXT = {
+    400: "Bad Request",
+    408: "Request Timeout",
+    413: "Request Entity Too Large",
+    415: "Unsupported Media Type",
+    503: "Service Unavailable",
+}
 
 
 class EventsHandler:
@@ -56,15 +65,12 @@ class EventsHandler:
             _log.warning("event from %s is refused: %s", sender, exc)
             self._service.refused("unauthorized")
             return answers.error(400, "Notification token not match")
-        body = await self._body(request)
-        if body is None:
-            _log.warning(
-                "event from %s is refused: more than %d bytes",
-                sender,
-                self._settings.events_max_bytes,
-            )
-            self._service.refused("limit_exceeded")
-            return answers.error(413, "Request Entity Too Large")
+        try:
+            limit_bytes = self._settings.events_max_bytes
+            body = await read_body(request, limit_bytes, "[protocol:seafile] events_max_bytes")
+        except BodyRejected as exc:
+            self._service.refused("limit_exceeded" if exc.status == 413 else "bad_request")
+            return answers.error(exc.status, _STATUS_TEXT[exc.status])
         try:
             event = seaf_events.read(body)
         except seaf_events.Invalid as exc:
@@ -114,16 +120,3 @@ class EventsHandler:
         return [f"user:{name}" for name in members or () if name] or [
             f"group:seafile:{event.group}"
         ]
-
-    async def _body(self, request: web.Request) -> bytes | None:
-        limit = self._settings.events_max_bytes
-        if (request.content_length or 0) > limit:
-            return None
-        parts: list[bytes] = []
-        size = 0
-        while part := await request.content.readany():
-            parts.append(part)
-            size += len(part)
-            if size > limit:
-                return None
-        return b"".join(parts)

@@ -12,7 +12,7 @@ import asyncio
 import re
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
@@ -21,6 +21,7 @@ from aiohttp import web
 
 from relay.slices import next_slice
 from relay.transports import websocket
+from relay.transports.bodies import BodyRejected, read_body
 from relay.transports.engineio import packets
 from relay.transports.engineio.engine import Engine
 from relay.transports.engineio.packets import Malformed
@@ -30,8 +31,8 @@ from relay.transports.exchange import (
     Exchange,
     HeldRequest,
     LocalExchange,
+    as_response,
     asked_of,
-    read_body,
 )
 from relay.transports.handover import Bus, Handover, NotThere, PassOn
 from relay.transports.heartbeat import Heartbeat
@@ -133,14 +134,23 @@ class Endpoint:
         """Every method and query on the door's paths."""
         if request.method == "OPTIONS":
             return web.Response(status=204, headers=self._preflight(request.headers))
-        body: bytes | None = b""
-        if request.method == "POST":
-            body = await read_body(request, self._max_body_bytes(request))
+        asked = asked_of(request, b"")
+        sid = asked.query.get("sid", "")
+        owner = owner_of(sid)
+        is_elsewhere = owner is not None and owner != self._address
+        # Only a session's client may send a body.
+        if request.method == "POST" and (is_elsewhere or sid in self._engines):
+            try:
+                body = await read_body(request, self._max_body_bytes(request))
+                asked = replace(asked, body=body)
+            except BodyRejected as exc:
+                if exc.status != 413:
+                    return as_response(self._refusal(exc.status, BAD_REQUEST, request.headers))
+                # The session ends too.
+                asked = replace(asked, body=None)
             # Decoding takes milliseconds: many bodies that arrive together must take turns.
             await next_slice()
-        asked = asked_of(request, body)
-        owner = owner_of(asked.query.get("sid", ""))
-        if owner is not None and owner != self._address:
+        if owner is not None and is_elsewhere:
             try:
                 return await self._handover.forward(request, asked, owner)
             except NotThere:
@@ -306,9 +316,13 @@ class Endpoint:
     # ---- answers ----------------------------------------------------------------------------
 
     def _refuse(self, exchange: Exchange, code: int) -> None:
+        status = 403 if code == FORBIDDEN else 400
+        exchange.answer(self._refusal(status, code, exchange.asked.headers))
+
+    def _refusal(self, status: int, code: int, asked: MultiMapping[str]) -> Answer:
         body = orjson.dumps({"code": code, "message": _MESSAGES[code]})
-        headers = {"Content-Type": "application/json", **self._cors_of(exchange.asked.headers)}
-        self._answer(exchange, 403 if code == FORBIDDEN else 400, body, headers)
+        headers = {"Content-Type": "application/json", **self._cors_of(asked)}
+        return Answer(status, body, {**headers, "Cache-Control": "no-store"})
 
     @staticmethod
     def _answer(exchange: Exchange, status: int, body: bytes, headers: dict[str, str]) -> None:

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from relay.errors import Unavailable
-from relay.transports.exchange import Answer, Asked, as_response, asked_of, read_body
+from relay.transports.bodies import BodyRejected, read_body
+from relay.transports.exchange import Answer, Asked, as_response, asked_of
 from relay.transports.handover import Bus, Handover, NotThere
 from relay.transports.reaper import Reaper
 from relay.transports.sockjs import pages
@@ -149,6 +150,8 @@ class SockJs:
         except Unavailable:
             # The client tries another transport, and then from the beginning.
             return self._refuse(request, 503, b"Service Unavailable\n")
+        except BodyRejected as exc:
+            return self._refuse(request, exc.status, f"{exc}\n".encode())
 
     def _websocket(self, request: web.Request) -> web.StreamResponse:
         head = accept_headers(request)
@@ -164,8 +167,6 @@ class SockJs:
 
     async def _receive(self, request: web.Request, transport: str) -> web.StreamResponse:
         asked = asked_of(request, await read_body(request, _IGNORED_BYTES))
-        if asked.body is None:
-            return self._refuse(request, 413, b"Request Entity Too Large\n")
         if transport in ("jsonp", "htmlfile"):
             wrong = check_callback(asked)
             if wrong is not None:
@@ -191,11 +192,22 @@ class SockJs:
         self._accept(session, asked)
 
     async def _send(self, request: web.Request) -> web.StreamResponse:
-        asked = asked_of(request, await read_body(request, self._options.max_request_bytes))
+        session_id = request.match_info["session"]
+        is_here = session_id in self._sessions
+        # Only a session's client may send a body.
+        if not is_here and await self._registry.owner(session_id) is None:
+            return self._refuse(request, 404, _NOT_FOUND)
+        try:
+            body: bytes | None = await read_body(request, self._options.max_request_bytes)
+        except BodyRejected as exc:
+            if exc.status != 413:
+                raise
+            # The session ends in its protocol's own words.
+            body = None
+        asked = asked_of(request, body)
         response = self._handover.here(request, asked)
         if response is not None:
             return response
-        session_id = asked.route["session"]
         # Who has it may have been remembered for too long: then it is asked for anew, once.
         for _ in range(2):
             owner = await self._registry.owner(session_id)
