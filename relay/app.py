@@ -41,7 +41,7 @@ from relay.siblings import BEAT_S, REOPEN_LOG, Worker
 from relay.site import Site
 from relay.stream import revoke as revocations
 from relay.stream.append import Appender
-from relay.stream.connect import redis_client
+from relay.stream.connect import check_mode, redis_client
 from relay.stream.control_reader import ControlReader
 from relay.stream.keys import Keys
 from relay.stream.nodes import Heartbeat, Load, new_instance, this_node
@@ -146,6 +146,8 @@ class Relay:
                 starts_it=self._worker is None and not self._check_only,
             )
             client = await stack.enter_async_context(redis_client(redis))
+            if not self._check_only and self._config.redis.url != "embedded":
+                await check_mode(client, redis)
             self._background = await stack.enter_async_context(asyncio.TaskGroup())
             self._http = http = await stack.enter_async_context(
                 aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())

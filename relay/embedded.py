@@ -121,8 +121,9 @@ class EmbeddedValkey:
         except BlockingIOError:
             os.close(lock)
             raise StartError(
-                f"another relay serves from {self._folder}; give this one its own:"
-                " --set redis.embedded_dir=PATH --set redis.embedded_port=N"
+                f"another relay serves from {self._folder}; for several workers start one relay"
+                " with --workers N, for a second relay give it a folder and ports of its own:"
+                " --set redis.embedded_dir=PATH --set redis.embedded_port=N --port N"
             ) from None
         self._lock = lock
 

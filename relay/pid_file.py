@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +13,35 @@ from relay.errors import StartError
 
 @contextlib.contextmanager
 def pid_file(path: str) -> Iterator[None]:
-    """The file holds this process's number inside; '' for none. StartError where it cannot be."""
+    """Keep this process's ID in the file, '' for none, and remove the file at the end.
+
+    StartError if the file cannot be written, or belongs to a process that is running.
+    """
     if not path:
         yield
         return
-    file = Path(path)
     try:
-        file.write_text(f"{os.getpid()}\n")
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as exc:
         raise StartError(f"[node] pid_file: {path} cannot be written: {exc.strerror}") from exc
     try:
-        yield
+        try:
+            # The kernel releases it when this process ends, however that happens.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(file, 20).decode(errors="replace").strip()
+            raise StartError(
+                f"[node] pid_file: {path} belongs to process {owner}, which is running; stop it or"
+                " name another file"
+            ) from None
+        try:
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+        except OSError as exc:
+            raise StartError(f"[node] pid_file: {path} cannot be written: {exc.strerror}") from exc
+        try:
+            yield
+        finally:
+            Path(path).unlink(missing_ok=True)
     finally:
-        file.unlink(missing_ok=True)
+        os.close(file)

@@ -3,50 +3,91 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from urllib.parse import parse_qs, urlsplit
 
+from relay.cli.local_key import uses_local_key
 from relay.config import Config
 from relay.model import Channel
 from relay.stream.keys import Keys
 
 _CHANNEL = Channel("news")
-_ANY_HOST = {"0.0.0.0", "::", ""}  # noqa: S104  # compared with, not bound
+# A browser cannot open "any address".
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104  # not bound
 
 
-def banner(config: Config, *, port: int, redis_address: str | None, token: str | None) -> str:
-    """Page, token, Redis, curl lines and doors with a port of their own. No password of Redis is in
-    them.
+def banner(
+    config: Config,
+    *,
+    port: int,
+    redis_address: str | None,
+    token: str | None,
+    options: Sequence[str] = (),
+    launcher: Sequence[str] = ("python", "-m", "relay"),
+) -> str:
+    """Return the lines: page, token, Redis, curl and protocols with a port of their own.
 
-    `redis_address` is its URL, None where it shall not be shown. Without `token` the lines say
-    how to make one; with --insecure none is needed.
+    No password of Redis is in them. Lines that would not work are left out.
+
+    Args:
+        port: that of the shared listener.
+        redis_address: the URL of Redis, None if it must not be shown.
+        token: one to show. Without it the lines say how to make one.
+        options: with which `relay token` finds the same configuration.
+        launcher: the words that stand for `relay`.
     """
     base = _url(config.server.host, port, tls=bool(config.server.tls_cert))
-    fragment = f"#token={token}&channel={_CHANNEL}" if token else f"#channel={_CHANNEL}"
-    curl = ["curl", "-N", f"{base}/sse?channel={_CHANNEL}"]
-    if token:
-        curl[2:2] = ["-H", f"Authorization: Bearer {token}"]
-    elif not config.insecure:
-        curl[2:2] = ["-H", "Authorization: Bearer TOKEN"]
-    rows = [("page", f"{base}/{fragment}")]
-    if token:
-        rows.append(("token", token))
-    elif not config.insecure:
-        rows.append(("token", f"python -m relay token --user me --channel {_CHANNEL}"))
-    options = _redis_cli(redis_address) if redis_address else None
-    if options is not None:
+    make = [*launcher, "token", "--user", "me", "--channel", _CHANNEL, *options]
+    rows = [
+        *_native(config, base, token or _how_to_make_one(config, make), is_token=token is not None)
+    ]
+    redis = _redis_cli(redis_address) if redis_address else None
+    if redis is not None:
         key = Keys(config.redis.prefix).stream(_CHANNEL).decode()
-        command = ["redis-cli", *options, "XADD", key, "*", "data", '{"hello":1}']
+        command = ["redis-cli", *redis, "XADD", key, "*", "data", '{"hello":1}']
+        at = next((at for at, (name, _) in enumerate(rows) if name == "watch"), len(rows))
+        rows.insert(at, ("append", shlex.join(command)))
         if config.redis.url == "embedded":
-            rows.append(("valkey", f"127.0.0.1:{config.redis.embedded_port}"))
-        rows.append(("append", shlex.join(command)))
-    rows.append(("watch", shlex.join(curl)))
+            rows.insert(at, ("valkey", f"127.0.0.1:{config.redis.embedded_port}"))
     rows += _doors(config)
     lines = [f"relay is ready on {base}"]
     if config.insecure:
         lines.append("INSECURE: anyone may read every channel of the native door")
-    width = max(len(name) for name, _ in rows) + 1
+    width = max((len(name) for name, _ in rows), default=0) + 1
     return "\n".join([*lines, *(f"  {name:<{width}} {text}" for name, text in rows)])
+
+
+def _native(config: Config, base: str, token: str, *, is_token: bool) -> Iterator[tuple[str, str]]:
+    """The lines of the native protocol, which may be disabled or have a port of its own."""
+    native = config.doors.get("protocol:native")
+    if native is not None and not native.is_open:
+        return
+    if native is not None and int(getattr(native, "port", 0)):
+        base = dict(_doors(config))["native"]
+    if bool(getattr(native, "page", True)):
+        fragment = f"#token={token}&channel={_CHANNEL}" if is_token else f"#channel={_CHANNEL}"
+        yield "page", f"{base}/{fragment}"
+    curl = ["curl", "-N", f"{base}/sse?channel={_CHANNEL}"]
+    if is_token or not config.insecure:
+        yield "token", token
+        curl[2:2] = ["-H", f"Authorization: Bearer {token if is_token else 'TOKEN'}"]
+    yield "watch", shlex.join(curl)
+
+
+def _how_to_make_one(config: Config, make: Sequence[str]) -> str:
+    if not config.jwt.algorithm.startswith("HS"):
+        return f"made by the holder of the private key ({config.jwt.algorithm})"
+    if not config.jwt.key.get_secret_value() and not uses_local_key(config):
+        return "none is accepted before [jwt] key is set"
+    command = shlex.join(make)
+    variables = sorted(
+        name
+        for setting, origin in config.origins.items()
+        if setting.startswith(("[jwt] ", "[redis] embedded_"))
+        for name in [origin.removeprefix("environment variable ")]
+        if name != origin
+    )
+    return f"{command}  # needs {', '.join(variables)}" if variables else command
 
 
 def _doors(config: Config) -> Iterator[tuple[str, str]]:
@@ -64,9 +105,7 @@ def _url(host: str, port: int, *, tls: bool) -> str:
 
 
 def _host(host: str) -> str:
-    # A browser cannot open "any address".
-    if host in _ANY_HOST:
-        return "127.0.0.1"
+    host = _LOOPBACK.get(host, host)
     return f"[{host}]" if ":" in host else host
 
 

@@ -9,7 +9,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from urllib.parse import urlsplit
+from pathlib import Path
 
 from relay import __version__, logs
 from relay.cli import configured
@@ -93,9 +93,24 @@ def _serve(options: argparse.Namespace) -> int:
     def on_ready(port: int, redis_address: str) -> None:
         # A token for every channel is shown only where the relay made the key itself, for trying
         # things out; one of the operator's key does not belong on a screen or in a journal.
-        token = _sign(config, "me", ["*"], [], 86400.0) if local else None
-        text = banner(config, port=port, redis_address=redis_address, token=token)
-        print(text, flush=True)
+        # Nor does any token belong into a journal or a pipe.
+        shown = local and sys.stdout.isatty()
+        token = _sign(config, "me", ["*"], [], 86400.0) if shown else None
+        text = banner(
+            config,
+            port=port,
+            redis_address=redis_address,
+            token=token,
+            options=configured.token_options(options),
+            launcher=_launcher(),
+        )
+        try:
+            print(text, flush=True)
+        except OSError as exc:
+            # A full disk, or a reader that has gone: relay serves all the same.
+            _log.warning("The lines to try it cannot be printed: %s", exc.strerror)
+            # What is still buffered would fail once more when Python exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     serve = supervisor.run if config.node.workers > 1 else app.run
     return serve(config, reload=reload, on_ready=on_ready)
@@ -111,6 +126,16 @@ def _work(worker: Worker) -> int:
     return app.run(
         config, reload=lambda: config, on_ready=lambda *_: Worker.say_ready(), worker=worker
     )
+
+
+def _launcher() -> list[str]:
+    """Return the words that run this relay's command line from the same folder."""
+    root = Path(__file__).parents[2]
+    run = root / "scripts" / "run"
+    # It works in every folder, unlike `python -m relay`, but would set up a .venv of its own.
+    if Path(sys.prefix) == root / ".venv" and run.exists():
+        return [str(run)]
+    return [sys.executable, "-m", "relay"]
 
 
 def _genconfig(options: argparse.Namespace) -> int:
@@ -193,7 +218,10 @@ def _grant(options: argparse.Namespace) -> int:
 
 
 def _where(config: Config) -> str:
-    return urlsplit(config.redis.url).hostname or config.redis.url
+    # Here, not above: redis-py is slow to import.
+    from relay.stream.connect import describe
+
+    return describe(config.redis)
 
 
 def _operate(options: argparse.Namespace) -> int:

@@ -49,6 +49,25 @@ def is_foreign(options: argparse.Namespace) -> bool:
     return any(each.said or each.missing for each in _translations(options))
 
 
+def token_options(options: argparse.Namespace) -> list[str]:
+    """Return the options with which `relay token` has the configuration of this command line.
+
+    A secret is not repeated; `...` stands for it.
+    """
+    words = ["-c", str(options.config)] if options.config else []
+    for foreign in find_foreign():
+        path = path_of(options, foreign)
+        if path is not None:
+            words += [foreign.option, str(path)]
+    for override in options.overrides:
+        name, _, _ = override.partition("=")
+        if name.strip() in ("jwt.key", "redis.password"):
+            words += ["--set", f"{name.strip()}=..."]
+        elif name.strip().startswith(("jwt.", "redis.embedded_")):
+            words += ["--set", override]
+    return words
+
+
 def genconfig(options: argparse.Namespace) -> None:
     """Print every setting, or write a new file; never over one that is there."""
     path: Path | None = options.config

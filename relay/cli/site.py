@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from relay.cli.output import say
 from relay.errors import RelayError
 from relay.model import Channel, parse_channel
 from relay.stream.connect import redis_client
@@ -35,11 +36,14 @@ async def site_of(config: Config) -> AsyncIterator[Site]:
 
 
 def channel_of(text: str) -> Channel:
-    """CHANNEL on the command line; RelayError where none can have this name."""
+    """Return CHANNEL of the command line; RelayError if no channel can have this name."""
     try:
-        return parse_channel(text)
+        channel = parse_channel(text)
     except ValueError as exc:
         raise RelayError(f"CHANNEL: {exc}") from exc
+    if "*" in text:
+        say(f"note: * is no pattern here; this concerns one channel, named {text}")
+    return channel
 
 
 def user_of(text: str) -> str:

@@ -168,28 +168,31 @@ def _show(values: dict[str, Any]) -> None:
 
 
 async def disconnect(site: Site, options: argparse.Namespace) -> int:
-    """In the control stream when this returns; each worker acts within its next wake-up."""
+    """Append the command to the control stream; each worker obeys at its next wake-up."""
     user = user_of(options.user)
     entry_id = await control.publish(site.client, site.keys, control.Disconnect(user=user))
-    await _told(site, options, entry_id, f"connections of {user} are closed", {"user": user})
+    await _sent(site, options, entry_id, f"close all connections of {user}", {"user": user})
     return 0
 
 
 async def unsubscribe(site: Site, options: argparse.Namespace) -> int:
-    """As `disconnect`, for one channel."""
+    """Like `disconnect`, for one channel."""
     channel, user = channel_of(options.channel), user_of(options.user)
     command = control.Unsubscribe(channel=channel, user=user)
     entry_id = await control.publish(site.client, site.keys, command)
-    what = f"subscriptions of {user} to {channel} are ended"
-    await _told(site, options, entry_id, what, {"channel": channel, "user": user})
+    what = f"end all subscriptions of {user} to {channel}"
+    await _sent(site, options, entry_id, what, {"channel": channel, "user": user})
     return 0
 
 
-async def _told(
+async def _sent(
     site: Site, options: argparse.Namespace, entry_id: EntryID, what: str, values: dict[str, object]
 ) -> None:
+    """Print what is known: how many workers there are, not whether the user was connected."""
     count = len(await nodes.live_nodes(site.client, site.keys))
     if options.json:
         emit({"id": str(entry_id), "workers": count, **values})
+    elif count:
+        print(f"told {_several(count, 'worker')} to {what}, if any (control entry {entry_id})")
     else:
-        print(f"{what} on {_several(count, 'worker')} (control entry {entry_id})")
+        print(f"no worker is running that could {what} (control entry {entry_id})")

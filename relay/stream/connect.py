@@ -29,7 +29,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from relay.errors import ConfigError, RedisUnavailable, RelayError
+from relay.errors import ConfigError, RedisUnavailable, RelayError, StartError
 from relay.settings import RedisSettings
 from relay.stream.refusals import TEMPORARY_CODES, Effect, code_of, codes
 
@@ -109,6 +109,31 @@ def check(settings: RedisSettings, setting: str) -> None:
         _parse(settings)
     except ConfigError as exc:
         raise ConfigError(str(exc).replace("[redis] url", setting)) from None
+
+
+def describe(settings: RedisSettings) -> str:
+    """Name the server for a person, without the password."""
+    if settings.url == "embedded":
+        return f"embedded, 127.0.0.1:{settings.embedded_port}"
+    target = _parse(settings)
+    if isinstance(target, Endpoint):
+        return str(target).removesuffix(":6379")
+    asked = ", ".join(f"{host}:{port}" for host, port in target.addresses)
+    return f"primary {target.master} by Sentinel at {asked}"
+
+
+async def check_mode(client: Redis, settings: RedisSettings) -> None:
+    """StartError if the server is part of a Redis Cluster. Do nothing if it cannot be asked."""
+    try:
+        information = await command(client, "INFO", "server")
+    except RelayError:
+        return
+    modes = {str(information.get(f"{name}_mode")) for name in ("redis", "server", "valkey")}
+    if "cluster" in modes:
+        raise StartError(
+            f"[redis] url: {describe(settings)} runs in cluster mode (cluster-enabled yes), which"
+            " relay does not support; use a single server or a primary behind Sentinel"
+        )
 
 
 async def discover(settings: RedisSettings) -> Endpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -72,3 +73,30 @@ async def test_checkconfig_neither_listens_nor_connects(tmp_path: Path) -> None:
     code, text = await run("checkconfig", "--set", f"redis.embedded_dir={tmp_path / 'data'}")
     assert (code, text) == (0, "")
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_a_redis_cluster_is_named_as_the_problem(tmp_path: Path, workers: str) -> None:
+    server = Server(tmp_path, acl=False, options=("--cluster-enabled", "yes"))
+    await asyncio.to_thread(server.start)
+    try:
+        words = ["--redis", f"redis://127.0.0.1:{server.port}/0", "--set", "log.level=error"]
+        code, line = await run("serve", *words, "--port", "0", "--workers", workers)
+    finally:
+        server.kill()
+    assert code == 1
+    assert line.count("\n") == 1, line
+    assert f"127.0.0.1:{server.port} runs in cluster mode" in line
+
+
+async def test_a_port_that_another_file_has_set_is_named(valkey: Server, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    port = free_port()
+    file.write_text(f'{{"secret": "a secret of this test", "port": "{port}"}}')
+    with socket.create_server(("0.0.0.0", port)):  # noqa: S104  # as Centrifugo's own default
+        words = ["-c", str(file), "--set", f"redis.url={valkey.url('relay')}"]
+        code, line = await run("serve", *words, "--set", "log.level=error")
+    assert code == 1
+    assert f"port {port} of 0.0.0.0 is taken by another process" in line
+    assert f"change [protocol:centrifugo] port (set by {file}: port)" in line
+    assert "--port N" not in line

@@ -12,6 +12,7 @@ import ssl
 import stat
 import subprocess
 import sys
+import urllib.request
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -268,6 +269,63 @@ async def test_pid_file(valkey: Server, tmp_path: Path) -> None:
         assert not path.stat().st_mode & stat.S_IWOTH
         await asyncio.to_thread(relay.stop)
         assert not path.exists()
+
+
+async def test_a_second_start_leaves_the_first_ones_pid_file(
+    valkey: Server, tmp_path: Path
+) -> None:
+    path = tmp_path / "relay.pid"
+    async with running(valkey, f"node.pid_file={path}") as (relay, _):
+        words = [sys.executable, "-m", "relay", "serve", "--port", "0", "--redis"]
+        words += [valkey.url("relay"), "--set", f"node.pid_file={path}"]
+        run = await asyncio.to_thread(
+            subprocess.run, words, cwd=ROOT, capture_output=True, text=True, timeout=15
+        )
+        assert run.returncode == 1
+        assert f"belongs to process {relay.pid}, which is running" in run.stderr
+        assert path.read_text() == f"{relay.pid}\n"
+        # The file that a killed relay leaves is taken over.
+        await asyncio.to_thread(relay.kill)
+        assert path.exists()
+        await asyncio.to_thread(relay.start)
+        assert path.read_text() == f"{relay.pid}\n"
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("output", ["/dev/full", "| true"])
+async def test_it_serves_although_its_lines_cannot_be_printed(
+    valkey: Server, tmp_path: Path, output: str, workers: str
+) -> None:
+    port, log = free_port(), tmp_path / "relay.log"
+    command = f"exec {sys.executable} -m relay serve --port {port} --workers {workers}"
+    command += f" --redis {valkey.url('relay')} --set jwt.key='{KEY}' --set node.drain_s=0"
+    full = output.startswith("/")
+    shell = f"{command} >{output} 2>{log}" if full else f"{{ {command}; }} 2>{log} | true"
+    shell += "" if full else "; exit ${PIPESTATUS[0]}"
+    process = await asyncio.create_subprocess_exec("bash", "-c", shell, cwd=ROOT)
+    try:
+        await until(lambda: log.exists() and "cannot be printed" in log.read_text(), limit_s=15)
+        assert await asyncio.to_thread(_answers, port)
+        os.kill(_listener(process.pid), signal.SIGTERM)
+        assert await process.wait() == 0
+        assert "Traceback" not in log.read_text()
+        assert "Exception ignored" not in log.read_text()
+    finally:
+        if process.returncode is None:
+            process.kill()
+
+
+def _listener(shell: int) -> int:
+    """The relay: the shell itself, or the first process that it has started for a pipeline."""
+    children = Path(f"/proc/{shell}/task/{shell}/children").read_text().split()
+    if b"relay" in Path(f"/proc/{shell}/cmdline").read_bytes().split(b"\0")[:4]:
+        return shell
+    return int(children[0])
+
+
+def _answers(port: int) -> bool:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
+        return bool(answer.status == 200)
 
 
 def _certificate(folder: Path) -> Path:

@@ -165,7 +165,9 @@ async def test_retry_is_configured(valkey: Server, channel: str) -> None:
     ("path", "status", "code"),
     [
         ("/sse?token={token}", 400, "bad_request"),
-        ("/sse?channel=a%20b&token={token}", 400, "bad_request"),
+        ("/sse?channel=&token={token}", 400, "bad_request"),
+        ("/sse?channel=team:*&token={token}", 400, "bad_request"),
+        ("/sse?channel=a&channel=*&token={token}", 400, "bad_request"),
         ("/sse?channel=a&last_event_id=never&token={token}", 400, "bad_request"),
         ("/sse?channel=a&last_event_id=c1.&token={token}", 400, "bad_request"),
         ("/sse?channel=a&channel=b&last_event_id=1-1&token={token}", 400, "bad_request"),

@@ -80,6 +80,11 @@ async def test_disconnect_and_unsubscribe_reach_the_worker(
     assert (told["user"], told["workers"]) == ("anna", 1)
     await gone.closed()
     assert (await stays.ask(cmd="ping"))["reply"] == "ping"
+    # Nobody knows whether there is such a user.
+    text = await cli.out("disconnect", "ghost")
+    assert text.startswith("told 1 worker to close all connections of ghost, if any (control entry")
+    done = await cli.run("unsubscribe", "team:*", "ben")
+    assert "* is no pattern here; this concerns one channel, named team:*" in done.stderr
 
 
 async def test_a_worker_is_ready_soon_after_it_began(cli: Cli, valkey: Server) -> None:

@@ -194,6 +194,16 @@ async def test_a_refused_subscribe_leaves_the_others(
     assert (await client.next())["data"] == 1
 
 
+async def test_a_pattern_is_no_channel_to_follow(door: Native, channel: str) -> None:
+    client = await door.ws(channel, "team:*")
+    error = (await client.next())["error"]
+    assert error["code"] == "bad_request"
+    assert "'team:*' is a pattern" in error["message"]
+    error = (await client.ask(cmd="subscribe", channel="*"))["error"]
+    assert error["code"] == "bad_request"
+    assert (await client.ask(cmd="ping"))["reply"] == "ping"
+
+
 async def test_several_query_channels_need_a_cursor(door: Native, channel: str) -> None:
     client = await door.ws(channel, f"{channel}-b", last="1-1")
     answer = await client.next()

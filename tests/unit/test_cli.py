@@ -5,6 +5,7 @@ import asyncio
 import logging
 import shlex
 import stat
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -227,6 +228,8 @@ def test_serve_hands_over_reload_and_banner(
         return 7
 
     monkeypatch.setattr(relay.app, "run", run)
+    terminal = [True]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal[0])
     assert main(["serve", "-c", str(path), "--host", "::1", "--port", "0", "--insecure"]) == 7
     first, second = seen
     assert (first.node.drain_s, second.node.drain_s) == (1, 2)
@@ -240,7 +243,19 @@ def test_serve_hands_over_reload_and_banner(
     claims = jwt.decode(token, first.jwt.key.get_secret_value(), algorithms=["HS256"])
     assert claims["channels"] == ["*"]
     assert main(["serve", "-c", str(path), "--set", f"jwt.key={KEY}"]) == 7
-    assert "eyJ" not in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "eyJ" not in text
+    assert KEY not in text
+    assert rows(text)["token"].endswith(f"--channel news -c {path} --set jwt.key=...")
+    # A pipe or a journal keeps what it is given.
+    terminal[0] = False
+    assert main(["serve", "-c", str(path), "--set", "redis.embedded_dir=d"]) == 7
+    text = capsys.readouterr().out
+    assert "eyJ" not in text
+    command = shlex.split(rows(text)["token"])
+    assert command[-4:] == ["-c", str(path), "--set", "redis.embedded_dir=d"]
+    assert main(command[command.index("token") :]) == 0
+    assert capsys.readouterr().out.startswith("eyJ")
 
 
 # ---- the key that nobody configured ---------------------------------------------------------
@@ -306,6 +321,19 @@ def test_without_a_token_the_lines_say_how_to_make_one() -> None:
     assert lines["token"].startswith("python -m relay token --user")
     assert "Bearer TOKEN" in lines["watch"]
     assert not {"valkey", "append"} & set(lines)
+
+
+def test_lines_that_would_not_work_are_left_out() -> None:
+    def shown(*settings: str) -> dict[str, str]:
+        return rows(banner(configured(*settings), port=1, redis_address=None, token=None))
+
+    assert not {"page", "token", "watch"} & set(shown("protocol:native.enabled=no"))
+    assert "page" not in shown("protocol:native.page=no")
+    lines = shown("protocol:native.port=9", "protocol:native.host=::")
+    assert lines["page"] == "http://[::1]:9/#channel=news"
+    assert lines["watch"].endswith("'http://[::1]:9/sse?channel=news'")
+    assert "before [jwt] key is set" in shown("redis.url=redis://127.0.0.1")["token"]
+    assert "ES256" in shown("jwt.algorithm=ES256")["token"]
 
 
 def test_insecure_is_said_and_needs_no_token() -> None:

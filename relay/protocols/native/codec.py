@@ -21,6 +21,19 @@ from relay.model import Channel, Event, parse_channel
 Ref = str | int | float | None
 ReplyName = Literal["subscribe", "unsubscribe", "refresh", "ping"]
 
+
+def requested_channel(text: str) -> Channel:
+    """Return `text` as a channel to follow; raise ValueError if it is none, or a pattern.
+
+    `*` is a wildcard in tokens. A client that expects one here would wait for events in vain.
+    """
+    if "*" in text:
+        raise ValueError(
+            f"{text[:100]!r} is a pattern; `*` matches in tokens only, so name each channel"
+        )
+    return parse_channel(text)
+
+
 # The names of our own SSE events begin with it, so an entry's type may not: it could pretend
 # that events were lost, or hide that they were.
 NOTICE_PREFIX = "relay:"
@@ -255,7 +268,8 @@ def parse_command(text: str | bytes) -> Command:
 
     def asked_channel() -> Channel:
         try:
-            return parse_channel(required("channel"))
+            name = required("channel")
+            return requested_channel(name)
         except ValueError as exc:
             refuse(str(exc))
 

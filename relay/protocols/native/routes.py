@@ -20,7 +20,7 @@ from relay.errors import (
     Unavailable,
 )
 from relay.hub import cursor
-from relay.model import Channel, Principal, parse_channel
+from relay.model import Channel, Principal
 from relay.protocols.native import codec, live_page
 from relay.protocols.native.credentials import cors_headers, principal_of
 from relay.protocols.native.encoders import WEBSOCKET, sse_encoder
@@ -303,7 +303,7 @@ def _channels(request: web.Request, most: int) -> Sequence[Channel]:
     if len(names) > most:
         raise LimitExceeded(f"more than {most} channels on one connection")
     try:
-        return [parse_channel(name) for name in names]
+        return [codec.requested_channel(name) for name in names]
     except ValueError as exc:
         raise BadRequest(str(exc)) from None
 
