@@ -148,3 +148,24 @@ async def test_after_a_kill_the_real_client_comes_back(
         await one.follows(100)
         await one.announce(after_txt=b"after")
         await one.arrived("after.txt", b"after")
+
+
+async def test_an_old_lock_does_not_come_again_when_the_real_client_is_restarted(
+    relay: RelayProcess, door_port: int, tmp_path: Path
+) -> None:
+    """A lock that has expired since has no event of its own: one that comes again makes the file
+    read-only for good."""
+    async with scene(relay, door_port, tmp_path) as one:
+        path = one.folder / "first.txt"
+        await one.door.lock(one.library.repo_id, "first.txt")
+        await until(lambda: not path.stat().st_mode & stat.S_IWUSR, SOON_S)
+        # Longer than what may not have arrived is repeated.
+        await asyncio.sleep(8)
+        for number in range(2):
+            await one.client.restart()
+            await one.client.call_server_pro(one.url)
+            path.chmod(0o644)
+            await one.follows(60)
+            await one.announce(**{f"file{number}_txt": b"content %d" % number})
+            await one.arrived(f"file{number}.txt", b"content %d" % number)
+            assert path.stat().st_mode & stat.S_IWUSR

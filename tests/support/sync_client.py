@@ -55,6 +55,17 @@ class SyncClient:
         path = self.folder / "conf" / "logs" / "seafile.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
+    async def restart(self) -> None:
+        """As a user does who logs out and in again."""
+        await self.end(signal.SIGTERM)
+        self._process = await _start(self.folder)
+
+    async def end(self, how: signal.Signals) -> None:
+        """Let the daemon end."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(how)
+        await self._process.wait()
+
     def stop(self) -> None:
         """SIGSTOP."""
         self._process.send_signal(signal.SIGSTOP)
@@ -73,23 +84,27 @@ async def sync_client(folder: Path) -> AsyncIterator[SyncClient]:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
     folder.mkdir(parents=True)
     await _run(folder, "seaf-cli", "init", "-c", str(folder / "conf"), "-d", str(folder))
+    client = SyncClient(folder, await _start(folder))
+    try:
+        yield client
+    finally:
+        await client.end(signal.SIGKILL)
+
+
+async def _start(folder: Path) -> asyncio.subprocess.Process:
     data = folder / "seafile-data"
+    (data / "seafile.sock").unlink(missing_ok=True)
     process = await asyncio.create_subprocess_exec(
-        daemon,
+        "seaf-daemon",
         *("-c", str(folder / "conf"), "-d", str(data), "-w", str(folder / "seafile")),
         env=_environment(folder),
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
     )
-    try:
-        async with asyncio.timeout(_LIMIT_S):
-            while not (data / "seafile.sock").exists():
-                await asyncio.sleep(0.05)
-        yield SyncClient(folder, process)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+    async with asyncio.timeout(_LIMIT_S):
+        while not (data / "seafile.sock").exists():
+            await asyncio.sleep(0.05)
+    return process
 
 
 def _environment(folder: Path) -> dict[str, str]:
