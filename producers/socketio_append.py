@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, cast
 
 import orjson
@@ -10,7 +11,7 @@ import orjson
 from producers.socketio_entry import Contents, Emit, Unusable, contents, copies
 from producers.socketio_wire import Control
 from relay.model import Channel, EntryID, Event
-from relay.stream import control, ephemeral, scripts
+from relay.stream import control, dead_letters, ephemeral, scripts
 from relay.stream import entry as entries
 
 if TYPE_CHECKING:
@@ -35,8 +36,10 @@ class Batch:
         keys: Keys,
         namespace_of: Callable[[Channel], NamespaceSettings],
         max_entry_bytes: int,
+        node: str,
     ) -> None:
         self._keys = keys
+        self._node = node
         self._namespace_of = namespace_of
         self._max_entry_bytes = max_entry_bytes
         self._streams: list[bytes] = []
@@ -52,7 +55,7 @@ class Batch:
             return
         fields = entries.encode(what.data, type=what.type, extra=what.extra, checked=True)
         if entries.size(fields) > self._max_entry_bytes:
-            raise Unusable(f"too large: {entries.size(fields)} bytes")
+            raise Unusable(self._too_large(entries.size(fields)))
         keep = self._namespace_of(where[0].channel).retention_count
         self._words += "x", keep, len(fields), *fields, len(where)
         for channel, socket in where:
@@ -73,9 +76,18 @@ class Batch:
             event = Event(channel, None, what.data, True, type=what.type, to=to, extra=extra)
             payload = ephemeral.encode(event)
             if len(payload) > self._max_entry_bytes:
-                raise Unusable(f"too large: {len(payload)} bytes")
+                raise Unusable(self._too_large(len(payload)))
             published += "p", self._keys.ephemeral(channel), payload
         self._words += published
+
+    def _too_large(self, size: int) -> str:
+        return f"too large: {size} bytes, [stream] max_entry_bytes is {self._max_entry_bytes}"
+
+    def reject(self, source: str, message: bytes, reason: str) -> None:
+        """Add a dead letter for a message from which no entry can be made."""
+        letter = dead_letters.of_command(source, message, reason, node=self._node)
+        self._streams.append(self._keys.dead_letters)
+        self._words += "x", dead_letters.KEEP, len(letter), *letter, 1, 0
 
     def command(self, command: Control, joined: Sequence[tuple[str, str]]) -> None:
         """For all workers' clients; `joined` are rooms and where their streams are now."""
@@ -90,15 +102,23 @@ class Batch:
         self._streams.append(self._keys.control)
         self._words += "x", control.KEEP, len(fields), *fields, 1, 0
 
-    async def apply(self, link: SideLink, mark_key: bytes, old: bytes, new: bytes) -> bool:
-        """All of it and the mark, where that is still `old`; whether it was.
+    async def apply(self, link: SideLink, mark_key: bytes, old: bytes, new: bytes) -> int | None:
+        """Append everything and set the mark to `new` in one step, if the mark is still `old`.
 
-        Unavailable where nobody knows; CommandRefused where Redis does not want it.
+        Returns:
+            The number of entries that Redis rejected and that became dead letters; None if the mark
+            was another and nothing was done.
+
+        Raises:
+            Unavailable: The outcome is unknown.
+            CommandRefused: Redis rejected the whole step.
         """
         streams = self._streams
-        words: Words = ["EVALSHA", scripts.EMITS.sha, len(streams) + 1, mark_key, *streams]
-        words += old, new, *self._words
+        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        words: Words = ["EVALSHA", scripts.EMITS.sha, len(streams) + 2, mark_key]
+        words += self._keys.dead_letters, *streams
+        words += old, new, dead_letters.KEEP, self._node, at, *self._words
         refused = cast(int, await link.call(*words))
         if self._replicas:
             await link.call("WAIT", self._replicas, _WAIT_MS)
-        return refused >= 0
+        return refused if refused >= 0 else None

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from producers import socketio_wire as wire
 from producers.settings import EmitterSettings
@@ -47,6 +47,14 @@ _LISTEN_S = _LEASE_S + 2 * _RENEW_S
 _BATCH = 200
 _BLOCK_MS = 1000
 _PAUSE_S = 0.2
+
+
+class _Read(NamedTuple):
+    """One message of an emitter, and where it came from."""
+
+    read: Callable[[], Emit | Control | None]
+    source: str
+    message: bytes
 
 
 class Tap:
@@ -150,13 +158,23 @@ class Tap:
             count = len(messages)
             new = heard.mark(count)
             until = heard.next + count
-            found = [partial(self._of_message, each.name, each.payload) for each in messages]
+            found = [
+                _Read(
+                    partial(self._of_message, each.name, each.payload),
+                    each.name.decode(errors="replace"),
+                    each.payload,
+                )
+                for each in messages
+            ]
             if not await self._apply(found, key, mark, new):
                 # Another process appended meanwhile: this one was frozen, or cut off.
                 return
             mark, heard.next = new, max(heard.next, until)
             if heard.dropped:
-                _log.error("emits: %d are lost, Redis was away for too long", heard.dropped)
+                _log.error(
+                    "Dropped %d Socket.IO emits: Redis was unreachable for too long", heard.dropped
+                )
+                self._context.count("lost", heard.dropped)
                 heard.dropped = 0
 
     async def _wait_for_news(self) -> None:
@@ -181,7 +199,7 @@ class Tap:
                 # The first time ever: from here on.
                 newest = await self._reading.call("XREVRANGE", name, "+", "-", "COUNT", 1)
                 start = cast("list[list[bytes]]", newest)[0][0] if newest else b"0-0"
-                if not await self._batch().apply(self._target, key, b"", start):
+                if await self._batch().apply(self._target, key, b"", start) is None:
                     return
                 mark = start
             while self._holds.is_set():
@@ -193,7 +211,10 @@ class Tap:
                 found = cast("dict[bytes, list[list[object]]]", reply)[name.encode()]
                 entries = [wire.flat(cast("list[bytes]", fields)) for _, fields in found]
                 new = cast(bytes, found[-1][0])
-                readers = [partial(wire.entry, each, self._namespace) for each in entries]
+                readers = [
+                    _Read(partial(wire.entry, each, self._namespace), name, each.get(b"data", b""))
+                    for each in entries
+                ]
                 if not await self._apply(readers, key, mark, new):
                     return
                 mark = new
@@ -209,34 +230,43 @@ class Tap:
 
     async def _apply(
         self,
-        found: Iterable[Callable[[], Emit | Control | None]],
+        found: Iterable[_Read],
         key: bytes,
         old: bytes,
         new: bytes,
     ) -> bool:
         batch = self._batch()
         taken = broken = 0
-        for read in found:
+        for each in found:
             try:
-                what = read()
+                what = each.read()
                 if isinstance(what, Control):
                     batch.command(what, await self._places(what))
                 elif what is not None:
                     batch.add(what)
             except Unusable as exc:
                 broken += 1
-                _log.warning("emits: one cannot be used: %s", exc)
+                batch.reject(each.source, each.message, str(exc))
+                _log.warning(
+                    "Socket.IO emit on %s rejected: %s; it is in the dead letters",
+                    each.source,
+                    exc,
+                )
                 continue
             taken += what is not None
-        if not await batch.apply(self._target, key, old, new):
+        rejected = await batch.apply(self._target, key, old, new)
+        if rejected is None:
             return False
+        if rejected:
+            broken += rejected
+            _log.error("Redis rejected %d Socket.IO emits; they are in the dead letters", rejected)
         self._context.count("taken", taken)
         self._context.count("broken", broken)
         return True
 
     def _batch(self) -> Batch:
         context = self._context
-        return Batch(context.keys, context.namespace_of, context.max_entry_bytes)
+        return Batch(context.keys, context.namespace_of, context.max_entry_bytes, context.instance)
 
     async def _places(self, command: Control) -> list[tuple[str, str]]:
         """Where the streams of rooms to be joined are: emits after this command reach them."""

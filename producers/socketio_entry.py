@@ -6,11 +6,13 @@ not fit stands in further fields:
 
     event         the name where it cannot be a `type`
     args          how many arguments, where it is not one; `data` is the list of them
-    packet        the JSON list [name, args...] with placeholders, where there are binary arguments
-    attachment.N  base64 of binary argument N; in `data` it is that text
+    binary.N      binary argument N; `data` has a placeholder in its place (`relay.stream.entry`)
     rooms         JSON list: all rooms of an emit to several, or [] for one to the whole namespace
     copies        IDs of this event's entries in the streams of the rooms before this one
     except        JSON list of rooms whose members do not get it
+
+Earlier versions wrote binary arguments as base64, in `data` and again in `attachment.N`, with the
+JSON list [name, args...] with placeholders in `packet`. Such entries can still be read.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import orjson
 
 from relay.model import Channel, EntryID, parse_channel
+from relay.stream import entry
 
 if TYPE_CHECKING:
     from relay.model import Event
@@ -115,24 +118,18 @@ def contents(emit: Emit) -> Contents:
     def placeholder(part: object) -> object:
         if isinstance(part, bytes):
             attachments.append(part)
-            return {"_placeholder": True, "num": len(attachments) - 1}
+            return orjson.Fragment(entry.placeholder(len(attachments) - 1))
         raise TypeError(f"{type(part).__name__} is not JSON")
 
-    def text(part: object) -> object:
-        return base64.b64encode(part).decode() if isinstance(part, bytes) else placeholder(part)
-
     try:
-        packet = orjson.dumps([emit.name, *emit.args], default=placeholder)
         seen = emit.args[0] if len(emit.args) == 1 else list(emit.args)
-        data = orjson.dumps(seen, default=text)
+        data = orjson.dumps(seen, default=placeholder)
     except (orjson.JSONEncodeError, RecursionError) as exc:
         raise Unusable(str(exc)) from None
     if len(emit.args) != 1:
         extra[b"args"] = b"%d" % len(emit.args)
-    if attachments:
-        extra[b"packet"] = packet
-        for number, part in enumerate(attachments):
-            extra[b"attachment.%d" % number] = base64.b64encode(part)
+    for number, part in enumerate(attachments):
+        extra[b"binary.%d" % number] = part
     if len(emit.rooms) != 1:
         extra[b"rooms"] = orjson.dumps(_in_order(emit.rooms))
     if emit.without:
@@ -168,18 +165,23 @@ def said(event: Event) -> tuple[str, Said]:
         found = _with_attachments(extra)
         if found is not None:
             return name, found
-    data = event.data if event.is_json else orjson.dumps(event.data.decode())
+    attachments: list[bytes] = []
+    while (part := extra.get(b"binary.%d" % len(attachments))) is not None:
+        attachments.append(part)
+    data = extra[b"data"] if attachments else event.data
+    if not event.is_json:
+        data = orjson.dumps(data.decode())
     head = b"[" + orjson.dumps(name)
     if b"args" in extra and event.is_json:
         inner = data.strip()
         if inner[:1] == b"[":
             args = inner[1:-1].strip()
-            return name, Said(head + (b"," + args if args else b"") + b"]", [])
-    return name, Said(head + b"," + data + b"]", [])
+            return name, Said(head + (b"," + args if args else b"") + b"]", attachments)
+    return name, Said(head + b"," + data + b"]", attachments)
 
 
 def _with_attachments(extra: Mapping[bytes, bytes]) -> Said | None:
-    """None where somebody wrote these fields by hand, and not right."""
+    """Read the fields of earlier versions. Return None if they are malformed."""
     attachments: list[bytes] = []
     try:
         while (part := extra.get(b"attachment.%d" % len(attachments))) is not None:

@@ -113,9 +113,13 @@ def _emit(packet: dict[Any, Any], opts: dict[Any, Any], namespace: str) -> Emit 
     if str(name) in _RESERVED:
         raise Unusable(f"reserved event name {name}")
     flags = opts.get("flags")
+    try:
+        plain = tuple(map(_in_list, args))
+    except RecursionError:
+        raise Unusable("nested too deeply") from None
     return Emit(
         name=str(name),
-        args=tuple(map(_in_list, args)),
+        args=plain,
         rooms=_names(opts.get("rooms")),
         without=_names(opts.get("except")),
         volatile=isinstance(flags, dict) and bool(flags.get("volatile")),

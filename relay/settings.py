@@ -149,7 +149,7 @@ class StreamSettings(Section):
         description="bytes aimed at in one read of a stream; bounds what catch-up holds in memory",
     )
     max_entry_bytes: int = Field(
-        1048576,
+        4194304,
         ge=1024,
         le=67108864,
         description="bytes of one entry; a larger one goes to the dead letters",

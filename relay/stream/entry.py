@@ -13,12 +13,16 @@ An entry is flat fields, so that `XADD key '*' data '{"hello":1}'` is a complete
     revoke   a user: this entry is the place of a revocation, and no event
     grant    a user: without `data`, this entry is the place where a revocation ends, and no event
 
+The fields `binary.0`, `binary.1` ... hold binary parts of `data`, which has placeholders in their
+place (`placeholder`). Protocols that carry text only get base64 (`show_binary`).
+
 Unknown fields are kept for the door that wrote them (`Event.extra`). Whatever cannot be delivered
 is `Broken` with a reason, never raised.
 """
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from zlib import crc32
@@ -82,18 +86,42 @@ def _event(
         raise _Unreadable("no data")
     kind = _text(values, "type")
     to = values.get(b"to")
+    extra = {name: value for name, value in values.items() if name not in _KNOWN}
     return Event(
         channel,
         entry_id,
-        data,
+        show_binary(data, extra),
         _is_json(data),
         type=None if kind is None else checked_type(kind),
         uid=_text(values, "uid"),
         to=None if to is None else recipients(_utf8("to", to)),
         client=_text(values, "client"),
         info=_info(values.get(b"info")),
-        extra={name: value for name, value in values.items() if name not in _KNOWN},
+        extra=extra,
     )
+
+
+def show_binary(data: bytes, extra: dict[bytes, bytes]) -> bytes:
+    """Return `data` with base64 text in place of its binary parts, for protocols that carry text.
+
+    The fields `binary.0`, `binary.1` ... of `extra` are the parts. If there are any, `data` as it
+    was is added to `extra` under the name `data`.
+    """
+    if b"binary.0" not in extra:
+        return data
+    extra[b"data"] = data
+    number = 0
+    while (part := extra.get(b"binary.%d" % number)) is not None:
+        text = b'"' + base64.b64encode(part) + b'"'
+        # Once each: an entry must not become many times its size.
+        data = data.replace(placeholder(number), text, 1)
+        number += 1
+    return data
+
+
+def placeholder(number: int) -> bytes:
+    """Return what stands in `data` for the field `binary.<number>`, as Socket.IO has it."""
+    return b'{"_placeholder":true,"num":%d}' % number
 
 
 def _is_json(data: bytes) -> bool:

@@ -6,9 +6,12 @@
 (a list of selectors, or one text of them) mean what they mean in an entry. A number in `data` keeps
 its value within 64-bit integers and doubles, not its spelling. `door` limits it to the clients of
 one door, as Centrifugo's join and leave; `extra`, texts by name, is for the door that wrote it.
+`binary` is a list of base64 texts: the binary parts of `data`, as in an entry.
 """
 
 from __future__ import annotations
+
+import base64
 
 import orjson
 
@@ -31,8 +34,16 @@ def encode(event: Event) -> bytes:
         payload["to"] = sorted(event.to)
     if event.door is not None:
         payload["door"] = event.door
-    if event.extra:
-        payload["extra"] = {name.decode(): value.decode() for name, value in event.extra.items()}
+    texts, parts = {}, []
+    for name, value in event.extra.items():
+        if name.startswith(b"binary."):
+            parts.append(base64.b64encode(value).decode())
+        else:
+            texts[name.decode()] = value.decode()
+    if texts:
+        payload["extra"] = texts
+    if parts:
+        payload["binary"] = parts
     try:
         return orjson.dumps(payload)
     except orjson.JSONEncodeError as exc:  # a lone surrogate
@@ -55,19 +66,28 @@ def decode(channel: Channel, payload: bytes, max_bytes: int) -> Event | str:
     to, extra = values.get("to"), values.get("extra", {})
     if not isinstance(extra, dict) or not all(isinstance(value, str) for value in extra.values()):
         return "extra is not texts by name"
+    fields = {name.encode(): value.encode() for name, value in extra.items()}
+    try:
+        for number, part in enumerate(values.get("binary", ())):
+            fields[b"binary.%d" % number] = base64.b64decode(part, validate=True)
+    except (ValueError, TypeError):
+        return "binary is not a list of base64 texts"
     if (text is None) == ("data" not in values):
         return "no data" if text is None else "both data and text"
     try:
+        data = orjson.dumps(values["data"]) if text is None else text.encode()
+        data = entry.show_binary(data, fields)
         return Event(
             channel,
             None,
-            orjson.dumps(values["data"]) if text is None else text.encode(),
+            data,
             text is None,
             type=None if kind is None else entry.checked_type(kind),
             to=None if to is None else entry.selectors(to),
             client=client,
-            extra={name.encode(): value.encode() for name, value in extra.items()},
+            extra=fields,
             door=door,
         )
-    except ValueError as exc:
+    except (ValueError, orjson.JSONEncodeError) as exc:
+        # Text may nest deeper than orjson writes.
         return str(exc)

@@ -161,15 +161,16 @@ redis.call('LTRIM', queue, n, -1)
 return failed
 """)
 
-# KEYS a tap's mark, then the stream of each entry; ARGV the mark as read, the new one, then of each
-# emit either `p`, a pub/sub channel and a payload, or `x`, entries kept (0: all), number of words,
-# words, number of copies, and of each copy the number of its own words and these. A later copy gets
-# the IDs of those before it. -1 where the mark is another and nothing was done, else how many
-# appends Redis refused.
+# KEYS a tap's mark, dead letters, the stream of each entry; ARGV the mark as read, its new value,
+# dead letters kept, node, time, then of each emit either `p`, a pub/sub channel and a payload, or
+# `x`, entries kept (0: all), number of words, words, number of copies, and of each copy the number
+# of its own words and these. A later copy gets the IDs of those before it. -1 where the mark is
+# another and nothing was done, else how many appends Redis refused: each has become a dead letter
+# with the beginning of its `data`, which must be the first of its fields.
 EMITS = Script("""\
 if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return -1 end
 redis.call('SET', KEYS[1], ARGV[2])
-local k, a, failed, argv = 2, 3, 0, ARGV
+local k, a, failed, argv = 3, 6, 0, ARGV
 while a <= #argv do
   if argv[a] == 'p' then
     redis.pcall('PUBLISH', argv[a + 1], argv[a + 2])
@@ -192,11 +193,14 @@ while a <= #argv do
         words[#words + 1] = earlier
       end
       local id = redis.pcall('XADD', KEYS[k], unpack(words))
-      k = k + 1
       if type(id) == 'table' then
         failed = failed + 1
+        redis.pcall('XADD', KEYS[2], 'MAXLEN', '~', argv[3], '*', 'queue', KEYS[k],
+          'reason', id.err, 'node', argv[4], 'at', argv[5], 'truncated', '1',
+          'fields', cjson.encode({{'data', string.sub(argv[from + 1], 1, 65536)}}))
         id = '0-0'
       end
+      k = k + 1
       earlier = copy > 1 and earlier .. ' ' .. id or id
     end
   end

@@ -178,6 +178,72 @@ async def test_other_doors_see_what_an_emit_means(
 
 
 @pytest.mark.parametrize("package", CLIENTS)
+async def test_large_emits_arrive_as_they_are(
+    axr: RelayProcess, npm: Driver, io: Emitter, package: str, request: pytest.FixtureRequest
+) -> None:
+    uid = f"large-{request.node.callspec.id}"
+    client = await join(npm, axr, uid, package)
+    async with native(axr, channels=["axr:*"]) as door:
+        stream = await door.sse(f"axr:{uid}")
+        for script, expected in (
+            ('"x".repeat(1500000)', "x" * 1_500_000),
+            ("Buffer.alloc(1000000, 1)", bytes([1]) * 1_000_000),
+            ("Buffer.alloc(9, 1)", bytes([1]) * 9),
+        ):
+            await io.run(f'io.to("{uid}").emit("large", {script}, "end");')
+            name, value, end = await seen(client)
+            assert (name, end) == ("large", "end")
+            shown = (await stream.next()).json()[0]
+            if isinstance(expected, str):
+                assert value == shown == expected
+            else:
+                assert bytes.fromhex(value["hex"]) == expected
+                assert base64.b64decode(shown) == expected
+
+
+async def test_an_emit_that_is_too_large_is_a_dead_letter(
+    axr: RelayProcess, npm: Driver, io: Emitter, request: pytest.FixtureRequest
+) -> None:
+    admin = axr.server.client()
+    admin.execute_command("DEL", "relay:dead-letters")  # type: ignore[no-untyped-call]
+    uid = f"too-large-{request.node.callspec.id}"
+    client = await join(npm, axr, uid)
+    # A stream's key that has another type: Redis rejects the entry.
+    admin.set(f"relay:stream:{{axr:{uid}-taken}}", "x")
+    await io.run(f'io.to("{uid}").emit("large", "x".repeat(5000000));')
+    await io.run(f'io.to("{uid}-taken").emit("taken", "text");')
+    await io.run(f'io.to("{uid}").emit("small", 1);')
+    assert await seen(client) == ["small", 1]
+
+    def dead_letters() -> list[Any]:
+        found: list[Any] = admin.execute_command("XRANGE", "relay:dead-letters", "-", "+")  # type: ignore[no-untyped-call]
+        return found
+
+    # All emits were appended in one step, or the later ones after the others.
+    letters = dead_letters()
+    assert len(letters) == 2
+    reasons = [letter[b"reason"].decode() for _, letter in letters]
+    assert reasons[0].startswith("too large: 50000")
+    assert "max_entry_bytes" in reasons[0]
+    assert letters[0][1][b"queue"].decode() == f"socket.io#/axr#{uid}#"
+    assert "WRONGTYPE" in reasons[1]
+    assert json.loads(letters[1][1][b"fields"]) == [["data", '"text"']]
+
+
+@pytest.mark.parametrize("depth", [300, 700, 1000])
+async def test_an_emit_that_nests_deeply_costs_nothing(
+    axr: RelayProcess, npm: Driver, services: Server, io5: Emitter, depth: int
+) -> None:
+    client = await join(npm, axr, f"deep-{depth}")
+    deep = "[" * depth + "]" * depth
+    text = '["emitter",{"type":2,"data":["deep",%s],"nsp":"/axr"},{"rooms":["deep-%d"]}]'
+    services.client().publish(f"socket.io#/axr#deep-{depth}#", text % (deep, depth))
+    await io5.run(f'io.to("deep-{depth}").emit("after", 1);')
+    assert await seen(client) == ["after", 1]
+    assert not any("Traceback" in line for line in axr.log)
+
+
+@pytest.mark.parametrize("package", CLIENTS)
 async def test_volatile_emits_are_live_only(
     axr: RelayProcess, npm: Driver, io: Emitter, package: str, request: pytest.FixtureRequest
 ) -> None:

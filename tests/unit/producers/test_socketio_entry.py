@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from producers import socketio_entry
 from producers.socketio_entry import Audience, Emit, Unusable, audience, channel_of, room_of
 from relay.model import Channel, EntryID, Event
+from relay.settings import StreamSettings
 from relay.stream import entry
 
 ID = EntryID(5, 0)
@@ -68,7 +69,36 @@ def test_binary_arguments_come_back_and_are_base64_to_others() -> None:
     assert back(emit) == (
         "b", ["b", {"x": [place]}, {**place, "num": 1}], [b"\1\2", b"\xff"],
     )  # fmt: skip
-    assert socketio_entry.contents(emit).data == b'[{"x":["AQI="]},"/w=="]'
+    what = socketio_entry.contents(emit)
+    assert what.extra == {b"args": b"2", b"binary.0": b"\1\2", b"binary.1": b"\xff"}
+    event = entry.decode(CHANNEL, ID, entry.encode(what.data, extra=what.extra), 1 << 20).body
+    assert isinstance(event, Event)
+    assert event.data == b'[{"x":["AQI="]},"/w=="]'
+
+
+def test_binary_data_of_a_megabyte_fits_into_the_default_limit() -> None:
+    what = socketio_entry.contents(Emit(name="b", args=(bytes(1_000_000),), rooms=("r",)))
+    fields = entry.encode(what.data, type=what.type, extra=what.extra)
+    assert entry.size(fields) < 1_000_200
+    assert StreamSettings().max_entry_bytes >= 1_000_200
+
+
+def test_entries_of_earlier_versions_can_be_read() -> None:
+    packet = b'["b",{"x":[{"_placeholder":true,"num":0}]},{"_placeholder":true,"num":1}]'
+    fields = [b"data", b'[{"x":["AQI="]},"/w=="]', b"type", b"b", b"args", b"2"]
+    fields += b"packet", packet, b"attachment.0", b"AQI=", b"attachment.1", b"/w=="
+    event = entry.decode(CHANNEL, ID, fields, 1000).body
+    assert isinstance(event, Event)
+    assert socketio_entry.said(event) == ("b", (packet, [b"\1\2", b"\xff"]))
+    assert event.data == b'[{"x":["AQI="]},"/w=="]'
+
+
+def test_a_placeholder_is_filled_once() -> None:
+    place = entry.placeholder(0)
+    fields = [b"data", b"[" + b",".join([place] * 3) + b"]", b"binary.0", b"x" * 90]
+    event = entry.decode(CHANNEL, ID, fields, 1000).body
+    assert isinstance(event, Event)
+    assert event.data.count(place) == 2
 
 
 @pytest.mark.parametrize("name", ["a b", "{x}", "100%", "\t", "ü", "a#b", "~x", "\u2028"])

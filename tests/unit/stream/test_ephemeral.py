@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from relay.model import Channel, Event
+from relay.stream import entry
 from relay.stream.ephemeral import decode, encode
 
 NEWS = Channel("news")
@@ -38,6 +39,7 @@ def test_text_that_is_not_json() -> None:
     [
         Event(NEWS, None, b'{"a":1}', True, type="t", client="c", to=frozenset({"user:a b"})),
         Event(NEWS, None, "grüß".encode(), False),
+        Event(NEWS, None, b"[1]", True, extra={b"args": b"1"}),
     ],
 )
 def test_decode_gives_back_what_was_encoded(made: Event) -> None:
@@ -46,9 +48,25 @@ def test_decode_gives_back_what_was_encoded(made: Event) -> None:
         assert getattr(again, name) == getattr(made, name)
 
 
+def test_binary_parts_travel_as_base64_and_are_text_in_the_data() -> None:
+    placed = b'["a",%b]' % entry.placeholder(0)
+    made = Event(NEWS, None, placed, True, extra={b"binary.0": b"\xff\0", b"args": b"2"})
+    again = event(encode(made))
+    assert again.data == b'["a","/wA="]'
+    assert again.extra == {b"binary.0": b"\xff\0", b"args": b"2", b"data": placed}
+
+
+def test_data_that_nests_deeper_than_can_be_written_is_rejected() -> None:
+    deep = b"[" * 500 + b"]" * 500
+    assert decode(NEWS, b'{"data":' + deep + b"}", 10_000) == "Recursion limit reached"
+
+
 @pytest.mark.parametrize(
     ("payload", "reason"),
     [
+        (b'{"data":1,"binary":["*"]}', "binary is not a list of base64 texts"),
+        (b'{"data":1,"binary":5}', "binary is not a list of base64 texts"),
+        (b'{"data":1,"binary":[5]}', "binary is not a list of base64 texts"),
         (b"hello", "not JSON"),
         (b'"\xff"', "not JSON"),
         (b"[1]", "not a JSON object"),
