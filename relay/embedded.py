@@ -182,7 +182,7 @@ class EmbeddedValkey:
         except (OSError, ValkeyBinaryNotFoundError) as exc:
             raise StartError(
                 f"the embedded Valkey cannot be run here ({exc}); use a Redis of your own:"
-                " --redis redis://HOST:PORT/0"
+                " --set redis.url=redis://HOST:PORT/0"
             ) from exc
         self._pid = self._child.pid
         await self._answers()

@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import orjson
 
@@ -167,6 +168,10 @@ class _Tail:
         if not state.exists and position.id == ZERO_ID:
             return True
         digest = view.own.digest if view.own else None
+        if state.marker is None:
+            # No relay has followed the stream yet, so nothing names its history: the entry at the
+            # position is all there is to judge by.
+            state = replace(state, failover=None)
         verdict = judge(position, state, digest)
         if verdict.notice is None:
             return True

@@ -128,8 +128,10 @@ async def test_tail_shows_what_was_there_and_what_comes_a_line_each(
     async with cli.tail(channel, "--after", first) as tail:
         assert await tail.line() == f"{second}  chat  c1  a\\n\\x1b[31mb"
         revoked = relay.xadd(channel, revoke="anna")
+        granted = relay.xadd(channel, grant="anna")
         broken = relay.xadd(channel, nothing="here")
         assert await tail.line() == f"{revoked}  relay:revoke  -  anna"
+        assert await tail.line() == f"{granted}  relay:grant  -  anna"
         assert await tail.line() == f"{broken}  relay:broken  -  no data"
         assert await tail.interrupt() == 0
         assert await tail.said() == ""
