@@ -20,6 +20,8 @@ COMPRESSED = 0x40
 FRAMES_PER_TURN = 64
 # A fragment below this size is counted as idle. Real clients send fragments of 4 KiB and more.
 _TINY_BYTES = 512
+# The payload of a frame above this size is unmasked as it arrives, not all of it at its end.
+_LARGE_BYTES = 65536
 
 
 class ProtocolViolation(Exception):
@@ -74,8 +76,10 @@ class FrameReader:
         "_inflates",
         "_kind",
         "_message",
+        "_payload_at",
         "_rest",
         "_skip",
+        "_unmasked",
         "idle_frames",
         "max_bytes",
         "more",
@@ -89,6 +93,8 @@ class FrameReader:
         self._rest: bytes | bytearray = b""
         self._message: bytearray | None = None
         self._kind = 0
+        # Of a large frame that has begun: the place of its payload, and how much was unmasked.
+        self._payload_at = self._unmasked = 0
         # Control frames and tiny fragments so far: work for the server that carries no message.
         self.idle_frames = 0
         # Whether the last call stopped early; call `feed(b"")` to continue.
@@ -113,7 +119,7 @@ class FrameReader:
         else:
             source = data
         found: list[tuple[int, bytes]] = []
-        start = count = 0
+        start = count = self._payload_at = 0
         self.more = False
         try:
             while end := self._frame_at(source, start, found):
@@ -136,7 +142,17 @@ class FrameReader:
             del source[:start]
         else:
             self._rest = bytearray(memoryview(source)[start:])
+        if self._payload_at:
+            self._unmask_ahead(self._rest, self._payload_at)
         return found
+
+    def _unmask_ahead(self, frame: bytes | bytearray, at: int) -> None:
+        # Whole masks only, so that the rest begins with the mask's first byte.
+        first = at + self._unmasked
+        end = at + (len(frame) - at) // 4 * 4
+        if isinstance(frame, bytearray) and first < end:
+            frame[first:end] = unmask(bytes(frame[first:end]), bytes(frame[at - 4 : at]))
+            self._unmasked = end - at
 
     def _frame_at(
         self, source: bytes | bytearray, start: int, found: list[tuple[int, bytes]]
@@ -169,8 +185,13 @@ class FrameReader:
             raise ProtocolViolation(1009, f"more than {self.max_bytes} bytes")
         end = at + 4 + size
         if len(source) < end:
+            if size > _LARGE_BYTES and len(source) >= at + 4:
+                self._payload_at = at + 4 - start
             return 0
-        payload = unmask(bytes(source[at + 4 : end]), bytes(source[at : at + 4])) if size else b""
+        done, self._unmasked = at + 4 + self._unmasked, 0
+        payload = unmask(bytes(source[done:end]), bytes(source[at : at + 4])) if size else b""
+        if done > at + 4:
+            payload = bytes(source[at + 4 : done]) + payload
         self._accept(opcode, payload, found, last=last)
         return end
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from producers import commands
 from relay.errors import LimitExceeded, RelayError
+from relay.json_array import divide
 from relay.protocols.centrifugo.codec import FIX, RETRY, Reply
+from relay.slices import in_slices
 
 if TYPE_CHECKING:
     from relay.protocols.centrifugo.door import Door
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 INVALID_MESSAGE = "invalid message"
 LIMIT_EXCEEDED = "limit exceeded"
 INTERNAL_ERROR = "internal server error"
+# A body up to this size is parsed in one step, a longer batch in parts of at least the other.
+_SMALL_BYTES = 16384
+_PART_BYTES = 8192
 
 
 class _Started(NamedTuple):
@@ -56,7 +61,7 @@ class Api:
         Invalid where the request as a whole is refused: commands before the broken one have been
         carried out by then, as in v1.
         """
-        return await self.run(_read(body), ids=ids)
+        return await self.run(await _read(body), ids=ids)
 
     def knows(self, method: str) -> bool:
         """Whether there is such a command."""
@@ -70,13 +75,13 @@ class Api:
         started: list[_Started] = []
         broken: commands.Invalid | None = None
         try:
-            for each in asked:
+            async for each in in_slices(asked):
                 if isinstance(each, commands.Publication):
-                    started.append(self._append("publish", "", [each]))
+                    started.append(await self._append("publish", "", [each]))
                 elif each.method == "publish":
-                    started.append(self._publish(each))
+                    started.append(await self._publish(each))
                 elif each.method == "broadcast":
-                    started.append(self._broadcast(each))
+                    started.append(await self._broadcast(each))
                 else:
                     handle = self._server.find(each.method)
                     # What was published before is there for what is asked after.
@@ -90,16 +95,16 @@ class Api:
             raise broken
         return replies
 
-    def _publish(self, command: commands.Command) -> _Started:
+    async def _publish(self, command: commands.Command) -> _Started:
         method, params, uid = command
         try:
-            return self._append(method, uid, [commands.publish(params)])
+            return await self._append(method, uid, [commands.publish(params)])
         except commands.NamespaceNotFound as exc:
             return _Started(method, uid, [], str(exc), FIX)
         except commands.Undeliverable:
             return _Started(method, uid, [], INVALID_MESSAGE, FIX)
 
-    def _broadcast(self, command: commands.Command) -> _Started:
+    async def _broadcast(self, command: commands.Command) -> _Started:
         method, params, uid = command
         try:
             broadcast = commands.broadcast(params)
@@ -109,20 +114,23 @@ class Api:
             return _Started(method, uid, [], INVALID_MESSAGE, FIX)
         wanted: list[commands.Publication] = []
         error = ""
-        for name in broadcast.channels:
+        async for name in in_slices(broadcast.channels):
             try:
                 wanted.append(broadcast.publication(name))
             except commands.Invalid as exc:
                 # Those before it are published, those after it are not.
                 error = str(exc) if isinstance(exc, commands.NamespaceNotFound) else INVALID_MESSAGE
                 break
-        begun = self._append(method, uid, wanted)
+        begun = await self._append(method, uid, wanted)
         return begun if begun.error or not error else begun._replace(error=error, advice=FIX)
 
-    def _append(self, method: str, uid: str, publications: list[commands.Publication]) -> _Started:
+    async def _append(
+        self, method: str, uid: str, publications: list[commands.Publication]
+    ) -> _Started:
         appends: list[Appended] = []
         try:
-            for channel, data, client, event_uid, kind, to in publications:
+            async for publication in in_slices(publications):
+                channel, data, client, event_uid, kind, to = publication
                 if not self._door.may_be_published_to(channel):
                     error = str(commands.NamespaceNotFound())
                     return _Started(method, uid, appends, error, FIX)
@@ -139,11 +147,22 @@ class Api:
         return _Started(method, uid, appends)
 
 
-def _read(body: bytes) -> list[commands.Publication | commands.Command]:
+async def _read(body: bytes) -> list[commands.Publication | commands.Command]:
     if body[:1] not in (b"[", b"{"):
         # v1 looks at the first byte only: white space before it is an error.
         raise commands.Invalid("neither an object nor an array")
-    return commands.read(body)
+    if body[:1] == b"{" or len(body) <= _SMALL_BYTES:
+        return commands.read(body)
+    try:
+        array = await divide(body, 1, _PART_BYTES)
+    except ValueError as exc:
+        raise commands.Invalid(str(exc)) from None
+    if body[array.end + 1 :].strip(b" \t\r\n"):
+        raise commands.Invalid("not JSON")
+    found: list[commands.Publication | commands.Command] = []
+    async for begin, end in in_slices(array.parts):
+        found += commands.read(b"[%b]" % body[begin:end])
+    return found
 
 
 async def _finish(started: _Started, *, ids: bool) -> Reply:

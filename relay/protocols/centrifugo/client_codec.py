@@ -14,11 +14,17 @@ import orjson
 
 from producers import commands
 from producers.commands import Command, Invalid
+from relay.json_array import divide
 from relay.model import Event
 from relay.protocols.centrifugo.gojson import compact, text
+from relay.slices import in_slices
 
 # Clients of v1 are told the version that this door is compatible with.
 VERSION = "1.8.0"
+
+# A frame up to this size is parsed in one step.
+SMALL_BYTES = 8192
+_PART_BYTES = 2048
 
 FIX = "fix"
 RETRY = "retry"
@@ -65,6 +71,22 @@ def parse(frame: bytes) -> list[Command]:
     found = commands.many(frame)
     if not found:
         raise Invalid("no commands")
+    return found
+
+
+async def parse_in_slices(frame: bytes) -> list[Command]:
+    """Parse as `parse` does, in slices of time."""
+    if frame[:1] != b"[":
+        return parse(frame)
+    try:
+        array = await divide(frame, 1, _PART_BYTES)
+    except ValueError as exc:
+        raise Invalid(str(exc)) from None
+    if not array.parts or frame[array.end + 1 :].strip(b" \t\r\n"):
+        raise Invalid("not an array of commands")
+    found: list[Command] = []
+    async for begin, end in in_slices(array.parts):
+        found += commands.many(b"[%b]" % frame[begin:end])
     return found
 
 
@@ -177,12 +199,14 @@ def ping_body(data: str) -> bytes | None:
     return b'{"data":%b}' % text(data) if data else None
 
 
-def message(event: Event) -> bytes:
+def message(event: Event, compacted: bytes | None = None) -> bytes:
     """An element of `messages` and of history: keys in the order of v1's struct, and everything
-    written anew."""
+    written anew. `compacted` is the event's data if it is JSON and compact already."""
     parts = _head(event)
     parts.append(b'"channel":' + text(event.channel))
-    parts.append(b'"data":' + (compact(event.data) if event.is_json else text(event.data.decode())))
+    if compacted is None:
+        compacted = compact(event.data) if event.is_json else text(event.data.decode())
+    parts.append(b'"data":' + compacted)
     if event.client:
         parts.append(b'"client":' + text(event.client))
     if event.info is not None and (info := client_info(event.info)):

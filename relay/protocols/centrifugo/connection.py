@@ -7,6 +7,8 @@ in JSON, and the rest of its frame is not answered.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -25,8 +27,7 @@ from relay.protocols.centrifugo.stall import Stall
 from relay.protocols.centrifugo.subscriptions import Subscriptions
 
 if TYPE_CHECKING:
-    import asyncio
-
+    from producers.commands import Command
     from relay.hub.recovery import Notice
     from relay.hub.session import Session, Subscription
     from relay.model import Principal
@@ -36,6 +37,9 @@ CLOSE_CODE = 3000
 # where its reading cannot be stopped.
 _WAITING = 64
 _TOO_MANY = 16384
+# Commands that are begun in one turn of the loop, and frames that wait behind a long one.
+_TURN = 50
+_UNREAD = 128
 # As in answers.py.
 _NOTHING: deque[Slot | None] = deque(maxlen=0)
 _DISCONNECTS = {"disconnected": ("disconnect", False), "stopping": ("shutting down", True)}
@@ -54,6 +58,8 @@ class Connection:
         "_socket",
         "_stall",
         "_timer",
+        "_turned",
+        "_unread",
         "_waiting",
         "client",
         "closed",
@@ -79,7 +85,9 @@ class Connection:
         self._answers = Answers(self._say, door.stats)
         # None stands for a frame that cannot be read.
         self._waiting = _NOTHING
-        self._busy = self._held = False
+        # Frames behind a long one that is being parsed.
+        self._unread: deque[bytes] | None = None
+        self._busy = self._held = self._turned = False
         self._reading = True
         self._input: Input | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -111,24 +119,60 @@ class Connection:
         if len(frame) > self.door.settings.client_request_max_size:
             self.oversized()
             return
+        if self._unread is not None:
+            self._unread.append(frame)
+            if len(self._unread) > _UNREAD:
+                self.oversized()
+        elif len(frame) > codec.SMALL_BYTES:
+            self._unread = deque([frame])
+            self._read_or_not()
+            _ = self.door.context.spawn(
+                self._read(self._unread), name=f"centrifugo {self.client} frame"
+            )
+        else:
+            found: list[Command] | None = None
+            with contextlib.suppress(Invalid):
+                found = codec.parse(frame)
+            self._expect(frame, found)
+
+    def _expect(self, frame: bytes, found: list[Command] | None) -> None:
+        """Queue the commands of a frame; None stands for one that cannot be read."""
         if not self._waiting:
             self._waiting = deque()
-        try:
-            self._waiting.extend(self._answers.expect(codec.parse(frame), len(frame)))
-        except Invalid:
+        if found is None:
             self._waiting.append(None)
+        else:
+            self._waiting.extend(self._answers.expect(found, len(frame)))
         self._advance()
+
+    async def _read(self, frames: deque[bytes]) -> None:
+        """Parse a long frame, and those that come behind it meanwhile."""
+        while frames and not self.closed:
+            frame = frames.popleft()
+            found: list[Command] | None = None
+            with contextlib.suppress(Invalid):
+                found = await codec.parse_in_slices(frame)
+            if not self.closed:
+                self._expect(frame, found)
+        self._unread = None
+        self._read_or_not()
 
     def oversized(self) -> None:
         """A frame too large, where the transport lets it through or has none of its own words."""
         self.close(codec.LIMIT_EXCEEDED)
 
     def _advance(self) -> None:
-        if self._busy or self.closed:
+        if self._busy or self._turned or self.closed:
             return
         self._busy = True
+        begun = 0
         try:
             while self._waiting and not self.closed:
+                if begun == _TURN:
+                    self._turned = True
+                    asyncio.get_running_loop().call_soon(self._next_turn)
+                    break
+                begun += 1
                 slot = self._waiting.popleft()
                 if not self._begin(slot):
                     self._waiting.appendleft(slot)
@@ -142,6 +186,10 @@ class Connection:
         if not self._waiting:
             self._waiting = _NOTHING
         self._read_or_not()
+
+    def _next_turn(self) -> None:
+        self._turned = False
+        self._advance()
 
     def _begin(self, slot: Slot | None) -> bool:
         """Whether its turn had come, and it was begun."""
@@ -163,7 +211,7 @@ class Connection:
         return handler(self, slot)
 
     def _read_or_not(self) -> None:
-        reading = len(self._waiting) < _WAITING
+        reading = len(self._waiting) < _WAITING and self._unread is None
         if self._input is not None and reading != self._reading and not self.closed:
             self._reading = reading
             (self._input.resume_reading if reading else self._input.pause_reading)()

@@ -6,13 +6,15 @@ message. The text itself is made once for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from relay.hub.encoding import SharedEncoder
 from relay.hub.recovery import Notice
 from relay.model import Channel, Event
 from relay.protocols.centrifugo import client_codec as codec
+from relay.protocols.centrifugo.gojson import compact_in_slices
+from relay.slices import in_slices
 from relay.transports.sockjs.frames import element
 from relay.transports.websocket import frame_compressed, frame_text
 
@@ -64,6 +66,14 @@ def message(event: Event) -> bytes:
     if data is None:
         data = event.frames[_MESSAGE] = codec.message(event)
     return data
+
+
+async def encode_messages(events: Iterable[Event]) -> None:
+    """Encode events for `message` in slices of time: a history may have many large ones."""
+    async for event in in_slices(events):
+        if event.is_json and _MESSAGE not in event.frames:
+            compacted = await compact_in_slices(event.data)
+            event.frames[_MESSAGE] = codec.message(event, compacted)
 
 
 WEBSOCKET = Format(frame_text)

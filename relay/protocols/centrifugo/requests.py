@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from relay.errors import LimitExceeded, RelayError
 from relay.model import Channel
 from relay.protocols.centrifugo import client_codec as codec
+from relay.protocols.centrifugo import encoders
 from relay.protocols.centrifugo import history as histories
 from relay.protocols.centrifugo.channels import is_foreign
 from relay.protocols.centrifugo.subscriptions import visible
@@ -115,7 +116,9 @@ async def _history(
         connection.answer(slot, codec.data_body(channel), codec.INTERNAL_ERROR, codec.RETRY)
         return
     if session is not None:
-        found = visible(session, histories.kept(snapshot, rules, door.clock()))
+        kept = histories.kept(snapshot, rules, door.clock())
+        await encoders.encode_messages(kept)
+        found = visible(session, kept)
         connection.answer(slot, codec.data_body(channel, b"[" + b",".join(found) + b"]"))
 
 

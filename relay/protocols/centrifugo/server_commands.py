@@ -106,6 +106,7 @@ class ServerCommands:
         except RelayError as exc:
             return _broken(command, exc, words.data_body(name))
         kept = history.kept(snapshot, rules, self._door.clock())
+        await encoders.encode_messages(kept)
         found = b"[" + b",".join(map(encoders.message, kept)) + b"]"
         return Reply(command.method, command.uid, body=words.data_body(name, found))
 

@@ -109,6 +109,8 @@ class Subscriptions:
 
     async def _recover(self, channel: Channel, asked: _Asked, rules: CentrifugoNamespace) -> None:
         asked.snapshot = await self._door.context.history(channel, history.wanted(rules))
+        missed = history.missed(asked.snapshot, rules, asked.wanted.last, self._door.clock())
+        await encoders.encode_messages(missed.events)
         self._join(channel, asked)
 
     def _join(self, channel: Channel, asked: _Asked) -> None:

@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
 from producers.seaf_events import FOLDER_PERM_CHANGED, TYPES, recipients
+from relay.json_array import divide
 from relay.model import EntryID, Event
+from relay.slices import next_slice
 from relay.transports.websocket import frame_text
 
 # What libwebsockets hands to the real clients in one piece (measured, 4.1.6): they parse each
 # piece by itself, so that a longer message is lost on them.
 READABLE_BYTES = 4096
+
+# A message up to this size is parsed in one step.
+SMALL_BYTES = 8192
+# A library with its token takes about 400 bytes.
+_PART_BYTES = 4096
 
 _STRING_OR_SPACE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[ \t\r\n]+', re.DOTALL)
 _ESCAPES = (
@@ -74,6 +82,25 @@ def parse(text: bytes) -> list[Subscribe | Unsubscribe]:
     if not isinstance(repos, list):
         raise BadMessage("repos is not a list")
     return [_subscribe(each) if kind == "subscribe" else _unsubscribe(each) for each in repos]
+
+
+async def parts(text: bytes) -> AsyncIterator[bytes]:
+    """Divide a message with many libraries into messages with few; BadMessage.
+
+    A slice of time is used for each. What stands around the libraries is repeated in each part.
+    """
+    try:
+        found = await divide(text, 3, _PART_BYTES)
+    except ValueError as exc:
+        raise BadMessage(str(exc)) from None
+    around = text[: found.begin], text[found.end :]
+    if max(map(len, around)) > _PART_BYTES:
+        raise BadMessage("more than a list of libraries")
+    for begin, end in found.parts:
+        if end - begin > 2 * _PART_BYTES:
+            raise BadMessage("a library that is too long")
+        await next_slice()
+        yield text[begin:end].join(around)
 
 
 def _subscribe(repo: Any) -> Subscribe:

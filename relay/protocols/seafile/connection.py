@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 GOING_AWAY = 1001
 # Libraries of one message that are dealt with in one turn of the loop: each costs an HMAC.
-_TURN = 50
+_TURN = 10
 _WAITING = 100_000
 # Seconds after which the places of a client are stored: first when a storm of subscribes is over,
 # then again and again, so that a killed relay repeats little and nothing outlives its time limit.
@@ -127,6 +127,7 @@ class SeafileClient:
         "_service",
         "_settled",
         "_socket",
+        "_unread",
         "_work",
         "session",
         "watched",
@@ -149,6 +150,8 @@ class SeafileClient:
         self._id = service.next_id()
         # Made when it is needed: an empty one takes as much as all the rest here.
         self._work: deque[codec.Subscribe | codec.Unsubscribe] | None = None
+        # Messages that wait for a long one, which is being read.
+        self._unread: deque[bytes] | None = None
         # A task works for this client: what comes meanwhile waits for it.
         self._busy = False
         self._planned = False
@@ -167,14 +170,42 @@ class SeafileClient:
     # ---- from the client --------------------------------------------------------------------
 
     def on_message(self, text: bytes) -> None:
-        """One message; what is none ends the connection without a word, as upstream."""
+        """Handle one message. Hang up without a word if it is malformed, as Seafile's server does.
+
+        A long message is read in slices of time, and those behind it wait for it.
+        """
+        if self._unread is not None:
+            self._unread.append(text)
+        elif len(text) > codec.SMALL_BYTES:
+            self._unread = deque([text])
+            self._socket.pause_reading()
+            self._service.spawn(self._read(self._unread), name="seafile message")
+        else:
+            self._parse(text)
+
+    async def _read(self, texts: deque[bytes]) -> None:
+        while texts and not self._socket.closing:
+            text = texts.popleft()
+            if len(text) <= codec.SMALL_BYTES:
+                self._parse(text)
+                continue
+            try:
+                async for part in codec.parts(text):
+                    self._parse(part)
+                    if self._socket.closing:
+                        break
+            except codec.BadMessage as exc:
+                self._bad(exc)
+        self._unread = None
+        self._socket.resume_reading()
+
+    def _parse(self, text: bytes) -> None:
         if self._work is None:
             self._work = deque()
         try:
             self._work += codec.parse(text)
         except codec.BadMessage as exc:
-            _log.info("client %s: bad message, hanging up: %s", self._address, exc)
-            self.hang_up("bad_message")
+            self._bad(exc)
             return
         if len(self._work) > _WAITING:
             _log.info("client %s: too many libraries at once, hanging up", self._address)
@@ -182,6 +213,10 @@ class SeafileClient:
             return
         if not self._planned:
             self._turn()
+
+    def _bad(self, exc: codec.BadMessage) -> None:
+        _log.info("client %s: bad message, hanging up: %s", self._address, exc)
+        self.hang_up("bad_message")
 
     def _turn(self) -> None:
         """Some of what waits; the rest in later turns, so that nobody else has to wait for it."""

@@ -158,6 +158,17 @@ def test_the_limit_itself_is_allowed_and_control_frames_do_not_count() -> None:
     assert FrameReader(LIMIT).feed(data) == [(9, b"y" * 125), (1, payload)]
 
 
+@pytest.mark.parametrize("piece", [65_537, 100_001, 300_000])
+def test_a_large_frame_is_unmasked_as_it_arrives(piece: int) -> None:
+    payload = "0123456789äöü".encode() * 40_000
+    data = masked(1, b"before") + masked(1, payload) + masked(2, payload[:70_000]) + masked(9, b"")
+    reader = FrameReader(1 << 20)
+    found: Found = []
+    for start in range(0, len(data), piece):
+        found += reader.feed(data[start : start + piece])
+    assert found == [(1, b"before"), (1, payload), (2, payload[:70_000]), (9, b"")]
+
+
 def test_what_came_before_a_violation_is_not_lost() -> None:
     with pytest.raises(ProtocolViolation) as caught:
         FrameReader(LIMIT).feed(masked(1, b"good") + b"\x81\x00")

@@ -146,7 +146,35 @@ async def test_who_cannot_be_stopped_is_closed(bench: Bench) -> None:
     frame = b"[" + b",".join([b'{"method":"ping"}'] * 3000) + b"]"
     for _ in range(6):
         connection.on_frame(frame)
+    while not connection.closed:
+        await asyncio.sleep(0)
     assert heard(socket) == ['x 3000 {"reason":"limit exceeded","reconnect":false}']
+
+
+async def test_many_commands_are_carried_out_in_several_turns_and_in_order(bench: Bench) -> None:
+    connection, socket = await connected(bench)
+    pings = [b'{"uid":"%d","method":"ping"}' % number for number in range(2000)]
+    turns = 0
+
+    def count() -> None:
+        nonlocal turns
+        turns += 1
+        if not connection.closed:
+            loop.call_soon(count)
+
+    loop = asyncio.get_running_loop()
+    connection.on_frame(b"[" + b",".join(pings) + b"]")
+    # A frame behind it waits, and what is not understood as a whole closes the connection.
+    connection.on_frame(b'{"uid":"last","method":"ping"}')
+    connection.on_frame(b"[" + b",".join([*pings, b"7"]) + b"]")
+    count()
+    while not connection.closed:
+        await asyncio.sleep(0)
+    batch, single, end = heard(socket)
+    assert end == 'x 3000 {"reason":"invalid message","reconnect":false}'
+    assert [each["uid"] for each in batch] == [str(number) for number in range(2000)]
+    assert single["uid"] == "last"
+    assert turns > 20
 
 
 async def test_slow_is_who_takes_nothing(bench: Bench) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.protocols.centrifugo import client_codec as codec
+from relay.protocols.centrifugo import gojson
 from relay.protocols.centrifugo.gojson import compact, is_json, text
 
 values = st.recursive(
@@ -36,6 +38,17 @@ def test_compact_json_means_the_same_and_has_no_space_between(
     assert json.loads(found) == json.loads(written)
     assert found == compact(found)
     assert len(found) >= len(json.dumps(value, separators=(",", ":"), ensure_ascii=False))
+
+
+@given(st.lists(st.text() | st.integers()), st.integers(1, 40))
+def test_long_json_is_made_compact_in_parts(value: list[object], part_bytes: int) -> None:
+    written = json.dumps(value, indent=1).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gojson, "_PART_BYTES", part_bytes)
+        found = compact(written)
+        assert asyncio.run(gojson.compact_in_slices(written)) == found
+    assert json.loads(found) == value
+    assert found == compact(json.dumps(value, separators=(",", ":")).encode())
 
 
 def test_numbers_keep_their_spelling() -> None:

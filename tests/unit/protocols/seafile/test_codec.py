@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+
 import pytest
 
 from relay.model import Channel, EntryID, Event
+from relay.protocols.seafile import codec
 from relay.protocols.seafile.codec import (
     BadMessage,
     Subscribe,
@@ -110,3 +114,35 @@ def test_an_event_of_another_producer_is_none_of_the_protocols() -> None:
 def test_jwt_expired_is_one_frame() -> None:
     text = b'{"type":"jwt-expired","content":{"repo_id":"%s"}}\n' % A.encode()
     assert jwt_expired(A) == bytes((0x81, len(text))) + text
+
+
+async def _in_parts(text: bytes) -> list[codec.Subscribe | codec.Unsubscribe]:
+    found: list[codec.Subscribe | codec.Unsubscribe] = []
+    async for part in codec.parts(text):
+        found += codec.parse(part)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["subscribe", "unsubscribe"])
+def test_a_long_message_says_the_same_in_parts(kind: str) -> None:
+    repos = [{"id": f"{number:036}", "jwt_token": "x" * 300} for number in range(1000)]
+    for content in ({"repos": repos}, {"repos": repos, "other": [1, 2]}):
+        for whole in ({"type": kind, "content": content}, {"content": content, "type": kind}):
+            text = json.dumps(whole).encode()
+            assert asyncio.run(_in_parts(text)) == codec.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" * 100_000,
+        b'{"type":"subscribe","content":{"repos":[' + b"1," * 100_000 + b"1]}}",
+        b'{"type":"subscribe","content":{"repos":[[' + b"1," * 100_000 + b"1]]}}",
+        b'{"type":"subscribe","content":{"repos":[]},"more":[' + b"1," * 100_000 + b"1]}",
+        b'{"type":"subscribe","content":{"repos":[{}' + b",{}" * 100_000,
+        b'"' * 100_000,
+    ],
+)
+def test_a_long_message_that_is_none_is_bad_in_parts_too(text: bytes) -> None:
+    with pytest.raises(codec.BadMessage):
+        asyncio.run(_in_parts(text))
