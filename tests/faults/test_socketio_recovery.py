@@ -125,6 +125,54 @@ async def test_a_client_cut_again_and_again_misses_and_repeats_nothing(
         await asyncio.to_thread(relay.stop)
 
 
+async def test_polling_clients_that_recover_under_load_have_missed_nothing(valkey: Server) -> None:
+    """A poll's answer that was written and never read must be repeated, however large it is."""
+    relay = await start(valkey)
+    events, clients, kills = 1200, 8, 2
+    filling = "x" * 2000
+
+    async def follow(client: NpmClient) -> list[bool]:
+        """Read until the last event; whether each return was a recovery."""
+        next_number, returns = 0, []
+        while next_number < events:
+            found = await client.next(30)
+            if found["what"] == "connect":
+                returns.append(found["recovered"])
+            elif found["what"] == "event":
+                number = found["args"][1]["n"]
+                # A client that was told of a loss may go on anywhere after it.
+                assert number == next_number or (not all(returns) and number > next_number)
+                next_number = number + 1
+        return returns
+
+    def produce(first: int, count: int) -> None:
+        with valkey.client().pipeline(transaction=False) as pipeline:
+            for number in range(first, first + count):
+                data = f'{{"n":{number},"filling":"{filling}"}}'
+                pipeline.execute_command("XADD", "relay:stream:{axr:allusers}", "*", "data", data)  # type: ignore[no-untyped-call]
+            pipeline.execute()
+
+    try:
+        async with npm_clients() as npm, asyncio.TaskGroup() as tasks:
+            followers = []
+            for index in range(clients):
+                client, _ = await connect(npm, relay, f"load-{index}", transports=["polling"])
+                followers.append(tasks.create_task(follow(client)))
+            burst = 50
+            for first in range(0, events, burst):
+                await asyncio.to_thread(produce, first, burst)
+                kill, at = divmod(first, events // (kills + 1))
+                if kill and not at:
+                    await until(lambda: len(workers(relay)) == 2, 20)
+                    os.kill(workers(relay)[1 + kill % 2], signal.SIGKILL)
+            await asyncio.wait(followers)
+        returns = [each for follower in followers for each in follower.result()]
+        assert len(returns) >= clients
+        assert all(returns)
+    finally:
+        await asyncio.to_thread(relay.stop)
+
+
 async def test_a_text_at_the_end_and_volatile_events_do_not_break_recovery(valkey: Server) -> None:
     relay = await start(valkey)
     try:
