@@ -19,6 +19,10 @@ pytestmark = pytest.mark.redis
 SOCKETS, ATTACHMENTS = 8, 10
 ATTACHMENT = bytes(999_000)
 UNKNOWN = '{"code":1,"message":"Session ID unknown"}'
+UPGRADE = (
+    "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,11 @@ class Polling:
     def __init__(self, http: aiohttp.ClientSession, relay: RelayProcess) -> None:
         self._http = http
         self._url = f"{relay.url}/socket.io/?EIO=4&transport=polling"
+
+    @property
+    def target(self) -> str:
+        """Path and query."""
+        return "/" + self._url.split("/", 3)[3]
 
     async def open(self) -> Polling:
         async with self._http.get(self._url) as answer:
@@ -100,3 +109,35 @@ async def test_a_body_of_many_packets_is_rejected_and_ends_the_session(
         # The client learns that the session has ended, whatever it does next.
         assert await session.poll() in ("1", UNKNOWN)
         assert await session.poll() == UNKNOWN
+
+
+async def test_clients_that_leave_at_any_moment_write_nothing_into_the_log(valkey: Server) -> None:
+    """With two workers half of these requests are handed over."""
+    axr = RelayProcess(valkey, settings=[f"protocol:socketio.secret={SECRET}", "node.workers=2"])
+    await asyncio.to_thread(axr.start)
+    try:
+        async with aiohttp.ClientSession() as http:
+            sessions = [await Polling(http, axr).open() for _ in range(10)]
+            before = len(axr.log)
+            for number in range(200):
+                target = sessions[number % 10].target
+                if number % 2:
+                    target = target.replace("polling", "websocket")
+                    head, rest = f"GET {target}", UPGRADE
+                else:
+                    head, rest = f"POST {target}", "Content-Length: 1000\r\n\r\n4"
+                _, writer = await asyncio.open_connection("127.0.0.1", axr.port)
+                writer.write(f"{head} HTTP/1.1\r\nHost: x\r\n{rest}".encode())
+                await writer.drain()
+                if number % 3:
+                    writer.transport.abort()
+                else:
+                    writer.close()
+            # All of these have been handled once a new session works.
+            session = await Polling(http, axr).open()
+            assert await session.post(connect(axr_token("after"))) == 200
+            assert "sid" in await session.poll()
+    finally:
+        await asyncio.to_thread(axr.stop)
+    assert not any("Traceback" in line or "TypeError" in line for line in axr.log)
+    assert len(axr.log) - before < 20
