@@ -315,7 +315,7 @@ class Relay:
                 beats = self._beat(self._worker, reader, balance)
                 tasks.append(self._spawn(beats, name="siblings"))
             if config.insecure:
-                _log.warning("INSECURE: anyone may read every channel of the native door")
+                _log.warning("INSECURE: anyone may read every channel over SSE and WebSocket")
             self._on_ready(port, redis.url)
             await self._stop.wait()
             _log.info("stopping")

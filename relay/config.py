@@ -281,6 +281,7 @@ def _file(path: Path, classes: Mapping[str, type[Section]]) -> _Source:
         for key, text in parser.items(section):
             where = f"{path}: [{section}] {key}"
             _check_key(key, cls, where)
+            _check_indentation(text, cls, where)
             source[section][key] = _Given(f"{where} = ", text)
     return source
 
@@ -376,6 +377,19 @@ def _class_of(section: str, classes: Mapping[str, type[Section]], where: str) ->
     by_name = [f"{name}:NAME" for name, cls in classes.items() if cls.sections_by_name]
     known = ", ".join([*classes, *by_name, "namespace:NAME"])
     raise ConfigError(f"{where}: no such section{_near(section, classes)}; there are {known}")
+
+
+def _check_indentation(text: str, cls: type[Section], where: str) -> None:
+    """ConfigError if an indented line, which continues the value above it, is a setting itself."""
+    keys = set(_keys(cls))
+    for line in text.splitlines()[1:]:
+        name, equals, _ = line.partition("=")
+        name = name.strip()
+        if equals and name in keys:
+            raise ConfigError(
+                f"{where}: the indented line with {name} = belongs to this value; begin that line"
+                " in the first column"
+            )
 
 
 def _check_key(key: str, cls: type[Section], where: str) -> None:

@@ -49,7 +49,7 @@ def parse(arguments: Sequence[str] | None, foreigns: Sequence[Foreign] = ()) -> 
     serve.add_argument(
         "--insecure",
         action="store_true",
-        help="anyone may read every channel of the native door; for trying things out",
+        help="anyone may read every channel over SSE and WebSocket; for trying things out",
     )
 
     generate = _command(

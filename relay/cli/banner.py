@@ -52,7 +52,7 @@ def banner(
     rows += _doors(config)
     lines = [f"relay is ready on {base}"]
     if config.insecure:
-        lines.append("INSECURE: anyone may read every channel of the native door")
+        lines.append("INSECURE: anyone may read every channel over SSE and WebSocket")
     width = max((len(name) for name, _ in rows), default=0) + 1
     return "\n".join([*lines, *(f"  {name:<{width}} {text}" for name, text in rows)])
 

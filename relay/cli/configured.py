@@ -97,7 +97,9 @@ def checkconfig(options: argparse.Namespace) -> None:
     app.check(config)
     _print_notes(config)
     if _commanded(options) is None:
-        print(f"{options.config or 'environment'}: the configuration is valid")
+        paths = [options.config, *(path_of(options, each) for each in find_foreign())]
+        sources = ", ".join(str(path) for path in paths if path is not None)
+        print(f"{sources or 'defaults, environment and options'}: the configuration is valid")
 
 
 def convert_config(options: argparse.Namespace) -> None:

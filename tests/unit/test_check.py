@@ -36,6 +36,7 @@ _SECRET = re.compile(r"(secret|key|\w*password|\w*_token) = \S")
         (["producer:spool.path=/no/such/spool"], "[producer:spool] path"),
         (["producer:socketio_emitter.redis_url=redis://h:p/0"], "emitter] redis_url: an address"),
         (["redis.tls_ca=/no/such.pem", "redis.url=rediss://localhost/0"], "[redis] tls_ca"),
+        (["protocol:pydio.authorised_hosts=127.0.0.*"], "is not a host"),
         (["redis.url=redis://:a[b@localhost/0"], "percent-encode special characters"),
         (["redis.url=redis://:a#b@localhost/0"], "percent-encode special characters"),
         (["redis.url=redis://:a/b@localhost/0"], "percent-encode special characters"),

@@ -425,3 +425,15 @@ def test_allowed_values_without_limits_are_their_kind() -> None:
 
     fields: Sequence[str] = [allowed(field) for field in Free.model_fields.values()]
     assert fields == ["a whole number", "text"]
+
+
+@pytest.mark.parametrize("name", ["code", "secret_file"])
+def test_an_indented_setting_is_no_part_of_a_secret(ini: Callable[[str], Path], name: str) -> None:
+    path = ini(f"[protocol:test]\nsecret = a\n  {name} = b\n")
+    line = error(path)
+    assert line.startswith("relay.ini: [protocol:test] secret: the indented line with")
+    text = "-----BEGIN PUBLIC KEY-----\nMFkwEwYHKoZI==\n-----END PUBLIC KEY-----"
+    indented = text.replace("\n", "\n  ")
+    door = read(ini(f"[protocol:test]\nsecret = {indented}\n")).doors["protocol:test"]
+    assert isinstance(door, DoorSettings)
+    assert door.secret.get_secret_value() == text

@@ -68,6 +68,8 @@ class PydioSettings(Section):
         for host in split(text):
             if "/" in host:
                 ip_network(host)
+            elif "*" in host:
+                raise ValueError(f"{host!r} is not a host; a network is written as 127.0.0.0/24")
             elif any(character.isspace() for character in host):
                 raise ValueError(f"{host!r} is not a host")
         return text
