@@ -90,7 +90,8 @@ class Server:
         ]
         if not config.metrics.port:
             shared += health
-            producers += health
+            # Without producers nothing stays open.
+            producers += health if producers else []
         tls = _tls(server.tls_cert, server.tls_key, "[server]")
         found = [Listening(server.host, server.port, "[server] port", shared, producers, tls)]
         for name, door, section in doors:
@@ -111,7 +112,7 @@ class Server:
         if config.metrics.port:
             # Without TLS: the listener is meant for a scraper or probe on the same host.
             host, port = config.metrics.host, config.metrics.port
-            found.append(Listening(host, port, "[metrics] port", health, health, None))
+            found.append(Listening(host, port, "[metrics] port", health, [], None))
         _check_ports(config, found)
         return found
 
@@ -186,8 +187,12 @@ class Server:
         return hand_on(request, give)
 
     async def reject_clients(self) -> None:
-        """From now on serve new connections of producers and health checks only."""
+        """From now on serve new connections of producers and health checks only. Close listeners
+        that have no producers."""
         for site, routes in zip(self._sites, self._lasting, strict=True):
+            if not routes:
+                await site.stop()
+                continue
             runner = await self._runner([*routes, FallbackRoute("/{any:.*}", _drop)])
             self._last.append(runner)
             site.serve(runner)

@@ -171,11 +171,14 @@ class GuardedSite(web.BaseSite):
 
     async def stop(self) -> None:
         """Stop listening. Connections that the kernel has accepted already are served."""
-        listening = cast("asyncio.Server", self._server).sockets if self._server else ()
+        if self._server is None:
+            return
+        listening = cast("asyncio.Server", self._server).sockets
         # Closing a listening socket resets what waits in its queue, so that is taken first. The
         # duplicate keeps the socket open until then.
         queues = [socket.socket(fileno=os.dup(each.fileno())) for each in listening]
         await super().stop()
+        self._server = None
         waiting: list[socket.socket] = []
         for queue in queues:
             with queue, contextlib.suppress(OSError):
