@@ -6,6 +6,7 @@ connection is whom the last valid one names; so the session in the hub begins wi
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import logging
 import random
@@ -21,12 +22,12 @@ from relay.errors import Forbidden, RelayError
 from relay.model import Channel, EntryID, Position, Principal
 from relay.protocols.seafile import codec, missed
 from relay.protocols.seafile.encoders import SEAFILE
-from relay.protocols.seafile.missed import Place
+from relay.protocols.seafile.missed import Place, Seen
+from relay.slices import in_slices
 from relay.transports.websocket import WebSocketConnection, frame_close
 
 if TYPE_CHECKING:
-    import asyncio
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from producers.seaf_tokens import Claims
     from relay.hub.recovery import Notice
@@ -119,6 +120,7 @@ class SeafileClient:
         "_libraries",
         "_memory",
         "_missed",
+        "_note_task",
         "_note_timer",
         "_noted",
         "_noted_at",
@@ -157,8 +159,9 @@ class SeafileClient:
         self._planned = False
         # Where this connection left libraries that it followed, and what is stored of earlier ones.
         self._left: dict[Channel, Place] = {}
-        self._memory: missed.Places = {}
+        self._memory: missed.Stored = {}
         self._note_timer: asyncio.TimerHandle | None = None
+        self._note_task: asyncio.Task[None] | None = None
         # The places that were stored last: a hash of them, when, and whether they were the same as
         # the time before.
         self._noted = 0
@@ -179,7 +182,7 @@ class SeafileClient:
         elif len(text) > codec.SMALL_BYTES:
             self._unread = deque([text])
             self._socket.pause_reading()
-            self._service.spawn(self._read(self._unread), name="seafile message")
+            _ = self._service.spawn(self._read(self._unread), name="seafile message")
         else:
             self._parse(text)
 
@@ -253,7 +256,7 @@ class SeafileClient:
             if self._work is not None:
                 self._work.appendleft(wanted)
             self._busy = True
-            self._service.spawn(self._begin(claims.username), name="seafile client")
+            _ = self._service.spawn(self._begin(claims.username), name="seafile client")
             return
         self._follow(session, channel, claims, wanted)
 
@@ -270,7 +273,7 @@ class SeafileClient:
         library.floor = seen = wanted.after or self._seen(channel, library.token)
         if seen is not None and self._service.settings.missed_s:
             self._busy = True
-            self._service.spawn(self._look_back(session, channel, seen), name="seafile client")
+            _ = self._service.spawn(self._look_back(session, channel, seen), name="seafile client")
         else:
             self._service.context.subscribe(session, channel, None)
 
@@ -278,7 +281,10 @@ class SeafileClient:
         left = self._left.pop(channel, None)
         if left is not None:
             return left.at
-        return missed.resumed(self._memory.pop(channel.removeprefix(PREFIX), ()), token)
+        repo_id = channel.removeprefix(PREFIX)
+        places = missed.places_of(self._memory, repo_id)
+        self._memory.pop(repo_id, None)
+        return missed.resumed(places, token)
 
     def _unsubscribe(self, repo_id: str) -> None:
         try:
@@ -451,7 +457,7 @@ class SeafileClient:
         self._work = None
         if self._note_timer is not None:
             self._note_timer.cancel()
-        self._note(at_end=True)
+        self._note_end()
         if self.session is not None:
             self.session.end()
 
@@ -482,34 +488,66 @@ class SeafileClient:
 
     def _note_again(self) -> None:
         self._note_timer = None
-        if self.session is not None and not self.session.closed:
-            self._note(at_end=False)
+        if self._can_note():
+            self._note_task = self._service.spawn(self._note(), name="seafile places")
             delay_s = _NOTE_AGAIN_S * random.uniform(0.75, 1.25)  # noqa: S311  # no secret
             self._note_timer = self._service.call_later(delay_s, self._note_again)
 
-    def _note(self, *, at_end: bool) -> None:
+    def _can_note(self) -> bool:
         session = self.session
-        if session is None or session.closed or not session.principal.user or not self._remembers:
+        return (
+            session is not None
+            and not session.closed
+            and bool(session.principal.user)
+            and self._remembers
+        )
+
+    async def _note(self) -> None:
+        # Before the places, so that nothing later counts as certain.
+        session, arrived_at = self.session, self._socket.arrived_at
+        if session is None:
             return
-        places = {
-            name.removeprefix(PREFIX): place._replace(ended=at_end)
-            for name, place in self._left.items()
+        name = missed.name(session.principal.user, self._agent)
+        seen = {
+            repo_id: each
+            async for repo_id, each in in_slices(self._seen_now(session, at_end=False))
         }
-        floors = {repo: place.at for repo, place in places.items()}
-        for channel, subscription in session.subscriptions.items():
+        if seen and not session.closed and self._must_note(seen):
+            await self._service.remember(name, seen, arrived_at)
+
+    def _note_end(self) -> None:
+        if self.session is not None and self._can_note():
+            name = missed.name(self.session.principal.user, self._agent)
+            seen = dict(self._seen_now(self.session, at_end=True))
+            if seen:
+                work = self._note_last(name, seen, self._socket.arrived_at, self._note_task)
+                _ = self._service.spawn(work, name="seafile places")
+
+    async def _note_last(
+        self,
+        name: str,
+        seen: Mapping[str, Seen],
+        arrived_at: float | None,
+        earlier: asyncio.Task[None] | None,
+    ) -> None:
+        if earlier is not None and not earlier.done():
+            await asyncio.wait((earlier,))
+        await self._service.remember(name, seen, arrived_at)
+
+    def _seen_now(self, session: Session, *, at_end: bool) -> Iterator[tuple[str, Seen]]:
+        for channel, place in list(self._left.items()):
+            yield channel.removeprefix(PREFIX), Seen(place._replace(ended=at_end), place.at)
+        for channel, subscription in list(session.subscriptions.items()):
             library = self._libraries.get(channel)
             if library is not None:
-                repo, at = channel.removeprefix(PREFIX), subscription.position.id
-                places[repo] = Place(at, self._id, library.token, at_end)
-                floors[repo] = at if library.floor is None else library.floor
-        if places and (at_end or self._must_note(places)):
-            name = missed.name(session.principal.user, self._agent)
-            self._service.remember(name, places, floors, self._socket.arrived_at)
+                at = subscription.position.id
+                place = Place(at, self._id, library.token, at_end)
+                yield channel.removeprefix(PREFIX), Seen(place, library.floor or at)
 
-    def _must_note(self, places: Mapping[str, Place]) -> bool:
+    def _must_note(self, seen: Mapping[str, Seen]) -> bool:
         """Return False if these places are stored already and do not expire soon. The latest events
         had perhaps not arrived when places were stored first, so they are stored twice."""
-        now, state = time.monotonic(), hash(tuple(place.at for place in places.values()))
+        now, state = time.monotonic(), hash(tuple(each.place.at for each in seen.values()))
         same = state == self._noted
         if same and self._settled and now < self._noted_at + self._service.settings.missed_s / 2:
             return False

@@ -10,8 +10,8 @@ for three days, until it is restarted.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import orjson
@@ -35,8 +35,16 @@ class Place(NamedTuple):
     ended: bool
 
 
-# Library -> the places of its connections, the newest last.
-Places = dict[str, list[Place]]
+# As it is stored: library -> the places of its connections, the newest last. Each is decoded when
+# it is needed, because one client may follow 10,000 libraries.
+Stored = dict[str, list[Any]]
+
+
+class Seen(NamedTuple):
+    """A place, and the event up to which the client has certainly received everything."""
+
+    place: Place
+    floor: EntryID
 
 
 def is_browser(agent: str) -> bool:
@@ -56,42 +64,41 @@ def digest(token: str) -> int:
     return crc32(token.encode(errors="replace"))
 
 
-def read(value: bytes | None) -> Places:
+def read(value: bytes | None) -> Stored:
     """From the store; what cannot be read is as good as nothing."""
     try:
         found = orjson.loads(value or b"{}")
-        return {
-            repo: [
-                Place(EntryID.parse(at), str(connection), int(token), bool(ended))
-                for at, connection, token, ended in places
-            ]
-            for repo, places in found.items()
-        }
-    except (ValueError, AttributeError, TypeError):
+    except orjson.JSONDecodeError:
         return {}
+    return found if isinstance(found, dict) else {}
 
 
-def write(places: Places) -> bytes:
+def write(stored: Stored) -> bytes:
     """For the store."""
-    return orjson.dumps(
-        {
-            repo: [(str(at), connection, token, ended) for at, connection, token, ended in each]
-            for repo, each in places.items()
-        }
-    )
+    return orjson.dumps(stored)
 
 
-def merged(stored: Places, mine: Mapping[str, Place]) -> Places:
-    """Return the places with those of one connection put in. A place with the same token is of the
-    same client, so only the later one of the two is kept."""
-    places = dict(stored)
-    for repo, place in mine.items():
-        kept = [each for each in places.get(repo, ()) if each.connection != place.connection]
-        same = [each for each in kept if each.token == place.token]
-        if all(each.at < place.at for each in same):
-            kept = [*(each for each in kept if each.token != place.token), place]
-        places[repo] = kept[-_LIMIT_PLACES:]
-    return places
+def places_of(stored: Stored, repo_id: str) -> list[Place]:
+    """Return the stored places of one library; none if they cannot be read."""
+    try:
+        return [
+            Place(EntryID.parse(at), str(connection), int(token), bool(ended))
+            for at, connection, token, ended in stored.get(repo_id, ())
+        ]
+    except (ValueError, AttributeError, TypeError):
+        return []
+
+
+def put(stored: Stored, repo_id: str, place: Place) -> None:
+    """Replace the place of this connection. A place with the same token is of the same client, so
+    only the later one of the two is kept."""
+    kept = [each for each in places_of(stored, repo_id) if each.connection != place.connection]
+    if all(each.at < place.at for each in kept if each.token == place.token):
+        kept = [*(each for each in kept if each.token != place.token), place]
+    stored[repo_id] = [
+        (str(at), connection, token, ended)
+        for at, connection, token, ended in kept[-_LIMIT_PLACES:]
+    ]
 
 
 def resumed(places: Sequence[Place], token: int) -> EntryID | None:

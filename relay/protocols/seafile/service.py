@@ -17,6 +17,7 @@ from relay.model import EntryID
 from relay.protocols.seafile import missed
 from relay.protocols.seafile.encoders import SEAFILE
 from relay.protocols.seafile.expiries import Expiries
+from relay.slices import in_slices
 
 if TYPE_CHECKING:
     from relay.frontdoor import DoorContext
@@ -43,9 +44,9 @@ class Service:
             settings.key.get_secret_value(), settings.notification_token.get_secret_value()
         )
 
-    def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
-        """A task that nobody waits for."""
-        _ = self.context.spawn(work, name=name)
+    def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        """Start a task that ends with the relay."""
+        return self.context.spawn(work, name=name)
 
     def next_id(self) -> str:
         """A name for a connection that no other has, on any worker."""
@@ -82,40 +83,26 @@ class Service:
         except RelayError:
             return None
 
-    def remember(
-        self,
-        name: str,
-        places: Mapping[str, missed.Place],
-        floors: Mapping[str, EntryID],
-        certain_at: float | None,
+    async def remember(
+        self, name: str, seen: Mapping[str, missed.Seen], certain_at: float | None
     ) -> None:
         """Write a connection's places into the store, beside those of others with this memory.
 
         What was sent after `certain_at` (`time.monotonic`) may not have arrived; None if everything
-        has. `floors` has the place of each library before which everything has arrived anyway.
+        has.
         """
-        work = self._remember(name, places, floors, certain_at)
-        self.spawn(work, name="seafile places")
-
-    async def _remember(
-        self,
-        name: str,
-        places: Mapping[str, missed.Place],
-        floors: Mapping[str, EntryID],
-        certain_at: float | None,
-    ) -> None:
         store = self.context.store
         try:
+            latest = None
             if certain_at is not None:
                 # Entry IDs are made of the clock of Redis; this host's may differ from it.
                 ms = await store.time_ms() - math.ceil((time.monotonic() - certain_at) * 1000)
                 latest = EntryID(max(ms, 0), 0)
-                seen = {
-                    repo: max(floors[repo], min(each.at, latest)) for repo, each in places.items()
-                }
-                places = {repo: each._replace(at=seen[repo]) for repo, each in places.items()}
             stored = missed.read(await store.get(name))
-            value = missed.write(missed.merged(stored, places))
-            await store.put(name, value, self.settings.missed_s or 1)
+            async for repo_id, (place, floor) in in_slices(seen.items()):
+                if latest is not None:
+                    place = place._replace(at=max(floor, min(place.at, latest)))
+                missed.put(stored, repo_id, place)
+            await store.put(name, missed.write(stored), self.settings.missed_s or 1)
         except RelayError as exc:
             _log.info("Places of a Seafile client not stored: %s", exc)

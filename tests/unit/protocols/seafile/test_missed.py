@@ -38,11 +38,13 @@ def test_an_update_that_was_seen_is_not_sent_again() -> None:
 
 
 def test_what_is_stored_is_read_again_and_rubbish_is_nothing() -> None:
-    places: missed.Places = {
-        "a": [Place(EntryID(5, 1), "w:1", 7, ended=True)],
-        "b": [Place(EntryID(6, 0), "w:2", 2**32 - 1, ended=False), place(3, "w:3")],
-    }
-    assert missed.read(missed.write(places)) == places
+    stored: missed.Stored = {}
+    places = [place(5, "w:1", 7, ended=True), place(6, "w:2", 2**32 - 1)]
+    for each in places:
+        missed.put(stored, "a", each)
+    again = missed.read(missed.write(stored))
+    assert missed.places_of(again, "a") == places
+    assert missed.places_of(again, "b") == []
     for rubbish in (
         None,
         b"",
@@ -53,37 +55,41 @@ def test_what_is_stored_is_read_again_and_rubbish_is_nothing() -> None:
         b'{"a":["1"]}',
         b"1",
         b'{"a":["1-0","w:1"]}',
+        b'{"a":null}',
     ):
-        assert missed.read(rubbish) == {}
+        stored = missed.read(rubbish)
+        assert missed.places_of(stored, "a") == []
+        missed.put(stored, "a", places[0])
+        assert missed.places_of(stored, "a") == [places[0]]
 
 
 def place(ms: int, connection: str, token: int = 0, *, ended: bool = False) -> Place:
     return Place(EntryID(ms, 0), connection, token, ended)
 
 
+def stored_with(*places: Place) -> missed.Stored:
+    stored: missed.Stored = {}
+    for each in places:
+        missed.put(stored, "a", each)
+    return stored
+
+
 def test_a_connections_own_place_is_replaced_and_those_of_others_stay() -> None:
-    other = place(5, "two", 2)
-    stored: missed.Places = {"a": [place(5, "one", 1), other], "b": [other]}
-    mine = place(9, "one", 1, ended=True)
-    assert missed.merged(stored, {"a": mine, "b": mine, "c": mine}) == {
-        "a": [other, mine],
-        "b": [other, mine],
-        "c": [mine],
-    }
+    other, mine = place(5, "two", 2), place(9, "one", 1, ended=True)
+    stored = stored_with(place(5, "one", 1), other, mine)
+    assert missed.places_of(stored, "a") == [other, mine]
 
 
 def test_the_same_token_is_the_same_client_and_its_latest_place_counts() -> None:
     earlier, later = place(5, "one", 1, ended=True), place(9, "two", 1)
-    assert missed.merged({"a": [earlier]}, {"a": later}) == {"a": [later]}
     # The end of a connection may be noticed when the next one has begun.
-    assert missed.merged({"a": [later]}, {"a": earlier}) == {"a": [later]}
+    for order in ((earlier, later), (later, earlier)):
+        assert missed.places_of(stored_with(*order), "a") == [later]
 
 
 def test_few_places_are_kept_of_a_library() -> None:
-    places: missed.Places = {}
-    for number in range(9):
-        places = missed.merged(places, {"a": place(number, str(number), number)})
-    assert [each.at.ms for each in places["a"]] == [5, 6, 7, 8]
+    stored = stored_with(*(place(number, str(number), number) for number in range(9)))
+    assert [each.at.ms for each in missed.places_of(stored, "a")] == [5, 6, 7, 8]
 
 
 def test_a_client_resumes_its_own_place() -> None:
