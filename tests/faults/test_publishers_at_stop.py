@@ -115,8 +115,10 @@ async def test_php_is_served_until_the_relay_has_ended(
                     await http.get(f"{relay.url}/sse?channel=x")
                 with pytest.raises((aiohttp.ClientError, ConnectionError)):
                     await browse(http, relay, "alice")
-                async with http.get(f"{relay.url}/readyz") as answer:
-                    assert (answer.status, await answer.text()) == (503, STOPPING)
+                # Nobody publishes to the shared listener if PHP has one of its own.
+                if own != "own port":
+                    async with http.get(f"{relay.url}/readyz") as answer:
+                        assert (answer.status, await answer.text()) == (503, STOPPING)
                 with suppress(AssertionError):
                     while True:
                         seen.append(await page.next())
