@@ -132,6 +132,11 @@ def has_news_command(keys: Keys, stream: Followed) -> Command:
     return ("XRANGE", keys.stream(stream.channel), f"({stream.position}", "+", "COUNT", 1)
 
 
+def size_of(entries: Sequence[RawEntry]) -> int:
+    """Return the bytes in the fields of raw entries."""
+    return sum(len(part) for _, fields in entries for part in fields or ())
+
+
 def page_commands(
     keys: Keys, stream: Followed, request: PageRequest, count: int, *, plain: bool = False
 ) -> list[Command]:

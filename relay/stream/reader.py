@@ -46,7 +46,8 @@ _BACKOFF_S = (0.05, 2.0)
 # A connection that has lasted this long was good: the next loss starts with a short pause again.
 _GOOD_S = 1.0
 _RETRY_S = 1.0
-_NEWS_BATCH = 256
+_NEWS_BATCH = (16, 256)
+_RESUME_BATCH = 500
 _DESTROY_BATCH = 256
 
 
@@ -241,7 +242,7 @@ class Reader:
             self._primary.connected(link.run_id, link.replication)
             links.callback(self._primary.disconnected)
             self._link, self._messages = link, messages
-            self._resume(messages)
+            await self._resume(messages)
             self._reading.set()
             self._served_since = asyncio.get_running_loop().time()
             _log.info("reading streams from %s (%s %s)", endpoint, link.server, link.version)
@@ -257,13 +258,16 @@ class Reader:
                 else:
                     tasks.create_task(poll(self, self._redis, self._keys), name="poll")
 
-    def _resume(self, messages: Link) -> None:
+    async def _resume(self, messages: Link) -> None:
         """A new connection knows nothing: arm, examine and read everything once."""
-        if self._followed:
-            names = [self._keys.ephemeral(channel) for channel in self._followed]
-            unawaited(messages.subscribe(*names))
         self._live.only_urgent = True
-        self._live.connected(self._followed.values())
+        self._live.connected()
+        # Nothing is read before this ends, so that it may be done in parts.
+        for part in sweep_slices(self.followed(), len(self._followed) // _RESUME_BATCH + 1):
+            names = [self._keys.ephemeral(stream.channel) for stream in part]
+            unawaited(messages.subscribe(*names))
+            self._live.all_unsettled(part)
+            await asyncio.sleep(0)
         self._work.set()
 
     # ---- wake-ups ---------------------------------------------------------------------------
@@ -328,18 +332,22 @@ class Reader:
         """
         try:
             streams = deque(self._followed.values())
+            most = _NEWS_BATCH[0]
             while streams:
-                batch: list[Followed] = []
-                size = 0.0
-                while streams and len(batch) < _NEWS_BATCH and size < self._settings.page_bytes:
-                    stream = streams.popleft()
-                    if stream.alive and not stream.settled:
-                        batch.append(stream)
-                        size += stream.average_bytes
+                batch = [streams.popleft() for _ in range(min(most, len(streams)))]
+                batch = [stream for stream in batch if stream.alive and not stream.settled]
                 commands = [asking.has_news_command(self._keys, stream) for stream in batch]
+                received = 0
                 for stream, reply in zip(batch, await link.execute(commands), strict=True):
-                    if reply and isinstance(reply, list) and stream.alive:
-                        self._live.want_read(stream)
+                    if reply and isinstance(reply, list):
+                        received += asking.size_of(reply)
+                        if stream.alive:
+                            self._live.want_read(stream)
+                # Many streams at once, unless their new entries are large.
+                if received > self._settings.page_bytes:
+                    most = max(_NEWS_BATCH[0], most // 2)
+                else:
+                    most = min(_NEWS_BATCH[1], most * 2)
                 self._work.set()
         finally:
             self._live.only_urgent = False

@@ -125,8 +125,8 @@ class LiveTurns:
             if stream.alive:
                 self.want_examine(stream)
 
-    def connected(self, streams: Iterable[Followed]) -> None:
-        """A new connection knows nothing: whatever was asked or armed on the old one is void."""
+    def connected(self) -> None:
+        """Whatever was asked on the old connection is void. `all_unsettled` must follow."""
         asked, self._asked = self._asked, None
         for stream, request, *_ in asked.examined if asked else ():
             stream.on_examine_lost(request)
@@ -135,7 +135,6 @@ class LiveTurns:
         self._certify.clear()
         self._mode.paused.clear()
         self._control_news = True
-        self.all_unsettled(streams)
 
     def all_unsettled(self, streams: Iterable[Followed]) -> None:
         """Every stream may have changed without a wake-up."""

@@ -393,7 +393,8 @@ class Worker:
         self.close()
         self._asked = self._asked_pages = None
         self._open()
-        self.live.connected(self._followed.values())
+        self.live.connected()
+        self.live.all_unsettled(self._followed.values())
 
 
 def distinct_markers() -> Callable[[], int]:

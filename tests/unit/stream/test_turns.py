@@ -183,7 +183,8 @@ def test_an_unsettled_stream_is_examined_before_it_is_read(scene: Scene) -> None
 def test_a_new_link_voids_what_was_asked_on_the_old_one(scene: Scene) -> None:
     scene.turns.want_read(scene.feed)
     scene.turns.commands()
-    scene.turns.connected([scene.feed])
+    scene.turns.connected()
+    scene.turns.all_unsettled([scene.feed])
     scene.turns.take([b"OK", b"", b"", [info(1, added=1, last=1), found(1)]])
     assert scene.outbox.writes == []
     assert not scene.feed.settled
@@ -193,7 +194,8 @@ def test_who_waited_on_the_old_link_is_examined_on_the_new_one() -> None:
     scene = Scene()
     scene.turns.want_examine(scene.feed)
     scene.turns.commands()
-    scene.turns.connected([scene.feed])
+    scene.turns.connected()
+    scene.turns.all_unsettled([scene.feed])
     request = examine(scene.hub)
     assert request.users == ("ann",)
     assert scene.client.told == ["subscribed news"]
@@ -295,7 +297,8 @@ def test_streams_with_news_or_waiting_clients_are_examined_before_the_others() -
     for channel in feeds:
         examine(hub, channel)
     turns.only_urgent = True
-    turns.connected([feed for feed in feeds.values() if feed])
+    turns.connected()
+    turns.all_unsettled([feed for feed in feeds.values() if feed])
     for feed in feeds.values():
         assert feed
         turns.want_examine(feed)
