@@ -17,6 +17,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -24,13 +25,14 @@ import uvloop
 
 from relay import __version__, logs, parts
 from relay.drain import drain, end_all, last_bytes
+from relay.embedded import private_folder
 from relay.errors import RelayError, StartError
 from relay.frontdoor import DoorContext, Mounted, find_doors, read_token
 from relay.hub.hub import Hub
 from relay.jobs import Jobs
 from relay.metrics import Metrics
 from relay.model import parse_channel
-from relay.pid_file import pid_file
+from relay.pid_file import pid_file, write_error
 from relay.pipeline import Admission, Incoming
 from relay.reloading import Reloads, release_signals
 from relay.rights.http import HttpRights
@@ -88,6 +90,12 @@ def check(config: Config) -> list[Listening]:
     Raises what `run` would raise for the same configuration: ConfigError, StartError. It connects
     to nothing and may be called from any thread.
     """
+    if problem := config.log.file and write_error(config.log.file):
+        raise StartError(logs.open_error(config.log.file, problem))
+    if problem := config.node.pid_file and write_error(config.node.pid_file):
+        raise StartError(f"[node] pid_file: {config.node.pid_file} cannot be written: {problem}")
+    if config.redis.url == "embedded":
+        private_folder(Path(config.redis.embedded_dir or "data"), make=False)
     relay = Relay(config, reload=lambda: config, on_ready=lambda *_: None, check_only=True)
     asyncio.run(relay.run())
     return relay.listeners

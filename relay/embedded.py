@@ -36,10 +36,16 @@ _BACK_OFF_S = (0.1, 5.0)
 _STEADY_S = 10.0
 
 
-def private_folder(folder: Path) -> None:
-    """`folder` exists and only its owner may look inside; StartError otherwise."""
+def private_folder(folder: Path, *, make: bool = True) -> None:
+    """Make `folder`, in which only its owner may look. StartError if that is impossible.
+
+    Without `make` nothing is changed, and a folder that does not exist is good.
+    """
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if make:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        elif not folder.exists():
+            return
         if folder.stat().st_mode & 0o077:
             # Somebody's /tmp or home must not be shut because it was named by mistake.
             if any(folder.iterdir()) and not (folder / "valkey.conf").exists():
@@ -47,7 +53,8 @@ def private_folder(folder: Path) -> None:
                     f"data folder {folder} is not empty and open to others;"
                     " name one of its own: --set redis.embedded_dir=PATH"
                 )
-            folder.chmod(0o700)
+            if make:
+                folder.chmod(0o700)
     except OSError as exc:
         raise StartError(
             f"data folder {folder} cannot be used: {exc.strerror};"
@@ -182,7 +189,7 @@ class EmbeddedValkey:
         except (OSError, ValkeyBinaryNotFoundError) as exc:
             raise StartError(
                 f"the embedded Valkey cannot be run here ({exc}); use a Redis of your own:"
-                " --set redis.url=redis://HOST:PORT/0"
+                " --redis redis://HOST:PORT/0 or --set redis.url=redis://HOST:PORT/0"
             ) from exc
         self._pid = self._child.pid
         await self._answers()

@@ -311,6 +311,13 @@ def _origin(record: logging.LogRecord) -> tuple[object, ...]:
     return (record.name, record.levelno, record.pathname, record.lineno, kind, raised)
 
 
+def open_error(path: str, problem: str) -> str:
+    """Return the line for a log file that cannot be opened."""
+    return (
+        f"[log] file {path} cannot be opened: {problem}; --set log.file= writes to standard error"
+    )
+
+
 def setup(settings: LogSettings, *, worker: int = 0) -> None:
     """All loggers write as `settings` say; what an earlier call set up is taken away.
 
@@ -323,10 +330,7 @@ def setup(settings: LogSettings, *, worker: int = 0) -> None:
         try:
             handler = FileHandler(Path(settings.file))
         except OSError as exc:
-            raise StartError(
-                f"[log] file {settings.file} cannot be opened: {exc.strerror};"
-                " --set log.file= writes to standard error"
-            ) from exc
+            raise StartError(open_error(settings.file, exc.strerror or str(exc))) from exc
     else:
         handler = logging.StreamHandler()
     handler.setFormatter((JsonFormatter if settings.format == "json" else PlainFormatter)(worker))

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from relay.errors import StartError
+
+
+def write_error(path: str) -> str:
+    """Return why a line cannot be appended to the file, '' if it can; nothing is changed."""
+    file = Path(path)
+    if file.is_dir():
+        return os.strerror(errno.EISDIR)
+    if not file.parent.is_dir():
+        return os.strerror(errno.ENOENT)
+    place, needed = (file, os.W_OK) if file.exists() else (file.parent, os.W_OK | os.X_OK)
+    return "" if os.access(place, needed) else os.strerror(errno.EACCES)
 
 
 @contextlib.contextmanager

@@ -36,6 +36,13 @@ _SECRET = re.compile(r"(secret|key|\w*password|\w*_token) = \S")
         (["producer:spool.path=/no/such/spool"], "[producer:spool] path"),
         (["producer:socketio_emitter.redis_url=redis://h:p/0"], "emitter] redis_url: an address"),
         (["redis.tls_ca=/no/such.pem", "redis.url=rediss://localhost/0"], "[redis] tls_ca"),
+        (
+            ["log.file=/no/such/folder/log"],
+            "[log] file /no/such/folder/log cannot be opened: No such",
+        ),
+        (["log.file=/etc"], "cannot be opened: Is a directory"),
+        (["node.pid_file=/no/such/relay.pid"], "[node] pid_file: /no/such/relay.pid cannot be"),
+        (["redis.embedded_dir=/usr"], "data folder /usr is not empty and open to others"),
         (["protocol:pydio.authorised_hosts=127.0.0.*"], "is not a host"),
         (["redis.url=redis://:a[b@localhost/0"], "percent-encode special characters"),
         (["redis.url=redis://:a#b@localhost/0"], "percent-encode special characters"),
@@ -59,6 +66,13 @@ def test_other_hosts_and_free_ports_do_not_collide(capsys: pytest.CaptureFixture
     sets += ["metrics.port=8000"]
     words = [word for each in sets for word in ("--set", each)]
     assert main(["checkconfig", *words]) == 0, capsys.readouterr().err
+
+
+def test_nothing_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = "log.file={0}/log", "node.pid_file={0}/pid", "redis.embedded_dir={0}/data"
+    words = [word for each in paths for word in ("--set", each.format(tmp_path))]
+    assert main(["checkconfig", *words]) == 0, capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def _blocks() -> list[str]:
