@@ -41,6 +41,7 @@ clients.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from relay.model import Channel, EntryID, parse_channel
 
@@ -53,6 +54,7 @@ _ESCAPE = re.compile(rf"%({_ESCAPED})")
 _GLOB = re.compile(rb"([*?\[\]\\^])")
 
 
+@lru_cache(maxsize=65536)
 def escape(name: str) -> str:
     """Return `name` as keys contain it; names without the escaped characters are unchanged."""
     return _OUT_OF_PLACE.sub(lambda found: f"%{ord(found[0]):02X}", name)
