@@ -146,7 +146,7 @@ class StreamSettings(Section):
         262144,
         ge=4096,
         le=16777216,
-        description="bytes aimed at in one read of a stream; bounds what catch-up holds in memory",
+        description="target size of one read of a stream; until the sizes of its entries are known, catch-up reads at most 32 MiB at once",
     )
     max_entry_bytes: int = Field(
         4194304,

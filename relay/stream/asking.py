@@ -22,13 +22,16 @@ from relay.stream.primary import Primary
 Decode = Callable[[Channel, EntryID, Sequence[bytes]], Record]
 RawEntry = tuple[bytes, list[bytes] | None]
 
-MAX_COUNT = 1000
 _ABORTED = "EXECABORT Transaction discarded because of: "
 
 
-def count_for(stream: Followed, page_bytes: int) -> int:
-    """How many entries make about one page."""
-    return max(1, min(MAX_COUNT, int(page_bytes / stream.average_bytes)))
+def count_for(stream: Followed, page_bytes: int, most: int) -> int:
+    """Return how many entries to read: about one page, and no more than `most`.
+
+    Redis has no limit in bytes, and entries may be larger than all before them. So `most` bounds
+    what one reply can hold, together with `[stream] max_entry_bytes`.
+    """
+    return max(1, min(most, int(page_bytes / stream.average_bytes)))
 
 
 class ChangedMeanwhile(Exception):  # no fault: it is asked again

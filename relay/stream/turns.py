@@ -31,6 +31,13 @@ _log = logging.getLogger(__name__)
 
 _EXAMINE_BATCH = 64
 _READ_BATCH = 256
+# Entries in the first read of a stream. If there are more, the next read is for twice as many.
+_FIRST_COUNT = 8
+# Bytes of the replies to one pipeline, by the sizes that are known.
+_PIPELINE_BYTES = 16 << 20
+# Bytes of one live read, and of all pages of one pipeline, if every entry has the largest size.
+_LIVE_BYTES, _PAGES_BYTES = 64 << 20, 32 << 20
+_MAX_COUNT = 1000
 
 
 class LiveTurns:
@@ -71,6 +78,10 @@ class LiveTurns:
         self._settling = False
         self._read: dict[Followed, None] = {}
         self._swept: set[Followed] = set()
+        # How many entries to read next of streams whose last read found more than it could hold.
+        self._counts: dict[Followed, int] = {}
+        self._most = _most_entries(settings, _LIVE_BYTES)
+        self._first = min(_FIRST_COUNT, self._most)
         self._certify: list[Command] = []
         self._asked: _Asked | None = None
 
@@ -117,6 +128,7 @@ class LiveTurns:
         self._urgent.pop(stream, None)
         self._read.pop(stream, None)
         self._swept.discard(stream)
+        self._counts.pop(stream, None)
         self._mode.paused.pop(stream, None)
 
     def retry_paused(self) -> None:
@@ -151,7 +163,7 @@ class LiveTurns:
         commands = self._control.commands() if asked.control else []
         asked.control_end = len(commands)
         examine = _take(self._urgent, _EXAMINE_BATCH)
-        if not self.only_urgent:
+        if not self.only_urgent and not self._urgent:
             examine += _take(self._examine, _EXAMINE_BATCH - len(examine))
         certify, self._certify = self._certify, []
         commands += certify
@@ -167,14 +179,15 @@ class LiveTurns:
                 self._keys, stream, self._group, request, self._primary, plain=plain
             )
             asked.examined.append((stream, request, plain, start, len(commands)))
-        for stream in _take(self._read, _READ_BATCH):
+        for stream in _take(self._read, _READ_BATCH, _FIRST_COUNT):
             if not stream.settled:
                 # Its examination asks for the read. There may be none under way: the last one may
                 # have found another type under this key, which is gone now.
                 self._examine.pop(stream, None)
                 self._urgent[stream] = None
                 continue
-            count = asking.count_for(stream, self._settings.page_bytes)
+            most = self._counts.get(stream, self._first)
+            count = asking.count_for(stream, self._settings.page_bytes, most)
             form = _Form(stream.misaligned, self._mode.is_plain_for(stream))
             start = len(commands)
             commands += asking.read_commands(
@@ -281,6 +294,11 @@ class LiveTurns:
             return
         if not complete:
             self._read[stream] = None
+            self._counts[stream] = min(2 * count, self._most)
+        elif 2 * len(entries) < count and stream in self._counts:
+            self._counts[stream] //= 2
+            if self._counts[stream] <= self._first:
+                del self._counts[stream]
         if entries:
             self._on_records(stream, asking.decode_all(stream, entries, self._decode))
         if complete:
@@ -304,6 +322,7 @@ class PageTurns:
         self._primary = primary
         self._settings = settings
         self._decode = decode
+        self._most = _most_entries(settings, _PAGES_BYTES)
         self._pages: dict[Followed, None] = {}
         self._asked: list[tuple[Followed, PageRequest, int, int, int]] = []
         self._plain = False
@@ -326,10 +345,12 @@ class PageTurns:
         self._asked.clear()
         self._plain = self._mode.plain
         commands: list[Command] = []
-        for stream in _take(self._pages, self._settings.resume_concurrency):
+        streams = _take(self._pages, min(self._settings.resume_concurrency, self._most))
+        most = self._most // max(1, len(streams))
+        for stream in streams:
             request = stream.page_request()
             if request is not None:
-                count = asking.count_for(stream, self._settings.page_bytes)
+                count = asking.count_for(stream, self._settings.page_bytes, most)
                 start = len(commands)
                 commands += asking.page_commands(
                     self._keys, stream, request, count, plain=self._plain
@@ -385,8 +406,21 @@ class _Asked:
         self.read: list[tuple[Followed, int, _Form, int, int]] = []
 
 
-def _take(waiting: dict[Followed, None], most: int) -> list[Followed]:
-    taken = list(waiting)[:most] if len(waiting) > most else list(waiting)
+def _most_entries(settings: StreamSettings, most_bytes: int) -> int:
+    """Return how many entries may be read at once, since none of them is known."""
+    return max(1, min(_MAX_COUNT, most_bytes // settings.max_entry_bytes))
+
+
+def _take(waiting: dict[Followed, None], most: int, entries: int = 1) -> list[Followed]:
+    """Take streams to look at, of each of which about so many entries are read."""
+    taken: list[Followed] = []
+    held = 0.0
+    for stream in waiting:
+        if len(taken) >= most or held >= _PIPELINE_BYTES:
+            break
+        taken.append(stream)
+        # XINFO STREAM returns the first and the last entry.
+        held += (2 + entries) * stream.average_bytes
     for stream in taken:
         del waiting[stream]
     return taken

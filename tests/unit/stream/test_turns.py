@@ -20,11 +20,12 @@ from relay.stream.keys import Keys
 from relay.stream.link import Command
 from relay.stream.primary import Primary, Replication
 from relay.stream.turns import LiveTurns, PageTurns
-from tests.support.hub import NEWS, Client, Outbox, Reads, Words, examine, join, make_hub
+from tests.support.hub import NEWS, Client, Outbox, Reads, Words, event, examine, join, make_hub
 
 KEYS = Keys("relay:")
 SETTINGS = StreamSettings()
 PRIMARY = Primary()
+DECODE = partial(entry.decode, max_bytes=1000)
 PRIMARY.observe(Replication(b"master", b"", b""))
 NO_GROUP = hiredis.ReplyError("NOGROUP No such key or consumer group")
 
@@ -322,3 +323,52 @@ def test_streams_with_news_or_waiting_clients_are_examined_before_the_others() -
 
 def _examined(commands: Sequence[Command]) -> set[object]:
     return {command[2] for command in commands if command[:2] == ("XINFO", "STREAM")}
+
+
+@pytest.mark.parametrize("largest", [1024, 1 << 20, 64 << 20])
+def test_a_pipeline_of_pages_is_bounded_though_no_entry_is_known(largest: int) -> None:
+    """Entries may be larger than all before them, and Redis knows no limit in bytes."""
+    hub = make_hub(Reads())
+    names = [Channel(f"c{number}") for number in range(6)]
+    session, *_ = join(hub, Principal(user="ann"), Words(), *names)
+    settings = StreamSettings(max_entry_bytes=largest)
+    pages = PageTurns(keys=KEYS, primary=PRIMARY, settings=settings, decode=DECODE)
+    for name in names:
+        examine(hub, name)
+        feed = hub.feed(name)
+        assert feed
+        feed.average_bytes = 50.0
+        session.pause()
+        feed.on_records([event("1", 1)])
+        session.resume()
+        pages.want(feed)
+    counts = [command[-1] for command in pages.commands() if command[0] == "XRANGE"]
+    assert counts
+    total = sum(int(count) for count in counts)
+    assert total * largest <= 32 << 20 or total == 1
+    assert total >= min(1000, 32) or largest > 1 << 20
+    assert pages.wanted
+
+
+def test_a_live_read_asks_for_more_only_after_one_that_was_full(scene: Scene) -> None:
+    def count() -> int:
+        scene.turns.want_read(scene.feed)
+        (asked,) = [command for command in scene.turns.commands() if command[0] == "XREADGROUP"]
+        return int(asked[asked.index("COUNT") + 1])
+
+    scene.feed.average_bytes = 50.0
+    counts, last = [], 0
+    for _ in range(5):
+        counts.append(count())
+        numbers = range(last + 1, last + counts[-1] + 1)
+        last += counts[-1]
+        scene.turns.take(
+            [b"", b"", b"", [info(*range(1, 999), added=998, last=998), found(*numbers)]]
+        )
+    assert counts == [8, 16, 32, 64, 64]
+    assert count() == 64
+    scene.turns.take(
+        [b"", b"", b"", [info(*range(1, last + 2), added=last + 1, last=last + 1), found(last + 1)]]
+    )
+    # A stream whose reads are seldom full is read a little at a time again.
+    assert count() == 32
