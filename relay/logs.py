@@ -25,10 +25,13 @@ from relay.settings import LogSettings
 
 _HIDDEN = "[hidden]"
 _SECRETS = (
+    # All of them take linear time, because peers choose parts of the text: a name is searched from
+    # its first character only.
     # token=..., relay_token=..., "token": "...", also percent-encoded inside a quoted URL
     (
         re.compile(
-            r"""(?ix) ( [\w-]* (?:token|password|passwd|secret|apikey|api[_-]key) [\w-]*
+            r"""(?ix) ( (?<![\w-]) [\w-]*
+            (?:token|password|passwd|secret|apikey|api[_-]key) [\w-]{0,64}
             ["']? \s* (?: = | : | %3D ) \s* ["']? ) [^\s&"'\#;,}]+"""
         ),
         rf"\g<1>{_HIDDEN}",
@@ -46,6 +49,9 @@ _SECRETS = (
     # redis://user:password@host
     (re.compile(r"(://[^\s/:@]*:)[^\s/@]+@"), rf"\g<1>{_HIDDEN}@"),
 )
+# Peers choose some of the values in a line.
+_MESSAGE_CHARS = 4000
+_TRACE_CHARS = 20000
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -71,7 +77,7 @@ class PlainFormatter(_Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line; control characters are escaped, so that no client can forge another."""
-        text = _CONTROL.sub(lambda match: repr(match[0])[1:-1], redact(record.getMessage()))
+        text = _CONTROL.sub(lambda match: repr(match[0])[1:-1], _message(record))
         name = f"{record.name}[{self._worker}]" if self._worker else record.name
         line = f"{_when(record)} {record.levelname.lower()} {name}: {text}"
         trace = _trace(self, record)
@@ -88,7 +94,7 @@ class JsonFormatter(_Formatter):
             "time": _when(record),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": redact(record.getMessage()),
+            "message": _message(record),
         }
         if self._worker:
             fields["worker"] = str(self._worker)
@@ -272,6 +278,8 @@ class RepeatLimiter(logging.Handler):
         count = f"{window.suppressed:,} time{'s' if window.suppressed > 1 else ''}"
         what = "repeated" if window.same else "and similar lines, logged"
         latest.msg = f"{latest.msg} ({what} {count} {span})"
+        latest.created = time.time()
+        latest.msecs = int(latest.created % 1 * 1000)
         self.target.handle(latest)
         window.suppressed, window.latest, window.same = 0, None, True
 
@@ -365,10 +373,18 @@ def _when(record: logging.LogRecord) -> str:
     return f"{seconds}.{int(record.msecs):03d}Z"
 
 
+def _message(record: logging.LogRecord) -> str:
+    text = record.getMessage()
+    if len(text) > _MESSAGE_CHARS:
+        text = f"{text[:_MESSAGE_CHARS]}... ({len(text) - _MESSAGE_CHARS:,} characters left out)"
+    return redact(text)
+
+
 def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> str:
     parts = []
     if record.exc_info and record.exc_info[0]:
         parts.append(formatter.formatException(record.exc_info))
     if record.stack_info:
         parts.append(formatter.formatStack(record.stack_info))
-    return redact("\n".join(parts))
+    # The end has the exception.
+    return redact("\n".join(parts)[-_TRACE_CHARS:])

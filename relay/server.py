@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from relay.transports.balance import Balance
 
 _FIRST_BYTES_S, _LOOKS = 0.2, 20
+_SHUTDOWN_S = 3.0
 _LAST_PORT = 65535
 _ALL_ADDRESSES = {"", "0.0.0.0", "::"}  # noqa: S104  # compared with, not bound
 
@@ -240,6 +241,8 @@ class Server:
             app,
             access_log=None,
             keepalive_timeout=KEEPALIVE_S,
+            # A peer that does not complete its request must not hold up the stop.
+            shutdown_timeout=_SHUTDOWN_S,
             handle_signals=False,
         )
         await runner.setup()

@@ -120,7 +120,8 @@ async def read_body(request: web.Request, limit_bytes: int, setting: str = "") -
     try:
         return await _read(request, limit_bytes, f"{setting or 'the limit'} ({limit_bytes} bytes)")
     except BodyRejected as exc:
-        _log.warning("Rejected a request of %s with status %d: %s", request.remote, exc.status, exc)
+        address = request.remote or "a client that has disconnected"
+        _log.warning("Rejected a request of %s with status %d: %s", address, exc.status, exc)
         raise
 
 

@@ -232,6 +232,9 @@ class HttpConnection(RequestHandler):
         start_time: float | None,
         request_handler: Callable[[BaseRequest], Awaitable[StreamResponse]],
     ) -> tuple[StreamResponse, bool]:
+        if request.headers.get("Expect", "100-continue").lower() != "100-continue":
+            # aiohttp would put the header's value into the answer, and fail if it is not UTF-8.
+            request_handler = _reject_expectation
         try:
             return await super()._handle_request(request, start_time, request_handler)
         finally:
@@ -259,6 +262,9 @@ class HttpConnection(RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> StreamResponse:
+        if isinstance(exc, ConnectionError) or request.remote is None:
+            _log.debug("A client disconnected before its request was answered")
+            return _answer(400)
         if isinstance(exc, HttpProcessingError | RequestPayloadError):
             # Neither the text nor the traceback: both have the peer's bytes, maybe a token.
             _log.warning("Rejected a malformed HTTP request of %s", request.remote)
@@ -266,9 +272,6 @@ class HttpConnection(RequestHandler):
             return _answer(431 if isinstance(exc, LineTooLong) else 400)
         if isinstance(exc, BodyRejected):
             return _answer(exc.status, str(exc))
-        if isinstance(exc, ConnectionError):
-            _log.debug("A client disconnected before its request was answered")
-            return _answer(400)
         return super().handle_error(request, status, exc, message)
 
     def _end(self, status: int) -> None:
@@ -355,6 +358,10 @@ class HttpFactory:
                 connection.abort()
                 return True
         return False
+
+
+async def _reject_expectation(_request: BaseRequest) -> StreamResponse:
+    return _answer(417)
 
 
 async def _reject_lost(_request: BaseRequest) -> StreamResponse:

@@ -375,6 +375,28 @@ def test_malformed_requests_leave_one_line_without_their_bytes(
     assert SECRET.decode() not in caplog.text
 
 
+def test_an_unknown_expectation_is_not_repeated_to_the_client(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with serving() as site:
+            for expected in (SECRET, b"\xff", b"100-continue, " + SECRET):
+                request = PING[:-2] + b"Expect: " + expected + b"\r\n\r\n"
+                async with raw_client(site.port, request) as (reader, _):
+                    text = await closed(reader)
+                    assert text.startswith(b"HTTP/1.1 417 ")
+                    assert SECRET not in text
+            request = post(b"/body", b"", b"Expect: 100-Continue", size=3)
+            async with raw_client(site.port, request) as (reader, writer):
+                assert b"100 Continue" in await head_of(reader)
+                writer.write(b"abc")
+                assert b"200 OK" in await head_of(reader)
+
+    with caplog.at_level(logging.INFO):
+        run(main())
+    assert caplog.text == ""
+
+
 def test_headers_that_do_not_end_are_limited(run: Run) -> None:
     async def main() -> None:
         async with (
