@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 GOING_AWAY = 1001
 # Libraries of one message that are dealt with in one turn of the loop: each costs an HMAC.
-_TURN = 10
+_TURN = 50
 _WAITING = 100_000
 # Seconds after which the places of a client are stored: first when a storm of subscribes is over,
 # then again and again, so that a killed relay repeats little and nothing outlives its time limit.
