@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,6 +40,11 @@ EVERYBODY = "allusers"
 DEFAULT_EVENT = "message"
 # A socket is a room of its own by its ID, but has no stream: see `is_socket`.
 SOCKET = "~"
+
+# Current clients (socket.io-parser 4.2.7 and 3.3.6) close the connection for a packet with more,
+# and would get it again each time they come back. They get base64 text instead.
+MAX_ATTACHMENTS = 10
+_PLACEHOLDER = re.compile(rb'\{"_placeholder":true,"num":([0-9]{1,9})\}')
 
 _RESERVED_TYPE = "relay:"
 
@@ -162,12 +168,14 @@ def said(event: Event) -> tuple[str, Said]:
     else:
         name = DEFAULT_EVENT if event.type is None else event.type
     if b"packet" in extra:
-        found = _with_attachments(extra)
+        found = _earlier_version(extra)
         if found is not None:
-            return name, found
+            return found
     attachments: list[bytes] = []
     while (part := extra.get(b"binary.%d" % len(attachments))) is not None:
         attachments.append(part)
+    if attachments and not _may_be_attached(extra[b"data"], len(attachments)):
+        attachments = []
     data = extra[b"data"] if attachments else event.data
     if not event.is_json:
         data = orjson.dumps(data.decode())
@@ -180,17 +188,32 @@ def said(event: Event) -> tuple[str, Said]:
     return name, Said(head + b"," + data + b"]", attachments)
 
 
-def _with_attachments(extra: Mapping[bytes, bytes]) -> Said | None:
-    """Read the fields of earlier versions. Return None if they are malformed."""
+def _earlier_version(extra: Mapping[bytes, bytes]) -> tuple[str, Said] | None:
+    """Read the fields of earlier versions. Return None if `data` must be used instead."""
     attachments: list[bytes] = []
     try:
         while (part := extra.get(b"attachment.%d" % len(attachments))) is not None:
             attachments.append(base64.b64decode(part, validate=True))
-        if not isinstance(orjson.loads(extra[b"packet"]), list):
-            return None
+        packet = orjson.loads(extra[b"packet"])
     except (binascii.Error, ValueError):
         return None
-    return Said(extra[b"packet"], attachments)
+    # Anything but an event with a name makes clients throw, or close the connection.
+    if not (isinstance(packet, list) and packet and isinstance(packet[0], str)):
+        return None
+    if attachments and not _may_be_attached(extra[b"packet"], len(attachments)):
+        return None
+    return packet[0], Said(extra[b"packet"], attachments)
+
+
+def _may_be_attached(data: bytes, count: int) -> bool:
+    """Return whether clients accept `count` binary parts with this JSON: there must not be too
+    many, and each placeholder must belong to one of them."""
+    numbers = _PLACEHOLDER.findall(data)
+    return (
+        count <= MAX_ATTACHMENTS
+        and len(numbers) == data.count(b'"_placeholder"')
+        and all(int(number) < count for number in numbers)
+    )
 
 
 @dataclass(frozen=True, slots=True)

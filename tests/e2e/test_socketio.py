@@ -81,6 +81,31 @@ async def test_every_generation_gets_its_rooms_events_over_every_transport(
     assert without_offset(package, await client.event()) == ["message", "plain text"]
 
 
+@pytest.mark.parametrize("package", CLIENTS)
+async def test_entries_that_are_no_events_do_not_harm_a_client(
+    axr: RelayProcess, npm: Driver, package: str
+) -> None:
+    uid = f"hand-{package}"
+    options = connect_options(package, axr_token(uid))
+    client = await npm.open(f"{axr.url}/axr", package=package, **options)
+    await client.until("connect")
+    packets = ('["connect",1]', '["disconnect"]', "[]", "[1]", '[{"a":1}]', "{}", "null")
+    for packet in packets:
+        axr.xadd(f"axr:{uid}", data='"x"', type="hand", packet=packet)
+    place = '{"_placeholder":true,"num":%d}'
+    axr.xadd(f"axr:{uid}", data="[%s]" % (place % 3), type="hand", **{"binary.0": "x"})
+    axr.xadd(f"axr:{uid}", data='"end"', type="end")
+    seen: list[dict[str, Any]] = []
+    while not seen or seen[-1]["args"][0] != "end":
+        found = await client.next()
+        if found["what"] not in ("upgrade", "offset"):
+            assert found["what"] == "event"
+            seen.append(found)
+    # Two have a name that clients fire themselves; of the others `data` is delivered.
+    assert len(seen) == len(packets) - 2 + 1 + 1
+    assert {tuple(map(str, each["args"][:2])) for each in seen[:-2]} == {("hand", "x")}
+
+
 async def test_session_ids_do_not_reveal_the_host(axr: RelayProcess, npm: Driver) -> None:
     async with aiohttp.ClientSession() as http:
         url = f"{axr.url}/socket.io/?EIO=4&transport=polling"

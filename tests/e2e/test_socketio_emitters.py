@@ -201,6 +201,21 @@ async def test_large_emits_arrive_as_they_are(
                 assert base64.b64decode(shown) == expected
 
 
+@pytest.mark.parametrize("package", CLIENTS)
+async def test_more_binary_arguments_than_a_client_accepts_arrive_as_base64(
+    axr: RelayProcess, npm: Driver, io5: Emitter, package: str
+) -> None:
+    """socket.io-parser closes the connection for more than 10; the client would try for ever."""
+    client = await join(npm, axr, f"many-{package}", package)
+    list_of = "Array.from({length: %d}, () => Buffer.from([1]))"
+    for count in (10, 11):
+        await io5.run(f'io.to("many-{package}").emit("many", {list_of % count});')
+    await io5.run(f'io.to("many-{package}").emit("after");')
+    assert await seen(client) == ["many", [{"hex": "01"}] * 10]
+    assert await seen(client) == ["many", ["AQ=="] * 11]
+    assert await seen(client) == ["after"]
+
+
 async def test_an_emit_that_is_too_large_is_a_dead_letter(
     axr: RelayProcess, npm: Driver, io: Emitter, request: pytest.FixtureRequest
 ) -> None:

@@ -46,6 +46,23 @@ def test_an_xadd_is_an_emit() -> None:
     assert said(b"data", b"1", b"args", b"2") == ["message", 1]
     assert said(b"data", b"1", b"packet", b"nonsense") == ["message", 1]
     assert said(b"data", b"1", b"packet", b"[1]", b"attachment.0", b"*") == ["message", 1]
+    for packet in (b"[]", b"[1]", b"{}", b'"x"'):
+        assert said(b"data", b"1", b"packet", packet) == ["message", 1]
+    # A client that cannot fill a placeholder closes the connection, and gets the event again.
+    missing = b'["m",{"_placeholder":true,"num":1}]'
+    assert said(b"data", b"1", b"packet", missing, b"attachment.0", b"AQI=") == ["message", 1]
+    swapped = b'{"num":5,"_placeholder":true}'
+    event = entry.decode(CHANNEL, ID, [b"data", swapped, b"binary.0", b"x"], 1000).body
+    assert isinstance(event, Event)
+    assert socketio_entry.said(event)[1].attachments == []
+
+
+def test_the_name_of_an_earlier_version_s_packet_is_the_event_s() -> None:
+    fields = [b"data", b"1", b"type", b"fine", b"packet", b'["connect",1]']
+    event = entry.decode(CHANNEL, ID, fields, 1000).body
+    assert isinstance(event, Event)
+    # The encoder delivers no event with a name that clients fire themselves.
+    assert socketio_entry.said(event)[0] == "connect"
 
 
 json_values: st.SearchStrategy[Any] = st.recursive(

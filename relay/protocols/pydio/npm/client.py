@@ -199,6 +199,8 @@ class NpmClient:
         if session is not None and not session.closed:
             session.write_out()
             session.end()
+        # The session refers to the browser: without this, only the garbage collector frees them.
+        browser.session = None
         self.connection.out = self.engine.write
 
     def _forget(self) -> None:
