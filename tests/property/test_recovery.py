@@ -18,6 +18,7 @@ from relay.model import ZERO_ID, StreamState
 from relay.reads import Page, PageRequest
 from relay.stream import asking
 from relay.stream.groups import parse_state
+from relay.stream.primary import Primary, Replication
 from tests.support.schedules import Schedules, explore
 from tests.support.steps import distinct_markers
 from tests.support.valkey import Server, running
@@ -110,6 +111,25 @@ def _any_life_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asking, "parse_state", broken)
 
 
+def _failovers_unheeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client's own entry is proof enough, whatever the replication history."""
+    monkeypatch.setattr(recovery, "may_have_lost", lambda *_: False)
+
+
+def _every_server_is_vouched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Primary, "vouches_for", lambda *_: True)
+
+
+def _a_process_is_vouched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same process may have been another's replica in between."""
+    observe = Primary.observe
+
+    def broken(self: Primary, replication: Replication) -> None:
+        observe(self, replication._replace(previous=b""))
+
+    monkeypatch.setattr(Primary, "observe", broken)
+
+
 def _holes_unheeded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Feed, "untouched", lambda *_: True)
 
@@ -131,6 +151,9 @@ def _examined_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
         _pages_of_any_life,
         _full_socket_unheeded,
         _any_life_will_do,
+        _failovers_unheeded,
+        _every_server_is_vouched_for,
+        _a_process_is_vouched_for,
         _holes_unheeded,
         _examined_for_nobody,
     ],

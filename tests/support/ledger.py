@@ -72,6 +72,14 @@ class Received:
     excused: set[int] = field(default_factory=set)
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """One moment of the server: which entries were there, and the step of the rights hashes."""
+
+    step: int
+    present: dict[Channel, set[int]]
+
+
 class Ledger:
     """All channels and clients. `allowed` is the rights rule: (user, value of the hash)."""
 
@@ -106,6 +114,27 @@ class Ledger:
         )
         log.entries.append(entry)
         return entry
+
+    def save(self) -> Saved:
+        """All that is in the streams and rights hashes now."""
+        return Saved(
+            step=self.step,
+            present={
+                channel: {entry.number for entry in log.present()}
+                for channel, log in self.logs.items()
+            },
+        )
+
+    def roll_back(self, saved: Saved, now: int) -> None:
+        """The server has what it had when this was saved."""
+        for channel, log in self.logs.items():
+            for entry in log.entries:
+                present = entry.number in saved.present[channel]
+                log.removals += entry.present and not present
+                entry.present = present
+            users = {who for _, who, _ in log.rights if who is not None}
+            before = {user: log.value(user, saved.step) for user in users}
+            log.rights.extend((now, user, value) for user, value in before.items())
 
     # ---- what clients tell -------------------------------------------------------------------
 

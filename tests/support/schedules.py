@@ -116,6 +116,22 @@ class Schedules(World):
             case _:
                 self.touch_group(channel, which, how.removeprefix("group "))
 
+    @rule(how=st.sampled_from(["save", "fail over"]))
+    def server(self, how: str) -> None:
+        if how == "save":
+            self.save()
+        else:
+            self.fail_over()
+
+    @rule(channel=channels, count=st.integers(1, 3), seen=st.booleans(), which=workers)
+    def lose_what_was_appended(self, channel: Channel, count: int, seen: bool, which: int) -> None:
+        """Acknowledged, and perhaps read by one worker, but by nobody else."""
+        self.save()
+        self.append(channel, count, None)
+        if seen:
+            self.work(which, 1)
+        self.fail_over()
+
     # ---- clients ----------------------------------------------------------------------------
 
     @rule(

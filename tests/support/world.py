@@ -10,7 +10,7 @@ from relay.model import Channel, EntryID
 from relay.stream import entry
 from relay.stream.groups import group_of
 from relay.stream.keys import Keys
-from tests.support.ledger import Ledger
+from tests.support.ledger import Ledger, Saved
 from tests.support.steps import CHANNELS, CLAIMS, ENTRY_BYTES, Clock, Format, Person, Worker
 from tests.support.wire import Wire
 
@@ -39,6 +39,8 @@ class World(RuleBasedStateMachine):
         ]
         self.times = dict.fromkeys(CHANNELS, 0)
         self.foreign: set[Channel] = set()
+        # What a replica that lags behind has, or the RDB file: as the ledger had it then.
+        self.saved: Saved | None = None
 
     def _worker(self) -> Worker:
         self.names += 1
@@ -135,6 +137,7 @@ class World(RuleBasedStateMachine):
 
     def _gone(self, channel: Channel, *, rewind: bool) -> None:
         log = self.ledger.logs[channel]
+        self.saved = None
         log.gone()
         log.life += 1
         log.removals += 1
@@ -159,6 +162,29 @@ class World(RuleBasedStateMachine):
         for channel in CHANNELS:
             self._gone(channel, rewind=rewind)
             self._change_right(channel, None, None)
+        self.step()
+
+    def save(self) -> None:
+        """What is appended from now on is lost with the next failover, although acknowledged."""
+        if not self.foreign:
+            self.admin.call("SAVE")
+            self.saved = self.ledger.save()
+            self.step()
+
+    def fail_over(self) -> None:
+        """The server becomes what a promoted replica is, with the data of the last `save`: a new
+        replication ID, and the old one as the one before."""
+        if self.saved is not None:
+            self.admin.call("DEBUG", "RELOAD", "NOSAVE")
+            self.ledger.roll_back(self.saved, self.clock.now)
+        for log in self.ledger.logs.values():
+            # Nothing shows whether something was lost: clients may be told.
+            log.removals += 1
+        self.saved = None
+        self.admin.call("REPLICAOF", "127.0.0.1", 1)
+        self.admin.call("REPLICAOF", "NO", "ONE")
+        for worker in self.workers:
+            worker.lose_links()
         self.step()
 
     def touch_group(self, channel: Channel, which: int, at: str) -> None:
