@@ -169,3 +169,20 @@ async def test_the_api_is_served_until_the_relay_has_ended(valkey: Server, count
         await asyncio.to_thread(relay.kill)
     assert len(sent) > 20
     assert contents(valkey, f"api-stop-{count}") == [str(each) for each in sent]
+
+
+async def test_a_request_that_never_ends_does_not_hold_up_the_stop(valkey: Server) -> None:
+    relay = RelayProcess(valkey, settings=["protocol:centrifugo.secret=s"])
+    await asyncio.to_thread(relay.start)
+    head = b"POST /api/ HTTP/1.1\r\nHost: x\r\nX-API-Sign: x\r\nContent-Length: 1000\r\n\r\n{"
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", relay.port)
+        writer.write(head)
+        # Its answer shows that the bytes before it have been read.
+        async with native(relay) as door:
+            assert await door.status("/healthz") == 200
+        relay.send(signal.SIGTERM)
+        assert await asyncio.to_thread(relay.ended, 12) == 0
+        writer.close()
+    finally:
+        await asyncio.to_thread(relay.kill)
