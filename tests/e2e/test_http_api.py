@@ -266,6 +266,26 @@ async def test_too_large_a_request_is_refused(api: Api, channel: str) -> None:
     assert api.entries(channel) == []
 
 
+async def test_what_cannot_be_valid_is_answered_before_its_body_arrives(api: Api) -> None:
+    signed = b"X-API-Sign: " + b"a" * 64
+    for header, status in (
+        (b"X: x", b"400"),
+        (b"X-API-Sign: no signature", b"401"),
+        (signed + b"\r\nContent-Encoding: gzip", b"415"),
+        (signed + b"\r\nContent-Encoding: deflate", b"415"),
+    ):
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.relay.port)
+        writer.write(
+            b"POST /api/ HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 1000\r\n" + header + b"\r\n\r\n{"
+        )
+        async with asyncio.timeout(5):
+            head = await reader.readuntil(b"\r\n\r\n")
+        assert head.split()[1] == status
+        assert b"Connection: close" in head
+        writer.transport.abort()
+
+
 async def test_requests_at_one_time_are_all_answered(api: Api, channel: str) -> None:
     async with asyncio.TaskGroup() as tasks:
         asked = [tasks.create_task(api.ask(publish(channel, str(n)))) for n in range(100)]

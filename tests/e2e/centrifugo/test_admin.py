@@ -144,6 +144,25 @@ async def test_what_is_wrong_afterwards_closes_too(admins: Admins) -> None:
         assert await admin.closed() == (3000, {"reason": reason, "reconnect": True})
 
 
+async def test_an_admin_socket_that_does_not_authenticate_is_closed(valkey: Server) -> None:
+    settings = [*RULES, "protocol:centrifugo.stale_connection_close_delay=0.5"]
+    process = RelayProcess(valkey, settings=settings).start()
+    try:
+        async with aiohttp.ClientSession() as session:
+            url = f"http://127.0.0.1:{process.port}"
+            silent = Admin(await session.ws_connect(f"{url}/socket"))
+            async with session.post(f"{url}/auth/", data={"password": PASSWORD}) as answer:
+                token = (await answer.json())["token"]
+            known = Admin(await session.ws_connect(f"{url}/socket"))
+            assert (await known.ask("connect", token=token))["error"] is None
+            code, reason = await silent.closed()
+            assert (code, reason["reason"]) == (3000, "unauthorized")
+            # The others stay.
+            assert (await known.ask("ping"))["body"] == "pong"
+    finally:
+        process.stop()
+
+
 async def test_a_plain_request_is_refused(admins: Admins) -> None:
     answer = await admins.site.request(b"", {}, path="/socket", method="GET")
     assert (answer.status, answer.body) == (400, b"Bad Request\n")
