@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from tests.support.relay import ROOT, RelayProcess
+from tests.support.relay import ROOT
 from tests.support.valkey import Server, free_port
 
 pytestmark = pytest.mark.redis
@@ -44,12 +44,13 @@ def test_what_it_needs_is_named(protocol: str, setting: str, missing: str, own_p
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_serve_ends_with_that_line(valkey: Server, workers: int) -> None:
-    settings = [f"protocol:seafile.port={free_port()}", f"node.workers={workers}"]
-    process = RelayProcess(valkey, settings=settings)
-    with pytest.raises(RuntimeError, match="did not start"):
-        process.start()
-    assert "[protocol:seafile] key" in process.log[-1]
-    assert not [line for line in process.log if "is ready" in line]
+    command = [sys.executable, "-m", "relay", "serve", "--port", str(free_port())]
+    command += ["--redis", valkey.url("relay"), "--workers", str(workers)]
+    command += ["--set", f"protocol:seafile.port={free_port()}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "[protocol:seafile] key" in done.stderr.splitlines()[-1]
+    assert "is ready" not in done.stdout
 
 
 @pytest.mark.parametrize("settings", [[], ["protocol:seafile.enabled=no"]])
