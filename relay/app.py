@@ -379,7 +379,7 @@ class Relay:
         if not reader.ready():
             return "streams are not being read"
         if not reader.settled():
-            return "streams are being examined after a new connection to Redis"
+            return "streams are being looked through after a new connection to Redis"
         others = self._worker.siblings.not_ready() if self._worker else []
         return f"worker {', '.join(map(str, others))} is not ready" if others else ""
 

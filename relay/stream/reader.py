@@ -99,6 +99,8 @@ class Reader:
         )
         self._work = asyncio.Event()
         self._page_work = asyncio.Event()
+        # Set when every stream must be looked at for news.
+        self._look = asyncio.Event()
         self._link: Link | None = None
         self._messages: Link | None = None
         self._bell = Bell(
@@ -164,7 +166,7 @@ class Reader:
         return self._link is not None
 
     def settled(self) -> bool:
-        """Return False while streams wait for their first examination on a new connection."""
+        """Return False while events may wait in streams that a new connection has not looked at."""
         return not self._live.settling
 
     async def wait_ready(self) -> None:
@@ -262,6 +264,7 @@ class Reader:
         """A new connection knows nothing: arm, examine and read everything once."""
         self._live.only_urgent = True
         self._live.connected()
+        self._look.set()
         # Nothing is read before this ends, so that it may be done in parts.
         for part in sweep_slices(self.followed(), len(self._followed) // _RESUME_BATCH + 1):
             names = [self._keys.ephemeral(stream.channel) for stream in part]
@@ -289,7 +292,9 @@ class Reader:
 
     def _on_everything(self) -> None:
         self._live.want_control()
+        self._live.only_urgent = True
         self._live.all_unsettled(self._followed.values())
+        self._look.set()
         self._work.set()
 
     def _on_message(self, name: bytes, payload: bytes) -> None:
@@ -330,28 +335,32 @@ class Reader:
         costs one command each, so that streams with news are examined first. It also arms the
         wake-ups: what is appended from now on is found at once.
         """
-        try:
-            streams = deque(self._followed.values())
-            most = _NEWS_BATCH[0]
-            while streams:
-                batch = [streams.popleft() for _ in range(min(most, len(streams)))]
-                batch = [stream for stream in batch if stream.alive and not stream.settled]
-                commands = [asking.has_news_command(self._keys, stream) for stream in batch]
-                received = 0
-                for stream, reply in zip(batch, await link.execute(commands), strict=True):
-                    if reply and isinstance(reply, list):
-                        received += asking.size_of(reply)
-                        if stream.alive:
-                            self._live.want_read(stream)
-                # Many streams at once, unless their new entries are large.
-                if received > self._settings.page_bytes:
-                    most = max(_NEWS_BATCH[0], most // 2)
-                else:
-                    most = min(_NEWS_BATCH[1], most * 2)
+        while True:
+            await self._look.wait()
+            self._look.clear()
+            self._live.only_urgent = True
+            try:
+                streams = deque(self._followed.values())
+                most = _NEWS_BATCH[0]
+                while streams:
+                    batch = [streams.popleft() for _ in range(min(most, len(streams)))]
+                    batch = [stream for stream in batch if stream.alive and not stream.settled]
+                    commands = [asking.has_news_command(self._keys, stream) for stream in batch]
+                    received = 0
+                    for stream, reply in zip(batch, await link.execute(commands), strict=True):
+                        if reply and isinstance(reply, list):
+                            received += asking.size_of(reply)
+                            if stream.alive:
+                                self._live.want_read(stream)
+                    # Many streams at once, unless their new entries are large.
+                    if received > self._settings.page_bytes:
+                        most = max(_NEWS_BATCH[0], most // 2)
+                    else:
+                        most = min(_NEWS_BATCH[1], most * 2)
+                    self._work.set()
+            finally:
+                self._live.only_urgent = False
                 self._work.set()
-        finally:
-            self._live.only_urgent = False
-            self._work.set()
 
     def _on_usual(self) -> None:
         """Redis accepts groups and transactions again: create what is missing, move the groups."""

@@ -97,7 +97,8 @@ class LiveTurns:
 
     @property
     def settling(self) -> bool:
-        """Return True while streams of a new connection wait for their first examination."""
+        """Return True after a new connection until all streams were looked at for news, and those
+        with news are being read. From then on a wake-up announces what is appended to any."""
         return self._settling
 
     def want_examine(self, stream: Followed) -> None:
@@ -216,7 +217,7 @@ class LiveTurns:
             if form.plain:
                 # The group in Redis has not moved.
                 stream.misaligned = True
-        if self._settling and not (self._urgent or self._examine):
+        if self._settling and not (self._urgent or self.only_urgent):
             self._settling = False
 
     def _take_examined(
