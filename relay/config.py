@@ -219,7 +219,8 @@ def after_reload(old: Config, new: Config) -> tuple[Config, list[str]]:
             update={
                 key: getattr(old.doors[name], key)
                 for key in section.fixed
-                if key in type(section).model_fields
+                # model_copy marks a setting as given, which the others here must not become.
+                if getattr(section, key, None) != getattr(old.doors[name], key, None)
             }
         )
         for name, section in new.doors.items()

@@ -298,7 +298,8 @@ async def test_a_worker_is_replaced_although_the_file_was_broken_since(
         await said(relay, "not reloaded")
         for number in (1, 2):
             os.kill(workers(relay)[number], signal.SIGKILL)
-            await said(relay, f"worker {number} serves", 2)
+            mark = f"worker {number} serves"
+            await until(lambda mark=mark: sum(mark in line for line in relay.log) == 2, limit_s=20)  # type: ignore[misc]
         async with asyncio.timeout(10):
             while await door.status("/readyz") != 200:
                 await asyncio.sleep(0.02)
