@@ -23,7 +23,7 @@ from relay.stream.turns import LiveTurns, PageTurns
 from tests.support.hub import NEWS, Client, Outbox, Reads, Words, event, examine, join, make_hub
 
 KEYS = Keys("relay:")
-SETTINGS = StreamSettings()
+SETTINGS = StreamSettings(max_entry_bytes=1 << 20)
 PRIMARY = Primary()
 DECODE = partial(entry.decode, max_bytes=1000)
 PRIMARY.observe(Replication(b"master", b"", b""))
