@@ -81,6 +81,9 @@ def judge(position: Position, state: StreamState, own_digest: int | None) -> Ver
             return _gap("deleted", at, state)
         # Nothing was ever removed here, so the position is of another stream of this name.
         return _reset("unknown_position", at, at)
+    if position.incarnation is not None and not same_life:
+        # Its own entry is there, but a failover may have lost the marker, and what followed it.
+        return Verdict(at, Notice("reset", "other_incarnation", at, at), counted=own_there)
     if not same_history and may_have_lost(at, state):
         # What was appended after it before the failover may be gone, whatever is there now.
         return Verdict(at, Notice("reset", "failover", at, at), counted=own_there)

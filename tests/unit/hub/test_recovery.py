@@ -62,6 +62,7 @@ NEW = state(5, 9, added=5, length=5)
         # Rule 3: the same life, or the position's own entry.
         (Position(at(4), 4, OTHER_LIFE, 7), WHOLE, None, "other_incarnation"),
         (Position(at(4), 4, OTHER_LIFE, 7), WHOLE, 8, "other_incarnation"),
+        (Position(at(4), 4, OTHER_LIFE, 7), WHOLE, 7, "other_incarnation"),
         (Position(at(4), 4, SIMILAR_LIFE, 7), WHOLE, None, "other_incarnation"),
         (Position(ZERO_ID, 0, OTHER_LIFE), WHOLE, None, "other_incarnation"),
         (Position(at(4)), NEW, None, "unknown_position"),
