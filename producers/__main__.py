@@ -22,12 +22,12 @@ from producers.registry import (
     find_producers,
     producer_settings,
 )
-from relay import logs
-from relay.config import Config, load
-from relay.errors import ConfigError, RelayError
-from relay.frontdoor import door_settings
-from relay.stream.keys import Keys
-from relay.stream.nodes import new_instance
+from relay.config.loading import Config, load
+from relay.core.errors import ConfigError, RelayError
+from relay.process import logs
+from relay.protocols import door_settings
+from relay.stream.cluster.nodes import new_instance
+from relay.stream.format.keys import Keys
 
 _log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Commands that any program RPUSHes to `centrifugo.api` and its shards, applied once and in order.
 
 A worker looks at the head of a queue, prepares the entries, and appends them and takes the head
-away in one step (`relay.stream.queue`): whoever dies at any point leaves the command either in
+away in one step (`queue.py`): whoever dies at any point leaves the command either in
 the queue or done. What cannot be carried out becomes a dead letter in that same step. Order holds
 within a queue; one worker serves it at a time, and the next one takes over within seconds. Several
 workers share the queues out evenly.
@@ -17,25 +17,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from producers import commands
-from relay.errors import RedisUnavailable
-from relay.settings import QueueSettings
-from relay.stream import control, dead_letters, entry
-from relay.stream.append import UID_BYTES
-from relay.stream.connect import CommandRefused, discover
-from relay.stream.link import Link
-from relay.stream.lost import first_of, uncancel, wait_for
-from relay.stream.queue import Head, Operation, Queues
+from relay.config.settings import QueueSettings
+from relay.core.errors import RedisUnavailable
+from relay.protocols.centrifugo import commands
+from relay.stream.connection.connect import CommandRefused, discover
+from relay.stream.connection.link import Link
+from relay.stream.connection.task_groups import first_of, uncancel, wait_for
+from relay.stream.format import entry
+from relay.stream.write import control, dead_letters
+from relay.stream.write.append import UID_BYTES
+from relay.stream.write.queue import Head, Operation, Queues
 
 if TYPE_CHECKING:
     from producers.registry import ProducerContext
-    from relay.model import Channel
-    from relay.settings import (
-        NamespaceSettings,
-        PublishSettings,
-        RedisSettings,
-    )
-    from relay.stream.keys import Keys
+    from relay.config.settings import NamespaceSettings, PublishSettings, RedisSettings
+    from relay.core.model import Channel
+    from relay.stream.format.keys import Keys
 
 _log = logging.getLogger(__name__)
 

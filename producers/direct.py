@@ -7,15 +7,15 @@ import contextlib
 from collections.abc import Callable, Sequence
 
 from producers.outgoing import Away, Outcome, Outgoing, Postponed, Refused
-from relay.errors import RedisUnavailable
-from relay.model import EntryID
-from relay.settings import RedisSettings
-from relay.stream.append_once import Appender, Entry
-from relay.stream.connect import CommandRefused, discover
-from relay.stream.keys import Keys
-from relay.stream.link import Link
-from relay.stream.refusals import TEMPORARY_CODES
-from relay.stream.scripts import APPEND_ONCE, load
+from relay.config.settings import RedisSettings
+from relay.core.errors import RedisUnavailable
+from relay.core.model import EntryID
+from relay.stream.connection.connect import CommandRefused, discover
+from relay.stream.connection.link import Link
+from relay.stream.connection.refusals import TEMPORARY_CODES
+from relay.stream.connection.scripts import APPEND_ONCE, load
+from relay.stream.format.keys import Keys
+from relay.stream.write.append_once import Appender, Entry
 
 
 class DirectSender:

@@ -13,8 +13,8 @@ import aiohttp
 import orjson
 
 from producers.outgoing import Away, Outcome, Outgoing, Refused
-from relay.json_text import is_json
-from relay.model import EntryID
+from relay.core.json_text import is_json
+from relay.core.model import EntryID
 
 # One request of many commands is refused as a whole when it is too large for the server.
 _BODY_BYTES = 256 * 1024

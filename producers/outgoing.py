@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from relay.errors import RelayError
-from relay.model import Channel, EntryID, parse_channel
-from relay.stream import entry
+from relay.core.errors import RelayError
+from relay.core.model import Channel, EntryID, parse_channel
+from relay.stream.format import entry
 
 UID_BYTES = 255
 # How long Redis remembers a uid: longer than any outage after which a spool must not repeat.

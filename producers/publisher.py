@@ -36,8 +36,8 @@ from producers.outgoing import (
 )
 from producers.spool import Spool
 from producers.spool_delivery import deliver
-from relay.model import EntryID
-from relay.settings import RedisSettings
+from relay.config.settings import RedisSettings
+from relay.core.model import EntryID
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import producers
 
 if TYPE_CHECKING:
-    from relay.model import Channel
-    from relay.settings import NamespaceSettings, PublishSettings, RedisSettings, Section
-    from relay.stream.keys import Keys
+    from relay.config.settings import NamespaceSettings, PublishSettings, RedisSettings, Section
+    from relay.core.model import Channel
+    from relay.stream.format.keys import Keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

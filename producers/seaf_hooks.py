@@ -17,19 +17,20 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, SecretStr
 
-from producers import seaf_events
-from relay.errors import ConfigError, RelayError
-from relay.settings import RedisSettings, Section
-from relay.stream import connect, entry
-from relay.stream.append import Appender
-from relay.stream.connect import redis_client
-from relay.stream.nodes import Lease
-from relay.stream.side_link import SideLink
+from relay.config.settings import RedisSettings, Section
+from relay.core.errors import ConfigError, RelayError
+from relay.protocols.seafile import event_format
+from relay.stream.cluster.leases import Lease
+from relay.stream.connection import connect
+from relay.stream.connection.connect import redis_client
+from relay.stream.connection.side_link import SideLink
+from relay.stream.format import entry
+from relay.stream.write.append import Appender
 
 if TYPE_CHECKING:
     from producers.registry import ProducerContext
-    from producers.seaf_events import SeafEvent
-    from relay.model import Channel, EntryID
+    from relay.core.model import Channel, EntryID
+    from relay.protocols.seafile.event_format import SeafEvent
 
 _log = logging.getLogger(__name__)
 
@@ -127,8 +128,8 @@ class Tap:
 
     def _on_message(self, _name: bytes, payload: bytes) -> None:
         try:
-            event = seaf_events.read_line(payload)
-        except seaf_events.Unaddressed as exc:
+            event = event_format.read_line(payload)
+        except event_format.Unaddressed as exc:
             _log.warning("tap: a message cannot be read: %s", exc)
             self._context.count("broken", 1)
             return
@@ -142,10 +143,10 @@ class Tap:
 
     def _append(self, event: SeafEvent) -> None:
         fields = entry.encode(
-            event.content, type=event.type, extra={seaf_events.COMMIT: event.commit.encode()}
+            event.content, type=event.type, extra={event_format.COMMIT: event.commit.encode()}
         )
         try:
-            future = self._appender.append(event.channel, fields, unless_latest=seaf_events.COMMIT)
+            future = self._appender.append(event.channel, fields, unless_latest=event_format.COMMIT)
         except RelayError as exc:
             _log.warning("tap: %s waits: %s", event.channel, exc)
             self._failed[event.channel] = event

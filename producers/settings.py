@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field, SecretStr
 
-from relay.settings import Section
+from relay.config.settings import Section
 
 
 class EmitterSettings(Section):

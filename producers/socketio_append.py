@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, cast
 
 import orjson
 
-from producers.socketio_entry import Contents, Emit, Unusable, contents, copies
 from producers.socketio_wire import Control
-from relay.model import Channel, EntryID, Event
-from relay.stream import control, dead_letters, ephemeral, scripts
-from relay.stream import entry as entries
+from relay.core.model import Channel, EntryID, Event
+from relay.protocols.socketio.entry_format import Contents, Emit, Unusable, contents, copies
+from relay.stream.connection import scripts
+from relay.stream.format import entry as entries
+from relay.stream.format import ephemeral
+from relay.stream.write import control, dead_letters
 
 if TYPE_CHECKING:
-    from relay.settings import NamespaceSettings
-    from relay.stream.keys import Keys
-    from relay.stream.side_link import SideLink
+    from relay.config.settings import NamespaceSettings
+    from relay.stream.connection.side_link import SideLink
+    from relay.stream.format.keys import Keys
 
 _DOOR = "socketio"
 # In a live-only event: the rooms before this one have their own, whenever a client joined them.

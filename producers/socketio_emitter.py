@@ -20,21 +20,21 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from producers import socketio_wire as wire
 from producers.settings import EmitterSettings
 from producers.socketio_append import Batch
-from producers.socketio_entry import Emit, Unusable, channel_of
 from producers.socketio_heard import Heard
 from producers.socketio_wire import Control
-from relay.errors import ConfigError, RedisUnavailable, RelayError, Unavailable
-from relay.model import EntryID
-from relay.stream import connect, scripts
-from relay.stream.connect import CommandRefused, redis_client
-from relay.stream.nodes import Lease
-from relay.stream.side_link import SideLink
+from relay.core.errors import ConfigError, RedisUnavailable, RelayError, Unavailable
+from relay.core.model import EntryID
+from relay.protocols.socketio.entry_format import Emit, Unusable, channel_of
+from relay.stream.cluster.leases import Lease
+from relay.stream.connection import connect, scripts
+from relay.stream.connection.connect import CommandRefused, redis_client
+from relay.stream.connection.side_link import SideLink
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from producers.registry import ProducerContext
-    from relay.settings import RedisSettings
+    from relay.config.settings import RedisSettings
 
 _log = logging.getLogger(__name__)
 

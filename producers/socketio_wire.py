@@ -19,7 +19,7 @@ from typing import Any
 import msgpack
 import orjson
 
-from producers.socketio_entry import Emit, Unusable
+from relay.protocols.socketio.entry_format import Emit, Unusable
 
 # Clients fire these themselves. 5.x refuses to emit them, 3.2 does not.
 _RESERVED = frozenset(

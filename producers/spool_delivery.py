@@ -26,8 +26,8 @@ from producers.outgoing import (
     send_until,
 )
 from producers.spool import Spool
-from relay.errors import ConfigError
-from relay.settings import Section
+from relay.config.settings import Section
+from relay.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from producers.registry import ProducerContext

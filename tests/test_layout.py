@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from producers.registry import producer_settings
-from relay.config import SECTIONS
-from relay.config_text import example
-from relay.frontdoor import door_settings
+from relay.config.ini_text import example
+from relay.config.loading import SECTIONS
+from relay.protocols import door_settings
 
 ROOT = Path(__file__).parents[1]
 PRODUCERS = sorted((ROOT / "producers").rglob("*.py"))

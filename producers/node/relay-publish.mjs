@@ -159,7 +159,7 @@ function locked(fd, limitMs) {
   });
 }
 
-// A channel's name as it stands in keys; see `escape` in relay/stream/keys.py.
+// A channel's name as it stands in keys; see `escape` in relay/stream/format/keys.py.
 function escape(channel) {
   return channel.replace(
     /[\x00-\x20{}\x7f]|%(?=[01][0-9A-F]|2[05]|7[BDF])/g,

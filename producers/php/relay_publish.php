@@ -173,7 +173,7 @@ function relay_open(string $path, string $mode)
     return $file;
 }
 
-/** A channel's name as it stands in keys; see `escape` in relay/stream/keys.py. */
+/** A channel's name as it stands in keys; see `escape` in relay/stream/format/keys.py. */
 function relay_escape(string $channel): string
 {
     return preg_replace_callback(

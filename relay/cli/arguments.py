@@ -11,7 +11,7 @@ from pathlib import Path
 from relay.cli import foreign_arguments
 from relay.cli import operator_arguments as operate
 from relay.cli.operator_arguments import Commands
-from relay.foreign import Foreign
+from relay.config.imported import Foreign
 
 _EXIT_CODES = "Exit codes: 0 done, 1 configuration or start error (one line says which), 2 usage."
 OPERATOR_EXIT_CODES = (

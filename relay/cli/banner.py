@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from urllib.parse import parse_qs, urlsplit
 
 from relay.cli.local_key import uses_local_key
-from relay.config import Config
-from relay.model import Channel
-from relay.stream.keys import Keys
+from relay.config.loading import Config
+from relay.core.model import Channel
+from relay.stream.format.keys import Keys
 
 _CHANNEL = Channel("news")
 # A browser cannot open "any address".

@@ -11,20 +11,21 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from relay import __version__, logs
+from relay import __version__
 from relay.cli import configured
 from relay.cli.arguments import parse
 from relay.cli.banner import banner
 from relay.cli.configured import configuration
 from relay.cli.local_key import uses_local_key, with_local_key
 from relay.cli.operator_arguments import COMMANDS as OPERATOR_COMMANDS
-from relay.config import Config
-from relay.errors import RelayError
-from relay.foreign import Foreign
-from relay.frontdoor import find_foreign
-from relay.reloading import release_signals
+from relay.config.imported import Foreign
+from relay.config.loading import Config
+from relay.core.errors import RelayError
+from relay.core.worker_memory import Worker
+from relay.process import logs
+from relay.process.reloading import release_signals
+from relay.protocols import find_foreign
 from relay.rights.token import TokenReader
-from relay.siblings import Worker
 
 OK, FAILED = 0, 1
 _log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def _failed(exc: BaseException, options: argparse.Namespace) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     # Here, not above: the other commands need none of the server's modules.
-    from relay import app, supervisor
+    from relay.process import app, supervisor
 
     if getattr(options, "worker", None):
         return _work(Worker.parse(options.worker))
@@ -118,7 +119,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _work(worker: Worker) -> int:
     """Serve as one of several workers, as the supervisor's messages say."""
-    from relay import app
+    from relay.process import app
 
     # The supervisor's own process made it.
     config: Config = pickle.loads(Worker.first_message())  # noqa: S301
@@ -190,8 +191,8 @@ def _sign(
 
 
 def _revoke(options: argparse.Namespace) -> int:
-    from relay.app import revoke
     from relay.cli.site import channel_of, user_of
+    from relay.process.app import revoke
 
     config = configuration(options)
     channel, user = channel_of(options.channel), user_of(options.user)
@@ -201,8 +202,8 @@ def _revoke(options: argparse.Namespace) -> int:
 
 
 def _grant(options: argparse.Namespace) -> int:
-    from relay.app import grant
     from relay.cli.site import channel_of, user_of
+    from relay.process.app import grant
 
     config = configuration(options)
     channel, user = channel_of(options.channel), user_of(options.user)
@@ -219,7 +220,7 @@ def _grant(options: argparse.Namespace) -> int:
 
 def _where(config: Config) -> str:
     # Here, not above: redis-py is slow to import.
-    from relay.stream.connect import describe
+    from relay.stream.connection.connect import describe
 
     return describe(config.redis)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from producers.registry import producer_settings
 from relay.cli.foreign_arguments import flags_of, path_of
-from relay.config import FLAGS, SECTIONS, Config, load
-from relay.config_text import example, ini
-from relay.errors import ConfigError
-from relay.foreign import Foreign, Translation
-from relay.frontdoor import door_settings, find_foreign
+from relay.config.imported import Foreign, Translation
+from relay.config.ini_text import example, ini
+from relay.config.loading import FLAGS, SECTIONS, Config, load
+from relay.core.errors import ConfigError
+from relay.protocols import door_settings, find_foreign
 
 
 def configuration(
@@ -91,7 +91,7 @@ def genconfig(options: argparse.Namespace) -> None:
 def checkconfig(options: argparse.Namespace) -> None:
     """Raise what `serve` would raise for this configuration; notes go to standard error."""
     # Here, not above: the other commands need none of the server's modules.
-    from relay import app
+    from relay.process import app
 
     config = configuration(options, complete=True, strict=True)
     app.check(config)

@@ -16,9 +16,8 @@ import orjson
 
 from relay.cli.output import emit, safe, say
 from relay.cli.site import Site, channel_of
-from relay.errors import RedisUnavailable, RelayError
-from relay.hub.recovery import judge, untrimmed
-from relay.model import (
+from relay.core.errors import RedisUnavailable, RelayError
+from relay.core.model import (
     ZERO_ID,
     Broken,
     Channel,
@@ -29,10 +28,11 @@ from relay.model import (
     Record,
     Revocation,
 )
-from relay.stream import entry
-from relay.stream.append import UID_BYTES
-from relay.stream.publish import publish as append
-from relay.stream.view import PAGE, View, look, wait_for_news
+from relay.hub.recovery import judge, untrimmed
+from relay.stream.format import entry
+from relay.stream.read.view import PAGE, View, look, wait_for_news
+from relay.stream.write.append import UID_BYTES
+from relay.stream.write.publish import publish as append
 
 _AGAIN_S = 0.5
 

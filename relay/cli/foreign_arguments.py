@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from relay.cli.operator_arguments import Commands
-from relay.foreign import Foreign
+from relay.config.imported import Foreign
 
 # Their flags have names of ours, with other meanings.
 _DEST = "foreign:"

@@ -7,10 +7,12 @@ from collections.abc import AsyncIterator
 
 from relay.cli.output import Progress, duration, emit, optional, safe, say, table
 from relay.cli.site import Site
-from relay.errors import RedisUnavailable, RelayError
-from relay.model import Broken
-from relay.stream import connect, entry, letters
-from relay.stream.letters import Letter
+from relay.core.errors import RedisUnavailable, RelayError
+from relay.core.model import Broken
+from relay.stream.connection import connect
+from relay.stream.format import entry
+from relay.stream.upkeep import dead_letter_list
+from relay.stream.upkeep.dead_letter_list import Letter
 
 _HEAD = ("ID", "FROM", "ENTRY", "AGE", "REASON")
 
@@ -33,7 +35,7 @@ async def _list(site: Site, options: argparse.Namespace) -> int:
     progress = Progress("dead letters")
     rows: list[list[str]] = []
     try:
-        async for page in letters.pages(site.client, site.keys):
+        async for page in dead_letter_list.pages(site.client, site.keys):
             if options.json:
                 for letter in page:
                     emit(_values(letter))
@@ -77,7 +79,7 @@ def _values(letter: Letter) -> dict[str, object]:
 
 
 async def _show(site: Site, options: argparse.Namespace) -> int:
-    letter = await letters.find(site.client, site.keys, options.id)
+    letter = await dead_letter_list.find(site.client, site.keys, options.id)
     if options.json:
         emit({"id": str(letter.id), **letter.values})
         return 0
@@ -86,7 +88,7 @@ async def _show(site: Site, options: argparse.Namespace) -> int:
         if name != "fields":
             print(f"{safe(name):<12}{safe(value)}")
     try:
-        fields = letters.fields_of(letter)
+        fields = dead_letter_list.fields_of(letter)
     except RelayError:
         # Of a kind that this version does not know: as it is.
         if "fields" in letter.values:
@@ -100,12 +102,12 @@ async def _show(site: Site, options: argparse.Namespace) -> int:
 
 async def _chosen(site: Site, options: argparse.Namespace) -> AsyncIterator[Letter]:
     if options.all:
-        async for page in letters.pages(site.client, site.keys):
+        async for page in dead_letter_list.pages(site.client, site.keys):
             for letter in page:
                 yield letter
         return
     for letter_id in options.ids:
-        yield await letters.find(site.client, site.keys, letter_id)
+        yield await dead_letter_list.find(site.client, site.keys, letter_id)
 
 
 async def _requeue(site: Site, options: argparse.Namespace) -> int:
@@ -120,7 +122,7 @@ async def _requeue(site: Site, options: argparse.Namespace) -> int:
                 continue
             namespace = site.config.namespace(letter.channel)
             try:
-                entry_id = await letters.requeue(site.client, site.keys, letter, namespace)
+                entry_id = await dead_letter_list.requeue(site.client, site.keys, letter, namespace)
             except (RedisUnavailable, connect.CommandRefused):
                 raise
             except RelayError as exc:
@@ -147,7 +149,7 @@ async def _requeue(site: Site, options: argparse.Namespace) -> int:
 def _still_broken(site: Site, letter: Letter) -> bool:
     if letter.truncated or letter.channel is None:
         return False
-    fields, limit = letters.fields_of(letter), site.config.stream.max_entry_bytes
+    fields, limit = dead_letter_list.fields_of(letter), site.config.stream.max_entry_bytes
     record = entry.decode(letter.channel, letter.id, fields, limit)
     return isinstance(record.body, Broken)
 
@@ -157,16 +159,16 @@ async def _drop(site: Site, options: argparse.Namespace) -> int:
     if options.all:
         progress = Progress("dropped")
         try:
-            async for page in letters.pages(site.client, site.keys):
+            async for page in dead_letter_list.pages(site.client, site.keys):
                 ids = [letter.id for letter in page]
-                removed += await letters.drop(site.client, site.keys, ids)
+                removed += await dead_letter_list.drop(site.client, site.keys, ids)
                 progress(removed)
         finally:
             progress.end()
     else:
         # All are looked up before any is removed: a mistyped ID changes nothing.
         chosen = [letter.id async for letter in _chosen(site, options)]
-        removed = await letters.drop(site.client, site.keys, chosen)
+        removed = await dead_letter_list.drop(site.client, site.keys, chosen)
     if options.json:
         emit({"dropped": removed})
     else:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from relay.config import Config
-from relay.embedded import private_folder
-from relay.errors import StartError
+from relay.config.loading import Config
+from relay.core.errors import StartError
+from relay.process.embedded import private_folder
 
 _NAME = "jwt.key"
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from relay.cli import events, letters, streams, workers
 from relay.cli.site import Site, site_of
-from relay.errors import RelayError
-from relay.stream.connect import CommandRefused
+from relay.core.errors import RelayError
+from relay.stream.connection.connect import CommandRefused
 
 if TYPE_CHECKING:
-    from relay.config import Config
+    from relay.config.loading import Config
 
 # redis-py's class for the answer NOPERM.
 _NO_RIGHTS = "NoPermissionError"

@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Protocol
 
-from relay.model import EntryID
+from relay.core.model import EntryID
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from relay.model import EntryID
+from relay.core.model import EntryID
 
 # Also the C1 controls, and those that turn the direction of text: all of them let an entry forge
 # what an operator's terminal shows.

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from relay.cli.output import say
-from relay.errors import RelayError
-from relay.model import Channel, parse_channel
-from relay.stream.connect import redis_client
-from relay.stream.keys import Keys
+from relay.core.errors import RelayError
+from relay.core.model import Channel, parse_channel
+from relay.stream.connection.connect import redis_client
+from relay.stream.format.keys import Keys
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-    from relay.config import Config
+    from relay.config.loading import Config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,10 +6,11 @@ import argparse
 
 from relay.cli.output import Progress, duration, emit, optional, say, table
 from relay.cli.site import Site, channel_of
-from relay.errors import RelayError
-from relay.settings import NamespaceSettings
-from relay.stream import nodes, overview, retention
-from relay.stream.overview import Follower, StreamOverview
+from relay.config.settings import NamespaceSettings
+from relay.core.errors import RelayError
+from relay.stream.cluster import nodes
+from relay.stream.upkeep import overview, retention
+from relay.stream.upkeep.overview import Follower, StreamOverview
 
 _HEAD = ("CHANNEL", "ENTRIES", "FIRST", "LAST", "AGE", "RETENTION", "WORKERS", "BEHIND")
 

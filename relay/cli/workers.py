@@ -8,10 +8,13 @@ from typing import Any
 
 from relay.cli.output import duration, emit, say, table
 from relay.cli.site import Site, channel_of, user_of
-from relay.errors import RedisUnavailable
-from relay.model import EntryID
-from relay.stream import connect, control, letters, nodes
-from relay.stream.nodes import Node
+from relay.core.errors import RedisUnavailable
+from relay.core.model import EntryID
+from relay.stream.cluster import nodes
+from relay.stream.cluster.nodes import Node
+from relay.stream.connection import connect
+from relay.stream.upkeep import dead_letter_list
+from relay.stream.write import control
 
 _HEAD = (
     "WORKER", "HOST", "PID", "VERSION", "UP", "READY", "CONNECTIONS", "STREAMS", "LAG",
@@ -97,7 +100,7 @@ async def status(site: Site, options: argparse.Namespace) -> int:
     wrong: list[str] = []
     try:
         living, silent = await nodes.workers(site.client, site.keys)
-        dead_letters = await letters.count(site.client, site.keys)
+        dead_letters = await dead_letter_list.count(site.client, site.keys)
     except (RedisUnavailable, connect.CommandRefused) as exc:
         wrong.append(str(exc))
     else:

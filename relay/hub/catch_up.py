@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from relay.core.model import Position
 from relay.hub.delivery import Batch
 from relay.hub.recovery import gap, untrimmed
-from relay.model import Position
 
 if TYPE_CHECKING:
+    from relay.core.model import Channel, EntryID, Record
+    from relay.core.stream_interface import Page, PageRequest
     from relay.hub.session import Subscription
-    from relay.model import Channel, EntryID, Record
-    from relay.reads import Page, PageRequest
 
 
 def rearmost(subscriptions: Iterable[Subscription]) -> EntryID | None:

@@ -23,8 +23,8 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 
-from relay.errors import BadRequest
-from relay.model import Channel, EntryID, Position
+from relay.core.errors import BadRequest
+from relay.core.model import Channel, EntryID, Position
 
 PREFIX = b"c1."
 SEPARATOR = b"."

@@ -6,8 +6,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from relay.core.model import Channel, EntryID, Event, Position, Record, Revocation
 from relay.hub.encoding import Encoder, frame
-from relay.model import Channel, EntryID, Event, Position, Record, Revocation
 
 if TYPE_CHECKING:
     from relay.hub.session import Subscription

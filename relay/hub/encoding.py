@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from relay.core.model import Channel, Event, Position
 from relay.hub.recovery import Notice
-from relay.model import Channel, Event, Position
 
 if TYPE_CHECKING:
     from relay.hub.session import Subscription

@@ -21,19 +21,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-from relay.errors import Forbidden, RelayError, Unavailable
+from relay.core.errors import Forbidden, RelayError, Unavailable
+from relay.core.model import ZERO_ID, EntryID, Event, Position, Revocation
+from relay.core.stream_interface import ExamineRequest, PageRequest
 from relay.hub import catch_up
 from relay.hub.delivery import Batch, unrevoked_runs
 from relay.hub.live import LiveClients
 from relay.hub.recovery import Notice, added_before_first, before, gap, judge, untrimmed
-from relay.model import ZERO_ID, EntryID, Event, Position, Revocation
-from relay.reads import ExamineRequest, PageRequest
 
 if TYPE_CHECKING:
+    from relay.core.model import Channel, Record, StreamState
+    from relay.core.stream_interface import Examined, Page
     from relay.hub.hub import Hub
     from relay.hub.session import Subscription
-    from relay.model import Channel, Record, StreamState
-    from relay.reads import Examined, Page
 
 
 class Feed:

@@ -12,17 +12,17 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from relay.errors import BadRequest, LimitExceeded, Unauthorized
+from relay.core.errors import BadRequest, LimitExceeded, Unauthorized
+from relay.core.model import Channel, Position, Principal
 from relay.hub.feed import Feed
 from relay.hub.recovery import Notice
 from relay.hub.session import Session, Subscription
-from relay.model import Channel, Position, Principal
 
 if TYPE_CHECKING:
+    from relay.core.metrics import Metrics
+    from relay.core.stream_interface import StreamReads
     from relay.hub.encoding import Encoder
     from relay.hub.session import Client
-    from relay.metrics import Metrics
-    from relay.reads import StreamReads
 
 
 class Rights(Protocol):

@@ -6,11 +6,11 @@ from collections.abc import ItemsView, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from relay.core.metrics import Metrics
+    from relay.core.model import Channel, Event
     from relay.hub.encoding import Encoder
     from relay.hub.recovery import Notice
     from relay.hub.session import Subscription
-    from relay.metrics import Metrics
-    from relay.model import Channel, Event
 
 
 class LiveClients:

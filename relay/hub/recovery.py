@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from relay.model import ZERO_ID, EntryID, Position, StreamState
+from relay.core.model import ZERO_ID, EntryID, Position, StreamState
 
 NoticeKind = Literal["gap", "reset", "revoked", "closing"]
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from relay.errors import RelayError
+from relay.core.errors import RelayError
+from relay.core.model import Channel, EntryID, Position, Principal
 from relay.hub.recovery import Notice
-from relay.model import Channel, EntryID, Position, Principal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
-from relay.model import Channel
+from relay.core.model import Channel
 
 
 class Question(NamedTuple):

@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from relay.errors import ConfigError
-from relay.model import Channel, Principal
+from relay.config.settings import RightsSettings
+from relay.core.errors import ConfigError
+from relay.core.model import Channel, Principal
 from relay.rights.cache import Answers, Question, concerns
-from relay.settings import RightsSettings
 
 log = logging.getLogger(__name__)
 

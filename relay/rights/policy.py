@@ -10,9 +10,9 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 
-from relay.model import RESERVED_NAMESPACES, Channel, Principal, namespace_of
+from relay.config.settings import NamespaceSettings
+from relay.core.model import RESERVED_NAMESPACES, Channel, Principal, namespace_of
 from relay.rights.http import HttpRights
-from relay.settings import NamespaceSettings
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from jwt.algorithms import Algorithm, HMACAlgorithm
 from jwt.api_jws import PyJWS
 from jwt.exceptions import InvalidAlgorithmError, InvalidSignatureError, PyJWTError
 
-from relay.errors import ConfigError, Unauthorized
-from relay.model import Principal, parse_channel
-from relay.settings import JwtSettings
+from relay.config.settings import JwtSettings
+from relay.core.errors import ConfigError, Unauthorized
+from relay.core.model import Principal, parse_channel
 
 # Each entry is looked at whenever this client's rights are.
 LIMIT_NAMES = 1000

@@ -12,9 +12,9 @@ import pytest
 from aiohttp import web
 from pydantic import SecretStr, ValidationError
 
-from relay.model import Channel, Principal
+from relay.config.settings import RightsSettings
+from relay.core.model import Channel, Principal
 from relay.rights.http import CONCURRENT, HttpRights
-from relay.settings import RightsSettings
 
 ANN = Principal(user="ann", groups=frozenset({"staff", "admin"}))
 NEWS = Channel("news")

@@ -11,8 +11,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from relay import app
-from relay.settings import RedisSettings
+from relay.config.settings import RedisSettings
+from relay.process import app
 from tests.support.clients import redis, until
 from tests.support.pydio import (
     KEY,

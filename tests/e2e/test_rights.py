@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import jwt
 import pytest
 
-from relay import app
-from relay.settings import RedisSettings
+from relay.config.settings import RedisSettings
+from relay.process import app
 from tests.support.clients import Native, Refused, native, redis, rights_key, stream_key
 from tests.support.relay import KEY, ROOT, RelayProcess
 from tests.support.valkey import Server

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from relay import app
+from relay.config.settings import RedisSettings
+from relay.process import app
 from relay.protocols.seafile import missed
-from relay.settings import RedisSettings
 from tests.support.clients import Refused, native, redis, rights_key, until
 from tests.support.relay import ROOT, RelayProcess
 from tests.support.seafile import (

@@ -230,7 +230,9 @@ def test_start_status_restart_stop(script: Script) -> None:
     wait_for(script.log.exists)
     assert run("stop").stdout == "Notification server stopped.\n"
     # The restart was before, the stop after it.
-    assert [path.read_text().count("relay.app: stopping") for path in (moved, script.log)] == [1, 1]
+    assert [
+        path.read_text().count("relay.process.app: stopping") for path in (moved, script.log)
+    ] == [1, 1]
 
     assert run("status").returncode == 3
     assert run("stop").returncode == 0

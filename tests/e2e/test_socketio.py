@@ -14,8 +14,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from relay import app
-from relay.settings import RedisSettings
+from relay.config.settings import RedisSettings
+from relay.process import app
 from tests.support.clients import native, until
 from tests.support.relay import RelayProcess
 from tests.support.socketio import (

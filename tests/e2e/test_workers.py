@@ -45,8 +45,8 @@ async def test_two_workers_serve_and_say_who_they_are(valkey: Server, channel: s
         assert total == len(streams)
         names = redis(valkey, "KEYS", f"relay:node:*_{relay.port}-*")
         assert {name.decode().split(":")[2].rpartition("-")[2] for name in names} == {"1", "2"}
-        assert any("relay.stream.reader[1]: " in line for line in relay.log)
-        assert any("relay.stream.reader[2]: " in line for line in relay.log)
+        assert any("relay.stream.read.reader[1]: " in line for line in relay.log)
+        assert any("relay.stream.read.reader[2]: " in line for line in relay.log)
 
 
 async def _clients(first: Native, second: Native) -> list[float]:
@@ -104,7 +104,7 @@ async def test_a_killed_worker_is_back_and_its_clients_have_missed_nothing(valke
             """What a start takes at the least where others want the processor too."""
             begun = time.monotonic()
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", "import relay.app"), cwd=ROOT
+                *(sys.executable, "-c", "import relay.process.app"), cwd=ROOT
             )
             assert await process.wait() == 0
             begin_s.append(time.monotonic() - begun)
@@ -179,7 +179,7 @@ async def test_reload_and_reopen_reach_every_worker(valkey: Server, tmp_path: Pa
         file.write_text("[namespace:open]\nrights = anonymous\n")
         relay.send(signal.SIGHUP)
         for number in (1, 2):
-            mark = f"relay.app[{number}]: reloaded"
+            mark = f"relay.process.app[{number}]: reloaded"
             await until(lambda mark=mark: mark in log.read_text())  # type: ignore[misc]
         for _ in range(8):
             (await door.sse("open:a", token="")).drop()
@@ -188,7 +188,7 @@ async def test_reload_and_reopen_reach_every_worker(valkey: Server, tmp_path: Pa
         await until(log.exists)
         relay.send(signal.SIGHUP)
         for number in (1, 2):
-            mark = f"relay.app[{number}]: reloaded"
+            mark = f"relay.process.app[{number}]: reloaded"
             await until(lambda mark=mark: mark in log.read_text())  # type: ignore[misc]
 
 
@@ -292,7 +292,7 @@ async def test_a_worker_is_replaced_although_the_file_was_broken_since(
         file.write_text("[namespace:open]\nrights = anonymous\n[namespace:b]\nrights = anonymous\n")
         relay.send(signal.SIGHUP)
         for number in (1, 2):
-            await said(relay, f"relay.app[{number}]: reloaded")
+            await said(relay, f"relay.process.app[{number}]: reloaded")
         file.write_text("[namespace:open]\nrights = everyone\n[server]\nprot = 1\n")
         relay.send(signal.SIGHUP)
         await said(relay, "not reloaded")

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from relay.model import Channel
-from relay.stream.connect import redis_client
-from relay.stream.keys import Keys
+from relay.core.model import Channel
+from relay.stream.connection.connect import redis_client
+from relay.stream.format.keys import Keys
 from tests.support.producer import ProducerProcess
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server, running

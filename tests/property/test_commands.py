@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from producers import commands
+from relay.protocols.centrifugo import commands
 
 SPACE = st.text(" \t\r\n", max_size=2)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()

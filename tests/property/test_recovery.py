@@ -11,14 +11,14 @@ from dataclasses import replace
 
 import pytest
 
+from relay.core.model import ZERO_ID, StreamState
+from relay.core.stream_interface import Page, PageRequest
 from relay.hub import feed, recovery
 from relay.hub.feed import Feed
 from relay.hub.session import Subscription
-from relay.model import ZERO_ID, StreamState
-from relay.reads import Page, PageRequest
-from relay.stream import asking
-from relay.stream.groups import parse_state
-from relay.stream.primary import Primary, Replication
+from relay.stream.connection.primary import Primary, Replication
+from relay.stream.read import stream_commands
+from relay.stream.read.groups import parse_state
 from tests.support.schedules import Schedules, explore
 from tests.support.steps import distinct_markers
 from tests.support.valkey import Server, running
@@ -37,7 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def prepared(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Schedules, "port", server.port)
-    monkeypatch.setattr(asking, "new_marker", distinct_markers())
+    monkeypatch.setattr(stream_commands, "new_marker", distinct_markers())
 
 
 @pytest.mark.redis
@@ -108,7 +108,7 @@ def _any_life_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
         state = parse_state(*replies)  # type: ignore[arg-type]
         return replace(state, incarnation=1) if state.exists else state
 
-    monkeypatch.setattr(asking, "parse_state", broken)
+    monkeypatch.setattr(stream_commands, "parse_state", broken)
 
 
 def _failovers_unheeded(monkeypatch: pytest.MonkeyPatch) -> None:

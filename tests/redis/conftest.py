@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from redis.asyncio import Redis
 
-from relay.stream.connect import redis_client
-from relay.stream.keys import Keys
+from relay.stream.connection.connect import redis_client
+from relay.stream.format.keys import Keys
 from tests.support.valkey import Flavour, Server, running
 
 

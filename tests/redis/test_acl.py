@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from redis.asyncio import Redis
 
-from relay.stream.connect import command
+from relay.stream.connection.connect import command
 from tests.support.valkey import User, acl_lines
 
 pytestmark = pytest.mark.redis

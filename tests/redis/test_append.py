@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from relay.errors import NotReplicated, RedisUnavailable, RelayError
-from relay.model import Channel, EntryID
-from relay.settings import NamespaceSettings, PublishSettings
-from relay.stream.append import Appender
-from relay.stream.connect import CommandRefused, command
-from relay.stream.keys import Keys
+from relay.config.settings import NamespaceSettings, PublishSettings
+from relay.core.errors import NotReplicated, RedisUnavailable, RelayError
+from relay.core.model import Channel, EntryID
+from relay.stream.connection.connect import CommandRefused, command
+from relay.stream.format.keys import Keys
+from relay.stream.write.append import Appender
 from tests.support.valkey import Flavour, Server, running
 
 pytestmark = pytest.mark.redis

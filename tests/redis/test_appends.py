@@ -11,11 +11,12 @@ from typing import Any, cast
 import pytest
 from redis.asyncio import Redis
 
-from relay.model import Broken, Channel, EntryID, Grant, Revocation
-from relay.stream import control, dead_letters, entry
-from relay.stream.connect import CommandRefused, redis_client
-from relay.stream.keys import Keys
-from relay.stream.revoke import grant, revoke
+from relay.core.model import Broken, Channel, EntryID, Grant, Revocation
+from relay.stream.connection.connect import CommandRefused, redis_client
+from relay.stream.format import entry
+from relay.stream.format.keys import Keys
+from relay.stream.write import control, dead_letters
+from relay.stream.write.revoke import grant, revoke
 from tests.support.valkey import Server
 
 pytestmark = pytest.mark.redis

@@ -1,4 +1,4 @@
-"""relay/stream/groups.py: what real servers answer, and that the marker dies with the stream."""
+"""stream/read/groups.py: what real servers answer, and that the marker dies with the stream."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
-from relay.model import EntryID, StreamState
-from relay.stream import groups
-from relay.stream.connect import CommandRefused, command, discover
-from relay.stream.link import Link
-from relay.stream.primary import Primary
+from relay.core.model import EntryID, StreamState
+from relay.stream.connection.connect import CommandRefused, command, discover
+from relay.stream.connection.link import Link
+from relay.stream.connection.primary import Primary
+from relay.stream.read import groups
 from tests.support.valkey import Server
 
 pytestmark = pytest.mark.redis

@@ -1,4 +1,4 @@
-"""relay/stream/link.py and connect.py against real servers."""
+"""relay/stream/connection/link.py and connect.py against real servers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from redis.asyncio import Redis
 
-from relay.errors import RedisUnavailable
-from relay.settings import RedisSettings
-from relay.stream.connect import CommandRefused, command, discover, redis_client
-from relay.stream.link import Link
+from relay.config.settings import RedisSettings
+from relay.core.errors import RedisUnavailable
+from relay.stream.connection.connect import CommandRefused, command, discover, redis_client
+from relay.stream.connection.link import Link
 from tests.support.valkey import Flavour, SentinelServer, Server, running
 
 pytestmark = pytest.mark.redis

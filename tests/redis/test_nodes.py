@@ -1,4 +1,4 @@
-"""relay/stream/nodes.py against real servers, with the relay's rights."""
+"""relay/stream/cluster/nodes.py against real servers, with the relay's rights."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import asyncio
 import pytest
 from redis.asyncio import Redis
 
-from relay.model import Channel
-from relay.stream import groups, nodes
-from relay.stream.connect import command, redis_client
-from relay.stream.keys import Keys
-from relay.stream.unused import remove_unused
+from relay.core.model import Channel
+from relay.stream.cluster import leases, nodes
+from relay.stream.connection.connect import command, redis_client
+from relay.stream.format.keys import Keys
+from relay.stream.read import groups
+from relay.stream.upkeep import dead_workers
+from relay.stream.upkeep.unused import remove_unused
 from tests.support.valkey import Server
 
 pytestmark = pytest.mark.redis
@@ -62,7 +64,7 @@ async def test_what_the_dead_left_is_removed_after_a_while(
     await admin.xgroup_create(shared, groups.group_of(alive))
     await admin.set(keys.stream(Channel("foreign")), "x")
 
-    job = nodes.DeadNodes(client=client, keys=keys, patience_s=0.05)
+    job = dead_workers.DeadNodes(client=client, keys=keys, patience_s=0.05)
     assert await job.remove() == []
     await admin.delete(keys.node(dead))
     assert await job.remove() == []
@@ -84,7 +86,7 @@ async def group_names(admin: Redis, key: bytes) -> set[bytes]:
 async def test_an_outage_kills_nobody(client: Redis, admin: Redis, keys: Keys) -> None:
     instance, beat = heartbeat(client, keys, "one")
     await beat.beat()
-    job = nodes.DeadNodes(client=client, keys=keys, patience_s=0)
+    job = dead_workers.DeadNodes(client=client, keys=keys, patience_s=0)
     await admin.delete(keys.node(instance))
     assert await job.remove() == []
     await beat.beat()
@@ -133,14 +135,14 @@ async def test_an_entry_appended_meanwhile_is_never_lost(server: Server, keys: K
 
 
 @pytest.fixture
-def lease(client: Redis, keys: Keys) -> nodes.Lease:
-    return nodes.Lease(client=client, keys=keys, name="trim", instance="one", ttl_s=60)
+def lease(client: Redis, keys: Keys) -> leases.Lease:
+    return leases.Lease(client=client, keys=keys, name="trim", instance="one", ttl_s=60)
 
 
 async def test_a_lease_has_one_holder(
-    client: Redis, admin: Redis, keys: Keys, lease: nodes.Lease
+    client: Redis, admin: Redis, keys: Keys, lease: leases.Lease
 ) -> None:
-    other = nodes.Lease(client=client, keys=keys, name="trim", instance="two", ttl_s=60)
+    other = leases.Lease(client=client, keys=keys, name="trim", instance="two", ttl_s=60)
     assert await lease.hold()
     assert not await other.hold()
     await admin.pexpire(keys.lease("trim"), 5000)

@@ -8,13 +8,16 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
-from relay.errors import RelayError
-from relay.model import ZERO_ID, Channel, EntryID, Event
-from relay.settings import NamespaceSettings
-from relay.stream import entry, letters, nodes, overview, retention, view
-from relay.stream.connect import CommandRefused, command, redis_client
-from relay.stream.keys import Keys
-from relay.stream.publish import Appended, publish
+from relay.config.settings import NamespaceSettings
+from relay.core.errors import RelayError
+from relay.core.model import ZERO_ID, Channel, EntryID, Event
+from relay.stream.cluster import nodes
+from relay.stream.connection.connect import CommandRefused, command, redis_client
+from relay.stream.format import entry
+from relay.stream.format.keys import Keys
+from relay.stream.read import view
+from relay.stream.upkeep import dead_letter_list, overview, retention
+from relay.stream.write.publish import Appended, publish
 from tests.support.valkey import Server
 
 pytestmark = pytest.mark.redis
@@ -114,11 +117,11 @@ async def test_letters_that_come_while_it_walks_wait_for_the_next_time(
     for number in range(1, 131):
         await command(admin, "XADD", keys.dead_letters, f"{number}-0", "reason", "r")
     ids: list[EntryID] = []
-    async for page in letters.pages(hand, keys):
+    async for page in dead_letter_list.pages(hand, keys):
         ids += [letter.id for letter in page]
         await command(admin, "XADD", keys.dead_letters, "*", "reason", "later")
     assert ids == [EntryID(number, 0) for number in range(1, 131)]
-    assert await letters.count(hand, keys) == 132
+    assert await dead_letter_list.count(hand, keys) == 132
 
 
 @pytest.mark.parametrize("fields", ["{}", "[[1]]", "no JSON", '[["data"]]', '[["data", 5]]'])
@@ -128,10 +131,10 @@ async def test_a_letter_with_nonsense_in_it_is_not_requeued(
     letter_id = await command(
         admin, "XADD", keys.dead_letters, "*", "stream", keys.stream(NEWS), "fields", fields
     )
-    letter = await letters.find(hand, keys, EntryID.parse(letter_id))
+    letter = await dead_letter_list.find(hand, keys, EntryID.parse(letter_id))
     with pytest.raises(RelayError, match="no fields of an entry"):
-        await letters.requeue(hand, keys, letter, NAMESPACE)
-    assert await letters.count(hand, keys) == 1
+        await dead_letter_list.requeue(hand, keys, letter, NAMESPACE)
+    assert await dead_letter_list.count(hand, keys) == 1
     assert not await admin.exists(keys.stream(NEWS))
 
 

@@ -1,4 +1,4 @@
-"""relay/stream/presence.py against real servers, with the relay's rights."""
+"""relay/stream/cluster/presence.py against real servers, with the relay's rights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 import pytest
 from redis.asyncio import Redis
 
-from relay.errors import Unavailable
-from relay.model import Channel
-from relay.stream.keys import Keys
-from relay.stream.nodes import DeadNodes, Silence
+from relay.core.errors import Unavailable
+from relay.core.model import Channel
+from relay.stream.cluster.nodes import Silence
+from relay.stream.format.keys import Keys
+from relay.stream.upkeep.dead_workers import DeadNodes
 from tests.support.clients import until, within
 from tests.support.site import site
 from tests.support.valkey import Server, running

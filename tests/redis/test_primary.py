@@ -1,4 +1,4 @@
-"""relay/stream/primary.py: what real servers say at starts, promotions and when replicas come."""
+"""stream/connection/primary.py: what real servers say at starts, promotions, new replicas."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import cast
 
 import pytest
 
-from relay.stream.connect import discover
-from relay.stream.link import Link
-from relay.stream.primary import Primary, Replication
+from relay.stream.connection.connect import discover
+from relay.stream.connection.link import Link
+from relay.stream.connection.primary import Primary, Replication
 from tests.support.clients import until
 from tests.support.valkey import Flavour, Server, running
 

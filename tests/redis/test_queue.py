@@ -13,13 +13,13 @@ import pytest
 from redis.asyncio import Redis
 
 from producers.api_queue import QueueProducer
-from relay.model import Channel, EntryID
-from relay.settings import NamespaceSettings, PublishSettings, QueueSettings
-from relay.stream import control
-from relay.stream.connect import command, discover
-from relay.stream.keys import Keys
-from relay.stream.link import Link
-from relay.stream.queue import Operation, Queues
+from relay.config.settings import NamespaceSettings, PublishSettings, QueueSettings
+from relay.core.model import Channel, EntryID
+from relay.stream.connection.connect import command, discover
+from relay.stream.connection.link import Link
+from relay.stream.format.keys import Keys
+from relay.stream.write import control
+from relay.stream.write.queue import Operation, Queues
 from tests.support.valkey import Flavour, Server, running
 
 pytestmark = pytest.mark.redis

@@ -13,10 +13,10 @@ import pytest
 from redis.asyncio import Redis
 
 from producers.api_queue import QueueProducer
-from relay.model import Channel
-from relay.settings import NamespaceSettings, PublishSettings, QueueSettings
-from relay.stream.connect import command
-from relay.stream.keys import Keys
+from relay.config.settings import NamespaceSettings, PublishSettings, QueueSettings
+from relay.core.model import Channel
+from relay.stream.connection.connect import command
+from relay.stream.format.keys import Keys
 from tests.support.valkey import Server
 
 pytestmark = pytest.mark.redis

@@ -1,4 +1,4 @@
-"""relay/stream/retention.py against real servers, with the relay's rights."""
+"""relay/stream/upkeep/retention.py against real servers, with the relay's rights."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 import pytest
 from redis.asyncio import Redis
 
-from relay.errors import RedisUnavailable
-from relay.model import Channel, namespace_of
-from relay.settings import NamespaceSettings
-from relay.stream import overview, retention
-from relay.stream.connect import redis_client
-from relay.stream.keys import Keys
+from relay.config.settings import NamespaceSettings
+from relay.core.errors import RedisUnavailable
+from relay.core.model import Channel, namespace_of
+from relay.stream.connection.connect import redis_client
+from relay.stream.format.keys import Keys
+from relay.stream.upkeep import overview, retention
 from tests.support.valkey import Server
 
 pytestmark = pytest.mark.redis

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from relay.errors import LimitExceeded, Unavailable
-from relay.stream.connect import redis_client
-from relay.stream.keys import Keys
-from relay.stream.seats import Seats
+from relay.core.errors import LimitExceeded, Unavailable
+from relay.stream.cluster.connection_limits import Seats
+from relay.stream.connection.connect import redis_client
+from relay.stream.format.keys import Keys
 from tests.support.clients import redis, until
 from tests.support.valkey import Server, running
 

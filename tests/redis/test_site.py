@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 from redis.asyncio import Redis
 
-from relay.errors import Unavailable
-from relay.model import Broken, Channel, Event, Revocation
-from relay.stream.connect import time_ms
+from relay.core.errors import Unavailable
+from relay.core.model import Broken, Channel, Event, Revocation
+from relay.stream.connection.connect import time_ms
 from tests.support.clients import until, within
 from tests.support.site import site
 from tests.support.valkey import Server, running

@@ -1,4 +1,4 @@
-"""relay/stream/unused.py against real servers, with the relay's rights."""
+"""relay/stream/upkeep/unused.py against real servers, with the relay's rights."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import asyncio
 
 from redis.asyncio import Redis
 
-from relay.model import Channel
-from relay.stream import groups, unused
-from relay.stream.connect import command
-from relay.stream.keys import Keys
-from relay.stream.unused import UnusedStreams, UnusedStreamsJob
+from relay.core.model import Channel
+from relay.stream.connection.connect import command
+from relay.stream.format.keys import Keys
+from relay.stream.read import groups
+from relay.stream.upkeep import unused
+from relay.stream.upkeep.unused import UnusedStreams, UnusedStreamsJob
 
 
 async def create(admin: Redis, keys: Keys, name: str, *others: str) -> bytes:

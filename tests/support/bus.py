@@ -24,7 +24,7 @@ class Wire:
 
 
 class WireBus:
-    """One worker's end (see `relay.frontdoor.Bus`)."""
+    """One worker's end (see `relay.doorkit.contract.Bus`)."""
 
     def __init__(self, wire: Wire, instance: str) -> None:
         self._wire = wire

@@ -10,22 +10,31 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from pathlib import Path
 from typing import Any, cast
 
-from relay.errors import LimitExceeded
-from relay.frontdoor import DoorContext
+from relay.config.settings import NamespaceSettings
+from relay.core.errors import LimitExceeded
+from relay.core.metrics import Metrics
+from relay.core.model import (
+    ZERO_ID,
+    Channel,
+    EntryID,
+    Event,
+    Position,
+    Principal,
+    Record,
+    StreamState,
+)
+from relay.core.stream_interface import Examined, Followed, Page, Snapshot
+from relay.doorkit.contract import DoorContext
 from relay.hub.encoding import Encoder
 from relay.hub.hub import Hub
 from relay.hub.session import Client, Session
-from relay.metrics import Metrics
-from relay.model import ZERO_ID, Channel, EntryID, Event, Position, Principal, Record, StreamState
 from relay.protocols.centrifugo import tokens
-from relay.protocols.centrifugo.connection import Connection
+from relay.protocols.centrifugo.clients.connection import Connection
+from relay.protocols.centrifugo.clients.encoders import Format
 from relay.protocols.centrifugo.door import Door
-from relay.protocols.centrifugo.encoders import Format
 from relay.protocols.centrifugo.settings import CentrifugoNamespace, CentrifugoSettings
-from relay.reads import Examined, Followed, Page, Snapshot
 from relay.rights.policy import Policy
-from relay.settings import NamespaceSettings
-from relay.stream import entry
+from relay.stream.format import entry
 
 SECRET = "a secret of the application"
 NOW = 1_700_000_000
@@ -57,7 +66,7 @@ class Stream:
 
 
 class Streams:
-    """`relay.reads.StreamReads` in memory; answers come in a later turn of the loop."""
+    """`StreamReads` in memory; answers come in a later turn of the loop."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -202,7 +211,7 @@ class _Rights:
 
 
 class Presence:
-    """`relay.frontdoor.Presence` in memory."""
+    """`relay.doorkit.contract.Presence` in memory."""
 
     def __init__(self) -> None:
         self.there: dict[Channel, dict[str, bytes]] = {}
@@ -223,7 +232,7 @@ class Presence:
 
 
 class Store:
-    """`relay.frontdoor.Store` in memory."""
+    """`relay.doorkit.contract.Store` in memory."""
 
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}

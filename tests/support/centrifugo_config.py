@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from relay.config import Config, load
-from relay.errors import ConfigError
-from relay.foreign import Translation
-from relay.frontdoor import door_settings
-from relay.protocols.centrifugo.foreign import CentrifugoForeign
+from relay.config.imported import Translation
+from relay.config.loading import Config, load
+from relay.core.errors import ConfigError
+from relay.protocols import door_settings
+from relay.protocols.centrifugo.configuration.imported import CentrifugoForeign
 from relay.protocols.centrifugo.settings import CentrifugoSettings
 
 FOREIGN = CentrifugoForeign()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
-from producers.commands import Invalid
-from relay.model import Channel
-from relay.protocols.centrifugo import codec, sockets
-from relay.protocols.centrifugo.admin import Administrator
-from relay.protocols.centrifugo.api import Api
-from relay.protocols.centrifugo.node import Node
-from relay.protocols.centrifugo.server_commands import ServerCommands
+from relay.core.model import Channel
+from relay.protocols.centrifugo import codec
+from relay.protocols.centrifugo.administrators.admin import Administrator
+from relay.protocols.centrifugo.administrators.node import Node
+from relay.protocols.centrifugo.api.api import Api
+from relay.protocols.centrifugo.api.server_commands import ServerCommands
+from relay.protocols.centrifugo.clients import sockets
+from relay.protocols.centrifugo.commands import Invalid
 from relay.protocols.centrifugo.settings import CentrifugoSettings
 from tests.support.centrifugo import Bench, Clock, Context, Socket, Transcript
 

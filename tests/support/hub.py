@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from relay.errors import RelayError
+from relay.core.errors import RelayError
+from relay.core.metrics import Metrics
+from relay.core.model import (
+    ZERO_ID,
+    Channel,
+    EntryID,
+    Event,
+    Position,
+    Principal,
+    Record,
+    StreamState,
+)
+from relay.core.stream_interface import Examined, ExamineRequest, Followed
 from relay.hub.hub import Hub
 from relay.hub.recovery import Notice
 from relay.hub.session import Session, Subscription
-from relay.metrics import Metrics
-from relay.model import ZERO_ID, Channel, EntryID, Event, Position, Principal, Record, StreamState
-from relay.reads import Examined, ExamineRequest, Followed
 
 NEWS = Channel("news")
 # Of a stream whose life is 1, on a server that has told nothing of its replication.

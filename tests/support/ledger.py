@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from relay.core.model import Channel, EntryID
 from relay.hub.recovery import Notice
-from relay.model import Channel, EntryID
 
 
 @dataclass(slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, rule, run_state_machine_as_test
 
-from relay.model import Channel
+from relay.core.model import Channel
 from tests.support.steps import CHANNELS, USERS
 from tests.support.world import World, statistics
 

@@ -10,13 +10,13 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from relay.model import Channel
-from relay.settings import RedisSettings
-from relay.site import Site
-from relay.stream.connect import redis_client
-from relay.stream.entry import decode
-from relay.stream.keys import Keys
-from relay.stream.nodes import Heartbeat, this_node
+from relay.config.settings import RedisSettings
+from relay.core.model import Channel
+from relay.process.cluster_services import Site
+from relay.stream.cluster.nodes import Heartbeat, this_node
+from relay.stream.connection.connect import redis_client
+from relay.stream.format.entry import decode
+from relay.stream.format.keys import Keys
 from tests.support.clients import within
 from tests.support.valkey import Server
 

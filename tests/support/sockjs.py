@@ -9,10 +9,10 @@ from typing import Any
 
 from aiohttp import web
 
-from relay.errors import Unavailable
-from relay.transports.exchange import Asked
-from relay.transports.handover import Bus
-from relay.transports.listener import GuardedSite
+from relay.core.errors import Unavailable
+from relay.transports.between_workers.handover import Bus
+from relay.transports.socket.exchange import Asked
+from relay.transports.socket.listener import GuardedSite
 from relay.transports.sockjs.frames import element
 from relay.transports.sockjs.registry import Store
 from relay.transports.sockjs.routes import SockJs

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from aiohttp import web
 
-from relay.settings import RedisSettings
-from relay.transports.listener import GuardedSite
+from relay.config.settings import RedisSettings
+from relay.transports.socket.listener import GuardedSite
 from tests.support.site import site
 from tests.support.sockjs import OPTIONS, EchoDoor
 

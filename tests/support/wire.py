@@ -8,7 +8,7 @@ from typing import cast
 
 import hiredis
 
-from relay.stream.link import Command
+from relay.stream.connection.link import Command
 
 _MORE = object()
 _pack = cast(Callable[[tuple[bytes | str | int, ...]], bytes], hiredis.pack_command)

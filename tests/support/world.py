@@ -6,10 +6,10 @@ from collections import Counter
 
 from hypothesis.stateful import RuleBasedStateMachine
 
-from relay.model import Channel, EntryID
-from relay.stream import entry
-from relay.stream.groups import group_of
-from relay.stream.keys import Keys
+from relay.core.model import Channel, EntryID
+from relay.stream.format import entry
+from relay.stream.format.keys import Keys
+from relay.stream.read.groups import group_of
 from tests.support.ledger import Ledger, Saved
 from tests.support.steps import CHANNELS, CLAIMS, ENTRY_BYTES, Clock, Format, Person, Worker
 from tests.support.wire import Wire

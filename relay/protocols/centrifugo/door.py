@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, cast
 
-from relay.protocols.centrifugo import client_codec as codec
 from relay.protocols.centrifugo import tokens
+from relay.protocols.centrifugo.administrators.stats import Stats
+from relay.protocols.centrifugo.api.publisher import Publisher
 from relay.protocols.centrifugo.channels import Names
-from relay.protocols.centrifugo.encoders import DOOR, Format
+from relay.protocols.centrifugo.clients import client_codec as codec
+from relay.protocols.centrifugo.clients.encoders import DOOR, Format
 from relay.protocols.centrifugo.presence import Presence
-from relay.protocols.centrifugo.publisher import Publisher
-from relay.protocols.centrifugo.stats import Stats
 
 if TYPE_CHECKING:
     import asyncio
 
-    from relay.frontdoor import DoorContext
+    from relay.core.model import Channel
+    from relay.doorkit.contract import DoorContext
     from relay.hub.session import Session
-    from relay.model import Channel
-    from relay.protocols.centrifugo.connection import Connection
+    from relay.protocols.centrifugo.clients.connection import Connection
     from relay.protocols.centrifugo.settings import CentrifugoSettings
 
 

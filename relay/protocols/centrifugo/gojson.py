@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import orjson
 
-from relay.slices import in_slices
+from relay.core.slices import in_slices
 
 _ESCAPES = (
     (b"<", b"\\u003c"),

@@ -6,20 +6,20 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from relay.frontdoor import Listener
-from relay.protocols.centrifugo.admin_routes import AdminRoutes
-from relay.protocols.centrifugo.api import Api
-from relay.protocols.centrifugo.api_routes import ApiRoutes
-from relay.protocols.centrifugo.foreign import CentrifugoForeign
-from relay.protocols.centrifugo.node import Node
-from relay.protocols.centrifugo.server_commands import ServerCommands
+from relay.doorkit.contract import Listener
+from relay.protocols.centrifugo.administrators.admin_routes import AdminRoutes
+from relay.protocols.centrifugo.administrators.node import Node
+from relay.protocols.centrifugo.api.api import Api
+from relay.protocols.centrifugo.api.api_routes import ApiRoutes
+from relay.protocols.centrifugo.api.server_commands import ServerCommands
+from relay.protocols.centrifugo.clients.sockets import Sockets
+from relay.protocols.centrifugo.configuration.imported import CentrifugoForeign
 from relay.protocols.centrifugo.settings import CentrifugoSettings
-from relay.protocols.centrifugo.sockets import Sockets
 
 if TYPE_CHECKING:
     from aiohttp import web
 
-    from relay.frontdoor import DoorContext
+    from relay.doorkit.contract import DoorContext
 
 _log = logging.getLogger(__name__)
 
@@ -66,24 +66,24 @@ class MountedCentrifugo:
         ]
 
     def reload(self, settings: CentrifugoSettings) -> None:
-        """See `relay.frontdoor.Mounted`; ports and `http_prefix` stay."""
+        """See `relay.doorkit.contract.Mounted`; ports and `http_prefix` stay."""
         self._sockets.reload(settings)
 
     async def closed(self) -> None:
-        """See `relay.frontdoor.Mounted`."""
+        """See `relay.doorkit.contract.Mounted`."""
         await self._admin.closed()
         await self._sockets.closed()
 
 
 class CentrifugoDoor:
-    """See `relay.frontdoor.FrontDoor`."""
+    """See `relay.doorkit.contract.FrontDoor`."""
 
     name = "centrifugo"
     settings = CentrifugoSettings
     foreign = CentrifugoForeign()
 
     def mount(self, context: DoorContext, settings: CentrifugoSettings) -> MountedCentrifugo | None:
-        """See `relay.frontdoor.FrontDoor`."""
+        """See `relay.doorkit.contract.FrontDoor`."""
         if not settings.is_open:
             return None
         for name, who in _INSECURE.items():

@@ -12,8 +12,8 @@ from typing import ClassVar
 
 from pydantic import Field, SecretStr, field_validator
 
-from relay.model import RESERVED_NAMESPACES
-from relay.settings import Section
+from relay.config.settings import Section
+from relay.core.model import RESERVED_NAMESPACES
 
 # v1.8.0 refuses any other (libcentrifugo/node/config.go).
 _NAMESPACE_NAME = re.compile(r"[-a-zA-Z0-9_]{2,}")

@@ -14,9 +14,9 @@ from typing import Literal, NoReturn
 
 import orjson
 
-from relay.errors import BadRequest, ClientError, Unavailable
+from relay.core.errors import BadRequest, ClientError, Unavailable
+from relay.core.model import Channel, Event, parse_channel
 from relay.hub.recovery import NoticeKind
-from relay.model import Channel, Event, parse_channel
 
 Ref = str | int | float | None
 ReplyName = Literal["subscribe", "unsubscribe", "refresh", "ping"]

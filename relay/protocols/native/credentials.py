@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from aiohttp import web
 
-from relay.errors import Forbidden, Unauthorized
-from relay.model import Principal
+from relay.core.errors import Forbidden, Unauthorized
+from relay.core.model import Principal
 from relay.protocols.native.settings import COOKIE_NAME
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from relay.core.model import Channel, EntryID, Event, Position
 from relay.hub.cursor import encode as encode_cursor
 from relay.hub.encoding import SharedEncoder
 from relay.hub.recovery import Notice
-from relay.model import Channel, EntryID, Event, Position
 from relay.protocols.native import codec
-from relay.transports.websocket import frame_text
+from relay.transports.socket.websocket import frame_text
 
 if TYPE_CHECKING:
     from relay.hub.session import Subscription

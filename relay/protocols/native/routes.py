@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from relay.errors import (
+from relay.core.errors import (
     BadRequest,
     ClientError,
     Forbidden,
@@ -19,23 +19,23 @@ from relay.errors import (
     Unauthorized,
     Unavailable,
 )
+from relay.core.model import Channel, Principal
 from relay.hub import cursor
-from relay.model import Channel, Principal
 from relay.protocols.native import codec, live_page
 from relay.protocols.native.credentials import cors_headers, principal_of
 from relay.protocols.native.encoders import WEBSOCKET, sse_encoder
 from relay.protocols.native.settings import NativeSettings
 from relay.protocols.native.sse_client import Refused, SseClient
 from relay.protocols.native.ws_client import TOO_MUCH, UNAUTHORIZED, WsClient
-from relay.transports import sse, websocket
-from relay.transports.heartbeat import Heartbeat
-from relay.transports.reaper import Reaper
-from relay.transports.take_over import take_over
+from relay.transports.socket import sse, websocket
+from relay.transports.socket.heartbeat import Heartbeat
+from relay.transports.socket.reaper import Reaper
+from relay.transports.socket.take_over import take_over
 
 if TYPE_CHECKING:
-    from relay.frontdoor import DoorContext, Listener
+    from relay.doorkit.contract import DoorContext, Listener
     from relay.hub.session import Session
-    from relay.transports.client_socket import ClientSocket
+    from relay.transports.socket.client_socket import ClientSocket
 
 _ADMISSION_S = 10.0
 # An SSE request waits this long for Redis before its client is asked to reconnect.
@@ -73,7 +73,7 @@ class MountedNative:
         self.reload(settings)
 
     def reload(self, settings: NativeSettings) -> None:
-        """See `relay.frontdoor.Mounted`. Heartbeats of open connections keep their pace."""
+        """See `relay.doorkit.contract.Mounted`. Heartbeats of open connections keep their pace."""
         self._settings = settings
         self._origins = settings.origins()
         self._sse_beat = Heartbeat(
@@ -87,7 +87,7 @@ class MountedNative:
         )
 
     async def closed(self) -> None:
-        """See `relay.frontdoor.Mounted`."""
+        """See `relay.doorkit.contract.Mounted`."""
         if self._open:
             self._last_closed.clear()
             await self._last_closed.wait()
@@ -310,7 +310,7 @@ def _channels(request: web.Request, most: int) -> Sequence[Channel]:
 
 @dataclass(frozen=True, slots=True)
 class NativeDoor:
-    """See `relay.frontdoor.FrontDoor`."""
+    """See `relay.doorkit.contract.FrontDoor`."""
 
     name: str = "native"
     settings: type[NativeSettings] = NativeSettings

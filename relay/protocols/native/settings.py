@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from relay.settings import Section
+from relay.config.settings import Section
 
 # Not a setting: pages of other applications set this cookie, and a second name would be a second
 # way in.

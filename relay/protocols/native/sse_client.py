@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from relay.errors import ClientError, RelayError, Unauthorized
+from relay.core.errors import ClientError, RelayError, Unauthorized
 from relay.hub.recovery import Notice
 from relay.protocols.native import codec
 
 if TYPE_CHECKING:
+    from relay.core.model import Channel
     from relay.hub.session import Outbox, Session, Subscription
-    from relay.model import Channel
 
 
 class Refused(Exception):

@@ -6,16 +6,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from relay.errors import ClientError, LimitExceeded, RelayError, Unauthorized, Unavailable
+from relay.core.errors import (
+    ClientError,
+    LimitExceeded,
+    RelayError,
+    Unauthorized,
+    Unavailable,
+)
 from relay.hub import cursor
 from relay.hub.recovery import Notice
 from relay.protocols.native import codec
-from relay.transports.websocket import frame_close, frame_text
+from relay.transports.socket.websocket import frame_close, frame_text
 
 if TYPE_CHECKING:
-    from relay.frontdoor import DoorContext
+    from relay.core.model import Channel
+    from relay.doorkit.contract import DoorContext
     from relay.hub.session import Outbox, Session, Subscription
-    from relay.model import Channel
     from relay.protocols.native.settings import NativeSettings
 
 GOING_AWAY = 1001

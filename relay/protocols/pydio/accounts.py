@@ -15,9 +15,9 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from producers.private_channel import EVERYBODY, NAMESPACE, workspace
-from relay.errors import Unauthorized, Unavailable
-from relay.model import Channel, Principal
+from relay.core.errors import Unauthorized, Unavailable
+from relay.core.model import Channel, Principal
+from relay.protocols.pydio.private_messages import EVERYBODY, NAMESPACE, workspace
 
 if TYPE_CHECKING:
     from relay.protocols.pydio.credentials import Credentials

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from relay.protocols.pydio import codec
 from relay.protocols.pydio.registration import Registration, Surroundings
-from relay.transports.websocket import frame_close, frame_text
+from relay.transports.socket.websocket import frame_close, frame_text
 
 if TYPE_CHECKING:
     from relay.hub.encoding import Encoder

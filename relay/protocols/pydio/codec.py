@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from producers.private_channel import PATHS
+from relay.core.model import Channel, Event
 from relay.hub.encoding import SharedEncoder, frame
 from relay.hub.recovery import Notice
-from relay.model import Channel, Event
-from relay.transports.websocket import frame_text
+from relay.protocols.pydio.private_messages import PATHS
+from relay.transports.socket.websocket import frame_text
 
 if TYPE_CHECKING:
     pass

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from relay.errors import Forbidden, Unauthorized
+from relay.core.errors import Forbidden, Unauthorized
 from relay.protocols.pydio.settings import PydioSettings, split
 
 if TYPE_CHECKING:

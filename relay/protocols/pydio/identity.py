@@ -10,8 +10,8 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 
-from producers.private_channel import workspace
-from relay.errors import Unauthorized
+from relay.core.errors import Unauthorized
+from relay.protocols.pydio.private_messages import workspace
 
 
 class Unclear(ValueError):

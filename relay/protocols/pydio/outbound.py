@@ -13,12 +13,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from relay.errors import ClientError, NotReplicated, RelayError
+from relay.core.errors import ClientError, NotReplicated, RelayError
 
 if TYPE_CHECKING:
-    from producers.private_channel import Publication
-    from relay.frontdoor import Publish
-    from relay.model import EntryID
+    from relay.core.model import EntryID
+    from relay.doorkit.contract import Publish
+    from relay.protocols.pydio.private_messages import Publication
 
 _log = logging.getLogger(__name__)
 

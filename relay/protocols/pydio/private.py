@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from producers import private_channel
-from relay.errors import LimitExceeded, RelayError
+from relay.core.errors import LimitExceeded, RelayError
+from relay.protocols.pydio import private_messages
 from relay.protocols.pydio.hosts import AuthorisedHosts
 from relay.protocols.pydio.settings import PydioSettings, split
-from relay.transports import websocket
-from relay.transports.bodies import BodyRejected, read_body
-from relay.transports.take_over import take_over
+from relay.transports.socket import websocket
+from relay.transports.socket.bodies import BodyRejected, read_body
+from relay.transports.socket.take_over import take_over
 
 if TYPE_CHECKING:
-    from relay.frontdoor import DoorContext
+    from relay.doorkit.contract import DoorContext
     from relay.protocols.pydio.outbound import Outbound
-    from relay.transports.reaper import Reaper
+    from relay.transports.socket.reaper import Reaper
 
 _log = logging.getLogger(__name__)
 
@@ -113,8 +113,8 @@ class PrivateChannel:
 
         def received(text: bytes) -> None:
             try:
-                self._outbound.add(private_channel.read(text))
-            except private_channel.Unreadable as exc:
+                self._outbound.add(private_messages.read(text))
+            except private_messages.Unreadable as exc:
                 self._context.metrics.refused.labels("bad_request").inc()
                 _log.warning("Dropped a message of %s on Pydio's private path: %s", peer, exc)
 
@@ -134,14 +134,14 @@ class PrivateChannel:
         try:
             limit_bytes = self._settings.private_max_bytes
             body = await read_body(request, limit_bytes, "[protocol:pydio] private_max_bytes")
-            publication = private_channel.read(body)
+            publication = private_messages.read(body)
             entry_id = await self._context.publish(
                 publication.channel,
                 publication.data,
                 to=publication.to,
                 extra=publication.extra,
             )
-        except (private_channel.Unreadable, ValueError) as exc:
+        except (private_messages.Unreadable, ValueError) as exc:
             _log.warning("Dropped a message of %s on Pydio's private path: %s", peer, exc)
             return self._refused(400, "bad_request", str(exc))
         except BodyRejected as exc:

@@ -12,17 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from producers.private_channel import EVERYBODY, workspace
-from relay.errors import ClientError, RelayError, Unavailable
+from relay.core.errors import ClientError, RelayError, Unavailable
 from relay.protocols.pydio import codec
+from relay.protocols.pydio.private_messages import EVERYBODY, workspace
 
 if TYPE_CHECKING:
     import asyncio
 
+    from relay.core.model import Channel, Position
     from relay.hub.encoding import Encoder
     from relay.hub.recovery import Notice
     from relay.hub.session import Session, Subscription
-    from relay.model import Channel, Position
     from relay.protocols.pydio.accounts import Account
 
 # A page sends one message for each workspace that its user opens.

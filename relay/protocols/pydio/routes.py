@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from relay.errors import (
+from relay.core.errors import (
     ClientError,
     Forbidden,
     LimitExceeded,
@@ -16,7 +16,7 @@ from relay.errors import (
     Unauthorized,
     Unavailable,
 )
-from relay.frontdoor import Listener
+from relay.doorkit.contract import Listener
 from relay.protocols.pydio import codec
 from relay.protocols.pydio.accounts import Account, Accounts
 from relay.protocols.pydio.browser import GOING_AWAY, Browser
@@ -27,13 +27,13 @@ from relay.protocols.pydio.private import ADMIN_KEY, PrivateChannel
 from relay.protocols.pydio.registration import Surroundings
 from relay.protocols.pydio.server import PydioServer
 from relay.protocols.pydio.settings import PydioSettings
-from relay.transports import websocket
-from relay.transports.heartbeat import Heartbeat
-from relay.transports.reaper import Reaper
-from relay.transports.take_over import drop, take_over
+from relay.transports.socket import websocket
+from relay.transports.socket.heartbeat import Heartbeat
+from relay.transports.socket.reaper import Reaper
+from relay.transports.socket.take_over import drop, take_over
 
 if TYPE_CHECKING:
-    from relay.frontdoor import DoorContext
+    from relay.doorkit.contract import DoorContext
 
 _MAX_FRAME_BYTES = 4096
 _HTTP_STATUS: dict[type[RelayError], int] = {
@@ -114,7 +114,7 @@ class MountedPydio:
         }
 
     def reload(self, settings: PydioSettings) -> None:
-        """See `relay.frontdoor.Mounted`. Paths stay until a restart, and heartbeats of open
+        """See `relay.doorkit.contract.Mounted`. Paths stay until a restart, and heartbeats of open
         connections keep their pace."""
         self._settings = settings
         self.drain_s = settings.drain_s
@@ -130,7 +130,7 @@ class MountedPydio:
         )
 
     async def closed(self) -> None:
-        """See `relay.frontdoor.Mounted`; what PHP has sent is in its streams by then."""
+        """See `relay.doorkit.contract.Mounted`; what PHP has sent is in its streams by then."""
         await self._private.closed()
         await self._outbound.settled()
         await self._npm.closed()
@@ -231,13 +231,13 @@ def _routes(
 
 
 class PydioDoor:
-    """See `relay.frontdoor.FrontDoor`."""
+    """See `relay.doorkit.contract.FrontDoor`."""
 
     name = "pydio"
     settings = PydioSettings
 
     def mount(self, context: DoorContext, settings: PydioSettings) -> MountedPydio | None:
-        """See `relay.frontdoor.FrontDoor`."""
+        """See `relay.doorkit.contract.FrontDoor`."""
         return MountedPydio(context, settings) if settings.is_open else None
 
 

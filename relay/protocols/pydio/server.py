@@ -14,7 +14,7 @@ import aiohttp
 from yarl import URL
 
 from relay import __version__
-from relay.errors import Unauthorized, Unavailable
+from relay.core.errors import Unauthorized, Unavailable
 from relay.protocols.pydio import identity
 from relay.protocols.pydio.credentials import Credentials
 from relay.protocols.pydio.identity import Identity, Unclear

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from relay.settings import Section
+from relay.config.settings import Section
 
 _PATH = r"^/[A-Za-z0-9._~/-]*[A-Za-z0-9._~-]$"
 

@@ -12,11 +12,11 @@ import re
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
-from producers.seaf_events import FOLDER_PERM_CHANGED, TYPES, recipients
-from relay.json_array import divide
-from relay.model import EntryID, Event
-from relay.slices import next_slice
-from relay.transports.websocket import frame_text
+from relay.core.json_array import divide
+from relay.core.model import EntryID, Event
+from relay.core.slices import next_slice
+from relay.protocols.seafile.event_format import FOLDER_PERM_CHANGED, TYPES, recipients
+from relay.transports.socket.websocket import frame_text
 
 # What libwebsockets hands to the real clients in one piece (measured, 4.1.6): they parse each
 # piece by itself, so that a longer message is lost on them.

@@ -30,7 +30,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from relay.errors import ConfigError
+from relay.core.errors import ConfigError
 
 DEFAULT_PORT = "8083"
 FILES = ("seafile.conf", "notification.conf", "ccnet.conf", ".env")

@@ -16,24 +16,24 @@ from array import array
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from producers.seaf_events import PREFIX, channel_of
-from producers.seaf_tokens import Refused
-from relay.errors import Forbidden, RelayError
-from relay.model import Channel, EntryID, Position, Principal
+from relay.core.errors import Forbidden, RelayError
+from relay.core.model import Channel, EntryID, Position, Principal
+from relay.core.slices import in_slices
 from relay.protocols.seafile import codec, missed
 from relay.protocols.seafile.encoders import SEAFILE
+from relay.protocols.seafile.event_format import PREFIX, channel_of
 from relay.protocols.seafile.missed import Place, Seen
-from relay.slices import in_slices
-from relay.transports.websocket import WebSocketConnection, frame_close
+from relay.protocols.seafile.tokens import Refused
+from relay.transports.socket.websocket import WebSocketConnection, frame_close
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from producers.seaf_tokens import Claims
+    from relay.core.model import Event
     from relay.hub.recovery import Notice
     from relay.hub.session import Session, Subscription
-    from relay.model import Event
     from relay.protocols.seafile.service import Service
+    from relay.protocols.seafile.tokens import Claims
 
 _log = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from relay.hub.encoding import SharedEncoder
 from relay.protocols.seafile import codec
-from relay.transports.websocket import frame_text
+from relay.transports.socket.websocket import frame_text
 
 if TYPE_CHECKING:
+    from relay.core.model import Channel, Event
     from relay.hub.recovery import Notice
-    from relay.model import Channel, Event
 
 _log = logging.getLogger(__name__)
 

@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from producers import seaf_events
-from producers.seaf_tokens import Refused
-from relay.errors import RelayError
-from relay.protocols.seafile import answers
+from relay.core.errors import RelayError
+from relay.protocols.seafile import answers, event_format
 from relay.protocols.seafile.groups import Groups, source_of
-from relay.transports.bodies import BodyRejected, read_body
+from relay.protocols.seafile.tokens import Refused
+from relay.transports.socket.bodies import BodyRejected, read_body
 
 if TYPE_CHECKING:
-    from producers.seaf_events import SeafEvent
+    from relay.protocols.seafile.event_format import SeafEvent
     from relay.protocols.seafile.service import Service
     from relay.protocols.seafile.settings import SeafileSettings
 
@@ -72,12 +71,12 @@ class EventsHandler:
             self._service.refused("limit_exceeded" if exc.status == 413 else "bad_request")
             return answers.error(exc.status, _STATUS_TEXT[exc.status])
         try:
-            event = seaf_events.read(body)
-        except seaf_events.Invalid as exc:
+            event = event_format.read(body)
+        except event_format.Invalid as exc:
             _log.warning("event from %s is refused: %s", sender, exc)
             self._service.refused("bad_request")
             return answers.error(500, "")
-        except seaf_events.Unaddressed as exc:
+        except event_format.Unaddressed as exc:
             # Upstream drops these in silence, and their senders do not look at the answer.
             _log.warning("event from %s concerns no library: %s", sender, exc)
             return answers.done()
@@ -99,8 +98,8 @@ class EventsHandler:
             event.content,
             type=event.type,
             to=to,
-            extra={seaf_events.COMMIT: commit} if commit else None,
-            unless_latest=seaf_events.COMMIT if commit else None,
+            extra={event_format.COMMIT: commit} if commit else None,
+            unless_latest=event_format.COMMIT if commit else None,
         )
 
     async def _recipients(self, event: SeafEvent) -> list[str] | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import asyncio
 
-    from relay.model import Channel
+    from relay.core.model import Channel
 
 
 class Holder(Protocol):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import aiomysql
 from pymysql.err import MySQLError
 
-from relay.errors import RelayError
+from relay.core.errors import RelayError
 
 if TYPE_CHECKING:
     from relay.protocols.seafile.settings import SeafileSettings

@@ -16,8 +16,8 @@ from zlib import crc32
 
 import orjson
 
-from producers.seaf_events import FILE_LOCK_CHANGED, FOLDER_PERM_CHANGED, REPO_UPDATE
-from relay.model import EntryID, Event
+from relay.core.model import EntryID, Event
+from relay.protocols.seafile.event_format import FILE_LOCK_CHANGED, FOLDER_PERM_CHANGED, REPO_UPDATE
 
 _LATEST_ONLY = REPO_UPDATE
 _ALL_OF = frozenset({FILE_LOCK_CHANGED, FOLDER_PERM_CHANGED})

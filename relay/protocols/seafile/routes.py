@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from producers.seaf_events import channel_of
-from producers.seaf_tokens import Refused
-from relay.model import Channel, Principal
+from relay.core.model import Channel, Principal
 from relay.protocols.seafile import answers
 from relay.protocols.seafile.connection import SeafileClient, SeafileSocket
+from relay.protocols.seafile.event_format import channel_of
 from relay.protocols.seafile.events import EventsHandler
-from relay.protocols.seafile.foreign import SeafileForeign
+from relay.protocols.seafile.imported import SeafileForeign
 from relay.protocols.seafile.service import Service
 from relay.protocols.seafile.settings import SeafileSettings
-from relay.transports import websocket
-from relay.transports.heartbeat import Heartbeat
-from relay.transports.precedence import FallbackRoute, UpgradeRoute
-from relay.transports.reaper import Reaper
-from relay.transports.take_over import take_over
+from relay.protocols.seafile.tokens import Refused
+from relay.transports.socket import websocket
+from relay.transports.socket.heartbeat import Heartbeat
+from relay.transports.socket.precedence import FallbackRoute, UpgradeRoute
+from relay.transports.socket.reaper import Reaper
+from relay.transports.socket.take_over import take_over
 
 if TYPE_CHECKING:
-    from relay.frontdoor import DoorContext, Listener
+    from relay.doorkit.contract import DoorContext, Listener
 
 _ROOT = "/{before:/*}"
 _NOTIFICATION = "/{before:/*}notification{after:/*}"
@@ -74,7 +74,7 @@ class MountedSeafile:
             client.rights_changed(channel, user)
 
     def reload(self, settings: SeafileSettings) -> None:
-        """See `relay.frontdoor.Mounted`. Pings of open connections keep their pace."""
+        """See `relay.doorkit.contract.Mounted`. Pings of open connections keep their pace."""
         self._settings = settings
         self._service.reload(settings)
         self._events.reload(settings)
@@ -88,8 +88,10 @@ class MountedSeafile:
         )
 
     def read_token(self, token: str) -> Principal | None:
-        """See `relay.frontdoor.ReadsTokens`: a client's JWT opens its library there, so that a page
-        can follow it by SSE. A server's opens nothing."""
+        """Return the principal of a client's JWT, so that a page can follow its library by SSE.
+
+        A server's JWT opens nothing.
+        """
         try:
             claims = self._service.tokens.read(token, time.time())
             channel = channel_of(claims.repo_id)
@@ -104,7 +106,7 @@ class MountedSeafile:
         )
 
     async def closed(self) -> None:
-        """See `relay.frontdoor.Mounted`."""
+        """See `relay.doorkit.contract.Mounted`."""
         for client in list(self._clients):
             # Who has not subscribed to anything has no session that the stop could reach.
             if client.session is None:
@@ -162,14 +164,14 @@ async def _not_found(_request: web.Request) -> web.Response:
 
 
 class SeafileDoor:
-    """See `relay.frontdoor.FrontDoor` and `Replacing`."""
+    """See `relay.doorkit.contract.FrontDoor` and `Replacing`."""
 
     name = "seafile"
     settings = SeafileSettings
     foreign = SeafileForeign()
 
     def mount(self, context: DoorContext, settings: SeafileSettings) -> MountedSeafile | None:
-        """See `relay.frontdoor.FrontDoor`."""
+        """See `relay.doorkit.contract.FrontDoor`."""
         return MountedSeafile(context, settings) if settings.is_open else None
 
 

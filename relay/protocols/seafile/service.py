@@ -10,20 +10,20 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
-from producers.seaf_tokens import SeafTokens
-from relay.errors import RelayError
+from relay.core.errors import RelayError
+from relay.core.model import EntryID
+from relay.core.slices import in_slices
 from relay.hub.encoding import frame
-from relay.model import EntryID
 from relay.protocols.seafile import missed
 from relay.protocols.seafile.encoders import SEAFILE
 from relay.protocols.seafile.expiries import Expiries
-from relay.slices import in_slices
+from relay.protocols.seafile.tokens import SeafTokens
 
 if TYPE_CHECKING:
-    from relay.frontdoor import DoorContext
-    from relay.model import Channel, Event
+    from relay.core.model import Channel, Event
+    from relay.core.stream_interface import Snapshot
+    from relay.doorkit.contract import DoorContext
     from relay.protocols.seafile.settings import SeafileSettings
-    from relay.reads import Snapshot
 
 _log = logging.getLogger(__name__)
 

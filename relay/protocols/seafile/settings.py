@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, SecretStr
 
-from relay.settings import Section
+from relay.config.settings import Section
 
 
 class SeafileSettings(Section):

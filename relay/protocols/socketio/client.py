@@ -17,11 +17,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from producers.socketio_entry import EVERYBODY, SOCKET, Unusable, channel_of
-from relay.errors import ClientError, Forbidden, RelayError, Unauthorized, Unavailable
+from relay.core.errors import (
+    ClientError,
+    Forbidden,
+    RelayError,
+    Unauthorized,
+    Unavailable,
+)
+from relay.core.model import Channel, EntryID, Position, Principal
 from relay.hub.recovery import Notice
-from relay.model import Channel, EntryID, Position, Principal
 from relay.protocols.socketio.credentials import find_token, read_profile
+from relay.protocols.socketio.entry_format import EVERYBODY, SOCKET, Unusable, channel_of
 from relay.protocols.socketio.recovery import Record, new_pid, positions_of
 from relay.protocols.socketio.rooms import Rooms
 from relay.transports.socketio.connection import Acknowledge, Connection
@@ -30,7 +36,7 @@ if TYPE_CHECKING:
     from relay.hub.session import Session, Subscription
     from relay.protocols.socketio.routes import MountedSocketIo
     from relay.transports.engineio.engine import Engine
-    from relay.transports.exchange import Asked
+    from relay.transports.socket.exchange import Asked
 
 _ADMISSION_S = 10.0
 # The cache buster of polling from engine.io-client 6.6 on (socket.io-client 4.8, captured):

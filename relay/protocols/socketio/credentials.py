@@ -15,13 +15,13 @@ from urllib.parse import parse_qs
 
 import orjson
 
-from relay.errors import Forbidden, Unauthorized
+from relay.core.errors import Forbidden, Unauthorized
 
 if TYPE_CHECKING:
     from multidict import MultiMapping
 
     from relay.rights.token import TokenReader
-    from relay.transports.exchange import Asked
+    from relay.transports.socket.exchange import Asked
 
 _QUERY = "jwt_token"
 _COOKIE = "jwt"

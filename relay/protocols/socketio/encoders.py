@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from producers import socketio_entry
-from producers.socketio_entry import EVERYONE, Audience, room_of
+from relay.core.model import Channel, Event, Position
 from relay.hub import cursor
 from relay.hub.recovery import Notice
-from relay.model import Channel, Event, Position
+from relay.protocols.socketio import entry_format
+from relay.protocols.socketio.entry_format import EVERYONE, Audience, room_of
 from relay.transports.engineio.packets import MESSAGE, Packet, frame
 from relay.transports.socketio import codec
 
@@ -60,7 +60,7 @@ class SocketEncoder:
         return None
 
     def _packet(self, event: Event) -> tuple[bytes, list[bytes]]:
-        name, (packet, attachments) = socketio_entry.said(event)
+        name, (packet, attachments) = entry_format.said(event)
         if name in codec.RESERVED_EVENTS:
             return b"", []
         kind = codec.BINARY_EVENT if attachments else codec.EVENT
@@ -218,6 +218,6 @@ def wanted(event: Event, subscription: Subscription) -> bool:
 def _audience(event: Event) -> Audience:
     found = cast("dict[object, Audience]", event.frames).get(_AUDIENCE)
     if found is None:
-        found = socketio_entry.audience(event.extra) if event.extra else EVERYONE
+        found = entry_format.audience(event.extra) if event.extra else EVERYONE
         cast("dict[object, Audience]", event.frames)[_AUDIENCE] = found
     return found

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from relay.errors import BadRequest, ClientError, Unavailable
+from relay.core.errors import BadRequest, ClientError, Unavailable
+from relay.core.model import Channel, EntryID
 from relay.hub import cursor
-from relay.model import Channel, EntryID
 
 if TYPE_CHECKING:
-    from relay.frontdoor import Store
-    from relay.model import Position
+    from relay.core.model import Position
+    from relay.doorkit.contract import Store
 
 _log = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from producers.socketio_entry import EVERYBODY, channel_of, room_of
+from relay.core.model import ZERO_ID, Channel, EntryID
 from relay.hub import cursor
-from relay.model import ZERO_ID, Channel, EntryID
+from relay.protocols.socketio.entry_format import EVERYBODY, channel_of, room_of
 
 if TYPE_CHECKING:
     from relay.hub.session import Session, Subscription

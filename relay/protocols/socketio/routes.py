@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import orjson
 from aiohttp import web
 
-from relay.model import Channel, EntryID
+from relay.core.model import Channel, EntryID
 from relay.protocols.socketio.client import SocketClient
 from relay.protocols.socketio.encoders import OffsetEncoder, RecoverableEncoder, SocketEncoder
 from relay.protocols.socketio.recovery import Record, Sessions
@@ -22,9 +22,9 @@ from relay.transports.engineio.endpoint import Endpoint
 if TYPE_CHECKING:
     from multidict import MultiMapping
 
-    from relay.frontdoor import DoorContext, Listener
+    from relay.doorkit.contract import DoorContext, Listener
     from relay.transports.engineio.engine import Engine
-    from relay.transports.exchange import Asked
+    from relay.transports.socket.exchange import Asked
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class MountedSocketIo:
             _ = context.spawn(self._renew(), name="socketio sessions")
 
     def reload(self, settings: SocketIoSettings) -> None:
-        """See `relay.frontdoor.Mounted`. Namespace and paths stay as they were at the start."""
+        """Apply new settings. Namespace and paths keep the values they had at the start."""
         self._take(settings)
         self._endpoint.reload(settings.timing())
 
@@ -82,7 +82,7 @@ class MountedSocketIo:
         self.origins = settings.origins()
 
     async def closed(self) -> None:
-        """See `relay.frontdoor.Mounted`. Who never joined was not asked to leave yet."""
+        """See `relay.doorkit.contract.Mounted`. Who never joined was not asked to leave yet."""
         for client in list(self._clients):
             client.engine.close()
         await self._endpoint.closed()
@@ -204,13 +204,13 @@ def cors_headers(headers: MultiMapping[str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class SocketIoDoor:
-    """See `relay.frontdoor.FrontDoor`."""
+    """See `relay.doorkit.contract.FrontDoor`."""
 
     name: str = "socketio"
     settings: type[SocketIoSettings] = SocketIoSettings
 
     def mount(self, context: DoorContext, settings: SocketIoSettings) -> MountedSocketIo | None:
-        """See `relay.frontdoor.FrontDoor`."""
+        """See `relay.doorkit.contract.FrontDoor`."""
         return MountedSocketIo(context, settings) if settings.is_open else None
 
 

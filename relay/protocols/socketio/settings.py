@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, SecretStr, field_validator
 
-from relay.settings import JwtSettings, Section
+from relay.config.settings import JwtSettings, Section
 from relay.transports.engineio.endpoint import Timing
 
 

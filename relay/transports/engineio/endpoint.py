@@ -1,7 +1,7 @@
 """Engine.IO's HTTP side: one path for both protocols, and the sessions of this worker.
 
 A session's ID contains the address of its worker, so a request that arrives at another one is
-handed to its owner (`relay.transports.handover`): no sticky proxy is needed. Errors are those of
+handed to its owner (`between_workers.handover`): no sticky proxy is needed. Errors are those of
 engine.io 6.6 (captured): status 400 and `{"code","message"}`. Unlike there, a websocket of an
 unsupported protocol version is refused before the upgrade.
 """
@@ -19,13 +19,14 @@ from urllib.parse import parse_qs
 import orjson
 from aiohttp import web
 
-from relay.slices import next_slice
-from relay.transports import websocket
-from relay.transports.bodies import BodyRejected, read_body
+from relay.core.slices import next_slice
+from relay.transports.between_workers.handover import Bus, Handover, NotThere, PassOn
 from relay.transports.engineio import packets
 from relay.transports.engineio.engine import Engine
 from relay.transports.engineio.packets import Malformed
-from relay.transports.exchange import (
+from relay.transports.socket import websocket
+from relay.transports.socket.bodies import BodyRejected, read_body
+from relay.transports.socket.exchange import (
     Answer,
     Asked,
     Exchange,
@@ -34,9 +35,8 @@ from relay.transports.exchange import (
     as_response,
     asked_of,
 )
-from relay.transports.handover import Bus, Handover, NotThere, PassOn
-from relay.transports.heartbeat import Heartbeat
-from relay.transports.reaper import Reaper
+from relay.transports.socket.heartbeat import Heartbeat
+from relay.transports.socket.reaper import Reaper
 
 if TYPE_CHECKING:
     from multidict import MultiMapping

@@ -25,14 +25,14 @@ from relay.transports.engineio.packets import (
     from_binary,
     from_text,
 )
-from relay.transports.websocket import frame_close
+from relay.transports.socket.websocket import frame_close
 
 if TYPE_CHECKING:
     import asyncio
 
-    from relay.transports.heartbeat import Heartbeat
-    from relay.transports.reaper import Reaper
-    from relay.transports.websocket import WebSocketConnection
+    from relay.transports.socket.heartbeat import Heartbeat
+    from relay.transports.socket.reaper import Reaper
+    from relay.transports.socket.websocket import WebSocketConnection
 
 _NOOP = frame(Packet(NOOP), 4)
 _CLOSE = frame(Packet(CLOSE), 4)

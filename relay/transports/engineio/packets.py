@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import orjson
 
-from relay.transports.websocket import frame_binary, frame_text
+from relay.transports.socket.websocket import frame_binary, frame_text
 
 OPEN, CLOSE, PING, PONG, MESSAGE, UPGRADE, NOOP = range(7)
 VERSIONS = (3, 4)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import orjson
 
-from relay.transports.websocket import frame_text
+from relay.transports.socket.websocket import frame_text
 
 OPEN = b"o"
 HEARTBEAT = b"h"

@@ -11,7 +11,7 @@ from time import time
 
 from multidict import MultiMapping
 
-from relay.transports.exchange import Answer
+from relay.transports.socket.exchange import Answer
 
 PLAIN = "text/plain; charset=UTF-8"
 SCRIPT = "application/javascript; charset=UTF-8"

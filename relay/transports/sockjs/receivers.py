@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from relay.transports.client_socket import ClientSocket
-from relay.transports.exchange import Answer, Exchange, HeldRequest
+from relay.transports.socket.client_socket import ClientSocket
+from relay.transports.socket.exchange import Answer, Exchange, HeldRequest
+from relay.transports.socket.websocket import ProtocolViolation, WebSocketConnection, frame_close
 from relay.transports.sockjs.frames import BadFrame, Framing, parse_messages
-from relay.transports.websocket import ProtocolViolation, WebSocketConnection, frame_close
 
 if TYPE_CHECKING:
     import asyncio
 
-    from relay.transports.deadlines import Deadlines
-    from relay.transports.heartbeat import Heartbeat
-    from relay.transports.reaper import Reaper
+    from relay.transports.socket.deadlines import Deadlines
+    from relay.transports.socket.heartbeat import Heartbeat
+    from relay.transports.socket.reaper import Reaper
     from relay.transports.sockjs.session import SockJsSession
 
 _TOO_BIG = 1009

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Coroutine, Mapping
 from typing import Any, Protocol
 
-from relay.errors import RelayError
+from relay.core.errors import RelayError
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _KNOWN = 20_000
 
 
 class Store(Protocol):
-    """See `relay.frontdoor.Store`."""
+    """See `relay.doorkit.contract.Store`."""
 
     async def claim(self, name: str, value: bytes, ttl_s: float) -> bytes | None:
         """None where it is ours now, else what was there."""
@@ -44,7 +44,7 @@ class Store(Protocol):
 
 
 class Spawn(Protocol):
-    """See `relay.frontdoor.Spawn`."""
+    """See `relay.doorkit.contract.Spawn`."""
 
     def __call__(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> object:
         """Starts a task."""

@@ -26,16 +26,16 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from relay.errors import Unavailable
-from relay.transports.bodies import BodyRejected, read_body
-from relay.transports.exchange import Answer, Asked, as_response, asked_of
-from relay.transports.handover import Bus, Handover, NotThere
-from relay.transports.reaper import Reaper
+from relay.core.errors import Unavailable
+from relay.transports.between_workers.handover import Bus, Handover, NotThere
+from relay.transports.socket.bodies import BodyRejected, read_body
+from relay.transports.socket.exchange import Answer, Asked, as_response, asked_of
+from relay.transports.socket.reaper import Reaper
+from relay.transports.socket.take_over import take_over
+from relay.transports.socket.websocket import accept_headers
 from relay.transports.sockjs import pages
 from relay.transports.sockjs.registry import Registry, Spawn, Store
 from relay.transports.sockjs.sessions import Sessions, SockJsOptions, check_callback
-from relay.transports.take_over import take_over
-from relay.transports.websocket import accept_headers
 
 if TYPE_CHECKING:
     from relay.transports.sockjs.session import SockJsSession

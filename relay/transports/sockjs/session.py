@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from relay.transports.sockjs.frames import GO_AWAY, HEARTBEAT, OPEN, STILL_OPEN, close_frame
 
 if TYPE_CHECKING:
-    from relay.transports.deadlines import Deadlines
+    from relay.transports.socket.deadlines import Deadlines
 
 
 class Receiver(Protocol):

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from functools import partial
 from urllib.parse import parse_qs
 
-from relay.transports.deadlines import Deadlines
-from relay.transports.exchange import Answer, Asked, Exchange
-from relay.transports.heartbeat import Heartbeat
-from relay.transports.reaper import Reaper
+from relay.transports.socket.deadlines import Deadlines
+from relay.transports.socket.exchange import Answer, Asked, Exchange
+from relay.transports.socket.heartbeat import Heartbeat
+from relay.transports.socket.reaper import Reaper
+from relay.transports.socket.websocket import PING
 from relay.transports.sockjs import frames
 from relay.transports.sockjs.frames import BadFrame, Framing, parse_messages
 from relay.transports.sockjs.pages import HTML, NOT_CACHED, PLAIN, SCRIPT, cors, htmlfile_page
 from relay.transports.sockjs.receivers import PollReceiver, StreamReceiver, WebSocketReceiver
 from relay.transports.sockjs.session import SockJsSession
-from relay.transports.websocket import PING
 
 # "The transport must first send 2KiB of `h` bytes", sockjs-protocol; sockjs-go the same.
 _XHR_PRELUDE = b"h" * 2048 + b"\n"
@@ -130,7 +130,7 @@ class Sessions:
         return session, receiver
 
     def handle(self, exchange: Exchange) -> bool:
-        """See `relay.transports.handover.Handle`."""
+        """See `relay.transports.between_workers.handover.Handle`."""
         asked = exchange.asked
         session = self._by_id.get(asked.route["session"])
         if session is None:

@@ -97,7 +97,9 @@ async def test_presence_that_a_reload_enables_has_those_who_are_subscribed(
             path.write_text("[protocol:centrifugo:late]\npresence = yes\n")
             relay.send(signal.SIGHUP)
             await until(
-                lambda: sum("relay.app" in e and "reloaded" in e for e in relay.log) >= count
+                lambda: (
+                    sum("relay.process.app" in e and "reloaded" in e for e in relay.log) >= count
+                )
             )
             everybody = {each.id for each in clients}
             await seen(clients[0], "late:room", everybody)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.errors import BadRequest
+from relay.core.errors import BadRequest
+from relay.core.model import Channel, EntryID, Position, parse_channel
 from relay.hub import cursor
-from relay.model import Channel, EntryID, Position, parse_channel
 
 U64 = st.integers(0, 2**64 - 1)
 POSITIONS = st.builds(

@@ -1,5 +1,4 @@
-from relay.hub.recovery import Notice
-from relay.model import (
+from relay.core.model import (
     ZERO_ID,
     Channel,
     EntryID,
@@ -9,6 +8,7 @@ from relay.model import (
     Revocation,
     StreamState,
 )
+from relay.hub.recovery import Notice
 from tests.support.hub import NEWS, Reads, Words, event, examine, join, make_hub
 
 ANN = Principal(user="ann")

@@ -1,7 +1,7 @@
 import pytest
 
-from relay.errors import BadRequest, LimitExceeded, Unauthorized
-from relay.model import Principal
+from relay.core.errors import BadRequest, LimitExceeded, Unauthorized
+from relay.core.model import Principal
 from tests.support.hub import NEWS, Reads, Words, examine, join, make_hub
 
 ANN = Principal(user="ann")

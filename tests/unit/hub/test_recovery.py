@@ -1,7 +1,7 @@
 import pytest
 
+from relay.core.model import ZERO_ID, EntryID, Position, StreamState
 from relay.hub.recovery import judge
-from relay.model import ZERO_ID, EntryID, Position, StreamState
 
 LIFE = 1 << 32 | 1
 OTHER_LIFE = 2 << 32 | 1

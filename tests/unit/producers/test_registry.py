@@ -8,7 +8,7 @@ import pytest
 
 from producers.__main__ import main
 from producers.registry import find_producers, producer_settings
-from relay.settings import Section
+from relay.config.settings import Section
 
 
 def test_every_producer_has_its_section_and_is_off_or_on_by_its_own_settings() -> None:

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from producers import socketio_wire as wire
-from producers.socketio_entry import Emit, Unusable
 from producers.socketio_wire import Control
+from relay.protocols.socketio.entry_format import Emit, Unusable
 
 # `of('/axr').to('allusers').emit('msg',{hello:'world',n:1})`, captured from both.
 OLD = bytes.fromhex(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from relay.model import Channel
+from relay.core.model import Channel
 from relay.rights.cache import Answers, Question
 
 

@@ -7,10 +7,10 @@ from typing import cast
 import aiohttp
 import pytest
 
-from relay.errors import ConfigError
-from relay.model import Channel, Principal
+from relay.config.settings import RightsSettings
+from relay.core.errors import ConfigError
+from relay.core.model import Channel, Principal
 from relay.rights.http import HttpRights
-from relay.settings import RightsSettings
 
 SESSION = cast("aiohttp.ClientSession", object())
 

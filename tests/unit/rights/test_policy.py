@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.model import RESERVED_NAMESPACES, Channel, Principal, namespace_of
+from relay.config.settings import NamespaceSettings
+from relay.core.model import RESERVED_NAMESPACES, Channel, Principal, namespace_of
 from relay.rights.http import HttpRights
 from relay.rights.policy import Patterns, Policy
-from relay.settings import NamespaceSettings
 
 NEWS = Channel("news")
 NOW = 1000.0

@@ -15,9 +15,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from pydantic import SecretStr
 
-from relay.errors import ConfigError, Unauthorized
+from relay.config.settings import JwtSettings
+from relay.core.errors import ConfigError, Unauthorized
 from relay.rights.token import LIMIT_NAMES, TokenReader
-from relay.settings import JwtSettings
 
 NOW = 1_700_000_000.0
 SECRET = "0123456789abcdef0123456789abcdef"

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from relay.transports.reaper import Reaper
+from relay.transports.socket.reaper import Reaper
 from tests.unit.transports.serving import Run
 
 

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
-from relay.transports.listener import GuardedSite
+from relay.transports.socket.listener import GuardedSite
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Run = Callable[[Awaitable[None]], None]

@@ -238,7 +238,7 @@ function whereText() {
 }
 
 // White space separates names in the field; within a name it is written as %20, as in Redis keys
-// (relay/stream/keys.py, but any white space).
+// (relay/stream/format/keys.py, but any white space).
 function escaped(name) {
   return name.replace(/\s|%(?=[0-9A-F]{2})/g, (found) => encodeURIComponent(found));
 }

@@ -6,17 +6,17 @@ import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from producers.private_channel import EVERYBODY, workspace
-from relay.errors import RelayError, Unavailable
+from relay.core.errors import RelayError, Unavailable
 from relay.hub import cursor
 from relay.protocols.pydio import codec
 from relay.protocols.pydio.npm.sessions import Record
+from relay.protocols.pydio.private_messages import EVERYBODY, workspace
 from relay.protocols.pydio.registration import Registration
 
 if TYPE_CHECKING:
+    from relay.core.model import Channel, Position
     from relay.hub.recovery import Notice
     from relay.hub.session import Subscription
-    from relay.model import Channel, Position
     from relay.protocols.pydio.accounts import Account
     from relay.protocols.pydio.npm.client import NpmClient
     from relay.protocols.pydio.npm.encoders import NpmEncoder

@@ -7,18 +7,18 @@ import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from relay.errors import ClientError, RelayError, Unauthorized, Unavailable
+from relay.core.errors import ClientError, RelayError, Unauthorized, Unavailable
 from relay.protocols.pydio.npm.browser import NpmBrowser, channels_of
 from relay.protocols.pydio.npm.sessions import Record, new_pid
 from relay.transports.socketio.connection import Acknowledge, Connection
 
 if TYPE_CHECKING:
+    from relay.core.model import Channel, Position
     from relay.hub.session import Session
-    from relay.model import Channel, Position
     from relay.protocols.pydio.accounts import Account
     from relay.protocols.pydio.npm.kind import NpmKind
     from relay.transports.engineio.engine import Engine
-    from relay.transports.exchange import Asked
+    from relay.transports.socket.exchange import Asked
 
 _CONNECT_S = 45.0
 _ADMISSION_S = 10.0

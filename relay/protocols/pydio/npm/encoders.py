@@ -15,14 +15,14 @@ import orjson
 from relay.hub import cursor
 from relay.hub.encoding import frame
 from relay.protocols.pydio.codec import RELOAD_FOLDER, content_of, hides
+from relay.transports.socket.websocket import frame_text
 from relay.transports.socketio import codec
-from relay.transports.websocket import frame_text
 
 if TYPE_CHECKING:
+    from relay.core.model import Channel, EntryID, Event, Position
     from relay.hub.feed import Feed
     from relay.hub.recovery import Notice
     from relay.hub.session import Subscription
-    from relay.model import Channel, EntryID, Event, Position
 
 MESSAGE = "message"
 

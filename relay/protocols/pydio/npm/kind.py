@@ -17,13 +17,13 @@ from relay.protocols.pydio.npm.sessions import Record, Sessions
 from relay.transports.engineio.endpoint import Endpoint, Timing
 
 if TYPE_CHECKING:
-    from relay.frontdoor import DoorContext
+    from relay.doorkit.contract import DoorContext
     from relay.protocols.pydio.accounts import Accounts
     from relay.protocols.pydio.credentials import Reader
     from relay.protocols.pydio.registration import Surroundings
     from relay.protocols.pydio.settings import PydioSettings
     from relay.transports.engineio.engine import Engine
-    from relay.transports.exchange import Asked
+    from relay.transports.socket.exchange import Asked
 
 _TAKEN = "pydio:taken"
 _MAX_PAYLOAD_BYTES = 65536

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from relay.errors import BadRequest, Unavailable
+from relay.core.errors import BadRequest, Unavailable
 from relay.hub import cursor
 
 if TYPE_CHECKING:
-    from relay.frontdoor import Store
-    from relay.model import Channel, Position
+    from relay.core.model import Channel, Position
+    from relay.doorkit.contract import Store
 
 _log = logging.getLogger(__name__)
 

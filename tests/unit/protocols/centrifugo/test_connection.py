@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from relay.errors import RedisUnavailable, Unavailable
-from relay.model import Channel
-from relay.protocols.centrifugo.connection import Connection
+from relay.core.errors import RedisUnavailable, Unavailable
+from relay.core.model import Channel
+from relay.protocols.centrifugo.clients.connection import Connection
 from relay.protocols.centrifugo.settings import CentrifugoSettings
-from relay.stream import entry
+from relay.stream.format import entry
 from tests.support.centrifugo import SECRET, Bench, Socket
 
 RULES: dict[str, Any] = {

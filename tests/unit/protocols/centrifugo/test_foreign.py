@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from relay.config import load
-from relay.config_text import ini
-from relay.errors import ConfigError
-from relay.foreign import Foreign
-from relay.frontdoor import door_settings, find_foreign
-from relay.model import Channel
-from relay.protocols.centrifugo.options import CHANNEL_OPTIONS, OPTIONS, Fate
+from relay.config.imported import Foreign
+from relay.config.ini_text import ini
+from relay.config.loading import load
+from relay.config.settings import LogSettings, NodeSettings, RedisSettings
+from relay.core.errors import ConfigError
+from relay.core.model import Channel
+from relay.protocols import door_settings, find_foreign
+from relay.protocols.centrifugo.configuration.options import CHANNEL_OPTIONS, OPTIONS, Fate
 from relay.protocols.centrifugo.settings import CentrifugoNamespace, CentrifugoSettings
-from relay.settings import LogSettings, NodeSettings, RedisSettings
 from tests.support.centrifugo_config import FOREIGN, Write, configured, door, error, translate
 
 # The documents' own example (server/configuration.md), in the three formats.

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from relay.protocols.centrifugo.options import OPTIONS
+from relay.protocols.centrifugo.configuration.options import OPTIONS
 from tests.support.centrifugo_config import Write, door, error, translate
 
 NO_OPTION = "Centrifugo v1.8.0 has no such option; it has no effect"

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.protocols.centrifugo import client_codec as codec
 from relay.protocols.centrifugo import gojson
+from relay.protocols.centrifugo.clients import client_codec as codec
 from relay.protocols.centrifugo.gojson import compact, is_json, text
 
 values = st.recursive(

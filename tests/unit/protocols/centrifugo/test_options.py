@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from relay.config import SECTIONS
-from relay.frontdoor import door_settings
-from relay.protocols.centrifugo.options import OPTIONS, Fate, Option
+from relay.config.loading import SECTIONS
+from relay.protocols import door_settings
+from relay.protocols.centrifugo.configuration.options import OPTIONS, Fate, Option
 
 ROOT = Path(__file__).parents[4]
 TEXT = (ROOT / "docs" / "centrifugo.md").read_text()

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.errors import Forbidden, Unavailable
-from relay.model import Channel, EntryID, Event
+from relay.core.errors import Forbidden, Unavailable
+from relay.core.model import Channel, EntryID, Event
 from relay.protocols.native import codec
 
 NEWS = Channel("news")

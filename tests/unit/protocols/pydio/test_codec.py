@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from producers.private_channel import PATHS
+from relay.core.model import Channel, EntryID, Event
 from relay.hub.encoding import frame
 from relay.hub.recovery import Notice
-from relay.model import Channel, EntryID, Event
 from relay.protocols.pydio import codec
-from relay.transports.websocket import frame_text
+from relay.protocols.pydio.private_messages import PATHS
+from relay.transports.socket.websocket import frame_text
 
 ONE = Channel("pydio:1")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from relay.errors import Unauthorized
+from relay.core.errors import Unauthorized
 from relay.protocols.pydio.identity import Identity, Unclear, read
 
 HEAD = '<?xml version="1.0" encoding="UTF-8"?>'

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 
 import pytest
 
-from producers.private_channel import Publication
-from relay.errors import LimitExceeded, RedisUnavailable
-from relay.model import Channel, EntryID
+from relay.core.errors import LimitExceeded, RedisUnavailable
+from relay.core.model import Channel, EntryID
 from relay.protocols.pydio import outbound
 from relay.protocols.pydio.outbound import Outbound
+from relay.protocols.pydio.private_messages import Publication
 
 ONE = Channel("pydio:1")
 

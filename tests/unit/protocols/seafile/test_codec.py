@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from relay.model import Channel, EntryID, Event
+from relay.core.model import Channel, EntryID, Event
 from relay.protocols.seafile import codec
 from relay.protocols.seafile.codec import (
     BadMessage,

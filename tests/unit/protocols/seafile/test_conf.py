@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from relay.errors import ConfigError
+from relay.core.errors import ConfigError
 from relay.protocols.seafile import conf
 
 KEY = "M@O8VWUb81YvmtWLHGB2I_V7di5-@0p(MF*GrE!sIws23F"

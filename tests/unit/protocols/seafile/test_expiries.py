@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 
-from relay.model import Channel
+from relay.core.model import Channel
 from relay.protocols.seafile.expiries import Expiries
 
 A, B = Channel("seafile:a"), Channel("seafile:b")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from relay.model import Channel, EntryID, Event
+from relay.core.model import Channel, EntryID, Event
 from relay.protocols.seafile import missed
 from relay.protocols.seafile.missed import Place
 

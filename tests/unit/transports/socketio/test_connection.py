@@ -20,8 +20,8 @@ from relay.transports.engineio.packets import (
     frame,
     unframe,
 )
-from relay.transports.heartbeat import Heartbeat
-from relay.transports.reaper import Reaper
+from relay.transports.socket.heartbeat import Heartbeat
+from relay.transports.socket.reaper import Reaper
 from relay.transports.socketio.connection import Acknowledge, Connection
 
 PLACEHOLDER = {"_placeholder": True, "num": 0}

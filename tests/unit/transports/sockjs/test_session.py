@@ -14,7 +14,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from relay.transports.deadlines import Deadlines
+from relay.transports.socket.deadlines import Deadlines
 from relay.transports.sockjs.frames import array_frame, element
 from relay.transports.sockjs.session import SockJsSession
 

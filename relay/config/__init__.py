@@ -1,0 +1,1 @@
+"""Configuration: settings, loading from file, environment and flags, files of other servers."""

@@ -1,0 +1,513 @@
+"""The configuration: file, environment and command line become the frozen sections of settings.
+
+Promise: what is wrong is one ConfigError of one line that names the place (file and section,
+environment variable or option), the setting and what is allowed, never a secret's value.
+
+Order, later wins: code defaults, other servers' configurations (`imported`), file, environment
+`RELAY_<SECTION>_<KEY>`, `--set`, flags.
+A section [namespace:NAME] takes what it does not set from [namespace]; a door's own sections,
+[protocol:DOOR:NAME], take nothing from anywhere and become a field of [protocol:DOOR].
+"""
+
+from __future__ import annotations
+
+import configparser
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import SecretStr, ValidationError
+
+from relay.config.imported import Translation
+from relay.config.ini_text import allowed, env_name
+from relay.config.settings import (
+    HubSettings,
+    JobSettings,
+    JwtSettings,
+    LogSettings,
+    MetricsSettings,
+    NamespaceSettings,
+    NodeSettings,
+    PublishSettings,
+    RedisSettings,
+    RightsSettings,
+    Section,
+    ServerSettings,
+    StreamSettings,
+)
+from relay.core.errors import ConfigError
+from relay.core.model import Channel, namespace_of, parse_channel
+
+SECTIONS: Mapping[str, type[Section]] = {
+    "node": NodeSettings,
+    "server": ServerSettings,
+    "log": LogSettings,
+    "redis": RedisSettings,
+    "stream": StreamSettings,
+    "hub": HubSettings,
+    "rights": RightsSettings,
+    "jwt": JwtSettings,
+    "metrics": MetricsSettings,
+    "jobs": JobSettings,
+    "publish": PublishSettings,
+    "namespace": NamespaceSettings,
+}
+# `serve`'s flags that stand for a setting; --insecure stands for none, so that no file can leave
+# it switched on.
+FLAGS: Mapping[str, tuple[str, str]] = {
+    "host": ("server", "host"),
+    "port": ("server", "port"),
+    "workers": ("node", "workers"),
+    "redis": ("redis", "url"),
+}
+
+# Kubernetes and Docker set these for services and containers named relay or relay-NAME.
+_SERVICE_LINK = re.compile(
+    r"RELAY_(PORT|(\w+_)?"
+    r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?))"
+)
+# A service named relay-server sets RELAY_SERVER_PORT, which is a setting's name, to such a value.
+_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
+# Placeholders of the documentation and of other projects' examples: anybody knows them.
+_PLACEHOLDER = re.compile(
+    r"(?is)\s*(the (one|secret|key) that .*|the .* key of .*|jwt_private_key\b.*"
+    r"|<[^<>]*>|\$\{.*\}|change[ _-]?me.*"
+    r"|(your|replace|insert)[ _-].*)\s*"
+)
+# Sections that a reload changes, besides protocols' own, [log] level and
+# [hub] connections_per_user.
+_RELOADED = ("rights", "jwt", "namespaces", "notes")
+_NAMESPACE = "namespace:"
+# How to change a setting that has its default: the shortest way.
+_BY_DEFAULT = {
+    "[server] port": "[server] port (--port N)",
+    "[server] host": "[server] host (--host)",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything that was configured; a reload makes a new one.
+
+    `namespaces` has the sections [namespace:NAME] by name, and [namespace] itself under ''; `doors`
+    and `producers` have theirs by the sections' full names.
+    `notes` are lines for the operator: unknown variables, and what other servers' configurations
+    say without effect. `origins` has the place of each setting that was given, by `[section] key`.
+    """
+
+    node: NodeSettings
+    server: ServerSettings
+    log: LogSettings
+    redis: RedisSettings
+    stream: StreamSettings
+    hub: HubSettings
+    rights: RightsSettings
+    jwt: JwtSettings
+    metrics: MetricsSettings
+    jobs: JobSettings
+    publish: PublishSettings
+    namespaces: Mapping[str, NamespaceSettings]
+    doors: Mapping[str, Section]
+    producers: Mapping[str, Section]
+    insecure: bool = False
+    notes: Sequence[str] = field(default=(), compare=False)
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def where(self, setting: str) -> str:
+        """Return `setting` ([section] key) and the file, variable or option that sets it."""
+        origin = self.origins.get(setting, "")
+        if not origin:
+            return _BY_DEFAULT.get(setting, setting)
+        return origin if setting in origin else f"{setting} (set by {origin})"
+
+    def namespace(self, channel: Channel) -> NamespaceSettings:
+        """The rules of this channel's namespace."""
+        return self.namespaces.get(namespace_of(channel)) or self.namespaces[""]
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """One value as somebody wrote it; `where` and `text` together name it in an error."""
+
+    where: str
+    text: str
+
+    def line(self, problem: str, *, secret: bool = False) -> str:
+        text = "(hidden)" if secret else " ".join(self.text.split())
+        return f"{self.where}{text[:57] + '...' if len(text) > 60 else text}: {problem}"
+
+
+# Section -> key -> what was given, from one source.
+_Source = dict[str, dict[str, _Given]]
+
+
+def load(
+    path: Path | None,
+    *,
+    environ: Mapping[str, str],
+    overrides: Sequence[str],
+    flags: Mapping[str, str],
+    doors: Mapping[str, type[Section]],
+    producers: Mapping[str, type[Section]] | None = None,
+    foreign: Sequence[Translation] = (),
+    strict: bool = False,
+) -> Config:
+    """Return the configuration of one start or reload; raise ConfigError if anything is wrong.
+
+    Args:
+        overrides: the values of --set, SECTION.KEY=VALUE.
+        flags: values for the names in FLAGS, and `insecure` with any text.
+        foreign: other servers' configurations; later ones win.
+        strict: an unknown RELAY_ variable is an error instead of a note.
+    """
+    classes = {**SECTIONS, **doors, **(producers or {})}
+    sources = [_translated(each) for each in foreign]
+    sources.append(_file(path, classes) if path else {})
+    sets = _sets(overrides, classes)
+    named = sorted({name for source in (*sources, sets) for name in source} - classes.keys())
+    namespaces = [name for name in named if name.startswith(_NAMESPACE)]
+    classes |= {name: _class_of(name, classes, "") for name in named}
+    unknown: list[str] = []
+    sources += [_environment(environ, classes, unknown), sets, _flags(flags)]
+    if strict and unknown:
+        raise ConfigError(unknown[0])
+    given: _Source = {name: {} for name in classes}
+    for source in sources:
+        for section, values in source.items():
+            _merge(given[section], values, classes[section])
+    sections = {
+        name: _section(
+            cls, given["namespace"] | given[name] if name in namespaces else given[name], name
+        )
+        for name, cls in classes.items()
+    }
+    sections |= {name: _with_same(name, each, sections) for name, each in sections.items()}
+    rules = {"": sections.pop("namespace")}
+    rules |= {name.removeprefix(_NAMESPACE): sections.pop(name) for name in namespaces}
+    for name, cls in doors.items():
+        if cls.sections_by_name:
+            sections[name] = _with_own(sections, name, cls.sections_by_name[0])
+    return Config(
+        **{name: sections.pop(name) for name in SECTIONS if name != "namespace"},  # type: ignore[arg-type]  # each by its own name
+        namespaces=rules,  # type: ignore[arg-type]  # _section made them of NamespaceSettings
+        producers={name: sections.pop(name) for name in producers or {}},
+        doors=sections,
+        insecure="insecure" in flags,
+        origins={
+            f"[{name}] {key}": value.where.rstrip(" =")
+            for name, values in given.items()
+            for key, value in values.items()
+        },
+        notes=[*(note for each in foreign for note in _notes(each)), *unknown],
+    )
+
+
+def after_reload(old: Config, new: Config) -> tuple[Config, list[str]]:
+    """Return the configuration in force once `new` was loaded by a running relay.
+
+    Also return the changed settings that take effect only after a restart, as `[section] key`.
+    """
+    kept = {name: getattr(new, name) for name in _RELOADED}
+    kept["log"] = old.log.model_copy(update={"level": new.log.level})
+    limit = new.hub.connections_per_user
+    kept["hub"] = old.hub.model_copy(update={"connections_per_user": limit})
+    kept["doors"] = {
+        name: section.model_copy(
+            update={
+                key: getattr(old.doors[name], key)
+                for key in section.fixed
+                # model_copy marks a setting as given, which the others here must not become.
+                if getattr(section, key, None) != getattr(old.doors[name], key, None)
+            }
+        )
+        for name, section in new.doors.items()
+    }
+    current = dataclasses.replace(old, **kept)
+    used = dict(_sections(current))
+    return current, [
+        f"[{name}] {key}"
+        for name, section in _sections(new)
+        for key in type(section).settings()
+        if getattr(section, key) != getattr(used[name], key)
+    ]
+
+
+def _sections(config: Config) -> Iterator[tuple[str, Section]]:
+    """All sections but the namespaces', by name."""
+    yield from ((name, getattr(config, name)) for name in SECTIONS if name != "namespace")
+    yield from config.doors.items()
+    yield from config.producers.items()
+
+
+def _notes(translation: Translation) -> Iterator[str]:
+    if translation.missing:
+        yield f"{translation.missing}; the defaults count"
+    yield from translation.notes
+
+
+def _translated(translation: Translation) -> _Source:
+    source: _Source = {}
+    for said in translation.said:
+        source.setdefault(said.section, {})[said.key] = _Given(said.where, said.text)
+    return source
+
+
+def _file(path: Path, classes: Mapping[str, type[Section]]) -> _Source:
+    parser = configparser.ConfigParser(
+        interpolation=None,
+        inline_comment_prefixes=None,
+        delimiters=("=",),
+        empty_lines_in_values=False,
+        # No section lends its values to all others; [DEFAULT] is as unknown as any other.
+        default_section="\0",
+    )
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # keys keep their case
+    try:
+        # A byte order mark is what some editors leave.
+        parser.read_string(path.read_text(encoding="utf-8-sig"), source=str(path))
+    except OSError as exc:
+        raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {exc.start})") from exc
+    except configparser.Error as exc:
+        # `from None`: the parser's text quotes the line, which may be a secret.
+        raise ConfigError(f"{path}: {_syntax(exc)}") from None
+    source: _Source = {}
+    for section in parser.sections():
+        cls = _class_of(section, classes, f"{path}: [{section}]")
+        source[section] = {}
+        for key, text in parser.items(section):
+            where = f"{path}: [{section}] {key}"
+            _check_key(key, cls, where)
+            _check_indentation(text, cls, where)
+            source[section][key] = _Given(f"{where} = ", text)
+    return source
+
+
+def _syntax(exc: configparser.Error) -> str:
+    match exc:
+        case configparser.MissingSectionHeaderError():
+            return f"line {exc.lineno}: a setting stands before the first [section]"
+        case configparser.ParsingError() if exc.errors:
+            return f"line {exc.errors[0][0]}: neither a [section] nor KEY = VALUE"
+        case configparser.DuplicateSectionError():
+            return f"line {exc.lineno}: [{exc.section}] is there twice"
+        case configparser.DuplicateOptionError():
+            return f"line {exc.lineno}: [{exc.section}] {exc.option} is there twice"
+        case _:
+            return "cannot be understood as an INI file"
+
+
+def _environment(
+    environ: Mapping[str, str], classes: Mapping[str, type[Section]], unknown: list[str]
+) -> _Source:
+    """Return the settings in the environment; append a line to `unknown` for each other name."""
+    names: dict[str, list[tuple[str, str]]] = {}
+    for section, cls in classes.items():
+        for key in _keys(cls):
+            names.setdefault(env_name(section, key), []).append((section, key))
+    source: _Source = {}
+    for name, text in sorted(environ.items()):
+        if not name.startswith("RELAY_"):
+            continue
+        if name.endswith("_PORT") and _SERVICE_ADDRESS.fullmatch(text):
+            continue
+        if name not in names:
+            if _SERVICE_LINK.fullmatch(name):
+                continue
+            hint = _near(name, names)
+            if name.startswith("RELAY_NAMESPACE_"):
+                hint += " (a [namespace:NAME] must be in the file, if only as an empty section)"
+            unknown.append(f"environment variable {name}: no setting has this name{hint}")
+            continue
+        if others := names[name][1:]:
+            one, other = (f"[{section}] {key}" for section, key in (names[name][0], others[0]))
+            raise ConfigError(
+                f"{one} and {other} share the environment variable {name}: rename one of the"
+                " sections"
+            )
+        section, key = names[name][0]
+        source.setdefault(section, {})[key] = _Given(f"environment variable {name} = ", text)
+    return source
+
+
+def _sets(overrides: Iterable[str], classes: Mapping[str, type[Section]]) -> _Source:
+    source: _Source = {}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        # The last point: a namespace may have points in its name, a key has none.
+        section, _, key = (part.strip() for part in name.rpartition("."))
+        if not equals or not section or not key:
+            # Not the text: it may be a secret that lost its name.
+            raise ConfigError(f"--set {name if equals else '...'}: must be SECTION.KEY=VALUE")
+        where = f"--set {section}.{key}"
+        _check_key(key, _class_of(section, classes, where), where)
+        source.setdefault(section, {})[key] = _Given(f"{where}=", text.strip())
+    return source
+
+
+def _flags(flags: Mapping[str, str]) -> _Source:
+    source: _Source = {}
+    for flag, (section, key) in FLAGS.items():
+        if flag in flags:
+            source.setdefault(section, {})[key] = _Given(f"--{flag} ", flags[flag])
+    return source
+
+
+def _class_of(section: str, classes: Mapping[str, type[Section]], where: str) -> type[Section]:
+    if cls := classes.get(section):
+        return cls
+    if section.startswith(_NAMESPACE):
+        name = section.removeprefix(_NAMESPACE)
+        try:
+            parse_channel(name)
+        except ValueError:
+            name = ":"
+        if ":" in name:
+            raise ConfigError(
+                f"{where}: a namespace's name has no ':'; it is the 1 to 255 characters before a"
+                " channel's first ':'"
+            )
+        return NamespaceSettings
+    for name, cls in classes.items():
+        if cls.sections_by_name and section.startswith(f"{name}:"):
+            return cls.sections_by_name[1]
+    by_name = [f"{name}:NAME" for name, cls in classes.items() if cls.sections_by_name]
+    known = ", ".join([*classes, *by_name, "namespace:NAME"])
+    raise ConfigError(f"{where}: no such section{_near(section, classes)}; there are {known}")
+
+
+def _check_indentation(text: str, cls: type[Section], where: str) -> None:
+    """ConfigError if an indented line, which continues the value above it, is a setting itself."""
+    keys = set(_keys(cls))
+    for line in text.splitlines()[1:]:
+        name, equals, _ = line.partition("=")
+        name = name.strip()
+        if equals and name in keys:
+            raise ConfigError(
+                f"{where}: the indented line with {name} = belongs to this value; begin that line"
+                " in the first column"
+            )
+
+
+def _check_key(key: str, cls: type[Section], where: str) -> None:
+    keys = list(_keys(cls))
+    if key not in keys:
+        raise ConfigError(
+            f"{where}: no such setting{_near(key, keys)}; there are {', '.join(keys)}"
+        )
+
+
+def _keys(cls: type[Section]) -> Iterator[str]:
+    for key in cls.settings():
+        yield key
+        if _is_secret(cls, key):
+            yield f"{key}_file"
+
+
+def _is_secret(cls: type[Section], key: str) -> bool:
+    field = cls.settings().get(key)
+    return field is not None and field.annotation is SecretStr
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _merge(into: dict[str, _Given], values: Mapping[str, _Given], cls: type[Section]) -> None:
+    """One source's values over those of the sources before it."""
+    for key, given in values.items():
+        file_key = f"{key}_file"
+        if _is_secret(cls, key) and file_key in values:
+            raise ConfigError(
+                values[file_key].line(f"{key} is given in the same place; give one of the two")
+            )
+        # A secret and its file are one setting: the later source's form replaces the other.
+        if _is_secret(cls, key):
+            into.pop(file_key, None)
+        elif _is_secret(cls, key.removesuffix("_file")):
+            into.pop(key.removesuffix("_file"), None)
+        into[key] = given
+
+
+def _section(cls: type[Section], given: Mapping[str, _Given], name: str) -> Section:
+    texts: dict[str, str] = {}
+    for key, value in given.items():
+        secret_key = key.removesuffix("_file")
+        if key not in cls.model_fields:
+            texts[secret_key] = _read_secret(value)
+        else:
+            texts[key] = value.text
+    for key, text in texts.items():
+        if _is_secret(cls, key) and _PLACEHOLDER.fullmatch(text):
+            secret = given.get(key) or given[f"{key}_file"]
+            raise ConfigError(
+                secret.line(
+                    "is a placeholder from an example, which anybody knows; set a secret of"
+                    " your own",
+                    secret=key in given,
+                )
+            )
+    try:
+        return cls.model_validate(texts)
+    except ValidationError as exc:
+        error = exc.errors(include_url=False)[0]
+    # Outside the except block, and so without a cause: pydantic's text quotes the values.
+    own = error.get("ctx", {}).get("error")
+    key = str(error["loc"][0]) if error["loc"] else ""
+    if key not in cls.model_fields:
+        raise ConfigError(f"[{name}]: {own or error['msg']}")
+    problem = str(own) if own else allowed(cls.model_fields[key])
+    culprit = given.get(key) or given.get(f"{key}_file") or _Given(f"[{name}] {key} = ", "")
+    raise ConfigError(culprit.line(problem, secret=_is_secret(cls, key) and key in given))
+
+
+def _with_same(name: str, section: Section, sections: Mapping[str, Section]) -> Section:
+    """Return the section with the values that another section must have too (`same_as`)."""
+    same: dict[str, object] = {}
+    for key, (other, other_key) in section.same_as.items():
+        value, wanted = getattr(section, key), getattr(sections.get(other), other_key, None)
+        if wanted is None:
+            continue
+        if value and value != wanted:
+            raise ConfigError(
+                f"[{name}] {key} = {value}: must equal [{other}] {other_key}, which is {wanted};"
+                " leave it empty to use that"
+            )
+        same[key] = wanted
+    return section.model_copy(update=same) if same else section
+
+
+def _with_own(sections: dict[str, Section], name: str, field: str) -> Section:
+    """The section with its own sections in the field for them; they are taken from `sections`."""
+    section = sections[name]
+    start = f"{name}:"
+    own = {
+        each.removeprefix(start): sections.pop(each)
+        for each in list(sections)
+        if each.startswith(start)
+    }
+    if not own:
+        return section
+    # Only what somebody has set: see `Section.unservable`.
+    given = {key: getattr(section, key) for key in section.model_fields_set}
+    try:
+        return type(section).model_validate({**given, field: own})
+    except ValidationError as exc:
+        error = exc.errors(include_url=False)[0]
+    raise ConfigError(f"[{name}:...]: {error.get('ctx', {}).get('error') or error['msg']}")
+
+
+def _read_secret(value: _Given) -> str:
+    try:
+        text = Path(value.text).read_text(encoding="utf-8")
+    except OSError as exc:
+        raise ConfigError(value.line(f"cannot be read: {exc.strerror}")) from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(value.line("is not UTF-8 text")) from exc
+    # Editors and `echo` end a file with one newline; any other white space may be meant.
+    return text.removesuffix("\n")

@@ -1,0 +1,1 @@
+"""Values, errors, metrics and the interface between hub and streams."""

@@ -1,0 +1,176 @@
+"""Every counter and gauge by name, in one registry of its own per process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Protocol, cast
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    generate_latest,
+)
+
+if TYPE_CHECKING:
+    from relay.core.worker_memory import Siblings
+
+
+class _Told(Protocol):
+    @property
+    def kind(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+
+
+class Metrics:
+    """What `/metrics` shows. Counters are incremented per batch, never per client."""
+
+    def __init__(self, worker: int = 0, siblings: Siblings | None = None) -> None:
+        """`worker` is the number of this one of several, 0 of an only one."""
+        self._worker = worker
+        self.registry = CollectorRegistry(auto_describe=True)
+        self.events = Counter(
+            "relay_events_total", "Entries read live from streams", registry=self.registry
+        )
+        self.deliveries = Counter(
+            "relay_deliveries_total",
+            "Events offered to clients",
+            ["way"],
+            registry=self.registry,
+        )
+        self._live = self.deliveries.labels("live")
+        self._catch_up = self.deliveries.labels("catch_up")
+        self.notices = Counter(
+            "relay_notices_total",
+            "Notices to clients that something may be missing or was revoked",
+            ["kind", "reason"],
+            registry=self.registry,
+        )
+        self.lag = Histogram(
+            "relay_lag_seconds",
+            "Age of an entry, by its ID, when it was offered to the live clients",
+            buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30, 300),
+            registry=self.registry,
+        )
+        self._worst_lag_s = 0.0
+        self.connections = Gauge(
+            "relay_connections", "Open client connections", ["door"], registry=self.registry
+        )
+        self.subscriptions = Gauge(
+            "relay_subscriptions", "Subscriptions of local clients", registry=self.registry
+        )
+        self.behind = Gauge(
+            "relay_catch_up_clients",
+            "Subscriptions that are served from the stream",
+            registry=self.registry,
+        )
+        self.streams = Gauge(
+            "relay_followed_streams", "Streams with a local client", registry=self.registry
+        )
+        self.dead_letters = Counter(
+            "relay_dead_letters_total",
+            "Entries that could not be delivered",
+            registry=self.registry,
+        )
+        self.producer_items = Counter(
+            "relay_producer_items_total",
+            "Items that a producer took from its source, and of these the ones it could not use",
+            ["producer", "result"],
+            registry=self.registry,
+        )
+        self.round_trips = Counter(
+            "relay_redis_round_trips_total",
+            "Pipelines sent to Redis",
+            ["purpose"],
+            registry=self.registry,
+        )
+        self.reconnects = Counter(
+            "relay_redis_reconnects_total", "Connections to Redis lost", registry=self.registry
+        )
+        self.lost_wakeups = Counter(
+            "relay_lost_wakeups_total",
+            "Entries that the slow sweep found and no wake-up had announced",
+            registry=self.registry,
+        )
+        self.refused = Counter(
+            "relay_refusals_total", "Requests refused", ["code"], registry=self.registry
+        )
+
+        if siblings is not None:
+            ready = Gauge(
+                "relay_worker_ready",
+                "Whether a worker of this host reads streams, 1 or 0; the same from each of them",
+                ["worker"],
+                registry=self.registry,
+            )
+            for number in range(1, siblings.count + 1):
+                ready.labels(str(number)).set_function(partial(siblings.ready, number))
+
+    def delayed(self, seconds: float) -> None:
+        """An entry of this age was offered to the live clients."""
+        self.lag.observe(seconds)
+        self._worst_lag_s = max(self._worst_lag_s, seconds)
+
+    def take_worst_lag(self) -> float:
+        """The largest `delayed` since the last call, in seconds."""
+        worst, self._worst_lag_s = self._worst_lag_s, 0.0
+        return worst
+
+    def delivered(self, count: int) -> None:
+        """Live events offered, all clients together."""
+        if count:
+            self._live.inc(count)
+
+    def caught_up(self, count: int) -> None:
+        """Events offered from pages."""
+        if count:
+            self._catch_up.inc(count)
+
+    def offered(self) -> int:
+        """Events offered so far, in whatever way."""
+        return round(_total(self.deliveries))
+
+    def received(self) -> int:
+        """Entries read live so far."""
+        return round(_total(self.events))
+
+    def told(self, notice: _Told, clients: int) -> None:
+        """Notices offered."""
+        if clients:
+            self.notices.labels(notice.kind, notice.reason).inc(clients)
+
+    def exposition(self) -> bytes:
+        """The text format of Prometheus."""
+        if not self._worker:
+            return generate_latest(self.registry)
+        return generate_latest(cast("CollectorRegistry", _Labelled(self.registry, self._worker)))
+
+
+def _total(counter: Counter) -> float:
+    return sum(
+        sample.value
+        for metric in counter.collect()
+        for sample in metric.samples
+        if sample.name.endswith("_total")
+    )
+
+
+class _Labelled:
+    """A registry's metrics with the worker's number: a scrape of the shared port may reach any of
+    them, and one's counters are not another's."""
+
+    def __init__(self, registry: CollectorRegistry, worker: int) -> None:
+        self._registry = registry
+        self._label = {"worker": str(worker)}
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            # What already says which worker it is about keeps that.
+            metric.samples = [
+                sample._replace(labels=self._label | sample.labels) for sample in metric.samples
+            ]
+            yield metric

@@ -1,0 +1,1 @@
+"""What a protocol implements and what it receives."""

@@ -1,0 +1,1 @@
+"""A relay process: composition, HTTP server, several workers, periodic jobs, drain, logging."""

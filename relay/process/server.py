@@ -1,0 +1,367 @@
+"""The listeners: doors on the shared one or their own, health and metrics beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import ssl
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from aiohttp import web
+
+from relay.core.errors import StartError
+from relay.transports.socket.http_connection import KEEPALIVE_S, ConnectionLimits
+from relay.transports.socket.listener import GuardedSite
+from relay.transports.socket.precedence import FallbackRoute, in_order
+from relay.transports.socket.take_over import drop, end_rejected_upgrade, hand_on
+
+if TYPE_CHECKING:
+    from relay.config.loading import Config
+    from relay.config.settings import Section, ServerSettings
+    from relay.core.metrics import Metrics
+    from relay.doorkit.contract import Mounted
+    from relay.transports.between_workers.balance import Balance
+
+_FIRST_BYTES_S, _LOOKS = 0.2, 20
+_SHUTDOWN_S = 3.0
+_LAST_PORT = 65535
+_ALL_ADDRESSES = {"", "0.0.0.0", "::"}  # noqa: S104  # compared with, not bound
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """One listener as configured: `setting` names its port. `producers` are the routes that are
+    served until the end of a stop."""
+
+    host: str
+    port: int
+    setting: str
+    routes: Sequence[web.AbstractRouteDef]
+    producers: Sequence[web.AbstractRouteDef]
+    tls: ssl.SSLContext | None
+
+
+class Server:
+    """Opens and closes the listeners."""
+
+    def __init__(
+        self,
+        *,
+        metrics: Metrics,
+        ready: Callable[[], str],
+        limits: Callable[[], str] = lambda: "",
+    ) -> None:
+        """`ready` gives the reason why this worker is not ready, '' if it is. `limits` describes
+        what does not work although events are delivered, '' if everything does."""
+        self._limits = limits
+        self._metrics = metrics
+        self._ready = ready
+        self._runners: list[web.AppRunner] = []
+        self._sites: list[GuardedSite] = []
+        # By site: what stays open at a stop, and the runner that then serves it.
+        self._lasting: list[Sequence[web.AbstractRouteDef]] = []
+        self._last: list[web.AppRunner] = []
+        self._balance: Balance | None = None
+        self._connections = ConnectionLimits()
+
+    def plan(
+        self, config: Config, doors: Sequence[tuple[str, Mounted, Section]]
+    ) -> list[Listening]:
+        """Return all listeners in the order in which they open, the shared one first.
+
+        StartError if two of them need the same port, or if a certificate cannot be loaded.
+        """
+        server = config.server
+        shared = [
+            route for _, door, section in doors if not _own_port(section) for route in door.routes
+        ]
+        health = [
+            web.get("/healthz", self._healthz),
+            web.get("/readyz", self._readyz),
+            web.get("/metrics", self._exposition),
+        ]
+        producers = [
+            route
+            for _, door, section in doors
+            if not _own_port(section)
+            for route in door.producers
+        ]
+        if not config.metrics.port:
+            shared += health
+            # Without producers nothing stays open.
+            producers += health if producers else []
+        tls = _tls(server.tls_cert, server.tls_key, "[server]")
+        found = [Listening(server.host, server.port, "[server] port", shared, producers, tls)]
+        for name, door, section in doors:
+            whose = f"[protocol:{name}]"
+            if _own_port(section):
+                cert, key = (str(getattr(section, name, "")) for name in ("tls_cert", "tls_key"))
+                own = _tls(cert, key, whose)
+                host, port = _own_address(server, section)
+                routes = door.routes, door.producers
+                found.append(Listening(host, port, f"{whose} port", *routes, own or tls))
+            for each in door.listeners:
+                setting = f"{whose} {_port_setting(section, each.port)}"
+                own = _tls(each.tls_cert, each.tls_key, whose) or tls
+                own = None if each.plain else own
+                host = each.host or server.host
+                routes = each.routes, each.producers
+                found.append(Listening(host, each.port, setting, *routes, own))
+        if config.metrics.port:
+            # Without TLS: the listener is meant for a scraper or probe on the same host.
+            host, port = config.metrics.host, config.metrics.port
+            found.append(Listening(host, port, "[metrics] port", health, [], None))
+        _check_ports(config, found)
+        return found
+
+    async def start(
+        self, config: Config, listeners: Sequence[Listening], worker: int | None
+    ) -> int:
+        """Open the listeners and return the shared one's port; StartError if one cannot open.
+
+        `worker` is the number of this worker if other processes listen on the same ports. Each
+        worker then has a metrics listener of its own, on the ports from [metrics] port on.
+        """
+        for each in listeners:
+            port = each.port
+            shared = worker is not None
+            if worker is not None and each.setting == "[metrics] port":
+                port, shared = port + worker - 1, False
+            try:
+                await self._listen(each, port, config.server.backlog, reuse_port=shared)
+            except OSError as exc:
+                raise StartError(listen_error(config, each, exc, port)) from exc
+        return self._sites[0].port
+
+    def balance(self, balance: Balance, spawn: Callable[..., object]) -> None:
+        """Share what comes to the shared listener with this host's other workers.
+
+        Not with TLS: its handshake is over when a connection is looked at, and its keys are here.
+        """
+        site = self._sites[0]
+        self._balance = balance
+        if not site.tls:
+            site.give = balance.give
+
+        def take(connection: socket.socket, listener: int, early: bytes) -> None:
+            if listener < len(self._sites):
+                spawn(self._sites[listener].adopt(connection, early), name="adopt")
+            else:
+                connection.close()
+
+        balance.receive(take)
+
+    def pass_on(self, request: web.Request, instance: str) -> web.StreamResponse | None:
+        """See `relay.doorkit.contract.DoorContext`."""
+        balance = self._balance
+        site = None if balance is None else self._site_of(request)
+        if balance is None or site is None:
+            return None
+
+        def give(connection: socket.socket, early: bytes) -> bool:
+            return balance.pass_on(instance, connection, site, early)
+
+        return hand_on(request, give)
+
+    def _site_of(self, request: web.Request) -> int | None:
+        """Return the index of the listener that the request came to."""
+        address = request.transport and request.transport.get_extra_info("sockname")
+        if isinstance(address, tuple):
+            for index, site in enumerate(self._sites):
+                if site.port == address[1]:
+                    return index
+        return None
+
+    def gather(self, request: web.Request) -> web.StreamResponse | None:
+        """See `relay.doorkit.contract.DoorContext`."""
+        balance = self._balance
+        site = None if balance is None else self._site_of(request)
+        if balance is None or site is None:
+            return None
+
+        def give(connection: socket.socket, early: bytes) -> bool:
+            return balance.give_first(connection, site, early)
+
+        return hand_on(request, give)
+
+    async def reject_clients(self) -> None:
+        """From now on serve new connections of producers and health checks only. Close listeners
+        that have no producers."""
+        for site, routes in zip(self._sites, self._lasting, strict=True):
+            if not routes:
+                await site.stop()
+                continue
+            runner = await self._runner([*routes, FallbackRoute("/{any:.*}", _drop)])
+            self._last.append(runner)
+            site.serve(runner)
+
+    async def stop_listening(self) -> None:
+        """Close the listeners. Producers' requests that have arrived by then are answered."""
+        if self._balance is not None:
+            self._balance.stop()
+        for site in self._sites:
+            await site.stop()
+        self._sites.clear()
+        for runner in self._last:
+            await _arrived(cast("web.Server", runner.server))
+            await runner.cleanup()
+        self._last.clear()
+
+    async def close(self) -> None:
+        """After the clients have gone."""
+        for runner in [*self._last, *self._runners]:
+            await runner.cleanup()
+
+    async def _listen(
+        self, listening: Listening, port: int, backlog: int, *, reuse_port: bool
+    ) -> None:
+        runner = await self._runner(listening.routes)
+        self._runners.append(runner)
+        site = GuardedSite(
+            runner,
+            listening.host,
+            port,
+            ssl_context=listening.tls,
+            backlog=backlog,
+            reuse_port=reuse_port,
+            limits=self._connections,
+        )
+        await site.start()
+        self._sites.append(site)
+        self._lasting.append(listening.producers)
+
+    @staticmethod
+    async def _runner(routes: Sequence[web.AbstractRouteDef]) -> web.AppRunner:
+        app = web.Application(middlewares=[end_rejected_upgrade])
+        app.router.add_routes(in_order(routes))
+        runner = web.AppRunner(
+            app,
+            access_log=None,
+            keepalive_timeout=KEEPALIVE_S,
+            # A peer that does not complete its request must not hold up the stop.
+            shutdown_timeout=_SHUTDOWN_S,
+            handle_signals=False,
+        )
+        await runner.setup()
+        return runner
+
+    async def _healthz(self, _request: web.Request) -> web.Response:
+        return web.Response(text="alive\n")
+
+    async def _readyz(self, _request: web.Request) -> web.Response:
+        reason = self._ready()
+        lines = (reason or "ready", self._limits())
+        text = "".join(f"{line}\n" for line in lines if line)
+        return web.Response(status=503 if reason else 200, text=text)
+
+    async def _exposition(self, _request: web.Request) -> web.Response:
+        return web.Response(
+            body=self._metrics.exposition(),
+            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+        )
+
+
+async def _drop(request: web.Request) -> web.StreamResponse:
+    return drop(request)
+
+
+async def _arrived(server: web.Server) -> None:
+    """Wait until connections that have just been accepted have sent a request, or for 0.2 s."""
+    for _ in range(_LOOKS):
+        await asyncio.sleep(_FIRST_BYTES_S / _LOOKS)
+        if all(each._current_request is not None for each in server.connections):
+            return
+
+
+def _own_port(section: Section) -> int:
+    """The port of a door's own listener; 0 where it is on the shared one."""
+    return int(getattr(section, "port", 0))
+
+
+def _tls(cert: str, key: str, whose: str) -> ssl.SSLContext | None:
+    if not cert:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(cert, key or None)
+    except (OSError, ssl.SSLError) as exc:
+        raise StartError(f"{whose} tls_cert, tls_key: cannot be used: {exc}") from exc
+    return context
+
+
+def _own_address(settings: ServerSettings, section: Section) -> tuple[str, int]:
+    """Of a door's own listener; port 0 where it has none."""
+    return str(getattr(section, "host", "")) or settings.host, _own_port(section)
+
+
+def addresses(settings: ServerSettings, doors: Iterable[Section]) -> list[tuple[str, int]]:
+    """Host and port of the listeners for clients: the shared one first, then doors' own."""
+    own = (_own_address(settings, door) for door in doors if door.is_open)
+    return [(settings.host, settings.port), *(each for each in own if each[1])]
+
+
+def node_name(config: Config, port: int = 0) -> str:
+    """By which a relay is known: [node] name, else hostname_port.
+
+    The port is the shared listener's, else the first door's own; `port` where all are free ones.
+    """
+    ports = (number for _, number in addresses(config.server, config.doors.values()) if number)
+    return config.node.name or f"{socket.gethostname()}_{next(ports, port)}"
+
+
+def listen_error(config: Config, listening: Listening, exc: OSError, port: int = 0) -> str:
+    """Return one line for the operator: the address, the problem and the setting to change."""
+    host, port = listening.host, port or listening.port
+    setting = config.where(listening.setting)
+    if exc.errno == errno.EADDRINUSE:
+        return (
+            f"port {port} of {host or 'all addresses'} is taken by another process;"
+            f" stop that process or change {setting}"
+        )
+    if exc.errno == errno.EACCES:
+        return (
+            f"port {port} of {host or 'all addresses'} needs the privilege to open ports below"
+            f" 1024 (CAP_NET_BIND_SERVICE); change {setting} or grant it"
+        )
+    return f"cannot listen on {host} port {port} ({setting}): {exc.strerror or exc}"
+
+
+def _check_ports(config: Config, listeners: Sequence[Listening]) -> None:
+    """StartError if two listeners need the same port, which the kernel would let workers share."""
+    used: list[tuple[str, int, str]] = []
+    wanted = [(each.host, each.port, each.setting) for each in listeners if each.port]
+    last = config.metrics.port + config.node.workers - 1
+    if config.metrics.port and last > _LAST_PORT:
+        raise StartError(
+            f"{config.where('[metrics] port')}: each of {config.node.workers} workers needs a port"
+            f" from {config.metrics.port} on, but the last port is {_LAST_PORT}"
+        )
+    # The second worker's metrics listener has the next port, and so on.
+    wanted += [
+        (config.metrics.host, port, "[metrics] port")
+        for port in range(config.metrics.port + 1, last + 1)
+        if config.metrics.port
+    ]
+    if config.redis.url == "embedded":
+        wanted.append(("127.0.0.1", config.redis.embedded_port, "[redis] embedded_port"))
+    for host, port, setting in wanted:
+        for other_host, other_port, other in used:
+            if port == other_port and _overlap(host, other_host):
+                one, two = config.where(other), config.where(setting)
+                raise StartError(f"{one} and {two} both need port {port}; change one of them")
+        used.append((host, port, setting))
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether the two hosts have an address in common."""
+    one, other = ("127.0.0.1" if each == "localhost" else each for each in (one, other))
+    return one == other or bool({one, other} & _ALL_ADDRESSES)
+
+
+def _port_setting(section: Section, port: int) -> str:
+    """Return the setting that has this port."""
+    keys = (key for key in type(section).settings() if key.endswith("port"))
+    return next((key for key in keys if getattr(section, key) == port), "port")

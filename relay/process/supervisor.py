@@ -1,0 +1,311 @@
+"""The parent of several workers on one port: starts them, restarts the dead, passes signals on.
+
+    relay serve --workers N ─┬─ embedded Valkey, where no Redis is configured
+                             ├─ worker 1 ── one complete relay, listening with SO_REUSEPORT
+                             └─ worker N ── the same
+
+Promise: while it lives, every worker that dies is replaced; when it ends, however that happens, no
+worker outlives it. It touches no client and no stream. A worker writes to its standard output that
+it serves, or in one line why it cannot; everything else goes to the log. On its standard input it
+receives the configuration in force, and each one that a reload puts in its place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import logging
+import os
+import pickle
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvloop
+
+from relay.core.errors import StartError
+from relay.core.worker_memory import ERROR, READY, REOPEN_LOG, Siblings, Worker, shared_memory
+from relay.process import app, logs
+from relay.process.embedded import EmbeddedValkey
+from relay.process.pid_file import pid_file
+from relay.process.reloading import Reloads, release_signals
+from relay.process.server import listen_error, node_name
+
+if TYPE_CHECKING:
+    from asyncio.subprocess import Process
+
+    from relay.config.loading import Config
+    from relay.process.server import Listening
+
+_log = logging.getLogger(__name__)
+
+_BACK_OFF_S = (0.1, 5.0)
+# A worker that ran this long has a clean record.
+_STEADY_S = 10.0
+# Beyond the time that its clients are given, before a stopping worker is killed.
+_STOP_S = 10.0
+
+
+def run(
+    config: Config,
+    *,
+    reload: Callable[[], Config],
+    on_ready: Callable[[int, str], None],
+) -> int:
+    """Keep `config.node.workers` workers running until a signal; return the exit code.
+
+    StartError or ConfigError, or a group of them, if a worker cannot start at all.
+    """
+    listeners = app.check(config)
+    with pid_file(config.node.pid_file):
+        return uvloop.run(Supervisor(config, listeners, reload, on_ready).run())
+
+
+class Supervisor:
+    """The parent at work."""
+
+    def __init__(
+        self,
+        config: Config,
+        listeners: Sequence[Listening],
+        reload: Callable[[], Config],
+        on_ready: Callable[[int, str], None],
+    ) -> None:
+        # The configuration in force: the one of the start, changed by each accepted reload. A
+        # worker that replaces another gets it, whatever the file says by then.
+        self._config = config
+        self._listeners = listeners
+        self._reloads = Reloads(reload, lambda: self._config, self._reload)
+        self._on_ready = on_ready
+        self._memory = shared_memory(config.node.workers)
+        self._siblings = Siblings(self._memory)
+        # Held here too: what waits for a worker that died is taken by its successor.
+        self._pairs = [
+            socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            for _ in range(config.node.workers)
+        ]
+        for each in itertools.chain.from_iterable(self._pairs):
+            each.setblocking(False)
+        self._processes: dict[int, Process] = {}
+        self._port = 0
+        self._stopping = asyncio.Event()
+        self._started: set[int] = set()
+        self._all_started = asyncio.Event()
+
+    async def run(self) -> int:
+        """Start, watch, stop."""
+        config = self._config
+        async with contextlib.AsyncExitStack() as stack:
+            # Held to the end: with a port of 0 nobody else may get it while a worker is away.
+            reserved = stack.enter_context(_reserved(config, self._listeners))
+            self._port = reserved.getsockname()[1]
+            self._handle_signals()
+            redis = await self._redis(stack)
+            async with asyncio.TaskGroup() as group:
+                reloads = group.create_task(self._reloads.run(), name="reloads")
+                try:
+                    keepers = [
+                        group.create_task(self._keep(number), name=f"worker {number}")
+                        for number in range(1, self._siblings.count + 1)
+                    ]
+                    announce = group.create_task(self._announce(redis), name="announce")
+                    await self._stopping.wait()
+                    announce.cancel()
+                    reloads.cancel()
+                    group.create_task(self._end_the_slow(keepers), name="limit")
+                finally:
+                    self._pass_on(signal.SIGTERM if self._stopping.is_set() else signal.SIGKILL)
+        return 0
+
+    async def _redis(self, stack: contextlib.AsyncExitStack) -> str:
+        settings = self._config.redis
+        if settings.url != "embedded":
+            return settings.url
+        embedded = EmbeddedValkey(Path(settings.embedded_dir or "data"), settings.embedded_port)
+        await embedded.start()
+        stack.push_async_callback(embedded.stop)
+        group = await stack.enter_async_context(asyncio.TaskGroup())
+        task = group.create_task(embedded.supervise(), name="embedded Valkey")
+        stack.callback(task.cancel)
+        return f"redis://127.0.0.1:{settings.embedded_port}/0"
+
+    # ---- one worker -------------------------------------------------------------------------
+
+    async def _keep(self, number: int) -> None:
+        """Returns when the relay stops and this worker has ended."""
+        loop = asyncio.get_running_loop()
+        delay_s, ceiling_s = _BACK_OFF_S
+        while not self._stopping.is_set():
+            begun = loop.time()
+            process = await self._spawn(number)
+            self._processes[number] = process
+            if self._stopping.is_set():
+                process.terminate()
+            problem = await self._hear(number, process)
+            code = await process.wait()
+            del self._processes[number]
+            self._siblings.bury(number)
+            if self._stopping.is_set():
+                return
+            if code == 1 and problem and number not in self._started:
+                # What keeps it from starting keeps all of them, and the operator is waiting.
+                raise StartError(problem)
+            if loop.time() - begun >= _STEADY_S:
+                delay_s = _BACK_OFF_S[0]
+            _log.error("worker %d has ended: %s", number, problem or _how(code))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay_s):
+                    await self._stopping.wait()
+            delay_s = min(delay_s * 2, ceiling_s)
+
+    async def _spawn(self, number: int) -> Process:
+        inbox = self._pairs[number - 1][0].fileno()
+        outboxes = [pair[1].fileno() for pair in self._pairs]
+        worker = Worker.argument(number, self._memory, inbox, outboxes)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "relay",
+            "serve",
+            "--worker",
+            worker,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            pass_fds=(self._memory, inbox, *outboxes),
+            # Ctrl-C in a terminal must reach the supervisor alone. It passes one signal on; a
+            # second one would end the worker at once.
+            start_new_session=True,
+        )
+        _send(process, self._packed())
+        return process
+
+    def _packed(self) -> bytes:
+        """The configuration in force, with the port and the name that workers share."""
+        config = self._config
+        # The port is known here if 0 was configured, and the name must outlive a restart.
+        node = config.node.model_copy(update={"name": node_name(config, self._port)})
+        server = config.server.model_copy(update={"port": self._port})
+        return pickle.dumps(dataclasses.replace(config, node=node, server=server))
+
+    async def _hear(self, number: int, process: Process) -> str:
+        """Until the worker's output ends; its error, if it told one."""
+        problem = ""
+        if process.stdout is None:
+            raise RuntimeError("the worker has no output")
+        async for raw in process.stdout:
+            line = raw.decode(errors="replace").rstrip("\n")
+            if line == READY:
+                _log.info("worker %d serves (process %d)", number, process.pid)
+                self._started.add(number)
+                if len(self._started) == self._siblings.count:
+                    self._all_started.set()
+            elif line.startswith(ERROR):
+                problem = line.removeprefix(ERROR)
+        return problem
+
+    # ---- signals ----------------------------------------------------------------------------
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_stop_signal)
+        loop.add_signal_handler(signal.SIGHUP, self._reloads.ask)
+        loop.add_signal_handler(signal.SIGUSR1, self._on_reopen_signal)
+        release_signals()
+
+    def _on_stop_signal(self) -> None:
+        if self._stopping.is_set():
+            _log.warning("second signal: ending at once")
+            self._pass_on(signal.SIGKILL)
+            os._exit(1)
+        _log.info("stopping")
+        self._stopping.set()
+
+    def _reload(self, config: Config) -> None:
+        self._config = config
+        logs.set_level(config.log.level)
+        payload = self._packed()
+        for process in self._processes.values():
+            _send(process, payload)
+
+    def _on_reopen_signal(self) -> None:
+        logs.reopen()
+        for process in self._processes.values():
+            _send(process, REOPEN_LOG)
+
+    def _pass_on(self, number: signal.Signals) -> None:
+        for process in self._processes.values():
+            # One that ended in this moment.
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    async def _end_the_slow(self, keepers: Iterable[asyncio.Task[None]]) -> None:
+        own = (float(getattr(door, "drain_s", 0)) for door in self._config.doors.values())
+        drain_s = max(self._config.node.drain_s, *own)
+        await asyncio.wait(keepers, timeout=drain_s + _STOP_S)
+        for number in self._processes:
+            _log.error("worker %d does not end and is killed", number)
+        self._pass_on(signal.SIGKILL)
+
+    async def _announce(self, redis: str) -> None:
+        await self._all_started.wait()
+        self._on_ready(self._port, redis)
+
+
+def _how(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _send(process: Process, payload: bytes) -> None:
+    if process.stdin is not None and not process.stdin.is_closing():
+        process.stdin.write(Worker.message(payload))
+
+
+@contextlib.contextmanager
+def _reserved(config: Config, listeners: Sequence[Listening]) -> Iterator[socket.socket]:
+    """A socket bound to the shared listener's address, on which nobody can connect.
+
+    StartError if another program has one of the ports: the kernel would let both share it if it
+    is another relay with workers.
+    """
+    for each in listeners:
+        try:
+            with _bound(each.host, each.port):
+                pass
+        except OSError as exc:
+            raise StartError(listen_error(config, each, exc)) from exc
+    shared = listeners[0]
+    try:
+        bound = _bound(shared.host, shared.port, shared=True)
+    except OSError as exc:
+        raise StartError(listen_error(config, shared, exc)) from exc
+    with bound:
+        yield bound
+
+
+def _bound(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A socket bound to the address; OSError where another program listens there.
+
+    `shared`: this relay's workers can bind to the address too, no other program can.
+    """
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = found[0]
+    bound = socket.socket(family, kind, protocol)
+    try:
+        # Connections of an earlier relay may still be in TIME_WAIT on this port.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.bind(address)
+        # The kernel lets a second relay bind beside this socket only while the option is set.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    except OSError:
+        bound.close()
+        raise
+    return bound

@@ -1,0 +1,158 @@
+"""What backends and administrators may ask besides publishing: v1's other server commands.
+
+Each is answered with its reply; Invalid where the request as a whole is refused. Errors have no
+advice, unlike those of a publish (libcentrifugo/api/v1/api.go of v1.8.0).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from relay.core.errors import RelayError
+from relay.core.model import Channel, parse_channel
+from relay.protocols.centrifugo import commands
+from relay.protocols.centrifugo.api.publisher import WATCH
+from relay.protocols.centrifugo.clients import client_codec as words
+from relay.protocols.centrifugo.clients import encoders, history
+from relay.protocols.centrifugo.codec import Reply
+from relay.protocols.centrifugo.gojson import text
+
+if TYPE_CHECKING:
+    from relay.protocols.centrifugo.administrators.node import Node
+    from relay.protocols.centrifugo.commands import Command
+    from relay.protocols.centrifugo.door import Door
+
+_log = logging.getLogger(__name__)
+
+Handler = Callable[["Command"], Awaitable[Reply]]
+
+
+class ServerCommands:
+    """`find` says who carries a command out."""
+
+    def __init__(self, door: Door, node: Node) -> None:
+        self._door = door
+        self._node = node
+        self._handlers: dict[str, Handler] = {
+            "unsubscribe": self._unsubscribe,
+            "disconnect": self._disconnect,
+            "presence": self._presence,
+            "history": self._history,
+            "channels": self._channels,
+            "stats": self._stats,
+            "node": self._own_node,
+        }
+
+    def knows(self, method: str) -> bool:
+        """Whether there is such a command."""
+        return method in self._handlers
+
+    def find(self, method: str) -> Handler:
+        """Invalid where there is no such command."""
+        handler = self._handlers.get(method)
+        if handler is None:
+            raise commands.Invalid("unknown method")
+        return handler
+
+    async def _unsubscribe(self, command: Command) -> Reply:
+        given = commands.fields(command.params, strings=("channel", "user"))
+        user, name = given.get("user", ""), given.get("channel", "")
+        if not user:
+            return _failed(command, words.INVALID_MESSAGE)
+        if name and self._door.names.rules(name) is None:
+            return _failed(command, words.NAMESPACE_NOT_FOUND)
+        try:
+            channel = parse_channel(name) if name else None
+        except ValueError:
+            return _failed(command, words.INVALID_MESSAGE)
+        self._door.stats.count("node_num_control_msg_published")
+        tell = self._door.context.unsubscribe(user, channel=channel, door=encoders.DOOR)
+        return await _done(command, tell)
+
+    async def _disconnect(self, command: Command) -> Reply:
+        user = commands.fields(command.params, strings=("user",)).get("user", "")
+        if not user:
+            return _failed(command, words.INVALID_MESSAGE)
+        self._door.stats.count("node_num_control_msg_published")
+        return await _done(command, self._door.context.disconnect(user, door=encoders.DOOR))
+
+    async def _presence(self, command: Command) -> Reply:
+        name = words.channel_of(command.params)
+        rules = self._door.names.rules(name)
+        error = _unreadable(name)
+        if not error and rules is not None and not rules.presence:
+            error = words.NOT_AVAILABLE
+        if error or rules is None:
+            return _failed(command, error or words.NAMESPACE_NOT_FOUND, words.data_body(name))
+        try:
+            found = await self._door.presence.read(Channel(name))
+        except RelayError as exc:
+            return _broken(command, exc, words.data_body(name))
+        return Reply(command.method, command.uid, body=words.data_body(name, found))
+
+    async def _history(self, command: Command) -> Reply:
+        name = words.channel_of(command.params)
+        rules = self._door.names.rules(name)
+        error = _unreadable(name)
+        if not error and rules is not None and not rules.has_history:
+            error = words.NOT_AVAILABLE
+        if error or rules is None:
+            return _failed(command, error or words.NAMESPACE_NOT_FOUND, words.data_body(name))
+        self._door.stats.count("node_num_history")
+        try:
+            snapshot = await self._door.context.history(Channel(name), rules.history_size)
+        except RelayError as exc:
+            return _broken(command, exc, words.data_body(name))
+        kept = history.kept(snapshot, rules, self._door.clock())
+        await encoders.encode_messages(kept)
+        found = b"[" + b",".join(map(encoders.message, kept)) + b"]"
+        return Reply(command.method, command.uid, body=words.data_body(name, found))
+
+    async def _channels(self, command: Command) -> Reply:
+        try:
+            found = await self._door.context.active.channels()
+        except RelayError as exc:
+            return _broken(command, exc, b'{"data":null}')
+        own = [
+            text(channel)
+            for channel in found
+            if channel != WATCH and self._door.names.rules(channel) is not None
+        ]
+        return Reply(command.method, command.uid, body=b'{"data":[' + b",".join(own) + b"]}")
+
+    async def _stats(self, command: Command) -> Reply:
+        try:
+            found = await self._node.stats()
+        except RelayError as exc:
+            return _broken(command, exc, b'{"data":null}')
+        return Reply(command.method, command.uid, body=found)
+
+    async def _own_node(self, command: Command) -> Reply:
+        return Reply(command.method, command.uid, body=self._node.raw())
+
+
+def _unreadable(name: str) -> str:
+    try:
+        parse_channel(name)
+    except ValueError:
+        return words.INVALID_MESSAGE
+    return ""
+
+
+async def _done(command: Command, told: Awaitable[None]) -> Reply:
+    try:
+        await told
+    except RelayError as exc:
+        return _broken(command, exc)
+    return Reply(command.method, command.uid)
+
+
+def _failed(command: Command, error: str, body: bytes = b"null") -> Reply:
+    return Reply(command.method, command.uid, error, body=body)
+
+
+def _broken(command: Command, exc: RelayError, body: bytes = b"null") -> Reply:
+    _log.warning("%s: %s", command.method, exc)
+    return _failed(command, words.INTERNAL_ERROR, body)

@@ -1,0 +1,1 @@
+"""Client connections over WebSocket and SockJS."""

@@ -1,0 +1,309 @@
+"""Centrifugo v1 commands, read by the rules of Go's encoding/json; shared by queue and HTTP API.
+
+`data` keeps its bytes as they were sent: it is cut out of the text, never written anew. Names
+match whatever their case, the last of equal names counts, null leaves a string as it was, unknown
+names are skipped (read in the v1.8.0 source: libcentrifugo/api/v1, encoding/json of Go 1.9).
+`type` and `to` are our own additions, which upstream skips as unknown.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from json.decoder import scanstring  # type: ignore[attr-defined]  # typeshed leaves it out
+from typing import Any, NamedTuple
+
+import orjson
+
+from relay.core.model import RESERVED_NAMESPACES, Channel, namespace_of, parse_channel
+from relay.stream.format import entry
+
+PRIVATE_PREFIX = "$"
+
+_SPACE = " \t\r\n"
+_skip = re.compile(r"[ \t\r\n]*").match
+# The text that every client library writes for a publish, up to the data. What does not look like
+# this is read member by member, with the same result.
+_PLAIN = re.compile(
+    rb'\{[ ]?"method":[ ]?"publish",[ ]?"params":[ ]?\{[ ]?'
+    rb'"channel":[ ]?"([^"\\\x00-\x1f]+)",[ ]?"data":[ ]?'
+).match
+
+
+class Invalid(ValueError):
+    """The command cannot be carried out; its text is the reason."""
+
+
+class NamespaceNotFound(Invalid):
+    """The channel belongs to another door."""
+
+    def __init__(self) -> None:
+        super().__init__("namespace not found")
+
+
+class Undeliverable(Invalid):
+    """No workspace can have this name, or no event this type or these recipients."""
+
+
+class Command(NamedTuple):
+    """One command; `params` is JSON text, None where there was none."""
+
+    method: str
+    params: str | None
+    uid: str
+
+
+class Publication(NamedTuple):
+    """`data` for one channel; `to` is None or the recipients, as `entry.encode` wants them."""
+
+    channel: Channel
+    data: bytes
+    client: str | None = None
+    uid: str | None = None
+    type: str | None = None
+    to: tuple[str, ...] | None = None
+
+
+class Broadcast(NamedTuple):
+    """`data` for several channels, as they were named: the caller checks each in its turn."""
+
+    channels: list[str]
+    data: bytes
+    client: str | None = None
+    type: str | None = None
+    to: tuple[str, ...] | None = None
+
+    def publication(self, name: str) -> Publication:
+        """The one for the channel of this name; Invalid where there can be none."""
+        channel = checked_channel(name)
+        return Publication(channel, self.data, self.client, type=self.type, to=self.to)
+
+
+def _refuse(word: str) -> object:
+    raise Invalid(f"{word} is not JSON")
+
+
+# Integers as floats: only their place in the text is of interest, and int() refuses long ones.
+_scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(
+    parse_constant=_refuse, parse_int=float
+).scan_once  # type: ignore[attr-defined]  # typeshed leaves it out
+
+
+@lru_cache(4096)
+def checked_channel(name: str) -> Channel:
+    """The channel of this name; Invalid where there can be none."""
+    try:
+        channel = parse_channel(name)
+    except ValueError as exc:
+        raise Undeliverable(str(exc)) from None
+    if namespace_of(Channel(name.removeprefix(PRIVATE_PREFIX))) in RESERVED_NAMESPACES:
+        raise NamespaceNotFound
+    return channel
+
+
+def plain_publish(text: bytes) -> Publication | None:
+    """A publish in its usual form; None where `one` has to look."""
+    found = _PLAIN(text)
+    if found is None or not text.endswith(b"}}"):
+        return None
+    # Up to here nothing but the data is missing, and the rest closes what is open: if what lies
+    # between is one JSON value, it is the data.
+    data = text[found.end() : -2].strip(b" \t\r\n")
+    try:
+        orjson.loads(data)
+        name = found[1].decode()
+    except ValueError:
+        return None
+    return Publication(checked_channel(name), data)
+
+
+def one(text: bytes) -> Command:
+    """A text that is one command object."""
+    return _command(_complete(text))
+
+
+def many(text: bytes) -> list[Command]:
+    """A text that is an array of commands."""
+    whole = _complete(text)
+    if not whole.startswith("["):
+        raise Invalid("not an array")
+    return [_command(whole[start:end]) for start, end in _elements(whole)]
+
+
+def read(text: bytes) -> list[Publication | Command]:
+    """A text that is one command object or an array of them, each the short way where it goes."""
+    if not text.startswith(b"["):
+        return [_plainly(text) or one(text)]
+    whole = _complete(text)
+    parts = [whole[start:end] for start, end in _elements(whole)]
+    return [_plainly(part.encode()) or _command(part) for part in parts]
+
+
+def _plainly(text: bytes) -> Publication | None:
+    try:
+        return plain_publish(text)
+    except Invalid:
+        return None  # its parameters say the same, when their turn comes
+
+
+def queued(text: bytes) -> list[Command]:
+    """An item of the queue: a command, or the form of before 1.6.0, {"data": [commands]}."""
+    whole = _complete(text)
+    members = _struct(whole, raws=("params", "data"), strings=("method", "uid"))
+    old = members.get("data")
+    if isinstance(old, str) and "method" not in members:
+        return many(old.encode())
+    return [_command(whole)]
+
+
+def publish(params: str | None) -> Publication:
+    """The parameters of a publish."""
+    given = fields(
+        params, strings=("channel", "client", "uid", "type"), raws=("data",), names=("to",)
+    )
+    if not given.get("channel"):
+        raise Invalid("publish without channel")
+    if "data" not in given:
+        raise Invalid("publish without data")
+    return Publication(
+        checked_channel(given["channel"]),
+        given["data"].encode(),
+        given.get("client") or None,
+        given.get("uid") or None,
+        *_addressed(given),
+    )
+
+
+def broadcast(params: str | None) -> Broadcast:
+    """The parameters of a broadcast; without channels or data, both may be empty."""
+    given = fields(
+        params, strings=("client", "type"), raws=("data",), lists=("channels",), names=("to",)
+    )
+    data = given.get("data", "").encode()
+    client = given.get("client") or None
+    return Broadcast(given.get("channels", []), data, client, *_addressed(given))
+
+
+def _addressed(given: dict[str, Any]) -> tuple[str | None, tuple[str, ...] | None]:
+    """Type and recipients; an empty `to` is an error, not everybody."""
+    kind, to = given.get("type") or None, given.get("to")
+    try:
+        if kind is not None:
+            entry.checked_type(kind)
+        return kind, None if to is None else tuple(sorted(entry.recipients(to)))
+    except ValueError as exc:
+        raise Undeliverable(str(exc)) from None
+
+
+def fields(params: str | None, **kinds: tuple[str, ...]) -> dict[str, Any]:
+    """The parameters of these names, by their kinds: `strings`, `raws` (JSON text as it was sent),
+    `lists` (of strings), `bools` and `names` (a string or a list of strings); what was not given
+    is not there."""
+    if params is None:
+        raise Invalid("no params")
+    return _struct(params, **kinds)
+
+
+def _command(text: str) -> Command:
+    given = _struct(text, strings=("uid", "method"), raws=("params",))
+    return Command(given.get("method", ""), given.get("params"), given.get("uid", ""))
+
+
+def _complete(text: bytes) -> str:
+    """The text without white space around it, known to be one JSON value."""
+    try:
+        whole = text.decode().strip(_SPACE)
+    except UnicodeDecodeError:
+        raise Invalid("not UTF-8") from None
+    if _value(whole, 0)[1] != len(whole):
+        raise Invalid("not JSON")
+    return whole
+
+
+def _value(text: str, at: int) -> tuple[Any, int]:
+    try:
+        return _scan(text, at)
+    except StopIteration:
+        raise Invalid("not JSON") from None
+    except Invalid:
+        raise
+    except ValueError:
+        raise Invalid("not JSON") from None
+    except RecursionError:
+        raise Invalid("nested too deeply") from None
+
+
+def _elements(text: str) -> Iterator[tuple[int, int]]:
+    """Where the elements of this array begin and end; it is known to be JSON."""
+    at = _end(_skip(text, 1))
+    while text[at] != "]":
+        _, end = _value(text, at)
+        yield at, end
+        at = _end(_skip(text, end))
+        if text[at] == ",":
+            at = _end(_skip(text, at + 1))
+
+
+def _members(text: str) -> Iterator[tuple[str, Any, int, int]]:
+    """Name, value, begin and end of the members of this object; it is known to be JSON."""
+    at = _end(_skip(text, 1))
+    while text[at] != "}":
+        name, at = scanstring(text, at + 1, True)
+        at = _end(_skip(text, _end(_skip(text, at)) + 1))
+        value, end = _value(text, at)
+        yield name, value, at, end
+        at = _end(_skip(text, end))
+        if text[at] == ",":
+            at = _end(_skip(text, at + 1))
+
+
+def _end(found: re.Match[str] | None) -> int:
+    # The pattern matches the empty text too.
+    return found.end() if found else 0
+
+
+def _struct(
+    text: str,
+    *,
+    strings: tuple[str, ...] = (),
+    raws: tuple[str, ...] = (),
+    lists: tuple[str, ...] = (),
+    bools: tuple[str, ...] = (),
+    names: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """What Go would find in the fields of these names; `raws` as JSON text."""
+    if text == "null":
+        return {}
+    if not text.startswith("{"):
+        raise Invalid("not an object")
+    found: dict[str, Any] = {}
+    for spelled, value, start, end in _members(text):
+        name = spelled.casefold()
+        if name in raws:
+            found[name] = text[start:end]
+        elif name in strings:
+            if value is not None:
+                found[name] = _text(name, value)
+        elif name in lists:
+            if not isinstance(value, list | None):
+                raise Invalid(f"{name} is not a list")
+            found[name] = ["" if each is None else _text(name, each) for each in value or ()]
+        elif name in bools and value is not None:
+            if not isinstance(value, bool):
+                raise Invalid(f"{name} is not a boolean")
+            found[name] = value
+        elif name in names and value is not None:
+            many = isinstance(value, list)
+            found[name] = [_text(name, each) for each in value] if many else _text(name, value)
+    return found
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise Invalid(f"{name} is not a string")
+    if value.isascii():
+        return value
+    # Half a surrogate pair: Go reads U+FFFD.
+    return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

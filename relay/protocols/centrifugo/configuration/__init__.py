@@ -1,0 +1,1 @@
+"""Configuration files, variables and flags of Centrifugo v1."""

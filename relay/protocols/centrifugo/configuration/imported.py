@@ -1,0 +1,289 @@
+"""Centrifugo v1's file, variables and command line as settings of ours.
+
+What upstream does by its own choice is done: its default address is every interface, its default
+port 8000, and where no history is configured nothing is kept for long. What would be passed over in
+silence stops the start: a certificate by ACME, a page of one's own, several Redis.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+
+from relay.config.imported import Flag, Said, Translation
+from relay.config.settings import NamespaceSettings
+from relay.core.errors import ConfigError
+from relay.core.model import RESERVED_NAMESPACES
+from relay.protocols.centrifugo.configuration.option_sources import SUFFIXES, Given, Value, gather
+from relay.protocols.centrifugo.configuration.options import CHANNEL_OPTIONS, OPTIONS, Fate, Kind
+from relay.protocols.centrifugo.settings import CentrifugoSettings
+
+_DOOR = "protocol:centrifugo"
+_VERSION = "Centrifugo v1.8.0"
+# Centrifugo keeps nothing but the history that is configured. An hour serves clients that are slow
+# or were away, and a site of many quiet channels does not fill its Redis.
+_KEPT_S = 3600
+_MOST = 1_000_000_000
+_LEVELS = {"trace": "debug", "debug": "debug", "info": "info"} | dict.fromkeys(
+    ("error", "critical", "fatal", "none"), "error"
+)
+
+
+class CentrifugoForeign:
+    """See `relay.config.imported.Foreign`."""
+
+    suffixes = SUFFIXES
+    option = ""
+    option_about = ""
+    command = "centrifugo"
+    flags = tuple(
+        Flag(name=each.name, about=each.flag, short=each.short, switch=each.kind is Kind.SWITCH)
+        for each in OPTIONS.values()
+        if each.flag
+    )
+    default_path = "config.json"
+    version = _VERSION
+    by_environment = False
+
+    def read(
+        self, path: Path | None, environ: Mapping[str, str], flags: Mapping[str, str]
+    ) -> Translation:
+        """See `relay.config.imported.Foreign`."""
+        given = gather(path, environ, flags)
+        _refuse(given)
+        said = [
+            *_door(given),
+            *_namespaces(given),
+            *_retention(given),
+            *_node(given),
+            *_redis(given),
+        ]
+        return Translation(said=said, notes=[*given.notes, *_notes(given)], missing=given.missing)
+
+    def example(self, path: Path) -> str:
+        """Return an example with a random secret, as `centrifugo genconfig` does."""
+        secret = str(uuid.UUID(bytes=secrets.token_bytes(16), version=4))
+        match path.suffix.lower():
+            case ".json":
+                return json.dumps({"secret": secret}, indent=2) + "\n"
+            case ".toml":
+                return f'secret = "{secret}"\n'
+            case ".yaml" | ".yml":
+                return f'secret: "{secret}"\n'
+            case _:
+                raise ConfigError(f"{path}: must end in one of {', '.join(SUFFIXES)}")
+
+
+def _refuse(given: Given) -> None:
+    if given.on("ssl_autocert"):
+        raise given.values["ssl_autocert"].wrong(
+            "certificates by ACME are not included; let a proxy in front do it, or give ssl_cert"
+            " and ssl_key and leave ssl_autocert out"
+        )
+    if given.on("web") and (value := given.first("web_path")):
+        raise value.wrong("pages of one's own are not served; leave web_path out, or web")
+    if given.on("ssl"):
+        for name in ("ssl_cert", "ssl_key"):
+            if not given.text(name):
+                raise given.values["ssl"].wrong(f"needs {name}")
+
+
+def _door(given: Given) -> Iterator[Said]:
+    """Options that are this door's own, in the table's order."""
+    for name, value in given.values.items():
+        option = OPTIONS[name]
+        if option.fate is not Fate.MAPPED or option.made or (not value.text and _counts(name)):
+            continue
+        section, _, key = option.to[0].rpartition(".")
+        yield _said(section, key, value)
+    port = given.first("port") or Value(f"{_VERSION}'s port = ", "8000")
+    yield _said(_DOOR, "port", port)
+    # Upstream's empty address is every interface; ours would be that of [server].
+    address = given.first("address") or Value(f"{_VERSION}'s address = ", "0.0.0.0")  # noqa: S104
+    yield _said(_DOOR, "host", address)
+    if prefix := given.first("http_prefix"):
+        yield _said(_DOOR, "http_prefix", prefix, f"/{prefix.text.strip('/')}".rstrip("/"))
+    if given.on("web"):
+        yield _said(_DOOR, "web", given.values["web"])
+    if given.on("ssl"):
+        yield _said(_DOOR, "tls_cert", given.values["ssl_cert"])
+        yield _said(_DOOR, "tls_key", given.values["ssl_key"])
+
+
+def _counts(name: str) -> bool:
+    return OPTIONS[name].kind is Kind.NUMBER
+
+
+def _namespaces(given: Given) -> Iterator[Said]:
+    for name, values in given.namespaces.items():
+        if name in RESERVED_NAMESPACES:
+            raise ConfigError(
+                f"namespaces: {name}: channels of this name belong to another door of the relay"
+            )
+        for key in CHANNEL_OPTIONS:
+            # The section has to be there if it sets nothing.
+            value = values.get(key) or Value(f"namespace {name}: {key} = ", _default(key))
+            yield _said(f"{_DOOR}:{name}", key, value)
+
+
+def _default(key: str) -> str:
+    default = CentrifugoSettings.model_fields[key].default
+    return str(default) if CHANNEL_OPTIONS[key] is Kind.NUMBER else "no"
+
+
+def _retention(given: Given) -> Iterator[Said]:
+    """Streams keep what the history may ask for, and no longer than that or an hour."""
+    top = _kept(given.values)
+    kept = {name: _kept(values) for name, values in given.namespaces.items()}
+    if given.text("namespace_channel_boundary", ":") != ":":
+        # Streams' namespaces end in ':' alone, so that all of these lie in [namespace].
+        top = tuple(max(pair) for pair in zip(top, *kept.values(), strict=True))
+        kept = {}
+    sections = {"namespace": top}
+    for name, each in kept.items():
+        if each != top:
+            sections[f"namespace:{name}"] = each
+            prefix = given.text("private_channel_prefix", "$")
+            if ":" not in prefix:
+                sections[f"namespace:{prefix}{name}"] = each
+    why = "Centrifugo keeps its history alone; an hour serves clients that are slow or were away."
+    for section, (count, age_s) in sections.items():
+        where = f"history of [{section}]: "
+        yield Said(section=section, key="retention_count", text=str(count), where=where, why=why)
+        yield Said(section=section, key="retention_age_s", text=str(age_s), where=where)
+        yield Said(
+            section=section,
+            key="unique_uids",
+            text="no",
+            where=f"{_VERSION}'s uid = ",
+            why="Centrifugo's backends need not give each message a uid of its own.",
+        )
+
+
+def _kept(values: Mapping[str, Value]) -> tuple[int, int]:
+    size, lifetime = (
+        int(value.text) if (value := values.get(key)) and value.text.isdecimal() else 0
+        for key in ("history_size", "history_lifetime")
+    )
+    default: int = NamespaceSettings.model_fields["retention_count"].default
+    # What is out of range is told in Centrifugo's own words.
+    return max(default, min(size, _MOST)), max(_KEPT_S, min(lifetime, _MOST))
+
+
+def _node(given: Given) -> Iterator[Said]:
+    if value := given.first("name"):
+        yield _said("node", "name", value)
+    if value := given.first("log_level"):
+        yield _said("log", "level", value, _LEVELS.get(value.text.lower(), "info"))
+    # The port of the file is this door's alone; everything else keeps to loopback.
+    yield Said(
+        section="server",
+        key="port",
+        text="0",
+        where="port of all other doors = ",
+        why="Centrifugo's port opens Centrifugo's door alone. Health, metrics and the other doors"
+        " have this listener: any free port, on loopback unless host says otherwise.",
+    )
+
+
+def _redis(given: Given) -> Iterator[Said]:
+    engine = given.text("engine", "memory")
+    if engine not in {"memory", "redis"}:
+        raise given.values["engine"].wrong("no such engine; there are memory and redis")
+    prefix = given.text("redis_prefix", "centrifugo")
+    if engine == "memory":
+        where = given.values.get("engine") or Value(f"{_VERSION}'s engine = ", engine)
+        yield _said("redis", "url", where, "embedded")
+        return
+    yield from _address(given)
+    for name, key in (
+        ("redis_connect_timeout", "connect_timeout_s"),
+        ("redis_read_timeout", "command_timeout_s"),
+    ):
+        # 0 is upstream's word for no limit, which a relay that heals by itself cannot have.
+        if (value := given.first(name)) and value.text != "0":
+            yield _said("redis", key, value)
+    if value := given.first("redis_prefix"):
+        yield _said("producer:queue", "name", value, f"{prefix}.api")
+        if prefix != "centrifugo":
+            # Another prefix is another site on the same Redis: its streams are its own too.
+            yield _said("redis", "prefix", value, f"relay:{prefix}:")
+    if given.on("redis_api"):
+        yield _said("producer:queue", "enabled", given.values["redis_api"])
+        if value := given.first("redis_api_num_shards"):
+            yield _said("producer:queue", "shards", value)
+
+
+def _address(given: Given) -> Iterator[Said]:
+    for name in ("redis_host", "redis_port", "redis_url", "redis_master_name"):
+        value = given.first(name)
+        if value and "," in value.text:
+            raise ConfigError(
+                f"{value.where}(several): one site has one Redis here; its streams are read one by"
+                " one, so that one Redis carries what shards did. Give one address"
+            )
+    master, sentinels = given.first("redis_master_name"), given.first("redis_sentinels")
+    db = given.text("redis_db", "0")
+    password = given.first("redis_password")
+    if master or sentinels:
+        if not (master and sentinels):
+            lone = master or sentinels
+            raise ConfigError(
+                f"{lone.where if lone else ''}(alone): redis_master_name and redis_sentinels go"
+                " together"
+            )
+        hosts = ",".join(
+            f"127.0.0.1{part}" if part.startswith(":") else part
+            for part in (each.strip() for each in sentinels.text.split(","))
+            if part
+        )
+        yield _said("redis", "url", sentinels, f"sentinel://{hosts}/{quote(master.text)}/{db}")
+    elif url := given.first("redis_url"):
+        found = _split_url(url)
+        yield _said("redis", "url", url, found[0])
+        # Where it is set the others do not count (the documentation's engines.md).
+        password = Value(url.where, found[1]) if found[1] else None
+    else:
+        host = given.text("redis_host", "127.0.0.1")
+        port = given.text("redis_port", "6379")
+        where = given.first("redis_host", "redis_port", "redis_db") or given.values["engine"]
+        host = f"[{host}]" if ":" in host else host
+        yield _said("redis", "url", where, f"redis://{host}:{port}/{db}")
+    if password:
+        yield _said("redis", "password", password)
+
+
+def _split_url(value: Value) -> tuple[str, str]:
+    """The URL without its password, and that."""
+    parts = urlsplit(value.text)
+    try:
+        port = parts.port or 6379
+    except ValueError:
+        port = 0
+    db = parts.path.strip("/") or "0"
+    if parts.scheme not in {"redis", "rediss"} or not parts.hostname or not port:
+        raise ConfigError(f"{value.where}(hidden): must be redis://:PASSWORD@HOST:PORT/DB")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    user = f"{parts.username}@" if parts.username else ""
+    return f"{parts.scheme}://{user}{host}:{port}/{db}", unquote(parts.password or "")
+
+
+def _notes(given: Given) -> Iterator[str]:
+    if given.on("web"):
+        yield (
+            f"{given.values['web'].where}true: Centrifugo's own page is not included; the"
+            " live page, on the listener of [server], is there instead"
+        )
+    level = given.first("log_level")
+    if level and level.text.lower() not in _LEVELS:
+        yield f"{level.where}{level.text}: no such level; info counts, as in {_VERSION}"
+
+
+def _said(section: str, key: str, value: Value, text: str | None = None) -> Said:
+    return Said(
+        section=section, key=key, text=value.text if text is None else text, where=value.where
+    )

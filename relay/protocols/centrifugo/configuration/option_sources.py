@@ -1,0 +1,203 @@
+"""What Centrifugo's file, variables and flags give, as text by option, before it is put into ours.
+
+As Centrifugo v1.8.0 reads them (viper): a flag wins over a variable, that over the file; keys match
+in any case; an empty variable counts as none; unknown keys do no harm.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from relay.core.errors import ConfigError
+from relay.protocols.centrifugo.configuration.options import CHANNEL_OPTIONS, OPTIONS, Kind
+
+SUFFIXES = (".json", ".toml", ".yaml", ".yml")
+# v1.8.0 refuses any other (libcentrifugo/node/config.go).
+_NAMESPACE_NAME = re.compile(r"[-a-zA-Z0-9_]{2,}")
+_TRUE = frozenset({"1", "t", "T", "true", "TRUE", "True"})
+_FALSE = frozenset({"0", "f", "F", "false", "FALSE", "False"})
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One option's value; `where` and `text` together begin an error's line."""
+
+    where: str
+    text: str
+
+    def wrong(self, problem: str) -> ConfigError:
+        """The error for a value that can be shown."""
+        return ConfigError(f"{self.where}{self.text[:60]}: {problem}")
+
+    @property
+    def on(self) -> bool:
+        """Of a switch."""
+        return self.text == "yes"
+
+
+@dataclass(slots=True)
+class Given:
+    """Everything that was given; where it was not, there is no value."""
+
+    values: dict[str, Value] = field(default_factory=dict)
+    namespaces: dict[str, dict[str, Value]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    missing: str = ""
+
+    def text(self, name: str, default: str = "") -> str:
+        """An option's value, `default` where it is empty or not given."""
+        value = self.values.get(name)
+        return value.text if value and value.text else default
+
+    def on(self, name: str) -> bool:
+        """Whether a switch is on."""
+        return name in self.values and self.values[name].on
+
+    def first(self, *names: str) -> Value | None:
+        """The value of the first of these that is given and not empty."""
+        found = (self.values.get(name) for name in names)
+        return next((value for value in found if value and value.text), None)
+
+
+def gather(path: Path | None, environ: Mapping[str, str], flags: Mapping[str, str]) -> Given:
+    """All three together; ConfigError where one of them cannot be understood."""
+    given = Given()
+    if path is not None:
+        content = _content(path)
+        if content is None:
+            given.missing = f"{path}: there is no such file"
+        else:
+            _read_file(given, path, content)
+    for name, option in OPTIONS.items():
+        variable = f"CENTRIFUGO_{name.upper()}"
+        if text := environ.get(variable):
+            if option.env:
+                where = f"environment variable {variable} = "
+                given.values[name] = Value(where, _text(text, option.kind, where))
+            else:
+                given.notes.append(
+                    f"environment variable {variable}: Centrifugo reads this option from file and"
+                    " flags only; it has no effect"
+                )
+    for name, text in flags.items():
+        where = f"--{name}="
+        given.values[name] = Value(where, _text(text, OPTIONS[name].kind, where))
+    return given
+
+
+def _read_file(given: Given, path: Path, content: Mapping[Any, Any]) -> None:
+    for key, value in content.items():
+        name = str(key).lower()
+        where = f"{path}: {name} = "
+        option = OPTIONS.get(name)
+        if option is None:
+            given.notes.append(_unknown(f"{path}: {key}", name, list(OPTIONS)))
+        elif value is None:
+            continue
+        elif option.kind is Kind.LIST:
+            given.namespaces = _namespaces(given, path, value)
+        else:
+            given.values[name] = Value(where, _text(value, option.kind, where))
+
+
+def _namespaces(given: Given, path: Path, value: object) -> dict[str, dict[str, Value]]:
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        raise ConfigError(f"{path}: namespaces: must be {Kind.LIST.value}, each with a name")
+    found: dict[str, dict[str, Value]] = {}
+    for index, each in enumerate(value, 1):
+        members = {str(key).lower(): member for key, member in each.items()}
+        name = members.pop("name", "")
+        if not isinstance(name, str) or not _NAMESPACE_NAME.fullmatch(name):
+            raise ConfigError(
+                f"{path}: namespaces, number {index}: its name must be two or more letters, digits,"
+                f" _ or -, not {name!r}"
+            )
+        if name in found:
+            raise ConfigError(f"{path}: namespaces: {name} is there twice")
+        found[name] = {}
+        for key, member in members.items():
+            where = f"{path}: namespace {name}: {key} = "
+            if key not in CHANNEL_OPTIONS:
+                known = list(CHANNEL_OPTIONS)
+                given.notes.append(_unknown(f"{path}: namespace {name}: {key}", key, known))
+            elif member is not None:
+                found[name][key] = Value(where, _text(member, CHANNEL_OPTIONS[key], where))
+    return found
+
+
+def _unknown(where: str, name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{where}: Centrifugo v1.8.0 has no such option; it has no effect{hint}"
+
+
+def _text(value: object, kind: Kind, where: str) -> str:
+    """The value as our INI file would have it."""
+    if kind is Kind.SWITCH:
+        text = str(value)
+        if text in _TRUE | _FALSE:
+            return "yes" if text in _TRUE else "no"
+    elif isinstance(value, str):
+        return value.strip() if kind is Kind.NUMBER else value
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    raise ConfigError(f"{where.removesuffix(' = ')}: must be {kind.value}")
+
+
+def _content(path: Path) -> Mapping[Any, Any] | None:
+    """The file's options; None where there is no file."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {exc.start})") from exc
+    # Without their causes: the parsers' texts may quote the file, which has secrets.
+    problem = ""
+    content: object = None
+    try:
+        content = _parse(path.suffix.lower(), text)
+    except json.JSONDecodeError as exc:
+        problem = f"line {exc.lineno}, column {exc.colno}: {exc.msg}"
+    except tomllib.TOMLDecodeError as exc:
+        problem = _place(str(exc))
+    except yaml.YAMLError as exc:
+        mark = getattr(exc, "problem_mark", None)
+        problem = (
+            f"line {mark.line + 1}, column {mark.column + 1}: not YAML" if mark else "not YAML"
+        )
+    except RecursionError:
+        problem = "is nested too deeply"
+    if problem:
+        raise ConfigError(f"{path}: {problem}")
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must be one object of options")
+    return content
+
+
+def _place(text: str) -> str:
+    found = re.search(r"\(at ([^)]*)\)$", text)
+    return f"{found[1]}: not TOML" if found else "not TOML"
+
+
+def _parse(suffix: str, text: str) -> object:
+    match suffix:
+        case ".json":
+            return json.loads(text)
+        case ".toml":
+            return tomllib.loads(text)
+        case _:
+            return yaml.safe_load(text)

@@ -1,0 +1,189 @@
+"""Seafile's events: what a body of `/events` or a message of the Redis channel `repo_update` means.
+
+Pure. Names match whatever their case and null counts as absent, as in Go's encoding/json, which
+read them upstream (notification-server/event.go). The content keeps its bytes as they were sent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from json.decoder import scanstring  # type: ignore[attr-defined]  # typeshed leaves it out
+from typing import Any, NamedTuple
+
+from relay.core.model import Channel, parse_channel
+
+PREFIX = "seafile:"
+REPO_UPDATE = "repo-update"
+FILE_LOCK_CHANGED = "file-lock-changed"
+FOLDER_PERM_CHANGED = "folder-perm-changed"
+COMMENT_UPDATE = "comment-update"
+# The types that the notification servers of 10 to 13 pass on to clients; they drop all others.
+TYPES = frozenset({REPO_UPDATE, FILE_LOCK_CHANGED, FOLDER_PERM_CHANGED, COMMENT_UPDATE})
+# Of an entry: the commit of a repo-update. Two sources may tell of one commit.
+COMMIT = b"commit"
+
+_SPACE = " \t\r\n"
+
+
+class Invalid(ValueError):
+    """Not a JSON object, or its type is not a text: the sender is told."""
+
+
+class Unaddressed(ValueError):
+    """A JSON object that concerns no library; the text is the reason."""
+
+
+class SeafEvent(NamedTuple):
+    """One event of the library `channel`. For `user`, or else for the members of `group`; for
+    everyone where neither is given. `commit` is '' for other types than repo-update."""
+
+    channel: Channel
+    type: str
+    content: bytes
+    user: str = ""
+    group: int | None = None
+    commit: str = ""
+
+
+def _refuse(word: str) -> object:
+    raise ValueError(word)
+
+
+class _Digits(str):
+    """A number that is no integer, or too long for one: only its place is of interest."""
+
+    __slots__ = ()
+
+
+def _integer(digits: str) -> object:
+    return int(digits) if len(digits) < 19 else _Digits(digits)
+
+
+_scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(
+    parse_constant=_refuse, parse_int=_integer, parse_float=_Digits
+).scan_once  # type: ignore[attr-defined]  # typeshed leaves it out
+
+
+def channel_of(repo_id: str) -> Channel:
+    """The workspace of a library; ValueError where none can have this ID."""
+    if not repo_id:
+        raise ValueError("no library")
+    return parse_channel(PREFIX + repo_id)
+
+
+def read(body: bytes) -> SeafEvent:
+    """The event in a body of `/events`. Invalid, or Unaddressed."""
+    kind, content = _envelope(body)
+    if content is None:
+        raise Unaddressed("no content")
+    members = {name.casefold(): value for name, value, _ in _members(content)}
+    try:
+        channel = channel_of(_text(members, "repo_id"))
+    except ValueError as exc:
+        raise Unaddressed(f"repo_id: {exc}") from None
+    if kind == REPO_UPDATE:
+        return SeafEvent(channel, kind, content.encode(), commit=_text(members, "commit_id"))
+    if kind != FOLDER_PERM_CHANGED:
+        return SeafEvent(channel, kind, content.encode())
+    user, group = _recipients(members)
+    return SeafEvent(channel, kind, content.encode(), user, group)
+
+
+def recipients(content: bytes) -> tuple[str, int | None]:
+    """The user, or else the group, that a permission's content names. ValueError where it cannot be
+    understood."""
+    text = content.decode(errors="replace").strip(_SPACE)
+    return _recipients({name.casefold(): value for name, value, _ in _members(text)})
+
+
+def read_line(payload: bytes) -> SeafEvent | None:
+    """What seafevents publishes on `repo_update`: tab-separated up to 11, JSON from 12 on. None
+    where it is another message; Unaddressed where it cannot be understood."""
+    text = payload.decode(errors="replace").strip()
+    kind, *rest = text.split("\t")
+    if not text.startswith("{"):
+        if kind != REPO_UPDATE:
+            return None
+        if len(rest) != 2:
+            raise Unaddressed("repo-update without library and commit")
+        repo_id, commit = rest
+    else:
+        try:
+            members = {name.casefold(): value for name, value, _ in _members(text)}
+        except Invalid as exc:
+            raise Unaddressed(str(exc)) from None
+        if members.get("msg_type") != REPO_UPDATE:
+            return None
+        repo_id, commit = _text(members, "repo_id"), _text(members, "commit_id")
+    try:
+        channel = channel_of(repo_id)
+    except ValueError as exc:
+        raise Unaddressed(str(exc)) from None
+    content = json.dumps({"repo_id": repo_id, "commit_id": commit}, separators=(",", ":"))
+    return SeafEvent(channel, REPO_UPDATE, content.encode(), commit=commit)
+
+
+def _envelope(body: bytes) -> tuple[str, str | None]:
+    """Type, and content as JSON text if it is an object."""
+    text = body.decode(errors="replace").strip(_SPACE)
+    kind, content = "", None
+    for name, value, raw in _members(text):
+        field = name.casefold()
+        if field == "type" and value is not None:
+            if not isinstance(value, str) or isinstance(value, _Digits):
+                raise Invalid("type is not a text")
+            kind = value
+        elif field == "content":
+            content = raw if raw.startswith("{") else None
+    return kind, content
+
+
+def _recipients(members: dict[str, Any]) -> tuple[str, int | None]:
+    user, group = _text(members, "user"), members.get("group")
+    if user:
+        return user, None
+    # Missing counts as 0, which is no group's number; -1 is everyone.
+    number = 0 if group is None else group
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise Unaddressed("group is not a whole number")
+    return "", None if number == -1 else number
+
+
+def _text(members: dict[str, Any], name: str) -> str:
+    value = members.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str) or isinstance(value, _Digits):
+        raise Unaddressed(f"{name} is not a text")
+    return value
+
+
+def _members(text: str) -> list[tuple[str, Any, str]]:
+    """Name, value and text of each member of this JSON object. Invalid where it is none."""
+    if not text.startswith("{"):
+        raise Invalid("not an object")
+    try:
+        value, end = _scan(text, 0)
+    except (StopIteration, ValueError, RecursionError):
+        raise Invalid("not JSON") from None
+    if end != len(text) or not isinstance(value, dict):
+        raise Invalid("bytes after the JSON value")
+    # Known to be JSON by now, so that each step finds what it looks for.
+    found: list[tuple[str, Any, str]] = []
+    at = _past(text, 1)
+    while text[at] != "}":
+        name, at = scanstring(text, at + 1, True)
+        begin = _past(text, _past(text, at) + 1)
+        value, end = _scan(text, begin)
+        found.append((name, value, text[begin:end]))
+        at = _past(text, end)
+        if text[at] == ",":
+            at = _past(text, at + 1)
+    return found
+
+
+def _past(text: str, at: int) -> int:
+    while text[at] in _SPACE:
+        at += 1
+    return at

@@ -1,0 +1,1 @@
+"""State that all workers share: heartbeats, presence, bus, store, limits."""

@@ -1,0 +1,38 @@
+"""Which channels have a follower on any worker, and which workers there are.
+
+A worker is subscribed to the ephemeral events of every channel that its clients follow; Redis knows
+at once when it is not any more, as when it was killed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from relay.core.model import Channel
+    from relay.stream.connection.side_link import SideLink
+    from relay.stream.format.keys import Keys
+
+
+class SiteActive:
+    """See `relay.doorkit.contract.Active`."""
+
+    def __init__(self, link: SideLink, keys: Keys) -> None:
+        self._link = link
+        self._keys = keys
+
+    async def channels(self) -> list[Channel]:
+        """In no order."""
+        names = await self._link.call("PUBSUB", "CHANNELS", self._keys.ephemeral_pattern)
+        found = map(self._keys.channel_of_ephemeral, cast("list[bytes]", names))
+        return [channel for channel in found if channel is not None]
+
+    async def is_followed(self, channel: Channel) -> bool:
+        """At this moment."""
+        reply = await self._link.call("PUBSUB", "NUMSUB", self._keys.ephemeral(channel))
+        return bool(cast("list[object]", reply)[1])
+
+    async def workers(self) -> list[str]:
+        """Instances, those included that died a moment ago."""
+        names = await self._link.call("SMEMBERS", self._keys.nodes)
+        return sorted(name.decode(errors="replace") for name in cast("set[bytes]", names))

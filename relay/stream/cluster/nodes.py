@@ -1,0 +1,223 @@
+"""Heartbeats of workers, the list of live workers, and the detection of dead ones."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from relay.core.errors import RelayError
+from relay.stream.connection import connect
+from relay.stream.connection.refusals import Refusals
+from relay.stream.format.keys import Keys
+
+HEARTBEAT_S = 5
+# While it is not ready, so that it is not long said to be bad after it became good.
+NOT_READY_S = 0.5
+EXPIRY_S = 15
+BATCH = 500
+
+# Names of areas in `Refusals`.
+REGISTRY = "the list of workers"
+HEARTBEATS = "heartbeats"
+_UNSEEN = "'relay status' and other workers do not see this worker"
+
+log = logging.getLogger(__name__)
+
+
+def new_instance(name: str) -> str:
+    """One process's own name: a restarted worker is another instance."""
+    return f"{name}:{secrets.token_hex(4)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One worker as its heartbeat describes it."""
+
+    instance: str
+    name: str
+    host: str
+    pid: int
+    started: str
+    version: str
+    # None: a worker of an older version does not say.
+    ready: bool | None = None
+    connections: int | None = None
+    streams: int | None = None
+    lag_ms: int | None = None
+    # What Redis refuses to this worker, as `/readyz` shows it.
+    refused: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What a worker has to do at the moment of a beat. `lag_ms` is the largest age of an entry
+    when it was offered to the live clients, since the beat before."""
+
+    ready: bool
+    connections: int
+    streams: int
+    lag_ms: int
+    refused: str = ""
+
+
+_FIELDS = frozenset(field.name for field in fields(Node))
+
+
+def this_node(name: str, instance: str, version: str) -> Node:
+    """Describes this process."""
+    return Node(
+        instance=instance,
+        name=name,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        version=version,
+    )
+
+
+class Heartbeat:
+    """Says every HEARTBEAT_S that this worker lives, and soon when it has become ready."""
+
+    def __init__(
+        self,
+        *,
+        client: Redis,
+        keys: Keys,
+        node: Node,
+        load: Callable[[], Load] | None = None,
+        refusals: Refusals | None = None,
+    ) -> None:
+        self._refusals = refusals or Refusals()
+        self._client = client
+        self._keys = keys
+        self._node = node
+        self._load = load
+        self._good = True
+
+    async def run(self) -> None:
+        """Beat until cancelled. Errors of Redis are waited out."""
+        while True:
+            try:
+                await self.beat()
+            except RelayError as exc:
+                log.debug("no heartbeat: %s", exc)
+            await asyncio.sleep(HEARTBEAT_S if self._good else NOT_READY_S)
+
+    async def beat(self) -> None:
+        """Write the heartbeat, and the registry too: a Redis that lost its data lost that as well.
+
+        A Redis whose memory is full refuses SET and SADD. Then the heartbeat that it has is kept.
+        """
+        instance = self._node.instance
+        node = replace(self._node, **asdict(self._load())) if self._load else self._node
+        self._good = node.ready is not False
+        text = orjson.dumps(node)
+        commands: tuple[tuple[bytes | str | int, ...], ...] = (
+            ("SADD", self._keys.nodes, instance),
+            ("SET", self._keys.node(instance), text, "EX", EXPIRY_S),
+            ("EXPIRE", self._keys.node(instance), EXPIRY_S),
+        )
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            with connect.translated():
+                replies: list[Any] = await pipeline.execute(raise_on_error=False)
+        registered, beaten, _ = replies
+        for area, reply in ((REGISTRY, registered), (HEARTBEATS, beaten)):
+            if isinstance(reply, ResponseError):
+                self._refusals.refused(area, connect.refusal_text(reply), _UNSEEN)
+            elif not isinstance(reply, Exception):
+                self._refusals.accepted(area)
+
+    async def leave(self) -> None:
+        """For an orderly stop, after this worker has destroyed its groups."""
+        instance = self._node.instance
+        async with self._client.pipeline(transaction=False) as pipeline:
+            pipeline.execute_command("DEL", self._keys.node(instance))
+            pipeline.execute_command("SREM", self._keys.nodes, instance)
+            with connect.translated():
+                await pipeline.execute()
+
+
+async def _registry(client: Redis, keys: Keys) -> dict[str, bytes | None]:
+    """Each registered instance and its heartbeat, None where that expired."""
+    members = await connect.command(client, "SMEMBERS", keys.nodes)
+    instances = sorted(member.decode() for member in members)
+    async with client.pipeline(transaction=False) as pipeline:
+        for instance in instances:
+            # Not MGET: on Redis Cluster these keys are in different slots.
+            pipeline.execute_command("GET", keys.node(instance))
+        with connect.translated():
+            beats: list[Any] = await pipeline.execute()
+    return dict(zip(instances, beats, strict=True))
+
+
+async def live_nodes(client: Redis, keys: Keys) -> list[Node]:
+    """The workers whose heartbeat is there, by instance; one that says nonsense is left out."""
+    return (await workers(client, keys))[0]
+
+
+async def workers(client: Redis, keys: Keys) -> tuple[list[Node], list[str]]:
+    """The `live_nodes`, and the instances that are registered and silent: killed or cut off."""
+    living, silent = [], []
+    for instance, beat in (await _registry(client, keys)).items():
+        if beat is None:
+            silent.append(instance)
+            continue
+        try:
+            values = orjson.loads(beat)
+            # A newer relay on the same Redis may say more than this one knows.
+            living.append(Node(**{name: values[name] for name in values if name in _FIELDS}))
+        except (ValueError, TypeError):
+            log.warning("the heartbeat of %s cannot be read", instance)
+    return living, silent
+
+
+class Silence:
+    """Which of the registered workers are dead.
+
+    A worker counts as dead when every look for `patience_s` found no heartbeat: after an outage of
+    Redis all have expired, and the first worker back must not take the others for dead. `dead` says
+    of a worker that it is known to have died; then nothing is waited for.
+    """
+
+    def __init__(
+        self,
+        *,
+        client: Redis,
+        keys: Keys,
+        dead: Callable[[str], bool] = lambda _: False,
+        patience_s: float = 2 * HEARTBEAT_S,
+    ) -> None:
+        self._client = client
+        self._keys = keys
+        self._dead = dead
+        self._patience_s = patience_s
+        self._silent_since: dict[str, float] = {}
+
+    async def look(self) -> list[str]:
+        """Once; their instances."""
+        registry = await _registry(self._client, self._keys)
+        now = asyncio.get_running_loop().time()
+        self._silent_since = {
+            instance: self._silent_since.get(instance, now)
+            for instance, beat in registry.items()
+            if beat is None
+        }
+        silent = (
+            instance
+            for instance, since in self._silent_since.items()
+            if since < now and now - since >= self._patience_s
+        )
+        return sorted({*silent, *filter(self._dead, registry)})

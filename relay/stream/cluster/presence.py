@@ -1,0 +1,266 @@
+"""Who is in a channel, on all workers, at no cost for those who stay.
+
+One hash a channel has each client with the worker that it is on; an entry counts while that
+worker's heartbeat is there. So nothing is refreshed per client: a worker that is killed takes all
+of its clients with it, and what it left is removed by one worker of the site, which tells the doors
+who went. What changes in one turn of the loop leaves in one pipeline.
+
+    HSET <p>presence:{C} <client> (<instance> LF <info>)
+    SADD <p>present:<instance> <C>
+
+The set of a worker's channels leads to what it left behind. It also shows the worker itself, by one
+command every CHECK_S, that Redis has lost its data or that others took it for dead: then it writes
+all of its clients again, as it does with each new connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import hiredis
+
+from relay.core.errors import RelayError, Unavailable
+from relay.core.model import Channel, parse_channel
+
+if TYPE_CHECKING:
+    from relay.stream.connection.link import Command
+    from relay.stream.connection.side_link import SideLink
+    from relay.stream.format.keys import Keys
+
+CHECK_S = 5.0
+# Fields of one command, so that none holds Redis up for long.
+_BATCH = 500
+
+_log = logging.getLogger(__name__)
+
+Gone = Callable[[Channel, Mapping[str, bytes]], None]
+_T = TypeVar("_T")
+
+
+class SitePresence:
+    """Implements `relay.doorkit.contract.Presence`.
+
+    Changes go over `link`, reads over `long`. `dead` returns True for a worker that is known to
+    have died, before its heartbeat expires.
+    """
+
+    def __init__(
+        self,
+        *,
+        link: SideLink,
+        long: SideLink,
+        keys: Keys,
+        instance: str,
+        dead: Callable[[str], bool],
+        spawn: Callable[..., object],
+    ) -> None:
+        self._link = link
+        self._long = long
+        self._keys = keys
+        self._instance = instance
+        self.is_dead = dead
+        self._spawn = spawn
+        self._own: dict[Channel, dict[str, bytes]] = {}
+        # Clients of whom Redis may have something else than `_own`.
+        self._changed: dict[Channel, set[str]] = {}
+        self._planned = False
+        self._asked: dict[Channel, list[asyncio.Future[dict[str, bytes]]]] = {}
+        self._reading: set[Channel] = set()
+        self._on_gone: list[Gone] = []
+        link.on_open.append(self._write_all)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether clients of this worker are in any channel."""
+        return bool(self._own)
+
+    # ---- for doors ------------------------------------------------------------------------------
+
+    def add(self, channel: Channel, client: str, info: bytes) -> None:
+        """The client is in the channel from now on, or has another `info`."""
+        self._own.setdefault(channel, {})[client] = info
+        self._change(channel, client)
+
+    def remove(self, channel: Channel, client: str) -> None:
+        """The client is no longer there; nothing where it was not."""
+        mine = self._own.get(channel)
+        if mine is None or mine.pop(client, None) is None:
+            return
+        if not mine:
+            del self._own[channel]
+        self._change(channel, client)
+
+    def on_gone(self, gone: Gone) -> None:
+        """`gone` is called on one worker of the site with the clients of one that died."""
+        self._on_gone.append(gone)
+
+    def read(self, channel: Channel) -> asyncio.Future[dict[str, bytes]]:
+        """Who is in the channel, with the info. Unavailable where Redis is away."""
+        answer: asyncio.Future[dict[str, bytes]] = asyncio.get_running_loop().create_future()
+        self._asked.setdefault(channel, []).append(answer)
+        if channel not in self._reading:
+            self._reading.add(channel)
+            self._spawn(self._serve(channel), name=f"presence {channel}")
+        return answer
+
+    async def _serve(self, channel: Channel) -> None:
+        try:
+            # So that all who ask in one turn are served by one read.
+            await asyncio.sleep(0)
+            while waiting := self._asked.pop(channel, None):
+                try:
+                    found = await self._read(channel)
+                except RelayError as exc:
+                    for answer in waiting:
+                        if not answer.done():
+                            answer.set_exception(Unavailable(str(exc)))
+                    continue
+                for answer in waiting:
+                    if not answer.done():
+                        answer.set_result(found)
+        finally:
+            self._reading.discard(channel)
+
+    async def _read(self, channel: Channel) -> dict[str, bytes]:
+        by_instance = await self._entries(channel)
+        others = [each for each in by_instance if each != self._instance and not self.is_dead(each)]
+        lives = await self._long.call_all(
+            [("EXISTS", self._keys.node(instance)) for instance in others]
+        )
+        found: dict[str, bytes] = {}
+        for instance, is_alive in zip(others, lives, strict=True):
+            if is_alive:
+                found |= by_instance[instance]
+        return found | self._own.get(channel, {})
+
+    async def _entries(self, channel: Channel) -> dict[str, dict[str, bytes]]:
+        """What the hash has, by instance."""
+        (reply,) = await self._long.call_all([("HGETALL", self._keys.presence(channel))])
+        found: dict[str, dict[str, bytes]] = {}
+        for client, value in cast("dict[bytes, bytes]", reply).items():
+            instance, _, info = value.partition(b"\n")
+            theirs = found.setdefault(instance.decode(errors="replace"), {})
+            theirs[client.decode(errors="replace")] = info
+        return found
+
+    # ---- to Redis -------------------------------------------------------------------------------
+
+    def _change(self, channel: Channel, client: str) -> None:
+        self._changed.setdefault(channel, set()).add(client)
+        if not self._planned:
+            self._planned = True
+            asyncio.get_running_loop().call_soon(self._write)
+
+    def _write_all(self) -> None:
+        for channel, mine in self._own.items():
+            self._changed.setdefault(channel, set()).update(mine)
+        self._write()
+
+    def _write(self) -> None:
+        self._planned = False
+        changed, self._changed = self._changed, {}
+        if not changed:
+            return
+        sent = cast("asyncio.Future[list[object]]", self._link.execute(self._commands(changed)))
+
+        def written(finished: asyncio.Future[list[object]]) -> None:
+            if not finished.cancelled() and finished.exception() is None:
+                errors = [
+                    each for each in finished.result() if isinstance(each, hiredis.ReplyError)
+                ]
+                if not errors:
+                    return
+                _log.error("presence is not written: Redis refused: %s", errors[0])
+            # With the next connection, or the next check.
+            for channel, clients in changed.items():
+                self._changed.setdefault(channel, set()).update(clients)
+
+        sent.add_done_callback(written)
+
+    def _commands(self, changed: Mapping[Channel, set[str]]) -> list[Command]:
+        # A channel is in the set before, and as long as, a client is in its hash.
+        head = self._instance.encode() + b"\n"
+        come: list[Command] = []
+        go: list[Command] = []
+        own = self._keys.present(self._instance)
+        begun: list[bytes] = []
+        ended: list[bytes] = []
+        for channel, clients in changed.items():
+            key, mine = self._keys.presence(channel), self._own.get(channel, {})
+            here = [client for client in clients if client in mine]
+            away = [client for client in clients if client not in mine]
+            for some in _batches(here):
+                fields = [part for client in some for part in (client, head + mine[client])]
+                come.append(("HSET", key, *fields))
+            go += [("HDEL", key, *some) for some in _batches(away)]
+            (begun if mine else ended).append(channel.encode())
+        first: list[Command] = [("SADD", own, *some) for some in _batches(begun)]
+        last: list[Command] = [("SREM", own, *some) for some in _batches(ended)]
+        return [*first, *come, *go, *last]
+
+    async def run(self) -> None:
+        """Until cancelled: writes again what Redis has lost or has not taken."""
+        while True:
+            await asyncio.sleep(CHECK_S)
+            await self.check()
+
+    async def check(self) -> None:
+        """Once. Redis being away is waited out."""
+        self._write()
+        expected = len(self._own)
+        if not expected:
+            return
+        try:
+            count = await self._link.call("SCARD", self._keys.present(self._instance))
+        except RelayError as exc:
+            _log.debug("presence is not looked at: %s", exc)
+            return
+        if count != expected and len(self._own) == expected:
+            _log.info("presence is written again: Redis has %s of %d channels", count, expected)
+            self._write_all()
+
+    async def leave(self) -> None:
+        """For an orderly stop, after the last client: nothing is left for others to remove."""
+        for channel, mine in self._own.items():
+            self._changed.setdefault(channel, set()).update(mine)
+        self._own.clear()
+        self._write()
+        (_,) = await self._link.call_all([("DEL", self._keys.present(self._instance))])
+
+    # ---- what others left -----------------------------------------------------------------------
+
+    async def clear(self, instance: str) -> None:
+        """Remove what a dead worker left, and tell the doors. Of several workers that do so at once
+        one tells of each client."""
+        key = self._keys.present(instance)
+        (members,) = await self._long.call_all([("SMEMBERS", key)])
+        for raw in cast("set[bytes]", members):
+            try:
+                channel = parse_channel(raw.decode())
+            except ValueError:
+                _log.warning("%r in the channels of %s is no channel", raw[:50], instance)
+            else:
+                await self._clear_channel(channel, instance)
+            await self._long.call_all([("SREM", key, raw)])
+
+    async def _clear_channel(self, channel: Channel, instance: str) -> None:
+        theirs = (await self._entries(channel)).get(instance, {})
+        key = self._keys.presence(channel)
+        for some in _batches(list(theirs)):
+            removed = await self._long.call_all([("HDEL", key, client) for client in some])
+            gone = {
+                client: theirs[client]
+                for client, count in zip(some, removed, strict=True)
+                if count == 1
+            }
+            if gone:
+                for tell in self._on_gone:
+                    tell(channel, gone)
+
+
+def _batches(items: list[_T]) -> Iterator[list[_T]]:
+    for start in range(0, len(items), _BATCH):
+        yield items[start : start + _BATCH]

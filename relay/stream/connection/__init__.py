@@ -1,0 +1,1 @@
+"""Connections to Redis: discovery, pipelines, scripts, refused commands."""

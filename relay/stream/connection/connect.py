@@ -1,0 +1,322 @@
+"""Where Redis is: the URL's meaning, Sentinel's answer, and a client for administration.
+
+`redis://`, `rediss://`, `unix://` and `sentinel://` become one `Endpoint`, to be asked for again
+before each new connection, since Sentinel's answer changes with a failover. Nothing here or in
+`link.py` uses a command over keys of two workspaces, so that Redis Cluster can be added as one
+more way to find the endpoint of a key.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
+
+from redis.asyncio import Redis, Sentinel
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    BusyLoadingError,
+    ClusterDownError,
+    MasterDownError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+
+from relay.config.settings import RedisSettings
+from relay.core.errors import ConfigError, RedisUnavailable, RelayError, StartError
+from relay.stream.connection.refusals import TEMPORARY_CODES, Effect, code_of, codes
+
+# After one of these the owner of the connection asks where Redis is and connects again.
+UNAVAILABLE_CODES = codes(Effect.RECONNECT)
+# What redis-py makes of an error in a pipeline: the repr of a tuple with the text.
+_PIPELINED = re.compile(
+    r"Command # \d+ \(.*?\) of pipeline caused error: \((?P<text>.*),\)", re.DOTALL
+)
+
+_ENCODE = (
+    "; percent-encode special characters in user and password: # is %23, / is %2F, ? is %3F,"
+    " [ is %5B"
+)
+_SCHEMES = "embedded, redis://, rediss://, unix:// or sentinel://"
+
+
+class CommandRefused(RelayError):
+    """Redis is there and refused this command; `code` is the first word of its answer."""
+
+    def __init__(self, command: str, answer: str) -> None:
+        super().__init__(f"{command}: {answer}")
+        self.reply = answer
+        self.code = code_of(answer)
+
+
+class RefusedForNow(RedisUnavailable):
+    """Redis refuses this command now and may accept it later; `reply` is its answer."""
+
+    def __init__(self, command: str, reply: str) -> None:
+        super().__init__(f"{command} is refused now: {reply}")
+        self.reply = reply
+
+
+def refusal_text(exc: ResponseError) -> str:
+    """Return the error reply as Redis sent it, code included."""
+    text = str(exc)
+    pipelined = _PIPELINED.fullmatch(text)
+    if pipelined is not None:
+        with suppress(ValueError, SyntaxError):
+            text = str(ast.literal_eval(pipelined["text"]))
+    # redis-py removes the code of errors that it has a class for.
+    code = exc.status_code
+    return f"{code} {text}" if code and code_of(text) != code else text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """One server to connect to. `path` is a unix socket and wins over host and port."""
+
+    host: str = ""
+    port: int = 6379
+    path: str = ""
+    db: int = 0
+    username: str = ""
+    password: str = field(default="", repr=False)
+    tls: ssl.SSLContext | None = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        """For logs and errors: never with the password."""
+        if self.path:
+            return f"unix:{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sentinels:
+    addresses: tuple[tuple[str, int], ...]
+    master: str
+    endpoint: Endpoint
+
+
+def check(settings: RedisSettings, setting: str) -> None:
+    """Raise the ConfigError that `discover` would raise, with the name of the URL's setting."""
+    try:
+        _parse(settings)
+    except ConfigError as exc:
+        raise ConfigError(str(exc).replace("[redis] url", setting)) from None
+
+
+def describe(settings: RedisSettings) -> str:
+    """Name the server for a person, without the password."""
+    if settings.url == "embedded":
+        return f"embedded, 127.0.0.1:{settings.embedded_port}"
+    target = _parse(settings)
+    if isinstance(target, Endpoint):
+        return str(target).removesuffix(":6379")
+    asked = ", ".join(f"{host}:{port}" for host, port in target.addresses)
+    return f"primary {target.master} by Sentinel at {asked}"
+
+
+async def check_mode(client: Redis, settings: RedisSettings) -> None:
+    """StartError if the server is part of a Redis Cluster. Do nothing if it cannot be asked."""
+    try:
+        information = await command(client, "INFO", "server")
+    except RelayError:
+        return
+    modes = {str(information.get(f"{name}_mode")) for name in ("redis", "server", "valkey")}
+    if "cluster" in modes:
+        raise StartError(
+            f"[redis] url: {describe(settings)} runs in cluster mode (cluster-enabled yes), which"
+            " relay does not support; use a single server or a primary behind Sentinel"
+        )
+
+
+async def discover(settings: RedisSettings) -> Endpoint:
+    """The server to connect to now.
+
+    RedisUnavailable where no Sentinel knows one; ConfigError where the URL cannot be understood.
+    """
+    target = _parse(settings)
+    if isinstance(target, Endpoint):
+        return target
+    async with _sentinel(target, settings) as sentinel:
+        try:
+            host, port = await sentinel.discover_master(target.master)
+        except (RedisError, OSError) as exc:
+            asked = ", ".join(f"{host}:{port}" for host, port in target.addresses)
+            raise RedisUnavailable(
+                f"no Sentinel at {asked} knows a primary named {target.master}: {exc}"
+            ) from exc
+    return replace(target.endpoint, host=host, port=port)
+
+
+@asynccontextmanager
+async def redis_client(settings: RedisSettings) -> AsyncIterator[Redis]:
+    """A redis-py client for jobs and the command line, closed at the end; replies are bytes."""
+    target = _parse(settings)
+    if isinstance(target, _Sentinels):
+        async with _sentinel(target, settings) as sentinel:
+            # Asks the Sentinels again at each new connection.
+            client = sentinel.master_for(target.master, **_options(target.endpoint, settings))
+            async with client:
+                yield client
+        return
+    async with endpoint_client(target, settings) as client:
+        yield client
+
+
+def endpoint_client(endpoint: Endpoint, settings: RedisSettings) -> Redis:
+    """A redis-py client of exactly this server."""
+    options = _options(endpoint, settings)
+    if endpoint.path:
+        return Redis(unix_socket_path=endpoint.path, **options)
+    if endpoint.tls is None:
+        return Redis(host=endpoint.host, port=endpoint.port, **options)
+    return Redis(
+        host=endpoint.host,
+        port=endpoint.port,
+        ssl=True,
+        ssl_ca_certs=settings.tls_ca or None,
+        **options,
+    )
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Around each use of redis-py: its exceptions leave as ours."""
+    try:
+        yield
+    except (ReadOnlyError, MasterDownError, ClusterDownError, BusyLoadingError) as exc:
+        raise RedisUnavailable(f"Redis cannot serve now: {exc}") from exc
+    except ResponseError as exc:
+        text = refusal_text(exc)
+        if code_of(text) in UNAVAILABLE_CODES:
+            raise RedisUnavailable(f"Redis cannot serve now: {text}") from exc
+        if code_of(text) in TEMPORARY_CODES:
+            raise RefusedForNow("Redis", text) from exc
+        raise CommandRefused("Redis", text) from exc
+    except (RedisError, OSError) as exc:
+        raise RedisUnavailable(f"Redis: {exc}") from exc
+
+
+async def command(client: Redis, *words: bytes | str | int) -> Any:
+    """One command through redis-py, its reply as Redis gives it."""
+    with translated():
+        return await client.execute_command(*words)  # type: ignore[no-untyped-call]
+
+
+async def time_ms(client: Redis) -> int:
+    """Redis's clock, the one that entry IDs are made of."""
+    seconds, micros = await command(client, "TIME")
+    return int(seconds) * 1000 + int(micros) // 1000
+
+
+async def scan(client: Redis, pattern: bytes, count: int) -> AsyncIterator[list[bytes]]:
+    """The keys that match, in batches; a key may come twice, and not all that change meanwhile."""
+    cursor = 0
+    while True:
+        with translated():
+            cursor, found = await client.scan(cursor, match=pattern, count=count)
+        yield cast(list[bytes], found)
+        if not cursor:
+            return
+
+
+@asynccontextmanager
+async def _sentinel(target: _Sentinels, settings: RedisSettings) -> AsyncIterator[Sentinel]:
+    sentinel = Sentinel(  # type: ignore[no-untyped-call]
+        target.addresses,
+        sentinel_kwargs={
+            "password": settings.sentinel_password.get_secret_value() or None,
+            "socket_connect_timeout": settings.connect_timeout_s,
+            "socket_timeout": settings.connect_timeout_s,
+            # The next Sentinel is asked instead.
+            "retry": Retry(NoBackoff(), 0),
+        },
+    )
+    try:
+        yield sentinel
+    finally:
+        for client in sentinel.sentinels:
+            await client.aclose()
+
+
+def _options(endpoint: Endpoint, settings: RedisSettings) -> dict[str, Any]:
+    return {
+        "db": endpoint.db,
+        "username": endpoint.username or None,
+        "password": endpoint.password or None,
+        "socket_connect_timeout": settings.connect_timeout_s,
+        "socket_timeout": settings.command_timeout_s,
+        "protocol": 3,
+        # Once more, for a pooled connection that died unseen; who waits longer does so knowingly.
+        "retry": Retry(NoBackoff(), 1),
+        "client_name": "relay-admin",
+        # Spares the ACL a rule for CLIENT SETINFO.
+        "driver_info": None,
+    }
+
+
+def _parse(settings: RedisSettings) -> Endpoint | _Sentinels:
+    if settings.url == "embedded":
+        return Endpoint(host="127.0.0.1", port=settings.embedded_port)
+    try:
+        url = urlsplit(settings.url)
+    except ValueError:
+        # `from None`: the text may quote a part of the password.
+        raise ConfigError(f"[redis] url: cannot be understood{_ENCODE}") from None
+    if "@" in url.path + url.query + url.fragment:
+        raise ConfigError(f"[redis] url: cannot be understood{_ENCODE}")
+    # Not url.hostname and url.port: they cannot read a list of Sentinels, and lower-case the name.
+    login, _, location = url.netloc.rpartition("@")
+    user, _, password = login.partition(":")
+    base = Endpoint(
+        username=unquote(user),
+        password=unquote(password) or settings.password.get_secret_value(),
+    )
+    if url.scheme == "unix":
+        db = parse_qs(url.query).get("db", ["0"])[0]
+        if not url.path or location:
+            raise ConfigError("[redis] url: unix:// needs an absolute path, unix:///path?db=0")
+        return replace(base, path=unquote(url.path), db=_db(db))
+    if url.scheme == "sentinel":
+        return _sentinels(base, location, url)
+    if url.scheme not in ("redis", "rediss") or url.query or url.fragment:
+        raise ConfigError(f"[redis] url: must be {_SCHEMES}")
+    host, port = _address(location, 6379)
+    tls = None
+    if url.scheme == "rediss":
+        try:
+            tls = ssl.create_default_context(cafile=settings.tls_ca or None)
+        except (OSError, ssl.SSLError) as exc:
+            raise ConfigError(f"[redis] tls_ca: cannot be read: {exc}") from exc
+    return replace(base, host=host, port=port, db=_db(url.path.strip("/") or "0"), tls=tls)
+
+
+def _sentinels(base: Endpoint, location: str, url: SplitResult) -> _Sentinels:
+    master, _, db = unquote(url.path).strip("/").partition("/")
+    if not master:
+        raise ConfigError("[redis] url: sentinel:// needs the primary's name after the addresses")
+    addresses = tuple(_address(part, 26379) for part in location.split(","))
+    return _Sentinels(addresses=addresses, master=master, endpoint=replace(base, db=_db(db or "0")))
+
+
+def _address(text: str, default_port: int) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or "]" in port:  # no port, or the colons are those of [::1]
+        host, port = text, ""
+    host = unquote(host).removeprefix("[").removesuffix("]")
+    if not host or (port and not (port.isascii() and port.isdigit() and int(port) < 65536)):
+        raise ConfigError("[redis] url: an address is host:port")
+    return host, int(port) if port else default_port
+
+
+def _db(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ConfigError("[redis] url: the database is a number")
+    return int(text)

@@ -1,0 +1,1 @@
+"""Entries, key names and ephemeral payloads; shared with producers."""

@@ -1,0 +1,270 @@
+"""Entry fields <-> event: the one place that knows the schema, for readers and producers alike.
+
+An entry is flat fields, so that `XADD key '*' data '{"hello":1}'` is a complete producer:
+
+    data     the event; JSON or any other UTF-8 text. Required
+    type     a word for clients; those that begin with `relay:` are the relay's own
+    uid      the producer's name for this event, for idempotent appends
+    to       recipients: `user:U`, `group:G`, `client:C` or a bare user name, separated by commas or
+             white space; or a JSON array of the same, for names that contain either
+    client   who caused it, so that a page can skip its own events
+    info     JSON about that client
+    v        schema version; absent means 1
+    revoke   a user: this entry is the place of a revocation, and no event
+    grant    a user: without `data`, this entry is the place where a revocation ends, and no event
+
+The fields `binary.0`, `binary.1` ... hold binary parts of `data`, which has placeholders in their
+place (`placeholder`). Protocols that carry text only get base64 (`show_binary`).
+
+Unknown fields are kept for the door that wrote them (`Event.extra`). Whatever cannot be delivered
+is `Broken` with a reason, never raised.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from zlib import crc32
+
+import orjson
+
+from relay.core.json_text import is_json
+from relay.core.model import Broken, Channel, EntryID, Event, Grant, Record, Revocation
+
+SCHEMA = b"1"
+RESERVED_TYPES = "relay:"
+
+_SELECTOR_KINDS = ("user", "group", "client")
+_SEPARATORS = re.compile(r"[,\s]+")
+# A line break in a type would end an SSE `event:` line and let an entry forge the next one.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+_KNOWN = frozenset({b"data", b"type", b"uid", b"to", b"client", b"info", b"v", b"revoke"})
+
+
+class _Unreadable(ValueError):
+    """The reason, for `Broken` and for a producer that tries to encode such an entry."""
+
+
+def digest(fields: Sequence[bytes]) -> int:
+    """16 bits of an entry's content: tells an entry from another one under the same ID."""
+    return crc32(b"\0".join(fields)) & 0xFFFF
+
+
+def decode(channel: Channel, entry_id: EntryID, fields: Sequence[bytes], max_bytes: int) -> Record:
+    """What the entry with these flat fields (name, value, name, value ...) means."""
+    joined = b"\0".join(fields)
+    size = len(joined)
+    values = dict(zip(fields[::2], fields[1::2], strict=False))
+    body: Event | Revocation | Grant | Broken
+    try:
+        if b"revoke" in values:
+            # Before every other check: a revocation that is overlooked opens what was closed.
+            body = Revocation(entry_id, _user(values, "revoke"))
+        elif b"grant" in values and b"data" not in values:
+            body = Grant(entry_id, _user(values, "grant"))
+        else:
+            body = _event(channel, entry_id, values, size, max_bytes)
+    except _Unreadable as exc:
+        body = Broken(entry_id, str(exc), tuple(zip(fields[::2], fields[1::2], strict=False)))
+    return Record(entry_id, crc32(joined) & 0xFFFF, size, body)
+
+
+def _event(
+    channel: Channel, entry_id: EntryID, values: dict[bytes, bytes], size: int, max_bytes: int
+) -> Event:
+    if size > max_bytes:
+        raise _Unreadable(f"too large: {size} bytes")
+    data = values.get(b"data")
+    if len(values) == 1 and data is not None:
+        return Event(channel, entry_id, data, _is_json(data))
+    version = values.get(b"v", SCHEMA)
+    if version != SCHEMA:
+        raise _Unreadable(f"unknown schema {version[:20].decode(errors='replace')}")
+    if data is None:
+        raise _Unreadable("no data")
+    kind = _text(values, "type")
+    to = values.get(b"to")
+    extra = {name: value for name, value in values.items() if name not in _KNOWN}
+    return Event(
+        channel,
+        entry_id,
+        show_binary(data, extra),
+        _is_json(data),
+        type=None if kind is None else checked_type(kind),
+        uid=_text(values, "uid"),
+        to=None if to is None else recipients(_utf8("to", to)),
+        client=_text(values, "client"),
+        info=_info(values.get(b"info")),
+        extra=extra,
+    )
+
+
+def show_binary(data: bytes, extra: dict[bytes, bytes]) -> bytes:
+    """Return `data` with base64 text in place of its binary parts, for protocols that carry text.
+
+    The fields `binary.0`, `binary.1` ... of `extra` are the parts. If there are any, `data` as it
+    was is added to `extra` under the name `data`.
+    """
+    if b"binary.0" not in extra:
+        return data
+    extra[b"data"] = data
+    number = 0
+    while (part := extra.get(b"binary.%d" % number)) is not None:
+        text = b'"' + base64.b64encode(part) + b'"'
+        # Once each: an entry must not become many times its size.
+        data = data.replace(placeholder(number), text, 1)
+        number += 1
+    return data
+
+
+def placeholder(number: int) -> bytes:
+    """Return what stands in `data` for the field `binary.<number>`, as Socket.IO has it."""
+    return b'{"_placeholder":true,"num":%d}' % number
+
+
+def _is_json(data: bytes) -> bool:
+    if is_json(data):
+        return True
+    if not data.isascii():
+        _utf8("data", data)
+    return False
+
+
+def _utf8(name: str, value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        raise _Unreadable(f"field {name} is not UTF-8") from None
+
+
+def _text(values: dict[bytes, bytes], name: str) -> str | None:
+    value = values.get(name.encode())
+    return None if value is None else _utf8(name, value)
+
+
+def checked_type(text: str) -> str:
+    """`text`, or ValueError where it may not be a type."""
+    if text.startswith(RESERVED_TYPES):
+        raise _Unreadable("reserved type")
+    if _CONTROL.search(text):
+        raise _Unreadable("type has a control character")
+    return text
+
+
+def _info(value: bytes | None) -> bytes | None:
+    # Doors put it into their frames as it is, so that anything but JSON would break a frame.
+    if value is not None and not _is_json(value):
+        raise _Unreadable("info is not JSON")
+    return value
+
+
+def _user(values: Mapping[bytes, bytes], name: str) -> str:
+    user = _utf8(name, values[name.encode()])
+    if not user:
+        raise _Unreadable(f"{name} names nobody")
+    return user
+
+
+def recipients(to: object) -> frozenset[str]:
+    """The recipients in `to`, as `selectors`; the text may also be a JSON array of names."""
+    if isinstance(to, str) and to.lstrip().startswith("["):
+        try:
+            to = orjson.loads(to)
+        except orjson.JSONDecodeError:
+            raise _Unreadable("to is not a list of names") from None
+    return selectors(to)
+
+
+def selectors(to: object) -> frozenset[str]:
+    """The recipients in `to`, a text or a list of names, as `Principal.selectors` names them.
+
+    ValueError where there is none: an empty `to` is more likely a producer's mistake than an event
+    for nobody, and must not become one for everybody.
+    """
+    if isinstance(to, str):
+        to = [name for name in _SEPARATORS.split(to) if name]
+    if not isinstance(to, list):
+        raise _Unreadable("to is not a list of names")
+    if not to:
+        raise _Unreadable("to names nobody")
+    return frozenset([_selector(name) for name in to])
+
+
+def _selector(name: object) -> str:
+    if not isinstance(name, str):
+        raise _Unreadable("to is not a list of names")
+    kind, colon, rest = name.partition(":")
+    if not (colon and kind in _SELECTOR_KINDS):
+        kind, rest = "user", name
+    if not rest:
+        raise _Unreadable("to names nobody")
+    return f"{kind}:{rest}"
+
+
+def encode(
+    data: bytes,
+    *,
+    type: str | None = None,
+    uid: str | None = None,
+    to: Iterable[str] | None = None,
+    client: str | None = None,
+    info: bytes | None = None,
+    extra: Mapping[bytes, bytes] | None = None,
+    checked: bool = False,
+) -> list[bytes]:
+    """Flat fields for XADD. ValueError with the reason where `decode` would call them broken,
+    except for the size, whose limit is the relay's setting: see `size`. `checked`: the caller
+    knows that `data` is UTF-8. `extra` are fields beyond the schema, of any bytes."""
+    fields = [b"data", data]
+    if not checked:
+        _is_json(data)
+    if type is not None:
+        fields += b"type", _bytes("type", checked_type(type))
+    if uid is not None:
+        fields += b"uid", _bytes("uid", uid)
+    if to is not None:
+        names = sorted({_selector(name) for name in to})
+        if not names:
+            raise _Unreadable("to names nobody")
+        plain = not any(_SEPARATORS.search(name) for name in names)
+        fields += b"to", _bytes("to", ",".join(names) if plain else orjson.dumps(names).decode())
+    if client is not None:
+        fields += b"client", _bytes("client", client)
+    if info is not None:
+        _info(info)
+        fields += b"info", info
+    for name, value in (extra or {}).items():
+        if name in _KNOWN:
+            raise _Unreadable(f"field {name.decode()} is the schema's own")
+        fields += name, value
+    return fields
+
+
+def encode_revocation(user: str) -> list[bytes]:
+    """Flat fields of the entry after which nothing leaves for `user`."""
+    return _encode_change("revoke", user)
+
+
+def encode_grant(user: str) -> list[bytes]:
+    """Flat fields of the entry from which on a revocation of `user` no longer holds."""
+    return _encode_change("grant", user)
+
+
+def _encode_change(name: str, user: str) -> list[bytes]:
+    fields = [name.encode(), _bytes(name, user)]
+    _user({fields[0]: fields[1]}, name)
+    return fields
+
+
+def size(fields: Sequence[bytes]) -> int:
+    """The size that `decode` measures against its limit."""
+    return sum(map(len, fields)) + max(len(fields) - 1, 0)
+
+
+def _bytes(name: str, value: str) -> bytes:
+    try:
+        return value.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        raise _Unreadable(f"field {name} is not UTF-8") from None

@@ -1,0 +1,1 @@
+"""Reading streams: wake-ups, pipelines, examination, pages, history."""

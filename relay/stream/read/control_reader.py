@@ -1,0 +1,70 @@
+"""This worker's place in the control stream: what to send in a pipeline, what its reply means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from relay.core.model import EntryID
+from relay.stream.connection.link import Command
+from relay.stream.connection.refusals import Refusals
+from relay.stream.format.keys import Keys
+from relay.stream.write.control import ControlCommand, decode
+
+_COUNT = 100
+# Name of an area in `Refusals`.
+COMMANDS = "reads of the control stream"
+
+
+class ControlReader:
+    """Begins at the end of the stream: a worker that starts has nothing that an older command
+    could concern. `on_lost` is called where commands may have been missed."""
+
+    def __init__(
+        self,
+        keys: Keys,
+        on_command: Callable[[ControlCommand], None],
+        on_lost: Callable[[], None],
+        refusals: Refusals | None = None,
+    ) -> None:
+        self._refusals = refusals or Refusals()
+        self._key = keys.control
+        self._on_command = on_command
+        self._on_lost = on_lost
+        self._last: EntryID | None = None
+
+    def commands(self) -> list[Command]:
+        """Arm, see where the stream is, then read."""
+        commands: list[Command] = [
+            ("XLEN", self._key),
+            ("XREVRANGE", self._key, "+", "-", "COUNT", 1),
+        ]
+        if self._last is not None:
+            commands.append(("XRANGE", self._key, f"({self._last}", "+", "COUNT", _COUNT))
+        return commands
+
+    def take(self, replies: Sequence[object]) -> bool:
+        """Acts on what was read; true if there is more."""
+        newest = replies[1]
+        if not isinstance(newest, list):
+            # Commands have effect again when the stream can be read.
+            self._refusals.refused(COMMANDS, str(newest), "disconnect and unsubscribe do nothing")
+            return False
+        if self._refusals.has(COMMANDS):
+            self._refusals.accepted(COMMANDS)
+        newest_id = EntryID.parse(newest[0][0]) if newest else EntryID(0, 0)
+        if self._last is None:
+            self._last = newest_id
+            return False
+        if newest_id < self._last:
+            # Flushed, or failed over to a shorter history.
+            self._last = newest_id
+            self._on_lost()
+            return False
+        entries = cast(list[tuple[bytes, list[bytes]]], replies[2])
+        for raw, fields in entries:
+            self._last = EntryID.parse(raw)
+            command = decode(self._last, fields)
+            if command is not None:
+                self._on_command(command)
+        return len(entries) >= _COUNT

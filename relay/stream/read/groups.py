@@ -1,0 +1,131 @@
+"""Group names, the groups that carry a stream's incarnation, and the parsing of XINFO.
+
+Each worker is its own group on the streams that its clients follow. Two more groups are never read.
+Their last-delivered-ids are replicated, persisted and deleted with the stream, and move with it to
+another Redis Cluster node (tried on Redis 7.0, 8.2 and Valkey 9.1):
+
+* `relay:epoch` is `<life>-<history * 2^32 + certificate>`. `life` is random and tells this stream
+  from one of the same name before DEL or FLUSHALL. `certificate` names the replication ID under
+  which the stream was last examined. `history` names the one under which its entries were last
+  possibly lost (see `relay.stream.connection.primary`).
+* `relay:failover` is the stream's last ID when that was noticed; there is none before. A client
+  whose position is not after it, and is of another history, may have missed entries that were lost.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, cast
+
+import hiredis
+
+from relay.core.model import ZERO_ID, EntryID, Marker, StreamState
+from relay.stream.connection.connect import CommandRefused
+
+if TYPE_CHECKING:
+    from relay.stream.connection.primary import Primary
+
+Command = tuple[bytes | str, ...]
+
+MARKER_GROUP = b"relay:epoch"
+FAILOVER_GROUP = b"relay:failover"
+OWN_GROUPS = frozenset({MARKER_GROUP, FAILOVER_GROUP})
+_LOW = (1 << 32) - 1
+_WORKER = b"relay:"
+
+
+def group_of(instance: str) -> bytes:
+    """The fan-out group of one worker."""
+    return _WORKER + instance.encode()
+
+
+def instance_of(group: bytes) -> str | None:
+    """Return the worker whose fan-out group this is, or None for any other group."""
+    if group in OWN_GROUPS or not group.startswith(_WORKER):
+        return None
+    return group[len(_WORKER) :].decode(errors="replace")
+
+
+def new_marker() -> int:
+    """Return a random life: 32 bits, never 0."""
+    return secrets.randbits(32) or 1
+
+
+def create_marker(key: bytes, life: int, certificate: int, *, make: bool = True) -> Command:
+    """Return the command that gives a stream its incarnation.
+
+    A stream that has one answers BUSYGROUP and keeps it. `make`: create a missing stream.
+    """
+    marker = f"{life}-{certificate << 32 | certificate}"
+    made = ("MKSTREAM",) if make else ()
+    return ("XGROUP", "CREATE", key, MARKER_GROUP, marker, *made)
+
+
+def certify_commands(key: bytes, state: StreamState, certificate: int) -> list[Command]:
+    """Return the commands that store what `parse_state` found out about an examined stream: none if
+    the stream has this certificate already."""
+    marker = state.marker
+    if marker is None or state.incarnation is None or marker.id.seq & _LOW == certificate:
+        return []
+    seq = (state.incarnation & _LOW) << 32 | certificate
+    certify = ("XGROUP", "SETID", key, MARKER_GROUP, str(EntryID(marker.id.ms, seq)))
+    if marker.is_current:
+        return [certify]
+    # The place first: if the second command is lost with its connection, both are repeated.
+    how = "SETID" if marker.has_failover else "CREATE"
+    return [("XGROUP", how, key, FAILOVER_GROUP, str(state.failover)), certify]
+
+
+def parse_groups(reply: object) -> dict[bytes, EntryID]:
+    """XINFO GROUPS: each group's last-delivered-id; nothing where the stream does not exist."""
+    if isinstance(reply, Exception):
+        if _no_such_key(reply):
+            return {}
+        raise CommandRefused("XINFO GROUPS", str(reply)) from reply
+    groups = cast(list[dict[bytes, bytes]], reply)
+    return {group[b"name"]: EntryID.parse(group[b"last-delivered-id"]) for group in groups}
+
+
+def parse_state(
+    stream: object, groups: object = None, primary: Primary | None = None
+) -> StreamState:
+    """Parse XINFO STREAM, and XINFO GROUPS of the same transaction, into one moment of a stream.
+
+    If `primary` does not vouch for the stream's certificate, the state says so as if that were
+    stored already. A stream that does not exist is a state; CommandRefused for other errors.
+    """
+    if isinstance(stream, Exception):
+        if not _no_such_key(stream):
+            raise CommandRefused("XINFO STREAM", str(stream)) from stream
+        return StreamState(
+            exists=False, first=None, last=ZERO_ID, length=0, added=0, max_deleted=ZERO_ID
+        )
+    info = cast(dict[bytes, object], stream)
+    first = cast(list[bytes] | None, info[b"first-entry"])
+    last = EntryID.parse(cast(bytes, info[b"last-generated-id"]))
+    marker = failover = incarnation = None
+    if groups is not None and primary is not None:
+        found = parse_groups(groups)
+        place = found.get(MARKER_GROUP)
+        if place is None:
+            failover = last
+        else:
+            marker = Marker(place, FAILOVER_GROUP in found, primary.vouches_for(place.seq & _LOW))
+            history = place.seq >> 32 if marker.is_current else primary.certificate
+            failover = found.get(FAILOVER_GROUP) if marker.is_current else last
+            incarnation = (place.ms & _LOW) << 32 | history
+    return StreamState(
+        exists=True,
+        first=EntryID.parse(first[0]) if first else None,
+        last=last,
+        length=cast(int, info[b"length"]),
+        added=cast(int, info[b"entries-added"]),
+        max_deleted=EntryID.parse(cast(bytes, info[b"max-deleted-entry-id"])),
+        incarnation=incarnation,
+        failover=failover,
+        marker=marker,
+    )
+
+
+def _no_such_key(error: Exception) -> bool:
+    return isinstance(error, hiredis.ReplyError) and str(error) == "ERR no such key"

@@ -1,0 +1,128 @@
+"""The bell: which streams have news, with no cost for those that have none.
+
+`CLIENT TRACKING ON`, then any read-only command on a key arms it: the next write to the key by
+anyone sends one invalidation push and disarms it. So whoever reads a stream arms it first
+(`XLEN`, in the same pipeline) and then reads: an entry appended in between is covered by one or
+the other. Works with Redis 7.0 to 8 and Valkey 9 without server configuration. FLUSHALL,
+FLUSHDB and a reload push one NULL that means every key.
+
+The canary is a key of this worker's own, written again and again: its invalidation proves that
+the bell still rings. A slow sweep reads every stream once in a while without being told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+import hiredis
+
+from relay.core.errors import RedisUnavailable
+from relay.stream.connection.connect import CommandRefused
+from relay.stream.connection.refusals import WRITES, Refusals
+
+if TYPE_CHECKING:
+    from relay.stream.connection.link import Link
+    from relay.stream.format.keys import Keys
+
+MISSED_CANARIES = 3
+_CANARY_S = 60
+# Name of an area in `Refusals`.
+CANARY = "the canary key"
+_T = TypeVar("_T")
+
+
+class Bell:
+    """Turns pushes of one tracking link into calls; says whether it is known to ring."""
+
+    def __init__(
+        self,
+        *,
+        keys: Keys,
+        instance: str,
+        period_s: float,
+        on_keys: Callable[[Iterable[bytes]], None],
+        on_everything: Callable[[], None],
+        on_message: Callable[[bytes, bytes], None],
+        refusals: Refusals | None = None,
+    ) -> None:
+        self._refusals = refusals or Refusals()
+        self._canary = keys.canary(instance)
+        self._period_s = period_s
+        self._on_keys = on_keys
+        self._on_everything = on_everything
+        self._on_message = on_message
+        self._rang_at = 0.0
+
+    def on_push(self, push: list[object]) -> None:
+        """Everything that arrives on the tracking link without being a reply."""
+        kind = push[0]
+        if kind == b"invalidate":
+            keys = push[1]
+            if not isinstance(keys, list):
+                self._rang_at = asyncio.get_running_loop().time()
+                self._on_everything()
+                return
+            if self._canary in keys:
+                self._rang_at = asyncio.get_running_loop().time()
+                if len(keys) == 1:
+                    return
+            self._on_keys(keys)
+        elif kind == b"message" and isinstance(push[1], bytes) and isinstance(push[2], bytes):
+            self._on_message(push[1], push[2])
+
+    def rings(self) -> bool:
+        """Whether a wake-up arrived within the last few periods."""
+        age = asyncio.get_running_loop().time() - self._rang_at
+        return age < self._period_s * MISSED_CANARIES
+
+    async def start(self, link: Link) -> bool:
+        """Turn tracking on; False where the server refuses it (an ACL rule, a proxy)."""
+        try:
+            await link.call("CLIENT", "TRACKING", "ON")
+        except CommandRefused:
+            return False
+        self._rang_at = asyncio.get_running_loop().time()
+        return True
+
+    async def prove(self, tracking: Link, writer: Link) -> None:
+        """Write the canary again and again. RedisUnavailable if its wake-ups no longer arrive.
+
+        A Redis that refuses writes may still prolong a key that exists, which is a wake-up as well.
+        If it refuses that too, its answers are the only proof that is left.
+        """
+        count = 0
+        while True:
+            count += 1
+            (armed,) = await tracking.execute([("GET", self._canary)])
+            set_, prolonged = await writer.execute(
+                [
+                    ("SET", self._canary, count, "EX", _CANARY_S),
+                    ("EXPIRE", self._canary, _CANARY_S),
+                ]
+            )
+            if isinstance(set_, hiredis.ReplyError):
+                self._refusals.refused(CANARY, str(set_), "wake-ups cannot be checked")
+                if prolonged != 1 or isinstance(armed, hiredis.ReplyError):
+                    self.touch()
+            elif isinstance(armed, hiredis.ReplyError):
+                self._refusals.refused(CANARY, str(armed), "wake-ups cannot be checked")
+                self.touch()
+            else:
+                self._refusals.accepted(CANARY)
+                self._refusals.accepted(WRITES)
+            await asyncio.sleep(self._period_s)
+            if not self.rings():
+                raise RedisUnavailable("no wake-up arrived from Redis: connecting again")
+
+    def touch(self) -> None:
+        """Count this moment as a wake-up: Redis has answered, and no better proof can be had."""
+        self._rang_at = asyncio.get_running_loop().time()
+
+
+def sweep_slices(items: list[_T], slices: int) -> Iterator[list[_T]]:
+    """`items` in about equal parts, one for each step of a sweep."""
+    size = max(1, -(-len(items) // max(1, slices)))
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,427 @@
+"""What one pipeline asks and what its replies mean: live reads, and pages for who is behind.
+
+Without I/O of their own, so that tests can delay, drop and interleave replies at will. A turn is
+`commands()`, then `take(replies)`; nothing else is asked in between by the same object.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from relay.core.model import EntryID, Record
+from relay.core.stream_interface import ExamineRequest, Followed, PageRequest
+from relay.stream.connection.connect import CommandRefused
+from relay.stream.connection.primary import Replication
+from relay.stream.connection.refusals import Effect, rule_of
+from relay.stream.read import stream_commands
+from relay.stream.read.groups import certify_commands, group_of
+from relay.stream.read.read_mode import ReadMode
+
+if TYPE_CHECKING:
+    from relay.config.settings import StreamSettings
+    from relay.core.metrics import Metrics
+    from relay.stream.connection.link import Command
+    from relay.stream.connection.primary import Primary
+    from relay.stream.format.keys import Keys
+    from relay.stream.read.control_reader import ControlReader
+
+_log = logging.getLogger(__name__)
+
+_EXAMINE_BATCH = 64
+_READ_BATCH = 256
+# Entries in the first read of a stream. If there are more, the next read is for twice as many.
+_FIRST_COUNT = 8
+# Bytes of the replies to one pipeline, by the sizes that are known.
+_PIPELINE_BYTES = 16 << 20
+# Bytes of one live read, and of all pages of one pipeline, if every entry has the largest size.
+_LIVE_BYTES, _PAGES_BYTES = 64 << 20, 32 << 20
+_MAX_COUNT = 1000
+
+
+class LiveTurns:
+    """Examinations, live reads and the control stream, in the order of one link."""
+
+    def __init__(
+        self,
+        *,
+        keys: Keys,
+        instance: str,
+        primary: Primary,
+        settings: StreamSettings,
+        metrics: Metrics,
+        decode: stream_commands.Decode,
+        on_records: Callable[[Followed, list[Record]], None],
+        control: ControlReader,
+        mode: ReadMode | None = None,
+        on_usual: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_usual` is called when streams are read by groups again, after plain reads."""
+        self._mode = mode or ReadMode()
+        self._on_usual = on_usual
+        self._keys = keys
+        self._primary = primary
+        self._instance = instance
+        self._group = group_of(instance).decode()
+        self._settings = settings
+        self._metrics = metrics
+        self._decode = decode
+        self._on_records = on_records
+        self._control = control
+        self._control_news = True
+        # Streams for which a client waits, or which have news, are examined before the others.
+        self._urgent: dict[Followed, None] = {}
+        self._examine: dict[Followed, None] = {}
+        # Only urgent streams are examined while this is set.
+        self.only_urgent = False
+        self._settling = False
+        self._read: dict[Followed, None] = {}
+        self._swept: set[Followed] = set()
+        # How many entries to read next of streams whose last read found more than it could hold.
+        self._counts: dict[Followed, int] = {}
+        self._most = _most_entries(settings, _LIVE_BYTES)
+        self._first = min(_FIRST_COUNT, self._most)
+        self._certify: list[Command] = []
+        self._asked: _Asked | None = None
+
+    # ---- what is wanted ---------------------------------------------------------------------
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to ask."""
+        others = self._examine and not self.only_urgent
+        if self._urgent or others or self._read:
+            return True
+        return self._control_news or bool(self._certify)
+
+    @property
+    def settling(self) -> bool:
+        """Return True after a new connection until all streams were looked at for news, and those
+        with news are being read. From then on a wake-up announces what is appended to any."""
+        return self._settling
+
+    def want_examine(self, stream: Followed) -> None:
+        """Examine the stream: a client waits, or the position must be judged anew."""
+        if stream.has_waiting:
+            self._examine.pop(stream, None)
+            self._urgent[stream] = None
+        elif stream not in self._urgent:
+            self._examine[stream] = None
+
+    def want_read(self, stream: Followed, *, swept: bool = False) -> None:
+        """The stream may have news; `swept`: nothing has said so."""
+        if swept:
+            if stream in self._read:
+                return
+            self._swept.add(stream)
+        else:
+            self._swept.discard(stream)
+        self._read[stream] = None
+
+    def want_control(self) -> None:
+        """There may be commands."""
+        self._control_news = True
+
+    def forget(self, stream: Followed) -> None:
+        """The last client left."""
+        self._examine.pop(stream, None)
+        self._urgent.pop(stream, None)
+        self._read.pop(stream, None)
+        self._swept.discard(stream)
+        self._counts.pop(stream, None)
+        self._mode.paused.pop(stream, None)
+
+    def retry_paused(self) -> None:
+        """Read the streams again whose reads were refused a moment ago."""
+        for stream in self._mode.take_paused():
+            if stream.alive:
+                self.want_examine(stream)
+
+    def connected(self) -> None:
+        """Whatever was asked on the old connection is void. `all_unsettled` must follow."""
+        asked, self._asked = self._asked, None
+        for stream, request, *_ in asked.examined if asked else ():
+            stream.on_examine_lost(request)
+        self._read.clear()
+        self._swept.clear()
+        self._certify.clear()
+        self._mode.paused.clear()
+        self._control_news = True
+
+    def all_unsettled(self, streams: Iterable[Followed]) -> None:
+        """Every stream may have changed without a wake-up."""
+        for stream in streams:
+            self._settling = True
+            stream.on_unsettled()
+
+    # ---- a turn -----------------------------------------------------------------------------
+
+    def commands(self) -> list[Command]:
+        """One pipeline for what is wanted, up to a bound."""
+        asked = _Asked(self._control_news)
+        self._control_news = False
+        commands = self._control.commands() if asked.control else []
+        asked.control_end = len(commands)
+        examine = _take(self._urgent, _EXAMINE_BATCH)
+        if not self.only_urgent and not self._urgent:
+            examine += _take(self._examine, _EXAMINE_BATCH - len(examine))
+        certify, self._certify = self._certify, []
+        commands += certify
+        if examine:
+            # Before the examinations: the replication ID may change while the connection lasts.
+            asked.replication = len(commands)
+            commands.append(("INFO", "replication"))
+        for stream in examine:
+            request = stream.examine_request()
+            plain = self._mode.plain
+            start = len(commands)
+            commands += stream_commands.examine_commands(
+                self._keys, stream, self._group, request, self._primary, plain=plain
+            )
+            asked.examined.append((stream, request, plain, start, len(commands)))
+        for stream in _take(self._read, _READ_BATCH, _FIRST_COUNT):
+            if not stream.settled:
+                # Its examination asks for the read. There may be none under way: the last one may
+                # have found another type under this key, which is gone now.
+                self._examine.pop(stream, None)
+                self._urgent[stream] = None
+                continue
+            most = self._counts.get(stream, self._first)
+            count = stream_commands.count_for(stream, self._settings.page_bytes, most)
+            form = _Form(stream.misaligned, self._mode.is_plain_for(stream))
+            start = len(commands)
+            commands += stream_commands.read_commands(
+                self._keys, stream, self._group, self._instance, count, plain=form.plain
+            )
+            stream.misaligned = False
+            asked.read.append((stream, count, form, start, len(commands)))
+        self._asked = asked
+        return commands
+
+    def take(self, replies: Sequence[object]) -> None:
+        """Acts on the replies in the order of the pipeline: a right that was read before an entry
+        is older than it."""
+        asked, self._asked = self._asked, None
+        if asked is None:
+            return
+        if asked.control and self._control.take(replies[: asked.control_end]):
+            self._control_news = True
+        info = None if asked.replication is None else replies[asked.replication]
+        if isinstance(info, bytes):
+            self._primary.observe(Replication.parse(info))
+        for stream, request, plain, start, end in asked.examined:
+            self._take_examined(stream, request, plain, replies[start:end])
+        for stream, count, form, start, end in asked.read:
+            self._take_read(stream, count, form, replies[start:end])
+            if form.plain:
+                # The group in Redis has not moved.
+                stream.misaligned = True
+        if self._settling and not (self._urgent or self.only_urgent):
+            self._settling = False
+
+    def _take_examined(
+        self,
+        stream: Followed,
+        request: ExamineRequest,
+        plain: bool,
+        replies: Sequence[object],
+    ) -> None:
+        try:
+            examined = stream_commands.parse_examined(request, self._primary, replies, plain=plain)
+        except stream_commands.ChangedMeanwhile:
+            stream.on_examine_lost(request)
+            return
+        except CommandRefused as exc:
+            if self._mode.try_plain(exc, plain=plain):
+                stream.on_examine_lost(request)
+                return
+            if rule_of(exc.reply).effect is Effect.ONE:
+                _log.error("Channel %s cannot be read: %s", stream.channel, exc)
+            else:
+                self._mode.pause(stream, exc)
+            stream.on_examine_failed(request, "the channel's stream cannot be read")
+            return
+        self._certify += certify_commands(
+            self._keys.stream(stream.channel), examined.state, self._primary.certificate
+        )
+        stream.on_examined(request, examined)
+        if stream.alive and stream.settled and stream.misaligned:
+            self._read[stream] = None
+
+    def _take_read(
+        self, stream: Followed, count: int, form: _Form, replies: Sequence[object]
+    ) -> None:
+        swept = stream in self._swept
+        self._swept.discard(stream)
+        # A stream that was rewound or unsettled meanwhile reads these again.
+        if not stream.alive or not stream.settled or stream.misaligned:
+            return
+        aligning, plain = form
+        try:
+            state, entries = stream_commands.parse_read(
+                replies, self._primary, aligning=aligning, plain=plain
+            )
+        except stream_commands.ChangedMeanwhile:
+            self._read[stream] = None
+            return
+        except CommandRefused as exc:
+            stream.misaligned = True
+            if self._mode.is_gone(exc):
+                stream.on_unsettled()
+            elif self._mode.try_plain(exc, plain=plain):
+                self._read[stream] = None
+            else:
+                self._mode.pause(stream, exc)
+            return
+        if (self._mode.plain or self._mode.blocked) and self._mode.read(plain=plain):
+            self._on_usual()
+        if (aligning or plain) and not stream.same_life(state):
+            # Deleted and made anew after the examination: the group was made in another life.
+            stream.on_unsettled()
+            return
+        if swept and entries:
+            self._metrics.lost_wakeups.inc()
+        complete = len(entries) < count
+        first = EntryID.parse(entries[0][0]) if entries else None
+        if first is not None and first <= stream.position:
+            # Somebody has set the group back by hand.
+            stream.misaligned = True
+            self._read[stream] = None
+            return
+        following = len(entries) if complete else None
+        if not stream.untouched(state, following):
+            stream.on_hole(state, first, following)
+            return
+        if not complete:
+            self._read[stream] = None
+            self._counts[stream] = min(2 * count, self._most)
+        elif 2 * len(entries) < count and stream in self._counts:
+            self._counts[stream] //= 2
+            if self._counts[stream] <= self._first:
+                del self._counts[stream]
+        if entries:
+            self._on_records(stream, stream_commands.decode_all(stream, entries, self._decode))
+        if complete:
+            stream.on_end(state.last)
+
+
+class PageTurns:
+    """Pages for clients that are behind, a few streams at a time: that bounds their memory."""
+
+    def __init__(
+        self,
+        *,
+        keys: Keys,
+        primary: Primary,
+        settings: StreamSettings,
+        decode: stream_commands.Decode,
+        mode: ReadMode | None = None,
+    ) -> None:
+        self._mode = mode or ReadMode()
+        self._keys = keys
+        self._primary = primary
+        self._settings = settings
+        self._decode = decode
+        self._most = _most_entries(settings, _PAGES_BYTES)
+        self._pages: dict[Followed, None] = {}
+        self._asked: list[tuple[Followed, PageRequest, int, int, int]] = []
+        self._plain = False
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody is behind and can take more."""
+        return bool(self._pages)
+
+    def want(self, stream: Followed) -> None:
+        """Somebody on this stream is."""
+        self._pages[stream] = None
+
+    def forget(self, stream: Followed) -> None:
+        """The last client left."""
+        self._pages.pop(stream, None)
+
+    def commands(self) -> list[Command]:
+        """One page for each of the next few streams."""
+        self._asked.clear()
+        self._plain = self._mode.plain
+        commands: list[Command] = []
+        streams = _take(self._pages, min(self._settings.resume_concurrency, self._most))
+        most = self._most // max(1, len(streams))
+        for stream in streams:
+            request = stream.page_request()
+            if request is not None:
+                count = stream_commands.count_for(stream, self._settings.page_bytes, most)
+                start = len(commands)
+                commands += stream_commands.page_commands(
+                    self._keys, stream, request, count, plain=self._plain
+                )
+                self._asked.append((stream, request, count, start, len(commands)))
+        return commands
+
+    def take(self, replies: Sequence[object]) -> None:
+        """Hands each page to its stream."""
+        for stream, request, count, start, end in self._asked:
+            try:
+                page = stream_commands.parse_page(
+                    stream,
+                    self._primary,
+                    replies[start:end],
+                    count,
+                    self._decode,
+                    plain=self._plain,
+                )
+            except stream_commands.ChangedMeanwhile:
+                self._pages[stream] = None
+                continue
+            except CommandRefused as exc:
+                if self._mode.try_plain(exc, plain=self._plain):
+                    self._pages[stream] = None
+                elif rule_of(exc.reply).effect is Effect.ONE:
+                    stream.on_unsettled()
+                else:
+                    # After the pause the stream is examined, and pages are requested anew.
+                    self._mode.pause(stream, exc)
+                continue
+            stream.on_page(request, page)
+        self._asked.clear()
+
+
+class _Form(NamedTuple):
+    """How a stream was read."""
+
+    aligning: bool
+    plain: bool
+
+
+class _Asked:
+    """What a pipeline asked, and where in its replies each answer ends."""
+
+    __slots__ = ("control", "control_end", "examined", "read", "replication")
+
+    def __init__(self, control: bool) -> None:
+        self.control = control
+        self.control_end = 0
+        self.replication: int | None = None
+        self.examined: list[tuple[Followed, ExamineRequest, bool, int, int]] = []
+        self.read: list[tuple[Followed, int, _Form, int, int]] = []
+
+
+def _most_entries(settings: StreamSettings, most_bytes: int) -> int:
+    """Return how many entries may be read at once, since none of them is known."""
+    return max(1, min(_MAX_COUNT, most_bytes // settings.max_entry_bytes))
+
+
+def _take(waiting: dict[Followed, None], most: int, entries: int = 1) -> list[Followed]:
+    """Take streams to look at, of each of which about so many entries are read."""
+    taken: list[Followed] = []
+    held = 0.0
+    for stream in waiting:
+        if len(taken) >= most or held >= _PIPELINE_BYTES:
+            break
+        taken.append(stream)
+        # XINFO STREAM returns the first and the last entry.
+        held += (2 + entries) * stream.average_bytes
+    for stream in taken:
+        del waiting[stream]
+    return taken

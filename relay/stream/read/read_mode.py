@@ -1,0 +1,102 @@
+"""How streams are read: by consumer groups in transactions, or plainly while Redis refuses those.
+
+A Redis whose memory or disk is full refuses every command in a transaction and XREADGROUP; so does
+one whose user lacks these rights. XINFO and XRANGE still work. Reading must not depend on the
+relay's own writes, so the worker then reads with these two from its own position.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from relay.stream.connection.refusals import WRITES, Effect, Refusals, rule_of
+
+if TYPE_CHECKING:
+    from relay.core.stream_interface import Followed
+    from relay.stream.connection.connect import CommandRefused
+
+# Names of areas in `Refusals`.
+GROUPS = "reads by consumer group"
+READS = "reads of streams"
+
+# How often the usual way is tried again, with one stream.
+_RETRY_S = {Effect.NO_WRITES: 2.0, Effect.NO_RIGHT: 30.0}
+# Replies to XREADGROUP after the stream or the group was deleted.
+_GONE = ("NOGROUP", "ERR no such key")
+
+
+class ReadMode:
+    """The mode of one worker, shared by all its reads, and the streams whose reads are paused."""
+
+    def __init__(
+        self, refusals: Refusals | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.plain = False
+        self.refusals = refusals or Refusals()
+        self.paused: dict[Followed, None] = {}
+        self._probe: Followed | None = None
+        self._retry_s = 0.0
+        self._retry_at = 0.0
+        self._clock = clock
+
+    @property
+    def blocked(self) -> bool:
+        """Return True if Redis refuses even plain reads."""
+        return self.refusals.has(READS)
+
+    def is_plain_for(self, stream: Followed) -> bool:
+        """Return True if the stream must be read without groups and transactions."""
+        return self.plain and stream is not self._probe
+
+    def is_gone(self, refusal: CommandRefused) -> bool:
+        """Return True if the stream or the worker's group was deleted."""
+        return refusal.reply.startswith(_GONE)
+
+    def try_plain(self, refusal: CommandRefused, *, plain: bool) -> bool:
+        """Switch to plain reads if that helps against this refusal of a read of the `plain` form.
+
+        Return True if the read should be sent again at once.
+        """
+        effect = rule_of(refusal.reply).effect
+        if plain or effect not in _RETRY_S:
+            return False
+        self._probe = None
+        self._retry_s = _RETRY_S[effect]
+        self._retry_at = self._clock() + self._retry_s
+        self.plain = True
+        self.refusals.refused(GROUPS, refusal.reply, "streams are read without consumer groups")
+        return True
+
+    def pause(self, stream: Followed, refusal: CommandRefused) -> None:
+        """Read this stream again later. A refusal of one key only does not block the others."""
+        self.paused[stream] = None
+        if rule_of(refusal.reply).effect is not Effect.ONE:
+            self.refusals.refused(READS, refusal.reply, "their events are not delivered")
+
+    def take_paused(self) -> list[Followed]:
+        """Return the paused streams, which are to be read again now."""
+        paused, self.paused = list(self.paused), {}
+        return paused
+
+    def choose_probe(self, streams: Sequence[Followed]) -> Followed | None:
+        """Return one of the streams to be read in the usual way, if it is time to try that."""
+        if not self.plain or self._clock() < self._retry_at:
+            return None
+        self._retry_at = self._clock() + self._retry_s
+        self._probe = random.choice(streams) if streams else None  # noqa: S311  # no secret
+        return self._probe
+
+    def read(self, *, plain: bool) -> bool:
+        """A read of the `plain` form was carried out. Return True if it ends plain reading."""
+        if self.blocked:
+            self.refusals.accepted(READS)
+        if plain or not self.plain:
+            return False
+        self.plain = False
+        self._probe = None
+        self.refusals.accepted(GROUPS)
+        self.refusals.accepted(WRITES)
+        return True

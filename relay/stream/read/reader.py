@@ -1,0 +1,425 @@
+"""Reads this worker's streams: what has news, who waits, who is behind; each in one pipeline.
+
+One task serves all streams on one tracking link: it takes whatever was asked for since the last
+pipeline came back (examinations, reads, the control stream), sends it in one write, and hands the
+answers over in order. A second link carries the pages for clients that are behind, so that their
+large replies do not stand before live entries; a third the events of the ephemeral kind.
+Lost links are opened again with back-off; then
+every stream is examined before anything more is delivered from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from relay.core.errors import RedisUnavailable
+from relay.core.model import ZERO_ID, Channel, Event, Record
+from relay.core.stream_interface import Followed
+from relay.stream.connection.connect import CommandRefused, discover
+from relay.stream.connection.link import Link, unawaited
+from relay.stream.connection.primary import Primary
+from relay.stream.connection.refusals import Refusals
+from relay.stream.connection.task_groups import first_of, uncancel, wait_for
+from relay.stream.read import stream_commands
+from relay.stream.read.groups import group_of
+from relay.stream.read.invalidations import Bell, sweep_slices
+from relay.stream.read.pipelines import LiveTurns, PageTurns
+from relay.stream.read.poll import poll
+from relay.stream.read.read_mode import ReadMode
+
+if TYPE_CHECKING:
+    from relay.config.settings import RedisSettings, StreamSettings
+    from relay.core.metrics import Metrics
+    from relay.stream.format.keys import Keys
+    from relay.stream.read.control_reader import ControlReader
+    from relay.stream.upkeep.unused import UnusedStreams
+
+_log = logging.getLogger(__name__)
+
+_BACKOFF_S = (0.05, 2.0)
+# A connection that has lasted this long was good: the next loss starts with a short pause again.
+_GOOD_S = 1.0
+_RETRY_S = 1.0
+_NEWS_BATCH = (16, 256)
+_RESUME_BATCH = 500
+_DESTROY_BATCH = 256
+
+
+class Reader:
+    """This worker's view of all streams that its clients follow."""
+
+    def __init__(
+        self,
+        *,
+        keys: Keys,
+        instance: str,
+        redis: RedisSettings,
+        settings: StreamSettings,
+        metrics: Metrics,
+        decode: stream_commands.Decode,
+        on_records: Callable[[Followed, list[Record]], None],
+        on_turn: Callable[[], None],
+        decode_ephemeral: Callable[[Channel, bytes], Event | None],
+        control: ControlReader,
+        unused: UnusedStreams,
+        refusals: Refusals | None = None,
+    ) -> None:
+        refusals = refusals or Refusals()
+        self._mode = ReadMode(refusals)
+        self._keys = keys
+        self._unused = unused
+        self._redis = redis
+        self._settings = settings
+        self._metrics = metrics
+        self._on_turn = on_turn
+        self._decode_ephemeral = decode_ephemeral
+        self._group = group_of(instance)
+        self._followed: dict[Channel, Followed] = {}
+        self._primary = Primary()
+        self._live = LiveTurns(
+            keys=keys,
+            instance=instance,
+            primary=self._primary,
+            settings=settings,
+            metrics=metrics,
+            decode=decode,
+            on_records=on_records,
+            control=control,
+            mode=self._mode,
+            on_usual=self._on_usual,
+        )
+        self._pages = PageTurns(
+            keys=keys, primary=self._primary, settings=settings, decode=decode, mode=self._mode
+        )
+        self._work = asyncio.Event()
+        self._page_work = asyncio.Event()
+        # Set when every stream must be looked at for news.
+        self._look = asyncio.Event()
+        self._link: Link | None = None
+        self._messages: Link | None = None
+        self._bell = Bell(
+            keys=keys,
+            instance=instance,
+            period_s=settings.canary_s,
+            on_keys=self._on_keys,
+            on_everything=self._on_everything,
+            on_message=self._on_message,
+            refusals=refusals,
+        )
+        self._reading = asyncio.Event()
+        self._served_since: float | None = None
+        self._stopping = False
+
+    # ---- relay.core.stream_interface.StreamReads --------------------------------------------
+
+    def follow(self, stream: Followed) -> None:
+        """Ephemeral events from now on; the stream itself is examined when somebody joins."""
+        self._followed[stream.channel] = stream
+        if self._messages is not None:
+            unawaited(self._messages.subscribe(self._keys.ephemeral(stream.channel)))
+
+    def want_examine(self, stream: Followed) -> None:
+        """Look at the stream with the next pipeline."""
+        self._live.want_examine(stream)
+        self._work.set()
+
+    def want_page(self, stream: Followed) -> None:
+        """Read a page with the next page pipeline."""
+        self._pages.want(stream)
+        self._page_work.set()
+
+    def release(self, stream: Followed) -> None:
+        """Forget the stream, its group and its ephemeral events."""
+        if self._followed.get(stream.channel) is not stream:
+            return
+        del self._followed[stream.channel]
+        self._live.forget(stream)
+        self._pages.forget(stream)
+        if self._link is not None and self._messages is not None:
+            unawaited(self._messages.unsubscribe(self._keys.ephemeral(stream.channel)))
+            # In order with what follows on this link: a client that comes back at once gets a
+            # new group after this one is gone.
+            key = self._keys.stream(stream.channel)
+            destroyed = self._link.execute([("XGROUP", "DESTROY", key, self._group)])
+            # The stream may have been deleted, or was never created for a rejected client.
+            unawaited(destroyed, expected="requires the key to exist")
+        if stream.exists and stream.position == ZERO_ID:
+            self._unused.released(stream.channel)
+
+    # ---- health -----------------------------------------------------------------------------
+
+    def ready(self) -> bool:
+        """Whether streams are being read now."""
+        return self._link is not None and self._bell.rings() and not self._mode.blocked
+
+    def is_connected(self) -> bool:
+        """Return whether there is a connection to Redis over which streams are read.
+
+        Unlike `ready`, this stays true while this worker is merely late: its clients then wait.
+        """
+        return self._link is not None
+
+    def settled(self) -> bool:
+        """Return False while events may wait in streams that a new connection has not looked at."""
+        return not self._live.settling
+
+    async def wait_ready(self) -> None:
+        """Until streams are being read."""
+        await self._reading.wait()
+
+    # ---- life -------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Reads until cancelled; survives everything that Redis does."""
+        loop = asyncio.get_running_loop()
+        backoff = _BACKOFF_S[0]
+        while not self._stopping:
+            self._served_since = None
+            try:
+                await self._connected()
+            except* (RedisUnavailable, CommandRefused) as group:
+                if not self._stopping:
+                    self._metrics.reconnects.inc()
+                    _log.warning("Redis: %s", first_of(group))
+            finally:
+                self._link = self._messages = None
+                self._reading.clear()
+            uncancel()
+            if self._served_since is not None and loop.time() - self._served_since > _GOOD_S:
+                backoff = _BACKOFF_S[0]
+            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311  # no secret
+            backoff = min(_BACKOFF_S[1], backoff * 2)
+
+    async def stop(self) -> None:
+        """Stop reading and take this worker's groups away: XINFO GROUPS shows the living."""
+        self._stopping = True
+        link = self._link
+        if link is None:
+            return
+        commands = [
+            ("XGROUP", "DESTROY", self._keys.stream(channel), self._group)
+            for channel in self._followed
+        ]
+        try:
+            for start in range(0, len(commands), _DESTROY_BATCH):
+                await link.execute(commands[start : start + _DESTROY_BATCH])
+        except RedisUnavailable as exc:
+            _log.info("groups stay behind for the dead-worker job: %s", exc)
+
+    async def _connected(self) -> None:
+        endpoint = await discover(self._redis)
+        lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def on_lost(exc: Exception | None) -> None:
+            if not lost.done():
+                lost.set_exception(exc or RedisUnavailable("the link was closed"))
+
+        async with contextlib.AsyncExitStack() as links:
+
+            async def opened(on_push: Callable[[list[object]], None] | None) -> Link:
+                each = await Link.open(
+                    endpoint, settings=self._redis, on_push=on_push, on_lost=on_lost
+                )
+                links.callback(each.close)
+                return each
+
+            link = await opened(self._bell.on_push)
+            pages = await opened(None)
+            # A connection that has subscribed falls under the server's output limit for pub/sub
+            # (32 MB by default) in all that it reads: one large read would cut it off.
+            messages = await opened(self._bell.on_push)
+            # Where another task ended first, the future was cancelled with the one that awaits it;
+            # to ask it would raise CancelledError here, and end the reader for good.
+            links.callback(lambda: lost.done() and not lost.cancelled() and lost.exception())
+            tracking = self._settings.tracking == "auto" and await self._bell.start(link)
+            if not tracking:
+                self._bell.touch()
+                _log.warning("wake-ups are not available: streams are polled with blocking reads")
+            self._primary.connected(link.run_id, link.replication)
+            links.callback(self._primary.disconnected)
+            self._link, self._messages = link, messages
+            await self._resume(messages)
+            self._reading.set()
+            self._served_since = asyncio.get_running_loop().time()
+            _log.info("reading streams from %s (%s %s)", endpoint, link.server, link.version)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._serve(link), name="streams")
+                tasks.create_task(self._find_news(link), name="news")
+                tasks.create_task(self._serve_pages(pages), name="pages")
+                tasks.create_task(self._sweep(), name="sweep")
+                tasks.create_task(self._retry(), name="retry")
+                tasks.create_task(wait_for(lost), name="lost")
+                if tracking:
+                    tasks.create_task(self._bell.prove(link, pages), name="canary")
+                else:
+                    tasks.create_task(poll(self, self._redis, self._keys), name="poll")
+
+    async def _resume(self, messages: Link) -> None:
+        """A new connection knows nothing: arm, examine and read everything once."""
+        self._live.only_urgent = True
+        self._live.connected()
+        self._look.set()
+        # Nothing is read before this ends, so that it may be done in parts.
+        for part in sweep_slices(self.followed(), len(self._followed) // _RESUME_BATCH + 1):
+            names = [self._keys.ephemeral(stream.channel) for stream in part]
+            unawaited(messages.subscribe(*names))
+            self._live.all_unsettled(part)
+            await asyncio.sleep(0)
+        self._work.set()
+
+    # ---- wake-ups ---------------------------------------------------------------------------
+
+    def _on_keys(self, keys: Iterable[bytes]) -> None:
+        for key in keys:
+            channel = self._keys.channel_of_stream(key)
+            if channel is not None:
+                self.news(channel)
+                continue
+            channel = self._keys.channel_of_rights(key)
+            if channel is not None:
+                stream = self._followed.get(channel)
+                if stream is not None:
+                    stream.on_rights_changed()
+            elif key == self._keys.control:
+                self._live.want_control()
+                self._work.set()
+
+    def _on_everything(self) -> None:
+        self._live.want_control()
+        self._live.only_urgent = True
+        self._live.all_unsettled(self._followed.values())
+        self._look.set()
+        self._work.set()
+
+    def _on_message(self, name: bytes, payload: bytes) -> None:
+        channel = self._keys.channel_of_ephemeral(name)
+        stream = self._followed.get(channel) if channel else None
+        if channel is None or stream is None:
+            return
+        event = self._decode_ephemeral(channel, payload)
+        if event is not None:
+            stream.on_ephemeral(event)
+            self._on_turn()
+
+    def news(self, channel: Channel) -> None:
+        """The stream may have entries that were not read yet."""
+        stream = self._followed.get(channel)
+        if stream is not None:
+            self._live.want_read(stream)
+            self._work.set()
+
+    def followed(self) -> list[Followed]:
+        """All streams with a local client."""
+        return list(self._followed.values())
+
+    def polled(self, *, control: bool, rights: bool) -> None:
+        """Without tracking: a round is complete; look at what no blocking read announces."""
+        self._bell.touch()
+        if control:
+            self._live.want_control()
+        if rights:
+            for stream in self._followed.values():
+                stream.on_rights_changed()
+        self._work.set()
+
+    async def _find_news(self, link: Link) -> None:
+        """Find the streams to which something was appended while the connection was lost.
+
+        An examination costs several commands, and thousands of streams wait for one. This look
+        costs one command each, so that streams with news are examined first. It also arms the
+        wake-ups: what is appended from now on is found at once.
+        """
+        while True:
+            await self._look.wait()
+            self._look.clear()
+            self._live.only_urgent = True
+            try:
+                streams = deque(self._followed.values())
+                most = _NEWS_BATCH[0]
+                while streams:
+                    batch = [streams.popleft() for _ in range(min(most, len(streams)))]
+                    batch = [stream for stream in batch if stream.alive and not stream.settled]
+                    commands = [
+                        stream_commands.has_news_command(self._keys, stream) for stream in batch
+                    ]
+                    received = 0
+                    for stream, reply in zip(batch, await link.execute(commands), strict=True):
+                        if reply and isinstance(reply, list):
+                            received += stream_commands.size_of(reply)
+                            if stream.alive:
+                                self._live.want_read(stream)
+                    # Many streams at once, unless their new entries are large.
+                    if received > self._settings.page_bytes:
+                        most = max(_NEWS_BATCH[0], most // 2)
+                    else:
+                        most = min(_NEWS_BATCH[1], most * 2)
+                    self._work.set()
+            finally:
+                self._live.only_urgent = False
+                self._work.set()
+
+    def _on_usual(self) -> None:
+        """Redis accepts groups and transactions again: create what is missing, move the groups."""
+        for stream in self._followed.values():
+            if not stream.marked:
+                stream.on_unsettled()
+            elif stream.settled and stream.misaligned:
+                self._live.want_read(stream)
+        self._work.set()
+
+    async def _retry(self) -> None:
+        """Repeat what Redis refused, after a pause."""
+        while True:
+            await asyncio.sleep(_RETRY_S)
+            self._live.retry_paused()
+            probe = self._mode.choose_probe(self.followed())
+            if probe is not None and probe.settled:
+                self._live.want_read(probe)
+            self._work.set()
+
+    async def _sweep(self) -> None:
+        """Reads everything once per `sweep_s`, in small steps, in case a wake-up was lost."""
+        while True:
+            steps = max(1, int(self._settings.sweep_s))
+            for part in sweep_slices(self.followed(), steps):
+                await asyncio.sleep(self._settings.sweep_s / steps)
+                for stream in part:
+                    if stream.alive and stream.settled:
+                        self._live.want_read(stream, swept=True)
+                self._work.set()
+            if not self._followed:
+                await asyncio.sleep(1.0)
+
+    # ---- the two pipelines ------------------------------------------------------------------
+
+    async def _serve(self, link: Link) -> None:
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            commands = self._live.commands()
+            if commands:
+                self._metrics.round_trips.labels("read").inc()
+                self._live.take(await link.execute(commands))
+                self._on_turn()
+            if self._live.wanted:
+                self._work.set()
+
+    async def _serve_pages(self, link: Link) -> None:
+        while True:
+            await self._page_work.wait()
+            self._page_work.clear()
+            commands = self._pages.commands()
+            if commands:
+                self._metrics.round_trips.labels("page").inc()
+                self._pages.take(await link.execute(commands))
+                self._on_turn()
+                # The sockets of this turn's writes report that they are full at its end.
+                await asyncio.sleep(0)
+            if self._pages.wanted:
+                self._page_work.set()

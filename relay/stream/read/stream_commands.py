@@ -1,0 +1,220 @@
+"""The commands of one examination, one read and one page, and the parsing of their replies.
+
+Each works on the keys of one workspace only, so that they fit one Redis Cluster slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import hiredis
+
+from relay.core.model import ZERO_ID, Channel, EntryID, Record, StreamState
+from relay.core.stream_interface import Examined, ExamineRequest, Followed, Page, PageRequest
+from relay.stream.connection.connect import CommandRefused
+from relay.stream.connection.link import Command
+from relay.stream.connection.primary import Primary
+from relay.stream.format.entry import digest
+from relay.stream.format.keys import Keys
+from relay.stream.read.groups import create_marker, new_marker, parse_state
+
+Decode = Callable[[Channel, EntryID, Sequence[bytes]], Record]
+RawEntry = tuple[bytes, list[bytes] | None]
+
+_ABORTED = "EXECABORT Transaction discarded because of: "
+
+
+def count_for(stream: Followed, page_bytes: int, most: int) -> int:
+    """Return how many entries to read: about one page, and no more than `most`.
+
+    Redis has no limit in bytes, and entries may be larger than all before them. So `most` bounds
+    what one reply can hold, together with `[stream] max_entry_bytes`.
+    """
+    return max(1, min(most, int(page_bytes / stream.average_bytes)))
+
+
+class ChangedMeanwhile(Exception):  # no fault: it is asked again
+    """The stream changed between the commands of one look that was no transaction."""
+
+
+def examine_commands(
+    keys: Keys,
+    stream: Followed,
+    group: str,
+    request: ExamineRequest,
+    primary: Primary,
+    *,
+    plain: bool = False,
+) -> list[Command]:
+    """Return one look at the stream and its rights hash.
+
+    It writes nothing unless `request.mark` is set. Then it creates the marker group that names the
+    stream's incarnation and this worker's `group`, which protects an unused stream from removal.
+    """
+    key = keys.stream(stream.channel)
+    writes: list[Command] = []
+    if request.mark:
+        writes.append(create_marker(key, new_marker(), primary.certificate))
+        writes.append(("XGROUP", "CREATE", key, group, str(ZERO_ID)))
+    reads: list[Command] = [("XINFO", "STREAM", key), ("XINFO", "GROUPS", key)]
+    if request.users:
+        reads.append(("HMGET", keys.rights(stream.channel), *request.users))
+    reads.extend(("XRANGE", key, str(own), str(own)) for own in request.own)
+    return _one_look(writes, reads, plain=plain)
+
+
+def parse_examined(
+    request: ExamineRequest, primary: Primary, replies: Sequence[object], *, plain: bool = False
+) -> Examined:
+    """Parse the replies to `examine_commands`. CommandRefused if the key is no stream."""
+    answers = _seen(replies, 2 if request.mark else 0, plain=plain)
+    state = parse_state(answers[0], answers[1], primary)
+    rest = answers[2:]
+    rights: dict[str, bytes | None] = {}
+    if request.users:
+        values = _checked("HMGET", rest[0])
+        rights = dict(zip(request.users, cast(list[bytes | None], values), strict=True))
+        rest = rest[1:]
+    own = {}
+    for entry_id, found in zip(request.own, rest, strict=True):
+        entries = cast(list[RawEntry], _checked("XRANGE", found))
+        if entries:
+            own[entry_id] = digest(entries[0][1] or [])
+    return Examined(state=state, rights=rights, own=own)
+
+
+def read_commands(
+    keys: Keys, stream: Followed, group: str, consumer: str, count: int, *, plain: bool = False
+) -> list[Command]:
+    """Return one look at the stream's state, which also arms its wake-up, and at its new entries.
+
+    Both must be of one moment: a trim between the two would hide what it took. A group that does
+    not stand at this worker's position is put there first. The `plain` form writes nothing.
+    """
+    key = keys.stream(stream.channel)
+    at = str(stream.position)
+    if plain:
+        reads: list[Command] = [
+            ("XINFO", "STREAM", key),
+            ("XINFO", "GROUPS", key),
+            ("XRANGE", key, f"({at}", "+", "COUNT", count),
+        ]
+        return _one_look([], reads, plain=True)
+    commands: list[Command] = [("XINFO", "STREAM", key)]
+    if stream.misaligned:
+        commands.append(("XINFO", "GROUPS", key))
+        commands.append(("XGROUP", "CREATE", key, group, at))
+        commands.append(("XGROUP", "SETID", key, group, at))
+    commands.append(
+        ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "NOACK", "STREAMS", key, ">")
+    )
+    return _one_look([], commands, plain=False)
+
+
+def parse_read(
+    replies: Sequence[object], primary: Primary, *, aligning: bool, plain: bool = False
+) -> tuple[StreamState, list[RawEntry]]:
+    """Return the stream's state and what was read then. CommandRefused if the group is gone.
+
+    `aligning`: the stream was misaligned when this was asked.
+    """
+    answers = _seen(replies, 0, plain=plain)
+    state = parse_state(answers[0], answers[1] if aligning or plain else None, primary)
+    if plain:
+        return state, cast(list[RawEntry], _checked("XRANGE", answers[2]))
+    read = _checked("XREADGROUP", answers[-1])
+    if not read:
+        return state, []
+    ((_, entries),) = cast(dict[bytes, list[RawEntry]], read).items()
+    return state, entries
+
+
+def has_news_command(keys: Keys, stream: Followed) -> Command:
+    """Return a command that arms the wake-up and whose reply is empty if nothing is unread."""
+    return ("XRANGE", keys.stream(stream.channel), f"({stream.position}", "+", "COUNT", 1)
+
+
+def size_of(entries: Sequence[RawEntry]) -> int:
+    """Return the bytes in the fields of raw entries."""
+    return sum(len(part) for _, fields in entries for part in fields or ())
+
+
+def page_commands(
+    keys: Keys, stream: Followed, request: PageRequest, count: int, *, plain: bool = False
+) -> list[Command]:
+    """Return one look at the stream's state and the entries after the request's start."""
+    key = keys.stream(stream.channel)
+    reads: list[Command] = [
+        ("XINFO", "STREAM", key),
+        ("XINFO", "GROUPS", key),
+        ("XRANGE", key, f"({request.start}", "+", "COUNT", count),
+    ]
+    return _one_look([], reads, plain=plain)
+
+
+def parse_page(
+    stream: Followed,
+    primary: Primary,
+    replies: Sequence[object],
+    count: int,
+    decode: Decode,
+    *,
+    plain: bool = False,
+) -> Page:
+    """Parse the replies to `page_commands`. CommandRefused if the stream is gone."""
+    answers = _seen(replies, 0, plain=plain)
+    state = parse_state(answers[0], answers[1], primary)
+    entries = cast(list[RawEntry], _checked("XRANGE", answers[2]))
+    records = decode_all(stream, entries, decode)
+    return Page(state=state, records=records, complete=len(entries) < count)
+
+
+def decode_all(stream: Followed, entries: Sequence[RawEntry], decode: Decode) -> list[Record]:
+    """Records of raw entries; keeps the stream's average size, by which pages are measured."""
+    channel = stream.channel
+    records = [decode(channel, EntryID.parse(raw), fields or ()) for raw, fields in entries]
+    if records:
+        mean = sum(record.size for record in records) / len(records)
+        stream.average_bytes += 0.2 * (mean - stream.average_bytes)
+        # One burst of large entries must not be read by the count that suited small ones.
+        stream.average_bytes = max(stream.average_bytes, mean / 2)
+    return records
+
+
+def _one_look(writes: list[Command], reads: list[Command], *, plain: bool) -> list[Command]:
+    """Return the commands so that their replies are of one moment.
+
+    As a transaction, or where Redis refuses that (its memory is full, the user may not run MULTI),
+    with the state once more at the end: if it is the same, nothing happened in between.
+    """
+    if plain:
+        return [*writes, *reads, reads[0]]
+    return [("MULTI",), *writes, *reads, ("EXEC",)]
+
+
+def _seen(replies: Sequence[object], writes: int, *, plain: bool) -> list[object]:
+    """Return the replies to the reading commands of one look, which came after some `writes`."""
+    if plain:
+        *answers, again = replies[writes:]
+        if not _is_same(answers[0], again):
+            raise ChangedMeanwhile
+        return answers
+    executed = replies[-1]
+    if isinstance(executed, hiredis.ReplyError):
+        # EXECABORT does not say why. The command that was refused does.
+        refused = (each for each in replies if isinstance(each, hiredis.ReplyError))
+        raise CommandRefused("transaction", str(next(refused)).removeprefix(_ABORTED))
+    return cast(list[object], executed)[writes:]
+
+
+def _is_same(one: object, other: object) -> bool:
+    if isinstance(one, hiredis.ReplyError) and isinstance(other, hiredis.ReplyError):
+        return str(one) == str(other)
+    return one == other
+
+
+def _checked(command: str, reply: object) -> object:
+    if isinstance(reply, hiredis.ReplyError):
+        raise CommandRefused(command, str(reply))
+    return reply

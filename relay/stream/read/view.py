@@ -1,0 +1,92 @@
+"""A stream as one who follows it from a terminal sees it: its state and what came after a place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from relay.core.model import ZERO_ID, Channel, EntryID, Record, StreamState
+from relay.stream.connection import connect
+from relay.stream.connection.primary import Primary, Replication
+from relay.stream.format import entry
+from relay.stream.format.keys import Keys
+from relay.stream.read import groups
+
+PAGE = 50
+# A wait longer than the client's own limit for an answer would look like a dead connection.
+_BLOCK_SHARE = 0.5
+_BLOCK_MS = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """One moment of a stream. `own` is the entry at the place that was asked about; `records`
+    are the first ones after it, and `more` says that there may be others."""
+
+    state: StreamState
+    own: Record | None
+    records: list[Record]
+    more: bool
+
+
+async def look(
+    client: Redis,
+    keys: Keys,
+    channel: Channel,
+    after: EntryID,
+    max_entry_bytes: int,
+    count: int = PAGE,
+) -> View:
+    """The stream at one moment, with up to `count` entries that stand after `after`."""
+    key = keys.stream(channel)
+    async with client.pipeline(transaction=True) as transaction:
+        transaction.execute_command("XINFO", "STREAM", key)
+        transaction.execute_command("XINFO", "GROUPS", key)
+        transaction.execute_command("XRANGE", key, str(after), str(after))
+        transaction.execute_command("XRANGE", key, f"({after}", "+", "COUNT", count)
+        with connect.translated():
+            transaction.execute_command("INFO", "replication")
+            stream, found, own, entries, info = await transaction.execute(raise_on_error=False)
+            for reply in (own, entries, info):
+                if isinstance(reply, Exception):
+                    raise reply
+            state = stream_state(stream, found, str(info["master_replid"]).encode())
+    records = [_record(channel, each, max_entry_bytes) for each in entries]
+    return View(
+        state=state,
+        own=_record(channel, own[0], max_entry_bytes) if own else None,
+        records=records,
+        more=len(records) == count,
+    )
+
+
+async def wait_for_news(
+    client: Redis, keys: Keys, channel: Channel, after: EntryID, limit_s: float
+) -> None:
+    """Until something stands after `after`, or for a while that is shorter than `limit_s`."""
+    block_ms = max(1, min(_BLOCK_MS, int(limit_s * 1000 * _BLOCK_SHARE)))
+    words = ("COUNT", 1, "BLOCK", block_ms, "STREAMS", keys.stream(channel), str(after))
+    await connect.command(client, "XREAD", *words)
+
+
+def stream_state(stream: object, found: object, replid: bytes = b"") -> StreamState:
+    """`groups.parse_state` for what a redis-py pipeline brought; its errors are raised."""
+    if isinstance(stream, ResponseError) and "no such key" in str(stream):
+        return StreamState(
+            exists=False, first=None, last=ZERO_ID, length=0, added=0, max_deleted=ZERO_ID
+        )
+    for reply in (stream, found):
+        if isinstance(reply, Exception):
+            raise reply
+    primary = Primary()
+    primary.observe(Replication(b"master", replid, b""))
+    return groups.parse_state(stream, found, primary)
+
+
+def _record(channel: Channel, raw: tuple[bytes, dict[bytes, bytes]], max_bytes: int) -> Record:
+    entry_id, values = raw
+    flat: list[Any] = [part for pair in values.items() for part in pair]
+    return entry.decode(channel, EntryID.parse(entry_id), flat, max_bytes)

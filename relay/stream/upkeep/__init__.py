@@ -1,0 +1,1 @@
+"""Retention, removal of what is unused, listings for operators."""

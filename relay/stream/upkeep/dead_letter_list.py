@@ -1,0 +1,148 @@
+"""The dead letters as operators handle them: look, append again, throw away."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from redis.asyncio import Redis
+
+from relay.config.settings import NamespaceSettings
+from relay.core.errors import RelayError
+from relay.core.model import ZERO_ID, Channel, EntryID
+from relay.stream.connection import connect
+from relay.stream.format.keys import Keys
+from relay.stream.write import publish
+
+# One letter may be LIMIT_BYTES long, and more as base64.
+_PAGE = 100
+_MARK_S = 86_400
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Letter:
+    """One dead letter. `values` has its fields as they are in Redis; `channel` is None where it
+    came from elsewhere than a workspace's stream. Without an original entry `entry_id` is None."""
+
+    id: EntryID
+    values: Mapping[str, str]
+    channel: Channel | None
+    entry_id: EntryID | None
+
+    @property
+    def reason(self) -> str:
+        """Why it could not be delivered."""
+        return self.values.get("reason", "")
+
+    @property
+    def truncated(self) -> bool:
+        """The letter has only the beginning of the entry's fields."""
+        return "truncated" in self.values
+
+
+async def count(client: Redis, keys: Keys) -> int:
+    """How many there are."""
+    return int(await connect.command(client, "XLEN", keys.dead_letters))
+
+
+async def pages(client: Redis, keys: Keys) -> AsyncIterator[list[Letter]]:
+    """All that are there when this begins, oldest first."""
+    newest = await connect.command(client, "XREVRANGE", keys.dead_letters, "+", "-", "COUNT", 1)
+    if not newest:
+        return
+    end = EntryID.parse(newest[0][0])
+    at = ZERO_ID
+    while at < end:
+        words = (keys.dead_letters, f"({at}", str(end), "COUNT", _PAGE)
+        found = await connect.command(client, "XRANGE", *words)
+        if not found:
+            return
+        at = EntryID.parse(found[-1][0])
+        yield [_letter(keys, *raw) for raw in found]
+
+
+async def find(client: Redis, keys: Keys, letter_id: EntryID) -> Letter:
+    """The letter of this ID; RelayError where there is none."""
+    found = await connect.command(
+        client, "XRANGE", keys.dead_letters, str(letter_id), str(letter_id)
+    )
+    if not found:
+        raise RelayError(f"no dead letter {letter_id}; `relay dead-letters list` shows their IDs")
+    return _letter(keys, *found[0])
+
+
+async def requeue(
+    client: Redis, keys: Keys, letter: Letter, namespace: NamespaceSettings
+) -> EntryID:
+    """Append the original fields to their stream and remove the letter; the new entry's ID.
+
+    May be repeated after an interruption: the entry is appended once. RelayError where the fields
+    are not known whole.
+    """
+    if letter.channel is None:
+        raise RelayError(f"dead letter {letter.id} did not come from a stream; it can be shown")
+    fields = await _original(client, keys, letter)
+    done = await publish.append(
+        client,
+        keys,
+        letter.channel,
+        fields,
+        namespace=namespace,
+        mark=keys.requeued(letter.channel, letter.id),
+        mark_s=_MARK_S,
+    )
+    await drop(client, keys, [letter.id])
+    return done.id
+
+
+async def drop(client: Redis, keys: Keys, ids: Sequence[EntryID]) -> int:
+    """Remove these letters; how many were there."""
+    return int(await connect.command(client, "XDEL", keys.dead_letters, *map(str, ids)))
+
+
+def fields_of(letter: Letter) -> list[bytes]:
+    """The entry's flat fields as far as the letter has them; RelayError where it has none."""
+    try:
+        pairs = orjson.loads(letter.values["fields"])
+        if isinstance(pairs, list) and pairs:
+            return [_bytes(part) for name, value in pairs for part in (name, value)]
+    except (KeyError, ValueError, TypeError):
+        pass
+    raise RelayError(f"dead letter {letter.id} has no fields of an entry")
+
+
+async def _original(client: Redis, keys: Keys, letter: Letter) -> list[bytes]:
+    if not letter.truncated:
+        return fields_of(letter)
+    if letter.channel is not None and letter.entry_id is not None:
+        place = str(letter.entry_id)
+        key = keys.stream(letter.channel)
+        found = await connect.command(client, "XRANGE", key, place, place)
+        if found:
+            return [part for pair in found[0][1].items() for part in pair]
+    raise RelayError(
+        f"dead letter {letter.id} has only the beginning of its entry, and the entry is gone"
+    )
+
+
+def _letter(keys: Keys, raw_id: bytes, raw: Mapping[bytes, bytes]) -> Letter:
+    values = {
+        name.decode(errors="replace"): value.decode(errors="replace") for name, value in raw.items()
+    }
+    try:
+        entry_id = EntryID.parse(values.get("id", ""))
+    except ValueError:
+        entry_id = None
+    return Letter(
+        id=EntryID.parse(raw_id),
+        values=values,
+        channel=keys.channel_of_stream(raw.get(b"stream", b"")),
+        entry_id=entry_id,
+    )
+
+
+def _bytes(part: Any) -> bytes:
+    return part.encode() if isinstance(part, str) else base64.b64decode(part["base64"])

@@ -1,0 +1,63 @@
+"""The job that removes what dead workers left in Redis.
+
+A worker that dies leaves its consumer groups in every stream that its clients followed. They cost
+memory and show operators a lag that never shrinks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+from redis.asyncio import Redis
+
+from relay.stream.cluster.nodes import BATCH, HEARTBEAT_S, Silence
+from relay.stream.connection import connect
+from relay.stream.format.keys import Keys
+from relay.stream.read import groups
+from relay.stream.upkeep.unused import remove_unused
+
+
+class DeadNodes:
+    """The job that clears away what dead workers left, as `Silence` finds them; `clear` does so
+    with what is not of its own kind."""
+
+    def __init__(
+        self,
+        *,
+        client: Redis,
+        keys: Keys,
+        dead: Callable[[str], bool] = lambda _: False,
+        patience_s: float = 2 * HEARTBEAT_S,
+        clear: Callable[[str], Awaitable[None]] | None = None,
+    ) -> None:
+        self._client = client
+        self._keys = keys
+        self._clear = clear
+        self._silence = Silence(client=client, keys=keys, dead=dead, patience_s=patience_s)
+
+    async def remove(self) -> list[str]:
+        """Look once; the instances removed."""
+        dead = await self._silence.look()
+        if not dead:
+            return []
+        if self._clear is not None:
+            for instance in dead:
+                await self._clear(instance)
+        names = [groups.group_of(instance) for instance in dead]
+        async for found in connect.scan(self._client, self._keys.stream_pattern, BATCH):
+            streams = [key for key in found if self._keys.channel_of_stream(key)]
+            if streams:
+                await self._destroy(streams, names)
+                await remove_unused(self._client, streams)
+        # Last: where anything before failed, the next look finds them again.
+        await connect.command(self._client, "SREM", self._keys.nodes, *dead)
+        return dead
+
+    async def _destroy(self, streams: Sequence[bytes], names: Sequence[bytes]) -> None:
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for key in streams:
+                for name in names:
+                    pipeline.execute_command("XGROUP", "DESTROY", key, name)
+            with connect.translated():
+                # A key that is gone or no stream answers with an error, which is as good.
+                await pipeline.execute(raise_on_error=False)

@@ -1,0 +1,157 @@
+"""All streams of the site: how long, how old, and how far each worker has read them.
+
+Walks the keys in batches, so that Redis is never held up; what changes meanwhile may be seen or
+not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from redis.asyncio import Redis
+
+from relay.core.model import Channel, EntryID, StreamState
+from relay.stream.connection import connect
+from relay.stream.format.keys import Keys
+from relay.stream.read import groups
+from relay.stream.read.view import stream_state
+from relay.stream.upkeep.retention import streams_among
+
+# XINFO STREAM brings the first and the last entry with it, and each may be a megabyte.
+_STREAMS = 50
+_KEYS = 1000
+_COUNTED = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Follower:
+    """One consumer group. `worker` is None for a group that is not the relay's.
+
+    `behind` counts the entries that it has not read, at least so many where `at_least`; `lag_ms`
+    is the age of the first of them, 0 without any.
+    """
+
+    name: str
+    worker: str | None
+    last: EntryID
+    behind: int
+    at_least: bool
+    lag_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamOverview:
+    """One stream; `age_ms` is the time since the last append, None where there was none."""
+
+    channel: Channel
+    state: StreamState
+    age_ms: int | None
+    followers: tuple[Follower, ...]
+
+
+async def walk(
+    client: Redis, keys: Keys, pattern: str, on_keys: Callable[[int], None]
+) -> AsyncIterator[list[StreamOverview]]:
+    """The streams of the channels that match the glob `pattern`, each once, in no order.
+
+    `on_keys` hears how many streams were found so far.
+    """
+    seen: set[bytes] = set()
+    async for found in connect.scan(client, keys.streams_matching(pattern), _KEYS):
+        # A key may come twice.
+        fresh = [key for key in found if key not in seen and keys.channel_of_stream(key)]
+        seen.update(fresh)
+        for start in range(0, len(fresh), _STREAMS):
+            yield await _overview(client, keys, fresh[start : start + _STREAMS])
+        on_keys(len(seen))
+
+
+async def misnamed(client: Redis, keys: Keys) -> AsyncIterator[str]:
+    """Yield the names of streams whose key is not that of a channel."""
+    async for found in connect.scan(client, keys.any_stream_pattern, _KEYS):
+        strange = [key for key in found if keys.channel_of_stream(key) is None]
+        if strange:
+            for key in await streams_among(client, strange):
+                yield key.decode(errors="replace")
+
+
+async def _overview(client: Redis, keys: Keys, batch: Sequence[bytes]) -> list[StreamOverview]:
+    now_ms = await connect.time_ms(client)
+    async with client.pipeline(transaction=False) as pipeline:
+        for key in batch:
+            pipeline.execute_command("XINFO", "STREAM", key)
+            pipeline.execute_command("XINFO", "GROUPS", key)
+        with connect.translated():
+            replies: list[Any] = await pipeline.execute(raise_on_error=False)
+            streams = []
+            for index, key in enumerate(batch):
+                stream, found = replies[2 * index], replies[2 * index + 1]
+                if any(str(each).startswith("WRONGTYPE") for each in (stream, found)):
+                    continue  # a foreign key under a stream's name; the retention job counts it
+                state = stream_state(stream, found)
+                if state.exists and not isinstance(found, Exception):
+                    streams.append((key, state, found))
+    followers = await _followers(client, streams, now_ms)
+    overviews = []
+    for key, state, _ in streams:
+        channel = keys.channel_of_stream(key)
+        if channel is not None:
+            age_ms = max(0, now_ms - state.last.ms) if state.added else None
+            overviews.append(
+                StreamOverview(
+                    channel=channel,
+                    state=state,
+                    age_ms=age_ms,
+                    followers=tuple(followers.get(key, ())),
+                )
+            )
+    return overviews
+
+
+async def _followers(
+    client: Redis, streams: Sequence[tuple[bytes, StreamState, Any]], now_ms: int
+) -> dict[bytes, list[Follower]]:
+    followers: dict[bytes, list[Follower]] = {}
+    asked: list[tuple[bytes, str, str | None, EntryID, int | None]] = []
+    async with client.pipeline(transaction=False) as pipeline:
+        for key, state, found in streams:
+            for group in found:
+                if group[b"name"] in groups.OWN_GROUPS:
+                    continue
+                name = group[b"name"].decode(errors="replace")
+                worker = groups.instance_of(group[b"name"])
+                last = EntryID.parse(group[b"last-delivered-id"])
+                if last >= state.last:
+                    follower = Follower(
+                        name=name, worker=worker, last=last, behind=0, at_least=False, lag_ms=0
+                    )
+                    followers.setdefault(key, []).append(follower)
+                    continue
+                # Redis counts what was trimmed unread as well, and says nil where it cannot tell:
+                # then a page is counted.
+                lag = None if group[b"lag"] is None else min(group[b"lag"], state.length)
+                count = _COUNTED if lag is None else 1
+                pipeline.execute_command("XRANGE", key, f"({last}", "+", "COUNT", count)
+                asked.append((key, name, worker, last, lag))
+        with connect.translated():
+            replies: list[Any] = await pipeline.execute() if asked else []
+    for (key, name, worker, last, lag), unread in zip(asked, replies, strict=True):
+        behind = len(unread) if lag is None or not unread else max(lag, 1)
+        first_ms = EntryID.parse(unread[0][0]).ms if unread else now_ms
+        follower = Follower(
+            name=name,
+            worker=worker,
+            last=last,
+            behind=behind,
+            at_least=lag is None and behind == _COUNTED,
+            lag_ms=max(0, now_ms - first_ms),
+        )
+        followers.setdefault(key, []).append(follower)
+    return followers
+
+
+async def exists(client: Redis, keys: Keys, channel: Channel) -> bool:
+    """Whether the channel has a stream."""
+    return bool(await connect.command(client, "EXISTS", keys.stream(channel)))

@@ -1,0 +1,122 @@
+"""Trims streams that others append to, by count and age, as their namespace says.
+
+Producers of our own trim at each append; a plain XADD does not. One worker of the site runs this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from zlib import crc32
+
+from redis.asyncio import Redis
+
+from relay.config.settings import NamespaceSettings
+from relay.core.model import Channel
+from relay.stream.connection import connect
+from relay.stream.format.keys import Keys
+
+BATCH = 500
+_MOST_MISNAMED = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trimmed:
+    """What one run did. `foreign` counts keys under the streams' names that are no streams.
+
+    `misnamed` are streams whose key is not that of a channel, for example without the braces:
+    nothing that is appended to them is delivered.
+    """
+
+    streams: int
+    entries: int
+    foreign: int
+    misnamed: tuple[bytes, ...] = ()
+
+
+async def trim(
+    client: Redis, keys: Keys, settings_of: Callable[[Channel], NamespaceSettings]
+) -> Trimmed:
+    """Trim every stream once. What is appended meanwhile waits for the next run."""
+    streams = entries = foreign = 0
+    misnamed: list[bytes] = []
+    # Entry IDs carry Redis's clock; this machine's may differ.
+    now_ms = await connect.time_ms(client)
+    async for found in connect.scan(client, keys.any_stream_pattern, BATCH):
+        strange = [key for key in found if keys.channel_of_stream(key) is None]
+        if strange and len(misnamed) < _MOST_MISNAMED:
+            misnamed += await streams_among(client, strange)
+        asked: list[bytes] = []
+        async with client.pipeline(transaction=False) as pipeline:
+            for key in found:
+                if (channel := keys.channel_of_stream(key)) is None:
+                    continue
+                streams += 1
+                for words in commands(key, settings_of(channel), now_ms):
+                    asked.append(key)
+                    pipeline.execute_command(*words)
+            with connect.translated():
+                replies: list[Any] = await pipeline.execute(raise_on_error=False)
+        not_streams = set()
+        for key, reply in zip(asked, replies, strict=True):
+            if not isinstance(reply, Exception):
+                entries += reply
+            elif str(reply).startswith("WRONGTYPE"):
+                not_streams.add(key)
+            else:
+                with connect.translated():
+                    raise reply
+        foreign += len(not_streams)
+    return Trimmed(
+        streams=streams - foreign, entries=entries, foreign=foreign, misnamed=tuple(misnamed)
+    )
+
+
+async def streams_among(client: Redis, keys: Sequence[bytes]) -> list[bytes]:
+    """Return those of the keys that are streams."""
+    async with client.pipeline(transaction=False) as pipeline:
+        for key in keys:
+            pipeline.execute_command("XLEN", key)
+        with connect.translated():
+            lengths: list[Any] = await pipeline.execute(raise_on_error=False)
+    return [key for key, length in zip(keys, lengths, strict=True) if isinstance(length, int)]
+
+
+def commands(
+    key: bytes, settings: NamespaceSettings, now_ms: int
+) -> list[tuple[bytes | str | int, ...]]:
+    """XTRIM for this stream: none, by count, by age, or both."""
+    wanted: list[tuple[bytes | str | int, ...]] = []
+    if settings.retention_count:
+        wanted.append(("XTRIM", key, "MAXLEN", "~", settings.retention_count))
+    if settings.retention_age_s:
+        # Exact, since `~` removes whole nodes of 100 entries and would keep a quiet stream's few
+        # for ever. But each trim wakes every worker that follows the stream, so that the limit
+        # moves in steps of a tenth of the age, at another moment for each stream.
+        age_ms = settings.retention_age_s * 1000
+        step = max(age_ms // 10, 1)
+        offset = crc32(key) % step
+        min_ms = (now_ms - age_ms + offset) // step * step - offset
+        if min_ms > 0:
+            wanted.append(("XTRIM", key, "MINID", min_ms))
+    return wanted
+
+
+async def trim_one(
+    client: Redis, keys: Keys, channel: Channel, *, max_entries: int | None, max_age_s: float | None
+) -> int | None:
+    """Remove exactly what is beyond the newest `max_entries` or older than `max_age_s`; how many.
+
+    None where the channel has no stream.
+    """
+    key = keys.stream(channel)
+    if not await connect.command(client, "EXISTS", key):
+        return None
+    removed = 0
+    if max_entries is not None:
+        removed += await connect.command(client, "XTRIM", key, "MAXLEN", max_entries)
+    if max_age_s is not None:
+        oldest_ms = max(0, await connect.time_ms(client) - int(max_age_s * 1000))
+        removed += await connect.command(client, "XTRIM", key, "MINID", oldest_ms)
+    return removed

@@ -1,0 +1,1 @@
+"""Everything that appends: entries, commands, dead letters, revocations."""

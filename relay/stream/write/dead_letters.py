@@ -1,0 +1,71 @@
+"""Entries that cannot be read go to one stream, once each, with the reason.
+
+Many workers see the same entry; the one whose mark is the first writes it. Were that worker to die
+between mark and letter, the letter would be missing, but not the entry: it stays in its stream.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+import orjson
+from redis.asyncio import Redis
+
+from relay.core.model import Broken, Channel
+from relay.stream.connection.connect import command
+from relay.stream.format.keys import Keys
+
+KEEP = 10_000
+MARK_S = 86_400
+LIMIT_BYTES = 65_536
+
+
+async def write(client: Redis, keys: Keys, channel: Channel, broken: Broken, *, node: str) -> bool:
+    """Append the dead letter of this entry; False where another worker has done so."""
+    text, truncated = _fields(broken.fields)
+    letter: list[bytes | str] = ["stream", keys.stream(channel), "id", str(broken.id)]
+    letter += "reason", broken.reason, "node", node
+    letter += "at", datetime.now(UTC).isoformat(timespec="milliseconds"), "fields", text
+    if truncated:
+        letter += "truncated", "1"
+    mark = keys.dead_letter_mark(channel, broken.id)
+    if not await command(client, "SET", mark, node, "NX", "EX", MARK_S):
+        return False
+    await command(client, "XADD", keys.dead_letters, "MAXLEN", "~", KEEP, "*", *letter)
+    return True
+
+
+def of_command(queue: str, command: bytes, reason: str, *, node: str) -> list[bytes]:
+    """Flat fields of the dead letter of a queue's command; `scripts.APPLY` writes its like."""
+    text, truncated = _fields([(b"command", command)])
+    at = datetime.now(UTC).isoformat(timespec="milliseconds")
+    letter = [b"queue", queue.encode(), b"reason", reason.encode(errors="replace")]
+    letter += b"node", node.encode(), b"at", at.encode(), b"fields", text
+    if truncated:
+        letter += b"truncated", b"1"
+    return letter
+
+
+def _fields(pairs: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, bool]:
+    """Names and values as JSON, from at most LIMIT_BYTES of them; and whether that cut some off."""
+    left = LIMIT_BYTES
+    shown = []
+    truncated = False
+    for name, value in pairs:
+        if left <= 0:
+            truncated = True
+            break
+        shown.append([_text(name, left), _text(value, left - len(name))])
+        left -= len(name) + len(value)
+    return orjson.dumps(shown), truncated or left < 0
+
+
+def _text(value: bytes, limit: int) -> str | dict[str, str]:
+    cut = value[: max(limit, 0)]
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(cut).decode()}
+    return cut.decode(errors="ignore")  # the cut may stand within a character

@@ -1,0 +1,129 @@
+"""The Redis side of command queues: look at the head, apply it in one step, share the shards out.
+
+Taking and appending are one script, so that a command is applied once wherever a worker dies. The
+script first checks that the head of the queue is still what was read: a count of all commands ever
+taken, which every worker moves in that same step, and the first and the last item, should anybody
+else have touched the list. The lease only spares others the work; nothing depends on it.
+
+The wake-up is the streams' own (`wakeup.py`): LRANGE arms the key, the next RPUSH by anyone sends
+one push. BLPOP would take the command out before it is applied, and hold a connection a queue.
+
+On Redis Cluster the queue and the streams are in different slots, and no script may touch both:
+there, LMOVE to a list of the worker's own, appends by idempotent script with the item's place in
+the queue as uid, then LTRIM; a successor finishes a dead worker's list in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import hiredis
+
+from relay.core.errors import RedisUnavailable
+from relay.stream.connection import scripts
+from relay.stream.connection.connect import CommandRefused
+from relay.stream.write.dead_letters import KEEP
+
+if TYPE_CHECKING:
+    from relay.stream.connection.link import Command, Link
+    from relay.stream.format.keys import Keys
+
+
+class Operation(NamedTuple):
+    """One entry to append: to `key`, of which `keep` entries are kept (0: all), once per
+    `uid_key` if there is one. `item` says which of the batch it came from."""
+
+    key: bytes
+    fields: Sequence[bytes]
+    item: int
+    keep: int = 0
+    uid_key: bytes | None = None
+
+
+class Head(NamedTuple):
+    """The first items of a queue, and how many had been taken when they were read."""
+
+    taken: bytes
+    items: list[bytes]
+
+
+class Queues:
+    """Commands on one link, which has tracking on where wake-ups are wanted."""
+
+    def __init__(self, link: Link, keys: Keys, instance: str) -> None:
+        self._link = link
+        self._keys = keys
+        self._instance = instance
+
+    async def prepare(self) -> None:
+        """Before anything else on a new link."""
+        await scripts.load(self._link, scripts.HOLD, scripts.APPLY)
+
+    async def hold(self, queues: Sequence[str], ttl_ms: int) -> list[bool]:
+        """Which of the queues this worker is to serve for so long; 0 gives all up.
+
+        At most its fair share of them while others ask too; all of them once it is alone.
+        """
+        keys = [self._keys.takers, *[self._keys.lease(f"queue:{queue}") for queue in queues]]
+        words: Command = (scripts.HOLD.sha, len(keys), *keys, self._instance, ttl_ms)
+        return [bool(held) for held in cast(list[int], await self._call("EVALSHA", *words))]
+
+    async def head(self, queue: str, most: int) -> Head:
+        """What is to be done next. Arms the key: a later RPUSH is heard of."""
+        # The count first: if a batch is taken in between, it is too old, and `apply` does nothing.
+        count, items = await self._link.execute(
+            [("GET", self._keys.queue_count(queue)), ("LRANGE", queue, 0, most - 1)]
+        )
+        for reply in (count, items):
+            if isinstance(reply, hiredis.ReplyError):
+                raise CommandRefused(f"queue {queue}", str(reply))
+        return Head(cast(bytes | None, count) or b"0", cast(list[bytes], items))
+
+    async def apply(
+        self,
+        queue: str,
+        head: Head,
+        operations: Sequence[Operation],
+        *,
+        window_ms: int,
+        replicas: int = 0,
+        wait_ms: int = 0,
+    ) -> int | None:
+        """Append all operations and take the head off the queue, in one step.
+
+        None where the head is no longer what was read: nothing was done. Else how many operations
+        could not be done and are dead letters now. With `replicas`, so many have it, or `wait_ms`
+        are over.
+        """
+        keys: list[bytes | str] = [queue, self._keys.queue_count(queue), self._keys.dead_letters]
+        words: list[bytes | str | int] = [head.taken, len(head.items), head.items[0]]
+        words += head.items[-1], window_ms, KEEP, self._instance
+        words.append(datetime.now(UTC).isoformat(timespec="milliseconds"))
+        for key, fields, item, keep, uid_key in operations:
+            keys.append(key)
+            if uid_key is None:
+                words += keep, 0, item, len(fields)
+            else:
+                keys.append(uid_key)
+                words += keep, 1, item, len(fields)
+            words += fields
+        commands: list[Command] = [("EVALSHA", scripts.APPLY.sha, len(keys), *keys, *words)]
+        if replicas:
+            commands.append(("WAIT", replicas, wait_ms))
+        failed = _checked("EVALSHA", (await self._link.execute(commands))[0])
+        return None if failed == -1 else cast(int, failed)
+
+    async def _call(self, *words: bytes | str | int) -> object:
+        (reply,) = await self._link.execute([words])
+        return _checked(str(words[0]), reply)
+
+
+def _checked(name: str, reply: object) -> object:
+    if isinstance(reply, hiredis.ReplyError):
+        if str(reply).startswith("NOSCRIPT"):
+            # Somebody flushed the scripts: the next connection brings them again.
+            raise RedisUnavailable("Redis has forgotten the scripts")
+        raise CommandRefused(name, str(reply))
+    return reply

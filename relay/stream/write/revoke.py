@@ -1,0 +1,78 @@
+"""Revokes a user's right to read a channel, and grants it again.
+
+Both change the rights hash and append an entry in one step, so that no reader sees one without the
+other. The entry's ID is the position of the change in the stream. Revoke writes the refusal `-`,
+which overrides every source of rights. Grant removes it and restores what the hash had before, so
+that the sources of rights decide again: tokens, protocols' own rules, the application, the hash.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from redis.asyncio import Redis
+
+from relay.core.model import Channel, EntryID
+from relay.stream.connection import connect
+from relay.stream.connection.scripts import Script
+from relay.stream.format import entry
+from relay.stream.format.keys import Keys
+from relay.stream.write import control
+from relay.stream.write.control import DropRights
+
+# Written by `revoke`: the token's claims cannot be withdrawn, only overruled.
+REFUSED = b"-"
+
+# KEYS rights, revoked, stream; ARGV the refusal, the user, then XADD's words after the key. The
+# entry's ID. A second revocation keeps the value from before the first.
+_REVOKE = Script("""\
+local before = redis.call('HGET', KEYS[1], ARGV[2])
+if not before then
+  redis.call('HDEL', KEYS[2], ARGV[2])
+elseif before ~= ARGV[1] then
+  redis.call('HSET', KEYS[2], ARGV[2], before)
+end
+redis.call('HSET', KEYS[1], ARGV[2], ARGV[1])
+return redis.call('XADD', KEYS[3], unpack(ARGV, 3))
+""")
+
+# The same keys and arguments. The entry's ID, or nil if the user is not refused there.
+_GRANT = Script("""\
+if redis.call('HGET', KEYS[1], ARGV[2]) ~= ARGV[1] then return nil end
+local id = redis.call('XADD', KEYS[3], unpack(ARGV, 3))
+local before = redis.call('HGET', KEYS[2], ARGV[2])
+if before then
+  redis.call('HSET', KEYS[1], ARGV[2], before)
+  redis.call('HDEL', KEYS[2], ARGV[2])
+else
+  redis.call('HDEL', KEYS[1], ARGV[2])
+end
+return id
+""")
+
+
+async def revoke(client: Redis, keys: Keys, channel: Channel, user: str) -> EntryID:
+    """Refuse `user` from the returned entry on, until `grant` or another value in the hash."""
+    entry_id = await _run(client, keys, channel, _REVOKE, entry.encode_revocation(user))
+    return EntryID.parse(cast(bytes, entry_id))
+
+
+async def grant(client: Redis, keys: Keys, channel: Channel, user: str) -> EntryID | None:
+    """Undo `revoke` from the returned entry on. Return None if the user is not refused.
+
+    Workers then ask the sources of rights anew, and protocols whose clients do not come back by
+    themselves invite them to.
+    """
+    entry_id = await _run(client, keys, channel, _GRANT, entry.encode_grant(user))
+    if entry_id is None:
+        return None
+    await control.publish(client, keys, DropRights(channel=channel, user=user))
+    return EntryID.parse(cast(bytes, entry_id))
+
+
+async def _run(
+    client: Redis, keys: Keys, channel: Channel, script: Script, fields: list[bytes]
+) -> object:
+    names = keys.rights(channel), keys.revoked(channel), keys.stream(channel)
+    words = REFUSED, fields[1], b"*", *fields
+    return await connect.command(client, "EVAL", script.text, len(names), *names, *words)

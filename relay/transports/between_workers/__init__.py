@@ -1,0 +1,1 @@
+"""Connections and requests that one worker passes to another."""

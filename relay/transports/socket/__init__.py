@@ -1,0 +1,1 @@
+"""Bytes to and from one client: HTTP, WebSocket, SSE, heartbeats, deadlines."""

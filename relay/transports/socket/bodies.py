@@ -1,0 +1,146 @@
+"""Request bodies: the only place that reads them.
+
+Nothing is decompressed: no client or producer of the supported protocols compresses its requests,
+and a compressed megabyte can expand to a gigabyte. aiohttp is told so too (`http_connection`).
+
+    body = await read_body(request, limit_bytes=65536)
+
+Check everything that does not need the body first: the path, the credentials, the content type. A
+handler that answers in its protocol's own words catches `BodyRejected`; all others get a plain
+answer. After an answer that was sent before the body had arrived, the connection is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, cast
+
+from aiohttp.web_protocol import RequestPayloadError
+
+if TYPE_CHECKING:
+    from aiohttp import web
+    from aiohttp.streams import StreamReader
+
+    from relay.transports.socket.http_connection import HttpConnection
+
+_log = logging.getLogger(__name__)
+
+BODY_TIMEOUT_S = 30.0
+# All bodies that one worker reads or handles at a time.
+TOTAL_BYTES = 64 * 1024 * 1024
+
+_REASONS = {
+    400: "the body is malformed",
+    408: f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s",
+    413: "the body is larger than {limit}",
+    415: "compressed bodies are not accepted",
+    503: "too many request bodies at the same time; try again",
+}
+
+
+class BodyRejected(Exception):
+    """A request body that relay does not read.
+
+    `status` is one of 400 (malformed), 408 (too slow), 413 (too large), 415 (compressed) and 503
+    (the worker holds too many bodies). The text is fit for an answer.
+    """
+
+    def __init__(self, status: int, limit: str = "") -> None:
+        super().__init__(_REASONS[status].format(limit=limit))
+        self.status = status
+
+
+class Bodies:
+    """The request bodies in a worker's memory, each from its first byte to the end of its request.
+
+    When all bodies together exceed `total_bytes`, the largest one that is still incomplete is
+    rejected. A peer that sends many large bodies therefore rejects its own, and the small bodies of
+    others still arrive.
+    """
+
+    def __init__(self, total_bytes: int = TOTAL_BYTES) -> None:
+        self._total_bytes = total_bytes
+        self._sizes: dict[HttpConnection, int] = {}
+        self._arriving: dict[HttpConnection, StreamReader] = {}
+        self._sum = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """The size of all bodies in memory."""
+        return self._sum
+
+    async def read(
+        self, owner: HttpConnection, content: StreamReader, limit_bytes: int
+    ) -> bytes | None:
+        """Return the body, or None if it is larger than `limit_bytes`.
+
+        Raise BodyRejected, or ConnectionError if the client disconnects.
+        """
+        parts: list[bytes] = []
+        size = 0
+        self._arriving[owner] = content
+        try:
+            while part := await content.readany():
+                parts.append(part)
+                size += len(part)
+                if size > limit_bytes:
+                    return None
+                self._add(owner, len(part))
+            return b"".join(parts)
+        finally:
+            self._arriving.pop(owner, None)
+            # An exception's traceback would keep them until the garbage collector runs.
+            parts.clear()
+            part = b""
+
+    def release(self, owner: HttpConnection) -> None:
+        """Forget the body of the connection's request."""
+        self._sum -= self._sizes.pop(owner, 0)
+
+    def _add(self, owner: HttpConnection, size: int) -> None:
+        self._sizes[owner] = self._sizes.get(owner, 0) + size
+        self._sum += size
+        # A single body may be larger than all together, if its protocol's limit is.
+        while self._sum > self._total_bytes and len(self._sizes) > 1:
+            largest = max(self._arriving, key=lambda each: self._sizes.get(each, 0))
+            self.release(largest)
+            content = self._arriving.pop(largest)
+            if largest is owner:
+                raise BodyRejected(503)
+            content.set_exception(BodyRejected(503))
+
+
+async def read_body(request: web.Request, limit_bytes: int, setting: str = "") -> bytes:
+    """Return the request's body, of at most `limit_bytes`; `setting` is the name of that limit.
+
+    Raise BodyRejected if it is compressed, too large, too slow or malformed, or if the worker holds
+    too many bodies. Raise ConnectionError if the client disconnects.
+    """
+    try:
+        return await _read(request, limit_bytes, f"{setting or 'the limit'} ({limit_bytes} bytes)")
+    except BodyRejected as exc:
+        address = request.remote or "a client that has disconnected"
+        _log.warning("Rejected a request of %s with status %d: %s", address, exc.status, exc)
+        raise
+
+
+async def _read(request: web.Request, limit_bytes: int, limit: str) -> bytes:
+    encoding = request.headers.get("Content-Encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise BodyRejected(415)
+    if (request.content_length or 0) > limit_bytes:
+        raise BodyRejected(413, limit)
+    if not request.can_read_body:
+        return b""
+    connection = cast("HttpConnection", request.protocol)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            body = await connection.limits.bodies.read(connection, request.content, limit_bytes)
+    except TimeoutError:
+        raise BodyRejected(408) from None
+    except RequestPayloadError:
+        raise BodyRejected(400) from None
+    if body is None:
+        raise BodyRejected(413, limit)
+    return body

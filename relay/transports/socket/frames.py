@@ -1,0 +1,242 @@
+"""Reading a client's websocket frames (RFC 6455), without I/O.
+
+With `compressed`, messages may come as permessage-deflate (RFC 7692) has them, each by itself.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from relay.transports.socket.deflate import Undecodable, inflate
+
+CONTINUATION, TEXT, BINARY, CLOSE, PING_OPCODE, PONG = 0, 1, 2, 8, 9, 10
+_OPCODES = frozenset({CONTINUATION, TEXT, BINARY, CLOSE, PING_OPCODE, PONG})
+
+# The bit of a message's first frame that says it is compressed (RFC 7692 section 6).
+COMPRESSED = 0x40
+
+# Frames that one call parses. More of them wait for the next call, so that a read full of tiny
+# frames does not hold up the loop.
+FRAMES_PER_TURN = 64
+# A fragment below this size is counted as idle. Real clients send fragments of 4 KiB and more.
+_TINY_BYTES = 512
+# The payload of a frame above this size is unmasked as it arrives, not all of it at its end.
+_LARGE_BYTES = 65536
+
+
+class ProtocolViolation(Exception):
+    """The client broke the protocol; `before` is what it had said correctly until then."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+        self.before: list[tuple[int, bytes]] = []
+
+
+def parse_close(payload: bytes) -> int | None:
+    """The code of a client's close frame, None where it gave none."""
+    if not payload:
+        return None
+    if len(payload) == 1:
+        raise ProtocolViolation(1002, "close frame with half a code")
+    code: int = struct.unpack_from("!H", payload)[0]
+    # Section 7.4 and the IANA registry; 1004 to 1006 and 1015 never travel.
+    if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
+        raise ProtocolViolation(1002, "close code that may not be sent")
+    _check_utf8(payload[2:])
+    return code
+
+
+def _check_utf8(payload: bytes) -> None:
+    try:
+        payload.decode()
+    except UnicodeDecodeError:
+        raise ProtocolViolation(1007, "not UTF-8") from None
+
+
+def unmask(payload: bytes, mask: bytes) -> bytes:
+    """What the client meant (section 5.3)."""
+    # XOR of two long integers is the fastest that Python has for this without an extension.
+    size = len(payload)
+    pad = (mask * (size // 4 + 1))[:size]
+    xor = int.from_bytes(payload, "little") ^ int.from_bytes(pad, "little")
+    return xor.to_bytes(size, "little")
+
+
+class FrameReader:
+    """Turns a client's bytes into messages and control frames, at most `max_bytes` a message.
+
+    Between messages it holds no buffer. After a ProtocolViolation it must not be fed again. The
+    first `skip_bytes` are dropped: some old clients send bytes of a draft before their first frame.
+    """
+
+    __slots__ = (
+        "_allowed",
+        "_inflates",
+        "_kind",
+        "_message",
+        "_payload_at",
+        "_rest",
+        "_skip",
+        "_unmasked",
+        "idle_frames",
+        "max_bytes",
+        "more",
+    )
+
+    def __init__(self, max_bytes: int, skip_bytes: int = 0, *, compressed: bool = False) -> None:
+        self.max_bytes = max_bytes
+        self._allowed = COMPRESSED if compressed else 0
+        self._inflates = False
+        self._skip = skip_bytes
+        self._rest: bytes | bytearray = b""
+        self._message: bytearray | None = None
+        self._kind = 0
+        # Of a large frame that has begun: the place of its payload, and how much was unmasked.
+        self._payload_at = self._unmasked = 0
+        # Control frames and tiny fragments so far: work for the server that carries no message.
+        self.idle_frames = 0
+        # Whether the last call stopped early; call `feed(b"")` to continue.
+        self.more = False
+
+    @property
+    def at_frame_start(self) -> bool:
+        """Whether the next byte begins a frame."""
+        return not self._rest and not self._skip
+
+    def feed(self, data: bytes) -> list[tuple[int, bytes]]:
+        """Return what `data` completes, in order: messages, pings, pongs and at most one close.
+
+        A close frame is the last item, because nothing counts after it (section 5.5.1). At most
+        FRAMES_PER_TURN frames are parsed; `more` says whether others may be left.
+        """
+        if self._skip:
+            data, self._skip = data[self._skip :], max(0, self._skip - len(data))
+        if self._rest:
+            self._rest += data
+            source: bytes | bytearray = self._rest
+        else:
+            source = data
+        found: list[tuple[int, bytes]] = []
+        start = count = self._payload_at = 0
+        self.more = False
+        try:
+            while end := self._frame_at(source, start, found):
+                start = end
+                count += 1
+                if found and found[-1][0] == CLOSE:
+                    start = len(source)
+                    break
+                if count == FRAMES_PER_TURN:
+                    self.more = start < len(source)
+                    break
+        except ProtocolViolation as violation:
+            violation.before = found
+            raise
+        if start == len(source):
+            self._rest = b""
+        elif isinstance(source, bytearray):
+            # Deleting from the front of a bytearray moves no bytes, and it grows in place: a large
+            # frame in small pieces and many frames in one piece both cost linear time.
+            del source[:start]
+        else:
+            self._rest = bytearray(memoryview(source)[start:])
+        if self._payload_at:
+            self._unmask_ahead(self._rest, self._payload_at)
+        return found
+
+    def _unmask_ahead(self, frame: bytes | bytearray, at: int) -> None:
+        # Whole masks only, so that the rest begins with the mask's first byte.
+        first = at + self._unmasked
+        end = at + (len(frame) - at) // 4 * 4
+        if isinstance(frame, bytearray) and first < end:
+            frame[first:end] = unmask(bytes(frame[first:end]), bytes(frame[at - 4 : at]))
+            self._unmasked = end - at
+
+    def _frame_at(
+        self, source: bytes | bytearray, start: int, found: list[tuple[int, bytes]]
+    ) -> int:
+        """Handle the frame at `start`; its end, or 0 while it is not complete."""
+        have = len(source) - start
+        if have < 2:
+            return 0
+        first, second = source[start], source[start + 1]
+        opcode = first & 0x0F
+        last = first >= 0x80
+        self._check_head(first, second, opcode, last=last)
+        if 0 < opcode < 8:
+            self._inflates = bool(first & COMPRESSED)
+        size = second & 0x7F
+        at = start + 2
+        if size == 126:
+            if have < 4:
+                return 0
+            (size,) = struct.unpack_from("!H", source, at)
+            at += 2
+        elif size == 127:
+            if have < 10:
+                return 0
+            (size,) = struct.unpack_from("!Q", source, at)
+            at += 8
+        # Before the payload is waited for: what is too long is never held.
+        held = len(self._message) if self._message is not None and opcode < 8 else 0
+        if opcode < 8 and held + size > self.max_bytes:
+            raise ProtocolViolation(1009, f"more than {self.max_bytes} bytes")
+        end = at + 4 + size
+        if len(source) < end:
+            if size > _LARGE_BYTES and len(source) >= at + 4:
+                self._payload_at = at + 4 - start
+            return 0
+        done, self._unmasked = at + 4 + self._unmasked, 0
+        payload = unmask(bytes(source[done:end]), bytes(source[at : at + 4])) if size else b""
+        if done > at + 4:
+            payload = bytes(source[at + 4 : done]) + payload
+        self._accept(opcode, payload, found, last=last)
+        return end
+
+    def _check_head(self, first: int, second: int, opcode: int, *, last: bool) -> None:
+        # Of control frames and of a message's further ones the bit must be clear too.
+        if first & 0x70 & ~(self._allowed if 0 < opcode < 8 else 0):
+            raise ProtocolViolation(1002, "reserved bits set")
+        if opcode not in _OPCODES:
+            raise ProtocolViolation(1002, "unknown opcode")
+        if second < 0x80:
+            raise ProtocolViolation(1002, "a client's frames must be masked")
+        if opcode >= 8:
+            # Section 5.5: control frames are short and whole.
+            if not last or second & 0x7F > 125:
+                raise ProtocolViolation(1002, "control frame too long or in fragments")
+        elif (opcode == CONTINUATION) != (self._message is not None):
+            raise ProtocolViolation(1002, "fragments out of order")
+
+    def _accept(
+        self, opcode: int, payload: bytes, found: list[tuple[int, bytes]], *, last: bool
+    ) -> None:
+        if opcode >= 8 or (not last and len(payload) < _TINY_BYTES):
+            self.idle_frames += 1
+        if opcode < 8:
+            if not last and opcode != CONTINUATION:
+                self._kind, self._message = opcode, bytearray(payload)
+                return
+            if self._message is not None:
+                self._message += payload
+                if not last:
+                    return
+                opcode, payload, self._message = self._kind, bytes(self._message), None
+            if self._inflates:
+                payload = self._inflated(payload)
+            if opcode == TEXT:
+                _check_utf8(payload)
+        elif opcode == CLOSE:
+            parse_close(payload)
+        found.append((opcode, payload))
+
+    def _inflated(self, payload: bytes) -> bytes:
+        try:
+            message = inflate(payload, self.max_bytes)
+        except Undecodable as exc:
+            raise ProtocolViolation(1007, str(exc)) from None
+        if message is None:
+            raise ProtocolViolation(1009, f"more than {self.max_bytes} bytes")
+        return message

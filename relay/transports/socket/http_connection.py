@@ -1,0 +1,374 @@
+"""HTTP connections: aiohttp's request handler with limits on what an unknown peer can hold open.
+
+Time limits, the same on every listener:
+
+- complete headers within `HEAD_TIMEOUT_S`, counted from the connection's start or from the first
+  byte of a later request;
+- `BODY_TIMEOUT_S` for a body (`relay.transports.socket.bodies`);
+- `WRITE_TIMEOUT_S` for a client that does not read its answer;
+- `KEEPALIVE_S` between two requests.
+
+Connections taken over for WebSocket, SSE and polling leave aiohttp, and these limits with it.
+Together with `take_over` the only file that depends on aiohttp's internals
+(`aiohttp.web_protocol.RequestHandler`, tested with 3.14.5).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, cast
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+from aiohttp.streams import EMPTY_PAYLOAD
+from aiohttp.web_protocol import RequestHandler, RequestPayloadError
+from typing_extensions import override
+
+from relay.transports.socket.bodies import Bodies, BodyRejected
+from relay.transports.socket.deadlines import Deadlines
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aiohttp.streams import StreamReader
+    from aiohttp.web_request import BaseRequest
+    from aiohttp.web_response import StreamResponse
+
+_log = logging.getLogger(__name__)
+
+HEAD_TIMEOUT_S = 15.0
+WRITE_TIMEOUT_S = 30.0
+# Longer than a proxy keeps idle connections (nginx: 60 s), so that the proxy closes them first and
+# no request arrives at a connection that is being closed.
+KEEPALIVE_S = 75.0
+# A cursor over many channels comes back in one header line (native/README.md, "Cursor").
+MAX_LINE_BYTES = 65536
+_HEAD_END = b"\r\n\r\n"
+_MAX_HEAD_BYTES = 2 * MAX_LINE_BYTES
+# After an early answer: for the client to read it before the connection is closed.
+_DISCARD_S = 5.0
+_DISCARD_BYTES = 32 * 1024 * 1024
+_DISCARD_PAUSE_S = 0.02
+# A burst of real clients sends its requests at once. Younger connections are not closed early.
+_MIN_AGE_S = 0.5
+_SHED_AT_ONCE = 16
+
+
+class ConnectionLimits:
+    """The limits that all listeners of a worker share."""
+
+    def __init__(self, *, head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
+        self.bodies = Bodies()
+        # Connections from which no complete request head has been received.
+        self.heads: Deadlines[HttpConnection] = Deadlines(head_timeout_s, HttpConnection.expire)
+        self.writes: Deadlines[HttpConnection] = Deadlines(WRITE_TIMEOUT_S, HttpConnection.abort)
+        self.discards: Deadlines[_Discard] = Deadlines(_DISCARD_S, _Discard.abort)
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        # The rest of the descriptors is for clients that have sent a request.
+        self._max_heads = float("inf") if files == resource.RLIM_INFINITY else max(8, files // 4)
+
+    def opened(self, connection: HttpConnection) -> None:
+        """Start the time limit of a new connection, and close old ones if there are too many."""
+        self.heads.add(connection)
+        for _ in range(_SHED_AT_ONCE):
+            if len(self.heads) <= self._max_heads or not self.shed_half_open():
+                break
+
+    def shed_half_open(self) -> bool:
+        """Close the oldest connection without a complete request; return whether there was one."""
+        oldest = self.heads.oldest(min_age_s=_MIN_AGE_S)
+        if oldest is None:
+            return False
+        _log.warning(
+            "Closed the oldest connections that have not sent a complete request: there are too"
+            " many for the limit of open files"
+        )
+        oldest.abort()
+        return True
+
+
+class HttpConnection(RequestHandler):
+    """One client's connection while aiohttp reads its requests."""
+
+    __slots__ = ("_ends_early", "_head_bytes", "_payload", "factory", "limits")
+
+    def __init__(self, factory: HttpFactory, manager: web.Server, **settings: Any) -> None:
+        """`settings` are those of the aiohttp runner. `factory` makes this connection's successor
+        after a polling request."""
+        fixed = {
+            # The answer to a bomb takes no longer than to any other body.
+            "auto_decompress": False,
+            # aiohttp would read and parse the rest of a rejected body; see `_discard`.
+            "lingering_time": 0.0,
+            "max_line_size": MAX_LINE_BYTES,
+            "max_field_size": MAX_LINE_BYTES,
+        }
+        super().__init__(manager, loop=asyncio.get_running_loop(), **{**settings, **fixed})
+        self.factory = factory
+        self.limits = factory.limits
+        self._head_bytes = 0
+        # Of the request that was received last, until its answer is complete.
+        self._payload: StreamReader | None = None
+        # The last answer is being sent, and the rest of its request is not read.
+        self._ends_early = False
+
+    # ---- time limits ------------------------------------------------------------------------
+
+    @override
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.limits.opened(self)
+
+    def reused(self) -> None:
+        """The connection has served a request before: the keep-alive time counts."""
+        self.limits.heads.remove(self)
+
+    @override
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self._manager is None:
+            return
+        self.limits.heads.remove(self)
+        self.limits.writes.remove(self)
+        make_request = self._request_factory
+        super().connection_lost(exc)
+        # aiohttp's task may be about to start a request that has just been read, and calls both.
+        self._request_factory = make_request
+        self._request_handler = _reject_lost
+
+    @override
+    async def start(self) -> None:
+        if self._manager is not None:
+            await super().start()
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        if self._ends_early:
+            self._pause_transport_reading()
+            return
+        incoming = self._payload if self._payload and not self._payload.is_eof() else None
+        arrived = incoming.total_bytes if incoming else 0
+        requests = self._request_count
+        super().data_received(data)
+        if self.transport is None:
+            return
+        if self._request_count != requests:
+            self._payload = self._messages[-1][1]
+            self._head_bytes = 0
+            self.limits.heads.remove(self)
+            if not self._ends_with_request(data, self._payload):
+                self.limits.heads.add(self)
+        elif self._upgraded:
+            # Frames behind a handshake, which aiohttp keeps for `take_over`.
+            pass
+        elif incoming is None:
+            self._head_bytes += len(data)
+            if self._head_bytes > _MAX_HEAD_BYTES:
+                self._end(431)
+            elif data and self not in self.limits.heads:
+                self.limits.heads.add(self)
+        elif self._has_more_than_body(data, incoming, arrived):
+            self.limits.heads.add(self)
+
+    @staticmethod
+    def _has_more_than_body(data: bytes, payload: StreamReader, arrived: int) -> bool:
+        """Return whether another request begins in `data` behind the end of a body."""
+        if not payload.is_eof() or len(data) <= payload.total_bytes - arrived:
+            return False
+        # The last chunk of a chunked body ends like a complete head.
+        return not data.endswith(_HEAD_END)
+
+    def _ends_with_request(self, data: bytes, payload: StreamReader) -> bool:
+        """Return False if a part of another request has arrived behind a complete one."""
+        if self._upgraded or not payload.is_eof() or len(data) < len(_HEAD_END):
+            return True
+        if data.endswith(_HEAD_END):
+            return True
+        if payload is EMPTY_PAYLOAD:
+            return False
+        return len(data) <= data.find(_HEAD_END) + len(_HEAD_END) + payload.total_bytes
+
+    def expire(self) -> None:
+        """Close the connection: the request head is not complete in time."""
+        if not self.is_idle:
+            # An earlier request is still being handled.
+            self.limits.heads.add(self)
+        elif self._head_bytes:
+            self._end(408)
+        else:
+            self.abort()
+
+    def abort(self) -> None:
+        """Close the connection without an answer."""
+        self.limits.heads.remove(self)
+        transport = self.transport
+        self.force_close()
+        if transport is not None:
+            transport.abort()
+
+    @override
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.limits.writes.add(self)
+
+    @override
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.limits.writes.remove(self)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the connection waits for its next request."""
+        return self._waiter is not None and not self._waiter.done()
+
+    # ---- requests ---------------------------------------------------------------------------
+
+    @override
+    async def _handle_request(
+        self,
+        request: BaseRequest,
+        start_time: float | None,
+        request_handler: Callable[[BaseRequest], Awaitable[StreamResponse]],
+    ) -> tuple[StreamResponse, bool]:
+        if request.headers.get("Expect", "100-continue").lower() != "100-continue":
+            # aiohttp would put the header's value into the answer, and fail if it is not UTF-8.
+            request_handler = _reject_expectation
+        try:
+            return await super()._handle_request(request, start_time, request_handler)
+        finally:
+            self.limits.bodies.release(self)
+            if self._payload is request.content:
+                self._payload = None
+
+    @override
+    async def finish_response(
+        self, request: BaseRequest, resp: StreamResponse, start_time: float | None
+    ) -> tuple[StreamResponse, bool]:
+        if not request.content.is_eof():
+            self._ends_early = True
+            resp.force_close()
+        result = await super().finish_response(request, resp, start_time)
+        if self._ends_early:
+            self._discard()
+        return result
+
+    @override
+    def handle_error(
+        self,
+        request: BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> StreamResponse:
+        if isinstance(exc, ConnectionError) or request.remote is None:
+            _log.debug("A client disconnected before its request was answered")
+            return _answer(400)
+        if isinstance(exc, HttpProcessingError | RequestPayloadError):
+            # Neither the text nor the traceback: both have the peer's bytes, maybe a token.
+            _log.warning("Rejected a malformed HTTP request of %s", request.remote)
+            _log.debug("The malformed HTTP request was a case of %s", type(exc).__name__)
+            return _answer(431 if isinstance(exc, LineTooLong) else 400)
+        if isinstance(exc, BodyRejected):
+            return _answer(exc.status, str(exc))
+        return super().handle_error(request, status, exc, message)
+
+    def _end(self, status: int) -> None:
+        """Answer a request whose head is incomplete, and close the connection."""
+        if self.transport is not None and not self.transport.is_closing():
+            answer = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+            self.transport.write(f"{answer}Content-Length: 0\r\nConnection: close\r\n\r\n".encode())
+            self._discard()
+
+    def _discard(self) -> None:
+        """Leave the connection to its end: the client can read its answer for a few seconds.
+
+        If it was closed at once, the rest of the request would make the kernel reset it, and the
+        client might lose the answer.
+        """
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        self.transport = None
+        self.connection_lost(None)
+        rest = _Discard(self.limits)
+        transport.set_protocol(rest)
+        rest.connection_made(transport)
+
+
+class _Discard(asyncio.Protocol):
+    """Drops what a client still sends after the last answer of a connection."""
+
+    __slots__ = ("_left", "_limits", "_transport")
+
+    def __init__(self, limits: ConnectionLimits) -> None:
+        self._limits = limits
+        self._left = _DISCARD_BYTES
+        self._transport: asyncio.Transport | None = None
+
+    @override
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = opened = cast("asyncio.Transport", transport)
+        self._limits.discards.add(self)
+        if opened.can_write_eof():
+            opened.write_eof()
+        opened.resume_reading()
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        self._left -= len(data)
+        if self._left < 0:
+            self.abort()
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self._transport = None
+        self._limits.discards.remove(self)
+
+    def abort(self) -> None:
+        """Close the connection now."""
+        if self._transport is not None:
+            self._transport.abort()
+
+
+class HttpFactory:
+    """Makes the connections of one listener. `server` is that of the aiohttp runner."""
+
+    def __init__(self, server: web.Server, limits: ConnectionLimits) -> None:
+        self.limits = limits
+        self._server = server
+
+    def __call__(self) -> HttpConnection:
+        """Return the protocol for a new connection."""
+        return HttpConnection(self, self._server, **self._server._kwargs)
+
+    def shed(self) -> bool:
+        """Close one connection to make room for a new one; return whether that was possible.
+
+        Connections that have not sent a request go first, then those between two requests. Only
+        the oldest of each are closed.
+        """
+        if self.limits.shed_half_open():
+            return True
+        for each in self._server._connections:
+            connection = cast("HttpConnection", each)
+            if connection.is_idle and connection not in self.limits.heads:
+                connection.abort()
+                return True
+        return False
+
+
+async def _reject_expectation(_request: BaseRequest) -> StreamResponse:
+    return _answer(417)
+
+
+async def _reject_lost(_request: BaseRequest) -> StreamResponse:
+    raise ConnectionResetError("the client has disconnected")
+
+
+def _answer(status: int, text: str = "") -> web.Response:
+    answer = web.Response(status=status, text=f"{text or HTTPStatus(status).phrase}\n")
+    answer.force_close()
+    return answer

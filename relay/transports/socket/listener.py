@@ -1,0 +1,221 @@
+"""Listening sockets that stay sane when descriptors run out.
+
+Measured with all descriptors in use: uvloop closes new connections at once by means of one reserve
+descriptor, but would close the listening socket itself if another thread snatched that one;
+asyncio (3.11) tries `backlog` times a second to accept and logs a traceback each time, 4,096 of
+them with ours. And in both the relay could not reach Redis again. So the last descriptors are kept
+free: whoever comes then is closed at once, those who are there notice nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+from aiohttp import web
+
+from relay.transports.socket.http_connection import ConnectionLimits, HttpFactory
+
+if TYPE_CHECKING:
+    import ssl
+
+log = logging.getLogger(__name__)
+
+# For Redis, name lookups and log files, and for what asyncio accepts before it can be refused.
+_SPARE_DESCRIPTORS = 64
+# asyncio accepts up to `backlog` connections in one turn, and fails as often in one turn too. One
+# that is refused is closed five turns later, and by then the spare ones must not have run out.
+_ASYNCIO_BATCH = 4
+_HANDSHAKE_S = 15.0
+
+
+def raise_open_file_limit() -> int:
+    """Raise the soft limit of open files to the hard one; the limit that now holds."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError):
+            # Some systems say "unlimited" and refuse it.
+            return soft
+    return hard
+
+
+class _Gate(asyncio.Protocol):
+    """Looks at a new connection's descriptor before aiohttp's handler is made for it."""
+
+    __slots__ = ("_site",)
+
+    def __init__(self, site: GuardedSite) -> None:
+        self._site = site
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Hand the connection on, or close it: who knows at once can try another host."""
+        opened = cast("asyncio.Transport", transport)
+        # The kernel gives the lowest free number, so a high one means that few are left.
+        connection = opened.get_extra_info("socket")
+        if self._site.give is not None and self._site.give(connection):
+            # Only this process's descriptor: the sibling has one of its own.
+            opened.abort()
+        elif self._site.has_room(connection):
+            handler = self._site.make_handler()
+            opened.set_protocol(handler)
+            handler.connection_made(opened)
+        else:
+            opened.abort()
+
+
+class _Adopted(asyncio.Protocol):
+    """Passes `early`, which another process has read, to aiohttp's handler at once.
+
+    If the handler had to wait for it, the connection could be lost in between, and aiohttp would
+    then handle the request without its own server ("'NoneType' object is not callable").
+    """
+
+    __slots__ = ("_early", "_site")
+
+    def __init__(self, site: GuardedSite, early: bytes) -> None:
+        self._site = site
+        self._early = early
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        handler = self._site.make_handler()
+        transport.set_protocol(handler)
+        handler.connection_made(transport)
+        if self._early:
+            # Nothing can have followed it: the client waits for the answer.
+            handler.data_received(self._early)
+
+
+class GuardedSite(web.BaseSite):
+    """A TCP site of an aiohttp runner that keeps `spare` descriptors free.
+
+    `refused` counts the connections that were closed for that reason.
+    """
+
+    def __init__(
+        self,
+        runner: web.BaseRunner,
+        host: str,
+        port: int,
+        *,
+        backlog: int = 4096,
+        ssl_context: ssl.SSLContext | None = None,
+        reuse_port: bool = False,
+        spare: int = _SPARE_DESCRIPTORS,
+        limits: ConnectionLimits | None = None,
+    ) -> None:
+        """`limits` are those of all listeners of this process."""
+        super().__init__(runner, ssl_context=ssl_context, backlog=backlog)
+        self._limits = limits or ConnectionLimits()
+        self.serve(runner)
+        self._host = host
+        self._port = port
+        self._reuse_port = reuse_port
+        # A test's or a container's limit may be small: an eighth of it then.
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        unlimited = limit == resource.RLIM_INFINITY
+        self.limit = float("inf") if unlimited else limit - min(spare, limit // 8)
+        self.refused = 0
+        # Asked first, where set: whether another process has taken the connection over.
+        self.give: Callable[[socket.socket], bool] | None = None
+
+    def serve(self, runner: web.BaseRunner) -> None:
+        """Let `runner`, which has been set up, handle the connections from now on."""
+        self.make_handler = HttpFactory(cast("web.Server", runner.server), self._limits)
+
+    @property
+    def name(self) -> str:
+        """The address as a URL, with the port that was bound."""
+        scheme = "https" if self._ssl_context else "http"
+        host = f"[{self._host}]" if ":" in self._host else self._host or "0.0.0.0"  # noqa: S104 - only shown
+        return f"{scheme}://{host}:{self._port}"
+
+    @property
+    def tls(self) -> bool:
+        """Whether it speaks TLS."""
+        return self._ssl_context is not None
+
+    @property
+    def port(self) -> int:
+        """The port that was bound, where 0 was asked for."""
+        return self._port
+
+    async def start(self) -> None:
+        """Bind and listen; OSError where the address is taken or is not ours."""
+        await super().start()
+        loop = asyncio.get_running_loop()
+        batch = _ASYNCIO_BATCH if isinstance(loop, asyncio.BaseEventLoop) else self._backlog
+        server = await loop.create_server(
+            lambda: _Gate(self),
+            self._host or None,
+            self._port,
+            ssl=self._ssl_context,
+            ssl_handshake_timeout=_HANDSHAKE_S if self._ssl_context else None,
+            backlog=batch,
+            reuse_address=True,
+            reuse_port=self._reuse_port or None,
+        )
+        self._server = server
+        for listening in server.sockets:
+            self._port = listening.getsockname()[1]
+            # The kernel's queue is what a reconnect storm needs; listening again only sets that.
+            with socket.socket(fileno=os.dup(listening.fileno())) as again:
+                again.listen(self._backlog)
+
+    async def stop(self) -> None:
+        """Stop listening. Connections that the kernel has accepted already are served."""
+        if self._server is None:
+            return
+        listening = cast("asyncio.Server", self._server).sockets
+        # Closing a listening socket resets what waits in its queue, so that is taken first. The
+        # duplicate keeps the socket open until then.
+        queues = [socket.socket(fileno=os.dup(each.fileno())) for each in listening]
+        await super().stop()
+        self._server = None
+        waiting: list[socket.socket] = []
+        for queue in queues:
+            with queue, contextlib.suppress(OSError):
+                queue.setblocking(False)
+                while True:
+                    waiting.append(queue.accept()[0])
+        for connection in waiting:
+            await self.adopt(connection)
+
+    async def adopt(self, connection: socket.socket, early: bytes = b"") -> None:
+        """Serve a connection that another process has accepted, and read `early` from."""
+        loop = asyncio.get_running_loop()
+        if not self.has_room(connection):
+            connection.close()
+            return
+        connection.setblocking(False)
+        try:
+            await loop.connect_accepted_socket(
+                lambda: _Adopted(self, early),
+                connection,
+                ssl=self._ssl_context,
+                ssl_handshake_timeout=_HANDSHAKE_S if self._ssl_context else None,
+            )
+        except OSError:
+            # The client has gone already.
+            connection.close()
+
+    def has_room(self, connection: socket.socket) -> bool:
+        """Return whether a new connection can be served; log it if not.
+
+        If descriptors are short, an old connection without a request is closed for the new one.
+        """
+        if connection.fileno() < self.limit or self.make_handler.shed():
+            return True
+        self.refused += 1
+        log.error(
+            "Refused a new connection: all file descriptors but the reserve are in use; raise the"
+            " limit of open files"
+        )
+        return False

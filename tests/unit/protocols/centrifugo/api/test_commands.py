@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import pytest
+
+from relay.protocols.centrifugo import commands
+from relay.protocols.centrifugo.commands import (
+    Command,
+    Invalid,
+    NamespaceNotFound,
+    Publication,
+    Undeliverable,
+)
+
+
+def published(text: str) -> Publication:
+    command = commands.one(text.encode())
+    assert command.method == "publish"
+    return commands.publish(command.params)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "[]",
+        "{}",
+        "12345678901234567890",
+        "1.0",
+        "1e400",
+        '"\\u00e9\\/"',
+        '{ "b":1,\t"a" : [ ] }',
+        "null",
+        "1" * 5000,
+        '"}}"',
+        '{"a":{"channel":"x","data":1}}',
+    ],
+)
+def test_data_keeps_its_bytes(data: str) -> None:
+    text = '{"method":"publish","params":{"channel":"news","data":%s}}'
+    wanted = Publication(commands.checked_channel("news"), data.encode())
+    assert published(text % data) == wanted
+    # The short way leaves numbers that are no float to the long one.
+    assert commands.plain_publish((text % data).encode()) in (wanted, None)
+    assert published(text % f" {data}\n ") == wanted
+    assert commands.plain_publish((text % f" {data}\n").encode()) in (wanted, None)
+
+
+def test_names_match_as_go_matches_them() -> None:
+    # U+017F is what Go's field matching takes for an s, too.
+    text = '{"METHOD":"publish","Param\u017f":{"CHANNEL":"a","x":[1],"data":1,"Data":2,"uid":"u"}}'
+    assert published(text) == ("a", b"2", None, "u", None, None)
+
+
+def test_null_leaves_a_string_as_it_was() -> None:
+    params = '{"channel":"a","data":null,"client":null,"to":null,"type":null}'
+    text = f'{{"method":"publish","method":null,"uid":null,"params":{params}}}'
+    assert commands.one(text.encode()).uid == ""
+    assert published(text) == ("a", b"null", None, None, None, None)
+
+
+def test_half_a_surrogate_pair_is_what_go_reads() -> None:
+    assert published('{"method":"publish","params":{"channel":"\\ud800x","data":1}}')[0] == "�x"
+
+
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        (None, "no params"),
+        ("null", "publish without channel"),
+        ("[]", "not an object"),
+        ('{"data":1}', "publish without channel"),
+        ('{"channel":"","data":1}', "publish without channel"),
+        ('{"channel":"a"}', "publish without data"),
+        ('{"channel":5,"data":1}', "channel is not a string"),
+        ('{"channel":"a","data":1,"client":{}}', "client is not a string"),
+        ('{"channel":"a","data":1,"uid":true}', "uid is not a string"),
+        ('{"channel":"a","data":1,"type":1}', "type is not a string"),
+        ('{"channel":"a","data":1,"type":"relay:gap"}', "reserved type"),
+        ('{"channel":"a","data":1,"to":{}}', "to is not a string"),
+        ('{"channel":"a","data":1,"to":["bob",null]}', "to is not a string"),
+        ('{"channel":"a","data":1,"to":[]}', "to names nobody"),
+        ('{"channel":"a","data":1,"to":""}', "to names nobody"),
+        ('{"channel":"a","data":1,"to":"[1]"}', "to is not a list of names"),
+    ],
+)
+def test_what_cannot_be_published_has_a_reason(params: str | None, reason: str) -> None:
+    with pytest.raises(Invalid, match=f"^{reason}$"):
+        commands.publish(params)
+
+
+@pytest.mark.parametrize("name", ["seafile:1", "pydio:x", "axr:r", "$axr:r"])
+def test_channels_of_other_doors_are_refused(name: str) -> None:
+    with pytest.raises(NamespaceNotFound):
+        commands.checked_channel(name)
+    text = b'{"method":"publish","params":{"channel":"%s","data":1}}' % name.encode()
+    with pytest.raises(NamespaceNotFound):
+        commands.plain_publish(text)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 256, "\ud800"])
+def test_a_name_that_no_workspace_can_have_is_refused(name: str) -> None:
+    with pytest.raises(Undeliverable):
+        commands.checked_channel(name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b" ",
+        b"{",
+        b"}",
+        b"{}x",
+        b'{"method":"publish",}',
+        b'{"method" "publish"}',
+        b'{"a":01}',
+        b'{"a":NaN}',
+        b'{"a":-Infinity}',
+        b'{"a":"\n"}',
+        b'{"a":"\xff"}',
+        b"\xef\xbb\xbf{}",
+        b"[" * 100_000,
+        b"{}\x0c",
+    ],
+)
+def test_what_is_not_json_is_invalid(text: bytes) -> None:
+    for read in (commands.one, commands.many, commands.queued):
+        with pytest.raises(Invalid):
+            read(text)
+    assert commands.plain_publish(text) is None
+
+
+def test_an_array_is_taken_apart() -> None:
+    text = b'[ {"method":"a"} ,{"uid":"2","params":[ 1 ]}, null,{}]'
+    assert commands.many(text) == [
+        Command("a", None, ""),
+        Command("", "[ 1 ]", "2"),
+        Command("", None, ""),
+        Command("", None, ""),
+    ]
+    assert commands.many(b"[]") == []
+    for wrong in (b"[1]", b"{}", b'[{"method":1}]'):
+        with pytest.raises(Invalid):
+            commands.many(wrong)
+
+
+def test_the_queue_knows_the_form_of_before_1_6_too() -> None:
+    assert commands.queued(b' {"data":[{"method":"a"},{"method":"b"}]} ') == [
+        Command("a", None, ""),
+        Command("b", None, ""),
+    ]
+    assert commands.queued(b'{"method":"a"}') == [Command("a", None, "")]
+    with pytest.raises(Invalid):
+        commands.queued(b'[{"method":"a"}]')
+
+
+def test_a_broadcast_names_its_channels() -> None:
+    found = commands.broadcast('{"Channels":["a",null,"b"],"data":{"x": 1},"client":"c"}')
+    assert found == (["a", "", "b"], b'{"x": 1}', "c", None, None)
+    assert commands.broadcast('{"channels":null}') == ([], b"", None, None, None)
+    for wrong in ('{"channels":"a"}', '{"channels":[1]}', '{"channels":["a"],"data":1,"to":[]}'):
+        with pytest.raises(Invalid):
+            commands.broadcast(wrong)
+    found = commands.broadcast('{"channels":["a"],"data":1,"type":"t","to":"bob"}')
+    assert found.publication("a") == ("a", b"1", None, None, "t", ("user:bob",))
+
+
+@pytest.mark.parametrize(
+    ("to", "names"),
+    [
+        ('"bob, group:kitchen"', ("group:kitchen", "user:bob")),
+        ('["Anna Li","group:kitchen"]', ("group:kitchen", "user:Anna Li")),
+        ('"[\\"Anna Li\\"]"', ("user:Anna Li",)),
+        ('["\\ud800"]', ("user:\ufffd",)),
+    ],
+)
+def test_recipients_are_named_as_in_an_entry(to: str, names: tuple[str, ...]) -> None:
+    params = f'{{"channel":"a","data":1,"TO":{to},"type":"chat"}}'
+    text = f'{{"method":"publish","params":{params}}}'
+    assert published(text) == ("a", b"1", None, None, "chat", names)
+    assert commands.plain_publish(text.encode()) is None
+
+
+def test_a_plain_publish_is_only_what_it_seems() -> None:
+    text = '{"method":"publish","params":{"channel":"a","data":1,"client":"c"}}'
+    assert commands.plain_publish(text.encode()) is None
+    assert published(text) == ("a", b"1", "c", None, None, None)
+
+
+def test_a_boolean_is_one_or_is_not_given() -> None:
+    assert commands.fields('{"Recover":true}', bools=("recover",)) == {"recover": True}
+    assert commands.fields('{"recover":null}', bools=("recover",)) == {}
+    with pytest.raises(Invalid, match="recover is not a boolean"):
+        commands.fields('{"recover":"true"}', bools=("recover",))

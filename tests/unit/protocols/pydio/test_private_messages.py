@@ -1,0 +1,124 @@
+"""What PHP sends over the private channel, and what becomes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.core.model import Channel
+from relay.protocols.pydio.private_messages import (
+    EVERYBODY,
+    Publication,
+    Unreadable,
+    read,
+    workspace,
+)
+
+TREE = "<tree><reload_bookmarks/></tree>"
+
+
+def php(expression: str) -> bytes:
+    """`serialize` of a real PHP."""
+    assert shutil.which("php"), "php is missing: apt-get install php-cli"
+    done = subprocess.run(
+        ["php", "-r", f"echo serialize({expression});"], capture_output=True, check=True
+    )
+    return done.stdout
+
+
+def test_captured_messages_of_6_4_2_are_understood() -> None:
+    plain = (
+        b'a:2:{s:7:"REPO_ID";s:1:"1";s:7:"CONTENT";'
+        b's:44:"<tree><nodes_diff><add/></nodes_diff></tree>";}'
+    )
+    assert read(plain) == Publication(
+        channel=Channel("pydio:1"), data=b"<tree><nodes_diff><add/></nodes_diff></tree>"
+    )
+    for_alice = (
+        b'a:3:{s:7:"REPO_ID";s:1:"1";s:7:"CONTENT";s:32:"<tree><reload_bookmarks/></tree>";'
+        b's:7:"USER_ID";s:5:"alice";}'
+    )
+    assert read(for_alice).to == ("user:alice",)
+    for_all = (
+        b'a:2:{s:7:"REPO_ID";s:19:"AJXP_REPO_SCOPE_ALL";s:7:"CONTENT";s:16:"<tree>all</tree>";}'
+    )
+    assert read(for_all).channel == EVERYBODY
+
+
+def test_what_a_real_php_serializes_is_understood() -> None:
+    content = "<tree>Grüße – 日本</tree>"
+    found = read(
+        php(
+            f"['REPO_ID' => 7, 'CONTENT' => '{content}', 'GROUP_PATH' => '/staff/ops',"
+            " 'NODE_PATHES' => ['/a', '/ü/b'], 'NEW' => [null, true, 1.5]]"
+        )
+    )
+    assert found == Publication(
+        channel=Channel("pydio:7"),
+        data=content.encode(),
+        to=("group:/staff/ops",),
+        extra={b"node_paths": '["/a","/ü/b"]'.encode()},
+    )
+
+
+def test_the_json_form_means_the_same() -> None:
+    body = {"REPO_ID": "*", "CONTENT": TREE, "USER_ID": None, "NODE_PATHES": {"1": "/x"}}
+    assert read(b" " + json.dumps(body).encode()) == Publication(
+        channel=EVERYBODY, data=TREE.encode(), extra={b"node_paths": b'["/x"]'}
+    )
+
+
+def test_objects_are_refused_wherever_they_stand() -> None:
+    for expression in (
+        "new ArrayObject()",
+        f"['REPO_ID' => '1', 'CONTENT' => '{TREE}', 'X' => new DateTime()]",
+        f"['REPO_ID' => '1', 'CONTENT' => '{TREE}', 'NODE_PATHES' => [[new stdClass()]]]",
+    ):
+        with pytest.raises(Unreadable):
+            read(php(expression))
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"", "neither"),
+        (b"{", "neither"),
+        (b"a:1:{", "neither"),
+        (b'a:1:{a:0:{}s:1:"x";}', "neither"),
+        (b"a:1:{" * 100_000, "neither"),
+        (b'{"a":' * 100_000, "neither"),
+        (b's:3:"abc";', "REPO_ID"),
+        (b'{"CONTENT":"x"}', "REPO_ID"),
+        (b'{"REPO_ID":true,"CONTENT":"x"}', "REPO_ID"),
+        (b'{"REPO_ID":"%b","CONTENT":"x"}' % (b"x" * 256), "REPO_ID"),
+        (b'{"REPO_ID":"\\ud800","CONTENT":"x"}', "REPO_ID"),
+        (b'{"REPO_ID":"1"}', "CONTENT"),
+        (b'{"REPO_ID":"1","CONTENT":["x"]}', "CONTENT"),
+        (b'{"REPO_ID":"1","CONTENT":"\\ud800"}', "CONTENT"),
+        (b'{"REPO_ID":"1","CONTENT":"x","USER_ID":""}', "USER_ID"),
+        (b'{"REPO_ID":"1","CONTENT":"x","GROUP_PATH":[]}', "GROUP_PATH"),
+        (b'{"REPO_ID":"1","CONTENT":"x","NODE_PATHES":"/a"}', "NODE_PATHES"),
+        (b'a:2:{s:7:"REPO_ID";s:1:"1";s:7:"CONTENT";s:2:"\xff\xfe";}', "neither"),
+    ],
+)
+def test_what_cannot_be_published_says_why(body: bytes, reason: str) -> None:
+    with pytest.raises(Unreadable, match=reason):
+        read(body)
+
+
+@given(st.binary(max_size=200))
+def test_nothing_else_is_ever_raised(body: bytes) -> None:
+    for start in (b"", b"a:2:{", b"O:", b"{"):
+        with contextlib.suppress(Unreadable):
+            read(start + body)
+
+
+def test_workspaces_have_channels_of_their_own() -> None:
+    assert workspace("9f2ab") == "pydio:9f2ab"
+    assert workspace("*") == workspace("AJXP_REPO_SCOPE_ALL") == EVERYBODY

@@ -1,0 +1,103 @@
+"""The three generations of credentials, and what a token must be (wire facts, sections 1 and 4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from relay.protocols.seafile.tokens import Claims, Refused, SeafTokens
+from tests.support.seafile import sign
+
+# Shorter than RFC 7518 wants, as the keys in use are.
+KEY = "short#;%key"
+NOW = 1_800_000_000.5
+GOOD = int(NOW) + 300
+
+
+def signed(key: str = KEY, algorithm: str = "HS256", **claims: object) -> str:
+    return sign(key, algorithm, **claims)
+
+
+def check(
+    repo_token: str | None = None, authorization: str | None = None, *, clients: bool = False
+) -> None:
+    SeafTokens(KEY, "shared secret").check_sender(repo_token, authorization, NOW, clients=clients)
+
+
+@pytest.mark.parametrize("algorithm", ["HS256", "HS384", "HS512"])
+def test_hmac_of_any_length_counts(algorithm: str) -> None:
+    token = signed(algorithm=algorithm, exp=GOOD, repo_id="r", username="u")
+    assert SeafTokens(KEY).read(token, NOW) == Claims(GOOD, "r", "u")
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {},
+        {"exp": None},
+        {"exp": int(NOW)},
+        {"exp": int(NOW) - 1},
+        {"exp": GOOD + 0.5},
+        {"exp": str(GOOD)},
+        {"exp": True},
+        {"exp": GOOD, "nbf": GOOD - 1},
+        {"exp": GOOD, "username": 1},
+    ],
+)
+def test_exp_is_a_whole_number_in_the_future(claims: dict[str, Any]) -> None:
+    with pytest.raises(Refused):
+        SeafTokens(KEY).read(sign(KEY, **claims), NOW)
+
+
+def test_other_signatures_are_refused_and_no_text_holds_the_token() -> None:
+    none = signed(algorithm="none", exp=GOOD)
+    for token in (none, signed("another key", exp=GOOD), "", "x", "a.b.c", "é.é.é"):
+        with pytest.raises(Refused) as refused:
+            SeafTokens(KEY).read(token, NOW)
+        assert len(token) < 2 or token not in str(refused.value)
+
+
+def test_without_a_key_nothing_is_valid() -> None:
+    with pytest.raises(Refused):
+        SeafTokens("").read(signed("", exp=GOOD), NOW)
+    with pytest.raises(Refused):
+        SeafTokens("").check_sender("", None, NOW, clients=True)
+
+
+def test_the_first_generation_compares_the_shared_token() -> None:
+    check("shared secret")
+    for other in ("shared secret ", "", None, "Shared secret", "\udcff", "é"):
+        with pytest.raises(Refused):
+            check(other)
+
+
+def test_the_second_generation_is_a_jwt_in_the_same_header() -> None:
+    check(signed(exp=GOOD))
+    check(signed(exp=GOOD, repo_id="r", username=""))
+
+
+def test_the_third_generation_is_the_second_word_of_authorization() -> None:
+    token = signed(exp=GOOD)
+    for good in (f"Token {token}", f"Bearer {token}", f"x {token} y z"):
+        check(authorization=good)
+    for bad in (token, f"Token  {token}", "Token", "", f" {token.upper()}"):
+        with pytest.raises(Refused):
+            check(authorization=bad)
+    # Both generations at once: either is enough.
+    check("nonsense", f"Token {token}")
+
+
+def test_a_clients_token_posts_nothing_unless_asked_for() -> None:
+    token = signed(exp=GOOD, repo_id="r", username="alice@example.com")
+    with pytest.raises(Refused):
+        check(authorization=f"Token {token}")
+    check(authorization=f"Token {token}", clients=True)
+
+
+def test_several_keys_count_for_rotation() -> None:
+    tokens = SeafTokens(f"{KEY}\n---\nold key")
+    for key in (KEY, "old key"):
+        assert tokens.read(sign(key, exp=GOOD), NOW).expires_at == GOOD
+    with pytest.raises(Refused, match="does not fit"):
+        tokens.read(sign("---", exp=GOOD), NOW)

@@ -1,0 +1,157 @@
+"""Two workers in one process: real sockets between them, counts made up."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import pytest
+
+from relay.core.worker_memory import Siblings, Worker, shared_memory
+from relay.transports.between_workers.balance import Balance
+
+
+@dataclass
+class Side:
+    worker: Worker
+    clients: int = 0
+
+    def __post_init__(self) -> None:
+        self.balance = Balance(self.worker, lambda: self.clients)
+        self.beat()
+
+    def beat(self) -> None:
+        self.worker.siblings.beat(self.worker.number, ready=True)
+        self.balance.beat()
+
+
+@pytest.fixture
+def sides() -> Iterator[tuple[Side, Side]]:
+    memory = shared_memory(2)
+    with ExitStack() as stack:
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
+        for each in (end for pair in pairs for end in pair):
+            each.setblocking(False)
+            stack.enter_context(each)
+        outboxes = {1: pairs[0][1], 2: pairs[1][1]}
+        first, second = (
+            Side(Worker(number, Siblings(memory), pairs[number - 1][0], outboxes))
+            for number in (1, 2)
+        )
+        yield first, second
+
+
+@pytest.fixture
+def connection() -> Iterator[tuple[socket.socket, socket.socket]]:
+    near, far = socket.socketpair()
+    with near, far:
+        yield near, far
+
+
+Pair = tuple[socket.socket, socket.socket]
+
+
+def test_who_has_about_as_many_keeps_it(sides: tuple[Side, Side], connection: Pair) -> None:
+    first, second = sides
+    first.clients, second.clients = 103, 100
+    first.beat()
+    second.beat()
+    assert not first.balance.give(connection[0])
+    assert not second.balance.give(connection[0])
+
+
+def test_what_is_on_its_way_counts_once(sides: tuple[Side, Side], connection: Pair) -> None:
+    first, second = sides
+    for _ in range(4):
+        assert not first.balance.give(connection[0])
+    assert first.balance.give(connection[0])
+    assert second.worker.siblings.connections(1) == 4
+    first.clients = 4
+    first.balance.tell()
+    assert second.worker.siblings.connections(1) == 4
+
+
+async def test_a_sibling_with_fewer_gets_it_whole(
+    sides: tuple[Side, Side], connection: Pair
+) -> None:
+    first, second = sides
+    near, far = connection
+    first.clients = 100
+    first.beat()
+    far.send(b"hello")
+    taken: asyncio.Queue[socket.socket] = asyncio.Queue()
+    second.balance.receive(lambda connection, _listener, _early: taken.put_nowait(connection))
+    try:
+        assert first.balance.give(near)
+        near.close()
+        async with asyncio.timeout(2):
+            adopted = await taken.get()
+        with adopted:
+            assert adopted.recv(10) == b"hello"
+            adopted.send(b"and back")
+        assert far.recv(10) == b"and back"
+        assert first.worker.siblings.connections(2) == 1
+    finally:
+        second.balance.stop()
+
+
+async def test_a_request_goes_to_the_worker_of_that_name(
+    sides: tuple[Side, Side], connection: Pair
+) -> None:
+    first, second = sides
+    near, far = connection
+    first.worker.siblings.enter(1, "web-1:0000000a")
+    first.worker.siblings.enter(2, "web-2:0000000b")
+    second.beat()
+    taken: asyncio.Queue[tuple[socket.socket, int, bytes]] = asyncio.Queue()
+    second.balance.receive(lambda *what: taken.put_nowait(what))
+    try:
+        assert not first.balance.pass_on("elsewhere:0000000c", near, 0, b"")
+        assert not first.balance.pass_on("web-1:0000000a", near, 0, b"")
+        assert not first.balance.pass_on("web-2:0000000b", near, 0, b"x" * 70_000)
+        assert first.balance.pass_on("web-2:0000000b", near, 3, b"GET / HTTP/1.1")
+        near.close()
+        async with asyncio.timeout(2):
+            adopted, listener, early = await taken.get()
+        with adopted:
+            assert (listener, early) == (3, b"GET / HTTP/1.1")
+            adopted.send(b"here")
+        assert far.recv(10) == b"here"
+        second.worker.siblings.clear(2)
+        assert not first.balance.pass_on("web-2:0000000b", far, 0, b"")
+    finally:
+        second.balance.stop()
+
+
+def test_a_sibling_that_hangs_or_has_left_gets_nothing(
+    sides: tuple[Side, Side], connection: Pair
+) -> None:
+    first, second = sides
+    first.clients = 100
+    second.worker.siblings.clear(2)
+    assert not first.balance.give(connection[0])
+
+
+def test_no_more_is_handed_on_than_evens_it_out(sides: tuple[Side, Side], connection: Pair) -> None:
+    first, second = sides
+    first.clients, second.clients = 60, 40
+    first.beat()
+    second.beat()
+    given = 0
+    while first.balance.give(connection[0]):
+        given += 1
+    assert 14 <= given <= 20
+
+
+def test_a_full_inbox_keeps_it_here(sides: tuple[Side, Side], connection: Pair) -> None:
+    first, _ = sides
+    first.clients = 100_000
+    first.beat()
+    given = 0
+    while first.balance.give(connection[0]):
+        given += 1
+        assert given < 50_000
+    assert given

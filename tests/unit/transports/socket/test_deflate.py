@@ -1,0 +1,234 @@
+"""permessage-deflate: by hand, and with aiohttp's client as a peer not written for this server."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+
+import pytest
+from aiohttp import ClientSession, WSMsgType, web
+from aiohttp.test_utils import make_mocked_request
+
+from relay.transports.socket.deflate import HUFFMAN_ONLY, Undecodable, deflate, inflate, is_offered
+from relay.transports.socket.frames import FrameReader, ProtocolViolation
+from relay.transports.socket.heartbeat import Heartbeat
+from relay.transports.socket.reaper import Reaper
+from relay.transports.socket.take_over import take_over
+from relay.transports.socket.websocket import (
+    WebSocketConnection,
+    accept_headers,
+    frame_compressed,
+    frame_ping,
+    frame_text,
+)
+from tests.unit.transports.serving import HANDSHAKE, Run, head_of, masked, raw_client, serving
+
+LIMIT = 1000
+
+
+def compressed(payload: bytes, opcode: int = 1, *, fin: bool = True) -> bytes:
+    return masked(opcode | 0x40, payload, fin=fin)
+
+
+@pytest.mark.parametrize("level", [HUFFMAN_ONLY, -1, 0, 1, 9])
+@pytest.mark.parametrize("message", [b"", b"a", b'{"a":1}' * 100])
+def test_what_was_compressed_is_read_again(message: bytes, level: int) -> None:
+    assert inflate(deflate(message, level), 1000) == message
+
+
+def test_a_bomb_is_never_held() -> None:
+    assert inflate(deflate(b"\0" * 10_000_000, 9), 1000) is None
+
+
+def test_the_limit_itself_is_allowed() -> None:
+    assert inflate(deflate(b"x" * 1000, 1), 1000) == b"x" * 1000
+    assert inflate(deflate(b"x" * 1001, 1), 1000) is None
+
+
+def test_what_is_not_compressed_is_said_so() -> None:
+    with pytest.raises(Undecodable):
+        inflate(b"\xff\xff\xff\xff", 1000)
+
+
+@pytest.mark.parametrize(
+    ("offer", "agreed"),
+    [
+        ("permessage-deflate", True),
+        ("permessage-deflate; client_max_window_bits", True),
+        ("Permessage-Deflate; server_no_context_takeover", True),
+        ("x-webkit-deflate-frame, permessage-deflate", True),
+        # What is made for all clients has the largest window.
+        ("permessage-deflate; server_max_window_bits=10", False),
+        ("permessage-deflate; server_max_window_bits=10, permessage-deflate", True),
+        ("x-webkit-deflate-frame", False),
+        ("", False),
+    ],
+)
+def test_an_offer_is_taken_where_it_can_be_kept(offer: str, agreed: bool) -> None:
+    headers = {"Sec-WebSocket-Extensions": offer} if offer else {}
+    assert is_offered(make_mocked_request("GET", "/", headers=headers)) is agreed
+
+
+def test_compressed_and_plain_messages_may_take_turns() -> None:
+    reader = FrameReader(LIMIT, compressed=True)
+    whole = deflate(b"one two", 1)
+    data = compressed(whole[:3], fin=False) + masked(9, b"p") + masked(0, whole[3:])
+    data += masked(1, b"plain") + compressed(deflate(b"\xc3\xa9", 9), opcode=2)
+    assert reader.feed(data) == [(9, b"p"), (1, b"one two"), (1, b"plain"), (2, b"\xc3\xa9")]
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (compressed(deflate(b"x" * 5000, 9)), 1009),
+        (compressed(b"\xff\xff\xff"), 1007),
+        (compressed(deflate(b"\xff", 1)), 1007),
+        # The bit stands on a message's first frame, and on no control frame.
+        (masked(1, b"a", fin=False) + compressed(b"b", opcode=0), 1002),
+        (compressed(b"", opcode=9), 1002),
+        (masked(1 | 0x20, b"a"), 1002),
+    ],
+)
+def test_what_breaks_the_agreement_closes(data: bytes, code: int) -> None:
+    with pytest.raises(ProtocolViolation) as caught:
+        FrameReader(LIMIT, compressed=True).feed(data)
+    assert caught.value.code == code
+
+
+def test_without_an_agreement_nothing_may_be_compressed() -> None:
+    with pytest.raises(ProtocolViolation) as caught:
+        FrameReader(LIMIT).feed(compressed(deflate(b"a", 1)))
+    assert caught.value.code == 1002
+
+
+def test_aiohttps_own_client_agrees_to_it(run: Run, reaper: Reaper) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        wants = is_offered(request)
+        head = accept_headers(request, compress=wants)
+        assert isinstance(head, bytes)
+        client = WebSocketConnection(
+            buffer_bytes=65536, max_frame_bytes=LIMIT, reaper=reaper, compressed=wants
+        )
+        client.on_text = lambda text: client.write(frame_compressed(text) + frame_text(text))
+        return take_over(request, head, client)
+
+    async def main() -> None:
+        async with (
+            serving(handler) as (port, _),
+            ClientSession() as session,
+            session.ws_connect(f"http://127.0.0.1:{port}/", compress=15) as ws,
+        ):
+            assert ws.compress
+            for text in ("hallo " * 50, "", "grüß dich"):
+                await ws.send_str(text)
+                assert [(await ws.receive()).data for _ in range(2)] == [text, text]
+
+    run(main())
+
+
+def test_only_a_pong_answers_where_a_pong_is_asked_for(run: Run, reaper: Reaper) -> None:
+    beats = Heartbeat(interval_s=0.2, beat=frame_ping(b"ping"), deadline_s=0.1)
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        head = accept_headers(request)
+        assert isinstance(head, bytes)
+        client = WebSocketConnection(
+            buffer_bytes=65536,
+            max_frame_bytes=LIMIT,
+            reaper=reaper,
+            heartbeat=beats,
+            only_pong_counts=True,
+        )
+        return take_over(request, head, client)
+
+    async def main() -> None:
+        async with (
+            serving(handler) as (port, _),
+            ClientSession() as session,
+            session.ws_connect(f"http://127.0.0.1:{port}/", autoping=False) as ws,
+            raw_client(port, HANDSHAKE) as (reader, writer),
+        ):
+            await head_of(reader)
+
+            async def talk() -> None:
+                # It says something all the time, and never a pong.
+                while not writer.transport.is_closing():
+                    writer.write(masked(1, b"hello"))
+                    await asyncio.sleep(0.02)
+
+            answered = asyncio.Event()
+
+            async def answer() -> None:
+                for _ in range(4):
+                    ping = await ws.receive()
+                    assert (ping.type, ping.data) == (WSMsgType.PING, b"ping")
+                    await ws.pong(ping.data)
+                answered.set()
+
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(talk()), group.create_task(answer())]
+                assert (await reader.read()).startswith(b"\x89\x04ping")
+                await answered.wait()
+                for task in tasks:
+                    task.cancel()
+
+    run(main())
+
+
+def test_who_is_not_read_is_not_silent(run: Run, reaper: Reaper) -> None:
+    beats = Heartbeat(interval_s=0.2, beat=frame_ping(b"ping"), deadline_s=0.1)
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        head = accept_headers(request)
+        assert isinstance(head, bytes)
+        client = WebSocketConnection(
+            buffer_bytes=65536, max_frame_bytes=LIMIT, reaper=reaper, heartbeat=beats
+        )
+        response = take_over(request, head, client)
+        client.pause_reading()
+        asyncio.get_running_loop().call_later(1.0, client.resume_reading)
+        return response
+
+    async def main() -> None:
+        async with serving(handler) as (port, _), raw_client(port, HANDSHAKE) as (reader, _):
+            await head_of(reader)
+            # Three beats at least while it is not read; then none is answered, and it ends.
+            assert (await reader.read()).count(b"ping") >= 3
+
+    run(main())
+
+
+def test_reading_can_wait(run: Run, reaper: Reaper) -> None:
+    taken: asyncio.Queue[bytes] = asyncio.Queue()
+    clients: list[WebSocketConnection] = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        head = accept_headers(request)
+        assert isinstance(head, bytes)
+        client = WebSocketConnection(buffer_bytes=65536, max_frame_bytes=LIMIT, reaper=reaper)
+        clients.append(client)
+        client.on_text = taken.put_nowait
+        return take_over(request, head, client)
+
+    async def main() -> None:
+        async with serving(handler) as (port, _), raw_client(port, HANDSHAKE) as (reader, writer):
+            await head_of(reader)
+            writer.write(masked(1, b"one"))
+            assert await taken.get() == b"one"
+            clients[0].pause_reading()
+            writer.write(masked(1, b"two"))
+            await writer.drain()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await taken.get()
+            clients[0].resume_reading()
+            assert await taken.get() == b"two"
+
+    run(main())
+
+
+def test_zlibs_own_reader_understands_it() -> None:
+    made = zlib.decompressobj(-15)
+    assert made.decompress(deflate(b"hello hello hello", 6) + b"\0\0\xff\xff") == (
+        b"hello hello hello"
+    )

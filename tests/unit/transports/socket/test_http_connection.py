@@ -1,0 +1,473 @@
+"""What a peer without a credential can hold open, make relay decompress, or write to the log."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import logging
+import re
+import resource
+import socket
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+from aiohttp import web
+
+from relay.transports.socket import bodies, http_connection, sse
+from relay.transports.socket.bodies import read_body
+from relay.transports.socket.http_connection import ConnectionLimits
+from relay.transports.socket.listener import GuardedSite
+from relay.transports.socket.reaper import Reaper
+from relay.transports.socket.take_over import take_over
+from tests.unit.transports.serving import Run, head_of, raw_client
+
+SECRET = b"SECRET-9f8e7d"
+LIMIT_BYTES = 1_000_000
+
+
+class Site:
+    """A server with the paths /ping, /body (reads a body), /slow (waits) and /large (answers)."""
+
+    def __init__(self, port: int, limits: ConnectionLimits) -> None:
+        self.port = port
+        self.limits = limits
+        self.sizes: list[int] = []
+        self.go_on = asyncio.Event()
+        self.streams: list[sse.SseConnection] = []
+
+    async def ping(self, _: web.Request) -> web.StreamResponse:
+        return web.Response(text="pong")
+
+    async def body(self, request: web.Request) -> web.StreamResponse:
+        self.sizes.append(len(await read_body(request, LIMIT_BYTES)))
+        return web.Response(text=f"{self.limits.bodies.held_bytes}")
+
+    async def slow(self, _: web.Request) -> web.StreamResponse:
+        await self.go_on.wait()
+        return web.Response(text="done")
+
+    async def large(self, _: web.Request) -> web.StreamResponse:
+        return web.Response(body=bytes(64 * 1024 * 1024))
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        client = sse.SseConnection(buffer_bytes=65536, reaper=Reaper())
+        self.streams.append(client)
+        return take_over(request, sse.head(), client)
+
+
+@asynccontextmanager
+async def serving(*, head_timeout_s: float = 60.0) -> AsyncIterator[Site]:
+    limits = ConnectionLimits(head_timeout_s=head_timeout_s)
+    it = Site(0, limits)
+    app = web.Application()
+    app.router.add_get("/ping", it.ping)
+    app.router.add_post("/body", it.body)
+    app.router.add_get("/slow", it.slow)
+    app.router.add_get("/large", it.large)
+    app.router.add_get("/sse", it.stream)
+    runner = web.AppRunner(app, shutdown_timeout=1.0, keepalive_timeout=75.0, access_log=None)
+    await runner.setup()
+    site = GuardedSite(runner, "127.0.0.1", 0, limits=limits)
+    await site.start()
+    it.port = site.port
+    try:
+        yield it
+    finally:
+        await runner.cleanup()
+
+
+def post(path: bytes, body: bytes, *headers: bytes, size: int | None = None) -> bytes:
+    length = len(body) if size is None else size
+    lines = [b"POST " + path + b" HTTP/1.1", b"Host: x", b"Content-Length: %d" % length, *headers]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+PING = b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+async def closed(reader: asyncio.StreamReader) -> bytes:
+    """What comes until the connection is closed, by a reset too."""
+    text = b""
+    async with asyncio.timeout(10):
+        with suppress(ConnectionError):
+            while part := await reader.read(65536):
+                text += part
+    return text
+
+
+async def endless(writer: asyncio.StreamWriter) -> None:
+    for _ in range(1000):
+        writer.write(bytes(1_000_000))
+        await writer.drain()
+
+
+# ---- time limits -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sent", "answers"),
+    [
+        ([b""], []),
+        ([b"GET /ping HT"], [b"408"]),
+        ([PING, b"GET /pi"], [b"200", b"408"]),
+        ([PING + b"GET /pi"], [b"200"]),
+        ([PING + PING + b"G"], [b"200", b"200"]),
+        ([post(b"/body", b"abc") + b"GET"], [b"200"]),
+        ([post(b"/body", b"", size=3), b"abcGET /p"], [b"200"]),
+        (
+            [
+                b"POST /body HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nab",
+                b"c\r\n0\r\n\r\nGET /",
+            ],
+            [b"200"],
+        ),
+    ],
+)
+def test_a_connection_without_a_complete_head_is_closed(
+    run: Run, sent: list[bytes], answers: list[bytes]
+) -> None:
+    async def main() -> None:
+        async with (
+            serving(head_timeout_s=0.3) as site,
+            raw_client(site.port, b"") as (
+                reader,
+                writer,
+            ),
+        ):
+            for part in sent:
+                writer.write(part)
+                await asyncio.sleep(0.02)
+            assert re.findall(rb"HTTP/1.1 (\d+)", await closed(reader)) == answers
+            assert len(site.limits.heads) == 0
+
+    run(main())
+
+
+def test_bytes_that_drip_do_not_extend_the_time_for_a_head(run: Run) -> None:
+    async def main() -> None:
+        async with (
+            serving(head_timeout_s=0.5) as site,
+            raw_client(site.port, b"GET /ping HTTP/1.1\r\nX: ") as (reader, writer),
+        ):
+            async with asyncio.TaskGroup() as tasks:
+                ended = tasks.create_task(closed(reader))
+                while not ended.done():
+                    writer.write(b"a")
+                    await asyncio.sleep(0.05)
+            assert b"408 Request Timeout" in ended.result()
+
+    run(main())
+
+
+@pytest.mark.parametrize("first", [PING, post(b"/body", b"abc")])
+def test_idle_and_busy_connections_are_not_limited_by_the_time_for_a_head(
+    run: Run, first: bytes
+) -> None:
+    async def main() -> None:
+        async with (
+            serving(head_timeout_s=0.2) as site,
+            raw_client(site.port, first) as (
+                reader,
+                writer,
+            ),
+        ):
+            assert b"200 OK" in await head_of(reader)
+            await asyncio.sleep(0.5)
+            writer.write(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+            await asyncio.sleep(0.5)
+            site.go_on.set()
+            assert b"200 OK" in await head_of(reader)
+
+    run(main())
+
+
+def test_a_connection_that_was_taken_over_has_no_time_limit(run: Run) -> None:
+    async def main() -> None:
+        async with (
+            serving(head_timeout_s=0.2) as site,
+            raw_client(site.port, b"GET /sse HTTP/1.1\r\nHost: x\r\n\r\n") as (reader, _),
+        ):
+            await head_of(reader)
+            assert len(site.limits.heads) == 0
+            await asyncio.sleep(0.5)
+            site.streams[0].write(b"data: 1\n\n")
+            assert await reader.readexactly(9) == b"data: 1\n\n"
+
+    run(main())
+
+
+def test_a_body_that_does_not_arrive_is_given_up(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "BODY_TIMEOUT_S", 0.2)
+
+    async def main() -> None:
+        async with (
+            serving() as site,
+            raw_client(site.port, post(b"/body", b"abc", size=1000)) as (reader, _),
+        ):
+            text = await closed(reader)
+            assert text.startswith(b"HTTP/1.1 408 ")
+            assert b"Connection: close" in text
+            assert site.limits.bodies.held_bytes == 0
+
+    run(main())
+
+
+def test_a_client_that_does_not_read_its_answer_is_closed(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_connection, "WRITE_TIMEOUT_S", 0.3)
+
+    async def main() -> None:
+        async with serving() as site:
+            with socket.create_connection(("127.0.0.1", site.port)) as client:
+                client.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+                while not len(site.limits.writes):
+                    await asyncio.sleep(0.01)
+                while len(site.limits.writes):
+                    await asyncio.sleep(0.01)
+
+    run(main())
+
+
+def test_old_connections_without_a_request_make_room_for_new_clients(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(http_connection, "_MIN_AGE_S", 0.2)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (200, 200))
+
+    async def main() -> None:
+        async with serving() as site:
+            crowd: list[socket.socket] = []
+            for _ in range(60):
+                crowd.append(socket.create_connection(("127.0.0.1", site.port)))
+                crowd[-1].sendall(b"GET /pi")
+                await asyncio.sleep(0)
+            # A real client that has just connected is not closed for them.
+            async with raw_client(site.port, PING) as (reader, _):
+                assert b"200 OK" in await head_of(reader)
+            while True:
+                async with raw_client(site.port, PING) as (reader, _):
+                    assert b"200 OK" in await head_of(reader)
+                if len(site.limits.heads) <= 50:
+                    break
+                await asyncio.sleep(0.05)
+            for each in crowd:
+                each.close()
+
+    with caplog.at_level(logging.WARNING):
+        run(main())
+    assert len({record.getMessage() for record in caplog.records}) == 1
+    assert "have not sent a complete request" in caplog.text
+
+
+# ---- bodies ----------------------------------------------------------------------------------
+
+
+def test_no_body_is_decompressed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    bomb = gzip.compress(bytes(50_000_000))
+
+    async def main() -> None:
+        async with serving() as site:
+            for path, status in ((b"/body", b"415"), (b"/nowhere", b"404"), (b"/ping", b"405")):
+                for encoding in (b"gzip", b"deflate", b"br", b"GZIP, identity"):
+                    request = post(path, bomb, b"Content-Encoding: " + encoding)
+                    async with raw_client(site.port, request) as (reader, _):
+                        head = await head_of(reader)
+                        assert head.split()[1] == status
+            assert site.sizes == []
+            async with raw_client(
+                site.port, post(b"/body", b"abc", b"Content-Encoding: identity")
+            ) as (reader, _):
+                assert b"200 OK" in await head_of(reader)
+            assert site.sizes == [3]
+
+    run(main())
+
+
+def test_an_early_answer_is_read_although_the_body_is_still_sent(run: Run) -> None:
+    async def main() -> None:
+        async with serving() as site:
+            for path, status in ((b"/body", b"413"), (b"/nowhere", b"404")):
+                async with raw_client(site.port, post(path, b"", size=8_000_000)) as (
+                    reader,
+                    writer,
+                ):
+                    for _ in range(8):
+                        writer.write(bytes(1_000_000))
+                        await writer.drain()
+                    text = await closed(reader)
+                    assert text.split()[1] == status
+                    assert b"Connection: close" in text
+            # Only so much, and only for so long.
+            async with raw_client(site.port, post(b"/nowhere", b"", size=1 << 40)) as (_, writer):
+                with pytest.raises(ConnectionError):
+                    await endless(writer)
+
+    run(main())
+
+
+def test_all_bodies_together_are_limited_and_the_largest_is_rejected(run: Run) -> None:
+    async def main() -> None:
+        async with serving() as site:
+            site.limits.bodies._total_bytes = 3_000_000
+            greedy = [await asyncio.open_connection("127.0.0.1", site.port) for _ in range(10)]
+            for _, writer in greedy:
+                writer.write(post(b"/body", bytes(900_000), size=900_001))
+            async with asyncio.TaskGroup() as tasks:
+                first = [tasks.create_task(reader.readline()) for reader, _ in greedy]
+                while sum(task.done() for task in first) < 7:
+                    await asyncio.sleep(0.01)
+                assert {task.result().split()[1] for task in first if task.done()} == {b"503"}
+                assert site.limits.bodies.held_bytes <= 3_000_000
+                # Small bodies still arrive.
+                async with raw_client(site.port, post(b"/body", bytes(1000))) as (reader, _):
+                    assert b"200 OK" in await head_of(reader)
+                for _, writer in greedy:
+                    writer.write(b"a")
+            statuses = sorted(task.result().split()[1] for task in first)
+            assert statuses == [b"200"] * 3 + [b"503"] * 7
+            assert site.limits.bodies.held_bytes == 0
+            for _, writer in greedy:
+                writer.transport.abort()
+
+    run(main())
+
+
+# ---- the log ---------------------------------------------------------------------------------
+
+MALFORMED = [
+    b"GET /sse?token=" + SECRET + b" HTTP/9.9x\r\n\r\n",
+    b"GET /sse HTTP/1.1\r\nHost: x\r\nX-API Sign: " + SECRET + b"\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\nCookie AjaXplorer=" + SECRET + b"\r\n\r\n",
+    b"POST /body HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nz" + SECRET + b"\r\n\r\n",
+    b"GET /" + SECRET + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\nX: " + SECRET + b"a" * 70_000 + b"\r\n\r\n",
+    b"GET / HTTP/1.1\r\n%s\r\n" % b"".join(b"X-%d: %s\r\n" % (i, SECRET) for i in range(300)),
+    b"POST /body HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n" + SECRET,
+    b"\x16\x03\x01" + SECRET,
+    b"GET http://[::1/" + SECRET + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    PING + b"GARBAGE " + SECRET + b"\r\n\r\n",
+    PING[:-2] + b"X: " + SECRET + b"\n\r\n\r\n",
+]
+
+
+def test_malformed_requests_leave_one_line_without_their_bytes(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with serving() as site:
+            for request in MALFORMED:
+                async with raw_client(site.port, request) as (reader, _):
+                    text = await closed(reader)
+                    assert text.split()[-1:] != []
+                    assert SECRET not in text
+                    assert b" 400 " in text or b" 431 " in text
+
+    with caplog.at_level(logging.DEBUG):
+        run(main())
+    records = [record for record in caplog.records if record.name != "asyncio"]
+    assert {record.getMessage() for record in records if record.levelno >= logging.INFO} == {
+        "Rejected a malformed HTTP request of 127.0.0.1"
+    }
+    assert all(record.exc_info is None for record in records)
+    assert SECRET.decode() not in caplog.text
+
+
+def test_an_unknown_expectation_is_not_repeated_to_the_client(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with serving() as site:
+            for expected in (SECRET, b"\xff", b"100-continue, " + SECRET):
+                request = PING[:-2] + b"Expect: " + expected + b"\r\n\r\n"
+                async with raw_client(site.port, request) as (reader, _):
+                    text = await closed(reader)
+                    assert text.startswith(b"HTTP/1.1 417 ")
+                    assert SECRET not in text
+            request = post(b"/body", b"", b"Expect: 100-Continue", size=3)
+            async with raw_client(site.port, request) as (reader, writer):
+                assert b"100 Continue" in await head_of(reader)
+                writer.write(b"abc")
+                assert b"200 OK" in await head_of(reader)
+
+    with caplog.at_level(logging.INFO):
+        run(main())
+    assert caplog.text == ""
+
+
+def test_headers_that_do_not_end_are_limited(run: Run) -> None:
+    async def main() -> None:
+        async with (
+            serving() as site,
+            raw_client(site.port, b"GET /ping HTTP/1.1\r\n") as (reader, writer),
+        ):
+            async with asyncio.TaskGroup() as tasks:
+                ended = tasks.create_task(closed(reader))
+                for number in range(100):
+                    writer.write(b"X-%d: %s\r\n" % (number, b"a" * 8000))
+                    await asyncio.sleep(0)
+            assert ended.result().startswith(b"HTTP/1.1 431 ")
+
+    run(main())
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_a_client_that_disconnects_at_any_time_leaves_nothing_in_the_log(
+    run: Run, caplog: pytest.LogCaptureFixture, reset: bool
+) -> None:
+    chunked = b"POST /body HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\na"
+    requests = [
+        b"GET",
+        PING,
+        PING * 3,
+        post(b"/body", b"a", size=9),
+        post(b"/nowhere", b"a", size=9),
+        chunked,
+        b"GET /sse HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /slow HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n\x81",
+        b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n",
+    ]
+
+    async def main() -> None:
+        async with serving() as site:
+            site.go_on.set()
+            for turns in range(3):
+                for request in requests:
+                    client = socket.create_connection(("127.0.0.1", site.port))
+                    client.sendall(request)
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+                    if reset:
+                        linger = struct.pack("ii", 1, 0)
+                        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    client.close()
+                    for _ in range(turns):
+                        await asyncio.sleep(0.005)
+            while site.limits.heads or site.limits.discards:
+                await asyncio.sleep(0.01)
+
+    with caplog.at_level(logging.INFO):
+        run(main())
+    assert caplog.text == ""
+
+
+def test_a_client_that_leaves_before_its_request_starts_leaves_nothing_in_the_log(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with serving() as site, raw_client(site.port, b"") as (_, writer):
+            while not site.limits.heads:
+                await asyncio.sleep(0.01)
+            (connection,) = site.limits.heads._due
+            await asyncio.sleep(0.01)
+            # One turn of the loop has read the request and found the connection closed.
+            connection.data_received(PING)
+            connection.connection_lost(ConnectionResetError())
+            writer.transport.abort()
+            await asyncio.sleep(0.01)
+
+    with caplog.at_level(logging.INFO):
+        run(main())
+    assert caplog.text == ""

@@ -1,0 +1,55 @@
+"""One timer aborts what is not closed in time."""
+
+from __future__ import annotations
+
+import asyncio
+
+from relay.transports.socket.reaper import Reaper
+from tests.unit.transports.serving import Run
+
+
+class Socket:
+    def __init__(self) -> None:
+        self.aborted = asyncio.Event()
+        self.at = 0.0
+
+    def abort(self) -> None:
+        self.at = asyncio.get_running_loop().time()
+        self.aborted.set()
+
+
+def test_each_is_aborted_in_its_own_time_unless_it_closed(run: Run) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        reaper = Reaper(grace_s=0.1)
+        first, closed, second = Socket(), Socket(), Socket()
+        begin = loop.time()
+        reaper.watch(first)
+        reaper.watch(closed)
+        await asyncio.sleep(0.05)
+        reaper.watch(first)
+        reaper.watch(second)
+        reaper.forget(closed)
+        assert len(reaper) == 2
+        await second.aborted.wait()
+        assert 0.09 <= first.at - begin < second.at - begin
+        assert second.at - begin >= 0.14
+        assert not closed.aborted.is_set()
+        assert len(reaper) == 0
+
+    run(main())
+
+
+def test_nothing_is_left_running_when_all_closed_in_time(run: Run) -> None:
+    async def main() -> None:
+        reaper = Reaper(grace_s=0.01)
+        one, two = Socket(), Socket()
+        reaper.watch(one)
+        reaper.forget(one)
+        reaper.forget(one)
+        await asyncio.sleep(0.03)
+        assert not one.aborted.is_set()
+        reaper.watch(two)
+        await two.aborted.wait()
+
+    run(main())
