@@ -26,7 +26,7 @@ from relay.config.loading import Config, load
 from relay.core.errors import ConfigError, RelayError
 from relay.process import logs
 from relay.protocols import door_settings
-from relay.stream.cluster.nodes import new_instance
+from relay.stream.cluster.workers import new_instance
 from relay.stream.format.keys import Keys
 
 _log = logging.getLogger(__name__)

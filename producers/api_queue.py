@@ -21,12 +21,12 @@ from relay.config.settings import QueueSettings
 from relay.core.errors import RedisUnavailable
 from relay.protocols.centrifugo import commands
 from relay.stream.connection.connect import CommandRefused, discover
-from relay.stream.connection.link import Link
+from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.task_groups import first_of, uncancel, wait_for
 from relay.stream.format import entry
 from relay.stream.write import control, dead_letters
 from relay.stream.write.append import UID_BYTES
-from relay.stream.write.queue import Head, Operation, Queues
+from relay.stream.write.queue import CommandQueues, Head, Operation
 
 if TYPE_CHECKING:
     from producers.registry import ProducerContext
@@ -135,13 +135,13 @@ class Dispatcher:
         channel = commands.checked_channel(name) if name else None
         return [
             self._control(
-                control.Unsubscribe(user=_user(given), channel=channel, door=_DOOR), index
+                control.UnsubscribeUser(user=_user(given), channel=channel, door=_DOOR), index
             )
         ]
 
     def _disconnect(self, command: commands.Command, index: int) -> list[Operation]:
         given = commands.fields(command.params, strings=("user",))
-        return [self._control(control.Disconnect(user=_user(given), door=_DOOR), index)]
+        return [self._control(control.DisconnectUser(user=_user(given), door=_DOOR), index)]
 
     def _control(self, command: control.ControlCommand, index: int) -> Operation:
         return Operation(self._keys.control, control.encode(command), index, control.KEEP)
@@ -200,7 +200,7 @@ class QueueProducer:
         )
         names = [settings.name, *(f"{settings.name}.{n}" for n in range(settings.shards))]
         self._shards = {name.encode(): _Shard(name) for name in names}
-        self._queues: Queues | None = None
+        self._queues: CommandQueues | None = None
 
     async def run(self) -> None:
         """Survives everything that Redis does. A command half way at the end is done or waits."""
@@ -231,7 +231,7 @@ class QueueProducer:
             if not lost.done():
                 lost.set_exception(exc or RedisUnavailable("the link was closed"))
 
-        link = await Link.open(
+        link = await PipelineConnection.open(
             await discover(self._redis),
             settings=self._redis,
             on_push=self._on_push,
@@ -239,7 +239,7 @@ class QueueProducer:
             name="relay-queue",
         )
         try:
-            queues = Queues(link, self._keys, self._instance)
+            queues = CommandQueues(link, self._keys, self._instance)
             await queues.prepare()
             try:
                 await link.call("CLIENT", "TRACKING", "ON")
@@ -272,7 +272,7 @@ class QueueProducer:
             if name in self._shards:
                 self._shards[name].news.set()
 
-    async def _hold(self, queues: Queues, tracking: bool) -> None:
+    async def _hold(self, queues: CommandQueues, tracking: bool) -> None:
         shards = list(self._shards.values())
         loop = asyncio.get_running_loop()
         renew_at = sweep_at = loop.time()
@@ -293,7 +293,7 @@ class QueueProducer:
                     shard.news.set()
             await asyncio.sleep(_RENEW_S if tracking else _POLL_S)
 
-    async def _serve(self, queues: Queues, shard: _Shard) -> None:
+    async def _serve(self, queues: CommandQueues, shard: _Shard) -> None:
         while True:
             await shard.held.wait()
             await shard.news.wait()
@@ -312,7 +312,7 @@ class QueueProducer:
                 await asyncio.sleep(1.0)
                 shard.news.set()
 
-    async def _apply(self, queues: Queues, shard: _Shard, head: Head) -> None:
+    async def _apply(self, queues: CommandQueues, shard: _Shard, head: Head) -> None:
         operations: list[Operation] = []
         broken = 0
         for index, item in enumerate(head.items):

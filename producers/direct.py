@@ -11,7 +11,7 @@ from relay.config.settings import RedisSettings
 from relay.core.errors import RedisUnavailable
 from relay.core.model import EntryID
 from relay.stream.connection.connect import CommandRefused, discover
-from relay.stream.connection.link import Link
+from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.refusals import TEMPORARY_CODES
 from relay.stream.connection.scripts import APPEND_ONCE, load
 from relay.stream.format.keys import Keys
@@ -40,7 +40,7 @@ class DirectSender:
         self._window_s = window_s
         self._maxlen = maxlen
         self._load_script = load_script
-        self._link: Link | None = None
+        self._link: PipelineConnection | None = None
         self._appender: Appender | None = None
         self._opening = asyncio.Lock()
 
@@ -72,7 +72,7 @@ class DirectSender:
         async with self._opening:
             if self._appender is None:
                 endpoint = await discover(self._settings)
-                self._link = link = await Link.open(
+                self._link = link = await PipelineConnection.open(
                     endpoint,
                     settings=self._settings,
                     on_lost=lambda _: self._drop(link),
@@ -89,7 +89,7 @@ class DirectSender:
                 )
             return self._appender
 
-    def _drop(self, link: Link | None) -> None:
+    def _drop(self, link: PipelineConnection | None) -> None:
         if link is not None and link is self._link:
             self._link = self._appender = None
             link.close()

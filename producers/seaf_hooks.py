@@ -23,7 +23,7 @@ from relay.protocols.seafile import event_format
 from relay.stream.cluster.leases import Lease
 from relay.stream.connection import connect
 from relay.stream.connection.connect import redis_client
-from relay.stream.connection.side_link import SideLink
+from relay.stream.connection.reconnecting import ReconnectingConnection
 from relay.stream.format import entry
 from relay.stream.write.append import Appender
 
@@ -59,7 +59,9 @@ class Tap:
 
     def __init__(self, context: ProducerContext, source: RedisSettings) -> None:
         self._context = context
-        self._link = SideLink(source, subscribe_to=[_CHANNEL], on_message=self._on_message)
+        self._link = ReconnectingConnection(
+            source, subscribe_to=[_CHANNEL], on_message=self._on_message
+        )
         self._appender = Appender(
             keys=context.keys,
             redis=context.redis,

@@ -18,7 +18,7 @@ from relay.stream.write import control, dead_letters
 
 if TYPE_CHECKING:
     from relay.config.settings import NamespaceSettings
-    from relay.stream.connection.side_link import SideLink
+    from relay.stream.connection.reconnecting import ReconnectingConnection
     from relay.stream.format.keys import Keys
 
 _DOOR = "socketio"
@@ -104,7 +104,9 @@ class Batch:
         self._streams.append(self._keys.control)
         self._words += "x", control.KEEP, len(fields), *fields, 1, 0
 
-    async def apply(self, link: SideLink, mark_key: bytes, old: bytes, new: bytes) -> int | None:
+    async def apply(
+        self, link: ReconnectingConnection, mark_key: bytes, old: bytes, new: bytes
+    ) -> int | None:
         """Append everything and set the mark to `new` in one step, if the mark is still `old`.
 
         Returns:

@@ -28,7 +28,7 @@ from relay.protocols.socketio.entry_format import Emit, Unusable, channel_of
 from relay.stream.cluster.leases import Lease
 from relay.stream.connection import connect, scripts
 from relay.stream.connection.connect import CommandRefused, redis_client
-from relay.stream.connection.side_link import SideLink
+from relay.stream.connection.reconnecting import ReconnectingConnection
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -66,14 +66,14 @@ class Tap:
         self._context = context
         self._namespace = settings.namespace
         pattern, self._start, self._requests = wire.channels(settings.key, settings.namespace)
-        self._source = SideLink(
+        self._source = ReconnectingConnection(
             source,
             subscribe_to=[self._requests],
             patterns=[pattern],
             on_message=self._on_message,
         )
-        self._reading = SideLink(source)
-        self._target = SideLink(context.redis)
+        self._reading = ReconnectingConnection(source)
+        self._target = ReconnectingConnection(context.redis)
         self._streams = settings.stream_names()
         self._heard = Heard()
         self._news = asyncio.Event()

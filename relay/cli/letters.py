@@ -12,7 +12,7 @@ from relay.core.model import Broken
 from relay.stream.connection import connect
 from relay.stream.format import entry
 from relay.stream.upkeep import dead_letter_list
-from relay.stream.upkeep.dead_letter_list import Letter
+from relay.stream.upkeep.dead_letter_list import DeadLetter
 
 _HEAD = ("ID", "FROM", "ENTRY", "AGE", "REASON")
 
@@ -61,12 +61,12 @@ async def _list(site: Site, options: argparse.Namespace) -> int:
     return 0
 
 
-def _from(letter: Letter) -> str:
+def _from(letter: DeadLetter) -> str:
     values = letter.values
     return letter.channel or values.get("stream") or values.get("queue") or "-"
 
 
-def _values(letter: Letter) -> dict[str, object]:
+def _values(letter: DeadLetter) -> dict[str, object]:
     return {
         "id": str(letter.id),
         "channel": letter.channel,
@@ -100,7 +100,7 @@ async def _show(site: Site, options: argparse.Namespace) -> int:
     return 0
 
 
-async def _chosen(site: Site, options: argparse.Namespace) -> AsyncIterator[Letter]:
+async def _chosen(site: Site, options: argparse.Namespace) -> AsyncIterator[DeadLetter]:
     if options.all:
         async for page in dead_letter_list.pages(site.client, site.keys):
             for letter in page:
@@ -146,7 +146,7 @@ async def _requeue(site: Site, options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _still_broken(site: Site, letter: Letter) -> bool:
+def _still_broken(site: Site, letter: DeadLetter) -> bool:
     if letter.truncated or letter.channel is None:
         return False
     fields, limit = dead_letter_list.fields_of(letter), site.config.stream.max_entry_bytes

@@ -8,7 +8,7 @@ from relay.cli.output import Progress, duration, emit, optional, say, table
 from relay.cli.site import Site, channel_of
 from relay.config.settings import NamespaceSettings
 from relay.core.errors import RelayError
-from relay.stream.cluster import nodes
+from relay.stream.cluster.workers import live_workers
 from relay.stream.upkeep import overview, retention
 from relay.stream.upkeep.overview import Follower, StreamOverview
 
@@ -24,7 +24,7 @@ async def streams(site: Site, options: argparse.Namespace) -> int:
             found += batch
     finally:
         progress.end()
-    alive = {node.instance for node in await nodes.live_nodes(site.client, site.keys)}
+    alive = {worker.instance for worker in await live_workers(site.client, site.keys)}
     found.sort(key=lambda stream: stream.channel)
     if options.json:
         for stream in found:

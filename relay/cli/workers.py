@@ -10,8 +10,7 @@ from relay.cli.output import duration, emit, say, table
 from relay.cli.site import Site, channel_of, user_of
 from relay.core.errors import RedisUnavailable
 from relay.core.model import EntryID
-from relay.stream.cluster import nodes
-from relay.stream.cluster.nodes import Node
+from relay.stream.cluster.workers import WorkerInfo, list_workers, live_workers
 from relay.stream.connection import connect
 from relay.stream.upkeep import dead_letter_list
 from relay.stream.write import control
@@ -23,7 +22,7 @@ _HEAD = (
 
 async def workers(site: Site, options: argparse.Namespace) -> int:
     """By host; the registered ones that are silent too."""
-    living, silent = await nodes.workers(site.client, site.keys)
+    living, silent = await list_workers(site.client, site.keys)
     living.sort(key=lambda node: (node.host, node.instance))
     now_ms = await connect.time_ms(site.client)
     if options.json:
@@ -51,7 +50,7 @@ def _several(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _row(node: Node, now_ms: int) -> list[str]:
+def _row(node: WorkerInfo, now_ms: int) -> list[str]:
     ready = {True: "yes", False: "no", None: "-"}[node.ready]
     numbers = ["-" if each is None else str(each) for each in (node.connections, node.streams)]
     return [
@@ -66,7 +65,7 @@ def _row(node: Node, now_ms: int) -> list[str]:
     ]
 
 
-def _up_ms(node: Node, now_ms: int) -> int | None:
+def _up_ms(node: WorkerInfo, now_ms: int) -> int | None:
     try:
         started = datetime.fromisoformat(node.started)
     except ValueError:
@@ -76,7 +75,7 @@ def _up_ms(node: Node, now_ms: int) -> int | None:
     return max(0, now_ms - int(started.timestamp() * 1000))
 
 
-def _values(node: Node, now_ms: int) -> dict[str, object]:
+def _values(node: WorkerInfo, now_ms: int) -> dict[str, object]:
     up_ms = _up_ms(node, now_ms)
     return {
         "instance": node.instance,
@@ -99,7 +98,7 @@ async def status(site: Site, options: argparse.Namespace) -> int:
     values: dict[str, Any] = {"good": False, "redis": False}
     wrong: list[str] = []
     try:
-        living, silent = await nodes.workers(site.client, site.keys)
+        living, silent = await list_workers(site.client, site.keys)
         dead_letters = await dead_letter_list.count(site.client, site.keys)
     except (RedisUnavailable, connect.CommandRefused) as exc:
         wrong.append(str(exc))
@@ -173,7 +172,7 @@ def _show(values: dict[str, Any]) -> None:
 async def disconnect(site: Site, options: argparse.Namespace) -> int:
     """Append the command to the control stream; each worker obeys at its next wake-up."""
     user = user_of(options.user)
-    entry_id = await control.publish(site.client, site.keys, control.Disconnect(user=user))
+    entry_id = await control.publish(site.client, site.keys, control.DisconnectUser(user=user))
     await _sent(site, options, entry_id, f"close all connections of {user}", {"user": user})
     return 0
 
@@ -181,7 +180,7 @@ async def disconnect(site: Site, options: argparse.Namespace) -> int:
 async def unsubscribe(site: Site, options: argparse.Namespace) -> int:
     """Like `disconnect`, for one channel."""
     channel, user = channel_of(options.channel), user_of(options.user)
-    command = control.Unsubscribe(channel=channel, user=user)
+    command = control.UnsubscribeUser(channel=channel, user=user)
     entry_id = await control.publish(site.client, site.keys, command)
     what = f"end all subscriptions of {user} to {channel}"
     await _sent(site, options, entry_id, what, {"channel": channel, "user": user})
@@ -192,7 +191,7 @@ async def _sent(
     site: Site, options: argparse.Namespace, entry_id: EntryID, what: str, values: dict[str, object]
 ) -> None:
     """Print what is known: how many workers there are, not whether the user was connected."""
-    count = len(await nodes.live_nodes(site.client, site.keys))
+    count = len(await live_workers(site.client, site.keys))
     if options.json:
         emit({"id": str(entry_id), "workers": count, **values})
     elif count:

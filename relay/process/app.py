@@ -43,13 +43,18 @@ from relay.protocols import find_doors
 from relay.rights.http import HttpRights
 from relay.rights.policy import Policy
 from relay.rights.token import TokenReader
-from relay.stream.cluster.connection_limits import Seats
-from relay.stream.cluster.nodes import Heartbeat, Load, new_instance, this_node
+from relay.stream.cluster.connection_limits import ConnectionLimiter
+from relay.stream.cluster.workers import (
+    WorkerHeartbeat,
+    WorkerLoad,
+    describe_this_worker,
+    new_instance,
+)
 from relay.stream.connection.connect import check_mode, redis_client
 from relay.stream.connection.refusals import Refusals
 from relay.stream.format.keys import Keys
 from relay.stream.read.control_reader import ControlReader
-from relay.stream.read.reader import Reader
+from relay.stream.read.reader import StreamReader
 from relay.stream.upkeep.unused import UnusedStreams
 from relay.stream.write import revoke as revocations
 from relay.stream.write.append import Appender
@@ -181,7 +186,7 @@ class Relay:
         incoming = Incoming(metrics=metrics, max_entry_bytes=config.stream.max_entry_bytes)
         refusals = Refusals()
         unused = UnusedStreams(client, keys)
-        reader = Reader(
+        reader = StreamReader(
             keys=keys,
             instance=instance,
             redis=redis,
@@ -211,7 +216,7 @@ class Relay:
             refusals=refusals,
         )
         metrics.behind.set_function(lambda: sum(feed.behind_count for feed in hub.feeds()))
-        self._seats = seats = Seats(
+        self._seats = seats = ConnectionLimiter(
             client=client,
             keys=keys,
             instance=instance,
@@ -261,11 +266,11 @@ class Relay:
             insecure=config.insecure,
         )
         self._mount(context)
-        heartbeat = Heartbeat(
+        heartbeat = WorkerHeartbeat(
             client=client,
             keys=keys,
-            node=this_node(node, instance, __version__),
-            load=lambda: Load(
+            worker=describe_this_worker(node, instance, __version__),
+            load=lambda: WorkerLoad(
                 ready=reader.ready() and reader.settled(),
                 connections=len(hub.sessions()),
                 streams=len(hub.feeds()),
@@ -375,7 +380,7 @@ class Relay:
     def _namespace(self, channel: Channel) -> NamespaceSettings:
         return self._config.namespace(channel)
 
-    def _not_ready(self, reader: Reader) -> str:
+    def _not_ready(self, reader: StreamReader) -> str:
         if self._stop.is_set():
             return "this worker is stopping"
         if not reader.ready():
@@ -385,7 +390,7 @@ class Relay:
         others = self._worker.siblings.not_ready() if self._worker else []
         return f"worker {', '.join(map(str, others))} is not ready" if others else ""
 
-    async def _beat(self, worker: Worker, reader: Reader, balance: Balance) -> None:
+    async def _beat(self, worker: Worker, reader: StreamReader, balance: Balance) -> None:
         """Tells the other workers of this host, until the order to stop."""
         try:
             while True:
@@ -394,7 +399,7 @@ class Relay:
         finally:
             worker.siblings.clear(worker.number)
 
-    def _tell(self, worker: Worker, reader: Reader, balance: Balance) -> None:
+    def _tell(self, worker: Worker, reader: StreamReader, balance: Balance) -> None:
         ready = reader.ready() and reader.settled() and not self._stop.is_set()
         worker.siblings.beat(worker.number, ready=ready)
         worker.siblings.listen(worker.number, open=self._listening)
@@ -436,7 +441,7 @@ class Relay:
         task.add_done_callback(self._door_tasks.discard)
         return task
 
-    async def _keep_reading(self, reader: Reader) -> None:
+    async def _keep_reading(self, reader: StreamReader) -> None:
         """A reader that ends by itself is a bug: better no process than one that only looks up."""
         try:
             await reader.run()

@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from relay.stream.cluster.active import SiteActive
-from relay.stream.cluster.bus import SiteBus
-from relay.stream.cluster.presence import SitePresence
-from relay.stream.cluster.store import SiteStore
-from relay.stream.connection.side_link import SideLink
+from relay.stream.cluster.active import ActiveChannels
+from relay.stream.cluster.bus import ClusterBus
+from relay.stream.cluster.presence import ClusterPresence
+from relay.stream.cluster.store import ClusterStore
+from relay.stream.connection.reconnecting import ReconnectingConnection
 from relay.stream.format import ephemeral
 from relay.stream.read.history import History
 from relay.stream.write import control
@@ -36,11 +36,11 @@ class Site:
         dead: Callable[[str], bool] = lambda _: False,
     ) -> None:
         """`dead` says of a worker that it is known to have died."""
-        self.bus = SiteBus(redis=redis, keys=keys, instance=instance)
-        self.store = SiteStore(self.bus.link, keys)
-        self._long = SideLink(redis)
+        self.bus = ClusterBus(redis=redis, keys=keys, instance=instance)
+        self.store = ClusterStore(self.bus.link, keys)
+        self._long = ReconnectingConnection(redis)
         self.history = History(link=self._long, keys=keys, decode=decode, spawn=spawn)
-        self.presence = SitePresence(
+        self.presence = ClusterPresence(
             link=self.bus.link,
             long=self._long,
             keys=keys,
@@ -48,7 +48,7 @@ class Site:
             dead=dead,
             spawn=spawn,
         )
-        self.active = SiteActive(self._long, keys)
+        self.active = ActiveChannels(self._long, keys)
         self._keys = keys
 
     async def run(self) -> None:
@@ -73,13 +73,13 @@ class Site:
     ) -> None:
         """See `relay.doorkit.contract.Command`; a channel means nothing here."""
         del channel
-        await self._tell(control.Disconnect(user=user, door=door))
+        await self._tell(control.DisconnectUser(user=user, door=door))
 
     async def unsubscribe(
         self, user: str, *, channel: Channel | None = None, door: str | None = None
     ) -> None:
         """See `relay.doorkit.contract.Command`; without a channel, from all."""
-        await self._tell(control.Unsubscribe(user=user, channel=channel, door=door))
+        await self._tell(control.UnsubscribeUser(user=user, channel=channel, door=door))
 
     async def members(self, group: str) -> frozenset[str]:
         """See `relay.doorkit.contract.DoorContext`."""

@@ -14,9 +14,9 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
 from relay.core.errors import RelayError
 from relay.stream.cluster.leases import Lease
-from relay.stream.cluster.nodes import HEARTBEAT_S, Silence
+from relay.stream.cluster.workers import HEARTBEAT_S, DeadWorkerDetector
 from relay.stream.connection.refusals import Refusals
-from relay.stream.upkeep.dead_workers import DeadNodes
+from relay.stream.upkeep.dead_workers import DeadWorkersJob
 from relay.stream.upkeep.retention import trim
 from relay.stream.upkeep.unused import UnusedStreamsJob
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from relay.config.settings import JobSettings, NamespaceSettings
     from relay.core.model import Channel
-    from relay.stream.cluster.presence import SitePresence
+    from relay.stream.cluster.presence import ClusterPresence
     from relay.stream.format.keys import Keys
 
 _log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Jobs:
         instance: str,
         settings: JobSettings,
         namespace_of: Callable[[Channel], NamespaceSettings],
-        presence: SitePresence,
+        presence: ClusterPresence,
         refusals: Refusals,
     ) -> None:
         self._refusals = refusals
@@ -69,8 +69,8 @@ class Jobs:
         self._namespace_of = namespace_of
         self._presence = presence
         dead = presence.is_dead
-        self._silence = Silence(client=client, keys=keys, dead=dead)
-        self._dead_nodes = DeadNodes(client=client, keys=keys, dead=dead, clear=presence.clear)
+        self._silence = DeadWorkerDetector(client=client, keys=keys, dead=dead)
+        self._dead_nodes = DeadWorkersJob(client=client, keys=keys, dead=dead, clear=presence.clear)
         self._leases: list[Lease] = []
         self._scheduler = AsyncIOScheduler(timezone="UTC")
         self._add("retention", self._trim, settings.retention_s)

@@ -21,10 +21,10 @@ from relay.stream.format.entry import decode
 from relay.stream.write import dead_letters
 from relay.stream.write.control import (
     ControlCommand,
-    Disconnect,
+    DisconnectUser,
     DoorCommand,
     DropRights,
-    Unsubscribe,
+    UnsubscribeUser,
 )
 
 if TYPE_CHECKING:
@@ -185,9 +185,9 @@ class Admission:
         """A command from the control stream."""
         hub = self._hub()
         match command:
-            case Disconnect():
+            case DisconnectUser():
                 hub.disconnect_user(command.user, "disconnected", command.door)
-            case Unsubscribe():
+            case UnsubscribeUser():
                 hub.drop_subscription(command.channel, command.user, "unsubscribed", command.door)
             case DoorCommand():
                 # A door that is shut here has nobody whom it could concern.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from relay.hub.encoding import Encoder
     from relay.hub.hub import Hub
     from relay.hub.session import Client, Session
-    from relay.stream.cluster.connection_limits import Seats
+    from relay.stream.cluster.connection_limits import ConnectionLimiter
     from relay.stream.format.keys import Keys
     from relay.stream.write.append import Appender
 
@@ -45,7 +45,7 @@ async def reachable_redis(
     return local
 
 
-def opening(seats: Seats, hub: Hub) -> OpenSession:
+def opening(seats: ConnectionLimiter, hub: Hub) -> OpenSession:
     """What `DoorContext.open` is."""
 
     async def open_session(

@@ -41,7 +41,7 @@ async def letter(admin: Redis, keys: Keys) -> dict[str, str]:
 
 
 async def test_a_control_command_is_appended(client: Redis, admin: Redis, keys: Keys) -> None:
-    command = control.Unsubscribe(channel=NEWS, user="anna")
+    command = control.UnsubscribeUser(channel=NEWS, user="anna")
     entry_id = await control.publish(client, keys, command)
     found_id, fields = await only_entry(admin, keys.control)
     assert found_id == entry_id

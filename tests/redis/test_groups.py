@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from relay.core.model import EntryID, StreamState
 from relay.stream.connection.connect import CommandRefused, command, discover
-from relay.stream.connection.link import Link
+from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.primary import Primary
 from relay.stream.read import groups
 from tests.support.valkey import Server
@@ -19,14 +19,14 @@ STREAM = b"relay:stream:{news}"
 
 
 @pytest.fixture
-async def link(server: Server) -> AsyncIterator[Link]:
+async def link(server: Server) -> AsyncIterator[PipelineConnection]:
     settings = server.settings()
-    opened = await Link.open(await discover(settings), settings=settings)
+    opened = await PipelineConnection.open(await discover(settings), settings=settings)
     yield opened
     opened.close()
 
 
-async def state(link: Link, primary: Primary | None = None) -> StreamState:
+async def state(link: PipelineConnection, primary: Primary | None = None) -> StreamState:
     stream, found = await link.execute([("XINFO", "STREAM", STREAM), ("XINFO", "GROUPS", STREAM)])
     return groups.parse_state(stream, found, primary or known(1))
 
@@ -39,14 +39,16 @@ def known(*certificates: int) -> Primary:
     return primary
 
 
-async def test_a_stream_that_is_not_there(link: Link) -> None:
+async def test_a_stream_that_is_not_there(link: PipelineConnection) -> None:
     nothing = await state(link)
     assert not nothing.exists
     assert (nothing.first, nothing.last, nothing.incarnation) == (None, (0, 0), None)
 
 
 @pytest.mark.parametrize("life", [1, 2**32 - 1, None])
-async def test_the_marker_is_kept_to_the_last_bit(link: Link, life: int | None) -> None:
+async def test_the_marker_is_kept_to_the_last_bit(
+    link: PipelineConnection, life: int | None
+) -> None:
     life, certificate = life or groups.new_marker(), 2**32 - 1
     assert await link.call(*groups.create_marker(STREAM, life, certificate)) == b"OK"
     made = await state(link, known(certificate))
@@ -68,7 +70,7 @@ async def test_the_marker_is_kept_to_the_last_bit(link: Link, life: int | None) 
     )
 
 
-async def test_a_certificate_that_nobody_vouches_for_is_replaced(link: Link) -> None:
+async def test_a_certificate_that_nobody_vouches_for_is_replaced(link: PipelineConnection) -> None:
     await link.call(*groups.create_marker(STREAM, 5, 1))
     await link.call("XADD", STREAM, "7-1", "data", "1")
     assert groups.certify_commands(STREAM, await state(link), 1) == []
@@ -86,7 +88,9 @@ async def test_a_certificate_that_nobody_vouches_for_is_replaced(link: Link) -> 
         assert groups.certify_commands(STREAM, again, certificate) == []
 
 
-async def test_a_certificate_of_the_same_data_is_replaced_without_a_loss(link: Link) -> None:
+async def test_a_certificate_of_the_same_data_is_replaced_without_a_loss(
+    link: PipelineConnection,
+) -> None:
     await link.call(*groups.create_marker(STREAM, 5, 1))
     await link.call("XADD", STREAM, "7-1", "data", "1")
     for command_ in groups.certify_commands(STREAM, await state(link, known(1, 2)), 2):
@@ -95,7 +99,7 @@ async def test_a_certificate_of_the_same_data_is_replaced_without_a_loss(link: L
     assert (now.incarnation, now.failover) == (5 << 32 | 1, None)
 
 
-async def test_a_marker_of_an_earlier_version_names_no_history(link: Link) -> None:
+async def test_a_marker_of_an_earlier_version_names_no_history(link: PipelineConnection) -> None:
     """Whether something was lost cannot be judged, so that bare stream IDs are no proof either."""
     await link.call("XADD", STREAM, "7-1", "data", "1")
     await link.call("XGROUP", "CREATE", STREAM, groups.MARKER_GROUP, f"{2**63 - 1}-0")
@@ -103,7 +107,7 @@ async def test_a_marker_of_an_earlier_version_names_no_history(link: Link) -> No
     assert (old.incarnation, old.failover) == ((2**32 - 1) << 32 | 1, EntryID(7, 1))
 
 
-async def test_deletions_show(link: Link, admin: Redis) -> None:
+async def test_deletions_show(link: PipelineConnection, admin: Redis) -> None:
     for n in range(1, 4):
         await link.call("XADD", STREAM, f"{n}-0", "data", "1")
     await admin.xdel(STREAM, "2-0")
@@ -115,14 +119,14 @@ async def test_deletions_show(link: Link, admin: Redis) -> None:
 
 @pytest.mark.parametrize("words", [("DEL", STREAM), ("FLUSHALL",)])
 async def test_the_marker_dies_with_the_stream(
-    link: Link, admin: Redis, words: tuple[bytes | str, ...]
+    link: PipelineConnection, admin: Redis, words: tuple[bytes | str, ...]
 ) -> None:
     await link.call(*groups.create_marker(STREAM, 5, 1))
     await command(admin, *words)
     assert not (await state(link)).exists
 
 
-async def test_every_worker_shows_with_its_position(link: Link) -> None:
+async def test_every_worker_shows_with_its_position(link: PipelineConnection) -> None:
     await link.call("XADD", STREAM, "7-1", "data", "1")
     await link.call("XGROUP", "CREATE", STREAM, groups.group_of("host:ab"), "0")
     await link.call("XREADGROUP", "GROUP", groups.group_of("host:ab"), "c", "NOACK", "STREAMS",
@@ -131,7 +135,7 @@ async def test_every_worker_shows_with_its_position(link: Link) -> None:
     assert found == {b"relay:host:ab": (7, 1)}
 
 
-async def test_a_key_of_another_type_is_refused(link: Link, admin: Redis) -> None:
+async def test_a_key_of_another_type_is_refused(link: PipelineConnection, admin: Redis) -> None:
     await admin.set(STREAM, "x")
     with pytest.raises(CommandRefused, match="WRONGTYPE"):
         await state(link)
@@ -145,12 +149,12 @@ async def test_markers_survive_a_restart_from_disk(tmp_path_factory: pytest.Temp
     own.start()
     try:
         settings = own.settings()
-        first = await Link.open(await discover(settings), settings=settings)
+        first = await PipelineConnection.open(await discover(settings), settings=settings)
         marker = groups.new_marker()
         await first.call(*groups.create_marker(STREAM, marker, 1))
         first.close()
         own.restart()
-        second = await Link.open(await discover(settings), settings=settings)
+        second = await PipelineConnection.open(await discover(settings), settings=settings)
         assert (await state(second)).incarnation == marker << 32 | 1
         second.close()
     finally:

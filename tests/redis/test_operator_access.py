@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 from relay.config.settings import NamespaceSettings
 from relay.core.errors import RelayError
 from relay.core.model import ZERO_ID, Channel, EntryID, Event
-from relay.stream.cluster import nodes
+from relay.stream.cluster import workers
 from relay.stream.connection.connect import CommandRefused, command, redis_client
 from relay.stream.format import entry
 from relay.stream.format.keys import Keys
@@ -159,16 +159,16 @@ async def test_one_stream_is_trimmed_exactly(hand: Redis, admin: Redis, keys: Ke
 async def test_a_heartbeat_says_how_busy_the_worker_is(
     client: Redis, admin: Redis, keys: Keys
 ) -> None:
-    instance = nodes.new_instance("one")
-    load = nodes.Load(ready=False, connections=3, streams=2, lag_ms=7)
-    node = nodes.this_node("one", instance, "1.2")
-    beat = nodes.Heartbeat(client=client, keys=keys, node=node, load=lambda: load)
+    instance = workers.new_instance("one")
+    load = workers.WorkerLoad(ready=False, connections=3, streams=2, lag_ms=7)
+    worker = workers.describe_this_worker("one", instance, "1.2")
+    beat = workers.WorkerHeartbeat(client=client, keys=keys, worker=worker, load=lambda: load)
     await beat.beat()
     # One of a newer version, which says more, and one that is gone.
     await admin.sadd(keys.nodes, "newer:1", "gone:1")
     newer = '{"instance":"newer:1","name":"n","host":"h","pid":1,"started":"x","version":"9","x":1}'
     await admin.set(keys.node("newer:1"), newer)
-    living, silent = await nodes.workers(client, keys)
+    living, silent = await workers.list_workers(client, keys)
     assert silent == ["gone:1"]
     said = {each.instance: each for each in living}
     mine = said[instance]

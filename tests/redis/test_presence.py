@@ -13,9 +13,9 @@ from redis.asyncio import Redis
 
 from relay.core.errors import Unavailable
 from relay.core.model import Channel
-from relay.stream.cluster.nodes import Silence
+from relay.stream.cluster.workers import DeadWorkerDetector
 from relay.stream.format.keys import Keys
-from relay.stream.upkeep.dead_workers import DeadNodes
+from relay.stream.upkeep.dead_workers import DeadWorkersJob
 from tests.support.clients import until, within
 from tests.support.site import site
 from tests.support.valkey import Server, running
@@ -190,7 +190,7 @@ async def test_a_killed_worker_leaves_nobody_behind_and_each_is_told_of_once(
             await admin.pexpire(f"relay:node:{dead}", 1)
             while len(await two.presence.read(NEWS)) > 1:
                 await asyncio.sleep(0)
-            silence = Silence(client=client, keys=keys, patience_s=0)
+            silence = DeadWorkerDetector(client=client, keys=keys, patience_s=0)
             assert await silence.look() == []
             assert await silence.look() == [dead]
             async with asyncio.TaskGroup() as both:
@@ -228,7 +228,9 @@ async def test_the_registration_goes_last(
     async with site(server, "one:1") as one:
         told: list[str] = []
         one.presence.on_gone(lambda _, clients: told.extend(clients))
-        job = DeadNodes(client=client, keys=keys, dead="dead:1".__eq__, clear=one.presence.clear)
+        job = DeadWorkersJob(
+            client=client, keys=keys, dead="dead:1".__eq__, clear=one.presence.clear
+        )
         # Known to have died: nobody waits until it has been silent for long.
         assert await job.remove() == ["dead:1"]
         assert told == ["a"]

@@ -11,7 +11,7 @@ from typing import cast
 import pytest
 
 from relay.stream.connection.connect import discover
-from relay.stream.connection.link import Link
+from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.primary import Primary, Replication
 from tests.support.clients import until
 from tests.support.valkey import Flavour, Server, running
@@ -20,16 +20,16 @@ pytestmark = pytest.mark.redis
 
 
 @asynccontextmanager
-async def opened(server: Server) -> AsyncIterator[Link]:
+async def opened(server: Server) -> AsyncIterator[PipelineConnection]:
     settings = server.settings()
-    link = await Link.open(await discover(settings), settings=settings)
+    link = await PipelineConnection.open(await discover(settings), settings=settings)
     try:
         yield link
     finally:
         link.close()
 
 
-async def observe(primary: Primary, link: Link) -> None:
+async def observe(primary: Primary, link: PipelineConnection) -> None:
     info = cast(bytes, await link.call("INFO", "replication"))
     primary.observe(Replication.parse(info))
 

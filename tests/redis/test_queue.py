@@ -16,10 +16,10 @@ from producers.api_queue import QueueProducer
 from relay.config.settings import NamespaceSettings, PublishSettings, QueueSettings
 from relay.core.model import Channel, EntryID
 from relay.stream.connection.connect import command, discover
-from relay.stream.connection.link import Link
+from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.format.keys import Keys
 from relay.stream.write import control
-from relay.stream.write.queue import Operation, Queues
+from relay.stream.write.queue import CommandQueues, Operation
 from tests.support.valkey import Flavour, Server, running
 
 pytestmark = pytest.mark.redis
@@ -180,9 +180,9 @@ async def test_what_concerns_clients_goes_to_all_workers_and_questions_to_nobody
         await taken.until(len(items))
     found = [control.decode(EntryID(1, 1), [*fields]) for fields in await raw(admin, keys.control)]
     assert found == [
-        control.Unsubscribe(user="anna", channel=NEWS, door="centrifugo"),
-        control.Unsubscribe(user="anna", door="centrifugo"),
-        control.Disconnect(user="bob", door="centrifugo"),
+        control.UnsubscribeUser(user="anna", channel=NEWS, door="centrifugo"),
+        control.UnsubscribeUser(user="anna", door="centrifugo"),
+        control.DisconnectUser(user="bob", door="centrifugo"),
     ]
     assert not await admin.exists(keys.dead_letters, QUEUE)
 
@@ -218,8 +218,10 @@ async def test_several_workers_share_the_shards_without_doing_anything_twice(
 async def test_nothing_is_done_where_the_head_is_not_what_was_read(
     server: Server, admin: Redis, keys: Keys
 ) -> None:
-    link = await Link.open(await discover(server.settings()), settings=server.settings())
-    queues = Queues(link, keys, "w")
+    link = await PipelineConnection.open(
+        await discover(server.settings()), settings=server.settings()
+    )
+    queues = CommandQueues(link, keys, "w")
     await queues.prepare()
     entry = [Operation(keys.stream(NEWS), [b"data", b"1"], 0)]
     # Equal items: only the count tells that these are others.

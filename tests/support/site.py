@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from relay.config.settings import RedisSettings
 from relay.core.model import Channel
 from relay.process.cluster_services import Site
-from relay.stream.cluster.nodes import Heartbeat, this_node
+from relay.stream.cluster.workers import WorkerHeartbeat, describe_this_worker
 from relay.stream.connection.connect import redis_client
 from relay.stream.format.entry import decode
 from relay.stream.format.keys import Keys
@@ -48,8 +48,8 @@ async def site(
 async def _be_present(url: str, instance: str, channel: str, clients: int) -> None:
     settings = RedisSettings(url=url)
     async with redis_client(settings) as client, site(settings, instance) as one:
-        node = this_node("test", instance, "1")
-        heartbeat = Heartbeat(client=client, keys=Keys("relay:"), node=node)
+        node = describe_this_worker("test", instance, "1")
+        heartbeat = WorkerHeartbeat(client=client, keys=Keys("relay:"), worker=node)
         await heartbeat.beat()
         for number in range(clients):
             one.presence.add(Channel(channel), f"{instance}-{number}", b"{}")

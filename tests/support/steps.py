@@ -28,7 +28,7 @@ from relay.stream.format import entry
 from relay.stream.format.keys import Keys
 from relay.stream.read.control_reader import ControlReader
 from relay.stream.read.groups import group_of
-from relay.stream.read.pipelines import LiveTurns, PageTurns
+from relay.stream.read.pipelines import LivePipelines, PagePipelines
 from tests.support.ledger import Ledger, Received
 from tests.support.wire import Wire
 
@@ -268,7 +268,7 @@ class Worker:
         self._primary = Primary()
         settings = StreamSettings().model_copy(update={"page_bytes": PAGE_BYTES})
         decode = partial(entry.decode, max_bytes=settings.max_entry_bytes)
-        self.live = LiveTurns(
+        self.live = LivePipelines(
             keys=keys,
             instance=name,
             primary=self._primary,
@@ -278,7 +278,9 @@ class Worker:
             on_records=lambda stream, records: stream.on_records(records),
             control=ControlReader(keys, lambda _command: None, lambda: self.hub.recheck(None)),
         )
-        self.pages = PageTurns(keys=keys, primary=self._primary, settings=settings, decode=decode)
+        self.pages = PagePipelines(
+            keys=keys, primary=self._primary, settings=settings, decode=decode
+        )
         self._asked: tuple[int, list[object]] | None = None
         self._asked_pages: tuple[int, list[object]] | None = None
         self._open()

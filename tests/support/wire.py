@@ -8,7 +8,7 @@ from typing import cast
 
 import hiredis
 
-from relay.stream.connection.link import Command
+from relay.stream.connection.pipeline_connection import RedisCommand
 
 _MORE = object()
 _pack = cast(Callable[[tuple[bytes | str | int, ...]], bytes], hiredis.pack_command)
@@ -23,7 +23,7 @@ class Wire:
         self._on_push = on_push
         self.execute([("HELLO", 3, "AUTH", "admin", "any")])
 
-    def execute(self, commands: Sequence[Command]) -> list[object]:
+    def execute(self, commands: Sequence[RedisCommand]) -> list[object]:
         """One pipeline; error replies stand in the list."""
         self._socket.sendall(b"".join([_pack(tuple(command)) for command in commands]))
         replies: list[object] = []

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from relay.core.model import Channel
-    from relay.stream.connection.side_link import SideLink
+    from relay.stream.connection.reconnecting import ReconnectingConnection
     from relay.stream.format.keys import Keys
 
 
-class SiteActive:
+class ActiveChannels:
     """See `relay.doorkit.contract.Active`."""
 
-    def __init__(self, link: SideLink, keys: Keys) -> None:
+    def __init__(self, link: ReconnectingConnection, keys: Keys) -> None:
         self._link = link
         self._keys = keys
 

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from relay.config.settings import RedisSettings
     from relay.stream.format.keys import Keys
 
-from relay.stream.connection.side_link import SideLink
+from relay.stream.connection.reconnecting import ReconnectingConnection
 
 _log = logging.getLogger(__name__)
 
 
-class SiteBus:
+class ClusterBus:
     """See `relay.doorkit.contract.Bus`; `link` also serves small commands of others."""
 
     def __init__(self, *, redis: RedisSettings, keys: Keys, instance: str) -> None:
@@ -35,7 +35,7 @@ class SiteBus:
         self.address = instance.rpartition(":")[2]
         self._keys = keys
         self._listeners: dict[str, Callable[[str, bytes], None]] = {}
-        self.link = SideLink(
+        self.link = ReconnectingConnection(
             redis, subscribe_to=[keys.bus(self.address)], on_message=self._on_message
         )
 

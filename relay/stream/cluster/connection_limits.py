@@ -47,7 +47,7 @@ class _Who(NamedTuple):
         return self.user if self.door is None else f"{self.user}\x1f{self.door}"
 
 
-class Seats:
+class ConnectionLimiter:
     """This worker's part of the count; `limit` may be changed at any time, 0 is none. A door may
     have a limit of its own beside it, which counts those who came in there."""
 

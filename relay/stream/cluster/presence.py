@@ -26,8 +26,8 @@ from relay.core.errors import RelayError, Unavailable
 from relay.core.model import Channel, parse_channel
 
 if TYPE_CHECKING:
-    from relay.stream.connection.link import Command
-    from relay.stream.connection.side_link import SideLink
+    from relay.stream.connection.pipeline_connection import RedisCommand
+    from relay.stream.connection.reconnecting import ReconnectingConnection
     from relay.stream.format.keys import Keys
 
 CHECK_S = 5.0
@@ -40,7 +40,7 @@ Gone = Callable[[Channel, Mapping[str, bytes]], None]
 _T = TypeVar("_T")
 
 
-class SitePresence:
+class ClusterPresence:
     """Implements `relay.doorkit.contract.Presence`.
 
     Changes go over `link`, reads over `long`. `dead` returns True for a worker that is known to
@@ -50,8 +50,8 @@ class SitePresence:
     def __init__(
         self,
         *,
-        link: SideLink,
-        long: SideLink,
+        link: ReconnectingConnection,
+        long: ReconnectingConnection,
         keys: Keys,
         instance: str,
         dead: Callable[[str], bool],
@@ -180,11 +180,11 @@ class SitePresence:
 
         sent.add_done_callback(written)
 
-    def _commands(self, changed: Mapping[Channel, set[str]]) -> list[Command]:
+    def _commands(self, changed: Mapping[Channel, set[str]]) -> list[RedisCommand]:
         # A channel is in the set before, and as long as, a client is in its hash.
         head = self._instance.encode() + b"\n"
-        come: list[Command] = []
-        go: list[Command] = []
+        come: list[RedisCommand] = []
+        go: list[RedisCommand] = []
         own = self._keys.present(self._instance)
         begun: list[bytes] = []
         ended: list[bytes] = []
@@ -197,8 +197,8 @@ class SitePresence:
                 come.append(("HSET", key, *fields))
             go += [("HDEL", key, *some) for some in _batches(away)]
             (begun if mine else ended).append(channel.encode())
-        first: list[Command] = [("SADD", own, *some) for some in _batches(begun)]
-        last: list[Command] = [("SREM", own, *some) for some in _batches(ended)]
+        first: list[RedisCommand] = [("SADD", own, *some) for some in _batches(begun)]
+        last: list[RedisCommand] = [("SREM", own, *some) for some in _batches(ended)]
         return [*first, *come, *go, *last]
 
     async def run(self) -> None:

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
-    from relay.stream.connection.side_link import SideLink
+    from relay.stream.connection.reconnecting import ReconnectingConnection
     from relay.stream.format.keys import Keys
 
 
-class SiteStore:
+class ClusterStore:
     """See `relay.doorkit.contract.Store`."""
 
-    def __init__(self, link: SideLink, keys: Keys) -> None:
+    def __init__(self, link: ReconnectingConnection, keys: Keys) -> None:
         self._link = link
         self._keys = keys
 

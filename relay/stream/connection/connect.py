@@ -1,9 +1,9 @@
-"""Where Redis is: the URL's meaning, Sentinel's answer, and a client for administration.
+"""Redis addresses: parse the URL, ask Sentinel for the primary, create redis-py clients.
 
-`redis://`, `rediss://`, `unix://` and `sentinel://` become one `Endpoint`, to be asked for again
-before each new connection, since Sentinel's answer changes with a failover. Nothing here or in
-`link.py` uses a command over keys of two workspaces, so that Redis Cluster can be added as one
-more way to find the endpoint of a key.
+`redis://`, `rediss://`, `unix://` and `sentinel://` URLs become one `RedisEndpoint`. Call
+`discover` again before each new connection, because Sentinel's answer changes with a failover. No
+command here or in `pipeline_connection.py` uses keys of two channels, so that Redis Cluster can be
+added as another way to find the endpoint of a key.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def refusal_text(exc: ResponseError) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Endpoint:
+class RedisEndpoint:
     """One server to connect to. `path` is a unix socket and wins over host and port."""
 
     host: str = ""
@@ -100,7 +100,7 @@ class Endpoint:
 class _Sentinels:
     addresses: tuple[tuple[str, int], ...]
     master: str
-    endpoint: Endpoint
+    endpoint: RedisEndpoint
 
 
 def check(settings: RedisSettings, setting: str) -> None:
@@ -116,7 +116,7 @@ def describe(settings: RedisSettings) -> str:
     if settings.url == "embedded":
         return f"embedded, 127.0.0.1:{settings.embedded_port}"
     target = _parse(settings)
-    if isinstance(target, Endpoint):
+    if isinstance(target, RedisEndpoint):
         return str(target).removesuffix(":6379")
     asked = ", ".join(f"{host}:{port}" for host, port in target.addresses)
     return f"primary {target.master} by Sentinel at {asked}"
@@ -136,13 +136,13 @@ async def check_mode(client: Redis, settings: RedisSettings) -> None:
         )
 
 
-async def discover(settings: RedisSettings) -> Endpoint:
+async def discover(settings: RedisSettings) -> RedisEndpoint:
     """The server to connect to now.
 
     RedisUnavailable where no Sentinel knows one; ConfigError where the URL cannot be understood.
     """
     target = _parse(settings)
-    if isinstance(target, Endpoint):
+    if isinstance(target, RedisEndpoint):
         return target
     async with _sentinel(target, settings) as sentinel:
         try:
@@ -170,7 +170,7 @@ async def redis_client(settings: RedisSettings) -> AsyncIterator[Redis]:
         yield client
 
 
-def endpoint_client(endpoint: Endpoint, settings: RedisSettings) -> Redis:
+def endpoint_client(endpoint: RedisEndpoint, settings: RedisSettings) -> Redis:
     """A redis-py client of exactly this server."""
     options = _options(endpoint, settings)
     if endpoint.path:
@@ -246,7 +246,7 @@ async def _sentinel(target: _Sentinels, settings: RedisSettings) -> AsyncIterato
             await client.aclose()
 
 
-def _options(endpoint: Endpoint, settings: RedisSettings) -> dict[str, Any]:
+def _options(endpoint: RedisEndpoint, settings: RedisSettings) -> dict[str, Any]:
     return {
         "db": endpoint.db,
         "username": endpoint.username or None,
@@ -262,9 +262,9 @@ def _options(endpoint: Endpoint, settings: RedisSettings) -> dict[str, Any]:
     }
 
 
-def _parse(settings: RedisSettings) -> Endpoint | _Sentinels:
+def _parse(settings: RedisSettings) -> RedisEndpoint | _Sentinels:
     if settings.url == "embedded":
-        return Endpoint(host="127.0.0.1", port=settings.embedded_port)
+        return RedisEndpoint(host="127.0.0.1", port=settings.embedded_port)
     try:
         url = urlsplit(settings.url)
     except ValueError:
@@ -275,7 +275,7 @@ def _parse(settings: RedisSettings) -> Endpoint | _Sentinels:
     # Not url.hostname and url.port: they cannot read a list of Sentinels, and lower-case the name.
     login, _, location = url.netloc.rpartition("@")
     user, _, password = login.partition(":")
-    base = Endpoint(
+    base = RedisEndpoint(
         username=unquote(user),
         password=unquote(password) or settings.password.get_secret_value(),
     )
@@ -298,7 +298,7 @@ def _parse(settings: RedisSettings) -> Endpoint | _Sentinels:
     return replace(base, host=host, port=port, db=_db(url.path.strip("/") or "0"), tls=tls)
 
 
-def _sentinels(base: Endpoint, location: str, url: SplitResult) -> _Sentinels:
+def _sentinels(base: RedisEndpoint, location: str, url: SplitResult) -> _Sentinels:
     master, _, db = unquote(url.path).strip("/").partition("/")
     if not master:
         raise ConfigError("[redis] url: sentinel:// needs the primary's name after the addresses")

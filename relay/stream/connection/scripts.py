@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, cast
 from relay.stream.connection.connect import CommandRefused
 
 if TYPE_CHECKING:
-    from relay.stream.connection.link import Link
+    from relay.stream.connection.pipeline_connection import PipelineConnection
 
 
 class Script:
@@ -25,7 +25,7 @@ class Script:
         self.sha: Final = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
-async def load(link: Link, *scripts: Script) -> None:
+async def load(link: PipelineConnection, *scripts: Script) -> None:
     """Make them known to the server behind `link`; CommandRefused where an ACL forbids it."""
     for script in scripts:
         sha = cast(bytes, await link.call("SCRIPT", "LOAD", script.text))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from relay.core.model import EntryID
-from relay.stream.connection.link import Command
+from relay.stream.connection.pipeline_connection import RedisCommand
 from relay.stream.connection.refusals import Refusals
 from relay.stream.format.keys import Keys
 from relay.stream.write.control import ControlCommand, decode
@@ -33,9 +33,9 @@ class ControlReader:
         self._on_lost = on_lost
         self._last: EntryID | None = None
 
-    def commands(self) -> list[Command]:
+    def commands(self) -> list[RedisCommand]:
         """Arm, see where the stream is, then read."""
-        commands: list[Command] = [
+        commands: list[RedisCommand] = [
             ("XLEN", self._key),
             ("XREVRANGE", self._key, "+", "-", "COUNT", 1),
         ]

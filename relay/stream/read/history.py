@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from relay.core.model import Channel
-    from relay.stream.connection.link import Command
-    from relay.stream.connection.side_link import SideLink
+    from relay.stream.connection.pipeline_connection import RedisCommand
+    from relay.stream.connection.reconnecting import ReconnectingConnection
     from relay.stream.format.keys import Keys
     from relay.stream.read.stream_commands import Decode
 
@@ -35,7 +35,12 @@ class History:
     """Reads on a link of its own, so that long replies hold nothing else up."""
 
     def __init__(
-        self, *, link: SideLink, keys: Keys, decode: Decode, spawn: Callable[..., object]
+        self,
+        *,
+        link: ReconnectingConnection,
+        keys: Keys,
+        decode: Decode,
+        spawn: Callable[..., object],
     ) -> None:
         self._link = link
         self._keys = keys
@@ -83,7 +88,7 @@ class History:
 
     async def _once(self, channel: Channel, take: int) -> Snapshot:
         key, primary = self._keys.stream(channel), self._link.primary
-        commands: list[Command] = [
+        commands: list[RedisCommand] = [
             # The replication ID may change while the connection lasts.
             ("INFO", "replication"),
             ("MULTI",),

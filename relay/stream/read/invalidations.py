@@ -23,7 +23,7 @@ from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.refusals import WRITES, Refusals
 
 if TYPE_CHECKING:
-    from relay.stream.connection.link import Link
+    from relay.stream.connection.pipeline_connection import PipelineConnection
     from relay.stream.format.keys import Keys
 
 MISSED_CANARIES = 3
@@ -33,7 +33,7 @@ CANARY = "the canary key"
 _T = TypeVar("_T")
 
 
-class Bell:
+class InvalidationListener:
     """Turns pushes of one tracking link into calls; says whether it is known to ring."""
 
     def __init__(
@@ -77,7 +77,7 @@ class Bell:
         age = asyncio.get_running_loop().time() - self._rang_at
         return age < self._period_s * MISSED_CANARIES
 
-    async def start(self, link: Link) -> bool:
+    async def start(self, link: PipelineConnection) -> bool:
         """Turn tracking on; False where the server refuses it (an ACL rule, a proxy)."""
         try:
             await link.call("CLIENT", "TRACKING", "ON")
@@ -86,7 +86,7 @@ class Bell:
         self._rang_at = asyncio.get_running_loop().time()
         return True
 
-    async def prove(self, tracking: Link, writer: Link) -> None:
+    async def prove(self, tracking: PipelineConnection, writer: PipelineConnection) -> None:
         """Write the canary again and again. RedisUnavailable if its wake-ups no longer arrive.
 
         A Redis that refuses writes may still prolong a key that exists, which is a wake-up as well.

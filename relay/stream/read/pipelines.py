@@ -22,7 +22,7 @@ from relay.stream.read.read_mode import ReadMode
 if TYPE_CHECKING:
     from relay.config.settings import StreamSettings
     from relay.core.metrics import Metrics
-    from relay.stream.connection.link import Command
+    from relay.stream.connection.pipeline_connection import RedisCommand
     from relay.stream.connection.primary import Primary
     from relay.stream.format.keys import Keys
     from relay.stream.read.control_reader import ControlReader
@@ -40,7 +40,7 @@ _LIVE_BYTES, _PAGES_BYTES = 64 << 20, 32 << 20
 _MAX_COUNT = 1000
 
 
-class LiveTurns:
+class LivePipelines:
     """Examinations, live reads and the control stream, in the order of one link."""
 
     def __init__(
@@ -82,8 +82,8 @@ class LiveTurns:
         self._counts: dict[Followed, int] = {}
         self._most = _most_entries(settings, _LIVE_BYTES)
         self._first = min(_FIRST_COUNT, self._most)
-        self._certify: list[Command] = []
-        self._asked: _Asked | None = None
+        self._certify: list[RedisCommand] = []
+        self._asked: _SentPipeline | None = None
 
     # ---- what is wanted ---------------------------------------------------------------------
 
@@ -157,9 +157,9 @@ class LiveTurns:
 
     # ---- a turn -----------------------------------------------------------------------------
 
-    def commands(self) -> list[Command]:
+    def commands(self) -> list[RedisCommand]:
         """One pipeline for what is wanted, up to a bound."""
-        asked = _Asked(self._control_news)
+        asked = _SentPipeline(self._control_news)
         self._control_news = False
         commands = self._control.commands() if asked.control else []
         asked.control_end = len(commands)
@@ -306,7 +306,7 @@ class LiveTurns:
             stream.on_end(state.last)
 
 
-class PageTurns:
+class PagePipelines:
     """Pages for clients that are behind, a few streams at a time: that bounds their memory."""
 
     def __init__(
@@ -341,11 +341,11 @@ class PageTurns:
         """The last client left."""
         self._pages.pop(stream, None)
 
-    def commands(self) -> list[Command]:
+    def commands(self) -> list[RedisCommand]:
         """One page for each of the next few streams."""
         self._asked.clear()
         self._plain = self._mode.plain
-        commands: list[Command] = []
+        commands: list[RedisCommand] = []
         streams = _take(self._pages, min(self._settings.resume_concurrency, self._most))
         most = self._most // max(1, len(streams))
         for stream in streams:
@@ -394,7 +394,7 @@ class _Form(NamedTuple):
     plain: bool
 
 
-class _Asked:
+class _SentPipeline:
     """What a pipeline asked, and where in its replies each answer ends."""
 
     __slots__ = ("control", "control_end", "examined", "read", "replication")

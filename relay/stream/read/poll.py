@@ -14,7 +14,7 @@ import hiredis
 
 from relay.core.model import Channel
 from relay.stream.connection.connect import discover
-from relay.stream.connection.link import Link
+from relay.stream.connection.pipeline_connection import PipelineConnection
 
 if TYPE_CHECKING:
     from relay.config.settings import RedisSettings
@@ -41,7 +41,7 @@ class Polled(Protocol):
 
 async def poll(reader: Polled, redis: RedisSettings, keys: Keys) -> None:
     """For ever, on a link of its own; RedisUnavailable when that is lost."""
-    link = await Link.open(await discover(redis), settings=redis)
+    link = await PipelineConnection.open(await discover(redis), settings=redis)
     loop = asyncio.get_running_loop()
     checked_at = loop.time()
     try:

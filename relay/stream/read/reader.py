@@ -22,14 +22,14 @@ from relay.core.errors import RedisUnavailable
 from relay.core.model import ZERO_ID, Channel, Event, Record
 from relay.core.stream_interface import Followed
 from relay.stream.connection.connect import CommandRefused, discover
-from relay.stream.connection.link import Link, unawaited
+from relay.stream.connection.pipeline_connection import PipelineConnection, unawaited
 from relay.stream.connection.primary import Primary
 from relay.stream.connection.refusals import Refusals
 from relay.stream.connection.task_groups import first_of, uncancel, wait_for
 from relay.stream.read import stream_commands
 from relay.stream.read.groups import group_of
-from relay.stream.read.invalidations import Bell, sweep_slices
-from relay.stream.read.pipelines import LiveTurns, PageTurns
+from relay.stream.read.invalidations import InvalidationListener, sweep_slices
+from relay.stream.read.pipelines import LivePipelines, PagePipelines
 from relay.stream.read.poll import poll
 from relay.stream.read.read_mode import ReadMode
 
@@ -51,7 +51,7 @@ _RESUME_BATCH = 500
 _DESTROY_BATCH = 256
 
 
-class Reader:
+class StreamReader:
     """This worker's view of all streams that its clients follow."""
 
     def __init__(
@@ -82,7 +82,7 @@ class Reader:
         self._group = group_of(instance)
         self._followed: dict[Channel, Followed] = {}
         self._primary = Primary()
-        self._live = LiveTurns(
+        self._live = LivePipelines(
             keys=keys,
             instance=instance,
             primary=self._primary,
@@ -94,16 +94,16 @@ class Reader:
             mode=self._mode,
             on_usual=self._on_usual,
         )
-        self._pages = PageTurns(
+        self._pages = PagePipelines(
             keys=keys, primary=self._primary, settings=settings, decode=decode, mode=self._mode
         )
         self._work = asyncio.Event()
         self._page_work = asyncio.Event()
         # Set when every stream must be looked at for news.
         self._look = asyncio.Event()
-        self._link: Link | None = None
-        self._messages: Link | None = None
-        self._bell = Bell(
+        self._link: PipelineConnection | None = None
+        self._messages: PipelineConnection | None = None
+        self._bell = InvalidationListener(
             keys=keys,
             instance=instance,
             period_s=settings.canary_s,
@@ -222,8 +222,8 @@ class Reader:
 
         async with contextlib.AsyncExitStack() as links:
 
-            async def opened(on_push: Callable[[list[object]], None] | None) -> Link:
-                each = await Link.open(
+            async def opened(on_push: Callable[[list[object]], None] | None) -> PipelineConnection:
+                each = await PipelineConnection.open(
                     endpoint, settings=self._redis, on_push=on_push, on_lost=on_lost
                 )
                 links.callback(each.close)
@@ -260,7 +260,7 @@ class Reader:
                 else:
                     tasks.create_task(poll(self, self._redis, self._keys), name="poll")
 
-    async def _resume(self, messages: Link) -> None:
+    async def _resume(self, messages: PipelineConnection) -> None:
         """A new connection knows nothing: arm, examine and read everything once."""
         self._live.only_urgent = True
         self._live.connected()
@@ -328,7 +328,7 @@ class Reader:
                 stream.on_rights_changed()
         self._work.set()
 
-    async def _find_news(self, link: Link) -> None:
+    async def _find_news(self, link: PipelineConnection) -> None:
         """Find the streams to which something was appended while the connection was lost.
 
         An examination costs several commands, and thousands of streams wait for one. This look
@@ -398,7 +398,7 @@ class Reader:
 
     # ---- the two pipelines ------------------------------------------------------------------
 
-    async def _serve(self, link: Link) -> None:
+    async def _serve(self, link: PipelineConnection) -> None:
         while True:
             await self._work.wait()
             self._work.clear()
@@ -410,7 +410,7 @@ class Reader:
             if self._live.wanted:
                 self._work.set()
 
-    async def _serve_pages(self, link: Link) -> None:
+    async def _serve_pages(self, link: PipelineConnection) -> None:
         while True:
             await self._page_work.wait()
             self._page_work.clear()

@@ -13,7 +13,7 @@ import hiredis
 from relay.core.model import ZERO_ID, Channel, EntryID, Record, StreamState
 from relay.core.stream_interface import Examined, ExamineRequest, Followed, Page, PageRequest
 from relay.stream.connection.connect import CommandRefused
-from relay.stream.connection.link import Command
+from relay.stream.connection.pipeline_connection import RedisCommand
 from relay.stream.connection.primary import Primary
 from relay.stream.format.entry import digest
 from relay.stream.format.keys import Keys
@@ -46,18 +46,18 @@ def examine_commands(
     primary: Primary,
     *,
     plain: bool = False,
-) -> list[Command]:
+) -> list[RedisCommand]:
     """Return one look at the stream and its rights hash.
 
     It writes nothing unless `request.mark` is set. Then it creates the marker group that names the
     stream's incarnation and this worker's `group`, which protects an unused stream from removal.
     """
     key = keys.stream(stream.channel)
-    writes: list[Command] = []
+    writes: list[RedisCommand] = []
     if request.mark:
         writes.append(create_marker(key, new_marker(), primary.certificate))
         writes.append(("XGROUP", "CREATE", key, group, str(ZERO_ID)))
-    reads: list[Command] = [("XINFO", "STREAM", key), ("XINFO", "GROUPS", key)]
+    reads: list[RedisCommand] = [("XINFO", "STREAM", key), ("XINFO", "GROUPS", key)]
     if request.users:
         reads.append(("HMGET", keys.rights(stream.channel), *request.users))
     reads.extend(("XRANGE", key, str(own), str(own)) for own in request.own)
@@ -86,7 +86,7 @@ def parse_examined(
 
 def read_commands(
     keys: Keys, stream: Followed, group: str, consumer: str, count: int, *, plain: bool = False
-) -> list[Command]:
+) -> list[RedisCommand]:
     """Return one look at the stream's state, which also arms its wake-up, and at its new entries.
 
     Both must be of one moment: a trim between the two would hide what it took. A group that does
@@ -95,13 +95,13 @@ def read_commands(
     key = keys.stream(stream.channel)
     at = str(stream.position)
     if plain:
-        reads: list[Command] = [
+        reads: list[RedisCommand] = [
             ("XINFO", "STREAM", key),
             ("XINFO", "GROUPS", key),
             ("XRANGE", key, f"({at}", "+", "COUNT", count),
         ]
         return _one_look([], reads, plain=True)
-    commands: list[Command] = [("XINFO", "STREAM", key)]
+    commands: list[RedisCommand] = [("XINFO", "STREAM", key)]
     if stream.misaligned:
         commands.append(("XINFO", "GROUPS", key))
         commands.append(("XGROUP", "CREATE", key, group, at))
@@ -130,7 +130,7 @@ def parse_read(
     return state, entries
 
 
-def has_news_command(keys: Keys, stream: Followed) -> Command:
+def has_news_command(keys: Keys, stream: Followed) -> RedisCommand:
     """Return a command that arms the wake-up and whose reply is empty if nothing is unread."""
     return ("XRANGE", keys.stream(stream.channel), f"({stream.position}", "+", "COUNT", 1)
 
@@ -142,10 +142,10 @@ def size_of(entries: Sequence[RawEntry]) -> int:
 
 def page_commands(
     keys: Keys, stream: Followed, request: PageRequest, count: int, *, plain: bool = False
-) -> list[Command]:
+) -> list[RedisCommand]:
     """Return one look at the stream's state and the entries after the request's start."""
     key = keys.stream(stream.channel)
-    reads: list[Command] = [
+    reads: list[RedisCommand] = [
         ("XINFO", "STREAM", key),
         ("XINFO", "GROUPS", key),
         ("XRANGE", key, f"({request.start}", "+", "COUNT", count),
@@ -182,7 +182,9 @@ def decode_all(stream: Followed, entries: Sequence[RawEntry], decode: Decode) ->
     return records
 
 
-def _one_look(writes: list[Command], reads: list[Command], *, plain: bool) -> list[Command]:
+def _one_look(
+    writes: list[RedisCommand], reads: list[RedisCommand], *, plain: bool
+) -> list[RedisCommand]:
     """Return the commands so that their replies are of one moment.
 
     As a transaction, or where Redis refuses that (its memory is full, the user may not run MULTI),

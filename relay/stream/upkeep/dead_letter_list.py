@@ -23,7 +23,7 @@ _MARK_S = 86_400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Letter:
+class DeadLetter:
     """One dead letter. `values` has its fields as they are in Redis; `channel` is None where it
     came from elsewhere than a workspace's stream. Without an original entry `entry_id` is None."""
 
@@ -48,7 +48,7 @@ async def count(client: Redis, keys: Keys) -> int:
     return int(await connect.command(client, "XLEN", keys.dead_letters))
 
 
-async def pages(client: Redis, keys: Keys) -> AsyncIterator[list[Letter]]:
+async def pages(client: Redis, keys: Keys) -> AsyncIterator[list[DeadLetter]]:
     """All that are there when this begins, oldest first."""
     newest = await connect.command(client, "XREVRANGE", keys.dead_letters, "+", "-", "COUNT", 1)
     if not newest:
@@ -64,7 +64,7 @@ async def pages(client: Redis, keys: Keys) -> AsyncIterator[list[Letter]]:
         yield [_letter(keys, *raw) for raw in found]
 
 
-async def find(client: Redis, keys: Keys, letter_id: EntryID) -> Letter:
+async def find(client: Redis, keys: Keys, letter_id: EntryID) -> DeadLetter:
     """The letter of this ID; RelayError where there is none."""
     found = await connect.command(
         client, "XRANGE", keys.dead_letters, str(letter_id), str(letter_id)
@@ -75,7 +75,7 @@ async def find(client: Redis, keys: Keys, letter_id: EntryID) -> Letter:
 
 
 async def requeue(
-    client: Redis, keys: Keys, letter: Letter, namespace: NamespaceSettings
+    client: Redis, keys: Keys, letter: DeadLetter, namespace: NamespaceSettings
 ) -> EntryID:
     """Append the original fields to their stream and remove the letter; the new entry's ID.
 
@@ -103,7 +103,7 @@ async def drop(client: Redis, keys: Keys, ids: Sequence[EntryID]) -> int:
     return int(await connect.command(client, "XDEL", keys.dead_letters, *map(str, ids)))
 
 
-def fields_of(letter: Letter) -> list[bytes]:
+def fields_of(letter: DeadLetter) -> list[bytes]:
     """The entry's flat fields as far as the letter has them; RelayError where it has none."""
     try:
         pairs = orjson.loads(letter.values["fields"])
@@ -114,7 +114,7 @@ def fields_of(letter: Letter) -> list[bytes]:
     raise RelayError(f"dead letter {letter.id} has no fields of an entry")
 
 
-async def _original(client: Redis, keys: Keys, letter: Letter) -> list[bytes]:
+async def _original(client: Redis, keys: Keys, letter: DeadLetter) -> list[bytes]:
     if not letter.truncated:
         return fields_of(letter)
     if letter.channel is not None and letter.entry_id is not None:
@@ -128,7 +128,7 @@ async def _original(client: Redis, keys: Keys, letter: Letter) -> list[bytes]:
     )
 
 
-def _letter(keys: Keys, raw_id: bytes, raw: Mapping[bytes, bytes]) -> Letter:
+def _letter(keys: Keys, raw_id: bytes, raw: Mapping[bytes, bytes]) -> DeadLetter:
     values = {
         name.decode(errors="replace"): value.decode(errors="replace") for name, value in raw.items()
     }
@@ -136,7 +136,7 @@ def _letter(keys: Keys, raw_id: bytes, raw: Mapping[bytes, bytes]) -> Letter:
         entry_id = EntryID.parse(values.get("id", ""))
     except ValueError:
         entry_id = None
-    return Letter(
+    return DeadLetter(
         id=EntryID.parse(raw_id),
         values=values,
         channel=keys.channel_of_stream(raw.get(b"stream", b"")),

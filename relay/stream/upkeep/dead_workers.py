@@ -10,14 +10,14 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from redis.asyncio import Redis
 
-from relay.stream.cluster.nodes import BATCH, HEARTBEAT_S, Silence
+from relay.stream.cluster.workers import BATCH, HEARTBEAT_S, DeadWorkerDetector
 from relay.stream.connection import connect
 from relay.stream.format.keys import Keys
 from relay.stream.read import groups
 from relay.stream.upkeep.unused import remove_unused
 
 
-class DeadNodes:
+class DeadWorkersJob:
     """The job that clears away what dead workers left, as `Silence` finds them; `clear` does so
     with what is not of its own kind."""
 
@@ -33,7 +33,9 @@ class DeadNodes:
         self._client = client
         self._keys = keys
         self._clear = clear
-        self._silence = Silence(client=client, keys=keys, dead=dead, patience_s=patience_s)
+        self._silence = DeadWorkerDetector(
+            client=client, keys=keys, dead=dead, patience_s=patience_s
+        )
 
     async def remove(self) -> list[str]:
         """Look once; the instances removed."""

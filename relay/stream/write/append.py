@@ -24,12 +24,12 @@ from relay.core.errors import (
 from relay.core.model import RESERVED_NAMESPACES, Channel, EntryID, namespace_of
 from relay.stream.connection import scripts
 from relay.stream.connection.connect import CommandRefused, RefusedForNow, discover
-from relay.stream.connection.link import Link
+from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.refusals import TEMPORARY_CODES, Effect, Refusals, code_of, rule_of
 
 if TYPE_CHECKING:
     from relay.config.settings import NamespaceSettings, PublishSettings, RedisSettings
-    from relay.stream.connection.link import Command
+    from relay.stream.connection.pipeline_connection import RedisCommand
     from relay.stream.format.keys import Keys
 
 _log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class _Append:
 
     def __init__(
         self,
-        command: Command,
+        command: RedisCommand,
         future: asyncio.Future[EntryID],
         replicas: int,
         once_more: bool,
@@ -121,7 +121,7 @@ class Appender:
             values = dict(zip(fields[::2], fields[1::2], strict=True))
             same = values.get(b"type", b""), unless_latest, values[unless_latest]
             once = True
-            command: Command = ("EVALSHA", scripts.APPEND_CHANGED.sha, 1, key, *same, *words)
+            command: RedisCommand = ("EVALSHA", scripts.APPEND_CHANGED.sha, 1, key, *same, *words)
         elif uid and once:
             if len(uid.encode(errors="replace")) > UID_BYTES:
                 raise LimitExceeded(f"a uid is at most {UID_BYTES} bytes long")
@@ -139,13 +139,13 @@ class _Lane:
     def __init__(self, redis: RedisSettings, refusals: Refusals) -> None:
         self._redis = redis
         self._refusals = refusals
-        self._link: Link | None = None
+        self._link: PipelineConnection | None = None
         self._waiting: list[_Append] = []
         self._in_flight = 0
         self._stopped = False
         self._work = asyncio.Event()
 
-    def add(self, command: Command, replicas: int, once_more: bool) -> asyncio.Future[EntryID]:
+    def add(self, command: RedisCommand, replicas: int, once_more: bool) -> asyncio.Future[EntryID]:
         """Wait for the next pipeline."""
         if self._stopped:
             raise Unavailable("the relay is stopping")
@@ -185,13 +185,15 @@ class _Lane:
             for append in self._waiting:
                 _fail(append, RedisUnavailable("the relay is stopping"))
 
-    async def _open(self) -> Link:
+    async def _open(self) -> PipelineConnection:
         def on_lost(exc: Exception | None) -> None:
             self._link = None
             if exc is not None:
                 _log.warning("Redis: %s", exc)
 
-        link = await Link.open(await discover(self._redis), settings=self._redis, on_lost=on_lost)
+        link = await PipelineConnection.open(
+            await discover(self._redis), settings=self._redis, on_lost=on_lost
+        )
         try:
             await scripts.load(link, scripts.APPEND_ONCE, scripts.APPEND_CHANGED)
         except BaseException:
@@ -200,7 +202,7 @@ class _Lane:
         self._link = link
         return link
 
-    def _send(self, link: Link, batch: list[_Append]) -> None:
+    def _send(self, link: PipelineConnection, batch: list[_Append]) -> None:
         commands = [append.command for append in batch]
         replicas = max((append.replicas for append in batch), default=0)
         if replicas:

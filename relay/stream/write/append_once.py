@@ -15,7 +15,7 @@ import hiredis
 
 from relay.core.model import Channel, EntryID
 from relay.stream.connection.connect import CommandRefused
-from relay.stream.connection.link import Command, Link
+from relay.stream.connection.pipeline_connection import PipelineConnection, RedisCommand
 from relay.stream.connection.scripts import APPEND_ONCE
 from relay.stream.format.keys import Keys
 
@@ -37,7 +37,13 @@ class Appender:
     """
 
     def __init__(
-        self, link: Link, keys: Keys, *, window_s: int, maxlen: int = 0, loaded: bool = False
+        self,
+        link: PipelineConnection,
+        keys: Keys,
+        *,
+        window_s: int,
+        maxlen: int = 0,
+        loaded: bool = False,
     ) -> None:
         self._link = link
         self._keys = keys
@@ -74,7 +80,7 @@ class Appender:
             by_text = True
         return found
 
-    def _command(self, each: Entry) -> Command:
+    def _command(self, each: Entry) -> RedisCommand:
         stream = self._keys.stream(each.channel)
         trim = ("MAXLEN", "~", self._maxlen) if self._maxlen else ()
         words = (*trim, "*", *each.fields)

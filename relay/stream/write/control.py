@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Disconnect:
+class DisconnectUser:
     """Close every connection of a user, in one door or in every."""
 
     user: str
@@ -30,7 +30,7 @@ class Disconnect:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unsubscribe:
+class UnsubscribeUser:
     """End a user's subscriptions to one channel or, without, to all, in one door or in every; they
     may subscribe again if their rights allow."""
 
@@ -56,8 +56,8 @@ class DoorCommand:
     payload: str
 
 
-ControlCommand = Disconnect | Unsubscribe | DropRights | DoorCommand
-_NAMES = {Disconnect: "disconnect", Unsubscribe: "unsubscribe", DropRights: "drop-rights"}
+ControlCommand = DisconnectUser | UnsubscribeUser | DropRights | DoorCommand
+_NAMES = {DisconnectUser: "disconnect", UnsubscribeUser: "unsubscribe", DropRights: "drop-rights"}
 
 
 def encode(command: ControlCommand) -> list[bytes]:
@@ -65,7 +65,7 @@ def encode(command: ControlCommand) -> list[bytes]:
     if isinstance(command, DoorCommand):
         words = ["command", "door", "door", command.door, "payload", command.payload]
         return [word.encode() for word in words]
-    channel = None if isinstance(command, Disconnect) else command.channel
+    channel = None if isinstance(command, DisconnectUser) else command.channel
     fields = ["command", _NAMES[type(command)]]
     if channel is not None:
         fields += "channel", channel
@@ -90,9 +90,9 @@ def decode(entry_id: EntryID, fields: Sequence[bytes]) -> ControlCommand | None:
         user, door = values.get("user"), values.get("door")
         match values.get("command"), channel, user:
             case "disconnect", None, str():
-                return Disconnect(user=user, door=door)
+                return DisconnectUser(user=user, door=door)
             case "unsubscribe", _, str():
-                return Unsubscribe(channel=channel, user=user, door=door)
+                return UnsubscribeUser(channel=channel, user=user, door=door)
             case "door", None, None if door is not None and "payload" in values:
                 return DoorCommand(door=door, payload=values["payload"])
             case "drop-rights", _, _:

@@ -27,7 +27,7 @@ from relay.stream.connection.connect import CommandRefused
 from relay.stream.write.dead_letters import KEEP
 
 if TYPE_CHECKING:
-    from relay.stream.connection.link import Command, Link
+    from relay.stream.connection.pipeline_connection import PipelineConnection, RedisCommand
     from relay.stream.format.keys import Keys
 
 
@@ -49,10 +49,10 @@ class Head(NamedTuple):
     items: list[bytes]
 
 
-class Queues:
+class CommandQueues:
     """Commands on one link, which has tracking on where wake-ups are wanted."""
 
-    def __init__(self, link: Link, keys: Keys, instance: str) -> None:
+    def __init__(self, link: PipelineConnection, keys: Keys, instance: str) -> None:
         self._link = link
         self._keys = keys
         self._instance = instance
@@ -67,7 +67,7 @@ class Queues:
         At most its fair share of them while others ask too; all of them once it is alone.
         """
         keys = [self._keys.takers, *[self._keys.lease(f"queue:{queue}") for queue in queues]]
-        words: Command = (scripts.HOLD.sha, len(keys), *keys, self._instance, ttl_ms)
+        words: RedisCommand = (scripts.HOLD.sha, len(keys), *keys, self._instance, ttl_ms)
         return [bool(held) for held in cast(list[int], await self._call("EVALSHA", *words))]
 
     async def head(self, queue: str, most: int) -> Head:
@@ -109,7 +109,7 @@ class Queues:
                 keys.append(uid_key)
                 words += keep, 1, item, len(fields)
             words += fields
-        commands: list[Command] = [("EVALSHA", scripts.APPLY.sha, len(keys), *keys, *words)]
+        commands: list[RedisCommand] = [("EVALSHA", scripts.APPLY.sha, len(keys), *keys, *words)]
         if replicas:
             commands.append(("WAIT", replicas, wait_ms))
         failed = _checked("EVALSHA", (await self._link.execute(commands))[0])

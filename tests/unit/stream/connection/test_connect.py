@@ -9,26 +9,26 @@ from redis.exceptions import ReadOnlyError, ResponseError
 
 from relay.config.settings import RedisSettings
 from relay.core.errors import ConfigError, RedisUnavailable
-from relay.stream.connection.connect import CommandRefused, Endpoint, discover, translated
+from relay.stream.connection.connect import CommandRefused, RedisEndpoint, discover, translated
 
 
 @pytest.mark.parametrize(
     ("url", "endpoint"),
     [
-        ("embedded", Endpoint(host="127.0.0.1", port=6399)),
-        ("redis://cache", Endpoint(host="cache", password="fallback")),
-        ("redis://cache:7000/2", Endpoint(host="cache", port=7000, db=2, password="fallback")),
-        ("redis://[::1]:7000", Endpoint(host="::1", port=7000, password="fallback")),
-        ("redis://[::1]/1", Endpoint(host="::1", db=1, password="fallback")),
-        ("redis://:p%40ss@h", Endpoint(host="h", password="p@ss")),
-        ("redis://anna:pw@h/", Endpoint(host="h", username="anna", password="pw")),
-        ("unix:///run/r.sock", Endpoint(path="/run/r.sock", password="fallback")),
-        ("unix://a:b@/r?db=4", Endpoint(path="/r", db=4, username="a", password="b")),
+        ("embedded", RedisEndpoint(host="127.0.0.1", port=6399)),
+        ("redis://cache", RedisEndpoint(host="cache", password="fallback")),
+        ("redis://cache:7000/2", RedisEndpoint(host="cache", port=7000, db=2, password="fallback")),
+        ("redis://[::1]:7000", RedisEndpoint(host="::1", port=7000, password="fallback")),
+        ("redis://[::1]/1", RedisEndpoint(host="::1", db=1, password="fallback")),
+        ("redis://:p%40ss@h", RedisEndpoint(host="h", password="p@ss")),
+        ("redis://anna:pw@h/", RedisEndpoint(host="h", username="anna", password="pw")),
+        ("unix:///run/r.sock", RedisEndpoint(path="/run/r.sock", password="fallback")),
+        ("unix://a:b@/r?db=4", RedisEndpoint(path="/r", db=4, username="a", password="b")),
     ],
 )
-async def test_urls(url: str, endpoint: Endpoint) -> None:
+async def test_urls(url: str, endpoint: RedisEndpoint) -> None:
     assert await discover(RedisSettings(url=url, password=SecretStr("fallback"))) == (
-        endpoint if url != "embedded" else Endpoint(host="127.0.0.1", port=6399)
+        endpoint if url != "embedded" else RedisEndpoint(host="127.0.0.1", port=6399)
     )
 
 
@@ -66,7 +66,7 @@ async def test_tls_checks_the_servers_name() -> None:
 
 
 def test_an_endpoint_is_shown_without_its_password() -> None:
-    endpoint = Endpoint(host="::1", port=5, username="anna", password="secret")
+    endpoint = RedisEndpoint(host="::1", port=5, username="anna", password="secret")
     assert str(endpoint) == "[::1]:5"
     assert "secret" not in repr(endpoint)
 

@@ -13,13 +13,13 @@ from relay.core.metrics import Metrics
 from relay.core.model import Channel, EntryID, Principal
 from relay.hub.feed import Feed
 from relay.hub.session import Session
-from relay.stream.connection.link import Command
+from relay.stream.connection.pipeline_connection import RedisCommand
 from relay.stream.connection.primary import Primary, Replication
 from relay.stream.format import entry
 from relay.stream.format.keys import Keys
 from relay.stream.read.control_reader import ControlReader
 from relay.stream.read.groups import MARKER_GROUP
-from relay.stream.read.pipelines import LiveTurns, PageTurns
+from relay.stream.read.pipelines import LivePipelines, PagePipelines
 from tests.support.hub import NEWS, Client, Outbox, Reads, Words, event, examine, join, make_hub
 
 KEYS = Keys("relay:")
@@ -41,7 +41,7 @@ class Scene:
         feed = self.hub.feed(NEWS)
         assert feed
         self.feed: Feed = feed
-        self.turns = LiveTurns(
+        self.turns = LivePipelines(
             keys=KEYS,
             instance="w1",
             primary=PRIMARY,
@@ -54,7 +54,7 @@ class Scene:
         self.turns.commands()
         self.turns.take([0, []])  # the control stream's first look
 
-    def read(self, exec_reply: object) -> list[Command]:
+    def read(self, exec_reply: object) -> list[RedisCommand]:
         self.turns.want_read(self.feed)
         commands = self.turns.commands()
         self.turns.take([b"OK", *[b"QUEUED"] * (len(commands) - 2), exec_reply])
@@ -89,7 +89,7 @@ def scene() -> Scene:
     return made
 
 
-def names(commands: Sequence[Command]) -> list[object]:
+def names(commands: Sequence[RedisCommand]) -> list[object]:
     return [command[0] for command in commands]
 
 
@@ -207,7 +207,7 @@ def test_a_page_of_a_stream_that_is_gone_is_examined(scene: Scene) -> None:
     scene.session.pause()
     scene.read([info(1, 2, added=2, last=2), found(2)])
     scene.session.resume()
-    pages = PageTurns(
+    pages = PagePipelines(
         keys=KEYS, primary=PRIMARY, settings=SETTINGS, decode=partial(entry.decode, max_bytes=1000)
     )
     pages.want(scene.feed)
@@ -321,7 +321,7 @@ def test_streams_with_news_or_waiting_clients_are_examined_before_the_others() -
     assert _examined(turns.commands()) == {KEYS.stream(quiet)}
 
 
-def _examined(commands: Sequence[Command]) -> set[object]:
+def _examined(commands: Sequence[RedisCommand]) -> set[object]:
     return {command[2] for command in commands if command[:2] == ("XINFO", "STREAM")}
 
 
@@ -332,7 +332,7 @@ def test_a_pipeline_of_pages_is_bounded_though_no_entry_is_known(largest: int) -
     names = [Channel(f"c{number}") for number in range(6)]
     session, *_ = join(hub, Principal(user="ann"), Words(), *names)
     settings = StreamSettings(max_entry_bytes=largest)
-    pages = PageTurns(keys=KEYS, primary=PRIMARY, settings=settings, decode=DECODE)
+    pages = PagePipelines(keys=KEYS, primary=PRIMARY, settings=settings, decode=DECODE)
     for name in names:
         examine(hub, name)
         feed = hub.feed(name)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from relay.core.model import Channel, EntryID
 from relay.stream.write.control import (
     ControlCommand,
-    Disconnect,
+    DisconnectUser,
     DoorCommand,
     DropRights,
-    Unsubscribe,
+    UnsubscribeUser,
     decode,
     encode,
 )
@@ -23,8 +23,8 @@ channels = st.sampled_from([Channel("news"), Channel("team:ä")])
 
 
 @given(
-    st.builds(Disconnect, user=users, door=st.none() | users)
-    | st.builds(Unsubscribe, channel=st.none() | channels, user=users, door=st.none() | users)
+    st.builds(DisconnectUser, user=users, door=st.none() | users)
+    | st.builds(UnsubscribeUser, channel=st.none() | channels, user=users, door=st.none() | users)
     | st.builds(DoorCommand, door=users, payload=users)
     | st.builds(DropRights, channel=st.none() | channels, user=st.none() | users)
 )
@@ -56,4 +56,4 @@ def test_what_is_not_understood_is_skipped_and_logged(
 
 def test_unknown_fields_are_ignored() -> None:
     fields = [b"command", b"disconnect", b"user", b"anna", b"since", b"2"]
-    assert decode(ID, fields) == Disconnect(user="anna")
+    assert decode(ID, fields) == DisconnectUser(user="anna")

@@ -41,7 +41,7 @@ def new_instance(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
+class WorkerInfo:
     """One worker as its heartbeat describes it."""
 
     instance: str
@@ -60,7 +60,7 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class WorkerLoad:
     """What a worker has to do at the moment of a beat. `lag_ms` is the largest age of an entry
     when it was offered to the live clients, since the beat before."""
 
@@ -71,12 +71,12 @@ class Load:
     refused: str = ""
 
 
-_FIELDS = frozenset(field.name for field in fields(Node))
+_FIELDS = frozenset(field.name for field in fields(WorkerInfo))
 
 
-def this_node(name: str, instance: str, version: str) -> Node:
+def describe_this_worker(name: str, instance: str, version: str) -> WorkerInfo:
     """Describes this process."""
-    return Node(
+    return WorkerInfo(
         instance=instance,
         name=name,
         host=socket.gethostname(),
@@ -86,7 +86,7 @@ def this_node(name: str, instance: str, version: str) -> Node:
     )
 
 
-class Heartbeat:
+class WorkerHeartbeat:
     """Says every HEARTBEAT_S that this worker lives, and soon when it has become ready."""
 
     def __init__(
@@ -94,14 +94,14 @@ class Heartbeat:
         *,
         client: Redis,
         keys: Keys,
-        node: Node,
-        load: Callable[[], Load] | None = None,
+        worker: WorkerInfo,
+        load: Callable[[], WorkerLoad] | None = None,
         refusals: Refusals | None = None,
     ) -> None:
         self._refusals = refusals or Refusals()
         self._client = client
         self._keys = keys
-        self._node = node
+        self._worker = worker
         self._load = load
         self._good = True
 
@@ -119,10 +119,10 @@ class Heartbeat:
 
         A Redis whose memory is full refuses SET and SADD. Then the heartbeat that it has is kept.
         """
-        instance = self._node.instance
-        node = replace(self._node, **asdict(self._load())) if self._load else self._node
-        self._good = node.ready is not False
-        text = orjson.dumps(node)
+        instance = self._worker.instance
+        worker = replace(self._worker, **asdict(self._load())) if self._load else self._worker
+        self._good = worker.ready is not False
+        text = orjson.dumps(worker)
         commands: tuple[tuple[bytes | str | int, ...], ...] = (
             ("SADD", self._keys.nodes, instance),
             ("SET", self._keys.node(instance), text, "EX", EXPIRY_S),
@@ -142,7 +142,7 @@ class Heartbeat:
 
     async def leave(self) -> None:
         """For an orderly stop, after this worker has destroyed its groups."""
-        instance = self._node.instance
+        instance = self._worker.instance
         async with self._client.pipeline(transaction=False) as pipeline:
             pipeline.execute_command("DEL", self._keys.node(instance))
             pipeline.execute_command("SREM", self._keys.nodes, instance)
@@ -163,12 +163,12 @@ async def _registry(client: Redis, keys: Keys) -> dict[str, bytes | None]:
     return dict(zip(instances, beats, strict=True))
 
 
-async def live_nodes(client: Redis, keys: Keys) -> list[Node]:
+async def live_workers(client: Redis, keys: Keys) -> list[WorkerInfo]:
     """The workers whose heartbeat is there, by instance; one that says nonsense is left out."""
-    return (await workers(client, keys))[0]
+    return (await list_workers(client, keys))[0]
 
 
-async def workers(client: Redis, keys: Keys) -> tuple[list[Node], list[str]]:
+async def list_workers(client: Redis, keys: Keys) -> tuple[list[WorkerInfo], list[str]]:
     """The `live_nodes`, and the instances that are registered and silent: killed or cut off."""
     living, silent = [], []
     for instance, beat in (await _registry(client, keys)).items():
@@ -178,13 +178,13 @@ async def workers(client: Redis, keys: Keys) -> tuple[list[Node], list[str]]:
         try:
             values = orjson.loads(beat)
             # A newer relay on the same Redis may say more than this one knows.
-            living.append(Node(**{name: values[name] for name in values if name in _FIELDS}))
+            living.append(WorkerInfo(**{name: values[name] for name in values if name in _FIELDS}))
         except (ValueError, TypeError):
             log.warning("the heartbeat of %s cannot be read", instance)
     return living, silent
 
 
-class Silence:
+class DeadWorkerDetector:
     """Which of the registered workers are dead.
 
     A worker counts as dead when every look for `patience_s` found no heartbeat: after an outage of

@@ -22,10 +22,10 @@ import hiredis
 
 from relay.config.settings import RedisSettings
 from relay.core.errors import RedisUnavailable
-from relay.stream.connection.connect import UNAVAILABLE_CODES, CommandRefused, Endpoint
+from relay.stream.connection.connect import UNAVAILABLE_CODES, CommandRefused, RedisEndpoint
 from relay.stream.connection.primary import Replication
 
-Command = Sequence[bytes | str | int]
+RedisCommand = Sequence[bytes | str | int]
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class _Pipeline:
         self.replies: list[object] = []
 
 
-class Link(asyncio.Protocol):
+class PipelineConnection(asyncio.Protocol):
     """A connection that has said who it is; made by `open`, which holds all of the greeting.
 
     `run_id` names the server's process, `replication` its place in the replication at that time;
@@ -55,7 +55,7 @@ class Link(asyncio.Protocol):
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        endpoint: RedisEndpoint,
         command_timeout_s: float,
         on_push: Callable[[list[object]], None] | None,
     ) -> None:
@@ -80,14 +80,14 @@ class Link(asyncio.Protocol):
     @classmethod
     async def open(
         cls,
-        endpoint: Endpoint,
+        endpoint: RedisEndpoint,
         *,
         settings: RedisSettings,
         on_push: Callable[[list[object]], None] | None = None,
         on_lost: Callable[[Exception | None], None] | None = None,
         name: str = "relay",
         check_primary: bool = True,
-    ) -> Link:
+    ) -> PipelineConnection:
         """Connect and greet; RedisUnavailable where that fails, in a text without the password.
 
         `on_lost` is called once when the link is gone, with None if `close` was the cause; never
@@ -149,7 +149,7 @@ class Link(asyncio.Protocol):
             raise RedisUnavailable(f"Redis at {self.endpoint} is a replica")
         self.run_id = server.partition(b"\nrun_id:")[2].partition(b"\r")[0]
 
-    def execute(self, commands: Sequence[Command]) -> Awaitable[list[object]]:
+    def execute(self, commands: Sequence[RedisCommand]) -> Awaitable[list[object]]:
         """Send `commands` as one pipeline; it awaits the list of their replies.
 
         RedisUnavailable where the link is lost before the last reply: then nobody knows which of

@@ -1,4 +1,4 @@
-"""relay/stream/cluster/nodes.py against real servers, with the relay's rights."""
+"""relay/stream/cluster/workers.py against real servers, with the relay's rights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from redis.asyncio import Redis
 
 from relay.core.model import Channel
-from relay.stream.cluster import leases, nodes
+from relay.stream.cluster import leases, workers
 from relay.stream.connection.connect import command, redis_client
 from relay.stream.format.keys import Keys
 from relay.stream.read import groups
@@ -20,23 +20,23 @@ pytestmark = pytest.mark.redis
 NEWS = Channel("news")
 
 
-def heartbeat(client: Redis, keys: Keys, name: str) -> tuple[str, nodes.Heartbeat]:
-    instance = nodes.new_instance(name)
-    node = nodes.this_node(name, instance, "1.2")
-    return instance, nodes.Heartbeat(client=client, keys=keys, node=node)
+def heartbeat(client: Redis, keys: Keys, name: str) -> tuple[str, workers.WorkerHeartbeat]:
+    instance = workers.new_instance(name)
+    worker = workers.describe_this_worker(name, instance, "1.2")
+    return instance, workers.WorkerHeartbeat(client=client, keys=keys, worker=worker)
 
 
 async def test_the_living_say_who_they_are(client: Redis, admin: Redis, keys: Keys) -> None:
     instance, beat = heartbeat(client, keys, "one")
     await beat.beat()
-    (node,) = await nodes.live_nodes(client, keys)
+    (node,) = await workers.live_workers(client, keys)
     assert (node.instance, node.name, node.version) == (instance, "one", "1.2")
     assert 10 < await admin.ttl(keys.node(instance)) <= 15
     await admin.set(keys.node("strange"), "x")
     await admin.sadd(keys.nodes, "strange")
-    assert await nodes.live_nodes(client, keys) == [node]
+    assert await workers.live_workers(client, keys) == [node]
     await beat.leave()
-    assert await nodes.live_nodes(client, keys) == []
+    assert await workers.live_workers(client, keys) == []
     assert await admin.smembers(keys.nodes) == {b"strange"}
 
 
@@ -64,7 +64,7 @@ async def test_what_the_dead_left_is_removed_after_a_while(
     await admin.xgroup_create(shared, groups.group_of(alive))
     await admin.set(keys.stream(Channel("foreign")), "x")
 
-    job = dead_workers.DeadNodes(client=client, keys=keys, patience_s=0.05)
+    job = dead_workers.DeadWorkersJob(client=client, keys=keys, patience_s=0.05)
     assert await job.remove() == []
     await admin.delete(keys.node(dead))
     assert await job.remove() == []
@@ -86,12 +86,12 @@ async def group_names(admin: Redis, key: bytes) -> set[bytes]:
 async def test_an_outage_kills_nobody(client: Redis, admin: Redis, keys: Keys) -> None:
     instance, beat = heartbeat(client, keys, "one")
     await beat.beat()
-    job = dead_workers.DeadNodes(client=client, keys=keys, patience_s=0)
+    job = dead_workers.DeadWorkersJob(client=client, keys=keys, patience_s=0)
     await admin.delete(keys.node(instance))
     assert await job.remove() == []
     await beat.beat()
     assert await job.remove() == []
-    assert [node.instance for node in await nodes.live_nodes(client, keys)] == [instance]
+    assert [node.instance for node in await workers.live_workers(client, keys)] == [instance]
 
 
 @pytest.mark.parametrize("what", ["entry", "once", "follower", "id"])

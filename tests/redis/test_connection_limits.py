@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from relay.core.errors import LimitExceeded, Unavailable
-from relay.stream.cluster.connection_limits import Seats
+from relay.stream.cluster.connection_limits import ConnectionLimiter
 from relay.stream.connection.connect import redis_client
 from relay.stream.format.keys import Keys
 from tests.support.clients import redis, until
@@ -24,7 +24,7 @@ KEYS = Keys("relay:")
 class Worker:
     """The counting part of a worker, with its own sessions."""
 
-    def __init__(self, seats: Seats, here: dict[str, int]) -> None:
+    def __init__(self, seats: ConnectionLimiter, here: dict[str, int]) -> None:
         self.seats = seats
         self.here = here
 
@@ -45,7 +45,7 @@ async def worker(
     redis(server, "SADD", "relay:nodes", name)
     here: dict[str, int] = {}
     async with redis_client(server.settings()) as client, asyncio.TaskGroup() as group:
-        seats = Seats(
+        seats = ConnectionLimiter(
             client=client,
             keys=KEYS,
             instance=name,

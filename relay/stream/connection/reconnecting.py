@@ -16,20 +16,20 @@ import hiredis
 
 from relay.core.errors import RedisUnavailable, Unavailable
 from relay.stream.connection.connect import CommandRefused, discover
-from relay.stream.connection.link import Link, unawaited
+from relay.stream.connection.pipeline_connection import PipelineConnection, unawaited
 from relay.stream.connection.primary import Primary
 from relay.stream.connection.task_groups import uncancel
 
 if TYPE_CHECKING:
     from relay.config.settings import RedisSettings
-    from relay.stream.connection.link import Command
+    from relay.stream.connection.pipeline_connection import RedisCommand
 
 _log = logging.getLogger(__name__)
 
 _BACKOFF_S = (0.05, 2.0)
 
 
-class SideLink:
+class ReconnectingConnection:
     """`run` must be running. `subscribe_to` and `patterns` are pub/sub channels whose messages go
     to `on_message` with the channel's name."""
 
@@ -45,13 +45,13 @@ class SideLink:
         self._names = subscribe_to
         self._patterns = patterns
         self._on_message = on_message
-        self._link: Link | None = None
+        self._link: PipelineConnection | None = None
         self.primary = Primary()
         self._open = asyncio.Event()
         # Called with each new connection, before anybody else can use it.
         self.on_open: list[Callable[[], None]] = []
 
-    def execute(self, commands: Sequence[Command]) -> Awaitable[list[object]]:
+    def execute(self, commands: Sequence[RedisCommand]) -> Awaitable[list[object]]:
         """The replies, error replies among them; RedisUnavailable where it is away."""
         if self._link is None:
             future: asyncio.Future[list[object]] = asyncio.get_running_loop().create_future()
@@ -64,7 +64,7 @@ class SideLink:
         (reply,) = await self.call_all([command])
         return reply
 
-    async def call_all(self, commands: Sequence[Command]) -> list[object]:
+    async def call_all(self, commands: Sequence[RedisCommand]) -> list[object]:
         """As `call`, for several in one pipeline; nothing is sent for none."""
         if not commands:
             return []
@@ -77,7 +77,7 @@ class SideLink:
                 raise Unavailable(f"Redis refuses {command[0]!s}: {reply}")
         return replies
 
-    def post(self, *commands: Command) -> None:
+    def post(self, *commands: RedisCommand) -> None:
         """Send what nobody waits for; while Redis is away it is lost."""
         unawaited(self.execute(commands))
 
@@ -103,7 +103,7 @@ class SideLink:
 
     async def _connected(self) -> None:
         lost = asyncio.Event()
-        link = await Link.open(
+        link = await PipelineConnection.open(
             await discover(self._redis),
             settings=self._redis,
             on_push=self._on_push,

@@ -20,7 +20,7 @@ from redis.asyncio import Redis
 from relay.config.settings import RedisSettings
 from relay.core.errors import RedisUnavailable
 from relay.stream.connection.connect import CommandRefused, command, discover, redis_client
-from relay.stream.connection.link import Link
+from relay.stream.connection.pipeline_connection import PipelineConnection
 from tests.support.valkey import Flavour, SentinelServer, Server, running
 
 pytestmark = pytest.mark.redis
@@ -32,9 +32,11 @@ async def opened(
     settings: RedisSettings,
     on_push: Callable[[list[object]], None] | None = None,
     on_lost: Callable[[Exception | None], None] | None = None,
-) -> AsyncIterator[Link]:
+) -> AsyncIterator[PipelineConnection]:
     endpoint = await discover(settings)
-    link = await Link.open(endpoint, settings=settings, on_push=on_push, on_lost=on_lost)
+    link = await PipelineConnection.open(
+        endpoint, settings=settings, on_push=on_push, on_lost=on_lost
+    )
     try:
         yield link
     finally:
