@@ -30,8 +30,8 @@ from relay.hub.hub import Hub
 from relay.hub.session import Client, Session
 from relay.protocols.centrifugo import tokens
 from relay.protocols.centrifugo.clients.connection import Connection
-from relay.protocols.centrifugo.clients.encoders import Format
-from relay.protocols.centrifugo.door import Door
+from relay.protocols.centrifugo.encoders import Format
+from relay.protocols.centrifugo.server_state import Door
 from relay.protocols.centrifugo.settings import CentrifugoNamespace, CentrifugoSettings
 from relay.rights.policy import Policy
 from relay.stream.format import entry

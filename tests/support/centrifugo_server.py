@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 
 from relay.core.model import Channel
-from relay.protocols.centrifugo import codec
-from relay.protocols.centrifugo.administrators.admin import Administrator
+from relay.protocols.centrifugo.administrators.connection import Administrator
 from relay.protocols.centrifugo.administrators.node import Node
-from relay.protocols.centrifugo.api.api import Api
+from relay.protocols.centrifugo.api import replies
+from relay.protocols.centrifugo.api.executor import Api
 from relay.protocols.centrifugo.api.server_commands import ServerCommands
-from relay.protocols.centrifugo.clients import sockets
+from relay.protocols.centrifugo.clients import routes as sockets
 from relay.protocols.centrifugo.commands import Invalid
 from relay.protocols.centrifugo.settings import CentrifugoSettings
 from tests.support.centrifugo import Bench, Clock, Context, Socket, Transcript
@@ -98,7 +98,7 @@ class ServerBench(Bench):
 
     async def _request(self, text: str) -> None:
         try:
-            answer = codec.encode(await self._api.answer(text.encode()))
+            answer = replies.encode(await self._api.answer(text.encode()))
         except Invalid:
             self.sockets[API].lines.append("x 400")
         else:

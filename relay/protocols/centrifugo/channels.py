@@ -10,8 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from relay.core.model import RESERVED_NAMESPACES, Channel, namespace_of
-from relay.protocols.centrifugo import tokens
-from relay.protocols.centrifugo.clients import client_codec as codec
+from relay.protocols.centrifugo import codec, tokens
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -10,17 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from relay.core.go_json import text
 from relay.core.model import Channel, Event
-from relay.protocols.centrifugo import commands
-from relay.protocols.centrifugo.clients import client_codec as codec
-from relay.protocols.centrifugo.gojson import text
+from relay.protocols.centrifugo import codec, commands
 
 if TYPE_CHECKING:
     from relay.doorkit.contract import DoorContext
-    from relay.protocols.centrifugo.administrators.stats import Stats
     from relay.protocols.centrifugo.channels import Names
     from relay.protocols.centrifugo.clients.subscriptions import Subscriptions
     from relay.protocols.centrifugo.settings import CentrifugoNamespace
+    from relay.protocols.centrifugo.stats import Stats
 
 _DOOR = "centrifugo"
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from relay.doorkit.contract import Listener
-from relay.protocols.centrifugo.administrators.admin_routes import AdminRoutes
 from relay.protocols.centrifugo.administrators.node import Node
-from relay.protocols.centrifugo.api.api import Api
-from relay.protocols.centrifugo.api.api_routes import ApiRoutes
+from relay.protocols.centrifugo.administrators.routes import AdminRoutes
+from relay.protocols.centrifugo.api.executor import Api
+from relay.protocols.centrifugo.api.routes import ApiRoutes
 from relay.protocols.centrifugo.api.server_commands import ServerCommands
-from relay.protocols.centrifugo.clients.sockets import Sockets
+from relay.protocols.centrifugo.clients.routes import Sockets
 from relay.protocols.centrifugo.configuration.imported import CentrifugoForeign
 from relay.protocols.centrifugo.settings import CentrifugoSettings
 

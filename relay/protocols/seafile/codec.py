@@ -8,10 +8,10 @@ the two line separators as escapes, one LF at the end; `type` first.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
+from relay.core import go_json
 from relay.core.json_array import divide
 from relay.core.model import EntryID, Event
 from relay.core.slices import next_slice
@@ -26,15 +26,6 @@ READABLE_BYTES = 4096
 SMALL_BYTES = 8192
 # A library with its token takes about 400 bytes.
 _PART_BYTES = 4096
-
-_STRING_OR_SPACE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[ \t\r\n]+', re.DOTALL)
-_ESCAPES = (
-    (b"<", b"\\u003c"),
-    (b">", b"\\u003e"),
-    (b"&", b"\\u0026"),
-    ("\u2028".encode(), b"\\u2028"),
-    ("\u2029".encode(), b"\\u2029"),
-)
 
 
 class BadMessage(ValueError):
@@ -137,11 +128,7 @@ def _text(fields: dict[str, Any], name: str) -> str:
 
 def message(kind: str, content: bytes) -> bytes:
     """A message of this type; `content` is JSON text."""
-    compact = _STRING_OR_SPACE.sub(lambda found: found[0] if found[0][0] == 34 else b"", content)
-    text = b'{"type":' + json.dumps(kind, ensure_ascii=False).encode() + b',"content":' + compact
-    for plain, escaped in _ESCAPES:
-        text = text.replace(plain, escaped)
-    return text + b"}\n"
+    return b'{"type":%b,"content":%b}\n' % (go_json.text(kind), go_json.compact(content))
 
 
 def event_message(event: Event) -> bytes:

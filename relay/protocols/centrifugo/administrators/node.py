@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import orjson
 
 from relay.core.errors import RelayError
-from relay.protocols.centrifugo.administrators.stats import COUNTERS, GAUGES
-from relay.protocols.centrifugo.clients.client_codec import VERSION
-from relay.protocols.centrifugo.clients.encoders import DOOR
+from relay.protocols.centrifugo.codec import VERSION
+from relay.protocols.centrifugo.encoders import DOOR
+from relay.protocols.centrifugo.stats import COUNTERS, GAUGES
 
 if TYPE_CHECKING:
     from relay.hub.session import Session
-    from relay.protocols.centrifugo.door import Door
+    from relay.protocols.centrifugo.server_state import Door
 
 # Linux: /proc/self/status, in kB.
 _MEMORY = {

@@ -11,18 +11,16 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from relay.core.errors import RelayError
+from relay.core.go_json import text
 from relay.core.model import Channel, parse_channel
-from relay.protocols.centrifugo import commands
-from relay.protocols.centrifugo.api.publisher import WATCH
-from relay.protocols.centrifugo.clients import client_codec as words
-from relay.protocols.centrifugo.clients import encoders, history
-from relay.protocols.centrifugo.codec import Reply
-from relay.protocols.centrifugo.gojson import text
+from relay.protocols.centrifugo import codec, commands, encoders, history
+from relay.protocols.centrifugo.api.replies import Reply
+from relay.protocols.centrifugo.publisher import WATCH
 
 if TYPE_CHECKING:
     from relay.protocols.centrifugo.administrators.node import Node
     from relay.protocols.centrifugo.commands import Command
-    from relay.protocols.centrifugo.door import Door
+    from relay.protocols.centrifugo.server_state import Door
 
 _log = logging.getLogger(__name__)
 
@@ -60,13 +58,13 @@ class ServerCommands:
         given = commands.fields(command.params, strings=("channel", "user"))
         user, name = given.get("user", ""), given.get("channel", "")
         if not user:
-            return _failed(command, words.INVALID_MESSAGE)
+            return _failed(command, codec.INVALID_MESSAGE)
         if name and self._door.names.rules(name) is None:
-            return _failed(command, words.NAMESPACE_NOT_FOUND)
+            return _failed(command, codec.NAMESPACE_NOT_FOUND)
         try:
             channel = parse_channel(name) if name else None
         except ValueError:
-            return _failed(command, words.INVALID_MESSAGE)
+            return _failed(command, codec.INVALID_MESSAGE)
         self._door.stats.count("node_num_control_msg_published")
         tell = self._door.context.unsubscribe(user, channel=channel, door=encoders.DOOR)
         return await _done(command, tell)
@@ -74,41 +72,41 @@ class ServerCommands:
     async def _disconnect(self, command: Command) -> Reply:
         user = commands.fields(command.params, strings=("user",)).get("user", "")
         if not user:
-            return _failed(command, words.INVALID_MESSAGE)
+            return _failed(command, codec.INVALID_MESSAGE)
         self._door.stats.count("node_num_control_msg_published")
         return await _done(command, self._door.context.disconnect(user, door=encoders.DOOR))
 
     async def _presence(self, command: Command) -> Reply:
-        name = words.channel_of(command.params)
+        name = codec.channel_of(command.params)
         rules = self._door.names.rules(name)
         error = _unreadable(name)
         if not error and rules is not None and not rules.presence:
-            error = words.NOT_AVAILABLE
+            error = codec.NOT_AVAILABLE
         if error or rules is None:
-            return _failed(command, error or words.NAMESPACE_NOT_FOUND, words.data_body(name))
+            return _failed(command, error or codec.NAMESPACE_NOT_FOUND, codec.data_body(name))
         try:
             found = await self._door.presence.read(Channel(name))
         except RelayError as exc:
-            return _broken(command, exc, words.data_body(name))
-        return Reply(command.method, command.uid, body=words.data_body(name, found))
+            return _broken(command, exc, codec.data_body(name))
+        return Reply(command.method, command.uid, body=codec.data_body(name, found))
 
     async def _history(self, command: Command) -> Reply:
-        name = words.channel_of(command.params)
+        name = codec.channel_of(command.params)
         rules = self._door.names.rules(name)
         error = _unreadable(name)
         if not error and rules is not None and not rules.has_history:
-            error = words.NOT_AVAILABLE
+            error = codec.NOT_AVAILABLE
         if error or rules is None:
-            return _failed(command, error or words.NAMESPACE_NOT_FOUND, words.data_body(name))
+            return _failed(command, error or codec.NAMESPACE_NOT_FOUND, codec.data_body(name))
         self._door.stats.count("node_num_history")
         try:
             snapshot = await self._door.context.history(Channel(name), rules.history_size)
         except RelayError as exc:
-            return _broken(command, exc, words.data_body(name))
+            return _broken(command, exc, codec.data_body(name))
         kept = history.kept(snapshot, rules, self._door.clock())
         await encoders.encode_messages(kept)
         found = b"[" + b",".join(map(encoders.message, kept)) + b"]"
-        return Reply(command.method, command.uid, body=words.data_body(name, found))
+        return Reply(command.method, command.uid, body=codec.data_body(name, found))
 
     async def _channels(self, command: Command) -> Reply:
         try:
@@ -137,7 +135,7 @@ def _unreadable(name: str) -> str:
     try:
         parse_channel(name)
     except ValueError:
-        return words.INVALID_MESSAGE
+        return codec.INVALID_MESSAGE
     return ""
 
 
@@ -155,4 +153,4 @@ def _failed(command: Command, error: str, body: bytes = b"null") -> Reply:
 
 def _broken(command: Command, exc: RelayError, body: bytes = b"null") -> Reply:
     _log.warning("%s: %s", command.method, exc)
-    return _failed(command, words.INTERNAL_ERROR, body)
+    return _failed(command, codec.INTERNAL_ERROR, body)

@@ -15,16 +15,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from relay.core.errors import LimitExceeded, RelayError
+from relay.core.json_text import is_json
 from relay.core.model import Channel
-from relay.protocols.centrifugo.clients import client_codec as codec
+from relay.protocols.centrifugo import codec
 from relay.protocols.centrifugo.clients import credentials, requests
-from relay.protocols.centrifugo.clients.answers import Answers, Slot
-from relay.protocols.centrifugo.clients.encoders import Format
+from relay.protocols.centrifugo.clients.reply_queue import Answers, Slot
 from relay.protocols.centrifugo.clients.slow_client_timer import Stall
 from relay.protocols.centrifugo.clients.subscriptions import Subscriptions
 from relay.protocols.centrifugo.commands import Invalid
-from relay.protocols.centrifugo.door import Door, Fatal, Input, Socket
-from relay.protocols.centrifugo.gojson import is_json
+from relay.protocols.centrifugo.encoders import Format
+from relay.protocols.centrifugo.server_state import Door, Fatal, Input, Socket
 
 if TYPE_CHECKING:
     from relay.core.model import Principal
@@ -243,7 +243,7 @@ class Connection:
             self.answer(slot, codec.connect_body("", ttl, expired=True))
             return
         self.session = session
-        self._info = info if is_json(info) else ""
+        self._info = info if is_json(info.encode()) else ""
         self.door.authenticated(self)
         self._stop_timer()
         session.attach(self._socket)
@@ -254,7 +254,7 @@ class Connection:
         given = codec.credentials(slot.command.params)
         term, session = credentials.renewed(self.door, given), self.session
         if not term.expired:
-            if is_json(given.info):
+            if is_json(given.info.encode()):
                 self._info = given.info
                 self.subscriptions.introduce()
             if term.closes_at is not None and session is not None:

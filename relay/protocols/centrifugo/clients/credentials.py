@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from relay.core.model import Channel, Principal
-from relay.protocols.centrifugo.clients import client_codec as codec
-from relay.protocols.centrifugo.clients.encoders import DOOR
+from relay.protocols.centrifugo import codec
+from relay.protocols.centrifugo.encoders import DOOR
 
 if TYPE_CHECKING:
-    from relay.protocols.centrifugo.door import Door
+    from relay.protocols.centrifugo.server_state import Door
 
 
 class Term(NamedTuple):

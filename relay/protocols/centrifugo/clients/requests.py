@@ -6,16 +6,15 @@ from typing import TYPE_CHECKING
 
 from relay.core.errors import LimitExceeded, RelayError
 from relay.core.model import Channel
+from relay.protocols.centrifugo import codec, encoders
+from relay.protocols.centrifugo import history as histories
 from relay.protocols.centrifugo.channels import is_foreign
-from relay.protocols.centrifugo.clients import client_codec as codec
-from relay.protocols.centrifugo.clients import encoders
-from relay.protocols.centrifugo.clients import history as histories
 from relay.protocols.centrifugo.clients.subscriptions import visible
 
 if TYPE_CHECKING:
-    from relay.protocols.centrifugo.api.publisher import Appended
-    from relay.protocols.centrifugo.clients.answers import Slot
     from relay.protocols.centrifugo.clients.connection import Connection
+    from relay.protocols.centrifugo.clients.reply_queue import Slot
+    from relay.protocols.centrifugo.publisher import Appended
     from relay.protocols.centrifugo.settings import CentrifugoNamespace
 
 

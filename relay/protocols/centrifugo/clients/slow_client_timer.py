@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import asyncio
 
-    from relay.protocols.centrifugo.door import Door, Socket
+    from relay.protocols.centrifugo.server_state import Door, Socket
 
 
 class Stall:

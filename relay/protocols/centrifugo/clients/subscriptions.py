@@ -12,19 +12,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from relay.core.errors import Forbidden, RelayError
+from relay.core.json_text import is_json
 from relay.core.model import Channel, Event, parse_channel
 from relay.core.slices import in_slices
-from relay.protocols.centrifugo import channels
-from relay.protocols.centrifugo.clients import client_codec as codec
-from relay.protocols.centrifugo.clients import encoders, history
-from relay.protocols.centrifugo.door import Door, Fatal
-from relay.protocols.centrifugo.gojson import is_json
+from relay.protocols.centrifugo import channels, codec, encoders, history
+from relay.protocols.centrifugo.server_state import Door, Fatal
 
 if TYPE_CHECKING:
     from relay.core.stream_interface import Snapshot
     from relay.hub.session import Session, Subscription
-    from relay.protocols.centrifugo.clients.answers import Slot
     from relay.protocols.centrifugo.clients.connection import Connection
+    from relay.protocols.centrifugo.clients.reply_queue import Slot
     from relay.protocols.centrifugo.settings import CentrifugoNamespace
 
 
@@ -99,7 +97,7 @@ class Subscriptions:
         if not channels.is_foreign(channel):
             rules = self._door.names.rules(channel)
             self.admitted.add(channel)
-        if self._door.names.is_private(channel) and wanted.info and is_json(wanted.info):
+        if self._door.names.is_private(channel) and wanted.info and is_json(wanted.info.encode()):
             self._infos[channel] = wanted.info
         asked = self._asked[channel] = _Asked(slot, wanted, rules)
         if rules is not None and rules.recover and wanted.recover:

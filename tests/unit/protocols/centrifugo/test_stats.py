@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from relay.protocols.centrifugo.administrators.stats import COUNTERS, GAUGES, Durations, Stats
+from relay.protocols.centrifugo.stats import COUNTERS, GAUGES, Durations, Stats
 
 # As documents/centrifugo-v1/server/stats.md shows them, and five that it does not show.
 DOCUMENTED = """

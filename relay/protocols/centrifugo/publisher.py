@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING
 from relay.core.errors import RelayError
 from relay.core.json_text import is_json
 from relay.core.model import Channel, EntryID, Event
-from relay.protocols.centrifugo.clients import client_codec as codec
-from relay.protocols.centrifugo.clients import history
+from relay.protocols.centrifugo import codec, history
 
 if TYPE_CHECKING:
     from relay.doorkit.contract import DoorContext
-    from relay.protocols.centrifugo.administrators.stats import Stats
     from relay.protocols.centrifugo.settings import CentrifugoNamespace
+    from relay.protocols.centrifugo.stats import Stats
 
 _log = logging.getLogger(__name__)
 

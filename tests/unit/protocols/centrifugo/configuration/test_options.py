@@ -9,7 +9,7 @@ from relay.config.loading import SECTIONS
 from relay.protocols import door_settings
 from relay.protocols.centrifugo.configuration.options import OPTIONS, Fate, Option
 
-ROOT = Path(__file__).parents[4]
+ROOT = Path(__file__).parents[5]
 TEXT = (ROOT / "docs" / "centrifugo.md").read_text()
 _ROW = re.compile(r"^\| `(\w+)` " + r"\|([^|\n]*)" * 4 + r"\|$", re.MULTILINE)
 _OURS = re.compile(r"`\[([^]]+)\](?: (\w+))?`")

@@ -11,9 +11,9 @@ from aiohttp import web
 
 from relay.core.model import ZERO_ID
 from relay.hub.recovery import Notice
-from relay.protocols.centrifugo.clients import encoders
+from relay.protocols.centrifugo import encoders
 from relay.protocols.centrifugo.clients.connection import Connection
-from relay.protocols.centrifugo.door import Door
+from relay.protocols.centrifugo.server_state import Door
 from relay.transports.socket import deflate, websocket
 from relay.transports.socket.heartbeat import Heartbeat
 from relay.transports.socket.reaper import Reaper
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from relay.core.model import Channel
     from relay.doorkit.contract import DoorContext
     from relay.hub.session import Session
-    from relay.protocols.centrifugo.clients.encoders import Format
+    from relay.protocols.centrifugo.encoders import Format
     from relay.protocols.centrifugo.settings import CentrifugoSettings
     from relay.transports.socket.client_socket import ClientSocket
     from relay.transports.socket.exchange import Asked

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.protocols.centrifugo.api.plain_http import _multipart, _urlencoded
+from relay.protocols.centrifugo.go_http import _multipart, _urlencoded
 
 
 def read(body: bytes) -> dict[str, bytes]:

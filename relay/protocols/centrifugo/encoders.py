@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from relay.core.go_json import compact_in_slices
 from relay.core.model import Channel, Event
 from relay.core.slices import in_slices
 from relay.hub.encoding import SharedEncoder
 from relay.hub.recovery import Notice
-from relay.protocols.centrifugo.clients import client_codec as codec
-from relay.protocols.centrifugo.gojson import compact_in_slices
+from relay.protocols.centrifugo import codec
 from relay.transports.socket.websocket import frame_compressed, frame_text
 from relay.transports.sockjs.frames import element
 

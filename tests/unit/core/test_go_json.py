@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.protocols.centrifugo import gojson
-from relay.protocols.centrifugo.clients import client_codec as codec
-from relay.protocols.centrifugo.gojson import compact, is_json, text
+from relay.core import go_json
+from relay.core.go_json import compact, text
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
@@ -44,35 +43,12 @@ def test_compact_json_means_the_same_and_has_no_space_between(
 def test_long_json_is_made_compact_in_parts(value: list[object], part_bytes: int) -> None:
     written = json.dumps(value, indent=1).encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gojson, "_PART_BYTES", part_bytes)
+        patch.setattr(go_json, "_PART_BYTES", part_bytes)
         found = compact(written)
-        assert asyncio.run(gojson.compact_in_slices(written)) == found
+        assert asyncio.run(go_json.compact_in_slices(written)) == found
     assert json.loads(found) == value
     assert found == compact(json.dumps(value, separators=(",", ":")).encode())
 
 
 def test_numbers_keep_their_spelling() -> None:
     assert compact(b"[ 1.0, 12345678901234567890 , 1E5 ]") == b"[1.0,12345678901234567890,1E5]"
-
-
-@pytest.mark.parametrize(
-    ("info", "wanted"),
-    [
-        (b'{"client":"c","user":"u"}', b'{"user":"u","client":"c"}'),
-        (b'{"user":"u","default_info": {"a": 1},"more":2}', None),
-        (b"[]", b""),
-        (b'"text"', b""),
-        (b"{}", b""),
-        (b'{"user":7}', b""),
-        (b'{"user":"u","default_info":null}', b'{"user":"u","client":""}'),
-    ],
-)
-def test_info_has_v1s_form_or_is_none(info: bytes, wanted: bytes | None) -> None:
-    if wanted is None:
-        wanted = b'{"user":"u","client":"","default_info":{"a":1}}'
-    assert codec.client_info(info) == (wanted or None)
-
-
-@pytest.mark.parametrize(("given_text", "valid"), [("{}", True), ("", False), ("{", False)])
-def test_what_is_json(given_text: str, valid: bool) -> None:
-    assert is_json(given_text) is valid

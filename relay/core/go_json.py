@@ -74,12 +74,3 @@ def _compacted(written: bytes) -> Iterator[bytes]:
 
 def _unmarked(marked: bytes) -> bytes:
     return marked.replace(_QUOTE, b'\\"').replace(_BACKSLASH, b"\\\\")
-
-
-def is_json(written: str) -> bool:
-    """Whether it is one JSON value."""
-    try:
-        orjson.loads(written)
-    except ValueError:
-        return False
-    return True

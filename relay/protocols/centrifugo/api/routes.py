@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from relay.protocols.centrifugo import codec
-from relay.protocols.centrifugo.api import plain_http
-from relay.protocols.centrifugo.api.api import Api, signed
+from relay.protocols.centrifugo import go_http
+from relay.protocols.centrifugo.api.executor import Api, signed
+from relay.protocols.centrifugo.api.replies import encode
 from relay.protocols.centrifugo.commands import Invalid
 from relay.transports.socket.bodies import BodyRejected, read_body
 
 if TYPE_CHECKING:
-    from relay.protocols.centrifugo.door import Door
+    from relay.protocols.centrifugo.server_state import Door
 
 # What `signed` can accept.
 _SIGNATURE = re.compile(r"[0-9a-f]{64}")
@@ -56,9 +56,9 @@ class ApiRoutes:
         try:
             body, sign = await self._commands(request, is_json=is_json)
         except ValueError:
-            return plain_http.error(400, "Bad Request")
+            return go_http.error(400, "Bad Request")
         except BodyRejected as exc:
-            return plain_http.body_error(exc)
+            return go_http.body_error(exc)
         if not settings.insecure_api:
             # An empty secret, as after a reload, rejects all requests.
             secret = settings.secret.get_secret_value().encode()
@@ -69,8 +69,8 @@ class ApiRoutes:
         try:
             replies = await self._api.answer(body, ids=_wants_ids(request))
         except Invalid:
-            return plain_http.error(400, "Bad Request")
-        return web.Response(body=codec.encode(replies), content_type="application/json")
+            return go_http.error(400, "Bad Request")
+        return web.Response(body=encode(replies), content_type="application/json")
 
     async def _commands(self, request: web.Request, *, is_json: bool) -> tuple[bytes, str]:
         """The commands' text and its signature, in whichever form they were sent."""
@@ -79,12 +79,12 @@ class ApiRoutes:
             body = await read_body(request, limit_bytes, "[protocol:centrifugo] api_max_bytes")
             return body, request.headers.get("X-API-Sign", "")
         # cent 1.x and phpcent 1.x send a form.
-        fields = await plain_http.form(request, limit_bytes)
+        fields = await go_http.form(request, limit_bytes)
         return fields.get("data", b""), fields.get("sign", b"").decode("latin-1")
 
     def _refused(self, status: int, text: str) -> web.Response:
         self._door.context.metrics.refused.labels(text.lower().replace(" ", "_")).inc()
-        return plain_http.error(status, text)
+        return go_http.error(status, text)
 
     async def _moved(self, request: web.Request) -> web.Response:
         query = f"?{request.query_string}" if request.query_string else ""

@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from relay.protocols.centrifugo.administrators.stats import Stats
-from relay.protocols.centrifugo.clients import client_codec as codec
+from relay.protocols.centrifugo import codec
 from relay.protocols.centrifugo.commands import Command
+from relay.protocols.centrifugo.stats import Stats
 
 
 class _Batch:

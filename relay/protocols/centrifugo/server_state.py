@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, cast
 
-from relay.protocols.centrifugo import tokens
-from relay.protocols.centrifugo.administrators.stats import Stats
-from relay.protocols.centrifugo.api.publisher import Publisher
+from relay.protocols.centrifugo import codec, tokens
 from relay.protocols.centrifugo.channels import Names
-from relay.protocols.centrifugo.clients import client_codec as codec
-from relay.protocols.centrifugo.clients.encoders import DOOR, Format
+from relay.protocols.centrifugo.encoders import DOOR, Format
 from relay.protocols.centrifugo.presence import Presence
+from relay.protocols.centrifugo.publisher import Publisher
+from relay.protocols.centrifugo.stats import Stats
 
 if TYPE_CHECKING:
     import asyncio

@@ -13,9 +13,9 @@ import jwt
 import orjson
 from aiohttp import web
 
-from relay.protocols.centrifugo.administrators.admin import Administrator
+from relay.protocols.centrifugo import go_http
+from relay.protocols.centrifugo.administrators.connection import Administrator
 from relay.protocols.centrifugo.administrators.node import memory
-from relay.protocols.centrifugo.api import plain_http
 from relay.transports.socket import websocket
 from relay.transports.socket.bodies import BodyRejected
 from relay.transports.socket.deadlines import Deadlines
@@ -24,8 +24,8 @@ from relay.transports.socket.reaper import Reaper
 from relay.transports.socket.take_over import take_over
 
 if TYPE_CHECKING:
-    from relay.protocols.centrifugo.api.api import Api
-    from relay.protocols.centrifugo.door import Door
+    from relay.protocols.centrifugo.api.executor import Api
+    from relay.protocols.centrifugo.server_state import Door
     from relay.protocols.centrifugo.settings import CentrifugoSettings
 
 # v1's tokens are securecookie's, and hold as long.
@@ -74,16 +74,16 @@ class AdminRoutes:
         if settings.insecure_admin:
             return _token(_INSECURE)
         try:
-            fields = await plain_http.form(request, _FORM_BYTES)
+            fields = await go_http.form(request, _FORM_BYTES)
         except ValueError:
-            return plain_http.error(400, "Bad Request")
+            return go_http.error(400, "Bad Request")
         except BodyRejected as exc:
-            return plain_http.body_error(exc)
+            return go_http.body_error(exc)
         password = settings.admin_password.get_secret_value().encode()
         given = fields.get("password", b"")
         if not (password and self._key() and hmac.compare_digest(password, given)):
             self._door.context.metrics.refused.labels("bad_request").inc()
-            return plain_http.error(400, "Bad Request")
+            return go_http.error(400, "Bad Request")
         claims = {"aud": _AUDIENCE, "exp": int(time.time()) + _TOKEN_S}
         return _token(jwt.encode(claims, self._key(), algorithm="HS256"))
 
@@ -107,7 +107,7 @@ class AdminRoutes:
     async def _socket(self, request: web.Request) -> web.StreamResponse:
         head = websocket.accept_headers(request)
         if isinstance(head, web.Response):
-            return plain_http.error(400, "Bad Request")
+            return go_http.error(400, "Bad Request")
         settings = self._door.settings
         socket = websocket.WebSocketConnection(
             buffer_bytes=settings.client_queue_max_size,

@@ -16,19 +16,18 @@ import orjson
 from relay.core.errors import RelayError
 from relay.core.model import Principal
 from relay.hub.encoding import SharedEncoder
-from relay.protocols.centrifugo import commands
-from relay.protocols.centrifugo.api.publisher import WATCH, WATCHERS
-from relay.protocols.centrifugo.clients import client_codec as words
-from relay.protocols.centrifugo.codec import Reply, encode
+from relay.protocols.centrifugo import codec, commands
+from relay.protocols.centrifugo.api.replies import Reply, encode
+from relay.protocols.centrifugo.publisher import WATCH, WATCHERS
 from relay.transports.socket.websocket import frame_text
 
 if TYPE_CHECKING:
     from relay.core.model import Channel, Event
     from relay.hub.recovery import Notice
     from relay.hub.session import Session, Subscription
-    from relay.protocols.centrifugo.api.api import Api
+    from relay.protocols.centrifugo.api.executor import Api
     from relay.protocols.centrifugo.commands import Command
-    from relay.protocols.centrifugo.door import Door
+    from relay.protocols.centrifugo.server_state import Door
     from relay.protocols.centrifugo.settings import CentrifugoSettings
 
 CLOSE_CODE = 3000
@@ -113,10 +112,10 @@ class Administrator:
             try:
                 await self._answer(self._waiting.popleft())
             except commands.Invalid as exc:
-                known = str(exc) in (words.UNAUTHORIZED, words.METHOD_NOT_FOUND)
-                self.close(str(exc) if known else words.INVALID_MESSAGE)
+                known = str(exc) in (codec.UNAUTHORIZED, codec.METHOD_NOT_FOUND)
+                self.close(str(exc) if known else codec.INVALID_MESSAGE)
             except RelayError:
-                self.close(words.INTERNAL_ERROR)
+                self.close(codec.INTERNAL_ERROR)
             if self._socket is not None and not self._socket.full:
                 self._socket.resume_reading()
         self._busy = False
@@ -134,13 +133,13 @@ class Administrator:
         if method == "connect":
             return self._connect(command)
         if not self._known:
-            raise commands.Invalid(words.UNAUTHORIZED)
+            raise commands.Invalid(codec.UNAUTHORIZED)
         if method == "ping":
             return Reply(method, uid, body=b'"pong"')
         if method == "info":
             return Reply(method, uid, body=_info(self._door.settings))
         if not self._api.knows(method):
-            raise commands.Invalid(words.METHOD_NOT_FOUND)
+            raise commands.Invalid(codec.METHOD_NOT_FOUND)
         del params
         (reply,) = await self._api.run([command])
         return reply
@@ -148,7 +147,7 @@ class Administrator:
     def _connect(self, command: Command) -> Reply:
         given = commands.fields(command.params, strings=("token",), bools=("watch",))
         if not self._door.settings.insecure_admin and not self._is_valid(given.get("token", "")):
-            raise commands.Invalid(words.UNAUTHORIZED)
+            raise commands.Invalid(codec.UNAUTHORIZED)
         self._known = True
         if given.get("watch") and self._session is None and self._socket is not None:
             context = self._door.context
@@ -190,7 +189,7 @@ class Administrator:
     def expire(self) -> None:
         """Close the connection if it has not authenticated."""
         if not self._known:
-            self.close(words.UNAUTHORIZED)
+            self.close(codec.UNAUTHORIZED)
 
     def close(self, reason: str) -> None:
         """Say why; administrators may always come back."""
@@ -200,7 +199,7 @@ class Administrator:
         if self._session is not None:
             self._session.write_out()
         self.gone()
-        socket.close_with(CLOSE_CODE, words.close_reason(reason, reconnect=True))
+        socket.close_with(CLOSE_CODE, codec.close_reason(reason, reconnect=True))
 
     # ---- from the hub (relay.hub.session.Client) ------------------------------------------------
 
@@ -210,12 +209,12 @@ class Administrator:
     def refused(self, channel: Channel, error: RelayError) -> None:
         """Streams cannot be read now: the page connects again."""
         del channel, error
-        self.close(words.INTERNAL_ERROR)
+        self.close(codec.INTERNAL_ERROR)
 
     def dropped(self, channel: Channel, notice: Notice) -> None:
         """See `relay.hub.session.Client`."""
         del channel, notice
-        self.close(words.INTERNAL_ERROR)
+        self.close(codec.INTERNAL_ERROR)
 
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
         """Never called: `Pushes.notice` always has an answer."""
@@ -234,5 +233,5 @@ def _info(settings: CentrifugoSettings) -> bytes:
     for name, value in config.items():
         if name.endswith(_DURATIONS):
             config[name] = int(value * 1e9)
-    body = {"data": {"version": words.VERSION, "engine": "Redis", "config": config}}
+    body = {"data": {"version": codec.VERSION, "engine": "Redis", "config": config}}
     return orjson.dumps(body)

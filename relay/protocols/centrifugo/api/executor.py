@@ -14,12 +14,12 @@ from relay.core.errors import LimitExceeded, RelayError
 from relay.core.json_array import divide
 from relay.core.slices import in_slices
 from relay.protocols.centrifugo import commands
-from relay.protocols.centrifugo.codec import FIX, RETRY, Reply
+from relay.protocols.centrifugo.api.replies import FIX, RETRY, Reply
 
 if TYPE_CHECKING:
-    from relay.protocols.centrifugo.api.publisher import Appended
     from relay.protocols.centrifugo.api.server_commands import ServerCommands
-    from relay.protocols.centrifugo.door import Door
+    from relay.protocols.centrifugo.publisher import Appended
+    from relay.protocols.centrifugo.server_state import Door
 
 # v1's texts, which clients compare.
 INVALID_MESSAGE = "invalid message"

@@ -1,0 +1,39 @@
+"""Bytes of API replies. The keys stand in v1's order: uid, method, error, advice, body."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import orjson
+
+FIX = "fix"
+RETRY = "retry"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to one command; `error` is '' where it succeeded, `body` is JSON text."""
+
+    method: str
+    uid: str = ""
+    error: str = ""
+    advice: str = ""
+    body: bytes = b"null"
+
+
+def encode(replies: list[Reply]) -> bytes:
+    """The body of a response: always an array."""
+    return b"[" + b",".join(_SUCCESS.get(reply) or _encode(reply) for reply in replies) + b"]"
+
+
+def _encode(reply: Reply) -> bytes:
+    members: dict[str, str | None] = {}
+    if reply.uid:
+        members["uid"] = reply.uid
+    members |= {"method": reply.method, "error": reply.error or None}
+    if reply.advice:
+        members["advice"] = reply.advice
+    return orjson.dumps(members)[:-1] + b',"body":' + reply.body + b"}"
+
+
+_SUCCESS = {reply: _encode(reply) for reply in (Reply("publish"), Reply("broadcast"))}
