@@ -53,7 +53,7 @@ _DOOR = "centrifugo"
 _QUESTIONS = ("presence", "history", "channels", "stats", "node")
 
 # What one command means: the entries to append. Invalid where it cannot be carried out.
-Handler = Callable[[commands.Command, int], list[Operation]]
+Handler = Callable[[commands.CentrifugoCommand, int], list[Operation]]
 
 
 class Dispatcher:
@@ -88,7 +88,7 @@ class Dispatcher:
             if plain is not None:
                 return [self.operation(plain, index)], []
             queued = commands.queued(item)
-        except commands.Invalid as exc:
+        except commands.InvalidCommand as exc:
             return [], [str(exc)]
         wanted: list[Operation] = []
         reasons: list[str] = []
@@ -96,40 +96,40 @@ class Dispatcher:
             try:
                 handler = self._handlers.get(command.method)
                 if handler is None:
-                    raise commands.Invalid(f"unknown method {command.method[:50]!r}")  # noqa: TRY301  # one way to a reason
+                    raise commands.InvalidCommand(f"unknown method {command.method[:50]!r}")  # noqa: TRY301  # one way to a reason
                 wanted += handler(command, index)
-            except commands.Invalid as exc:
+            except commands.InvalidCommand as exc:
                 reasons.append(str(exc))
         return wanted, reasons
 
-    def operation(self, publication: commands.Publication, index: int) -> Operation:
+    def operation(self, publication: commands.PublishParams, index: int) -> Operation:
         """The append of one publication; Invalid where a reader could not make sense of it."""
         channel, data, client, uid, kind, to = publication
         fields = [b"data", data]
         if client is not None or uid is not None or kind is not None or to is not None:
             fields = entry.encode(data, type=kind, uid=uid, to=to, client=client, checked=True)
         if entry.size(fields) > self._max_entry_bytes:
-            raise commands.Invalid(f"too large: {entry.size(fields)} bytes")
+            raise commands.InvalidCommand(f"too large: {entry.size(fields)} bytes")
         uid_key = None
         rules = self._namespace_of(channel)
         if uid is not None and self._window_ms and rules.unique_uids:
             if len(uid.encode()) > UID_BYTES:
-                raise commands.Invalid(f"uid of more than {UID_BYTES} bytes")
+                raise commands.InvalidCommand(f"uid of more than {UID_BYTES} bytes")
             uid_key = self._keys.uid(channel, uid)
         return Operation(self._keys.stream(channel), fields, index, rules.retention_count, uid_key)
 
-    def _publish(self, command: commands.Command, index: int) -> list[Operation]:
+    def _publish(self, command: commands.CentrifugoCommand, index: int) -> list[Operation]:
         return [self.operation(commands.publish(command.params), index)]
 
-    def _broadcast(self, command: commands.Command, index: int) -> list[Operation]:
+    def _broadcast(self, command: commands.CentrifugoCommand, index: int) -> list[Operation]:
         broadcast = commands.broadcast(command.params)
         if not broadcast.channels or not broadcast.data:
-            raise commands.Invalid("broadcast without channels or data")
+            raise commands.InvalidCommand("broadcast without channels or data")
         # Unlike v1, which stops half way: in the queue a command is applied whole or not at all.
         wanted = [broadcast.publication(name) for name in broadcast.channels]
         return [self.operation(each, index) for each in wanted]
 
-    def _unsubscribe(self, command: commands.Command, index: int) -> list[Operation]:
+    def _unsubscribe(self, command: commands.CentrifugoCommand, index: int) -> list[Operation]:
         given = commands.fields(command.params, strings=("channel", "user"))
         name = given.get("channel")
         channel = commands.checked_channel(name) if name else None
@@ -139,7 +139,7 @@ class Dispatcher:
             )
         ]
 
-    def _disconnect(self, command: commands.Command, index: int) -> list[Operation]:
+    def _disconnect(self, command: commands.CentrifugoCommand, index: int) -> list[Operation]:
         given = commands.fields(command.params, strings=("user",))
         return [self._control(control.DisconnectUser(user=_user(given), door=_DOOR), index)]
 
@@ -147,13 +147,13 @@ class Dispatcher:
         return Operation(self._keys.control, control.encode(command), index, control.KEEP)
 
 
-def _nothing(_command: commands.Command, _index: int) -> list[Operation]:
+def _nothing(_command: commands.CentrifugoCommand, _index: int) -> list[Operation]:
     return []
 
 
 def _user(given: Mapping[str, str]) -> str:
     if not given.get("user"):
-        raise commands.Invalid("without user")
+        raise commands.InvalidCommand("without user")
     return given["user"]
 
 

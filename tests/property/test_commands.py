@@ -66,7 +66,7 @@ def test_data_keeps_its_bytes_however_the_command_is_written(
     (again,) = commands.many(f"[{text}]".encode())
     assert again == command
     for found in commands.read(f"[{text} , {text}]".encode()) + commands.read(text.encode()):
-        if isinstance(found, commands.Command):
+        if isinstance(found, commands.CentrifugoCommand):
             assert found == command
         else:
             assert found == commands.publish(command.params)
@@ -86,5 +86,5 @@ def test_the_short_way_agrees_with_the_long_one(data: str, name: str, after: str
 @given(st.binary() | st.text('{}[]",:\\ 1etnul').map(str.encode))
 def test_no_text_breaks_the_reader(text: bytes) -> None:
     for read in (commands.read, commands.many, commands.queued, commands.plain_publish):
-        with contextlib.suppress(commands.Invalid):
+        with contextlib.suppress(commands.InvalidCommand):
             read(text)

@@ -29,9 +29,9 @@ from relay.hub.encoding import Encoder
 from relay.hub.hub import Hub
 from relay.hub.session import Client, Session
 from relay.protocols.centrifugo import tokens
-from relay.protocols.centrifugo.clients.connection import Connection
-from relay.protocols.centrifugo.encoders import Format
-from relay.protocols.centrifugo.server_state import Door
+from relay.protocols.centrifugo.clients.connection import CentrifugoConnection
+from relay.protocols.centrifugo.encoders import CentrifugoEncoder
+from relay.protocols.centrifugo.server_state import ServerState
 from relay.protocols.centrifugo.settings import CentrifugoNamespace, CentrifugoSettings
 from relay.rights.policy import Policy
 from relay.stream.format import entry
@@ -347,19 +347,19 @@ class Bench:
     ) -> None:
         self.clock = Clock()
         self.context = context(self.clock)
-        self.door = Door(
+        self.door = ServerState(
             cast("DoorContext", self.context),
             settings,
             clock=self.clock.time,
             call_later=self.clock.call_later,
         )
-        self.format = Format(lambda text: text + b"\n")
-        self.connections: dict[str, Connection] = {}
+        self.format = CentrifugoEncoder(lambda text: text + b"\n")
+        self.connections: dict[str, CentrifugoConnection] = {}
         self.sockets: dict[str, Socket] = {}
 
-    def connection(self, name: str) -> Connection:
+    def connection(self, name: str) -> CentrifugoConnection:
         if name not in self.connections:
-            connection = Connection(self.door, self.format, f"client-{name}")
+            connection = CentrifugoConnection(self.door, self.format, f"client-{name}")
             self.connections[name], self.sockets[name] = connection, Socket()
             connection.attached(self.sockets[name])
         return self.connections[name]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 
 from relay.core.model import Channel
-from relay.protocols.centrifugo.administrators.connection import Administrator
-from relay.protocols.centrifugo.administrators.node import Node
+from relay.protocols.centrifugo.administrators.connection import AdminConnection
+from relay.protocols.centrifugo.administrators.node import NodeReport
 from relay.protocols.centrifugo.api import replies
-from relay.protocols.centrifugo.api.executor import Api
+from relay.protocols.centrifugo.api.executor import CommandExecutor
 from relay.protocols.centrifugo.api.server_commands import ServerCommands
 from relay.protocols.centrifugo.clients import routes as sockets
-from relay.protocols.centrifugo.commands import Invalid
+from relay.protocols.centrifugo.commands import InvalidCommand
 from relay.protocols.centrifugo.settings import CentrifugoSettings
 from tests.support.centrifugo import Bench, Clock, Context, Socket, Transcript
 
@@ -80,16 +80,16 @@ class ServerBench(Bench):
     def __init__(self, settings: CentrifugoSettings) -> None:
         super().__init__(settings, ServerContext)
         self.context.hub.on_not_subscribed["centrifugo"] = sockets.tell_unsubscribed
-        self._api = Api(self.door, ServerCommands(self.door, Node(self.door)))
+        self._api = CommandExecutor(self.door, ServerCommands(self.door, NodeReport(self.door)))
         self.sockets[API] = Socket()
-        self._admins: dict[str, Administrator] = {}
+        self._admins: dict[str, AdminConnection] = {}
 
     def send(self, name: str, text: str) -> None:
         if name == API:
             _ = self.context.spawn(self._request(text), name="request")
         elif name in ADMINS:
             if name not in self._admins:
-                self._admins[name] = Administrator(self.door, self._api, TOKEN.__eq__)
+                self._admins[name] = AdminConnection(self.door, self._api, TOKEN.__eq__)
                 self.sockets[name] = socket = _AdminSocket()
                 self._admins[name].attached(socket)
             self._admins[name].on_frame(text.encode())
@@ -99,7 +99,7 @@ class ServerBench(Bench):
     async def _request(self, text: str) -> None:
         try:
             answer = replies.encode(await self._api.answer(text.encode()))
-        except Invalid:
+        except InvalidCommand:
             self.sockets[API].lines.append("x 400")
         else:
             self.sockets[API].lines.append(f"< {answer.decode()}")

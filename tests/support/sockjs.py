@@ -11,10 +11,10 @@ from aiohttp import web
 
 from relay.core.errors import Unavailable
 from relay.transports.between_workers.handover import Bus
-from relay.transports.socket.exchange import Asked
+from relay.transports.socket.exchange import HttpRequest
 from relay.transports.socket.listener import GuardedSite
 from relay.transports.sockjs.frames import element
-from relay.transports.sockjs.registry import Store
+from relay.transports.sockjs.registry import ClaimStore
 from relay.transports.sockjs.routes import SockJs
 from relay.transports.sockjs.session import SockJsSession
 from relay.transports.sockjs.sessions import SockJsOptions
@@ -69,7 +69,7 @@ class MemoryStore:
 class EchoDoor:
     """Echoes at /echo, says goodbye at /close."""
 
-    def __init__(self, bus: Bus, store: Store, options: SockJsOptions = OPTIONS) -> None:
+    def __init__(self, bus: Bus, store: ClaimStore, options: SockJsOptions = OPTIONS) -> None:
         self.sessions: list[SockJsSession] = []
         self.texts: list[bytes] = []
         self.closed = 0
@@ -102,7 +102,7 @@ class EchoDoor:
         task.add_done_callback(self.tasks.discard)
         return task
 
-    def _accept(self, session: SockJsSession, asked: Asked) -> None:
+    def _accept(self, session: SockJsSession, asked: HttpRequest) -> None:
         self.sessions.append(session)
 
         def on_text(text: bytes) -> None:

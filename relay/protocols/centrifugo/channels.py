@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from relay.protocols.centrifugo.settings import CentrifugoNamespace, CentrifugoSettings
 
 
-class Names:
+class ChannelNames:
     """How the settings read a channel's name."""
 
     def __init__(self, settings: CentrifugoSettings) -> None:
@@ -63,7 +63,7 @@ def is_foreign(channel: str) -> bool:
 
 def refusal(
     settings: CentrifugoSettings,
-    wanted: codec.Subscribe,
+    wanted: codec.SubscribeParams,
     *,
     user: str,
     client: str,
@@ -74,7 +74,7 @@ def refusal(
     `own` are the channels that the client has already. A foreign channel passes: whether its own
     sources of rights open it to this user is found out where it is read.
     """
-    names, channel = Names(settings), wanted.channel
+    names, channel = ChannelNames(settings), wanted.channel
     if len(channel.encode()) > settings.max_channel_length:
         return codec.LIMIT_EXCEEDED
     if len(own) >= settings.client_channel_limit:
@@ -96,7 +96,7 @@ def refusal(
     return None
 
 
-def _is_signed(settings: CentrifugoSettings, wanted: codec.Subscribe, client: str) -> bool:
+def _is_signed(settings: CentrifugoSettings, wanted: codec.SubscribeParams, client: str) -> bool:
     secret = settings.secret.get_secret_value().encode()
     parts = wanted.client, wanted.channel, wanted.info
     return wanted.client == client and tokens.is_signed(secret, wanted.sign, *parts)

@@ -17,7 +17,7 @@ from relay.core.json_array import divide
 from relay.core.model import Event
 from relay.core.slices import in_slices
 from relay.protocols.centrifugo import commands
-from relay.protocols.centrifugo.commands import Command, Invalid
+from relay.protocols.centrifugo.commands import CentrifugoCommand, InvalidCommand
 
 # Clients of v1 are told the version that this door is compatible with.
 VERSION = "1.8.0"
@@ -41,7 +41,7 @@ NOT_AVAILABLE = "not available"
 INTERNAL_ERROR = "internal server error"
 
 
-class Credentials(NamedTuple):
+class ConnectParams(NamedTuple):
     """The parameters of connect and of refresh."""
 
     user: str
@@ -50,7 +50,7 @@ class Credentials(NamedTuple):
     token: str
 
 
-class Subscribe(NamedTuple):
+class SubscribeParams(NamedTuple):
     """The parameters of subscribe."""
 
     channel: str
@@ -61,48 +61,48 @@ class Subscribe(NamedTuple):
     sign: str
 
 
-def parse(frame: bytes) -> list[Command]:
+def parse(frame: bytes) -> list[CentrifugoCommand]:
     """The commands of a frame, at least one; Invalid where it is not understood as a whole."""
     first = frame[:1]
     if first == b"{":
         return [commands.one(frame)]
     if first != b"[":
-        raise Invalid("neither an object nor an array")
+        raise InvalidCommand("neither an object nor an array")
     found = commands.many(frame)
     if not found:
-        raise Invalid("no commands")
+        raise InvalidCommand("no commands")
     return found
 
 
-async def parse_in_slices(frame: bytes) -> list[Command]:
+async def parse_in_slices(frame: bytes) -> list[CentrifugoCommand]:
     """Parse as `parse` does, in slices of time."""
     if frame[:1] != b"[":
         return parse(frame)
     try:
         array = await divide(frame, 1, _PART_BYTES)
     except ValueError as exc:
-        raise Invalid(str(exc)) from None
+        raise InvalidCommand(str(exc)) from None
     if not array.parts or frame[array.end + 1 :].strip(b" \t\r\n"):
-        raise Invalid("not an array of commands")
-    found: list[Command] = []
+        raise InvalidCommand("not an array of commands")
+    found: list[CentrifugoCommand] = []
     async for begin, end in in_slices(array.parts):
         found += commands.many(b"[%b]" % frame[begin:end])
     return found
 
 
-def credentials(params: str | None) -> Credentials:
+def credentials(params: str | None) -> ConnectParams:
     """Invalid where they are missing or of a wrong type."""
-    names = Credentials._fields
+    names = ConnectParams._fields
     given = commands.fields(params, strings=names)
-    return Credentials(*(given.get(name, "") for name in names))
+    return ConnectParams(*(given.get(name, "") for name in names))
 
 
-def subscribe(params: str | None) -> Subscribe:
+def subscribe(params: str | None) -> SubscribeParams:
     """Invalid where they are missing or of a wrong type."""
     given = commands.fields(
         params, strings=("channel", "client", "last", "info", "sign"), bools=("recover",)
     )
-    return Subscribe(
+    return SubscribeParams(
         given.get("channel", ""),
         given.get("client", ""),
         given.get("last", ""),
@@ -133,7 +133,9 @@ def ping(params: str | None) -> str:
 # ---- to the client ------------------------------------------------------------------------------
 
 
-def reply(command: Command, body: bytes | None = None, error: str = "", advice: str = "") -> bytes:
+def reply(
+    command: CentrifugoCommand, body: bytes | None = None, error: str = "", advice: str = ""
+) -> bytes:
     """The answer to one command."""
     parts = [b'{"uid":' + text(command.uid)] if command.uid else []
     parts.append(b'"method":' + text(command.method))

@@ -32,22 +32,22 @@ _PLAIN = re.compile(
 ).match
 
 
-class Invalid(ValueError):
+class InvalidCommand(ValueError):
     """The command cannot be carried out; its text is the reason."""
 
 
-class NamespaceNotFound(Invalid):
+class NamespaceNotFound(InvalidCommand):
     """The channel belongs to another door."""
 
     def __init__(self) -> None:
         super().__init__("namespace not found")
 
 
-class Undeliverable(Invalid):
+class UndeliverableEvent(InvalidCommand):
     """No workspace can have this name, or no event this type or these recipients."""
 
 
-class Command(NamedTuple):
+class CentrifugoCommand(NamedTuple):
     """One command; `params` is JSON text, None where there was none."""
 
     method: str
@@ -55,7 +55,7 @@ class Command(NamedTuple):
     uid: str
 
 
-class Publication(NamedTuple):
+class PublishParams(NamedTuple):
     """`data` for one channel; `to` is None or the recipients, as `entry.encode` wants them."""
 
     channel: Channel
@@ -66,7 +66,7 @@ class Publication(NamedTuple):
     to: tuple[str, ...] | None = None
 
 
-class Broadcast(NamedTuple):
+class BroadcastParams(NamedTuple):
     """`data` for several channels, as they were named: the caller checks each in its turn."""
 
     channels: list[str]
@@ -75,14 +75,14 @@ class Broadcast(NamedTuple):
     type: str | None = None
     to: tuple[str, ...] | None = None
 
-    def publication(self, name: str) -> Publication:
+    def publication(self, name: str) -> PublishParams:
         """The one for the channel of this name; Invalid where there can be none."""
         channel = checked_channel(name)
-        return Publication(channel, self.data, self.client, type=self.type, to=self.to)
+        return PublishParams(channel, self.data, self.client, type=self.type, to=self.to)
 
 
 def _refuse(word: str) -> object:
-    raise Invalid(f"{word} is not JSON")
+    raise InvalidCommand(f"{word} is not JSON")
 
 
 # Integers as floats: only their place in the text is of interest, and int() refuses long ones.
@@ -97,13 +97,13 @@ def checked_channel(name: str) -> Channel:
     try:
         channel = parse_channel(name)
     except ValueError as exc:
-        raise Undeliverable(str(exc)) from None
+        raise UndeliverableEvent(str(exc)) from None
     if namespace_of(Channel(name.removeprefix(PRIVATE_PREFIX))) in RESERVED_NAMESPACES:
         raise NamespaceNotFound
     return channel
 
 
-def plain_publish(text: bytes) -> Publication | None:
+def plain_publish(text: bytes) -> PublishParams | None:
     """A publish in its usual form; None where `one` has to look."""
     found = _PLAIN(text)
     if found is None or not text.endswith(b"}}"):
@@ -116,23 +116,23 @@ def plain_publish(text: bytes) -> Publication | None:
         name = found[1].decode()
     except ValueError:
         return None
-    return Publication(checked_channel(name), data)
+    return PublishParams(checked_channel(name), data)
 
 
-def one(text: bytes) -> Command:
+def one(text: bytes) -> CentrifugoCommand:
     """A text that is one command object."""
     return _command(_complete(text))
 
 
-def many(text: bytes) -> list[Command]:
+def many(text: bytes) -> list[CentrifugoCommand]:
     """A text that is an array of commands."""
     whole = _complete(text)
     if not whole.startswith("["):
-        raise Invalid("not an array")
+        raise InvalidCommand("not an array")
     return [_command(whole[start:end]) for start, end in _elements(whole)]
 
 
-def read(text: bytes) -> list[Publication | Command]:
+def read(text: bytes) -> list[PublishParams | CentrifugoCommand]:
     """A text that is one command object or an array of them, each the short way where it goes."""
     if not text.startswith(b"["):
         return [_plainly(text) or one(text)]
@@ -141,14 +141,14 @@ def read(text: bytes) -> list[Publication | Command]:
     return [_plainly(part.encode()) or _command(part) for part in parts]
 
 
-def _plainly(text: bytes) -> Publication | None:
+def _plainly(text: bytes) -> PublishParams | None:
     try:
         return plain_publish(text)
-    except Invalid:
+    except InvalidCommand:
         return None  # its parameters say the same, when their turn comes
 
 
-def queued(text: bytes) -> list[Command]:
+def queued(text: bytes) -> list[CentrifugoCommand]:
     """An item of the queue: a command, or the form of before 1.6.0, {"data": [commands]}."""
     whole = _complete(text)
     members = _struct(whole, raws=("params", "data"), strings=("method", "uid"))
@@ -158,16 +158,16 @@ def queued(text: bytes) -> list[Command]:
     return [_command(whole)]
 
 
-def publish(params: str | None) -> Publication:
+def publish(params: str | None) -> PublishParams:
     """The parameters of a publish."""
     given = fields(
         params, strings=("channel", "client", "uid", "type"), raws=("data",), names=("to",)
     )
     if not given.get("channel"):
-        raise Invalid("publish without channel")
+        raise InvalidCommand("publish without channel")
     if "data" not in given:
-        raise Invalid("publish without data")
-    return Publication(
+        raise InvalidCommand("publish without data")
+    return PublishParams(
         checked_channel(given["channel"]),
         given["data"].encode(),
         given.get("client") or None,
@@ -176,14 +176,14 @@ def publish(params: str | None) -> Publication:
     )
 
 
-def broadcast(params: str | None) -> Broadcast:
+def broadcast(params: str | None) -> BroadcastParams:
     """The parameters of a broadcast; without channels or data, both may be empty."""
     given = fields(
         params, strings=("client", "type"), raws=("data",), lists=("channels",), names=("to",)
     )
     data = given.get("data", "").encode()
     client = given.get("client") or None
-    return Broadcast(given.get("channels", []), data, client, *_addressed(given))
+    return BroadcastParams(given.get("channels", []), data, client, *_addressed(given))
 
 
 def _addressed(given: dict[str, Any]) -> tuple[str | None, tuple[str, ...] | None]:
@@ -194,7 +194,7 @@ def _addressed(given: dict[str, Any]) -> tuple[str | None, tuple[str, ...] | Non
             entry.checked_type(kind)
         return kind, None if to is None else tuple(sorted(entry.recipients(to)))
     except ValueError as exc:
-        raise Undeliverable(str(exc)) from None
+        raise UndeliverableEvent(str(exc)) from None
 
 
 def fields(params: str | None, **kinds: tuple[str, ...]) -> dict[str, Any]:
@@ -202,13 +202,13 @@ def fields(params: str | None, **kinds: tuple[str, ...]) -> dict[str, Any]:
     `lists` (of strings), `bools` and `names` (a string or a list of strings); what was not given
     is not there."""
     if params is None:
-        raise Invalid("no params")
+        raise InvalidCommand("no params")
     return _struct(params, **kinds)
 
 
-def _command(text: str) -> Command:
+def _command(text: str) -> CentrifugoCommand:
     given = _struct(text, strings=("uid", "method"), raws=("params",))
-    return Command(given.get("method", ""), given.get("params"), given.get("uid", ""))
+    return CentrifugoCommand(given.get("method", ""), given.get("params"), given.get("uid", ""))
 
 
 def _complete(text: bytes) -> str:
@@ -216,9 +216,9 @@ def _complete(text: bytes) -> str:
     try:
         whole = text.decode().strip(_SPACE)
     except UnicodeDecodeError:
-        raise Invalid("not UTF-8") from None
+        raise InvalidCommand("not UTF-8") from None
     if _value(whole, 0)[1] != len(whole):
-        raise Invalid("not JSON")
+        raise InvalidCommand("not JSON")
     return whole
 
 
@@ -226,13 +226,13 @@ def _value(text: str, at: int) -> tuple[Any, int]:
     try:
         return _scan(text, at)
     except StopIteration:
-        raise Invalid("not JSON") from None
-    except Invalid:
+        raise InvalidCommand("not JSON") from None
+    except InvalidCommand:
         raise
     except ValueError:
-        raise Invalid("not JSON") from None
+        raise InvalidCommand("not JSON") from None
     except RecursionError:
-        raise Invalid("nested too deeply") from None
+        raise InvalidCommand("nested too deeply") from None
 
 
 def _elements(text: str) -> Iterator[tuple[int, int]]:
@@ -277,7 +277,7 @@ def _struct(
     if text == "null":
         return {}
     if not text.startswith("{"):
-        raise Invalid("not an object")
+        raise InvalidCommand("not an object")
     found: dict[str, Any] = {}
     for spelled, value, start, end in _members(text):
         name = spelled.casefold()
@@ -288,11 +288,11 @@ def _struct(
                 found[name] = _text(name, value)
         elif name in lists:
             if not isinstance(value, list | None):
-                raise Invalid(f"{name} is not a list")
+                raise InvalidCommand(f"{name} is not a list")
             found[name] = ["" if each is None else _text(name, each) for each in value or ()]
         elif name in bools and value is not None:
             if not isinstance(value, bool):
-                raise Invalid(f"{name} is not a boolean")
+                raise InvalidCommand(f"{name} is not a boolean")
             found[name] = value
         elif name in names and value is not None:
             many = isinstance(value, list)
@@ -302,7 +302,7 @@ def _struct(
 
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
-        raise Invalid(f"{name} is not a string")
+        raise InvalidCommand(f"{name} is not a string")
     if value.isascii():
         return value
     # Half a surrogate pair: Go reads U+FFFD.

@@ -29,7 +29,7 @@ _PUSH = "centrifugo push"
 _MESSAGE = "centrifugo message"
 
 
-class Format(SharedEncoder):
+class CentrifugoEncoder(SharedEncoder):
     """How JSON text becomes bytes for one kind of client; `frame` does it."""
 
     door = DOOR
@@ -76,11 +76,11 @@ async def encode_messages(events: Iterable[Event]) -> None:
             event.frames[_MESSAGE] = codec.message(event, compacted)
 
 
-WEBSOCKET = Format(frame_text)
-SOCKJS = Format(element)
+WEBSOCKET = CentrifugoEncoder(frame_text)
+SOCKJS = CentrifugoEncoder(element)
 
 
-def compressed(settings: CentrifugoSettings) -> Format:
+def compressed(settings: CentrifugoSettings) -> CentrifugoEncoder:
     """For websockets that have agreed to permessage-deflate."""
     smallest, level = (
         settings.websocket_compression_min_size,
@@ -90,4 +90,4 @@ def compressed(settings: CentrifugoSettings) -> Format:
     def frame(text: bytes) -> bytes:
         return frame_compressed(text, level) if len(text) >= smallest else frame_text(text)
 
-    return Format(frame)
+    return CentrifugoEncoder(frame)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from relay.protocols.centrifugo.settings import CentrifugoNamespace
 
 
-class Missed(NamedTuple):
+class MissedEvents(NamedTuple):
     """Newest first. `recovered` only if nothing else can be missing."""
 
     events: Sequence[Event]
@@ -37,20 +37,20 @@ def kept(snapshot: Snapshot, rules: CentrifugoNamespace, now: float) -> Sequence
     return newest if newest[0].id.ms / 1000 + rules.history_lifetime > now else ()
 
 
-def missed(snapshot: Snapshot, rules: CentrifugoNamespace, last: str, now: float) -> Missed:
+def missed(snapshot: Snapshot, rules: CentrifugoNamespace, last: str, now: float) -> MissedEvents:
     """What a client whose newest known ID is `last` has missed, as far as it is kept."""
     history = kept(snapshot, rules, now)
     try:
         at = EntryID.parse(last)
     except ValueError:
         # Nothing, or an ID of the Centrifugo that was here before.
-        return Missed(history, recovered=False)
+        return MissedEvents(history, recovered=False)
     if not rules.has_history or not _is_whole(snapshot, at):
-        return Missed(history, recovered=False)
+        return MissedEvents(history, recovered=False)
     since = [event for event in snapshot.events if event.id is not None and event.id > at]
     if len(since) > len(history):
-        return Missed(history, recovered=False)
-    return Missed(since, recovered=True)
+        return MissedEvents(history, recovered=False)
+    return MissedEvents(since, recovered=True)
 
 
 def position(snapshot: Snapshot) -> Position:

@@ -16,7 +16,7 @@ from relay.protocols.centrifugo import codec, commands
 
 if TYPE_CHECKING:
     from relay.doorkit.contract import DoorContext
-    from relay.protocols.centrifugo.channels import Names
+    from relay.protocols.centrifugo.channels import ChannelNames
     from relay.protocols.centrifugo.clients.subscriptions import Subscriptions
     from relay.protocols.centrifugo.settings import CentrifugoNamespace
     from relay.protocols.centrifugo.stats import Stats
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _DOOR = "centrifugo"
 
 
-class Presence:
+class ChannelPresence:
     """`rules` are a channel's, None where its namespace is unknown or another door's."""
 
     def __init__(
@@ -56,7 +56,7 @@ class Presence:
         self._context.presence.add(channel, client, kept)
         self._stats.count("node_num_add_presence")
 
-    async def reloaded(self, before: Names, subscriptions: Iterable[Subscriptions]) -> None:
+    async def reloaded(self, before: ChannelNames, subscriptions: Iterable[Subscriptions]) -> None:
         """Add the clients that are subscribed already to channels that have presence only now."""
         for each in subscriptions:
             await each.introduce_in(lambda channel: not _is_kept(before.rules(channel)))

@@ -33,7 +33,7 @@ WATCH = Channel("relay.centrifugo.watch")
 WATCHERS = "centrifugo admin"
 
 
-class Publisher:
+class ChannelPublisher:
     """`rules` are a channel's, None where its namespace is unknown; `clock` is seconds since the
     epoch."""
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from relay.doorkit.contract import Listener
-from relay.protocols.centrifugo.administrators.node import Node
+from relay.protocols.centrifugo.administrators.node import NodeReport
 from relay.protocols.centrifugo.administrators.routes import AdminRoutes
-from relay.protocols.centrifugo.api.executor import Api
+from relay.protocols.centrifugo.api.executor import CommandExecutor
 from relay.protocols.centrifugo.api.routes import ApiRoutes
 from relay.protocols.centrifugo.api.server_commands import ServerCommands
-from relay.protocols.centrifugo.clients.routes import Sockets
-from relay.protocols.centrifugo.configuration.imported import CentrifugoForeign
+from relay.protocols.centrifugo.clients.routes import ClientRoutes
+from relay.protocols.centrifugo.configuration.imported import CentrifugoImport
 from relay.protocols.centrifugo.settings import CentrifugoSettings
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ class MountedCentrifugo:
 
     def __init__(self, context: DoorContext, settings: CentrifugoSettings) -> None:
         prefix = settings.http_prefix.rstrip("/")
-        self._sockets = Sockets(context, settings, prefix)
+        self._sockets = ClientRoutes(context, settings, prefix)
         door = self._sockets.door
-        node = Node(door)
+        node = NodeReport(door)
         # It ends with the relay.
         _ = context.spawn(node.run(), name="centrifugo node")
-        api = Api(door, ServerCommands(door, node))
+        api = CommandExecutor(door, ServerCommands(door, node))
         self._api = ApiRoutes(door, api, prefix)
         self._admin = AdminRoutes(door, api, settings, prefix)
         by_port: dict[int, list[web.AbstractRouteDef]] = {0: [*self._sockets.routes]}
@@ -80,7 +80,7 @@ class CentrifugoDoor:
 
     name = "centrifugo"
     settings = CentrifugoSettings
-    foreign = CentrifugoForeign()
+    foreign = CentrifugoImport()
 
     def mount(self, context: DoorContext, settings: CentrifugoSettings) -> MountedCentrifugo | None:
         """See `relay.doorkit.contract.FrontDoor`."""

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, cast
 
 from relay.protocols.centrifugo import codec, tokens
-from relay.protocols.centrifugo.channels import Names
-from relay.protocols.centrifugo.encoders import DOOR, Format
-from relay.protocols.centrifugo.presence import Presence
-from relay.protocols.centrifugo.publisher import Publisher
+from relay.protocols.centrifugo.channels import ChannelNames
+from relay.protocols.centrifugo.encoders import DOOR, CentrifugoEncoder
+from relay.protocols.centrifugo.presence import ChannelPresence
+from relay.protocols.centrifugo.publisher import ChannelPublisher
 from relay.protocols.centrifugo.stats import Stats
 
 if TYPE_CHECKING:
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from relay.core.model import Channel
     from relay.doorkit.contract import DoorContext
     from relay.hub.session import Session
-    from relay.protocols.centrifugo.clients.connection import Connection
+    from relay.protocols.centrifugo.clients.connection import CentrifugoConnection
     from relay.protocols.centrifugo.settings import CentrifugoSettings
 
 
-class Fatal(Exception):
+class FatalError(Exception):
     """The connection is over: close code 3000, and why, in v1's words."""
 
     def __init__(self, reason: str, *, reconnect: bool = False) -> None:
@@ -31,7 +31,7 @@ class Fatal(Exception):
         self.reconnect = reconnect
 
 
-class Socket(Protocol):
+class ClientTransport(Protocol):
     """The client's socket: a websocket or a SockJS session."""
 
     full: bool
@@ -52,7 +52,7 @@ class Socket(Protocol):
         """What is held for the client."""
 
 
-class Input(Protocol):
+class ReadControl(Protocol):
     """Where the client is read from."""
 
     def pause_reading(self) -> None:
@@ -62,7 +62,7 @@ class Input(Protocol):
         """Go on."""
 
 
-class Door:
+class ServerState:
     """`clock` is seconds since the epoch; `call_later` is the loop's."""
 
     def __init__(
@@ -77,12 +77,14 @@ class Door:
         self.clock = clock
         self.call_later = call_later
         # Connections that are in no hub yet; a stop cuts them.
-        self.unauthenticated: set[Connection] = set()
+        self.unauthenticated: set[CentrifugoConnection] = set()
         self._use(settings)
         context.hub.on_not_subscribed[DOOR] = _tell_unsubscribed
         self.stats = Stats()
-        self.presence = Presence(context, lambda channel: self.names.rules(channel), self.stats)
-        self.publisher = Publisher(
+        self.presence = ChannelPresence(
+            context, lambda channel: self.names.rules(channel), self.stats
+        )
+        self.publisher = ChannelPublisher(
             context, lambda channel: self.names.rules(channel), clock, self.stats
         )
 
@@ -92,7 +94,7 @@ class Door:
         self._use(settings)
         sessions = self.context.hub.sessions()
         connections = [
-            cast("Connection", session.client).subscriptions
+            cast("CentrifugoConnection", session.client).subscriptions
             for session in sessions
             if session.principal.door == DOOR
         ]
@@ -101,10 +103,10 @@ class Door:
 
     def _use(self, settings: CentrifugoSettings) -> None:
         self.settings = settings
-        self.names = Names(settings)
+        self.names = ChannelNames(settings)
         self._secret = settings.secret.get_secret_value().encode()
 
-    def authenticated(self, connection: Connection) -> None:
+    def authenticated(self, connection: CentrifugoConnection) -> None:
         """It is in the hub from now on."""
         self.unauthenticated.discard(connection)
         self.stats.count("client_num_connect", "node_num_add_client_conn")
@@ -114,18 +116,18 @@ class Door:
         such a site has the rules of [namespace]."""
         return not self.settings.namespaces or self.names.rules(channel) is not None
 
-    def timestamp(self, given: codec.Credentials) -> int:
+    def timestamp(self, given: codec.ConnectParams) -> int:
         """Of credentials whose token is right; Fatal otherwise, the token first."""
         signed = given.user, given.timestamp, given.info
         if not tokens.is_signed(self._secret, given.token, *signed):
-            raise Fatal(codec.INVALID_TOKEN)
+            raise FatalError(codec.INVALID_TOKEN)
         timestamp = tokens.parse_timestamp(given.timestamp)
         if timestamp is None:
-            raise Fatal(codec.INVALID_MESSAGE)
+            raise FatalError(codec.INVALID_MESSAGE)
         return timestamp
 
 
 def _tell_unsubscribed(session: Session, channel: Channel) -> None:
     # v1 pushes it to all of the user's connections, whatever they are subscribed to.
-    if isinstance(session.encoder, Format):
+    if isinstance(session.encoder, CentrifugoEncoder):
         session.reply(session.encoder.frame(codec.unsubscribe_push(channel)))

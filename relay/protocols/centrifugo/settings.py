@@ -38,7 +38,7 @@ class CentrifugoNamespace(Section):
         return self.history_size > 0 and self.history_lifetime > 0
 
 
-class _Door(Section):
+class _ListenerSettings(Section):
     enabled: bool = Field(True, description="off: none of its paths exist")
     secret: SecretStr = Field(SecretStr(""), description="signs clients' tokens, private subscriptions and requests to /api/; empty: none of its paths exist, since anyone can sign with an empty secret")
     host: str = Field("", description="address of a listener of its own; empty: the one of [server]; counts only with a port")
@@ -48,7 +48,7 @@ class _Door(Section):
     http_prefix: str = Field("", pattern=r"^(/[^\s/?#{}]+)*$", description="stands before every path of this door, as /centrifugo")
 
 
-class CentrifugoSettings(CentrifugoNamespace, _Door):
+class CentrifugoSettings(CentrifugoNamespace, _ListenerSettings):
     """[protocol:centrifugo]: Centrifugo v1's websocket, SockJS, HTTP API and admin socket."""
 
     sections_by_name: ClassVar[tuple[str, type[Section]] | None] = ("namespaces", CentrifugoNamespace)

@@ -62,7 +62,7 @@ _QUANTILES = (("50", 0.5), ("90", 0.9), ("99", 0.99), ("99.99", 0.9999))
 _DIGITS = 1000
 
 
-class Durations:
+class DurationHistogram:
     """How long something took, by windows of one interval each, the newest first."""
 
     def __init__(self, name: str) -> None:
@@ -117,8 +117,8 @@ class Stats:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
-        self.http_api = Durations("http_api")
-        self.client_api = Durations("client_api")
+        self.http_api = DurationHistogram("http_api")
+        self.client_api = DurationHistogram("client_api")
 
     def count(self, *names: str) -> None:
         """Each happened once more."""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from relay.hub.session import Session, Subscription
     from relay.protocols.socketio.routes import MountedSocketIo
     from relay.transports.engineio.engine import Engine
-    from relay.transports.socket.exchange import Asked
+    from relay.transports.socket.exchange import HttpRequest
 
 _ADMISSION_S = 10.0
 # The cache buster of polling from engine.io-client 6.6 on (socket.io-client 4.8, captured):
@@ -67,9 +67,9 @@ class SocketClient:
         "uid",
     )
 
-    def __init__(self, door: MountedSocketIo, engine: Engine, asked: Asked) -> None:
+    def __init__(self, door: MountedSocketIo, engine: Engine, asked: HttpRequest) -> None:
         self._door = door
-        self._asked: Asked | None = asked
+        self._asked: HttpRequest | None = asked
         self.engine = engine
         self.connection = Connection(engine, self)
         self.session: Session | None = None

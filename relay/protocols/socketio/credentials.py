@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from multidict import MultiMapping
 
     from relay.rights.token import TokenReader
-    from relay.transports.socket.exchange import Asked
+    from relay.transports.socket.exchange import HttpRequest
 
 _QUERY = "jwt_token"
 _COOKIE = "jwt"
@@ -36,7 +36,9 @@ class Profile(NamedTuple):
     expires_at: float | None
 
 
-def find_token(asked: Asked, auth: Mapping[str, Any], query: str, origins: frozenset[str]) -> str:
+def find_token(
+    asked: HttpRequest, auth: Mapping[str, Any], query: str, origins: frozenset[str]
+) -> str:
     """The first token there is; Unauthorized without any, Forbidden for a foreign page's cookie."""
     for name in ("token", _QUERY):
         if isinstance(given := auth.get(name), str) and given:

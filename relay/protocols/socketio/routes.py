@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from relay.doorkit.contract import DoorContext, Listener
     from relay.transports.engineio.engine import Engine
-    from relay.transports.socket.exchange import Asked
+    from relay.transports.socket.exchange import HttpRequest
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class MountedSocketIo:
 
     # ---- clients ----------------------------------------------------------------------------
 
-    def _opened(self, engine: Engine, asked: Asked) -> None:
+    def _opened(self, engine: Engine, asked: HttpRequest) -> None:
         client = SocketClient(self, engine, asked)
         self._clients.add(client)
         self._gauge.set(len(self._clients))

@@ -10,7 +10,7 @@ messages, and each side tells the other every few seconds which links it holds a
 messages it has sent on them. A worker that died is noticed by that too.
 
     handover = Handover(topic="sockjs", bus=context.bus, handle=handle, ...)
-    asked = asked_of(request, await read_body(request, limit_bytes))
+    asked = http_request(request, await read_body(request, limit_bytes))
     if owner == context.bus.address:
         response = handover.here(request, asked)       # None: no such session
     else:
@@ -33,10 +33,10 @@ from aiohttp import web
 
 from relay.transports.between_workers.link import Kind, Link, NearEnd, RemoteTransport, give_back
 from relay.transports.socket.exchange import (
-    Answer,
-    Asked,
     Exchange,
     HeldRequest,
+    HttpAnswer,
+    HttpRequest,
     LocalExchange,
     as_response,
     hold,
@@ -128,12 +128,14 @@ class Handover:
 
     # ---- for the door ---------------------------------------------------------------------------
 
-    def here(self, request: web.Request, asked: Asked) -> web.StreamResponse | None:
+    def here(self, request: web.Request, asked: HttpRequest) -> web.StreamResponse | None:
         """Handle the request on this worker; None: no such session."""
         exchange = LocalExchange(request, asked)
         return exchange.response if self._handle(exchange) else None
 
-    async def forward(self, request: web.Request, asked: Asked, owner: str) -> web.StreamResponse:
+    async def forward(
+        self, request: web.Request, asked: HttpRequest, owner: str
+    ) -> web.StreamResponse:
         """Let `owner` handle the request; what the door's handler returns. NotThere."""
         if self._pass_on is not None and "Upgrade" in request.headers:
             # A websocket would be passed on message by message for as long as it lasts.
@@ -174,11 +176,13 @@ class Handover:
                 async with asyncio.timeout(_LEAVE_S):
                     await self._leaving.wait()
 
-    def _respond(self, request: web.Request, asked: Asked, near: NearEnd) -> web.StreamResponse:
+    def _respond(
+        self, request: web.Request, asked: HttpRequest, near: NearEnd
+    ) -> web.StreamResponse:
         kind, payload = near.first
         match kind:
             case Kind.ANSWER:
-                return as_response(Answer.decode(payload))
+                return as_response(HttpAnswer.decode(payload))
             case Kind.HOLD | Kind.TAKE:
                 if kind is Kind.HOLD:
                     hold(request, asked, near)
@@ -234,7 +238,7 @@ class Handover:
     def _on_ask(self, peer: str, number: int, count: int, payload: bytes) -> None:
         link = Link(number, peer, self._send)
         link.received = count
-        exchange = _RemoteExchange(self, link, Asked.decode(payload))
+        exchange = _RemoteExchange(self, link, HttpRequest.decode(payload))
         try:
             known = self._handle(exchange)
         except Exception:  # noqa: BLE001 - one client's request must not cost the others theirs
@@ -315,12 +319,12 @@ class Handover:
 class _RemoteExchange(Exchange):
     """The request was read by another worker."""
 
-    def __init__(self, handover: Handover, link: Link, asked: Asked) -> None:
+    def __init__(self, handover: Handover, link: Link, asked: HttpRequest) -> None:
         self.asked = asked
         self._handover = handover
         self._link = link
 
-    def answer(self, answer: Answer) -> None:
+    def answer(self, answer: HttpAnswer) -> None:
         """See `Exchange`."""
         self._link.send(Kind.ANSWER, answer.encode()).add_done_callback(_arrived)
 
@@ -338,7 +342,7 @@ class _RemoteExchange(Exchange):
     def fail(self) -> None:
         """The handler broke."""
         if not self._link.sent:
-            self.answer(Answer(500, b"500 Internal Server Error\n"))
+            self.answer(HttpAnswer(500, b"500 Internal Server Error\n"))
 
 
 def _arrived(sent: asyncio.Future[bool]) -> bool:

@@ -27,13 +27,13 @@ from relay.transports.engineio.packets import Malformed
 from relay.transports.socket import websocket
 from relay.transports.socket.bodies import BodyRejected, read_body
 from relay.transports.socket.exchange import (
-    Answer,
-    Asked,
     Exchange,
     HeldRequest,
+    HttpAnswer,
+    HttpRequest,
     LocalExchange,
     as_response,
-    asked_of,
+    http_request,
 )
 from relay.transports.socket.heartbeat import Heartbeat
 from relay.transports.socket.reaper import Reaper
@@ -71,7 +71,7 @@ class Timing:
 
 
 # The door's part: a session has been opened by this request. It sets the callbacks.
-Opened = Callable[[Engine, Asked], None]
+Opened = Callable[[Engine, HttpRequest], None]
 
 
 class Endpoint:
@@ -134,7 +134,7 @@ class Endpoint:
         """Every method and query on the door's paths."""
         if request.method == "OPTIONS":
             return web.Response(status=204, headers=self._preflight(request.headers))
-        asked = asked_of(request, b"")
+        asked = http_request(request, b"")
         sid = asked.query.get("sid", "")
         owner = owner_of(sid)
         is_elsewhere = owner is not None and owner != self._address
@@ -234,7 +234,7 @@ class Endpoint:
         self._engines[engine.sid] = engine
         return engine
 
-    def _open(self, engine: Engine, asked: Asked, upgrades: list[str]) -> None:
+    def _open(self, engine: Engine, asked: HttpRequest, upgrades: list[str]) -> None:
         timing = self._timing
         handshake = orjson.dumps(
             {
@@ -319,14 +319,14 @@ class Endpoint:
         status = 403 if code == FORBIDDEN else 400
         exchange.answer(self._refusal(status, code, exchange.asked.headers))
 
-    def _refusal(self, status: int, code: int, asked: MultiMapping[str]) -> Answer:
+    def _refusal(self, status: int, code: int, asked: MultiMapping[str]) -> HttpAnswer:
         body = orjson.dumps({"code": code, "message": _MESSAGES[code]})
         headers = {"Content-Type": "application/json", **self._cors_of(asked)}
-        return Answer(status, body, {**headers, "Cache-Control": "no-store"})
+        return HttpAnswer(status, body, {**headers, "Cache-Control": "no-store"})
 
     @staticmethod
     def _answer(exchange: Exchange, status: int, body: bytes, headers: dict[str, str]) -> None:
-        exchange.answer(Answer(status, body, {**headers, "Cache-Control": "no-store"}))
+        exchange.answer(HttpAnswer(status, body, {**headers, "Cache-Control": "no-store"}))
 
     def _cors_of(self, headers: MultiMapping[str] | Mapping[str, str]) -> dict[str, str]:
         return self._cors(headers)  # type: ignore[arg-type]  # both have `get`
@@ -360,7 +360,7 @@ class _Waiting:
         elif jsonp:
             kind, data = _SCRIPT, packets.jsonp_answer(int(index[:9]), data)
         headers = {**self._headers, "Content-Type": kind, "Cache-Control": "no-store"}
-        answer = Answer(200, data, headers)
+        answer = HttpAnswer(200, data, headers)
         self.answered = True
         if self.held is None:
             self._exchange.answer(answer)

@@ -20,7 +20,7 @@ _RAW = -zlib.MAX_WBITS
 HUFFMAN_ONLY = -2
 
 
-class Undecodable(Exception):
+class InflateError(Exception):
     """What the client sent is not compressed as agreed."""
 
 
@@ -56,5 +56,5 @@ def inflate(data: bytes, max_bytes: int) -> bytes | None:
     try:
         message = made.decompress(data + _TAIL, max_bytes + 1)
     except zlib.error:
-        raise Undecodable("not as permessage-deflate has it") from None
+        raise InflateError("not as permessage-deflate has it") from None
     return message if len(message) <= max_bytes else None

@@ -32,7 +32,7 @@ _EARLY_BYTES = 65536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class HttpRequest:
     """A request as it was read.
 
     `target` is the path with the query as on the request line, `route` the variable parts of the
@@ -70,7 +70,7 @@ class Asked:
         return json.dumps(head).encode() + b"\n" + (self.body or b"")
 
     @classmethod
-    def decode(cls, data: bytes) -> Asked:
+    def decode(cls, data: bytes) -> HttpRequest:
         """What `encode` made; ValueError otherwise."""
         head, _, body = data.partition(b"\n")
         method, target, headers, has_body, route, peer, version, reusable = json.loads(head)
@@ -87,7 +87,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class HttpAnswer:
     """A whole answer. Its length is added; names and values of headers are the door's own."""
 
     status: int
@@ -124,7 +124,7 @@ class Answer:
         return json.dumps([self.status, dict(self.headers)]).encode() + b"\n" + self.body
 
     @classmethod
-    def decode(cls, data: bytes) -> Answer:
+    def decode(cls, data: bytes) -> HttpAnswer:
         """What `encode` made; ValueError otherwise."""
         head, _, body = data.partition(b"\n")
         status, headers = json.loads(head)
@@ -153,7 +153,7 @@ class HeldRequest(ClientSocket):
         """How the connection goes on after the answer. Called by the exchange."""
         self._give_back = give_back
 
-    def finish(self, answer: Answer) -> None:
+    def finish(self, answer: HttpAnswer) -> None:
         """Send the answer and be done; swallowed if the client is gone."""
         self.finish_raw(answer.raw(reusable=self._give_back is not None))
 
@@ -184,9 +184,9 @@ class Exchange:
     """A request for whoever has the session. Its handler calls exactly one of the three methods
     before it returns, unless it returns that the session is not here."""
 
-    asked: Asked
+    asked: HttpRequest
 
-    def answer(self, answer: Answer) -> None:
+    def answer(self, answer: HttpAnswer) -> None:
         """The whole answer, at once."""
         raise NotImplementedError
 
@@ -205,12 +205,12 @@ class Exchange:
 class LocalExchange(Exchange):
     """The request was read here. `response` is what its aiohttp handler returns."""
 
-    def __init__(self, request: web.Request, asked: Asked) -> None:
+    def __init__(self, request: web.Request, asked: HttpRequest) -> None:
         self.asked = asked
         self._request = request
         self.response: web.StreamResponse | None = None
 
-    def answer(self, answer: Answer) -> None:
+    def answer(self, answer: HttpAnswer) -> None:
         """See `Exchange`."""
         self.response = as_response(answer)
 
@@ -225,7 +225,7 @@ class LocalExchange(Exchange):
         self.response = take_over(self._request, head, client)
 
 
-def hold(request: web.Request, asked: Asked, held: HeldRequest) -> None:
+def hold(request: web.Request, asked: HttpRequest, held: HeldRequest) -> None:
     """Before the take-over: tell `held` how the connection returns to aiohttp."""
     factory = factory_of(request) if asked.reusable else None
     if factory is not None:
@@ -233,7 +233,7 @@ def hold(request: web.Request, asked: Asked, held: HeldRequest) -> None:
         held.returns(lambda transport, raw, early: give_back(factory, transport, raw, early))
 
 
-def as_response(answer: Answer) -> web.Response:
+def as_response(answer: HttpAnswer) -> web.Response:
     """For aiohttp to send."""
     # aiohttp names a type of its own for a body without one, and none where there is no body.
     return web.Response(
@@ -241,9 +241,9 @@ def as_response(answer: Answer) -> web.Response:
     )
 
 
-def asked_of(request: web.Request, body: bytes | None) -> Asked:
+def http_request(request: web.Request, body: bytes | None) -> HttpRequest:
     """The request and its body as a value."""
-    return Asked(
+    return HttpRequest(
         method=request.method,
         target=str(request.rel_url),
         headers=request.headers,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 
-from relay.transports.socket.deflate import Undecodable, inflate
+from relay.transports.socket.deflate import InflateError, inflate
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING_OPCODE, PONG = 0, 1, 2, 8, 9, 10
 _OPCODES = frozenset({CONTINUATION, TEXT, BINARY, CLOSE, PING_OPCODE, PONG})
@@ -235,7 +235,7 @@ class FrameReader:
     def _inflated(self, payload: bytes) -> bytes:
         try:
             message = inflate(payload, self.max_bytes)
-        except Undecodable as exc:
+        except InflateError as exc:
             raise ProtocolViolation(1007, str(exc)) from None
         if message is None:
             raise ProtocolViolation(1009, f"more than {self.max_bytes} bytes")

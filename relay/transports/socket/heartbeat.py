@@ -16,7 +16,7 @@ _TICK_S = 0.1
 _STALLED_INTERVALS = 4
 
 
-class Beating(Protocol):
+class HeartbeatClient(Protocol):
     """A client as the heartbeat sees it: a `ClientSocket`, or a session over several requests.
 
     The last four are the heartbeat's notes. The owner of the client sets `silent_since` to 0 when
@@ -68,7 +68,7 @@ class Heartbeat:
         self._only_quiet = only_quiet
         self._tick_s = min(_TICK_S, interval_s / 2)
         count = max(2, round(interval_s / self._tick_s))
-        self._slots: list[set[Beating]] = [set() for _ in range(count)]
+        self._slots: list[set[HeartbeatClient]] = [set() for _ in range(count)]
         self._deadline = None if deadline_s is None else max(1, round(deadline_s / self._tick_s))
         self._stalled = _STALLED_INTERVALS * count + (self._deadline or 0)
         # How long after its beat a slot is looked at again, within one round.
@@ -81,7 +81,7 @@ class Heartbeat:
     def __len__(self) -> int:
         return self._members
 
-    def add(self, client: Beating) -> None:
+    def add(self, client: HeartbeatClient) -> None:
         """Begin with `client`: its first beat comes within one interval."""
         # By turns, not by the time of arrival: a reconnect storm must not share one slot.
         client.beat_slot = self._next_slot
@@ -91,7 +91,7 @@ class Heartbeat:
         if self._timer is None:
             self._schedule()
 
-    def remove(self, client: Beating) -> None:
+    def remove(self, client: HeartbeatClient) -> None:
         """Forget `client`; without clients there is no timer."""
         if client.beat_slot < 0:
             return
@@ -122,7 +122,7 @@ class Heartbeat:
         for client in tuple(self._slots[(self._tick - self._look) % count]):
             self._judge(client)
 
-    def _beat_one(self, client: Beating) -> None:
+    def _beat_one(self, client: HeartbeatClient) -> None:
         if client.closing:
             return
         expects = self._deadline is not None
@@ -136,7 +136,7 @@ class Heartbeat:
         if not client.silent_since and (client.full or expects):
             client.silent_since = self._tick
 
-    def _judge(self, client: Beating) -> None:
+    def _judge(self, client: HeartbeatClient) -> None:
         if client.closing or not client.silent_since:
             return
         silent = self._tick - client.silent_since

@@ -33,7 +33,7 @@ from relay.transports.socket.frames import (
 from relay.transports.socket.frames import ProtocolViolation as ProtocolViolation
 
 if TYPE_CHECKING:
-    from relay.transports.socket.exchange import Asked
+    from relay.transports.socket.exchange import HttpRequest
     from relay.transports.socket.heartbeat import Heartbeat
     from relay.transports.socket.reaper import Reaper
 
@@ -91,7 +91,7 @@ _IDLE_FRAMES, _IDLE_FRAMES_S = 100, 2.0
 _POLICY_VIOLATION = 1008
 
 
-def _tokens(request: web.Request | Asked, name: str) -> set[str]:
+def _tokens(request: web.Request | HttpRequest, name: str) -> set[str]:
     return {
         part.strip().lower()
         for value in request.headers.getall(name, ())
@@ -100,7 +100,7 @@ def _tokens(request: web.Request | Asked, name: str) -> set[str]:
 
 
 def accept_headers(
-    request: web.Request | Asked,
+    request: web.Request | HttpRequest,
     versions: frozenset[str] = frozenset({"13"}),
     *,
     compress: bool = False,

@@ -11,7 +11,7 @@ from time import time
 
 from multidict import MultiMapping
 
-from relay.transports.socket.exchange import Answer
+from relay.transports.socket.exchange import HttpAnswer
 
 PLAIN = "text/plain; charset=UTF-8"
 SCRIPT = "application/javascript; charset=UTF-8"
@@ -43,33 +43,33 @@ def _cached() -> dict[str, str]:
     }
 
 
-def preflight(headers: MultiMapping[str], methods: str) -> Answer:
+def preflight(headers: MultiMapping[str], methods: str) -> HttpAnswer:
     """The answer to OPTIONS."""
     allowed = {"Access-Control-Allow-Methods": methods, "Access-Control-Max-Age": str(_YEAR_S)}
-    return Answer(204, b"", _cached() | cors(headers) | allowed)
+    return HttpAnswer(204, b"", _cached() | cors(headers) | allowed)
 
 
-def not_allowed(methods: Iterable[str]) -> Answer:
+def not_allowed(methods: Iterable[str]) -> HttpAnswer:
     """Another method than these."""
-    return Answer(405, b"", {"Allow": ", ".join(methods)})
+    return HttpAnswer(405, b"", {"Allow": ", ".join(methods)})
 
 
-def greeting() -> Answer:
+def greeting() -> HttpAnswer:
     """Of the base address."""
-    return Answer(200, b"Welcome to SockJS!\n", {"Content-Type": PLAIN})
+    return HttpAnswer(200, b"Welcome to SockJS!\n", {"Content-Type": PLAIN})
 
 
-def info(headers: MultiMapping[str]) -> Answer:
+def info(headers: MultiMapping[str]) -> HttpAnswer:
     """What a client asks first. Browsers of old had no randomness of their own."""
     body = (
         b'{"websocket":true,"cookie_needed":false,"origins":["*:*"],"entropy":%d}\n'
         % secrets.randbits(32)
     )
     kind = {"Content-Type": "application/json; charset=UTF-8"}
-    return Answer(200, body, kind | NOT_CACHED | cors(headers))
+    return HttpAnswer(200, body, kind | NOT_CACHED | cors(headers))
 
 
-def iframe(headers: MultiMapping[str], sockjs_url: str) -> Answer:
+def iframe(headers: MultiMapping[str], sockjs_url: str) -> HttpAnswer:
     """A page on this server's origin that loads the client, for transports that cannot cross."""
     body = (
         '<!DOCTYPE html>\n<html>\n<head>\n<meta charset="UTF-8">\n'
@@ -81,8 +81,8 @@ def iframe(headers: MultiMapping[str], sockjs_url: str) -> Answer:
     tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     known = [each.strip() for each in headers.get("If-None-Match", "").split(",")]
     if tag in known or f"W/{tag}" in known:
-        return Answer(304, b"", _cached() | {"ETag": tag})
-    return Answer(200, body, {"Content-Type": HTML, "ETag": tag} | _cached())
+        return HttpAnswer(304, b"", _cached() | {"ETag": tag})
+    return HttpAnswer(200, body, {"Content-Type": HTML, "ETag": tag} | _cached())
 
 
 def htmlfile_page(callback: str) -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from relay.transports.socket.client_socket import ClientSocket
-from relay.transports.socket.exchange import Answer, Exchange, HeldRequest
+from relay.transports.socket.exchange import Exchange, HeldRequest, HttpAnswer
 from relay.transports.socket.websocket import ProtocolViolation, WebSocketConnection, frame_close
 from relay.transports.sockjs.frames import BadFrame, Framing, parse_messages
 
@@ -192,7 +192,7 @@ class PollReceiver(HeldRequest):
     def _answer(self, body: bytes) -> None:
         self.over = True
         self.session = None
-        answer = Answer(200, body, self._headers)
+        answer = HttpAnswer(200, body, self._headers)
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.answer(answer)

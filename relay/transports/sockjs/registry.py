@@ -24,7 +24,7 @@ _REFRESH_S = 200.0
 _KNOWN = 20_000
 
 
-class Store(Protocol):
+class ClaimStore(Protocol):
     """See `relay.doorkit.contract.Store`."""
 
     async def claim(self, name: str, value: bytes, ttl_s: float) -> bytes | None:
@@ -43,17 +43,17 @@ class Store(Protocol):
         """Before its time is over."""
 
 
-class Spawn(Protocol):
+class TaskSpawner(Protocol):
     """See `relay.doorkit.contract.Spawn`."""
 
     def __call__(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> object:
         """Starts a task."""
 
 
-class Registry:
+class SessionRegistry:
     """Owners by session ID. Unavailable where Redis has to be asked and is away."""
 
-    def __init__(self, *, door: str, instance: str, store: Store, spawn: Spawn) -> None:
+    def __init__(self, *, door: str, instance: str, store: ClaimStore, spawn: TaskSpawner) -> None:
         self._door = door
         self._instance = instance
         self._store = store

@@ -6,7 +6,7 @@
     )
     routes += sockjs.routes       # and in `Mounted.closed`: await sockjs.closed()
 
-    def accept(session: SockJsSession, asked: Asked) -> None:
+    def accept(session: SockJsSession, asked: HttpRequest) -> None:
         # A new client. As with a websocket: set its callbacks, and give it to the hub's session.
         session.on_text = ...
         session.on_full, session.on_drained = hub_session.pause, hub_session.resume
@@ -29,13 +29,13 @@ from aiohttp import web
 from relay.core.errors import Unavailable
 from relay.transports.between_workers.handover import Bus, Handover, NotThere
 from relay.transports.socket.bodies import BodyRejected, read_body
-from relay.transports.socket.exchange import Answer, Asked, as_response, asked_of
+from relay.transports.socket.exchange import HttpAnswer, HttpRequest, as_response, http_request
 from relay.transports.socket.reaper import Reaper
 from relay.transports.socket.take_over import take_over
 from relay.transports.socket.websocket import accept_headers
 from relay.transports.sockjs import pages
-from relay.transports.sockjs.registry import Registry, Spawn, Store
-from relay.transports.sockjs.sessions import Sessions, SockJsOptions, check_callback
+from relay.transports.sockjs.registry import ClaimStore, SessionRegistry, TaskSpawner
+from relay.transports.sockjs.sessions import SockJsOptions, SockJsSessions, check_callback
 
 if TYPE_CHECKING:
     from relay.transports.sockjs.session import SockJsSession
@@ -56,7 +56,7 @@ _SESSION = r"/{server:[^/.]+}/{session:[^/.]+}/{transport:" + "|".join(_METHODS)
 # All else that a browser sends with a poll.
 _IGNORED_BYTES = 4096
 
-Accept = Callable[["SockJsSession", Asked], None]
+Accept = Callable[["SockJsSession", HttpRequest], None]
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -71,8 +71,8 @@ class SockJs:
         options: SockJsOptions,
         accept: Accept,
         bus: Bus,
-        store: Store,
-        spawn: Spawn,
+        store: ClaimStore,
+        spawn: TaskSpawner,
     ) -> None:
         """`prefix` is '' or begins with a slash; `accept` is told of each new session, in the turn
         in which it opens."""
@@ -81,8 +81,8 @@ class SockJs:
         self._accept = accept
         self._address = bus.address
         self._prefix = prefix
-        self._sessions = Sessions(options, reaper)
-        self._registry = Registry(door=door, instance=bus.address, store=store, spawn=spawn)
+        self._sessions = SockJsSessions(options, reaper)
+        self._registry = SessionRegistry(door=door, instance=bus.address, store=store, spawn=spawn)
         self._handover = Handover(
             topic=f"{door}:sockjs",
             bus=bus,
@@ -113,7 +113,7 @@ class SockJs:
 
     async def _moved(self, request: web.Request) -> web.StreamResponse:
         query = f"?{request.query_string}" if request.query_string else ""
-        return as_response(Answer(301, b"", {"Location": f"{self._prefix}/{query}"}))
+        return as_response(HttpAnswer(301, b"", {"Location": f"{self._prefix}/{query}"}))
 
     async def _greeting(self, request: web.Request) -> web.StreamResponse:
         if request.method != "GET":
@@ -157,7 +157,7 @@ class SockJs:
         head = accept_headers(request)
         if isinstance(head, web.Response):
             return self._refuse(request, 400, b'Can "Upgrade" only to "WebSocket".\n')
-        asked = asked_of(request, b"")
+        asked = http_request(request, b"")
         session, receiver = self._sessions.open_websocket(asked)
         self._accept(session, asked)
         response = take_over(request, head, receiver)
@@ -166,7 +166,7 @@ class SockJs:
         return response
 
     async def _receive(self, request: web.Request, transport: str) -> web.StreamResponse:
-        asked = asked_of(request, await read_body(request, _IGNORED_BYTES))
+        asked = http_request(request, await read_body(request, _IGNORED_BYTES))
         if transport in ("jsonp", "htmlfile"):
             wrong = check_callback(asked)
             if wrong is not None:
@@ -185,7 +185,7 @@ class SockJs:
         response = self._handover.here(request, asked)
         return self._refuse(request, 404, _NOT_FOUND) if response is None else response
 
-    def _open(self, session_id: str, asked: Asked) -> None:
+    def _open(self, session_id: str, asked: HttpRequest) -> None:
         session = self._sessions.open(
             session_id, asked, on_gone=lambda: self._registry.release(session_id)
         )
@@ -204,7 +204,7 @@ class SockJs:
                 raise
             # The session ends in its protocol's own words.
             body = None
-        asked = asked_of(request, body)
+        asked = http_request(request, body)
         response = self._handover.here(request, asked)
         if response is not None:
             return response
@@ -221,7 +221,7 @@ class SockJs:
 
     def _refuse(self, request: web.Request, status: int, text: bytes) -> web.StreamResponse:
         headers = {"Content-Type": pages.PLAIN} | pages.NOT_CACHED | pages.cors(request.headers)
-        return as_response(Answer(status, text, headers))
+        return as_response(HttpAnswer(status, text, headers))
 
 
 # Go's http.NotFound.

@@ -9,7 +9,7 @@ from functools import partial
 from urllib.parse import parse_qs
 
 from relay.transports.socket.deadlines import Deadlines
-from relay.transports.socket.exchange import Answer, Asked, Exchange
+from relay.transports.socket.exchange import Exchange, HttpAnswer, HttpRequest
 from relay.transports.socket.heartbeat import Heartbeat
 from relay.transports.socket.reaper import Reaper
 from relay.transports.socket.websocket import PING
@@ -52,7 +52,7 @@ class SockJsOptions:
     response_limit_bytes: int = 131_072
 
 
-class Sessions:
+class SockJsSessions:
     """Sessions by ID, and how a request is answered for one."""
 
     def __init__(self, options: SockJsOptions, reaper: Reaper) -> None:
@@ -93,7 +93,9 @@ class Sessions:
     def __contains__(self, session_id: str) -> bool:
         return session_id in self._by_id
 
-    def open(self, session_id: str, asked: Asked, on_gone: Callable[[], None]) -> SockJsSession:
+    def open(
+        self, session_id: str, asked: HttpRequest, on_gone: Callable[[], None]
+    ) -> SockJsSession:
         """A new session, for its first receiver. `on_gone` follows when it is forgotten."""
         session = SockJsSession(
             transport=asked.route["transport"],
@@ -110,7 +112,7 @@ class Sessions:
         session.on_gone = gone
         return session
 
-    def open_websocket(self, asked: Asked) -> tuple[SockJsSession, WebSocketReceiver]:
+    def open_websocket(self, asked: HttpRequest) -> tuple[SockJsSession, WebSocketReceiver]:
         """A session that nobody else can name: it lives as long as its websocket."""
         options = self._options
         session = SockJsSession(
@@ -146,7 +148,7 @@ class Sessions:
 
     # ---- inner workings -------------------------------------------------------------------------
 
-    def _send(self, session: SockJsSession, transport: str, asked: Asked) -> Answer:
+    def _send(self, session: SockJsSession, transport: str, asked: HttpRequest) -> HttpAnswer:
         headers = {"Content-Type": PLAIN} | NOT_CACHED | cors(asked.headers)
         if asked.body is None:
             session.on_oversized()
@@ -155,9 +157,13 @@ class Sessions:
                 body = asked.body if transport == "xhr_send" else form_data(asked)
                 texts = parse_messages(body)
             except BadFrame as exc:
-                return Answer(500, str(exc).encode(), headers)
+                return HttpAnswer(500, str(exc).encode(), headers)
             session.messages(texts)
-        return Answer(204, b"", headers) if transport == "xhr_send" else Answer(200, b"ok", headers)
+        return (
+            HttpAnswer(204, b"", headers)
+            if transport == "xhr_send"
+            else HttpAnswer(200, b"ok", headers)
+        )
 
     def _stream(self, session: SockJsSession, transport: str, exchange: Exchange) -> None:
         options = self._options
@@ -177,7 +183,7 @@ class Sessions:
             reaper=self._reaper,
             heartbeat=self._beats.get(transport),
         )
-        head = Answer(200, prelude, {"Content-Type": kind} | NOT_CACHED | cors(asked.headers))
+        head = HttpAnswer(200, prelude, {"Content-Type": kind} | NOT_CACHED | cors(asked.headers))
         exchange.take(head.streamed(length), receiver)
         if not receiver.closing:
             session.attach(receiver)
@@ -203,23 +209,23 @@ class Sessions:
             receiver.wait()
 
 
-def callback_of(asked: Asked) -> str:
+def callback_of(asked: HttpRequest) -> str:
     """The name that jsonp and htmlfile call."""
     return asked.query.get("c", "")
 
 
-def check_callback(asked: Asked) -> Answer | None:
+def check_callback(asked: HttpRequest) -> HttpAnswer | None:
     """What to answer where the name is missing or dangerous (statuses as sockjs-go's)."""
     callback = callback_of(asked)
     headers = {"Content-Type": PLAIN, "X-Content-Type-Options": "nosniff"} | NOT_CACHED
     if not callback:
-        return Answer(500, b'"callback" parameter required\n', headers)
+        return HttpAnswer(500, b'"callback" parameter required\n', headers)
     if _NO_CALLBACK.search(callback):
-        return Answer(400, b'invalid character in "callback" parameter\n', headers)
+        return HttpAnswer(400, b'invalid character in "callback" parameter\n', headers)
     return None
 
 
-def form_data(asked: Asked) -> bytes:
+def form_data(asked: HttpRequest) -> bytes:
     """The messages of jsonp_send: the field `d` of a form, or the body itself."""
     body = asked.body or b""
     if (

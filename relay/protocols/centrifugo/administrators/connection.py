@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from relay.core.model import Channel, Event
     from relay.hub.recovery import Notice
     from relay.hub.session import Session, Subscription
-    from relay.protocols.centrifugo.api.executor import Api
-    from relay.protocols.centrifugo.commands import Command
-    from relay.protocols.centrifugo.server_state import Door
+    from relay.protocols.centrifugo.api.executor import CommandExecutor
+    from relay.protocols.centrifugo.commands import CentrifugoCommand
+    from relay.protocols.centrifugo.server_state import ServerState
     from relay.protocols.centrifugo.settings import CentrifugoSettings
 
 CLOSE_CODE = 3000
@@ -38,7 +38,7 @@ _SECRETS = frozenset({"secret", "admin_password", "admin_secret"})
 _DURATIONS = ("_interval", "_delay", "_timeout")
 
 
-class Socket(Protocol):
+class AdminTransport(Protocol):
     """The administrator's socket."""
 
     full: bool
@@ -59,7 +59,7 @@ class Socket(Protocol):
         """Go on."""
 
 
-class Pushes(SharedEncoder):
+class WatchEncoder(SharedEncoder):
     """The encoder of what administrators watch (`relay.hub.encoding.Encoder`)."""
 
     door = WATCHERS
@@ -76,24 +76,26 @@ class Pushes(SharedEncoder):
         return b""
 
 
-PUSHES = Pushes()
+WATCH_ENCODER = WatchEncoder()
 
 
-class Administrator:
+class AdminConnection:
     """The table, and the hub's view of who watches (`relay.hub.session.Client`)."""
 
-    def __init__(self, door: Door, api: Api, is_valid: Callable[[str], bool]) -> None:
+    def __init__(
+        self, door: ServerState, api: CommandExecutor, is_valid: Callable[[str], bool]
+    ) -> None:
         """`is_valid`: whether a token of `/auth/` still holds."""
         self._door = door
         self._api = api
         self._is_valid = is_valid
-        self._socket: Socket | None = None
+        self._socket: AdminTransport | None = None
         self._session: Session | None = None
         self._waiting: deque[bytes] = deque()
         self._busy = False
         self._known = door.settings.insecure_admin
 
-    def attached(self, socket: Socket) -> None:
+    def attached(self, socket: AdminTransport) -> None:
         """The handshake is done."""
         self._socket = socket
 
@@ -111,7 +113,7 @@ class Administrator:
         while self._waiting and self._socket is not None:
             try:
                 await self._answer(self._waiting.popleft())
-            except commands.Invalid as exc:
+            except commands.InvalidCommand as exc:
                 known = str(exc) in (codec.UNAUTHORIZED, codec.METHOD_NOT_FOUND)
                 self.close(str(exc) if known else codec.INVALID_MESSAGE)
             except RelayError:
@@ -122,37 +124,37 @@ class Administrator:
 
     async def _answer(self, frame: bytes) -> None:
         if frame[:1] not in (b"[", b"{"):
-            raise commands.Invalid("neither an object nor an array")
+            raise commands.InvalidCommand("neither an object nor an array")
         asked = commands.many(frame) if frame.startswith(b"[") else [commands.one(frame)]
         replies = [await self._reply(command) for command in asked]
         if replies:
             self._say(frame_text(encode(replies)))
 
-    async def _reply(self, command: Command) -> Reply:
+    async def _reply(self, command: CentrifugoCommand) -> Reply:
         method, params, uid = command
         if method == "connect":
             return self._connect(command)
         if not self._known:
-            raise commands.Invalid(codec.UNAUTHORIZED)
+            raise commands.InvalidCommand(codec.UNAUTHORIZED)
         if method == "ping":
             return Reply(method, uid, body=b'"pong"')
         if method == "info":
             return Reply(method, uid, body=_info(self._door.settings))
         if not self._api.knows(method):
-            raise commands.Invalid(codec.METHOD_NOT_FOUND)
+            raise commands.InvalidCommand(codec.METHOD_NOT_FOUND)
         del params
         (reply,) = await self._api.run([command])
         return reply
 
-    def _connect(self, command: Command) -> Reply:
+    def _connect(self, command: CentrifugoCommand) -> Reply:
         given = commands.fields(command.params, strings=("token",), bools=("watch",))
         if not self._door.settings.insecure_admin and not self._is_valid(given.get("token", "")):
-            raise commands.Invalid(codec.UNAUTHORIZED)
+            raise commands.InvalidCommand(codec.UNAUTHORIZED)
         self._known = True
         if given.get("watch") and self._session is None and self._socket is not None:
             context = self._door.context
             principal = Principal(door=WATCHERS, unrestricted=True)
-            self._session = context.hub.open(principal, PUSHES, self)
+            self._session = context.hub.open(principal, WATCH_ENCODER, self)
             self._session.attach(self._socket)
             context.subscribe(self._session, WATCH, None)
         return Reply("connect", command.uid, body=b"true")

@@ -23,7 +23,7 @@ from relay.protocols.centrifugo.stats import COUNTERS, GAUGES
 
 if TYPE_CHECKING:
     from relay.hub.session import Session
-    from relay.protocols.centrifugo.server_state import Door
+    from relay.protocols.centrifugo.server_state import ServerState
 
 # Linux: /proc/self/status, in kB.
 _MEMORY = {
@@ -34,10 +34,10 @@ _MEMORY = {
 }
 
 
-class Node:
+class NodeReport:
     """`run` must be running."""
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: ServerState) -> None:
         self._door = door
         instance = door.context.bus.instance
         self._instance = instance

@@ -14,7 +14,7 @@ import orjson
 from aiohttp import web
 
 from relay.protocols.centrifugo import go_http
-from relay.protocols.centrifugo.administrators.connection import Administrator
+from relay.protocols.centrifugo.administrators.connection import AdminConnection
 from relay.protocols.centrifugo.administrators.node import memory
 from relay.transports.socket import websocket
 from relay.transports.socket.bodies import BodyRejected
@@ -24,8 +24,8 @@ from relay.transports.socket.reaper import Reaper
 from relay.transports.socket.take_over import take_over
 
 if TYPE_CHECKING:
-    from relay.protocols.centrifugo.api.executor import Api
-    from relay.protocols.centrifugo.server_state import Door
+    from relay.protocols.centrifugo.api.executor import CommandExecutor
+    from relay.protocols.centrifugo.server_state import ServerState
     from relay.protocols.centrifugo.settings import CentrifugoSettings
 
 # v1's tokens are securecookie's, and hold as long.
@@ -38,16 +38,18 @@ _INSECURE = "insecure"
 class AdminRoutes:
     """What the settings at start leave open of them; which paths there are does not change."""
 
-    def __init__(self, door: Door, api: Api, settings: CentrifugoSettings, prefix: str) -> None:
+    def __init__(
+        self, door: ServerState, api: CommandExecutor, settings: CentrifugoSettings, prefix: str
+    ) -> None:
         """`prefix` stands before all of the paths."""
         self._door = door
         self._api = api
         self._reaper = Reaper()
         self._beat = Heartbeat(interval_s=settings.ping_interval, beat=websocket.PING)
-        self._open: set[Administrator] = set()
+        self._open: set[AdminConnection] = set()
         # As for clients: a connection that does not authenticate is closed.
-        self._stale: Deadlines[Administrator] = Deadlines(
-            settings.stale_connection_close_delay, Administrator.expire
+        self._stale: Deadlines[AdminConnection] = Deadlines(
+            settings.stale_connection_close_delay, AdminConnection.expire
         )
         self._auth_path = f"{prefix}/auth"
         self.routes: list[web.AbstractRouteDef] = []
@@ -115,7 +117,7 @@ class AdminRoutes:
             reaper=self._reaper,
             heartbeat=self._beat,
         )
-        administrator = Administrator(self._door, self._api, self._is_valid)
+        administrator = AdminConnection(self._door, self._api, self._is_valid)
         self._open.add(administrator)
 
         def closed() -> None:

@@ -19,7 +19,7 @@ from relay.protocols.centrifugo.api.replies import FIX, RETRY, Reply
 if TYPE_CHECKING:
     from relay.protocols.centrifugo.api.server_commands import ServerCommands
     from relay.protocols.centrifugo.publisher import Appended
-    from relay.protocols.centrifugo.server_state import Door
+    from relay.protocols.centrifugo.server_state import ServerState
 
 # v1's texts, which clients compare.
 INVALID_MESSAGE = "invalid message"
@@ -30,7 +30,7 @@ _SMALL_BYTES = 16384
 _PART_BYTES = 8192
 
 
-class _Started(NamedTuple):
+class _PendingCommand(NamedTuple):
     """A command under way: what is appended, and what is already known to be wrong."""
 
     method: str
@@ -47,10 +47,10 @@ def signed(secret: bytes, body: bytes, sign: str) -> bool:
     return bool(secret) and hmac.compare_digest(wanted, sign.encode(errors="replace"))
 
 
-class Api:
+class CommandExecutor:
     """The commands of backends and administrators."""
 
-    def __init__(self, door: Door, server: ServerCommands) -> None:
+    def __init__(self, door: ServerState, server: ServerCommands) -> None:
         self._door = door
         self._server = server
 
@@ -68,15 +68,18 @@ class Api:
         return method in ("publish", "broadcast") or self._server.knows(method)
 
     async def run(
-        self, asked: Sequence[commands.Publication | commands.Command], *, ids: bool = False
+        self,
+        asked: Sequence[commands.PublishParams | commands.CentrifugoCommand],
+        *,
+        ids: bool = False,
     ) -> list[Reply]:
         """As `answer`, for commands that have been read."""
         replies: list[Reply] = []
-        started: list[_Started] = []
-        broken: commands.Invalid | None = None
+        started: list[_PendingCommand] = []
+        broken: commands.InvalidCommand | None = None
         try:
             async for each in in_slices(asked):
-                if isinstance(each, commands.Publication):
+                if isinstance(each, commands.PublishParams):
                     started.append(await self._append("publish", "", [each]))
                 elif each.method == "publish":
                     started.append(await self._publish(each))
@@ -88,36 +91,36 @@ class Api:
                     replies += [await _finish(one, ids=ids) for one in started]
                     started.clear()
                     replies.append(await handle(each))
-        except commands.Invalid as exc:
+        except commands.InvalidCommand as exc:
             broken = exc
         replies += [await _finish(one, ids=ids) for one in started]
         if broken is not None:
             raise broken
         return replies
 
-    async def _publish(self, command: commands.Command) -> _Started:
+    async def _publish(self, command: commands.CentrifugoCommand) -> _PendingCommand:
         method, params, uid = command
         try:
             return await self._append(method, uid, [commands.publish(params)])
         except commands.NamespaceNotFound as exc:
-            return _Started(method, uid, [], str(exc), FIX)
-        except commands.Undeliverable:
-            return _Started(method, uid, [], INVALID_MESSAGE, FIX)
+            return _PendingCommand(method, uid, [], str(exc), FIX)
+        except commands.UndeliverableEvent:
+            return _PendingCommand(method, uid, [], INVALID_MESSAGE, FIX)
 
-    async def _broadcast(self, command: commands.Command) -> _Started:
+    async def _broadcast(self, command: commands.CentrifugoCommand) -> _PendingCommand:
         method, params, uid = command
         try:
             broadcast = commands.broadcast(params)
-        except commands.Undeliverable:
-            return _Started(method, uid, [], INVALID_MESSAGE, FIX)
+        except commands.UndeliverableEvent:
+            return _PendingCommand(method, uid, [], INVALID_MESSAGE, FIX)
         if not broadcast.channels or not broadcast.data:
-            return _Started(method, uid, [], INVALID_MESSAGE, FIX)
-        wanted: list[commands.Publication] = []
+            return _PendingCommand(method, uid, [], INVALID_MESSAGE, FIX)
+        wanted: list[commands.PublishParams] = []
         error = ""
         async for name in in_slices(broadcast.channels):
             try:
                 wanted.append(broadcast.publication(name))
-            except commands.Invalid as exc:
+            except commands.InvalidCommand as exc:
                 # Those before it are published, those after it are not.
                 error = str(exc) if isinstance(exc, commands.NamespaceNotFound) else INVALID_MESSAGE
                 break
@@ -125,47 +128,47 @@ class Api:
         return begun if begun.error or not error else begun._replace(error=error, advice=FIX)
 
     async def _append(
-        self, method: str, uid: str, publications: list[commands.Publication]
-    ) -> _Started:
+        self, method: str, uid: str, publications: list[commands.PublishParams]
+    ) -> _PendingCommand:
         appends: list[Appended] = []
         try:
             async for publication in in_slices(publications):
                 channel, data, client, event_uid, kind, to = publication
                 if not self._door.may_be_published_to(channel):
                     error = str(commands.NamespaceNotFound())
-                    return _Started(method, uid, appends, error, FIX)
+                    return _PendingCommand(method, uid, appends, error, FIX)
                 append = self._door.publisher.publish(
                     channel, data, client=client, uid=event_uid, type=kind, to=to
                 )
                 appends.append(append)
         except LimitExceeded:
-            return _Started(method, uid, appends, LIMIT_EXCEEDED, FIX)
+            return _PendingCommand(method, uid, appends, LIMIT_EXCEEDED, FIX)
         except ValueError:
-            return _Started(method, uid, appends, INVALID_MESSAGE, FIX)
+            return _PendingCommand(method, uid, appends, INVALID_MESSAGE, FIX)
         except RelayError:
-            return _Started(method, uid, appends, INTERNAL_ERROR, RETRY)
-        return _Started(method, uid, appends)
+            return _PendingCommand(method, uid, appends, INTERNAL_ERROR, RETRY)
+        return _PendingCommand(method, uid, appends)
 
 
-async def _read(body: bytes) -> list[commands.Publication | commands.Command]:
+async def _read(body: bytes) -> list[commands.PublishParams | commands.CentrifugoCommand]:
     if body[:1] not in (b"[", b"{"):
         # v1 looks at the first byte only: white space before it is an error.
-        raise commands.Invalid("neither an object nor an array")
+        raise commands.InvalidCommand("neither an object nor an array")
     if body[:1] == b"{" or len(body) <= _SMALL_BYTES:
         return commands.read(body)
     try:
         array = await divide(body, 1, _PART_BYTES)
     except ValueError as exc:
-        raise commands.Invalid(str(exc)) from None
+        raise commands.InvalidCommand(str(exc)) from None
     if body[array.end + 1 :].strip(b" \t\r\n"):
-        raise commands.Invalid("not JSON")
-    found: list[commands.Publication | commands.Command] = []
+        raise commands.InvalidCommand("not JSON")
+    found: list[commands.PublishParams | commands.CentrifugoCommand] = []
     async for begin, end in in_slices(array.parts):
         found += commands.read(b"[%b]" % body[begin:end])
     return found
 
 
-async def _finish(started: _Started, *, ids: bool) -> Reply:
+async def _finish(started: _PendingCommand, *, ids: bool) -> Reply:
     error, advice, body = started.error, started.advice, b"null"
     for append in started.appends:
         try:

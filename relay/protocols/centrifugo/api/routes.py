@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from relay.protocols.centrifugo import go_http
-from relay.protocols.centrifugo.api.executor import Api, signed
+from relay.protocols.centrifugo.api.executor import CommandExecutor, signed
 from relay.protocols.centrifugo.api.replies import encode
-from relay.protocols.centrifugo.commands import Invalid
+from relay.protocols.centrifugo.commands import InvalidCommand
 from relay.transports.socket.bodies import BodyRejected, read_body
 
 if TYPE_CHECKING:
-    from relay.protocols.centrifugo.server_state import Door
+    from relay.protocols.centrifugo.server_state import ServerState
 
 # What `signed` can accept.
 _SIGNATURE = re.compile(r"[0-9a-f]{64}")
@@ -25,7 +25,7 @@ _SIGNATURE = re.compile(r"[0-9a-f]{64}")
 class ApiRoutes:
     """The HTTP API of the door."""
 
-    def __init__(self, door: Door, api: Api, prefix: str) -> None:
+    def __init__(self, door: ServerState, api: CommandExecutor, prefix: str) -> None:
         """`prefix` stands before the path."""
         self._door = door
         self._api = api
@@ -68,7 +68,7 @@ class ApiRoutes:
                 return self._refused(401, "Unauthorized")
         try:
             replies = await self._api.answer(body, ids=_wants_ids(request))
-        except Invalid:
+        except InvalidCommand:
             return go_http.error(400, "Bad Request")
         return web.Response(body=encode(replies), content_type="application/json")
 

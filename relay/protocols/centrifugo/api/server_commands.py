@@ -18,19 +18,19 @@ from relay.protocols.centrifugo.api.replies import Reply
 from relay.protocols.centrifugo.publisher import WATCH
 
 if TYPE_CHECKING:
-    from relay.protocols.centrifugo.administrators.node import Node
-    from relay.protocols.centrifugo.commands import Command
-    from relay.protocols.centrifugo.server_state import Door
+    from relay.protocols.centrifugo.administrators.node import NodeReport
+    from relay.protocols.centrifugo.commands import CentrifugoCommand
+    from relay.protocols.centrifugo.server_state import ServerState
 
 _log = logging.getLogger(__name__)
 
-Handler = Callable[["Command"], Awaitable[Reply]]
+Handler = Callable[["CentrifugoCommand"], Awaitable[Reply]]
 
 
 class ServerCommands:
     """`find` says who carries a command out."""
 
-    def __init__(self, door: Door, node: Node) -> None:
+    def __init__(self, door: ServerState, node: NodeReport) -> None:
         self._door = door
         self._node = node
         self._handlers: dict[str, Handler] = {
@@ -51,10 +51,10 @@ class ServerCommands:
         """Invalid where there is no such command."""
         handler = self._handlers.get(method)
         if handler is None:
-            raise commands.Invalid("unknown method")
+            raise commands.InvalidCommand("unknown method")
         return handler
 
-    async def _unsubscribe(self, command: Command) -> Reply:
+    async def _unsubscribe(self, command: CentrifugoCommand) -> Reply:
         given = commands.fields(command.params, strings=("channel", "user"))
         user, name = given.get("user", ""), given.get("channel", "")
         if not user:
@@ -69,14 +69,14 @@ class ServerCommands:
         tell = self._door.context.unsubscribe(user, channel=channel, door=encoders.DOOR)
         return await _done(command, tell)
 
-    async def _disconnect(self, command: Command) -> Reply:
+    async def _disconnect(self, command: CentrifugoCommand) -> Reply:
         user = commands.fields(command.params, strings=("user",)).get("user", "")
         if not user:
             return _failed(command, codec.INVALID_MESSAGE)
         self._door.stats.count("node_num_control_msg_published")
         return await _done(command, self._door.context.disconnect(user, door=encoders.DOOR))
 
-    async def _presence(self, command: Command) -> Reply:
+    async def _presence(self, command: CentrifugoCommand) -> Reply:
         name = codec.channel_of(command.params)
         rules = self._door.names.rules(name)
         error = _unreadable(name)
@@ -90,7 +90,7 @@ class ServerCommands:
             return _broken(command, exc, codec.data_body(name))
         return Reply(command.method, command.uid, body=codec.data_body(name, found))
 
-    async def _history(self, command: Command) -> Reply:
+    async def _history(self, command: CentrifugoCommand) -> Reply:
         name = codec.channel_of(command.params)
         rules = self._door.names.rules(name)
         error = _unreadable(name)
@@ -108,7 +108,7 @@ class ServerCommands:
         found = b"[" + b",".join(map(encoders.message, kept)) + b"]"
         return Reply(command.method, command.uid, body=codec.data_body(name, found))
 
-    async def _channels(self, command: Command) -> Reply:
+    async def _channels(self, command: CentrifugoCommand) -> Reply:
         try:
             found = await self._door.context.active.channels()
         except RelayError as exc:
@@ -120,14 +120,14 @@ class ServerCommands:
         ]
         return Reply(command.method, command.uid, body=b'{"data":[' + b",".join(own) + b"]}")
 
-    async def _stats(self, command: Command) -> Reply:
+    async def _stats(self, command: CentrifugoCommand) -> Reply:
         try:
             found = await self._node.stats()
         except RelayError as exc:
             return _broken(command, exc, b'{"data":null}')
         return Reply(command.method, command.uid, body=found)
 
-    async def _own_node(self, command: Command) -> Reply:
+    async def _own_node(self, command: CentrifugoCommand) -> Reply:
         return Reply(command.method, command.uid, body=self._node.raw())
 
 
@@ -139,7 +139,7 @@ def _unreadable(name: str) -> str:
     return ""
 
 
-async def _done(command: Command, told: Awaitable[None]) -> Reply:
+async def _done(command: CentrifugoCommand, told: Awaitable[None]) -> Reply:
     try:
         await told
     except RelayError as exc:
@@ -147,10 +147,10 @@ async def _done(command: Command, told: Awaitable[None]) -> Reply:
     return Reply(command.method, command.uid)
 
 
-def _failed(command: Command, error: str, body: bytes = b"null") -> Reply:
+def _failed(command: CentrifugoCommand, error: str, body: bytes = b"null") -> Reply:
     return Reply(command.method, command.uid, error, body=body)
 
 
-def _broken(command: Command, exc: RelayError, body: bytes = b"null") -> Reply:
+def _broken(command: CentrifugoCommand, exc: RelayError, body: bytes = b"null") -> Reply:
     _log.warning("%s: %s", command.method, exc)
     return _failed(command, codec.INTERNAL_ERROR, body)

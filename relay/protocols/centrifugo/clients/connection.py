@@ -19,18 +19,23 @@ from relay.core.json_text import is_json
 from relay.core.model import Channel
 from relay.protocols.centrifugo import codec
 from relay.protocols.centrifugo.clients import credentials, requests
-from relay.protocols.centrifugo.clients.reply_queue import Answers, Slot
-from relay.protocols.centrifugo.clients.slow_client_timer import Stall
+from relay.protocols.centrifugo.clients.reply_queue import ReplyQueue, ReplySlot
+from relay.protocols.centrifugo.clients.slow_client_timer import SlowClientTimer
 from relay.protocols.centrifugo.clients.subscriptions import Subscriptions
-from relay.protocols.centrifugo.commands import Invalid
-from relay.protocols.centrifugo.encoders import Format
-from relay.protocols.centrifugo.server_state import Door, Fatal, Input, Socket
+from relay.protocols.centrifugo.commands import InvalidCommand
+from relay.protocols.centrifugo.encoders import CentrifugoEncoder
+from relay.protocols.centrifugo.server_state import (
+    ClientTransport,
+    FatalError,
+    ReadControl,
+    ServerState,
+)
 
 if TYPE_CHECKING:
     from relay.core.model import Principal
     from relay.hub.recovery import Notice
     from relay.hub.session import Session, Subscription
-    from relay.protocols.centrifugo.commands import Command
+    from relay.protocols.centrifugo.commands import CentrifugoCommand
 
 CLOSE_CODE = 3000
 # Commands that wait for their turn before no more is read from the client, and before it is closed
@@ -41,11 +46,11 @@ _TOO_MANY = 16384
 _TURN = 50
 _UNREAD = 128
 # As in answers.py.
-_NOTHING: deque[Slot | None] = deque(maxlen=0)
+_NOTHING: deque[ReplySlot | None] = deque(maxlen=0)
 _DISCONNECTS = {"disconnected": ("disconnect", False), "stopping": ("shutting down", True)}
 
 
-class Connection:
+class CentrifugoConnection:
     """The table, and the hub's view of the client (`relay.hub.session.Client`)."""
 
     __slots__ = (
@@ -70,7 +75,7 @@ class Connection:
         "subscriptions",
     )
 
-    def __init__(self, door: Door, encoder: Format, client: str) -> None:
+    def __init__(self, door: ServerState, encoder: CentrifugoEncoder, client: str) -> None:
         """`client` is the new connection's ID, a UUID."""
         self.door = door
         self.format = encoder
@@ -81,19 +86,19 @@ class Connection:
         # Commands under way, of which only subscriptions may be several.
         self.pending = 0
         self._info = ""
-        self._socket: Socket | None = None
-        self._answers = Answers(self._say, door.stats)
+        self._socket: ClientTransport | None = None
+        self._answers = ReplyQueue(self._say, door.stats)
         # None stands for a frame that cannot be read.
         self._waiting = _NOTHING
         # Frames behind a long one that is being parsed.
         self._unread: deque[bytes] | None = None
         self._busy = self._held = self._turned = False
         self._reading = True
-        self._input: Input | None = None
+        self._input: ReadControl | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._stall: Stall | None = None
+        self._stall: SlowClientTimer | None = None
 
-    def attached(self, socket: Socket, input: Input | None = None) -> None:
+    def attached(self, socket: ClientTransport, input: ReadControl | None = None) -> None:
         """The socket is there; the client has some time to say who it is. `input` is where its
         reading can be stopped."""
         self._socket, self._input = socket, input
@@ -130,12 +135,12 @@ class Connection:
                 self._read(self._unread), name=f"centrifugo {self.client} frame"
             )
         else:
-            found: list[Command] | None = None
-            with contextlib.suppress(Invalid):
+            found: list[CentrifugoCommand] | None = None
+            with contextlib.suppress(InvalidCommand):
                 found = codec.parse(frame)
             self._expect(frame, found)
 
-    def _expect(self, frame: bytes, found: list[Command] | None) -> None:
+    def _expect(self, frame: bytes, found: list[CentrifugoCommand] | None) -> None:
         """Queue the commands of a frame; None stands for one that cannot be read."""
         if not self._waiting:
             self._waiting = deque()
@@ -149,8 +154,8 @@ class Connection:
         """Parse a long frame, and those that come behind it meanwhile."""
         while frames and not self.closed:
             frame = frames.popleft()
-            found: list[Command] | None = None
-            with contextlib.suppress(Invalid):
+            found: list[CentrifugoCommand] | None = None
+            with contextlib.suppress(InvalidCommand):
                 found = await codec.parse_in_slices(frame)
             if not self.closed:
                 self._expect(frame, found)
@@ -177,9 +182,9 @@ class Connection:
                 if not self._begin(slot):
                     self._waiting.appendleft(slot)
                     break
-        except Invalid:
+        except InvalidCommand:
             self.close(codec.INVALID_MESSAGE)
-        except Fatal as fatal:
+        except FatalError as fatal:
             self.close(fatal.reason, reconnect=fatal.reconnect)
         finally:
             self._busy = False
@@ -191,7 +196,7 @@ class Connection:
         self._turned = False
         self._advance()
 
-    def _begin(self, slot: Slot | None) -> bool:
+    def _begin(self, slot: ReplySlot | None) -> bool:
         """Whether its turn had come, and it was begun."""
         method = "" if slot is None else slot.command.method
         if self.pending and not (
@@ -202,12 +207,12 @@ class Connection:
             # Who does not read is not given answers that would have to be kept.
             return False
         if slot is None:
-            raise Fatal(codec.INVALID_MESSAGE)
+            raise FatalError(codec.INVALID_MESSAGE)
         if self.session is None and method != "connect":
-            raise Fatal(codec.UNAUTHORIZED)
+            raise FatalError(codec.UNAUTHORIZED)
         handler = _METHODS.get(method)
         if handler is None:
-            raise Fatal(codec.METHOD_NOT_FOUND)
+            raise FatalError(codec.METHOD_NOT_FOUND)
         return handler(self, slot)
 
     def _read_or_not(self) -> None:
@@ -218,24 +223,26 @@ class Connection:
         if len(self._waiting) > _TOO_MANY:
             self.oversized()
 
-    def connect(self, slot: Slot) -> bool:
+    def connect(self, slot: ReplySlot) -> bool:
         """Answered once the user's connections on all workers have been counted."""
         if self.session is not None:
-            raise Fatal(codec.INVALID_MESSAGE)
+            raise FatalError(codec.INVALID_MESSAGE)
         given = codec.credentials(slot.command.params)
         grant = self.subscriptions.admitted.__contains__
         principal, expired = credentials.principal(self.door, given, self.client, grant)
         self.later(self._open(slot, principal, given.info, expired=expired))
         return True
 
-    async def _open(self, slot: Slot, principal: Principal, info: str, *, expired: bool) -> None:
+    async def _open(
+        self, slot: ReplySlot, principal: Principal, info: str, *, expired: bool
+    ) -> None:
         settings = self.door.settings
         try:
             session = await self.door.context.open(
                 principal, self.format, self, limit=settings.user_connection_limit
             )
         except LimitExceeded:
-            raise Fatal(codec.LIMIT_EXCEEDED) from None
+            raise FatalError(codec.LIMIT_EXCEEDED) from None
         ttl = settings.connection_lifetime
         if self.closed or self._socket is None or expired:
             session.end()
@@ -249,7 +256,7 @@ class Connection:
         session.attach(self._socket)
         self.answer(slot, codec.connect_body(self.client, ttl))
 
-    def refresh(self, slot: Slot) -> bool:
+    def refresh(self, slot: ReplySlot) -> bool:
         """A new token for the same connection, whose user stays. It counts in insecure mode too."""
         given = codec.credentials(slot.command.params)
         term, session = credentials.renewed(self.door, given), self.session
@@ -275,14 +282,14 @@ class Connection:
     async def _carry_out(self, work: Coroutine[object, object, None]) -> None:
         try:
             await work
-        except Fatal as fatal:
+        except FatalError as fatal:
             self.close(fatal.reason, reconnect=fatal.reconnect)
         except RelayError:
             self.close(codec.INTERNAL_ERROR, reconnect=True)
 
     def reply(
         self,
-        slot: Slot,
+        slot: ReplySlot,
         body: bytes | None,
         error: str = "",
         advice: str = "",
@@ -293,7 +300,13 @@ class Connection:
         self._answers.fill(slot, codec.reply(slot.command, body, error, advice), holds=holds)
 
     def answer(
-        self, slot: Slot, body: bytes, error: str = "", advice: str = "", *, holds: bool = False
+        self,
+        slot: ReplySlot,
+        body: bytes,
+        error: str = "",
+        advice: str = "",
+        *,
+        holds: bool = False,
     ) -> None:
         """The answer to a command that was under way. `holds`: nothing may reach the client before
         it."""
@@ -330,7 +343,7 @@ class Connection:
         if self.session is not None:
             self.session.pause()
         if self._stall is None and self._socket is not None:
-            self._stall = Stall(
+            self._stall = SlowClientTimer(
                 self.door,
                 self._socket,
                 lambda reason, reconnect: self.close(reason, reconnect=reconnect),
@@ -361,7 +374,7 @@ class Connection:
         """See `relay.hub.session.Client`."""
         try:
             self.subscriptions.refused(channel, error)
-        except Fatal as fatal:
+        except FatalError as fatal:
             self.close(fatal.reason, reconnect=fatal.reconnect)
 
     def dropped(self, channel: Channel, notice: Notice) -> None:
@@ -424,9 +437,9 @@ class Connection:
             self._timer = None
 
 
-_METHODS: dict[str, Callable[[Connection, Slot], bool]] = {
-    "connect": Connection.connect,
-    "refresh": Connection.refresh,
+_METHODS: dict[str, Callable[[CentrifugoConnection, ReplySlot], bool]] = {
+    "connect": CentrifugoConnection.connect,
+    "refresh": CentrifugoConnection.refresh,
     "subscribe": lambda connection, slot: connection.subscriptions.subscribe(slot),
     "unsubscribe": lambda connection, slot: connection.subscriptions.unsubscribe(slot),
     "publish": requests.publish,

@@ -10,10 +10,10 @@ from relay.protocols.centrifugo import codec
 from relay.protocols.centrifugo.encoders import DOOR
 
 if TYPE_CHECKING:
-    from relay.protocols.centrifugo.server_state import Door
+    from relay.protocols.centrifugo.server_state import ServerState
 
 
-class Term(NamedTuple):
+class TokenLifetime(NamedTuple):
     """When the client is closed unless it refreshes, None for never; `expired`: it is too late."""
 
     closes_at: float | None
@@ -21,21 +21,21 @@ class Term(NamedTuple):
 
 
 def principal(
-    door: Door, given: codec.Credentials, client: str, grant: Callable[[Channel], bool]
+    door: ServerState, given: codec.ConnectParams, client: str, grant: Callable[[Channel], bool]
 ) -> tuple[Principal, bool]:
     """Whoever connects, and whether the token's time is over. Fatal where it is wrong; in insecure
     mode it is not looked at, and holds for ever."""
-    term = Term(None) if door.settings.insecure else renewed(door, given)
+    term = TokenLifetime(None) if door.settings.insecure else renewed(door, given)
     who = Principal(
         user=given.user, client=client, door=DOOR, grant=grant, expires_at=term.closes_at
     )
     return who, term.expired
 
 
-def renewed(door: Door, given: codec.Credentials) -> Term:
+def renewed(door: ServerState, given: codec.ConnectParams) -> TokenLifetime:
     """Until when a token holds. Fatal where it is wrong."""
     settings, timestamp = door.settings, door.timestamp(given)
     if not settings.connection_lifetime:
-        return Term(None)
+        return TokenLifetime(None)
     ends = timestamp + settings.connection_lifetime
-    return Term(ends + settings.expired_connection_close_delay, ends <= door.clock())
+    return TokenLifetime(ends + settings.expired_connection_close_delay, ends <= door.clock())

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from relay.protocols.centrifugo import codec
-from relay.protocols.centrifugo.commands import Command
+from relay.protocols.centrifugo.commands import CentrifugoCommand
 from relay.protocols.centrifugo.stats import Stats
 
 
-class _Batch:
+class _FrameReplies:
     __slots__ = ("began", "held", "left", "replies")
 
     def __init__(self, count: int) -> None:
@@ -28,19 +28,19 @@ class _Batch:
 
 # Of who waits for nothing, as nearly everybody does: a deque of its own would be the largest part
 # of an idle client. Nothing is ever put into it.
-_NOTHING: deque[_Batch] = deque(maxlen=0)
+_NOTHING: deque[_FrameReplies] = deque(maxlen=0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Slot:
+class ReplySlot:
     """The place of one command's reply."""
 
-    command: Command
-    batch: _Batch
+    command: CentrifugoCommand
+    batch: _FrameReplies
     index: int
 
 
-class Answers:
+class ReplyQueue:
     """What is still to be answered; `send` takes the JSON text of one frame's reply."""
 
     __slots__ = ("_batches", "_send", "_stats", "held")
@@ -51,16 +51,16 @@ class Answers:
         self._batches = _NOTHING
         self.held = 0
 
-    def expect(self, commands: Sequence[Command], size_bytes: int) -> list[Slot]:
+    def expect(self, commands: Sequence[CentrifugoCommand], size_bytes: int) -> list[ReplySlot]:
         """The commands of the next frame, which is so large."""
         self._stats.asked(size_bytes)
-        batch = _Batch(len(commands))
+        batch = _FrameReplies(len(commands))
         if not self._batches:
             self._batches = deque()
         self._batches.append(batch)
-        return [Slot(command, batch, index) for index, command in enumerate(commands)]
+        return [ReplySlot(command, batch, index) for index, command in enumerate(commands)]
 
-    def fill(self, slot: Slot, reply: bytes, *, holds: bool = False) -> None:
+    def fill(self, slot: ReplySlot, reply: bytes, *, holds: bool = False) -> None:
         """One reply; sends what is complete. `holds`: nothing may come before it."""
         batch = slot.batch
         batch.replies[slot.index] = reply

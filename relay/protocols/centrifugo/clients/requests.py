@@ -12,13 +12,13 @@ from relay.protocols.centrifugo.channels import is_foreign
 from relay.protocols.centrifugo.clients.subscriptions import visible
 
 if TYPE_CHECKING:
-    from relay.protocols.centrifugo.clients.connection import Connection
-    from relay.protocols.centrifugo.clients.reply_queue import Slot
+    from relay.protocols.centrifugo.clients.connection import CentrifugoConnection
+    from relay.protocols.centrifugo.clients.reply_queue import ReplySlot
     from relay.protocols.centrifugo.publisher import Appended
     from relay.protocols.centrifugo.settings import CentrifugoNamespace
 
 
-def publish(connection: Connection, slot: Slot) -> bool:
+def publish(connection: CentrifugoConnection, slot: ReplySlot) -> bool:
     """Answered once the event has its ID."""
     name, data = codec.publish(slot.command.params)
     error, advice = _unpublishable(connection, name, data)
@@ -53,7 +53,7 @@ def publish(connection: Connection, slot: Slot) -> bool:
     return True
 
 
-def _unpublishable(connection: Connection, name: str, data: bytes) -> tuple[str, str]:
+def _unpublishable(connection: CentrifugoConnection, name: str, data: bytes) -> tuple[str, str]:
     if not name or not data:
         return codec.INVALID_MESSAGE, codec.FIX
     if name not in connection.subscriptions:
@@ -68,7 +68,7 @@ def _unpublishable(connection: Connection, name: str, data: bytes) -> tuple[str,
     return codec.PERMISSION_DENIED, codec.FIX
 
 
-def presence(connection: Connection, slot: Slot) -> bool:
+def presence(connection: CentrifugoConnection, slot: ReplySlot) -> bool:
     """Who is there, by client."""
     name = codec.channel_of(slot.command.params)
     error, advice, rules = codec.PERMISSION_DENIED, codec.FIX, None
@@ -82,7 +82,7 @@ def presence(connection: Connection, slot: Slot) -> bool:
     return True
 
 
-async def _presence(connection: Connection, slot: Slot, channel: Channel) -> None:
+async def _presence(connection: CentrifugoConnection, slot: ReplySlot, channel: Channel) -> None:
     try:
         found = await connection.door.presence.read(channel)
     except RelayError:
@@ -91,7 +91,7 @@ async def _presence(connection: Connection, slot: Slot, channel: Channel) -> Non
         connection.answer(slot, codec.data_body(channel, found))
 
 
-def history(connection: Connection, slot: Slot) -> bool:
+def history(connection: CentrifugoConnection, slot: ReplySlot) -> bool:
     """The newest first."""
     name = codec.channel_of(slot.command.params)
     error, advice, rules = codec.PERMISSION_DENIED, codec.FIX, None
@@ -106,7 +106,7 @@ def history(connection: Connection, slot: Slot) -> bool:
 
 
 async def _history(
-    connection: Connection, slot: Slot, channel: Channel, rules: CentrifugoNamespace
+    connection: CentrifugoConnection, slot: ReplySlot, channel: Channel, rules: CentrifugoNamespace
 ) -> None:
     door, session = connection.door, connection.session
     try:
@@ -121,7 +121,7 @@ async def _history(
         connection.answer(slot, codec.data_body(channel, b"[" + b",".join(found) + b"]"))
 
 
-def ping(connection: Connection, slot: Slot) -> bool:
+def ping(connection: CentrifugoConnection, slot: ReplySlot) -> bool:
     """What was sent comes back."""
     connection.reply(slot, codec.ping_body(codec.ping(slot.command.params)))
     return True

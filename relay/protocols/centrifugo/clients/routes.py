@@ -12,8 +12,8 @@ from aiohttp import web
 from relay.core.model import ZERO_ID
 from relay.hub.recovery import Notice
 from relay.protocols.centrifugo import encoders
-from relay.protocols.centrifugo.clients.connection import Connection
-from relay.protocols.centrifugo.server_state import Door
+from relay.protocols.centrifugo.clients.connection import CentrifugoConnection
+from relay.protocols.centrifugo.server_state import ServerState
 from relay.transports.socket import deflate, websocket
 from relay.transports.socket.heartbeat import Heartbeat
 from relay.transports.socket.reaper import Reaper
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from relay.core.model import Channel
     from relay.doorkit.contract import DoorContext
     from relay.hub.session import Session
-    from relay.protocols.centrifugo.encoders import Format
+    from relay.protocols.centrifugo.encoders import CentrifugoEncoder
     from relay.protocols.centrifugo.settings import CentrifugoSettings
     from relay.transports.socket.client_socket import ClientSocket
-    from relay.transports.socket.exchange import Asked
+    from relay.transports.socket.exchange import HttpRequest
     from relay.transports.sockjs.session import SockJsSession
 
 # v1 waits for a pong for ten ninths of the interval (libcentrifugo/server/handlers.go).
@@ -39,20 +39,20 @@ _ESCAPED = 6
 _FRAME_BYTES = 4096
 
 
-class Sockets:
+class ClientRoutes:
     """The clients of this worker."""
 
     def __init__(self, context: DoorContext, settings: CentrifugoSettings, prefix: str) -> None:
         """`prefix` stands before all of their paths."""
         loop = asyncio.get_running_loop()
-        self.door = Door(context, settings, clock=time.time, call_later=loop.call_later)
+        self.door = ServerState(context, settings, clock=time.time, call_later=loop.call_later)
         context.hub.on_not_subscribed[encoders.DOOR] = tell_unsubscribed
         self._gauge = context.metrics.connections.labels(encoders.DOOR)
         self._reaper = Reaper()
         self._open = 0
         self._last_closed = asyncio.Event()
         # Server options: v1 reads these at start only.
-        self._compressed: Format | None = None
+        self._compressed: CentrifugoEncoder | None = None
         if settings.websocket_compression:
             self._compressed = encoders.compressed(settings)
         self._beat = Heartbeat(
@@ -109,22 +109,24 @@ class Sockets:
             compressed=squeezed is not None,
             only_pong_counts=True,
         )
-        connection = Connection(self.door, squeezed or encoders.WEBSOCKET, str(uuid.uuid4()))
+        connection = CentrifugoConnection(
+            self.door, squeezed or encoders.WEBSOCKET, str(uuid.uuid4())
+        )
         socket.on_text = socket.on_binary = connection.on_frame
         self._join(socket, connection)
         connection.attached(socket, socket)
         return take_over(request, head, socket)
 
-    def _accept(self, session: SockJsSession, asked: Asked) -> None:
+    def _accept(self, session: SockJsSession, asked: HttpRequest) -> None:
         del asked
         self.door.stats.count("http_sockjs_num_requests")
-        connection = Connection(self.door, encoders.SOCKJS, str(uuid.uuid4()))
+        connection = CentrifugoConnection(self.door, encoders.SOCKJS, str(uuid.uuid4()))
         session.on_text = connection.on_frame
         session.on_oversized = connection.oversized
         self._join(session, connection)
         connection.attached(session)
 
-    def _join(self, socket: ClientSocket | SockJsSession, connection: Connection) -> None:
+    def _join(self, socket: ClientSocket | SockJsSession, connection: CentrifugoConnection) -> None:
         self._count(1)
 
         def closed() -> None:

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import asyncio
 
-    from relay.protocols.centrifugo.server_state import Door, Socket
+    from relay.protocols.centrifugo.server_state import ClientTransport, ServerState
 
 
-class Stall:
+class SlowClientTimer:
     """Watches one full socket until `end`; `close` is called with v1's reason and whether to come
     again, once nothing was taken for the time that the settings give."""
 
     __slots__ = ("_close", "_door", "_socket", "_timer", "_waiting")
 
-    def __init__(self, door: Door, socket: Socket, close: Callable[[str, bool], None]) -> None:
+    def __init__(
+        self, door: ServerState, socket: ClientTransport, close: Callable[[str, bool], None]
+    ) -> None:
         self._door = door
         self._socket = socket
         self._close = close

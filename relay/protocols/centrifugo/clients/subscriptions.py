@@ -16,23 +16,23 @@ from relay.core.json_text import is_json
 from relay.core.model import Channel, Event, parse_channel
 from relay.core.slices import in_slices
 from relay.protocols.centrifugo import channels, codec, encoders, history
-from relay.protocols.centrifugo.server_state import Door, Fatal
+from relay.protocols.centrifugo.server_state import FatalError, ServerState
 
 if TYPE_CHECKING:
     from relay.core.stream_interface import Snapshot
     from relay.hub.session import Session, Subscription
-    from relay.protocols.centrifugo.clients.connection import Connection
-    from relay.protocols.centrifugo.clients.reply_queue import Slot
+    from relay.protocols.centrifugo.clients.connection import CentrifugoConnection
+    from relay.protocols.centrifugo.clients.reply_queue import ReplySlot
     from relay.protocols.centrifugo.settings import CentrifugoNamespace
 
 
 @dataclass(slots=True, eq=False)
-class _Asked:
+class _PendingSubscription:
     """A subscription that has not been answered. `snapshot` is what it is recovered
     from."""
 
-    slot: Slot
-    wanted: codec.Subscribe
+    slot: ReplySlot
+    wanted: codec.SubscribeParams
     rules: CentrifugoNamespace | None
     snapshot: Snapshot | None = None
 
@@ -42,11 +42,11 @@ class Subscriptions:
 
     __slots__ = ("_asked", "_connection", "_door", "_infos", "_own", "admitted")
 
-    def __init__(self, door: Door, connection: Connection) -> None:
+    def __init__(self, door: ServerState, connection: CentrifugoConnection) -> None:
         self._door = door
         self._connection = connection
         self._own: set[str] = set()
-        self._asked: dict[str, _Asked] = {}
+        self._asked: dict[str, _PendingSubscription] = {}
         self._infos: dict[str, str] = {}
         # What this door's rules let the client read; its principal's `grant` looks here.
         self.admitted: set[Channel] = set()
@@ -66,11 +66,11 @@ class Subscriptions:
 
     # ---- commands -------------------------------------------------------------------------------
 
-    def subscribe(self, slot: Slot) -> bool:
+    def subscribe(self, slot: ReplySlot) -> bool:
         """False where another one must be answered first."""
         wanted = codec.subscribe(slot.command.params)
         if not wanted.channel:
-            raise Fatal(codec.INVALID_MESSAGE)
+            raise FatalError(codec.INVALID_MESSAGE)
         settings, connection = self._door.settings, self._connection
         count = len(self._own) + len(self._asked)
         if self._asked and (
@@ -92,40 +92,42 @@ class Subscriptions:
             connection.reply(slot, body, error, codec.FIX)
         return True
 
-    def _ask(self, slot: Slot, channel: Channel, wanted: codec.Subscribe) -> None:
+    def _ask(self, slot: ReplySlot, channel: Channel, wanted: codec.SubscribeParams) -> None:
         rules = None
         if not channels.is_foreign(channel):
             rules = self._door.names.rules(channel)
             self.admitted.add(channel)
         if self._door.names.is_private(channel) and wanted.info and is_json(wanted.info.encode()):
             self._infos[channel] = wanted.info
-        asked = self._asked[channel] = _Asked(slot, wanted, rules)
+        asked = self._asked[channel] = _PendingSubscription(slot, wanted, rules)
         if rules is not None and rules.recover and wanted.recover:
             self._connection.later(self._recover(channel, asked, rules))
         else:
             self._connection.pending += 1
             self._join(channel, asked)
 
-    async def _recover(self, channel: Channel, asked: _Asked, rules: CentrifugoNamespace) -> None:
+    async def _recover(
+        self, channel: Channel, asked: _PendingSubscription, rules: CentrifugoNamespace
+    ) -> None:
         asked.snapshot = await self._door.context.history(channel, history.wanted(rules))
         missed = history.missed(asked.snapshot, rules, asked.wanted.last, self._door.clock())
         await encoders.encode_messages(missed.events)
         self._join(channel, asked)
 
-    def _join(self, channel: Channel, asked: _Asked) -> None:
+    def _join(self, channel: Channel, asked: _PendingSubscription) -> None:
         context, session = self._door.context, self._connection.session
         if session is None or self._connection.closed:
             return
         if not context.is_connected():
-            raise Fatal(codec.INTERNAL_ERROR, reconnect=True)
+            raise FatalError(codec.INTERNAL_ERROR, reconnect=True)
         position = None if asked.snapshot is None else history.position(asked.snapshot)
         context.subscribe(session, channel, position)
 
-    def unsubscribe(self, slot: Slot) -> bool:
+    def unsubscribe(self, slot: ReplySlot) -> bool:
         """What is not subscribed to is unsubscribed from too, if its namespace is known."""
         name = codec.channel_of(slot.command.params)
         if not name:
-            raise Fatal(codec.INVALID_MESSAGE)
+            raise FatalError(codec.INVALID_MESSAGE)
         error, own, session = "", name in self._own, self._connection.session
         if self._door.names.rules(name) is None and not (own and channels.is_foreign(name)):
             # Also where the namespace was removed meanwhile: the subscription stays, as in v1.
@@ -166,10 +168,10 @@ class Subscriptions:
         if asked is None:
             return
         if not isinstance(error, Forbidden):
-            raise Fatal(codec.INTERNAL_ERROR, reconnect=True)
+            raise FatalError(codec.INTERNAL_ERROR, reconnect=True)
         self._refuse(channel, asked)
 
-    def _refuse(self, channel: Channel, asked: _Asked) -> None:
+    def _refuse(self, channel: Channel, asked: _PendingSubscription) -> None:
         # Of another door's channel a client learns no more than of one that does not exist.
         foreign = channels.is_foreign(channel)
         text = codec.NAMESPACE_NOT_FOUND if foreign else codec.PERMISSION_DENIED

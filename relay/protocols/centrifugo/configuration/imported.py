@@ -18,8 +18,18 @@ from relay.config.imported import Flag, Said, Translation
 from relay.config.settings import NamespaceSettings
 from relay.core.errors import ConfigError
 from relay.core.model import RESERVED_NAMESPACES
-from relay.protocols.centrifugo.configuration.option_sources import SUFFIXES, Given, Value, gather
-from relay.protocols.centrifugo.configuration.options import CHANNEL_OPTIONS, OPTIONS, Fate, Kind
+from relay.protocols.centrifugo.configuration.option_sources import (
+    SUFFIXES,
+    CollectedOptions,
+    OptionValue,
+    gather,
+)
+from relay.protocols.centrifugo.configuration.options import (
+    CHANNEL_OPTIONS,
+    OPTIONS,
+    OptionHandling,
+    OptionKind,
+)
 from relay.protocols.centrifugo.settings import CentrifugoSettings
 
 _DOOR = "protocol:centrifugo"
@@ -33,7 +43,7 @@ _LEVELS = {"trace": "debug", "debug": "debug", "info": "info"} | dict.fromkeys(
 )
 
 
-class CentrifugoForeign:
+class CentrifugoImport:
     """See `relay.config.imported.Foreign`."""
 
     suffixes = SUFFIXES
@@ -41,7 +51,9 @@ class CentrifugoForeign:
     option_about = ""
     command = "centrifugo"
     flags = tuple(
-        Flag(name=each.name, about=each.flag, short=each.short, switch=each.kind is Kind.SWITCH)
+        Flag(
+            name=each.name, about=each.flag, short=each.short, switch=each.kind is OptionKind.SWITCH
+        )
         for each in OPTIONS.values()
         if each.flag
     )
@@ -78,7 +90,7 @@ class CentrifugoForeign:
                 raise ConfigError(f"{path}: must end in one of {', '.join(SUFFIXES)}")
 
 
-def _refuse(given: Given) -> None:
+def _refuse(given: CollectedOptions) -> None:
     if given.on("ssl_autocert"):
         raise given.values["ssl_autocert"].wrong(
             "certificates by ACME are not included; let a proxy in front do it, or give ssl_cert"
@@ -92,18 +104,22 @@ def _refuse(given: Given) -> None:
                 raise given.values["ssl"].wrong(f"needs {name}")
 
 
-def _door(given: Given) -> Iterator[Said]:
+def _door(given: CollectedOptions) -> Iterator[Said]:
     """Options that are this door's own, in the table's order."""
     for name, value in given.values.items():
         option = OPTIONS[name]
-        if option.fate is not Fate.MAPPED or option.made or (not value.text and _counts(name)):
+        if (
+            option.fate is not OptionHandling.MAPPED
+            or option.made
+            or (not value.text and _counts(name))
+        ):
             continue
         section, _, key = option.to[0].rpartition(".")
         yield _said(section, key, value)
-    port = given.first("port") or Value(f"{_VERSION}'s port = ", "8000")
+    port = given.first("port") or OptionValue(f"{_VERSION}'s port = ", "8000")
     yield _said(_DOOR, "port", port)
     # Upstream's empty address is every interface; ours would be that of [server].
-    address = given.first("address") or Value(f"{_VERSION}'s address = ", "0.0.0.0")  # noqa: S104
+    address = given.first("address") or OptionValue(f"{_VERSION}'s address = ", "0.0.0.0")  # noqa: S104
     yield _said(_DOOR, "host", address)
     if prefix := given.first("http_prefix"):
         yield _said(_DOOR, "http_prefix", prefix, f"/{prefix.text.strip('/')}".rstrip("/"))
@@ -115,10 +131,10 @@ def _door(given: Given) -> Iterator[Said]:
 
 
 def _counts(name: str) -> bool:
-    return OPTIONS[name].kind is Kind.NUMBER
+    return OPTIONS[name].kind is OptionKind.NUMBER
 
 
-def _namespaces(given: Given) -> Iterator[Said]:
+def _namespaces(given: CollectedOptions) -> Iterator[Said]:
     for name, values in given.namespaces.items():
         if name in RESERVED_NAMESPACES:
             raise ConfigError(
@@ -126,16 +142,16 @@ def _namespaces(given: Given) -> Iterator[Said]:
             )
         for key in CHANNEL_OPTIONS:
             # The section has to be there if it sets nothing.
-            value = values.get(key) or Value(f"namespace {name}: {key} = ", _default(key))
+            value = values.get(key) or OptionValue(f"namespace {name}: {key} = ", _default(key))
             yield _said(f"{_DOOR}:{name}", key, value)
 
 
 def _default(key: str) -> str:
     default = CentrifugoSettings.model_fields[key].default
-    return str(default) if CHANNEL_OPTIONS[key] is Kind.NUMBER else "no"
+    return str(default) if CHANNEL_OPTIONS[key] is OptionKind.NUMBER else "no"
 
 
-def _retention(given: Given) -> Iterator[Said]:
+def _retention(given: CollectedOptions) -> Iterator[Said]:
     """Streams keep what the history may ask for, and no longer than that or an hour."""
     top = _kept(given.values)
     kept = {name: _kept(values) for name, values in given.namespaces.items()}
@@ -164,7 +180,7 @@ def _retention(given: Given) -> Iterator[Said]:
         )
 
 
-def _kept(values: Mapping[str, Value]) -> tuple[int, int]:
+def _kept(values: Mapping[str, OptionValue]) -> tuple[int, int]:
     size, lifetime = (
         int(value.text) if (value := values.get(key)) and value.text.isdecimal() else 0
         for key in ("history_size", "history_lifetime")
@@ -174,7 +190,7 @@ def _kept(values: Mapping[str, Value]) -> tuple[int, int]:
     return max(default, min(size, _MOST)), max(_KEPT_S, min(lifetime, _MOST))
 
 
-def _node(given: Given) -> Iterator[Said]:
+def _node(given: CollectedOptions) -> Iterator[Said]:
     if value := given.first("name"):
         yield _said("node", "name", value)
     if value := given.first("log_level"):
@@ -190,13 +206,13 @@ def _node(given: Given) -> Iterator[Said]:
     )
 
 
-def _redis(given: Given) -> Iterator[Said]:
+def _redis(given: CollectedOptions) -> Iterator[Said]:
     engine = given.text("engine", "memory")
     if engine not in {"memory", "redis"}:
         raise given.values["engine"].wrong("no such engine; there are memory and redis")
     prefix = given.text("redis_prefix", "centrifugo")
     if engine == "memory":
-        where = given.values.get("engine") or Value(f"{_VERSION}'s engine = ", engine)
+        where = given.values.get("engine") or OptionValue(f"{_VERSION}'s engine = ", engine)
         yield _said("redis", "url", where, "embedded")
         return
     yield from _address(given)
@@ -218,7 +234,7 @@ def _redis(given: Given) -> Iterator[Said]:
             yield _said("producer:queue", "shards", value)
 
 
-def _address(given: Given) -> Iterator[Said]:
+def _address(given: CollectedOptions) -> Iterator[Said]:
     for name in ("redis_host", "redis_port", "redis_url", "redis_master_name"):
         value = given.first(name)
         if value and "," in value.text:
@@ -246,7 +262,7 @@ def _address(given: Given) -> Iterator[Said]:
         found = _split_url(url)
         yield _said("redis", "url", url, found[0])
         # Where it is set the others do not count (the documentation's engines.md).
-        password = Value(url.where, found[1]) if found[1] else None
+        password = OptionValue(url.where, found[1]) if found[1] else None
     else:
         host = given.text("redis_host", "127.0.0.1")
         port = given.text("redis_port", "6379")
@@ -257,7 +273,7 @@ def _address(given: Given) -> Iterator[Said]:
         yield _said("redis", "password", password)
 
 
-def _split_url(value: Value) -> tuple[str, str]:
+def _split_url(value: OptionValue) -> tuple[str, str]:
     """The URL without its password, and that."""
     parts = urlsplit(value.text)
     try:
@@ -272,7 +288,7 @@ def _split_url(value: Value) -> tuple[str, str]:
     return f"{parts.scheme}://{user}{host}:{port}/{db}", unquote(parts.password or "")
 
 
-def _notes(given: Given) -> Iterator[str]:
+def _notes(given: CollectedOptions) -> Iterator[str]:
     if given.on("web"):
         yield (
             f"{given.values['web'].where}true: Centrifugo's own page is not included; the"
@@ -283,7 +299,7 @@ def _notes(given: Given) -> Iterator[str]:
         yield f"{level.where}{level.text}: no such level; info counts, as in {_VERSION}"
 
 
-def _said(section: str, key: str, value: Value, text: str | None = None) -> Said:
+def _said(section: str, key: str, value: OptionValue, text: str | None = None) -> Said:
     return Said(
         section=section, key=key, text=value.text if text is None else text, where=value.where
     )

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from relay.core.errors import ConfigError
-from relay.protocols.centrifugo.configuration.options import CHANNEL_OPTIONS, OPTIONS, Kind
+from relay.protocols.centrifugo.configuration.options import CHANNEL_OPTIONS, OPTIONS, OptionKind
 
 SUFFIXES = (".json", ".toml", ".yaml", ".yml")
 # v1.8.0 refuses any other (libcentrifugo/node/config.go).
@@ -28,7 +28,7 @@ _FALSE = frozenset({"0", "f", "F", "false", "FALSE", "False"})
 
 
 @dataclass(frozen=True, slots=True)
-class Value:
+class OptionValue:
     """One option's value; `where` and `text` together begin an error's line."""
 
     where: str
@@ -45,11 +45,11 @@ class Value:
 
 
 @dataclass(slots=True)
-class Given:
+class CollectedOptions:
     """Everything that was given; where it was not, there is no value."""
 
-    values: dict[str, Value] = field(default_factory=dict)
-    namespaces: dict[str, dict[str, Value]] = field(default_factory=dict)
+    values: dict[str, OptionValue] = field(default_factory=dict)
+    namespaces: dict[str, dict[str, OptionValue]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     missing: str = ""
 
@@ -62,15 +62,17 @@ class Given:
         """Whether a switch is on."""
         return name in self.values and self.values[name].on
 
-    def first(self, *names: str) -> Value | None:
+    def first(self, *names: str) -> OptionValue | None:
         """The value of the first of these that is given and not empty."""
         found = (self.values.get(name) for name in names)
         return next((value for value in found if value and value.text), None)
 
 
-def gather(path: Path | None, environ: Mapping[str, str], flags: Mapping[str, str]) -> Given:
+def gather(
+    path: Path | None, environ: Mapping[str, str], flags: Mapping[str, str]
+) -> CollectedOptions:
     """All three together; ConfigError where one of them cannot be understood."""
-    given = Given()
+    given = CollectedOptions()
     if path is not None:
         content = _content(path)
         if content is None:
@@ -82,7 +84,7 @@ def gather(path: Path | None, environ: Mapping[str, str], flags: Mapping[str, st
         if text := environ.get(variable):
             if option.env:
                 where = f"environment variable {variable} = "
-                given.values[name] = Value(where, _text(text, option.kind, where))
+                given.values[name] = OptionValue(where, _text(text, option.kind, where))
             else:
                 given.notes.append(
                     f"environment variable {variable}: Centrifugo reads this option from file and"
@@ -90,11 +92,11 @@ def gather(path: Path | None, environ: Mapping[str, str], flags: Mapping[str, st
                 )
     for name, text in flags.items():
         where = f"--{name}="
-        given.values[name] = Value(where, _text(text, OPTIONS[name].kind, where))
+        given.values[name] = OptionValue(where, _text(text, OPTIONS[name].kind, where))
     return given
 
 
-def _read_file(given: Given, path: Path, content: Mapping[Any, Any]) -> None:
+def _read_file(given: CollectedOptions, path: Path, content: Mapping[Any, Any]) -> None:
     for key, value in content.items():
         name = str(key).lower()
         where = f"{path}: {name} = "
@@ -103,16 +105,18 @@ def _read_file(given: Given, path: Path, content: Mapping[Any, Any]) -> None:
             given.notes.append(_unknown(f"{path}: {key}", name, list(OPTIONS)))
         elif value is None:
             continue
-        elif option.kind is Kind.LIST:
+        elif option.kind is OptionKind.LIST:
             given.namespaces = _namespaces(given, path, value)
         else:
-            given.values[name] = Value(where, _text(value, option.kind, where))
+            given.values[name] = OptionValue(where, _text(value, option.kind, where))
 
 
-def _namespaces(given: Given, path: Path, value: object) -> dict[str, dict[str, Value]]:
+def _namespaces(
+    given: CollectedOptions, path: Path, value: object
+) -> dict[str, dict[str, OptionValue]]:
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        raise ConfigError(f"{path}: namespaces: must be {Kind.LIST.value}, each with a name")
-    found: dict[str, dict[str, Value]] = {}
+        raise ConfigError(f"{path}: namespaces: must be {OptionKind.LIST.value}, each with a name")
+    found: dict[str, dict[str, OptionValue]] = {}
     for index, each in enumerate(value, 1):
         members = {str(key).lower(): member for key, member in each.items()}
         name = members.pop("name", "")
@@ -130,7 +134,7 @@ def _namespaces(given: Given, path: Path, value: object) -> dict[str, dict[str, 
                 known = list(CHANNEL_OPTIONS)
                 given.notes.append(_unknown(f"{path}: namespace {name}: {key}", key, known))
             elif member is not None:
-                found[name][key] = Value(where, _text(member, CHANNEL_OPTIONS[key], where))
+                found[name][key] = OptionValue(where, _text(member, CHANNEL_OPTIONS[key], where))
     return found
 
 
@@ -140,14 +144,14 @@ def _unknown(where: str, name: str, known: Sequence[str]) -> str:
     return f"{where}: Centrifugo v1.8.0 has no such option; it has no effect{hint}"
 
 
-def _text(value: object, kind: Kind, where: str) -> str:
+def _text(value: object, kind: OptionKind, where: str) -> str:
     """The value as our INI file would have it."""
-    if kind is Kind.SWITCH:
+    if kind is OptionKind.SWITCH:
         text = str(value)
         if text in _TRUE | _FALSE:
             return "yes" if text in _TRUE else "no"
     elif isinstance(value, str):
-        return value.strip() if kind is Kind.NUMBER else value
+        return value.strip() if kind is OptionKind.NUMBER else value
     elif isinstance(value, int | float) and not isinstance(value, bool):
         return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     raise ConfigError(f"{where.removesuffix(' = ')}: must be {kind.value}")

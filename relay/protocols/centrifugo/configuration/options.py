@@ -14,7 +14,7 @@ from enum import Enum
 _DOOR = "protocol:centrifugo"
 
 
-class Fate(Enum):
+class OptionHandling(Enum):
     """What becomes of an option; the values are docs/centrifugo.md's words."""
 
     MAPPED = "mapped"
@@ -22,7 +22,7 @@ class Fate(Enum):
     REFUSED = "refused"
 
 
-class Kind(Enum):
+class OptionKind(Enum):
     """What an option's value is; the values are an error's words."""
 
     SWITCH = "true or false"
@@ -41,8 +41,8 @@ class Option:
     """
 
     name: str
-    kind: Kind
-    fate: Fate = Fate.MAPPED
+    kind: OptionKind
+    fate: OptionHandling = OptionHandling.MAPPED
     to: tuple[str, ...] = ()
     made: bool = False
     env: bool = False
@@ -50,21 +50,21 @@ class Option:
     short: str = ""
 
 
-def _own(name: str, kind: Kind, *, key: str = "", env: bool = False, flag: str = "", short: str = "", made: bool = False) -> Option:
+def _own(name: str, kind: OptionKind, *, key: str = "", env: bool = False, flag: str = "", short: str = "", made: bool = False) -> Option:
     return Option(name=name, kind=kind, to=(f"{_DOOR}.{key or name}",), made=made, env=env, flag=flag, short=short)
 
 
-def _made(name: str, kind: Kind, *to: str, env: bool = False, flag: str = "", short: str = "") -> Option:
+def _made(name: str, kind: OptionKind, *to: str, env: bool = False, flag: str = "", short: str = "") -> Option:
     return Option(name=name, kind=kind, to=to, made=True, env=env, flag=flag, short=short)
 
 
-def _ignored(name: str, kind: Kind, *, env: bool = False, flag: str = "") -> Option:
-    return Option(name=name, kind=kind, fate=Fate.IGNORED, env=env, flag=flag)
+def _ignored(name: str, kind: OptionKind, *, env: bool = False, flag: str = "") -> Option:
+    return Option(name=name, kind=kind, fate=OptionHandling.IGNORED, env=env, flag=flag)
 
 
-_SWITCH, _NUMBER, _TEXT = Kind.SWITCH, Kind.NUMBER, Kind.TEXT
+_SWITCH, _NUMBER, _TEXT = OptionKind.SWITCH, OptionKind.NUMBER, OptionKind.TEXT
 
-CHANNEL_OPTIONS: Mapping[str, Kind] = {
+CHANNEL_OPTIONS: Mapping[str, OptionKind] = {
     "watch": _SWITCH,
     "publish": _SWITCH,
     "anonymous": _SWITCH,
@@ -81,7 +81,7 @@ _ALL = (
     _own("secret", _TEXT, env=True),
     _own("connection_lifetime", _NUMBER, env=True),
     *(_own(name, kind, env=True) for name, kind in CHANNEL_OPTIONS.items()),
-    _made("namespaces", Kind.LIST, f"{_DOOR}:NAME"),
+    _made("namespaces", OptionKind.LIST, f"{_DOOR}:NAME"),
     _own("insecure", _SWITCH, env=True, flag="start in insecure client mode"),
     _own("insecure_api", _SWITCH, env=True, flag="requests to /api/ need no signature"),
     _own("insecure_admin", _SWITCH, env=True, flag="the admin socket asks for no password"),
@@ -121,13 +121,13 @@ _ALL = (
     _own("admin_password", _TEXT, env=True),
     _own("admin_secret", _TEXT, env=True),
     _made("web", _SWITCH, f"{_DOOR}.web", env=True, flag="open the admin socket and /auth/; Centrifugo's own page is not included", short="w"),
-    Option(name="web_path", kind=_TEXT, fate=Fate.REFUSED, env=True, flag="refused together with --web"),
+    Option(name="web_path", kind=_TEXT, fate=OptionHandling.REFUSED, env=True, flag="refused together with --web"),
     _ignored("insecure_web", _SWITCH, env=True),
     _own("debug", _SWITCH, env=True, flag="open /debug/", short="d"),
     _made("ssl", _SWITCH, f"{_DOOR}.tls_cert", f"{_DOOR}.tls_key", env=True, flag="TLS, with --ssl_cert and --ssl_key"),
     _made("ssl_cert", _TEXT, f"{_DOOR}.tls_cert", env=True, flag="path of a certificate"),
     _made("ssl_key", _TEXT, f"{_DOOR}.tls_key", env=True, flag="path of its key"),
-    Option(name="ssl_autocert", kind=_SWITCH, fate=Fate.REFUSED),
+    Option(name="ssl_autocert", kind=_SWITCH, fate=OptionHandling.REFUSED),
     _ignored("ssl_autocert_host_whitelist", _TEXT),
     _ignored("ssl_autocert_cache_dir", _TEXT),
     _ignored("ssl_autocert_email", _TEXT),

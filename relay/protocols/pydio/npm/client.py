@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from relay.protocols.pydio.accounts import Account
     from relay.protocols.pydio.npm.kind import NpmKind
     from relay.transports.engineio.engine import Engine
-    from relay.transports.socket.exchange import Asked
+    from relay.transports.socket.exchange import HttpRequest
 
 _CONNECT_S = 45.0
 _ADMISSION_S = 10.0
@@ -28,7 +28,7 @@ _GOODBYE_S = 1.0
 class NpmClient:
     """One connection; see `relay.transports.socketio.connection.Handler`."""
 
-    def __init__(self, kind: NpmKind, engine: Engine, asked: Asked) -> None:
+    def __init__(self, kind: NpmKind, engine: Engine, asked: HttpRequest) -> None:
         self.kind = kind
         self.engine = engine
         self.connection = Connection(engine, self)

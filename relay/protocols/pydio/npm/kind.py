@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from relay.protocols.pydio.registration import Surroundings
     from relay.protocols.pydio.settings import PydioSettings
     from relay.transports.engineio.engine import Engine
-    from relay.transports.socket.exchange import Asked
+    from relay.transports.socket.exchange import HttpRequest
 
 _TAKEN = "pydio:taken"
 _MAX_PAYLOAD_BYTES = 65536
@@ -80,7 +80,7 @@ class NpmKind:
             client.engine.close()
         await self.endpoint.closed()
 
-    def _opened(self, engine: Engine, asked: Asked) -> None:
+    def _opened(self, engine: Engine, asked: HttpRequest) -> None:
         client = NpmClient(self, engine, asked)
         self._clients.add(client)
         self._on_count(1)

@@ -4,15 +4,15 @@ import pytest
 
 from relay.protocols.centrifugo import commands
 from relay.protocols.centrifugo.commands import (
-    Command,
-    Invalid,
+    CentrifugoCommand,
+    InvalidCommand,
     NamespaceNotFound,
-    Publication,
-    Undeliverable,
+    PublishParams,
+    UndeliverableEvent,
 )
 
 
-def published(text: str) -> Publication:
+def published(text: str) -> PublishParams:
     command = commands.one(text.encode())
     assert command.method == "publish"
     return commands.publish(command.params)
@@ -36,7 +36,7 @@ def published(text: str) -> Publication:
 )
 def test_data_keeps_its_bytes(data: str) -> None:
     text = '{"method":"publish","params":{"channel":"news","data":%s}}'
-    wanted = Publication(commands.checked_channel("news"), data.encode())
+    wanted = PublishParams(commands.checked_channel("news"), data.encode())
     assert published(text % data) == wanted
     # The short way leaves numbers that are no float to the long one.
     assert commands.plain_publish((text % data).encode()) in (wanted, None)
@@ -83,7 +83,7 @@ def test_half_a_surrogate_pair_is_what_go_reads() -> None:
     ],
 )
 def test_what_cannot_be_published_has_a_reason(params: str | None, reason: str) -> None:
-    with pytest.raises(Invalid, match=f"^{reason}$"):
+    with pytest.raises(InvalidCommand, match=f"^{reason}$"):
         commands.publish(params)
 
 
@@ -98,7 +98,7 @@ def test_channels_of_other_doors_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "x" * 256, "\ud800"])
 def test_a_name_that_no_workspace_can_have_is_refused(name: str) -> None:
-    with pytest.raises(Undeliverable):
+    with pytest.raises(UndeliverableEvent):
         commands.checked_channel(name)
 
 
@@ -124,7 +124,7 @@ def test_a_name_that_no_workspace_can_have_is_refused(name: str) -> None:
 )
 def test_what_is_not_json_is_invalid(text: bytes) -> None:
     for read in (commands.one, commands.many, commands.queued):
-        with pytest.raises(Invalid):
+        with pytest.raises(InvalidCommand):
             read(text)
     assert commands.plain_publish(text) is None
 
@@ -132,24 +132,24 @@ def test_what_is_not_json_is_invalid(text: bytes) -> None:
 def test_an_array_is_taken_apart() -> None:
     text = b'[ {"method":"a"} ,{"uid":"2","params":[ 1 ]}, null,{}]'
     assert commands.many(text) == [
-        Command("a", None, ""),
-        Command("", "[ 1 ]", "2"),
-        Command("", None, ""),
-        Command("", None, ""),
+        CentrifugoCommand("a", None, ""),
+        CentrifugoCommand("", "[ 1 ]", "2"),
+        CentrifugoCommand("", None, ""),
+        CentrifugoCommand("", None, ""),
     ]
     assert commands.many(b"[]") == []
     for wrong in (b"[1]", b"{}", b'[{"method":1}]'):
-        with pytest.raises(Invalid):
+        with pytest.raises(InvalidCommand):
             commands.many(wrong)
 
 
 def test_the_queue_knows_the_form_of_before_1_6_too() -> None:
     assert commands.queued(b' {"data":[{"method":"a"},{"method":"b"}]} ') == [
-        Command("a", None, ""),
-        Command("b", None, ""),
+        CentrifugoCommand("a", None, ""),
+        CentrifugoCommand("b", None, ""),
     ]
-    assert commands.queued(b'{"method":"a"}') == [Command("a", None, "")]
-    with pytest.raises(Invalid):
+    assert commands.queued(b'{"method":"a"}') == [CentrifugoCommand("a", None, "")]
+    with pytest.raises(InvalidCommand):
         commands.queued(b'[{"method":"a"}]')
 
 
@@ -158,7 +158,7 @@ def test_a_broadcast_names_its_channels() -> None:
     assert found == (["a", "", "b"], b'{"x": 1}', "c", None, None)
     assert commands.broadcast('{"channels":null}') == ([], b"", None, None, None)
     for wrong in ('{"channels":"a"}', '{"channels":[1]}', '{"channels":["a"],"data":1,"to":[]}'):
-        with pytest.raises(Invalid):
+        with pytest.raises(InvalidCommand):
             commands.broadcast(wrong)
     found = commands.broadcast('{"channels":["a"],"data":1,"type":"t","to":"bob"}')
     assert found.publication("a") == ("a", b"1", None, None, "t", ("user:bob",))
@@ -189,5 +189,5 @@ def test_a_plain_publish_is_only_what_it_seems() -> None:
 def test_a_boolean_is_one_or_is_not_given() -> None:
     assert commands.fields('{"Recover":true}', bools=("recover",)) == {"recover": True}
     assert commands.fields('{"recover":null}', bools=("recover",)) == {}
-    with pytest.raises(Invalid, match="recover is not a boolean"):
+    with pytest.raises(InvalidCommand, match="recover is not a boolean"):
         commands.fields('{"recover":"true"}', bools=("recover",))

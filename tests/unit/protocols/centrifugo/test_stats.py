@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from relay.protocols.centrifugo.stats import COUNTERS, GAUGES, Durations, Stats
+from relay.protocols.centrifugo.stats import COUNTERS, GAUGES, DurationHistogram, Stats
 
 # As documents/centrifugo-v1/server/stats.md shows them, and five that it does not show.
 DOCUMENTED = """
@@ -37,7 +37,7 @@ def test_every_name_is_there() -> None:
 
 
 def test_durations_over_one_interval_and_over_fifteen() -> None:
-    durations = Durations("http_api")
+    durations = DurationHistogram("http_api")
     assert set(durations.values().values()) == {0}
     for microseconds in range(1, 101):
         durations.record(microseconds / 1e6 + 1e-9)

@@ -13,7 +13,13 @@ from relay.transports.between_workers.handover import Handover, NotThere
 from relay.transports.between_workers.link import Kind
 from relay.transports.socket.bodies import BodyRejected, read_body
 from relay.transports.socket.client_socket import ClientSocket
-from relay.transports.socket.exchange import Answer, Asked, Exchange, HeldRequest, asked_of
+from relay.transports.socket.exchange import (
+    Exchange,
+    HeldRequest,
+    HttpAnswer,
+    HttpRequest,
+    http_request,
+)
 from relay.transports.socket.listener import GuardedSite
 from relay.transports.socket.reaper import Reaper
 from relay.transports.socket.websocket import WebSocketConnection, accept_headers, frame_text
@@ -34,7 +40,7 @@ class Worker:
         self.handover = Handover(
             topic="test", bus=self.bus, handle=self.handle, buffer_bytes=BUFFER, reaper=reaper
         )
-        self.asked: list[Asked] = []
+        self.asked: list[HttpRequest] = []
         self.held: list[HeldRequest] = []
         self.streams: list[ClientSocket] = []
         self.events: list[str] = []
@@ -58,7 +64,7 @@ class Worker:
         if what == "/now":
             body = exchange.asked.body
             text = b"none" if body is None else body
-            exchange.answer(Answer(200, text.upper(), {"X-Owner": self.bus.instance}))
+            exchange.answer(HttpAnswer(200, text.upper(), {"X-Owner": self.bus.instance}))
         elif what == "/later":
             held = HeldRequest(buffer_bytes=BUFFER, reaper=self.reaper)
             held.on_closed = self.note("gone")
@@ -93,7 +99,7 @@ class Worker:
             body: bytes | None = await read_body(request, 1000)
         except BodyRejected:
             body = None
-        asked = asked_of(request, body)
+        asked = http_request(request, body)
         try:
             if self.owner == self.bus.instance:
                 response = self.handover.here(request, asked)
@@ -186,13 +192,13 @@ def test_an_answer_may_come_later_and_the_connection_goes_on(
                 writer.write(get("/now", b"after")[:20])
                 for _ in range(10):
                     await asyncio.sleep(0)
-                owner.held[number].finish(Answer(200, b"done", {"Content-Type": "text/plain"}))
+                owner.held[number].finish(HttpAnswer(200, b"done", {"Content-Type": "text/plain"}))
                 assert b"Content-Length: 4" in await head_of(reader)
                 assert await reader.readexactly(4) == b"done"
                 writer.write(get("/now", b"after")[20:])
                 await head_of(reader)
                 assert await reader.readexactly(5) == b"AFTER"
-            owner.held[0].finish(Answer(200, b"twice"))
+            owner.held[0].finish(HttpAnswer(200, b"twice"))
         assert owner.events == []
         assert not len(owner.handover)
 
@@ -213,7 +219,7 @@ def test_a_client_that_wants_the_connection_closed_has_it_closed(
                     while len(owner.held) <= number:
                         owner.happened.clear()
                         await owner.happened.wait()
-                    owner.held[number].finish(Answer(200, b"done"))
+                    owner.held[number].finish(HttpAnswer(200, b"done"))
                     answer = await reader.read()
                     assert b"Connection: close" in answer
                     assert answer.endswith(b"\r\n\r\ndone")

@@ -9,7 +9,7 @@ import pytest
 from aiohttp import ClientSession, WSMsgType, web
 from aiohttp.test_utils import make_mocked_request
 
-from relay.transports.socket.deflate import HUFFMAN_ONLY, Undecodable, deflate, inflate, is_offered
+from relay.transports.socket.deflate import HUFFMAN_ONLY, InflateError, deflate, inflate, is_offered
 from relay.transports.socket.frames import FrameReader, ProtocolViolation
 from relay.transports.socket.heartbeat import Heartbeat
 from relay.transports.socket.reaper import Reaper
@@ -46,7 +46,7 @@ def test_the_limit_itself_is_allowed() -> None:
 
 
 def test_what_is_not_compressed_is_said_so() -> None:
-    with pytest.raises(Undecodable):
+    with pytest.raises(InflateError):
         inflate(b"\xff\xff\xff\xff", 1000)
 
 

@@ -14,7 +14,7 @@ import pytest
 from aiohttp import ClientSession, web
 
 from relay.transports.socket import sse
-from relay.transports.socket.exchange import Answer, HeldRequest, LocalExchange, asked_of
+from relay.transports.socket.exchange import HeldRequest, HttpAnswer, LocalExchange, http_request
 from relay.transports.socket.reaper import Reaper
 from relay.transports.socket.take_over import take_over
 from relay.transports.socket.websocket import WebSocketConnection, accept_headers, frame_text
@@ -218,7 +218,7 @@ def test_an_answer_to_a_connection_that_is_ending_costs_nothing(run: Run) -> Non
     closed: list[bool] = []
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        exchange = LocalExchange(request, asked_of(request, b""))
+        exchange = LocalExchange(request, http_request(request, b""))
         held = HeldRequest(buffer_bytes=65536, reaper=Reaper())
         exchange.hold(held)
         transport = held._transport
@@ -227,7 +227,7 @@ def test_an_answer_to_a_connection_that_is_ending_costs_nothing(run: Run) -> Non
         def lose_and_answer() -> None:
             # The loop has seen the end of the connection, and its protocol has not yet.
             transport.abort()
-            held.finish(Answer(200, b"late"))
+            held.finish(HttpAnswer(200, b"late"))
             closed.append(transport.is_closing())
 
         asyncio.get_running_loop().call_soon(lose_and_answer)

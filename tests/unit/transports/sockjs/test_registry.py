@@ -7,16 +7,16 @@ import asyncio
 import pytest
 
 from relay.transports.sockjs import registry as module
-from relay.transports.sockjs.registry import Registry
+from relay.transports.sockjs.registry import SessionRegistry
 from tests.support.sockjs import MemoryStore
 from tests.unit.transports.sockjs.conftest import RunSite, Site
 
 
-def registry(store: MemoryStore, instance: str) -> Registry:
+def registry(store: MemoryStore, instance: str) -> SessionRegistry:
     def spawn(coroutine: object, *, name: str) -> object:
         return asyncio.get_running_loop().create_task(coroutine, name=name)  # type: ignore[arg-type]
 
-    return Registry(door="d", instance=instance, store=store, spawn=spawn)
+    return SessionRegistry(door="d", instance=instance, store=store, spawn=spawn)
 
 
 async def test_the_first_to_claim_is_the_owner_until_it_lets_go() -> None:

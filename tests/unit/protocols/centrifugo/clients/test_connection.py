@@ -10,7 +10,7 @@ import pytest
 
 from relay.core.errors import RedisUnavailable, Unavailable
 from relay.core.model import Channel
-from relay.protocols.centrifugo.clients.connection import Connection
+from relay.protocols.centrifugo.clients.connection import CentrifugoConnection
 from relay.protocols.centrifugo.settings import CentrifugoSettings
 from relay.stream.format import entry
 from tests.support.centrifugo import SECRET, Bench, Socket
@@ -30,7 +30,7 @@ def bench() -> Bench:
     return Bench(CentrifugoSettings.model_validate(RULES))
 
 
-def say(connection: Connection, *commands: tuple[str, dict[str, object]]) -> None:
+def say(connection: CentrifugoConnection, *commands: tuple[str, dict[str, object]]) -> None:
     """One frame."""
     found = [
         {"uid": str(number), "method": method, "params": params}
@@ -48,7 +48,7 @@ def heard(socket: Socket) -> list[Any]:
     return [json.loads(line[2:]) if line.startswith("<") else line for line in lines]
 
 
-async def connected(bench: Bench, name: str = "A") -> tuple[Connection, Socket]:
+async def connected(bench: Bench, name: str = "A") -> tuple[CentrifugoConnection, Socket]:
     connection = bench.connection(name)
     say(connection, ("connect", {}))
     await bench.settle()

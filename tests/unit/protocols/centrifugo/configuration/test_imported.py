@@ -12,7 +12,11 @@ from relay.config.settings import LogSettings, NodeSettings, RedisSettings
 from relay.core.errors import ConfigError
 from relay.core.model import Channel
 from relay.protocols import door_settings, find_foreign
-from relay.protocols.centrifugo.configuration.options import CHANNEL_OPTIONS, OPTIONS, Fate
+from relay.protocols.centrifugo.configuration.options import (
+    CHANNEL_OPTIONS,
+    OPTIONS,
+    OptionHandling,
+)
 from relay.protocols.centrifugo.settings import CentrifugoNamespace, CentrifugoSettings
 from tests.support.centrifugo_config import FOREIGN, Write, configured, door, error, translate
 
@@ -139,7 +143,7 @@ def test_every_option_of_its_own_reaches_its_setting(write: Write) -> None:
     own = {
         name: option.to[0].rpartition(".")[2]
         for name, option in OPTIONS.items()
-        if option.fate is Fate.MAPPED and not option.made and "centrifugo" in option.to[0]
+        if option.fate is OptionHandling.MAPPED and not option.made and "centrifugo" in option.to[0]
     }
     given: dict[str, object] = {}
     for name, key in own.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from relay.config.loading import SECTIONS
 from relay.protocols import door_settings
-from relay.protocols.centrifugo.configuration.options import OPTIONS, Fate, Option
+from relay.protocols.centrifugo.configuration.options import OPTIONS, Option, OptionHandling
 
 ROOT = Path(__file__).parents[5]
 TEXT = (ROOT / "docs" / "centrifugo.md").read_text()
@@ -57,9 +57,9 @@ def test_each_row_says_what_the_code_does() -> None:
         assert flag.split() == ([*short, f"`--{name}`"] if option.flag else []), name
         assert variable == ("yes" if option.env else ""), name
         assert fate == option.fate.value, name
-        named = words.split(";")[0] if option.fate is Fate.MAPPED else ""
+        named = words.split(";")[0] if option.fate is OptionHandling.MAPPED else ""
         assert _OURS.findall(named) == ours(option), name
-        if option.fate is not Fate.MAPPED:
+        if option.fate is not OptionHandling.MAPPED:
             assert words, f"{name}: why?"
 
 
