@@ -1,16 +1,19 @@
-"""`python -m relay`: the command line."""
+"""`relay` and `python -m relay`: the command line."""
 
 from __future__ import annotations
 
-import signal
+import sys
+
+from relay.process.start_signals import hold_signals
+
+
+def main() -> int:
+    """Run the command line and return the exit code."""
+    hold_signals()
+    from relay.cli import commands
+
+    return commands.main()
+
 
 if __name__ == "__main__":
-    # Before the imports, which take half a second: the default action of these two would end a
-    # relay that is starting. `relay.process.reloading` lets them through.
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR1))
-
-    import sys
-
-    from relay.cli.commands import main
-
     sys.exit(main())

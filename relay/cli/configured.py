@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from producers.registry import producer_settings
@@ -68,7 +69,7 @@ def token_options(options: argparse.Namespace) -> list[str]:
     return words
 
 
-def genconfig(options: argparse.Namespace) -> None:
+def _genconfig(options: argparse.Namespace) -> int:
     """Print every setting, or write a new file; never over one that is there."""
     path: Path | None = options.config
     foreign = _foreign_file(options) if path else None
@@ -76,7 +77,7 @@ def genconfig(options: argparse.Namespace) -> None:
     text = foreign.example(path) if foreign and path else example(every)
     if path is None:
         sys.stdout.write(text)
-        return
+        return 0
     try:
         # It holds a secret, or will.
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -86,9 +87,10 @@ def genconfig(options: argparse.Namespace) -> None:
         raise ConfigError(f"{path}: cannot be written: {exc.strerror}") from exc
     with os.fdopen(file, "w", encoding="utf-8") as out:
         out.write(text)
+    return 0
 
 
-def checkconfig(options: argparse.Namespace) -> None:
+def _checkconfig(options: argparse.Namespace) -> int:
     """Raise what `serve` would raise for this configuration; notes go to standard error."""
     # Here, not above: the other commands need none of the server's modules.
     from relay.process import app
@@ -100,9 +102,10 @@ def checkconfig(options: argparse.Namespace) -> None:
         paths = [options.config, *(path_of(options, each) for each in find_foreign())]
         sources = ", ".join(str(path) for path in paths if path is not None)
         print(f"{sources or 'defaults, environment and options'}: the configuration is valid")
+    return 0
 
 
-def convert_config(options: argparse.Namespace) -> None:
+def _convert_config(options: argparse.Namespace) -> int:
     """Print another server's configuration as an INI file of ours."""
     translations = [each for each in _translations(options) if each.said or each.missing]
     if not translations or (options.config and _foreign_file(options) is None):
@@ -116,6 +119,7 @@ def convert_config(options: argparse.Namespace) -> None:
     text = ini([said for each in translations for said in each.said])
     _print_notes(config)
     sys.stdout.write(text)
+    return 0
 
 
 def _print_notes(config: Config) -> None:
@@ -156,3 +160,10 @@ def _translations(options: argparse.Namespace) -> list[Translation]:
             flags = flags_of(options) if foreign is commanded else {}
             found.append(foreign.read(path, os.environ, flags))
     return found
+
+
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
+    "genconfig": _genconfig,
+    "checkconfig": _checkconfig,
+    "convert-config": _convert_config,
+}

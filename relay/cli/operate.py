@@ -6,15 +6,13 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING
 
 from relay.cli import events, letters, streams, workers
+from relay.cli.configured import configuration
 from relay.cli.site import Site, site_of
+from relay.config.loading import Config
 from relay.core.errors import RelayError
 from relay.stream.connection.connect import CommandRefused
-
-if TYPE_CHECKING:
-    from relay.config.loading import Config
 
 # redis-py's class for the answer NOPERM.
 _NO_RIGHTS = "NoPermissionError"
@@ -34,9 +32,9 @@ _COMMANDS: Mapping[str, Command] = {
 }
 
 
-def run(options: argparse.Namespace, config: Config) -> int:
-    """The exit code."""
-    code = asyncio.run(_run(options, config))
+def run(options: argparse.Namespace) -> int:
+    """Run the command in an event loop and return its exit code."""
+    code = asyncio.run(_run(options, configuration(options)))
     # Here, where a reader that has gone is still an exception with a meaning.
     sys.stdout.flush()
     return code

@@ -1,10 +1,11 @@
 """Another server's configuration, put into our words by the door that takes that server's place.
 
-A door may have a `foreign` (`doorkit.contract.Replacing`). The command line then takes the other
-server's files with `-c`, its folder with an option of the door's own, or its whole command line
-behind a command of its name; the configuration takes what that says as its lowest layer: above the
-defaults, below our INI file, RELAY_ variables, --set and flags. Which of the other server's own
-sources wins over which is the door's knowledge.
+A protocol's folder may have a module `imported` with a `FOREIGN` (`relay.protocols`). The command
+line then accepts the other server's files with `-c`, its folder with an option of the protocol, or
+its whole command line after a command of its name: `relay serve -c config.json`, `relay serve
+--seafile-conf-dir DIR`, `relay centrifugo --port=8001`. These settings are the lowest layer of the
+configuration: above the defaults, below our INI file, RELAY_ variables, --set and flags. The order
+of the other server's own sources is decided in `Foreign.read`.
 """
 
 from __future__ import annotations

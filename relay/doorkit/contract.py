@@ -1,14 +1,7 @@
-"""What a protocol folder offers, what it is given, and how folders are found.
+"""The interfaces between a protocol's folder and the rest of relay.
 
-A door is a package in `relay/protocols/` whose `routes` module has a `DOOR`. Nothing outside the
-folder names it: the configuration learns its section, the server its routes, from here.
-
-A door that takes another server's place may read that server's configuration too. It then has a
-`foreign` (`Replacing`; see `config.imported`), and the command line learns from it which
-files, option and command are its: `relay serve -c config.json`, `relay serve --seafile-conf-dir
-DIR`, `relay centrifugo --port=8001`. The door's part is one pure function from file, environment
-and flags to settings of ours (`Foreign.read`); reload, `checkconfig`, `convert-config` and the
-operators' commands follow from it.
+`relay.protocols` describes which modules a folder has and how they are found. A `FrontDoor`
+receives a `DoorContext` and returns a `Mounted` with the protocol's routes.
 """
 
 from __future__ import annotations
@@ -26,7 +19,6 @@ if TYPE_CHECKING:
 
     import aiohttp
 
-    from relay.config.imported import Foreign
     from relay.config.settings import Section
     from relay.core.metrics import Metrics
     from relay.core.model import Channel, EntryID, Event, Position, Principal
@@ -252,13 +244,11 @@ class Mounted(Protocol):
 
 
 class FrontDoor(Protocol):
-    """A folder in `relay/protocols/`."""
+    """The `DOOR` of a protocol's `routes` module."""
 
-    name: str
-    settings: type[Section]
-
-    def mount(self, context: DoorContext, settings: Any) -> Mounted | None:
-        """None where its settings leave it shut; its paths are 404 then."""
+    def mount(self, context: DoorContext, settings: Any) -> Mounted:  # its own section's class
+        """Return the protocol at work. Called only if `settings.is_open`; its paths are 404
+        otherwise."""
 
 
 @runtime_checkable
@@ -267,13 +257,6 @@ class ReadsTokens(Mounted, Protocol):
 
     def read_token(self, token: str) -> Principal | None:
         """Whom it names and what it opens there; None where it is no valid token of this door."""
-
-
-@runtime_checkable
-class Replacing(FrontDoor, Protocol):
-    """A door that reads the configuration of the server whose place it takes."""
-
-    foreign: Foreign
 
 
 def read_token(

@@ -37,9 +37,10 @@ from relay.process.embedded import private_folder
 from relay.process.jobs import Jobs
 from relay.process.pid_file import pid_file, write_error
 from relay.process.pipeline import Admission, Incoming
-from relay.process.reloading import Reloads, release_signals
+from relay.process.reloading import Reloads
 from relay.process.server import Listening, Server, node_name
-from relay.protocols import find_doors
+from relay.process.start_signals import release_signals
+from relay.protocols import load_door, protocol_names
 from relay.rights.http import HttpRights
 from relay.rights.policy import Policy
 from relay.rights.token import TokenReader
@@ -362,10 +363,10 @@ class Relay:
     # ---- parts ------------------------------------------------------------------------------
 
     def _mount(self, context: DoorContext) -> None:
-        for name, door in find_doors().items():
+        for name in protocol_names():
             section = self._config.doors[f"protocol:{name}"]
-            mounted = door.mount(context, section)
-            if mounted is not None:
+            if section.is_open:
+                mounted = load_door(name).mount(context, section)
                 self._doors.append((name, mounted, section))
             elif section.unservable:
                 raise StartError(f"[protocol:{name}] {section.unservable}")

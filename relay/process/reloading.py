@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -18,15 +17,6 @@ if TYPE_CHECKING:
     from relay.config.loading import Config
 
 _log = logging.getLogger(__name__)
-
-# Their default action ends the process. `relay.__main__` blocks them, so that one that is sent
-# during the start takes effect once there is a handler.
-_SIGNALS = (signal.SIGHUP, signal.SIGUSR1)
-
-
-def release_signals() -> None:
-    """Deliver SIGHUP and SIGUSR1 from now on, and those that were sent since the start."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 class Reloads:

@@ -33,8 +33,9 @@ from relay.core.worker_memory import ERROR, READY, REOPEN_LOG, Siblings, Worker,
 from relay.process import app, logs
 from relay.process.embedded import EmbeddedValkey
 from relay.process.pid_file import pid_file
-from relay.process.reloading import Reloads, release_signals
+from relay.process.reloading import Reloads
 from relay.process.server import listen_error, node_name
+from relay.process.start_signals import release_signals
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process

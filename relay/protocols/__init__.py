@@ -1,16 +1,21 @@
-"""The protocols that relay speaks, one folder each, and how the folders are found.
+"""The protocols that relay serves, one folder each, and how the folders are found.
 
-A protocol is a package in this folder whose `routes` module has a `DOOR`
-(`relay.doorkit.contract.FrontDoor`). Nothing outside the folder names it.
+Nothing outside a folder names it. A folder has up to three modules that are looked for by name:
+
+- `settings` has `SETTINGS`, the class of the section [protocol:<folder>].
+- `imported`, if there is one, has `FOREIGN`: it reads the configuration of the server that the
+  protocol replaces (`relay.config.imported.Foreign`). The command line needs it for its options,
+  so it must be quick to import.
+- `routes` has `DOOR` (`relay.doorkit.contract.FrontDoor`). It is imported only if the protocol is
+  served.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
-
-from relay.doorkit.contract import Replacing
 
 if TYPE_CHECKING:
     from relay.config.imported import Foreign
@@ -18,21 +23,26 @@ if TYPE_CHECKING:
     from relay.doorkit.contract import FrontDoor
 
 
-def find_doors() -> dict[str, FrontDoor]:
-    """Every door by name."""
-    doors: dict[str, FrontDoor] = {}
-    for module in pkgutil.iter_modules(__path__):
-        door = importlib.import_module(f"relay.protocols.{module.name}.routes").DOOR
-        doors[door.name] = door
-    return doors
+def protocol_names() -> list[str]:
+    """Return the names of all protocols, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def door_settings() -> dict[str, type[Section]]:
-    """Every door's section of the configuration: `protocol:<name>`."""
-    return {f"protocol:{name}": door.settings for name, door in find_doors().items()}
+    """Return the class of each protocol's section by the section's name, `protocol:<name>`."""
+    return {
+        f"protocol:{name}": importlib.import_module(f"{__name__}.{name}.settings").SETTINGS
+        for name in protocol_names()
+    }
 
 
 def find_foreign() -> list[Foreign]:
-    """How doors read other servers' configurations, in the order of the doors' names."""
-    doors = sorted(find_doors().items())
-    return [door.foreign for _, door in doors if isinstance(door, Replacing)]
+    """Return the readers of other servers' configurations, sorted by protocol."""
+    modules = [f"{__name__}.{name}.imported" for name in protocol_names()]
+    return [importlib.import_module(module).FOREIGN for module in modules if find_spec(module)]
+
+
+def load_door(name: str) -> FrontDoor:
+    """Import the code that serves the protocol."""
+    door: FrontDoor = importlib.import_module(f"{__name__}.{name}.routes").DOOR
+    return door

@@ -11,7 +11,7 @@ from relay.config.imported import Translation
 from relay.config.loading import Config, load
 from relay.core.errors import ConfigError
 from relay.protocols import door_settings
-from relay.protocols.centrifugo.configuration.imported import CentrifugoImport
+from relay.protocols.centrifugo.imported import CentrifugoImport
 from relay.protocols.centrifugo.settings import CentrifugoSettings
 
 FOREIGN = CentrifugoImport()

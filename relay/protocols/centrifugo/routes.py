@@ -13,7 +13,6 @@ from relay.protocols.centrifugo.api.executor import CommandExecutor
 from relay.protocols.centrifugo.api.routes import ApiRoutes
 from relay.protocols.centrifugo.api.server_commands import ServerCommands
 from relay.protocols.centrifugo.clients.routes import ClientRoutes
-from relay.protocols.centrifugo.configuration.imported import CentrifugoImport
 from relay.protocols.centrifugo.settings import CentrifugoSettings
 
 if TYPE_CHECKING:
@@ -76,16 +75,10 @@ class MountedCentrifugo:
 
 
 class CentrifugoDoor:
-    """See `relay.doorkit.contract.FrontDoor`."""
+    """Serves Centrifugo's clients, HTTP API and administrators."""
 
-    name = "centrifugo"
-    settings = CentrifugoSettings
-    foreign = CentrifugoImport()
-
-    def mount(self, context: DoorContext, settings: CentrifugoSettings) -> MountedCentrifugo | None:
-        """See `relay.doorkit.contract.FrontDoor`."""
-        if not settings.is_open:
-            return None
+    def mount(self, context: DoorContext, settings: CentrifugoSettings) -> MountedCentrifugo:
+        """Return the protocol's routes, and log a warning for each insecure setting."""
         for name, who in _INSECURE.items():
             if getattr(settings, name):
                 _log.warning("INSECURE: [protocol:centrifugo] %s: %s", name, who)

@@ -118,3 +118,6 @@ class CentrifugoSettings(CentrifugoNamespace, _ListenerSettings):
     def namespace(self, name: str) -> CentrifugoNamespace | None:
         """The rules of a namespace, of channels without one for ''; None where there is none."""
         return self.namespaces.get(name) if name else self
+
+
+SETTINGS = CentrifugoSettings

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -308,16 +307,12 @@ def _channels(request: web.Request, most: int) -> Sequence[Channel]:
         raise BadRequest(str(exc)) from None
 
 
-@dataclass(frozen=True, slots=True)
 class NativeDoor:
-    """See `relay.doorkit.contract.FrontDoor`."""
+    """Serves server-sent events and WebSocket connections of relay's own format."""
 
-    name: str = "native"
-    settings: type[NativeSettings] = NativeSettings
-
-    def mount(self, context: DoorContext, settings: NativeSettings) -> MountedNative | None:
-        """None if it is switched off."""
-        return MountedNative(context, settings) if settings.enabled else None
+    def mount(self, context: DoorContext, settings: NativeSettings) -> MountedNative:
+        """Return the protocol's routes."""
+        return MountedNative(context, settings)
 
 
 DOOR = NativeDoor()

@@ -50,6 +50,9 @@ class NativeSettings(Section):
         return frozenset(_as_sent(origin.lower()) for origin in _split(self.allowed_origins))
 
 
+SETTINGS = NativeSettings
+
+
 def _as_sent(origin: str) -> str:
     # Browsers leave out the scheme's own port.
     return origin.removesuffix(":443" if origin.startswith("https:") else ":80")

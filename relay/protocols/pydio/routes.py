@@ -231,14 +231,11 @@ def _routes(
 
 
 class PydioDoor:
-    """See `relay.doorkit.contract.FrontDoor`."""
+    """Serves Pydio's browsers and PHP."""
 
-    name = "pydio"
-    settings = PydioSettings
-
-    def mount(self, context: DoorContext, settings: PydioSettings) -> MountedPydio | None:
-        """See `relay.doorkit.contract.FrontDoor`."""
-        return MountedPydio(context, settings) if settings.is_open else None
+    def mount(self, context: DoorContext, settings: PydioSettings) -> MountedPydio:
+        """Return the protocol's routes."""
+        return MountedPydio(context, settings)
 
 
 DOOR = PydioDoor()

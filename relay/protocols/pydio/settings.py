@@ -96,6 +96,9 @@ class PydioSettings(Section):
         return frozenset(origin.removesuffix(":443" if origin.startswith("https:") else ":80") for origin in origins)
 
 
+SETTINGS = PydioSettings
+
+
 def split(text: str) -> list[str]:
     """The parts of a list separated by commas."""
     return [part.strip() for part in text.split(",") if part.strip()]

@@ -50,3 +50,6 @@ class SeafileForeign:
     def example(self, path: Path) -> str:
         """See `relay.config.imported.Foreign`."""
         raise ConfigError(f"{path}: Seafile's own set-up writes its configuration")
+
+
+FOREIGN = SeafileForeign()

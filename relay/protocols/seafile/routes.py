@@ -19,7 +19,6 @@ from relay.protocols.seafile import answers
 from relay.protocols.seafile.connection import SeafileClient, SeafileSocket
 from relay.protocols.seafile.event_format import channel_of
 from relay.protocols.seafile.events import EventsHandler
-from relay.protocols.seafile.imported import SeafileForeign
 from relay.protocols.seafile.service import Service
 from relay.protocols.seafile.settings import SeafileSettings
 from relay.protocols.seafile.tokens import Refused
@@ -164,15 +163,11 @@ async def _not_found(_request: web.Request) -> web.Response:
 
 
 class SeafileDoor:
-    """See `relay.doorkit.contract.FrontDoor` and `Replacing`."""
+    """Serves Seafile's clients and servers."""
 
-    name = "seafile"
-    settings = SeafileSettings
-    foreign = SeafileForeign()
-
-    def mount(self, context: DoorContext, settings: SeafileSettings) -> MountedSeafile | None:
-        """See `relay.doorkit.contract.FrontDoor`."""
-        return MountedSeafile(context, settings) if settings.is_open else None
+    def mount(self, context: DoorContext, settings: SeafileSettings) -> MountedSeafile:
+        """Return the protocol's routes."""
+        return MountedSeafile(context, settings)
 
 
 DOOR = SeafileDoor()

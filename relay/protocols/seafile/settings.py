@@ -43,3 +43,6 @@ class SeafileSettings(Section):
         if any(secret.get_secret_value() for secret in secrets):
             return ""
         return "key (jwt_private_key in seafile.conf, JWT_PRIVATE_KEY in conf/.env or the environment)"
+
+
+SETTINGS = SeafileSettings

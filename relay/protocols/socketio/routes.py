@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import orjson
@@ -202,16 +201,12 @@ def cors_headers(headers: MultiMapping[str]) -> dict[str, str]:
     }
 
 
-@dataclass(frozen=True, slots=True)
 class SocketIoDoor:
-    """See `relay.doorkit.contract.FrontDoor`."""
+    """Serves the Socket.IO protocol."""
 
-    name: str = "socketio"
-    settings: type[SocketIoSettings] = SocketIoSettings
-
-    def mount(self, context: DoorContext, settings: SocketIoSettings) -> MountedSocketIo | None:
-        """See `relay.doorkit.contract.FrontDoor`."""
-        return MountedSocketIo(context, settings) if settings.is_open else None
+    def mount(self, context: DoorContext, settings: SocketIoSettings) -> MountedSocketIo:
+        """Return the protocol's routes."""
+        return MountedSocketIo(context, settings)
 
 
 DOOR = SocketIoDoor()

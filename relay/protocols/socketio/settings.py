@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, SecretStr, field_validator
 
 from relay.config.settings import JwtSettings, Section
-from relay.transports.engineio.endpoint import Timing
+
+if TYPE_CHECKING:
+    from relay.transports.engineio.endpoint import Timing
 
 
 class SocketIoSettings(Section):
@@ -60,13 +62,19 @@ class SocketIoSettings(Section):
         return JwtSettings(algorithm=self.algorithm, key=self.secret, audience=self.audience, issuer=self.issuer)
 
     def timing(self) -> Timing:
-        """What clients are told."""
+        """Return the heartbeat and size limits that clients receive at the start."""
+        # Not above: aiohttp is slow to import, and every command reads the settings.
+        from relay.transports.engineio.endpoint import Timing
+
         return Timing(
             ping_interval_s=self.ping_interval_s,
             ping_timeout_s=self.ping_timeout_s,
             max_payload_bytes=self.max_payload_bytes,
             upgrade_timeout_s=self.upgrade_timeout_s,
         )
+
+
+SETTINGS = SocketIoSettings
 
 
 def _split(text: str) -> list[str]:

@@ -180,7 +180,7 @@ async def test_a_server_that_ends_at_its_start_says_why(tmp_path: Path) -> None:
 async def test_a_program_that_cannot_run_here_is_a_start_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "get_binary_path", lambda: tmp_path / "none")
+    monkeypatch.setattr(embedded, "_binary_path", lambda: tmp_path / "none")
     with pytest.raises(StartError, match="use a Redis of your own: --redis redis://"):
         await EmbeddedValkey(tmp_path / "d", free_port()).start()
 
@@ -229,11 +229,11 @@ async def test_a_server_taken_over_that_dies_is_started_again_once_it_can_be(
     async with serving(tmp_path / "d", port) as server, asyncio.TaskGroup() as group:
         watch = group.create_task(server.supervise())
         binary = get_binary_path()
-        monkeypatch.setattr(embedded, "get_binary_path", lambda: tmp_path / "none")
+        monkeypatch.setattr(embedded, "_binary_path", lambda: tmp_path / "none")
         os.kill(server.pid, signal.SIGKILL)
         await wait_for(lambda: server.pid == 0)
         await asyncio.sleep(0.2)
-        monkeypatch.setattr(embedded, "get_binary_path", lambda: binary)
+        monkeypatch.setattr(embedded, "_binary_path", lambda: binary)
         await wait_for(lambda: server.pid != 0)
         watch.cancel()
     await killed._ended()
@@ -257,7 +257,7 @@ async def test_something_that_never_answers_is_given_up(
     silent = tmp_path / "silent"
     silent.write_text("#!/bin/sh\nexec sleep 60\n")
     silent.chmod(0o700)
-    monkeypatch.setattr(embedded, "get_binary_path", lambda: silent)
+    monkeypatch.setattr(embedded, "_binary_path", lambda: silent)
     server = EmbeddedValkey(tmp_path / "d", free_port())
     with pytest.raises(StartError, match="does not answer"):
         await server.start()

@@ -9,13 +9,10 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from relay.core.errors import ConfigError
 from relay.protocols.centrifugo.configuration.options import CHANNEL_OPTIONS, OPTIONS, OptionKind
@@ -174,13 +171,8 @@ def _content(path: Path) -> Mapping[Any, Any] | None:
         content = _parse(path.suffix.lower(), text)
     except json.JSONDecodeError as exc:
         problem = f"line {exc.lineno}, column {exc.colno}: {exc.msg}"
-    except tomllib.TOMLDecodeError as exc:
-        problem = _place(str(exc))
-    except yaml.YAMLError as exc:
-        mark = getattr(exc, "problem_mark", None)
-        problem = (
-            f"line {mark.line + 1}, column {mark.column + 1}: not YAML" if mark else "not YAML"
-        )
+    except _Unparsable as exc:
+        problem = str(exc)
     except RecursionError:
         problem = "is nested too deeply"
     if problem:
@@ -197,11 +189,28 @@ def _place(text: str) -> str:
     return f"{found[1]}: not TOML" if found else "not TOML"
 
 
+class _Unparsable(ValueError):
+    """The text is not TOML or YAML. The message has the place, and quotes nothing of the text."""
+
+
 def _parse(suffix: str, text: str) -> object:
     match suffix:
         case ".json":
             return json.loads(text)
         case ".toml":
-            return tomllib.loads(text)
+            # Both parsers are imported only if needed: every command imports this module.
+            import tomllib
+
+            try:
+                return tomllib.loads(text)
+            except tomllib.TOMLDecodeError as exc:
+                raise _Unparsable(_place(str(exc))) from None
         case _:
-            return yaml.safe_load(text)
+            import yaml
+
+            try:
+                return yaml.safe_load(text)
+            except yaml.YAMLError as exc:
+                mark = getattr(exc, "problem_mark", None)
+                where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+                raise _Unparsable(f"{where}not YAML") from None

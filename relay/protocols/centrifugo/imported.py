@@ -15,7 +15,6 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from relay.config.imported import Flag, Said, Translation
-from relay.config.settings import NamespaceSettings
 from relay.core.errors import ConfigError
 from relay.core.model import RESERVED_NAMESPACES
 from relay.protocols.centrifugo.configuration.option_sources import (
@@ -30,7 +29,6 @@ from relay.protocols.centrifugo.configuration.options import (
     OptionHandling,
     OptionKind,
 )
-from relay.protocols.centrifugo.settings import CentrifugoSettings
 
 _DOOR = "protocol:centrifugo"
 _VERSION = "Centrifugo v1.8.0"
@@ -90,6 +88,9 @@ class CentrifugoImport:
                 raise ConfigError(f"{path}: must end in one of {', '.join(SUFFIXES)}")
 
 
+FOREIGN = CentrifugoImport()
+
+
 def _refuse(given: CollectedOptions) -> None:
     if given.on("ssl_autocert"):
         raise given.values["ssl_autocert"].wrong(
@@ -147,6 +148,9 @@ def _namespaces(given: CollectedOptions) -> Iterator[Said]:
 
 
 def _default(key: str) -> str:
+    # pydantic takes a tenth of a second to import, and the command line imports this module.
+    from relay.protocols.centrifugo.settings import CentrifugoSettings
+
     default = CentrifugoSettings.model_fields[key].default
     return str(default) if CHANNEL_OPTIONS[key] is OptionKind.NUMBER else "no"
 
@@ -181,6 +185,8 @@ def _retention(given: CollectedOptions) -> Iterator[Said]:
 
 
 def _kept(values: Mapping[str, OptionValue]) -> tuple[int, int]:
+    from relay.config.settings import NamespaceSettings
+
     size, lifetime = (
         int(value.text) if (value := values.get(key)) and value.text.isdecimal() else 0
         for key in ("history_size", "history_lifetime")
