@@ -30,7 +30,7 @@ from relay.core.model import parse_channel
 from relay.core.worker_memory import BEAT_S, REOPEN_LOG, Worker
 from relay.doorkit.contract import DoorContext, Mounted, read_token
 from relay.hub.hub import Hub
-from relay.process import logs, wiring
+from relay.process import garbage, logs, wiring
 from relay.process.cluster_services import Site
 from relay.process.drain import drain, end_all, last_bytes
 from relay.process.embedded import private_folder
@@ -207,6 +207,7 @@ class Relay:
             rights=admission,
             metrics=metrics,
             call_soon=loop.call_soon,
+            spawn=lambda work: self._spawn(work, name="hub"),
             connections_per_user=config.hub.connections_per_user,
         )
         appender = Appender(
@@ -332,6 +333,7 @@ class Relay:
                 tasks.append(self._spawn(beats, name="siblings"))
             if config.insecure:
                 _log.warning("INSECURE: anyone may read every channel over SSE and WebSocket")
+            tasks.append(self._spawn(garbage.collect_rarely(), name="garbage"))
             self._on_ready(port, redis.url)
             await self._stop.wait()
             _log.info("stopping")
