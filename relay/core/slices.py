@@ -2,7 +2,8 @@
 
 A request that asks for thousands of small steps must not delay the other clients of the worker.
 Run such steps in a loop over `in_slices(items)`, or call `await next_slice()` between two of them.
-All work that does so shares one slice of `SLICE_S` per turn of the event loop, however many
+Code that is not a coroutine calls `for_each(items, act, spawn)`, which needs a task only for many
+items. All work that does so shares one slice of `SLICE_S` per turn of the event loop, however many
 requests ask for it at the same time:
 
     async for channel in in_slices(channels):
@@ -15,11 +16,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from time import perf_counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 SLICE_S = 0.005
+# Items that `for_each` deals with at once.
+AT_ONCE = 100
 
 T = TypeVar("T")
 
@@ -78,3 +81,24 @@ async def in_slices(items: Iterable[T]) -> AsyncIterator[T]:
     for item in items:
         await next_slice()
         yield item
+
+
+def for_each(
+    items: Sequence[T],
+    act: Callable[[T], object],
+    spawn: Callable[[Coroutine[Any, Any, None]], object],
+) -> None:
+    """Call `act` for each of the items, in their order: of a few at once, of many in slices.
+
+    `spawn` starts a task. What `act` is called with may have changed since then.
+    """
+    if len(items) <= AT_ONCE:
+        for item in items:
+            act(item)
+    else:
+        spawn(_act_in_slices(items, act))
+
+
+async def _act_in_slices(items: Sequence[T], act: Callable[[T], object]) -> None:
+    async for item in in_slices(items):
+        act(item)

@@ -424,8 +424,9 @@ class Feed:
     def drop(self, subscription: Subscription, notice: Notice) -> None:
         """Ends a subscription and says why."""
         session = subscription.session
-        if session.subscriptions.pop(self.channel, None) is None:
+        if subscription.gone:
             return
+        del session.subscriptions[self.channel]
         self.hub.metrics.subscriptions.dec()
         subscription.tell(notice)
         self.leave(subscription)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import heapq
 import itertools
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from relay.core.errors import BadRequest, LimitExceeded, Unauthorized
 from relay.core.model import Channel, Position, Principal
+from relay.core.slices import for_each
 from relay.hub.feed import Feed
 from relay.hub.recovery import Notice
 from relay.hub.session import Session, Subscription
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from relay.core.stream_interface import StreamReads
     from relay.hub.encoding import Encoder
     from relay.hub.session import Client
+
+
+T = TypeVar("T")
 
 
 class Rights(Protocol):
@@ -45,8 +49,10 @@ class Hub:
         rights: Rights,
         metrics: Metrics,
         call_soon: Callable[[Callable[[], None]], object],
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
         connections_per_user: int = 0,
     ) -> None:
+        """`spawn` starts a task for work that takes more than one turn of the loop."""
         self.reads = reads
         self.rights = rights
         self.metrics = metrics
@@ -59,6 +65,7 @@ class Hub:
         self.on_not_subscribed: dict[str, Callable[[Session, Channel], None]] = {}
         self.total = 0
         self._call_soon = call_soon
+        self._spawn = spawn
         self._feeds: dict[Channel, Feed] = {}
         self._by_user: dict[str, set[Session]] = {}
         self._flush_planned = False
@@ -81,15 +88,15 @@ class Hub:
         return session
 
     def close(self, session: Session) -> None:
-        """Forgets a session and all it follows."""
+        """Forget a session and all it follows. Many subscriptions leave their streams in slices."""
         if session.closed:
             return
-        session.closed = True
+        session.closed = session.paused = True
         session.reserved.clear()
-        for subscription in list(session.subscriptions.values()):
-            subscription.feed.leave(subscription)
-        self.metrics.subscriptions.dec(len(session.subscriptions))
+        left = list(session.subscriptions.values())
         session.subscriptions.clear()
+        self.metrics.subscriptions.dec(len(left))
+        self.for_each(left, _leave)
         user = session.principal.user
         mine = self._by_user.get(user, set())
         mine.discard(session)
@@ -182,22 +189,33 @@ class Hub:
 
     def disconnect_user(self, user: str, reason: str, door: str | None = None) -> None:
         """Every session of the user here, of one door or of all."""
-        for session in self._sessions_of(user, door):
-            session.client.disconnect(reason)
+
+        def disconnect(session: Session) -> None:
+            if not session.closed:
+                session.client.disconnect(reason)
+
+        self.for_each(self._sessions_of(user, door), disconnect)
 
     def drop_subscription(
         self, channel: Channel | None, user: str, reason: str, door: str | None = None
     ) -> None:
         """One channel, or without a name all, of every session of the user here."""
-        for session in self._sessions_of(user, door):
-            if channel is not None and channel not in session.subscriptions:
-                if told := self.on_not_subscribed.get(session.principal.door):
-                    told(session, channel)
-                continue
-            for subscription in list(session.subscriptions.values()):
-                if channel in (None, subscription.feed.channel):
-                    at = subscription.feed.position
-                    subscription.feed.drop(subscription, Notice("revoked", reason, at, at))
+
+        def drop(subscription: Subscription) -> None:
+            at = subscription.feed.position
+            subscription.feed.drop(subscription, Notice("revoked", reason, at, at))
+
+        def drop_from(session: Session) -> None:
+            if session.closed:
+                return
+            if channel is None:
+                self.for_each(list(session.subscriptions.values()), drop)
+            elif subscription := session.subscriptions.get(channel):
+                drop(subscription)
+            elif told := self.on_not_subscribed.get(session.principal.door):
+                told(session, channel)
+
+        self.for_each(self._sessions_of(user, door), drop_from)
 
     def _sessions_of(self, user: str, door: str | None) -> list[Session]:
         mine = self._by_user.get(user, ())
@@ -206,8 +224,12 @@ class Hub:
     def recheck(self, channel: Channel | None) -> None:
         """Rights may have changed: of one channel, or of all."""
         feed = self._feeds.get(channel) if channel else None
-        for each in self.feeds() if channel is None else [feed] if feed else []:
-            each.on_rights_changed()
+        feeds = self.feeds() if channel is None else [feed] if feed else []
+        self.for_each(feeds, lambda each: each.on_rights_changed())
+
+    def for_each(self, items: Sequence[T], act: Callable[[T], object]) -> None:
+        """Call `act` for each of the items: of a few at once, of many in slices."""
+        for_each(items, act, self._spawn)
 
     def _watch_expiry(self, session: Session) -> None:
         expires_at = session.principal.expires_at
@@ -249,3 +271,7 @@ class Hub:
         if not self._flush_planned:
             self._flush_planned = True
             self._call_soon(self.flush)
+
+
+def _leave(subscription: Subscription) -> None:
+    subscription.feed.leave(subscription)

@@ -110,6 +110,17 @@ class Subscription:
             return self.asked or Position(feed.position, feed.added, feed.incarnation, feed.digest)
         return Position(self.cursor, self.added, feed.incarnation, self.digest)
 
+    @property
+    def at(self) -> EntryID:
+        """The ID of `position`, without the cost of making that."""
+        if self.untold is not None:
+            return self.untold.id
+        if self.live:
+            return self.feed.position
+        if self.cursor is not None:
+            return self.cursor
+        return self.asked.id if self.asked else self.feed.position
+
     def behind_at(self, cursor: EntryID, added: int | None, digest: int | None) -> None:
         """No longer live: events after `cursor` are still owed."""
         self.live = False
@@ -207,17 +218,18 @@ class Session:
     def pause(self) -> None:
         """The socket is full: live subscriptions go behind, and are served from the stream."""
         self.paused = True
-        for subscription in self.subscriptions.values():
-            if subscription.live:
-                subscription.feed.stall(subscription)
+        self.hub.for_each(list(self.subscriptions.values()), self._stall)
+
+    def _stall(self, subscription: Subscription) -> None:
+        if self.paused and subscription.live and not subscription.gone:
+            subscription.feed.stall(subscription)
 
     def resume(self) -> None:
         """The socket has room again."""
         if self.closed or self._outbox is None:
             return
         self.paused = False
-        for subscription in list(self.subscriptions.values()):
-            subscription.feed.catch_up(subscription)
+        self.hub.for_each(list(self.subscriptions.values()), _catch_up)
         self.hub.flush_soon()
 
     def cursor(self, channel: Channel, position: Position) -> Iterator[tuple[Channel, Position]]:
@@ -233,3 +245,9 @@ class Session:
     def end(self) -> None:
         """The client is gone, or is to be forgotten. Idempotent."""
         self.hub.close(self)
+
+
+def _catch_up(subscription: Subscription) -> None:
+    subscription.feed.catch_up(subscription)
+    # In slices, this is a turn later than `resume`.
+    subscription.session.hub.flush_soon()

@@ -5,8 +5,9 @@ By default, Python starts one whenever the number of objects has grown by a quar
 which connect and subscribe stop the worker repeatedly.
 
 Connections, sessions and subscriptions are freed by their reference counts. Reference cycles that
-are still young are freed by Python's partial collections, which take 1 or 2 ms. So a full collection
-is only needed for old cycles. Those use memory, so it runs when the process has become larger.
+are still young are freed by Python's partial collections, which take a few milliseconds. So a full
+collection is only needed for old cycles. Those use memory, so it runs when the process has become
+larger.
 """
 
 from __future__ import annotations

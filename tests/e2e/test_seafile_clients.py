@@ -464,8 +464,12 @@ async def noted(door: Seafile, user: str) -> None:
     """Until the end of the only connection of this user and program is stored."""
 
     def ended() -> bool:
-        stored = missed.read(remembered_places(door, user))
-        return all(place.ended for repo in stored for place in missed.places_of(stored, repo))
+        return all(
+            place.ended
+            for stored in missed.read(remembered_places(door, user))
+            for repo in stored
+            for place in missed.places_of(stored, repo)
+        )
 
     await until(ended)
 

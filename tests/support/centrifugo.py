@@ -258,6 +258,7 @@ class Context:
             rights=_Rights(clock),
             metrics=self.metrics,
             call_soon=lambda call: asyncio.get_running_loop().call_soon(call),
+            spawn=lambda work: asyncio.get_running_loop().create_task(work),
         )
         self.history = self.streams.history
         self.presence = Presence()

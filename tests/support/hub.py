@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from relay.core.errors import RelayError
@@ -131,6 +132,7 @@ def make_hub(reads: Reads, *, most: int = 0) -> Hub:
         rights=Rights(),
         metrics=Metrics(),
         call_soon=at_once,
+        spawn=lambda work: asyncio.get_running_loop().create_task(work),
         connections_per_user=most,
     )
 

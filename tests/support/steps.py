@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import orjson
 
@@ -245,6 +245,10 @@ class Person:
             self.places[channel] = self.session.subscriptions[channel].position
 
 
+def _no_task(work: Coroutine[Any, Any, None]) -> None:
+    raise AssertionError(f"{work} in a world without a loop")
+
+
 class Worker:
     """A relay process without its loop: links, turns and hub."""
 
@@ -264,6 +268,7 @@ class Worker:
             rights=Rights(),
             metrics=metrics,
             call_soon=self._later.append,
+            spawn=_no_task,
         )
         self._primary = Primary()
         settings = StreamSettings().model_copy(update={"page_bytes": PAGE_BYTES})

@@ -27,7 +27,7 @@ from relay.protocols.seafile.tokens import Refused
 from relay.transports.socket.websocket import WebSocketConnection, frame_close
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from relay.core.model import Event
     from relay.hub.recovery import Notice
@@ -332,12 +332,13 @@ class SeafileClient:
         session.attach(self._socket)
         if self._socket.full:
             session.pause()
-        for channel, position in positions.items():
-            if channel in self._libraries:
+        async for channel, position in in_slices(positions.items()):
+            if session.closed:
+                return
+            if channel in self._libraries and channel not in session.subscriptions:
                 self._service.context.subscribe(session, channel, position)
         if self._remembers and user:
-            name = missed.name(user, self._agent)
-            self._memory = missed.read(await self._service.recall(name))
+            self._memory = await self._service.recall(missed.name(user, self._agent))
         self._done()
 
     async def _look_back(self, session: Session, channel: Channel, seen: EntryID) -> None:
@@ -510,7 +511,7 @@ class SeafileClient:
         name = missed.name(session.principal.user, self._agent)
         seen = {
             repo_id: each
-            async for repo_id, each in in_slices(self._seen_now(session, at_end=False))
+            async for repo_id, each in in_slices(self._seen_at(self._places(session), at_end=False))
         }
         if seen and not session.closed and self._must_note(seen):
             await self._service.remember(name, seen, arrived_at)
@@ -518,29 +519,39 @@ class SeafileClient:
     def _note_end(self) -> None:
         if self.session is not None and self._can_note():
             name = missed.name(self.session.principal.user, self._agent)
-            seen = dict(self._seen_now(self.session, at_end=True))
-            if seen:
-                work = self._note_last(name, seen, self._socket.arrived_at, self._note_task)
+            # Where each subscription is now: events that come from now on were not sent.
+            subscriptions = self.session.subscriptions.items()
+            places = [(channel, subscription.at) for channel, subscription in subscriptions]
+            if places or self._left:
+                work = self._note_last(name, places, self._socket.arrived_at)
                 _ = self._service.spawn(work, name="seafile places")
 
     async def _note_last(
         self,
         name: str,
-        seen: Mapping[str, Seen],
+        places: Sequence[tuple[Channel, EntryID]],
         arrived_at: float | None,
-        earlier: asyncio.Task[None] | None,
     ) -> None:
+        earlier = self._note_task
         if earlier is not None and not earlier.done():
             await asyncio.wait((earlier,))
+        seen = {
+            repo_id: each async for repo_id, each in in_slices(self._seen_at(places, at_end=True))
+        }
         await self._service.remember(name, seen, arrived_at)
 
-    def _seen_now(self, session: Session, *, at_end: bool) -> Iterator[tuple[str, Seen]]:
+    def _places(self, session: Session) -> Iterator[tuple[Channel, EntryID]]:
+        for channel, subscription in list(session.subscriptions.items()):
+            yield channel, subscription.at
+
+    def _seen_at(
+        self, places: Iterable[tuple[Channel, EntryID]], *, at_end: bool
+    ) -> Iterator[tuple[str, Seen]]:
         for channel, place in list(self._left.items()):
             yield channel.removeprefix(PREFIX), Seen(place._replace(ended=at_end), place.at)
-        for channel, subscription in list(session.subscriptions.items()):
+        for channel, at in places:
             library = self._libraries.get(channel)
             if library is not None:
-                at = subscription.position.id
                 place = Place(at, self._id, library.token, at_end)
                 yield channel.removeprefix(PREFIX), Seen(place, library.floor or at)
 

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from relay.core.model import Channel
 
 
+# Tokens that are dealt with in one turn of the loop: a client gets those of all its libraries at
+# about the same time.
+_TURN = 100
+
+
 class Holder(Protocol):
     """Who holds tokens. `watched` is for `Expiries` alone: when each library is looked at next."""
 
@@ -60,9 +65,11 @@ class Expiries:
             self._schedule()
 
     def turn(self) -> None:
-        """Tell everybody whose token has run out by now."""
+        """Tell those whose tokens have run out by now. If there are many, call it again."""
         now = self._now()
-        while self._due and self._due[0][0] <= now:
+        for _ in range(_TURN):
+            if not self._due or self._due[0][0] > now:
+                break
             looked_at, _, reference, channel = heapq.heappop(self._due)
             holder = reference()
             if holder is None or holder.watched.get(channel) != looked_at:

@@ -10,7 +10,8 @@ for three days, until it is restarted.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -23,6 +24,8 @@ _LATEST_ONLY = REPO_UPDATE
 _ALL_OF = frozenset({FILE_LOCK_CHANGED, FOLDER_PERM_CHANGED})
 # Machines of one user with the same program of which the places are kept, for each library.
 _LIMIT_PLACES = 4
+# Libraries that are stored in one line.
+_PART = 500
 
 
 class Place(NamedTuple):
@@ -35,7 +38,7 @@ class Place(NamedTuple):
     ended: bool
 
 
-# As it is stored: library -> the places of its connections, the newest last. Each is decoded when
+# What is stored: library -> the places of its connections, the newest last. Each is decoded when
 # it is needed, because one client may follow 10,000 libraries.
 Stored = dict[str, list[Any]]
 
@@ -64,18 +67,22 @@ def digest(token: str) -> int:
     return crc32(token.encode(errors="replace"))
 
 
-def read(value: bytes | None) -> Stored:
-    """From the store; what cannot be read is as good as nothing."""
-    try:
-        found = orjson.loads(value or b"{}")
-    except orjson.JSONDecodeError:
-        return {}
-    return found if isinstance(found, dict) else {}
+def read(value: bytes | None) -> Iterator[Stored]:
+    """Read what is stored, in parts that are short work. Unreadable parts are skipped."""
+    for line in (value or b"").split(b"\n"):
+        try:
+            found = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            continue
+        if isinstance(found, dict):
+            yield found
 
 
-def write(stored: Stored) -> bytes:
-    """For the store."""
-    return orjson.dumps(stored)
+def write(stored: Stored) -> Iterator[bytes]:
+    """Return the parts of what is to be stored: lines of JSON."""
+    libraries = iter(stored.items())
+    while part := dict(islice(libraries, _PART)):
+        yield orjson.dumps(part) + b"\n"
 
 
 def places_of(stored: Stored, repo_id: str) -> list[Place]:

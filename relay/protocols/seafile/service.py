@@ -76,12 +76,18 @@ class Service:
             _log.warning("what clients missed of %s cannot be read: %s", channel, exc)
             return None
 
-    async def recall(self, name: str) -> bytes | None:
-        """From the store; nothing while Redis is away."""
+    async def recall(self, name: str) -> missed.Stored:
+        """Return the stored places with this name; none while Redis is away."""
         try:
-            return await self.context.store.get(name)
+            return await self._stored(name)
         except RelayError:
-            return None
+            return {}
+
+    async def _stored(self, name: str) -> missed.Stored:
+        stored: missed.Stored = {}
+        async for part in in_slices(missed.read(await self.context.store.get(name))):
+            stored |= part
+        return stored
 
     async def remember(
         self, name: str, seen: Mapping[str, missed.Seen], certain_at: float | None
@@ -98,11 +104,12 @@ class Service:
                 # Entry IDs are made of the clock of Redis; this host's may differ from it.
                 ms = await store.time_ms() - math.ceil((time.monotonic() - certain_at) * 1000)
                 latest = EntryID(max(ms, 0), 0)
-            stored = missed.read(await store.get(name))
+            stored = await self._stored(name)
             async for repo_id, (place, floor) in in_slices(seen.items()):
                 if latest is not None:
                     place = place._replace(at=max(floor, min(place.at, latest)))
                 missed.put(stored, repo_id, place)
-            await store.put(name, missed.write(stored), self.settings.missed_s or 1)
+            lines = [line async for line in in_slices(missed.write(stored))]
+            await store.put(name, b"".join(lines), self.settings.missed_s or 1)
         except RelayError as exc:
             _log.info("Places of a Seafile client not stored: %s", exc)

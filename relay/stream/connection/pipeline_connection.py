@@ -73,6 +73,8 @@ class PipelineConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._waiting: deque[_Pipeline] = deque()
         self._out: list[bytes] = []
+        # The pipeline of this turn's `post` calls, and the error reply that it expects.
+        self._posted: tuple[_Pipeline, str] | None = None
         self._answered_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
@@ -153,8 +155,9 @@ class PipelineConnection(asyncio.Protocol):
         """Send `commands` as one pipeline; it awaits the list of their replies.
 
         RedisUnavailable where the link is lost before the last reply: then nobody knows which of
-        them Redis carried out. SUBSCRIBE and its kin name one channel each: see `subscribe`.
-        A cancelled wait leaves the link in order; its replies are read and dropped.
+        them Redis carried out. A SUBSCRIBE or UNSUBSCRIBE must name one channel only, so that it
+        has one reply whether Redis accepts it or not. A cancelled wait leaves the link in
+        order; its replies are read and dropped.
         """
         future: asyncio.Future[list[object]] = self._loop.create_future()
         if self._closed or self._transport is None:
@@ -173,6 +176,23 @@ class PipelineConnection(asyncio.Protocol):
             self._timer = self._loop.call_at(now + self._timeout_s, self._on_timer)
         return future
 
+    def post(self, command: RedisCommand, *, expected: str = "") -> None:
+        """Send a command whose reply is not needed, in order with those of `execute`.
+
+        Error replies are logged, except those that contain the text `expected`. What a turn of the
+        loop posts in a row is one pipeline. A lost link loses it, and is logged by its owner.
+        """
+        if self._posted is not None and self._waiting and not self._closed:
+            pipeline, same = self._posted
+            if same == expected and self._waiting[-1] is pipeline:
+                self._out.append(_pack(tuple(command)))
+                pipeline.left += 1
+                self.in_flight += 1
+                return
+        unawaited(self.execute([command]), expected=expected)
+        if not self._closed and self._waiting:
+            self._posted = self._waiting[-1], expected
+
     async def call(self, *command: bytes | str | int) -> object:
         """Send one command and await its reply. An error reply raises CommandRefused."""
         (reply,) = await self.execute([command])
@@ -181,14 +201,6 @@ class PipelineConnection(asyncio.Protocol):
             text = word.decode() if isinstance(word, bytes) else str(word)
             raise CommandRefused(text, str(reply))
         return reply
-
-    def subscribe(self, *names: bytes | str) -> Awaitable[list[object]]:
-        """SUBSCRIBE, one command a name: a refused one is then one reply, as an accepted one."""
-        return self.execute([("SUBSCRIBE", name) for name in names])
-
-    def unsubscribe(self, *names: bytes | str) -> Awaitable[list[object]]:
-        """UNSUBSCRIBE, likewise. Without a name nothing is sent."""
-        return self.execute([("UNSUBSCRIBE", name) for name in names])
 
     def close(self) -> None:
         """Give the connection up now; who waits for a reply gets RedisUnavailable."""
@@ -258,6 +270,7 @@ class PipelineConnection(asyncio.Protocol):
         self._lose(RedisUnavailable(f"{self.endpoint} does not speak as Redis does: {what}"))
 
     def _flush(self) -> None:
+        self._posted = None
         if self._out and self._transport is not None and not self._closed:
             data = b"".join(self._out)
             self._out.clear()

@@ -22,7 +22,7 @@ from relay.core.errors import RedisUnavailable
 from relay.core.model import ZERO_ID, Channel, Event, Record
 from relay.core.stream_interface import Followed
 from relay.stream.connection.connect import CommandRefused, discover
-from relay.stream.connection.pipeline_connection import PipelineConnection, unawaited
+from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.primary import Primary
 from relay.stream.connection.refusals import Refusals
 from relay.stream.connection.task_groups import first_of, uncancel, wait_for
@@ -122,7 +122,7 @@ class StreamReader:
         """Ephemeral events from now on; the stream itself is examined when somebody joins."""
         self._followed[stream.channel] = stream
         if self._messages is not None:
-            unawaited(self._messages.subscribe(self._keys.ephemeral(stream.channel)))
+            self._messages.post(("SUBSCRIBE", self._keys.ephemeral(stream.channel)))
 
     def want_examine(self, stream: Followed) -> None:
         """Look at the stream with the next pipeline."""
@@ -142,13 +142,13 @@ class StreamReader:
         self._live.forget(stream)
         self._pages.forget(stream)
         if self._link is not None and self._messages is not None:
-            unawaited(self._messages.unsubscribe(self._keys.ephemeral(stream.channel)))
+            self._messages.post(("UNSUBSCRIBE", self._keys.ephemeral(stream.channel)))
             # In order with what follows on this link: a client that comes back at once gets a
             # new group after this one is gone.
             key = self._keys.stream(stream.channel)
-            destroyed = self._link.execute([("XGROUP", "DESTROY", key, self._group)])
+            destroy = ("XGROUP", "DESTROY", key, self._group)
             # The stream may have been deleted, or was never created for a rejected client.
-            unawaited(destroyed, expected="requires the key to exist")
+            self._link.post(destroy, expected="requires the key to exist")
         if stream.exists and stream.position == ZERO_ID:
             self._unused.released(stream.channel)
 
@@ -267,8 +267,8 @@ class StreamReader:
         self._look.set()
         # Nothing is read before this ends, so that it may be done in parts.
         for part in sweep_slices(self.followed(), len(self._followed) // _RESUME_BATCH + 1):
-            names = [self._keys.ephemeral(stream.channel) for stream in part]
-            unawaited(messages.subscribe(*names))
+            for stream in part:
+                messages.post(("SUBSCRIBE", self._keys.ephemeral(stream.channel)))
             self._live.all_unsettled(part)
             await asyncio.sleep(0)
         self._work.set()

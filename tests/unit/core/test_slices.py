@@ -8,7 +8,7 @@ import time
 import pytest
 
 from relay.core import slices
-from relay.core.slices import SLICE_S, in_slices, next_slice
+from relay.core.slices import AT_ONCE, SLICE_S, for_each, in_slices, next_slice
 
 STEP_S = 0.0005
 TASKS, STEPS = 60, 20
@@ -65,3 +65,17 @@ async def test_a_task_that_gives_up_does_not_hold_the_others_up() -> None:
     async for _ in in_slices(range(3)):
         break
     await asyncio.wait_for(next_slice(), 5)
+
+
+async def test_few_items_at_once_and_many_in_their_order() -> None:
+    loop, seen = asyncio.get_running_loop(), list[int]()
+    for_each(range(AT_ONCE), seen.append, loop.create_task)
+    assert seen == list(range(AT_ONCE))
+    seen.clear()
+    many = range(10 * AT_ONCE)
+    for_each(many, seen.append, loop.create_task)
+    assert not seen
+    async with asyncio.timeout(5):
+        while len(seen) < len(many):
+            await asyncio.sleep(0)
+    assert seen == list(many)

@@ -1,7 +1,10 @@
+import asyncio
+from collections.abc import Callable
+
 import pytest
 
 from relay.core.errors import BadRequest, LimitExceeded, Unauthorized
-from relay.core.model import Principal
+from relay.core.model import Channel, Principal
 from tests.support.hub import NEWS, Reads, Words, examine, join, make_hub
 
 ANN = Principal(user="ann")
@@ -142,3 +145,72 @@ def test_a_right_that_is_lost_before_the_marker_is_written_is_seen() -> None:
     examine(hub, marker=None)
     examine(hub, ann=b"-")
     assert client.told == ["refused news: Forbidden"]
+
+
+MANY = [Channel(f"many:{number}") for number in range(1000)]
+
+
+async def until(done: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not done():
+            await asyncio.sleep(0)
+
+
+async def test_a_client_of_many_channels_leaves_them_in_slices() -> None:
+    reads = Reads()
+    hub = make_hub(reads)
+    session = join(hub, ANN, Words(), *MANY)[0]
+    feeds = hub.feeds()
+    session.end()
+    assert hub.total == 0
+    assert not session.subscriptions
+    assert not reads.released
+    again = join(hub, ANN, Words(), MANY[0])[0]
+    await until(lambda: len(reads.released) == len(MANY) - 1)
+    # The client that has come back has kept the stream.
+    assert reads.released == feeds[1:]
+    assert hub.feed(MANY[0]) is feeds[0]
+    again.end()
+    assert reads.released[-1] is feeds[0]
+
+
+async def test_a_client_of_many_channels_stalls_and_catches_up_in_slices() -> None:
+    hub = make_hub(Reads())
+    session = join(hub, ANN, Words(), *MANY)[0]
+    for channel in MANY:
+        examine(hub, channel)
+    subscriptions = list(session.subscriptions.values())
+    assert all(each.live for each in subscriptions)
+    session.pause()
+    assert all(each.live for each in subscriptions)
+    await until(lambda: not any(each.live for each in subscriptions))
+    session.resume()
+    await until(lambda: all(each.live for each in subscriptions))
+    # The last call counts, however they follow each other.
+    session.pause()
+    session.resume()
+    session.pause()
+    await until(lambda: not any(each.live for each in subscriptions))
+    session.resume()
+    session.pause()
+    session.resume()
+    await until(lambda: all(each.live for each in subscriptions))
+
+
+async def test_what_concerns_all_channels_or_clients_is_done_in_slices() -> None:
+    reads = Reads()
+    hub = make_hub(reads)
+    clients = [join(hub, ANN, Words(), *MANY[:2])[1] for _ in range(200)]
+    session, client, _ = join(hub, ANN, Words(), *MANY)
+    reads.examine.clear()
+    hub.recheck(None)
+    assert not reads.examine
+    await until(lambda: len(reads.examine) == len(MANY))
+    hub.drop_subscription(None, "ann", "unsubscribed")
+    assert len(session.subscriptions) == len(MANY)
+    await until(lambda: not session.subscriptions)
+    assert client.told == [f"dropped {channel}: unsubscribed" for channel in MANY]
+    hub.disconnect_user("ann", "bye")
+    assert "disconnect: bye" not in clients[0].told
+    await until(lambda: client.told[-1] == "disconnect: bye")
+    assert all(each.told[-1] == "disconnect: bye" for each in clients)

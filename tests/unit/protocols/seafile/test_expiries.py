@@ -83,3 +83,20 @@ async def test_whoever_has_gone_is_forgotten() -> None:
     clock.now = 105
     expiries.turn()
     assert len(expiries) == 0
+
+
+async def test_tokens_that_run_out_together_take_several_turns() -> None:
+    clock, one = Clock(), Holder()
+    expiries = Expiries(asyncio.get_running_loop, clock)
+    clock.now = 105
+    channels = [Channel(f"seafile:{number}") for number in range(1000)]
+    for channel in channels:
+        one.tokens[channel] = 105
+        expiries.watch(one, channel, 105)
+    most = before = 0
+    async with asyncio.timeout(5):
+        while len(one.expired) < len(channels):
+            await asyncio.sleep(0)
+            most, before = max(most, len(one.expired) - before), len(one.expired)
+    assert most <= 100
+    assert one.expired == channels

@@ -42,7 +42,7 @@ def test_what_is_stored_is_read_again_and_rubbish_is_nothing() -> None:
     places = [place(5, "w:1", 7, ended=True), place(6, "w:2", 2**32 - 1)]
     for each in places:
         missed.put(stored, "a", each)
-    again = missed.read(missed.write(stored))
+    (again,) = missed.read(b"".join(missed.write(stored)))
     assert missed.places_of(again, "a") == places
     assert missed.places_of(again, "b") == []
     for rubbish in (
@@ -57,10 +57,26 @@ def test_what_is_stored_is_read_again_and_rubbish_is_nothing() -> None:
         b'{"a":["1-0","w:1"]}',
         b'{"a":null}',
     ):
-        stored = missed.read(rubbish)
+        stored = {name: found for part in missed.read(rubbish) for name, found in part.items()}
         assert missed.places_of(stored, "a") == []
         missed.put(stored, "a", places[0])
         assert missed.places_of(stored, "a") == [places[0]]
+
+
+def test_many_libraries_are_stored_in_parts_that_are_short_work() -> None:
+    stored: missed.Stored = {}
+    for number in range(10_000):
+        missed.put(stored, f"{number:036}", place(number, "w:1"))
+    parts = list(missed.write(stored))
+    assert len(parts) == 20
+    again = list(missed.read(b"".join(parts)))
+    assert len(again) == 20
+    assert missed.places_of(again[19], f"{9_999:036}") == [place(9_999, "w:1")]
+    # One value of an earlier version.
+    old = b'{"a":[["5-0","w:1",7,true]],"b":[]}'
+    assert [missed.places_of(each, "a") for each in missed.read(old)] == [
+        [place(5, "w:1", 7, ended=True)]
+    ]
 
 
 def place(ms: int, connection: str, token: int = 0, *, ended: bool = False) -> Place:

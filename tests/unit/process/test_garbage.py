@@ -22,7 +22,7 @@ async def test_growth_starts_no_full_collection() -> None:
             full.append(1)
 
     before = gc.get_threshold()
-    collecting = asyncio.create_task(garbage.collect_rarely())
+    collecting = asyncio.get_running_loop().create_task(garbage.collect_rarely())
     await asyncio.sleep(0)
     gc.callbacks.append(on_collection)
     try:
@@ -40,7 +40,7 @@ async def test_growth_starts_no_full_collection() -> None:
 
 
 async def test_young_cycles_are_freed() -> None:
-    collecting = asyncio.create_task(garbage.collect_rarely())
+    collecting = asyncio.get_running_loop().create_task(garbage.collect_rarely())
     await asyncio.sleep(0)
     try:
         for _ in range(20_000):
