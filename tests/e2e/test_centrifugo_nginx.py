@@ -25,9 +25,9 @@ ELSEWHERE = ("127.0.0.2", 0)
 RECIPES = recipes("docs/centrifugo.md")
 # Recipe, the path it serves under, and the relay's own prefix.
 CASES = [
-    ("A domain of its own", "", ""),
-    ("A path of a site", "/centrifugo", "/centrifugo"),
-    ("A path of a site 2", "/centrifugo", ""),
+    ("On a domain of its own", "", ""),
+    ("Under a path of an existing site", "/centrifugo", "/centrifugo"),
+    ("Under a path of an existing site 2", "/centrifugo", ""),
 ]
 
 

@@ -162,7 +162,8 @@ async def test_behind_the_documented_nginx(tmp_path: Path, valkey: Server) -> No
         settings = [f"protocol:pydio.{name}={value}" for name, value in words.items()]
         relay = RelayProcess(valkey, settings=settings)
         await asyncio.to_thread(relay.start)
-        recipe = recipes("docs/pydio.md")["Behind nginx"].replace(":8090;", f":{relay.port};")
+        recipe = recipes("docs/pydio.md")["Deploy behind nginx"]
+        recipe = recipe.replace(":8090;", f":{relay.port};")
         try:
             with nginx(tmp_path, recipe, {}) as front:
                 page = await browse(http, relay, "alice", base=front)

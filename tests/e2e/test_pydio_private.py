@@ -240,7 +240,7 @@ async def test_the_documented_php_and_curl_work(relay: RelayProcess, door: Nativ
         .read_text()
         .replace("127.0.0.1:8090", f"127.0.0.1:{relay.port}")
     )
-    section = text.partition("## PHP without a websocket")[2]
+    section = text.partition("## Publish from PHP without a WebSocket")[2]
     php, shell = (
         section.partition(f"```{name}\n")[2].partition("```")[0] for name in ("php", "sh")
     )

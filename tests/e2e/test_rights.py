@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 import time
@@ -396,6 +397,11 @@ async def test_a_cookie_needs_an_allowed_origin(
         # 400: the credential was good; there is no channel in the request.
         answer = await door.get("/sse", **cookie, **headers)
         assert answer.status == status, headers
+    answer = await door.get("/sse", **cookie, Origin="https://evil.example.org")
+    assert json.loads(answer.body)["error"]["message"] == (
+        "Origin 'https://evil.example.org' is not allowed; "
+        "add it to [protocol:native] allowed_origins"
+    )
     client = await door.sse(channel, token="", headers={**cookie, "Origin": own})
     relay.xadd(channel, data="1")
     assert (await client.next()).json() == 1

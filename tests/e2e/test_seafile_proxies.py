@@ -66,7 +66,7 @@ APACHE = """\
     ProxyPass /notification  ws://127.0.0.1:8083/
     ProxyPassReverse /notification ws://127.0.0.1:8083/
 """
-OURS, HEADING = "docs/seafile.md", "The web server in front"
+OURS, HEADING = "docs/seafile.md", "Configure nginx or Apache"
 
 Front = Callable[[Path, int], AbstractContextManager[int]]
 

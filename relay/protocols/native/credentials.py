@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,6 +11,10 @@ from aiohttp import web
 from relay.core.errors import Forbidden, Unauthorized
 from relay.core.model import Principal
 from relay.protocols.native.settings import COOKIE_NAME
+
+_log = logging.getLogger(__name__)
+# A browser's Origin is a scheme, a host name of at most 253 characters and a port.
+_ORIGIN_CHARS = 300
 
 
 def principal_of(
@@ -57,7 +62,9 @@ def check_origin(request: web.Request, origins: frozenset[str]) -> None:
             return
         raise Forbidden("a cookie needs an Origin; send the token in the Authorization header")
     if not is_allowed(request, origin, origins):
-        raise Forbidden("this Origin is not allowed")
+        raise Forbidden(
+            f"Origin {_shown(origin)} is not allowed; add it to [protocol:native] allowed_origins"
+        )
 
 
 def is_allowed(request: web.Request, origin: str, origins: frozenset[str]) -> bool:
@@ -70,12 +77,28 @@ def is_allowed(request: web.Request, origin: str, origins: frozenset[str]) -> bo
 
 
 def cors_headers(request: web.Request, origins: frozenset[str]) -> dict[str, str]:
-    """For an allowed Origin: it may read the answer, with its cookie. For others: nothing."""
+    """Return the headers that let a page of an allowed origin read the response.
+
+    Log the origin of any other page: its browser discards the response and shows the page no
+    reason.
+    """
     origin = request.headers.get("Origin")
-    if origin is None or not is_allowed(request, origin, origins):
+    if origin is None:
+        return {"Vary": "Origin"}
+    if not is_allowed(request, origin, origins):
+        _log.warning(
+            "Pages of origin %s cannot read %s: add the origin to [protocol:native] "
+            "allowed_origins to allow it",
+            _shown(origin),
+            request.path,
+        )
         return {"Vary": "Origin"}
     return {
         "Access-Control-Allow-Origin": origin,
         "Access-Control-Allow-Credentials": "true",
         "Vary": "Origin",
     }
+
+
+def _shown(origin: str) -> str:
+    return ascii(origin[:_ORIGIN_CHARS])

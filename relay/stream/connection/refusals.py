@@ -45,7 +45,7 @@ class Rule(NamedTuple):
 _OTHER = Rule(Effect.ONE, "")
 _DENIED = Rule(
     Effect.NO_RIGHT,
-    "Compare the ACL user with docs/redis.md, section 'Users and their least rights'",
+    "Compare the ACL user with docs/redis.md, section 'Create Redis users'",
 )
 _RULES = {
     "LOADING": Rule(Effect.RECONNECT, "Redis is loading its data"),
