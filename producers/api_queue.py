@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from relay.config.settings import QueueSettings
+from producers.settings import QueueSettings
 from relay.core.errors import RedisUnavailable
 from relay.protocols.centrifugo import commands
 from relay.stream.connection.connect import CommandRefused, discover

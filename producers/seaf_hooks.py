@@ -15,9 +15,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pydantic import Field, SecretStr
-
-from relay.config.settings import RedisSettings, Section
+from producers.settings import SeafHooksSettings
+from relay.config.settings import RedisSettings
 from relay.core.errors import ConfigError, RelayError
 from relay.protocols.seafile import event_format
 from relay.stream.cluster.leases import Lease
@@ -41,17 +40,6 @@ _RENEW_S = 0.5
 _REMEMBERED_S = 10.0
 _REMEMBERED = 100_000
 _CHANNEL = b"repo_update"
-
-
-class SeafHooksSettings(Section):
-    """[producer:seaf_hooks]: commits from the Redis channel repo_update of Seafile's seafevents."""
-
-    redis_url: str = Field(
-        "",
-        description="Redis of Seafile, as redis://host:port/0; empty: nothing is taken from there. "
-        "Where it is the relay's own, its user needs &repo_update",
-    )
-    redis_password: SecretStr = Field(SecretStr(""), description="password where the URL has none")
 
 
 class Tap:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
 from producers.direct import DirectSender
 from producers.outgoing import (
     SPOOL_BYTES,
@@ -25,8 +23,8 @@ from producers.outgoing import (
     Sender,
     send_until,
 )
+from producers.settings import SpoolSettings
 from producers.spool import Spool
-from relay.config.settings import Section
 from relay.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,15 +37,6 @@ _LOOK_S = 0.2
 _BACKOFF_S = (0.1, 2.0)
 # For the lock, which others hold while they write a line.
 _LOCK_S = 5.0
-
-
-class SpoolSettings(Section):
-    """[producer:spool]: what other programs have spooled on this host."""
-
-    path: str = Field(
-        "",
-        description="file with what this host's producers could not send; empty: none",
-    )
 
 
 async def deliver(spool: Spool, sender: Sender, deadline: float) -> int:

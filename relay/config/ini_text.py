@@ -1,4 +1,4 @@
-"""What people read about settings: config.example.ini, the allowed values, environment names."""
+"""Texts about settings: config.example.ini, allowed values and names of environment variables."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from relay.config.settings import Section
 from relay.core.errors import ConfigError
 
 _HEAD = """\
-Every setting of the relay with its default, as `relay genconfig` prints it. Take away the # before
-a setting to change it. White space around a value is dropped; a # or ; within one belongs to it;
-a value goes on in the next line if that is indented.
+All settings of relay with their defaults, as printed by `relay genconfig`. To change a setting,
+remove the # before it. White space around a value is ignored; a # or ; inside a value is part of
+it; indented lines continue the value of the line above.
 
-Later wins: this file, environment variables RELAY_<SECTION>_<KEY> (upper case, every other
-character becomes _, as RELAY_SERVER_PORT), --set SECTION.KEY=VALUE, flags such as --port. A secret
-may stand in a file of its own: KEY_file = /path, in the environment RELAY_<SECTION>_<KEY>_FILE.
-[namespace], [rights], [jwt], [log] level and the doors' limits are read again on SIGHUP."""
+Each of these sources overrides the ones before it: this file, environment variables
+RELAY_<SECTION>_<KEY> (upper case, all other characters replaced by _, as in RELAY_SERVER_PORT),
+--set SECTION.KEY=VALUE, and flags such as --port. A secret can be read from a file: set KEY_file =
+/path, or RELAY_<SECTION>_<KEY>_FILE in the environment. On SIGHUP, relay reloads [namespace],
+[rights], [jwt], [log] level and the limits of the protocols."""
+
+
+# Units by the ending of a setting's name.
+_UNITS = {"_bytes": "bytes", "_ms": "milliseconds", "_per_s": "number", "_s": "seconds"}
 
 
 def env_name(section: str, key: str) -> str:
-    """The environment variable of a setting."""
+    """Return the name of the setting's environment variable."""
     return "RELAY_" + re.sub(r"[^A-Z0-9]", "_", f"{section}_{key}".upper())
 
 
 def allowed(field: FieldInfo) -> str:
-    """What a setting's value may be, in a few words."""
+    """Return a short description of the values that a setting accepts, for error messages."""
     kind = field.annotation
-    limits = {
-        name: value
-        for rule in field.metadata
-        for name in ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern")
-        if (value := getattr(rule, name, None)) is not None
-    }
+    limits = _limits(field)
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
     if kind is bool:
@@ -50,33 +50,33 @@ def allowed(field: FieldInfo) -> str:
         words.append(f"of at most {limits['max_length']} characters")
     if "pattern" in limits:
         words.append(f"that matches {limits['pattern']}")
-    # A pattern alone explains little.
+    # A pattern alone is hard to read.
     return " ".join(words) + (f" ({field.description})" if "pattern" in limits else "")
 
 
 def example(sections: Mapping[str, type[Section]]) -> str:
-    """config.example.ini; [namespace] stands last and shows how one is named."""
+    """Return the text of config.example.ini."""
     parts = [_comment(_HEAD)]
     for name, cls in sections.items():
         parts.append(_example(f"[{name}]", cls))
         if cls.sections_by_name:
-            # A comment: the section would be there, empty as it is.
+            # The heading is a comment as well: an empty section would count as configured.
             parts.append(_example(f"#[{name}:NAME]", cls.sections_by_name[1]))
     return "\n\n".join(parts) + "\n"
 
 
 def ini(said: Iterable[Said]) -> str:
-    """An INI file with these settings; of equal ones the last. ConfigError where none can have one.
+    """Return an INI file with these settings, each with its `why` as comment.
 
-    A setting's `why` is its comment.
+    The last of several equal settings counts. Raise ConfigError if an INI file cannot hold a value.
     """
     sections: dict[str, dict[str, Said]] = {}
     for each in said:
-        # What an INI file would not give back: it drops white space around a value.
+        # An INI file drops white space around a value.
         if each.text != each.text.strip() or len(each.text.splitlines()) > 1:
             raise ConfigError(
-                f"{each.where.removesuffix(' = ')} has white space at its ends, or a line's"
-                " end within, which no INI file keeps; of a secret it can name a file instead,"
+                f"{each.where.removesuffix(' = ')} begins or ends with white space or contains a"
+                " line break, which an INI file cannot keep. Save a secret in a file and set"
                 f" {each.key}_file"
             )
         sections.setdefault(each.section, {})[each.key] = each
@@ -92,7 +92,7 @@ def ini(said: Iterable[Said]) -> str:
 
 def _example(heading: str, cls: type[Section]) -> str:
     about = (cls.__doc__ or "").strip().splitlines()[0]
-    lines = [heading, _comment(_capital(about.split(": ", 1)[-1])), ""]
+    lines = [heading, _comment(about.split(": ", 1)[-1]), ""]
     lines += [_setting(key, field) for key, field in cls.settings().items()]
     return "\n".join(lines)
 
@@ -101,29 +101,45 @@ def _setting(key: str, field: FieldInfo) -> str:
     default = field.get_default()
     secret = field.annotation is SecretStr
     text = default.get_secret_value() if secret else _text(default)
-    about = field.description or ""
-    if field.annotation in (int, float) or get_origin(field.annotation) is Literal:
-        about += f". {_capital(allowed(field))}"
-    elif field.annotation is bool:
-        about += ". Yes or no"
-    about += f". Default: {text or 'empty'}."
-    if secret and f"{key}_file" not in about:
-        about += f" Or {key}_file = path."
+    about = f"{field.description} ({_type(key, field)}, default: {text or 'empty'})"
     return f"{_comment(about)}\n#{key} = {text}".rstrip()
 
 
+def _type(key: str, field: FieldInfo) -> str:
+    kind = field.annotation
+    if get_origin(kind) is Literal:
+        return " | ".join(get_args(kind))
+    if kind is bool:
+        return "yes/no"
+    if kind is SecretStr:
+        return f"secret or {key}_file"
+    if kind not in (int, float):
+        return "text"
+    unit = next((unit for suffix, unit in _UNITS.items() if key.endswith(suffix)), None)
+    name = unit or ("integer" if kind is int else "number")
+    limits = _limits(field)
+    if limits.keys() == {"ge", "le"}:
+        return f"{name} {limits['ge']}–{limits['le']}"
+    return name + _range(limits)
+
+
+def _limits(field: FieldInfo) -> dict[str, Any]:
+    return {
+        name: value
+        for rule in field.metadata
+        for name in ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern")
+        if (value := getattr(rule, name, None)) is not None
+    }
+
+
 def _comment(text: str) -> str:
-    # break_on_hyphens would part an option such as --set from its dashes.
+    # break_on_hyphens would break lines after the dashes of options such as --set.
     return "\n#\n".join(
         textwrap.fill(
             paragraph, 99, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
         )
         for paragraph in text.split("\n\n")
     )
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _range(limits: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
-"""Every setting of the core: name, type, default, range, unit and why.
+"""The settings of relay: name, type, default, range and description.
 
-Pure declarations; `config.py` fills them from file, environment and command line. A field's
-description is its comment line in config.example.ini. Doors declare theirs in their own folder.
+`relay.config.loading` reads their values from file, environment and command line. The description
+is the comment in config.example.ini. Protocols declare their settings in their own folders.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from pydantic.fields import FieldInfo
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values cannot change after the start.
+    """Base class of all sections. Unknown keys are errors, and values are immutable.
 
-    A door's section may have sections of its own, [protocol:DOOR:NAME]: `sections_by_name` is the
-    field that gets them, as a mapping by NAME, and their class.
+    A protocol may have subsections [protocol:PROTOCOL:NAME]. `sections_by_name` is the field that
+    receives them as a mapping by NAME, and their class.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
     sections_by_name: ClassVar[tuple[str, type[Section]] | None] = None
-    # Settings of a protocol that a reload cannot change.
+    # Settings of a protocol that need a restart.
     fixed: ClassVar[frozenset[str]] = frozenset({"enabled", "host", "port", "tls_cert", "tls_key"})
-    # Setting -> section and setting of another section that it must equal; empty takes that value.
+    # Setting -> section and key of another setting that it must equal and defaults to.
     same_as: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
     @property
@@ -39,8 +39,10 @@ class Section(BaseModel):
 
     @property
     def unservable(self) -> str:
-        """Return why a protocol that somebody has configured cannot be served, '' if there is no
-        such reason. A protocol of which nothing is set is not wanted."""
+        """Return the reason why a configured protocol cannot be served, '' if there is none.
+
+        A protocol is configured if any of its settings is.
+        """
         if not self.model_fields_set or not getattr(self, "enabled", True) or not self.missing:
             return ""
         instead = ", or enabled = no" if "enabled" in type(self).model_fields else ""
@@ -48,272 +50,241 @@ class Section(BaseModel):
 
     @classmethod
     def settings(cls) -> dict[str, FieldInfo]:
-        """What can be set: every field but the one for the sections of its own."""
+        """Return the fields that are settings: all except the one for subsections."""
         own = cls.sections_by_name[0] if cls.sections_by_name else ""
         return {name: field for name, field in cls.model_fields.items() if name != own}
 
 
+class ListenerSection(Section):
+    """Section of a protocol, which may have a listener of its own."""
+
+    host: str = Field("", description="Address of a separate listener for this protocol. Used only if port is set. Empty: the address of [server].")
+    port: int = Field(0, ge=0, le=65535, description="Port of a separate listener for this protocol. 0: use the listener of [server].")
+    tls_cert: str = Field("", description="PEM file with the certificate chain of the separate listener. Empty: the certificate of [server].")
+    tls_key: str = Field("", description="PEM file with the private key of tls_cert.")
+
+
 class NodeSettings(Section):
-    """[node]: this process."""
+    """[node]: Process and workers."""
 
     name: str = Field(
         "",
         max_length=100,
         pattern=r"^[A-Za-z0-9._-]*$",
-        description="name in groups, metrics and logs; empty: hostname_port",
+        description="Name of this process in consumer groups, metrics and logs. Empty: hostname_port.",
     )
     workers: int = Field(
         1,
         ge=1,
         le=256,
-        description="processes that share the ports, each with its own part of the clients; about one a processor core",
+        description="Number of worker processes that share the ports. Use about one per processor core.",
     )
-    pid_file: str = Field("", description="path; written at start, removed at stop; empty: none")
+    pid_file: str = Field("", description="File for the process ID, written at start and removed on shutdown. Empty: no file.")
     drain_s: float = Field(
         5.0,
         ge=0,
         le=300,
-        description="seconds over which clients are asked to reconnect at stop, so that they do not all come back at once",
+        description="On shutdown, spread client disconnects over this many seconds to avoid a reconnect storm.",
     )
 
 
 class ServerSettings(Section):
-    """[server]: the shared listener of all doors."""
+    """[server]: Listener that all protocols share."""
 
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
-    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes any free one")
-    tls_cert: str = Field("", description="path of a PEM certificate chain; empty: no TLS")
-    tls_key: str = Field("", description="path of its PEM private key")
+    host: str = Field("127.0.0.1", description="Address to listen on. Use 0.0.0.0 for all addresses.")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on. 0 selects a free port.")
+    tls_cert: str = Field("", description="PEM file with the certificate chain. Empty: no TLS.")
+    tls_key: str = Field("", description="PEM file with the private key of tls_cert.")
     backlog: int = Field(
         4096,
         ge=1,
         le=65535,
-        description="connections the kernel may hold until they are accepted; a reconnect storm needs many",
+        description="Maximum connections that the kernel queues until they are accepted. Keep it high enough for a reconnect storm.",
     )
 
 
 class LogSettings(Section):
-    """[log]: what is written, never a token or a payload."""
+    """[log]: Logging. Tokens and payloads are never logged."""
 
     level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="lowest level written"
-    )
+        "info", description="Lowest level that is logged.")
     format: Literal["plain", "json"] = Field(
-        "plain", description="one line an event, for people or for machines"
-    )
-    file: str = Field("", description="path, opened again on SIGUSR1; empty: standard error")
+        "plain", description="Log format: plain text for people, JSON for machines. Both have one line per event.")
+    file: str = Field("", description="Log file, reopened on SIGUSR1. Empty: log to standard error.")
 
 
 class RedisSettings(Section):
-    """[redis]: where the streams are."""
+    """[redis]: Connection to Redis."""
 
     url: str = Field(
         "embedded",
-        description="embedded, redis://[user:pw@]host:port/db, rediss://..., unix:///path?db=0, or sentinel://[user:pw@]host:port,host:port/master-name/db",
+        description="Redis server that holds the streams: embedded (relay starts its own Valkey), redis://[user:pw@]host:port/db, rediss://..., unix:///path?db=0, or sentinel://[user:pw@]host:port,host:port/master-name/db.",
     )
     password: SecretStr = Field(
         SecretStr(""),
-        description="password where the URL has none (password_file: read it from a file)",
+        description="Redis password, used if the URL has none.",
     )
     sentinel_password: SecretStr = Field(
-        SecretStr(""), description="password of the Sentinels themselves"
-    )
+        SecretStr(""), description="Password of the Sentinel servers.")
     tls_ca: str = Field(
         "",
-        description="path of the PEM authorities that sign a rediss:// server; empty: the system's",
+        description="PEM file with the certificate authorities for rediss://. Empty: use the authorities of the system.",
     )
     prefix: str = Field(
-        "relay:", max_length=50, pattern=r"^[^\s{}]*$", description="start of every key"
-    )
+        "relay:", max_length=50, pattern=r"^[^\s{}]*$", description="Prefix of every Redis key.")
     connect_timeout_s: float = Field(
-        2.0, gt=0, le=60, description="seconds for a connection and its greeting"
-    )
+        2.0, gt=0, le=60, description="Timeout for connecting to Redis, including authentication.")
     command_timeout_s: float = Field(
-        5.0, gt=0, le=300, description="seconds for an answer before the connection is given up"
-    )
+        5.0, gt=0, le=300, description="Timeout for a reply from Redis. After it, the connection is closed and opened again.")
     embedded_dir: str = Field(
-        "", description="data folder of the embedded Valkey; empty: data in the working folder"
-    )
+        "", description="Data directory of the embedded Valkey. Empty: the directory data in the working directory.")
     embedded_port: int = Field(
-        6399, ge=1, le=65535, description="loopback port of the embedded Valkey, for redis-cli"
-    )
+        6399, ge=1, le=65535, description="Port of the embedded Valkey on the loopback address, for redis-cli.")
 
 
 class StreamSettings(Section):
-    """[stream]: how streams are read."""
+    """[stream]: Reading of streams."""
 
     page_bytes: int = Field(
         262144,
         ge=4096,
         le=16777216,
-        description="target size of one read of a stream; until the sizes of its entries are known, catch-up reads at most 32 MiB at once",
+        description="Target size of one read from a stream. Until the sizes of a stream's entries are known, a catch-up read may take up to 32 MiB.",
     )
     max_entry_bytes: int = Field(
         4194304,
         ge=1024,
         le=67108864,
-        description="bytes of one entry; a larger one goes to the dead letters",
+        description="Maximum size of an entry. Larger entries are moved to the dead letters.",
     )
     sweep_s: float = Field(
         300.0,
         ge=1,
         le=86400,
-        description="seconds over which every followed stream is read once without a wake-up, in case one was lost",
+        description="Read every followed stream once per this interval even without a wake-up, in case one was lost.",
     )
     canary_s: float = Field(
         0.5,
         ge=0.1,
         le=10,
-        description="seconds between two proofs that wake-ups arrive; /readyz turns false after three missing",
+        description="Interval between checks that wake-ups arrive. /readyz fails after three missed checks.",
     )
     tracking: Literal["auto", "off"] = Field(
         "auto",
-        description="auto uses client-side-caching invalidations where the server allows them; off always polls with blocking reads",
+        description="How to wait for new entries. auto uses client-side caching invalidations if the server supports them; off always polls with blocking reads.",
     )
     resume_concurrency: int = Field(
-        4, ge=1, le=64, description="catch-up reads under way at once in one worker"
-    )
+        4, ge=1, le=64, description="Maximum concurrent catch-up reads per worker.")
 
 
 class HubSettings(Section):
-    """[hub]: clients, whatever their door."""
+    """[hub]: Limits of clients of all protocols."""
 
     client_buffer_bytes: int = Field(
         262144,
         ge=4096,
         le=67108864,
-        description="bytes waiting for one client before it is served from the stream instead",
+        description="Maximum data queued for one client. A client that exceeds it is paused and catches up from the stream.",
     )
     connections_per_user: int = Field(
-        0, ge=0, le=1000000, description="connections of one user on all workers of all hosts; 0: no limit"
-    )
+        0, ge=0, le=1000000, description="Maximum connections per user across all workers and hosts. 0 means unlimited.")
 
 
 class RightsSettings(Section):
-    """[rights]: the application that is asked where a namespace lists http."""
+    """[rights]: Application that decides who may read, for namespaces whose rights include http."""
 
     http_url: str = Field(
         "",
-        description='URL asked with POST {user, channel, groups}; 200 with {"read": true} allows; empty: none',
+        description="URL of the application that decides who may read a channel, for namespaces whose rights include http. Relay sends POST {user, channel, groups}; status 200 with {\"read\": true} grants access. Empty: disabled.",
     )
     http_timeout_ms: int = Field(
-        1000, ge=10, le=60000, description="milliseconds for its answer; later is a refusal"
-    )
-    http_cache_s: float = Field(30.0, ge=1, le=86400, description="seconds an answer holds; the application may drop it at once")
+        1000, ge=10, le=60000, description="Timeout for the application's answer. Access is denied after it.")
+    http_cache_s: float = Field(30.0, ge=1, le=86400, description="Time for which an answer is cached. The application can invalidate it earlier.")
     http_token: SecretStr = Field(
-        SecretStr(""), description="sent as Authorization: Bearer to http_url"
-    )
+        SecretStr(""), description="Token sent to http_url as Authorization: Bearer.")
 
 
 class JwtSettings(Section):
-    """[jwt]: tokens of the native door."""
+    """[jwt]: Tokens of the native protocol."""
 
     algorithm: Literal[
         "HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "EdDSA"
-    ] = Field("HS256", description="the only algorithm accepted, whatever a token says")
+    ] = Field("HS256", description="Signature algorithm. Tokens that use any other are rejected.")
     key: SecretStr = Field(
         SecretStr(""),
-        description="secret (HS*) or PEM public key; several for rotation, separated by a line with ---; the first one signs; empty: tokens are refused",
+        description="JWT signing secret for HS*, or PEM public key for RS*/ES*/EdDSA. Separate several keys with a line \"---\" to rotate them; relay signs with the first. Leave empty to reject all tokens.",
     )
-    audience: str = Field("", description="required aud; empty: not checked")
-    issuer: str = Field("", description="required iss; empty: not checked")
+    audience: str = Field("", description="Required audience (aud) of a token. Empty: not checked.")
+    issuer: str = Field("", description="Required issuer (iss) of a token. Empty: not checked.")
     leeway_s: float = Field(
-        0.0, ge=0, le=300, description="seconds of clock difference forgiven in exp and nbf"
-    )
+        0.0, ge=0, le=300, description="Clock difference that is tolerated when exp and nbf are checked.")
 
 
 class MetricsSettings(Section):
-    """[metrics]: /metrics, /healthz and /readyz."""
+    """[metrics]: Listener for /metrics, /healthz and /readyz."""
 
-    host: str = Field("127.0.0.1", description="address of an own listener for the three")
-    port: int = Field(0, ge=0, le=65535, description="its port; 0: they are on the shared listener. Of several workers the second has the next port, and so on")
+    host: str = Field("127.0.0.1", description="Address of a separate listener for /metrics, /healthz and /readyz. Used only if port is set.")
+    port: int = Field(0, ge=0, le=65535, description="Port of the separate listener. With several workers, the second worker uses the next port, and so on. 0: use the listener of [server].")
 
 
 class JobSettings(Section):
-    """[jobs]: what one worker of the site does for all."""
+    """[jobs]: Periodic jobs that one worker runs for all workers."""
 
     retention_s: float = Field(
         60.0,
         ge=1,
         le=86400,
-        description="seconds between two trims of streams that others append to; 0 is not allowed, use a namespace without limits",
+        description="Interval between trims of streams that other programs append to. To keep all entries, set the limits of a namespace to 0.",
     )
     dead_nodes_s: float = Field(
         15.0,
         ge=1,
         le=3600,
-        description="seconds between two looks for workers that died without removing their groups",
+        description="Interval between searches for workers that died without removing their consumer groups.",
     )
 
 
 class PublishSettings(Section):
-    """[publish]: appends by the relay's own producers: HTTP, queue and command line."""
+    """[publish]: Events appended through relay: HTTP API, queue and command line."""
 
     uid_window_s: float = Field(
         600.0,
         ge=0,
         le=2592000,
-        description="seconds in which an event with the uid of an earlier one of its channel is not appended again, and the producer gets the first one's ID; 0: it is appended again",
+        description="Time during which an event with the same uid on the same channel is not appended again; the producer receives the ID of the first one. 0 disables deduplication.",
     )
     timeout_s: float = Field(
         2.0,
         gt=0,
         le=60,
-        description="seconds for a connection to Redis, and then for its answer, before a producer gets an error",
-    )
-
-
-class QueueSettings(Section):
-    """[producer:queue]: commands that others RPUSH, as Centrifugo v1's redis_api."""
-
-    enabled: bool = Field(
-        False,
-        description="take commands from the queue; off, so that a Centrifugo on the same Redis keeps its own",
-    )
-    name: str = Field(
-        "centrifugo.api",
-        min_length=1,
-        max_length=100,
-        pattern=r"^[^\s{}]+$",
-        description="key of the queue, without the relay's prefix",
-    )
-    shards: int = Field(
-        0, ge=0, le=256, description="further queues NAME.0 to NAME.N-1; order holds within each"
-    )
-    batch: int = Field(
-        256,
-        ge=1,
-        le=1000,
-        description="commands carried out in one step; more is faster, and holds Redis up for longer",
+        description="Timeout for a connection to Redis, and again for its reply, before the producer receives an error.",
     )
 
 
 class NamespaceSettings(Section):
-    """[namespace:NAME], and [namespace] for channels of every other namespace."""
+    """[namespace:NAME]: Rules for channels NAME:...; [namespace] applies to all other channels."""
 
     rights: str = Field(
         "door, claims, hash",
         pattern=r"^\s*((door|claims|hash|http|anonymous)(\s*,\s*(door|claims|hash|http|anonymous))*)?\s*$",
-        description="who may read, any of: door (the rule of the door that the namespace belongs to, for who came in there), claims (the token names the channel), hash (the rights hash), http (the application), anonymous (everyone)",
+        description="Sources that can grant access to a channel, separated by commas: door (the rule of the protocol that the namespace belongs to, for its own clients), claims (the token names the channel), hash (the rights hash in Redis), http (the application), anonymous (everyone).",
     )
     retention_count: int = Field(
-        10000, ge=0, le=1000000000, description="entries kept per stream, about; 0: no limit"
-    )
+        10000, ge=0, le=1000000000, description="Approximate number of entries kept per stream. 0 means unlimited.")
     retention_age_s: int = Field(
-        604800, ge=0, le=3153600000, description="seconds an entry is kept, about; 0: no limit"
-    )
+        604800, ge=0, le=3153600000, description="Approximate time for which entries are kept. 0 means unlimited.")
     wait_replicas: int = Field(
         0,
         ge=0,
         le=100,
-        description="replicas that must confirm an append of the relay's own producers",
+        description="Number of replicas that must confirm an event appended through relay.",
     )
 
     unique_uids: bool = Field(
         True,
-        description="append only the first of several events that have the same uid within [publish] uid_window_s; off: the HTTP API and the queue append each of them, as Centrifugo v1 does",
+        description="Append only the first of several events with the same uid within [publish] uid_window_s. When disabled, the HTTP API and the queue append all of them, as Centrifugo v1 does.",
     )
 
     def sources(self) -> frozenset[str]:
-        """The rights sources as a set."""
+        """Return the rights sources as a set."""
         return frozenset(part.strip() for part in self.rights.split(",") if part.strip())

@@ -13,7 +13,8 @@ import pytest
 from redis.asyncio import Redis
 
 from producers.api_queue import QueueProducer
-from relay.config.settings import NamespaceSettings, PublishSettings, QueueSettings
+from producers.settings import QueueSettings
+from relay.config.settings import NamespaceSettings, PublishSettings
 from relay.core.model import Channel
 from relay.stream.connection.connect import command
 from relay.stream.format.keys import Keys

@@ -6,30 +6,26 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from relay.config.settings import Section
+from relay.config.settings import ListenerSection
 
 # Not a setting: pages of other applications set this cookie, and a second name would be a second
 # way in.
 COOKIE_NAME = "relay_token"
 
 
-class NativeSettings(Section):
-    """[protocol:native]: `/sse`, `/ws` and the live page."""
+class NativeSettings(ListenerSection):
+    """[protocol:native]: Server-sent events at /sse, WebSocket at /ws, and the live page."""
 
-    enabled: bool = Field(True, description="off: none of its paths exist")
-    host: str = Field("", description="address of a listener of its own; empty: the one of [server]; counts only with a port")
-    port: int = Field(0, ge=0, le=65535, description="port of a listener of its own; 0: the shared listener of [server]")
-    tls_cert: str = Field("", description="path of a PEM certificate chain for a listener of its own; empty: that of [server]")
-    tls_key: str = Field("", description="path of its PEM private key")
-    page: bool = Field(True, description="the live page at /; it reads nothing without a token that opens it")
-    allowed_origins: str = Field("", description="origins besides the relay's own, as https://app.example.org, separated by commas, whose pages may read with the cookie and across origins")
-    heartbeat_s: float = Field(25.0, ge=1, le=3600, description="seconds of silence after which a comment line or a ping is sent; proxies close what is silent for 30 or 60")
-    pong_timeout_s: float = Field(10.0, ge=1, le=3600, description="seconds a websocket may leave a ping without an answer before it is closed with 4408")
-    retry_ms: int = Field(2000, ge=100, le=600000, description="milliseconds a browser waits before it reconnects; each client is told up to half more or less, so that they do not all return at once")
-    channels_per_connection: int = Field(128, ge=1, le=1024, description="channels of one connection; each makes the cursor, which is in every event of such an SSE stream, about 35 bytes longer")
-    ws_max_frame_bytes: int = Field(65536, ge=1024, le=16777216, description="bytes of one frame from a client; a larger one closes with 1009")
-    commands_per_s: float = Field(50.0, gt=0, le=100000, description="commands per second of one websocket, on average over a few seconds; faster closes with 4429")
-    commands_burst: int = Field(200, ge=1, le=100000, description="commands a websocket may send at once, as at a start with many channels")
+    enabled: bool = Field(True, description="Enable this protocol. When disabled, its URLs return 404.")
+    page: bool = Field(True, description="Serve the live page at /. The page reads only channels that the visitor's token grants.")
+    allowed_origins: str = Field("", description="Additional origins whose pages may connect across origins and with the cookie, separated by commas, for example https://app.example.org. Relay's own origin is always allowed.")
+    heartbeat_s: float = Field(25.0, ge=1, le=3600, description="Interval between heartbeats on idle connections. Keep it below your proxy's idle timeout.")
+    pong_timeout_s: float = Field(10.0, ge=1, le=3600, description="Close a WebSocket connection with code 4408 if it does not answer a ping within this time.")
+    retry_ms: int = Field(2000, ge=100, le=600000, description="Reconnect delay sent to browsers. It varies by up to half per client to avoid a reconnect storm.")
+    channels_per_connection: int = Field(128, ge=1, le=1024, description="Maximum channels per connection. Each channel adds about 35 bytes to the cursor in every event of an SSE connection.")
+    ws_max_frame_bytes: int = Field(65536, ge=1024, le=16777216, description="Maximum size of one frame from a client. A larger frame closes the connection with code 1009.")
+    commands_per_s: float = Field(50.0, gt=0, le=100000, description="Maximum commands per second on a WebSocket connection, averaged over a few seconds. A higher rate closes the connection with code 4429.")
+    commands_burst: int = Field(200, ge=1, le=100000, description="Maximum commands that a WebSocket client may send at once, for example to subscribe to many channels at the start.")
 
     @field_validator("allowed_origins")
     @classmethod

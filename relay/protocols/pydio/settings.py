@@ -8,42 +8,38 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from relay.config.settings import Section
+from relay.config.settings import ListenerSection, Section
 
 _PATH = r"^/[A-Za-z0-9._~/-]*[A-Za-z0-9._~-]$"
 
 
-class PydioSettings(Section):
-    """[protocol:pydio]: Pydio's message queues, from PHP to its browsers."""
+class PydioSettings(ListenerSection):
+    """[protocol:pydio]: Pydio's message queues, from PHP to browsers."""
 
     fixed: ClassVar[frozenset[str]] = Section.fixed | {
         "private_host", "private_port", "public_path", "private_path", "npm_namespace",
     }  # fmt: skip
 
-    enabled: bool = Field(True, description="off: none of its paths exist")
-    key: SecretStr = Field(SecretStr(""), description="Pydio's private key (6.4.2: WS_SERVER_ADMIN; 6.5 to 8: the Booster's key pair as TOKEN:SECRET): PHP shows it, and so does the relay to Pydio; empty: none of its paths exist")
-    auth_url: str = Field("", description="where Pydio says who a browser is, as http://127.0.0.1/pydio/?get_action=ws_authenticate or, 6.5 to 8, http://127.0.0.1/pydio/api/pydio/ws_authenticate/; empty: no browser is let in")
-    host: str = Field("", description="address of a listener of its own; empty: the one of [server]; counts only with a port")
-    port: int = Field(0, ge=0, le=65535, description="port of a listener of its own (Pydio's default is 8090); 0: the shared listener of [server]")
-    tls_cert: str = Field("", description="path of a PEM certificate chain for a listener of its own, for a public connection through SSL; empty: that of [server]")
-    tls_key: str = Field("", description="path of its PEM private key")
-    private_host: str = Field("", description="address of a listener for PHP alone; empty: the one of [server]; counts only with a port")
-    private_port: int = Field(0, ge=0, le=65535, description="port of a listener for PHP alone, without TLS, which 6.4.2 does not speak there; 0: the private path is beside the public one")
-    public_path: str = Field("/public", pattern=_PATH, description="where browsers connect")
-    private_path: str = Field("/private", pattern=_PATH, description="where PHP connects; the same as public_path for 6.4.2, which has one path for both")
-    authorised_hosts: str = Field("localhost, 127.0.0.1, ::1", description="hosts that PHP may connect from: addresses, networks as 10.0.0.0/8, or names, separated by commas; not a proxy that others can reach")
-    private_max_bytes: int = Field(1048576, ge=1024, le=67108864, description="bytes of one message of PHP; a longer one closes its connection with 1009")
-    allowed_origins: str = Field("", description="origins besides the relay's own, as https://files.example.org, separated by commas, whose pages may connect with a cookie: Pydio's, where it has another host or port")
-    cookies: str = Field("AjaXplorer", description="beginnings of the names of the cookies that are shown to Pydio, separated by commas; no other cookie leaves the relay")
-    auth_timeout_s: float = Field(5.0, gt=0, le=60, description="seconds Pydio may take to say who a browser is")
-    auth_cache_s: float = Field(10.0, ge=0, le=3600, description="seconds in which the same cookies are not asked about again")
-    recheck_s: float = Field(60.0, ge=1, le=86400, description="seconds after which Pydio is asked again about who is connected; a right that is lost ends with it")
-    hold_s: float = Field(600.0, ge=1, le=86400, description="seconds since Pydio's last answer that a browser stays while Pydio gives none")
-    npm_namespace: str = Field("/", min_length=1, max_length=100, pattern=r"^/[^\s,?#]*$", description="the Socket.IO namespace of the npm kind, whose path is public_path")
-    npm_recovery_s: float = Field(120.0, ge=0, le=86400, description="seconds within which a Socket.IO 4 client that lost its connection gets what it missed, whichever worker it comes back to; 0: never")
-    heartbeat_s: float = Field(25.0, ge=1, le=3600, description="seconds between pings to a browser; proxies close what is silent for 30 or 60")
-    pong_timeout_s: float = Field(10.0, ge=1, le=3600, description="seconds a browser may leave a ping without an answer before it is closed")
-    drain_s: float = Field(30.0, ge=0, le=300, description="seconds that a stop leaves Pydio's browsers connected, for they do not come back until their page is loaded again")
+    enabled: bool = Field(True, description="Enable this protocol. When disabled, its URLs return 404.")
+    key: SecretStr = Field(SecretStr(""), description="Key shared with Pydio, which authenticates PHP to relay and relay to Pydio (6.4.2: WS_SERVER_ADMIN; 6.5 to 8: the Booster's key pair as TOKEN:SECRET). Leave empty to disable this protocol.")
+    auth_url: str = Field("", description="URL at which Pydio authenticates a browser, for example http://127.0.0.1/pydio/?get_action=ws_authenticate, or for 6.5 to 8 http://127.0.0.1/pydio/api/pydio/ws_authenticate/. Leave empty to reject all browsers.")
+    private_host: str = Field("", description="Address of a separate listener for PHP. Used only if private_port is set. Empty: the address of [server].")
+    private_port: int = Field(0, ge=0, le=65535, description="Port of a separate listener for PHP, without TLS because Pydio 6.4.2 cannot use it there. 0: serve private_path on the listener of this protocol.")
+    public_path: str = Field("/public", pattern=_PATH, description="Path to which browsers connect.")
+    private_path: str = Field("/private", pattern=_PATH, description="Path to which PHP connects. For Pydio 6.4.2, which has a single path, use the value of public_path.")
+    authorised_hosts: str = Field("localhost, 127.0.0.1, ::1", description="Hosts from which PHP may connect, separated by commas: addresses, networks such as 10.0.0.0/8, or names. Do not list a proxy that other programs can use.")
+    private_max_bytes: int = Field(1048576, ge=1024, le=67108864, description="Maximum size of one message from PHP. A larger message closes the connection with code 1009.")
+    allowed_origins: str = Field("", description="Additional origins whose pages may connect with the cookie, separated by commas, for example https://files.example.org. Set it to Pydio's origin if Pydio has another host or port.")
+    cookies: str = Field("AjaXplorer", description="Prefixes of the names of the cookies that relay forwards to Pydio, separated by commas. Other cookies are never forwarded.")
+    auth_timeout_s: float = Field(5.0, gt=0, le=60, description="Timeout for Pydio's answer to an authentication request.")
+    auth_cache_s: float = Field(10.0, ge=0, le=3600, description="Time for which Pydio's answer for the same cookies is cached.")
+    recheck_s: float = Field(60.0, ge=1, le=86400, description="Interval at which Pydio is asked again about connected browsers. A browser that has lost a right stops receiving events then.")
+    hold_s: float = Field(600.0, ge=1, le=86400, description="Keep browsers connected for this time after Pydio's last answer while Pydio is unavailable. Must be at least recheck_s.")
+    npm_namespace: str = Field("/", min_length=1, max_length=100, pattern=r"^/[^\s,?#]*$", description="Socket.IO namespace for clients of Pydio's npm kind, which connect to public_path.")
+    npm_recovery_s: float = Field(120.0, ge=0, le=86400, description="Send missed events to Socket.IO 4 clients that reconnect within this time, on any worker. 0 disables recovery.")
+    heartbeat_s: float = Field(25.0, ge=1, le=3600, description="Interval between pings to a browser. Keep it below your proxy's idle timeout.")
+    pong_timeout_s: float = Field(10.0, ge=1, le=3600, description="Close a browser's connection if it does not answer a ping within this time.")
+    drain_s: float = Field(30.0, ge=0, le=300, description="On shutdown, keep browsers connected for this time, because they do not reconnect until their page is reloaded.")
 
     @property
     def missing(self) -> str:

@@ -6,34 +6,30 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, SecretStr, field_validator
 
-from relay.config.settings import JwtSettings, Section
+from relay.config.settings import JwtSettings, ListenerSection
 
 if TYPE_CHECKING:
     from relay.transports.engineio.endpoint import Timing
 
 
-class SocketIoSettings(Section):
-    """[protocol:socketio]: AcceleratXR's push notifications for Socket.IO 2, 3 and 4 clients."""
+class SocketIoSettings(ListenerSection):
+    """[protocol:socketio]: Push notifications of AcceleratXR for Socket.IO 2, 3 and 4 clients."""
 
-    fixed: ClassVar[frozenset[str]] = Section.fixed | {"namespace", "paths"}
+    fixed: ClassVar[frozenset[str]] = ListenerSection.fixed | {"namespace", "paths"}
 
-    secret: SecretStr = Field(SecretStr(""), description="what signs the clients' JWTs (or the PEM public key); several for rotation, separated by a line with ---; empty: none of its paths exist")
-    algorithm: Literal["HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "EdDSA"] = Field("HS256", description="the only algorithm accepted, whatever a token says")
-    audience: str = Field("", description="required aud; empty: not checked")
-    issuer: str = Field("", description="required iss; empty: not checked")
-    host: str = Field("", description="address of a listener of its own; empty: the one of [server]; counts only with a port")
-    port: int = Field(0, ge=0, le=65535, description="port of a listener of its own; 0: the shared listener of [server]")
-    tls_cert: str = Field("", description="path of a PEM certificate chain for a listener of its own; empty: that of [server]")
-    tls_key: str = Field("", description="path of its PEM private key")
-    namespace: str = Field("/axr", min_length=1, max_length=100, pattern=r"^/[^\s,?#]*$", description="the Socket.IO namespace of all clients, and of emitters too")
-    paths: str = Field("/notifications/, /socket.io/", description="paths that are served, separated by commas; clients give one as their option path")
-    allowed_origins: str = Field("", description="origins besides the relay's own, as https://app.example.org, separated by commas, whose pages may come with the cookie jwt; with a token in query, header or auth any page may come")
-    ping_interval_s: float = Field(25.0, ge=0.1, le=3600, description="seconds between two heartbeats; clients are told")
-    ping_timeout_s: float = Field(20.0, ge=0.1, le=3600, description="seconds a heartbeat may stay without an answer; clients are told")
-    upgrade_timeout_s: float = Field(10.0, ge=0.1, le=300, description="seconds for the change from polling to websocket")
-    connect_timeout_s: float = Field(45.0, ge=0.1, le=3600, description="seconds within which a client must have joined the namespace")
-    max_payload_bytes: int = Field(1000000, ge=1024, le=67108864, description="bytes of one message or request from a client")
-    recovery_s: float = Field(120.0, ge=0, le=86400, description="seconds within which a 4.x client that lost its connection gets what it missed, whichever worker it comes back to; 0: never")
+    secret: SecretStr = Field(SecretStr(""), description="JWT signing secret, or PEM public key for RS*/ES*/EdDSA. Separate several keys with a line \"---\" to rotate them. Leave empty to disable this protocol.")
+    algorithm: Literal["HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "EdDSA"] = Field("HS256", description="Signature algorithm. Tokens that use any other are rejected.")
+    audience: str = Field("", description="Required audience (aud) of a token. Empty: not checked.")
+    issuer: str = Field("", description="Required issuer (iss) of a token. Empty: not checked.")
+    namespace: str = Field("/axr", min_length=1, max_length=100, pattern=r"^/[^\s,?#]*$", description="Socket.IO namespace of all clients and emitters.")
+    paths: str = Field("/notifications/, /socket.io/", description="Paths to serve, separated by commas. Clients set one as their option path.")
+    allowed_origins: str = Field("", description="Additional origins whose pages may connect with the cookie jwt, separated by commas, for example https://app.example.org. Pages of any origin may connect with a token in the query, a header or auth.")
+    ping_interval_s: float = Field(25.0, ge=0.1, le=3600, description="Interval between heartbeats. Clients receive this value when they connect.")
+    ping_timeout_s: float = Field(20.0, ge=0.1, le=3600, description="Timeout for the answer to a heartbeat. Clients receive this value when they connect.")
+    upgrade_timeout_s: float = Field(10.0, ge=0.1, le=300, description="Timeout for the upgrade from polling to WebSocket.")
+    connect_timeout_s: float = Field(45.0, ge=0.1, le=3600, description="Timeout for a new connection to join the namespace.")
+    max_payload_bytes: int = Field(1000000, ge=1024, le=67108864, description="Maximum size of one message or request from a client.")
+    recovery_s: float = Field(120.0, ge=0, le=86400, description="Send missed events to Socket.IO 4 clients that reconnect within this time, on any worker. 0 disables recovery.")
 
     @property
     def missing(self) -> str:

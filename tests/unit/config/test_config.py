@@ -167,7 +167,7 @@ def test_values_keep_percent_hash_and_semicolon_and_go_on_in_the_next_line(
         ("[protocol:test]\nodd = 2", "relay.ini: [protocol:test] odd = 2: 2 is even"),
         ("[log]\nlevel = loud", "level = loud: one of debug, info, warning, error"),
         ("[namespace:x]\nrights = all", "[namespace:x] rights = all: text that matches"),
-        ("[namespace:x]\nrights = all", "hash (the rights hash)"),
+        ("[namespace:x]\nrights = all", "hash (the rights hash in Redis)"),
         ("[server]\nprot = 1\n", "relay.ini: [server] prot: no such setting, did you mean port?"),
         ("[server]\nPort = 1\n", "[server] Port: no such setting, did you mean port?"),
         ("[severs]\n", "relay.ini: [severs]: no such section, did you mean server?"),
@@ -405,9 +405,9 @@ def test_every_setting_in_the_example_has_a_comment_with_its_default() -> None:
     comment = ""
     for line in lines:
         if line.startswith("# "):
-            comment += line
+            comment += line.removeprefix("#")
         elif line.startswith("#") and len(line) > 1:
-            assert "Default:" in comment, line
+            assert ", default: " in comment, line
             comment = ""
         elif not line:
             comment = ""

@@ -18,7 +18,7 @@ from relay.core.errors import ConfigError
 
 
 class RoomSettings(Section):
-    """[protocol:house:NAME]: a room."""
+    """[protocol:house:NAME]: A room."""
 
     code: str = Field("", max_length=3, description="short")
     odd: int = Field(1, description="an odd number")
@@ -32,7 +32,7 @@ class RoomSettings(Section):
 
 
 class HouseSettings(Section):
-    """[protocol:house]: a door with rooms."""
+    """[protocol:house]: A door with rooms."""
 
     sections_by_name: ClassVar[tuple[str, type[Section]] | None] = ("rooms", RoomSettings)
 
@@ -171,7 +171,9 @@ def test_settings_become_an_ini_file_that_says_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [" a", "a ", "a\nb", "a\x85b", "\ufeff \t"])
 def test_a_value_that_no_ini_file_gives_back_is_refused_and_not_shown(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"^old.conf: KEY has white space .* key_file$"):
+    with pytest.raises(
+        ConfigError, match=r"^old.conf: KEY begins or ends with white space .* key_file$"
+    ):
         ini_text.ini([said("jwt", "key", text)])
 
 
