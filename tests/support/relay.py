@@ -31,9 +31,15 @@ class RelayProcess:
         flags: Sequence[str] = (),
         key: str = KEY,
         prefix: Sequence[str] = (),
+        root: Path = ROOT,
     ) -> None:
-        """`key` is [jwt] key, '' where the configuration file has one; `prefix` is what runs
-        the command."""
+        """Prepare a relay.
+
+        Args:
+            key: [jwt] key, '' if the configuration file has one.
+            prefix: Words before the command, such as those of prlimit.
+            root: The folder that holds the package `relay`.
+        """
         self.server = server
         self.port = free_port()
         self.log: list[str] = []
@@ -41,6 +47,7 @@ class RelayProcess:
         self.flags = list(flags)
         self.key = key
         self.prefix = list(prefix)
+        self._root = root
         self._process: subprocess.Popen[str] | None = None
         self._client = server.client("admin")
 
@@ -63,7 +70,7 @@ class RelayProcess:
         for setting in ["node.drain_s=0.2", *key, *self.settings]:
             command += ["--set", setting]
         environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-        environment["PYTHONPATH"] = str(ROOT)
+        environment["PYTHONPATH"] = str(self._root)
         ready = threading.Event()
         self._process = subprocess.Popen(
             command,
@@ -71,7 +78,7 @@ class RelayProcess:
             stderr=subprocess.STDOUT,
             text=True,
             env=environment,
-            cwd=ROOT,
+            cwd=self._root,
         )
         threading.Thread(target=self._read, args=(self._process, ready), daemon=True).start()
         if not ready.wait(START_S) or self._process.poll() is not None:
@@ -84,7 +91,7 @@ class RelayProcess:
             for line in lines:
                 self.log.append(line.rstrip())
                 # The banner is printed once the listeners are open.
-                if f":{self.port}/" in line:
+                if line.startswith("relay is ready on"):
                     ready.set()
         ready.set()
 
