@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from producers.settings import QueueSettings
-from relay.core.errors import RedisUnavailable
+from relay.core.errors import LimitExceeded, RedisUnavailable
 from relay.protocols.centrifugo import commands
 from relay.stream.connection.connect import CommandRefused, discover
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.task_groups import first_of, uncancel, wait_for
 from relay.stream.format import entry
 from relay.stream.write import control, dead_letters
-from relay.stream.write.append import UID_BYTES
+from relay.stream.write.append import AppendCommands
 from relay.stream.write.queue import CommandQueues, Head, Operation
 
 if TYPE_CHECKING:
@@ -65,13 +65,13 @@ class Dispatcher:
         keys: Keys,
         namespace_of: Callable[[Channel], NamespaceSettings],
         max_entry_bytes: int,
-        window_ms: int,
+        uid_window_s: float,
         handlers: Mapping[str, Handler] | None = None,
     ) -> None:
         self._keys = keys
         self._namespace_of = namespace_of
         self._max_entry_bytes = max_entry_bytes
-        self._window_ms = window_ms
+        self._commands = AppendCommands(keys, namespace_of, uid_window_s=uid_window_s)
         self._handlers: dict[str, Handler] = {
             "publish": self._publish,
             "broadcast": self._broadcast,
@@ -110,13 +110,12 @@ class Dispatcher:
             fields = entry.encode(data, type=kind, uid=uid, to=to, client=client, checked=True)
         if entry.size(fields) > self._max_entry_bytes:
             raise commands.InvalidCommand(f"too large: {entry.size(fields)} bytes")
-        uid_key = None
-        rules = self._namespace_of(channel)
-        if uid is not None and self._window_ms and rules.unique_uids:
-            if len(uid.encode()) > UID_BYTES:
-                raise commands.InvalidCommand(f"uid of more than {UID_BYTES} bytes")
-            uid_key = self._keys.uid(channel, uid)
-        return Operation(self._keys.stream(channel), fields, index, rules.retention_count, uid_key)
+        try:
+            uid_key = None if uid is None else self._commands.uid_key(channel, uid)
+        except LimitExceeded as exc:
+            raise commands.InvalidCommand(str(exc)) from exc
+        keep = self._namespace_of(channel).retention_count
+        return Operation(self._keys.stream(channel), fields, index, keep, uid_key)
 
     def _publish(self, command: commands.CentrifugoCommand, index: int) -> list[Operation]:
         return [self.operation(commands.publish(command.params), index)]
@@ -195,7 +194,7 @@ class QueueProducer:
             keys=keys,
             namespace_of=namespace_of,
             max_entry_bytes=max_entry_bytes,
-            window_ms=self._window_ms,
+            uid_window_s=publish.uid_window_s,
             handlers=handlers,
         )
         names = [settings.name, *(f"{settings.name}.{n}" for n in range(settings.shards))]

@@ -1,4 +1,4 @@
-"""Events straight to Redis: one connection, kept from event to event, opened again when lost."""
+"""Send events to Redis on one connection, which is kept between events and reopened if lost."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import contextlib
 from collections.abc import Callable, Sequence
 
 from producers.outgoing import Away, Outcome, Outgoing, Postponed, Refused
-from relay.config.settings import RedisSettings
-from relay.core.errors import RedisUnavailable
+from relay.config.settings import NamespaceSettings, RedisSettings
+from relay.core.errors import RedisUnavailable, RelayError
 from relay.core.model import EntryID
 from relay.stream.connection.connect import CommandRefused, discover
 from relay.stream.connection.pipeline_connection import PipelineConnection
-from relay.stream.connection.refusals import TEMPORARY_CODES
-from relay.stream.connection.scripts import APPEND_ONCE, load
+from relay.stream.connection.scripts import load
 from relay.stream.format.keys import Keys
-from relay.stream.write.append_once import Appender, Entry
+from relay.stream.write.append import APPEND_ONCE, AppendCommands, send
 
 
 class DirectSender:
-    """A `Sender` over Redis; needs the `producer` rights of docs/redis.md and no more.
+    """A `Sender` that appends to Redis. Needs only the `producer` rights of docs/redis.md.
 
-    With `load_script` the rights of the user `relay`, who may not EVAL, do as well.
+    `maxlen` limits the streams to about this many entries (0: no limit), and uids are remembered
+    for `window_s`. With `load_script` the rights of the user `relay`, which include SCRIPT LOAD
+    instead of EVAL, are sufficient too.
     """
 
     def __init__(
@@ -32,74 +33,76 @@ class DirectSender:
         maxlen: int = 0,
         load_script: bool = False,
     ) -> None:
-        # The caller's own limit is over all waits together, and ends first.
+        # The caller's time limit covers all waits together and is reached first.
         self._settings = settings.model_copy(
             update={"connect_timeout_s": 60.0, "command_timeout_s": 300.0}
         )
-        self._keys = Keys(settings.prefix)
-        self._window_s = window_s
-        self._maxlen = maxlen
+        namespace = NamespaceSettings(retention_count=maxlen)
+        self._commands = AppendCommands(
+            Keys(settings.prefix), lambda _: namespace, uid_window_s=window_s
+        )
         self._load_script = load_script
-        self._link: PipelineConnection | None = None
-        self._appender: Appender | None = None
+        self._connection: PipelineConnection | None = None
+        # A server that restarts loses its scripts, but then the connection is lost too.
+        self._script_known = False
         self._opening = asyncio.Lock()
 
     async def send(self, events: Sequence[Outgoing], leaving: Callable[[], None]) -> list[Outcome]:
         """Append in order, in one pipeline."""
-        entries = [Entry(each.channel, each.fields(), each.uid) for each in events]
+        appends = [self._commands.build(each.channel, each.fields(), each.uid) for each in events]
         try:
-            appender = await self._connected()
+            connection = await self._connected()
         except RedisUnavailable as exc:
             raise Away(str(exc)) from exc
-        link = self._link
+        script_known = self._script_known
+        self._script_known = script_known or appends[0].script is not None
         leaving()
         try:
-            replies = await appender.append(entries)
+            results = await send(connection, appends, script_known=script_known)
         except RedisUnavailable as exc:
-            self._drop(link)
+            self._drop(connection)
             raise Away(str(exc), sent=True) from exc
         except asyncio.CancelledError:
-            # Nobody knows when this connection answers again: the next event takes a new one.
-            self._drop(link)
+            # The reply may arrive at any time, so the next event must use a new connection.
+            self._drop(connection)
             raise
-        return [_outcome(reply) for reply in replies]
+        return [_outcome(result) for result in results]
 
     async def close(self) -> None:
-        """Give up the connection."""
-        self._drop(self._link)
+        """Close the connection."""
+        self._drop(self._connection)
 
-    async def _connected(self) -> Appender:
+    async def _connected(self) -> PipelineConnection:
         async with self._opening:
-            if self._appender is None:
-                endpoint = await discover(self._settings)
-                self._link = link = await PipelineConnection.open(
-                    endpoint,
+            if self._connection is None:
+                connection = await PipelineConnection.open(
+                    await discover(self._settings),
                     settings=self._settings,
-                    on_lost=lambda _: self._drop(link),
+                    on_lost=lambda _: self._drop(connection),
                     name="relay-producer",
                     check_primary=False,
                 )
-                loaded = False
+                self._connection = connection
+                self._script_known = False
                 if self._load_script:
                     with contextlib.suppress(CommandRefused):
-                        await load(link, APPEND_ONCE)
-                        loaded = True
-                self._appender = Appender(
-                    link, self._keys, window_s=self._window_s, maxlen=self._maxlen, loaded=loaded
-                )
-            return self._appender
+                        await load(connection, APPEND_ONCE)
+                        self._script_known = True
+            return self._connection
 
-    def _drop(self, link: PipelineConnection | None) -> None:
-        if link is not None and link is self._link:
-            self._link = self._appender = None
-            link.close()
+    def _drop(self, connection: PipelineConnection | None) -> None:
+        if connection is not None and connection is self._connection:
+            self._connection = None
+            connection.close()
 
 
-def _outcome(reply: EntryID | CommandRefused) -> Outcome:
-    if isinstance(reply, EntryID):
-        return reply
-    reason = str(reply)
-    # A user who may not run scripts is the fault of no event, and would empty a spool of thousands.
-    # A key that is not allowed may be that of this event alone.
-    unusable = reply.code == "NOSCRIPT" or (reply.code == "NOPERM" and " to run " in reason)
-    return Postponed(reason) if unusable or reply.code in TEMPORARY_CODES else Refused(reason)
+def _outcome(result: EntryID | RelayError) -> Outcome:
+    if isinstance(result, EntryID):
+        return result
+    reason = str(result)
+    if not isinstance(result, CommandRefused):
+        return Postponed(reason)
+    # A user without the right to run scripts is not a fault of the event, and would empty a spool
+    # of thousands. A forbidden key may be the key of this event only.
+    unusable = result.code == "NOSCRIPT" or (result.code == "NOPERM" and " to run " in reason)
+    return Postponed(reason) if unusable else Refused(reason)

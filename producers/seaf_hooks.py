@@ -24,7 +24,7 @@ from relay.stream.connection import connect
 from relay.stream.connection.connect import redis_client
 from relay.stream.connection.reconnecting import ReconnectingConnection
 from relay.stream.format import entry
-from relay.stream.write.append import Appender
+from relay.stream.write.appender import Appender
 
 if TYPE_CHECKING:
     from producers.registry import ProducerContext

@@ -11,10 +11,11 @@ import orjson
 from producers.socketio_wire import Control
 from relay.core.model import Channel, EntryID, Event
 from relay.protocols.socketio.entry_format import Contents, Emit, Unusable, contents, copies
-from relay.stream.connection import scripts
+from relay.stream.connection.scripts import Script
 from relay.stream.format import entry as entries
 from relay.stream.format import ephemeral
 from relay.stream.write import control, dead_letters
+from relay.stream.write.append import APPEND_FUNCTION
 
 if TYPE_CHECKING:
     from relay.config.settings import NamespaceSettings
@@ -26,6 +27,54 @@ _DOOR = "socketio"
 _ALWAYS = EntryID(2**64 - 1, 0)
 
 _WAIT_MS = 1000
+
+# KEYS a tap's mark, dead letters, the stream of each entry; ARGV the mark as read, its new value,
+# dead letters kept, node, time, then of each emit either `p`, a pub/sub channel and a payload, or
+# `x`, entries kept (0: all), number of words, words, number of copies, and of each copy the number
+# of its own words and these. A later copy gets the IDs of those before it. -1 where the mark is
+# another and nothing was done, else how many appends Redis refused: each has become a dead letter
+# with the beginning of its `data`, which must be the first of its fields.
+EMITS = Script(
+    APPEND_FUNCTION
+    + """\
+if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return -1 end
+redis.call('SET', KEYS[1], ARGV[2])
+local k, a, failed, argv = 3, 6, 0, ARGV
+while a <= #argv do
+  if argv[a] == 'p' then
+    redis.pcall('PUBLISH', argv[a + 1], argv[a + 2])
+    a = a + 3
+  else
+    local keep, n, from, earlier = argv[a + 1], tonumber(argv[a + 2]), a + 3, ''
+    a = from + n
+    local copies = tonumber(argv[a])
+    a = a + 1
+    for copy = 1, copies do
+      local words = {unpack(argv, from, from + n - 1)}
+      local own = tonumber(argv[a])
+      for i = a + 1, a + own do words[#words + 1] = argv[i] end
+      a = a + 1 + own
+      if copy > 1 then
+        words[#words + 1] = 'copies'
+        words[#words + 1] = earlier
+      end
+      local id = append(KEYS[k], keep, words)
+      if type(id) == 'table' then
+        failed = failed + 1
+        append(KEYS[2], argv[3], {'queue', KEYS[k], 'reason', id.err, 'node', argv[4],
+          'at', argv[5], 'truncated', '1',
+          'fields', cjson.encode({{'data', string.sub(argv[from + 1], 1, 65536)}})})
+        id = '0-0'
+      end
+      k = k + 1
+      earlier = copy > 1 and earlier .. ' ' .. id or id
+    end
+  end
+end
+return failed
+"""
+)
+
 
 Words = list[bytes | str | int]
 
@@ -119,7 +168,7 @@ class Batch:
         """
         streams = self._streams
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        words: Words = ["EVALSHA", scripts.EMITS.sha, len(streams) + 2, mark_key]
+        words: Words = ["EVALSHA", EMITS.sha, len(streams) + 2, mark_key]
         words += self._keys.dead_letters, *streams
         words += old, new, dead_letters.KEEP, self._node, at, *self._words
         refused = cast(int, await link.call(*words))

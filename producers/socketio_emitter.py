@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from producers import socketio_wire as wire
 from producers.settings import EmitterSettings
-from producers.socketio_append import Batch
+from producers.socketio_append import EMITS, Batch
 from producers.socketio_heard import Heard
 from producers.socketio_wire import Control
 from relay.core.errors import ConfigError, RedisUnavailable, RelayError, Unavailable
 from relay.core.model import EntryID
 from relay.protocols.socketio.entry_format import Emit, Unusable, channel_of
 from relay.stream.cluster.leases import Lease
-from relay.stream.connection import connect, scripts
+from relay.stream.connection import connect
 from relay.stream.connection.connect import CommandRefused, redis_client
 from relay.stream.connection.reconnecting import ReconnectingConnection
 
@@ -225,7 +225,7 @@ class Tap:
 
     async def _mark(self, key: bytes) -> bytes:
         """Where the one before had come to."""
-        await self._target.call("SCRIPT", "LOAD", scripts.EMITS.text)
+        await self._target.call("SCRIPT", "LOAD", EMITS.text)
         return cast("bytes | None", await self._target.call("GET", key)) or b""
 
     async def _apply(

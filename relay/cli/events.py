@@ -29,10 +29,10 @@ from relay.core.model import (
     Revocation,
 )
 from relay.hub.recovery import judge, untrimmed
+from relay.stream.connection.pipeline_connection import connected
 from relay.stream.format import entry
 from relay.stream.read.view import PAGE, View, look, wait_for_news
-from relay.stream.write.append import UID_BYTES
-from relay.stream.write.publish import publish as append
+from relay.stream.write.append import UID_BYTES, AppendCommands, send_one
 
 _AGAIN_S = 0.5
 
@@ -53,17 +53,15 @@ async def publish(site: Site, options: argparse.Namespace) -> int:
     limit = site.config.stream.max_entry_bytes
     if entry.size(fields) > limit:
         raise RelayError(f"not published: {entry.size(fields)} bytes, at most {limit} are allowed")
-    done = await append(
-        site.client,
-        site.keys,
-        channel,
-        fields,
-        namespace=site.config.namespace(channel),
-        uid=options.uid,
-        window_s=site.config.publish.uid_window_s,
-    )
+    # `unique_uids` is a rule for the HTTP API and the queue.
+    namespace = site.config.namespace(channel).model_copy(update={"unique_uids": True})
+    append = AppendCommands(
+        site.keys, lambda _: namespace, uid_window_s=site.config.publish.uid_window_s
+    ).build(channel, fields, options.uid)
+    async with connected(site.config.redis, name="relay-admin") as connection:
+        done = await send_one(connection, append)
     if options.json:
-        emit({"channel": channel, "id": str(done.id), "appended": done.fresh})
+        emit({"channel": channel, "id": str(done.id), "appended": done.is_new})
     else:
         print(done.id)
     return 0

@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator
 
 from relay.cli.output import Progress, duration, emit, optional, safe, say, table
 from relay.cli.site import Site
-from relay.core.errors import RedisUnavailable, RelayError
+from relay.core.errors import NotReplicated, RedisUnavailable, RelayError
 from relay.core.model import Broken
 from relay.stream.connection import connect
+from relay.stream.connection.pipeline_connection import connected
 from relay.stream.format import entry
 from relay.stream.upkeep import dead_letter_list
 from relay.stream.upkeep.dead_letter_list import DeadLetter
@@ -111,32 +112,35 @@ async def _chosen(site: Site, options: argparse.Namespace) -> AsyncIterator[Dead
 
 
 async def _requeue(site: Site, options: argparse.Namespace) -> int:
-    """Each by itself: one that cannot be requeued stays, and is said."""
+    """Requeue each dead letter separately. Those that cannot be requeued stay and are reported."""
     progress = Progress("requeued")
     done = failed = again = 0
     try:
-        async for letter in _chosen(site, options):
-            if letter.channel is None:
-                say(f"dead letter {letter.id} did not come from a stream; it stays")
-                failed += 1
-                continue
-            namespace = site.config.namespace(letter.channel)
-            try:
-                entry_id = await dead_letter_list.requeue(site.client, site.keys, letter, namespace)
-            except (RedisUnavailable, connect.CommandRefused):
-                raise
-            except RelayError as exc:
-                progress.end()
-                say(f"{exc}; it stays")
-                failed += 1
-                continue
-            done += 1
-            again += _still_broken(site, letter)
-            if options.json:
-                emit({"letter": str(letter.id), "channel": letter.channel, "id": str(entry_id)})
-            elif not options.all:
-                print(f"{letter.id} is {letter.channel} {entry_id}")
-            progress(done)
+        async with connected(site.config.redis, name="relay-admin") as connection:
+            async for letter in _chosen(site, options):
+                if letter.channel is None:
+                    say(f"dead letter {letter.id} did not come from a stream; it stays")
+                    failed += 1
+                    continue
+                namespace = site.config.namespace(letter.channel)
+                try:
+                    entry_id = await dead_letter_list.requeue(
+                        site.client, connection, site.keys, letter, namespace
+                    )
+                except (RedisUnavailable, NotReplicated, connect.CommandRefused):
+                    raise
+                except RelayError as exc:
+                    progress.end()
+                    say(f"{exc}; it stays")
+                    failed += 1
+                    continue
+                done += 1
+                again += _still_broken(site, letter)
+                if options.json:
+                    emit({"letter": str(letter.id), "channel": letter.channel, "id": str(entry_id)})
+                elif not options.all:
+                    print(f"{letter.id} is {letter.channel} {entry_id}")
+                progress(done)
     finally:
         progress.end()
     if options.all and not options.json:

@@ -58,7 +58,7 @@ from relay.stream.read.control_reader import ControlReader
 from relay.stream.read.reader import StreamReader
 from relay.stream.upkeep.unused import UnusedStreams
 from relay.stream.write import revoke as revocations
-from relay.stream.write.append import Appender
+from relay.stream.write.appender import Appender
 from relay.transports.between_workers.balance import Balance
 from relay.transports.socket.listener import raise_open_file_limit
 

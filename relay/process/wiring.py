@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from relay.hub.session import Client, Session
     from relay.stream.cluster.connection_limits import ConnectionLimiter
     from relay.stream.format.keys import Keys
-    from relay.stream.write.append import Appender
+    from relay.stream.write.appender import Appender
 
 
 async def reachable_redis(

@@ -191,7 +191,7 @@ async def test_the_redis_cli_lines_of_the_document_do_what_it_says(
 
 
 def test_one_script_in_all_languages() -> None:
-    from relay.stream.connection.scripts import APPEND_ONCE
+    from relay.stream.write.append import APPEND_ONCE
     from tests.support.tools import PRODUCERS
 
     for path in ("php/relay_publish.php", "node/relay-publish.mjs", "sh/relay-publish"):

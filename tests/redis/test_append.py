@@ -1,4 +1,4 @@
-"""append.py against real servers: order, idempotence, errors within their limits, replicas."""
+"""appender.py against real servers: order, idempotence, errors within their limits, replicas."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from relay.core.errors import NotReplicated, RedisUnavailable, RelayError
 from relay.core.model import Channel, EntryID
 from relay.stream.connection.connect import CommandRefused, command
 from relay.stream.format.keys import Keys
-from relay.stream.write.append import Appender
+from relay.stream.write.appender import Appender
 from tests.support.valkey import Flavour, Server, running
 
 pytestmark = pytest.mark.redis
@@ -157,7 +157,7 @@ async def test_success_means_that_the_replicas_have_it(
             with replica.client() as other:
                 assert other.xrange(keys.stream(NEWS))[0][0] == str(entry_id).encode()
             replica.freeze()
-            with pytest.raises(NotReplicated, match="0 of 1 replicas"):
+            with pytest.raises(NotReplicated, match="appended as .* but 0 of 1 replicas"):
                 await appender.append(NEWS, [b"data", b"2"])
             replica.thaw()
 

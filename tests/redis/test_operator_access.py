@@ -1,4 +1,4 @@
-"""publish, overview, view, letters and load against real servers, with the maintenance rights."""
+"""The parts behind operators' commands against real servers, with the maintenance rights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from relay.core.errors import RelayError
 from relay.core.model import ZERO_ID, Channel, EntryID, Event
 from relay.stream.cluster import workers
 from relay.stream.connection.connect import CommandRefused, command, redis_client
+from relay.stream.connection.pipeline_connection import PipelineConnection, connected
 from relay.stream.format import entry
 from relay.stream.format.keys import Keys
 from relay.stream.read import view
 from relay.stream.upkeep import dead_letter_list, overview, retention
-from relay.stream.write.publish import Appended, publish
+from relay.stream.write.append import AppendCommands, Appended, send_one
 from tests.support.valkey import Server
 
 pytestmark = pytest.mark.redis
@@ -32,33 +33,44 @@ async def hand(server: Server) -> AsyncIterator[Redis]:
         yield opened
 
 
-async def test_of_many_with_one_uid_one_appends(hand: Redis, admin: Redis, keys: Keys) -> None:
+@pytest.fixture
+async def connection(server: Server) -> AsyncIterator[PipelineConnection]:
+    """With the rights of maintenance."""
+    async with connected(server.settings("maintenance")) as opened:
+        yield opened
+
+
+async def publish(
+    connection: PipelineConnection, keys: Keys, channel: Channel, data: str
+) -> Appended:
+    commands = AppendCommands(keys, lambda _: NAMESPACE, uid_window_s=60)
+    fields = entry.encode(data.encode(), uid="u")
+    return await send_one(connection, commands.build(channel, fields, "u"))
+
+
+async def test_of_many_with_one_uid_one_appends(server: Server, admin: Redis, keys: Keys) -> None:
     async def once(number: int) -> Appended:
-        fields = entry.encode(str(number).encode(), uid="u")
-        return await publish(hand, keys, NEWS, fields, namespace=NAMESPACE, uid="u", window_s=60)
+        async with connected(server.settings("maintenance")) as connection:
+            return await publish(connection, keys, NEWS, str(number))
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(once(number), name=str(number)) for number in range(20)]
     done = [task.result() for task in tasks]
     assert len({each.id for each in done}) == 1
-    assert sum(each.fresh for each in done) == 1
+    assert sum(each.is_new for each in done) == 1
     assert await admin.xlen(keys.stream(NEWS)) == 1
-    other = Channel("other")
-    assert (
-        await publish(hand, keys, other, [b"data", b"1"], namespace=NAMESPACE, uid="u", window_s=60)
-    ).fresh
+    async with connected(server.settings("maintenance")) as connection:
+        assert (await publish(connection, keys, Channel("other"), "1")).is_new
 
 
 async def test_a_uid_is_not_taken_by_an_append_that_failed(
-    hand: Redis, admin: Redis, keys: Keys
+    connection: PipelineConnection, admin: Redis, keys: Keys
 ) -> None:
     await admin.set(keys.stream(NEWS), "no stream")
     with pytest.raises(CommandRefused, match="WRONGTYPE"):
-        await publish(hand, keys, NEWS, [b"data", b"1"], namespace=NAMESPACE, uid="u", window_s=60)
+        await publish(connection, keys, NEWS, "1")
     await admin.delete(keys.stream(NEWS))
-    assert (
-        await publish(hand, keys, NEWS, [b"data", b"1"], namespace=NAMESPACE, uid="u", window_s=60)
-    ).fresh
+    assert (await publish(connection, keys, NEWS, "1")).is_new
 
 
 async def test_what_was_trimmed_unread_is_not_behind(hand: Redis, admin: Redis, keys: Keys) -> None:
@@ -126,14 +138,14 @@ async def test_letters_that_come_while_it_walks_wait_for_the_next_time(
 
 @pytest.mark.parametrize("fields", ["{}", "[[1]]", "no JSON", '[["data"]]', '[["data", 5]]'])
 async def test_a_letter_with_nonsense_in_it_is_not_requeued(
-    hand: Redis, admin: Redis, keys: Keys, fields: str
+    hand: Redis, connection: PipelineConnection, admin: Redis, keys: Keys, fields: str
 ) -> None:
     letter_id = await command(
         admin, "XADD", keys.dead_letters, "*", "stream", keys.stream(NEWS), "fields", fields
     )
     letter = await dead_letter_list.find(hand, keys, EntryID.parse(letter_id))
     with pytest.raises(RelayError, match="no fields of an entry"):
-        await dead_letter_list.requeue(hand, keys, letter, NAMESPACE)
+        await dead_letter_list.requeue(hand, connection, keys, letter, NAMESPACE)
     assert await dead_letter_list.count(hand, keys) == 1
     assert not await admin.exists(keys.stream(NEWS))
 

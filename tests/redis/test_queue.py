@@ -144,7 +144,7 @@ async def test_broken_ones_are_dead_letters_and_the_next_ones_flow(
             "1", "x" * 256
         ): "a channel is 1 to 255 characters of valid UTF-8; this one has 256",
         publish(f'"{"x" * 10_000}"'): "too large: 10007 bytes",
-        publish("1", uid="u" * 300): "uid of more than 255 bytes",
+        publish("1", uid="u" * 300): "a uid is at most 255 bytes long",
         publish("1", type="relay:gap"): "reserved type",
         publish("1", to=[]): "to names nobody",
         '{"method":"broadcast","params":{"channels":["c","axr:r"],"data":1}}': (

@@ -76,6 +76,16 @@ def refusal_text(exc: ResponseError) -> str:
     return f"{code} {text}" if code and code_of(text) != code else text
 
 
+def refusal(command: str, reply: str) -> RelayError:
+    """Return the error that an error reply to `command` means."""
+    code = code_of(reply)
+    if code in UNAVAILABLE_CODES:
+        return RedisUnavailable(f"Redis cannot serve now: {reply}")
+    if code in TEMPORARY_CODES:
+        return RefusedForNow(command, reply)
+    return CommandRefused(command, reply)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedisEndpoint:
     """One server to connect to. `path` is a unix socket and wins over host and port."""
@@ -194,12 +204,7 @@ def translated() -> Iterator[None]:
     except (ReadOnlyError, MasterDownError, ClusterDownError, BusyLoadingError) as exc:
         raise RedisUnavailable(f"Redis cannot serve now: {exc}") from exc
     except ResponseError as exc:
-        text = refusal_text(exc)
-        if code_of(text) in UNAVAILABLE_CODES:
-            raise RedisUnavailable(f"Redis cannot serve now: {text}") from exc
-        if code_of(text) in TEMPORARY_CODES:
-            raise RefusedForNow("Redis", text) from exc
-        raise CommandRefused("Redis", text) from exc
+        raise refusal("Redis", refusal_text(exc)) from exc
     except (RedisError, OSError) as exc:
         raise RedisUnavailable(f"Redis: {exc}") from exc
 

@@ -15,17 +15,26 @@ import asyncio
 import logging
 import socket
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import cast
 
 import hiredis
 
 from relay.config.settings import RedisSettings
 from relay.core.errors import RedisUnavailable
-from relay.stream.connection.connect import UNAVAILABLE_CODES, CommandRefused, RedisEndpoint
+from relay.stream.connection.connect import (
+    UNAVAILABLE_CODES,
+    CommandRefused,
+    RedisEndpoint,
+    discover,
+)
 from relay.stream.connection.primary import Replication
+from relay.stream.connection.refusals import rule_of
 
 RedisCommand = Sequence[bytes | str | int]
+# An error reply, as it stands among the replies to a pipeline.
+ReplyError = hiredis.ReplyError
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +73,6 @@ class PipelineConnection(asyncio.Protocol):
         self.replication = Replication(b"", b"", b"")
         self.server = ""
         self.version = ""
-        self.in_flight = 0
         self._timeout_s = command_timeout_s
         self._on_push = on_push
         self._on_lost: Callable[[Exception | None], None] | None = None
@@ -115,7 +123,10 @@ class PipelineConnection(asyncio.Protocol):
             ) from exc
         except CommandRefused as exc:
             link.close()
-            raise RedisUnavailable(f"Redis at {endpoint} refused {exc}") from exc
+            remedy = rule_of(exc.reply).remedy
+            raise RedisUnavailable(
+                f"Redis at {endpoint} refused {exc}{remedy and f'. {remedy}'}"
+            ) from exc
         except OSError as exc:  # ssl.SSLError and name resolution are OSErrors too
             link.close()
             raise RedisUnavailable(f"Redis at {endpoint} cannot be reached: {exc}") from exc
@@ -141,7 +152,7 @@ class PipelineConnection(asyncio.Protocol):
         if not check_primary:
             return
         for reply in (replies := await self.execute([("INFO", "server"), ("INFO", "replication")])):
-            if isinstance(reply, hiredis.ReplyError):
+            if isinstance(reply, ReplyError):
                 raise CommandRefused("INFO", str(reply))
         server, replication = cast("list[bytes]", replies)
         self.replication = Replication.parse(replication)
@@ -171,7 +182,6 @@ class PipelineConnection(asyncio.Protocol):
         self._out.extend([_pack(tuple(command)) for command in commands])
         now = self._loop.time()
         self._waiting.append(_Pipeline(future, len(commands), now))
-        self.in_flight += len(commands)
         if self._timer is None:
             self._timer = self._loop.call_at(now + self._timeout_s, self._on_timer)
         return future
@@ -187,7 +197,6 @@ class PipelineConnection(asyncio.Protocol):
             if same == expected and self._waiting[-1] is pipeline:
                 self._out.append(_pack(tuple(command)))
                 pipeline.left += 1
-                self.in_flight += 1
                 return
         unawaited(self.execute([command]), expected=expected)
         if not self._closed and self._waiting:
@@ -196,7 +205,7 @@ class PipelineConnection(asyncio.Protocol):
     async def call(self, *command: bytes | str | int) -> object:
         """Send one command and await its reply. An error reply raises CommandRefused."""
         (reply,) = await self.execute([command])
-        if isinstance(reply, hiredis.ReplyError):
+        if isinstance(reply, ReplyError):
             word = command[0]
             text = word.decode() if isinstance(word, bytes) else str(word)
             raise CommandRefused(text, str(reply))
@@ -232,14 +241,13 @@ class PipelineConnection(asyncio.Protocol):
                         if self._closed:
                             return
                     continue
-                if type(reply) is hiredis.ReplyError and self._unavailable(reply):
+                if type(reply) is ReplyError and self._unavailable(reply):
                     return
                 if not waiting:
                     self._garbled("a reply that nobody asked for")
                     return
                 pipeline = waiting[0]
                 pipeline.replies.append(reply)
-                self.in_flight -= 1
                 pipeline.left -= 1
                 if not pipeline.left:
                     waiting.popleft()
@@ -259,7 +267,7 @@ class PipelineConnection(asyncio.Protocol):
     def _confirms(self, push: list[object]) -> bool:
         return bool(push) and push[0] in _CONFIRMATIONS and bool(self._waiting)
 
-    def _unavailable(self, error: hiredis.ReplyError) -> bool:
+    def _unavailable(self, error: ReplyError) -> bool:
         text = str(error)
         if text.partition(" ")[0] not in UNAVAILABLE_CODES:
             return False
@@ -302,7 +310,6 @@ class PipelineConnection(asyncio.Protocol):
             self._transport.abort()
         self._out.clear()
         waiting, self._waiting = self._waiting, deque()
-        self.in_flight = 0
         for pipeline in waiting:
             if not pipeline.future.done():
                 text = str(reason) if reason else f"Redis at {self.endpoint}: the link is closed"
@@ -310,6 +317,20 @@ class PipelineConnection(asyncio.Protocol):
         if self._on_lost is not None:
             on_lost, self._on_lost = self._on_lost, None
             on_lost(reason)
+
+
+@asynccontextmanager
+async def connected(
+    settings: RedisSettings, *, name: str = "relay"
+) -> AsyncIterator[PipelineConnection]:
+    """Open a connection for one task, and close it at the end."""
+    connection = await PipelineConnection.open(
+        await discover(settings), settings=settings, name=name
+    )
+    try:
+        yield connection
+    finally:
+        connection.close()
 
 
 def unawaited(answer: Awaitable[list[object]], *, expected: str = "") -> None:
@@ -321,7 +342,7 @@ def unawaited(answer: Awaitable[list[object]], *, expected: str = "") -> None:
         if finished.cancelled() or finished.exception() is not None:
             return
         for reply in finished.result():
-            if isinstance(reply, hiredis.ReplyError) and not (expected and expected in str(reply)):
+            if isinstance(reply, ReplyError) and not (expected and expected in str(reply)):
                 _log.error("Redis refused: %s", reply)
 
     future.add_done_callback(done)

@@ -14,8 +14,9 @@ from relay.config.settings import NamespaceSettings
 from relay.core.errors import RelayError
 from relay.core.model import ZERO_ID, Channel, EntryID
 from relay.stream.connection import connect
+from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.format.keys import Keys
-from relay.stream.write import publish
+from relay.stream.write.append import AppendCommands, send_one
 
 # One letter may be LIMIT_BYTES long, and more as base64.
 _PAGE = 100
@@ -75,25 +76,27 @@ async def find(client: Redis, keys: Keys, letter_id: EntryID) -> DeadLetter:
 
 
 async def requeue(
-    client: Redis, keys: Keys, letter: DeadLetter, namespace: NamespaceSettings
+    client: Redis,
+    connection: PipelineConnection,
+    keys: Keys,
+    letter: DeadLetter,
+    namespace: NamespaceSettings,
 ) -> EntryID:
-    """Append the original fields to their stream and remove the letter; the new entry's ID.
+    """Append the original fields to their stream and remove the dead letter.
 
-    May be repeated after an interruption: the entry is appended once. RelayError where the fields
-    are not known whole.
+    Return the ID of the new entry. May be repeated after an interruption: the entry is appended
+    once.
+
+    Raises:
+        RelayError: The dead letter does not contain all fields of its entry.
     """
     if letter.channel is None:
         raise RelayError(f"dead letter {letter.id} did not come from a stream; it can be shown")
     fields = await _original(client, keys, letter)
-    done = await publish.append(
-        client,
-        keys,
-        letter.channel,
-        fields,
-        namespace=namespace,
-        mark=keys.requeued(letter.channel, letter.id),
-        mark_s=_MARK_S,
+    append = AppendCommands(keys, lambda _: namespace, uid_window_s=_MARK_S).build_once(
+        letter.channel, fields, keys.requeued(letter.channel, letter.id)
     )
+    done = await send_one(connection, append)
     await drop(client, keys, [letter.id])
     return done.id
 

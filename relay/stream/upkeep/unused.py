@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from relay.core.errors import RelayError
 from relay.stream.connection import connect
-from relay.stream.connection.scripts import REMOVE_UNUSED
+from relay.stream.connection.scripts import Script
 from relay.stream.read.groups import OWN_GROUPS
 
 if TYPE_CHECKING:
@@ -32,6 +32,27 @@ if TYPE_CHECKING:
 KEEP_S = 30.0
 MAX_KEPT = 500
 _BATCH = 200
+
+# KEYS stream; ARGV a command, then the names of groups that do not count. Runs the command on the
+# stream if nothing was ever appended to it and it has no other groups, and returns its reply; else
+# returns 0.
+REMOVE_UNUSED = Script("""\
+if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('XLEN', KEYS[1]) > 0 then return 0 end
+local info = redis.call('XINFO', 'STREAM', KEYS[1])
+for i = 1, #info, 2 do
+  if info[i] == 'entries-added' and info[i + 1] > 0 then return 0 end
+  if info[i] == 'last-generated-id' and info[i + 1] ~= '0-0' then return 0 end
+end
+local markers = {}
+for i = 2, #ARGV do markers[ARGV[i]] = true end
+for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
+  for i = 1, #group, 2 do
+    if group[i] == 'name' and not markers[group[i + 1]] then return 0 end
+  end
+end
+return redis.call(ARGV[1], KEYS[1])
+""")
+
 
 _log = logging.getLogger(__name__)
 

@@ -1,275 +1,296 @@
-"""Appends of all producers in this process: those of one loop turn leave in one pipeline.
+"""Append entries to channels: build the commands, send them and parse the replies.
 
-Whoever awaits an append gets its entry's ID, or an error within the limits of `[publish]`: success
-is never said without the ID. With a uid the append is idempotent within the configured window and
-is tried once more where the connection broke; without one nobody could know whether it happened.
+An entry without a uid is a plain XADD. An entry with a uid is appended by a script that stores the
+ID of the first entry in `<prefix>uid:{C}:<uid>` for a limited time and returns that ID instead of
+appending again. An append whose reply was lost may therefore be repeated.
+
+`relay.stream.write.appender` batches the appends of a relay process. `send` and `send_one` are for
+programs that append on a connection of their own.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple
 
-import hiredis
-
-from relay.core.errors import (
-    LimitExceeded,
-    NotReplicated,
-    RedisUnavailable,
-    RelayError,
-    Unavailable,
-)
+from relay.core.errors import LimitExceeded, NotReplicated, RelayError
 from relay.core.model import RESERVED_NAMESPACES, Channel, EntryID, namespace_of
-from relay.stream.connection import scripts
-from relay.stream.connection.connect import CommandRefused, RefusedForNow, discover
-from relay.stream.connection.pipeline_connection import PipelineConnection
-from relay.stream.connection.refusals import TEMPORARY_CODES, Effect, Refusals, code_of, rule_of
+from relay.stream.connection.connect import refusal
+from relay.stream.connection.pipeline_connection import ReplyError
+from relay.stream.connection.scripts import Script
 
 if TYPE_CHECKING:
-    from relay.config.settings import NamespaceSettings, PublishSettings, RedisSettings
-    from relay.stream.connection.pipeline_connection import RedisCommand
+    from relay.config.settings import NamespaceSettings
+    from relay.stream.connection.pipeline_connection import PipelineConnection, RedisCommand
     from relay.stream.format.keys import Keys
 
-_log = logging.getLogger(__name__)
-
 UID_BYTES = 255
-_WAITING = 100_000
-_BATCH = 1000
-_PAUSE_S = 0.05
-# Name of an area in `Refusals`.
-PUBLISHING = "publishing"
+# How long `send` waits for replicas. Keep it below the timeout of the connection.
+WAIT_MS = 1000
+
+# KEYS stream, uid key; ARGV window in ms, then the words of XADD after the key. Returns the ID of
+# the entry, or the ID of the first entry if the uid is known. The producers in other languages
+# contain the same text.
+APPEND_ONCE = Script("""\
+local known = redis.call('GET', KEYS[2])
+if known then return known end
+local id = redis.call('XADD', KEYS[1], unpack(ARGV, 2))
+redis.call('SET', KEYS[2], id, 'PX', ARGV[1])
+return id
+""")
+
+# KEYS stream; ARGV a type, the name and value of a field, then the words of XADD after the key.
+# Returns the ID of the entry, or the ID of the newest entry of this type if that entry has the same
+# value in the field. Only the newest 1024 entries are searched.
+APPEND_CHANGED = Script("""\
+local latest = nil
+for _, count in ipairs({16, 1024}) do
+  local entries = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', count)
+  for _, entry in ipairs(entries) do
+    local fields = {}
+    for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
+    if fields['type'] == ARGV[1] then
+      if fields[ARGV[2]] == ARGV[3] then return entry[1] end
+      latest = entry
+      break
+    end
+  end
+  if latest or #entries < count then break end
+end
+return redis.call('XADD', KEYS[1], unpack(ARGV, 4))
+""")
+
+# For scripts that append several entries and continue after one that Redis refuses. Returns the ID,
+# or a table with the error. `uid` is the key of the uid or nil, `keep` 0 for no limit.
+APPEND_FUNCTION = """\
+local function append(stream, keep, fields, uid, window)
+  local known = uid and redis.pcall('GET', uid)
+  if type(known) == 'string' then return known end
+  local id
+  if keep == '0' then id = redis.pcall('XADD', stream, '*', unpack(fields))
+  else id = redis.pcall('XADD', stream, 'MAXLEN', '~', keep, '*', unpack(fields)) end
+  if uid and type(id) == 'string' then redis.pcall('SET', uid, id, 'PX', window) end
+  return id
+end
+"""
 
 
-class _Append:
-    __slots__ = ("command", "future", "once_more", "replicas")
+class Append(NamedTuple):
+    """One append: its command, the script if it has one, and the number of replicas to wait for.
+
+    An append with a script may be repeated after its reply was lost.
+    """
+
+    command: RedisCommand
+    script: Script | None
+    replicas: int
+
+    def with_script_text(self) -> RedisCommand:
+        """Return the command in a form that needs no loaded script."""
+        if self.script is None:
+            return self.command
+        return ("EVAL", self.script.text, *self.command[2:])
+
+
+class AppendCommands:
+    """Builds appends: stream limit, uid and replicas follow the settings of the namespace."""
 
     def __init__(
         self,
-        command: RedisCommand,
-        future: asyncio.Future[EntryID],
-        replicas: int,
-        once_more: bool,
-    ) -> None:
-        self.command = command
-        self.future = future
-        self.replicas = replicas
-        self.once_more = once_more
-
-
-class Appender:
-    """The one way into streams for producers in this process; `run` must be running."""
-
-    def __init__(
-        self,
-        *,
         keys: Keys,
-        redis: RedisSettings,
-        settings: PublishSettings,
         namespace_of: Callable[[Channel], NamespaceSettings],
-        refusals: Refusals | None = None,
+        *,
+        uid_window_s: float,
     ) -> None:
-        refusals = refusals or Refusals()
         self._keys = keys
         self._namespace_of = namespace_of
-        self._window_ms = int(settings.uid_window_s * 1000)
-        limits = {
-            "connect_timeout_s": min(redis.connect_timeout_s, settings.timeout_s),
-            "command_timeout_s": settings.timeout_s,
-        }
-        limited = redis.model_copy(update=limits)
-        self._plain = _Lane(limited, refusals)
-        # WAIT blocks its connection, and counts what that connection wrote.
-        self._replicated = _Lane(limited, refusals)
+        self._window_ms = int(uid_window_s * 1000)
 
-    async def run(self) -> None:
-        """Until cancelled; survives everything that Redis does."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._plain.run(), name="appends")
-            tasks.create_task(self._replicated.run(), name="replicated appends")
-
-    def append(
+    def build(
         self,
         channel: Channel,
         fields: Sequence[bytes],
         uid: str | None = None,
         *,
         unless_latest: bytes | None = None,
-    ) -> asyncio.Future[EntryID]:
-        """The ID of the entry with these fields, at the end of the channel's stream.
+    ) -> Append:
+        """Return the append of an entry with these flat fields.
 
-        With `unless_latest`, the name of one of the fields, nothing is appended where the newest
-        entry of this one's type has the same value in it: that one's ID is the answer then. A uid
-        is only a field beside that.
+        Args:
+            channel: The channel to whose stream the entry is appended.
+            fields: Names and values, as `entry.encode` returns them.
+            uid: Append only the first entry with this uid, if the namespace has unique uids.
+            unless_latest: Name of a field. Append nothing if the newest entry of the same type has
+                the same value in this field. The uid is then only a field.
 
-        Appends to one channel happen in the order of the calls. Errors: RedisUnavailable (it may
-        or may not have happened), CommandRefused (it has not), NotReplicated (it has, here),
-        Unavailable (too many are waiting), LimitExceeded (the uid is too long).
+        Raises:
+            LimitExceeded: The uid is too long.
         """
         rules = self._namespace_of(channel)
-        words: list[bytes | str | int] = []
-        if rules.retention_count:
-            words += "MAXLEN", "~", rules.retention_count
-        words.append("*")
-        words += fields
-        key = self._keys.stream(channel)
-        # In channels of one protocol the uid is the relay's own: it makes an append repeatable.
-        unique = rules.unique_uids or namespace_of(channel) in RESERVED_NAMESPACES
-        once = bool(uid) and self._window_ms > 0 and unique
+        words = _words(rules, fields)
+        stream = self._keys.stream(channel)
         if unless_latest is not None:
             values = dict(zip(fields[::2], fields[1::2], strict=True))
             same = values.get(b"type", b""), unless_latest, values[unless_latest]
-            once = True
-            command: RedisCommand = ("EVALSHA", scripts.APPEND_CHANGED.sha, 1, key, *same, *words)
-        elif uid and once:
-            if len(uid.encode(errors="replace")) > UID_BYTES:
-                raise LimitExceeded(f"a uid is at most {UID_BYTES} bytes long")
-            sha, uid_key = scripts.APPEND_ONCE.sha, self._keys.uid(channel, uid)
-            command = ("EVALSHA", sha, 2, key, uid_key, self._window_ms, *words)
-        else:
-            command = ("XADD", key, *words)
-        lane = self._replicated if rules.wait_replicas else self._plain
-        return lane.add(command, rules.wait_replicas, once)
+            command: RedisCommand = ("EVALSHA", APPEND_CHANGED.sha, 1, stream, *same, *words)
+            return Append(command, APPEND_CHANGED, rules.wait_replicas)
+        if uid and (uid_key := self.uid_key(channel, uid)) is not None:
+            return _once(stream, uid_key, self._window_ms, words, rules)
+        return Append(("XADD", stream, *words), None, rules.wait_replicas)
 
-
-class _Lane:
-    """One connection and what waits for it."""
-
-    def __init__(self, redis: RedisSettings, refusals: Refusals) -> None:
-        self._redis = redis
-        self._refusals = refusals
-        self._link: PipelineConnection | None = None
-        self._waiting: list[_Append] = []
-        self._in_flight = 0
-        self._stopped = False
-        self._work = asyncio.Event()
-
-    def add(self, command: RedisCommand, replicas: int, once_more: bool) -> asyncio.Future[EntryID]:
-        """Wait for the next pipeline."""
-        if self._stopped:
-            raise Unavailable("the relay is stopping")
-        if len(self._waiting) + self._in_flight >= _WAITING:
-            raise Unavailable("too many appends are waiting for Redis")
-        future: asyncio.Future[EntryID] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Append(command, future, replicas, once_more))
-        self._work.set()
-        return future
-
-    async def run(self) -> None:
-        """For ever."""
-        try:
-            while True:
-                await self._work.wait()
-                try:
-                    link = self._link or await self._open()
-                except (RedisUnavailable, CommandRefused) as exc:
-                    if isinstance(exc, CommandRefused):
-                        self._refusals.refused(PUBLISHING, exc.reply)
-                    waiting, self._waiting = self._waiting, []
-                    self._work.clear()
-                    for append in waiting:
-                        _fail(append, exc)
-                    await asyncio.sleep(_PAUSE_S)
-                    continue
-                batch, self._waiting = self._waiting[:_BATCH], self._waiting[_BATCH:]
-                if not self._waiting:
-                    self._work.clear()
-                self._send(link, batch)
-                # The next turn's appends are the next pipeline.
-                await asyncio.sleep(0)
-        finally:
-            self._stopped = True
-            if self._link is not None:
-                self._link.close()
-            for append in self._waiting:
-                _fail(append, RedisUnavailable("the relay is stopping"))
-
-    async def _open(self) -> PipelineConnection:
-        def on_lost(exc: Exception | None) -> None:
-            self._link = None
-            if exc is not None:
-                _log.warning("Redis: %s", exc)
-
-        link = await PipelineConnection.open(
-            await discover(self._redis), settings=self._redis, on_lost=on_lost
+    def build_once(self, channel: Channel, fields: Sequence[bytes], mark: bytes) -> Append:
+        """Return the append of an entry that has the key `mark` in place of a uid."""
+        rules = self._namespace_of(channel)
+        return _once(
+            self._keys.stream(channel), mark, self._window_ms, _words(rules, fields), rules
         )
-        try:
-            await scripts.load(link, scripts.APPEND_ONCE, scripts.APPEND_CHANGED)
-        except BaseException:
-            link.close()
-            raise
-        self._link = link
-        return link
 
-    def _send(self, link: PipelineConnection, batch: list[_Append]) -> None:
-        commands = [append.command for append in batch]
-        replicas = max((append.replicas for append in batch), default=0)
-        if replicas:
-            # Within the link's own limit, so that the answer says how many there were.
-            commands.append(("WAIT", replicas, int(self._redis.command_timeout_s * 800)))
-        self._in_flight += len(batch)
-        future = cast("asyncio.Future[list[object]]", link.execute(commands))
+    def uid_key(self, channel: Channel, uid: str) -> bytes | None:
+        """Return the key of the uid, or None if the channel may have entries with equal uids.
 
-        def done(answered: asyncio.Future[list[object]]) -> None:
-            self._in_flight -= len(batch)
-            if answered.cancelled():
-                return
-            exc = answered.exception()
-            if exc is None:
-                self._answer(batch, answered.result())
-            else:
-                self._lost(batch, exc)
+        In channels of other protocols the uid is always the relay's own.
 
-        future.add_done_callback(done)
-
-    def _lost(self, batch: list[_Append], exc: BaseException) -> None:
-        again = []
-        for append in batch:
-            if append.once_more and not append.future.done() and not self._stopped:
-                append.once_more = False
-                again.append(append)
-            else:
-                _fail(append, exc)
-        if again:
-            self._waiting[:0] = again
-            self._work.set()
-
-    def _answer(self, batch: list[_Append], replies: list[object]) -> None:
-        confirmed = replies[-1] if len(replies) > len(batch) else 0
-        for append, reply in zip(batch, replies, strict=False):
-            if append.future.done():  # whoever asked has gone
-                continue
-            if isinstance(reply, bytes):
-                if self._refusals.has(PUBLISHING):
-                    self._refusals.accepted(PUBLISHING)
-                entry_id = EntryID.parse(reply)
-                if append.replicas and not (
-                    isinstance(confirmed, int) and confirmed >= append.replicas
-                ):
-                    text = f"entry {entry_id}: {confirmed} of {append.replicas} replicas confirmed"
-                    append.future.set_exception(NotReplicated(text))
-                else:
-                    append.future.set_result(entry_id)
-            elif isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
-                # Somebody flushed the scripts: the next connection brings them again.
-                self._lost([append], RedisUnavailable("Redis has forgotten the script"))
-                if self._link is not None:
-                    self._link.close()
-            else:
-                append.future.set_exception(self._refused(str(reply)))
-
-    def _refused(self, reply: str) -> RelayError:
-        rule = rule_of(reply)
-        # A key of another type concerns one channel. Its publisher gets the error.
-        if rule.effect is not Effect.ONE:
-            self._refusals.refused(PUBLISHING, reply)
-        if code_of(reply) in TEMPORARY_CODES:
-            return RefusedForNow("XADD", reply)
-        return CommandRefused("XADD", reply)
+        Raises:
+            LimitExceeded: The uid is too long.
+        """
+        rules = self._namespace_of(channel)
+        unique = rules.unique_uids or namespace_of(channel) in RESERVED_NAMESPACES
+        if not (unique and self._window_ms > 0):
+            return None
+        if len(uid.encode(errors="replace")) > UID_BYTES:
+            raise LimitExceeded(f"a uid is at most {UID_BYTES} bytes long")
+        return self._keys.uid(channel, uid)
 
 
-def _fail(append: _Append, exc: BaseException) -> None:
-    if not append.future.done():
-        error = exc if isinstance(exc, RelayError) else RedisUnavailable(str(exc))
-        append.future.set_exception(error)
+class Appended(NamedTuple):
+    """The ID of an entry. `is_new` is False if an entry with this uid existed already."""
+
+    id: EntryID
+    is_new: bool
+
+
+async def send(
+    connection: PipelineConnection,
+    appends: Sequence[Append],
+    *,
+    script_known: bool = False,
+    wait_ms: int = WAIT_MS,
+) -> list[EntryID | RelayError]:
+    """Append entries in order in one pipeline. Return the ID or the error of each.
+
+    Args:
+        connection: The connection to send on.
+        appends: One append, or several that all use the same script.
+        script_known: The server has the script. If it does not, the text is sent.
+        wait_ms: How long to wait for replicas.
+
+    Raises:
+        RedisUnavailable: The connection was lost. Any number of the appends, counted from the
+            first, may have been carried out.
+    """
+    if len(appends) > 1 and any(each.script is None for each in appends):
+        raise ValueError("several entries at once need a uid each")
+    results: list[EntryID | RelayError] = []
+    while len(results) < len(appends):
+        rest = appends[len(results) :]
+        commands = [each.command for each in rest]
+        if not script_known:
+            commands[0] = rest[0].with_script_text()
+        replies, confirmed = await _execute(connection, commands, rest, wait_ms)
+        for append, reply in zip(rest, replies, strict=True):
+            if script_known and is_missing_script(reply):
+                # After SCRIPT FLUSH, or when Redis 7.4 has made room. Repeat from here on: the
+                # following entries may have been appended, but are known by their uids.
+                break
+            results.append(parse_reply(append, reply, confirmed, wait_ms))
+        script_known = False
+    return results
+
+
+async def send_one(
+    connection: PipelineConnection, append: Append, *, wait_ms: int = WAIT_MS
+) -> Appended:
+    """Append one entry and report whether it is new. Needs no right to load scripts.
+
+    Raises:
+        RedisUnavailable: The connection was lost. The entry may have been appended.
+        CommandRefused, RefusedForNow: Redis rejected the entry.
+        NotReplicated: Too few replicas confirmed the entry in time.
+    """
+    commands = [append.with_script_text()]
+    if append.script is APPEND_ONCE:
+        uid_key = append.command[4]
+        # One transaction, so that of two producers with the same uid exactly one finds no key.
+        commands = [("MULTI",), ("GET", uid_key), *commands, ("EXEC",)]
+    replies, confirmed = await _execute(connection, commands, [append], wait_ms)
+    reply, is_new = replies[-1], True
+    if isinstance(reply, list):
+        known, reply = reply
+        is_new = known is None
+    elif len(replies) > 1:
+        # EXECABORT does not give the reason. The reply to the rejected command does.
+        reply = next(each for each in replies if isinstance(each, ReplyError))
+    result = parse_reply(append, reply, confirmed, wait_ms)
+    if isinstance(result, RelayError):
+        raise result
+    return Appended(result, is_new)
+
+
+def parse_reply(
+    append: Append, reply: object, confirmed: int, wait_ms: int
+) -> EntryID | RelayError:
+    """Return the ID of the entry or the error. `confirmed` is the reply to WAIT."""
+    if isinstance(reply, bytes):
+        entry_id = EntryID.parse(reply)
+        if confirmed >= append.replicas:
+            return entry_id
+        return NotReplicated(
+            f"appended as {entry_id}, but {confirmed} of {append.replicas} replicas have confirmed"
+            f" it within {wait_ms} ms"
+        )
+    return refusal("XADD", str(reply))
+
+
+def is_missing_script(reply: object) -> bool:
+    """Return True if the server does not have the script."""
+    return isinstance(reply, ReplyError) and str(reply).startswith("NOSCRIPT")
+
+
+def wait_command(appends: Sequence[Append], wait_ms: int) -> RedisCommand | None:
+    """Return the WAIT for the strictest of these appends. It must be sent on their connection."""
+    replicas = max((append.replicas for append in appends), default=0)
+    return ("WAIT", replicas, wait_ms) if replicas else None
+
+
+def _words(rules: NamespaceSettings, fields: Sequence[bytes]) -> list[bytes | str | int]:
+    words: list[bytes | str | int] = []
+    if rules.retention_count:
+        words += "MAXLEN", "~", rules.retention_count
+    words.append("*")
+    words += fields
+    return words
+
+
+def _once(
+    stream: bytes,
+    mark: bytes,
+    mark_ms: int,
+    words: Sequence[bytes | str | int],
+    rules: NamespaceSettings,
+) -> Append:
+    command = ("EVALSHA", APPEND_ONCE.sha, 2, stream, mark, mark_ms, *words)
+    return Append(command, APPEND_ONCE, rules.wait_replicas)
+
+
+async def _execute(
+    connection: PipelineConnection,
+    commands: list[RedisCommand],
+    appends: Sequence[Append],
+    wait_ms: int,
+) -> tuple[list[object], int]:
+    """Send the commands. Return their replies and the number of replicas that confirmed them."""
+    wait = wait_command(appends, wait_ms)
+    if wait is None:
+        return await connection.execute(commands), 0
+    *replies, confirmed = await connection.execute([*commands, wait])
+    return replies, confirmed if isinstance(confirmed, int) else 0

@@ -38,7 +38,7 @@ async def write(client: Redis, keys: Keys, channel: Channel, broken: Broken, *, 
 
 
 def of_command(queue: str, command: bytes, reason: str, *, node: str) -> list[bytes]:
-    """Flat fields of the dead letter of a queue's command; `scripts.APPLY` writes its like."""
+    """Flat fields of the dead letter of a queue's command; `queue.APPLY` writes its like."""
     text, truncated = _fields([(b"command", command)])
     at = datetime.now(UTC).isoformat(timespec="milliseconds")
     letter = [b"queue", queue.encode(), b"reason", reason.encode(errors="replace")]

@@ -22,13 +22,87 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import hiredis
 
 from relay.core.errors import RedisUnavailable
-from relay.stream.connection import scripts
 from relay.stream.connection.connect import CommandRefused
+from relay.stream.connection.scripts import Script, load
+from relay.stream.write.append import APPEND_FUNCTION
 from relay.stream.write.dead_letters import KEEP
 
 if TYPE_CHECKING:
     from relay.stream.connection.pipeline_connection import PipelineConnection, RedisCommand
     from relay.stream.format.keys import Keys
+
+
+# KEYS who takes part, then leases; ARGV holder, time to live in ms (0: give up). Which of the
+# leases the holder has now, as 1 or 0: its own first, then free ones, up to its fair share. A time
+# beyond the longest is of another server's clock, before a failover: the dead must not hold shares.
+HOLD = Script("""\
+local me, ttl, leases = ARGV[1], tonumber(ARGV[2]), #KEYS - 1
+local time = redis.call('TIME')
+local now, share, own, held, free = time[1] * 1000 + math.floor(time[2] / 1000), 0, 0, {}, {}
+if ttl == 0 then redis.call('ZREM', KEYS[1], me)
+else
+  redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+  redis.call('ZREMRANGEBYSCORE', KEYS[1], '(' .. now + ttl, '+inf')
+  redis.call('ZADD', KEYS[1], now + ttl, me)
+  redis.call('EXPIRE', KEYS[1], math.ceil(ttl / 1000))
+  share = math.ceil(leases / redis.call('ZCARD', KEYS[1]))
+end
+for i = 1, leases do
+  local holder = redis.call('GET', KEYS[i + 1])
+  held[i] = 0
+  if not holder then free[#free + 1] = i
+  elseif holder == me and own < share then
+    redis.call('SET', KEYS[i + 1], me, 'PX', ttl)
+    held[i], own = 1, own + 1
+  elseif holder == me then redis.call('DEL', KEYS[i + 1]) end
+end
+for _, i in ipairs(free) do
+  if own == share then break end
+  redis.call('SET', KEYS[i + 1], me, 'PX', ttl)
+  held[i], own = 1, own + 1
+end
+return held
+""")
+
+# KEYS queue, its count, dead letters, then of each operation the stream and, if it has a uid, the
+# uid's key. ARGV the count as read, how many items, the first and the last of them, window in ms,
+# dead letters kept, node, time, then of each operation: entries kept (0: all), 1 if it has a uid,
+# index of its item, number of words, words. -1 where the head of the queue is not what was read
+# and nothing was done, else how many operations ended as dead letters.
+#
+# INCRBY comes first because Redis checks memory, disk and replicas at a script's first write only:
+# once it has gone through, nothing of that kind stops the script half way. What still can, a
+# stream's key of another type or an ACL, concerns one operation and must not stop the others.
+APPLY = Script(
+    APPEND_FUNCTION
+    + """\
+local queue, n = KEYS[1], tonumber(ARGV[2])
+if (redis.call('GET', KEYS[2]) or '0') ~= ARGV[1]
+  or redis.call('LINDEX', queue, 0) ~= ARGV[3]
+  or redis.call('LINDEX', queue, n - 1) ~= ARGV[4] then return -1 end
+redis.call('INCRBY', KEYS[2], n)
+local k, a, failed, keys, argv = 4, 9, 0, #KEYS, ARGV
+while k <= keys do
+  local stream, uid = KEYS[k], nil
+  local from, to = a + 4, a + 3 + argv[a + 3]
+  k = k + 1
+  if argv[a + 1] == '1' then
+    uid = KEYS[k]
+    k = k + 1
+  end
+  local id = append(stream, argv[a], {unpack(argv, from, to)}, uid, argv[5])
+  if type(id) == 'table' then
+    failed = failed + 1
+    local item = redis.call('LINDEX', queue, argv[a + 2])
+    append(KEYS[3], argv[6], {'queue', queue, 'reason', id.err, 'node', argv[7], 'at', argv[8],
+      'fields', cjson.encode({{'command', string.sub(item, 1, 65536)}})})
+  end
+  a = to + 1
+end
+redis.call('LTRIM', queue, n, -1)
+return failed
+"""
+)
 
 
 class Operation(NamedTuple):
@@ -59,7 +133,7 @@ class CommandQueues:
 
     async def prepare(self) -> None:
         """Before anything else on a new link."""
-        await scripts.load(self._link, scripts.HOLD, scripts.APPLY)
+        await load(self._link, HOLD, APPLY)
 
     async def hold(self, queues: Sequence[str], ttl_ms: int) -> list[bool]:
         """Which of the queues this worker is to serve for so long; 0 gives all up.
@@ -67,7 +141,7 @@ class CommandQueues:
         At most its fair share of them while others ask too; all of them once it is alone.
         """
         keys = [self._keys.takers, *[self._keys.lease(f"queue:{queue}") for queue in queues]]
-        words: RedisCommand = (scripts.HOLD.sha, len(keys), *keys, self._instance, ttl_ms)
+        words: RedisCommand = (HOLD.sha, len(keys), *keys, self._instance, ttl_ms)
         return [bool(held) for held in cast(list[int], await self._call("EVALSHA", *words))]
 
     async def head(self, queue: str, most: int) -> Head:
@@ -109,7 +183,7 @@ class CommandQueues:
                 keys.append(uid_key)
                 words += keep, 1, item, len(fields)
             words += fields
-        commands: list[RedisCommand] = [("EVALSHA", scripts.APPLY.sha, len(keys), *keys, *words)]
+        commands: list[RedisCommand] = [("EVALSHA", APPLY.sha, len(keys), *keys, *words)]
         if replicas:
             commands.append(("WAIT", replicas, wait_ms))
         failed = _checked("EVALSHA", (await self._link.execute(commands))[0])

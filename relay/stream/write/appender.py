@@ -1,0 +1,238 @@
+"""Batch the appends of a relay process: those of one event loop iteration share one pipeline."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
+
+from relay.core.errors import RedisUnavailable, RelayError, Unavailable
+from relay.core.model import Channel, EntryID
+from relay.stream.connection import scripts
+from relay.stream.connection.connect import CommandRefused, discover
+from relay.stream.connection.pipeline_connection import PipelineConnection
+from relay.stream.connection.refusals import Effect, Refusals, rule_of
+from relay.stream.write.append import (
+    APPEND_CHANGED,
+    APPEND_ONCE,
+    Append,
+    AppendCommands,
+    is_missing_script,
+    parse_reply,
+    wait_command,
+)
+
+if TYPE_CHECKING:
+    from relay.config.settings import NamespaceSettings, PublishSettings, RedisSettings
+    from relay.stream.format.keys import Keys
+
+_log = logging.getLogger(__name__)
+
+_MAX_WAITING = 100_000
+_BATCH = 1000
+_PAUSE_S = 0.05
+# Name of an area in `Refusals`.
+PUBLISHING = "publishing"
+
+
+class _PendingAppend:
+    __slots__ = ("append", "future", "may_repeat")
+
+    def __init__(self, append: Append, future: asyncio.Future[EntryID]) -> None:
+        self.append = append
+        self.future = future
+        self.may_repeat = append.script is not None
+
+
+class Appender:
+    """Appends entries for all producers of this process. `run` must be running.
+
+    Each append ends with the ID of its entry or with an error within the time limits of
+    `[publish]`. An append with a uid is repeated once if its connection was lost. Without a uid the
+    append is not repeated, because it may have been carried out.
+    """
+
+    def __init__(
+        self,
+        *,
+        keys: Keys,
+        redis: RedisSettings,
+        settings: PublishSettings,
+        namespace_of: Callable[[Channel], NamespaceSettings],
+        refusals: Refusals | None = None,
+    ) -> None:
+        refusals = refusals or Refusals()
+        self._commands = AppendCommands(keys, namespace_of, uid_window_s=settings.uid_window_s)
+        limits = {
+            "connect_timeout_s": min(redis.connect_timeout_s, settings.timeout_s),
+            "command_timeout_s": settings.timeout_s,
+        }
+        limited = redis.model_copy(update=limits)
+        self._plain = _Lane(limited, refusals)
+        # WAIT blocks its connection, and counts the writes of that connection only.
+        self._replicated = _Lane(limited, refusals)
+
+    async def run(self) -> None:
+        """Send appends until cancelled. Reconnect after every error of Redis."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._plain.run(), name="appends")
+            tasks.create_task(self._replicated.run(), name="replicated appends")
+
+    def append(
+        self,
+        channel: Channel,
+        fields: Sequence[bytes],
+        uid: str | None = None,
+        *,
+        unless_latest: bytes | None = None,
+    ) -> asyncio.Future[EntryID]:
+        """Append an entry and return its ID; for the arguments see `AppendCommands.build`.
+
+        Appends to one channel are carried out in the order of the calls.
+
+        Raises:
+            Unavailable: Too many appends are waiting. Raised at once, as is LimitExceeded.
+            RedisUnavailable: The entry may have been appended.
+            CommandRefused: Redis rejected the entry.
+            NotReplicated: The entry was appended, but too few replicas confirmed it.
+        """
+        append = self._commands.build(channel, fields, uid, unless_latest=unless_latest)
+        lane = self._replicated if append.replicas else self._plain
+        return lane.add(append)
+
+
+class _Lane:
+    """One connection and the appends that wait for it."""
+
+    def __init__(self, redis: RedisSettings, refusals: Refusals) -> None:
+        self._redis = redis
+        self._refusals = refusals
+        # Below the timeout of the connection, so that the number of replicas is received.
+        self._wait_ms = int(redis.command_timeout_s * 800)
+        self._connection: PipelineConnection | None = None
+        self._waiting: list[_PendingAppend] = []
+        self._in_flight = 0
+        self._stopped = False
+        self._work = asyncio.Event()
+
+    def add(self, append: Append) -> asyncio.Future[EntryID]:
+        """Add an append to the next pipeline."""
+        if self._stopped:
+            raise Unavailable("the relay is stopping")
+        if len(self._waiting) + self._in_flight >= _MAX_WAITING:
+            raise Unavailable("too many appends are waiting for Redis")
+        future: asyncio.Future[EntryID] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_PendingAppend(append, future))
+        self._work.set()
+        return future
+
+    async def run(self) -> None:
+        """Send what is waiting. Runs until cancelled."""
+        try:
+            while True:
+                await self._work.wait()
+                try:
+                    connection = self._connection or await self._connect()
+                except (RedisUnavailable, CommandRefused) as exc:
+                    if isinstance(exc, CommandRefused):
+                        self._refusals.refused(PUBLISHING, exc.reply)
+                    waiting, self._waiting = self._waiting, []
+                    self._work.clear()
+                    for pending in waiting:
+                        _fail(pending, exc)
+                    await asyncio.sleep(_PAUSE_S)
+                    continue
+                batch, self._waiting = self._waiting[:_BATCH], self._waiting[_BATCH:]
+                if not self._waiting:
+                    self._work.clear()
+                self._send(connection, batch)
+                # Appends of the next loop iteration go into the next pipeline.
+                await asyncio.sleep(0)
+        finally:
+            self._stopped = True
+            if self._connection is not None:
+                self._connection.close()
+            for pending in self._waiting:
+                _fail(pending, RedisUnavailable("the relay is stopping"))
+
+    async def _connect(self) -> PipelineConnection:
+        def on_lost(exc: Exception | None) -> None:
+            self._connection = None
+            if exc is not None:
+                _log.warning("Redis: %s", exc)
+
+        connection = await PipelineConnection.open(
+            await discover(self._redis), settings=self._redis, on_lost=on_lost
+        )
+        try:
+            await scripts.load(connection, APPEND_ONCE, APPEND_CHANGED)
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+        return connection
+
+    def _send(self, connection: PipelineConnection, batch: list[_PendingAppend]) -> None:
+        appends = [pending.append for pending in batch]
+        commands = [append.command for append in appends]
+        wait = wait_command(appends, self._wait_ms)
+        if wait is not None:
+            commands.append(wait)
+        self._in_flight += len(batch)
+        future = cast("asyncio.Future[list[object]]", connection.execute(commands))
+
+        def done(executed: asyncio.Future[list[object]]) -> None:
+            self._in_flight -= len(batch)
+            if executed.cancelled():
+                return
+            exc = executed.exception()
+            if exc is None:
+                self._on_replies(batch, executed.result())
+            else:
+                self._repeat(batch, exc)
+
+        future.add_done_callback(done)
+
+    def _repeat(self, batch: list[_PendingAppend], exc: BaseException) -> None:
+        """Send the appends again that may be repeated. Fail the others."""
+        again = []
+        for pending in batch:
+            if pending.may_repeat and not pending.future.done() and not self._stopped:
+                pending.may_repeat = False
+                again.append(pending)
+            else:
+                _fail(pending, exc)
+        if again:
+            self._waiting[:0] = again
+            self._work.set()
+
+    def _on_replies(self, batch: list[_PendingAppend], replies: list[object]) -> None:
+        last = replies[-1] if len(replies) > len(batch) else 0
+        confirmed = last if isinstance(last, int) else 0
+        for pending, reply in zip(batch, replies, strict=False):
+            if pending.future.done():  # the caller was cancelled
+                continue
+            if isinstance(reply, bytes):
+                if self._refusals.has(PUBLISHING):
+                    self._refusals.accepted(PUBLISHING)
+            elif is_missing_script(reply):
+                # SCRIPT FLUSH was called. The next connection loads the scripts again.
+                self._repeat([pending], RedisUnavailable("the script was removed from Redis"))
+                if self._connection is not None:
+                    self._connection.close()
+                continue
+            elif rule_of(str(reply)).effect is not Effect.ONE:
+                # A key of another type concerns one channel, and its publisher gets the error.
+                self._refusals.refused(PUBLISHING, str(reply))
+            result = parse_reply(pending.append, reply, confirmed, self._wait_ms)
+            if isinstance(result, EntryID):
+                pending.future.set_result(result)
+            else:
+                pending.future.set_exception(result)
+
+
+def _fail(pending: _PendingAppend, exc: BaseException) -> None:
+    if not pending.future.done():
+        error = exc if isinstance(exc, RelayError) else RedisUnavailable(str(exc))
+        pending.future.set_exception(error)
