@@ -30,6 +30,7 @@ from relay.hub.hub import Hub
 from relay.hub.session import Client, Session
 from relay.protocols.centrifugo import tokens
 from relay.protocols.centrifugo.clients.connection import CentrifugoConnection
+from relay.protocols.centrifugo.clients.interfaces import ReadControl
 from relay.protocols.centrifugo.encoders import CentrifugoEncoder
 from relay.protocols.centrifugo.server_state import ServerState
 from relay.protocols.centrifugo.settings import CentrifugoNamespace, CentrifugoSettings
@@ -348,7 +349,7 @@ class Bench:
     ) -> None:
         self.clock = Clock()
         self.context = context(self.clock)
-        self.door = ServerState(
+        self.server = ServerState(
             cast("DoorContext", self.context),
             settings,
             clock=self.clock.time,
@@ -358,11 +359,13 @@ class Bench:
         self.connections: dict[str, CentrifugoConnection] = {}
         self.sockets: dict[str, Socket] = {}
 
-    def connection(self, name: str) -> CentrifugoConnection:
+    def connection(
+        self, name: str, read_control: ReadControl | None = None
+    ) -> CentrifugoConnection:
         if name not in self.connections:
-            connection = CentrifugoConnection(self.door, self.format, f"client-{name}")
+            connection = CentrifugoConnection(self.server, self.format, f"client-{name}")
             self.connections[name], self.sockets[name] = connection, Socket()
-            connection.attached(self.sockets[name])
+            connection.on_open(self.sockets[name], read_control)
         return self.connections[name]
 
     def send(self, name: str, text: str) -> None:
@@ -413,15 +416,15 @@ class Bench:
             case ["stop"]:
                 for session in hub.sessions():
                     session.client.disconnect("stopping")
-                for connection in list(self.door.unauthenticated):
-                    connection.cut()
+                for connection in list(self.server.unauthenticated):
+                    connection.abort()
             case ["away"]:
                 self.context.is_ready = False
             case ["died", channel, client, info]:
                 for gone in self.context.presence.gone:
                     gone(Channel(channel), {client: info.encode()})
             case ["gone", name]:
-                self.connections[name].gone()
+                self.connections[name].on_closed()
             case _:
                 raise ValueError(f"unknown step {words}")
 

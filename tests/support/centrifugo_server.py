@@ -10,7 +10,6 @@ from relay.protocols.centrifugo.administrators.node import NodeReport
 from relay.protocols.centrifugo.api import replies
 from relay.protocols.centrifugo.api.executor import CommandExecutor
 from relay.protocols.centrifugo.api.server_commands import ServerCommands
-from relay.protocols.centrifugo.clients import routes as sockets
 from relay.protocols.centrifugo.commands import InvalidCommand
 from relay.protocols.centrifugo.settings import CentrifugoSettings
 from tests.support.centrifugo import Bench, Clock, Context, Socket, Transcript
@@ -79,8 +78,9 @@ class ServerBench(Bench):
 
     def __init__(self, settings: CentrifugoSettings) -> None:
         super().__init__(settings, ServerContext)
-        self.context.hub.on_not_subscribed["centrifugo"] = sockets.tell_unsubscribed
-        self._api = CommandExecutor(self.door, ServerCommands(self.door, NodeReport(self.door)))
+        self._api = CommandExecutor(
+            self.server, ServerCommands(self.server, NodeReport(self.server))
+        )
         self.sockets[API] = Socket()
         self._admins: dict[str, AdminConnection] = {}
 
@@ -89,16 +89,16 @@ class ServerBench(Bench):
             _ = self.context.spawn(self._request(text), name="request")
         elif name in ADMINS:
             if name not in self._admins:
-                self._admins[name] = AdminConnection(self.door, self._api, TOKEN.__eq__)
+                self._admins[name] = AdminConnection(self.server, self._api, TOKEN.__eq__)
                 self.sockets[name] = socket = _AdminSocket()
-                self._admins[name].attached(socket)
+                self._admins[name].on_open(socket)
             self._admins[name].on_frame(text.encode())
         else:
             super().send(name, text)
 
     async def _request(self, text: str) -> None:
         try:
-            answer = replies.encode(await self._api.answer(text.encode()))
+            answer = replies.encode(await self._api.execute_request(text.encode()))
         except InvalidCommand:
             self.sockets[API].lines.append("x 400")
         else:

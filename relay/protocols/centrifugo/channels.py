@@ -1,8 +1,12 @@
-"""Channel names of Centrifugo v1, and in which order a subscription is checked.
+"""Channel names of Centrifugo v1, and the checks of a subscription in v1's order.
 
-The rules are plain substring rules and do not nest (libcentrifugo/node/node.go of v1.8.0): with the
-usual characters, `dialog#1,2` is for the users 1 and 2, `mine&<client>` for one connection,
-`$secret` needs the application's signature, `ns:news` has the rules of the namespace `ns`.
+The rules compare substrings and do not nest (libcentrifugo/node/node.go of v1.8.0). With the
+default separators:
+
+- `dialog#1,2` is for users 1 and 2;
+- `mine&<client>` is for one connection;
+- `$secret` requires the application's signature;
+- `ns:news` has the rules of namespace `ns`.
 """
 
 from __future__ import annotations
@@ -19,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class ChannelNames:
-    """How the settings read a channel's name."""
+    """Interprets channel names according to the settings."""
 
     def __init__(self, settings: CentrifugoSettings) -> None:
         self._settings = settings
 
     def namespace(self, channel: str) -> str:
-        """The namespace's name, '' where there is none."""
+        """Return the name of the channel's namespace, or '' if it has none."""
         settings = self._settings
         if settings.private_channel_prefix:
             channel = channel.removeprefix(settings.private_channel_prefix)
@@ -35,68 +39,69 @@ class ChannelNames:
         return head if boundary else ""
 
     def rules(self, channel: str) -> CentrifugoNamespace | None:
-        """The channel's rules; None where its namespace is unknown, or another door's."""
+        """Return the channel's rules, or None if its namespace is unknown or another protocol's."""
         return None if is_foreign(channel) else self._settings.namespace(self.namespace(channel))
 
     def is_private(self, channel: str) -> bool:
-        """Whether subscribing needs a signature."""
+        """Return True if a subscription requires a signature."""
         prefix = self._settings.private_channel_prefix
         return bool(prefix) and channel.startswith(prefix)
 
-    def admit(self, channel: str, user: str, client: str) -> bool:
-        """Whether the name itself lets this user and this client in."""
+    def allows(self, channel: str, user: str, client: str) -> bool:
+        """Return True if the channel's name allows this user and this client."""
         settings = self._settings
         users, clients = settings.user_channel_boundary, settings.client_channel_boundary
         if users and users in channel:
             named = channel.rpartition(users)[2]
             separator = settings.user_channel_separator
-            # Go's Split by nothing gives the single characters; there is no such user list.
+            # Go's strings.Split with an empty separator returns characters. No user list looks like
+            # that.
             if user not in (named.split(separator) if separator else [named]):
                 return False
         return not (clients and clients in channel) or channel.rpartition(clients)[2] == client
 
 
 def is_foreign(channel: str) -> bool:
-    """Whether the channel is another door's workspace: there this door's rules open nothing."""
+    """Return True if the channel belongs to another protocol. Centrifugo rules do not open it."""
     return namespace_of(Channel(channel)) in RESERVED_NAMESPACES
 
 
-def refusal(
+def rejection(
     settings: CentrifugoSettings,
-    wanted: codec.SubscribeParams,
+    params: codec.SubscribeParams,
     *,
     user: str,
     client: str,
-    own: Collection[str],
+    active: Collection[str],
 ) -> str | None:
-    """Why `wanted` is refused, in v1's words and its order of checks; None where it is not.
+    """Return v1's error text for a subscription, or None if it is allowed.
 
-    `own` are the channels that the client has already. A foreign channel passes: whether its own
-    sources of rights open it to this user is found out where it is read.
+    `active` are the channels that the client is subscribed to. Channels of other protocols pass:
+    their own sources of rights are checked when the stream is read.
     """
-    names, channel = ChannelNames(settings), wanted.channel
+    names, channel = ChannelNames(settings), params.channel
     if len(channel.encode()) > settings.max_channel_length:
         return codec.LIMIT_EXCEEDED
-    if len(own) >= settings.client_channel_limit:
+    if len(active) >= settings.client_channel_limit:
         return codec.LIMIT_EXCEEDED
-    if channel in own:
+    if channel in active:
         return codec.ALREADY_SUBSCRIBED
     if is_foreign(channel):
         return None
-    if not names.admit(channel, user, client):
+    if not names.allows(channel, user, client):
         return codec.PERMISSION_DENIED
     rules = names.rules(channel)
     if rules is None:
         return codec.NAMESPACE_NOT_FOUND
     if not user and not rules.anonymous and not settings.insecure:
         return codec.PERMISSION_DENIED
-    # Insecure or not.
-    if names.is_private(channel) and not _is_signed(settings, wanted, client):
+    # Signatures are required in insecure mode too.
+    if names.is_private(channel) and not _is_signed(settings, params, client):
         return codec.PERMISSION_DENIED
     return None
 
 
-def _is_signed(settings: CentrifugoSettings, wanted: codec.SubscribeParams, client: str) -> bool:
+def _is_signed(settings: CentrifugoSettings, params: codec.SubscribeParams, client: str) -> bool:
     secret = settings.secret.get_secret_value().encode()
-    parts = wanted.client, wanted.channel, wanted.info
-    return wanted.client == client and tokens.is_signed(secret, wanted.sign, *parts)
+    parts = params.client, params.channel, params.info
+    return params.client == client and tokens.is_signed(secret, params.sign, *parts)

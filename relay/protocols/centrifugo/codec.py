@@ -1,8 +1,8 @@
-"""What clients of Centrifugo v1 send and are sent, as bytes. Pure.
+"""Parsing of client frames, and encoding of replies and pushes in Centrifugo v1. Pure functions.
 
-A frame is one command object or an array of them. Its first byte decides which: white space before
-it is an error, as in v1 (libcentrifugo/conns/clientconn/conn.go of v1.8.0). A reply has its keys in
-v1's order: uid, method, error, advice, body; what is empty of the first four is left out.
+A frame is one command object or an array of them. As in v1, its first byte decides which, so
+leading white space is an error (libcentrifugo/conns/clientconn/conn.go of v1.8.0). The keys of a
+reply have v1's order: uid, method, error, advice, body. Of the first four, empty ones are omitted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from relay.core.slices import in_slices
 from relay.protocols.centrifugo import commands
 from relay.protocols.centrifugo.commands import CentrifugoCommand, InvalidCommand
 
-# Clients of v1 are told the version that this door is compatible with.
+# The version that is reported to clients.
 VERSION = "1.8.0"
 
 # A frame up to this size is parsed in one step.
@@ -42,7 +42,7 @@ INTERNAL_ERROR = "internal server error"
 
 
 class ConnectParams(NamedTuple):
-    """The parameters of connect and of refresh."""
+    """Parameters of connect and refresh."""
 
     user: str
     timestamp: str
@@ -51,7 +51,7 @@ class ConnectParams(NamedTuple):
 
 
 class SubscribeParams(NamedTuple):
-    """The parameters of subscribe."""
+    """Parameters of subscribe."""
 
     channel: str
     client: str
@@ -62,7 +62,7 @@ class SubscribeParams(NamedTuple):
 
 
 def parse(frame: bytes) -> list[CentrifugoCommand]:
-    """The commands of a frame, at least one; Invalid where it is not understood as a whole."""
+    """Return the commands of a frame, at least one. Raise InvalidCommand if any part is invalid."""
     first = frame[:1]
     if first == b"{":
         return [commands.one(frame)]
@@ -75,7 +75,7 @@ def parse(frame: bytes) -> list[CentrifugoCommand]:
 
 
 async def parse_in_slices(frame: bytes) -> list[CentrifugoCommand]:
-    """Parse as `parse` does, in slices of time."""
+    """Parse a long frame in slices of time. See `parse`."""
     if frame[:1] != b"[":
         return parse(frame)
     try:
@@ -90,15 +90,15 @@ async def parse_in_slices(frame: bytes) -> list[CentrifugoCommand]:
     return found
 
 
-def credentials(params: str | None) -> ConnectParams:
-    """Invalid where they are missing or of a wrong type."""
+def connect_params(params: str | None) -> ConnectParams:
+    """Parse the parameters of connect and refresh. Raise InvalidCommand if they are invalid."""
     names = ConnectParams._fields
     given = commands.fields(params, strings=names)
     return ConnectParams(*(given.get(name, "") for name in names))
 
 
 def subscribe(params: str | None) -> SubscribeParams:
-    """Invalid where they are missing or of a wrong type."""
+    """Parse the parameters of subscribe. Raise InvalidCommand if they are invalid."""
     given = commands.fields(
         params, strings=("channel", "client", "last", "info", "sign"), bools=("recover",)
     )
@@ -113,19 +113,22 @@ def subscribe(params: str | None) -> SubscribeParams:
 
 
 def channel_of(params: str | None) -> str:
-    """The one parameter of unsubscribe, presence and history; Invalid as above."""
+    """Parse the channel of unsubscribe, presence and history. Raise InvalidCommand if invalid."""
     channel: str = commands.fields(params, strings=("channel",)).get("channel", "")
     return channel
 
 
 def publish(params: str | None) -> tuple[str, bytes]:
-    """Channel and data, whose bytes are kept; both may be missing. Invalid as above."""
+    """Return channel and data of a publish, of which both may be empty.
+
+    The bytes of the data are unchanged. Raise InvalidCommand if the parameters are invalid.
+    """
     given = commands.fields(params, strings=("channel",), raws=("data",))
     return given.get("channel", ""), given.get("data", "").encode()
 
 
 def ping(params: str | None) -> str:
-    """What is to be sent back. The only command that needs no parameters."""
+    """Return the data of a ping, the only command whose parameters are optional."""
     data: str = commands.fields(params or "{}", strings=("data",)).get("data", "")
     return data
 
@@ -136,7 +139,7 @@ def ping(params: str | None) -> str:
 def reply(
     command: CentrifugoCommand, body: bytes | None = None, error: str = "", advice: str = ""
 ) -> bytes:
-    """The answer to one command."""
+    """Encode the reply to one command."""
     parts = [b'{"uid":' + text(command.uid)] if command.uid else []
     parts.append(b'"method":' + text(command.method))
     if error:
@@ -150,12 +153,12 @@ def reply(
 
 
 def batch(replies: Sequence[bytes]) -> bytes:
-    """The answer to one frame: an array only where there were several commands."""
+    """Join the replies to one frame. They are an array only if there were several commands."""
     return replies[0] if len(replies) == 1 else b"[" + b",".join(replies) + b"]"
 
 
 def connect_body(client: str, ttl: int, *, expired: bool = False) -> bytes:
-    """Of connect and refresh; `ttl` 0 stands for a token that does not expire."""
+    """Encode the body of connect and refresh. `ttl` is in seconds; 0 means no expiry."""
     return orjson.dumps(
         {
             "version": VERSION,
@@ -175,7 +178,11 @@ def subscribe_body(
     messages: Sequence[bytes] | None = None,
     recovered: bool = False,
 ) -> bytes:
-    """`messages` as `message` writes them, newest first; None where none were asked for."""
+    """Encode the body of subscribe.
+
+    `messages` are encoded by `message`, newest first. They are None if the client has not requested
+    recovery.
+    """
     found = b"null" if messages is None else b"[" + b",".join(messages) + b"]"
     return b'{"channel":%b,"status":%b,"last":%b,"messages":%b,"recovered":%b}' % (
         text(channel),
@@ -187,23 +194,25 @@ def subscribe_body(
 
 
 def status_body(channel: str, *, status: bool) -> bytes:
-    """Of unsubscribe and publish."""
+    """Encode the body of unsubscribe and publish."""
     return b'{"channel":%b,"status":%b}' % (text(channel), _bool(status))
 
 
 def data_body(channel: str, data: bytes | None = None) -> bytes:
-    """Of presence and history."""
+    """Encode the body of presence and history."""
     return b'{"channel":%b,"data":%b}' % (text(channel), b"null" if data is None else data)
 
 
 def ping_body(data: str) -> bytes | None:
-    """Nothing where nothing was sent."""
+    """Encode the body of a ping, or return None if the client has sent no data."""
     return b'{"data":%b}' % text(data) if data else None
 
 
 def message(event: Event, compacted: bytes | None = None) -> bytes:
-    """An element of `messages` and of history: keys in the order of v1's struct, and everything
-    written anew. `compacted` is the event's data if it is JSON and compact already."""
+    """Encode an element of `messages` and of history, with the keys in the order of v1's struct.
+
+    `compacted` is the event's data as compact JSON, if it has already been computed.
+    """
     parts = _head(event)
     parts.append(b'"channel":' + text(event.channel))
     if compacted is None:
@@ -217,7 +226,7 @@ def message(event: Event, compacted: bytes | None = None) -> bytes:
 
 
 def message_push(event: Event) -> bytes:
-    """A publication on its way: `data` keeps its bytes."""
+    """Encode a `message` push. The bytes of the data are unchanged."""
     parts = _head(event)
     if event.client:
         parts.append(b'"client":' + text(event.client))
@@ -229,13 +238,14 @@ def message_push(event: Event) -> bytes:
 
 
 def _head(event: Event) -> list[bytes]:
-    # The ephemeral kind has no ID, but clients ask for what follows the last uid that they had.
+    # Ephemeral events have no ID. They carry the previous event's, because clients recover from the
+    # last uid that they have received.
     uid = event.after if event.id is None else event.id
     return [] if uid is None else [b'"uid":"%b"' % str(uid).encode()]
 
 
 def presence_push(method: str, channel: str, info: bytes) -> bytes:
-    """`join` or `leave`; `info` as `info_json` writes it."""
+    """Encode a `join` or `leave` push. `info` is encoded by `info_json`."""
     return b'{"method":"%b","body":{"channel":%b,"data":%b}}' % (
         method.encode(),
         text(channel),
@@ -244,20 +254,20 @@ def presence_push(method: str, channel: str, info: bytes) -> bytes:
 
 
 def unsubscribe_push(channel: str) -> bytes:
-    """The server has ended the subscription."""
+    """Encode the push for a subscription that the server has ended."""
     return b'{"method":"unsubscribe","body":%b}' % status_body(channel, status=True)
 
 
 def close_reason(reason: str, *, reconnect: bool) -> str:
-    """The reason of a close frame, whose code is 3000."""
+    """Encode the reason of a close frame with code 3000."""
     return f'{{"reason":"{reason}","reconnect":{"true" if reconnect else "false"}}}'
 
 
-# ---- who a client is ----------------------------------------------------------------------------
+# ---- client info --------------------------------------------------------------------------------
 
 
 def info_json(user: str, client: str, default: str, channel: str) -> bytes:
-    """Who published or came: as v1's pushes have it. `default` and `channel` are JSON or ''."""
+    """Encode a client's info as in v1's pushes. `default` and `channel` are JSON text or ''."""
     parts = []
     if default:
         parts.append(b'"default_info":' + default.encode())
@@ -268,9 +278,11 @@ def info_json(user: str, client: str, default: str, channel: str) -> bytes:
 
 
 def client_info(info: bytes) -> bytes | None:
-    """`info` as history and presence have it: v1's members alone, in their order there. None where
-    it is not such an object: any producer may write it, and clients in typed languages would fail
-    at another form."""
+    """Return `info` as in v1's history and presence, without unknown members.
+
+    Return None if it does not have v1's structure. Any producer can write it, and clients in typed
+    languages would fail to decode another structure.
+    """
     try:
         members = commands.fields(
             info.decode(),

@@ -1,9 +1,9 @@
-"""Centrifugo v1 commands, read by the rules of Go's encoding/json; shared by queue and HTTP API.
+"""Parsing of Centrifugo v1 commands by the rules of Go's encoding/json.
 
-`data` keeps its bytes as they were sent: it is cut out of the text, never written anew. Names
-match whatever their case, the last of equal names counts, null leaves a string as it was, unknown
-names are skipped (read in the v1.8.0 source: libcentrifugo/api/v1, encoding/json of Go 1.9).
-`type` and `to` are our own additions, which upstream skips as unknown.
+The bytes of `data` are not changed: they are cut out of the text. Names are case-insensitive, the
+last of several equal names counts, null leaves a string empty, and unknown names are ignored
+(v1.8.0 source: libcentrifugo/api/v1, and encoding/json of Go 1.9). `type` and `to` are extensions,
+which v1 ignores as unknown.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PRIVATE_PREFIX = "$"
 
 _SPACE = " \t\r\n"
 _skip = re.compile(r"[ \t\r\n]*").match
-# The text that every client library writes for a publish, up to the data. What does not look like
-# this is read member by member, with the same result.
+# How the client libraries write a publish, up to the data. Other spellings are parsed member by
+# member, with the same result.
 _PLAIN = re.compile(
     rb'\{[ ]?"method":[ ]?"publish",[ ]?"params":[ ]?\{[ ]?'
     rb'"channel":[ ]?"([^"\\\x00-\x1f]+)",[ ]?"data":[ ]?'
@@ -33,22 +33,22 @@ _PLAIN = re.compile(
 
 
 class InvalidCommand(ValueError):
-    """The command cannot be carried out; its text is the reason."""
+    """The command cannot be executed. The text is the reason."""
 
 
 class NamespaceNotFound(InvalidCommand):
-    """The channel belongs to another door."""
+    """The channel belongs to another protocol."""
 
     def __init__(self) -> None:
         super().__init__("namespace not found")
 
 
 class UndeliverableEvent(InvalidCommand):
-    """No workspace can have this name, or no event this type or these recipients."""
+    """The channel name, event type or recipients are invalid."""
 
 
 class CentrifugoCommand(NamedTuple):
-    """One command; `params` is JSON text, None where there was none."""
+    """One command. `params` is JSON text, or None if there is none."""
 
     method: str
     params: str | None
@@ -56,7 +56,7 @@ class CentrifugoCommand(NamedTuple):
 
 
 class PublishParams(NamedTuple):
-    """`data` for one channel; `to` is None or the recipients, as `entry.encode` wants them."""
+    """Parameters of publish. `to` are the recipients for `entry.encode`, or None for everyone."""
 
     channel: Channel
     data: bytes
@@ -67,7 +67,7 @@ class PublishParams(NamedTuple):
 
 
 class BroadcastParams(NamedTuple):
-    """`data` for several channels, as they were named: the caller checks each in its turn."""
+    """Parameters of broadcast. The channel names have not been checked."""
 
     channels: list[str]
     data: bytes
@@ -76,7 +76,7 @@ class BroadcastParams(NamedTuple):
     to: tuple[str, ...] | None = None
 
     def publication(self, name: str) -> PublishParams:
-        """The one for the channel of this name; Invalid where there can be none."""
+        """Return the publish for one channel. Raise InvalidCommand if its name is invalid."""
         channel = checked_channel(name)
         return PublishParams(channel, self.data, self.client, type=self.type, to=self.to)
 
@@ -85,7 +85,7 @@ def _refuse(word: str) -> object:
     raise InvalidCommand(f"{word} is not JSON")
 
 
-# Integers as floats: only their place in the text is of interest, and int() refuses long ones.
+# Parse integers as floats: only their position in the text is used, and int() rejects long ones.
 _scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(
     parse_constant=_refuse, parse_int=float
 ).scan_once  # type: ignore[attr-defined]  # typeshed leaves it out
@@ -93,7 +93,7 @@ _scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(
 
 @lru_cache(4096)
 def checked_channel(name: str) -> Channel:
-    """The channel of this name; Invalid where there can be none."""
+    """Return the channel with this name. Raise InvalidCommand if the name is invalid."""
     try:
         channel = parse_channel(name)
     except ValueError as exc:
@@ -104,12 +104,12 @@ def checked_channel(name: str) -> Channel:
 
 
 def plain_publish(text: bytes) -> PublishParams | None:
-    """A publish in its usual form; None where `one` has to look."""
+    """Parse a publish in its usual spelling. Return None if `one` has to parse it."""
     found = _PLAIN(text)
     if found is None or not text.endswith(b"}}"):
         return None
-    # Up to here nothing but the data is missing, and the rest closes what is open: if what lies
-    # between is one JSON value, it is the data.
+    # The text ends with the two closing braces. If the part between is one JSON value, it is the
+    # data.
     data = text[found.end() : -2].strip(b" \t\r\n")
     try:
         orjson.loads(data)
@@ -120,12 +120,12 @@ def plain_publish(text: bytes) -> PublishParams | None:
 
 
 def one(text: bytes) -> CentrifugoCommand:
-    """A text that is one command object."""
+    """Parse one command object."""
     return _command(_complete(text))
 
 
 def many(text: bytes) -> list[CentrifugoCommand]:
-    """A text that is an array of commands."""
+    """Parse an array of commands."""
     whole = _complete(text)
     if not whole.startswith("["):
         raise InvalidCommand("not an array")
@@ -133,23 +133,24 @@ def many(text: bytes) -> list[CentrifugoCommand]:
 
 
 def read(text: bytes) -> list[PublishParams | CentrifugoCommand]:
-    """A text that is one command object or an array of them, each the short way where it goes."""
+    """Parse one command object or an array of them, each with the fast path if possible."""
     if not text.startswith(b"["):
-        return [_plainly(text) or one(text)]
+        return [_fast_publish(text) or one(text)]
     whole = _complete(text)
     parts = [whole[start:end] for start, end in _elements(whole)]
-    return [_plainly(part.encode()) or _command(part) for part in parts]
+    return [_fast_publish(part.encode()) or _command(part) for part in parts]
 
 
-def _plainly(text: bytes) -> PublishParams | None:
+def _fast_publish(text: bytes) -> PublishParams | None:
     try:
         return plain_publish(text)
     except InvalidCommand:
-        return None  # its parameters say the same, when their turn comes
+        # Parsing the parameters raises the same error when the command is executed.
+        return None
 
 
 def queued(text: bytes) -> list[CentrifugoCommand]:
-    """An item of the queue: a command, or the form of before 1.6.0, {"data": [commands]}."""
+    """Parse a queue item: a command, or {"data": [commands]} as before Centrifugo 1.6.0."""
     whole = _complete(text)
     members = _struct(whole, raws=("params", "data"), strings=("method", "uid"))
     old = members.get("data")
@@ -159,7 +160,7 @@ def queued(text: bytes) -> list[CentrifugoCommand]:
 
 
 def publish(params: str | None) -> PublishParams:
-    """The parameters of a publish."""
+    """Parse the parameters of a publish."""
     given = fields(
         params, strings=("channel", "client", "uid", "type"), raws=("data",), names=("to",)
     )
@@ -177,7 +178,7 @@ def publish(params: str | None) -> PublishParams:
 
 
 def broadcast(params: str | None) -> BroadcastParams:
-    """The parameters of a broadcast; without channels or data, both may be empty."""
+    """Parse the parameters of a broadcast. Channels and data may be empty."""
     given = fields(
         params, strings=("client", "type"), raws=("data",), lists=("channels",), names=("to",)
     )
@@ -187,7 +188,7 @@ def broadcast(params: str | None) -> BroadcastParams:
 
 
 def _addressed(given: dict[str, Any]) -> tuple[str | None, tuple[str, ...] | None]:
-    """Type and recipients; an empty `to` is an error, not everybody."""
+    """Return type and recipients. An empty `to` is an error."""
     kind, to = given.get("type") or None, given.get("to")
     try:
         if kind is not None:
@@ -198,9 +199,15 @@ def _addressed(given: dict[str, Any]) -> tuple[str | None, tuple[str, ...] | Non
 
 
 def fields(params: str | None, **kinds: tuple[str, ...]) -> dict[str, Any]:
-    """The parameters of these names, by their kinds: `strings`, `raws` (JSON text as it was sent),
-    `lists` (of strings), `bools` and `names` (a string or a list of strings); what was not given
-    is not there."""
+    """Return the parameters with the given names. Missing parameters are not in the result.
+
+    Args:
+        params: JSON text of an object.
+        kinds: Names by type: `strings`, `raws` (JSON text, unchanged), `lists` (of strings),
+            `bools` and `names` (a string or a list of strings).
+
+    Raise InvalidCommand if `params` is None or a parameter has the wrong type.
+    """
     if params is None:
         raise InvalidCommand("no params")
     return _struct(params, **kinds)
@@ -212,7 +219,7 @@ def _command(text: str) -> CentrifugoCommand:
 
 
 def _complete(text: bytes) -> str:
-    """The text without white space around it, known to be one JSON value."""
+    """Return the text without surrounding white space. Raise InvalidCommand if it is not JSON."""
     try:
         whole = text.decode().strip(_SPACE)
     except UnicodeDecodeError:
@@ -236,7 +243,7 @@ def _value(text: str, at: int) -> tuple[Any, int]:
 
 
 def _elements(text: str) -> Iterator[tuple[int, int]]:
-    """Where the elements of this array begin and end; it is known to be JSON."""
+    """Yield start and end of each element of an array. The text must be valid JSON."""
     at = _end(_skip(text, 1))
     while text[at] != "]":
         _, end = _value(text, at)
@@ -247,7 +254,7 @@ def _elements(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _members(text: str) -> Iterator[tuple[str, Any, int, int]]:
-    """Name, value, begin and end of the members of this object; it is known to be JSON."""
+    """Yield name, value, start and end of each member of an object. The text must be valid JSON."""
     at = _end(_skip(text, 1))
     while text[at] != "}":
         name, at = scanstring(text, at + 1, True)
@@ -260,7 +267,7 @@ def _members(text: str) -> Iterator[tuple[str, Any, int, int]]:
 
 
 def _end(found: re.Match[str] | None) -> int:
-    # The pattern matches the empty text too.
+    # Never None: the pattern matches the empty string.
     return found.end() if found else 0
 
 
@@ -273,7 +280,7 @@ def _struct(
     bools: tuple[str, ...] = (),
     names: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """What Go would find in the fields of these names; `raws` as JSON text."""
+    """Return the members as Go's decoder would store them in a struct. See `fields`."""
     if text == "null":
         return {}
     if not text.startswith("{"):
@@ -305,5 +312,5 @@ def _text(name: str, value: object) -> str:
         raise InvalidCommand(f"{name} is not a string")
     if value.isascii():
         return value
-    # Half a surrogate pair: Go reads U+FFFD.
+    # Go replaces unpaired surrogates by U+FFFD.
     return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -1,7 +1,7 @@
-"""The door's encoders: one object for all clients of one format.
+"""Encoders of events for clients.
 
-A format is a way to frame JSON text: a websocket's text frame, plain or compressed, or a SockJS
-message. The text itself is made once for all of them.
+There is one encoder per framing: WebSocket text frames, compressed or not, and SockJS messages. The
+JSON text of an event is encoded once and shared by all of them.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from relay.transports.socket.websocket import frame_compressed, frame_text
 from relay.transports.sockjs.frames import element
 
 if TYPE_CHECKING:
+    from relay.hub.session import Session
     from relay.protocols.centrifugo.settings import CentrifugoSettings
 
 DOOR = "centrifugo"
-# Events of the ephemeral kind of this door: who came, who left.
+# Types of ephemeral events.
 PRESENCE_TYPES = ("join", "leave")
-# Keys of `Event.frames` for what all formats share.
+# Keys of `Event.frames` for JSON text that all encoders share.
 _PUSH = "centrifugo push"
 _MESSAGE = "centrifugo message"
 
 
 class CentrifugoEncoder(SharedEncoder):
-    """How JSON text becomes bytes for one kind of client; `frame` does it."""
+    """Encodes events for one kind of client. `frame` converts JSON text to bytes on the wire."""
 
     door = DOOR
 
@@ -38,19 +39,20 @@ class CentrifugoEncoder(SharedEncoder):
         self.frame = frame
 
     def event(self, event: Event) -> bytes:
-        """A `message`, `join` or `leave` push."""
+        """Encode a `message`, `join` or `leave` push."""
         payload = event.frames.get(_PUSH)
         if payload is None:
             payload = event.frames[_PUSH] = _push(event)
         return self.frame(payload)
 
     def notice(self, channel: Channel, notice: Notice) -> bytes | None:
-        """An `unsubscribe` push for a subscription that is over. v1 has no words for a gap: then
-        the connection is closed, and the client is told `recovered: false` when it comes back."""
+        """Encode an `unsubscribe` push if access was revoked. Return None for other notices."""
+        # v1 has no message for a gap: the connection is closed, and the client receives
+        # `recovered: false` when it reconnects.
         if notice.kind != "revoked":
             return None
-        # Whose token has expired is closed in the same turn. An unsubscribe push would keep
-        # centrifuge-js from subscribing again once it has a new one.
+        # A client with an expired token is closed in the same turn. After an unsubscribe push,
+        # centrifuge-js would not subscribe again when it has a new token.
         return b"" if notice.reason == "expired" else self.frame(codec.unsubscribe_push(channel))
 
 
@@ -61,7 +63,7 @@ def _push(event: Event) -> bytes:
 
 
 def message(event: Event) -> bytes:
-    """The event as history has it: made once, however many ask in the same moment."""
+    """Return the event as an element of history, encoded once per event."""
     data = event.frames.get(_MESSAGE)
     if data is None:
         data = event.frames[_MESSAGE] = codec.message(event)
@@ -69,11 +71,20 @@ def message(event: Event) -> bytes:
 
 
 async def encode_messages(events: Iterable[Event]) -> None:
-    """Encode events for `message` in slices of time: a history may have many large ones."""
+    """Encode events for `message` in slices of time, because a history may be large."""
     async for event in in_slices(events):
         if event.is_json and _MESSAGE not in event.frames:
             compacted = await compact_in_slices(event.data)
             event.frames[_MESSAGE] = codec.message(event, compacted)
+
+
+def visible_messages(session: Session, events: Iterable[Event]) -> list[bytes]:
+    """Return the events that are addressed to this client, as elements of history."""
+    return [
+        message(event)
+        for event in events
+        if event.to is None or not event.to.isdisjoint(session.selectors)
+    ]
 
 
 WEBSOCKET = CentrifugoEncoder(frame_text)
@@ -81,7 +92,7 @@ SOCKJS = CentrifugoEncoder(element)
 
 
 def compressed(settings: CentrifugoSettings) -> CentrifugoEncoder:
-    """For websockets that have agreed to permessage-deflate."""
+    """Return the encoder for WebSockets with permessage-deflate."""
     smallest, level = (
         settings.websocket_compression_min_size,
         settings.websocket_compression_level,

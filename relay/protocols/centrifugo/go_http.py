@@ -1,4 +1,4 @@
-"""Plain HTTP as v1's handlers speak it: Go's forms and Go's error pages."""
+"""HTTP details of v1's Go handlers: form parsing and error pages."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from relay.core.slices import next_slice
 from relay.transports.socket.bodies import BodyRejected, read_body
 
 _MAX_FIELDS = 100
-# Decoded in one step.
+# Size of the pieces that are decoded at a time.
 _PIECE_BYTES = 65536
 _NAME = re.compile(rb'(?i)^content-disposition:[^\r\n]*[; ]name="([^"\r\n]*)"', re.MULTILINE)
 
 
 async def form(request: web.Request, limit_bytes: int) -> dict[str, bytes]:
-    """Return the fields of a form of any kind. As in Go's FormValue, the body wins over the query.
+    """Return the fields of a form. As in Go's FormValue, the body takes precedence over the query.
 
     Raise ValueError if the form is malformed, and BodyRejected as `read_body` does.
     """
@@ -49,11 +49,11 @@ async def _unquoted(quoted: bytes) -> bytes:
     start = 0
     while start < len(quoted):
         end = start + _PIECE_BYTES
-        # Not within an escape, which begins in the last two bytes then.
+        # Don't cut within an escape sequence, which then starts in the last two bytes.
         cut = quoted.find(b"%", end - 2, end)
         piece = quoted[start : end if cut < 0 else cut]
         start += len(piece)
-        # Quoted-printable text has the same escapes behind another sign, and a decoder in C.
+        # Quoted-printable uses the same escapes with "=", and its decoder is written in C.
         text = piece.replace(b"+", b" ").replace(b"=", b"=3D").replace(b"%", b"=")
         parts.append(binascii.a2b_qp(text))
         await next_slice()
@@ -84,7 +84,7 @@ def _multipart(body: bytes, boundary: bytes) -> dict[str, bytes]:
 
 
 def error(status: int, text: str) -> web.Response:
-    """Go's http.Error."""
+    """Return the response of Go's http.Error."""
     return web.Response(
         status=status,
         text=f"{text}\n",
@@ -95,11 +95,11 @@ def error(status: int, text: str) -> web.Response:
 
 
 def body_error(rejected: BodyRejected) -> web.Response:
-    """Return the answer to a request whose body was rejected, in net/http's words."""
+    """Return the response to a request whose body was rejected, with net/http's status text."""
     return error(rejected.status, _GO_STATUS_TEXT[rejected.status])
 
 
-# Of net/http. 413 has an older name in Python 3.11.
+# From net/http. Python 3.11 has an older name for 413.
 _GO_STATUS_TEXT = {
     400: "Bad Request",
     408: "Request Timeout",

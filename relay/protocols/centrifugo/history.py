@@ -1,7 +1,7 @@
-"""What a channel's history holds, and what of it a client that comes back has missed. Pure.
+"""A channel's history, and the events that a reconnecting client has missed. Pure functions.
 
-v1 keeps a list of the newest `history_size` publications, which is gone `history_lifetime` seconds
-after the last of them. Here the list is the end of the channel's stream.
+v1 keeps a list of the newest `history_size` publications, which expires `history_lifetime` seconds
+after the newest one. Here the list is the end of the channel's stream.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ if TYPE_CHECKING:
 
 
 class MissedEvents(NamedTuple):
-    """Newest first. `recovered` only if nothing else can be missing."""
+    """Missed events, newest first. `recovered` is True only if no other event can be missing."""
 
     events: Sequence[Event]
     recovered: bool
 
 
-def wanted(rules: CentrifugoNamespace) -> int:
-    """How many events a snapshot must have: one more than are kept, which may be the client's."""
+def snapshot_size(rules: CentrifugoNamespace) -> int:
+    """Return how many events to read for recovery.
+
+    It is one more than the history has, because the oldest may be the client's last event.
+    """
     return rules.history_size + 1 if rules.has_history else 0
 
 
-def kept(snapshot: Snapshot, rules: CentrifugoNamespace, now: float) -> Sequence[Event]:
-    """The history at `now` (seconds since the epoch), newest first."""
+def retained(snapshot: Snapshot, rules: CentrifugoNamespace, now: float) -> Sequence[Event]:
+    """Return the history at `now` (seconds since the epoch), newest first."""
     newest = snapshot.events[: rules.history_size] if rules.has_history else ()
     if not newest or newest[0].id is None:
         return ()
@@ -38,12 +41,12 @@ def kept(snapshot: Snapshot, rules: CentrifugoNamespace, now: float) -> Sequence
 
 
 def missed(snapshot: Snapshot, rules: CentrifugoNamespace, last: str, now: float) -> MissedEvents:
-    """What a client whose newest known ID is `last` has missed, as far as it is kept."""
-    history = kept(snapshot, rules, now)
+    """Return the retained events after `last`, the newest ID that the client has."""
+    history = retained(snapshot, rules, now)
     try:
         at = EntryID.parse(last)
     except ValueError:
-        # Nothing, or an ID of the Centrifugo that was here before.
+        # Empty, or an ID of the Centrifugo server that relay has replaced.
         return MissedEvents(history, recovered=False)
     if not rules.has_history or not _is_whole(snapshot, at):
         return MissedEvents(history, recovered=False)
@@ -54,10 +57,10 @@ def missed(snapshot: Snapshot, rules: CentrifugoNamespace, last: str, now: float
 
 
 def position(snapshot: Snapshot) -> Position:
-    """Return the position from which delivery goes on after the snapshot."""
+    """Return the position at which delivery continues after the snapshot."""
     state = snapshot.state
     if not state.exists:
-        # From the beginning of the stream that the subscription creates.
+        # The subscription starts at the beginning of a stream that does not exist yet.
         return Position(ZERO_ID)
     newest = snapshot.records[0] if snapshot.records else None
     digest = newest.digest if newest is not None and newest.id == state.last else None
@@ -69,8 +72,8 @@ def _is_whole(snapshot: Snapshot, at: EntryID) -> bool:
     if may_have_lost(at, state):
         return False
     if state.exists and at == state.last:
-        # Nothing was appended since, whether or not its own entry is still kept. Another life of
-        # the stream would have to have come to this very ID, to the millisecond.
+        # Nothing has been appended since, even if the entry itself has been trimmed. A recreated
+        # stream would need to have exactly the same last ID, to the millisecond.
         return True
     own = next((record.digest for record in snapshot.records if record.id == at), None)
     return judge(Position(at), state, own).notice is None

@@ -1,14 +1,14 @@
-"""Who is in a channel, and who came and left: v1's presence, join and leave.
+"""Presence, join and leave pushes of v1.
 
-Kept for the channels whose rules have one of the two options. Joins and leaves are of the ephemeral
-kind: they reach this door's clients on all workers, and are no events of the workspace. Whoever is
-on a worker that dies leaves too: one of the other workers says so.
+Presence is maintained for channels with `presence` or `join_leave`. Joins and leaves are ephemeral
+events: they reach the Centrifugo clients of all workers and are not stored in the stream. If a
+worker dies, another worker sends the leave pushes of its clients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from relay.core.go_json import text
 from relay.core.model import Channel, Event
@@ -17,15 +17,21 @@ from relay.protocols.centrifugo import codec, commands
 if TYPE_CHECKING:
     from relay.doorkit.contract import DoorContext
     from relay.protocols.centrifugo.channels import ChannelNames
-    from relay.protocols.centrifugo.clients.subscriptions import Subscriptions
     from relay.protocols.centrifugo.settings import CentrifugoNamespace
     from relay.protocols.centrifugo.stats import Stats
 
 _DOOR = "centrifugo"
 
 
+class PresenceMember(Protocol):
+    """A connection whose subscriptions can have presence."""
+
+    async def add_presence(self, wanted: Callable[[Channel], bool]) -> None:
+        """Add the client to the presence of those of its channels for which `wanted` is True."""
+
+
 class ChannelPresence:
-    """`rules` are a channel's, None where its namespace is unknown or another door's."""
+    """Presence of this worker's clients, and queries about all clients."""
 
     def __init__(
         self,
@@ -33,73 +39,77 @@ class ChannelPresence:
         rules: Callable[[str], CentrifugoNamespace | None],
         stats: Stats,
     ) -> None:
+        """`rules` returns a channel's rules.
+
+        It returns None if the namespace is unknown or belongs to another protocol.
+        """
         self._context = context
         self._rules = rules
         self._stats = stats
-        # Those who ask in the same moment are given the same mapping.
+        # Concurrent queries receive the same mapping object, which is encoded once.
         self._last: tuple[Mapping[str, bytes], bytes] = ({}, b"{}")
-        context.presence.on_gone(self._gone)
+        context.presence.on_gone(self._on_worker_died)
 
-    def joined(self, channel: Channel, client: str, info: bytes) -> None:
-        """The client's subscription stands; `info` is who it is, as pushes say it."""
-        self.changed(channel, client, info)
+    def join(self, channel: Channel, client: str, info: bytes) -> None:
+        """Add a client that has subscribed. `info` is encoded as in pushes."""
+        self.update(channel, client, info)
         rules = self._rules(channel)
         if rules is not None and rules.join_leave:
-            self._tell(channel, "join", info)
+            self._push(channel, "join", info)
 
-    def changed(self, channel: Channel, client: str, info: bytes) -> None:
-        """The client is there with this info from now on; nobody is told."""
-        if not _is_kept(self._rules(channel)):
+    def update(self, channel: Channel, client: str, info: bytes) -> None:
+        """Add the client or replace its info, without a join push."""
+        if not _has_presence(self._rules(channel)):
             return
-        # As answers have it, made once: a channel may have thousands of clients.
+        # Encode as in replies now, because a channel may have thousands of clients.
         kept = codec.client_info(info) or codec.info_json("", client, "", "")
         self._context.presence.add(channel, client, kept)
         self._stats.count("node_num_add_presence")
 
-    async def reloaded(self, before: ChannelNames, subscriptions: Iterable[Subscriptions]) -> None:
-        """Add the clients that are subscribed already to channels that have presence only now."""
-        for each in subscriptions:
-            await each.introduce_in(lambda channel: not _is_kept(before.rules(channel)))
+    async def add_existing(self, before: ChannelNames, members: Iterable[PresenceMember]) -> None:
+        """Add connected clients to channels that have presence now but did not have it `before`."""
+        for each in members:
+            await each.add_presence(lambda channel: not _has_presence(before.rules(channel)))
 
-    def left(self, channel: Channel, client: str, info: bytes) -> None:
-        """It is over."""
+    def leave(self, channel: Channel, client: str, info: bytes) -> None:
+        """Remove a client that has unsubscribed."""
         self._context.presence.remove(channel, client)
         rules = self._rules(channel)
-        if _is_kept(rules):
+        if _has_presence(rules):
             self._stats.count("node_num_remove_presence")
         if rules is not None and rules.join_leave:
-            self._tell(channel, "leave", info)
+            self._push(channel, "leave", info)
 
     async def read(self, channel: Channel) -> bytes:
-        """A JSON object, by client. Unavailable where Redis is away."""
+        """Return the channel's clients as a JSON object. Raise Unavailable without Redis."""
         self._stats.count("node_num_presence")
         found = await self._context.presence.read(channel)
         clients, written = self._last
         if found is not clients:
-            # Go writes the keys of a map in their order.
+            # Go sorts the keys of a map.
             members = (text(client) + b":" + info for client, info in sorted(found.items()))
             written = b"{" + b",".join(members) + b"}"
             self._last = found, written
         return written
 
-    def _gone(self, channel: Channel, clients: Mapping[str, bytes]) -> None:
+    def _on_worker_died(self, channel: Channel, clients: Mapping[str, bytes]) -> None:
         rules = self._rules(channel)
         if rules is None or not rules.join_leave:
             return
         for client, info in clients.items():
-            self._tell(channel, "leave", _as_pushed(client, info))
+            self._push(channel, "leave", _push_info(client, info))
 
-    def _tell(self, channel: Channel, what: str, info: bytes) -> None:
-        self._context.whisper(Event(channel, None, info, is_json=True, type=what, door=_DOOR))
-        self._stats.count(f"node_num_{what}_msg_published")
+    def _push(self, channel: Channel, kind: str, info: bytes) -> None:
+        self._context.whisper(Event(channel, None, info, is_json=True, type=kind, door=_DOOR))
+        self._stats.count(f"node_num_{kind}_msg_published")
 
 
-def _is_kept(rules: CentrifugoNamespace | None) -> bool:
+def _has_presence(rules: CentrifugoNamespace | None) -> bool:
     return rules is not None and (rules.presence or rules.join_leave)
 
 
-def _as_pushed(client: str, info: bytes) -> bytes:
-    """Keys in the order of pushes."""
+def _push_info(client: str, info: bytes) -> bytes:
+    """Convert a client's info to the key order of pushes."""
     try:
         members = commands.fields(
             info.decode(), strings=("user",), raws=("default_info", "channel_info")

@@ -1,8 +1,10 @@
-"""What is published to Centrifugo channels, by clients and by the API, on its way to the stream.
+"""Publishing to Centrifugo channels, for clients and the API.
 
-Two options see it there. `watch`: administrators are shown it, on whichever worker they are.
-`history_drop_inactive`: to a channel that nobody is subscribed to and that has no history it is not
-appended at all; unless the last subscriber left less than `history_lifetime` ago.
+Two options are implemented here:
+
+- `watch`: publications are also sent to administrators, on any worker.
+- `history_drop_inactive`: publications to a channel without subscribers and without history are not
+  appended, unless the last subscriber has left less than `history_lifetime` seconds ago.
 """
 
 from __future__ import annotations
@@ -27,15 +29,14 @@ _log = logging.getLogger(__name__)
 
 Appended = asyncio.Future[EntryID | None]
 
-# What administrators watch travels here. No door's clients have this one's name, so that nobody
-# else is given any of it, whoever subscribes.
+# Channel of publications for administrators. They are sent with a door name that no client has, so
+# other subscribers of this channel do not receive them.
 WATCH = Channel("relay.centrifugo.watch")
 WATCHERS = "centrifugo admin"
 
 
 class ChannelPublisher:
-    """`rules` are a channel's, None where its namespace is unknown; `clock` is seconds since the
-    epoch."""
+    """Publishes events according to the rules of their channels."""
 
     def __init__(
         self,
@@ -44,13 +45,17 @@ class ChannelPublisher:
         clock: Callable[[], float],
         stats: Stats,
     ) -> None:
+        """`rules` returns a channel's rules, or None if its namespace is unknown.
+
+        `clock` returns seconds since the epoch.
+        """
         self._context = context
         self._rules = rules
         self._clock = clock
         self._stats = stats
-        # Channels that a client has just left, with their lifetime in seconds.
+        # Channels that clients have left in this turn of the loop, with their lifetime in seconds.
         self._left: dict[Channel, int] = {}
-        # By channel: what waits until it is known whether anybody would read it.
+        # Publications that wait until it is known whether their channel is active.
         self._waiting: dict[Channel, list[tuple[Callable[[], Appended], Appended]]] = {}
 
     def publish(
@@ -64,8 +69,10 @@ class ChannelPublisher:
         to: Iterable[str] | None = None,
         info: bytes | None = None,
     ) -> Appended:
-        """The entry's ID, None where the channel is inactive; errors as of `DoorContext.publish`,
-        of which some may come later."""
+        """Publish an event. The result is the entry's ID, or None if the channel is inactive.
+
+        Errors are those of `DoorContext.publish`. They are raised here or set on the future.
+        """
         publish = partial(
             self._append,
             channel,
@@ -84,7 +91,9 @@ class ChannelPublisher:
         waiting = self._waiting.get(channel)
         if waiting is None:
             waiting = self._waiting[channel] = []
-            _ = self._context.spawn(self._if_active(channel, rules), name=f"publish {channel}")
+            _ = self._context.spawn(
+                self._publish_if_active(channel, rules), name=f"publish {channel}"
+            )
         waiting.append((publish, answer))
         return answer
 
@@ -105,20 +114,20 @@ class ChannelPublisher:
         rules = self._rules(channel)
         if rules is not None and rules.watch:
 
-            def show(done: Appended) -> None:
+            def push_to_watchers(done: Appended) -> None:
                 if done.cancelled() or done.exception() is not None:
                     return
                 event = Event(channel, done.result(), data, is_json(data))
                 event.client, event.info = client, info
-                shown = Event(WATCH, None, codec.message(event), is_json=False, door=WATCHERS)
-                self._context.whisper(shown)
+                push = Event(WATCH, None, codec.message(event), is_json=False, door=WATCHERS)
+                self._context.whisper(push)
                 self._stats.count("node_num_admin_msg_published")
 
-            appended.add_done_callback(show)
+            appended.add_done_callback(push_to_watchers)
         return appended
 
-    async def _if_active(self, channel: Channel, rules: CentrifugoNamespace) -> None:
-        # Those that come meanwhile wait too: so their order stays.
+    async def _publish_if_active(self, channel: Channel, rules: CentrifugoNamespace) -> None:
+        # Publications that arrive in the meantime wait too, to keep their order.
         while waiting := self._waiting[channel]:
             self._waiting[channel] = []
             error: RelayError | None = None
@@ -135,44 +144,43 @@ class ChannelPublisher:
                 elif not active:
                     answer.set_result(None)
                 else:
-                    _pass_on(publish, answer)
+                    _forward(publish, answer)
         del self._waiting[channel]
 
     async def _is_active(self, channel: Channel, rules: CentrifugoNamespace) -> bool:
         if await self._context.active.is_followed(channel):
             return True
-        if await self._context.store.get(_touched(channel)) is not None:
+        if await self._context.store.get(_left_key(channel)) is not None:
             return True
         snapshot = await self._context.history(channel, 1)
-        return bool(history.kept(snapshot, rules, self._clock()))
+        return bool(history.retained(snapshot, rules, self._clock()))
 
-    def unsubscribed(self, channel: Channel) -> None:
-        """A client has left: what is published from now on is kept for a while even if nobody
-        else is there."""
+    def on_unsubscribed(self, channel: Channel) -> None:
+        """Keep the channel active for `history_lifetime` seconds after a client has left."""
         rules = self._rules(channel)
         if rules is None or not (rules.history_drop_inactive and rules.has_history):
             return
         if not self._left:
-            _ = self._context.spawn(self._touch(), name="centrifugo touch")
+            _ = self._context.spawn(self._mark_left(), name="centrifugo left channels")
         self._left[channel] = rules.history_lifetime
 
-    async def _touch(self) -> None:
-        # So that one task serves all who leave in one turn.
+    async def _mark_left(self) -> None:
+        # One task handles all clients that leave in this turn.
         await asyncio.sleep(0)
         left, self._left = self._left, {}
         for lifetime in set(left.values()):
-            names = [_touched(channel) for channel, each in left.items() if each == lifetime]
+            names = [_left_key(channel) for channel, each in left.items() if each == lifetime]
             try:
                 await self._context.store.put_many(dict.fromkeys(names, b""), lifetime)
             except RelayError as exc:
-                _log.debug("%d channels without subscribers are not noted: %s", len(names), exc)
+                _log.debug("Could not mark %d channels as recently active: %s", len(names), exc)
 
 
-def _touched(channel: Channel) -> str:
+def _left_key(channel: Channel) -> str:
     return f"centrifugo:touched:{channel}"
 
 
-def _pass_on(publish: Callable[[], Appended], answer: Appended) -> None:
+def _forward(publish: Callable[[], Appended], answer: Appended) -> None:
     try:
         appended = publish()
     except (RelayError, ValueError) as exc:

@@ -1,4 +1,4 @@
-"""The Centrifugo door's paths, joined: which of them are on which listener."""
+"""Entry point of the Centrifugo protocol: distributes its routes over listeners."""
 
 from __future__ import annotations
 
@@ -24,27 +24,26 @@ _log = logging.getLogger(__name__)
 
 _INSECURE = {
     "insecure": "clients need no token",
-    "insecure_api": "whoever reaches /api/ may publish and disconnect",
-    "insecure_admin": "whoever reaches the admin socket is an administrator",
+    "insecure_api": "anyone who can reach /api/ may publish and disconnect",
+    "insecure_admin": "anyone who can reach the admin socket is an administrator",
 }
 
 
 class MountedCentrifugo:
-    """The door at work: each part has its routes and takes new settings."""
+    """The running protocol: clients, API and administrators."""
 
     drain_s: float | None = None
 
     def __init__(self, context: DoorContext, settings: CentrifugoSettings) -> None:
         prefix = settings.http_prefix.rstrip("/")
-        self._sockets = ClientRoutes(context, settings, prefix)
-        door = self._sockets.door
-        node = NodeReport(door)
-        # It ends with the relay.
+        self._clients = ClientRoutes(context, settings, prefix)
+        server = self._clients.server
+        node = NodeReport(server)
         _ = context.spawn(node.run(), name="centrifugo node")
-        api = CommandExecutor(door, ServerCommands(door, node))
-        self._api = ApiRoutes(door, api, prefix)
-        self._admin = AdminRoutes(door, api, settings, prefix)
-        by_port: dict[int, list[web.AbstractRouteDef]] = {0: [*self._sockets.routes]}
+        executor = CommandExecutor(server, ServerCommands(server, node))
+        self._api = ApiRoutes(server, executor, prefix)
+        self._admin = AdminRoutes(server, executor, settings, prefix)
+        by_port: dict[int, list[web.AbstractRouteDef]] = {0: [*self._clients.routes]}
         parts = (settings.api_port, self._api.routes), (settings.admin_port, self._admin.routes)
         for port, routes in parts:
             if routes:
@@ -65,13 +64,13 @@ class MountedCentrifugo:
         ]
 
     def reload(self, settings: CentrifugoSettings) -> None:
-        """See `relay.doorkit.contract.Mounted`; ports and `http_prefix` stay."""
-        self._sockets.reload(settings)
+        """Apply new settings. Changes of ports and of `http_prefix` need a restart."""
+        self._clients.reload(settings)
 
     async def closed(self) -> None:
-        """See `relay.doorkit.contract.Mounted`."""
+        """Close administrators and unauthenticated clients; wait until all have disconnected."""
         await self._admin.closed()
-        await self._sockets.closed()
+        await self._clients.closed()
 
 
 class CentrifugoDoor:
@@ -79,9 +78,9 @@ class CentrifugoDoor:
 
     def mount(self, context: DoorContext, settings: CentrifugoSettings) -> MountedCentrifugo:
         """Return the protocol's routes, and log a warning for each insecure setting."""
-        for name, who in _INSECURE.items():
+        for name, effect in _INSECURE.items():
             if getattr(settings, name):
-                _log.warning("INSECURE: [protocol:centrifugo] %s: %s", name, who)
+                _log.warning("INSECURE: [protocol:centrifugo] %s: %s", name, effect)
         return MountedCentrifugo(context, settings)
 
 

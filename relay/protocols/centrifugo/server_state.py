@@ -1,11 +1,11 @@
-"""What all connections of the door share: its settings, its clock, what it is given and needs."""
+"""State of the Centrifugo protocol in one worker, shared by clients, API and administrators."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
-from relay.protocols.centrifugo import codec, tokens
+from relay.protocols.centrifugo import codec
 from relay.protocols.centrifugo.channels import ChannelNames
 from relay.protocols.centrifugo.encoders import DOOR, CentrifugoEncoder
 from relay.protocols.centrifugo.presence import ChannelPresence
@@ -18,52 +18,13 @@ if TYPE_CHECKING:
     from relay.core.model import Channel
     from relay.doorkit.contract import DoorContext
     from relay.hub.session import Session
-    from relay.protocols.centrifugo.clients.connection import CentrifugoConnection
+    from relay.protocols.centrifugo.presence import PresenceMember
     from relay.protocols.centrifugo.settings import CentrifugoSettings
-
-
-class FatalError(Exception):
-    """The connection is over: close code 3000, and why, in v1's words."""
-
-    def __init__(self, reason: str, *, reconnect: bool = False) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.reconnect = reconnect
-
-
-class ClientTransport(Protocol):
-    """The client's socket: a websocket or a SockJS session."""
-
-    full: bool
-
-    def write(self, data: bytes) -> None:
-        """Framed bytes."""
-
-    def close(self, last: bytes = b"") -> None:
-        """After everything is out."""
-
-    def close_with(self, code: int, reason: str = "") -> None:
-        """Close with a code and a reason."""
-
-    def abort(self) -> None:
-        """Close now."""
-
-    def waiting_bytes(self) -> int:
-        """What is held for the client."""
-
-
-class ReadControl(Protocol):
-    """Where the client is read from."""
-
-    def pause_reading(self) -> None:
-        """Nothing more for now."""
-
-    def resume_reading(self) -> None:
-        """Go on."""
+    from relay.transports.socket.reaper import Abortable
 
 
 class ServerState:
-    """`clock` is seconds since the epoch; `call_later` is the loop's."""
+    """Settings, clock, counters, presence and publisher of one worker."""
 
     def __init__(
         self,
@@ -73,13 +34,14 @@ class ServerState:
         clock: Callable[[], float],
         call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle],
     ) -> None:
+        """`clock` returns seconds since the epoch; `call_later` is the event loop's method."""
         self.context = context
         self.clock = clock
         self.call_later = call_later
-        # Connections that are in no hub yet; a stop cuts them.
-        self.unauthenticated: set[CentrifugoConnection] = set()
-        self._use(settings)
-        context.hub.on_not_subscribed[DOOR] = _tell_unsubscribed
+        # These connections have no session in the hub, so shutdown has to abort them separately.
+        self.unauthenticated: set[Abortable] = set()
+        self._apply(settings)
+        context.hub.on_not_subscribed[DOOR] = _push_unsubscribe
         self.stats = Stats()
         self.presence = ChannelPresence(
             context, lambda channel: self.names.rules(channel), self.stats
@@ -89,45 +51,32 @@ class ServerState:
         )
 
     def reload(self, settings: CentrifugoSettings) -> None:
-        """From now on these count, for open connections too."""
+        """Apply new settings to new and open connections."""
         before = self.names
-        self._use(settings)
-        sessions = self.context.hub.sessions()
-        connections = [
-            cast("CentrifugoConnection", session.client).subscriptions
-            for session in sessions
+        self._apply(settings)
+        members = [
+            cast("PresenceMember", session.client)
+            for session in self.context.hub.sessions()
             if session.principal.door == DOOR
         ]
-        reloaded = self.presence.reloaded(before, connections)
-        _ = self.context.spawn(reloaded, name="centrifugo presence")
+        adding = self.presence.add_existing(before, members)
+        _ = self.context.spawn(adding, name="centrifugo presence")
 
-    def _use(self, settings: CentrifugoSettings) -> None:
+    def _apply(self, settings: CentrifugoSettings) -> None:
         self.settings = settings
         self.names = ChannelNames(settings)
-        self._secret = settings.secret.get_secret_value().encode()
+        self.secret = settings.secret.get_secret_value().encode()
 
-    def authenticated(self, connection: CentrifugoConnection) -> None:
-        """It is in the hub from now on."""
-        self.unauthenticated.discard(connection)
-        self.stats.count("client_num_connect", "node_num_add_client_conn")
+    def may_publish_to(self, channel: str) -> bool:
+        """Return True if the API may publish to the channel.
 
-    def may_be_published_to(self, channel: str) -> bool:
-        """By the API. Where no namespace is configured, a channel may have any but another door's:
-        such a site has the rules of [namespace]."""
+        If no namespace is configured, any channel that belongs to no other protocol is allowed:
+        such a site is governed by the [namespace] settings.
+        """
         return not self.settings.namespaces or self.names.rules(channel) is not None
 
-    def timestamp(self, given: codec.ConnectParams) -> int:
-        """Of credentials whose token is right; Fatal otherwise, the token first."""
-        signed = given.user, given.timestamp, given.info
-        if not tokens.is_signed(self._secret, given.token, *signed):
-            raise FatalError(codec.INVALID_TOKEN)
-        timestamp = tokens.parse_timestamp(given.timestamp)
-        if timestamp is None:
-            raise FatalError(codec.INVALID_MESSAGE)
-        return timestamp
 
-
-def _tell_unsubscribed(session: Session, channel: Channel) -> None:
-    # v1 pushes it to all of the user's connections, whatever they are subscribed to.
+def _push_unsubscribe(session: Session, channel: Channel) -> None:
+    # v1 sends the push to all connections of the user, including those without a subscription.
     if isinstance(session.encoder, CentrifugoEncoder):
         session.reply(session.encoder.frame(codec.unsubscribe_push(channel)))

@@ -1,7 +1,7 @@
-"""What v1's `stats` and `node` count, under v1's names; all values are integers.
+"""Counters and durations of v1's `stats` and `node`, under v1's names. All values are integers.
 
-Counters only grow; `Node` makes the differences of an interval of them. Times are in microseconds,
-kept to three digits, for the interval that runs and the fourteen before it.
+Counters only grow; `NodeReport` computes the difference over an interval. Durations are in
+microseconds with three significant digits, for the current interval and the fourteen before it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 
-# libcentrifugo of v1.8.0: node/node.go, conns/, server/. What the relay has no such thing for
-# stays 0: who receives what of a kind that Redis delivers to readers of streams.
+# libcentrifugo of v1.8.0: node/node.go, conns/, server/. Counters without an equivalent in relay
+# stay 0, such as those of messages received from other nodes.
 COUNTERS = (
     "client_api_num_requests",
     "client_bytes_in",
@@ -63,14 +63,15 @@ _DIGITS = 1000
 
 
 class DurationHistogram:
-    """How long something took, by windows of one interval each, the newest first."""
+    """Histogram of durations with one window per interval."""
 
     def __init__(self, name: str) -> None:
         self._name = name
+        # Newest first.
         self._windows: deque[Counter[int]] = deque([Counter()], maxlen=max(_WINDOWS))
 
     def record(self, seconds: float) -> None:
-        """One more."""
+        """Add one duration."""
         value = max(0, int(seconds * 1e6))
         step = 1
         while value // step >= _DIGITS:
@@ -78,11 +79,11 @@ class DurationHistogram:
         self._windows[0][value // step * step] += 1
 
     def rotate(self) -> None:
-        """The interval is over."""
+        """Start a new window."""
         self._windows.appendleft(Counter())
 
     def values(self) -> dict[str, int]:
-        """Over one window and over all of them."""
+        """Return the statistics of the newest window and of all windows, by metric name."""
         found: dict[str, int] = {}
         for windows in _WINDOWS:
             merged: Counter[int] = Counter()
@@ -113,7 +114,7 @@ def _describe(name: str, counted: Counter[int]) -> dict[str, int]:
 
 
 class Stats:
-    """Of this worker."""
+    """Counters and histograms of this worker."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
@@ -121,26 +122,26 @@ class Stats:
         self.client_api = DurationHistogram("client_api")
 
     def count(self, *names: str) -> None:
-        """Each happened once more."""
+        """Add 1 to each counter."""
         for name in names:
             self.counts[name] += 1
 
-    def asked(self, size_bytes: int) -> None:
-        """By a client, in one frame."""
+    def frame_received(self, size_bytes: int) -> None:
+        """Count a client's frame."""
         self.counts["client_api_num_requests"] += 1
         self.counts["client_bytes_in"] += size_bytes
 
-    def answered(self, size_bytes: int, seconds: float) -> None:
-        """To a client, in one frame, which took so long."""
+    def reply_sent(self, size_bytes: int, seconds: float) -> None:
+        """Count the reply to a client's frame, and how long it took."""
         self.client_api.record(seconds)
         self.count("client_num_msg_queued", "client_num_msg_sent")
         self.counts["client_bytes_out"] += size_bytes
 
     def durations(self) -> dict[str, int]:
-        """Both histograms."""
+        """Return the statistics of both histograms, by metric name."""
         return self.http_api.values() | self.client_api.values()
 
     def rotate(self) -> None:
-        """An interval is over."""
+        """Start a new interval."""
         self.http_api.rotate()
         self.client_api.rotate()

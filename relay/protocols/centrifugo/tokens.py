@@ -1,6 +1,6 @@
-"""Tokens of connections and signatures of private subscriptions: HMAC-SHA256 by the one secret.
+"""Connection tokens and signatures of private subscriptions: HMAC-SHA256 with the secret.
 
-The parts are signed one after the other, without anything between them, as in v1's documents.
+The signed parts are concatenated without a separator, as in v1's documentation.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ _LIMIT = 1 << 63
 
 
 def sign(secret: bytes, *parts: str) -> str:
-    """In lower-case hex, 64 characters."""
+    """Return the signature of the parts, 64 lower-case hex digits."""
     return hmac.digest(secret, "".join(parts).encode(errors="replace"), "sha256").hex()
 
 
 def is_signed(secret: bytes, given: str, *parts: str) -> bool:
-    """Whether `given` is their signature; never true without a secret, since that can be forged."""
-    # Bytes: compare_digest takes text in ASCII only, and this text is the peer's.
+    """Return True if `given` is the signature of the parts.
+
+    Return False for an empty secret, because anyone can sign with it.
+    """
+    # compare_digest accepts only ASCII strings, and the client can send any string.
     wanted = sign(secret, *parts).encode()
     return bool(secret) and hmac.compare_digest(wanted, given.encode(errors="replace"))
 
 
 def parse_timestamp(text: str) -> int | None:
-    """Seconds since the epoch, None where it is no 64-bit integer."""
+    """Return seconds since the epoch, or None if `text` is not a 64-bit integer."""
     if not _INTEGER.fullmatch(text):
         return None
     value = int(text)

@@ -1,8 +1,8 @@
-"""One administrator at v1's `/socket`: commands in, replies out. No I/O of its own.
+"""Protocol state machine of one administrator at v1's `/socket`. Performs no I/O.
 
-Commands are those of the API besides `connect`, `ping` and `info`; replies are always an array
-(libcentrifugo/conns/adminconn of v1.8.0). v1 sends them to those alone who connected with `watch`;
-here all get theirs.
+Commands are those of the API, and `connect`, `ping` and `info`. Replies are always an array
+(libcentrifugo/conns/adminconn of v1.8.0). Unlike v1, replies are sent to all administrators and not
+only to those who have connected with `watch`.
 """
 
 from __future__ import annotations
@@ -31,47 +31,47 @@ if TYPE_CHECKING:
     from relay.protocols.centrifugo.settings import CentrifugoSettings
 
 CLOSE_CODE = 3000
-# Frames that wait for their turn before no more is read.
+# Reading pauses while this many frames wait.
 _WAITING = 16
 _SECRETS = frozenset({"secret", "admin_password", "admin_secret"})
-# v1 tells these in nanoseconds; in settings they are seconds.
+# v1 reports these in nanoseconds. Settings are in seconds.
 _DURATIONS = ("_interval", "_delay", "_timeout")
 
 
 class AdminTransport(Protocol):
-    """The administrator's socket."""
+    """WebSocket of an administrator."""
 
     full: bool
 
     def write(self, data: bytes) -> None:
-        """Framed bytes."""
+        """Send one or more complete frames."""
 
     def close(self, last: bytes = b"") -> None:
-        """After everything is out."""
+        """Close after all pending data and `last` have been sent."""
 
     def close_with(self, code: int, reason: str = "") -> None:
-        """Close with a code and a reason."""
+        """Close with a code and a reason after all pending data has been sent."""
 
     def pause_reading(self) -> None:
-        """Nothing more for now."""
+        """Stop reading from the administrator."""
 
     def resume_reading(self) -> None:
-        """Go on."""
+        """Continue reading from the administrator."""
 
 
 class WatchEncoder(SharedEncoder):
-    """The encoder of what administrators watch (`relay.hub.encoding.Encoder`)."""
+    """Encodes publications for administrators (`relay.hub.encoding.Encoder`)."""
 
     door = WATCHERS
 
     def event(self, event: Event) -> bytes:
-        """A push; nothing for what others may write to this channel."""
+        """Encode a push. Return b"" for entries that others have written to this channel."""
         if event.door != WATCHERS:
             return b""
         return frame_text(b'{"method":"message","error":null,"body":' + event.data + b"}")
 
     def notice(self, channel: Channel, notice: Notice) -> bytes | None:
-        """Nothing is promised here that could be missing."""
+        """Send nothing: administrators have no delivery guarantee."""
         del channel, notice
         return b""
 
@@ -80,36 +80,35 @@ WATCH_ENCODER = WatchEncoder()
 
 
 class AdminConnection:
-    """The table, and the hub's view of who watches (`relay.hub.session.Client`)."""
+    """Executes an administrator's commands. Implements `relay.hub.session.Client`."""
 
     def __init__(
-        self, door: ServerState, api: CommandExecutor, is_valid: Callable[[str], bool]
+        self, server: ServerState, executor: CommandExecutor, is_valid: Callable[[str], bool]
     ) -> None:
-        """`is_valid`: whether a token of `/auth/` still holds."""
-        self._door = door
-        self._api = api
+        """`is_valid` returns True for a valid token of `/auth/`."""
+        self._server = server
+        self._executor = executor
         self._is_valid = is_valid
         self._socket: AdminTransport | None = None
         self._session: Session | None = None
         self._waiting: deque[bytes] = deque()
         self._busy = False
-        self._known = door.settings.insecure_admin
+        self._authenticated = server.settings.insecure_admin
 
-    def attached(self, socket: AdminTransport) -> None:
-        """The handshake is done."""
+    def on_open(self, socket: AdminTransport) -> None:
+        """Store the socket: the handshake is complete."""
         self._socket = socket
 
     def on_frame(self, frame: bytes) -> None:
-        """One frame; it is dealt with once those before it have been."""
+        """Queue one frame."""
         self._waiting.append(frame)
         if self._socket is not None and len(self._waiting) >= _WAITING:
             self._socket.pause_reading()
         if not self._busy:
             self._busy = True
-            # It ends with the frames that wait.
-            _ = self._door.context.spawn(self._carry_out(), name="centrifugo admin")
+            _ = self._server.context.spawn(self._run(), name="centrifugo admin")
 
-    async def _carry_out(self) -> None:
+    async def _run(self) -> None:
         while self._waiting and self._socket is not None:
             try:
                 await self._answer(self._waiting.popleft())
@@ -125,41 +124,40 @@ class AdminConnection:
     async def _answer(self, frame: bytes) -> None:
         if frame[:1] not in (b"[", b"{"):
             raise commands.InvalidCommand("neither an object nor an array")
-        asked = commands.many(frame) if frame.startswith(b"[") else [commands.one(frame)]
-        replies = [await self._reply(command) for command in asked]
+        parsed = commands.many(frame) if frame.startswith(b"[") else [commands.one(frame)]
+        replies = [await self._reply(command) for command in parsed]
         if replies:
-            self._say(frame_text(encode(replies)))
+            self._send(frame_text(encode(replies)))
 
     async def _reply(self, command: CentrifugoCommand) -> Reply:
-        method, params, uid = command
+        method, _, uid = command
         if method == "connect":
             return self._connect(command)
-        if not self._known:
+        if not self._authenticated:
             raise commands.InvalidCommand(codec.UNAUTHORIZED)
         if method == "ping":
             return Reply(method, uid, body=b'"pong"')
         if method == "info":
-            return Reply(method, uid, body=_info(self._door.settings))
-        if not self._api.knows(method):
+            return Reply(method, uid, body=_info(self._server.settings))
+        if not self._executor.has(method):
             raise commands.InvalidCommand(codec.METHOD_NOT_FOUND)
-        del params
-        (reply,) = await self._api.run([command])
+        (reply,) = await self._executor.execute([command])
         return reply
 
     def _connect(self, command: CentrifugoCommand) -> Reply:
         given = commands.fields(command.params, strings=("token",), bools=("watch",))
-        if not self._door.settings.insecure_admin and not self._is_valid(given.get("token", "")):
+        if not self._server.settings.insecure_admin and not self._is_valid(given.get("token", "")):
             raise commands.InvalidCommand(codec.UNAUTHORIZED)
-        self._known = True
+        self._authenticated = True
         if given.get("watch") and self._session is None and self._socket is not None:
-            context = self._door.context
+            context = self._server.context
             principal = Principal(door=WATCHERS, unrestricted=True)
             self._session = context.hub.open(principal, WATCH_ENCODER, self)
             self._session.attach(self._socket)
             context.subscribe(self._session, WATCH, None)
         return Reply("connect", command.uid, body=b"true")
 
-    def _say(self, data: bytes) -> None:
+    def _send(self, data: bytes) -> None:
         if self._session is not None:
             self._session.reply(data)
         elif self._socket is not None:
@@ -167,22 +165,22 @@ class AdminConnection:
 
     # ---- from the socket ------------------------------------------------------------------------
 
-    def filled(self) -> None:
-        """Who does not read is shown nothing and asked nothing meanwhile."""
+    def on_full(self) -> None:
+        """Pause pushes and reading: the send buffer is full."""
         if self._session is not None:
             self._session.pause()
         if self._socket is not None:
             self._socket.pause_reading()
 
-    def drained(self) -> None:
-        """There is room again."""
+    def on_drained(self) -> None:
+        """Resume pushes and reading: the send buffer has room again."""
         if self._session is not None:
             self._session.resume()
         if self._socket is not None:
             self._socket.resume_reading()
 
-    def gone(self) -> None:
-        """The socket is closed."""
+    def on_closed(self) -> None:
+        """Release the connection: the socket has closed."""
         self._socket = None
         self._waiting.clear()
         if self._session is not None:
@@ -190,47 +188,47 @@ class AdminConnection:
 
     def expire(self) -> None:
         """Close the connection if it has not authenticated."""
-        if not self._known:
+        if not self._authenticated:
             self.close(codec.UNAUTHORIZED)
 
     def close(self, reason: str) -> None:
-        """Say why; administrators may always come back."""
+        """Close with v1's reason. Administrators may always reconnect."""
         socket = self._socket
         if socket is None:
             return
         if self._session is not None:
             self._session.write_out()
-        self.gone()
+        self.on_closed()
         socket.close_with(CLOSE_CODE, codec.close_reason(reason, reconnect=True))
 
     # ---- from the hub (relay.hub.session.Client) ------------------------------------------------
 
     def subscribed(self, subscription: Subscription) -> None:
-        """See `relay.hub.session.Client`."""
+        """Do nothing: the reply to `connect` has been sent."""
 
     def refused(self, channel: Channel, error: RelayError) -> None:
-        """Streams cannot be read now: the page connects again."""
+        """Close the connection because the channel cannot be read. The page reconnects."""
         del channel, error
         self.close(codec.INTERNAL_ERROR)
 
     def dropped(self, channel: Channel, notice: Notice) -> None:
-        """See `relay.hub.session.Client`."""
+        """Close the connection because the subscription has ended."""
         del channel, notice
         self.close(codec.INTERNAL_ERROR)
 
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
-        """Never called: `Pushes.notice` always has an answer."""
+        """Do nothing. Never called, because `WatchEncoder.notice` never returns None."""
 
     def expired(self) -> None:
-        """Never called: there is no end to this principal."""
+        """Do nothing. Never called, because this principal does not expire."""
 
     def disconnect(self, reason: str) -> None:
-        """See `relay.hub.session.Client`."""
+        """Close the connection for an operator or at shutdown."""
         self.close("shutting down" if reason == "stopping" else reason)
 
 
 def _info(settings: CentrifugoSettings) -> bytes:
-    """Options without secrets, of which v1's answer has one."""
+    """Return the settings without secrets. v1's reply contains one of the secrets."""
     config = settings.model_dump(mode="json", exclude=set(_SECRETS))
     for name, value in config.items():
         if name.endswith(_DURATIONS):

@@ -1,7 +1,8 @@
-"""This worker as a v1 node, and the others: what `stats` and `node` tell.
+"""Replies to `stats` and `node`: each worker is reported as a v1 node.
 
-Every `node_ping_interval` each worker writes what it has to tell into the store, for as long as
-twice that and a second. Counters in `stats` are those of the last whole `node_metrics_interval`.
+Every `node_ping_interval` each worker writes its report to the shared store, where it expires after
+twice that time plus one second. Counters in `stats` cover the last complete
+`node_metrics_interval`.
 """
 
 from __future__ import annotations
@@ -35,72 +36,71 @@ _MEMORY = {
 
 
 class NodeReport:
-    """`run` must be running."""
+    """Metrics of this worker. Requires a running task of `run`."""
 
-    def __init__(self, door: ServerState) -> None:
-        self._door = door
-        instance = door.context.bus.instance
+    def __init__(self, server: ServerState) -> None:
+        self._server = server
+        instance = server.context.bus.instance
         self._instance = instance
         self._uid = str(uuid.uuid4())
         self._name = instance.rpartition(":")[0] or instance
         self._started = time.time()
         self._before = dict.fromkeys(COUNTERS, 0)
-        # Until the first interval is over.
-        self._snapshot = self._before | door.stats.durations()
+        # Reported until the first interval is complete.
+        self._snapshot = self._before | server.stats.durations()
         self._cpu = (time.monotonic(), time.process_time())
         self._cpu_usage = 0
 
     async def run(self) -> None:
-        """Until cancelled; Redis being away is waited out."""
+        """Publish the report periodically. Runs until cancelled, also without Redis."""
         loop = asyncio.get_running_loop()
-        settings = self._door.settings
+        settings = self._server.settings
         snapshot_at = loop.time() + settings.node_metrics_interval
         while True:
-            await self._tell()
-            settings = self._door.settings
+            await self._publish()
+            settings = self._server.settings
             now = loop.time()
             await asyncio.sleep(max(0.0, min(settings.node_ping_interval, snapshot_at - now)))
             if loop.time() >= snapshot_at:
                 snapshot_at = loop.time() + settings.node_metrics_interval
                 self.finish_interval()
 
-    async def _tell(self) -> None:
-        ttl_s = 2 * self._door.settings.node_ping_interval + 1
-        self._door.stats.count("node_num_control_msg_published")
+    async def _publish(self) -> None:
+        ttl_s = 2 * self._server.settings.node_ping_interval + 1
+        self._server.stats.count("node_num_control_msg_published")
         try:
-            await self._door.context.store.put(
-                _key(self._instance), self._as_others_see_it(), ttl_s
-            )
+            await self._server.context.store.put(_key(self._instance), self._shared_report(), ttl_s)
         except RelayError:
-            return  # the others leave it out meanwhile, as v1 would
+            # Like in v1, other nodes omit this one from their statistics in the meantime.
+            return
 
     def finish_interval(self) -> None:
-        """From now on `stats` tells what happened since the last time."""
+        """Take a snapshot of the counters for `stats`."""
         counts = self._counts()
         deltas = {name: counts[name] - self._before[name] for name in COUNTERS}
         self._before = counts
-        self._snapshot = deltas | self._door.stats.durations()
-        self._door.stats.rotate()
+        self._snapshot = deltas | self._server.stats.durations()
+        self._server.stats.rotate()
         before, used = self._cpu
         self._cpu = (time.monotonic(), time.process_time())
         passed = self._cpu[0] - before
         self._cpu_usage = round(100 * (self._cpu[1] - used) / passed) if passed else 0
 
     async def stats(self) -> bytes:
-        """All nodes of the site. Unavailable where Redis is away."""
-        context = self._door.context
+        """Return the reports of all workers. Raise Unavailable without Redis."""
+        context = self._server.context
         others = [each for each in await context.active.workers() if each != self._instance]
-        told = await context.store.get_many([_key(each) for each in others])
-        nodes = [self._as_others_see_it(), *(each for each in told if each is not None)]
-        interval = round(self._door.settings.node_metrics_interval)
+        reports = await context.store.get_many([_key(each) for each in others])
+        nodes = [self._shared_report(), *(each for each in reports if each is not None)]
+        interval = round(self._server.settings.node_metrics_interval)
         return b'{"data":{"nodes":[%b],"metrics_interval":%d}}' % (b",".join(nodes), interval)
 
-    def raw(self) -> bytes:
-        """This node, with its counters since the start."""
-        metrics = self._counts() | self._door.stats.durations() | self._gauges()
+    def own_report(self) -> bytes:
+        """Return this worker's report, with counters since its start."""
+        metrics = self._counts() | self._server.stats.durations() | self._gauges()
         return b'{"data":%b}' % self._describe(metrics)
 
-    def _as_others_see_it(self) -> bytes:
+    def _shared_report(self) -> bytes:
         return self._describe(self._snapshot | self._gauges())
 
     def _describe(self, metrics: dict[str, int]) -> bytes:
@@ -115,19 +115,19 @@ class NodeReport:
         )
 
     def _counts(self) -> dict[str, int]:
-        found = dict(self._door.stats.counts)
-        metrics = self._door.context.metrics
-        # Counted for all doors of the worker: not once per client and event.
+        counts = dict(self._server.stats.counts)
+        metrics = self._server.context.metrics
+        # Counted for all protocols of the worker, and not once per client and event.
         sent = metrics.offered()
-        found["client_num_msg_queued"] += sent
-        found["client_num_msg_sent"] += sent
-        found["node_num_client_msg_received"] += metrics.received()
-        here = self._clients()
-        found["node_num_remove_client_conn"] = found["node_num_add_client_conn"] - len(here)
-        return found
+        counts["client_num_msg_queued"] += sent
+        counts["client_num_msg_sent"] += sent
+        counts["node_num_client_msg_received"] += metrics.received()
+        clients = self._clients()
+        counts["node_num_remove_client_conn"] = counts["node_num_add_client_conn"] - len(clients)
+        return counts
 
     def _clients(self) -> list[Session]:
-        sessions = self._door.context.hub.sessions()
+        sessions = self._server.context.hub.sessions()
         return [session for session in sessions if session.principal.door == DOOR]
 
     def _gauges(self) -> dict[str, int]:
@@ -144,7 +144,7 @@ class NodeReport:
                 "node_num_clients": len(clients),
                 "node_num_unique_clients": len({each.principal.user for each in clients}),
                 "node_num_channels": len(channels),
-                # Of all in Python what is most like them.
+                # The closest equivalent of goroutines.
                 "node_num_goroutine": len(asyncio.all_tasks()),
                 "node_cpu_usage": self._cpu_usage,
                 "node_rusage_utime": int(usage.ru_utime * 1e6),
@@ -155,7 +155,7 @@ class NodeReport:
 
 
 def memory() -> dict[str, int]:
-    """This process's, in bytes, by v1's names; nothing where the system does not tell."""
+    """Return memory sizes of this process in bytes by v1's names, or {} except on Linux."""
     found = {}
     try:
         lines = Path(f"/proc/{os.getpid()}/status").read_text().splitlines()

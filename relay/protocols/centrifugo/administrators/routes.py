@@ -1,4 +1,4 @@
-"""The administrators' paths: `/auth/` and `/socket`, and `/debug/` for whoever reaches it."""
+"""Endpoints for administrators: `/auth/`, `/socket` and `/debug/`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from relay.protocols.centrifugo.server_state import ServerState
     from relay.protocols.centrifugo.settings import CentrifugoSettings
 
-# v1's tokens are securecookie's, and hold as long.
+# Validity of v1's tokens, which are made by securecookie.
 _TOKEN_S = 30 * 86400
 _AUDIENCE = "centrifugo admin"
 _FORM_BYTES = 65536
@@ -36,18 +36,22 @@ _INSECURE = "insecure"
 
 
 class AdminRoutes:
-    """What the settings at start leave open of them; which paths there are does not change."""
+    """Routes for administrators. The settings at start decide which exist."""
 
     def __init__(
-        self, door: ServerState, api: CommandExecutor, settings: CentrifugoSettings, prefix: str
+        self,
+        server: ServerState,
+        executor: CommandExecutor,
+        settings: CentrifugoSettings,
+        prefix: str,
     ) -> None:
-        """`prefix` stands before all of the paths."""
-        self._door = door
-        self._api = api
+        """`prefix` is put in front of all paths."""
+        self._server = server
+        self._executor = executor
         self._reaper = Reaper()
-        self._beat = Heartbeat(interval_s=settings.ping_interval, beat=websocket.PING)
+        self._heartbeat = Heartbeat(interval_s=settings.ping_interval, beat=websocket.PING)
         self._open: set[AdminConnection] = set()
-        # As for clients: a connection that does not authenticate is closed.
+        # As for clients, close connections that do not authenticate in time.
         self._stale: Deadlines[AdminConnection] = Deadlines(
             settings.stale_connection_close_delay, AdminConnection.expire
         )
@@ -56,23 +60,23 @@ class AdminRoutes:
         if settings.admin or settings.web:
             self.routes.append(web.route("*", f"{prefix}/socket", self._socket))
         if settings.web:
-            self.routes.append(web.route("*", self._auth_path, self._moved))
+            self.routes.append(web.route("*", self._auth_path, self._redirect))
             self.routes.append(web.route("*", f"{self._auth_path}/", self._auth))
         if settings.debug:
             self.routes.append(web.get(f"{prefix}/debug/", self._debug))
 
     async def closed(self) -> None:
-        """Close administrators' sockets too: they have no session in the hub."""
+        """Close all administrators. Most have no session in the hub."""
         for administrator in list(self._open):
             administrator.disconnect("stopping")
 
     # ---- /auth/ ---------------------------------------------------------------------------------
 
-    async def _moved(self, _request: web.Request) -> web.Response:
+    async def _redirect(self, _request: web.Request) -> web.Response:
         return web.Response(status=301, headers={"Location": f"{self._auth_path}/"})
 
     async def _auth(self, request: web.Request) -> web.Response:
-        settings = self._door.settings
+        settings = self._server.settings
         if settings.insecure_admin:
             return _token(_INSECURE)
         try:
@@ -84,19 +88,19 @@ class AdminRoutes:
         password = settings.admin_password.get_secret_value().encode()
         given = fields.get("password", b"")
         if not (password and self._key() and hmac.compare_digest(password, given)):
-            self._door.context.metrics.refused.labels("bad_request").inc()
+            self._server.context.metrics.refused.labels("bad_request").inc()
             return go_http.error(400, "Bad Request")
         claims = {"aud": _AUDIENCE, "exp": int(time.time()) + _TOKEN_S}
         return _token(jwt.encode(claims, self._key(), algorithm="HS256"))
 
     def _key(self) -> bytes:
-        secret = self._door.settings.admin_secret.get_secret_value().encode()
-        # Long enough whatever the secret, and for nothing else.
+        secret = self._server.settings.admin_secret.get_secret_value().encode()
+        # The derived key is long enough for any secret, and is used for nothing else.
         return hmac.digest(secret, _AUDIENCE.encode(), "sha256") if secret else b""
 
     def _is_valid(self, token: str) -> bool:
         key = self._key()
-        if not key or not self._door.settings.admin_password.get_secret_value():
+        if not key or not self._server.settings.admin_password.get_secret_value():
             return False
         try:
             jwt.decode(token, key, algorithms=["HS256"], audience=_AUDIENCE)
@@ -110,26 +114,26 @@ class AdminRoutes:
         head = websocket.accept_headers(request)
         if isinstance(head, web.Response):
             return go_http.error(400, "Bad Request")
-        settings = self._door.settings
+        settings = self._server.settings
         socket = websocket.WebSocketConnection(
             buffer_bytes=settings.client_queue_max_size,
             max_frame_bytes=settings.api_max_bytes,
             reaper=self._reaper,
-            heartbeat=self._beat,
+            heartbeat=self._heartbeat,
         )
-        administrator = AdminConnection(self._door, self._api, self._is_valid)
+        administrator = AdminConnection(self._server, self._executor, self._is_valid)
         self._open.add(administrator)
 
         def closed() -> None:
             self._open.discard(administrator)
             self._stale.remove(administrator)
-            administrator.gone()
+            administrator.on_closed()
 
         socket.on_text = socket.on_binary = administrator.on_frame
-        socket.on_full = administrator.filled
-        socket.on_drained = administrator.drained
+        socket.on_full = administrator.on_full
+        socket.on_drained = administrator.on_drained
         socket.on_closed = closed
-        administrator.attached(socket)
+        administrator.on_open(socket)
         if settings.stale_connection_close_delay:
             self._stale.add(administrator)
         return take_over(request, head, socket)
@@ -137,13 +141,17 @@ class AdminRoutes:
     # ---- /debug/ --------------------------------------------------------------------------------
 
     async def _debug(self, _request: web.Request) -> web.Response:
-        hub = self._door.context.hub
+        hub = self._server.context.hub
         doors = Counter(session.principal.door for session in hub.sessions())
         lines = ["# connections"]
         lines += [f"{count:8} {door}" for door, count in doors.most_common()]
-        lines += [f"{len(hub.feeds()):8} streams followed", "", "# memory, bytes"]
+        lines += [f"{len(hub.feeds()):8} followed channels", "", "# memory, bytes"]
         lines += [f"{size:12} {name}" for name, size in sorted(memory().items())]
-        lines += [f"{len(gc.get_objects()):12} objects that the collector knows", "", "# tasks"]
+        lines += [
+            f"{len(gc.get_objects()):12} objects tracked by the garbage collector",
+            "",
+            "# tasks",
+        ]
         for task in sorted(asyncio.all_tasks(), key=lambda each: each.get_name()):
             frames = task.get_stack(limit=1)
             where = f"{frames[0].f_code.co_qualname}:{frames[0].f_lineno}" if frames else "ends"
@@ -152,6 +160,6 @@ class AdminRoutes:
 
 
 def _token(token: str) -> web.Response:
-    # Go's encoder ends with a newline.
+    # Go's encoder appends a newline.
     body = orjson.dumps({"token": token}) + b"\n"
     return web.Response(body=body, content_type="application/json")

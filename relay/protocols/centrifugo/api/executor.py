@@ -1,7 +1,7 @@
-"""What a request to the HTTP API means: its signature, its commands, their replies.
+"""Execution of API requests: signature, commands and replies.
 
-Commands are carried out in order; what those of one request publish, and of requests that come at
-the same time, travels to Redis together. A reply says success only when the entry has its ID.
+Commands are executed in order. The entries of one request, and of concurrent requests, are sent to
+Redis together. A publish is successful only when its entry has an ID.
 """
 
 from __future__ import annotations
@@ -14,24 +14,27 @@ from relay.core.errors import LimitExceeded, RelayError
 from relay.core.json_array import divide
 from relay.core.slices import in_slices
 from relay.protocols.centrifugo import commands
-from relay.protocols.centrifugo.api.replies import FIX, RETRY, Reply
+from relay.protocols.centrifugo.api.replies import Reply
+from relay.protocols.centrifugo.codec import (
+    FIX,
+    INTERNAL_ERROR,
+    INVALID_MESSAGE,
+    LIMIT_EXCEEDED,
+    RETRY,
+)
 
 if TYPE_CHECKING:
     from relay.protocols.centrifugo.api.server_commands import ServerCommands
     from relay.protocols.centrifugo.publisher import Appended
     from relay.protocols.centrifugo.server_state import ServerState
 
-# v1's texts, which clients compare.
-INVALID_MESSAGE = "invalid message"
-LIMIT_EXCEEDED = "limit exceeded"
-INTERNAL_ERROR = "internal server error"
-# A body up to this size is parsed in one step, a longer batch in parts of at least the other.
+# A body up to this size is parsed in one step, a longer batch in parts of at least _PART_BYTES.
 _SMALL_BYTES = 16384
 _PART_BYTES = 8192
 
 
 class _PendingCommand(NamedTuple):
-    """A command under way: what is appended, and what is already known to be wrong."""
+    """A command whose entries are being appended, and its error if one has already occurred."""
 
     method: str
     uid: str
@@ -40,45 +43,47 @@ class _PendingCommand(NamedTuple):
     advice: str = ""
 
 
-def signed(secret: bytes, body: bytes, sign: str) -> bool:
-    """Whether `sign` is the lower-case hex HMAC-SHA256 of `body`; never true without a secret."""
-    # Bytes: compare_digest takes text in ASCII only, and this text is the peer's.
+def is_signed(secret: bytes, body: bytes, sign: str) -> bool:
+    """Return True if `sign` is the lower-case hex HMAC-SHA256 of `body`.
+
+    Return False for an empty secret.
+    """
+    # compare_digest accepts only ASCII strings, and the client can send any string.
     wanted = hmac.digest(secret, body, "sha256").hex().encode()
     return bool(secret) and hmac.compare_digest(wanted, sign.encode(errors="replace"))
 
 
 class CommandExecutor:
-    """The commands of backends and administrators."""
+    """Executes the commands of backends and administrators."""
 
-    def __init__(self, door: ServerState, server: ServerCommands) -> None:
-        self._door = door
+    def __init__(self, server: ServerState, other_commands: ServerCommands) -> None:
         self._server = server
+        self._other_commands = other_commands
 
-    async def answer(self, body: bytes, *, ids: bool = False) -> list[Reply]:
-        """Carry the commands out; one reply each, with `ids` that of a publish tells its entry's
-        ID.
+    async def execute_request(self, body: bytes, *, ids: bool = False) -> list[Reply]:
+        """Execute the commands of a request body and return one reply for each.
 
-        Invalid where the request as a whole is refused: commands before the broken one have been
-        carried out by then, as in v1.
+        With `ids`, the reply to a publish contains the entry's ID. Raise InvalidCommand to reject
+        the whole request. As in v1, the commands before the invalid one have been executed then.
         """
-        return await self.run(await _read(body), ids=ids)
+        return await self.execute(await _parse(body), ids=ids)
 
-    def knows(self, method: str) -> bool:
-        """Whether there is such a command."""
-        return method in ("publish", "broadcast") or self._server.knows(method)
+    def has(self, method: str) -> bool:
+        """Return True if the command exists."""
+        return method in ("publish", "broadcast") or self._other_commands.has(method)
 
-    async def run(
+    async def execute(
         self,
-        asked: Sequence[commands.PublishParams | commands.CentrifugoCommand],
+        parsed: Sequence[commands.PublishParams | commands.CentrifugoCommand],
         *,
         ids: bool = False,
     ) -> list[Reply]:
-        """As `answer`, for commands that have been read."""
+        """Execute parsed commands. See `execute_request`."""
         replies: list[Reply] = []
         started: list[_PendingCommand] = []
         broken: commands.InvalidCommand | None = None
         try:
-            async for each in in_slices(asked):
+            async for each in in_slices(parsed):
                 if isinstance(each, commands.PublishParams):
                     started.append(await self._append("publish", "", [each]))
                 elif each.method == "publish":
@@ -86,8 +91,8 @@ class CommandExecutor:
                 elif each.method == "broadcast":
                     started.append(await self._broadcast(each))
                 else:
-                    handle = self._server.find(each.method)
-                    # What was published before is there for what is asked after.
+                    handle = self._other_commands.find(each.method)
+                    # A query must see the events that the commands before it have published.
                     replies += [await _finish(one, ids=ids) for one in started]
                     started.clear()
                     replies.append(await handle(each))
@@ -121,7 +126,7 @@ class CommandExecutor:
             try:
                 wanted.append(broadcast.publication(name))
             except commands.InvalidCommand as exc:
-                # Those before it are published, those after it are not.
+                # Only the channels before this one receive the event.
                 error = str(exc) if isinstance(exc, commands.NamespaceNotFound) else INVALID_MESSAGE
                 break
         begun = await self._append(method, uid, wanted)
@@ -134,10 +139,10 @@ class CommandExecutor:
         try:
             async for publication in in_slices(publications):
                 channel, data, client, event_uid, kind, to = publication
-                if not self._door.may_be_published_to(channel):
+                if not self._server.may_publish_to(channel):
                     error = str(commands.NamespaceNotFound())
                     return _PendingCommand(method, uid, appends, error, FIX)
-                append = self._door.publisher.publish(
+                append = self._server.publisher.publish(
                     channel, data, client=client, uid=event_uid, type=kind, to=to
                 )
                 appends.append(append)
@@ -150,9 +155,9 @@ class CommandExecutor:
         return _PendingCommand(method, uid, appends)
 
 
-async def _read(body: bytes) -> list[commands.PublishParams | commands.CentrifugoCommand]:
+async def _parse(body: bytes) -> list[commands.PublishParams | commands.CentrifugoCommand]:
     if body[:1] not in (b"[", b"{"):
-        # v1 looks at the first byte only: white space before it is an error.
+        # v1 checks the first byte only, so leading white space is an error.
         raise commands.InvalidCommand("neither an object nor an array")
     if body[:1] == b"{" or len(body) <= _SMALL_BYTES:
         return commands.read(body)

@@ -1,4 +1,4 @@
-"""Bytes of API replies. The keys stand in v1's order: uid, method, error, advice, body."""
+"""Encoding of API replies. The keys have v1's order: uid, method, error, advice, body."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ from dataclasses import dataclass
 
 import orjson
 
-FIX = "fix"
-RETRY = "retry"
-
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The answer to one command; `error` is '' where it succeeded, `body` is JSON text."""
+    """Reply to one command. `error` is '' on success; `body` is JSON text."""
 
     method: str
     uid: str = ""
@@ -22,7 +19,7 @@ class Reply:
 
 
 def encode(replies: list[Reply]) -> bytes:
-    """The body of a response: always an array."""
+    """Return the body of a response, which is always an array."""
     return b"[" + b",".join(_SUCCESS.get(reply) or _encode(reply) for reply in replies) + b"]"
 
 

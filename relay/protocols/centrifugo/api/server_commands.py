@@ -1,7 +1,7 @@
-"""What backends and administrators may ask besides publishing: v1's other server commands.
+"""Server commands of v1 other than publish and broadcast.
 
-Each is answered with its reply; Invalid where the request as a whole is refused. Errors have no
-advice, unlike those of a publish (libcentrifugo/api/v1/api.go of v1.8.0).
+Handlers return a reply, or raise InvalidCommand to reject the whole request. Unlike the errors of a
+publish, their errors have no advice (libcentrifugo/api/v1/api.go of v1.8.0).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Handler = Callable[["CentrifugoCommand"], Awaitable[Reply]]
 
 
 class ServerCommands:
-    """`find` says who carries a command out."""
+    """Handlers by method name."""
 
-    def __init__(self, door: ServerState, node: NodeReport) -> None:
-        self._door = door
+    def __init__(self, server: ServerState, node: NodeReport) -> None:
+        self._server = server
         self._node = node
         self._handlers: dict[str, Handler] = {
             "unsubscribe": self._unsubscribe,
@@ -43,12 +43,12 @@ class ServerCommands:
             "node": self._own_node,
         }
 
-    def knows(self, method: str) -> bool:
-        """Whether there is such a command."""
+    def has(self, method: str) -> bool:
+        """Return True if the command exists."""
         return method in self._handlers
 
     def find(self, method: str) -> Handler:
-        """Invalid where there is no such command."""
+        """Return the command's handler. Raise InvalidCommand if there is none."""
         handler = self._handlers.get(method)
         if handler is None:
             raise commands.InvalidCommand("unknown method")
@@ -58,65 +58,67 @@ class ServerCommands:
         given = commands.fields(command.params, strings=("channel", "user"))
         user, name = given.get("user", ""), given.get("channel", "")
         if not user:
-            return _failed(command, codec.INVALID_MESSAGE)
-        if name and self._door.names.rules(name) is None:
-            return _failed(command, codec.NAMESPACE_NOT_FOUND)
+            return _error_reply(command, codec.INVALID_MESSAGE)
+        if name and self._server.names.rules(name) is None:
+            return _error_reply(command, codec.NAMESPACE_NOT_FOUND)
         try:
             channel = parse_channel(name) if name else None
         except ValueError:
-            return _failed(command, codec.INVALID_MESSAGE)
-        self._door.stats.count("node_num_control_msg_published")
-        tell = self._door.context.unsubscribe(user, channel=channel, door=encoders.DOOR)
-        return await _done(command, tell)
+            return _error_reply(command, codec.INVALID_MESSAGE)
+        self._server.stats.count("node_num_control_msg_published")
+        pending = self._server.context.unsubscribe(user, channel=channel, door=encoders.DOOR)
+        return await _reply_when_done(command, pending)
 
     async def _disconnect(self, command: CentrifugoCommand) -> Reply:
         user = commands.fields(command.params, strings=("user",)).get("user", "")
         if not user:
-            return _failed(command, codec.INVALID_MESSAGE)
-        self._door.stats.count("node_num_control_msg_published")
-        return await _done(command, self._door.context.disconnect(user, door=encoders.DOOR))
+            return _error_reply(command, codec.INVALID_MESSAGE)
+        self._server.stats.count("node_num_control_msg_published")
+        return await _reply_when_done(
+            command, self._server.context.disconnect(user, door=encoders.DOOR)
+        )
 
     async def _presence(self, command: CentrifugoCommand) -> Reply:
         name = codec.channel_of(command.params)
-        rules = self._door.names.rules(name)
-        error = _unreadable(name)
+        rules = self._server.names.rules(name)
+        error = _name_error(name)
         if not error and rules is not None and not rules.presence:
             error = codec.NOT_AVAILABLE
         if error or rules is None:
-            return _failed(command, error or codec.NAMESPACE_NOT_FOUND, codec.data_body(name))
+            return _error_reply(command, error or codec.NAMESPACE_NOT_FOUND, codec.data_body(name))
         try:
-            found = await self._door.presence.read(Channel(name))
+            found = await self._server.presence.read(Channel(name))
         except RelayError as exc:
-            return _broken(command, exc, codec.data_body(name))
+            return _unavailable(command, exc, codec.data_body(name))
         return Reply(command.method, command.uid, body=codec.data_body(name, found))
 
     async def _history(self, command: CentrifugoCommand) -> Reply:
         name = codec.channel_of(command.params)
-        rules = self._door.names.rules(name)
-        error = _unreadable(name)
+        rules = self._server.names.rules(name)
+        error = _name_error(name)
         if not error and rules is not None and not rules.has_history:
             error = codec.NOT_AVAILABLE
         if error or rules is None:
-            return _failed(command, error or codec.NAMESPACE_NOT_FOUND, codec.data_body(name))
-        self._door.stats.count("node_num_history")
+            return _error_reply(command, error or codec.NAMESPACE_NOT_FOUND, codec.data_body(name))
+        self._server.stats.count("node_num_history")
         try:
-            snapshot = await self._door.context.history(Channel(name), rules.history_size)
+            snapshot = await self._server.context.history(Channel(name), rules.history_size)
         except RelayError as exc:
-            return _broken(command, exc, codec.data_body(name))
-        kept = history.kept(snapshot, rules, self._door.clock())
-        await encoders.encode_messages(kept)
-        found = b"[" + b",".join(map(encoders.message, kept)) + b"]"
+            return _unavailable(command, exc, codec.data_body(name))
+        retained = history.retained(snapshot, rules, self._server.clock())
+        await encoders.encode_messages(retained)
+        found = b"[" + b",".join(map(encoders.message, retained)) + b"]"
         return Reply(command.method, command.uid, body=codec.data_body(name, found))
 
     async def _channels(self, command: CentrifugoCommand) -> Reply:
         try:
-            found = await self._door.context.active.channels()
+            found = await self._server.context.active.channels()
         except RelayError as exc:
-            return _broken(command, exc, b'{"data":null}')
+            return _unavailable(command, exc, b'{"data":null}')
         own = [
             text(channel)
             for channel in found
-            if channel != WATCH and self._door.names.rules(channel) is not None
+            if channel != WATCH and self._server.names.rules(channel) is not None
         ]
         return Reply(command.method, command.uid, body=b'{"data":[' + b",".join(own) + b"]}")
 
@@ -124,14 +126,14 @@ class ServerCommands:
         try:
             found = await self._node.stats()
         except RelayError as exc:
-            return _broken(command, exc, b'{"data":null}')
+            return _unavailable(command, exc, b'{"data":null}')
         return Reply(command.method, command.uid, body=found)
 
     async def _own_node(self, command: CentrifugoCommand) -> Reply:
-        return Reply(command.method, command.uid, body=self._node.raw())
+        return Reply(command.method, command.uid, body=self._node.own_report())
 
 
-def _unreadable(name: str) -> str:
+def _name_error(name: str) -> str:
     try:
         parse_channel(name)
     except ValueError:
@@ -139,18 +141,18 @@ def _unreadable(name: str) -> str:
     return ""
 
 
-async def _done(command: CentrifugoCommand, told: Awaitable[None]) -> Reply:
+async def _reply_when_done(command: CentrifugoCommand, pending: Awaitable[None]) -> Reply:
     try:
-        await told
+        await pending
     except RelayError as exc:
-        return _broken(command, exc)
+        return _unavailable(command, exc)
     return Reply(command.method, command.uid)
 
 
-def _failed(command: CentrifugoCommand, error: str, body: bytes = b"null") -> Reply:
+def _error_reply(command: CentrifugoCommand, error: str, body: bytes = b"null") -> Reply:
     return Reply(command.method, command.uid, error, body=body)
 
 
-def _broken(command: CentrifugoCommand, exc: RelayError, body: bytes = b"null") -> Reply:
-    _log.warning("%s: %s", command.method, exc)
-    return _failed(command, codec.INTERNAL_ERROR, body)
+def _unavailable(command: CentrifugoCommand, exc: RelayError, body: bytes = b"null") -> Reply:
+    _log.warning("API command %s failed: %s", command.method, exc)
+    return _error_reply(command, codec.INTERNAL_ERROR, body)

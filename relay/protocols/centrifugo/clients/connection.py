@@ -1,14 +1,15 @@
-"""One client of Centrifugo v1: commands in, hub calls and replies out. No I/O of its own.
+"""Protocol state machine of one Centrifugo v1 client. Performs no I/O.
 
-Commands are carried out in the order in which they came; subscriptions that follow each other wait
-for their streams together. What v1 calls fatal closes the connection with code 3000 and a reason
-in JSON, and the rest of its frame is not answered.
+Commands run in the order in which they arrive. Only consecutive subscribe commands wait for their
+streams at the same time. Errors that v1 calls fatal close the connection with code 3000 and a
+reason in JSON; the other commands of that frame get no reply.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -19,167 +20,207 @@ from relay.core.json_text import is_json
 from relay.core.model import Channel
 from relay.protocols.centrifugo import codec
 from relay.protocols.centrifugo.clients import credentials, requests
+from relay.protocols.centrifugo.clients.interfaces import ClientTransport, FatalError, ReadControl
 from relay.protocols.centrifugo.clients.reply_queue import ReplyQueue, ReplySlot
 from relay.protocols.centrifugo.clients.slow_client_timer import SlowClientTimer
 from relay.protocols.centrifugo.clients.subscriptions import Subscriptions
 from relay.protocols.centrifugo.commands import InvalidCommand
-from relay.protocols.centrifugo.encoders import CentrifugoEncoder
-from relay.protocols.centrifugo.server_state import (
-    ClientTransport,
-    FatalError,
-    ReadControl,
-    ServerState,
-)
 
 if TYPE_CHECKING:
     from relay.core.model import Principal
     from relay.hub.recovery import Notice
     from relay.hub.session import Session, Subscription
     from relay.protocols.centrifugo.commands import CentrifugoCommand
+    from relay.protocols.centrifugo.encoders import CentrifugoEncoder
+    from relay.protocols.centrifugo.server_state import ServerState
 
 CLOSE_CODE = 3000
-# Commands that wait for their turn before no more is read from the client, and before it is closed
-# where its reading cannot be stopped.
-_WAITING = 64
-_TOO_MANY = 16384
-# Commands that are begun in one turn of the loop, and frames that wait behind a long one.
-_TURN = 50
-_UNREAD = 128
-# As in answers.py.
-_NOTHING: deque[ReplySlot | None] = deque(maxlen=0)
+# Reading pauses while this many commands wait. If the transport cannot pause, the connection is
+# closed when the second limit is exceeded.
+_PAUSE_AT = 64
+_MAX_WAITING = 16384
+# Commands that start in one turn of the event loop.
+_COMMANDS_PER_TURN = 50
+# Frames that may wait while a long frame is being parsed.
+_MAX_UNPARSED = 128
+# Shared by all connections without waiting commands, as in reply_queue.py.
+_EMPTY: deque[ReplySlot | None] = deque(maxlen=0)
 _DISCONNECTS = {"disconnected": ("disconnect", False), "stopping": ("shutting down", True)}
 
 
+class ConnectionState(enum.Enum):
+    """Life of a connection."""
+
+    NEW = enum.auto()
+    # The transport is open and the client has not authenticated.
+    UNAUTHENTICATED = enum.auto()
+    # The connection has a session in the hub.
+    AUTHENTICATED = enum.auto()
+    CLOSED = enum.auto()
+
+
+_TRANSITIONS = {
+    ConnectionState.NEW: {ConnectionState.UNAUTHENTICATED, ConnectionState.CLOSED},
+    ConnectionState.UNAUTHENTICATED: {ConnectionState.AUTHENTICATED, ConnectionState.CLOSED},
+    ConnectionState.AUTHENTICATED: {ConnectionState.CLOSED},
+    ConnectionState.CLOSED: set[ConnectionState](),
+}
+
+
+class _Processing(enum.Enum):
+    """Whether waiting commands are being started."""
+
+    IDLE = enum.auto()
+    RUNNING = enum.auto()
+    # The rest of the commands starts in the next turn of the event loop.
+    YIELDED = enum.auto()
+
+
 class CentrifugoConnection:
-    """The table, and the hub's view of the client (`relay.hub.session.Client`)."""
+    """Executes a client's commands. Implements `relay.hub.session.Client`."""
 
     __slots__ = (
-        "_answers",
-        "_busy",
-        "_held",
         "_info",
-        "_input",
+        "_paused_for_reply",
+        "_processing",
+        "_read_control",
         "_reading",
-        "_socket",
-        "_stall",
-        "_timer",
-        "_turned",
-        "_unread",
+        "_replies",
+        "_slow_timer",
+        "_stale_timer",
+        "_state",
+        "_transport",
+        "_unparsed",
         "_waiting",
         "client",
-        "closed",
-        "door",
-        "format",
+        "encoder",
         "pending",
+        "server",
         "session",
         "subscriptions",
     )
 
-    def __init__(self, door: ServerState, encoder: CentrifugoEncoder, client: str) -> None:
+    def __init__(self, server: ServerState, encoder: CentrifugoEncoder, client: str) -> None:
         """`client` is the new connection's ID, a UUID."""
-        self.door = door
-        self.format = encoder
+        self.server = server
+        self.encoder = encoder
         self.client = client
         self.session: Session | None = None
-        self.closed = False
-        self.subscriptions = Subscriptions(door, self)
-        # Commands under way, of which only subscriptions may be several.
+        self.subscriptions: Subscriptions = Subscriptions(server, self)
+        # Commands that have started and have no reply. Only subscribe commands can be several.
         self.pending = 0
+        self._state = ConnectionState.NEW
         self._info = ""
-        self._socket: ClientTransport | None = None
-        self._answers = ReplyQueue(self._say, door.stats)
-        # None stands for a frame that cannot be read.
-        self._waiting = _NOTHING
-        # Frames behind a long one that is being parsed.
-        self._unread: deque[bytes] | None = None
-        self._busy = self._held = self._turned = False
+        self._transport: ClientTransport | None = None
+        self._replies = ReplyQueue(self._send, server.stats)
+        # None marks an invalid frame.
+        self._waiting = _EMPTY
+        # A long frame that is being parsed, and the frames after it.
+        self._unparsed: deque[bytes] | None = None
+        self._processing = _Processing.IDLE
+        # The session is paused until the reply to a subscribe command has been sent.
+        self._paused_for_reply = False
         self._reading = True
-        self._input: ReadControl | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._stall: SlowClientTimer | None = None
+        self._read_control: ReadControl | None = None
+        self._stale_timer: asyncio.TimerHandle | None = None
+        self._slow_timer: SlowClientTimer | None = None
 
-    def attached(self, socket: ClientTransport, input: ReadControl | None = None) -> None:
-        """The socket is there; the client has some time to say who it is. `input` is where its
-        reading can be stopped."""
-        self._socket, self._input = socket, input
-        self.door.unauthenticated.add(self)
-        if delay := self.door.settings.stale_connection_close_delay:
-            self._timer = self.door.call_later(delay, lambda: self.close("stale"))
+    @property
+    def closed(self) -> bool:
+        """Whether the connection has been closed."""
+        return self._state is ConnectionState.CLOSED
 
     @property
     def user(self) -> str:
-        """'' for who has no name, or has not said it yet."""
+        """The user's ID, '' for anonymous and unauthenticated clients."""
         return self.session.principal.user if self.session is not None else ""
 
+    def is_subscribed(self, name: str) -> bool:
+        """Return True if the client is subscribed to the channel."""
+        return name in self.subscriptions
+
     def info(self, name: str) -> bytes:
-        """Who this client is in a channel, as pushes and presence say it."""
+        """Return the client's info for a channel, as pushes and presence contain it."""
         return codec.info_json(self.user, self.client, self._info, self.subscriptions.info(name))
+
+    async def add_presence(self, wanted: Callable[[Channel], bool]) -> None:
+        """Add the client to the presence of those of its channels for which `wanted` is True."""
+        await self.subscriptions.add_presence(wanted)
+
+    def _enter(self, state: ConnectionState) -> None:
+        if state not in _TRANSITIONS[self._state]:
+            raise RuntimeError(f"a connection cannot go from {self._state} to {state}")
+        self._state = state
 
     # ---- from the client ------------------------------------------------------------------------
 
     def on_frame(self, frame: bytes) -> None:
-        """One frame; it is dealt with once those before it have been."""
+        """Queue the commands of one frame after those of earlier frames."""
         if self.closed:
             return
-        if len(frame) > self.door.settings.client_request_max_size:
-            self.oversized()
+        if len(frame) > self.server.settings.client_request_max_size:
+            self.reject_oversized()
             return
-        if self._unread is not None:
-            self._unread.append(frame)
-            if len(self._unread) > _UNREAD:
-                self.oversized()
+        if self._unparsed is not None:
+            self._unparsed.append(frame)
+            if len(self._unparsed) > _MAX_UNPARSED:
+                self.reject_oversized()
         elif len(frame) > codec.SMALL_BYTES:
-            self._unread = deque([frame])
-            self._read_or_not()
-            _ = self.door.context.spawn(
-                self._read(self._unread), name=f"centrifugo {self.client} frame"
+            self._unparsed = deque([frame])
+            self._update_reading()
+            _ = self.server.context.spawn(
+                self._parse(self._unparsed), name=f"centrifugo {self.client} frame"
             )
         else:
-            found: list[CentrifugoCommand] | None = None
+            commands: list[CentrifugoCommand] | None = None
             with contextlib.suppress(InvalidCommand):
-                found = codec.parse(frame)
-            self._expect(frame, found)
+                commands = codec.parse(frame)
+            self._enqueue(frame, commands)
 
-    def _expect(self, frame: bytes, found: list[CentrifugoCommand] | None) -> None:
-        """Queue the commands of a frame; None stands for one that cannot be read."""
+    def _enqueue(self, frame: bytes, commands: list[CentrifugoCommand] | None) -> None:
+        """Queue the commands of a frame, None for an invalid frame."""
         if not self._waiting:
             self._waiting = deque()
-        if found is None:
+        if commands is None:
             self._waiting.append(None)
         else:
-            self._waiting.extend(self._answers.expect(found, len(frame)))
-        self._advance()
+            self._waiting.extend(self._replies.add_frame(commands, len(frame)))
+        self._process()
 
-    async def _read(self, frames: deque[bytes]) -> None:
-        """Parse a long frame, and those that come behind it meanwhile."""
+    async def _parse(self, frames: deque[bytes]) -> None:
+        """Parse a long frame, and the frames that arrive in the meantime."""
         while frames and not self.closed:
             frame = frames.popleft()
-            found: list[CentrifugoCommand] | None = None
+            commands: list[CentrifugoCommand] | None = None
             with contextlib.suppress(InvalidCommand):
-                found = await codec.parse_in_slices(frame)
+                commands = await codec.parse_in_slices(frame)
             if not self.closed:
-                self._expect(frame, found)
-        self._unread = None
-        self._read_or_not()
+                self._enqueue(frame, commands)
+        self._unparsed = None
+        self._update_reading()
 
-    def oversized(self) -> None:
-        """A frame too large, where the transport lets it through or has none of its own words."""
+    def reject_oversized(self) -> None:
+        """Close the connection because of a frame that is too large.
+
+        Called if the transport has accepted the frame, or if it has no close code of its own.
+        """
         self.close(codec.LIMIT_EXCEEDED)
 
-    def _advance(self) -> None:
-        if self._busy or self._turned or self.closed:
+    def _process(self) -> None:
+        """Start as many waiting commands as possible."""
+        if self._processing is not _Processing.IDLE or self.closed:
             return
-        self._busy = True
-        begun = 0
+        self._processing = _Processing.RUNNING
+        started = 0
         try:
             while self._waiting and not self.closed:
-                if begun == _TURN:
-                    self._turned = True
-                    asyncio.get_running_loop().call_soon(self._next_turn)
+                if started == _COMMANDS_PER_TURN:
+                    self._processing = _Processing.YIELDED
+                    asyncio.get_running_loop().call_soon(self._process_rest)
                     break
-                begun += 1
+                started += 1
                 slot = self._waiting.popleft()
-                if not self._begin(slot):
+                if not self._start(slot):
                     self._waiting.appendleft(slot)
                     break
         except InvalidCommand:
@@ -187,24 +228,26 @@ class CentrifugoConnection:
         except FatalError as fatal:
             self.close(fatal.reason, reconnect=fatal.reconnect)
         finally:
-            self._busy = False
+            if self._processing is _Processing.RUNNING:
+                self._processing = _Processing.IDLE
         if not self._waiting:
-            self._waiting = _NOTHING
-        self._read_or_not()
+            self._waiting = _EMPTY
+        self._update_reading()
 
-    def _next_turn(self) -> None:
-        self._turned = False
-        self._advance()
+    def _process_rest(self) -> None:
+        self._processing = _Processing.IDLE
+        self._process()
 
-    def _begin(self, slot: ReplySlot | None) -> bool:
-        """Whether its turn had come, and it was begun."""
+    def _start(self, slot: ReplySlot | None) -> bool:
+        """Start a command. Return False if it has to wait."""
         method = "" if slot is None else slot.command.method
         if self.pending and not (
-            method == "subscribe" and self.pending == self.subscriptions.asked
+            method == "subscribe" and self.pending == self.subscriptions.pending_count
         ):
             return False
-        if self._socket is None or self._socket.full:
-            # Who does not read is not given answers that would have to be kept.
+        if self._transport is None or self._transport.full:
+            # Don't create replies for a client that is not reading: they would accumulate in
+            # memory.
             return False
         if slot is None:
             raise FatalError(codec.INVALID_MESSAGE)
@@ -215,89 +258,85 @@ class CentrifugoConnection:
             raise FatalError(codec.METHOD_NOT_FOUND)
         return handler(self, slot)
 
-    def _read_or_not(self) -> None:
-        reading = len(self._waiting) < _WAITING and self._unread is None
-        if self._input is not None and reading != self._reading and not self.closed:
+    def _update_reading(self) -> None:
+        reading = len(self._waiting) < _PAUSE_AT and self._unparsed is None
+        if self._read_control is not None and reading != self._reading and not self.closed:
             self._reading = reading
-            (self._input.resume_reading if reading else self._input.pause_reading)()
-        if len(self._waiting) > _TOO_MANY:
-            self.oversized()
+            (self._read_control.resume_reading if reading else self._read_control.pause_reading)()
+        if len(self._waiting) > _MAX_WAITING:
+            self.reject_oversized()
 
     def connect(self, slot: ReplySlot) -> bool:
-        """Answered once the user's connections on all workers have been counted."""
+        """Authenticate. The reply follows when the user's connections have been counted."""
         if self.session is not None:
             raise FatalError(codec.INVALID_MESSAGE)
-        given = codec.credentials(slot.command.params)
+        params = codec.connect_params(slot.command.params)
         grant = self.subscriptions.admitted.__contains__
-        principal, expired = credentials.principal(self.door, given, self.client, grant)
-        self.later(self._open(slot, principal, given.info, expired=expired))
+        principal, expired = credentials.authenticate(self.server, params, self.client, grant)
+        self.run(self._open(slot, principal, params.info, expired=expired))
         return True
 
     async def _open(
         self, slot: ReplySlot, principal: Principal, info: str, *, expired: bool
     ) -> None:
-        settings = self.door.settings
+        settings = self.server.settings
         try:
-            session = await self.door.context.open(
-                principal, self.format, self, limit=settings.user_connection_limit
+            session = await self.server.context.open(
+                principal, self.encoder, self, limit=settings.user_connection_limit
             )
         except LimitExceeded:
             raise FatalError(codec.LIMIT_EXCEEDED) from None
         ttl = settings.connection_lifetime
-        if self.closed or self._socket is None or expired:
+        if self.closed or self._transport is None or expired:
             session.end()
-            # No error: until it is stale, the client may come with a new token.
+            # Not an error: the client may send a new token until the connection is stale.
             self.answer(slot, codec.connect_body("", ttl, expired=True))
             return
+        self._enter(ConnectionState.AUTHENTICATED)
         self.session = session
         self._info = info if is_json(info.encode()) else ""
-        self.door.authenticated(self)
-        self._stop_timer()
-        session.attach(self._socket)
+        self.server.unauthenticated.discard(self)
+        self.server.stats.count("client_num_connect", "node_num_add_client_conn")
+        self._cancel_stale_timer()
+        session.attach(self._transport)
         self.answer(slot, codec.connect_body(self.client, ttl))
 
     def refresh(self, slot: ReplySlot) -> bool:
-        """A new token for the same connection, whose user stays. It counts in insecure mode too."""
-        given = codec.credentials(slot.command.params)
-        term, session = credentials.renewed(self.door, given), self.session
-        if not term.expired:
-            if is_json(given.info.encode()):
-                self._info = given.info
-                self.subscriptions.introduce()
-            if term.closes_at is not None and session is not None:
-                principal = replace(session.principal, expires_at=term.closes_at)
-                self.door.context.hub.change_principal(session, principal)
-        lifetime = self.door.settings.connection_lifetime
-        self.reply(slot, codec.connect_body(self.client, lifetime, expired=term.expired))
+        """Replace the token of this connection. The user does not change.
+
+        The token is checked in insecure mode too.
+        """
+        params = codec.connect_params(slot.command.params)
+        lifetime, session = credentials.check_token(self.server, params), self.session
+        if not lifetime.expired:
+            if is_json(params.info.encode()):
+                self._info = params.info
+                self.subscriptions.update_presence()
+            if lifetime.closes_at is not None and session is not None:
+                principal = replace(session.principal, expires_at=lifetime.closes_at)
+                self.server.context.hub.change_principal(session, principal)
+        ttl = self.server.settings.connection_lifetime
+        self.reply(slot, codec.connect_body(self.client, ttl, expired=lifetime.expired))
         return True
 
     # ---- to the client --------------------------------------------------------------------------
 
-    def later(self, work: Coroutine[object, object, None]) -> None:
-        """Carry out a command that waits for others; it ends with `answer`, or is fatal."""
+    def run(self, command: Coroutine[object, object, None]) -> None:
+        """Run a command that has to wait. It must call `answer` or raise FatalError."""
         self.pending += 1
-        # It ends by itself; the relay keeps it.
-        _ = self.door.context.spawn(self._carry_out(work), name=f"centrifugo {self.client}")
+        _ = self.server.context.spawn(self._run(command), name=f"centrifugo {self.client}")
 
-    async def _carry_out(self, work: Coroutine[object, object, None]) -> None:
+    async def _run(self, command: Coroutine[object, object, None]) -> None:
         try:
-            await work
+            await command
         except FatalError as fatal:
             self.close(fatal.reason, reconnect=fatal.reconnect)
         except RelayError:
             self.close(codec.INTERNAL_ERROR, reconnect=True)
 
-    def reply(
-        self,
-        slot: ReplySlot,
-        body: bytes | None,
-        error: str = "",
-        advice: str = "",
-        *,
-        holds: bool = False,
-    ) -> None:
-        """The answer to a command that did not have to wait."""
-        self._answers.fill(slot, codec.reply(slot.command, body, error, advice), holds=holds)
+    def reply(self, slot: ReplySlot, body: bytes | None, error: str = "", advice: str = "") -> None:
+        """Reply to a command that was not pending."""
+        self._replies.fill(slot, codec.reply(slot.command, body, error, advice))
 
     def answer(
         self,
@@ -308,133 +347,147 @@ class CentrifugoConnection:
         *,
         holds: bool = False,
     ) -> None:
-        """The answer to a command that was under way. `holds`: nothing may reach the client before
-        it."""
+        """Reply to a pending command.
+
+        With `holds`, no event is sent to the client before this reply.
+        """
         if self.closed:
             return
         self.pending -= 1
         text = codec.reply(slot.command, body, error, advice)
-        self._answers.fill(slot, text, holds=holds)
-        self._hold_or_not()
-        self._advance()
+        self._replies.fill(slot, text, holds=holds)
+        self._pause_for_reply()
+        self._process()
 
-    def _hold_or_not(self) -> None:
-        # A session that is paused is given no events; it is served from the stream afterwards.
-        session, held = self.session, self._answers.held > 0
-        if session is None or held == self._held:
+    def _pause_for_reply(self) -> None:
+        # A paused session receives no events. It catches up from the stream when it resumes.
+        session, held = self.session, self._replies.held > 0
+        if session is None or held == self._paused_for_reply:
             return
-        self._held = held
+        self._paused_for_reply = held
         if held:
             session.pause()
         else:
-            self.drained()
+            self.on_drained()
 
-    def _say(self, payload: bytes) -> None:
-        data = self.format.frame(payload)
+    def _send(self, payload: bytes) -> None:
+        data = self.encoder.frame(payload)
         if self.session is not None:
             self.session.reply(data)
-        elif self._socket is not None:
-            self._socket.write(data)
+        elif self._transport is not None:
+            self._transport.write(data)
 
-    # ---- from the socket ------------------------------------------------------------------------
+    # ---- from the transport ---------------------------------------------------------------------
 
-    def filled(self) -> None:
-        """Too much waits for the client: it is served from the stream, as long as it takes it."""
+    def on_open(self, transport: ClientTransport, read_control: ReadControl | None = None) -> None:
+        """Start the time limit for authentication.
+
+        `read_control` is None if the transport cannot stop reading.
+        """
+        self._enter(ConnectionState.UNAUTHENTICATED)
+        self._transport, self._read_control = transport, read_control
+        self.server.unauthenticated.add(self)
+        if delay := self.server.settings.stale_connection_close_delay:
+            self._stale_timer = self.server.call_later(delay, lambda: self.close("stale"))
+
+    def on_full(self) -> None:
+        """Pause the session: the send buffer is full. The client catches up from the stream."""
         if self.session is not None:
             self.session.pause()
-        if self._stall is None and self._socket is not None:
-            self._stall = SlowClientTimer(
-                self.door,
-                self._socket,
+        if self._slow_timer is None and self._transport is not None:
+            self._slow_timer = SlowClientTimer(
+                self.server,
+                self._transport,
                 lambda reason, reconnect: self.close(reason, reconnect=reconnect),
             )
 
-    def drained(self) -> None:
-        """There is room again: for events, and for answers."""
-        if self._socket is None or self._socket.full:
+    def on_drained(self) -> None:
+        """Resume the session and start waiting commands: the send buffer has room again."""
+        if self._transport is None or self._transport.full:
             return
-        self._stop_watching()
-        if self.session is not None and not self._held:
+        self._cancel_slow_timer()
+        if self.session is not None and not self._paused_for_reply:
             self.session.resume()
-        self._advance()
+        self._process()
 
-    def gone(self) -> None:
-        """The socket is closed."""
-        self.closed = True
-        self._forget()
-        self._socket = self._input = None
+    def on_closed(self) -> None:
+        """Release the connection: the transport has closed."""
+        self._release()
+        self._transport = self._read_control = None
 
     # ---- from the hub (relay.hub.session.Client) ------------------------------------------------
 
     def subscribed(self, subscription: Subscription) -> None:
-        """See `relay.hub.session.Client`."""
-        self.subscriptions.stands(subscription)
+        """Reply to the subscribe command."""
+        self.subscriptions.confirm(subscription)
 
     def refused(self, channel: Channel, error: RelayError) -> None:
-        """See `relay.hub.session.Client`."""
+        """Reply to the subscribe command with an error."""
         try:
-            self.subscriptions.refused(channel, error)
+            self.subscriptions.reject(channel, error)
         except FatalError as fatal:
             self.close(fatal.reason, reconnect=fatal.reconnect)
 
     def dropped(self, channel: Channel, notice: Notice) -> None:
-        """See `relay.hub.session.Client`."""
+        """Remove a subscription that the server has ended."""
         del notice
-        self.subscriptions.dropped(channel)
+        self.subscriptions.drop(channel)
 
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
-        """Something may be missing, and v1 has no words for it: the client comes back, asks for
-        what follows its last message, and is told that it was not recovered."""
+        """Close the connection because events may be missing."""
+        # v1 has no message for a gap. The client reconnects, recovers from its last message and
+        # receives `recovered: false`.
         del subscription, notice
         self.close("insufficient state", reconnect=True)
 
     def expired(self) -> None:
-        """See `relay.hub.session.Client`."""
+        """Close the connection: its token has expired."""
         self.close("expired", reconnect=True)
 
     def disconnect(self, reason: str) -> None:
-        """See `relay.hub.session.Client`."""
+        """Close the connection for an operator or at shutdown."""
         text, reconnect = _DISCONNECTS.get(reason, (reason, True))
         self.close(text, reconnect=reconnect)
 
-    # ---- the end --------------------------------------------------------------------------------
+    # ---- closing --------------------------------------------------------------------------------
 
     def close(self, reason: str, *, reconnect: bool = False) -> None:
-        """Say why, and leave the hub. Idempotent."""
+        """Close with v1's reason. Do nothing if the connection is closed."""
         if self.closed:
             return
-        self.closed = True
+        self._enter(ConnectionState.CLOSED)
         if self.session is not None:
             self.session.write_out()
-        self._forget()
-        if self._socket is not None:
-            self._socket.close_with(CLOSE_CODE, codec.close_reason(reason, reconnect=reconnect))
+        self._release()
+        if self._transport is not None:
+            self._transport.close_with(CLOSE_CODE, codec.close_reason(reason, reconnect=reconnect))
 
-    def cut(self) -> None:
-        """Close without a word, as v1 at its stop who has not said who he is."""
-        self.closed = True
-        self._forget()
-        if self._socket is not None:
-            self._socket.abort()
+    def abort(self) -> None:
+        """Close without a close frame, as v1 closes unauthenticated clients at shutdown."""
+        self._release()
+        if self._transport is not None:
+            self._transport.abort()
 
-    def _forget(self) -> None:
-        self._stop_timer()
-        self._stop_watching()
-        self._waiting = _NOTHING
-        self.door.unauthenticated.discard(self)
-        self.subscriptions.end()
+    def _release(self) -> None:
+        if not self.closed:
+            self._enter(ConnectionState.CLOSED)
+        self._cancel_stale_timer()
+        self._cancel_slow_timer()
+        self._waiting = _EMPTY
+        self.server.unauthenticated.discard(self)
+        self.subscriptions.clear()
         if self.session is not None:
             self.session.end()
 
-    def _stop_watching(self) -> None:
-        if self._stall is not None:
-            self._stall.end()
-            self._stall = None
+    def _cancel_slow_timer(self) -> None:
+        if self._slow_timer is not None:
+            self._slow_timer.cancel()
+            self._slow_timer = None
 
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def _cancel_stale_timer(self) -> None:
+        if self._stale_timer is not None:
+            self._stale_timer.cancel()
+            self._stale_timer = None
 
 
 _METHODS: dict[str, Callable[[CentrifugoConnection, ReplySlot], bool]] = {
@@ -442,8 +495,8 @@ _METHODS: dict[str, Callable[[CentrifugoConnection, ReplySlot], bool]] = {
     "refresh": CentrifugoConnection.refresh,
     "subscribe": lambda connection, slot: connection.subscriptions.subscribe(slot),
     "unsubscribe": lambda connection, slot: connection.subscriptions.unsubscribe(slot),
-    "publish": requests.publish,
-    "presence": requests.presence,
-    "history": requests.history,
+    "publish": lambda connection, slot: requests.publish(connection.server, connection, slot),
+    "presence": lambda connection, slot: requests.presence(connection.server, connection, slot),
+    "history": lambda connection, slot: requests.get_history(connection.server, connection, slot),
     "ping": requests.ping,
 }

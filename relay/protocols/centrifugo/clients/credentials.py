@@ -1,4 +1,4 @@
-"""What a client's token says: who it is, and until when."""
+"""Verification of the clients' connection tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from relay.core.model import Channel, Principal
-from relay.protocols.centrifugo import codec
+from relay.protocols.centrifugo import codec, tokens
+from relay.protocols.centrifugo.clients.interfaces import FatalError
 from relay.protocols.centrifugo.encoders import DOOR
 
 if TYPE_CHECKING:
@@ -14,28 +15,46 @@ if TYPE_CHECKING:
 
 
 class TokenLifetime(NamedTuple):
-    """When the client is closed unless it refreshes, None for never; `expired`: it is too late."""
+    """Validity of a token.
+
+    `closes_at` is when the client is closed unless it refreshes, or None if the token does not
+    expire. `expired` is True if the token has already expired.
+    """
 
     closes_at: float | None
     expired: bool = False
 
 
-def principal(
-    door: ServerState, given: codec.ConnectParams, client: str, grant: Callable[[Channel], bool]
+def authenticate(
+    server: ServerState,
+    params: codec.ConnectParams,
+    client: str,
+    grant: Callable[[Channel], bool],
 ) -> tuple[Principal, bool]:
-    """Whoever connects, and whether the token's time is over. Fatal where it is wrong; in insecure
-    mode it is not looked at, and holds for ever."""
-    term = TokenLifetime(None) if door.settings.insecure else renewed(door, given)
-    who = Principal(
-        user=given.user, client=client, door=DOOR, grant=grant, expires_at=term.closes_at
+    """Return the principal, and whether its token has expired.
+
+    In insecure mode the token is not checked and does not expire. Raise FatalError if it is
+    invalid.
+    """
+    insecure = server.settings.insecure
+    lifetime = TokenLifetime(None) if insecure else check_token(server, params)
+    principal = Principal(
+        user=params.user, client=client, door=DOOR, grant=grant, expires_at=lifetime.closes_at
     )
-    return who, term.expired
+    return principal, lifetime.expired
 
 
-def renewed(door: ServerState, given: codec.ConnectParams) -> TokenLifetime:
-    """Until when a token holds. Fatal where it is wrong."""
-    settings, timestamp = door.settings, door.timestamp(given)
+def check_token(server: ServerState, params: codec.ConnectParams) -> TokenLifetime:
+    """Verify a token and return its lifetime. Raise FatalError if it is invalid."""
+    if not tokens.is_signed(
+        server.secret, params.token, params.user, params.timestamp, params.info
+    ):
+        raise FatalError(codec.INVALID_TOKEN)
+    timestamp = tokens.parse_timestamp(params.timestamp)
+    if timestamp is None:
+        raise FatalError(codec.INVALID_MESSAGE)
+    settings = server.settings
     if not settings.connection_lifetime:
         return TokenLifetime(None)
     ends = timestamp + settings.connection_lifetime
-    return TokenLifetime(ends + settings.expired_connection_close_delay, ends <= door.clock())
+    return TokenLifetime(ends + settings.expired_connection_close_delay, ends <= server.clock())

@@ -1,4 +1,4 @@
-"""What a client may ask about a channel that it is subscribed to: publish, presence, history."""
+"""Client commands on subscribed channels: publish, presence and history; and ping."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ from typing import TYPE_CHECKING
 
 from relay.core.errors import LimitExceeded, RelayError
 from relay.core.model import Channel
-from relay.protocols.centrifugo import codec, encoders
-from relay.protocols.centrifugo import history as histories
+from relay.protocols.centrifugo import codec, encoders, history
 from relay.protocols.centrifugo.channels import is_foreign
-from relay.protocols.centrifugo.clients.subscriptions import visible
 
 if TYPE_CHECKING:
-    from relay.protocols.centrifugo.clients.connection import CentrifugoConnection
+    from relay.protocols.centrifugo.clients.interfaces import CommandContext
     from relay.protocols.centrifugo.clients.reply_queue import ReplySlot
     from relay.protocols.centrifugo.publisher import Appended
+    from relay.protocols.centrifugo.server_state import ServerState
     from relay.protocols.centrifugo.settings import CentrifugoNamespace
 
 
-def publish(connection: CentrifugoConnection, slot: ReplySlot) -> bool:
-    """Answered once the event has its ID."""
+def publish(server: ServerState, connection: CommandContext, slot: ReplySlot) -> bool:
+    """Publish an event. The reply follows when the entry has its ID."""
     name, data = codec.publish(slot.command.params)
-    error, advice = _unpublishable(connection, name, data)
+    error, advice = _publish_error(server, connection, name, data)
     appending = None
     if not error:
         info = connection.info(name)
         try:
-            connection.door.stats.count("client_num_msg_published")
-            appending = connection.door.publisher.publish(
+            server.stats.count("client_num_msg_published")
+            appending = server.publisher.publish(
                 Channel(name), data, client=connection.client, info=info
             )
         except LimitExceeded:
@@ -53,75 +52,83 @@ def publish(connection: CentrifugoConnection, slot: ReplySlot) -> bool:
     return True
 
 
-def _unpublishable(connection: CentrifugoConnection, name: str, data: bytes) -> tuple[str, str]:
+def _publish_error(
+    server: ServerState, connection: CommandContext, name: str, data: bytes
+) -> tuple[str, str]:
     if not name or not data:
         return codec.INVALID_MESSAGE, codec.FIX
-    if name not in connection.subscriptions:
+    if not connection.is_subscribed(name):
         return codec.PERMISSION_DENIED, codec.FIX
-    rules = connection.door.names.rules(name)
-    if rules is not None and (rules.publish or connection.door.settings.insecure):
+    rules = server.names.rules(name)
+    if rules is not None and (rules.publish or server.settings.insecure):
         return "", codec.FIX
     if rules is None and not is_foreign(name):
-        # The namespace was removed meanwhile.
+        # The namespace has been removed since the client subscribed.
         return codec.INTERNAL_ERROR, codec.RETRY
-    # Another door's channel is not opened by insecure mode either.
+    # Insecure mode does not open the channels of other protocols.
     return codec.PERMISSION_DENIED, codec.FIX
 
 
-def presence(connection: CentrifugoConnection, slot: ReplySlot) -> bool:
-    """Who is there, by client."""
+def presence(server: ServerState, connection: CommandContext, slot: ReplySlot) -> bool:
+    """Reply with the clients in a channel."""
     name = codec.channel_of(slot.command.params)
     error, advice, rules = codec.PERMISSION_DENIED, codec.FIX, None
-    if name in connection.subscriptions:
+    if connection.is_subscribed(name):
         error, advice = codec.NOT_AVAILABLE, codec.RETRY
-        rules = connection.door.names.rules(name)
+        rules = server.names.rules(name)
     if rules is None or not rules.presence:
         connection.reply(slot, codec.data_body(name), error, advice)
     else:
-        connection.later(_presence(connection, slot, Channel(name)))
+        connection.run(_presence(server, connection, slot, Channel(name)))
     return True
 
 
-async def _presence(connection: CentrifugoConnection, slot: ReplySlot, channel: Channel) -> None:
+async def _presence(
+    server: ServerState, connection: CommandContext, slot: ReplySlot, channel: Channel
+) -> None:
     try:
-        found = await connection.door.presence.read(channel)
+        clients = await server.presence.read(channel)
     except RelayError:
         connection.answer(slot, codec.data_body(channel), codec.INTERNAL_ERROR, codec.RETRY)
     else:
-        connection.answer(slot, codec.data_body(channel, found))
+        connection.answer(slot, codec.data_body(channel, clients))
 
 
-def history(connection: CentrifugoConnection, slot: ReplySlot) -> bool:
-    """The newest first."""
+def get_history(server: ServerState, connection: CommandContext, slot: ReplySlot) -> bool:
+    """Reply with the channel's history, newest first."""
     name = codec.channel_of(slot.command.params)
     error, advice, rules = codec.PERMISSION_DENIED, codec.FIX, None
-    if name in connection.subscriptions:
+    if connection.is_subscribed(name):
         error, advice = codec.NOT_AVAILABLE, codec.RETRY
-        rules = connection.door.names.rules(name)
+        rules = server.names.rules(name)
     if rules is None or not rules.has_history:
         connection.reply(slot, codec.data_body(name), error, advice)
     else:
-        connection.later(_history(connection, slot, Channel(name), rules))
+        connection.run(_history(server, connection, slot, Channel(name), rules))
     return True
 
 
 async def _history(
-    connection: CentrifugoConnection, slot: ReplySlot, channel: Channel, rules: CentrifugoNamespace
+    server: ServerState,
+    connection: CommandContext,
+    slot: ReplySlot,
+    channel: Channel,
+    rules: CentrifugoNamespace,
 ) -> None:
-    door, session = connection.door, connection.session
+    session = connection.session
     try:
-        snapshot = await door.context.history(channel, rules.history_size)
+        snapshot = await server.context.history(channel, rules.history_size)
     except RelayError:
         connection.answer(slot, codec.data_body(channel), codec.INTERNAL_ERROR, codec.RETRY)
         return
     if session is not None:
-        kept = histories.kept(snapshot, rules, door.clock())
-        await encoders.encode_messages(kept)
-        found = visible(session, kept)
-        connection.answer(slot, codec.data_body(channel, b"[" + b",".join(found) + b"]"))
+        retained = history.retained(snapshot, rules, server.clock())
+        await encoders.encode_messages(retained)
+        messages = encoders.visible_messages(session, retained)
+        connection.answer(slot, codec.data_body(channel, b"[" + b",".join(messages) + b"]"))
 
 
-def ping(connection: CentrifugoConnection, slot: ReplySlot) -> bool:
-    """What was sent comes back."""
+def ping(connection: CommandContext, slot: ReplySlot) -> bool:
+    """Reply with the data that the client has sent."""
     connection.reply(slot, codec.ping_body(codec.ping(slot.command.params)))
     return True

@@ -1,4 +1,4 @@
-"""A client that takes nothing: how long that is borne, and what it is told at its end."""
+"""Closes a client whose send buffer is full and which stops receiving."""
 
 from __future__ import annotations
 
@@ -8,44 +8,51 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import asyncio
 
-    from relay.protocols.centrifugo.server_state import ClientTransport, ServerState
+    from relay.protocols.centrifugo.clients.interfaces import ClientTransport
+    from relay.protocols.centrifugo.server_state import ServerState
 
 
 class SlowClientTimer:
-    """Watches one full socket until `end`; `close` is called with v1's reason and whether to come
-    again, once nothing was taken for the time that the settings give."""
+    """Watches one transport from its creation until `cancel`.
 
-    __slots__ = ("_close", "_door", "_socket", "_timer", "_waiting")
+    If the client has not received anything within the time limit of the settings, `close` is called
+    with v1's reason and with True if the client may reconnect.
+    """
+
+    __slots__ = ("_close", "_server", "_timer", "_transport", "_waiting_bytes")
 
     def __init__(
-        self, door: ServerState, socket: ClientTransport, close: Callable[[str, bool], None]
+        self,
+        server: ServerState,
+        transport: ClientTransport,
+        close: Callable[[str, bool], None],
     ) -> None:
-        self._door = door
-        self._socket = socket
+        self._server = server
+        self._transport = transport
         self._close = close
-        self._waiting = 0
+        self._waiting_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._watch()
+        self._start()
 
-    def end(self) -> None:
-        """It has drained, or is gone."""
+    def cancel(self) -> None:
+        """Stop watching: the buffer has drained or the connection has closed."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _watch(self) -> None:
-        self._waiting = self._socket.waiting_bytes()
-        self._timer = self._door.call_later(self._limit_s(), self._look)
+    def _start(self) -> None:
+        self._waiting_bytes = self._transport.waiting_bytes()
+        self._timer = self._server.call_later(self._limit_s(), self._check)
 
     def _limit_s(self) -> float:
-        settings = self._door.settings
+        settings = self._server.settings
         return min(settings.client_message_write_timeout or float("inf"), settings.client_stalled_s)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         self._timer = None
-        if self._socket.waiting_bytes() < self._waiting:
-            self._watch()
-        elif self._limit_s() < self._door.settings.client_stalled_s:
+        if self._transport.waiting_bytes() < self._waiting_bytes:
+            self._start()
+        elif self._limit_s() < self._server.settings.client_stalled_s:
             self._close("error sending message", True)
         else:
             self._close("slow", False)

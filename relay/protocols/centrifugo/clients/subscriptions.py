@@ -1,225 +1,225 @@
-"""What one connection is subscribed to, and how it comes to that.
+"""The subscriptions of one connection.
 
-A subscription is asked of the hub, and answered when the hub has placed it. Recovery reads the end
-of the stream first and joins from that very place, so that what arrives meanwhile follows the
-recovered messages, each once.
+A subscribe command is passed to the hub and is answered when the hub has placed the subscription.
+With recovery, the end of the stream is read first. The subscription then starts at exactly that
+position, so each event is sent once: in the recovered messages or after them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from relay.core.errors import Forbidden, RelayError
 from relay.core.json_text import is_json
-from relay.core.model import Channel, Event, parse_channel
+from relay.core.model import Channel, parse_channel
 from relay.core.slices import in_slices
 from relay.protocols.centrifugo import channels, codec, encoders, history
-from relay.protocols.centrifugo.server_state import FatalError, ServerState
+from relay.protocols.centrifugo.clients.interfaces import FatalError
 
 if TYPE_CHECKING:
     from relay.core.stream_interface import Snapshot
-    from relay.hub.session import Session, Subscription
-    from relay.protocols.centrifugo.clients.connection import CentrifugoConnection
+    from relay.hub.session import Subscription
+    from relay.protocols.centrifugo.clients.interfaces import CommandContext
     from relay.protocols.centrifugo.clients.reply_queue import ReplySlot
+    from relay.protocols.centrifugo.server_state import ServerState
     from relay.protocols.centrifugo.settings import CentrifugoNamespace
 
 
 @dataclass(slots=True, eq=False)
 class _PendingSubscription:
-    """A subscription that has not been answered. `snapshot` is what it is recovered
-    from."""
+    """A subscribe command without a reply. `snapshot` is set if the client recovers."""
 
     slot: ReplySlot
-    wanted: codec.SubscribeParams
+    params: codec.SubscribeParams
     rules: CentrifugoNamespace | None
     snapshot: Snapshot | None = None
 
 
 class Subscriptions:
-    """Of one connection."""
+    """Active and pending subscriptions of one connection."""
 
-    __slots__ = ("_asked", "_connection", "_door", "_infos", "_own", "admitted")
+    __slots__ = ("_active", "_connection", "_infos", "_pending", "_server", "admitted")
 
-    def __init__(self, door: ServerState, connection: CentrifugoConnection) -> None:
-        self._door = door
+    def __init__(self, server: ServerState, connection: CommandContext) -> None:
+        self._server = server
         self._connection = connection
-        self._own: set[str] = set()
-        self._asked: dict[str, _PendingSubscription] = {}
+        self._active: set[str] = set()
+        self._pending: dict[str, _PendingSubscription] = {}
         self._infos: dict[str, str] = {}
-        # What this door's rules let the client read; its principal's `grant` looks here.
+        # Channels that the Centrifugo rules allow. The principal's `grant` looks them up.
         self.admitted: set[Channel] = set()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._own
+        return name in self._active
 
     @property
-    def asked(self) -> int:
-        """How many have not been answered."""
-        return len(self._asked)
+    def pending_count(self) -> int:
+        """The number of subscribe commands without a reply."""
+        return len(self._pending)
 
     def info(self, name: str) -> str:
-        """What the application signed about this client in this channel; it outlasts the
-        subscription."""
+        """Return the info that the application has signed for this client and channel.
+
+        It is kept when the client unsubscribes.
+        """
         return self._infos.get(name, "")
 
     # ---- commands -------------------------------------------------------------------------------
 
     def subscribe(self, slot: ReplySlot) -> bool:
-        """False where another one must be answered first."""
-        wanted = codec.subscribe(slot.command.params)
-        if not wanted.channel:
+        """Start a subscription. Return False if another one has to be answered first."""
+        params = codec.subscribe(slot.command.params)
+        if not params.channel:
             raise FatalError(codec.INVALID_MESSAGE)
-        settings, connection = self._door.settings, self._connection
-        count = len(self._own) + len(self._asked)
-        if self._asked and (
-            wanted.channel in self._asked or count >= settings.client_channel_limit
+        settings, connection = self._server.settings, self._connection
+        count = len(self._active) + len(self._pending)
+        if self._pending and (
+            params.channel in self._pending or count >= settings.client_channel_limit
         ):
-            # It may be refused yet, and then this one is not.
+            # If the pending subscription is rejected, this one may be allowed.
             return False
-        error = channels.refusal(
-            settings, wanted, user=connection.user, client=connection.client, own=self._own
+        error = channels.rejection(
+            settings, params, user=connection.user, client=connection.client, active=self._active
         )
         if error is None:
             try:
-                self._ask(slot, parse_channel(wanted.channel), wanted)
+                self._start(slot, parse_channel(params.channel), params)
             except ValueError:
-                # No stream can have this name.
+                # The name cannot be that of a stream.
                 error = codec.INVALID_MESSAGE
         if error is not None:
-            body = codec.subscribe_body(wanted.channel, status=False)
+            body = codec.subscribe_body(params.channel, status=False)
             connection.reply(slot, body, error, codec.FIX)
         return True
 
-    def _ask(self, slot: ReplySlot, channel: Channel, wanted: codec.SubscribeParams) -> None:
+    def _start(self, slot: ReplySlot, channel: Channel, params: codec.SubscribeParams) -> None:
         rules = None
         if not channels.is_foreign(channel):
-            rules = self._door.names.rules(channel)
+            rules = self._server.names.rules(channel)
             self.admitted.add(channel)
-        if self._door.names.is_private(channel) and wanted.info and is_json(wanted.info.encode()):
-            self._infos[channel] = wanted.info
-        asked = self._asked[channel] = _PendingSubscription(slot, wanted, rules)
-        if rules is not None and rules.recover and wanted.recover:
-            self._connection.later(self._recover(channel, asked, rules))
+        if self._server.names.is_private(channel) and is_json(params.info.encode()):
+            self._infos[channel] = params.info
+        pending = self._pending[channel] = _PendingSubscription(slot, params, rules)
+        if rules is not None and rules.recover and params.recover:
+            self._connection.run(self._recover(channel, pending, rules))
         else:
             self._connection.pending += 1
-            self._join(channel, asked)
+            self._join(channel, pending)
 
     async def _recover(
-        self, channel: Channel, asked: _PendingSubscription, rules: CentrifugoNamespace
+        self, channel: Channel, pending: _PendingSubscription, rules: CentrifugoNamespace
     ) -> None:
-        asked.snapshot = await self._door.context.history(channel, history.wanted(rules))
-        missed = history.missed(asked.snapshot, rules, asked.wanted.last, self._door.clock())
+        server = self._server
+        pending.snapshot = await server.context.history(channel, history.snapshot_size(rules))
+        missed = history.missed(pending.snapshot, rules, pending.params.last, server.clock())
         await encoders.encode_messages(missed.events)
-        self._join(channel, asked)
+        self._join(channel, pending)
 
-    def _join(self, channel: Channel, asked: _PendingSubscription) -> None:
-        context, session = self._door.context, self._connection.session
+    def _join(self, channel: Channel, pending: _PendingSubscription) -> None:
+        context, session = self._server.context, self._connection.session
         if session is None or self._connection.closed:
             return
         if not context.is_connected():
             raise FatalError(codec.INTERNAL_ERROR, reconnect=True)
-        position = None if asked.snapshot is None else history.position(asked.snapshot)
+        position = None if pending.snapshot is None else history.position(pending.snapshot)
         context.subscribe(session, channel, position)
 
     def unsubscribe(self, slot: ReplySlot) -> bool:
-        """What is not subscribed to is unsubscribed from too, if its namespace is known."""
+        """Unsubscribe, and reply.
+
+        As in v1, the reply is a success for any channel of a known namespace. If the namespace has
+        been removed in the meantime, it is an error and the subscription is kept.
+        """
         name = codec.channel_of(slot.command.params)
         if not name:
             raise FatalError(codec.INVALID_MESSAGE)
-        error, own, session = "", name in self._own, self._connection.session
-        if self._door.names.rules(name) is None and not (own and channels.is_foreign(name)):
-            # Also where the namespace was removed meanwhile: the subscription stays, as in v1.
+        error, active, session = "", name in self._active, self._connection.session
+        if self._server.names.rules(name) is None and not (active and channels.is_foreign(name)):
             error = codec.NAMESPACE_NOT_FOUND
-        elif own and session is not None:
-            self._door.context.hub.unsubscribe(session, Channel(name))
-            self._left(Channel(name))
+        elif active and session is not None:
+            self._server.context.hub.unsubscribe(session, Channel(name))
+            self._remove(Channel(name))
         body = codec.status_body(name, status=not error)
         self._connection.reply(slot, body, error, codec.FIX if error else "")
         return True
 
     # ---- from the hub ---------------------------------------------------------------------------
 
-    def stands(self, subscription: Subscription) -> None:
-        """The hub has placed it: the reply leaves, and what follows it."""
+    def confirm(self, subscription: Subscription) -> None:
+        """Reply to the subscribe command: the hub has placed the subscription."""
         channel, session = subscription.feed.channel, subscription.session
-        asked = self._asked.pop(channel)
-        self._own.add(channel)
-        self._door.stats.count("client_num_subscribe", "node_num_add_client_sub")
-        # Over Redis and back: the client has its reply before it is told of itself.
-        self._door.presence.joined(channel, *self._who(channel))
-        rules = asked.rules
+        pending = self._pending.pop(channel)
+        self._active.add(channel)
+        self._server.stats.count("client_num_subscribe", "node_num_add_client_sub")
+        # The client receives its own join push after the reply, because the push travels through
+        # Redis.
+        self._server.presence.join(channel, *self._client_info(channel))
+        rules = pending.rules
         last, messages, recovered = "", None, False
         if rules is not None and rules.recover:
             last = str(subscription.position.id)
-        if rules is not None and asked.snapshot is not None:
-            found = history.missed(asked.snapshot, rules, asked.wanted.last, self._door.clock())
-            messages, recovered = visible(session, found.events), found.recovered
+        if rules is not None and pending.snapshot is not None:
+            now = self._server.clock()
+            missed = history.missed(pending.snapshot, rules, pending.params.last, now)
+            messages = encoders.visible_messages(session, missed.events)
+            recovered = missed.recovered
         body = codec.subscribe_body(
             channel, status=True, last=last, messages=messages, recovered=recovered
         )
-        self._connection.answer(asked.slot, body, holds=True)
+        self._connection.answer(pending.slot, body, holds=True)
 
-    def refused(self, channel: Channel, error: RelayError) -> None:
-        """Its sources of rights did not open it, or nobody can say now."""
-        asked = self._asked.pop(channel, None)
+    def reject(self, channel: Channel, error: RelayError) -> None:
+        """Reply with an error. Raise FatalError if the rights could not be checked."""
+        pending = self._pending.pop(channel, None)
         self.admitted.discard(channel)
-        if asked is None:
+        if pending is None:
             return
         if not isinstance(error, Forbidden):
             raise FatalError(codec.INTERNAL_ERROR, reconnect=True)
-        self._refuse(channel, asked)
+        self._answer_denied(channel, pending)
 
-    def _refuse(self, channel: Channel, asked: _PendingSubscription) -> None:
-        # Of another door's channel a client learns no more than of one that does not exist.
+    def _answer_denied(self, channel: Channel, pending: _PendingSubscription) -> None:
+        # Don't reveal whether a channel of another protocol exists.
         foreign = channels.is_foreign(channel)
         text = codec.NAMESPACE_NOT_FOUND if foreign else codec.PERMISSION_DENIED
         body = codec.subscribe_body(channel, status=False)
-        self._connection.answer(asked.slot, body, text, codec.FIX)
+        self._connection.answer(pending.slot, body, text, codec.FIX)
 
-    def dropped(self, channel: Channel) -> None:
-        """The server has ended it; the client has been told."""
-        asked = self._asked.pop(channel, None)
-        if asked is not None:
+    def drop(self, channel: Channel) -> None:
+        """Remove a subscription that the server has ended. The client has received the push."""
+        pending = self._pending.pop(channel, None)
+        if pending is not None:
             self.admitted.discard(channel)
-            self._refuse(channel, asked)
-        elif channel in self._own:
-            self._left(channel)
+            self._answer_denied(channel, pending)
+        elif channel in self._active:
+            self._remove(channel)
 
-    def end(self) -> None:
-        """The client is gone."""
-        self._asked.clear()
-        for name in list(self._own):
-            self._left(Channel(name))
+    def clear(self) -> None:
+        """Remove all subscriptions of a closed connection."""
+        self._pending.clear()
+        for name in list(self._active):
+            self._remove(Channel(name))
 
-    def _left(self, channel: Channel) -> None:
-        self._own.remove(channel)
-        self._door.stats.count("node_num_remove_client_sub")
+    def _remove(self, channel: Channel) -> None:
+        self._active.remove(channel)
+        self._server.stats.count("node_num_remove_client_sub")
         self.admitted.discard(channel)
-        self._door.presence.left(channel, *self._who(channel))
-        self._door.publisher.unsubscribed(channel)
+        self._server.presence.leave(channel, *self._client_info(channel))
+        self._server.publisher.on_unsubscribed(channel)
 
-    async def introduce_in(self, wanted: Callable[[Channel], bool]) -> None:
-        """Add the client to the presence of those of its channels that are `wanted`."""
-        async for name in in_slices(map(Channel, list(self._own))):
-            # It may have been unsubscribed from in the meantime.
-            if name in self._own and wanted(name):
-                self._door.presence.changed(name, *self._who(name))
+    async def add_presence(self, wanted: Callable[[Channel], bool]) -> None:
+        """Add the client to the presence of those of its channels for which `wanted` is True."""
+        async for name in in_slices(map(Channel, list(self._active))):
+            # The client may have unsubscribed in the meantime.
+            if name in self._active and wanted(name):
+                self._server.presence.update(name, *self._client_info(name))
 
-    def introduce(self) -> None:
-        """The client has another info."""
-        for name in self._own:
-            self._door.presence.changed(Channel(name), *self._who(Channel(name)))
+    def update_presence(self) -> None:
+        """Write the client's new info to the presence of all its channels."""
+        for name in self._active:
+            self._server.presence.update(Channel(name), *self._client_info(Channel(name)))
 
-    def _who(self, channel: Channel) -> tuple[str, bytes]:
+    def _client_info(self, channel: Channel) -> tuple[str, bytes]:
         return self._connection.client, self._connection.info(channel)
-
-
-def visible(session: Session, events: Iterable[Event]) -> list[bytes]:
-    """Those that are for this client, as history has them."""
-    return [
-        encoders.message(event)
-        for event in events
-        if event.to is None or not event.to.isdisjoint(session.selectors)
-    ]

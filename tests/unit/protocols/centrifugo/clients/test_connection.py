@@ -11,6 +11,7 @@ import pytest
 from relay.core.errors import RedisUnavailable, Unavailable
 from relay.core.model import Channel
 from relay.protocols.centrifugo.clients.connection import CentrifugoConnection
+from relay.protocols.centrifugo.clients.interfaces import ReadControl
 from relay.protocols.centrifugo.settings import CentrifugoSettings
 from relay.stream.format import entry
 from tests.support.centrifugo import SECRET, Bench, Socket
@@ -48,8 +49,10 @@ def heard(socket: Socket) -> list[Any]:
     return [json.loads(line[2:]) if line.startswith("<") else line for line in lines]
 
 
-async def connected(bench: Bench, name: str = "A") -> tuple[CentrifugoConnection, Socket]:
-    connection = bench.connection(name)
+async def connected(
+    bench: Bench, name: str = "A", read_control: ReadControl | None = None
+) -> tuple[CentrifugoConnection, Socket]:
+    connection = bench.connection(name, read_control)
     say(connection, ("connect", {}))
     await bench.settle()
     socket = bench.sockets[name]
@@ -117,24 +120,23 @@ async def test_what_arrives_between_snapshot_and_subscription_comes_once(bench: 
 
 
 async def test_reading_waits_for_commands_to_be_carried_out(bench: Bench) -> None:
-    connection, socket = await connected(bench)
     reading: list[str] = []
 
-    class Input:
+    class Control:
         def pause_reading(self) -> None:
             reading.append("paused")
 
         def resume_reading(self) -> None:
             reading.append("resumed")
 
-    connection.attached(socket, Input())
+    connection, socket = await connected(bench, read_control=Control())
     socket.full = True
     for _ in range(100):
         say(connection, ("ping", {}))
     assert heard(socket) == []
     assert reading == ["paused"]
     socket.full = False
-    connection.drained()
+    connection.on_drained()
     await bench.settle()
     assert len(heard(socket)) == 100
     assert reading == ["paused", "resumed"]
@@ -180,7 +182,7 @@ async def test_many_commands_are_carried_out_in_several_turns_and_in_order(bench
 async def test_slow_is_who_takes_nothing(bench: Bench) -> None:
     connection, socket = await connected(bench)
     socket.full, socket.waiting = True, 1000
-    connection.filled()
+    connection.on_full()
     for _ in range(5):
         socket.waiting -= 1
         bench.pass_(60)
@@ -194,9 +196,9 @@ async def test_a_write_may_have_a_shorter_time(bench: Bench) -> None:
     bench = Bench(settings)
     connection, socket = await connected(bench)
     socket.full, socket.waiting = True, 1000
-    connection.filled()
+    connection.on_full()
     bench.pass_(1)
-    connection.filled()
+    connection.on_full()
     bench.pass_(1)
     assert heard(socket) == ['x 3000 {"reason":"error sending message","reconnect":true}']
 
@@ -239,12 +241,12 @@ async def test_redis_away_while_asking_or_publishing(bench: Bench) -> None:
 async def test_a_client_that_goes_while_it_is_admitted_leaves_nothing(bench: Bench) -> None:
     connection = bench.connection("A")
     say(connection, ("connect", {"user": "ann"}))
-    connection.gone()
+    connection.on_closed()
     await bench.settle()
     assert bench.context.hub.total == 0
     connection, _ = await connected(bench, "B")
     say(connection, ("subscribe", {"channel": "a", "recover": True, "last": "0-0"}))
-    connection.gone()
+    connection.on_closed()
     await bench.settle()
     assert bench.context.hub.total == 0
     assert not bench.context.streams.followed
