@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, cast
@@ -110,20 +111,22 @@ class Metrics:
             for number in range(1, siblings.count + 1):
                 ready.labels(str(number)).set_function(partial(siblings.ready, number))
 
-    def delayed(self, seconds: float) -> None:
-        """An entry of this age was offered to the live clients."""
-        self.lag.observe(seconds)
-        self._worst_lag_s = max(self._worst_lag_s, seconds)
-
     def take_worst_lag(self) -> float:
-        """The largest `delayed` since the last call, in seconds."""
+        """Return the largest age of an entry since the last call, in seconds."""
         worst, self._worst_lag_s = self._worst_lag_s, 0.0
         return worst
 
-    def delivered(self, count: int) -> None:
-        """Live events offered, all clients together."""
-        if count:
-            self._live.inc(count)
+    def read_live(self, entries: int, offered: int, last_ms: int) -> None:
+        """Count new entries of a stream, and how many events were offered to live clients.
+
+        `last_ms` is the time of the newest one in milliseconds since the epoch.
+        """
+        self.events.inc(entries)
+        if offered:
+            self._live.inc(offered)
+        age_s = max(0.0, time.time() - last_ms / 1000)
+        self.lag.observe(age_s)
+        self._worst_lag_s = max(self._worst_lag_s, age_s)
 
     def caught_up(self, count: int) -> None:
         """Events offered from pages."""

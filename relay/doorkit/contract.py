@@ -12,21 +12,17 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from aiohttp import web
 
-from relay.core.errors import Unauthorized
-
 if TYPE_CHECKING:
     import asyncio
 
     import aiohttp
 
-    from relay.config.settings import Section
     from relay.core.metrics import Metrics
     from relay.core.model import Channel, EntryID, Event, Position, Principal
     from relay.core.stream_interface import Snapshot
     from relay.hub.encoding import Encoder
     from relay.hub.hub import Hub
     from relay.hub.session import Client, Session
-    from relay.rights.token import TokenReader
 
 
 class OpenSession(Protocol):
@@ -162,7 +158,7 @@ class DoorContext:
     """What every door works with.
 
     `subscribe` asks the rights sources that take time, then the hub; the session's client is told
-    in a later turn. `whisper` publishes an event of the ephemeral kind, and nobody learns whether
+    in a later turn. `publish_ephemeral` publishes an ephemeral event, and nobody learns whether
     it arrived; ValueError where it cannot be one. `disconnect` and `unsubscribe` concern a user's
     connections on all workers. `on_command` (a door's name, its function) hears the control
     stream's commands for that door; `on_drop` (a function) that answers about a channel's or a
@@ -184,7 +180,7 @@ class DoorContext:
     open: OpenSession
     subscribe: Callable[[Session, Channel, Position | None], None]
     publish: Publish
-    whisper: Callable[[Event], None]
+    publish_ephemeral: Callable[[Event], None]
     disconnect: Command
     unsubscribe: Command
     history: Callable[[Channel, int], Awaitable[Snapshot]]
@@ -257,17 +253,3 @@ class ReadsTokens(Mounted, Protocol):
 
     def read_token(self, token: str) -> Principal | None:
         """Whom it names and what it opens there; None where it is no valid token of this door."""
-
-
-def read_token(
-    token: str, native: TokenReader, doors: Iterable[tuple[str, Mounted, Section]]
-) -> Principal:
-    """What `DoorContext.read_token` does: a native token, or one of a door at work."""
-    try:
-        return native.read(token)
-    except Unauthorized:
-        for _, door, _ in doors:
-            principal = door.read_token(token) if isinstance(door, ReadsTokens) else None
-            if principal is not None:
-                return principal
-        raise

@@ -1,12 +1,12 @@
-"""A batch of entries on its way to many clients: encoded once per format, joined once per range."""
+"""Delivery of one batch of entries to many clients, encoded once per format and range."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
-from relay.core.model import Channel, EntryID, Event, Position, Record, Revocation
+from relay.core.model import Channel, EntryID, Event, Position, Record
 from relay.hub.encoding import Encoder, frame
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Batch:
-    """Records of one stream, in order, and their encodings by format and range."""
+    """Records of one stream in order, with their encodings by format and range."""
 
     def __init__(
         self,
@@ -23,47 +23,64 @@ class Batch:
         position_at: Callable[[Record, int], Position],
     ) -> None:
         self.records = records
+        # Indexes of the records that are not events for clients.
+        self.stops: list[int] = []
         self._channel = channel
         self._position_at = position_at
-        self._ids = [record.id for record in records]
-        self._limited = any(
-            isinstance(record.body, Event) and record.body.to is not None for record in records
-        )
+        self._limited = False
         self._chunks: dict[tuple[Encoder, int, int], bytes] = {}
+        for index, record in enumerate(records):
+            if not isinstance(record.body, Event):
+                self.stops.append(index)
+            elif record.body.to is not None:
+                self._limited = True
 
     def index_after(self, entry_id: EntryID) -> int:
-        """The index of the first record after `entry_id`."""
-        return bisect_right(self._ids, entry_id)
+        """Return the index of the first record after `entry_id`."""
+        return bisect_right(self.records, entry_id, key=_id_of)
 
     def deliver(
         self, encoder: Encoder, subscriptions: Collection[Subscription], begin: int, end: int
     ) -> None:
-        """Offers records begin to end to sessions of one format; what is shared is made once."""
+        """Offer the records from `begin` to `end` to sessions of one format.
+
+        What all of them receive is encoded once.
+        """
         if begin >= end:
             return
         if encoder.personal:
             self._deliver_personal(encoder, subscriptions, begin, end)
-        elif self._limited:
+            return
+        if self._limited:
             for subscription in subscriptions:
                 selectors = subscription.session.selectors
-                data = b"".join(
-                    frame(encoder, event) for _, event in self._events(begin, end, selectors)
-                )
-                if data:
+                if data := self._encode(encoder, begin, end, selectors):
                     subscription.session.offer(data)
-        else:
-            data = self._chunk(encoder, begin, end)
-            if data:
-                for subscription in subscriptions:
-                    subscription.session.offer(data)
-
-    def _chunk(self, encoder: Encoder, begin: int, end: int) -> bytes:
+            return
         key = (encoder, begin, end)
-        data = self._chunks.get(key)
-        if data is None:
-            data = b"".join(frame(encoder, event) for _, event in self._events(begin, end, None))
-            self._chunks[key] = data
-        return data
+        chunk = self._chunks.get(key)
+        if chunk is None:
+            chunk = self._chunks[key] = self._encode(encoder, begin, end, None)
+        if chunk:
+            for subscription in subscriptions:
+                subscription.session.offer(chunk)
+
+    def _encode(
+        self, encoder: Encoder, begin: int, end: int, selectors: frozenset[str] | None
+    ) -> bytes:
+        """Return the frames of the events that a client with these selectors receives."""
+        frames = []
+        for index in range(begin, end):
+            event = self.records[index].body
+            if isinstance(event, Event) and (
+                event.to is None or (selectors is not None and not event.to.isdisjoint(selectors))
+            ):
+                # As `frame`, without the call.
+                data = event.frames.get(encoder)
+                if data is None:
+                    data = event.frames[encoder] = encoder.event(event)
+                frames.append(data)
+        return b"".join(frames)
 
     def _deliver_personal(
         self, encoder: Encoder, subscriptions: Collection[Subscription], begin: int, end: int
@@ -73,7 +90,7 @@ class Batch:
             if not isinstance(event, Event):
                 continue
             shared, to = frame(encoder, event), event.to
-            # One object for everybody, so that an encoder can see that it has met it.
+            # The same object for all sessions, so that an encoder can recognize it.
             position = self._position_at(self.records[index], index)
             for subscription in subscriptions:
                 session = subscription.session
@@ -82,22 +99,6 @@ class Batch:
                     if data:
                         session.offer(data)
 
-    def _events(
-        self, begin: int, end: int, selectors: frozenset[str] | None
-    ) -> Iterator[tuple[int, Event]]:
-        for index in range(begin, end):
-            body = self.records[index].body
-            if isinstance(body, Event) and (
-                body.to is None or (selectors is not None and not body.to.isdisjoint(selectors))
-            ):
-                yield index, body
 
-
-def unrevoked_runs(records: Sequence[Record]) -> Iterator[tuple[int, int]]:
-    """Index ranges between revocations: each must take effect before what follows it."""
-    begin = 0
-    for index, record in enumerate(records):
-        if isinstance(record.body, Revocation):
-            yield begin, index
-            begin = index + 1
-    yield begin, len(records)
+def _id_of(record: Record) -> EntryID:
+    return record.id

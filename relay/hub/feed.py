@@ -22,10 +22,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from relay.core.errors import Forbidden, RelayError, Unavailable
-from relay.core.model import ZERO_ID, EntryID, Event, Position, Revocation
+from relay.core.model import ZERO_ID, Broken, EntryID, Event, Position, Revocation
 from relay.core.stream_interface import ExamineRequest, PageRequest
 from relay.hub import catch_up
-from relay.hub.delivery import Batch, unrevoked_runs
+from relay.hub.delivery import Batch
 from relay.hub.live import LiveClients
 from relay.hub.recovery import Notice, added_before_first, before, gap, judge, untrimmed
 
@@ -283,26 +283,32 @@ class Feed:
     # ---- live -------------------------------------------------------------------------------
 
     def on_records(self, records: Sequence[Record]) -> None:
-        """Offers the entries directly after `position` to every live client, and moves it."""
+        """Offer the entries directly after `position` to all live clients, and advance it."""
         batch = Batch(self.channel, records, self._position_at)
-        for begin, end in unrevoked_runs(records):
-            for encoder, subscriptions in self._live.formats():
+        live, begin, offered = self._live, 0, 0
+        for end in (*batch.stops, len(records)):
+            for encoder, subscriptions in live.by_encoder.items():
                 batch.deliver(encoder, subscriptions, begin, end)
-            self.hub.metrics.delivered(len(self._live) * (end - begin))
+            offered += live.count * (end - begin)
             if end < len(records):
-                self._revoke(records[end].body)
+                # A revocation must take effect before the entries that follow it.
+                self._apply(records[end].body)
+            begin = end + 1
         before, last = self.position, records[-1]
         self.position, self.digest = last.id, last.digest
         if self.added is not None:
             self.added += len(records)
-        self._passed(before)
+        self.hub.metrics.read_live(len(records), offered, last.id.ms)
+        if self._behind:
+            self._passed(before)
 
     def on_end(self, last: EntryID) -> None:
         """Everything up to `last` was read or told of; it may be an entry that is gone."""
         before = self.position
         if before < last:
             self.position, self.digest = last, None
-            self._passed(before)
+            if self._behind:
+                self._passed(before)
 
     def _passed(self, before: EntryID) -> None:
         """Whoever was ahead of this worker may be where it is now, or behind it."""
@@ -316,9 +322,14 @@ class Feed:
         added = None if self.added is None else self.added + index + 1
         return Position(record.id, added, self.incarnation, record.digest)
 
-    def _revoke(self, body: object) -> None:
-        if not isinstance(body, Revocation):
-            return
+    def _apply(self, body: object) -> None:
+        """Apply an entry that is not an event."""
+        if isinstance(body, Revocation):
+            self._revoke(body)
+        elif isinstance(body, Broken):
+            self.hub.on_broken(self.channel, body)
+
+    def _revoke(self, body: Revocation) -> None:
         for subscription in list(self.subscriptions()):
             as_of = subscription.rights_as_of
             if subscription.session.principal.user == body.user and as_of and as_of < body.id:

@@ -21,6 +21,7 @@ from relay.hub.session import Session, Subscription
 
 if TYPE_CHECKING:
     from relay.core.metrics import Metrics
+    from relay.core.model import Broken
     from relay.core.stream_interface import StreamReads
     from relay.hub.encoding import Encoder
     from relay.hub.session import Client
@@ -45,21 +46,24 @@ class Hub:
     def __init__(
         self,
         *,
-        reads: StreamReads,
         rights: Rights,
         metrics: Metrics,
         call_soon: Callable[[Callable[[], None]], object],
         spawn: Callable[[Coroutine[Any, Any, None]], object],
         connections_per_user: int = 0,
+        on_broken: Callable[[Channel, Broken], None] = lambda *_: None,
     ) -> None:
-        """`spawn` starts a task for work that takes more than one turn of the loop."""
-        self.reads = reads
+        """`spawn` starts a task for work that takes more than one turn of the loop. `on_broken`
+        receives entries that cannot be decoded."""
+        # Set before the first client subscribes; the reader needs the hub first.
+        self.reads: StreamReads
+        self.on_broken = on_broken
         self.rights = rights
         self.metrics = metrics
         self.dirty: list[Session] = []
         self.connections_per_user = connections_per_user
-        # Called with a user whose sessions have become more or fewer.
-        self.on_count: Callable[[str], object] = lambda _: None
+        # Called with a user whose number of sessions has changed.
+        self.on_count: list[Callable[[str], None]] = []
         # By door, where its protocol tells a client all the same: called for each session of a user
         # who is to be unsubscribed from a channel that it does not follow.
         self.on_not_subscribed: dict[str, Callable[[Session, Channel], None]] = {}
@@ -83,7 +87,8 @@ class Hub:
         session = Session(self, principal, encoder, client)
         self._by_user.setdefault(user, set()).add(session)
         self.total += 1
-        self.on_count(user)
+        for on_count in self.on_count:
+            on_count(user)
         self._watch_expiry(session)
         return session
 
@@ -103,7 +108,8 @@ class Hub:
         self.total -= 1
         if not mine:
             self._by_user.pop(user, None)
-        self.on_count(user)
+        for on_count in self.on_count:
+            on_count(user)
 
     def count(self, user: str, door: str | None = None) -> int:
         """How many sessions of the user are here, of one door or of all."""

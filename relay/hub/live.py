@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,46 +14,45 @@ if TYPE_CHECKING:
 
 
 class LiveClients:
-    """Subscriptions whose cursor is the feed's position. None of them may be added or removed
-    while `formats` is being iterated: full sockets are dealt with at the end of the turn."""
+    """Subscriptions whose cursor is the feed's position.
+
+    Don't add or remove any while iterating over `by_encoder`: full sockets are handled at the end
+    of the turn.
+    """
 
     def __init__(self, channel: Channel, metrics: Metrics) -> None:
         self._channel = channel
         self._metrics = metrics
-        self._formats: dict[Encoder, dict[Subscription, None]] = {}
+        self.by_encoder: dict[Encoder, dict[Subscription, None]] = {}
+        self.count = 0
 
     def __iter__(self) -> Iterator[Subscription]:
-        for subscriptions in self._formats.values():
+        for subscriptions in self.by_encoder.values():
             yield from subscriptions
 
-    def __len__(self) -> int:
-        return sum(map(len, self._formats.values()))
-
-    def formats(self) -> ItemsView[Encoder, dict[Subscription, None]]:
-        """Each format with those who get it."""
-        return self._formats.items()
-
     def add(self, subscription: Subscription) -> None:
-        """It has caught up."""
+        """Add a subscription that has caught up."""
         subscription.live = True
         subscription.cursor = None
-        self._formats.setdefault(subscription.session.encoder, {})[subscription] = None
+        self.by_encoder.setdefault(subscription.session.encoder, {})[subscription] = None
+        self.count += 1
 
     def remove(self, subscription: Subscription) -> None:
-        """It is over, or its socket is full."""
+        """Remove a subscription that has ended or whose socket is full."""
         encoder = subscription.session.encoder
-        subscriptions = self._formats[encoder]
+        subscriptions = self.by_encoder[encoder]
         del subscriptions[subscription]
+        self.count -= 1
         subscription.live = False
         if not subscriptions:
-            del self._formats[encoder]
+            del self.by_encoder[encoder]
 
     def tell(self, notice: Notice) -> None:
-        """To all of them."""
-        self._metrics.told(notice, len(self))
-        for encoder, subscriptions in list(self._formats.items()):
+        """Send a notice to all of them."""
+        self._metrics.told(notice, self.count)
+        for encoder, subscriptions in list(self.by_encoder.items()):
             data = encoder.notice(self._channel, notice)
-            # A copy: clients that are noticed may leave.
+            # Iterate over a copy: `noticed` may close a subscription.
             for subscription in list(subscriptions):
                 if data is None:
                     subscription.session.client.noticed(subscription, notice)
@@ -61,8 +60,8 @@ class LiveClients:
                     subscription.session.offer(data)
 
     def offer(self, event: Event) -> None:
-        """An event that no position counts: the ephemeral kind."""
-        for encoder, subscriptions in self._formats.items():
+        """Offer an ephemeral event. It does not change the position."""
+        for encoder, subscriptions in self.by_encoder.items():
             if event.door not in (None, encoder.door):
                 continue
             data = shared = encoder.event(event)

@@ -1,4 +1,5 @@
-"""What the doors of all workers share: a bus, small values, the newest events, commands to all."""
+"""Services that protocols share across workers: message bus, key-value store, presence, channel
+history and cluster-wide commands."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from relay.stream.read.stream_commands import Decode
 
 
-class Site:
-    """Two connections of their own; `run` must be running."""
+class ClusterServices:
+    """Uses two Redis connections of its own; `run` must be running."""
 
     def __init__(
         self,
@@ -35,7 +36,7 @@ class Site:
         spawn: Callable[..., object],
         dead: Callable[[str], bool] = lambda _: False,
     ) -> None:
-        """`dead` says of a worker that it is known to have died."""
+        """`dead` returns True for an instance that is known to have died."""
         self.bus = ClusterBus(redis=redis, keys=keys, instance=instance)
         self.store = ClusterStore(self.bus.link, keys)
         self._long = ReconnectingConnection(redis)
@@ -52,40 +53,39 @@ class Site:
         self._keys = keys
 
     async def run(self) -> None:
-        """Until cancelled; survives everything that Redis does."""
+        """Keep both connections open. Runs until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.bus.link.run(), name="bus")
             tasks.create_task(self._long.run(), name="history")
-            tasks.create_task(self.presence.run(), name="presence")
 
     async def wait_open(self) -> None:
-        """Until both are connected."""
+        """Wait until both are connected."""
         await self.bus.link.wait_open()
         await self._long.wait_open()
 
-    def whisper(self, event: Event) -> None:
-        """See `relay.doorkit.contract.DoorContext`."""
+    def publish_ephemeral(self, event: Event) -> None:
+        """Publish an ephemeral event on all workers. ValueError if it cannot be ephemeral."""
         payload = ephemeral.encode(event)
         self.bus.link.post(("PUBLISH", self._keys.ephemeral(event.channel), payload))
 
     async def disconnect(
         self, user: str, *, channel: Channel | None = None, door: str | None = None
     ) -> None:
-        """See `relay.doorkit.contract.Command`; a channel means nothing here."""
+        """Disconnect the user on all workers. `channel` is ignored."""
         del channel
-        await self._tell(control.DisconnectUser(user=user, door=door))
+        await self._send(control.DisconnectUser(user=user, door=door))
 
     async def unsubscribe(
         self, user: str, *, channel: Channel | None = None, door: str | None = None
     ) -> None:
-        """See `relay.doorkit.contract.Command`; without a channel, from all."""
-        await self._tell(control.UnsubscribeUser(user=user, channel=channel, door=door))
+        """Unsubscribe the user from `channel` on all workers, or from all channels."""
+        await self._send(control.UnsubscribeUser(user=user, channel=channel, door=door))
 
     async def members(self, group: str) -> frozenset[str]:
-        """See `relay.doorkit.contract.DoorContext`."""
+        """Return the users of a group that the application stores in Redis."""
         found = await self.bus.link.call("SMEMBERS", self._keys.group(group))
         names = found if isinstance(found, list | set) else []
         return frozenset(name.decode(errors="replace") for name in names)
 
-    async def _tell(self, command: control.ControlCommand) -> None:
+    async def _send(self, command: control.ControlCommand) -> None:
         await self.bus.link.call(*control.append(self._keys, command))

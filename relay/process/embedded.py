@@ -14,10 +14,14 @@ import logging
 import os
 import random
 import signal
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from relay.core.errors import StartError
+
+if TYPE_CHECKING:
+    from relay.config.settings import RedisSettings
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +73,35 @@ def private_folder(folder: Path, *, make: bool = True) -> None:
             f"data folder {folder} cannot be used: {exc.strerror};"
             " name another: --set redis.embedded_dir=PATH"
         ) from exc
+
+
+def redis_address(settings: RedisSettings) -> RedisSettings:
+    """Return settings that name the embedded server's address if it is the one to use."""
+    if settings.url != "embedded":
+        return settings
+    return settings.model_copy(update={"url": f"redis://{_HOST}:{settings.embedded_port}/0"})
+
+
+@contextlib.asynccontextmanager
+async def running_valkey(settings: RedisSettings) -> AsyncIterator[None]:
+    """Run the embedded server while inside, if `settings` ask for it.
+
+    StartError if it cannot start.
+    """
+    if settings.url != "embedded":
+        yield
+        return
+    embedded = EmbeddedValkey(Path(settings.embedded_dir or "data"), settings.embedded_port)
+    await embedded.start()
+    try:
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(embedded.supervise(), name="embedded Valkey")
+            try:
+                yield
+            finally:
+                task.cancel()
+    finally:
+        await embedded.stop()
 
 
 class EmbeddedValkey:

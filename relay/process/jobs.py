@@ -1,21 +1,27 @@
-"""What is done by the clock: retention and the groups of dead workers, by one worker of the site.
+"""All periodic jobs of a worker, with their periods, and the scheduler that runs them.
 
-Each job runs under a lease in Redis, so any number of workers may have it scheduled. A job that
-finds Redis away is simply tried again at its next time.
+A job that is `shared` runs under a lease in Redis: of all workers of the cluster, only the holder
+runs it. If a job raises a RelayError, for instance because Redis is unavailable, the error is
+logged and the job runs again at its next time. Any other exception is a bug and ends the process.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
 from relay.core.errors import RelayError
+from relay.core.worker_memory import BEAT_S
+from relay.process.drain import end_all
 from relay.stream.cluster.leases import Lease
-from relay.stream.cluster.workers import HEARTBEAT_S, DeadWorkerDetector
-from relay.stream.connection.refusals import Refusals
+from relay.stream.cluster.presence import CHECK_S
+from relay.stream.cluster.workers import HEARTBEAT_S, NOT_READY_S, DeadWorkerDetector
 from relay.stream.upkeep.dead_workers import DeadWorkersJob
 from relay.stream.upkeep.retention import trim
 from relay.stream.upkeep.unused import UnusedStreamsJob
@@ -25,10 +31,210 @@ if TYPE_CHECKING:
 
     from relay.config.settings import JobSettings, NamespaceSettings
     from relay.core.model import Channel
+    from relay.process.admission import Admission
+    from relay.process.shared_listeners import SharedListeners
     from relay.stream.cluster.presence import ClusterPresence
+    from relay.stream.cluster.workers import WorkerHeartbeat
+    from relay.stream.connection.refusals import Refusals
     from relay.stream.format.keys import Keys
 
 _log = logging.getLogger(__name__)
+
+# An expired credential or answer takes effect within a second.
+RIGHTS_S = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeriodicJob:
+    """A function that runs every `every_s` seconds.
+
+    `at_once`: the first run is at the start, not one period later. `shared`: only one worker of
+    the cluster runs it.
+    """
+
+    name: str
+    every_s: float
+    run: Callable[[], Awaitable[None]]
+    at_once: bool = False
+    shared: bool = False
+
+
+def worker_jobs(
+    *,
+    admission: Admission,
+    heartbeat: WorkerHeartbeat,
+    presence: ClusterPresence,
+    listeners: SharedListeners | None,
+) -> Iterator[PeriodicJob]:
+    """Yield the jobs that each worker runs for itself."""
+
+    async def renew() -> None:
+        admission.renew()
+
+    yield PeriodicJob(name="rights", every_s=RIGHTS_S, run=renew)
+    yield PeriodicJob(name="heartbeat", every_s=HEARTBEAT_S, run=heartbeat.beat, at_once=True)
+    yield PeriodicJob(
+        name="heartbeat until ready", every_s=NOT_READY_S, run=heartbeat.beat_unless_ready
+    )
+    yield PeriodicJob(name="presence check", every_s=CHECK_S, run=presence.check)
+    if listeners is not None:
+        yield PeriodicJob(name="worker memory", every_s=BEAT_S, run=listeners.renew)
+
+
+def shared_jobs(
+    *,
+    client: Redis,
+    keys: Keys,
+    settings: JobSettings,
+    namespace_of: Callable[[Channel], NamespaceSettings],
+    presence: ClusterPresence,
+    refusals: Refusals,
+) -> Iterator[PeriodicJob]:
+    """Yield the jobs that one worker runs for the whole cluster."""
+    upkeep = _Upkeep(client, keys, namespace_of, presence, refusals)
+    retention_s = settings.retention_s
+    yield PeriodicJob(name="retention", every_s=retention_s, run=upkeep.trim, shared=True)
+    yield PeriodicJob(
+        name="unused-streams", every_s=retention_s, run=upkeep.remove_unused, shared=True
+    )
+    yield PeriodicJob(
+        name="dead-nodes",
+        every_s=settings.dead_nodes_s,
+        run=upkeep.remove_dead_workers,
+        shared=True,
+    )
+    # Often, because clients are waiting for leave messages.
+    yield PeriodicJob(name="presence", every_s=HEARTBEAT_S, run=upkeep.remove_absent, shared=True)
+
+
+class JobScheduler:
+    """Runs periodic jobs with APScheduler; `run` must be running."""
+
+    def __init__(
+        self, *, client: Redis, keys: Keys, instance: str, jobs: Sequence[PeriodicJob]
+    ) -> None:
+        self.jobs = jobs
+        self._leases = {
+            job.name: Lease(
+                client=client,
+                keys=keys,
+                name=job.name,
+                instance=instance,
+                # Longer than the period, so that the holder keeps it from one run to the next.
+                ttl_s=job.every_s * 2.5,
+            )
+            for job in jobs
+            if job.shared
+        }
+        self._running: set[asyncio.Task[None]] = set()
+        self._failed = asyncio.Event()
+        self._bug: Exception | None = None
+        self._scheduler = AsyncIOScheduler(
+            timezone="UTC",
+            job_defaults={"max_instances": 1, "coalesce": True, "misfire_grace_time": None},
+        )
+
+    async def run(self) -> None:
+        """Run the jobs until cancelled. Raise the exception of a job that has a bug."""
+        for job in self.jobs:
+            self._scheduler.add_job(
+                self._run_once,
+                "interval",
+                [job],
+                seconds=job.every_s,
+                # Spread the workers' attempts to get a lease.
+                jitter=job.every_s / 10 if job.shared else None,
+                id=job.name,
+                **({"next_run_time": datetime.now(UTC)} if job.at_once else {}),
+            )
+        self._scheduler.start()
+        try:
+            await self._failed.wait()
+            if self._bug is not None:
+                raise self._bug
+        finally:
+            self._scheduler.shutdown(wait=False)
+            await end_all(self._running)
+
+    async def leave(self) -> None:
+        """Stop the shared jobs and release their leases, so that other workers continue."""
+        for name, lease in self._leases.items():
+            self._scheduler.remove_job(name)
+            try:
+                await lease.release()
+            except RelayError as exc:
+                _log.info("Could not release the lease of job %s; it expires soon: %s", name, exc)
+
+    async def _run_once(self, job: PeriodicJob) -> None:
+        task = asyncio.current_task()
+        if task is None or task in self._running:
+            return
+        self._running.add(task)
+        lease = self._leases.get(job.name)
+        try:
+            if lease is None or await lease.hold():
+                await job.run()
+        except RelayError as exc:
+            _log.warning("Skipped job %s: %s; next run in %g s", job.name, exc, job.every_s)
+        except Exception as exc:  # noqa: BLE001  # `run` raises it
+            exc.add_note(f"raised by the periodic job {job.name}")
+            self._bug = exc
+            self._failed.set()
+        finally:
+            self._running.discard(task)
+
+
+class _Upkeep:
+    """The shared jobs."""
+
+    def __init__(
+        self,
+        client: Redis,
+        keys: Keys,
+        namespace_of: Callable[[Channel], NamespaceSettings],
+        presence: ClusterPresence,
+        refusals: Refusals,
+    ) -> None:
+        self._client = client
+        self._keys = keys
+        self._namespace_of = namespace_of
+        self._presence = presence
+        self._refusals = refusals
+        dead = presence.is_dead
+        self._detector = DeadWorkerDetector(client=client, keys=keys, dead=dead)
+        self._dead_workers = DeadWorkersJob(
+            client=client, keys=keys, dead=dead, clear=presence.clear
+        )
+        self._unused = UnusedStreamsJob(client, keys)
+
+    async def trim(self) -> None:
+        """Apply retention to all streams."""
+        done = await trim(self._client, self._keys, self._namespace_of)
+        self._refusals.note(_MISNAMED, _misnamed(self._keys, done.misnamed))
+        if done.entries or done.foreign:
+            _log.info(
+                "Retention removed %d entries from %d streams; skipped %d keys of other programs",
+                done.entries,
+                done.streams,
+                done.foreign,
+            )
+
+    async def remove_unused(self) -> None:
+        """Remove streams that no client uses any more."""
+        removed = await self._unused.run()
+        if removed:
+            _log.info("Removed %d unused streams", removed)
+
+    async def remove_dead_workers(self) -> None:
+        """Remove the consumer groups of dead workers."""
+        for instance in await self._dead_workers.remove():
+            _log.info("Removed the consumer groups of dead worker %s", instance)
+
+    async def remove_absent(self) -> None:
+        """Remove clients of dead workers from presence, if any protocol uses presence."""
+        if self._presence.in_use:
+            for instance in await self._detector.look():
+                await self._presence.clear(instance)
 
 
 # Name of a note in `Refusals`.
@@ -46,101 +252,3 @@ def _misnamed(keys: Keys, found: Sequence[bytes]) -> str:
         f"stream {name}{others} belongs to no channel: its events are not delivered."
         f" The key of a channel has braces: {start}{{{channel}}}"
     )
-
-
-class Jobs:
-    """The schedule of one worker."""
-
-    def __init__(
-        self,
-        *,
-        client: Redis,
-        keys: Keys,
-        instance: str,
-        settings: JobSettings,
-        namespace_of: Callable[[Channel], NamespaceSettings],
-        presence: ClusterPresence,
-        refusals: Refusals,
-    ) -> None:
-        self._refusals = refusals
-        self._client = client
-        self._keys = keys
-        self._instance = instance
-        self._namespace_of = namespace_of
-        self._presence = presence
-        dead = presence.is_dead
-        self._silence = DeadWorkerDetector(client=client, keys=keys, dead=dead)
-        self._dead_nodes = DeadWorkersJob(client=client, keys=keys, dead=dead, clear=presence.clear)
-        self._leases: list[Lease] = []
-        self._scheduler = AsyncIOScheduler(timezone="UTC")
-        self._add("retention", self._trim, settings.retention_s)
-        self._unused = UnusedStreamsJob(client, keys)
-        self._add("unused-streams", self._remove_unused, settings.retention_s)
-        self._add("dead-nodes", self._remove_dead_nodes, settings.dead_nodes_s)
-        # Often, since clients wait to be told; but only where there are any.
-        self._add("presence", self._remove_absent, HEARTBEAT_S, lambda: presence.in_use)
-
-    def start(self) -> None:
-        """In the running loop."""
-        self._scheduler.start()
-
-    async def stop(self) -> None:
-        """No further run; the leases are given up for the other workers."""
-        self._scheduler.shutdown(wait=False)
-        for lease in self._leases:
-            try:
-                await lease.release()
-            except RelayError as exc:
-                _log.info("a lease is left to expire: %s", exc)
-
-    def _add(
-        self,
-        name: str,
-        job: Callable[[], Awaitable[None]],
-        every_s: float,
-        wanted: Callable[[], bool] = lambda: True,
-    ) -> None:
-        lease = Lease(
-            client=self._client,
-            keys=self._keys,
-            name=name,
-            instance=self._instance,
-            # Longer than the period, so that the holder keeps it from one run to the next.
-            ttl_s=every_s * 2.5,
-        )
-        self._leases.append(lease)
-
-        async def run() -> None:
-            try:
-                if wanted() and await lease.hold():
-                    await job()
-            except RelayError as exc:
-                _log.warning("job %s is put off: %s", name, exc)
-
-        self._scheduler.add_job(
-            run, "interval", seconds=every_s, jitter=every_s / 10, max_instances=1, coalesce=True
-        )
-
-    async def _trim(self) -> None:
-        done = await trim(self._client, self._keys, self._namespace_of)
-        self._refusals.note(_MISNAMED, _misnamed(self._keys, done.misnamed))
-        if done.entries or done.foreign:
-            _log.info(
-                "retention: %d entries removed from %d streams; %d foreign keys",
-                done.entries,
-                done.streams,
-                done.foreign,
-            )
-
-    async def _remove_unused(self) -> None:
-        removed = await self._unused.run()
-        if removed:
-            _log.info("Removed %d unused streams", removed)
-
-    async def _remove_dead_nodes(self) -> None:
-        for instance in await self._dead_nodes.remove():
-            _log.info("groups of dead worker %s removed", instance)
-
-    async def _remove_absent(self) -> None:
-        for instance in await self._silence.look():
-            await self._presence.clear(instance)

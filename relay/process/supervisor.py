@@ -23,7 +23,6 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvloop
@@ -31,7 +30,7 @@ import uvloop
 from relay.core.errors import StartError
 from relay.core.worker_memory import ERROR, READY, REOPEN_LOG, Siblings, Worker, shared_memory
 from relay.process import app, logs
-from relay.process.embedded import EmbeddedValkey
+from relay.process.embedded import redis_address, running_valkey
 from relay.process.pid_file import pid_file
 from relay.process.reloading import Reloads
 from relay.process.server import listen_error, node_name
@@ -106,7 +105,8 @@ class Supervisor:
             reserved = stack.enter_context(_reserved(config, self._listeners))
             self._port = reserved.getsockname()[1]
             self._handle_signals()
-            redis = await self._redis(stack)
+            await stack.enter_async_context(running_valkey(config.redis))
+            redis = redis_address(config.redis).url
             async with asyncio.TaskGroup() as group:
                 reloads = group.create_task(self._reloads.run(), name="reloads")
                 try:
@@ -122,18 +122,6 @@ class Supervisor:
                 finally:
                     self._pass_on(signal.SIGTERM if self._stopping.is_set() else signal.SIGKILL)
         return 0
-
-    async def _redis(self, stack: contextlib.AsyncExitStack) -> str:
-        settings = self._config.redis
-        if settings.url != "embedded":
-            return settings.url
-        embedded = EmbeddedValkey(Path(settings.embedded_dir or "data"), settings.embedded_port)
-        await embedded.start()
-        stack.push_async_callback(embedded.stop)
-        group = await stack.enter_async_context(asyncio.TaskGroup())
-        task = group.create_task(embedded.supervise(), name="embedded Valkey")
-        stack.callback(task.cancel)
-        return f"redis://127.0.0.1:{settings.embedded_port}/0"
 
     # ---- one worker -------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from relay.core.model import ZERO_ID, StreamState
+from relay.core.model import ZERO_ID, Revocation, StreamState
 from relay.core.stream_interface import Page, PageRequest
 from relay.hub import feed, recovery
 from relay.hub.feed import Feed
@@ -80,7 +80,7 @@ def _revocations_unheeded(monkeypatch: pytest.MonkeyPatch) -> None:
 def _old_revocations_hit_new_rights(monkeypatch: pytest.MonkeyPatch) -> None:
     revoke = Feed._revoke
 
-    def broken(self: Feed, body: object) -> None:
+    def broken(self: Feed, body: Revocation) -> None:
         for subscription in self.subscriptions():
             subscription.rights_as_of = ZERO_ID
         revoke(self, body)

@@ -40,13 +40,23 @@ async def test_the_living_say_who_they_are(client: Redis, admin: Redis, keys: Ke
     assert await admin.smembers(keys.nodes) == {b"strange"}
 
 
-async def test_the_loop_beats_and_outlives_redis(client: Redis, admin: Redis, keys: Keys) -> None:
-    instance, beat = heartbeat(client, keys, "one")
-    async with asyncio.TaskGroup() as tasks:
-        running = tasks.create_task(beat.run())
-        while not await admin.exists(keys.node(instance)):
-            await asyncio.sleep(0)
-        running.cancel()
+async def test_a_worker_that_is_not_ready_is_written_more_often(
+    client: Redis, admin: Redis, keys: Keys
+) -> None:
+    instance, ready = "one:1", False
+
+    def load() -> workers.WorkerLoad:
+        return workers.WorkerLoad(ready=ready, connections=0, streams=0, lag_ms=0)
+
+    worker = workers.describe_this_worker("one", instance, "1")
+    beat = workers.WorkerHeartbeat(client=client, keys=keys, worker=worker, load=load)
+    await beat.beat()
+    ready = True
+    await beat.beat_unless_ready()
+    assert [worker.ready for worker in await workers.live_workers(client, keys)] == [True]
+    await admin.delete(keys.node(instance))
+    await beat.beat_unless_ready()
+    assert await workers.live_workers(client, keys) == []
 
 
 async def test_what_the_dead_left_is_removed_after_a_while(

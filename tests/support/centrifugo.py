@@ -255,12 +255,12 @@ class Context:
         self.streams = Streams(clock)
         self.metrics = Metrics()
         self.hub = self.streams.hub = Hub(
-            reads=self.streams,
             rights=_Rights(clock),
             metrics=self.metrics,
             call_soon=lambda call: asyncio.get_running_loop().call_soon(call),
             spawn=lambda work: asyncio.get_running_loop().create_task(work),
         )
+        self.hub.reads = self.streams
         self.history = self.streams.history
         self.presence = Presence()
         self.store = Store()
@@ -302,7 +302,7 @@ class Context:
             done.set_result(self.streams.append(channel, fields))
         return done
 
-    def whisper(self, event: Event) -> None:
+    def publish_ephemeral(self, event: Event) -> None:
         def arrive() -> None:
             followed = self.streams.followed.get(event.channel)
             if followed is not None:
@@ -405,7 +405,7 @@ class Bench:
                 hub.recheck(Channel(channel))
             case ["whisper", channel, kind, data]:
                 event = Event(Channel(channel), None, data.encode(), is_json=True, type=kind)
-                self.context.whisper(event)
+                self.context.publish_ephemeral(event)
             case ["time", seconds]:
                 self.pass_(int(seconds))
             case ["unsubscribe", user, *channel]:

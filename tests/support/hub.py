@@ -127,14 +127,15 @@ def make_hub(reads: Reads, *, most: int = 0) -> Hub:
     def at_once(call: Callable[[], None]) -> None:
         call()
 
-    return Hub(
-        reads=reads,
+    hub = Hub(
         rights=Rights(),
         metrics=Metrics(),
         call_soon=at_once,
         spawn=lambda work: asyncio.get_running_loop().create_task(work),
         connections_per_user=most,
     )
+    hub.reads = reads
+    return hub
 
 
 def join(

@@ -12,8 +12,9 @@ from contextlib import asynccontextmanager
 
 from relay.config.settings import RedisSettings
 from relay.core.model import Channel
-from relay.process.cluster_services import Site
-from relay.stream.cluster.workers import WorkerHeartbeat, describe_this_worker
+from relay.process.cluster_services import ClusterServices
+from relay.stream.cluster.presence import CHECK_S
+from relay.stream.cluster.workers import HEARTBEAT_S, WorkerHeartbeat, describe_this_worker
 from relay.stream.connection.connect import redis_client
 from relay.stream.format.entry import decode
 from relay.stream.format.keys import Keys
@@ -24,14 +25,14 @@ from tests.support.valkey import Server
 @asynccontextmanager
 async def site(
     server: Server | RedisSettings, instance: str, dead: Callable[[str], bool] = lambda _: False
-) -> AsyncIterator[Site]:
+) -> AsyncIterator[ClusterServices]:
     """One worker's."""
     async with asyncio.TaskGroup() as group:
 
         def spawn(*arguments: object, **named: object) -> object:
             return group.create_task(*arguments, **named)  # type: ignore[arg-type]
 
-        one = Site(
+        one = ClusterServices(
             redis=server.settings() if isinstance(server, Server) else server,
             keys=Keys("relay:"),
             instance=instance,
@@ -39,10 +40,17 @@ async def site(
             spawn=spawn,
             dead=dead,
         )
-        task = group.create_task(one.run())
+        tasks = [group.create_task(one.run()), group.create_task(_check(one))]
         await within(5, one.wait_open())
         yield one
-        task.cancel()
+        for task in tasks:
+            task.cancel()
+
+
+async def _check(one: ClusterServices) -> None:
+    while True:
+        await asyncio.sleep(CHECK_S)
+        await one.presence.check()
 
 
 async def _be_present(url: str, instance: str, channel: str, clients: int) -> None:
@@ -57,7 +65,9 @@ async def _be_present(url: str, instance: str, channel: str, clients: int) -> No
             await asyncio.sleep(0)
         await one.presence.check()
         print("present", flush=True)  # noqa: T201  # whoever started it waits for this
-        await heartbeat.run()
+        while True:
+            await heartbeat.beat()
+            await asyncio.sleep(HEARTBEAT_S)
 
 
 if __name__ == "__main__":

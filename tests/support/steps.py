@@ -264,12 +264,12 @@ class Worker:
         self._followed: dict[Channel, Followed] = {}
         metrics = Metrics()
         self.hub = Hub(
-            reads=self,
             rights=Rights(),
             metrics=metrics,
             call_soon=self._later.append,
             spawn=_no_task,
         )
+        self.hub.reads = self
         self._primary = Primary()
         settings = StreamSettings().model_copy(update={"page_bytes": PAGE_BYTES})
         decode = partial(entry.decode, max_bytes=settings.max_entry_bytes)
@@ -280,7 +280,6 @@ class Worker:
             settings=settings,
             metrics=metrics,
             decode=decode,
-            on_records=lambda stream, records: stream.on_records(records),
             control=ControlReader(keys, lambda _command: None, lambda: self.hub.recheck(None)),
         )
         self.pages = PagePipelines(

@@ -100,7 +100,9 @@ class ChannelPresence:
             self._push(channel, "leave", _push_info(client, info))
 
     def _push(self, channel: Channel, kind: str, info: bytes) -> None:
-        self._context.whisper(Event(channel, None, info, is_json=True, type=kind, door=_DOOR))
+        self._context.publish_ephemeral(
+            Event(channel, None, info, is_json=True, type=kind, door=_DOOR)
+        )
         self._stats.count(f"node_num_{kind}_msg_published")
 
 

@@ -120,7 +120,7 @@ class ChannelPublisher:
                 event = Event(channel, done.result(), data, is_json(data))
                 event.client, event.info = client, info
                 push = Event(WATCH, None, codec.message(event), is_json=False, door=WATCHERS)
-                self._context.whisper(push)
+                self._context.publish_ephemeral(push)
                 self._stats.count("node_num_admin_msg_published")
 
             appended.add_done_callback(push_to_watchers)

@@ -201,14 +201,8 @@ class ClusterPresence:
         last: list[RedisCommand] = [("SREM", own, *some) for some in _batches(ended)]
         return [*first, *come, *go, *last]
 
-    async def run(self) -> None:
-        """Until cancelled: writes again what Redis has lost or has not taken."""
-        while True:
-            await asyncio.sleep(CHECK_S)
-            await self.check()
-
     async def check(self) -> None:
-        """Once. Redis being away is waited out."""
+        """Write the presence of this worker's clients again if Redis has lost it."""
         self._write()
         expected = len(self._own)
         if not expected:

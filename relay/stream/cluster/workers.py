@@ -16,13 +16,12 @@ import orjson
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from relay.core.errors import RelayError
 from relay.stream.connection import connect
 from relay.stream.connection.refusals import Refusals
 from relay.stream.format.keys import Keys
 
 HEARTBEAT_S = 5
-# While it is not ready, so that it is not long said to be bad after it became good.
+# Period while this worker is not ready, so that `relay status` soon shows that it is.
 NOT_READY_S = 0.5
 EXPIRY_S = 15
 BATCH = 500
@@ -87,7 +86,7 @@ def describe_this_worker(name: str, instance: str, version: str) -> WorkerInfo:
 
 
 class WorkerHeartbeat:
-    """Says every HEARTBEAT_S that this worker lives, and soon when it has become ready."""
+    """Registers this worker, and stores its load for other workers and operators."""
 
     def __init__(
         self,
@@ -105,14 +104,10 @@ class WorkerHeartbeat:
         self._load = load
         self._good = True
 
-    async def run(self) -> None:
-        """Beat until cancelled. Errors of Redis are waited out."""
-        while True:
-            try:
-                await self.beat()
-            except RelayError as exc:
-                log.debug("no heartbeat: %s", exc)
-            await asyncio.sleep(HEARTBEAT_S if self._good else NOT_READY_S)
+    async def beat_unless_ready(self) -> None:
+        """Write the heartbeat if the last one said that this worker is not ready."""
+        if not self._good:
+            await self.beat()
 
     async def beat(self) -> None:
         """Write the heartbeat, and the registry too: a Redis that lost its data lost that as well.

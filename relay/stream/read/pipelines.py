@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from relay.core.model import EntryID, Record
+from relay.core.model import EntryID
 from relay.core.stream_interface import ExamineRequest, Followed, PageRequest
 from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.primary import Replication
@@ -52,7 +52,6 @@ class LivePipelines:
         settings: StreamSettings,
         metrics: Metrics,
         decode: stream_commands.Decode,
-        on_records: Callable[[Followed, list[Record]], None],
         control: ControlReader,
         mode: ReadMode | None = None,
         on_usual: Callable[[], None] = lambda: None,
@@ -67,7 +66,6 @@ class LivePipelines:
         self._settings = settings
         self._metrics = metrics
         self._decode = decode
-        self._on_records = on_records
         self._control = control
         self._control_news = True
         # Streams for which a client waits, or which have news, are examined before the others.
@@ -301,7 +299,7 @@ class LivePipelines:
             if self._counts[stream] <= self._first:
                 del self._counts[stream]
         if entries:
-            self._on_records(stream, stream_commands.decode_all(stream, entries, self._decode))
+            stream.on_records(stream_commands.decode_all(stream, entries, self._decode))
         if complete:
             stream.on_end(state.last)
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from relay.core.errors import RedisUnavailable
-from relay.core.model import ZERO_ID, Channel, Event, Record
+from relay.core.model import ZERO_ID, Channel, Event
 from relay.core.stream_interface import Followed
 from relay.stream.connection.connect import CommandRefused, discover
 from relay.stream.connection.pipeline_connection import PipelineConnection
@@ -63,7 +63,6 @@ class StreamReader:
         settings: StreamSettings,
         metrics: Metrics,
         decode: stream_commands.Decode,
-        on_records: Callable[[Followed, list[Record]], None],
         on_turn: Callable[[], None],
         decode_ephemeral: Callable[[Channel, bytes], Event | None],
         control: ControlReader,
@@ -89,7 +88,6 @@ class StreamReader:
             settings=settings,
             metrics=metrics,
             decode=decode,
-            on_records=on_records,
             control=control,
             mode=self._mode,
             on_usual=self._on_usual,

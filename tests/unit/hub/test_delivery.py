@@ -1,5 +1,6 @@
 from relay.core.model import (
     ZERO_ID,
+    Broken,
     Channel,
     EntryID,
     Event,
@@ -54,6 +55,24 @@ def test_a_revocation_within_a_batch_has_its_place() -> None:
     assert b"".join(ann.writes) == b"before !news:revoked "
     assert b"".join(bob.writes) == b"before after "
     assert client.told == ["subscribed news", "dropped news: revoked"]
+
+
+def test_an_entry_that_cannot_be_decoded_is_set_aside_and_the_next_ones_are_delivered() -> None:
+    hub, words = make_hub(Reads()), Words()
+    broken = Broken(EntryID(2, 0), "no data", ())
+    set_aside: list[tuple[Channel, Broken]] = []
+    hub.on_broken = lambda channel, entry: set_aside.append((channel, entry))
+    ann = join(hub, ANN, words)[2]
+    examine(hub)
+    feed = hub.feed(NEWS)
+    assert feed
+    feed.on_records([event("before", 1), Record(broken.id, 0, 1, broken), event("after", 3)])
+    hub.flush()
+    assert b"".join(ann.writes) == b"before after "
+    assert set_aside == [(NEWS, broken)]
+    text = hub.metrics.exposition()
+    assert b"relay_events_total 3.0" in text
+    assert b"relay_lag_seconds_count 1.0" in text
 
 
 def test_a_personal_frame_carries_the_place_in_every_channel() -> None:

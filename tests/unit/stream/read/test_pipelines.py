@@ -48,7 +48,6 @@ class Scene:
             settings=SETTINGS,
             metrics=Metrics(),
             decode=partial(entry.decode, max_bytes=1000),
-            on_records=lambda stream, records: stream.on_records(records),
             control=ControlReader(KEYS, lambda _command: None, lambda: None),
         )
         self.turns.commands()

@@ -1,0 +1,411 @@
+"""Builds the parts of a relay. `build` shows them and their order.
+
+    Redis ── StreamReader ── Hub ── protocols ── Server
+                              └── Admission (rights)
+
+Nothing is started here: no task runs and no listener opens before `relay.process.app`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from producers.registry import ProducerContext, Running, find_producers
+from relay import __version__
+from relay.core.errors import LimitExceeded, StartError
+from relay.doorkit.contract import DoorContext
+from relay.hub.hub import Hub
+from relay.process.admission import Admission, ReadRights
+from relay.process.cluster_services import ClusterServices
+from relay.process.control_commands import ControlCommands
+from relay.process.incoming import Incoming
+from relay.process.jobs import JobScheduler, shared_jobs, worker_jobs
+from relay.process.server import Server, node_name
+from relay.process.shared_listeners import SharedListeners
+from relay.process.tokens import Tokens
+from relay.protocols import load_door, protocol_names
+from relay.rights.http import HttpRights
+from relay.rights.policy import Policy
+from relay.stream.cluster.connection_limits import ConnectionLimiter
+from relay.stream.cluster.workers import (
+    WorkerHeartbeat,
+    WorkerLoad,
+    describe_this_worker,
+    new_instance,
+)
+from relay.stream.connection.refusals import Refusals
+from relay.stream.format import entry
+from relay.stream.format.keys import Keys
+from relay.stream.read.control_reader import ControlReader
+from relay.stream.read.reader import StreamReader
+from relay.stream.upkeep.unused import UnusedStreams
+from relay.stream.write.appender import Appender
+
+if TYPE_CHECKING:
+    import aiohttp
+    from redis.asyncio import Redis
+
+    from relay.config.loading import Config
+    from relay.config.settings import NamespaceSettings, RedisSettings, Section
+    from relay.core.metrics import Metrics
+    from relay.core.model import Channel, EntryID, Principal, Record
+    from relay.core.worker_memory import Worker
+    from relay.doorkit.contract import Mounted, OpenSession, Publish, Spawn
+    from relay.hub.encoding import Encoder
+    from relay.hub.session import Client, Session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foundation:
+    """What the parts are built on. `is_stopping` returns True once the relay was asked to stop."""
+
+    config: Config
+    redis: RedisSettings
+    client: Redis
+    http: aiohttp.ClientSession
+    metrics: Metrics
+    worker: Worker | None
+    namespace_of: Callable[[Channel], NamespaceSettings]
+    is_stopping: Callable[[], bool]
+    spawn: Spawn
+    spawn_for_protocol: Spawn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """The parts of one relay process, in the order in which they are built."""
+
+    node: str
+    keys: Keys
+    rights: ReadRights
+    hub: Hub
+    admission: Admission
+    incoming: Incoming
+    unused: UnusedStreams
+    reader: StreamReader
+    appender: Appender
+    limiter: ConnectionLimiter
+    cluster: ClusterServices
+    server: Server
+    tokens: Tokens
+    doors: Mapping[str, Mounted]
+    listeners: SharedListeners | None
+    heartbeat: WorkerHeartbeat
+    jobs: JobScheduler
+    producers: Mapping[str, Running]
+
+
+def build(base: Foundation) -> Parts:
+    """Build all parts. Raises ConfigError or StartError for a configuration that cannot work."""
+    config = base.config
+    node = node_name(config) + (f"-{base.worker.number}" if base.worker else "")
+    instance = new_instance(node)
+    keys = Keys(base.redis.prefix)
+    refusals = Refusals()
+
+    # From Redis to the local clients.
+    rights = ReadRights(Policy(config.namespace, http_rights(config, base.http)))
+    incoming = Incoming(metrics=base.metrics, max_entry_bytes=config.stream.max_entry_bytes)
+    hub = _hub(base, rights, incoming)
+    admission = Admission(rights=rights, hub=hub, spawn=base.spawn)
+    commands = ControlCommands(hub=hub, rights=rights)
+    unused = UnusedStreams(base.client, keys)
+    reader = _reader(base, keys, instance, hub, commands, incoming, unused, refusals)
+    # The only circular reference: the hub requests streams from the reader that serves it.
+    hub.reads = reader
+
+    # From the local clients and producers to Redis, and to other workers.
+    appender = Appender(
+        keys=keys,
+        redis=base.redis,
+        settings=config.publish,
+        namespace_of=base.namespace_of,
+        refusals=refusals,
+    )
+    limiter = _limiter(base, keys, instance, hub, refusals)
+    cluster = ClusterServices(
+        redis=base.redis,
+        keys=keys,
+        instance=instance,
+        decode=_decode(config),
+        spawn=base.spawn,
+        dead=_is_dead(base),
+    )
+
+    # The protocols, on the HTTP server.
+    server = Server(
+        metrics=base.metrics,
+        ready=lambda: _not_ready(base, reader),
+        limits=lambda: str(refusals),
+    )
+    tokens = Tokens(config.jwt)
+    context = DoorContext(
+        hub=hub,
+        open=_open(limiter, hub),
+        subscribe=admission.subscribe,
+        publish=_publish(appender, config.stream.max_entry_bytes),
+        publish_ephemeral=cluster.publish_ephemeral,
+        disconnect=cluster.disconnect,
+        unsubscribe=cluster.unsubscribe,
+        history=cluster.history.read,
+        members=cluster.members,
+        on_command=commands.on_command.__setitem__,
+        on_drop=rights.on_drop.append,
+        bus=cluster.bus,
+        store=cluster.store,
+        presence=cluster.presence,
+        active=cluster.active,
+        spawn=base.spawn_for_protocol,
+        http=base.http,
+        read_token=tokens.read,
+        pass_on=server.pass_on,
+        gather=server.gather,
+        is_connected=reader.is_connected,
+        wait_connected=reader.wait_ready,
+        metrics=base.metrics,
+        client_buffer_bytes=config.hub.client_buffer_bytes,
+        insecure=config.insecure,
+    )
+    doors = dict(_mounted(config, context))
+    tokens.doors = doors.values()
+
+    # What keeps the worker and the cluster in order.
+    listeners = _shared_listeners(base, instance, hub, reader, server)
+    heartbeat = _heartbeat(base, keys, node, instance, hub, reader, refusals)
+    jobs = JobScheduler(
+        client=base.client,
+        keys=keys,
+        instance=instance,
+        jobs=[
+            *worker_jobs(
+                admission=admission,
+                heartbeat=heartbeat,
+                presence=cluster.presence,
+                listeners=listeners,
+            ),
+            *shared_jobs(
+                client=base.client,
+                keys=keys,
+                settings=config.jobs,
+                namespace_of=base.namespace_of,
+                presence=cluster.presence,
+                refusals=refusals,
+            ),
+        ],
+    )
+    return Parts(
+        node=node,
+        keys=keys,
+        rights=rights,
+        hub=hub,
+        admission=admission,
+        incoming=incoming,
+        unused=unused,
+        reader=reader,
+        appender=appender,
+        limiter=limiter,
+        cluster=cluster,
+        server=server,
+        tokens=tokens,
+        doors=doors,
+        listeners=listeners,
+        heartbeat=heartbeat,
+        jobs=jobs,
+        producers=dict(_producers(base, keys, instance)),
+    )
+
+
+def http_rights(config: Config, http: aiohttp.ClientSession) -> HttpRights | None:
+    """Return the client for the application's answers about rights, or None if it is not asked."""
+    return HttpRights(config.rights, http) if config.rights.http_url else None
+
+
+def _decode(config: Config) -> partial[Record]:
+    return partial(entry.decode, max_bytes=config.stream.max_entry_bytes)
+
+
+def _is_dead(base: Foundation) -> Callable[[str], bool]:
+    return base.worker.siblings.is_dead if base.worker else lambda _: False
+
+
+def _hub(base: Foundation, rights: ReadRights, incoming: Incoming) -> Hub:
+    hub = Hub(
+        rights=rights,
+        metrics=base.metrics,
+        call_soon=asyncio.get_running_loop().call_soon,
+        spawn=lambda work: base.spawn(work, name="hub"),
+        connections_per_user=base.config.hub.connections_per_user,
+        on_broken=incoming.set_aside,
+    )
+    base.metrics.behind.set_function(lambda: sum(feed.behind_count for feed in hub.feeds()))
+    return hub
+
+
+def _reader(
+    base: Foundation,
+    keys: Keys,
+    instance: str,
+    hub: Hub,
+    commands: ControlCommands,
+    incoming: Incoming,
+    unused: UnusedStreams,
+    refusals: Refusals,
+) -> StreamReader:
+    return StreamReader(
+        keys=keys,
+        instance=instance,
+        redis=base.redis,
+        settings=base.config.stream,
+        metrics=base.metrics,
+        decode=_decode(base.config),
+        on_turn=hub.flush,
+        decode_ephemeral=incoming.decode_ephemeral,
+        control=ControlReader(keys, commands.apply, commands.lost, refusals),
+        unused=unused,
+        refusals=refusals,
+    )
+
+
+def _limiter(
+    base: Foundation, keys: Keys, instance: str, hub: Hub, refusals: Refusals
+) -> ConnectionLimiter:
+    limiter = ConnectionLimiter(
+        client=base.client,
+        keys=keys,
+        instance=instance,
+        limit=base.config.hub.connections_per_user,
+        count=hub.count,
+        users=hub.users,
+        dead=_is_dead(base),
+        refusals=refusals,
+    )
+    hub.on_count.append(limiter.changed)
+    return limiter
+
+
+def _open(limiter: ConnectionLimiter, hub: Hub) -> OpenSession:
+    async def open_session(
+        principal: Principal, encoder: Encoder, client: Client, *, limit: int | None = None
+    ) -> Session:
+        door = None if limit is None else principal.door
+        async with limiter.seat(principal.user, door, limit or 0):
+            return hub.open(principal, encoder, client)
+
+    return open_session
+
+
+def _publish(appender: Appender, max_entry_bytes: int) -> Publish:
+    def publish(
+        channel: Channel,
+        data: bytes,
+        *,
+        client: str | None = None,
+        uid: str | None = None,
+        type: str | None = None,
+        to: Iterable[str] | None = None,
+        info: bytes | None = None,
+        extra: Mapping[bytes, bytes] | None = None,
+        unless_latest: bytes | None = None,
+    ) -> asyncio.Future[EntryID]:
+        fields = entry.encode(
+            data, type=type, uid=uid, to=to, client=client, info=info, extra=extra
+        )
+        size = entry.size(fields)
+        if size > max_entry_bytes:
+            raise LimitExceeded(f"too large: {size} of {max_entry_bytes} bytes")
+        return appender.append(channel, fields, uid, unless_latest=unless_latest)
+
+    return publish
+
+
+def _mounted(config: Config, context: DoorContext) -> Iterator[tuple[str, Mounted]]:
+    for name in protocol_names():
+        section = section_of(config, name)
+        if section.is_open:
+            yield name, load_door(name).mount(context, section)
+        elif section.unservable:
+            raise StartError(f"[protocol:{name}] {section.unservable}")
+
+
+def section_of(config: Config, door: str) -> Section:
+    """Return the settings of a protocol."""
+    return config.doors[f"protocol:{door}"]
+
+
+def _not_ready(base: Foundation, reader: StreamReader) -> str:
+    """Return the reason why this worker is not ready, or an empty string."""
+    if base.is_stopping():
+        return "this worker is stopping"
+    if not reader.ready():
+        return "streams are not being read"
+    if not reader.settled():
+        return "streams are being looked through after a new connection to Redis"
+    others = base.worker.siblings.not_ready() if base.worker else []
+    return f"worker {', '.join(map(str, others))} is not ready" if others else ""
+
+
+def _shared_listeners(
+    base: Foundation, instance: str, hub: Hub, reader: StreamReader, server: Server
+) -> SharedListeners | None:
+    if base.worker is None:
+        return None
+    base.worker.siblings.enter(base.worker.number, instance)
+    listeners = SharedListeners(
+        base.worker,
+        server=server,
+        is_ready=lambda: reader.ready() and reader.settled() and not base.is_stopping(),
+        clients=lambda: hub.total,
+    )
+    hub.on_count.append(lambda _: listeners.on_connections_changed())
+    return listeners
+
+
+def _heartbeat(
+    base: Foundation,
+    keys: Keys,
+    node: str,
+    instance: str,
+    hub: Hub,
+    reader: StreamReader,
+    refusals: Refusals,
+) -> WorkerHeartbeat:
+    def load() -> WorkerLoad:
+        return WorkerLoad(
+            ready=reader.ready() and reader.settled(),
+            connections=len(hub.sessions()),
+            streams=len(hub.feeds()),
+            lag_ms=round(base.metrics.take_worst_lag() * 1000),
+            refused=str(refusals),
+        )
+
+    return WorkerHeartbeat(
+        client=base.client,
+        keys=keys,
+        worker=describe_this_worker(node, instance, __version__),
+        load=load,
+        refusals=refusals,
+    )
+
+
+def _producers(base: Foundation, keys: Keys, instance: str) -> Iterator[tuple[str, Running]]:
+    for name, producer in find_producers().items():
+        settings = base.config.producers[f"producer:{name}"]
+        if producer.wanted(settings):
+            context = ProducerContext(
+                keys=keys,
+                redis=base.redis,
+                publish=base.config.publish,
+                instance=instance,
+                namespace_of=base.namespace_of,
+                max_entry_bytes=base.config.stream.max_entry_bytes,
+                count=partial(_count, base.metrics, name),
+            )
+            yield name, producer.build(context, settings)
+
+
+def _count(metrics: Metrics, name: str, result: str, number: int) -> None:
+    metrics.producer_items.labels(name, result).inc(number)

@@ -1,0 +1,69 @@
+"""Entries that the hub cannot deliver: write them to the dead-letter stream.
+
+Readable entries go from the reader straight to the hub (`relay.hub.feed.Feed.on_records`). This
+module receives the others, and decodes ephemeral events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from relay.core.errors import RelayError
+from relay.stream.format import ephemeral
+from relay.stream.write import dead_letters
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from relay.core.metrics import Metrics
+    from relay.core.model import Broken, Channel, Event
+    from relay.stream.format.keys import Keys
+
+_log = logging.getLogger(__name__)
+
+DEAD_LETTERS_WAITING = 1000
+
+
+class Incoming:
+    """Decodes ephemeral events and stores entries that cannot be decoded."""
+
+    def __init__(self, *, metrics: Metrics, max_entry_bytes: int) -> None:
+        self._metrics = metrics
+        self._max_entry_bytes = max_entry_bytes
+        self.dead_letters: asyncio.Queue[tuple[Channel, Broken]] = asyncio.Queue(
+            DEAD_LETTERS_WAITING
+        )
+
+    def decode_ephemeral(self, channel: Channel, payload: bytes) -> Event | None:
+        """Decode an ephemeral event. Return None if it is malformed."""
+        event = ephemeral.decode(channel, payload, self._max_entry_bytes)
+        if isinstance(event, str):
+            _log.warning("Dropped a malformed ephemeral event on %s: %s", channel, event)
+            return None
+        return event
+
+    def set_aside(self, channel: Channel, broken: Broken) -> None:
+        """Queue an entry that cannot be decoded for the dead-letter stream."""
+        self._metrics.dead_letters.inc()
+        try:
+            self.dead_letters.put_nowait((channel, broken))
+        except asyncio.QueueFull:
+            # The entry itself stays in its stream; only the note about it is lost.
+            _log.warning(
+                "Entry %s of %s cannot be decoded: %s. It is not in the dead-letter stream either:"
+                " too many dead letters are waiting to be written",
+                broken.id,
+                channel,
+                broken.reason,
+            )
+
+    async def write_dead_letters(self, client: Redis, keys: Keys, node: str) -> None:
+        """Write queued entries to the dead-letter stream. Runs until cancelled."""
+        while True:
+            channel, broken = await self.dead_letters.get()
+            try:
+                await dead_letters.write(client, keys, channel, broken, node=node)
+            except RelayError as exc:
+                _log.warning("Could not write dead letter %s of %s: %s", broken.id, channel, exc)

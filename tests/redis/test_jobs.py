@@ -1,0 +1,116 @@
+"""relay/process/jobs.py against real servers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+from redis.asyncio import Redis
+
+from relay.core.errors import RedisUnavailable
+from relay.process.jobs import JobScheduler, PeriodicJob
+from relay.stream.format.keys import Keys
+from tests.support.clients import within
+
+pytestmark = pytest.mark.redis
+
+
+async def _sets(admin: Redis) -> int:
+    return int((await admin.info("commandstats")).get("cmdstat_set", {"calls": 0})["calls"])
+
+
+def scheduler(client: Redis, keys: Keys, instance: str, *jobs: PeriodicJob) -> JobScheduler:
+    return JobScheduler(client=client, keys=keys, instance=instance, jobs=jobs)
+
+
+async def test_a_bug_in_a_job_ends_the_task_group(client: Redis, keys: Keys) -> None:
+    async def wrong() -> None:
+        raise KeyError("a bug")
+
+    job = PeriodicJob(name="wrong", every_s=60, run=wrong, at_once=True)
+    with pytest.raises(ExceptionGroup) as raised:
+        async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+            group.create_task(scheduler(client, keys, "one", job).run())
+    (bug,) = raised.value.exceptions
+    assert isinstance(bug, KeyError)
+    assert bug.__notes__ == ["raised by the periodic job wrong"]
+
+
+async def test_an_expected_error_is_logged_and_the_job_runs_again(
+    client: Redis, keys: Keys, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs, again = 0, asyncio.Event()
+
+    async def unlucky() -> None:
+        nonlocal runs
+        runs += 1
+        if runs == 2:
+            again.set()
+        raise RedisUnavailable("10.0.0.5:6379 does not answer")
+
+    job = PeriodicJob(name="unlucky", every_s=0.05, run=unlucky)
+    with caplog.at_level(logging.WARNING):
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(scheduler(client, keys, "one", job).run())
+            await within(5, again.wait())
+            task.cancel()
+    expected = "Skipped job unlucky: 10.0.0.5:6379 does not answer; next run in 0.05 s"
+    assert expected in caplog.messages
+
+
+async def test_one_worker_runs_a_shared_job_until_it_leaves(
+    client: Redis, admin: Redis, keys: Keys
+) -> None:
+    runs: list[str] = []
+    changed = asyncio.Event()
+
+    def job(instance: str) -> PeriodicJob:
+        async def run() -> None:
+            runs.append(instance)
+            changed.set()
+
+        # The lease outlasts the test, so that only its release lets the other worker begin.
+        return PeriodicJob(name="trim", every_s=20, run=run, at_once=True, shared=True)
+
+    async def next_run() -> None:
+        changed.clear()
+        await changed.wait()
+
+    first, second = (scheduler(client, keys, name, job(name)) for name in ("one", "two"))
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(first.run())]
+        await within(5, next_run())
+        tries = await _sets(admin)
+        tasks.append(group.create_task(second.run()))
+        # Its attempt to take the lease is one SET ... NX.
+        while await _sets(admin) < tries + 1:
+            await asyncio.sleep(0.01)
+        assert runs == ["one"]
+        await first.leave()
+        third = scheduler(client, keys, "three", job("three"))
+        tasks.append(group.create_task(third.run()))
+        await within(5, next_run())
+        for task in tasks:
+            task.cancel()
+    assert runs == ["one", "three"]
+
+
+async def test_the_end_of_the_scheduler_waits_for_running_jobs(client: Redis, keys: Keys) -> None:
+    started, ended = asyncio.Event(), False
+
+    async def slow() -> None:
+        nonlocal ended
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            ended = True
+
+    job = PeriodicJob(name="slow", every_s=60, run=slow, at_once=True)
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(scheduler(client, keys, "one", job).run())
+        await within(5, started.wait())
+        task.cancel()
+    assert ended

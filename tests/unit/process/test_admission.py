@@ -1,0 +1,66 @@
+"""Dead letters are limited, ephemeral events are checked, and the application's answers decide."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from relay.config.settings import NamespaceSettings
+from relay.core.metrics import Metrics
+from relay.core.model import Broken, Channel, EntryID, Principal
+from relay.process.admission import ReadRights
+from relay.process.incoming import DEAD_LETTERS_WAITING, Incoming
+from relay.rights.http import HttpRights
+from relay.rights.policy import Policy
+
+CHANNEL = Channel("app:a")
+BOB = Principal(user="bob")
+
+
+class Answers:
+    """An application whose answers the test sets."""
+
+    def __init__(self, answer: bool | None) -> None:
+        self.answer = answer
+
+    def cached(self, principal: Principal, channel: Channel) -> bool | None:
+        del principal, channel
+        return self.answer
+
+    def expires_in(self, principal: Principal, channel: Channel) -> float | None:
+        del principal, channel
+        return None if self.answer is None else 10.0
+
+
+def rights(answer: bool | None) -> ReadRights:
+    http = cast(HttpRights, Answers(answer))
+    return ReadRights(Policy(lambda _: NamespaceSettings(rights="http"), http))
+
+
+async def test_a_full_queue_of_dead_letters_does_not_block() -> None:
+    metrics = Metrics()
+    incoming = Incoming(metrics=metrics, max_entry_bytes=1024)
+    broken = Broken(EntryID(1, 1), "no data", ())
+    for _ in range(DEAD_LETTERS_WAITING + 1):
+        incoming.set_aside(CHANNEL, broken)
+    assert incoming.dead_letters.qsize() == DEAD_LETTERS_WAITING
+    assert f"relay_dead_letters_total {DEAD_LETTERS_WAITING + 1}.0".encode() in metrics.exposition()
+
+
+def test_an_ephemeral_event_that_cannot_be_read_is_dropped() -> None:
+    incoming = Incoming(metrics=Metrics(), max_entry_bytes=1024)
+    assert incoming.decode_ephemeral(CHANNEL, b"no json") is None
+    event = incoming.decode_ephemeral(CHANNEL, b'{"data":1}')
+    assert event is not None
+    assert event.id is None
+
+
+def test_without_an_answer_nobody_comes_in_and_nobody_is_thrown_out() -> None:
+    assert not rights(None).allowed(BOB, CHANNEL, None, admitted=False)
+    assert rights(None).allowed(BOB, CHANNEL, None, admitted=True)
+    assert not rights(None).allowed(BOB, CHANNEL, b"-", admitted=True)
+
+
+def test_an_answer_decides_for_both() -> None:
+    for admitted in (False, True):
+        assert rights(True).allowed(BOB, CHANNEL, None, admitted=admitted)
+        assert not rights(False).allowed(BOB, CHANNEL, None, admitted=admitted)
