@@ -23,6 +23,7 @@ from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.refusals import WRITES, Refusals
 
 if TYPE_CHECKING:
+    from relay.core.stream_interface import Followed
     from relay.stream.connection.pipeline_connection import PipelineConnection
     from relay.stream.format.keys import Keys
 
@@ -30,6 +31,8 @@ MISSED_CANARIES = 3
 _CANARY_S = 60
 # Name of an area in `Refusals`.
 CANARY = "the canary key"
+# Each step looks at the names of all streams.
+_MOST_STEPS = 300
 _T = TypeVar("_T")
 
 
@@ -121,8 +124,22 @@ class InvalidationListener:
         self._rang_at = asyncio.get_running_loop().time()
 
 
+def sweep_steps(sweep_s: float) -> int:
+    """Return the number of steps in which all streams are read once: at most one per second."""
+    return max(1, min(int(sweep_s), _MOST_STEPS))
+
+
+def swept_streams(streams: Iterable[Followed], step: int, steps: int) -> list[Followed]:
+    """Return the streams that one step of a sweep reads.
+
+    A stream's step depends only on its channel. So it is read once per sweep, however many streams
+    there are and whichever others come and go.
+    """
+    return [stream for stream in streams if hash(stream.channel) % steps == step]
+
+
 def sweep_slices(items: list[_T], slices: int) -> Iterator[list[_T]]:
-    """`items` in about equal parts, one for each step of a sweep."""
+    """Yield `items` in about equal parts."""
     size = max(1, -(-len(items) // max(1, slices)))
     for start in range(0, len(items), size):
         yield items[start : start + size]

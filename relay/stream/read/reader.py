@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import random
 from collections import deque
@@ -28,7 +29,12 @@ from relay.stream.connection.refusals import Refusals
 from relay.stream.connection.task_groups import first_of, uncancel, wait_for
 from relay.stream.read import stream_commands
 from relay.stream.read.groups import group_of
-from relay.stream.read.invalidations import InvalidationListener, sweep_slices
+from relay.stream.read.invalidations import (
+    InvalidationListener,
+    sweep_slices,
+    sweep_steps,
+    swept_streams,
+)
 from relay.stream.read.pipelines import LivePipelines, PagePipelines
 from relay.stream.read.poll import poll
 from relay.stream.read.read_mode import ReadMode
@@ -382,17 +388,14 @@ class StreamReader:
             self._work.set()
 
     async def _sweep(self) -> None:
-        """Reads everything once per `sweep_s`, in small steps, in case a wake-up was lost."""
-        while True:
-            steps = max(1, int(self._settings.sweep_s))
-            for part in sweep_slices(self.followed(), steps):
-                await asyncio.sleep(self._settings.sweep_s / steps)
-                for stream in part:
-                    if stream.alive and stream.settled:
-                        self._live.want_read(stream, swept=True)
-                self._work.set()
-            if not self._followed:
-                await asyncio.sleep(1.0)
+        """Read each stream once per `sweep_s`, in small steps, in case a wake-up was lost."""
+        steps = sweep_steps(self._settings.sweep_s)
+        for step in itertools.cycle(range(steps)):
+            await asyncio.sleep(self._settings.sweep_s / steps)
+            for stream in swept_streams(self._followed.values(), step, steps):
+                if stream.alive and stream.settled:
+                    self._live.want_read(stream, swept=True)
+            self._work.set()
 
     # ---- the two pipelines ------------------------------------------------------------------
 
