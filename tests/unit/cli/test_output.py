@@ -39,6 +39,18 @@ def test_a_table_is_aligned_and_a_remark_goes_across(capsys: pytest.CaptureFixtu
     )
 
 
+def test_a_table_is_aligned_by_the_width_of_its_characters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    long = "x" * 300
+    table(("NAME", "N"), [["新闻", "1"], [long, "3"]])
+    assert capsys.readouterr().out.splitlines() == [
+        "NAME" + " " * 298 + "N",
+        "新闻" + " " * 298 + "1",
+        long + "  3",
+    ]
+
+
 def test_progress_is_silent_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress("keys")
     progress(1)
