@@ -49,7 +49,7 @@ class PeriodicJob:
     """A function that runs every `every_s` seconds.
 
     `at_once`: the first run is at the start, not one period later. `shared`: only one worker of
-    the cluster runs it.
+    the cluster runs it. If `is_wanted` returns False, a run is skipped, and no lease is taken.
     """
 
     name: str
@@ -57,6 +57,7 @@ class PeriodicJob:
     run: Callable[[], Awaitable[None]]
     at_once: bool = False
     shared: bool = False
+    is_wanted: Callable[[], bool] = lambda: True
 
 
 def worker_jobs(
@@ -104,7 +105,13 @@ def shared_jobs(
         shared=True,
     )
     # Often, because clients are waiting for leave messages.
-    yield PeriodicJob(name="presence", every_s=HEARTBEAT_S, run=upkeep.remove_absent, shared=True)
+    yield PeriodicJob(
+        name="presence",
+        every_s=HEARTBEAT_S,
+        run=upkeep.remove_absent,
+        shared=True,
+        is_wanted=lambda: presence.in_use,
+    )
 
 
 class JobScheduler:
@@ -172,7 +179,7 @@ class JobScheduler:
         self._running.add(task)
         lease = self._leases.get(job.name)
         try:
-            if lease is None or await lease.hold():
+            if job.is_wanted() and (lease is None or await lease.hold()):
                 await job.run()
         except RelayError as exc:
             _log.warning("Skipped job %s: %s; next run in %g s", job.name, exc, job.every_s)
@@ -231,10 +238,9 @@ class _Upkeep:
             _log.info("Removed the consumer groups of dead worker %s", instance)
 
     async def remove_absent(self) -> None:
-        """Remove clients of dead workers from presence, if any protocol uses presence."""
-        if self._presence.in_use:
-            for instance in await self._detector.look():
-                await self._presence.clear(instance)
+        """Remove clients of dead workers from presence."""
+        for instance in await self._detector.look():
+            await self._presence.clear(instance)
 
 
 # Name of a note in `Refusals`.

@@ -96,6 +96,28 @@ async def test_one_worker_runs_a_shared_job_until_it_leaves(
     assert runs == ["one", "three"]
 
 
+async def test_a_job_that_is_not_wanted_takes_no_lease(
+    client: Redis, admin: Redis, keys: Keys
+) -> None:
+    asked = asyncio.Event()
+
+    def is_wanted() -> bool:
+        asked.set()
+        return False
+
+    async def run() -> None:
+        raise AssertionError
+
+    job = PeriodicJob(
+        name="trim", every_s=60, run=run, at_once=True, shared=True, is_wanted=is_wanted
+    )
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(scheduler(client, keys, "one", job).run())
+        await within(5, asked.wait())
+        task.cancel()
+    assert await admin.keys() == []
+
+
 async def test_the_end_of_the_scheduler_waits_for_running_jobs(client: Redis, keys: Keys) -> None:
     started, ended = asyncio.Event(), False
 
