@@ -9,11 +9,12 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from typing import Any
 
+import aiohttp
 import msgpack
 import pytest
 import redis
 
-from tests.support.clients import native, until
+from tests.support.clients import LIMIT_S, native, until
 from tests.support.relay import RelayProcess
 from tests.support.socketio import (
     CLIENTS,
@@ -455,3 +456,43 @@ async def test_the_streams_emitters_entries(
     assert await seen(client) == ["hi"]
     await asyncio.to_thread(add, 6, {"opts": opts, "close": True})
     assert (await client.until("disconnect"))["reason"] == "io server disconnect"
+
+
+async def packet(socket: aiohttp.ClientWebSocketResponse) -> str:
+    """The next packet that is neither a ping nor a cursor of the relay."""
+    async with asyncio.timeout(LIMIT_S):
+        while (text := await socket.receive_str()).startswith(("2", '42/axr,["relay:')):
+            if text == "2":
+                await socket.send_str("3")
+    return text
+
+
+async def test_commands_for_many_clients_keep_their_order(axr: RelayProcess, io5: Emitter) -> None:
+    """From about 100 clients on, commands are carried out in slices."""
+    url = axr.url.replace("http", "ws") + "/socket.io/?EIO=4&transport=websocket"
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def connected(number: int) -> aiohttp.ClientWebSocketResponse:
+            socket = await session.ws_connect(url)
+            assert (await packet(socket)).startswith("0{")
+            token = json.dumps({"token": axr_token(f"many-{number}")})
+            await socket.send_str(f"40/axr,{token}")
+            assert (await packet(socket)).startswith("40/axr,")
+            return socket
+
+        async with asyncio.TaskGroup() as tasks:
+            joining = [tasks.create_task(connected(number)) for number in range(120)]
+        *stay, leaves = [task.result() for task in joining]
+        await io5.run(
+            'io.socketsJoin("one"); io.socketsJoin("two"); io.socketsLeave("one");'
+            'io.in("many-0").socketsJoin("one"); io.in("many-119").disconnectSockets();'
+        )
+        assert await packet(leaves) == "41/axr,"
+        await io5.run('io.to("one").emit("msg", 1); io.to("two").emit("msg", 2);')
+        both = [await packet(stay[0]), await packet(stay[0])]
+        assert sorted(text[:15] for text in both) == ['42/axr,["msg",1', '42/axr,["msg",2']
+        for socket in stay[1:]:
+            assert (await packet(socket)).startswith('42/axr,["msg",2')
+        await io5.run("io.disconnectSockets();")
+        for socket in stay:
+            assert await packet(socket) == "41/axr,"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from relay.core.model import Channel, Principal
+from relay.core.slices import for_each
 from relay.protocols.seafile import answers
 from relay.protocols.seafile.connection import SeafileClient, SeafileSocket
 from relay.protocols.seafile.event_format import channel_of
@@ -69,8 +70,11 @@ class MountedSeafile:
         self.reload(settings)
 
     def _rights_changed(self, channel: Channel | None, user: str | None) -> None:
-        for client in self._clients:
-            client.rights_changed(channel, user)
+        for_each(
+            list(self._clients),
+            lambda client: client.rights_changed(channel, user),
+            lambda work: self._service.spawn(work, name="seafile rights"),
+        )
 
     def reload(self, settings: SeafileSettings) -> None:
         """See `relay.doorkit.contract.Mounted`. Pings of open connections keep their pace."""

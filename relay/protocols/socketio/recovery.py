@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_BATCH = 1000
 _PID_CHARS = 64
 
 
@@ -101,15 +100,12 @@ class Sessions:
         return True
 
     async def renew(self, records: Mapping[str, Record]) -> None:
-        """Those that are connected, some at a time."""
-        names = list(records)
-        for at in range(0, len(names), _BATCH):
-            batch = {_name(pid): records[pid].encode() for pid in names[at : at + _BATCH]}
-            try:
-                await self._store.put_many(batch, self._ttl_s)
-            except Unavailable as exc:
-                _log.warning("sessions are not renewed: %s", exc)
-                return
+        """Store records of connected clients in one pipeline."""
+        batch = {_name(pid): record.encode() for pid, record in records.items()}
+        try:
+            await self._store.put_many(batch, self._ttl_s)
+        except Unavailable as exc:
+            _log.warning("Sessions of %d Socket.IO clients not stored: %s", len(batch), exc)
 
     async def forget(self, pid: str) -> None:
         """The client has left, or must begin afresh."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import orjson
 from aiohttp import web
 
 from relay.core.model import Channel, EntryID
+from relay.core.slices import AT_ONCE, for_each, in_slices, next_slice
 from relay.protocols.socketio.client import SocketClient
 from relay.protocols.socketio.encoders import OffsetEncoder, RecoverableEncoder, SocketEncoder
 from relay.protocols.socketio.recovery import Record, Sessions
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _TAKEN = "socketio:taken"
+# Sessions that are stored in one pipeline.
+_BATCH = 100
 
 
 class MountedSocketIo:
@@ -42,6 +46,11 @@ class MountedSocketIo:
         self._gauge = context.metrics.connections.labels("socketio")
         self._clients: set[SocketClient] = set()
         self._by_pid: dict[str, SocketClient] = {}
+        # Clients that are in other rooms now, which is not stored yet.
+        self._changed: dict[SocketClient, None] = {}
+        self._is_keeping = False
+        # Commands of emitters that are not carried out yet: for whom, and what to do.
+        self._steps: deque[tuple[list[SocketClient], Callable[[SocketClient], None]]] = deque()
         self._endpoint = Endpoint(
             topic="socketio",
             bus=context.bus,
@@ -118,11 +127,28 @@ class MountedSocketIo:
 
     def changed(self, client: SocketClient) -> None:
         """It is in other rooms now."""
-        if client.pid and self._by_pid.get(client.pid) is client:
-            _ = self.context.spawn(self._keep(client.pid, client.record()), name="socketio session")
+        if not client.pid:
+            return
+        self._changed[client] = None
+        if not self._is_keeping:
+            self._is_keeping = True
+            _ = self.context.spawn(self._keep_changed(), name="socketio sessions")
 
-    async def _keep(self, pid: str, record: Record) -> None:
-        await self.sessions.keep(pid, record)
+    async def _keep_changed(self) -> None:
+        while self._changed:
+            changed, self._changed = self._changed, {}
+            await self._keep(list(changed))
+        self._is_keeping = False
+
+    async def _keep(self, clients: Sequence[SocketClient]) -> None:
+        for at in range(0, len(clients), _BATCH):
+            await next_slice()
+            records = {
+                client.pid: client.record()
+                for client in clients[at : at + _BATCH]
+                if client.pid and self._by_pid.get(client.pid) is client
+            }
+            await self.sessions.renew(records)
 
     def forget(self, pid: str) -> None:
         """Its client begins afresh when it comes back."""
@@ -150,12 +176,14 @@ class MountedSocketIo:
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(self.sessions.renew_s)
-            records = {pid: client.record() for pid, client in self._by_pid.items()}
-            await self.sessions.renew(records)
+            await self._keep(list(self._by_pid.values()))
 
     def _rights_changed(self, channel: Channel | None, user: str | None) -> None:
-        for client in list(self._clients):
-            client.rights_changed(channel, user)
+        for_each(
+            list(self._clients),
+            lambda client: client.rights_changed(channel, user),
+            lambda work: self.context.spawn(work, name="socketio rights"),
+        )
 
     # ---- emitters' commands -----------------------------------------------------------------
 
@@ -169,12 +197,13 @@ class MountedSocketIo:
         except (ValueError, KeyError, TypeError, AttributeError) as exc:
             _log.warning("an emitter's command is skipped: %s", exc)
             return
-        for client in list(self._clients):
+
+        def act(client: SocketClient) -> None:
             if client.session is None:
-                continue
+                return
             mine = client.names()
             if (rooms and mine.isdisjoint(rooms)) or not mine.isdisjoint(without):
-                continue
+                return
             if what == "disconnect":
                 client.put_out()
             for name, place in names.items():
@@ -182,6 +211,29 @@ class MountedSocketIo:
                     client.join(name, place)
                 elif what == "leave":
                     client.leave(name)
+
+        self._steps.append((list(self._clients), act))
+        if len(self._steps) == 1:
+            self._next_step()
+
+    def _next_step(self) -> None:
+        """Carry out the commands one after the other, each for many clients in slices."""
+        while self._steps:
+            clients, act = self._steps[0]
+            if len(clients) > AT_ONCE:
+                _ = self.context.spawn(self._act_in_slices(clients, act), name="socketio command")
+                return
+            for client in clients:
+                act(client)
+            self._steps.popleft()
+
+    async def _act_in_slices(
+        self, clients: Sequence[SocketClient], act: Callable[[SocketClient], None]
+    ) -> None:
+        async for client in in_slices(clients):
+            act(client)
+        self._steps.popleft()
+        self._next_step()
 
 
 def _place(text: str) -> EntryID | None:
