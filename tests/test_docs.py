@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PROTOCOLS = sorted((ROOT / "relay" / "protocols").glob("*/README.md"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *PROTOCOLS]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "relay" / "protocols").glob("*/README.md")),
+]
 FOLDERS = "relay|producers|tests|scripts|docs"
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -68,7 +71,7 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-@pytest.mark.parametrize("page", PAGES[: -len(PROTOCOLS)], ids=lambda page: page.name)
+@pages
 def test_the_words_are_those_of_the_field(page: Path) -> None:
     """A *door* is a protocol for everybody who does not read the code."""
     text = re.sub(r"`[^`]*`", "", prose(page))
