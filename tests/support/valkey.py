@@ -146,6 +146,12 @@ class Server:
         self.kill()
         self.start()
 
+    def abandoned(self) -> int:
+        """Connections that clients have closed while the server is frozen."""
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        close_wait = "08"
+        return sum(row[1].endswith(f":{self.port:04X}") and row[3] == close_wait for row in rows)
+
     def freeze(self) -> None:
         """SIGSTOP: the connections stay, nothing answers."""
         os.kill(self.pid, signal.SIGSTOP)
