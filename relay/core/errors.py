@@ -15,6 +15,8 @@ RelayError
 
 from __future__ import annotations
 
+from relay.core.reasons import Reason
+
 
 class RelayError(Exception):
     """Everything that this package raises on purpose."""
@@ -39,34 +41,34 @@ class NotReplicated(RelayError):
 class ClientError(RelayError):
     """A client's mistake; `code` is the stable word, the text is for people."""
 
-    code = "bad_request"
+    code = Reason.BAD_REQUEST
 
 
 class Unauthorized(ClientError):
     """No credential, or a bad or expired one."""
 
-    code = "unauthorized"
+    code = Reason.UNAUTHORIZED
 
 
 class Forbidden(ClientError):
     """A good credential that does not open this channel, or an Origin that is not allowed."""
 
-    code = "forbidden"
+    code = Reason.FORBIDDEN
 
 
 class BadRequest(ClientError):
     """The request cannot be understood."""
 
-    code = "bad_request"
+    code = Reason.BAD_REQUEST
 
 
 class LimitExceeded(ClientError):
     """Too large, too fast or too many; the text names the limit."""
 
-    code = "limit_exceeded"
+    code = Reason.LIMIT_EXCEEDED
 
 
 class Unavailable(RelayError):
     """The relay cannot answer now; the same request may succeed shortly."""
 
-    code = "unavailable"
+    code = Reason.UNAVAILABLE

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from relay.core.model import Position
+from relay.core.reasons import Reason
 from relay.hub.delivery import Batch
 from relay.hub.recovery import gap, untrimmed
 
@@ -58,12 +59,12 @@ class Share:
         begin, end, state = self._batch.index_after(cursor), self._end, self._state
         added = subscription.added
         if state.max_deleted > cursor and state.max_deleted != subscription.known_deleted:
-            subscription.tell(gap("deleted", cursor, state))
+            subscription.tell(gap(Reason.DELETED, cursor, state))
             added = None
             subscription.known_deleted = state.max_deleted
         elif not untrimmed(Position(cursor, added), state):
             if state.first is None or state.first != subscription.known_first:
-                subscription.tell(gap("trimmed", cursor, state))
+                subscription.tell(gap(Reason.TRIMMED, cursor, state))
             added = None
             subscription.known_first = state.first
         if subscription.gone:

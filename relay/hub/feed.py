@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, cast
 
 from relay.core.errors import Forbidden, RelayError, Unavailable
 from relay.core.model import ZERO_ID, Broken, EntryID, Event, Position, Revocation
+from relay.core.reasons import Reason
 from relay.core.stream_interface import ExamineRequest, PageRequest
 from relay.hub import catch_up
 from relay.hub.delivery import Batch
@@ -253,7 +254,7 @@ class Feed:
             if self.hub.rights.allowed(principal, self.channel, value, admitted=True):
                 subscription.rights_as_of = examined.state.last
             else:
-                reason = "revoked" if value == b"-" else "rights_changed"
+                reason = Reason.REVOKED if value == b"-" else Reason.RIGHTS_CHANGED
                 at = examined.state.last
                 self.drop(subscription, Notice("revoked", reason, self.position, at))
 
@@ -333,7 +334,7 @@ class Feed:
         for subscription in list(self.subscriptions()):
             as_of = subscription.rights_as_of
             if subscription.session.principal.user == body.user and as_of and as_of < body.id:
-                self.drop(subscription, Notice("revoked", "revoked", body.id, body.id))
+                self.drop(subscription, Notice("revoked", Reason.REVOKED, body.id, body.id))
 
     def on_ephemeral(self, event: Event) -> None:
         """Live clients only: there is no history to serve the others from."""
@@ -358,7 +359,7 @@ class Feed:
     ) -> None:
         """Tells live clients, then waits for an examination: a revocation may be among what is
         gone."""
-        reason = "deleted" if state.max_deleted > self.position else "trimmed"
+        reason = Reason.DELETED if state.max_deleted > self.position else Reason.TRIMMED
         notice = gap(reason, self.position, state, first_read)
         self.position = before(first_read) if first_read else state.last
         self.digest = None
@@ -394,7 +395,7 @@ class Feed:
             deleted = self._known_deleted
             if deleted > self.position and deleted != subscription.known_deleted:
                 # Live clients were told of this one, and will not be again.
-                subscription.tell(Notice("gap", "deleted", self.position, deleted))
+                subscription.tell(Notice("gap", Reason.DELETED, self.position, deleted))
                 if subscription.gone:
                     return
             del self._behind[subscription]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from relay.core.errors import BadRequest, LimitExceeded, Unauthorized
 from relay.core.model import Channel, Position, Principal
+from relay.core.reasons import Reason
 from relay.core.slices import for_each
 from relay.hub.feed import Feed
 from relay.hub.recovery import Notice
@@ -193,7 +194,7 @@ class Hub:
 
     # ---- from the control stream, and from time ---------------------------------------------
 
-    def disconnect_user(self, user: str, reason: str, door: str | None = None) -> None:
+    def disconnect_user(self, user: str, reason: Reason, door: str | None = None) -> None:
         """Every session of the user here, of one door or of all."""
 
         def disconnect(session: Session) -> None:
@@ -203,7 +204,7 @@ class Hub:
         self.for_each(self._sessions_of(user, door), disconnect)
 
     def drop_subscription(
-        self, channel: Channel | None, user: str, reason: str, door: str | None = None
+        self, channel: Channel | None, user: str, reason: Reason, door: str | None = None
     ) -> None:
         """One channel, or without a name all, of every session of the user here."""
 
@@ -260,7 +261,7 @@ class Hub:
         """The session's credential is over: nothing more leaves for it."""
         for subscription in list(session.subscriptions.values()):
             at = subscription.feed.position
-            subscription.feed.drop(subscription, Notice("revoked", "expired", at, at))
+            subscription.feed.drop(subscription, Notice("revoked", Reason.EXPIRED, at, at))
         session.client.expired()
 
     # ---- the turn ---------------------------------------------------------------------------

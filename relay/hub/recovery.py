@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from relay.core.model import ZERO_ID, EntryID, Position, StreamState
+from relay.core.reasons import Reason
 
 NoticeKind = Literal["gap", "reset", "revoked", "closing"]
 
@@ -25,7 +26,7 @@ class Notice:
     """What a client may have missed on one channel: something after `from_id`, up to `to_id`."""
 
     kind: NoticeKind
-    reason: str
+    reason: Reason
     from_id: EntryID | None = None
     to_id: EntryID | None = None
 
@@ -59,10 +60,10 @@ def judge(position: Position, state: StreamState, own_digest: int | None) -> Ver
         # "From the beginning": nothing has been seen, so nothing of another life either.
         same_life = same_history = True
     if not state.exists:
-        return _reset("other_incarnation", at, ZERO_ID)
+        return _reset(Reason.OTHER_INCARNATION, at, ZERO_ID)
     if at > state.last:
         new_life = position.incarnation is not None and not same_life
-        return _reset("position_ahead", at, ZERO_ID if new_life else state.last)
+        return _reset(Reason.POSITION_AHEAD, at, ZERO_ID if new_life else state.last)
 
     own_there = own_digest is not None and position.digest in (None, own_digest)
     # An empty past cannot be checked by its own entry; the marker group survives a failover.
@@ -72,25 +73,25 @@ def judge(position: Position, state: StreamState, own_digest: int | None) -> Ver
     own_deleted = at == state.max_deleted and at != ZERO_ID
     if not (same_history or own_there or nothing_seen or own_deleted):
         if position.incarnation is not None and not same_life:
-            return _reset("other_incarnation", at, ZERO_ID)
+            return _reset(Reason.OTHER_INCARNATION, at, ZERO_ID)
         if position.incarnation is not None:
-            return _reset("failover", at, at)
+            return _reset(Reason.FAILOVER, at, at)
         if (state.first is None or at < state.first) and state.added != state.length:
-            return _gap("trimmed", at, state)
+            return _gap(Reason.TRIMMED, at, state)
         if state.max_deleted > at:
-            return _gap("deleted", at, state)
+            return _gap(Reason.DELETED, at, state)
         # Nothing was ever removed here, so the position is of another stream of this name.
-        return _reset("unknown_position", at, at)
+        return _reset(Reason.UNKNOWN_POSITION, at, at)
     if position.incarnation is not None and not same_life:
         # Its own entry is there, but a failover may have lost the marker, and what followed it.
-        return Verdict(at, Notice("reset", "other_incarnation", at, at), counted=own_there)
+        return Verdict(at, Notice("reset", Reason.OTHER_INCARNATION, at, at), counted=own_there)
     if not same_history and may_have_lost(at, state):
         # What was appended after it before the failover may be gone, whatever is there now.
-        return Verdict(at, Notice("reset", "failover", at, at), counted=own_there)
+        return Verdict(at, Notice("reset", Reason.FAILOVER, at, at), counted=own_there)
     if state.max_deleted > at:
-        return _gap("deleted", at, state)
+        return _gap(Reason.DELETED, at, state)
     if not untrimmed(position, state):
-        return _gap("trimmed", at, state)
+        return _gap(Reason.TRIMMED, at, state)
     return Verdict(at, counted=True)
 
 
@@ -112,17 +113,17 @@ def untrimmed(position: Position, state: StreamState) -> bool:
     return added is not None and state.added - added == state.length
 
 
-def gap(reason: str, at: EntryID, state: StreamState, next_id: EntryID | None = None) -> Notice:
+def gap(reason: Reason, at: EntryID, state: StreamState, next_id: EntryID | None = None) -> Notice:
     """Return the notice that something after `at` was removed. `next_id` is the next entry that is
     known to be there, by default the stream's first one."""
     return Notice("gap", reason, at, max(next_id or state.first or state.last, state.max_deleted))
 
 
-def _gap(reason: str, at: EntryID, state: StreamState) -> Verdict:
+def _gap(reason: Reason, at: EntryID, state: StreamState) -> Verdict:
     return Verdict(at, gap(reason, at, state))
 
 
-def _reset(reason: str, at: EntryID, resume: EntryID) -> Verdict:
+def _reset(reason: Reason, at: EntryID, resume: EntryID) -> Verdict:
     return Verdict(resume, Notice("reset", reason, at, resume))
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from relay.core.errors import RelayError
 from relay.core.model import Channel, EntryID, Position, Principal
+from relay.core.reasons import Reason
 from relay.hub.recovery import Notice
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Client(Protocol):
     def expired(self) -> None:
         """The credential's time is over; its subscriptions have been dropped."""
 
-    def disconnect(self, reason: str) -> None:
+    def disconnect(self, reason: Reason) -> None:
         """The operator or the relay's own stop ends this client."""
 
 

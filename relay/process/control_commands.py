@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from relay.core.reasons import Reason
 from relay.stream.write.control import (
     ControlCommand,
     DisconnectUser,
@@ -31,10 +32,10 @@ class ControlCommands:
         """Apply one command."""
         match command:
             case DisconnectUser():
-                self._hub.disconnect_user(command.user, "disconnected", command.door)
+                self._hub.disconnect_user(command.user, Reason.DISCONNECTED, command.door)
             case UnsubscribeUser():
                 self._hub.drop_subscription(
-                    command.channel, command.user, "unsubscribed", command.door
+                    command.channel, command.user, Reason.UNSUBSCRIBED, command.door
                 )
             case DoorCommand():
                 # A protocol that is disabled here has no clients to apply it to.

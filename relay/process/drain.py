@@ -8,6 +8,8 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from relay.core.reasons import Reason
+
 if TYPE_CHECKING:
     from relay.doorkit.contract import Mounted
     from relay.hub.session import Session
@@ -41,7 +43,7 @@ async def drain(
         if wait_s > _TOGETHER_S:
             await asyncio.sleep(wait_s)
         if not session.closed:
-            session.client.disconnect("stopping")
+            session.client.disconnect(Reason.STOPPING)
     if sessions:
         _log.info("%d clients asked to reconnect", len(sessions))
 

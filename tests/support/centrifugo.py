@@ -23,6 +23,7 @@ from relay.core.model import (
     Record,
     StreamState,
 )
+from relay.core.reasons import Reason
 from relay.core.stream_interface import Examined, Followed, Page, Snapshot
 from relay.doorkit.contract import DoorContext
 from relay.hub.encoding import Encoder
@@ -410,12 +411,12 @@ class Bench:
                 self.pass_(int(seconds))
             case ["unsubscribe", user, *channel]:
                 only = Channel(channel[0]) if channel else None
-                hub.drop_subscription(only, user, "unsubscribed", "centrifugo")
+                hub.drop_subscription(only, user, Reason.UNSUBSCRIBED, "centrifugo")
             case ["disconnect", user]:
-                hub.disconnect_user(user, "disconnected", "centrifugo")
+                hub.disconnect_user(user, Reason.DISCONNECTED, "centrifugo")
             case ["stop"]:
                 for session in hub.sessions():
-                    session.client.disconnect("stopping")
+                    session.client.disconnect(Reason.STOPPING)
                 for connection in list(self.server.unauthenticated):
                     connection.abort()
             case ["away"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from relay.core.model import Channel
+from relay.core.reasons import Reason
 from relay.protocols.centrifugo.administrators.connection import AdminConnection
 from relay.protocols.centrifugo.administrators.node import NodeReport
 from relay.protocols.centrifugo.api import replies
@@ -48,13 +49,13 @@ class ServerContext(Context):
     async def unsubscribe(
         self, user: str, *, channel: Channel | None = None, door: str | None = None
     ) -> None:
-        self.hub.drop_subscription(channel, user, "unsubscribed", door)
+        self.hub.drop_subscription(channel, user, Reason.UNSUBSCRIBED, door)
 
     async def disconnect(
         self, user: str, *, channel: Channel | None = None, door: str | None = None
     ) -> None:
         del channel
-        self.hub.disconnect_user(user, "disconnected", door)
+        self.hub.disconnect_user(user, Reason.DISCONNECTED, door)
 
 
 class _AdminSocket(Socket):

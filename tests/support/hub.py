@@ -17,6 +17,7 @@ from relay.core.model import (
     Record,
     StreamState,
 )
+from relay.core.reasons import Reason
 from relay.core.stream_interface import Examined, ExamineRequest, Followed
 from relay.hub.hub import Hub
 from relay.hub.recovery import Notice
@@ -107,7 +108,7 @@ class Client:
     def expired(self) -> None:
         self.told.append("expired")
 
-    def disconnect(self, reason: str) -> None:
+    def disconnect(self, reason: Reason) -> None:
         self.told.append(f"disconnect: {reason}")
 
 

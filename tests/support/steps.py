@@ -19,6 +19,7 @@ from relay.config.settings import StreamSettings
 from relay.core.errors import RelayError
 from relay.core.metrics import Metrics
 from relay.core.model import ZERO_ID, Channel, EntryID, Event, Position, Principal
+from relay.core.reasons import Reason
 from relay.core.stream_interface import Followed
 from relay.hub.hub import Hub
 from relay.hub.recovery import Notice
@@ -155,7 +156,7 @@ class Person:
     def expired(self) -> None:
         raise AssertionError
 
-    def disconnect(self, reason: str) -> None:
+    def disconnect(self, reason: Reason) -> None:
         raise AssertionError(reason)
 
     # the test's hand
@@ -205,7 +206,7 @@ class Person:
             channel = Channel(frame["c"])
             view = self.views[channel]
             if "n" in frame:
-                notice = Notice(frame["n"], frame["r"])
+                notice = Notice(frame["n"], Reason(frame["r"]))
                 self.ledger.received_notice(view, channel, self.user, notice, frame["k"])
                 continue
             self.ledger.received_event(view, channel, self.user, frame["e"], frame["k"])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from relay.core.go_json import compact_in_slices
 from relay.core.model import Channel, Event
+from relay.core.reasons import Reason
 from relay.core.slices import in_slices
 from relay.hub.encoding import SharedEncoder
 from relay.hub.recovery import Notice
@@ -53,7 +54,9 @@ class CentrifugoEncoder(SharedEncoder):
             return None
         # A client with an expired token is closed in the same turn. After an unsubscribe push,
         # centrifuge-js would not subscribe again when it has a new token.
-        return b"" if notice.reason == "expired" else self.frame(codec.unsubscribe_push(channel))
+        if notice.reason == Reason.EXPIRED:
+            return b""
+        return self.frame(codec.unsubscribe_push(channel))
 
 
 def _push(event: Event) -> bytes:

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from relay.core.errors import ClientError, RelayError, Unauthorized
+from relay.core.reasons import Reason
 from relay.hub.recovery import Notice
 from relay.protocols.native import codec
 
@@ -58,7 +59,7 @@ class SseClient:
         del channel
         # After the last of the expired ones comes `expired`, which has something to add.
         last = self.session is not None and not self.session.subscriptions
-        if last and notice.reason != "expired":
+        if last and notice.reason != Reason.EXPIRED:
             self._end(b"")
 
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
@@ -68,7 +69,7 @@ class SseClient:
         """See `relay.hub.session.Client`."""
         self._end(codec.sse_error(Unauthorized("the token has expired")))
 
-    def disconnect(self, reason: str) -> None:
+    def disconnect(self, reason: Reason) -> None:
         """See `relay.hub.session.Client`."""
         self._end(codec.sse_notice("closing", reason=reason))
 

@@ -13,6 +13,7 @@ from relay.core.errors import (
     Unauthorized,
     Unavailable,
 )
+from relay.core.reasons import Reason
 from relay.hub import cursor
 from relay.hub.recovery import Notice
 from relay.protocols.native import codec
@@ -30,7 +31,7 @@ UNAUTHORIZED = 4401
 DISCONNECTED = 4403
 TOO_MUCH = 4429
 _BAD_COMMANDS_ALLOWED = 3
-_CLOSES = {"stopping": GOING_AWAY, "disconnected": DISCONNECTED}
+_CLOSES = {Reason.STOPPING: GOING_AWAY, Reason.DISCONNECTED: DISCONNECTED}
 
 
 class WsClient:
@@ -150,7 +151,7 @@ class WsClient:
         """See `relay.hub.session.Client`."""
         self.close(UNAUTHORIZED, Unauthorized("the token has expired"))
 
-    def disconnect(self, reason: str) -> None:
+    def disconnect(self, reason: Reason) -> None:
         """See `relay.hub.session.Client`."""
         if self.session is not None:
             self.session.offer(frame_text(codec.notice_object("closing", reason=reason)))

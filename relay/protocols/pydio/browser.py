@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from relay.core.reasons import Reason
 from relay.protocols.pydio import codec
 from relay.protocols.pydio.registration import Registration, Surroundings
 from relay.transports.socket.websocket import frame_close, frame_text
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 GOING_AWAY = 1001
 POLICY = 1008
-_CLOSES = {"stopping": GOING_AWAY}
+_CLOSES = {Reason.STOPPING: GOING_AWAY}
 
 
 class Browser(Registration):
@@ -62,7 +63,7 @@ class Browser(Registration):
         """See `Registration`."""
         self._close(POLICY, reason)
 
-    def disconnect(self, reason: str) -> None:
+    def disconnect(self, reason: Reason) -> None:
         """See `Registration`."""
         self._close(_CLOSES.get(reason, POLICY), reason)
 

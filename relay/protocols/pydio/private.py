@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from relay.core.errors import LimitExceeded, RelayError
+from relay.core.reasons import Reason
 from relay.protocols.pydio import private_messages
 from relay.protocols.pydio.hosts import AuthorisedHosts
 from relay.protocols.pydio.settings import PydioSettings, split
@@ -76,7 +77,7 @@ class PrivateChannel:
                 if allowed
                 else "not in [protocol:pydio] authorised_hosts",
             )
-            return self._refused(403, "forbidden", "not allowed")
+            return self._refused(403, Reason.FORBIDDEN, "not allowed")
         if request.method == "POST":
             return await self._post(request, peer)
         accepted = websocket.accept_headers(request, _VERSIONS)
@@ -115,7 +116,7 @@ class PrivateChannel:
             try:
                 self._outbound.add(private_messages.read(text))
             except private_messages.Unreadable as exc:
-                self._context.metrics.refused.labels("bad_request").inc()
+                self._context.metrics.refused.labels(Reason.BAD_REQUEST).inc()
                 _log.warning("Dropped a message of %s on Pydio's private path: %s", peer, exc)
 
         def closed() -> None:
@@ -143,19 +144,19 @@ class PrivateChannel:
             )
         except (private_messages.Unreadable, ValueError) as exc:
             _log.warning("Dropped a message of %s on Pydio's private path: %s", peer, exc)
-            return self._refused(400, "bad_request", str(exc))
+            return self._refused(400, Reason.BAD_REQUEST, str(exc))
         except BodyRejected as exc:
-            code = "limit_exceeded" if exc.status == 413 else "bad_request"
+            code = Reason.LIMIT_EXCEEDED if exc.status == 413 else Reason.BAD_REQUEST
             return self._refused(exc.status, code, str(exc))
         except LimitExceeded as exc:
             return self._refused(413, exc.code, str(exc))
         except RelayError:
-            return self._refused(503, "unavailable", "not appended; try again")
+            return self._refused(503, Reason.UNAVAILABLE, "not appended; try again")
         return web.json_response({"channel": publication.channel, "id": str(entry_id)})
 
     # ---- both -------------------------------------------------------------------------------
 
-    def _refused(self, status: int, code: str, text: str) -> web.Response:
+    def _refused(self, status: int, code: Reason, text: str) -> web.Response:
         self._context.metrics.refused.labels(code).inc()
         return web.json_response({"error": {"code": code, "message": text}}, status=status)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from relay.core.errors import ClientError, RelayError, Unavailable
+from relay.core.reasons import Reason
 from relay.protocols.pydio import codec
 from relay.protocols.pydio.private_messages import EVERYBODY, workspace
 
@@ -38,7 +39,7 @@ class Surroundings:
     """What a browser needs of the door; one object for all."""
 
     subscribe: Callable[[Session, Channel, Position | None], None]
-    refused: Callable[[str], None]
+    refused: Callable[[Reason], None]
     ask_again: Callable[[Account, Callable[[], None]], None]
     loop: asyncio.AbstractEventLoop
 
@@ -84,7 +85,7 @@ class Registration:
         """See `accounts.Member`."""
         raise NotImplementedError
 
-    def disconnect(self, reason: str) -> None:
+    def disconnect(self, reason: Reason) -> None:
         """See `relay.hub.session.Client`."""
         raise NotImplementedError
 
@@ -115,7 +116,7 @@ class Registration:
     def _wish_decided(self) -> None:
         wish = self._wish
         if wish is not None and not self._grant_wish() and self.alive:
-            self._around.refused("forbidden")
+            self._around.refused(Reason.FORBIDDEN)
             self.decided(wish, granted=False)
 
     def _grant_wish(self) -> bool:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from relay.core.errors import Forbidden, RelayError
 from relay.core.model import Channel, EntryID, Position, Principal
+from relay.core.reasons import Reason
 from relay.core.slices import in_slices
 from relay.protocols.seafile import codec, missed
 from relay.protocols.seafile.encoders import SEAFILE
@@ -212,14 +213,14 @@ class SeafileClient:
             return
         if len(self._work) > _WAITING:
             _log.info("client %s: too many libraries at once, hanging up", self._address)
-            self.hang_up("limit_exceeded")
+            self.hang_up(Reason.LIMIT_EXCEEDED)
             return
         if not self._planned:
             self._turn()
 
     def _bad(self, exc: codec.BadMessage) -> None:
         _log.info("client %s: bad message, hanging up: %s", self._address, exc)
-        self.hang_up("bad_message")
+        self.hang_up(Reason.BAD_MESSAGE)
 
     def _turn(self) -> None:
         """Some of what waits; the rest in later turns, so that nobody else has to wait for it."""
@@ -248,7 +249,7 @@ class SeafileClient:
             channel = channel_of(wanted.repo_id)
         except (Refused, ValueError) as exc:
             _log.info("client %s: token refused: %s", self._address, exc)
-            self._service.refused("unauthorized")
+            self._service.refused(Reason.UNAUTHORIZED)
             self._say(codec.jwt_expired(wanted.repo_id))
             return
         session = self.session
@@ -323,7 +324,7 @@ class SeafileClient:
         except RelayError as exc:
             # It comes back after a minute; there are no words to tell it more.
             _log.info("client %s of %s is refused: %s", self._address, user, exc)
-            self.hang_up(getattr(exc, "code", "unavailable"))
+            self.hang_up(getattr(exc, "code", Reason.UNAVAILABLE))
             return
         if self._socket.closing:
             session.end()
@@ -377,12 +378,12 @@ class SeafileClient:
         back every two seconds."""
         self._libraries.pop(channel, None)
         self._missed.pop(channel, None)
-        self._service.refused(getattr(error, "code", "unavailable"))
+        self._service.refused(getattr(error, "code", Reason.UNAVAILABLE))
         _log.info("client %s may not read %s: %s", self._address, channel, error)
         if isinstance(error, Forbidden):
             self._refused.add(channel)
         else:
-            self.hang_up("unavailable")
+            self.hang_up(Reason.UNAVAILABLE)
 
     def dropped(self, channel: Channel, notice: Notice) -> None:
         """Ended by the hub, which looks at rights by itself: perhaps because the token ran out."""
@@ -419,7 +420,7 @@ class SeafileClient:
     def expired(self) -> None:
         """Never called: sessions of this door have no end, only their libraries."""
 
-    def disconnect(self, reason: str) -> None:
+    def disconnect(self, reason: Reason) -> None:
         """See `relay.hub.session.Client`."""
         self.close(reason)
 
@@ -468,7 +469,7 @@ class SeafileClient:
             self.session.write_out()
         self._socket.close(frame_close(GOING_AWAY, reason))
 
-    def hang_up(self, reason: str) -> None:
+    def hang_up(self, reason: Reason) -> None:
         """Without a word, as upstream."""
         self._service.refused(reason)
         if self.session is not None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from relay.core.errors import RelayError
+from relay.core.reasons import Reason
 from relay.protocols.seafile import answers, event_format
 from relay.protocols.seafile.groups import Groups, source_of
 from relay.protocols.seafile.tokens import Refused
@@ -62,19 +63,21 @@ class EventsHandler:
             )
         except Refused as exc:
             _log.warning("event from %s is refused: %s", sender, exc)
-            self._service.refused("unauthorized")
+            self._service.refused(Reason.UNAUTHORIZED)
             return answers.error(400, "Notification token not match")
         try:
             limit_bytes = self._settings.events_max_bytes
             body = await read_body(request, limit_bytes, "[protocol:seafile] events_max_bytes")
         except BodyRejected as exc:
-            self._service.refused("limit_exceeded" if exc.status == 413 else "bad_request")
+            self._service.refused(
+                Reason.LIMIT_EXCEEDED if exc.status == 413 else Reason.BAD_REQUEST
+            )
             return answers.error(exc.status, _STATUS_TEXT[exc.status])
         try:
             event = event_format.read(body)
         except event_format.Invalid as exc:
             _log.warning("event from %s is refused: %s", sender, exc)
-            self._service.refused("bad_request")
+            self._service.refused(Reason.BAD_REQUEST)
             return answers.error(500, "")
         except event_format.Unaddressed as exc:
             # Upstream drops these in silence, and their senders do not look at the answer.
@@ -86,7 +89,7 @@ class EventsHandler:
         except (RelayError, ValueError, TimeoutError) as exc:
             reason = str(exc) or f"Redis did not answer within {_LIMIT_S} s"
             _log.error("event %s of %s is lost: %s", event.type, event.channel, reason)  # no bug
-            self._service.refused("unavailable")
+            self._service.refused(Reason.UNAVAILABLE)
             return answers.error(503, "Service Unavailable")
         return answers.done()
 

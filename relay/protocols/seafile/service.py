@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from relay.core.errors import RelayError
 from relay.core.model import EntryID
+from relay.core.reasons import Reason
 from relay.core.slices import in_slices
 from relay.hub.encoding import frame
 from relay.protocols.seafile import missed
@@ -52,7 +53,7 @@ class Service:
         """A name for a connection that no other has, on any worker."""
         return f"{self.context.bus.instance}:{next(self._numbers)}"
 
-    def refused(self, code: str) -> None:
+    def refused(self, code: Reason) -> None:
         """One more in the metrics."""
         self.context.metrics.refused.labels(code).inc()
 

@@ -25,6 +25,7 @@ from relay.core.errors import (
     Unavailable,
 )
 from relay.core.model import Channel, EntryID, Position, Principal
+from relay.core.reasons import Reason
 from relay.hub.recovery import Notice
 from relay.protocols.socketio.credentials import find_token, read_profile
 from relay.protocols.socketio.entry_format import EVERYBODY, SOCKET, Unusable, channel_of
@@ -251,7 +252,7 @@ class SocketClient:
         if self.engine.closing:
             return
         door, connection = self._door, self.connection
-        code = error.code if isinstance(error, ClientError | Unavailable) else "unavailable"
+        code = error.code if isinstance(error, ClientError | Unavailable) else Reason.UNAVAILABLE
         door.context.metrics.refused.labels(code).inc()
         connection.out = self.engine.write
         namespace = door.settings.namespace
@@ -330,10 +331,10 @@ class SocketClient:
     def dropped(self, channel: Channel, notice: Notice) -> None:
         """The protocol has no words for a room that is lost; without any the client is put out."""
         self.rooms.lost(channel)
-        if notice.reason in ("revoked", "rights_changed"):
+        if notice.reason in (Reason.REVOKED, Reason.RIGHTS_CHANGED):
             self._refused.add(channel)
         session = self.session
-        if session is not None and not session.subscriptions and notice.reason != "expired":
+        if session is not None and not session.subscriptions and notice.reason != Reason.EXPIRED:
             self.put_out()
         else:
             self._door.changed(self)
@@ -363,9 +364,9 @@ class SocketClient:
         """See `relay.hub.session.Client`. Its token would be refused: it need not come back."""
         self.put_out()
 
-    def disconnect(self, reason: str) -> None:
+    def disconnect(self, reason: Reason) -> None:
         """See `relay.hub.session.Client`. At the relay's own stop it shall come back."""
-        if reason == "stopping":
+        if reason == Reason.STOPPING:
             self._end_session()
             self.engine.close()
         else:

@@ -9,6 +9,7 @@ from relay.core.model import (
     Revocation,
     StreamState,
 )
+from relay.core.reasons import Reason
 from relay.hub.recovery import Notice
 from tests.support.hub import NEWS, Reads, Words, event, examine, join, make_hub
 
@@ -114,7 +115,7 @@ def test_a_place_given_out_before_its_notice_was_told_is_judged_again() -> None:
     before = subscription.position
     session.pause()
     subscription.untold = before
-    subscription.pending_notice = Notice("reset", "other_incarnation")
+    subscription.pending_notice = Notice("reset", Reason.OTHER_INCARNATION)
     subscription.behind_at(EntryID(0, 0), 0, None)
     assert subscription.position is before
     session.resume()

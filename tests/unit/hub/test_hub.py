@@ -5,6 +5,7 @@ import pytest
 
 from relay.core.errors import BadRequest, LimitExceeded, Unauthorized
 from relay.core.model import Channel, Principal
+from relay.core.reasons import Reason
 from tests.support.hub import NEWS, Reads, Words, examine, join, make_hub
 
 ANN = Principal(user="ann")
@@ -110,10 +111,10 @@ def test_who_does_not_follow_the_channel_is_told_where_the_door_wants_it() -> No
     told: list[object] = []
     hub.on_not_subscribed["v1"] = lambda session, channel: told.append((session, channel))
     hub.unsubscribe(other, NEWS)
-    hub.drop_subscription(NEWS, "ann", "unsubscribed")
+    hub.drop_subscription(NEWS, "ann", Reason.UNSUBSCRIBED)
     assert told == [(idle, NEWS)]
     assert not follows.subscriptions
-    hub.drop_subscription(None, "ann", "unsubscribed")
+    hub.drop_subscription(None, "ann", Reason.UNSUBSCRIBED)
     assert len(told) == 1
 
 
@@ -206,11 +207,11 @@ async def test_what_concerns_all_channels_or_clients_is_done_in_slices() -> None
     hub.recheck(None)
     assert not reads.examine
     await until(lambda: len(reads.examine) == len(MANY))
-    hub.drop_subscription(None, "ann", "unsubscribed")
+    hub.drop_subscription(None, "ann", Reason.UNSUBSCRIBED)
     assert len(session.subscriptions) == len(MANY)
     await until(lambda: not session.subscriptions)
     assert client.told == [f"dropped {channel}: unsubscribed" for channel in MANY]
-    hub.disconnect_user("ann", "bye")
-    assert "disconnect: bye" not in clients[0].told
-    await until(lambda: client.told[-1] == "disconnect: bye")
-    assert all(each.told[-1] == "disconnect: bye" for each in clients)
+    hub.disconnect_user("ann", Reason.DISCONNECTED)
+    assert "disconnect: disconnected" not in clients[0].told
+    await until(lambda: client.told[-1] == "disconnect: disconnected")
+    assert all(each.told[-1] == "disconnect: disconnected" for each in clients)

@@ -15,6 +15,7 @@ import orjson
 
 from relay.core.errors import RelayError
 from relay.core.model import Principal
+from relay.core.reasons import Reason
 from relay.hub.encoding import SharedEncoder
 from relay.protocols.centrifugo import codec, commands
 from relay.protocols.centrifugo.api.replies import Reply, encode
@@ -222,9 +223,9 @@ class AdminConnection:
     def expired(self) -> None:
         """Do nothing. Never called, because this principal does not expire."""
 
-    def disconnect(self, reason: str) -> None:
+    def disconnect(self, reason: Reason) -> None:
         """Close the connection for an operator or at shutdown."""
-        self.close("shutting down" if reason == "stopping" else reason)
+        self.close("shutting down" if reason == Reason.STOPPING else reason)
 
 
 def _info(settings: CentrifugoSettings) -> bytes:

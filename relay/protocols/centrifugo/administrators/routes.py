@@ -13,6 +13,7 @@ import jwt
 import orjson
 from aiohttp import web
 
+from relay.core.reasons import Reason
 from relay.protocols.centrifugo import go_http
 from relay.protocols.centrifugo.administrators.connection import AdminConnection
 from relay.protocols.centrifugo.administrators.node import memory
@@ -68,7 +69,7 @@ class AdminRoutes:
     async def closed(self) -> None:
         """Close all administrators. Most have no session in the hub."""
         for administrator in list(self._open):
-            administrator.disconnect("stopping")
+            administrator.disconnect(Reason.STOPPING)
 
     # ---- /auth/ ---------------------------------------------------------------------------------
 
@@ -88,7 +89,7 @@ class AdminRoutes:
         password = settings.admin_password.get_secret_value().encode()
         given = fields.get("password", b"")
         if not (password and self._key() and hmac.compare_digest(password, given)):
-            self._server.context.metrics.refused.labels("bad_request").inc()
+            self._server.context.metrics.refused.labels(Reason.BAD_REQUEST).inc()
             return go_http.error(400, "Bad Request")
         claims = {"aud": _AUDIENCE, "exp": int(time.time()) + _TOKEN_S}
         return _token(jwt.encode(claims, self._key(), algorithm="HS256"))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from relay.core.errors import LimitExceeded, RelayError
 from relay.core.json_text import is_json
 from relay.core.model import Channel
+from relay.core.reasons import Reason
 from relay.protocols.centrifugo import codec
 from relay.protocols.centrifugo.clients import credentials, requests
 from relay.protocols.centrifugo.clients.interfaces import ClientTransport, FatalError, ReadControl
@@ -45,7 +46,10 @@ _COMMANDS_PER_TURN = 50
 _MAX_UNPARSED = 128
 # Shared by all connections without waiting commands, as in reply_queue.py.
 _EMPTY: deque[ReplySlot | None] = deque(maxlen=0)
-_DISCONNECTS = {"disconnected": ("disconnect", False), "stopping": ("shutting down", True)}
+_DISCONNECTS = {
+    Reason.DISCONNECTED: ("disconnect", False),
+    Reason.STOPPING: ("shutting down", True),
+}
 
 
 class ConnectionState(enum.Enum):
@@ -444,7 +448,7 @@ class CentrifugoConnection:
         """Close the connection: its token has expired."""
         self.close("expired", reconnect=True)
 
-    def disconnect(self, reason: str) -> None:
+    def disconnect(self, reason: Reason) -> None:
         """Close the connection for an operator or at shutdown."""
         text, reconnect = _DISCONNECTS.get(reason, (reason, True))
         self.close(text, reconnect=reconnect)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from relay.core.errors import RelayError, Unavailable
+from relay.core.reasons import Reason
 from relay.hub import cursor
 from relay.protocols.pydio import codec
 from relay.protocols.pydio.npm.sessions import Record
@@ -95,9 +96,9 @@ class NpmBrowser(Registration):
         del reason
         self._client.put_out()
 
-    def disconnect(self, reason: str) -> None:
+    def disconnect(self, reason: Reason) -> None:
         """See `Registration`."""
-        if reason == "stopping":
+        if reason == Reason.STOPPING:
             self._client.stop()
         else:
             self._client.put_out()

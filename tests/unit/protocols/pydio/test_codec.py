@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from relay.core.model import Channel, EntryID, Event
+from relay.core.reasons import Reason
 from relay.hub.encoding import frame
 from relay.hub.recovery import Notice
 from relay.protocols.pydio import codec
@@ -43,9 +44,9 @@ def test_an_event_is_its_data_and_nothing_else() -> None:
 
 
 def test_every_notice_makes_the_page_read_again() -> None:
-    for notice in (Notice("gap", "trimmed"), Notice("reset", "failover")):
+    for notice in (Notice("gap", Reason.TRIMMED), Notice("reset", Reason.FAILOVER)):
         assert codec.VERBATIM.notice(ONE, notice) == frame_text(codec.RELOAD_FOLDER)
-    told = codec.VERBATIM.notice(ONE, Notice("revoked", "revoked"))
+    told = codec.VERBATIM.notice(ONE, Notice("revoked", Reason.REVOKED))
     assert told == frame_text(codec.RELOAD_WORKSPACES)
 
 
