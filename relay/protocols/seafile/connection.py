@@ -69,7 +69,7 @@ class SeafileSocket(WebSocketConnection):
     def arrived_at(self) -> float | None:
         """Return the time (`time.monotonic`) before which everything that was sent has arrived,
         None if all of it has."""
-        return None if self.goodbye or self._complete else self._heard_at - _ARRIVED_S
+        return None if self.close_received or self._complete else self._heard_at - _ARRIVED_S
 
     def data_received(self, data: bytes) -> None:
         """See `WebSocketConnection`."""

@@ -170,7 +170,7 @@ class Handover:
         """
         self._leaving = asyncio.Event()
         for near in list(self._near.values()):
-            near.leave()
+            near.on_worker_stop()
         if self._near:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LEAVE_S):
@@ -188,7 +188,7 @@ class Handover:
                     hold(request, asked, near)
                 response = take_over(request, b"", near)
                 if self._leaving is not None:
-                    near.leave()
+                    near.on_worker_stop()
                 return response
             case _:
                 raise NotThere(gone=kind is not Kind.UNKNOWN)
@@ -320,7 +320,7 @@ class _RemoteExchange(Exchange):
     """The request was read by another worker."""
 
     def __init__(self, handover: Handover, link: Link, asked: HttpRequest) -> None:
-        self.asked = asked
+        self.request = asked
         self._handover = handover
         self._link = link
 
@@ -330,12 +330,12 @@ class _RemoteExchange(Exchange):
 
     def hold(self, held: HeldRequest) -> None:
         """See `Exchange`."""
-        held.returns(give_back if self.asked.reusable else None)
-        self._handover.opened(self._link, self.asked.peer).begin(Kind.HOLD, held)
+        held.set_give_back(give_back if self.request.reusable else None)
+        self._handover.opened(self._link, self.request.peer).begin(Kind.HOLD, held)
 
     def take(self, head: bytes, client: ClientSocket, *, duplex: bool = False) -> None:
         """See `Exchange`."""
-        transport = self._handover.opened(self._link, self.asked.peer)
+        transport = self._handover.opened(self._link, self.request.peer)
         transport.begin(Kind.TAKE, client, duplex=duplex)
         transport.write(head)
 

@@ -166,7 +166,7 @@ class NearEnd(HeldRequest):
         self.answered.set()
         self.abort()
 
-    def leave(self) -> None:
+    def on_worker_stop(self) -> None:
         """This worker stops: the owner is asked to let the client come again elsewhere."""
         if not self._over:
             self.link.tell(Kind.LEAVE)
@@ -289,7 +289,7 @@ class RemoteTransport(asyncio.Transport):
                 self._read()
             case Kind.LEAVE:
                 if isinstance(self._protocol, ClientSocket):
-                    self._protocol.leave()
+                    self._protocol.on_worker_stop()
             case _:
                 self._end(None if kind is Kind.CLOSED else ConnectionResetError())
 

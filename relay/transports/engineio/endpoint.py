@@ -179,7 +179,7 @@ class Endpoint:
 
     def _handle(self, exchange: Exchange) -> bool:
         """Answers here, unless the session is unknown."""
-        asked = exchange.asked
+        asked = exchange.request
         query = asked.query
         transport = query.get("transport", "")
         if transport not in ("polling", "websocket"):
@@ -199,7 +199,7 @@ class Endpoint:
         return True
 
     def _begin(self, exchange: Exchange, transport: str) -> None:
-        asked = exchange.asked
+        asked = exchange.request
         # Without a parameter it is 3, as engine.io with allowEIO3 has it (captured).
         version = {"3": 3, "4": 4}.get(asked.query.get("EIO", "3"))
         if asked.method != "GET":
@@ -256,7 +256,7 @@ class Endpoint:
     # ---- polling ----------------------------------------------------------------------------
 
     def _poll(self, exchange: Exchange, engine: Engine) -> None:
-        waiting = _Waiting(exchange, engine.version, self._cors_of(exchange.asked.headers))
+        waiting = _Waiting(exchange, engine.version, self._cors_of(exchange.request.headers))
         if not engine.poll(waiting.answer):
             self._refuse(exchange, BAD_REQUEST)
         elif not waiting.answered:
@@ -266,7 +266,7 @@ class Endpoint:
             exchange.hold(held)
 
     def _receive(self, exchange: Exchange, engine: Engine) -> None:
-        asked = exchange.asked
+        asked = exchange.request
         headers = self._cors_of(asked.headers)
         kind = asked.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         binary = kind == "application/octet-stream"
@@ -293,7 +293,7 @@ class Endpoint:
     # ---- websocket --------------------------------------------------------------------------
 
     def _probe(self, exchange: Exchange, engine: Engine) -> None:
-        head = websocket.accept_headers(exchange.asked)
+        head = websocket.accept_headers(exchange.request)
         if isinstance(head, web.Response):
             self._refuse(exchange, BAD_REQUEST)
             return
@@ -317,7 +317,7 @@ class Endpoint:
 
     def _refuse(self, exchange: Exchange, code: int) -> None:
         status = 403 if code == FORBIDDEN else 400
-        exchange.answer(self._refusal(status, code, exchange.asked.headers))
+        exchange.answer(self._refusal(status, code, exchange.request.headers))
 
     def _refusal(self, status: int, code: int, asked: MultiMapping[str]) -> HttpAnswer:
         body = orjson.dumps({"code": code, "message": _MESSAGES[code]})
@@ -346,7 +346,7 @@ class _Waiting:
 
     def answer(self, frames: bytes) -> None:
         """The frames that waited, as a body."""
-        query = self._exchange.asked.query
+        query = self._exchange.request.query
         index = query.get("j", "")
         jsonp = index.isascii() and index.isdigit()
         body = packets.encode_payload(

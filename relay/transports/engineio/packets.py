@@ -19,7 +19,6 @@ import orjson
 from relay.transports.socket.websocket import frame_binary, frame_text
 
 OPEN, CLOSE, PING, PONG, MESSAGE, UPGRADE, NOOP = range(7)
-VERSIONS = (3, 4)
 # Engine.IO has no limit on the packets of one body. A megabyte of empty packets would hold the
 # event loop for a second; real clients send a few at a time (python-engineio accepts 16).
 MAX_PACKETS = 1000

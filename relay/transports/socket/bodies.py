@@ -1,13 +1,14 @@
 """Request bodies: the only place that reads them.
 
-Nothing is decompressed: no client or producer of the supported protocols compresses its requests,
-and a compressed megabyte can expand to a gigabyte. aiohttp is told so too (`http_connection`).
+Compressed bodies are rejected: no client or producer of the supported protocols compresses its
+requests, and a compressed megabyte can expand to a gigabyte. `http_connection` disables aiohttp's
+decompression too.
 
     body = await read_body(request, limit_bytes=65536)
 
-Check everything that does not need the body first: the path, the credentials, the content type. A
-handler that answers in its protocol's own words catches `BodyRejected`; all others get a plain
-answer. After an answer that was sent before the body had arrived, the connection is closed.
+Check the path, the credentials and the content type before reading the body. A handler whose
+protocol defines error responses catches `BodyRejected`; otherwise a plain response is sent. If the
+response is sent before the whole body has arrived, the connection is closed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 BODY_TIMEOUT_S = 30.0
-# All bodies that one worker reads or handles at a time.
+# Limit for all bodies that one worker reads or handles at a time.
 TOTAL_BYTES = 64 * 1024 * 1024
 
 _REASONS = {
@@ -40,10 +41,10 @@ _REASONS = {
 
 
 class BodyRejected(Exception):
-    """A request body that relay does not read.
+    """A request body was rejected.
 
     `status` is one of 400 (malformed), 408 (too slow), 413 (too large), 415 (compressed) and 503
-    (the worker holds too many bodies). The text is fit for an answer.
+    (the worker holds too many bodies). The text can be sent to the client.
     """
 
     def __init__(self, status: int, limit: str = "") -> None:
@@ -90,7 +91,7 @@ class Bodies:
             return b"".join(parts)
         finally:
             self._arriving.pop(owner, None)
-            # An exception's traceback would keep them until the garbage collector runs.
+            # Otherwise an exception's traceback keeps the data until the garbage collector runs.
             parts.clear()
             part = b""
 
@@ -101,7 +102,7 @@ class Bodies:
     def _add(self, owner: HttpConnection, size: int) -> None:
         self._sizes[owner] = self._sizes.get(owner, 0) + size
         self._sum += size
-        # A single body may be larger than all together, if its protocol's limit is.
+        # A single body may exceed the total if its protocol's limit is higher.
         while self._sum > self._total_bytes and len(self._sizes) > 1:
             largest = max(self._arriving, key=lambda each: self._sizes.get(each, 0))
             self.release(largest)

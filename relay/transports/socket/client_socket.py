@@ -1,7 +1,7 @@
-"""One client's socket after aiohttp has answered its request: the only owner of the transport.
+"""One client's connection after it has been taken over from aiohttp.
 
-No task waits for a client: the event loop calls the methods here, and these call the owner. What
-is kept per client is a handful of slots, because an idle client's memory is what limits a node.
+There is no task per client: the event loop calls the methods here, and these call the owner. The
+state per client is small, because the memory of idle clients limits how many a host can serve.
 """
 
 from __future__ import annotations
@@ -10,32 +10,36 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
+from typing_extensions import override
+
 if TYPE_CHECKING:
     from relay.transports.socket.heartbeat import Heartbeat
     from relay.transports.socket.reaper import Reaper
 
 
-def _nothing() -> None:
-    """The callback of an owner who does not care, or does not care any more."""
+def _ignore() -> None:
+    """Default callback."""
 
 
 class ClientSocket(asyncio.Protocol):
-    """Writes to one client and tells its owner how that goes.
+    """Writes to one client.
 
-    The owner sets the callbacks, then hands the object to `take_over`. `on_full` is called inside
-    the write that fills the buffer beyond `buffer_bytes`; writes are still accepted then, and it is
-    for the owner to stop. `on_drained` follows once three quarters are gone. `on_closed` is called
-    exactly once, even if the client was gone before the take-over; after `close` or `abort` it is
-    the only callback that still comes.
+    The owner sets the callbacks and passes the object to `take_over`:
+
+    - `on_full` is called during the write that fills the buffer beyond `buffer_bytes`. Writes are
+      still accepted then; the owner has to stop.
+    - `on_drained` is called when the buffer has shrunk to a quarter of that.
+    - `on_closed` is called exactly once, even if the client disconnected before the take-over.
+      After `close` or `abort` it is the only callback.
     """
 
     __slots__ = (
         "_buffer_bytes",
         "_heartbeat",
+        "_reading_paused",
         "_reaper",
         "_silent_since",
         "_transport",
-        "_unheard",
         "beat_slot",
         "closing",
         "full",
@@ -54,28 +58,28 @@ class ClientSocket(asyncio.Protocol):
         self._reaper = reaper
         self._heartbeat = heartbeat
         self.full = False
-        # True before the take-over too: until then a write has nowhere to go.
+        # Also True before the take-over, while there is no transport to write to.
         self.closing = True
-        self.on_full: Callable[[], None] = _nothing
-        self.on_drained: Callable[[], None] = _nothing
-        self.on_closed: Callable[[], None] = _nothing
-        # The heartbeat's notes, kept here so that it needs no object of its own per client.
+        self.on_full: Callable[[], None] = _ignore
+        self.on_drained: Callable[[], None] = _ignore
+        self.on_closed: Callable[[], None] = _ignore
+        # State of the heartbeat. It is stored here to avoid another object per client.
         self.beat_slot = -1
         self.quiet = True
         self.pinged = False
         self._silent_since = 0
-        self._unheard = False
+        self._reading_paused = False
 
-    # -- for the owner ---------------------------------------------------------------------------
+    # ---- for the owner ---------------------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
-        """Send `data` as soon as the socket takes it; swallowed if the socket is closing."""
+        """Send `data` as soon as possible. Do nothing if the connection is closing."""
         if not self.closing:
             self.quiet = False
-            self._transport.write(data)  # type: ignore[union-attr]  # not closing: it is there
+            self._transport.write(data)  # type: ignore[union-attr]  # set unless closing
 
     def close(self, last: bytes = b"") -> None:
-        """Send what waits and then `last`, and close; aborted if the client does not take it."""
+        """Send pending data and `last`, then close. Abort if the client does not receive it."""
         if self.closing:
             return
         self.closing = True
@@ -83,57 +87,58 @@ class ClientSocket(asyncio.Protocol):
         if last:
             transport.write(last)
         self._reaper.watch(self)
-        self._hang_up(transport, said_goodbye=bool(last))
+        self._finish_closing(transport, close_frame_sent=bool(last))
 
     def abort(self) -> None:
-        """Close now; what waits is lost."""
+        """Close immediately and drop pending data."""
         self.closing = True
         if self._transport is not None:
             self._transport.abort()
 
-    def leave(self) -> None:
-        """The worker that has the client's socket stops, and it is not this one: end it, so that
-        the client comes again elsewhere. Those that can spare the client more do so."""
+    def on_worker_stop(self) -> None:
+        """End the connection because another worker, which owns the client's socket, is stopping.
+
+        The client then reconnects to another worker. Subclasses can make this smoother.
+        """
         self.close()
 
     def pause_reading(self) -> None:
-        """Nothing more from the client for now; what it sends on waits in the kernel, an answer to
-        the heartbeat too."""
-        self._unheard = True
+        """Stop reading from the client, including its responses to heartbeats."""
+        self._reading_paused = True
         self._silent_since = 0
         if self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """Go on with it."""
-        self._unheard = False
+        """Continue reading from the client."""
+        self._reading_paused = False
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
     @property
     def silent_since(self) -> int:
-        """The heartbeat's note of when the client should have begun to answer; 0: it need not."""
+        """The heartbeat tick since which a response is expected, or 0 if none is expected."""
         return self._silent_since
 
     @silent_since.setter
     def silent_since(self, tick: int) -> None:
-        # Who is not read cannot be silent; but one that is full and takes nothing is.
-        self._silent_since = 0 if self._unheard and not self.full else tick
+        # While reading is paused, a client counts as silent only if it receives nothing either.
+        self._silent_since = 0 if self._reading_paused and not self.full else tick
 
     def peer(self) -> str:
-        """The client's address as text, or '' where there is none (a Unix socket, or gone)."""
+        """Return the client's address, or '' if it is unknown (Unix socket, or disconnected)."""
         address = self._transport.get_extra_info("peername") if self._transport else None
         return str(address[0]) if isinstance(address, tuple) else ""
 
     def waiting_bytes(self) -> int:
-        """What this process still holds for the client, the kernel's own buffer not counted."""
+        """Return the number of bytes in the send buffer, without the kernel's buffer."""
         return self._transport.get_write_buffer_size() if self._transport else 0
 
     # -- for the event loop ----------------------------------------------------------------------
 
+    @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by `take_over` with the transport that aiohttp had opened."""
-        # TCP_NODELAY and SO_KEEPALIVE are on already: aiohttp sets both when it accepts.
+        # aiohttp has set TCP_NODELAY and SO_KEEPALIVE when it accepted the connection.
         self._transport = cast("asyncio.Transport", transport)
         self.closing = False
         self._transport.set_write_buffer_limits(
@@ -142,45 +147,47 @@ class ClientSocket(asyncio.Protocol):
         if self._heartbeat is not None:
             self._heartbeat.add(self)
 
+    @override
     def pause_writing(self) -> None:
-        """More than `buffer_bytes` wait."""
         self.full = True
         if not self.closing:
             self.on_full()
 
+    @override
     def resume_writing(self) -> None:
-        """Less than a quarter of `buffer_bytes` waits: the client is alive, if slow."""
         self.full = False
+        # The client is receiving, if slowly.
         self.silent_since = 0
         if not self.closing:
             self.on_drained()
 
+    @override
     def eof_received(self) -> None:
-        """The client has finished: no door has a use for one that only listens half open."""
+        # No protocol has half-open connections.
         if self.closing:
             if self._transport is not None:
                 self._transport.close()
         else:
             self.close()
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the loop's signature
-        """The transport has closed, whoever wanted it."""
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
         self.closing = True
         self._transport = None
         self._reaper.forget(self)
         if self._heartbeat is not None:
             self._heartbeat.remove(self)
         on_closed = self.on_closed
-        self._let_go()
+        self._clear_callbacks()
         on_closed()
 
     # -- for subclasses --------------------------------------------------------------------------
 
-    def _hang_up(self, transport: asyncio.Transport, *, said_goodbye: bool) -> None:
+    def _finish_closing(self, transport: asyncio.Transport, *, close_frame_sent: bool) -> None:
         """Close once the buffer is flushed."""
-        del said_goodbye
+        del close_frame_sent
         transport.close()
 
-    def _let_go(self) -> None:
-        """Drop the owner's callbacks: they close a cycle that only the collector would free."""
-        self.on_full = self.on_drained = self.on_closed = _nothing
+    def _clear_callbacks(self) -> None:
+        """Break the reference cycle with the owner, which only the garbage collector would free."""
+        self.on_full = self.on_drained = self.on_closed = _ignore

@@ -1,4 +1,4 @@
-"""Many clients that wait for the same length of time, on one timer."""
+"""One timer for many items with the same timeout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Deadlines(Generic[T]):
         return item in self._due
 
     def add(self, item: T) -> None:
-        """Start the item's time, anew if it was running."""
+        """Start the item's timeout, or restart it."""
         self._due.pop(item, None)
         loop = asyncio.get_running_loop()
         self._due[item] = due = loop.time() + self._delay_s
@@ -34,7 +34,7 @@ class Deadlines(Generic[T]):
             self._timer = loop.call_at(due, self._on_timer)
 
     def remove(self, item: T) -> None:
-        """Forget the item; without items there is no timer."""
+        """Cancel the item's timeout."""
         self._due.pop(item, None)
         if not self._due and self._timer is not None:
             self._timer.cancel()
@@ -58,7 +58,7 @@ class Deadlines(Generic[T]):
                 break
             overdue.append(item)
         for item in overdue:
-            # Another one's end may have taken it away.
+            # `on_due` of an earlier item may have removed this one.
             if self._due.pop(item, None) is not None:
                 self._on_due(item)
         if self._due and self._timer is None:

@@ -1,9 +1,9 @@
-"""One request and its answer, wherever the request was read.
+"""One HTTP request and its answer, in the worker that reads the request or in another one.
 
-A polling transport's session lives in one worker, and its requests are read by any. What handles
-them is written against `Exchange`: the answer is given at once, or later (`hold`), or the rest of
-the connection is taken (`take`). Here is the exchange whose request this worker has read itself;
-`relay.transports.between_workers.handover` has the other.
+The session of a polling transport belongs to one worker, but any worker may read its requests. The
+code that handles a request uses `Exchange`: it answers immediately (`answer`), later (`hold`), or
+takes the rest of the connection (`take`). `LocalExchange` is for requests that this worker has read
+itself. `relay.transports.between_workers.handover` implements the other case.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 from multidict import CIMultiDict, MultiMapping
+from typing_extensions import override
 from yarl import URL
 
 from relay.transports.socket.client_socket import ClientSocket
@@ -26,18 +27,17 @@ if TYPE_CHECKING:
 
     from relay.transports.socket.reaper import Reaper
 
-# Kept while an answer is awaited: a client that sends its next request before it has the answer to
-# this one. No browser does; what is more than this is no HTTP client.
+# Limit of data that a client sends before it has the answer to its request. Browsers never do this.
 _EARLY_BYTES = 65536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpRequest:
-    """A request as it was read.
+    """An HTTP request.
 
-    `target` is the path with the query as on the request line, `route` the variable parts of the
-    path, decoded; `body` is None where it is larger than the door reads. `reusable` says whether
-    the connection may serve another request after a whole answer.
+    `target` is the path with the query as in the request line. `route` has the decoded variable
+    parts of the path. `body` is None if it exceeded the protocol's limit. `reusable` is True if the
+    connection can be used for another request after the answer.
     """
 
     method: str
@@ -51,12 +51,12 @@ class HttpRequest:
 
     @property
     def query(self) -> MultiMapping[str]:
-        """The query's fields, decoded."""
+        """The decoded fields of the query."""
         return URL(self.target, encoded=True).query
 
     def encode(self) -> bytes:
-        """For another worker."""
-        # ASCII JSON: a header that is not UTF-8 has lone surrogates, which orjson refuses.
+        """Encode the request for another worker."""
+        # Not orjson, which rejects the lone surrogates of headers that are not UTF-8.
         head = [
             self.method,
             self.target,
@@ -71,7 +71,7 @@ class HttpRequest:
 
     @classmethod
     def decode(cls, data: bytes) -> HttpRequest:
-        """What `encode` made; ValueError otherwise."""
+        """Decode the result of `encode`. Raise ValueError if it is invalid."""
         head, _, body = data.partition(b"\n")
         method, target, headers, has_body, route, peer, version, reusable = json.loads(head)
         return cls(
@@ -88,14 +88,14 @@ class HttpRequest:
 
 @dataclass(frozen=True, slots=True)
 class HttpAnswer:
-    """A whole answer. Its length is added; names and values of headers are the door's own."""
+    """A complete HTTP response. Content-Length is added to the protocol's headers."""
 
     status: int
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def raw(self, *, reusable: bool) -> bytes:
-        """As bytes of HTTP/1.1."""
+        """Encode the response in HTTP/1.1."""
         # RFC 9110 section 8.6: 204 and 304 have no body and no length.
         extra = [] if self.status in (204, 304) else [f"Content-Length: {len(self.body)}"]
         if not reusable:
@@ -103,12 +103,12 @@ class HttpAnswer:
         return self._lines(extra) + self.body
 
     def streamed(self, length_bytes: int | None) -> bytes:
-        """As the beginning of a response for `Exchange.take`.
+        """Encode the beginning of a response for `Exchange.take`.
 
         `length_bytes` is the size of what follows, or None if the response ends with its
         connection.
         """
-        # nginx would otherwise hold back what follows until its buffer is full.
+        # Otherwise nginx would buffer the response.
         extra = ["X-Accel-Buffering: no", "Connection: close"]
         if length_bytes is not None:
             extra.append(f"Content-Length: {len(self.body) + length_bytes}")
@@ -120,12 +120,12 @@ class HttpAnswer:
         return ("\r\n".join([*lines, *extra]) + "\r\n\r\n").encode("latin-1")
 
     def encode(self) -> bytes:
-        """For another worker."""
+        """Encode the answer for another worker."""
         return json.dumps([self.status, dict(self.headers)]).encode() + b"\n" + self.body
 
     @classmethod
     def decode(cls, data: bytes) -> HttpAnswer:
-        """What `encode` made; ValueError otherwise."""
+        """Decode the result of `encode`. Raise ValueError if it is invalid."""
         head, _, body = data.partition(b"\n")
         status, headers = json.loads(head)
         return cls(status, body, headers)
@@ -135,10 +135,11 @@ GiveBack = Callable[["asyncio.Transport", bytes, bytes], None]
 
 
 class HeldRequest(ClientSocket):
-    """A request whose answer comes later: no task waits for it.
+    """A request that is answered later, without a waiting task.
 
-    `on_closed` means that the client went away before `finish`; after it no callback comes. The
-    connection then serves further requests, unless the client wants it closed.
+    `on_closed` is called if the client disconnects before `finish`, and no callback follows
+    `finish`. After the answer the connection can be used for other requests, unless the client has
+    requested otherwise.
     """
 
     __slots__ = ("_early", "_give_back")
@@ -146,22 +147,22 @@ class HeldRequest(ClientSocket):
     def __init__(self, *, buffer_bytes: int, reaper: Reaper) -> None:
         super().__init__(buffer_bytes=buffer_bytes, reaper=reaper)
         self._early = b""
-        # Takes transport, answer and what came early; None: close after the answer.
+        # Receives the transport, the answer and early data. None: close after the answer.
         self._give_back: GiveBack | None = None
 
-    def returns(self, give_back: GiveBack | None) -> None:
-        """How the connection goes on after the answer. Called by the exchange."""
+    def set_give_back(self, give_back: GiveBack | None) -> None:
+        """Set the function that receives the connection after the answer."""
         self._give_back = give_back
 
     def finish(self, answer: HttpAnswer) -> None:
-        """Send the answer and be done; swallowed if the client is gone."""
+        """Send the answer. Do nothing if the client has disconnected."""
         self.finish_raw(answer.raw(reusable=self._give_back is not None))
 
     def finish_raw(self, raw: bytes) -> None:
-        """As `finish`, with the answer's bytes."""
+        """Send an encoded answer. See `finish`."""
         if self.closing:
             return
-        self._let_go()
+        self._clear_callbacks()
         transport = self._transport
         if self._give_back is None or transport is None:
             self.close(raw)
@@ -172,7 +173,7 @@ class HeldRequest(ClientSocket):
         back(transport, raw, self._early)
 
     def data_received(self, data: bytes) -> None:
-        """The beginning of the next request, kept for whoever reads it."""
+        """Keep the beginning of the next request."""
         if self.closing:
             return
         self._early += data
@@ -181,68 +182,74 @@ class HeldRequest(ClientSocket):
 
 
 class Exchange:
-    """A request for whoever has the session. Its handler calls exactly one of the three methods
-    before it returns, unless it returns that the session is not here."""
+    """A request to a session.
 
-    asked: HttpRequest
+    The handler calls exactly one of the three methods before it returns, unless it reports that the
+    session does not exist.
+    """
+
+    request: HttpRequest
 
     def answer(self, answer: HttpAnswer) -> None:
-        """The whole answer, at once."""
+        """Answer immediately."""
         raise NotImplementedError
 
     def hold(self, held: HeldRequest) -> None:
-        """The answer comes by `held.finish`; its callbacks have been set."""
+        """Answer later with `held.finish`. The callbacks of `held` must be set."""
         raise NotImplementedError
 
     def take(self, head: bytes, client: ClientSocket, *, duplex: bool = False) -> None:
-        """Write `head`; the rest of the connection is `client`'s, whose callbacks have been set.
+        """Write `head` and pass the connection to `client`, whose callbacks must be set.
 
-        With `duplex` what the browser sends from now on is for `client` too (a websocket).
+        With `duplex`, `client` also receives what the browser sends (WebSocket).
         """
         raise NotImplementedError
 
 
 class LocalExchange(Exchange):
-    """The request was read here. `response` is what its aiohttp handler returns."""
+    """An exchange for a request that this worker has read.
 
-    def __init__(self, request: web.Request, asked: HttpRequest) -> None:
-        self.asked = asked
-        self._request = request
+    The aiohttp handler returns `response`.
+    """
+
+    def __init__(self, aiohttp_request: web.Request, request: HttpRequest) -> None:
+        self.request = request
+        self._aiohttp_request = aiohttp_request
         self.response: web.StreamResponse | None = None
 
+    @override
     def answer(self, answer: HttpAnswer) -> None:
-        """See `Exchange`."""
         self.response = as_response(answer)
 
+    @override
     def hold(self, held: HeldRequest) -> None:
-        """See `Exchange`."""
-        hold(self._request, self.asked, held)
-        self.response = take_over(self._request, b"", held)
+        hold(self._aiohttp_request, self.request, held)
+        self.response = take_over(self._aiohttp_request, b"", held)
 
+    @override
     def take(self, head: bytes, client: ClientSocket, *, duplex: bool = False) -> None:
-        """See `Exchange`."""
         del duplex
-        self.response = take_over(self._request, head, client)
+        self.response = take_over(self._aiohttp_request, head, client)
 
 
-def hold(request: web.Request, asked: HttpRequest, held: HeldRequest) -> None:
-    """Before the take-over: tell `held` how the connection returns to aiohttp."""
-    factory = factory_of(request) if asked.reusable else None
+def hold(aiohttp_request: web.Request, request: HttpRequest, held: HeldRequest) -> None:
+    """Prepare `held` to return the connection to aiohttp. Call this before `take_over`."""
+    factory = factory_of(aiohttp_request) if request.reusable else None
     if factory is not None:
-        # Bound now: the request, and aiohttp's part of the connection with it, goes.
-        held.returns(lambda transport, raw, early: give_back(factory, transport, raw, early))
+        # Bind the factory only, so that aiohttp's request and handler can be freed.
+        held.set_give_back(lambda transport, raw, early: give_back(factory, transport, raw, early))
 
 
 def as_response(answer: HttpAnswer) -> web.Response:
-    """For aiohttp to send."""
-    # aiohttp names a type of its own for a body without one, and none where there is no body.
+    """Convert the answer to an aiohttp response."""
+    # With an empty body, aiohttp would add a content type of its own.
     return web.Response(
         status=answer.status, body=answer.body or None, headers=dict(answer.headers)
     )
 
 
 def http_request(request: web.Request, body: bytes | None) -> HttpRequest:
-    """The request and its body as a value."""
+    """Convert an aiohttp request and its body."""
     return HttpRequest(
         method=request.method,
         target=str(request.rel_url),
@@ -251,6 +258,6 @@ def http_request(request: web.Request, body: bytes | None) -> HttpRequest:
         route=dict(request.match_info),
         peer=request.remote or "",
         version=(request.version.major, request.version.minor),
-        # Before HTTP/1.1 a connection that goes on must be agreed on: not worth it.
+        # HTTP/1.0 keep-alive needs negotiation and is not supported.
         reusable=request.keep_alive and request.version >= (1, 1),
     )

@@ -1,6 +1,7 @@
-"""Reading a client's websocket frames (RFC 6455), without I/O.
+"""Parser of a client's WebSocket frames (RFC 6455). Performs no I/O.
 
-With `compressed`, messages may come as permessage-deflate (RFC 7692) has them, each by itself.
+With `compressed`, messages may be compressed with permessage-deflate (RFC 7692), each
+independently.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ from relay.transports.socket.deflate import InflateError, inflate
 CONTINUATION, TEXT, BINARY, CLOSE, PING_OPCODE, PONG = 0, 1, 2, 8, 9, 10
 _OPCODES = frozenset({CONTINUATION, TEXT, BINARY, CLOSE, PING_OPCODE, PONG})
 
-# The bit of a message's first frame that says it is compressed (RFC 7692 section 6).
+# Set in the first frame of a compressed message (RFC 7692 section 6).
 COMPRESSED = 0x40
 
-# Frames that one call parses. More of them wait for the next call, so that a read full of tiny
-# frames does not hold up the loop.
+# Limit of frames that one call parses, so that many tiny frames do not block the event loop.
 FRAMES_PER_TURN = 64
 # A fragment below this size is counted as idle. Real clients send fragments of 4 KiB and more.
 _TINY_BYTES = 512
@@ -25,7 +25,7 @@ _LARGE_BYTES = 65536
 
 
 class ProtocolViolation(Exception):
-    """The client broke the protocol; `before` is what it had said correctly until then."""
+    """The client violated the protocol. `before` has the valid frames before the violation."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
@@ -35,13 +35,13 @@ class ProtocolViolation(Exception):
 
 
 def parse_close(payload: bytes) -> int | None:
-    """The code of a client's close frame, None where it gave none."""
+    """Return the code of a client's close frame, or None if it has none."""
     if not payload:
         return None
     if len(payload) == 1:
         raise ProtocolViolation(1002, "close frame with half a code")
     code: int = struct.unpack_from("!H", payload)[0]
-    # Section 7.4 and the IANA registry; 1004 to 1006 and 1015 never travel.
+    # Section 7.4 and the IANA registry; 1004 to 1006 and 1015 are never sent.
     if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
         raise ProtocolViolation(1002, "close code that may not be sent")
     _check_utf8(payload[2:])
@@ -56,8 +56,8 @@ def _check_utf8(payload: bytes) -> None:
 
 
 def unmask(payload: bytes, mask: bytes) -> bytes:
-    """What the client meant (section 5.3)."""
-    # XOR of two long integers is the fastest that Python has for this without an extension.
+    """Unmask a payload (section 5.3)."""
+    # XOR of two long integers is the fastest way in pure Python.
     size = len(payload)
     pad = (mask * (size // 4 + 1))[:size]
     xor = int.from_bytes(payload, "little") ^ int.from_bytes(pad, "little")
@@ -65,10 +65,11 @@ def unmask(payload: bytes, mask: bytes) -> bytes:
 
 
 class FrameReader:
-    """Turns a client's bytes into messages and control frames, at most `max_bytes` a message.
+    """Parses messages of at most `max_bytes`, and control frames.
 
-    Between messages it holds no buffer. After a ProtocolViolation it must not be fed again. The
-    first `skip_bytes` are dropped: some old clients send bytes of a draft before their first frame.
+    It has no buffer between messages. After a ProtocolViolation it must not be used again. The
+    first `skip_bytes` are dropped, because some old clients send bytes of a draft of the protocol
+    before their first frame.
     """
 
     __slots__ = (
@@ -93,9 +94,9 @@ class FrameReader:
         self._rest: bytes | bytearray = b""
         self._message: bytearray | None = None
         self._kind = 0
-        # Of a large frame that has begun: the place of its payload, and how much was unmasked.
+        # For an incomplete large frame: offset of its payload, and number of unmasked bytes.
         self._payload_at = self._unmasked = 0
-        # Control frames and tiny fragments so far: work for the server that carries no message.
+        # Number of control frames and tiny fragments, which cause work without a message.
         self.idle_frames = 0
         # Whether the last call stopped early; call `feed(b"")` to continue.
         self.more = False
@@ -106,10 +107,10 @@ class FrameReader:
         return not self._rest and not self._skip
 
     def feed(self, data: bytes) -> list[tuple[int, bytes]]:
-        """Return what `data` completes, in order: messages, pings, pongs and at most one close.
+        """Return the frames that `data` completes, in order: messages, pings, pongs and close.
 
-        A close frame is the last item, because nothing counts after it (section 5.5.1). At most
-        FRAMES_PER_TURN frames are parsed; `more` says whether others may be left.
+        A close frame is the last item, because later frames are ignored (section 5.5.1). At most
+        FRAMES_PER_TURN frames are parsed. `more` is True if others may be left.
         """
         if self._skip:
             data, self._skip = data[self._skip :], max(0, self._skip - len(data))
@@ -137,8 +138,8 @@ class FrameReader:
         if start == len(source):
             self._rest = b""
         elif isinstance(source, bytearray):
-            # Deleting from the front of a bytearray moves no bytes, and it grows in place: a large
-            # frame in small pieces and many frames in one piece both cost linear time.
+            # Deleting from the front of a bytearray moves no bytes, and appending works in place.
+            # So large frames in small pieces and many frames in one piece take linear time.
             del source[:start]
         else:
             self._rest = bytearray(memoryview(source)[start:])
@@ -147,7 +148,7 @@ class FrameReader:
         return found
 
     def _unmask_ahead(self, frame: bytes | bytearray, at: int) -> None:
-        # Whole masks only, so that the rest begins with the mask's first byte.
+        # Unmask multiples of four bytes, so that the rest starts with the mask's first byte.
         first = at + self._unmasked
         end = at + (len(frame) - at) // 4 * 4
         if isinstance(frame, bytearray) and first < end:
@@ -157,7 +158,7 @@ class FrameReader:
     def _frame_at(
         self, source: bytes | bytearray, start: int, found: list[tuple[int, bytes]]
     ) -> int:
-        """Handle the frame at `start`; its end, or 0 while it is not complete."""
+        """Handle the frame at `start`. Return its end, or 0 if it is incomplete."""
         have = len(source) - start
         if have < 2:
             return 0
@@ -179,7 +180,7 @@ class FrameReader:
                 return 0
             (size,) = struct.unpack_from("!Q", source, at)
             at += 8
-        # Before the payload is waited for: what is too long is never held.
+        # Check the size before the payload arrives, so that oversized messages are not buffered.
         held = len(self._message) if self._message is not None and opcode < 8 else 0
         if opcode < 8 and held + size > self.max_bytes:
             raise ProtocolViolation(1009, f"more than {self.max_bytes} bytes")
@@ -196,7 +197,7 @@ class FrameReader:
         return end
 
     def _check_head(self, first: int, second: int, opcode: int, *, last: bool) -> None:
-        # Of control frames and of a message's further ones the bit must be clear too.
+        # The bit is allowed in the first frame of a message only.
         if first & 0x70 & ~(self._allowed if 0 < opcode < 8 else 0):
             raise ProtocolViolation(1002, "reserved bits set")
         if opcode not in _OPCODES:
@@ -204,7 +205,7 @@ class FrameReader:
         if second < 0x80:
             raise ProtocolViolation(1002, "a client's frames must be masked")
         if opcode >= 8:
-            # Section 5.5: control frames are short and whole.
+            # Section 5.5: control frames are short and not fragmented.
             if not last or second & 0x7F > 125:
                 raise ProtocolViolation(1002, "control frame too long or in fragments")
         elif (opcode == CONTINUATION) != (self._message is not None):

@@ -1,8 +1,8 @@
-"""Beats to all clients of one door by one timer, and the end of those that do not answer.
+"""Heartbeats for all clients of one protocol with one timer, and timeouts for their responses.
 
-The clients are spread over slots and each tick serves one slot, so that 100,000 clients are not
-written to in one turn of the loop. Time is counted in ticks: a process that was stopped for a
-minute does not find all of its clients overdue when it goes on.
+Clients are distributed over slots and each tick serves one slot, so that 100,000 clients are not
+written to in one turn of the event loop. Time is counted in ticks. Otherwise all clients would be
+overdue when a process continues after it was suspended for a minute.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import asyncio
 from typing import Protocol
 
 _TICK_S = 0.1
-# A client that is full and does not drain gets no beat, for that would wait behind the rest. It is
-# slow rather than silent as long as it takes something, so it has this many intervals instead.
+# A client with a full send buffer gets no heartbeat, because that would wait behind the other data.
+# As long as it receives data, it is slow rather than dead, so it gets this many intervals.
 _STALLED_INTERVALS = 4
 
 
 class HeartbeatClient(Protocol):
-    """A client as the heartbeat sees it: a `ClientSocket`, or a session over several requests.
+    """A `ClientSocket`, or a session over several requests.
 
-    The last four are the heartbeat's notes. The owner of the client sets `silent_since` to 0 when
-    the client has sent something, and `pinged` when that was a ping of its own.
+    The last four attributes are the heartbeat's state. The owner of the client sets `silent_since`
+    to 0 when the client has sent data, and `pinged` to True when it has sent a ping.
     """
 
     full: bool
@@ -31,25 +31,24 @@ class HeartbeatClient(Protocol):
     silent_since: int
 
     def write(self, data: bytes) -> None:
-        """Send the beat."""
+        """Send the heartbeat."""
 
     def close(self, last: bytes = b"") -> None:
-        """It does not answer."""
+        """Close: the client has not responded."""
 
     def abort(self) -> None:
-        """It does not even take anything."""
+        """Close immediately: the client has not received anything."""
 
 
 class Heartbeat:
     """Writes `beat` to each client every `interval_s`.
 
-    With `deadline_s` an answer is expected (anything that the client sends is one): a client that
-    is silent for so long after a beat is closed with `farewell`. A client that was sent no beat is
-    never closed for its silence.
+    With `deadline_s`, the client must respond within this time; any data counts. Otherwise it is
+    closed with `farewell`. Clients that were sent no heartbeat are not closed.
 
-    `only_quiet` saves beats. Without `deadline_s`, a client that was written to since its last beat
-    needs none. With `deadline_s`, a client that has sent a ping since then needs none: it has shown
-    that it is there. Events that were written to it would show nothing.
+    `only_quiet` omits unnecessary heartbeats. Without `deadline_s` these are heartbeats to clients
+    that were written to since the last one. With `deadline_s` these are heartbeats to clients that
+    have sent a ping since the last one.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class Heartbeat:
         only_quiet: bool = False,
     ) -> None:
         if interval_s <= 0 or (deadline_s is not None and deadline_s <= 0):
-            raise ValueError("a heartbeat's times are greater than 0")
+            raise ValueError("interval_s and deadline_s must be greater than 0")
         self._beat = beat
         self._farewell = farewell
         self._only_quiet = only_quiet
@@ -71,8 +70,8 @@ class Heartbeat:
         self._slots: list[set[HeartbeatClient]] = [set() for _ in range(count)]
         self._deadline = None if deadline_s is None else max(1, round(deadline_s / self._tick_s))
         self._stalled = _STALLED_INTERVALS * count + (self._deadline or 0)
-        # How long after its beat a slot is looked at again, within one round.
-        self._look = (self._deadline or 0) % count
+        # Number of ticks within one round after which the responses of a slot are checked.
+        self._check_offset = (self._deadline or 0) % count
         self._tick = 1
         self._next_slot = 0
         self._members = 0
@@ -82,8 +81,8 @@ class Heartbeat:
         return self._members
 
     def add(self, client: HeartbeatClient) -> None:
-        """Begin with `client`: its first beat comes within one interval."""
-        # By turns, not by the time of arrival: a reconnect storm must not share one slot.
+        """Add a client. It gets its first heartbeat within one interval."""
+        # Assign slots in turn, so that the clients of a reconnect storm are distributed evenly.
         client.beat_slot = self._next_slot
         self._next_slot = (self._next_slot + 1) % len(self._slots)
         self._slots[client.beat_slot].add(client)
@@ -92,7 +91,7 @@ class Heartbeat:
             self._schedule()
 
     def remove(self, client: HeartbeatClient) -> None:
-        """Forget `client`; without clients there is no timer."""
+        """Remove a client."""
         if client.beat_slot < 0:
             return
         self._slots[client.beat_slot].discard(client)
@@ -106,23 +105,23 @@ class Heartbeat:
         self._timer = asyncio.get_running_loop().call_later(self._tick_s, self._on_timer)
 
     def _on_timer(self) -> None:
-        # However late this is, it is one tick. asyncio, and libuv since 1.45, read the sockets
-        # before they run timers: the answers that came during a stall have been seen by now.
+        # This is one tick, however late it is. asyncio, and libuv since 1.45, read sockets before
+        # they run timers, so responses that arrived in the meantime have been processed.
         self._timer = None
         self.turn()
         if self._members and self._timer is None:
             self._schedule()
 
     def turn(self) -> None:
-        """One tick: beat one slot, judge another."""
+        """Send heartbeats to one slot and check the responses of another one."""
         self._tick += 1
         count = len(self._slots)
         for client in tuple(self._slots[self._tick % count]):
-            self._beat_one(client)
-        for client in tuple(self._slots[(self._tick - self._look) % count]):
-            self._judge(client)
+            self._send_one(client)
+        for client in tuple(self._slots[(self._tick - self._check_offset) % count]):
+            self._check(client)
 
-    def _beat_one(self, client: HeartbeatClient) -> None:
+    def _send_one(self, client: HeartbeatClient) -> None:
         if client.closing:
             return
         expects = self._deadline is not None
@@ -136,7 +135,7 @@ class Heartbeat:
         if not client.silent_since and (client.full or expects):
             client.silent_since = self._tick
 
-    def _judge(self, client: HeartbeatClient) -> None:
+    def _check(self, client: HeartbeatClient) -> None:
         if client.closing or not client.silent_since:
             return
         silent = self._tick - client.silent_since

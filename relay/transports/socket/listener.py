@@ -1,10 +1,15 @@
-"""Listening sockets that stay sane when descriptors run out.
+"""Listening sockets that keep file descriptors in reserve.
 
-Measured with all descriptors in use: uvloop closes new connections at once by means of one reserve
-descriptor, but would close the listening socket itself if another thread snatched that one;
-asyncio (3.11) tries `backlog` times a second to accept and logs a traceback each time, 4,096 of
-them with ours. And in both the relay could not reach Redis again. So the last descriptors are kept
-free: whoever comes then is closed at once, those who are there notice nothing.
+Measured with all descriptors in use:
+
+- uvloop closes new connections immediately by means of one reserve descriptor. If another thread
+  takes that one, uvloop closes the listening socket.
+- asyncio (3.11) calls accept `backlog` times per second, and logs a traceback each time: 4,096 with
+  our backlog.
+- With both, relay could not reconnect to Redis.
+
+So the last descriptors are kept free: new connections are then closed immediately, and existing
+connections are not affected.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from aiohttp import web
+from typing_extensions import override
 
 from relay.transports.socket.http_connection import ConnectionLimits, HttpFactory
 
@@ -27,41 +33,42 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# For Redis, name lookups and log files, and for what asyncio accepts before it can be refused.
+# For Redis, DNS lookups and log files, and for connections that asyncio has accepted before they
+# can be refused.
 _SPARE_DESCRIPTORS = 64
-# asyncio accepts up to `backlog` connections in one turn, and fails as often in one turn too. One
-# that is refused is closed five turns later, and by then the spare ones must not have run out.
+# asyncio accepts up to `backlog` connections in one turn of the loop. A refused connection closes
+# five turns later, and the spare descriptors must last until then.
 _ASYNCIO_BATCH = 4
 _HANDSHAKE_S = 15.0
 
 
 def raise_open_file_limit() -> int:
-    """Raise the soft limit of open files to the hard one; the limit that now holds."""
+    """Raise the soft limit of open files to the hard limit. Return the limit in effect."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         except (OSError, ValueError):
-            # Some systems say "unlimited" and refuse it.
+            # Some systems report "unlimited" but reject it as a soft limit.
             return soft
     return hard
 
 
 class _Gate(asyncio.Protocol):
-    """Looks at a new connection's descriptor before aiohttp's handler is made for it."""
+    """Checks a new connection's descriptor before aiohttp's handler is created."""
 
     __slots__ = ("_site",)
 
     def __init__(self, site: GuardedSite) -> None:
         self._site = site
 
+    @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Hand the connection on, or close it: who knows at once can try another host."""
         opened = cast("asyncio.Transport", transport)
-        # The kernel gives the lowest free number, so a high one means that few are left.
+        # The kernel assigns the lowest free number, so a high number means that few are left.
         connection = opened.get_extra_info("socket")
         if self._site.give is not None and self._site.give(connection):
-            # Only this process's descriptor: the sibling has one of its own.
+            # This closes the descriptor of this process only.
             opened.abort()
         elif self._site.has_room(connection):
             handler = self._site.make_handler()
@@ -84,19 +91,20 @@ class _Adopted(asyncio.Protocol):
         self._site = site
         self._early = early
 
+    @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         handler = self._site.make_handler()
         transport.set_protocol(handler)
         handler.connection_made(transport)
         if self._early:
-            # Nothing can have followed it: the client waits for the answer.
+            # No other data can follow, because the client is waiting for the answer.
             handler.data_received(self._early)
 
 
 class GuardedSite(web.BaseSite):
     """A TCP site of an aiohttp runner that keeps `spare` descriptors free.
 
-    `refused` counts the connections that were closed for that reason.
+    `refused` is the number of connections that were closed for this reason.
     """
 
     def __init__(
@@ -111,44 +119,44 @@ class GuardedSite(web.BaseSite):
         spare: int = _SPARE_DESCRIPTORS,
         limits: ConnectionLimits | None = None,
     ) -> None:
-        """`limits` are those of all listeners of this process."""
+        """`limits` are shared by all listeners of this process."""
         super().__init__(runner, ssl_context=ssl_context, backlog=backlog)
         self._limits = limits or ConnectionLimits()
         self.serve(runner)
         self._host = host
         self._port = port
         self._reuse_port = reuse_port
-        # A test's or a container's limit may be small: an eighth of it then.
+        # If the limit is small, as in some containers, reserve an eighth of it.
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         unlimited = limit == resource.RLIM_INFINITY
         self.limit = float("inf") if unlimited else limit - min(spare, limit // 8)
         self.refused = 0
-        # Asked first, where set: whether another process has taken the connection over.
+        # If set, called first for each connection. Returns True if another process has taken it.
         self.give: Callable[[socket.socket], bool] | None = None
 
     def serve(self, runner: web.BaseRunner) -> None:
-        """Let `runner`, which has been set up, handle the connections from now on."""
+        """Pass new connections to `runner`, which must have been set up."""
         self.make_handler = HttpFactory(cast("web.Server", runner.server), self._limits)
 
     @property
     def name(self) -> str:
-        """The address as a URL, with the port that was bound."""
+        """The address as a URL with the bound port."""
         scheme = "https" if self._ssl_context else "http"
         host = f"[{self._host}]" if ":" in self._host else self._host or "0.0.0.0"  # noqa: S104 - only shown
         return f"{scheme}://{host}:{self._port}"
 
     @property
     def tls(self) -> bool:
-        """Whether it speaks TLS."""
+        """Whether the listener uses TLS."""
         return self._ssl_context is not None
 
     @property
     def port(self) -> int:
-        """The port that was bound, where 0 was asked for."""
+        """The bound port. It differs from the requested port if that was 0."""
         return self._port
 
     async def start(self) -> None:
-        """Bind and listen; OSError where the address is taken or is not ours."""
+        """Bind and listen. Raise OSError if the address is in use or not available."""
         await super().start()
         loop = asyncio.get_running_loop()
         batch = _ASYNCIO_BATCH if isinstance(loop, asyncio.BaseEventLoop) else self._backlog
@@ -165,17 +173,17 @@ class GuardedSite(web.BaseSite):
         self._server = server
         for listening in server.sockets:
             self._port = listening.getsockname()[1]
-            # The kernel's queue is what a reconnect storm needs; listening again only sets that.
+            # Set the length of the kernel's queue by listening again, for reconnect storms.
             with socket.socket(fileno=os.dup(listening.fileno())) as again:
                 again.listen(self._backlog)
 
     async def stop(self) -> None:
-        """Stop listening. Connections that the kernel has accepted already are served."""
+        """Stop listening. Connections in the kernel's queue are still served."""
         if self._server is None:
             return
         listening = cast("asyncio.Server", self._server).sockets
-        # Closing a listening socket resets what waits in its queue, so that is taken first. The
-        # duplicate keeps the socket open until then.
+        # Closing a listening socket resets the connections in its queue, so accept them first. The
+        # duplicates keep the sockets open until then.
         queues = [socket.socket(fileno=os.dup(each.fileno())) for each in listening]
         await super().stop()
         self._server = None
@@ -189,7 +197,7 @@ class GuardedSite(web.BaseSite):
             await self.adopt(connection)
 
     async def adopt(self, connection: socket.socket, early: bytes = b"") -> None:
-        """Serve a connection that another process has accepted, and read `early` from."""
+        """Serve a connection that another process has accepted. `early` is the data it has read."""
         loop = asyncio.get_running_loop()
         if not self.has_room(connection):
             connection.close()
@@ -203,7 +211,7 @@ class GuardedSite(web.BaseSite):
                 ssl_handshake_timeout=_HANDSHAKE_S if self._ssl_context else None,
             )
         except OSError:
-            # The client has gone already.
+            # The client has disconnected.
             connection.close()
 
     def has_room(self, connection: socket.socket) -> bool:

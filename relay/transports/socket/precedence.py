@@ -1,7 +1,7 @@
-"""Routes of several doors on one path: who upgrades is asked first, who takes what is left last.
+"""Order of routes if several protocols use the same path.
 
-A door knows nothing of the others; so it says of a route what kind it is, and the server puts the
-routes of all doors in that order.
+Routes for WebSocket upgrades come first and fallback routes last. Protocols mark their routes, and
+the server sorts the routes of all protocols.
 """
 
 from __future__ import annotations
@@ -15,46 +15,45 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class UpgradeRoute(web.AbstractRouteDef):
-    """Requests of this pattern that want a websocket; whatever else comes there is another
-    route's."""
+    """A route that matches WebSocket upgrade requests only."""
 
     def __init__(self, pattern: str, handler: Handler) -> None:
         self._pattern = pattern
         self._handler = handler
 
     def register(self, router: web.UrlDispatcher) -> list[web.AbstractRoute]:
-        """As aiohttp wants it."""
+        """Register the route (aiohttp's interface)."""
         resource = _UpgradeResource(self._pattern)
         router.register_resource(resource)
         return [resource.add_route("*", self._handler)]
 
 
 class FallbackRoute(web.AbstractRouteDef):
-    """Requests of this pattern, of any method, that no other route takes."""
+    """A route for requests of any method that no other route matches."""
 
     def __init__(self, pattern: str, handler: Handler) -> None:
         self._pattern = pattern
         self._handler = handler
 
     def register(self, router: web.UrlDispatcher) -> list[web.AbstractRoute]:
-        """As aiohttp wants it."""
+        """Register the route (aiohttp's interface)."""
         return [router.add_route("*", self._pattern, self._handler)]
 
 
 class _UpgradeResource(DynamicResource):
     async def resolve(self, request: web.Request) -> tuple[UrlMappingMatchInfo | None, set[str]]:
-        """Nothing, and no method either, for a request that does not upgrade."""
+        """Return no match for a request that is not an upgrade."""
         if "websocket" not in request.headers.get("Upgrade", "").lower():
             return None, set()
         return await super().resolve(request)
 
     def raw_match(self, path: str) -> bool:  # noqa: ARG002
-        """Never: aiohttp would add the next route of the same pattern here."""
+        """Return False, so that aiohttp does not add other routes with this pattern here."""
         return False
 
 
 def in_order(routes: Iterable[web.AbstractRouteDef]) -> list[web.AbstractRouteDef]:
-    """The routes as they must be registered; among equals the order stays."""
+    """Return the routes in the order of registration. The sort is stable."""
     return sorted(routes, key=_rank)
 
 

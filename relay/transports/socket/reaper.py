@@ -1,6 +1,7 @@
-"""Aborts sockets that did not flush their last bytes in time: one timer for all of them.
+"""Aborts closing sockets that have not flushed their buffers in time.
 
-A timer for each closing client would cost the most just when a whole node says goodbye.
+All sockets share one timer. One timer for each would be expensive when a host disconnects all its
+clients at shutdown.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from relay.transports.socket.deadlines import Deadlines
 
 
 class Abortable(Protocol):
-    """What the reaper needs of a socket."""
+    """A connection that can be aborted."""
 
     def abort(self) -> None:
-        """Drop the connection and whatever still waits in its buffer."""
+        """Close immediately and drop pending data."""
 
 
 class Reaper:
-    """Every watched socket is aborted `grace_s` after `watch`, unless `forget` comes first."""
+    """Aborts each socket `grace_s` after `watch`, unless `forget` is called first."""
 
     def __init__(self, *, grace_s: float = 5.0) -> None:
         self._due: Deadlines[Abortable] = Deadlines(grace_s, lambda socket: socket.abort())
@@ -27,10 +28,10 @@ class Reaper:
         return len(self._due)
 
     def watch(self, socket: Abortable) -> None:
-        """Start the socket's time; a second call does not prolong it."""
+        """Start the socket's timeout. A second call does not extend it."""
         if socket not in self._due:
             self._due.add(socket)
 
     def forget(self, socket: Abortable) -> None:
-        """The socket has closed by itself."""
+        """Cancel the timeout of a socket that has closed."""
         self._due.remove(socket)

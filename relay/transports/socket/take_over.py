@@ -1,10 +1,10 @@
-"""Takes a connection away from aiohttp, which has read and checked its request.
+"""Takes connections over from aiohttp after their request has been read, and returns them.
 
-aiohttp keeps a task, a parser and buffers for each connection, and frames what it writes itself;
-a client that waits for events needs none of that; one that waited for an answer can go back to
-aiohttp with its next request. Together with `http_connection` the only file that depends on
-aiohttp's internals (`aiohttp.web_protocol.RequestHandler`, tested with 3.14.5): their tests fail if
-these change.
+aiohttp has a task, a parser and buffers for each connection. A client that waits for events needs
+none of these. After a polling request has been answered, its connection returns to aiohttp.
+
+Only this module and `http_connection` depend on aiohttp's internals
+(`aiohttp.web_protocol.RequestHandler`, tested with 3.14.5). Their tests fail if these change.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from aiohttp import web
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
@@ -26,22 +27,22 @@ if TYPE_CHECKING:
 
 
 class TakenOver(web.StreamResponse):
-    """What a handler returns after `take_over`: aiohttp logs its status and writes nothing."""
+    """Response of a handler after `take_over`. aiohttp logs its status and writes nothing."""
 
-    async def prepare(self, request: BaseRequest) -> AbstractStreamWriter | None:  # noqa: ARG002 - aiohttp's signature
-        """Nothing: the head has been written."""
+    @override
+    async def prepare(self, request: BaseRequest) -> AbstractStreamWriter | None:
         return None
 
+    @override
     async def write_eof(self, data: bytes = b"") -> None:
-        """Nothing: the connection goes on without aiohttp."""
+        pass
 
 
 def take_over(request: web.Request, head: bytes, client: ClientSocket) -> web.StreamResponse:
-    """Give `client` the request's transport, write `head` if there is one, and release aiohttp's
-    part.
+    """Pass the request's transport to `client`, write `head`, and release aiohttp's handler.
 
-    The handler returns the result at once. Before this returns `client` has been given what came
-    after the request; if the connection has closed in the meantime, `on_closed` has been called.
+    The aiohttp handler must return the result immediately. `client` receives data that has already
+    arrived after the request. If the connection has closed, its `on_closed` is called.
     """
     response = TakenOver(status=int(head[9:12]) if head else 200)
     response.force_close()
@@ -50,11 +51,11 @@ def take_over(request: web.Request, head: bytes, client: ClientSocket) -> web.St
     if transport is None or transport.is_closing():
         client.connection_lost(None)
         return response
-    # What arrived behind an upgrade's head, in the same segment or before the handler ran.
+    # Data after the head of an upgrade request that has already arrived.
     tail = handler._message_tail
     transport.set_protocol(client)
-    # With its transport gone the handler has nothing to write to or to close; told of the loss, it
-    # stops its timer, leaves the server's list and ends its task when the response comes back.
+    # Without a transport the handler cannot write or close. `connection_lost` makes it stop its
+    # timer, unregister from the server and end its task when it gets the response.
     handler.transport = None
     handler._message_tail = b""
     handler.connection_lost(None)
@@ -63,7 +64,7 @@ def take_over(request: web.Request, head: bytes, client: ClientSocket) -> web.St
         transport.write(head)
     if tail:
         client.data_received(tail)
-    # aiohttp pauses a client that sends much before its handler is done; does nothing otherwise.
+    # aiohttp may have paused reading because the client has sent much data.
     if not transport.is_closing():
         transport.resume_reading()
     return response
@@ -72,11 +73,12 @@ def take_over(request: web.Request, head: bytes, client: ClientSocket) -> web.St
 def hand_on(
     request: web.Request, give: Callable[[socket.socket, bytes], bool]
 ) -> web.StreamResponse | None:
-    """Let another process answer the request; the handler returns the result at once.
+    """Pass the request's connection to another process.
 
-    `give` gets the connection and all that was read of it, and says whether the other process has
-    it now. None if not, and nothing has happened then. Not with TLS, whose keys are here, and not
-    for a request with a body.
+    `give` receives the connection and the data read from it. It returns True if the other process
+    has accepted the connection; the aiohttp handler must then return the result immediately. Return
+    None if the connection was not passed on, as always with TLS, whose state cannot be passed on.
+    Don't call this for requests with a body.
     """
     handler = request.protocol
     transport = handler.transport
@@ -93,7 +95,7 @@ def hand_on(
     handler.transport = None
     handler._message_tail = b""
     handler.connection_lost(None)
-    # Only this process's descriptor: the other one has its own.
+    # This closes the descriptor of this process only.
     transport.abort()
     return response
 
@@ -102,24 +104,24 @@ def hand_on(
 async def end_rejected_upgrade(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Close the connection after the answer to an upgrade that was not accepted.
 
-    What follows such a request is not HTTP: Pydio's PHP sends eight random bytes, others their
-    first frames. aiohttp would parse it as the next request, answer it and log the error.
+    The data after such a request is not HTTP: Pydio's PHP client sends eight random bytes, others
+    send their first frames. aiohttp would parse it as the next request and log an error.
     """
     try:
         return await handler(request)
     finally:
         protocol = request.protocol
-        # `take_over` and `hand_on` leave no transport.
+        # After `take_over` and `hand_on` there is no transport.
         if protocol._upgraded and protocol.transport is not None:
             protocol._message_tail = b""
             protocol.close()
 
 
 def drop(request: web.Request) -> web.StreamResponse:
-    """Close the request's connection without an answer; the handler returns the result at once.
+    """Close the request's connection without an answer.
 
-    A browser's EventSource and a proxy then try again elsewhere, as if the connection had been
-    refused. After a status of 5xx an EventSource would give up.
+    The aiohttp handler must return the result immediately. EventSource clients and proxies then
+    retry, as if the connection had been refused. EventSource does not retry after a 5xx status.
     """
     if request.transport is not None:
         request.transport.abort()
@@ -127,10 +129,10 @@ def drop(request: web.Request) -> web.StreamResponse:
 
 
 def factory_of(request: web.Request) -> HttpFactory | None:
-    """Return what makes the successor of the request's connection; call this before `take_over`.
+    """Return the factory for `give_back`. Call this before `take_over`.
 
-    Return None if the client has sent its next request already: aiohttp's handler, which has read
-    it, is released.
+    Return None if the client has already sent its next request, which would be lost with aiohttp's
+    handler.
     """
     handler = request.protocol
     return None if handler._messages else cast("HttpConnection", handler).factory
@@ -139,13 +141,13 @@ def factory_of(request: web.Request) -> HttpFactory | None:
 def give_back(
     factory: HttpFactory, transport: asyncio.Transport, answer: bytes, early: bytes
 ) -> None:
-    """Write the answer to the request that was taken over, and let aiohttp read the next one.
+    """Write the answer to a request and return the connection to aiohttp for the next request.
 
-    `early` is what has come of that already.
+    `early` is the data of the next request that has already arrived.
     """
     if transport.is_closing():
-        # aiohttp's handler must not get a connection that ends before its task has begun. The
-        # protocol that waited for the answer is told of the end.
+        # aiohttp's handler fails if its connection ends before its task has started. The current
+        # protocol receives `connection_lost`.
         return
     transport.write(answer)
     handler = factory()

@@ -1,8 +1,8 @@
-"""Server-side websocket frames (RFC 6455) without I/O, and the connection that speaks them.
+"""Server side of WebSocket (RFC 6455): encoding of frames, handshake and connection.
 
-A server's frames are not masked, so one framed bytes object serves every client. Compression is
-agreed on where a door wants it, and without context takeover: so a compressed frame is one more
-such object (`relay.transports.socket.deflate`).
+Frames from a server are not masked, so all clients can share one encoded frame. Compression is
+optional and has no context takeover, so compressed frames can be shared too
+(`relay.transports.socket.deflate`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiohttp import web
+from typing_extensions import override
 
 from relay.transports.socket import deflate
 from relay.transports.socket.client_socket import ClientSocket
@@ -51,42 +52,42 @@ def _frame(opcode: int, payload: bytes, bits: int = 0) -> bytes:
 
 
 def frame_text(payload: bytes) -> bytes:
-    """One text message, which must be UTF-8."""
+    """Encode a text message, which must be UTF-8."""
     return _frame(TEXT, payload)
 
 
 def frame_compressed(payload: bytes, level: int = 1) -> bytes:
-    """One text message for clients that have agreed to permessage-deflate."""
+    """Encode a text message for clients with permessage-deflate."""
     return _frame(TEXT, deflate.deflate(payload, level), COMPRESSED)
 
 
 def frame_ping(payload: bytes) -> bytes:
-    """A ping; the answer has the same payload."""
+    """Encode a ping. The pong has the same payload."""
     return _frame(PING_OPCODE, payload)
 
 
 def frame_binary(payload: bytes) -> bytes:
-    """One binary message."""
+    """Encode a binary message."""
     return _frame(BINARY, payload)
 
 
 def frame_close(code: int, reason: str = "") -> bytes:
-    """A close frame; the reason is cut to what a control frame can carry (section 5.5)."""
+    """Encode a close frame. The reason is truncated to fit a control frame (section 5.5)."""
     text = reason.encode()[:123].decode(errors="ignore").encode()
     return _frame(CLOSE, struct.pack("!H", code) + text)
 
 
 def frame_pong(payload: bytes) -> bytes:
-    """The answer to a ping: the same payload."""
+    """Encode a pong with the payload of the ping."""
     return _frame(PONG, payload)
 
 
 PING = _frame(PING_OPCODE, b"")
 _EMPTY_PONG = _frame(PONG, b"")
-# How a client's ping begins; its length and the mask follow.
+# First byte of a client's ping, and the size of its head with length and mask.
 _PING_HEAD, _PING_HEAD_BYTES = 0x89, 6
-# Control frames and tiny fragments that one client may send within the time. The busiest real
-# clients, Seafile's, send one ping per second.
+# Number of control frames and tiny fragments that a client may send within this time. The busiest
+# real clients, Seafile's, send one ping per second.
 _IDLE_FRAMES, _IDLE_FRAMES_S = 100, 2.0
 _POLICY_VIOLATION = 1008
 
@@ -105,10 +106,10 @@ def accept_headers(
     *,
     compress: bool = False,
 ) -> bytes | web.Response:
-    """The 101 head for a valid opening handshake (section 4.2), else the answer to send instead.
+    """Return the 101 response head for a valid handshake (section 4.2), or an error response.
 
-    `versions` that a door may add: 8, whose frames are the same (hybi-08 to -12 are drafts of it).
-    `compress`: agree to permessage-deflate; the caller has looked whether it is offered.
+    Protocols may add version 8 to `versions`: its frames are the same (hybi-08 to -12). With
+    `compress`, permessage-deflate is accepted. The caller must check that the client offers it.
     """
     if (
         request.method != "GET"
@@ -116,7 +117,7 @@ def accept_headers(
         or "websocket" not in _tokens(request, "Upgrade")
         or "upgrade" not in _tokens(request, "Connection")
     ):
-        return _upgrade_required("this address speaks websocket")
+        return _upgrade_required("this address requires a WebSocket client")
     if request.headers.get("Sec-WebSocket-Version", "").strip() not in versions:
         return _upgrade_required("websocket version 13 is required")
     key = request.headers.get("Sec-WebSocket-Key", "").strip()
@@ -126,7 +127,7 @@ def accept_headers(
         nonce = b""
     if len(nonce) != 16:
         return web.Response(status=400, text="Sec-WebSocket-Key must be 16 bytes in base64\n")
-    # SHA-1 is what section 4.2.2 asks for; it guards nothing.
+    # Required by section 4.2.2. It has no security purpose.
     digest = hashlib.sha1(key.encode() + _GUID, usedforsecurity=False).digest()
     return (
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -138,7 +139,7 @@ def accept_headers(
 
 
 def _upgrade_required(text: str) -> web.Response:
-    # RFC 9110 section 15.5.22 asks for Upgrade, RFC 6455 section 4.4 for the version.
+    # Upgrade is required by RFC 9110 section 15.5.22, the version by RFC 6455 section 4.4.
     return web.Response(
         status=426,
         text=text + "\n",
@@ -147,27 +148,27 @@ def _upgrade_required(text: str) -> web.Response:
 
 
 def _ignore(text: bytes) -> None:
-    """The callback of an owner who does not listen."""
+    """Default callback: ignore the message."""
 
 
 class WebSocketConnection(ClientSocket):
-    """A websocket client: text goes to `on_text`, everything else is dealt with here.
+    """A WebSocket client. Text messages are passed to `on_text`.
 
-    `write` and `close` take framed bytes; `close`'s last ones should end with a close frame, whose
-    answer is then waited for. Without an `on_binary` a binary message closes with 1003. `goodbye`
-    is set once the client has sent a close frame. A client that sends too many control frames or
-    tiny fragments is closed with 1008.
+    `write` and `close` take encoded frames. If the last bytes of `close` end with a close frame,
+    the client's close frame is awaited. Without `on_binary`, a binary message closes the connection
+    with 1003. Too many control frames or tiny fragments close it with 1008. `close_received` is
+    True after the client has sent a close frame.
     """
 
     __slots__ = (
-        "_deaf",
         "_idle_allowed",
         "_idle_since",
-        "_planned",
+        "_ignores_input",
         "_pong",
         "_pong_counts",
+        "_read_scheduled",
         "_reader",
-        "goodbye",
+        "close_received",
         "on_binary",
         "on_text",
     )
@@ -183,35 +184,38 @@ class WebSocketConnection(ClientSocket):
         compressed: bool = False,
         only_pong_counts: bool = False,
     ) -> None:
-        """`skip_bytes`: what this client sends before its first frame, see `FrameReader`.
-        `compressed`: it was agreed on. `only_pong_counts`: nothing else answers the heartbeat."""
+        """`skip_bytes` is the size of the data before the first frame (see `FrameReader`).
+
+        `compressed` is True if permessage-deflate has been negotiated. With `only_pong_counts`, no
+        other frame counts as a response to the heartbeat.
+        """
         super().__init__(buffer_bytes=buffer_bytes, reaper=reaper, heartbeat=heartbeat)
         self._reader = FrameReader(max_frame_bytes, skip_bytes, compressed=compressed)
         self._pong_counts = only_pong_counts
         self._pong: bytes | None = None
-        self._deaf = self._planned = False
-        # The value of `idle_frames` at which the time is looked at.
+        self._ignores_input = self._read_scheduled = False
+        # The value of `idle_frames` at which their rate is checked.
         self._idle_allowed = _IDLE_FRAMES
         self._idle_since = time.monotonic()
-        self.goodbye = False
+        self.close_received = False
         self.on_text: Callable[[bytes], None] = _ignore
         self.on_binary: Callable[[bytes], None] | None = None
 
     def limit_messages(self, max_bytes: int) -> None:
-        """Change the largest message that the client may send from now on."""
+        """Change the maximum size of the client's messages."""
         self._reader.max_bytes = max_bytes
 
     def close_with(self, code: int, reason: str = "") -> None:
-        """Close with a code and a reason for people."""
+        """Close with a code and a reason."""
         self.close(frame_close(code, reason))
 
+    @override
     def data_received(self, data: bytes) -> None:
-        """Whatever the client sends shows that it is there, where not a pong is asked for."""
         if not self._pong_counts:
             self.silent_since = 0
-        if self._deaf:
+        if self._ignores_input:
             return
-        # Thousands of clients may ping each second: one ping by itself needs no reader.
+        # Fast path for a single ping, because thousands of clients may ping every second.
         size = len(data) - _PING_HEAD_BYTES
         if (
             0 <= size <= 125
@@ -221,7 +225,7 @@ class WebSocketConnection(ClientSocket):
             and not self.closing
         ):
             self._reader.idle_frames += 1
-            if self._reader.idle_frames <= self._idle_allowed or self._may_idle():
+            if self._reader.idle_frames <= self._idle_allowed or self._rate_is_acceptable():
                 self._answer([unmask(data[6:], data[2:6]) if size else b""])
             return
         self._read(data)
@@ -232,7 +236,7 @@ class WebSocketConnection(ClientSocket):
             found = self._reader.feed(data)
         except ProtocolViolation as exc:
             found, violation = exc.before, exc
-        if self._reader.idle_frames > self._idle_allowed and not self._may_idle():
+        if self._reader.idle_frames > self._idle_allowed and not self._rate_is_acceptable():
             return
         pings: list[bytes] = []
         for opcode, payload in found:
@@ -240,7 +244,7 @@ class WebSocketConnection(ClientSocket):
                 pings.append(payload)
                 continue
             if pings:
-                # A message may close the connection: pongs are written before it.
+                # A message may close the connection, so write pongs before it.
                 self._answer(pings)
                 pings = []
             if opcode == CLOSE:
@@ -265,43 +269,44 @@ class WebSocketConnection(ClientSocket):
             self._read_later()
 
     def _read_later(self) -> None:
-        """Let other clients have their turn before the rest of what has come is parsed."""
+        """Parse the rest of the received data in another turn of the event loop."""
         transport = self._transport
         if transport is None or transport.is_closing():
             return
         if self.closing:
-            # A client that still sends as much as this is not waiting for the close frame.
-            self._deaf = True
+            # A client that sends this much data does not wait for the close frame.
+            self._ignores_input = True
             return
         transport.pause_reading()
-        if not self._planned:
-            self._planned = True
-            asyncio.get_running_loop().call_soon(self._read_on)
+        if not self._read_scheduled:
+            self._read_scheduled = True
+            asyncio.get_running_loop().call_soon(self._continue_reading)
 
-    def _read_on(self) -> None:
-        self._planned = False
-        # If the owner has paused reading meanwhile, `resume_reading` continues.
-        if self._unheard or not self._reader.more:
+    def _continue_reading(self) -> None:
+        self._read_scheduled = False
+        # If the owner has paused reading in the meantime, `resume_reading` continues.
+        if self._reading_paused or not self._reader.more:
             return
         try:
             self._read(b"")
         except BaseException:
-            # As the loop does when `data_received` fails.
+            # The loop does the same if `data_received` fails.
             self.abort()
             raise
-        if self._deaf or not (self._reader.more or self._unheard):
+        if self._ignores_input or not (self._reader.more or self._reading_paused):
             super().resume_reading()
 
+    @override
     def resume_reading(self) -> None:
-        """Parse what has come already before the socket is read again."""
-        self._unheard = False
-        if self._reader.more and not self._deaf:
+        # Parse the data that has been received before reading from the socket.
+        self._reading_paused = False
+        if self._reader.more and not self._ignores_input:
             self._read_later()
         else:
             super().resume_reading()
 
+    @override
     def resume_writing(self) -> None:
-        """Send the pong that had to wait, then as every socket."""
         super().resume_writing()
         if self._pong is not None:
             pong, self._pong = self._pong, None
@@ -311,15 +316,15 @@ class WebSocketConnection(ClientSocket):
         self.pinged = True
         if self.closing:
             return
-        # Section 5.5.3 allows to answer the latest ping only: so pings cannot fill the memory.
+        # Section 5.5.3 allows a pong for the latest ping only, so pings cannot fill the memory.
         if self.full:
             self._pong = pings[-1]
         else:
             pongs = [frame_pong(payload) if payload else _EMPTY_PONG for payload in pings]
             self.write(pongs[0] if len(pongs) == 1 else b"".join(pongs))
 
-    def _may_idle(self) -> bool:
-        """Allow as many control frames again if the last ones took long enough, else close."""
+    def _rate_is_acceptable(self) -> bool:
+        """Return True if the rate of control frames is acceptable. Otherwise close."""
         now = time.monotonic()
         if now - self._idle_since >= _IDLE_FRAMES_S:
             self._idle_since = now
@@ -329,9 +334,9 @@ class WebSocketConnection(ClientSocket):
         return False
 
     def _on_close(self, payload: bytes) -> None:
-        self._deaf = self.goodbye = True
+        self._ignores_input = self.close_received = True
         transport = self._transport
-        # An empty `last` below: both sides have said goodbye, and the server hangs up (7.1.1).
+        # Both sides have sent a close frame, so the server closes the connection (section 7.1.1).
         if not self.closing:
             self.write(_frame(CLOSE, payload[:2]))
             self.close()
@@ -339,23 +344,25 @@ class WebSocketConnection(ClientSocket):
             transport.close()
 
     def _on_violation(self, violation: ProtocolViolation) -> None:
-        self._deaf = True
+        self._ignores_input = True
         self.close_with(violation.code, violation.reason)
         transport = self._transport
-        # The rest cannot be read any more, its goodbye included; but to close with unread input
-        # resets the connection, and the client might never see why. So: no more from us, and what
-        # still comes is dropped until it hangs up.
+        # The rest of the input cannot be parsed. Closing with unread input would reset the
+        # connection, and the client might not receive the close frame. So close the sending side
+        # only, and drop what arrives until the client disconnects.
         if transport is not None and not transport.is_closing():
             if transport.can_write_eof():
                 transport.write_eof()
             else:
                 transport.close()
 
-    def _hang_up(self, transport: asyncio.Transport, *, said_goodbye: bool) -> None:
-        if not said_goodbye:
+    @override
+    def _finish_closing(self, transport: asyncio.Transport, *, close_frame_sent: bool) -> None:
+        if not close_frame_sent:
             transport.close()
 
-    def _let_go(self) -> None:
-        super()._let_go()
+    @override
+    def _clear_callbacks(self) -> None:
+        super()._clear_callbacks()
         self.on_text = _ignore
         self.on_binary = None

@@ -1,1 +1,1 @@
-"""SockJS: its sessions, its transports, and the paths a door mounts."""
+"""SockJS: sessions, transports and routes."""

@@ -1,7 +1,6 @@
-"""SockJS frames, and what each transport makes of one on its wire. Without I/O.
+"""SockJS frames, and their encoding for each transport. Pure functions.
 
-Source: the protocol's definition, sockjs-protocol 0.3.3 and its successor for 1.x; sockjs-go v1
-where it leaves a choice.
+Sources: sockjs-protocol 0.3.3 and its successor for 1.x; sockjs-go v1 where they leave a choice.
 """
 
 from __future__ import annotations
@@ -17,22 +16,23 @@ from relay.transports.socket.websocket import frame_text
 OPEN = b"o"
 HEARTBEAT = b"h"
 
-# What browsers were found to mangle on their way in ("JSON Unicode Encoding" in sockjs-protocol).
-# Control characters are escaped in any JSON, and lone surrogates are no UTF-8.
+# Characters that some browsers corrupt on receipt ("JSON Unicode Encoding" in sockjs-protocol).
+# Any JSON encoder escapes control characters, and lone surrogates cannot be UTF-8.
 _UNSAFE = re.compile("[\u200c-\u200f\u2028-\u202f\u2060-\u206f\ufff0-\uffff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# Inside a page a string must not end the script that it stands in.
+# Inside a page, a string must not end the script element around it.
 _MARKUP = re.compile(b"[<>&]")
 
 
 class BadFrame(ValueError):
-    """The client sent something else than messages. The text is the protocol's own."""
+    """The client's request has no valid messages. The text is that of sockjs-protocol."""
 
 
 def element(payload: bytes) -> bytes:
-    """One message for `SockJsSession.write`: a comma and the JSON string. UnicodeDecodeError.
+    """Encode one message for `SockJsSession.write`: a comma and a JSON string.
 
-    It is the same for all clients and transports: made once per event.
+    The result is the same for all clients and transports, so it can be made once per event. Raise
+    UnicodeDecodeError if the message is not UTF-8.
     """
     return b"," + _string(payload.decode())
 
@@ -45,12 +45,12 @@ def _string(text: str) -> bytes:
 
 
 def array_frame(elements: bytes) -> bytes:
-    """One frame with messages that `element` made, joined."""
+    """Return one frame with one or more messages encoded by `element`."""
     return b"a[" + elements[1:] + b"]"
 
 
 def close_frame(code: int, reason: str) -> bytes:
-    """The frame that ends a session."""
+    """Return the frame that closes a session."""
     return b"c[%d,%b]" % (code, _string(reason))
 
 
@@ -59,9 +59,9 @@ STILL_OPEN = close_frame(2010, "Another connection still open")
 
 
 def parse_messages(body: bytes) -> list[bytes]:
-    """The messages of a request or a websocket frame: a JSON array of strings. BadFrame.
+    """Return the messages of a request or WebSocket frame, which is a JSON array of strings.
 
-    A lone surrogate, which is no character but may stand in JSON, becomes U+FFFD.
+    Lone surrogates, which are valid in JSON, are replaced by U+FFFD. Raise BadFrame.
     """
     if not body.strip():
         raise BadFrame("Payload expected.")
@@ -78,16 +78,16 @@ def _with_surrogates(body: bytes) -> object:
     if b"\\ud" not in body.lower():
         raise BadFrame("Broken JSON encoding.")
     try:
-        # Takes them, where orjson refuses them.
+        # Unlike orjson, json accepts lone surrogates.
         return json.loads(body)
     except (ValueError, RecursionError):
         raise BadFrame("Broken JSON encoding.") from None
 
 
 class Framing:
-    """A transport's way to write a frame.
+    """Encodes frames for one transport.
 
-    What was made last is kept: most events go to many clients, and each is given the same object.
+    The last result is cached, because most events are sent to many clients.
     """
 
     __slots__ = ("_elements", "_framed", "heartbeat", "wrap")
@@ -99,7 +99,7 @@ class Framing:
         self._framed = b""
 
     def messages(self, elements: bytes) -> bytes:
-        """One frame with all of `elements`, on the wire."""
+        """Return one frame with all of `elements`, encoded for the transport."""
         if elements is not self._elements:
             self._framed = self.wrap(array_frame(elements))
             self._elements = elements
@@ -107,27 +107,30 @@ class Framing:
 
 
 def xhr(frame: bytes) -> bytes:
-    """A line."""
+    """Encode a frame as a line."""
     return frame + b"\n"
 
 
 def eventsource(frame: bytes) -> bytes:
-    """A server-sent event."""
+    """Encode a frame as a server-sent event."""
     return b"data: " + frame + b"\r\n\r\n"
 
 
 def htmlfile(frame: bytes) -> bytes:
-    """A script that hands the frame to the page around it."""
+    """Encode a frame as a script that passes it to the surrounding page."""
     return b"<script>\np(" + _script_string(frame) + b");\n</script>\r\n"
 
 
 def jsonp(callback: str, frame: bytes) -> bytes:
-    """A script that calls `callback`. The comment is against files that are also Flash."""
+    """Encode a frame as a script that calls `callback`.
+
+    The comment prevents the response from being interpreted as a Flash file.
+    """
     return b"/**/" + callback.encode() + b"(" + _script_string(frame) + b");\r\n"
 
 
 def websocket(frame: bytes) -> bytes:
-    """A text message."""
+    """Encode a frame as a WebSocket text message."""
     return frame_text(frame)
 
 

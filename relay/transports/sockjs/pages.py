@@ -1,4 +1,4 @@
-"""SockJS's answers that belong to no session: headers, greeting, info and the iframe's page."""
+"""SockJS responses without a session: headers, greeting, info and the iframe page."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ _YEAR_S = 31_536_000
 
 NOT_CACHED = {"Cache-Control": "no-store, no-cache, no-transform, must-revalidate, max-age=0"}
 
-# Internet Explorer shows nothing of a page before it has this much (sockjs-protocol, "HtmlFile").
+# Internet Explorer does not render a page before it has received this much (sockjs-protocol,
+# "HtmlFile").
 _HTMLFILE_BYTES = 1024
 
 
 def cors(headers: MultiMapping[str]) -> dict[str, str]:
-    """Any page may read the answer: who a client is, it says in its messages, not by cookie."""
+    """Return CORS headers that allow any origin.
+
+    This is safe because clients authenticate in their messages and not by cookies.
+    """
     origin = headers.get("Origin", "")
     answer = {"Access-Control-Allow-Origin": origin if origin and origin.isascii() else "*"}
     if origin and origin.isascii():
@@ -44,23 +48,26 @@ def _cached() -> dict[str, str]:
 
 
 def preflight(headers: MultiMapping[str], methods: str) -> HttpAnswer:
-    """The answer to OPTIONS."""
+    """Return the response to OPTIONS."""
     allowed = {"Access-Control-Allow-Methods": methods, "Access-Control-Max-Age": str(_YEAR_S)}
     return HttpAnswer(204, b"", _cached() | cors(headers) | allowed)
 
 
 def not_allowed(methods: Iterable[str]) -> HttpAnswer:
-    """Another method than these."""
+    """Return the response to a method other than `methods`."""
     return HttpAnswer(405, b"", {"Allow": ", ".join(methods)})
 
 
 def greeting() -> HttpAnswer:
-    """Of the base address."""
+    """Return the response for the base URL."""
     return HttpAnswer(200, b"Welcome to SockJS!\n", {"Content-Type": PLAIN})
 
 
 def info(headers: MultiMapping[str]) -> HttpAnswer:
-    """What a client asks first. Browsers of old had no randomness of their own."""
+    """Return the response to a client's first request.
+
+    `entropy` is for old browsers without a random number generator.
+    """
     body = (
         b'{"websocket":true,"cookie_needed":false,"origins":["*:*"],"entropy":%d}\n'
         % secrets.randbits(32)
@@ -70,7 +77,7 @@ def info(headers: MultiMapping[str]) -> HttpAnswer:
 
 
 def iframe(headers: MultiMapping[str], sockjs_url: str) -> HttpAnswer:
-    """A page on this server's origin that loads the client, for transports that cannot cross."""
+    """Return a page of this origin that loads the client, for transports without CORS."""
     body = (
         '<!DOCTYPE html>\n<html>\n<head>\n<meta charset="UTF-8">\n'
         '<meta http-equiv="X-UA-Compatible" content="IE=edge">\n'
@@ -86,7 +93,10 @@ def iframe(headers: MultiMapping[str], sockjs_url: str) -> HttpAnswer:
 
 
 def htmlfile_page(callback: str) -> bytes:
-    """The beginning of an htmlfile response: `callback` is an object of the page around it."""
+    """Return the beginning of an htmlfile response.
+
+    `callback` is the name of an object in the surrounding page.
+    """
     page = (
         '<!doctype html>\n<html><head>\n<meta http-equiv="Content-Type" '
         'content="text/html; charset=UTF-8">\n</head><body>\n<script>\n'

@@ -1,9 +1,11 @@
-"""What takes a session's frames to the browser: a stream, a poll or a websocket."""
+"""Receivers carry a session's frames to the browser: streams, polls and WebSockets."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from typing_extensions import override
 
 from relay.transports.socket.client_socket import ClientSocket
 from relay.transports.socket.exchange import Exchange, HeldRequest, HttpAnswer
@@ -31,7 +33,7 @@ class StreamReceiver(ClientSocket):
     client of an EventSource or a frame sees no such difference.
     """
 
-    __slots__ = ("_cut_short", "_finishing", "_framing", "_left_bytes", "over", "session")
+    __slots__ = ("_cut_short", "_finishing", "_framing", "_left_bytes", "finished", "session")
 
     def __init__(
         self,
@@ -43,10 +45,10 @@ class StreamReceiver(ClientSocket):
         reaper: Reaper,
         heartbeat: Heartbeat | None,
     ) -> None:
-        """`length_bytes` is what follows the head and the prelude."""
+        """`length_bytes` is the size of the data after the head and the prelude."""
         super().__init__(buffer_bytes=buffer_bytes, reaper=reaper, heartbeat=heartbeat)
         self.session: SockJsSession | None = session
-        self.over = False
+        self.finished = False
         self._framing = framing
         self._left_bytes = length_bytes
         self._finishing = False
@@ -55,11 +57,11 @@ class StreamReceiver(ClientSocket):
         self.on_drained = session.receiver_drained
 
     def send(self, frame: bytes) -> bool:
-        """See `Receiver`."""
+        """Send one frame without messages."""
         return self._send(self._framing.wrap(frame))
 
     def send_messages(self, elements: bytes) -> bool:
-        """See `Receiver`."""
+        """Send one frame of messages."""
         return self._send(self._framing.messages(elements))
 
     def _send(self, data: bytes) -> bool:
@@ -76,22 +78,23 @@ class StreamReceiver(ClientSocket):
             self._complete()
         return True
 
+    @override
     def write(self, data: bytes) -> None:
-        """Send a heartbeat, which counts as a part of the response."""
+        """Send a heartbeat. It counts towards the response's length."""
         self._send(data)
-        if self.over and self.session is not None:
-            self.session.receiver_over(self)
+        if self.finished and self.session is not None:
+            self.session.receiver_finished(self)
 
     def _complete(self) -> None:
         """Fill the response up to its declared length with a heartbeat frame, and end it."""
         if self._left_bytes:
             super().write(b"h" * (self._left_bytes - 1) + b"\n")
         self._left_bytes = None
-        self.over = True
+        self.finished = True
         self.end()
 
-    def leave(self) -> None:
-        """See `ClientSocket`: the session goes on elsewhere if its client can tell."""
+    def on_worker_stop(self) -> None:
+        """End the response. The session continues if the client can detect a complete response."""
         session = self.session
         if self.closing or session is None:
             return
@@ -99,46 +102,47 @@ class StreamReceiver(ClientSocket):
             session.close()
         else:
             self._complete()
-            session.receiver_over(self)
+            session.receiver_finished(self)
 
     def end(self) -> None:
-        """See `Receiver`."""
+        """Close after the last frame."""
         self._finishing = True
         self.close()
 
     def refuse(self, frame: bytes) -> None:
-        """See `Receiver`."""
+        """Send one frame and close."""
         self.session = None
         super().write(self._framing.wrap(frame))
         self.close()
 
+    @override
     def abort(self) -> None:
-        """See `ClientSocket`."""
         self._cut_short = True
         super().abort()
 
-    def _hang_up(self, transport: asyncio.Transport, *, said_goodbye: bool) -> None:
-        # After a close frame the client hangs up. A proxy would report a response that is shorter
-        # than its declared length.
+    @override
+    def _finish_closing(self, transport: asyncio.Transport, *, close_frame_sent: bool) -> None:
+        # After a close frame the client closes the connection. If relay closed it, a proxy would
+        # report a response that is shorter than its declared length.
         if self._left_bytes is None:
-            super()._hang_up(transport, said_goodbye=said_goodbye)
+            super()._finish_closing(transport, close_frame_sent=close_frame_sent)
 
     def data_received(self, data: bytes) -> None:
-        """The next request, sent too early: it is sent again when this connection has closed."""
+        """Ignore an early request. The client repeats it when this connection has closed."""
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
-        """See `ClientSocket`."""
         super().connection_lost(exc)
         session, self.session = self.session, None
         if session is not None:
-            whole = self._finishing and exc is None and not self._cut_short
-            session.receiver_lost(self, whole=whole)
+            complete = self._finishing and exc is None and not self._cut_short
+            session.receiver_lost(self, complete=complete)
 
 
 class PollReceiver(HeldRequest):
-    """A request that one frame answers (xhr, jsonp)."""
+    """A request that is answered with one frame (xhr, jsonp)."""
 
-    __slots__ = ("_exchange", "_framing", "_headers", "_waiting", "over", "session")
+    __slots__ = ("_exchange", "_framing", "_headers", "_waiting", "finished", "session")
 
     def __init__(
         self,
@@ -151,18 +155,18 @@ class PollReceiver(HeldRequest):
         buffer_bytes: int,
         reaper: Reaper,
     ) -> None:
-        """`waiting` calls `beat` for those that have waited for long."""
+        """`waiting` calls `send_heartbeat` for requests that have waited for long."""
         super().__init__(buffer_bytes=buffer_bytes, reaper=reaper)
         self.session: SockJsSession | None = session
-        self.over = False
-        # Until `wait`: what comes before it is the answer at once.
+        self.finished = False
+        # None after `wait`. A frame before that is sent as the immediate answer.
         self._exchange: Exchange | None = exchange
         self._framing = framing
         self._headers = headers
         self._waiting = waiting
 
     def wait(self) -> None:
-        """Nothing was there to be sent."""
+        """Hold the request until there is a frame."""
         exchange, self._exchange = self._exchange, None
         if exchange is None:
             return
@@ -170,60 +174,60 @@ class PollReceiver(HeldRequest):
             self._waiting.add(self)
         exchange.hold(self)
 
-    def leave(self) -> None:
-        """See `ClientSocket`: as if it had waited for long."""
-        self.beat()
+    def on_worker_stop(self) -> None:
+        """Answer with a heartbeat, as if the request had waited for long."""
+        self.send_heartbeat()
 
-    def beat(self) -> None:
-        """So that nothing on the way takes the connection for dead."""
+    def send_heartbeat(self) -> None:
+        """Answer with a heartbeat frame, so that proxies keep the connection open."""
         if self.session is not None:
-            self.session.beat(self)
+            self.session.send_heartbeat(self)
 
     def send(self, frame: bytes) -> bool:
-        """See `Receiver`."""
+        """Answer with one frame without messages."""
         self._answer(self._framing.wrap(frame))
         return True
 
     def send_messages(self, elements: bytes) -> bool:
-        """See `Receiver`."""
+        """Answer with one frame of messages."""
         self._answer(self._framing.messages(elements))
         return True
 
     def _answer(self, body: bytes) -> None:
-        self.over = True
+        self.finished = True
         self.session = None
         answer = HttpAnswer(200, body, self._headers)
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.answer(answer)
         else:
-            self._no_beat()
+            self._stop_waiting()
             self.finish(answer)
 
     def end(self) -> None:
-        """See `Receiver`: one frame has been the end."""
+        """Do nothing: the answer has been sent."""
 
     def refuse(self, frame: bytes) -> None:
-        """See `Receiver`."""
+        """Send one frame and close."""
         self.send(frame)
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
-        """See `ClientSocket`."""
         super().connection_lost(exc)
-        self._no_beat()
+        self._stop_waiting()
         session, self.session = self.session, None
         if session is not None:
-            session.receiver_lost(self, whole=False)
+            session.receiver_lost(self, complete=False)
 
-    def _no_beat(self) -> None:
+    def _stop_waiting(self) -> None:
         if self._waiting is not None:
             self._waiting.remove(self)
 
 
 class WebSocketReceiver(WebSocketConnection):
-    """A websocket with SockJS frames, for the whole of its session."""
+    """A WebSocket, which is the only receiver of its session."""
 
-    __slots__ = ("_ending", "_framing", "over", "session")
+    __slots__ = ("_ending", "_framing", "finished", "session")
 
     def __init__(
         self,
@@ -242,7 +246,7 @@ class WebSocketReceiver(WebSocketConnection):
             heartbeat=heartbeat,
         )
         self.session: SockJsSession | None = session
-        self.over = False
+        self.finished = False
         self._framing = framing
         self._ending = False
         self.on_full = session.receiver_full
@@ -262,34 +266,35 @@ class WebSocketReceiver(WebSocketConnection):
         self.session.messages(texts)
 
     def send(self, frame: bytes) -> bool:
-        """See `Receiver`."""
+        """Send one frame without messages."""
         self.write(self._framing.wrap(frame))
         return True
 
     def send_messages(self, elements: bytes) -> bool:
-        """See `Receiver`."""
+        """Send one frame of messages."""
         self.write(self._framing.messages(elements))
         return True
 
     def end(self) -> None:
-        """See `Receiver`."""
+        """Close with code 1000."""
         self._ending = True
         self.close(frame_close(1000))
 
     def refuse(self, frame: bytes) -> None:
-        """See `Receiver`."""
+        """Send one frame and close."""
         self.send(frame)
         self.end()
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
-        """See `ClientSocket`."""
         super().connection_lost(exc)
         session, self.session = self.session, None
         if session is not None:
-            session.receiver_lost(self, whole=self._ending)
+            session.receiver_lost(self, complete=self._ending)
 
+    @override
     def _on_violation(self, violation: ProtocolViolation) -> None:
         if violation.code == _TOO_BIG and self.session is not None:
-            # The owner may have its own words for that, and they come first.
+            # The protocol may have a close frame of its own for this.
             self.session.on_oversized()
         super()._on_violation(violation)

@@ -1,7 +1,8 @@
-"""Which worker of the site has a session: SockJS's client chooses the ID, so it cannot say.
+"""Maps SockJS sessions to the workers that own them.
 
-A session is entered when it begins, and the entry is kept alive by one pipeline for all sessions
-of a worker. An entry whose worker has died is of no harm: who finds it takes it over.
+SockJS clients choose the session ID themselves, so it cannot contain the worker. A session is
+registered in Redis when it opens. Each worker refreshes all its registrations in one pipeline. If a
+worker has died, another worker takes over its registration when the client's next request arrives.
 """
 
 from __future__ import annotations
@@ -17,41 +18,43 @@ from relay.core.errors import RelayError
 
 _log = logging.getLogger(__name__)
 
-_KEPT_S = 600.0
+_TTL_S = 600.0
 _REFRESH_S = 200.0
-# Sessions of other workers whose requests come here; the one that was asked for the longest ago is
-# looked up again.
+# Size of the cache of other workers' sessions. The least recently used one is evicted.
 _KNOWN = 20_000
 
 
 class ClaimStore(Protocol):
-    """See `relay.doorkit.contract.Store`."""
+    """The part of the shared store that the registry uses (`relay.doorkit.contract.Store`)."""
 
     async def claim(self, name: str, value: bytes, ttl_s: float) -> bytes | None:
-        """None where it is ours now, else what was there."""
+        """Write the value if the name is free and return None, else return the stored value."""
 
     async def put(self, name: str, value: bytes, ttl_s: float) -> None:
-        """Write it, whatever was there."""
+        """Write the value."""
 
     async def put_many(self, values: Mapping[str, bytes], ttl_s: float) -> None:
-        """All of them in one pipeline."""
+        """Write all values in one pipeline."""
 
     async def get(self, name: str) -> bytes | None:
-        """What is there."""
+        """Return the stored value, or None."""
 
     async def delete(self, name: str) -> None:
-        """Before its time is over."""
+        """Delete the value."""
 
 
 class TaskSpawner(Protocol):
-    """See `relay.doorkit.contract.Spawn`."""
+    """Starts tasks (`relay.doorkit.contract.Spawn`)."""
 
     def __call__(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> object:
-        """Starts a task."""
+        """Start a task."""
 
 
 class SessionRegistry:
-    """Owners by session ID. Unavailable where Redis has to be asked and is away."""
+    """Owners by session ID.
+
+    Methods raise Unavailable if Redis is needed and cannot be reached.
+    """
 
     def __init__(self, *, door: str, instance: str, store: ClaimStore, spawn: TaskSpawner) -> None:
         self._door = door
@@ -63,46 +66,46 @@ class SessionRegistry:
         self._timer: asyncio.TimerHandle | None = None
 
     async def claim(self, session_id: str) -> str:
-        """Enter a session that is not known here, unless it is another worker's: its owner."""
+        """Register a session for this worker if it has no owner, and return its owner."""
         known = self._recall(session_id)
         if known is not None:
             return known
         value = self._instance.encode()
-        found = await self._store.claim(self._name(session_id), value, _KEPT_S)
+        found = await self._store.claim(self._name(session_id), value, _TTL_S)
         if found is None or found == value:
             self._hold(session_id)
             return self._instance
         return self._remember(session_id, found)
 
-    async def seize(self, session_id: str) -> None:
-        """Its owner is no more: the session begins anew, here."""
+    async def take_over(self, session_id: str) -> None:
+        """Register a session whose owner has died for this worker. It starts from the beginning."""
         self.forget(session_id)
-        await self._store.put(self._name(session_id), self._instance.encode(), _KEPT_S)
+        await self._store.put(self._name(session_id), self._instance.encode(), _TTL_S)
         self._hold(session_id)
 
     async def owner(self, session_id: str) -> str | None:
-        """Who has the session, None where nobody has."""
+        """Return the worker that owns the session, or None."""
         known = self._recall(session_id)
         if known is not None:
             return known
         found = await self._store.get(self._name(session_id))
         if found is None or found == self._instance.encode():
-            # Ours it would be if it was still here.
+            # The session of this worker has already been removed.
             return None
         return self._remember(session_id, found)
 
     def forget(self, session_id: str) -> None:
-        """What is remembered of it is wrong."""
+        """Remove a wrong owner from the cache."""
         self._known.pop(session_id, None)
 
     def release(self, session_id: str) -> None:
-        """The session is over."""
+        """Delete the registration of a removed session."""
         self._held.discard(session_id)
         deleting = self._delete(session_id)
         try:
             self._spawn(deleting, name="sockjs-release")
         except RuntimeError:
-            # The relay stops, and has ended its tasks: the entry is left to its time limit.
+            # At shutdown no tasks can be started. The registration expires by itself.
             deleting.close()
         if not self._held and self._timer is not None:
             self._timer.cancel()
@@ -111,7 +114,7 @@ class SessionRegistry:
     # ---- inner workings -------------------------------------------------------------------------
 
     def _name(self, session_id: str) -> str:
-        # Whoever knows a session's ID can speak for it: Redis need not.
+        # Store a digest, because anyone who knows the session ID can send messages for the session.
         digest = hashlib.blake2b(session_id.encode(errors="replace"), digest_size=16)
         return f"{self._door}:sockjs:{digest.hexdigest()}"
 
@@ -143,13 +146,22 @@ class SessionRegistry:
         value = self._instance.encode()
         names = {self._name(session_id): value for session_id in self._held}
         try:
-            await self._store.put_many(names, _KEPT_S)
+            await self._store.put_many(names, _TTL_S)
         except RelayError as exc:
-            # There are two more tries before the entries expire.
-            _log.warning("the sessions of SockJS clients could not be kept in Redis: %s", exc)
+            # Two more attempts follow before the registrations expire.
+            _log.warning(
+                "Could not refresh the registrations of %d SockJS sessions (%s); retrying in %d s",
+                len(names),
+                exc,
+                _REFRESH_S,
+            )
 
     async def _delete(self, session_id: str) -> None:
         try:
             await self._store.delete(self._name(session_id))
         except RelayError as exc:
-            _log.debug("an entry is left to its time limit: %s", exc)
+            _log.debug(
+                "Could not delete a SockJS session's registration (%s); it expires within %d s",
+                exc,
+                _TTL_S,
+            )

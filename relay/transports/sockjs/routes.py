@@ -1,4 +1,4 @@
-"""SockJS at a path of a door: all its transports, from any worker of the site.
+"""SockJS endpoint of a protocol, with all transports. Any worker accepts any session's requests.
 
     sockjs = SockJs(
         door="centrifugo", prefix="/connection", options=SockJsOptions(sockjs_url=...),
@@ -6,17 +6,18 @@
     )
     routes += sockjs.routes       # and in `Mounted.closed`: await sockjs.closed()
 
-    def accept(session: SockJsSession, asked: HttpRequest) -> None:
-        # A new client. As with a websocket: set its callbacks, and give it to the hub's session.
+    def accept(session: SockJsSession, request: HttpRequest) -> None:
+        # A new client. Set the callbacks and attach the session, as for a WebSocket.
         session.on_text = ...
         session.on_full, session.on_drained = hub_session.pause, hub_session.resume
         session.on_closed = ...
         hub_session.attach(session)
 
-What is written to a session are elements, `frames.element(payload)`: a door's encoder for SockJS
-makes one per event, and they may be joined. `session.close_with(code, reason)` is for the end,
-`session.on_oversized` for a request larger than `max_request_bytes`; that should be several times
-the size of a message, because messages are escaped and may come several at a time.
+The protocol's encoder makes one `frames.element(payload)` per event for `session.write`. Several
+elements can be joined. `session.close_with(code, reason)` closes the session.
+
+`session.on_oversized` is called for a request larger than `max_request_bytes`. This limit should be
+several times the size of a message, because a request has escaped messages, and often several.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ _METHODS: dict[str, tuple[str, ...]] = {
     "htmlfile": ("GET",),
     "websocket": ("GET",),
 }
-# Neither may be empty or have a dot; a server is what a proxy might go by, and is ignored.
+# Neither ID may be empty or contain a dot. The server ID is for proxies and is ignored.
 _SESSION = r"/{server:[^/.]+}/{session:[^/.]+}/{transport:" + "|".join(_METHODS) + "}"
-# All else that a browser sends with a poll.
+# Limit of a poll's body, which is ignored.
 _IGNORED_BYTES = 4096
 
 Accept = Callable[["SockJsSession", HttpRequest], None]
@@ -61,7 +62,7 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class SockJs:
-    """One mount. `routes` are the door's to serve."""
+    """One SockJS endpoint. The protocol adds `routes` to its own."""
 
     def __init__(
         self,
@@ -74,8 +75,10 @@ class SockJs:
         store: ClaimStore,
         spawn: TaskSpawner,
     ) -> None:
-        """`prefix` is '' or begins with a slash; `accept` is told of each new session, in the turn
-        in which it opens."""
+        """`prefix` is '' or begins with a slash.
+
+        `accept` is called for each new session before its first frame is sent.
+        """
         reaper = Reaper()
         self._options = options
         self._accept = accept
@@ -98,20 +101,20 @@ class SockJs:
             web.route("*", prefix + _SESSION, self._session),
         ]
         if prefix:
-            # Go's multiplexer, in which upstream mounts it.
-            self.routes.append(web.route("*", prefix, self._moved))
+            # As Go's request multiplexer does in upstream.
+            self.routes.append(web.route("*", prefix, self._redirect))
 
     def __len__(self) -> int:
-        """Sessions that are not websockets."""
+        """Return the number of sessions other than WebSockets."""
         return len(self._sessions)
 
     async def closed(self) -> None:
-        """For the door's `Mounted.closed`: clients of other workers' sessions go there directly."""
+        """End requests that belong to sessions of other workers. Call it from `Mounted.closed`."""
         await self._handover.closed()
 
     # ---- static ---------------------------------------------------------------------------------
 
-    async def _moved(self, request: web.Request) -> web.StreamResponse:
+    async def _redirect(self, request: web.Request) -> web.StreamResponse:
         query = f"?{request.query_string}" if request.query_string else ""
         return as_response(HttpAnswer(301, b"", {"Location": f"{self._prefix}/{query}"}))
 
@@ -148,7 +151,7 @@ class SockJs:
                 return await self._send(request)
             return await self._receive(request, transport)
         except Unavailable:
-            # The client tries another transport, and then from the beginning.
+            # The client tries its other transports and then reconnects.
             return self._refuse(request, 503, b"Service Unavailable\n")
         except BodyRejected as exc:
             return self._refuse(request, exc.status, f"{exc}\n".encode())
@@ -157,44 +160,44 @@ class SockJs:
         head = accept_headers(request)
         if isinstance(head, web.Response):
             return self._refuse(request, 400, b'Can "Upgrade" only to "WebSocket".\n')
-        asked = http_request(request, b"")
-        session, receiver = self._sessions.open_websocket(asked)
-        self._accept(session, asked)
+        received = http_request(request, b"")
+        session, receiver = self._sessions.open_websocket(received)
+        self._accept(session, received)
         response = take_over(request, head, receiver)
         if not receiver.closing:
             session.attach(receiver)
         return response
 
     async def _receive(self, request: web.Request, transport: str) -> web.StreamResponse:
-        asked = http_request(request, await read_body(request, _IGNORED_BYTES))
+        received = http_request(request, await read_body(request, _IGNORED_BYTES))
         if transport in ("jsonp", "htmlfile"):
-            wrong = check_callback(asked)
+            wrong = check_callback(received)
             if wrong is not None:
                 return as_response(wrong)
-        session_id = asked.route["session"]
+        session_id = received.route["session"]
         if session_id not in self._sessions:
             owner = await self._registry.claim(session_id)
             if owner != self._address:
                 try:
-                    return await self._handover.forward(request, asked, owner)
+                    return await self._handover.forward(request, received, owner)
                 except NotThere:
-                    await self._registry.seize(session_id)
-            # Another request may have been faster.
+                    await self._registry.take_over(session_id)
+            # A concurrent request may have opened the session.
             if session_id not in self._sessions:
-                self._open(session_id, asked)
-        response = self._handover.here(request, asked)
+                self._open(session_id, received)
+        response = self._handover.here(request, received)
         return self._refuse(request, 404, _NOT_FOUND) if response is None else response
 
-    def _open(self, session_id: str, asked: HttpRequest) -> None:
+    def _open(self, session_id: str, received: HttpRequest) -> None:
         session = self._sessions.open(
-            session_id, asked, on_gone=lambda: self._registry.release(session_id)
+            session_id, received, on_removed=lambda: self._registry.release(session_id)
         )
-        self._accept(session, asked)
+        self._accept(session, received)
 
     async def _send(self, request: web.Request) -> web.StreamResponse:
         session_id = request.match_info["session"]
         is_here = session_id in self._sessions
-        # Only a session's client may send a body.
+        # Don't read bodies for sessions that don't exist.
         if not is_here and await self._registry.owner(session_id) is None:
             return self._refuse(request, 404, _NOT_FOUND)
         try:
@@ -202,19 +205,19 @@ class SockJs:
         except BodyRejected as exc:
             if exc.status != 413:
                 raise
-            # The session ends in its protocol's own words.
+            # The session is closed as its protocol defines.
             body = None
-        asked = http_request(request, body)
-        response = self._handover.here(request, asked)
+        received = http_request(request, body)
+        response = self._handover.here(request, received)
         if response is not None:
             return response
-        # Who has it may have been remembered for too long: then it is asked for anew, once.
+        # The cached owner may be outdated. Look it up again once.
         for _ in range(2):
             owner = await self._registry.owner(session_id)
             if owner is None:
                 break
             try:
-                return await self._handover.forward(request, asked, owner)
+                return await self._handover.forward(request, received, owner)
             except NotThere:
                 self._registry.forget(session_id)
         return self._refuse(request, 404, _NOT_FOUND)

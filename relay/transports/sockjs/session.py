@@ -1,11 +1,12 @@
-"""One SockJS session: messages in and out, over one receiver after the other. Without I/O.
+"""One SockJS session over a sequence of receivers. Performs no I/O.
 
-To the hub and the door it is what a websocket is: an outbox, and four callbacks. Between two
-receivers (polls, or a stream's reconnects) it keeps what it is given, up to the buffer's limit.
+The hub and the protocol use it like a WebSocket: an outbox and callbacks. Between two receivers
+(polls, or reconnects of a stream) it buffers messages.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,70 +17,95 @@ if TYPE_CHECKING:
 
 
 class Receiver(Protocol):
-    """What takes frames to the browser now."""
+    """The HTTP response or WebSocket that currently carries frames to the browser."""
 
-    # More than the limit waits in it.
+    # More than the limit waits in the receiver's send buffer.
     full: bool
-    # It takes no more: a poll that has been answered, a stream that has reached its limit.
-    over: bool
+    # The receiver accepts no more frames: an answered poll, or a stream at its size limit.
+    finished: bool
 
     def send(self, frame: bytes) -> bool:
-        """Send one frame that has no messages; see `send_messages`."""
+        """Send one frame without messages. See `send_messages`."""
 
     def send_messages(self, elements: bytes) -> bool:
         """Send one frame of messages.
 
-        Return False if the frame has no room in it. Nothing was sent then, and it is over.
+        Return False if the frame does not fit. Then nothing was sent and the receiver is finished.
         """
 
     def end(self) -> None:
-        """Nothing follows. Its end is told to the session by `receiver_lost`, unless it is over
-        at once."""
+        """Close after the last frame. The session's `receiver_lost` follows, unless the receiver is
+        finished at once."""
 
     def refuse(self, frame: bytes) -> None:
-        """Send this and be done; the session hears no more of it."""
+        """Send one frame and close, without further calls to the session."""
 
     def abort(self) -> None:
-        """Cut it off."""
+        """Close immediately."""
 
     def waiting_bytes(self) -> int:
-        """What it still holds."""
+        """Return the number of bytes that have not been sent."""
 
 
-def _nothing() -> None:
-    """The callback of an owner who does not care, or does not care any more."""
+class SessionState(enum.Enum):
+    """Life of a session."""
+
+    OPEN = enum.auto()
+    # The close frame has not been sent.
+    CLOSING = enum.auto()
+    # The close frame has been sent. It is sent again to each receiver until the session is removed.
+    CLOSED = enum.auto()
+    REMOVED = enum.auto()
 
 
-def _ignore(text: bytes) -> None:
-    """The callback of an owner who does not listen."""
+_TRANSITIONS = {
+    SessionState.OPEN: {SessionState.CLOSING, SessionState.REMOVED},
+    SessionState.CLOSING: {SessionState.CLOSED, SessionState.REMOVED},
+    SessionState.CLOSED: {SessionState.REMOVED},
+    SessionState.REMOVED: set[SessionState](),
+}
+
+
+def _ignore() -> None:
+    """Default callback."""
+
+
+def _ignore_text(text: bytes) -> None:
+    """Default callback for messages."""
 
 
 class SockJsSession:
-    """A client, whatever its transport.
+    """A client of any transport.
 
-    `write` takes what `frames.element` made, one or several joined; all of one call goes out as one
-    frame. `full` is true while more than `buffer_bytes` wait, for a receiver or in one; writes are
-    still accepted then. `on_full` and `on_drained` say when that changes. `on_text` gets each
-    message of the client, `on_oversized` is told of a request that is too large to be read.
-    `on_closed` is called exactly once: the client is gone, or has been told of its end; after
-    `close` or `abort` it is the only callback that still comes.
+    `write` takes one or more messages encoded by `frames.element`. The messages of one call are
+    sent in one frame. `full` is True while more than `buffer_bytes` wait here or in the receiver;
+    writes are still accepted then.
+
+    Callbacks:
+
+    - `on_full` and `on_drained`: `full` has changed;
+    - `on_text`: one message from the client;
+    - `on_oversized`: a request was too large to be read;
+    - `on_closed`: the client has disconnected or has received the close frame. It is called exactly
+      once, and after `close` or `abort` it is the only callback;
+    - `on_removed`: the session can be deleted.
     """
 
     __slots__ = (
         "_buffer_bytes",
-        "_closed",
-        "_farewell",
-        "_lonely",
-        "_opened",
+        "_close_frame",
+        "_detached",
+        "_open_sent",
         "_pending",
         "_pending_bytes",
         "_receiver",
+        "_state",
         "full",
         "on_closed",
         "on_drained",
         "on_full",
-        "on_gone",
         "on_oversized",
+        "on_removed",
         "on_text",
         "peer_address",
         "transport",
@@ -91,40 +117,43 @@ class SockJsSession:
         transport: str,
         peer: str,
         buffer_bytes: int,
-        lonely: Deadlines[SockJsSession] | None,
+        detached: Deadlines[SockJsSession] | None,
     ) -> None:
-        """`lonely` ends sessions that have no receiver for too long; a websocket's has one
-        always."""
+        """`detached` expires sessions without a receiver. It is None for a WebSocket's session."""
         self.transport = transport
         self.peer_address = peer
         self.full = False
-        self.on_text: Callable[[bytes], None] = _ignore
-        self.on_full: Callable[[], None] = _nothing
-        self.on_drained: Callable[[], None] = _nothing
-        self.on_closed: Callable[[], None] = _nothing
-        self.on_oversized: Callable[[], None] = _nothing
-        # Nothing of it is needed any more: for whoever keeps it by its ID.
-        self.on_gone: Callable[[], None] = _nothing
+        self.on_text: Callable[[bytes], None] = _ignore_text
+        self.on_full: Callable[[], None] = _ignore
+        self.on_drained: Callable[[], None] = _ignore
+        self.on_closed: Callable[[], None] = _ignore
+        self.on_oversized: Callable[[], None] = _ignore
+        self.on_removed: Callable[[], None] = _ignore
         self._buffer_bytes = buffer_bytes
-        self._lonely = lonely
+        self._detached = detached
         self._receiver: Receiver | None = None
         self._pending: list[bytes] = []
         self._pending_bytes = 0
-        self._opened = False
-        self._farewell = b""
-        self._closed = False
-        if lonely is not None:
-            lonely.add(self)
+        self._open_sent = False
+        self._close_frame = b""
+        self._state = SessionState.OPEN
+        if detached is not None:
+            detached.add(self)
+
+    def _enter(self, state: SessionState) -> None:
+        if state not in _TRANSITIONS[self._state]:
+            raise RuntimeError(f"a session cannot go from {self._state} to {state}")
+        self._state = state
 
     # ---- for the owner --------------------------------------------------------------------------
 
     @property
     def closing(self) -> bool:
-        """Whether `close` or `abort` was called, or the client is gone."""
-        return bool(self._farewell) or self._closed
+        """Whether `close` or `abort` was called, or the client has disconnected."""
+        return self._state is not SessionState.OPEN
 
     def write(self, data: bytes) -> None:
-        """Send messages as soon as the client takes them; swallowed if the session is closing."""
+        """Send messages as soon as possible. Do nothing if the session is closing."""
         if self.closing or not data:
             return
         receiver = self._receiver
@@ -133,78 +162,79 @@ class SockJsSession:
             if not sent:
                 self._pending.append(data)
                 self._pending_bytes += len(data)
-            if receiver.over:
+            if receiver.finished:
                 self._detach()
             return
         self._pending.append(data)
         self._pending_bytes += len(data)
         if self._pending_bytes > self._buffer_bytes:
-            self._settle(full=True)
+            self._set_full(full=True)
 
     def close(self, last: bytes = b"") -> None:
-        """End the session with the frame `last`, after what waits; "Go away!" without one."""
+        """Close with the frame `last` after all pending messages. The default is "Go away!"."""
         if self.closing:
             return
-        self._farewell = last or GO_AWAY
+        self._enter(SessionState.CLOSING)
+        self._close_frame = last or GO_AWAY
         self.full = False
-        self.on_full = self.on_drained = self.on_oversized = _nothing
-        self.on_text = _ignore
+        self.on_full = self.on_drained = self.on_oversized = _ignore
+        self.on_text = _ignore_text
         if self._receiver is not None:
-            self._say_goodbye(self._receiver)
+            self._send_close_frame(self._receiver)
 
     def close_with(self, code: int, reason: str = "") -> None:
-        """As `close`, with the frame made of a code and a reason."""
+        """Close with a code and a reason. See `close`."""
         self.close(close_frame(code, reason))
 
     def abort(self) -> None:
-        """End it now; what waits is lost, and the client is not told."""
+        """Close immediately without a close frame, and drop pending messages."""
         receiver = self._receiver
-        self._end()
+        self._remove()
         if receiver is not None:
             receiver.abort()
 
     def peer(self) -> str:
-        """The client's address as text, '' where there is none."""
+        """Return the client's address, or '' if it is unknown."""
         return self.peer_address
 
     def waiting_bytes(self) -> int:
-        """What is held for the client."""
+        """Return the number of bytes that have not been sent."""
         return self._pending_bytes + (self._receiver.waiting_bytes() if self._receiver else 0)
 
     # ---- from the client ------------------------------------------------------------------------
 
     def messages(self, texts: list[bytes]) -> None:
-        """What the client has sent, in order."""
+        """Pass the client's messages to `on_text`, in order."""
         for text in texts:
             if self.closing:
                 return
             self.on_text(text)
 
     def attach(self, receiver: Receiver) -> None:
-        """A receiver has come: it gets what waits, or the reason why it may not stay."""
+        """Send pending frames to a new receiver. Refuse it if the session has one already."""
         if self._receiver is not None:
-            receiver.refuse(self._farewell or STILL_OPEN)
+            receiver.refuse(self._close_frame or STILL_OPEN)
             return
-        if self._lonely is not None:
-            self._lonely.remove(self)
+        if self._detached is not None:
+            self._detached.remove(self)
         self._receiver = receiver
-        if not self._opened:
-            self._opened = True
+        if not self._open_sent:
+            self._open_sent = True
             receiver.send(OPEN)
-        if self._pending and not receiver.over:
+        if self._pending and not receiver.finished:
             pending = self._pending
             joined = pending[0] if len(pending) == 1 else b"".join(pending)
             if receiver.send_messages(joined):
                 self._pending, self._pending_bytes = [], 0
-        if self._farewell:
-            if not receiver.over:
-                self._say_goodbye(receiver)
+        if self._close_frame:
+            if not receiver.finished:
+                self._send_close_frame(receiver)
             else:
                 self._detach()
-        elif receiver.over:
+        elif receiver.finished:
             self._detach()
         else:
-            self._settle(full=receiver.full)
+            self._set_full(full=receiver.full)
 
     @property
     def has_receiver(self) -> bool:
@@ -216,85 +246,89 @@ class SockJsSession:
         """The size of the messages that wait for a receiver."""
         return self._pending_bytes
 
-    def beat(self, receiver: Receiver) -> None:
-        """Nothing was sent for long: show the way that the connection lives."""
-        if receiver is self._receiver and not receiver.over:
+    def send_heartbeat(self, receiver: Receiver) -> None:
+        """Send a heartbeat frame, so that proxies keep the idle connection open."""
+        if receiver is self._receiver and not receiver.finished:
             receiver.send(HEARTBEAT)
-            if receiver.over:
+            if receiver.finished:
                 self._detach()
 
-    def receiver_over(self, receiver: Receiver) -> None:
-        """The receiver has ended by itself; another will come."""
-        if receiver is self._receiver and not self._farewell:
+    def receiver_finished(self, receiver: Receiver) -> None:
+        """Detach a receiver that has ended by itself. The client sends another request."""
+        if receiver is self._receiver and not self._close_frame:
             self._detach()
 
     def receiver_full(self) -> None:
-        """The receiver has more than it should."""
+        """Report that the receiver's send buffer is full."""
         if not self.closing:
-            self._settle(full=True)
+            self._set_full(full=True)
 
     def receiver_drained(self) -> None:
-        """The receiver takes more."""
+        """Report that the receiver's send buffer has room again."""
         if not self.closing:
-            self._settle(full=False)
+            self._set_full(full=False)
 
-    def receiver_lost(self, receiver: Receiver, *, whole: bool) -> None:
-        """A receiver's connection is gone; `whole`: after it had finished, and with all it had.
+    def receiver_lost(self, receiver: Receiver, *, complete: bool) -> None:
+        """Handle the end of a receiver's connection.
 
-        One that broke off may have lost messages, so the session ends: its client connects anew.
+        `complete` is True if all its data was sent before. Otherwise messages may be lost, so the
+        session is removed and the client has to open another one.
         """
-        if self._receiver is receiver and whole and self._farewell:
+        if self._receiver is receiver and complete and self._close_frame:
             self._detach()
-            self._tell_closed()
-        elif self._receiver is receiver or not whole:
+            self._notify_closed()
+        elif self._receiver is receiver or not complete:
             if self._receiver is receiver:
                 self._receiver = None
             self.abort()
 
     def expire(self) -> None:
-        """No receiver came for too long."""
-        self._end()
+        """Remove the session, because it has had no receiver for too long."""
+        self._remove()
 
     # ---- inner workings -------------------------------------------------------------------------
 
-    def _settle(self, *, full: bool) -> None:
+    def _set_full(self, *, full: bool) -> None:
         was, self.full = self.full, full
         if was != full:
             (self.on_full if full else self.on_drained)()
 
     def _detach(self) -> None:
         self._receiver = None
-        if self._closed and not self._farewell:
+        if self._state is SessionState.REMOVED:
             return
-        if self._lonely is not None:
-            self._lonely.add(self)
-        if not self._farewell:
-            self._settle(full=self._pending_bytes > self._buffer_bytes)
+        if self._detached is not None:
+            self._detached.add(self)
+        if not self._close_frame:
+            self._set_full(full=self._pending_bytes > self._buffer_bytes)
 
-    def _say_goodbye(self, receiver: Receiver) -> None:
-        if not receiver.send(self._farewell):
+    def _send_close_frame(self, receiver: Receiver) -> None:
+        if not receiver.send(self._close_frame):
             # The next receiver gets it.
             self._detach()
             return
         receiver.end()
-        if receiver.over:
+        if receiver.finished:
             self._detach()
-            self._tell_closed()
+            self._notify_closed()
 
-    def _end(self) -> None:
+    def _remove(self) -> None:
+        if self._state is not SessionState.REMOVED:
+            self._enter(SessionState.REMOVED)
         self._receiver = None
         self._pending.clear()
         self._pending_bytes = 0
-        if self._lonely is not None:
-            self._lonely.remove(self)
-        on_gone, self.on_gone = self.on_gone, _nothing
-        on_gone()
-        self._tell_closed()
+        if self._detached is not None:
+            self._detached.remove(self)
+        on_removed, self.on_removed = self.on_removed, _ignore
+        on_removed()
+        self._notify_closed()
 
-    def _tell_closed(self) -> None:
-        self._closed = True
+    def _notify_closed(self) -> None:
+        if self._state is SessionState.CLOSING:
+            self._enter(SessionState.CLOSED)
         on_closed = self.on_closed
-        # They close a cycle that only the collector would free.
-        self.on_full = self.on_drained = self.on_closed = self.on_oversized = _nothing
-        self.on_text = _ignore
+        # Break the reference cycle with the owner. Otherwise only the garbage collector frees it.
+        self.on_full = self.on_drained = self.on_closed = self.on_oversized = _ignore
+        self.on_text = _ignore_text
         on_closed()

@@ -1,4 +1,4 @@
-"""The sessions of one worker, and what a request to one of them means."""
+"""The SockJS sessions of one worker, and the handling of their requests."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from relay.transports.sockjs.session import SockJsSession
 
 # "The transport must first send 2KiB of `h` bytes", sockjs-protocol; sockjs-go the same.
 _XHR_PRELUDE = b"h" * 2048 + b"\n"
-# Opera's EventSource needed one.
+# Opera's EventSource requires a blank line first.
 _EVENTSOURCE_PRELUDE = b"\r\n"
 _PONG_S = 10.0
-# More than the opening frame and what stands around the messages of one frame.
+# Upper limit of the open frame and the framing of one message frame together.
 _FRAME_BYTES = 64
-# As sockjs-go v1 and v2: what is no name of JavaScript, or would leave it.
+# Characters that are not allowed in a callback name, as in sockjs-go v1 and v2.
 _NO_CALLBACK = re.compile(r"[^a-zA-Z0-9_.]")
 
 _STREAMS: dict[str, tuple[str, bytes]] = {
@@ -38,28 +38,29 @@ _STREAMS: dict[str, tuple[str, bytes]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SockJsOptions:
-    """Sizes in bytes, times in seconds.
+    """Options of an endpoint. Sizes are in bytes, times in seconds.
 
-    `heartbeat_s` 0: none. `max_request_bytes` is for the body of a request or a websocket's frame.
+    `heartbeat_s` 0 disables heartbeats. `max_request_bytes` limits the body of a request and a
+    WebSocket frame.
     """
 
     sockjs_url: str
     heartbeat_s: float = 25.0
     max_request_bytes: int = 65536
     buffer_bytes: int = 65536
-    # Both as in sockjs-go and every other server.
+    # The defaults of sockjs-go and the other SockJS servers.
     disconnect_s: float = 5.0
     response_limit_bytes: int = 131_072
 
 
 class SockJsSessions:
-    """Sessions by ID, and how a request is answered for one."""
+    """Sessions by ID. Handles the requests for them."""
 
     def __init__(self, options: SockJsOptions, reaper: Reaper) -> None:
         self._options = options
         self._reaper = reaper
         self._by_id: dict[str, SockJsSession] = {}
-        self._lonely: Deadlines[SockJsSession] = Deadlines(
+        self._detached: Deadlines[SockJsSession] = Deadlines(
             options.disconnect_s, SockJsSession.expire
         )
         self._framing = {
@@ -73,14 +74,14 @@ class SockJsSessions:
         self._beats: dict[str, Heartbeat] = {}
         beat_s = options.heartbeat_s
         if beat_s > 0:
-            self._waiting = Deadlines(beat_s, PollReceiver.beat)
+            self._waiting = Deadlines(beat_s, PollReceiver.send_heartbeat)
             self._beats = {
                 name: Heartbeat(
                     interval_s=beat_s, beat=self._framing[name].heartbeat, only_quiet=True
                 )
                 for name in _STREAMS
             }
-            # A ping beside the frame: its answer shows that somebody is there.
+            # A WebSocket also gets a ping, whose pong shows that the client is connected.
             self._beats["websocket"] = Heartbeat(
                 interval_s=beat_s,
                 beat=self._framing["websocket"].heartbeat + PING,
@@ -94,32 +95,32 @@ class SockJsSessions:
         return session_id in self._by_id
 
     def open(
-        self, session_id: str, asked: HttpRequest, on_gone: Callable[[], None]
+        self, session_id: str, request: HttpRequest, on_removed: Callable[[], None]
     ) -> SockJsSession:
-        """A new session, for its first receiver. `on_gone` follows when it is forgotten."""
+        """Create a session for its first receiver. `on_removed` is called when it is removed."""
         session = SockJsSession(
-            transport=asked.route["transport"],
-            peer=asked.peer,
+            transport=request.route["transport"],
+            peer=request.peer,
             buffer_bytes=self._options.buffer_bytes,
-            lonely=self._lonely,
+            detached=self._detached,
         )
         self._by_id[session_id] = session
 
-        def gone() -> None:
+        def removed() -> None:
             del self._by_id[session_id]
-            on_gone()
+            on_removed()
 
-        session.on_gone = gone
+        session.on_removed = removed
         return session
 
-    def open_websocket(self, asked: HttpRequest) -> tuple[SockJsSession, WebSocketReceiver]:
-        """A session that nobody else can name: it lives as long as its websocket."""
+    def open_websocket(self, request: HttpRequest) -> tuple[SockJsSession, WebSocketReceiver]:
+        """Create a session without an ID that lives as long as its WebSocket."""
         options = self._options
         session = SockJsSession(
             transport="websocket",
-            peer=asked.peer,
+            peer=request.peer,
             buffer_bytes=options.buffer_bytes,
-            lonely=None,
+            detached=None,
         )
         receiver = WebSocketReceiver(
             session=session,
@@ -132,14 +133,14 @@ class SockJsSessions:
         return session, receiver
 
     def handle(self, exchange: Exchange) -> bool:
-        """See `relay.transports.between_workers.handover.Handle`."""
-        asked = exchange.asked
-        session = self._by_id.get(asked.route["session"])
+        """Answer a request. Return False if its session does not exist here."""
+        request = exchange.request
+        session = self._by_id.get(request.route["session"])
         if session is None:
             return False
-        transport = asked.route["transport"]
+        transport = request.route["transport"]
         if transport.endswith("_send"):
-            exchange.answer(self._send(session, transport, asked))
+            exchange.answer(self._send(session, transport, request))
         elif transport in _STREAMS:
             self._stream(session, transport, exchange)
         else:
@@ -148,13 +149,13 @@ class SockJsSessions:
 
     # ---- inner workings -------------------------------------------------------------------------
 
-    def _send(self, session: SockJsSession, transport: str, asked: HttpRequest) -> HttpAnswer:
-        headers = {"Content-Type": PLAIN} | NOT_CACHED | cors(asked.headers)
-        if asked.body is None:
+    def _send(self, session: SockJsSession, transport: str, request: HttpRequest) -> HttpAnswer:
+        headers = {"Content-Type": PLAIN} | NOT_CACHED | cors(request.headers)
+        if request.body is None:
             session.on_oversized()
         else:
             try:
-                body = asked.body if transport == "xhr_send" else form_data(asked)
+                body = request.body if transport == "xhr_send" else form_data(request)
                 texts = parse_messages(body)
             except BadFrame as exc:
                 return HttpAnswer(500, str(exc).encode(), headers)
@@ -167,13 +168,13 @@ class SockJsSessions:
 
     def _stream(self, session: SockJsSession, transport: str, exchange: Exchange) -> None:
         options = self._options
-        asked = exchange.asked
+        request = exchange.request
         kind, prelude = _STREAMS[transport]
         if transport == "htmlfile":
-            prelude = htmlfile_page(callback_of(asked))
+            prelude = htmlfile_page(callback_of(request))
         length = None
         if transport == "xhr_streaming" and not (session.closing or session.has_receiver):
-            # A frame is never divided, so a response has room for all that waits.
+            # A frame cannot be split, so the response needs room for all pending messages.
             length = max(options.response_limit_bytes, session.pending_bytes + _FRAME_BYTES)
         receiver = StreamReceiver(
             session=session,
@@ -183,15 +184,15 @@ class SockJsSessions:
             reaper=self._reaper,
             heartbeat=self._beats.get(transport),
         )
-        head = HttpAnswer(200, prelude, {"Content-Type": kind} | NOT_CACHED | cors(asked.headers))
+        head = HttpAnswer(200, prelude, {"Content-Type": kind} | NOT_CACHED | cors(request.headers))
         exchange.take(head.streamed(length), receiver)
         if not receiver.closing:
             session.attach(receiver)
 
     def _poll(self, session: SockJsSession, transport: str, exchange: Exchange) -> None:
-        asked = exchange.asked
+        request = exchange.request
         if transport == "jsonp":
-            framing = Framing(partial(frames.jsonp, callback_of(asked)))
+            framing = Framing(partial(frames.jsonp, callback_of(request)))
         else:
             framing = self._framing["xhr"]
         kind = {"Content-Type": SCRIPT, "X-Content-Type-Options": "nosniff"}
@@ -199,24 +200,24 @@ class SockJsSessions:
             session=session,
             exchange=exchange,
             framing=framing,
-            headers=kind | NOT_CACHED | cors(asked.headers),
+            headers=kind | NOT_CACHED | cors(request.headers),
             waiting=self._waiting,
             buffer_bytes=self._options.buffer_bytes,
             reaper=self._reaper,
         )
         session.attach(receiver)
-        if not receiver.over:
+        if not receiver.finished:
             receiver.wait()
 
 
-def callback_of(asked: HttpRequest) -> str:
-    """The name that jsonp and htmlfile call."""
-    return asked.query.get("c", "")
+def callback_of(request: HttpRequest) -> str:
+    """Return the callback name of jsonp and htmlfile."""
+    return request.query.get("c", "")
 
 
-def check_callback(asked: HttpRequest) -> HttpAnswer | None:
-    """What to answer where the name is missing or dangerous (statuses as sockjs-go's)."""
-    callback = callback_of(asked)
+def check_callback(request: HttpRequest) -> HttpAnswer | None:
+    """Return an error if the callback name is missing or unsafe (status codes of sockjs-go)."""
+    callback = callback_of(request)
     headers = {"Content-Type": PLAIN, "X-Content-Type-Options": "nosniff"} | NOT_CACHED
     if not callback:
         return HttpAnswer(500, b'"callback" parameter required\n', headers)
@@ -225,15 +226,15 @@ def check_callback(asked: HttpRequest) -> HttpAnswer | None:
     return None
 
 
-def form_data(asked: HttpRequest) -> bytes:
-    """The messages of jsonp_send: the field `d` of a form, or the body itself."""
-    body = asked.body or b""
+def form_data(request: HttpRequest) -> bytes:
+    """Return the messages of jsonp_send: the form field `d`, or the body itself."""
+    body = request.body or b""
     if (
-        asked.headers.get("Content-Type", "")
+        request.headers.get("Content-Type", "")
         .lower()
         .startswith("application/x-www-form-urlencoded")
     ):
-        # As Latin-1 every byte is kept, whatever the text's encoding.
+        # Latin-1 preserves every byte, whatever the text's encoding.
         form = parse_qs(body.decode("latin-1"), encoding="latin-1", max_num_fields=100)
         return form.get("d", [""])[0].encode("latin-1")
     return body

@@ -59,10 +59,10 @@ class Worker:
             await self.happened.wait()
 
     def handle(self, exchange: Exchange) -> bool:
-        self.asked.append(exchange.asked)
-        what = exchange.asked.target.partition("?")[0]
+        self.asked.append(exchange.request)
+        what = exchange.request.target.partition("?")[0]
         if what == "/now":
-            body = exchange.asked.body
+            body = exchange.request.body
             text = b"none" if body is None else body
             exchange.answer(HttpAnswer(200, text.upper(), {"X-Owner": self.bus.instance}))
         elif what == "/later":
@@ -78,7 +78,7 @@ class Worker:
             self.streams.append(stream)
             exchange.take(HEAD, stream)
         elif what == "/ws":
-            head = accept_headers(exchange.asked)
+            head = accept_headers(exchange.request)
             assert isinstance(head, bytes)
             socket = WebSocketConnection(
                 buffer_bytes=BUFFER, max_frame_bytes=1 << 20, reaper=self.reaper

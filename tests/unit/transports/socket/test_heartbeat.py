@@ -130,13 +130,13 @@ def test_a_deadline_longer_than_the_interval_is_kept(run: Run, reaper: Reaper) -
 
 def test_a_stream_is_beaten_only_when_nothing_else_was_written(run: Run, reaper: Reaper) -> None:
     async def main() -> None:
-        heartbeat = Heartbeat(interval_s=2.0, beat=sse.HEARTBEAT, only_quiet=True)
+        heartbeat = Heartbeat(interval_s=2.0, beat=b":\n\n", only_quiet=True)
         door = Door(reaper, heartbeat)
         async with connected(door, GET) as (client, reader, _):
             turn(heartbeat, SLOTS)
-            client.write(sse.block(b"1"))
+            client.write(b"data: 1\n\n")
             turn(heartbeat, SLOTS)
-            client.write(sse.block(b"2"))
+            client.write(b"data: 2\n\n")
             turn(heartbeat, 2 * SLOTS)
             client.close(b"end")
             turn(heartbeat, SLOTS)

@@ -183,8 +183,8 @@ def test_a_stream_starts_with_its_head_and_small_packets_are_not_delayed(
             options.append(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
             client = sse.SseConnection(buffer_bytes=65536, reaper=reaper)
             response = take_over(request, sse.head({"Access-Control-Allow-Origin": "*"}), client)
-            client.write(sse.block(b"hello", id=b"1-0"))
-            client.close(sse.block(b"bye", event=b"end"))
+            client.write(b"id: 1-0\ndata: hello\n\n")
+            client.close(b"event: end\ndata: bye\n\n")
             return response
 
         async with serving(handler) as (port, _), ClientSession() as session:

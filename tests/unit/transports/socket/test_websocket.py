@@ -602,7 +602,7 @@ def test_binary_messages_are_refused_or_taken(run: Run, reaper: Reaper) -> None:
         socket = WebSocketConnection(buffer_bytes=65536, max_frame_bytes=LIMIT, reaper=reaper)
         if request.query_string != "refuse":
             socket.on_binary = taken.append
-        socket.on_closed = lambda: goodbyes.append(socket.goodbye)
+        socket.on_closed = lambda: goodbyes.append(socket.close_received)
         return take_over(request, head, socket)
 
     async def main() -> None:

@@ -22,7 +22,7 @@ BUFFER = 200
 LIMIT = 300
 
 
-class Lonely(Deadlines[SockJsSession]):
+class DetachedSessions(Deadlines[SockJsSession]):
     """Whose time is running; the test says when it is over."""
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class FakeReceiver:
     def __init__(self, *, poll: bool) -> None:
         self.poll = poll
         self.full = False
-        self.over = False
+        self.finished = False
         self.ended = False
         self.refused = b""
         self.aborted = False
@@ -53,14 +53,14 @@ class FakeReceiver:
         self.size = 0
 
     def send(self, frame: bytes) -> bool:
-        assert not self.over
+        assert not self.finished
         assert not self.ended
         if self.size > 1 and self.size + len(frame) > LIMIT and not self.poll:
-            self.over = True
+            self.finished = True
             return False
         self.frames.append(frame)
         self.size += len(frame)
-        self.over = self.poll or self.size > LIMIT
+        self.finished = self.poll or self.size > LIMIT
         return True
 
     def send_messages(self, elements: bytes) -> bool:
@@ -82,15 +82,15 @@ class FakeReceiver:
 class Client(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
-        self.lonely = Lonely()
+        self.detached = DetachedSessions()
         self.events: list[str] = []
         self.session = SockJsSession(
-            transport="xhr", peer="", buffer_bytes=BUFFER, lonely=self.lonely
+            transport="xhr", peer="", buffer_bytes=BUFFER, detached=self.detached
         )
         self.session.on_full = lambda: self.events.append("full")
         self.session.on_drained = lambda: self.events.append("drained")
         self.session.on_closed = lambda: self.events.append("closed")
-        self.session.on_gone = lambda: self.events.append("gone")
+        self.session.on_removed = lambda: self.events.append("gone")
         self.receiver: FakeReceiver | None = None
         self.said = 0
         self.got: list[int] = []
@@ -114,7 +114,7 @@ class Client(RuleBasedStateMachine):
                 case other:
                     assert other == b"h"
         receiver.frames.clear()
-        if receiver.over and self.receiver is receiver:
+        if receiver.finished and self.receiver is receiver:
             self.receiver = None
 
     @rule(count=st.integers(1, 3), size=st.integers(0, 150))
@@ -153,7 +153,7 @@ class Client(RuleBasedStateMachine):
         assert self.receiver is not None
         if self.receiver.ended:
             return
-        self.session.beat(self.receiver)
+        self.session.send_heartbeat(self.receiver)
         self.look(self.receiver)
 
     @precondition(lambda self: self.receiver is not None and not self.receiver.poll)
@@ -168,15 +168,15 @@ class Client(RuleBasedStateMachine):
     def break_off(self) -> None:
         assert self.receiver is not None
         receiver, self.receiver = self.receiver, None
-        self.session.receiver_lost(receiver, whole=receiver.ended)
+        self.session.receiver_lost(receiver, complete=receiver.ended)
         if not receiver.ended:
             self.gone = True
 
     @precondition(lambda self: self.receiver is None and not self.gone)
     @rule()
     def expire(self) -> None:
-        assert self.session in self.lonely.running
-        self.lonely.remove(self.session)
+        assert self.session in self.detached.running
+        self.detached.remove(self.session)
         self.session.expire()
         self.gone = True
 
@@ -202,7 +202,7 @@ class Client(RuleBasedStateMachine):
     @invariant()
     def alone_or_not(self) -> None:
         alone = self.receiver is None and not self.gone
-        assert (self.session in self.lonely.running) == alone
+        assert (self.session in self.detached.running) == alone
 
     @invariant()
     def full_is_told_as_it_changes(self) -> None:
@@ -229,4 +229,4 @@ class Client(RuleBasedStateMachine):
 
 
 TestClient = Client.TestCase
-TestClient.settings = settings(max_examples=300, stateful_step_count=30, deadline=None)
+TestClient.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
