@@ -49,9 +49,7 @@ def polled(valkey: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """A relay with the page's protocol."""
     root = tmp_path_factory.mktemp("tree")
     make_tree(root)
-    # RelayProcess runs `python -m relay` in the repository: this puts the other tree in front.
-    inside = ["env", "-C", str(root), f"PYTHONPATH={root}"]
-    process = RelayProcess(valkey, prefix=inside, settings=["protocol:poll.wait_s=5"]).start()
+    process = RelayProcess(valkey, settings=["protocol:poll.wait_s=5"], root=root).start()
     yield process
     process.kill()
 
