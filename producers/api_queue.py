@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,7 +21,12 @@ from relay.core.errors import LimitExceeded, RedisUnavailable
 from relay.protocols.centrifugo import commands
 from relay.stream.connection.connect import CommandRefused, discover
 from relay.stream.connection.pipeline_connection import PipelineConnection
-from relay.stream.connection.task_groups import first_of, uncancel, wait_for
+from relay.stream.connection.reconnecting import (
+    Backoff,
+    keep_connected,
+    loss_of_connection,
+    wait_for,
+)
 from relay.stream.format import entry
 from relay.stream.write import control, dead_letters
 from relay.stream.write.append import AppendCommands
@@ -43,9 +47,7 @@ _SWEEP_S = 5.0
 # Without wake-ups (tracking is refused).
 _POLL_S = 0.1
 _BATCH_BYTES = 1 << 20
-_BACKOFF_S = (0.1, 2.0)
-# A connection that has lasted this long was good: the next loss starts with a short pause again.
-_GOOD_S = 1.0
+_FIRST_PAUSE_S = 0.1
 
 # Their commands concern the clients of this door alone.
 _DOOR = "centrifugo"
@@ -199,37 +201,18 @@ class QueueProducer:
         )
         names = [settings.name, *(f"{settings.name}.{n}" for n in range(settings.shards))]
         self._shards = {name.encode(): _Shard(name) for name in names}
-        self._queues: CommandQueues | None = None
 
     async def run(self) -> None:
         """Survives everything that Redis does. A command half way at the end is done or waits."""
-        loop = asyncio.get_running_loop()
-        backoff = _BACKOFF_S[0]
-        while True:
-            began_at = loop.time()
-            try:
-                await self._connected()
-            except* (RedisUnavailable, CommandRefused) as group:
-                # A Redis that refuses the leases, for example because its memory is full, must not
-                # be asked again at once.
-                if loop.time() - began_at > _GOOD_S:
-                    backoff = _BACKOFF_S[0]
-                _log.warning("queue: %s", first_of(group))
-            finally:
-                self._queues = None
-                for shard in self._shards.values():
-                    shard.held.clear()
-            uncancel()
-            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311  # no secret
-            backoff = min(_BACKOFF_S[1], backoff * 2)
+        # If Redis refuses the leases, for example because its memory is full, the pauses grow too.
+        await keep_connected(
+            self._connected,
+            lambda exc: _log.warning("API queue: %s", exc),
+            Backoff(_FIRST_PAUSE_S),
+        )
 
-    async def _connected(self) -> None:
-        lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def on_lost(exc: Exception | None) -> None:
-            if not lost.done():
-                lost.set_exception(exc or RedisUnavailable("the link was closed"))
-
+    async def _connected(self, established: Callable[[], None]) -> None:
+        lost, on_lost = loss_of_connection()
         link = await PipelineConnection.open(
             await discover(self._redis),
             settings=self._redis,
@@ -246,7 +229,7 @@ class QueueProducer:
             except CommandRefused:
                 tracking = False
                 _log.warning("queue: wake-ups are not available, queues are polled")
-            self._queues = queues
+            established()
             try:
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(wait_for(lost), name="queue lost")
@@ -259,9 +242,9 @@ class QueueProducer:
                     await queues.hold([shard.name for shard in self._shards.values()], 0)
                 raise
         finally:
+            for shard in self._shards.values():
+                shard.held.clear()
             link.close()
-            if lost.done() and not lost.cancelled():
-                lost.exception()
 
     def _on_push(self, push: list[object]) -> None:
         if push[0] != b"invalidate":

@@ -26,6 +26,7 @@ from producers.outgoing import (
 from producers.settings import SpoolSettings
 from producers.spool import Spool
 from relay.core.errors import ConfigError
+from relay.stream.connection.reconnecting import Backoff
 
 if TYPE_CHECKING:
     from producers.registry import ProducerContext
@@ -34,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 # Between two looks at a file with nothing in it.
 _LOOK_S = 0.2
-_BACKOFF_S = (0.1, 2.0)
+_FIRST_PAUSE_S = 0.1
 # For the lock, which others hold while they write a line.
 _LOCK_S = 5.0
 
@@ -72,7 +73,7 @@ class SpoolDelivery:
     async def run(self) -> None:
         """Until cancelled. What is sent and not yet noted then is known by its uid to the next."""
         loop = asyncio.get_running_loop()
-        wait_s, failing = _BACKOFF_S[0], False
+        backoff, failing = Backoff(_FIRST_PAUSE_S), False
         try:
             while True:
                 try:
@@ -81,7 +82,7 @@ class SpoolDelivery:
                             self._spool, self._sender, loop.time() + self._limit_s
                         )
                         self._count("taken", taken)
-                        wait_s = _BACKOFF_S[0]
+                        backoff.reset()
                         if failing:
                             _log.warning("the spool %s is being delivered", self._spool.path)
                             failing = False
@@ -91,8 +92,7 @@ class SpoolDelivery:
                         _log.warning("the spool %s waits: %s", self._spool.path, exc)
                         failing = True
                     await self._sender.close()
-                    await asyncio.sleep(wait_s)
-                    wait_s = min(wait_s * 2, _BACKOFF_S[1])
+                    await backoff.pause()
         finally:
             await self._sender.close()
 

@@ -14,9 +14,8 @@ from relay.stream.connection.connect import redis_client
 from relay.stream.format.keys import Keys
 
 if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
     from relay.config.loading import Config
+    from relay.stream.connection.connect import RedisClient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +23,7 @@ class Site:
     """One Redis with its relays."""
 
     config: Config
-    client: Redis
+    client: RedisClient
     keys: Keys
 
 

@@ -47,7 +47,6 @@ from relay.stream.write.appender import Appender
 
 if TYPE_CHECKING:
     import aiohttp
-    from redis.asyncio import Redis
 
     from relay.config.loading import Config
     from relay.config.settings import NamespaceSettings, RedisSettings, Section
@@ -57,6 +56,7 @@ if TYPE_CHECKING:
     from relay.doorkit.contract import Mounted, OpenSession, Publish, Spawn
     from relay.hub.encoding import Encoder
     from relay.hub.session import Client, Session
+    from relay.stream.connection.connect import RedisClient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class Foundation:
 
     config: Config
     redis: RedisSettings
-    client: Redis
+    client: RedisClient
     http: aiohttp.ClientSession
     metrics: Metrics
     worker: Worker | None

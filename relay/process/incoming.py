@@ -15,10 +15,9 @@ from relay.stream.format import ephemeral
 from relay.stream.write import dead_letters
 
 if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
     from relay.core.metrics import Metrics
     from relay.core.model import Broken, Channel, Event
+    from relay.stream.connection.connect import RedisClient
     from relay.stream.format.keys import Keys
 
 _log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class Incoming:
                 broken.reason,
             )
 
-    async def write_dead_letters(self, client: Redis, keys: Keys, node: str) -> None:
+    async def write_dead_letters(self, client: RedisClient, keys: Keys, node: str) -> None:
         """Write queued entries to the dead-letter stream. Runs until cancelled."""
         while True:
             channel, broken = await self.dead_letters.get()

@@ -27,14 +27,13 @@ from relay.stream.upkeep.retention import trim
 from relay.stream.upkeep.unused import UnusedStreamsJob
 
 if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
     from relay.config.settings import JobSettings, NamespaceSettings
     from relay.core.model import Channel
     from relay.process.admission import Admission
     from relay.process.shared_listeners import SharedListeners
     from relay.stream.cluster.presence import ClusterPresence
     from relay.stream.cluster.workers import WorkerHeartbeat
+    from relay.stream.connection.connect import RedisClient
     from relay.stream.connection.refusals import Refusals
     from relay.stream.format.keys import Keys
 
@@ -84,7 +83,7 @@ def worker_jobs(
 
 def shared_jobs(
     *,
-    client: Redis,
+    client: RedisClient,
     keys: Keys,
     settings: JobSettings,
     namespace_of: Callable[[Channel], NamespaceSettings],
@@ -118,7 +117,7 @@ class JobScheduler:
     """Runs periodic jobs with APScheduler; `run` must be running."""
 
     def __init__(
-        self, *, client: Redis, keys: Keys, instance: str, jobs: Sequence[PeriodicJob]
+        self, *, client: RedisClient, keys: Keys, instance: str, jobs: Sequence[PeriodicJob]
     ) -> None:
         self.jobs = jobs
         self._leases = {
@@ -196,7 +195,7 @@ class _Upkeep:
 
     def __init__(
         self,
-        client: Redis,
+        client: RedisClient,
         keys: Keys,
         namespace_of: Callable[[Channel], NamespaceSettings],
         presence: ClusterPresence,

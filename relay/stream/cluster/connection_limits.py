@@ -22,8 +22,7 @@ from relay.stream.connection import connect
 from relay.stream.connection.refusals import Refusals
 
 if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
+    from relay.stream.connection.connect import RedisClient
     from relay.stream.format.keys import Keys
 
 RENEW_S = 2.0
@@ -54,7 +53,7 @@ class ConnectionLimiter:
     def __init__(
         self,
         *,
-        client: Redis,
+        client: RedisClient,
         keys: Keys,
         instance: str,
         limit: int,

@@ -20,10 +20,9 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeVar, cast
 
-import hiredis
-
 from relay.core.errors import RelayError, Unavailable
 from relay.core.model import Channel, parse_channel
+from relay.stream.connection.pipeline_connection import ReplyError
 
 if TYPE_CHECKING:
     from relay.stream.connection.pipeline_connection import RedisCommand
@@ -168,9 +167,7 @@ class ClusterPresence:
 
         def written(finished: asyncio.Future[list[object]]) -> None:
             if not finished.cancelled() and finished.exception() is None:
-                errors = [
-                    each for each in finished.result() if isinstance(each, hiredis.ReplyError)
-                ]
+                errors = [each for each in finished.result() if isinstance(each, ReplyError)]
                 if not errors:
                     return
                 _log.error("presence is not written: Redis refused: %s", errors[0])

@@ -13,10 +13,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 import orjson
-from redis.asyncio import Redis
-from redis.exceptions import ResponseError
 
 from relay.stream.connection import connect
+from relay.stream.connection.connect import RedisClient
 from relay.stream.connection.refusals import Refusals
 from relay.stream.format.keys import Keys
 
@@ -91,7 +90,7 @@ class WorkerHeartbeat:
     def __init__(
         self,
         *,
-        client: Redis,
+        client: RedisClient,
         keys: Keys,
         worker: WorkerInfo,
         load: Callable[[], WorkerLoad] | None = None,
@@ -130,8 +129,8 @@ class WorkerHeartbeat:
                 replies: list[Any] = await pipeline.execute(raise_on_error=False)
         registered, beaten, _ = replies
         for area, reply in ((REGISTRY, registered), (HEARTBEATS, beaten)):
-            if isinstance(reply, ResponseError):
-                self._refusals.refused(area, connect.refusal_text(reply), _UNSEEN)
+            if (error := connect.error_reply(reply)) is not None:
+                self._refusals.refused(area, error, _UNSEEN)
             elif not isinstance(reply, Exception):
                 self._refusals.accepted(area)
 
@@ -145,7 +144,7 @@ class WorkerHeartbeat:
                 await pipeline.execute()
 
 
-async def _registry(client: Redis, keys: Keys) -> dict[str, bytes | None]:
+async def _registry(client: RedisClient, keys: Keys) -> dict[str, bytes | None]:
     """Each registered instance and its heartbeat, None where that expired."""
     members = await connect.command(client, "SMEMBERS", keys.nodes)
     instances = sorted(member.decode() for member in members)
@@ -158,12 +157,12 @@ async def _registry(client: Redis, keys: Keys) -> dict[str, bytes | None]:
     return dict(zip(instances, beats, strict=True))
 
 
-async def live_workers(client: Redis, keys: Keys) -> list[WorkerInfo]:
+async def live_workers(client: RedisClient, keys: Keys) -> list[WorkerInfo]:
     """The workers whose heartbeat is there, by instance; one that says nonsense is left out."""
     return (await list_workers(client, keys))[0]
 
 
-async def list_workers(client: Redis, keys: Keys) -> tuple[list[WorkerInfo], list[str]]:
+async def list_workers(client: RedisClient, keys: Keys) -> tuple[list[WorkerInfo], list[str]]:
     """The `live_nodes`, and the instances that are registered and silent: killed or cut off."""
     living, silent = [], []
     for instance, beat in (await _registry(client, keys)).items():
@@ -190,7 +189,7 @@ class DeadWorkerDetector:
     def __init__(
         self,
         *,
-        client: Redis,
+        client: RedisClient,
         keys: Keys,
         dead: Callable[[str], bool] = lambda _: False,
         patience_s: float = 2 * HEARTBEAT_S,

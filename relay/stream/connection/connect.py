@@ -27,11 +27,15 @@ from redis.exceptions import (
     ReadOnlyError,
     RedisError,
     ResponseError,
+    WatchError,
 )
 
 from relay.config.settings import RedisSettings
 from relay.core.errors import ConfigError, RedisUnavailable, RelayError, StartError
 from relay.stream.connection.refusals import TEMPORARY_CODES, Effect, code_of, codes
+
+# The client that redis-py provides for everything except reading and appending.
+RedisClient = Redis
 
 # After one of these the owner of the connection asks where Redis is and connects again.
 UNAVAILABLE_CODES = codes(Effect.RECONNECT)
@@ -86,6 +90,11 @@ def refusal(command: str, reply: str) -> RelayError:
     return CommandRefused(command, reply)
 
 
+def error_reply(reply: object) -> str | None:
+    """Return the text of an error in the result of a redis-py pipeline, or None for no error."""
+    return refusal_text(reply) if isinstance(reply, ResponseError) else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedisEndpoint:
     """One server to connect to. `path` is a unix socket and wins over host and port."""
@@ -132,7 +141,7 @@ def describe(settings: RedisSettings) -> str:
     return f"primary {target.master} by Sentinel at {asked}"
 
 
-async def check_mode(client: Redis, settings: RedisSettings) -> None:
+async def check_mode(client: RedisClient, settings: RedisSettings) -> None:
     """StartError if the server is part of a Redis Cluster. Do nothing if it cannot be asked."""
     try:
         information = await command(client, "INFO", "server")
@@ -209,19 +218,39 @@ def translated() -> Iterator[None]:
         raise RedisUnavailable(f"Redis: {exc}") from exc
 
 
-async def command(client: Redis, *words: bytes | str | int) -> Any:
+async def command(client: RedisClient, *words: bytes | str | int) -> Any:
     """One command through redis-py, its reply as Redis gives it."""
     with translated():
         return await client.execute_command(*words)  # type: ignore[no-untyped-call]
 
 
-async def time_ms(client: Redis) -> int:
+async def command_if_equal(
+    client: RedisClient, key: bytes, value: bytes, *words: bytes | str | int
+) -> bool:
+    """Run one command if `key` has this value, in one step. Return whether it was run."""
+    # WATCH, because the key may expire and be written by another worker between GET and the
+    # command. Valkey has SET IFEQ for this, Redis 7 does not.
+    async with client.pipeline(transaction=True) as transaction:
+        with translated():
+            await transaction.watch(key)
+            if await command(transaction, "GET", key) != value:
+                return False
+            transaction.multi()  # type: ignore[no-untyped-call]
+            transaction.execute_command(*words)
+            try:
+                await transaction.execute()
+            except WatchError:
+                return False
+    return True
+
+
+async def time_ms(client: RedisClient) -> int:
     """Redis's clock, the one that entry IDs are made of."""
     seconds, micros = await command(client, "TIME")
     return int(seconds) * 1000 + int(micros) // 1000
 
 
-async def scan(client: Redis, pattern: bytes, count: int) -> AsyncIterator[list[bytes]]:
+async def scan(client: RedisClient, pattern: bytes, count: int) -> AsyncIterator[list[bytes]]:
     """The keys that match, in batches; a key may come twice, and not all that change meanwhile."""
     cursor = 0
     while True:

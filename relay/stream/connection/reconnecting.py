@@ -1,24 +1,18 @@
-"""A connection beside reading and appending: what doors keep in Redis and tell other workers.
-
-It is opened again whenever it is lost; what is sent meanwhile fails at once, and whoever sent it
-decides. Commands of one loop turn leave in one write, as on every link.
-"""
+"""Reconnect to Redis: the retry loop of every connection, and a connection that uses it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
-import hiredis
+from redis.backoff import EqualJitterBackoff
 
 from relay.core.errors import RedisUnavailable, Unavailable
 from relay.stream.connection.connect import CommandRefused, discover
-from relay.stream.connection.pipeline_connection import PipelineConnection, unawaited
+from relay.stream.connection.pipeline_connection import PipelineConnection, ReplyError, unawaited
 from relay.stream.connection.primary import Primary
-from relay.stream.connection.task_groups import uncancel
 
 if TYPE_CHECKING:
     from relay.config.settings import RedisSettings
@@ -26,12 +20,93 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_BACKOFF_S = (0.05, 2.0)
+# After a connection that has lasted this long, the first pause is short again.
+_STABLE_S = 1.0
+
+
+class Backoff:
+    """Random pauses between attempts. They double up to `cap_s` with each failure."""
+
+    def __init__(self, base_s: float = 0.05, cap_s: float = 2.0) -> None:
+        self._delays = EqualJitterBackoff(cap=cap_s, base=base_s)
+        self._failures = 0
+
+    def reset(self) -> None:
+        """Begin with a short pause again."""
+        self._failures = 0
+
+    def next_s(self) -> float:
+        """Return the length of the next pause."""
+        # The limit keeps the power of two small. The cap is reached long before.
+        self._failures = min(self._failures + 1, 30)
+        return self._delays.compute(self._failures - 1)
+
+    async def pause(self) -> None:
+        """Wait for the next pause."""
+        await asyncio.sleep(self.next_s())
+
+
+async def keep_connected(
+    serve: Callable[[Callable[[], None]], Awaitable[None]],
+    on_error: Callable[[BaseException], None],
+    backoff: Backoff | None = None,
+) -> None:
+    """Call `serve` again after a pause whenever it fails with an error of Redis.
+
+    Ends when `serve` returns.
+
+    Args:
+        serve: Connects, works and fails when the connection is lost. It calls its argument when
+            the connection is established.
+        on_error: Called with the first error of each failure.
+        backoff: The pauses between two calls.
+    """
+    loop = asyncio.get_running_loop()
+    backoff = backoff or Backoff()
+    established_at: float | None = None
+
+    def established() -> None:
+        nonlocal established_at
+        established_at = loop.time()
+
+    while True:
+        established_at = None
+        try:
+            await serve(established)
+        except* (RedisUnavailable, CommandRefused) as group:
+            on_error(_first_of(group))
+        else:
+            return
+        _uncancel()
+        if established_at is not None and loop.time() - established_at > _STABLE_S:
+            backoff.reset()
+        await backoff.pause()
+
+
+def loss_of_connection() -> tuple[asyncio.Future[None], Callable[[Exception | None], None]]:
+    """Return a future that fails when a connection is lost, and the `on_lost` that sets it."""
+    lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def on_lost(exc: Exception | None) -> None:
+        if not lost.done():
+            lost.set_exception(exc or RedisUnavailable("the connection was closed"))
+            # A task that ends before it awaits the future leaves the exception unretrieved.
+            lost.exception()
+
+    return lost, on_lost
+
+
+async def wait_for(future: asyncio.Future[None]) -> None:
+    """Await the future, as a task of a TaskGroup."""
+    await future
 
 
 class ReconnectingConnection:
-    """`run` must be running. `subscribe_to` and `patterns` are pub/sub channels whose messages go
-    to `on_message` with the channel's name."""
+    """A connection for everything except reading and appending. `run` must be running.
+
+    While Redis is unreachable, commands fail at once. `subscribe_to` and `patterns` are pub/sub
+    channels; their messages are passed to `on_message` with the name of the pub/sub channel.
+    """
 
     def __init__(
         self,
@@ -45,27 +120,35 @@ class ReconnectingConnection:
         self._names = subscribe_to
         self._patterns = patterns
         self._on_message = on_message
-        self._link: PipelineConnection | None = None
+        self._connection: PipelineConnection | None = None
         self.primary = Primary()
         self._open = asyncio.Event()
-        # Called with each new connection, before anybody else can use it.
+        # Called for each new connection, before it is used for other commands.
         self.on_open: list[Callable[[], None]] = []
 
     def execute(self, commands: Sequence[RedisCommand]) -> Awaitable[list[object]]:
-        """The replies, error replies among them; RedisUnavailable where it is away."""
-        if self._link is None:
+        """Send one pipeline. Await its replies, which include error replies.
+
+        Raises:
+            RedisUnavailable: Redis is unreachable, or the connection was lost.
+        """
+        if self._connection is None:
             future: asyncio.Future[list[object]] = asyncio.get_running_loop().create_future()
-            future.set_exception(RedisUnavailable("Redis is away"))
+            future.set_exception(RedisUnavailable("Redis is unreachable"))
             return future
-        return self._link.execute(commands)
+        return self._connection.execute(commands)
 
     async def call(self, *command: bytes | str | int) -> object:
-        """Send one command and return its reply. Unavailable where Redis is away or refuses it."""
+        """Send one command and return its reply.
+
+        Raises:
+            Unavailable: Redis is unreachable or refused the command.
+        """
         (reply,) = await self.call_all([command])
         return reply
 
     async def call_all(self, commands: Sequence[RedisCommand]) -> list[object]:
-        """As `call`, for several in one pipeline; nothing is sent for none."""
+        """Send commands in one pipeline and return their replies. Errors as of `call`."""
         if not commands:
             return []
         try:
@@ -73,60 +156,71 @@ class ReconnectingConnection:
         except RedisUnavailable as exc:
             raise Unavailable(str(exc)) from exc
         for command, reply in zip(commands, replies, strict=True):
-            if isinstance(reply, hiredis.ReplyError):
-                raise Unavailable(f"Redis refuses {command[0]!s}: {reply}")
+            if isinstance(reply, ReplyError):
+                raise Unavailable(f"Redis refused {command[0]!s}: {reply}")
         return replies
 
     def post(self, *commands: RedisCommand) -> None:
-        """Send what nobody waits for; while Redis is away it is lost."""
+        """Send commands whose replies are not needed. They are lost while Redis is unreachable."""
         unawaited(self.execute(commands))
 
     async def wait_open(self) -> None:
-        """Until it is connected, and subscribed."""
+        """Wait until the connection is established and subscribed."""
         await self._open.wait()
 
     async def run(self) -> None:
-        """Until cancelled; survives everything that Redis does."""
-        backoff = _BACKOFF_S[0]
-        while True:
-            try:
-                await self._connected()
-                backoff = _BACKOFF_S[0]
-            except (RedisUnavailable, CommandRefused) as exc:
-                _log.debug("Redis: %s", exc)
-            finally:
-                self._link = None
-                self._open.clear()
-            uncancel()
-            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311  # no secret
-            backoff = min(_BACKOFF_S[1], backoff * 2)
+        """Keep the connection open until cancelled."""
+        await keep_connected(self._serve, lambda exc: _log.debug("Redis: %s", exc))
 
-    async def _connected(self) -> None:
-        lost = asyncio.Event()
-        link = await PipelineConnection.open(
+    async def _serve(self, established: Callable[[], None]) -> None:
+        lost, on_lost = loss_of_connection()
+        connection = await PipelineConnection.open(
             await discover(self._redis),
             settings=self._redis,
             on_push=self._on_push,
-            on_lost=lambda _: lost.set(),
+            on_lost=on_lost,
         )
         try:
             names = [("SUBSCRIBE", name) for name in self._names]
             names += [("PSUBSCRIBE", pattern) for pattern in self._patterns]
-            for reply in await link.execute(names):
-                if isinstance(reply, hiredis.ReplyError):
+            for reply in await connection.execute(names):
+                if isinstance(reply, ReplyError):
                     raise CommandRefused("SUBSCRIBE", str(reply))
-            self.primary.connected(link.run_id, link.replication)
-            self._link = link
-            for told in self.on_open:
-                told()
+            self.primary.connected(connection.run_id, connection.replication)
+            self._connection = connection
+            established()
+            for on_open in self.on_open:
+                on_open()
             self._open.set()
-            await lost.wait()
+            await lost
         finally:
+            self._connection = None
+            self._open.clear()
             self.primary.disconnected()
-            link.close()
+            connection.close()
 
     def _on_push(self, push: list[object]) -> None:
         if self._on_message is not None and push[0] in (b"message", b"pmessage"):
             name, payload = push[-2:]
             if isinstance(name, bytes) and isinstance(payload, bytes):
                 self._on_message(name, payload)
+
+
+def _uncancel() -> None:
+    """Reset the cancellation count that a failed TaskGroup leaves in the current task.
+
+    TaskGroup of Python 3.11 cancels its own task if a child fails while `__aexit__` is waiting, and
+    does not undo that (asyncio/taskgroups.py of 3.11.2). The next `asyncio.timeout` in the task
+    would then end the task silently instead of raising TimeoutError.
+    """
+    task = asyncio.current_task()
+    while task is not None and task.cancelling():
+        task.uncancel()
+
+
+def _first_of(group: BaseExceptionGroup[Exception]) -> BaseException:
+    """Return the first error in the group that is not itself a group."""
+    first: BaseException = group
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first

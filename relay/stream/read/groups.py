@@ -17,10 +17,9 @@ from __future__ import annotations
 import secrets
 from typing import TYPE_CHECKING, cast
 
-import hiredis
-
 from relay.core.model import ZERO_ID, EntryID, Marker, StreamState
 from relay.stream.connection.connect import CommandRefused
+from relay.stream.connection.pipeline_connection import ReplyError
 
 if TYPE_CHECKING:
     from relay.stream.connection.primary import Primary
@@ -128,4 +127,4 @@ def parse_state(
 
 
 def _no_such_key(error: Exception) -> bool:
-    return isinstance(error, hiredis.ReplyError) and str(error) == "ERR no such key"
+    return isinstance(error, ReplyError) and str(error) == "ERR no such key"

@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, cast
 
-import hiredis
-
 from relay.core.errors import RedisUnavailable, RelayError, Unavailable
 from relay.core.model import EntryID, Event
 from relay.core.stream_interface import Snapshot
 from relay.stream.connection.connect import CommandRefused
+from relay.stream.connection.pipeline_connection import ReplyError
 from relay.stream.connection.primary import Replication
 from relay.stream.read.groups import create_marker, new_marker, parse_state
 
@@ -102,12 +101,12 @@ class History:
         info, *_, reply = await self._link.execute(commands)
         if isinstance(info, bytes):
             primary.observe(Replication.parse(info))
-        if isinstance(reply, hiredis.ReplyError):
+        if isinstance(reply, ReplyError):
             raise CommandRefused("EXEC", str(reply))
         if reply is None:
             raise RedisUnavailable("the transaction was not carried out")
         stream, groups, found = cast("list[object]", reply)[-3:]
-        if isinstance(found, hiredis.ReplyError):
+        if isinstance(found, ReplyError):
             raise CommandRefused("XREVRANGE", str(found))
         entries = cast("list[tuple[bytes, list[bytes]]]", found)
         records = [self._decode(channel, EntryID.parse(raw), fields) for raw, fields in entries]

@@ -16,10 +16,9 @@ import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-import hiredis
-
 from relay.core.errors import RedisUnavailable
 from relay.stream.connection.connect import CommandRefused
+from relay.stream.connection.pipeline_connection import ReplyError
 from relay.stream.connection.refusals import WRITES, Refusals
 
 if TYPE_CHECKING:
@@ -105,11 +104,11 @@ class InvalidationListener:
                     ("EXPIRE", self._canary, _CANARY_S),
                 ]
             )
-            if isinstance(set_, hiredis.ReplyError):
+            if isinstance(set_, ReplyError):
                 self._refusals.refused(CANARY, str(set_), "wake-ups cannot be checked")
-                if prolonged != 1 or isinstance(armed, hiredis.ReplyError):
+                if prolonged != 1 or isinstance(armed, ReplyError):
                     self.touch()
-            elif isinstance(armed, hiredis.ReplyError):
+            elif isinstance(armed, ReplyError):
                 self._refusals.refused(CANARY, str(armed), "wake-ups cannot be checked")
                 self.touch()
             else:

@@ -1,8 +1,8 @@
-"""Where tracking is refused: bounded batches of blocking reads tell which streams have news.
+"""Fallback if client tracking is refused: find streams with new entries by blocking reads.
 
-`XREAD BLOCK` over one batch of keys after the next. It only rings: the entries themselves are
-read by group, like everywhere. The cost grows with the number of streams; that is why this is the
-way out and not the way (measured: 43 to 103 ms at 20,000 keys in one blocking read).
+`XREAD BLOCK` is called for one batch of streams after another. It only finds the streams; the
+entries are read by consumer group, as with tracking. The cost grows with the number of streams
+(measured: 43 to 103 ms at 20,000 keys in one blocking read), so tracking is preferred.
 """
 
 from __future__ import annotations
@@ -10,11 +10,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Protocol
 
-import hiredis
-
 from relay.core.model import Channel
-from relay.stream.connection.connect import discover
-from relay.stream.connection.pipeline_connection import PipelineConnection
+from relay.stream.connection.pipeline_connection import ReplyError, connected
 
 if TYPE_CHECKING:
     from relay.config.settings import RedisSettings
@@ -26,52 +23,54 @@ _BLOCK_MS = 200
 _RIGHTS_S = 0.8
 
 
-class Polled(Protocol):
-    """The reader, as the poll sees it."""
+class PolledReader(Protocol):
+    """The part of the stream reader that `poll` uses."""
 
     def followed(self) -> list[Followed]:
-        """All streams with a local client."""
+        """Return all streams that local clients follow."""
 
     def news(self, channel: Channel) -> None:
-        """This one has entries that were not read yet."""
+        """Read the stream, which has new entries."""
 
     def polled(self, *, control: bool, rights: bool) -> None:
-        """Redis has answered; and what no blocking read announces is due."""
+        """Record that Redis has replied, and read the control stream or all rights if True."""
 
 
-async def poll(reader: Polled, redis: RedisSettings, keys: Keys) -> None:
-    """For ever, on a link of its own; RedisUnavailable when that is lost."""
-    link = await PipelineConnection.open(await discover(redis), settings=redis)
+async def poll(reader: PolledReader, redis: RedisSettings, keys: Keys) -> None:
+    """Poll on a connection of its own until cancelled.
+
+    Raises:
+        RedisUnavailable: The connection was lost.
+    """
     loop = asyncio.get_running_loop()
     checked_at = loop.time()
-    try:
+    async with connected(redis) as connection:
         while True:
             streams = [stream for stream in reader.followed() if stream.settled]
             if not streams:
                 await asyncio.sleep(_BLOCK_MS / 1000)
-            # A round lasts no longer for many streams: rights and the control stream wait for it.
+            # Rights and the control stream are read once per round, so a round must not become
+            # longer with the number of streams.
             block_ms = max(1, _BLOCK_MS * _BATCH // max(_BATCH, len(streams)))
             for start in range(0, len(streams), _BATCH):
                 batch = streams[start : start + _BATCH]
                 names = [keys.stream(stream.channel) for stream in batch]
                 after = [str(stream.position) for stream in batch]
-                (reply,) = await link.execute(
+                (reply,) = await connection.execute(
                     [("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", *names, *after)]
                 )
-                if isinstance(reply, hiredis.ReplyError):
-                    # One foreign key fails the whole read: let each be read, and judged, alone.
+                if isinstance(reply, ReplyError):
+                    # One key of another type fails the whole read. Read each stream separately.
                     reply = dict.fromkeys(names)
                 for name in reply if isinstance(reply, dict) else ():
                     channel = keys.channel_of_stream(name)
                     if channel is not None:
                         reader.news(channel)
-                # Each answer proves that streams are being read, however long the round takes.
+                # Each reply proves that streams are being read, even if the round takes long.
                 reader.polled(control=False, rights=False)
             rights = loop.time() - checked_at >= _RIGHTS_S
             if rights:
                 checked_at = loop.time()
             reader.polled(control=True, rights=rights)
-            # The reads that were asked for move the positions this one blocks on.
+            # Let the requested reads advance the positions that the next XREAD starts from.
             await asyncio.sleep(0.005)
-    finally:
-        link.close()

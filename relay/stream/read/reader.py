@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import random
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -22,11 +21,11 @@ from typing import TYPE_CHECKING
 from relay.core.errors import RedisUnavailable
 from relay.core.model import ZERO_ID, Channel, Event
 from relay.core.stream_interface import Followed
-from relay.stream.connection.connect import CommandRefused, discover
+from relay.stream.connection.connect import discover
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.primary import Primary
+from relay.stream.connection.reconnecting import keep_connected, loss_of_connection, wait_for
 from relay.stream.connection.refusals import Refusals
-from relay.stream.connection.task_groups import first_of, uncancel, wait_for
 from relay.stream.read import stream_commands
 from relay.stream.read.groups import group_of
 from relay.stream.read.invalidations import (
@@ -48,9 +47,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_BACKOFF_S = (0.05, 2.0)
-# A connection that has lasted this long was good: the next loss starts with a short pause again.
-_GOOD_S = 1.0
 _RETRY_S = 1.0
 _NEWS_BATCH = (16, 256)
 _RESUME_BATCH = 500
@@ -117,7 +113,6 @@ class StreamReader:
             refusals=refusals,
         )
         self._reading = asyncio.Event()
-        self._served_since: float | None = None
         self._stopping = False
 
     # ---- relay.core.stream_interface.StreamReads --------------------------------------------
@@ -180,25 +175,13 @@ class StreamReader:
     # ---- life -------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Reads until cancelled; survives everything that Redis does."""
-        loop = asyncio.get_running_loop()
-        backoff = _BACKOFF_S[0]
-        while not self._stopping:
-            self._served_since = None
-            try:
-                await self._connected()
-            except* (RedisUnavailable, CommandRefused) as group:
-                if not self._stopping:
-                    self._metrics.reconnects.inc()
-                    _log.warning("Redis: %s", first_of(group))
-            finally:
-                self._link = self._messages = None
-                self._reading.clear()
-            uncancel()
-            if self._served_since is not None and loop.time() - self._served_since > _GOOD_S:
-                backoff = _BACKOFF_S[0]
-            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311  # no secret
-            backoff = min(_BACKOFF_S[1], backoff * 2)
+        """Read until cancelled or stopped. Reconnect after every error of Redis."""
+        await keep_connected(self._connected, self._on_error)
+
+    def _on_error(self, exc: BaseException) -> None:
+        if not self._stopping:
+            self._metrics.reconnects.inc()
+            _log.warning("Redis: %s", exc)
 
     async def stop(self) -> None:
         """Stop reading and take this worker's groups away: XINFO GROUPS shows the living."""
@@ -216,14 +199,11 @@ class StreamReader:
         except RedisUnavailable as exc:
             _log.info("groups stay behind for the dead-worker job: %s", exc)
 
-    async def _connected(self) -> None:
+    async def _connected(self, established: Callable[[], None]) -> None:
+        if self._stopping:
+            return
         endpoint = await discover(self._redis)
-        lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def on_lost(exc: Exception | None) -> None:
-            if not lost.done():
-                lost.set_exception(exc or RedisUnavailable("the link was closed"))
-
+        lost, on_lost = loss_of_connection()
         async with contextlib.AsyncExitStack() as links:
 
             async def opened(on_push: Callable[[list[object]], None] | None) -> PipelineConnection:
@@ -238,19 +218,17 @@ class StreamReader:
             # A connection that has subscribed falls under the server's output limit for pub/sub
             # (32 MB by default) in all that it reads: one large read would cut it off.
             messages = await opened(self._bell.on_push)
-            # Where another task ended first, the future was cancelled with the one that awaits it;
-            # to ask it would raise CancelledError here, and end the reader for good.
-            links.callback(lambda: lost.done() and not lost.cancelled() and lost.exception())
             tracking = self._settings.tracking == "auto" and await self._bell.start(link)
             if not tracking:
                 self._bell.touch()
                 _log.warning("wake-ups are not available: streams are polled with blocking reads")
             self._primary.connected(link.run_id, link.replication)
             links.callback(self._primary.disconnected)
+            links.callback(self._disconnected)
             self._link, self._messages = link, messages
             await self._resume(messages)
             self._reading.set()
-            self._served_since = asyncio.get_running_loop().time()
+            established()
             _log.info("reading streams from %s (%s %s)", endpoint, link.server, link.version)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._serve(link), name="streams")
@@ -263,6 +241,10 @@ class StreamReader:
                     tasks.create_task(self._bell.prove(link, pages), name="canary")
                 else:
                     tasks.create_task(poll(self, self._redis, self._keys), name="poll")
+
+    def _disconnected(self) -> None:
+        self._link = self._messages = None
+        self._reading.clear()
 
     async def _resume(self, messages: PipelineConnection) -> None:
         """A new connection knows nothing: arm, examine and read everything once."""

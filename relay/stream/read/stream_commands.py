@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import cast
 
-import hiredis
-
 from relay.core.model import ZERO_ID, Channel, EntryID, Record, StreamState
 from relay.core.stream_interface import Examined, ExamineRequest, Followed, Page, PageRequest
 from relay.stream.connection.connect import CommandRefused
-from relay.stream.connection.pipeline_connection import RedisCommand
+from relay.stream.connection.pipeline_connection import RedisCommand, ReplyError
 from relay.stream.connection.primary import Primary
 from relay.stream.format.entry import digest
 from relay.stream.format.keys import Keys
@@ -203,20 +201,20 @@ def _seen(replies: Sequence[object], writes: int, *, plain: bool) -> list[object
             raise ChangedMeanwhile
         return answers
     executed = replies[-1]
-    if isinstance(executed, hiredis.ReplyError):
+    if isinstance(executed, ReplyError):
         # EXECABORT does not say why. The command that was refused does.
-        refused = (each for each in replies if isinstance(each, hiredis.ReplyError))
+        refused = (each for each in replies if isinstance(each, ReplyError))
         raise CommandRefused("transaction", str(next(refused)).removeprefix(_ABORTED))
     return cast(list[object], executed)[writes:]
 
 
 def _is_same(one: object, other: object) -> bool:
-    if isinstance(one, hiredis.ReplyError) and isinstance(other, hiredis.ReplyError):
+    if isinstance(one, ReplyError) and isinstance(other, ReplyError):
         return str(one) == str(other)
     return one == other
 
 
 def _checked(command: str, reply: object) -> object:
-    if isinstance(reply, hiredis.ReplyError):
+    if isinstance(reply, ReplyError):
         raise CommandRefused(command, str(reply))
     return reply

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from redis.asyncio import Redis
-from redis.exceptions import ResponseError
-
 from relay.core.model import ZERO_ID, Channel, EntryID, Record, StreamState
 from relay.stream.connection import connect
+from relay.stream.connection.connect import RedisClient
 from relay.stream.connection.primary import Primary, Replication
 from relay.stream.format import entry
 from relay.stream.format.keys import Keys
@@ -33,7 +31,7 @@ class View:
 
 
 async def look(
-    client: Redis,
+    client: RedisClient,
     keys: Keys,
     channel: Channel,
     after: EntryID,
@@ -64,7 +62,7 @@ async def look(
 
 
 async def wait_for_news(
-    client: Redis, keys: Keys, channel: Channel, after: EntryID, limit_s: float
+    client: RedisClient, keys: Keys, channel: Channel, after: EntryID, limit_s: float
 ) -> None:
     """Until something stands after `after`, or for a while that is shorter than `limit_s`."""
     block_ms = max(1, min(_BLOCK_MS, int(limit_s * 1000 * _BLOCK_SHARE)))
@@ -74,7 +72,7 @@ async def wait_for_news(
 
 def stream_state(stream: object, found: object, replid: bytes = b"") -> StreamState:
     """`groups.parse_state` for what a redis-py pipeline brought; its errors are raised."""
-    if isinstance(stream, ResponseError) and "no such key" in str(stream):
+    if isinstance(stream, Exception) and "no such key" in str(stream):
         return StreamState(
             exists=False, first=None, last=ZERO_ID, length=0, added=0, max_deleted=ZERO_ID
         )

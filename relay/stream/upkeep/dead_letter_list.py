@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
-from redis.asyncio import Redis
 
 from relay.config.settings import NamespaceSettings
 from relay.core.errors import RelayError
 from relay.core.model import ZERO_ID, Channel, EntryID
 from relay.stream.connection import connect
+from relay.stream.connection.connect import RedisClient
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.format.keys import Keys
 from relay.stream.write.append import AppendCommands, send_one
@@ -44,12 +44,12 @@ class DeadLetter:
         return "truncated" in self.values
 
 
-async def count(client: Redis, keys: Keys) -> int:
+async def count(client: RedisClient, keys: Keys) -> int:
     """How many there are."""
     return int(await connect.command(client, "XLEN", keys.dead_letters))
 
 
-async def pages(client: Redis, keys: Keys) -> AsyncIterator[list[DeadLetter]]:
+async def pages(client: RedisClient, keys: Keys) -> AsyncIterator[list[DeadLetter]]:
     """All that are there when this begins, oldest first."""
     newest = await connect.command(client, "XREVRANGE", keys.dead_letters, "+", "-", "COUNT", 1)
     if not newest:
@@ -65,7 +65,7 @@ async def pages(client: Redis, keys: Keys) -> AsyncIterator[list[DeadLetter]]:
         yield [_letter(keys, *raw) for raw in found]
 
 
-async def find(client: Redis, keys: Keys, letter_id: EntryID) -> DeadLetter:
+async def find(client: RedisClient, keys: Keys, letter_id: EntryID) -> DeadLetter:
     """The letter of this ID; RelayError where there is none."""
     found = await connect.command(
         client, "XRANGE", keys.dead_letters, str(letter_id), str(letter_id)
@@ -76,7 +76,7 @@ async def find(client: Redis, keys: Keys, letter_id: EntryID) -> DeadLetter:
 
 
 async def requeue(
-    client: Redis,
+    client: RedisClient,
     connection: PipelineConnection,
     keys: Keys,
     letter: DeadLetter,
@@ -101,7 +101,7 @@ async def requeue(
     return done.id
 
 
-async def drop(client: Redis, keys: Keys, ids: Sequence[EntryID]) -> int:
+async def drop(client: RedisClient, keys: Keys, ids: Sequence[EntryID]) -> int:
     """Remove these letters; how many were there."""
     return int(await connect.command(client, "XDEL", keys.dead_letters, *map(str, ids)))
 
@@ -117,7 +117,7 @@ def fields_of(letter: DeadLetter) -> list[bytes]:
     raise RelayError(f"dead letter {letter.id} has no fields of an entry")
 
 
-async def _original(client: Redis, keys: Keys, letter: DeadLetter) -> list[bytes]:
+async def _original(client: RedisClient, keys: Keys, letter: DeadLetter) -> list[bytes]:
     if not letter.truncated:
         return fields_of(letter)
     if letter.channel is not None and letter.entry_id is not None:

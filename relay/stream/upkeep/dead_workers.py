@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 
-from redis.asyncio import Redis
-
 from relay.stream.cluster.workers import BATCH, HEARTBEAT_S, DeadWorkerDetector
 from relay.stream.connection import connect
+from relay.stream.connection.connect import RedisClient
 from relay.stream.format.keys import Keys
 from relay.stream.read import groups
 from relay.stream.upkeep.unused import remove_unused
@@ -24,7 +23,7 @@ class DeadWorkersJob:
     def __init__(
         self,
         *,
-        client: Redis,
+        client: RedisClient,
         keys: Keys,
         dead: Callable[[str], bool] = lambda _: False,
         patience_s: float = 2 * HEARTBEAT_S,

@@ -10,10 +10,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from redis.asyncio import Redis
-
 from relay.core.model import Channel, EntryID, StreamState
 from relay.stream.connection import connect
+from relay.stream.connection.connect import RedisClient
 from relay.stream.format.keys import Keys
 from relay.stream.read import groups
 from relay.stream.read.view import stream_state
@@ -52,7 +51,7 @@ class StreamOverview:
 
 
 async def walk(
-    client: Redis, keys: Keys, pattern: str, on_keys: Callable[[int], None]
+    client: RedisClient, keys: Keys, pattern: str, on_keys: Callable[[int], None]
 ) -> AsyncIterator[list[StreamOverview]]:
     """The streams of the channels that match the glob `pattern`, each once, in no order.
 
@@ -68,7 +67,7 @@ async def walk(
         on_keys(len(seen))
 
 
-async def misnamed(client: Redis, keys: Keys) -> AsyncIterator[str]:
+async def misnamed(client: RedisClient, keys: Keys) -> AsyncIterator[str]:
     """Yield the names of streams whose key is not that of a channel."""
     async for found in connect.scan(client, keys.any_stream_pattern, _KEYS):
         strange = [key for key in found if keys.channel_of_stream(key) is None]
@@ -77,7 +76,9 @@ async def misnamed(client: Redis, keys: Keys) -> AsyncIterator[str]:
                 yield key.decode(errors="replace")
 
 
-async def _overview(client: Redis, keys: Keys, batch: Sequence[bytes]) -> list[StreamOverview]:
+async def _overview(
+    client: RedisClient, keys: Keys, batch: Sequence[bytes]
+) -> list[StreamOverview]:
     now_ms = await connect.time_ms(client)
     async with client.pipeline(transaction=False) as pipeline:
         for key in batch:
@@ -111,7 +112,7 @@ async def _overview(client: Redis, keys: Keys, batch: Sequence[bytes]) -> list[S
 
 
 async def _followers(
-    client: Redis, streams: Sequence[tuple[bytes, StreamState, Any]], now_ms: int
+    client: RedisClient, streams: Sequence[tuple[bytes, StreamState, Any]], now_ms: int
 ) -> dict[bytes, list[Follower]]:
     followers: dict[bytes, list[Follower]] = {}
     asked: list[tuple[bytes, str, str | None, EntryID, int | None]] = []
@@ -152,6 +153,6 @@ async def _followers(
     return followers
 
 
-async def exists(client: Redis, keys: Keys, channel: Channel) -> bool:
+async def exists(client: RedisClient, keys: Keys, channel: Channel) -> bool:
     """Whether the channel has a stream."""
     return bool(await connect.command(client, "EXISTS", keys.stream(channel)))

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
-from redis.asyncio import Redis
-
 from relay.config.settings import NamespaceSettings
 from relay.core.model import Channel
 from relay.stream.connection import connect
+from relay.stream.connection.connect import RedisClient
 from relay.stream.format.keys import Keys
 
 BATCH = 500
@@ -36,7 +35,7 @@ class Trimmed:
 
 
 async def trim(
-    client: Redis, keys: Keys, settings_of: Callable[[Channel], NamespaceSettings]
+    client: RedisClient, keys: Keys, settings_of: Callable[[Channel], NamespaceSettings]
 ) -> Trimmed:
     """Trim every stream once. What is appended meanwhile waits for the next run."""
     streams = entries = foreign = 0
@@ -73,7 +72,7 @@ async def trim(
     )
 
 
-async def streams_among(client: Redis, keys: Sequence[bytes]) -> list[bytes]:
+async def streams_among(client: RedisClient, keys: Sequence[bytes]) -> list[bytes]:
     """Return those of the keys that are streams."""
     async with client.pipeline(transaction=False) as pipeline:
         for key in keys:
@@ -104,7 +103,12 @@ def commands(
 
 
 async def trim_one(
-    client: Redis, keys: Keys, channel: Channel, *, max_entries: int | None, max_age_s: float | None
+    client: RedisClient,
+    keys: Keys,
+    channel: Channel,
+    *,
+    max_entries: int | None,
+    max_age_s: float | None,
 ) -> int | None:
     """Remove exactly what is beyond the newest `max_entries` or older than `max_age_s`; how many.
 

@@ -21,9 +21,8 @@ from relay.stream.connection.scripts import Script
 from relay.stream.read.groups import OWN_GROUPS
 
 if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
     from relay.core.model import Channel
+    from relay.stream.connection.connect import RedisClient
     from relay.stream.format.keys import Keys
 
 # A client that reconnects within this time finds the same stream, so that it is not told that its
@@ -60,7 +59,7 @@ _log = logging.getLogger(__name__)
 class UnusedStreams:
     """The streams whose last local client has left before anything was appended."""
 
-    def __init__(self, client: Redis, keys: Keys, *, keep_s: float = KEEP_S) -> None:
+    def __init__(self, client: RedisClient, keys: Keys, *, keep_s: float = KEEP_S) -> None:
         self._client = client
         self._keys = keys
         self._keep_s = keep_s
@@ -111,7 +110,7 @@ class UnusedStreams:
 class UnusedStreamsJob:
     """Removes unused streams of the whole site that two runs in a row have found."""
 
-    def __init__(self, client: Redis, keys: Keys) -> None:
+    def __init__(self, client: RedisClient, keys: Keys) -> None:
         self._client = client
         self._keys = keys
         self._seen: set[bytes] = set()
@@ -140,18 +139,18 @@ class UnusedStreamsJob:
         return [key for key, length in zip(streams, lengths, strict=True) if length == 0]
 
 
-async def remove_unused(client: Redis, streams: Sequence[bytes]) -> int:
+async def remove_unused(client: RedisClient, streams: Sequence[bytes]) -> int:
     """Delete those of the streams that are unused: no entry was ever appended, and the marker is
     their only group. An entry that is appended meanwhile is never lost."""
     return sum(await _each(client, streams, "DEL"))
 
 
-async def _unused(client: Redis, streams: Sequence[bytes]) -> set[bytes]:
+async def _unused(client: RedisClient, streams: Sequence[bytes]) -> set[bytes]:
     found = await _each(client, streams, "EXISTS")
     return {key for key, unused in zip(streams, found, strict=True) if unused}
 
 
-async def _each(client: Redis, streams: Iterable[bytes], command: str) -> list[int]:
+async def _each(client: RedisClient, streams: Iterable[bytes], command: str) -> list[int]:
     """Run `command` on each of the streams if it is unused. Return 1 or 0 for each."""
     keys = list(streams)
     if not keys:

@@ -10,10 +10,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from redis.asyncio import Redis
-
 from relay.core.model import Channel, EntryID, parse_channel
 from relay.stream.connection import connect
+from relay.stream.connection.connect import RedisClient
 from relay.stream.format.keys import Keys
 
 KEEP = 10_000
@@ -109,6 +108,6 @@ def append(keys: Keys, command: ControlCommand) -> list[bytes | str | int]:
     return ["XADD", keys.control, "MAXLEN", "~", KEEP, "*", *encode(command)]
 
 
-async def publish(client: Redis, keys: Keys, command: ControlCommand) -> EntryID:
+async def publish(client: RedisClient, keys: Keys, command: ControlCommand) -> EntryID:
     """Append the command."""
     return EntryID.parse(await connect.command(client, *append(keys, command)))

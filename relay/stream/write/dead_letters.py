@@ -11,10 +11,9 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 
 import orjson
-from redis.asyncio import Redis
 
 from relay.core.model import Broken, Channel
-from relay.stream.connection.connect import command
+from relay.stream.connection.connect import RedisClient, command
 from relay.stream.format.keys import Keys
 
 KEEP = 10_000
@@ -22,7 +21,9 @@ MARK_S = 86_400
 LIMIT_BYTES = 65_536
 
 
-async def write(client: Redis, keys: Keys, channel: Channel, broken: Broken, *, node: str) -> bool:
+async def write(
+    client: RedisClient, keys: Keys, channel: Channel, broken: Broken, *, node: str
+) -> bool:
     """Append the dead letter of this entry; False where another worker has done so."""
     text, truncated = _fields(broken.fields)
     letter: list[bytes | str] = ["stream", keys.stream(channel), "id", str(broken.id)]

@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-import hiredis
-
 from relay.core.errors import RedisUnavailable
 from relay.stream.connection.connect import CommandRefused
+from relay.stream.connection.pipeline_connection import ReplyError
 from relay.stream.connection.scripts import Script, load
 from relay.stream.write.append import APPEND_FUNCTION
 from relay.stream.write.dead_letters import KEEP
@@ -151,7 +150,7 @@ class CommandQueues:
             [("GET", self._keys.queue_count(queue)), ("LRANGE", queue, 0, most - 1)]
         )
         for reply in (count, items):
-            if isinstance(reply, hiredis.ReplyError):
+            if isinstance(reply, ReplyError):
                 raise CommandRefused(f"queue {queue}", str(reply))
         return Head(cast(bytes | None, count) or b"0", cast(list[bytes], items))
 
@@ -195,7 +194,7 @@ class CommandQueues:
 
 
 def _checked(name: str, reply: object) -> object:
-    if isinstance(reply, hiredis.ReplyError):
+    if isinstance(reply, ReplyError):
         if str(reply).startswith("NOSCRIPT"):
             # Somebody flushed the scripts: the next connection brings them again.
             raise RedisUnavailable("Redis has forgotten the scripts")

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from typing import cast
 
-from redis.asyncio import Redis
-
 from relay.core.model import Channel, EntryID
 from relay.stream.connection import connect
+from relay.stream.connection.connect import RedisClient
 from relay.stream.connection.scripts import Script
 from relay.stream.format import entry
 from relay.stream.format.keys import Keys
@@ -51,13 +50,13 @@ return id
 """)
 
 
-async def revoke(client: Redis, keys: Keys, channel: Channel, user: str) -> EntryID:
+async def revoke(client: RedisClient, keys: Keys, channel: Channel, user: str) -> EntryID:
     """Refuse `user` from the returned entry on, until `grant` or another value in the hash."""
     entry_id = await _run(client, keys, channel, _REVOKE, entry.encode_revocation(user))
     return EntryID.parse(cast(bytes, entry_id))
 
 
-async def grant(client: Redis, keys: Keys, channel: Channel, user: str) -> EntryID | None:
+async def grant(client: RedisClient, keys: Keys, channel: Channel, user: str) -> EntryID | None:
     """Undo `revoke` from the returned entry on. Return None if the user is not refused.
 
     Workers then ask the sources of rights anew, and protocols whose clients do not come back by
@@ -71,7 +70,7 @@ async def grant(client: Redis, keys: Keys, channel: Channel, user: str) -> Entry
 
 
 async def _run(
-    client: Redis, keys: Keys, channel: Channel, script: Script, fields: list[bytes]
+    client: RedisClient, keys: Keys, channel: Channel, script: Script, fields: list[bytes]
 ) -> object:
     names = keys.rights(channel), keys.revoked(channel), keys.stream(channel)
     words = REFUSED, fields[1], b"*", *fields
