@@ -25,7 +25,7 @@ def _token(options: argparse.Namespace) -> int:
 
 
 def _revoke(options: argparse.Namespace) -> int:
-    from relay.cli.site import channel_of, user_of
+    from relay.cli.operator_context import channel_of, user_of
     from relay.process.app import revoke
 
     config = configuration(options)
@@ -36,7 +36,7 @@ def _revoke(options: argparse.Namespace) -> int:
 
 
 def _grant(options: argparse.Namespace) -> int:
-    from relay.cli.site import channel_of, user_of
+    from relay.cli.operator_context import channel_of, user_of
     from relay.process.app import grant
 
     config = configuration(options)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from relay.cli import foreign_arguments
+from relay.cli import imported_arguments
 from relay.cli import operator_arguments as operate
 from relay.cli.operator_arguments import Commands
-from relay.config.imported import Foreign
+from relay.config.imported import ConfigurationImport
 
 _EXIT_CODES = "Exit codes: 0 done, 1 configuration or start error (one line says which), 2 usage."
 OPERATOR_EXIT_CODES = (
@@ -20,7 +20,9 @@ OPERATOR_EXIT_CODES = (
 )
 
 
-def parse(arguments: Sequence[str] | None, foreigns: Sequence[Foreign] = ()) -> argparse.Namespace:
+def parse(
+    arguments: Sequence[str] | None, foreigns: Sequence[ConfigurationImport] = ()
+) -> argparse.Namespace:
     """The arguments by name; with a usage error it leaves with exit code 2.
 
     `foreigns` are the other servers whose configurations the doors read.
@@ -100,7 +102,7 @@ def parse(arguments: Sequence[str] | None, foreigns: Sequence[Foreign] = ()) -> 
         change.add_argument("channel", metavar="CHANNEL")
         change.add_argument("user", metavar="USER")
     operate.add(commands, partial(_operator, configured=configured))
-    foreign_arguments.add_commands(commands, foreigns, _command, _serving)
+    imported_arguments.add_commands(commands, foreigns, _command, _serving)
     options = parser.parse_args(arguments)
     operate.check(options, parser)
     return options
@@ -130,7 +132,9 @@ def _command(
     )
 
 
-def _configured(parser: argparse.ArgumentParser, *, foreigns: Sequence[Foreign]) -> None:
+def _configured(
+    parser: argparse.ArgumentParser, *, foreigns: Sequence[ConfigurationImport]
+) -> None:
     theirs = ", ".join(suffix for each in foreigns for suffix in each.suffixes)
     parser.add_argument(
         "-c",
@@ -140,7 +144,7 @@ def _configured(parser: argparse.ArgumentParser, *, foreigns: Sequence[Foreign])
         help="INI file; see config.example.ini"
         + (f". Other servers' files by their ending: {theirs}" if theirs else ""),
     )
-    foreign_arguments.add_options(parser, foreigns)
+    imported_arguments.add_options(parser, foreigns)
     _overrides(parser)
 
 

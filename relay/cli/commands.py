@@ -12,7 +12,7 @@ from relay.cli.arguments import parse
 from relay.cli.operator_arguments import COMMANDS as OPERATOR_COMMANDS
 from relay.core.errors import RelayError
 from relay.process.start_signals import release_signals
-from relay.protocols import find_foreign
+from relay.protocols import find_imports
 
 OK, FAILED = 0, 1
 
@@ -21,7 +21,7 @@ _Run = Callable[[argparse.Namespace], int]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    options = parse(arguments, find_foreign())
+    options = parse(arguments, find_imports())
     if options.command != "serve" and not hasattr(options, "foreign"):
         release_signals()
     try:

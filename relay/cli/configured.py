@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from producers.registry import producer_settings
-from relay.cli.foreign_arguments import flags_of, path_of
-from relay.config.imported import Foreign, Translation
+from relay.cli.imported_arguments import flags_of, path_of
+from relay.config.imported import ConfigurationImport, ImportedConfiguration
 from relay.config.ini_text import example, ini
 from relay.config.loading import FLAGS, SECTIONS, Config, load
 from relay.core.errors import ConfigError
-from relay.protocols import door_settings, find_foreign
+from relay.protocols import door_settings, find_imports
 
 
 def configuration(
@@ -56,7 +56,7 @@ def token_options(options: argparse.Namespace) -> list[str]:
     A secret is not repeated; `...` stands for it.
     """
     words = ["-c", str(options.config)] if options.config else []
-    for foreign in find_foreign():
+    for foreign in find_imports():
         path = path_of(options, foreign)
         if path is not None:
             words += [foreign.option, str(path)]
@@ -99,7 +99,7 @@ def _checkconfig(options: argparse.Namespace) -> int:
     app.check(config)
     _print_notes(config)
     if _commanded(options) is None:
-        paths = [options.config, *(path_of(options, each) for each in find_foreign())]
+        paths = [options.config, *(path_of(options, each) for each in find_imports())]
         sources = ", ".join(str(path) for path in paths if path is not None)
         print(f"{sources or 'defaults, environment and options'}: the configuration is valid")
     return 0
@@ -109,7 +109,7 @@ def _convert_config(options: argparse.Namespace) -> int:
     """Print another server's configuration as an INI file of ours."""
     translations = [each for each in _translations(options) if each.said or each.missing]
     if not translations or (options.config and _foreign_file(options) is None):
-        suffixes = [suffix for foreign in find_foreign() for suffix in foreign.suffixes]
+        suffixes = [suffix for foreign in find_imports() for suffix in foreign.suffixes]
         raise ConfigError(
             f"{options.config or '-c FILE'}: needs another server's configuration; a file's name"
             f" ends in one of {', '.join(suffixes)}"
@@ -127,13 +127,13 @@ def _print_notes(config: Config) -> None:
         sys.stderr.write(f"relay: {note}\n")
 
 
-def _commanded(options: argparse.Namespace) -> Foreign | None:
+def _commanded(options: argparse.Namespace) -> ConfigurationImport | None:
     """The other server whose command line this is."""
-    foreign: Foreign | None = getattr(options, "foreign", None)
+    foreign: ConfigurationImport | None = getattr(options, "foreign", None)
     return foreign
 
 
-def _foreign_file(options: argparse.Namespace) -> Foreign | None:
+def _foreign_file(options: argparse.Namespace) -> ConfigurationImport | None:
     """Whose file `-c` names; None where it is ours or is not given."""
     path: Path | None = options.config
     commanded = _commanded(options)
@@ -147,14 +147,14 @@ def _foreign_file(options: argparse.Namespace) -> Foreign | None:
                 " `relay serve -c`"
             )
         return commanded
-    return next((each for each in find_foreign() if suffix in each.suffixes), None)
+    return next((each for each in find_imports() if suffix in each.suffixes), None)
 
 
-def _translations(options: argparse.Namespace) -> list[Translation]:
+def _translations(options: argparse.Namespace) -> list[ImportedConfiguration]:
     owner = _foreign_file(options)
     commanded = _commanded(options)
-    found: list[Translation] = []
-    for foreign in find_foreign():
+    found: list[ImportedConfiguration] = []
+    for foreign in find_imports():
         path = options.config if foreign is owner else path_of(options, foreign)
         if path is not None or foreign.by_environment:
             flags = flags_of(options) if foreign is commanded else {}

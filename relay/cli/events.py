@@ -14,8 +14,8 @@ from dataclasses import replace
 
 import orjson
 
+from relay.cli.operator_context import OperatorContext, channel_of
 from relay.cli.output import emit, safe, say
-from relay.cli.site import Site, channel_of
 from relay.core.errors import RedisUnavailable, RelayError
 from relay.core.model import (
     ZERO_ID,
@@ -37,7 +37,7 @@ from relay.stream.write.append import UID_BYTES, AppendCommands, send_one
 _AGAIN_S = 0.5
 
 
-async def publish(site: Site, options: argparse.Namespace) -> int:
+async def publish(site: OperatorContext, options: argparse.Namespace) -> int:
     """Append; the ID on standard output."""
     channel = channel_of(options.channel)
     try:
@@ -67,7 +67,7 @@ async def publish(site: Site, options: argparse.Namespace) -> int:
     return 0
 
 
-async def tail(site: Site, options: argparse.Namespace) -> int:
+async def tail(site: OperatorContext, options: argparse.Namespace) -> int:
     """Until ^C, or until the reader of standard output is gone."""
     follower = _Tail(site, channel_of(options.channel), as_json=options.json)
     with contextlib.suppress(BrokenPipeError):
@@ -102,7 +102,7 @@ def _interrupting(follower: _Tail) -> Iterator[None]:
 class _Tail:
     """Its place in the stream is judged at each look, so that a loss is said."""
 
-    def __init__(self, site: Site, channel: Channel, *, as_json: bool) -> None:
+    def __init__(self, site: OperatorContext, channel: Channel, *, as_json: bool) -> None:
         self._site = site
         self._channel = channel
         self._json = as_json

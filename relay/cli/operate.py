@@ -7,9 +7,9 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 
-from relay.cli import events, letters, streams, workers
+from relay.cli import dead_letters, events, streams, workers
 from relay.cli.configured import configuration
-from relay.cli.site import Site, site_of
+from relay.cli.operator_context import OperatorContext, operator_context
 from relay.config.loading import Config
 from relay.core.errors import RelayError
 from relay.stream.connection.connect import CommandRefused
@@ -17,7 +17,7 @@ from relay.stream.connection.connect import CommandRefused
 # redis-py's class for the answer NOPERM.
 _NO_RIGHTS = "NoPermissionError"
 
-Command = Callable[[Site, argparse.Namespace], Awaitable[int]]
+Command = Callable[[OperatorContext, argparse.Namespace], Awaitable[int]]
 
 _COMMANDS: Mapping[str, Command] = {
     "publish": events.publish,
@@ -28,7 +28,7 @@ _COMMANDS: Mapping[str, Command] = {
     "status": workers.status,
     "disconnect": workers.disconnect,
     "unsubscribe": workers.unsubscribe,
-    "dead-letters": letters.dead_letters,
+    "dead-letters": dead_letters.dead_letters,
 }
 
 
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
 
 async def _run(options: argparse.Namespace, config: Config) -> int:
     try:
-        async with site_of(config) as site:
+        async with operator_context(config) as site:
             return await _COMMANDS[options.command](site, options)
     except CommandRefused as exc:
         if exc.code != _NO_RIGHTS and "NOPERM" not in str(exc):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from relay.cli.operator_context import OperatorContext, channel_of
 from relay.cli.output import Progress, duration, emit, optional, say, table
-from relay.cli.site import Site, channel_of
 from relay.config.settings import NamespaceSettings
 from relay.core.errors import RelayError
 from relay.stream.cluster.workers import live_workers
@@ -15,7 +15,7 @@ from relay.stream.upkeep.overview import Follower, StreamOverview
 _HEAD = ("CHANNEL", "ENTRIES", "FIRST", "LAST", "AGE", "RETENTION", "WORKERS", "BEHIND")
 
 
-async def streams(site: Site, options: argparse.Namespace) -> int:
+async def streams(site: OperatorContext, options: argparse.Namespace) -> int:
     """Sorted by channel. 1 where a pattern matches none."""
     progress = Progress("streams")
     found: list[StreamOverview] = []
@@ -41,7 +41,7 @@ async def streams(site: Site, options: argparse.Namespace) -> int:
     return 0
 
 
-def _show(site: Site, found: list[StreamOverview], alive: set[str]) -> None:
+def _show(site: OperatorContext, found: list[StreamOverview], alive: set[str]) -> None:
     rows: list[list[str]] = []
     for stream in found:
         state, followers = stream.state, stream.followers
@@ -93,7 +93,7 @@ def _retention(namespace: NamespaceSettings) -> str:
     return ", ".join(limits) or "none"
 
 
-def _values(site: Site, stream: StreamOverview, alive: set[str]) -> dict[str, object]:
+def _values(site: OperatorContext, stream: StreamOverview, alive: set[str]) -> dict[str, object]:
     state, namespace = stream.state, site.config.namespace(stream.channel)
     return {
         "channel": stream.channel,
@@ -119,7 +119,7 @@ def _values(site: Site, stream: StreamOverview, alive: set[str]) -> dict[str, ob
     }
 
 
-async def trim(site: Site, options: argparse.Namespace) -> int:
+async def trim(site: OperatorContext, options: argparse.Namespace) -> int:
     """At once and exactly, unlike the retention job."""
     channel = channel_of(options.channel)
     max_entries, max_age_s = options.max_entries, options.max_age

@@ -6,8 +6,8 @@ import argparse
 from datetime import UTC, datetime
 from typing import Any
 
+from relay.cli.operator_context import OperatorContext, channel_of, user_of
 from relay.cli.output import duration, emit, say, table
-from relay.cli.site import Site, channel_of, user_of
 from relay.core.errors import RedisUnavailable
 from relay.core.model import EntryID
 from relay.stream.cluster.workers import WorkerInfo, list_workers, live_workers
@@ -20,7 +20,7 @@ _HEAD = (
 )  # fmt: skip
 
 
-async def workers(site: Site, options: argparse.Namespace) -> int:
+async def workers(site: OperatorContext, options: argparse.Namespace) -> int:
     """By host; the registered ones that are silent too."""
     living, silent = await list_workers(site.client, site.keys)
     living.sort(key=lambda node: (node.host, node.instance))
@@ -93,7 +93,7 @@ def _values(node: WorkerInfo, now_ms: int) -> dict[str, object]:
     }
 
 
-async def status(site: Site, options: argparse.Namespace) -> int:
+async def status(site: OperatorContext, options: argparse.Namespace) -> int:
     """0 where nothing is wrong, else 1 and a line on standard error for each thing."""
     values: dict[str, Any] = {"good": False, "redis": False}
     wrong: list[str] = []
@@ -138,7 +138,7 @@ async def status(site: Site, options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-async def _write_refusal(site: Site) -> str:
+async def _write_refusal(site: OperatorContext) -> str:
     """Return Redis' answer if it refuses a small write, '' if it accepts it.
 
     A Redis that is full refuses heartbeats too, so that workers cannot report it.
@@ -169,7 +169,7 @@ def _show(values: dict[str, Any]) -> None:
         print(f"{name:<14}{text}")
 
 
-async def disconnect(site: Site, options: argparse.Namespace) -> int:
+async def disconnect(site: OperatorContext, options: argparse.Namespace) -> int:
     """Append the command to the control stream; each worker obeys at its next wake-up."""
     user = user_of(options.user)
     entry_id = await control.publish(site.client, site.keys, control.DisconnectUser(user=user))
@@ -177,7 +177,7 @@ async def disconnect(site: Site, options: argparse.Namespace) -> int:
     return 0
 
 
-async def unsubscribe(site: Site, options: argparse.Namespace) -> int:
+async def unsubscribe(site: OperatorContext, options: argparse.Namespace) -> int:
     """Like `disconnect`, for one channel."""
     channel, user = channel_of(options.channel), user_of(options.user)
     command = control.UnsubscribeUser(channel=channel, user=user)
@@ -188,7 +188,11 @@ async def unsubscribe(site: Site, options: argparse.Namespace) -> int:
 
 
 async def _sent(
-    site: Site, options: argparse.Namespace, entry_id: EntryID, what: str, values: dict[str, object]
+    site: OperatorContext,
+    options: argparse.Namespace,
+    entry_id: EntryID,
+    what: str,
+    values: dict[str, object],
 ) -> None:
     """Print what is known: how many workers there are, not whether the user was connected."""
     count = len(await live_workers(site.client, site.keys))

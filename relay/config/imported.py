@@ -1,11 +1,11 @@
-"""Another server's configuration, put into our words by the door that takes that server's place.
+"""Configuration of another server, converted to relay's settings by the protocol that replaces it.
 
-A protocol's folder may have a module `imported` with a `FOREIGN` (`relay.protocols`). The command
+A protocol's folder may have a module `imported` with an `IMPORT` (`relay.protocols`). The command
 line then accepts the other server's files with `-c`, its folder with an option of the protocol, or
 its whole command line after a command of its name: `relay serve -c config.json`, `relay serve
 --seafile-conf-dir DIR`, `relay centrifugo --port=8001`. These settings are the lowest layer of the
 configuration: above the defaults, below our INI file, RELAY_ variables, --set and flags. The order
-of the other server's own sources is decided in `Foreign.read`.
+of the other server's own sources is decided in `ConfigurationImport.read`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Said:
-    """One setting of ours, as the other configuration has it.
+class ImportedSetting:
+    """A setting of relay with the value from the other configuration.
 
-    `where` and `text` together begin the line of an error, as `config.json: port = ` and `x`.
-    `why` is the comment that explains it where it is written into an INI file.
+    An error message begins with `where` and `text`, for example `config.json: port = ` and `x`.
+    `why` is the comment above the setting when it is written to an INI file.
     """
 
     section: str
@@ -32,22 +32,22 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Translation:
-    """All that one foreign configuration says.
+class ImportedConfiguration:
+    """The settings from one configuration of another server.
 
-    `notes` are lines for the operator: what is unknown or has no effect here. `missing` says that
-    the file is not there, where the other server starts without it all the same; a reload and a
-    check of the configuration fail with that line.
+    `notes` are warnings about options that are unknown or have no effect in relay. `missing` is
+    the error message if the file does not exist although the other server would start without it.
+    A start ignores it; a reload and `checkconfig` fail with it.
     """
 
-    said: Sequence[Said] = ()
+    said: Sequence[ImportedSetting] = ()
     notes: Sequence[str] = ()
     missing: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flag:
-    """One flag of the other server's command line; a switch may stand without a value."""
+    """One flag of the other server's command line. A switch needs no value."""
 
     name: str
     about: str
@@ -55,17 +55,19 @@ class Flag:
     switch: bool = False
 
 
-class Foreign(Protocol):
-    """How a door reads what the server before it was configured with.
+class ConfigurationImport(Protocol):
+    """Reads the configuration of another server.
 
-    `suffixes`: files with these endings are its, wherever a command takes `-c FILE`.
-    `option`: further option of these commands that names its file or folder, as
-    `--seafile-conf-dir`; '' where there is none. `option_about` is its help.
-    `command`: `relay COMMAND` takes the other server's own command line, `flags` and `-c FILE`
-    (without it: `default_path`), and serves; `COMMAND genconfig|checkconfig|version|help` too. ''
-    where there is none. `version` is the other server's name and version.
-    `by_environment`: it is read at every start, without a path too, since variables alone may
-    configure it.
+    Attributes:
+        suffixes: `-c FILE` selects this reader if the file's name ends in one of them.
+        option: An additional option that names the server's file or directory, for example
+            `--seafile-conf-dir`; '' if there is none. `option_about` is its help.
+        command: `relay COMMAND` accepts the other server's command line with `flags` and `-c FILE`
+            (default: `default_path`) and serves. It also has the actions genconfig, checkconfig,
+            version and help. '' if there is no such command.
+        version: Name and version of the other server.
+        by_environment: Read at every start even without a path, because environment variables
+            alone may contain the configuration.
     """
 
     suffixes: Sequence[str]
@@ -79,11 +81,12 @@ class Foreign(Protocol):
 
     def read(
         self, path: Path | None, environ: Mapping[str, str], flags: Mapping[str, str]
-    ) -> Translation:
-        """What is in the file or folder, the environment and the given flags.
+    ) -> ImportedConfiguration:
+        """Return the settings from the file or directory, the environment and the flags.
 
-        ConfigError where it cannot be read or asks for what must not be passed over.
+        Raise ConfigError if the file cannot be read, or if it enables something that relay lacks
+        and that must not be ignored.
         """
 
     def example(self, path: Path) -> str:
-        """The smallest file of this ending to start with; ConfigError where there is none."""
+        """Return a minimal file of this type. Raise ConfigError if there is none."""

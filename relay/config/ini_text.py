@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
-from relay.config.imported import Said
+from relay.config.imported import ImportedSetting
 from relay.config.settings import Section
 from relay.core.errors import ConfigError
 
@@ -65,12 +65,12 @@ def example(sections: Mapping[str, type[Section]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def ini(said: Iterable[Said]) -> str:
+def ini(said: Iterable[ImportedSetting]) -> str:
     """Return an INI file with these settings, each with its `why` as comment.
 
     The last of several equal settings counts. Raise ConfigError if an INI file cannot hold a value.
     """
-    sections: dict[str, dict[str, Said]] = {}
+    sections: dict[str, dict[str, ImportedSetting]] = {}
     for each in said:
         # An INI file drops white space around a value.
         if each.text != each.text.strip() or len(each.text.splitlines()) > 1:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pydantic import SecretStr, ValidationError
 
-from relay.config.imported import Translation
+from relay.config.imported import ImportedConfiguration
 from relay.config.ini_text import allowed, env_name
 from relay.config.settings import (
     HubSettings,
@@ -152,7 +152,7 @@ def load(
     flags: Mapping[str, str],
     doors: Mapping[str, type[Section]],
     producers: Mapping[str, type[Section]] | None = None,
-    foreign: Sequence[Translation] = (),
+    foreign: Sequence[ImportedConfiguration] = (),
     strict: bool = False,
 ) -> Config:
     """Return the configuration of one start or reload; raise ConfigError if anything is wrong.
@@ -242,13 +242,13 @@ def _sections(config: Config) -> Iterator[tuple[str, Section]]:
     yield from config.producers.items()
 
 
-def _notes(translation: Translation) -> Iterator[str]:
+def _notes(translation: ImportedConfiguration) -> Iterator[str]:
     if translation.missing:
         yield f"{translation.missing}; the defaults count"
     yield from translation.notes
 
 
-def _translated(translation: Translation) -> _Source:
+def _translated(translation: ImportedConfiguration) -> _Source:
     source: _Source = {}
     for said in translation.said:
         source.setdefault(said.section, {})[said.key] = _Given(said.where, said.text)

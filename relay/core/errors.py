@@ -1,16 +1,16 @@
-"""Exceptions, ours apart from theirs.
+"""Exceptions of relay.
 
 RelayError
 ├── ConfigError            the configuration: one line for the operator, exit code 1
-├── StartError             something the machine lacks (port taken ...): one line, exit code 1
-├── RedisUnavailable       Redis is away, or answered that it cannot serve now: try again
-├── NotReplicated          appended, but too few replicas said so in time
-├── ClientError            a client's mistake; carries the code that its door shows it
+├── StartError             the machine prevents the start (port in use ...): one line, exit code 1
+├── RedisUnavailable       Redis is unreachable or temporarily cannot serve: retry
+├── NotReplicated          appended, but too few replicas confirmed it in time
+├── ClientError            an error of the client; its `code` is the reason to report
 │   ├── Unauthorized       no credential, or a bad or expired one
-│   ├── Forbidden          a good credential that does not open this
-│   ├── BadRequest         cannot be understood
+│   ├── Forbidden          a valid credential without access to this
+│   ├── BadRequest         malformed request
 │   └── LimitExceeded      too large, too fast, too many
-└── Unavailable            the relay cannot answer now (Redis away, stopping): try again
+└── Unavailable            relay cannot answer now (Redis unreachable, shutdown): retry
 """
 
 from __future__ import annotations
@@ -19,56 +19,56 @@ from relay.core.reasons import Reason
 
 
 class RelayError(Exception):
-    """Everything that this package raises on purpose."""
+    """Base class of all expected errors."""
 
 
 class ConfigError(RelayError):
-    """One line naming file, section, key and what is allowed."""
+    """Invalid configuration. One line with file, section, key and allowed values."""
 
 
 class StartError(RelayError):
-    """One line naming what is missing and the command that mends it."""
+    """Failed start. One line with the cause and the command that fixes it."""
 
 
 class RedisUnavailable(RelayError):
-    """Redis is away, loading, read-only or refusing; the caller backs off and tries again."""
+    """Redis is unreachable, loading, read-only or rejects commands. The caller retries later."""
 
 
 class NotReplicated(RelayError):
-    """The entry has an ID, but fewer replicas than asked for confirmed it within the limit."""
+    """The entry was appended, but fewer replicas than required confirmed it in time."""
 
 
 class ClientError(RelayError):
-    """A client's mistake; `code` is the stable word, the text is for people."""
+    """Error of a client. `code` is stable, the text is for people."""
 
     code = Reason.BAD_REQUEST
 
 
 class Unauthorized(ClientError):
-    """No credential, or a bad or expired one."""
+    """No credential, or an invalid or expired one."""
 
     code = Reason.UNAUTHORIZED
 
 
 class Forbidden(ClientError):
-    """A good credential that does not open this channel, or an Origin that is not allowed."""
+    """A valid credential without access to the channel, or an Origin that is not allowed."""
 
     code = Reason.FORBIDDEN
 
 
 class BadRequest(ClientError):
-    """The request cannot be understood."""
+    """The request is malformed."""
 
     code = Reason.BAD_REQUEST
 
 
 class LimitExceeded(ClientError):
-    """Too large, too fast or too many; the text names the limit."""
+    """Too large, too fast or too many. The text names the limit."""
 
     code = Reason.LIMIT_EXCEEDED
 
 
 class Unavailable(RelayError):
-    """The relay cannot answer now; the same request may succeed shortly."""
+    """Relay cannot answer now. The same request may succeed later."""
 
     code = Reason.UNAVAILABLE

@@ -17,7 +17,7 @@ from prometheus_client import (
 )
 
 if TYPE_CHECKING:
-    from relay.core.worker_memory import Siblings
+    from relay.core.worker_memory import WorkerMemory
 
 
 class _Told(Protocol):
@@ -30,7 +30,7 @@ class _Told(Protocol):
 class Metrics:
     """What `/metrics` shows. Counters are incremented per batch, never per client."""
 
-    def __init__(self, worker: int = 0, siblings: Siblings | None = None) -> None:
+    def __init__(self, worker: int = 0, siblings: WorkerMemory | None = None) -> None:
         """`worker` is the number of this one of several, 0 of an only one."""
         self._worker = worker
         self.registry = CollectorRegistry(auto_describe=True)

@@ -1,7 +1,7 @@
-"""What the hub asks of the stream side, and what comes back.
+"""The interface between the hub and `relay.stream`: requests, results and callbacks.
 
-The hub does no I/O and the stream side knows no clients; these values are all they exchange.
-A *followed* stream is a channel with at least one local client; its object belongs to the hub.
+The hub does no I/O, and `relay.stream` has no access to clients. A *followed* stream is a channel
+with at least one local client. The hub owns its object.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from relay.core.model import Channel, EntryID, Event, Record, StreamState
 
 @dataclass(frozen=True, slots=True)
 class ExamineRequest:
-    """Look at a stream and its rights in one transaction.
+    """Request to read the state and rights of a stream in one transaction.
 
-    `users` are the fields of the rights hash wanted; `own` the IDs whose own entries matter.
-    With `mark` the stream gets a marker group if it has none, and is created if it is missing. It
-    is set only after a client's right to read the stream has been confirmed.
+    `users` are the fields to read from the rights hash. `own` are the IDs whose entries are needed.
+    With `mark`, the stream and its marker group are created if they do not exist. It is set only
+    after a client's right to read the stream has been confirmed.
     """
 
     users: tuple[str, ...]
@@ -30,7 +30,7 @@ class ExamineRequest:
 
 @dataclass(frozen=True, slots=True)
 class Examined:
-    """The answer: one moment of the stream, its rights, and the digests of `own` entries."""
+    """Result of an examination: state, rights and the digests of the `own` entries."""
 
     state: StreamState
     rights: Mapping[str, bytes | None]
@@ -39,8 +39,10 @@ class Examined:
 
 @dataclass(frozen=True, slots=True)
 class PageRequest:
-    """Entries after `start` for clients that are behind. `reached` was this worker's position
-    when the request was made: all entries up to it exist already."""
+    """Request for the entries after `start`, for lagging clients.
+
+    `reached` is this worker's position at the time of the request. All entries up to it exist.
+    """
 
     start: EntryID
     reached: EntryID
@@ -48,9 +50,9 @@ class PageRequest:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Entries after the request's start, in order. `complete`: there were no more.
+    """Entries after the start of the request, in order, and the stream's state at that time.
 
-    `state` is of the same moment.
+    `complete` is True if there were no further entries.
     """
 
     state: StreamState
@@ -60,9 +62,10 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The newest entries of a stream, newest first, and the moment they belong to.
+    """The newest entries of a stream, newest first, and the stream's state at that time.
 
-    `events` are what of `records` is for clients; `whole`: there are no older entries.
+    `events` are the records that are delivered to clients. `whole` is True if there are no older
+    entries.
     """
 
     state: StreamState
@@ -72,7 +75,7 @@ class Snapshot:
 
 
 class Followed(Protocol):
-    """A stream with local clients, as the reader sees it."""
+    """A stream with local clients. The reader calls these methods."""
 
     channel: Channel
     alive: bool
@@ -88,66 +91,70 @@ class Followed(Protocol):
 
     @property
     def position(self) -> EntryID:
-        """This worker's position W: everything up to it was offered to every local client."""
+        """Return this worker's position W. All local clients were offered the entries up to it."""
 
     def examine_request(self) -> ExamineRequest:
-        """What the next examination must answer; everybody waiting now is part of it."""
+        """Return the next request, which includes all subscriptions that are waiting now."""
 
     def on_examined(self, request: ExamineRequest, examined: Examined) -> None:
-        """The examination's answer."""
+        """Handle the result of an examination."""
 
     def on_examine_failed(self, request: ExamineRequest, reason: str) -> None:
-        """Redis answered, but not with a stream (for instance a foreign key of that name)."""
+        """Handle a reply that is an error, for example because the key is not a stream."""
 
     def on_examine_lost(self, request: ExamineRequest) -> None:
-        """The connection was lost before the answer came: whoever waited waits again."""
+        """Re-queue the waiting subscriptions: the connection was lost before the reply."""
 
     def on_records(self, records: Sequence[Record]) -> None:
-        """The entries directly after `position`, in order."""
+        """Handle the entries that directly follow `position`, in order."""
 
     def on_end(self, last: EntryID) -> None:
-        """There was nothing more to read up to `last`, the stream's last generated ID."""
+        """Advance to `last`, the stream's last generated ID: there are no entries before it."""
 
     def on_hole(
         self, state: StreamState, first_read: EntryID | None, following: int | None
     ) -> None:
-        """Entries after `position` were removed before they were read; `first_read` is what
-        follows now, None where nothing does. `following` as in `untouched`."""
+        """Handle the removal of unread entries after `position`.
+
+        `first_read` is the first entry that remains, or None. `following` is as in `untouched`.
+        """
 
     def on_unsettled(self) -> None:
-        """The group or the connection was lost: the position must be judged anew."""
+        """Request an examination: the consumer group or the connection was lost."""
 
     def on_rights_changed(self) -> None:
-        """The rights hash was written: everybody must be checked again."""
+        """Check the rights of all subscriptions again: the rights hash was changed."""
 
     def on_ephemeral(self, event: Event) -> None:
-        """An event of the ephemeral kind."""
+        """Deliver an ephemeral event."""
 
     def same_life(self, state: StreamState) -> bool:
-        """Whether the state, taken with its marker, is of the incarnation that was examined."""
+        """Return True if the state, read with its marker, has the examined incarnation."""
 
     def untouched(self, state: StreamState, following: int | None) -> bool:
-        """Whether nothing after `position` was removed unread. `following`: how many entries
-        there are after it, None where more may follow than were read."""
+        """Return True if no unread entry after `position` was removed.
+
+        `following` is the number of entries after it, or None if not all of them were read.
+        """
 
     def page_request(self) -> PageRequest | None:
-        """What clients that are behind need next, None if nothing."""
+        """Return the next page request of lagging clients, or None if all are caught up."""
 
     def on_page(self, request: PageRequest, page: Page) -> None:
-        """The page for them."""
+        """Deliver a page to lagging clients."""
 
 
 class StreamReads(Protocol):
-    """What the hub asks for; answers come later, through `Followed`."""
+    """Requests of the hub. The results arrive later, through `Followed`."""
 
     def follow(self, stream: Followed) -> None:
-        """Begin: ephemeral events are received from here on."""
+        """Start to read the stream and to receive its ephemeral events."""
 
     def want_examine(self, stream: Followed) -> None:
-        """Somebody waits for an examination."""
+        """Schedule an examination."""
 
     def want_page(self, stream: Followed) -> None:
-        """Somebody is behind and can take more."""
+        """Schedule a page for lagging clients that can receive more."""
 
     def release(self, stream: Followed) -> None:
-        """The last local client left."""
+        """Stop reading: the last local client has unsubscribed."""

@@ -1,7 +1,7 @@
-"""What the workers of one `relay serve --workers N` tell each other: bytes in memory they share.
+"""Shared memory of the workers of one `relay serve --workers N`.
 
-Each worker has one slot and is the only one who writes there, but for the supervisor, who clears
-the slot of a dead one. A slot is a few 8-byte numbers, aligned, so that no reader sees half of one.
+Each worker has one slot, which only that worker writes; the supervisor clears it when the worker
+dies. A slot consists of aligned 8-byte numbers, so that a reader never sees a partial write.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from relay.core.errors import StartError
 
 BEAT_S = 0.25
-# A worker that hangs is noticed within 2 s: this, and the beat it may have made just before.
+# A worker that hangs is detected within 2 s: this time plus its last beat.
 PATIENCE_S = 1.5
 
 # Lines that a worker writes to its supervisor.
@@ -27,27 +27,27 @@ READY, ERROR = "ready", "error "
 # Messages of a supervisor to its workers: four bytes of length, then one of these or a Config.
 REOPEN_LOG = b"reopen"
 _PR_SET_PDEATHSIG = 1
-# Whole cache lines a slot: a worker's beats do not disturb its neighbour's.
+# A slot fills whole cache lines, so that workers do not invalidate each other's caches.
 _SLOT = 16
 _READY_AT, _CONNECTIONS, _INSTANCE, _LISTENS_AT, _DEAD = range(5)
 _DEATHS = 5
 
 
-class Siblings:
+class WorkerMemory:
     """The slots of all workers, numbered from 1."""
 
     def __init__(self, descriptor: int) -> None:
-        """`descriptor` is that of `shared_memory`, which stays open."""
+        """Map the memory of `descriptor`, which `shared_memory` returned and which stays open."""
         self._map = mmap.mmap(descriptor, 0)
         self._cells = memoryview(self._map).cast("d")
         self.count = len(self._cells) // _SLOT
 
     def tell(self, number: int, connections: int) -> None:
-        """How many clients this worker has."""
+        """Store the number of this worker's clients."""
         self._cells[(number - 1) * _SLOT + _CONNECTIONS] = connections
 
     def beat(self, number: int, *, ready: bool) -> None:
-        """This worker lives; a beat holds for PATIENCE_S."""
+        """Report this worker as ready for PATIENCE_S, or as not ready."""
         # CLOCK_MONOTONIC is one clock for all processes of a host.
         self._cells[(number - 1) * _SLOT + _READY_AT] = time.monotonic() if ready else 0.0
 
@@ -63,17 +63,17 @@ class Siblings:
         return None
 
     def clear(self, number: int) -> None:
-        """The worker does not serve."""
+        """Mark the worker as not serving."""
         self.listen(number, open=False)
         self.beat(number, ready=False)
         self.tell(number, 0)
 
     def enter(self, number: int, instance: str) -> None:
-        """The worker's name in Redis; it ends with eight random digits."""
+        """Store the worker's instance name, which ends with eight random digits."""
         self._cells[(number - 1) * _SLOT + _INSTANCE] = _digits(instance)
 
     def number_of(self, instance: str) -> int | None:
-        """The worker of this host that has this name; None if there is none that serves."""
+        """Return the number of the ready worker with this instance name, or None."""
         digits = _digits(instance)
         for number in range(1, self.count + 1):
             if self._cells[(number - 1) * _SLOT + _INSTANCE] == digits:
@@ -81,8 +81,11 @@ class Siblings:
         return None
 
     def bury(self, number: int) -> None:
-        """The worker has died. What it was called is remembered for a few more deaths, and so for
-        longer than anything of it in Redis matters: after each, its successor waits longer."""
+        """Mark the worker as dead and store its instance name until it has died a few more times.
+
+        The supervisor waits longer before each restart, so the name is kept until all data of the
+        dead worker in Redis has expired.
+        """
         self.clear(number)
         first = (number - 1) * _SLOT
         last = first + _DEAD + _DEATHS
@@ -93,7 +96,7 @@ class Siblings:
         self._cells[first + _INSTANCE] = 0.0
 
     def is_dead(self, instance: str) -> bool:
-        """Whether it was a worker of this host that is known to have died."""
+        """Return True if the instance was a worker of this host that has died."""
         digits = _digits(instance)
         return any(
             digits in self._cells[first + _DEAD : first + _DEAD + _DEATHS].tolist()
@@ -101,41 +104,41 @@ class Siblings:
         )
 
     def ready(self, number: int) -> bool:
-        """Whether it said so lately."""
+        """Return True if the worker has reported ready within PATIENCE_S."""
         return time.monotonic() - self._cells[(number - 1) * _SLOT + _READY_AT] < PATIENCE_S
 
     def connections(self, number: int) -> int:
-        """How many clients it has, those included that are just coming."""
+        """Return the number of its clients, including those being handed over to it."""
         return int(self._cells[(number - 1) * _SLOT + _CONNECTIONS])
 
     def not_ready(self) -> list[int]:
-        """The numbers of those who did not."""
+        """Return the numbers of the workers that are not ready."""
         return [number for number in range(1, self.count + 1) if not self.ready(number)]
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """What a worker process was told by its supervisor."""
+    """Number, shared memory and sockets that the supervisor passes to a worker process."""
 
     number: int
-    siblings: Siblings
-    # Connections that siblings hand over come from the one, and go to them through the others.
+    siblings: WorkerMemory
+    # Sockets for handing over connections: from other workers, and to each of them by number.
     inbox: socket.socket
     outboxes: Mapping[int, socket.socket]
 
     @staticmethod
     def argument(number: int, memory: int, inbox: int, outboxes: Sequence[int]) -> str:
-        """The value of --worker, with descriptors that are inherited."""
+        """Return the value of --worker, which contains inherited descriptors."""
         return ":".join(map(str, (number, memory, os.getpid(), inbox, *outboxes)))
 
     @classmethod
     def parse(cls, text: str) -> Worker:
-        """From `argument`. The process ends from now on with the one that started it."""
+        """Parse the value of --worker. From now on, this process dies with its supervisor."""
         number, memory, parent, inbox, *outboxes = (int(part) for part in text.split(":"))
         die_with_parent(parent)
         return cls(
             number,
-            Siblings(memory),
+            WorkerMemory(memory),
             socket.socket(fileno=inbox),
             {index: socket.socket(fileno=each) for index, each in enumerate(outboxes, 1)},
         )
@@ -170,12 +173,12 @@ class Worker:
 
     @staticmethod
     def say_ready() -> None:
-        """The listeners are open."""
+        """Report to the supervisor that the listeners are open."""
         print(READY, flush=True)  # noqa: T201  # the supervisor reads it
 
     @staticmethod
     def say_error(line: str) -> None:
-        """Why this worker does not start; it ends with exit code 1."""
+        """Report to the supervisor why this worker cannot start."""
         print(f"{ERROR}{line}", flush=True)  # noqa: T201  # the supervisor reads it
 
 
@@ -191,12 +194,12 @@ def _read_exactly(size: int) -> bytes:
 
 
 def die_with_parent(parent: int) -> None:
-    """The kernel kills this process when `parent` dies, even by SIGKILL."""
+    """Let the kernel kill this process when `parent` dies, even by SIGKILL."""
     # Not SIGTERM: a port that is still being drained would keep the next relay from starting, and
     # clients resume without loss anyway.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
-        # It died before the kernel was asked.
+        # The parent died before prctl().
         os._exit(1)
 
 
@@ -209,7 +212,7 @@ def _digits(instance: str) -> float:
 
 
 def shared_memory(workers: int) -> int:
-    """A descriptor for `Siblings`, to be inherited; nobody is ready yet."""
+    """Create the memory of `WorkerMemory` and return its descriptor, to be inherited."""
     if not hasattr(os, "memfd_create"):
         raise StartError("several workers need Linux: --workers 1")
     descriptor = os.memfd_create("relay-workers")

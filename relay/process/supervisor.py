@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from relay.core.errors import StartError
-from relay.core.worker_memory import ERROR, READY, REOPEN_LOG, Siblings, Worker, shared_memory
+from relay.core.worker_memory import ERROR, READY, REOPEN_LOG, Worker, WorkerMemory, shared_memory
 from relay.process import app, logs
 from relay.process.embedded import redis_address, running_valkey
 from relay.process.pid_file import pid_file
@@ -83,7 +83,7 @@ class Supervisor:
         self._reloads = Reloads(reload, lambda: self._config, self._reload)
         self._on_ready = on_ready
         self._memory = shared_memory(config.node.workers)
-        self._siblings = Siblings(self._memory)
+        self._siblings = WorkerMemory(self._memory)
         # Held here too: what waits for a worker that died is taken by its successor.
         self._pairs = [
             socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

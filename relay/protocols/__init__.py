@@ -3,9 +3,9 @@
 Nothing outside a folder names it. A folder has up to three modules that are looked for by name:
 
 - `settings` has `SETTINGS`, the class of the section [protocol:<folder>].
-- `imported`, if there is one, has `FOREIGN`: it reads the configuration of the server that the
-  protocol replaces (`relay.config.imported.Foreign`). The command line needs it for its options,
-  so it must be quick to import.
+- `imported`, if there is one, has `IMPORT`: it reads the configuration of the server that the
+  protocol replaces (`relay.config.imported.ConfigurationImport`). The command line needs it for
+  its options, so it must be quick to import.
 - `routes` has `DOOR` (`relay.doorkit.contract.FrontDoor`). It is imported only if the protocol is
   served.
 """
@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from relay.config.imported import Foreign
+    from relay.config.imported import ConfigurationImport
     from relay.config.settings import Section
     from relay.doorkit.contract import FrontDoor
 
@@ -36,10 +36,10 @@ def door_settings() -> dict[str, type[Section]]:
     }
 
 
-def find_foreign() -> list[Foreign]:
+def find_imports() -> list[ConfigurationImport]:
     """Return the readers of other servers' configurations, sorted by protocol."""
     modules = [f"{__name__}.{name}.imported" for name in protocol_names()]
-    return [importlib.import_module(module).FOREIGN for module in modules if find_spec(module)]
+    return [importlib.import_module(module).IMPORT for module in modules if find_spec(module)]
 
 
 def load_door(name: str) -> FrontDoor:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from relay.config.imported import Translation
+from relay.config.imported import ImportedConfiguration
 from relay.config.loading import Config, load
 from relay.core.errors import ConfigError
 from relay.protocols import door_settings
 from relay.protocols.centrifugo.imported import CentrifugoImport
 from relay.protocols.centrifugo.settings import CentrifugoSettings
 
-FOREIGN = CentrifugoImport()
+IMPORT = CentrifugoImport()
 Write = Callable[..., Path]
 
 
@@ -22,17 +22,17 @@ def translate(
     path: Path | None = None,
     environ: Mapping[str, str] | None = None,
     **flags: str,
-) -> Translation:
-    return FOREIGN.read(path, environ or {}, flags)
+) -> ImportedConfiguration:
+    return IMPORT.read(path, environ or {}, flags)
 
 
-def configured(translation: Translation) -> Config:
+def configured(translation: ImportedConfiguration) -> Config:
     return load(
         None, environ={}, overrides=[], flags={}, doors=door_settings(), foreign=[translation]
     )
 
 
-def door(translation: Translation) -> CentrifugoSettings:
+def door(translation: ImportedConfiguration) -> CentrifugoSettings:
     section = configured(translation).doors["protocol:centrifugo"]
     assert isinstance(section, CentrifugoSettings)
     return section

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from relay.config.imported import Flag, Said, Translation
+from relay.config.imported import Flag, ImportedConfiguration, ImportedSetting
 from relay.core.errors import ConfigError
 from relay.core.model import RESERVED_NAMESPACES
 from relay.protocols.centrifugo.configuration.option_sources import (
@@ -42,7 +42,7 @@ _LEVELS = {"trace": "debug", "debug": "debug", "info": "info"} | dict.fromkeys(
 
 
 class CentrifugoImport:
-    """See `relay.config.imported.Foreign`."""
+    """Imports Centrifugo's configuration file and flags."""
 
     suffixes = SUFFIXES
     option = ""
@@ -61,8 +61,8 @@ class CentrifugoImport:
 
     def read(
         self, path: Path | None, environ: Mapping[str, str], flags: Mapping[str, str]
-    ) -> Translation:
-        """See `relay.config.imported.Foreign`."""
+    ) -> ImportedConfiguration:
+        """Return the settings of the file, environment variables and flags."""
         given = gather(path, environ, flags)
         _refuse(given)
         said = [
@@ -72,7 +72,9 @@ class CentrifugoImport:
             *_node(given),
             *_redis(given),
         ]
-        return Translation(said=said, notes=[*given.notes, *_notes(given)], missing=given.missing)
+        return ImportedConfiguration(
+            said=said, notes=[*given.notes, *_notes(given)], missing=given.missing
+        )
 
     def example(self, path: Path) -> str:
         """Return an example with a random secret, as `centrifugo genconfig` does."""
@@ -88,7 +90,7 @@ class CentrifugoImport:
                 raise ConfigError(f"{path}: must end in one of {', '.join(SUFFIXES)}")
 
 
-FOREIGN = CentrifugoImport()
+IMPORT = CentrifugoImport()
 
 
 def _refuse(given: CollectedOptions) -> None:
@@ -105,7 +107,7 @@ def _refuse(given: CollectedOptions) -> None:
                 raise given.values["ssl"].wrong(f"needs {name}")
 
 
-def _door(given: CollectedOptions) -> Iterator[Said]:
+def _door(given: CollectedOptions) -> Iterator[ImportedSetting]:
     """Options that are this door's own, in the table's order."""
     for name, value in given.values.items():
         option = OPTIONS[name]
@@ -135,7 +137,7 @@ def _counts(name: str) -> bool:
     return OPTIONS[name].kind is OptionKind.NUMBER
 
 
-def _namespaces(given: CollectedOptions) -> Iterator[Said]:
+def _namespaces(given: CollectedOptions) -> Iterator[ImportedSetting]:
     for name, values in given.namespaces.items():
         if name in RESERVED_NAMESPACES:
             raise ConfigError(
@@ -155,7 +157,7 @@ def _default(key: str) -> str:
     return str(default) if CHANNEL_OPTIONS[key] is OptionKind.NUMBER else "no"
 
 
-def _retention(given: CollectedOptions) -> Iterator[Said]:
+def _retention(given: CollectedOptions) -> Iterator[ImportedSetting]:
     """Streams keep what the history may ask for, and no longer than that or an hour."""
     top = _kept(given.values)
     kept = {name: _kept(values) for name, values in given.namespaces.items()}
@@ -173,9 +175,11 @@ def _retention(given: CollectedOptions) -> Iterator[Said]:
     why = "Centrifugo keeps its history alone; an hour serves clients that are slow or were away."
     for section, (count, age_s) in sections.items():
         where = f"history of [{section}]: "
-        yield Said(section=section, key="retention_count", text=str(count), where=where, why=why)
-        yield Said(section=section, key="retention_age_s", text=str(age_s), where=where)
-        yield Said(
+        yield ImportedSetting(
+            section=section, key="retention_count", text=str(count), where=where, why=why
+        )
+        yield ImportedSetting(section=section, key="retention_age_s", text=str(age_s), where=where)
+        yield ImportedSetting(
             section=section,
             key="unique_uids",
             text="no",
@@ -196,13 +200,13 @@ def _kept(values: Mapping[str, OptionValue]) -> tuple[int, int]:
     return max(default, min(size, _MOST)), max(_KEPT_S, min(lifetime, _MOST))
 
 
-def _node(given: CollectedOptions) -> Iterator[Said]:
+def _node(given: CollectedOptions) -> Iterator[ImportedSetting]:
     if value := given.first("name"):
         yield _said("node", "name", value)
     if value := given.first("log_level"):
         yield _said("log", "level", value, _LEVELS.get(value.text.lower(), "info"))
     # The port of the file is this door's alone; everything else keeps to loopback.
-    yield Said(
+    yield ImportedSetting(
         section="server",
         key="port",
         text="0",
@@ -212,7 +216,7 @@ def _node(given: CollectedOptions) -> Iterator[Said]:
     )
 
 
-def _redis(given: CollectedOptions) -> Iterator[Said]:
+def _redis(given: CollectedOptions) -> Iterator[ImportedSetting]:
     engine = given.text("engine", "memory")
     if engine not in {"memory", "redis"}:
         raise given.values["engine"].wrong("no such engine; there are memory and redis")
@@ -240,7 +244,7 @@ def _redis(given: CollectedOptions) -> Iterator[Said]:
             yield _said("producer:queue", "shards", value)
 
 
-def _address(given: CollectedOptions) -> Iterator[Said]:
+def _address(given: CollectedOptions) -> Iterator[ImportedSetting]:
     for name in ("redis_host", "redis_port", "redis_url", "redis_master_name"):
         value = given.first(name)
         if value and "," in value.text:
@@ -305,7 +309,7 @@ def _notes(given: CollectedOptions) -> Iterator[str]:
         yield f"{level.where}{level.text}: no such level; info counts, as in {_VERSION}"
 
 
-def _said(section: str, key: str, value: OptionValue, text: str | None = None) -> Said:
-    return Said(
+def _said(section: str, key: str, value: OptionValue, text: str | None = None) -> ImportedSetting:
+    return ImportedSetting(
         section=section, key=key, text=value.text if text is None else text, where=value.where
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from relay.config.imported import Flag, Said, Translation
+from relay.config.imported import Flag, ImportedConfiguration, ImportedSetting
 from relay.core.errors import ConfigError
 from relay.protocols.seafile import conf
 
@@ -29,27 +29,31 @@ class SeafileForeign:
 
     def read(
         self, path: Path | None, environ: Mapping[str, str], flags: Mapping[str, str]
-    ) -> Translation:
-        """See `relay.config.imported.Foreign`."""
+    ) -> ImportedConfiguration:
+        """Return the settings of the file, environment variables and flags."""
         del flags
         found = conf.read(path, environ)
         said = [
-            Said(section=_SECTION, key=key, text=value, where=f"{found.where[key]} {key} = ")
+            ImportedSetting(
+                section=_SECTION, key=key, text=value, where=f"{found.where[key]} {key} = "
+            )
             for key, value in found.door.items()
         ]
         if found.log_level:
             where = "log level of Seafile's notification server = "
-            said.append(Said(section="log", key="level", text=found.log_level, where=where))
+            said.append(
+                ImportedSetting(section="log", key="level", text=found.log_level, where=where)
+            )
         notes = list(found.notes)
         if found.door.get("enabled") == "no":
             notes.append(
                 f"{found.where['enabled']} says enabled = false: the Seafile protocol is disabled"
             )
-        return Translation(said=said, notes=notes)
+        return ImportedConfiguration(said=said, notes=notes)
 
     def example(self, path: Path) -> str:
-        """See `relay.config.imported.Foreign`."""
+        """Return a minimal file, or raise ConfigError if there is none."""
         raise ConfigError(f"{path}: Seafile's own set-up writes its configuration")
 
 
-FOREIGN = SeafileForeign()
+IMPORT = SeafileForeign()

@@ -10,7 +10,7 @@ import pytest
 from pydantic import Field, field_validator
 
 from relay.config import ini_text
-from relay.config.imported import Said, Translation
+from relay.config.imported import ImportedConfiguration, ImportedSetting
 from relay.config.ini_text import example
 from relay.config.loading import Config, load
 from relay.config.settings import Section
@@ -107,14 +107,14 @@ def test_what_is_wrong_in_a_section_of_a_door_s_own_is_one_line(
     assert line in str(caught.value).replace(f"{path}:", "relay.ini:")
 
 
-def said(section: str, key: str, text: str) -> Said:
-    return Said(section=section, key=key, text=text, where=f"old.conf: {key.upper()} = ")
+def said(section: str, key: str, text: str) -> ImportedSetting:
+    return ImportedSetting(section=section, key=key, text=text, where=f"old.conf: {key.upper()} = ")
 
 
 def test_another_server_s_configuration_is_above_the_defaults_and_below_all_else(
     ini: Callable[[str], Path],
 ) -> None:
-    one = Translation(
+    one = ImportedConfiguration(
         said=[
             said("server", "port", "1"),
             said("server", "host", "a"),
@@ -124,7 +124,9 @@ def test_another_server_s_configuration_is_above_the_defaults_and_below_all_else
         ],
         notes=["old.conf: COLOR has no effect"],
     )
-    two = Translation(said=[said("server", "backlog", "7")], missing="new.conf: not there")
+    two = ImportedConfiguration(
+        said=[said("server", "backlog", "7")], missing="new.conf: not there"
+    )
     config = load(
         ini("[server]\nport = 2\n"),
         environ={"RELAY_NAMESPACE_OLD_WAIT_REPLICAS": "3"},
@@ -146,7 +148,7 @@ def test_another_server_s_configuration_is_above_the_defaults_and_below_all_else
 
 
 def test_what_is_wrong_in_another_server_s_configuration_is_told_in_its_words() -> None:
-    old = [Translation(said=[said("server", "port", "x")])]
+    old = [ImportedConfiguration(said=[said("server", "port", "x")])]
     with pytest.raises(ConfigError, match=r"^old.conf: PORT = x: a whole number from 0 to 65535$"):
         load(None, environ={}, overrides=[], flags={}, doors={}, foreign=old)
 
@@ -155,7 +157,9 @@ def test_settings_become_an_ini_file_that_says_the_same(tmp_path: Path) -> None:
     settings = [
         said("server", "port", "1"),
         said("protocol:house:red", "code", ""),
-        Said(section="jwt", key="key", text="# a;b = %c", where="", why="The old one's."),
+        ImportedSetting(
+            section="jwt", key="key", text="# a;b = %c", where="", why="The old one's."
+        ),
         said("server", "port", "2"),
     ]
     text = ini_text.ini(settings)
@@ -163,7 +167,7 @@ def test_settings_become_an_ini_file_that_says_the_same(tmp_path: Path) -> None:
     assert text == head + "[jwt]\n# The old one's.\nkey = # a;b = %c\n"
     path = tmp_path / "relay.ini"
     path.write_text(text)
-    foreign = [Translation(said=settings)]
+    foreign = [ImportedConfiguration(said=settings)]
     assert read(path) == load(
         None, environ={}, overrides=[], flags={}, doors=HOUSES, foreign=foreign
     )

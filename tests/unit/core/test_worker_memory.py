@@ -5,23 +5,23 @@ import time
 import pytest
 
 from relay.core import worker_memory
-from relay.core.worker_memory import Siblings, shared_memory
+from relay.core.worker_memory import WorkerMemory, shared_memory
 
 
 @pytest.fixture
-def pair() -> tuple[Siblings, Siblings]:
+def pair() -> tuple[WorkerMemory, WorkerMemory]:
     """The same memory as two processes see it."""
     memory = shared_memory(3)
-    return Siblings(memory), Siblings(memory)
+    return WorkerMemory(memory), WorkerMemory(memory)
 
 
-def test_nobody_is_ready_at_first(pair: tuple[Siblings, Siblings]) -> None:
+def test_nobody_is_ready_at_first(pair: tuple[WorkerMemory, WorkerMemory]) -> None:
     one, other = pair
     assert one.count == other.count == 3
     assert one.not_ready() == [1, 2, 3]
 
 
-def test_what_one_tells_the_other_sees(pair: tuple[Siblings, Siblings]) -> None:
+def test_what_one_tells_the_other_sees(pair: tuple[WorkerMemory, WorkerMemory]) -> None:
     one, other = pair
     one.beat(2, ready=True)
     one.tell(2, 70)
@@ -33,7 +33,7 @@ def test_what_one_tells_the_other_sees(pair: tuple[Siblings, Siblings]) -> None:
 
 
 def test_a_beat_holds_for_a_while(
-    pair: tuple[Siblings, Siblings], monkeypatch: pytest.MonkeyPatch
+    pair: tuple[WorkerMemory, WorkerMemory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = pair
     one.beat(1, ready=True)
@@ -42,7 +42,7 @@ def test_a_beat_holds_for_a_while(
     assert not other.ready(1)
 
 
-def test_the_last_deaths_are_remembered(pair: tuple[Siblings, Siblings]) -> None:
+def test_the_last_deaths_are_remembered(pair: tuple[WorkerMemory, WorkerMemory]) -> None:
     one, other = pair
     names = [f"web1-2:{number:08x}" for number in range(0xFFFFFFF8, 0x100000000)]
     for name in names:

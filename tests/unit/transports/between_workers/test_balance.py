@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from relay.core.worker_memory import Siblings, Worker, shared_memory
+from relay.core.worker_memory import Worker, WorkerMemory, shared_memory
 from relay.transports.between_workers.balance import Balance
 
 
@@ -38,7 +38,7 @@ def sides() -> Iterator[tuple[Side, Side]]:
             stack.enter_context(each)
         outboxes = {1: pairs[0][1], 2: pairs[1][1]}
         first, second = (
-            Side(Worker(number, Siblings(memory), pairs[number - 1][0], outboxes))
+            Side(Worker(number, WorkerMemory(memory), pairs[number - 1][0], outboxes))
             for number in (1, 2)
         )
         yield first, second

@@ -5,20 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from relay.config.imported import Foreign
+from relay.config.imported import ConfigurationImport
 from relay.config.ini_text import ini
 from relay.config.loading import load
 from relay.config.settings import LogSettings, NodeSettings, RedisSettings
 from relay.core.errors import ConfigError
 from relay.core.model import Channel
-from relay.protocols import door_settings, find_foreign
+from relay.protocols import door_settings, find_imports
 from relay.protocols.centrifugo.configuration.options import (
     CHANNEL_OPTIONS,
     OPTIONS,
     OptionHandling,
 )
 from relay.protocols.centrifugo.settings import CentrifugoNamespace, CentrifugoSettings
-from tests.support.centrifugo_config import FOREIGN, Write, configured, door, error, translate
+from tests.support.centrifugo_config import IMPORT, Write, configured, door, error, translate
 
 # The documents' own example (server/configuration.md), in the three formats.
 DOCUMENTED = {
@@ -60,7 +60,9 @@ EVERYWHERE = "0.0.0.0"  # noqa: S104  # compared with, not bound
 
 
 def test_the_door_has_it_and_the_command_line_finds_it() -> None:
-    found: list[Foreign] = [each for each in find_foreign() if each.command == "centrifugo"]
+    found: list[ConfigurationImport] = [
+        each for each in find_imports() if each.command == "centrifugo"
+    ]
     assert [each.version for each in found] == ["Centrifugo v1.8.0"]
 
 
@@ -131,8 +133,8 @@ def test_exactly_the_documented_flags_are_there() -> None:
         "web",
         "web_path",
     ]
-    assert {flag.name for flag in FOREIGN.flags} == set(flags)
-    short = {flag.short: flag.name for flag in FOREIGN.flags if flag.short}
+    assert {flag.name for flag in IMPORT.flags} == set(flags)
+    short = {flag.short: flag.name for flag in IMPORT.flags if flag.short}
     letters = [("a", "address"), ("d", "debug"), ("e", "engine"), ("n", "name"), ("p", "port")]
     assert short == dict([*letters, ("w", "web")])
 
@@ -272,12 +274,12 @@ def test_what_is_wrong_is_one_line_and_stops_the_start(write: Write, text: str, 
 def test_the_smallest_file_opens_the_door_with_a_new_secret(write: Write, suffix: str) -> None:
     found = set()
     for _ in range(2):
-        text = FOREIGN.example(Path(f"c.{suffix}"))
+        text = IMPORT.example(Path(f"c.{suffix}"))
         found.add(door(translate(write(text, suffix))).secret.get_secret_value())
     assert all(len(secret) == 36 for secret in found)
     assert len(found) == 2
     with pytest.raises(ConfigError, match=r"c.ini: must end in one of .json, .toml, .yaml, .yml"):
-        FOREIGN.example(Path("c.ini"))
+        IMPORT.example(Path("c.ini"))
 
 
 def test_as_an_ini_file_it_says_the_same(write: Write, tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from relay.cli.operator_arguments import Commands
-from relay.config.imported import Foreign
+from relay.config.imported import ConfigurationImport
 
 # Their flags have names of ours, with other meanings.
 _DEST = "foreign:"
 _ACTIONS = ("genconfig", "checkconfig", "version", "help")
 
 
-def add_options(parser: argparse.ArgumentParser, foreigns: Sequence[Foreign]) -> None:
+def add_options(parser: argparse.ArgumentParser, foreigns: Sequence[ConfigurationImport]) -> None:
     """One option for each folder or file that `-c` cannot name."""
     for foreign in foreigns:
         if foreign.option:
@@ -29,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser, foreigns: Sequence[Foreign]) ->
 
 def add_commands(
     commands: Commands,
-    foreigns: Sequence[Foreign],
+    foreigns: Sequence[ConfigurationImport],
     command: Callable[[Commands, str, str], argparse.ArgumentParser],
     process: Callable[[argparse.ArgumentParser], None],
 ) -> None:
@@ -78,7 +78,7 @@ def flags_of(options: argparse.Namespace) -> Mapping[str, str]:
     return {name.removeprefix(_DEST): text for name, text in given.items() if text is not None}
 
 
-def path_of(options: argparse.Namespace, foreign: Foreign) -> Path | None:
+def path_of(options: argparse.Namespace, foreign: ConfigurationImport) -> Path | None:
     """What the door's own option names."""
     path: Path | None = getattr(options, _DEST + foreign.option, None)
     return path

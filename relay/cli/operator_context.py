@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
+class OperatorContext:
     """One Redis with its relays."""
 
     config: Config
@@ -28,10 +28,10 @@ class Site:
 
 
 @asynccontextmanager
-async def site_of(config: Config) -> AsyncIterator[Site]:
+async def operator_context(config: Config) -> AsyncIterator[OperatorContext]:
     """The site that is configured; nothing is connected before the first command."""
     async with redis_client(config.redis) as client:
-        yield Site(config=config, client=client, keys=Keys(config.redis.prefix))
+        yield OperatorContext(config=config, client=client, keys=Keys(config.redis.prefix))
 
 
 def channel_of(text: str) -> Channel:

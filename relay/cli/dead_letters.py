@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import AsyncIterator
 
+from relay.cli.operator_context import OperatorContext
 from relay.cli.output import Progress, duration, emit, optional, safe, say, table
-from relay.cli.site import Site
 from relay.core.errors import NotReplicated, RedisUnavailable, RelayError
 from relay.core.model import Broken
 from relay.stream.connection import connect
@@ -18,7 +18,7 @@ from relay.stream.upkeep.dead_letter_list import DeadLetter
 _HEAD = ("ID", "FROM", "ENTRY", "AGE", "REASON")
 
 
-async def dead_letters(site: Site, options: argparse.Namespace) -> int:
+async def dead_letters(site: OperatorContext, options: argparse.Namespace) -> int:
     """What `action` says."""
     match options.action:
         case "list":
@@ -31,7 +31,7 @@ async def dead_letters(site: Site, options: argparse.Namespace) -> int:
             return await _drop(site, options)
 
 
-async def _list(site: Site, options: argparse.Namespace) -> int:
+async def _list(site: OperatorContext, options: argparse.Namespace) -> int:
     now_ms = await connect.time_ms(site.client)
     progress = Progress("dead letters")
     rows: list[list[str]] = []
@@ -79,7 +79,7 @@ def _values(letter: DeadLetter) -> dict[str, object]:
     }
 
 
-async def _show(site: Site, options: argparse.Namespace) -> int:
+async def _show(site: OperatorContext, options: argparse.Namespace) -> int:
     letter = await dead_letter_list.find(site.client, site.keys, options.id)
     if options.json:
         emit({"id": str(letter.id), **letter.values})
@@ -101,7 +101,7 @@ async def _show(site: Site, options: argparse.Namespace) -> int:
     return 0
 
 
-async def _chosen(site: Site, options: argparse.Namespace) -> AsyncIterator[DeadLetter]:
+async def _chosen(site: OperatorContext, options: argparse.Namespace) -> AsyncIterator[DeadLetter]:
     if options.all:
         async for page in dead_letter_list.pages(site.client, site.keys):
             for letter in page:
@@ -111,7 +111,7 @@ async def _chosen(site: Site, options: argparse.Namespace) -> AsyncIterator[Dead
         yield await dead_letter_list.find(site.client, site.keys, letter_id)
 
 
-async def _requeue(site: Site, options: argparse.Namespace) -> int:
+async def _requeue(site: OperatorContext, options: argparse.Namespace) -> int:
     """Requeue each dead letter separately. Those that cannot be requeued stay and are reported."""
     progress = Progress("requeued")
     done = failed = again = 0
@@ -150,7 +150,7 @@ async def _requeue(site: Site, options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _still_broken(site: Site, letter: DeadLetter) -> bool:
+def _still_broken(site: OperatorContext, letter: DeadLetter) -> bool:
     if letter.truncated or letter.channel is None:
         return False
     fields, limit = dead_letter_list.fields_of(letter), site.config.stream.max_entry_bytes
@@ -158,7 +158,7 @@ def _still_broken(site: Site, letter: DeadLetter) -> bool:
     return isinstance(record.body, Broken)
 
 
-async def _drop(site: Site, options: argparse.Namespace) -> int:
+async def _drop(site: OperatorContext, options: argparse.Namespace) -> int:
     removed = 0
     if options.all:
         progress = Progress("dropped")
