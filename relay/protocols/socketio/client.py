@@ -15,7 +15,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from relay.core.errors import (
     ClientError,
@@ -26,16 +26,20 @@ from relay.core.errors import (
 )
 from relay.core.model import Channel, EntryID, Position, Principal
 from relay.core.reasons import Reason
+from relay.doorkit.recoverable_sessions import SavedSession, new_pid
 from relay.hub.recovery import Notice
 from relay.protocols.socketio.credentials import find_token, read_profile
 from relay.protocols.socketio.entry_format import EVERYBODY, SOCKET, Unusable, channel_of
-from relay.protocols.socketio.recovery import Record, new_pid, positions_of
 from relay.protocols.socketio.rooms import Rooms
 from relay.transports.socketio.connection import Acknowledge, Connection
 
 if TYPE_CHECKING:
+    from relay.doorkit.contract import DoorContext
+    from relay.doorkit.recoverable_sessions import RecoverableSessions
+    from relay.hub.encoding import Encoder
     from relay.hub.session import Session, Subscription
-    from relay.protocols.socketio.routes import MountedSocketIo
+    from relay.protocols.socketio.settings import SocketIoSettings
+    from relay.rights.token import TokenReader
     from relay.transports.engineio.engine import Engine
     from relay.transports.socket.exchange import HttpRequest
 
@@ -45,6 +49,26 @@ _ADMISSION_S = 10.0
 _RECENT = re.compile(r"[0-9a-z]{7,10}")
 _GOODBYE_S = 1.0
 _NO_TIME = "streams cannot be read now"
+
+
+RoomIds = Mapping[str, EntryID]
+
+
+class ClientOwner(Protocol):
+    """What the clients of this worker share."""
+
+    context: DoorContext
+    settings: SocketIoSettings
+    tokens: TokenReader
+    origins: frozenset[str]
+    sessions: RecoverableSessions[RoomIds]
+
+    def encoder(self, version: int, *, recovers: bool) -> Encoder:
+        """Return the encoder for clients of this Engine.IO version. `recovers` is True if the
+        client is known to support connection state recovery."""
+
+    def gone(self, client: SocketClient) -> None:
+        """Remove a client whose connection is closed."""
 
 
 class SocketClient:
@@ -68,7 +92,7 @@ class SocketClient:
         "uid",
     )
 
-    def __init__(self, door: MountedSocketIo, engine: Engine, asked: HttpRequest) -> None:
+    def __init__(self, door: ClientOwner, engine: Engine, asked: HttpRequest) -> None:
         self._door = door
         self._asked: HttpRequest | None = asked
         self.engine = engine
@@ -162,7 +186,7 @@ class SocketClient:
 
     async def _subscribe(self, principal: Principal, auth: dict[str, Any]) -> None:
         door = self._door
-        record: Record | None = None
+        record: SavedSession[RoomIds] | None = None
         kept = None
         if self.connection.version == 4:
             kept = await door.sessions.find(auth, self.uid)
@@ -170,13 +194,13 @@ class SocketClient:
         rooms = Rooms.new((EVERYBODY, self.uid))
         if kept is not None:
             self.pid, record = kept
-            channels = Rooms(record.rooms).channels()
-            positions = positions_of(record, auth, channels)
-            if positions is None or len(positions) < len(channels):
-                positions = record = None
+            channels = Rooms(record.state).channels()
+            positions = record.positions(auth, channels)
+            if positions is None:
+                record = None
         if record is not None:
-            door.take_over(self.pid, record)
-            rooms = Rooms(record.rooms)
+            door.sessions.take_over(self.pid, record)
+            rooms = Rooms(record.state)
         await self._open(principal, rooms, positions or {}, record)
         if record is not None and self._missing:
             # Something it should have got is gone. It is told so by a new ID, and begins afresh.
@@ -190,7 +214,7 @@ class SocketClient:
         principal: Principal,
         rooms: Rooms,
         positions: Mapping[Channel, Position],
-        record: Record | None,
+        record: SavedSession[RoomIds] | None,
     ) -> None:
         door, context = self._door, self._door.context
         if not context.is_connected():
@@ -215,7 +239,7 @@ class SocketClient:
         finally:
             self._admitted = None
 
-    async def _begin(self, record: Record | None) -> None:
+    async def _begin(self, record: SavedSession[RoomIds] | None) -> None:
         door, session = self._door, self.session
         if session is None or self.engine.closing:
             raise Unavailable("the client has gone")
@@ -223,7 +247,7 @@ class SocketClient:
         if record is None:
             recoverable = self.connection.version == 4 and door.sessions.recovery_s
             self.pid = new_pid() if recoverable else ""
-        if self.pid and not await door.sessions.keep(self.pid, self.record()):
+        if self.pid and not await door.sessions.save_first(self.pid, self.saved_session()):
             self.pid = ""
         connection, namespace = self.connection, door.settings.namespace
         if self.engine.closing or session.closed or not connection.wants(namespace):
@@ -235,7 +259,7 @@ class SocketClient:
         connection.accept(namespace, self.sid, **more)
         engine = self.engine
         engine.on_full, engine.on_drained = session.pause, session.resume
-        door.joined(self)
+        door.sessions.joined(self)
         session.attach(engine)
         if engine.full:
             session.pause()
@@ -280,7 +304,7 @@ class SocketClient:
         except Unusable:
             return
         if channel is None:
-            self._door.changed(self)
+            self._door.sessions.changed(self)
         elif channel not in session.reserved:
             asked = None if place is None else Position(place)
             self._door.context.subscribe(session, channel, asked)
@@ -293,7 +317,7 @@ class SocketClient:
         channel = self.rooms.remove(room)
         if channel in session.subscriptions or channel in session.reserved:
             self._door.context.hub.unsubscribe(session, channel)
-        self._door.changed(self)
+        self._door.sessions.changed(self)
 
     # ---- from the hub (relay.hub.session.Client) --------------------------------------------
 
@@ -305,7 +329,7 @@ class SocketClient:
         admitted = self._admitted
         if admitted is None:
             # A room of an emitter's, joined later.
-            self._door.changed(self)
+            self._door.sessions.changed(self)
             return
         self._answered(admitted)
 
@@ -337,7 +361,7 @@ class SocketClient:
         if session is not None and not session.subscriptions and notice.reason != Reason.EXPIRED:
             self.put_out()
         else:
-            self._door.changed(self)
+            self._door.sessions.changed(self)
 
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
         """What a client may have missed it learns by losing its connection and its session: it
@@ -373,7 +397,7 @@ class SocketClient:
             self.put_out()
 
     def superseded(self) -> None:
-        """Its client has come back on another connection, and has the session there."""
+        """Close the connection: its client has resumed the session on another one."""
         self.pid = ""
         self._end_session()
         self.engine.close()
@@ -390,20 +414,20 @@ class SocketClient:
 
     # ---- inner workings ---------------------------------------------------------------------
 
-    def record(self) -> Record:
-        """What another worker needs to go on."""
-        return Record(
+    def saved_session(self) -> SavedSession[RoomIds]:
+        """Return what another worker needs to resume this session."""
+        return SavedSession(
             sid=self.sid,
-            uid=self.uid,
-            instance=self._door.context.bus.address,
-            rooms=dict(self.rooms.joined),
+            user=self.uid,
+            worker=self._door.context.bus.address,
+            state=dict(self.rooms.joined),
             start=self.rooms.start(),
         )
 
     def _forget(self) -> None:
         pid, self.pid = self.pid, ""
         if pid:
-            self._door.forget(pid)
+            self._door.sessions.forget(pid)
 
     def _end_session(self) -> None:
         session, self.session = self.session, None

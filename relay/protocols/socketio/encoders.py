@@ -19,7 +19,7 @@ from relay.transports.socketio import codec
 
 if TYPE_CHECKING:
     from relay.hub.session import Subscription
-    from relay.protocols.socketio.client import SocketClient
+    from relay.protocols.socketio.rooms import RoomMember
 
 # Keys of `Event.frames`: what all encoders of this door share.
 _AUDIENCE, _ATTACHMENTS = "socketio audience", "socketio attachments"
@@ -122,7 +122,7 @@ class OffsetEncoder(SocketEncoder):
         room, to a client of two streams of which only this one has moved. None for all others."""
         if position is None or event.extra or not shared:
             return None
-        rooms = cast("SocketClient", subscription.session.client).rooms
+        rooms = cast("RoomMember", subscription.session.client).rooms
         after = rooms.after(subscription)
         if after is None:
             return None
@@ -140,7 +140,7 @@ class OffsetEncoder(SocketEncoder):
 
     def cursor(self, position: Position | None, subscription: Subscription) -> bytes:
         """Where the client is in all its streams, with `subscription` at `position`."""
-        client = cast("SocketClient", subscription.session.client)
+        client = cast("RoomMember", subscription.session.client)
         parts = []
         for channel, each in subscription.session.subscriptions.items():
             if each is not subscription or position is None:
@@ -204,7 +204,7 @@ def _frame_head(size: int) -> bytes:
 
 def wanted(event: Event, subscription: Subscription) -> bool:
     """Return whether this client gets the event from this stream."""
-    client = cast("SocketClient", subscription.session.client)
+    client = cast("RoomMember", subscription.session.client)
     extra = event.extra
     if not client.rooms.partial and not (extra and any(name in extra for name in _FILTERS)):
         return True

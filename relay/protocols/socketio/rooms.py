@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from relay.core.model import ZERO_ID, Channel, EntryID
 from relay.hub import cursor
@@ -11,6 +11,13 @@ from relay.protocols.socketio.entry_format import EVERYBODY, channel_of, room_of
 
 if TYPE_CHECKING:
     from relay.hub.session import Session, Subscription
+
+
+class RoomMember(Protocol):
+    """A client of this protocol, as encoders see it (`relay.hub.session.Session.client`)."""
+
+    sid: str
+    rooms: Rooms
 
 
 class Rooms:
@@ -121,3 +128,8 @@ class Rooms:
         part = cursor.part(channel, position)
         self._parts[channel] = position.id, part
         return part
+
+
+def read_rooms(state: Any) -> dict[str, EntryID]:
+    """Decode the rooms of a saved session. Raises ValueError or AttributeError."""
+    return {str(room): EntryID.parse(at) for room, at in state.items()}

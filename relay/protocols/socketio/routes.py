@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,10 +11,11 @@ import orjson
 from aiohttp import web
 
 from relay.core.model import Channel, EntryID
-from relay.core.slices import AT_ONCE, for_each, in_slices, next_slice
-from relay.protocols.socketio.client import SocketClient
+from relay.core.slices import AT_ONCE, for_each, in_slices
+from relay.doorkit.recoverable_sessions import RecoverableSessions
+from relay.protocols.socketio.client import RoomIds, SocketClient
 from relay.protocols.socketio.encoders import OffsetEncoder, RecoverableEncoder, SocketEncoder
-from relay.protocols.socketio.recovery import Record, Sessions
+from relay.protocols.socketio.rooms import read_rooms
 from relay.protocols.socketio.settings import SocketIoSettings
 from relay.rights.token import TokenReader
 from relay.transports.engineio.endpoint import Endpoint
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_TAKEN = "socketio:taken"
-# Sessions that are stored in one pipeline.
-_BATCH = 100
-
 
 class MountedSocketIo:
     """The door at work."""
@@ -45,10 +41,6 @@ class MountedSocketIo:
         self.context = context
         self._gauge = context.metrics.connections.labels("socketio")
         self._clients: set[SocketClient] = set()
-        self._by_pid: dict[str, SocketClient] = {}
-        # Clients that are in other rooms now, which is not stored yet.
-        self._changed: dict[SocketClient, None] = {}
-        self._is_keeping = False
         # Commands of emitters that are not carried out yet: for whom, and what to do.
         self._steps: deque[tuple[list[SocketClient], Callable[[SocketClient], None]]] = deque()
         self._endpoint = Endpoint(
@@ -67,15 +59,14 @@ class MountedSocketIo:
             OffsetEncoder(4, settings.namespace),
             RecoverableEncoder(4, settings.namespace),
         )
-        self.sessions = Sessions(context.store, settings.recovery_s)
+        self.sessions: RecoverableSessions[RoomIds] = RecoverableSessions(
+            context, "socketio", settings.recovery_s, read_rooms
+        )
         self.routes: list[web.AbstractRouteDef] = [
             web.route("*", path, self._endpoint.handle) for path in settings.path_list()
         ]
-        context.bus.listen(_TAKEN, self._on_taken)
         context.on_command("socketio", self._obey)
         context.on_drop(self._rights_changed)
-        if settings.recovery_s:
-            _ = context.spawn(self._renew(), name="socketio sessions")
 
     def reload(self, settings: SocketIoSettings) -> None:
         """Apply new settings. Namespace and paths keep the values they had at the start."""
@@ -107,8 +98,7 @@ class MountedSocketIo:
         """Its connection is over; what is kept of it stays for its time."""
         self._clients.discard(client)
         self._gauge.set(len(self._clients))
-        if self._by_pid.get(client.pid) is client:
-            del self._by_pid[client.pid]
+        self.sessions.left(client)
 
     def encoder(self, version: int, *, recovers: bool) -> SocketEncoder:
         """The format of a client of this generation; `recovers`: it is known to be able to."""
@@ -117,66 +107,6 @@ class MountedSocketIo:
         if not self.sessions.recovery_s:
             return self._encoders[1]
         return self._encoders[3 if recovers else 2]
-
-    # ---- recovery ---------------------------------------------------------------------------
-
-    def joined(self, client: SocketClient) -> None:
-        """It is in the namespace from now on."""
-        if client.pid:
-            self._by_pid[client.pid] = client
-
-    def changed(self, client: SocketClient) -> None:
-        """It is in other rooms now."""
-        if not client.pid:
-            return
-        self._changed[client] = None
-        if not self._is_keeping:
-            self._is_keeping = True
-            _ = self.context.spawn(self._keep_changed(), name="socketio sessions")
-
-    async def _keep_changed(self) -> None:
-        while self._changed:
-            changed, self._changed = self._changed, {}
-            await self._keep(list(changed))
-        self._is_keeping = False
-
-    async def _keep(self, clients: Sequence[SocketClient]) -> None:
-        for at in range(0, len(clients), _BATCH):
-            await next_slice()
-            records = {
-                client.pid: client.record()
-                for client in clients[at : at + _BATCH]
-                if client.pid and self._by_pid.get(client.pid) is client
-            }
-            await self.sessions.renew(records)
-
-    def forget(self, pid: str) -> None:
-        """Its client begins afresh when it comes back."""
-        self._by_pid.pop(pid, None)
-        _ = self.context.spawn(self.sessions.forget(pid), name="socketio session")
-
-    def take_over(self, pid: str, record: Record) -> None:
-        """Whoever still has this session has lost its client: a half open connection, perhaps."""
-        if record.instance == self.context.bus.address:
-            self._supersede(pid)
-        else:
-            sent = self.context.bus.send(record.instance, _TAKEN, pid.encode())
-            # If it cannot be told it finds out by its own heartbeat.
-            sent.add_done_callback(lambda done: done.cancelled() or done.exception())
-
-    def _on_taken(self, instance: str, payload: bytes) -> None:
-        del instance
-        self._supersede(payload.decode(errors="replace"))
-
-    def _supersede(self, pid: str) -> None:
-        client = self._by_pid.pop(pid, None)
-        if client is not None:
-            client.superseded()
-
-    async def _renew(self) -> None:
-        while True:
-            await asyncio.sleep(self.sessions.renew_s)
-            await self._keep(list(self._by_pid.values()))
 
     def _rights_changed(self, channel: Channel | None, user: str | None) -> None:
         for_each(

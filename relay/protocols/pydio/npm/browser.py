@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from relay.core.errors import RelayError, Unavailable
 from relay.core.reasons import Reason
 from relay.hub import cursor
 from relay.protocols.pydio import codec
-from relay.protocols.pydio.npm.sessions import Record
 from relay.protocols.pydio.private_messages import EVERYBODY, workspace
 from relay.protocols.pydio.registration import Registration
 
@@ -19,20 +18,37 @@ if TYPE_CHECKING:
     from relay.hub.recovery import Notice
     from relay.hub.session import Subscription
     from relay.protocols.pydio.accounts import Account
-    from relay.protocols.pydio.npm.client import NpmClient
     from relay.protocols.pydio.npm.encoders import NpmEncoder
     from relay.protocols.pydio.registration import Surroundings
     from relay.transports.socketio.connection import Acknowledge
 
 
+class BrowserConnection(Protocol):
+    """The Socket.IO connection of a browser."""
+
+    def encoder(self, masked: frozenset[str]) -> NpmEncoder:
+        """Return the encoder for a user with path masks on these workspaces."""
+
+    def moved(self) -> None:
+        """Save the session again, because its channels or positions have changed."""
+
+    def put_out(self) -> None:
+        """Disconnect the client for good."""
+
+    def stop(self) -> None:
+        """Close the connection, so that the client reconnects to another worker."""
+
+
 class NpmBrowser(Registration):
     """The Socket.IO side of a registration."""
 
-    __slots__ = ("_admitted", "_awaited", "_client", "_expected", "_positions", "_start")
+    __slots__ = ("_admitted", "_awaited", "_connection", "_expected", "_positions", "_start")
 
-    def __init__(self, account: Account, around: Surroundings, client: NpmClient) -> None:
+    def __init__(
+        self, account: Account, around: Surroundings, connection: BrowserConnection
+    ) -> None:
         super().__init__(account, around)
-        self._client = client
+        self._connection = connection
         self._awaited: tuple[str, Acknowledge] | None = None
         self._admitted: asyncio.Future[None] = around.loop.create_future()
         self._expected: set[Channel] = set()
@@ -68,21 +84,15 @@ class NpmBrowser(Registration):
             # Nobody may be waiting yet.
             self._admitted.exception()
 
-    def record(self) -> Record:
-        """What another worker needs to go on."""
-        return Record(
-            sid=self._client.sid,
-            user=self.account.identity.user,
-            instance=self._client.kind.context.bus.address,
-            repository=self.repository,
-            start=cursor.join(self._start.values()).decode(),
-        )
+    def start(self) -> str:
+        """Return a cursor of the positions where the browser's subscriptions began."""
+        return cursor.join(self._start.values()).decode()
 
     # ---- see `Registration` -----------------------------------------------------------------
 
     def encoder(self, masked: frozenset[str]) -> NpmEncoder:
         """See `Registration`."""
-        return self._client.kind.encoders.get(self._client.connection.version, masked)
+        return self._connection.encoder(masked)
 
     def say(self, content: bytes) -> None:
         """See `Registration`."""
@@ -94,14 +104,14 @@ class NpmBrowser(Registration):
     def shut_out(self, reason: str) -> None:
         """See `Registration`."""
         del reason
-        self._client.put_out()
+        self._connection.put_out()
 
     def disconnect(self, reason: Reason) -> None:
         """See `Registration`."""
         if reason == Reason.STOPPING:
-            self._client.stop()
+            self._connection.stop()
         else:
-            self._client.put_out()
+            self._connection.put_out()
 
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
         """See `relay.hub.session.Client`; with the client's own cursor."""
@@ -134,7 +144,7 @@ class NpmBrowser(Registration):
         """See `Registration`."""
         wanted = set(channels_of(self.repository))
         self._start = {name: part for name, part in self._start.items() if name in wanted}
-        self._client.kind.sessions.changed(self._client.pid)
+        self._connection.moved()
 
     def _stands(self, channel: Channel) -> None:
         self._expected.discard(channel)

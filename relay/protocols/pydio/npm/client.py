@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from relay.core.errors import ClientError, RelayError, Unauthorized, Unavailable
+from relay.doorkit.recoverable_sessions import SavedSession, new_pid
 from relay.protocols.pydio.npm.browser import NpmBrowser, channels_of
-from relay.protocols.pydio.npm.sessions import Record, new_pid
 from relay.transports.socketio.connection import Acknowledge, Connection
 
 if TYPE_CHECKING:
     from relay.core.model import Channel, Position
+    from relay.doorkit.contract import DoorContext
+    from relay.doorkit.recoverable_sessions import RecoverableSessions
     from relay.hub.session import Session
-    from relay.protocols.pydio.accounts import Account
-    from relay.protocols.pydio.npm.kind import NpmKind
+    from relay.protocols.pydio.accounts import Account, Accounts
+    from relay.protocols.pydio.credentials import Reader
+    from relay.protocols.pydio.npm.encoders import Encoders, NpmEncoder
+    from relay.protocols.pydio.registration import Surroundings
     from relay.transports.engineio.engine import Engine
     from relay.transports.socket.exchange import HttpRequest
 
@@ -25,10 +29,29 @@ _ADMISSION_S = 10.0
 _GOODBYE_S = 1.0
 
 
+class NpmClientOwner(Protocol):
+    """What the npm clients of this worker share."""
+
+    context: DoorContext
+    accounts: Accounts
+    around: Surroundings
+    namespace: str
+    encoders: Encoders
+    # Their state is the workspace that the client has registered for.
+    sessions: RecoverableSessions[str | None]
+    reader: Callable[[], Reader]
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+        """Start a task that ends with the relay."""
+
+    def gone(self, client: NpmClient) -> None:
+        """Remove a client whose connection is closed."""
+
+
 class NpmClient:
     """One connection; see `relay.transports.socketio.connection.Handler`."""
 
-    def __init__(self, kind: NpmKind, engine: Engine, asked: HttpRequest) -> None:
+    def __init__(self, kind: NpmClientOwner, engine: Engine, asked: HttpRequest) -> None:
         self.kind = kind
         self.engine = engine
         self.connection = Connection(engine, self)
@@ -121,32 +144,34 @@ class NpmClient:
         account.members.add(browser)
         if not account.valid:
             raise Unauthorized("Pydio knows nobody by this any more")
-        record: Record | None = None
+        record: SavedSession[str | None] | None = None
         positions: dict[Channel, Position] = {}
         if kept is not None:
             record = kept[1]
-            if record.repository is not None and not account.may_read(record.repository):
+            if record.state is not None and not account.may_read(record.state):
                 record = None
             else:
-                found = record.positions(auth, channels_of(record.repository))
+                found = record.positions(auth, channels_of(record.state))
                 positions, record = (found, record) if found is not None else ({}, None)
         if record is not None and kept is not None:
-            kind.supersede(kept[0])
+            kind.sessions.take_over(kept[0], record)
             self.pid, self.sid = kept[0], record.sid
         else:
             self.sid = secrets.token_urlsafe(15)
         try:
             async with asyncio.timeout(_ADMISSION_S):
-                await browser.enter(record.repository if record else None, positions)
+                await browser.enter(record.state if record else None, positions)
         except TimeoutError:
             raise Unavailable("streams cannot be read now") from None
         await self._begin(session, browser, record)
 
-    async def _begin(self, session: Session, browser: NpmBrowser, record: Record | None) -> None:
+    async def _begin(
+        self, session: Session, browser: NpmBrowser, record: SavedSession[str | None] | None
+    ) -> None:
         kind, connection = self.kind, self.connection
         if record is None and connection.version == 4:
             self.pid = new_pid()
-        if self.pid and not await kind.sessions.begin(self.pid, browser.record):
+        if self.pid and not await kind.sessions.save_first(self.pid, self._saved(browser)):
             self.pid = ""
         if self.engine.closing or session.closed or not connection.wants(kind.namespace):
             raise Unavailable("the client has gone")
@@ -155,7 +180,7 @@ class NpmClient:
         connection.out = session.reply
         connection.accept(kind.namespace, self.sid, **({"pid": self.pid} if self.pid else {}))
         self.engine.on_full, self.engine.on_drained = session.pause, session.resume
-        kind.joined(self, record)
+        kind.sessions.joined(self)
         session.attach(self.engine)
         if self.engine.full:
             session.pause()
@@ -184,6 +209,34 @@ class NpmClient:
         self.end()
         self._close_soon()
 
+    def superseded(self) -> None:
+        """Close the connection: its client has resumed the session on another one."""
+        self.pid = ""
+        self.end()
+        self.engine.close()
+
+    def saved_session(self) -> SavedSession[str | None] | None:
+        """Return what another worker needs to resume this session, None if it has ended."""
+        browser = self._browser
+        return None if browser is None else self._saved(browser)
+
+    def _saved(self, browser: NpmBrowser) -> SavedSession[str | None]:
+        return SavedSession(
+            sid=self.sid,
+            user=browser.account.identity.user,
+            worker=self.kind.context.bus.address,
+            state=browser.repository,
+            start=browser.start(),
+        )
+
+    def encoder(self, masked: frozenset[str]) -> NpmEncoder:
+        """Return the encoder for a user with path masks on these workspaces."""
+        return self.kind.encoders.get(self.connection.version, masked)
+
+    def moved(self) -> None:
+        """Save the session again, because its channels or positions have changed."""
+        self.kind.sessions.changed(self)
+
     def stop(self) -> None:
         """The client shall come back, to another worker."""
         self.end()
@@ -194,6 +247,7 @@ class NpmClient:
         browser, self._browser = self._browser, None
         if browser is None:
             return
+        self.kind.sessions.left(self)
         browser.gone()
         session = browser.session
         if session is not None and not session.closed:
@@ -206,7 +260,7 @@ class NpmClient:
     def _forget(self) -> None:
         pid, self.pid = self.pid, ""
         if pid:
-            self.kind.spawn(self.kind.sessions.forget(pid), "pydio session")
+            self.kind.sessions.forget(pid)
 
     def _close_soon(self) -> None:
         # A 4.x client reads packets a turn later than their transport's end, which would hide

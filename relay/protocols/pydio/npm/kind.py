@@ -11,9 +11,9 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from relay.doorkit.recoverable_sessions import RecoverableSessions
 from relay.protocols.pydio.npm.client import NpmClient
 from relay.protocols.pydio.npm.encoders import Encoders
-from relay.protocols.pydio.npm.sessions import Record, Sessions
 from relay.transports.engineio.endpoint import Endpoint, Timing
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from relay.transports.engineio.engine import Engine
     from relay.transports.socket.exchange import HttpRequest
 
-_TAKEN = "pydio:taken"
 _MAX_PAYLOAD_BYTES = 65536
 
 
@@ -46,11 +45,12 @@ class NpmKind:
         self.around = around
         self.namespace = settings.npm_namespace
         self.encoders = Encoders(settings.npm_namespace)
-        self.sessions = Sessions(context.store, settings.npm_recovery_s)
+        self.sessions: RecoverableSessions[str | None] = RecoverableSessions(
+            context, "pydio", settings.npm_recovery_s, _read_workspace
+        )
         self.reader = reader
         self._on_count = on_count
         self._clients: set[NpmClient] = set()
-        self._by_pid: dict[str, NpmClient] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.endpoint = Endpoint(
             topic="pydio",
@@ -61,8 +61,6 @@ class NpmKind:
             cors=lambda headers: self.reader().cors(headers),
             pass_on=context.pass_on,
         )
-        context.bus.listen(_TAKEN, self._on_taken)
-        self.spawn(self.sessions.run(), "pydio sessions")
 
     def reload(self, settings: PydioSettings) -> None:
         """For connections from now on; the namespace stays until a restart."""
@@ -90,32 +88,11 @@ class NpmKind:
         """Its connection is over; what is kept of it stays for its time."""
         self._clients.discard(client)
         self._on_count(-1)
-        # One that never joined has no place there, but what was kept of it may be being renewed.
-        if client.pid and self._by_pid.get(client.pid, client) is client:
-            self._by_pid.pop(client.pid, None)
-            self.sessions.leave(client.pid)
+        self.sessions.left(client)
 
-    def joined(self, client: NpmClient, record: Record | None) -> None:
-        """Whoever still has this session has lost its client: a half open connection, perhaps."""
-        if record is not None and record.instance != self.context.bus.address:
-            sent = self.context.bus.send(record.instance, _TAKEN, client.pid.encode())
-            # If it cannot be told it finds out by its own heartbeat.
-            sent.add_done_callback(lambda done: done.cancelled() or done.exception())
-        if client.pid:
-            self._by_pid[client.pid] = client
 
-    def supersede(self, pid: str) -> None:
-        """Its client has come back on another connection."""
-        client = self._by_pid.pop(pid, None)
-        if client is not None:
-            self.sessions.leave(pid)
-            client.pid = ""
-            client.end()
-            client.engine.close()
-
-    def _on_taken(self, instance: str, payload: bytes) -> None:
-        del instance
-        self.supersede(payload.decode(errors="replace"))
+def _read_workspace(state: Any) -> str | None:
+    return None if state is None else str(state)
 
 
 def _timing(settings: PydioSettings) -> Timing:
