@@ -12,12 +12,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from producers.settings import QueueSettings
 from relay.core.errors import LimitExceeded, RedisUnavailable
+from relay.core.slices import in_slices
 from relay.protocols.centrifugo import commands
 from relay.stream.connection.connect import CommandRefused, discover
 from relay.stream.connection.pipeline_connection import PipelineConnection
@@ -55,7 +56,7 @@ _DOOR = "centrifugo"
 _QUESTIONS = ("presence", "history", "channels", "stats", "node")
 
 # What one command means: the entries to append. Invalid where it cannot be carried out.
-Handler = Callable[[commands.CentrifugoCommand, int], list[Operation]]
+Handler = Callable[[commands.CentrifugoCommand, int], Iterable[Operation]]
 
 
 class Dispatcher:
@@ -83,7 +84,7 @@ class Dispatcher:
             **(handlers or {}),
         }
 
-    def operations(self, item: bytes, index: int) -> tuple[list[Operation], list[str]]:
+    async def operations(self, item: bytes, index: int) -> tuple[list[Operation], list[str]]:
         """What this item of a queue asks for, and why parts of it cannot be done."""
         try:
             plain = commands.plain_publish(item)
@@ -99,7 +100,8 @@ class Dispatcher:
                 handler = self._handlers.get(command.method)
                 if handler is None:
                     raise commands.InvalidCommand(f"unknown method {command.method[:50]!r}")  # noqa: TRY301  # one way to a reason
-                wanted += handler(command, index)
+                # In a list of its own, since a command is applied whole or not at all.
+                wanted += [each async for each in in_slices(handler(command, index))]
             except commands.InvalidCommand as exc:
                 reasons.append(str(exc))
         return wanted, reasons
@@ -122,13 +124,13 @@ class Dispatcher:
     def _publish(self, command: commands.CentrifugoCommand, index: int) -> list[Operation]:
         return [self.operation(commands.publish(command.params), index)]
 
-    def _broadcast(self, command: commands.CentrifugoCommand, index: int) -> list[Operation]:
+    def _broadcast(self, command: commands.CentrifugoCommand, index: int) -> Iterator[Operation]:
         broadcast = commands.broadcast(command.params)
         if not broadcast.channels or not broadcast.data:
             raise commands.InvalidCommand("broadcast without channels or data")
         # Unlike v1, which stops half way: in the queue a command is applied whole or not at all.
-        wanted = [broadcast.publication(name) for name in broadcast.channels]
-        return [self.operation(each, index) for each in wanted]
+        for name in broadcast.channels:
+            yield self.operation(broadcast.publication(name), index)
 
     def _unsubscribe(self, command: commands.CentrifugoCommand, index: int) -> list[Operation]:
         given = commands.fields(command.params, strings=("channel", "user"))
@@ -297,8 +299,8 @@ class QueueProducer:
     async def _apply(self, queues: CommandQueues, shard: _Shard, head: Head) -> None:
         operations: list[Operation] = []
         broken = 0
-        for index, item in enumerate(head.items):
-            wanted, reasons = self._dispatcher.operations(item, index)
+        async for index, item in in_slices(enumerate(head.items)):
+            wanted, reasons = await self._dispatcher.operations(item, index)
             operations += wanted
             for reason in reasons:
                 broken += 1

@@ -168,10 +168,8 @@ HEARTBEAT = b":\n\n"
 def _sse_data(data: bytes) -> bytes:
     """`data` in lines. A client joins them with LF again, so CR LF and CR arrive as LF; between
     the tokens of JSON that changes nothing, and inside its strings neither can stand."""
-    if b"\n" not in data and b"\r" not in data:
-        return b"data: " + data + b"\n\n"
-    lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-    return b"".join(b"data: " + line + b"\n" for line in lines) + b"\n"
+    lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return b"data: " + lines.replace(b"\n", b"\ndata: ") + b"\n\n"
 
 
 def _named(name: str, data: bytes) -> bytes:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 from relay.core.errors import RedisUnavailable, RelayError, Unavailable
 from relay.core.model import EntryID, Event
+from relay.core.slices import in_slices
 from relay.core.stream_interface import Snapshot
 from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import ReplyError
@@ -109,7 +110,10 @@ class History:
         if isinstance(found, ReplyError):
             raise CommandRefused("XREVRANGE", str(found))
         entries = cast("list[tuple[bytes, list[bytes]]]", found)
-        records = [self._decode(channel, EntryID.parse(raw), fields) for raw, fields in entries]
+        records = [
+            self._decode(channel, EntryID.parse(raw), fields)
+            async for raw, fields in in_slices(entries)
+        ]
         return Snapshot(
             state=parse_state(stream, groups, primary),
             records=records,
