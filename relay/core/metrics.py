@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from relay.core.worker_memory import WorkerMemory
 
 
-class _Told(Protocol):
+class _Notified(Protocol):
     @property
     def kind(self) -> str: ...
     @property
@@ -141,8 +141,8 @@ class Metrics:
         """Entries read live so far."""
         return round(_total(self.events))
 
-    def told(self, notice: _Told, clients: int) -> None:
-        """Notices offered."""
+    def notified(self, notice: _Notified, clients: int) -> None:
+        """Count notices that were offered to clients."""
         if clients:
             self.notices.labels(notice.kind, notice.reason).inc(clients)
 

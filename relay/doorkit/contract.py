@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from relay.core.metrics import Metrics
     from relay.core.model import Channel, EntryID, Event, Position, Principal
     from relay.core.stream_interface import Snapshot
-    from relay.hub.encoding import Encoder
     from relay.hub.hub import Hub
-    from relay.hub.session import Client, Session
+    from relay.hub.session import Client, Encoder, Session
 
 
 class OpenSession(Protocol):

@@ -1,4 +1,4 @@
-"""Clients that are behind: which page they need next, and each one's share of it."""
+"""Catch-up of clients that are behind: the next page to read, and its delivery."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def rearmost(subscriptions: Iterable[Subscription]) -> EntryID | None:
-    """The lowest cursor of those that can take more now."""
+    """Return the lowest cursor of the subscriptions whose sockets have room."""
     return min(
         (
             subscription.cursor
@@ -29,7 +29,7 @@ def rearmost(subscriptions: Iterable[Subscription]) -> EntryID | None:
 
 
 class Share:
-    """One page, for everybody whose cursor lies in it, up to the worker's own position."""
+    """One page for all subscriptions whose cursor lies in it, up to the worker's position."""
 
     def __init__(
         self,
@@ -46,29 +46,29 @@ class Share:
         self._end = self._batch.index_after(position)
         covered = page.records[-1].id if page.records else request.start
         if page.complete:
-            # Whatever this worker had read when it asked was in the stream, or is gone.
+            # All entries that this worker had read at the request are in the page or were removed.
             covered = max(covered, request.reached)
         self._covered = min(covered, position)
 
     def serve(self, subscription: Subscription) -> int:
-        """Offers what the page has for it, tells it what is gone, and moves its cursor; how many
-        entries it was offered."""
+        """Offer the entries after the subscription's cursor and advance the cursor. Send a notice
+        if entries were removed. Return how many entries were offered."""
         cursor = subscription.cursor
         if cursor is None or not self._start <= cursor < self._covered:
             return 0
         begin, end, state = self._batch.index_after(cursor), self._end, self._state
         added = subscription.added
         if state.max_deleted > cursor and state.max_deleted != subscription.known_deleted:
-            subscription.tell(gap(Reason.DELETED, cursor, state))
+            subscription.notify(gap(Reason.DELETED, cursor, state))
             added = None
             subscription.known_deleted = state.max_deleted
         elif not untrimmed(Position(cursor, added), state):
             if state.first is None or state.first != subscription.known_first:
-                subscription.tell(gap(Reason.TRIMMED, cursor, state))
+                subscription.notify(gap(Reason.TRIMMED, cursor, state))
             added = None
             subscription.known_first = state.first
         if subscription.gone:
-            # Its protocol has no words for a gap, so the client was closed.
+            # The protocol has no gap notice, so it has closed the subscription.
             return 0
         self._batch.deliver(subscription.session.encoder, (subscription,), begin, end)
         at_record = end > begin and self._batch.records[end - 1].id == self._covered

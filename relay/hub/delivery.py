@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from relay.core.model import Channel, EntryID, Event, Position, Record
-from relay.hub.encoding import Encoder, frame
+from relay.hub.encoding import frame
+from relay.hub.session import Encoder
 
 if TYPE_CHECKING:
     from relay.hub.session import Subscription

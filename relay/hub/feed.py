@@ -1,25 +1,25 @@
-"""One workspace's stream and its local clients: live delivery, catch-up and resume.
+"""One channel's stream and its local clients: live delivery, catch-up and resume.
 
-The feed has one position W: everything up to it was offered to every live client. A subscription
+The feed has one position W: all entries up to it were offered to all live clients. A subscription
 is in one mode:
 
-* *new*: waits for an examination that began after it came. Rights and stream are read in one
-  transaction there, so no revocation can fall between.
-* *behind*: it resumes, or its socket was full. It has a cursor of its own; nothing is buffered
-  for it. It is served from pages, shared by all who are behind on this stream, and becomes live
-  in the turn in which its cursor reaches W.
-* *live*: its cursor is W. Entries go straight to its socket, in the turn in which W moves.
+* *new*: it waits for an examination that starts after it joined. The examination reads rights and
+  stream in one transaction, so that no revocation can fall between them.
+* *behind*: it resumes, or its socket was full. It has its own cursor, and nothing is buffered for
+  it. It receives pages, which all subscriptions that are behind on this stream share. It becomes
+  live in the turn in which its cursor reaches W.
+* *live*: its cursor is W. Entries go straight to its socket in the turn in which W advances.
 
-A feed is *settled* while its position is known to belong to the stream as it is. After a lost
-connection or group, or a hole, it is examined first: clients are told what may be missing, and
-everybody's rights are checked again, before anything further is delivered.
+A feed is *settled* while its position is known to belong to the current stream. After a lost
+connection, a lost group or a hole, the stream is examined first: clients receive a notice of what
+may be missing, and all rights are checked again, before delivery continues.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from relay.core.errors import Forbidden, RelayError, Unavailable
 from relay.core.model import ZERO_ID, Broken, EntryID, Event, Position, Revocation
@@ -31,29 +31,65 @@ from relay.hub.live import LiveClients
 from relay.hub.recovery import Notice, added_before_first, before, gap, judge, untrimmed
 
 if TYPE_CHECKING:
-    from relay.core.model import Channel, Record, StreamState
-    from relay.core.stream_interface import Examined, Page
-    from relay.hub.hub import Hub
+    from collections.abc import Callable
+
+    from relay.core.metrics import Metrics
+    from relay.core.model import Channel, Principal, Record, StreamState
+    from relay.core.stream_interface import Examined, Page, StreamReads
     from relay.hub.session import Subscription
 
 
-class Feed:
-    """A followed stream. Sans-I/O: it asks `hub.reads`, and is told."""
+class Rights(Protocol):
+    """Decides who may read a channel."""
 
-    def __init__(self, hub: Hub, channel: Channel) -> None:
+    def allowed(
+        self, principal: Principal, channel: Channel, hash_value: bytes | None, *, admitted: bool
+    ) -> bool:
+        """Return True if the principal may read the channel now.
+
+        `hash_value` is the user's field in the rights hash. `admitted`: the client had the right
+        until now, so an answer that is being renewed is still valid.
+        """
+
+
+class FeedHub(Protocol):
+    """The hub as its feeds see it."""
+
+    reads: StreamReads
+    on_broken: Callable[[Channel, Broken], None]
+
+    @property
+    def rights(self) -> Rights:
+        """Who may read a channel."""
+
+    @property
+    def metrics(self) -> Metrics:
+        """The worker's metrics."""
+
+    def forget(self, feed: Feed) -> None:
+        """Remove a feed whose last client has left."""
+
+    def flush_soon(self) -> None:
+        """Write all offered data at the end of this turn of the loop."""
+
+
+class Feed:
+    """A followed stream. It does no I/O: it sends requests to `hub.reads` and receives replies."""
+
+    def __init__(self, hub: FeedHub, channel: Channel) -> None:
         self.hub = hub
         self.channel = channel
         self.alive = True
         self.settled = False
         self.misaligned = True  # the group in Redis does not stand at `position`
-        # Large until its entries are known: a first read of small ones is cheap to repeat, one of
-        # large ones fills the memory.
+        # Large until the entries' sizes are known. Reading too few small entries costs a second
+        # read; reading too many large ones fills the memory.
         self.average_bytes = 8192.0
         self.position = ZERO_ID
         self.added: int | None = None
         self.digest: int | None = None
         self.incarnation: int | None = None
-        # The highest deletion that live clients were told of; it may lie ahead of the position.
+        # The highest deletion of which live clients were notified. It may be after the position.
         self._known_deleted = ZERO_ID
         self._examined = False
         self._new: dict[Subscription, None] = {}
@@ -68,16 +104,16 @@ class Feed:
         self.marked = True
         self._members = 0
 
-    # ---- coming and going -------------------------------------------------------------------
+    # ---- subscriptions ----------------------------------------------------------------------
 
     def join(self, subscription: Subscription) -> None:
-        """A new subscription; it is answered by the next examination."""
+        """Add a subscription. The next examination accepts or rejects it."""
         self._members += 1
         self._new[subscription] = None
         self.hub.reads.want_examine(self)
 
     def leave(self, subscription: Subscription) -> None:
-        """The subscription is over, in whatever mode it was. Called once for each that joined."""
+        """Remove a subscription in any mode. Called once for each that joined."""
         self._new.pop(subscription, None)
         self._behind.pop(subscription, None)
         if subscription.live:
@@ -87,7 +123,7 @@ class Feed:
             self.hub.forget(self)
 
     def subscriptions(self) -> Iterator[Subscription]:
-        """Those that were admitted."""
+        """Yield the subscriptions that were accepted."""
         yield from self._live
         yield from self._behind
 
@@ -98,13 +134,13 @@ class Feed:
 
     @property
     def behind_count(self) -> int:
-        """How many subscriptions are served from pages now."""
+        """Number of subscriptions that receive pages."""
         return len(self._behind)
 
     # ---- examinations -----------------------------------------------------------------------
 
     def examine_request(self) -> ExamineRequest:
-        """Takes everybody who waits now; who comes later waits for the next one."""
+        """Return a request for all new subscriptions. Later ones wait for the next examination."""
         taken = tuple(self._new)
         self._new = {}
         users = {subscription.session.principal.user for subscription in taken}
@@ -127,7 +163,7 @@ class Feed:
         return position.incarnation is not None and position.incarnation == self.incarnation
 
     def on_examine_failed(self, request: ExamineRequest, reason: str) -> None:
-        """Whoever waited is refused; the others stay as they are."""
+        """Reject the new subscriptions. The others continue."""
         taken, recheck = _token(request)
         self._recheck |= recheck
         for subscription in taken:
@@ -135,7 +171,7 @@ class Feed:
                 self._refuse(subscription, Unavailable(reason))
 
     def on_examine_lost(self, request: ExamineRequest) -> None:
-        """Whoever waited is part of the next examination."""
+        """Add the new subscriptions to the next examination."""
         taken, recheck = _token(request)
         self._recheck |= recheck
         for subscription in taken:
@@ -145,26 +181,26 @@ class Feed:
             self.hub.reads.want_examine(self)
 
     def on_unsettled(self) -> None:
-        """Nothing more is delivered until an examination has judged the position."""
+        """Stop delivery until an examination has checked the position."""
         if self.alive:
             self.settled = False
             self._recheck = True
             self.hub.reads.want_examine(self)
 
     def on_rights_changed(self) -> None:
-        """The rights of everybody here are read again."""
+        """Read the rights of all subscriptions again."""
         if self.alive:
             self._recheck = True
             self.hub.reads.want_examine(self)
 
     def on_examined(self, request: ExamineRequest, examined: Examined) -> None:
-        """Settles the position, checks rights, places the new ones; in this order."""
+        """Settle the position, check rights, then place new subscriptions."""
         taken, recheck = _token(request)
         if examined.state.incarnation is None and not request.mark:
             self._request_marker(taken, recheck=recheck, examined=examined)
             return
         if not self.settled or examined.state.incarnation != self.incarnation:
-            # Another life may hide a revocation that was lost with the old one.
+            # A revocation may have been lost with the previous incarnation.
             if self._examined and not recheck:
                 for subscription in taken:
                     if not subscription.gone:
@@ -236,16 +272,16 @@ class Feed:
         elif not verdict.counted:
             self.added = self.digest = None
             if state.first is None or verdict.resume < state.first:
-                # Nothing is left before the first one: who comes now begins there too.
+                # No entry is left before the first one. New subscriptions begin there too.
                 self.position = before(state.first) if state.first else state.last
                 self.added = added_before_first(state)
         if verdict.notice is not None:
             self._known_deleted = state.max_deleted
         if notice is None:
             return
-        self._live.tell(notice)
+        self._live.notify(notice)
         for subscription in self._behind:
-            subscription.tell_later(notice, old)
+            subscription.notify_later(notice, old)
 
     def _check_rights(self, examined: Examined) -> None:
         for subscription in list(self.subscriptions()):
@@ -304,7 +340,8 @@ class Feed:
             self._passed(before)
 
     def on_end(self, last: EntryID) -> None:
-        """Everything up to `last` was read or told of; it may be an entry that is gone."""
+        """Advance to `last`, an entry that may have been removed: all before it was read or
+        reported as missing."""
         before = self.position
         if before < last:
             self.position, self.digest = last, None
@@ -312,14 +349,14 @@ class Feed:
                 self._passed(before)
 
     def _passed(self, before: EntryID) -> None:
-        """Whoever was ahead of this worker may be where it is now, or behind it."""
+        """Continue subscriptions that were ahead of this worker, and no longer are."""
         for subscription in list(self._behind):
             cursor = subscription.cursor
             if cursor is not None and cursor > before:
                 self.catch_up(subscription)
 
     def _position_at(self, record: Record, index: int) -> Position:
-        """The position that a live client has after record number `index` of the batch."""
+        """Return a live client's position after record number `index` of the batch."""
         added = None if self.added is None else self.added + index + 1
         return Position(record.id, added, self.incarnation, record.digest)
 
@@ -337,17 +374,19 @@ class Feed:
                 self.drop(subscription, Notice("revoked", Reason.REVOKED, body.id, body.id))
 
     def on_ephemeral(self, event: Event) -> None:
-        """Live clients only: there is no history to serve the others from."""
+        """Deliver to live clients only. The others have no history to read it from."""
         event.after = self.position
         self._live.offer(event)
 
     def same_life(self, state: StreamState) -> bool:
-        """Whether the state, taken with its marker, is of the incarnation that was examined."""
+        """Return True if the state is of the incarnation that was examined."""
         return state.incarnation == self.incarnation
 
     def untouched(self, state: StreamState, following: int | None) -> bool:
-        """Whether nothing after `position` was removed unread: all that was ever added after it
-        must be what follows it now, wherever both are counted."""
+        """Return True if no unread entry after `position` was removed.
+
+        If both are counted, the entries that were added after it must be those that follow it now.
+        """
         if following is not None and self.added is not None:
             return state.added - self.added == following
         if self.position < state.max_deleted != self._known_deleted:
@@ -357,8 +396,8 @@ class Feed:
     def on_hole(
         self, state: StreamState, first_read: EntryID | None, following: int | None
     ) -> None:
-        """Tells live clients, then waits for an examination: a revocation may be among what is
-        gone."""
+        """Notify live clients of removed entries, then wait for an examination, because a
+        revocation may be among them."""
         reason = Reason.DELETED if state.max_deleted > self.position else Reason.TRIMMED
         notice = gap(reason, self.position, state, first_read)
         self.position = before(first_read) if first_read else state.last
@@ -368,44 +407,44 @@ class Feed:
             self.added = state.added - following
         else:
             self.added = added_before_first(state) if state.first == first_read else None
-        self._live.tell(notice)
+        self._live.notify(notice)
         self.misaligned = True
         self.on_unsettled()
 
     # ---- behind -----------------------------------------------------------------------------
 
     def stall(self, subscription: Subscription) -> None:
-        """A live subscription's socket is full: from W on it is owed."""
+        """Stop live delivery to a subscription whose socket is full. It continues from W later."""
         self._live.remove(subscription)
         subscription.behind_at(self.position, self.added, self.digest)
         subscription.known_deleted, subscription.known_first = self._known_deleted, None
         self._behind[subscription] = None
 
     def catch_up(self, subscription: Subscription) -> None:
-        """The subscription's socket has room: make it live, or ask for what it lacks."""
+        """Make a subscription live if it is at W. Otherwise request the page that it needs."""
         if subscription not in self._behind or not self.settled or subscription.session.paused:
             return
         if subscription.pending_notice is not None:
             notice, subscription.pending_notice = subscription.pending_notice, None
             subscription.untold = None
-            subscription.tell(notice)
+            subscription.notify(notice)
             if subscription.gone:
                 return
         if subscription.cursor == self.position:
             deleted = self._known_deleted
             if deleted > self.position and deleted != subscription.known_deleted:
-                # Live clients were told of this one, and will not be again.
-                subscription.tell(Notice("gap", Reason.DELETED, self.position, deleted))
+                # Live clients have already received this notice, and will not receive it again.
+                subscription.notify(Notice("gap", Reason.DELETED, self.position, deleted))
                 if subscription.gone:
                     return
             del self._behind[subscription]
             self._live.add(subscription)
         elif subscription.cursor is not None and subscription.cursor < self.position:
             self.hub.reads.want_page(self)
-        # else: another worker had read further than this one; W will reach the cursor.
+        # Otherwise another worker had read further than this one, and W will reach the cursor.
 
     def page_request(self) -> PageRequest | None:
-        """From the rearmost cursor that can be served now."""
+        """Return a request from the lowest cursor whose client has room, or None."""
         if not self.settled:
             return None
         start = catch_up.rearmost(self._behind)
@@ -414,7 +453,7 @@ class Feed:
         return PageRequest(start, self.position)
 
     def on_page(self, request: PageRequest, page: Page) -> None:
-        """Serves everybody whose cursor lies in the page, up to W."""
+        """Serve all subscriptions whose cursor lies in the page, up to W."""
         if not self.alive or not self.settled:
             return
         if not self.same_life(page.state):
@@ -431,16 +470,14 @@ class Feed:
         subscription.session.refuse(self.channel, error)
         self.leave(subscription)
 
-    # ---- telling ----------------------------------------------------------------------------
-
     def drop(self, subscription: Subscription, notice: Notice) -> None:
-        """Ends a subscription and says why."""
+        """End a subscription and send its client the reason."""
         session = subscription.session
         if subscription.gone:
             return
         del session.subscriptions[self.channel]
         self.hub.metrics.subscriptions.dec()
-        subscription.tell(notice)
+        subscription.notify(notice)
         self.leave(subscription)
         session.client.dropped(self.channel, notice)
         self.hub.flush_soon()

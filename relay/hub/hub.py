@@ -1,7 +1,7 @@
-"""All local clients by workspace and by user; the turn in which bytes leave.
+"""All sessions of this worker, by channel and by user.
 
-Sans-I/O: it asks `StreamReads` for what it needs and writes to `Outbox`es. Everything that one
-turn of the loop offers to a client leaves in one write at the end of that turn.
+The hub does no I/O. It sends requests to `StreamReads` and writes to each `Outbox`. Everything that
+one turn of the loop offers to a client is sent in one write at the end of that turn.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import heapq
 import itertools
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from relay.core.errors import BadRequest, LimitExceeded, Unauthorized
 from relay.core.model import Channel, Position, Principal
 from relay.core.reasons import Reason
 from relay.core.slices import for_each
-from relay.hub.feed import Feed
+from relay.hub.feed import Feed, Rights
 from relay.hub.recovery import Notice
 from relay.hub.session import Session, Subscription
 
@@ -24,21 +24,10 @@ if TYPE_CHECKING:
     from relay.core.metrics import Metrics
     from relay.core.model import Broken
     from relay.core.stream_interface import StreamReads
-    from relay.hub.encoding import Encoder
-    from relay.hub.session import Client
+    from relay.hub.session import Client, Encoder
 
 
 T = TypeVar("T")
-
-
-class Rights(Protocol):
-    """May this principal read this channel now?"""
-
-    def allowed(
-        self, principal: Principal, channel: Channel, hash_value: bytes | None, *, admitted: bool
-    ) -> bool:
-        """`hash_value` is the user's field in the rights hash; `admitted` says that the client
-        had the right until now, so an answer that is being renewed still holds."""
 
 
 class Hub:
@@ -65,8 +54,8 @@ class Hub:
         self.connections_per_user = connections_per_user
         # Called with a user whose number of sessions has changed.
         self.on_count: list[Callable[[str], None]] = []
-        # By door, where its protocol tells a client all the same: called for each session of a user
-        # who is to be unsubscribed from a channel that it does not follow.
+        # By protocol: called if a user is unsubscribed from a channel, for each of the user's
+        # sessions that is not subscribed. Some protocols confirm to these as well.
         self.on_not_subscribed: dict[str, Callable[[Session, Channel], None]] = {}
         self.total = 0
         self._call_soon = call_soon
@@ -80,7 +69,7 @@ class Hub:
     # ---- sessions ---------------------------------------------------------------------------
 
     def open(self, principal: Principal, encoder: Encoder, client: Client) -> Session:
-        """A session without a socket yet; LimitExceeded if the user has too many."""
+        """Create a session, without a socket yet. LimitExceeded if the user has too many."""
         user = principal.user
         mine = self._by_user.get(user)
         if user and mine and 0 < self.connections_per_user <= len(mine):
@@ -113,20 +102,20 @@ class Hub:
             on_count(user)
 
     def count(self, user: str, door: str | None = None) -> int:
-        """How many sessions of the user are here, of one door or of all."""
+        """Return the user's number of sessions on this worker, in one protocol or in all."""
         mine = self._by_user.get(user, ())
         return len(mine) if door is None else len(self._sessions_of(user, door))
 
     def users(self) -> list[str]:
-        """Everyone who has a session here; '' stands for those without a name."""
+        """Return the users that have sessions on this worker. Anonymous ones are ''."""
         return list(self._by_user)
 
     def sessions(self) -> list[Session]:
-        """All of them, in no order."""
+        """Return all sessions, in no order."""
         return [session for mine in self._by_user.values() for session in mine]
 
     def change_principal(self, session: Session, principal: Principal) -> None:
-        """A refreshed credential of the same user; rights are checked again."""
+        """Use a refreshed credential of the same user, and check its rights."""
         if principal.user != session.principal.user:
             raise Unauthorized("the new token is another user's")
         session.principal = principal
@@ -138,7 +127,7 @@ class Hub:
     # ---- subscriptions ----------------------------------------------------------------------
 
     def subscribe(self, session: Session, channel: Channel, asked: Position | None) -> None:
-        """The client's `subscribed` or `refused` is called in a later turn."""
+        """Subscribe. The client's `subscribed` or `refused` is called in a later turn."""
         self._check_new(session, channel)
         feed = self._feeds.get(channel)
         if feed is None:
@@ -150,12 +139,12 @@ class Hub:
         feed.join(subscription)
 
     def reserve(self, session: Session, channel: Channel) -> None:
-        """The channel will be subscribed to once its rights are known."""
+        """Record that the client waits for an answer about its rights."""
         self._check_new(session, channel)
         session.reserved.add(channel)
 
     def unreserve(self, session: Session, channel: Channel) -> bool:
-        """Whether the client still wants it."""
+        """End the wait. Return False if the client has unsubscribed or disconnected meanwhile."""
         wanted = channel in session.reserved
         session.reserved.discard(channel)
         return wanted
@@ -166,7 +155,7 @@ class Hub:
             raise BadRequest(f"already subscribed to {channel}")
 
     def unsubscribe(self, session: Session, channel: Channel) -> None:
-        """Ends it; BadRequest if there is none."""
+        """End a subscription. BadRequest if there is none."""
         if channel in session.reserved:
             session.reserved.discard(channel)
             return
@@ -177,7 +166,7 @@ class Hub:
         subscription.feed.leave(subscription)
 
     def forget(self, feed: Feed) -> None:
-        """Called by a feed whose last client left."""
+        """Remove a feed whose last client has left. The feed calls it."""
         if self._feeds.get(feed.channel) is feed:
             del self._feeds[feed.channel]
             feed.alive = False
@@ -185,17 +174,17 @@ class Hub:
             self.reads.release(feed)
 
     def feed(self, channel: Channel) -> Feed | None:
-        """The feed of a channel that is followed here."""
+        """Return the channel's feed, or None if no client of this worker follows the channel."""
         return self._feeds.get(channel)
 
     def feeds(self) -> list[Feed]:
-        """All followed streams."""
+        """Return the feeds of all followed channels."""
         return list(self._feeds.values())
 
-    # ---- from the control stream, and from time ---------------------------------------------
+    # ---- commands and expiry ----------------------------------------------------------------
 
     def disconnect_user(self, user: str, reason: Reason, door: str | None = None) -> None:
-        """Every session of the user here, of one door or of all."""
+        """Disconnect the user's sessions on this worker, in one protocol or in all."""
 
         def disconnect(session: Session) -> None:
             if not session.closed:
@@ -206,7 +195,7 @@ class Hub:
     def drop_subscription(
         self, channel: Channel | None, user: str, reason: Reason, door: str | None = None
     ) -> None:
-        """One channel, or without a name all, of every session of the user here."""
+        """Unsubscribe the user's sessions on this worker from a channel, or from all channels."""
 
         def drop(subscription: Subscription) -> None:
             at = subscription.feed.position
@@ -219,8 +208,8 @@ class Hub:
                 self.for_each(list(session.subscriptions.values()), drop)
             elif subscription := session.subscriptions.get(channel):
                 drop(subscription)
-            elif told := self.on_not_subscribed.get(session.principal.door):
-                told(session, channel)
+            elif on_not_subscribed := self.on_not_subscribed.get(session.principal.door):
+                on_not_subscribed(session, channel)
 
         self.for_each(self._sessions_of(user, door), drop_from)
 
@@ -229,7 +218,7 @@ class Hub:
         return [session for session in mine if door in (None, session.principal.door)]
 
     def recheck(self, channel: Channel | None) -> None:
-        """Rights may have changed: of one channel, or of all."""
+        """Check rights again, for one channel or for all."""
         feed = self._feeds.get(channel) if channel else None
         feeds = self.feeds() if channel is None else [feed] if feed else []
         self.for_each(feeds, lambda each: each.on_rights_changed())
@@ -245,7 +234,7 @@ class Hub:
             heapq.heappush(self._expiries, entry)
 
     def sessions_expiring(self, now: float) -> list[Session]:
-        """Sessions whose credential's time is over and was not refreshed."""
+        """Return the sessions whose credential has expired and was not refreshed."""
         found = []
         while self._expiries and self._expiries[0][0] <= now:
             _, _, reference = heapq.heappop(self._expiries)
@@ -258,7 +247,7 @@ class Hub:
         return found
 
     def expire(self, session: Session) -> None:
-        """The session's credential is over: nothing more leaves for it."""
+        """End all subscriptions of a session whose credential has expired."""
         for subscription in list(session.subscriptions.values()):
             at = subscription.feed.position
             subscription.feed.drop(subscription, Notice("revoked", Reason.EXPIRED, at, at))
@@ -267,14 +256,14 @@ class Hub:
     # ---- the turn ---------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Writes what this turn offered: each client once."""
+        """Write what this turn has offered, once per client."""
         self._flush_planned = False
         dirty, self.dirty = self.dirty, []
         for session in dirty:
             session.write_out()
 
     def flush_soon(self) -> None:
-        """As `flush`, at the end of this turn; for offers outside the reader's own turn."""
+        """Call `flush` at the end of this turn. For offers outside of the reader's own turn."""
         if not self._flush_planned:
             self._flush_planned = True
             self._call_soon(self.flush)

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from relay.core.metrics import Metrics
     from relay.core.model import Channel, Event
-    from relay.hub.encoding import Encoder
     from relay.hub.recovery import Notice
-    from relay.hub.session import Subscription
+    from relay.hub.session import Encoder, Subscription
 
 
 class LiveClients:
@@ -47,9 +46,9 @@ class LiveClients:
         if not subscriptions:
             del self.by_encoder[encoder]
 
-    def tell(self, notice: Notice) -> None:
+    def notify(self, notice: Notice) -> None:
         """Send a notice to all of them."""
-        self._metrics.told(notice, self.count)
+        self._metrics.notified(notice, self.count)
         for encoder, subscriptions in list(self.by_encoder.items()):
             data = encoder.notice(self._channel, notice)
             # Iterate over a copy: `noticed` may close a subscription.

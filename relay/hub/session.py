@@ -1,66 +1,155 @@
-"""One client: who it is, what it follows, and the way its bytes take.
+"""A client's session, its subscriptions, and the interfaces through which the hub reaches it.
 
-Whatever is offered to a session within one turn of the loop leaves in one write. A session whose
-socket is full, or which has no socket yet, is *paused*: it gets no events; its subscriptions go
-behind and are served from the stream once it is drained.
+Everything that is offered to a session within one turn of the loop is sent in one write. A session
+without a socket, or whose socket is full, is *paused*: it receives no events. Its subscriptions
+fall behind, and catch up from the stream when the socket has room.
+
+This module imports no other part of the hub that knows sessions. `SessionHub` and
+`SubscriptionFeed` are what a session needs of them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from relay.core.errors import RelayError
-from relay.core.model import Channel, EntryID, Position, Principal
+from relay.core.model import Channel, EntryID, Event, Position, Principal
 from relay.core.reasons import Reason
 from relay.hub.recovery import Notice
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
-    from relay.hub.encoding import Encoder
-    from relay.hub.feed import Feed
-    from relay.hub.hub import Hub
+    from relay.core.metrics import Metrics
+
+_T = TypeVar("_T")
+
+
+class SessionHub(Protocol):
+    """The hub as its sessions see it."""
+
+    # Sessions with data to write at the end of this turn.
+    dirty: list[Session]
+
+    @property
+    def metrics(self) -> Metrics:
+        """The worker's metrics."""
+
+    def flush_soon(self) -> None:
+        """Write all offered data at the end of this turn of the loop."""
+
+    def for_each(self, items: Sequence[_T], act: Callable[[_T], object]) -> None:
+        """Call `act` for each of the items: for a few at once, for many in slices."""
+
+    def close(self, session: Session) -> None:
+        """Remove a session and its subscriptions."""
+
+    def unsubscribe(self, session: Session, channel: Channel) -> None:
+        """End a subscription. BadRequest if there is none."""
+
+    def change_principal(self, session: Session, principal: Principal) -> None:
+        """Use a refreshed credential of the same user, and check its rights."""
+
+
+class SubscriptionFeed(Protocol):
+    """A followed stream as its subscriptions see it."""
+
+    channel: Channel
+    position: EntryID
+    added: int | None
+    digest: int | None
+    incarnation: int | None
+
+    def stall(self, subscription: Subscription) -> None:
+        """Stop live delivery to a subscription whose socket is full."""
+
+    def catch_up(self, subscription: Subscription) -> None:
+        """Continue delivery to a subscription whose socket has room."""
+
+    def leave(self, subscription: Subscription) -> None:
+        """Remove a subscription."""
+
+    def drop(self, subscription: Subscription, notice: Notice) -> None:
+        """End a subscription and send its client the reason."""
+
+    def on_rights_changed(self) -> None:
+        """Check the rights of all subscriptions again."""
+
+
+class Encoder(Protocol):
+    """Encodes events and notices as complete frames of one protocol. Protocols implement it.
+
+    All sessions of one format share one encoder object. The object is the cache key: an event is
+    encoded once for all of them.
+    """
+
+    # The protocol whose clients use this format: `Event.door`.
+    door: str
+    # True if frames differ from client to client, for example because they contain a cursor.
+    personal: bool
+
+    def event(self, event: Event) -> bytes:
+        """Encode an event: the frame, or for a personal encoder the part that all clients share."""
+
+    def personal_event(
+        self,
+        event: Event,
+        position: Position | None,
+        subscription: Subscription,
+        shared: bytes,
+    ) -> bytes:
+        """Return one client's frame, or b"" to send nothing.
+
+        `shared` is the result of `event`. `position` is the client's position in the channel after
+        the event, or None for an ephemeral event.
+        """
+
+    def notice(self, channel: Channel, notice: Notice) -> bytes | None:
+        """Encode a gap, reset or revocation.
+
+        Return None if the protocol has no such message. Then `Client.noticed` is called.
+        """
 
 
 class Outbox(Protocol):
-    """The socket as the hub sees it."""
+    """A client's socket as the hub sees it."""
 
     full: bool
 
     def write(self, data: bytes) -> None:
-        """Hand over bytes; never blocks, swallowed if the client is gone."""
+        """Queue bytes without blocking. Ignored if the client has disconnected."""
 
     def close(self, last: bytes = b"") -> None:
-        """Write `last`, then close once everything is out."""
+        """Write `last`, then close once all bytes are sent."""
 
 
 class Client(Protocol):
-    """The door's side of a session: what the hub tells it besides events and notices."""
+    """The protocol's side of a session: callbacks of the hub besides events and notices."""
 
     def subscribed(self, subscription: Subscription) -> None:
-        """The subscription stands; events follow its position."""
+        """The subscription was accepted. Events after its position follow."""
 
     def refused(self, channel: Channel, error: RelayError) -> None:
         """The subscription was refused."""
 
     def dropped(self, channel: Channel, notice: Notice) -> None:
-        """The subscription ended; the notice has been offered to the client already."""
+        """The subscription ended. The notice has already been offered to the client."""
 
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
-        """A notice for which the format has no words. The subscription may be closed from here."""
+        """A notice that the format cannot express. The callback may close the subscription."""
 
     def expired(self) -> None:
-        """The credential's time is over; its subscriptions have been dropped."""
+        """The credential has expired. Its subscriptions have been dropped."""
 
     def disconnect(self, reason: Reason) -> None:
-        """The operator or the relay's own stop ends this client."""
+        """Close the connection, at an operator's request or because the relay stops."""
 
 
 class Subscription:
     """One channel of one session.
 
-    `cursor` is the last entry this client has been offered, or need not be; it is kept only while
-    the subscription is not live: a live one is where its feed is.
+    `cursor` is the last entry that was offered to the client or that it need not receive. It is
+    only set while the subscription is not live. The position of a live one is that of its feed.
     """
 
     __slots__ = (
@@ -78,7 +167,7 @@ class Subscription:
         "untold",
     )
 
-    def __init__(self, session: Session, feed: Feed, asked: Position | None) -> None:
+    def __init__(self, session: Session, feed: SubscriptionFeed, asked: Position | None) -> None:
         self.session = session
         self.feed = feed
         self.asked = asked
@@ -86,7 +175,7 @@ class Subscription:
         self.cursor: EntryID | None = None
         self.added: int | None = None
         self.digest: int | None = None
-        # As the client was last told of a gap: nothing new is missing while these stay the same.
+        # State of the stream at the last gap notice. While it is unchanged, nothing new is missing.
         self.known_deleted: EntryID | None = None
         self.known_first: EntryID | None = None
         self.pending_notice: Notice | None = None
@@ -95,15 +184,15 @@ class Subscription:
 
     @property
     def gone(self) -> bool:
-        """Whether it was taken back while it was being examined."""
+        """Return True if the subscription has ended, for example while the stream was examined."""
         return self.session.subscriptions.get(self.feed.channel) is not self
 
     @property
     def position(self) -> Position:
-        """Where this client is, as a position that can be resumed from."""
+        """The client's position, from which it can resume."""
         feed = self.feed
         if self.untold is not None:
-            # What may be missing has not been told yet: from here it will be judged again.
+            # The client has not received its gap notice yet. Resuming from here repeats the check.
             return self.untold
         if self.live:
             return Position(feed.position, feed.added, feed.incarnation, feed.digest)
@@ -113,7 +202,7 @@ class Subscription:
 
     @property
     def at(self) -> EntryID:
-        """The ID of `position`, without the cost of making that."""
+        """The ID of `position`, without the cost of creating a Position."""
         if self.untold is not None:
             return self.untold.id
         if self.live:
@@ -123,24 +212,25 @@ class Subscription:
         return self.asked.id if self.asked else self.feed.position
 
     def behind_at(self, cursor: EntryID, added: int | None, digest: int | None) -> None:
-        """No longer live: events after `cursor` are still owed."""
+        """Leave live delivery: events after `cursor` must still be delivered."""
         self.live = False
         self.cursor, self.added, self.digest = cursor, added, digest
 
-    def tell(self, notice: Notice) -> None:
-        """The client sees it in its protocol's own words, in order with its events."""
+    def notify(self, notice: Notice) -> None:
+        """Send a notice to the client, in order with its events."""
         session = self.session
-        session.hub.metrics.told(notice, 1)
+        session.hub.metrics.notified(notice, 1)
         data = session.encoder.notice(self.feed.channel, notice)
         if data is None:
             session.client.noticed(self, notice)
         else:
             session.offer(data)
 
-    def tell_later(self, notice: Notice, old: int | None) -> None:
-        """A client that is behind learns of it too, and does not stay ahead of another life.
+    def notify_later(self, notice: Notice, old: int | None) -> None:
+        """Send a notice to a client that is behind, once it catches up. `old` is the incarnation
+        of its position.
 
-        Before this worker's position a gap shows in its pages; at it, it would not.
+        A gap before this worker's position shows in the client's pages, so it needs no notice.
         """
         cursor = self.cursor
         if cursor is None or (notice.kind == "gap" and cursor < self.feed.position):
@@ -156,7 +246,7 @@ class Subscription:
 
 
 class Session:
-    """A client in the hub. Made by a door, registered by `Hub.open`."""
+    """A client in the hub. `Hub.open` creates it."""
 
     __slots__ = (
         "__weakref__",
@@ -173,14 +263,16 @@ class Session:
         "subscriptions",
     )
 
-    def __init__(self, hub: Hub, principal: Principal, encoder: Encoder, client: Client) -> None:
+    def __init__(
+        self, hub: SessionHub, principal: Principal, encoder: Encoder, client: Client
+    ) -> None:
         self.hub = hub
         self.principal = principal
         self.selectors = principal.selectors()
         self.encoder = encoder
         self.client = client
         self.subscriptions: dict[Channel, Subscription] = {}
-        # Channels whose rights are being asked for; they are no subscriptions yet.
+        # Channels whose rights are being requested. They are not subscriptions yet.
         self.reserved: set[Channel] = set()
         self.paused = True
         self.closed = False
@@ -188,25 +280,25 @@ class Session:
         self._pending: list[bytes] = []
 
     def attach(self, outbox: Outbox) -> None:
-        """The socket is there: what waits goes out, and events may flow."""
+        """Set the socket: write what is waiting, and begin to deliver events."""
         self._outbox = outbox
         if self._pending:
             self.hub.dirty.append(self)
         self.resume()
 
     def offer(self, data: bytes) -> None:
-        """Give the client bytes, in order, in this turn's one write."""
+        """Queue bytes for the client. They are sent in order, in one write per turn of the loop."""
         if not self._pending and self._outbox is not None:
             self.hub.dirty.append(self)
         self._pending.append(data)
 
     def reply(self, data: bytes) -> None:
-        """As `offer`, from outside the hub's own turn."""
+        """Queue bytes as `offer` does, outside of a turn of the hub."""
         self.offer(data)
         self.hub.flush_soon()
 
     def write_out(self) -> None:
-        """Called by the hub at the end of its turn."""
+        """Write the queued bytes. The hub calls this at the end of its turn."""
         pending, outbox = self._pending, self._outbox
         if outbox is None or not pending:
             return
@@ -217,7 +309,7 @@ class Session:
             self.pause()
 
     def pause(self) -> None:
-        """The socket is full: live subscriptions go behind, and are served from the stream."""
+        """Stop live delivery, because the socket is full."""
         self.paused = True
         self.hub.for_each(list(self.subscriptions.values()), self._stall)
 
@@ -226,7 +318,7 @@ class Session:
             subscription.feed.stall(subscription)
 
     def resume(self) -> None:
-        """The socket has room again."""
+        """Continue delivery, because the socket has room again."""
         if self.closed or self._outbox is None:
             return
         self.paused = False
@@ -234,21 +326,21 @@ class Session:
         self.hub.flush_soon()
 
     def cursor(self, channel: Channel, position: Position) -> Iterator[tuple[Channel, Position]]:
-        """All positions of this client, with `channel` at `position`."""
+        """Yield the position of each subscription, with `channel` at `position`."""
         for name, subscription in self.subscriptions.items():
             yield name, position if name == channel else subscription.position
 
     def refuse(self, channel: Channel, error: RelayError) -> None:
-        """Take the subscription away and say why."""
+        """Remove a subscription that was rejected, and report the reason."""
         self.subscriptions.pop(channel, None)
         self.client.refused(channel, error)
 
     def end(self) -> None:
-        """The client is gone, or is to be forgotten. Idempotent."""
+        """Remove the session from the hub. Can be called repeatedly."""
         self.hub.close(self)
 
 
 def _catch_up(subscription: Subscription) -> None:
     subscription.feed.catch_up(subscription)
-    # In slices, this is a turn later than `resume`.
+    # If there are many subscriptions, this runs in a later turn than `resume`.
     subscription.session.hub.flush_soon()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from relay.hub.hub import Rights
+from relay.hub.feed import Rights
 
 if TYPE_CHECKING:
     from relay.core.model import Channel, Position, Principal

@@ -54,8 +54,7 @@ if TYPE_CHECKING:
     from relay.core.model import Channel, EntryID, Principal, Record
     from relay.core.worker_memory import Worker
     from relay.doorkit.contract import Mounted, OpenSession, Publish, Spawn
-    from relay.hub.encoding import Encoder
-    from relay.hub.session import Client, Session
+    from relay.hub.session import Client, Encoder, Session
     from relay.stream.connection.connect import RedisClient
 
 

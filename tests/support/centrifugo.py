@@ -26,9 +26,8 @@ from relay.core.model import (
 from relay.core.reasons import Reason
 from relay.core.stream_interface import Examined, Followed, Page, Snapshot
 from relay.doorkit.contract import DoorContext
-from relay.hub.encoding import Encoder
 from relay.hub.hub import Hub
-from relay.hub.session import Client, Session
+from relay.hub.session import Client, Encoder, Session
 from relay.protocols.centrifugo import tokens
 from relay.protocols.centrifugo.clients.connection import CentrifugoConnection
 from relay.protocols.centrifugo.clients.interfaces import ReadControl

@@ -10,8 +10,7 @@ from relay.protocols.pydio.registration import Registration, Surroundings
 from relay.transports.socket.websocket import frame_close, frame_text
 
 if TYPE_CHECKING:
-    from relay.hub.encoding import Encoder
-    from relay.hub.session import Outbox
+    from relay.hub.session import Encoder, Outbox
     from relay.protocols.pydio.accounts import Account
 
 GOING_AWAY = 1001

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     import asyncio
 
     from relay.core.model import Channel, Position
-    from relay.hub.encoding import Encoder
     from relay.hub.recovery import Notice
-    from relay.hub.session import Session, Subscription
+    from relay.hub.session import Encoder, Session, Subscription
     from relay.protocols.pydio.accounts import Account
 
 # A page sends one message for each workspace that its user opens.

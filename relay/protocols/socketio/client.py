@@ -36,8 +36,7 @@ from relay.transports.socketio.connection import Acknowledge, Connection
 if TYPE_CHECKING:
     from relay.doorkit.contract import DoorContext
     from relay.doorkit.recoverable_sessions import RecoverableSessions
-    from relay.hub.encoding import Encoder
-    from relay.hub.session import Session, Subscription
+    from relay.hub.session import Encoder, Session, Subscription
     from relay.protocols.socketio.settings import SocketIoSettings
     from relay.rights.token import TokenReader
     from relay.transports.engineio.engine import Engine

@@ -20,9 +20,8 @@ from relay.transports.socketio import codec
 
 if TYPE_CHECKING:
     from relay.core.model import Channel, EntryID, Event, Position
-    from relay.hub.feed import Feed
     from relay.hub.recovery import Notice
-    from relay.hub.session import Subscription
+    from relay.hub.session import Subscription, SubscriptionFeed
 
 MESSAGE = "message"
 
@@ -42,7 +41,7 @@ class NpmEncoder:
         self._masked = masked
         self._plain = plain
         # Where live clients are in a stream is the same for all of them.
-        self._live: WeakKeyDictionary[Feed, tuple[EntryID, bytes]] = WeakKeyDictionary()
+        self._live: WeakKeyDictionary[SubscriptionFeed, tuple[EntryID, bytes]] = WeakKeyDictionary()
         self._last: tuple[bytes, bytes, bytes] = (b"", b"", b"")
 
     def event(self, event: Event) -> bytes:
