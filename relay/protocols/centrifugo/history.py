@@ -72,7 +72,7 @@ def _is_whole(snapshot: Snapshot, at: EntryID) -> bool:
     if may_have_lost(at, state):
         return False
     if state.exists and at == state.last:
-        # Nothing has been appended since, even if the entry itself has been trimmed. A recreated
+        # No event has been appended since, even if the entry itself has been trimmed. A recreated
         # stream would need to have exactly the same last ID, to the millisecond.
         return True
     own = next((record.digest for record in snapshot.records if record.id == at), None)

@@ -1,8 +1,8 @@
-"""Centrifugo v1's file, variables and command line as settings of ours.
+"""Converts Centrifugo v1's configuration file, variables and command line to relay's settings.
 
-What upstream does by its own choice is done: its default address is every interface, its default
-port 8000, and where no history is configured nothing is kept for long. What would be passed over in
-silence stops the start: a certificate by ACME, a page of one's own, several Redis.
+Centrifugo's defaults are preserved: it listens on all interfaces at port 8000, and events are not
+kept for long unless a history is configured. Options without an equivalent whose absence would
+change the service are errors: ACME certificates, custom web pages and several Redis servers.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from relay.protocols.centrifugo.configuration.options import (
 
 _DOOR = "protocol:centrifugo"
 _VERSION = "Centrifugo v1.8.0"
-# Centrifugo keeps nothing but the history that is configured. An hour serves clients that are slow
-# or were away, and a site of many quiet channels does not fill its Redis.
-_KEPT_S = 3600
-_MOST = 1_000_000_000
+# Centrifugo stores only the configured history. One hour is enough for slow and reconnecting
+# clients, and many quiet channels do not fill Redis.
+_MIN_RETENTION_S = 3600
+_MAX_RETENTION = 1_000_000_000
 _LEVELS = {"trace": "debug", "debug": "debug", "info": "info"} | dict.fromkeys(
     ("error", "critical", "fatal", "none"), "error"
 )
@@ -108,11 +108,11 @@ def _refuse(given: CollectedOptions) -> None:
 
 
 def _door(given: CollectedOptions) -> Iterator[ImportedSetting]:
-    """Options that are this door's own, in the table's order."""
+    """Yield the options that are settings of [protocol:centrifugo], in the table's order."""
     for name, value in given.values.items():
         option = OPTIONS[name]
         if (
-            option.fate is not OptionHandling.MAPPED
+            option.handling is not OptionHandling.MAPPED
             or option.made
             or (not value.text and _counts(name))
         ):
@@ -121,7 +121,7 @@ def _door(given: CollectedOptions) -> Iterator[ImportedSetting]:
         yield _said(section, key, value)
     port = given.first("port") or OptionValue(f"{_VERSION}'s port = ", "8000")
     yield _said(_DOOR, "port", port)
-    # Upstream's empty address is every interface; ours would be that of [server].
+    # In Centrifugo, an empty address means all interfaces. In relay, it would be that of [server].
     address = given.first("address") or OptionValue(f"{_VERSION}'s address = ", "0.0.0.0")  # noqa: S104
     yield _said(_DOOR, "host", address)
     if prefix := given.first("http_prefix"):
@@ -144,7 +144,7 @@ def _namespaces(given: CollectedOptions) -> Iterator[ImportedSetting]:
                 f"namespaces: {name}: channels of this name belong to another door of the relay"
             )
         for key in CHANNEL_OPTIONS:
-            # The section has to be there if it sets nothing.
+            # Write the section even if all its settings have their default values.
             value = values.get(key) or OptionValue(f"namespace {name}: {key} = ", _default(key))
             yield _said(f"{_DOOR}:{name}", key, value)
 
@@ -158,11 +158,11 @@ def _default(key: str) -> str:
 
 
 def _retention(given: CollectedOptions) -> Iterator[ImportedSetting]:
-    """Streams keep what the history may ask for, and no longer than that or an hour."""
+    """Yield retention settings: the configured history, but at least one hour."""
     top = _kept(given.values)
     kept = {name: _kept(values) for name, values in given.namespaces.items()}
     if given.text("namespace_channel_boundary", ":") != ":":
-        # Streams' namespaces end in ':' alone, so that all of these lie in [namespace].
+        # Relay's namespaces always end in ':', so all of these channels belong to [namespace].
         top = tuple(max(pair) for pair in zip(top, *kept.values(), strict=True))
         kept = {}
     sections = {"namespace": top}
@@ -196,8 +196,10 @@ def _kept(values: Mapping[str, OptionValue]) -> tuple[int, int]:
         for key in ("history_size", "history_lifetime")
     )
     default: int = NamespaceSettings.model_fields["retention_count"].default
-    # What is out of range is told in Centrifugo's own words.
-    return max(default, min(size, _MOST)), max(_KEPT_S, min(lifetime, _MOST))
+    # Out-of-range values are reported for Centrifugo's own option.
+    return max(default, min(size, _MAX_RETENTION)), max(
+        _MIN_RETENTION_S, min(lifetime, _MAX_RETENTION)
+    )
 
 
 def _node(given: CollectedOptions) -> Iterator[ImportedSetting]:
@@ -205,7 +207,7 @@ def _node(given: CollectedOptions) -> Iterator[ImportedSetting]:
         yield _said("node", "name", value)
     if value := given.first("log_level"):
         yield _said("log", "level", value, _LEVELS.get(value.text.lower(), "info"))
-    # The port of the file is this door's alone; everything else keeps to loopback.
+    # The configured port is for this protocol only. Everything else listens on loopback.
     yield ImportedSetting(
         section="server",
         key="port",
@@ -230,13 +232,13 @@ def _redis(given: CollectedOptions) -> Iterator[ImportedSetting]:
         ("redis_connect_timeout", "connect_timeout_s"),
         ("redis_read_timeout", "command_timeout_s"),
     ):
-        # 0 is upstream's word for no limit, which a relay that heals by itself cannot have.
+        # In Centrifugo, 0 means no timeout. Relay needs timeouts to recover from failures.
         if (value := given.first(name)) and value.text != "0":
             yield _said("redis", key, value)
     if value := given.first("redis_prefix"):
         yield _said("producer:queue", "name", value, f"{prefix}.api")
         if prefix != "centrifugo":
-            # Another prefix is another site on the same Redis: its streams are its own too.
+            # Another prefix means another installation on the same Redis, with separate streams.
             yield _said("redis", "prefix", value, f"relay:{prefix}:")
     if given.on("redis_api"):
         yield _said("producer:queue", "enabled", given.values["redis_api"])
@@ -271,7 +273,7 @@ def _address(given: CollectedOptions) -> Iterator[ImportedSetting]:
     elif url := given.first("redis_url"):
         found = _split_url(url)
         yield _said("redis", "url", url, found[0])
-        # Where it is set the others do not count (the documentation's engines.md).
+        # The other options are ignored if redis_url is set (engines.md of the documentation).
         password = OptionValue(url.where, found[1]) if found[1] else None
     else:
         host = given.text("redis_host", "127.0.0.1")
@@ -284,7 +286,7 @@ def _address(given: CollectedOptions) -> Iterator[ImportedSetting]:
 
 
 def _split_url(value: OptionValue) -> tuple[str, str]:
-    """The URL without its password, and that."""
+    """Return the URL without its password, and the password."""
     parts = urlsplit(value.text)
     try:
         port = parts.port or 6379

@@ -1,7 +1,7 @@
-"""[protocol:centrifugo] and [protocol:centrifugo:NAME]: the door of Centrifugo v1.
+"""Settings of the Centrifugo protocol: [protocol:centrifugo] and [protocol:centrifugo:NAME].
 
-Names, units (seconds, bytes) and defaults are Centrifugo v1.8.0's; what it has no word for ends in
-its unit. `options.py` says which of its options stand here, which elsewhere and which nowhere.
+Names, units (seconds, bytes) and defaults are those of Centrifugo v1.8.0. Names of additional
+settings end in their unit. `configuration/options.py` maps Centrifugo's options to settings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import Field, SecretStr, field_validator
 from relay.config.settings import ListenerSection, Section
 from relay.core.model import RESERVED_NAMESPACES
 
-# v1.8.0 refuses any other (libcentrifugo/node/config.go).
+# v1.8.0 rejects other names (libcentrifugo/node/config.go).
 _NAMESPACE_NAME = re.compile(r"[-a-zA-Z0-9_]{2,}")
 
 
@@ -34,7 +34,7 @@ class CentrifugoNamespace(Section):
 
     @property
     def has_history(self) -> bool:
-        """Whether its channels have a history."""
+        """Whether the channels of this namespace have a history."""
         return self.history_size > 0 and self.history_lifetime > 0
 
 
@@ -54,7 +54,7 @@ class CentrifugoSettings(CentrifugoNamespace, _ListenerSettings):
 
     namespaces: Mapping[str, CentrifugoNamespace] = Field(default_factory=dict)
 
-    # ---- who may
+    # ---- authentication and limits
     insecure: bool = Field(False, description="Accept clients without a token, and ignore the rules for subscribing and publishing. For development only.")
     connection_lifetime: int = Field(0, ge=0, le=3153600000, description="Seconds for which a token is valid. Afterwards the client must send a new one. 0 means no expiry.")
     expired_connection_close_delay: float = Field(25.0, ge=0, le=86400, description="Seconds that a client with an expired token has to send a new one before its connection is closed.")
@@ -79,7 +79,7 @@ class CentrifugoSettings(CentrifugoNamespace, _ListenerSettings):
     websocket_compression_level: int = Field(1, ge=-2, le=9, description="Compression level: 1 is fast, 9 is small, 0 does not compress, -1 is the default of zlib, -2 uses Huffman coding only.")
     sockjs_url: str = Field("//cdn.jsdelivr.net/sockjs/1.1/sockjs.min.js", description="URL of the script that the SockJS iframe page loads. Use the same version as your page.")
     sockjs_heartbeat_delay: float = Field(25.0, ge=0, le=86400, description="Seconds between two SockJS heartbeats. 0 disables them.")
-    # ---- servers and people
+    # ---- API and administrators
     insecure_api: bool = Field(False, description="Accept requests to /api/ without a signature. Use it only on a port that nobody but the application can reach.")
     api_port: int = Field(0, ge=0, le=65535, description="Port of a separate listener for /api/. 0: use the listener of this protocol.")
     api_max_bytes: int = Field(10485760, ge=1024, le=1073741824, description="Maximum size of one request to /api/. Larger requests are rejected with status 413.")
@@ -105,14 +105,19 @@ class CentrifugoSettings(CentrifugoNamespace, _ListenerSettings):
 
     @property
     def missing(self) -> str:
-        """See `Section`. An HMAC with an empty key can be forged. With `insecure` or `insecure_api`
-        what still needs a signature is refused.
+        """`secret` if it is required, because an HMAC with an empty key can be forged.
+
+        It is not required with `insecure` or `insecure_api`. Requests that still need a signature
+        are then rejected.
         """
         signs = bool(self.secret.get_secret_value())
         return "" if signs or self.insecure or self.insecure_api else "secret"
 
     def namespace(self, name: str) -> CentrifugoNamespace | None:
-        """The rules of a namespace, of channels without one for ''; None where there is none."""
+        """Return the rules of a namespace, or None if it does not exist.
+
+        '' stands for channels without a namespace.
+        """
         return self.namespaces.get(name) if name else self
 
 

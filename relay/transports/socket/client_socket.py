@@ -117,7 +117,7 @@ class ClientSocket(asyncio.Protocol):
 
     @property
     def silent_since(self) -> int:
-        """The heartbeat tick since which a response is expected, or 0 if none is expected."""
+        """The heartbeat tick since which a response is due, or 0 if no response is expected."""
         return self._silent_since
 
     @silent_since.setter

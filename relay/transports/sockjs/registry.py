@@ -114,7 +114,7 @@ class SessionRegistry:
     # ---- inner workings -------------------------------------------------------------------------
 
     def _name(self, session_id: str) -> str:
-        # Store a digest, because anyone who knows the session ID can send messages for the session.
+        # Store a digest, because the session ID is enough to send messages for the session.
         digest = hashlib.blake2b(session_id.encode(errors="replace"), digest_size=16)
         return f"{self._door}:sockjs:{digest.hexdigest()}"
 

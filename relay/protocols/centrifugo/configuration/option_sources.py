@@ -1,7 +1,7 @@
-"""What Centrifugo's file, variables and flags give, as text by option, before it is put into ours.
+"""Collects Centrifugo's options from configuration file, environment variables and flags.
 
-As Centrifugo v1.8.0 reads them (viper): a flag wins over a variable, that over the file; keys match
-in any case; an empty variable counts as none; unknown keys do no harm.
+The rules are those of Centrifugo v1.8.0 (viper): flags override variables, which override the file.
+Keys are case-insensitive, empty variables are ignored, and unknown keys are not errors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from relay.core.errors import ConfigError
 from relay.protocols.centrifugo.configuration.options import CHANNEL_OPTIONS, OPTIONS, OptionKind
 
 SUFFIXES = (".json", ".toml", ".yaml", ".yml")
-# v1.8.0 refuses any other (libcentrifugo/node/config.go).
+# v1.8.0 rejects other names (libcentrifugo/node/config.go).
 _NAMESPACE_NAME = re.compile(r"[-a-zA-Z0-9_]{2,}")
 _TRUE = frozenset({"1", "t", "T", "true", "TRUE", "True"})
 _FALSE = frozenset({"0", "f", "F", "false", "FALSE", "False"})
@@ -26,24 +26,24 @@ _FALSE = frozenset({"0", "f", "F", "false", "FALSE", "False"})
 
 @dataclass(frozen=True, slots=True)
 class OptionValue:
-    """One option's value; `where` and `text` together begin an error's line."""
+    """Value of one option. An error message begins with `where` and `text`."""
 
     where: str
     text: str
 
     def wrong(self, problem: str) -> ConfigError:
-        """The error for a value that can be shown."""
+        """Return an error that quotes the value. Don't use this for secrets."""
         return ConfigError(f"{self.where}{self.text[:60]}: {problem}")
 
     @property
     def on(self) -> bool:
-        """Of a switch."""
+        """Whether the value is that of an enabled switch."""
         return self.text == "yes"
 
 
 @dataclass(slots=True)
 class CollectedOptions:
-    """Everything that was given; where it was not, there is no value."""
+    """The configured options. Other options have no value."""
 
     values: dict[str, OptionValue] = field(default_factory=dict)
     namespaces: dict[str, dict[str, OptionValue]] = field(default_factory=dict)
@@ -51,16 +51,16 @@ class CollectedOptions:
     missing: str = ""
 
     def text(self, name: str, default: str = "") -> str:
-        """An option's value, `default` where it is empty or not given."""
+        """Return an option's value, or `default` if it is empty or not configured."""
         value = self.values.get(name)
         return value.text if value and value.text else default
 
     def on(self, name: str) -> bool:
-        """Whether a switch is on."""
+        """Return True if a switch is enabled."""
         return name in self.values and self.values[name].on
 
     def first(self, *names: str) -> OptionValue | None:
-        """The value of the first of these that is given and not empty."""
+        """Return the first of these options that is configured and not empty."""
         found = (self.values.get(name) for name in names)
         return next((value for value in found if value and value.text), None)
 
@@ -68,7 +68,7 @@ class CollectedOptions:
 def gather(
     path: Path | None, environ: Mapping[str, str], flags: Mapping[str, str]
 ) -> CollectedOptions:
-    """All three together; ConfigError where one of them cannot be understood."""
+    """Return the options of all three sources. Raise ConfigError if one is invalid."""
     given = CollectedOptions()
     if path is not None:
         content = _content(path)
@@ -142,7 +142,7 @@ def _unknown(where: str, name: str, known: Sequence[str]) -> str:
 
 
 def _text(value: object, kind: OptionKind, where: str) -> str:
-    """The value as our INI file would have it."""
+    """Convert a value to the text for relay's INI file."""
     if kind is OptionKind.SWITCH:
         text = str(value)
         if text in _TRUE | _FALSE:
@@ -155,7 +155,7 @@ def _text(value: object, kind: OptionKind, where: str) -> str:
 
 
 def _content(path: Path) -> Mapping[Any, Any] | None:
-    """The file's options; None where there is no file."""
+    """Return the file's options, or None if it does not exist."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -164,7 +164,7 @@ def _content(path: Path) -> Mapping[Any, Any] | None:
         raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {exc.start})") from exc
-    # Without their causes: the parsers' texts may quote the file, which has secrets.
+    # Don't chain the parsers' exceptions: their texts may quote the file, which contains secrets.
     problem = ""
     content: object = None
     try:
@@ -190,7 +190,7 @@ def _place(text: str) -> str:
 
 
 class _Unparsable(ValueError):
-    """The text is not TOML or YAML. The message has the place, and quotes nothing of the text."""
+    """The text is not valid TOML or YAML. The message has the position but not the text."""
 
 
 def _parse(suffix: str, text: str) -> object:

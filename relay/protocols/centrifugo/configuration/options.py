@@ -1,8 +1,8 @@
-"""Every option of Centrifugo v1.8.0, and what becomes of it: one row each.
+"""Table of all options of Centrifugo v1.8.0, and how relay handles them.
 
-Names, kinds, which of them have a flag and which a variable: centrifugo/main.go,
-libcentrifugo/config.go and engineredis, v1.8.0, and its documentation. docs/centrifugo.md has the
-same table for people; a test compares the two.
+Sources for names, types, flags and variables: centrifugo/main.go, libcentrifugo/config.go and
+engineredis of v1.8.0, and its documentation. docs/centrifugo.md has the same table, and a test
+compares the two.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _DOOR = "protocol:centrifugo"
 
 
 class OptionHandling(Enum):
-    """What becomes of an option; the values are docs/centrifugo.md's words."""
+    """How relay handles an option. The values are used in docs/centrifugo.md."""
 
     MAPPED = "mapped"
     IGNORED = "no effect"
@@ -23,7 +23,7 @@ class OptionHandling(Enum):
 
 
 class OptionKind(Enum):
-    """What an option's value is; the values are an error's words."""
+    """Type of an option. The values are used in error messages."""
 
     SWITCH = "true or false"
     NUMBER = "a number"
@@ -35,14 +35,14 @@ class OptionKind(Enum):
 class Option:
     """One of Centrifugo's options.
 
-    `to` are our settings, SECTION.KEY; where there are several, or `made` is set, `foreign.py`
-    knows how they are made. `flag` is its help, '' where it has no flag; `env`: it may be set as
-    CENTRIFUGO_NAME.
+    `to` are relay's settings, SECTION.KEY. If there are several, or `made` is set, `imported.py`
+    computes them. `flag` is the help text, or '' if the option has no flag. `env` is True if the
+    option can be set as CENTRIFUGO_NAME.
     """
 
     name: str
     kind: OptionKind
-    fate: OptionHandling = OptionHandling.MAPPED
+    handling: OptionHandling = OptionHandling.MAPPED
     to: tuple[str, ...] = ()
     made: bool = False
     env: bool = False
@@ -59,7 +59,7 @@ def _made(name: str, kind: OptionKind, *to: str, env: bool = False, flag: str = 
 
 
 def _ignored(name: str, kind: OptionKind, *, env: bool = False, flag: str = "") -> Option:
-    return Option(name=name, kind=kind, fate=OptionHandling.IGNORED, env=env, flag=flag)
+    return Option(name=name, kind=kind, handling=OptionHandling.IGNORED, env=env, flag=flag)
 
 
 _SWITCH, _NUMBER, _TEXT = OptionKind.SWITCH, OptionKind.NUMBER, OptionKind.TEXT
@@ -121,13 +121,13 @@ _ALL = (
     _own("admin_password", _TEXT, env=True),
     _own("admin_secret", _TEXT, env=True),
     _made("web", _SWITCH, f"{_DOOR}.web", env=True, flag="open the admin socket and /auth/; Centrifugo's own page is not included", short="w"),
-    Option(name="web_path", kind=_TEXT, fate=OptionHandling.REFUSED, env=True, flag="refused together with --web"),
+    Option(name="web_path", kind=_TEXT, handling=OptionHandling.REFUSED, env=True, flag="refused together with --web"),
     _ignored("insecure_web", _SWITCH, env=True),
     _own("debug", _SWITCH, env=True, flag="open /debug/", short="d"),
     _made("ssl", _SWITCH, f"{_DOOR}.tls_cert", f"{_DOOR}.tls_key", env=True, flag="TLS, with --ssl_cert and --ssl_key"),
     _made("ssl_cert", _TEXT, f"{_DOOR}.tls_cert", env=True, flag="path of a certificate"),
     _made("ssl_key", _TEXT, f"{_DOOR}.tls_key", env=True, flag="path of its key"),
-    Option(name="ssl_autocert", kind=_SWITCH, fate=OptionHandling.REFUSED),
+    Option(name="ssl_autocert", kind=_SWITCH, handling=OptionHandling.REFUSED),
     _ignored("ssl_autocert_host_whitelist", _TEXT),
     _ignored("ssl_autocert_cache_dir", _TEXT),
     _ignored("ssl_autocert_email", _TEXT),

@@ -145,7 +145,9 @@ def test_every_option_of_its_own_reaches_its_setting(write: Write) -> None:
     own = {
         name: option.to[0].rpartition(".")[2]
         for name, option in OPTIONS.items()
-        if option.fate is OptionHandling.MAPPED and not option.made and "centrifugo" in option.to[0]
+        if option.handling is OptionHandling.MAPPED
+        and not option.made
+        and "centrifugo" in option.to[0]
     }
     given: dict[str, object] = {}
     for name, key in own.items():

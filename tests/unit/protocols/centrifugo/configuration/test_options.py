@@ -56,10 +56,10 @@ def test_each_row_says_what_the_code_does() -> None:
         short = [f"`-{option.short}`"] if option.short else []
         assert flag.split() == ([*short, f"`--{name}`"] if option.flag else []), name
         assert variable == ("yes" if option.env else ""), name
-        assert fate == option.fate.value, name
-        named = words.split(";")[0] if option.fate is OptionHandling.MAPPED else ""
+        assert fate == option.handling.value, name
+        named = words.split(";")[0] if option.handling is OptionHandling.MAPPED else ""
         assert _OURS.findall(named) == ours(option), name
-        if option.fate is not OptionHandling.MAPPED:
+        if option.handling is not OptionHandling.MAPPED:
             assert words, f"{name}: why?"
 
 
