@@ -141,3 +141,32 @@ async def test_clients_that_leave_at_any_moment_write_nothing_into_the_log(valke
         await asyncio.to_thread(axr.stop)
     assert not any("Traceback" in line or "TypeError" in line for line in axr.log)
     assert len(axr.log) - before < 20
+
+
+async def test_a_forged_session_id_costs_no_body(valkey: Server) -> None:
+    """An ID that names a living worker of another relay, but no session of it."""
+    settings = [f"protocol:socketio.secret={SECRET}"]
+    relays = [RelayProcess(valkey, settings=settings) for _ in range(2)]
+    try:
+        for each in relays:
+            await asyncio.to_thread(each.start)
+        async with aiohttp.ClientSession() as http:
+            session = await Polling(http, relays[0]).open()
+            sid = session.target.rpartition("sid=")[2]
+            elsewhere = f"{relays[1].url}/socket.io/?EIO=4&transport=polling&sid="
+            forged = "~" + "a" * 20 + "." + sid.partition(".")[2]
+            head = f"POST {elsewhere}{forged} HTTP/1.1\r\nHost: x\r\nContent-Length: 900000\r\n\r\n"
+            reader, writer = await asyncio.open_connection("127.0.0.1", relays[1].port)
+            writer.write(head.encode())
+            async with asyncio.timeout(8):
+                # Before any of the body has been sent.
+                assert UNKNOWN in (await reader.read(4096)).decode()
+            writer.close()
+            # A session that exists may send through any worker, as much as it may send at all.
+            for size, status in ((60_000, 200), (70_000, 413)):
+                body = "4" + "a" * size
+                async with http.post(elsewhere + sid, data=body) as answer:
+                    assert answer.status == status
+    finally:
+        for each in relays:
+            each.kill()

@@ -67,6 +67,9 @@ class _AdminSocket(Socket):
             self.lines.append(f"< {data[head : head + size].decode()}")
             data = data[head + size :]
 
+    def limit_messages(self, max_bytes: int) -> None:
+        pass
+
     def pause_reading(self) -> None:
         self.lines.append("paused")
 

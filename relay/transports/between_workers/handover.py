@@ -142,6 +142,18 @@ class Handover:
             moved = self._pass_on(request, owner)
             if moved is not None:
                 return moved
+        return self._respond(request, asked, await self._ask(asked, owner))
+
+    async def question(self, asked: HttpRequest, owner: str) -> HttpAnswer:
+        """Return the owner's answer to a request that it answers at once. NotThere."""
+        near = await self._ask(asked, owner)
+        kind, payload = near.first
+        if kind is not Kind.ANSWER:
+            near.give_up()
+            raise NotThere(gone=kind is not Kind.UNKNOWN)
+        return HttpAnswer.decode(payload)
+
+    async def _ask(self, asked: HttpRequest, owner: str) -> NearEnd:
         near = NearEnd(
             link=Link(next(self._numbers), owner, self._send),
             buffer_bytes=self._buffer_bytes,
@@ -161,7 +173,7 @@ class Handover:
         except BaseException:
             near.give_up()
             raise
-        return self._respond(request, asked, near)
+        return near
 
     async def closed(self) -> None:
         """At stop: clients whose session is elsewhere are asked to come again, on another worker.

@@ -50,6 +50,10 @@ _MESSAGES = (
     "Forbidden",
     "Unsupported protocol version",
 )
+# Passed on to another worker before it is known whether that has the session.
+_UNASKED_BYTES = 16_384
+# In the route of a request by which a worker asks the owner of a session; no client can send it.
+_QUESTION = "question"
 _ADDRESS = re.compile(r"[0-9A-Za-z_-]{1,32}")
 _TEXT = "text/plain; charset=UTF-8"
 _SCRIPT = "text/javascript; charset=UTF-8"
@@ -141,7 +145,11 @@ class Endpoint:
         # Only a session's client may send a body.
         if request.method == "POST" and (is_elsewhere or sid in self._engines):
             try:
-                body = await read_body(request, self._max_body_bytes(request))
+                limit_bytes = await self._max_body_bytes(request, owner if is_elsewhere else None)
+            except NotThere:
+                return as_response(self._refusal(400, UNKNOWN_SID, request.headers))
+            try:
+                body = await read_body(request, limit_bytes)
                 asked = replace(asked, body=body)
             except BodyRejected as exc:
                 if exc.status != 413:
@@ -163,12 +171,21 @@ class Endpoint:
             raise RuntimeError("the request was not answered")
         return exchange.response
 
-    def _max_body_bytes(self, request: web.Request) -> int:
+    async def _max_body_bytes(self, request: web.Request, owner: str | None) -> int:
+        """Return the size of the largest body that the session's client may send now.
+
+        NotThere if another worker should have the session and does not. A small body is not worth
+        the question.
+        """
         engine = self._engines.get(request.query.get("sid", ""))
         if engine is not None:
             return engine.max_message_bytes
-        # The session may belong to another worker, which checks the size again.
-        return self._timing.max_payload_bytes
+        size = request.content_length
+        if owner is None or (size is not None and size <= _UNASKED_BYTES):
+            return _UNASKED_BYTES
+        question = replace(http_request(request, b""), route={_QUESTION: "limit"})
+        answer = await self._handover.question(question, owner)
+        return int(answer.body) if answer.status == 200 else _UNASKED_BYTES
 
     def _preflight(self, headers: Mapping[str, str]) -> dict[str, str]:
         wanted = headers.get("Access-Control-Request-Headers", "")
@@ -188,6 +205,8 @@ class Endpoint:
             self._begin(exchange, transport)
         elif (engine := self._engines.get(query["sid"])) is None:
             return False
+        elif _QUESTION in asked.route:
+            exchange.answer(HttpAnswer(200, str(engine.max_message_bytes).encode()))
         elif transport == "websocket":
             self._probe(exchange, engine)
         elif asked.method == "GET":

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from aiohttp.web_protocol import RequestPayloadError
@@ -53,17 +55,19 @@ class BodyRejected(Exception):
 
 
 class Bodies:
-    """The request bodies in a worker's memory, each from its first byte to the end of its request.
+    """The request bodies in a worker's memory, each from its first byte to the end of its request,
+    and the large WebSocket messages of which a part has arrived.
 
-    When all bodies together exceed `total_bytes`, the largest one that is still incomplete is
-    rejected. A peer that sends many large bodies therefore rejects its own, and the small bodies of
-    others still arrive.
+    When all together exceed `total_bytes`, the largest one that is still incomplete is rejected. A
+    peer that sends many large bodies therefore rejects its own, and the small bodies of others
+    still arrive.
     """
 
     def __init__(self, total_bytes: int = TOTAL_BYTES) -> None:
         self._total_bytes = total_bytes
-        self._sizes: dict[HttpConnection, int] = {}
-        self._arriving: dict[HttpConnection, StreamReader] = {}
+        self._sizes: dict[asyncio.BaseProtocol, int] = {}
+        # What rejects each incomplete one.
+        self._arriving: dict[asyncio.BaseProtocol, Callable[[], None]] = {}
         self._sum = 0
 
     @property
@@ -80,14 +84,16 @@ class Bodies:
         """
         parts: list[bytes] = []
         size = 0
-        self._arriving[owner] = content
+        self._arriving[owner] = partial(content.set_exception, BodyRejected(503))
         try:
             while part := await content.readany():
                 parts.append(part)
                 size += len(part)
                 if size > limit_bytes:
                     return None
-                self._add(owner, len(part))
+                self._set(owner, self._sizes.get(owner, 0) + len(part))
+                if owner not in self._arriving:
+                    raise BodyRejected(503)
             return b"".join(parts)
         finally:
             self._arriving.pop(owner, None)
@@ -95,21 +101,30 @@ class Bodies:
             parts.clear()
             part = b""
 
-    def release(self, owner: HttpConnection) -> None:
-        """Forget the body of the connection's request."""
-        self._sum -= self._sizes.pop(owner, 0)
+    def hold(
+        self, owner: asyncio.BaseProtocol, size_bytes: int, reject: Callable[[], None]
+    ) -> None:
+        """Count an incomplete message of which `size_bytes` have arrived, until `release`.
 
-    def _add(self, owner: HttpConnection, size: int) -> None:
-        self._sizes[owner] = self._sizes.get(owner, 0) + size
-        self._sum += size
+        `reject` is called, maybe at once, if it has to go.
+        """
+        self._arriving[owner] = reject
+        self._set(owner, size_bytes)
+
+    def release(self, owner: asyncio.BaseProtocol) -> None:
+        """Forget the body of the connection's request, or its message."""
+        self._sum -= self._sizes.pop(owner, 0)
+        self._arriving.pop(owner, None)
+
+    def _set(self, owner: asyncio.BaseProtocol, size: int) -> None:
+        self._sum += size - self._sizes.get(owner, 0)
+        self._sizes[owner] = size
         # A single body may exceed the total if its protocol's limit is higher.
-        while self._sum > self._total_bytes and len(self._sizes) > 1:
+        while self._sum > self._total_bytes and len(self._sizes) > 1 and self._arriving:
             largest = max(self._arriving, key=lambda each: self._sizes.get(each, 0))
+            reject = self._arriving[largest]
             self.release(largest)
-            content = self._arriving.pop(largest)
-            if largest is owner:
-                raise BodyRejected(503)
-            content.set_exception(BodyRejected(503))
+            reject()
 
 
 async def read_body(request: web.Request, limit_bytes: int, setting: str = "") -> bytes:

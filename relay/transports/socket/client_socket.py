@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 from typing_extensions import override
 
 if TYPE_CHECKING:
+    from relay.transports.socket.bodies import Bodies
     from relay.transports.socket.heartbeat import Heartbeat
     from relay.transports.socket.reaper import Reaper
 
@@ -41,6 +42,7 @@ class ClientSocket(asyncio.Protocol):
         "_silent_since",
         "_transport",
         "beat_slot",
+        "bodies",
         "closing",
         "full",
         "on_closed",
@@ -69,6 +71,8 @@ class ClientSocket(asyncio.Protocol):
         self.pinged = False
         self._silent_since = 0
         self._reading_paused = False
+        # The worker's limit for incomplete messages; None if another worker has the socket.
+        self.bodies: Bodies | None = None
 
     # ---- for the owner ---------------------------------------------------------------------------
 

@@ -106,6 +106,16 @@ class FrameReader:
         """Whether the next byte begins a frame."""
         return not self._rest and not self._skip
 
+    @property
+    def held_bytes(self) -> int:
+        """The size of what has arrived of an incomplete message."""
+        return len(self._rest) + len(self._message or b"")
+
+    def drop(self) -> None:
+        """Free the incomplete message; the reader must not be fed again."""
+        self._rest, self._message, self._payload_at = b"", None, 0
+        self.more = False
+
     def feed(self, data: bytes) -> list[tuple[int, bytes]]:
         """Return the frames that `data` completes, in order: messages, pings, pongs and close.
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+from collections import deque
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 
@@ -51,7 +52,11 @@ _MAX_HEAD_BYTES = 2 * MAX_LINE_BYTES
 # After an early answer: for the client to read it before the connection is closed.
 _DISCARD_S = 5.0
 _DISCARD_BYTES = 32 * 1024 * 1024
-_DISCARD_PAUSE_S = 0.02
+# All connections that discard share this rate, 256 KiB per reading: many large requests that were
+# rejected must not fill the turns of the event loop.
+_DISCARD_PAUSE_S = 0.005
+_DISCARDS_AT_ONCE = 2
+_LARGE_READ_BYTES = 65536
 # A burst of real clients sends its requests at once. Younger connections are not closed early.
 _MIN_AGE_S = 0.5
 _SHED_AT_ONCE = 16
@@ -66,6 +71,8 @@ class ConnectionLimits:
         self.heads: Deadlines[HttpConnection] = Deadlines(head_timeout_s, HttpConnection.expire)
         self.writes: Deadlines[HttpConnection] = Deadlines(WRITE_TIMEOUT_S, HttpConnection.abort)
         self.discards: Deadlines[_Discard] = Deadlines(_DISCARD_S, _Discard.abort)
+        # Those that have read something and wait for their next turn.
+        self._paused: deque[_Discard] = deque()
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         # The rest of the descriptors is for clients that have sent a request.
         self._max_heads = float("inf") if files == resource.RLIM_INFINITY else max(8, files // 4)
@@ -76,6 +83,18 @@ class ConnectionLimits:
         for _ in range(_SHED_AT_ONCE):
             if len(self.heads) <= self._max_heads or not self.shed_half_open():
                 break
+
+    def read_later(self, discard: _Discard) -> None:
+        """Let the connection read on when it is its turn among those that discard."""
+        if not self._paused:
+            asyncio.get_running_loop().call_later(_DISCARD_PAUSE_S, self._read_on)
+        self._paused.append(discard)
+
+    def _read_on(self) -> None:
+        for _ in range(min(_DISCARDS_AT_ONCE, len(self._paused))):
+            self._paused.popleft().read_on()
+        if self._paused:
+            asyncio.get_running_loop().call_later(_DISCARD_PAUSE_S, self._read_on)
 
     def shed_half_open(self) -> bool:
         """Close the oldest connection without a complete request; return whether there was one."""
@@ -320,6 +339,15 @@ class _Discard(asyncio.Protocol):
         self._left -= len(data)
         if self._left < 0:
             self.abort()
+        elif self._transport is not None and len(data) >= _LARGE_READ_BYTES:
+            # Without a pause, one turn of uvloop reads up to 8 MiB of each connection.
+            self._transport.pause_reading()
+            self._limits.read_later(self)
+
+    def read_on(self) -> None:
+        """Read the next part, unless the connection has closed."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:

@@ -53,6 +53,7 @@ def take_over(request: web.Request, head: bytes, client: ClientSocket) -> web.St
         return response
     # Data after the head of an upgrade request that has already arrived.
     tail = handler._message_tail
+    client.bodies = cast("HttpConnection", handler).limits.bodies
     transport.set_protocol(client)
     # Without a transport the handler cannot write or close. `connection_lost` makes it stop its
     # timer, unregister from the server and end its task when it gets the response.

@@ -89,7 +89,9 @@ _PING_HEAD, _PING_HEAD_BYTES = 0x89, 6
 # Number of control frames and tiny fragments that a client may send within this time. The busiest
 # real clients, Seafile's, send one ping per second.
 _IDLE_FRAMES, _IDLE_FRAMES_S = 100, 2.0
-_POLICY_VIOLATION = 1008
+_POLICY_VIOLATION, _TRY_AGAIN_LATER = 1008, 1013
+# Incomplete messages up to this size are not counted (`relay.transports.socket.bodies`).
+_LARGE_BYTES = 65536
 
 
 def _tokens(request: web.Request | HttpRequest, name: str) -> set[str]:
@@ -161,6 +163,7 @@ class WebSocketConnection(ClientSocket):
     """
 
     __slots__ = (
+        "_counted",
         "_idle_allowed",
         "_idle_since",
         "_ignores_input",
@@ -194,6 +197,8 @@ class WebSocketConnection(ClientSocket):
         self._pong_counts = only_pong_counts
         self._pong: bytes | None = None
         self._ignores_input = self._read_scheduled = False
+        # Whether `bodies` counts an incomplete message of this client.
+        self._counted = False
         # The value of `idle_frames` at which their rate is checked.
         self._idle_allowed = _IDLE_FRAMES
         self._idle_since = time.monotonic()
@@ -236,6 +241,8 @@ class WebSocketConnection(ClientSocket):
             found = self._reader.feed(data)
         except ProtocolViolation as exc:
             found, violation = exc.before, exc
+        if self._counted or self._reader.held_bytes > _LARGE_BYTES:
+            self._count()
         if self._reader.idle_frames > self._idle_allowed and not self._rate_is_acceptable():
             return
         pings: list[bytes] = []
@@ -267,6 +274,29 @@ class WebSocketConnection(ClientSocket):
             self._on_violation(violation)
         elif self._reader.more:
             self._read_later()
+
+    def _count(self) -> None:
+        """Count an incomplete message among what this worker holds for all peers."""
+        held = self._reader.held_bytes
+        self._counted = held > _LARGE_BYTES
+        if self.bodies is None:
+            return
+        if self._counted:
+            self.bodies.hold(self, held, self._reject_message)
+        else:
+            self.bodies.release(self)
+
+    def _reject_message(self) -> None:
+        self._counted = False
+        self._reader.drop()
+        if not self.closing:
+            self._on_violation(ProtocolViolation(_TRY_AGAIN_LATER, "too many large messages"))
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._counted and self.bodies is not None:
+            self.bodies.release(self)
+        super().connection_lost(exc)
 
     def _read_later(self) -> None:
         """Parse the rest of the received data in another turn of the event loop."""

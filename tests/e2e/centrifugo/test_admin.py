@@ -133,6 +133,18 @@ async def test_who_is_not_let_in_is_told_why(admins: Admins, frame: str, reason:
     assert await admin.closed() == (3000, {"reason": reason, "reconnect": True})
 
 
+async def test_long_messages_need_a_password(admins: Admins) -> None:
+    long = json.dumps({"uid": "1", "method": "ping", "params": {"x": "x" * 100_000}})
+    stranger = await admins.open()
+    await stranger.socket.send_str(long)
+    message = await stranger.socket.receive(8)
+    assert (message.type, message.data) == (aiohttp.WSMsgType.CLOSE, 1009)
+    known = await admins.open()
+    await known.ask("connect", token=await admins.token())
+    await known.socket.send_str(long)
+    assert (await known.frame())[0]["body"] == "pong"
+
+
 async def test_what_is_wrong_afterwards_closes_too(admins: Admins) -> None:
     for frame, reason in (
         ('{"method":"sing","params":{}}', "method not found"),

@@ -53,6 +53,9 @@ class AdminTransport(Protocol):
     def close_with(self, code: int, reason: str = "") -> None:
         """Close with a code and a reason after all pending data has been sent."""
 
+    def limit_messages(self, max_bytes: int) -> None:
+        """Change the largest message that the administrator may send from now on."""
+
     def pause_reading(self) -> None:
         """Stop reading from the administrator."""
 
@@ -150,6 +153,8 @@ class AdminConnection:
         if not self._server.settings.insecure_admin and not self._is_valid(given.get("token", "")):
             raise commands.InvalidCommand(codec.UNAUTHORIZED)
         self._authenticated = True
+        if self._socket is not None:
+            self._socket.limit_messages(self._server.settings.api_max_bytes)
         if given.get("watch") and self._session is None and self._socket is not None:
             context = self._server.context
             principal = Principal(door=WATCHERS, unrestricted=True)

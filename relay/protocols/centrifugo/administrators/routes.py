@@ -34,6 +34,8 @@ _TOKEN_S = 30 * 86400
 _AUDIENCE = "centrifugo admin"
 _FORM_BYTES = 65536
 _INSECURE = "insecure"
+# Of a message before the connection has authenticated.
+_STRANGER_BYTES = 65536
 
 
 class AdminRoutes:
@@ -118,7 +120,9 @@ class AdminRoutes:
         settings = self._server.settings
         socket = websocket.WebSocketConnection(
             buffer_bytes=settings.client_queue_max_size,
-            max_frame_bytes=settings.api_max_bytes,
+            max_frame_bytes=settings.api_max_bytes
+            if settings.insecure_admin
+            else min(settings.api_max_bytes, _STRANGER_BYTES),
             reaper=self._reaper,
             heartbeat=self._heartbeat,
         )

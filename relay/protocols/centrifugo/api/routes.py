@@ -64,7 +64,7 @@ class ApiRoutes:
             secret = settings.secret.get_secret_value().encode()
             if not sign or not body or not secret:
                 return self._reject(400, "Bad Request")
-            if not is_signed(secret, body, sign):
+            if not await is_signed(secret, body, sign):
                 return self._reject(401, "Unauthorized")
         try:
             replies = await self._executor.execute_request(body, ids=_wants_ids(request))

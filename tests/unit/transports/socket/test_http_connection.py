@@ -15,13 +15,13 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 from aiohttp import web
 
-from relay.transports.socket import bodies, http_connection, sse
+from relay.transports.socket import bodies, http_connection, sse, websocket
 from relay.transports.socket.bodies import read_body
 from relay.transports.socket.http_connection import ConnectionLimits
 from relay.transports.socket.listener import GuardedSite
 from relay.transports.socket.reaper import Reaper
 from relay.transports.socket.take_over import take_over
-from tests.unit.transports.serving import Run, head_of, raw_client
+from tests.unit.transports.serving import HANDSHAKE, Run, head_of, masked, raw_client
 
 SECRET = b"SECRET-9f8e7d"
 LIMIT_BYTES = 1_000_000
@@ -75,6 +75,8 @@ async def serving(*, head_timeout_s: float = 60.0) -> AsyncIterator[Site]:
     try:
         yield it
     finally:
+        while limits.discards:
+            await asyncio.sleep(0.01)
         await runner.cleanup()
 
 
@@ -471,3 +473,94 @@ def test_a_client_that_leaves_before_its_request_starts_leaves_nothing_in_the_lo
     with caplog.at_level(logging.INFO):
         run(main())
     assert caplog.text == ""
+
+
+def test_rejected_bodies_share_the_turns_in_which_they_are_discarded(run: Run) -> None:
+    clients, read_at_once = 8, 262_144
+
+    async def main() -> None:
+        async with serving() as site:
+            sockets = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(clients)]
+            rest = bytes(16 * 1024 * 1024)
+
+            def send(client: socket.socket) -> None:
+                with suppress(OSError):
+                    client.sendall(post(b"/nowhere", rest))
+
+            async with asyncio.TaskGroup() as tasks:
+                for client in sockets:
+                    tasks.create_task(asyncio.to_thread(send, client))
+                while len(site.limits.discards) < clients:
+                    await asyncio.sleep(0)
+                most = 0
+                left = sum(each._left for each in site.limits.discards._due)
+                for _ in range(2000):
+                    await asyncio.sleep(0)
+                    now = sum(each._left for each in site.limits.discards._due)
+                    if len(site.limits.discards) == clients:
+                        most = max(most, left - now)
+                    left = now
+                for client in sockets:
+                    client.shutdown(socket.SHUT_RDWR)
+            for client in sockets:
+                client.close()
+            while site.limits.discards:
+                await asyncio.sleep(0.01)
+            assert 0 < most <= 3 * read_at_once
+
+    run(main())
+
+
+def test_incomplete_messages_of_all_websockets_have_a_common_limit(run: Run) -> None:
+    async def main() -> None:
+        limits = ConnectionLimits()
+        limits.bodies = bodies.Bodies(1_000_000)
+        messages: list[int] = []
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            client = websocket.WebSocketConnection(
+                buffer_bytes=65536, max_frame_bytes=8_000_000, reaper=Reaper()
+            )
+            client.on_text = lambda text: messages.append(len(text))
+            accepted = websocket.accept_headers(request)
+            assert isinstance(accepted, bytes)
+            return take_over(request, accepted, client)
+
+        app = web.Application()
+        app.router.add_get("/", handle)
+        runner = web.AppRunner(app, shutdown_timeout=1.0)
+        await runner.setup()
+        site = GuardedSite(runner, "127.0.0.1", 0, limits=limits)
+        await site.start()
+        try:
+            whole = masked(1, bytes(700_000))
+            async with (
+                raw_client(site.port, HANDSHAKE) as (small, first),
+                raw_client(site.port, HANDSHAKE) as (large, second),
+            ):
+                await head_of(small)
+                await head_of(large)
+                first.write(whole[:400_000])
+                second.write(whole[:500_000])
+                while limits.bodies.held_bytes < 899_000:
+                    await asyncio.sleep(0.01)
+                # Together they are too large now, and the largest one is rejected.
+                second.write(whole[500_000:620_000])
+                async with asyncio.timeout(5):
+                    assert (await large.read(4))[2:] == (1013).to_bytes(2, "big")
+                first.write(whole[400_000:])
+                async with asyncio.timeout(5):
+                    while not messages:
+                        await asyncio.sleep(0.01)
+                assert messages == [700_000]
+                assert limits.bodies.held_bytes == 0
+                first.write(whole[:100_000])
+                while not limits.bodies.held_bytes:
+                    await asyncio.sleep(0.01)
+            async with asyncio.timeout(5):
+                while limits.bodies.held_bytes:
+                    await asyncio.sleep(0.01)
+        finally:
+            await runner.cleanup()
+
+    run(main())
