@@ -46,7 +46,7 @@ class Reader:
         if not cookies or not cookies.isprintable():
             raise Unauthorized("log in to Pydio first")
         if not self.is_allowed(headers):
-            raise Forbidden("this Origin is not allowed")
+            raise Forbidden("this Origin is not in [protocol:pydio] allowed_origins")
         return Credentials(cookies=cookies)
 
     def is_allowed(self, headers: MultiMapping[str]) -> bool:

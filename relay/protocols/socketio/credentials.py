@@ -82,7 +82,7 @@ def check_origin(headers: MultiMapping[str], origins: frozenset[str]) -> None:
         raise Forbidden("a cookie needs an Origin; send the token in the query or in a header")
     host = headers.get("Host", "").lower()
     if origin.lower() not in origins | {f"http://{host}", f"https://{host}"}:
-        raise Forbidden("this Origin is not allowed")
+        raise Forbidden("this Origin is not in [protocol:socketio] allowed_origins")
 
 
 def read_profile(reader: TokenReader, token: str) -> Profile:
