@@ -6,7 +6,13 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 
-from producers.outgoing import Away, Outcome, Outgoing, Postponed, Refused
+from producers.outgoing import (
+    DestinationUnavailable,
+    Outcome,
+    OutgoingEvent,
+    PostponedEvent,
+    RejectedEvent,
+)
 from relay.config.settings import NamespaceSettings, RedisSettings
 from relay.core.errors import RedisUnavailable, RelayError
 from relay.core.model import EntryID
@@ -47,13 +53,15 @@ class DirectSender:
         self._script_known = False
         self._opening = asyncio.Lock()
 
-    async def send(self, events: Sequence[Outgoing], leaving: Callable[[], None]) -> list[Outcome]:
+    async def send(
+        self, events: Sequence[OutgoingEvent], leaving: Callable[[], None]
+    ) -> list[Outcome]:
         """Append in order, in one pipeline."""
         appends = [self._commands.build(each.channel, each.fields(), each.uid) for each in events]
         try:
             connection = await self._connected()
         except RedisUnavailable as exc:
-            raise Away(str(exc)) from exc
+            raise DestinationUnavailable(str(exc)) from exc
         script_known = self._script_known
         self._script_known = script_known or appends[0].script is not None
         leaving()
@@ -61,7 +69,7 @@ class DirectSender:
             results = await send(connection, appends, script_known=script_known)
         except RedisUnavailable as exc:
             self._drop(connection)
-            raise Away(str(exc), sent=True) from exc
+            raise DestinationUnavailable(str(exc), sent=True) from exc
         except asyncio.CancelledError:
             # The reply may arrive at any time, so the next event must use a new connection.
             self._drop(connection)
@@ -101,8 +109,8 @@ def _outcome(result: EntryID | RelayError) -> Outcome:
         return result
     reason = str(result)
     if not isinstance(result, CommandRefused):
-        return Postponed(reason)
+        return PostponedEvent(reason)
     # A user without the right to run scripts is not a fault of the event, and would empty a spool
     # of thousands. A forbidden key may be the key of this event only.
     unusable = result.code == "NOSCRIPT" or (result.code == "NOPERM" and " to run " in reason)
-    return Postponed(reason) if unusable else Refused(reason)
+    return PostponedEvent(reason) if unusable else RejectedEvent(reason)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import orjson
 
-from producers.outgoing import Away, Outcome, Outgoing, Refused
+from producers.outgoing import DestinationUnavailable, Outcome, OutgoingEvent, RejectedEvent
 from relay.core.json_text import is_json
 from relay.core.model import EntryID
 
@@ -39,7 +39,9 @@ class HttpSender:
         self._secret = secret.encode()
         self._session: aiohttp.ClientSession | None = None
 
-    async def send(self, events: Sequence[Outgoing], leaving: Callable[[], None]) -> list[Outcome]:
+    async def send(
+        self, events: Sequence[OutgoingEvent], leaving: Callable[[], None]
+    ) -> list[Outcome]:
         """Send in order, in as few requests as their size allows."""
         found: list[Outcome] = []
         commands = [command(each) for each in events]
@@ -74,19 +76,21 @@ class HttpSender:
                 text = await answer.content.read(_ANSWER_BYTES)
                 status = answer.status
         except aiohttp.ClientConnectorError as exc:
-            raise Away(f"{self._url} cannot be reached: {exc}") from exc
+            raise DestinationUnavailable(f"{self._url} cannot be reached: {exc}") from exc
         except (aiohttp.ClientError, OSError) as exc:
-            raise Away(f"{self._url}: {str(exc) or type(exc).__name__}", sent=True) from exc
+            raise DestinationUnavailable(
+                f"{self._url}: {str(exc) or type(exc).__name__}", sent=True
+            ) from exc
         if status == 400 and len(commands) > 1:
             # One bad command refuses them all, though those before it were carried out; their
             # uids keep that from happening twice.
             return [outcome for each in commands for outcome in await self._post([each], leaving)]
         if status in (400, 413):
-            return [Refused(f"{self._url} answered {status}: it does not take this event")]
+            return [RejectedEvent(f"{self._url} answered {status}: it does not take this event")]
         if status == 401:
-            raise Away(f"{self._url} answered 401: not the secret that it knows")
+            raise DestinationUnavailable(f"{self._url} answered 401: not the secret that it knows")
         if status != 200:
-            raise Away(f"{self._url} answered {status}", sent=status >= 500)
+            raise DestinationUnavailable(f"{self._url} answered {status}", sent=status >= 500)
         return self._outcomes(text, len(commands))
 
     def _outcomes(self, text: bytes, count: int) -> list[Outcome]:
@@ -94,7 +98,9 @@ class HttpSender:
             replies = json.loads(text)
             return [_outcome(reply) for _, reply in zip(range(count), replies, strict=True)]
         except (ValueError, TypeError, KeyError, AttributeError) as exc:
-            raise Away(f"{self._url}: an answer not of this API: {exc}", sent=True) from exc
+            raise DestinationUnavailable(
+                f"{self._url}: an answer not of this API: {exc}", sent=True
+            ) from exc
 
 
 def _outcome(reply: dict[str, object]) -> Outcome:
@@ -102,13 +108,13 @@ def _outcome(reply: dict[str, object]) -> Outcome:
         error = str(reply["error"])
         # Upstream's word for an engine that cannot store just now, with the advice to retry.
         if reply.get("advice") == "retry" or error == "internal server error":
-            raise Away(f"the relay answered: {error}", sent=True)
-        return Refused(error)
+            raise DestinationUnavailable(f"the relay answered: {error}", sent=True)
+        return RejectedEvent(error)
     body = reply.get("body")
     return EntryID.parse(str(body["id"])) if isinstance(body, dict) and "id" in body else None
 
 
-def command(event: Outgoing) -> bytes:
+def command(event: OutgoingEvent) -> bytes:
     """A `publish` command; the event's JSON stands in it byte for byte."""
     options = {"uid": event.uid, "type": event.type, "to": event.to, "client": event.client}
     rest = {name: value for name, value in options.items() if value is not None}

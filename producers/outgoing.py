@@ -30,7 +30,7 @@ class PublishFailed(RelayError):
         self.unknown = unknown
 
 
-class Away(RelayError):
+class DestinationUnavailable(RelayError):
     """The relay or Redis cannot take events now; the same ones may be sent again.
 
     `sent` is true where they may have arrived all the same.
@@ -42,25 +42,25 @@ class Away(RelayError):
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class RejectedEvent:
     """This event was refused, and would be again; others may go through."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Postponed:
+class PostponedEvent:
     """This event was not taken, for a reason that may pass."""
 
     reason: str
 
 
 # None: taken, under an ID that this way of sending does not tell.
-Outcome = EntryID | Refused | Postponed | None
+Outcome = EntryID | RejectedEvent | PostponedEvent | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outgoing:
+class OutgoingEvent:
     """One event as its producer meant it. `to` is None or the names, as `entry.encode` wants."""
 
     channel: Channel
@@ -78,7 +78,9 @@ class Outgoing:
 class Sender(Protocol):
     """A way to the relay. One event, or several that all have a uid."""
 
-    async def send(self, events: Sequence[Outgoing], leaving: Callable[[], None]) -> list[Outcome]:
+    async def send(
+        self, events: Sequence[OutgoingEvent], leaving: Callable[[], None]
+    ) -> list[Outcome]:
         """Send in order; what became of each. `Away` where that is not known of all of them.
 
         Has no time limit of its own: the caller cancels it. From the call of `leaving` on the
@@ -91,14 +93,16 @@ class Sender(Protocol):
         ...
 
 
-async def send_until(deadline: float, sender: Sender, events: Sequence[Outgoing]) -> list[Outcome]:
+async def send_until(
+    deadline: float, sender: Sender, events: Sequence[OutgoingEvent]
+) -> list[Outcome]:
     """`sender.send`, given up at this time of the loop's clock with Away."""
     left = asyncio.Event()
     try:
         async with asyncio.timeout_at(deadline):
             return await sender.send(events, left.set)
     except TimeoutError as exc:
-        raise Away("no answer within the time limit", sent=left.is_set()) from exc
+        raise DestinationUnavailable("no answer within the time limit", sent=left.is_set()) from exc
 
 
 def outgoing(
@@ -109,7 +113,7 @@ def outgoing(
     type: str | None = None,
     to: str | Iterable[str] | None = None,
     client: str | None = None,
-) -> Outgoing:
+) -> OutgoingEvent:
     """An event from what a caller gave.
 
     `data`: str and bytes as they are, anything else as JSON. `to`: names as in an entry's field
@@ -125,7 +129,7 @@ def outgoing(
         names = tuple(sorted(entry.recipients(to if isinstance(to, str) else list(to))))
     if uid is not None and not 0 < len(uid.encode()) <= UID_BYTES:
         raise ValueError(f"a uid is 1 to {UID_BYTES} bytes long")
-    event = Outgoing(
+    event = OutgoingEvent(
         channel=parse_channel(channel), data=data, uid=uid, type=type, to=names, client=client
     )
     event.fields()  # raises where the relay would find the entry broken

@@ -25,11 +25,11 @@ from producers.http import HttpSender
 from producers.outgoing import (
     SPOOL_BYTES,
     WINDOW_S,
-    Away,
-    Outgoing,
-    Postponed,
+    DestinationUnavailable,
+    OutgoingEvent,
+    PostponedEvent,
     PublishFailed,
-    Refused,
+    RejectedEvent,
     Sender,
     outgoing,
     send_until,
@@ -115,7 +115,7 @@ class AsyncPublisher:
         if self._spool is None:
             try:
                 return _id(await self._send(event, deadline))
-            except Away as exc:
+            except DestinationUnavailable as exc:
                 raise PublishFailed(str(exc), unknown=exc.sent) from exc
         if event.uid is None:
             event = replace(event, uid=uuid4().hex)
@@ -124,7 +124,7 @@ class AsyncPublisher:
                 if self._spool.pending():
                     await self._deliver(self._spool, deadline)
                 return _id(await self._send(event, deadline))
-            except Away as exc:
+            except DestinationUnavailable as exc:
                 if not self._spooling:
                     # Once an outage: also a wrong password ends here, and somebody must be told.
                     _log.warning("events go to the spool %s: %s", self._spool.path, exc)
@@ -141,7 +141,7 @@ class AsyncPublisher:
             try:
                 if self._spool.pending():
                     await self._deliver(self._spool, deadline)
-            except Away as exc:
+            except DestinationUnavailable as exc:
                 raise PublishFailed(f"spooled events remain: {exc}") from exc
 
     async def close(self) -> None:
@@ -159,10 +159,10 @@ class AsyncPublisher:
     ) -> None:
         await self.close()
 
-    async def _send(self, event: Outgoing, deadline: float) -> EntryID | Refused | None:
+    async def _send(self, event: OutgoingEvent, deadline: float) -> EntryID | RejectedEvent | None:
         (outcome,) = await send_until(deadline, self._sender, [event])
-        if isinstance(outcome, Postponed):
-            raise Away(outcome.reason)
+        if isinstance(outcome, PostponedEvent):
+            raise DestinationUnavailable(outcome.reason)
         return outcome
 
     async def _deliver(self, spool: Spool, deadline: float) -> None:
@@ -174,8 +174,8 @@ class AsyncPublisher:
             self._spooling = False
 
 
-def _id(outcome: EntryID | Refused | None) -> EntryID | None:
-    if isinstance(outcome, Refused):
+def _id(outcome: EntryID | RejectedEvent | None) -> EntryID | None:
+    if isinstance(outcome, RejectedEvent):
         raise PublishFailed(outcome.reason)
     return outcome
 

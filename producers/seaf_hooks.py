@@ -42,7 +42,7 @@ _REMEMBERED = 100_000
 _CHANNEL = b"repo_update"
 
 
-class Tap:
+class SeafileHookListener:
     """See `producers.registry.Running`."""
 
     def __init__(self, context: ProducerContext, source: RedisSettings) -> None:
@@ -169,7 +169,7 @@ class SeafHooks:
         """Where its Redis is named."""
         return bool(settings.redis_url)
 
-    def build(self, context: ProducerContext, settings: SeafHooksSettings) -> Tap:
+    def build(self, context: ProducerContext, settings: SeafHooksSettings) -> SeafileHookListener:
         """See `producers.registry.Producer`."""
         if not settings.redis_url or settings.redis_url == "embedded":
             raise ConfigError(
@@ -179,7 +179,7 @@ class SeafHooks:
             update={"url": settings.redis_url, "password": settings.redis_password}
         )
         connect.check(source, "[producer:seaf_hooks] redis_url")
-        return Tap(context, source)
+        return SeafileHookListener(context, source)
 
 
 PRODUCER = SeafHooks()

@@ -10,7 +10,7 @@ import orjson
 
 from producers.socketio_wire import Control
 from relay.core.model import Channel, EntryID, Event
-from relay.protocols.socketio.entry_format import Contents, Emit, Unusable, contents, copies
+from relay.protocols.socketio.entry_format import Emit, EmitContents, UnusableEmit, contents, copies
 from relay.stream.connection.scripts import Script
 from relay.stream.format import entry as entries
 from relay.stream.format import ephemeral
@@ -79,7 +79,7 @@ return failed
 Words = list[bytes | str | int]
 
 
-class Batch:
+class EmitBatch:
     """What one step is to append, under the names of one set of keys."""
 
     def __init__(
@@ -106,7 +106,7 @@ class Batch:
             return
         fields = entries.encode(what.data, type=what.type, extra=what.extra, checked=True)
         if entries.size(fields) > self._max_entry_bytes:
-            raise Unusable(self._too_large(entries.size(fields)))
+            raise UnusableEmit(self._too_large(entries.size(fields)))
         keep = self._namespace_of(where[0].channel).retention_count
         self._words += "x", keep, len(fields), *fields, len(where)
         for channel, socket in where:
@@ -116,7 +116,7 @@ class Batch:
             rules = self._namespace_of(channel)
             self._replicas = max(self._replicas, rules.wait_replicas)
 
-    def _whisper(self, emit: Emit, what: Contents) -> None:
+    def _whisper(self, emit: Emit, what: EmitContents) -> None:
         always = str(_ALWAYS).encode()
         published: Words = []
         for number, (channel, socket) in enumerate(copies(emit)):
@@ -127,7 +127,7 @@ class Batch:
             event = Event(channel, None, what.data, True, type=what.type, to=to, extra=extra)
             payload = ephemeral.encode(event)
             if len(payload) > self._max_entry_bytes:
-                raise Unusable(self._too_large(len(payload)))
+                raise UnusableEmit(self._too_large(len(payload)))
             published += "p", self._keys.ephemeral(channel), payload
         self._words += published
 

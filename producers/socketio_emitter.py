@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from producers import socketio_wire as wire
 from producers.settings import EmitterSettings
-from producers.socketio_append import EMITS, Batch
+from producers.socketio_append import EMITS, EmitBatch
 from producers.socketio_heard import Heard
 from producers.socketio_wire import Control
 from relay.core.errors import ConfigError, RedisUnavailable, RelayError, Unavailable
 from relay.core.model import EntryID
-from relay.protocols.socketio.entry_format import Emit, Unusable, channel_of
+from relay.protocols.socketio.entry_format import Emit, UnusableEmit, channel_of
 from relay.stream.cluster.leases import Lease
 from relay.stream.connection import connect
 from relay.stream.connection.connect import CommandRefused, redis_client
@@ -57,7 +57,7 @@ class _Read(NamedTuple):
     message: bytes
 
 
-class Tap:
+class EmitterListener:
     """See `producers.registry.Running`."""
 
     def __init__(
@@ -244,7 +244,7 @@ class Tap:
                     batch.command(what, await self._places(what))
                 elif what is not None:
                     batch.add(what)
-            except Unusable as exc:
+            except UnusableEmit as exc:
                 broken += 1
                 batch.reject(each.source, each.message, str(exc))
                 _log.warning(
@@ -264,9 +264,11 @@ class Tap:
         self._context.count("broken", broken)
         return True
 
-    def _batch(self) -> Batch:
+    def _batch(self) -> EmitBatch:
         context = self._context
-        return Batch(context.keys, context.namespace_of, context.max_entry_bytes, context.instance)
+        return EmitBatch(
+            context.keys, context.namespace_of, context.max_entry_bytes, context.instance
+        )
 
     async def _places(self, command: Control) -> list[tuple[str, str]]:
         """Where the streams of rooms to be joined are: emits after this command reach them."""
@@ -296,7 +298,7 @@ class SocketIoEmitter:
         """Where its Redis is named."""
         return bool(settings.source())
 
-    def build(self, context: ProducerContext, settings: EmitterSettings) -> Tap:
+    def build(self, context: ProducerContext, settings: EmitterSettings) -> EmitterListener:
         """See `producers.registry.Producer`."""
         url = settings.source()
         if not url or url == "embedded":
@@ -305,7 +307,7 @@ class SocketIoEmitter:
             )
         source = context.redis.model_copy(update={"url": url, "password": settings.redis_password})
         connect.check(source, "[producer:socketio_emitter] redis_url")
-        return Tap(context, settings, source)
+        return EmitterListener(context, settings, source)
 
 
 PRODUCER = SocketIoEmitter()

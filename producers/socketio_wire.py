@@ -19,7 +19,7 @@ from typing import Any
 import msgpack
 import orjson
 
-from relay.protocols.socketio.entry_format import Emit, Unusable
+from relay.protocols.socketio.entry_format import Emit, UnusableEmit
 
 # Clients fire these themselves. 5.x refuses to emit them, 3.2 does not.
 _RESERVED = frozenset(
@@ -56,10 +56,10 @@ def broadcast(payload: bytes, namespace: str) -> Emit | None:
     """The emit in a message on the broadcast channel; None where it is another namespace's."""
     parts = _json(payload) if payload[:1] == b"[" else _msgpack(payload)
     if not isinstance(parts, list) or len(parts) < 2:
-        raise Unusable("not [uid, packet, opts]")
+        raise UnusableEmit("not [uid, packet, opts]")
     packet, opts = parts[1], parts[2] if len(parts) > 2 else {}
     if not isinstance(packet, dict) or not isinstance(opts, dict):
-        raise Unusable("not [uid, packet, opts]")
+        raise UnusableEmit("not [uid, packet, opts]")
     return _emit(packet, opts, namespace)
 
 
@@ -90,14 +90,14 @@ def entry(fields: Mapping[bytes, bytes], namespace: str) -> Emit | Control | Non
             _json(text) if text[:1] == b"{" else _msgpack(base64.b64decode(text, validate=True))
         )
     except binascii.Error:
-        raise Unusable("data is neither JSON nor base64") from None
+        raise UnusableEmit("data is neither JSON nor base64") from None
     if not isinstance(values, dict):
-        raise Unusable("data is not an object")
+        raise UnusableEmit("data is not an object")
     if number in _STREAM_CONTROLS:
         return _control(_STREAM_CONTROLS[number], values)
     packet, opts = values.get("packet"), values.get("opts")
     if not isinstance(packet, dict) or not isinstance(opts, dict):
-        raise Unusable("no packet and opts")
+        raise UnusableEmit("no packet and opts")
     return _emit({"nsp": namespace, **packet}, opts, namespace)
 
 
@@ -106,17 +106,17 @@ def _emit(packet: dict[Any, Any], opts: dict[Any, Any], namespace: str) -> Emit 
         return None
     data = packet.get("data")
     if packet.get("type") not in _EVENTS or not isinstance(data, list) or not data:
-        raise Unusable("not an event")
+        raise UnusableEmit("not an event")
     name, *args = data
     if isinstance(name, bool) or not isinstance(name, str | int):
-        raise Unusable("an event without a name")
+        raise UnusableEmit("an event without a name")
     if str(name) in _RESERVED:
-        raise Unusable(f"reserved event name {name}")
+        raise UnusableEmit(f"reserved event name {name}")
     flags = opts.get("flags")
     try:
         plain = tuple(map(_in_list, args))
     except RecursionError:
-        raise Unusable("nested too deeply") from None
+        raise UnusableEmit("nested too deeply") from None
     return Emit(
         name=str(name),
         args=plain,
@@ -129,7 +129,7 @@ def _emit(packet: dict[Any, Any], opts: dict[Any, Any], namespace: str) -> Emit 
 def _control(what: str, values: dict[Any, Any]) -> Control:
     opts = values.get("opts")
     if not isinstance(opts, dict):
-        raise Unusable("no opts")
+        raise UnusableEmit("no opts")
     return Control(
         what=what,
         rooms=_names(opts.get("rooms")),
@@ -142,7 +142,7 @@ def _names(value: object) -> tuple[str, ...]:
     if value is None or value is _UNDEFINED:
         return ()
     if not isinstance(value, list) or not all(isinstance(each, str | int) for each in value):
-        raise Unusable("rooms are not a list of names")
+        raise UnusableEmit("rooms are not a list of names")
     return tuple(dict.fromkeys(map(str, value)))
 
 
@@ -150,7 +150,7 @@ def _json(text: bytes) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
-        raise Unusable("not JSON") from None
+        raise UnusableEmit("not JSON") from None
 
 
 def _msgpack(data: bytes) -> Any:
@@ -159,7 +159,7 @@ def _msgpack(data: bytes) -> Any:
             data, strict_map_key=False, ext_hook=_extension, timestamp=0, unicode_errors="replace"
         )
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as exc:
-        raise Unusable(f"not msgpack: {type(exc).__name__}") from None
+        raise UnusableEmit(f"not msgpack: {type(exc).__name__}") from None
 
 
 def _extension(code: int, data: bytes) -> object:
@@ -169,7 +169,7 @@ def _extension(code: int, data: bytes) -> object:
         return _Date(int.from_bytes(data, "big", signed=True))
     if code == 0 and len(data) == 1:
         return _UNDEFINED
-    raise Unusable(f"unknown extension {code}")
+    raise UnusableEmit(f"unknown extension {code}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +196,7 @@ def _plain(value: object) -> object:
 
 def _key(name: object) -> str:
     if isinstance(name, bool) or not isinstance(name, str | int):
-        raise Unusable("a key that is no text")
+        raise UnusableEmit("a key that is no text")
     return str(name)
 
 

@@ -24,7 +24,7 @@ from errno import ENOSPC
 from pathlib import Path
 from typing import BinaryIO
 
-from producers.outgoing import Outgoing, PublishFailed, outgoing
+from producers.outgoing import OutgoingEvent, PublishFailed, outgoing
 
 _STATE_BYTES = 42  # two numbers of 20 digits: always overwritten as a whole
 _ANY_SIZE = 10**20
@@ -34,21 +34,21 @@ BATCH_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class SpoolLine:
     """One line: the event, or None and what is wrong with it; and where the next one begins."""
 
-    event: Outgoing | None
+    event: OutgoingEvent | None
     text: bytes
     reason: str
     end: int
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class SpoolBatch:
     """The oldest lines that are not known to be delivered."""
 
     emptied: int
-    lines: tuple[Line, ...]
+    lines: tuple[SpoolLine, ...]
 
 
 class Spool:
@@ -74,7 +74,7 @@ class Spool:
         except OSError as exc:
             raise PublishFailed(f"spool {self.path}: {exc}") from exc
 
-    def append(self, event: Outgoing) -> None:
+    def append(self, event: OutgoingEvent) -> None:
         """Keep `event`, which has a uid: it is on the disk when this returns.
 
         PublishFailed where that cannot be; then nothing of it is in the file.
@@ -93,12 +93,12 @@ class Spool:
                 os.ftruncate(file.fileno(), size)
                 raise
 
-    def batch(self) -> Batch:
+    def batch(self) -> SpoolBatch:
         """The oldest lines, up to a limit; without lines where nothing waits."""
         with self._locked() as file:
             size = _whole(file)
             emptied, done = self._read_state(size)
-            lines: list[Line] = []
+            lines: list[SpoolLine] = []
             file.seek(done)
             while done < size and len(lines) < BATCH_LINES:
                 text = file.readline()
@@ -106,9 +106,9 @@ class Spool:
                     break
                 done += len(text)
                 lines.append(_line(text, done))
-            return Batch(emptied, tuple(lines))
+            return SpoolBatch(emptied, tuple(lines))
 
-    def done(self, batch: Batch, count: int) -> None:
+    def done(self, batch: SpoolBatch, count: int) -> None:
         """The first `count` lines of `batch` are delivered, or kept with the refused."""
         if not count:
             return
@@ -127,7 +127,7 @@ class Spool:
             else:
                 self._write_state(emptied, done)
 
-    def refuse(self, line: Line, reason: str) -> None:
+    def refuse(self, line: SpoolLine, reason: str) -> None:
         """Keep a line that cannot be delivered, with the reason, for whoever looks."""
         kept = {"reason": reason, "line": line.text.decode(errors="replace").rstrip("\n")}
         with self._locked(), _open(self._refused) as file:
@@ -214,7 +214,7 @@ def _whole(file: BinaryIO) -> int:
     return start
 
 
-def _plain(event: Outgoing) -> dict[str, object]:
+def _plain(event: OutgoingEvent) -> dict[str, object]:
     values = {
         "uid": event.uid,
         "channel": event.channel,
@@ -226,7 +226,7 @@ def _plain(event: Outgoing) -> dict[str, object]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _line(text: bytes, end: int) -> Line:
+def _line(text: bytes, end: int) -> SpoolLine:
     try:
         found = json.loads(text)
         event = outgoing(
@@ -238,7 +238,7 @@ def _line(text: bytes, end: int) -> Line:
             client=found.get("client"),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
-        return Line(None, text, f"not a line of a spool: {exc}", end)
+        return SpoolLine(None, text, f"not a line of a spool: {exc}", end)
     if event.uid is None:
-        return Line(None, text, "not a line of a spool: no uid", end)
-    return Line(event, text, "", end)
+        return SpoolLine(None, text, "not a line of a spool: no uid", end)
+    return SpoolLine(event, text, "", end)

@@ -16,10 +16,10 @@ from producers.direct import DirectSender
 from producers.outgoing import (
     SPOOL_BYTES,
     WINDOW_S,
-    Away,
-    Postponed,
+    DestinationUnavailable,
+    PostponedEvent,
     PublishFailed,
-    Refused,
+    RejectedEvent,
     Sender,
     send_until,
 )
@@ -50,11 +50,11 @@ async def deliver(spool: Spool, sender: Sender, deadline: float) -> int:
     readable = [line.event for line in batch.lines if line.event is not None]
     outcomes = iter(await send_until(deadline, sender, readable) if readable else [])
     for count, line in enumerate(batch.lines):
-        outcome = Refused(line.reason) if line.event is None else next(outcomes)
-        if isinstance(outcome, Postponed):
+        outcome = RejectedEvent(line.reason) if line.event is None else next(outcomes)
+        if isinstance(outcome, PostponedEvent):
             await asyncio.to_thread(spool.done, batch, count)
-            raise Away(outcome.reason)
-        if isinstance(outcome, Refused):
+            raise DestinationUnavailable(outcome.reason)
+        if isinstance(outcome, RejectedEvent):
             await asyncio.to_thread(spool.refuse, line, outcome.reason)
             _log.error("refused, see %s.refused: %s", spool.path, outcome.reason)
     await asyncio.to_thread(spool.done, batch, len(batch.lines))
@@ -87,7 +87,7 @@ class SpoolDelivery:
                             _log.warning("the spool %s is being delivered", self._spool.path)
                             failing = False
                     await asyncio.sleep(_LOOK_S)
-                except (Away, PublishFailed) as exc:
+                except (DestinationUnavailable, PublishFailed) as exc:
                     if not failing:
                         _log.warning("the spool %s waits: %s", self._spool.path, exc)
                         failing = True

@@ -207,7 +207,7 @@ class BadCommand(BadRequest):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Subscribe:
+class SubscribeCommand:
     """Send this channel's events, after `last_event_id` or from now."""
 
     channel: Channel
@@ -216,7 +216,7 @@ class Subscribe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unsubscribe:
+class UnsubscribeCommand:
     """No more of this channel."""
 
     channel: Channel
@@ -224,7 +224,7 @@ class Unsubscribe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Refresh:
+class RefreshCommand:
     """A new token for the same user."""
 
     token: str = field(repr=False)
@@ -232,13 +232,13 @@ class Refresh:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ping:
+class PingCommand:
     """Answer, so that the client sees that the connection lives."""
 
     ref: Ref = None
 
 
-Command = Subscribe | Unsubscribe | Refresh | Ping
+Command = SubscribeCommand | UnsubscribeCommand | RefreshCommand | PingCommand
 
 _FIELDS = {
     "subscribe": {"cmd", "ref", "channel", "last_event_id"},
@@ -283,13 +283,13 @@ def parse_command(text: str | bytes) -> Command:
             position = frame.get("last_event_id")
             if position is not None and (not isinstance(position, str) or not position):
                 refuse("last_event_id is a string that is not empty, or null")
-            return Subscribe(channel=asked_channel(), last_event_id=position, ref=ref)
+            return SubscribeCommand(channel=asked_channel(), last_event_id=position, ref=ref)
         case "unsubscribe":
-            return Unsubscribe(channel=asked_channel(), ref=ref)
+            return UnsubscribeCommand(channel=asked_channel(), ref=ref)
         case "refresh":
-            return Refresh(token=required("token"), ref=ref)
+            return RefreshCommand(token=required("token"), ref=ref)
         case _:
-            return Ping(ref=ref)
+            return PingCommand(ref=ref)
 
 
 def _load(text: str | bytes) -> dict[str, object]:

@@ -24,7 +24,7 @@ from relay.protocols.native import codec, live_page
 from relay.protocols.native.credentials import cors_headers, principal_of
 from relay.protocols.native.encoders import WEBSOCKET, sse_encoder
 from relay.protocols.native.settings import NativeSettings
-from relay.protocols.native.sse_client import Refused, SseClient
+from relay.protocols.native.sse_client import SseClient, SubscriptionRejected
 from relay.protocols.native.ws_client import TOO_MUCH, UNAUTHORIZED, WsClient
 from relay.transports.socket import sse, websocket
 from relay.transports.socket.heartbeat import Heartbeat
@@ -173,7 +173,7 @@ class MountedNative:
                 return await handler(request)
             except Unavailable as exc:
                 return self._come_again(request, exc)
-            except Refused as exc:
+            except SubscriptionRejected as exc:
                 if isinstance(exc.error, Unavailable):
                     return self._come_again(request, exc.error)
                 raise
@@ -255,7 +255,7 @@ class MountedNative:
             return
         for channel in channels:
             try:
-                command = codec.Subscribe(channel=channel, last_event_id=last or None)
+                command = codec.SubscribeCommand(channel=channel, last_event_id=last or None)
                 client.subscribe(command)
             except (ClientError, Unavailable) as exc:
                 client.say_error(exc, channel)
@@ -272,7 +272,7 @@ class MountedNative:
         async def answer(request: web.Request) -> web.StreamResponse:
             try:
                 return await handler(request)
-            except Refused as exc:
+            except SubscriptionRejected as exc:
                 return self._refuse(request, exc.error, exc.channel)
             except (ClientError, Unavailable) as exc:
                 return self._refuse(request, exc, None)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from relay.hub.session import Outbox, Session, Subscription
 
 
-class Refused(Exception):
+class SubscriptionRejected(Exception):
     """A channel that this request may not have refuses the whole request."""
 
     def __init__(self, channel: Channel, error: RelayError) -> None:
@@ -52,7 +52,7 @@ class SseClient:
     def refused(self, channel: Channel, error: RelayError) -> None:
         """See `relay.hub.session.Client`."""
         if self.admitted is not None and not self.admitted.done():
-            self.admitted.set_exception(Refused(channel, error))
+            self.admitted.set_exception(SubscriptionRejected(channel, error))
 
     def dropped(self, channel: Channel, notice: Notice) -> None:
         """See `relay.hub.session.Client`."""

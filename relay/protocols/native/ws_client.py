@@ -93,22 +93,22 @@ class WsClient:
     def _obey(self, session: Session, command: codec.Command) -> None:
         hub = self._context.hub
         match command:
-            case codec.Subscribe():
+            case codec.SubscribeCommand():
                 self.subscribe(command)
-            case codec.Unsubscribe():
+            case codec.UnsubscribeCommand():
                 hub.unsubscribe(session, command.channel)
                 self._refs.pop(command.channel, None)
                 self._say(codec.reply_object("unsubscribe", command.ref, channel=command.channel))
-            case codec.Refresh():
+            case codec.RefreshCommand():
                 principal = self._context.read_token(command.token)
                 # --insecure opened the connection, not the old token.
                 principal = replace(principal, unrestricted=session.principal.unrestricted)
                 hub.change_principal(session, principal)
                 self._say(codec.reply_object("refresh", command.ref))
-            case codec.Ping():
+            case codec.PingCommand():
                 self._say(codec.reply_object("ping", command.ref))
 
-    def subscribe(self, command: codec.Subscribe) -> None:
+    def subscribe(self, command: codec.SubscribeCommand) -> None:
         """By command or from the query; answered by `subscribed` or `refused`."""
         session = self.session
         if session is None:

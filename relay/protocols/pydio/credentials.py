@@ -22,7 +22,7 @@ class Credentials:
     hash: str = field(default="", repr=False)
 
 
-class Reader:
+class CredentialsReader:
     """Finds credentials in requests, by one set of settings."""
 
     def __init__(self, settings: PydioSettings) -> None:

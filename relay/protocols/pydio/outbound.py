@@ -28,7 +28,7 @@ _BATCH = 500
 _PAUSE_S = (0.1, 2.0)
 
 
-class _Waiting:
+class _QueuedMessage:
     __slots__ = ("publication", "since", "uid")
 
     def __init__(self, publication: Publication, since: float) -> None:
@@ -44,7 +44,7 @@ class Outbound:
     def __init__(self, publish: Publish, *, clock: Callable[[], float]) -> None:
         self._publish = publish
         self._clock = clock
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[_QueuedMessage] = deque()
         self._bytes = 0
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
@@ -57,7 +57,7 @@ class Outbound:
             _log.error("lost for %s: too many wait for Redis", publication.channel)
             return
         self._bytes += size
-        self._waiting.append(_Waiting(publication, self._clock()))
+        self._waiting.append(_QueuedMessage(publication, self._clock()))
         self._idle.clear()
         self._work.set()
 
@@ -98,7 +98,7 @@ class Outbound:
             self._idle.set()
         return not again
 
-    def _begin(self, each: _Waiting) -> asyncio.Future[EntryID] | Exception:
+    def _begin(self, each: _QueuedMessage) -> asyncio.Future[EntryID] | Exception:
         event = each.publication
         try:
             return self._publish(
@@ -107,7 +107,7 @@ class Outbound:
         except (RelayError, ValueError) as exc:
             return exc
 
-    def _give_up(self, each: _Waiting, reason: str) -> None:
+    def _give_up(self, each: _QueuedMessage, reason: str) -> None:
         self._bytes -= len(each.publication.data)
         _log.error("lost for %s: %s", each.publication.channel, reason)
 

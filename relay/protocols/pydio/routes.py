@@ -20,8 +20,8 @@ from relay.doorkit.contract import Listener
 from relay.protocols.pydio import codec
 from relay.protocols.pydio.accounts import Account, Accounts
 from relay.protocols.pydio.browser import GOING_AWAY, Browser
-from relay.protocols.pydio.credentials import Reader
-from relay.protocols.pydio.npm.kind import NpmKind
+from relay.protocols.pydio.credentials import CredentialsReader
+from relay.protocols.pydio.npm.service import NpmService
 from relay.protocols.pydio.outbound import Outbound
 from relay.protocols.pydio.private import ADMIN_KEY, PrivateChannel
 from relay.protocols.pydio.registration import Surroundings
@@ -69,7 +69,7 @@ class MountedPydio:
             ask_again=self._ask_again,
             loop=loop,
         )
-        self._npm = NpmKind(
+        self._npm = NpmService(
             context,
             settings,
             self._accounts,
@@ -118,7 +118,7 @@ class MountedPydio:
         connections keep their pace."""
         self._settings = settings
         self.drain_s = settings.drain_s
-        self._reader = Reader(settings)
+        self._reader = CredentialsReader(settings)
         self._npm.reload(settings)
         self._private.reload(settings)
         self._accounts.reload(settings)

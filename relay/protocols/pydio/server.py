@@ -28,7 +28,7 @@ _TURN_TIMEOUTS = 4
 _LIMIT_ANSWER_BYTES = 4 << 20
 
 
-class _Asking:
+class _AuthRequest:
     """A question under way, and what came of it; neither where whoever asked has gone away."""
 
     __slots__ = ("done", "error", "found")
@@ -46,7 +46,7 @@ class PydioServer:
         self._settings = settings
         self._http = http
         self._turns = asyncio.Semaphore(CONCURRENT)
-        self._asking: dict[Credentials, _Asking] = {}
+        self._asking: dict[Credentials, _AuthRequest] = {}
         self._failing = False
 
     def reload(self, settings: PydioSettings) -> None:
@@ -66,7 +66,7 @@ class PydioServer:
                 return asking.found
 
     async def _lead(self, credentials: Credentials) -> Identity:
-        asking = self._asking[credentials] = _Asking()
+        asking = self._asking[credentials] = _AuthRequest()
         try:
             asking.found = await self._turn(credentials)
         except (Unauthorized, Unavailable) as exc:

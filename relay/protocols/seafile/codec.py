@@ -32,7 +32,7 @@ class BadMessage(ValueError):
     """Not one of the two messages; upstream hangs up then. The text is for the log."""
 
 
-class Subscribe(NamedTuple):
+class LibrarySubscribe(NamedTuple):
     """One library of a subscribe. `after`, which only our own clients send, is the ID of the last
     event that the client has seen."""
 
@@ -41,7 +41,7 @@ class Subscribe(NamedTuple):
     after: EntryID | None
 
 
-class Unsubscribe(NamedTuple):
+class LibraryUnsubscribe(NamedTuple):
     """One library of an unsubscribe."""
 
     repo_id: str
@@ -54,7 +54,7 @@ def _refuse(word: str) -> object:
 _decoder = json.JSONDecoder(parse_constant=_refuse, parse_int=float)
 
 
-def parse(text: bytes) -> list[Subscribe | Unsubscribe]:
+def parse(text: bytes) -> list[LibrarySubscribe | LibraryUnsubscribe]:
     """What a client's message asks for, in order; BadMessage."""
     try:
         message, _ = _decoder.raw_decode(text.decode(errors="replace").lstrip(" \t\r\n"))
@@ -94,21 +94,21 @@ async def parts(text: bytes) -> AsyncIterator[bytes]:
         yield text[begin:end].join(around)
 
 
-def _subscribe(repo: Any) -> Subscribe:
+def _subscribe(repo: Any) -> LibrarySubscribe:
     fields = {} if repo is None else _object(repo, "a library")
     after = fields.get("after")
     try:
         last = EntryID.parse(after) if isinstance(after, str) and after else None
     except ValueError:
         raise BadMessage("after is not the ID of an event") from None
-    return Subscribe(_text(fields, "id"), _text(fields, "jwt_token"), last)
+    return LibrarySubscribe(_text(fields, "id"), _text(fields, "jwt_token"), last)
 
 
-def _unsubscribe(repo: Any) -> Unsubscribe:
+def _unsubscribe(repo: Any) -> LibraryUnsubscribe:
     # Until March 2023 the server wanted texts here, while clients sent objects.
     if isinstance(repo, str):
-        return Unsubscribe(repo)
-    return Unsubscribe(_text({} if repo is None else _object(repo, "a library"), "id"))
+        return LibraryUnsubscribe(repo)
+    return LibraryUnsubscribe(_text({} if repo is None else _object(repo, "a library"), "id"))
 
 
 def _object(value: Any, what: str) -> dict[str, Any]:

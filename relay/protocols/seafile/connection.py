@@ -24,7 +24,7 @@ from relay.protocols.seafile import codec, missed
 from relay.protocols.seafile.encoders import SEAFILE
 from relay.protocols.seafile.event_format import PREFIX, channel_of
 from relay.protocols.seafile.missed import Place, Seen
-from relay.protocols.seafile.tokens import Refused
+from relay.protocols.seafile.tokens import InvalidSeafileToken
 from relay.transports.socket.websocket import WebSocketConnection, frame_close
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from relay.hub.recovery import Notice
     from relay.hub.session import Session, Subscription
     from relay.protocols.seafile.service import Service
-    from relay.protocols.seafile.tokens import Claims
+    from relay.protocols.seafile.tokens import SeafileClaims
 
 _log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class SeafileClient:
         self._address = address
         self._id = service.next_id()
         # Made when it is needed: an empty one takes as much as all the rest here.
-        self._work: deque[codec.Subscribe | codec.Unsubscribe] | None = None
+        self._work: deque[codec.LibrarySubscribe | codec.LibraryUnsubscribe] | None = None
         # Messages that wait for a long one, which is being read.
         self._unread: deque[bytes] | None = None
         # A task works for this client: what comes meanwhile waits for it.
@@ -235,7 +235,7 @@ class SeafileClient:
             if self._socket.full:
                 return
             item = self._work.popleft()
-            if isinstance(item, codec.Unsubscribe):
+            if isinstance(item, codec.LibraryUnsubscribe):
                 self._unsubscribe(item.repo_id)
             else:
                 self._subscribe(item)
@@ -243,11 +243,11 @@ class SeafileClient:
             self._planned = True
             self._service.call_soon(self._turn)
 
-    def _subscribe(self, wanted: codec.Subscribe) -> None:
+    def _subscribe(self, wanted: codec.LibrarySubscribe) -> None:
         try:
             claims = self._service.tokens.read_for(wanted.repo_id, wanted.token, time.time())
             channel = channel_of(wanted.repo_id)
-        except (Refused, ValueError) as exc:
+        except (InvalidSeafileToken, ValueError) as exc:
             _log.info("client %s: token refused: %s", self._address, exc)
             self._service.refused(Reason.UNAUTHORIZED)
             self._say(codec.jwt_expired(wanted.repo_id))
@@ -262,7 +262,11 @@ class SeafileClient:
         self._follow(session, channel, claims, wanted)
 
     def _follow(
-        self, session: Session, channel: Channel, claims: Claims, wanted: codec.Subscribe
+        self,
+        session: Session,
+        channel: Channel,
+        claims: SeafileClaims,
+        wanted: codec.LibrarySubscribe,
     ) -> None:
         library = self._libraries.setdefault(channel, _Library())
         self._refused.discard(channel)

@@ -17,7 +17,7 @@ from relay.core.errors import RelayError
 from relay.core.reasons import Reason
 from relay.protocols.seafile import answers, event_format
 from relay.protocols.seafile.groups import Groups, source_of
-from relay.protocols.seafile.tokens import Refused
+from relay.protocols.seafile.tokens import InvalidSeafileToken
 from relay.transports.socket.bodies import BodyRejected, read_body
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class EventsHandler:
                 time.time(),
                 clients=self._settings.client_tokens_post,
             )
-        except Refused as exc:
+        except InvalidSeafileToken as exc:
             _log.warning("event from %s is refused: %s", sender, exc)
             self._service.refused(Reason.UNAUTHORIZED)
             return answers.error(400, "Notification token not match")

@@ -22,7 +22,7 @@ from relay.protocols.seafile.event_format import channel_of
 from relay.protocols.seafile.events import EventsHandler
 from relay.protocols.seafile.service import Service
 from relay.protocols.seafile.settings import SeafileSettings
-from relay.protocols.seafile.tokens import Refused
+from relay.protocols.seafile.tokens import InvalidSeafileToken
 from relay.transports.socket import websocket
 from relay.transports.socket.heartbeat import Heartbeat
 from relay.transports.socket.precedence import FallbackRoute, UpgradeRoute
@@ -98,7 +98,7 @@ class MountedSeafile:
         try:
             claims = self._service.tokens.read(token, time.time())
             channel = channel_of(claims.repo_id)
-        except (Refused, ValueError):
+        except (InvalidSeafileToken, ValueError):
             return None
         if not claims.username:
             return None

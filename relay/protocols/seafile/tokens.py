@@ -23,12 +23,12 @@ from jwt.exceptions import InvalidSignatureError, PyJWTError
 ALGORITHMS = ("HS256", "HS384", "HS512")
 
 
-class Refused(Exception):
+class InvalidSeafileToken(Exception):
     """The token opens nothing; the text is for the log."""
 
 
 @dataclass(frozen=True, slots=True)
-class Claims:
+class SeafileClaims:
     """Of a valid token. `username` and `repo_id` are '' where it has none."""
 
     expires_at: int
@@ -36,7 +36,7 @@ class Claims:
     username: str
 
 
-class _Hmac(HMACAlgorithm):
+class _AnyLengthHmac(HMACAlgorithm):
     """PyJWT's HMAC for keys of any length: Seafile's scripts decide how long they are."""
 
     def prepare_key(self, key: str | bytes) -> bytes:
@@ -56,26 +56,26 @@ class SeafTokens:
         self._jws = PyJWS(algorithms=[])
         for name in ALGORITHMS:
             self._jws.register_algorithm(
-                name, _Hmac(getattr(HMACAlgorithm, name.replace("HS", "SHA")))
+                name, _AnyLengthHmac(getattr(HMACAlgorithm, name.replace("HS", "SHA")))
             )
 
-    def read(self, token: str, now: float) -> Claims:
+    def read(self, token: str, now: float) -> SeafileClaims:
         """Whom the token names; Refused where it is not valid at `now`, in seconds."""
         if not self._keys:
-            raise Refused("no key is configured")
+            raise InvalidSeafileToken("no key is configured")
         claims = self._payload(token)
         if not isinstance(claims, dict):
-            raise Refused("its payload is not an object")
+            raise InvalidSeafileToken("its payload is not an object")
         expires_at = claims.get("exp")
         if type(expires_at) is not int:
-            raise Refused("it has no exp, or one that is not a whole number")
+            raise InvalidSeafileToken("it has no exp, or one that is not a whole number")
         if expires_at <= int(now):
-            raise Refused("it has expired")
+            raise InvalidSeafileToken("it has expired")
         not_before = claims.get("nbf")
         # Ignored by 10 and 11, checked by the library of 12 on; none of the senders sets it.
         if isinstance(not_before, int | float) and not_before > now:
-            raise Refused("it is not valid yet")
-        return Claims(expires_at, _text(claims, "repo_id"), _text(claims, "username"))
+            raise InvalidSeafileToken("it is not valid yet")
+        return SeafileClaims(expires_at, _text(claims, "repo_id"), _text(claims, "username"))
 
     def _payload(self, token: str) -> object:
         for key in self._keys:
@@ -85,14 +85,14 @@ class SeafTokens:
                 continue
             # `from None`: the library's texts quote parts of the token.
             except (PyJWTError, ValueError, RecursionError):
-                raise Refused("it is not a token") from None
-        raise Refused("its signature does not fit the key")
+                raise InvalidSeafileToken("it is not a token") from None
+        raise InvalidSeafileToken("its signature does not fit the key")
 
-    def read_for(self, repo_id: str, token: str, now: float) -> Claims:
+    def read_for(self, repo_id: str, token: str, now: float) -> SeafileClaims:
         """As `read`; Refused too where the token is for another library."""
         claims = self.read(token, now)
         if claims.repo_id != repo_id:
-            raise Refused("it is for another library")
+            raise InvalidSeafileToken("it is for another library")
         return claims
 
     def check_sender(
@@ -105,20 +105,20 @@ class SeafTokens:
         """
         given = [token for token in (repo_token, _second_word(authorization)) if token]
         if not given:
-            raise Refused("no token")
+            raise InvalidSeafileToken("no token")
         reason = ""
         for token in given:
             if self._shared and hmac.compare_digest(token.encode(errors="replace"), self._shared):
                 return
             try:
                 claims = self.read(token, now)
-            except Refused as exc:
+            except InvalidSeafileToken as exc:
                 reason = str(exc)
                 continue
             if clients or not claims.username:
                 return
             reason = "it is a client's token for subscribing"
-        raise Refused(reason)
+        raise InvalidSeafileToken(reason)
 
 
 def _second_word(authorization: str | None) -> str:
@@ -132,5 +132,5 @@ def _text(claims: dict[str, Any], name: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise Refused(f"its {name} is not a text")
+        raise InvalidSeafileToken(f"its {name} is not a text")
     return value

@@ -29,9 +29,9 @@ from relay.core.reasons import Reason
 from relay.doorkit.recoverable_sessions import SavedSession, new_pid
 from relay.hub.recovery import Notice
 from relay.protocols.socketio.credentials import find_token, read_profile
-from relay.protocols.socketio.entry_format import EVERYBODY, SOCKET, Unusable, channel_of
+from relay.protocols.socketio.entry_format import EVERYBODY, SOCKET, UnusableEmit, channel_of
 from relay.protocols.socketio.rooms import Rooms
-from relay.transports.socketio.connection import Acknowledge, Connection
+from relay.transports.socketio.connection import Acknowledge, SocketIoConnection
 
 if TYPE_CHECKING:
     from relay.doorkit.contract import DoorContext
@@ -95,7 +95,7 @@ class SocketClient:
         self._door = door
         self._asked: HttpRequest | None = asked
         self.engine = engine
-        self.connection = Connection(engine, self)
+        self.connection = SocketIoConnection(engine, self)
         self.session: Session | None = None
         self.uid = ""
         self.sid = ""
@@ -135,7 +135,7 @@ class SocketClient:
         except (Unauthorized, Forbidden) as exc:
             self._refuse(exc)
             return
-        except Unusable:
+        except UnusableEmit:
             self._refuse(Unauthorized("the token's uid cannot be a room"))
             return
         self.uid = profile.uid
@@ -300,7 +300,7 @@ class SocketClient:
             return
         try:
             channel = self.rooms.add(room, place, session)
-        except Unusable:
+        except UnusableEmit:
             return
         if channel is None:
             self._door.sessions.changed(self)

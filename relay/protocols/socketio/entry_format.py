@@ -49,7 +49,7 @@ _PLACEHOLDER = re.compile(rb'\{"_placeholder":true,"num":([0-9]{1,9})\}')
 _RESERVED_TYPE = "relay:"
 
 
-class Unusable(ValueError):
+class UnusableEmit(ValueError):
     """No entry can be made of this emit, or no packet of this entry; the reason."""
 
 
@@ -58,7 +58,7 @@ def channel_of(room: str) -> Channel:
     try:
         return parse_channel(f"{NAMESPACE}:{room}")
     except ValueError as exc:
-        raise Unusable(str(exc)) from None
+        raise UnusableEmit(str(exc)) from None
 
 
 def room_of(channel: Channel) -> str:
@@ -82,7 +82,7 @@ class Emit:
     volatile: bool = False
 
 
-class Copy(NamedTuple):
+class EmitCopy(NamedTuple):
     """One entry of an emit: where, for which socket alone if any, and in place of which rooms'
     copies (those before it)."""
 
@@ -90,12 +90,14 @@ class Copy(NamedTuple):
     socket: str | None
 
 
-def copies(emit: Emit) -> list[Copy]:
+def copies(emit: Emit) -> list[EmitCopy]:
     """Where the emit's entries go: one for each room's stream, then one for each socket."""
     if not emit.rooms:
-        return [Copy(channel_of(EVERYBODY), None)]
+        return [EmitCopy(channel_of(EVERYBODY), None)]
     return [
-        Copy(channel_of(EVERYBODY), room) if is_socket(room) else Copy(channel_of(room), None)
+        EmitCopy(channel_of(EVERYBODY), room)
+        if is_socket(room)
+        else EmitCopy(channel_of(room), None)
         for room in _in_order(emit.rooms)
     ]
 
@@ -105,7 +107,7 @@ def _in_order(rooms: Iterable[str]) -> list[str]:
     return sorted(rooms, key=is_socket)
 
 
-class Contents(NamedTuple):
+class EmitContents(NamedTuple):
     """What all entries of an emit have alike."""
 
     data: bytes
@@ -113,7 +115,7 @@ class Contents(NamedTuple):
     extra: dict[bytes, bytes]
 
 
-def contents(emit: Emit) -> Contents:
+def contents(emit: Emit) -> EmitContents:
     """Unusable where the arguments are not what JSON and bytes can say."""
     extra: dict[bytes, bytes] = {}
     kind: str | None = emit.name
@@ -131,7 +133,7 @@ def contents(emit: Emit) -> Contents:
         seen = emit.args[0] if len(emit.args) == 1 else list(emit.args)
         data = orjson.dumps(seen, default=placeholder)
     except (orjson.JSONEncodeError, RecursionError) as exc:
-        raise Unusable(str(exc)) from None
+        raise UnusableEmit(str(exc)) from None
     if len(emit.args) != 1:
         extra[b"args"] = b"%d" % len(emit.args)
     for number, part in enumerate(attachments):
@@ -140,27 +142,27 @@ def contents(emit: Emit) -> Contents:
         extra[b"rooms"] = orjson.dumps(_in_order(emit.rooms))
     if emit.without:
         extra[b"except"] = orjson.dumps(emit.without)
-    return Contents(data, kind, extra)
+    return EmitContents(data, kind, extra)
 
 
 def _utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        raise Unusable("a lone surrogate") from None
+        raise UnusableEmit("a lone surrogate") from None
 
 
 # ---- back ------------------------------------------------------------------------------------
 
 
-class Said(NamedTuple):
+class EncodedEvent(NamedTuple):
     """An event as a packet's JSON list, and its binary parts."""
 
     packet: bytes
     attachments: list[bytes]
 
 
-def said(event: Event) -> tuple[str, Said]:
+def said(event: Event) -> tuple[str, EncodedEvent]:
     """The event's name, and what a Socket.IO client gets."""
     extra = event.extra
     if b"event" in extra:
@@ -184,11 +186,11 @@ def said(event: Event) -> tuple[str, Said]:
         inner = data.strip()
         if inner[:1] == b"[":
             args = inner[1:-1].strip()
-            return name, Said(head + (b"," + args if args else b"") + b"]", attachments)
-    return name, Said(head + b"," + data + b"]", attachments)
+            return name, EncodedEvent(head + (b"," + args if args else b"") + b"]", attachments)
+    return name, EncodedEvent(head + b"," + data + b"]", attachments)
 
 
-def _earlier_version(extra: Mapping[bytes, bytes]) -> tuple[str, Said] | None:
+def _earlier_version(extra: Mapping[bytes, bytes]) -> tuple[str, EncodedEvent] | None:
     """Read the fields of earlier versions. Return None if `data` must be used instead."""
     attachments: list[bytes] = []
     try:
@@ -202,7 +204,7 @@ def _earlier_version(extra: Mapping[bytes, bytes]) -> tuple[str, Said] | None:
         return None
     if attachments and not _may_be_attached(extra[b"packet"], len(attachments)):
         return None
-    return packet[0], Said(extra[b"packet"], attachments)
+    return packet[0], EncodedEvent(extra[b"packet"], attachments)
 
 
 def _may_be_attached(data: bytes, count: int) -> bool:

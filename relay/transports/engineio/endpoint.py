@@ -275,7 +275,7 @@ class Endpoint:
     # ---- polling ----------------------------------------------------------------------------
 
     def _poll(self, exchange: Exchange, engine: Engine) -> None:
-        waiting = _Waiting(exchange, engine.version, self._cors_of(exchange.request.headers))
+        waiting = _Poll(exchange, engine.version, self._cors_of(exchange.request.headers))
         if not engine.poll(waiting.answer):
             self._refuse(exchange, BAD_REQUEST)
         elif not waiting.answered:
@@ -351,7 +351,7 @@ class Endpoint:
         return self._cors(headers)  # type: ignore[arg-type]  # both have `get`
 
 
-class _Waiting:
+class _Poll:
     """One poll: it is answered at once, or held."""
 
     __slots__ = ("_exchange", "_headers", "_version", "answered", "held")

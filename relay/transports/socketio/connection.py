@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Acknowledge = Callable[..., None]
 
 
-class Handler(Protocol):
+class SocketIoHandler(Protocol):
     """The door's side of one connection."""
 
     def connecting(self, namespace: str, auth: Mapping[str, Any], query: str) -> None:
@@ -43,16 +43,16 @@ class Handler(Protocol):
         """The connection is over, with everything it had."""
 
 
-class Connection:
+class SocketIoConnection:
     """What a door says to one client. Bytes go to `out`: to the engine itself at first, and once
     there is a session with the hub, through that session, so that they keep their order."""
 
     __slots__ = ("_decoder", "_handler", "_namespaces", "_waiting", "engine", "out")
 
-    def __init__(self, engine: Engine, handler: Handler) -> None:
+    def __init__(self, engine: Engine, handler: SocketIoHandler) -> None:
         self.engine = engine
         self.out: Callable[[bytes], None] = engine.write
-        self._handler: Handler | None = handler
+        self._handler: SocketIoHandler | None = handler
         self._decoder = codec.Decoder()
         self._waiting: set[str] = set()
         self._namespaces: set[str] = set()

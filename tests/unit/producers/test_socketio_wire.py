@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from producers import socketio_wire as wire
 from producers.socketio_wire import Control
-from relay.protocols.socketio.entry_format import Emit, Unusable
+from relay.protocols.socketio.entry_format import Emit, UnusableEmit
 
 # `of('/axr').to('allusers').emit('msg',{hello:'world',n:1})`, captured from both.
 OLD = bytes.fromhex(
@@ -51,7 +51,7 @@ def test_dates_and_undefined_of_both_generations() -> None:
             head + msgpack.packb("/axr") + msgpack.packb("data") + data + tail, "/axr"
         )
 
-    with pytest.raises(Unusable):  # no type
+    with pytest.raises(UnusableEmit):  # no type
         emit(old_date)
     values = wire._msgpack(b"\x93" + old_date + new_date + undefined)
     assert [wire._in_list(each) for each in values] == [iso, iso, None]
@@ -112,17 +112,17 @@ def test_captured_entries_of_the_streams_emitter() -> None:
 
 @pytest.mark.parametrize("name", ["connect", "disconnect", "connect_error", "newListener"])
 def test_names_that_clients_fire_themselves_are_unusable(name: str) -> None:
-    with pytest.raises(Unusable, match="reserved"):
+    with pytest.raises(UnusableEmit, match="reserved"):
         wire.broadcast(packed(name), "/axr")
 
 
 @given(st.binary())
 def test_any_bytes_are_an_emit_or_unusable(payload: bytes) -> None:
-    with contextlib.suppress(Unusable):
+    with contextlib.suppress(UnusableEmit):
         wire.broadcast(payload, "/axr")
-    with contextlib.suppress(Unusable):
+    with contextlib.suppress(UnusableEmit):
         wire.request(payload)
-    with contextlib.suppress(Unusable):
+    with contextlib.suppress(UnusableEmit):
         wire.entry({b"nsp": b"/axr", b"type": b"3", b"data": payload}, "/axr")
 
 
@@ -141,7 +141,7 @@ def test_any_message_of_the_right_form_is_an_emit_or_unusable(packet: Any, opts:
         payload = msgpack.packb(["emitter", packet, opts])
     except UnicodeEncodeError:
         return
-    with contextlib.suppress(Unusable):
+    with contextlib.suppress(UnusableEmit):
         wire.broadcast(payload, "/axr")
 
 

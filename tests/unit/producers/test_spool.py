@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from producers.outgoing import Outgoing, PublishFailed, outgoing
+from producers.outgoing import OutgoingEvent, PublishFailed, outgoing
 from producers.spool import BATCH_LINES, Spool
 
 
-def event(number: int) -> Outgoing:
+def event(number: int) -> OutgoingEvent:
     return outgoing("news", number, uid=f"u{number}", type="t", to="ann", client="c")
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from relay.core.errors import ClientError, RelayError, Unauthorized, Unavailable
 from relay.doorkit.recoverable_sessions import SavedSession, new_pid
 from relay.protocols.pydio.npm.browser import NpmBrowser, channels_of
-from relay.transports.socketio.connection import Acknowledge, Connection
+from relay.transports.socketio.connection import Acknowledge, SocketIoConnection
 
 if TYPE_CHECKING:
     from relay.core.model import Channel, Position
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from relay.doorkit.recoverable_sessions import RecoverableSessions
     from relay.hub.session import Session
     from relay.protocols.pydio.accounts import Account, Accounts
-    from relay.protocols.pydio.credentials import Reader
+    from relay.protocols.pydio.credentials import CredentialsReader
     from relay.protocols.pydio.npm.encoders import Encoders, NpmEncoder
     from relay.protocols.pydio.registration import Surroundings
     from relay.transports.engineio.engine import Engine
@@ -39,7 +39,7 @@ class NpmClientOwner(Protocol):
     encoders: Encoders
     # Their state is the workspace that the client has registered for.
     sessions: RecoverableSessions[str | None]
-    reader: Callable[[], Reader]
+    reader: Callable[[], CredentialsReader]
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         """Start a task that ends with the relay."""
@@ -54,7 +54,7 @@ class NpmClient:
     def __init__(self, kind: NpmClientOwner, engine: Engine, asked: HttpRequest) -> None:
         self.kind = kind
         self.engine = engine
-        self.connection = Connection(engine, self)
+        self.connection = SocketIoConnection(engine, self)
         self.pid = ""
         self.sid = ""
         self._asked = asked

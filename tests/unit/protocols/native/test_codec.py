@@ -135,20 +135,23 @@ def test_a_stream_begins_with_its_position() -> None:
 @pytest.mark.parametrize(
     ("frame", "command"),
     [
-        ('{"cmd":"ping"}', codec.Ping()),
-        ('{"cmd":"ping","ref":null}', codec.Ping()),
-        ('{"cmd":"ping","ref":1.5}', codec.Ping(ref=1.5)),
-        ('{"cmd":"ping","ref":-9007199254740991}', codec.Ping(ref=-(2**53 - 1))),
-        ('{"cmd":"refresh","token":"t","ref":"a"}', codec.Refresh(token="t", ref="a")),
-        ('{"cmd":"unsubscribe","channel":"news"}', codec.Unsubscribe(channel=NEWS)),
-        ('{"cmd":"subscribe","channel":"news","ref":0}', codec.Subscribe(channel=NEWS, ref=0)),
+        ('{"cmd":"ping"}', codec.PingCommand()),
+        ('{"cmd":"ping","ref":null}', codec.PingCommand()),
+        ('{"cmd":"ping","ref":1.5}', codec.PingCommand(ref=1.5)),
+        ('{"cmd":"ping","ref":-9007199254740991}', codec.PingCommand(ref=-(2**53 - 1))),
+        ('{"cmd":"refresh","token":"t","ref":"a"}', codec.RefreshCommand(token="t", ref="a")),
+        ('{"cmd":"unsubscribe","channel":"news"}', codec.UnsubscribeCommand(channel=NEWS)),
+        (
+            '{"cmd":"subscribe","channel":"news","ref":0}',
+            codec.SubscribeCommand(channel=NEWS, ref=0),
+        ),
         (
             '{"cmd":"subscribe","channel":"news","last_event_id":"1-0"}',
-            codec.Subscribe(channel=NEWS, last_event_id="1-0"),
+            codec.SubscribeCommand(channel=NEWS, last_event_id="1-0"),
         ),
         (
             '{"cmd":"subscribe","channel":"news","last_event_id":null}',
-            codec.Subscribe(channel=NEWS),
+            codec.SubscribeCommand(channel=NEWS),
         ),
     ],
 )

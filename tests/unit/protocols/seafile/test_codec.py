@@ -11,8 +11,8 @@ from relay.core.model import Channel, EntryID, Event
 from relay.protocols.seafile import codec
 from relay.protocols.seafile.codec import (
     BadMessage,
-    Subscribe,
-    Unsubscribe,
+    LibrarySubscribe,
+    LibraryUnsubscribe,
     event_message,
     jwt_expired,
     message,
@@ -24,13 +24,13 @@ A = "aaaaaaaa-0000-4000-8000-000000000000"
 
 def test_subscribe_with_any_number_of_libraries() -> None:
     text = b'{"type":"subscribe","content":{"repos":[{"id":"x","jwt_token":"t"},{"id":"y"}]}}'
-    assert parse(text) == [Subscribe("x", "t", None), Subscribe("y", "", None)]
+    assert parse(text) == [LibrarySubscribe("x", "t", None), LibrarySubscribe("y", "", None)]
 
 
 def test_both_forms_of_unsubscribe() -> None:
     assert parse(b'{"type":"unsubscribe","content":{"repos":[{"id":"x"},"y"]}}') == [
-        Unsubscribe("x"),
-        Unsubscribe("y"),
+        LibraryUnsubscribe("x"),
+        LibraryUnsubscribe("y"),
     ]
 
 
@@ -50,7 +50,7 @@ def test_tolerated(text: bytes) -> None:
 
 def test_names_in_any_case() -> None:
     text = b'{"TYPE":"subscribe","Content":{"REPOS":[{"Id":"x","JWT_Token":"t"}]}}'
-    assert parse(text) == [Subscribe("x", "t", None)]
+    assert parse(text) == [LibrarySubscribe("x", "t", None)]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_anything_else_ends_the_connection(text: bytes) -> None:
 
 def test_after_is_ours() -> None:
     text = b'{"type":"subscribe","content":{"repos":[{"id":"x","jwt_token":"t","after":"5-1"}]}}'
-    assert parse(text) == [Subscribe("x", "t", EntryID(5, 1))]
+    assert parse(text) == [LibrarySubscribe("x", "t", EntryID(5, 1))]
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ def test_jwt_expired_is_one_frame() -> None:
     assert jwt_expired(A) == bytes((0x81, len(text))) + text
 
 
-async def _in_parts(text: bytes) -> list[codec.Subscribe | codec.Unsubscribe]:
-    found: list[codec.Subscribe | codec.Unsubscribe] = []
+async def _in_parts(text: bytes) -> list[codec.LibrarySubscribe | codec.LibraryUnsubscribe]:
+    found: list[codec.LibrarySubscribe | codec.LibraryUnsubscribe] = []
     async for part in codec.parts(text):
         found += codec.parse(part)
     return found

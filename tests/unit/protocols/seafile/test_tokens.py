@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from relay.protocols.seafile.tokens import Claims, Refused, SeafTokens
+from relay.protocols.seafile.tokens import InvalidSeafileToken, SeafileClaims, SeafTokens
 from tests.support.seafile import sign
 
 # Shorter than RFC 7518 wants, as the keys in use are.
@@ -28,7 +28,7 @@ def check(
 @pytest.mark.parametrize("algorithm", ["HS256", "HS384", "HS512"])
 def test_hmac_of_any_length_counts(algorithm: str) -> None:
     token = signed(algorithm=algorithm, exp=GOOD, repo_id="r", username="u")
-    assert SeafTokens(KEY).read(token, NOW) == Claims(GOOD, "r", "u")
+    assert SeafTokens(KEY).read(token, NOW) == SeafileClaims(GOOD, "r", "u")
 
 
 @pytest.mark.parametrize(
@@ -46,29 +46,29 @@ def test_hmac_of_any_length_counts(algorithm: str) -> None:
     ],
 )
 def test_exp_is_a_whole_number_in_the_future(claims: dict[str, Any]) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(InvalidSeafileToken):
         SeafTokens(KEY).read(sign(KEY, **claims), NOW)
 
 
 def test_other_signatures_are_refused_and_no_text_holds_the_token() -> None:
     none = signed(algorithm="none", exp=GOOD)
     for token in (none, signed("another key", exp=GOOD), "", "x", "a.b.c", "é.é.é"):
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(InvalidSeafileToken) as refused:
             SeafTokens(KEY).read(token, NOW)
         assert len(token) < 2 or token not in str(refused.value)
 
 
 def test_without_a_key_nothing_is_valid() -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(InvalidSeafileToken):
         SeafTokens("").read(signed("", exp=GOOD), NOW)
-    with pytest.raises(Refused):
+    with pytest.raises(InvalidSeafileToken):
         SeafTokens("").check_sender("", None, NOW, clients=True)
 
 
 def test_the_first_generation_compares_the_shared_token() -> None:
     check("shared secret")
     for other in ("shared secret ", "", None, "Shared secret", "\udcff", "é"):
-        with pytest.raises(Refused):
+        with pytest.raises(InvalidSeafileToken):
             check(other)
 
 
@@ -82,7 +82,7 @@ def test_the_third_generation_is_the_second_word_of_authorization() -> None:
     for good in (f"Token {token}", f"Bearer {token}", f"x {token} y z"):
         check(authorization=good)
     for bad in (token, f"Token  {token}", "Token", "", f" {token.upper()}"):
-        with pytest.raises(Refused):
+        with pytest.raises(InvalidSeafileToken):
             check(authorization=bad)
     # Both generations at once: either is enough.
     check("nonsense", f"Token {token}")
@@ -90,7 +90,7 @@ def test_the_third_generation_is_the_second_word_of_authorization() -> None:
 
 def test_a_clients_token_posts_nothing_unless_asked_for() -> None:
     token = signed(exp=GOOD, repo_id="r", username="alice@example.com")
-    with pytest.raises(Refused):
+    with pytest.raises(InvalidSeafileToken):
         check(authorization=f"Token {token}")
     check(authorization=f"Token {token}", clients=True)
 
@@ -99,5 +99,5 @@ def test_several_keys_count_for_rotation() -> None:
     tokens = SeafTokens(f"{KEY}\n---\nold key")
     for key in (KEY, "old key"):
         assert tokens.read(sign(key, exp=GOOD), NOW).expires_at == GOOD
-    with pytest.raises(Refused, match="does not fit"):
+    with pytest.raises(InvalidSeafileToken, match="does not fit"):
         tokens.read(sign("---", exp=GOOD), NOW)

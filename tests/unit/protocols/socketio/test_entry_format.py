@@ -15,7 +15,7 @@ from relay.protocols.socketio import entry_format
 from relay.protocols.socketio.entry_format import (
     Audience,
     Emit,
-    Unusable,
+    UnusableEmit,
     audience,
     channel_of,
     room_of,
@@ -131,7 +131,7 @@ def test_any_room_has_a_workspace_and_back(name: str) -> None:
 
 
 def test_a_room_that_is_too_long_is_unusable() -> None:
-    with pytest.raises(Unusable):
+    with pytest.raises(UnusableEmit):
         channel_of("x" * 300)
 
 

@@ -22,7 +22,7 @@ from relay.transports.engineio.packets import (
 )
 from relay.transports.socket.heartbeat import Heartbeat
 from relay.transports.socket.reaper import Reaper
-from relay.transports.socketio.connection import Acknowledge, Connection
+from relay.transports.socketio.connection import Acknowledge, SocketIoConnection
 
 PLACEHOLDER = {"_placeholder": True, "num": 0}
 
@@ -31,7 +31,7 @@ class Door:
     """Accepts /axr with a token, refuses it without."""
 
     def __init__(self, engine: Engine) -> None:
-        self.connection = Connection(engine, self)
+        self.connection = SocketIoConnection(engine, self)
         self.said: list[Any] = []
         engine.on_message = self.connection.on_message
         engine.on_closed = self.connection.on_closed

@@ -19,7 +19,7 @@ from relay.transports.engineio.endpoint import Endpoint, Timing
 if TYPE_CHECKING:
     from relay.doorkit.contract import DoorContext
     from relay.protocols.pydio.accounts import Accounts
-    from relay.protocols.pydio.credentials import Reader
+    from relay.protocols.pydio.credentials import CredentialsReader
     from relay.protocols.pydio.registration import Surroundings
     from relay.protocols.pydio.settings import PydioSettings
     from relay.transports.engineio.engine import Engine
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _MAX_PAYLOAD_BYTES = 65536
 
 
-class NpmKind:
+class NpmService:
     """All clients of this kind on this worker."""
 
     def __init__(
@@ -37,7 +37,7 @@ class NpmKind:
         settings: PydioSettings,
         accounts: Accounts,
         around: Surroundings,
-        reader: Callable[[], Reader],
+        reader: Callable[[], CredentialsReader],
         on_count: Callable[[int], None],
     ) -> None:
         self.context = context
