@@ -25,18 +25,21 @@ if TYPE_CHECKING:
 
 
 class OpenSession(Protocol):
-    """Makes a client's session."""
+    """Opens a client's session."""
 
     async def __call__(
         self, principal: Principal, encoder: Encoder, client: Client, *, limit: int | None = None
     ) -> Session:
-        """As `hub.open`, after the user's connections on all workers have been counted: at most
-        `limit` of those that came in by this principal's door, where None stands for
-        `[hub] connections_per_user` of all doors. LimitExceeded, or Unavailable."""
+        """Open a session if the user's number of connections on all workers allows it.
+
+        `limit` is the maximum in this principal's protocol. None applies
+        `[hub] connections_per_user` to the connections in all protocols. LimitExceeded if there are
+        too many, Unavailable if they cannot be counted.
+        """
 
 
 class Publish(Protocol):
-    """Appends an event to its workspace's stream."""
+    """Appends an event to its channel's stream."""
 
     def __call__(
         self,
@@ -51,23 +54,25 @@ class Publish(Protocol):
         extra: Mapping[bytes, bytes] | None = None,
         unless_latest: bytes | None = None,
     ) -> asyncio.Future[EntryID]:
-        """The entry's ID, or the error why there is none. What is wrong with the entry itself is
-        raised at once: ValueError, LimitExceeded, Unavailable. `unless_latest` is the name of one
-        of `extra`: an event that equals the newest one of its type in that is not appended again,
-        and that one's ID is the answer."""
+        """Return a future with the entry's ID, or with the error.
+
+        An event that cannot be appended raises at once: ValueError, LimitExceeded or Unavailable.
+        `unless_latest` names one of the `extra` fields. If the newest event of this type has the
+        same value in it, nothing is appended, and the result is the ID of that event.
+        """
 
 
 class Command(Protocol):
-    """Tells all workers, through the control stream."""
+    """Sends a command to all workers through the control stream."""
 
     async def __call__(
         self, user: str, *, channel: Channel | None = None, door: str | None = None
     ) -> None:
-        """Unavailable where they could not be told."""
+        """Send it. Unavailable if Redis did not accept it."""
 
 
 class Bus(Protocol):
-    """Bytes from this worker to another of the site, whichever host it is on."""
+    """Sends bytes to another worker of the cluster, on any host."""
 
     instance: str
     # Names this worker in the IDs that clients see. It is random, and does not contain the host.
@@ -86,127 +91,132 @@ class Bus(Protocol):
 
 
 class Store(Protocol):
-    """Small values with a time limit, for all workers. Names are `<door>:<what>:<id>`.
+    """Small values with a time limit, shared by all workers. Names are `<protocol>:<kind>:<id>`.
 
-    Each raises Unavailable where Redis is away.
+    All methods raise Unavailable if Redis is unreachable.
     """
 
     async def claim(self, name: str, value: bytes, ttl_s: float) -> bytes | None:
-        """None where it is ours now, else what was there."""
+        """Write the value if there is none, and return None. Otherwise return the present value."""
 
     async def put(self, name: str, value: bytes, ttl_s: float) -> None:
-        """Write it, whatever was there."""
+        """Write the value, and replace a present one."""
 
     async def put_many(self, values: Mapping[str, bytes], ttl_s: float) -> None:
-        """All of them in one pipeline."""
+        """Write all values in one pipeline."""
 
     async def get(self, name: str) -> bytes | None:
-        """What is there."""
+        """Return the value, or None."""
 
     async def get_many(self, names: Sequence[str]) -> list[bytes | None]:
-        """What is there, in the order of the names, in one pipeline."""
+        """Return the values in the order of the names. They are read in one pipeline."""
 
     async def delete(self, name: str) -> None:
-        """Before its time is over."""
+        """Delete the value before it expires."""
 
     async def time_ms(self) -> int:
         """Return the clock of Redis, which entry IDs are made of, in milliseconds."""
 
 
 class Presence(Protocol):
-    """Who is in which channel, on all workers. Nothing need be refreshed; `info` is the door's
-    own."""
+    """Clients that are present in a channel, on all workers.
+
+    It refreshes itself. `info` has the protocol's own format.
+    """
 
     def add(self, channel: Channel, client: str, info: bytes) -> None:
-        """This worker's client is there from now on, or has another `info`. The ID is unique on
-        all workers."""
+        """Add a client of this worker, or change its `info`. `client` is unique on all workers."""
 
     def remove(self, channel: Channel, client: str) -> None:
-        """It is not; nothing where it was not."""
+        """Remove the client from the channel's presence. Do nothing if it is not present."""
 
     def read(self, channel: Channel) -> Awaitable[Mapping[str, bytes]]:
-        """Everyone there, with the info; within seconds without those of a worker that died.
-        Unavailable where Redis is away."""
+        """Return the info of all present clients by client.
+
+        Clients of a worker that died are removed within seconds. Unavailable if Redis is
+        unreachable.
+        """
 
     def on_gone(self, gone: Callable[[Channel, Mapping[str, bytes]], None]) -> None:
-        """`gone` is called with clients of a worker that died, on one of the others."""
+        """Call `gone` with the clients of a worker that died, on one of the other workers."""
 
 
 class Active(Protocol):
-    """What there is on all workers. Each raises Unavailable where Redis is away."""
+    """Channels and workers of the cluster. Unavailable if Redis is unreachable."""
 
     async def channels(self) -> list[Channel]:
-        """Those that a client of any door follows."""
+        """Return the channels that clients follow, in any protocol."""
 
     async def is_followed(self, channel: Channel) -> bool:
-        """Whether it is one of them."""
+        """Return True if a client follows the channel, in any protocol."""
 
     async def workers(self) -> list[str]:
-        """Instances, those included that died a moment ago."""
+        """Return the workers' instances. A worker that has just died is included."""
 
 
 class Spawn(Protocol):
-    """Starts a task of the relay."""
+    """Starts a task that ends with the relay."""
 
     def __call__(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
-        """`name` is what an operator sees."""
+        """Start it. `name` is shown to operators. An exception that it raises ends the relay."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoorContext:
-    """What every door works with.
-
-    `subscribe` asks the rights sources that take time, then the hub; the session's client is told
-    in a later turn. `publish_ephemeral` publishes an ephemeral event, and nobody learns whether
-    it arrived; ValueError where it cannot be one. `disconnect` and `unsubscribe` concern a user's
-    connections on all workers. `on_command` (a door's name, its function) hears the control
-    stream's commands for that door; `on_drop` (a function) that answers about a channel's or a
-    user's rights (None: all) are to be asked for again. `history` has the newest events of a
-    channel, at least so many if there are (Unavailable where Redis is away). `members` reads a
-    group that the application keeps, the Redis set `<prefix>group:<name>` of users (Unavailable
-    likewise). `read_token` turns a native JWT, or a token of a door that `ReadsTokens`, into a
-    principal (Unauthorized otherwise). `pass_on` gives a request without a body, with its
-    connection, to another worker (an instance) of this host: what the handler returns then; None
-    where that cannot be. `gather` gives it to the one worker of this host that gets all such
-    requests, so that one worker sees them in their order; None if that is this worker, or the
-    connection cannot be handed over. `is_connected` returns whether there is a connection to Redis
-    over which streams are read, and `wait_connected` waits for one. `spawn` runs a task that ends
-    with the relay; an exception that it lets out ends the relay. `http` is for requests to
-    applications. `insecure` concerns the native door only.
-    """
+    """The services that a protocol receives from the relay."""
 
     hub: Hub
+    # Open a session, and subscribe it. `subscribe` first requests answers about rights that take
+    # time. It calls the session's client in a later turn of the loop.
     open: OpenSession
     subscribe: Callable[[Session, Channel, Position | None], None]
     publish: Publish
+    # Publish an ephemeral event, without confirmation. ValueError if it cannot be ephemeral.
     publish_ephemeral: Callable[[Event], None]
+    # End a user's connections or subscriptions on all workers.
     disconnect: Command
     unsubscribe: Command
+    # Read the newest events of a channel, at least as many as requested if they exist. Unavailable
+    # if Redis is unreachable.
     history: Callable[[Channel, int], Awaitable[Snapshot]]
+    # Read the users of a group that the application stores in the Redis set `<prefix>group:<name>`.
+    # Unavailable if Redis is unreachable.
     members: Callable[[str], Awaitable[frozenset[str]]]
+    # Set the handler for a protocol's own commands on the control stream.
     on_command: Callable[[str, Callable[[str], None]], None]
+    # Set a handler that drops cached answers about a channel's or user's rights. None means all.
     on_drop: Callable[[Callable[[Channel | None, str | None], None]], None]
     bus: Bus
     store: Store
     presence: Presence
     active: Active
     spawn: Spawn
+    # For requests to applications. It stores no cookies.
     http: aiohttp.ClientSession
+    # Read a native JWT, or a token of a protocol that `ReadsTokens`. Unauthorized if it is neither.
     read_token: Callable[[str], Principal]
+    # Pass a request without a body, and its connection, to the worker of this instance on this
+    # host. The handler returns the result. None if that is not possible.
     pass_on: Callable[[web.Request, str], web.StreamResponse | None]
+    # Pass a request to the one worker of this host that receives all such requests, so that they
+    # keep their order. None if this is that worker, or if the connection cannot be passed.
     gather: Callable[[web.Request], web.StreamResponse | None]
+    # Whether there is a connection to Redis over which streams are read; wait for one.
     is_connected: Callable[[], bool]
     wait_connected: Callable[[], Awaitable[None]]
     metrics: Metrics
     client_buffer_bytes: int
+    # For the native protocol: anyone may read every channel.
     insecure: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listener:
-    """An address of a door's own. An empty `host` is that of [server], and so is TLS without a
-    certificate here; `plain`: never TLS, for clients that have none. `producers`: see
-    `Mounted`."""
+    """An additional address of a protocol. `producers`: see `Mounted`.
+
+    An empty `host` means that of [server]. Without a certificate, the TLS settings of [server]
+    apply. `plain` disables TLS, for clients that do not support it.
+    """
 
     port: int
     routes: Sequence[web.AbstractRouteDef]
@@ -218,13 +228,17 @@ class Listener:
 
 
 class Mounted(Protocol):
-    """A door at work. `routes` are for the shared listener or, where its section has a `port`, for
-    that one; `listeners` come on top. `drain_s`: seconds that its clients may stay at stop, where
-    they do not come back by themselves; None: they are asked to reconnect over `[node] drain_s`.
+    """A protocol that is being served.
 
-    `producers` are routes for programs that publish and do not retry. They are served until the
-    clients have gone, while new clients are rejected. They have the paths of `routes`, and take the
-    place of those on the same listener."""
+    `routes` are served on the shared listener, or on the protocol's own if its section has a
+    `port`. `listeners` are additional ones. `drain_s` is the time in seconds that clients may stay
+    connected during a stop, for clients that do not reconnect by themselves. If it is None, clients
+    are asked to reconnect over `[node] drain_s`.
+
+    `producers` are routes for programs that publish and do not retry. During a stop they are served
+    until the clients have disconnected, while new clients are rejected. They have the paths of
+    `routes`, and replace those on the same listener.
+    """
 
     routes: Sequence[web.AbstractRouteDef]
     producers: Sequence[web.AbstractRouteDef]
@@ -232,23 +246,22 @@ class Mounted(Protocol):
     drain_s: float | None
 
     def reload(self, settings: Any) -> None:  # its own section's class
-        """New settings for connections made from now on."""
+        """Use new settings for new connections."""
 
     async def closed(self) -> None:
-        """Returns once no client's socket is open any more."""
+        """Wait until the sockets of all clients are closed."""
 
 
 class FrontDoor(Protocol):
     """The `DOOR` of a protocol's `routes` module."""
 
     def mount(self, context: DoorContext, settings: Any) -> Mounted:  # its own section's class
-        """Return the protocol at work. Called only if `settings.is_open`; its paths are 404
-        otherwise."""
+        """Build the protocol. Called only if `settings.is_open`; otherwise its paths return 404."""
 
 
 @runtime_checkable
 class ReadsTokens(Mounted, Protocol):
-    """A door at work whose own tokens open its workspaces in the native door too."""
+    """A protocol whose tokens also give access to its channels in the native protocol."""
 
     def read_token(self, token: str) -> Principal | None:
-        """Whom it names and what it opens there; None where it is no valid token of this door."""
+        """Return the token's principal, or None if it is not a valid token of this protocol."""

@@ -1,4 +1,4 @@
-"""Answers with a time limit: bounded in number, dropped at once by channel or user."""
+"""A cache of the application's answers, limited in time and number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from relay.core.model import Channel
 
 
 class Question(NamedTuple):
-    """All that an answer depends on."""
+    """The values that an answer depends on."""
 
     user: str
     groups: frozenset[str]
@@ -18,7 +18,7 @@ class Question(NamedTuple):
 
 
 class Answers:
-    """Holds at most `limit` answers; the one that was not looked at for longest goes first."""
+    """Holds at most `limit` answers, and evicts the least recently used one."""
 
     __slots__ = ("_by_channel", "_by_user", "_clock", "_held", "_limit")
 
@@ -26,7 +26,7 @@ class Answers:
         self._limit = limit
         self._clock = clock
         self._held: OrderedDict[Question, tuple[bool, float]] = OrderedDict()
-        # A drop must not look through 100,000 answers while every client waits.
+        # Indexes, because a drop must not search 100,000 answers while all clients wait.
         self._by_channel: dict[str, set[Question]] = {}
         self._by_user: dict[str, set[Question]] = {}
 
@@ -34,7 +34,7 @@ class Answers:
         return len(self._held)
 
     def get(self, question: Question) -> bool | None:
-        """The answer, or None where there is none that still holds."""
+        """Return the answer, or None if there is none or it has expired."""
         held = self._held.get(question)
         if held is None:
             return None
@@ -45,13 +45,13 @@ class Answers:
         return held[0]
 
     def expires_in(self, question: Question) -> float | None:
-        """Seconds that the answer still holds; None where there is none."""
+        """Return the seconds until the answer expires, or None if there is none."""
         held = self._held.get(question)
         left = held[1] - self._clock() if held else 0.0
         return left if left > 0 else None
 
     def put(self, question: Question, answer: bool, hold_s: float) -> None:
-        """Holds `answer` for `hold_s`; 0 holds nothing."""
+        """Store the answer for `hold_s` seconds. 0 stores nothing."""
         if hold_s <= 0:
             return
         self._held[question] = answer, self._clock() + hold_s
@@ -62,7 +62,7 @@ class Answers:
             self._remove(next(iter(self._held)))
 
     def drop(self, channel: Channel | None, user: str | None) -> None:
-        """Forgets the answers of this channel and user; None stands for every one."""
+        """Remove the answers of this channel and user. None means every channel or user."""
         if channel is None and user is None:
             self._held.clear()
             self._by_channel.clear()
@@ -90,5 +90,5 @@ class Answers:
 
 
 def concerns(question: Question, channel: Channel | None, user: str | None) -> bool:
-    """Whether a drop of this channel and user (None: every one) is about this question."""
+    """Return True if dropping this channel and user (None: all) removes this question."""
     return channel in (None, question.channel) and user in (None, question.user)
