@@ -1,4 +1,4 @@
-"""What can be written after `relay`; nothing is done here."""
+"""The arguments of the command line."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ OPERATOR_EXIT_CODES = (
 def parse(
     arguments: Sequence[str] | None, foreigns: Sequence[ConfigurationImport] = ()
 ) -> argparse.Namespace:
-    """The arguments by name; with a usage error it leaves with exit code 2.
+    """Parse the command line. Exit with code 2 if it is not valid.
 
-    `foreigns` are the other servers whose configurations the doors read.
+    `foreigns` read the configurations of other servers; their options and commands are included.
     """
     configured = partial(_configured, foreigns=foreigns)
     parser = argparse.ArgumentParser(
         prog="relay",
         description="Delivers events from Redis streams to websocket and SSE clients.",
         epilog=_EXIT_CODES,
-        # An abbreviated --inse would be a loud option in a quiet form.
+        # Otherwise --inse would be accepted for --insecure.
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -51,7 +51,7 @@ def parse(
     serve.add_argument(
         "--insecure",
         action="store_true",
-        help="anyone may read every channel over SSE and WebSocket; for trying things out",
+        help="allow anyone to read all channels over SSE and WebSocket; for development only",
     )
 
     generate = _command(
@@ -62,26 +62,26 @@ def parse(
         "--config",
         type=Path,
         metavar="FILE",
-        help="write it to a new file; with another server's ending its smallest file",
+        help="write to a new file; another server's ending selects a minimal file for it",
     )
     convert = _command(
         commands, "convert-config", "print another server's configuration as an INI file"
     )
     configured(convert)
-    check = _command(commands, "checkconfig", "say whether `serve` would accept the configuration")
+    check = _command(commands, "checkconfig", "check the configuration as `serve` does")
     configured(check)
     _command(commands, "version", "print the version")
 
     token = _command(commands, "token", "print a token signed with the first [jwt] key")
     configured(token)
-    token.add_argument("--user", required=True, metavar="U", help="who it is for")
+    token.add_argument("--user", required=True, metavar="U", help="the user of the token")
     token.add_argument(
         "--channel",
         required=True,
         nargs="+",
         action="extend",
         metavar="C",
-        help="names, or patterns in which * matches anything",
+        help="channel names or patterns; * matches any characters",
     )
     token.add_argument("--group", nargs="+", action="extend", default=[], metavar="G")
     token.add_argument(
@@ -89,7 +89,7 @@ def parse(
         type=_ttl_s,
         default=86400.0,
         metavar="S",
-        help="seconds until it expires; default 86400, a day; 0: never",
+        help="seconds until the token expires (default 86400, one day); 0: never",
     )
 
     for name, about in (
@@ -116,11 +116,11 @@ def _operator(
     *,
     configured: Callable[[argparse.ArgumentParser], None],
 ) -> argparse.ArgumentParser:
-    """A command on a running site: where it is configured, and --json for scripts."""
+    """Add the parser of an operator's command, with the options that all of them have."""
     parser = _command(commands, name, about, exit_codes)
     configured(parser)
     _redis(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object a line, for scripts")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     return parser
 
 
@@ -149,7 +149,7 @@ def _configured(
 
 
 def _serving(parser: argparse.ArgumentParser) -> None:
-    """What serves under another server's command line is a relay all the same."""
+    """Add the options of relay to another server's command line."""
     _overrides(parser)
     _strict(parser)
     parser.add_argument(
@@ -161,7 +161,7 @@ def _strict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict",
         action="store_true",
-        help="do not start with a RELAY_ variable in the environment that is no setting",
+        help="fail if the environment has an unknown RELAY_ variable",
     )
 
 
@@ -172,7 +172,7 @@ def _overrides(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest="overrides",
         metavar="SECTION.KEY=VALUE",
-        help="one setting over file and environment; may be repeated",
+        help="override a setting of file or environment; can be repeated",
     )
 
 

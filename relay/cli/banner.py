@@ -1,4 +1,4 @@
-"""The few lines that `relay serve` prints when it is ready, each complete to copy."""
+"""The lines that `relay serve` prints when it is ready. Each can be copied as a whole."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def banner(
 
 
 def _native(config: Config, base: str, token: str, *, is_token: bool) -> Iterator[tuple[str, str]]:
-    """The lines of the native protocol, which may be disabled or have a port of its own."""
+    """Yield the lines of the native protocol, which may be disabled or have a separate port."""
     native = config.doors.get("protocol:native")
     if native is not None and not native.is_open:
         return
@@ -91,7 +91,7 @@ def _how_to_make_one(config: Config, make: Sequence[str]) -> str:
 
 
 def _doors(config: Config) -> Iterator[tuple[str, str]]:
-    """The doors that have a listener of their own."""
+    """Yield the name and URL of each protocol with a separate listener."""
     for name, section in config.doors.items():
         port = int(getattr(section, "port", 0))
         if port and section.is_open:
@@ -110,7 +110,7 @@ def _host(host: str) -> str:
 
 
 def _redis_cli(url: str) -> list[str] | None:
-    """What redis-cli needs to reach it; None where one command cannot say it."""
+    """Return redis-cli's options for this URL, or None if it needs more than one command."""
     parts = urlsplit(url)
     user = ["--user", parts.username, "--askpass"] if parts.username else []
     if not user and parts.password:

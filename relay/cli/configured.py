@@ -1,4 +1,4 @@
-"""Which configuration a command line means, and the commands that write or check one."""
+"""Load the configuration of a command line; `genconfig`, `checkconfig` and `convert-config`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from relay.protocols import door_settings, find_imports
 def configuration(
     options: argparse.Namespace, *, complete: bool = False, strict: bool = False
 ) -> Config:
-    """Return what file, environment and command line say together.
+    """Load the configuration from file, environment and command line.
 
     Args:
-        complete: another server's file must exist, although that server starts without it.
-        strict: an unknown RELAY_ variable is an error instead of a note.
+        complete: Raise ConfigError if another server's file is missing. Otherwise add a note.
+        strict: Raise ConfigError for an unknown RELAY_ variable instead of adding a note.
     """
     foreign = _translations(options)
     for each in foreign:
@@ -46,7 +46,7 @@ def configuration(
 
 
 def is_foreign(options: argparse.Namespace) -> bool:
-    """Whether another server's configuration is part of it."""
+    """Return True if the configuration includes another server's."""
     return any(each.said or each.missing for each in _translations(options))
 
 
@@ -70,7 +70,7 @@ def token_options(options: argparse.Namespace) -> list[str]:
 
 
 def _genconfig(options: argparse.Namespace) -> int:
-    """Print every setting, or write a new file; never over one that is there."""
+    """Print all settings, or write a new file. An existing file is never overwritten."""
     path: Path | None = options.config
     foreign = _foreign_file(options) if path else None
     every = {**SECTIONS, **door_settings(), **producer_settings()}
@@ -79,7 +79,7 @@ def _genconfig(options: argparse.Namespace) -> int:
         sys.stdout.write(text)
         return 0
     try:
-        # It holds a secret, or will.
+        # The file will contain secrets.
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise ConfigError(f"output config file already exists: {path}") from None
@@ -91,7 +91,7 @@ def _genconfig(options: argparse.Namespace) -> int:
 
 
 def _checkconfig(options: argparse.Namespace) -> int:
-    """Raise what `serve` would raise for this configuration; notes go to standard error."""
+    """Raise the same errors as `serve`, and print notes to standard error."""
     # Here, not above: the other commands need none of the server's modules.
     from relay.process import app
 
@@ -106,7 +106,7 @@ def _checkconfig(options: argparse.Namespace) -> int:
 
 
 def _convert_config(options: argparse.Namespace) -> int:
-    """Print another server's configuration as an INI file of ours."""
+    """Print another server's configuration as an INI file for relay."""
     translations = [each for each in _translations(options) if each.said or each.missing]
     if not translations or (options.config and _foreign_file(options) is None):
         suffixes = [suffix for foreign in find_imports() for suffix in foreign.suffixes]
@@ -114,7 +114,7 @@ def _convert_config(options: argparse.Namespace) -> int:
             f"{options.config or '-c FILE'}: needs another server's configuration; a file's name"
             f" ends in one of {', '.join(suffixes)}"
         )
-    # Everything in it is checked before anything is printed.
+    # Print nothing unless the whole configuration is valid.
     config = configuration(options, complete=True)
     text = ini([said for each in translations for said in each.said])
     _print_notes(config)
@@ -128,13 +128,13 @@ def _print_notes(config: Config) -> None:
 
 
 def _commanded(options: argparse.Namespace) -> ConfigurationImport | None:
-    """The other server whose command line this is."""
+    """Return the reader of the other server's command line, or None."""
     foreign: ConfigurationImport | None = getattr(options, "foreign", None)
     return foreign
 
 
 def _foreign_file(options: argparse.Namespace) -> ConfigurationImport | None:
-    """Whose file `-c` names; None where it is ours or is not given."""
+    """Return the reader for the file of `-c`, or None if it is an INI file or missing."""
     path: Path | None = options.config
     commanded = _commanded(options)
     if path is None:

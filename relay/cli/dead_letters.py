@@ -19,7 +19,7 @@ _HEAD = ("ID", "FROM", "ENTRY", "AGE", "REASON")
 
 
 async def dead_letters(site: OperatorContext, options: argparse.Namespace) -> int:
-    """What `action` says."""
+    """Run the action: list, show, requeue or drop."""
     match options.action:
         case "list":
             return await _list(site, options)
@@ -41,7 +41,7 @@ async def _list(site: OperatorContext, options: argparse.Namespace) -> int:
                 for letter in page:
                     emit(_values(letter))
                 continue
-            # Without the fields: there may be thousands of letters of 64 KiB.
+            # Keep only the columns: there may be thousands of dead letters of 64 KiB.
             rows += [
                 [
                     str(letter.id),
@@ -91,7 +91,7 @@ async def _show(site: OperatorContext, options: argparse.Namespace) -> int:
     try:
         fields = dead_letter_list.fields_of(letter)
     except RelayError:
-        # Of a kind that this version does not know: as it is.
+        # Written by another version: print it unparsed.
         if "fields" in letter.values:
             print(f"{'fields':<12}{safe(letter.values['fields'])}")
         return 0
@@ -170,7 +170,7 @@ async def _drop(site: OperatorContext, options: argparse.Namespace) -> int:
         finally:
             progress.end()
     else:
-        # All are looked up before any is removed: a mistyped ID changes nothing.
+        # Look up all of them first, so that a mistyped ID changes nothing.
         chosen = [letter.id async for letter in _chosen(site, options)]
         removed = await dead_letter_list.drop(site.client, site.keys, chosen)
     if options.json:

@@ -1,4 +1,4 @@
-"""`relay publish` and `relay tail`: one event in, all events out."""
+"""`relay publish` and `relay tail`: publish an event, follow a channel."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _AGAIN_S = 0.5
 
 
 async def publish(site: OperatorContext, options: argparse.Namespace) -> int:
-    """Append; the ID on standard output."""
+    """Append an event and print its ID."""
     channel = channel_of(options.channel)
     try:
         data = sys.stdin.buffer.read() if options.data == "-" else os.fsencode(options.data)
@@ -68,7 +68,7 @@ async def publish(site: OperatorContext, options: argparse.Namespace) -> int:
 
 
 async def tail(site: OperatorContext, options: argparse.Namespace) -> int:
-    """Until ^C, or until the reader of standard output is gone."""
+    """Follow a channel until SIGINT, or until standard output is closed."""
     follower = _Tail(site, channel_of(options.channel), as_json=options.json)
     with contextlib.suppress(BrokenPipeError):
         with _interrupting(follower), contextlib.suppress(asyncio.CancelledError):
@@ -80,16 +80,16 @@ async def tail(site: OperatorContext, options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _interrupting(follower: _Tail) -> Iterator[None]:
-    """^C ends it, whatever it waits for."""
+    """Cancel the current task on SIGINT."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
 
     def stop() -> None:
-        # Said twice: a cancellation alone may come out of a library as its own error.
+        # The flag as well: a library may convert the cancellation to an error of its own.
         follower.stopped = True
         if task is not None:
             task.cancel()
 
-    # Signals belong to the main thread; in another one there is no ^C.
+    # Signal handlers work in the main thread only.
     with contextlib.suppress(ValueError, RuntimeError):
         loop.add_signal_handler(signal.SIGINT, stop)
     try:
@@ -100,7 +100,7 @@ def _interrupting(follower: _Tail) -> Iterator[None]:
 
 
 class _Tail:
-    """Its place in the stream is judged at each look, so that a loss is said."""
+    """Follows one channel. Each read checks the position, and missing events are reported."""
 
     def __init__(self, site: OperatorContext, channel: Channel, *, as_json: bool) -> None:
         self._site = site
@@ -112,7 +112,7 @@ class _Tail:
         self._reader_gone.register(sys.stdout.fileno(), select.POLLERR)
 
     async def run(self, after: EntryID | None) -> None:
-        """The first look must succeed; later ones are tried again for ever."""
+        """Raise if the first read fails. Retry later reads until interrupted."""
         self._begin(await self._look(after or ZERO_ID, PAGE if after else 1), after)
         away = False
         while not (self.stopped or self._reader_gone.poll(0)):
@@ -151,7 +151,7 @@ class _Tail:
             say(f"{after} is later than the last entry, {state.last}; going on after that one")
             self._position = self._at_the_end(view)
         else:
-            # Any ID may be given, as one made of a time; so its own entry need not be there.
+            # The ID may be made of a time, so its entry need not exist.
             self._position = Position(after, None, state.incarnation, None)
             whole = state.added == state.length or untrimmed(Position(after), state)
             if state.max_deleted > after or not whole:
@@ -159,7 +159,7 @@ class _Tail:
             self._show(view)
 
     def _whole(self, view: View) -> bool:
-        """Says what may be missing; False where the place is another one now."""
+        """Report missing events. Return False if the position has changed."""
         state, position = view.state, self._position
         if position.id == ZERO_ID and position.added is None:
             return True
@@ -199,13 +199,13 @@ class _Tail:
         digest = newest.digest if newest and newest.id == state.last else None
         if digest is None and state.last == self._position.id:
             digest = self._position.digest
-        # Of an empty past nothing can be lost with a new life.
+        # An empty stream cannot lose entries in a new incarnation.
         incarnation = None if state.last == ZERO_ID else state.incarnation
         return Position(state.last, state.added, incarnation, digest)
 
 
 def _line(record: Record) -> str:
-    """ID, type, client, data; `-` for what is not there. Control characters are escaped."""
+    """Return ID, type, client and data, `-` for missing ones, with control characters escaped."""
     body = record.body
     if isinstance(body, Event):
         parts = [body.type or "-", body.client or "-", body.data.decode()]

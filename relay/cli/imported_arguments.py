@@ -1,4 +1,4 @@
-"""What doors add to the command line for other servers' configurations."""
+"""Options and commands for the configurations of other servers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 from relay.cli.operator_arguments import Commands
 from relay.config.imported import ConfigurationImport
 
-# Their flags have names of ours, with other meanings.
+# A prefix, because their flags have the same names as ours with other meanings.
 _DEST = "foreign:"
 _ACTIONS = ("genconfig", "checkconfig", "version", "help")
 
 
 def add_options(parser: argparse.ArgumentParser, foreigns: Sequence[ConfigurationImport]) -> None:
-    """One option for each folder or file that `-c` cannot name."""
+    """Add an option for each directory or file that cannot be passed as `-c`."""
     for foreign in foreigns:
         if foreign.option:
             parser.add_argument(
@@ -33,9 +33,9 @@ def add_commands(
     command: Callable[[Commands, str, str], argparse.ArgumentParser],
     process: Callable[[argparse.ArgumentParser], None],
 ) -> None:
-    """`relay COMMAND`, with the other server's own flags.
+    """Add `relay COMMAND` with the flags of the other server.
 
-    `command` makes a parser; `process` adds what a serving process takes besides.
+    `command` creates a parser, and `process` adds the options of `serve`.
     """
     for foreign in foreigns:
         if not foreign.command:
@@ -73,12 +73,12 @@ def add_commands(
 
 
 def flags_of(options: argparse.Namespace) -> Mapping[str, str]:
-    """The flags of the other server's command line that were given, by name."""
+    """Return the given flags of the other server's command line by name."""
     given = {name: text for name, text in vars(options).items() if name.startswith(_DEST)}
     return {name.removeprefix(_DEST): text for name, text in given.items() if text is not None}
 
 
 def path_of(options: argparse.Namespace, foreign: ConfigurationImport) -> Path | None:
-    """What the door's own option names."""
+    """Return the path that was passed with the import's option, or None."""
     path: Path | None = getattr(options, _DEST + foreign.option, None)
     return path

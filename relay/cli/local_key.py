@@ -1,8 +1,8 @@
-"""The [jwt] key of a relay that nobody configured.
+"""Generate a [jwt] key for a relay without configuration.
 
-With the embedded Valkey and no key, one random key is made and kept beside the data, so that
-`scripts/run` and `relay token` work together at once. With a Redis of one's own it stays empty,
-and tokens are refused: other relays on that Redis would not know the key.
+With the embedded Valkey and without a key, a random key is stored beside the data, so that
+`scripts/run` and `relay token` work without configuration. With an external Redis the key stays
+empty and tokens are rejected, because other relays on that Redis do not have the key.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _NAME = "jwt.key"
 
 
 def data_folder(config: Config) -> Path:
-    """Where the embedded Valkey keeps its data."""
+    """Return the data directory of the embedded Valkey."""
     return Path(config.redis.embedded_dir or "data")
 
 
 def uses_local_key(config: Config) -> bool:
-    """No key is configured, and one made here would do."""
+    """Return True if no key is configured and a generated key can be used."""
     return (
         config.redis.url == "embedded"
         and config.jwt.algorithm.startswith("HS")
@@ -36,7 +36,7 @@ def uses_local_key(config: Config) -> bool:
 
 
 def with_local_key(config: Config) -> Config:
-    """`config` with the data folder's key where `uses_local_key`; it is made once."""
+    """Return `config` with the generated key if `uses_local_key`. It is generated once."""
     if not uses_local_key(config):
         return config
     folder = data_folder(config)
@@ -52,12 +52,12 @@ def with_local_key(config: Config) -> Config:
 
 def _read_or_make(path: Path) -> str:
     if not path.exists():
-        # Complete before it has its name: another process may read it in the same moment.
+        # Write the file before linking its name: another process may read it at the same time.
         fresh = path.with_name(f"{_NAME}.{secrets.token_hex(8)}")
         with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_urlsafe(48) + "\n")
         try:
-            # Unlike a rename, a link leaves alone what another process has put there first.
+            # Unlike a rename, a link does not replace the key of another process.
             os.link(fresh, path)
         except FileExistsError:
             pass

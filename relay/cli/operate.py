@@ -1,4 +1,4 @@
-"""Runs an operator's command in a loop of its own; imported only where there is one to run."""
+"""Run an operator's command in an event loop."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _COMMANDS: Mapping[str, Command] = {
 def run(options: argparse.Namespace) -> int:
     """Run the command in an event loop and return its exit code."""
     code = asyncio.run(_run(options, configuration(options)))
-    # Here, where a reader that has gone is still an exception with a meaning.
+    # Flush here, where BrokenPipeError is still handled.
     sys.stdout.flush()
     return code
 

@@ -1,4 +1,4 @@
-"""What can be written after the commands that look at a running site and tend it."""
+"""The arguments of operators' commands, which inspect and change running workers."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ _STATUS_EXIT_CODES = (
 
 
 class Operator(Protocol):
-    """Makes the parser of one command, with what all of them take."""
+    """Adds the parser of one command with the options that all of them have."""
 
     def __call__(
         self, commands: Commands, name: str, about: str, exit_codes: str = ...
     ) -> argparse.ArgumentParser:
-        """The parser, for this command's own arguments."""
+        """Return the parser, to add the arguments of this command."""
 
 
 def add(commands: Commands, operator: Operator) -> None:
-    """All parsers of this page."""
+    """Add all operators' commands."""
     publish = operator(commands, "publish", "append an event to CHANNEL and print its ID")
     publish.add_argument("channel", metavar="CHANNEL")
     publish.add_argument("data", metavar="DATA", help="JSON or any text; -: standard input")
@@ -151,7 +151,7 @@ def _dead_letters(commands: Commands, operator: Operator) -> None:
 
 
 def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """What the parsers cannot say themselves; leaves with exit code 2."""
+    """Check combinations of arguments. Exit with code 2 if one is not valid."""
     if getattr(options, "ids", None) is not None and bool(options.ids) == options.all:
         parser.error(f"dead-letters {options.action}: give IDs, or --all")
 

@@ -1,4 +1,4 @@
-"""What every operator's command works on: the configuration, a client of its Redis, the keys."""
+"""Context of operators' commands: configuration, Redis client and key names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorContext:
-    """One Redis with its relays."""
+    """Configuration, Redis client and key names of one installation."""
 
     config: Config
     client: RedisClient
@@ -29,13 +29,13 @@ class OperatorContext:
 
 @asynccontextmanager
 async def operator_context(config: Config) -> AsyncIterator[OperatorContext]:
-    """The site that is configured; nothing is connected before the first command."""
+    """Create the context. The client connects with its first command."""
     async with redis_client(config.redis) as client:
         yield OperatorContext(config=config, client=client, keys=Keys(config.redis.prefix))
 
 
 def channel_of(text: str) -> Channel:
-    """Return CHANNEL of the command line; RelayError if no channel can have this name."""
+    """Return CHANNEL of the command line. Raise RelayError if the name is not valid."""
     try:
         channel = parse_channel(text)
     except ValueError as exc:
@@ -46,7 +46,7 @@ def channel_of(text: str) -> Channel:
 
 
 def user_of(text: str) -> str:
-    """USER on the command line; RelayError where none can have this name."""
+    """Return USER of the command line. Raise RelayError if the name is not valid."""
     try:
         if text.encode():
             return text

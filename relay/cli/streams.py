@@ -1,4 +1,4 @@
-"""`relay streams` and `relay trim`: what the streams hold, and less of it."""
+"""`relay streams` and `relay trim`: list streams, remove old entries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HEAD = ("CHANNEL", "ENTRIES", "FIRST", "LAST", "AGE", "RETENTION", "WORKERS", "
 
 
 async def streams(site: OperatorContext, options: argparse.Namespace) -> int:
-    """Sorted by channel. 1 where a pattern matches none."""
+    """List streams sorted by channel. Raise RelayError if the pattern matches none."""
     progress = Progress("streams")
     found: list[StreamOverview] = []
     try:
@@ -60,9 +60,9 @@ def _show(site: OperatorContext, found: list[StreamOverview], alive: set[str]) -
         )
         key = site.keys.stream(stream.channel).decode()
         if f"{{{stream.channel}}}" not in key:
-            # Only if it cannot be guessed from the name.
+            # Show the key only if it differs from the channel's name.
             rows.append([f"  key: {key}"])
-        # A line of its own for each that is not simply alive and up to date.
+        # One remark for each consumer group that is behind or has no live worker.
         rows += [
             [f"  {follower.name}: {_behind(follower)}{_state(follower, alive)}"]
             for follower in followers
@@ -120,7 +120,7 @@ def _values(site: OperatorContext, stream: StreamOverview, alive: set[str]) -> d
 
 
 async def trim(site: OperatorContext, options: argparse.Namespace) -> int:
-    """At once and exactly, unlike the retention job."""
+    """Trim exactly, unlike the retention job, which trims approximately."""
     channel = channel_of(options.channel)
     max_entries, max_age_s = options.max_entries, options.max_age
     if max_entries is None and max_age_s is None:

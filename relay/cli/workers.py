@@ -1,4 +1,4 @@
-"""`relay workers`, `relay status`, and the commands that go to all workers."""
+"""`relay workers`, `relay status`, `relay disconnect` and `relay unsubscribe`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HEAD = (
 
 
 async def workers(site: OperatorContext, options: argparse.Namespace) -> int:
-    """By host; the registered ones that are silent too."""
+    """List workers by host, including registered ones without a heartbeat."""
     living, silent = await list_workers(site.client, site.keys)
     living.sort(key=lambda node: (node.host, node.instance))
     now_ms = await connect.time_ms(site.client)
@@ -94,7 +94,7 @@ def _values(node: WorkerInfo, now_ms: int) -> dict[str, object]:
 
 
 async def status(site: OperatorContext, options: argparse.Namespace) -> int:
-    """0 where nothing is wrong, else 1 and a line on standard error for each thing."""
+    """Return 0 if all is well; otherwise 1, with one line per problem on standard error."""
     values: dict[str, Any] = {"good": False, "redis": False}
     wrong: list[str] = []
     try:
@@ -170,7 +170,7 @@ def _show(values: dict[str, Any]) -> None:
 
 
 async def disconnect(site: OperatorContext, options: argparse.Namespace) -> int:
-    """Append the command to the control stream; each worker obeys at its next wake-up."""
+    """Append the command to the control stream. Each worker applies it at its next wake-up."""
     user = user_of(options.user)
     entry_id = await control.publish(site.client, site.keys, control.DisconnectUser(user=user))
     await _sent(site, options, entry_id, f"close all connections of {user}", {"user": user})
@@ -178,7 +178,7 @@ async def disconnect(site: OperatorContext, options: argparse.Namespace) -> int:
 
 
 async def unsubscribe(site: OperatorContext, options: argparse.Namespace) -> int:
-    """Like `disconnect`, for one channel."""
+    """End the user's subscriptions to one channel through the control stream."""
     channel, user = channel_of(options.channel), user_of(options.user)
     command = control.UnsubscribeUser(channel=channel, user=user)
     entry_id = await control.publish(site.client, site.keys, command)
@@ -194,7 +194,7 @@ async def _sent(
     what: str,
     values: dict[str, object],
 ) -> None:
-    """Print what is known: how many workers there are, not whether the user was connected."""
+    """Print the number of workers. Whether the user was connected is unknown."""
     count = len(await live_workers(site.client, site.keys))
     if options.json:
         emit({"id": str(entry_id), "workers": count, **values})

@@ -1,12 +1,12 @@
-"""The configuration: file, environment and command line become the frozen sections of settings.
+"""Load the configuration from file, environment and command line.
 
-Promise: what is wrong is one ConfigError of one line that names the place (file and section,
-environment variable or option), the setting and what is allowed, never a secret's value.
+Every error is a ConfigError of one line that names the source (file and section, environment
+variable or option), the setting and the allowed values, but never the value of a secret.
 
-Order, later wins: code defaults, other servers' configurations (`imported`), file, environment
-`RELAY_<SECTION>_<KEY>`, `--set`, flags.
-A section [namespace:NAME] takes what it does not set from [namespace]; a door's own sections,
-[protocol:DOOR:NAME], take nothing from anywhere and become a field of [protocol:DOOR].
+Each source overrides the ones before it: defaults, configurations of other servers (`imported`),
+file, environment `RELAY_<SECTION>_<KEY>`, `--set`, flags. A section [namespace:NAME] inherits from
+[namespace]. Subsections of a protocol, [protocol:PROTOCOL:NAME], inherit nothing and become a
+field of [protocol:PROTOCOL].
 """
 
 from __future__ import annotations
@@ -90,12 +90,11 @@ _BY_DEFAULT = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Everything that was configured; a reload makes a new one.
+    """The complete configuration. A reload creates a new one.
 
-    `namespaces` has the sections [namespace:NAME] by name, and [namespace] itself under ''; `doors`
-    and `producers` have theirs by the sections' full names.
-    `notes` are lines for the operator: unknown variables, and what other servers' configurations
-    say without effect. `origins` has the place of each setting that was given, by `[section] key`.
+    `namespaces` maps NAME to [namespace:NAME], and '' to [namespace]. `doors` and `producers` map
+    full section names. `notes` are warnings: unknown variables, and options of other servers that
+    have no effect. `origins` maps `[section] key` to the source of each configured setting.
     """
 
     node: NodeSettings
@@ -124,13 +123,13 @@ class Config:
         return origin if setting in origin else f"{setting} (set by {origin})"
 
     def namespace(self, channel: Channel) -> NamespaceSettings:
-        """The rules of this channel's namespace."""
+        """Return the settings of the channel's namespace."""
         return self.namespaces.get(namespace_of(channel)) or self.namespaces[""]
 
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """One value as somebody wrote it; `where` and `text` together name it in an error."""
+    """One configured value. An error message begins with `where` and `text`."""
 
     where: str
     text: str
@@ -155,7 +154,7 @@ def load(
     foreign: Sequence[ImportedConfiguration] = (),
     strict: bool = False,
 ) -> Config:
-    """Return the configuration of one start or reload; raise ConfigError if anything is wrong.
+    """Load the configuration at a start or reload. Raise ConfigError if it is not valid.
 
     Args:
         overrides: the values of --set, SECTION.KEY=VALUE.
@@ -236,7 +235,7 @@ def after_reload(old: Config, new: Config) -> tuple[Config, list[str]]:
 
 
 def _sections(config: Config) -> Iterator[tuple[str, Section]]:
-    """All sections but the namespaces', by name."""
+    """Yield all sections except namespaces, with their names."""
     yield from ((name, getattr(config, name)) for name in SECTIONS if name != "namespace")
     yield from config.doors.items()
     yield from config.producers.items()
@@ -261,12 +260,12 @@ def _file(path: Path, classes: Mapping[str, type[Section]]) -> _Source:
         inline_comment_prefixes=None,
         delimiters=("=",),
         empty_lines_in_values=False,
-        # No section lends its values to all others; [DEFAULT] is as unknown as any other.
+        # Disable [DEFAULT], which would apply to all sections.
         default_section="\0",
     )
     parser.optionxform = str  # type: ignore[assignment,method-assign]  # keys keep their case
     try:
-        # A byte order mark is what some editors leave.
+        # Some editors write a byte order mark.
         parser.read_string(path.read_text(encoding="utf-8-sig"), source=str(path))
     except OSError as exc:
         raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from exc
@@ -381,7 +380,7 @@ def _class_of(section: str, classes: Mapping[str, type[Section]], where: str) ->
 
 
 def _check_indentation(text: str, cls: type[Section], where: str) -> None:
-    """ConfigError if an indented line, which continues the value above it, is a setting itself."""
+    """Raise ConfigError if an indented line, which continues a value, looks like a setting."""
     keys = set(_keys(cls))
     for line in text.splitlines()[1:]:
         name, equals, _ = line.partition("=")
@@ -419,7 +418,7 @@ def _near(word: str, known: Iterable[str]) -> str:
 
 
 def _merge(into: dict[str, _Given], values: Mapping[str, _Given], cls: type[Section]) -> None:
-    """One source's values over those of the sources before it."""
+    """Override the values of earlier sources."""
     for key, given in values.items():
         file_key = f"{key}_file"
         if _is_secret(cls, key) and file_key in values:
@@ -483,7 +482,7 @@ def _with_same(name: str, section: Section, sections: Mapping[str, Section]) -> 
 
 
 def _with_own(sections: dict[str, Section], name: str, field: str) -> Section:
-    """The section with its own sections in the field for them; they are taken from `sections`."""
+    """Return the section with its subsections, and remove these from `sections`."""
     section = sections[name]
     start = f"{name}:"
     own = {
@@ -493,7 +492,7 @@ def _with_own(sections: dict[str, Section], name: str, field: str) -> Section:
     }
     if not own:
         return section
-    # Only what somebody has set: see `Section.unservable`.
+    # Pass only configured fields, which `Section.unservable` depends on.
     given = {key: getattr(section, key) for key in section.model_fields_set}
     try:
         return type(section).model_validate({**given, field: own})

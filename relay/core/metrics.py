@@ -1,4 +1,4 @@
-"""Every counter and gauge by name, in one registry of its own per process."""
+"""All metrics of a process in one registry."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class _Notified(Protocol):
 
 
 class Metrics:
-    """What `/metrics` shows. Counters are incremented per batch, never per client."""
+    """Metrics of `/metrics`. Counters are incremented per batch, never per client."""
 
     def __init__(self, worker: int = 0, siblings: WorkerMemory | None = None) -> None:
-        """`worker` is the number of this one of several, 0 of an only one."""
+        """`worker` is the number of this worker, or 0 if there is only one."""
         self._worker = worker
         self.registry = CollectorRegistry(auto_describe=True)
         self.events = Counter(
@@ -129,16 +129,16 @@ class Metrics:
         self._worst_lag_s = max(self._worst_lag_s, age_s)
 
     def caught_up(self, count: int) -> None:
-        """Events offered from pages."""
+        """Count events that were delivered to lagging clients from pages."""
         if count:
             self._catch_up.inc(count)
 
     def offered(self) -> int:
-        """Events offered so far, in whatever way."""
+        """Return the number of all delivered events so far."""
         return round(_total(self.deliveries))
 
     def received(self) -> int:
-        """Entries read live so far."""
+        """Return the number of entries read live so far."""
         return round(_total(self.events))
 
     def notified(self, notice: _Notified, clients: int) -> None:
@@ -147,7 +147,7 @@ class Metrics:
             self.notices.labels(notice.kind, notice.reason).inc(clients)
 
     def exposition(self) -> bytes:
-        """The text format of Prometheus."""
+        """Return the metrics in the text format of Prometheus."""
         if not self._worker:
             return generate_latest(self.registry)
         return generate_latest(cast("CollectorRegistry", _Labelled(self.registry, self._worker)))
@@ -163,8 +163,10 @@ def _total(counter: Counter) -> float:
 
 
 class _Labelled:
-    """A registry's metrics with the worker's number: a scrape of the shared port may reach any of
-    them, and one's counters are not another's."""
+    """A registry whose metrics have a label with the worker's number.
+
+    A scrape of the shared port may reach any worker, and each has its own counters.
+    """
 
     def __init__(self, registry: CollectorRegistry, worker: int) -> None:
         self._registry = registry
@@ -172,7 +174,7 @@ class _Labelled:
 
     def collect(self) -> Iterator[Metric]:
         for metric in self._registry.collect():
-            # What already says which worker it is about keeps that.
+            # Keep an existing worker label.
             metric.samples = [
                 sample._replace(labels=self._label | sample.labels) for sample in metric.samples
             ]

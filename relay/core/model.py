@@ -13,7 +13,7 @@ from typing import NamedTuple, NewType
 
 Channel = NewType("Channel", str)
 
-# Doors map their own nouns into these prefixes; as namespaces of other doors they are refused.
+# Protocols prefix their channels with these. Other protocols must not use them as namespaces.
 RESERVED_NAMESPACES = frozenset({"seafile", "pydio", "axr"})
 # Every character is allowed except lone surrogates, which have no UTF-8. Keys escape what would
 # break them, see relay/stream/format/keys.py.
@@ -34,7 +34,7 @@ def _problem(text: str) -> str:
 
 
 def namespace_of(channel: Channel) -> str:
-    """The text before the first ':', or '' where there is none."""
+    """Return the text before the first ':', or '' if there is none."""
     head, colon, _ = channel.partition(":")
     return head if colon else ""
 
@@ -50,7 +50,7 @@ class EntryID(NamedTuple):
 
     @classmethod
     def parse(cls, text: str | bytes) -> EntryID:
-        """From `ms-seq` or `ms`; ValueError for anything else."""
+        """Parse `ms-seq` or `ms`. Raise ValueError for anything else."""
         if isinstance(text, bytes):
             text = text.decode("ascii")
         ms, dash, seq = text.partition("-")
@@ -146,7 +146,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Revocation:
-    """A revocation entry: after `id` nothing leaves for `user` on this stream."""
+    """A revocation entry: no event after `id` is delivered to `user` on this channel."""
 
     id: EntryID
     user: str
@@ -156,8 +156,8 @@ class Revocation:
 class Grant:
     """A grant entry: from `id` on a revocation of `user` no longer holds on this stream.
 
-    It is delivered to nobody and changes no subscription. Readers ask for rights as they are now:
-    a client that comes back after it reads everything after its own position.
+    It is not delivered and changes no subscription. Rights are always checked as of now: a client
+    that reconnects after a grant receives everything after its position.
     """
 
     id: EntryID
@@ -166,7 +166,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """An entry that cannot be delivered, and why; its raw fields go to the dead letters."""
+    """An entry that cannot be delivered. Its raw fields are moved to the dead letters."""
 
     id: EntryID
     reason: str
@@ -185,15 +185,15 @@ class Record:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Principal:
-    """Who a client is, as its door's credential says.
+    """The identity and rights of a client, from its credential.
 
     `user` is '' for anonymous. `expires_at` is seconds since the epoch, None for never.
     `channels` are the names that the token itself grants; a `*` in them is an ordinary character.
     `patterns`, where `*` matches any run of characters, come from native tokens only: the names in
     other protocols' tokens were chosen by users or by other servers. `unrestricted` is set by the
-    native door under --insecure only. `door` is where the client came in; `grant` is that door's
-    own rule for channels of its own namespace, and is asked at every check, so that it may change
-    its mind.
+    native protocol with --insecure only. `door` is the protocol of the client. `grant` is the
+    protocol's rule for channels of its own namespace; it is called at every check, so its result
+    may change.
     """
 
     user: str = ""
@@ -207,7 +207,7 @@ class Principal:
     grant: Callable[[Channel], bool] | None = field(default=None, compare=False, repr=False)
 
     def selectors(self) -> frozenset[str]:
-        """What an entry's `to` is matched against: `user:U`, `group:G`, `client:C`."""
+        """Return the selectors to match with an entry's `to`: `user:U`, `group:G`, `client:C`."""
         mine = {f"group:{group}" for group in self.groups}
         if self.user:
             mine.add(f"user:{self.user}")
