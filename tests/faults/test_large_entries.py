@@ -66,6 +66,6 @@ async def test_large_entries_after_small_ones_are_read_a_few_at_a_time(
                 for name in names:
                     group.create_task(_receive(door, name, count))
         assert _peak_mb(relay.pid) - before < 150
-        assert [line for line in relay.log if "no wake-up arrived" in line] == []
+        assert [line for line in relay.log if "no invalidation arrived" in line] == []
     finally:
         relay.kill()

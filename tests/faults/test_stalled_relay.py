@@ -23,7 +23,7 @@ async def test_it_reads_again_after_it_stood_still(valkey: Server, channel: str)
             client = await door.sse(channel)
             # Only while it sleeps between two proofs is silence what it finds first.
             for _ in range(20):
-                if any("no wake-up arrived" in line for line in relay.log):
+                if any("no invalidation arrived" in line for line in relay.log):
                     break
                 relay.send(signal.SIGSTOP)
                 await asyncio.to_thread(time.sleep, 0.5)
@@ -31,7 +31,7 @@ async def test_it_reads_again_after_it_stood_still(valkey: Server, channel: str)
                 await asyncio.sleep(0.3)
             relay.xadd(channel, data="1")
             assert (await client.next()).data == "1"
-            await until(lambda: any("no wake-up arrived" in line for line in relay.log))
+            await until(lambda: any("no invalidation arrived" in line for line in relay.log))
             assert await door.status("/readyz") == 200
     finally:
         relay.kill()

@@ -1,7 +1,7 @@
-"""Which channels have a follower on any worker, and which workers there are.
+"""Lists of the channels that are followed on any worker, and of the workers.
 
-A worker is subscribed to the ephemeral events of every channel that its clients follow; Redis knows
-at once when it is not any more, as when it was killed.
+Each worker subscribes to the ephemeral events of every channel that its clients follow. Redis ends
+the subscriptions as soon as the worker's connection is closed, even if the worker was killed.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ class ActiveChannels:
         self._keys = keys
 
     async def channels(self) -> list[Channel]:
-        """In no order."""
+        """Return the followed channels, in no particular order."""
         names = await self._link.call("PUBSUB", "CHANNELS", self._keys.ephemeral_pattern)
         found = map(self._keys.channel_of_ephemeral, cast("list[bytes]", names))
         return [channel for channel in found if channel is not None]
 
     async def is_followed(self, channel: Channel) -> bool:
-        """At this moment."""
+        """Return whether the channel is followed at this moment."""
         reply = await self._link.call("PUBSUB", "NUMSUB", self._keys.ephemeral(channel))
         return bool(cast("list[object]", reply)[1])
 
     async def workers(self) -> list[str]:
-        """Instances, those included that died a moment ago."""
+        """Return the instances of all workers, including those that died a moment ago."""
         names = await self._link.call("SMEMBERS", self._keys.nodes)
         return sorted(name.decode(errors="replace") for name in cast("set[bytes]", names))

@@ -1,7 +1,8 @@
-"""Bytes from one worker of the site to another, whichever host it is on.
+"""Message bus between workers on all hosts.
 
-Each worker listens to one pub/sub channel of its own. What is sent arrives at most once, in order
-between two workers; the sender learns whether anybody was there.
+Each worker subscribes to one pub/sub channel of its own. A message arrives at most once, and
+messages from one worker to another keep their order. The sender receives whether the recipient
+was subscribed.
 
     PUBLISH <p>bus:<address> <topic> NUL <sender's address> NUL <payload>
 
@@ -45,11 +46,11 @@ class ClusterBus:
 
     def send(self, address: str, topic: str, payload: bytes) -> asyncio.Future[bool]:
         """See `relay.doorkit.contract.Bus`."""
-        told: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        delivered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         if address == self.address:
             self._deliver(topic, address, payload)
-            told.set_result(True)
-            return told
+            delivered.set_result(True)
+            return delivered
         message = b"\0".join((topic.encode(), self.address.encode(), payload))
         sent = cast(
             "asyncio.Future[list[object]]",
@@ -58,20 +59,20 @@ class ClusterBus:
 
         def done(finished: asyncio.Future[list[object]]) -> None:
             if finished.cancelled():
-                told.cancel()
+                delivered.cancel()
                 return
             exc = finished.exception()
-            if told.done():
+            if delivered.done():
                 return
             if exc is not None:
-                told.set_exception(Unavailable(str(exc)))
-                # Whoever only tells, and does not ask, need not look.
-                told.exception()
+                delivered.set_exception(Unavailable(str(exc)))
+                # Callers that do not need the result do not retrieve the exception.
+                delivered.exception()
             else:
-                told.set_result(finished.result()[0] == 1)
+                delivered.set_result(finished.result()[0] == 1)
 
         sent.add_done_callback(done)
-        return told
+        return delivered
 
     def _on_message(self, _name: bytes, message: bytes) -> None:
         topic, found, rest = message.partition(b"\0")
@@ -82,10 +83,10 @@ class ClusterBus:
     def _deliver(self, topic: str, sender: str, payload: bytes) -> None:
         listener = self._listeners.get(topic)
         if listener is None:
-            # A newer relay on the same Redis may say more than this one knows.
-            _log.debug("nobody listens to %r", topic[:50])
+            # A newer relay on the same Redis may send topics that this version does not have.
+            _log.debug("Ignored a message on unknown topic %r", topic[:50])
             return
         try:
             listener(sender, payload)
-        except Exception:  # noqa: BLE001  # one message must not end the link of all others
-            _log.exception("a message of %s for %r failed", sender, topic[:50])
+        except Exception:  # noqa: BLE001  # one message must not end the connection of all others
+            _log.exception("Could not handle a message from %s on topic %r", sender, topic[:50])

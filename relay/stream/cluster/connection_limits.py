@@ -1,11 +1,13 @@
-"""How many connections a user has on all workers of all hosts, where their number is limited.
+"""Limit the connections of each user across all workers and hosts.
 
-Each worker keeps a hash of its own users and counts, which expires soon after the worker has died.
-A new connection is counted first and the others' counts are read in the same transaction: of two
-that come at once at two workers, with one seat left, exactly one gets it. Of more than that, one
-that is counted and then refused may cost another its place for that moment: never too many get in.
-Everything that waits is served by one transaction at a time. Without a limit nothing is written;
-an idle client costs nothing, a worker one command every RENEW_S.
+Each worker stores the connections of its own users in a hash, which expires soon after the worker
+has died. A new connection is added to the hash, and the hashes of the other workers are read in the
+same transaction. If two connections arrive at two workers at the same time and one more is allowed,
+exactly one is accepted. With more simultaneous connections, one that is counted and then rejected
+may cause another to be rejected too, but the limit is never exceeded.
+
+All waiting connections share one transaction at a time. Without a limit nothing is written. An idle
+client causes no commands, a worker one command every RENEW_S.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from relay.stream.format.keys import Keys
 
 RENEW_S = 2.0
-# As long as the clients of a host that died may be refused, since they seem to be there still.
+# After a host has died, its clients may be rejected for this long, because they are still counted.
 EXPIRY_S = 6
 
 # Name of an area in `Refusals`.
@@ -36,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Who(NamedTuple):
-    """A user in one door or, where that is None, in all of them together."""
+    """A user of one protocol, or of all protocols together if `door` is None."""
 
     user: str
     door: str | None
@@ -47,8 +49,10 @@ class _Who(NamedTuple):
 
 
 class ConnectionLimiter:
-    """This worker's part of the count; `limit` may be changed at any time, 0 is none. A door may
-    have a limit of its own beside it, which counts those who came in there."""
+    """The limiter of this worker. `limit` may be changed at any time; 0 means unlimited.
+
+    A protocol may have a limit of its own, which counts only the connections of that protocol.
+    """
 
     def __init__(
         self,
@@ -62,8 +66,18 @@ class ConnectionLimiter:
         dead: Callable[[str], bool],
         refusals: Refusals | None = None,
     ) -> None:
-        """`count` (by user, and door if not None) and `users` tell of the clients here; `dead` says
-        of another instance that it is known to have died, before its counts expire."""
+        """Create the limiter of one worker.
+
+        Args:
+            client: A client of the shared Redis.
+            keys: The names of its keys.
+            instance: The instance of this worker.
+            limit: Maximum connections per user.
+            count: Returns the local connections of a user, of one protocol or of all (None).
+            users: Returns the users that are connected to this worker.
+            dead: Returns True for a worker that is known to have died, before its hash expires.
+            refusals: Where refused commands are recorded.
+        """
         self.limit = limit
         self._refusals = refusals or Refusals()
         self._door_limits: dict[str, int] = {}
@@ -74,7 +88,7 @@ class ConnectionLimiter:
         self._count = count
         self._users = users
         self._dead = dead
-        # Seats asked for, and those of them that were given; a session then has them.
+        # Requested connections, and those of them that were accepted but have no session yet.
         self._reserved: Counter[_Who] = Counter()
         self._given: Counter[_Who] = Counter()
         self._waiting: list[tuple[_Who, asyncio.Future[None]]] = []
@@ -84,16 +98,20 @@ class ConnectionLimiter:
 
     @contextlib.asynccontextmanager
     async def seat(self, user: str, door: str | None = None, limit: int = 0) -> AsyncIterator[None]:
-        """Open the session inside. LimitExceeded where the user has too many: more than `limit` in
-        `door`, or without a door more than the limit of all. Unavailable where Redis cannot be
-        asked."""
+        """Reserve a connection; open the session within this context.
+
+        Raises:
+            LimitExceeded: The user has `limit` connections of the protocol `door`, or the maximum
+                of all protocols if `door` is None.
+            Unavailable: Redis is unreachable.
+        """
         if door is not None:
             self._door_limits[door] = limit
         who = _Who(user, door)
         if not user or not self._limit_of(who):
             yield
             return
-        # Those that are here suffice to refuse: a client that tries and tries costs Redis nothing.
+        # Local connections alone may reach the limit: repeated attempts then cause no commands.
         self._check(who, 0)
         self._reserved[who] += 1
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -110,13 +128,13 @@ class ConnectionLimiter:
             self.changed(user)
 
     def changed(self, user: str) -> None:
-        """A session of the user has begun or ended."""
+        """Update the count after a session of the user has begun or ended."""
         if user and self._limited():
             self._changed.add(user)
             self._work.set()
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Exchange counts with Redis until cancelled."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RENEW_S):
@@ -126,20 +144,22 @@ class ConnectionLimiter:
             try:
                 others = await self._exchange({who for who, _ in waiting})
             except (connect.CommandRefused, connect.RefusedForNow) as exc:
-                # Redis answers, but does not store counts. A limit that holds on each worker by
-                # itself is better than rejecting everybody.
+                # Redis is reachable but refuses writes. A limit per worker is better than rejecting
+                # all clients.
                 self._refusals.refused(
-                    COUNTS, exc.reply, "limits per user hold on each worker only"
+                    COUNTS, exc.reply, "connection limits apply to each worker separately"
                 )
                 self._written = False
                 self._admit(waiting, {who: 0 for who, _ in waiting})
                 await asyncio.sleep(0.2)
                 continue
             except RelayError as exc:
-                _log.debug("connections are not counted: %s", exc)
+                _log.debug("Could not count connections: %s", exc)
                 for _, answer in waiting:
                     if not answer.done():
-                        answer.set_exception(Unavailable("connections cannot be counted now"))
+                        answer.set_exception(
+                            Unavailable("the connection limit cannot be checked now")
+                        )
                 self._written = False
                 await asyncio.sleep(0.2)
                 continue
@@ -161,7 +181,7 @@ class ConnectionLimiter:
                 answer.set_result(None)
 
     async def leave(self) -> None:
-        """At an orderly stop, after the last client: its users may go elsewhere at once."""
+        """Delete the counts of this worker, after its last client was disconnected at shutdown."""
         if self._written:
             await connect.command(self._client, "DEL", self._own)
 
@@ -169,7 +189,7 @@ class ConnectionLimiter:
         return self.limit if who.door is None else self._door_limits.get(who.door, 0)
 
     def _limited(self) -> list[str | None]:
-        """The doors whose connections are counted; None stands for all together."""
+        """Return the protocols whose connections are counted. None means all together."""
         doors: list[str | None] = [door for door, limit in self._door_limits.items() if limit]
         return [None, *doors] if self.limit else doors
 
@@ -179,14 +199,14 @@ class ConnectionLimiter:
             raise LimitExceeded(f"more than {limit} connections of one user")
 
     async def _exchange(self, asked: set[_Who]) -> dict[_Who, int]:
-        """Write what changed here; how many connections those users have elsewhere."""
+        """Write local changes. Return the connections of these users on other workers."""
         users, self._changed = self._changed | {who.user for who in asked}, set()
         doors = self._limited()
         if not doors:
             self._written = False
             return dict.fromkeys(asked, 0)
         if not self._written:
-            # At first, after a reload that set a limit, and after an outage.
+            # At start, after a reload has set a limit, and after an outage.
             users |= {user for user in self._users() if user}
         changed = [_Who(user, door) for user in sorted(users) for door in doors]
         instances: list[str] = []
@@ -207,7 +227,7 @@ class ConnectionLimiter:
             with connect.translated():
                 replies: list[Any] = await transaction.execute()
         there, *found = replies[len(changed) :]
-        # No key is right where nobody is here; otherwise it was flushed, or expired in an outage.
+        # The key may be missing without users. Otherwise it was flushed or expired in an outage.
         self._written = bool(there) or not any(self._users())
         others = dict.fromkeys(wanted, 0)
         for index, raw in enumerate(found):

@@ -1,16 +1,16 @@
-"""Who is in a channel, on all workers, at no cost for those who stay.
+"""Presence: the clients of a channel on all workers, without periodic writes per client.
 
-One hash a channel has each client with the worker that it is on; an entry counts while that
-worker's heartbeat is there. So nothing is refreshed per client: a worker that is killed takes all
-of its clients with it, and what it left is removed by one worker of the site, which tells the doors
-who went. What changes in one turn of the loop leaves in one pipeline.
+One hash per channel contains each client with its worker. An entry is valid while the worker has a
+heartbeat, so nothing is refreshed per client. If a worker is killed, another worker removes its
+entries and notifies the protocols. Changes of one event loop iteration share one pipeline.
 
     HSET <p>presence:{C} <client> (<instance> LF <info>)
     SADD <p>present:<instance> <C>
 
-The set of a worker's channels leads to what it left behind. It also shows the worker itself, by one
-command every CHECK_S, that Redis has lost its data or that others took it for dead: then it writes
-all of its clients again, as it does with each new connection.
+The set lists the channels of one worker, so that its entries can be found after its death. Every
+CHECK_S the worker compares the size of the set with its own state. If Redis has lost data or
+another worker has removed the entries, the worker writes all of its clients again, as it does after
+each reconnect.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ClusterPresence:
         self.is_dead = dead
         self._spawn = spawn
         self._own: dict[Channel, dict[str, bytes]] = {}
-        # Clients of whom Redis may have something else than `_own`.
+        # Clients whose entries in Redis may differ from `_own`.
         self._changed: dict[Channel, set[str]] = {}
         self._planned = False
         self._asked: dict[Channel, list[asyncio.Future[dict[str, bytes]]]] = {}
@@ -73,18 +73,18 @@ class ClusterPresence:
 
     @property
     def in_use(self) -> bool:
-        """Whether clients of this worker are in any channel."""
+        """Return whether clients of this worker are present in any channel."""
         return bool(self._own)
 
     # ---- for doors ------------------------------------------------------------------------------
 
     def add(self, channel: Channel, client: str, info: bytes) -> None:
-        """The client is in the channel from now on, or has another `info`."""
+        """Add the client to the channel, or change its `info`."""
         self._own.setdefault(channel, {})[client] = info
         self._change(channel, client)
 
     def remove(self, channel: Channel, client: str) -> None:
-        """The client is no longer there; nothing where it was not."""
+        """Remove the client from the channel. Do nothing if it is not present."""
         mine = self._own.get(channel)
         if mine is None or mine.pop(client, None) is None:
             return
@@ -93,11 +93,11 @@ class ClusterPresence:
         self._change(channel, client)
 
     def on_gone(self, gone: Gone) -> None:
-        """`gone` is called on one worker of the site with the clients of one that died."""
+        """Register a callback for the clients of dead workers. One worker calls it."""
         self._on_gone.append(gone)
 
     def read(self, channel: Channel) -> asyncio.Future[dict[str, bytes]]:
-        """Who is in the channel, with the info. Unavailable where Redis is away."""
+        """Return the clients of the channel with their info, or fail with Unavailable."""
         answer: asyncio.Future[dict[str, bytes]] = asyncio.get_running_loop().create_future()
         self._asked.setdefault(channel, []).append(answer)
         if channel not in self._reading:
@@ -107,7 +107,7 @@ class ClusterPresence:
 
     async def _serve(self, channel: Channel) -> None:
         try:
-            # So that all who ask in one turn are served by one read.
+            # Let all requests of this event loop iteration share one read.
             await asyncio.sleep(0)
             while waiting := self._asked.pop(channel, None):
                 try:
@@ -136,7 +136,7 @@ class ClusterPresence:
         return found | self._own.get(channel, {})
 
     async def _entries(self, channel: Channel) -> dict[str, dict[str, bytes]]:
-        """What the hash has, by instance."""
+        """Return the entries of the hash, grouped by instance."""
         (reply,) = await self._long.call_all([("HGETALL", self._keys.presence(channel))])
         found: dict[str, dict[str, bytes]] = {}
         for client, value in cast("dict[bytes, bytes]", reply).items():
@@ -170,15 +170,15 @@ class ClusterPresence:
                 errors = [each for each in finished.result() if isinstance(each, ReplyError)]
                 if not errors:
                     return
-                _log.error("presence is not written: Redis refused: %s", errors[0])
-            # With the next connection, or the next check.
+                _log.error("Could not write presence (%s); retrying", errors[0])
+            # Written after the next reconnect or at the next check.
             for channel, clients in changed.items():
                 self._changed.setdefault(channel, set()).update(clients)
 
         sent.add_done_callback(written)
 
     def _commands(self, changed: Mapping[Channel, set[str]]) -> list[RedisCommand]:
-        # A channel is in the set before, and as long as, a client is in its hash.
+        # The set must contain a channel as long as its hash has clients of this worker.
         head = self._instance.encode() + b"\n"
         come: list[RedisCommand] = []
         go: list[RedisCommand] = []
@@ -207,14 +207,14 @@ class ClusterPresence:
         try:
             count = await self._link.call("SCARD", self._keys.present(self._instance))
         except RelayError as exc:
-            _log.debug("presence is not looked at: %s", exc)
+            _log.debug("Could not check presence: %s", exc)
             return
         if count != expected and len(self._own) == expected:
-            _log.info("presence is written again: Redis has %s of %d channels", count, expected)
+            _log.info("Writing presence again: Redis has %s of %d channels", count, expected)
             self._write_all()
 
     async def leave(self) -> None:
-        """For an orderly stop, after the last client: nothing is left for others to remove."""
+        """Remove the entries of this worker at shutdown, after its last client."""
         for channel, mine in self._own.items():
             self._changed.setdefault(channel, set()).update(mine)
         self._own.clear()
@@ -224,15 +224,17 @@ class ClusterPresence:
     # ---- what others left -----------------------------------------------------------------------
 
     async def clear(self, instance: str) -> None:
-        """Remove what a dead worker left, and tell the doors. Of several workers that do so at once
-        one tells of each client."""
+        """Remove the entries of a dead worker and notify the protocols.
+
+        If several workers do so at the same time, each client is reported once.
+        """
         key = self._keys.present(instance)
         (members,) = await self._long.call_all([("SMEMBERS", key)])
         for raw in cast("set[bytes]", members):
             try:
                 channel = parse_channel(raw.decode())
             except ValueError:
-                _log.warning("%r in the channels of %s is no channel", raw[:50], instance)
+                _log.warning("Ignored invalid channel %r of dead worker %s", raw[:50], instance)
             else:
                 await self._clear_channel(channel, instance)
             await self._long.call_all([("SREM", key, raw)])
@@ -248,8 +250,8 @@ class ClusterPresence:
                 if count == 1
             }
             if gone:
-                for tell in self._on_gone:
-                    tell(channel, gone)
+                for notify in self._on_gone:
+                    notify(channel, gone)
 
 
 def _batches(items: list[_T]) -> Iterator[list[_T]]:

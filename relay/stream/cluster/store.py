@@ -1,4 +1,4 @@
-"""Small values of doors with a time limit: who holds a session, where somebody was last."""
+"""Key-value store for protocols: small values with a time limit, such as the owner of a session."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class ClusterStore:
         self._keys = keys
 
     async def claim(self, name: str, value: bytes, ttl_s: float) -> bytes | None:
-        """None where it is ours now, else what was there."""
+        """Store the value if there is none. Return None on success, else the existing value."""
         ms = _ms(ttl_s)
         found = await self._link.call("SET", self._keys.store(name), value, "NX", "GET", "PX", ms)
         return cast("bytes | None", found)
 
     async def put(self, name: str, value: bytes, ttl_s: float) -> None:
-        """Write it, whatever was there."""
+        """Store the value, replacing an existing one."""
         await self._link.call("SET", self._keys.store(name), value, "PX", _ms(ttl_s))
 
     async def put_many(self, values: Mapping[str, bytes], ttl_s: float) -> None:
-        """All of them in one pipeline."""
+        """Store all values in one pipeline."""
         await self._link.call_all(
             [
                 ("SET", self._keys.store(name), value, "PX", _ms(ttl_s))
@@ -37,17 +37,17 @@ class ClusterStore:
         )
 
     async def get(self, name: str) -> bytes | None:
-        """What is there."""
+        """Return the value, or None."""
         return cast("bytes | None", await self._link.call("GET", self._keys.store(name)))
 
     async def get_many(self, names: Sequence[str]) -> list[bytes | None]:
-        """What is there, in the order of the names, in one pipeline."""
+        """Return the values in the order of the names. Sends one pipeline."""
         # Not MGET: on Redis Cluster these keys are in different slots.
         found = await self._link.call_all([("GET", self._keys.store(name)) for name in names])
         return cast("list[bytes | None]", found)
 
     async def delete(self, name: str) -> None:
-        """Before its time is over."""
+        """Delete the value."""
         await self._link.call("DEL", self._keys.store(name))
 
     async def time_ms(self) -> int:

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def new_instance(name: str) -> str:
-    """One process's own name: a restarted worker is another instance."""
+    """Return a unique name for this process. A restarted worker has another one."""
     return f"{name}:{secrets.token_hex(4)}"
 
 
@@ -48,19 +48,21 @@ class WorkerInfo:
     pid: int
     started: str
     version: str
-    # None: a worker of an older version does not say.
+    # None for a worker of an older version.
     ready: bool | None = None
     connections: int | None = None
     streams: int | None = None
     lag_ms: int | None = None
-    # What Redis refuses to this worker, as `/readyz` shows it.
+    # The commands that Redis refuses, as in `/readyz`.
     refused: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLoad:
-    """What a worker has to do at the moment of a beat. `lag_ms` is the largest age of an entry
-    when it was offered to the live clients, since the beat before."""
+    """The load of a worker at the time of a heartbeat.
+
+    `lag_ms` is the largest age at which an entry was delivered since the previous heartbeat.
+    """
 
     ready: bool
     connections: int
@@ -73,7 +75,7 @@ _FIELDS = frozenset(field.name for field in fields(WorkerInfo))
 
 
 def describe_this_worker(name: str, instance: str, version: str) -> WorkerInfo:
-    """Describes this process."""
+    """Return the description of this process."""
     return WorkerInfo(
         instance=instance,
         name=name,
@@ -109,9 +111,10 @@ class WorkerHeartbeat:
             await self.beat()
 
     async def beat(self) -> None:
-        """Write the heartbeat, and the registry too: a Redis that lost its data lost that as well.
+        """Write the heartbeat and the entry in the list of workers, in case Redis lost its data.
 
-        A Redis whose memory is full refuses SET and SADD. Then the heartbeat that it has is kept.
+        If the memory of Redis is full, it refuses SET and SADD. Then the existing heartbeat is kept
+        from expiring.
         """
         instance = self._worker.instance
         worker = replace(self._worker, **asdict(self._load())) if self._load else self._worker
@@ -135,7 +138,7 @@ class WorkerHeartbeat:
                 self._refusals.accepted(area)
 
     async def leave(self) -> None:
-        """For an orderly stop, after this worker has destroyed its groups."""
+        """Remove this worker from the list at shutdown, after it has destroyed its groups."""
         instance = self._worker.instance
         async with self._client.pipeline(transaction=False) as pipeline:
             pipeline.execute_command("DEL", self._keys.node(instance))
@@ -145,7 +148,7 @@ class WorkerHeartbeat:
 
 
 async def _registry(client: RedisClient, keys: Keys) -> dict[str, bytes | None]:
-    """Each registered instance and its heartbeat, None where that expired."""
+    """Return the heartbeat of each registered instance, None if it has expired."""
     members = await connect.command(client, "SMEMBERS", keys.nodes)
     instances = sorted(member.decode() for member in members)
     async with client.pipeline(transaction=False) as pipeline:
@@ -158,12 +161,12 @@ async def _registry(client: RedisClient, keys: Keys) -> dict[str, bytes | None]:
 
 
 async def live_workers(client: RedisClient, keys: Keys) -> list[WorkerInfo]:
-    """The workers whose heartbeat is there, by instance; one that says nonsense is left out."""
+    """Return the workers that have a heartbeat, sorted by instance. Skip malformed heartbeats."""
     return (await list_workers(client, keys))[0]
 
 
 async def list_workers(client: RedisClient, keys: Keys) -> tuple[list[WorkerInfo], list[str]]:
-    """The `live_nodes`, and the instances that are registered and silent: killed or cut off."""
+    """Return the live workers, and the registered instances without a heartbeat."""
     living, silent = [], []
     for instance, beat in (await _registry(client, keys)).items():
         if beat is None:
@@ -171,19 +174,19 @@ async def list_workers(client: RedisClient, keys: Keys) -> tuple[list[WorkerInfo
             continue
         try:
             values = orjson.loads(beat)
-            # A newer relay on the same Redis may say more than this one knows.
+            # Heartbeats of a newer version may have more fields.
             living.append(WorkerInfo(**{name: values[name] for name in values if name in _FIELDS}))
         except (ValueError, TypeError):
-            log.warning("the heartbeat of %s cannot be read", instance)
+            log.warning("Ignored the malformed heartbeat of worker %s", instance)
     return living, silent
 
 
 class DeadWorkerDetector:
-    """Which of the registered workers are dead.
+    """Detects registered workers that are dead.
 
-    A worker counts as dead when every look for `patience_s` found no heartbeat: after an outage of
-    Redis all have expired, and the first worker back must not take the others for dead. `dead` says
-    of a worker that it is known to have died; then nothing is waited for.
+    A worker is dead if every call of `look` within `patience_s` found no heartbeat. After an outage
+    of Redis all heartbeats have expired, so that a single look does not suffice. `dead` returns
+    True for a worker that is known to have died; it is reported at once.
     """
 
     def __init__(
@@ -201,7 +204,7 @@ class DeadWorkerDetector:
         self._silent_since: dict[str, float] = {}
 
     async def look(self) -> list[str]:
-        """Once; their instances."""
+        """Return the instances that are dead now."""
         registry = await _registry(self._client, self._keys)
         now = asyncio.get_running_loop().time()
         self._silent_since = {

@@ -1,7 +1,7 @@
-"""Lua scripts: each is one step that must not be seen half done; the data in it is opaque.
+"""Lua scripts for steps that must be atomic. Each script is defined beside its only user.
 
-Nothing is parsed in Lua: JSON there turns `[]` into `{}` and 12345678901234567890 into 1.23e19.
-A script may do only what the user who runs it may do by itself, so it needs no further rights.
+Scripts do not parse data: JSON in Lua turns `[]` into `{}` and 12345678901234567890 into 1.23e19.
+Redis checks the rights of the user for each command in a script, so scripts need no further rights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Script:
-    """One script by its hash; `load` must have been called once on the server."""
+    """A script and its SHA-1. EVALSHA works after `load` was called on the server."""
 
     __slots__ = ("sha", "text")
 
@@ -26,8 +26,8 @@ class Script:
 
 
 async def load(link: PipelineConnection, *scripts: Script) -> None:
-    """Make them known to the server behind `link`; CommandRefused where an ACL forbids it."""
+    """Load scripts into the server. Raise CommandRefused if an ACL forbids it."""
     for script in scripts:
         sha = cast(bytes, await link.call("SCRIPT", "LOAD", script.text))
         if sha.decode() != script.sha:
-            raise CommandRefused("SCRIPT LOAD", "the server calls it by another name")
+            raise CommandRefused("SCRIPT LOAD", "the server returned a different SHA-1")

@@ -1,11 +1,11 @@
-"""Every key name of the relay, and nothing else.
+"""The names of all keys.
 
-`<p>` is the prefix, `relay:` by default. The braces put all keys of one workspace into one Redis
-Cluster slot; a command or transaction over several keys stays within one workspace.
+`<p>` is the prefix, `relay:` by default. The braces put all keys of one channel into one Redis
+Cluster slot. A command or transaction with several keys uses keys of one channel only.
 
 | key                       | type    | holds                               | removed by           |
 | ------------------------- | ------- | ----------------------------------- | -------------------- |
-| `<p>stream:{C}`           | stream  | the events of workspace C           | its owner; jobs (1)  |
+| `<p>stream:{C}`           | stream  | the events of channel C             | its owner; jobs (1)  |
 | `<p>rights:{C}`           | hash    | user -> `r`, `rw` or `-` (refused)  | the application      |
 | `<p>control`              | stream  | commands to all workers             | trimmed by XADD      |
 | `<p>revoked:{C}`          | hash    | refused user -> their right before  | `relay grant`        |
@@ -96,7 +96,7 @@ class Keys:
         self.ephemeral_pattern = _GLOB.sub(rb"\\\1", self.prefix + b"ephemeral:{") + b"*}"
 
     def stream(self, channel: Channel) -> bytes:
-        """The stream of one workspace."""
+        """The stream of one channel."""
         return f"{self._text}stream:{{{escape(channel)}}}".encode()
 
     def rights(self, channel: Channel) -> bytes:
@@ -108,7 +108,7 @@ class Keys:
         return f"{self._text}revoked:{{{escape(channel)}}}".encode()
 
     def ephemeral(self, channel: Channel) -> bytes:
-        """The pub/sub channel of one workspace's live-only events."""
+        """The pub/sub channel of one channel's live-only events."""
         return f"{self._text}ephemeral:{{{escape(channel)}}}".encode()
 
     def dead_letter_mark(self, channel: Channel, entry_id: EntryID) -> bytes:
@@ -148,7 +148,7 @@ class Keys:
         return f"{self._text}users:{instance}".encode()
 
     def presence(self, channel: Channel) -> bytes:
-        """Who is in one workspace: client -> worker and info."""
+        """The clients of one channel: client -> worker and info."""
         return f"{self._text}presence:{{{escape(channel)}}}".encode()
 
     def present(self, instance: str) -> bytes:
@@ -176,15 +176,15 @@ class Keys:
         return f"{self._text}queue:{queue}".encode()
 
     def channel_of_stream(self, key: bytes) -> Channel | None:
-        """The workspace whose stream `key` is; None for every other key."""
+        """The channel whose stream `key` is; None for every other key."""
         return self._channel_of(self._stream, key)
 
     def channel_of_rights(self, key: bytes) -> Channel | None:
-        """The workspace whose rights hash `key` is; None for every other key."""
+        """The channel whose rights hash `key` is; None for every other key."""
         return self._channel_of(self.prefix + b"rights:{", key)
 
     def channel_of_ephemeral(self, name: bytes) -> Channel | None:
-        """The workspace whose live-only events the pub/sub channel `name` carries, or None."""
+        """The channel whose live-only events the pub/sub channel `name` carries, or None."""
         return self._channel_of(self.prefix + b"ephemeral:{", name)
 
     @staticmethod

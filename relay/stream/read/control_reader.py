@@ -1,4 +1,4 @@
-"""This worker's place in the control stream: what to send in a pipeline, what its reply means."""
+"""Read the control stream: commands for a pipeline and the parsing of their replies."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ COMMANDS = "reads of the control stream"
 
 
 class ControlReader:
-    """Begins at the end of the stream: a worker that starts has nothing that an older command
-    could concern. `on_lost` is called where commands may have been missed."""
+    """Position of this worker in the control stream.
+
+    A worker begins at the end of the stream, because it has no clients that an older command could
+    affect. `on_lost` is called if commands may have been missed.
+    """
 
     def __init__(
         self,
@@ -34,7 +37,7 @@ class ControlReader:
         self._last: EntryID | None = None
 
     def commands(self) -> list[RedisCommand]:
-        """Arm, see where the stream is, then read."""
+        """Return commands that arm the key, read the last ID and read new entries."""
         commands: list[RedisCommand] = [
             ("XLEN", self._key),
             ("XREVRANGE", self._key, "+", "-", "COUNT", 1),
@@ -44,7 +47,7 @@ class ControlReader:
         return commands
 
     def take(self, replies: Sequence[object]) -> bool:
-        """Acts on what was read; true if there is more."""
+        """Carry out the commands that were read. Return True if there are more."""
         newest = replies[1]
         if not isinstance(newest, list):
             # Commands have effect again when the stream can be read.

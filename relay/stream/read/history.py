@@ -1,7 +1,7 @@
-"""The newest events of a workspace, as one moment of its stream.
+"""Read the newest events of a channel together with the state of its stream.
 
-Whoever asks for the same channel while a read is under way shares the next one: a storm of resumes
-costs one read a workspace.
+Requests for a channel that arrive during a read share the next read. If many clients resume at the
+same time, each channel is therefore read only once or twice.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from relay.stream.format.keys import Keys
     from relay.stream.read.stream_commands import Decode
 
-# Revocations and entries that cannot be read stand between events.
+# Additional entries to read, because some are revocations or malformed.
 _MORE = 16
 
 
 class History:
-    """Reads on a link of its own, so that long replies hold nothing else up."""
+    """Reads on a separate connection, so that long replies do not delay other commands."""
 
     def __init__(
         self,
@@ -50,8 +50,11 @@ class History:
         self._reading: set[Channel] = set()
 
     def read(self, channel: Channel, count: int) -> asyncio.Future[Snapshot]:
-        """At least `count` of the newest events, if there are as many. Unavailable where Redis is
-        away or the key is no stream."""
+        """Return the newest events: at least `count`, or all if there are fewer.
+
+        Raises:
+            Unavailable: Redis is unreachable, or the key is not a stream.
+        """
         answer: asyncio.Future[Snapshot] = asyncio.get_running_loop().create_future()
         self._wanted.setdefault(channel, []).append((count, answer))
         if channel not in self._reading:
@@ -61,7 +64,7 @@ class History:
 
     async def _serve(self, channel: Channel) -> None:
         try:
-            # So that all who ask in one turn are served by one read.
+            # Let all requests of this event loop iteration share one read.
             await asyncio.sleep(0)
             while waiting := self._wanted.pop(channel, None):
                 try:
@@ -105,7 +108,7 @@ class History:
         if isinstance(reply, ReplyError):
             raise CommandRefused("EXEC", str(reply))
         if reply is None:
-            raise RedisUnavailable("the transaction was not carried out")
+            raise RedisUnavailable("Redis discarded the transaction")
         stream, groups, found = cast("list[object]", reply)[-3:]
         if isinstance(found, ReplyError):
             raise CommandRefused("XREVRANGE", str(found))

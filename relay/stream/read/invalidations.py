@@ -1,13 +1,13 @@
-"""The bell: which streams have news, with no cost for those that have none.
+"""Find streams with new entries by client-side-caching invalidations.
 
-`CLIENT TRACKING ON`, then any read-only command on a key arms it: the next write to the key by
-anyone sends one invalidation push and disarms it. So whoever reads a stream arms it first
-(`XLEN`, in the same pipeline) and then reads: an entry appended in between is covered by one or
-the other. Works with Redis 7.0 to 8 and Valkey 9 without server configuration. FLUSHALL,
-FLUSHDB and a reload push one NULL that means every key.
+After `CLIENT TRACKING ON`, a read-only command on a key arms it. The next write to the key by any
+client sends one invalidation push and disarms it. The reader therefore arms a stream (`XLEN`,
+`XINFO`) and reads it in the same pipeline: an entry appended in between is read or announced.
+This works with Redis 7.0 to 8 and Valkey 9 without server configuration. FLUSHALL, FLUSHDB and a
+reload push one NULL that stands for all keys. Idle streams cost nothing.
 
-The canary is a key of this worker's own, written again and again: its invalidation proves that
-the bell still rings. A slow sweep reads every stream once in a while without being told.
+The canary is a key that this worker writes periodically. Its invalidation proves that pushes still
+arrive. As a further safeguard, a slow sweep reads every stream.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _T = TypeVar("_T")
 
 
 class InvalidationListener:
-    """Turns pushes of one tracking link into calls; says whether it is known to ring."""
+    """Passes invalidations of one connection to callbacks, and checks that they arrive."""
 
     def __init__(
         self,
@@ -55,44 +55,47 @@ class InvalidationListener:
         self._on_keys = on_keys
         self._on_everything = on_everything
         self._on_message = on_message
-        self._rang_at = 0.0
+        self._received_at = 0.0
 
     def on_push(self, push: list[object]) -> None:
-        """Everything that arrives on the tracking link without being a reply."""
+        """Handle one push of the connection."""
         kind = push[0]
         if kind == b"invalidate":
             keys = push[1]
             if not isinstance(keys, list):
-                self._rang_at = asyncio.get_running_loop().time()
+                self._received_at = asyncio.get_running_loop().time()
                 self._on_everything()
                 return
             if self._canary in keys:
-                self._rang_at = asyncio.get_running_loop().time()
+                self._received_at = asyncio.get_running_loop().time()
                 if len(keys) == 1:
                     return
             self._on_keys(keys)
         elif kind == b"message" and isinstance(push[1], bytes) and isinstance(push[2], bytes):
             self._on_message(push[1], push[2])
 
-    def rings(self) -> bool:
-        """Whether a wake-up arrived within the last few periods."""
-        age = asyncio.get_running_loop().time() - self._rang_at
+    def is_working(self) -> bool:
+        """Return whether an invalidation arrived within the last few periods."""
+        age = asyncio.get_running_loop().time() - self._received_at
         return age < self._period_s * MISSED_CANARIES
 
     async def start(self, link: PipelineConnection) -> bool:
-        """Turn tracking on; False where the server refuses it (an ACL rule, a proxy)."""
+        """Turn tracking on. Return False if the server refuses it (an ACL rule, a proxy)."""
         try:
             await link.call("CLIENT", "TRACKING", "ON")
         except CommandRefused:
             return False
-        self._rang_at = asyncio.get_running_loop().time()
+        self._received_at = asyncio.get_running_loop().time()
         return True
 
-    async def prove(self, tracking: PipelineConnection, writer: PipelineConnection) -> None:
-        """Write the canary again and again. RedisUnavailable if its wake-ups no longer arrive.
+    async def verify(self, tracking: PipelineConnection, writer: PipelineConnection) -> None:
+        """Write the canary periodically until cancelled.
 
-        A Redis that refuses writes may still prolong a key that exists, which is a wake-up as well.
-        If it refuses that too, its answers are the only proof that is left.
+        A Redis that refuses SET may still accept EXPIRE, which also causes an invalidation. If it
+        refuses both, its replies count as proof.
+
+        Raises:
+            RedisUnavailable: Invalidations no longer arrive.
         """
         count = 0
         while True:
@@ -105,22 +108,22 @@ class InvalidationListener:
                 ]
             )
             if isinstance(set_, ReplyError):
-                self._refusals.refused(CANARY, str(set_), "wake-ups cannot be checked")
+                self._refusals.refused(CANARY, str(set_), "invalidations cannot be checked")
                 if prolonged != 1 or isinstance(armed, ReplyError):
                     self.touch()
             elif isinstance(armed, ReplyError):
-                self._refusals.refused(CANARY, str(armed), "wake-ups cannot be checked")
+                self._refusals.refused(CANARY, str(armed), "invalidations cannot be checked")
                 self.touch()
             else:
                 self._refusals.accepted(CANARY)
                 self._refusals.accepted(WRITES)
             await asyncio.sleep(self._period_s)
-            if not self.rings():
-                raise RedisUnavailable("no wake-up arrived from Redis: connecting again")
+            if not self.is_working():
+                raise RedisUnavailable("no invalidation arrived from Redis: connecting again")
 
     def touch(self) -> None:
-        """Count this moment as a wake-up: Redis has answered, and no better proof can be had."""
-        self._rang_at = asyncio.get_running_loop().time()
+        """Treat the present moment as the arrival of an invalidation."""
+        self._received_at = asyncio.get_running_loop().time()
 
 
 def sweep_steps(sweep_s: float) -> int:

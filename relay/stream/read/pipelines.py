@@ -1,7 +1,7 @@
-"""What one pipeline asks and what its replies mean: live reads, and pages for who is behind.
+"""Build the pipelines of the reader and process their replies: live reads and pages.
 
-Without I/O of their own, so that tests can delay, drop and interleave replies at will. A turn is
-`commands()`, then `take(replies)`; nothing else is asked in between by the same object.
+These classes do no I/O, so that tests can delay, drop and interleave replies. Call `commands()`,
+send them, and pass the replies to `take()` before the next call of `commands()`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _MAX_COUNT = 1000
 
 
 class LivePipelines:
-    """Examinations, live reads and the control stream, in the order of one link."""
+    """Examinations, live reads and reads of the control stream on one connection."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class LivePipelines:
 
     @property
     def wanted(self) -> bool:
-        """Whether there is anything to ask."""
+        """Return whether there is anything to read."""
         others = self._examine and not self.only_urgent
         if self._urgent or others or self._read:
             return True
@@ -100,7 +100,7 @@ class LivePipelines:
         return self._settling
 
     def want_examine(self, stream: Followed) -> None:
-        """Examine the stream: a client waits, or the position must be judged anew."""
+        """Examine the stream: a client is waiting, or the position must be checked again."""
         if stream.has_waiting:
             self._examine.pop(stream, None)
             self._urgent[stream] = None
@@ -108,7 +108,7 @@ class LivePipelines:
             self._examine[stream] = None
 
     def want_read(self, stream: Followed, *, swept: bool = False) -> None:
-        """The stream may have news; `swept`: nothing has said so."""
+        """Read the stream. `swept`: no invalidation has announced new entries."""
         if swept:
             if stream in self._read:
                 return
@@ -118,11 +118,11 @@ class LivePipelines:
         self._read[stream] = None
 
     def want_control(self) -> None:
-        """There may be commands."""
+        """Read the control stream."""
         self._control_news = True
 
     def forget(self, stream: Followed) -> None:
-        """The last client left."""
+        """Drop all requests for the stream after its last client left."""
         self._examine.pop(stream, None)
         self._urgent.pop(stream, None)
         self._read.pop(stream, None)
@@ -137,7 +137,7 @@ class LivePipelines:
                 self.want_examine(stream)
 
     def connected(self) -> None:
-        """Whatever was asked on the old connection is void. `all_unsettled` must follow."""
+        """Discard everything sent on the old connection. Call `all_unsettled` next."""
         asked, self._asked = self._asked, None
         for stream, request, *_ in asked.examined if asked else ():
             stream.on_examine_lost(request)
@@ -148,7 +148,7 @@ class LivePipelines:
         self._control_news = True
 
     def all_unsettled(self, streams: Iterable[Followed]) -> None:
-        """Every stream may have changed without a wake-up."""
+        """Examine all streams again, since they may have changed without an invalidation."""
         for stream in streams:
             self._settling = True
             stream.on_unsettled()
@@ -156,7 +156,7 @@ class LivePipelines:
     # ---- a turn -----------------------------------------------------------------------------
 
     def commands(self) -> list[RedisCommand]:
-        """One pipeline for what is wanted, up to a bound."""
+        """Return one pipeline for everything requested, up to a limit."""
         asked = _SentPipeline(self._control_news)
         self._control_news = False
         commands = self._control.commands() if asked.control else []
@@ -198,8 +198,10 @@ class LivePipelines:
         return commands
 
     def take(self, replies: Sequence[object]) -> None:
-        """Acts on the replies in the order of the pipeline: a right that was read before an entry
-        is older than it."""
+        """Process the replies in the order of the pipeline.
+
+        A right that was read before an entry is older than the entry.
+        """
         asked, self._asked = self._asked, None
         if asked is None:
             return
@@ -252,7 +254,7 @@ class LivePipelines:
     ) -> None:
         swept = stream in self._swept
         self._swept.discard(stream)
-        # A stream that was rewound or unsettled meanwhile reads these again.
+        # A stream that was rewound or unsettled in the meantime will read these entries again.
         if not stream.alive or not stream.settled or stream.misaligned:
             return
         aligning, plain = form
@@ -283,7 +285,7 @@ class LivePipelines:
         complete = len(entries) < count
         first = EntryID.parse(entries[0][0]) if entries else None
         if first is not None and first <= stream.position:
-            # Somebody has set the group back by hand.
+            # The group was set back by another program.
             stream.misaligned = True
             self._read[stream] = None
             return
@@ -305,7 +307,7 @@ class LivePipelines:
 
 
 class PagePipelines:
-    """Pages for clients that are behind, a few streams at a time: that bounds their memory."""
+    """Reads pages for clients that are behind, a few streams at a time to limit memory."""
 
     def __init__(
         self,
@@ -328,19 +330,19 @@ class PagePipelines:
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody is behind and can take more."""
+        """Return whether a client is behind and has room for more entries."""
         return bool(self._pages)
 
     def want(self, stream: Followed) -> None:
-        """Somebody on this stream is."""
+        """Read a page of this stream."""
         self._pages[stream] = None
 
     def forget(self, stream: Followed) -> None:
-        """The last client left."""
+        """Drop the request for the stream after its last client left."""
         self._pages.pop(stream, None)
 
     def commands(self) -> list[RedisCommand]:
-        """One page for each of the next few streams."""
+        """Return commands for one page of each of the next few streams."""
         self._asked.clear()
         self._plain = self._mode.plain
         commands: list[RedisCommand] = []
@@ -358,7 +360,7 @@ class PagePipelines:
         return commands
 
     def take(self, replies: Sequence[object]) -> None:
-        """Hands each page to its stream."""
+        """Pass each page to its stream."""
         for stream, request, count, start, end in self._asked:
             try:
                 page = stream_commands.parse_page(
@@ -393,7 +395,7 @@ class _Form(NamedTuple):
 
 
 class _SentPipeline:
-    """What a pipeline asked, and where in its replies each answer ends."""
+    """The contents of a pipeline, with the position of each part in the replies."""
 
     __slots__ = ("control", "control_end", "examined", "read", "replication")
 

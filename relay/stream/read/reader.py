@@ -1,11 +1,11 @@
-"""Reads this worker's streams: what has news, who waits, who is behind; each in one pipeline.
+"""Read the streams that the clients of this worker follow.
 
-One task serves all streams on one tracking link: it takes whatever was asked for since the last
-pipeline came back (examinations, reads, the control stream), sends it in one write, and hands the
-answers over in order. A second link carries the pages for clients that are behind, so that their
-large replies do not stand before live entries; a third the events of the ephemeral kind.
-Lost links are opened again with back-off; then
-every stream is examined before anything more is delivered from it.
+One task reads all streams on one connection with client tracking. It collects everything that was
+requested since the last pipeline (examinations, reads, the control stream), sends it in one write
+and passes on the replies in order. A second connection reads pages for clients that are behind, so
+that large replies do not delay live entries. A third one receives ephemeral events.
+
+After a reconnect each stream is examined before anything more is delivered from it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _DESTROY_BATCH = 256
 
 
 class StreamReader:
-    """This worker's view of all streams that its clients follow."""
+    """Reads all streams that the clients of this worker follow."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class StreamReader:
         self._look = asyncio.Event()
         self._link: PipelineConnection | None = None
         self._messages: PipelineConnection | None = None
-        self._bell = InvalidationListener(
+        self._invalidations = InvalidationListener(
             keys=keys,
             instance=instance,
             period_s=settings.canary_s,
@@ -118,23 +118,23 @@ class StreamReader:
     # ---- relay.core.stream_interface.StreamReads --------------------------------------------
 
     def follow(self, stream: Followed) -> None:
-        """Ephemeral events from now on; the stream itself is examined when somebody joins."""
+        """Receive ephemeral events of the stream. It is examined when a client joins."""
         self._followed[stream.channel] = stream
         if self._messages is not None:
             self._messages.post(("SUBSCRIBE", self._keys.ephemeral(stream.channel)))
 
     def want_examine(self, stream: Followed) -> None:
-        """Look at the stream with the next pipeline."""
+        """Examine the stream in the next pipeline."""
         self._live.want_examine(stream)
         self._work.set()
 
     def want_page(self, stream: Followed) -> None:
-        """Read a page with the next page pipeline."""
+        """Read a page in the next page pipeline."""
         self._pages.want(stream)
         self._page_work.set()
 
     def release(self, stream: Followed) -> None:
-        """Forget the stream, its group and its ephemeral events."""
+        """Stop reading the stream, destroy its group and unsubscribe from its ephemeral events."""
         if self._followed.get(stream.channel) is not stream:
             return
         del self._followed[stream.channel]
@@ -142,8 +142,8 @@ class StreamReader:
         self._pages.forget(stream)
         if self._link is not None and self._messages is not None:
             self._messages.post(("UNSUBSCRIBE", self._keys.ephemeral(stream.channel)))
-            # In order with what follows on this link: a client that comes back at once gets a
-            # new group after this one is gone.
+            # On the connection that creates groups: if a client comes back at once, its new group
+            # is created after this one was destroyed.
             key = self._keys.stream(stream.channel)
             destroy = ("XGROUP", "DESTROY", key, self._group)
             # The stream may have been deleted, or was never created for a rejected client.
@@ -154,8 +154,10 @@ class StreamReader:
     # ---- health -----------------------------------------------------------------------------
 
     def ready(self) -> bool:
-        """Whether streams are being read now."""
-        return self._link is not None and self._bell.rings() and not self._mode.blocked
+        """Return whether streams are being read now."""
+        return (
+            self._link is not None and self._invalidations.is_working() and not self._mode.blocked
+        )
 
     def is_connected(self) -> bool:
         """Return whether there is a connection to Redis over which streams are read.
@@ -169,7 +171,7 @@ class StreamReader:
         return not self._live.settling
 
     async def wait_ready(self) -> None:
-        """Until streams are being read."""
+        """Wait until streams are being read."""
         await self._reading.wait()
 
     # ---- life -------------------------------------------------------------------------------
@@ -184,7 +186,7 @@ class StreamReader:
             _log.warning("Redis: %s", exc)
 
     async def stop(self) -> None:
-        """Stop reading and take this worker's groups away: XINFO GROUPS shows the living."""
+        """Stop reading and destroy the groups of this worker."""
         self._stopping = True
         link = self._link
         if link is None:
@@ -197,7 +199,9 @@ class StreamReader:
             for start in range(0, len(commands), _DESTROY_BATCH):
                 await link.execute(commands[start : start + _DESTROY_BATCH])
         except RedisUnavailable as exc:
-            _log.info("groups stay behind for the dead-worker job: %s", exc)
+            _log.info(
+                "Could not destroy all consumer groups (%s); the job for dead workers will", exc
+            )
 
     async def _connected(self, established: Callable[[], None]) -> None:
         if self._stopping:
@@ -213,15 +217,15 @@ class StreamReader:
                 links.callback(each.close)
                 return each
 
-            link = await opened(self._bell.on_push)
+            link = await opened(self._invalidations.on_push)
             pages = await opened(None)
             # A connection that has subscribed falls under the server's output limit for pub/sub
             # (32 MB by default) in all that it reads: one large read would cut it off.
-            messages = await opened(self._bell.on_push)
-            tracking = self._settings.tracking == "auto" and await self._bell.start(link)
+            messages = await opened(self._invalidations.on_push)
+            tracking = self._settings.tracking == "auto" and await self._invalidations.start(link)
             if not tracking:
-                self._bell.touch()
-                _log.warning("wake-ups are not available: streams are polled with blocking reads")
+                self._invalidations.touch()
+                _log.warning("Client tracking unavailable: polling streams with blocking reads")
             self._primary.connected(link.run_id, link.replication)
             links.callback(self._primary.disconnected)
             links.callback(self._disconnected)
@@ -229,7 +233,7 @@ class StreamReader:
             await self._resume(messages)
             self._reading.set()
             established()
-            _log.info("reading streams from %s (%s %s)", endpoint, link.server, link.version)
+            _log.info("Reading streams from %s (%s %s)", endpoint, link.server, link.version)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._serve(link), name="streams")
                 tasks.create_task(self._find_news(link), name="news")
@@ -238,7 +242,7 @@ class StreamReader:
                 tasks.create_task(self._retry(), name="retry")
                 tasks.create_task(wait_for(lost), name="lost")
                 if tracking:
-                    tasks.create_task(self._bell.prove(link, pages), name="canary")
+                    tasks.create_task(self._invalidations.verify(link, pages), name="canary")
                 else:
                     tasks.create_task(poll(self, self._redis, self._keys), name="poll")
 
@@ -247,7 +251,7 @@ class StreamReader:
         self._reading.clear()
 
     async def _resume(self, messages: PipelineConnection) -> None:
-        """A new connection knows nothing: arm, examine and read everything once."""
+        """Arm, examine and read all streams after a reconnect."""
         self._live.only_urgent = True
         self._live.connected()
         self._look.set()
@@ -294,19 +298,19 @@ class StreamReader:
             self._on_turn()
 
     def news(self, channel: Channel) -> None:
-        """The stream may have entries that were not read yet."""
+        """Read the stream, which may have new entries."""
         stream = self._followed.get(channel)
         if stream is not None:
             self._live.want_read(stream)
             self._work.set()
 
     def followed(self) -> list[Followed]:
-        """All streams with a local client."""
+        """Return all streams that local clients follow."""
         return list(self._followed.values())
 
     def polled(self, *, control: bool, rights: bool) -> None:
-        """Without tracking: a round is complete; look at what no blocking read announces."""
-        self._bell.touch()
+        """Record a reply of Redis to `poll`. Read the control stream or all rights if True."""
+        self._invalidations.touch()
         if control:
             self._live.want_control()
         if rights:
@@ -351,7 +355,7 @@ class StreamReader:
                 self._work.set()
 
     def _on_usual(self) -> None:
-        """Redis accepts groups and transactions again: create what is missing, move the groups."""
+        """Create missing groups and move the others, when Redis accepts transactions again."""
         for stream in self._followed.values():
             if not stream.marked:
                 stream.on_unsettled()
@@ -360,7 +364,7 @@ class StreamReader:
         self._work.set()
 
     async def _retry(self) -> None:
-        """Repeat what Redis refused, after a pause."""
+        """Periodically repeat reads that Redis refused."""
         while True:
             await asyncio.sleep(_RETRY_S)
             self._live.retry_paused()

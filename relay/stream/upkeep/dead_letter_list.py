@@ -1,4 +1,4 @@
-"""The dead letters as operators handle them: look, append again, throw away."""
+"""List, requeue and drop dead letters, for operators."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ _MARK_S = 86_400
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetter:
-    """One dead letter. `values` has its fields as they are in Redis; `channel` is None where it
-    came from elsewhere than a workspace's stream. Without an original entry `entry_id` is None."""
+    """One dead letter.
+
+    `values` contains its fields as they are in Redis. `channel` is None if it did not come from the
+    stream of a channel, `entry_id` is None if there was no entry.
+    """
 
     id: EntryID
     values: Mapping[str, str]
@@ -35,22 +38,22 @@ class DeadLetter:
 
     @property
     def reason(self) -> str:
-        """Why it could not be delivered."""
+        """Return why the entry could not be delivered."""
         return self.values.get("reason", "")
 
     @property
     def truncated(self) -> bool:
-        """The letter has only the beginning of the entry's fields."""
+        """Return whether only the beginning of the fields was kept."""
         return "truncated" in self.values
 
 
 async def count(client: RedisClient, keys: Keys) -> int:
-    """How many there are."""
+    """Return the number of dead letters."""
     return int(await connect.command(client, "XLEN", keys.dead_letters))
 
 
 async def pages(client: RedisClient, keys: Keys) -> AsyncIterator[list[DeadLetter]]:
-    """All that are there when this begins, oldest first."""
+    """Yield all dead letters that exist at the beginning, oldest first."""
     newest = await connect.command(client, "XREVRANGE", keys.dead_letters, "+", "-", "COUNT", 1)
     if not newest:
         return
@@ -66,7 +69,7 @@ async def pages(client: RedisClient, keys: Keys) -> AsyncIterator[list[DeadLette
 
 
 async def find(client: RedisClient, keys: Keys, letter_id: EntryID) -> DeadLetter:
-    """The letter of this ID; RelayError where there is none."""
+    """Return the dead letter with this ID. Raise RelayError if there is none."""
     found = await connect.command(
         client, "XRANGE", keys.dead_letters, str(letter_id), str(letter_id)
     )
@@ -102,12 +105,12 @@ async def requeue(
 
 
 async def drop(client: RedisClient, keys: Keys, ids: Sequence[EntryID]) -> int:
-    """Remove these letters; how many were there."""
+    """Remove these dead letters. Return how many existed."""
     return int(await connect.command(client, "XDEL", keys.dead_letters, *map(str, ids)))
 
 
 def fields_of(letter: DeadLetter) -> list[bytes]:
-    """The entry's flat fields as far as the letter has them; RelayError where it has none."""
+    """Return the kept flat fields of the entry. Raise RelayError if there are none."""
     try:
         pairs = orjson.loads(letter.values["fields"])
         if isinstance(pairs, list) and pairs:

@@ -17,8 +17,7 @@ from relay.stream.upkeep.unused import remove_unused
 
 
 class DeadWorkersJob:
-    """The job that clears away what dead workers left, as `Silence` finds them; `clear` does so
-    with what is not of its own kind."""
+    """Removes the groups of dead workers. `clear` is called to remove their other state."""
 
     def __init__(
         self,
@@ -37,7 +36,7 @@ class DeadWorkersJob:
         )
 
     async def remove(self) -> list[str]:
-        """Look once; the instances removed."""
+        """Remove what dead workers left. Return their instances."""
         dead = await self._silence.look()
         if not dead:
             return []
@@ -50,7 +49,7 @@ class DeadWorkersJob:
             if streams:
                 await self._destroy(streams, names)
                 await remove_unused(self._client, streams)
-        # Last: where anything before failed, the next look finds them again.
+        # Last, so that the next run finds them again if anything before has failed.
         await connect.command(self._client, "SREM", self._keys.nodes, *dead)
         return dead
 
@@ -60,5 +59,5 @@ class DeadWorkersJob:
                 for name in names:
                     pipeline.execute_command("XGROUP", "DESTROY", key, name)
             with connect.translated():
-                # A key that is gone or no stream answers with an error, which is as good.
+                # Errors for keys that were deleted or are not streams can be ignored.
                 await pipeline.execute(raise_on_error=False)

@@ -1,7 +1,6 @@
-"""All streams of the site: how long, how old, and how far each worker has read them.
+"""List all streams with their length, age and the progress of each worker.
 
-Walks the keys in batches, so that Redis is never held up; what changes meanwhile may be seen or
-not.
+Keys are scanned in batches, so that Redis is not blocked. Changes during the scan may be missed.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ _COUNTED = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Follower:
-    """One consumer group. `worker` is None for a group that is not the relay's.
+    """One consumer group. `worker` is None for groups of other programs.
 
-    `behind` counts the entries that it has not read, at least so many where `at_least`; `lag_ms`
-    is the age of the first of them, 0 without any.
+    `behind` is the number of unread entries, a lower bound if `at_least` is True. `lag_ms` is the
+    age of the first unread entry, 0 if there is none.
     """
 
     name: str
@@ -42,7 +41,7 @@ class Follower:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamOverview:
-    """One stream; `age_ms` is the time since the last append, None where there was none."""
+    """One stream. `age_ms` is the time since the last append, None if there was none."""
 
     channel: Channel
     state: StreamState
@@ -53,9 +52,9 @@ class StreamOverview:
 async def walk(
     client: RedisClient, keys: Keys, pattern: str, on_keys: Callable[[int], None]
 ) -> AsyncIterator[list[StreamOverview]]:
-    """The streams of the channels that match the glob `pattern`, each once, in no order.
+    """Yield the streams of the channels that match the glob `pattern`, each once, unordered.
 
-    `on_keys` hears how many streams were found so far.
+    `on_keys` is called with the number of streams found so far.
     """
     seen: set[bytes] = set()
     async for found in connect.scan(client, keys.streams_matching(pattern), _KEYS):
@@ -154,5 +153,5 @@ async def _followers(
 
 
 async def exists(client: RedisClient, keys: Keys, channel: Channel) -> bool:
-    """Whether the channel has a stream."""
+    """Return whether the channel has a stream."""
     return bool(await connect.command(client, "EXISTS", keys.stream(channel)))

@@ -1,7 +1,8 @@
-"""Commands to all workers, through one short stream that every worker reads from its end.
+"""Commands to all workers, in one short control stream.
 
-What is not an event never enters a workspace's stream. A worker that was away reads on from where
-it was; one that starts begins at the end, for it has nothing yet that a command could concern.
+Commands are kept out of the channels' streams, which contain only events. After a reconnect a
+worker continues at its last position. A worker that starts begins at the end of the stream, because
+it has no clients yet that an older command could affect.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DisconnectUser:
-    """Close every connection of a user, in one door or in every."""
+    """Close all connections of a user, of one protocol or of all (None)."""
 
     user: str
     door: str | None = None
@@ -30,8 +31,10 @@ class DisconnectUser:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnsubscribeUser:
-    """End a user's subscriptions to one channel or, without, to all, in one door or in every; they
-    may subscribe again if their rights allow."""
+    """End the subscriptions of a user to one channel or to all (None), in one protocol or in all.
+
+    The user may subscribe again if permitted.
+    """
 
     user: str
     channel: Channel | None = None
@@ -40,8 +43,7 @@ class UnsubscribeUser:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DropRights:
-    """Forget what rights sources answered, for one channel, one user, both or, without, for all;
-    whoever is connected is asked for again."""
+    """Drop cached rights of a channel, a user, both, or all. Clients are checked again."""
 
     channel: Channel | None = None
     user: str | None = None
@@ -49,7 +51,7 @@ class DropRights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoorCommand:
-    """What only one door understands, as its producer wrote it."""
+    """A command for one protocol. Only that protocol interprets the payload."""
 
     door: str
     payload: str
@@ -60,7 +62,7 @@ _NAMES = {DisconnectUser: "disconnect", UnsubscribeUser: "unsubscribe", DropRigh
 
 
 def encode(command: ControlCommand) -> list[bytes]:
-    """Flat fields for XADD."""
+    """Return the command as flat fields for XADD."""
     if isinstance(command, DoorCommand):
         words = ["command", "door", "door", command.door, "payload", command.payload]
         return [word.encode() for word in words]
@@ -76,9 +78,9 @@ def encode(command: ControlCommand) -> list[bytes]:
 
 
 def decode(entry_id: EntryID, fields: Sequence[bytes]) -> ControlCommand | None:
-    """The command in these flat fields; None, and a log line, where it is not understood.
+    """Parse flat fields. Log and return None if the command is unknown or malformed.
 
-    A newer relay on the same Redis may know more commands than this one.
+    A newer relay on the same Redis may send commands that this version does not have.
     """
     try:
         values = {
@@ -97,17 +99,17 @@ def decode(entry_id: EntryID, fields: Sequence[bytes]) -> ControlCommand | None:
             case "drop-rights", _, _:
                 return DropRights(channel=channel, user=user)
             case name, _, _:
-                log.warning("control entry %s is skipped: cannot do %.50r", entry_id, name)
+                log.warning("Ignored control entry %s: unknown command %.50r", entry_id, name)
     except ValueError as exc:
-        log.warning("control entry %s is skipped: %s", entry_id, exc)
+        log.warning("Ignored control entry %s: %s", entry_id, exc)
     return None
 
 
 def append(keys: Keys, command: ControlCommand) -> list[bytes | str | int]:
-    """The XADD that tells every worker; each acts on it within its next wake-up."""
+    """Return the XADD that sends the command to all workers."""
     return ["XADD", keys.control, "MAXLEN", "~", KEEP, "*", *encode(command)]
 
 
 async def publish(client: RedisClient, keys: Keys, command: ControlCommand) -> EntryID:
-    """Append the command."""
+    """Send the command to all workers. Return the ID of its entry."""
     return EntryID.parse(await connect.command(client, *append(keys, command)))

@@ -1,7 +1,7 @@
-"""Entries that cannot be read go to one stream, once each, with the reason.
+"""Write dead letters: entries that cannot be delivered are copied to one stream with the reason.
 
-Many workers see the same entry; the one whose mark is the first writes it. Were that worker to die
-between mark and letter, the letter would be missing, but not the entry: it stays in its stream.
+Several workers read the same entry. The first one to set a marker key writes the dead letter. If
+that worker dies in between, the dead letter is missing, but the entry remains in its stream.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LIMIT_BYTES = 65_536
 async def write(
     client: RedisClient, keys: Keys, channel: Channel, broken: Broken, *, node: str
 ) -> bool:
-    """Append the dead letter of this entry; False where another worker has done so."""
+    """Append the dead letter of this entry. Return False if another worker has done so."""
     text, truncated = _fields(broken.fields)
     letter: list[bytes | str] = ["stream", keys.stream(channel), "id", str(broken.id)]
     letter += "reason", broken.reason, "node", node
@@ -39,7 +39,7 @@ async def write(
 
 
 def of_command(queue: str, command: bytes, reason: str, *, node: str) -> list[bytes]:
-    """Flat fields of the dead letter of a queue's command; `queue.APPLY` writes its like."""
+    """Return the dead letter of a queue command as flat fields, in the format of `queue.APPLY`."""
     text, truncated = _fields([(b"command", command)])
     at = datetime.now(UTC).isoformat(timespec="milliseconds")
     letter = [b"queue", queue.encode(), b"reason", reason.encode(errors="replace")]
@@ -50,7 +50,7 @@ def of_command(queue: str, command: bytes, reason: str, *, node: str) -> list[by
 
 
 def _fields(pairs: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, bool]:
-    """Names and values as JSON, from at most LIMIT_BYTES of them; and whether that cut some off."""
+    """Return names and values as JSON, up to LIMIT_BYTES, and whether any were truncated."""
     left = LIMIT_BYTES
     shown = []
     truncated = False
@@ -69,4 +69,4 @@ def _text(value: bytes, limit: int) -> str | dict[str, str]:
         value.decode()
     except UnicodeDecodeError:
         return {"base64": base64.b64encode(cut).decode()}
-    return cut.decode(errors="ignore")  # the cut may stand within a character
+    return cut.decode(errors="ignore")  # the limit may be within a character

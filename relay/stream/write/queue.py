@@ -1,16 +1,17 @@
-"""The Redis side of command queues: look at the head, apply it in one step, share the shards out.
+"""The Redis side of command queues: read the head, apply it atomically, distribute the queues.
 
-Taking and appending are one script, so that a command is applied once wherever a worker dies. The
-script first checks that the head of the queue is still what was read: a count of all commands ever
-taken, which every worker moves in that same step, and the first and the last item, should anybody
-else have touched the list. The lease only spares others the work; nothing depends on it.
+One script removes commands from the queue and appends their entries, so that each command is
+applied once even if a worker dies. The script first checks that the head of the queue is still the
+one that was read. It compares the number of commands ever removed, which each worker increments in
+the same step, and the first and the last item, in case another program has changed the list.
+Leases only avoid duplicate work; correctness does not depend on them.
 
-The wake-up is the streams' own (`wakeup.py`): LRANGE arms the key, the next RPUSH by anyone sends
-one push. BLPOP would take the command out before it is applied, and hold a connection a queue.
+As with streams, LRANGE arms the key for client tracking, and the next RPUSH sends an invalidation.
+BLPOP would remove the command before it is applied and need one connection per queue.
 
-On Redis Cluster the queue and the streams are in different slots, and no script may touch both:
-there, LMOVE to a list of the worker's own, appends by idempotent script with the item's place in
-the queue as uid, then LTRIM; a successor finishes a dead worker's list in the same way.
+On Redis Cluster the queue and the streams are in different slots, and no script may use both. There
+the items would be moved with LMOVE to a list of the worker, appended by an idempotent script with
+the position in the queue as uid, and removed by LTRIM; a successor can finish the list.
 """
 
 from __future__ import annotations
@@ -105,8 +106,11 @@ return failed
 
 
 class Operation(NamedTuple):
-    """One entry to append: to `key`, of which `keep` entries are kept (0: all), once per
-    `uid_key` if there is one. `item` says which of the batch it came from."""
+    """One entry to append to the stream `key`, at most once while `uid_key` exists.
+
+    `keep` is the approximate limit of the stream (0: no limit), `item` the index of the command in
+    the batch.
+    """
 
     key: bytes
     fields: Sequence[bytes]
@@ -116,14 +120,14 @@ class Operation(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The first items of a queue, and how many had been taken when they were read."""
+    """The first items of a queue, and the number of items removed before they were read."""
 
     taken: bytes
     items: list[bytes]
 
 
 class CommandQueues:
-    """Commands on one link, which has tracking on where wake-ups are wanted."""
+    """Queue operations on one connection. Client tracking on it reports new commands."""
 
     def __init__(self, link: PipelineConnection, keys: Keys, instance: str) -> None:
         self._link = link
@@ -131,21 +135,22 @@ class CommandQueues:
         self._instance = instance
 
     async def prepare(self) -> None:
-        """Before anything else on a new link."""
+        """Load the scripts. Call this first."""
         await load(self._link, HOLD, APPLY)
 
     async def hold(self, queues: Sequence[str], ttl_ms: int) -> list[bool]:
-        """Which of the queues this worker is to serve for so long; 0 gives all up.
+        """Take or extend leases of queues. Return for each queue whether this worker holds it.
 
-        At most its fair share of them while others ask too; all of them once it is alone.
+        A worker gets at most its fair share while other workers request leases as well. With 0 for
+        `ttl_ms` it releases all of them.
         """
         keys = [self._keys.takers, *[self._keys.lease(f"queue:{queue}") for queue in queues]]
         words: RedisCommand = (HOLD.sha, len(keys), *keys, self._instance, ttl_ms)
         return [bool(held) for held in cast(list[int], await self._call("EVALSHA", *words))]
 
     async def head(self, queue: str, most: int) -> Head:
-        """What is to be done next. Arms the key: a later RPUSH is heard of."""
-        # The count first: if a batch is taken in between, it is too old, and `apply` does nothing.
+        """Return the first items of the queue, and arm the notification of later ones."""
+        # Read the count first. If a batch is removed in between, `apply` finds an old count.
         count, items = await self._link.execute(
             [("GET", self._keys.queue_count(queue)), ("LRANGE", queue, 0, most - 1)]
         )
@@ -164,11 +169,10 @@ class CommandQueues:
         replicas: int = 0,
         wait_ms: int = 0,
     ) -> int | None:
-        """Append all operations and take the head off the queue, in one step.
+        """Append all entries and remove the head of the queue in one step.
 
-        None where the head is no longer what was read: nothing was done. Else how many operations
-        could not be done and are dead letters now. With `replicas`, so many have it, or `wait_ms`
-        are over.
+        Return None if the head has changed and nothing was done, else the number of entries that
+        Redis refused and that became dead letters. Then wait up to `wait_ms` for `replicas`.
         """
         keys: list[bytes | str] = [queue, self._keys.queue_count(queue), self._keys.dead_letters]
         words: list[bytes | str | int] = [head.taken, len(head.items), head.items[0]]
@@ -196,7 +200,7 @@ class CommandQueues:
 def _checked(name: str, reply: object) -> object:
     if isinstance(reply, ReplyError):
         if str(reply).startswith("NOSCRIPT"):
-            # Somebody flushed the scripts: the next connection brings them again.
-            raise RedisUnavailable("Redis has forgotten the scripts")
+            # SCRIPT FLUSH was called. The next connection loads the scripts again.
+            raise RedisUnavailable("the scripts were removed from Redis")
         raise CommandRefused(name, str(reply))
     return reply

@@ -51,7 +51,7 @@ def test_what_is_not_understood_is_skipped_and_logged(
     fields: list[bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert decode(ID, fields) is None
-    assert "1-0 is skipped" in caplog.text
+    assert "Ignored control entry 1-0" in caplog.text
 
 
 def test_unknown_fields_are_ignored() -> None:
