@@ -84,7 +84,7 @@ class SessionOwner(Protocol[State]):
     def saved_session(self) -> SavedSession[State] | None:
         """Return what to save of the session now, None if it has ended."""
 
-    def superseded(self) -> None:
+    def close_superseded(self) -> None:
         """Close the connection: its client has resumed the session on another one."""
 
 
@@ -169,7 +169,7 @@ class RecoverableSessions(Generic[State]):
         owner = self._owners.get(pid)
         if owner is not None:
             self._drop(pid)
-            owner.superseded()
+            owner.close_superseded()
 
     # ---- saving -----------------------------------------------------------------------------
 

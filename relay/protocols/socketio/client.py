@@ -1,11 +1,11 @@
-"""One client: its connection to the namespace, its rooms, and what the hub tells it.
+"""One client: its connection to the namespace, its rooms and its session in the hub.
 
     connecting ── token ── session ── rooms ── CONNECT ── events
         └ refused: CONNECT_ERROR (2.x: ERROR), then the connection is closed
 
-The rooms are `allusers` and the user's ID, joined at once; emitters may add others. Each is one
-subscription of one session, and the session's socket is attached after all of them stand, so that
-CONNECT comes before the first event.
+A client joins `allusers` and the room of its user ID when it connects. Emitters can add it to other
+rooms. Each room is one subscription of the client's session. The socket is attached to the session
+once all subscriptions are confirmed, so that CONNECT is sent before the first event.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class ClientOwner(Protocol):
 
 
 class SocketClient:
-    """The door's side of an engine, and of a session once it has one."""
+    """Connects an Engine.IO session with a session in the hub."""
 
     __slots__ = (
         "_admitted",
@@ -101,7 +101,7 @@ class SocketClient:
         self.sid = ""
         self.pid = ""
         self.rooms = Rooms({})
-        # Streams of rooms that the site's rights have closed to it.
+        # Channels of rooms that the client may not read.
         self._refused: set[Channel] = set()
         self._admitted: asyncio.Future[None] | None = None
         self._missing = False
@@ -117,11 +117,11 @@ class SocketClient:
     # ---- from the client (relay.transports.socketio.connection.Handler) ---------------------
 
     def connecting(self, namespace: str, auth: Mapping[str, Any], query: str) -> None:
-        """The token decides; it is looked at here, for nothing may be told before."""
+        """Check the token, then join. Nothing is sent to the client before that."""
         connection, asked, door = self.connection, self._asked, self._door
         if namespace != door.settings.namespace:
             if namespace == "/" and connection.version == 3:
-                # Every 2.x client has it, unasked; it opens nothing.
+                # Every 2.x client connects to "/" by itself. It receives no events there.
                 connection.accept("/", self.engine.sid)
             else:
                 connection.refuse(namespace, "Invalid namespace")
@@ -146,24 +146,24 @@ class SocketClient:
             door="socketio",
             grant=self._grants,
         )
-        # Nothing else tells a 4.x client from a 3.x one.
+        # Engine.IO 4 is used by 3.x and 4.x clients. Only these two signs distinguish them.
         self._recovers = "pid" in auth or bool(_RECENT.fullmatch(asked.query.get("t", "")))
         _ = door.context.spawn(self._join(principal, dict(auth)), name="socketio join")
 
     def event(
         self, namespace: str, name: str, args: list[Any], acknowledge: Acknowledge | None
     ) -> None:
-        """Upstream's service listens to no event, so that none is answered."""
+        """Ignore the event: AcceleratXR's service handles none."""
 
     def left(self, namespace: str) -> None:
-        """The client leaves: it does not want anything back."""
+        """End the session for good, because the client has left."""
         if namespace == self._door.settings.namespace:
             self._forget()
             self._end_session()
             self.engine.close()
 
     def closed(self, reason: str) -> None:
-        """The connection is gone; what was kept of the session stays for its time."""
+        """End the session in the hub. The saved session can be resumed for a while."""
         del reason
         self._stop_timer()
         self._asked = None
@@ -173,7 +173,7 @@ class SocketClient:
     # ---- joining ----------------------------------------------------------------------------
 
     def _grants(self, channel: Channel) -> bool:
-        # Asked again at every re-check; a room that was left grants nothing.
+        # Called at every check of rights, because the client may have left the room meanwhile.
         return self.rooms.grants(channel)
 
     async def _join(self, principal: Principal, auth: dict[str, Any]) -> None:
@@ -202,7 +202,7 @@ class SocketClient:
             rooms = Rooms(record.state)
         await self._open(principal, rooms, positions or {}, record)
         if record is not None and self._missing:
-            # Something it should have got is gone. It is told so by a new ID, and begins afresh.
+            # Events are missing. A new session ID tells the client so.
             self._end_session()
             record = None
             await self._open(principal, Rooms.new((EVERYBODY, self.uid)), {}, None)
@@ -265,13 +265,15 @@ class SocketClient:
 
     def _new_sid(self) -> str:
         if self.connection.version == 3:
-            # What a 2.x client makes of its engine's ID itself.
+            # A 2.x client derives the same ID from its Engine.IO session ID.
             return f"{self._door.settings.namespace}#{self.engine.sid}"
         return SOCKET + secrets.token_urlsafe(15)
 
     def _refuse(self, error: RelayError) -> None:
-        """Said in the protocol's words, and the connection is over: without a right there is
-        nothing to wait for. Clients before 4.0 come back by themselves unless they are put out."""
+        """Reject the client and close the connection.
+
+        DISCONNECT follows CONNECT_ERROR, because clients before 4.0 would reconnect otherwise.
+        """
         if self.engine.closing:
             return
         door, connection = self._door, self.connection
@@ -279,10 +281,10 @@ class SocketClient:
         door.context.metrics.refused.labels(code).inc()
         connection.out = self.engine.write
         namespace = door.settings.namespace
-        # What is over soon is no refusal: after one a 4.x client would not try again.
+        # Temporary errors must not be sent as CONNECT_ERROR: a 4.x client would stop reconnecting.
         if isinstance(error, ClientError):
             connection.refuse(namespace, str(error))
-            connection.put_out(namespace)
+            connection.server_disconnect(namespace)
             self._close_soon()
         else:
             self.engine.close()
@@ -290,11 +292,11 @@ class SocketClient:
     # ---- rooms ------------------------------------------------------------------------------
 
     def names(self) -> set[str]:
-        """What an emitter may call it by: its rooms and its ID."""
+        """Return the names by which emitters address this client: its rooms and its ID."""
         return {*self.rooms.joined, self.sid}
 
     def join(self, room: str, place: EntryID | None) -> None:
-        """An emitter puts it into a room, when the room's stream was at `place`."""
+        """Join a room on behalf of an emitter, from `place` in the room's stream."""
         session = self.session
         if session is None or session.closed or room in self.rooms.joined:
             return
@@ -309,7 +311,7 @@ class SocketClient:
             self._door.context.subscribe(session, channel, asked)
 
     def leave(self, room: str) -> None:
-        """An emitter takes it out of a room."""
+        """Leave a room on behalf of an emitter."""
         session = self.session
         if session is None or session.closed or room not in self.rooms.joined:
             return
@@ -327,7 +329,7 @@ class SocketClient:
         self.rooms.placed(subscription)
         admitted = self._admitted
         if admitted is None:
-            # A room of an emitter's, joined later.
+            # An emitter has added the client to this room.
             self._door.sessions.changed(self)
             return
         self._answered(admitted)
@@ -346,25 +348,25 @@ class SocketClient:
         if admitted is None or admitted.done():
             return
         if isinstance(error, Forbidden) and self.rooms.joined:
-            # Revoked: the client is not in this room, and that is all.
+            # The user's right to this room was revoked. The client joins its other rooms.
             self._answered(admitted)
         else:
             admitted.set_exception(error)
 
     def dropped(self, channel: Channel, notice: Notice) -> None:
-        """The protocol has no words for a room that is lost; without any the client is put out."""
+        """Leave the room silently: the protocol has no notice for it. Disconnect without rooms."""
         self.rooms.lost(channel)
         if notice.reason in (Reason.REVOKED, Reason.RIGHTS_CHANGED):
             self._refused.add(channel)
         session = self.session
         if session is not None and not session.subscriptions and notice.reason != Reason.EXPIRED:
-            self.put_out()
+            self.server_disconnect()
         else:
             self._door.sessions.changed(self)
 
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
-        """What a client may have missed it learns by losing its connection and its session: it
-        comes back by itself, and `recovered` is false then."""
+        """Close the connection and forget the session if events may be missing. The client
+        reconnects by itself, and its `recovered` is false then."""
         del subscription
         if notice.kind in ("gap", "reset"):
             self._come_again()
@@ -385,7 +387,7 @@ class SocketClient:
 
     def expired(self) -> None:
         """See `relay.hub.session.Client`. Its token would be refused: it need not come back."""
-        self.put_out()
+        self.server_disconnect()
 
     def disconnect(self, reason: Reason) -> None:
         """See `relay.hub.session.Client`. At the relay's own stop it shall come back."""
@@ -393,17 +395,16 @@ class SocketClient:
             self._end_session()
             self.engine.close()
         else:
-            self.put_out()
+            self.server_disconnect()
 
-    def superseded(self) -> None:
+    def close_superseded(self) -> None:
         """Close the connection: its client has resumed the session on another one."""
         self.pid = ""
         self._end_session()
         self.engine.close()
 
-    def put_out(self) -> None:
-        """The client is told that the server has ended it, and stays away (`io server
-        disconnect`)."""
+    def server_disconnect(self) -> None:
+        """Disconnect the client for good: it does not reconnect (`io server disconnect`)."""
         session = self.session
         self._forget()
         if session is not None and not session.closed:
@@ -432,7 +433,7 @@ class SocketClient:
         session, self.session = self.session, None
         if self._admitted is not None and not self._admitted.done():
             self._admitted.set_exception(Unavailable("the client has gone"))
-        # Its subscriptions refer to the session, and thereby to this client.
+        # The cached subscriptions refer to the session and to this client.
         self.rooms.reset_cache()
         if session is not None and not session.closed:
             session.write_out()
@@ -440,8 +441,11 @@ class SocketClient:
             self.connection.out = self.engine.write
 
     def _close_soon(self) -> None:
-        """A 4.x client reads packets a turn later than their transport's end, which would hide
-        them; it closes by itself, and who does not is closed."""
+        """Close the connection in a second, unless the client does so before.
+
+        Not at once: a 4.x client handles packets a turn later than the end of its transport, and
+        would not see them.
+        """
         self._stop_timer()
         # A client that was rejected cannot try another token on the same connection.
         self._asked = None

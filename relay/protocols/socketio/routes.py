@@ -1,4 +1,4 @@
-"""The door's paths, `/notifications/` and `/socket.io/`, and all of its clients here."""
+"""The paths `/notifications/` and `/socket.io/`, and the clients of this worker."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class MountedSocketIo:
         self.context = context
         self._gauge = context.metrics.connections.labels("socketio")
         self._clients: set[SocketClient] = set()
-        # Commands of emitters that are not carried out yet: for whom, and what to do.
+        # Pending commands of emitters: the clients to apply each to, and the function to call.
         self._steps: deque[tuple[list[SocketClient], Callable[[SocketClient], None]]] = deque()
         self._endpoint = Endpoint(
             topic="socketio",
@@ -95,13 +95,14 @@ class MountedSocketIo:
         client.connection.opened()
 
     def gone(self, client: SocketClient) -> None:
-        """Its connection is over; what is kept of it stays for its time."""
+        """Remove a client whose connection is closed. Its session can be resumed for a while."""
         self._clients.discard(client)
         self._gauge.set(len(self._clients))
         self.sessions.left(client)
 
     def encoder(self, version: int, *, recovers: bool) -> SocketEncoder:
-        """The format of a client of this generation; `recovers`: it is known to be able to."""
+        """Return the encoder for clients of this Engine.IO version. `recovers` is True if the
+        client is known to support connection state recovery."""
         if version == 3:
             return self._encoders[0]
         if not self.sessions.recovery_s:
@@ -118,14 +119,14 @@ class MountedSocketIo:
     # ---- emitters' commands -----------------------------------------------------------------
 
     def _obey(self, payload: str) -> None:
-        """`socketsJoin`, `socketsLeave` or `disconnectSockets`, as the tap passes them on."""
+        """Apply an emitter's `socketsJoin`, `socketsLeave` or `disconnectSockets`."""
         try:
             command = orjson.loads(payload)
             what, rooms = command["do"], set(command["rooms"])
             without = set(command["except"])
             names = {name: _place(at) for name, at in command["names"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as exc:
-            _log.warning("an emitter's command is skipped: %s", exc)
+            _log.warning("Ignored an emitter's command: malformed (%s)", exc)
             return
 
         def act(client: SocketClient) -> None:
@@ -135,7 +136,7 @@ class MountedSocketIo:
             if (rooms and mine.isdisjoint(rooms)) or not mine.isdisjoint(without):
                 return
             if what == "disconnect":
-                client.put_out()
+                client.server_disconnect()
             for name, place in names.items():
                 if what == "join":
                     client.join(name, place)
@@ -171,8 +172,11 @@ def _place(text: str) -> EntryID | None:
 
 
 def cors_headers(headers: MultiMapping[str]) -> dict[str, str]:
-    """Any page may ask, as with Socket.IO 2: without a token it is told nothing, and the cookie
-    counts for allowed Origins only. Browsers want the Origin itself where credentials are sent."""
+    """Return CORS headers that allow every origin, as Socket.IO 2 does.
+
+    A page needs a token to receive events, and the cookie is accepted from allowed origins only.
+    The origin is repeated because browsers reject "*" for requests with credentials.
+    """
     origin = headers.get("Origin")
     if origin is None or not origin.isprintable():
         return {"Vary": "Origin"}

@@ -1,8 +1,9 @@
 """One Socket.IO connection: namespaces, events and acknowledgements. Sans-I/O.
 
-The door behind it is a `Handler`, which decides who may connect to what. What the two generations
-do differently (table E.1 of the captures) happens here: a 2.x client is connected to `/` unasked
-and learns no ID, a 3.x or 4.x client names each namespace and is told its ID.
+A protocol implements `SocketIoHandler`, which decides which client may connect to which namespace.
+The differences between the protocol versions (table E.1 of the captures) are handled here: a 2.x
+client is connected to `/` without a request and receives no ID. A 3.x or 4.x client requests each
+namespace and receives its ID.
 """
 
 from __future__ import annotations
@@ -24,11 +25,16 @@ Acknowledge = Callable[..., None]
 
 
 class SocketIoHandler(Protocol):
-    """The door's side of one connection."""
+    """The protocol's side of one connection."""
 
     def connecting(self, namespace: str, auth: Mapping[str, Any], query: str) -> None:
-        """The client asks for a namespace; answer with `accept` or `refuse`, now or later. `auth`
-        is what a 3.x or 4.x client gave (or {}), `query` what a 2.x client repeats here."""
+        """Decide on a request for a namespace: call `accept` or `refuse`, now or later.
+
+        Args:
+            namespace: The requested namespace.
+            auth: The `auth` object of a 3.x or 4.x client, {} without one.
+            query: The query string that a 2.x client repeats in its CONNECT packet.
+        """
 
     def event(
         self, namespace: str, name: str, args: list[Any], acknowledge: Acknowledge | None
@@ -37,15 +43,18 @@ class SocketIoHandler(Protocol):
         None. Binary arguments are placeholders; events of more than 64 KB are ignored."""
 
     def left(self, namespace: str) -> None:
-        """The client has left a namespace, or does not want to connect to it any more."""
+        """Handle a DISCONNECT: the client has left a namespace or given up connecting to it."""
 
     def closed(self, reason: str) -> None:
-        """The connection is over, with everything it had."""
+        """Handle the end of the connection, which ends all its namespaces."""
 
 
 class SocketIoConnection:
-    """What a door says to one client. Bytes go to `out`: to the engine itself at first, and once
-    there is a session with the hub, through that session, so that they keep their order."""
+    """The server's side of one Socket.IO connection.
+
+    Packets are written to `out`. At first that is the engine. Once the client has a session in the
+    hub, packets go through that session, so that they stay in order with its events.
+    """
 
     __slots__ = ("_decoder", "_handler", "_namespaces", "_waiting", "engine", "out")
 
@@ -59,11 +68,11 @@ class SocketIoConnection:
 
     @property
     def version(self) -> int:
-        """Of Engine.IO: 3 for clients 2.x, 4 for 3.x and 4.x."""
+        """The Engine.IO version: 3 for Socket.IO 2.x clients, 4 for 3.x and 4.x."""
         return self.engine.version
 
     def opened(self) -> None:
-        """The engine is open. A 2.x client takes `/` as given (captured: `40` unasked)."""
+        """Start. A 2.x client is connected to `/` without a request (captured: `40`)."""
         handler = self._handler
         if self.version == 3 and handler is not None:
             self._waiting.add("/")
@@ -72,7 +81,7 @@ class SocketIoConnection:
     # ---- from the engine --------------------------------------------------------------------
 
     def on_message(self, data: bytes, binary: bool) -> None:
-        """One message; Malformed closes the connection, as upstream does (captured)."""
+        """Handle one message. Raises Malformed, which closes the connection as upstream does."""
         handler = self._handler
         found = self._decoder.feed(data, binary=binary)
         if found is None or handler is None:
@@ -84,7 +93,7 @@ class SocketIoConnection:
                 handler.connecting(namespace, found.data or {}, found.query)
             return
         if namespace not in self._namespaces:
-            # A packet that crossed the refusal or the end of its namespace, or an event too early.
+            # The packet was sent before the client received the rejection, or before it connected.
             if found.kind == codec.DISCONNECT:
                 if namespace in self._waiting:
                     self._waiting.discard(namespace)
@@ -102,7 +111,7 @@ class SocketIoConnection:
             handler.event(namespace, name, args, acknowledge)
         elif found.kind == codec.ERROR:
             raise Malformed("errors come from the server")
-        # else: an acknowledgement; nobody here asks for one.
+        # Otherwise it is an acknowledgement. None was requested.
 
     def on_closed(self, reason: str) -> None:
         """Tell the handler that the engine has closed."""
@@ -123,19 +132,19 @@ class SocketIoConnection:
     # ---- for the handler --------------------------------------------------------------------
 
     def wants(self, namespace: str) -> bool:
-        """Whether the client still waits for an answer about this namespace."""
+        """Return True if the client is waiting for an answer about this namespace."""
         return namespace in self._waiting
 
     def accept(self, namespace: str, sid: str, **more: str) -> None:
-        """The client is connected to `namespace`; a 2.x client makes its ID itself."""
+        """Send CONNECT. A 2.x client derives its ID itself; `more` is sent to others."""
         self._waiting.discard(namespace)
         self._namespaces.add(namespace)
         payload = b"" if self.version == 3 else orjson.dumps({"sid": sid, **more})
         self._send(codec.CONNECT, namespace, payload)
 
     def refuse(self, namespace: str, message: str, data: object = None) -> None:
-        """The client may not connect to `namespace`. 2.x knows one value, the data or else the
-        message; later ones both."""
+        """Send CONNECT_ERROR. A 2.x client receives `data`, or `message` without data; later
+        versions receive both."""
         self._waiting.discard(namespace)
         if self.version == 3:
             payload = orjson.dumps(message if data is None else data)
@@ -145,17 +154,17 @@ class SocketIoConnection:
         self._send(codec.ERROR, namespace, payload)
 
     def emit(self, namespace: str, name: str, *args: object) -> None:
-        """One event for this client; ValueError where it cannot be said in JSON and bytes."""
+        """Send one event. Raises ValueError if an argument is neither JSON nor bytes."""
         payload, parts = codec.deconstruct([name, *args])
         self._send(codec.BINARY_EVENT if parts else codec.EVENT, namespace, payload, parts)
 
     def leave(self, namespace: str) -> None:
-        """Put the client out of a namespace that it is in: it does not come back by itself."""
+        """Send DISCONNECT if the client is connected. It will not reconnect by itself."""
         if namespace in self._namespaces:
-            self.put_out(namespace)
+            self.server_disconnect(namespace)
 
-    def put_out(self, namespace: str) -> None:
-        """As `leave`, also where it was never let in: a 2.x client needs that to stay away."""
+    def server_disconnect(self, namespace: str) -> None:
+        """Send DISCONNECT. A 2.x client that was rejected needs it too, or it would reconnect."""
         self._namespaces.discard(namespace)
         self._waiting.discard(namespace)
         self._send(codec.DISCONNECT, namespace)

@@ -1,4 +1,4 @@
-"""The Socket.IO side of a registration: acknowledgements, and the place that is kept."""
+"""The Socket.IO side of a registration: acknowledgements and the saved session."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class BrowserConnection(Protocol):
     def moved(self) -> None:
         """Save the session again, because its channels or positions have changed."""
 
-    def put_out(self) -> None:
+    def server_disconnect(self) -> None:
         """Disconnect the client for good."""
 
     def stop(self) -> None:
@@ -55,7 +55,10 @@ class NpmBrowser(Registration):
         self._start: dict[Channel, bytes] = {}
 
     async def enter(self, repository: str | None, positions: Mapping[Channel, Position]) -> None:
-        """Follow what is for everybody, and where it was before; returns when both stand."""
+        """Subscribe to broadcast events and to the workspace of a resumed session.
+
+        Returns once the subscriptions are confirmed. Raises Unavailable.
+        """
         self.repository = repository
         self._expected = set(channels_of(repository))
         for channel in channels_of(repository):
@@ -63,7 +66,7 @@ class NpmBrowser(Registration):
         await self._admitted
 
     def asks(self, repository: str | None, acknowledge: Acknowledge | None) -> None:
-        """The client wants to be in this workspace, or in none."""
+        """Register for a workspace, or unregister if it is None."""
         if self._awaited is not None:
             self._awaited[1]({"ok": False})
         self._awaited = None
@@ -77,11 +80,11 @@ class NpmBrowser(Registration):
         self.register(repository)
 
     def gone(self) -> None:
-        """The connection is over, or the session is another's."""
+        """End the registration, because the connection is closed or another one has the session."""
         self.account.members.discard(self)
         if not self._admitted.done():
             self._admitted.set_exception(Unavailable("the client has gone"))
-            # Nobody may be waiting yet.
+            # Retrieve the exception, because no task may be waiting for it yet.
             self._admitted.exception()
 
     def start(self) -> str:
@@ -104,14 +107,14 @@ class NpmBrowser(Registration):
     def shut_out(self, reason: str) -> None:
         """See `Registration`."""
         del reason
-        self._connection.put_out()
+        self._connection.server_disconnect()
 
     def disconnect(self, reason: Reason) -> None:
         """See `Registration`."""
         if reason == Reason.STOPPING:
             self._connection.stop()
         else:
-            self._connection.put_out()
+            self._connection.server_disconnect()
 
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
         """See `relay.hub.session.Client`; with the client's own cursor."""
@@ -134,7 +137,7 @@ class NpmBrowser(Registration):
     def refused(self, channel: Channel, error: RelayError) -> None:
         """See `relay.hub.session.Client`."""
         if isinstance(error, Unavailable) and not self._admitted.done():
-            # It comes back by itself; nothing is promised before it is in.
+            # The connection will be closed, and the client reconnects by itself.
             self._admitted.set_exception(error)
             return
         super().refused(channel, error)
@@ -153,5 +156,5 @@ class NpmBrowser(Registration):
 
 
 def channels_of(repository: str | None) -> list[Channel]:
-    """What somebody in this workspace follows."""
+    """Return the channels of a browser that is registered for this workspace."""
     return [EVERYBODY] if repository is None else [EVERYBODY, workspace(repository)]

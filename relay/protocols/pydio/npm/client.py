@@ -1,4 +1,4 @@
-"""One npm client's connection: who it is, its namespace, and how it ends."""
+"""The Socket.IO connection of one npm client: authentication, namespace and closing."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class NpmClient:
     # ---- from the client --------------------------------------------------------------------
 
     def connecting(self, namespace: str, auth: Mapping[str, Any], query: str) -> None:
-        """Pydio says who it is; nothing is told before."""
+        """Ask Pydio for the user, then join. Nothing is sent to the client before that."""
         del query
         if namespace == self.kind.namespace:
             # A client that was rejected cannot try again on the same connection: each attempt is a
@@ -76,7 +76,7 @@ class NpmClient:
             if not self._rejected:
                 self.kind.spawn(self._join(dict(auth)), "pydio join")
         elif namespace == "/" and self.connection.version == 3:
-            # Every 2.x client has it, unasked; it opens nothing.
+            # Every 2.x client connects to "/" by itself. It receives no events there.
             self.connection.accept("/", self.engine.sid)
         else:
             self.connection.refuse(namespace, "Invalid namespace")
@@ -84,12 +84,12 @@ class NpmClient:
     def event(
         self, namespace: str, name: str, args: list[Any], acknowledge: Acknowledge | None
     ) -> None:
-        """`register` and `unregister`; any other is ignored."""
+        """Handle `register` and `unregister`; ignore other events."""
         browser = self._browser
         if namespace != self.kind.namespace or browser is None or not browser.alive:
             return
         if not browser.within_rate():
-            self.put_out()
+            self.server_disconnect()
         elif name == "register":
             repository = args[0] if args else None
             if isinstance(repository, int) and not isinstance(repository, bool):
@@ -102,14 +102,14 @@ class NpmClient:
             browser.asks(None, acknowledge)
 
     def left(self, namespace: str) -> None:
-        """The client leaves: it does not want anything back."""
+        """End the session for good, because the client has left."""
         if namespace == self.kind.namespace:
             self._forget()
             self.end()
             self.engine.close()
 
     def closed(self, reason: str) -> None:
-        """The connection is gone."""
+        """End the session in the hub. The saved session can be resumed for a while."""
         del reason
         self._stop_timer()
         self.end()
@@ -190,18 +190,18 @@ class NpmClient:
             return
         kind, connection = self.kind, self.connection
         if not isinstance(error, ClientError):
-            # What is over soon is no refusal: after one a client would not try again.
+            # Temporary errors must not be sent as CONNECT_ERROR: a client would stop reconnecting.
             self.engine.close()
             return
         kind.around.refused(error.code)
         connection.refuse(kind.namespace, str(error), {"code": error.code})
-        connection.put_out(kind.namespace)
+        connection.server_disconnect(kind.namespace)
         self._close_soon()
 
     # ---- ending -----------------------------------------------------------------------------
 
-    def put_out(self) -> None:
-        """The client is told that the server has ended it, and stays away."""
+    def server_disconnect(self) -> None:
+        """Disconnect the client for good: it does not reconnect (`io server disconnect`)."""
         self._forget()
         browser = self._browser
         if browser is not None and browser.alive:
@@ -209,7 +209,7 @@ class NpmClient:
         self.end()
         self._close_soon()
 
-    def superseded(self) -> None:
+    def close_superseded(self) -> None:
         """Close the connection: its client has resumed the session on another one."""
         self.pid = ""
         self.end()
@@ -238,12 +238,12 @@ class NpmClient:
         self.kind.sessions.changed(self)
 
     def stop(self) -> None:
-        """The client shall come back, to another worker."""
+        """Close the connection, so that the client reconnects to another worker."""
         self.end()
         self.engine.close()
 
     def end(self) -> None:
-        """It leaves the hub, its last words said."""
+        """Send what is pending and end the session in the hub."""
         browser, self._browser = self._browser, None
         if browser is None:
             return
@@ -263,8 +263,8 @@ class NpmClient:
             self.kind.sessions.forget(pid)
 
     def _close_soon(self) -> None:
-        # A 4.x client reads packets a turn later than their transport's end, which would hide
-        # them; it closes by itself, and who does not is closed.
+        # Not at once: a 4.x client handles packets a turn later than the end of its transport, and
+        # would not see them.
         self._rejected = True
         self._stop_timer()
         self._timer = asyncio.get_running_loop().call_later(_GOODBYE_S, self.engine.close)

@@ -1,8 +1,8 @@
-"""All npm clients of this worker: connections, sessions that are kept, and who has which.
+"""The npm clients of this worker: connections and saved sessions.
 
-The wire of Pydio's own npm server was never published, so this is ours (README.md): `register` and
-`unregister` with the workspace, answered where the client asks for an acknowledgement, and
-`message` with the content. A client of 4.6 or later that was cut off gets what it missed.
+The messages of Pydio's own npm server were never published, so these are defined by relay (see
+README.md): `register` and `unregister` with the workspace, acknowledged on request, and `message`
+with the content. A client of Socket.IO 4.6 or later that reconnects receives what it missed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MAX_PAYLOAD_BYTES = 65536
 
 
 class NpmService:
-    """All clients of this kind on this worker."""
+    """Serves the npm clients of this worker."""
 
     def __init__(
         self,
@@ -63,17 +63,17 @@ class NpmService:
         )
 
     def reload(self, settings: PydioSettings) -> None:
-        """For connections from now on; the namespace stays until a restart."""
+        """Apply new settings to new connections. The namespace changes at a restart only."""
         self.endpoint.reload(_timing(settings))
 
     def spawn(self, coroutine: Any, name: str) -> None:
-        """A task that ends with the relay."""
+        """Start a task that ends with the relay."""
         task = self.context.spawn(coroutine, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def closed(self) -> None:
-        """Returns once nobody is connected. Who never joined was not asked to leave yet."""
+        """Close connections that have not joined yet, and wait until all are closed."""
         for client in list(self._clients):
             client.engine.close()
         await self.endpoint.closed()
@@ -85,7 +85,7 @@ class NpmService:
         client.connection.opened()
 
     def gone(self, client: NpmClient) -> None:
-        """Its connection is over; what is kept of it stays for its time."""
+        """Remove a client whose connection is closed. Its session can be resumed for a while."""
         self._clients.discard(client)
         self._on_count(-1)
         self.sessions.left(client)
