@@ -30,7 +30,7 @@ class StreamReceiver(ClientSocket):
     client must ask for another one. The messages at its end count as received only because the
     client sees a difference between a complete response and a broken one: the response has a
     declared length. Without `length_bytes` the session ends with its only response, because the
-    client of an EventSource or a frame sees no such difference.
+    client of an EventSource, of a frame or in Node sees no such difference.
     """
 
     __slots__ = ("_cut_short", "_finishing", "_framing", "_left_bytes", "finished", "session")
