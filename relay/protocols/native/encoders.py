@@ -1,4 +1,4 @@
-"""The native door's encoders: one object for all clients of one format.
+"""Encoders of the native protocol: one object for all clients of one format.
 
 * websocket: one text frame an event, the same for everybody;
 * SSE with one channel: the block with the stream's ID, the same for everybody;
@@ -26,16 +26,16 @@ def _text(entry_id: EntryID | None) -> str | None:
 
 
 class WebSocketEncoder(SharedEncoder):
-    """Text frames."""
+    """Encodes events as WebSocket text frames."""
 
     door = "native"
 
     def event(self, event: Event) -> bytes:
-        """`{"channel","id","type","data","client"}`."""
+        """Encode `{"channel","id","type","data","client"}`."""
         return frame_text(codec.event_object(event))
 
     def notice(self, channel: Channel, notice: Notice) -> bytes:
-        """`{"notice",...}`."""
+        """Encode `{"notice",...}`."""
         return frame_text(
             codec.notice_object(
                 notice.kind,
@@ -48,7 +48,7 @@ class WebSocketEncoder(SharedEncoder):
 
 
 class SseEncoder(SharedEncoder):
-    """Blocks whose ID is the stream's: for connections with one channel."""
+    """Encodes SSE blocks with stream IDs, for connections with one channel."""
 
     door = "native"
 
@@ -56,12 +56,12 @@ class SseEncoder(SharedEncoder):
         self._tail = tail
 
     def event(self, event: Event) -> bytes:
-        """The whole block; without an ID for the ephemeral kind."""
+        """Encode the whole block. Ephemeral events have no ID."""
         tail = self._tail(event)
         return tail if event.id is None else codec.sse_id(str(event.id)) + tail
 
     def notice(self, channel: Channel, notice: Notice) -> bytes:
-        """An SSE event of its own name."""
+        """Encode the notice as an SSE event named after it."""
         return codec.sse_notice(
             notice.kind,
             channel=channel,
@@ -72,12 +72,12 @@ class SseEncoder(SharedEncoder):
 
 
 class SseCursorEncoder(SseEncoder):
-    """Blocks whose ID is the client's cursor over all its channels."""
+    """Encodes SSE blocks with the client's cursor over all its channels as ID."""
 
     personal = True
 
     def event(self, event: Event) -> bytes:
-        """The block without its ID."""
+        """Encode the block without its ID, which differs for each client."""
         return self._tail(event)
 
     def personal_event(
@@ -87,7 +87,7 @@ class SseCursorEncoder(SseEncoder):
         subscription: Subscription,
         shared: bytes,
     ) -> bytes:
-        """The client's own ID line before the shared rest."""
+        """Prepend the client's cursor to the shared part."""
         if position is None:
             return shared
         cursor = subscription.session.cursor(event.channel, position)
@@ -102,7 +102,7 @@ SSE_CURSOR_ENVELOPE = SseCursorEncoder(codec.envelope_tail)
 
 
 def sse_encoder(*, several: bool, envelope: bool) -> SseEncoder:
-    """The format that a request asks for."""
+    """Return the encoder for a request."""
     if several:
         return SSE_CURSOR_ENVELOPE if envelope else SSE_CURSOR
     return SSE_ENVELOPE if envelope else SSE

@@ -1,4 +1,4 @@
-"""One server-sent-event connection in the hub's eyes."""
+"""One server-sent-event client of the hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class SubscriptionRejected(Exception):
-    """A channel that this request may not have refuses the whole request."""
+    """The request is rejected, because one of its channels was."""
 
     def __init__(self, channel: Channel, error: RelayError) -> None:
         super().__init__(str(error))
@@ -25,7 +25,7 @@ class SubscriptionRejected(Exception):
 
 
 class SseClient:
-    """Waits until all channels are admitted; ends the stream when none is left."""
+    """Waits until all channels are subscribed. Ends the stream with the last subscription."""
 
     __slots__ = ("_outbox", "_waiting", "admitted", "session")
 
@@ -36,7 +36,7 @@ class SseClient:
         self._outbox: Outbox | None = None
 
     def attached(self, outbox: Outbox) -> None:
-        """The response has begun."""
+        """Set the socket to close, once the response has begun."""
         self._outbox = outbox
         self.admitted = None
         if self.session is not None and not self.session.subscriptions:
@@ -57,13 +57,13 @@ class SseClient:
     def dropped(self, channel: Channel, notice: Notice) -> None:
         """See `relay.hub.session.Client`."""
         del channel
-        # After the last of the expired ones comes `expired`, which has something to add.
+        # After the last expired subscription `expired` is called, which sends an error.
         last = self.session is not None and not self.session.subscriptions
         if last and notice.reason != Reason.EXPIRED:
             self._end(b"")
 
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
-        """Never called: the format has words for every notice."""
+        """Never called: the format has a block for every notice."""
 
     def expired(self) -> None:
         """See `relay.hub.session.Client`."""

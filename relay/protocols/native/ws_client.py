@@ -1,4 +1,4 @@
-"""One native websocket: commands in, replies and errors out. No I/O of its own."""
+"""One WebSocket client: parses commands and sends replies and errors. Does no I/O."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _CLOSES = {Reason.STOPPING: GOING_AWAY, Reason.DISCONNECTED: DISCONNECTED}
 
 
 class WsClient:
-    """The table: command in, hub call and reply out."""
+    """Executes a client's commands in the hub and replies to them."""
 
     __slots__ = (
         "_allowance",
@@ -63,13 +63,13 @@ class WsClient:
         self._seen_at = clock()
 
     def attached(self, outbox: Outbox) -> None:
-        """The handshake is done."""
+        """Set the socket to close, once the handshake is complete."""
         self._outbox = outbox
 
     # ---- from the client --------------------------------------------------------------------
 
     def on_text(self, text: bytes) -> None:
-        """One frame; a mistake is answered, and costs the connection only when repeated."""
+        """Execute one command. Reply to a malformed one; close after several."""
         session = self.session
         if session is None or session.closed:
             return
@@ -101,7 +101,7 @@ class WsClient:
                 self._say(codec.reply_object("unsubscribe", command.ref, channel=command.channel))
             case codec.RefreshCommand():
                 principal = self._context.read_token(command.token)
-                # --insecure opened the connection, not the old token.
+                # With --insecure, access does not depend on the token.
                 principal = replace(principal, unrestricted=session.principal.unrestricted)
                 hub.change_principal(session, principal)
                 self._say(codec.reply_object("refresh", command.ref))
@@ -109,7 +109,7 @@ class WsClient:
                 self._say(codec.reply_object("ping", command.ref))
 
     def subscribe(self, command: codec.SubscribeCommand) -> None:
-        """By command or from the query; answered by `subscribed` or `refused`."""
+        """Start a subscription. The reply is sent by `subscribed` or `refused`."""
         session = self.session
         if session is None:
             return
@@ -142,10 +142,10 @@ class WsClient:
             self._say(codec.error_object(error, self._refs.pop(channel, None), channel))
 
     def dropped(self, channel: Channel, notice: Notice) -> None:
-        """The notice says it all; the connection stays for its other channels."""
+        """Do nothing: the notice was sent, and the connection may have other channels."""
 
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
-        """Never called: the format has words for every notice."""
+        """Never called: the format has a frame for every notice."""
 
     def expired(self) -> None:
         """See `relay.hub.session.Client`."""
@@ -158,7 +158,7 @@ class WsClient:
         self.close(_CLOSES.get(reason, GOING_AWAY), None)
 
     def say_error(self, error: ClientError | Unavailable, channel: str | None) -> None:
-        """An error that no command caused: something in the query was wrong."""
+        """Send an error for something in the query string, which has no `ref`."""
         self._say(codec.error_object(error, None, channel))
 
     # ---- inner workings ---------------------------------------------------------------------
@@ -175,7 +175,7 @@ class WsClient:
         return self._allowance >= 0
 
     def close(self, code: int, error: ClientError | None) -> None:
-        """Say why, close with `code`, and leave the hub."""
+        """Send the error, if any, end the session and close with `code`."""
         session = self.session
         if session is None or session.closed:
             return

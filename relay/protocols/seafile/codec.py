@@ -29,7 +29,7 @@ _PART_BYTES = 4096
 
 
 class BadMessage(ValueError):
-    """Not one of the two messages; upstream hangs up then. The text is for the log."""
+    """The message is malformed; Seafile's server closes the connection then. For the log."""
 
 
 class LibrarySubscribe(NamedTuple):
@@ -42,7 +42,7 @@ class LibrarySubscribe(NamedTuple):
 
 
 class LibraryUnsubscribe(NamedTuple):
-    """One library of an unsubscribe."""
+    """One library of an unsubscribe message."""
 
     repo_id: str
 
@@ -55,7 +55,7 @@ _decoder = json.JSONDecoder(parse_constant=_refuse, parse_int=float)
 
 
 def parse(text: bytes) -> list[LibrarySubscribe | LibraryUnsubscribe]:
-    """What a client's message asks for, in order; BadMessage."""
+    """Parse a client's message into requests, in their order. Raises BadMessage."""
     try:
         message, _ = _decoder.raw_decode(text.decode(errors="replace").lstrip(" \t\r\n"))
     except (ValueError, RecursionError):
@@ -76,7 +76,7 @@ def parse(text: bytes) -> list[LibrarySubscribe | LibraryUnsubscribe]:
 
 
 async def parts(text: bytes) -> AsyncIterator[bytes]:
-    """Divide a message with many libraries into messages with few; BadMessage.
+    """Divide a message with many libraries into messages with few. Raises BadMessage.
 
     A slice of time is used for each. What stands around the libraries is repeated in each part.
     """
@@ -127,7 +127,7 @@ def _text(fields: dict[str, Any], name: str) -> str:
 
 
 def message(kind: str, content: bytes) -> bytes:
-    """A message of this type; `content` is JSON text."""
+    """Return a message of this type; `content` is JSON text."""
     return b'{"type":%b,"content":%b}\n' % (go_json.text(kind), go_json.compact(content))
 
 
@@ -152,6 +152,6 @@ def is_for_some(event: Event) -> bool:
 
 
 def jwt_expired(repo_id: str) -> bytes:
-    """The one message that the notification server makes itself, as a frame."""
+    """Return the frame of `jwt-expired`, the only message that the server itself creates."""
     content = json.dumps({"repo_id": repo_id}, ensure_ascii=False, separators=(",", ":"))
     return frame_text(message("jwt-expired", content.encode(errors="replace")))

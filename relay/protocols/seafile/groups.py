@@ -1,4 +1,4 @@
-"""Who is in a group: from Seafile's ccnet database, or from a Redis set. Fails closed.
+"""Members of groups, from Seafile's ccnet database or a Redis set. Fails closed.
 
 Upstream sends a group's event to everyone when its database is down; here to nobody.
 """
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# The sender waits for its answer, a second at most.
+# Seafile's server waits at most one second for the response to an event.
 _LIMIT_S = 0.6
-# A failure is held just long enough to spare a database that is down.
+# Remember a failure briefly, so that an unreachable database is not queried for each event.
 _FAILURE_S = 1.0
 _KEPT = 10_000
 # From upstream's event.go; `GroupUser` is the ccnet database's.
@@ -35,11 +35,11 @@ Source = Callable[[int], Awaitable[frozenset[str]]]
 
 
 class Failed(Exception):
-    """The members cannot be had now; the text is for the log."""
+    """The members are unavailable. The text is for the log."""
 
 
 class Groups:
-    """The members of groups, remembered for a while; asked for once however many want them."""
+    """Cached members of groups. Concurrent lookups of one group share a query."""
 
     def __init__(
         self, source: Source, cache_s: float, now: Callable[[], float] = time.monotonic
@@ -51,7 +51,7 @@ class Groups:
         self._asking: dict[int, asyncio.Event] = {}
 
     async def members(self, group: int) -> frozenset[str] | None:
-        """User names; None where nobody can say. Within 0.6 seconds."""
+        """Return user names, or None if the member list is unavailable. Takes at most 0.6 s."""
         while True:
             known = self._known.get(group)
             if known is not None and self._now() < known[0]:
@@ -107,7 +107,7 @@ def source_of(
 
 
 async def _query(settings: SeafileSettings, group: int) -> frozenset[str]:
-    # A connection for each question: there are few, thanks to the cache, and none goes stale.
+    # Open a connection for each query. The cache keeps them few, and none can become stale.
     try:
         connection = await aiomysql.connect(
             host=settings.db_host,

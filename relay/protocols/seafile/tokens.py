@@ -24,12 +24,12 @@ ALGORITHMS = ("HS256", "HS384", "HS512")
 
 
 class InvalidSeafileToken(Exception):
-    """The token opens nothing; the text is for the log."""
+    """The token is invalid. The text is for the log."""
 
 
 @dataclass(frozen=True, slots=True)
 class SeafileClaims:
-    """Of a valid token. `username` and `repo_id` are '' where it has none."""
+    """Claims of a valid token. `username` and `repo_id` are empty if they are missing."""
 
     expires_at: int
     repo_id: str
@@ -37,7 +37,7 @@ class SeafileClaims:
 
 
 class _AnyLengthHmac(HMACAlgorithm):
-    """PyJWT's HMAC for keys of any length: Seafile's scripts decide how long they are."""
+    """PyJWT's HMAC for keys of any length, because Seafile's scripts choose it."""
 
     def prepare_key(self, key: str | bytes) -> bytes:
         return key if isinstance(key, bytes) else key.encode()
@@ -60,7 +60,7 @@ class SeafTokens:
             )
 
     def read(self, token: str, now: float) -> SeafileClaims:
-        """Whom the token names; Refused where it is not valid at `now`, in seconds."""
+        """Return the claims of a token. Raise InvalidSeafileToken if invalid at `now` (s)."""
         if not self._keys:
             raise InvalidSeafileToken("no key is configured")
         claims = self._payload(token)
@@ -89,7 +89,7 @@ class SeafTokens:
         raise InvalidSeafileToken("its signature does not fit the key")
 
     def read_for(self, repo_id: str, token: str, now: float) -> SeafileClaims:
-        """As `read`; Refused too where the token is for another library."""
+        """Like `read`. Raises InvalidSeafileToken if the token is for another library, too."""
         claims = self.read(token, now)
         if claims.repo_id != repo_id:
             raise InvalidSeafileToken("it is for another library")
@@ -98,7 +98,7 @@ class SeafTokens:
     def check_sender(
         self, repo_token: str | None, authorization: str | None, now: float, *, clients: bool
     ) -> None:
-        """Refused unless one of the two headers lets its sender post events.
+        """Raise InvalidSeafileToken unless one of the two headers allows posting events.
 
         `repo_token` is `Seafile-Repo-Token`, `authorization` is `Authorization`. A token that names
         a user was given to a client for subscribing; it counts only with `clients`.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ActiveChannels:
-    """See `relay.doorkit.contract.Active`."""
+    """Implements `relay.doorkit.contract.Active` with pub/sub subscriptions in Redis."""
 
     def __init__(self, link: ReconnectingConnection, keys: Keys) -> None:
         self._link = link

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class ClusterBus:
-    """See `relay.doorkit.contract.Bus`; `link` also serves small commands of others."""
+    """Implements `relay.doorkit.contract.Bus`. `link` also carries commands of other services."""
 
     def __init__(self, *, redis: RedisSettings, keys: Keys, instance: str) -> None:
         self.instance = instance
@@ -41,11 +41,11 @@ class ClusterBus:
         )
 
     def listen(self, topic: str, on_payload: Callable[[str, bytes], None]) -> None:
-        """See `relay.doorkit.contract.Bus`."""
+        """Pass messages on this topic to `on_payload`, with the address of the sender."""
         self._listeners[topic] = on_payload
 
     def send(self, address: str, topic: str, payload: bytes) -> asyncio.Future[bool]:
-        """See `relay.doorkit.contract.Bus`."""
+        """Send a message to one worker. The future returns whether the worker was subscribed."""
         delivered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         if address == self.address:
             self._deliver(topic, address, payload)

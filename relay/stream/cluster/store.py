@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class ClusterStore:
-    """See `relay.doorkit.contract.Store`."""
+    """Implements `relay.doorkit.contract.Store` with Redis strings."""
 
     def __init__(self, link: ReconnectingConnection, keys: Keys) -> None:
         self._link = link

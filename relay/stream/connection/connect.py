@@ -39,7 +39,7 @@ RedisClient = Redis
 
 # After one of these the owner of the connection asks where Redis is and connects again.
 UNAVAILABLE_CODES = codes(Effect.RECONNECT)
-# What redis-py makes of an error in a pipeline: the repr of a tuple with the text.
+# The text of an error in a redis-py pipeline contains the repr of a tuple with the reply.
 _PIPELINED = re.compile(
     r"Command # \d+ \(.*?\) of pipeline caused error: \((?P<text>.*),\)", re.DOTALL
 )
@@ -52,7 +52,7 @@ _SCHEMES = "embedded, redis://, rediss://, unix:// or sentinel://"
 
 
 class CommandRefused(RelayError):
-    """Redis is there and refused this command; `code` is the first word of its answer."""
+    """Redis refused a command. `code` is the first word of its reply."""
 
     def __init__(self, command: str, answer: str) -> None:
         super().__init__(f"{command}: {answer}")
@@ -61,7 +61,7 @@ class CommandRefused(RelayError):
 
 
 class RefusedForNow(RedisUnavailable):
-    """Redis refuses this command now and may accept it later; `reply` is its answer."""
+    """Redis refuses a command now but may accept it later. `reply` is its reply."""
 
     def __init__(self, command: str, reply: str) -> None:
         super().__init__(f"{command} is refused now: {reply}")
@@ -156,9 +156,11 @@ async def check_mode(client: RedisClient, settings: RedisSettings) -> None:
 
 
 async def discover(settings: RedisSettings) -> RedisEndpoint:
-    """The server to connect to now.
+    """Return the server to connect to now.
 
-    RedisUnavailable where no Sentinel knows one; ConfigError where the URL cannot be understood.
+    Raises:
+        RedisUnavailable: No Sentinel returned a primary.
+        ConfigError: The URL is invalid.
     """
     target = _parse(settings)
     if isinstance(target, RedisEndpoint):
@@ -176,7 +178,7 @@ async def discover(settings: RedisSettings) -> RedisEndpoint:
 
 @asynccontextmanager
 async def redis_client(settings: RedisSettings) -> AsyncIterator[Redis]:
-    """A redis-py client for jobs and the command line, closed at the end; replies are bytes."""
+    """Open a redis-py client and close it at the end. Replies are bytes."""
     target = _parse(settings)
     if isinstance(target, _Sentinels):
         async with _sentinel(target, settings) as sentinel:
@@ -190,7 +192,7 @@ async def redis_client(settings: RedisSettings) -> AsyncIterator[Redis]:
 
 
 def endpoint_client(endpoint: RedisEndpoint, settings: RedisSettings) -> Redis:
-    """A redis-py client of exactly this server."""
+    """Return a redis-py client for one server."""
     options = _options(endpoint, settings)
     if endpoint.path:
         return Redis(unix_socket_path=endpoint.path, **options)
@@ -207,7 +209,7 @@ def endpoint_client(endpoint: RedisEndpoint, settings: RedisSettings) -> Redis:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Around each use of redis-py: its exceptions leave as ours."""
+    """Translate exceptions of redis-py into our own."""
     try:
         yield
     except (ReadOnlyError, MasterDownError, ClusterDownError, BusyLoadingError) as exc:
@@ -219,7 +221,7 @@ def translated() -> Iterator[None]:
 
 
 async def command(client: RedisClient, *words: bytes | str | int) -> Any:
-    """One command through redis-py, its reply as Redis gives it."""
+    """Send one command through redis-py and return the unparsed reply."""
     with translated():
         return await client.execute_command(*words)  # type: ignore[no-untyped-call]
 
@@ -245,13 +247,13 @@ async def command_if_equal(
 
 
 async def time_ms(client: RedisClient) -> int:
-    """Redis's clock, the one that entry IDs are made of."""
+    """Return the time of Redis, which entry IDs are made of, in milliseconds."""
     seconds, micros = await command(client, "TIME")
     return int(seconds) * 1000 + int(micros) // 1000
 
 
 async def scan(client: RedisClient, pattern: bytes, count: int) -> AsyncIterator[list[bytes]]:
-    """The keys that match, in batches; a key may come twice, and not all that change meanwhile."""
+    """Yield matching keys in batches. A key may come twice. Concurrent changes may be missed."""
     cursor = 0
     while True:
         with translated():
@@ -288,7 +290,7 @@ def _options(endpoint: RedisEndpoint, settings: RedisSettings) -> dict[str, Any]
         "socket_connect_timeout": settings.connect_timeout_s,
         "socket_timeout": settings.command_timeout_s,
         "protocol": 3,
-        # Once more, for a pooled connection that died unseen; who waits longer does so knowingly.
+        # One retry, for a pooled connection that was closed unnoticed. Callers do further retries.
         "retry": Retry(NoBackoff(), 1),
         "client_name": "relay-admin",
         # Spares the ACL a rule for CLIENT SETINFO.

@@ -1,4 +1,4 @@
-"""What follows when Redis refuses a command: one table for every part of the relay.
+"""The table of error replies of Redis and how relay reacts to them.
 
 An error reply begins with a code. The table says for each code what continues and what pauses, and
 which line is logged. `Refusals` stores what is refused at the moment: it logs the beginning and the
@@ -19,24 +19,24 @@ WRITES = "writes"
 
 
 class Effect(Enum):
-    """What the relay does after an error reply."""
+    """The reaction to an error reply."""
 
-    # This server serves nobody now. Close the connection, ask where Redis is, and connect again.
+    # This server cannot be used now. Close the connection, ask where Redis is, and connect again.
     RECONNECT = "reconnect"
     # Redis refuses writes for a while. Streams are read without writing; publishing is rejected
     # with an error that asks the client to try again. Writing is tried again every second.
     NO_WRITES = "no writes"
     # The same command works later. It is sent again after a pause.
     PAUSE = "pause"
-    # The user lacks a right, or the command does not exist. Another way is used where there is one
-    # (reading without groups and transactions); everything else is tried again after a pause.
+    # The user lacks a right, or the command does not exist. Streams are read without groups and
+    # transactions; everything else is tried again after a pause.
     NO_RIGHT = "no right"
     # The refusal concerns one key or one command. Everything else continues.
     ONE = "one"
 
 
 class Rule(NamedTuple):
-    """What one code means, and how an operator ends it."""
+    """The reaction to one error code, and the remedy for operators."""
 
     effect: Effect
     remedy: str
@@ -91,7 +91,7 @@ TEMPORARY_CODES = codes(Effect.NO_WRITES, Effect.PAUSE)
 
 
 class Refusals:
-    """What Redis refuses now, by area: `writes` in general, or one thing that the relay does."""
+    """Stores what Redis refuses now, by area: all writes, or one function of relay."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -48,12 +48,12 @@ class _Unreadable(ValueError):
 
 
 def digest(fields: Sequence[bytes]) -> int:
-    """16 bits of an entry's content: tells an entry from another one under the same ID."""
+    """Return a 16-bit hash of the content, to detect another entry with the same ID."""
     return crc32(b"\0".join(fields)) & 0xFFFF
 
 
 def decode(channel: Channel, entry_id: EntryID, fields: Sequence[bytes], max_bytes: int) -> Record:
-    """What the entry with these flat fields (name, value, name, value ...) means."""
+    """Decode the flat fields (name, value, name, value ...) of an entry."""
     joined = b"\0".join(fields)
     size = len(joined)
     values = dict(zip(fields[::2], fields[1::2], strict=False))
@@ -145,7 +145,7 @@ def _text(values: dict[bytes, bytes], name: str) -> str | None:
 
 
 def checked_type(text: str) -> str:
-    """`text`, or ValueError where it may not be a type."""
+    """Return `text`. Raise ValueError if it is not a valid type."""
     if text.startswith(RESERVED_TYPES):
         raise _Unreadable("reserved type")
     if _CONTROL.search(text):
@@ -243,12 +243,12 @@ def encode(
 
 
 def encode_revocation(user: str) -> list[bytes]:
-    """Flat fields of the entry after which nothing leaves for `user`."""
+    """Return the fields of an entry after which no event is delivered to `user`."""
     return _encode_change("revoke", user)
 
 
 def encode_grant(user: str) -> list[bytes]:
-    """Flat fields of the entry from which on a revocation of `user` no longer holds."""
+    """Return the fields of an entry that ends a revocation of `user`."""
     return _encode_change("grant", user)
 
 
@@ -259,7 +259,7 @@ def _encode_change(name: str, user: str) -> list[bytes]:
 
 
 def size(fields: Sequence[bytes]) -> int:
-    """The size that `decode` measures against its limit."""
+    """Return the size that `decode` compares with its limit."""
     return sum(map(len, fields)) + max(len(fields) - 1, 0)
 
 

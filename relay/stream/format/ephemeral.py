@@ -1,4 +1,4 @@
-"""The ephemeral kind: JSON on a pub/sub channel, live for who is there, without ID or history.
+"""Ephemeral events: JSON on a pub/sub channel, delivered live only, without ID or history.
 
     PUBLISH <p>ephemeral:{C} '{"data": {"typing": true}, "type": "typing", "client": "c1"}'
 
@@ -20,7 +20,7 @@ from relay.stream.format import entry
 
 
 def encode(event: Event) -> bytes:
-    """The payload for PUBLISH. ValueError where `decode` would not accept it."""
+    """Return the payload for PUBLISH. Raise ValueError if `decode` would reject it."""
     payload: dict[str, object]
     if event.is_json:
         payload = {"data": orjson.Fragment(event.data)}
@@ -51,7 +51,7 @@ def encode(event: Event) -> bytes:
 
 
 def decode(channel: Channel, payload: bytes, max_bytes: int) -> Event | str:
-    """The event, or the reason why there is none: whoever published it waits for no answer."""
+    """Return the event, or the reason why the payload is invalid."""
     if len(payload) > max_bytes:
         return f"too large: {len(payload)} bytes"
     try:

@@ -50,7 +50,7 @@ from relay.core.model import Channel, EntryID, parse_channel
 _ESCAPED = "[01][0-9A-F]|2[05]|7[BDF]"
 _OUT_OF_PLACE = re.compile(rf"[\x00-\x20{{}}\x7f]|%(?={_ESCAPED})")
 _ESCAPE = re.compile(rf"%({_ESCAPED})")
-# What SCAN MATCH and ACL patterns read as wildcards (Redis `stringmatchlen`).
+# The wildcards of SCAN MATCH and ACL patterns (Redis `stringmatchlen`).
 _GLOB = re.compile(rb"([*?\[\]\\^])")
 
 

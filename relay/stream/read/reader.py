@@ -255,7 +255,7 @@ class StreamReader:
         self._live.only_urgent = True
         self._live.connected()
         self._look.set()
-        # Nothing is read before this ends, so that it may be done in parts.
+        # Reading begins after this loop, so it may yield to other tasks.
         for part in sweep_slices(self.followed(), len(self._followed) // _RESUME_BATCH + 1):
             for stream in part:
                 messages.post(("SUBSCRIBE", self._keys.ephemeral(stream.channel)))

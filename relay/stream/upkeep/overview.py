@@ -129,8 +129,8 @@ async def _followers(
                     )
                     followers.setdefault(key, []).append(follower)
                     continue
-                # Redis counts what was trimmed unread as well, and says nil where it cannot tell:
-                # then a page is counted.
+                # The lag includes entries that were trimmed unread. If Redis cannot compute it, it
+                # returns nil, and up to a page of entries is counted.
                 lag = None if group[b"lag"] is None else min(group[b"lag"], state.length)
                 count = _COUNTED if lag is None else 1
                 pipeline.execute_command("XRANGE", key, f"({last}", "+", "COUNT", count)

@@ -22,7 +22,7 @@ _MOST_MISNAMED = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trimmed:
-    """What one run did. `foreign` counts keys under the streams' names that are no streams.
+    """The result of one run. `foreign` is the number of matching keys that are not streams.
 
     `misnamed` are streams whose key is not that of a channel, for example without the braces:
     nothing that is appended to them is delivered.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from relay.stream.format.keys import Keys
 
 
-# KEYS who takes part, then leases; ARGV holder, time to live in ms (0: give up). Which of the
+# KEYS the participants, then leases; ARGV holder, time to live in ms (0: give up). Which of the
 # leases the holder has now, as 1 or 0: its own first, then free ones, up to its fair share. A time
 # beyond the longest is of another server's clock, before a failover: the dead must not hold shares.
 HOLD = Script("""\
