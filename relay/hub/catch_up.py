@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from relay.core.model import Position
 from relay.core.reasons import Reason
 from relay.hub.delivery import Batch
-from relay.hub.recovery import gap, untrimmed
+from relay.hub.recovery import added_before_first, gap, untrimmed
 
 if TYPE_CHECKING:
     from relay.core.model import Channel, EntryID, Record
@@ -63,10 +63,10 @@ class Share:
             added = None
             subscription.known_deleted = state.max_deleted
         elif not untrimmed(Position(cursor, added), state):
-            if state.first is None or state.first != subscription.known_first:
+            if added_before_first(state) != subscription.known_trimmed:
                 subscription.notify(gap(Reason.TRIMMED, cursor, state))
             added = None
-            subscription.known_first = state.first
+            subscription.known_trimmed = added_before_first(state)
         if subscription.gone:
             # The protocol has no gap notice, so it has closed the subscription.
             return 0

@@ -308,7 +308,7 @@ class Feed:
             subscription.pending_notice = verdict.notice
             subscription.untold = None if verdict.notice is None else asked
             if verdict.notice is not None and verdict.notice.kind == "gap":
-                subscription.known_first = state.first
+                subscription.known_trimmed = added_before_first(state)
             if verdict.resume == ZERO_ID:
                 subscription.behind_at(ZERO_ID, 0, None)
             else:
@@ -417,7 +417,7 @@ class Feed:
         """Stop live delivery to a subscription whose socket is full. It continues from W later."""
         self._live.remove(subscription)
         subscription.behind_at(self.position, self.added, self.digest)
-        subscription.known_deleted, subscription.known_first = self._known_deleted, None
+        subscription.known_deleted, subscription.known_trimmed = self._known_deleted, None
         self._behind[subscription] = None
 
     def catch_up(self, subscription: Subscription) -> None:

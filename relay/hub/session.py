@@ -159,7 +159,7 @@ class Subscription:
         "digest",
         "feed",
         "known_deleted",
-        "known_first",
+        "known_trimmed",
         "live",
         "pending_notice",
         "rights_as_of",
@@ -177,7 +177,7 @@ class Subscription:
         self.digest: int | None = None
         # State of the stream at the last gap notice. While it is unchanged, nothing new is missing.
         self.known_deleted: EntryID | None = None
-        self.known_first: EntryID | None = None
+        self.known_trimmed: int | None = None
         self.pending_notice: Notice | None = None
         self.untold: Position | None = None
         self.rights_as_of: EntryID | None = None
@@ -238,7 +238,7 @@ class Subscription:
         if self.untold is None:
             self.untold = Position(cursor, self.added, old, self.digest)
         if notice.kind == "reset":
-            self.known_deleted = self.known_first = None
+            self.known_deleted = self.known_trimmed = None
             if self.feed.position < cursor:
                 self.behind_at(self.feed.position, None, None)
         to_id = notice.to_id if notice.kind == "gap" else self.cursor

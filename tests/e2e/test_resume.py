@@ -259,3 +259,14 @@ async def test_flushall_is_told_to_live_clients_and_to_who_resumes(valkey: Serve
             assert [block.data for block in blocks if block.event is None] == ["1"]
     finally:
         relay.kill()
+
+
+async def test_a_gap_up_to_the_end_of_a_stream_is_reported_once(
+    relay: RelayProcess, valkey: Server, door: Native, channel: str
+) -> None:
+    first, *_ = [relay.xadd(channel, data=str(number)) for number in range(3)]
+    redis(valkey, "XTRIM", stream_key(channel), "MAXLEN", "0")
+    resumed = await door.sse(channel, last=first)
+    assert (await resumed.next()).event == "relay:gap"
+    relay.xadd(channel, data="3")
+    assert (await resumed.next()).json() == 3
