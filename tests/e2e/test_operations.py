@@ -304,7 +304,9 @@ async def test_it_serves_although_its_lines_cannot_be_printed(
     shell += "" if full else "; exit ${PIPESTATUS[0]}"
     process = await asyncio.create_subprocess_exec("bash", "-c", shell, cwd=ROOT)
     try:
-        await until(lambda: log.exists() and "cannot be printed" in log.read_text(), limit_s=15)
+        await until(
+            lambda: log.exists() and "Could not print the banner" in log.read_text(), limit_s=15
+        )
         assert await asyncio.to_thread(_answers, port)
         os.kill(_listener(process.pid), signal.SIGTERM)
         assert await process.wait() == 0

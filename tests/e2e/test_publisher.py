@@ -198,7 +198,7 @@ async def test_by_http_an_event_arrives_once_by_its_uid(
     with pytest.raises(PublishFailed, match="namespace not found"):
         await by_http.publish("seafile:x", 1)
     with pytest.raises(PublishFailed, match="limit exceeded"):
-        await by_http.publish(channel, "x" * (1 << 20))
+        await by_http.publish(channel, "x" * (4 << 20))
     with pytest.raises(PublishFailed, match="413"):
         await by_http.publish(channel, "x" * (11 << 20))
 
