@@ -191,7 +191,13 @@ async def test_all_that_was_spooled_arrives_in_order_once(
                 publisher.flush()
             assert longest < LIMIT_S + slack.seconds
             assert data(server) == list(range(count))
-            found = [block.json() for block in await sse.take(count, 15)]
+            found: list[object] = []
+            while len(found) < count:
+                block = await sse.next(15)
+                # After a restart of Redis, entries may be missing (docs/redis.md).
+                if how == "dead" and block.event == "relay:reset":
+                    continue
+                found.append(block.json())
             assert found == list(range(count))
     finally:
         relay.kill()

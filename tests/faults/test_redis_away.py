@@ -176,7 +176,7 @@ async def test_tracking_turned_off_by_an_operator_is_noticed(site: Site) -> None
     redis(server, "CLIENT", "KILL", "ID", link)
     relay.xadd("a", data="1")
     assert (await stream.next()).json() == 1
-    await until(lambda: any("polled" in line for line in relay.log))
+    await until(lambda: any("polling streams" in line for line in relay.log))
     relay.xadd("a", data="2")
     assert (await stream.next()).json() == 2
 

@@ -29,7 +29,7 @@ def polled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProcess]:
 async def test_live_resume_rights_and_control_work_without_tracking(
     polled: RelayProcess, channel: str
 ) -> None:
-    assert any("polled" in line for line in polled.log)
+    assert any("polling streams" in line for line in polled.log)
     async with native(polled) as door:
         names = [channel, f"{channel}-b"]
         stream, websocket = await door.sse(*names), await door.ws(channel)
