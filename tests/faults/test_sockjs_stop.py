@@ -34,7 +34,9 @@ class Polled:
         self.stream: ClientResponse | None = None
 
     async def post(self, transport: str, body: bytes = b"") -> ClientResponse:
-        return await self._http.post(f"{self._url}/{transport}", data=body)
+        # Origin, as from a browser: it can tell a complete response from a broken one.
+        headers = {"Origin": "http://page.example"}
+        return await self._http.post(f"{self._url}/{transport}", data=body, headers=headers)
 
     async def open(self) -> None:
         """A new stream, after its prelude."""
@@ -45,7 +47,8 @@ class Polled:
     async def line(self) -> bytes:
         """The next frame but heartbeats, b'' at the stream's end."""
         assert self.stream is not None
-        while (line := await self.stream.content.readline()) == b"h\n":
+        # A stream that ends is filled up with one long heartbeat.
+        while set(line := await self.stream.content.readline()) == set(b"h\n"):
             pass
         return line
 
