@@ -35,7 +35,9 @@ class Replication(NamedTuple):
     def parse(cls, info: bytes) -> Replication:
         """Parse the reply to INFO replication."""
         lines = dict(line.partition(b":")[::2] for line in info.split(b"\r\n"))
-        previous = lines.get(b"master_replid2", b"").strip(b"0")
+        previous = lines.get(b"master_replid2", b"")
+        # Forty zeros mean "none".
+        previous = previous if previous.strip(b"0") else b""
         return cls(lines.get(b"role", b""), lines.get(b"master_replid", b""), previous)
 
 
