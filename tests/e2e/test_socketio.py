@@ -320,6 +320,6 @@ async def test_shut_without_a_secret(valkey: Server) -> None:
             url = f"{relay.url}/notifications/?EIO=4&transport=polling"
             async with session.get(url) as answer:
                 assert answer.status == 404
-        assert await until(lambda: "door socketio is shut" in "\n".join(relay.log))
+        assert await until(lambda: "Protocol socketio is disabled" in "\n".join(relay.log))
     finally:
         await asyncio.to_thread(relay.stop)
