@@ -77,7 +77,11 @@ async def test_checkconfig_neither_listens_nor_connects(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 async def test_a_redis_cluster_is_named_as_the_problem(tmp_path: Path, workers: str) -> None:
-    server = Server(tmp_path, acl=False, options=("--cluster-enabled", "yes"))
+    server = Server(
+        tmp_path,
+        acl=False,
+        options=("--cluster-enabled", "yes", "--cluster-port", str(free_port())),
+    )
     await asyncio.to_thread(server.start)
     try:
         words = ["--redis", f"redis://127.0.0.1:{server.port}/0", "--set", "log.level=error"]
