@@ -14,7 +14,7 @@ from tests.support.valkey import Server, running
 
 @pytest.fixture(autouse=True, scope="session")
 def _frozen() -> None:
-    """Keep what exists before the first test out of every later collection: each then takes 1 ms."""
+    """Exempt what exists before the first test from collection, which then takes about 1 ms."""
     gc.collect()
     gc.freeze()
 
