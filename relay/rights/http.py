@@ -1,7 +1,7 @@
-"""Asks the application whether somebody may read a channel.
+"""Ask the application over HTTP whether a user may read a channel.
 
-Fails closed: whatever is not a plain yes within the time limit is a no. Nobody is asked twice at
-once for the same thing, and never more than 64 questions are under way.
+Access is denied unless the application answers `"read": true` within the time limit. Concurrent
+requests about the same user and channel are sent once, and at most 64 requests run at a time.
 """
 
 from __future__ import annotations
@@ -16,43 +16,34 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from relay.config.settings import RightsSettings
+from relay.core.coalescing import RequestCoalescer
 from relay.core.errors import ConfigError
 from relay.core.model import Channel, Principal
 from relay.rights.cache import Answers, Question, concerns
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 CONCURRENT = 64
 CACHED = 100_000
-# A failure is nobody's answer: held just long enough to spare an application that is down.
+# Cache a failure only as long as needed to spare an application that is unreachable.
 ERROR_HOLD_S = 1.0
-# Waiting for one's turn has a limit too, or a reconnect storm on a dead application would hang.
-_TURN_TIMEOUTS = 10
-_LIMIT_ANSWER_BYTES = 65536
-# An application that drops an answer each time that it gives one would be asked for ever.
+# Limit the wait for one of the concurrent requests too: otherwise clients would wait very long for
+# an application that does not answer.
+_QUEUE_TIMEOUTS = 10
+_LIMIT_RESPONSE_BYTES = 65536
+# Limit the repetitions for an application that drops the cached answer with every request.
 _ROUNDS = 10
 
 
 class _Failed(Exception):
-    """No answer; the text is for the log."""
-
-
-class _Asking:
-    """One question under way. `answer` None once done: whoever asked has gone away."""
-
-    __slots__ = ("answer", "done", "dropped")
-
-    def __init__(self) -> None:
-        self.done = asyncio.Event()
-        self.answer: bool | None = None
-        self.dropped = False
+    """The application gave no valid answer. The text is for the log."""
 
 
 class HttpRights:
-    """One application under one set of settings; after a reload there is a new one.
+    """Client for one application with one set of settings. A reload creates a new one.
 
-    `session` belongs to the caller. It should keep no cookies: the questions are about different
-    users.
+    The HTTP session is owned by the caller and must not store cookies, because the requests are
+    about different users.
     """
 
     def __init__(
@@ -63,14 +54,15 @@ class HttpRights:
         clock: Callable[[], float] = time.monotonic,
         cached: int = CACHED,
     ) -> None:
-        """ConfigError where `http_url` cannot be asked."""
+        """Raise ConfigError if `http_url` is not a URL that can be requested."""
         try:
             url = urlsplit(settings.http_url)
             good = url.scheme in ("http", "https") and bool(url.hostname) and "@" not in url.netloc
         except ValueError:
             good = False
         if not good:
-            # Not quoted: it may hold a password, which would also fight with our bearer token.
+            # Don't quote the URL: it may contain a password. A password in it is rejected because
+            # it would conflict with the bearer token.
             raise ConfigError(
                 "[rights] http_url: allowed is http://HOST... or https://HOST... without a user"
             )
@@ -81,51 +73,46 @@ class HttpRights:
         if token := settings.http_token.get_secret_value():
             self._headers["Authorization"] = f"Bearer {token}"
         self._answers = Answers(limit=cached, clock=clock)
-        self._asking: dict[Question, _Asking] = {}
-        self._turns = asyncio.Semaphore(CONCURRENT)
+        self._requests: RequestCoalescer[Question, bool | None] = RequestCoalescer()
+        # Running requests whose answer may be older than a call of `drop`.
+        self._dropped: set[Question] = set()
+        self._slots = asyncio.Semaphore(CONCURRENT)
         self._failing = False
 
     def cached(self, principal: Principal, channel: Channel) -> bool | None:
-        """The answer that still holds, without asking; None where there is none."""
+        """Return the cached answer, or None if there is none."""
         return self._answers.get(_question(principal, channel))
 
     def expires_in(self, principal: Principal, channel: Channel) -> float | None:
-        """Seconds until `cached` turns to None; None where it already is."""
+        """Return the seconds until the cached answer expires, or None if there is none."""
         return self._answers.expires_in(_question(principal, channel))
 
     def drop(self, channel: Channel | None = None, user: str | None = None) -> None:
-        """Forgets what the application said about them; None stands for every one.
+        """Remove the cached answers about this channel and user. None means all.
 
-        A question under way is put again: its answer may be older than this call.
+        Requests that are running are repeated, because their answer may be older than this call.
         """
         self._answers.drop(channel, user)
-        for question, asking in self._asking.items():
-            if concerns(question, channel, user):
-                asking.dropped = True
+        self._dropped.update(
+            question for question in self._requests.running() if concerns(question, channel, user)
+        )
 
     async def ask(self, principal: Principal, channel: Channel) -> bool:
-        """Whether the application lets `principal` read `channel`; never raises for its sake."""
+        """Return True if the application lets `principal` read `channel`. Errors count as no."""
         question = _question(principal, channel)
         for _ in range(_ROUNDS):
-            held = self._answers.get(question)
-            if held is not None:
-                return held
-            asking = self._asking.get(question)
-            if asking is None:
-                answer = await self._lead(question)
-            else:
-                await asking.done.wait()
-                # Dropped or abandoned: one of those who waited asks again, the others join it.
-                answer = None if asking.dropped else asking.answer
+            answer = self._answers.get(question)
+            if answer is None:
+                answer = await self._requests.run(question, self._request)
             if answer is not None:
                 return answer
         return False
 
-    async def _lead(self, question: Question) -> bool | None:
-        asking = self._asking[question] = _Asking()
+    async def _request(self, question: Question) -> bool | None:
+        """Return the answer, or None if `drop` was called meanwhile."""
         try:
             try:
-                answer = await self._turn(question)
+                answer = await self._post_in_turn(question)
                 hold_s = self._settings.http_cache_s
             except _Failed as exc:
                 self._log_failure(str(exc))
@@ -133,31 +120,29 @@ class HttpRights:
                 hold_s = min(ERROR_HOLD_S, self._settings.http_cache_s)
             else:
                 self._log_success()
-            if asking.dropped:
+            if question in self._dropped:
                 return None
             self._answers.put(question, answer, hold_s)
-            asking.answer = answer
             return answer
         finally:
-            del self._asking[question]
-            asking.done.set()
+            self._dropped.discard(question)
 
-    async def _turn(self, question: Question) -> bool:
+    async def _post_in_turn(self, question: Question) -> bool:
         try:
-            async with asyncio.timeout(self._timeout_s * _TURN_TIMEOUTS):
-                await self._turns.acquire()
+            async with asyncio.timeout(self._timeout_s * _QUEUE_TIMEOUTS):
+                await self._slots.acquire()
         except TimeoutError:
-            raise _Failed("too many questions wait for it") from None
+            raise _Failed(f"{CONCURRENT} earlier requests are still waiting") from None
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await self._post(question)
         except TimeoutError:
-            raise _Failed(f"no answer within {self._settings.http_timeout_ms} ms") from None
+            raise _Failed(f"no response within {self._settings.http_timeout_ms} ms") from None
         except (aiohttp.ClientError, OSError, ValueError) as exc:
-            # Its text can hold the URL and what was received; its kind says enough.
+            # Don't log the text: it can contain the URL and the response.
             raise _Failed(type(exc).__name__) from None
         finally:
-            self._turns.release()
+            self._slots.release()
 
     async def _post(self, question: Question) -> bool:
         body = {
@@ -169,36 +154,39 @@ class HttpRights:
             self._settings.http_url,
             json=body,
             headers=self._headers,
-            # A redirect would carry the bearer token to whoever it names.
+            # A redirect would send the bearer token to another server.
             allow_redirects=False,
         ) as response:
             if response.status != 200:
-                raise _Failed(f"status {response.status}; 200 with read true or false is expected")
+                raise _Failed(f"status {response.status}; expected 200")
             text = b""
-            async for chunk in response.content.iter_chunked(_LIMIT_ANSWER_BYTES):
+            async for chunk in response.content.iter_chunked(_LIMIT_RESPONSE_BYTES):
                 text += chunk
-                if len(text) > _LIMIT_ANSWER_BYTES:
-                    raise _Failed(f"an answer of more than {_LIMIT_ANSWER_BYTES} bytes")
+                if len(text) > _LIMIT_RESPONSE_BYTES:
+                    raise _Failed(f"response exceeds {_LIMIT_RESPONSE_BYTES} bytes")
         try:
             answer = json.loads(text)
         except RecursionError:
             answer = None
         read = answer.get("read") if isinstance(answer, dict) else None
-        # `1` or "true" is a mistake at the other end: not the place to guess kindly.
+        # Don't accept 1 or "true": in the application they are mistakes.
         if not isinstance(read, bool):
-            raise _Failed("an answer without read: true or false")
+            raise _Failed('response is not JSON with "read": true or false')
         return read
 
-    # One line when it begins to fail and one when it ends, not one for every client.
+    # Log the first failure and the first success after it, not each request.
     def _log_failure(self, reason: str) -> None:
         if not self._failing:
             self._failing = True
-            log.warning("rights: the application at http_url gives no answer: %s", reason)
+            _log.warning(
+                "Rights request to [rights] http_url failed: %s; access is denied",
+                reason,
+            )
 
     def _log_success(self) -> None:
         if self._failing:
             self._failing = False
-            log.info("rights: the application at http_url answers again")
+            _log.info("Rights requests to [rights] http_url succeed again")
 
 
 def _question(principal: Principal, channel: Channel) -> Question:

@@ -86,7 +86,9 @@ async def test_while_the_database_is_down_it_goes_to_nobody_and_the_rest_goes_on
         await permit(door, library, "/down", 7)
         assert await paths(door, bob, library) == []
         assert await until(
-            lambda: any("Members of Seafile group 7 not known" in line for line in door.relay.log)
+            lambda: any(
+                "Could not read the members of Seafile group 7" in line for line in door.relay.log
+            )
         )
     finally:
         database.start()

@@ -115,7 +115,7 @@ class Accounts:
         if account is not None and self._is_fresh(account):
             return account
         try:
-            identity = await self._server.ask(credentials)
+            identity = await self._server.authenticate(credentials)
         except Unauthorized:
             known = self._known.get(credentials)
             if known is not None:
@@ -187,7 +187,7 @@ class Accounts:
     async def _ask_again(self, account: Account) -> bool:
         """Whether Pydio has answered and the account stands."""
         try:
-            identity = await self._server.ask(account.credentials)
+            identity = await self._server.authenticate(account.credentials)
         except Unauthorized:
             self._end(account, "Pydio knows nobody by this any more")
             return False

@@ -14,7 +14,7 @@ from relay.core.errors import Unauthorized
 from relay.protocols.pydio.private_messages import workspace
 
 
-class Unclear(ValueError):
+class InvalidResponse(ValueError):
     """The answer is none: Pydio is broken or something else answered."""
 
 
@@ -33,7 +33,7 @@ def read(answer: bytes) -> Identity:
     try:
         root = ET.fromstring(answer)  # noqa: S314 - see the import
     except (ET.ParseError, ValueError, LookupError):
-        raise Unclear("an answer that is no XML") from None
+        raise InvalidResponse("response is not valid XML") from None
     error = root.find(".//message[@type='ERROR']")
     if error is not None:
         raise Unauthorized(f"Pydio says: {' '.join(''.join(error.itertext()).split())[:200]}")

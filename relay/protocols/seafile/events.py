@@ -16,7 +16,7 @@ from aiohttp import web
 from relay.core.errors import RelayError
 from relay.core.reasons import Reason
 from relay.protocols.seafile import answers, event_format
-from relay.protocols.seafile.groups import Groups, source_of
+from relay.protocols.seafile.groups import GroupMembers, source_of
 from relay.protocols.seafile.tokens import InvalidSeafileToken
 from relay.transports.socket.bodies import BodyRejected, read_body
 
@@ -48,7 +48,7 @@ class EventsHandler:
     def reload(self, settings: SeafileSettings) -> None:
         """For requests from now on; what is known of groups is forgotten."""
         source = source_of(settings, self._service.context.members)
-        self._groups = Groups(source, settings.groups_cache_s)
+        self._groups = GroupMembers(source, settings.groups_cache_s)
         self._settings = settings
 
     async def answer(self, request: web.Request) -> web.Response:

@@ -1,6 +1,7 @@
-"""Members of groups, from Seafile's ccnet database or a Redis set. Fails closed.
+"""Members of groups, from Seafile's ccnet database or a Redis set.
 
-Upstream sends a group's event to everyone when its database is down; here to nobody.
+If the members are unavailable, the group's events are delivered to no client. Seafile's server
+delivers them to every client then.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import aiomysql
 from pymysql.err import MySQLError
 
+from relay.core.coalescing import RequestCoalescer
 from relay.core.errors import RelayError
 
 if TYPE_CHECKING:
@@ -25,10 +27,10 @@ _log = logging.getLogger(__name__)
 
 # Seafile's server waits at most one second for the response to an event.
 _LIMIT_S = 0.6
-# Remember a failure briefly, so that an unreachable database is not queried for each event.
+# Cache a failure briefly, so that an unreachable database is not queried for each event.
 _FAILURE_S = 1.0
 _KEPT = 10_000
-# From upstream's event.go; `GroupUser` is the ccnet database's.
+# From Seafile's event.go. `GroupUser` is a table of the ccnet database.
 _QUERY = "SELECT user_name FROM GroupUser WHERE group_id = %s"
 
 Source = Callable[[int], Awaitable[frozenset[str]]]
@@ -38,7 +40,7 @@ class Failed(Exception):
     """The members are unavailable. The text is for the log."""
 
 
-class Groups:
+class GroupMembers:
     """Cached members of groups. Concurrent lookups of one group share a query."""
 
     def __init__(
@@ -48,32 +50,27 @@ class Groups:
         self._cache_s = cache_s
         self._now = now
         self._known: OrderedDict[int, tuple[float, frozenset[str] | None]] = OrderedDict()
-        self._asking: dict[int, asyncio.Event] = {}
+        self._lookups: RequestCoalescer[int, frozenset[str] | None] = RequestCoalescer()
 
     async def members(self, group: int) -> frozenset[str] | None:
         """Return user names, or None if the member list is unavailable. Takes at most 0.6 s."""
-        while True:
-            known = self._known.get(group)
-            if known is not None and self._now() < known[0]:
-                return known[1]
-            asking = self._asking.get(group)
-            if asking is None:
-                return await self._ask(group)
-            await asking.wait()
+        known = self._known.get(group)
+        if known is not None and self._now() < known[0]:
+            return known[1]
+        return await self._lookups.run(group, self._look_up)
 
-    async def _ask(self, group: int) -> frozenset[str] | None:
-        asked = self._asking[group] = asyncio.Event()
+    async def _look_up(self, group: int) -> frozenset[str] | None:
         members: frozenset[str] | None = None
         try:
             async with asyncio.timeout(_LIMIT_S):
                 members = await self._source(group)
         except (Failed, TimeoutError) as exc:
             reason = str(exc) or f"no answer within {_LIMIT_S} s"
-            _log.warning("Members of Seafile group %d not known: %s", group, reason)
-        finally:
-            # Whoever waited asks again if this one went away before it had the answer.
-            del self._asking[group]
-            asked.set()
+            _log.warning(
+                "Could not read the members of Seafile group %d: %s; its events are not delivered",
+                group,
+                reason,
+            )
         hold = _FAILURE_S if members is None else self._cache_s
         self._known[group] = (self._now() + hold, members)
         self._known.move_to_end(group)
@@ -85,7 +82,7 @@ class Groups:
 def source_of(
     settings: SeafileSettings, redis_members: Callable[[str], Awaitable[frozenset[str]]]
 ) -> Source:
-    """As the settings say."""
+    """Return the source that the settings select."""
 
     async def from_redis(group: int) -> frozenset[str]:
         try:
@@ -107,7 +104,8 @@ def source_of(
 
 
 async def _query(settings: SeafileSettings, group: int) -> frozenset[str]:
-    # Open a connection for each query. The cache keeps them few, and none can become stale.
+    # Open a connection for each query: the cache makes queries rare, and a new connection is never
+    # stale.
     try:
         connection = await aiomysql.connect(
             host=settings.db_host,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from relay.core.errors import Unauthorized
-from relay.protocols.pydio.identity import Identity, Unclear, read
+from relay.protocols.pydio.identity import Identity, InvalidResponse, read
 
 HEAD = '<?xml version="1.0" encoding="UTF-8"?>'
 
@@ -54,12 +54,12 @@ def test_whom_pydio_does_not_know(tree: str) -> None:
 
 @pytest.mark.parametrize("text", [b"", b"<h1>Fatal error", b"\xff\xfe", b"{}", b"<?xml encoding?>"])
 def test_what_is_no_answer(text: bytes) -> None:
-    with pytest.raises(Unclear):
+    with pytest.raises(InvalidResponse):
         read(text)
 
 
 def test_entities_do_not_grow_without_bound() -> None:
     entities = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 20}">' for n in range(1, 12))
     bomb = f'<?xml version="1.0"?><!DOCTYPE t [<!ENTITY e0 "x">{entities}]><t>&e11;</t>'
-    with pytest.raises(Unclear):
+    with pytest.raises(InvalidResponse):
         read(bomb.encode())

@@ -1,10 +1,10 @@
-"""Members are asked for once, remembered, and nobody where they cannot be had."""
+"""Members of a group are queried once and cached. If unavailable, the result is None."""
 
 from __future__ import annotations
 
 import asyncio
 
-from relay.protocols.seafile.groups import Failed, Groups
+from relay.protocols.seafile.groups import Failed, GroupMembers
 
 BOB = frozenset({"bob@example.com"})
 
@@ -17,7 +17,7 @@ class Clock:
         return self.now
 
 
-async def test_however_many_ask_the_source_is_asked_once() -> None:
+async def test_concurrent_lookups_share_one_query_and_its_cached_result() -> None:
     asked: list[int] = []
     gate = asyncio.Event()
 
@@ -27,7 +27,7 @@ async def test_however_many_ask_the_source_is_asked_once() -> None:
         return BOB
 
     clock = Clock()
-    groups = Groups(source, 30, clock)
+    groups = GroupMembers(source, 30, clock)
     async with asyncio.TaskGroup() as tasks:
         answers = [tasks.create_task(groups.members(7)) for _ in range(50)]
         await asyncio.sleep(0)
@@ -42,7 +42,7 @@ async def test_however_many_ask_the_source_is_asked_once() -> None:
     assert asked == [7, 7]
 
 
-async def test_a_failure_is_nobody_and_held_for_a_second() -> None:
+async def test_a_failure_gives_none_and_is_cached_for_a_second() -> None:
     up = False
     asked = 0
 
@@ -54,7 +54,7 @@ async def test_a_failure_is_nobody_and_held_for_a_second() -> None:
         return BOB
 
     clock = Clock()
-    groups = Groups(source, 30, clock)
+    groups = GroupMembers(source, 30, clock)
     assert await groups.members(7) is None
     up = True
     assert await groups.members(7) is None
@@ -63,14 +63,14 @@ async def test_a_failure_is_nobody_and_held_for_a_second() -> None:
     assert await groups.members(7) == BOB
 
 
-async def test_whoever_asked_first_may_go_away() -> None:
+async def test_a_lookup_survives_the_cancellation_of_its_first_caller() -> None:
     gate = asyncio.Event()
 
     async def source(_group: int) -> frozenset[str]:
         await gate.wait()
         return BOB
 
-    groups = Groups(source, 30)
+    groups = GroupMembers(source, 30)
     first = asyncio.get_running_loop().create_task(groups.members(7))
     second = asyncio.get_running_loop().create_task(groups.members(7))
     await asyncio.sleep(0)
