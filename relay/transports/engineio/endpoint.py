@@ -1,9 +1,9 @@
-"""Engine.IO's HTTP side: one path for both protocols, and the sessions of this worker.
+"""The HTTP endpoint of Engine.IO: one path for both protocol versions, and this worker's sessions.
 
-A session's ID contains the address of its worker, so a request that arrives at another one is
-handed to its owner (`between_workers.handover`): no sticky proxy is needed. Errors are those of
-engine.io 6.6 (captured): status 400 and `{"code","message"}`. Unlike there, a websocket of an
-unsupported protocol version is refused before the upgrade.
+A session's ID contains the address of its worker. A request that arrives at another worker is
+passed to the owner (`between_workers.handover`), so no sticky proxy is needed. Errors are those of
+engine.io 6.6 (captured): status 400 and `{"code","message"}`. Unlike engine.io, relay rejects a
+WebSocket with an unsupported protocol version before the upgrade.
 """
 
 from __future__ import annotations
@@ -50,23 +50,23 @@ _MESSAGES = (
     "Forbidden",
     "Unsupported protocol version",
 )
-# Passed on to another worker before it is known whether that has the session.
+# A larger body is passed to another worker only after that worker has confirmed the session.
 _UNASKED_BYTES = 16_384
-# In the route of a request by which a worker asks the owner of a session; no client can send it.
+# In the route of a worker's request to the owner of a session. Clients cannot send it.
 _QUESTION = "question"
 _ADDRESS = re.compile(r"[0-9A-Za-z_-]{1,32}")
 _TEXT = "text/plain; charset=UTF-8"
 _SCRIPT = "text/javascript; charset=UTF-8"
 _PING_4 = packets.frame(packets.Packet(packets.PING), 4)
-# A form of JSONP is decoded by slow code; only browsers without CORS send any.
+# Limit of a JSONP form. Decoding forms is slow, and only browsers without CORS send them.
 _FORM_BYTES = 65_536
-# A client of protocol 3 pings by itself; how often it is looked for, as a part of its interval.
-_LOOKS = 5
+# Clients of protocol 3 send the pings. Their silence is checked this often per interval.
+_CHECKS_PER_INTERVAL = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """What a client is told, in seconds and bytes, and how long an upgrade may take."""
+    """Intervals and limits that the handshake contains, and the time limit of an upgrade."""
 
     ping_interval_s: float = 25.0
     ping_timeout_s: float = 20.0
@@ -74,13 +74,16 @@ class Timing:
     upgrade_timeout_s: float = 10.0
 
 
-# The door's part: a session has been opened by this request. It sets the callbacks.
+# The protocol's handler of a new session. It sets the session's callbacks.
 Opened = Callable[[Engine, HttpRequest], None]
 
 
 class Endpoint:
-    """All sessions of one door on this worker. `topic` is the same on all workers, and no other
-    door's. `cors` gives the headers of every answer."""
+    """All sessions of one protocol on this worker.
+
+    `topic` names the protocol in messages between workers. `cors` returns CORS headers for every
+    response.
+    """
 
     def __init__(
         self,
@@ -111,11 +114,15 @@ class Endpoint:
         self.reload(timing)
 
     def reload(self, timing: Timing) -> None:
-        """For sessions that begin from now on."""
+        """Use other timing for new sessions."""
         self._timing = timing
         deadline = timing.ping_interval_s + timing.ping_timeout_s
         self._beats = {
-            3: Heartbeat(interval_s=timing.ping_interval_s / _LOOKS, beat=b"", deadline_s=deadline),
+            3: Heartbeat(
+                interval_s=timing.ping_interval_s / _CHECKS_PER_INTERVAL,
+                beat=b"",
+                deadline_s=deadline,
+            ),
             4: Heartbeat(
                 interval_s=timing.ping_interval_s,
                 beat=_PING_4,
@@ -127,7 +134,7 @@ class Endpoint:
         return len(self._engines)
 
     async def closed(self) -> None:
-        """Returns once no session is left here."""
+        """Wait until all sessions have ended."""
         if self._engines:
             self._last_gone.clear()
             await self._last_gone.wait()
@@ -135,7 +142,7 @@ class Endpoint:
     # ---- requests ---------------------------------------------------------------------------
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Every method and query on the door's paths."""
+        """Handle a request with any method."""
         if request.method == "OPTIONS":
             return web.Response(status=204, headers=self._preflight(request.headers))
         asked = http_request(request, b"")
@@ -163,7 +170,7 @@ class Endpoint:
                 return await self._handover.forward(request, asked, owner)
             except NotThere:
                 pass
-        # A session of nobody ends here too: `_handle` answers whatever it gets.
+        # The session is here, or no worker has it.
         exchange = LocalExchange(request, asked)
         if not self._handle(exchange):
             self._refuse(exchange, UNKNOWN_SID)
@@ -174,8 +181,8 @@ class Endpoint:
     async def _max_body_bytes(self, request: web.Request, owner: str | None) -> int:
         """Return the size of the largest body that the session's client may send now.
 
-        NotThere if another worker should have the session and does not. A small body is not worth
-        the question.
+        Raise NotThere if the session's worker does not have it. Small bodies are accepted without
+        a request to that worker.
         """
         engine = self._engines.get(request.query.get("sid", ""))
         if engine is not None:
@@ -195,7 +202,7 @@ class Endpoint:
         return {**self._cors_of(headers), **allowed}
 
     def _handle(self, exchange: Exchange) -> bool:
-        """Answers here, unless the session is unknown."""
+        """Answer the request. Return False if the session is unknown here."""
         asked = exchange.request
         query = asked.query
         transport = query.get("transport", "")
@@ -219,7 +226,7 @@ class Endpoint:
 
     def _begin(self, exchange: Exchange, transport: str) -> None:
         asked = exchange.request
-        # Without a parameter it is 3, as engine.io with allowEIO3 has it (captured).
+        # The default is 3, as in engine.io with allowEIO3 (captured).
         version = {"3": 3, "4": 4}.get(asked.query.get("EIO", "3"))
         if asked.method != "GET":
             self._refuse(exchange, BAD_METHOD)
@@ -352,7 +359,7 @@ class Endpoint:
 
 
 class _Poll:
-    """One poll: it is answered at once, or held."""
+    """A polling request, which is answered immediately or held."""
 
     __slots__ = ("_exchange", "_headers", "_version", "answered", "held")
 
@@ -364,7 +371,7 @@ class _Poll:
         self.held: HeldRequest | None = None
 
     def answer(self, frames: bytes) -> None:
-        """The frames that waited, as a body."""
+        """Answer with the frames as one body."""
         query = self._exchange.request.query
         index = query.get("j", "")
         jsonp = index.isascii() and index.isdigit()
@@ -397,7 +404,7 @@ def _form_field(body: bytes) -> bytes:
 
 def new_sid(address: str) -> str:
     """Return an ID that cannot be guessed and contains the address of its worker."""
-    # The tilde shows an emitter's tap that a room of this name is a socket, not a workspace.
+    # The tilde tells the socket.io-emitter bridge that a room of this name is one client's socket.
     return f"~{secrets.token_urlsafe(15)}.{address}"
 
 

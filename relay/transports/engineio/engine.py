@@ -1,9 +1,10 @@
-"""One Engine.IO session: over polling, over websocket, and from the first to the second.
+"""One Engine.IO session: over polling, over WebSocket, and during the upgrade between the two.
 
-To the hub it is an outbox, and it is so throughout: what is written to it are websocket frames,
-the same bytes for every client of its generation. Over polling they wait until the client asks,
-and become the packets of one body; the upgrade sends what waits as it is. Sans-I/O but for the
-sockets that `endpoint.py` gives it.
+The hub uses the session as an outbox and writes WebSocket frames, which all clients of the same
+protocol version share. During polling, frames wait for the client's next request and are converted
+to one body. After the upgrade, waiting frames are written to the WebSocket unchanged.
+
+The session does no I/O of its own. `endpoint.py` supplies its sockets.
 """
 
 from __future__ import annotations
@@ -38,26 +39,28 @@ _NOOP = frame(Packet(NOOP), 4)
 _CLOSE = frame(Packet(CLOSE), 4)
 _PROBE, _PROBED = b"2probe", frame(Packet(PONG, b"probe"), 4)
 _GOODBYE = frame_close(1000)
-# Until a client has shown a credential it may send this much. A Socket.IO client needs two packets
-# to connect, and a token fits into a few kilobytes.
+# Limits for clients that have not presented a credential. A Socket.IO client needs two packets to
+# connect, and a token fits into a few kilobytes.
 _STRANGER_PACKETS = 100
 _STRANGER_BYTES = 65_536
 
 
-def _nothing() -> None:
-    """The callback of an owner who does not care, or does not care any more."""
+def _ignore() -> None:
+    """Default callback."""
 
 
-def _ignore(data: bytes, binary: bool) -> None:
-    """Likewise, for messages."""
+def _ignore_message(data: bytes, binary: bool) -> None:
+    """Default callback for messages."""
 
 
 class Engine:
-    """A session. Its owner sets the callbacks; after `on_closed`, called exactly once with why,
-    there are none. `full`: more than `buffer_bytes` wait; writes are still taken then.
+    """A session. Its owner sets the callbacks.
 
-    `max_message_bytes` limits one message or request body. Until the owner calls `authorize` it is
-    small, and so is the total of what the client may send.
+    `on_closed` is called exactly once, with the reason. No callback follows it. `full` is True
+    while more than `buffer_bytes` wait; writes are still accepted then.
+
+    `max_message_bytes` limits one message or request body. Until the owner calls `authorize`, this
+    limit and the total that the client may send are small.
     """
 
     __slots__ = (
@@ -120,11 +123,11 @@ class Engine:
         self.max_message_bytes = min(max_message_bytes, _STRANGER_BYTES)
         self.full = False
         self.closing = False
-        self.on_message: Callable[[bytes, bool], None] = _ignore
+        self.on_message: Callable[[bytes, bool], None] = _ignore_message
         self.on_closed: Callable[[str], None] | None = None
-        self.on_full: Callable[[], None] = _nothing
-        self.on_drained: Callable[[], None] = _nothing
-        # The heartbeat's notes.
+        self.on_full: Callable[[], None] = _ignore
+        self.on_drained: Callable[[], None] = _ignore
+        # State of the heartbeat (`HeartbeatClient`).
         self.beat_slot = -1
         self.quiet = True
         self.pinged = False
@@ -133,21 +136,22 @@ class Engine:
 
     @property
     def polling(self) -> bool:
-        """Whether requests carry it now."""
+        """True until the session uses a WebSocket."""
         return self._socket is None
 
     def authorize(self) -> None:
-        """Lift the limits for clients that have not shown a credential."""
+        """Remove the limits for clients without a credential."""
         self._stranger_bytes = math.inf
         self.max_message_bytes = self._authorized_bytes
         if self._socket is not None:
             self._socket.limit_messages(self.max_message_bytes)
 
-    # ---- what the relay says ----------------------------------------------------------------
+    # ---- to the client ----------------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
-        """Websocket frames of this session's generation; swallowed if it is closing."""
-        if self.closing or not data:  # nothing: what protocol 3's heartbeat says
+        """Send WebSocket frames of this protocol version. Do nothing if the session is closing."""
+        # The heartbeat of protocol 3 is empty, because its clients send the pings.
+        if self.closing or not data:
             return
         self.quiet = False
         if self._socket is not None:
@@ -162,7 +166,7 @@ class Engine:
             self.on_full()
 
     def close(self, last: bytes = b"") -> None:
-        """Write `last`, say goodbye, and close; aborted if the client does not take it."""
+        """Send `last` and a close packet, then close. Abort if the client does not receive them."""
         if self.closing:
             return
         if last:
@@ -178,20 +182,22 @@ class Engine:
             self._answer_poll()
 
     def abort(self) -> None:
-        """Close now; what waits is lost."""
+        """Close immediately and drop waiting frames."""
         self._gone("transport close")
 
     # ---- polling ----------------------------------------------------------------------------
 
     def poll(self, answer: Callable[[bytes], None]) -> bool:
-        """The client asks what there is; `answer` gets frames now or later, once. False where it
-        has asked already: such a client is lost, and the session with it (captured: code 400)."""
+        """Handle a polling request. `answer` is called once with frames, now or later.
+
+        A second request at the same time ends the session and returns False (captured: code 400).
+        """
         self.silent_since = 0
         if self._poll is not None or self._socket is not None:
             self._gone("transport error")
             return False
         if self.probed:
-            # The client finishes its polling before it says `5` on the websocket.
+            # The client finishes its polling request before it sends `5` over the WebSocket.
             answer(_NOOP)
         elif self._waiting:
             self._poll = answer
@@ -201,12 +207,12 @@ class Engine:
         return True
 
     def poll_lost(self) -> None:
-        """The client went away while it waited for its answer."""
+        """End the session: the client disconnected while its polling request was waiting."""
         self._poll = None
         self._gone("transport close")
 
     def receive(self, packets: list[Packet]) -> None:
-        """A POST's packets."""
+        """Handle the packets of a POST request."""
         self.silent_since = 0
         for packet in packets:
             if self.closing:
@@ -233,7 +239,7 @@ class Engine:
     # ---- websocket --------------------------------------------------------------------------
 
     def attach(self, socket: WebSocketConnection) -> None:
-        """Use this websocket for the session from now on."""
+        """Use this WebSocket for the session from now on."""
         self._socket = socket
         socket.limit_messages(self.max_message_bytes)
         socket.on_text = self._on_text
@@ -243,8 +249,10 @@ class Engine:
         socket.on_closed = self._socket_closed
 
     def probe(self, socket: WebSocketConnection, timer: asyncio.TimerHandle) -> bool:
-        """A websocket that may replace polling; `timer` closes it if it never does. False where
-        there is one already."""
+        """Add a WebSocket that may replace polling. Return False if there already is one.
+
+        `timer` closes the WebSocket if the upgrade takes too long.
+        """
         if self._socket is not None or self._probe is not None or self.closing:
             return False
         self._probe, self._probe_timer = socket, timer
@@ -343,10 +351,10 @@ class Engine:
             except Malformed:
                 self.close()
         elif packet.kind == PING and self.version == 3:
-            # Over polling too it is answered in order with the rest.
+            # During polling, too, the pong is sent in order with the other packets.
             self.write(frame(Packet(PONG, packet.data), 3))
         elif packet.kind in (PING, PONG):
-            # Each generation's heartbeat has one direction ("invalid heartbeat direction").
+            # Heartbeats have one direction per protocol version ("invalid heartbeat direction").
             if packet.kind == PING or self.version == 3:
                 self.close()
         elif packet.kind == CLOSE:
@@ -369,6 +377,6 @@ class Engine:
             socket.close(_GOODBYE)
         on_gone(self)
         on_closed, self.on_closed = self.on_closed, None
-        self.on_message, self.on_full, self.on_drained = _ignore, _nothing, _nothing
+        self.on_message, self.on_full, self.on_drained = _ignore_message, _ignore, _ignore
         if on_closed is not None:
             on_closed(reason)

@@ -1,8 +1,10 @@
-"""Engine.IO packets and payloads, protocols 3 (clients of Socket.IO 2) and 4 (3 and 4). Pure.
+"""Engine.IO packets and payloads. Pure functions.
 
-A packet is one digit and its data; over websocket it is one frame, over polling several share a
-body. The protocols differ in that body and in the frames of binary data; the rest is the same.
-Facts: docs of engine.io-protocol at revisions 3 and 4, and captures of real clients, which
+Socket.IO 2 clients use protocol 3, Socket.IO 3 and 4 clients use protocol 4. A packet is one digit
+and its data. A WebSocket frame has one packet, a polling body has several. The protocols differ in
+the polling body and in the frames of binary data.
+
+Sources: revisions 3 and 4 of engine.io-protocol, and captures of real clients, which
 tests/unit/transports/engineio repeats.
 """
 
@@ -23,16 +25,16 @@ OPEN, CLOSE, PING, PONG, MESSAGE, UPGRADE, NOOP = range(7)
 # event loop for a second; real clients send a few at a time (python-engineio accepts 16).
 MAX_PACKETS = 1000
 _SEPARATOR = b"\x1e"
-# How a packet of protocol 3 begins in a text body, in ASCII and in UTF-16.
+# The length before a packet of protocol 3 in a text body, in ASCII and in UTF-16.
 _LENGTH, _WIDE_LENGTH = re.compile(rb"([0-9]{1,10}):"), re.compile(rb"((?:[0-9]\0){1,10}):\0")
 
 
 class Malformed(Exception):
-    """The client's bytes are no packet of its protocol; its connection is closed."""
+    """The client sent an invalid packet. Its connection is closed."""
 
 
 class Packet(NamedTuple):
-    """One packet; text is UTF-8. Only a MESSAGE can be binary."""
+    """One packet. Text is encoded as UTF-8. Only a MESSAGE can be binary."""
 
     kind: int
     data: bytes = b""
@@ -43,15 +45,15 @@ class Packet(NamedTuple):
 
 
 def frame(packet: Packet, version: int) -> bytes:
-    """The whole websocket frame of one packet, the same bytes for every client."""
+    """Encode one packet as a WebSocket frame, which all clients of this protocol version share."""
     if not packet.binary:
         return frame_text(b"%d" % packet.kind + packet.data)
-    # Protocol 3 says with a byte that it is a message (`04` + bytes), 4 sends the bytes alone.
+    # Protocol 3 puts the packet's kind before the bytes (`04` + bytes), protocol 4 omits it.
     return frame_binary(bytes((packet.kind,)) + packet.data if version == 3 else packet.data)
 
 
 def from_text(text: bytes) -> Packet:
-    """The packet of a text frame; Malformed."""
+    """Decode the packet of a text frame. Raise Malformed if it is invalid."""
     kind = text[0] - 0x30 if text else -1
     if not 0 <= kind <= NOOP:
         raise Malformed("not an Engine.IO packet")
@@ -59,7 +61,7 @@ def from_text(text: bytes) -> Packet:
 
 
 def from_binary(data: bytes, version: int) -> Packet:
-    """The packet of a binary frame; Malformed."""
+    """Decode the packet of a binary frame. Raise Malformed if it is invalid."""
     if version != 3:
         return Packet(MESSAGE, data, True)
     if not data or data[0] > NOOP:
@@ -68,7 +70,7 @@ def from_binary(data: bytes, version: int) -> Packet:
 
 
 def unframe(frames: bytes, version: int) -> list[Packet]:
-    """The packets of websocket frames that `frame` made: polling sends the same ones."""
+    """Decode WebSocket frames that `frame` has encoded, to send their packets over polling."""
     packets = []
     at, end = 0, len(frames)
     while at < end:
@@ -85,18 +87,21 @@ def unframe(frames: bytes, version: int) -> list[Packet]:
     return packets
 
 
-# ---- bodies of polling -----------------------------------------------------------------------
+# ---- polling bodies --------------------------------------------------------------------------
 
 
 class Body(NamedTuple):
-    """A polling answer's body; `binary` chooses its content type."""
+    """Body of a polling response. `binary` selects the content type application/octet-stream."""
 
     data: bytes
     binary: bool = False
 
 
 def encode_payload(packets: Sequence[Packet], version: int, *, base64_only: bool) -> Body:
-    """The body of a polling answer. `base64_only`: the client asked for b64=1."""
+    """Encode the body of a polling response.
+
+    `base64_only`: the client has requested text only (b64=1).
+    """
     if version == 4:
         return Body(_SEPARATOR.join(_text_form(packet, 4) for packet in packets))
     if not base64_only and any(packet.binary for packet in packets):
@@ -108,7 +113,7 @@ def decode_payload(body: bytes, version: int, *, binary: bool) -> list[Packet]:
     """Return the packets of a POST's body.
 
     Args:
-        binary: The body came as application/octet-stream.
+        binary: The body's content type is application/octet-stream.
 
     Raises:
         Malformed: The body is not a payload of this protocol, or has more than `MAX_PACKETS`.
@@ -170,19 +175,19 @@ def _decode_lengths(body: bytes) -> Iterable[Packet]:
         digits, at = found[1][::width], found.end()
         end = at + int(digits) * width
         if end > size or end == at:
-            raise Malformed("a packet is shorter than it says")
+            raise Malformed("a packet is shorter than its length")
         packet = units[at:end]
         if width == 2:
             try:
                 packet = packet.decode("utf-16-le").encode()
             except UnicodeError:
-                raise Malformed("a packet's length cuts a character") from None
+                raise Malformed("a packet ends within a character") from None
         yield _from_text_form(packet, 3)
         at = end
 
 
 def _binary_form(packet: Packet) -> bytes:
-    """00 or 01, the length's decimal digits as a byte each, FF, the packet."""
+    """Encode 00 (text) or 01 (binary), the length as one byte per digit, FF, and the packet."""
     data = (
         bytes((packet.kind,)) + packet.data if packet.binary else b"%d" % packet.kind + packet.data
     )
@@ -200,7 +205,7 @@ def _decode_binary(body: bytes) -> Iterable[Packet]:
         size = int("".join(map(str, digits)))
         data = body[mark + 1 : mark + 1 + size]
         if not size or len(data) < size:
-            raise Malformed("a packet is shorter than it says")
+            raise Malformed("a packet is shorter than its length")
         yield from_binary(data, 3) if body[at] else from_text(data)
         at = mark + 1 + size
 
@@ -211,14 +216,17 @@ _SLASHES = re.compile(rb"(\\)?\\n")
 
 
 def jsonp_answer(index: int, body: bytes) -> bytes:
-    """A script that hands `body` to the page's callback number `index`."""
-    # U+2028 and U+2029 end a line in older JavaScript, also within a string.
+    """Return a script that passes `body` to the page's callback number `index`."""
+    # In older JavaScript, U+2028 and U+2029 end a line even within a string.
     text = orjson.dumps(body.decode()).replace(b"\xe2\x80\xa8", b"\\u2028")
     return b"___eio[%d](%b);" % (index, text.replace(b"\xe2\x80\xa9", b"\\u2029"))
 
 
 def jsonp_body(field: bytes) -> bytes:
-    r"""The body in a form's field `d`: a form would turn line ends into CRLF, so the client sends
-    `\\n` for one and `\\\\n` for those two characters (engine.io-client, polling-jsonp.js)."""
+    r"""Return the body in a form's field `d`.
+
+    Forms convert line breaks to CRLF. The client therefore sends a line break as `\\n` and these
+    two characters as `\\\\n` (engine.io-client, polling-jsonp.js).
+    """
     unescaped = _SLASHES.sub(lambda found: found[0] if found[1] else b"\n", field)
     return unescaped.replace(b"\\\\n", b"\\n")

@@ -66,7 +66,7 @@ class Bodies:
     def __init__(self, total_bytes: int = TOTAL_BYTES) -> None:
         self._total_bytes = total_bytes
         self._sizes: dict[asyncio.BaseProtocol, int] = {}
-        # What rejects each incomplete one.
+        # Callbacks that reject incomplete bodies.
         self._arriving: dict[asyncio.BaseProtocol, Callable[[], None]] = {}
         self._sum = 0
 
@@ -106,13 +106,13 @@ class Bodies:
     ) -> None:
         """Count an incomplete message of which `size_bytes` have arrived, until `release`.
 
-        `reject` is called, maybe at once, if it has to go.
+        `reject` is called, perhaps immediately, if the message exceeds the total.
         """
         self._arriving[owner] = reject
         self._set(owner, size_bytes)
 
     def release(self, owner: asyncio.BaseProtocol) -> None:
-        """Forget the body of the connection's request, or its message."""
+        """Stop counting the body or message of this connection."""
         self._sum -= self._sizes.pop(owner, 0)
         self._arriving.pop(owner, None)
 

@@ -71,7 +71,7 @@ class ConnectionLimits:
         self.heads: Deadlines[HttpConnection] = Deadlines(head_timeout_s, HttpConnection.expire)
         self.writes: Deadlines[HttpConnection] = Deadlines(WRITE_TIMEOUT_S, HttpConnection.abort)
         self.discards: Deadlines[_Discard] = Deadlines(_DISCARD_S, _Discard.abort)
-        # Those that have read something and wait for their next turn.
+        # Connections whose reading is paused.
         self._paused: deque[_Discard] = deque()
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         # The rest of the descriptors is for clients that have sent a request.
@@ -118,7 +118,7 @@ class HttpConnection(RequestHandler):
         """`settings` are those of the aiohttp runner. `factory` makes this connection's successor
         after a polling request."""
         fixed = {
-            # The answer to a bomb takes no longer than to any other body.
+            # Compressed bodies are rejected without decompressing them.
             "auto_decompress": False,
             # aiohttp would read and parse the rest of a rejected body; see `_discard`.
             "lingering_time": 0.0,
@@ -129,7 +129,7 @@ class HttpConnection(RequestHandler):
         self.factory = factory
         self.limits = factory.limits
         self._head_bytes = 0
-        # Of the request that was received last, until its answer is complete.
+        # Body of the latest request, until its answer is complete.
         self._payload: StreamReader | None = None
         # The last answer is being sent, and the rest of its request is not read.
         self._ends_early = False
@@ -142,7 +142,7 @@ class HttpConnection(RequestHandler):
         self.limits.opened(self)
 
     def reused(self) -> None:
-        """The connection has served a request before: the keep-alive time counts."""
+        """Start the keep-alive timeout, because the connection has served a request before."""
         self.limits.heads.remove(self)
 
     @override
@@ -285,7 +285,7 @@ class HttpConnection(RequestHandler):
             _log.debug("A client disconnected before its request was answered")
             return _answer(400)
         if isinstance(exc, HttpProcessingError | RequestPayloadError):
-            # Neither the text nor the traceback: both have the peer's bytes, maybe a token.
+            # Don't log the text or the traceback: they contain the client's data, perhaps a token.
             _log.warning("Rejected a malformed HTTP request of %s", request.remote)
             _log.debug("The malformed HTTP request was a case of %s", type(exc).__name__)
             return _answer(431 if isinstance(exc, LineTooLong) else 400)
@@ -301,10 +301,10 @@ class HttpConnection(RequestHandler):
             self._discard()
 
     def _discard(self) -> None:
-        """Leave the connection to its end: the client can read its answer for a few seconds.
+        """Close the connection after the client has had a few seconds to read its answer.
 
-        If it was closed at once, the rest of the request would make the kernel reset it, and the
-        client might lose the answer.
+        If it were closed immediately, unread data of the request would make the kernel reset it,
+        and the client might lose the answer.
         """
         transport = self.transport
         if transport is None or transport.is_closing():

@@ -1,10 +1,10 @@
-"""Socket.IO packets, protocols 4 (over Engine.IO 3) and 5 (over Engine.IO 4). Pure.
+"""Socket.IO packets of protocols 4 (over Engine.IO 3) and 5 (over Engine.IO 4). Pure functions.
 
     <type>[<attachments>-][<namespace>,][<ack id>][<JSON>]
 
-Both write packets alike; they differ in what a CONNECT and its refusal hold. Binary arguments
-travel as messages of their own after the packet, with `{"_placeholder":true,"num":n}` in their
-place (docs of socket.io-protocol, revisions 4 and 5; captures of real clients).
+The protocols differ only in the payloads of CONNECT and CONNECT_ERROR. Binary arguments follow the
+packet as separate messages and are replaced by `{"_placeholder":true,"num":n}` in its JSON.
+Sources: socket.io-protocol, revisions 4 and 5, and captures of real clients.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import orjson
 from relay.transports.engineio.packets import MESSAGE, Malformed, Packet, frame
 
 CONNECT, DISCONNECT, EVENT, ACK, ERROR, BINARY_EVENT, BINARY_ACK = range(7)
-# What the JS client itself fires (socket.io-parser, RESERVED_EVENTS; component-emitter): a packet
-# with one of these names makes a 4.x client close with "parse error" and a 3.x client believe it.
+# Events that the JS client emits itself (socket.io-parser, RESERVED_EVENTS; component-emitter).
+# A 4.x client closes with "parse error" if it receives one; a 3.x client handles it as its own.
 RESERVED_EVENTS = frozenset(
     {"connect", "connect_error", "disconnect", "disconnecting", "newListener", "removeListener"}
 )
@@ -33,10 +33,11 @@ _PLACEHOLDER = re.compile(rb'"_placeholder":\s*true\s*,\s*"num":\s*([^\s,}]*)')
 
 
 class Decoded(NamedTuple):
-    """A packet as received. `query` is what a 2.x client repeats behind a CONNECT's namespace.
+    """A received packet.
 
-    Binary arguments are represented by their placeholders. `data` is None if the payload is too
-    large to be parsed.
+    `query` is the query string that a 2.x client appends to the namespace in CONNECT. Binary
+    arguments are represented by their placeholders. `data` is None if the payload is too large to
+    be parsed.
     """
 
     kind: int
@@ -55,7 +56,7 @@ def packet(
     id: int | None = None,
     attachments: int = 0,
 ) -> bytes:
-    """The text of one packet; `payload` is JSON text or nothing."""
+    """Encode one packet. `payload` is JSON text, or empty."""
     head = b"%d" % kind
     if attachments:
         head += b"%d-" % attachments
@@ -67,7 +68,7 @@ def packet(
 
 
 def frames(text: bytes, attachments: Sequence[bytes], version: int) -> bytes:
-    """A packet and its attachments as websocket frames of Engine.IO `version`."""
+    """Encode a packet and its attachments as WebSocket frames of Engine.IO `version`."""
     data = frame(Packet(MESSAGE, text), version)
     for each in attachments:
         data += frame(Packet(MESSAGE, each, True), version)
@@ -75,9 +76,10 @@ def frames(text: bytes, attachments: Sequence[bytes], version: int) -> bytes:
 
 
 def deconstruct(value: object) -> tuple[bytes, list[bytes]]:
-    """`value` as JSON with placeholders, and its binary parts in their order.
+    """Return `value` as JSON with placeholders, and its binary parts in order.
 
-    ValueError where it is not made of what JSON and bytes can say.
+    Raises:
+        ValueError: The value contains something other than JSON types and bytes.
     """
     attachments: list[bytes] = []
 
@@ -112,15 +114,15 @@ def decode(text: bytes) -> Decoded:
         end = len(text) if end < 0 else end
         try:
             name = text[at:end].decode()
-        except UnicodeDecodeError:  # a websocket frame is checked, a polling body is not
-            raise Malformed("a namespace that is not UTF-8") from None
+        except UnicodeDecodeError:  # WebSocket text was validated, polling bodies were not
+            raise Malformed("the namespace is not UTF-8") from None
         namespace, _, query = name.partition("?")
         at = end + 1
     end = at
     while end < len(text) and 0x30 <= text[end] <= 0x39:
         end += 1
     if end - at > _ID_DIGITS:
-        raise Malformed("an ID of too many digits")
+        raise Malformed("the ID has too many digits")
     number = int(text[at:end]) if end > at else None
     found = Decoded(kind, namespace, number, None, query, attachments)
     if len(text) - end > _JSON_BYTES:
@@ -150,26 +152,26 @@ def _json(text: bytes) -> Any:
 
 
 def _check(found: Decoded) -> None:
-    """What each kind may carry; after socket.io-parser's isPayloadValid."""
+    """Check the payload of each kind of packet (socket.io-parser, isPayloadValid)."""
     kind, data = found.kind, found.data
     if kind in (EVENT, BINARY_EVENT):
         if not (isinstance(data, list) and data and isinstance(data[0], str)):
             raise Malformed("an event without a name")
     elif kind in (ACK, BINARY_ACK):
         if not isinstance(data, list) or found.id is None:
-            raise Malformed("an acknowledgement of nothing")
+            raise Malformed("an acknowledgement without an ID")
     elif kind == CONNECT:
         if data is not None and not isinstance(data, dict):
-            raise Malformed("a CONNECT's payload is an object")
+            raise Malformed("the payload of CONNECT must be an object")
     elif kind == DISCONNECT and data is not None:
-        raise Malformed("a DISCONNECT has no payload")
+        raise Malformed("DISCONNECT must not have a payload")
 
 
 class Decoder:
     """Turns the messages of one connection into packets.
 
-    No handler has a use for binary arguments, so attachments are counted and discarded. A client
-    cannot make the relay hold them.
+    No protocol uses binary arguments of clients, so attachments are counted and discarded. Clients
+    cannot fill the memory with them.
     """
 
     __slots__ = ("_missing", "_waiting")
@@ -190,7 +192,7 @@ class Decoder:
             self._waiting, self._missing = found, found.attachments
             return None
         if waiting is None:
-            raise Malformed("binary data that nothing announced")
+            raise Malformed("binary data without a packet that announces it")
         self._missing -= 1
         if self._missing:
             return None
