@@ -31,7 +31,7 @@ class Array(NamedTuple):
     parts: list[tuple[int, int]]
 
 
-async def divide(text: bytes, depth: int, part_bytes: int) -> Array:
+async def divide(text: bytes | bytearray, depth: int, part_bytes: int) -> Array:
     """Find the first array that is `depth` brackets deep, and divide it.
 
     A part ends with the first element that makes it at least `part_bytes` long. The text is not

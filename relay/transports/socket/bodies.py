@@ -77,29 +77,31 @@ class Bodies:
 
     async def read(
         self, owner: HttpConnection, content: StreamReader, limit_bytes: int
-    ) -> bytes | None:
+    ) -> bytearray | None:
         """Return the body, or None if it is larger than `limit_bytes`.
 
         Raise BodyRejected, or ConnectionError if the client disconnects.
         """
-        parts: list[bytes] = []
-        size = 0
+        # Joining the parts of 10 MB in one step would take 10 ms.
+        body = bytearray()
+        complete = False
         self._arriving[owner] = partial(content.set_exception, BodyRejected(503))
         try:
             while part := await content.readany():
-                parts.append(part)
-                size += len(part)
-                if size > limit_bytes:
+                body += part
+                if len(body) > limit_bytes:
                     return None
                 self._set(owner, self._sizes.get(owner, 0) + len(part))
                 if owner not in self._arriving:
                     raise BodyRejected(503)
-            return b"".join(parts)
+            complete = True
+            return body
         finally:
             self._arriving.pop(owner, None)
-            # Otherwise an exception's traceback keeps the data until the garbage collector runs.
-            parts.clear()
-            part = b""
+            if not complete:
+                # The exception's traceback would keep the data until the garbage collector runs.
+                body.clear()
+                part = b""
 
     def hold(
         self, owner: asyncio.BaseProtocol, size_bytes: int, reject: Callable[[], None]
@@ -133,6 +135,11 @@ async def read_body(request: web.Request, limit_bytes: int, setting: str = "") -
     Raise BodyRejected if it is compressed, too large, too slow or malformed, or if the worker holds
     too many bodies. Raise ConnectionError if the client disconnects.
     """
+    return bytes(await read_large_body(request, limit_bytes, setting))
+
+
+async def read_large_body(request: web.Request, limit_bytes: int, setting: str = "") -> bytearray:
+    """Do the same as `read_body`, for bodies that are too large to be copied in one step."""
     try:
         return await _read(request, limit_bytes, f"{setting or 'the limit'} ({limit_bytes} bytes)")
     except BodyRejected as exc:
@@ -141,14 +148,14 @@ async def read_body(request: web.Request, limit_bytes: int, setting: str = "") -
         raise
 
 
-async def _read(request: web.Request, limit_bytes: int, limit: str) -> bytes:
+async def _read(request: web.Request, limit_bytes: int, limit: str) -> bytearray:
     encoding = request.headers.get("Content-Encoding", "").strip().lower()
     if encoding not in ("", "identity"):
         raise BodyRejected(415)
     if (request.content_length or 0) > limit_bytes:
         raise BodyRejected(413, limit)
     if not request.can_read_body:
-        return b""
+        return bytearray()
     connection = cast("HttpConnection", request.protocol)
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):

@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
-from collections import deque
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,6 +29,7 @@ from typing_extensions import override
 
 from relay.transports.socket.bodies import Bodies, BodyRejected
 from relay.transports.socket.deadlines import Deadlines
+from relay.transports.socket.read_pace import LARGE_READ_BYTES, read_later
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -52,11 +52,6 @@ _MAX_HEAD_BYTES = 2 * MAX_LINE_BYTES
 # After an early answer: for the client to read it before the connection is closed.
 _DISCARD_S = 5.0
 _DISCARD_BYTES = 32 * 1024 * 1024
-# All connections that discard share this rate, 256 KiB per reading: many large requests that were
-# rejected must not fill the turns of the event loop.
-_DISCARD_PAUSE_S = 0.005
-_DISCARDS_AT_ONCE = 2
-_LARGE_READ_BYTES = 65536
 # A burst of real clients sends its requests at once. Younger connections are not closed early.
 _MIN_AGE_S = 0.5
 _SHED_AT_ONCE = 16
@@ -71,8 +66,6 @@ class ConnectionLimits:
         self.heads: Deadlines[HttpConnection] = Deadlines(head_timeout_s, HttpConnection.expire)
         self.writes: Deadlines[HttpConnection] = Deadlines(WRITE_TIMEOUT_S, HttpConnection.abort)
         self.discards: Deadlines[_Discard] = Deadlines(_DISCARD_S, _Discard.abort)
-        # Connections whose reading is paused.
-        self._paused: deque[_Discard] = deque()
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         # The rest of the descriptors is for clients that have sent a request.
         self._max_heads = float("inf") if files == resource.RLIM_INFINITY else max(8, files // 4)
@@ -83,18 +76,6 @@ class ConnectionLimits:
         for _ in range(_SHED_AT_ONCE):
             if len(self.heads) <= self._max_heads or not self.shed_half_open():
                 break
-
-    def read_later(self, discard: _Discard) -> None:
-        """Let the connection read on when it is its turn among those that discard."""
-        if not self._paused:
-            asyncio.get_running_loop().call_later(_DISCARD_PAUSE_S, self._read_on)
-        self._paused.append(discard)
-
-    def _read_on(self) -> None:
-        for _ in range(min(_DISCARDS_AT_ONCE, len(self._paused))):
-            self._paused.popleft().read_on()
-        if self._paused:
-            asyncio.get_running_loop().call_later(_DISCARD_PAUSE_S, self._read_on)
 
     def shed_half_open(self) -> bool:
         """Close the oldest connection without a complete request; return whether there was one."""
@@ -112,7 +93,7 @@ class ConnectionLimits:
 class HttpConnection(RequestHandler):
     """One client's connection while aiohttp reads its requests."""
 
-    __slots__ = ("_ends_early", "_head_bytes", "_payload", "factory", "limits")
+    __slots__ = ("_ends_early", "_head_bytes", "_payload", "_reads_later", "factory", "limits")
 
     def __init__(self, factory: HttpFactory, manager: web.Server, **settings: Any) -> None:
         """`settings` are those of the aiohttp runner. `factory` makes this connection's successor
@@ -133,6 +114,8 @@ class HttpConnection(RequestHandler):
         self._payload: StreamReader | None = None
         # The last answer is being sent, and the rest of its request is not read.
         self._ends_early = False
+        # Reading is paused until it is this connection's turn (see `read_pace`).
+        self._reads_later = False
 
     # ---- time limits ------------------------------------------------------------------------
 
@@ -167,6 +150,10 @@ class HttpConnection(RequestHandler):
         if self._ends_early:
             self._pause_transport_reading()
             return
+        if len(data) >= LARGE_READ_BYTES and not self._reads_later:
+            self._reads_later = True
+            self._pause_transport_reading()
+            read_later(self._read_on)
         incoming = self._payload if self._payload and not self._payload.is_eof() else None
         arrived = incoming.total_bytes if incoming else 0
         requests = self._request_count
@@ -190,6 +177,16 @@ class HttpConnection(RequestHandler):
                 self.limits.heads.add(self)
         elif self._has_more_than_body(data, incoming, arrived):
             self.limits.heads.add(self)
+
+    @override
+    def _resume_transport_reading(self) -> None:
+        if not self._reads_later:
+            super()._resume_transport_reading()
+
+    def _read_on(self) -> None:
+        self._reads_later = False
+        if not (self._reading_paused or self._buffer_paused or self._ends_early):
+            self._resume_transport_reading()
 
     @staticmethod
     def _has_more_than_body(data: bytes, payload: StreamReader, arrived: int) -> bool:
@@ -339,13 +336,11 @@ class _Discard(asyncio.Protocol):
         self._left -= len(data)
         if self._left < 0:
             self.abort()
-        elif self._transport is not None and len(data) >= _LARGE_READ_BYTES:
-            # Without a pause, one turn of uvloop reads up to 8 MiB of each connection.
+        elif self._transport is not None and len(data) >= LARGE_READ_BYTES:
             self._transport.pause_reading()
-            self._limits.read_later(self)
+            read_later(self._read_on)
 
-    def read_on(self) -> None:
-        """Read the next part, unless the connection has closed."""
+    def _read_on(self) -> None:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 

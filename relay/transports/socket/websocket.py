@@ -32,6 +32,7 @@ from relay.transports.socket.frames import (
     unmask,
 )
 from relay.transports.socket.frames import ProtocolViolation as ProtocolViolation
+from relay.transports.socket.read_pace import LARGE_READ_BYTES, read_later
 
 if TYPE_CHECKING:
     from relay.transports.socket.exchange import HttpRequest
@@ -171,6 +172,7 @@ class WebSocketConnection(ClientSocket):
         "_pong_counts",
         "_read_scheduled",
         "_reader",
+        "_reads_later",
         "close_received",
         "on_binary",
         "on_text",
@@ -197,6 +199,8 @@ class WebSocketConnection(ClientSocket):
         self._pong_counts = only_pong_counts
         self._pong: bytes | None = None
         self._ignores_input = self._read_scheduled = False
+        # Reading is paused until it is this connection's turn (see `read_pace`).
+        self._reads_later = False
         # Whether `bodies` counts an incomplete message of this client.
         self._counted = False
         # The value of `idle_frames` at which their rate is checked.
@@ -218,6 +222,8 @@ class WebSocketConnection(ClientSocket):
     def data_received(self, data: bytes) -> None:
         if not self._pong_counts:
             self.silent_since = 0
+        if len(data) >= LARGE_READ_BYTES:
+            self._wait_for_turn()
         if self._ignores_input:
             return
         # Fast path for a single ping, because thousands of clients may ping every second.
@@ -234,6 +240,18 @@ class WebSocketConnection(ClientSocket):
                 self._answer([unmask(data[6:], data[2:6]) if size else b""])
             return
         self._read(data)
+
+    def _wait_for_turn(self) -> None:
+        transport = self._transport
+        if not self._reads_later and transport is not None and not transport.is_closing():
+            self._reads_later = True
+            transport.pause_reading()
+            read_later(self._read_on)
+
+    def _read_on(self) -> None:
+        self._reads_later = False
+        if self._ignores_input or not (self._reader.more or self._reading_paused):
+            super().resume_reading()
 
     def _read(self, data: bytes) -> None:
         violation = None
@@ -323,8 +341,8 @@ class WebSocketConnection(ClientSocket):
             # The loop does the same if `data_received` fails.
             self.abort()
             raise
-        if self._ignores_input or not (self._reader.more or self._reading_paused):
-            super().resume_reading()
+        if not self._reads_later:
+            self._read_on()
 
     @override
     def resume_reading(self) -> None:
@@ -332,7 +350,7 @@ class WebSocketConnection(ClientSocket):
         self._reading_paused = False
         if self._reader.more and not self._ignores_input:
             self._read_later()
-        else:
+        elif not self._reads_later:
             super().resume_reading()
 
     @override

@@ -45,7 +45,7 @@ class _PendingCommand(NamedTuple):
     advice: str = ""
 
 
-async def is_signed(secret: bytes, body: bytes, sign: str) -> bool:
+async def is_signed(secret: bytes, body: bytes | bytearray, sign: str) -> bool:
     """Return True if `sign` is the lower-case hex HMAC-SHA256 of `body`.
 
     Return False for an empty secret. Computed in slices, because a stranger's body may be large.
@@ -66,7 +66,7 @@ class CommandExecutor:
         self._server = server
         self._other_commands = other_commands
 
-    async def execute_request(self, body: bytes, *, ids: bool = False) -> list[Reply]:
+    async def execute_request(self, body: bytes | bytearray, *, ids: bool = False) -> list[Reply]:
         """Execute the commands of a request body and return one reply for each.
 
         With `ids`, the reply to a publish contains the entry's ID. Raise InvalidCommand to reject
@@ -161,12 +161,14 @@ class CommandExecutor:
         return _PendingCommand(method, uid, appends)
 
 
-async def _parse(body: bytes) -> list[commands.PublishParams | commands.CentrifugoCommand]:
+async def _parse(
+    body: bytes | bytearray,
+) -> list[commands.PublishParams | commands.CentrifugoCommand]:
     if body[:1] not in (b"[", b"{"):
         # v1 checks the first byte only, so leading white space is an error.
         raise commands.InvalidCommand("neither an object nor an array")
     if body[:1] == b"{" or len(body) <= _SMALL_BYTES:
-        return commands.read(body)
+        return commands.read(bytes(body))
     try:
         array = await divide(body, 1, _PART_BYTES)
     except ValueError as exc:
@@ -175,7 +177,7 @@ async def _parse(body: bytes) -> list[commands.PublishParams | commands.Centrifu
         raise commands.InvalidCommand("not JSON")
     found: list[commands.PublishParams | commands.CentrifugoCommand] = []
     async for begin, end in in_slices(array.parts):
-        found += commands.read(b"[%b]" % body[begin:end])
+        found += commands.read(b"[%b]" % bytes(body[begin:end]))
     return found
 
 

@@ -13,7 +13,7 @@ from relay.protocols.centrifugo import go_http
 from relay.protocols.centrifugo.api.executor import CommandExecutor, is_signed
 from relay.protocols.centrifugo.api.replies import encode
 from relay.protocols.centrifugo.commands import InvalidCommand
-from relay.transports.socket.bodies import BodyRejected, read_body
+from relay.transports.socket.bodies import BodyRejected, read_large_body
 
 if TYPE_CHECKING:
     from relay.protocols.centrifugo.server_state import ServerState
@@ -72,11 +72,14 @@ class ApiRoutes:
             return go_http.error(400, "Bad Request")
         return web.Response(body=encode(replies), content_type="application/json")
 
-    async def _commands(self, request: web.Request, *, is_json: bool) -> tuple[bytes, str]:
+    async def _commands(
+        self, request: web.Request, *, is_json: bool
+    ) -> tuple[bytes | bytearray, str]:
         """Return the commands as JSON text, and their signature."""
         limit_bytes = self._server.settings.api_max_bytes
         if is_json:
-            body = await read_body(request, limit_bytes, "[protocol:centrifugo] api_max_bytes")
+            setting = "[protocol:centrifugo] api_max_bytes"
+            body = await read_large_body(request, limit_bytes, setting)
             return body, request.headers.get("X-API-Sign", "")
         # cent 1.x and phpcent 1.x send a form.
         fields = await go_http.form(request, limit_bytes)

@@ -511,6 +511,35 @@ def test_rejected_bodies_share_the_turns_in_which_they_are_discarded(run: Run) -
     run(main())
 
 
+def test_large_bodies_share_the_turns_in_which_they_are_read(run: Run) -> None:
+    clients, read_at_once = 20, 262_144
+
+    async def main() -> None:
+        async with serving() as site:
+            whole = post(b"/body", bytes(LIMIT_BYTES))
+
+            def send() -> bytes:
+                with socket.create_connection(("127.0.0.1", site.port)) as client:
+                    client.sendall(whole)
+                    return client.recv(12)
+
+            held, most, steps = 0, 0, 0
+            async with asyncio.TaskGroup() as tasks:
+                answers = [tasks.create_task(asyncio.to_thread(send)) for _ in range(clients)]
+                while len(site.sizes) < clients:
+                    await asyncio.sleep(0)
+                    now = site.limits.bodies.held_bytes
+                    most, steps = max(most, now - held), steps + (now > held)
+                    held = now
+            assert [each.result() for each in answers] == [b"HTTP/1.1 200"] * clients
+            assert site.sizes == [LIMIT_BYTES] * clients
+            assert steps > clients
+            # Without the pace, all of them are read in the same turn.
+            assert most <= 6 * read_at_once
+
+    run(main())
+
+
 def test_incomplete_messages_of_all_websockets_have_a_common_limit(run: Run) -> None:
     async def main() -> None:
         limits = ConnectionLimits()
