@@ -12,7 +12,8 @@ import heapq
 import itertools
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from relay.core.errors import Unauthorized, Unavailable
@@ -49,11 +50,22 @@ class Member(Protocol):
 class Account:
     """A credential and what Pydio said about it last. Times are of the loop's clock."""
 
-    __slots__ = ("checked_at", "credentials", "due", "identity", "members", "principal", "valid")
+    __slots__ = (
+        "checked_at",
+        "credentials",
+        "due",
+        "entering",
+        "identity",
+        "members",
+        "principal",
+        "valid",
+    )
 
     def __init__(self, credentials: Credentials, identity: Identity, now: float) -> None:
         self.credentials = credentials
         self.members: set[Member] = set()
+        # Browsers that are connecting, see `Accounts.entering`.
+        self.entering = 0
         self.valid = True
         # When it is asked about again.
         self.due = now
@@ -109,8 +121,25 @@ class Accounts:
         self._settings = settings
         self._server.reload(settings)
 
-    async def enter(self, credentials: Credentials) -> Account:
-        """The account of somebody who comes. Unauthorized, or Unavailable."""
+    @asynccontextmanager
+    async def entering(self, credentials: Credentials) -> AsyncIterator[Account]:
+        """Yield the account of a browser that connects, and keep the account meanwhile.
+
+        The browser becomes a member of the account inside. Without this, an account whose only
+        browser reconnects could be removed as unused between Pydio's answer and the new member.
+
+        Raises:
+            Unauthorized: Pydio does not know the credentials.
+            Unavailable: Pydio gave no answer.
+        """
+        account = await self._enter(credentials)
+        account.entering += 1
+        try:
+            yield account
+        finally:
+            account.entering -= 1
+
+    async def _enter(self, credentials: Credentials) -> Account:
         account = self._known.get(credentials)
         if account is not None and self._is_fresh(account):
             return account
@@ -160,6 +189,8 @@ class Accounts:
                     continue
                 if account.members:
                     self._spawn(self._on_time(account), name="pydio rights")
+                elif account.entering:
+                    self._plan(account, _LOOK_S)
                 elif self._known.get(account.credentials) is account:
                     del self._known[account.credentials]
                     account.valid = False

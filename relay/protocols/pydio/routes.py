@@ -170,12 +170,13 @@ class MountedPydio:
         if not self._settings.auth_url:
             raise Unavailable("[protocol:pydio] auth_url is empty: nobody can be identified")
         context = self._context
-        account = await self._accounts.enter(self._reader.read(request.headers, request.query))
-        browser = Browser(account, self._around)
-        encoder = codec.encoder_for(account.identity.masked)
-        session = await context.open(account.principal, encoder, browser)
-        browser.session = session
-        account.members.add(browser)
+        credentials = self._reader.read(request.headers, request.query)
+        async with self._accounts.entering(credentials) as account:
+            browser = Browser(account, self._around)
+            encoder = codec.encoder_for(account.identity.masked)
+            session = await context.open(account.principal, encoder, browser)
+            browser.session = session
+            account.members.add(browser)
         if not account.valid:
             # It was ended while the seat was being taken.
             self._accounts.leave(account, browser)

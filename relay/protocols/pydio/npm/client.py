@@ -122,8 +122,8 @@ class NpmClient:
         try:
             asked = self._asked
             credentials = kind.reader().read(asked.headers, asked.query, auth)
-            account = await kind.accounts.enter(credentials)
-            await self._enter(account, auth)
+            async with kind.accounts.entering(credentials) as account:
+                await self._enter(account, auth)
         except RelayError as exc:
             self.end()
             self._refuse(exc)
