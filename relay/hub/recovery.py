@@ -18,6 +18,8 @@ from typing import Literal
 from relay.core.model import ZERO_ID, EntryID, Position, StreamState
 from relay.core.reasons import Reason
 
+# The part of an incarnation that names the replication history, see `relay.stream.read.groups`.
+_HISTORY = (1 << 32) - 1
 NoticeKind = Literal["gap", "reset", "revoked", "closing"]
 
 
@@ -62,7 +64,7 @@ def judge(position: Position, state: StreamState, own_digest: int | None) -> Ver
     if not state.exists:
         return _reset(Reason.OTHER_INCARNATION, at, ZERO_ID)
     if at > state.last:
-        new_life = position.incarnation is not None and not same_life
+        new_life = is_replaced(position, state)
         return _reset(Reason.POSITION_AHEAD, at, ZERO_ID if new_life else state.last)
 
     own_there = own_digest is not None and position.digest in (None, own_digest)
@@ -73,7 +75,8 @@ def judge(position: Position, state: StreamState, own_digest: int | None) -> Ver
     own_deleted = at == state.max_deleted and at != ZERO_ID
     if not (same_history or own_there or nothing_seen or own_deleted):
         if position.incarnation is not None and not same_life:
-            return _reset(Reason.OTHER_INCARNATION, at, ZERO_ID)
+            new_life = is_replaced(position, state)
+            return _reset(Reason.OTHER_INCARNATION, at, ZERO_ID if new_life else at)
         if position.incarnation is not None:
             return _reset(Reason.FAILOVER, at, at)
         if (state.first is None or at < state.first) and state.added != state.length:
@@ -93,6 +96,19 @@ def judge(position: Position, state: StreamState, own_digest: int | None) -> Ver
     if not untrimmed(position, state):
         return _gap(Reason.TRIMMED, at, state)
     return Verdict(at, counted=True)
+
+
+def is_replaced(position: Position, state: StreamState) -> bool:
+    """Return True if the stream was deleted and made anew, so that all its entries are new.
+
+    A failover or restart may instead have lost the marker of the same stream, together with its
+    newest entries. The client has already received the entries up to its position then, and they
+    must not be sent again. Only a stream of the same replication history is known to be new.
+    """
+    if position.incarnation is None or state.incarnation is None:
+        return False
+    other_life = position.incarnation >> 32 != state.incarnation >> 32
+    return other_life and (position.incarnation ^ state.incarnation) & _HISTORY == 0
 
 
 def may_have_lost(at: EntryID, state: StreamState) -> bool:

@@ -20,10 +20,11 @@ from relay.stream.connection.primary import Primary, Replication
 from relay.stream.read import stream_commands
 from relay.stream.read.groups import parse_state
 from tests.support.schedules import Schedules, explore
-from tests.support.steps import distinct_markers
+from tests.support.steps import CHANNELS, distinct_markers
 from tests.support.valkey import Server, running
 from tests.support.world import statistics
 
+NEWS, WORK = CHANNELS
 EXAMPLES = int(os.environ.get("RELAY_EXAMPLES", "400"))
 
 
@@ -50,6 +51,23 @@ def test_no_schedule_loses_an_event_silently() -> None:
         explore(EXAMPLES, random=None if chosen is None else int(chosen))
     finally:
         print(dict(statistics))  # noqa: T201 - `pytest -s` shows how much was proven
+
+
+@pytest.mark.redis
+def test_no_event_is_sent_twice_after_a_failover_that_lost_the_marker() -> None:
+    """The stream was made, read and lost its newest entries before its marker was replicated."""
+    schedule = Schedules()
+    schedule.begin()
+    schedule.save()
+    schedule.delete_within_a_page(NEWS, rewind=False, who=4)
+    schedule.revoke_within_a_read(WORK, user="bob", which=0)
+    schedule.delete_within_a_page(WORK, rewind=True, who=0)
+    schedule.connect(0, which=1, wanted={WORK}, how="full")
+    schedule.lose_what_was_appended(NEWS, count=1, seen=False, which=0)
+    schedule.lose_what_was_appended(NEWS, count=1, seen=True, which=1)
+    schedule.save()
+    schedule.lose_what_was_appended(WORK, count=1, seen=True, which=1)
+    schedule.teardown()
 
 
 # ---- the test's teeth: each of these breaks one rule, and is found -------------------------------

@@ -97,6 +97,14 @@ def test_after_another_life_a_client_begins_with_all_of_this_one() -> None:
     assert judge(Position(at(12), 12, OTHER_LIFE), WHOLE, None).resume == ZERO_ID
 
 
+def test_a_stream_that_lost_its_marker_in_a_failover_is_not_sent_again() -> None:
+    other = OTHER_LIFE ^ LIFE ^ BEFORE_THE_FAILOVER
+    for position, resume in ((4, 4), (12, 9)):
+        verdict = judge(Position(at(position), position, other), WHOLE, None)
+        assert verdict.notice
+        assert (verdict.notice.kind, verdict.resume) == ("reset", at(resume))
+
+
 def test_a_bare_position_ahead_goes_on_at_the_end() -> None:
     assert judge(Position(at(12)), WHOLE, None).resume == at(9)
 
