@@ -94,10 +94,17 @@ def _checkconfig(options: argparse.Namespace) -> int:
     """Raise the same errors as `serve`, and print notes to standard error."""
     # Here, not above: the other commands need none of the server's modules.
     from relay.process import app
+    from relay.process.addresses import check_addresses
+    from relay.process.embedded import check_port
 
     config = configuration(options, complete=True, strict=True)
-    app.check(config)
+    listeners = app.check(config)
+    running = check_addresses(config, listeners, accept_running=True)
+    if not running:
+        check_port(config.redis)
     _print_notes(config)
+    if running:
+        sys.stderr.write(f"relay: {running}\n")
     if _commanded(options) is None:
         paths = [options.config, *(path_of(options, each) for each in find_imports())]
         sources = ", ".join(str(path) for path in paths if path is not None)

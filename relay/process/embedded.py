@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relay.core.errors import StartError
+from relay.process.addresses import bound
 
 if TYPE_CHECKING:
     from relay.config.settings import RedisSettings
@@ -80,6 +82,22 @@ def redis_address(settings: RedisSettings) -> RedisSettings:
     if settings.url != "embedded":
         return settings
     return settings.model_copy(update={"url": f"redis://{_HOST}:{settings.embedded_port}/0"})
+
+
+def check_port(settings: RedisSettings) -> None:
+    """Raise the StartError of a start if another program has the embedded server's port.
+
+    A server that an earlier relay has left behind in the data folder is taken over at a start.
+    """
+    if settings.url != "embedded":
+        return
+    embedded = EmbeddedValkey(Path(settings.embedded_dir or "data"), settings.embedded_port)
+    try:
+        for each in bound(_HOST, settings.embedded_port):
+            each.close()
+    except OSError as exc:
+        if exc.errno == errno.EADDRINUSE and embedded.left_behind() is None:
+            raise embedded.port_taken() from exc
 
 
 @contextlib.asynccontextmanager
@@ -197,8 +215,8 @@ class EmbeddedValkey:
         path = self._file("valkey.conf")
         path.write_text("# Written at each start of relay.\n" + "\n".join(lines) + "\n")
 
-    def _left_behind(self) -> tuple[int, int] | None:
-        """Process and port of the server that was last started on this folder."""
+    def left_behind(self) -> tuple[int, int] | None:
+        """Return process and port of the server that runs on this folder, or None."""
         try:
             pid = int(self._file("valkey.pid").read_text())
             lines = self._file("valkey.conf").read_text().splitlines()
@@ -213,7 +231,7 @@ class EmbeddedValkey:
         if await self._adopt():
             return
         if await _ask(self._port, b"PING") is not None:
-            raise self._port_taken()
+            raise self.port_taken()
         try:
             binary = await asyncio.to_thread(_binary_path)
             await asyncio.to_thread(self._write_configuration)
@@ -237,7 +255,7 @@ class EmbeddedValkey:
         await self._answers()
 
     async def _adopt(self) -> bool:
-        found = await asyncio.to_thread(self._left_behind)
+        found = await asyncio.to_thread(self.left_behind)
         if not found:
             return False
         pid, port = found
@@ -283,13 +301,14 @@ class EmbeddedValkey:
         except OSError:
             lines = []
         if any("Address already in use" in line for line in lines):
-            return self._port_taken()
+            return self.port_taken()
         reason = lines[-1].partition(" # ")[2] or lines[-1] if lines else "without a word"
         return StartError(
             f"the embedded Valkey ended at its start: {reason}; see {self._file('valkey.log')}"
         )
 
-    def _port_taken(self) -> StartError:
+    def port_taken(self) -> StartError:
+        """Return the error for a port that another program has."""
         return StartError(
             f"port {self._port} of {_HOST} is taken by another program, the embedded Valkey needs"
             " one: --set redis.embedded_port=N"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
 import ssl
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 from aiohttp import web
 
 from relay.core.errors import StartError
+from relay.process.addresses import ALIVE, HEALTH_PATH, METRICS_PORT, listen_error
 from relay.transports.socket.http_connection import KEEPALIVE_S, ConnectionLimits
 from relay.transports.socket.listener import GuardedSite
 from relay.transports.socket.precedence import FallbackRoute, in_order
@@ -79,7 +79,7 @@ class Server:
             route for _, door, section in doors if not _own_port(section) for route in door.routes
         ]
         health = [
-            web.get("/healthz", self._healthz),
+            web.get(HEALTH_PATH, self._healthz),
             web.get("/readyz", self._readyz),
             web.get("/metrics", self._exposition),
         ]
@@ -113,7 +113,7 @@ class Server:
         if config.metrics.port:
             # Without TLS: the listener is meant for a scraper or probe on the same host.
             host, port = config.metrics.host, config.metrics.port
-            found.append(Listening(host, port, "[metrics] port", health, [], None))
+            found.append(Listening(host, port, METRICS_PORT, health, [], None))
         _check_ports(config, found)
         return found
 
@@ -128,7 +128,7 @@ class Server:
         for each in listeners:
             port = each.port
             shared = worker is not None
-            if worker is not None and each.setting == "[metrics] port":
+            if worker is not None and each.setting == METRICS_PORT:
                 port, shared = port + worker - 1, False
             try:
                 await self._listen(each, port, config.server.backlog, reuse_port=shared)
@@ -249,7 +249,7 @@ class Server:
         return runner
 
     async def _healthz(self, _request: web.Request) -> web.Response:
-        return web.Response(text="alive\n")
+        return web.Response(text=ALIVE)
 
     async def _readyz(self, _request: web.Request) -> web.Response:
         reason = self._ready()
@@ -312,23 +312,6 @@ def node_name(config: Config, port: int = 0) -> str:
     return config.node.name or f"{socket.gethostname()}_{next(ports, port)}"
 
 
-def listen_error(config: Config, listening: Listening, exc: OSError, port: int = 0) -> str:
-    """Return one line for the operator: the address, the problem and the setting to change."""
-    host, port = listening.host, port or listening.port
-    setting = config.where(listening.setting)
-    if exc.errno == errno.EADDRINUSE:
-        return (
-            f"port {port} of {host or 'all addresses'} is taken by another process;"
-            f" stop that process or change {setting}"
-        )
-    if exc.errno == errno.EACCES:
-        return (
-            f"port {port} of {host or 'all addresses'} needs the privilege to open ports below"
-            f" 1024 (CAP_NET_BIND_SERVICE); change {setting} or grant it"
-        )
-    return f"cannot listen on {host} port {port} ({setting}): {exc.strerror or exc}"
-
-
 def _check_ports(config: Config, listeners: Sequence[Listening]) -> None:
     """StartError if two listeners need the same port, which the kernel would let workers share."""
     used: list[tuple[str, int, str]] = []
@@ -336,12 +319,12 @@ def _check_ports(config: Config, listeners: Sequence[Listening]) -> None:
     last = config.metrics.port + config.node.workers - 1
     if config.metrics.port and last > _LAST_PORT:
         raise StartError(
-            f"{config.where('[metrics] port')}: each of {config.node.workers} workers needs a port"
+            f"{config.where(METRICS_PORT)}: each of {config.node.workers} workers needs a port"
             f" from {config.metrics.port} on, but the last port is {_LAST_PORT}"
         )
     # The second worker's metrics listener has the next port, and so on.
     wanted += [
-        (config.metrics.host, port, "[metrics] port")
+        (config.metrics.host, port, METRICS_PORT)
         for port in range(config.metrics.port + 1, last + 1)
         if config.metrics.port
     ]

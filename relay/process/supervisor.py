@@ -22,7 +22,7 @@ import pickle
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import uvloop
@@ -30,10 +30,11 @@ import uvloop
 from relay.core.errors import StartError
 from relay.core.worker_memory import ERROR, READY, REOPEN_LOG, Worker, WorkerMemory, shared_memory
 from relay.process import app, logs
+from relay.process.addresses import check_addresses, reserved
 from relay.process.embedded import redis_address, running_valkey
 from relay.process.pid_file import pid_file
 from relay.process.reloading import Reloads
-from relay.process.server import listen_error, node_name
+from relay.process.server import node_name
 from relay.process.start_signals import release_signals
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def run(
     StartError or ConfigError, or a group of them, if a worker cannot start at all.
     """
     listeners = app.check(config)
+    # The kernel would let two relays with workers share a port.
+    check_addresses(config, listeners)
     with pid_file(config.node.pid_file):
         return uvloop.run(Supervisor(config, listeners, reload, on_ready).run())
 
@@ -102,8 +105,7 @@ class Supervisor:
         config = self._config
         async with contextlib.AsyncExitStack() as stack:
             # Held to the end: with a port of 0 nobody else may get it while a worker is away.
-            reserved = stack.enter_context(_reserved(config, self._listeners))
-            self._port = reserved.getsockname()[1]
+            self._port = stack.enter_context(reserved(config, self._listeners[0]))
             self._handle_signals()
             await stack.enter_async_context(running_valkey(config.redis))
             redis = redis_address(config.redis).url
@@ -253,48 +255,3 @@ def _how(code: int) -> str:
 def _send(process: Process, payload: bytes) -> None:
     if process.stdin is not None and not process.stdin.is_closing():
         process.stdin.write(Worker.message(payload))
-
-
-@contextlib.contextmanager
-def _reserved(config: Config, listeners: Sequence[Listening]) -> Iterator[socket.socket]:
-    """A socket bound to the shared listener's address, on which nobody can connect.
-
-    StartError if another program has one of the ports: the kernel would let both share it if it
-    is another relay with workers.
-    """
-    for each in listeners:
-        try:
-            with _bound(each.host, each.port):
-                pass
-        except OSError as exc:
-            raise StartError(listen_error(config, each, exc)) from exc
-    shared = listeners[0]
-    try:
-        bound = _bound(shared.host, shared.port, shared=True)
-    except OSError as exc:
-        raise StartError(listen_error(config, shared, exc)) from exc
-    with bound:
-        yield bound
-
-
-def _bound(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """A socket bound to the address; OSError where another program listens there.
-
-    `shared`: this relay's workers can bind to the address too, no other program can.
-    """
-    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, kind, protocol, _, address = found[0]
-    bound = socket.socket(family, kind, protocol)
-    try:
-        # Connections of an earlier relay may still be in TIME_WAIT on this port.
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
-        if family == socket.AF_INET6:
-            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        bound.bind(address)
-        # The kernel lets a second relay bind beside this socket only while the option is set.
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-    except OSError:
-        bound.close()
-        raise
-    return bound

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.relay import KEY, ROOT
+from tests.support.relay import KEY, ROOT, RelayProcess
 from tests.support.valkey import Server, free_port
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
@@ -39,18 +39,29 @@ async def run(*words: str, **environment: str) -> tuple[int, str]:
         ["protocol:native.port={port}", "server.port={port}"],
         ["producer:seaf_hooks.redis_url=http://seafile"],
         ["protocol:centrifugo.secret=the one that signs X-API-Sign"],
+        ["server.host=no-such-host.invalid"],
+        ["server.host=192.0.2.1"],
+        ["metrics.port={port}", "metrics.host=no-such-host.invalid"],
+        ["protocol:native.port={port}", "protocol:native.host=203.0.113.9"],
+        ["server.port={taken}"],
+        ["metrics.port={taken}"],
+        ["protocol:pydio.key=a key of this test", "protocol:pydio.private_port={taken}"],
+        ["server.tls_cert=/etc/hostname"],
     ],
-    ids=lambda sets: sets[0].partition("=")[0],
+    ids=" ".join,
 )
-async def test_the_same_line_as_serve(valkey: Server, sets: list[str]) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_the_same_line_as_serve(valkey: Server, sets: list[str], workers: str) -> None:
     words = ["--set", f"redis.url={valkey.url('relay')}", "--set", f"jwt.key={KEY}"]
-    words += ["--set", "log.level=error"]
+    words += ["--set", "log.level=error", "--set", f"node.workers={workers}"]
     port = free_port()
-    for each in ["server.port=0", *sets]:
-        words += ["--set", each.format(port=port)]
-    async with asyncio.TaskGroup() as tasks:
-        checking = tasks.create_task(run("checkconfig", *words))
-        serving = tasks.create_task(run("serve", *words))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        for each in ["server.port=0", *sets]:
+            words += ["--set", each.format(port=port, taken=taken)]
+        async with asyncio.TaskGroup() as tasks:
+            checking = tasks.create_task(run("checkconfig", *words))
+            serving = tasks.create_task(run("serve", *words))
     checked, served = checking.result(), serving.result()
     assert checked[0] == 1, checked
     assert checked[1].count("\n") == 1, checked
@@ -68,11 +79,47 @@ async def test_unknown_variables_are_errors_of_checkconfig_and_of_a_strict_start
 
 
 async def test_checkconfig_neither_listens_nor_connects(tmp_path: Path) -> None:
-    code, text = await run("checkconfig", "--set", "redis.url=redis://127.0.0.1:1/0")
+    free = ["--set", "server.port=0", "--set", f"redis.embedded_port={free_port()}"]
+    code, text = await run("checkconfig", *free, "--set", "redis.url=redis://127.0.0.1:1/0")
     assert (code, text) == (0, "")
-    code, text = await run("checkconfig", "--set", f"redis.embedded_dir={tmp_path / 'data'}")
+    data = f"redis.embedded_dir={tmp_path / 'data'}"
+    code, text = await run("checkconfig", *free, "--set", data)
     assert (code, text) == (0, "")
     assert not (tmp_path / "data").exists()
+
+
+async def test_the_embedded_port_and_later_metrics_ports_are_checked(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        words = ["--set", "server.port=0", "--set", "log.level=error"]
+        words += ["--set", f"redis.embedded_dir={tmp_path / 'data'}"]
+        embedded = [*words, "--set", f"redis.embedded_port={port}"]
+        code, line = await run("checkconfig", *embedded)
+        assert (code, line) == await run("serve", *embedded)
+        assert code == 1
+        assert f"port {port} of 127.0.0.1 is taken by another program" in line
+        metrics = [*words, "--set", f"metrics.port={port - 1}", "--set", "node.workers=2"]
+        metrics += ["--set", f"redis.embedded_port={free_port()}"]
+        code, line = await run("checkconfig", *metrics)
+        assert (code, line) == await run("serve", *metrics)
+        assert code == 1
+        assert f"port {port} of 127.0.0.1 is taken by another process" in line
+
+
+async def test_the_configuration_of_a_running_relay_is_accepted_with_a_note(
+    valkey: Server,
+) -> None:
+    relay = RelayProcess(valkey, settings=[f"protocol:native.port={free_port()}"])
+    await asyncio.to_thread(relay.start)
+    words = ["--set", f"server.port={relay.port}", "--set", f"redis.url={valkey.url('relay')}"]
+    words += ["--set", relay.settings[0]]
+    try:
+        code, line = await run("checkconfig", *words)
+        assert code == 0
+        assert f"a relay is running on port {relay.port} of 127.0.0.1: reload it" in line
+        assert line.count("\n") == 1, line
+    finally:
+        relay.kill()
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
