@@ -15,19 +15,13 @@ from pathlib import Path
 
 import uvloop
 
-from producers.registry import (
-    Producer,
-    ProducerContext,
-    Running,
-    find_producers,
-    producer_settings,
-)
-from relay.config.loading import Config, load
+from producers.registry import Running, build, producer_settings
+from producers.settings import PRODUCERS
+from relay.config.loading import load
 from relay.core.errors import ConfigError, RelayError
 from relay.process import logs
 from relay.protocols import door_settings
 from relay.stream.cluster.workers import new_instance
-from relay.stream.format.keys import Keys
 
 _log = logging.getLogger(__name__)
 
@@ -35,15 +29,14 @@ _log = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one producer until a signal; the exit code (1: configuration, 2: usage)."""
     parser = argparse.ArgumentParser(prog="python -m producers", allow_abbrev=False)
-    producers = find_producers()
-    about = "; ".join(f"{name}: {each.summary}" for name, each in producers.items())
-    parser.add_argument("name", choices=list(producers), help=about)
+    about = "; ".join(f"{name}: {each.summary}" for name, each in PRODUCERS.items())
+    parser.add_argument("name", choices=list(PRODUCERS), help=about)
     parser.add_argument(
         "argument",
         nargs="?",
         help=", ".join(
             f"{name}: [producer:{name}] {each.argument}"
-            for name, each in producers.items()
+            for name, each in PRODUCERS.items()
             if each.argument
         ),
     )
@@ -58,11 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="any setting; may be repeated",
     )
     options = parser.parse_args(arguments)
-    producer = producers[options.name]
+    name = options.name
     if options.argument is not None:
-        if not producer.argument:
-            parser.error(f"{producer.name} takes no {options.argument!r}")
-        options.overrides.append(f"producer:{producer.name}.{producer.argument}={options.argument}")
+        setting = PRODUCERS[name].argument
+        if not setting:
+            parser.error(f"{name} takes no {options.argument!r}")
+        options.overrides.append(f"producer:{name}.{setting}={options.argument}")
     flags = {"redis": options.redis} if options.redis else {}
     try:
         config = load(
@@ -75,7 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if config.redis.url == "embedded":
             raise ConfigError("[redis] url: a producer by itself needs the address of a Redis")
-        running = _build(producer, config)
+        running = build(
+            name,
+            config,
+            redis=config.redis,
+            instance=new_instance(config.node.name or f"{socket.gethostname()}_{name}"),
+            namespace_of=config.namespace,
+            count=lambda _result, _number: None,
+        )
     except RelayError as exc:
         sys.stderr.write(f"producers: {logs.redact(' '.join(str(exc).split()))}\n")
         return 1
@@ -84,20 +85,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _log.warning("%s", note)
     uvloop.run(_until_signal(running))
     return 0
-
-
-def _build(producer: Producer, config: Config) -> Running:
-    # Whether the relay runs it too is for its section to say; this one was asked for.
-    context = ProducerContext(
-        keys=Keys(config.redis.prefix),
-        redis=config.redis,
-        publish=config.publish,
-        instance=new_instance(config.node.name or f"{socket.gethostname()}_{producer.name}"),
-        namespace_of=config.namespace,
-        max_entry_bytes=config.stream.max_entry_bytes,
-        count=lambda _result, _number: None,
-    )
-    return producer.build(context, config.producers[f"producer:{producer.name}"])
 
 
 async def _until_signal(running: Running) -> None:

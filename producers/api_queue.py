@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from producers.settings import QueueSettings
@@ -334,36 +333,20 @@ class QueueProducer:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class ApiQueue:
-    """See `producers.registry.Producer`."""
+def build(context: ProducerContext, settings: QueueSettings) -> QueueProducer:
+    """Return the producer. Raise ConfigError if its settings cannot work."""
 
-    name: str = "queue"
-    summary: str = "commands from the lists that [producer:queue] names"
-    argument: str = ""
-    settings: type[QueueSettings] = QueueSettings
+    def on_applied(taken: int, broken: int) -> None:
+        context.count("taken", taken)
+        context.count("broken", broken)
 
-    def wanted(self, settings: QueueSettings) -> bool:
-        """Off, so that a Centrifugo on the same Redis keeps its own."""
-        return settings.enabled
-
-    def build(self, context: ProducerContext, settings: QueueSettings) -> QueueProducer:
-        """See `producers.registry.Producer`."""
-
-        def on_applied(taken: int, broken: int) -> None:
-            context.count("taken", taken)
-            context.count("broken", broken)
-
-        return QueueProducer(
-            keys=context.keys,
-            redis=context.redis,
-            settings=settings,
-            publish=context.publish,
-            instance=context.instance,
-            namespace_of=context.namespace_of,
-            max_entry_bytes=context.max_entry_bytes,
-            on_applied=on_applied,
-        )
-
-
-PRODUCER = ApiQueue()
+    return QueueProducer(
+        keys=context.keys,
+        redis=context.redis,
+        settings=settings,
+        publish=context.publish,
+        instance=context.instance,
+        namespace_of=context.namespace_of,
+        max_entry_bytes=context.max_entry_bytes,
+        on_applied=on_applied,
+    )

@@ -1,32 +1,32 @@
-"""How producers that the relay runs itself are found, configured and run.
+"""How producers that the relay runs itself are built and run.
 
-A producer is a module of this folder that has a `PRODUCER`. Nothing outside it names it: the
-configuration learns its section `[producer:<name>]` from here, the relay runs it in its own
-process where its settings want that, and `python -m producers <name>` runs it alone, on any host.
+`producers.settings` lists them. The relay runs a producer in its own process if its section
+[producer:NAME] enables it. `python -m producers NAME` runs it alone, on any host.
 """
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import producers
+from producers.settings import PRODUCERS
+from relay.stream.format.keys import Keys
 
 if TYPE_CHECKING:
+    from relay.config.loading import Config
     from relay.config.settings import NamespaceSettings, PublishSettings, RedisSettings, Section
     from relay.core.model import Channel
-    from relay.stream.format.keys import Keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProducerContext:
-    """What every producer works with.
+    """The services that a producer receives from the relay.
 
-    `redis` is where the streams are, under `keys`. `instance` is this process's name in leases; no
-    other process has it. `count(outcome, n)` feeds `relay_producer_items_total`.
+    The streams are in `redis`, under `keys`. `instance` is the name of this process in leases, and
+    is unique. `count(outcome, n)` increments `relay_producer_items_total`. `protocols` are the
+    sections of the protocols by name, `protocol:NAME`.
     """
 
     keys: Keys
@@ -36,42 +36,41 @@ class ProducerContext:
     namespace_of: Callable[[Channel], NamespaceSettings]
     max_entry_bytes: int
     count: Callable[[str, int], None]
+    protocols: Mapping[str, Section]
 
 
 class Running(Protocol):
-    """A producer at work."""
+    """A producer that can be run."""
 
     async def run(self) -> None:
-        """Until cancelled; survives everything that Redis does."""
+        """Run until cancelled. Errors of Redis do not end it."""
 
 
-class Producer(Protocol):
-    """A module's `PRODUCER`."""
-
-    name: str
-    summary: str  # one line for --help
-    argument: str  # the setting that a word behind the name is for; '': it takes none
-    settings: type[Section]
-
-    def wanted(self, settings: Any) -> bool:  # of its own section's class
-        """Whether the relay is to run it in its own process."""
-
-    def build(self, context: ProducerContext, settings: Any) -> Running:
-        """Ready to run; ConfigError where its settings cannot work."""
-
-
-def find_producers() -> dict[str, Producer]:
-    """Every producer by name."""
-    found: dict[str, Producer] = {}
-    for module in pkgutil.iter_modules(producers.__path__):
-        if module.name.startswith("_"):
-            continue
-        producer = getattr(importlib.import_module(f"producers.{module.name}"), "PRODUCER", None)
-        if producer is not None:
-            found[producer.name] = producer
-    return found
+def build(
+    name: str,
+    config: Config,
+    *,
+    redis: RedisSettings,
+    instance: str,
+    namespace_of: Callable[[Channel], NamespaceSettings],
+    count: Callable[[str, int], None],
+) -> Running:
+    """Import a producer and return it. Raise ConfigError if its settings cannot work."""
+    context = ProducerContext(
+        keys=Keys(redis.prefix),
+        redis=redis,
+        publish=config.publish,
+        instance=instance,
+        namespace_of=namespace_of,
+        max_entry_bytes=config.stream.max_entry_bytes,
+        count=count,
+        protocols=config.doors,
+    )
+    module = importlib.import_module(f"producers.{PRODUCERS[name].module}")
+    running: Running = module.build(context, config.producers[f"producer:{name}"])
+    return running
 
 
 def producer_settings() -> dict[str, type[Section]]:
-    """Every producer's section of the configuration: `producer:<name>`."""
-    return {f"producer:{name}": each.settings for name, each in find_producers().items()}
+    """Return the class of each producer's section by the section's name, `producer:<name>`."""
+    return {f"producer:{name}": section for name, section in PRODUCERS.items()}

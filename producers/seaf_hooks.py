@@ -12,7 +12,6 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from producers.settings import SeafHooksSettings
@@ -156,30 +155,12 @@ class SeafileHookListener:
         future.add_done_callback(done)
 
 
-@dataclass(frozen=True, slots=True)
-class SeafHooks:
-    """See `producers.registry.Producer`."""
-
-    name: str = "seaf_hooks"
-    summary: str = "Seafile's commits from the Redis channel repo_update"
-    argument: str = ""
-    settings: type[SeafHooksSettings] = SeafHooksSettings
-
-    def wanted(self, settings: SeafHooksSettings) -> bool:
-        """Where its Redis is named."""
-        return bool(settings.redis_url)
-
-    def build(self, context: ProducerContext, settings: SeafHooksSettings) -> SeafileHookListener:
-        """See `producers.registry.Producer`."""
-        if not settings.redis_url or settings.redis_url == "embedded":
-            raise ConfigError(
-                "[producer:seaf_hooks] redis_url: needs the address of Seafile's Redis"
-            )
-        source = context.redis.model_copy(
-            update={"url": settings.redis_url, "password": settings.redis_password}
-        )
-        connect.check(source, "[producer:seaf_hooks] redis_url")
-        return SeafileHookListener(context, source)
-
-
-PRODUCER = SeafHooks()
+def build(context: ProducerContext, settings: SeafHooksSettings) -> SeafileHookListener:
+    """Return the producer. Raise ConfigError if its settings cannot work."""
+    if not settings.redis_url or settings.redis_url == "embedded":
+        raise ConfigError("[producer:seaf_hooks] redis_url: needs the address of Seafile's Redis")
+    source = context.redis.model_copy(
+        update={"url": settings.redis_url, "password": settings.redis_password}
+    )
+    connect.check(source, "[producer:seaf_hooks] redis_url")
+    return SeafileHookListener(context, source)

@@ -1,4 +1,7 @@
-"""The settings of producers: sections [producer:NAME]."""
+"""The producers that relay can run itself, and their settings: sections [producer:NAME].
+
+Commands that only read the configuration import this module, and none of the producers' code.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +13,42 @@ from pydantic import Field, SecretStr
 from relay.config.settings import Section
 
 
-class EmitterSettings(Section):
+class ProducerSection(Section):
+    """Section of a producer. `producers.<module>` has its `build` (`producers.registry`).
+
+    Relay runs the producer in its own process if the setting `enabled_by` is set. `summary` is the
+    producer's line in the help of `python -m producers`. `argument` is the setting that the word
+    after its name stands for; '' if there is none.
+    """
+
+    module: ClassVar[str]
+    enabled_by: ClassVar[str]
+    summary: ClassVar[str]
+    argument: ClassVar[str] = ""
+
+    @property
+    def is_enabled(self) -> bool:
+        """Return True if relay is to run the producer in its own process."""
+        return bool(getattr(self, self.enabled_by))
+
+
+class EmitterSettings(ProducerSection):
     """[producer:socketio_emitter]: Events of socket.io-emitter, @socket.io/redis-emitter and the streams emitter."""
 
-    redis_host: str = Field(
-        "",
-        description="Host of the Redis server that the emitters publish to. The producer is disabled if both this and redis_url are empty.",
-    )
-    redis_port: int = Field(6379, ge=1, le=65535, description="Port of redis_host.")
-    redis_url: str = Field(
-        "",
-        description="URL of the Redis server, instead of redis_host: redis://[user:pw@]host:port/db, rediss:// or sentinel://. It may be the same server as in [redis].",
-    )
-    redis_password: SecretStr = Field(SecretStr(""), description="Redis password, used if the URL has none.")
-    same_as: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "namespace": ("protocol:socketio", "namespace")
+    module = "socketio_emitter"
+    enabled_by = "redis_url"
+    summary = "what Node's Socket.IO emitters publish"
+    removed: ClassVar[Mapping[str, str]] = {
+        "redis_host": "is no longer a separate setting; set redis_url = redis://HOST:PORT/0, which relay uses now",
+        "redis_port": "is no longer a separate setting; set redis_url = redis://HOST:PORT/0, which relay uses now",
+        "namespace": "is no longer read; [protocol:socketio] namespace applies",
     }
 
-    namespace: str = Field(
+    redis_url: str = Field(
         "",
-        max_length=100,
-        pattern=r"^(/[^\s,?#]*)?$",
-        description="Namespace of the emitters. Emits to other namespaces are ignored. Must equal [protocol:socketio] namespace, which is used if this is empty.",
+        description="URL of the Redis server that the emitters publish to: redis://[user:pw@]host:port/db, rediss:// or sentinel://. It may be the same server as in [redis]. Leave empty to disable this producer.",
     )
+    redis_password: SecretStr = Field(SecretStr(""), description="Redis password, used if the URL has none.")
     key: str = Field(
         "socket.io",
         min_length=1,
@@ -46,18 +62,24 @@ class EmitterSettings(Section):
         description="Redis streams of the streams emitter, separated by commas. Empty: none.",
     )
 
-    def source(self) -> str:
-        """The URL to listen to; empty: none."""
-        host = f"[{self.redis_host}]" if ":" in self.redis_host else self.redis_host
-        return self.redis_url or (host and f"redis://{host}:{self.redis_port}/0")
+    @classmethod
+    def from_removed(cls, values: Mapping[str, str]) -> Mapping[str, str]:
+        """See `Section`."""
+        host, port = values.get("redis_host", ""), values.get("redis_port", "6379")
+        host = f"[{host}]" if ":" in host else host
+        return {"redis_url": f"redis://{host}:{port}/0"} if host else {}
 
     def stream_names(self) -> list[str]:
-        """Each of them."""
+        """Return the streams as a list."""
         return [name.strip() for name in self.streams.split(",") if name.strip()]
 
 
-class SeafHooksSettings(Section):
+class SeafHooksSettings(ProducerSection):
     """[producer:seaf_hooks]: Commits that Seafile's seafevents publishes to the Redis channel repo_update."""
+
+    module = "seaf_hooks"
+    enabled_by = "redis_url"
+    summary = "Seafile's commits from the Redis channel repo_update"
 
     redis_url: str = Field(
         "",
@@ -68,8 +90,13 @@ class SeafHooksSettings(Section):
     )
 
 
-class SpoolSettings(Section):
+class SpoolSettings(ProducerSection):
     """[producer:spool]: Delivery of events that other programs on this host have spooled."""
+
+    module = "spool_delivery"
+    enabled_by = "path"
+    summary = "events that other programs on this host have spooled"
+    argument = "path"
 
     path: str = Field(
         "",
@@ -77,8 +104,12 @@ class SpoolSettings(Section):
     )
 
 
-class QueueSettings(Section):
+class QueueSettings(ProducerSection):
     """[producer:queue]: Queue of commands that other programs RPUSH, as redis_api of Centrifugo v1."""
+
+    module = "api_queue"
+    enabled_by = "enabled"
+    summary = "commands from the lists that [producer:queue] names"
 
     enabled: bool = Field(
         False,
@@ -99,3 +130,11 @@ class QueueSettings(Section):
         le=1000,
         description="Maximum commands executed in one step. More is faster, but blocks Redis longer.",
     )
+
+
+PRODUCERS: Mapping[str, type[ProducerSection]] = {
+    "queue": QueueSettings,
+    "seaf_hooks": SeafHooksSettings,
+    "socketio_emitter": EmitterSettings,
+    "spool": SpoolSettings,
+}

@@ -13,7 +13,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
     from producers.registry import ProducerContext
     from relay.config.settings import RedisSettings
+    from relay.protocols.socketio.settings import SocketIoSettings
 
 _log = logging.getLogger(__name__)
 
@@ -64,8 +64,9 @@ class EmitterListener:
         self, context: ProducerContext, settings: EmitterSettings, source: RedisSettings
     ) -> None:
         self._context = context
-        self._namespace = settings.namespace
-        pattern, self._start, self._requests = wire.channels(settings.key, settings.namespace)
+        protocol = cast("SocketIoSettings", context.protocols["protocol:socketio"])
+        self._namespace = protocol.namespace
+        pattern, self._start, self._requests = wire.channels(settings.key, self._namespace)
         self._source = ReconnectingConnection(
             source,
             subscribe_to=[self._requests],
@@ -285,29 +286,13 @@ class EmitterListener:
         return places
 
 
-@dataclass(frozen=True, slots=True)
-class SocketIoEmitter:
-    """See `producers.registry.Producer`."""
-
-    name: str = "socketio_emitter"
-    summary: str = "what Node's Socket.IO emitters publish"
-    argument: str = ""
-    settings: type[EmitterSettings] = EmitterSettings
-
-    def wanted(self, settings: EmitterSettings) -> bool:
-        """Where its Redis is named."""
-        return bool(settings.source())
-
-    def build(self, context: ProducerContext, settings: EmitterSettings) -> EmitterListener:
-        """See `producers.registry.Producer`."""
-        url = settings.source()
-        if not url or url == "embedded":
-            raise ConfigError(
-                "[producer:socketio_emitter] redis_host: needs the address of the emitters' Redis"
-            )
-        source = context.redis.model_copy(update={"url": url, "password": settings.redis_password})
-        connect.check(source, "[producer:socketio_emitter] redis_url")
-        return EmitterListener(context, settings, source)
-
-
-PRODUCER = SocketIoEmitter()
+def build(context: ProducerContext, settings: EmitterSettings) -> EmitterListener:
+    """Return the producer. Raise ConfigError if its settings cannot work."""
+    url = settings.redis_url
+    if not url or url == "embedded":
+        raise ConfigError(
+            "[producer:socketio_emitter] redis_url: needs the address of the emitters' Redis"
+        )
+    source = context.redis.model_copy(update={"url": url, "password": settings.redis_password})
+    connect.check(source, "[producer:socketio_emitter] redis_url")
+    return EmitterListener(context, settings, source)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,25 +96,9 @@ class SpoolDelivery:
             await self._sender.close()
 
 
-@dataclass(frozen=True, slots=True)
-class SpoolProducer:
-    """See `producers.registry.Producer`."""
-
-    name: str = "spool"
-    summary: str = "events that other programs on this host have spooled"
-    argument: str = "path"
-    settings: type[SpoolSettings] = SpoolSettings
-
-    def wanted(self, settings: SpoolSettings) -> bool:
-        """Where a file is named."""
-        return bool(settings.path)
-
-    def build(self, context: ProducerContext, settings: SpoolSettings) -> SpoolDelivery:
-        """See `producers.registry.Producer`."""
-        path = Path(settings.path)
-        if not settings.path or not path.parent.is_dir():
-            raise ConfigError("[producer:spool] path: needs a file in a folder that exists")
-        return SpoolDelivery(context, path)
-
-
-PRODUCER = SpoolProducer()
+def build(context: ProducerContext, settings: SpoolSettings) -> SpoolDelivery:
+    """Return the producer. Raise ConfigError if its settings cannot work."""
+    path = Path(settings.path)
+    if not settings.path or not path.parent.is_dir():
+        raise ConfigError("[producer:spool] path: needs a file in a folder that exists")
+    return SpoolDelivery(context, path)

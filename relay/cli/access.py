@@ -12,6 +12,8 @@ from relay.core.errors import RelayError
 
 if TYPE_CHECKING:
     from relay.config.loading import Config
+    from relay.config.settings import RedisSettings
+    from relay.core.model import Channel, EntryID
 
 
 def _token(options: argparse.Namespace) -> int:
@@ -26,7 +28,6 @@ def _token(options: argparse.Namespace) -> int:
 
 def _revoke(options: argparse.Namespace) -> int:
     from relay.cli.operator_context import channel_of, user_of
-    from relay.process.app import revoke
 
     config = configuration(options)
     channel, user = channel_of(options.channel), user_of(options.user)
@@ -37,7 +38,6 @@ def _revoke(options: argparse.Namespace) -> int:
 
 def _grant(options: argparse.Namespace) -> int:
     from relay.cli.operator_context import channel_of, user_of
-    from relay.process.app import grant
 
     config = configuration(options)
     channel, user = channel_of(options.channel), user_of(options.user)
@@ -50,6 +50,26 @@ def _grant(options: argparse.Namespace) -> int:
         f" {user} reads it again as far as token, protocol, application or rights hash allow"
     )
     return 0
+
+
+async def revoke(redis: RedisSettings, channel: Channel, user: str) -> EntryID:
+    """Revoke the right to read a channel; return the ID of the last entry that is delivered."""
+    from relay.stream.connection.connect import redis_client
+    from relay.stream.format.keys import Keys
+    from relay.stream.write import revoke as revocations
+
+    async with redis_client(redis) as client:
+        return await revocations.revoke(client, Keys(redis.prefix), channel, user)
+
+
+async def grant(redis: RedisSettings, channel: Channel, user: str) -> EntryID | None:
+    """Undo a revocation; return the ID of its entry, or None if the user was not revoked."""
+    from relay.stream.connection.connect import redis_client
+    from relay.stream.format.keys import Keys
+    from relay.stream.write import revoke as revocations
+
+    async with redis_client(redis) as client:
+        return await revocations.grant(client, Keys(redis.prefix), channel, user)
 
 
 def _where(config: Config) -> str:

@@ -7,6 +7,8 @@ Each source overrides the ones before it: defaults, configurations of other serv
 file, environment `RELAY_<SECTION>_<KEY>`, `--set`, flags. A section [namespace:NAME] inherits from
 [namespace]. Subsections of a protocol, [protocol:PROTOCOL:NAME], inherit nothing and become a
 field of [protocol:PROTOCOL].
+
+A setting that earlier versions had (`Section.removed`) is accepted in all sources, with a note.
 """
 
 from __future__ import annotations
@@ -93,8 +95,9 @@ class Config:
     """The complete configuration. A reload creates a new one.
 
     `namespaces` maps NAME to [namespace:NAME], and '' to [namespace]. `doors` and `producers` map
-    full section names. `notes` are warnings: unknown variables, and options of other servers that
-    have no effect. `origins` maps `[section] key` to the source of each configured setting.
+    full section names. `notes` are warnings: unknown variables, removed settings, and options of
+    other servers that have no effect. `origins` maps `[section] key` to the source of each
+    configured setting.
     """
 
     node: NodeSettings
@@ -177,13 +180,13 @@ def load(
     for source in sources:
         for section, values in source.items():
             _merge(given[section], values, classes[section])
+    removed = [note for name, cls in classes.items() for note in _removed(given[name], cls)]
     sections = {
         name: _section(
             cls, given["namespace"] | given[name] if name in namespaces else given[name], name
         )
         for name, cls in classes.items()
     }
-    sections |= {name: _with_same(name, each, sections) for name, each in sections.items()}
     rules = {"": sections.pop("namespace")}
     rules |= {name.removeprefix(_NAMESPACE): sections.pop(name) for name in namespaces}
     for name, cls in doors.items():
@@ -200,7 +203,7 @@ def load(
             for name, values in given.items()
             for key, value in values.items()
         },
-        notes=[*(note for each in foreign for note in _notes(each)), *unknown],
+        notes=[*(note for each in foreign for note in _notes(each)), *unknown, *removed],
     )
 
 
@@ -306,7 +309,7 @@ def _environment(
     """Return the settings in the environment; append a line to `unknown` for each other name."""
     names: dict[str, list[tuple[str, str]]] = {}
     for section, cls in classes.items():
-        for key in _keys(cls):
+        for key in (*_keys(cls), *cls.removed):
             names.setdefault(env_name(section, key), []).append((section, key))
     source: _Source = {}
     for name, text in sorted(environ.items()):
@@ -381,7 +384,7 @@ def _class_of(section: str, classes: Mapping[str, type[Section]], where: str) ->
 
 def _check_indentation(text: str, cls: type[Section], where: str) -> None:
     """Raise ConfigError if an indented line, which continues a value, looks like a setting."""
-    keys = set(_keys(cls))
+    keys = {*_keys(cls), *cls.removed}
     for line in text.splitlines()[1:]:
         name, equals, _ = line.partition("=")
         name = name.strip()
@@ -394,7 +397,7 @@ def _check_indentation(text: str, cls: type[Section], where: str) -> None:
 
 def _check_key(key: str, cls: type[Section], where: str) -> None:
     keys = list(_keys(cls))
-    if key not in keys:
+    if key not in keys and key not in cls.removed:
         raise ConfigError(
             f"{where}: no such setting{_near(key, keys)}; there are {', '.join(keys)}"
         )
@@ -405,6 +408,15 @@ def _keys(cls: type[Section]) -> Iterator[str]:
         yield key
         if _is_secret(cls, key):
             yield f"{key}_file"
+
+
+def _removed(given: dict[str, _Given], cls: type[Section]) -> Iterator[str]:
+    """Replace removed settings by those that `cls` makes of them. Yield a note for each."""
+    values = {key: given.pop(key) for key in cls.removed if key in given}
+    for key, text in cls.from_removed({key: each.text for key, each in values.items()}).items():
+        given.setdefault(key, _Given(next(iter(values.values())).where, text))
+    for key, each in values.items():
+        yield f"{each.where.rstrip(' =')} {cls.removed[key]}"
 
 
 def _is_secret(cls: type[Section], key: str) -> bool:
@@ -463,22 +475,6 @@ def _section(cls: type[Section], given: Mapping[str, _Given], name: str) -> Sect
     problem = str(own) if own else allowed(cls.model_fields[key])
     culprit = given.get(key) or given.get(f"{key}_file") or _Given(f"[{name}] {key} = ", "")
     raise ConfigError(culprit.line(problem, secret=_is_secret(cls, key) and key in given))
-
-
-def _with_same(name: str, section: Section, sections: Mapping[str, Section]) -> Section:
-    """Return the section with the values that another section must have too (`same_as`)."""
-    same: dict[str, object] = {}
-    for key, (other, other_key) in section.same_as.items():
-        value, wanted = getattr(section, key), getattr(sections.get(other), other_key, None)
-        if wanted is None:
-            continue
-        if value and value != wanted:
-            raise ConfigError(
-                f"[{name}] {key} = {value}: must equal [{other}] {other_key}, which is {wanted};"
-                " leave it empty to use that"
-            )
-        same[key] = wanted
-    return section.model_copy(update=same) if same else section
 
 
 def _with_own(sections: dict[str, Section], name: str, field: str) -> Section:

@@ -24,8 +24,8 @@ class Section(BaseModel):
     sections_by_name: ClassVar[tuple[str, type[Section]] | None] = None
     # Settings of a protocol that need a restart.
     fixed: ClassVar[frozenset[str]] = frozenset({"enabled", "host", "port", "tls_cert", "tls_key"})
-    # Setting -> section and key of another setting that it must equal and defaults to.
-    same_as: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    # Setting that earlier versions had -> what the log says about it. Files may still have it.
+    removed: ClassVar[Mapping[str, str]] = {}
 
     @property
     def missing(self) -> str:
@@ -47,6 +47,11 @@ class Section(BaseModel):
             return ""
         instead = ", or enabled = no" if "enabled" in type(self).model_fields else ""
         return f"{self.missing} is not set, so this protocol cannot be served. Set it{instead}"
+
+    @classmethod
+    def from_removed(cls, values: Mapping[str, str]) -> Mapping[str, str]:  # noqa: ARG003
+        """Return the settings that replace `values` of removed ones, unless they are set."""
+        return {}
 
     @classmethod
     def settings(cls) -> dict[str, FieldInfo]:
@@ -91,16 +96,14 @@ class NodeSettings(Section):
 class ServerSettings(Section):
     """[server]: Listener that all protocols share."""
 
+    removed: ClassVar[Mapping[str, str]] = {
+        "backlog": "is no longer read; the kernel's net.core.somaxconn applies"
+    }
+
     host: str = Field("127.0.0.1", description="Address to listen on. Use 0.0.0.0 for all addresses.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on. 0 selects a free port.")
     tls_cert: str = Field("", description="PEM file with the certificate chain. Empty: no TLS.")
     tls_key: str = Field("", description="PEM file with the private key of tls_cert.")
-    backlog: int = Field(
-        4096,
-        ge=1,
-        le=65535,
-        description="Maximum connections that the kernel queues until they are accepted. Keep it high enough for a reconnect storm.",
-    )
 
 
 class LogSettings(Section):
@@ -145,6 +148,10 @@ class RedisSettings(Section):
 class StreamSettings(Section):
     """[stream]: Reading of streams."""
 
+    removed: ClassVar[Mapping[str, str]] = {
+        "resume_concurrency": "is no longer read; a worker reads 4 streams at a time for clients that catch up"
+    }
+
     page_bytes: int = Field(
         262144,
         ge=4096,
@@ -173,8 +180,6 @@ class StreamSettings(Section):
         "auto",
         description="How to wait for new entries. auto uses client-side caching invalidations if the server supports them; off always polls with blocking reads.",
     )
-    resume_concurrency: int = Field(
-        4, ge=1, le=64, description="Maximum concurrent catch-up reads per worker.")
 
 
 class HubSettings(Section):

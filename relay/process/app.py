@@ -22,7 +22,6 @@ import uvloop
 
 from relay.core.errors import RelayError, StartError
 from relay.core.metrics import Metrics
-from relay.core.model import parse_channel
 from relay.core.worker_memory import REOPEN_LOG, Worker
 from relay.process import garbage, logs
 from relay.process.composition import Foundation, Parts, build, http_rights, section_of
@@ -33,13 +32,11 @@ from relay.process.reloading import Reloads
 from relay.process.server import Listening
 from relay.process.start_signals import release_signals
 from relay.stream.connection.connect import check_mode, redis_client
-from relay.stream.format.keys import Keys
-from relay.stream.write import revoke as revocations
 from relay.transports.socket.listener import raise_open_file_limit
 
 if TYPE_CHECKING:
     from relay.config.loading import Config
-    from relay.config.settings import NamespaceSettings, RedisSettings
+    from relay.config.settings import NamespaceSettings
     from relay.core.model import Channel
 
 _log = logging.getLogger(__name__)
@@ -79,21 +76,6 @@ def check(config: Config) -> list[Listening]:
     relay = Relay(config, reload=lambda: config, on_ready=lambda *_: None, check_only=True)
     asyncio.run(relay.run())
     return relay.listeners
-
-
-async def revoke(redis: RedisSettings, channel_name: str, user: str) -> str:
-    """Revoke the right to read a channel; return the ID of the last entry that is delivered."""
-    channel = parse_channel(channel_name)
-    async with redis_client(redis) as client:
-        return str(await revocations.revoke(client, Keys(redis.prefix), channel, user))
-
-
-async def grant(redis: RedisSettings, channel_name: str, user: str) -> str | None:
-    """Undo a revocation; return the ID of its entry, or None if the user was not revoked."""
-    channel = parse_channel(channel_name)
-    async with redis_client(redis) as client:
-        entry_id = await revocations.grant(client, Keys(redis.prefix), channel, user)
-        return None if entry_id is None else str(entry_id)
 
 
 class Relay:

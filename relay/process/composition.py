@@ -12,9 +12,11 @@ import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from producers.registry import ProducerContext, Running, find_producers
+from producers.registry import Running
+from producers.registry import build as build_producer
+from producers.settings import PRODUCERS
 from relay import __version__
 from relay.core.errors import LimitExceeded, StartError
 from relay.doorkit.contract import DoorContext
@@ -48,6 +50,7 @@ from relay.stream.write.appender import Appender
 if TYPE_CHECKING:
     import aiohttp
 
+    from producers.settings import ProducerSection
     from relay.config.loading import Config
     from relay.config.settings import NamespaceSettings, RedisSettings, Section
     from relay.core.metrics import Metrics
@@ -214,7 +217,7 @@ def build(base: Foundation) -> Parts:
         listeners=listeners,
         heartbeat=heartbeat,
         jobs=jobs,
-        producers=dict(_producers(base, keys, instance)),
+        producers=dict(_producers(base, instance)),
     )
 
 
@@ -390,20 +393,21 @@ def _heartbeat(
     )
 
 
-def _producers(base: Foundation, keys: Keys, instance: str) -> Iterator[tuple[str, Running]]:
-    for name, producer in find_producers().items():
-        settings = base.config.producers[f"producer:{name}"]
-        if producer.wanted(settings):
-            context = ProducerContext(
-                keys=keys,
-                redis=base.redis,
-                publish=base.config.publish,
-                instance=instance,
-                namespace_of=base.namespace_of,
-                max_entry_bytes=base.config.stream.max_entry_bytes,
-                count=partial(_count, base.metrics, name),
+def _producers(base: Foundation, instance: str) -> Iterator[tuple[str, Running]]:
+    for name in PRODUCERS:
+        section = cast("ProducerSection", base.config.producers[f"producer:{name}"])
+        if section.is_enabled:
+            yield (
+                name,
+                build_producer(
+                    name,
+                    base.config,
+                    redis=base.redis,
+                    instance=instance,
+                    namespace_of=base.namespace_of,
+                    count=partial(_count, base.metrics, name),
+                ),
             )
-            yield name, producer.build(context, settings)
 
 
 def _count(metrics: Metrics, name: str, result: str, number: int) -> None:

@@ -131,7 +131,7 @@ class Server:
             if worker is not None and each.setting == METRICS_PORT:
                 port, shared = port + worker - 1, False
             try:
-                await self._listen(each, port, config.server.backlog, reuse_port=shared)
+                await self._listen(each, port, reuse_port=shared)
             except OSError as exc:
                 raise StartError(listen_error(config, each, exc, port)) from exc
         return self._sites[0].port
@@ -215,9 +215,7 @@ class Server:
         for runner in [*self._last, *self._runners]:
             await runner.cleanup()
 
-    async def _listen(
-        self, listening: Listening, port: int, backlog: int, *, reuse_port: bool
-    ) -> None:
+    async def _listen(self, listening: Listening, port: int, *, reuse_port: bool) -> None:
         runner = await self._runner(listening.routes)
         self._runners.append(runner)
         site = GuardedSite(
@@ -225,7 +223,6 @@ class Server:
             listening.host,
             port,
             ssl_context=listening.tls,
-            backlog=backlog,
             reuse_port=reuse_port,
             limits=self._connections,
         )

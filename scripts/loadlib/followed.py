@@ -78,7 +78,6 @@ class Followed:
         limits = [
             f"protocol:native.channels_per_connection={self.per_connection}",
             "protocol:native.commands_per_s=100000",
-            "protocol:native.commands_burst=100000",
         ]
         # Whatever the command line sets comes later, and wins.
         options = RelayOptions(command=self.relay.command, settings=[*limits, *self.relay.settings])

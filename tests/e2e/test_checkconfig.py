@@ -35,7 +35,7 @@ async def run(*words: str, **environment: str) -> tuple[int, str]:
     "sets",
     [
         ["protocol:socketio.secret=short"],
-        ["protocol:socketio.namespace=/x", "producer:socketio_emitter.namespace=/y"],
+        ["producer:socketio_emitter.redis_host=[::1"],
         ["protocol:native.port={port}", "server.port={port}"],
         ["producer:seaf_hooks.redis_url=http://seafile"],
         ["protocol:centrifugo.secret=the one that signs X-API-Sign"],
@@ -76,6 +76,33 @@ async def test_unknown_variables_are_errors_of_checkconfig_and_of_a_strict_start
     assert code == 1
     assert "RELAY_SERVER_PROT: no setting has this name, did you mean RELAY_SERVER_PORT?" in line
     assert await run("serve", "--strict", *words, RELAY_SERVER_PROT="81") == (code, line)
+
+
+async def test_removed_settings_are_reported_once_and_do_not_stop_a_start(
+    valkey: Server, tmp_path: Path
+) -> None:
+    path = tmp_path / "relay.ini"
+    path.write_text("[server]\nbacklog = 100\n[stream]\nresume_concurrency = many\n")
+    words = ["-c", str(path), "--set", f"jwt.key={KEY}"]
+    words += ["--set", "protocol:native.commands_burst=9"]
+    variable = "RELAY_PROTOCOL_SOCKETIO_UPGRADE_TIMEOUT_S"
+    expected = (
+        f"{path}: [server] backlog is no longer read",
+        f"{path}: [stream] resume_concurrency is no longer read",
+        "--set protocol:native.commands_burst is no longer read",
+        f"environment variable {variable} is no longer read",
+    )
+    code, lines = await run("checkconfig", *words, **{variable: "1"})
+    assert code == 0, lines
+    assert [lines.count(each) for each in expected] == [1, 1, 1, 1]
+    relay = RelayProcess(valkey, flags=words)
+    try:
+        relay.start()
+    finally:
+        relay.kill()
+    log = "\n".join(relay.log)
+    # The relay under test inherits no variables.
+    assert [log.count(each) for each in expected] == [1, 1, 1, 0]
 
 
 async def test_checkconfig_neither_listens_nor_connects(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from relay.cli import access
 from relay.config.settings import RedisSettings
-from relay.process import app
+from relay.core.model import Channel
 from tests.support.clients import redis, until
 from tests.support.pydio import (
     KEY,
@@ -351,14 +352,14 @@ async def test_a_grant_brings_the_page_back_to_its_workspace(
     page = await browse(http, relay, "mia")
     await entered(relay, page, "1")
     settings = RedisSettings(url=relay.server.url("maintenance"))
-    await app.revoke(settings, "pydio:1", "mia")
+    await access.revoke(settings, Channel("pydio:1"), "mia")
     await said(relay, "1", "not for mia")
     assert await next_real(page) == RELOAD_WORKSPACES
     # A notice that changes nothing, then one more: the wish outlasts refusals.
     for _ in range(2):
         redis(relay.server, "XADD", "relay:control", "*", "command", "drop-rights", "user", "mia")
         assert await said(relay, "*", "for all") == await next_real(page)
-    assert await app.grant(settings, "pydio:1", "mia")
+    assert await access.grant(settings, Channel("pydio:1"), "mia")
     assert await next_real(page) == RELOAD_FOLDER
     assert await said(relay, "1", "for mia") == await next_real(page)
 

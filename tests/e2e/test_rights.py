@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import jwt
 import pytest
 
+from relay.cli import access
 from relay.config.settings import RedisSettings
-from relay.process import app
+from relay.core.model import Channel
 from tests.support.clients import Native, Refused, native, redis, rights_key, stream_key
 from tests.support.relay import KEY, ROOT, RelayProcess
 from tests.support.valkey import Server
@@ -23,7 +24,8 @@ pytestmark = pytest.mark.redis
 
 async def _revoke(server: Server, channel: str, user: str) -> str:
     """As the library does it, with the rights of maintenance."""
-    return await app.revoke(RedisSettings(url=server.url("maintenance")), channel, user)
+    settings = RedisSettings(url=server.url("maintenance"))
+    return str(await access.revoke(settings, Channel(channel), user))
 
 
 def _grant(server: Server, channel: str, user: str, right: str) -> None:
@@ -225,11 +227,11 @@ async def test_a_grant_ends_a_revocation_for_every_source_of_rights(
     relay.xadd(channel, data="2")
     settings = RedisSettings(url=valkey.url("maintenance"))
     for user in ("bob", "ben"):
-        newest = await app.grant(settings, channel, user)
+        newest = await access.grant(settings, Channel(channel), user)
         ((entry_id, fields),) = redis(
             valkey, "XREVRANGE", stream_key(channel), "+", "-", "COUNT", "1"
         )
-        assert (entry_id.decode(), fields) == (newest, {b"grant": user.encode()})
+        assert (entry_id.decode(), fields) == (str(newest), {b"grant": user.encode()})
     # As before the revocation: nothing of it is left, and no right has been added.
     assert redis(valkey, "HGETALL", rights_key(channel)) == {b"ben": b"r"}
     assert await _status(door, channel, relay.token("bob", [])) == 403
@@ -244,7 +246,7 @@ async def test_a_grant_ends_a_revocation_for_every_source_of_rights(
     relay.xadd(channel, data="4")
     for client in back:
         assert (await client.next()).json() == 4
-    assert await app.grant(settings, channel, "bob") is None
+    assert await access.grant(settings, Channel(channel), "bob") is None
 
 
 async def test_a_grant_entry_alone_opens_nothing(

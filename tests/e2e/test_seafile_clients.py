@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from relay.cli import access
 from relay.config.settings import RedisSettings
-from relay.process import app
+from relay.core.model import Channel
 from relay.protocols.seafile import missed
 from tests.support.clients import Refused, native, redis, rights_key, until
 from tests.support.relay import ROOT, RelayProcess
@@ -398,13 +399,13 @@ async def test_a_grant_brings_the_client_back_to_the_library(door: Seafile, valk
     channel = f"seafile:{library}"
     client = await followed(door, library, other)
     settings = RedisSettings(url=valkey.url("maintenance"))
-    await app.revoke(settings, channel, ALICE)
+    await access.revoke(settings, Channel(channel), ALICE)
     await door.commit(library, "secret")
     await client.settle()
     # As a client that has connected meanwhile: its token opens the library, the site does not.
     await client.subscribe(library)
     await client.settle()
-    assert await app.grant(settings, channel, ALICE)
+    assert await access.grant(settings, Channel(channel), ALICE)
     expired = {"type": "jwt-expired", "content": {"repo_id": library}}
     assert await client.next() == expired
     # What a real client does then.

@@ -14,8 +14,9 @@ from typing import Any
 import aiohttp
 import pytest
 
+from relay.cli import access
 from relay.config.settings import RedisSettings
-from relay.process import app
+from relay.core.model import Channel
 from tests.support.clients import native, until
 from tests.support.relay import RelayProcess
 from tests.support.socketio import (
@@ -169,11 +170,11 @@ async def test_a_grant_brings_the_client_back_to_its_room(
     client = await npm.open(f"{axr.url}/axr", package=package, transports=["websocket"], **options)
     await client.until("connect")
     settings = RedisSettings(url=axr.server.url("maintenance"))
-    await app.revoke(settings, f"axr:{uid}", uid)
+    await access.revoke(settings, Channel(f"axr:{uid}"), uid)
     axr.xadd(f"axr:{uid}", data='"secret"', type="text")
     axr.xadd("axr:allusers", data='"all"', type="text")
     assert without_offset(package, await client.event()) == ["text", "all"]
-    assert await app.grant(settings, f"axr:{uid}", uid)
+    assert await access.grant(settings, Channel(f"axr:{uid}"), uid)
     # Its protocol has no word for a room: the connection is lost, and comes back by itself.
     await client.until("disconnect")
     await client.until("connect")

@@ -45,8 +45,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def axr_settings(services: Server) -> list[str]:
     return [
         f"protocol:socketio.secret={SECRET}",
-        "producer:socketio_emitter.redis_host=127.0.0.1",
-        f"producer:socketio_emitter.redis_port={services.port}",
+        f"producer:socketio_emitter.redis_url=redis://127.0.0.1:{services.port}/0",
     ]
 
 

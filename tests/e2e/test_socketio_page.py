@@ -46,8 +46,7 @@ def axr(valkey: Server, services: Server) -> Iterator[RelayProcess]:
             f"protocol:socketio.secret={SECRET}",
             "protocol:socketio.ping_interval_s=1",
             "protocol:socketio.ping_timeout_s=1",
-            "producer:socketio_emitter.redis_host=127.0.0.1",
-            f"producer:socketio_emitter.redis_port={services.port}",
+            f"producer:socketio_emitter.redis_url=redis://127.0.0.1:{services.port}/0",
         ],
     ).start()
     yield process

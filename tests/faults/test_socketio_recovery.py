@@ -322,8 +322,7 @@ async def test_a_hand_over_of_the_tap_loses_and_repeats_nothing(
     services = Server(tmp_path_factory.mktemp("services"), acl=False)
     with running(services):
         tap = [
-            "producer:socketio_emitter.redis_host=127.0.0.1",
-            f"producer:socketio_emitter.redis_port={services.port}",
+            f"producer:socketio_emitter.redis_url=redis://127.0.0.1:{services.port}/0",
         ]
         relay = await start(valkey, *tap)
         count = services.client().execute_command

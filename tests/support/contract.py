@@ -20,8 +20,9 @@ from typing import Any, Protocol, TypeVar
 
 import aiohttp
 
+from relay.cli import access
 from relay.config.settings import RedisSettings
-from relay.process import app
+from relay.core.model import Channel
 from tests.support.clients import LIMIT_S, redis, stream_key
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server
@@ -279,7 +280,7 @@ async def reports_revocation(site: Site) -> None:
     client, other = await site.connect("eve"), await site.connect("ann")
     numbers = list(await site.append(3))
     settings = RedisSettings(url=site.server.url("maintenance"))
-    await app.revoke(settings, site.channel, site.user("eve"))
+    await access.revoke(settings, Channel(site.channel), site.user("eve"))
     numbers += await site.append()
     assert await site.receive_numbers(client, 3) == numbers[:3]
     if site.terms.revoked is not None:

@@ -59,7 +59,7 @@ class WsClient:
         self._outbox: Outbox | None = None
         self._refs: dict[Channel, codec.Ref] = {}
         self._bad = 0
-        self._allowance = float(settings.commands_burst)
+        self._allowance = settings.burst
         self._seen_at = clock()
 
     def attached(self, outbox: Outbox) -> None:
@@ -171,7 +171,7 @@ class WsClient:
         now = self._clock()
         earned = (now - self._seen_at) * self._settings.commands_per_s
         self._seen_at = now
-        self._allowance = min(self._settings.commands_burst, self._allowance + earned) - 1
+        self._allowance = min(self._settings.burst, self._allowance + earned) - 1
         return self._allowance >= 0
 
     def close(self, code: int, error: ClientError | None) -> None:

@@ -47,6 +47,8 @@ _ADMISSION_S = 10.0
 # base 36. Older ones are base 64 of the time, whose first digit is an upper-case letter until 2060.
 _RECENT = re.compile(r"[0-9a-z]{7,10}")
 _GOODBYE_S = 1.0
+# Time in which a client must join the namespace: Socket.IO's `connectTimeout`.
+_JOIN_S = 45.0
 _NO_TIME = "streams cannot be read now"
 
 
@@ -110,9 +112,7 @@ class SocketClient:
         engine.on_message = self.connection.on_message
         engine.on_closed = self.connection.on_closed
         loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = loop.call_later(
-            door.settings.connect_timeout_s, engine.close
-        )
+        self._timer: asyncio.TimerHandle | None = loop.call_later(_JOIN_S, engine.close)
 
     # ---- from the client (relay.transports.socketio.connection.Handler) ---------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, SecretStr, field_validator
@@ -16,6 +17,10 @@ class SocketIoSettings(ListenerSection):
     """[protocol:socketio]: Push notifications of AcceleratXR for Socket.IO 2, 3 and 4 clients."""
 
     fixed: ClassVar[frozenset[str]] = ListenerSection.fixed | {"namespace", "paths"}
+    removed: ClassVar[Mapping[str, str]] = {
+        "upgrade_timeout_s": "is no longer read; an upgrade to WebSocket may take 10 s, as in Socket.IO's server",
+        "connect_timeout_s": "is no longer read; a client has 45 s to join the namespace, as in Socket.IO's server",
+    }
 
     secret: SecretStr = Field(SecretStr(""), description="JWT signing secret, or PEM public key for RS*/ES*/EdDSA. Separate several keys with a line \"---\" to rotate them. Leave empty to disable this protocol.")
     algorithm: Literal["HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "EdDSA"] = Field("HS256", description="Signature algorithm. Tokens that use any other are rejected.")
@@ -26,8 +31,6 @@ class SocketIoSettings(ListenerSection):
     allowed_origins: str = Field("", description="Additional origins whose pages may connect with the cookie jwt, separated by commas, for example https://app.example.org. Pages of any origin may connect with a token in the query, a header or auth.")
     ping_interval_s: float = Field(25.0, ge=0.1, le=3600, description="Interval between heartbeats. Clients receive this value when they connect.")
     ping_timeout_s: float = Field(20.0, ge=0.1, le=3600, description="Timeout for the answer to a heartbeat. Clients receive this value when they connect.")
-    upgrade_timeout_s: float = Field(10.0, ge=0.1, le=300, description="Timeout for the upgrade from polling to WebSocket.")
-    connect_timeout_s: float = Field(45.0, ge=0.1, le=3600, description="Timeout for a new connection to join the namespace.")
     max_payload_bytes: int = Field(1000000, ge=1024, le=67108864, description="Maximum size of one message or request from a client.")
     recovery_s: float = Field(120.0, ge=0, le=86400, description="Send missed events to Socket.IO 4 clients that reconnect within this time, on any worker. 0 disables recovery.")
 
@@ -66,7 +69,6 @@ class SocketIoSettings(ListenerSection):
             ping_interval_s=self.ping_interval_s,
             ping_timeout_s=self.ping_timeout_s,
             max_payload_bytes=self.max_payload_bytes,
-            upgrade_timeout_s=self.upgrade_timeout_s,
         )
 
 

@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 _EXAMINE_BATCH = 64
 _READ_BATCH = 256
+# Streams of which one pipeline reads a page each.
+_PAGE_STREAMS = 4
 # Entries in the first read of a stream. If there are more, the next read is for twice as many.
 _FIRST_COUNT = 8
 # Bytes of the replies to one pipeline, by the sizes that are known.
@@ -346,7 +348,7 @@ class PagePipelines:
         self._asked.clear()
         self._plain = self._mode.plain
         commands: list[RedisCommand] = []
-        streams = _take(self._pages, min(self._settings.resume_concurrency, self._most))
+        streams = _take(self._pages, min(_PAGE_STREAMS, self._most))
         most = self._most // max(1, len(streams))
         for stream in streams:
             request = stream.page_request()

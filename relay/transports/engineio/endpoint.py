@@ -62,16 +62,17 @@ _PING_4 = packets.frame(packets.Packet(packets.PING), 4)
 _FORM_BYTES = 65_536
 # Clients of protocol 3 send the pings. Their silence is checked this often per interval.
 _CHECKS_PER_INTERVAL = 5
+# Time for the upgrade from polling to WebSocket: Engine.IO's `upgradeTimeout`.
+_UPGRADE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Intervals and limits that the handshake contains, and the time limit of an upgrade."""
+    """Intervals and limits that the handshake contains."""
 
     ping_interval_s: float = 25.0
     ping_timeout_s: float = 20.0
     max_payload_bytes: int = 1_000_000
-    upgrade_timeout_s: float = 10.0
 
 
 # The protocol's handler of a new session. It sets the session's callbacks.
@@ -325,7 +326,7 @@ class Endpoint:
             return
         socket = self._websocket(engine)
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(self._timing.upgrade_timeout_s, socket.abort)
+        timer = loop.call_later(_UPGRADE_S, socket.abort)
         if engine.probe(socket, timer):
             exchange.take(head, socket, duplex=True)
         else:

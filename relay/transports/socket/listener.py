@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 # For Redis, DNS lookups and log files, and for connections that asyncio has accepted before they
 # can be refused.
 _SPARE_DESCRIPTORS = 64
+# Connections that the kernel queues until they are accepted, for reconnect storms. The kernel's own
+# limit, net.core.somaxconn, is lower or the same.
+_BACKLOG = 65_535
 # asyncio accepts up to `backlog` connections in one turn of the loop. A refused connection closes
 # five turns later, and the spare descriptors must last until then.
 _ASYNCIO_BATCH = 4
@@ -113,14 +116,13 @@ class GuardedSite(web.BaseSite):
         host: str,
         port: int,
         *,
-        backlog: int = 4096,
         ssl_context: ssl.SSLContext | None = None,
         reuse_port: bool = False,
         spare: int = _SPARE_DESCRIPTORS,
         limits: ConnectionLimits | None = None,
     ) -> None:
         """`limits` are shared by all listeners of this process."""
-        super().__init__(runner, ssl_context=ssl_context, backlog=backlog)
+        super().__init__(runner, ssl_context=ssl_context, backlog=_BACKLOG)
         self._limits = limits or ConnectionLimits()
         self.serve(runner)
         self._host = host

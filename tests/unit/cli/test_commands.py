@@ -13,6 +13,7 @@ import jwt
 import pytest
 from pydantic import SecretStr
 
+import relay.cli.access
 import relay.process.app
 from producers.registry import producer_settings
 from relay import __version__
@@ -184,7 +185,7 @@ def test_revoke_goes_where_the_configuration_says(
     async def done(redis: object, channel: str, user: str) -> str:
         return "1-2"
 
-    monkeypatch.setattr(relay.process.app, "revoke", done)
+    monkeypatch.setattr(relay.cli.access, "revoke", done)
     assert main(["revoke", "--redis", "redis://:pw@host", "c", "u"]) == 0
     assert capsys.readouterr().out == "u reads nothing of c after 1-2 (Redis: host)\n"
 

@@ -81,11 +81,11 @@ def test_nothing_given_is_the_defaults() -> None:
 
 
 def test_file_then_environment_then_set_then_flag(ini: Callable[[str], Path]) -> None:
-    path = ini("[server]\nport = 1\nhost = a\nbacklog = 5\ntls_cert = c\n")
-    environ = {"RELAY_SERVER_PORT": "2", "RELAY_SERVER_HOST": "b", "RELAY_SERVER_BACKLOG": "6"}
+    path = ini("[server]\nport = 1\nhost = a\ntls_key = 5\ntls_cert = c\n")
+    environ = {"RELAY_SERVER_PORT": "2", "RELAY_SERVER_HOST": "b", "RELAY_SERVER_TLS_KEY": "6"}
     sets = ["server.port=3", "server.host=c"]
     server = read(path, *sets, environ=environ, flags={"port": "4"}).server
-    assert (server.port, server.host, server.backlog, server.tls_cert) == (4, "c", 6, "c")
+    assert (server.port, server.host, server.tls_key, server.tls_cert) == (4, "c", "6", "c")
 
 
 def test_the_last_set_wins_and_insecure_is_a_flag_only() -> None:
@@ -275,24 +275,50 @@ def test_other_texts_are_secrets() -> None:
         assert read(None, f"jwt.key={text}").jwt.key.get_secret_value() == text
 
 
-class OtherSettings(Section):
-    """[protocol:other]: has a setting that must equal one of [protocol:test]."""
+class RenamedSettings(Section):
+    """[protocol:renamed]: has lost two settings, of which one has a replacement."""
 
-    same_as: ClassVar[Mapping[str, tuple[str, str]]] = {"word": ("protocol:test", "code")}
+    removed: ClassVar[Mapping[str, str]] = {
+        "speed": "is no longer read; it is always 3",
+        "host": "is now part of url",
+    }
 
-    word: str = Field("", description="as there")
+    url: str = Field("", description="address")
+    port: int = Field(1, description="port")
+
+    @classmethod
+    def from_removed(cls, values: Mapping[str, str]) -> Mapping[str, str]:
+        return {"url": f"x://{values['host']}"} if "host" in values else {}
 
 
-def test_settings_that_must_agree() -> None:
-    doors: Mapping[str, type[Section]] = {**DOORS, "protocol:other": OtherSettings}
-    for sets in (["protocol:test.code=a"], ["protocol:test.code=a", "protocol:other.word=a"]):
-        other = read(None, *sets, doors=doors).doors["protocol:other"]
-        assert isinstance(other, OtherSettings)
-        assert other.word == "a"
-    with pytest.raises(
-        ConfigError, match=r"\[protocol:other\] word = b: must equal \[protocol:test\]"
+RENAMED: Mapping[str, type[Section]] = {**DOORS, "protocol:renamed": RenamedSettings}
+
+
+def test_a_removed_setting_is_accepted_with_one_note(ini: Callable[[str], Path]) -> None:
+    path = ini("[protocol:renamed]\nspeed = fast\nport = 2\n")
+    for sets, environ, where in (
+        ([], {}, "relay.ini: [protocol:renamed] speed"),
+        ([], {"RELAY_PROTOCOL_RENAMED_SPEED": "slow"}, "environment variable RELAY_PROTOCOL_REN"),
+        (["protocol:renamed.speed=1"], {}, "--set protocol:renamed.speed"),
     ):
-        read(None, "protocol:test.code=a", "protocol:other.word=b", doors=doors)
+        config = read(path, *sets, environ=environ, doors=RENAMED, strict=True)
+        (note,) = config.notes
+        assert note.endswith("speed is no longer read; it is always 3") or where in note
+        assert note.replace(f"{path}:", "relay.ini:").startswith(where)
+        section = config.doors["protocol:renamed"]
+        assert isinstance(section, RenamedSettings)
+        assert (section.port, section.url) == (2, "")
+        assert config.origins.keys() == {"[protocol:renamed] port"}
+
+
+def test_a_removed_setting_with_a_replacement_keeps_its_effect(ini: Callable[[str], Path]) -> None:
+    path = ini("[protocol:renamed]\nhost = a\n")
+    for sets, url in (([], "x://a"), (["protocol:renamed.url=y://b"], "y://b")):
+        config = read(path, *sets, doors=RENAMED)
+        section = config.doors["protocol:renamed"]
+        assert isinstance(section, RenamedSettings)
+        assert section.url == url
+        assert config.notes == [f"{path}: [protocol:renamed] host is now part of url"]
 
 
 def test_a_reload_changes_what_it_can_and_names_the_rest() -> None:

@@ -118,14 +118,14 @@ def test_another_server_s_configuration_is_above_the_defaults_and_below_all_else
         said=[
             said("server", "port", "1"),
             said("server", "host", "a"),
-            said("server", "backlog", "5"),
+            said("server", "tls_cert", "5"),
             said("namespace:old", "retention_count", "6"),
             said("protocol:house:red", "code", "o"),
         ],
         notes=["old.conf: COLOR has no effect"],
     )
     two = ImportedConfiguration(
-        said=[said("server", "backlog", "7")], missing="new.conf: not there"
+        said=[said("server", "tls_cert", "7")], missing="new.conf: not there"
     )
     config = load(
         ini("[server]\nport = 2\n"),
@@ -135,7 +135,7 @@ def test_another_server_s_configuration_is_above_the_defaults_and_below_all_else
         doors=HOUSES,
         foreign=[one, two],
     )
-    assert (config.server.port, config.server.host, config.server.backlog) == (2, "b", 7)
+    assert (config.server.port, config.server.host, config.server.tls_cert) == (2, "b", "7")
     old = config.namespaces["old"]
     assert (old.retention_count, old.wait_replicas) == (6, 3)
     house = config.doors["protocol:house"]

@@ -1,26 +1,32 @@
-"""Producers are found by what they offer; nothing else names them."""
+"""Producers, their sections and their command line."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from producers.__main__ import main
-from producers.registry import find_producers, producer_settings
-from relay.config.settings import Section
+from producers.settings import PRODUCERS, EmitterSettings, ProducerSection
 
 
-def test_every_producer_has_its_section_and_is_off_or_on_by_its_own_settings() -> None:
-    found = find_producers()
-    assert "queue" in found
-    for name, producer in found.items():
-        assert producer.name == name
-        assert producer.summary
-        assert producer.argument in {"", *producer.settings.model_fields}
-        assert issubclass(producer.settings, Section)
-        assert producer.wanted(producer.settings()) in (False, True)
-    assert set(producer_settings()) == {f"producer:{name}" for name in found}
+@pytest.mark.parametrize("section", PRODUCERS.values())
+def test_a_producer_s_section_names_its_module_and_its_settings(
+    section: type[ProducerSection],
+) -> None:
+    assert callable(import_module(f"producers.{section.module}").build)
+    assert section.summary
+    assert section.argument in {"", *section.model_fields}
+    assert not section().is_enabled
+    assert section.model_validate({section.enabled_by: "yes"}).is_enabled
+
+
+def test_the_emitters_host_and_port_are_a_url() -> None:
+    convert = EmitterSettings.from_removed
+    assert convert({"redis_host": "::1"}) == {"redis_url": "redis://[::1]:6379/0"}
+    assert convert({"redis_host": "r", "redis_port": "7"}) == {"redis_url": "redis://r:7/0"}
+    assert convert({"redis_port": "7", "namespace": "/axr"}) == {}
 
 
 def test_a_producer_alone_needs_a_redis_of_the_sites_own(
