@@ -174,10 +174,11 @@ async def test_half_a_surrogate_pair_is_sent_on_as_it_came(door: Seafile) -> Non
     library = new_library()
     client = await followed(door, library)
     token = {"Authorization": f"Token {sign(KEY, exp=int(time.time()) + 60)}"}
-    content = f'{{"repo_id":"{library}","path":"a\\ud800b","n":1e999}}'
-    body = f'{{"type":"file-lock-changed","content":{content}}}'.encode()
-    assert (await door.request("POST", "/events", body, token)).status == 200
-    assert await client.text() == f'{{"type":"file-lock-changed","content":{content}}}\n'
+    for kind, field in (("file-lock-changed", "path"), ("repo-update", "commit_id")):
+        content = f'{{"repo_id":"{library}","{field}":"a\\ud800b","n":1e999}}'
+        body = f'{{"type":"{kind}","content":{content}}}'.encode()
+        assert (await door.request("POST", "/events", body, token)).status == 200
+        assert await client.text() == f'{{"type":"{kind}","content":{content}}}\n'
 
 
 async def test_only_the_protocols_own_events_are_sent(door: Seafile) -> None:

@@ -371,6 +371,27 @@ async def test_a_socket_that_has_left_allusers_still_gets_what_is_sent_to_its_id
         assert sorted(map(str, got)) == ["['own', 1]", "['own', 2]", "['own', 3]"]
 
 
+async def test_a_socket_that_has_left_all_rooms_can_reconnect(
+    axr: RelayProcess, npm: Driver, io5: Emitter
+) -> None:
+    uid = "left-all"
+    options = connect_options(NEW, axr_token(uid))
+    client = await npm.open(f"{axr.url}/axr", **options)
+    sid = (await client.until("connect"))["id"]
+    commands = axr.server.client().execute_command("XLEN", "relay:control")  # type: ignore[no-untyped-call]
+    await io5.run(f'io.in("{sid}").socketsLeave(["allusers", "{uid}"]);')
+    await asyncio.to_thread(wait_for_commands, axr, commands + 1)
+    await io5.run(f'io.to("{sid}").emit("before"); io.to("{uid}").emit("room");')
+    assert await seen(client) == ["before"]
+    await client.do("cut")
+    await client.until("disconnect")
+    await io5.run(f'io.to("{sid}").emit("away"); io.to("allusers").emit("room");')
+    again = await client.until("connect")
+    assert (again["id"], again["recovered"]) == (sid, True)
+    await io5.run('io.emit("all");')
+    assert [await seen(client), await seen(client)] == [["away"], ["all"]]
+
+
 async def test_an_emit_to_a_socket_and_its_room_arrives_once(
     axr: RelayProcess, npm: Driver, io: Emitter
 ) -> None:

@@ -133,7 +133,7 @@ def _envelope(body: bytes) -> tuple[str, str | None]:
         if field == "type" and value is not None:
             if not isinstance(value, str) or isinstance(value, _Digits):
                 raise Invalid("type is not a text")
-            kind = value
+            kind = _as_go(value)
         elif field == "content":
             content = raw if raw.startswith("{") else None
     return kind, content
@@ -156,7 +156,12 @@ def _text(members: dict[str, Any], name: str) -> str:
         return ""
     if not isinstance(value, str) or isinstance(value, _Digits):
         raise Unaddressed(f"{name} is not a text")
-    return value
+    return _as_go(value)
+
+
+def _as_go(text: str) -> str:
+    """Replace half surrogate pairs, as Go's decoder does. Redis could not store them."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _members(text: str) -> list[tuple[str, Any, str]]:

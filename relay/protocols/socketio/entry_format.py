@@ -45,6 +45,10 @@ SOCKET = "~"
 # and would get it again each time they come back. They get base64 text instead.
 MAX_ATTACHMENTS = 10
 _PLACEHOLDER = re.compile(rb'\{"_placeholder":true,"num":([0-9]{1,9})\}')
+# Any way in which JSON can write the string: each character may be an escape.
+_PLACEHOLDER_KEY = re.compile(
+    b'"' + b"".join(rb"(?:%c|\\u(?i:%04x))" % (each, each) for each in b"_placeholder") + b'"'
+)
 
 _RESERVED_TYPE = "relay:"
 
@@ -213,7 +217,7 @@ def _may_be_attached(data: bytes, count: int) -> bool:
     numbers = _PLACEHOLDER.findall(data)
     return (
         count <= MAX_ATTACHMENTS
-        and len(numbers) == data.count(b'"_placeholder"')
+        and len(numbers) == len(_PLACEHOLDER_KEY.findall(data))
         and all(int(number) < count for number in numbers)
     )
 

@@ -28,7 +28,7 @@ class Rooms:
 
     def __init__(self, joined: Mapping[str, EntryID]) -> None:
         self.joined = dict(joined)
-        self.partial = bool(joined) and EVERYBODY not in joined
+        self.partial = EVERYBODY not in joined
         self._start: dict[Channel, bytes] = {}
         self._parts: dict[Channel, tuple[EntryID, bytes]] = {}
         self._after: tuple[Subscription, Subscription, EntryID, bytes] | None = None

@@ -23,6 +23,20 @@ def test_content_keeps_its_bytes() -> None:
     assert (event.channel, event.type) == ("seafile:r", "any-word")
 
 
+def test_half_a_surrogate_pair_becomes_the_replacement_character() -> None:
+    """As in Go. Redis could not store it, and the event would be lost."""
+    content = b'{"repo_id":"r\\ud800","commit_id":"c\\udc00x","user":"a\\ud83d\\ude00\\ud800"}'
+    event = read(b'{"type":"repo-update","content":%b}' % content)
+    assert event == SeafEvent("seafile:r\ufffd", "repo-update", content, commit="c\ufffdx")  # type: ignore[arg-type]
+    event = read(b'{"type":"folder-perm-changed","content":%b}' % content)
+    assert event.user == "a\U0001f600\ufffd"
+    assert read(b'{"type":"x\\ud800","content":%b}' % content).type == "x\ufffd"
+    line = b'{"msg_type":"repo-update","repo_id":"r","commit_id":"\\ud800"}'
+    found = read_line(line)
+    assert found is not None
+    assert found.commit == "\ufffd"
+
+
 @pytest.mark.parametrize(
     ("fields", "user", "group"),
     [

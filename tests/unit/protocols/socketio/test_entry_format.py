@@ -64,6 +64,26 @@ def test_an_xadd_is_an_emit() -> None:
     assert entry_format.said(event)[1].attachments == []
 
 
+@pytest.mark.parametrize(
+    "key", [rb"\u005fplaceholder", rb"_placehol\u0064er", rb"_p\u006Caceholder"]
+)
+def test_an_escaped_placeholder_without_an_attachment_is_not_sent_with_attachments(
+    key: bytes,
+) -> None:
+    """A 2.x client throws for one, and its page or process ends."""
+    first = entry.placeholder(0)
+    for number in (b"7", b"0"):
+        data = b'[%b,{"%b":true,"num":%b}]' % (first, key, number)
+        event = entry.decode(CHANNEL, ID, [b"data", data, b"binary.0", b"x"], 1000).body
+        assert isinstance(event, Event)
+        assert entry_format.said(event)[1].attachments == []
+    # A backslash that is itself escaped makes another key.
+    other = b'[%b,{"\\%b":true}]' % (first, key)
+    event = entry.decode(CHANNEL, ID, [b"data", other, b"binary.0", b"x"], 1000).body
+    assert isinstance(event, Event)
+    assert entry_format.said(event)[1].attachments == [b"x"]
+
+
 def test_the_name_of_an_earlier_version_s_packet_is_the_event_s() -> None:
     fields = [b"data", b"1", b"type", b"fine", b"packet", b'["connect",1]']
     event = entry.decode(CHANNEL, ID, fields, 1000).body
