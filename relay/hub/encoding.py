@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
+from relay.hub.session import Encoder
+
 if TYPE_CHECKING:
     from relay.core.model import Event, Position
-    from relay.hub.session import Encoder, Subscription
+    from relay.hub.session import Subscription
 
 
-class SharedEncoder:
+class SharedEncoder(Encoder):
     """Base of an `Encoder` whose frames are the same for all clients."""
 
     personal = False
 
+    @override
     def personal_event(
         self,
         event: Event,
@@ -21,7 +26,6 @@ class SharedEncoder:
         subscription: Subscription,
         shared: bytes,
     ) -> bytes:
-        """Return the shared frame."""
         del event, position, subscription
         return shared
 

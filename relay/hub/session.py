@@ -83,6 +83,8 @@ class Encoder(Protocol):
     encoded once for all of them.
     """
 
+    __slots__ = ()
+
     # The protocol whose clients use this format: `Event.door`.
     door: str
     # True if frames differ from client to client, for example because they contain a cursor.
@@ -125,6 +127,8 @@ class Outbox(Protocol):
 
 class Client(Protocol):
     """The protocol's side of a session: callbacks of the hub besides events and notices."""
+
+    __slots__ = ()
 
     def subscribed(self, subscription: Subscription) -> None:
         """The subscription was accepted. Events after its position follow."""

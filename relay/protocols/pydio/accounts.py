@@ -1,16 +1,12 @@
-"""Who is connected, and what they may read now: asked again after a time, and on a change.
+"""Accounts of connected browsers: which workspaces they may read, and when Pydio is asked again.
 
-An account is one credential; all browsers that bring the same share it. Its rule is asked by the
-hub at every check of rights, so a change here takes effect with the next check, which is begun
-here as well.
+An account is one set of credentials. All browsers that send the same credentials share it. The hub
+calls `Account.grants` at every check of rights, so a change takes effect at the next check, which
+`Accounts` also starts.
 """
 
 from __future__ import annotations
 
-import asyncio
-import heapq
-import itertools
-import logging
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -18,61 +14,65 @@ from typing import TYPE_CHECKING, Protocol
 
 from relay.core.errors import Unauthorized, Unavailable
 from relay.core.model import Channel, Principal
-from relay.protocols.pydio.private_messages import EVERYBODY, NAMESPACE, workspace
+from relay.protocols.pydio.private_messages import BROADCAST, NAMESPACE, workspace
 
 if TYPE_CHECKING:
+    import asyncio
+
     from relay.protocols.pydio.credentials import Credentials
     from relay.protocols.pydio.identity import Identity
     from relay.protocols.pydio.server import PydioServer
     from relay.protocols.pydio.settings import PydioSettings
 
-_log = logging.getLogger(__name__)
-
-_LOOK_S = 0.25
-# While Pydio is away it is asked more often than usual, but not by everybody at once.
+# While Pydio is unavailable, each account is retried after this time.
 _RETRY_S = 5.0
+# An account that only has connecting browsers is checked again after this time.
+_CONNECTING_S = 0.25
+# If the rights of all users may have changed, spread the requests over this time.
 _SPREAD_S = 5.0
 
 
-class Member(Protocol):
-    """A browser of an account, as the account sees it."""
+class AccountMember(Protocol):
+    """A browser that uses an account."""
+
+    __slots__ = ()
 
     def rights_changed(self) -> None:
-        """The site's rights may have changed; Pydio's answer is the same."""
+        """Rights that are stored in relay may have changed. Pydio's answer is the same."""
 
     def identity_changed(self, account: Account) -> None:
-        """Its user is the same; group, masks or workspaces may differ."""
+        """The user's group, masks or workspaces may have changed."""
 
-    def shut_out(self, reason: str) -> None:
-        """The credential is no longer good, or nobody knows whether it is."""
+    def unauthorized(self, reason: str) -> None:
+        """Close the connection: the credentials are invalid, or could not be validated in time."""
 
 
 class Account:
-    """A credential and what Pydio said about it last. Times are of the loop's clock."""
+    """A set of credentials and Pydio's last answer about it. Times are of the loop's clock."""
 
     __slots__ = (
         "checked_at",
+        "connecting",
         "credentials",
-        "due",
-        "entering",
         "identity",
         "members",
         "principal",
+        "timer",
         "valid",
     )
 
     def __init__(self, credentials: Credentials, identity: Identity, now: float) -> None:
         self.credentials = credentials
-        self.members: set[Member] = set()
-        # Browsers that are connecting, see `Accounts.entering`.
-        self.entering = 0
+        self.members: set[AccountMember] = set()
+        # Number of connecting browsers, see `Accounts.connecting`.
+        self.connecting = 0
         self.valid = True
-        # When it is asked about again.
-        self.due = now
+        # Asks Pydio again.
+        self.timer: asyncio.TimerHandle | None = None
         self.update(identity, now)
 
     def update(self, identity: Identity, now: float) -> None:
-        """A new answer."""
+        """Store a new answer of Pydio."""
         self.identity = identity
         self.checked_at = now
         groups = frozenset({identity.group_path} if identity.group_path else ())
@@ -81,22 +81,30 @@ class Account:
         )
 
     def grants(self, channel: Channel) -> bool:
-        """The door's rule (`Principal.grant`): the workspaces that may be read, and the one for
-        everybody."""
+        """Return True for the broadcast channel and for workspaces that the user may read.
+
+        This is the protocol's rule in `Principal.grant`.
+        """
         namespace, _, repository = channel.partition(":")
         return (
             self.valid
             and namespace == NAMESPACE
-            and (channel == EVERYBODY or repository in self.identity.readable)
+            and (channel == BROADCAST or repository in self.identity.readable)
         )
 
     def may_read(self, repository: str) -> bool:
-        """By what was said last."""
+        """Return True if Pydio's last answer lets the user read this workspace."""
         return self.valid and repository in self.identity.readable
+
+    def stop_timer(self) -> None:
+        """Do not ask Pydio again."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
 
 class Accounts:
-    """All of this worker. `run` must be running."""
+    """All accounts of this worker."""
 
     def __init__(
         self,
@@ -105,41 +113,39 @@ class Accounts:
         *,
         spawn: Callable[..., object],
         recheck: Callable[[Channel], None],
-        clock: Callable[[], float],
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._server = server
         self._settings = settings
         self._spawn = spawn
         self._recheck = recheck
-        self._clock = clock
+        self._loop = loop
         self._known: dict[Credentials, Account] = {}
-        self._due: list[tuple[float, int, Account]] = []
-        self._numbers = itertools.count()
 
     def reload(self, settings: PydioSettings) -> None:
-        """For questions from now on."""
+        """Use new settings for new requests."""
         self._settings = settings
         self._server.reload(settings)
 
     @asynccontextmanager
-    async def entering(self, credentials: Credentials) -> AsyncIterator[Account]:
+    async def connecting(self, credentials: Credentials) -> AsyncIterator[Account]:
         """Yield the account of a browser that connects, and keep the account meanwhile.
 
         The browser becomes a member of the account inside. Without this, an account whose only
         browser reconnects could be removed as unused between Pydio's answer and the new member.
 
         Raises:
-            Unauthorized: Pydio does not know the credentials.
-            Unavailable: Pydio gave no answer.
+            Unauthorized: Pydio does not accept the credentials.
+            Unavailable: Pydio did not give a valid answer in time.
         """
-        account = await self._enter(credentials)
-        account.entering += 1
+        account = await self._authenticate(credentials)
+        account.connecting += 1
         try:
             yield account
         finally:
-            account.entering -= 1
+            account.connecting -= 1
 
-    async def _enter(self, credentials: Credentials) -> Account:
+    async def _authenticate(self, credentials: Credentials) -> Account:
         account = self._known.get(credentials)
         if account is not None and self._is_fresh(account):
             return account
@@ -148,91 +154,96 @@ class Accounts:
         except Unauthorized:
             known = self._known.get(credentials)
             if known is not None:
-                self._end(known, "Pydio knows nobody by this any more")
+                self._end(known, "Pydio session expired")
             raise
         known = self._known.get(credentials)
         if known is not None and known.identity.user == identity.user:
             self._accept(known, identity)
             return known
         if known is not None:
-            self._end(known, "somebody else has logged in")
-        account = self._known[credentials] = Account(credentials, identity, self._clock())
-        self._plan(account, self._settings.recheck_s * random.uniform(0.8, 1.0))  # noqa: S311
+            self._end(known, "another user has logged in")
+        account = self._known[credentials] = Account(credentials, identity, self._loop.time())
+        self._schedule(account, self._recheck_s())
         return account
 
     async def renew(self, account: Account) -> None:
-        """Ask again now, unless that has just been done; never raises."""
+        """Ask Pydio again, unless its last answer is recent. Errors are handled."""
         if account.valid and not self._is_fresh(account):
             await self._ask_again(account)
 
-    def ask_soon(self, user: str | None) -> None:
-        """Their rights may have changed; None: everybody's."""
+    def rights_changed(self, user: str | None) -> None:
+        """Ask Pydio again soon about this user, or about all users if it is None."""
         for account in list(self._known.values()):
             if user in (None, account.identity.user):
                 for member in list(account.members):
                     member.rights_changed()
-                # All of a site are not asked about in the same moment.
-                self._plan(account, random.uniform(0.0, _SPREAD_S) if user is None else 0.0)  # noqa: S311
+                self._schedule(account, random.uniform(0.0, _SPREAD_S) if user is None else 0.0)  # noqa: S311
 
-    def leave(self, account: Account, member: Member) -> None:
-        """A browser has gone."""
+    def remove_member(self, account: Account, member: AccountMember) -> None:
+        """Remove a browser whose connection is closed."""
         account.members.discard(member)
 
-    async def run(self) -> None:
-        """For ever: asks again about those whose time has come."""
-        while True:
-            await asyncio.sleep(_LOOK_S)
-            now = self._clock()
-            while self._due and self._due[0][0] <= now:
-                due, _, account = heapq.heappop(self._due)
-                if not account.valid or due != account.due:
-                    continue
-                if account.members:
-                    self._spawn(self._on_time(account), name="pydio rights")
-                elif account.entering:
-                    self._plan(account, _LOOK_S)
-                elif self._known.get(account.credentials) is account:
-                    del self._known[account.credentials]
-                    account.valid = False
+    def close(self) -> None:
+        """Stop asking Pydio."""
+        for account in self._known.values():
+            account.stop_timer()
 
     def _is_fresh(self, account: Account) -> bool:
-        return account.valid and self._clock() - account.checked_at < self._settings.auth_cache_s
+        age_s = self._loop.time() - account.checked_at
+        return account.valid and age_s < self._settings.auth_cache_s
 
-    def _plan(self, account: Account, in_s: float) -> None:
-        # What was planned before is passed over when its time comes.
-        account.due = self._clock() + in_s
-        heapq.heappush(self._due, (account.due, next(self._numbers), account))
+    def _recheck_s(self) -> float:
+        # Earlier than the setting by a random time, so that the accounts of browsers that connected
+        # together, for example after a restart, are not checked together.
+        return self._settings.recheck_s * random.uniform(0.8, 1.0)  # noqa: S311
 
-    async def _on_time(self, account: Account) -> None:
-        settings = self._settings
-        if await self._ask_again(account):
-            # Not all of a restart in the same moment, and never later than promised.
-            self._plan(account, settings.recheck_s * random.uniform(0.8, 1.0))  # noqa: S311
+    def _schedule(self, account: Account, in_s: float) -> None:
+        account.stop_timer()
+        account.timer = self._loop.call_later(in_s, self._on_timer, account)
+
+    def _on_timer(self, account: Account) -> None:
+        account.timer = None
+        if not account.valid:
+            return
+        if account.members:
+            self._spawn(self._revalidate(account), name="pydio rights")
+        elif account.connecting:
+            self._schedule(account, _CONNECTING_S)
+        else:
+            self._remove(account)
+
+    async def _revalidate(self, account: Account) -> None:
+        answered = await self._ask_again(account)
+        if account.timer is not None:
+            # `rights_changed` was called meanwhile, and this answer may be older.
+            return
+        if answered:
+            self._schedule(account, self._recheck_s())
         elif account.valid:
-            left = account.checked_at + settings.hold_s - self._clock()
-            if left <= 0:
-                self._end(account, "Pydio gives no answer")
+            left_s = account.checked_at + self._settings.hold_s - self._loop.time()
+            if left_s <= 0:
+                self._end(account, "Pydio is unavailable")
             else:
-                self._plan(account, min(left, _RETRY_S, settings.recheck_s))
+                self._schedule(account, min(left_s, _RETRY_S, self._settings.recheck_s))
 
     async def _ask_again(self, account: Account) -> bool:
-        """Whether Pydio has answered and the account stands."""
+        """Return True if Pydio has answered and the account is still valid."""
         try:
             identity = await self._server.authenticate(account.credentials)
         except Unauthorized:
-            self._end(account, "Pydio knows nobody by this any more")
+            self._end(account, "Pydio session expired")
             return False
         except Unavailable:
             return False
         if identity.user != account.identity.user:
-            self._end(account, "somebody else has logged in")
+            self._end(account, "another user has logged in")
             return False
         self._accept(account, identity)
         return True
 
     def _accept(self, account: Account, identity: Identity) -> None:
         before = account.identity
-        account.update(identity, self._clock())
+        account.update(identity, self._loop.time())
         if identity == before:
             return
         for repository in before.readable - identity.readable:
@@ -241,8 +252,12 @@ class Accounts:
             member.identity_changed(account)
 
     def _end(self, account: Account, reason: str) -> None:
+        self._remove(account)
+        for member in list(account.members):
+            member.unauthorized(reason)
+
+    def _remove(self, account: Account) -> None:
         account.valid = False
+        account.stop_timer()
         if self._known.get(account.credentials) is account:
             del self._known[account.credentials]
-        for member in list(account.members):
-            member.shut_out(reason)

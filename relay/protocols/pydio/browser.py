@@ -1,12 +1,14 @@
-"""A browser of the phpws kind: texts in, contents out, and never an answer."""
+"""A browser of the phpws kind: a plain websocket without replies."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 from relay.core.reasons import Reason
 from relay.protocols.pydio import codec
-from relay.protocols.pydio.registration import Registration, Surroundings
+from relay.protocols.pydio.registration import BrowserServices, Registration
 from relay.transports.socket.websocket import frame_close, frame_text
 
 if TYPE_CHECKING:
@@ -23,47 +25,48 @@ class Browser(Registration):
 
     __slots__ = ("_outbox",)
 
-    def __init__(self, account: Account, around: Surroundings) -> None:
-        super().__init__(account, around)
+    def __init__(self, account: Account, services: BrowserServices) -> None:
+        super().__init__(account, services)
         self._outbox: Outbox | None = None
 
     def attached(self, outbox: Outbox) -> None:
-        """The handshake is done."""
+        """Subscribe to broadcasts, because the handshake is complete."""
         self._outbox = outbox
-        self.begin()
+        self.join_broadcast()
 
     def on_text(self, text: bytes) -> None:
-        """One message; what is none is ignored."""
-        if not self.alive:
+        """Handle one message. Ignore it if it is malformed."""
+        if not self.is_open:
             return
         if not self.within_rate():
             self._close(POLICY, "too many messages")
             return
         match codec.parse(text):
-            case codec.Register(asked):
-                # phpws compares loosely, so white space around an ID counts only if it is part of
-                # the ID.
-                self.register(asked if self.account.may_read(asked) else asked.strip())
+            case codec.Register(requested):
+                # phpws compares IDs loosely: it ignores white space around an ID, unless it is part
+                # of the ID.
+                known = self.account.may_read(requested)
+                self.register(requested if known else requested.strip())
             case codec.Unregister():
                 self.unregister()
             case None:
                 pass
 
+    @override
     def encoder(self, masked: frozenset[str]) -> Encoder:
-        """See `Registration`."""
         return codec.encoder_for(masked)
 
-    def say(self, content: bytes) -> None:
-        """See `Registration`."""
+    @override
+    def send_content(self, content: bytes) -> None:
         if self.session is not None:
             self.session.reply(frame_text(content))
 
-    def shut_out(self, reason: str) -> None:
-        """See `Registration`."""
+    @override
+    def unauthorized(self, reason: str) -> None:
         self._close(POLICY, reason)
 
+    @override
     def disconnect(self, reason: Reason) -> None:
-        """See `Registration`."""
         self._close(_CLOSES.get(reason, POLICY), reason)
 
     def _close(self, code: int, reason: str) -> None:

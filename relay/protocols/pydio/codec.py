@@ -1,8 +1,8 @@
-"""What a Pydio browser says and is told, as bytes and values; no I/O.
+"""Messages between a Pydio browser and relay, as bytes and values.
 
-A browser is told the content of an event and nothing else: no envelope, no ID. What the relay has
-to say itself is said in Pydio's own instructions, which its pages obey as they obey PHP's
-(PydioApi, `parseXmlMessage`, 6.4.2 to 8.2.5).
+A browser receives the content of an event without an envelope or ID. Notices of relay are sent as
+Pydio's own instructions, which its pages apply like PHP's (PydioApi, `parseXmlMessage`, 6.4.2 to
+8.2.5).
 """
 
 from __future__ import annotations
@@ -11,35 +11,39 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from relay.core.model import Channel, Event
+from typing_extensions import override
+
 from relay.hub.encoding import SharedEncoder, frame
-from relay.hub.recovery import Notice
-from relay.protocols.pydio.private_messages import PATHS
+from relay.protocols.pydio.private_messages import PATHS_FIELD
 from relay.transports.socket.websocket import frame_text
 
 if TYPE_CHECKING:
-    pass
+    from relay.core.model import Channel, Event
+    from relay.hub.recovery import Notice
 
-# The page reads the folder that it shows again, from Pydio itself.
+# The page reads the folder that it shows from Pydio again.
 RELOAD_FOLDER = b'<tree><reload_instruction object="data" node="" file=""/></tree>'
-# The page reads the user's workspaces again, and leaves the one that is gone.
+# The page reads the user's workspaces again, and leaves one that no longer exists.
 RELOAD_WORKSPACES = b'<tree><reload_instruction object="repository_list"/></tree>'
 
 
 @dataclass(frozen=True, slots=True)
 class Register:
-    """`register:ID`: from now on events of this workspace, in the place of any other."""
+    """`register:ID`: receive events of this workspace, and of no other."""
 
     repository: str
 
 
 @dataclass(frozen=True, slots=True)
 class Unregister:
-    """`unregister:`, whatever follows: events of no workspace."""
+    """`unregister:` with any text after it: receive events of no workspace."""
 
 
 def parse(text: bytes) -> Register | Unregister | None:
-    """A browser's message; None for what phpws ignores as well (ws-server.php, `onMessage`)."""
+    """Parse a browser's message. Return None for messages that phpws ignores.
+
+    Source: ws-server.php, `onMessage`.
+    """
     verb, colon, rest = text.decode().partition(":")
     if not colon:
         return None
@@ -48,59 +52,61 @@ def parse(text: bytes) -> Register | Unregister | None:
     return Unregister() if verb == "unregister" else None
 
 
-class Verbatim(SharedEncoder):
-    """One text frame an event: its data as it is."""
+class ContentEncoder(SharedEncoder):
+    """Encodes an event as one text frame with its unchanged data."""
 
     door = "pydio"
 
+    @override
     def event(self, event: Event) -> bytes:
-        """See `relay.hub.encoding.Encoder`."""
         return frame_text(event.data)
 
+    @override
     def notice(self, channel: Channel, notice: Notice) -> bytes:
-        """The instruction to read again what may have changed unseen."""
         del channel
         return frame_text(content_of(notice))
 
 
 def content_of(notice: Notice) -> bytes:
-    """A notice in Pydio's words."""
+    """Return the instruction to read again what may have changed."""
     return RELOAD_WORKSPACES if notice.kind == "revoked" else RELOAD_FOLDER
 
 
-VERBATIM = Verbatim()
+CONTENT_ENCODER = ContentEncoder()
 _RELOAD = frame_text(RELOAD_FOLDER)
 
 
-class Masked(Verbatim):
-    """The same for users who may see only some of the paths of a workspace.
+class MaskedEncoder(ContentEncoder):
+    """The format for users who may see only some paths of certain workspaces.
 
-    Which ones Pydio does not tell a websocket server, only that there are such masks (`hasMask`).
-    So an event that names paths becomes the instruction to read the folder again, and what Pydio
-    then shows is masked by itself: no name leaks.
+    A websocket server receives from Pydio only whether a workspace has such masks (`hasMask`), not
+    which paths they hide. An event with paths is therefore replaced by the instruction to read the
+    folder again. Pydio masks its response, so that no hidden name is shown.
     """
 
     def __init__(self, repositories: frozenset[str]) -> None:
         self._repositories = repositories
 
+    @override
     def event(self, event: Event) -> bytes:
-        """See `relay.hub.encoding.Encoder`."""
-        return _RELOAD if hides(event, self._repositories) else frame(VERBATIM, event)
+        if needs_masking(event, self._repositories):
+            return _RELOAD
+        return frame(CONTENT_ENCODER, event)
 
 
-def hides(event: Event, masked: frozenset[str]) -> bool:
-    """Whether an event may name what a user with masks on these workspaces must not see."""
-    return PATHS in event.extra and event.channel.partition(":")[2] in masked
+def needs_masking(event: Event, masked: frozenset[str]) -> bool:
+    """Return True if the event may contain paths that masks on these workspaces hide."""
+    return PATHS_FIELD in event.extra and event.channel.partition(":")[2] in masked
 
 
-_masked: WeakValueDictionary[frozenset[str], Masked] = WeakValueDictionary()
+_masked: WeakValueDictionary[frozenset[str], MaskedEncoder] = WeakValueDictionary()
 
 
-def encoder_for(masked: frozenset[str]) -> Verbatim:
-    """One object for all sessions whose masks are on the same workspaces."""
+def encoder_for(masked: frozenset[str]) -> ContentEncoder:
+    """Return the encoder that all users with masks on these workspaces share."""
     if not masked:
-        return VERBATIM
+        return CONTENT_ENCODER
     encoder = _masked.get(masked)
     if encoder is None:
-        encoder = _masked[masked] = Masked(masked)
+        encoder = _masked[masked] = MaskedEncoder(masked)
     return encoder

@@ -1,4 +1,4 @@
-"""What a browser brings to say who it is, and whether its page may use that."""
+"""Credentials in a browser's request, and the check of the page's Origin."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Pydio's cookies as the browser sent them, or the token and hash of 6.5 to 8."""
+    """Pydio's cookies as the browser sent them, or the token and hash of Pydio 6.5 to 8."""
 
     cookies: str = field(default="", repr=False)
     token: str = field(default="", repr=False)
@@ -23,10 +23,10 @@ class Credentials:
 
 
 class CredentialsReader:
-    """Finds credentials in requests, by one set of settings."""
+    """Reads credentials from requests, with one set of settings."""
 
     def __init__(self, settings: PydioSettings) -> None:
-        self._beginnings = tuple(split(settings.cookies))
+        self._prefixes = tuple(split(settings.cookies))
         self._origins = settings.origins()
 
     def read(
@@ -35,14 +35,20 @@ class CredentialsReader:
         query: Mapping[str, str],
         auth: Mapping[str, Any] | None = None,
     ) -> Credentials:
-        """Unauthorized where there are none, Forbidden where a foreign page has made the browser
-        bring its cookies. `auth` is what a Socket.IO client may give besides the query."""
+        """Return the credentials of a request.
+
+        `auth` is the auth object of a Socket.IO client, which may contain the token too.
+
+        Raises:
+            Unauthorized: The request has no credentials.
+            Forbidden: The browser sent its cookies for a page of an Origin that is not allowed.
+        """
         for fields in (auth or {}, query):
             token, proof = fields.get("auth_token", ""), fields.get("auth_hash", "")
             if isinstance(token, str) and isinstance(proof, str) and token and proof:
                 return Credentials(token=token, hash=proof)
-        cookies = chosen_cookies("; ".join(headers.getall("Cookie", ())), self._beginnings)
-        # What is not UTF-8 is none of Pydio's, and could not be sent on.
+        cookies = chosen_cookies("; ".join(headers.getall("Cookie", ())), self._prefixes)
+        # Cookies that are not UTF-8 are not Pydio's, and could not be forwarded.
         if not cookies or not cookies.isprintable():
             raise Unauthorized("log in to Pydio first")
         if not self.is_allowed(headers):
@@ -50,16 +56,16 @@ class CredentialsReader:
         return Credentials(cookies=cookies)
 
     def is_allowed(self, headers: MultiMapping[str]) -> bool:
-        """Whether the page is the relay's own host's or of an allowed Origin."""
+        """Return True if the page is from relay's own host or an allowed Origin."""
         origin = headers.get("Origin")
         if origin is None:
-            # A page's own GET to its host has none; browsers say so in Sec-Fetch-Site.
+            # Browsers send no Origin with a GET to the page's own host, but Sec-Fetch-Site.
             return headers.get("Sec-Fetch-Site") == "same-origin"
         origin, host = origin.lower(), headers.get("Host", "").lower()
         return origin in self._origins or origin in (f"http://{host}", f"https://{host}")
 
     def cors(self, headers: MultiMapping[str]) -> dict[str, str]:
-        """For an allowed page: it may read the answer, with its cookie. For others: nothing."""
+        """Return headers that let an allowed page read the response. Other pages get none."""
         origin = headers.get("Origin")
         if origin is None or not origin.isprintable() or not self.is_allowed(headers):
             return {"Vary": "Origin"}
@@ -70,7 +76,7 @@ class CredentialsReader:
         }
 
 
-def chosen_cookies(header: str, beginnings: tuple[str, ...]) -> str:
-    """Of a Cookie header the pairs whose names begin so, unchanged."""
+def chosen_cookies(header: str, prefixes: tuple[str, ...]) -> str:
+    """Return the pairs of a Cookie header whose names have one of these prefixes, unchanged."""
     pairs = (pair.strip() for pair in header.split(";"))
-    return "; ".join(pair for pair in pairs if "=" in pair and pair.startswith(beginnings))
+    return "; ".join(pair for pair in pairs if "=" in pair and pair.startswith(prefixes))

@@ -1,4 +1,4 @@
-"""Which addresses PHP may connect from: networks, addresses, and names that are looked up."""
+"""Hosts from which PHP may connect: addresses, networks and host names."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _LOOK_UP_S = 2.0
 
 
 class AuthorisedHosts:
-    """The list of one setting. A name's addresses are kept for `keep_s` seconds."""
+    """The hosts of `authorised_hosts`. The addresses of a name are cached for `cache_s` seconds."""
 
     def __init__(
-        self, hosts: Iterable[str], *, clock: Callable[[], float], keep_s: float = 30.0
+        self, hosts: Iterable[str], *, clock: Callable[[], float], cache_s: float = 30.0
     ) -> None:
-        """ValueError where something with a `/` is no network."""
+        """Raise ValueError if a host with a `/` is not a network."""
         self._networks = []
         self._names: list[str] = []
         for host in hosts:
@@ -28,11 +28,11 @@ class AuthorisedHosts:
                     raise
                 self._names.append(host)
         self._clock = clock
-        self._keep_s = keep_s
-        self._known: dict[str, tuple[float, frozenset[_Address]]] = {}
+        self._cache_s = cache_s
+        self._cached: dict[str, tuple[float, frozenset[_Address]]] = {}
 
     async def allow(self, peer: str) -> bool:
-        """Whether `peer`, an address as a socket names it, is one of them."""
+        """Return True if `peer`, the address of a socket's other end, is an authorised host."""
         try:
             address = ip_address(peer.partition("%")[0])
         except ValueError:
@@ -48,9 +48,9 @@ class AuthorisedHosts:
 
     async def _addresses(self, name: str) -> frozenset[_Address]:
         now = self._clock()
-        held = self._known.get(name)
-        if held is not None and held[0] > now:
-            return held[1]
+        cached = self._cached.get(name)
+        if cached is not None and cached[0] > now:
+            return cached[1]
         found: frozenset[_Address]
         try:
             async with asyncio.timeout(_LOOK_UP_S):
@@ -59,7 +59,7 @@ class AuthorisedHosts:
                 )
             found = frozenset(ip_address(str(answer[4][0]).partition("%")[0]) for answer in answers)
         except (OSError, UnicodeError, TimeoutError):
-            # What was known last holds while the name server is away.
-            found = held[1] if held is not None else frozenset()
-        self._known[name] = (now + self._keep_s, found)
+            # Keep the last known addresses while the name server is unreachable.
+            found = cached[1] if cached is not None else frozenset()
+        self._cached[name] = (now + self._cache_s, found)
         return found

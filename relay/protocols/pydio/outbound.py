@@ -1,7 +1,8 @@
-"""What PHP has sent, on its way into the streams: in its order, and kept while Redis is away.
+"""Queue of PHP's messages on their way to the streams.
 
-PHP does not wait for an answer and would not look at one, so nothing could be sent again from
-there. Each event gets a uid, so that it is appended once however often it is tried.
+PHP neither waits for a confirmation nor sends a message again. The queue therefore keeps messages
+in order while Redis is unreachable, and appends each with a uid, so that a repeated attempt cannot
+append it twice.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _log = logging.getLogger(__name__)
 LIMIT_BYTES = 16 << 20
 HOLD_S = 60.0
 _BATCH = 500
-_PAUSE_S = (0.1, 2.0)
+_RETRY_S = 0.5
 
 
 class _QueuedMessage:
@@ -37,82 +38,87 @@ class _QueuedMessage:
         self.uid = uuid.uuid4().hex
 
 
-class Outbound:
-    """Of one worker; `run` must be running. What waits longer than HOLD_S, or beyond LIMIT_BYTES,
-    is given up, and the log says how many."""
+class OutboundQueue:
+    """The queue of one worker. `run` must be running.
+
+    Messages that wait longer than HOLD_S, or do not fit into LIMIT_BYTES, are dropped and logged.
+    """
 
     def __init__(self, publish: Publish, *, clock: Callable[[], float]) -> None:
         self._publish = publish
         self._clock = clock
         self._waiting: deque[_QueuedMessage] = deque()
         self._bytes = 0
-        self._work = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._has_messages = asyncio.Event()
+        self._empty = asyncio.Event()
+        self._empty.set()
 
     def add(self, publication: Publication) -> None:
-        """Append it as soon as Redis takes it."""
+        """Append the message as soon as Redis accepts it."""
         size = len(publication.data)
         if self._bytes + size > LIMIT_BYTES:
-            _log.error("lost for %s: too many wait for Redis", publication.channel)
+            _log.error(
+                "Dropped a Pydio message for %s: the queue of messages that wait for Redis exceeds"
+                " %d bytes",
+                publication.channel,
+                LIMIT_BYTES,
+            )
             return
         self._bytes += size
         self._waiting.append(_QueuedMessage(publication, self._clock()))
-        self._idle.clear()
-        self._work.set()
+        self._empty.clear()
+        self._has_messages.set()
 
-    async def settled(self) -> None:
-        """Returns once nothing waits."""
-        await self._idle.wait()
+    async def wait_empty(self) -> None:
+        """Wait until all messages have been appended or dropped."""
+        await self._empty.wait()
 
     async def run(self) -> None:
-        """For ever."""
-        pause_s = _PAUSE_S[0]
+        """Append queued messages until cancelled."""
         while True:
-            await self._work.wait()
-            if await self._send():
-                pause_s = _PAUSE_S[0]
-            else:
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _PAUSE_S[1])
+            await self._has_messages.wait()
+            if not await self._send():
+                await asyncio.sleep(_RETRY_S)
 
     async def _send(self) -> bool:
-        """The oldest, together; whether Redis took them. None is overtaken by a later one: those
-        of one batch leave in one pipeline, and the next waits for them."""
+        """Append the oldest messages in one pipeline. Return False if some must be retried.
+
+        The order is kept: later messages are sent after these have succeeded or been dropped.
+        """
         batch = [self._waiting.popleft() for _ in range(min(_BATCH, len(self._waiting)))]
-        attempts = [self._begin(each) for each in batch]
+        attempts = [self._begin_append(message) for message in batch]
         again = []
-        for each, attempt in zip(batch, attempts, strict=True):
-            error = attempt if isinstance(attempt, Exception) else await _outcome(attempt)
+        for message, attempt in zip(batch, attempts, strict=True):
+            error = attempt if isinstance(attempt, Exception) else await _error_of(attempt)
             if error is None or isinstance(error, NotReplicated):
-                self._bytes -= len(each.publication.data)
+                self._bytes -= len(message.publication.data)
             elif isinstance(error, ClientError | ValueError):
-                self._give_up(each, str(error))
-            elif self._clock() - each.since > HOLD_S:
-                self._give_up(each, f"not taken within {HOLD_S:g} s: {error}")
+                self._drop(message, str(error))
+            elif self._clock() - message.since > HOLD_S:
+                self._drop(message, f"not appended within {HOLD_S:g} s ({error})")
             else:
-                again.append(each)
+                again.append(message)
         self._waiting.extendleft(reversed(again))
         if not self._waiting:
-            self._work.clear()
-            self._idle.set()
+            self._has_messages.clear()
+            self._empty.set()
         return not again
 
-    def _begin(self, each: _QueuedMessage) -> asyncio.Future[EntryID] | Exception:
-        event = each.publication
+    def _begin_append(self, message: _QueuedMessage) -> asyncio.Future[EntryID] | Exception:
+        event = message.publication
         try:
             return self._publish(
-                event.channel, event.data, uid=each.uid, to=event.to, extra=event.extra
+                event.channel, event.data, uid=message.uid, to=event.to, extra=event.extra
             )
         except (RelayError, ValueError) as exc:
             return exc
 
-    def _give_up(self, each: _QueuedMessage, reason: str) -> None:
-        self._bytes -= len(each.publication.data)
-        _log.error("lost for %s: %s", each.publication.channel, reason)
+    def _drop(self, message: _QueuedMessage, reason: str) -> None:
+        self._bytes -= len(message.publication.data)
+        _log.error("Dropped a Pydio message for %s: %s", message.publication.channel, reason)
 
 
-async def _outcome(attempt: asyncio.Future[EntryID]) -> Exception | None:
+async def _error_of(attempt: asyncio.Future[EntryID]) -> Exception | None:
     try:
         await attempt
     except RelayError as exc:

@@ -1,4 +1,7 @@
-"""The private channel: PHP with the admin key, from an authorised host, by websocket or POST."""
+"""The private channel: messages from PHP over websocket or POST.
+
+PHP must connect from an authorised host and send the admin key.
+"""
 
 from __future__ import annotations
 
@@ -23,28 +26,28 @@ from relay.transports.socket.take_over import take_over
 
 if TYPE_CHECKING:
     from relay.doorkit.contract import DoorContext
-    from relay.protocols.pydio.outbound import Outbound
+    from relay.protocols.pydio.outbound import OutboundQueue
     from relay.transports.socket.reaper import Reaper
 
 _log = logging.getLogger(__name__)
 
 ADMIN_KEY = "Admin-Key"
 _VERSIONS = frozenset({"8", "13"})
-# Eight random bytes directly behind the head of a handshake of version 8: the third key of an older
-# draft (vendor/phpws/websocket.client.php, `serializeHeaders`, Pydio 6.4.2).
+# With version 8, PHP sends eight random bytes after the handshake's headers: the third key of an
+# older draft (vendor/phpws/websocket.client.php, `serializeHeaders`, Pydio 6.4.2).
 _JUNK_BYTES = 8
-# How long a stop waits for PHP requests that are under way.
+# On shutdown, wait so long for PHP requests that are running.
 _LAST_REQUESTS_S = 1.0
 
 
 class PrivateChannel:
-    """PHP's way in."""
+    """Receives messages of PHP and queues them for the streams."""
 
     def __init__(
         self,
         context: DoorContext,
         settings: PydioSettings,
-        outbound: Outbound,
+        outbound: OutboundQueue,
         reaper: Reaper,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
@@ -57,21 +60,22 @@ class PrivateChannel:
         self.reload(settings)
 
     def reload(self, settings: PydioSettings) -> None:
-        """For connections from now on."""
+        """Use new settings for new connections."""
         self._settings = settings
-        # Never empty: see `PydioDoor.mount`; a reload that empties it closes the channel.
+        # An empty key must not match an empty header. Without a key the protocol is disabled at the
+        # start; if a reload removes the key, no request is accepted.
         self._key = settings.key.get_secret_value().encode() or os.urandom(32)
         self._hosts = AuthorisedHosts(split(settings.authorised_hosts), clock=self._clock)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        """The one handler of its paths."""
+        """Handle all requests to the private path."""
         peer = _peer(request)
-        # Both are always looked at, so that neither tells how the other went.
+        # Check both in any case, so that the response time does not reveal which one failed.
         allowed = await self._hosts.allow(peer)
         keyed = self._has_key(request)
         if not (allowed and keyed):
             _log.warning(
-                "Rejected a request of %s on Pydio's private path: %s",
+                "Rejected a request from %s on Pydio's private path: %s",
                 peer or "an unknown address",
                 "wrong Admin-Key, see [protocol:pydio] key"
                 if allowed
@@ -83,12 +87,12 @@ class PrivateChannel:
         accepted = websocket.accept_headers(request, _VERSIONS)
         if isinstance(accepted, web.Response):
             return accepted
-        # One worker reads the connections of all, so that a message never overtakes those of the
-        # PHP requests before it: PHP does not wait until a message has been appended.
+        # PHP does not wait until a message has been appended. One worker per host reads all of its
+        # connections, so that messages of consecutive PHP requests keep their order.
         return self._context.gather(request) or self._connect(request, accepted, peer)
 
     async def closed(self) -> None:
-        """Return once PHP has ended the requests under way, or after a second."""
+        """Wait until PHP has closed its connections, at most a second."""
         if self._open:
             self._none_open.clear()
             with contextlib.suppress(TimeoutError):
@@ -97,14 +101,15 @@ class PrivateChannel:
 
     def _has_key(self, request: web.Request) -> bool:
         shown = request.headers.get(ADMIN_KEY, "").encode(errors="surrogateescape")
-        # Of digests: the comparison itself would tell the key's length.
+        # Compare digests: comparing the keys themselves would reveal the key's length.
         return hmac.compare_digest(sha256(shown).digest(), sha256(self._key).digest())
 
     # ---- websocket --------------------------------------------------------------------------
 
     def _connect(self, request: web.Request, accepted: bytes, peer: str) -> web.StreamResponse:
         old = request.headers.get("Sec-WebSocket-Version", "").strip() == "8"
-        # No heartbeat: PHP reads nothing while it works, and hangs up when its request is over.
+        # No heartbeat: PHP does not read while its request runs, and closes the connection at its
+        # end.
         socket = websocket.WebSocketConnection(
             buffer_bytes=self._context.client_buffer_bytes,
             max_frame_bytes=self._settings.private_max_bytes,
@@ -115,9 +120,9 @@ class PrivateChannel:
         def received(text: bytes) -> None:
             try:
                 self._outbound.add(private_messages.read(text))
-            except private_messages.Unreadable as exc:
+            except private_messages.InvalidMessage as exc:
                 self._context.metrics.refused.labels(Reason.BAD_REQUEST).inc()
-                _log.warning("Dropped a message of %s on Pydio's private path: %s", peer, exc)
+                _log.warning("Dropped a message from %s on Pydio's private path: %s", peer, exc)
 
         def closed() -> None:
             self._open.discard(socket)
@@ -142,8 +147,8 @@ class PrivateChannel:
                 to=publication.to,
                 extra=publication.extra,
             )
-        except (private_messages.Unreadable, ValueError) as exc:
-            _log.warning("Dropped a message of %s on Pydio's private path: %s", peer, exc)
+        except (private_messages.InvalidMessage, ValueError) as exc:
+            _log.warning("Dropped a message from %s on Pydio's private path: %s", peer, exc)
             return self._refused(400, Reason.BAD_REQUEST, str(exc))
         except BodyRejected as exc:
             code = Reason.LIMIT_EXCEEDED if exc.status == 413 else Reason.BAD_REQUEST

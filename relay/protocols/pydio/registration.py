@@ -1,8 +1,8 @@
-"""One browser, whichever kind: at most one workspace at a time, and what is for everybody.
+"""One browser of either kind, and the workspace that it has registered for.
 
-A workspace that may not be read leaves everything as it was (ws-server.php, `onMessage`). What a
-browser could not be told in time becomes the instruction to read its folder again, since its
-protocol has no other words for that.
+A browser receives broadcasts, and the events of at most one workspace. A request for a workspace
+that it may not read changes nothing (ws-server.php, `onMessage`). Pydio's protocol has no message
+for missed events: a browser that may have missed some is instructed to read its folder again.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 from relay.core.errors import ClientError, RelayError, Unavailable
 from relay.core.reasons import Reason
+from relay.hub.session import Client
 from relay.protocols.pydio import codec
-from relay.protocols.pydio.private_messages import EVERYBODY, workspace
+from relay.protocols.pydio.accounts import AccountMember
+from relay.protocols.pydio.private_messages import BROADCAST, workspace
 
 if TYPE_CHECKING:
     import asyncio
@@ -28,119 +32,113 @@ if TYPE_CHECKING:
 # A page sends one message for each workspace that its user opens.
 _MESSAGES_PER_S = 5.0
 _MESSAGES_BURST = 50.0
-_TRY_AGAIN_S = 1.0
-# A subscription that took longer to stand has passed over what the page may not have listed.
+_RETRY_S = 1.0
+# If a subscription takes longer than this, the page may have listed its folder before events that
+# it did not receive.
 _LATE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
-    """What a browser needs of the door; one object for all."""
+class BrowserServices:
+    """The functions that all browsers share."""
 
     subscribe: Callable[[Session, Channel, Position | None], None]
-    refused: Callable[[Reason], None]
-    ask_again: Callable[[Account, Callable[[], None]], None]
+    count_rejection: Callable[[Reason], None]
+    # Ask Pydio again about the account, then call the function.
+    renew: Callable[[Account, Callable[[], None]], None]
     loop: asyncio.AbstractEventLoop
 
 
-class Registration:
-    """The state machine; see `relay.hub.session.Client` and `accounts.Member`."""
+class Registration(Client, AccountMember):
+    """State of one browser. Subclasses implement the two transports."""
 
     __slots__ = (
         "_allowance",
-        "_around",
-        "_asked_at",
+        "_requested",
+        "_requested_at",
         "_seen_at",
-        "_wish",
+        "_services",
         "account",
         "repository",
         "session",
     )
 
-    def __init__(self, account: Account, around: Surroundings) -> None:
+    def __init__(self, account: Account, services: BrowserServices) -> None:
         self.session: Session | None = None
         self.account = account
-        # Where it is registered, or shall be as soon as streams can be read.
+        # The workspace that the browser is registered for. The subscription may still be pending.
         self.repository: str | None = None
-        self._around = around
-        # What it has asked for last and may not read; it may be granted yet.
-        self._wish: str | None = None
-        # Since when it waits for subscriptions that do not stand yet.
-        self._asked_at: dict[Channel, float] = {}
+        self._services = services
+        # The last requested workspace, if the user may not read it. It may be granted later.
+        self._requested: str | None = None
+        # Times at which pending subscriptions were requested.
+        self._requested_at: dict[Channel, float] = {}
         self._allowance = _MESSAGES_BURST
-        self._seen_at = around.loop.time()
+        self._seen_at = services.loop.time()
 
-    # ---- what the kinds do differently ------------------------------------------------------
+    # ---- implemented by subclasses ----------------------------------------------------------
 
     def encoder(self, masked: frozenset[str]) -> Encoder:
-        """The format for somebody with masks on these workspaces."""
+        """Return the encoder for a user with path masks on these workspaces."""
         raise NotImplementedError
 
-    def say(self, content: bytes) -> None:
-        """A content that is the relay's own."""
-        raise NotImplementedError
-
-    def shut_out(self, reason: str) -> None:
-        """See `accounts.Member`."""
-        raise NotImplementedError
-
-    def disconnect(self, reason: Reason) -> None:
-        """See `relay.hub.session.Client`."""
+    def send_content(self, content: bytes) -> None:
+        """Send an instruction of relay."""
         raise NotImplementedError
 
     def decided(self, repository: str, *, granted: bool) -> None:
-        """What came of a wish to register."""
+        """Handle the result of a request to register."""
 
-    def settled(self) -> None:
-        """It is in other streams now, or in a known place of one."""
+    def subscriptions_changed(self) -> None:
+        """Handle a change of the channels, or of the positions at which they began."""
 
-    # ---- from the browser -------------------------------------------------------------------
+    # ---- requests of the browser ------------------------------------------------------------
 
-    def begin(self) -> None:
-        """What is for everybody is for it, registered or not."""
-        self.join(EVERYBODY)
+    def join_broadcast(self) -> None:
+        """Deliver broadcast events, even if the browser has not registered for a workspace."""
+        self.join(BROADCAST)
 
     def register(self, repository: str) -> None:
-        """It wants events of this workspace, in the place of any other."""
-        self._wish = repository
-        if not self._grant_wish():
-            # It may have been granted a moment ago: a page asks for what its own Pydio shows it.
-            self._around.ask_again(self.account, self._wish_decided)
+        """Deliver events of this workspace, and of no other."""
+        self._requested = repository
+        if not self._grant_requested():
+            # Pydio may have granted it a moment ago: a page requests what Pydio shows to its user.
+            self._services.renew(self.account, self._on_renewed)
 
     def unregister(self) -> None:
-        """It wants events of none."""
-        self._wish = None
+        """Deliver events of no workspace."""
+        self._requested = None
         self._move_to(None)
 
-    def _wish_decided(self) -> None:
-        wish = self._wish
-        if wish is not None and not self._grant_wish() and self.alive:
-            self._around.refused(Reason.FORBIDDEN)
-            self.decided(wish, granted=False)
+    def _on_renewed(self) -> None:
+        requested = self._requested
+        if requested is not None and not self._grant_requested() and self.is_open:
+            self._services.count_rejection(Reason.FORBIDDEN)
+            self.decided(requested, granted=False)
 
-    def _grant_wish(self) -> bool:
-        wish = self._wish
-        if wish is None or not self.alive or not self.account.may_read(wish):
+    def _grant_requested(self) -> bool:
+        requested = self._requested
+        if requested is None or not self.is_open or not self.account.may_read(requested):
             return False
-        self._wish = None
-        self._move_to(wish)
+        self._requested = None
+        self._move_to(requested)
         return True
 
     def _move_to(self, repository: str | None) -> None:
         if repository == self.repository:
-            self._told_where_it_is()
+            self._confirm_registration()
             return
         if self.repository is not None:
             self._leave(workspace(self.repository))
         self.repository = repository
         if repository is None:
-            self.settled()
+            self.subscriptions_changed()
         else:
             self.join(workspace(repository))
 
     def within_rate(self) -> bool:
-        """Counts one message; False where there have been too many."""
-        now = self._around.loop.time()
+        """Count one message. Return False if there were too many."""
+        now = self._services.loop.time()
         earned = (now - self._seen_at) * _MESSAGES_PER_S
         self._seen_at = now
         self._allowance = min(_MESSAGES_BURST, self._allowance + earned) - 1
@@ -149,103 +147,111 @@ class Registration:
     # ---- subscriptions ----------------------------------------------------------------------
 
     @property
-    def alive(self) -> bool:
-        """Whether the hub still knows it."""
+    def is_open(self) -> bool:
+        """Return True if the session has not ended."""
         return self.session is not None and not self.session.closed
 
     def join(self, channel: Channel, position: Position | None = None) -> None:
-        """Follow a stream that it still wants."""
+        """Subscribe to a channel, unless the browser has left it meanwhile."""
         session = self.session
         if session is None or session.closed or not self._wants(channel):
             return
         if channel in session.subscriptions or channel in session.reserved:
             return
         if position is None:
-            self._asked_at.setdefault(channel, self._around.loop.time())
+            self._requested_at.setdefault(channel, self._services.loop.time())
         try:
-            self._around.subscribe(session, channel, position)
+            self._services.subscribe(session, channel, position)
         except Unavailable:
             self._join_later(channel)
         except ClientError as exc:
-            self._around.refused(exc.code)
+            self._services.count_rejection(exc.code)
 
     def _join_later(self, channel: Channel) -> None:
-        self._around.loop.call_later(_TRY_AGAIN_S, self.join, channel)
+        self._services.loop.call_later(_RETRY_S, self.join, channel)
 
     def _leave(self, channel: Channel) -> None:
         session = self.session
-        self._asked_at.pop(channel, None)
+        self._requested_at.pop(channel, None)
         if session is not None and (
             channel in session.subscriptions or channel in session.reserved
         ):
             session.hub.unsubscribe(session, channel)
 
     def _wants(self, channel: Channel) -> bool:
-        if channel == EVERYBODY:
+        if channel == BROADCAST:
             return True
         return self.repository is not None and channel == workspace(self.repository)
 
-    def _told_where_it_is(self) -> None:
+    def _confirm_registration(self) -> None:
         session, repository = self.session, self.repository
         if session is not None and repository and workspace(repository) in session.subscriptions:
             self.decided(repository, granted=True)
 
-    # ---- from the hub (relay.hub.session.Client) --------------------------------------------
+    # ---- callbacks of the hub ---------------------------------------------------------------
 
+    @override
     def subscribed(self, subscription: Subscription) -> None:
-        """See `relay.hub.session.Client`."""
         channel = subscription.feed.channel
-        now = self._around.loop.time()
-        if now - self._asked_at.pop(channel, now) > _LATE_S:
-            self.say(codec.RELOAD_FOLDER)
-        self.settled()
-        if channel != EVERYBODY:
-            self._told_where_it_is()
+        now = self._services.loop.time()
+        if now - self._requested_at.pop(channel, now) > _LATE_S:
+            self.send_content(codec.RELOAD_FOLDER)
+        self.subscriptions_changed()
+        if channel != BROADCAST:
+            self._confirm_registration()
 
+    @override
     def refused(self, channel: Channel, error: RelayError) -> None:
-        """Where streams cannot be read now, it is tried again."""
         if isinstance(error, Unavailable):
+            # Streams cannot be read now.
             if self._wants(channel):
                 self._join_later(channel)
             return
         if isinstance(error, ClientError):
-            self._around.refused(error.code)
+            self._services.count_rejection(error.code)
         repository = self.repository
         self._end_registration(channel)
         if repository is not None and channel == workspace(repository):
             self.decided(repository, granted=False)
 
+    @override
     def dropped(self, channel: Channel, notice: Notice) -> None:
-        """The registration is over; the notice has made the page read its workspaces again."""
+        # The notice has already instructed the page to read its workspaces again.
         del notice
         self._end_registration(channel)
 
     def _end_registration(self, channel: Channel) -> None:
-        self._asked_at.pop(channel, None)
-        if channel != EVERYBODY and self._wants(channel):
-            # Pydio may still grant it: only the site's rights were lost, which may come back.
-            self._wish, self.repository = self.repository, None
-            self.settled()
+        self._requested_at.pop(channel, None)
+        if channel != BROADCAST and self._wants(channel):
+            # The user has lost the right that relay stores, but may get it back. Pydio's own rights
+            # have not changed.
+            self._requested, self.repository = self.repository, None
+            self.subscriptions_changed()
 
+    @override
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
-        """Never called: the formats have words for every notice."""
+        # The hub does not call this: the encoders express every notice.
+        pass
 
+    @override
     def expired(self) -> None:
-        """Never called: an account has its own clock."""
+        # The hub does not call this: principals of Pydio have no expiry time.
+        pass
 
-    # ---- from the account (relay.protocols.pydio.accounts.Member) ---------------------------
+    # ---- callbacks of the account -----------------------------------------------------------
 
+    @override
     def rights_changed(self) -> None:
-        """See `accounts.Member`."""
-        wish = self._wish
-        if wish is not None:
-            # The page has not seen what happened meanwhile: it reads its folder then.
-            self._asked_at[workspace(wish)] = -math.inf
-            if not self._grant_wish():
-                del self._asked_at[workspace(wish)]
+        requested = self._requested
+        if requested is not None:
+            # If the workspace is granted now, the page must read its folder: it has received no
+            # events since its request.
+            self._requested_at[workspace(requested)] = -math.inf
+            if not self._grant_requested():
+                del self._requested_at[workspace(requested)]
 
+    @override
     def identity_changed(self, account: Account) -> None:
-        """See `accounts.Member`."""
         session = self.session
         if session is None or session.closed:
             return
@@ -253,17 +259,17 @@ class Registration:
             session.hub.change_principal(session, account.principal)
         encoder = self.encoder(account.identity.masked)
         if encoder is not session.encoder:
-            # Its place in each stream stays, so that nothing is missed or said twice.
-            places = [(channel, _place(each)) for channel, each in session.subscriptions.items()]
-            for channel, _ in places:
+            # Subscribe again at the same positions, so that no event is missed or sent twice.
+            positions = [(name, _position(each)) for name, each in session.subscriptions.items()]
+            for channel, _ in positions:
                 session.hub.unsubscribe(session, channel)
             session.encoder = encoder
-            for channel, position in places:
+            for channel, position in positions:
                 self.join(channel, position)
-        self._grant_wish()
+        self._grant_requested()
 
 
-def _place(subscription: Subscription) -> Position | None:
-    """Where it goes on; None where it has not begun."""
+def _position(subscription: Subscription) -> Position | None:
+    """Return the position to continue from, or None if delivery has not begun."""
     begun = subscription.live or subscription.cursor is not None
     return subscription.position if begun else subscription.asked

@@ -1,4 +1,4 @@
-"""The Pydio door's paths: the public channel of its browsers and the private one of PHP."""
+"""Routes of the Pydio protocol: the public channel for browsers and the private one for PHP."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from aiohttp import web
+from typing_extensions import override
 
 from relay.core.errors import (
     ClientError,
@@ -16,15 +17,15 @@ from relay.core.errors import (
     Unauthorized,
     Unavailable,
 )
-from relay.doorkit.contract import Listener
+from relay.doorkit.contract import FrontDoor, Listener, Mounted
 from relay.protocols.pydio import codec
 from relay.protocols.pydio.accounts import Account, Accounts
 from relay.protocols.pydio.browser import GOING_AWAY, Browser
 from relay.protocols.pydio.credentials import CredentialsReader
 from relay.protocols.pydio.npm.service import NpmService
-from relay.protocols.pydio.outbound import Outbound
+from relay.protocols.pydio.outbound import OutboundQueue
 from relay.protocols.pydio.private import ADMIN_KEY, PrivateChannel
-from relay.protocols.pydio.registration import Surroundings
+from relay.protocols.pydio.registration import BrowserServices
 from relay.protocols.pydio.server import PydioServer
 from relay.protocols.pydio.settings import PydioSettings
 from relay.transports.socket import websocket
@@ -44,8 +45,8 @@ _HTTP_STATUS: dict[type[RelayError], int] = {
 }
 
 
-class MountedPydio:
-    """The door at work."""
+class MountedPydio(Mounted):
+    """The Pydio protocol while it is served."""
 
     def __init__(self, context: DoorContext, settings: PydioSettings) -> None:
         loop = asyncio.get_running_loop()
@@ -53,33 +54,33 @@ class MountedPydio:
         self._settings = settings
         self._gauge = context.metrics.connections.labels("pydio")
         self._reaper = Reaper()
-        self._outbound = Outbound(context.publish, clock=loop.time)
+        self._outbound = OutboundQueue(context.publish, clock=loop.time)
         self._private = PrivateChannel(context, settings, self._outbound, self._reaper, loop)
         self._accounts = Accounts(
             PydioServer(settings, context.http),
             settings,
             spawn=context.spawn,
             recheck=context.hub.recheck,
-            clock=loop.time,
+            loop=loop,
         )
-        context.on_drop(lambda _, user: self._accounts.ask_soon(user))
-        self._around = Surroundings(
+        context.on_drop(lambda _, user: self._accounts.rights_changed(user))
+        self._services = BrowserServices(
             subscribe=context.subscribe,
-            refused=lambda code: context.metrics.refused.labels(code).inc(),
-            ask_again=self._ask_again,
+            count_rejection=lambda code: context.metrics.refused.labels(code).inc(),
+            renew=self._renew,
             loop=loop,
         )
         self._npm = NpmService(
             context,
             settings,
             self._accounts,
-            self._around,
+            self._services,
             reader=lambda: self._reader,
             on_count=self._count,
         )
         private = _routes(settings.private_path, self._private.handle)
         self.listeners: list[Listener] = []
-        # PHP never sends anything again.
+        # PHP does not repeat messages, so its path is served until the end of a shutdown.
         self.producers: Sequence[web.AbstractRouteDef] = ()
         if settings.private_port:
             self.routes = _routes(settings.public_path, self._public)
@@ -96,10 +97,10 @@ class MountedPydio:
             self.routes = _routes(settings.public_path, self._either)
             self.producers = _routes(settings.public_path, self._with_key)
         else:
-            # A key opens nothing on the public path: a proxy may show that one to everybody.
+            # Don't accept the key on the public path, because a proxy may expose it to everyone.
             self.routes = _routes(settings.public_path, self._public) + private
             self.producers = private
-        # Socket.IO clients put a slash behind their path.
+        # Socket.IO clients append a slash to their path.
         slash = f"{settings.public_path}/"
         self.routes += [
             web.options(settings.public_path, self._npm.endpoint.handle),
@@ -108,14 +109,11 @@ class MountedPydio:
         self._open = 0
         self._last_closed = asyncio.Event()
         self.reload(settings)
-        self._tasks = {
-            context.spawn(self._accounts.run(), name="pydio accounts"),
-            context.spawn(self._outbound.run(), name="pydio outbound"),
-        }
+        self._tasks = {context.spawn(self._outbound.run(), name="pydio outbound")}
 
+    @override
     def reload(self, settings: PydioSettings) -> None:
-        """See `relay.doorkit.contract.Mounted`. Paths stay until a restart, and heartbeats of open
-        connections keep their pace."""
+        # Paths change at a restart only. Open connections keep their heartbeat interval.
         self._settings = settings
         self.drain_s = settings.drain_s
         self._reader = CredentialsReader(settings)
@@ -126,20 +124,21 @@ class MountedPydio:
             interval_s=settings.heartbeat_s,
             beat=websocket.PING,
             deadline_s=settings.pong_timeout_s,
-            farewell=websocket.frame_close(GOING_AWAY, "no answer to pings"),
+            farewell=websocket.frame_close(GOING_AWAY, "no response to pings"),
         )
 
+    @override
     async def closed(self) -> None:
-        """See `relay.doorkit.contract.Mounted`; what PHP has sent is in its streams by then."""
+        self._accounts.close()
         await self._private.closed()
-        await self._outbound.settled()
+        await self._outbound.wait_empty()
         await self._npm.closed()
         if self._open:
             self._last_closed.clear()
             await self._last_closed.wait()
 
     async def _either(self, request: web.Request) -> web.StreamResponse:
-        # 6.4.2 has one path: only the header tells PHP from a browser.
+        # Pydio 6.4.2 has one path for both. Only PHP sends the Admin-Key header.
         if _is_private(request):
             return await self._private.handle(request)
         return await self._public(request)
@@ -168,20 +167,22 @@ class MountedPydio:
         if isinstance(accepted, web.Response):
             return accepted
         if not self._settings.auth_url:
-            raise Unavailable("[protocol:pydio] auth_url is empty: nobody can be identified")
+            raise Unavailable(
+                "[protocol:pydio] auth_url is empty: browsers cannot be authenticated"
+            )
         context = self._context
         credentials = self._reader.read(request.headers, request.query)
-        async with self._accounts.entering(credentials) as account:
-            browser = Browser(account, self._around)
+        async with self._accounts.connecting(credentials) as account:
+            browser = Browser(account, self._services)
             encoder = codec.encoder_for(account.identity.masked)
             session = await context.open(account.principal, encoder, browser)
             browser.session = session
             account.members.add(browser)
         if not account.valid:
-            # It was ended while the seat was being taken.
-            self._accounts.leave(account, browser)
+            # Pydio rejected the credentials while the session was being opened.
+            self._accounts.remove_member(account, browser)
             session.end()
-            raise Unauthorized("Pydio knows nobody by this any more")
+            raise Unauthorized("Pydio session expired")
         socket = websocket.WebSocketConnection(
             buffer_bytes=context.client_buffer_bytes,
             max_frame_bytes=_MAX_FRAME_BYTES,
@@ -191,7 +192,7 @@ class MountedPydio:
 
         def closed() -> None:
             self._count(-1)
-            self._accounts.leave(account, browser)
+            self._accounts.remove_member(account, browser)
             session.end()
 
         self._count(1)
@@ -205,7 +206,7 @@ class MountedPydio:
         context.hub.flush_soon()
         return response
 
-    def _ask_again(self, account: Account, then: Callable[[], None]) -> None:
+    def _renew(self, account: Account, then: Callable[[], None]) -> None:
         async def ask() -> None:
             await self._accounts.renew(account)
             then()
@@ -231,11 +232,11 @@ def _routes(
     return [web.get(path, handler, allow_head=False), web.post(path, handler)]
 
 
-class PydioDoor:
+class PydioDoor(FrontDoor):
     """Serves Pydio's browsers and PHP."""
 
+    @override
     def mount(self, context: DoorContext, settings: PydioSettings) -> MountedPydio:
-        """Return the protocol's routes."""
         return MountedPydio(context, settings)
 
 

@@ -1,4 +1,4 @@
-"""[protocol:pydio]: the door of Pydio 6.4 to 8."""
+"""Settings of the Pydio protocol, for Pydio 6.4 to 8."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import ClassVar
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
+from typing_extensions import override
 
 from relay.config.settings import ListenerSection, Section
 
@@ -42,8 +43,9 @@ class PydioSettings(ListenerSection):
     drain_s: float = Field(30.0, ge=0, le=300, description="On shutdown, keep browsers connected for this time, because they do not reconnect until their page is reloaded.")
 
     @property
+    @override
     def missing(self) -> str:
-        """See `Section`. Without a key PHP could not be told from any other client."""
+        # Without a key, PHP cannot be distinguished from other clients.
         return "" if self.key.get_secret_value() else "key"
 
     @field_validator("auth_url")
@@ -75,19 +77,19 @@ class PydioSettings(ListenerSection):
     def _are_origins(cls, text: str) -> str:
         for origin in split(text):
             parts = urlsplit(origin)
-            # No '*': with a cookie it would let any page read as the user.
+            # Reject '*': it would let any page connect with the user's cookie.
             if parts.scheme not in {"http", "https"} or not parts.hostname or "*" in origin or "@" in origin or origin != f"{parts.scheme}://{parts.netloc}":
                 raise ValueError(f"{origin!r} is not an origin such as https://files.example.org")
         return text
 
     @model_validator(mode="after")
-    def _holds_longer_than_it_asks(self) -> PydioSettings:
+    def _hold_is_not_shorter_than_recheck(self) -> PydioSettings:
         if self.hold_s < self.recheck_s:
-            raise ValueError("hold_s is at least recheck_s")
+            raise ValueError("hold_s must be at least recheck_s")
         return self
 
     def origins(self) -> frozenset[str]:
-        """The allowed origins besides the relay's own, as browsers write them: without the scheme's own port."""
+        """Return the additional origins as browsers send them: without the scheme's default port."""
         origins = (origin.lower() for origin in split(self.allowed_origins))
         return frozenset(origin.removesuffix(":443" if origin.startswith("https:") else ":80") for origin in origins)
 
@@ -96,5 +98,5 @@ SETTINGS = PydioSettings
 
 
 def split(text: str) -> list[str]:
-    """The parts of a list separated by commas."""
+    """Split a list at its commas."""
     return [part.strip() for part in text.split(",") if part.strip()]

@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
+from typing_extensions import override
+
 from relay.core.errors import RelayError, Unavailable
 from relay.core.reasons import Reason
 from relay.hub import cursor
 from relay.protocols.pydio import codec
-from relay.protocols.pydio.private_messages import EVERYBODY, workspace
+from relay.protocols.pydio.private_messages import BROADCAST, workspace
 from relay.protocols.pydio.registration import Registration
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from relay.hub.session import Subscription
     from relay.protocols.pydio.accounts import Account
     from relay.protocols.pydio.npm.encoders import NpmEncoder
-    from relay.protocols.pydio.registration import Surroundings
+    from relay.protocols.pydio.registration import BrowserServices
     from relay.transports.socketio.connection import Acknowledge
 
 
@@ -29,7 +31,7 @@ class BrowserConnection(Protocol):
     def encoder(self, masked: frozenset[str]) -> NpmEncoder:
         """Return the encoder for a user with path masks on these workspaces."""
 
-    def moved(self) -> None:
+    def subscriptions_changed(self) -> None:
         """Save the session again, because its channels or positions have changed."""
 
     def server_disconnect(self) -> None:
@@ -42,16 +44,16 @@ class BrowserConnection(Protocol):
 class NpmBrowser(Registration):
     """The Socket.IO side of a registration."""
 
-    __slots__ = ("_admitted", "_awaited", "_connection", "_expected", "_positions", "_start")
+    __slots__ = ("_acknowledge", "_admitted", "_connection", "_positions", "_start", "_unconfirmed")
 
     def __init__(
-        self, account: Account, around: Surroundings, connection: BrowserConnection
+        self, account: Account, services: BrowserServices, connection: BrowserConnection
     ) -> None:
-        super().__init__(account, around)
+        super().__init__(account, services)
         self._connection = connection
-        self._awaited: tuple[str, Acknowledge] | None = None
-        self._admitted: asyncio.Future[None] = around.loop.create_future()
-        self._expected: set[Channel] = set()
+        self._acknowledge: tuple[str, Acknowledge] | None = None
+        self._admitted: asyncio.Future[None] = services.loop.create_future()
+        self._unconfirmed: set[Channel] = set()
         self._start: dict[Channel, bytes] = {}
 
     async def enter(self, repository: str | None, positions: Mapping[Channel, Position]) -> None:
@@ -60,30 +62,30 @@ class NpmBrowser(Registration):
         Returns once the subscriptions are confirmed. Raises Unavailable.
         """
         self.repository = repository
-        self._expected = set(channels_of(repository))
+        self._unconfirmed = set(channels_of(repository))
         for channel in channels_of(repository):
             self.join(channel, positions.get(channel))
         await self._admitted
 
-    def asks(self, repository: str | None, acknowledge: Acknowledge | None) -> None:
+    def request(self, repository: str | None, acknowledge: Acknowledge | None) -> None:
         """Register for a workspace, or unregister if it is None."""
-        if self._awaited is not None:
-            self._awaited[1]({"ok": False})
-        self._awaited = None
+        if self._acknowledge is not None:
+            self._acknowledge[1]({"ok": False})
+        self._acknowledge = None
         if repository is None:
             self.unregister()
             if acknowledge is not None:
                 acknowledge({"ok": True})
             return
         if acknowledge is not None:
-            self._awaited = (repository, acknowledge)
+            self._acknowledge = (repository, acknowledge)
         self.register(repository)
 
-    def gone(self) -> None:
+    def close(self) -> None:
         """End the registration, because the connection is closed or another one has the session."""
         self.account.members.discard(self)
         if not self._admitted.done():
-            self._admitted.set_exception(Unavailable("the client has gone"))
+            self._admitted.set_exception(Unavailable("the client has disconnected"))
             # Retrieve the exception, because no task may be waiting for it yet.
             self._admitted.exception()
 
@@ -91,70 +93,71 @@ class NpmBrowser(Registration):
         """Return a cursor of the positions where the browser's subscriptions began."""
         return cursor.join(self._start.values()).decode()
 
-    # ---- see `Registration` -----------------------------------------------------------------
+    # ---- of `Registration` ------------------------------------------------------------------
 
+    @override
     def encoder(self, masked: frozenset[str]) -> NpmEncoder:
-        """See `Registration`."""
         return self._connection.encoder(masked)
 
-    def say(self, content: bytes) -> None:
-        """See `Registration`."""
+    @override
+    def send_content(self, content: bytes) -> None:
         session = self.session
         if session is not None:
             encoder = self.encoder(self.account.identity.masked)
             session.reply(encoder.content(content, session.subscriptions))
 
-    def shut_out(self, reason: str) -> None:
-        """See `Registration`."""
+    @override
+    def unauthorized(self, reason: str) -> None:
         del reason
         self._connection.server_disconnect()
 
+    @override
     def disconnect(self, reason: Reason) -> None:
-        """See `Registration`."""
         if reason == Reason.STOPPING:
             self._connection.stop()
         else:
             self._connection.server_disconnect()
 
+    @override
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
-        """See `relay.hub.session.Client`; with the client's own cursor."""
+        # The frame contains the client's own cursor, so that the encoder cannot build it.
         del subscription
-        self.say(codec.content_of(notice))
+        self.send_content(codec.content_of(notice))
 
+    @override
     def decided(self, repository: str, *, granted: bool) -> None:
-        """See `Registration`."""
-        if self._awaited is not None and self._awaited[0] == repository:
-            awaited, self._awaited = self._awaited, None
-            awaited[1]({"ok": granted})
+        if self._acknowledge is not None and self._acknowledge[0] == repository:
+            pending, self._acknowledge = self._acknowledge, None
+            pending[1]({"ok": granted})
 
+    @override
     def subscribed(self, subscription: Subscription) -> None:
-        """See `relay.hub.session.Client`."""
         channel = subscription.feed.channel
         self._start[channel] = cursor.part(channel, subscription.position)
         super().subscribed(subscription)
-        self._stands(channel)
+        self._confirmed(channel)
 
+    @override
     def refused(self, channel: Channel, error: RelayError) -> None:
-        """See `relay.hub.session.Client`."""
         if isinstance(error, Unavailable) and not self._admitted.done():
             # The connection will be closed, and the client reconnects by itself.
             self._admitted.set_exception(error)
             return
         super().refused(channel, error)
-        self._stands(channel)
+        self._confirmed(channel)
 
-    def settled(self) -> None:
-        """See `Registration`."""
+    @override
+    def subscriptions_changed(self) -> None:
         wanted = set(channels_of(self.repository))
         self._start = {name: part for name, part in self._start.items() if name in wanted}
-        self._connection.moved()
+        self._connection.subscriptions_changed()
 
-    def _stands(self, channel: Channel) -> None:
-        self._expected.discard(channel)
-        if not self._expected and not self._admitted.done():
+    def _confirmed(self, channel: Channel) -> None:
+        self._unconfirmed.discard(channel)
+        if not self._unconfirmed and not self._admitted.done():
             self._admitted.set_result(None)
 
 
 def channels_of(repository: str | None) -> list[Channel]:
     """Return the channels of a browser that is registered for this workspace."""
-    return [EVERYBODY] if repository is None else [EVERYBODY, workspace(repository)]
+    return [BROADCAST] if repository is None else [BROADCAST, workspace(repository)]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from relay.protocols.pydio.accounts import Account, Accounts
     from relay.protocols.pydio.credentials import CredentialsReader
     from relay.protocols.pydio.npm.encoders import Encoders, NpmEncoder
-    from relay.protocols.pydio.registration import Surroundings
+    from relay.protocols.pydio.registration import BrowserServices
     from relay.transports.engineio.engine import Engine
     from relay.transports.socket.exchange import HttpRequest
 
@@ -29,12 +29,12 @@ _ADMISSION_S = 10.0
 _GOODBYE_S = 1.0
 
 
-class NpmClientOwner(Protocol):
-    """What the npm clients of this worker share."""
+class NpmClientServices(Protocol):
+    """State and functions that the npm clients of this worker share."""
 
     context: DoorContext
     accounts: Accounts
-    around: Surroundings
+    browser_services: BrowserServices
     namespace: str
     encoders: Encoders
     # Their state is the workspace that the client has registered for.
@@ -44,20 +44,20 @@ class NpmClientOwner(Protocol):
     def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         """Start a task that ends with the relay."""
 
-    def gone(self, client: NpmClient) -> None:
+    def remove(self, client: NpmClient) -> None:
         """Remove a client whose connection is closed."""
 
 
 class NpmClient:
-    """One connection; see `relay.transports.socketio.connection.Handler`."""
+    """The Socket.IO connection of one client."""
 
-    def __init__(self, kind: NpmClientOwner, engine: Engine, asked: HttpRequest) -> None:
-        self.kind = kind
+    def __init__(self, service: NpmClientServices, engine: Engine, request: HttpRequest) -> None:
+        self.service = service
         self.engine = engine
         self.connection = SocketIoConnection(engine, self)
         self.pid = ""
         self.sid = ""
-        self._asked = asked
+        self._request = request
         self._rejected = False
         self._browser: NpmBrowser | None = None
         engine.on_message = self.connection.on_message
@@ -70,11 +70,11 @@ class NpmClient:
     def connecting(self, namespace: str, auth: Mapping[str, Any], query: str) -> None:
         """Ask Pydio for the user, then join. Nothing is sent to the client before that."""
         del query
-        if namespace == self.kind.namespace:
+        if namespace == self.service.namespace:
             # A client that was rejected cannot try again on the same connection: each attempt is a
             # request to Pydio.
             if not self._rejected:
-                self.kind.spawn(self._join(dict(auth)), "pydio join")
+                self.service.spawn(self._join(dict(auth)), "pydio join")
         elif namespace == "/" and self.connection.version == 3:
             # Every 2.x client connects to "/" by itself. It receives no events there.
             self.connection.accept("/", self.engine.sid)
@@ -86,7 +86,7 @@ class NpmClient:
     ) -> None:
         """Handle `register` and `unregister`; ignore other events."""
         browser = self._browser
-        if namespace != self.kind.namespace or browser is None or not browser.alive:
+        if namespace != self.service.namespace or browser is None or not browser.is_open:
             return
         if not browser.within_rate():
             self.server_disconnect()
@@ -95,15 +95,15 @@ class NpmClient:
             if isinstance(repository, int) and not isinstance(repository, bool):
                 repository = str(repository)
             if isinstance(repository, str):
-                browser.asks(repository, acknowledge)
+                browser.request(repository, acknowledge)
             elif acknowledge is not None:
                 acknowledge({"ok": False})
         elif name == "unregister":
-            browser.asks(None, acknowledge)
+            browser.request(None, acknowledge)
 
     def left(self, namespace: str) -> None:
         """End the session for good, because the client has left."""
-        if namespace == self.kind.namespace:
+        if namespace == self.service.namespace:
             self._forget()
             self.end()
             self.engine.close()
@@ -113,37 +113,37 @@ class NpmClient:
         del reason
         self._stop_timer()
         self.end()
-        self.kind.gone(self)
+        self.service.remove(self)
 
     # ---- joining ----------------------------------------------------------------------------
 
     async def _join(self, auth: dict[str, Any]) -> None:
-        kind = self.kind
+        service = self.service
         try:
-            asked = self._asked
-            credentials = kind.reader().read(asked.headers, asked.query, auth)
-            async with kind.accounts.entering(credentials) as account:
-                await self._enter(account, auth)
+            request = self._request
+            credentials = service.reader().read(request.headers, request.query, auth)
+            async with service.accounts.connecting(credentials) as account:
+                await self._join_as(account, auth)
         except RelayError as exc:
             self.end()
-            self._refuse(exc)
+            self._reject(exc)
 
-    async def _enter(self, account: Account, auth: dict[str, Any]) -> None:
-        kind, connection = self.kind, self.connection
+    async def _join_as(self, account: Account, auth: dict[str, Any]) -> None:
+        service, connection = self.service, self.connection
         if self.engine.closing:
-            raise Unavailable("the client has gone")
+            raise Unavailable("the client has disconnected")
         user = account.identity.user
-        kept = await kind.sessions.find(auth, user) if connection.version == 4 else None
-        browser = self._browser = NpmBrowser(account, kind.around, self)
+        kept = await service.sessions.find(auth, user) if connection.version == 4 else None
+        browser = self._browser = NpmBrowser(account, service.browser_services, self)
         encoder = browser.encoder(account.identity.masked)
-        session = await kind.context.open(account.principal, encoder, browser)
+        session = await service.context.open(account.principal, encoder, browser)
         if self._browser is not browser:
             session.end()
-            raise Unavailable("the client has gone")
+            raise Unavailable("the client has disconnected")
         browser.session = session
         account.members.add(browser)
         if not account.valid:
-            raise Unauthorized("Pydio knows nobody by this any more")
+            raise Unauthorized("Pydio session expired")
         record: SavedSession[str | None] | None = None
         positions: dict[Channel, Position] = {}
         if kept is not None:
@@ -154,7 +154,7 @@ class NpmClient:
                 found = record.positions(auth, channels_of(record.state))
                 positions, record = (found, record) if found is not None else ({}, None)
         if record is not None and kept is not None:
-            kind.sessions.take_over(kept[0], record)
+            service.sessions.take_over(kept[0], record)
             self.pid, self.sid = kept[0], record.sid
         else:
             self.sid = secrets.token_urlsafe(15)
@@ -162,40 +162,40 @@ class NpmClient:
             async with asyncio.timeout(_ADMISSION_S):
                 await browser.enter(record.state if record else None, positions)
         except TimeoutError:
-            raise Unavailable("streams cannot be read now") from None
+            raise Unavailable("streams cannot be read now, because Redis is unreachable") from None
         await self._begin(session, browser, record)
 
     async def _begin(
         self, session: Session, browser: NpmBrowser, record: SavedSession[str | None] | None
     ) -> None:
-        kind, connection = self.kind, self.connection
+        service, connection = self.service, self.connection
         if record is None and connection.version == 4:
             self.pid = new_pid()
-        if self.pid and not await kind.sessions.save_first(self.pid, self._saved(browser)):
+        if self.pid and not await service.sessions.save_first(self.pid, self._saved(browser)):
             self.pid = ""
-        if self.engine.closing or session.closed or not connection.wants(kind.namespace):
-            raise Unavailable("the client has gone")
+        if self.engine.closing or session.closed or not connection.wants(service.namespace):
+            raise Unavailable("the client has disconnected")
         self._stop_timer()
         self.engine.authorize()
         connection.out = session.reply
-        connection.accept(kind.namespace, self.sid, **({"pid": self.pid} if self.pid else {}))
+        connection.accept(service.namespace, self.sid, **({"pid": self.pid} if self.pid else {}))
         self.engine.on_full, self.engine.on_drained = session.pause, session.resume
-        kind.sessions.joined(self)
+        service.sessions.joined(self)
         session.attach(self.engine)
         if self.engine.full:
             session.pause()
 
-    def _refuse(self, error: RelayError) -> None:
+    def _reject(self, error: RelayError) -> None:
         if self.engine.closing:
             return
-        kind, connection = self.kind, self.connection
+        service, connection = self.service, self.connection
         if not isinstance(error, ClientError):
             # Temporary errors must not be sent as CONNECT_ERROR: a client would stop reconnecting.
             self.engine.close()
             return
-        kind.around.refused(error.code)
-        connection.refuse(kind.namespace, str(error), {"code": error.code})
-        connection.server_disconnect(kind.namespace)
+        service.browser_services.count_rejection(error.code)
+        connection.refuse(service.namespace, str(error), {"code": error.code})
+        connection.server_disconnect(service.namespace)
         self._close_soon()
 
     # ---- ending -----------------------------------------------------------------------------
@@ -204,8 +204,8 @@ class NpmClient:
         """Disconnect the client for good: it does not reconnect (`io server disconnect`)."""
         self._forget()
         browser = self._browser
-        if browser is not None and browser.alive:
-            self.connection.leave(self.kind.namespace)
+        if browser is not None and browser.is_open:
+            self.connection.leave(self.service.namespace)
         self.end()
         self._close_soon()
 
@@ -224,18 +224,18 @@ class NpmClient:
         return SavedSession(
             sid=self.sid,
             user=browser.account.identity.user,
-            worker=self.kind.context.bus.address,
+            worker=self.service.context.bus.address,
             state=browser.repository,
             start=browser.start(),
         )
 
     def encoder(self, masked: frozenset[str]) -> NpmEncoder:
         """Return the encoder for a user with path masks on these workspaces."""
-        return self.kind.encoders.get(self.connection.version, masked)
+        return self.service.encoders.get(self.connection.version, masked)
 
-    def moved(self) -> None:
+    def subscriptions_changed(self) -> None:
         """Save the session again, because its channels or positions have changed."""
-        self.kind.sessions.changed(self)
+        self.service.sessions.changed(self)
 
     def stop(self) -> None:
         """Close the connection, so that the client reconnects to another worker."""
@@ -247,8 +247,8 @@ class NpmClient:
         browser, self._browser = self._browser, None
         if browser is None:
             return
-        self.kind.sessions.left(self)
-        browser.gone()
+        self.service.sessions.left(self)
+        browser.close()
         session = browser.session
         if session is not None and not session.closed:
             session.write_out()
@@ -260,11 +260,11 @@ class NpmClient:
     def _forget(self) -> None:
         pid, self.pid = self.pid, ""
         if pid:
-            self.kind.sessions.forget(pid)
+            self.service.sessions.forget(pid)
 
     def _close_soon(self) -> None:
-        # Not at once: a 4.x client handles packets a turn later than the end of its transport, and
-        # would not see them.
+        # A 4.x client handles packets one turn after the end of its transport, and would miss a
+        # packet that is followed by the end at once.
         self._rejected = True
         self._stop_timer()
         self._timer = asyncio.get_running_loop().call_later(_GOODBYE_S, self.engine.close)

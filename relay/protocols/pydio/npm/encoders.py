@@ -1,8 +1,8 @@
-"""The npm kind's formats: `message` events with the content.
+"""Formats of the npm clients: `message` events with the content.
 
-A client of Engine.IO 4 gets its cursor as a second argument, which is where those from 4.6 on look
-for what upstream calls the offset; it comes back with them when they reconnect. All who are in the
-same workspace and have seen the same share one frame.
+Clients of Engine.IO 4 receive their cursor as a second argument. Socket.IO clients from 4.6 on
+store the last argument as the session's offset, and send it when they reconnect. Clients that are
+in the same workspace and have received the same events share one frame.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import orjson
+from typing_extensions import override
 
 from relay.hub import cursor
 from relay.hub.encoding import frame
-from relay.protocols.pydio.codec import RELOAD_FOLDER, content_of, hides
+from relay.hub.session import Encoder
+from relay.protocols.pydio.codec import RELOAD_FOLDER, content_of, needs_masking
 from relay.transports.socket.websocket import frame_text
 from relay.transports.socketio import codec
 
@@ -26,36 +28,38 @@ if TYPE_CHECKING:
 MESSAGE = "message"
 
 
-class NpmEncoder:
-    """One generation: Engine.IO 3 or 4."""
+class NpmEncoder(Encoder):
+    """Format of Engine.IO 3 or 4."""
 
     door = "pydio"
 
     def __init__(
         self, version: int, namespace: str, masked: frozenset[str], plain: NpmEncoder | None
     ) -> None:
-        """`plain` is the same without masks."""
+        """`plain` is the encoder of this version without masks, if this one has masks."""
         self.personal = version == 4
         self._version = version
         self._namespace = namespace
         self._masked = masked
         self._plain = plain
-        # Where live clients are in a stream is the same for all of them.
+        # The cursor part of a stream is the same for all live clients.
         self._live: WeakKeyDictionary[SubscriptionFeed, tuple[EntryID, bytes]] = WeakKeyDictionary()
         self._last: tuple[bytes, bytes, bytes] = (b"", b"", b"")
 
+    @override
     def event(self, event: Event) -> bytes:
-        """The frames; for Engine.IO 4 the packet without its end."""
-        if self._plain is not None and not hides(event, self._masked):
+        # For Engine.IO 4: the beginning of the packet. `personal_event` appends the cursor.
+        if self._plain is not None and not needs_masking(event, self._masked):
             return frame(self._plain, event)
         return self._begin(event.data if self._plain is None else RELOAD_FOLDER)
 
     def _begin(self, content: bytes) -> bytes:
-        said = b'["%b",%b' % (MESSAGE.encode(), orjson.dumps(content.decode()))
+        arguments = b'["%b",%b' % (MESSAGE.encode(), orjson.dumps(content.decode()))
         if self._version == 3:
-            return codec.frames(codec.packet(codec.EVENT, self._namespace, said + b"]"), (), 3)
-        return b"4" + codec.packet(codec.EVENT, self._namespace, said)
+            return codec.frames(codec.packet(codec.EVENT, self._namespace, arguments + b"]"), (), 3)
+        return b"4" + codec.packet(codec.EVENT, self._namespace, arguments)
 
+    @override
     def personal_event(
         self,
         event: Event,
@@ -63,7 +67,6 @@ class NpmEncoder:
         subscription: Subscription,
         shared: bytes,
     ) -> bytes:
-        """The packet's end with the client's cursor."""
         del event
         at = self._cursor(subscription, position)
         last = self._last
@@ -72,15 +75,16 @@ class NpmEncoder:
         return last[2]
 
     def content(self, content: bytes, subscriptions: dict[Channel, Subscription]) -> bytes:
-        """A content of the relay's own for one client."""
+        """Encode an instruction of relay for one client."""
         begun = self._begin(content)
         if self._version == 3:
             return begun
         at = cursor.join(self._part(each) for each in subscriptions.values() if has_begun(each))
         return frame_text(b'%b,"%b"]' % (begun, at))
 
+    @override
     def notice(self, channel: Channel, notice: Notice) -> bytes | None:
-        """The same instructions as for the other kind; with a cursor they are each client's own."""
+        # In Engine.IO 4 the frame contains the client's cursor: `NpmBrowser.noticed` sends it.
         del channel
         return None if self._version == 4 else self._begin(content_of(notice))
 
@@ -105,23 +109,25 @@ class NpmEncoder:
 
 
 def has_begun(subscription: Subscription) -> bool:
-    """Whether its place in the stream is known."""
+    """Return True if the subscription's position in the stream is known."""
     return subscription.live or subscription.cursor is not None
 
 
 class Encoders:
-    """One object for all clients of a generation whose masks are the same."""
+    """The encoders. Clients with the same version and masks share one."""
 
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
-        nobody: frozenset[str] = frozenset()
-        self._plain = {version: NpmEncoder(version, namespace, nobody, None) for version in (3, 4)}
+        no_masks: frozenset[str] = frozenset()
+        self._plain = {
+            version: NpmEncoder(version, namespace, no_masks, None) for version in (3, 4)
+        }
         self._masked: WeakValueDictionary[tuple[int, frozenset[str]], NpmEncoder] = (
             WeakValueDictionary()
         )
 
     def get(self, version: int, masked: frozenset[str]) -> NpmEncoder:
-        """For somebody with masks on these workspaces."""
+        """Return the encoder for a user with masks on these workspaces."""
         plain = self._plain[version]
         if not masked:
             return plain

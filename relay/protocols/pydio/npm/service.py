@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from relay.doorkit.contract import DoorContext
     from relay.protocols.pydio.accounts import Accounts
     from relay.protocols.pydio.credentials import CredentialsReader
-    from relay.protocols.pydio.registration import Surroundings
+    from relay.protocols.pydio.registration import BrowserServices
     from relay.protocols.pydio.settings import PydioSettings
     from relay.transports.engineio.engine import Engine
     from relay.transports.socket.exchange import HttpRequest
@@ -36,13 +36,13 @@ class NpmService:
         context: DoorContext,
         settings: PydioSettings,
         accounts: Accounts,
-        around: Surroundings,
+        services: BrowserServices,
         reader: Callable[[], CredentialsReader],
         on_count: Callable[[int], None],
     ) -> None:
         self.context = context
         self.accounts = accounts
-        self.around = around
+        self.browser_services = services
         self.namespace = settings.npm_namespace
         self.encoders = Encoders(settings.npm_namespace)
         self.sessions: RecoverableSessions[str | None] = RecoverableSessions(
@@ -67,7 +67,7 @@ class NpmService:
         self.endpoint.reload(_timing(settings))
 
     def spawn(self, coroutine: Any, name: str) -> None:
-        """Start a task that ends with the relay."""
+        """Start a task that ends with the worker."""
         task = self.context.spawn(coroutine, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -78,13 +78,13 @@ class NpmService:
             client.engine.close()
         await self.endpoint.closed()
 
-    def _opened(self, engine: Engine, asked: HttpRequest) -> None:
-        client = NpmClient(self, engine, asked)
+    def _opened(self, engine: Engine, request: HttpRequest) -> None:
+        client = NpmClient(self, engine, request)
         self._clients.add(client)
         self._on_count(1)
         client.connection.opened()
 
-    def gone(self, client: NpmClient) -> None:
+    def remove(self, client: NpmClient) -> None:
         """Remove a client whose connection is closed. Its session can be resumed for a while."""
         self._clients.discard(client)
         self._on_count(-1)

@@ -25,10 +25,10 @@ from relay.protocols.pydio.hosts import AuthorisedHosts
         (["0.0.0.0/0"], "@", False),
     ],
 )
-async def test_who_may_connect(hosts: list[str], peer: str, allowed: bool) -> None:
+async def test_allows_authorised_hosts_only(hosts: list[str], peer: str, allowed: bool) -> None:
     assert await AuthorisedHosts(hosts, clock=lambda: 0.0).allow(peer) is allowed
 
 
-def test_a_broken_network_is_an_error() -> None:
+def test_rejects_an_invalid_network() -> None:
     with pytest.raises(ValueError, match="10.0.0.1/8"):
         AuthorisedHosts(["10.0.0.1/8"], clock=lambda: 0.0)

@@ -1,4 +1,4 @@
-"""Pydio's answer about a browser, by the XML of its source."""
+"""Responses of `ws_authenticate`, built from the XML in Pydio's source."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def answer(user: str) -> bytes:
     return f"{HEAD}<tree >{user}</tree>".encode()
 
 
-def test_user_group_and_workspaces() -> None:
+def test_reads_user_group_and_workspaces() -> None:
     xml = answer(
         '<user groupPath="/a &amp; b" id="ann"><active_repo id="1" write="1" read="1"/>'
         '<repositories><repo access_type="fs" id="1" repositorySlug="one" acl="rw"><label>One'
@@ -47,18 +47,18 @@ def test_an_installation_without_users() -> None:
         "",
     ],
 )
-def test_whom_pydio_does_not_know(tree: str) -> None:
+def test_rejects_a_response_without_a_user(tree: str) -> None:
     with pytest.raises(Unauthorized):
         read(answer(tree))
 
 
 @pytest.mark.parametrize("text", [b"", b"<h1>Fatal error", b"\xff\xfe", b"{}", b"<?xml encoding?>"])
-def test_what_is_no_answer(text: bytes) -> None:
+def test_rejects_a_response_that_is_not_xml(text: bytes) -> None:
     with pytest.raises(InvalidResponse):
         read(text)
 
 
-def test_entities_do_not_grow_without_bound() -> None:
+def test_the_expansion_of_entities_is_limited() -> None:
     entities = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 20}">' for n in range(1, 12))
     bomb = f'<?xml version="1.0"?><!DOCTYPE t [<!ENTITY e0 "x">{entities}]><t>&e11;</t>'
     with pytest.raises(InvalidResponse):

@@ -1,4 +1,4 @@
-"""What PHP has sent: its order and its patience, whatever Redis does."""
+"""The queue of PHP's messages keeps their order while Redis is unreachable."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 from relay.core.errors import LimitExceeded, RedisUnavailable
 from relay.core.model import Channel, EntryID
 from relay.protocols.pydio import outbound
-from relay.protocols.pydio.outbound import Outbound
+from relay.protocols.pydio.outbound import OutboundQueue
 from relay.protocols.pydio.private_messages import Publication
 
 ONE = Channel("pydio:1")
 
 
 class Stream:
-    """Appends as told: each attempt takes the next of `answers`, then all succeed."""
+    """Each attempt has the next result of `answers`. Later ones succeed."""
 
     def __init__(self, answers: Iterable[Exception | None] = ()) -> None:
         self.answers = list(answers)
@@ -50,15 +50,15 @@ class Stream:
 
 async def sent(stream: Stream, count: int, clock: Iterable[float] = ()) -> None:
     times = iter(clock)
-    out = Outbound(stream.publish, clock=lambda: next(times, 0.0))
+    out = OutboundQueue(stream.publish, clock=lambda: next(times, 0.0))
     task = asyncio.get_running_loop().create_task(out.run())
     for number in range(count):
         out.add(Publication(channel=ONE, data=b"%d" % number))
-    await out.settled()
+    await out.wait_empty()
     task.cancel()
 
 
-async def test_what_fails_is_tried_again_under_the_same_uid_before_later_ones() -> None:
+async def test_retries_with_the_same_uid_and_keeps_the_order() -> None:
     away = RedisUnavailable("away")
     stream = Stream([away, away, away, away])
     await sent(stream, 4)
@@ -66,25 +66,25 @@ async def test_what_fails_is_tried_again_under_the_same_uid_before_later_ones() 
     assert all(len(uids) == 1 and None not in uids for uids in stream.uids.values())
 
 
-async def test_what_can_never_be_appended_is_given_up_alone(
+async def test_drops_only_the_message_that_can_never_be_appended(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     stream = Stream([None, LimitExceeded("too large: 9 of 8 bytes"), None])
     await sent(stream, 3)
     assert stream.entries == [b"0", b"2"]
-    assert "lost for pydio:1: too large" in caplog.text
+    assert "Dropped a Pydio message for pydio:1: too large" in caplog.text
 
 
-async def test_after_a_minute_it_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
+async def test_drops_a_message_after_a_minute(caplog: pytest.LogCaptureFixture) -> None:
     await sent(Stream([RedisUnavailable("away")]), 1, [0.0, outbound.HOLD_S + 1])
-    assert "not taken within 60 s" in caplog.text
+    assert "not appended within 60 s" in caplog.text
 
 
-async def test_the_memory_is_bounded(
+async def test_drops_messages_beyond_the_memory_limit(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(outbound, "LIMIT_BYTES", 2)
     stream = Stream()
     await sent(stream, 3)
     assert stream.entries == [b"0", b"1"]
-    assert "too many wait" in caplog.text
+    assert "exceeds 2 bytes" in caplog.text

@@ -1,4 +1,4 @@
-"""What PHP sends over the private channel, and what becomes of it."""
+"""Messages that PHP sends on the private channel."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from relay.core.model import Channel
 from relay.protocols.pydio.private_messages import (
-    EVERYBODY,
+    BROADCAST,
+    InvalidMessage,
     Publication,
-    Unreadable,
     read,
     workspace,
 )
@@ -24,7 +24,7 @@ TREE = "<tree><reload_bookmarks/></tree>"
 
 
 def php(expression: str) -> bytes:
-    """`serialize` of a real PHP."""
+    """Return the output of PHP's own `serialize`."""
     assert shutil.which("php"), "php is missing: apt-get install php-cli"
     done = subprocess.run(
         ["php", "-r", f"echo serialize({expression});"], capture_output=True, check=True
@@ -32,7 +32,7 @@ def php(expression: str) -> bytes:
     return done.stdout
 
 
-def test_captured_messages_of_6_4_2_are_understood() -> None:
+def test_reads_captured_messages_of_6_4_2() -> None:
     plain = (
         b'a:2:{s:7:"REPO_ID";s:1:"1";s:7:"CONTENT";'
         b's:44:"<tree><nodes_diff><add/></nodes_diff></tree>";}'
@@ -48,10 +48,10 @@ def test_captured_messages_of_6_4_2_are_understood() -> None:
     for_all = (
         b'a:2:{s:7:"REPO_ID";s:19:"AJXP_REPO_SCOPE_ALL";s:7:"CONTENT";s:16:"<tree>all</tree>";}'
     )
-    assert read(for_all).channel == EVERYBODY
+    assert read(for_all).channel == BROADCAST
 
 
-def test_what_a_real_php_serializes_is_understood() -> None:
+def test_reads_the_output_of_a_real_php() -> None:
     content = "<tree>Grüße – 日本</tree>"
     found = read(
         php(
@@ -67,20 +67,20 @@ def test_what_a_real_php_serializes_is_understood() -> None:
     )
 
 
-def test_the_json_form_means_the_same() -> None:
+def test_reads_the_same_message_as_json() -> None:
     body = {"REPO_ID": "*", "CONTENT": TREE, "USER_ID": None, "NODE_PATHES": {"1": "/x"}}
     assert read(b" " + json.dumps(body).encode()) == Publication(
-        channel=EVERYBODY, data=TREE.encode(), extra={b"node_paths": b'["/x"]'}
+        channel=BROADCAST, data=TREE.encode(), extra={b"node_paths": b'["/x"]'}
     )
 
 
-def test_objects_are_refused_wherever_they_stand() -> None:
+def test_rejects_objects_at_any_depth() -> None:
     for expression in (
         "new ArrayObject()",
         f"['REPO_ID' => '1', 'CONTENT' => '{TREE}', 'X' => new DateTime()]",
         f"['REPO_ID' => '1', 'CONTENT' => '{TREE}', 'NODE_PATHES' => [[new stdClass()]]]",
     ):
-        with pytest.raises(Unreadable):
+        with pytest.raises(InvalidMessage):
             read(php(expression))
 
 
@@ -107,18 +107,18 @@ def test_objects_are_refused_wherever_they_stand() -> None:
         (b'a:2:{s:7:"REPO_ID";s:1:"1";s:7:"CONTENT";s:2:"\xff\xfe";}', "neither"),
     ],
 )
-def test_what_cannot_be_published_says_why(body: bytes, reason: str) -> None:
-    with pytest.raises(Unreadable, match=reason):
+def test_rejects_a_message_with_the_reason(body: bytes, reason: str) -> None:
+    with pytest.raises(InvalidMessage, match=reason):
         read(body)
 
 
 @given(st.binary(max_size=200))
-def test_nothing_else_is_ever_raised(body: bytes) -> None:
+def test_raises_no_other_error(body: bytes) -> None:
     for start in (b"", b"a:2:{", b"O:", b"{"):
-        with contextlib.suppress(Unreadable):
+        with contextlib.suppress(InvalidMessage):
             read(start + body)
 
 
-def test_workspaces_have_channels_of_their_own() -> None:
+def test_each_workspace_has_a_channel() -> None:
     assert workspace("9f2ab") == "pydio:9f2ab"
-    assert workspace("*") == workspace("AJXP_REPO_SCOPE_ALL") == EVERYBODY
+    assert workspace("*") == workspace("AJXP_REPO_SCOPE_ALL") == BROADCAST
