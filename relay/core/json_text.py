@@ -1,36 +1,66 @@
-"""Whether bytes are JSON text, for readers and producers alike."""
+"""Check whether bytes are JSON text, for readers and producers alike."""
 
 from __future__ import annotations
 
-import json
+import re
 
+import msgspec
 import orjson
 
-# The first bytes that JSON text can have; spares large XML and prose a parse that must fail.
+# The first bytes that JSON text can have. Large XML and prose are rejected without being parsed.
 _STARTS = frozenset(b' \t\r\n{["-0123456789tfn')
-# JSON that orjson rejects although the grammar allows it: an escape such as \ud800 without its
-# other half, and numbers beyond a double. Browsers, Go and Python accept both.
-_TOO_STRICT = ("surrogate", "infinity")
+# Validates without making an object for each value: 3 to 6 ms per MB. orjson needs up to 126 ms.
+_validate = msgspec.json.Decoder(msgspec.Raw).decode
+# Escapes such as \ud800, which may be without their other half: the grammar, browsers, Go and
+# Python accept them.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+# msgspec's limit of nesting depends on the stack, and is below that of orjson.
+_SMALL_BYTES = 65536
 
 
 def is_json(data: bytes) -> bool:
-    """Return True if `data` is one JSON value by the grammar of RFC 8259, at most 1024 deep."""
+    """Return True if `data` is one JSON value by the grammar of RFC 8259.
+
+    It may be nested 1024 levels deep up to 64 KiB, and about 900 levels beyond that.
+    """
     if not data or data[0] not in _STARTS:
         return False
     try:
-        orjson.loads(data)
-    except orjson.JSONDecodeError as exc:
-        return any(word in exc.msg for word in _TOO_STRICT) and _by_grammar(data)
-    return True
+        _validate(data)
+    except msgspec.DecodeError:
+        if b"\\u" not in data or not _is_valid(_without_surrogates(data)):
+            return False
+    except RecursionError:
+        return _is_deep_json(data)
+    return data.isascii() or _is_utf8(data)
 
 
-def _by_grammar(data: bytes) -> bool:
+def _without_surrogates(data: bytes) -> bytes:
+    # An escaped backslash may stand before `ud800`, which is text then.
+    return _SURROGATE.sub(b"", data.replace(b"\\\\", b"\\/"))
+
+
+def _is_valid(data: bytes) -> bool:
     try:
-        json.loads(data.decode(), parse_int=float, parse_constant=_reject)
-    except (ValueError, RecursionError):
+        _validate(data)
+    except (msgspec.DecodeError, RecursionError):
         return False
     return True
 
 
-def _reject(word: str) -> None:
-    raise ValueError(word)
+def _is_deep_json(data: bytes) -> bool:
+    if len(data) > _SMALL_BYTES:
+        return False
+    try:
+        orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return False
+    return True
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

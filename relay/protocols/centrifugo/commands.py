@@ -15,8 +15,7 @@ from functools import lru_cache
 from json.decoder import scanstring  # type: ignore[attr-defined]  # typeshed leaves it out
 from typing import Any, NamedTuple
 
-import orjson
-
+from relay.core.json_text import is_json
 from relay.core.model import RESERVED_NAMESPACES, Channel, namespace_of, parse_channel
 from relay.stream.format import entry
 
@@ -111,8 +110,9 @@ def plain_publish(text: bytes) -> PublishParams | None:
     # The text ends with the two closing braces. If the part between is one JSON value, it is the
     # data.
     data = text[found.end() : -2].strip(b" \t\r\n")
+    if not is_json(data):
+        return None
     try:
-        orjson.loads(data)
         name = found[1].decode()
     except ValueError:
         return None
