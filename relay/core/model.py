@@ -94,10 +94,11 @@ class Marker(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamState:
-    """One moment of a stream, as XINFO STREAM and XINFO GROUPS tell it.
+    """One moment of a stream, as XINFO STREAM and XINFO GROUPS report it.
 
     `first` is None in an empty stream; `added` counts every entry ever appended, `max_deleted` is
-    the highest ID that XDEL removed (trimming leaves it alone).
+    the highest ID that XDEL removed (trimming leaves it alone). Redis stores the entries in
+    `blocks`.
 
     `incarnation` is None if the stream has no marker group or it was not asked for. Its upper 32
     bits name the stream's life, which ends with DEL and FLUSHALL. Its lower 32 bits name the
@@ -112,6 +113,7 @@ class StreamState:
     length: int
     added: int
     max_deleted: EntryID
+    blocks: int = 0
     incarnation: int | None = None
     failover: EntryID | None = None
     marker: Marker | None = None

@@ -49,6 +49,7 @@ SENT: dict[User, list[str]] = {
         f"XGROUP DESTROY {STREAM} {GROUP}",
         f"XINFO STREAM {STREAM}",
         f"XINFO GROUPS {STREAM}",
+        f"MEMORY USAGE {STREAM} SAMPLES 0",
         f"HMGET {RIGHTS} anna",
         "MULTI",
         "EXEC",

@@ -120,6 +120,7 @@ def parse_state(
         length=cast(int, info[b"length"]),
         added=cast(int, info[b"entries-added"]),
         max_deleted=EntryID.parse(cast(bytes, info[b"max-deleted-entry-id"])),
+        blocks=cast(int, info.get(b"radix-tree-keys", 0)),
         incarnation=incarnation,
         failover=failover,
         marker=marker,

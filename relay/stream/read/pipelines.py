@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from relay.core.model import EntryID
 from relay.core.stream_interface import ExamineRequest, Followed, PageRequest
 from relay.stream.connection.connect import CommandRefused
+from relay.stream.connection.pipeline_connection import ReplyError
 from relay.stream.connection.primary import Replication
 from relay.stream.connection.refusals import Effect, rule_of
 from relay.stream.read import stream_commands
@@ -33,8 +34,12 @@ _EXAMINE_BATCH = 64
 _READ_BATCH = 256
 # Streams of which one pipeline reads a page each.
 _PAGE_STREAMS = 4
-# Entries in the first read of a stream. If there are more, the next read is for twice as many.
-_FIRST_COUNT = 8
+# Entries in the first read of a stream. If there are more, the next read is for twice as many. An
+# unknown number of entries waits in a stream that was not read to its end since the connection was
+# made. In the others few can be waiting, because each wake-up is followed by a read.
+_UNKNOWN_COUNT, _FIRST_COUNT = 8, 64
+# MEMORY USAGE looks at every block of a stream: below 1 ms for so many.
+_MEASURED_BLOCKS = 10_000
 # Bytes of the replies to one pipeline, by the sizes that are known.
 _PIPELINE_BYTES = 16 << 20
 # Bytes of one live read, and of all pages of one pipeline, if every entry has the largest size.
@@ -80,8 +85,9 @@ class LivePipelines:
         self._swept: set[Followed] = set()
         # How many entries to read next of streams whose last read found more than it could hold.
         self._counts: dict[Followed, int] = {}
+        # Streams that were read to their end at least once on this connection.
+        self._caught_up: set[Followed] = set()
         self._most = _most_entries(settings, _LIVE_BYTES)
-        self._first = min(_FIRST_COUNT, self._most)
         self._certify: list[RedisCommand] = []
         self._asked: _SentPipeline | None = None
 
@@ -130,6 +136,7 @@ class LivePipelines:
         self._read.pop(stream, None)
         self._swept.discard(stream)
         self._counts.pop(stream, None)
+        self._caught_up.discard(stream)
         self._mode.paused.pop(stream, None)
 
     def retry_paused(self) -> None:
@@ -145,6 +152,8 @@ class LivePipelines:
             stream.on_examine_lost(request)
         self._read.clear()
         self._swept.clear()
+        self._counts.clear()
+        self._caught_up.clear()
         self._certify.clear()
         self._mode.paused.clear()
         self._control_news = True
@@ -180,16 +189,19 @@ class LivePipelines:
                 self._keys, stream, self._group, request, self._primary, plain=plain
             )
             asked.examined.append((stream, request, plain, start, len(commands)))
-        for stream in _take(self._read, _READ_BATCH, _FIRST_COUNT):
+        for stream in _take(self._read, _READ_BATCH, _UNKNOWN_COUNT):
             if not stream.settled:
                 # Its examination asks for the read. There may be none under way: the last one may
                 # have found another type under this key, which is gone now.
                 self._examine.pop(stream, None)
                 self._urgent[stream] = None
                 continue
-            most = self._counts.get(stream, self._first)
-            count = stream_commands.count_for(stream, self._settings.page_bytes, most)
             form = _Form(stream.misaligned, self._mode.is_plain_for(stream))
+            if form.aligning and not form.plain:
+                self._counts.pop(stream, None)
+                self._caught_up.discard(stream)
+            most = self._counts.get(stream, self._first(stream))
+            count = stream_commands.count_for(stream, self._settings.page_bytes, most)
             start = len(commands)
             commands += stream_commands.read_commands(
                 self._keys, stream, self._group, self._instance, count, plain=form.plain
@@ -198,6 +210,11 @@ class LivePipelines:
             asked.read.append((stream, count, form, start, len(commands)))
         self._asked = asked
         return commands
+
+    def _first(self, stream: Followed) -> int:
+        if stream in self._caught_up:
+            return _FIRST_COUNT
+        return min(_UNKNOWN_COUNT, self._most)
 
     def take(self, replies: Sequence[object]) -> None:
         """Process the replies in the order of the pipeline.
@@ -297,11 +314,14 @@ class LivePipelines:
             return
         if not complete:
             self._read[stream] = None
-            self._counts[stream] = min(2 * count, self._most)
-        elif 2 * len(entries) < count and stream in self._counts:
-            self._counts[stream] //= 2
-            if self._counts[stream] <= self._first:
-                del self._counts[stream]
+            most = _MAX_COUNT if stream in self._caught_up else self._most
+            self._counts[stream] = min(2 * count, most)
+        else:
+            self._caught_up.add(stream)
+            if 2 * len(entries) < count and stream in self._counts:
+                self._counts[stream] //= 2
+                if self._counts[stream] <= _FIRST_COUNT:
+                    del self._counts[stream]
         if entries:
             stream.on_records(stream_commands.decode_all(stream, entries, self._decode))
         if complete:
@@ -309,7 +329,11 @@ class LivePipelines:
 
 
 class PagePipelines:
-    """Reads pages for clients that are behind, a few streams at a time to limit memory."""
+    """Reads pages for clients that are behind, a few streams at a time to limit memory.
+
+    Redis cannot limit a reply in bytes, and entries may be larger than all before them. So a page
+    has few entries unless the whole stream is small: MEMORY USAGE returns its size in bytes.
+    """
 
     def __init__(
         self,
@@ -327,8 +351,12 @@ class PagePipelines:
         self._decode = decode
         self._most = _most_entries(settings, _PAGES_BYTES)
         self._pages: dict[Followed, None] = {}
-        self._asked: list[tuple[Followed, PageRequest, int, int, int]] = []
+        self._asked: list[_AskedPage] = []
         self._plain = False
+        # Streams with a page a moment ago: number of blocks, and size in bytes if it was measured.
+        self._sizes: dict[Followed, tuple[int, int | None]] = {}
+        # False once Redis has refused MEMORY USAGE.
+        self._may_measure = True
 
     @property
     def wanted(self) -> bool:
@@ -342,6 +370,7 @@ class PagePipelines:
     def forget(self, stream: Followed) -> None:
         """Drop the request for the stream after its last client left."""
         self._pages.pop(stream, None)
+        self._sizes.pop(stream, None)
 
     def commands(self) -> list[RedisCommand]:
         """Return commands for one page of each of the next few streams."""
@@ -349,21 +378,31 @@ class PagePipelines:
         self._plain = self._mode.plain
         commands: list[RedisCommand] = []
         streams = _take(self._pages, min(_PAGE_STREAMS, self._most))
-        most = self._most // max(1, len(streams))
         for stream in streams:
             request = stream.page_request()
-            if request is not None:
-                count = stream_commands.count_for(stream, self._settings.page_bytes, most)
-                start = len(commands)
-                commands += stream_commands.page_commands(
-                    self._keys, stream, request, count, plain=self._plain
-                )
-                self._asked.append((stream, request, count, start, len(commands)))
+            if request is None:
+                continue
+            blocks, size_bytes = self._sizes.pop(stream, (_MEASURED_BLOCKS + 1, None))
+            if size_bytes is not None and size_bytes <= _PAGES_BYTES // len(streams):
+                most = _MAX_COUNT
+            else:
+                most = self._most // len(streams)
+            count = stream_commands.count_for(stream, self._settings.page_bytes, most)
+            size_at = None
+            if blocks <= _MEASURED_BLOCKS and self._may_measure:
+                size_at = len(commands)
+                commands.append(stream_commands.size_command(self._keys, stream))
+            start = len(commands)
+            commands += stream_commands.page_commands(
+                self._keys, stream, request, count, plain=self._plain
+            )
+            self._asked.append(_AskedPage(stream, request, count, size_at, start, len(commands)))
         return commands
 
     def take(self, replies: Sequence[object]) -> None:
         """Pass each page to its stream."""
-        for stream, request, count, start, end in self._asked:
+        for stream, request, count, size_at, start, end in self._asked:
+            size_bytes = None if size_at is None else self._size(replies[size_at])
             try:
                 page = stream_commands.parse_page(
                     stream,
@@ -386,7 +425,27 @@ class PagePipelines:
                     self._mode.pause(stream, exc)
                 continue
             stream.on_page(request, page)
+            if stream in self._pages:
+                # The next page follows at once. Later the stream may have grown.
+                self._sizes[stream] = page.state.blocks, size_bytes
         self._asked.clear()
+
+    def _size(self, reply: object) -> int | None:
+        if isinstance(reply, ReplyError):
+            self._may_measure = False
+            _log.info("Redis refused MEMORY USAGE (%s): clients catch up more slowly", reply)
+        return reply if isinstance(reply, int) else None
+
+
+class _AskedPage(NamedTuple):
+    """A page in a pipeline, with its position and that of the stream's size in the replies."""
+
+    stream: Followed
+    request: PageRequest
+    most_entries: int
+    size_at: int | None
+    start: int
+    end: int
 
 
 class _Form(NamedTuple):

@@ -138,6 +138,11 @@ def size_of(entries: Sequence[RawEntry]) -> int:
     return sum(len(part) for _, fields in entries for part in fields or ())
 
 
+def size_command(keys: Keys, stream: Followed) -> RedisCommand:
+    """Return a command whose reply is the stream's size in bytes, or None if it does not exist."""
+    return ("MEMORY", "USAGE", keys.stream(stream.channel), "SAMPLES", 0)
+
+
 def page_commands(
     keys: Keys, stream: Followed, request: PageRequest, count: int, *, plain: bool = False
 ) -> list[RedisCommand]:

@@ -357,17 +357,70 @@ def test_a_live_read_asks_for_more_only_after_one_that_was_full(scene: Scene) ->
 
     scene.feed.average_bytes = 50.0
     counts, last = [], 0
-    for _ in range(5):
+    for _ in range(6):
         counts.append(count())
         numbers = range(last + 1, last + counts[-1] + 1)
         last += counts[-1]
-        scene.turns.take(
-            [b"", b"", b"", [info(*range(1, 999), added=998, last=998), found(*numbers)]]
-        )
-    assert counts == [8, 16, 32, 64, 64]
-    assert count() == 64
+        state = info(*range(1, 9999), added=9998, last=9998)
+        scene.turns.take([b"", b"", b"", [state, found(*numbers)]])
+    assert counts == [64, 128, 256, 512, 1000, 1000]
+    assert count() == 1000
     scene.turns.take(
         [b"", b"", b"", [info(*range(1, last + 2), added=last + 1, last=last + 1), found(last + 1)]]
     )
     # A stream whose reads are seldom full is read a little at a time again.
-    assert count() == 32
+    assert count() == 500
+
+
+def test_a_read_after_a_new_connection_is_bounded_though_no_entry_is_known(scene: Scene) -> None:
+    """What arrived in the meantime may be larger than all before it."""
+    scene.turns.connected()
+    scene.turns.all_unsettled([scene.feed])
+    examine(scene.hub)
+    scene.feed.average_bytes = 50.0
+    counts, last = [], 0
+    for _ in range(5):
+        scene.turns.want_read(scene.feed)
+        commands = scene.turns.commands()
+        (asked,) = [command for command in commands if command[0] == "XREADGROUP"]
+        counts.append(int(asked[asked.index("COUNT") + 1]))
+        numbers = range(last + 1, last + counts[-1] + 1)
+        last += counts[-1]
+        state = info(*range(1, 9999), added=9998, last=9998)
+        groups = [MARKER, b"", b""] if len(commands) > 4 else []
+        scene.turns.take([*[b""] * (len(commands) - 1), [state, *groups, found(*numbers)]])
+    assert counts == [8, 16, 32, 64, 64]
+
+
+@pytest.mark.parametrize(
+    ("size", "counts"), [(1 << 20, [32, 32, 1000]), (1 << 26, [32, 32, 32]), (None, [32, 32, 32])]
+)
+def test_a_small_stream_is_read_in_large_pages(size: int | None, counts: list[int]) -> None:
+    hub = make_hub(Reads())
+    session, *_ = join(hub, Principal(user="ann"), Words())
+    pages = PagePipelines(keys=KEYS, primary=PRIMARY, settings=SETTINGS, decode=DECODE)
+    examine(hub)
+    feed = hub.feed(NEWS)
+    assert feed
+    session.pause()
+    feed.on_records([event(str(number), number) for number in range(1, 5000)])
+    session.resume()
+    found_counts, last = [], 0
+    for number in range(3):
+        feed.average_bytes = 50.0
+        pages.want(feed)
+        commands = pages.commands()
+        (asked,) = [command for command in commands if command[0] == "XRANGE"]
+        found_counts.append(int(asked[-1]))
+        numbers = range(last + 1, last + found_counts[-1] + 1)
+        last += found_counts[-1]
+        entries = [[b"%d-0" % each, [b"data", b"1"]] for each in numbers]
+        state = info(*range(1, 5000), added=4999, last=4999) | {b"radix-tree-keys": 50}
+        answers: list[object] = [*[b""] * (len(commands) - 1), [state, MARKER, entries]]
+        if commands[0][0] == "MEMORY":
+            answers[0] = hiredis.ReplyError("NOPERM") if size is None else size
+        # The first page tells how many blocks MEMORY USAGE would look at.
+        assert (commands[0][0] == "MEMORY") == (number == 1 or (number == 2 and size is not None))
+        pages.want(feed)
+        pages.take(answers)
+    assert found_counts == counts
