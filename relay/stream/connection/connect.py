@@ -29,6 +29,7 @@ from redis.exceptions import (
     ResponseError,
     WatchError,
 )
+from redis.maint_notifications import MaintNotificationsConfig
 
 from relay.config.settings import RedisSettings
 from relay.core.errors import ConfigError, RedisUnavailable, RelayError, StartError
@@ -293,8 +294,9 @@ def _options(endpoint: RedisEndpoint, settings: RedisSettings) -> dict[str, Any]
         # One retry, for a pooled connection that was closed unnoticed. Callers do further retries.
         "retry": Retry(NoBackoff(), 1),
         "client_name": "relay-admin",
-        # Spares the ACL a rule for CLIENT SETINFO.
+        # Spares the ACL rules for CLIENT SETINFO and CLIENT MAINT_NOTIFICATIONS.
         "driver_info": None,
+        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
     }
 
 
