@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.support.clients import native, until
+from tests.support.clients import native, redis, stream_key, until
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server
 
@@ -57,5 +57,30 @@ async def test_clients_that_come_while_it_is_late_are_served(valkey: Server, cha
                 assert [each.id is not None for each in opened] == [True] * 50
                 for each in streams:
                     each.drop()
+    finally:
+        relay.kill()
+
+
+async def test_a_stream_that_is_deleted_while_its_last_client_leaves_is_no_error(
+    valkey: Server, channel: str
+) -> None:
+    """The worker destroys its group in a stream of whose end it has not been notified."""
+    relay = RelayProcess(valkey)
+    await asyncio.to_thread(relay.start)
+    try:
+        async with native(relay) as door:
+            # Not every time does the worker notice the client's end first.
+            for name in (f"{channel}:{number}" for number in range(5)):
+                client = await door.sse(name)
+                assert redis(valkey, "XINFO", "GROUPS", stream_key(name))
+                relay.send(signal.SIGSTOP)
+                redis(valkey, "DEL", stream_key(name))
+                client.drop()
+                relay.send(signal.SIGCONT)
+                # These commands follow on the same connection.
+                again = await door.sse(name)
+                relay.xadd(name, data="1")
+                assert (await again.next()).data == "1"
+            assert not [line for line in relay.log if " error " in line], relay.log
     finally:
         relay.kill()
