@@ -31,9 +31,8 @@ async def streams(site: OperatorContext, options: argparse.Namespace) -> int:
             emit(_values(site, stream, alive))
     elif found:
         _show(site, found, alive)
-    if options.pattern == "*":
-        async for name in overview.misnamed(site.client, site.keys):
-            say(f"{name} belongs to no channel, its events are not delivered: braces are missing")
+    async for line in overview.misnamed(site.client, site.keys, options.pattern):
+        say(line)
     if not found:
         if options.pattern != "*":
             raise RelayError(f"no stream of a channel that matches {options.pattern}")

@@ -23,7 +23,7 @@ from relay.stream.cluster.leases import Lease
 from relay.stream.cluster.presence import CHECK_S
 from relay.stream.cluster.workers import HEARTBEAT_S, NOT_READY_S, DeadWorkerDetector
 from relay.stream.upkeep.dead_workers import DeadWorkersJob
-from relay.stream.upkeep.retention import trim
+from relay.stream.upkeep.retention import describe_misnamed, trim
 from relay.stream.upkeep.unused import UnusedStreamsJob
 
 if TYPE_CHECKING:
@@ -247,13 +247,4 @@ _MISNAMED = "misnamed streams"
 
 
 def _misnamed(keys: Keys, found: Sequence[bytes]) -> str:
-    if not found:
-        return ""
-    start = keys.prefix.decode() + "stream:"
-    name = found[0].decode(errors="replace")
-    channel = name.removeprefix(start).strip("{}")
-    others = f" and {len(found) - 1} more" if len(found) > 1 else ""
-    return (
-        f"stream {name}{others} belongs to no channel: its events are not delivered."
-        f" The key of a channel has braces: {start}{{{channel}}}"
-    )
+    return describe_misnamed(keys, found[0], len(found) - 1) if found else ""

@@ -79,11 +79,15 @@ async def test_redis_gone_is_said(server: Server, keys: Keys) -> None:
 async def test_streams_that_belong_to_no_channel_are_found(
     client: Redis, admin: Redis, keys: Keys
 ) -> None:
-    for key in ("relay:stream:news", "relay:stream:{news", "relay:stream:{news}"):
+    for key in ("relay:stream:news", "relay:stream:{a b}", "relay:stream:{news}"):
         await admin.xadd(key, {"data": "1"})
     await admin.set("relay:stream:text", "x")
     done = await retention.trim(client, keys, lambda _: SETTINGS[""])
-    assert sorted(done.misnamed) == [b"relay:stream:news", b"relay:stream:{news"]
+    assert sorted(done.misnamed) == [b"relay:stream:news", b"relay:stream:{a b}"]
     assert done.streams == 1
-    found = [name async for name in overview.misnamed(client, keys)]
-    assert sorted(found) == ["relay:stream:news", "relay:stream:{news"]
+    said = "belongs to no channel: its events are not delivered. The key of channel"
+    news = f"Stream relay:stream:news {said} news is relay:stream:{{news}}"
+    blank = f"Stream relay:stream:{{a b}} {said} a b is relay:stream:{{a%20b}}"
+    for pattern, expected in (("*", [news, blank]), ("ne*", [news]), ("a*", [blank]), ("x", [])):
+        found = [line async for line in overview.misnamed(client, keys, pattern)]
+        assert sorted(found) == expected

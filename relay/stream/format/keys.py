@@ -179,6 +179,14 @@ class Keys:
         """The channel whose stream `key` is; None for every other key."""
         return self._channel_of(self._stream, key)
 
+    def meant_by(self, key: bytes) -> Channel | None:
+        """Return the channel that a program meant which broke the rules for keys."""
+        text = key.removeprefix(self.prefix + b"stream:").decode(errors="replace")
+        try:
+            return parse_channel(unescape(text.removeprefix("{").removesuffix("}")))
+        except ValueError:  # empty or too long
+            return None
+
     def channel_of_rights(self, key: bytes) -> Channel | None:
         """The channel whose rights hash `key` is; None for every other key."""
         return self._channel_of(self.prefix + b"rights:{", key)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from relay.core.model import Channel, EntryID, StreamState
@@ -15,7 +16,7 @@ from relay.stream.connection.connect import RedisClient
 from relay.stream.format.keys import Keys
 from relay.stream.read import groups
 from relay.stream.read.view import stream_state
-from relay.stream.upkeep.retention import streams_among
+from relay.stream.upkeep.retention import describe_misnamed, streams_among
 
 # XINFO STREAM brings the first and the last entry with it, and each may be a megabyte.
 _STREAMS = 50
@@ -66,13 +67,19 @@ async def walk(
         on_keys(len(seen))
 
 
-async def misnamed(client: RedisClient, keys: Keys) -> AsyncIterator[str]:
-    """Yield the names of streams whose key is not that of a channel."""
+async def misnamed(client: RedisClient, keys: Keys, pattern: str) -> AsyncIterator[str]:
+    """Yield a line about each stream whose key is not that of a channel, if the channel that was
+    probably meant matches the glob `pattern`."""
     async for found in connect.scan(client, keys.any_stream_pattern, _KEYS):
-        strange = [key for key in found if keys.channel_of_stream(key) is None]
+        strange = [
+            key
+            for key in found
+            if keys.channel_of_stream(key) is None
+            and fnmatchcase(keys.meant_by(key) or "", pattern)
+        ]
         if strange:
             for key in await streams_among(client, strange):
-                yield key.decode(errors="replace")
+                yield describe_misnamed(keys, key)
 
 
 async def _overview(

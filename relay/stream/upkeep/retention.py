@@ -82,6 +82,19 @@ async def streams_among(client: RedisClient, keys: Sequence[bytes]) -> list[byte
     return [key for key, length in zip(keys, lengths, strict=True) if isinstance(length, int)]
 
 
+def describe_misnamed(keys: Keys, key: bytes, others: int = 0) -> str:
+    """Return one line about a stream whose key is not that of a channel."""
+    more = f" and {others} more" if others else ""
+    text = (
+        f"Stream {key.decode(errors='replace')}{more} belongs to no channel: its events are not"
+        " delivered"
+    )
+    channel = keys.meant_by(key)
+    if channel is None:
+        return text
+    return f"{text}. The key of channel {channel} is {keys.stream(channel).decode()}"
+
+
 def commands(
     key: bytes, settings: NamespaceSettings, now_ms: int
 ) -> list[tuple[bytes | str | int, ...]]:
