@@ -63,7 +63,6 @@ class EntryID(NamedTuple):
 
 
 ZERO_ID = EntryID(0, 0)
-_NOTHING: Mapping[bytes, bytes] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +139,7 @@ class Event:
     to: frozenset[str] | None = None
     client: str | None = None
     info: bytes | None = None
-    extra: Mapping[bytes, bytes] = field(default_factory=lambda: _NOTHING)
+    extra: Mapping[bytes, bytes] = field(default_factory=dict)
     door: str | None = None
     after: EntryID | None = None
     frames: dict[object, bytes] = field(default_factory=dict, repr=False)

@@ -109,7 +109,10 @@ class Followed(Protocol):
         """Handle the entries that directly follow `position`, in order."""
 
     def on_end(self, last: EntryID) -> None:
-        """Advance to `last`, the stream's last generated ID: there are no entries before it."""
+        """Advance to `last`, the stream's last generated ID, which is after `position`.
+
+        There are no other entries before it.
+        """
 
     def on_hole(
         self, state: StreamState, first_read: EntryID | None, following: int | None

@@ -343,10 +343,9 @@ class Feed:
         """Advance to `last`, an entry that may have been removed: all before it was read or
         reported as missing."""
         before = self.position
-        if before < last:
-            self.position, self.digest = last, None
-            if self._behind:
-                self._passed(before)
+        self.position, self.digest = last, None
+        if self._behind:
+            self._passed(before)
 
     def _passed(self, before: EntryID) -> None:
         """Continue subscriptions that were ahead of this worker, and no longer are."""

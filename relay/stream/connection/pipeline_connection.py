@@ -187,7 +187,7 @@ class PipelineConnection(asyncio.Protocol):
             return future
         if not self._out:
             self._loop.call_soon(self._flush)
-        self._out.extend([_pack(tuple(command)) for command in commands])
+        self._out += [*map(_pack, map(tuple, commands))]
         now = self._loop.time()
         self._waiting.append(_Pipeline(future, len(commands), now))
         if self._timer is None:
@@ -243,7 +243,9 @@ class PipelineConnection(asyncio.Protocol):
         try:
             reader.feed(data)
             while (reply := reader.gets()) is not _MORE:
-                if isinstance(reply, hiredis.PushNotification) and not self._confirms(reply):
+                if isinstance(reply, hiredis.PushNotification) and not (
+                    reply and reply[0] in _CONFIRMATIONS and waiting
+                ):
                     if self._on_push is not None:
                         self._on_push(reply)
                         if self._closed:
@@ -271,9 +273,6 @@ class PipelineConnection(asyncio.Protocol):
         self._lose(RedisUnavailable(f"Redis at {self.endpoint} closed the connection{reason}"))
 
     # inner workings
-
-    def _confirms(self, push: list[object]) -> bool:
-        return bool(push) and push[0] in _CONFIRMATIONS and bool(self._waiting)
 
     def _unavailable(self, error: ReplyError) -> bool:
         text = str(error)

@@ -56,29 +56,30 @@ def decode(channel: Channel, entry_id: EntryID, fields: Sequence[bytes], max_byt
     """Decode the flat fields (name, value, name, value ...) of an entry."""
     joined = b"\0".join(fields)
     size = len(joined)
-    values = dict(zip(fields[::2], fields[1::2], strict=False))
     body: Event | Revocation | Grant | Broken
     try:
-        if b"revoke" in values:
-            # Before every other check: a revocation that is overlooked opens what was closed.
-            body = Revocation(entry_id, _user(values, "revoke"))
-        elif b"grant" in values and b"data" not in values:
-            body = Grant(entry_id, _user(values, "grant"))
+        if len(fields) == 2 and fields[0] == b"data" and size <= max_bytes:
+            # Most entries have no other field.
+            body = Event(channel, entry_id, fields[1], _is_json(fields[1]))
         else:
-            body = _event(channel, entry_id, values, size, max_bytes)
+            values = dict(zip(fields[::2], fields[1::2], strict=False))
+            body = _decode_fields(channel, entry_id, values, size, max_bytes)
     except _Unreadable as exc:
         body = Broken(entry_id, str(exc), tuple(zip(fields[::2], fields[1::2], strict=False)))
     return Record(entry_id, crc32(joined) & 0xFFFF, size, body)
 
 
-def _event(
+def _decode_fields(
     channel: Channel, entry_id: EntryID, values: dict[bytes, bytes], size: int, max_bytes: int
-) -> Event:
+) -> Event | Revocation | Grant:
+    if b"revoke" in values:
+        # Before every other check: a revocation that is overlooked would not take effect.
+        return Revocation(entry_id, _user(values, "revoke"))
+    data = values.get(b"data")
+    if b"grant" in values and data is None:
+        return Grant(entry_id, _user(values, "grant"))
     if size > max_bytes:
         raise _Unreadable(f"too large: {size} bytes")
-    data = values.get(b"data")
-    if len(values) == 1 and data is not None:
-        return Event(channel, entry_id, data, _is_json(data))
     version = values.get(b"v", SCHEMA)
     if version != SCHEMA:
         raise _Unreadable(f"unknown schema {version[:20].decode(errors='replace')}")

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from relay.core.model import EntryID
 from relay.core.stream_interface import ExamineRequest, Followed, PageRequest
 from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import ReplyError
@@ -88,6 +87,7 @@ class LivePipelines:
         # Streams that were read to their end at least once on this connection.
         self._caught_up: set[Followed] = set()
         self._most = _most_entries(settings, _LIVE_BYTES)
+        self._unknown = min(_UNKNOWN_COUNT, self._most)
         self._certify: list[RedisCommand] = []
         self._asked: _SentPipeline | None = None
 
@@ -172,11 +172,39 @@ class LivePipelines:
         self._control_news = False
         commands = self._control.commands() if asked.control else []
         asked.control_end = len(commands)
+        if self._certify:
+            commands += self._certify
+            self._certify = []
+        if self._urgent or self._examine:
+            self._add_examinations(asked, commands)
+        for stream in _take(self._read, _READ_BATCH, _UNKNOWN_COUNT):
+            if not stream.settled:
+                # Its examination asks for the read. There may be none under way: the last one may
+                # have found another type under this key, which is gone now.
+                self._examine.pop(stream, None)
+                self._urgent[stream] = None
+                continue
+            form = _Form(stream.misaligned, self._mode.plain and self._mode.is_plain_for(stream))
+            if form.aligning and not form.plain:
+                self._counts.pop(stream, None)
+                self._caught_up.discard(stream)
+            most = self._counts.get(stream)
+            if most is None:
+                most = _FIRST_COUNT if stream in self._caught_up else self._unknown
+            count = stream_commands.count_for(stream, self._settings.page_bytes, most)
+            start = len(commands)
+            commands += stream_commands.read_commands(
+                self._keys, stream, self._group, self._instance, count, plain=form.plain
+            )
+            stream.misaligned = False
+            asked.read.append((stream, count, form, start, len(commands)))
+        self._asked = asked
+        return commands
+
+    def _add_examinations(self, asked: _SentPipeline, commands: list[RedisCommand]) -> None:
         examine = _take(self._urgent, _EXAMINE_BATCH)
         if not self.only_urgent and not self._urgent:
             examine += _take(self._examine, _EXAMINE_BATCH - len(examine))
-        certify, self._certify = self._certify, []
-        commands += certify
         if examine:
             # Before the examinations: the replication ID may change while the connection lasts.
             asked.replication = len(commands)
@@ -189,32 +217,6 @@ class LivePipelines:
                 self._keys, stream, self._group, request, self._primary, plain=plain
             )
             asked.examined.append((stream, request, plain, start, len(commands)))
-        for stream in _take(self._read, _READ_BATCH, _UNKNOWN_COUNT):
-            if not stream.settled:
-                # Its examination asks for the read. There may be none under way: the last one may
-                # have found another type under this key, which is gone now.
-                self._examine.pop(stream, None)
-                self._urgent[stream] = None
-                continue
-            form = _Form(stream.misaligned, self._mode.is_plain_for(stream))
-            if form.aligning and not form.plain:
-                self._counts.pop(stream, None)
-                self._caught_up.discard(stream)
-            most = self._counts.get(stream, self._first(stream))
-            count = stream_commands.count_for(stream, self._settings.page_bytes, most)
-            start = len(commands)
-            commands += stream_commands.read_commands(
-                self._keys, stream, self._group, self._instance, count, plain=form.plain
-            )
-            stream.misaligned = False
-            asked.read.append((stream, count, form, start, len(commands)))
-        self._asked = asked
-        return commands
-
-    def _first(self, stream: Followed) -> int:
-        if stream in self._caught_up:
-            return _FIRST_COUNT
-        return min(_UNKNOWN_COUNT, self._most)
 
     def take(self, replies: Sequence[object]) -> None:
         """Process the replies in the order of the pipeline.
@@ -302,7 +304,8 @@ class LivePipelines:
         if swept and entries:
             self._metrics.lost_wakeups.inc()
         complete = len(entries) < count
-        first = EntryID.parse(entries[0][0]) if entries else None
+        records = stream_commands.decode_all(stream, entries, self._decode)
+        first = records[0].id if records else None
         if first is not None and first <= stream.position:
             # The group was set back by another program.
             stream.misaligned = True
@@ -322,9 +325,9 @@ class LivePipelines:
                 self._counts[stream] //= 2
                 if self._counts[stream] <= _FIRST_COUNT:
                     del self._counts[stream]
-        if entries:
-            stream.on_records(stream_commands.decode_all(stream, entries, self._decode))
-        if complete:
+        if records:
+            stream.on_records(records)
+        if complete and stream.position < state.last:
             stream.on_end(state.last)
 
 

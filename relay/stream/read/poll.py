@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Protocol
 
-from relay.core.model import Channel
 from relay.stream.connection.pipeline_connection import ReplyError, connected
 
 if TYPE_CHECKING:
@@ -29,8 +28,8 @@ class PolledReader(Protocol):
     def followed(self) -> list[Followed]:
         """Return all streams that local clients follow."""
 
-    def news(self, channel: Channel) -> None:
-        """Read the stream, which has new entries."""
+    def news(self, key: bytes) -> None:
+        """Read the stream with this key, which has new entries."""
 
     def polled(self, *, control: bool, rights: bool) -> None:
         """Record that Redis has replied, and read the control stream or all rights if True."""
@@ -63,9 +62,7 @@ async def poll(reader: PolledReader, redis: RedisSettings, keys: Keys) -> None:
                     # One key of another type fails the whole read. Read each stream separately.
                     reply = dict.fromkeys(names)
                 for name in reply if isinstance(reply, dict) else ():
-                    channel = keys.channel_of_stream(name)
-                    if channel is not None:
-                        reader.news(channel)
+                    reader.news(name)
                 # Each reply proves that streams are being read, even if the round takes long.
                 reader.polled(control=False, rights=False)
             rights = loop.time() - checked_at >= _RIGHTS_S

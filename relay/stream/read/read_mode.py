@@ -35,17 +35,14 @@ class ReadMode:
         self, refusals: Refusals | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.plain = False
+        # Redis refuses even plain reads.
+        self.blocked = False
         self.refusals = refusals or Refusals()
         self.paused: dict[Followed, None] = {}
         self._probe: Followed | None = None
         self._retry_s = 0.0
         self._retry_at = 0.0
         self._clock = clock
-
-    @property
-    def blocked(self) -> bool:
-        """Return True if Redis refuses even plain reads."""
-        return self.refusals.has(READS)
 
     def is_plain_for(self, stream: Followed) -> bool:
         """Return True if the stream must be read without groups and transactions."""
@@ -75,6 +72,7 @@ class ReadMode:
         self.paused[stream] = None
         if rule_of(refusal.reply).effect is not Effect.ONE:
             self.refusals.refused(READS, refusal.reply, "their events are not delivered")
+            self.blocked = self.refusals.has(READS)
 
     def take_paused(self) -> list[Followed]:
         """Return the paused streams, which are to be read again now."""
@@ -92,6 +90,7 @@ class ReadMode:
     def read(self, *, plain: bool) -> bool:
         """A read of the `plain` form was carried out. Return True if it ends plain reading."""
         if self.blocked:
+            self.blocked = False
             self.refusals.accepted(READS)
         if plain or not self.plain:
             return False

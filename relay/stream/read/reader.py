@@ -82,6 +82,7 @@ class StreamReader:
         self._decode_ephemeral = decode_ephemeral
         self._group = group_of(instance)
         self._followed: dict[Channel, Followed] = {}
+        self._by_key: dict[bytes, Followed] = {}
         self._primary = Primary()
         self._live = LivePipelines(
             keys=keys,
@@ -119,7 +120,7 @@ class StreamReader:
 
     def follow(self, stream: Followed) -> None:
         """Receive ephemeral events of the stream. It is examined when a client joins."""
-        self._followed[stream.channel] = stream
+        self._followed[stream.channel] = self._by_key[self._keys.stream(stream.channel)] = stream
         if self._messages is not None:
             self._messages.post(("SUBSCRIBE", self._keys.ephemeral(stream.channel)))
 
@@ -137,14 +138,14 @@ class StreamReader:
         """Stop reading the stream, destroy its group and unsubscribe from its ephemeral events."""
         if self._followed.get(stream.channel) is not stream:
             return
-        del self._followed[stream.channel]
+        key = self._keys.stream(stream.channel)
+        del self._followed[stream.channel], self._by_key[key]
         self._live.forget(stream)
         self._pages.forget(stream)
         if self._link is not None and self._messages is not None:
             self._messages.post(("UNSUBSCRIBE", self._keys.ephemeral(stream.channel)))
             # On the connection that creates groups: if a client comes back at once, its new group
             # is created after this one was destroyed.
-            key = self._keys.stream(stream.channel)
             destroy = ("XGROUP", "DESTROY", key, self._group)
             # The stream may have been deleted, or was never created for a rejected client.
             self._link.post(destroy, expected="requires the key to exist")
@@ -267,18 +268,14 @@ class StreamReader:
 
     def _on_keys(self, keys: Iterable[bytes]) -> None:
         for key in keys:
-            channel = self._keys.channel_of_stream(key)
-            if channel is not None:
-                self.news(channel)
-                continue
-            channel = self._keys.channel_of_rights(key)
-            if channel is not None:
-                stream = self._followed.get(channel)
-                if stream is not None:
+            if (stream := self._by_key.get(key)) is not None:
+                self._live.want_read(stream)
+            elif (channel := self._keys.channel_of_rights(key)) is not None:
+                if (stream := self._followed.get(channel)) is not None:
                     stream.on_rights_changed()
             elif key == self._keys.control:
                 self._live.want_control()
-                self._work.set()
+        self._work.set()
 
     def _on_everything(self) -> None:
         self._live.want_control()
@@ -297,12 +294,9 @@ class StreamReader:
             stream.on_ephemeral(event)
             self._on_turn()
 
-    def news(self, channel: Channel) -> None:
-        """Read the stream, which may have new entries."""
-        stream = self._followed.get(channel)
-        if stream is not None:
-            self._live.want_read(stream)
-            self._work.set()
+    def news(self, key: bytes) -> None:
+        """Read the stream with this key, which may have new entries."""
+        self._on_keys((key,))
 
     def followed(self) -> list[Followed]:
         """Return all streams that local clients follow."""

@@ -91,23 +91,24 @@ def read_commands(
     not stand at this worker's position is put there first. The `plain` form writes nothing.
     """
     key = keys.stream(stream.channel)
-    at = str(stream.position)
     if plain:
         reads: list[RedisCommand] = [
             ("XINFO", "STREAM", key),
             ("XINFO", "GROUPS", key),
-            ("XRANGE", key, f"({at}", "+", "COUNT", count),
+            ("XRANGE", key, f"({stream.position}", "+", "COUNT", count),
         ]
         return _one_look([], reads, plain=True)
-    commands: list[RedisCommand] = [("XINFO", "STREAM", key)]
+    commands: list[RedisCommand] = [("MULTI",), ("XINFO", "STREAM", key)]
     if stream.misaligned:
+        at = str(stream.position)
         commands.append(("XINFO", "GROUPS", key))
         commands.append(("XGROUP", "CREATE", key, group, at))
         commands.append(("XGROUP", "SETID", key, group, at))
     commands.append(
         ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "NOACK", "STREAMS", key, ">")
     )
-    return _one_look([], commands, plain=False)
+    commands.append(("EXEC",))
+    return commands
 
 
 def parse_read(
@@ -174,11 +175,14 @@ def parse_page(
 
 
 def decode_all(stream: Followed, entries: Sequence[RawEntry], decode: Decode) -> list[Record]:
-    """Records of raw entries; keeps the stream's average size, by which pages are measured."""
-    channel = stream.channel
-    records = [decode(channel, EntryID.parse(raw), fields or ()) for raw, fields in entries]
+    """Decode entries, and update the stream's average size, which limits the next reads."""
+    channel, size, records = stream.channel, 0, []
+    for raw, fields in entries:
+        record = decode(channel, EntryID.parse(raw), fields or ())
+        size += record.size
+        records.append(record)
     if records:
-        mean = sum(record.size for record in records) / len(records)
+        mean = size / len(records)
         stream.average_bytes += 0.2 * (mean - stream.average_bytes)
         # One burst of large entries must not be read by the count that suited small ones.
         stream.average_bytes = max(stream.average_bytes, mean / 2)

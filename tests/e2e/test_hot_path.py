@@ -1,0 +1,58 @@
+"""The path of an event from Redis to the socket: its calls, and the page that lists its files."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.support.clients import native, stream_key, until
+from tests.support.relay import ROOT, RelayProcess
+from tests.support.valkey import Server
+
+pytestmark = pytest.mark.redis
+
+MOST_CALLS = 45
+FIRST = "PipelineConnection.data_received"
+WAKE_UP, LAST = "StreamReader._on_keys", "ClientSocket.write"
+
+
+def path_of(calls: Sequence[str]) -> list[str]:
+    """Return the calls from the last invalidation that led to a write to this write."""
+    names = [call.partition(" ")[2] for call in calls]
+    end = len(names) - 1 - names[::-1].index(LAST)
+    wake_up = max(at for at in range(end) if names[at] == WAKE_UP)
+    start = max(at for at in range(wake_up) if names[at] == FIRST)
+    return list(calls[start : end + 1])
+
+
+async def test_an_event_takes_the_documented_path_in_few_calls(
+    valkey: Server, tmp_path: Path
+) -> None:
+    written = tmp_path / "calls"
+    tracer = ["env", f"RELAY_CALLS={written}", sys.executable, "tests/support/call_trace.py"]
+    relay = RelayProcess(valkey, flags=["--insecure"], prefix=tracer)
+    await asyncio.to_thread(relay.start)
+    try:
+        async with native(relay) as door:
+            client = await door.sse("news")
+            with valkey.client() as admin:
+                for number in range(3):
+                    await asyncio.to_thread(admin.xadd, stream_key("news"), {"data": number})
+                    await client.next()
+            os.kill(relay.pid, signal.SIGUSR2)
+            await until(written.exists)
+    finally:
+        relay.kill()
+    path = path_of(written.read_text().splitlines())
+    assert len(path) <= MOST_CALLS, path
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    section = page.partition("## Follow an event")[2].partition("\n## ")[0]
+    listed = re.findall(r"^\| \d+ \| `(.*?)`", section, re.MULTILINE)
+    assert list(dict.fromkeys(call.partition(" ")[0] for call in path)) == listed
