@@ -47,7 +47,7 @@ def configuration(
 
 def is_foreign(options: argparse.Namespace) -> bool:
     """Return True if the configuration includes another server's."""
-    return any(each.said or each.missing for each in _translations(options))
+    return any(each.settings or each.missing for each in _translations(options))
 
 
 def token_options(options: argparse.Namespace) -> list[str]:
@@ -114,7 +114,7 @@ def _checkconfig(options: argparse.Namespace) -> int:
 
 def _convert_config(options: argparse.Namespace) -> int:
     """Print another server's configuration as an INI file for relay."""
-    translations = [each for each in _translations(options) if each.said or each.missing]
+    translations = [each for each in _translations(options) if each.settings or each.missing]
     if not translations or (options.config and _foreign_file(options) is None):
         suffixes = [suffix for foreign in find_imports() for suffix in foreign.suffixes]
         raise ConfigError(
@@ -123,7 +123,7 @@ def _convert_config(options: argparse.Namespace) -> int:
         )
     # Print nothing unless the whole configuration is valid.
     config = configuration(options, complete=True)
-    text = ini([said for each in translations for said in each.said])
+    text = ini([setting for each in translations for setting in each.settings])
     _print_notes(config)
     sys.stdout.write(text)
     return 0

@@ -40,7 +40,7 @@ class ImportedConfiguration:
     A start ignores it; a reload and `checkconfig` fail with it.
     """
 
-    said: Sequence[ImportedSetting] = ()
+    settings: Sequence[ImportedSetting] = ()
     notes: Sequence[str] = ()
     missing: str = ""
 

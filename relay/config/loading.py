@@ -246,14 +246,14 @@ def _sections(config: Config) -> Iterator[tuple[str, Section]]:
 
 def _notes(translation: ImportedConfiguration) -> Iterator[str]:
     if translation.missing:
-        yield f"{translation.missing}; the defaults count"
+        yield f"{translation.missing}; using defaults"
     yield from translation.notes
 
 
 def _translated(translation: ImportedConfiguration) -> _Source:
     source: _Source = {}
-    for said in translation.said:
-        source.setdefault(said.section, {})[said.key] = _Given(said.where, said.text)
+    for each in translation.settings:
+        source.setdefault(each.section, {})[each.key] = _Given(each.where, each.text)
     return source
 
 

@@ -95,7 +95,7 @@ def test_hup_reads_the_file_again_and_a_bad_one_changes_nothing(
         assert "its name must be" in running.said("not reloaded", times=2)
         config.unlink()
         running.send(signal.SIGHUP)
-        assert "there is no such file" in running.said("not reloaded", times=3)
+        assert "file not found" in running.said("not reloaded", times=3)
         assert publish(base, "hup", 1, secret="second")[0] == 200
 
 
@@ -217,11 +217,11 @@ def test_tls_with_the_file_s_own_names(valkey: Server, folder: Path) -> None:
         (
             "{}",
             ["--engine=etcd"],
-            "relay: --engine=etcd: no such engine; there are memory and redis",
+            "relay: --engine=etcd: must be memory or redis",
         ),
         ("{}", ["--port=x"], "relay: --port=x: a whole number from 0 to 65535"),
         ("{}", ["--config=config.ini"], "config.ini: must end in one of .json, .toml, .yaml, .yml"),
-        ('{"ssl_autocert": true}', [], "certificates by ACME are not included"),
+        ('{"ssl_autocert": true}', [], "relay does not obtain ACME certificates"),
         ('{"engine": "redis", "redis_host": "a,b"}', [], "one site has one Redis here"),
     ],
 )
@@ -250,7 +250,7 @@ def test_without_a_file_there_is_no_secret_and_no_start(valkey: Server, tmp_path
     flags = [f"--port={free_port()}", *redis_flags(valkey)]
     with site(tmp_path, "centrifugo", *flags, ready=False) as running:
         assert running.ended() == 1
-        running.said("config.json: there is no such file; the defaults count")
+        running.said("config.json: file not found; using defaults")
         running.said("[protocol:centrifugo] secret is not set")
 
 
@@ -290,7 +290,7 @@ def test_the_documented_admin_options_on_a_port_of_their_own(valkey: Server, fol
     }
     (folder / "config.json").write_text(json.dumps(config))
     with site(folder, "centrifugo", f"--port={port}", *redis_flags(valkey)) as running:
-        running.said("web = true: Centrifugo's own page is not included")
+        running.said("web = true: relay does not include Centrifugo's page")
         form = {"Content-Type": "application/x-www-form-urlencoded"}
         status, text, _ = fetch(
             f"http://127.0.0.1:{admin}/auth/", body=b"password=password", headers=form
@@ -328,7 +328,7 @@ def test_the_tools(tmp_path: Path) -> None:
         assert tool("genconfig", "-c", name) == (0, [])
         assert tool("checkconfig", "-c", name) == (0, [f"{name}: the configuration is valid"])
         assert tool("genconfig", "-c", name)[0] == 1
-    missing = (1, ["relay: none.json: there is no such file"])
+    missing = (1, ["relay: none.json: file not found"])
     assert tool("centrifugo", "checkconfig", "-c", "none.json") == missing
     assert tool("checkconfig", "-c", "none.json") == missing
     (code, lines) = tool("centrifugo", "version")

@@ -386,7 +386,7 @@ async def test_a_right_that_was_taken_away_holds_for_good_tokens_too(
     library, other = new_library(), new_library()
     client = await followed(door, library, other)
     redis(valkey, "HSET", rights_key(f"seafile:{library}"), ALICE, "-")
-    await until(lambda: any(f"lost seafile:{library}" in line for line in door.relay.log))
+    await until(lambda: any(f"to seafile:{library}: " in line for line in door.relay.log))
     await door.commit(library, "secret")
     await client.subscribe(library)
     await client.settle()
@@ -470,7 +470,7 @@ async def noted(door: Seafile, user: str) -> None:
             place.ended
             for stored in missed.read(remembered_places(door, user))
             for repo in stored
-            for place in missed.places_of(stored, repo)
+            for place in missed.positions_of(stored, repo)
         )
 
     await until(ended)
@@ -737,7 +737,7 @@ async def test_a_stream_that_lost_something_disconnects_its_clients(
             await door.commit(library, "c")
             with pytest.raises(HungUp):
                 await client.take(1000)
-            await until(lambda: any("may have missed events" in line for line in process.log))
+            await until(lambda: any("may have missed events of" in line for line in process.log))
             back = await followed(door, library)
             await door.commit(library, "d")
             assert await back.next() == update(library, "d")

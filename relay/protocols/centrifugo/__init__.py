@@ -1,1 +1,1 @@
-"""The Centrifugo v1 door; so far its HTTP API."""
+"""The Centrifugo protocol, version 1: clients, HTTP API and administrators."""

@@ -14,7 +14,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from relay.config.imported import Flag, ImportedConfiguration, ImportedSetting
+from typing_extensions import override
+
+from relay.config.imported import (
+    ConfigurationImport,
+    Flag,
+    ImportedConfiguration,
+    ImportedSetting,
+)
 from relay.core.errors import ConfigError
 from relay.core.model import RESERVED_NAMESPACES
 from relay.protocols.centrifugo.configuration.option_sources import (
@@ -30,7 +37,7 @@ from relay.protocols.centrifugo.configuration.options import (
     OptionKind,
 )
 
-_DOOR = "protocol:centrifugo"
+_SECTION = "protocol:centrifugo"
 _VERSION = "Centrifugo v1.8.0"
 # Centrifugo stores only the configured history. One hour is enough for slow and reconnecting
 # clients, and many quiet channels do not fill Redis.
@@ -41,7 +48,7 @@ _LEVELS = {"trace": "debug", "debug": "debug", "info": "info"} | dict.fromkeys(
 )
 
 
-class CentrifugoImport:
+class CentrifugoImport(ConfigurationImport):
     """Imports Centrifugo's configuration file and flags."""
 
     suffixes = SUFFIXES
@@ -59,25 +66,26 @@ class CentrifugoImport:
     version = _VERSION
     by_environment = False
 
+    @override
     def read(
         self, path: Path | None, environ: Mapping[str, str], flags: Mapping[str, str]
     ) -> ImportedConfiguration:
-        """Return the settings of the file, environment variables and flags."""
         given = gather(path, environ, flags)
-        _refuse(given)
-        said = [
-            *_door(given),
+        _reject_unsupported(given)
+        settings = [
+            *_protocol(given),
             *_namespaces(given),
             *_retention(given),
             *_node(given),
             *_redis(given),
         ]
         return ImportedConfiguration(
-            said=said, notes=[*given.notes, *_notes(given)], missing=given.missing
+            settings=settings, notes=[*given.notes, *_notes(given)], missing=given.missing
         )
 
+    @override
     def example(self, path: Path) -> str:
-        """Return an example with a random secret, as `centrifugo genconfig` does."""
+        # With a random secret, like `centrifugo genconfig`.
         secret = str(uuid.UUID(bytes=secrets.token_bytes(16), version=4))
         match path.suffix.lower():
             case ".json":
@@ -93,47 +101,47 @@ class CentrifugoImport:
 IMPORT = CentrifugoImport()
 
 
-def _refuse(given: CollectedOptions) -> None:
+def _reject_unsupported(given: CollectedOptions) -> None:
     if given.on("ssl_autocert"):
         raise given.values["ssl_autocert"].wrong(
-            "certificates by ACME are not included; let a proxy in front do it, or give ssl_cert"
-            " and ssl_key and leave ssl_autocert out"
+            "relay does not obtain ACME certificates. Remove ssl_autocert, and terminate TLS in a"
+            " proxy or set ssl_cert and ssl_key"
         )
     if given.on("web") and (value := given.first("web_path")):
-        raise value.wrong("pages of one's own are not served; leave web_path out, or web")
+        raise value.wrong("relay does not serve custom web pages. Remove web_path or web")
     if given.on("ssl"):
         for name in ("ssl_cert", "ssl_key"):
             if not given.text(name):
                 raise given.values["ssl"].wrong(f"needs {name}")
 
 
-def _door(given: CollectedOptions) -> Iterator[ImportedSetting]:
+def _protocol(given: CollectedOptions) -> Iterator[ImportedSetting]:
     """Yield the options that are settings of [protocol:centrifugo], in the table's order."""
     for name, value in given.values.items():
         option = OPTIONS[name]
         if (
             option.handling is not OptionHandling.MAPPED
             or option.made
-            or (not value.text and _counts(name))
+            or (not value.text and _is_number(name))
         ):
             continue
         section, _, key = option.to[0].rpartition(".")
-        yield _said(section, key, value)
+        yield _setting(section, key, value)
     port = given.first("port") or OptionValue(f"{_VERSION}'s port = ", "8000")
-    yield _said(_DOOR, "port", port)
+    yield _setting(_SECTION, "port", port)
     # In Centrifugo, an empty address means all interfaces. In relay, it would be that of [server].
     address = given.first("address") or OptionValue(f"{_VERSION}'s address = ", "0.0.0.0")  # noqa: S104
-    yield _said(_DOOR, "host", address)
+    yield _setting(_SECTION, "host", address)
     if prefix := given.first("http_prefix"):
-        yield _said(_DOOR, "http_prefix", prefix, f"/{prefix.text.strip('/')}".rstrip("/"))
+        yield _setting(_SECTION, "http_prefix", prefix, f"/{prefix.text.strip('/')}".rstrip("/"))
     if given.on("web"):
-        yield _said(_DOOR, "web", given.values["web"])
+        yield _setting(_SECTION, "web", given.values["web"])
     if given.on("ssl"):
-        yield _said(_DOOR, "tls_cert", given.values["ssl_cert"])
-        yield _said(_DOOR, "tls_key", given.values["ssl_key"])
+        yield _setting(_SECTION, "tls_cert", given.values["ssl_cert"])
+        yield _setting(_SECTION, "tls_key", given.values["ssl_key"])
 
 
-def _counts(name: str) -> bool:
+def _is_number(name: str) -> bool:
     return OPTIONS[name].kind is OptionKind.NUMBER
 
 
@@ -141,12 +149,12 @@ def _namespaces(given: CollectedOptions) -> Iterator[ImportedSetting]:
     for name, values in given.namespaces.items():
         if name in RESERVED_NAMESPACES:
             raise ConfigError(
-                f"namespaces: {name}: channels of this name belong to another door of the relay"
+                f"namespaces: {name}: this name is reserved for another protocol of relay"
             )
         for key in CHANNEL_OPTIONS:
             # Write the section even if all its settings have their default values.
             value = values.get(key) or OptionValue(f"namespace {name}: {key} = ", _default(key))
-            yield _said(f"{_DOOR}:{name}", key, value)
+            yield _setting(f"{_SECTION}:{name}", key, value)
 
 
 def _default(key: str) -> str:
@@ -159,8 +167,8 @@ def _default(key: str) -> str:
 
 def _retention(given: CollectedOptions) -> Iterator[ImportedSetting]:
     """Yield retention settings: the configured history, but at least one hour."""
-    top = _kept(given.values)
-    kept = {name: _kept(values) for name, values in given.namespaces.items()}
+    top = _retained(given.values)
+    kept = {name: _retained(values) for name, values in given.namespaces.items()}
     if given.text("namespace_channel_boundary", ":") != ":":
         # Relay's namespaces always end in ':', so all of these channels belong to [namespace].
         top = tuple(max(pair) for pair in zip(top, *kept.values(), strict=True))
@@ -172,7 +180,10 @@ def _retention(given: CollectedOptions) -> Iterator[ImportedSetting]:
             prefix = given.text("private_channel_prefix", "$")
             if ":" not in prefix:
                 sections[f"namespace:{prefix}{name}"] = each
-    why = "Centrifugo keeps its history alone; an hour serves clients that are slow or were away."
+    why = (
+        "Centrifugo stores only its history. Relay keeps events for an hour, for slow and"
+        " reconnecting clients."
+    )
     for section, (count, age_s) in sections.items():
         where = f"history of [{section}]: "
         yield ImportedSetting(
@@ -184,11 +195,11 @@ def _retention(given: CollectedOptions) -> Iterator[ImportedSetting]:
             key="unique_uids",
             text="no",
             where=f"{_VERSION}'s uid = ",
-            why="Centrifugo's backends need not give each message a uid of its own.",
+            why="Backends of Centrifugo may publish several messages with the same uid.",
         )
 
 
-def _kept(values: Mapping[str, OptionValue]) -> tuple[int, int]:
+def _retained(values: Mapping[str, OptionValue]) -> tuple[int, int]:
     from relay.config.settings import NamespaceSettings
 
     size, lifetime = (
@@ -204,28 +215,28 @@ def _kept(values: Mapping[str, OptionValue]) -> tuple[int, int]:
 
 def _node(given: CollectedOptions) -> Iterator[ImportedSetting]:
     if value := given.first("name"):
-        yield _said("node", "name", value)
+        yield _setting("node", "name", value)
     if value := given.first("log_level"):
-        yield _said("log", "level", value, _LEVELS.get(value.text.lower(), "info"))
+        yield _setting("log", "level", value, _LEVELS.get(value.text.lower(), "info"))
     # The configured port is for this protocol only. Everything else listens on loopback.
     yield ImportedSetting(
         section="server",
         key="port",
         text="0",
-        where="port of all other doors = ",
-        why="Centrifugo's port opens Centrifugo's door alone. Health, metrics and the other doors"
-        " have this listener: any free port, on loopback unless host says otherwise.",
+        where="port of all other protocols = ",
+        why="Centrifugo's port serves the Centrifugo protocol only. Health, metrics and other"
+        " protocols use this listener: a free port on loopback, unless host is set.",
     )
 
 
 def _redis(given: CollectedOptions) -> Iterator[ImportedSetting]:
     engine = given.text("engine", "memory")
     if engine not in {"memory", "redis"}:
-        raise given.values["engine"].wrong("no such engine; there are memory and redis")
+        raise given.values["engine"].wrong("must be memory or redis")
     prefix = given.text("redis_prefix", "centrifugo")
     if engine == "memory":
         where = given.values.get("engine") or OptionValue(f"{_VERSION}'s engine = ", engine)
-        yield _said("redis", "url", where, "embedded")
+        yield _setting("redis", "url", where, "embedded")
         return
     yield from _address(given)
     for name, key in (
@@ -234,16 +245,16 @@ def _redis(given: CollectedOptions) -> Iterator[ImportedSetting]:
     ):
         # In Centrifugo, 0 means no timeout. Relay needs timeouts to recover from failures.
         if (value := given.first(name)) and value.text != "0":
-            yield _said("redis", key, value)
+            yield _setting("redis", key, value)
     if value := given.first("redis_prefix"):
-        yield _said("producer:queue", "name", value, f"{prefix}.api")
+        yield _setting("producer:queue", "name", value, f"{prefix}.api")
         if prefix != "centrifugo":
             # Another prefix means another installation on the same Redis, with separate streams.
-            yield _said("redis", "prefix", value, f"relay:{prefix}:")
+            yield _setting("redis", "prefix", value, f"relay:{prefix}:")
     if given.on("redis_api"):
-        yield _said("producer:queue", "enabled", given.values["redis_api"])
+        yield _setting("producer:queue", "enabled", given.values["redis_api"])
         if value := given.first("redis_api_num_shards"):
-            yield _said("producer:queue", "shards", value)
+            yield _setting("producer:queue", "shards", value)
 
 
 def _address(given: CollectedOptions) -> Iterator[ImportedSetting]:
@@ -251,8 +262,8 @@ def _address(given: CollectedOptions) -> Iterator[ImportedSetting]:
         value = given.first(name)
         if value and "," in value.text:
             raise ConfigError(
-                f"{value.where}(several): one site has one Redis here; its streams are read one by"
-                " one, so that one Redis carries what shards did. Give one address"
+                f"{value.where}(several): relay uses one Redis, because its streams need no shards."
+                " Set one address"
             )
     master, sentinels = given.first("redis_master_name"), given.first("redis_sentinels")
     db = given.text("redis_db", "0")
@@ -261,18 +272,18 @@ def _address(given: CollectedOptions) -> Iterator[ImportedSetting]:
         if not (master and sentinels):
             lone = master or sentinels
             raise ConfigError(
-                f"{lone.where if lone else ''}(alone): redis_master_name and redis_sentinels go"
-                " together"
+                f"{lone.where if lone else ''}(alone): redis_master_name and redis_sentinels must"
+                " be set together"
             )
         hosts = ",".join(
             f"127.0.0.1{part}" if part.startswith(":") else part
             for part in (each.strip() for each in sentinels.text.split(","))
             if part
         )
-        yield _said("redis", "url", sentinels, f"sentinel://{hosts}/{quote(master.text)}/{db}")
+        yield _setting("redis", "url", sentinels, f"sentinel://{hosts}/{quote(master.text)}/{db}")
     elif url := given.first("redis_url"):
         found = _split_url(url)
-        yield _said("redis", "url", url, found[0])
+        yield _setting("redis", "url", url, found[0])
         # The other options are ignored if redis_url is set (engines.md of the documentation).
         password = OptionValue(url.where, found[1]) if found[1] else None
     else:
@@ -280,9 +291,9 @@ def _address(given: CollectedOptions) -> Iterator[ImportedSetting]:
         port = given.text("redis_port", "6379")
         where = given.first("redis_host", "redis_port", "redis_db") or given.values["engine"]
         host = f"[{host}]" if ":" in host else host
-        yield _said("redis", "url", where, f"redis://{host}:{port}/{db}")
+        yield _setting("redis", "url", where, f"redis://{host}:{port}/{db}")
     if password:
-        yield _said("redis", "password", password)
+        yield _setting("redis", "password", password)
 
 
 def _split_url(value: OptionValue) -> tuple[str, str]:
@@ -303,15 +314,17 @@ def _split_url(value: OptionValue) -> tuple[str, str]:
 def _notes(given: CollectedOptions) -> Iterator[str]:
     if given.on("web"):
         yield (
-            f"{given.values['web'].where}true: Centrifugo's own page is not included; the"
-            " live page, on the listener of [server], is there instead"
+            f"{given.values['web'].where}true: relay does not include Centrifugo's page. Use the"
+            " live page on the listener of [server] instead"
         )
     level = given.first("log_level")
     if level and level.text.lower() not in _LEVELS:
-        yield f"{level.where}{level.text}: no such level; info counts, as in {_VERSION}"
+        yield f"{level.where}{level.text}: unknown level; info applies, as in {_VERSION}"
 
 
-def _said(section: str, key: str, value: OptionValue, text: str | None = None) -> ImportedSetting:
+def _setting(
+    section: str, key: str, value: OptionValue, text: str | None = None
+) -> ImportedSetting:
     return ImportedSetting(
         section=section, key=key, text=value.text if text is None else text, where=value.where
     )

@@ -1,35 +1,37 @@
-"""HTTP answers as the notification server writes them, byte for byte; who asked for them."""
+"""HTTP responses, byte for byte as those of Seafile's notification server."""
 
 from __future__ import annotations
 
 from aiohttp import hdrs, web
+from typing_extensions import override
 
 
 class _Bare(web.Response):
-    """An answer without Content-Type, as Go's where nothing was written."""
+    """A response without Content-Type, like Go's responses without a body."""
 
+    @override
     async def _prepare_headers(self) -> None:
         await super()._prepare_headers()
         self.headers.popall(hdrs.CONTENT_TYPE, None)
 
 
 def sender(request: web.Request) -> str:
-    """Who asks, for the log: what a proxy says, as upstream."""
+    """Return the client's address for the log: that in the proxy's header, or the peer's."""
     return request.headers.get("X-Forwarded-For") or request.remote or ""
 
 
 def pong() -> web.Response:
-    """Other programs compare this body."""
+    """Return the response to `/ping`. Other programs compare its body."""
     return web.Response(text='{"ret": "pong"}\n', content_type="text/plain", charset="utf-8")
 
 
 def done() -> web.Response:
-    """200 and nothing else."""
+    """Return status 200 without a body."""
     return _Bare()
 
 
 def error(status: int, text: str) -> web.Response:
-    """Go's http.Error."""
+    """Return the response of Go's `http.Error`."""
     return web.Response(
         status=status,
         text=f"{text}\n",
@@ -40,7 +42,7 @@ def error(status: int, text: str) -> web.Response:
 
 
 def no_websocket() -> web.Response:
-    """A websocket was wanted, and the request asks for none."""
+    """Return the response to a request that is not a websocket handshake."""
     answer = error(400, "Bad Request")
     answer.headers["Sec-Websocket-Version"] = "13"
     return answer

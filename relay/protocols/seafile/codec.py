@@ -1,8 +1,8 @@
 """Seafile's messages: `{"type": T, "content": {...}}` in both directions (client.go, event.go).
 
-Read as Go's encoding/json reads them: names match whatever their case, null counts as absent, what
-follows the JSON value is ignored. Written as Go writes them: without white space, `<`, `>`, `&` and
-the two line separators as escapes, one LF at the end; `type` first.
+They are read as by Go's encoding/json: names match in any case, null counts as absent, and bytes
+after the JSON value are ignored. They are written as by Go: `type` first, without white space, with
+`<`, `>`, `&` and the two line separators escaped, and with one LF at the end.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from relay.core.slices import next_slice
 from relay.protocols.seafile.event_format import FOLDER_PERM_CHANGED, TYPES, recipients
 from relay.transports.socket.websocket import frame_text
 
-# What libwebsockets hands to the real clients in one piece (measured, 4.1.6): they parse each
-# piece by itself, so that a longer message is lost on them.
+# libwebsockets passes at most this much to the real clients at once (measured, 4.1.6). They parse
+# each piece separately, so that they cannot read a longer message.
 READABLE_BYTES = 4096
 
 # A message up to this size is parsed in one step.
@@ -29,12 +29,14 @@ _PART_BYTES = 4096
 
 
 class BadMessage(ValueError):
-    """The message is malformed; Seafile's server closes the connection then. For the log."""
+    """The message is malformed: the connection is closed. The text is for the log."""
 
 
 class LibrarySubscribe(NamedTuple):
-    """One library of a subscribe. `after`, which only our own clients send, is the ID of the last
-    event that the client has seen."""
+    """One library of a subscribe message.
+
+    `after` is the ID of the last event that the client has received. It is an extension of relay.
+    """
 
     repo_id: str
     token: str
@@ -55,7 +57,7 @@ _decoder = json.JSONDecoder(parse_constant=_refuse, parse_int=float)
 
 
 def parse(text: bytes) -> list[LibrarySubscribe | LibraryUnsubscribe]:
-    """Parse a client's message into requests, in their order. Raises BadMessage."""
+    """Parse a client's message and return its requests in order. Raises BadMessage."""
     try:
         message, _ = _decoder.raw_decode(text.decode(errors="replace").lstrip(" \t\r\n"))
     except (ValueError, RecursionError):
@@ -78,7 +80,7 @@ def parse(text: bytes) -> list[LibrarySubscribe | LibraryUnsubscribe]:
 async def parts(text: bytes) -> AsyncIterator[bytes]:
     """Divide a message with many libraries into messages with few. Raises BadMessage.
 
-    A slice of time is used for each. What stands around the libraries is repeated in each part.
+    Each part takes a short time. The text around the list of libraries is repeated in each.
     """
     try:
         found = await divide(text, 3, _PART_BYTES)
@@ -86,10 +88,10 @@ async def parts(text: bytes) -> AsyncIterator[bytes]:
         raise BadMessage(str(exc)) from None
     around = text[: found.begin], text[found.end :]
     if max(map(len, around)) > _PART_BYTES:
-        raise BadMessage("more than a list of libraries")
+        raise BadMessage("too many bytes besides the list of libraries")
     for begin, end in found.parts:
         if end - begin > 2 * _PART_BYTES:
-            raise BadMessage("a library that is too long")
+            raise BadMessage("one library is too long")
         await next_slice()
         yield text[begin:end].join(around)
 
@@ -105,7 +107,7 @@ def _subscribe(repo: Any) -> LibrarySubscribe:
 
 
 def _unsubscribe(repo: Any) -> LibraryUnsubscribe:
-    # Until March 2023 the server wanted texts here, while clients sent objects.
+    # Until March 2023 the server expected strings here, while clients sent objects.
     if isinstance(repo, str):
         return LibraryUnsubscribe(repo)
     return LibraryUnsubscribe(_text({} if repo is None else _object(repo, "a library"), "id"))
@@ -122,26 +124,30 @@ def _text(fields: dict[str, Any], name: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise BadMessage(f"{name} is not a text")
+        raise BadMessage(f"{name} is not a string")
     return value
 
 
 def message(kind: str, content: bytes) -> bytes:
-    """Return a message of this type; `content` is JSON text."""
+    """Return a message of this type. `content` is JSON."""
     return b'{"type":%b,"content":%b}\n' % (go_json.text(kind), go_json.compact(content))
 
 
 def event_message(event: Event) -> bytes:
-    """Return the message for an event, b"" where the protocol has none: its types are known to all
-    clients, and their content is an object."""
+    """Return the message for an event, or b"" if it is not part of the protocol.
+
+    The protocol has four types, and their content is an object.
+    """
     if event.type not in TYPES or not event.is_json or event.data.lstrip()[:1] != b"{":
         return b""
     return message(event.type, event.data)
 
 
 def is_for_some(event: Event) -> bool:
-    """Whether a permission is for a user or a group, but the entry for everyone: an entry of
-    `/events` says for whom it is, one of another program may have been written without care."""
+    """Return True if an entry without recipients is a permission for a user or group.
+
+    Entries of `/events` have recipients. Other programs may have omitted them by mistake.
+    """
     if event.type != FOLDER_PERM_CHANGED or event.to is not None:
         return False
     try:

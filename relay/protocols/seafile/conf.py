@@ -1,7 +1,7 @@
 """Seafile's own configuration: `seafile.conf`, `notification.conf`, `ccnet.conf`, `.env` and
-environment.
+environment variables.
 
-Where each version keeps what the notification server needs (seafile-server, branches 10.0 to 13.0):
+Files that contain the notification server's settings (seafile-server, branches 10.0 to 13.0):
 
 | version          | server's key, address                      | group members                   |
 | ---------------- | ------------------------------------------ | ------------------------------- |
@@ -9,16 +9,15 @@ Where each version keeps what the notification server needs (seafile-server, bra
 | 10.0, 11.0       | seafile.conf [notification]                | ccnet.conf [Database]           |
 | 12.0, 13.0       | environment, or .env in the folder         | environment, or .env            |
 
-A value is the rest of its line, whatever characters it has, as the C server's GKeyFile reads it;
-Go's reader took `#` and `;` for comments until May 2023, so that generated keys were cut there.
-Quotes around it do not belong to it, nor does a single one at its begin, which is in the manual's
-own sample.
+A value is the rest of its line, as in the C server's GKeyFile. Until May 2023, Go's parser took `#`
+and `;` for the start of a comment and truncated generated keys there. Quotes around a value are
+removed, and also a single quote at its beginning, which the manual's sample contains.
 
-Seafile's programs read some keys differently, and then sign with different ones. All readings are
-accepted then:
+Seafile's programs read some keys differently, and therefore sign with different keys. All of these
+readings are accepted:
 
-* seafile.conf: seaf-server keeps quotes and resolves escapes, the Go programs do neither.
-* .env: the scripts of 12 took the text up to the next `=`, later ones let the shell read the file.
+* seafile.conf: seaf-server keeps quotes and resolves escapes; the Go programs do neither.
+* .env: the scripts of 12 read up to the next `=`; later ones let the shell read the file.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from relay.core.errors import ConfigError
 DEFAULT_PORT = "8083"
 FILES = ("seafile.conf", "notification.conf", "ccnet.conf", ".env")
 
-# Of several readings of one key. A shorter text that is not the whole key could be guessed.
+# Minimum length of a reading that is only a part of the key: a shorter one could be guessed.
 _LEAST_PART = 16
 _KEYS = "\n---\n"
 _SPACE = " \t\r\f\v"
@@ -62,30 +61,32 @@ _LEVELS = {
 
 
 @dataclass(slots=True)
-class Found:
-    """What was found, in the words of [protocol:seafile] and [log]; `where` says from which file or
-    variable each setting of the door comes."""
+class SeafileConfiguration:
+    """Settings of [protocol:seafile] and [log] that were found.
 
-    door: dict[str, str] = field(default_factory=dict)
+    `where` has the file or variable of each setting of the protocol.
+    """
+
+    settings: dict[str, str] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)
     log_level: str = ""
     notes: list[str] = field(default_factory=list)
 
     def put(self, key: str, value: str | None, where: str) -> None:
-        """A later source wins; what is empty says nothing."""
+        """Set a setting, and replace one of an earlier source. Ignore an empty value."""
         if value:
-            self.door[key] = value
+            self.settings[key] = value
             self.where[key] = where
 
 
-# Section -> name -> value; both in lower case.
+# Section -> name -> value. Sections and names are in lower case.
 _Sections = dict[str, dict[str, str]]
 
 
 def parse(text: str, read_value: Callable[[str], str] | None = None) -> _Sections:
-    """Return the sections of one file. The last of equal names counts; other lines mean nothing.
+    """Return the sections of one file. The last of equal names applies. Ignore other lines.
 
-    `read_value` turns a value as it is in the file into its meaning; without it quotes are removed.
+    `read_value` converts a value from the file. By default, quotes are removed.
     """
     sections: _Sections = {}
     current: dict[str, str] = {}
@@ -104,7 +105,7 @@ def parse(text: str, read_value: Callable[[str], str] | None = None) -> _Section
 
 
 def unquoted(value: str) -> str:
-    """Without the quotes around it, or the single one that was left at an end."""
+    """Remove the quotes around a value, or a single quote at one end."""
     if len(value) >= 2 and value[0] == value[-1] and value[0] in _QUOTES:
         return value[1:-1]
     if value[:1] == '"' and '"' not in value[1:]:
@@ -120,7 +121,7 @@ def as_seaf_server(value: str) -> str:
 
 
 def variables(text: str) -> dict[str, str]:
-    """Return the variables of a .env file. Lines that are no assignment mean nothing."""
+    """Return the variables of a .env file. Ignore lines that are not assignments."""
     found: dict[str, str] = {}
     for line in text.removeprefix("\ufeff").split("\n"):
         if match := _VARIABLE.fullmatch(line.rstrip("\r")):
@@ -128,7 +129,7 @@ def variables(text: str) -> dict[str, str]:
             if double is not None:
                 double = re.sub(r'\\(["\\$`])', r"\1", double)
             found[name] = next(each for each in (single, double, plain) if each is not None)
-            # As the scripts of 12 read it, with awk and `=` between fields.
+            # The scripts of 12 read it with awk, with `=` between fields.
             part = line.rstrip("\r").split("=")[1]
             if name == "JWT_PRIVATE_KEY" and len(part) >= _LEAST_PART:
                 found[name] = readings(found[name], part)
@@ -136,14 +137,17 @@ def variables(text: str) -> dict[str, str]:
 
 
 def readings(*keys: str | None) -> str:
-    """Return different readings of one key as the setting of the protocol has them."""
+    """Return the different readings of one key in the format of the setting `key`."""
     return _KEYS.join(dict.fromkeys(key for key in keys if key))
 
 
-def read(folder: Path | None, environ: Mapping[str, str]) -> Found:
-    """Everything that the folder and the environment say. ConfigError where the folder has none of
-    the files, or a value cannot be meant."""
-    found = Found()
+def read(folder: Path | None, environ: Mapping[str, str]) -> SeafileConfiguration:
+    """Return the settings in the folder and the environment.
+
+    Raises:
+        ConfigError: The folder has none of the files, or a value is invalid.
+    """
+    found = SeafileConfiguration()
     if folder is not None:
         files = {name: _file(folder / name) for name in FILES}
         if not any(text is not None for text in files.values()):
@@ -164,10 +168,10 @@ def read(folder: Path | None, environ: Mapping[str, str]) -> Found:
     # A variable of the process wins over the file.
     where |= dict.fromkeys(environ, "environment variable ")
     _environment({**stored, **environ}, where, found)
-    if folder is not None and "port" not in found.door:
+    if folder is not None and "port" not in found.settings:
         found.put("port", DEFAULT_PORT, "the default of Seafile")
-    if "port" in found.door and "host" not in found.door:
-        # Upstream's default, which containers rest on.
+    if "port" in found.settings and "host" not in found.settings:
+        # Seafile's default, which its containers require.
         found.put("host", "0.0.0.0", "the default of Seafile")  # noqa: S104
     return found
 
@@ -181,14 +185,14 @@ def _file(path: Path) -> str | None:
         raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from exc
 
 
-def _first_generation(general: Mapping[str, str], found: Found) -> None:
+def _first_generation(general: Mapping[str, str], found: SeafileConfiguration) -> None:
     where = "notification.conf [general]"
     found.put("host", general.get("host"), where)
     found.put("port", general.get("port") or (general and DEFAULT_PORT) or "", where)
     _keys(general, found, where)
 
 
-def _notification(section: Mapping[str, str] | None, found: Found) -> None:
+def _notification(section: Mapping[str, str] | None, found: SeafileConfiguration) -> None:
     if section is None:
         return
     where = "seafile.conf [notification]"
@@ -199,27 +203,28 @@ def _notification(section: Mapping[str, str] | None, found: Found) -> None:
         found.put("host", host, where)
     elif host:
         found.notes.append(
-            f"{where} host = {host} is not an address of this host but where seaf-server finds the"
-            " notification server: listening on all addresses"
+            f"{where} host = {host} is a name under which seaf-server reaches the notification"
+            " server, not an address of this host: listening on all addresses"
         )
-    # The first generation names the other end: the notification server's address. What its own
-    # file says counts first.
+    # In the first generation, seafile.conf contains the URL of the notification server. Its own
+    # file, notification.conf, takes precedence.
     _, _, url_port = section.get("notification_url", "").rpartition(":")
-    port = section.get("port") or found.door.get("port") or url_port.strip("/") or DEFAULT_PORT
+    port = section.get("port") or found.settings.get("port") or url_port.strip("/") or DEFAULT_PORT
     found.put("port", port, where)
     _keys(section, found, where)
 
 
-def _keys(section: Mapping[str, str], found: Found, where: str) -> None:
+def _keys(section: Mapping[str, str], found: SeafileConfiguration, where: str) -> None:
     found.put("key", section.get("jwt_private_key") or section.get("private_key"), where)
     found.put("notification_token", section.get("notification_token"), where)
     found.log_level = _level(section.get("log_level", "")) or found.log_level
 
 
-def _database(section: Mapping[str, str], found: Found) -> None:
+def _database(section: Mapping[str, str], found: SeafileConfiguration) -> None:
     where = "ccnet.conf [Database]"
     engine = section.get("engine", "").lower()
-    # SQLite and PostgreSQL never had a notification server; groups are then a Redis set.
+    # Seafile's notification server requires MySQL. With SQLite or PostgreSQL, relay reads group
+    # members from Redis.
     if engine not in ("mysql", "mariadb"):
         return
     found.put("groups", "database", where)
@@ -237,8 +242,10 @@ def _database(section: Mapping[str, str], found: Found) -> None:
 
 
 def _is_own(host: str) -> bool:
-    """Return False for a name of one word: with containers it is the notification server's, as
-    seaf-server sees it."""
+    """Return False for a name without a dot.
+
+    With containers it is the name under which seaf-server reaches the notification server.
+    """
     try:
         ip_address(host)
     except ValueError:
@@ -246,16 +253,19 @@ def _is_own(host: str) -> bool:
     return True
 
 
-def _environment(environ: Mapping[str, str], where: Mapping[str, str], found: Found) -> None:
-    """`where` says for each variable where it comes from."""
-    # Where the server posts to. A port in it wins over that of seafile.conf, which 13 ignores.
+def _environment(
+    environ: Mapping[str, str], where: Mapping[str, str], found: SeafileConfiguration
+) -> None:
+    """Apply variables. `where` has the source of each, for messages."""
+    # The URL that seaf-server posts to. Its port overrides that of seafile.conf, which Seafile 13
+    # ignores.
     name = "INNER_NOTIFICATION_SERVER_URL"
     if inner := environ.get(name):
         try:
             port = urlsplit(inner).port
         except ValueError:
             raise ConfigError(f"{where[name]}{name}: is not a URL") from None
-        if port or "port" not in found.door:
+        if port or "port" not in found.settings:
             found.put("port", str(port or DEFAULT_PORT), f"{where[name]}{name}")
     for key, name in (
         ("key", "JWT_PRIVATE_KEY"),
@@ -275,7 +285,7 @@ def _environment(environ: Mapping[str, str], where: Mapping[str, str], found: Fo
     if switch := environ.get(name):
         found.put("enabled", _boolean(switch, f"{where[name]}{name}"), f"{where[name]}{name}")
     found.log_level = _level(environ.get("NOTIFICATION_SERVER_LOG_LEVEL", "")) or found.log_level
-    if environ.get("JWT_PRIVATE_KEY") and "port" not in found.door:
+    if environ.get("JWT_PRIVATE_KEY") and "port" not in found.settings:
         found.put("port", DEFAULT_PORT, "the default of Seafile 12")
 
 

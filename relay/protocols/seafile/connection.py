@@ -1,7 +1,8 @@
-"""One client's connection: messages in, subscriptions and `jwt-expired` out. No I/O of its own.
+"""One client's connection: handles messages, and sends events and `jwt-expired`.
 
-The handshake carries no credential. Each library is opened by a JWT of its own, and the user of the
-connection is whom the last valid one names; so the session in the hub begins with the first one.
+The handshake contains no credentials. A client subscribes to each library with a separate JWT, and
+the user of the connection is that of the last valid JWT. The hub's session is therefore opened with
+the first valid JWT.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from array import array
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from relay.core.errors import Forbidden, RelayError
 from relay.core.model import Channel, EntryID, Position, Principal
 from relay.core.reasons import Reason
 from relay.core.slices import in_slices
+from relay.hub.session import Client
 from relay.protocols.seafile import codec, missed
 from relay.protocols.seafile.encoders import SEAFILE
 from relay.protocols.seafile.event_format import PREFIX, channel_of
-from relay.protocols.seafile.missed import Place, Seen
+from relay.protocols.seafile.expiries import TokenHolder
+from relay.protocols.seafile.missed import ClientPosition, UncertainPosition
 from relay.protocols.seafile.tokens import InvalidSeafileToken
 from relay.transports.socket.websocket import WebSocketConnection, frame_close
 
@@ -33,53 +38,54 @@ if TYPE_CHECKING:
     from relay.core.model import Event
     from relay.hub.recovery import Notice
     from relay.hub.session import Session, Subscription
-    from relay.protocols.seafile.service import Service
+    from relay.protocols.seafile.service import SeafileService
     from relay.protocols.seafile.tokens import SeafileClaims
 
 _log = logging.getLogger(__name__)
 
 GOING_AWAY = 1001
-# Libraries of one message that are dealt with in one turn of the loop: each costs an HMAC.
-_TURN = 50
-_WAITING = 100_000
-# Seconds after which the places of a client are stored: first when a storm of subscribes is over,
-# then again and again, so that a killed relay repeats little and nothing outlives its time limit.
-_NOTE_S = 2.0
-_NOTE_AGAIN_S = 30.0
-# A sync client pings every second, and hangs up after 5 seconds without a pong. Events that were
-# written so long before it was last heard have arrived.
+# Libraries that are processed in one turn of the loop. Each requires an HMAC.
+_PER_TURN = 50
+_MAX_QUEUED = 100_000
+# A client's positions are stored after the first time, when its many subscribe messages have been
+# processed, and then periodically. If relay is killed, few events are repeated.
+_FIRST_SAVE_S = 2.0
+_SAVE_S = 30.0
+# A sync client pings every second, and disconnects after 5 seconds without a pong. Events that were
+# written this long before its last message have therefore arrived.
 _ARRIVED_S = 6.0
-
-
 # Two pings of a sync client.
 _RECENTLY_S = 2.0
 
 
 class SeafileSocket(WebSocketConnection):
-    """A client's websocket that knows up to when everything has certainly arrived."""
+    """A client's websocket that records until when all events have certainly arrived."""
 
-    __slots__ = ("_complete", "_heard_at")
+    __slots__ = ("_complete", "_received_at")
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._heard_at = time.monotonic()
+        self._received_at = time.monotonic()
         self._complete = False
 
     @property
     def arrived_at(self) -> float | None:
-        """Return the time (`time.monotonic`) before which everything that was sent has arrived,
-        None if all of it has."""
-        return None if self.close_received or self._complete else self._heard_at - _ARRIVED_S
+        """Return the time (`time.monotonic`) until which all sent events have arrived.
 
+        None means that all events have arrived.
+        """
+        return None if self.close_received or self._complete else self._received_at - _ARRIVED_S
+
+    @override
     def data_received(self, data: bytes) -> None:
-        """See `WebSocketConnection`."""
-        self._heard_at = time.monotonic()
+        self._received_at = time.monotonic()
         super().data_received(data)
 
+    @override
     def eof_received(self) -> None:
-        """See `WebSocketConnection`. A client that closes its socket without a close frame, but
-        recently sent something and has acknowledged all bytes, has received everything."""
-        recently = time.monotonic() - self._heard_at < _RECENTLY_S
+        # The client may close its socket without a close frame. If it sent data recently and has
+        # acknowledged all bytes, it has received everything.
+        recently = time.monotonic() - self._received_at < _RECENTLY_S
         self._complete = recently and not self.waiting_bytes() and not self._unacknowledged()
         super().eof_received()
 
@@ -97,8 +103,11 @@ class SeafileSocket(WebSocketConnection):
 
 
 class _Library:
-    """A library that the client follows: when its token runs out, the token's digest, and the
-    event up to which the client has certainly received everything."""
+    """A library that the client is subscribed to.
+
+    `expires_at` and `token` are the expiry time and digest of its token. The client has certainly
+    received all events up to `floor`.
+    """
 
     __slots__ = ("expires_at", "floor", "token")
 
@@ -108,8 +117,8 @@ class _Library:
         self.floor: EntryID | None = None
 
 
-class SeafileClient:
-    """The table: message in, hub call and reply out."""
+class SeafileClient(Client, TokenHolder):
+    """State of one connection."""
 
     __slots__ = (
         "__weakref__",
@@ -119,31 +128,31 @@ class SeafileClient:
         "_id",
         "_left",
         "_libraries",
-        "_memory",
         "_missed",
-        "_note_task",
-        "_note_timer",
-        "_noted",
-        "_noted_at",
-        "_planned",
         "_refused",
+        "_save_task",
+        "_save_timer",
+        "_saved",
+        "_saved_at",
+        "_scheduled",
         "_service",
-        "_settled",
         "_socket",
-        "_unread",
+        "_stored",
+        "_unchanged",
+        "_unparsed",
         "_work",
         "session",
         "watched",
     )
 
     def __init__(
-        self, service: Service, socket: SeafileSocket, *, agent: str, address: str
+        self, service: SeafileService, socket: SeafileSocket, *, agent: str, address: str
     ) -> None:
-        """`address` is for the log."""
+        """Create the client of a new connection. `address` is used in the log."""
         self.session: Session | None = None
-        # What the client follows, as far as it is concerned.
+        # The client's subscriptions, including those that the hub has not confirmed yet.
         self._libraries: dict[Channel, _Library] = {}
-        # Libraries that its tokens open and the site's rights do not.
+        # Libraries that the client has a token for, but that rights stored in relay deny.
         self._refused: set[Channel] = set()
         self.watched: dict[Channel, int] = {}
         self._service = service
@@ -151,39 +160,42 @@ class SeafileClient:
         self._agent = agent
         self._address = address
         self._id = service.next_id()
-        # Made when it is needed: an empty one takes as much as all the rest here.
+        # Requests to process. Created on demand: an empty deque takes as much memory as the rest of
+        # this object.
         self._work: deque[codec.LibrarySubscribe | codec.LibraryUnsubscribe] | None = None
-        # Messages that wait for a long one, which is being read.
-        self._unread: deque[bytes] | None = None
-        # A task works for this client: what comes meanwhile waits for it.
+        # A long message that is being parsed, and the messages after it.
+        self._unparsed: deque[bytes] | None = None
+        # True while a task runs for this client. New requests wait for it.
         self._busy = False
-        self._planned = False
-        # Where this connection left libraries that it followed, and what is stored of earlier ones.
-        self._left: dict[Channel, Place] = {}
-        self._memory: missed.Stored = {}
-        self._note_timer: asyncio.TimerHandle | None = None
-        self._note_task: asyncio.Task[None] | None = None
-        # The places that were stored last: a hash of them, when, and whether they were the same as
-        # the time before.
-        self._noted = 0
-        self._noted_at = 0.0
-        self._settled = False
-        # What it is sent once the hub agrees to its subscription.
+        self._scheduled = False
+        # Positions of libraries that this connection has unsubscribed from, and stored positions of
+        # earlier connections.
+        self._left: dict[Channel, ClientPosition] = {}
+        self._stored: missed.Stored = {}
+        self._save_timer: asyncio.TimerHandle | None = None
+        self._save_task: asyncio.Task[None] | None = None
+        # The positions that were saved last: their hash, the time, and whether they were the same
+        # as the time before.
+        self._saved = 0
+        self._saved_at = 0.0
+        self._unchanged = False
+        # Missed events, which are sent when the hub has confirmed the subscription.
         self._missed: dict[Channel, list[Event]] = {}
 
     # ---- from the client --------------------------------------------------------------------
 
     def on_message(self, text: bytes) -> None:
-        """Handle one message. Hang up without a word if it is malformed, as Seafile's server does.
+        """Handle one message. Close the connection without a close frame if it is malformed, as
+        Seafile's server does.
 
-        A long message is read in slices of time, and those behind it wait for it.
+        A long message is parsed in slices of time. Later messages wait for it.
         """
-        if self._unread is not None:
-            self._unread.append(text)
+        if self._unparsed is not None:
+            self._unparsed.append(text)
         elif len(text) > codec.SMALL_BYTES:
-            self._unread = deque([text])
+            self._unparsed = deque([text])
             self._socket.pause_reading()
-            _ = self._service.spawn(self._read(self._unread), name="seafile message")
+            _ = self._service.spawn(self._read(self._unparsed), name="seafile message")
         else:
             self._parse(text)
 
@@ -200,7 +212,7 @@ class SeafileClient:
                         break
             except codec.BadMessage as exc:
                 self._bad(exc)
-        self._unread = None
+        self._unparsed = None
         self._socket.resume_reading()
 
     def _parse(self, text: bytes) -> None:
@@ -211,27 +223,33 @@ class SeafileClient:
         except codec.BadMessage as exc:
             self._bad(exc)
             return
-        if len(self._work) > _WAITING:
-            _log.info("client %s: too many libraries at once, hanging up", self._address)
+        if len(self._work) > _MAX_QUEUED:
+            _log.info(
+                "Closed the connection of Seafile client %s: more than %d subscriptions are queued",
+                self._address,
+                _MAX_QUEUED,
+            )
             self.hang_up(Reason.LIMIT_EXCEEDED)
             return
-        if not self._planned:
-            self._turn()
+        if not self._scheduled:
+            self._process()
 
     def _bad(self, exc: codec.BadMessage) -> None:
-        _log.info("client %s: bad message, hanging up: %s", self._address, exc)
+        _log.info(
+            "Closed the connection of Seafile client %s: malformed message: %s", self._address, exc
+        )
         self.hang_up(Reason.BAD_MESSAGE)
 
-    def _turn(self) -> None:
-        """Some of what waits; the rest in later turns, so that nobody else has to wait for it."""
-        self._planned = False
-        for _ in range(_TURN):
+    def _process(self) -> None:
+        """Process some of the requests, and the rest in later turns of the loop."""
+        self._scheduled = False
+        for _ in range(_PER_TURN):
             if not self._work:
                 self._work = None
                 return
             if self._busy or self._socket.closing:
                 return
-            # Who does not read the answers is asked nothing either; `drained` goes on.
+            # Don't send replies to a client that is not reading. `drained` continues.
             if self._socket.full:
                 return
             item = self._work.popleft()
@@ -239,46 +257,48 @@ class SeafileClient:
                 self._unsubscribe(item.repo_id)
             else:
                 self._subscribe(item)
-        if not self._planned:
-            self._planned = True
-            self._service.call_soon(self._turn)
+        if not self._scheduled:
+            self._scheduled = True
+            self._service.call_soon(self._process)
 
-    def _subscribe(self, wanted: codec.LibrarySubscribe) -> None:
+    def _subscribe(self, request: codec.LibrarySubscribe) -> None:
         try:
-            claims = self._service.tokens.read_for(wanted.repo_id, wanted.token, time.time())
-            channel = channel_of(wanted.repo_id)
+            claims = self._service.tokens.read_for(request.repo_id, request.token, time.time())
+            channel = channel_of(request.repo_id)
         except (InvalidSeafileToken, ValueError) as exc:
-            _log.info("client %s: token refused: %s", self._address, exc)
-            self._service.refused(Reason.UNAUTHORIZED)
-            self._say(codec.jwt_expired(wanted.repo_id))
+            _log.info("Rejected a token of Seafile client %s: %s", self._address, exc)
+            self._service.count_rejection(Reason.UNAUTHORIZED)
+            self._send(codec.jwt_expired(request.repo_id))
             return
         session = self.session
         if session is None or session.principal.user != claims.username:
             if self._work is not None:
-                self._work.appendleft(wanted)
+                self._work.appendleft(request)
             self._busy = True
-            _ = self._service.spawn(self._begin(claims.username), name="seafile client")
+            _ = self._service.spawn(self._open_session(claims.username), name="seafile client")
             return
-        self._follow(session, channel, claims, wanted)
+        self._follow(session, channel, claims, request)
 
     def _follow(
         self,
         session: Session,
         channel: Channel,
         claims: SeafileClaims,
-        wanted: codec.LibrarySubscribe,
+        request: codec.LibrarySubscribe,
     ) -> None:
         library = self._libraries.setdefault(channel, _Library())
         self._refused.discard(channel)
         library.expires_at = claims.expires_at
-        library.token = missed.digest(wanted.token)
+        library.token = missed.digest(request.token)
         self._service.expiries.watch(self, channel, claims.expires_at)
         if channel in session.subscriptions or channel in session.reserved:
             return
-        library.floor = seen = wanted.after or self._seen(channel, library.token)
+        library.floor = seen = request.after or self._seen(channel, library.token)
         if seen is not None and self._service.settings.missed_s:
             self._busy = True
-            _ = self._service.spawn(self._look_back(session, channel, seen), name="seafile client")
+            _ = self._service.spawn(
+                self._subscribe_after(session, channel, seen), name="seafile client"
+            )
         else:
             self._service.context.subscribe(session, channel, None)
 
@@ -287,9 +307,9 @@ class SeafileClient:
         if left is not None:
             return left.at
         repo_id = channel.removeprefix(PREFIX)
-        places = missed.places_of(self._memory, repo_id)
-        self._memory.pop(repo_id, None)
-        return missed.resumed(places, token)
+        positions = missed.positions_of(self._stored, repo_id)
+        self._stored.pop(repo_id, None)
+        return missed.resumed(positions, token)
 
     def _unsubscribe(self, repo_id: str) -> None:
         try:
@@ -307,14 +327,14 @@ class SeafileClient:
         subscription = self.session.subscriptions.get(channel)
         if subscription is not None:
             at = subscription.position.id
-            self._left[channel] = Place(at, self._id, library.token, ended=False)
+            self._left[channel] = ClientPosition(at, self._id, library.token, ended=False)
         if subscription is not None or channel in self.session.reserved:
             self._service.context.hub.unsubscribe(self.session, channel)
 
-    # ---- what takes time --------------------------------------------------------------------
+    # ---- tasks ------------------------------------------------------------------------------
 
-    async def _begin(self, user: str) -> None:
-        """A session for this user, with what the connection follows already."""
+    async def _open_session(self, user: str) -> None:
+        """Open a session for this user, and subscribe it to the connection's libraries."""
         old = self.session
         positions: dict[Channel, Position | None] = dict.fromkeys(self._libraries)
         if old is not None:
@@ -326,8 +346,8 @@ class SeafileClient:
         try:
             session = await self._service.context.open(principal, SEAFILE, self)
         except RelayError as exc:
-            # It comes back after a minute; there are no words to tell it more.
-            _log.info("client %s of %s is refused: %s", self._address, user, exc)
+            # The protocol has no error message. The client reconnects after a minute.
+            _log.info("Rejected Seafile client %s of user %s: %s", self._address, user, exc)
             self.hang_up(getattr(exc, "code", Reason.UNAVAILABLE))
             return
         if self._socket.closing:
@@ -342,12 +362,12 @@ class SeafileClient:
                 return
             if channel in self._libraries and channel not in session.subscriptions:
                 self._service.context.subscribe(session, channel, position)
-        if self._remembers and user:
-            self._memory = await self._service.recall(missed.name(user, self._agent))
-        self._done()
+        if self._stores_positions and user:
+            self._stored = await self._service.stored_positions(missed.name(user, self._agent))
+        self._continue()
 
-    async def _look_back(self, session: Session, channel: Channel, seen: EntryID) -> None:
-        """Reads the newest events of a library that the client was away from, then joins."""
+    async def _subscribe_after(self, session: Session, channel: Channel, seen: EntryID) -> None:
+        """Find the events that the client has missed after `seen`, then subscribe."""
         snapshot = await self._service.newest(channel)
         if not session.closed:
             position = None
@@ -356,89 +376,104 @@ class SeafileClient:
                 self._missed[channel] = missed.needed(snapshot.events, seen, session.selectors)
                 position = Position(state.last, state.added, state.incarnation)
             self._service.context.subscribe(session, channel, position)
-        self._done()
+        self._continue()
 
-    def _done(self) -> None:
-        """The task is over; what came meanwhile is next."""
+    def _continue(self) -> None:
+        """Process the requests that were received while a task was running."""
         self._busy = False
-        if not self._planned:
-            self._turn()
+        if not self._scheduled:
+            self._process()
 
-    # ---- from the hub (relay.hub.session.Client) --------------------------------------------
+    # ---- callbacks of the hub ---------------------------------------------------------------
 
+    @override
     def subscribed(self, subscription: Subscription) -> None:
-        """The protocol says nothing then; what the client missed comes before all that follows."""
+        # The protocol has no confirmation. Missed events are sent before all later ones.
         channel = subscription.feed.channel
         for event in self._missed.pop(channel, ()):
             subscription.session.reply(self._service.frame(event))
         library = self._libraries.get(channel)
         if library is not None and library.floor is None:
             library.floor = subscription.position.id
-        if self._remembers and self._note_timer is None:
-            self._note_timer = self._service.call_later(_NOTE_S, self._note_again)
+        if self._stores_positions and self._save_timer is None:
+            self._save_timer = self._service.call_later(_FIRST_SAVE_S, self._save_again)
 
+    @override
     def refused(self, channel: Channel, error: RelayError) -> None:
-        """A right that the site has taken away has no words: `jwt-expired` would bring the client
-        back every two seconds."""
+        # The protocol has no message for a lost right. After `jwt-expired` the client would
+        # subscribe again every two seconds.
         self._libraries.pop(channel, None)
         self._missed.pop(channel, None)
-        self._service.refused(getattr(error, "code", Reason.UNAVAILABLE))
-        _log.info("client %s may not read %s: %s", self._address, channel, error)
+        self._service.count_rejection(getattr(error, "code", Reason.UNAVAILABLE))
+        _log.info("Rejected a subscription of Seafile client %s: %s", self._address, error)
         if isinstance(error, Forbidden):
             self._refused.add(channel)
         else:
             self.hang_up(Reason.UNAVAILABLE)
 
+    @override
     def dropped(self, channel: Channel, notice: Notice) -> None:
-        """Ended by the hub, which looks at rights by itself: perhaps because the token ran out."""
+        # The hub has checked the rights. The token may have expired.
         library = self._libraries.pop(channel, None)
         if library is not None and library.expires_at <= time.time():
-            self._say(codec.jwt_expired(channel.removeprefix(PREFIX)))
+            self._send(codec.jwt_expired(channel.removeprefix(PREFIX)))
         else:
             if library is not None:
                 self._refused.add(channel)
-            _log.info("client %s lost %s: %s", self._address, channel, notice.reason)
+            _log.info(
+                "Ended the subscription of Seafile client %s to %s: %s",
+                self._address,
+                channel,
+                notice.reason,
+            )
 
     def rights_changed(self, channel: Channel | None, user: str | None) -> None:
-        """Invite the client to subscribe again to libraries that it was refused, once for each
-        change of rights; None stands for every channel, or every user."""
+        """Make the client subscribe again to libraries that it was denied.
+
+        Called after each change of rights. None means every channel, or every user.
+        """
         session = self.session
         if session is None or user not in (None, session.principal.user):
             return
         for refused in self._refused & {channel} if channel else set(self._refused):
             self._refused.discard(refused)
-            self._say(codec.jwt_expired(refused.removeprefix(PREFIX)))
+            self._send(codec.jwt_expired(refused.removeprefix(PREFIX)))
 
+    @override
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
-        """Events may be missing. A sync client fetches everything when it has reconnected, so that
-        to be disconnected is the protocol's own word for it."""
+        # The protocol has no message for missed events. A sync client fetches everything after it
+        # has reconnected, so that it is disconnected instead.
         if notice.kind in ("gap", "reset") and not self._socket.closing:
             _log.warning(
-                "client %s may have missed events of %s (%s): disconnected, so that it asks anew",
+                "Disconnected Seafile client %s: it may have missed events of %s (%s), and fetches"
+                " everything when it reconnects",
                 self._address,
                 subscription.feed.channel,
                 notice.reason,
             )
             self.close()
 
+    @override
     def expired(self) -> None:
-        """Never called: sessions of this door have no end, only their libraries."""
+        # The hub does not call this: only the tokens of libraries expire.
+        pass
 
+    @override
     def disconnect(self, reason: Reason) -> None:
-        """See `relay.hub.session.Client`."""
         self.close(reason)
 
-    # ---- expiry (relay.protocols.seafile.expiries.Holder) -----------------------------------
+    # ---- callbacks of `Expiries` ------------------------------------------------------------
 
+    @override
     def expires_at(self, channel: Channel) -> int | None:
-        """See `Holder`."""
         library = self._libraries.get(channel)
         return None if library is None else library.expires_at
 
+    @override
     def expire(self, channel: Channel) -> None:
-        """The client fetches a new token and subscribes again within two seconds."""
+        # The client fetches a new token, and subscribes again within two seconds.
         self._leave(channel)
-        self._say(codec.jwt_expired(channel.removeprefix(PREFIX)))
+        self._send(codec.jwt_expired(channel.removeprefix(PREFIX)))
 
     def _may_read(self, channel: Channel) -> bool:
         library = self._libraries.get(channel)
@@ -447,125 +482,132 @@ class SeafileClient:
     # ---- the socket -------------------------------------------------------------------------
 
     def full(self) -> None:
-        """The socket takes no more for now."""
+        """Stop delivery, because the socket's buffer is full."""
         if self.session is not None:
             self.session.pause()
 
     def drained(self) -> None:
-        """It does again."""
+        """Continue delivery and the processing of requests, because the socket has room again."""
         if self.session is not None:
             self.session.resume()
-        if self._work and not self._planned:
-            self._turn()
+        if self._work and not self._scheduled:
+            self._process()
 
-    def gone(self) -> None:
-        """The socket is closed, whoever wanted it."""
+    def closed(self) -> None:
+        """Save the client's positions and end the session, because the socket is closed."""
         self._work = None
-        if self._note_timer is not None:
-            self._note_timer.cancel()
-        self._note_end()
+        if self._save_timer is not None:
+            self._save_timer.cancel()
+        self._save_last()
         if self.session is not None:
             self.session.end()
 
     def close(self, reason: str = "") -> None:
-        """With a close frame; what waits goes out before."""
+        """Send pending events, then close with a close frame."""
         if self.session is not None:
             self.session.write_out()
         self._socket.close(frame_close(GOING_AWAY, reason))
 
     def hang_up(self, reason: Reason) -> None:
-        """Without a word, as upstream."""
-        self._service.refused(reason)
+        """Send pending events, then close without a close frame, as Seafile's server does."""
+        self._service.count_rejection(reason)
         if self.session is not None:
             self.session.write_out()
         self._socket.close()
 
-    def _say(self, frame: bytes) -> None:
+    def _send(self, frame: bytes) -> None:
         if self.session is not None:
             self.session.reply(frame)
         else:
             self._socket.write(frame)
 
-    # ---- where it was -----------------------------------------------------------------------
+    # ---- positions --------------------------------------------------------------------------
 
     @property
-    def _remembers(self) -> bool:
+    def _stores_positions(self) -> bool:
         return bool(self._service.settings.missed_s) and not missed.is_browser(self._agent)
 
-    def _note_again(self) -> None:
-        self._note_timer = None
-        if self._can_note():
-            self._note_task = self._service.spawn(self._note(), name="seafile places")
-            delay_s = _NOTE_AGAIN_S * random.uniform(0.75, 1.25)  # noqa: S311  # no secret
-            self._note_timer = self._service.call_later(delay_s, self._note_again)
+    def _save_again(self) -> None:
+        self._save_timer = None
+        if self._can_save():
+            self._save_task = self._service.spawn(self._save(), name="seafile positions")
+            delay_s = _SAVE_S * random.uniform(0.75, 1.25)  # noqa: S311  # no secret
+            self._save_timer = self._service.call_later(delay_s, self._save_again)
 
-    def _can_note(self) -> bool:
+    def _can_save(self) -> bool:
         session = self.session
         return (
             session is not None
             and not session.closed
             and bool(session.principal.user)
-            and self._remembers
+            and self._stores_positions
         )
 
-    async def _note(self) -> None:
-        # Before the places, so that nothing later counts as certain.
+    async def _save(self) -> None:
+        # Read `arrived_at` before the positions, so that later events do not count as arrived.
         session, arrived_at = self.session, self._socket.arrived_at
         if session is None:
             return
         name = missed.name(session.principal.user, self._agent)
         seen = {
             repo_id: each
-            async for repo_id, each in in_slices(self._seen_at(self._places(session), at_end=False))
+            async for repo_id, each in in_slices(
+                self._with_floors(self._positions(session), at_end=False)
+            )
         }
-        if seen and not session.closed and self._must_note(seen):
-            await self._service.remember(name, seen, arrived_at)
+        if seen and not session.closed and self._must_save(seen):
+            await self._service.store_positions(name, seen, arrived_at)
 
-    def _note_end(self) -> None:
-        if self.session is not None and self._can_note():
+    def _save_last(self) -> None:
+        if self.session is not None and self._can_save():
             name = missed.name(self.session.principal.user, self._agent)
-            # Where each subscription is now: events that come from now on were not sent.
+            # Copy the positions now: later events are not sent any more.
             subscriptions = self.session.subscriptions.items()
-            places = [(channel, subscription.at) for channel, subscription in subscriptions]
-            if places or self._left:
-                work = self._note_last(name, places, self._socket.arrived_at)
-                _ = self._service.spawn(work, name="seafile places")
+            positions = [(channel, subscription.at) for channel, subscription in subscriptions]
+            if positions or self._left:
+                work = self._save_at_end(name, positions, self._socket.arrived_at)
+                _ = self._service.spawn(work, name="seafile positions")
 
-    async def _note_last(
+    async def _save_at_end(
         self,
         name: str,
-        places: Sequence[tuple[Channel, EntryID]],
+        positions: Sequence[tuple[Channel, EntryID]],
         arrived_at: float | None,
     ) -> None:
-        earlier = self._note_task
+        earlier = self._save_task
         if earlier is not None and not earlier.done():
             await asyncio.wait((earlier,))
         seen = {
-            repo_id: each async for repo_id, each in in_slices(self._seen_at(places, at_end=True))
+            repo_id: each
+            async for repo_id, each in in_slices(self._with_floors(positions, at_end=True))
         }
-        await self._service.remember(name, seen, arrived_at)
+        await self._service.store_positions(name, seen, arrived_at)
 
-    def _places(self, session: Session) -> Iterator[tuple[Channel, EntryID]]:
+    def _positions(self, session: Session) -> Iterator[tuple[Channel, EntryID]]:
         for channel, subscription in list(session.subscriptions.items()):
             yield channel, subscription.at
 
-    def _seen_at(
-        self, places: Iterable[tuple[Channel, EntryID]], *, at_end: bool
-    ) -> Iterator[tuple[str, Seen]]:
-        for channel, place in list(self._left.items()):
-            yield channel.removeprefix(PREFIX), Seen(place._replace(ended=at_end), place.at)
-        for channel, at in places:
+    def _with_floors(
+        self, positions: Iterable[tuple[Channel, EntryID]], *, at_end: bool
+    ) -> Iterator[tuple[str, UncertainPosition]]:
+        for channel, left in list(self._left.items()):
+            position = left._replace(ended=at_end)
+            yield channel.removeprefix(PREFIX), UncertainPosition(position, left.at)
+        for channel, at in positions:
             library = self._libraries.get(channel)
             if library is not None:
-                place = Place(at, self._id, library.token, at_end)
-                yield channel.removeprefix(PREFIX), Seen(place, library.floor or at)
+                position = ClientPosition(at, self._id, library.token, at_end)
+                floor = library.floor or at
+                yield channel.removeprefix(PREFIX), UncertainPosition(position, floor)
 
-    def _must_note(self, seen: Mapping[str, Seen]) -> bool:
-        """Return False if these places are stored already and do not expire soon. The latest events
-        had perhaps not arrived when places were stored first, so they are stored twice."""
-        now, state = time.monotonic(), hash(tuple(each.place.at for each in seen.values()))
-        same = state == self._noted
-        if same and self._settled and now < self._noted_at + self._service.settings.missed_s / 2:
+    def _must_save(self, seen: Mapping[str, UncertainPosition]) -> bool:
+        """Return False if these positions are stored and do not expire soon.
+
+        They are stored twice, because the latest events may not have arrived at the first time.
+        """
+        now, state = time.monotonic(), hash(tuple(each.position.at for each in seen.values()))
+        same = state == self._saved
+        if same and self._unchanged and now < self._saved_at + self._service.settings.missed_s / 2:
             return False
-        self._noted, self._noted_at, self._settled = state, now, same
+        self._saved, self._saved_at, self._unchanged = state, now, same
         return True

@@ -1,9 +1,11 @@
-"""The door's one format: an event is one text frame, the same for all clients."""
+"""Encoder of the Seafile protocol: an event is one text frame, the same for all clients."""
 
 from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING
+
+from typing_extensions import override
 
 from relay.hub.encoding import SharedEncoder
 from relay.protocols.seafile import codec
@@ -17,14 +19,15 @@ _log = logging.getLogger(__name__)
 
 
 class SeafileEncoder(SharedEncoder):
-    """Events as the notification server sends them, but never in several frames."""
+    """Encodes events as Seafile's server does, but never in several frames."""
 
     door = "seafile"
 
+    @override
     def event(self, event: Event) -> bytes:
-        """Return one frame, or b"" where clients of this protocol must not receive the event."""
+        # b"" means that clients of this protocol do not receive the event.
         if codec.is_for_some(event):
-            # The program that appended it left out its recipients.
+            # The program that appended the event has omitted its recipients.
             _log.warning(
                 "Event %s on %s not delivered to Seafile clients: a permission for a user or group"
                 " needs the field to",
@@ -44,7 +47,7 @@ class SeafileEncoder(SharedEncoder):
             return b""
         if len(text) > codec.READABLE_BYTES:
             _log.warning(
-                "event %s of %s has %d bytes: sync clients read at most %d in one message",
+                "Event %s on %s has %d bytes: sync clients read at most %d and ignore it",
                 event.id,
                 event.channel,
                 len(text),
@@ -52,8 +55,9 @@ class SeafileEncoder(SharedEncoder):
             )
         return frame_text(text)
 
+    @override
     def notice(self, channel: Channel, notice: Notice) -> bytes | None:
-        """The protocol has no words for what may be missing, nor for a right that was lost."""
+        # The protocol has no messages for missed events and lost rights.
         del channel, notice
         return None
 

@@ -1,7 +1,7 @@
-"""Seafile's events: what a body of `/events` or a message of the Redis channel `repo_update` means.
+"""Parser for Seafile's events: bodies of `/events` and messages of Redis channel `repo_update`.
 
-Pure. Names match whatever their case and null counts as absent, as in Go's encoding/json, which
-read them upstream (notification-server/event.go). The content keeps its bytes as they were sent.
+Names match in any case, and null counts as absent, as in Go's encoding/json, which Seafile's server
+uses (notification-server/event.go). The content keeps its bytes.
 """
 
 from __future__ import annotations
@@ -18,25 +18,28 @@ REPO_UPDATE = "repo-update"
 FILE_LOCK_CHANGED = "file-lock-changed"
 FOLDER_PERM_CHANGED = "folder-perm-changed"
 COMMENT_UPDATE = "comment-update"
-# The types that the notification servers of 10 to 13 pass on to clients; they drop all others.
+# The types that the notification servers of Seafile 10 to 13 send to clients. They ignore others.
 TYPES = frozenset({REPO_UPDATE, FILE_LOCK_CHANGED, FOLDER_PERM_CHANGED, COMMENT_UPDATE})
-# Of an entry: the commit of a repo-update. Two sources may tell of one commit.
+# The entry's field with the commit of a repo-update. Two sources may report the same commit.
 COMMIT = b"commit"
 
 _SPACE = " \t\r\n"
 
 
 class Invalid(ValueError):
-    """Not a JSON object, or its type is not a text: the sender is told."""
+    """Not a JSON object, or its type is not a string. The sender receives an error."""
 
 
 class Unaddressed(ValueError):
-    """A JSON object that concerns no library; the text is the reason."""
+    """An event without a valid library. The text is the reason."""
 
 
 class SeafEvent(NamedTuple):
-    """One event of the library `channel`. For `user`, or else for the members of `group`; for
-    everyone where neither is given. `commit` is '' for other types than repo-update."""
+    """One event of the library `channel`.
+
+    Its recipients are `user`, the members of `group`, or all clients if both are empty. `commit` is
+    '' unless the type is repo-update.
+    """
 
     channel: Channel
     type: str
@@ -51,7 +54,7 @@ def _refuse(word: str) -> object:
 
 
 class _Digits(str):
-    """A number that is no integer, or too long for one: only its place is of interest."""
+    """A number that is not an integer, or is too long. Its value is not used."""
 
     __slots__ = ()
 
@@ -66,14 +69,14 @@ _scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(
 
 
 def channel_of(repo_id: str) -> Channel:
-    """The workspace of a library; ValueError where none can have this ID."""
+    """Return the channel of a library. ValueError if its ID is not a valid channel name."""
     if not repo_id:
         raise ValueError("no library")
     return parse_channel(PREFIX + repo_id)
 
 
 def read(body: bytes) -> SeafEvent:
-    """The event in a body of `/events`. Invalid, or Unaddressed."""
+    """Parse a body of `/events`. Raises Invalid or Unaddressed."""
     kind, content = _envelope(body)
     if content is None:
         raise Unaddressed("no content")
@@ -91,15 +94,17 @@ def read(body: bytes) -> SeafEvent:
 
 
 def recipients(content: bytes) -> tuple[str, int | None]:
-    """The user, or else the group, that a permission's content names. ValueError where it cannot be
-    understood."""
+    """Return the user or the group in a permission's content. ValueError if it is malformed."""
     text = content.decode(errors="replace").strip(_SPACE)
     return _recipients({name.casefold(): value for name, value, _ in _members(text)})
 
 
 def read_line(payload: bytes) -> SeafEvent | None:
-    """What seafevents publishes on `repo_update`: tab-separated up to 11, JSON from 12 on. None
-    where it is another message; Unaddressed where it cannot be understood."""
+    """Parse a message that seafevents publishes on `repo_update`.
+
+    Seafile up to 11 separates its fields with tabs, later versions send JSON. Return None for other
+    types of messages. Raises Unaddressed if the message is malformed.
+    """
     text = payload.decode(errors="replace").strip()
     kind, *rest = text.split("\t")
     if not text.startswith("{"):
@@ -125,14 +130,14 @@ def read_line(payload: bytes) -> SeafEvent | None:
 
 
 def _envelope(body: bytes) -> tuple[str, str | None]:
-    """Type, and content as JSON text if it is an object."""
+    """Return the type, and the content as JSON if it is an object."""
     text = body.decode(errors="replace").strip(_SPACE)
     kind, content = "", None
     for name, value, raw in _members(text):
         field = name.casefold()
         if field == "type" and value is not None:
             if not isinstance(value, str) or isinstance(value, _Digits):
-                raise Invalid("type is not a text")
+                raise Invalid("type is not a string")
             kind = _as_go(value)
         elif field == "content":
             content = raw if raw.startswith("{") else None
@@ -143,10 +148,10 @@ def _recipients(members: dict[str, Any]) -> tuple[str, int | None]:
     user, group = _text(members, "user"), members.get("group")
     if user:
         return user, None
-    # Missing counts as 0, which is no group's number; -1 is everyone.
+    # A missing group counts as 0, which is not a valid group. -1 means all clients.
     number = 0 if group is None else group
     if not isinstance(number, int) or isinstance(number, bool):
-        raise Unaddressed("group is not a whole number")
+        raise Unaddressed("group is not an integer")
     return "", None if number == -1 else number
 
 
@@ -155,7 +160,7 @@ def _text(members: dict[str, Any], name: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str) or isinstance(value, _Digits):
-        raise Unaddressed(f"{name} is not a text")
+        raise Unaddressed(f"{name} is not a string")
     return _as_go(value)
 
 
@@ -165,7 +170,7 @@ def _as_go(text: str) -> str:
 
 
 def _members(text: str) -> list[tuple[str, Any, str]]:
-    """Name, value and text of each member of this JSON object. Invalid where it is none."""
+    """Return name, value and JSON of each member of an object. Raises Invalid if it is none."""
     if not text.startswith("{"):
         raise Invalid("not an object")
     try:
@@ -174,7 +179,7 @@ def _members(text: str) -> list[tuple[str, Any, str]]:
         raise Invalid("not JSON") from None
     if end != len(text) or not isinstance(value, dict):
         raise Invalid("bytes after the JSON value")
-    # Known to be JSON by now, so that each step finds what it looks for.
+    # The text is valid JSON here, so that the following steps cannot fail.
     found: list[tuple[str, Any, str]] = []
     at = _past(text, 1)
     while text[at] != "}":

@@ -1,7 +1,7 @@
-"""`/events`: what Seafile's servers post becomes an entry of the library's stream.
+"""`/events`: append the events that Seafile's servers post to the streams of their libraries.
 
-200 says that the entry is there. Every answer comes within a second of the body, since the C server
-gives up then, and Go's file server holds up the upload that it belongs to until it has its answer.
+The response is 200 when the event has been appended. It is sent within a second after the body: the
+C server's timeout is one second, and Go's file server delays an upload until it has the response.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from relay.transports.socket.bodies import BodyRejected, read_body
 
 if TYPE_CHECKING:
     from relay.protocols.seafile.event_format import SeafEvent
-    from relay.protocols.seafile.service import Service
+    from relay.protocols.seafile.service import SeafileService
     from relay.protocols.seafile.settings import SeafileSettings
 
 _log = logging.getLogger(__name__)
@@ -39,20 +39,20 @@ _STATUS_TEXT = {
 
 
 class EventsHandler:
-    """Answers as measured on 11.0 and 13.0."""
+    """Handles requests to `/events`. Responses are those measured on Seafile 11.0 and 13.0."""
 
-    def __init__(self, service: Service, settings: SeafileSettings) -> None:
+    def __init__(self, service: SeafileService, settings: SeafileSettings) -> None:
         self._service = service
         self.reload(settings)
 
     def reload(self, settings: SeafileSettings) -> None:
-        """For requests from now on; what is known of groups is forgotten."""
+        """Use new settings for new requests, and clear the cache of group members."""
         source = source_of(settings, self._service.context.members)
         self._groups = GroupMembers(source, settings.groups_cache_s)
         self._settings = settings
 
     async def answer(self, request: web.Request) -> web.Response:
-        """The token first, then the body, as upstream."""
+        """Handle one request. The token is checked before the body, as in Seafile's server."""
         sender = answers.sender(request)
         try:
             self._service.tokens.check_sender(
@@ -62,34 +62,35 @@ class EventsHandler:
                 clients=self._settings.client_tokens_post,
             )
         except InvalidSeafileToken as exc:
-            _log.warning("event from %s is refused: %s", sender, exc)
-            self._service.refused(Reason.UNAUTHORIZED)
+            _log.warning("Rejected a Seafile event from %s: %s", sender, exc)
+            self._service.count_rejection(Reason.UNAUTHORIZED)
             return answers.error(400, "Notification token not match")
         try:
             limit_bytes = self._settings.events_max_bytes
             body = await read_body(request, limit_bytes, "[protocol:seafile] events_max_bytes")
         except BodyRejected as exc:
-            self._service.refused(
+            self._service.count_rejection(
                 Reason.LIMIT_EXCEEDED if exc.status == 413 else Reason.BAD_REQUEST
             )
             return answers.error(exc.status, _STATUS_TEXT[exc.status])
         try:
             event = event_format.read(body)
         except event_format.Invalid as exc:
-            _log.warning("event from %s is refused: %s", sender, exc)
-            self._service.refused(Reason.BAD_REQUEST)
+            _log.warning("Rejected a Seafile event from %s: %s", sender, exc)
+            self._service.count_rejection(Reason.BAD_REQUEST)
             return answers.error(500, "")
         except event_format.Unaddressed as exc:
-            # Upstream drops these in silence, and their senders do not look at the answer.
-            _log.warning("event from %s concerns no library: %s", sender, exc)
+            # Seafile's server ignores such events, and their senders ignore the response.
+            _log.warning("Ignored a Seafile event from %s without a library: %s", sender, exc)
             return answers.done()
         try:
             async with asyncio.timeout(_LIMIT_S):
                 await self._append(event)
         except (RelayError, ValueError, TimeoutError) as exc:
             reason = str(exc) or f"Redis did not answer within {_LIMIT_S} s"
-            _log.error("event %s of %s is lost: %s", event.type, event.channel, reason)  # no bug
-            self._service.refused(Reason.UNAVAILABLE)
+            # Not logged as an exception, because this is not a bug.
+            _log.error("Event %s on %s not appended: %s", event.type, event.channel, reason)
+            self._service.count_rejection(Reason.UNAVAILABLE)
             return answers.error(503, "Service Unavailable")
         return answers.done()
 
@@ -113,12 +114,12 @@ class EventsHandler:
         members = await self._groups.members(event.group)
         if members is None:
             _log.warning(
-                "Event %s on %s not delivered: the members of group %d are not known",
+                "Event %s on %s not delivered: the members of group %d are unavailable",
                 event.type,
                 event.channel,
                 event.group,
             )
-        # Whom the group has not, or nobody can say whom it has: a selector that no client has.
+        # For an empty or unavailable group, use a selector that no client has.
         return [f"user:{name}" for name in members or () if name] or [
             f"group:seafile:{event.group}"
         ]

@@ -1,4 +1,4 @@
-"""Tokens of single libraries that run out: one timer for all clients of the door."""
+"""Expiry of library tokens: one timer for all clients of the protocol."""
 
 from __future__ import annotations
 
@@ -15,28 +15,33 @@ if TYPE_CHECKING:
     from relay.core.model import Channel
 
 
-# Tokens that are dealt with in one turn of the loop: a client gets those of all its libraries at
-# about the same time.
-_TURN = 100
+# Tokens that are processed in one turn of the loop. A client receives the tokens of all its
+# libraries at about the same time, so that they expire together.
+_PER_TURN = 100
 
 
-class Holder(Protocol):
-    """Who holds tokens. `watched` is for `Expiries` alone: when each library is looked at next."""
+class TokenHolder(Protocol):
+    """A client with library tokens.
+
+    `watched` belongs to `Expiries`: the time of the next check of each library.
+    """
+
+    __slots__ = ()
 
     watched: dict[Channel, int]
 
     def expires_at(self, channel: Channel) -> int | None:
-        """When the library's token runs out, as it is now; None if it is not followed any more."""
+        """Return the current expiry time of the library's token, None if it is not followed."""
 
     def expire(self, channel: Channel) -> None:
-        """Its time is over."""
+        """Handle the expiry of the library's token."""
 
 
 class Expiries:
-    """Tells each holder within the second in which a token of its has run out.
+    """Calls `TokenHolder.expire` within a second after a token has expired.
 
-    However often a token is renewed, or a library left and followed again, it has one place here:
-    it is looked at when the first token would have run out, and again at the time that holds then.
+    Each library of a holder has one queue entry, however often its token is renewed. It is checked
+    when the first token would have expired, and queued again if the token was renewed meanwhile.
     """
 
     def __init__(
@@ -46,7 +51,7 @@ class Expiries:
     ) -> None:
         self._loop = loop
         self._now = now
-        self._due: list[tuple[int, int, weakref.ref[Holder], Channel]] = []
+        self._due: list[tuple[int, int, weakref.ref[TokenHolder], Channel]] = []
         self._numbers = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0
@@ -54,8 +59,8 @@ class Expiries:
     def __len__(self) -> int:
         return len(self._due)
 
-    def watch(self, holder: Holder, channel: Channel, expires_at: int) -> None:
-        """The holder follows the library until then, unless it renews."""
+    def watch(self, holder: TokenHolder, channel: Channel, expires_at: int) -> None:
+        """Watch a token of the library until `expires_at`."""
         if holder.watched.get(channel, expires_at + 1) <= expires_at:
             return
         holder.watched[channel] = expires_at
@@ -64,15 +69,15 @@ class Expiries:
         if self._timer is None or expires_at < self._timer_at:
             self._schedule()
 
-    def turn(self) -> None:
-        """Tell those whose tokens have run out by now. If there are many, call it again."""
+    def expire_due(self) -> None:
+        """Expire tokens that are due. Handles a limited number per call."""
         now = self._now()
-        for _ in range(_TURN):
+        for _ in range(_PER_TURN):
             if not self._due or self._due[0][0] > now:
                 break
-            looked_at, _, reference, channel = heapq.heappop(self._due)
+            due, _, reference, channel = heapq.heappop(self._due)
             holder = reference()
-            if holder is None or holder.watched.get(channel) != looked_at:
+            if holder is None or holder.watched.get(channel) != due:
                 continue
             del holder.watched[channel]
             expires_at = holder.expires_at(channel)
@@ -87,12 +92,12 @@ class Expiries:
         if self._timer is not None:
             self._timer.cancel()
         self._timer_at = self._due[0][0]
-        # The clock may be set meanwhile: never more than a minute is trusted.
+        # Wait at most a minute, because the clock may be changed meanwhile.
         delay = min(60.0, max(0.0, self._timer_at - self._now()))
         self._timer = self._loop().call_later(delay, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
-        self.turn()
+        self.expire_due()
         if self._due and self._timer is None:
             self._schedule()

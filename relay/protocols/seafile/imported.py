@@ -1,21 +1,28 @@
-"""Seafile's own configuration as settings of ours: `relay serve --seafile-conf-dir DIR`."""
+"""Import of Seafile's own configuration: `relay serve --seafile-conf-dir DIR`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from relay.config.imported import Flag, ImportedConfiguration, ImportedSetting
+from typing_extensions import override
+
+from relay.config.imported import (
+    ConfigurationImport,
+    Flag,
+    ImportedConfiguration,
+    ImportedSetting,
+)
 from relay.core.errors import ConfigError
 from relay.protocols.seafile import conf
 
 _SECTION = "protocol:seafile"
 
 
-class SeafileForeign:
+class SeafileImport(ConfigurationImport):
     """Seafile's configuration folder and environment variables.
 
-    The variables count without a folder too, because Seafile 12 and later need no more.
+    The variables are also read without a folder, because Seafile 12 and later require no files.
     """
 
     suffixes: Sequence[str] = ()
@@ -27,33 +34,33 @@ class SeafileForeign:
     version = ""
     by_environment = True
 
+    @override
     def read(
         self, path: Path | None, environ: Mapping[str, str], flags: Mapping[str, str]
     ) -> ImportedConfiguration:
-        """Return the settings of the file, environment variables and flags."""
         del flags
         found = conf.read(path, environ)
-        said = [
+        settings = [
             ImportedSetting(
                 section=_SECTION, key=key, text=value, where=f"{found.where[key]} {key} = "
             )
-            for key, value in found.door.items()
+            for key, value in found.settings.items()
         ]
         if found.log_level:
             where = "log level of Seafile's notification server = "
-            said.append(
+            settings.append(
                 ImportedSetting(section="log", key="level", text=found.log_level, where=where)
             )
         notes = list(found.notes)
-        if found.door.get("enabled") == "no":
+        if found.settings.get("enabled") == "no":
             notes.append(
-                f"{found.where['enabled']} says enabled = false: the Seafile protocol is disabled"
+                f"{found.where['enabled']} has enabled = false: the Seafile protocol is disabled"
             )
-        return ImportedConfiguration(said=said, notes=notes)
+        return ImportedConfiguration(settings=settings, notes=notes)
 
+    @override
     def example(self, path: Path) -> str:
-        """Return a minimal file, or raise ConfigError if there is none."""
-        raise ConfigError(f"{path}: Seafile's own set-up writes its configuration")
+        raise ConfigError(f"{path}: Seafile's setup script creates its configuration")
 
 
-IMPORT = SeafileForeign()
+IMPORT = SeafileImport()

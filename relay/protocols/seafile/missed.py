@@ -1,10 +1,10 @@
-"""What a client missed while it was away: where it was, and which of the newest events it needs.
+"""Positions of disconnected clients, and the events that they have missed.
 
-A sync client comes back 60 seconds after a disconnect and begins anew; upstream nothing is kept for
-it. Here the last event that each connection has received from a library is remembered. All
-connections of one user with one program share a memory, since a new connection does not say which
-machine it comes from. The token that it subscribes with does: a client keeps the token of a library
-for three days, until it is restarted.
+A sync client reconnects 60 seconds after a disconnect. Seafile's server keeps nothing for it; relay
+stores the last event that each connection has received from each library. All connections of one
+user with the same program share one record, because a new connection does not identify its machine.
+The token of its subscription does: a client keeps a library's token for three days, or until it is
+restarted.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from relay.protocols.seafile.event_format import FILE_LOCK_CHANGED, FOLDER_PERM_
 
 _LATEST_ONLY = REPO_UPDATE
 _ALL_OF = frozenset({FILE_LOCK_CHANGED, FOLDER_PERM_CHANGED})
-# Machines of one user with the same program of which the places are kept, for each library.
-_LIMIT_PLACES = 4
-# Libraries that are stored in one line.
+# Positions that are stored per library: machines of one user with the same program.
+_LIMIT_POSITIONS = 4
+# Libraries in one line of the record.
 _PART = 500
 
 
-class Place(NamedTuple):
-    """What one connection has seen of a library: everything up to `at`. `token` is the digest of
-    the token that it subscribed with. `ended`: the connection is closed."""
+class ClientPosition(NamedTuple):
+    """The position of one connection in a library: it has received all events up to `at`.
+
+    `token` is the digest of the token that it subscribed with. `ended`: the connection is closed.
+    """
 
     at: EntryID
     connection: str
@@ -38,37 +40,39 @@ class Place(NamedTuple):
     ended: bool
 
 
-# What is stored: library -> the places of its connections, the newest last. Each is decoded when
-# it is needed, because one client may follow 10,000 libraries.
+# The record: library -> positions of its connections, the newest last. Each library is decoded on
+# demand, because one client may follow 10,000.
 Stored = dict[str, list[Any]]
 
 
-class Seen(NamedTuple):
-    """A place, and the event up to which the client has certainly received everything."""
+class UncertainPosition(NamedTuple):
+    """The last sent event, and the event up to which the client has certainly received all."""
 
-    place: Place
+    position: ClientPosition
     floor: EntryID
 
 
 def is_browser(agent: str) -> bool:
-    """A page loads its state itself when it connects. All browsers call themselves so; sync clients
-    say `Seafile/...`, or nothing before October 2025."""
+    """Return True if this User-Agent is a browser's. A page loads its state when it connects.
+
+    Sync clients send `Seafile/...`, and before October 2025 no User-Agent.
+    """
     return agent.startswith("Mozilla/")
 
 
 def name(user: str, agent: str) -> str:
-    """Of the remembered places in the store."""
+    """Return the name of the record in the store."""
     digest = hashlib.sha256(f"{user}\n{agent}".encode(errors="replace")).hexdigest()
     return f"seafile:seen:{digest[:40]}"
 
 
 def digest(token: str) -> int:
-    """Return the short form of a token that is remembered. Only one user's tokens are compared."""
+    """Return a short digest of a token. Only tokens of one user are compared."""
     return crc32(token.encode(errors="replace"))
 
 
 def read(value: bytes | None) -> Iterator[Stored]:
-    """Read what is stored, in parts that are short work. Unreadable parts are skipped."""
+    """Yield the parts of a record, each of limited size. Skip unreadable parts."""
     for line in (value or b"").split(b"\n"):
         try:
             found = orjson.loads(line)
@@ -79,57 +83,68 @@ def read(value: bytes | None) -> Iterator[Stored]:
 
 
 def write(stored: Stored) -> Iterator[bytes]:
-    """Return the parts of what is to be stored: lines of JSON."""
+    """Yield the parts of a record: lines of JSON."""
     libraries = iter(stored.items())
     while part := dict(islice(libraries, _PART)):
         yield orjson.dumps(part) + b"\n"
 
 
-def places_of(stored: Stored, repo_id: str) -> list[Place]:
-    """Return the stored places of one library; none if they cannot be read."""
+def positions_of(stored: Stored, repo_id: str) -> list[ClientPosition]:
+    """Return the stored positions of one library. Empty if they are unreadable."""
     try:
         return [
-            Place(EntryID.parse(at), str(connection), int(token), bool(ended))
+            ClientPosition(EntryID.parse(at), str(connection), int(token), bool(ended))
             for at, connection, token, ended in stored.get(repo_id, ())
         ]
     except (ValueError, AttributeError, TypeError):
         return []
 
 
-def put(stored: Stored, repo_id: str, place: Place) -> None:
-    """Replace the place of this connection. A place with the same token is of the same client, so
-    only the later one of the two is kept."""
-    kept = [each for each in places_of(stored, repo_id) if each.connection != place.connection]
-    if all(each.at < place.at for each in kept if each.token == place.token):
-        kept = [*(each for each in kept if each.token != place.token), place]
+def put(stored: Stored, repo_id: str, position: ClientPosition) -> None:
+    """Store a connection's position instead of its earlier one.
+
+    Positions with the same token are from the same client, so that only the later one is kept.
+    """
+    kept = [
+        each for each in positions_of(stored, repo_id) if each.connection != position.connection
+    ]
+    if all(each.at < position.at for each in kept if each.token == position.token):
+        kept = [*(each for each in kept if each.token != position.token), position]
     stored[repo_id] = [
         (str(at), connection, token, ended)
-        for at, connection, token, ended in kept[-_LIMIT_PLACES:]
+        for at, connection, token, ended in kept[-_LIMIT_POSITIONS:]
     ]
 
 
-def resumed(places: Sequence[Place], token: int) -> EntryID | None:
-    """Return what a client has seen that subscribes with `token`, None if it is new.
+def resumed(positions: Sequence[ClientPosition], token: int) -> EntryID | None:
+    """Return the last event of a client that subscribes with `token`, or None for a new client.
 
-    1. The place of the same token: the client has reconnected.
-    2. The latest place of a closed connection: the client was restarted, and got a new token.
-       Where two machines were restarted it may be the other one's. That loses nothing, because a
-       restarted client fetches locks and permissions itself. An earlier place would repeat events
-       that this client has had, and an old lock makes its file read-only again.
-    3. The earliest of the others: the worker was killed and could not say that they are closed.
+    1. The position with the same token: the client has reconnected.
+    2. The latest position of a closed connection: the client was restarted and has a new token.
+       If two machines were restarted, it may be that of the other one. Nothing is lost then: a
+       restarted client fetches locks and permissions itself. An earlier position would repeat
+       events: an old lock would make its file read-only again.
+    3. The earliest of the others: the worker was killed before it could mark them as closed.
     """
     for chosen in (
-        [place for place in places if place.token == token],
-        [place for place in places if place.ended],
+        [each for each in positions if each.token == token],
+        [each for each in positions if each.ended],
     ):
         if chosen:
-            return max(place.at for place in chosen)
-    return min((place.at for place in places), default=None)
+            return max(each.at for each in chosen)
+    return min((each.at for each in positions), default=None)
 
 
 def needed(events: Sequence[Event], after: EntryID, selectors: frozenset[str]) -> list[Event]:
-    """Of the newest events of a library, in their order, what a client needs that has seen
-    everything up to `after`: the last repo-update, and all of locks and permissions for it."""
+    """Return the events that a client at position `after` has missed, in order.
+
+    These are the last repo-update, and all locks and permissions that are addressed to it.
+
+    Args:
+        events: The newest events of the library.
+        after: The last event that the client has received.
+        selectors: The client's selectors, to which events may be addressed.
+    """
     later = [
         event
         for event in sorted(events, key=lambda event: event.id or after)

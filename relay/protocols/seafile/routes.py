@@ -1,8 +1,8 @@
-"""The Seafile door's paths: the websocket at `/` and `/notification`, `/events`, `/ping`.
+"""Routes of the Seafile protocol: the websocket at `/` and `/notification`, `/events`, `/ping`.
 
-Each is served with and without `/notification`, which some proxies strip and others do not, with
-doubled slashes and with one at the end, and never by a redirect: the sync client asks `/ping` once
-in its life, and a redirected POST is lost.
+Each path is served with and without `/notification`, which some proxies remove, with doubled
+slashes, and with a slash at the end. None is redirected: the sync client requests `/ping` only
+once, and a redirected POST is lost.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from aiohttp import web
+from typing_extensions import override
 
 from relay.core.model import Channel, Principal
 from relay.core.slices import for_each
+from relay.doorkit.contract import FrontDoor, ReadsTokens
 from relay.protocols.seafile import answers
 from relay.protocols.seafile.connection import SeafileClient, SeafileSocket
 from relay.protocols.seafile.event_format import channel_of
 from relay.protocols.seafile.events import EventsHandler
-from relay.protocols.seafile.service import Service
+from relay.protocols.seafile.service import SeafileService
 from relay.protocols.seafile.settings import SeafileSettings
 from relay.protocols.seafile.tokens import InvalidSeafileToken
 from relay.transports.socket import websocket
@@ -34,11 +36,11 @@ if TYPE_CHECKING:
 
 _ROOT = "/{before:/*}"
 _NOTIFICATION = "/{before:/*}notification{after:/*}"
-_NO_PONG = 1001
+_GOING_AWAY = 1001
 
 
-class MountedSeafile:
-    """The door at work."""
+class MountedSeafile(ReadsTokens):
+    """The Seafile protocol while it is served."""
 
     listeners: Sequence[Listener] = ()
     drain_s: float | None = None
@@ -46,13 +48,14 @@ class MountedSeafile:
     def __init__(self, context: DoorContext, settings: SeafileSettings) -> None:
         self._context = context
         self._gauge = context.metrics.connections.labels("seafile")
-        self._service = Service(context, settings)
+        self._service = SeafileService(context, settings)
         self._events = EventsHandler(self._service, settings)
         self._reaper = Reaper()
         self._clients: set[SeafileClient] = set()
         context.on_drop(self._rights_changed)
         self._last_closed = asyncio.Event()
-        # Neither seaf-server nor Seahub sends an event again.
+        # seaf-server and Seahub do not retry events. These paths are served until the end of a
+        # shutdown.
         self.producers: Sequence[web.AbstractRouteDef] = [
             web.route("*", _below("ping"), _ping),
             web.route("*", _below("events"), self._events.answer),
@@ -76,8 +79,9 @@ class MountedSeafile:
             lambda work: self._service.spawn(work, name="seafile rights"),
         )
 
+    @override
     def reload(self, settings: SeafileSettings) -> None:
-        """See `relay.doorkit.contract.Mounted`. Pings of open connections keep their pace."""
+        # Open connections keep their ping interval.
         self._settings = settings
         self._service.reload(settings)
         self._events.reload(settings)
@@ -85,16 +89,14 @@ class MountedSeafile:
             interval_s=settings.ping_s,
             beat=websocket.PING,
             deadline_s=settings.pong_timeout_s,
-            farewell=websocket.frame_close(_NO_PONG),
-            # A sync client sends a ping each second and needs none.
+            farewell=websocket.frame_close(_GOING_AWAY),
+            # A sync client sends its own ping each second.
             only_quiet=True,
         )
 
+    @override
     def read_token(self, token: str) -> Principal | None:
-        """Return the principal of a client's JWT, so that a page can follow its library by SSE.
-
-        A server's JWT opens nothing.
-        """
+        # With a client's JWT a page can follow its library by SSE. A server's JWT gives no access.
         try:
             claims = self._service.tokens.read(token, time.time())
             channel = channel_of(claims.repo_id)
@@ -108,10 +110,11 @@ class MountedSeafile:
             expires_at=float(claims.expires_at),
         )
 
+    @override
     async def closed(self) -> None:
-        """See `relay.doorkit.contract.Mounted`."""
         for client in list(self._clients):
-            # Who has not subscribed to anything has no session that the stop could reach.
+            # The hub has disconnected all sessions. A client that has not subscribed to a library
+            # has no session.
             if client.session is None:
                 client.close()
         if self._clients:
@@ -144,7 +147,7 @@ class MountedSeafile:
             self._gauge.set(len(self._clients))
             if not self._clients:
                 self._last_closed.set()
-            client.gone()
+            client.closed()
 
         socket.on_closed = closed
         return take_over(request, accepted, socket)
@@ -166,11 +169,11 @@ async def _not_found(_request: web.Request) -> web.Response:
     return answers.error(404, "404 page not found")
 
 
-class SeafileDoor:
+class SeafileDoor(FrontDoor):
     """Serves Seafile's clients and servers."""
 
+    @override
     def mount(self, context: DoorContext, settings: SeafileSettings) -> MountedSeafile:
-        """Return the protocol's routes."""
         return MountedSeafile(context, settings)
 
 

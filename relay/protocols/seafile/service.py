@@ -1,4 +1,4 @@
-"""What all clients of the door share: settings, tokens, the timer of expiries, the store."""
+"""State and functions that all Seafile clients of this worker share."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-class Service:
-    """One for the door."""
+class SeafileService:
+    """Settings, tokens, expiry timer and stored positions of the protocol."""
 
     def __init__(self, context: DoorContext, settings: SeafileSettings) -> None:
         self.context = context
@@ -39,46 +39,46 @@ class Service:
         self.reload(settings)
 
     def reload(self, settings: SeafileSettings) -> None:
-        """For what is asked from now on."""
+        """Use new settings for new requests."""
         self.settings = settings
         self.tokens = SeafTokens(
             settings.key.get_secret_value(), settings.notification_token.get_secret_value()
         )
 
     def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
-        """Start a task that ends with the relay."""
+        """Start a task that ends with the worker."""
         return self.context.spawn(work, name=name)
 
     def next_id(self) -> str:
-        """A name for a connection that no other has, on any worker."""
+        """Return a name for a connection that is unique on all workers."""
         return f"{self.context.bus.instance}:{next(self._numbers)}"
 
-    def refused(self, code: Reason) -> None:
-        """One more in the metrics."""
+    def count_rejection(self, code: Reason) -> None:
+        """Count a rejected client or request in the metrics."""
         self.context.metrics.refused.labels(code).inc()
 
     def call_soon(self, call: Callable[[], None]) -> None:
-        """In the next turn of the loop."""
+        """Call the function in the next turn of the loop."""
         asyncio.get_running_loop().call_soon(call)
 
     def call_later(self, delay_s: float, call: Callable[[], None]) -> asyncio.TimerHandle:
-        """As the loop's."""
+        """Call the function after `delay_s` seconds."""
         return asyncio.get_running_loop().call_later(delay_s, call)
 
     def frame(self, event: Event) -> bytes:
-        """As it would have been delivered live."""
+        """Return the frame that the event has in live delivery."""
         return frame(SEAFILE, event)
 
     async def newest(self, channel: Channel) -> Snapshot | None:
-        """The newest events of a library; None where they cannot be had now."""
+        """Return the newest events of a library, or None if Redis is unreachable."""
         try:
             return await self.context.history(channel, self.settings.missed_events)
         except RelayError as exc:
-            _log.warning("what clients missed of %s cannot be read: %s", channel, exc)
+            _log.warning("Missed events of %s not sent: %s", channel, exc)
             return None
 
-    async def recall(self, name: str) -> missed.Stored:
-        """Return the stored places with this name; none while Redis is away."""
+    async def stored_positions(self, name: str) -> missed.Stored:
+        """Return the positions stored under this name. Empty if Redis is unreachable."""
         try:
             return await self._stored(name)
         except RelayError:
@@ -90,27 +90,27 @@ class Service:
             stored |= part
         return stored
 
-    async def remember(
-        self, name: str, seen: Mapping[str, missed.Seen], certain_at: float | None
+    async def store_positions(
+        self, name: str, seen: Mapping[str, missed.UncertainPosition], certain_at: float | None
     ) -> None:
-        """Write a connection's places into the store, beside those of others with this memory.
+        """Store a connection's positions, and keep those of other connections under this name.
 
-        What was sent after `certain_at` (`time.monotonic`) may not have arrived; None if everything
-        has.
+        Events that were sent after `certain_at` (`time.monotonic`) may not have arrived. None means
+        that all have arrived.
         """
         store = self.context.store
         try:
             latest = None
             if certain_at is not None:
-                # Entry IDs are made of the clock of Redis; this host's may differ from it.
+                # Entry IDs contain the time of Redis, which may differ from this host's.
                 ms = await store.time_ms() - math.ceil((time.monotonic() - certain_at) * 1000)
                 latest = EntryID(max(ms, 0), 0)
             stored = await self._stored(name)
-            async for repo_id, (place, floor) in in_slices(seen.items()):
+            async for repo_id, (position, floor) in in_slices(seen.items()):
                 if latest is not None:
-                    place = place._replace(at=max(floor, min(place.at, latest)))
-                missed.put(stored, repo_id, place)
+                    position = position._replace(at=max(floor, min(position.at, latest)))
+                missed.put(stored, repo_id, position)
             lines = [line async for line in in_slices(missed.write(stored))]
             await store.put(name, b"".join(lines), self.settings.missed_s or 1)
         except RelayError as exc:
-            _log.info("Places of a Seafile client not stored: %s", exc)
+            _log.info("Positions of a Seafile client not stored: %s", exc)

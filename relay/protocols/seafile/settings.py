@@ -1,10 +1,11 @@
-"""[protocol:seafile]: the door of Seafile's clients and servers."""
+"""Settings of the Seafile protocol."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from pydantic import Field, SecretStr
+from typing_extensions import override
 
 from relay.config.settings import ListenerSection
 
@@ -33,8 +34,9 @@ class SeafileSettings(ListenerSection):
     db_tls: bool = Field(False, description="Connect to the database with TLS. The server's certificate is not verified, as in Seafile.")
 
     @property
+    @override
     def missing(self) -> str:
-        """See `Section`. Without a key anyone could sign."""
+        # Without a key, anyone could sign tokens.
         secrets = self.key, self.notification_token
         if any(secret.get_secret_value() for secret in secrets):
             return ""

@@ -1,12 +1,12 @@
-"""What a Seafile server and its clients prove themselves with: three generations of one key.
+"""Tokens of Seafile's servers and clients, in the formats of three generations.
 
-* until February 2023: the shared `notification_token`, as it is;
+* until February 2023: the shared `notification_token` in plain text;
 * 10.0, 11.0: a JWT in `Seafile-Repo-Token`, signed with `jwt_private_key`;
-* 12.0 on: the same JWT as `Authorization: Token <jwt>`, signed with `JWT_PRIVATE_KEY`.
+* since 12.0: the same JWT as `Authorization: Token <jwt>`, signed with `JWT_PRIVATE_KEY`.
 
-Rules read in notification-server's server.go and measured on 11.0 and 13.0: HS256, HS384 and HS512
-count, `exp` is a whole number that lies in the future, to the second and without leeway. No error
-text holds a token or a part of it.
+HS256, HS384 and HS512 are accepted. `exp` must be an integer in the future, without leeway.
+Sources: notification-server's server.go, and measurements on 11.0 and 13.0. Error texts never
+contain parts of a token.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 from jwt.algorithms import HMACAlgorithm
 from jwt.api_jws import PyJWS
 from jwt.exceptions import InvalidSignatureError, PyJWTError
+from typing_extensions import override
 
 ALGORITHMS = ("HS256", "HS384", "HS512")
 
@@ -37,18 +38,23 @@ class SeafileClaims:
 
 
 class _AnyLengthHmac(HMACAlgorithm):
-    """PyJWT's HMAC for keys of any length, because Seafile's scripts choose it."""
+    """PyJWT's HMAC for keys of any length, because Seafile's scripts choose the length."""
 
+    @override
     def prepare_key(self, key: str | bytes) -> bytes:
         return key if isinstance(key, bytes) else key.encode()
 
-    def check_key_length(self, key: bytes) -> str | None:  # noqa: ARG002
+    @override
+    def check_key_length(self, key: bytes) -> str | None:
         return None
 
 
 class SeafTokens:
-    """Reads tokens signed with one of the keys; without a key it refuses all, since anyone could
-    sign. `key` has several separated by a line with ---."""
+    """Verifies tokens.
+
+    `key` may contain several keys, separated by a line with ---. Without a key, all tokens are
+    rejected.
+    """
 
     def __init__(self, key: str, notification_token: str = "") -> None:
         self._keys = [each.encode() for each in key.split("\n---\n") if each]
@@ -65,16 +71,16 @@ class SeafTokens:
             raise InvalidSeafileToken("no key is configured")
         claims = self._payload(token)
         if not isinstance(claims, dict):
-            raise InvalidSeafileToken("its payload is not an object")
+            raise InvalidSeafileToken("token payload is not an object")
         expires_at = claims.get("exp")
         if type(expires_at) is not int:
-            raise InvalidSeafileToken("it has no exp, or one that is not a whole number")
+            raise InvalidSeafileToken("token has no integer exp")
         if expires_at <= int(now):
-            raise InvalidSeafileToken("it has expired")
+            raise InvalidSeafileToken("token has expired")
         not_before = claims.get("nbf")
-        # Ignored by 10 and 11, checked by the library of 12 on; none of the senders sets it.
+        # Seafile 10 and 11 ignore nbf, later versions check it. No sender sets it.
         if isinstance(not_before, int | float) and not_before > now:
-            raise InvalidSeafileToken("it is not valid yet")
+            raise InvalidSeafileToken("token is not valid yet")
         return SeafileClaims(expires_at, _text(claims, "repo_id"), _text(claims, "username"))
 
     def _payload(self, token: str) -> object:
@@ -83,16 +89,16 @@ class SeafTokens:
                 return json.loads(self._jws.decode(token, key=key, algorithms=[*ALGORITHMS]))
             except InvalidSignatureError:
                 continue
-            # `from None`: the library's texts quote parts of the token.
+            # `from None`, because the library's texts quote parts of the token.
             except (PyJWTError, ValueError, RecursionError):
-                raise InvalidSeafileToken("it is not a token") from None
-        raise InvalidSeafileToken("its signature does not fit the key")
+                raise InvalidSeafileToken("malformed token") from None
+        raise InvalidSeafileToken("invalid token signature")
 
     def read_for(self, repo_id: str, token: str, now: float) -> SeafileClaims:
-        """Like `read`. Raises InvalidSeafileToken if the token is for another library, too."""
+        """Like `read`. Also raises InvalidSeafileToken if the token is for another library."""
         claims = self.read(token, now)
         if claims.repo_id != repo_id:
-            raise InvalidSeafileToken("it is for another library")
+            raise InvalidSeafileToken("token is for another library")
         return claims
 
     def check_sender(
@@ -100,8 +106,8 @@ class SeafTokens:
     ) -> None:
         """Raise InvalidSeafileToken unless one of the two headers allows posting events.
 
-        `repo_token` is `Seafile-Repo-Token`, `authorization` is `Authorization`. A token that names
-        a user was given to a client for subscribing; it counts only with `clients`.
+        `repo_token` is `Seafile-Repo-Token`, `authorization` is `Authorization`. Tokens with a user
+        are issued to clients for subscribing. They are accepted only if `clients` is True.
         """
         given = [token for token in (repo_token, _second_word(authorization)) if token]
         if not given:
@@ -117,12 +123,14 @@ class SeafTokens:
                 continue
             if clients or not claims.username:
                 return
-            reason = "it is a client's token for subscribing"
+            reason = (
+                "token is a client's, for subscribing (see [protocol:seafile] client_tokens_post)"
+            )
         raise InvalidSeafileToken(reason)
 
 
 def _second_word(authorization: str | None) -> str:
-    # Split at single blanks; neither the first word nor those after the second are looked at.
+    # Split at single spaces, and ignore all words except the second, as Seafile's server does.
     words = (authorization or "").split(" ")
     return words[1] if len(words) > 1 else ""
 
@@ -132,5 +140,5 @@ def _text(claims: dict[str, Any], name: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise InvalidSeafileToken(f"its {name} is not a text")
+        raise InvalidSeafileToken(f"{name} in the token is not a string")
     return value

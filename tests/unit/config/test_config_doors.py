@@ -115,7 +115,7 @@ def test_another_server_s_configuration_is_above_the_defaults_and_below_all_else
     ini: Callable[[str], Path],
 ) -> None:
     one = ImportedConfiguration(
-        said=[
+        settings=[
             said("server", "port", "1"),
             said("server", "host", "a"),
             said("server", "tls_cert", "5"),
@@ -125,7 +125,7 @@ def test_another_server_s_configuration_is_above_the_defaults_and_below_all_else
         notes=["old.conf: COLOR has no effect"],
     )
     two = ImportedConfiguration(
-        said=[said("server", "tls_cert", "7")], missing="new.conf: not there"
+        settings=[said("server", "tls_cert", "7")], missing="new.conf: not there"
     )
     config = load(
         ini("[server]\nport = 2\n"),
@@ -143,12 +143,12 @@ def test_another_server_s_configuration_is_above_the_defaults_and_below_all_else
     assert house.rooms["red"].code == "o"
     assert config.notes == [
         "old.conf: COLOR has no effect",
-        "new.conf: not there; the defaults count",
+        "new.conf: not there; using defaults",
     ]
 
 
 def test_what_is_wrong_in_another_server_s_configuration_is_told_in_its_words() -> None:
-    old = [ImportedConfiguration(said=[said("server", "port", "x")])]
+    old = [ImportedConfiguration(settings=[said("server", "port", "x")])]
     with pytest.raises(ConfigError, match=r"^old.conf: PORT = x: a whole number from 0 to 65535$"):
         load(None, environ={}, overrides=[], flags={}, doors={}, foreign=old)
 
@@ -167,7 +167,7 @@ def test_settings_become_an_ini_file_that_says_the_same(tmp_path: Path) -> None:
     assert text == head + "[jwt]\n# The old one's.\nkey = # a;b = %c\n"
     path = tmp_path / "relay.ini"
     path.write_text(text)
-    foreign = [ImportedConfiguration(said=settings)]
+    foreign = [ImportedConfiguration(settings=settings)]
     assert read(path) == load(
         None, environ={}, overrides=[], flags={}, doors=HOUSES, foreign=foreign
     )

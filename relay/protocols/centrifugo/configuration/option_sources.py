@@ -37,7 +37,7 @@ class OptionValue:
 
     @property
     def on(self) -> bool:
-        """Whether the value is that of an enabled switch."""
+        """Return True if the value is that of an enabled switch."""
         return self.text == "yes"
 
 
@@ -73,7 +73,7 @@ def gather(
     if path is not None:
         content = _content(path)
         if content is None:
-            given.missing = f"{path}: there is no such file"
+            given.missing = f"{path}: file not found"
         else:
             _read_file(given, path, content)
     for name, option in OPTIONS.items():
@@ -84,8 +84,8 @@ def gather(
                 given.values[name] = OptionValue(where, _text(text, option.kind, where))
             else:
                 given.notes.append(
-                    f"environment variable {variable}: Centrifugo reads this option from file and"
-                    " flags only; it has no effect"
+                    f"environment variable {variable} ignored: Centrifugo reads this option only"
+                    " from its file and flags"
                 )
     for name, text in flags.items():
         where = f"--{name}="
@@ -119,11 +119,11 @@ def _namespaces(
         name = members.pop("name", "")
         if not isinstance(name, str) or not _NAMESPACE_NAME.fullmatch(name):
             raise ConfigError(
-                f"{path}: namespaces, number {index}: its name must be two or more letters, digits,"
-                f" _ or -, not {name!r}"
+                f"{path}: namespaces, number {index}: name = {name!r}: must be two or more letters,"
+                " digits, _ or -"
             )
         if name in found:
-            raise ConfigError(f"{path}: namespaces: {name} is there twice")
+            raise ConfigError(f"{path}: namespaces: {name} is defined twice")
         found[name] = {}
         for key, member in members.items():
             where = f"{path}: namespace {name}: {key} = "
@@ -138,7 +138,7 @@ def _namespaces(
 def _unknown(where: str, name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{where}: Centrifugo v1.8.0 has no such option; it has no effect{hint}"
+    return f"{where}: unknown option of Centrifugo v1.8.0, ignored{hint}"
 
 
 def _text(value: object, kind: OptionKind, where: str) -> str:
@@ -163,7 +163,7 @@ def _content(path: Path) -> Mapping[Any, Any] | None:
     except OSError as exc:
         raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
-        raise ConfigError(f"{path}: is not UTF-8 text (byte {exc.start})") from exc
+        raise ConfigError(f"{path}: not UTF-8 (byte {exc.start})") from exc
     # Don't chain the parsers' exceptions: their texts may quote the file, which contains secrets.
     problem = ""
     content: object = None
@@ -174,13 +174,13 @@ def _content(path: Path) -> Mapping[Any, Any] | None:
     except _Unparsable as exc:
         problem = str(exc)
     except RecursionError:
-        problem = "is nested too deeply"
+        problem = "nested too deeply"
     if problem:
         raise ConfigError(f"{path}: {problem}")
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must be one object of options")
+        raise ConfigError(f"{path}: must contain one object with options")
     return content
 
 

@@ -1,4 +1,4 @@
-"""The messages of the wire facts' tables, byte for byte."""
+"""The messages in the tables of the wire facts, byte for byte."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from relay.protocols.seafile.codec import (
 A = "aaaaaaaa-0000-4000-8000-000000000000"
 
 
-def test_subscribe_with_any_number_of_libraries() -> None:
+def test_parses_subscribe() -> None:
     text = b'{"type":"subscribe","content":{"repos":[{"id":"x","jwt_token":"t"},{"id":"y"}]}}'
     assert parse(text) == [LibrarySubscribe("x", "t", None), LibrarySubscribe("y", "", None)]
 
 
-def test_both_forms_of_unsubscribe() -> None:
+def test_parses_both_forms_of_unsubscribe() -> None:
     assert parse(b'{"type":"unsubscribe","content":{"repos":[{"id":"x"},"y"]}}') == [
         LibraryUnsubscribe("x"),
         LibraryUnsubscribe("y"),
@@ -44,11 +44,11 @@ def test_both_forms_of_unsubscribe() -> None:
         b' \n{"type":"subscribe","content":{}} and bytes after it',
     ],
 )
-def test_tolerated(text: bytes) -> None:
+def test_tolerates_what_go_tolerates(text: bytes) -> None:
     assert parse(text) == []
 
 
-def test_names_in_any_case() -> None:
+def test_accepts_names_in_any_case() -> None:
     text = b'{"TYPE":"subscribe","Content":{"REPOS":[{"Id":"x","JWT_Token":"t"}]}}'
     assert parse(text) == [LibrarySubscribe("x", "t", None)]
 
@@ -77,12 +77,12 @@ def test_names_in_any_case() -> None:
         b"[" * 100_000,
     ],
 )
-def test_anything_else_ends_the_connection(text: bytes) -> None:
+def test_rejects_malformed_messages(text: bytes) -> None:
     with pytest.raises(BadMessage):
         parse(text)
 
 
-def test_after_is_ours() -> None:
+def test_parses_the_extension_after() -> None:
     text = b'{"type":"subscribe","content":{"repos":[{"id":"x","jwt_token":"t","after":"5-1"}]}}'
     assert parse(text) == [LibrarySubscribe("x", "t", EntryID(5, 1))]
 
@@ -102,11 +102,11 @@ def test_after_is_ours() -> None:
         ('{"p":"ä\u2028ü"}'.encode(), '{"p":"ä\\u2028ü"}'.encode()),
     ],
 )
-def test_content_is_passed_on_as_it_was_given(sent: bytes, received: bytes) -> None:
+def test_keeps_the_content(sent: bytes, received: bytes) -> None:
     assert message("repo-update", sent) == b'{"type":"repo-update","content":%s}\n' % received
 
 
-def test_an_event_of_another_producer_is_none_of_the_protocols() -> None:
+def test_ignores_events_that_are_not_part_of_the_protocol() -> None:
     event = Event(Channel("seafile:x"), EntryID(1, 0), b'say "hi"', is_json=False)
     assert event_message(event) == b""
 
@@ -124,7 +124,7 @@ async def _in_parts(text: bytes) -> list[codec.LibrarySubscribe | codec.LibraryU
 
 
 @pytest.mark.parametrize("kind", ["subscribe", "unsubscribe"])
-def test_a_long_message_says_the_same_in_parts(kind: str) -> None:
+def test_the_parts_of_a_long_message_have_the_same_libraries(kind: str) -> None:
     repos = [{"id": f"{number:036}", "jwt_token": "x" * 300} for number in range(1000)]
     for content in ({"repos": repos}, {"repos": repos, "other": [1, 2]}):
         for whole in ({"type": kind, "content": content}, {"content": content, "type": kind}):
@@ -143,6 +143,6 @@ def test_a_long_message_says_the_same_in_parts(kind: str) -> None:
         b'"' * 100_000,
     ],
 )
-def test_a_long_message_that_is_none_is_bad_in_parts_too(text: bytes) -> None:
+def test_rejects_malformed_long_messages(text: bytes) -> None:
     with pytest.raises(codec.BadMessage):
         asyncio.run(_in_parts(text))

@@ -1,4 +1,4 @@
-"""Seafile's files of every version, with the oddities of its documents."""
+"""Configuration files of each Seafile version, as printed in its manuals."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def folder(path: Path, **files: str) -> Path:
     return path
 
 
-def test_the_first_manuals_two_files_as_printed_yield_one_key(tmp_path: Path) -> None:
+def test_reads_both_files_of_the_first_manual(tmp_path: Path) -> None:
     both = conf.read(
         folder(tmp_path, seafile=FIRST_SEAFILE, notification=FIRST_NOTIFICATION), {}
-    ).door
+    ).settings
     assert both == {
         "key": KEY,
         "notification_token": TOKEN,
@@ -82,12 +82,12 @@ def test_the_first_manuals_two_files_as_printed_yield_one_key(tmp_path: Path) ->
         alone = tmp_path / name
         alone.mkdir()
         folder(alone, **{name: (tmp_path / f"{name}.conf").read_text()})
-        assert conf.read(alone, {}).door["key"] == KEY
+        assert conf.read(alone, {}).settings["key"] == KEY
 
 
-def test_the_later_manuals_file_as_printed(tmp_path: Path) -> None:
+def test_reads_the_file_of_the_later_manual(tmp_path: Path) -> None:
     found = conf.read(folder(tmp_path, seafile=LATER_SEAFILE), {})
-    assert found.door == {"enabled": "yes", "host": "127.0.0.1", "port": "8083", "key": KEY}
+    assert found.settings == {"enabled": "yes", "host": "127.0.0.1", "port": "8083", "key": KEY}
     assert found.log_level == "debug"
 
 
@@ -108,15 +108,17 @@ def test_the_later_manuals_file_as_printed(tmp_path: Path) -> None:
         ("[looks] like a section", "[looks] like a section"),
     ],
 )
-def test_keys_of_any_characters(tmp_path: Path, written: str, key: str) -> None:
+def test_reads_keys_of_any_characters(tmp_path: Path, written: str, key: str) -> None:
     text = f"[notification]\nenabled=true\njwt_private_key={written}\nport=8083\n"
-    assert conf.read(folder(tmp_path, seafile=text), {}).door["key"].split("\n---\n")[0] == key
+    assert conf.read(folder(tmp_path, seafile=text), {}).settings["key"].split("\n---\n")[0] == key
     spaced = f"\ufeff[notification]\r\n  jwt_private_key  =  {written}  \r\n"
-    assert conf.read(folder(tmp_path, seafile=spaced), {}).door["key"].split("\n---\n")[0] == key
+    assert (
+        conf.read(folder(tmp_path, seafile=spaced), {}).settings["key"].split("\n---\n")[0] == key
+    )
 
 
-def test_groups_are_in_the_ccnet_database(tmp_path: Path) -> None:
-    door = conf.read(folder(tmp_path, seafile=LATER_SEAFILE, ccnet=CCNET), {}).door
+def test_reads_the_ccnet_database(tmp_path: Path) -> None:
+    door = conf.read(folder(tmp_path, seafile=LATER_SEAFILE, ccnet=CCNET), {}).settings
     assert {key: value for key, value in door.items() if key.startswith(("db_", "groups"))} == {
         "groups": "database",
         "db_host": "db.example.org",
@@ -128,18 +130,18 @@ def test_groups_are_in_the_ccnet_database(tmp_path: Path) -> None:
     }
 
 
-def test_sqlite_has_no_database_to_ask(tmp_path: Path) -> None:
-    door = conf.read(folder(tmp_path, ccnet="[Database]\nENGINE = sqlite\nHOST = x\n"), {}).door
+def test_ignores_an_sqlite_database(tmp_path: Path) -> None:
+    door = conf.read(folder(tmp_path, ccnet="[Database]\nENGINE = sqlite\nHOST = x\n"), {}).settings
     assert "groups" not in door
 
 
-def test_disabled_is_said(tmp_path: Path) -> None:
+def test_reads_enabled(tmp_path: Path) -> None:
     text = LATER_SEAFILE.replace("enabled = true", "enabled = false")
-    assert conf.read(folder(tmp_path, seafile=text), {}).door["enabled"] == "no"
-    assert conf.read(None, {"ENABLE_NOTIFICATION_SERVER": "false"}).door["enabled"] == "no"
+    assert conf.read(folder(tmp_path, seafile=text), {}).settings["enabled"] == "no"
+    assert conf.read(None, {"ENABLE_NOTIFICATION_SERVER": "false"}).settings["enabled"] == "no"
 
 
-def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
+def test_rejects_invalid_values(tmp_path: Path) -> None:
     text = LATER_SEAFILE.replace("enabled = true", "enabled = maybe")
     with pytest.raises(ConfigError, match=re.escape("seafile.conf [notification] enabled")):
         conf.read(folder(tmp_path, seafile=text), {})
@@ -149,10 +151,10 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
 
 def test_the_port_defaults_to_8083(tmp_path: Path) -> None:
     text = "[notification]\njwt_private_key = x\n"
-    assert conf.read(folder(tmp_path, seafile=text), {}).door["port"] == "8083"
+    assert conf.read(folder(tmp_path, seafile=text), {}).settings["port"] == "8083"
 
 
-def test_the_environment_of_12_and_13_wins(tmp_path: Path) -> None:
+def test_variables_of_12_and_13_override_the_files(tmp_path: Path) -> None:
     environ = {
         "JWT_PRIVATE_KEY": "k" * 32,
         "NOTIFICATION_SERVER_PORT": "9083",
@@ -169,7 +171,7 @@ def test_the_environment_of_12_and_13_wins(tmp_path: Path) -> None:
     found = conf.read(folder(tmp_path, seafile=LATER_SEAFILE, ccnet=CCNET), environ)
     assert found.log_level == "warning"
     assert found.where["key"] == "environment variable JWT_PRIVATE_KEY"
-    assert found.door == {
+    assert found.settings == {
         "enabled": "yes",
         "key": "k" * 32,
         "host": "192.0.2.1",
@@ -184,15 +186,15 @@ def test_the_environment_of_12_and_13_wins(tmp_path: Path) -> None:
     }
 
 
-def test_the_environment_alone_is_enough() -> None:
-    assert conf.read(None, {"JWT_PRIVATE_KEY": "k"}).door == {
+def test_variables_are_enough() -> None:
+    assert conf.read(None, {"JWT_PRIVATE_KEY": "k"}).settings == {
         "key": "k",
         "port": "8083",
         "host": EVERYWHERE,
     }
     inner = {"JWT_PRIVATE_KEY": "k", "INNER_NOTIFICATION_SERVER_URL": "http://notif:9000"}
-    assert conf.read(None, inner).door["port"] == "9000"
-    assert conf.read(None, {}).door == {}
+    assert conf.read(None, inner).settings["port"] == "9000"
+    assert conf.read(None, {}).settings == {}
 
 
 @pytest.mark.parametrize(
@@ -204,11 +206,11 @@ def test_the_environment_alone_is_enough() -> None:
         ("no-break\u00a0", ["no-break\u00a0"]),
     ],
 )
-def test_a_key_is_read_as_each_of_seafile_s_programs_does(
+def test_accepts_each_programs_reading_of_a_key(
     tmp_path: Path, written: str, keys: list[str]
 ) -> None:
     text = f"[notification]\njwt_private_key = {written}\n"
-    assert conf.read(folder(tmp_path, seafile=text), {}).door["key"].split("\n---\n") == keys
+    assert conf.read(folder(tmp_path, seafile=text), {}).settings["key"].split("\n---\n") == keys
 
 
 def with_variables(tmp_path: Path, text: str, seafile: str = LATER_SEAFILE) -> Path:
@@ -227,50 +229,50 @@ WITHOUT_KEY = "[notification]\nenabled = true\nhost = 127.0.0.1\nport = 8083\n"
         (f"JWT_PRIVATE_KEY='{KEY}' # comment", [KEY, f"'{KEY}' # comment"]),
         (f'export JWT_PRIVATE_KEY="{KEY}"\r', [KEY, f'"{KEY}"']),
         ("JWT_PRIVATE_KEY=0123456789abcdef==", ["0123456789abcdef==", "0123456789abcdef"]),
-        # The part before `=` is short enough to be guessed.
+        # The part before `=` is too short: it could be guessed.
         ("JWT_PRIVATE_KEY=short=0123456789abcdef", ["short=0123456789abcdef"]),
         ('JWT_PRIVATE_KEY="a\\"b\\\\c$"', ['a"b\\c$']),
     ],
 )
-def test_the_key_of_12_and_13_is_in_the_folder_s_env_file(
+def test_reads_the_key_of_12_and_13_from_the_env_file(
     tmp_path: Path, line: str, keys: list[str]
 ) -> None:
     text = f"# JWT_PRIVATE_KEY=old\nSEAFILE_SERVER_PROTOCOL=https\n{line}\nno assignment\n"
     found = conf.read(with_variables(tmp_path, text, WITHOUT_KEY), {})
-    assert found.door["key"].split("\n---\n") == keys
+    assert found.settings["key"].split("\n---\n") == keys
     assert found.where["key"] == f"{tmp_path / '.env'}: JWT_PRIVATE_KEY"
 
 
-def test_a_variable_of_the_process_wins_over_the_env_file_and_that_over_seafile_conf(
+def test_variables_override_the_env_file_which_overrides_seafile_conf(
     tmp_path: Path,
 ) -> None:
     path = with_variables(
         tmp_path, "JWT_PRIVATE_KEY=of-the-file\nSEAFILE_MYSQL_DB_HOST=db\nTZ=Etc/UTC\n"
     )
-    assert conf.read(path, {}).door["key"] == "of-the-file"
-    door = conf.read(path, {"JWT_PRIVATE_KEY": "of-the-process"}).door
+    assert conf.read(path, {}).settings["key"] == "of-the-file"
+    door = conf.read(path, {"JWT_PRIVATE_KEY": "of-the-process"}).settings
     assert (door["key"], door["groups"], door["db_host"]) == ("of-the-process", "database", "db")
 
 
-def test_a_stale_section_does_not_win_over_the_url_of_13(tmp_path: Path) -> None:
+def test_the_url_of_13_overrides_an_old_section(tmp_path: Path) -> None:
     path = folder(tmp_path, seafile=LATER_SEAFILE.replace("8083", "9000"))
     name = "INNER_NOTIFICATION_SERVER_URL"
-    assert conf.read(path, {name: "http://127.0.0.1:8084"}).door["port"] == "8084"
-    assert conf.read(path, {name: "http://127.0.0.1"}).door["port"] == "9000"
+    assert conf.read(path, {name: "http://127.0.0.1:8084"}).settings["port"] == "8084"
+    assert conf.read(path, {name: "http://127.0.0.1"}).settings["port"] == "9000"
     both = {name: "http://127.0.0.1:8084", "NOTIFICATION_SERVER_PORT": "8085"}
-    assert conf.read(path, both).door["port"] == "8085"
+    assert conf.read(path, both).settings["port"] == "8085"
     (path / ".env").write_text(f"{name}=http://notification-server:8086\n")
-    assert conf.read(path, {}).door["port"] == "8086"
+    assert conf.read(path, {}).settings["port"] == "8086"
 
 
-def test_a_folder_always_wants_the_protocol(tmp_path: Path) -> None:
-    """So that a key that is missing is an error at start."""
+def test_a_folder_always_enables_the_protocol(tmp_path: Path) -> None:
+    """A missing key is then an error at startup."""
     (tmp_path / ".env").write_text("TZ=Etc/UTC\n")
-    assert conf.read(tmp_path, {}).door == {"port": "8083", "host": EVERYWHERE}
+    assert conf.read(tmp_path, {}).settings == {"port": "8083", "host": EVERYWHERE}
 
 
-def test_the_name_of_a_container_is_no_address_to_listen_on(tmp_path: Path) -> None:
+def test_does_not_listen_on_the_name_of_a_container(tmp_path: Path) -> None:
     text = LATER_SEAFILE.replace("host = 127.0.0.1", "host = notification-server")
     found = conf.read(folder(tmp_path, seafile=text), {})
-    assert found.door["host"] == EVERYWHERE
+    assert found.settings["host"] == EVERYWHERE
     assert "host = notification-server" in found.notes[0]

@@ -23,8 +23,8 @@ def test_content_keeps_its_bytes() -> None:
     assert (event.channel, event.type) == ("seafile:r", "any-word")
 
 
-def test_half_a_surrogate_pair_becomes_the_replacement_character() -> None:
-    """As in Go. Redis could not store it, and the event would be lost."""
+def test_replaces_half_a_surrogate_pair() -> None:
+    """Go does the same. Without it, the event could not be stored in Redis."""
     content = b'{"repo_id":"r\\ud800","commit_id":"c\\udc00x","user":"a\\ud83d\\ude00\\ud800"}'
     event = read(b'{"type":"repo-update","content":%b}' % content)
     assert event == SeafEvent("seafile:r\ufffd", "repo-update", content, commit="c\ufffdx")  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ def test_recipients_of_a_permission(fields: str, user: str, group: int | None) -
 
 
 @pytest.mark.parametrize("fields", ['"user":1', '"group":"3"', '"group":1.5', '"group":true'])
-def test_recipients_that_cannot_be_understood_are_nobody(fields: str) -> None:
+def test_rejects_invalid_recipients(fields: str) -> None:
     with pytest.raises(Unaddressed):
         read(f'{{"type":"folder-perm-changed","content":{{"repo_id":"r",{fields}}}}}'.encode())
 
@@ -76,7 +76,7 @@ def test_recipients_that_cannot_be_understood_are_nobody(fields: str) -> None:
         b"[" * 100_000,
     ],
 )
-def test_what_is_no_event_is_told(body: bytes) -> None:
+def test_rejects_bodies_that_are_not_events(body: bytes) -> None:
     with pytest.raises(Invalid):
         read(body)
 
@@ -95,7 +95,7 @@ def test_what_is_no_event_is_told(body: bytes) -> None:
         b'{"type":"repo-update","content":{"repo_id":"r","commit_id":1}}',
     ],
 )
-def test_what_concerns_no_library_is_no_mistake_of_the_sender(body: bytes) -> None:
+def test_events_without_a_library_are_unaddressed(body: bytes) -> None:
     with pytest.raises(Unaddressed):
         read(body)
 
@@ -107,7 +107,7 @@ def test_what_concerns_no_library_is_no_mistake_of_the_sender(body: bytes) -> No
         f'{{"msg_type": "repo-update", "repo_id": "{A}", "commit_id": "cc"}}',
     ],
 )
-def test_both_forms_of_the_tap(line: str) -> None:
+def test_reads_both_formats_of_repo_update(line: str) -> None:
     event = read_line(line.encode())
     content = b'{"repo_id":"%s","commit_id":"cc"}' % A.encode()
     assert event == SeafEvent(CHANNEL, "repo-update", content, commit="cc")  # type: ignore[arg-type]
@@ -117,13 +117,13 @@ def test_both_forms_of_the_tap(line: str) -> None:
     "line",
     ["repo-upload-sync\tu\tip\tc\tr\tp", '{"msg_type":"init-metadata","repo_id":"r"}', "", "x"],
 )
-def test_other_messages_of_the_tap_are_none_of_ours(line: str) -> None:
+def test_ignores_other_messages_of_repo_update(line: str) -> None:
     assert read_line(line.encode()) is None
 
 
 @pytest.mark.parametrize(
     "line", ["repo-update\tr", "repo-update\t\tc", "{", '{"msg_type":"repo-update"}', "repo-update"]
 )
-def test_broken_messages_of_the_tap(line: str) -> None:
+def test_rejects_malformed_messages_of_repo_update(line: str) -> None:
     with pytest.raises(Unaddressed):
         read_line(line.encode())

@@ -1,4 +1,4 @@
-"""Tokens run out to the second, and take one place however often they are renewed."""
+"""Tokens expire within a second. Each has one queue entry, however often it is renewed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Clock:
         return self.now
 
 
-async def test_to_the_second_and_renewed() -> None:
+async def test_expires_within_the_second_and_respects_renewals() -> None:
     clock, one, other = Clock(), Holder(), Holder()
     expiries = Expiries(asyncio.get_running_loop, clock)
     for holder, channel, at in ((one, A, 105), (one, B, 103), (other, A, 104)):
@@ -41,29 +41,29 @@ async def test_to_the_second_and_renewed() -> None:
     one.tokens[B] = 110
     expiries.watch(one, B, 110)
     clock.now = 103.9
-    expiries.turn()
+    expiries.expire_due()
     assert (one.expired, other.expired) == ([], [])
     clock.now = 104.0
-    expiries.turn()
+    expiries.expire_due()
     assert (one.expired, other.expired) == ([], [A])
     clock.now = 110
-    expiries.turn()
+    expiries.expire_due()
     assert one.expired == [A, B]
     assert len(expiries) == 0
 
 
-async def test_a_shorter_token_counts_at_once() -> None:
+async def test_a_shorter_token_applies_at_once() -> None:
     clock, one = Clock(), Holder()
     expiries = Expiries(asyncio.get_running_loop, clock)
     for at in (200, 150, 300, 120):
         one.tokens[A] = at
         expiries.watch(one, A, at)
     clock.now = 120
-    expiries.turn()
+    expiries.expire_due()
     assert one.expired == [A]
 
 
-async def test_any_number_of_renewals_and_returns_takes_few_places() -> None:
+async def test_repeated_renewals_need_few_entries() -> None:
     clock, one = Clock(), Holder()
     expiries = Expiries(asyncio.get_running_loop, clock)
     chance = random.Random(7)
@@ -76,16 +76,16 @@ async def test_any_number_of_renewals_and_returns_takes_few_places() -> None:
     assert len(expiries) < 20
 
 
-async def test_whoever_has_gone_is_forgotten() -> None:
+async def test_ignores_deleted_holders() -> None:
     clock = Clock()
     expiries = Expiries(asyncio.get_running_loop, clock)
     expiries.watch(Holder(), A, 105)
     clock.now = 105
-    expiries.turn()
+    expiries.expire_due()
     assert len(expiries) == 0
 
 
-async def test_tokens_that_run_out_together_take_several_turns() -> None:
+async def test_many_expired_tokens_are_processed_in_several_turns() -> None:
     clock, one = Clock(), Holder()
     expiries = Expiries(asyncio.get_running_loop, clock)
     clock.now = 105

@@ -91,7 +91,7 @@ def test_the_documented_file_in_every_format(write: Write, suffix: str) -> None:
 
 def test_without_anything_the_defaults_are_centrifugo_s(tmp_path: Path) -> None:
     translation = translate(tmp_path / "config.json")
-    assert translation.missing.endswith("config.json: there is no such file")
+    assert translation.missing.endswith("config.json: file not found")
     assert not translation.notes
     assert door(translation) == CentrifugoSettings(host=EVERYWHERE, port=8000)
     config = configured(translation)
@@ -206,7 +206,7 @@ def test_the_redis_engine_s_address(write: Write, options: str, url: str, passwo
 def test_the_redis_engine_s_other_options(write: Write) -> None:
     text = """{"secret": "s", "engine": "redis", "redis_api": true, "redis_api_num_shards": 5,
         "redis_prefix": "app", "redis_connect_timeout": 3, "redis_read_timeout": 0}"""
-    settings = {(each.section, each.key): each.text for each in translate(write(text)).said}
+    settings = {(each.section, each.key): each.text for each in translate(write(text)).settings}
     assert settings["producer:queue", "enabled"] == "yes"
     assert settings["producer:queue", "shards"] == "5"
     assert settings["producer:queue", "name"] == "app.api"
@@ -240,7 +240,7 @@ def test_streams_keep_what_history_may_ask_for_and_little_else(write: Write) -> 
     ("text", "line"),
     [
         ('{"secret": s}', "config.json: line 1, column 12: Expecting value"),
-        ("[]", "config.json: must be one object of options"),
+        ("[]", "config.json: must contain one object with options"),
         ('{"port": "x"}', "config.json: port = x: a whole number from 0 to 65535"),
         ('{"history_size": 1.5}', "config.json: history_size = 1.5: a whole number"),
         ('{"history_size": 1234567890123}', "config.json: history_size = 1234567890123: a whole"),
@@ -248,23 +248,26 @@ def test_streams_keep_what_history_may_ask_for_and_little_else(write: Write) -> 
         ('{"insecure": "perhaps"}', "config.json: insecure: must be true or false"),
         ('{"secret": ["a"]}', "config.json: secret: must be text"),
         ('{"history_size": true}', "config.json: history_size: must be a number"),
-        ('{"engine": "etcd"}', "config.json: engine = etcd: no such engine"),
+        ('{"engine": "etcd"}', "config.json: engine = etcd: must be memory or redis"),
         ('{"namespaces": {}}', "config.json: namespaces: must be a list of objects"),
         ('{"namespaces": ["a"]}', "config.json: namespaces: must be a list of objects"),
-        ('{"namespaces": [{}]}', "config.json: namespaces, number 1: its name must be"),
-        ('{"namespaces": [{"name": "a"}]}', "its name must be two or more letters"),
-        ('{"namespaces": [{"name": "aa"}, {"Name": "aa"}]}', "namespaces: aa is there twice"),
-        ('{"namespaces": [{"name": "axr"}]}', "belong to another door"),
+        ('{"namespaces": [{}]}', "config.json: namespaces, number 1: name = '': must be"),
+        ('{"namespaces": [{"name": "a"}]}', "must be two or more letters"),
+        ('{"namespaces": [{"name": "aa"}, {"Name": "aa"}]}', "namespaces: aa is defined twice"),
+        ('{"namespaces": [{"name": "axr"}]}', "is reserved for another protocol"),
         (
             '{"namespaces": [{"name": "aa", "history_size": -1}]}',
             "config.json: namespace aa: history_size = -1: a whole number from 0",
         ),
-        ('{"ssl_autocert": true}', "ssl_autocert = yes: certificates by ACME are not included"),
+        ('{"ssl_autocert": true}', "ssl_autocert = yes: relay does not obtain ACME certificates"),
         ('{"ssl": true, "ssl_key": "k"}', "config.json: ssl = yes: needs ssl_cert"),
-        ('{"web": true, "web_path": "/w"}', "web_path = /w: pages of one's own are not served"),
-        ('{"engine": "redis", "redis_port": "1,2"}', "redis_port = (several): one site has one"),
+        ('{"web": true, "web_path": "/w"}', "web_path = /w: relay does not serve custom web pages"),
+        (
+            '{"engine": "redis", "redis_port": "1,2"}',
+            "redis_port = (several): relay uses one Redis",
+        ),
         ('{"engine": "redis", "redis_url": "r:1"}', "redis_url = (hidden): must be redis://"),
-        ('{"engine": "redis", "redis_sentinels": ":1"}', "go together"),
+        ('{"engine": "redis", "redis_sentinels": ":1"}', "must be set together"),
         ('{"max_channel_length": 1000}', "max_channel_length = 1000: a whole number from 1 to 255"),
     ],
 )
@@ -290,7 +293,7 @@ def test_as_an_ini_file_it_says_the_same(write: Write, tmp_path: Path) -> None:
         "b-b", "publish": true, "history_size": 2, "history_lifetime": 9999}], "web": true}"""
     translation = translate(write(text))
     path = tmp_path / "relay.ini"
-    path.write_text(ini(translation.said))
+    path.write_text(ini(translation.settings))
     kept = load(path, environ={}, overrides=[], flags={}, doors=door_settings())
     assert kept == configured(translation)
 

@@ -5,7 +5,7 @@ import pytest
 from relay.protocols.centrifugo.configuration.options import OPTIONS
 from tests.support.centrifugo_config import Write, door, error, translate
 
-NO_OPTION = "Centrifugo v1.8.0 has no such option; it has no effect"
+NO_OPTION = "unknown option of Centrifugo v1.8.0, ignored"
 
 
 def test_a_flag_wins_over_a_variable_that_over_the_file(write: Write) -> None:
@@ -56,7 +56,7 @@ def test_exactly_the_bound_variables_count(write: Write) -> None:
     translation = translate(write('{"secret": "s"}'), environ)
     assert door(translation).max_channel_length == 255
     assert [note.split(":")[0] for note in translation.notes] == [
-        "environment variable CENTRIFUGO_MAX_CHANNEL_LENGTH"
+        "environment variable CENTRIFUGO_MAX_CHANNEL_LENGTH ignored"
     ]
 
 
@@ -68,7 +68,7 @@ def test_exactly_the_bound_variables_count(write: Write) -> None:
         ("yaml", "secret: [hidden-one\n", "config.yaml: line 2, column 1: not YAML"),
         ("yaml", "secret: !hidden-one 1\n", "config.yaml: line 1, column 9"),
         ("yml", "a: \x00", "config.yml: not YAML"),
-        ("yaml", "- 1\n", "config.yaml: must be one object"),
+        ("yaml", "- 1\n", "config.yaml: must contain one object"),
         ("json", "\udc80".encode("utf-8", "surrogateescape").decode("latin-1") + "x", "line 1"),
     ],
 )
