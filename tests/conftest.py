@@ -12,9 +12,12 @@ from tests.support.relay import RelayProcess
 from tests.support.valkey import Server, running
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _frozen() -> None:
-    """Exempt what exists before the first test from collection, which then takes about 1 ms."""
+    """Exempt what exists before a file's first test from collection, which then takes about 1 ms.
+
+    For each file again: its tests import more, and some of them unfreeze.
+    """
     gc.collect()
     gc.freeze()
 

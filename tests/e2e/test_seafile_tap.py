@@ -108,8 +108,10 @@ async def test_tap_and_events_may_both_run(
             publish(events, new_form(library, commit))
             await door.commit(library, commit)
             await arrived(valkey, library, number)
-    await asyncio.sleep(0.3)
-    assert commits(valkey, library) == ["a", "b", "a"]
+    # Nothing was appended twice before this one.
+    publish(events, new_form(library, "end"))
+    await arrived(valkey, library, 4)
+    assert commits(valkey, library) == ["a", "b", "a", "end"]
 
 
 async def test_whoever_takes_over_begins_with_what_was_heard_last(

@@ -24,6 +24,8 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>axr</title><script src="so
 <script>
 const seen = window.seen = [];
 const socket = window.socket = io("%(url)s/axr", { path: "/notifications", auth: { token: "%(token)s" } });
+window.pings = 0;
+socket.io.on("ping", () => window.pings++);
 socket.on("connect", () => seen.push(["connect", socket.recovered]));
 socket.on("disconnect", (reason) => seen.push(["disconnect", reason]));
 socket.on("msg", (data) => seen.push(["msg", data instanceof ArrayBuffer ? data.byteLength : data]));
@@ -103,7 +105,9 @@ async def test_the_documents_example_in_a_browser_from_another_origin(
             again = (await asyncio.to_thread(seen, 6))[3:]
         assert again[0][0] == "disconnect"
         assert again[1:3] == [["connect", True], ["msg", "missed"]]
-        # Heartbeats, in the direction of Engine.IO 4: it is still there after several of them.
-        await asyncio.sleep(3.5)
+        # It stays connected over several heartbeats, which the server sends in Engine.IO 4.
+        script = "return window.pings"
+        enough = browser.execute_script(script) + 3
+        await until(lambda: browser.execute_script(script) >= enough)
         assert len(seen(6)) == 6
         assert browser.execute_script("return socket.io.engine.transport.name") == "websocket"

@@ -90,7 +90,8 @@ async def test_php_is_served_until_the_relay_has_ended(
             path = "/public" if own == "shared" else "/private"
             page = await browse(http, relay, "alice")
             await page.register(name)
-            await asyncio.sleep(0.3)
+            # The stream is created when a worker follows it for the browser.
+            await until(lambda: redis(valkey, "EXISTS", stream_key(f"pydio:{name}")))
             relay.send(signal.SIGTERM)
             await until(lambda: any("stopping" in line for line in relay.log))
             sent: list[str] = []

@@ -53,7 +53,7 @@ _FIRST_SAVE_S = 2.0
 _SAVE_S = 30.0
 # A sync client pings every second, and disconnects after 5 seconds without a pong. Events that were
 # written this long before its last message have therefore arrived.
-_ARRIVED_S = 6.0
+ARRIVED_S = 6.0
 # Two pings of a sync client.
 _RECENTLY_S = 2.0
 
@@ -74,7 +74,7 @@ class SeafileSocket(WebSocketConnection):
 
         None means that all events have arrived.
         """
-        return None if self.close_received or self._complete else self._received_at - _ARRIVED_S
+        return None if self.close_received or self._complete else self._received_at - ARRIVED_S
 
     @override
     def data_received(self, data: bytes) -> None:

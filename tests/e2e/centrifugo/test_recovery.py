@@ -9,11 +9,12 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
 from tests.support.centrifuge_js import JsClient, Node, Said, running_node
-from tests.support.clients import stream_key
+from tests.support.clients import stream_key, until
 from tests.support.cutter import Cutter, cutting
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server
@@ -122,11 +123,28 @@ async def kill_one(relay: RelayProcess) -> None:
     os.kill(workers(relay)[1], signal.SIGKILL)
 
 
-async def kill_all_in_turn(relay: RelayProcess) -> None:
+async def kill_all_in_turn(
+    relay: RelayProcess, followers: list[Follower], producer: Producer
+) -> None:
     """Each worker dies once, and has been replaced when the next one dies."""
     for number in (1, 2):
-        await asyncio.sleep(2.5)
-        os.kill(workers(relay)[number], signal.SIGKILL)
+        await received(followers, producer)
+        killed = workers(relay)[number]
+        os.kill(killed, signal.SIGKILL)
+        await until(partial(replaced, relay, number, killed))
+    await received(followers, producer)
+
+
+def replaced(relay: RelayProcess, number: int, pid: int) -> bool:
+    return workers(relay).get(number, pid) != pid
+
+
+async def received(followers: list[Follower], producer: Producer) -> None:
+    """Every client has received the messages of half a second, which is more than one response."""
+    goals = {channel: number + PER_S // 2 for channel, number in producer.numbers.items()}
+    async with asyncio.timeout(30):
+        while any((each.last or 0) < goals[each.channel] for each in followers):
+            await asyncio.sleep(0.05)
 
 
 async def settled(followers: list[Follower], producer: Producer) -> None:
@@ -213,8 +231,7 @@ async def test_clients_of_killed_workers_miss_nothing(
             while not all(each.subscribed for each in followers):
                 await asyncio.sleep(0.05)
         producing = group.create_task(produce(producer, ended))
-        await kill_all_in_turn(relay)
-        await asyncio.sleep(1.0)
+        await kill_all_in_turn(relay, followers, producer)
         ended.set()
         await producing
         await settled(followers, producer)
