@@ -34,13 +34,20 @@ class ClusterServices:
         instance: str,
         decode: Decode,
         spawn: Callable[..., object],
+        max_entry_bytes: int,
         dead: Callable[[str], bool] = lambda _: False,
     ) -> None:
         """`dead` returns True for an instance that is known to have died."""
         self.bus = ClusterBus(redis=redis, keys=keys, instance=instance)
         self.store = ClusterStore(self.bus.link, keys)
         self._long = ReconnectingConnection(redis)
-        self.history = History(link=self._long, keys=keys, decode=decode, spawn=spawn)
+        self.history = History(
+            link=self._long,
+            keys=keys,
+            decode=decode,
+            spawn=spawn,
+            max_entry_bytes=max_entry_bytes,
+        )
         self.presence = ClusterPresence(
             link=self.bus.link,
             long=self._long,

@@ -135,6 +135,7 @@ def build(base: Foundation) -> Parts:
         instance=instance,
         decode=_decode(config),
         spawn=base.spawn,
+        max_entry_bytes=config.stream.max_entry_bytes,
         dead=_is_dead(base),
     )
 

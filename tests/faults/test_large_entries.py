@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.centrifugo_client import SECRET, centrifugo
 from tests.support.clients import Native, native
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server, running
@@ -67,5 +68,45 @@ async def test_large_entries_after_small_ones_are_read_a_few_at_a_time(
                     group.create_task(_receive(door, name, count))
         assert _peak_mb(relay.pid) - before < 150
         assert [line for line in relay.log if "no invalidation arrived" in line] == []
+    finally:
+        relay.kill()
+
+
+async def test_a_history_of_large_entries_is_read_up_to_a_size(server: Server) -> None:
+    await asyncio.to_thread(_fill, server, "news", LARGE)
+    lines = [f"secret={SECRET}", "history_size=200", "history_lifetime=600", "recover=true"]
+    relay = RelayProcess(server, settings=[f"protocol:centrifugo.{line}" for line in lines])
+    await asyncio.to_thread(relay.start)
+    try:
+        before = _peak_mb(relay.pid)
+        async with centrifugo(relay.url) as door:
+            reply = await door.api("history", channel="news")
+            # The newest 20 are small. 16 MiB hold 18 of the others, and the last page is whole.
+            assert 38 <= len(reply["body"]["data"]) < LARGE // 2
+        assert _peak_mb(relay.pid) - before < 200
+    finally:
+        relay.kill()
+
+
+async def test_an_entry_far_beyond_the_limit_becomes_a_dead_letter(server: Server) -> None:
+    relay = RelayProcess(server)
+    await asyncio.to_thread(relay.start)
+    try:
+        before = _peak_mb(relay.pid)
+        async with native(relay) as door:
+            client = await door.sse("news")
+            with server.client() as admin:
+                admin.xadd("relay:stream:{news}", {"data": "x" * 60_000_000})
+                admin.xadd("relay:stream:{news}", {"data": "2"})
+                assert (await client.next(20)).data == "2"
+                async with asyncio.timeout(10):
+                    while not admin.xlen("relay:dead-letters"):
+                        await asyncio.sleep(0.02)
+                ((_, letter),) = admin.xrange("relay:dead-letters")
+                assert letter[b"reason"] == b"too large: 60000005 bytes"
+                assert letter[b"truncated"] == b"1"
+            client.drop()
+        # Four times: a reply contains the stream's last entry as well, and its buffer doubles.
+        assert _peak_mb(relay.pid) - before < 450
     finally:
         relay.kill()

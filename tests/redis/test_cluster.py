@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 from relay.core.errors import Unavailable
 from relay.core.model import Broken, Channel, Event, Revocation
 from relay.stream.connection.connect import time_ms
+from relay.stream.read import history
 from tests.support.clients import until, within
 from tests.support.site import site
 from tests.support.valkey import Server, running
@@ -74,7 +75,7 @@ async def test_the_time_is_that_of_redis(server: Server, admin: Redis) -> None:
 
 
 async def test_the_newest_events_newest_first_with_their_moment(
-    server: Server, admin: Redis
+    server: Server, admin: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = "relay:stream:{news}"
     async with site(server, "one:1") as one:
@@ -100,6 +101,13 @@ async def test_the_newest_events_newest_first_with_their_moment(
         assert again.state.incarnation == mine
         everything = await one.history.read(NEWS, 1000)
         assert (everything.whole, len(everything.events)) == (True, 50)
+
+        monkeypatch.setattr(history, "MAX_BYTES", 100)
+        few = await one.history.read(NEWS, 1000)
+        assert not few.whole
+        newest = [event.id for event in everything.events[: len(few.events)]]
+        assert [event.id for event in few.events] == newest
+        assert 100 <= sum(record.size for record in few.records) < 1000
 
         await admin.set("relay:stream:{other}", "no stream")
         with pytest.raises(Unavailable):

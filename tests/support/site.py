@@ -38,6 +38,7 @@ async def site(
             instance=instance,
             decode=lambda channel, entry_id, fields: decode(channel, entry_id, fields, 1000),
             spawn=spawn,
+            max_entry_bytes=1000,
             dead=dead,
         )
         tasks = [group.create_task(one.run()), group.create_task(_check(one))]

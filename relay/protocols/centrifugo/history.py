@@ -48,7 +48,7 @@ def missed(snapshot: Snapshot, rules: CentrifugoNamespace, last: str, now: float
     except ValueError:
         # Empty, or an ID of the Centrifugo server that relay has replaced.
         return MissedEvents(history, recovered=False)
-    if not rules.has_history or not _is_whole(snapshot, at):
+    if not rules.has_history or not _reaches(snapshot, at) or not _is_whole(snapshot, at):
         return MissedEvents(history, recovered=False)
     since = [event for event in snapshot.events if event.id is not None and event.id > at]
     if len(since) > len(history):
@@ -65,6 +65,11 @@ def position(snapshot: Snapshot) -> Position:
     newest = snapshot.records[0] if snapshot.records else None
     digest = newest.digest if newest is not None and newest.id == state.last else None
     return Position(state.last, state.added, state.incarnation, digest)
+
+
+def _reaches(snapshot: Snapshot, at: EntryID) -> bool:
+    """Return False if there may be older events after `at` that were too large to be read."""
+    return snapshot.whole or not snapshot.records or snapshot.records[-1].id <= at
 
 
 def _is_whole(snapshot: Snapshot, at: EntryID) -> bool:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from zlib import crc32
 
 import orjson
@@ -34,6 +34,10 @@ from relay.core.model import Broken, Channel, EntryID, Event, Grant, Record, Rev
 
 SCHEMA = b"1"
 RESERVED_TYPES = "relay:"
+
+# How much of an entry that cannot be delivered is kept for the dead letter.
+BROKEN_BYTES = 65_536
+_LARGE_BYTES = 65_536
 
 _SELECTOR_KINDS = ("user", "group", "client")
 _SEPARATORS = re.compile(r"[,\s]+")
@@ -49,24 +53,41 @@ class _Unreadable(ValueError):
 
 def digest(fields: Sequence[bytes]) -> int:
     """Return a 16-bit hash of the content, to detect another entry with the same ID."""
-    return crc32(b"\0".join(fields)) & 0xFFFF
+    return _digest(fields, size(fields))
+
+
+def _digest(fields: Sequence[bytes], size_bytes: int) -> int:
+    if size_bytes <= _LARGE_BYTES:
+        return crc32(b"\0".join(fields)) & 0xFFFF
+    # The same without a copy of the whole entry.
+    found = 0
+    for number, field in enumerate(fields):
+        found = crc32(field, crc32(b"\0", found) if number else 0)
+    return found & 0xFFFF
 
 
 def decode(channel: Channel, entry_id: EntryID, fields: Sequence[bytes], max_bytes: int) -> Record:
     """Decode the flat fields (name, value, name, value ...) of an entry."""
-    joined = b"\0".join(fields)
-    size = len(joined)
+    size_bytes = size(fields)
     body: Event | Revocation | Grant | Broken
     try:
-        if len(fields) == 2 and fields[0] == b"data" and size <= max_bytes:
+        if len(fields) == 2 and fields[0] == b"data" and size_bytes <= max_bytes:
             # Most entries have no other field.
             body = Event(channel, entry_id, fields[1], _is_json(fields[1]))
         else:
             values = dict(zip(fields[::2], fields[1::2], strict=False))
-            body = _decode_fields(channel, entry_id, values, size, max_bytes)
+            body = _decode_fields(channel, entry_id, values, size_bytes, max_bytes)
     except _Unreadable as exc:
-        body = Broken(entry_id, str(exc), tuple(zip(fields[::2], fields[1::2], strict=False)))
-    return Record(entry_id, crc32(joined) & 0xFFFF, size, body)
+        body = Broken(entry_id, str(exc), tuple(_shortened(fields)))
+    return Record(entry_id, _digest(fields, size_bytes), size_bytes, body)
+
+
+def _shortened(fields: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """Yield names and values, cut so that many large entries don't fill the memory."""
+    left = BROKEN_BYTES
+    for name, value in zip(fields[::2], fields[1::2], strict=False):
+        yield name[: left + 1], value[: left + 1]
+        left = max(0, left - len(name) - len(value))
 
 
 def _decode_fields(

@@ -2,11 +2,16 @@
 
 Requests for a channel that arrive during a read share the next read. If many clients resume at the
 same time, each channel is therefore read only once or twice.
+
+Redis has no limit in bytes for a range of a stream, and any entry may be larger than all others. A
+history is therefore read in pages, each of few enough entries, and it ends with the page that
+reaches `MAX_BYTES`.
 """
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from relay.core.errors import RedisUnavailable, RelayError, Unavailable
@@ -21,7 +26,7 @@ from relay.stream.read.groups import create_marker, new_marker, parse_state
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from relay.core.model import Channel
+    from relay.core.model import Channel, Record, StreamState
     from relay.stream.connection.pipeline_connection import RedisCommand
     from relay.stream.connection.reconnecting import ReconnectingConnection
     from relay.stream.format.keys import Keys
@@ -29,6 +34,13 @@ if TYPE_CHECKING:
 
 # Additional entries to read, because some are revocations or malformed.
 _MORE = 16
+# Size of the entries after which no older ones are read.
+MAX_BYTES = 16 << 20
+# Entries in the first page. Each further page has twice as many, up to _PAGE_ENTRIES and to
+# _PAGE_BYTES if every entry had the maximum size.
+_FIRST_PAGE, _PAGE_ENTRIES, _PAGE_BYTES = 8, 64, 128 << 20
+# Channels that are read at the same time.
+_AT_ONCE = 16
 
 
 class History:
@@ -41,6 +53,7 @@ class History:
         keys: Keys,
         decode: Decode,
         spawn: Callable[..., object],
+        max_entry_bytes: int,
     ) -> None:
         self._link = link
         self._keys = keys
@@ -48,9 +61,13 @@ class History:
         self._spawn = spawn
         self._wanted: dict[Channel, list[tuple[int, asyncio.Future[Snapshot]]]] = {}
         self._reading: set[Channel] = set()
+        self._most = max(1, min(_PAGE_ENTRIES, _PAGE_BYTES // max_entry_bytes))
+        self._slots = asyncio.Semaphore(_AT_ONCE)
 
     def read(self, channel: Channel, count: int) -> asyncio.Future[Snapshot]:
         """Return the newest events: at least `count`, or all if there are fewer.
+
+        There may be fewer events if they are larger than MAX_BYTES together.
 
         Raises:
             Unavailable: Redis is unreachable, or the key is not a stream.
@@ -81,15 +98,44 @@ class History:
             self._reading.discard(channel)
 
     async def _read(self, channel: Channel, count: int) -> Snapshot:
-        take = count + _MORE if count else 1
-        while True:
-            snapshot = await self._once(channel, take)
-            enough = len(snapshot.events) >= count or snapshot.whole
-            if enough:
-                return snapshot
-            take *= 4
+        async with self._slots:
+            while True:
+                snapshot = await self._read_pages(channel, count)
+                if snapshot is not None:
+                    return snapshot
 
-    async def _once(self, channel: Channel, take: int) -> Snapshot:
+    async def _read_pages(self, channel: Channel, count: int) -> Snapshot | None:
+        """Return the newest events, or None if the stream was replaced between two pages."""
+        state: StreamState | None = None
+        records: list[Record] = []
+        events: list[Event] = []
+        size = 0
+        take = min(_FIRST_PAGE, self._most) if count else 1
+        while True:
+            # An ID in parentheses is not part of the range itself.
+            newest = f"({records[-1].id}" if records else "+"
+            now, entries = await self._page(channel, newest, take)
+            if state is None:
+                state = now
+            elif now.incarnation != state.incarnation:
+                return None
+            else:
+                # Entries that were removed since the first page are missing in this one.
+                state = replace(state, first=now.first, max_deleted=now.max_deleted)
+            async for raw, fields in in_slices(entries):
+                record = self._decode(channel, EntryID.parse(raw), fields)
+                records.append(record)
+                size += record.size
+                if isinstance(record.body, Event):
+                    events.append(record.body)
+            whole = len(entries) < take
+            if whole or len(events) >= count or size >= MAX_BYTES:
+                return Snapshot(state=state, records=records, events=events, whole=whole)
+            take = min(2 * take, count - len(events) + _MORE, self._most)
+
+    async def _page(
+        self, channel: Channel, newest: str, take: int
+    ) -> tuple[StreamState, list[tuple[bytes, list[bytes]]]]:
         key, primary = self._keys.stream(channel), self._link.primary
         commands: list[RedisCommand] = [
             # The replication ID may change while the connection lasts.
@@ -99,7 +145,7 @@ class History:
             create_marker(key, new_marker(), primary.certificate, make=False),
             ("XINFO", "STREAM", key),
             ("XINFO", "GROUPS", key),
-            ("XREVRANGE", key, "+", "-", "COUNT", take),
+            ("XREVRANGE", key, newest, "-", "COUNT", take),
             ("EXEC",),
         ]
         info, *_, reply = await self._link.execute(commands)
@@ -113,13 +159,4 @@ class History:
         if isinstance(found, ReplyError):
             raise CommandRefused("XREVRANGE", str(found))
         entries = cast("list[tuple[bytes, list[bytes]]]", found)
-        records = [
-            self._decode(channel, EntryID.parse(raw), fields)
-            async for raw, fields in in_slices(entries)
-        ]
-        return Snapshot(
-            state=parse_state(stream, groups, primary),
-            records=records,
-            events=[record.body for record in records if isinstance(record.body, Event)],
-            whole=len(entries) < take,
-        )
+        return parse_state(stream, groups, primary), entries

@@ -18,7 +18,7 @@ from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.format.keys import Keys
 from relay.stream.write.append import AppendCommands, send_one
 
-# One letter may be LIMIT_BYTES long, and more as base64.
+# One letter may be BROKEN_BYTES long, and more as base64.
 _PAGE = 100
 _MARK_S = 86_400
 

@@ -14,11 +14,11 @@ import orjson
 
 from relay.core.model import Broken, Channel
 from relay.stream.connection.connect import RedisClient, command
+from relay.stream.format.entry import BROKEN_BYTES
 from relay.stream.format.keys import Keys
 
 KEEP = 10_000
 MARK_S = 86_400
-LIMIT_BYTES = 65_536
 
 
 async def write(
@@ -50,8 +50,8 @@ def of_command(queue: str, command: bytes, reason: str, *, node: str) -> list[by
 
 
 def _fields(pairs: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, bool]:
-    """Return names and values as JSON, up to LIMIT_BYTES, and whether any were truncated."""
-    left = LIMIT_BYTES
+    """Return names and values as JSON, up to BROKEN_BYTES, and whether any were truncated."""
+    left = BROKEN_BYTES
     shown = []
     truncated = False
     for name, value in pairs:
