@@ -98,6 +98,19 @@ async def test_while_writes_are_refused_events_are_delivered(
     assert sum("Traceback" in line for line in relay.log) == 0
 
 
+async def test_a_worker_without_clients_notices_that_reads_are_allowed_again(
+    relay: RelayProcess, door: Native
+) -> None:
+    """A load balancer that asks /readyz sends it no client that could find out."""
+    redis = admin(relay)
+    redis.execute_command("ACL", "SETUSER", "relay", "-hmget")  # type: ignore[no-untyped-call]
+    # The client is told to come again, and leaves.
+    assert await (await door.sse("news")).ended() == []
+    await until(relay, lambda status, text: status == 503 and "refuses reads of streams" in text)
+    redis.execute_command("ACL", "SETUSER", "relay", "+hmget")  # type: ignore[no-untyped-call]
+    await until(relay, lambda status, text: status == 200 and "reads of streams" not in text)
+
+
 async def test_a_foreign_key_in_place_of_the_list_of_workers_is_reported(
     relay: RelayProcess, door: Native
 ) -> None:

@@ -139,11 +139,12 @@ class LivePipelines:
         self._caught_up.discard(stream)
         self._mode.paused.pop(stream, None)
 
-    def retry_paused(self) -> None:
-        """Read the streams again whose reads were refused a moment ago."""
-        for stream in self._mode.take_paused():
-            if stream.alive:
-                self.want_examine(stream)
+    def retry_paused(self) -> bool:
+        """Read the streams again whose reads were refused a moment ago. Return True if any."""
+        streams = [stream for stream in self._mode.take_paused() if stream.alive]
+        for stream in streams:
+            self.want_examine(stream)
+        return bool(streams)
 
     def connected(self) -> None:
         """Discard everything sent on the old connection. Call `all_unsettled` next."""

@@ -39,6 +39,8 @@ class ReadMode:
         self.blocked = False
         self.refusals = refusals or Refusals()
         self.paused: dict[Followed, None] = {}
+        # The last stream whose read was refused for a reason that concerns all streams.
+        self.refused: Followed | None = None
         self._probe: Followed | None = None
         self._retry_s = 0.0
         self._retry_at = 0.0
@@ -71,6 +73,7 @@ class ReadMode:
         """Read this stream again later. A refusal of one key only does not block the others."""
         self.paused[stream] = None
         if rule_of(refusal.reply).effect is not Effect.ONE:
+            self.refused = stream
             self.refusals.refused(READS, refusal.reply, "their events are not delivered")
             self.blocked = self.refusals.has(READS)
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from relay.core.errors import RedisUnavailable
 from relay.core.model import ZERO_ID, Channel, Event
-from relay.core.stream_interface import Followed
-from relay.stream.connection.connect import discover
+from relay.core.stream_interface import ExamineRequest, Followed
+from relay.stream.connection.connect import CommandRefused, discover
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.primary import Primary
 from relay.stream.connection.reconnecting import keep_connected, loss_of_connection, wait_for
@@ -240,7 +240,7 @@ class StreamReader:
                 tasks.create_task(self._find_news(link), name="news")
                 tasks.create_task(self._serve_pages(pages), name="pages")
                 tasks.create_task(self._sweep(), name="sweep")
-                tasks.create_task(self._retry(), name="retry")
+                tasks.create_task(self._retry(link), name="retry")
                 tasks.create_task(wait_for(lost), name="lost")
                 if tracking:
                     tasks.create_task(self._invalidations.verify(link, pages), name="canary")
@@ -357,15 +357,31 @@ class StreamReader:
                 self._live.want_read(stream)
         self._work.set()
 
-    async def _retry(self) -> None:
+    async def _retry(self, link: PipelineConnection) -> None:
         """Periodically repeat reads that Redis refused."""
         while True:
             await asyncio.sleep(_RETRY_S)
-            self._live.retry_paused()
+            if not self._live.retry_paused():
+                await self._look_at_refused(link)
             probe = self._mode.choose_probe(self.followed())
             if probe is not None and probe.settled:
                 self._live.want_read(probe)
             self._work.set()
+
+    async def _look_at_refused(self, link: PipelineConnection) -> None:
+        """Look at the stream whose read was refused last. Its clients have left, and while the
+        worker is not ready, no others may come."""
+        stream = self._mode.refused
+        if stream is None:
+            return
+        request = ExamineRequest(users=("",), own=(ZERO_ID,), token=None)
+        commands = stream_commands.examine_commands(
+            self._keys, stream, self._group.decode(), request, self._primary, plain=True
+        )
+        replies = await link.execute(commands)
+        with contextlib.suppress(CommandRefused, stream_commands.ChangedMeanwhile):
+            stream_commands.parse_examined(request, self._primary, replies, plain=True)
+            self._mode.read(plain=True)
 
     async def _sweep(self) -> None:
         """Read each stream once per `sweep_s`, in small steps, in case a wake-up was lost."""
