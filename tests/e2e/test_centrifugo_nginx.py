@@ -1,4 +1,4 @@
-"""The nginx recipes of docs/centrifugo.md, as they stand, between clients and a site."""
+"""The nginx recipes of docs/centrifugo.md between clients and relay."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tests.support.valkey import Server, free_port
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(120)]
 LIMIT_S = 20.0
-# Loopback as well, but not the host that the recipes let in.
+# A loopback address that the recipes do not allow.
 ELSEWHERE = ("127.0.0.2", 0)
 RECIPES = recipes("docs/centrifugo.md")
-# Recipe, the path it serves under, and the relay's own prefix.
+# Recipe, the path in nginx, and relay's own prefix.
 CASES = [
     ("On a domain of its own", "", ""),
     ("Under a path of an existing site", "/centrifugo", "/centrifugo"),
@@ -31,18 +31,18 @@ CASES = [
 ]
 
 
-def test_each_recipe_is_tried() -> None:
+def test_the_list_contains_all_recipes() -> None:
     assert list(RECIPES) == [name for name, _, _ in CASES]
 
 
 @contextmanager
 def behind(server: Server, folder: Path, recipe: str, path: str, prefix: str) -> Iterator[str]:
-    """The address of a site's paths behind nginx."""
+    """Run relay behind nginx, and yield the URL of its paths."""
     config = {"secret": SECRET, "http_prefix": prefix, "admin": True, "insecure_admin": True}
     (folder / "config.json").write_text(json.dumps(config))
     port = free_port()
     with (
-        # Two workers: whatever comes over nginx's connections reaches either.
+        # Two workers: requests over nginx's connections reach either of them.
         site(folder, "centrifugo", f"--port={port}", "--workers", "2", *redis_flags(server)),
         nginx(folder, RECIPES[recipe], {8000: port}) as base,
     ):
@@ -55,12 +55,12 @@ def test_the_api(valkey: Server, tmp_path: Path, recipe: str, path: str, prefix:
         for _ in range(3):
             status, text = publish(base, "nginx", {"text": "x" * 100_000})
             assert (status, json.loads(text)[0]["error"]) == (200, None)
-        # Its own refusals come through.
+        # Relay's error responses are passed on.
         assert publish(base, "nginx", 1, secret="wrong") == (401, b"Unauthorized\n")
 
 
 @pytest.mark.parametrize(("recipe", "path", "prefix"), CASES[:2])
-def test_what_is_closed_to_others_and_nothing_beside_it(
+def test_only_the_protected_paths_are_denied(
     valkey: Server, tmp_path: Path, recipe: str, path: str, prefix: str
 ) -> None:
     def status(path_below: str) -> int:
@@ -72,7 +72,7 @@ def test_what_is_closed_to_others_and_nothing_beside_it(
     with behind(valkey, tmp_path, recipe, path, prefix) as base:
         address = urlsplit(base)
         assert status("/socket") == 403
-        # Socket.IO's path, not the admin's.
+        # This path belongs to Socket.IO.
         assert status("/socket.io/") == 404
         assert status("/connection/info") == 405
         assert status("/api/") == 403
@@ -95,7 +95,7 @@ async def test_a_raw_websocket(
 
 @pytest.mark.parametrize(("recipe", "path", "prefix"), CASES)
 async def test_sockjs(valkey: Server, tmp_path: Path, recipe: str, path: str, prefix: str) -> None:
-    """Its information, and a stream that is not held back on the way."""
+    """The info URL, and a stream that nginx does not buffer."""
     with behind(valkey, tmp_path, recipe, path, prefix) as base:
         status, text, headers = await asyncio.to_thread(
             fetch, f"{base}/connection/info", headers={"Origin": "http://elsewhere.example"}
@@ -114,7 +114,7 @@ async def test_sockjs(valkey: Server, tmp_path: Path, recipe: str, path: str, pr
 
 
 async def _poll(session: aiohttp.ClientSession, address: str) -> None:
-    """A polling session from its beginning to its end, each request as nginx sends it on."""
+    """Run a complete polling session through nginx."""
 
     async def post(transport: str, body: str = "") -> str:
         async with session.post(f"{address}/{transport}", data=body) as answer:

@@ -1,4 +1,4 @@
-"""A Centrifugo v1 site's command lines, file, variables and signals, with a real process."""
+"""Command lines, file, variables and signals of a Centrifugo v1 site, with a real process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OK = b'[{"method":"publish","error":null,"body":null}]'
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """With the smallest configuration of the documents."""
+    """Return a folder with the smallest documented configuration."""
     (tmp_path / "config.json").write_text(json.dumps({"secret": SECRET}))
     return tmp_path
 
@@ -33,7 +33,9 @@ def entries(server: Server, channel: str) -> int:
     return length
 
 
-def test_the_documented_command_line_opens_this_door_alone(valkey: Server, folder: Path) -> None:
+def test_the_documented_command_line_serves_this_protocol_only(
+    valkey: Server, folder: Path
+) -> None:
     port = free_port()
     redis = redis_flags(valkey)
     with site(folder, "centrifugo", "--config=config.json", f"--port={port}", *redis) as running:
@@ -45,7 +47,7 @@ def test_the_documented_command_line_opens_this_door_alone(valkey: Server, folde
         assert running.shared.startswith("http://127.0.0.1:")
         assert fetch(f"{running.shared}/readyz")[0] == 200
         assert fetch(f"{running.shared}/api/", body=b"[]")[0] == 404
-        # A site that was not made to try things out: no token on the screen.
+        # No token is printed, because the key was not created by relay.
         assert not [line for line in running.lines if "eyJ" in line]
         assert running.said("  centrifugo").endswith(base)
     assert running.ended() == 0
@@ -73,9 +75,7 @@ def test_variables_short_flags_and_serve_with_the_file(valkey: Server, folder: P
         assert nodes
 
 
-def test_hup_reads_the_file_again_and_a_bad_one_changes_nothing(
-    valkey: Server, folder: Path
-) -> None:
+def test_sighup_reloads_the_file_and_ignores_an_invalid_one(valkey: Server, folder: Path) -> None:
     port = free_port()
     base = f"http://127.0.0.1:{port}"
     config = folder / "config.json"
@@ -92,14 +92,14 @@ def test_hup_reads_the_file_again_and_a_bad_one_changes_nothing(
         assert "third" not in "".join(running.lines)
         config.write_text('{"secret": "third", "namespaces": [{"name": "x"}]}')
         running.send(signal.SIGHUP)
-        assert "its name must be" in running.said("not reloaded", times=2)
+        assert "must be two or more letters" in running.said("not reloaded", times=2)
         config.unlink()
         running.send(signal.SIGHUP)
         assert "file not found" in running.said("not reloaded", times=3)
         assert publish(base, "hup", 1, secret="second")[0] == 200
 
 
-async def test_hup_changes_what_open_clients_may_do(valkey: Server, folder: Path) -> None:
+async def test_sighup_changes_the_options_of_open_connections(valkey: Server, folder: Path) -> None:
     port = free_port()
     config = folder / "config.json"
     rooms = {"name": "rooms", "publish": True}
@@ -120,7 +120,7 @@ async def test_hup_changes_what_open_clients_may_do(valkey: Server, folder: Path
             assert (await client.ask("publish", channel="rooms:1", data=1))["status"] is True
             configure(2, namespaces=[{"name": "rooms"}])
             assert (await client.ask("publish", channel="rooms:1", data=2))["status"] is False
-            # Subscriptions of a namespace that is gone stay.
+            # Subscriptions in a removed namespace stay.
             configure(3, namespaces=[])
             assert (await client.ask("unsubscribe", channel="rooms:1"))["status"] is False
             configure(4, max_channel_length=4)
@@ -128,14 +128,14 @@ async def test_hup_changes_what_open_clients_may_do(valkey: Server, folder: Path
             assert (await client.ask("subscribe", channel="1234"))["status"] is True
 
 
-def test_several_workers_share_the_file_s_port(valkey: Server, folder: Path) -> None:
+def test_several_workers_share_the_port(valkey: Server, folder: Path) -> None:
     port = free_port()
     arguments = ["centrifugo", f"--port={port}", "--workers", "2", *redis_flags(valkey)]
     with site(folder, *arguments) as running:
         for n in range(20):
             assert publish(f"http://127.0.0.1:{port}", "workers", n) == (200, OK)
         assert fetch(f"{running.shared}/readyz")[0] == 200
-        # Upstream's hostname_port, though the shared listener's port is any free one.
+        # Centrifugo's hostname_port, although the shared listener has any free port.
         nodes = valkey.client("admin").keys(f"relay:node:{socket.gethostname()}_{port}-*")
         assert len(nodes) == 2
         (folder / "config.json").write_text('{"secret": "second"}')
@@ -171,7 +171,7 @@ def test_the_queue_and_its_shards_have_the_prefix(valkey: Server, folder: Path) 
         eventually(lambda: entries(valkey, "queue") == 3)
 
 
-def test_tls_with_the_file_s_own_names(valkey: Server, folder: Path) -> None:
+def test_tls_with_centrifugos_options(valkey: Server, folder: Path) -> None:
     subprocess.run(
         [
             "openssl",
@@ -222,10 +222,10 @@ def test_tls_with_the_file_s_own_names(valkey: Server, folder: Path) -> None:
         ("{}", ["--port=x"], "relay: --port=x: a whole number from 0 to 65535"),
         ("{}", ["--config=config.ini"], "config.ini: must end in one of .json, .toml, .yaml, .yml"),
         ('{"ssl_autocert": true}', [], "relay does not obtain ACME certificates"),
-        ('{"engine": "redis", "redis_host": "a,b"}', [], "one site has one Redis here"),
+        ('{"engine": "redis", "redis_host": "a,b"}', [], "relay uses one Redis"),
     ],
 )
-def test_what_cannot_be_served_stops_the_start_with_one_line(
+def test_an_unsupported_option_stops_the_start_with_one_line(
     folder: Path, text: str, flags: list[str], line: str
 ) -> None:
     (folder / "config.json").write_text(text)
@@ -246,7 +246,7 @@ def test_a_busy_port_and_an_unknown_flag(valkey: Server, folder: Path) -> None:
         assert running.ended() == 2
 
 
-def test_without_a_file_there_is_no_secret_and_no_start(valkey: Server, tmp_path: Path) -> None:
+def test_without_a_file_relay_does_not_start(valkey: Server, tmp_path: Path) -> None:
     flags = [f"--port={free_port()}", *redis_flags(valkey)]
     with site(tmp_path, "centrifugo", *flags, ready=False) as running:
         assert running.ended() == 1
@@ -254,7 +254,7 @@ def test_without_a_file_there_is_no_secret_and_no_start(valkey: Server, tmp_path
         running.said("[protocol:centrifugo] secret is not set")
 
 
-def test_every_insecure_mode_is_told(valkey: Server, folder: Path) -> None:
+def test_every_insecure_mode_is_logged(valkey: Server, folder: Path) -> None:
     port = free_port()
     flags = ["--insecure", "--insecure_api", "--insecure_admin", f"--port={port}"]
     with site(folder, "centrifugo", *flags, *redis_flags(valkey)) as running:
@@ -277,7 +277,7 @@ def test_api_port_and_prefix(valkey: Server, folder: Path) -> None:
         assert fetch(f"http://127.0.0.1:{port}/connection/info")[0] == 404
 
 
-def test_the_documented_admin_options_on_a_port_of_their_own(valkey: Server, folder: Path) -> None:
+def test_the_documented_admin_options_on_a_separate_port(valkey: Server, folder: Path) -> None:
     port, admin = free_port(), free_port()
     config = {
         "secret": SECRET,

@@ -1,5 +1,7 @@
-"""What Pydio's PHP sends reaches every client that may read the workspace, whatever it speaks; and
-what anybody else appends reaches Pydio's browsers."""
+"""Events of Pydio's PHP reach clients of all protocols that may read the workspace.
+
+Events of any producer reach Pydio's browsers.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from tests.support.relay import RelayProcess
 from tests.support.socketio import npm_clients
 from tests.support.valkey import Server
 
-# Node, its packages, PHP and Chromium start on a machine that runs other tests too.
+# Starting Node, PHP and Chromium takes time on a machine that runs other tests.
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(120)]
 SECRET = "a secret of the application"
 RENAME = (
@@ -30,7 +32,7 @@ RENAME = (
 )
 
 
-async def test_one_rename_by_php_is_seen_by_all(valkey: Server) -> None:
+async def test_a_rename_by_php_reaches_clients_of_all_protocols(valkey: Server) -> None:
     async with (
         standing_in() as pydio,
         aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as http,
@@ -48,7 +50,7 @@ async def test_one_rename_by_php_is_seen_by_all(valkey: Server) -> None:
         relay = RelayProcess(valkey, settings=settings)
         await asyncio.to_thread(relay.start)
         try:
-            # Who comes in by another door has the right by a token or by the rights hash.
+            # Clients of other protocols have the right by a token or by the rights hash.
             redis(valkey, "HSET", "relay:rights:{pydio:1}", "carl", "r")
             async with native(relay) as clients:
                 stream = await clients.sse("pydio:1", token=relay.token("alice", ["pydio:1"]))
@@ -82,7 +84,7 @@ async def test_one_rename_by_php_is_seen_by_all(valkey: Server) -> None:
                 assert event[:2] == ["message", RENAME]
                 assert message["data"] == RENAME
 
-                # Any producer may, and a right by name holds for all doors.
+                # Any producer may publish, and a right of a user applies in all protocols.
                 redis(valkey, "XADD", "relay:stream:{pydio:1}", "*", "data", tree("by XADD"))
                 by_page, block, event, message = await heard()
                 assert by_page == tree("by XADD")
@@ -187,7 +189,7 @@ async def test_behind_the_documented_nginx(tmp_path: Path, valkey: Server) -> No
                 assert await page.next() == RENAME
                 for client in pages:
                     assert (await client.event())[1] == RENAME
-                # From outside nobody reaches the private channel, the key or not.
+                # The private channel is not reachable from outside, even with the key.
                 port = int(front.rpartition(":")[2])
                 message = {"REPO_ID": "1", "CONTENT": tree("x")}
                 assert await publish(port, [message]) == ["HTTP/1.1 404 Not Found"]

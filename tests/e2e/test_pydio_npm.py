@@ -1,4 +1,4 @@
-"""Pydio's npm kind, with the Socket.IO clients of its time and of today."""
+"""Pydio's npm server type, with Socket.IO clients of its time and of today."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.relay import RelayProcess
 from tests.support.socketio import Driver, NpmClient, npm_clients
 from tests.support.valkey import Server
 
-# Node, its packages and PHP start on a machine that runs other tests too.
+# Starting Node and PHP takes time on a machine that runs other tests.
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(90)]
 
 BOTH = ("socket.io-client-2", "socket.io-client")
@@ -58,7 +58,7 @@ def made(valkey: Server, pydio: Pydio, *flags: str, **settings: object) -> Relay
 async def page(
     npm: Driver, relay: RelayProcess, cookie: str, package: str = "socket.io-client", **more: Any
 ) -> NpmClient:
-    """A page of the npm kind, still connecting."""
+    """Start a page of the npm type. It may not be connected yet."""
     headers = {"Cookie": f"AjaXplorer={cookie}", "Origin": relay.url}
     namespace = more.pop("namespace", "")
     return await npm.open(
@@ -67,7 +67,7 @@ async def page(
 
 
 async def asked(client: NpmClient, *words: str) -> object:
-    """What the relay acknowledges."""
+    """Emit an event and return the acknowledgement."""
     await client.do("ask", *words)
     return (await client.until("answer"))["args"][0]
 
@@ -80,7 +80,7 @@ async def said(relay: RelayProcess, repository: str, *texts: str, **members: obj
 
 
 async def heard(client: NpmClient) -> str:
-    """The next content."""
+    """Return the next content."""
     name, content, *_ = await client.event()
     assert name == "message"
     return str(content)
@@ -108,7 +108,7 @@ async def test_a_page_registers_and_switches(
     assert await said(relay, "*", "for all") == [await heard(client)]
 
 
-async def test_a_client_of_socket_io_2_gets_the_content_alone(
+async def test_a_client_of_socket_io_2_receives_only_the_content(
     relay: RelayProcess, npm: Driver
 ) -> None:
     client = await page(npm, relay, "alice", "socket.io-client-2")
@@ -119,7 +119,7 @@ async def test_a_client_of_socket_io_2_gets_the_content_alone(
 
 
 @pytest.mark.parametrize("package", BOTH)
-async def test_who_pydio_does_not_know_is_refused(
+async def test_a_client_without_a_pydio_session_is_rejected(
     relay: RelayProcess, npm: Driver, package: str
 ) -> None:
     client = await page(npm, relay, "mallory", package)
@@ -147,7 +147,7 @@ async def test_token_and_hash_in_the_query_or_in_auth(
 
 
 @pytest.mark.parametrize("transports", [["websocket"], ["polling"]])
-async def test_a_cut_client_of_today_gets_what_it_missed(
+async def test_a_4_x_client_receives_missed_events_after_a_cut(
     relay: RelayProcess, npm: Driver, transports: list[str]
 ) -> None:
     client = await page(npm, relay, "alice", transports=transports)
@@ -164,7 +164,7 @@ async def test_a_cut_client_of_today_gets_what_it_missed(
 
 
 @pytest.mark.parametrize("transports", [["websocket"], ["polling", "websocket"]])
-async def test_cut_again_and_again_it_hears_each_once_and_in_order(
+async def test_repeated_cuts_lose_and_repeat_nothing(
     relay: RelayProcess, npm: Driver, transports: list[str]
 ) -> None:
     client = await page(npm, relay, "alice", transports=transports)
@@ -183,12 +183,12 @@ async def test_cut_again_and_again_it_hears_each_once_and_in_order(
         found: list[str] = []
         cuts = 0
         while len(found) < len(contents):
-            # A cut after each tenth message, as long as there is something to miss.
+            # Cut after each tenth message, as long as events follow.
             if len(found) >= 10 * (cuts + 1) and not producing.done():
                 cuts += 1
                 await client.do("cut")
             seen = await client.next()
-            # The relay must not reject a client that comes back: it would not try again.
+            # Relay must not reject a client that reconnects: it would not try again.
             assert seen["what"] != "connect_error", seen
             if seen["what"] == "event":
                 found.append(seen["args"][1])
@@ -198,7 +198,7 @@ async def test_cut_again_and_again_it_hears_each_once_and_in_order(
     assert cuts > 1
 
 
-async def test_a_client_that_heard_nothing_before_the_cut_recovers_too(
+async def test_recovers_a_client_that_had_received_nothing(
     relay: RelayProcess, npm: Driver
 ) -> None:
     client = await page(npm, relay, "alice", reconnectionDelay=500, reconnectionDelayMax=500)
@@ -211,7 +211,7 @@ async def test_a_client_that_heard_nothing_before_the_cut_recovers_too(
     assert await heard(client) == missed[0]
 
 
-async def test_a_2_5_client_comes_back_and_registers_again(
+async def test_a_2_5_client_reconnects_and_registers_again(
     relay: RelayProcess, npm: Driver
 ) -> None:
     client = await page(npm, relay, "alice", "socket.io-client-2")
@@ -241,7 +241,7 @@ async def test_polling_over_two_workers(
         await asyncio.to_thread(relay.kill)
 
 
-async def test_another_user_cannot_have_the_session(
+async def test_another_user_cannot_resume_the_session(
     relay: RelayProcess, npm: Driver, pydio: Pydio
 ) -> None:
     bob = pydio.login("bob", w_2="r")
@@ -251,7 +251,7 @@ async def test_another_user_cannot_have_the_session(
     await asked(client, "register", "1")
     await client.do("cut")
     await client.until("disconnect")
-    # Somebody else logs in with the same browser meanwhile.
+    # Another user logs in with the same browser meanwhile.
     pydio.sessions["alice"] = bob
     await said(relay, "1", "not for bob")
     again = await client.until("connect")
@@ -260,7 +260,7 @@ async def test_another_user_cannot_have_the_session(
     assert await said(relay, "2", "for bob") == [await heard(client)]
 
 
-async def test_a_right_that_is_lost_while_away(
+async def test_a_right_is_lost_while_the_client_is_disconnected(
     relay: RelayProcess, npm: Driver, pydio: Pydio
 ) -> None:
     client = await page(npm, relay, "alice")
@@ -276,7 +276,9 @@ async def test_a_right_that_is_lost_while_away(
     assert await said(relay, "*", "for all") == [await heard(client)]
 
 
-async def test_a_logout_puts_the_page_out(relay: RelayProcess, npm: Driver, pydio: Pydio) -> None:
+async def test_a_logout_disconnects_the_page(
+    relay: RelayProcess, npm: Driver, pydio: Pydio
+) -> None:
     client = await page(npm, relay, "alice")
     await client.until("connect")
     del pydio.sessions["alice"]
@@ -285,15 +287,13 @@ async def test_a_logout_puts_the_page_out(relay: RelayProcess, npm: Driver, pydi
 
 
 @pytest.mark.parametrize("how", ["stop", "kill"])
-async def test_after_a_restart_the_page_goes_on_where_it_was(
-    relay: RelayProcess, npm: Driver, how: str
-) -> None:
+async def test_a_page_resumes_after_a_restart(relay: RelayProcess, npm: Driver, how: str) -> None:
     client = await page(npm, relay, "alice")
     await client.until("connect")
     await asked(client, "register", "1")
     assert await said(relay, "1", "before") == [await heard(client)]
     await asyncio.to_thread(getattr(relay, how))
-    # What any producer appends meanwhile is what the page has missed.
+    # The page misses what any producer appends meanwhile.
     redis(relay.server, "XADD", "relay:stream:{pydio:1}", "*", "data", tree("meanwhile"))
     await asyncio.to_thread(relay.start)
     again = await client.until("connect", LIMIT_S * 2)
@@ -302,7 +302,7 @@ async def test_after_a_restart_the_page_goes_on_where_it_was(
     assert await said(relay, "1", "after") == [await heard(client)]
 
 
-async def test_a_namespace_of_its_own(valkey: Server, pydio: Pydio, npm: Driver) -> None:
+async def test_a_separate_namespace(valkey: Server, pydio: Pydio, npm: Driver) -> None:
     relay = made(valkey, pydio, npm_namespace="/pydio", public_path="/ws/pydio")
     await asyncio.to_thread(relay.start)
     try:

@@ -17,18 +17,18 @@ from tests.support.valkey import Server
 
 
 def diff(kind: str, path: str, **attributes: str) -> str:
-    """A change of one file as PHP writes it."""
+    """Return a change of one file as PHP writes it."""
     more = "".join(f' {name}="{value}"' for name, value in attributes.items())
     return f'<tree><nodes_diff><{kind}><tree filename="{path}"{more}/></{kind}></nodes_diff></tree>'
 
 
 async def ask(chrome: Chrome, script: str) -> Any:
-    """What the page says."""
+    """Return the value of an expression in the page."""
     return await asyncio.to_thread(chrome.execute_script, f"return {script}")
 
 
 async def seen(chrome: Chrome, script: str, wanted: object) -> None:
-    """The page comes to say so."""
+    """Wait until the expression has this value in the page."""
     found: object = None
     try:
         async with asyncio.timeout(20):
@@ -43,7 +43,7 @@ STATE = "document.getElementById('state').textContent"
 
 
 async def enters(chrome: Chrome, relay: RelayProcess, repository: str) -> None:
-    """It is in the workspace as soon as it sees a file that PHP adds."""
+    """Open a workspace, and wait until a file that PHP adds appears in it."""
     url = relay.url.replace("http", "ws") + "/public"
     await asyncio.to_thread(chrome.execute_script, f"enter('{repository}', '{url}')")
     probe = [{"REPO_ID": repository, "CONTENT": diff("add", "/probe")}]
@@ -62,7 +62,7 @@ async def enters(chrome: Chrome, relay: RelayProcess, repository: str) -> None:
 
 @pytest.mark.redis
 @pytest.mark.timeout(120)
-async def test_a_page_lives_through_a_rename_a_switch_and_a_lost_right(
+async def test_a_page_follows_a_rename_a_switch_and_a_lost_right(
     tmp_path: Path, valkey: Server
 ) -> None:
     async with standing_in() as pydio:
@@ -87,14 +87,14 @@ async def test_a_page_lives_through_a_rename_a_switch_and_a_lost_right(
 
 
 async def live(chrome: Chrome, relay: RelayProcess, pydio: Pydio, acl: dict[str, str]) -> None:
-    """The user's day."""
+    """Run the steps of the test in the page."""
     await asyncio.to_thread(chrome.get, f"{pydio.origin}/page?user=alice")
     await enters(chrome, relay, "1")
     # PHP renames a file.
     rename = diff("update", "/Bericht – neu.txt", original_path="/in-1", text="Bericht – neu.txt")
     await publish(relay.port, [{"REPO_ID": "1", "CONTENT": rename}])
     await seen(chrome, FILES, ["/Bericht – neu.txt"])
-    # Any producer may.
+    # Any producer may publish.
     redis(relay.server, "XADD", "relay:stream:{pydio:1}", "*", "data", diff("add", "/by-xadd"))
     await seen(chrome, FILES, ["/Bericht – neu.txt", "/by-xadd"])
     await enters(chrome, relay, "2")
@@ -109,6 +109,6 @@ async def live(chrome: Chrome, relay: RelayProcess, pydio: Pydio, acl: dict[str,
     assert "/secret" not in log
     assert "/elsewhere" not in log
     assert await ask(chrome, "page.polling") is False
-    # After a stop the page polls for good, as it does when it meets no websocket server at all.
+    # After a stop the page polls until it is reloaded, as it does without a websocket server.
     await asyncio.to_thread(relay.stop)
     await seen(chrome, STATE, "polling")

@@ -1,4 +1,4 @@
-"""Pydio's private channel: what PHP sends reaches the streams, and nobody else's does."""
+"""Pydio's private channel: messages of PHP reach the streams, and other requests are rejected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.pydio import KEY, publish, tree
 from tests.support.relay import ROOT, RelayProcess
 from tests.support.valkey import Server, free_port
 
-# PHP starts on a machine that runs other tests too.
+# Starting PHP takes time on a machine that runs other tests.
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
 ACCEPTED = "HTTP/1.1 101 Switching Protocols"
 FORBIDDEN = "HTTP/1.1 403 Forbidden"
@@ -47,7 +47,9 @@ async def post(relay: RelayProcess, body: bytes, **headers: str) -> tuple[int, d
             return answer.status, await answer.json()
 
 
-async def test_the_real_clients_shape_arrives_100_times(relay: RelayProcess, door: Native) -> None:
+async def test_100_requests_in_the_real_clients_format_arrive(
+    relay: RelayProcess, door: Native
+) -> None:
     stream = await door.sse("pydio:junk")
     sent = [
         [{"REPO_ID": "junk", "CONTENT": tree(f"{n}-{m}")} for m in range(2)] for n in range(100)
@@ -55,7 +57,7 @@ async def test_the_real_clients_shape_arrives_100_times(relay: RelayProcess, doo
     answers = await publish(relay.port, *sent)
     assert answers == [ACCEPTED] * 100
     expected = [str(message["CONTENT"]) for messages in sent for message in messages]
-    # Two connections are two ways into the stream: order is kept within each.
+    # Order is kept within each of the two connections.
     found = [block.data or "" for block in await stream.take(200)]
     assert sorted(found) == sorted(expected)
     for first, second in (expected[at : at + 2] for at in range(0, 200, 2)):
@@ -63,7 +65,7 @@ async def test_the_real_clients_shape_arrives_100_times(relay: RelayProcess, doo
 
 
 @pytest.mark.parametrize("form", ["serialize", "json"])
-async def test_contents_of_every_length_of_a_frame(
+async def test_contents_with_every_frame_length(
     relay: RelayProcess, door: Native, form: str
 ) -> None:
     stream = await door.sse(f"pydio:sizes-{form}")
@@ -88,7 +90,7 @@ async def test_two_publishers_at_once_keep_their_own_order(
         assert [data for data in found if name in data] == contents
 
 
-async def test_recipients_and_paths_stand_in_the_entry(relay: RelayProcess) -> None:
+async def test_the_entry_has_recipients_and_paths(relay: RelayProcess) -> None:
     status, answer = await post(
         relay,
         json.dumps(
@@ -111,7 +113,7 @@ async def test_recipients_and_paths_stand_in_the_entry(relay: RelayProcess) -> N
 
 
 @pytest.mark.parametrize("key", ["wrong", KEY[:-1], KEY + "x", "ü"])
-async def test_a_wrong_key_is_refused_before_the_upgrade(relay: RelayProcess, key: str) -> None:
+async def test_a_wrong_key_is_rejected_before_the_upgrade(relay: RelayProcess, key: str) -> None:
     message = {"REPO_ID": "closed", "CONTENT": tree("x")}
     assert await publish(relay.port, [message], key=key) == [FORBIDDEN]
     status, answer = await post(relay, json.dumps(message).encode(), **{"Admin-Key": "wrong"})
@@ -126,8 +128,8 @@ async def test_a_wrong_key_is_refused_before_the_upgrade(relay: RelayProcess, ke
     assert not any(KEY in line for line in relay.log)
 
 
-async def test_a_rejected_php_client_costs_no_error_in_the_log(relay: RelayProcess) -> None:
-    # Eight random bytes follow its request, which are no further request.
+async def test_a_rejected_php_client_causes_no_error_in_the_log(relay: RelayProcess) -> None:
+    # The eight random bytes after its request are not another request.
     before = len(relay.log)
     message = {"REPO_ID": "closed", "CONTENT": tree("x")}
     for path, key, status in (
@@ -144,12 +146,12 @@ async def test_a_rejected_php_client_costs_no_error_in_the_log(relay: RelayProce
     assert len(said) <= 3
 
 
-async def test_without_a_key_nothing_is_private(relay: RelayProcess) -> None:
+async def test_without_a_key_the_private_path_does_not_exist(relay: RelayProcess) -> None:
     async with aiohttp.ClientSession() as session, session.get(f"{relay.url}/private") as answer:
         assert answer.status == 403
 
 
-async def test_the_key_opens_nothing_on_the_public_path(relay: RelayProcess) -> None:
+async def test_the_key_is_not_accepted_on_the_public_path(relay: RelayProcess) -> None:
     message = {"REPO_ID": "outside", "CONTENT": tree("x")}
     answers = await publish(relay.port, [message], path="/public")
     assert answers == ["HTTP/1.1 426 Upgrade Required"]
@@ -160,7 +162,7 @@ async def test_the_key_opens_nothing_on_the_public_path(relay: RelayProcess) -> 
     assert redis(relay.server, "EXISTS", "relay:stream:{pydio:outside}") == 0
 
 
-async def test_another_host_is_refused_even_with_the_key(valkey: Server) -> None:
+async def test_another_host_is_rejected_even_with_the_key(valkey: Server) -> None:
     settings = [*SETTINGS, "protocol:pydio.authorised_hosts=10.0.0.0/8, ::1, php.invalid"]
     process = RelayProcess(valkey, settings=settings).start()
     try:
@@ -176,7 +178,7 @@ async def test_another_host_is_refused_even_with_the_key(valkey: Server) -> None
         process.stop()
 
 
-async def test_php_may_have_a_listener_of_its_own(valkey: Server) -> None:
+async def test_a_separate_listener_for_php(valkey: Server) -> None:
     port = free_port()
     settings = [*SETTINGS, f"protocol:pydio.private_port={port}", "protocol:pydio.public_path=/p"]
     process = RelayProcess(valkey, settings=settings).start()
@@ -184,7 +186,7 @@ async def test_php_may_have_a_listener_of_its_own(valkey: Server) -> None:
         message = {"REPO_ID": "own", "CONTENT": tree("x")}
         assert await publish(port, [message]) == [ACCEPTED]
         await until(lambda: redis(valkey, "EXISTS", "relay:stream:{pydio:own}"))
-        # Then the key opens nothing elsewhere.
+        # The key is not accepted on the other listener then.
         assert await publish(process.port, [message]) == ["HTTP/1.1 404 Not Found"]
         assert await publish(process.port, [message], path="/p") == [
             "HTTP/1.1 426 Upgrade Required"
@@ -193,7 +195,9 @@ async def test_php_may_have_a_listener_of_its_own(valkey: Server) -> None:
         process.stop()
 
 
-async def test_what_cannot_be_read_costs_nothing_else(relay: RelayProcess, door: Native) -> None:
+async def test_a_malformed_message_does_not_affect_others(
+    relay: RelayProcess, door: Native
+) -> None:
     stream = await door.sse("pydio:bad")
     good = [{"REPO_ID": "bad", "CONTENT": tree(str(n))} for n in range(2)]
     bad = {"REPO_ID": "bad", "CONTENT": ""}
@@ -210,11 +214,13 @@ async def test_what_cannot_be_read_costs_nothing_else(relay: RelayProcess, door:
         (b"x" * 1_100_000, 413),
     ],
 )
-async def test_a_bad_post_says_what_is_wrong(relay: RelayProcess, body: bytes, status: int) -> None:
+async def test_a_rejected_post_has_the_reason(
+    relay: RelayProcess, body: bytes, status: int
+) -> None:
     assert (await post(relay, body))[0] == status
 
 
-async def test_a_message_beyond_the_limit_closes_its_connection_only(
+async def test_a_too_large_message_closes_only_its_connection(
     relay: RelayProcess, door: Native
 ) -> None:
     stream = await door.sse("pydio:long")
@@ -224,7 +230,9 @@ async def test_a_message_beyond_the_limit_closes_its_connection_only(
     assert (await stream.next()).data == tree("x")
 
 
-async def test_a_modern_websocket_client_needs_no_junk(relay: RelayProcess, door: Native) -> None:
+async def test_a_websocket_client_of_version_13_needs_no_random_bytes(
+    relay: RelayProcess, door: Native
+) -> None:
     stream = await door.sse("pydio:modern")
     async with (
         aiohttp.ClientSession() as session,

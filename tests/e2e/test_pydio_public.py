@@ -1,4 +1,4 @@
-"""Pydio's public channel: who may connect, which workspace they are in, and what reaches them."""
+"""Pydio's public channel: authentication, registration for workspaces, and delivery."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.pydio import (
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server
 
-# PHP starts on a machine that runs other tests too.
+# Starting PHP takes time on a machine that runs other tests.
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
 RELOAD_FOLDER = '<tree><reload_instruction object="data" node="" file=""/></tree>'
 RELOAD_WORKSPACES = '<tree><reload_instruction object="repository_list"/></tree>'
@@ -52,7 +52,7 @@ Start = Callable[..., RelayProcess]
 
 @pytest.fixture
 async def start(valkey: Server, pydio: Pydio) -> AsyncIterator[Start]:
-    """A relay for this Pydio; everything is asked again after a second."""
+    """Start a relay for this Pydio, which is asked again after a second."""
     started: list[RelayProcess] = []
 
     def start_one(**settings: object) -> RelayProcess:
@@ -75,7 +75,7 @@ async def start(valkey: Server, pydio: Pydio) -> AsyncIterator[Start]:
 
 
 async def said(relay: RelayProcess, repository: str, text: str, **members: object) -> str:
-    """PHP sends one message; its content."""
+    """Send one message from PHP, and return its content."""
     content = tree(text)
     message = {"REPO_ID": repository, "CONTENT": content} | members
     await publish(relay.port, [message])
@@ -87,13 +87,13 @@ async def entered(relay: RelayProcess, browser: Browser, repository: str) -> Non
 
 
 async def next_real(browser: Browser) -> str:
-    """The next frame that is no probe."""
+    """Return the next frame that is not a probe."""
     while "probe" in (text := await browser.next()):
         pass
     return text
 
 
-async def test_a_browser_gets_its_workspace_verbatim(
+async def test_a_browser_receives_unchanged_contents_of_its_workspace(
     start: Start, pydio: Pydio, http: aiohttp.ClientSession
 ) -> None:
     pydio.login("alice", w_1="rw", w_2="r", w_3="w")
@@ -106,11 +106,11 @@ async def test_a_browser_gets_its_workspace_verbatim(
     long = tree("é" * 80_000)
     await publish(relay.port, [{"REPO_ID": "1", "CONTENT": long}])
     assert await page.next() == long
-    # Another workspace takes its place.
+    # A second registration replaces the first one.
     await entered(relay, page, "2")
     await said(relay, "1", "in the old one")
     assert await said(relay, "2", "in the new one") == await page.next()
-    # What may not be read, or is nonsense, leaves everything as it was, without a word.
+    # Requests that are not allowed or malformed change nothing, and have no reply.
     for text in ("register:3", "register:nobody", "register:", "hello", "subscribe:1", ":", ""):
         await page.socket.send_str(text)
     assert await said(relay, "2", "still here") == await page.next()
@@ -156,11 +156,11 @@ async def test_every_rule_about_recipients(
         found = []
         while (text := await next_real(page)) not in end:
             found.append(text)
-        # Two streams, one for everybody: order holds within each.
+        # There are two streams, one of them for broadcasts. Order is kept within each.
         assert sorted(found) == sorted(expected[name]), name
 
 
-async def test_a_path_mask_hides_what_names_paths(
+async def test_a_path_mask_hides_events_with_paths(
     start: Start, pydio: Pydio, http: aiohttp.ClientSession
 ) -> None:
     pydio.login("bob", w_1="r", w_2="r").masked.add("1")
@@ -172,7 +172,7 @@ async def test_a_path_mask_hides_what_names_paths(
     assert await said(relay, "1", "names no path") == await page.next()
     await entered(relay, page, "2")
     assert await said(relay, "2", "no mask here", NODE_PATHES=["/a"]) == await page.next()
-    # A mask that comes later counts too, and nothing is missed on the way.
+    # A mask that is added later applies too, and no event is missed.
     pydio.sessions["bob"].masked.add("2")
 
     async def masked() -> bool:
@@ -186,7 +186,7 @@ async def test_a_path_mask_hides_what_names_paths(
             pass
 
 
-async def test_who_is_not_logged_in_does_not_get_in(
+async def test_rejects_browsers_that_are_not_logged_in(
     start: Start, pydio: Pydio, http: aiohttp.ClientSession
 ) -> None:
     pydio.login("alice", w_1="r")
@@ -201,7 +201,7 @@ async def test_who_is_not_logged_in_does_not_get_in(
         with pytest.raises(Refused) as refused:
             await browse(http, relay, cookie, origin=origin)
         assert refused.value.args == (status,), (cookie, origin)
-    # Nothing was asked where there was nothing to ask, and no other cookie has left the relay.
+    # Pydio received no request without credentials, and no other cookie.
     assert pydio.cookies == ["AjaXplorer=mallory; AjaXplorerX"] or pydio.cookies == [
         "AjaXplorer=mallory"
     ]
@@ -224,7 +224,7 @@ async def test_token_and_hash_of_6_5_need_no_origin(
         await browse(http, relay, path="/public?auth_token=tok%20en&auth_hash=wrong")
 
 
-async def test_one_shared_path_as_6_4_2_has_it(
+async def test_one_path_for_both_as_in_6_4_2(
     start: Start, pydio: Pydio, http: aiohttp.ClientSession
 ) -> None:
     pydio.login("alice", w_1="r")
@@ -245,7 +245,7 @@ async def test_one_shared_path_as_6_4_2_has_it(
             return
 
 
-async def test_a_slow_answer_for_one_delays_no_other(
+async def test_a_slow_response_for_one_user_does_not_delay_others(
     start: Start, pydio: Pydio, http: aiohttp.ClientSession
 ) -> None:
     pydio.login("slow", w_1="r").slow_s = 3.0
@@ -260,7 +260,7 @@ async def test_a_slow_answer_for_one_delays_no_other(
     await entered(relay, slow.result(), "1")
 
 
-async def test_while_pydio_is_down_nobody_comes_in_and_who_is_in_stays_for_a_while(
+async def test_while_pydio_is_down_new_browsers_are_rejected_and_connected_ones_stay(
     start: Start, pydio: Pydio, http: aiohttp.ClientSession
 ) -> None:
     pydio.login("alice", w_1="r")
@@ -273,7 +273,7 @@ async def test_while_pydio_is_down_nobody_comes_in_and_who_is_in_stays_for_a_whi
         await browse(http, relay, "bob")
     assert await said(relay, "1", "still here") == await page.next()
     assert await page.closed() == 1008
-    # hold_s counts from the last answer, which is at most recheck_s older than the end of Pydio.
+    # hold_s begins at the last response, which is at most recheck_s before the stop of Pydio.
     assert time.monotonic() - last > 2
     with pytest.raises(Refused, match="503"):
         await browse(http, relay, "alice")
@@ -285,7 +285,7 @@ async def test_while_pydio_is_down_nobody_comes_in_and_who_is_in_stays_for_a_whi
         await browse(http, relay, "bob")
 
 
-async def test_a_right_that_is_lost_ends_the_registration(
+async def test_a_lost_right_ends_the_registration(
     start: Start, pydio: Pydio, http: aiohttp.ClientSession
 ) -> None:
     alice = pydio.login("alice", w_1="r", w_2="r")
@@ -300,7 +300,7 @@ async def test_a_right_that_is_lost_ends_the_registration(
     assert await next_real(other) == content
     await page.register("1")
     await entered(relay, page, "2")
-    # A right that is new is seen when the page asks for it, without a new connection.
+    # A new right applies when the page requests the workspace, without a new connection.
     await page.register("1")
     alice.acl["1"] = "r"
     await entered(relay, page, "1")
@@ -309,7 +309,7 @@ async def test_a_right_that_is_lost_ends_the_registration(
 
 
 @pytest.mark.parametrize("user", ["alice", None])
-async def test_a_change_that_somebody_announces_counts_at_once(
+async def test_an_announced_change_applies_at_once(
     start: Start, pydio: Pydio, http: aiohttp.ClientSession, user: str | None
 ) -> None:
     alice = pydio.login("alice", w_1="r", w_2="r")
@@ -330,7 +330,7 @@ async def test_a_change_that_somebody_announces_counts_at_once(
         await until(lambda: pydio.asked.count("bob") == asked + 1)
 
 
-async def test_a_revocation_by_the_operator_counts_at_its_place(
+async def test_a_revocation_takes_effect_at_its_position(
     start: Start, pydio: Pydio, http: aiohttp.ClientSession
 ) -> None:
     pydio.login("eve", w_1="r")
@@ -344,7 +344,7 @@ async def test_a_revocation_by_the_operator_counts_at_its_place(
     assert await said(relay, "*", "for all") == await next_real(page)
 
 
-async def test_a_grant_brings_the_page_back_to_its_workspace(
+async def test_a_grant_restores_the_registration(
     start: Start, pydio: Pydio, http: aiohttp.ClientSession
 ) -> None:
     pydio.login("mia", w_1="r")
@@ -355,7 +355,7 @@ async def test_a_grant_brings_the_page_back_to_its_workspace(
     await access.revoke(settings, Channel("pydio:1"), "mia")
     await said(relay, "1", "not for mia")
     assert await next_real(page) == RELOAD_WORKSPACES
-    # A notice that changes nothing, then one more: the wish outlasts refusals.
+    # Two notices that change nothing: the request is kept after a rejection.
     for _ in range(2):
         redis(relay.server, "XADD", "relay:control", "*", "command", "drop-rights", "user", "mia")
         assert await said(relay, "*", "for all") == await next_real(page)
@@ -375,7 +375,7 @@ async def test_a_logout_closes_the_page(
     assert await page.closed() == 1008
 
 
-async def test_a_stop_leaves_pages_connected_and_served_until_the_drain_is_over(
+async def test_pages_stay_connected_and_served_until_the_drain_is_over(
     start: Start, pydio: Pydio, http: aiohttp.ClientSession
 ) -> None:
     pydio.login("alice", w_1="r")
@@ -385,7 +385,7 @@ async def test_a_stop_leaves_pages_connected_and_served_until_the_drain_is_over(
     async with asyncio.TaskGroup() as group:
         stopping = group.create_task(asyncio.to_thread(relay.stop))
         await until(lambda: any("stopping" in line for line in relay.log))
-        # PHP has another relay to turn to by now; here a producer of any language.
+        # PHP cannot connect any more at this time, so another producer publishes.
         redis(relay.server, "XADD", "relay:stream:{pydio:1}", "*", "data", tree("late"))
         assert await next_real(page) == tree("late")
         assert not stopping.done()
@@ -393,7 +393,7 @@ async def test_a_stop_leaves_pages_connected_and_served_until_the_drain_is_over(
     assert stopping.result() == 0
 
 
-async def test_what_php_sends_while_redis_is_away_arrives_in_its_order(
+async def test_messages_of_php_arrive_in_order_after_an_outage_of_redis(
     tmp_path: Path, pydio: Pydio, http: aiohttp.ClientSession
 ) -> None:
     pydio.login("alice", w_1="r")
@@ -406,7 +406,7 @@ async def test_what_php_sends_while_redis_is_away_arrives_in_its_order(
         page = await browse(http, relay, "alice")
         await entered(relay, page, "1")
         server.kill()
-        # What PHP sends now is kept, in its order, until Redis is there again.
+        # Messages of PHP are kept in order until Redis is reachable again.
         contents = [tree(f"kept {number}") for number in range(20)]
         await publish(relay.port, [{"REPO_ID": "1", "CONTENT": each} for each in contents])
         server.start()
@@ -421,7 +421,7 @@ async def test_what_php_sends_while_redis_is_away_arrives_in_its_order(
         server.kill()
 
 
-async def test_a_page_that_registers_while_redis_is_away_reads_its_folder_later(
+async def test_a_page_that_registers_during_an_outage_of_redis_reloads_its_folder(
     tmp_path: Path, pydio: Pydio, http: aiohttp.ClientSession
 ) -> None:
     pydio.login("alice", w_1="r", w_2="r")
@@ -438,7 +438,7 @@ async def test_a_page_that_registers_while_redis_is_away_reads_its_folder_later(
             while (await http.get(f"{relay.url}/readyz")).status == 200:
                 await asyncio.sleep(0.05)
         await page.register("2")
-        # Longer than a subscription may take before it counts as late; nothing announces that.
+        # Wait longer than _LATE_S. No event marks this time.
         await asyncio.sleep(1.5)
         server.start()
         assert await next_real(page) == RELOAD_FOLDER
@@ -448,7 +448,7 @@ async def test_a_page_that_registers_while_redis_is_away_reads_its_folder_later(
         server.kill()
 
 
-async def test_a_new_key_counts_after_a_reload(
+async def test_a_new_key_applies_after_a_reload(
     tmp_path: Path, valkey: Server, pydio: Pydio, http: aiohttp.ClientSession
 ) -> None:
     pydio.login("alice", w_1="r")
@@ -472,7 +472,7 @@ async def test_a_new_key_counts_after_a_reload(
         relay.kill()
 
 
-async def test_a_page_that_asks_too_fast_is_closed(
+async def test_a_page_that_sends_too_fast_is_closed(
     start: Start, pydio: Pydio, http: aiohttp.ClientSession
 ) -> None:
     pydio.login("alice", w_1="r", w_2="r")

@@ -1,4 +1,4 @@
-"""What sync clients and the Seahub page do on the websocket (wire facts, sections 2, 5)."""
+"""Websockets of sync clients and of the Seahub page (wire facts, sections 2, 5)."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def update(repo_id: str, commit: str) -> dict[str, object]:
 # ---- the handshake and the frames ------------------------------------------------------------
 
 
-async def test_the_handshake_chooses_nothing(door: Seafile) -> None:
+async def test_the_handshake_has_no_subprotocol_or_extension(door: Seafile) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", door.port)
     writer.write(
         b"GET /notification HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://127.0.0.1\r\n"
@@ -75,7 +75,7 @@ async def test_the_handshake_chooses_nothing(door: Seafile) -> None:
     names = [line.partition(":")[0] for line in head.strip().split("\r\n")[1:]]
     assert head.startswith("http/1.1 101 ")
     assert sorted(names) == ["connection", "sec-websocket-accept", "upgrade"]
-    # A ping of the client's has its payload back; the server's own comes after a second of silence.
+    # The pong repeats the ping's payload. The server's own ping follows after a second of silence.
     writer.write(b"\x89\x82\0\0\0\0hi")
     assert await reader.readexactly(4) == b"\x8a\x02hi"
     assert await reader.readexactly(2) == b"\x89\x00"
@@ -110,13 +110,13 @@ async def test_binary_messages_are_read_like_text(door: Seafile) -> None:
         '{"type":"unsubscribe","content":{"repos":[1]}}',
     ],
 )
-async def test_a_bad_message_ends_only_that_connection(door: Seafile, text: str) -> None:
+async def test_a_malformed_message_closes_only_that_connection(door: Seafile, text: str) -> None:
     library = new_library()
     client = await followed(door, library)
     other = await followed(door, library)
     await client.socket.send_str(text)
     with pytest.raises(HungUp, match="1006"):
-        # The marks of the other's subscribing come before.
+        # The probes of the other client's subscription arrive first.
         await client.take(100)
     await door.commit(library, "c")
     assert await other.next() == update(library, "c")
@@ -130,14 +130,16 @@ async def test_a_bad_message_ends_only_that_connection(door: Seafile, text: str)
         {"type": "unsubscribe", "content": {"repos": [{"id": "never"}, "subscribed"]}},
     ],
 )
-async def test_tolerated(door: Seafile, message: dict[str, object]) -> None:
+async def test_tolerates_what_seafiles_server_tolerates(
+    door: Seafile, message: dict[str, object]
+) -> None:
     client = await door.connect()
     await client.socket.send_str(json.dumps(message))
     await client.settle()
 
 
 async def test_a_subscribe_of_seven_megabytes(door: Seafile) -> None:
-    """Measured upstream; every token of it is refused, and nobody else waits for that."""
+    """Measured on Seafile's server. All tokens are rejected, and other clients are not delayed."""
     client, other = await door.connect(), await door.connect()
     repos = [{"id": f"r{n}", "jwt_token": "x" * 400} for n in range(16_500)]
     text = json.dumps({"type": "subscribe", "content": {"repos": repos}})
@@ -148,7 +150,7 @@ async def test_a_subscribe_of_seven_megabytes(door: Seafile) -> None:
         assert await client.next() == expired(f"r{number}")
 
 
-async def test_a_message_is_one_frame_and_said_where_it_is_too_long(door: Seafile) -> None:
+async def test_a_message_is_one_frame_and_logged_if_it_is_too_long(door: Seafile) -> None:
     library = new_library()
     client = await followed(door, library)
     name = "n" * 5000
@@ -157,7 +159,7 @@ async def test_a_message_is_one_frame_and_said_where_it_is_too_long(door: Seafil
     await until(lambda: any("sync clients read at most 4096" in line for line in door.relay.log))
 
 
-async def test_content_comes_as_it_was_sent(door: Seafile) -> None:
+async def test_content_is_unchanged(door: Seafile) -> None:
     library = new_library()
     client = await followed(door, library)
     token = {"Authorization": f"Token {sign(KEY, exp=int(time.time()) + 60)}"}
@@ -170,7 +172,7 @@ async def test_content_comes_as_it_was_sent(door: Seafile) -> None:
     )
 
 
-async def test_half_a_surrogate_pair_is_sent_on_as_it_came(door: Seafile) -> None:
+async def test_half_a_surrogate_pair_is_unchanged(door: Seafile) -> None:
     library = new_library()
     client = await followed(door, library)
     token = {"Authorization": f"Token {sign(KEY, exp=int(time.time()) + 60)}"}
@@ -182,7 +184,7 @@ async def test_half_a_surrogate_pair_is_sent_on_as_it_came(door: Seafile) -> Non
 
 
 async def test_only_the_protocols_own_events_are_sent(door: Seafile) -> None:
-    """Upstream drops other types, and makes `jwt-expired` itself."""
+    """Seafile's server ignores other types, and creates `jwt-expired` itself."""
     library = new_library()
     client = await followed(door, library)
     channel = f"seafile:{library}"
@@ -199,7 +201,7 @@ async def test_only_the_protocols_own_events_are_sent(door: Seafile) -> None:
 # ---- subscribing -----------------------------------------------------------------------------
 
 
-async def test_a_bad_token_is_told_and_the_others_go_on(door: Seafile) -> None:
+async def test_a_bad_token_is_reported_and_other_subscriptions_continue(door: Seafile) -> None:
     good, now = new_library(), int(time.time())
     bad = {
         "signature": sign("another key", repo_id="signature", exp=now + 60),
@@ -218,7 +220,7 @@ async def test_a_bad_token_is_told_and_the_others_go_on(door: Seafile) -> None:
     await standing(door, client, good)
 
 
-async def test_subscribing_twice_doubles_nothing(door: Seafile) -> None:
+async def test_a_repeated_subscribe_repeats_no_event(door: Seafile) -> None:
     library = new_library()
     client = await followed(door, library)
     await client.subscribe(library, library)
@@ -237,12 +239,12 @@ async def test_both_forms_of_unsubscribe(door: Seafile, form: str) -> None:
     await door.commit(left, "c")
     await door.commit(kept, "c")
     assert await client.next() == update(kept, "c")
-    # And again.
+    # Subscribe again.
     await client.subscribe(left, agent="x")
     await standing(door, client, left)
 
 
-async def test_a_token_runs_out_to_the_second_and_is_renewed_by_another(door: Seafile) -> None:
+async def test_a_token_expires_within_a_second_and_another_one_renews_it(door: Seafile) -> None:
     first, second = new_library(), new_library()
     client = await door.connect()
     end = int(time.time()) + 3
@@ -257,7 +259,7 @@ async def test_a_token_runs_out_to_the_second_and_is_renewed_by_another(door: Se
     await door.commit(second, "late")
     await door.commit(first, "c")
     assert await client.next() == update(first, "c")
-    # As the real client does after jwt-expired.
+    # The real client does the same after jwt-expired.
     await client.subscribe(second)
     await standing(door, client, second)
 
@@ -270,7 +272,7 @@ async def test_fifty_libraries_at_once(door: Seafile) -> None:
     assert await client.take(50) == [update(library, "c") for library in libraries]
 
 
-# ---- who gets what ---------------------------------------------------------------------------
+# ---- recipients ------------------------------------------------------------------------------
 
 
 def permission(library: str, path: str, **to: object) -> dict[str, object]:
@@ -284,11 +286,11 @@ def permission(library: str, path: str, **to: object) -> dict[str, object]:
     }
 
 
-async def test_everyone_subscribed_gets_updates_locks_and_comments(door: Seafile) -> None:
+async def test_all_subscribers_receive_updates_locks_and_comments(door: Seafile) -> None:
     library = new_library()
     clients = [await followed(door, library, user=user) for user in (ALICE, BOB)]
     for client in clients[:1]:
-        # What the others' subscribing sent.
+        # Skip the probes of the other clients' subscriptions.
         while True:
             try:
                 await client.next(0.2)
@@ -303,7 +305,7 @@ async def test_everyone_subscribed_gets_updates_locks_and_comments(door: Seafile
         assert kinds == ["repo-update", "file-lock-changed", "comment-update"]
 
 
-async def test_permissions_go_to_the_user_or_the_groups_members(
+async def test_permissions_are_delivered_to_the_user_or_the_groups_members(
     door: Seafile, valkey: Server
 ) -> None:
     library = new_library()
@@ -314,7 +316,7 @@ async def test_permissions_go_to_the_user_or_the_groups_members(
         permission(library, "/1", user=ALICE, group=-1),
         permission(library, "/2", user="", group=7),
         permission(library, "/3", user="", group=-1),
-        # A group that nobody is in; none at all counts as group 0.
+        # An empty group. A missing group counts as group 0.
         permission(library, "/4", user="", group=8),
         permission(library, "/5", user=""),
         permission(library, "/6", user=ALICE.upper(), group=-1),
@@ -335,15 +337,15 @@ async def test_permissions_go_to_the_user_or_the_groups_members(
     assert await paths(bob) == ["/2", "/3", "/7"]
 
 
-async def test_a_group_without_a_set_is_said(door: Seafile, valkey: Server) -> None:
+async def test_a_group_without_a_set_is_logged(door: Seafile, valkey: Server) -> None:
     library = new_library()
     bob = await followed(door, library, user=BOB)
     content = permission(library, "/1", user="", group=4711)
     assert (await door.post("folder-perm-changed", content)).status == 200
     log = door.relay.log
     await until(lambda: any("<prefix>group:seafile:4711 is missing" in line for line in log))
-    await until(lambda: any("members of group 4711 are not known" in line for line in log))
-    # As the log says; a missing set is remembered for a second.
+    await until(lambda: any("members of group 4711 are unavailable" in line for line in log))
+    # Follow the advice in the log. A missing set is cached for a second.
     redis(valkey, "SADD", "relay:group:seafile:4711", BOB)
 
     async def sent() -> bool:
@@ -357,7 +359,7 @@ async def test_a_group_without_a_set_is_said(door: Seafile, valkey: Server) -> N
         pass
 
 
-async def test_the_last_tokens_user_counts_for_all_libraries(door: Seafile) -> None:
+async def test_the_user_of_the_last_token_applies_to_all_libraries(door: Seafile) -> None:
     first, second = new_library(), new_library()
     client = await followed(door, first)
     await client.subscribe(second, user=BOB)
@@ -368,7 +370,7 @@ async def test_the_last_tokens_user_counts_for_all_libraries(door: Seafile) -> N
     assert (await client.next())["content"]["path"] == "/b"
 
 
-async def test_a_permission_of_another_producer_without_recipients_is_for_nobody(
+async def test_a_permission_without_recipients_is_not_delivered(
     door: Seafile,
 ) -> None:
     library = new_library()
@@ -380,9 +382,7 @@ async def test_a_permission_of_another_producer_without_recipients_is_for_nobody
     assert await client.next() == {"type": "repo-update", "content": {"any": "program"}}
 
 
-async def test_a_right_that_was_taken_away_holds_for_good_tokens_too(
-    door: Seafile, valkey: Server
-) -> None:
+async def test_a_revoked_right_overrides_valid_tokens(door: Seafile, valkey: Server) -> None:
     library, other = new_library(), new_library()
     client = await followed(door, library, other)
     redis(valkey, "HSET", rights_key(f"seafile:{library}"), ALICE, "-")
@@ -395,7 +395,7 @@ async def test_a_right_that_was_taken_away_holds_for_good_tokens_too(
     assert await client.next() == update(other, "c")
 
 
-async def test_a_grant_brings_the_client_back_to_the_library(door: Seafile, valkey: Server) -> None:
+async def test_a_grant_makes_the_client_subscribe_again(door: Seafile, valkey: Server) -> None:
     library, other = new_library(), new_library()
     channel = f"seafile:{library}"
     client = await followed(door, library, other)
@@ -403,39 +403,39 @@ async def test_a_grant_brings_the_client_back_to_the_library(door: Seafile, valk
     await access.revoke(settings, Channel(channel), ALICE)
     await door.commit(library, "secret")
     await client.settle()
-    # As a client that has connected meanwhile: its token opens the library, the site does not.
+    # Like a client that has connected meanwhile: its token is valid, but the right is revoked.
     await client.subscribe(library)
     await client.settle()
     assert await access.grant(settings, Channel(channel), ALICE)
     expired = {"type": "jwt-expired", "content": {"repo_id": library}}
     assert await client.next() == expired
-    # What a real client does then.
+    # A real client subscribes again then.
     await client.subscribe(library)
     await client.settle()
     await door.commit(library, "c")
     assert await client.next() == update(library, "c")
-    # Nothing is owed any more: a further notice of rights invites nobody.
+    # The client has subscribed again, so that another change of rights sends nothing.
     redis(valkey, "XADD", "relay:control", "*", "command", "drop-rights", "user", ALICE)
     await door.commit(other, "d")
     assert await client.next() == update(other, "d")
 
 
 def remembered_places(door: Seafile, user: str) -> bytes | None:
-    """What is stored of this user's client."""
+    """Return the stored positions of this user's client."""
     name = missed.name(user, "Seafile/9.0.20 (Linux)")
     value: bytes | None = redis(door.relay.server, "GET", f"relay:store:{name}")
     return value
 
 
 def remembered(server: Server) -> int:
-    """Of how many clients the relay knows where they were."""
+    """Return the number of clients whose positions are stored."""
     return len(redis(server, "KEYS", "relay:store:seafile:seen:*"))
 
 
-# ---- what was missed -------------------------------------------------------------------------
+# ---- missed events ---------------------------------------------------------------------------
 
 
-async def test_a_client_that_comes_back_is_sent_what_it_missed(door: Seafile) -> None:
+async def test_a_client_that_reconnects_receives_missed_events(door: Seafile) -> None:
     library, user = new_library(), f"{new_library()}@example.com"
     client = await followed(door, library, user=user)
     before = remembered(door.relay.server)
@@ -463,7 +463,7 @@ async def test_a_client_that_comes_back_is_sent_what_it_missed(door: Seafile) ->
 
 
 async def noted(door: Seafile, user: str) -> None:
-    """Until the end of the only connection of this user and program is stored."""
+    """Wait until the end of the only connection of this user and program is stored."""
 
     def ended() -> bool:
         return all(
@@ -477,14 +477,14 @@ async def noted(door: Seafile, user: str) -> None:
 
 
 def hang_up(client: Client) -> None:
-    """End the connection without a close frame, as a program that exits."""
+    """Close the connection without a close frame, like a program that exits."""
     connection = client.socket.get_extra_info("socket")
     connection.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.mark.parametrize("says_goodbye", [True, False])
 @pytest.mark.parametrize("new_tokens", [True, False])
-async def test_nothing_is_sent_twice_to_one_that_comes_again_and_again(
+async def test_repeated_reconnects_repeat_no_event(
     door: Seafile, says_goodbye: bool, new_tokens: bool
 ) -> None:
     library, user = new_library(), f"{new_library()}@example.com"
@@ -493,7 +493,7 @@ async def test_nothing_is_sent_twice_to_one_that_comes_again_and_again(
         token = subscribe_token(library, user, ttl_s=1000 + number * new_tokens)
         await client.send("subscribe", {"repos": [{"id": library, "jwt_token": token}]})
         if number:
-            # It was away for this one.
+            # The client was disconnected at this time.
             assert (await client.next())["content"]["path"] == f"away{number}"
         else:
             await standing(door, client, library)
@@ -507,7 +507,7 @@ async def test_nothing_is_sent_twice_to_one_that_comes_again_and_again(
         await door.lock(library, f"away{number + 1}")
 
 
-async def test_two_machines_of_one_user_each_get_what_they_missed(door: Seafile) -> None:
+async def test_two_machines_of_one_user_each_receive_missed_events(door: Seafile) -> None:
     library, user = new_library(), f"{new_library()}@example.com"
     tokens = [subscribe_token(library, user, ttl_s=1000 + number) for number in range(2)]
 
@@ -539,11 +539,11 @@ async def test_two_machines_of_one_user_each_get_what_they_missed(door: Seafile)
 
 
 @pytest.mark.parametrize("ahead_s", [0, 120])
-async def test_a_sleeping_client_is_sent_everything_since_it_fell_asleep(
+async def test_a_suspended_client_receives_all_events_since_its_suspension(
     valkey: Server, tmp_path: Path, ahead_s: int
 ) -> None:
-    """It reads nothing and closes nothing, so that its end is noticed seconds later. Entry IDs are
-    made of the clock of Redis, and the clock of the relay's host may be ahead of it."""
+    """It neither reads nor closes, so that its end is detected seconds later. Entry IDs contain the
+    time of Redis, and the clock of relay's host may be ahead of it."""
     (tmp_path / "sitecustomize.py").write_text(
         f"import time\nreal = time.time\ntime.time = lambda: real() + {ahead_s}\n"
     )
@@ -557,7 +557,7 @@ async def test_a_sleeping_client_is_sent_everything_since_it_fell_asleep(
         async with seafile(process) as door, native(process) as clients:
             await followed(door, library, user=user)
             await door.lock(library, "a")
-            # Until the relay has given it up.
+            # Wait until relay has closed the connection.
             async with asyncio.timeout(15):
                 while await clients.metric('relay_connections{door="seafile"}'):
                     await asyncio.sleep(0.1)
@@ -569,7 +569,7 @@ async def test_a_sleeping_client_is_sent_everything_since_it_fell_asleep(
         process.kill()
 
 
-async def test_browsers_and_strangers_are_sent_nothing_old(door: Seafile) -> None:
+async def test_browsers_and_new_clients_receive_no_old_events(door: Seafile) -> None:
     library, user = new_library(), f"{new_library()}@example.com"
     agent = "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36"
     page = await followed(door, library, user=user, agent=agent)
@@ -581,7 +581,7 @@ async def test_browsers_and_strangers_are_sent_nothing_old(door: Seafile) -> Non
         await standing(door, client, library)
 
 
-async def test_our_own_clients_say_where_they_were(door: Seafile) -> None:
+async def test_clients_may_send_their_position(door: Seafile) -> None:
     library = new_library()
     await door.commit(library, "a")
     await door.lock(library, "f")
@@ -593,14 +593,14 @@ async def test_our_own_clients_say_where_they_were(door: Seafile) -> None:
     assert (await client.next())["type"] == "file-lock-changed"
     await door.commit(library, "b")
     assert await client.next() == update(library, "b")
-    # From the beginning.
+    # From the beginning of the stream.
     other = await door.connect()
     await other.subscribe(library, user=f"x{library}@example.com", after="0-0")
     assert [each["type"] for each in await other.take(2)] == ["file-lock-changed", "repo-update"]
 
 
-async def test_nothing_is_missed_over_a_kill(valkey: Server) -> None:
-    """Events while no relay was there are in the stream, if another producer wrote them."""
+async def test_a_kill_of_relay_loses_no_event(valkey: Server) -> None:
+    """Events of other producers while relay was stopped are in the stream."""
     process = RelayProcess(valkey, settings=SETTINGS)
     await asyncio.to_thread(process.start)
     library, user = new_library(), f"{new_library()}@example.com"
@@ -621,7 +621,7 @@ async def test_nothing_is_missed_over_a_kill(valkey: Server) -> None:
         process.kill()
 
 
-# ---- several hosts, other doors --------------------------------------------------------------
+# ---- several hosts, other protocols ----------------------------------------------------------
 
 
 async def test_an_event_posted_to_one_host_reaches_a_client_on_another(
@@ -639,7 +639,7 @@ async def test_an_event_posted_to_one_host_reaches_a_client_on_another(
         await asyncio.to_thread(second.stop)
 
 
-async def test_a_library_is_read_by_other_doors_with_a_right_to_it(door: Seafile) -> None:
+async def test_other_protocols_read_a_library_if_they_have_the_right(door: Seafile) -> None:
     library = new_library()
     channel = f"seafile:{library}"
     async with native(door.relay, channels=[channel]) as clients:
@@ -651,8 +651,8 @@ async def test_a_library_is_read_by_other_doors_with_a_right_to_it(door: Seafile
         assert (await socket.next())["error"]["code"] == "forbidden"
 
 
-async def test_a_clients_token_opens_its_library_in_the_native_door(door: Seafile) -> None:
-    """So that a web page can follow it by SSE, until the token runs out."""
+async def test_a_clients_token_gives_access_in_the_native_protocol(door: Seafile) -> None:
+    """A web page can follow the library by SSE until the token expires."""
     library, other = new_library(), new_library()
     channel = f"seafile:{library}"
     async with native(door.relay) as clients:
@@ -670,7 +670,7 @@ async def test_a_clients_token_opens_its_library_in_the_native_door(door: Seafil
 
 
 @pytest.mark.parametrize("pattern", ["*", "{start}*", "*{end}"])
-async def test_a_star_in_a_clients_token_is_no_pattern(door: Seafile, pattern: str) -> None:
+async def test_a_star_in_a_clients_token_is_not_a_pattern(door: Seafile, pattern: str) -> None:
     library = new_library()
     name = pattern.format(start=library[0], end=library[-1])
     async with native(door.relay) as clients:
@@ -693,7 +693,7 @@ async def test_a_stop_closes_clients_with_and_without_libraries(valkey: Server) 
         process.kill()
 
 
-async def test_redis_away_and_back(tmp_path_factory: pytest.TempPathFactory) -> None:
+async def test_an_outage_of_redis(tmp_path_factory: pytest.TempPathFactory) -> None:
     server = Server(tmp_path_factory.mktemp("away")).start()
     process = RelayProcess(server, settings=SETTINGS)
     await asyncio.to_thread(process.start)
@@ -712,7 +712,7 @@ async def test_redis_away_and_back(tmp_path_factory: pytest.TempPathFactory) -> 
 
             while not await posted():
                 await asyncio.sleep(0.1)
-            # A server that has started again may have lost entries, so clients ask anew.
+            # A restarted server may have lost entries, so that clients are disconnected.
             assert await client.hung_up() == 1001
             back = await followed(door, library)
             await door.commit(library, "d")
@@ -725,7 +725,7 @@ async def test_redis_away_and_back(tmp_path_factory: pytest.TempPathFactory) -> 
 async def test_a_stream_that_lost_something_disconnects_its_clients(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """There are no words for it; a sync client fetches everything when it is back."""
+    """The protocol has no message for it. A sync client fetches everything when it reconnects."""
     server = Server(tmp_path_factory.mktemp("flushed")).start()
     process = RelayProcess(server, settings=SETTINGS)
     await asyncio.to_thread(process.start)
@@ -746,8 +746,8 @@ async def test_a_stream_that_lost_something_disconnects_its_clients(
         server.kill()
 
 
-async def test_who_does_not_answer_pings_is_closed_so_that_it_comes_back(valkey: Server) -> None:
-    """Upstream leaves such a connection open, and serves it no more."""
+async def test_a_client_that_does_not_answer_pings_is_closed(valkey: Server) -> None:
+    """Seafile's server keeps such a connection open, but sends nothing more."""
     short = ["protocol:seafile.ping_s=0.2", "protocol:seafile.pong_timeout_s=1"]
     process = RelayProcess(valkey, settings=[*SETTINGS, *short])
     await asyncio.to_thread(process.start)
@@ -755,7 +755,7 @@ async def test_who_does_not_answer_pings_is_closed_so_that_it_comes_back(valkey:
     try:
         async with seafile(process) as door, native(process) as metrics:
             stalled, other = await followed(door, library), await followed(door, library)
-            # Nobody reads from the first one: its pings are not answered.
+            # The first client does not read, so that its pings are not answered.
             while await metrics.metric('relay_connections{door="seafile"}') > 1:
                 with contextlib.suppress(TimeoutError):
                     await other.next(0.1)
@@ -772,7 +772,7 @@ async def test_who_does_not_answer_pings_is_closed_so_that_it_comes_back(valkey:
         process.kill()
 
 
-async def test_several_workers_on_the_doors_own_port(valkey: Server) -> None:
+async def test_several_workers_on_the_protocols_own_port(valkey: Server) -> None:
     port = free_port()
     settings = [*SETTINGS, f"protocol:seafile.port={port}"]
     process = RelayProcess(valkey, settings=settings, flags=["--workers", "2"])
@@ -790,7 +790,7 @@ async def test_several_workers_on_the_doors_own_port(valkey: Server) -> None:
         await asyncio.to_thread(process.stop)
 
 
-async def test_a_new_key_counts_after_sighup(valkey: Server, tmp_path: Path) -> None:
+async def test_a_new_key_applies_after_sighup(valkey: Server, tmp_path: Path) -> None:
     path = tmp_path / "relay.ini"
     path.write_text(f"[protocol:seafile]\nkey = {KEY}\n")
     process = RelayProcess(valkey, flags=["-c", str(path)])

@@ -26,7 +26,7 @@ SCRIPT = ROOT / "scripts" / "notif_server.sh"
 
 
 def conf_dir(folder: Path, port: int, *, enabled: str = "true", key: str = KEY) -> Path:
-    """As the manual prints it, but for the port."""
+    """Return a folder with the file of the manual, with another port."""
     folder.mkdir(parents=True)
     (folder / "seafile.conf").write_text(
         "# jwt_private_key are required.You should generate it manually.\n[notification]\n"
@@ -41,7 +41,7 @@ def plain(valkey: Server, *flags: str) -> RelayProcess:
     return RelayProcess(valkey, flags=flags)
 
 
-async def test_the_folder_is_all_it_takes(valkey: Server, tmp_path: Path) -> None:
+async def test_the_folder_is_enough(valkey: Server, tmp_path: Path) -> None:
     port = free_port()
     process = plain(valkey, "--seafile-conf-dir", str(conf_dir(tmp_path / "conf", port)))
     await asyncio.to_thread(process.start)
@@ -86,8 +86,8 @@ private_key = "{KEY}
 }
 
 
-async def test_the_first_manuals_files_as_printed(valkey: Server, tmp_path: Path) -> None:
-    """But for the port: the shared token for the server, tokens of the key for its clients."""
+async def test_the_files_of_the_first_manual(valkey: Server, tmp_path: Path) -> None:
+    """As printed, with another port: a shared token for the server, signed ones for clients."""
     port = free_port()
     for name, text in FIRST.items():
         (tmp_path / name).write_text(text.replace("8083", str(port)))
@@ -105,7 +105,7 @@ async def test_the_first_manuals_files_as_printed(valkey: Server, tmp_path: Path
         process.kill()
 
 
-async def test_the_environment_of_12_and_13_is_all_it_takes(valkey: Server) -> None:
+async def test_the_variables_of_12_and_13_are_enough(valkey: Server) -> None:
     port = free_port()
     variables = [
         f"JWT_PRIVATE_KEY={KEY}",
@@ -128,13 +128,15 @@ async def test_the_environment_of_12_and_13_is_all_it_takes(valkey: Server) -> N
             content = {"repo_id": library, "path": "/x", "user": "", "group": 7}
             assert (await door.post("folder-perm-changed", content)).status == 200
             await door.commit(library, "c")
-            # The database is not there: the group is nobody.
+            # The database is unreachable, so that the group has no members.
             assert (await client.next())["type"] == "repo-update"
     finally:
         process.kill()
 
 
-async def test_enabled_false_says_so_and_serves_nothing(valkey: Server, tmp_path: Path) -> None:
+async def test_enabled_false_is_logged_and_disables_the_protocol(
+    valkey: Server, tmp_path: Path
+) -> None:
     port = free_port()
     folder = conf_dir(tmp_path / "conf", port, enabled="false")
     process = plain(valkey, "--seafile-conf-dir", str(folder))
@@ -158,7 +160,7 @@ def relay_with(*arguments: str, **variables: str) -> subprocess.CompletedProcess
     )
 
 
-def test_what_is_wrong_is_one_line_that_names_the_place(tmp_path: Path) -> None:
+def test_an_error_is_one_line_with_file_and_section(tmp_path: Path) -> None:
     folder = conf_dir(tmp_path / "conf", 99999)
     done = relay_with("--seafile-conf-dir", str(folder))
     assert done.returncode == 1
@@ -173,7 +175,7 @@ def test_what_is_wrong_is_one_line_that_names_the_place(tmp_path: Path) -> None:
 
 
 class Script:
-    """`notif_server.sh` in a folder as Seafile's, with the embedded Valkey."""
+    """`notif_server.sh` in a folder like Seafile's, with the embedded Valkey."""
 
     def __init__(self, top: Path, *, enabled: str = "true", key: str = KEY) -> None:
         self.port = free_port()
@@ -196,7 +198,7 @@ class Script:
         return int(self._pid_file.read_text())
 
     def processes(self) -> list[str]:
-        """The command lines of relays for this folder."""
+        """Return the command lines of relays for this folder."""
         found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
@@ -224,12 +226,12 @@ def test_start_status_restart_stop(script: Script) -> None:
     assert run("restart").returncode == 0
     assert script.pid() != first
 
-    # As logrotate does it.
+    # Like logrotate.
     moved = script.log.rename(script.log.with_suffix(".1"))
     os.kill(script.pid(), signal.SIGUSR1)
     wait_for(script.log.exists)
     assert run("stop").stdout == "Notification server stopped.\n"
-    # The restart was before, the stop after it.
+    # The restart was before the rotation, the stop after it.
     assert [
         path.read_text().count("relay.process.app: stopping") for path in (moved, script.log)
     ] == [1, 1]
@@ -251,7 +253,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 class Pong(BaseHTTPRequestHandler):
-    """Seafile's own notification server, as a start sees it."""
+    """A server that answers `/ping` like Seafile's own notification server."""
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -259,10 +261,10 @@ class Pong(BaseHTTPRequestHandler):
         self.wfile.write(b'{"ret": "pong"}\n')
 
     def log_message(self, format: str, *args: object) -> None:
-        """Not into the test's output."""
+        """Write nothing."""
 
 
-def test_a_start_fails_while_another_server_has_the_port(script: Script) -> None:
+def test_the_start_fails_while_another_server_has_the_port(script: Script) -> None:
     with ThreadingHTTPServer(("127.0.0.1", script.port), Pong) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
         failed = script.run("start")
@@ -275,9 +277,7 @@ def test_a_start_fails_while_another_server_has_the_port(script: Script) -> None
 
 
 @pytest.mark.parametrize("enabled", ["true", "false"])
-def test_a_start_without_a_key_or_switched_off_fails_and_leaves_nothing(
-    tmp_path: Path, enabled: str
-) -> None:
+def test_the_start_fails_without_a_key_or_if_disabled(tmp_path: Path, enabled: str) -> None:
     script = Script(tmp_path / "seafile", enabled=enabled, key="")
     try:
         failed = script.run("start")
@@ -289,7 +289,7 @@ def test_a_start_without_a_key_or_switched_off_fails_and_leaves_nothing(
         script.run("stop")
 
 
-def test_the_key_of_12_and_13_beside_seafile_conf(tmp_path: Path) -> None:
+def test_the_key_of_12_and_13_next_to_seafile_conf(tmp_path: Path) -> None:
     script = Script(tmp_path / "seafile", key="")
     (script.conf / ".env").write_text(f"JWT_PRIVATE_KEY={KEY}\n")
     try:
@@ -299,7 +299,7 @@ def test_the_key_of_12_and_13_beside_seafile_conf(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "-1", "not a number", "1"])
-def test_a_stale_process_number_is_not_signalled(script: Script, text: str) -> None:
+def test_a_stale_pid_file_is_ignored(script: Script, text: str) -> None:
     folder = script.conf.parent / "pids"
     folder.mkdir()
     (folder / "notification-server.pid").write_text(f"{text}\n")

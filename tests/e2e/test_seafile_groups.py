@@ -1,4 +1,4 @@
-"""Group permissions with a real ccnet database: up, down, and back; it fails closed."""
+"""Group permissions with a real ccnet database that is running, stopped and restarted."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def permit(door: Seafile, library: str, path: str, group: int) -> None:
 
 
 async def paths(door: Seafile, client: Client, library: str) -> list[str]:
-    """Of the permissions that come before a commit."""
+    """Return the paths in the permissions that arrive before a commit."""
     await door.commit(library, new_library())
     found: list[str] = []
     while (message := await client.next())["type"] != "repo-update":
@@ -65,7 +65,7 @@ async def paths(door: Seafile, client: Client, library: str) -> list[str]:
     return found
 
 
-async def test_members_get_it_and_others_do_not(door: Seafile) -> None:
+async def test_only_members_receive_the_event(door: Seafile) -> None:
     library = new_library()
     alice = await followed(door, library)
     bob = await followed(door, library, user=BOB)
@@ -76,7 +76,7 @@ async def test_members_get_it_and_others_do_not(door: Seafile) -> None:
     assert await paths(door, alice, library) == ["/8", "/-1"]
 
 
-async def test_while_the_database_is_down_it_goes_to_nobody_and_the_rest_goes_on(
+async def test_while_the_database_is_down_only_group_events_are_not_delivered(
     door: Seafile, database: MariaDb
 ) -> None:
     library = new_library()
@@ -97,14 +97,14 @@ async def test_while_the_database_is_down_it_goes_to_nobody_and_the_rest_goes_on
         await permit(door, library, "/up", 7)
         return await paths(door, bob, library)
 
-    # A failure is remembered for a second.
+    # A failure is cached for a second.
     while not (found := await again()):
         pass
     assert found == ["/up"]
     assert not any(PASSWORD in line for line in door.relay.log)
 
 
-async def test_without_a_database_at_all_the_relay_serves_everything_else(valkey: Server) -> None:
+async def test_relay_works_without_a_database(valkey: Server) -> None:
     settings = [f"protocol:seafile.key={KEY}", "protocol:seafile.groups=database"]
     settings += ["protocol:seafile.db_socket=/nonexistent"]
     process = RelayProcess(valkey, settings=settings).start()

@@ -1,4 +1,4 @@
-"""The wire facts' tables of HTTP answers, byte for byte, but for redirects and plain `GET /`."""
+"""HTTP responses in the tables of the wire facts, except redirects and plain `GET /`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def forms(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "OPTIONS"])
-async def test_ping_of_any_method(door: Seafile, method: str) -> None:
+async def test_ping_with_any_method(door: Seafile, method: str) -> None:
     answer = await door.request(method, "/ping")
     assert (answer.status, answer.body) == (200, b'{"ret": "pong"}\n')
     assert answer.headers["content-type"] == PLAIN
@@ -59,7 +59,7 @@ async def test_head_of_ping(door: Seafile) -> None:
     assert (answer.status, answer.body) == (200, b"")
 
 
-async def test_every_form_of_every_path_without_a_redirect(door: Seafile) -> None:
+async def test_all_forms_of_all_paths_without_a_redirect(door: Seafile) -> None:
     for path in forms("ping"):
         answer = await door.request("GET", path)
         assert (answer.status, answer.body) == (200, b'{"ret": "pong"}\n'), path
@@ -72,7 +72,7 @@ async def test_every_form_of_every_path_without_a_redirect(door: Seafile) -> Non
         await client.settle()
 
 
-async def test_the_handshake_has_three_headers_and_chooses_nothing(door: Seafile) -> None:
+async def test_the_handshake_has_three_headers(door: Seafile) -> None:
     client = await door.connect(compress=15)
     assert client.socket.protocol is None
     assert not client.socket.compress
@@ -86,22 +86,22 @@ async def test_a_websocket_path_without_upgrade(door: Seafile, path: str) -> Non
         assert answer.headers["content-type"] == PLAIN
 
 
-async def test_the_root_is_the_live_page_for_everyone_else(door: Seafile) -> None:
+async def test_a_plain_get_of_the_root_returns_the_live_page(door: Seafile) -> None:
     answer = await door.request("GET", "/")
     assert answer.status == 200
     assert answer.headers["content-type"].startswith("text/html")
     assert (await door.request("POST", "/")).status == 400
 
 
-async def test_below_notification_there_is_nothing_else(door: Seafile) -> None:
+async def test_other_paths_below_notification_do_not_exist(door: Seafile) -> None:
     for path in ("/notification/x", "/notification/ping/x", "/notification/subscriptions"):
         answer = await door.request("GET", path)
         assert (answer.status, answer.body) == (404, b"404 page not found\n"), path
-    # Socket.IO's, not Seafile's.
+    # This path belongs to Socket.IO.
     assert (await door.request("GET", "/notificationsx")).body != b"404 page not found\n"
 
 
-# For as long as a run may take: parameters are made before the first test begins.
+# Valid for a whole run, because parameters are created before the first test.
 GOOD = sender_token(86400)
 LATER = int(time.time()) + 86400
 
@@ -128,12 +128,14 @@ LATER = int(time.time()) + 86400
             {"Authorization": "Token " + sign(KEY, exp=LATER, repo_id="r", username="")},
             True,
         ),
-        # A client's, which authorises upstream too.
+        # A client's token, which Seafile's server accepts too.
         ({"Authorization": f"Token {subscribe_token('r')}"}, False),
         ({}, False),
     ],
 )
-async def test_who_may_post(door: Seafile, headers: dict[str, str], good: bool) -> None:
+async def test_tokens_that_allow_posting(
+    door: Seafile, headers: dict[str, str], good: bool
+) -> None:
     answer = await door.request("POST", "/events", b'{"type":"x"}', headers)
     assert (answer.status, answer.body) == ((200, b"") if good else (400, NO_MATCH))
     if good:
@@ -154,7 +156,7 @@ async def test_who_may_post(door: Seafile, headers: dict[str, str], good: bool) 
         b'{"type":"x","content":' + b"[" * 50_000,
     ],
 )
-async def test_a_body_that_is_no_event(door: Seafile, body: bytes) -> None:
+async def test_a_body_that_is_not_an_event(door: Seafile, body: bytes) -> None:
     answer = await door.request("POST", "/events", body, {"Seafile-Repo-Token": TOKEN})
     assert (answer.status, answer.body) == (500, b"\n")
 
@@ -163,7 +165,7 @@ async def test_a_body_that_is_no_event(door: Seafile, body: bytes) -> None:
     "body",
     [b"{}", b'{"type":"x"}', b'{"type":"x","content":null}', b'{"type":"x","content":[1]}'],
 )
-async def test_an_object_that_concerns_no_library(door: Seafile, body: bytes) -> None:
+async def test_an_object_without_a_library(door: Seafile, body: bytes) -> None:
     for method in ("POST", "GET"):
         answer = await door.request(method, "/events", body, {"Seafile-Repo-Token": TOKEN})
         assert (answer.status, answer.body) == (200, b"")
@@ -176,20 +178,22 @@ async def test_an_object_that_concerns_no_library(door: Seafile, body: bytes) ->
         b'{"type":"a\\u0000b","content":{"repo_id":"r"}}',
     ],
 )
-async def test_what_no_stream_can_hold_is_an_error(door: Seafile, body: bytes) -> None:
+async def test_an_event_that_a_stream_cannot_store_is_an_error(door: Seafile, body: bytes) -> None:
     answer = await door.request("POST", "/events", body, {"Seafile-Repo-Token": TOKEN})
     assert answer.status == 503
     assert (await door.request("GET", "/ping")).status == 200
 
 
-async def test_odd_headers_are_refused_like_any_other(door: Seafile) -> None:
+async def test_unusual_headers_are_rejected_like_others(door: Seafile) -> None:
     for value in ("\u00ff", "a.b.c", "x" * 20_000, "Token", " "):
         for name in ("Seafile-Repo-Token", "Authorization"):
             answer = await door.request("POST", "/events", b"{}", {name: value})
             assert (answer.status, answer.body) == (400, NO_MATCH), value
 
 
-async def test_any_content_type_and_unknown_types_pass(door: Seafile, valkey: Server) -> None:
+async def test_any_content_type_and_unknown_event_types_are_accepted(
+    door: Seafile, valkey: Server
+) -> None:
     library = new_library()
     body = json.dumps({"type": "new-in-14", "content": {"repo_id": library, "x": [1]}}).encode()
     headers = {
@@ -212,9 +216,7 @@ async def test_an_event_beyond_the_limit(door: Seafile) -> None:
     await until(lambda: any("events_max_bytes (1048576 bytes)" in line for line in door.relay.log))
 
 
-async def test_while_redis_is_frozen_the_sender_gets_its_answer_in_time(
-    door: Seafile, valkey: Server
-) -> None:
+async def test_while_redis_is_frozen_the_response_is_in_time(door: Seafile, valkey: Server) -> None:
     library = new_library()
     await door.commit(library, "c0")
     valkey.freeze()
@@ -225,21 +227,21 @@ async def test_while_redis_is_frozen_the_sender_gets_its_answer_in_time(
     finally:
         valkey.thaw()
     assert answer.status == 503
-    # The limit itself is 0.9 s; the rest is a busy machine's.
+    # The limit is 0.9 s. The rest is tolerance for a busy machine.
     assert seconds < 2.5
     await until(
         lambda: any(f"repo-update of seafile:{library} is lost" in line for line in door.relay.log)
     )
 
 
-async def test_an_update_that_two_tell_of_is_appended_once(door: Seafile, valkey: Server) -> None:
+async def test_an_update_from_two_sources_is_appended_once(door: Seafile, valkey: Server) -> None:
     library = new_library()
     async with asyncio.TaskGroup() as tasks:
         for _ in range(4):
             tasks.create_task(door.commit(library, "a"))
     for commit in ("b", "b", "a"):
         await door.commit(library, commit)
-    # Nothing else is ever a repetition.
+    # Other events are never treated as repetitions.
     for _ in range(2):
         await door.lock(library, "f.txt")
     entries = redis(valkey, "XRANGE", stream_key(f"seafile:{library}"), "-", "+")
@@ -252,7 +254,7 @@ async def test_an_update_that_two_tell_of_is_appended_once(door: Seafile, valkey
     ]
 
 
-def test_a_client_may_post_where_the_switch_says_so(valkey: Server) -> None:
+def test_a_client_may_post_if_the_setting_allows_it(valkey: Server) -> None:
     strict = [*SETTINGS, "protocol:seafile.client_tokens_post=yes"]
     process = RelayProcess(valkey, settings=strict).start()
 
@@ -267,7 +269,7 @@ def test_a_client_may_post_where_the_switch_says_so(valkey: Server) -> None:
         process.kill()
 
 
-def test_a_port_of_its_own_opens_this_door_only(valkey: Server) -> None:
+def test_a_separate_port_serves_this_protocol_only(valkey: Server) -> None:
     port = free_port()
     process = RelayProcess(valkey, settings=[*SETTINGS, f"protocol:seafile.port={port}"]).start()
 
@@ -288,7 +290,7 @@ def test_a_port_of_its_own_opens_this_door_only(valkey: Server) -> None:
         process.kill()
 
 
-def test_without_the_live_page_the_root_is_seafiles_alone(valkey: Server) -> None:
+def test_the_root_without_the_live_page(valkey: Server) -> None:
     settings = [*SETTINGS, "protocol:native.page=no"]
     process = RelayProcess(valkey, settings=settings).start()
 
@@ -304,7 +306,7 @@ def test_without_the_live_page_the_root_is_seafiles_alone(valkey: Server) -> Non
         process.kill()
 
 
-def test_without_a_key_the_door_is_shut(relay: RelayProcess, valkey: Server) -> None:
+def test_without_a_key_the_protocol_is_not_served(relay: RelayProcess, valkey: Server) -> None:
     process = RelayProcess(valkey).start()
 
     async def ask() -> None:

@@ -1,4 +1,4 @@
-"""A page that does what Seahub's does, in a real browser."""
+"""A page like Seahub's in a real browser."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 
 @dataclass(slots=True)
 class Page:
-    """The page as a person sees it."""
+    """The page in the browser."""
 
     browser: Chrome
     server: StandIn
@@ -49,17 +49,17 @@ class Page:
     door: Seafile
 
     async def script(self, source: str) -> Any:
-        """Run in the page."""
+        """Run a script in the page."""
         return await asyncio.to_thread(self.browser.execute_script, source)
 
     async def shows(self, source: str, wanted: object) -> None:
-        """Until this expression has the value."""
+        """Wait until the expression has this value."""
         async with asyncio.timeout(LIMIT_S):
             while await self.script(f"return {source}") != wanted:
                 await asyncio.sleep(0.05)
 
     def lock_of(self, name: str) -> str:
-        """What the row says."""
+        """Return the text of the row."""
         return f"document.querySelector('tr[data-name=\"{name}\"] .lock').textContent"
 
 
@@ -110,7 +110,7 @@ async def test_a_page_renews_its_token(relay: RelayProcess, browser: Chrome) -> 
         await page.shows("log.tokens >= 3", True)
         page.server.page_token_s = 3600
         before = await page.script("return log.tokens")
-        # That one is valid for an hour.
+        # The new token is valid for an hour.
         await page.shows(f"log.tokens > {before}", True)
         shown_yet = f"return {page.lock_of('a.txt')}"
         async with asyncio.timeout(LIMIT_S):

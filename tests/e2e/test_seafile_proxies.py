@@ -1,5 +1,6 @@
-"""The proxy recipes of Seafile's documents and of ours, as printed, in real nginx and Apache: each
-passes the websocket, `/ping` and `/events`. Only the port and the log files' folder are the test's.
+"""The proxy recipes of Seafile's manuals and of docs/seafile.md in real nginx and Apache.
+
+Each passes the websocket, `/ping` and `/events`. Only ports and folders of logs are replaced.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ FRONTS: dict[str, Front] = {
 
 @pytest.fixture(scope="module")
 def relay(valkey: Server) -> Iterator[tuple[RelayProcess, int]]:
-    """On a port of the door's own, as with a seafile.conf."""
+    """Run relay with a port of this protocol, as with a seafile.conf."""
     port = free_port()
     settings = [f"protocol:seafile.key={KEY}", f"protocol:seafile.port={port}"]
     process = RelayProcess(valkey, settings=settings).start()

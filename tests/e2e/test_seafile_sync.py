@@ -1,4 +1,4 @@
-"""Debian's real sync client on a stand-in Seafile server, nginx in front of both as documented."""
+"""Debian's real sync client with a stand-in Seafile server, behind nginx as documented."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tests.support.valkey import Server, free_port
 
 pytestmark = [pytest.mark.redis, pytest.mark.slow, pytest.mark.timeout(180)]
 
-# Without an event the client looks every 30 seconds; with one it was measured at 0.7 to 1.0.
+# Without an event the client polls every 30 s. With one it takes 0.7 to 1.0 s (measured).
 SOON_S = 12.0
 # Interval of the client's own pings.
 PING_S = 1.0
 
 
-# Both as the manual has them.
+# Both as printed in the manual.
 RECIPE = """
 server {
     listen 80;
@@ -50,7 +50,7 @@ server {
 
 @dataclass(slots=True)
 class Scene:
-    """A client that has its library and follows it."""
+    """A client that has downloaded and subscribed to its library."""
 
     client: SyncClient
     server: StandIn
@@ -62,26 +62,26 @@ class Scene:
 
     @property
     def port(self) -> int:
-        """The port of nginx, to which the client is connected."""
+        """Return the port of nginx, to which the client is connected."""
         return urlsplit(self.url).port or 80
 
     async def announce(self, **files: bytes) -> None:
-        """A commit, and what seaf-server tells of it."""
+        """Create a commit, and post the event of seaf-server."""
         await self.door.commit(self.library.repo_id, self.library.commit(**files))
 
     async def follows(self, limit_s: float) -> None:
-        """Until the client's subscription stands: the relay follows the library."""
+        """Wait until the client has subscribed, so that relay follows the library."""
         async with asyncio.timeout(limit_s), native(self.relay) as clients:
             while await clients.metric("relay_followed_streams") < 1:
                 await asyncio.sleep(0.1)
 
     async def arrived(self, name: str, content: bytes, limit_s: float = SOON_S) -> None:
-        """Until the file is there."""
+        """Wait until the file exists."""
         path = self.folder / name
         await until(lambda: path.exists() and path.read_bytes() == content, limit_s)
 
     def locks(self) -> list[str]:
-        """The paths that the client knows to be locked by others."""
+        """Return the paths that the client has stored as locked by others."""
         path = self.client.folder / "seafile-data" / "filelocks.db"
         with contextlib.closing(sqlite3.connect(path)) as database:
             return [name for (name,) in database.execute("SELECT path FROM ServerLockedFiles")]
@@ -89,7 +89,7 @@ class Scene:
 
 @pytest.fixture
 def door_port() -> int:
-    """As in a seafile.conf."""
+    """Return a free port for this protocol, as in a seafile.conf."""
     return free_port()
 
 
@@ -136,10 +136,10 @@ async def test_events_reach_the_real_client(
         await until(lambda: not path.stat().st_mode & stat.S_IWUSR, SOON_S)
         assert one.locks() == ["first.txt"]
         await one.door.lock(one.library.repo_id, "first.txt", "unlocked")
-        # On Linux this version forgets the lock and leaves the file as it is.
+        # On Linux this version deletes the lock and does not change the file.
         await until(lambda: not one.locks(), SOON_S)
 
-        # A ping stays unanswered for a while. Seafile's own server would stop serving this client
+        # A ping is not answered for a while. Seafile's own server would stop serving this client
         # and never close its connection.
         one.client.stop()
         await until(lambda: unread_bytes(one.port))
@@ -148,10 +148,10 @@ async def test_events_reach_the_real_client(
         await one.arrived("later.txt", b"later")
 
 
-async def test_after_a_kill_the_real_client_comes_back(
+async def test_the_real_client_reconnects_after_a_kill(
     relay: RelayProcess, door_port: int, tmp_path: Path
 ) -> None:
-    """It waits for 60 seconds before it tries again."""
+    """It waits 60 seconds before it reconnects."""
     async with scene(relay, door_port, tmp_path) as one:
         await asyncio.to_thread(relay.kill)
         await asyncio.to_thread(relay.start)
@@ -160,16 +160,15 @@ async def test_after_a_kill_the_real_client_comes_back(
         await one.arrived("after.txt", b"after")
 
 
-async def test_an_old_lock_does_not_come_again_when_the_real_client_is_restarted(
+async def test_an_old_lock_is_not_repeated_when_the_real_client_restarts(
     relay: RelayProcess, door_port: int, tmp_path: Path
 ) -> None:
-    """A lock that has expired since has no event of its own: one that comes again makes the file
-    read-only for good."""
+    """The expiry of a lock has no event: a repeated lock makes the file read-only permanently."""
     async with scene(relay, door_port, tmp_path) as one:
         path = one.folder / "first.txt"
         await one.door.lock(one.library.repo_id, "first.txt")
         await until(lambda: not path.stat().st_mode & stat.S_IWUSR, SOON_S)
-        # A lock that was sent within this time is repeated, because it may not have arrived.
+        # Locks that were sent within this time are repeated, because they may not have arrived.
         await asyncio.sleep(ARRIVED_S + PING_S)
         for number in range(2):
             await one.client.restart()

@@ -1,4 +1,4 @@
-"""The tap on seafevents' Redis channel, beside `/events` and without it."""
+"""Commits from seafevents' Redis channel, with and without `/events`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.redis
 
 @pytest.fixture(scope="module")
 def events(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Seafile's own Redis."""
+    """Run Seafile's own Redis."""
     server = Server(tmp_path_factory.mktemp("seafile"), "redis", acl=False)
     with running(server):
         yield server
@@ -71,7 +71,7 @@ async def arrived(valkey: Server, library: str, count: int) -> None:
     await until(lambda: len(commits(valkey, library)) >= count)
 
 
-async def test_both_forms_arrive_in_order_and_other_messages_do_not(
+async def test_both_formats_arrive_in_order_and_other_messages_are_ignored(
     relay: RelayProcess, valkey: Server, events: Server
 ) -> None:
     library = new_library()
@@ -98,7 +98,7 @@ async def test_both_forms_arrive_in_order_and_other_messages_do_not(
     assert commits(valkey, library) == ["c0", "c1", "c2"]
 
 
-async def test_tap_and_events_may_both_run(
+async def test_both_sources_can_run_together(
     relay: RelayProcess, valkey: Server, events: Server
 ) -> None:
     library = new_library()
@@ -108,16 +108,14 @@ async def test_tap_and_events_may_both_run(
             publish(events, new_form(library, commit))
             await door.commit(library, commit)
             await arrived(valkey, library, number)
-    # Nothing was appended twice before this one.
+    # No earlier event was appended twice.
     publish(events, new_form(library, "end"))
     await arrived(valkey, library, 4)
     assert commits(valkey, library) == ["a", "b", "a", "end"]
 
 
-async def test_whoever_takes_over_begins_with_what_was_heard_last(
-    valkey: Server, events: Server
-) -> None:
-    """kill -9 of the one that appends; the other one listened all the time."""
+async def test_a_takeover_begins_with_the_last_message(valkey: Server, events: Server) -> None:
+    """kill -9 the process that appends while another one listens."""
     first, second = tapping(valkey, events), tapping(valkey, events)
     library = new_library()
     try:
@@ -138,7 +136,7 @@ async def test_whoever_takes_over_begins_with_what_was_heard_last(
         second.kill()
 
 
-async def test_while_the_relays_own_redis_is_away_the_latest_commit_waits(
+async def test_the_latest_commit_waits_during_an_outage_of_relays_redis(
     events: Server, tmp_path: Path
 ) -> None:
     own = Server(tmp_path / "own").start()
@@ -151,14 +149,14 @@ async def test_while_the_relays_own_redis_is_away_the_latest_commit_waits(
         for number in range(3):
             publish(events, new_form(library, f"c{number}"))
         await asyncio.to_thread(own.start)
-        # Those before it may have come through, or not.
+        # Earlier commits may have been appended or not.
         await until(lambda: commits(own, library)[-1:] == ["c2"])
     finally:
         process.kill()
         own.kill()
 
 
-async def test_as_a_process_of_its_own(valkey: Server, events: Server) -> None:
+async def test_as_a_separate_process(valkey: Server, events: Server) -> None:
     library = new_library()
     command = [sys.executable, "-m", "producers", "seaf_hooks", "--redis", valkey.url("relay")]
     setting = ["--set", f"producer:seaf_hooks.redis_url={events.url()}"]

@@ -1,5 +1,6 @@
-"""The Centrifugo door's clients without sockets and without Redis: a hub over streams in memory,
-and transcripts that are replayed against it.
+"""Centrifugo's clients without sockets and without Redis.
+
+A hub reads streams in memory. Transcripts are replayed against it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _ENTRY_BYTES = 1 << 20
 
 
 class Stream:
-    """One workspace."""
+    """One stream in memory."""
 
     def __init__(self) -> None:
         self.records: list[Record] = []
@@ -67,14 +68,14 @@ class Stream:
 
 
 class Streams:
-    """`StreamReads` in memory; answers come in a later turn of the loop."""
+    """`StreamReads` in memory; replies follow in a later turn of the loop."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self.streams: dict[Channel, Stream] = {}
         self.followed: dict[Channel, Followed] = {}
         self.hub: Hub | None = None
-        # While it is set, nothing is answered.
+        # While it is set, there are no replies.
         self.frozen = False
         self._waiting: list[tuple[str, Followed]] = []
 
@@ -145,7 +146,7 @@ class Streams:
             self.hub.flush()
 
     def promote(self) -> None:
-        """A replica takes over; nobody can say what the old primary had."""
+        """Replace the primary by a replica that may lack its last entries."""
         for stream in self.streams.values():
             stream.history, stream.failover = stream.history + 1, stream.last
         for followed in list(self.followed.values()):
@@ -165,7 +166,7 @@ class Streams:
 
 
 class Clock:
-    """Time that passes when a test says so."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = NOW
@@ -249,7 +250,7 @@ class Store:
 
 
 class Context:
-    """What of `DoorContext` a connection uses."""
+    """The part of `DoorContext` that a connection uses."""
 
     def __init__(self, clock: Clock) -> None:
         self.streams = Streams(clock)
@@ -318,7 +319,7 @@ class Context:
 
 
 class Socket:
-    """Keeps what it is given; `lines` are whole frames."""
+    """Stores the written bytes. `lines` are complete frames."""
 
     def __init__(self) -> None:
         self.full = False
@@ -342,7 +343,7 @@ class Socket:
 
 
 class Bench:
-    """Connections by name over one hub."""
+    """Named connections over one hub."""
 
     def __init__(
         self, settings: CentrifugoSettings, context: Callable[[Clock], Context] = Context
@@ -369,11 +370,11 @@ class Bench:
         return self.connections[name]
 
     def send(self, name: str, text: str) -> None:
-        """One frame of a client."""
+        """Send one frame of a client."""
         self.connection(name).on_frame(text.encode())
 
     async def settle(self) -> None:
-        """Everything that follows from the last step has happened."""
+        """Wait until all effects of the last step have happened."""
         for _ in range(50):
             await asyncio.sleep(0)
         for task in self.context.tasks:
@@ -387,7 +388,7 @@ class Bench:
                 self.context.hub.expire(session)
 
     def do(self, words: Sequence[str]) -> None:
-        """What is not a client's doing."""
+        """Execute a step that is not a client's."""
         hub, streams = self.context.hub, self.context.streams
         match words:
             case ["append", channel, data]:
@@ -430,8 +431,10 @@ class Bench:
 
 
 class Transcript:
-    """Steps of one test: `A> frame` is sent by client A, `A< frame` is what it must get, `Ax` its
-    close; `@` is done by others, `!` is a setting. `$token(user,timestamp,info)` and
+    """Steps of one test.
+
+    `A> frame` is sent by client A, `A< frame` is what it must receive, `Ax` is its close; `@` is an
+    action of another program, `!` is a setting. `$token(user,timestamp,info)` and
     `$sign(client,channel,info)` are signatures."""
 
     bench: Callable[[CentrifugoSettings], Bench] = Bench
@@ -441,7 +444,7 @@ class Transcript:
         self._lines = [line for line in lines if line and not line.startswith("#")]
 
     def settings(self) -> CentrifugoSettings:
-        """Those of the `!` lines: `! key value`, `! namespace.key value`."""
+        """Return the settings in the `!` lines: `! key value`, `! namespace.key value`."""
         values: dict[str, Any] = {"secret": SECRET}
         namespaces: dict[str, dict[str, str]] = {}
         for line in self._lines:
@@ -459,7 +462,7 @@ class Transcript:
         return CentrifugoSettings.model_validate({**values, "namespaces": found})
 
     async def replay(self) -> None:
-        """Every step; what is not expected fails, and so does what does not come."""
+        """Execute all steps. Fail if a frame is missing or not expected."""
         bench = self.bench(self.settings())
         for line in (_filled(line) for line in self._lines if not line.startswith("!")):
             if line.startswith("@ "):
@@ -482,14 +485,14 @@ class Transcript:
 
 
 def transcripts(path: Path, kind: type[Transcript] = Transcript) -> Iterator[Transcript]:
-    """Those of one file; each begins with a line `== name`."""
+    """Return the transcripts in one file. Each begins with a line `== name`."""
     parts = re.split(r"^== (.*)\n", path.read_text(), flags=re.MULTILINE)
     for name, text in zip(parts[1::2], parts[2::2], strict=True):
         yield kind(name, [line.rstrip("\n") for line in text.split("\n")])
 
 
 def _words(line: str) -> list[str]:
-    # Quotes as in a shell would spoil the JSON: white space separates, except within braces.
+    # White space separates, except within braces. Shell quotes would conflict with JSON.
     return re.findall(r"\{.*?\}(?=\s|$)|\"[^\"]*\"|\S+", line)
 
 

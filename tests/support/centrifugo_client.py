@@ -1,4 +1,4 @@
-"""A Centrifugo v1 client as any language would write it, over a raw websocket; and the API's."""
+"""A Centrifugo v1 client over a raw websocket, and a client of its HTTP API."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Frame = dict[str, Any]
 
 
 def sign(*parts: str | bytes, secret: str = SECRET) -> str:
-    """v1's HMAC over the parts, one after the other."""
+    """Return v1's HMAC of the concatenated parts."""
     text = b"".join(part.encode() if isinstance(part, str) else part for part in parts)
     return hmac.digest(secret.encode(), text, "sha256").hex()
 
 
 class V1Client:
-    """One connection. Pushes wait in `pushes` until they are asked for."""
+    """One connection. Received pushes are stored in `pushes`."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.socket = socket
         self.id = ""
         self.pushes: list[Frame] = []
-        # Of the close frame, once it has come.
+        # Code and reason of the close frame, once it has been received.
         self.closed: tuple[int, str] | None = None
         self._replies: dict[str, Frame] = {}
         self._news = asyncio.Event()
@@ -61,14 +61,14 @@ class V1Client:
         return answer
 
     async def ask(self, method: str, **params: Any) -> Frame:
-        """The reply to one command."""
+        """Send one command and return its reply."""
         uid = str(next(self._uids))
         await self.socket.send_str(json.dumps({"uid": uid, "method": method, "params": params}))
         found: Frame = await self._until(lambda: self._replies.pop(uid, None), LIMIT_S)
         return found
 
     async def push(self, method: str, limit_s: float = LIMIT_S) -> Any:
-        """The body of the next push of this kind."""
+        """Return the body of the next push of this kind."""
 
         def next_one() -> Frame | None:
             found = (each for each in self.pushes if each["method"] == method)
@@ -79,12 +79,12 @@ class V1Client:
         return frame["body"]
 
     async def until_closed(self, limit_s: float = LIMIT_S) -> tuple[int, str]:
-        """Code and reason."""
+        """Wait for the close frame, and return its code and reason."""
         found: tuple[int, str] = await self._until(lambda: self.closed, limit_s)
         return found
 
     async def connect(self, user: str, info: str = "") -> V1Client:
-        """Say who it is."""
+        """Authenticate."""
         timestamp = str(int(time.time()))
         token = sign(user, timestamp, info)
         reply = await self.ask("connect", user=user, timestamp=timestamp, info=info, token=token)
@@ -92,20 +92,20 @@ class V1Client:
         return self
 
     async def subscribe(self, channel: str, **params: Any) -> Frame:
-        """The body of the reply."""
+        """Subscribe, and return the body of the reply."""
         reply = await self.ask("subscribe", channel=channel, **params)
         assert "error" not in reply, reply
         body: Frame = reply["body"]
         return body
 
     async def stop(self) -> None:
-        """Close it."""
+        """Close the connection."""
         await self.socket.close()
         await self._task
 
 
 class Centrifugo:
-    """Clients and backends of one relay, or of several."""
+    """Clients and backends of one or several relays."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
         self._session = session
@@ -113,7 +113,7 @@ class Centrifugo:
         self.clients: list[V1Client] = []
 
     async def client(self, user: str = "anna", info: str = "", *, url: str = "") -> V1Client:
-        """A connection that has said who it is."""
+        """Return an authenticated connection."""
         address = f"{url or self.url}/connection/websocket"
         one = V1Client(await self._session.ws_connect(address))
         self.clients.append(one)
@@ -128,7 +128,7 @@ class Centrifugo:
         path: str = "/api/",
         method: str = "POST",
     ) -> Answer:
-        """Signed JSON, where `headers` do not say something else."""
+        """Send a signed JSON request, unless `headers` are given."""
         if headers is None:
             headers = {"Content-Type": "application/json", "X-API-Sign": sign(body)}
         async with self._session.request(
@@ -137,7 +137,7 @@ class Centrifugo:
             return Answer(answer.status, dict(answer.headers), await answer.read())
 
     async def api(self, method: str, *, url: str = "", **params: Any) -> Any:
-        """The reply to one command."""
+        """Send one command and return its reply."""
         body = json.dumps({"method": method, "params": params}).encode()
         answer = await self.request(body, url=url)
         assert answer.status == 200, answer
@@ -147,7 +147,7 @@ class Centrifugo:
 
 @asynccontextmanager
 async def centrifugo(url: str) -> AsyncIterator[Centrifugo]:
-    """Closes what it opened."""
+    """Yield clients and backends, and close them at the end."""
     async with aiohttp.ClientSession() as session:
         one = Centrifugo(session, url)
         try:

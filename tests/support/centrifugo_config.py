@@ -1,4 +1,4 @@
-"""Centrifugo's files, variables and flags, read as the relay reads them."""
+"""Helpers that read Centrifugo's files, variables and flags like relay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Centrifugo door's API and administrators without sockets, beside its clients."""
+"""Centrifugo's API, administrators and clients without sockets."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Active:
 
 
 class ServerContext(Context):
-    """What of `DoorContext` servers use."""
+    """The part of `DoorContext` that API and administrators use."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__(clock)
@@ -78,7 +78,7 @@ class _AdminSocket(Socket):
 
 
 class ServerBench(Bench):
-    """`P` is the API, whose bodies are taken to be signed; `M` and `N` are administrators."""
+    """`P` is the API, whose signatures are not checked; `M` and `N` are administrators."""
 
     def __init__(self, settings: CentrifugoSettings) -> None:
         super().__init__(settings, ServerContext)
@@ -110,7 +110,6 @@ class ServerBench(Bench):
 
 
 class ServerTranscript(Transcript):
-    """With `P>` for a request to the API, `P<` and `Px` for its answer, `M` for an administrator's
-    frames."""
+    """`P>` is a request to the API, `P<` and `Px` its response, `M` an administrator's frames."""
 
     bench = ServerBench

@@ -1,4 +1,4 @@
-"""`relay centrifugo` as a site that had Centrifugo v1 runs it: its file and flags, a real Redis."""
+"""`relay centrifugo` with the file and flags of a Centrifugo v1 site, and a real Redis."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ START_S = 30.0
 
 
 class Site:
-    """One process in its working folder."""
+    """One relay process and its working folder."""
 
     def __init__(
         self, folder: Path, arguments: Sequence[str], environ: Mapping[str, str] | None = None
@@ -62,7 +62,7 @@ class Site:
             self._more.notify_all()
 
     def said(self, text: str, *, times: int = 1) -> str:
-        """The line with `text`, as soon as so many of them are there."""
+        """Wait for `times` log lines with `text`, and return the last one."""
         deadline = time.monotonic() + START_S
 
         def found() -> list[str]:
@@ -78,15 +78,15 @@ class Site:
 
     @property
     def shared(self) -> str:
-        """The address of the listener for everything else."""
+        """Return the URL of the listener of the other protocols."""
         return self.said("relay is ready on").rpartition(" ")[2]
 
     def send(self, number: signal.Signals) -> None:
-        """A signal."""
+        """Send a signal."""
         self.process.send_signal(number)
 
     def ended(self) -> int:
-        """Its exit code, once it has ended by itself."""
+        """Wait until the process ends by itself, and return its exit code."""
         code = self.process.wait(START_S)
         self._reader.join(START_S)
         return code
@@ -96,11 +96,11 @@ class Site:
 def site(
     folder: Path, *arguments: str, environ: Mapping[str, str] | None = None, ready: bool = True
 ) -> Iterator[Site]:
-    """`relay ARGUMENTS`, stopped at the end; it serves when this returns if `ready`."""
+    """Run `relay ARGUMENTS` and stop it at the end. If `ready`, wait until it serves."""
     running = Site(folder, arguments, environ)
     try:
         if ready:
-            # The last line of those that a start prints.
+            # The last line of the start.
             running.said("  watch")
         yield running
     finally:
@@ -114,25 +114,25 @@ def site(
 
 
 class V1:
-    """A v1 client, frame by frame."""
+    """A v1 client that sends and receives frames."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket = socket
 
     async def ask(self, method: str, **params: object) -> dict[str, Any]:
-        """The reply to one command; what is pushed before it is passed over."""
+        """Send one command and return its reply. Skip pushes before it."""
         await self._socket.send_json({"uid": "1", "method": method, "params": params})
         return await self.next(method)
 
     async def next(self, method: str) -> dict[str, Any]:
-        """The next frame of this method."""
+        """Return the next frame of this method."""
         while True:
             frame = await within(START_S, self._socket.receive_json())
             if frame["method"] == method:
                 return dict(frame["body"])
 
     async def connect(self, user: str) -> None:
-        """With a token of the site's."""
+        """Connect with a token of the site."""
         info = user, "1500000000"
         token = hmac.new(SECRET.encode(), "".join(info).encode(), hashlib.sha256).hexdigest()
         body = await self.ask("connect", user=user, timestamp=info[1], token=token)
@@ -140,14 +140,14 @@ class V1:
 
 
 def redis_flags(server: Server) -> list[str]:
-    """The redis engine on `server`, with the rights of docs/redis.md."""
+    """Return flags for the redis engine on `server`, with the ACL user of docs/redis.md."""
     return ["--engine=redis", f"--redis_url={server.url('relay')}"]
 
 
 def fetch(
     url: str, *, body: bytes | None = None, headers: Mapping[str, str] | None = None
 ) -> tuple[int, bytes, dict[str, str]]:
-    """Status, body and headers, whatever the status; redirects are not followed."""
+    """Return status, body and headers of any response. Redirects are not followed."""
     request = urllib.request.Request(url, data=body, headers=dict(headers or {}))  # noqa: S310
     opener = urllib.request.build_opener(_Stay)
     try:
@@ -164,7 +164,7 @@ class _Stay(urllib.request.HTTPRedirectHandler):
 
 
 def publish(base: str, channel: str, data: object, *, secret: str = SECRET) -> tuple[int, bytes]:
-    """A signed publish to /api/."""
+    """Send a signed publish to /api/."""
     params = {"channel": channel, "data": data}
     body = json.dumps({"method": "publish", "params": params}).encode()
     sign = hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
@@ -174,7 +174,7 @@ def publish(base: str, channel: str, data: object, *, secret: str = SECRET) -> t
 
 
 def eventually(is_so: Callable[[], bool]) -> None:
-    """Returns once it is."""
+    """Wait until the condition is true."""
     deadline = time.monotonic() + START_S
     while not is_so():
         assert time.monotonic() < deadline

@@ -1,6 +1,6 @@
-"""A stand-in of Pydio's HTTP side, its PHP publisher, and its browser without a page.
+"""A stand-in for Pydio's HTTP server, its PHP publisher, and a browser without a page.
 
-The XML is as class.AJXP_XMLWriter.php of 6.4.2 writes it; no Pydio runs here.
+The XML has the format of class.AJXP_XMLWriter.php of 6.4.2. No real Pydio runs here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PUBLISHER = Path(__file__).with_name("pydio_publisher.php")
 
 @dataclass(slots=True)
 class User:
-    """A user as Pydio knows them; `acl` and `masked` by workspace."""
+    """A user of Pydio. `acl` and `masked` are by workspace."""
 
     name: str
     group: str = "/"
@@ -39,7 +39,7 @@ class User:
 
 
 class Pydio:
-    """Users by session cookie. Everything may be changed while it runs."""
+    """Users by session cookie. All attributes may be changed while it runs."""
 
     def __init__(self) -> None:
         self.sessions: dict[str, User] = {}
@@ -48,28 +48,28 @@ class Pydio:
         self.cookies: list[str] = []
         self.broken = ""
         self.port = 0
-        # The folder of socket.io.js.
+        # The folder with socket.io.js.
         self.scripts: Path | None = None
         self._runner: web.AppRunner | None = None
 
     @property
     def auth_url(self) -> str:
-        """For [protocol:pydio]."""
+        """Return the setting `auth_url`."""
         return f"http://127.0.0.1:{self.port}/pydio/?get_action=ws_authenticate"
 
     @property
     def origin(self) -> str:
-        """Of its pages."""
+        """Return the origin of its pages."""
         return f"http://127.0.0.1:{self.port}"
 
     def login(self, name: str, group: str = "/", **acl: str) -> User:
-        """A user with a session cookie of the same name; workspaces are `w_1` for `1`."""
+        """Add a user whose session cookie is the name. The argument for workspace `1` is `w_1`."""
         rights = {key.removeprefix("w_"): value for key, value in acl.items()}
         user = self.sessions[name] = User(name, group, rights)
         return user
 
     async def start(self) -> None:
-        """Listen, on the same port as before."""
+        """Listen, after a stop on the same port."""
         app = web.Application()
         app.router.add_get("/pydio/", self._action)
         app.router.add_get("/pydio/api/pydio/ws_authenticate/", self._action)
@@ -84,7 +84,7 @@ class Pydio:
         self.port = self._runner.addresses[0][1]
 
     async def stop(self) -> None:
-        """Nobody answers."""
+        """Stop listening."""
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
@@ -154,7 +154,7 @@ async def publish(
     form: str = "serialize",
     host: str = "127.0.0.1",
 ) -> list[str]:
-    """Each of `requests` is one PHP request with its messages; the handshakes' status lines."""
+    """Run PHP requests, each with its messages. Return the status lines of the handshakes."""
     assert shutil.which("php"), "php is missing: apt-get install php-cli"
     command = ["php", str(_PUBLISHER), f"ws://{host}:{port}{path}", key]
     process = await asyncio.create_subprocess_exec(
@@ -171,31 +171,31 @@ async def publish(
 
 
 def tree(text: str) -> str:
-    """A content."""
+    """Return a content with this text."""
     return f"<tree><note>{text}</note></tree>"
 
 
 class Browser:
-    """A page's websocket; it says and reads text."""
+    """A page's websocket."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.socket = socket
-        # A receive() that is given up closes aiohttp's client: this one is waited for again.
+        # Cancelling receive() would close aiohttp's client, so that this task is awaited again.
         self._receiving: asyncio.Task[aiohttp.WSMessage] | None = None
 
     async def register(self, repository: str) -> None:
-        """The user opens a workspace."""
+        """Register for a workspace."""
         await self.socket.send_str(f"register:{repository}")
 
     async def next(self, limit_s: float = LIMIT_S) -> str:
-        """The next frame."""
+        """Return the next frame."""
         message = await self._receive(limit_s)
         assert message.type == aiohttp.WSMsgType.TEXT, (message, self.socket.close_code)
         text: str = message.data
         return text
 
     async def closed(self, limit_s: float = LIMIT_S) -> int:
-        """The code it is closed with; everything before is skipped."""
+        """Return the close code. Skip frames before it."""
         while (await self._receive(limit_s)).type == aiohttp.WSMsgType.TEXT:
             pass
         return self.socket.close_code or 0
@@ -210,7 +210,7 @@ class Browser:
 
 
 class Refused(Exception):
-    """The handshake was answered with this status."""
+    """The handshake was rejected with this status."""
 
 
 async def browse(
@@ -223,8 +223,7 @@ async def browse(
     headers: Mapping[str, str] | None = None,
     base: str = "",
 ) -> Browser:
-    """Connect as a page does, to the relay or to `base`; Refused with the status where it may
-    not."""
+    """Connect as a page does, to the relay or to `base`. Raises Refused with the status."""
     base = base or relay.url
     own = {"Origin": base if origin is None else origin}
     if cookie:
@@ -239,7 +238,7 @@ async def browse(
 
 
 async def seen_by(browser: Browser, relay: RelayProcess, repository: str) -> None:
-    """The browser is in the workspace: nothing says so, but a message of its own arrives."""
+    """Register, and wait until a message arrives: the protocol has no confirmation."""
     await browser.register(repository)
     for number in range(100):
         content = tree(f"probe {number}")
@@ -255,7 +254,7 @@ async def seen_by(browser: Browser, relay: RelayProcess, repository: str) -> Non
 
 @asynccontextmanager
 async def standing_in() -> AsyncIterator[Pydio]:
-    """A Pydio without users."""
+    """Run a Pydio without users."""
     pydio = Pydio()
     await pydio.start()
     try:

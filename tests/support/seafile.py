@@ -1,4 +1,4 @@
-"""Seafile's side of the wire, by hand: tokens as its servers sign them, and a client's socket."""
+"""Seafile's servers and clients: tokens as its servers sign them, and a client's socket."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEY = "M@O8VWUb81YvmtWLHGB2I_V7di5-@0p(MF*GrE!sIws23F"
 
 
 def sign(key: str = KEY, algorithm: str = "HS256", **claims: Any) -> str:
-    """A JWT with exactly these claims, under a key of any length."""
+    """Return a JWT with exactly these claims. The key may have any length."""
     head = _base64(json.dumps({"alg": algorithm, "typ": "JWT"}).encode())
     signed = f"{head}.{_base64(json.dumps(claims).encode())}"
     if algorithm == "none":
@@ -35,12 +35,12 @@ def sign(key: str = KEY, algorithm: str = "HS256", **claims: Any) -> str:
 def subscribe_token(
     repo_id: str, user: str = "alice@example.com", *, ttl_s: float = 259_200, key: str = KEY
 ) -> str:
-    """What a client gets for one library: valid for 72 hours."""
+    """Return a client's token for one library, valid for 72 hours."""
     return sign(key, repo_id=repo_id, username=user, exp=int(time.time() + ttl_s))
 
 
 def sender_token(ttl_s: float = 300, key: str = KEY) -> str:
-    """What seaf-server signs for each event."""
+    """Return a token as seaf-server signs it for each event."""
     return sign(key, exp=int(time.time() + ttl_s))
 
 
@@ -49,12 +49,12 @@ def _base64(data: bytes) -> str:
 
 
 def new_library() -> str:
-    """An ID that no other test has."""
+    """Return a library ID that no other test uses."""
     return str(uuid.uuid4())
 
 
 class HungUp(Exception):
-    """The connection is closed; `code` is that of a close frame, 1006 where there was none."""
+    """The connection is closed. `code` is 1006 if there was no close frame."""
 
     def __init__(self, code: int) -> None:
         super().__init__(str(code))
@@ -62,17 +62,17 @@ class HungUp(Exception):
 
 
 class Client:
-    """What a sync client does on its websocket; it answers pings."""
+    """The websocket of a sync client. It answers pings."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.socket = socket
 
     async def send(self, kind: str, content: object) -> None:
-        """One message."""
+        """Send one message."""
         await self.socket.send_str(json.dumps({"type": kind, "content": content}))
 
     async def subscribe(self, *repo_ids: str, user: str = "alice@example.com", **more: Any) -> None:
-        """With a good token for each; nothing is answered."""
+        """Subscribe with a valid token for each library. There is no reply."""
         repos = [
             {"id": repo_id, "jwt_token": subscribe_token(repo_id, user), **more}
             for repo_id in repo_ids
@@ -80,16 +80,16 @@ class Client:
         await self.send("subscribe", {"repos": repos})
 
     async def settle(self) -> None:
-        """Until what was sent before has been dealt with: a token that is refused is answered."""
+        """Wait until earlier messages have been processed: a rejected token has a reply."""
         mark = new_library()
         await self.send("subscribe", {"repos": [{"id": mark, "jwt_token": "bad"}]})
         assert await self.next() == {"type": "jwt-expired", "content": {"repo_id": mark}}
 
     async def text(self, limit_s: float = LIMIT_S) -> str:
-        """The next message as it came."""
+        """Return the next message as bytes."""
         async with asyncio.timeout(limit_s):
             while (message := await self.socket.receive()).type is aiohttp.WSMsgType.PING:
-                # What came before the end can still be read where no answer can be written.
+                # Received messages can still be read when the connection is closed for writing.
                 with contextlib.suppress(ConnectionError):
                     await self.socket.pong(message.data)
         if message.type is not aiohttp.WSMsgType.TEXT:
@@ -98,16 +98,16 @@ class Client:
         return text
 
     async def next(self, limit_s: float = LIMIT_S) -> dict[str, Any]:
-        """The next message."""
+        """Return the next message."""
         found: dict[str, Any] = json.loads(await self.text(limit_s))
         return found
 
     async def take(self, count: int) -> list[dict[str, Any]]:
-        """The next `count`."""
+        """Return the next `count` messages."""
         return [await self.next() for _ in range(count)]
 
     async def hung_up(self) -> int:
-        """The code with which it ends; nothing may come before."""
+        """Return the close code. No message may precede it."""
         try:
             unexpected = await self.text()
         except HungUp as exc:
@@ -117,7 +117,7 @@ class Client:
 
 @dataclass(frozen=True, slots=True)
 class Seafile:
-    """Servers and clients of one relay; everything is closed with the test."""
+    """Servers and clients of one relay. They are closed at the end of the test."""
 
     port: int
     session: aiohttp.ClientSession
@@ -126,13 +126,13 @@ class Seafile:
 
     @property
     def url(self) -> str:
-        """Without a slash at the end."""
+        """Return the URL without a slash at the end."""
         return f"http://127.0.0.1:{self.port}"
 
     async def connect(
         self, path: str = "/notification", *, agent: str = "Seafile/9.0.20 (Linux)", **options: Any
     ) -> Client:
-        """As the sync client does."""
+        """Connect as the sync client does."""
         socket = await self.session.ws_connect(
             self.url + path,
             headers={"User-Agent": agent},
@@ -152,7 +152,7 @@ class Seafile:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
-        """One request, its path as it is given."""
+        """Send one request with exactly this path."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close"]
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
@@ -169,18 +169,18 @@ class Seafile:
         )
 
     async def post(self, kind: str, content: object, **headers: str) -> Answer:
-        """An event, as seaf-server of 12 and 13 sends it unless headers say otherwise."""
+        """Post an event as seaf-server of 12 and 13 does, unless headers are given."""
         body = json.dumps({"type": kind, "content": content}, separators=(",", ":")).encode()
         given = headers or {"Authorization": f"Token {sender_token()}"}
         return await self.request("POST", "/events", body, given)
 
     async def commit(self, repo_id: str, commit_id: str) -> None:
-        """A repo-update."""
+        """Post a repo-update."""
         answer = await self.post("repo-update", {"repo_id": repo_id, "commit_id": commit_id})
         assert answer.status == 200, answer
 
     async def lock(self, repo_id: str, path: str, change: str = "locked") -> None:
-        """A file-lock-changed."""
+        """Post a file-lock-changed."""
         content = {
             "repo_id": repo_id,
             "path": path,
@@ -192,7 +192,7 @@ class Seafile:
 
 @asynccontextmanager
 async def seafile(relay: RelayProcess, port: int | None = None) -> AsyncIterator[Seafile]:
-    """For one test."""
+    """Yield the Seafile side of one test."""
     async with aiohttp.ClientSession() as session:
         one = Seafile(port or relay.port, session, relay)
         try:
@@ -205,7 +205,7 @@ async def seafile(relay: RelayProcess, port: int | None = None) -> AsyncIterator
 async def followed(
     door: Seafile, *repo_ids: str, user: str = "alice@example.com", **options: str
 ) -> Client:
-    """A client whose subscriptions stand: it has seen an event of each."""
+    """Return a client that has received an event of each library."""
     client = await door.connect(**options)
     await client.subscribe(*repo_ids, user=user)
     for repo_id in repo_ids:
@@ -214,7 +214,7 @@ async def followed(
 
 
 async def standing(door: Seafile, client: Client, repo_id: str) -> None:
-    """Subscribing has no answer: an event that comes back is one."""
+    """Wait until the client receives events: a subscription has no confirmation."""
     number = 0
     while True:
         mark = {"repo_id": repo_id, "mark": number}

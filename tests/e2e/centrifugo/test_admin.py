@@ -1,4 +1,4 @@
-"""Centrifugo v1's admin socket, `/auth/`, `watch` and `/debug/`, as its page uses them."""
+"""Centrifugo v1's admin socket, `/auth/`, `watch` and `/debug/`, as its web page uses them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Admin:
 
 
 class Admins:
-    """Opens them."""
+    """Opens admin sockets."""
 
     def __init__(self, session: aiohttp.ClientSession, site: Centrifugo) -> None:
         self._session = session
@@ -83,7 +83,7 @@ async def admins(relay: RelayProcess) -> AsyncIterator[Admins]:
         yield Admins(session, site)
 
 
-async def test_the_password_gives_a_token_and_nothing_else_does(admins: Admins) -> None:
+async def test_only_the_password_returns_a_token(admins: Admins) -> None:
     for body in (b"password=wrong", b"", b"password="):
         answer = await admins.site.request(body, FORM, path="/auth/")
         assert (answer.status, answer.body) == (400, b"Bad Request\n")
@@ -92,7 +92,7 @@ async def test_the_password_gives_a_token_and_nothing_else_does(admins: Admins) 
     assert await admins.token() != ""
 
 
-async def test_commands_are_answered_in_arrays_whether_watching_or_not(admins: Admins) -> None:
+async def test_replies_are_arrays_with_and_without_watch(admins: Admins) -> None:
     admin = await admins.open()
     reply = await admin.ask("connect", token=await admins.token())
     wanted = {"uid": "9", "method": "connect", "error": None, "body": True}
@@ -127,7 +127,9 @@ async def test_commands_are_answered_in_arrays_whether_watching_or_not(admins: A
         ('{"method":"connect"}', "invalid message"),
     ],
 )
-async def test_who_is_not_let_in_is_told_why(admins: Admins, frame: str, reason: str) -> None:
+async def test_a_rejected_administrator_receives_the_reason(
+    admins: Admins, frame: str, reason: str
+) -> None:
     admin = await admins.open()
     await admin.socket.send_str(frame)
     assert await admin.closed() == (3000, {"reason": reason, "reconnect": True})
@@ -145,7 +147,7 @@ async def test_long_messages_need_a_password(admins: Admins) -> None:
     assert (await known.frame())[0]["body"] == "pong"
 
 
-async def test_what_is_wrong_afterwards_closes_too(admins: Admins) -> None:
+async def test_later_errors_close_too(admins: Admins) -> None:
     for frame, reason in (
         ('{"method":"sing","params":{}}', "method not found"),
         ("1", "invalid message"),
@@ -169,19 +171,19 @@ async def test_an_admin_socket_that_does_not_authenticate_is_closed(valkey: Serv
             assert (await known.ask("connect", token=token))["error"] is None
             code, reason = await silent.closed()
             assert (code, reason["reason"]) == (3000, "unauthorized")
-            # The others stay.
+            # The other connections stay open.
             assert (await known.ask("ping"))["body"] == "pong"
     finally:
         process.stop()
 
 
-async def test_a_plain_request_is_refused(admins: Admins) -> None:
+async def test_a_plain_request_is_rejected(admins: Admins) -> None:
     answer = await admins.site.request(b"", {}, path="/socket", method="GET")
     assert (answer.status, answer.body) == (400, b"Bad Request\n")
 
 
 @pytest.mark.timeout(60)
-async def test_who_watches_sees_what_is_published_on_any_worker(valkey: Server) -> None:
+async def test_watch_shows_publications_of_all_workers(valkey: Server) -> None:
     hosts = [
         RelayProcess(valkey, settings=RULES, flags=["--workers", "2"]),
         RelayProcess(valkey, settings=RULES),
@@ -191,12 +193,12 @@ async def test_who_watches_sees_what_is_published_on_any_worker(valkey: Server) 
     try:
         async with centrifugo(hosts[0].url) as site, aiohttp.ClientSession() as session:
             admins = Admins(session, site)
-            # A token of one host holds on all.
+            # A token is valid on all hosts.
             token = await admins.token(hosts[1].url)
             watchers = [await admins.open() for _ in range(6)]
             for each in watchers:
                 assert (await each.ask("connect", token=token, watch=True))["body"] is True
-            # The subscription stands a moment after the reply.
+            # The subscription begins shortly after the reply.
             for each in watchers:
                 reply = await each.ask("channels")
                 assert reply["body"]["data"] == []
@@ -206,7 +208,7 @@ async def test_who_watches_sees_what_is_published_on_any_worker(valkey: Server) 
             first = watchers[0]
 
             async def shown() -> bool:
-                """Whether all of them have begun to watch."""
+                """Return True if all of them receive publications."""
                 await site.api("publish", channel="seen:probe", data=0)
                 return all([await probe(each) for each in watchers])
 
@@ -239,7 +241,7 @@ async def test_who_watches_sees_what_is_published_on_any_worker(valkey: Server) 
                 assert found[1]["body"]["client"] == "c1"
                 assert found[1]["error"] is None
             assert (await first.ask("ping"))["body"] == "pong"
-            # Nobody else is given any of it.
+            # Other clients do not receive them.
             await client.subscribe("relay.centrifugo.watch")
             await site.api("publish", channel="seen:y", data=3)
             assert (await first.frame())["body"]["data"] == 3
@@ -250,7 +252,7 @@ async def test_who_watches_sees_what_is_published_on_any_worker(valkey: Server) 
             host.kill()
 
 
-async def test_a_port_of_its_own_without_a_password_and_a_look_inside(valkey: Server) -> None:
+async def test_a_separate_port_without_a_password_and_debug(valkey: Server) -> None:
     port = free_port()
     own = ("web=false", "admin=true", "insecure_admin=true", "debug=true", f"admin_port={port}")
     settings = [*RULES, *(f"protocol:centrifugo.{each}" for each in own)]
@@ -260,7 +262,7 @@ async def test_a_port_of_its_own_without_a_password_and_a_look_inside(valkey: Se
         url = f"http://127.0.0.1:{port}"
         async with centrifugo(url) as site, aiohttp.ClientSession() as session:
             admin = await Admins(session, site).open()
-            # Known at once.
+            # The connection is counted at once.
             assert (await admin.ask("ping"))["body"] == "pong"
             assert (await admin.ask("connect", watch=True))["body"] is True
             answer = await site.request(b"", {}, path="/debug/", method="GET")

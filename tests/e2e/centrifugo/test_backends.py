@@ -1,4 +1,4 @@
-"""Centrifugo v1's API libraries against a real relay: cent, jscent; as phpcent and gocent send."""
+"""Centrifugo v1's API libraries cent and jscent, and requests of phpcent and gocent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RULES = [
 ]
 CENTS = ["cent-1.3.0", "cent-2.1.0"]
 
-# Every method of the library's client, as its README calls them.
+# All methods of the library's client, with the names in its README.
 _CENT = """
 import json, sys
 from cent.core import Client, generate_channel_sign, generate_token
@@ -85,7 +85,7 @@ const call = (name, ...given) => new Promise((done) => {
 })();
 """
 
-# What phpcent 1.0 does: one command, json_encode, a form of `data` and `sign`.
+# phpcent 1.0: one command, json_encode, a form with `data` and `sign`.
 _PHP = """
 $send = function ($method, $params) use ($argv) {
     $data = json_encode(array("method" => $method, "params" => $params));
@@ -135,7 +135,7 @@ async def test_all_methods_of_cent(site: Centrifugo, relay: RelayProcess, librar
     version = library.partition("-")[2]
     arguments = ["-c", _CENT, version, relay.url, SECRET, channel, user]
     said = await finished(await asyncio.to_thread(pypi.run, library, arguments))
-    # What the library makes of "body": null.
+    # The library returns this for "body": null.
     for method in ("publish", "broadcast", "unsubscribe", "disconnect"):
         assert said[method] in (None, True), said
     assert [each["data"] for each in said["history"]] == [[1, None], {"input": "€ < &"}]
@@ -237,6 +237,6 @@ def test_requests_as_gocent_sends_them(relay: RelayProcess) -> None:
     published, history, stats = json.loads(text)
     assert (published["uid"], published["error"]) == ("4CvUnh2rC3hHW5bhvhFlXc", None)
     assert [each["data"] for each in history["body"]["data"]] == [{"value": 1}]
-    # Its structs want integers, and a name without a number is none of theirs.
+    # Its structs have integers only, and ignore names that they do not contain.
     metrics = stats["body"]["data"]["nodes"][0]["metrics"]
     assert {type(each) for each in metrics.values()} == {int}

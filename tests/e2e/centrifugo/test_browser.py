@@ -22,7 +22,7 @@ from tests.support.valkey import Server, free_port
 
 pytestmark = [pytest.mark.redis, pytest.mark.slow, pytest.mark.timeout(240)]
 SECRET = "a secret of the application"
-# `iframe-` ones speak from a page of the relay's own, which loads `sockjs_url`.
+# `iframe-` transports use a page of relay, which loads `sockjs_url`.
 TRANSPORTS = [
     "websocket",
     "xhr-streaming",
@@ -73,7 +73,7 @@ function talk(given, transport, report) {
 
 @asynccontextmanager
 async def application(port: int) -> AsyncIterator[None]:
-    """The site's own pages: the clients' scripts, and what signs for them."""
+    """The application's pages with the clients' scripts, and its signatures."""
 
     async def page(request: web.Request) -> web.Response:
         return web.Response(text=PAGE, content_type="text/html")
@@ -119,7 +119,7 @@ async def application(port: int) -> AsyncIterator[None]:
 
 @pytest.fixture(scope="module")
 def pages() -> int:
-    """The port of the application."""
+    """Return the port of the application."""
     return free_port()
 
 
@@ -143,7 +143,7 @@ def relay(valkey: Server, pages: int) -> Iterator[RelayProcess]:
     process.kill()
 
 
-async def test_every_transport_does_everything(
+async def test_all_features_over_every_transport(
     relay: RelayProcess, pages: int, tmp_path: Path
 ) -> None:
     async with application(pages):
@@ -167,7 +167,7 @@ def _browse(relay: RelayProcess, pages: int, profile: Path) -> dict[str, Any]:
 
 
 def _talk(browser: Chrome, relay: RelayProcess, pages: int, transport: str) -> Any:
-    # Each on a page of its own, so that a transport leaves nothing to the next.
+    # Use a new page for each transport, so that they do not affect each other.
     browser.get(f"http://127.0.0.1:{pages}/")
     path = "ws{}/connection/websocket" if transport == "raw" else "http{}/connection"
     given = {

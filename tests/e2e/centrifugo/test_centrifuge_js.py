@@ -1,4 +1,4 @@
-"""centrifuge-js 1.5.0 and 1.4.9 from npm, in Node, over every transport that Node can do."""
+"""centrifuge-js 1.5.0 and 1.4.9 from npm, in Node, over every transport that Node supports."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def make(node: Node, relay: RelayProcess, transport: str = "raw", **order: objec
     return node.client(url, transports=TRANSPORTS[transport], **order)  # type: ignore[arg-type]
 
 
-async def test_messages_there_and_back(
+async def test_publish_and_receive(
     node: Node, relay: RelayProcess, transport: str, package: str, channel: str
 ) -> None:
     name = channel.partition(":")[2]
@@ -113,7 +113,7 @@ async def test_a_private_channel_is_signed_by_the_application(
     assert (await eve.next("error"))["error"] == 403
 
 
-async def test_who_comes_who_is_there_and_who_leaves(
+async def test_join_presence_and_leave(
     node: Node, relay: RelayProcess, transport: str, package: str, channel: str
 ) -> None:
     name = channel.partition(":")[2]
@@ -127,7 +127,7 @@ async def test_who_comes_who_is_there_and_who_leaves(
     who = {"user": "bob", "client": his, "default_info": {"age": 7}}
 
     async def bobs(kind: str) -> Said:
-        # Ann may be told of herself first.
+        # Ann may receive her own join first.
         while (said := await ann.next(kind))["data"]["user"] != "bob":
             pass
         return said
@@ -164,7 +164,7 @@ async def test_commands_in_batches(
     ann.tell("stopBatching")
     for number in range(10):
         assert (await ann.next("publish"))["answer"]["channel"] == f"{name}-{number}"
-    # What was published before it in the batch is history already.
+    # The history contains what the same batch has published before.
     assert [each["data"] for each in (await ann.next("history"))["answer"]["data"]] == [3]
 
 
@@ -188,7 +188,7 @@ async def test_errors_reach_the_application(node: Node, relay: RelayProcess, pac
     }
 
 
-async def test_a_client_that_was_cut_gets_what_it_missed(
+async def test_a_cut_client_receives_missed_messages(
     node: Node, relay: RelayProcess, transport: str, package: str, channel: str
 ) -> None:
     name = channel.partition(":")[2]
@@ -203,7 +203,7 @@ async def test_a_client_that_was_cut_gets_what_it_missed(
         )
         await ann.connected()
         assert (await ann.subscribed(name))["recovered"] is False
-        # Nothing missed while there was no history, something, nothing again, something again.
+        # Cuts without and with missed messages; at the first, the history is empty.
         number = 0
         for missed in (0, 3, 0, 2):
             cutter.refuses = True
@@ -235,12 +235,12 @@ async def test_a_token_is_refreshed_before_it_ends(
         assert not [said for said in ann.said if said["on"] == "disconnect"]
         process.xadd("news", data="1")
         assert (await ann.next("message"))["data"] == 1
-        # Too old a token is no error: the client asks the application for another and comes again.
+        # An expired token is not an error: the client requests a new one and reconnects.
         bob = make(node, process, package=package, older=-100)
         bob.tell("connect")
         await bob.next("refresh")
         await bob.next("connect")
-        # Who never brings a new one is closed, and may come again.
+        # A client without a new token is closed, and may reconnect.
         eve = make(node, process, package=package, options={"refreshAttempts": 0, "retry": 20000})
         await eve.connected()
         assert (await eve.next("disconnect"))["reason"] in ("expired", "refresh failed")

@@ -1,4 +1,4 @@
-"""Centrifugo's clients and other doors' on the same streams, and what each may not read."""
+"""Clients of Centrifugo and other protocols on the same streams, and their rights."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def test_a_publish_reaches_an_event_source(
     await api(relay, method="publish", params={"channel": "both-ways", "data": {"by": "api"}})
     blocks = await sse.take(2)
     assert [block.json() for block in blocks] == [{"by": "ann"}, {"by": "api"}]
-    # One ID everywhere.
+    # The ID is the same in all protocols.
     assert [(await ann.next("message"))["uid"] for _ in blocks] == [block.id for block in blocks]
 
 
@@ -90,7 +90,7 @@ async def test_an_xadd_reaches_centrifuge_js(node: Node, relay: RelayProcess) ->
 
 
 @pytest.mark.parametrize("channel", ["seafile:lib", "pydio:7", "axr:room"])
-async def test_another_doors_workspace_is_closed_without_a_right(
+async def test_a_channel_of_another_protocol_requires_a_right(
     node: Node, relay: RelayProcess, valkey: Server, channel: str
 ) -> None:
     ann = await make(node, relay).connected()
@@ -104,13 +104,13 @@ async def test_another_doors_workspace_is_closed_without_a_right(
     await ann.next("subscribe")
     relay.xadd(channel, data="1")
     assert (await ann.next("message"))["data"] == 1
-    # The right ends at its place in the stream.
+    # The right ends at the position of the revocation.
     await asyncio.to_thread(redis, valkey, "HSET", rights_key(channel), "ann", "-")
     await api(relay, method="publish", params={"channel": "ping", "data": 1})
     await ann.next("unsubscribe")
 
 
-async def test_a_namespace_that_does_not_list_the_door_is_closed_to_its_rule(
+async def test_the_protocols_rule_does_not_apply_if_the_namespace_does_not_list_it(
     node: Node, relay: RelayProcess, valkey: Server
 ) -> None:
     ann = await make(node, relay).connected()

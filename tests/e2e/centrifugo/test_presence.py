@@ -1,4 +1,4 @@
-"""Presence, join and leave of Centrifugo v1: on one worker, on several, and when one dies."""
+"""Presence, join and leave of Centrifugo v1 on one and several workers, and after a kill."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ async def present(client: V1Client, channel: str) -> list[str]:
 
 
 async def seen(client: V1Client, channel: str, wanted: set[str], limit_s: float = 10) -> None:
-    """Other workers are told a moment after the client has its reply."""
+    """Wait for this presence: other workers have it shortly after the client's reply."""
     async with asyncio.timeout(limit_s):
         while set(await present(client, channel)) != wanted:
             await asyncio.sleep(0.05)
 
 
 def clients_of(valkey: Server, pid: int, channel: str) -> set[str]:
-    """Those whose worker is this process."""
+    """Return the clients of this worker process."""
     found: set[str] = set()
     for client, value in redis(valkey, "HGETALL", f"relay:presence:{{{channel}}}").items():
         instance, _, _ = value.partition(b"\n")
@@ -62,7 +62,7 @@ def clients_of(valkey: Server, pid: int, channel: str) -> set[str]:
     return found
 
 
-async def test_who_is_there_is_told_by_client(site: Centrifugo) -> None:
+async def test_presence_is_reported_by_client(site: Centrifugo) -> None:
     anna = await site.client("anna", '{"name": "Anna <3"}')
     bob = await site.client("bob")
     await anna.subscribe("here:room")
@@ -79,7 +79,7 @@ async def test_who_is_there_is_told_by_client(site: Centrifugo) -> None:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("count", [1, 2])
-async def test_presence_that_a_reload_enables_has_those_who_are_subscribed(
+async def test_presence_enabled_by_a_reload_contains_current_subscribers(
     valkey: Server, tmp_path: Path, count: int
 ) -> None:
     path = tmp_path / "late.ini"
@@ -109,7 +109,7 @@ async def test_presence_that_a_reload_enables_has_those_who_are_subscribed(
         await asyncio.to_thread(relay.kill)
 
 
-async def test_joins_and_leaves_are_told_once_and_kept_nowhere(
+async def test_joins_and_leaves_are_sent_once_and_not_stored(
     site: Centrifugo, relay: RelayProcess
 ) -> None:
     anna = await site.client("anna")
@@ -126,12 +126,12 @@ async def test_joins_and_leaves_are_told_once_and_kept_nowhere(
     assert await anna.push("leave") == {"channel": "told:room", "data": who}
     assert anna.pushes == []
     assert redis(relay.server, "XLEN", "relay:stream:{told:room}") == 0
-    # The option for asking is off there.
+    # `presence` is disabled in this namespace.
     reply = await anna.ask("presence", channel="told:room")
     assert (reply["error"], reply["advice"]) == ("not available", "retry")
 
 
-async def test_without_the_option_nobody_is_told(site: Centrifugo) -> None:
+async def test_without_the_option_nothing_is_sent(site: Centrifugo) -> None:
     anna = await site.client("anna")
     bob = await site.client("bob")
     await anna.subscribe("quiet:room")
@@ -141,12 +141,12 @@ async def test_without_the_option_nobody_is_told(site: Centrifugo) -> None:
 
 
 async def gone(client: V1Client, count: int) -> list[str]:
-    """The clients of the next leaves."""
+    """Return the clients of the next leave messages."""
     return [(await client.push("leave", 45))["data"]["client"] for _ in range(count)]
 
 
 @pytest.mark.timeout(90)
-async def test_when_a_worker_is_killed_its_clients_leave_once(valkey: Server) -> None:
+async def test_after_a_kill_of_a_worker_its_clients_leave_once(valkey: Server) -> None:
     relay = RelayProcess(valkey, settings=RULES, flags=["--workers", "2"])
     await asyncio.to_thread(relay.start)
     try:
@@ -163,7 +163,7 @@ async def test_when_a_worker_is_killed_its_clients_leave_once(valkey: Server) ->
             assert left
             os.kill(victim, signal.SIGKILL)
             await until(lambda: {each.id for each in clients if each.closed} == dead)
-            # Its host knows at once; nobody waits for the heartbeat to run out.
+            # Its host detects the death at once, without waiting for the expiry of the heartbeat.
             await seen(left[0], "here:two", {each.id for each in left})
             assert set(await gone(left[0], len(dead))) == dead
             later = await site.client("later")
@@ -179,7 +179,7 @@ async def test_when_a_worker_is_killed_its_clients_leave_once(valkey: Server) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-async def test_when_a_host_dies_its_clients_leave_once(valkey: Server) -> None:
+async def test_after_the_loss_of_a_host_its_clients_leave_once(valkey: Server) -> None:
     hosts = [RelayProcess(valkey, settings=RULES) for _ in range(3)]
     for host in hosts:
         await asyncio.to_thread(host.start)

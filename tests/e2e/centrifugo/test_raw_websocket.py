@@ -1,4 +1,4 @@
-"""The raw websocket byte by byte: sizes, pings, compression, slow and silent clients, the stop."""
+"""The raw websocket: sizes, pings, compression, slow and silent clients, shutdown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.relay import RelayProcess
 from tests.support.valkey import Server
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
-# 20 MB: more than all buffers on the way hold.
+# 20 MB: more than all buffers in between.
 COUNT = 10_000
 SETTINGS = {
     "secret": SECRET,
@@ -43,7 +43,7 @@ def relay(valkey: Server) -> Iterator[RelayProcess]:
 
 
 class Wire:
-    """A websocket whose close frame is seen as it is."""
+    """A websocket that returns the server's close frame."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.socket = socket
@@ -52,7 +52,7 @@ class Wire:
         await self.socket.send_str(text)
 
     async def next(self) -> Any:
-        """The next text as JSON, or the close frame's code and reason."""
+        """Return the next text as JSON, or the close frame's code and reason."""
         message = await self.socket.receive(20)
         if message.type is WSMsgType.CLOSE:
             return message.data, message.extra
@@ -84,28 +84,28 @@ async def wire(relay: RelayProcess, **options: Any) -> AsyncIterator[Wire]:
         yield Wire(socket)
 
 
-async def test_a_plain_request_is_a_bad_one(relay: RelayProcess) -> None:
+async def test_a_plain_request_is_rejected(relay: RelayProcess) -> None:
     url = f"{relay.url}/connection/websocket"
     async with aiohttp.ClientSession() as session, session.get(url) as answer:
         assert (answer.status, await answer.text()) == (400, "Bad Request\n")
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
-async def test_binary_frames_are_read_too(relay: RelayProcess) -> None:
+async def test_binary_frames_are_accepted(relay: RelayProcess) -> None:
     async with wire(relay) as one:
         await one.connect()
         await one.socket.send_bytes(b'{"uid":"7","method":"ping"}')
         assert await one.next() == {"uid": "7", "method": "ping"}
 
 
-async def test_what_is_too_large_closes_with_1009(relay: RelayProcess) -> None:
+async def test_a_too_large_frame_closes_with_1009(relay: RelayProcess) -> None:
     async with wire(relay) as one:
         await one.connect()
         await one.send(json.dumps({"method": "ping", "params": {"data": "x" * 10000}}))
         assert (await one.next())[0] == 1009
 
 
-async def test_bytes_that_are_not_utf8_cost_only_their_client(relay: RelayProcess) -> None:
+async def test_invalid_utf8_closes_only_its_client(relay: RelayProcess) -> None:
     async with wire(relay) as one, wire(relay) as other:
         await one.connect()
         await other.connect()
@@ -114,9 +114,7 @@ async def test_bytes_that_are_not_utf8_cost_only_their_client(relay: RelayProces
         assert (await other.ask("ping"))["method"] == "ping"
 
 
-async def test_what_is_large_is_compressed_for_who_asks_for_it(
-    relay: RelayProcess, channel: str
-) -> None:
+async def test_large_frames_are_compressed_on_request(relay: RelayProcess, channel: str) -> None:
     name = channel.partition(":")[2]
     async with wire(relay, compress=15) as squeezed, wire(relay) as plain:
         assert squeezed.socket.compress
@@ -124,7 +122,7 @@ async def test_what_is_large_is_compressed_for_who_asks_for_it(
         for each in (squeezed, plain):
             await each.connect()
             assert (await each.ask("subscribe", channel=name))["body"]["status"] is True
-        # Its own frames are compressed as well.
+        # The client's frames are compressed as well.
         data = {"text": "hallo " * 200}
         assert (await plain.ask("publish", channel=name, data=data))["body"]["status"] is True
         assert (await squeezed.next())["body"]["data"] == data
@@ -134,7 +132,7 @@ async def test_what_is_large_is_compressed_for_who_asks_for_it(
         assert [each["data"] for each in found["body"]["data"]] == [1, data]
 
 
-async def test_a_flood_of_commands_is_answered_in_order_and_costs_nobody_else(
+async def test_many_commands_are_answered_in_order_without_delaying_others(
     relay: RelayProcess, channel: str
 ) -> None:
     name = channel.partition(":")[2]
@@ -173,7 +171,7 @@ async def _append_all(server: Server, channel: str) -> None:
         await asyncio.to_thread(_append, server, channel, start, 500)
 
 
-async def test_a_slow_client_that_goes_on_reading_gets_everything(
+async def test_a_slow_client_receives_everything(
     relay: RelayProcess, valkey: Server, channel: str
 ) -> None:
     name = channel.partition(":")[2]
@@ -181,7 +179,7 @@ async def test_a_slow_client_that_goes_on_reading_gets_everything(
         await slow.connect()
         await slow.ask("subscribe", channel=name)
         appending = group.create_task(_append_all(valkey, name))
-        # Slower than they come: it falls behind, and is served from the stream.
+        # Read slower than events arrive, so that the client is served from the stream.
         behind = False
         for number in range(COUNT):
             assert (await slow.next())["body"]["data"]["n"] == number
@@ -192,7 +190,7 @@ async def test_a_slow_client_that_goes_on_reading_gets_everything(
         await appending
 
 
-async def test_a_client_that_takes_nothing_is_closed_as_slow(
+async def test_a_client_that_does_not_read_is_closed_as_slow(
     relay: RelayProcess, valkey: Server, channel: str
 ) -> None:
     name = channel.partition(":")[2]
@@ -200,7 +198,7 @@ async def test_a_client_that_takes_nothing_is_closed_as_slow(
         await stuck.connect()
         await stuck.ask("subscribe", channel=name)
         await _append_all(valkey, name)
-        # It is gone without having read; what waits for it ends with the reason.
+        # Relay has closed the connection. The pending data ends with the close reason.
         async with asyncio.timeout(15):
             while await door.metric('relay_connections{door="centrifugo"}') != 0:
                 await asyncio.sleep(0.05)
@@ -213,7 +211,7 @@ async def _talk(silent: Wire) -> None:
             await asyncio.sleep(0.1)
 
 
-async def test_pings_are_answered_by_pongs_alone(valkey: Server) -> None:
+async def test_only_a_pong_answers_a_ping(valkey: Server) -> None:
     settings = [f"secret={SECRET}", "ping_interval=9"]
     process = RelayProcess(valkey, settings=[f"protocol:centrifugo.{each}" for each in settings])
     await asyncio.to_thread(process.start)
@@ -224,9 +222,9 @@ async def test_pings_are_answered_by_pongs_alone(valkey: Server) -> None:
             ping = await silent.socket.receive(20)
             assert (ping.type, ping.data) == (WSMsgType.PING, b"ping")
             async with asyncio.TaskGroup() as group:
-                # aiohttp answers pings while somebody waits for a message.
+                # aiohttp answers pings only while it waits for a message.
                 waiting = group.create_task(answering.next())
-                # It says something all the time and never a pong: cut, without a close frame.
+                # A client that sends data but no pong is closed without a close frame.
                 with pytest.raises(ClientConnectionResetError):
                     await _talk(silent)
                 await answering.send('{"uid":"9","method":"ping"}')
@@ -238,7 +236,7 @@ async def test_pings_are_answered_by_pongs_alone(valkey: Server) -> None:
         process.kill()
 
 
-async def test_the_stop_tells_who_is_connected_and_cuts_who_is_not(valkey: Server) -> None:
+async def test_shutdown_closes_clients_with_and_without_authentication(valkey: Server) -> None:
     process = RelayProcess(valkey, settings=[f"protocol:centrifugo.secret={SECRET}"])
     await asyncio.to_thread(process.start)
     try:

@@ -1,4 +1,4 @@
-"""A first subscription that asks for recovery, to a channel that nothing was ever published to."""
+"""A first subscription with recovery to a channel without any publication."""
 
 from __future__ import annotations
 

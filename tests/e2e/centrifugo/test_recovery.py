@@ -1,5 +1,6 @@
-"""Clients that are cut again and again while messages flow: each message once, in order, and
-`recovered` is never true when something is missing."""
+"""Clients that are cut repeatedly receive each message once and in order.
+
+`recovered` is never true if a message is missing."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from tests.support.relay import RelayProcess
 from tests.support.valkey import Server
 from tests.support.workers import workers
 
-# Seconds of cutting. The full minute: RELAY_CUT_S=60.
+# Seconds during which clients are cut. Set RELAY_CUT_S=60 for a full minute.
 CUT_S = float(os.environ.get("RELAY_CUT_S", "8"))
 pytestmark = [pytest.mark.redis, pytest.mark.slow, pytest.mark.timeout(120 + int(CUT_S) * 2)]
 SECRET = "a secret of the application"
@@ -47,7 +48,7 @@ def relay(valkey: Server) -> Iterator[RelayProcess]:
 
 
 class Follower:
-    """What one client has got of its channel, whose messages are numbered."""
+    """The numbered messages that one client has received from its channel."""
 
     def __init__(self, client: JsClient, channel: str) -> None:
         self.client = client
@@ -68,7 +69,7 @@ class Follower:
                     self.holes.append((self.last, number))
                 self.last = number
             case {"on": "subscribe", "recovered": bool(recovered)}:
-                # centrifuge-js hands the recovered messages over before this.
+                # centrifuge-js delivers the recovered messages before this.
                 self.subscribed += 1
                 if self.subscribed > 1 and not recovered:
                     self.unrecovered += 1
@@ -81,7 +82,7 @@ class Follower:
 
 
 class Producer:
-    """XADD from another process's point of view, numbered within each channel."""
+    """Appends messages with XADD, numbered within each channel."""
 
     def __init__(self, server: Server) -> None:
         self._redis = server.client()
@@ -93,7 +94,7 @@ class Producer:
         pipeline = self._redis.pipeline(transaction=False)
         for channel in random.choices(self.channels, k=count):
             self.numbers[channel] += 1
-            # JSON ignores white space: the size of a message matters, not its content.
+            # Fill with white space, which JSON ignores: only the size matters.
             data = str(self.numbers[channel]).ljust(self.data_bytes)
             pipeline.xadd(stream_key(channel), {"data": data})
         pipeline.execute()
@@ -113,12 +114,12 @@ async def cut_at_random(cutter: Cutter) -> None:
     end = time.monotonic() + CUT_S
     while time.monotonic() < end:
         cutter.cut(random.randrange(1 << 20))
-        # Each client about every four seconds.
+        # Cut each client about every four seconds.
         await asyncio.sleep(random.expovariate(CLIENTS / 4))
 
 
 async def kill_one(relay: RelayProcess) -> None:
-    """One of the workers dies, and with it whatever it knew."""
+    """Kill one of the workers."""
     await asyncio.sleep(CUT_S / 2)
     os.kill(workers(relay)[1], signal.SIGKILL)
 
@@ -126,7 +127,7 @@ async def kill_one(relay: RelayProcess) -> None:
 async def kill_all_in_turn(
     relay: RelayProcess, followers: list[Follower], producer: Producer
 ) -> None:
-    """Each worker dies once, and has been replaced when the next one dies."""
+    """Kill each worker once, after the previous one has been replaced."""
     for number in (1, 2):
         await received(followers, producer)
         killed = workers(relay)[number]
@@ -140,7 +141,7 @@ def replaced(relay: RelayProcess, number: int, pid: int) -> bool:
 
 
 async def received(followers: list[Follower], producer: Producer) -> None:
-    """Every client has received the messages of half a second, which is more than one response."""
+    """Wait until each client has received the messages of half a second, more than a response."""
     goals = {channel: number + PER_S // 2 for channel, number in producer.numbers.items()}
     async with asyncio.timeout(30):
         while any((each.last or 0) < goals[each.channel] for each in followers):
@@ -148,7 +149,7 @@ async def received(followers: list[Follower], producer: Producer) -> None:
 
 
 async def settled(followers: list[Follower], producer: Producer) -> None:
-    """Everybody has the last message of the channel."""
+    """Wait until all clients have received the last message of their channel."""
     async with asyncio.timeout(60):
         while any(each.last != producer.numbers[each.channel] for each in followers):
             await asyncio.sleep(0.05)
@@ -158,7 +159,7 @@ def make(node: Node, cutter: Cutter, transports: list[str], number: int) -> Foll
     path = "/connection" if transports else "/connection/websocket"
     scheme = "http" if transports else "ws"
     url = f"{scheme}://127.0.0.1:{cutter.port}{path}"
-    # The first wait is as long as a user's would be divided by ten.
+    # All waiting times are a tenth of the default ones.
     client = node.client(url, f"u{number}", transports=transports, options={"retry": 100})
     return Follower(client, CHANNELS[number % len(CHANNELS)])
 
@@ -168,7 +169,7 @@ def make(node: Node, cutter: Cutter, transports: list[str], number: int) -> Foll
     [[], ["xhr-streaming"], ["xhr-polling"]],
     ids=["raw", "xhr-streaming", "xhr-polling"],
 )
-async def test_cut_clients_miss_nothing(
+async def test_cut_clients_lose_nothing(
     relay: RelayProcess, valkey: Server, transports: list[str]
 ) -> None:
     producer, ended = Producer(valkey), asyncio.Event()
@@ -193,19 +194,19 @@ async def test_cut_clients_miss_nothing(
         await settled(followers, producer)
         wrong = {each.client.name: each.wrong for each in followers if each.wrong or each.holes}
         assert not wrong
-        # What was missed was always within history.
+        # The missed messages are always within the history.
         assert not [each.client.name for each in followers if each.unrecovered]
-        # Of a polling client many a connection that is cut was idle.
+        # Many cut connections of polling clients were idle.
         assert sum(each.subscribed for each in followers) > CLIENTS + cutter.cuts / 20
         assert cutter.cuts > CUT_S * 5
 
 
 @pytest.mark.parametrize("package", ["centrifuge", "centrifuge-1.4.9"])
 @pytest.mark.parametrize("transport", ["eventsource", "xhr-streaming", "xhr-polling"])
-async def test_clients_of_killed_workers_miss_nothing(
+async def test_clients_of_killed_workers_lose_nothing(
     relay: RelayProcess, valkey: Server, transport: str, package: str
 ) -> None:
-    """Responses reach their limit all the time, many of them on the way through another worker."""
+    """Responses reach their size limit frequently, many of them passed on by another worker."""
     producer, ended = Producer(valkey), asyncio.Event()
     # Each response is full after a third of a second.
     producer.channels, producer.data_bytes = CHANNELS[:1], 800
@@ -217,7 +218,7 @@ async def test_clients_of_killed_workers_miss_nothing(
                     f"u{number}",
                     transports=[transport],
                     package=package,
-                    # A sockjs-client in Node does not see that a response broke off.
+                    # A sockjs-client in Node does not detect an incomplete response.
                     options={"retry": 100, "pingInterval": 3000},
                 ),
                 CHANNELS[0],

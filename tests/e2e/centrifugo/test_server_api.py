@@ -1,4 +1,4 @@
-"""All commands of Centrifugo v1's server API by HTTP, byte for byte; what they do to clients."""
+"""All commands of Centrifugo v1's HTTP API byte for byte, and their effect on clients."""
 
 from __future__ import annotations
 
@@ -105,15 +105,19 @@ async def exact(site: Centrifugo, body: str) -> str:
         ),
     ],
 )
-async def test_each_answer_is_v1s(site: Centrifugo, method: str, params: str, wanted: str) -> None:
+async def test_replies_are_those_of_v1(
+    site: Centrifugo, method: str, params: str, wanted: str
+) -> None:
     command = f'{{"uid":"7","method":"{method}","params":{params}}}'
     assert await exact(site, command) == f'[{{"uid":"7","method":"{method}",{wanted}}}]'
-    # Without params, or with params of a wrong type, the whole request is refused.
+    # Without params, or with params of a wrong type, the whole request is rejected.
     for bad in (f'{{"method":"{method}"}}', f'{{"method":"{method}","params":1}}'):
         assert (await site.request(bad.encode())).status == 400
 
 
-async def test_history_is_newest_first_and_exactly_as_long_as_it_says(site: Centrifugo) -> None:
+async def test_history_is_newest_first_and_has_exactly_history_size_messages(
+    site: Centrifugo,
+) -> None:
     assert (
         await exact(
             site,
@@ -137,7 +141,7 @@ async def test_history_is_newest_first_and_exactly_as_long_as_it_says(site: Cent
     )
 
 
-async def test_what_a_batch_publishes_is_there_for_what_it_asks_after(site: Centrifugo) -> None:
+async def test_later_commands_of_a_batch_see_its_publications(site: Centrifugo) -> None:
     text = await exact(
         site,
         '[{"method":"publish","params":{"channel":"hist:b","data":1}},'
@@ -146,14 +150,14 @@ async def test_what_a_batch_publishes_is_there_for_what_it_asks_after(site: Cent
     )
     replies = json.loads(text)
     assert [each["data"] for each in replies[1]["body"]["data"]] == [1]
-    # What stands before a broken command has been carried out.
+    # Commands before an invalid one have been executed.
     body = b'[{"method":"publish","params":{"channel":"hist:b","data":3}},{"method":"nonsense"}]'
     assert (await site.request(body)).status == 400
     found = (await site.api("history", channel="hist:b"))["body"]["data"]
     assert [each["data"] for each in found] == [3, 2, 1]
 
 
-async def test_history_is_over_a_lifetime_after_the_last_message(site: Centrifugo) -> None:
+async def test_history_expires_a_lifetime_after_the_last_message(site: Centrifugo) -> None:
     async def kept() -> list[Any]:
         found = (await site.api("history", channel="short:x"))["body"]["data"]
         return [each["data"] for each in found]
@@ -163,12 +167,12 @@ async def test_history_is_over_a_lifetime_after_the_last_message(site: Centrifug
     async with asyncio.timeout(5):
         while await kept():
             await asyncio.sleep(0.05)
-    # Every publication renews the time of the whole list, but what is over stays over.
+    # Each publication renews the whole list, but expired messages do not return.
     await site.api("publish", channel="short:x", data=2)
     assert (await kept())[0] == 2
 
 
-async def test_into_an_inactive_channel_nothing_is_kept(
+async def test_publications_to_an_inactive_channel_are_dropped(
     site: Centrifugo, relay: RelayProcess
 ) -> None:
     async def kept(channel: str) -> list[Any]:
@@ -191,10 +195,10 @@ async def test_into_an_inactive_channel_nothing_is_kept(
     assert [(await anna.push("message"))["data"] for _ in range(2)] == [3, 4]
     assert await kept("drop:x") == [4, 3]
     await anna.ask("unsubscribe", channel="drop:x")
-    # There is a history, so it grows.
+    # The channel has a history, so that the message is appended.
     await publish("drop:x", 5)
     assert await kept("drop:x") == [5, 4, 3]
-    # There is none, but somebody has only just left.
+    # There is no history, but a client has left recently.
     await anna.subscribe("drop:y")
     await anna.stop()
     async with asyncio.timeout(5):
@@ -211,7 +215,7 @@ async def test_a_user_is_unsubscribed_and_disconnected(site: Centrifugo) -> None
     await anna.subscribe("bare:y")
     reply = await site.api("unsubscribe", user="anna", channel="bare:x")
     assert reply == {"method": "unsubscribe", "error": None, "body": None}
-    # Whether subscribed or not.
+    # With and without a subscription.
     for each in (anna, tablet):
         assert await each.push("unsubscribe") == {"channel": "bare:x", "status": True}
     await site.api("publish", channel="bare:x", data=1)
@@ -230,7 +234,7 @@ async def test_a_user_is_unsubscribed_and_disconnected(site: Centrifugo) -> None
     assert bob.closed is None
 
 
-async def test_channels_are_those_with_subscribers_of_this_door(
+async def test_channels_are_those_with_subscribers_of_this_protocol(
     site: Centrifugo, relay: RelayProcess
 ) -> None:
     anna = await site.client("anna")
@@ -243,7 +247,7 @@ async def test_channels_are_those_with_subscribers_of_this_door(
     async with asyncio.timeout(5):
         while "plain" in (await site.api("channels"))["body"]["data"]:
             await asyncio.sleep(0.01)
-    # No params are needed.
+    # Params are not required.
     assert (await exact(site, '{"method":"channels"}')).startswith('[{"method":"channels","error"')
 
 
@@ -259,7 +263,7 @@ async def test_commands_act_on_all_workers_and_hosts(valkey: Server) -> None:
             for each in clients:
                 await each.subscribe("here:all")
             for host in hosts:
-                # The other host is told a moment after the client has its reply.
+                # The other host receives it shortly after the reply to the client.
                 async with asyncio.timeout(10):
                     while True:
                         reply = await site.api("presence", url=host.url, channel="here:all")
@@ -303,7 +307,7 @@ async def test_the_queue_unsubscribes_and_disconnects_too(valkey: Server) -> Non
         relay.kill()
 
 
-async def test_its_own_port_and_no_signature_where_the_settings_say_so(valkey: Server) -> None:
+async def test_a_separate_port_and_requests_without_a_signature(valkey: Server) -> None:
     port = free_port()
     more = [f"protocol:centrifugo.{each}" for each in ("insecure_api=true", f"api_port={port}")]
     relay = RelayProcess(
@@ -335,7 +339,7 @@ async def test_its_own_port_and_no_signature_where_the_settings_say_so(valkey: S
 
 
 @pytest.mark.timeout(60)
-async def test_stats_tell_of_every_node_and_change_once_an_interval(valkey: Server) -> None:
+async def test_stats_describe_all_nodes_and_change_once_per_interval(valkey: Server) -> None:
     intervals = ["node_ping_interval=0.2", "node_metrics_interval=1"]
     settings = [*RULES, *(f"protocol:centrifugo.{each}" for each in intervals)]
     hosts = [
@@ -351,7 +355,7 @@ async def test_stats_tell_of_every_node_and_change_once_an_interval(valkey: Serv
                 body = (await site.api("stats", url=hosts[1].url))["body"]["data"]
                 assert list(body) == ["nodes", "metrics_interval"]
                 assert body["metrics_interval"] == 1
-                # Those that other tests have killed are there for some seconds more.
+                # Workers that other tests have killed are listed for some seconds.
                 return [each for each in body["nodes"] if port_of(each) in ports]
 
             def port_of(node: Any) -> str:
@@ -399,7 +403,7 @@ async def test_stats_tell_of_every_node_and_change_once_an_interval(valkey: Serv
 
             seen: set[tuple[int, int]] = set()
             async with asyncio.timeout(10):
-                # What happened is in one snapshot, or two where it took longer, and then in none.
+                # An event is counted in one snapshot, or in two if it took longer.
                 while (found := await of_an_interval())["client_num_subscribe"] or not seen:
                     if found["client_num_subscribe"]:
                         seen.add((found["client_num_subscribe"], found["client_api_15_count"]))
@@ -407,7 +411,7 @@ async def test_stats_tell_of_every_node_and_change_once_an_interval(valkey: Serv
             assert sum(subscribed for subscribed, _ in seen) == 4
             assert found["client_api_15_count"] == 8
             assert found["client_api_1_count"] == 0
-            # `node` does not forget.
+            # `node` counts since the start.
             raw = (await site.api("node", url=hosts[1].url))["body"]["data"]["metrics"]
             assert raw["client_num_subscribe"] == 4
 

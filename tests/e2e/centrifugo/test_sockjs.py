@@ -1,4 +1,4 @@
-"""What SockJS adds to the protocol: sizes, close frames, addresses."""
+"""Parts of the protocol that belong to SockJS: sizes, close frames, URLs."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ async def test_a_fatal_error_is_a_close_frame_that_is_repeated(polls: Polls) -> 
     assert await polls.poll() == wanted
 
 
-async def test_a_frame_that_is_too_large(polls: Polls) -> None:
+async def test_a_too_large_frame(polls: Polls) -> None:
     assert await polls.send(connect()) == 204
     assert (await polls.poll())[0] == "a"
-    # Escaped and together the body may be larger than one frame.
+    # The body contains several escaped frames, so that it may be larger than one frame.
     assert await polls.send(*['{"method":"ping","params":{"data":"%s"}}' % ("x" * 900)] * 3) == 204
     assert await polls.send('{"method":"ping","params":{"data":"%s"}}' % ("x" * 1000)) == 204
     frames = ""
@@ -83,12 +83,12 @@ async def test_a_frame_that_is_too_large(polls: Polls) -> None:
     assert frame == r'c[3000,"{\"reason\":\"limit exceeded\",\"reconnect\":false}"]'
 
 
-async def test_a_body_that_is_far_too_large(polls: Polls) -> None:
+async def test_a_too_large_body(polls: Polls) -> None:
     await polls.send("x" * 100_000)
     assert "limit exceeded" in await polls.poll()
 
 
-async def test_the_addresses_around_it(relay: RelayProcess) -> None:
+async def test_the_other_urls_of_sockjs(relay: RelayProcess) -> None:
     async with aiohttp.ClientSession() as session:
         for path, status, text in [
             ("/connection/", 200, "Welcome to SockJS!\n"),

@@ -1,4 +1,4 @@
-"""Four workers and no sticky proxy: a polling client's requests reach any of them."""
+"""Four workers without a sticky proxy: requests of a polling client reach any of them."""
 
 from __future__ import annotations
 

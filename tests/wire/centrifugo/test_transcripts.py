@@ -1,4 +1,4 @@
-"""What v1.8.0's clients send and are answered, line by line; see `Transcript` for the signs."""
+"""Transcripts of v1.8.0's clients. `Transcript` describes their format."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ ALL = [each for path in sorted(FOLDER.glob("*.txt")) for each in transcripts(pat
 
 
 @pytest.mark.parametrize("transcript", ALL, ids=lambda transcript: transcript.name)
-async def test_the_door_answers_as_v1(transcript: Transcript) -> None:
+async def test_replies_are_those_of_v1(transcript: Transcript) -> None:
     await transcript.replay()

@@ -1,4 +1,4 @@
-"""Fixtures for the door's tests without sockets."""
+"""Fixtures for tests of the protocol without sockets."""
 
 from __future__ import annotations
 

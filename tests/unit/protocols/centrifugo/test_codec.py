@@ -17,7 +17,7 @@ from relay.protocols.centrifugo import codec
         (b'{"user":"u","default_info":null}', b'{"user":"u","client":""}'),
     ],
 )
-def test_info_has_v1s_form_or_is_none(info: bytes, wanted: bytes | None) -> None:
+def test_info_has_the_format_of_v1_or_is_dropped(info: bytes, wanted: bytes | None) -> None:
     if wanted is None:
         wanted = b'{"user":"u","client":"","default_info":{"a":1}}'
     assert codec.client_info(info) == (wanted or None)

@@ -38,26 +38,26 @@ def test_data_keeps_its_bytes(data: str) -> None:
     text = '{"method":"publish","params":{"channel":"news","data":%s}}'
     wanted = PublishParams(commands.checked_channel("news"), data.encode())
     assert published(text % data) == wanted
-    # The short way leaves numbers that are no float to the long one.
+    # The fast path does not parse numbers that are not floats.
     assert commands.plain_publish((text % data).encode()) in (wanted, None)
     assert published(text % f" {data}\n ") == wanted
     assert commands.plain_publish((text % f" {data}\n").encode()) in (wanted, None)
 
 
 def test_names_match_as_go_matches_them() -> None:
-    # U+017F is what Go's field matching takes for an s, too.
+    # Go matches U+017F with s.
     text = '{"METHOD":"publish","Param\u017f":{"CHANNEL":"a","x":[1],"data":1,"Data":2,"uid":"u"}}'
     assert published(text) == ("a", b"2", None, "u", None, None)
 
 
-def test_null_leaves_a_string_as_it_was() -> None:
+def test_null_does_not_change_a_string() -> None:
     params = '{"channel":"a","data":null,"client":null,"to":null,"type":null}'
     text = f'{{"method":"publish","method":null,"uid":null,"params":{params}}}'
     assert commands.one(text.encode()).uid == ""
     assert published(text) == ("a", b"null", None, None, None, None)
 
 
-def test_half_a_surrogate_pair_is_what_go_reads() -> None:
+def test_half_a_surrogate_pair_is_replaced_as_in_go() -> None:
     assert published('{"method":"publish","params":{"channel":"\\ud800x","data":1}}')[0] == "�x"
 
 
@@ -82,13 +82,13 @@ def test_half_a_surrogate_pair_is_what_go_reads() -> None:
         ('{"channel":"a","data":1,"to":"[1]"}', "to is not a list of names"),
     ],
 )
-def test_what_cannot_be_published_has_a_reason(params: str | None, reason: str) -> None:
+def test_rejects_a_publish_with_the_reason(params: str | None, reason: str) -> None:
     with pytest.raises(InvalidCommand, match=f"^{reason}$"):
         commands.publish(params)
 
 
 @pytest.mark.parametrize("name", ["seafile:1", "pydio:x", "axr:r", "$axr:r"])
-def test_channels_of_other_doors_are_refused(name: str) -> None:
+def test_rejects_channels_of_other_protocols(name: str) -> None:
     with pytest.raises(NamespaceNotFound):
         commands.checked_channel(name)
     text = b'{"method":"publish","params":{"channel":"%s","data":1}}' % name.encode()
@@ -97,7 +97,7 @@ def test_channels_of_other_doors_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "x" * 256, "\ud800"])
-def test_a_name_that_no_workspace_can_have_is_refused(name: str) -> None:
+def test_rejects_invalid_channel_names(name: str) -> None:
     with pytest.raises(UndeliverableEvent):
         commands.checked_channel(name)
 
@@ -122,14 +122,14 @@ def test_a_name_that_no_workspace_can_have_is_refused(name: str) -> None:
         b"{}\x0c",
     ],
 )
-def test_what_is_not_json_is_invalid(text: bytes) -> None:
+def test_rejects_text_that_is_not_json(text: bytes) -> None:
     for read in (commands.one, commands.many, commands.queued):
         with pytest.raises(InvalidCommand):
             read(text)
     assert commands.plain_publish(text) is None
 
 
-def test_an_array_is_taken_apart() -> None:
+def test_parses_an_array_of_commands() -> None:
     text = b'[ {"method":"a"} ,{"uid":"2","params":[ 1 ]}, null,{}]'
     assert commands.many(text) == [
         CentrifugoCommand("a", None, ""),
@@ -143,7 +143,7 @@ def test_an_array_is_taken_apart() -> None:
             commands.many(wrong)
 
 
-def test_the_queue_knows_the_form_of_before_1_6_too() -> None:
+def test_parses_the_queue_format_of_before_1_6() -> None:
     assert commands.queued(b' {"data":[{"method":"a"},{"method":"b"}]} ') == [
         CentrifugoCommand("a", None, ""),
         CentrifugoCommand("b", None, ""),
@@ -153,7 +153,7 @@ def test_the_queue_knows_the_form_of_before_1_6_too() -> None:
         commands.queued(b'[{"method":"a"}]')
 
 
-def test_a_broadcast_names_its_channels() -> None:
+def test_parses_a_broadcast() -> None:
     found = commands.broadcast('{"Channels":["a",null,"b"],"data":{"x": 1},"client":"c"}')
     assert found == (["a", "", "b"], b'{"x": 1}', "c", None, None)
     assert commands.broadcast('{"channels":null}') == ([], b"", None, None, None)
@@ -173,20 +173,20 @@ def test_a_broadcast_names_its_channels() -> None:
         ('["\\ud800"]', ("user:\ufffd",)),
     ],
 )
-def test_recipients_are_named_as_in_an_entry(to: str, names: tuple[str, ...]) -> None:
+def test_recipients_have_the_format_of_entries(to: str, names: tuple[str, ...]) -> None:
     params = f'{{"channel":"a","data":1,"TO":{to},"type":"chat"}}'
     text = f'{{"method":"publish","params":{params}}}'
     assert published(text) == ("a", b"1", None, None, "chat", names)
     assert commands.plain_publish(text.encode()) is None
 
 
-def test_a_plain_publish_is_only_what_it_seems() -> None:
+def test_the_fast_path_has_the_same_result() -> None:
     text = '{"method":"publish","params":{"channel":"a","data":1,"client":"c"}}'
     assert commands.plain_publish(text.encode()) is None
     assert published(text) == ("a", b"1", "c", None, None, None)
 
 
-def test_a_boolean_is_one_or_is_not_given() -> None:
+def test_a_boolean_is_true_false_or_missing() -> None:
     assert commands.fields('{"Recover":true}', bools=("recover",)) == {"recover": True}
     assert commands.fields('{"recover":null}', bools=("recover",)) == {}
     with pytest.raises(InvalidCommand, match="recover is not a boolean"):

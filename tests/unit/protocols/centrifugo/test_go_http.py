@@ -1,4 +1,4 @@
-"""Forms as Go reads them, in short steps whatever their size."""
+"""Forms are parsed as in Go, in short steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read(body: bytes) -> dict[str, bytearray]:
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=5), st.binary(min_size=1), max_size=5))
-def test_forms_are_read_as_they_were_written(fields: dict[str, bytes]) -> None:
+def test_parses_forms(fields: dict[str, bytes]) -> None:
     expected = {name.encode().decode("latin-1"): value for name, value in fields.items()}
     assert read(urlencode(fields).encode()) == expected
 
@@ -38,12 +38,12 @@ def test_forms_are_read_as_they_were_written(fields: dict[str, bytes]) -> None:
         b"a=\xff\r\n_ \t ",
     ],
 )
-def test_odd_forms_are_read_as_urllib_does(body: bytes) -> None:
+def test_parses_unusual_forms_like_urllib(body: bytes) -> None:
     found = parse_qs(body.decode("latin-1"), encoding="latin-1")
     assert read(body) == {name: values[0].encode("latin-1") for name, values in found.items()}
 
 
-def test_an_escape_may_stand_anywhere_in_a_large_form() -> None:
+def test_parses_an_escape_at_any_position_of_a_large_form() -> None:
     for offset in range(4):
         value = b"x" * offset + b"%&=+" * 60_000
         assert read(b"data=" + quote_plus(value).encode()) == {"data": value}
@@ -59,7 +59,7 @@ def _parts() -> Coroutine[Any, Any, dict[str, bytearray]]:
 
 
 @pytest.mark.parametrize("form", [_url, _parts])
-def test_a_large_form_does_not_hold_the_loop(
+def test_a_large_form_does_not_block_the_loop(
     form: Callable[[], Coroutine[Any, Any, dict[str, bytearray]]],
 ) -> None:
     async def main() -> float:

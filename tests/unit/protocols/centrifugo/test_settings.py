@@ -6,7 +6,7 @@ from pydantic import SecretStr, ValidationError
 from relay.protocols.centrifugo.settings import CentrifugoNamespace, CentrifugoSettings
 
 
-def test_a_namespace_takes_nothing_from_the_top() -> None:
+def test_a_namespace_inherits_nothing() -> None:
     chat = CentrifugoNamespace(publish=True)
     settings = CentrifugoSettings(anonymous=True, history_size=5, namespaces={"chat": chat})
     assert settings.namespace("") is settings
@@ -19,13 +19,13 @@ def test_a_namespace_takes_nothing_from_the_top() -> None:
 @pytest.mark.parametrize(
     "name", ["a", "", "a b", "a:b", "ä" * 3, "aa\n", "seafile", "pydio", "axr"]
 )
-def test_bad_and_reserved_names_are_refused(name: str) -> None:
+def test_rejects_invalid_and_reserved_names(name: str) -> None:
     with pytest.raises(ValidationError):
         CentrifugoSettings(namespaces={name: CentrifugoNamespace()})
 
 
 @pytest.mark.parametrize("name", ["aa", "-_", "Public9", "SEAFILE"])
-def test_good_names_are_taken(name: str) -> None:
+def test_accepts_valid_names(name: str) -> None:
     assert CentrifugoSettings(namespaces={name: CentrifugoNamespace()}).namespace(name)
 
 
@@ -36,7 +36,7 @@ def test_history_needs_size_and_lifetime(size: int, lifetime: int, kept: bool) -
     assert CentrifugoNamespace(history_size=size, history_lifetime=lifetime).has_history is kept
 
 
-def test_the_door_opens_with_a_secret_or_by_an_insecure_mode_alone() -> None:
+def test_served_only_with_a_secret_or_an_insecure_mode() -> None:
     secret = SecretStr("s")
     assert not CentrifugoSettings().is_open
     assert not CentrifugoSettings(insecure_admin=True, admin=True).is_open
@@ -47,6 +47,6 @@ def test_the_door_opens_with_a_secret_or_by_an_insecure_mode_alone() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["/a?b", "a", "/a b", "//", "/{a}"])
-def test_a_prefix_that_is_no_path_is_refused(prefix: str) -> None:
+def test_rejects_a_prefix_that_is_not_a_path(prefix: str) -> None:
     with pytest.raises(ValidationError):
         CentrifugoSettings(http_prefix=prefix)

@@ -1,10 +1,10 @@
-"""administrators/stats.py: v1's names, and the arithmetic of its histograms."""
+"""v1's names of metrics, and the calculation of its histograms."""
 
 from __future__ import annotations
 
 from relay.protocols.centrifugo.stats import COUNTERS, GAUGES, DurationHistogram, Stats
 
-# As documents/centrifugo-v1/server/stats.md shows them, and five that it does not show.
+# The names in Centrifugo's documentation (server/stats.md), and five that it does not contain.
 DOCUMENTED = """
 client_api_num_requests client_bytes_in client_bytes_out client_num_connect
 client_num_msg_published client_num_msg_queued client_num_msg_sent client_num_subscribe
@@ -24,7 +24,7 @@ HISTOGRAM = ("count", *(f"microseconds_{each}" for each in ("max", "mean", "min"
 QUANTILES = tuple(f"microseconds_{each}%ile" for each in ("50", "90", "99", "99.99"))
 
 
-def test_every_name_is_there() -> None:
+def test_all_metrics_exist() -> None:
     names = [*COUNTERS, *GAUGES, *Stats().durations()]
     histograms = [
         f"{api}_{windows}_{what}"
@@ -45,7 +45,7 @@ def test_durations_over_one_interval_and_over_fifteen() -> None:
     durations.record(0.123456)
     found = durations.values()
     one = {name: found[f"http_api_1_{name}"] for name in (*HISTOGRAM, *QUANTILES)}
-    # Three digits are kept.
+    # Three digits are significant.
     assert one == {"count": 1} | dict.fromkeys((*HISTOGRAM[1:], *QUANTILES), 123000)
     fifteen = {name: found[f"http_api_15_{name}"] for name in (*HISTOGRAM, *QUANTILES)}
     assert fifteen == {

@@ -1,4 +1,4 @@
-"""What v1.8.0's backends and administrators send and are answered, line by line."""
+"""Transcripts of v1.8.0's backends and administrators."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ ALL = [
 
 
 @pytest.mark.parametrize("transcript", ALL, ids=lambda transcript: transcript.name)
-async def test_the_door_answers_as_v1(transcript: Transcript) -> None:
+async def test_replies_are_those_of_v1(transcript: Transcript) -> None:
     await transcript.replay()

@@ -1,4 +1,4 @@
-"""What transcripts cannot show: what happens while something else is under way."""
+"""Concurrent steps of a connection, which transcripts cannot contain."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def bench() -> Bench:
 
 
 def say(connection: CentrifugoConnection, *commands: tuple[str, dict[str, object]]) -> None:
-    """One frame."""
+    """Send one frame."""
     found = [
         {"uid": str(number), "method": method, "params": params}
         for number, (method, params) in enumerate(commands)
@@ -60,14 +60,14 @@ async def connected(
     return connection, socket
 
 
-async def test_nothing_comes_before_the_reply_of_its_batch(bench: Bench) -> None:
+async def test_no_push_precedes_the_reply_to_its_batch(bench: Bench) -> None:
     streams = bench.context.streams
     append(bench, "a", "1")
     connection, socket = await connected(bench)
     other, _ = await connected(bench, "B")
     say(other, ("subscribe", {"channel": "a"}))
     await bench.settle()
-    # The one stands at once, the other's stream does not answer yet.
+    # The first subscription begins at once. The other stream has not been read yet.
     held = bench.context.history
 
     async def late(channel: Channel, count: int) -> Any:
@@ -96,7 +96,7 @@ async def test_nothing_comes_before_the_reply_of_its_batch(bench: Bench) -> None
     assert streams.followed
 
 
-async def test_what_arrives_between_snapshot_and_subscription_comes_once(bench: Bench) -> None:
+async def test_events_between_snapshot_and_subscription_are_sent_once(bench: Bench) -> None:
     append(bench, "a", "1")
     append(bench, "a", "2")
     other, _ = await connected(bench, "B")
@@ -107,7 +107,7 @@ async def test_what_arrives_between_snapshot_and_subscription_comes_once(bench: 
     streams.frozen = True
     say(connection, ("subscribe", {"channel": "a", "recover": True, "last": "0-0"}))
     await bench.settle()
-    # The snapshot was taken; the subscription waits.
+    # The snapshot has been read, and the subscription is pending.
     append(bench, "a", "3")
     streams.frozen = False
     streams.answer()
@@ -119,7 +119,7 @@ async def test_what_arrives_between_snapshot_and_subscription_comes_once(bench: 
     assert reply["body"]["recovered"] is True
 
 
-async def test_reading_waits_for_commands_to_be_carried_out(bench: Bench) -> None:
+async def test_reading_pauses_while_commands_wait(bench: Bench) -> None:
     reading: list[str] = []
 
     class Control:
@@ -142,7 +142,7 @@ async def test_reading_waits_for_commands_to_be_carried_out(bench: Bench) -> Non
     assert reading == ["paused", "resumed"]
 
 
-async def test_who_cannot_be_stopped_is_closed(bench: Bench) -> None:
+async def test_a_transport_that_cannot_pause_is_closed(bench: Bench) -> None:
     connection, socket = await connected(bench)
     socket.full = True
     frame = b"[" + b",".join([b'{"method":"ping"}'] * 3000) + b"]"
@@ -153,7 +153,7 @@ async def test_who_cannot_be_stopped_is_closed(bench: Bench) -> None:
     assert heard(socket) == ['x 3000 {"reason":"limit exceeded","reconnect":false}']
 
 
-async def test_many_commands_are_carried_out_in_several_turns_and_in_order(bench: Bench) -> None:
+async def test_many_commands_are_executed_in_several_turns_in_order(bench: Bench) -> None:
     connection, socket = await connected(bench)
     pings = [b'{"uid":"%d","method":"ping"}' % number for number in range(2000)]
     turns = 0
@@ -166,7 +166,7 @@ async def test_many_commands_are_carried_out_in_several_turns_and_in_order(bench
 
     loop = asyncio.get_running_loop()
     connection.on_frame(b"[" + b",".join(pings) + b"]")
-    # A frame behind it waits, and what is not understood as a whole closes the connection.
+    # A later frame waits. An invalid frame closes the connection.
     connection.on_frame(b'{"uid":"last","method":"ping"}')
     connection.on_frame(b"[" + b",".join([*pings, b"7"]) + b"]")
     count()
@@ -179,7 +179,7 @@ async def test_many_commands_are_carried_out_in_several_turns_and_in_order(bench
     assert turns > 20
 
 
-async def test_slow_is_who_takes_nothing(bench: Bench) -> None:
+async def test_only_a_client_that_does_not_read_is_closed_as_slow(bench: Bench) -> None:
     connection, socket = await connected(bench)
     socket.full, socket.waiting = True, 1000
     connection.on_full()
@@ -191,7 +191,7 @@ async def test_slow_is_who_takes_nothing(bench: Bench) -> None:
     assert heard(socket) == ['x 3000 {"reason":"slow","reconnect":false}']
 
 
-async def test_a_write_may_have_a_shorter_time(bench: Bench) -> None:
+async def test_a_shorter_write_timeout(bench: Bench) -> None:
     settings = CentrifugoSettings.model_validate(RULES | {"client_message_write_timeout": 2})
     bench = Bench(settings)
     connection, socket = await connected(bench)
@@ -203,7 +203,7 @@ async def test_a_write_may_have_a_shorter_time(bench: Bench) -> None:
     assert heard(socket) == ['x 3000 {"reason":"error sending message","reconnect":true}']
 
 
-async def test_redis_away_while_recovering(bench: Bench) -> None:
+async def test_redis_is_unreachable_during_recovery(bench: Bench) -> None:
     connection, socket = await connected(bench)
 
     async def away(channel: Channel, count: int) -> Any:
@@ -215,7 +215,7 @@ async def test_redis_away_while_recovering(bench: Bench) -> None:
     assert heard(socket) == ['x 3000 {"reason":"internal server error","reconnect":true}']
 
 
-async def test_redis_away_while_asking_or_publishing(bench: Bench) -> None:
+async def test_redis_is_unreachable_during_queries_and_publishing(bench: Bench) -> None:
     connection, socket = await connected(bench)
     say(connection, ("subscribe", {"channel": "a"}))
     await bench.settle()
@@ -238,7 +238,7 @@ async def test_redis_away_while_asking_or_publishing(bench: Bench) -> None:
     ]
 
 
-async def test_a_client_that_goes_while_it_is_admitted_leaves_nothing(bench: Bench) -> None:
+async def test_a_client_that_disconnects_during_admission_leaves_no_state(bench: Bench) -> None:
     connection = bench.connection("A")
     say(connection, ("connect", {"user": "ann"}))
     connection.on_closed()
@@ -252,7 +252,7 @@ async def test_a_client_that_goes_while_it_is_admitted_leaves_nothing(bench: Ben
     assert not bench.context.streams.followed
 
 
-async def test_after_a_failover_nobody_is_promised_to_have_everything(bench: Bench) -> None:
+async def test_after_a_failover_no_client_has_recovered(bench: Bench) -> None:
     append(bench, "a", "1")
     connection, socket = await connected(bench)
     say(connection, ("subscribe", {"channel": "a"}))
@@ -262,13 +262,13 @@ async def test_after_a_failover_nobody_is_promised_to_have_everything(bench: Ben
     await bench.settle()
     reason = '{"reason":"insufficient state","reconnect":true}'
     assert heard(socket) == [f"x 3000 {reason}"]
-    # Its own entry is still there, and nothing was appended; yet something may be gone.
+    # The client's entry exists and nothing was appended, but entries may be lost.
     again, socket = await connected(bench, "B")
     say(again, ("subscribe", {"channel": "a", "recover": True, "last": last}))
     await bench.settle()
     body = heard(socket)[0]["body"]
     assert (body["recovered"], [each["data"] for each in body["messages"]]) == (False, [1])
-    # Who has been told, and what came since, is as ever.
+    # Clients that were notified, and later events, are not affected.
     append(bench, "a", "2")
     await bench.settle()
     last = heard(socket)[0]["body"]["uid"]

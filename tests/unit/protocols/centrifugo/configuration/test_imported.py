@@ -20,7 +20,7 @@ from relay.protocols.centrifugo.configuration.options import (
 from relay.protocols.centrifugo.settings import CentrifugoNamespace, CentrifugoSettings
 from tests.support.centrifugo_config import IMPORT, Write, configured, door, error, translate
 
-# The documents' own example (server/configuration.md), in the three formats.
+# The documented example (server/configuration.md) in the three formats.
 DOCUMENTED = {
     "json": """{
   "secret": "secret",
@@ -59,7 +59,7 @@ namespaces:
 EVERYWHERE = "0.0.0.0"  # noqa: S104  # compared with, not bound
 
 
-def test_the_door_has_it_and_the_command_line_finds_it() -> None:
+def test_the_command_line_finds_the_import() -> None:
     found: list[ConfigurationImport] = [
         each for each in find_imports() if each.command == "centrifugo"
     ]
@@ -89,7 +89,7 @@ def test_the_documented_file_in_every_format(write: Write, suffix: str) -> None:
     assert not settings.publish
 
 
-def test_without_anything_the_defaults_are_centrifugo_s(tmp_path: Path) -> None:
+def test_the_defaults_are_those_of_centrifugo(tmp_path: Path) -> None:
     translation = translate(tmp_path / "config.json")
     assert translation.missing.endswith("config.json: file not found")
     assert not translation.notes
@@ -101,7 +101,7 @@ def test_without_anything_the_defaults_are_centrifugo_s(tmp_path: Path) -> None:
     assert config.node == NodeSettings()
 
 
-def test_exactly_the_documented_flags_are_there() -> None:
+def test_the_flags_are_those_of_centrifugo() -> None:
     flags = [
         "address",
         "admin",
@@ -139,8 +139,8 @@ def test_exactly_the_documented_flags_are_there() -> None:
     assert short == dict([*letters, ("w", "web")])
 
 
-def test_every_option_of_its_own_reaches_its_setting(write: Write) -> None:
-    """Each with a value that is not the default, so that none goes nowhere."""
+def test_each_mapped_option_changes_its_setting(write: Write) -> None:
+    """Each option has a value that is not the default."""
     values: dict[str, object] = {}
     own = {
         name: option.to[0].rpartition(".")[2]
@@ -165,7 +165,7 @@ def test_every_option_of_its_own_reaches_its_setting(write: Write) -> None:
         assert (got.get_secret_value() if hasattr(got, "get_secret_value") else got) == value, key
 
 
-def test_other_options_reach_theirs(write: Write) -> None:
+def test_computed_options_change_their_settings(write: Write) -> None:
     text = """{"secret": "s", "name": "n1", "pid_file": "/run/p", "log_file": "/log",
         "log_level": "CRITICAL", "http_prefix": "centrifugo/", "web": true, "ssl": true,
         "ssl_cert": "/c", "ssl_key": "/k", "admin_port": "9"}"""
@@ -194,7 +194,9 @@ def test_other_options_reach_theirs(write: Write) -> None:
         ),
     ],
 )
-def test_the_redis_engine_s_address(write: Write, options: str, url: str, password: str) -> None:
+def test_the_address_of_the_redis_engine(
+    write: Write, options: str, url: str, password: str
+) -> None:
     more = f", {options}" if options else ""
     translation = translate(write(f'{{"secret": "s", "engine": "redis"{more}}}'))
     redis = configured(translation).redis
@@ -203,7 +205,7 @@ def test_the_redis_engine_s_address(write: Write, options: str, url: str, passwo
     assert configured(memory).redis.url == "embedded"
 
 
-def test_the_redis_engine_s_other_options(write: Write) -> None:
+def test_the_other_options_of_the_redis_engine(write: Write) -> None:
     text = """{"secret": "s", "engine": "redis", "redis_api": true, "redis_api_num_shards": 5,
         "redis_prefix": "app", "redis_connect_timeout": 3, "redis_read_timeout": 0}"""
     settings = {(each.section, each.key): each.text for each in translate(write(text)).settings}
@@ -215,7 +217,7 @@ def test_the_redis_engine_s_other_options(write: Write) -> None:
     assert ("redis", "command_timeout_s") not in settings
 
 
-def test_streams_keep_what_history_may_ask_for_and_little_else(write: Write) -> None:
+def test_retention_is_the_history_but_at_least_an_hour(write: Write) -> None:
     text = """{"secret": "s", "history_size": 5, "history_lifetime": 10, "namespaces": [
         {"name": "big", "history_size": 50000, "history_lifetime": 1},
         {"name": "old", "history_size": 1, "history_lifetime": 864000}, {"name": "none"}]}"""
@@ -229,7 +231,7 @@ def test_streams_keep_what_history_may_ask_for_and_little_else(write: Write) -> 
     }.items():
         rules = config.namespace(Channel(channel))
         assert (rules.retention_count, rules.retention_age_s) == kept, channel
-        # Centrifugo appends each message, whatever its uid.
+        # Centrifugo does not deduplicate messages by uid.
         assert not rules.unique_uids
     slash = text.replace("{", '{"namespace_channel_boundary": "/", ', 1)
     rules = configured(translate(write(slash))).namespace(Channel("big/x"))
@@ -271,12 +273,12 @@ def test_streams_keep_what_history_may_ask_for_and_little_else(write: Write) -> 
         ('{"max_channel_length": 1000}', "max_channel_length = 1000: a whole number from 1 to 255"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_stops_the_start(write: Write, text: str, line: str) -> None:
+def test_an_error_is_one_line(write: Write, text: str, line: str) -> None:
     assert line in error(write, text)
 
 
 @pytest.mark.parametrize("suffix", ["json", "toml", "yaml", "yml"])
-def test_the_smallest_file_opens_the_door_with_a_new_secret(write: Write, suffix: str) -> None:
+def test_the_example_file_has_a_new_secret(write: Write, suffix: str) -> None:
     found = set()
     for _ in range(2):
         text = IMPORT.example(Path(f"c.{suffix}"))
@@ -287,7 +289,7 @@ def test_the_smallest_file_opens_the_door_with_a_new_secret(write: Write, suffix
         IMPORT.example(Path("c.ini"))
 
 
-def test_as_an_ini_file_it_says_the_same(write: Write, tmp_path: Path) -> None:
+def test_the_ini_file_has_the_same_settings(write: Write, tmp_path: Path) -> None:
     text = """{"secret": "a%b;#c", "engine": "redis", "redis_password": "x", "recover": true,
         "history_size": 20000, "history_lifetime": 7, "namespaces": [{"name": "aa"}, {"name":
         "b-b", "publish": true, "history_size": 2, "history_lifetime": 9999}], "web": true}"""
@@ -298,6 +300,6 @@ def test_as_an_ini_file_it_says_the_same(write: Write, tmp_path: Path) -> None:
     assert kept == configured(translation)
 
 
-def test_channel_options_have_the_same_kinds_as_the_top_s() -> None:
+def test_channel_options_have_the_same_type_in_namespaces() -> None:
     assert {name: OPTIONS[name].kind for name in CHANNEL_OPTIONS} == CHANNEL_OPTIONS
     assert set(CHANNEL_OPTIONS) == set(CentrifugoNamespace.model_fields)

@@ -8,7 +8,7 @@ from tests.support.centrifugo_config import Write, door, error, translate
 NO_OPTION = "unknown option of Centrifugo v1.8.0, ignored"
 
 
-def test_a_flag_wins_over_a_variable_that_over_the_file(write: Write) -> None:
+def test_flags_override_variables_which_override_the_file(write: Write) -> None:
     path = write('{"port": "1", "address": "a", "secret": "f", "api_port": 4}')
     environ = {"CENTRIFUGO_PORT": "2", "CENTRIFUGO_ADDRESS": "b", "CENTRIFUGO_API_PORT": ""}
     settings = door(translate(path, environ, port="3"))
@@ -16,7 +16,7 @@ def test_a_flag_wins_over_a_variable_that_over_the_file(write: Write) -> None:
     assert settings.secret.get_secret_value() == "f"
 
 
-def test_exactly_the_bound_variables_count(write: Write) -> None:
+def test_only_the_documented_variables_are_read(write: Write) -> None:
     bound = [
         "debug",
         "insecure",
@@ -72,19 +72,21 @@ def test_exactly_the_bound_variables_count(write: Write) -> None:
         ("json", "\udc80".encode("utf-8", "surrogateescape").decode("latin-1") + "x", "line 1"),
     ],
 )
-def test_no_syntax_error_shows_the_file(write: Write, suffix: str, text: str, line: str) -> None:
+def test_syntax_errors_do_not_quote_the_file(
+    write: Write, suffix: str, text: str, line: str
+) -> None:
     told = error(write, text, suffix)
     assert line in told
     assert "hidden-one" not in told
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n"])
-def test_an_empty_file_gives_nothing(write: Write, text: str) -> None:
+def test_an_empty_file_sets_nothing(write: Write, text: str) -> None:
     for suffix in ("toml", "yaml"):
         assert door(translate(write(text, suffix))).port == 8000
 
 
-def test_unknown_keys_do_no_harm_and_are_told(write: Write) -> None:
+def test_unknown_keys_are_ignored_and_reported(write: Write) -> None:
     text = '{"secret": "s", "histori_size": 1, "namespaces": [{"name": "aa", "wacth": true}]}'
     notes = [note.partition("config.json: ")[2] for note in translate(write(text)).notes]
     assert notes == [
@@ -93,7 +95,7 @@ def test_unknown_keys_do_no_harm_and_are_told(write: Write) -> None:
     ]
 
 
-def test_switches_are_what_go_takes_for_one(write: Write) -> None:
+def test_switches_have_the_values_of_go(write: Write) -> None:
     for text in ("1", "t", "T", "true", "TRUE", "True"):
         assert door(translate(None, {"CENTRIFUGO_WATCH": text})).watch
         assert not door(translate(None, {"CENTRIFUGO_WATCH": "1"}, debug=text)).admin

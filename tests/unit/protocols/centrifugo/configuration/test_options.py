@@ -1,4 +1,4 @@
-"""The options' table in docs/centrifugo.md is the code's."""
+"""The table of options in docs/centrifugo.md matches the code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[5]
 TEXT = (ROOT / "docs" / "centrifugo.md").read_text()
 _ROW = re.compile(r"^\| `(\w+)` " + r"\|([^|\n]*)" * 4 + r"\|$", re.MULTILINE)
 _OURS = re.compile(r"`\[([^]]+)\](?: (\w+))?`")
-# Every name that the wire facts and Centrifugo's documentation have for an option.
+# All names of options in the wire facts and in Centrifugo's documentation.
 DOCUMENTED = """
     name debug admin admin_password admin_secret secret insecure insecure_api insecure_admin
     connection_lifetime watch publish anonymous presence join_leave recover
@@ -50,7 +50,7 @@ def test_both_have_the_same_options_in_the_same_order() -> None:
     assert list(rows()) == list(OPTIONS)
 
 
-def test_each_row_says_what_the_code_does() -> None:
+def test_each_row_matches_the_code() -> None:
     for name, (flag, variable, fate, words) in rows().items():
         option = OPTIONS[name]
         short = [f"`-{option.short}`"] if option.short else []
@@ -63,7 +63,7 @@ def test_each_row_says_what_the_code_does() -> None:
             assert words, f"{name}: why?"
 
 
-def test_what_options_are_mapped_to_exists() -> None:
+def test_options_are_mapped_to_existing_settings() -> None:
     classes = {**SECTIONS, **door_settings()}
     for option in OPTIONS.values():
         for section, key in ours(option):
@@ -73,6 +73,6 @@ def test_what_options_are_mapped_to_exists() -> None:
                 assert section in {"protocol:centrifugo:NAME", "producer:queue"}, option.name
 
 
-def test_nothing_of_the_documents_is_left_out() -> None:
-    # The name of an option that v1.8.0 has beside them.
+def test_the_table_contains_all_documented_options() -> None:
+    # An option of v1.8.0 that is not documented.
     assert set(OPTIONS) == {*DOCUMENTED.split(), "ssl_autocert_http"}
