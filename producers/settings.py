@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from pydantic import Field, SecretStr
 
+from relay.config.lists import split
 from relay.config.settings import Section
 
 
@@ -71,7 +72,7 @@ class EmitterSettings(ProducerSection):
 
     def stream_names(self) -> list[str]:
         """Return the streams as a list."""
-        return [name.strip() for name in self.streams.split(",") if name.strip()]
+        return split(self.streams)
 
 
 class SeafHooksSettings(ProducerSection):

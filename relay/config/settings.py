@@ -12,6 +12,8 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from pydantic.fields import FieldInfo
 
+from relay.config.lists import split
+
 
 class Section(BaseModel):
     """Base class of all sections. Unknown keys are errors, and values are immutable.
@@ -292,4 +294,4 @@ class NamespaceSettings(Section):
 
     def sources(self) -> frozenset[str]:
         """Return the rights sources as a set."""
-        return frozenset(part.strip() for part in self.rights.split(",") if part.strip())
+        return frozenset(split(self.rights))

@@ -7,9 +7,9 @@ so that each protocol encodes it once however many clients receive it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, NewType
+from typing import NamedTuple, NewType, TypedDict
 
 Channel = NewType("Channel", str)
 
@@ -63,6 +63,17 @@ class EntryID(NamedTuple):
 
 
 ZERO_ID = EntryID(0, 0)
+
+
+class EventFields(TypedDict, total=False):
+    """Optional fields of an event to be published (`relay.stream.format.entry.encode`)."""
+
+    type: str | None
+    uid: str | None
+    to: Iterable[str] | None
+    client: str | None
+    info: bytes | None
+    extra: Mapping[bytes, bytes] | None
 
 
 @dataclass(frozen=True, slots=True)

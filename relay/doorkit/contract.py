@@ -6,9 +6,9 @@ receives a `DoorContext` and returns a `Mounted` with the protocol's routes.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Unpack, runtime_checkable
 
 from aiohttp import web
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import aiohttp
 
     from relay.core.metrics import Metrics
-    from relay.core.model import Channel, EntryID, Event, Position, Principal
+    from relay.core.model import Channel, EntryID, Event, EventFields, Position, Principal
     from relay.core.stream_interface import Snapshot
     from relay.hub.hub import Hub
     from relay.hub.session import Client, Encoder, Session
@@ -46,13 +46,8 @@ class Publish(Protocol):
         channel: Channel,
         data: bytes,
         *,
-        client: str | None = None,
-        uid: str | None = None,
-        type: str | None = None,
-        to: Iterable[str] | None = None,
-        info: bytes | None = None,
-        extra: Mapping[bytes, bytes] | None = None,
         unless_latest: bytes | None = None,
+        **fields: Unpack[EventFields],
     ) -> asyncio.Future[EntryID]:
         """Return a future with the entry's ID, or with the error.
 

@@ -9,10 +9,10 @@ Nothing is started here: no task runs and no listener opens before `relay.proces
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Unpack, cast
 
 from producers.registry import Running
 from producers.registry import build as build_producer
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from relay.config.loading import Config
     from relay.config.settings import NamespaceSettings, RedisSettings, Section
     from relay.core.metrics import Metrics
-    from relay.core.model import Channel, EntryID, Principal, Record
+    from relay.core.model import Channel, EntryID, EventFields, Principal, Record
     from relay.core.worker_memory import Worker
     from relay.doorkit.contract import Mounted, OpenSession, Publish, Spawn
     from relay.hub.session import Client, Encoder, Session
@@ -306,21 +306,14 @@ def _publish(appender: Appender, max_entry_bytes: int) -> Publish:
         channel: Channel,
         data: bytes,
         *,
-        client: str | None = None,
-        uid: str | None = None,
-        type: str | None = None,
-        to: Iterable[str] | None = None,
-        info: bytes | None = None,
-        extra: Mapping[bytes, bytes] | None = None,
         unless_latest: bytes | None = None,
+        **fields: Unpack[EventFields],
     ) -> asyncio.Future[EntryID]:
-        fields = entry.encode(
-            data, type=type, uid=uid, to=to, client=client, info=info, extra=extra
-        )
-        size = entry.size(fields)
+        encoded = entry.encode(data, **fields)
+        size = entry.size(encoded)
         if size > max_entry_bytes:
             raise LimitExceeded(f"too large: {size} of {max_entry_bytes} bytes")
-        return appender.append(channel, fields, uid, unless_latest=unless_latest)
+        return appender.append(channel, encoded, fields.get("uid"), unless_latest=unless_latest)
 
     return publish
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 from relay.config.settings import NamespaceSettings
 from relay.core.errors import LimitExceeded
@@ -19,6 +19,7 @@ from relay.core.model import (
     Channel,
     EntryID,
     Event,
+    EventFields,
     Position,
     Principal,
     Record,
@@ -285,22 +286,14 @@ class Context:
         self.hub.subscribe(session, channel, asked)
 
     def publish(
-        self,
-        channel: Channel,
-        data: bytes,
-        *,
-        client: str | None = None,
-        uid: str | None = None,
-        type: str | None = None,
-        to: Iterable[str] | None = None,
-        info: bytes | None = None,
+        self, channel: Channel, data: bytes, **fields: Unpack[EventFields]
     ) -> asyncio.Future[EntryID]:
-        fields = entry.encode(data, client=client, uid=uid, type=type, to=to, info=info)
+        encoded = entry.encode(data, **fields)
         done: asyncio.Future[EntryID] = asyncio.get_running_loop().create_future()
         if self.refusing is not None:
             done.set_exception(self.refusing)
         else:
-            done.set_result(self.streams.append(channel, fields))
+            done.set_result(self.streams.append(channel, encoded))
         return done
 
     def publish_ephemeral(self, event: Event) -> None:

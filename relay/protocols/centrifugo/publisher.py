@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from relay.core.errors import RelayError
 from relay.core.json_text import is_json
-from relay.core.model import Channel, EntryID, Event
+from relay.core.model import Channel, EntryID, Event, EventFields
 from relay.protocols.centrifugo import codec, history
 
 if TYPE_CHECKING:
@@ -58,31 +58,12 @@ class ChannelPublisher:
         # Publications that wait until it is known whether their channel is active.
         self._waiting: dict[Channel, list[tuple[Callable[[], Appended], Appended]]] = {}
 
-    def publish(
-        self,
-        channel: Channel,
-        data: bytes,
-        *,
-        client: str | None = None,
-        uid: str | None = None,
-        type: str | None = None,
-        to: Iterable[str] | None = None,
-        info: bytes | None = None,
-    ) -> Appended:
+    def publish(self, channel: Channel, data: bytes, **fields: Unpack[EventFields]) -> Appended:
         """Publish an event. The result is the entry's ID, or None if the channel is inactive.
 
         Errors are those of `DoorContext.publish`. They are raised here or set on the future.
         """
-        publish = partial(
-            self._append,
-            channel,
-            data,
-            client=client,
-            uid=uid,
-            type=type,
-            to=None if to is None else tuple(to),
-            info=info,
-        )
+        publish = partial(self._append, channel, data, **fields)
         self._stats.count("node_num_client_msg_published")
         rules = self._rules(channel)
         if rules is None or not (rules.history_drop_inactive and rules.has_history):
@@ -97,20 +78,8 @@ class ChannelPublisher:
         waiting.append((publish, answer))
         return answer
 
-    def _append(
-        self,
-        channel: Channel,
-        data: bytes,
-        *,
-        client: str | None,
-        uid: str | None,
-        type: str | None,
-        to: Iterable[str] | None,
-        info: bytes | None,
-    ) -> Appended:
-        appended: Appended = self._context.publish(  # type: ignore[assignment]  # it is wider
-            channel, data, client=client, uid=uid, type=type, to=to, info=info
-        )
+    def _append(self, channel: Channel, data: bytes, **fields: Unpack[EventFields]) -> Appended:
+        appended: Appended = self._context.publish(channel, data, **fields)  # type: ignore[assignment]  # it is wider
         rules = self._rules(channel)
         if rules is not None and rules.watch:
 
@@ -118,7 +87,7 @@ class ChannelPublisher:
                 if done.cancelled() or done.exception() is not None:
                     return
                 event = Event(channel, done.result(), data, is_json(data))
-                event.client, event.info = client, info
+                event.client, event.info = fields.get("client"), fields.get("info")
                 push = Event(WATCH, None, codec.message(event), is_json=False, door=WATCHERS)
                 self._context.publish_ephemeral(push)
                 self._stats.count("node_num_admin_msg_published")

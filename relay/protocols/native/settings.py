@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import ClassVar
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
+from relay.config.lists import check_origins, origins
 from relay.config.settings import ListenerSection
 
 # Not a setting: pages of other applications set this cookie, and a second name would be a second
@@ -32,19 +32,7 @@ class NativeSettings(ListenerSection):
     ws_max_frame_bytes: int = Field(65536, ge=1024, le=16777216, description="Maximum size of one frame from a client. A larger frame closes the connection with code 1009.")
     commands_per_s: float = Field(50.0, gt=0, le=100000, description="Maximum commands per second on a WebSocket connection. A client may send those of 4 seconds at once. A higher rate closes the connection with code 4429.")
 
-    @field_validator("allowed_origins")
-    @classmethod
-    def _are_origins(cls, text: str) -> str:
-        for origin in _split(text):
-            parts = urlsplit(origin)
-            try:
-                whole = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-            except ValueError:
-                whole = False
-            # No '*': with a cookie it would let any page read as the user.
-            if not whole or "*" in origin or origin != f"{parts.scheme}://{parts.netloc}" or "@" in origin:
-                raise ValueError(f"{origin!r} is not an origin such as https://app.example.org")
-        return text
+    _check_origins = field_validator("allowed_origins")(check_origins)
 
     @property
     def burst(self) -> float:
@@ -52,17 +40,8 @@ class NativeSettings(ListenerSection):
         return max(1.0, 4 * self.commands_per_s)
 
     def origins(self) -> frozenset[str]:
-        """The allowed origins besides the relay's own, as browsers write them."""
-        return frozenset(_as_sent(origin.lower()) for origin in _split(self.allowed_origins))
+        """Return the additional origins as browsers send them."""
+        return origins(self.allowed_origins)
 
 
 SETTINGS = NativeSettings
-
-
-def _as_sent(origin: str) -> str:
-    # Browsers leave out the scheme's own port.
-    return origin.removesuffix(":443" if origin.startswith("https:") else ":80")
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from relay.config.lists import split
 from relay.core.errors import Forbidden, Unauthorized
-from relay.protocols.pydio.settings import PydioSettings, split
+from relay.protocols.pydio.settings import PydioSettings
 
 if TYPE_CHECKING:
     from multidict import MultiMapping

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from relay.config.lists import split
 from relay.core.errors import LimitExceeded, RelayError
 from relay.core.reasons import Reason
 from relay.protocols.pydio import private_messages
 from relay.protocols.pydio.hosts import AuthorisedHosts
-from relay.protocols.pydio.settings import PydioSettings, split
+from relay.protocols.pydio.settings import PydioSettings
 from relay.transports.socket import websocket
 from relay.transports.socket.bodies import BodyRejected, read_body
 from relay.transports.socket.take_over import take_over

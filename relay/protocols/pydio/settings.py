@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 from typing_extensions import override
 
+from relay.config.lists import check_origins, origins, split
 from relay.config.settings import ListenerSection, Section
 
 _PATH = r"^/[A-Za-z0-9._~/-]*[A-Za-z0-9._~-]$"
@@ -72,15 +73,7 @@ class PydioSettings(ListenerSection):
                 raise ValueError(f"{host!r} is not a host")
         return text
 
-    @field_validator("allowed_origins")
-    @classmethod
-    def _are_origins(cls, text: str) -> str:
-        for origin in split(text):
-            parts = urlsplit(origin)
-            # Reject '*': it would let any page connect with the user's cookie.
-            if parts.scheme not in {"http", "https"} or not parts.hostname or "*" in origin or "@" in origin or origin != f"{parts.scheme}://{parts.netloc}":
-                raise ValueError(f"{origin!r} is not an origin such as https://files.example.org")
-        return text
+    _check_origins = field_validator("allowed_origins")(check_origins)
 
     @model_validator(mode="after")
     def _hold_is_not_shorter_than_recheck(self) -> PydioSettings:
@@ -89,14 +82,8 @@ class PydioSettings(ListenerSection):
         return self
 
     def origins(self) -> frozenset[str]:
-        """Return the additional origins as browsers send them: without the scheme's default port."""
-        origins = (origin.lower() for origin in split(self.allowed_origins))
-        return frozenset(origin.removesuffix(":443" if origin.startswith("https:") else ":80") for origin in origins)
+        """Return the additional origins as browsers send them."""
+        return origins(self.allowed_origins)
 
 
 SETTINGS = PydioSettings
-
-
-def split(text: str) -> list[str]:
-    """Split a list at its commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, SecretStr, field_validator
 
+from relay.config.lists import check_origins, origins, split
 from relay.config.settings import JwtSettings, ListenerSection
 
 if TYPE_CHECKING:
@@ -39,22 +40,28 @@ class SocketIoSettings(ListenerSection):
         """See `Section`. Tokens signed with an empty secret could be forged."""
         return "" if self.secret.get_secret_value() else "secret"
 
+    @field_validator("allowed_origins")
+    @classmethod
+    def _are_origins(cls, text: str) -> str:
+        # Earlier versions accepted a slash at the end.
+        return check_origins(",".join(origin.rstrip("/") for origin in split(text)))
+
     @field_validator("paths")
     @classmethod
     def _are_paths(cls, text: str) -> str:
-        for path in _split(text):
+        for path in split(text):
             if not path.startswith("/") or path == "/" or any(char in path for char in "{}?#"):
                 raise ValueError(f"{path!r} is not a path such as /notifications/")
         return text
 
     def path_list(self) -> list[str]:
         """Each path, with and without its last slash."""
-        bare = [path.rstrip("/") for path in _split(self.paths)]
+        bare = [path.rstrip("/") for path in split(self.paths)]
         return list(dict.fromkeys(form for path in bare for form in (path, f"{path}/")))
 
     def origins(self) -> frozenset[str]:
-        """Whose pages may come with the cookie."""
-        return frozenset(origin.lower().rstrip("/") for origin in _split(self.allowed_origins))
+        """Return the additional origins as browsers send them."""
+        return origins(self.allowed_origins)
 
     def jwt(self) -> JwtSettings:
         """How tokens are read."""
@@ -73,7 +80,3 @@ class SocketIoSettings(ListenerSection):
 
 
 SETTINGS = SocketIoSettings
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]

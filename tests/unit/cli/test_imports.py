@@ -59,4 +59,9 @@ def test_only_the_protocols_that_are_served_are_imported(
 ) -> None:
     overrides = [word for setting in settings for word in ("--set", setting)]
     assert served(imported("checkconfig", *overrides, cwd=tmp_path)) == protocols
-    assert not served(imported("genconfig", cwd=tmp_path))
+
+
+def test_genconfig_imports_no_protocol_producer_or_client_library(tmp_path: Path) -> None:
+    modules = imported("genconfig", cwd=tmp_path)
+    assert not served(modules)
+    assert not modules & {"producers.api_queue", "producers.spool_delivery", "aiohttp", "redis"}

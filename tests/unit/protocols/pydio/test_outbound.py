@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Unpack
 
 import pytest
 
 from relay.core.errors import LimitExceeded, RedisUnavailable
-from relay.core.model import Channel, EntryID
+from relay.core.model import Channel, EntryID, EventFields
 from relay.protocols.pydio import outbound
 from relay.protocols.pydio.outbound import OutboundQueue
 from relay.protocols.pydio.private_messages import Publication
@@ -29,16 +30,11 @@ class Stream:
         channel: Channel,
         data: bytes,
         *,
-        client: str | None = None,
-        uid: str | None = None,
-        type: str | None = None,
-        to: Iterable[str] | None = None,
-        info: bytes | None = None,
-        extra: Mapping[bytes, bytes] | None = None,
         unless_latest: bytes | None = None,
+        **fields: Unpack[EventFields],
     ) -> asyncio.Future[EntryID]:
         future: asyncio.Future[EntryID] = asyncio.get_running_loop().create_future()
-        self.uids.setdefault(data, set()).add(uid)
+        self.uids.setdefault(data, set()).add(fields["uid"])
         error = self.answers.pop(0) if self.answers else None
         if error is None:
             self.entries.append(data)

@@ -1,0 +1,47 @@
+"""Lists of origins in the settings of all protocols that have them."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from relay.protocols.native.settings import NativeSettings
+from relay.protocols.pydio.settings import PydioSettings
+from relay.protocols.socketio.settings import SocketIoSettings
+
+SECTIONS = NativeSettings, PydioSettings, SocketIoSettings
+Sections = type[NativeSettings] | type[PydioSettings] | type[SocketIoSettings]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_origins_are_as_browsers_write_them(section: Sections) -> None:
+    """Lower case, without the scheme's own port."""
+    given = "https://App.example.org, http://a:80,http://b:8080 , https://c:443,"
+    assert section(allowed_origins=given).origins() == {
+        "https://app.example.org",
+        "http://a",
+        "http://b:8080",
+        "https://c",
+    }
+    assert section().origins() == frozenset()
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("*", "null", "app.example.org", "https://a/x", "ftp://a", "https://u@a"),
+        *("https://*.a", "https://a:99999", "https://"),
+    ],
+)
+def test_what_is_no_origin_is_refused_by_name(section: Sections, origin: str) -> None:
+    """One that never matches would be a riddle, and '*' a hole."""
+    with pytest.raises(ValidationError, match="is not an origin such as"):
+        section(allowed_origins=origin)
+
+
+def test_a_slash_at_the_end_is_no_part_of_an_origin() -> None:
+    with pytest.raises(ValidationError, match="is not an origin such as"):
+        NativeSettings(allowed_origins="https://a/")
+    # Accepted since the first version of this protocol.
+    assert SocketIoSettings(allowed_origins="https://a/").origins() == {"https://a"}
