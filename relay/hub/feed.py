@@ -279,7 +279,8 @@ class Feed:
             self._known_deleted = state.max_deleted
         if notice is None:
             return
-        self._live.notify(notice)
+        now = Position(self.position, self.added, self.incarnation, self.digest)
+        self._live.notify(replace(notice, position=now))
         for subscription in self._behind:
             subscription.notify_later(notice, old)
 
@@ -426,7 +427,7 @@ class Feed:
         if subscription.pending_notice is not None:
             notice, subscription.pending_notice = subscription.pending_notice, None
             subscription.untold = None
-            subscription.notify(notice)
+            subscription.notify(replace(notice, position=subscription.position))
             if subscription.gone:
                 return
         if subscription.cursor == self.position:

@@ -25,12 +25,16 @@ NoticeKind = Literal["gap", "reset", "revoked", "closing"]
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """What a client may have missed on one channel: something after `from_id`, up to `to_id`."""
+    """What a client may have missed on one channel: something after `from_id`, up to `to_id`.
+
+    `position` is where a client that has received the notice resumes. None: where it was.
+    """
 
     kind: NoticeKind
     reason: Reason
     from_id: EntryID | None = None
     to_id: EntryID | None = None
+    position: Position | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from relay.core.model import Channel, EntryID, Event, Position
@@ -60,15 +60,29 @@ class SseEncoder(SharedEncoder):
         tail = self._tail(event)
         return tail if event.id is None else codec.sse_id(str(event.id)) + tail
 
-    def notice(self, channel: Channel, notice: Notice) -> bytes:
-        """Encode the notice as an SSE event named after it."""
-        return codec.sse_notice(
-            notice.kind,
-            channel=channel,
-            from_=_text(notice.from_id),
-            to=_text(notice.to_id),
-            reason=notice.reason,
-        )
+    def notice(self, channel: Channel, notice: Notice) -> bytes | None:
+        """Encode the notice as an SSE event named after it.
+
+        Its ID is a cursor after the notice. A client that resumed from the ID of an entry again
+        would receive the same notice again.
+        """
+        if notice.position is None:
+            return notice_block(channel, notice)
+        return notice_block(channel, notice, [(channel, notice.position)])
+
+
+def notice_block(
+    channel: Channel, notice: Notice, positions: Iterable[tuple[Channel, Position]] = ()
+) -> bytes:
+    """Return the block of a notice, with a cursor as ID if there are positions."""
+    tail = codec.sse_notice(
+        notice.kind,
+        channel=channel,
+        from_=_text(notice.from_id),
+        to=_text(notice.to_id),
+        reason=notice.reason,
+    )
+    return codec.sse_id(encode_cursor(positions)) + tail if positions else tail
 
 
 class SseCursorEncoder(SseEncoder):
@@ -79,6 +93,9 @@ class SseCursorEncoder(SseEncoder):
     def event(self, event: Event) -> bytes:
         """Encode the block without its ID, which differs for each client."""
         return self._tail(event)
+
+    def notice(self, channel: Channel, notice: Notice) -> None:
+        """Leave notices to `SseClient.noticed`: their ID is the client's own cursor."""
 
     def personal_event(
         self,

@@ -9,6 +9,7 @@ from relay.core.errors import ClientError, RelayError, Unauthorized
 from relay.core.reasons import Reason
 from relay.hub.recovery import Notice
 from relay.protocols.native import codec
+from relay.protocols.native.encoders import notice_block
 
 if TYPE_CHECKING:
     from relay.core.model import Channel
@@ -63,7 +64,10 @@ class SseClient:
             self._end(b"")
 
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
-        """Never called: the format has a block for every notice."""
+        """Send a notice with the client's cursor, if it follows several channels."""
+        session, channel = subscription.session, subscription.feed.channel
+        positions = session.cursor(channel, notice.position) if notice.position else ()
+        session.offer(notice_block(channel, notice, list(positions)))
 
     def expired(self) -> None:
         """See `relay.hub.session.Client`."""
