@@ -31,7 +31,7 @@ from relay.process.pid_file import pid_file, write_error
 from relay.process.reloading import Reloads
 from relay.process.server import Listening
 from relay.process.start_signals import release_signals
-from relay.stream.connection.connect import check_mode, redis_client
+from relay.stream.connection.connect import check_server, redis_client
 from relay.transports.socket.listener import raise_open_file_limit
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _FIRST_READ_S = 10.0
+_LOOK_S = 0.1
 
 
 def run(
@@ -109,7 +110,7 @@ class Relay:
                 await stack.enter_async_context(running_valkey(config.redis))
             client = await stack.enter_async_context(redis_client(redis))
             if not self._check_only and config.redis.url != "embedded":
-                await check_mode(client, redis)
+                await check_server(client, redis)
             self._background = await stack.enter_async_context(asyncio.TaskGroup())
             http = await stack.enter_async_context(
                 aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
@@ -190,7 +191,18 @@ class Relay:
             parts.listeners.start(self._spawn)
         if base.config.insecure:
             _log.warning("INSECURE: anyone may read every channel over SSE and WebSocket")
-        self._on_ready(port, base.redis.url)
+        reason = parts.not_ready()
+        if not reason:
+            self._on_ready(port, base.redis.url)
+            return
+        _log.warning("Listening, but not ready: %s", reason)
+        _ = self._spawn(self._announce(parts, port, base.redis.url), name="announce")
+
+    async def _announce(self, parts: Parts, port: int, redis_url: str) -> None:
+        """Report that this process is ready as soon as it is."""
+        while parts.not_ready():  # noqa: ASYNC110  # the parts have no common event
+            await asyncio.sleep(_LOOK_S)
+        self._on_ready(port, redis_url)
 
     def _log_disabled(self, parts: Parts) -> None:
         for name in self._config.doors:

@@ -89,6 +89,7 @@ class Parts:
     incoming: Incoming
     unused: UnusedStreams
     reader: StreamReader
+    not_ready: Callable[[], str]
     appender: Appender
     limiter: ConnectionLimiter
     cluster: ClusterServices
@@ -142,7 +143,7 @@ def build(base: Foundation) -> Parts:
     # The protocols, on the HTTP server.
     server = Server(
         metrics=base.metrics,
-        ready=lambda: _not_ready(base, reader),
+        ready=lambda: _not_ready(base, reader) or _siblings_not_ready(base),
         limits=lambda: str(refusals),
     )
     tokens = Tokens(config.jwt)
@@ -209,6 +210,7 @@ def build(base: Foundation) -> Parts:
         incoming=incoming,
         unused=unused,
         reader=reader,
+        not_ready=lambda: _not_ready(base, reader),
         appender=appender,
         limiter=limiter,
         cluster=cluster,
@@ -340,6 +342,10 @@ def _not_ready(base: Foundation, reader: StreamReader) -> str:
         return "streams are not being read"
     if not reader.settled():
         return "streams are being looked through after a new connection to Redis"
+    return ""
+
+
+def _siblings_not_ready(base: Foundation) -> str:
     others = base.worker.siblings.not_ready() if base.worker else []
     return f"worker {', '.join(map(str, others))} is not ready" if others else ""
 

@@ -165,7 +165,9 @@ class JobScheduler:
     async def leave(self) -> None:
         """Stop the shared jobs and release their leases, so that other workers continue."""
         for name, lease in self._leases.items():
-            self._scheduler.remove_job(name)
+            # There are no jobs if the scheduler has stopped because of an error.
+            if self._scheduler.get_job(name) is not None:
+                self._scheduler.remove_job(name)
             try:
                 await lease.release()
             except RelayError as exc:

@@ -28,7 +28,6 @@ SENT: dict[User, list[str]] = {
     ],
     "relay": [
         "CLIENT TRACKING ON",
-        "CLIENT SETNAME relay",
         "INFO replication",
         "SELECT 0",
         "PING",
@@ -118,7 +117,6 @@ SENT: dict[User, list[str]] = {
         "EVALSHA 0 2 relay:tap:socketio_emitter relay:stream:{axr:allusers} x",
     ],
     "maintenance": [
-        "CLIENT SETNAME relay-admin",
         "INFO",
         "SELECT 0",
         "PING",

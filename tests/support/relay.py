@@ -90,8 +90,8 @@ class RelayProcess:
         with process.stdout as lines:
             for line in lines:
                 self.log.append(line.rstrip())
-                # The banner is printed once the listeners are open.
-                if line.startswith("relay is ready on"):
+                # The listeners are open. The banner follows when streams are being read.
+                if line.startswith("relay is ready on") or "Listening, but not ready" in line:
                     ready.set()
         ready.set()
 

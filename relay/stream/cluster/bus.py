@@ -37,7 +37,10 @@ class ClusterBus:
         self._keys = keys
         self._listeners: dict[str, Callable[[str, bytes], None]] = {}
         self.link = ReconnectingConnection(
-            redis, subscribe_to=[keys.bus(self.address)], on_message=self._on_message
+            redis,
+            subscribe_to=[keys.bus(self.address)],
+            on_message=self._on_message,
+            is_checked=True,
         )
 
     def listen(self, topic: str, on_payload: Callable[[str, bytes], None]) -> None:

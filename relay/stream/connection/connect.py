@@ -40,6 +40,7 @@ RedisClient = Redis
 
 # After one of these the owner of the connection asks where Redis is and connects again.
 UNAVAILABLE_CODES = codes(Effect.RECONNECT)
+_OLDEST_VERSION = 7
 # The text of an error in a redis-py pipeline contains the repr of a tuple with the reply.
 _PIPELINED = re.compile(
     r"Command # \d+ \(.*?\) of pipeline caused error: \((?P<text>.*),\)", re.DOTALL
@@ -142,12 +143,27 @@ def describe(settings: RedisSettings) -> str:
     return f"primary {target.master} by Sentinel at {asked}"
 
 
-async def check_mode(client: RedisClient, settings: RedisSettings) -> None:
-    """StartError if the server is part of a Redis Cluster. Do nothing if it cannot be asked."""
+def version_error(server: str, version: str) -> str:
+    """Return what is wrong with the server's version, or an empty string."""
+    major = version.partition(".")[0]
+    if not major.isdigit() or int(major) >= _OLDEST_VERSION:
+        return ""
+    return f"{server.title()} {version}; relay needs Redis {_OLDEST_VERSION}.0 or newer, or Valkey"
+
+
+async def check_server(client: RedisClient, settings: RedisSettings) -> None:
+    """StartError if the server is too old, or part of a Redis Cluster.
+
+    Do nothing if the server cannot be asked.
+    """
     try:
         information = await command(client, "INFO", "server")
     except RelayError:
         return
+    # Valkey reports here the version of Redis that it is compatible with.
+    problem = version_error("Redis", str(information.get("redis_version", "")))
+    if problem:
+        raise StartError(f"[redis] url: {describe(settings)} is {problem}")
     modes = {str(information.get(f"{name}_mode")) for name in ("redis", "server", "valkey")}
     if "cluster" in modes:
         raise StartError(
@@ -293,7 +309,6 @@ def _options(endpoint: RedisEndpoint, settings: RedisSettings) -> dict[str, Any]
         "protocol": 3,
         # One retry, for a pooled connection that was closed unnoticed. Callers do further retries.
         "retry": Retry(NoBackoff(), 1),
-        "client_name": "relay-admin",
         # Spares the ACL rules for CLIENT SETINFO and CLIENT MAINT_NOTIFICATIONS.
         "driver_info": None,
         "maint_notifications_config": MaintNotificationsConfig(enabled=False),

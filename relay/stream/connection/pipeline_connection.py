@@ -29,6 +29,7 @@ from relay.stream.connection.connect import (
     CommandRefused,
     RedisEndpoint,
     discover,
+    version_error,
 )
 from relay.stream.connection.primary import Replication
 from relay.stream.connection.refusals import rule_of
@@ -155,6 +156,8 @@ class PipelineConnection(asyncio.Protocol):
         if isinstance(greeting, dict):
             self.server = str(greeting.get(b"server", b""), "ascii", "replace")
             self.version = str(greeting.get(b"version", b""), "ascii", "replace")
+        if problem := version_error(self.server, self.version):
+            raise RedisUnavailable(f"Redis at {self.endpoint} is {problem}")
         if self.endpoint.db:
             await self.call("SELECT", self.endpoint.db)
         if not check_primary:

@@ -13,6 +13,7 @@ from relay.core.errors import RedisUnavailable, Unavailable
 from relay.stream.connection.connect import CommandRefused, discover
 from relay.stream.connection.pipeline_connection import PipelineConnection, ReplyError, unawaited
 from relay.stream.connection.primary import Primary
+from relay.stream.connection.refusals import Effect, rule_of
 
 if TYPE_CHECKING:
     from relay.config.settings import RedisSettings
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_SUBSCRIBE_AGAIN_S = 5.0
 # After a connection that has lasted this long, the first pause is short again.
 _STABLE_S = 1.0
 
@@ -115,7 +117,10 @@ class ReconnectingConnection:
         subscribe_to: Sequence[bytes] = (),
         patterns: Sequence[bytes] = (),
         on_message: Callable[[bytes, bytes], None] | None = None,
+        is_checked: bool = False,
     ) -> None:
+        """`is_checked`: the stream reader reports missing rights, see `Refusals.checked`."""
+        self._is_checked = is_checked
         self._redis = redis
         self._names = subscribe_to
         self._patterns = patterns
@@ -181,23 +186,41 @@ class ReconnectingConnection:
             on_lost=on_lost,
         )
         try:
-            names = [("SUBSCRIBE", name) for name in self._names]
-            names += [("PSUBSCRIBE", pattern) for pattern in self._patterns]
-            for reply in await connection.execute(names):
-                if isinstance(reply, ReplyError):
-                    raise CommandRefused("SUBSCRIBE", str(reply))
+            missing = not await self._subscribe(connection)
             self.primary.connected(connection.run_id, connection.replication)
             self._connection = connection
             established()
             for on_open in self.on_open:
                 on_open()
             self._open.set()
+            while missing:
+                # Everything else works without the subscriptions.
+                await asyncio.wait([lost], timeout=_SUBSCRIBE_AGAIN_S)
+                if lost.done():
+                    break
+                missing = not await self._subscribe(connection)
             await lost
         finally:
             self._connection = None
             self._open.clear()
             self.primary.disconnected()
             connection.close()
+
+    async def _subscribe(self, connection: PipelineConnection) -> bool:
+        """Subscribe. Return False if the user lacks the right, and others report that."""
+        names = [("SUBSCRIBE", name) for name in self._names]
+        names += [("PSUBSCRIBE", pattern) for pattern in self._patterns]
+        for reply in await connection.execute(names):
+            if isinstance(reply, ReplyError):
+                refused = CommandRefused("SUBSCRIBE", str(reply))
+                rule = rule_of(refused.reply)
+                if rule.effect is not Effect.NO_RIGHT:
+                    raise refused
+                if not self._is_checked:
+                    _log.error("%s: its messages are not received. %s", refused, rule.remedy)
+                    raise refused
+                return False
+        return True
 
     def _on_push(self, push: list[object]) -> None:
         if self._on_message is not None and push[0] in (b"message", b"pmessage"):

@@ -1,17 +1,25 @@
-"""The table of error replies of Redis and how relay reacts to them.
+"""The tables of what Redis can refuse, and how relay reacts.
 
-An error reply begins with a code. The table says for each code what continues and what pauses, and
-which line is logged. `Refusals` stores what is refused at the moment: it logs the beginning and the
-end of each refusal once, and `/readyz` shows the list.
+An error reply begins with a code. The first table says for each code what continues and what
+pauses, and which line is logged. The second one lists the commands that relay needs, and what does
+not work without them; `relay.stream.connection.rights` tries them at each connection. `Refusals`
+stores what is refused at the moment: it logs the beginning and the end of each refusal once, and
+`/readyz` shows the list.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from relay.core.model import Channel
+
+if TYPE_CHECKING:
+    from relay.stream.format.keys import Keys
 
 _log = logging.getLogger(__name__)
 
@@ -42,11 +50,9 @@ class Rule(NamedTuple):
     remedy: str
 
 
+_REMEDY = "Compare the ACL user with docs/redis.md, section 'Create Redis users'"
 _OTHER = Rule(Effect.ONE, "")
-_DENIED = Rule(
-    Effect.NO_RIGHT,
-    "Compare the ACL user with docs/redis.md, section 'Create Redis users'",
-)
+_DENIED = Rule(Effect.NO_RIGHT, _REMEDY)
 _RULES = {
     "LOADING": Rule(Effect.RECONNECT, "Redis is loading its data"),
     "READONLY": Rule(Effect.RECONNECT, "This server is a replica"),
@@ -74,6 +80,11 @@ def code_of(reply: str) -> str:
     return reply.partition(" ")[0]
 
 
+def cause_of(reply: str) -> str:
+    """Return the error that made Redis discard a transaction, or the reply if it is another one."""
+    return reply.removeprefix("EXECABORT Transaction discarded because of: ")
+
+
 def rule_of(reply: str) -> Rule:
     """Return the rule for an error reply."""
     if reply.startswith("ERR unknown command"):
@@ -90,6 +101,94 @@ def codes(*effects: Effect) -> frozenset[str]:
 TEMPORARY_CODES = codes(Effect.NO_WRITES, Effect.PAUSE)
 
 
+class Need(NamedTuple):
+    """A command that relay needs, in a form that the ACL rules of docs/redis.md accept.
+
+    `loss` says what does not work without it. `reading`: no stream can be read without it.
+    """
+
+    command: tuple[str | bytes, ...]
+    loss: str
+    reading: bool = False
+
+    @property
+    def name(self) -> str:
+        """The command as in an ACL rule, such as `xinfo|stream`."""
+        first, *rest = map(str, self.command)
+        return f"{first}|{rest[0]}".lower() if first in _CONTAINERS else first.lower()
+
+    @property
+    def opens_transaction(self) -> bool:
+        """Whether the needs after this one are tried inside a transaction."""
+        return self.command == ("MULTI",)
+
+    @property
+    def key(self) -> str:
+        """The first key or pub/sub channel of the command."""
+        return next((each.decode() for each in self.command if isinstance(each, bytes)), "")
+
+
+_REJECTED_COMMAND = re.compile(r"(?:the|unknown command) '([^' ]+)'")
+_CONCERNS_KEY = re.compile(r"\b(?:key|channel)\b")
+# Commands with subcommands that have rights of their own.
+_CONTAINERS = frozenset({"CLIENT", "XINFO", "XGROUP", "SCRIPT", "PUBSUB"})
+_NO_READS = "no stream can be read"
+_NO_GROUPS = "streams are read without consumer groups"
+_NO_BUS = "no ephemeral events and no messages of other workers are received"
+_NO_JOBS = "heartbeats, leases and polling sessions do not work"
+_NO_PRESENCE = "presence does not work"
+_NO_RETENTION = "streams are not trimmed"
+_NO_UIDS = "publishing with a uid is rejected"
+_NO_COMMANDS = "disconnect, unsubscribe and history do not work"
+
+
+def needs(keys: Keys, instance: str) -> list[Need]:
+    """Return the commands that every relay needs. Optional producers need more."""
+    channel = Channel("relay.rights")
+    stream, group = keys.stream(channel), f"relay:{instance}"
+    present, presence = keys.present(instance), keys.presence(channel)
+    return [
+        # These cannot be tried inside a transaction.
+        Need(("SUBSCRIBE", keys.ephemeral(channel)), _NO_BUS),
+        Need(("UNSUBSCRIBE", keys.ephemeral(channel)), _NO_BUS),
+        Need(("WATCH", keys.lease(instance)), _NO_JOBS),
+        Need(("UNWATCH",), _NO_JOBS),
+        Need(("EXEC",), _NO_GROUPS),
+        Need(("MULTI",), _NO_GROUPS),
+        # These are tried inside one that is never executed.
+        Need(("CLIENT", "TRACKING", "ON"), "streams are polled"),
+        Need(("XINFO", "STREAM", stream), _NO_READS, reading=True),
+        Need(("XINFO", "GROUPS", stream), _NO_READS, reading=True),
+        Need(("XRANGE", stream, "-", "+"), _NO_READS, reading=True),
+        Need(("HMGET", keys.rights(channel), "user"), _NO_READS, reading=True),
+        Need(("XREADGROUP", "GROUP", group, "c", "STREAMS", stream, ">"), _NO_GROUPS),
+        Need(("XGROUP", "CREATE", stream, group, "0"), _NO_GROUPS),
+        Need(("XGROUP", "SETID", stream, group, "0"), _NO_GROUPS),
+        Need(("XGROUP", "DESTROY", stream, group), "consumer groups of stopped workers remain"),
+        Need(("XADD", stream, "*", "data", "1"), "publishing is rejected"),
+        Need(("XADD", keys.control, "*", "command", "none"), "commands to workers are rejected"),
+        Need(("XREVRANGE", keys.control, "+", "-"), _NO_COMMANDS),
+        Need(("EVALSHA", "0" * 40, "0"), _NO_UIDS),
+        Need(("SCRIPT", "LOAD", "return 1"), _NO_UIDS),
+        Need(("PUBLISH", keys.ephemeral(channel), ""), "ephemeral events are not sent"),
+        Need(("GET", keys.node(instance)), _NO_JOBS),
+        Need(("SET", keys.node(instance), ""), _NO_JOBS),
+        Need(("EXPIRE", keys.node(instance), "1"), _NO_JOBS),
+        Need(("DEL", keys.node(instance)), _NO_JOBS),
+        Need(("SADD", keys.nodes, instance), "other workers and relay status miss this worker"),
+        Need(("SREM", keys.nodes, instance), "stopped workers stay in the list of workers"),
+        Need(("SMEMBERS", keys.nodes), "groups and limits across workers do not work"),
+        Need(("HSET", presence, "client", ""), _NO_PRESENCE),
+        Need(("HGETALL", presence), _NO_PRESENCE),
+        Need(("HDEL", presence, "client"), _NO_PRESENCE),
+        Need(("SCARD", present), _NO_PRESENCE),
+        Need(("SCAN", "0"), _NO_RETENTION),
+        Need(("TIME",), _NO_RETENTION),
+        Need(("XLEN", stream), _NO_RETENTION),
+        Need(("XTRIM", stream, "MAXLEN", "1"), _NO_RETENTION),
+    ]
+
+
 class Refusals:
     """Stores what Redis refuses now, by area: all writes, or one function of relay."""
 
@@ -97,6 +196,53 @@ class Refusals:
         self._clock = clock
         self._now: dict[str, tuple[str, float]] = {}
         self._notes: dict[str, str] = {}
+        # The commands that the last check found rejected, and the line about them.
+        self.rejected: tuple[Need, ...] = ()
+        self._rejected_text = ""
+        self.cannot_read = False
+        # Set if somebody checks rights: called when a rejection is not explained by the last check.
+        self.on_unknown: Callable[[], None] | None = None
+        # Rejections that the next check may explain: area and consequence.
+        self._unexplained: dict[str, str] = {}
+
+    def checked(self, server: str, rejected: Sequence[tuple[Need, str]], *, log: bool) -> None:
+        """Store the needed commands that Redis rejects, with its replies.
+
+        Log them in one line if they have changed, or if `log` is set: after a new connection.
+        """
+        losses: dict[str, list[str]] = {}
+        for need, reply in rejected:
+            names = losses.setdefault(need.loss, [])
+            name = f"{need.name} (key {need.key})" if _CONCERNS_KEY.search(reply) else need.name
+            if name not in names:
+                names.append(name)
+        known = self._rejected_text
+        self.rejected = tuple(need for need, _ in rejected)
+        self.cannot_read = any(need.reading for need, _ in rejected)
+        text = "; ".join(f"{', '.join(names)}: {loss}" for loss, names in losses.items())
+        self._rejected_text = f"Redis rejects commands of relay ({text})" if text else ""
+        if text and (log or self._rejected_text != known):
+            _log.error(
+                "Redis at %s rejects commands of relay (%s). Everything else continues. %s",
+                server,
+                text,
+                _REMEDY,
+            )
+        elif known and not text:
+            _log.warning("Redis at %s accepts all commands of relay again", server)
+        unexplained, self._unexplained = self._unexplained, {}
+        for area, consequence in unexplained.items():
+            if area in self._now and not self.explains(self._now[area][0]):
+                self._log_refused(area, consequence)
+
+    def lacks(self, name: str) -> bool:
+        """Return True if the last check found this command rejected."""
+        return any(need.name == name for need in self.rejected)
+
+    def explains(self, reply: str) -> bool:
+        """Return True if the last check has logged this rejection."""
+        found = _REJECTED_COMMAND.search(reply)
+        return found is not None and self.lacks(found[1].lower())
 
     def refused(self, area: str, reply: str, consequence: str = "") -> None:
         """Store an error reply, and log it if it is new."""
@@ -108,18 +254,28 @@ class Refusals:
         if known is not None and code_of(known[0]) == code_of(reply):
             return
         self._now[area] = (reply, known[1] if known else self._clock())
+        if rule.effect is Effect.NO_RIGHT and self.on_unknown is not None:
+            if not self.explains(reply):
+                self._unexplained[area] = consequence
+                self.on_unknown()
+            return
+        self._log_refused(area, consequence)
+
+    def _log_refused(self, area: str, consequence: str) -> None:
+        reply, _ = self._now[area]
+        remedy = rule_of(reply).remedy
         _log.error(
             "Redis refuses %s (%s)%s%s",
             area,
             reply,
             f": {consequence}" if consequence else "",
-            f". {rule.remedy}" if rule.remedy else "",
+            f". {remedy}" if remedy else "",
         )
 
     def accepted(self, area: str) -> None:
         """Remove the area's refusal, and log that it has ended."""
         known = self._now.pop(area, None)
-        if known is not None:
+        if known is not None and not self.explains(known[0]):
             _log.warning("Redis accepts %s again after %.1f s", area, self._clock() - known[1])
 
     def note(self, name: str, text: str) -> None:
@@ -133,5 +289,10 @@ class Refusals:
         return area in self._now
 
     def __str__(self) -> str:
-        refused = [f"Redis refuses {area} ({reply})" for area, (reply, _) in self._now.items()]
-        return "; ".join([*refused, *filter(None, self._notes.values())])
+        refused = [
+            f"Redis refuses {area} ({reply})"
+            for area, (reply, _) in self._now.items()
+            if not self.explains(reply)
+        ]
+        parts = [self._rejected_text, *refused, *self._notes.values()]
+        return "; ".join(filter(None, parts))

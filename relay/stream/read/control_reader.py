@@ -49,9 +49,10 @@ class ControlReader:
     def take(self, replies: Sequence[object]) -> bool:
         """Carry out the commands that were read. Return True if there are more."""
         newest = replies[1]
-        if not isinstance(newest, list):
+        error = next((reply for reply in replies[1:] if not isinstance(reply, list)), None)
+        if error is not None or not isinstance(newest, list):
             # Commands have effect again when the stream can be read.
-            self._refusals.refused(COMMANDS, str(newest), "disconnect and unsubscribe do nothing")
+            self._refusals.refused(COMMANDS, str(error), "disconnect and unsubscribe do nothing")
             return False
         if self._refusals.has(COMMANDS):
             self._refusals.accepted(COMMANDS)

@@ -48,7 +48,7 @@ async def poll(reader: PolledReader, redis: RedisSettings, keys: Keys) -> None:
             streams = [stream for stream in reader.followed() if stream.settled]
             if not streams:
                 await asyncio.sleep(_BLOCK_MS / 1000)
-            # Rights and the control stream are read once per round, so a round must not become
+            # Rights and the control stream are read between rounds, so a round must not become
             # longer with the number of streams.
             block_ms = max(1, _BLOCK_MS * _BATCH // max(_BATCH, len(streams)))
             for start in range(0, len(streams), _BATCH):
@@ -65,9 +65,9 @@ async def poll(reader: PolledReader, redis: RedisSettings, keys: Keys) -> None:
                     reader.news(name)
                 # Each reply proves that streams are being read, even if the round takes long.
                 reader.polled(control=False, rights=False)
-            rights = loop.time() - checked_at >= _RIGHTS_S
-            if rights:
+            due = loop.time() - checked_at >= _RIGHTS_S
+            if due:
                 checked_at = loop.time()
-            reader.polled(control=True, rights=rights)
+            reader.polled(control=due, rights=due)
             # Let the requested reads advance the positions that the next XREAD starts from.
             await asyncio.sleep(0.005)

@@ -25,7 +25,8 @@ from relay.stream.connection.connect import CommandRefused, discover
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.primary import Primary
 from relay.stream.connection.reconnecting import keep_connected, loss_of_connection, wait_for
-from relay.stream.connection.refusals import Refusals
+from relay.stream.connection.refusals import Refusals, needs
+from relay.stream.connection.rights import find_rejected
 from relay.stream.read import stream_commands
 from relay.stream.read.groups import group_of
 from relay.stream.read.invalidations import (
@@ -41,6 +42,7 @@ from relay.stream.read.read_mode import ReadMode
 if TYPE_CHECKING:
     from relay.config.settings import RedisSettings, StreamSettings
     from relay.core.metrics import Metrics
+    from relay.stream.connection.connect import RedisEndpoint
     from relay.stream.format.keys import Keys
     from relay.stream.read.control_reader import ControlReader
     from relay.stream.upkeep.unused import UnusedStreams
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
+# Periods of checks of rights: usually, and while rights are missing.
+_RIGHTS_S, _RIGHTS_MISSING_S = 60.0, 5.0
 _NEWS_BATCH = (16, 256)
 _RESUME_BATCH = 500
 _DESTROY_BATCH = 256
@@ -71,7 +75,11 @@ class StreamReader:
         unused: UnusedStreams,
         refusals: Refusals | None = None,
     ) -> None:
-        refusals = refusals or Refusals()
+        self._refusals = refusals = refusals or Refusals()
+        self._needs = needs(keys, instance)
+        # Set when Redis has rejected a command that was accepted at the last check.
+        self._rights_work = asyncio.Event()
+        refusals.on_unknown = self._rights_work.set
         self._mode = ReadMode(refusals)
         self._keys = keys
         self._unused = unused
@@ -122,7 +130,7 @@ class StreamReader:
         """Receive ephemeral events of the stream. It is examined when a client joins."""
         self._followed[stream.channel] = self._by_key[self._keys.stream(stream.channel)] = stream
         if self._messages is not None:
-            self._messages.post(("SUBSCRIBE", self._keys.ephemeral(stream.channel)))
+            self._subscribe(self._messages, stream)
 
     def want_examine(self, stream: Followed) -> None:
         """Examine the stream in the next pipeline."""
@@ -143,7 +151,8 @@ class StreamReader:
         self._live.forget(stream)
         self._pages.forget(stream)
         if self._link is not None and self._messages is not None:
-            self._messages.post(("UNSUBSCRIBE", self._keys.ephemeral(stream.channel)))
+            unsubscribe = ("UNSUBSCRIBE", self._keys.ephemeral(stream.channel))
+            self._messages.post(unsubscribe, expected="NOPERM")
             # On the connection that creates groups: if a client comes back at once, its new group
             # is created after this one was destroyed.
             destroy = ("XGROUP", "DESTROY", key, self._group)
@@ -156,9 +165,8 @@ class StreamReader:
 
     def ready(self) -> bool:
         """Return whether streams are being read now."""
-        return (
-            self._link is not None and self._invalidations.is_working() and not self._mode.blocked
-        )
+        cannot_read = self._mode.blocked or self._refusals.cannot_read
+        return self._link is not None and self._invalidations.is_working() and not cannot_read
 
     def is_connected(self) -> bool:
         """Return whether there is a connection to Redis over which streams are read.
@@ -227,6 +235,7 @@ class StreamReader:
             if not tracking:
                 self._invalidations.touch()
                 _log.warning("Client tracking unavailable: polling streams with blocking reads")
+            await self._check_rights(endpoint, log=True)
             self._primary.connected(link.run_id, link.replication)
             links.callback(self._primary.disconnected)
             links.callback(self._disconnected)
@@ -241,11 +250,39 @@ class StreamReader:
                 tasks.create_task(self._serve_pages(pages), name="pages")
                 tasks.create_task(self._sweep(), name="sweep")
                 tasks.create_task(self._retry(link), name="retry")
+                tasks.create_task(self._watch_rights(endpoint), name="rights")
                 tasks.create_task(wait_for(lost), name="lost")
                 if tracking:
                     tasks.create_task(self._invalidations.verify(link, pages), name="canary")
                 else:
                     tasks.create_task(poll(self, self._redis, self._keys), name="poll")
+
+    async def _check_rights(self, endpoint: RedisEndpoint, *, log: bool) -> None:
+        could_subscribe = not self._refusals.lacks("subscribe")
+        rejected = await find_rejected(endpoint, self._redis, self._needs)
+        self._refusals.checked(str(endpoint), rejected, log=log)
+        if self._messages is not None and not could_subscribe:
+            for stream in self.followed():
+                self._subscribe(self._messages, stream)
+
+    def _subscribe(self, messages: PipelineConnection, stream: Followed) -> None:
+        # A missing right is reported by `_check_rights`.
+        messages.post(("SUBSCRIBE", self._keys.ephemeral(stream.channel)), expected="NOPERM")
+
+    async def _watch_rights(self, endpoint: RedisEndpoint) -> None:
+        """Check rights rarely, missing ones more often, and all of them after a new rejection."""
+        while True:
+            missing = self._refusals.rejected
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_RIGHTS_MISSING_S if missing else _RIGHTS_S):
+                    await self._rights_work.wait()
+            if missing and not self._rights_work.is_set():
+                again = [need for need in self._needs if need.opens_transaction or need in missing]
+                rejected = await find_rejected(endpoint, self._redis, again)
+                if tuple(need for need, _ in rejected) == missing:
+                    continue
+            self._rights_work.clear()
+            await self._check_rights(endpoint, log=False)
 
     def _disconnected(self) -> None:
         self._link = self._messages = None
@@ -259,7 +296,7 @@ class StreamReader:
         # Reading begins after this loop, so it may yield to other tasks.
         for part in sweep_slices(self.followed(), len(self._followed) // _RESUME_BATCH + 1):
             for stream in part:
-                messages.post(("SUBSCRIBE", self._keys.ephemeral(stream.channel)))
+                self._subscribe(messages, stream)
             self._live.all_unsettled(part)
             await asyncio.sleep(0)
         self._work.set()

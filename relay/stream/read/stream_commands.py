@@ -13,14 +13,13 @@ from relay.core.stream_interface import Examined, ExamineRequest, Followed, Page
 from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import RedisCommand, ReplyError
 from relay.stream.connection.primary import Primary
+from relay.stream.connection.refusals import cause_of
 from relay.stream.format.entry import digest
 from relay.stream.format.keys import Keys
 from relay.stream.read.groups import create_marker, new_marker, parse_state
 
 Decode = Callable[[Channel, EntryID, Sequence[bytes]], Record]
 RawEntry = tuple[bytes, list[bytes] | None]
-
-_ABORTED = "EXECABORT Transaction discarded because of: "
 
 
 def count_for(stream: Followed, page_bytes: int, most: int) -> int:
@@ -213,7 +212,7 @@ def _seen(replies: Sequence[object], writes: int, *, plain: bool) -> list[object
     if isinstance(executed, ReplyError):
         # EXECABORT does not say why. The command that was refused does.
         refused = (each for each in replies if isinstance(each, ReplyError))
-        raise CommandRefused("transaction", str(next(refused)).removeprefix(_ABORTED))
+        raise CommandRefused("transaction", cause_of(str(next(refused))))
     return cast(list[object], executed)[writes:]
 
 
