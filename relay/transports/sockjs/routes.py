@@ -176,6 +176,8 @@ class SockJs:
                 return as_response(wrong)
         session_id = received.route["session"]
         if session_id not in self._sessions:
+            if not self._sessions.has_room and await self._registry.owner(session_id) is None:
+                return self._refuse(request, 503, b"Too many sessions are being opened\n")
             owner = await self._registry.claim(session_id)
             if owner != self._address:
                 try:

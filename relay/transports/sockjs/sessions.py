@@ -29,6 +29,10 @@ _FRAME_BYTES = 64
 # Characters that are not allowed in a callback name, as in sockjs-go v1 and v2.
 _NO_CALLBACK = re.compile(r"[^a-zA-Z0-9_.]")
 
+# Sessions of a worker whose clients have not sent a message yet. They end within seconds. Until
+# then, each has a registration in Redis.
+_MAX_SILENT = 5_000
+
 _STREAMS: dict[str, tuple[str, bytes]] = {
     "xhr_streaming": (SCRIPT, _XHR_PRELUDE),
     "eventsource": ("text/event-stream; charset=UTF-8", _EVENTSOURCE_PRELUDE),
@@ -60,6 +64,7 @@ class SockJsSessions:
         self._options = options
         self._reaper = reaper
         self._by_id: dict[str, SockJsSession] = {}
+        self._silent: set[str] = set()
         self._detached: Deadlines[SockJsSession] = Deadlines(
             options.disconnect_s, SockJsSession.expire
         )
@@ -94,6 +99,11 @@ class SockJsSessions:
     def __contains__(self, session_id: str) -> bool:
         return session_id in self._by_id
 
+    @property
+    def has_room(self) -> bool:
+        """Return False while too many clients have opened a session and sent nothing."""
+        return len(self._silent) < _MAX_SILENT
+
     def open(
         self, session_id: str, request: HttpRequest, on_removed: Callable[[], None]
     ) -> SockJsSession:
@@ -105,9 +115,11 @@ class SockJsSessions:
             detached=self._detached,
         )
         self._by_id[session_id] = session
+        self._silent.add(session_id)
 
         def removed() -> None:
             del self._by_id[session_id]
+            self._silent.discard(session_id)
             on_removed()
 
         session.on_removed = removed
@@ -151,6 +163,7 @@ class SockJsSessions:
 
     def _send(self, session: SockJsSession, transport: str, request: HttpRequest) -> HttpAnswer:
         headers = {"Content-Type": PLAIN} | NOT_CACHED | cors(request.headers)
+        self._silent.discard(request.route["session"])
         if request.body is None:
             session.on_oversized()
         else:

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from relay.transports.sockjs import registry as module
+from relay.transports.sockjs import sessions
 from relay.transports.sockjs.registry import SessionRegistry
 from tests.support.sockjs import MemoryStore
 from tests.unit.transports.sockjs.conftest import RunSite, Site
@@ -92,6 +93,29 @@ def test_only_the_first_request_of_a_session_asks_redis(on_site: RunSite) -> Non
         for _ in range(10):
             await site.send(session, "x")
         assert site.store.asked == asked == (1 if site.mode == "local" else 2)
+
+    on_site(main)
+
+
+def test_sessions_without_a_message_are_limited(
+    on_site: RunSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "_MAX_SILENT", 3)
+
+    async def main(site: Site) -> None:
+        # Requests to the other worker are passed on, so only the first opens sessions.
+        site.ports[1] = site.ports[0]
+        first = site.session()
+        assert await site.post(first + "/xhr") == b"o\n"
+        await site.send(first, "x")
+        for _ in range(3):
+            assert await site.post(site.session() + "/xhr") == b"o\n"
+        written = len(site.store.values)
+        refused = await site.fetch("POST", site.session() + "/xhr", b"")
+        assert refused == (503, b"Too many sessions are being opened\n")
+        assert len(site.store.values) == written
+        # A client that has sent a message is not affected.
+        assert await site.post(first + "/xhr") == b'a["x"]\n'
 
     on_site(main)
 
