@@ -88,9 +88,9 @@ def decode(text: str, channels: Sequence[Channel]) -> dict[Channel, Position]:
             found.setdefault(name, []).append(position)
     except _Broken:
         raise BadRequest("last_event_id is not a cursor of this relay") from None
-    # Two of 128 channels share their 3 bytes once in 2,000 such sets. They are told apart by their
-    # order; where that has changed, the incarnation shows it and the client is told of a reset.
-    # What must not happen is that one of them gets no position: it would silently begin at now.
+    # In one of 2,000 sets of 128 channels, two share their 3 bytes. Their order distinguishes them.
+    # If it has changed, their incarnations do not match, and the client receives a reset.
+    # Each of them must have a position. Otherwise it would begin with new events, without a notice.
     used: dict[bytes, int] = {}
     positions: dict[Channel, Position] = {}
     for channel in dict.fromkeys(channels):

@@ -150,7 +150,7 @@ class TokenReader:
     def _principal(self, claims: dict[str, Any], now: float) -> Principal:
         expires_at = self._check(claims, now)
         user = claims.get("sub")
-        # An empty name would be nobody: it cannot be revoked, addressed or counted.
+        # A user with an empty name could not be revoked, addressed or counted.
         if not isinstance(user, str) or not _NAME.fullmatch(user):
             raise Unauthorized(
                 "the token's sub must be 1 to 255 characters without control characters"

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 from relay.core.go_json import compact_in_slices
 from relay.core.model import Channel, Event
 from relay.core.reasons import Reason
@@ -39,15 +41,15 @@ class CentrifugoEncoder(SharedEncoder):
     def __init__(self, frame: Callable[[bytes], bytes]) -> None:
         self.frame = frame
 
+    @override
     def event(self, event: Event) -> bytes:
-        """Encode a `message`, `join` or `leave` push."""
         payload = event.frames.get(_PUSH)
         if payload is None:
             payload = event.frames[_PUSH] = _push(event)
         return self.frame(payload)
 
+    @override
     def notice(self, channel: Channel, notice: Notice) -> bytes | None:
-        """Encode an `unsubscribe` push if access was revoked. Return None for other notices."""
         # v1 has no message for a gap: the connection is closed, and the client receives
         # `recovered: false` when it reconnects.
         if notice.kind != "revoked":

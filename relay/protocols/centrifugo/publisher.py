@@ -29,8 +29,8 @@ _log = logging.getLogger(__name__)
 
 Appended = asyncio.Future[EntryID | None]
 
-# Channel of publications for administrators. They are sent with a door name that no client has, so
-# other subscribers of this channel do not receive them.
+# Channel of publications for administrators. They are limited to a protocol name that no client
+# has, so that other subscribers of this channel do not receive them.
 WATCH = Channel("relay.centrifugo.watch")
 WATCHERS = "centrifugo admin"
 

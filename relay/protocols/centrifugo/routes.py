@@ -6,7 +6,9 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from relay.doorkit.contract import Listener
+from typing_extensions import override
+
+from relay.doorkit.contract import FrontDoor, Listener, Mounted
 from relay.protocols.centrifugo.administrators.node import NodeReport
 from relay.protocols.centrifugo.administrators.routes import AdminRoutes
 from relay.protocols.centrifugo.api.executor import CommandExecutor
@@ -29,7 +31,7 @@ _INSECURE = {
 }
 
 
-class MountedCentrifugo:
+class MountedCentrifugo(Mounted):
     """The running protocol: clients, API and administrators."""
 
     drain_s: float | None = None
@@ -63,21 +65,23 @@ class MountedCentrifugo:
             for port, routes in by_port.items()
         ]
 
+    @override
     def reload(self, settings: CentrifugoSettings) -> None:
-        """Apply new settings. Changes of ports and of `http_prefix` need a restart."""
+        # Changes of ports and of `http_prefix` require a restart.
         self._clients.reload(settings)
 
+    @override
     async def closed(self) -> None:
-        """Close administrators and unauthenticated clients; wait until all have disconnected."""
+        # Administrators and unauthenticated clients have no session that the hub could disconnect.
         await self._admin.closed()
         await self._clients.closed()
 
 
-class CentrifugoDoor:
+class CentrifugoDoor(FrontDoor):
     """Serves Centrifugo's clients, HTTP API and administrators."""
 
+    @override
     def mount(self, context: DoorContext, settings: CentrifugoSettings) -> MountedCentrifugo:
-        """Return the protocol's routes, and log a warning for each insecure setting."""
         for name, effect in _INSECURE.items():
             if getattr(settings, name):
                 _log.warning("INSECURE: [protocol:centrifugo] %s: %s", name, effect)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import Field, SecretStr, field_validator
+from typing_extensions import override
 
 from relay.config.settings import ListenerSection, Section
 from relay.core.model import RESERVED_NAMESPACES
@@ -80,13 +81,13 @@ class CentrifugoSettings(CentrifugoNamespace, _ListenerSettings):
     sockjs_url: str = Field("//cdn.jsdelivr.net/sockjs/1.1/sockjs.min.js", description="URL of the script that the SockJS iframe page loads. Use the same version as your page.")
     sockjs_heartbeat_delay: float = Field(25.0, ge=0, le=86400, description="Seconds between two SockJS heartbeats. 0 disables them.")
     # ---- API and administrators
-    insecure_api: bool = Field(False, description="Accept requests to /api/ without a signature. Use it only on a port that nobody but the application can reach.")
+    insecure_api: bool = Field(False, description="Accept requests to /api/ without a signature. Use it only on a port that only the application can reach.")
     api_port: int = Field(0, ge=0, le=65535, description="Port of a separate listener for /api/. 0: use the listener of this protocol.")
     api_max_bytes: int = Field(10485760, ge=1024, le=1073741824, description="Maximum size of one request to /api/. Larger requests are rejected with status 413.")
     admin: bool = Field(False, description="Enable the admin socket at /socket.")
     admin_password: SecretStr = Field(SecretStr(""), description="Password for /auth/. Leave empty to reject all logins.")
     admin_secret: SecretStr = Field(SecretStr(""), description="Secret that signs the tokens issued by /auth/. Leave empty to reject all logins.")
-    insecure_admin: bool = Field(False, description="Accept admin connections without a password. Use it only on a port that nobody but administrators can reach.")
+    insecure_admin: bool = Field(False, description="Accept admin connections without a password. Use it only on a port that only administrators can reach.")
     admin_port: int = Field(0, ge=0, le=65535, description="Port of a separate listener for the admin paths. 0: use the listener of this protocol.")
     web: bool = Field(False, description="Enable /auth/ and the admin socket. Centrifugo's web interface is not included; use the live page of the native protocol.")
     debug: bool = Field(False, description="Enable /debug/ beside the admin paths: tasks, memory and connections as text. Works without admin and web.")
@@ -98,18 +99,16 @@ class CentrifugoSettings(CentrifugoNamespace, _ListenerSettings):
     def _have_good_names(cls, namespaces: Mapping[str, CentrifugoNamespace]) -> Mapping[str, CentrifugoNamespace]:
         for name in namespaces:
             if not _NAMESPACE_NAME.fullmatch(name):
-                raise ValueError(f"{name!r}: a namespace's name has two or more letters, digits, _ or -")
+                raise ValueError(f"{name!r}: must be two or more letters, digits, _ or -")
             if name in RESERVED_NAMESPACES:
-                raise ValueError(f"{name!r}: the channels of this name belong to another door")
+                raise ValueError(f"{name!r}: this name is reserved for another protocol")
         return namespaces
 
     @property
+    @override
     def missing(self) -> str:
-        """`secret` if it is required, because an HMAC with an empty key can be forged.
-
-        It is not required with `insecure` or `insecure_api`. Requests that still need a signature
-        are then rejected.
-        """
+        # An HMAC with an empty key can be forged. With `insecure` or `insecure_api` the secret is
+        # optional; requests that still need a signature are then rejected.
         signs = bool(self.secret.get_secret_value())
         return "" if signs or self.insecure or self.insecure_api else "secret"
 

@@ -1,1 +1,1 @@
-"""Pydio's door: PHP on the private channel, its browsers on the public one."""
+"""The Pydio protocol: PHP uses the private channel, and browsers the public one."""

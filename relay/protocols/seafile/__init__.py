@@ -1,1 +1,1 @@
-"""The door of Seafile's clients and servers, in place of its notification server."""
+"""The Seafile protocol, which replaces Seafile's notification server."""

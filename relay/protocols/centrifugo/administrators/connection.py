@@ -12,11 +12,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import orjson
+from typing_extensions import override
 
 from relay.core.errors import RelayError
 from relay.core.model import Principal
 from relay.core.reasons import Reason
 from relay.hub.encoding import SharedEncoder
+from relay.hub.session import Client
 from relay.protocols.centrifugo import codec, commands
 from relay.protocols.centrifugo.api.replies import Reply, encode
 from relay.protocols.centrifugo.publisher import WATCH, WATCHERS
@@ -64,18 +66,20 @@ class AdminTransport(Protocol):
 
 
 class WatchEncoder(SharedEncoder):
-    """Encodes publications for administrators (`relay.hub.encoding.Encoder`)."""
+    """Encodes publications for administrators."""
 
     door = WATCHERS
 
+    @override
     def event(self, event: Event) -> bytes:
-        """Encode a push. Return b"" for entries that others have written to this channel."""
+        # Entries that other programs have appended to this channel are not sent.
         if event.door != WATCHERS:
             return b""
         return frame_text(b'{"method":"message","error":null,"body":' + event.data + b"}")
 
+    @override
     def notice(self, channel: Channel, notice: Notice) -> bytes | None:
-        """Send nothing: administrators have no delivery guarantee."""
+        # Administrators have no delivery guarantee.
         del channel, notice
         return b""
 
@@ -83,8 +87,8 @@ class WatchEncoder(SharedEncoder):
 WATCH_ENCODER = WatchEncoder()
 
 
-class AdminConnection:
-    """Executes an administrator's commands. Implements `relay.hub.session.Client`."""
+class AdminConnection(Client):
+    """Executes an administrator's commands."""
 
     def __init__(
         self, server: ServerState, executor: CommandExecutor, is_valid: Callable[[str], bool]
@@ -207,29 +211,36 @@ class AdminConnection:
         self.on_closed()
         socket.close_with(CLOSE_CODE, codec.close_reason(reason, reconnect=True))
 
-    # ---- from the hub (relay.hub.session.Client) ------------------------------------------------
+    # ---- callbacks of the hub -------------------------------------------------------------------
 
+    @override
     def subscribed(self, subscription: Subscription) -> None:
-        """Do nothing: the reply to `connect` has been sent."""
+        # The reply to `connect` has already been sent.
+        pass
 
+    @override
     def refused(self, channel: Channel, error: RelayError) -> None:
-        """Close the connection because the channel cannot be read. The page reconnects."""
+        # The channel cannot be read. The page reconnects.
         del channel, error
         self.close(codec.INTERNAL_ERROR)
 
+    @override
     def dropped(self, channel: Channel, notice: Notice) -> None:
-        """Close the connection because the subscription has ended."""
         del channel, notice
         self.close(codec.INTERNAL_ERROR)
 
+    @override
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
-        """Do nothing. Never called, because `WatchEncoder.notice` never returns None."""
+        # The hub does not call this: `WatchEncoder.notice` never returns None.
+        pass
 
+    @override
     def expired(self) -> None:
-        """Do nothing. Never called, because this principal does not expire."""
+        # The hub does not call this: the principal has no expiry time.
+        pass
 
+    @override
     def disconnect(self, reason: Reason) -> None:
-        """Close the connection for an operator or at shutdown."""
         self.close("shutting down" if reason == Reason.STOPPING else reason)
 
 

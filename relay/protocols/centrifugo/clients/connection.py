@@ -15,13 +15,21 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 from relay.core.errors import LimitExceeded, RelayError
 from relay.core.json_text import is_json
 from relay.core.model import Channel
 from relay.core.reasons import Reason
+from relay.hub.session import Client
 from relay.protocols.centrifugo import codec
 from relay.protocols.centrifugo.clients import credentials, requests
-from relay.protocols.centrifugo.clients.interfaces import ClientTransport, FatalError, ReadControl
+from relay.protocols.centrifugo.clients.interfaces import (
+    ClientTransport,
+    CommandContext,
+    FatalError,
+    ReadControl,
+)
 from relay.protocols.centrifugo.clients.reply_queue import ReplyQueue, ReplySlot
 from relay.protocols.centrifugo.clients.slow_client_timer import SlowClientTimer
 from relay.protocols.centrifugo.clients.subscriptions import Subscriptions
@@ -80,8 +88,8 @@ class _Processing(enum.Enum):
     YIELDED = enum.auto()
 
 
-class CentrifugoConnection:
-    """Executes a client's commands. Implements `relay.hub.session.Client`."""
+class CentrifugoConnection(Client, CommandContext):
+    """Executes a client's commands."""
 
     __slots__ = (
         "_info",
@@ -96,11 +104,8 @@ class CentrifugoConnection:
         "_transport",
         "_unparsed",
         "_waiting",
-        "client",
         "encoder",
-        "pending",
         "server",
-        "session",
         "subscriptions",
     )
 
@@ -130,21 +135,21 @@ class CentrifugoConnection:
         self._slow_timer: SlowClientTimer | None = None
 
     @property
+    @override
     def closed(self) -> bool:
-        """Whether the connection has been closed."""
         return self._state is ConnectionState.CLOSED
 
     @property
+    @override
     def user(self) -> str:
-        """The user's ID, '' for anonymous and unauthenticated clients."""
         return self.session.principal.user if self.session is not None else ""
 
+    @override
     def is_subscribed(self, name: str) -> bool:
-        """Return True if the client is subscribed to the channel."""
         return name in self.subscriptions
 
+    @override
     def info(self, name: str) -> bytes:
-        """Return the client's info for a channel, as pushes and presence contain it."""
         return codec.info_json(self.user, self.client, self._info, self.subscriptions.info(name))
 
     async def add_presence(self, wanted: Callable[[Channel], bool]) -> None:
@@ -325,8 +330,8 @@ class CentrifugoConnection:
 
     # ---- to the client --------------------------------------------------------------------------
 
+    @override
     def run(self, command: Coroutine[object, object, None]) -> None:
-        """Run a command that has to wait. It must call `answer` or raise FatalError."""
         self.pending += 1
         _ = self.server.context.spawn(self._run(command), name=f"centrifugo {self.client}")
 
@@ -338,10 +343,11 @@ class CentrifugoConnection:
         except RelayError:
             self.close(codec.INTERNAL_ERROR, reconnect=True)
 
+    @override
     def reply(self, slot: ReplySlot, body: bytes | None, error: str = "", advice: str = "") -> None:
-        """Reply to a command that was not pending."""
         self._replies.fill(slot, codec.reply(slot.command, body, error, advice))
 
+    @override
     def answer(
         self,
         slot: ReplySlot,
@@ -351,10 +357,6 @@ class CentrifugoConnection:
         *,
         holds: bool = False,
     ) -> None:
-        """Reply to a pending command.
-
-        With `holds`, no event is sent to the client before this reply.
-        """
         if self.closed:
             return
         self.pending -= 1
@@ -419,37 +421,37 @@ class CentrifugoConnection:
         self._release()
         self._transport = self._read_control = None
 
-    # ---- from the hub (relay.hub.session.Client) ------------------------------------------------
+    # ---- callbacks of the hub -------------------------------------------------------------------
 
+    @override
     def subscribed(self, subscription: Subscription) -> None:
-        """Reply to the subscribe command."""
         self.subscriptions.confirm(subscription)
 
+    @override
     def refused(self, channel: Channel, error: RelayError) -> None:
-        """Reply to the subscribe command with an error."""
         try:
             self.subscriptions.reject(channel, error)
         except FatalError as fatal:
             self.close(fatal.reason, reconnect=fatal.reconnect)
 
+    @override
     def dropped(self, channel: Channel, notice: Notice) -> None:
-        """Remove a subscription that the server has ended."""
         del notice
         self.subscriptions.drop(channel)
 
+    @override
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
-        """Close the connection because events may be missing."""
         # v1 has no message for a gap. The client reconnects, recovers from its last message and
         # receives `recovered: false`.
         del subscription, notice
         self.close("insufficient state", reconnect=True)
 
+    @override
     def expired(self) -> None:
-        """Close the connection: its token has expired."""
         self.close("expired", reconnect=True)
 
+    @override
     def disconnect(self, reason: Reason) -> None:
-        """Close the connection for an operator or at shutdown."""
         text, reconnect = _DISCONNECTS.get(reason, (reason, True))
         self.close(text, reconnect=reconnect)
 

@@ -54,6 +54,8 @@ class ReadControl(Protocol):
 class CommandContext(Protocol):
     """The connection as its commands and subscriptions use it."""
 
+    __slots__ = ("client", "pending", "session")
+
     # The connection's ID, a UUID.
     client: str
     session: Session | None

@@ -1,1 +1,1 @@
-"""The npm kind: the same registration over Socket.IO, for clients 2.x to 4.x."""
+"""The npm server type of Pydio: the same registration over Socket.IO 2.x to 4.x."""
