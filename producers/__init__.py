@@ -1,1 +1,1 @@
-"""Producers: what puts events into workspaces' streams, in the relay's process or alone."""
+"""Programs that publish events from other sources, in a relay process or in their own process."""

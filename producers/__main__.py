@@ -1,4 +1,4 @@
-"""`python -m producers NAME`: one producer as a process of its own, on any host."""
+"""`python -m producers NAME`: run one producer in its own process, on any host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import uvloop
 
-from producers.registry import Running, build, producer_settings
+from producers.registry import RunningProducer, build, producer_settings
 from producers.settings import PRODUCERS
 from relay.config.loading import load
 from relay.core.errors import ConfigError, RelayError
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one producer until a signal; the exit code (1: configuration, 2: usage)."""
+    """Run one producer until SIGTERM or SIGINT. Exit codes: 1 configuration error, 2 usage."""
     parser = argparse.ArgumentParser(prog="python -m producers", allow_abbrev=False)
     about = "; ".join(f"{name}: {each.summary}" for name, each in PRODUCERS.items())
     parser.add_argument("name", choices=list(PRODUCERS), help=about)
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.argument is not None:
         setting = PRODUCERS[name].argument
         if not setting:
-            parser.error(f"{name} takes no {options.argument!r}")
+            parser.error(f"{name} has no argument: {options.argument!r}")
         options.overrides.append(f"producer:{name}.{setting}={options.argument}")
     flags = {"redis": options.redis} if options.redis else {}
     try:
@@ -68,14 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             producers=producer_settings(),
         )
         if config.redis.url == "embedded":
-            raise ConfigError("[redis] url: a producer by itself needs the address of a Redis")
+            raise ConfigError(
+                "[redis] url is not set: a separate producer process needs the address of Redis"
+            )
         running = build(
             name,
             config,
             redis=config.redis,
             instance=new_instance(config.node.name or f"{socket.gethostname()}_{name}"),
             namespace_of=config.namespace,
-            count=lambda _result, _number: None,
+            count=lambda _outcome, _number: None,
         )
     except RelayError as exc:
         sys.stderr.write(f"producers: {logs.redact(' '.join(str(exc).split()))}\n")
@@ -87,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-async def _until_signal(running: Running) -> None:
+async def _until_signal(running: RunningProducer) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,10 +1,10 @@
-"""Commands that any program RPUSHes to `centrifugo.api` and its shards, applied once and in order.
+"""Execute the commands that programs RPUSH to `centrifugo.api` and its shards, once and in order.
 
-A worker looks at the head of a queue, prepares the entries, and appends them and takes the head
-away in one step (`queue.py`): whoever dies at any point leaves the command either in
-the queue or done. What cannot be carried out becomes a dead letter in that same step. Order holds
-within a queue; one worker serves it at a time, and the next one takes over within seconds. Several
-workers share the queues out evenly.
+A worker reads the head of a queue, prepares the entries, and in one step appends them and removes
+the head (`relay/stream/write/queue.py`). If the worker dies, a command is either still in the queue
+or executed. Commands that cannot be executed become dead letters in the same step. Order is kept
+within a queue. One worker at a time serves a queue, and another one takes over within seconds. The
+queues are distributed evenly over the workers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
+from producers.registry import RunningProducer
 from producers.settings import QueueSettings
 from relay.core.errors import LimitExceeded, RedisUnavailable
 from relay.core.slices import in_slices
@@ -42,24 +45,25 @@ _log = logging.getLogger(__name__)
 
 _LEASE_MS = 1500
 _RENEW_S = 0.5
-# In case a wake-up was lost.
+# Interval between checks of all queues, in case an invalidation was lost.
 _SWEEP_S = 5.0
-# Without wake-ups (tracking is refused).
+# Interval between checks if Redis rejects CLIENT TRACKING.
 _POLL_S = 0.1
 _BATCH_BYTES = 1 << 20
 _FIRST_PAUSE_S = 0.1
+_RETRY_S = 1.0
 
-# Their commands concern the clients of this door alone.
+# `unsubscribe` and `disconnect` apply to clients of this protocol only.
 _DOOR = "centrifugo"
-# v1 takes these from a queue too, and nobody is there for the answer.
-_QUESTIONS = ("presence", "history", "channels", "stats", "node")
+# v1 accepts these in a queue as well, although nobody receives the reply. They do nothing.
+_QUERIES = ("presence", "history", "channels", "stats", "node")
 
-# What one command means: the entries to append. Invalid where it cannot be carried out.
+# Returns the entries that a command appends. Raises InvalidCommand if it cannot be executed.
 Handler = Callable[[commands.CentrifugoCommand, int], Iterable[Operation]]
 
 
 class Dispatcher:
-    """Which command is carried out how; `handlers` adds to publish and broadcast."""
+    """Translates commands into entries. `handlers` adds methods."""
 
     def __init__(
         self,
@@ -79,12 +83,12 @@ class Dispatcher:
             "broadcast": self._broadcast,
             "unsubscribe": self._unsubscribe,
             "disconnect": self._disconnect,
-            **dict.fromkeys(_QUESTIONS, _nothing),
+            **dict.fromkeys(_QUERIES, _ignore),
             **(handlers or {}),
         }
 
     async def operations(self, item: bytes, index: int) -> tuple[list[Operation], list[str]]:
-        """What this item of a queue asks for, and why parts of it cannot be done."""
+        """Return the entries for an item of a queue, and the reasons why commands in it failed."""
         try:
             plain = commands.plain_publish(item)
             if plain is not None:
@@ -92,21 +96,21 @@ class Dispatcher:
             queued = commands.queued(item)
         except commands.InvalidCommand as exc:
             return [], [str(exc)]
-        wanted: list[Operation] = []
+        operations: list[Operation] = []
         reasons: list[str] = []
         for command in queued:
             try:
                 handler = self._handlers.get(command.method)
                 if handler is None:
                     raise commands.InvalidCommand(f"unknown method {command.method[:50]!r}")  # noqa: TRY301  # one way to a reason
-                # In a list of its own, since a command is applied whole or not at all.
-                wanted += [each async for each in in_slices(handler(command, index))]
+                # Collect a command's entries first: it is executed completely or not at all.
+                operations += [each async for each in in_slices(handler(command, index))]
             except commands.InvalidCommand as exc:
                 reasons.append(str(exc))
-        return wanted, reasons
+        return operations, reasons
 
     def operation(self, publication: commands.PublishParams, index: int) -> Operation:
-        """The append of one publication; Invalid where a reader could not make sense of it."""
+        """Return the append of one publication. Raise InvalidCommand if it cannot be an entry."""
         channel, data, client, uid, kind, to = publication
         fields = [b"data", data]
         if client is not None or uid is not None or kind is not None or to is not None:
@@ -127,50 +131,51 @@ class Dispatcher:
         broadcast = commands.broadcast(command.params)
         if not broadcast.channels or not broadcast.data:
             raise commands.InvalidCommand("broadcast without channels or data")
-        # Unlike v1, which stops half way: in the queue a command is applied whole or not at all.
+        # v1 publishes the channels before an invalid one. Here a queued command is executed
+        # completely or not at all.
         for name in broadcast.channels:
             yield self.operation(broadcast.publication(name), index)
 
     def _unsubscribe(self, command: commands.CentrifugoCommand, index: int) -> list[Operation]:
-        given = commands.fields(command.params, strings=("channel", "user"))
-        name = given.get("channel")
+        params = commands.fields(command.params, strings=("channel", "user"))
+        name = params.get("channel")
         channel = commands.checked_channel(name) if name else None
         return [
             self._control(
-                control.UnsubscribeUser(user=_user(given), channel=channel, door=_DOOR), index
+                control.UnsubscribeUser(user=_user(params), channel=channel, door=_DOOR), index
             )
         ]
 
     def _disconnect(self, command: commands.CentrifugoCommand, index: int) -> list[Operation]:
-        given = commands.fields(command.params, strings=("user",))
-        return [self._control(control.DisconnectUser(user=_user(given), door=_DOOR), index)]
+        params = commands.fields(command.params, strings=("user",))
+        return [self._control(control.DisconnectUser(user=_user(params), door=_DOOR), index)]
 
     def _control(self, command: control.ControlCommand, index: int) -> Operation:
         return Operation(self._keys.control, control.encode(command), index, control.KEEP)
 
 
-def _nothing(_command: commands.CentrifugoCommand, _index: int) -> list[Operation]:
+def _ignore(_command: commands.CentrifugoCommand, _index: int) -> list[Operation]:
     return []
 
 
-def _user(given: Mapping[str, str]) -> str:
-    if not given.get("user"):
-        raise commands.InvalidCommand("without user")
-    return given["user"]
+def _user(params: Mapping[str, str]) -> str:
+    if not params.get("user"):
+        raise commands.InvalidCommand("user is missing")
+    return params["user"]
 
 
 class _Shard:
-    """One queue as this worker sees it."""
+    """One queue: whether this worker has its lease, and whether it may have changed."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.held = asyncio.Event()
-        self.news = asyncio.Event()
+        self.changed = asyncio.Event()
         self.average_bytes = 1024.0
 
 
-class QueueProducer:
-    """Takes commands from all queues that this worker holds; `run` until cancelled."""
+class ApiQueueConsumer(RunningProducer):
+    """Executes the commands of all queues whose leases this worker has."""
 
     def __init__(
         self,
@@ -185,7 +190,7 @@ class QueueProducer:
         on_applied: Callable[[int, int], None] = lambda _applied, _broken: None,
         handlers: Mapping[str, Handler] | None = None,
     ) -> None:
-        """`on_applied` counts: commands taken, and dead letters among them."""
+        """`on_applied` is called with the numbers of executed items and of dead letters."""
         self._keys = keys
         self._redis = redis
         self._settings = settings
@@ -203,18 +208,18 @@ class QueueProducer:
         names = [settings.name, *(f"{settings.name}.{n}" for n in range(settings.shards))]
         self._shards = {name.encode(): _Shard(name) for name in names}
 
+    @override
     async def run(self) -> None:
-        """Survives everything that Redis does. A command half way at the end is done or waits."""
-        # If Redis refuses the leases, for example because its memory is full, the pauses grow too.
+        # The pauses also grow if Redis rejects the leases, for example because its memory is full.
         await keep_connected(
             self._connected,
-            lambda exc: _log.warning("API queue: %s", exc),
+            lambda exc: _log.warning("API queue stopped: %s; retrying", exc),
             Backoff(_FIRST_PAUSE_S),
         )
 
     async def _connected(self, established: Callable[[], None]) -> None:
         lost, on_lost = loss_of_connection()
-        link = await PipelineConnection.open(
+        connection = await PipelineConnection.open(
             await discover(self._redis),
             settings=self._redis,
             on_push=self._on_push,
@@ -222,30 +227,33 @@ class QueueProducer:
             name="relay-queue",
         )
         try:
-            queues = CommandQueues(link, self._keys, self._instance)
+            queues = CommandQueues(connection, self._keys, self._instance)
             await queues.prepare()
             try:
-                await link.call("CLIENT", "TRACKING", "ON")
+                await connection.call("CLIENT", "TRACKING", "ON")
                 tracking = True
             except CommandRefused:
                 tracking = False
-                _log.warning("queue: wake-ups are not available, queues are polled")
+                _log.warning(
+                    "API queue: Redis rejects CLIENT TRACKING; polling the queues every %d ms",
+                    _POLL_S * 1000,
+                )
             established()
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(wait_for(lost), name="queue lost")
-                    tasks.create_task(self._hold(queues, tracking), name="queue leases")
+                    tasks.create_task(wait_for(lost), name="queue connection lost")
+                    tasks.create_task(self._keep_leases(queues, tracking), name="queue leases")
                     for shard in self._shards.values():
                         tasks.create_task(self._serve(queues, shard), name=f"queue {shard.name}")
             except asyncio.CancelledError:
-                # The next worker need not wait for the leases to expire.
+                # Release the leases, so that another worker can take over at once.
                 with contextlib.suppress(RedisUnavailable, CommandRefused):
                     await queues.hold([shard.name for shard in self._shards.values()], 0)
                 raise
         finally:
             for shard in self._shards.values():
                 shard.held.clear()
-            link.close()
+            connection.close()
 
     def _on_push(self, push: list[object]) -> None:
         if push[0] != b"invalidate":
@@ -253,9 +261,9 @@ class QueueProducer:
         names = push[1]
         for name in names if isinstance(names, list) else self._shards:
             if name in self._shards:
-                self._shards[name].news.set()
+                self._shards[name].changed.set()
 
-    async def _hold(self, queues: CommandQueues, tracking: bool) -> None:
+    async def _keep_leases(self, queues: CommandQueues, tracking: bool) -> None:
         shards = list(self._shards.values())
         loop = asyncio.get_running_loop()
         renew_at = sweep_at = loop.time()
@@ -269,18 +277,18 @@ class QueueProducer:
                         shard.held.clear()
                     elif not shard.held.is_set():
                         shard.held.set()
-                        shard.news.set()
+                        shard.changed.set()
             if not tracking or now >= sweep_at:
                 sweep_at = now + _SWEEP_S
                 for shard in shards:
-                    shard.news.set()
+                    shard.changed.set()
             await asyncio.sleep(_RENEW_S if tracking else _POLL_S)
 
     async def _serve(self, queues: CommandQueues, shard: _Shard) -> None:
         while True:
             await shard.held.wait()
-            await shard.news.wait()
-            shard.news.clear()
+            await shard.changed.wait()
+            shard.changed.clear()
             try:
                 while shard.held.is_set():
                     most = max(1, int(_BATCH_BYTES / shard.average_bytes))
@@ -290,17 +298,23 @@ class QueueProducer:
                     shard.average_bytes = sum(map(len, head.items)) / len(head.items) + 1
                     await self._apply(queues, shard, head)
             except CommandRefused as exc:
-                # Of another type, no memory, no right: the queue stays as it is.
-                _log.error("queue %s: %s", shard.name, exc)  # no bug
-                await asyncio.sleep(1.0)
-                shard.news.set()
+                # Redis is out of memory, the key has another type, or the user lacks a permission.
+                # The commands stay in the queue.
+                _log.error(
+                    "API queue %s: Redis rejected its commands: %s; retrying in %g s",
+                    shard.name,
+                    exc,
+                    _RETRY_S,
+                )
+                await asyncio.sleep(_RETRY_S)
+                shard.changed.set()
 
     async def _apply(self, queues: CommandQueues, shard: _Shard, head: Head) -> None:
         operations: list[Operation] = []
         broken = 0
         async for index, item in in_slices(enumerate(head.items)):
-            wanted, reasons = await self._dispatcher.operations(item, index)
-            operations += wanted
+            appends, reasons = await self._dispatcher.operations(item, index)
+            operations += appends
             for reason in reasons:
                 broken += 1
                 operations.append(self._dead_letter(shard.name, item, reason, index))
@@ -321,10 +335,10 @@ class QueueProducer:
         return Operation(self._keys.dead_letters, letter, index, dead_letters.KEEP)
 
     def _replicas(self, operations: Sequence[Operation]) -> int:
-        """How many replicas the strictest namespace of this batch wants.
+        """Return the highest `wait_replicas` of the namespaces in this batch.
 
-        Nobody waits for an answer here; this keeps the queue from running ahead of the replicas.
-        A failover that loses the entries loses their removal from the queue with them.
+        No producer waits for a reply. The wait keeps the queue from running ahead of the replicas.
+        If a failover loses the entries, it also loses their removal from the queue.
         """
         channels = {self._keys.channel_of_stream(key) for key in {each.key for each in operations}}
         return max(
@@ -333,14 +347,14 @@ class QueueProducer:
         )
 
 
-def build(context: ProducerContext, settings: QueueSettings) -> QueueProducer:
-    """Return the producer. Raise ConfigError if its settings cannot work."""
+def build(context: ProducerContext, settings: QueueSettings) -> ApiQueueConsumer:
+    """Create the producer. Raise ConfigError if its settings are incomplete."""
 
     def on_applied(taken: int, broken: int) -> None:
         context.count("taken", taken)
         context.count("broken", broken)
 
-    return QueueProducer(
+    return ApiQueueConsumer(
         keys=context.keys,
         redis=context.redis,
         settings=settings,

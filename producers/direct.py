@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 
+from typing_extensions import override
+
 from producers.outgoing import (
     DestinationUnavailable,
     Outcome,
     OutgoingEvent,
     PostponedEvent,
     RejectedEvent,
+    Sender,
 )
 from relay.config.settings import NamespaceSettings, RedisSettings
 from relay.core.errors import RedisUnavailable, RelayError
@@ -23,12 +26,15 @@ from relay.stream.format.keys import Keys
 from relay.stream.write.append import APPEND_ONCE, AppendCommands, send
 
 
-class DirectSender:
-    """A `Sender` that appends to Redis. Needs only the `producer` rights of docs/redis.md.
+class DirectSender(Sender):
+    """A `Sender` that appends to Redis. Needs only the ACL user `producer` of docs/redis.md.
 
-    `maxlen` limits the streams to about this many entries (0: no limit), and uids are remembered
-    for `window_s`. With `load_script` the rights of the user `relay`, which include SCRIPT LOAD
-    instead of EVAL, are sufficient too.
+    Args:
+        settings: Address and credentials of Redis.
+        window_s: How long Redis remembers uids.
+        maxlen: Approximate maximum of entries in a stream (0: no limit).
+        load_script: Load the script with SCRIPT LOAD first. Needed for the ACL user `relay`, which
+            may not use EVAL.
     """
 
     def __init__(
@@ -39,7 +45,7 @@ class DirectSender:
         maxlen: int = 0,
         load_script: bool = False,
     ) -> None:
-        # The caller's time limit covers all waits together and is reached first.
+        # The caller's time limit covers connecting and sending together. It must be reached first.
         self._settings = settings.model_copy(
             update={"connect_timeout_s": 60.0, "command_timeout_s": 300.0}
         )
@@ -49,14 +55,15 @@ class DirectSender:
         )
         self._load_script = load_script
         self._connection: PipelineConnection | None = None
-        # A server that restarts loses its scripts, but then the connection is lost too.
+        # A restarted server has lost its scripts. The connection is lost as well, and reopening it
+        # resets this.
         self._script_known = False
         self._opening = asyncio.Lock()
 
+    @override
     async def send(
-        self, events: Sequence[OutgoingEvent], leaving: Callable[[], None]
+        self, events: Sequence[OutgoingEvent], on_sending: Callable[[], None]
     ) -> list[Outcome]:
-        """Append in order, in one pipeline."""
         appends = [self._commands.build(each.channel, each.fields(), each.uid) for each in events]
         try:
             connection = await self._connected()
@@ -64,7 +71,7 @@ class DirectSender:
             raise DestinationUnavailable(str(exc)) from exc
         script_known = self._script_known
         self._script_known = script_known or appends[0].script is not None
-        leaving()
+        on_sending()
         try:
             results = await send(connection, appends, script_known=script_known)
         except RedisUnavailable as exc:
@@ -76,8 +83,8 @@ class DirectSender:
             raise
         return [_outcome(result) for result in results]
 
+    @override
     async def close(self) -> None:
-        """Close the connection."""
         self._drop(self._connection)
 
     async def _connected(self) -> PipelineConnection:
@@ -110,7 +117,7 @@ def _outcome(result: EntryID | RelayError) -> Outcome:
     reason = str(result)
     if not isinstance(result, CommandRefused):
         return PostponedEvent(reason)
-    # A user without the right to run scripts is not a fault of the event, and would empty a spool
-    # of thousands. A forbidden key may be the key of this event only.
+    # If the user may not run scripts, all events fail: rejecting them would empty a whole spool.
+    # A forbidden key may be the key of this event only.
     unusable = result.code == "NOSCRIPT" or (result.code == "NOPERM" and " to run " in reason)
     return PostponedEvent(reason) if unusable else RejectedEvent(reason)

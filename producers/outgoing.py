@@ -1,4 +1,4 @@
-"""What a producer hands over: one event, checked before anything is sent, and how sending ends."""
+"""Events that a producer sends, checked before sending, and the outcome of sending them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from relay.core.model import Channel, EntryID, parse_channel
 from relay.stream.format import entry
 
 UID_BYTES = 255
-# How long Redis remembers a uid: longer than any outage after which a spool must not repeat.
+# How long Redis remembers a uid. A spool can be delivered again after shorter outages without
+# publishing an event twice.
 WINDOW_S = 24 * 3600
 SPOOL_BYTES = 64 * 1024 * 1024
 
 
 class PublishFailed(RelayError):
-    """The event was neither delivered nor spooled; the text says why, in one line.
+    """The event was neither delivered nor spooled. The text gives the reason in one line.
 
-    `unknown` is true where it was sent and no answer came: it may have been appended. Only an
-    event with a uid can then be published again without the risk of a second one.
+    `unknown` is True if the event was sent but not acknowledged, so that it may have been appended.
+    Publish it again only if it has a uid; otherwise it could appear twice.
     """
 
     def __init__(self, text: str, *, unknown: bool = False) -> None:
@@ -31,9 +32,9 @@ class PublishFailed(RelayError):
 
 
 class DestinationUnavailable(RelayError):
-    """The relay or Redis cannot take events now; the same ones may be sent again.
+    """Relay or Redis cannot accept events at the moment. The caller can retry.
 
-    `sent` is true where they may have arrived all the same.
+    `sent` is True if the events may have arrived although no reply was received.
     """
 
     def __init__(self, text: str, *, sent: bool = False) -> None:
@@ -43,25 +44,25 @@ class DestinationUnavailable(RelayError):
 
 @dataclass(frozen=True, slots=True)
 class RejectedEvent:
-    """This event was refused, and would be again; others may go through."""
+    """This event was rejected permanently. Other events may be accepted."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class PostponedEvent:
-    """This event was not taken, for a reason that may pass."""
+    """This event was rejected for a temporary reason."""
 
     reason: str
 
 
-# None: taken, under an ID that this way of sending does not tell.
+# None: accepted by a server that does not return entry IDs.
 Outcome = EntryID | RejectedEvent | PostponedEvent | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutgoingEvent:
-    """One event as its producer meant it. `to` is None or the names, as `entry.encode` wants."""
+    """One event. `to` is None or the recipients, in the form that `entry.encode` expects."""
 
     channel: Channel
     data: bytes
@@ -71,41 +72,46 @@ class OutgoingEvent:
     client: str | None = None
 
     def fields(self) -> list[bytes]:
-        """Flat fields for XADD."""
+        """Return the fields and values for XADD as one flat list."""
         return entry.encode(self.data, type=self.type, uid=self.uid, to=self.to, client=self.client)
 
 
 class Sender(Protocol):
-    """A way to the relay. One event, or several that all have a uid."""
+    """Sends events to Redis or to relay's HTTP API: a single event, or several that have uids."""
 
     async def send(
-        self, events: Sequence[OutgoingEvent], leaving: Callable[[], None]
+        self, events: Sequence[OutgoingEvent], on_sending: Callable[[], None]
     ) -> list[Outcome]:
-        """Send in order; what became of each. `Away` where that is not known of all of them.
+        """Send the events in order and return the outcome of each.
 
-        Has no time limit of its own: the caller cancels it. From the call of `leaving` on the
-        events may arrive.
+        There is no time limit; the caller cancels the call. `on_sending` is called before the
+        first byte is written: from then on the events may arrive.
+
+        Raises:
+            DestinationUnavailable: The outcome of at least one event is unknown.
         """
         ...
 
     async def close(self) -> None:
-        """Give up connections."""
+        """Close connections."""
         ...
 
 
 async def send_until(
     deadline: float, sender: Sender, events: Sequence[OutgoingEvent]
 ) -> list[Outcome]:
-    """`sender.send`, given up at this time of the loop's clock with Away."""
-    left = asyncio.Event()
+    """Call `sender.send()`. Raise DestinationUnavailable at `deadline` (time of the event loop)."""
+    sending = asyncio.Event()
     try:
         async with asyncio.timeout_at(deadline):
-            return await sender.send(events, left.set)
+            return await sender.send(events, sending.set)
     except TimeoutError as exc:
-        raise DestinationUnavailable("no answer within the time limit", sent=left.is_set()) from exc
+        raise DestinationUnavailable(
+            "no reply within the time limit", sent=sending.is_set()
+        ) from exc
 
 
-def outgoing(
+def outgoing_event(
     channel: str,
     data: object,
     *,
@@ -114,11 +120,18 @@ def outgoing(
     to: str | Iterable[str] | None = None,
     client: str | None = None,
 ) -> OutgoingEvent:
-    """An event from what a caller gave.
+    """Check the arguments and return them as an event.
 
-    `data`: str and bytes as they are, anything else as JSON. `to`: names as in an entry's field
-    (`"anna, group:kitchen"`), or an iterable of names. ValueError or TypeError, with the reason,
-    for what no relay could deliver.
+    Args:
+        channel: Name of the channel.
+        data: str and bytes are sent unchanged, other values as JSON.
+        uid: 1 to 255 bytes; events with the same uid are appended once.
+        type: Type of the event.
+        to: Recipients as in an entry's field (`"anna, group:kitchen"`), or an iterable of names.
+        client: ID of the client that caused the event.
+
+    Raises:
+        ValueError or TypeError: Relay could not deliver such an event. The text gives the reason.
     """
     if isinstance(data, str):
         data = data.encode()
@@ -128,9 +141,9 @@ def outgoing(
     if to is not None:
         names = tuple(sorted(entry.recipients(to if isinstance(to, str) else list(to))))
     if uid is not None and not 0 < len(uid.encode()) <= UID_BYTES:
-        raise ValueError(f"a uid is 1 to {UID_BYTES} bytes long")
+        raise ValueError(f"uid must have 1 to {UID_BYTES} bytes")
     event = OutgoingEvent(
         channel=parse_channel(channel), data=data, uid=uid, type=type, to=names, client=client
     )
-    event.fields()  # raises where the relay would find the entry broken
+    event.fields()  # raises ValueError if relay could not decode the entry
     return event

@@ -1,9 +1,9 @@
-"""Publishes events from Python, without ever holding up or breaking the program that does.
+"""Publish events from Python. A call takes no longer than a time limit.
 
-`AsyncPublisher` is for asyncio, `Publisher` for everything else. Both go straight to Redis or, with
-`http=`, to the relay's HTTP API. All network waits of one call together end after a limit. What
-could not be sent is an error, or, with `spool=PATH`, waits in a local file for the next call that
-gets through, in order and once.
+`AsyncPublisher` is for asyncio programs, `Publisher` for all others. Both append to Redis directly
+or, with `http=`, use relay's HTTP API. An event that cannot be sent within the time limit raises an
+error. With `spool=PATH` it is stored in a local file instead, and the next successful call delivers
+the stored events, each once and in order.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from producers.outgoing import (
     PublishFailed,
     RejectedEvent,
     Sender,
-    outgoing,
+    outgoing_event,
     send_until,
 )
 from producers.spool import Spool
@@ -48,11 +48,21 @@ __all__ = ["AsyncPublisher", "PublishFailed", "Publisher"]
 
 
 class AsyncPublisher:
-    """For one event loop; calls may overlap.
+    """Publisher for asyncio programs. Use one object per event loop; calls may overlap.
 
-    `url` is as `[redis] url`. Where `http` is the relay's address, `secret` is that of its API, and
-    Redis is not asked. `window_s` (how long a uid is remembered) and `maxlen` (to about how many
-    entries the stream is trimmed, 0: not at all) are for Redis; by HTTP the relay's settings hold.
+    Args:
+        url: Address of Redis, as `[redis] url`.
+        prefix: Prefix of relay's keys.
+        password: Password of Redis, if `url` has none.
+        http: Address of relay. If set, events are sent by HTTP and the settings of Redis are
+            ignored.
+        secret: Secret of the HTTP API.
+        limit_ms: Time limit of a call for all network operations together.
+        window_s: How long a uid is remembered. By HTTP, relay's setting applies.
+        maxlen: Approximate number of entries to which a stream is trimmed (0: not trimmed). By
+            HTTP, relay's setting applies.
+        spool: File for events that cannot be sent.
+        spool_bytes: Maximum size of that file.
     """
 
     def __init__(
@@ -82,9 +92,9 @@ class AsyncPublisher:
         self._spool = (
             None if spool is None else Spool(spool, limit_s=self._limit_s, limit_bytes=spool_bytes)
         )
-        # With a spool one call at a time, first come first served, so that no event overtakes one
-        # that has to be spooled. Nobody's network time is prolonged: each has its own deadline,
-        # and whoever comes to its turn after it goes to the disk at once.
+        # With a spool, calls are serialized, so that no event overtakes one that has to be spooled.
+        # Each call keeps its own deadline. A call that gets the lock after its deadline writes to
+        # the spool without another network operation.
         self._turn = asyncio.Lock()
         self._spooling = False
 
@@ -98,19 +108,26 @@ class AsyncPublisher:
         to: str | Iterable[str] | None = None,
         client: str | None = None,
     ) -> EntryID | None:
-        """Deliver one event; its ID.
+        """Publish one event.
 
-        `data`: str and bytes as they are, anything else as JSON. `uid`: the caller's name for
-        this event; the same one again is not appended again, and gives the first one's ID. `to`:
-        the only recipients, `"anna, group:kitchen"` or an iterable of names. `client`: who caused
-        it.
+        Args:
+            channel: Name of the channel.
+            data: str and bytes are sent unchanged, other values as JSON.
+            uid: ID chosen by the caller. An event with a known uid is not appended again; the call
+                returns the ID of the first one.
+            type: Type of the event.
+            to: Recipients: `"anna, group:kitchen"`, or an iterable of names. Default: all.
+            client: ID of the client that caused the event.
 
-        None where the event is in the spool, or where the HTTP API took it without telling an ID,
-        as Centrifugo's own does; that skips `type` and `to`.
-        PublishFailed where it was not taken; ValueError or TypeError for what no relay could
-        deliver.
+        Returns:
+            The entry's ID. None if the event was spooled, or if the HTTP API returned no ID.
+            Centrifugo's own API returns none, and it ignores `type` and `to`.
+
+        Raises:
+            PublishFailed: The event was not accepted.
+            ValueError or TypeError: Relay could not deliver such an event.
         """
-        event = outgoing(channel, data, uid=uid, type=type, to=to, client=client)
+        event = outgoing_event(channel, data, uid=uid, type=type, to=to, client=client)
         deadline = asyncio.get_running_loop().time() + self._limit_s
         if self._spool is None:
             try:
@@ -126,14 +143,19 @@ class AsyncPublisher:
                 return _id(await self._send(event, deadline))
             except DestinationUnavailable as exc:
                 if not self._spooling:
-                    # Once an outage: also a wrong password ends here, and somebody must be told.
-                    _log.warning("events go to the spool %s: %s", self._spool.path, exc)
+                    # Logged once per outage, because the cause may be permanent, such as a wrong
+                    # password.
+                    _log.warning(
+                        "Could not publish an event (%s); writing events to the spool %s",
+                        exc,
+                        self._spool.path,
+                    )
                     self._spooling = True
                 await asyncio.to_thread(self._spool.append, event)
                 return None
 
     async def flush(self, limit_ms: float = 10_000) -> None:
-        """Deliver what is spooled, within its own limit; PublishFailed where some of it remains."""
+        """Deliver the spooled events. Raise PublishFailed if some are left after `limit_ms`."""
         if self._spool is None:
             return
         deadline = asyncio.get_running_loop().time() + limit_ms / 1000
@@ -142,10 +164,10 @@ class AsyncPublisher:
                 if self._spool.pending():
                     await self._deliver(self._spool, deadline)
             except DestinationUnavailable as exc:
-                raise PublishFailed(f"spooled events remain: {exc}") from exc
+                raise PublishFailed(f"not all spooled events were delivered: {exc}") from exc
 
     async def close(self) -> None:
-        """Give up connections. What is spooled stays."""
+        """Close connections. Spooled events stay in the file."""
         await self._sender.close()
 
     async def __aenter__(self) -> Self:
@@ -166,11 +188,15 @@ class AsyncPublisher:
         return outcome
 
     async def _deliver(self, spool: Spool, deadline: float) -> None:
-        """Send what waits, oldest first; Away as soon as one cannot be sent."""
+        """Send all spooled events, oldest first.
+
+        Raises:
+            DestinationUnavailable: An event could not be sent. It and the following ones remain.
+        """
         while await deliver(spool, self._sender, deadline):
             pass
         if self._spooling:
-            _log.warning("the spool %s is delivered", spool.path)
+            _log.warning("Delivered all events from the spool %s", spool.path)
             self._spooling = False
 
 
@@ -181,10 +207,10 @@ def _id(outcome: EntryID | RejectedEvent | None) -> EntryID | None:
 
 
 class Publisher:
-    """The same for programs without asyncio; any thread may call it, also after a fork.
+    """Publisher for programs without asyncio. It is thread-safe and may be used after a fork.
 
-    Takes what `AsyncPublisher` takes. The network is served by a thread of its own, begun with
-    the first call: only so can a name look-up be left behind when the limit is reached.
+    The arguments are those of `AsyncPublisher`. The first call starts a thread for the network.
+    Without it, a slow DNS lookup could not be abandoned at the time limit.
     """
 
     def __init__(self, url: str = "redis://127.0.0.1:6379/0", **options: Any) -> None:
@@ -193,7 +219,7 @@ class Publisher:
         self._lock = threading.Lock()
         self._pid = 0
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._publisher = AsyncPublisher(url, **options)  # a wrong argument shows here
+        self._publisher = AsyncPublisher(url, **options)  # raises for invalid arguments
 
     def publish(
         self,
@@ -205,19 +231,19 @@ class Publisher:
         to: str | Iterable[str] | None = None,
         client: str | None = None,
     ) -> EntryID | None:
-        """Deliver one event; everything as `AsyncPublisher.publish` says."""
-        publisher, loop = self._running()
+        """Publish one event; see `AsyncPublisher.publish()`."""
+        publisher, loop = self._started()
         return _result(
             publisher.publish(channel, data, uid=uid, type=type, to=to, client=client), loop
         )
 
     def flush(self, limit_ms: float = 10_000) -> None:
-        """Deliver what is spooled; everything as `AsyncPublisher.flush` says."""
-        publisher, loop = self._running()
+        """Deliver the spooled events; see `AsyncPublisher.flush()`."""
+        publisher, loop = self._started()
         _result(publisher.flush(limit_ms), loop)
 
     def close(self) -> None:
-        """Give up connections and the thread. What is spooled stays; a later call begins anew."""
+        """Close connections and stop the thread. Spooled events stay; a later call starts again."""
         with self._lock:
             loop, self._loop = self._loop, None
             if loop is not None and self._pid == os.getpid():
@@ -235,10 +261,10 @@ class Publisher:
     ) -> None:
         self.close()
 
-    def _running(self) -> tuple[AsyncPublisher, asyncio.AbstractEventLoop]:
+    def _started(self) -> tuple[AsyncPublisher, asyncio.AbstractEventLoop]:
         with self._lock:
             if self._loop is None or self._pid != os.getpid():
-                # A forked child has neither the thread nor a right to the parent's connection.
+                # A forked child does not have the thread and must not use the parent's connection.
                 self._pid = os.getpid()
                 self._publisher = AsyncPublisher(self._url, **self._options)
                 self._loop = asyncio.new_event_loop()

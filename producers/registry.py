@@ -1,7 +1,7 @@
-"""How producers that the relay runs itself are built and run.
+"""Build producers, and describe what each one must implement.
 
-`producers.settings` lists them. The relay runs a producer in its own process if its section
-[producer:NAME] enables it. `python -m producers NAME` runs it alone, on any host.
+`producers.settings` lists them. Each relay process runs a producer if its section [producer:NAME]
+enables it. `python -m producers NAME` runs it in a process of its own, on any host.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProducerContext:
-    """The services that a producer receives from the relay.
+    """Settings and services for producers.
 
-    The streams are in `redis`, under `keys`. `instance` is the name of this process in leases, and
-    is unique. `count(outcome, n)` increments `relay_producer_items_total`. `protocols` are the
-    sections of the protocols by name, `protocol:NAME`.
+    `redis` is the server with relay's streams, and `keys` builds their names. `instance` is the
+    unique name of this process in leases. `count(outcome, n)` increments
+    `relay_producer_items_total`. `protocols` has the protocols' sections by name, `protocol:NAME`.
     """
 
     keys: Keys
@@ -39,11 +39,11 @@ class ProducerContext:
     protocols: Mapping[str, Section]
 
 
-class Running(Protocol):
-    """A producer that can be run."""
+class RunningProducer(Protocol):
+    """A configured producer."""
 
     async def run(self) -> None:
-        """Run until cancelled. Errors of Redis do not end it."""
+        """Publish until cancelled. Errors of Redis are logged and retried."""
 
 
 def build(
@@ -54,8 +54,8 @@ def build(
     instance: str,
     namespace_of: Callable[[Channel], NamespaceSettings],
     count: Callable[[str, int], None],
-) -> Running:
-    """Import a producer and return it. Raise ConfigError if its settings cannot work."""
+) -> RunningProducer:
+    """Import and create a producer. Raise ConfigError if its settings are incomplete."""
     context = ProducerContext(
         keys=Keys(redis.prefix),
         redis=redis,
@@ -67,10 +67,10 @@ def build(
         protocols=config.doors,
     )
     module = importlib.import_module(f"producers.{PRODUCERS[name].module}")
-    running: Running = module.build(context, config.producers[f"producer:{name}"])
+    running: RunningProducer = module.build(context, config.producers[f"producer:{name}"])
     return running
 
 
 def producer_settings() -> dict[str, type[Section]]:
-    """Return the class of each producer's section by the section's name, `producer:<name>`."""
+    """Return the settings class of each section `producer:<name>`."""
     return {f"producer:{name}": section for name, section in PRODUCERS.items()}

@@ -1,9 +1,9 @@
-"""The tap on the Redis channel `repo_update`, where seafevents tells of every commit.
+"""Listen to the Redis channel `repo_update`, where seafevents publishes every commit.
 
-No HTTP from Seafile is needed then. The taps of all processes listen and one of them appends, under
-a lease. The others remember what they heard last, and whoever takes over begins with that: a commit
-that is the library's latest already is not appended again (nor is one that came by `/events`).
-Pub/sub keeps nothing: what is published while no relay listens is lost.
+Seafile then needs no HTTP connection to relay. All processes listen, and the one that holds a lease
+appends. The others keep the messages of the last seconds and append them if they take over. A
+commit that is already the library's latest is not appended again, even if it arrived by `/events`.
+Redis does not store pub/sub messages: those published while no relay process listens are lost.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
+from producers.registry import RunningProducer
 from producers.settings import SeafHooksSettings
 from relay.config.settings import RedisSettings
 from relay.core.errors import ConfigError, RelayError
@@ -35,18 +38,19 @@ _log = logging.getLogger(__name__)
 _LEASE = "seaf_hooks"
 _LEASE_S = 3.0
 _RENEW_S = 0.5
-# Longer than a lease: who takes over has heard what the one before may not have appended.
-_REMEMBERED_S = 10.0
-_REMEMBERED = 100_000
+# Longer than the lease, so that a process that takes over has all messages that its predecessor may
+# not have appended.
+_KEEP_S = 10.0
+_KEEP_MOST = 100_000
 _CHANNEL = b"repo_update"
 
 
-class SeafileHookListener:
-    """See `producers.registry.Running`."""
+class SeafileHookListener(RunningProducer):
+    """Appends an entry for every commit that Seafile publishes."""
 
     def __init__(self, context: ProducerContext, source: RedisSettings) -> None:
         self._context = context
-        self._link = ReconnectingConnection(
+        self._subscriber = ReconnectingConnection(
             source, subscribe_to=[_CHANNEL], on_message=self._on_message
         )
         self._appender = Appender(
@@ -56,18 +60,19 @@ class SeafileHookListener:
             namespace_of=context.namespace_of,
         )
         self._holds = False
-        # The latest commit of each library: heard within the last seconds, or not yet appended.
-        self._heard: OrderedDict[Channel, tuple[float, SeafEvent]] = OrderedDict()
+        # The latest commits of the libraries: those received within the last seconds, and those
+        # that could not be appended yet.
+        self._recent: OrderedDict[Channel, tuple[float, SeafEvent]] = OrderedDict()
         self._failed: dict[Channel, SeafEvent] = {}
 
+    @override
     async def run(self) -> None:
-        """Until cancelled; survives everything that both Redis do."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._appender.run(), name="tap appends")
-            tasks.create_task(self._link.run(), name="tap link")
-            tasks.create_task(self._hold(), name="tap lease")
+            tasks.create_task(self._appender.run(), name="repo_update appender")
+            tasks.create_task(self._subscriber.run(), name="repo_update subscriber")
+            tasks.create_task(self._keep_lease(), name="repo_update lease")
 
-    async def _hold(self) -> None:
+    async def _keep_lease(self) -> None:
         context = self._context
         async with redis_client(context.redis) as client:
             lease = Lease(
@@ -82,9 +87,9 @@ class SeafileHookListener:
                     try:
                         self._set_holding(await lease.hold())
                     except RelayError as exc:
-                        # Nobody can append while Redis is away: it stays as it is.
-                        _log.debug("tap: %s", exc)
-                    self._forget()
+                        # While Redis is unreachable no process can append, so the holder stays.
+                        _log.debug("Could not renew the lease %s: %s", _LEASE, exc)
+                    self._remove_old()
                     for channel in list(self._failed) if self._holds else ():
                         self._append(self._failed.pop(channel))
                     await asyncio.sleep(_RENEW_S)
@@ -94,38 +99,43 @@ class SeafileHookListener:
                     async with asyncio.timeout(1.0):
                         await lease.release()
                 except (RelayError, TimeoutError) as exc:
-                    _log.info("tap: the lease is left to expire: %s", exc)
+                    _log.info(
+                        "Could not release the lease %s (%s); it expires in %g s",
+                        _LEASE,
+                        exc,
+                        _LEASE_S,
+                    )
 
     def _set_holding(self, holds: bool) -> None:
         if holds and not self._holds:
-            _log.info("tap: this process appends what Seafile publishes")
+            _log.info("This process appends the commits of repo_update")
             self._holds = True
-            for _, event in self._heard.values():
+            for _, event in self._recent.values():
                 self._append(event)
         elif not holds and self._holds:
-            _log.warning("tap: another process appends what Seafile publishes")
+            _log.warning("Another process has taken over appending the commits of repo_update")
             self._failed.clear()
             self._holds = False
 
-    def _forget(self) -> None:
-        before = time.monotonic() - _REMEMBERED_S
-        while self._heard:
-            heard_at, _ = next(iter(self._heard.values()))
-            if heard_at > before and len(self._heard) <= _REMEMBERED:
+    def _remove_old(self) -> None:
+        oldest = time.monotonic() - _KEEP_S
+        while self._recent:
+            received_at, _ = next(iter(self._recent.values()))
+            if received_at > oldest and len(self._recent) <= _KEEP_MOST:
                 break
-            self._heard.popitem(last=False)
+            self._recent.popitem(last=False)
 
     def _on_message(self, _name: bytes, payload: bytes) -> None:
         try:
             event = event_format.read_line(payload)
         except event_format.Unaddressed as exc:
-            _log.warning("tap: a message cannot be read: %s", exc)
+            _log.warning("Ignored an unreadable message on repo_update: %s", exc)
             self._context.count("broken", 1)
             return
         if event is None:
             return
-        self._heard[event.channel] = (time.monotonic(), event)
-        self._heard.move_to_end(event.channel)
+        self._recent[event.channel] = (time.monotonic(), event)
+        self._recent.move_to_end(event.channel)
         if self._holds:
             self._context.count("taken", 1)
             self._append(event)
@@ -137,8 +147,7 @@ class SeafileHookListener:
         try:
             future = self._appender.append(event.channel, fields, unless_latest=event_format.COMMIT)
         except RelayError as exc:
-            _log.warning("tap: %s waits: %s", event.channel, exc)
-            self._failed[event.channel] = event
+            self._retry_later(event, exc)
             return
 
         def done(appended: asyncio.Future[EntryID]) -> None:
@@ -146,19 +155,27 @@ class SeafileHookListener:
                 return
             exc = appended.exception()
             if exc is None:
-                # A later commit is there: an earlier one is news to nobody.
+                # Clients don't need an earlier commit once a later one has been appended.
                 self._failed.pop(event.channel, None)
             else:
-                _log.warning("tap: %s waits: %s", event.channel, exc)
-                self._failed[event.channel] = event
+                self._retry_later(event, exc)
 
         future.add_done_callback(done)
 
+    def _retry_later(self, event: SeafEvent, error: BaseException) -> None:
+        _log.warning(
+            "Could not append the commit of %s: %s; retrying in %g s",
+            event.channel,
+            error,
+            _RENEW_S,
+        )
+        self._failed[event.channel] = event
+
 
 def build(context: ProducerContext, settings: SeafHooksSettings) -> SeafileHookListener:
-    """Return the producer. Raise ConfigError if its settings cannot work."""
+    """Create the producer. Raise ConfigError if its settings are incomplete."""
     if not settings.redis_url or settings.redis_url == "embedded":
-        raise ConfigError("[producer:seaf_hooks] redis_url: needs the address of Seafile's Redis")
+        raise ConfigError("[producer:seaf_hooks] redis_url must be the address of Seafile's Redis")
     source = context.redis.model_copy(
         update={"url": settings.redis_url, "password": settings.redis_password}
     )

@@ -71,7 +71,7 @@ class EmitterSettings(ProducerSection):
         return {"redis_url": f"redis://{host}:{port}/0"} if host else {}
 
     def stream_names(self) -> list[str]:
-        """Return the streams as a list."""
+        """Return the names in `streams`."""
         return split(self.streams)
 
 

@@ -1,4 +1,4 @@
-"""One batch of emits as one step in Redis: entries, live-only events, commands, and the mark."""
+"""Append a batch of emits in one step: entries, ephemeral events, commands and the position."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ if TYPE_CHECKING:
     from relay.stream.format.keys import Keys
 
 _DOOR = "socketio"
-# In a live-only event: the rooms before this one have their own, whenever a client joined them.
+# ID of the earlier copies in an ephemeral event: a client that is in several of the rooms receives
+# the copy of the first one, no matter when it joined.
 _ALWAYS = EntryID(2**64 - 1, 0)
 
 _WAIT_MS = 1000
 
-# KEYS a tap's mark, dead letters, the stream of each entry; ARGV the mark as read, its new value,
-# dead letters kept, node, time, then of each emit either `p`, a pub/sub channel and a payload, or
-# `x`, entries kept (0: all), number of words, words, number of copies, and of each copy the number
-# of its own words and these. A later copy gets the IDs of those before it. -1 where the mark is
-# another and nothing was done, else how many appends Redis refused: each has become a dead letter
-# with the beginning of its `data`, which must be the first of its fields.
+# KEYS: the position (mark) of a listener, the dead letters, and the stream of each entry.
+# ARGV: the mark as read, its new value, the number of dead letters to keep, node, time. Then for
+# each emit either `p`, a pub/sub channel and a payload, or `x`, the number of entries to keep
+# (0: all), the number of words, the words, the number of copies, and for each copy the number of
+# its own words and these words. A later copy contains the IDs of the earlier ones.
+# Returns -1 if the mark has another value; then nothing was done. Otherwise it returns the number
+# of appends that Redis rejected. Each of them becomes a dead letter with the beginning of its
+# `data`, which must be its first field.
 EMITS = Script(
     APPEND_FUNCTION
     + """\
@@ -80,7 +83,7 @@ Words = list[bytes | str | int]
 
 
 class EmitBatch:
-    """What one step is to append, under the names of one set of keys."""
+    """Collects what one step appends."""
 
     def __init__(
         self,
@@ -98,33 +101,33 @@ class EmitBatch:
         self._replicas = 0
 
     def add(self, emit: Emit) -> None:
-        """Unusable where no entry can be made of it; then nothing is added."""
-        what = contents(emit)
-        where = copies(emit)
+        """Add an emit. Raise UnusableEmit, without adding anything, if it cannot be an entry."""
+        content = contents(emit)
+        targets = copies(emit)
         if emit.volatile:
-            self._whisper(emit, what)
+            self._add_ephemeral(emit, content)
             return
-        fields = entries.encode(what.data, type=what.type, extra=what.extra, checked=True)
+        fields = entries.encode(content.data, type=content.type, extra=content.extra, checked=True)
         if entries.size(fields) > self._max_entry_bytes:
             raise UnusableEmit(self._too_large(entries.size(fields)))
-        keep = self._namespace_of(where[0].channel).retention_count
-        self._words += "x", keep, len(fields), *fields, len(where)
-        for channel, socket in where:
+        keep = self._namespace_of(targets[0].channel).retention_count
+        self._words += "x", keep, len(fields), *fields, len(targets)
+        for channel, socket in targets:
             self._streams.append(self._keys.stream(channel))
             to = [] if socket is None else [b"to", orjson.dumps([f"client:{socket}"])]
             self._words += len(to), *to
             rules = self._namespace_of(channel)
             self._replicas = max(self._replicas, rules.wait_replicas)
 
-    def _whisper(self, emit: Emit, what: EmitContents) -> None:
+    def _add_ephemeral(self, emit: Emit, content: EmitContents) -> None:
         always = str(_ALWAYS).encode()
         published: Words = []
         for number, (channel, socket) in enumerate(copies(emit)):
-            extra = dict(what.extra)
+            extra = dict(content.extra)
             if number:
                 extra[b"copies"] = b" ".join([always] * number)
             to = None if socket is None else frozenset({f"client:{socket}"})
-            event = Event(channel, None, what.data, True, type=what.type, to=to, extra=extra)
+            event = Event(channel, None, content.data, True, type=content.type, to=to, extra=extra)
             payload = ephemeral.encode(event)
             if len(payload) > self._max_entry_bytes:
                 raise UnusableEmit(self._too_large(len(payload)))
@@ -140,13 +143,13 @@ class EmitBatch:
         self._streams.append(self._keys.dead_letters)
         self._words += "x", dead_letters.KEEP, len(letter), *letter, 1, 0
 
-    def command(self, command: Control, joined: Sequence[tuple[str, str]]) -> None:
-        """For all workers' clients; `joined` are rooms and where their streams are now."""
+    def add_command(self, command: Control, joined: Sequence[tuple[str, str]]) -> None:
+        """Add a command to all workers. `joined`: rooms to join with their newest entry IDs."""
         payload = {
-            "do": command.what,
+            "do": command.action,
             "rooms": command.rooms,
             "except": command.without,
-            "names": dict(joined) if command.what == "join" else dict.fromkeys(command.names, ""),
+            "names": dict(joined) if command.action == "join" else dict.fromkeys(command.names, ""),
         }
         text = orjson.dumps(payload).decode()
         fields = control.encode(control.DoorCommand(door=_DOOR, payload=text))
@@ -154,13 +157,13 @@ class EmitBatch:
         self._words += "x", control.KEEP, len(fields), *fields, 1, 0
 
     async def apply(
-        self, link: ReconnectingConnection, mark_key: bytes, old: bytes, new: bytes
+        self, connection: ReconnectingConnection, mark_key: bytes, old: bytes, new: bytes
     ) -> int | None:
         """Append everything and set the mark to `new` in one step, if the mark is still `old`.
 
         Returns:
             The number of entries that Redis rejected and that became dead letters; None if the mark
-            was another and nothing was done.
+            had another value and nothing was done.
 
         Raises:
             Unavailable: The outcome is unknown.
@@ -171,7 +174,7 @@ class EmitBatch:
         words: Words = ["EVALSHA", EMITS.sha, len(streams) + 2, mark_key]
         words += self._keys.dead_letters, *streams
         words += old, new, dead_letters.KEEP, self._node, at, *self._words
-        refused = cast(int, await link.call(*words))
+        rejected = cast(int, await connection.call(*words))
         if self._replicas:
-            await link.call("WAIT", self._replicas, _WAIT_MS)
-        return refused if refused >= 0 else None
+            await connection.call("WAIT", self._replicas, _WAIT_MS)
+        return rejected if rejected >= 0 else None

@@ -1,9 +1,10 @@
-"""The tap on Node's Socket.IO emitters: every emit becomes an entry of its room's stream.
+"""Listen to Node's Socket.IO emitters and append every emit to the stream of its room.
 
-Pub/sub keeps nothing, so what is published while no relay listens is lost. All processes with this
-tap listen and one of them appends, under a lease; whoever takes over goes on exactly behind what
-was appended last (`producers.socketio_heard`). The streams emitter's entries are read from where
-the last one left off: there nothing is lost as long as they are not trimmed.
+Redis does not store pub/sub messages: those published while no relay process listens are lost. All
+processes with this producer listen, and the one that holds a lease appends. A process that takes
+over continues exactly after the last appended message (`producers.socketio_log`). Entries of the
+streams emitter are read from the last appended position on, so that none is lost unless the stream
+was trimmed.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+from typing_extensions import override
+
 from producers import socketio_wire as wire
+from producers.registry import RunningProducer
 from producers.settings import EmitterSettings
 from producers.socketio_append import EMITS, EmitBatch
-from producers.socketio_heard import Heard
+from producers.socketio_log import PubSubLog
 from producers.socketio_wire import Control
 from relay.core.errors import ConfigError, RedisUnavailable, RelayError, Unavailable
 from relay.core.model import EntryID
@@ -41,24 +45,24 @@ _log = logging.getLogger(__name__)
 _LEASE = "socketio_emitter"
 _LEASE_S = 1.5
 _RENEW_S = 0.5
-# Before it takes a lease a tap has listened for longer than one outlives its holder: whoever was
-# there before has heard more, and comes first.
+# A process listens for this time before it tries to get the lease. It is longer than a lease
+# outlives its holder, so that processes that have listened for longer get it first.
 _LISTEN_S = _LEASE_S + 2 * _RENEW_S
 _BATCH = 200
 _BLOCK_MS = 1000
 _PAUSE_S = 0.2
 
 
-class _Read(NamedTuple):
-    """One message of an emitter, and where it came from."""
+class _Message(NamedTuple):
+    """One message of an emitter, its parser, and the channel or stream that it was read from."""
 
-    read: Callable[[], Emit | Control | None]
+    parse: Callable[[], Emit | Control | None]
     source: str
     message: bytes
 
 
-class EmitterListener:
-    """See `producers.registry.Running`."""
+class EmitterListener(RunningProducer):
+    """Appends the emits of Socket.IO emitters."""
 
     def __init__(
         self, context: ProducerContext, settings: EmitterSettings, source: RedisSettings
@@ -66,7 +70,7 @@ class EmitterListener:
         self._context = context
         protocol = cast("SocketIoSettings", context.protocols["protocol:socketio"])
         self._namespace = protocol.namespace
-        pattern, self._start, self._requests = wire.channels(settings.key, self._namespace)
+        pattern, self._prefix, self._requests = wire.channels(settings.key, self._namespace)
         self._source = ReconnectingConnection(
             source,
             subscribe_to=[self._requests],
@@ -76,22 +80,22 @@ class EmitterListener:
         self._reading = ReconnectingConnection(source)
         self._target = ReconnectingConnection(context.redis)
         self._streams = settings.stream_names()
-        self._heard = Heard()
-        self._news = asyncio.Event()
+        self._messages = PubSubLog()
+        self._received = asyncio.Event()
         self._holds = asyncio.Event()
 
+    @override
     async def run(self) -> None:
-        """Until cancelled; survives everything that both Redis do."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._target.run(), name="emits target")
             tasks.create_task(self._source.run(), name="emits source")
             tasks.create_task(self._reading.run(), name="emits streams")
-            tasks.create_task(self._hold(), name="emits lease")
-            tasks.create_task(self._steadily(self._append_heard), name="emits")
+            tasks.create_task(self._keep_lease(), name="emits lease")
+            tasks.create_task(self._repeat(self._append_messages), name="emits")
             for name in self._streams:
-                tasks.create_task(self._steadily(self._follow(name)), name=f"emits {name}")
+                tasks.create_task(self._repeat(self._follow(name)), name=f"emits {name}")
 
-    async def _hold(self) -> None:
+    async def _keep_lease(self) -> None:
         context = self._context
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_RENEW_S + _LISTEN_S):
@@ -110,11 +114,11 @@ class EmitterListener:
                     try:
                         held = await lease.hold()
                     except RelayError as exc:
-                        # Nothing can be appended while Redis is away: it stays as it is.
-                        _log.debug("emits: %s", exc)
+                        # While Redis is unreachable no process can append, so the holder stays.
+                        _log.debug("Could not renew the lease %s: %s", _LEASE, exc)
                     else:
                         if held and not self._holds.is_set():
-                            _log.info("emits: this process appends them")
+                            _log.info("This process appends Socket.IO emits")
                             self._holds.set()
                         elif not held:
                             self._holds.clear()
@@ -125,79 +129,89 @@ class EmitterListener:
                     async with asyncio.timeout(1.0):
                         await lease.release()
                 except (RelayError, TimeoutError) as exc:
-                    _log.info("emits: the lease is left to expire: %s", exc)
+                    _log.info(
+                        "Could not release the lease %s (%s); it expires in %g s",
+                        _LEASE,
+                        exc,
+                        _LEASE_S,
+                    )
 
-    async def _steadily(self, work: Callable[[], object]) -> None:
-        """For ever; whatever Redis refuses or loses, it begins again from the mark."""
+    async def _repeat(self, work: Callable[[], object]) -> None:
+        """Run `work` while this process holds the lease. After an error it starts again at the
+        mark. Runs until cancelled."""
         while True:
             await self._holds.wait()
             try:
                 await cast("asyncio.Future[None]", work())
             except (RedisUnavailable, Unavailable, CommandRefused) as exc:
-                _log.warning("emits: %s", exc)
+                _log.warning(
+                    "Could not append Socket.IO emits: %s; retrying in %g s", exc, _PAUSE_S
+                )
                 await asyncio.sleep(_PAUSE_S)
 
     # ---- pub/sub ----------------------------------------------------------------------------
 
     def _on_message(self, name: bytes, payload: bytes) -> None:
-        self._heard.add(name, payload, round(time.time() * 1000))
-        self._news.set()
+        self._messages.add(name, payload, round(time.time() * 1000))
+        self._received.set()
 
-    async def _append_heard(self) -> None:
-        key = self._context.keys.tap(_LEASE)
+    async def _append_messages(self) -> None:
+        key = self._context.keys.source_position(_LEASE)
         mark = await self._mark(key)
-        heard = self._heard
-        heard.after(mark)
-        heard.dropped = 0
+        log = self._messages
+        log.resume_after(mark)
+        log.dropped = 0
         while self._holds.is_set():
-            self._news.clear()
-            messages = heard.waiting(_BATCH)
-            if not messages:
+            self._received.clear()
+            pending = log.pending(_BATCH)
+            if not pending:
                 if self._holds.is_set():
-                    await self._wait_for_news()
+                    await self._wait_for_message()
                 continue
-            count = len(messages)
-            new = heard.mark(count)
-            until = heard.next + count
-            found = [
-                _Read(
-                    partial(self._of_message, each.name, each.payload),
+            count = len(pending)
+            new = log.mark(count)
+            until = log.next + count
+            messages = [
+                _Message(
+                    partial(self._parse_message, each.name, each.payload),
                     each.name.decode(errors="replace"),
                     each.payload,
                 )
-                for each in messages
+                for each in pending
             ]
-            if not await self._apply(found, key, mark, new):
-                # Another process appended meanwhile: this one was frozen, or cut off.
+            if not await self._apply(messages, key, mark, new):
+                # Another process has appended, because this one was suspended or disconnected.
                 return
-            mark, heard.next = new, max(heard.next, until)
-            if heard.dropped:
+            mark, log.next = new, max(log.next, until)
+            if log.dropped:
                 _log.error(
-                    "Dropped %d Socket.IO emits: Redis was unreachable for too long", heard.dropped
+                    "Dropped %d Socket.IO emits: Redis was unreachable for too long", log.dropped
                 )
-                self._context.count("lost", heard.dropped)
-                heard.dropped = 0
+                self._context.count("lost", log.dropped)
+                log.dropped = 0
 
-    async def _wait_for_news(self) -> None:
+    async def _wait_for_message(self) -> None:
         try:
             async with asyncio.timeout(_RENEW_S):
-                await self._news.wait()
+                await self._received.wait()
         except TimeoutError:
             pass
 
-    def _of_message(self, name: bytes, payload: bytes) -> Emit | Control | None:
+    def _parse_message(self, name: bytes, payload: bytes) -> Emit | Control | None:
         if name == self._requests:
-            return wire.request(payload)
-        return wire.broadcast(payload, self._namespace) if name.startswith(self._start) else None
+            return wire.parse_request(payload)
+        if name.startswith(self._prefix):
+            return wire.parse_broadcast(payload, self._namespace)
+        return None
 
     # ---- streams ----------------------------------------------------------------------------
 
     def _follow(self, name: str) -> Callable[[], object]:
         async def follow() -> None:
-            key = self._context.keys.tap(f"{_LEASE}:{name}")
+            key = self._context.keys.source_position(f"{_LEASE}:{name}")
             mark = await self._mark(key)
             if not mark:
-                # The first time ever: from here on.
+                # No position is stored yet: start after the newest entry.
                 newest = await self._reading.call("XREVRANGE", name, "+", "-", "COUNT", 1)
                 start = cast("list[list[bytes]]", newest)[0][0] if newest else b"0-0"
                 if await self._batch().apply(self._target, key, b"", start) is None:
@@ -210,13 +224,17 @@ class EmitterListener:
                 if not reply:
                     continue
                 found = cast("dict[bytes, list[list[object]]]", reply)[name.encode()]
-                entries = [wire.flat(cast("list[bytes]", fields)) for _, fields in found]
+                entries = [wire.fields_by_name(cast("list[bytes]", fields)) for _, fields in found]
                 new = cast(bytes, found[-1][0])
-                readers = [
-                    _Read(partial(wire.entry, each, self._namespace), name, each.get(b"data", b""))
+                messages = [
+                    _Message(
+                        partial(wire.parse_entry, each, self._namespace),
+                        name,
+                        each.get(b"data", b""),
+                    )
                     for each in entries
                 ]
-                if not await self._apply(readers, key, mark, new):
+                if not await self._apply(messages, key, mark, new):
                     return
                 mark = new
 
@@ -225,42 +243,42 @@ class EmitterListener:
     # ---- both -------------------------------------------------------------------------------
 
     async def _mark(self, key: bytes) -> bytes:
-        """Where the one before had come to."""
+        """Return the position up to which messages were appended, empty if there is none."""
         await self._target.call("SCRIPT", "LOAD", EMITS.text)
         return cast("bytes | None", await self._target.call("GET", key)) or b""
 
     async def _apply(
         self,
-        found: Iterable[_Read],
+        messages: Iterable[_Message],
         key: bytes,
         old: bytes,
         new: bytes,
     ) -> bool:
         batch = self._batch()
         taken = broken = 0
-        for each in found:
+        for each in messages:
             try:
-                what = each.read()
-                if isinstance(what, Control):
-                    batch.command(what, await self._places(what))
-                elif what is not None:
-                    batch.add(what)
+                parsed = each.parse()
+                if isinstance(parsed, Control):
+                    batch.add_command(parsed, await self._newest_ids(parsed))
+                elif parsed is not None:
+                    batch.add(parsed)
             except UnusableEmit as exc:
                 broken += 1
                 batch.reject(each.source, each.message, str(exc))
                 _log.warning(
-                    "Socket.IO emit on %s rejected: %s; it is in the dead letters",
+                    "Socket.IO emit on %s rejected: %s; saved as a dead letter",
                     each.source,
                     exc,
                 )
                 continue
-            taken += what is not None
+            taken += parsed is not None
         rejected = await batch.apply(self._target, key, old, new)
         if rejected is None:
             return False
         if rejected:
             broken += rejected
-            _log.error("Redis rejected %d Socket.IO emits; they are in the dead letters", rejected)
+            _log.error("Redis rejected %d Socket.IO emits; saved as dead letters", rejected)
         self._context.count("taken", taken)
         self._context.count("broken", broken)
         return True
@@ -271,27 +289,27 @@ class EmitterListener:
             context.keys, context.namespace_of, context.max_entry_bytes, context.instance
         )
 
-    async def _places(self, command: Control) -> list[tuple[str, str]]:
-        """Where the streams of rooms to be joined are: emits after this command reach them."""
-        if command.what != "join":
+    async def _newest_ids(self, command: Control) -> list[tuple[str, str]]:
+        """Return the newest entry IDs of the rooms to join. Clients receive later emits only."""
+        if command.action != "join":
             return []
         keys = self._context.keys
         streams = [keys.stream(channel_of(room)) for room in command.names]
         replies = await self._target.execute([("XINFO", "STREAM", key) for key in streams])
-        places = []
+        newest = []
         for room, reply in zip(command.names, replies, strict=True):
-            # Without a stream: from its beginning.
+            # If there is no stream, clients receive it from its beginning.
             last = reply[b"last-generated-id"] if isinstance(reply, dict) else b"0-0"
-            places.append((room, str(EntryID.parse(last))))
-        return places
+            newest.append((room, str(EntryID.parse(last))))
+        return newest
 
 
 def build(context: ProducerContext, settings: EmitterSettings) -> EmitterListener:
-    """Return the producer. Raise ConfigError if its settings cannot work."""
+    """Create the producer. Raise ConfigError if its settings are incomplete."""
     url = settings.redis_url
     if not url or url == "embedded":
         raise ConfigError(
-            "[producer:socketio_emitter] redis_url: needs the address of the emitters' Redis"
+            "[producer:socketio_emitter] redis_url must be the address of the emitters' Redis"
         )
     source = context.redis.model_copy(update={"url": url, "password": settings.redis_password})
     connect.check(source, "[producer:socketio_emitter] redis_url")

@@ -1,10 +1,10 @@
-"""What Socket.IO's emitters write to Redis, read without I/O.
+"""Parse the messages that Socket.IO's emitters write to Redis. No I/O.
 
 `socket.io-emitter` 3.2 and `@socket.io/redis-emitter` 5.x publish `[uid, packet, opts]` in msgpack
-(or JSON, where the 5.x parser was replaced) on `<key>#<namespace>#[<room>#]`, and 5.x control
-messages in JSON on `<key>-request#<namespace>#`; the streams emitter appends entries with the
-fields uid, nsp, type and data. All captured. What the rooms are is read from the message, never
-from the channel's name, where they are not escaped.
+(or JSON, if the 5.x parser was replaced) on `<key>#<namespace>#[<room>#]`. 5.x also publishes
+control messages in JSON on `<key>-request#<namespace>#`. The streams emitter appends entries with
+the fields uid, nsp, type and data. All formats were captured from these packages. The rooms are
+taken from the message, because they are not escaped in the channel's name.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import orjson
 
 from relay.protocols.socketio.entry_format import Emit, UnusableEmit
 
-# Clients fire these themselves. 5.x refuses to emit them, 3.2 does not.
+# Clients emit these events themselves. 5.x refuses to send them, 3.2 does not.
 _RESERVED = frozenset(
     {"connect", "connect_error", "disconnect", "disconnecting", "newListener", "removeListener"}
 )
 _EVENTS = (2, 5)
-# Of @socket.io/redis-emitter 5.x; socket.io-redis 5.x has other meanings for the same numbers, and
-# its requests have no `opts`.
+# Numbers of @socket.io/redis-emitter 5.x. socket.io-redis 5.x uses the same numbers for other
+# requests, which have no `opts`.
 _CONTROLS = {2: "join", 3: "leave", 4: "disconnect"}
 _STREAM_BROADCAST = 3
 _STREAM_CONTROLS = {4: "join", 5: "leave", 6: "disconnect"}
@@ -35,7 +35,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class _Undefined:
-    """JavaScript's: nothing in an object, null in a list."""
+    """JavaScript's undefined: omitted in an object, null in a list."""
 
 
 _UNDEFINED = _Undefined()
@@ -43,17 +43,19 @@ _UNDEFINED = _Undefined()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:
-    """Something to do with the sockets in any of `rooms` (all where empty) and in none of
-    `without`: put them into `names` or take them out, or end them."""
+    """A command for sockets: join or leave the rooms `names`, or disconnect.
 
-    what: str
+    It applies to the sockets in any of `rooms` (empty: all sockets), except those in `without`.
+    """
+
+    action: str
     rooms: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
 
 
-def broadcast(payload: bytes, namespace: str) -> Emit | None:
-    """The emit in a message on the broadcast channel; None where it is another namespace's."""
+def parse_broadcast(payload: bytes, namespace: str) -> Emit | None:
+    """Parse a message on the broadcast channel. Return None if it is for another namespace."""
     parts = _json(payload) if payload[:1] == b"[" else _msgpack(payload)
     if not isinstance(parts, list) or len(parts) < 2:
         raise UnusableEmit("not [uid, packet, opts]")
@@ -63,21 +65,25 @@ def broadcast(payload: bytes, namespace: str) -> Emit | None:
     return _emit(packet, opts, namespace)
 
 
-def request(payload: bytes) -> Control | None:
-    """A control message of the 5.x emitter; None for every other kind of request."""
+def parse_request(payload: bytes) -> Control | None:
+    """Parse a control message of the 5.x emitter. Return None for other kinds of requests."""
     if payload[:1] != b"{":
         return None
     values = _json(payload)
     if not isinstance(values, dict) or not isinstance(kind := values.get("type"), int):
         return None
-    what = _CONTROLS.get(kind)
-    if what is None or not isinstance(values.get("opts"), dict):
+    action = _CONTROLS.get(kind)
+    if action is None or not isinstance(values.get("opts"), dict):
         return None
-    return _control(what, values)
+    return _control(action, values)
 
 
-def entry(fields: Mapping[bytes, bytes], namespace: str) -> Emit | Control | None:
-    """An entry of the streams emitter or adapter; None where it is none for us."""
+def parse_entry(fields: Mapping[bytes, bytes], namespace: str) -> Emit | Control | None:
+    """Parse an entry of the streams emitter or adapter.
+
+    Returns:
+        None if the entry is for another namespace or of a type that the emitter does not send.
+    """
     if fields.get(b"nsp", b"").decode(errors="replace") != namespace:
         return None
     kind = fields.get(b"type", b"")
@@ -109,7 +115,7 @@ def _emit(packet: dict[Any, Any], opts: dict[Any, Any], namespace: str) -> Emit 
         raise UnusableEmit("not an event")
     name, *args = data
     if isinstance(name, bool) or not isinstance(name, str | int):
-        raise UnusableEmit("an event without a name")
+        raise UnusableEmit("event without a name")
     if str(name) in _RESERVED:
         raise UnusableEmit(f"reserved event name {name}")
     flags = opts.get("flags")
@@ -126,15 +132,15 @@ def _emit(packet: dict[Any, Any], opts: dict[Any, Any], namespace: str) -> Emit 
     )
 
 
-def _control(what: str, values: dict[Any, Any]) -> Control:
+def _control(action: str, values: dict[Any, Any]) -> Control:
     opts = values.get("opts")
     if not isinstance(opts, dict):
         raise UnusableEmit("no opts")
     return Control(
-        what=what,
+        action=action,
         rooms=_names(opts.get("rooms")),
         without=_names(opts.get("except")),
-        names=_names(values.get("rooms")) if what != "disconnect" else (),
+        names=_names(values.get("rooms")) if action != "disconnect" else (),
     )
 
 
@@ -163,8 +169,8 @@ def _msgpack(data: bytes) -> Any:
 
 
 def _extension(code: int, data: bytes) -> object:
-    # notepack 2 has type 0 for both, of 8 bytes or 1; notepack 3 the standard's -1 for dates, which
-    # msgpack reads by itself.
+    # notepack 2 uses type 0 for dates (8 bytes) and undefined (1 byte). notepack 3 uses the
+    # standard type -1 for dates, which msgpack decodes itself.
     if code == 0 and len(data) == 8:
         return _Date(int.from_bytes(data, "big", signed=True))
     if code == 0 and len(data) == 1:
@@ -182,7 +188,7 @@ def _in_list(value: object) -> object:
 
 
 def _plain(value: object) -> object:
-    """As JSON.stringify has it: dates as text, nothing for undefined."""
+    """Convert a value as JSON.stringify does: dates become text, undefined is omitted."""
     if isinstance(value, dict):
         return {_key(name): _plain(each) for name, each in value.items() if each is not _UNDEFINED}
     if isinstance(value, list):
@@ -196,7 +202,7 @@ def _plain(value: object) -> object:
 
 def _key(name: object) -> str:
     if isinstance(name, bool) or not isinstance(name, str | int):
-        raise UnusableEmit("a key that is no text")
+        raise UnusableEmit("object key is not a string")
     return str(name)
 
 
@@ -209,7 +215,7 @@ def _iso(ms: int) -> str | None:
 
 
 def channels(key: str, namespace: str) -> tuple[bytes, bytes, bytes]:
-    """The pattern of the broadcasts, what each begins with, and the channel of requests."""
+    """Return the pattern of the broadcast channels, their prefix, and the channel of requests."""
     start = f"{key}#{namespace}#".encode()
     return _escaped(start) + b"*", start, f"{key}-request#{namespace}#".encode()
 
@@ -220,7 +226,7 @@ def _escaped(text: bytes) -> bytes:
     )
 
 
-def flat(fields: Iterable[bytes]) -> dict[bytes, bytes]:
-    """An entry's fields by name."""
+def fields_by_name(fields: Iterable[bytes]) -> dict[bytes, bytes]:
+    """Return the flat list of an entry's fields as a dictionary."""
     listed = list(fields)
     return dict(zip(listed[::2], listed[1::2], strict=False))

@@ -1,14 +1,14 @@
-"""Events that could not be sent, in a local file, until they can: in order, none lost, none twice.
+"""A local file of events that could not be sent. They stay in order, none is lost or sent twice.
 
-`PATH` has one JSON object a line, oldest first; the producers of other languages append to it too.
-`PATH.state` is the lock between processes and holds two numbers: how often the file was emptied,
-and how many bytes at its start are delivered. `PATH.refused` collects lines that can never be
+`PATH` has one JSON object per line, oldest first. Producers in other languages append to it too.
+`PATH.state` is the lock between processes. It contains two numbers: how often the file was emptied,
+and how many bytes at its start were delivered. `PATH.refused` collects lines that can never be
 delivered, with the reason.
 
-The lock is held for disk work only, never while something is sent. So two processes may send the
-same lines at the same time; each line's uid makes that harmless, and as each begins with the first
-line not known to be delivered, their order holds. Whoever is told later that a batch has arrived
-finds by the first number that the file has been emptied meanwhile.
+The lock is held during disk operations only, not while events are sent. Two processes may therefore
+send the same lines at the same time. The lines' uids prevent duplicates, and the order is kept,
+because both start with the first line that is not marked as delivered. The first number in
+`PATH.state` shows a process that the file was emptied while it was sending a batch.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from errno import ENOSPC
 from pathlib import Path
 from typing import BinaryIO
 
-from producers.outgoing import OutgoingEvent, PublishFailed, outgoing
+from producers.outgoing import OutgoingEvent, PublishFailed, outgoing_event
 
-_STATE_BYTES = 42  # two numbers of 20 digits: always overwritten as a whole
+_STATE_BYTES = 42  # two numbers of 20 digits, so that a write always replaces all of it
 _ANY_SIZE = 10**20
-# A batch must get through a slow network within a publisher's limit.
+# A slow network must be able to transfer a batch within a publisher's time limit.
 BATCH_LINES = 100
 BATCH_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class SpoolLine:
-    """One line: the event, or None and what is wrong with it; and where the next one begins."""
+    """One line. `event` is None if the line is invalid; `end` is the offset of the next line."""
 
     event: OutgoingEvent | None
     text: bytes
@@ -45,17 +45,17 @@ class SpoolLine:
 
 @dataclass(frozen=True, slots=True)
 class SpoolBatch:
-    """The oldest lines that are not known to be delivered."""
+    """The oldest lines that are not marked as delivered."""
 
     emptied: int
     lines: tuple[SpoolLine, ...]
 
 
 class Spool:
-    """One spool file, shared with every process that names the same path.
+    """One spool file, shared by all processes that use the same path.
 
-    All methods but `pending` work on the disk and block; whoever waits for the lock longer than
-    `limit_s` gets PublishFailed.
+    All methods except `pending` block on disk operations. They raise PublishFailed if the lock is
+    not free within `limit_s`.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, limit_s: float, limit_bytes: int) -> None:
@@ -66,7 +66,7 @@ class Spool:
         self._limit_bytes = limit_bytes
 
     def pending(self) -> bool:
-        """Whether something waits: a file whose lines are all delivered is emptied."""
+        """Return True if the spool has undelivered lines."""
         try:
             return self.path.stat().st_size > 0
         except FileNotFoundError:
@@ -75,17 +75,18 @@ class Spool:
             raise PublishFailed(f"spool {self.path}: {exc}") from exc
 
     def append(self, event: OutgoingEvent) -> None:
-        """Keep `event`, which has a uid: it is on the disk when this returns.
+        """Append `event`, which must have a uid, and wait until it is on the disk.
 
-        PublishFailed where that cannot be; then nothing of it is in the file.
+        Raises:
+            PublishFailed: The event could not be written. The file is unchanged.
         """
         line = json.dumps(_plain(event), ensure_ascii=False).encode() + b"\n"
         with self._locked() as file:
-            size = _whole(file)
+            size = _size_of_whole_lines(file)
             if size + len(line) > self._limit_bytes:
                 raise PublishFailed(f"spool {self.path}: full, {size} bytes")
             if not size:
-                self._begin_anew()
+                self._reset_offset()
             try:
                 _write(file, line, size)
                 self._sync_folder(new=not size)
@@ -94,9 +95,9 @@ class Spool:
                 raise
 
     def batch(self) -> SpoolBatch:
-        """The oldest lines, up to a limit; without lines where nothing waits."""
+        """Return the oldest undelivered lines, up to a limit; no lines if there are none."""
         with self._locked() as file:
-            size = _whole(file)
+            size = _size_of_whole_lines(file)
             emptied, done = self._read_state(size)
             lines: list[SpoolLine] = []
             file.seek(done)
@@ -108,35 +109,33 @@ class Spool:
                 lines.append(_line(text, done))
             return SpoolBatch(emptied, tuple(lines))
 
-    def done(self, batch: SpoolBatch, count: int) -> None:
-        """The first `count` lines of `batch` are delivered, or kept with the refused."""
+    def mark_delivered(self, batch: SpoolBatch, count: int) -> None:
+        """Remove the first `count` lines of `batch`, which were delivered or rejected."""
         if not count:
             return
         with self._locked() as file:
-            size = _whole(file)
+            size = _size_of_whole_lines(file)
             emptied, done = self._read_state(size)
             if emptied != batch.emptied:
-                return  # another process has delivered them all, and these are others
+                return  # another process delivered these lines; the file contains newer ones
             done = max(done, batch.lines[count - 1].end)
             if done >= size:
-                # The number first: a crash between the two leaves delivered lines to be sent once
-                # more, which their uids make harmless; never new lines to be skipped.
+                # Write the state first. After a crash between the two steps, delivered lines are
+                # sent again, which their uids make harmless, but no new line is skipped.
                 self._write_state(emptied + 1, 0)
                 os.ftruncate(file.fileno(), 0)
                 os.fsync(file.fileno())
             else:
                 self._write_state(emptied, done)
 
-    def refuse(self, line: SpoolLine, reason: str) -> None:
-        """Keep a line that cannot be delivered, with the reason, for whoever looks."""
+    def reject(self, line: SpoolLine, reason: str) -> None:
+        """Append a line that can never be delivered to `PATH.refused`, with the reason."""
         kept = {"reason": reason, "line": line.text.decode(errors="replace").rstrip("\n")}
         with self._locked(), _open(self._refused) as file:
             file.seek(0, os.SEEK_END)
             file.write(json.dumps(kept, ensure_ascii=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-
-    # inner workings
 
     @contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
@@ -155,9 +154,9 @@ class Spool:
                 fcntl.flock(state, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError:
-                # Its holder may be stopped for good, and flock knows no time limit.
+                # The holder may hang, and flock has no time limit.
                 if time.monotonic() > deadline:
-                    raise PublishFailed(f"spool {self.path}: locked by others") from None
+                    raise PublishFailed(f"spool {self.path}: locked by another process") from None
                 time.sleep(0.002)
 
     def _read_state(self, size: int) -> tuple[int, int]:
@@ -174,14 +173,14 @@ class Spool:
             file.flush()
             os.fsync(file.fileno())
 
-    def _begin_anew(self) -> None:
-        # After `rm PATH` the number of delivered bytes would be one of another file.
+    def _reset_offset(self) -> None:
+        # After `rm PATH` the number of delivered bytes refers to the deleted file.
         emptied, done = self._read_state(size=_ANY_SIZE)
         if done:
             self._write_state(emptied + 1, 0)
 
     def _sync_folder(self, *, new: bool) -> None:
-        if new:  # its name must outlive a power cut too
+        if new:  # the directory entry must survive a power failure as well
             folder = os.open(self.path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -190,18 +189,18 @@ class Spool:
 
 
 def _open(path: Path) -> BinaryIO:
-    # For its owner alone: events may hold anything.
+    # Readable by the owner only, since events may contain private data.
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b")
 
 
 def _write(file: BinaryIO, line: bytes, size: int) -> None:
     if os.pwrite(file.fileno(), line, size) < len(line):
-        raise OSError(ENOSPC, os.strerror(ENOSPC))  # there was room for a part of it
+        raise OSError(ENOSPC, os.strerror(ENOSPC))  # the disk had room for a part of the line only
     os.fsync(file.fileno())
 
 
-def _whole(file: BinaryIO) -> int:
-    """The file's size, after a last line was cut off whose writer died while it wrote."""
+def _size_of_whole_lines(file: BinaryIO) -> int:
+    """Remove an incomplete last line, whose writer died, and return the file's size."""
     size = file.seek(0, os.SEEK_END)
     if not size:
         return 0
@@ -229,7 +228,7 @@ def _plain(event: OutgoingEvent) -> dict[str, object]:
 def _line(text: bytes, end: int) -> SpoolLine:
     try:
         found = json.loads(text)
-        event = outgoing(
+        event = outgoing_event(
             found["channel"],
             found["data"],
             uid=found["uid"],
@@ -238,7 +237,7 @@ def _line(text: bytes, end: int) -> SpoolLine:
             client=found.get("client"),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
-        return SpoolLine(None, text, f"not a line of a spool: {exc}", end)
+        return SpoolLine(None, text, f"invalid spool line: {exc}", end)
     if event.uid is None:
-        return SpoolLine(None, text, "not a line of a spool: no uid", end)
+        return SpoolLine(None, text, "invalid spool line: no uid", end)
     return SpoolLine(event, text, "", end)

@@ -1,7 +1,7 @@
-"""Delivers what waits in a spool: in order, each event once, whoever appended it and whoever dies.
+"""Deliver the events of a spool in order and once, even if processes die meanwhile.
 
-The publisher's part of it, and a producer that does nothing else: for programs that only append,
-or that end before Redis is back.
+Used by the publisher, and by the producer `spool` for programs that only append to the spool or end
+before Redis is reachable again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import asyncio
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from typing_extensions import override
 
 from producers.direct import DirectSender
 from producers.outgoing import (
@@ -22,6 +24,7 @@ from producers.outgoing import (
     Sender,
     send_until,
 )
+from producers.registry import RunningProducer
 from producers.settings import SpoolSettings
 from producers.spool import Spool
 from relay.core.errors import ConfigError
@@ -32,18 +35,22 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Between two looks at a file with nothing in it.
-_LOOK_S = 0.2
+# Interval between checks of an empty file.
+_POLL_S = 0.2
 _FIRST_PAUSE_S = 0.1
-# For the lock, which others hold while they write a line.
+# Maximum wait for the lock, which other processes hold while they write a line.
 _LOCK_S = 5.0
 
 
 async def deliver(spool: Spool, sender: Sender, deadline: float) -> int:
-    """Send the oldest lines, up to a limit; how many are off the spool now, 0: nothing waits.
+    """Send the oldest events of the spool until `deadline` (time of the event loop).
 
-    `deadline` by the loop's clock. Away where one cannot be sent now: it and all behind it stay.
-    PublishFailed where the disk fails.
+    Returns:
+        The number of lines that were removed from the spool, at most one batch. 0 if it is empty.
+
+    Raises:
+        DestinationUnavailable: An event could not be sent. It and the following ones remain.
+        PublishFailed: The file could not be read or written.
     """
     batch = await asyncio.to_thread(spool.batch)
     readable = [line.event for line in batch.lines if line.event is not None]
@@ -51,17 +58,22 @@ async def deliver(spool: Spool, sender: Sender, deadline: float) -> int:
     for count, line in enumerate(batch.lines):
         outcome = RejectedEvent(line.reason) if line.event is None else next(outcomes)
         if isinstance(outcome, PostponedEvent):
-            await asyncio.to_thread(spool.done, batch, count)
+            await asyncio.to_thread(spool.mark_delivered, batch, count)
             raise DestinationUnavailable(outcome.reason)
         if isinstance(outcome, RejectedEvent):
-            await asyncio.to_thread(spool.refuse, line, outcome.reason)
-            _log.error("refused, see %s.refused: %s", spool.path, outcome.reason)
-    await asyncio.to_thread(spool.done, batch, len(batch.lines))
+            await asyncio.to_thread(spool.reject, line, outcome.reason)
+            _log.error(
+                "Event of the spool %s rejected: %s; saved to %s.refused",
+                spool.path,
+                outcome.reason,
+                spool.path,
+            )
+    await asyncio.to_thread(spool.mark_delivered, batch, len(batch.lines))
     return len(batch.lines)
 
 
-class SpoolDelivery:
-    """See `producers.registry.Running`."""
+class SpoolDelivery(RunningProducer):
+    """Watches a spool and delivers its events."""
 
     def __init__(self, context: ProducerContext, path: Path) -> None:
         self._count = context.count
@@ -69,8 +81,10 @@ class SpoolDelivery:
         self._sender = DirectSender(context.redis, window_s=WINDOW_S, load_script=True)
         self._limit_s = context.redis.connect_timeout_s + context.redis.command_timeout_s
 
+    @override
     async def run(self) -> None:
-        """Until cancelled. What is sent and not yet noted then is known by its uid to the next."""
+        # An event that was sent before a cancellation, but not yet marked as delivered, is sent
+        # again later. Its uid prevents a second entry.
         loop = asyncio.get_running_loop()
         backoff, failing = Backoff(_FIRST_PAUSE_S), False
         try:
@@ -83,12 +97,14 @@ class SpoolDelivery:
                         self._count("taken", taken)
                         backoff.reset()
                         if failing:
-                            _log.warning("the spool %s is being delivered", self._spool.path)
+                            _log.warning("Delivering events from the spool %s", self._spool.path)
                             failing = False
-                    await asyncio.sleep(_LOOK_S)
+                    await asyncio.sleep(_POLL_S)
                 except (DestinationUnavailable, PublishFailed) as exc:
                     if not failing:
-                        _log.warning("the spool %s waits: %s", self._spool.path, exc)
+                        _log.warning(
+                            "Could not deliver the spool %s: %s; retrying", self._spool.path, exc
+                        )
                         failing = True
                     await self._sender.close()
                     await backoff.pause()
@@ -97,8 +113,8 @@ class SpoolDelivery:
 
 
 def build(context: ProducerContext, settings: SpoolSettings) -> SpoolDelivery:
-    """Return the producer. Raise ConfigError if its settings cannot work."""
+    """Create the producer. Raise ConfigError if its settings are incomplete."""
     path = Path(settings.path)
     if not settings.path or not path.parent.is_dir():
-        raise ConfigError("[producer:spool] path: needs a file in a folder that exists")
+        raise ConfigError("[producer:spool] path must be a file in an existing folder")
     return SpoolDelivery(context, path)

@@ -1,16 +1,17 @@
 #!/usr/bin/env node
-// Publishes one event to a relay's Redis. One file, Node 16 or newer, nothing but what Node has.
+// Publish one event to relay's Redis. One file for Node 16 or newer, without dependencies.
 //
 //     import { publish } from "./relay-publish.mjs";
 //     const id = await publish("news", { hello: 1 }, { type: "note", uid: "order-7" });
 //
 //     relay-publish.mjs CHANNEL DATA [--type T] [--uid U] [--to NAMES] [--client C] [--spool FILE]
 //
-// publish() resolves to the entry's ID or rejects with a PublishError, within `limitMs`.
+// publish() resolves to the entry's ID or rejects with a PublishError within `limitMs`.
 //
-// With `spool`, a local file, an event that cannot be sent now is appended there and publish()
-// resolves to null, and so is every later one until `python -m producers spool FILE` has delivered
-// what waits. That takes the program `flock` (util-linux, busybox): Node has no file locks.
+// With `spool`, a local file, an event that cannot be sent now is appended to that file, and
+// publish() resolves to null. Later events are appended as well, until `python -m producers spool
+// FILE` has delivered the earlier ones. This needs the program `flock` (util-linux, busybox),
+// because Node has no file locks.
 
 import { spawn } from "node:child_process";
 import { randomUUID } from "node:crypto";
@@ -20,8 +21,8 @@ import net from "node:net";
 import { fileURLToPath } from "node:url";
 
 export class PublishError extends Error {
-  // `unknown`: sent, but not answered; it may have been appended. With a uid, publish it again.
-  // `away`: Redis cannot be asked now; the same event may be taken later.
+  // `unknown`: sent without a reply, so the event may have been appended. Retry it with a uid.
+  // `away`: Redis is unreachable at the moment. The event can be sent later.
   constructor(text, unknown = false, away = false) {
     super(text);
     this.unknown = unknown;
@@ -30,12 +31,12 @@ export class PublishError extends Error {
 }
 
 const SPOOL_BYTES = 64 * 1024 * 1024;
-const BEHIND = "earlier events wait there";
-// First words of replies that say "not now", as in relay/stream.
-const NOT_NOW =
+const BEHIND = "the spool contains earlier events";
+// First words of temporary errors, as in relay/stream.
+const TEMPORARY =
   /^(BUSY|MISCONF|OOM|TRYAGAIN|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|UNBLOCKED|NOREPLICAS)\b/;
 
-// Appends once for a uid, and tells the first entry's ID.
+// Appends once per uid, and returns the ID of the first entry.
 const APPEND_ONCE = `\
 local known = redis.call('GET', KEYS[2])
 if known then return known end
@@ -44,20 +45,21 @@ redis.call('SET', KEYS[2], id, 'PX', ARGV[1])
 return id
 `;
 
-// `data`: a string as it is, anything else as JSON. `options`: type, uid, to (a string, or an array
-// of names), client; redis (URL), password, prefix, limitMs, windowS (how long a uid is
-// remembered), maxlen; spool (a file). Resolves to null where the event is in the spool.
+// `data`: a string is sent unchanged, other values as JSON. `options`: type, uid, to (a string, or
+// an array of names), client; redis (URL), password, prefix, limitMs, windowS (how long a uid is
+// remembered), maxlen; spool (a file). Resolves to null if the event was spooled.
 export async function publish(channel, data, options = {}) {
   const { id, reason } = await publishOrSpool(channel, data, options);
   if (id === null && reason !== BEHIND)
-    process.emitWarning(`relay: events go to the spool ${options.spool}: ${reason}`);
+    process.emitWarning(`relay: writing events to the spool ${options.spool}: ${reason}`);
   return id;
 }
 
-async function publishOrSpool(channel, data, given) {
-  // A uid from the start, so that a spooled event arrives once even where its answer is lost.
-  const uid = given.uid ?? (given.spool ? randomUUID() : undefined);
-  const options = { ...given, uid };
+async function publishOrSpool(channel, data, callerOptions) {
+  // Set a uid before the first attempt: a spooled event must arrive once even if the attempt
+  // succeeded and only its reply was lost.
+  const uid = callerOptions.uid ?? (callerOptions.spool ? randomUUID() : undefined);
+  const options = { ...callerOptions, uid };
   const {
     redis = process.env.RELAY_REDIS_URL || "redis://127.0.0.1:6379/0",
     password = process.env.RELAY_REDIS_PASSWORD || "",
@@ -68,7 +70,7 @@ async function publishOrSpool(channel, data, given) {
     spool = "",
   } = options;
   const text = typeof data === "string" ? data : JSON.stringify(data);
-  if (text === undefined) throw new PublishError("data cannot be JSON");
+  if (text === undefined) throw new PublishError("data cannot be encoded as JSON");
   const fields = ["data", text];
   for (const name of ["type", "uid", "to", "client"]) {
     const value = options[name];
@@ -85,46 +87,46 @@ async function publishOrSpool(channel, data, given) {
       ? ["XADD", stream, ...words]
       : ["EVAL", APPEND_ONCE, 2, stream, mark, windowS * 1000, ...words];
   const url = new URL(redis);
-  if (!spool) return { id: await ask(url, password, command, limitMs) };
+  if (!spool) return { id: await send(url, password, command, limitMs) };
 
   let failure = { message: BEHIND, unknown: false };
   if (!(await stat(spool).catch(() => undefined))?.size) {
     try {
-      return { id: await ask(url, password, command, limitMs) };
+      return { id: await send(url, password, command, limitMs) };
     } catch (error) {
       if (!error.away) throw error;
       failure = error;
     }
   }
   const event = { channel };
-  // Half a surrogate pair becomes what it would have become on its way to Redis.
+  // Replace unpaired surrogates, as sending to Redis would.
   for (let i = 0; i < fields.length; i += 2) event[fields[i]] = Buffer.from(fields[i + 1]).toString();
   try {
-    await keep(spool, `${JSON.stringify(event)}\n`, limitMs);
+    await appendToSpool(spool, `${JSON.stringify(event)}\n`, limitMs);
   } catch (error) {
     throw new PublishError(`${failure.message}; spool ${spool}: ${error.message}`, failure.unknown);
   }
   return { id: null, reason: failure.message };
 }
 
-// Append a line to the spool as producers/spool.py does: under the lock of PATH.state, whose two
-// numbers say how often the spool was emptied and how many bytes at its start are delivered.
-async function keep(path, line, limitMs) {
-  // For its owner alone: events may hold anything.
+// Append a line to the spool as producers/spool.py does, under the lock of PATH.state. Its two
+// numbers: how often the spool was emptied, and how many bytes at its start were delivered.
+async function appendToSpool(path, line, limitMs) {
+  // Readable by the owner only, since events may contain private data.
   const lock = await open(`${path}.state`, constants.O_RDWR | constants.O_CREAT, 0o600);
   let file;
   try {
-    await locked(lock.fd, limitMs);
+    await acquireLock(lock.fd, limitMs);
     file = await open(path, "a+", 0o600);
     const { size } = await file.stat();
     let bytes = Buffer.from(line);
     if (size + bytes.length > SPOOL_BYTES) throw new Error(`full, ${size} bytes`);
     if (size) {
-      // A writer that died has left a part of its line: that part is kept with the refused.
+      // End an incomplete line whose writer died. It is rejected when the spool is delivered.
       const { buffer } = await file.read(Buffer.alloc(1), 0, 1, size - 1);
       if (buffer[0] !== 10) bytes = Buffer.concat([Buffer.from("\n"), bytes]);
     } else {
-      // After `rm` the number of delivered bytes would be one of another file.
+      // After `rm` the number of delivered bytes refers to the deleted file.
       const { buffer, bytesRead } = await lock.read(Buffer.alloc(42), 0, 42, 0);
       const [emptied, done] = buffer.toString("latin1", 0, bytesRead).split(" ").map(Number);
       const fresh = `${String(emptied + 1).padStart(20, "0")} ${"0".repeat(20)}\n`;
@@ -132,12 +134,12 @@ async function keep(path, line, limitMs) {
     }
     try {
       const { bytesWritten } = await file.write(bytes);
-      if (bytesWritten < bytes.length) throw new Error("no space left for the whole of it");
+      if (bytesWritten < bytes.length) throw new Error("no space left on the disk");
     } catch (error) {
       await file.truncate(size).catch(() => undefined);
       throw error;
     }
-    await lock.close(); // many may wait for the disk at once
+    await lock.close(); // sync without the lock, so that several processes can wait for the disk
     await file.sync();
   } finally {
     await lock.close();
@@ -145,21 +147,21 @@ async function keep(path, line, limitMs) {
   }
 }
 
-// Lock the open file `fd`. The lock belongs to what is open, not to the process that asked for it,
-// so it is ours after `flock` has ended, and ends with us.
-function locked(fd, limitMs) {
+// Lock the open file `fd`. The lock belongs to the open file, not to the process that requested it,
+// so this process keeps it after `flock` has exited.
+function acquireLock(fd, limitMs) {
   return new Promise((resolve, reject) => {
     const stdio = ["ignore", "ignore", "ignore", fd];
     const child = spawn("flock", ["3"], { stdio, timeout: Math.max(limitMs, 1) });
     child.on("error", (error) => reject(new Error(`flock: ${error.message}`)));
     child.on("exit", (code) => {
       if (code === 0) resolve();
-      else reject(new Error(code === null ? "locked by others" : `flock ended with ${code}`));
+      else reject(new Error(code === null ? "locked by another process" : `flock exited with ${code}`));
     });
   });
 }
 
-// A channel's name as it stands in keys; see `escape` in relay/stream/format/keys.py.
+// Escape a channel's name for keys; see `escape` in relay/stream/format/keys.py.
 function escape(channel) {
   return channel.replace(
     /[\x00-\x20{}\x7f]|%(?=[01][0-9A-F]|2[05]|7[BDF])/g,
@@ -167,22 +169,22 @@ function escape(channel) {
   );
 }
 
-// Refuse what the relay would have to put to the dead letters.
+// Reject events that relay could only move to the dead letters.
 function check(channel, { type, uid, to }, fields) {
   if (!/^[^\ud800-\udfff]{1,255}$/u.test(channel))
-    throw new PublishError("a channel is 1 to 255 characters of valid UTF-8");
+    throw new PublishError("channel must have 1 to 255 characters of valid UTF-8");
   if (type !== undefined && /^relay:|[\x00-\x1f\x7f]/.test(type))
-    throw new PublishError("type is reserved or has a control character");
+    throw new PublishError("type is reserved or contains a control character");
   if (Array.isArray(to) ? !to.length : to !== undefined && !/[^,\s]/.test(to))
-    throw new PublishError("to names nobody");
+    throw new PublishError("to has no recipients");
   if (uid !== undefined && !(uid !== "" && Buffer.byteLength(String(uid)) <= 255))
-    throw new PublishError("a uid is 1 to 255 bytes long");
+    throw new PublishError("uid must have 1 to 255 bytes");
 }
 
-// Connect, log in and send `command`, all in one write; its reply.
-function ask(url, password, command, limitMs) {
+// Connect, authenticate and send `command` in one write. Resolves to the reply.
+function send(url, password, command, limitMs) {
   if (url.protocol !== "redis:" || !url.hostname)
-    throw new PublishError("the address of Redis is redis://[user:password@]host:port/db");
+    throw new PublishError("address of Redis must be redis://[user:password@]host:port/db");
   const where = `${url.hostname}:${url.port || 6379}`;
   const secret = decodeURIComponent(url.password) || password;
   const db = Number(url.pathname.slice(1) || 0);
@@ -215,7 +217,7 @@ function ask(url, password, command, limitMs) {
         buffer = buffer.subarray(found.length);
         if (found.kind === "-") {
           const [word] = commands[answered];
-          const away = word === "AUTH" || word === "SELECT" || NOT_NOW.test(found.text);
+          const away = word === "AUTH" || word === "SELECT" || TEMPORARY.test(found.text);
           return end(reject, new PublishError(`${word}: ${found.text}`, false, away));
         }
         answered += 1;
@@ -233,7 +235,7 @@ function pack(words) {
   ]);
 }
 
-// The first reply in `buffer`, or undefined while it is not whole.
+// The first reply in `buffer`, or undefined if it is incomplete.
 function reply(buffer) {
   const line = buffer.indexOf("\r\n");
   if (line < 0) return undefined;
@@ -249,8 +251,8 @@ const USAGE = `\
 usage: relay-publish.mjs CHANNEL DATA [--type T] [--uid U] [--to NAMES] [--client C]
          [--limit-ms 200] [--maxlen N] [--spool FILE]
 DATA - is standard input. Redis: RELAY_REDIS_URL, RELAY_REDIS_PASSWORD, RELAY_REDIS_PREFIX.
-Prints the entry's ID. Exit codes: 0 published, 1 failed (one line says why), 2 usage,
-3 kept in the spool FILE (one line says why), which \`python -m producers spool FILE\` delivers.
+Prints the entry's ID. Exit codes: 0 published, 1 failed, 2 usage, 3 written to the spool FILE,
+which \`python -m producers spool FILE\` delivers. For 1 and 3, one line on stderr has the reason.
 `;
 
 async function main(words) {

@@ -1,7 +1,7 @@
 <?php
 
 /**
- * Publishes one event to a relay's Redis. One file, PHP 7.4 or newer, no extension.
+ * Publish one event to relay's Redis. One file for PHP 7.4 or newer, without extensions.
  *
  *     require 'relay_publish.php';
  *     $id = relay_publish('news', ['hello' => 1], ['type' => 'note', 'uid' => 'order-7']);
@@ -9,29 +9,30 @@
  *     php relay_publish.php CHANNEL DATA [--type T] [--uid U] [--to NAMES] [--client C]
  *         [--spool FILE]
  *
- * relay_publish() returns the entry's ID or throws RelayPublishError, within `limit_ms`; only the
- * look-up of a host name has PHP's own limit, so give an address, or a name from /etc/hosts.
+ * relay_publish() returns the entry's ID or throws RelayPublishError within `limit_ms`. PHP's DNS
+ * lookup has its own time limit, so use an address or a name from /etc/hosts.
  *
- * With `spool`, a local file, an event that cannot be sent now is appended there and null returned,
- * and so is every later one until `python -m producers spool FILE` has delivered what waits.
+ * With `spool`, a local file, an event that cannot be sent now is appended to that file, and null is
+ * returned. Later events are appended as well, until `python -m producers spool FILE` has delivered
+ * the earlier ones.
  */
 
 declare(strict_types=1);
 
 final class RelayPublishError extends RuntimeException
 {
-    /** Sent, but not answered: the event may have been appended. With a uid, publish it again. */
+    /** Sent without a reply, so the event may have been appended. Retry it with a uid. */
     public bool $unknown = false;
-    /** The relay's Redis cannot be asked now; the same event may be taken later. */
+    /** Redis is unreachable at the moment. The event can be sent later. */
     public bool $away = false;
 }
 
 const RELAY_SPOOL_BYTES = 67108864;
-const RELAY_BEHIND = 'earlier events wait there';
-/** First words of replies that say "not now", as in relay/stream. */
-const RELAY_NOT_NOW = '/^-(BUSY|MISCONF|OOM|TRYAGAIN|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|UNBLOCKED|NOREPLICAS) /';
+const RELAY_BEHIND = 'the spool contains earlier events';
+/** First words of temporary errors, as in relay/stream. */
+const RELAY_TEMPORARY = '/^-(BUSY|MISCONF|OOM|TRYAGAIN|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|UNBLOCKED|NOREPLICAS) /';
 
-/** Appends once for a uid, and tells the first entry's ID. */
+/** Appends once per uid, and returns the ID of the first entry. */
 const RELAY_APPEND_ONCE = <<<'LUA'
 local known = redis.call('GET', KEYS[2])
 if known then return known end
@@ -42,21 +43,21 @@ return id
 LUA;
 
 /**
- * @param mixed $data a string as it is, anything else as JSON
+ * @param mixed $data a string is sent unchanged, other values as JSON
  * @param array $options type, uid, to (a string, or an array of names), client; redis (URL),
  *   password, prefix, limit_ms, window_s (how long a uid is remembered), maxlen; spool (a file)
- * @return ?string the entry's ID; null where the event is in the spool
+ * @return ?string the entry's ID; null if the event was spooled
  */
 function relay_publish(string $channel, $data, array $options = []): ?string
 {
     [$id, $reason] = relay_publish_or_spool($channel, $data, $options);
     if ($id === null && $reason !== RELAY_BEHIND) {
-        error_log("relay_publish: events go to the spool {$options['spool']}: $reason");
+        error_log("relay_publish: writing events to the spool {$options['spool']}: $reason");
     }
     return $id;
 }
 
-/** The entry's ID and '', or null and why the event is in the spool. */
+/** The entry's ID and '', or null and the reason why the event was spooled. */
 function relay_publish_or_spool(string $channel, $data, array $options): array
 {
     $options += [
@@ -70,7 +71,8 @@ function relay_publish_or_spool(string $channel, $data, array $options): array
     ];
     $spool = $options['spool'];
     if ($spool !== null) {
-        // From the start, so that the event arrives once even where its answer is lost.
+        // Set a uid before the first attempt: a spooled event must arrive once even if the attempt
+        // succeeded and only its reply was lost.
         $options['uid'] = $options['uid'] ?? bin2hex(random_bytes(16));
     }
     $deadline = microtime(true) + $options['limit_ms'] / 1000;
@@ -93,14 +95,14 @@ function relay_publish_or_spool(string $channel, $data, array $options): array
         $command = ['XADD', $stream];
     }
     if ($spool === null) {
-        return [relay_ask($options, array_merge($command, $words), $deadline), ''];
+        return [relay_send($options, array_merge($command, $words), $deadline), ''];
     }
     clearstatcache(true, $spool);
     $reason = RELAY_BEHIND;
     $unknown = false;
     if (!@filesize($spool)) {
         try {
-            return [relay_ask($options, array_merge($command, $words), $deadline), ''];
+            return [relay_send($options, array_merge($command, $words), $deadline), ''];
         } catch (RelayPublishError $error) {
             if (!$error->away) {
                 throw $error;
@@ -124,8 +126,8 @@ function relay_publish_or_spool(string $channel, $data, array $options): array
 }
 
 /**
- * Append a line to the spool as producers/spool.py does: under the lock of $path.state, whose two
- * numbers say how often the spool was emptied and how many bytes at its start are delivered.
+ * Append a line to the spool as producers/spool.py does, under the lock of $path.state. Its two
+ * numbers: how often the spool was emptied, and how many bytes at its start were delivered.
  */
 function relay_spool(string $path, string $line, float $limit_s): void
 {
@@ -133,7 +135,7 @@ function relay_spool(string $path, string $line, float $limit_s): void
     $deadline = microtime(true) + $limit_s;
     while (!flock($lock, LOCK_EX | LOCK_NB)) {
         if (microtime(true) > $deadline) {
-            throw new RelayPublishError('locked by others');
+            throw new RelayPublishError('locked by another process');
         }
         usleep(2000);
     }
@@ -143,28 +145,28 @@ function relay_spool(string $path, string $line, float $limit_s): void
         throw new RelayPublishError("full, $size bytes");
     }
     if ($size) {
-        // A writer that died has left a part of its line: that part is kept with the refused.
+        // End an incomplete line whose writer died. It is rejected when the spool is delivered.
         fseek($file, -1, SEEK_END);
         $line = fread($file, 1) === "\n" ? $line : "\n$line";
     } elseif (preg_match('/^(\d+) 0*[1-9]/', (string) stream_get_contents($lock), $found)) {
-        // After `rm` the number of delivered bytes would be one of another file.
+        // After `rm` the number of delivered bytes refers to the deleted file.
         rewind($lock);
         fwrite($lock, sprintf("%020d %020d\n", (int) $found[1] + 1, 0));
     }
     if (@fwrite($file, $line) !== strlen($line)) {
-        $reason = error_get_last()['message'] ?? 'written in part';
+        $reason = error_get_last()['message'] ?? 'no space left on the disk';
         @ftruncate($file, $size);
         throw new RelayPublishError($reason);
     }
-    flock($lock, LOCK_UN); // many may wait for the disk at once
+    flock($lock, LOCK_UN); // sync without the lock, so that several processes can wait for the disk
     if (function_exists('fsync') && !@fsync($file)) { // PHP 8.1
-        throw relay_unknown('not known to be on the disk');
+        throw relay_unknown('could not be synced to the disk');
     }
 }
 
 function relay_open(string $path, string $mode)
 {
-    $mask = umask(0077); // for its owner alone: events may hold anything
+    $mask = umask(0077); // readable by the owner only, since events may contain private data
     $file = @fopen($path, $mode);
     umask($mask);
     if (!$file) {
@@ -173,7 +175,7 @@ function relay_open(string $path, string $mode)
     return $file;
 }
 
-/** A channel's name as it stands in keys; see `escape` in relay/stream/format/keys.py. */
+/** Escape a channel's name for keys; see `escape` in relay/stream/format/keys.py. */
 function relay_escape(string $channel): string
 {
     return preg_replace_callback(
@@ -183,22 +185,22 @@ function relay_escape(string $channel): string
     );
 }
 
-/** Refuse what the relay would have to put to the dead letters. */
+/** Reject events that relay could only move to the dead letters. */
 function relay_check(string $channel, array $fields): void
 {
     $wrong = null;
     if (!preg_match('/^.{1,255}$/Dsu', $channel)) {
-        $wrong = 'a channel is 1 to 255 characters of valid UTF-8';
+        $wrong = 'channel must have 1 to 255 characters of valid UTF-8';
     }
     foreach (array_chunk($fields, 2) as [$name, $value]) {
         if (!preg_match('//u', $value)) {
             $wrong = "$name is not UTF-8";
         } elseif ($name === 'type' && preg_match('/^relay:|[\x00-\x1f\x7f]/', $value)) {
-            $wrong = 'type is reserved or has a control character';
+            $wrong = 'type is reserved or contains a control character';
         } elseif ($name === 'to' && (trim($value, ", \t\r\n") === '' || $value === '[]')) {
-            $wrong = 'to names nobody';
+            $wrong = 'to has no recipients';
         } elseif ($name === 'uid' && ($value === '' || strlen($value) > 255)) {
-            $wrong = 'a uid is 1 to 255 bytes long';
+            $wrong = 'uid must have 1 to 255 bytes';
         }
     }
     if ($wrong !== null) {
@@ -212,16 +214,16 @@ function relay_json($value): string
     try {
         return json_encode($value, $flags);
     } catch (JsonException $exception) {
-        throw new RelayPublishError("data cannot be JSON: {$exception->getMessage()}");
+        throw new RelayPublishError("data cannot be encoded as JSON: {$exception->getMessage()}");
     }
 }
 
-/** Connect, log in and send $command, all in one write; its reply. */
-function relay_ask(array $options, array $command, float $deadline): string
+/** Connect, authenticate and send $command in one write. Returns the reply. */
+function relay_send(array $options, array $command, float $deadline): string
 {
     $url = parse_url($options['redis']);
     if (!$url || ($url['scheme'] ?? '') !== 'redis' || !isset($url['host'])) {
-        throw new RelayPublishError('the address of Redis is redis://[user:password@]host:port/db');
+        throw new RelayPublishError('address of Redis must be redis://[user:password@]host:port/db');
     }
     $where = "tcp://{$url['host']}:" . ($url['port'] ?? 6379);
     $password = rawurldecode($url['pass'] ?? '') ?: $options['password'];
@@ -247,7 +249,7 @@ function relay_ask(array $options, array $command, float $deadline): string
             $reply = relay_reply($socket, $buffer, $where, $deadline);
             if ($reply[0] === '-') {
                 $error = new RelayPublishError("$word: " . substr($reply, 1));
-                $error->away = $word === 'AUTH' || $word === 'SELECT' || preg_match(RELAY_NOT_NOW, "$reply ");
+                $error->away = $word === 'AUTH' || $word === 'SELECT' || preg_match(RELAY_TEMPORARY, "$reply ");
                 throw $error;
             }
         }
@@ -276,7 +278,7 @@ function relay_write($socket, array $commands, string $where, float $deadline): 
     }
 }
 
-/** One reply: the text of a string; with its '-' where it is an error. */
+/** Read one reply: the text of a string, or an error with its '-'. */
 function relay_reply($socket, string &$buffer, string $where, float $deadline): string
 {
     while (!preg_match('/^(?:([+-][^\r\n]*)\r\n|\$(\d+)\r\n)/', $buffer, $found)
@@ -288,7 +290,7 @@ function relay_reply($socket, string &$buffer, string $where, float $deadline): 
         }
         $buffer .= $more;
         if ($buffer !== '' && strpos('+-$', $buffer[0]) === false) {
-            throw relay_unknown("$where does not speak as Redis does");
+            throw relay_unknown("$where sent an invalid reply; it is not a Redis server");
         }
     }
     $length = isset($found[2]) ? (int) $found[2] + 2 : 0;
@@ -328,8 +330,8 @@ function relay_publish_main(array $arguments): int
     $usage = "usage: relay_publish.php CHANNEL DATA [--type T] [--uid U] [--to NAMES] [--client C]\n"
         . "         [--limit-ms 200] [--maxlen N] [--spool FILE]\n"
         . "DATA - is standard input. Redis: RELAY_REDIS_URL, RELAY_REDIS_PASSWORD, RELAY_REDIS_PREFIX.\n"
-        . "Prints the entry's ID. Exit codes: 0 published, 1 failed (one line says why), 2 usage,\n"
-        . "3 kept in the spool FILE (one line says why), which `python -m producers spool FILE` delivers.\n";
+        . "Prints the entry's ID. Exit codes: 0 published, 1 failed, 2 usage, 3 written to the spool FILE,\n"
+        . "which `python -m producers spool FILE` delivers. For 1 and 3, one line on stderr has the reason.\n";
     $plain = [];
     $options = [];
     while ($arguments) {

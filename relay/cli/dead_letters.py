@@ -119,7 +119,7 @@ async def _requeue(site: OperatorContext, options: argparse.Namespace) -> int:
         async with connected(site.config.redis, name="relay-admin") as connection:
             async for letter in _chosen(site, options):
                 if letter.channel is None:
-                    say(f"dead letter {letter.id} did not come from a stream; it stays")
+                    say(f"dead letter {letter.id} is not an entry of a stream; skipped")
                     failed += 1
                     continue
                 namespace = site.config.namespace(letter.channel)
@@ -131,7 +131,7 @@ async def _requeue(site: OperatorContext, options: argparse.Namespace) -> int:
                     raise
                 except RelayError as exc:
                     progress.end()
-                    say(f"{exc}; it stays")
+                    say(f"{exc}; skipped")
                     failed += 1
                     continue
                 done += 1

@@ -31,7 +31,7 @@ from relay.core.model import (
 from relay.hub.recovery import judge, untrimmed
 from relay.stream.connection.pipeline_connection import connected
 from relay.stream.format import entry
-from relay.stream.read.view import PAGE, View, look, wait_for_news
+from relay.stream.read.view import PAGE, View, read_view, wait_for_entry
 from relay.stream.write.append import UID_BYTES, AppendCommands, send_one
 
 _AGAIN_S = 0.5
@@ -43,7 +43,7 @@ async def publish(site: OperatorContext, options: argparse.Namespace) -> int:
     try:
         data = sys.stdin.buffer.read() if options.data == "-" else os.fsencode(options.data)
         if options.uid is not None and not 0 < len(options.uid.encode()) <= UID_BYTES:
-            raise ValueError(f"a uid is 1 to {UID_BYTES} bytes long")  # noqa: TRY301  # one way out
+            raise ValueError(f"uid must have 1 to {UID_BYTES} bytes")  # noqa: TRY301  # one way out
         to = options.to and set().union(*(entry.recipients(names) for names in options.to))
         fields = entry.encode(
             data, type=options.type, uid=options.uid, to=to, client=options.client
@@ -134,12 +134,12 @@ class _Tail:
     async def _look(self, after: EntryID, count: int = PAGE) -> View:
         site = self._site
         limit = site.config.stream.max_entry_bytes
-        return await look(site.client, site.keys, self._channel, after, limit, count)
+        return await read_view(site.client, site.keys, self._channel, after, limit, count)
 
     async def _wait(self) -> None:
         site = self._site
         limit_s = site.config.redis.command_timeout_s
-        await wait_for_news(site.client, site.keys, self._channel, self._position.id, limit_s)
+        await wait_for_entry(site.client, site.keys, self._channel, self._position.id, limit_s)
 
     def _begin(self, view: View, after: EntryID | None) -> None:
         state = view.state

@@ -23,7 +23,7 @@ _CHANNEL = re.compile(r"[^\ud800-\udfff]{1,255}", re.DOTALL)
 def parse_channel(text: str) -> Channel:
     """Return `text` as a channel. Raise ValueError if it is empty, too long or not valid UTF-8."""
     if not _CHANNEL.fullmatch(text):
-        raise ValueError(f"a channel is 1 to 255 characters of valid UTF-8; {_problem(text)}")
+        raise ValueError(f"channel must have 1 to 255 characters of valid UTF-8; {_problem(text)}")
     return Channel(text)
 
 

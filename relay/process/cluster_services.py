@@ -39,17 +39,17 @@ class ClusterServices:
     ) -> None:
         """`dead` returns True for an instance that is known to have died."""
         self.bus = ClusterBus(redis=redis, keys=keys, instance=instance)
-        self.store = ClusterStore(self.bus.link, keys)
+        self.store = ClusterStore(self.bus.connection, keys)
         self._long = ReconnectingConnection(redis)
         self.history = History(
-            link=self._long,
+            connection=self._long,
             keys=keys,
             decode=decode,
             spawn=spawn,
             max_entry_bytes=max_entry_bytes,
         )
         self.presence = ClusterPresence(
-            link=self.bus.link,
+            connection=self.bus.connection,
             long=self._long,
             keys=keys,
             instance=instance,
@@ -62,18 +62,18 @@ class ClusterServices:
     async def run(self) -> None:
         """Keep both connections open. Runs until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.bus.link.run(), name="bus")
+            tasks.create_task(self.bus.connection.run(), name="bus")
             tasks.create_task(self._long.run(), name="history")
 
     async def wait_open(self) -> None:
         """Wait until both are connected."""
-        await self.bus.link.wait_open()
+        await self.bus.connection.wait_open()
         await self._long.wait_open()
 
     def publish_ephemeral(self, event: Event) -> None:
         """Publish an ephemeral event on all workers. ValueError if it cannot be ephemeral."""
         payload = ephemeral.encode(event)
-        self.bus.link.post(("PUBLISH", self._keys.ephemeral(event.channel), payload))
+        self.bus.connection.post(("PUBLISH", self._keys.ephemeral(event.channel), payload))
 
     async def disconnect(
         self, user: str, *, channel: Channel | None = None, door: str | None = None
@@ -90,9 +90,9 @@ class ClusterServices:
 
     async def members(self, group: str) -> frozenset[str]:
         """Return the users of a group that the application stores in Redis."""
-        found = await self.bus.link.call("SMEMBERS", self._keys.group(group))
+        found = await self.bus.connection.call("SMEMBERS", self._keys.group(group))
         names = found if isinstance(found, list | set) else []
         return frozenset(name.decode(errors="replace") for name in names)
 
     async def _send(self, command: control.ControlCommand) -> None:
-        await self.bus.link.call(*control.append(self._keys, command))
+        await self.bus.connection.call(*control.append(self._keys, command))

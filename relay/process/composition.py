@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Unpack, cast
 
-from producers.registry import Running
+from producers.registry import RunningProducer
 from producers.registry import build as build_producer
 from producers.settings import PRODUCERS
 from relay import __version__
@@ -99,7 +99,7 @@ class Parts:
     listeners: SharedListeners | None
     heartbeat: WorkerHeartbeat
     jobs: JobScheduler
-    producers: Mapping[str, Running]
+    producers: Mapping[str, RunningProducer]
 
 
 def build(base: Foundation) -> Parts:
@@ -297,7 +297,7 @@ def _open(limiter: ConnectionLimiter, hub: Hub) -> OpenSession:
         principal: Principal, encoder: Encoder, client: Client, *, limit: int | None = None
     ) -> Session:
         door = None if limit is None else principal.door
-        async with limiter.seat(principal.user, door, limit or 0):
+        async with limiter.slot(principal.user, door, limit or 0):
             return hub.open(principal, encoder, client)
 
     return open_session
@@ -393,7 +393,7 @@ def _heartbeat(
     )
 
 
-def _producers(base: Foundation, instance: str) -> Iterator[tuple[str, Running]]:
+def _producers(base: Foundation, instance: str) -> Iterator[tuple[str, RunningProducer]]:
     for name in PRODUCERS:
         section = cast("ProducerSection", base.config.producers[f"producer:{name}"])
         if section.is_enabled:

@@ -219,12 +219,12 @@ class _Upkeep:
         """Apply retention to all streams."""
         done = await trim(self._client, self._keys, self._namespace_of)
         self._refusals.note(_MISNAMED, _misnamed(self._keys, done.misnamed))
-        if done.entries or done.foreign:
+        if done.entries or done.not_streams:
             _log.info(
                 "Retention removed %d entries from %d streams; skipped %d keys of other programs",
                 done.entries,
                 done.streams,
-                done.foreign,
+                done.not_streams,
             )
 
     async def remove_unused(self) -> None:
@@ -240,7 +240,7 @@ class _Upkeep:
 
     async def remove_absent(self) -> None:
         """Remove clients of dead workers from presence."""
-        for instance in await self._detector.look():
+        for instance in await self._detector.check():
             await self._presence.clear(instance)
 
 

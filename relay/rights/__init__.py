@@ -1,1 +1,1 @@
-"""Who may read which workspace."""
+"""Decide who may read which channel."""

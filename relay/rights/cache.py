@@ -18,7 +18,7 @@ class Question(NamedTuple):
 
 
 class Answers:
-    """Holds at most `limit` answers, and evicts the least recently used one."""
+    """Stores at most `limit` answers, and evicts the least recently used one."""
 
     __slots__ = ("_by_channel", "_by_user", "_clock", "_held", "_limit")
 
@@ -26,7 +26,7 @@ class Answers:
         self._limit = limit
         self._clock = clock
         self._held: OrderedDict[Question, tuple[bool, float]] = OrderedDict()
-        # Indexes, because a drop must not search 100,000 answers while all clients wait.
+        # Indexes, so that `drop` need not search 100,000 answers.
         self._by_channel: dict[str, set[Question]] = {}
         self._by_user: dict[str, set[Question]] = {}
 

@@ -1,7 +1,8 @@
-"""Who may read which channel: the one rule that every door and every replay asks.
+"""Decide who may read which channel, for all protocols, live events and replay.
 
-Pure: whoever asks has read the rights hash and, where `needs_http` says so, has the application's
-answer. So the answer can be given between two entries of a stream, at the revocation's own place.
+The policy does no I/O: the caller passes the value of the rights hash and, if `needs_http` returns
+True, the application's answer. So a decision takes effect between two entries of a stream, at the
+position of a revocation.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from relay.rights.http import HttpRights
 log = logging.getLogger(__name__)
 
 # Values of the rights hash.
-REFUSED = b"-"
+REVOKED = b"-"
 _READERS = frozenset({b"r", b"rw"})
-# Distinct sets of patterns kept split; most users of a site share a few.
+# Cached sets of patterns. Most users have one of a few sets.
 _LIMIT_PATTERNS = 4096
 _LIMIT_LOGGED = 100
 
@@ -34,7 +35,8 @@ class Patterns:
 
     def grant(self, channel: str) -> bool:
         """Return True if a pattern matches `channel`."""
-        # A `*` that was meant for the site's own channels does not open another system's.
+        # A `*` that is meant for the installation's own channels must not match channels of other
+        # protocols.
         owner = namespace_of(Channel(channel))
         start = f"{owner}:" if owner in RESERVED_NAMESPACES else ""
         return any(
@@ -43,9 +45,9 @@ class Patterns:
 
 
 def _match(parts: tuple[str, ...], text: str) -> bool:
-    # Not `re` or `fnmatch`: both try every way to share the text among the stars, and tokens may
-    # come from users' own applications. With nothing but stars the leftmost place of each part is
-    # always good enough, so that there is nothing to go back for.
+    # Don't use `re` or `fnmatch`: their backtracking is slow for patterns with many stars, and
+    # tokens may come from users' applications. If `*` is the only wildcard, the leftmost match of
+    # each part is always sufficient, so that no backtracking is needed.
     if len(parts) == 1:
         return parts[0] == text
     first, *middle, last = parts
@@ -62,10 +64,11 @@ def _match(parts: tuple[str, ...], text: str) -> bool:
 
 
 class Policy:
-    """The rule under the present settings; `reload` swaps them.
+    """The policy with the present settings. `reload` replaces them.
 
-    What refuses wins: an expired credential, `-` or an unknown value in the hash. Otherwise any of
-    the namespace's sources grants. `unrestricted` opens every channel except those of other doors.
+    Access is denied if the credential has expired, or if the hash contains `-` or an unknown value.
+    Otherwise one source of the namespace that grants it suffices. An `unrestricted` principal may
+    read all channels except those of other protocols.
     """
 
     def __init__(
@@ -82,16 +85,16 @@ class Policy:
         namespace_of_channel: Callable[[Channel], NamespaceSettings],
         http: HttpRights | None,
     ) -> None:
-        """From here on these settings count; the caller has clients checked again."""
+        """Use new settings. The caller must check the rights of connected clients again."""
         self._namespace = namespace_of_channel
         self.http = http
-        # By the setting's text, which only the configuration can add to.
+        # By the text of the setting. The configuration limits their number.
         self._sources: dict[str, frozenset[str]] = {}
 
     def needs_http(self, principal: Principal, channel: Channel) -> bool:
-        """Whether only the application can open this; then `allowed` wants its answer.
+        """Return True if only the application can grant access. Then `allowed` needs its answer.
 
-        The hash is left out: it may say less by the time that the answer is here.
+        The rights hash is not considered, because it may have changed when the answer arrives.
         """
         if self.http is None or _open(principal, channel):
             return False
@@ -107,19 +110,19 @@ class Policy:
         *,
         now: float,
     ) -> bool:
-        """Whether `principal` may read `channel` at `now` (seconds since the epoch).
+        """Return True if `principal` may read `channel` at `now` (seconds since the epoch).
 
-        `hash_value` is the user's field in the channel's rights hash, None without one.
-        `http_answer` None is as good as a refusal.
+        `hash_value` is the user's field in the channel's rights hash, or None. An `http_answer` of
+        None denies access.
         """
         if principal.expires_at is not None and principal.expires_at <= now:
             return False
         if _open(principal, channel):
             return True
         if hash_value is not None and hash_value not in _READERS:
-            # Refuses even where the namespace does not list `hash`: `relay revoke` writes it, and
-            # a revocation that does nothing would be worse than one too many.
-            if hash_value != REFUSED:
+            # Deny access even if the namespace does not list the source `hash`: `relay revoke`
+            # writes to the hash, and a revocation must always take effect.
+            if hash_value != REVOKED:
                 self._log_unknown(channel, hash_value)
             return False
         sources = self._sources_of(channel)
@@ -146,9 +149,9 @@ class Policy:
         if channel in principal.channels:
             return True
         patterns = principal.patterns
-        return bool(patterns) and self._split(patterns).grant(channel)
+        return bool(patterns) and self._parsed(patterns).grant(channel)
 
-    def _split(self, texts: tuple[str, ...]) -> Patterns:
+    def _parsed(self, texts: tuple[str, ...]) -> Patterns:
         patterns = self._patterns.get(texts)
         if patterns is None:
             patterns = self._patterns[texts] = Patterns(texts)
@@ -162,12 +165,12 @@ class Policy:
         if value not in self._logged and len(self._logged) < _LIMIT_LOGGED:
             self._logged.add(value)
             log.warning(
-                "rights hash of %s: unknown value %r refuses; r, rw and - are known",
+                "Rights hash of %s: unknown value %r denies access; allowed values are r, rw and -",
                 channel,
                 value[:50],
             )
 
 
 def _open(principal: Principal, channel: Channel) -> bool:
-    # --insecure is the native door's: what other doors guard stays guarded by their own sources.
+    # --insecure applies to the native protocol only. Channels of other protocols keep their rules.
     return principal.unrestricted and namespace_of(channel) not in RESERVED_NAMESPACES

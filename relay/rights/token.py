@@ -1,7 +1,7 @@
-"""A native token (JWT) -> Principal, and back for the command line.
+"""Verify native tokens (JWT) and turn them into principals; sign tokens for the command line.
 
-Promise: only what a configured key signed with the configured algorithm becomes a principal. No
-error text holds the token or a part of it, so that it may be logged and shown.
+A token is accepted only if a configured key has signed it with the configured algorithm. Error
+texts never contain the token or a part of it, so that they can be logged and sent to clients.
 """
 
 from __future__ import annotations
@@ -16,36 +16,40 @@ from typing import Any
 from jwt.algorithms import Algorithm, HMACAlgorithm
 from jwt.api_jws import PyJWS
 from jwt.exceptions import InvalidAlgorithmError, InvalidSignatureError, PyJWTError
+from typing_extensions import override
 
 from relay.config.settings import JwtSettings
 from relay.core.errors import ConfigError, Unauthorized
 from relay.core.model import Principal, parse_channel
 
-# Each entry is looked at whenever this client's rights are.
+# Limit the number of channels and groups, because each check of a client's rights iterates over
+# them.
 LIMIT_NAMES = 1000
-# RFC 7518 section 3.2 asks for the size of the hash, PyJWT warns below it. Shorter secrets are in
-# use with the systems that sign these tokens; below 128 bits one can be guessed from a token.
+# RFC 7518 section 3.2 requires the size of the hash, and PyJWT warns below it. The systems that
+# sign these tokens use shorter secrets. Below 128 bits a secret can be guessed from a token.
 MIN_SECRET_BYTES = 16
 _NAME = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,255}")
 
 
 class _Hmac(HMACAlgorithm):
-    """PyJWT's HMAC with keys that were prepared, and whose length was judged, at the start."""
+    """PyJWT's HMAC with keys that were prepared and whose length was checked at the start."""
 
+    @override
     def prepare_key(self, key: str | bytes) -> bytes:
         return key if isinstance(key, bytes) else super().prepare_key(key)
 
-    def check_key_length(self, key: bytes) -> str | None:  # noqa: ARG002
-        return None  # _keys has judged it
+    @override
+    def check_key_length(self, key: bytes) -> str | None:
+        return None  # checked by _keys
 
 
 class TokenReader:
-    """Reads tokens under one set of settings; after a reload there is a new reader."""
+    """Reads tokens with one set of settings. A reload creates a new reader."""
 
     def __init__(self, settings: JwtSettings, *, source: str = "[jwt] key") -> None:
-        """ConfigError where a key does not fit the algorithm; `source` is the setting it names."""
+        """Raise ConfigError, with the setting `source`, if a key does not fit the algorithm."""
         name = settings.algorithm
-        # A PyJWS that knows one algorithm: whatever a token's header says, no other code runs.
+        # Register one algorithm only, so that the header of a token cannot select another one.
         self._jws = PyJWS(algorithms=[name])
         self._algorithm = self._jws.get_algorithm_by_name(name)
         if isinstance(self._algorithm, HMACAlgorithm):
@@ -56,9 +60,9 @@ class TokenReader:
         self._keys = _keys(settings, self._algorithm, source)
 
     def read(self, token: str, *, now: Callable[[], float] = time.time) -> Principal:
-        """Who the token names; Unauthorized with the reason where it opens nothing."""
+        """Return the token's principal. Raise Unauthorized, with the reason, if it is invalid."""
         if not self._keys:
-            raise Unauthorized("tokens are not accepted here: no key is configured")
+            raise Unauthorized("tokens are not accepted: no key is configured")
         return self._principal(self._payload(token), now())
 
     def sign(
@@ -70,17 +74,19 @@ class TokenReader:
         *,
         now: Callable[[], float] = time.time,
     ) -> str:
-        """A token that `read` accepts, valid for `ttl_s` (None: for ever), by the first key.
+        """Sign a token with the first key. It expires after `ttl_s`, or never if that is None.
 
-        ConfigError where these settings cannot sign, Unauthorized where `read` would refuse it.
+        Raises:
+            ConfigError: Tokens cannot be signed with these settings.
+            Unauthorized: `read` would reject the token.
         """
         if not isinstance(self._algorithm, HMACAlgorithm):
             raise ConfigError(
-                f"[jwt] algorithm: {self._settings.algorithm} tokens are signed by whoever has the"
-                " private key; the relay signs with HS256, HS384 or HS512 only"
+                f"[jwt] algorithm: {self._settings.algorithm} tokens are signed with the private"
+                " key, which relay does not have; relay signs with HS256, HS384 or HS512 only"
             )
         if not self._keys:
-            raise ConfigError("[jwt] key: none is configured, so that no token can be signed")
+            raise ConfigError("[jwt] key is not set, so that no token can be signed")
         issued = now()
         claims: dict[str, Any] = {"sub": user, "channels": list(channels), "iat": int(issued)}
         if groups:
@@ -96,7 +102,7 @@ class TokenReader:
         return self._jws.encode(payload, self._keys[0], algorithm=self._settings.algorithm)
 
     def _payload(self, token: str) -> dict[str, Any]:
-        # `from None` throughout: the library's texts quote parts of the token.
+        # Use `from None`: the texts of the library quote parts of the token.
         for key in self._keys:
             try:
                 payload = json.loads(
@@ -113,24 +119,26 @@ class TokenReader:
             if not isinstance(payload, dict):
                 raise Unauthorized("the token's payload is not a JSON object")
             return payload
-        raise Unauthorized("the token's signature fits no configured key")
+        raise Unauthorized("invalid token signature")
 
     def claims(
         self, token: str, *, now: Callable[[], float] = time.time
     ) -> tuple[dict[str, Any], float | None]:
-        """What a valid token says and when it expires (seconds since the epoch), for doors whose
-        tokens name users in their own way; Unauthorized as `read`."""
+        """Return the claims of a token and the time of its expiry (seconds since the epoch).
+
+        For protocols that name the user in other claims. Raise Unauthorized as `read` does.
+        """
         if not self._keys:
-            raise Unauthorized("tokens are not accepted here: no key is configured")
+            raise Unauthorized("tokens are not accepted: no key is configured")
         claims = self._payload(token)
         return claims, self._check(claims, now())
 
     def _check(self, claims: dict[str, Any], now: float) -> float | None:
-        """Times, issuer and audience; when it expires."""
+        """Check times, issuer and audience. Return the time of expiry."""
         leeway_s = self._settings.leeway_s
         expires_at = _time(claims, "exp")
         if expires_at is not None:
-            # The leeway counts for the whole life of the connection, not only at its start.
+            # The leeway applies while the connection lasts, not only when it is opened.
             expires_at += leeway_s
             if expires_at <= now:
                 raise Unauthorized("the token has expired")
@@ -138,13 +146,13 @@ class TokenReader:
         if not_before is not None and not_before - leeway_s > now:
             raise Unauthorized("the token is not valid yet")
         if self._settings.issuer and claims.get("iss") != self._settings.issuer:
-            raise Unauthorized("the token's iss is not the one accepted here")
+            raise Unauthorized("the token's iss is not accepted")
         if self._settings.audience:
             audience = claims.get("aud")
             if isinstance(audience, str):
                 audience = [audience]
             if not isinstance(audience, list) or self._settings.audience not in audience:
-                raise Unauthorized("the token's aud is not the one accepted here")
+                raise Unauthorized("the token's aud is not accepted")
         return expires_at
 
     def _principal(self, claims: dict[str, Any], now: float) -> Principal:
@@ -169,7 +177,7 @@ class TokenReader:
         groups = _texts(claims, "groups")
         if not all(map(_NAME.fullmatch, groups)):
             raise Unauthorized(
-                "the token's groups must be texts of 1 to 255 characters without control characters"
+                "the token's groups must have 1 to 255 characters without control characters"
             )
         return Principal(
             user=user,
@@ -185,7 +193,7 @@ def _time(claims: dict[str, Any], name: str) -> float | None:
     value = claims.get(name)
     if value is None:
         return None
-    # bool is an int in Python; a number of 400 digits is no float.
+    # bool is a subclass of int. A number with 400 digits cannot be converted to float.
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
             number = float(value)
@@ -203,7 +211,7 @@ def _texts(claims: dict[str, Any], name: str) -> tuple[str, ...]:
     if not isinstance(value, list) or len(value) > LIMIT_NAMES:
         raise Unauthorized(f"the token's {name} is not a list of at most {LIMIT_NAMES} names")
     if not all(isinstance(each, str) for each in value):
-        raise Unauthorized(f"the token's {name} must be texts")
+        raise Unauthorized(f"the token's {name} must be strings")
     return tuple(value)
 
 
@@ -211,7 +219,7 @@ def _keys(settings: JwtSettings, algorithm: Algorithm, source: str) -> list[Any]
     text = settings.key.get_secret_value()
     parts = [""]
     for line in text.splitlines():
-        # A whole line: every PEM key has `-----BEGIN`.
+        # Compare the whole line, because PEM keys contain `-----BEGIN`.
         if line.strip() == "---":
             parts.append("")
         else:
@@ -229,7 +237,7 @@ def _keys(settings: JwtSettings, algorithm: Algorithm, source: str) -> list[Any]
         try:
             key = algorithm.prepare_key(secret)
         except (PyJWTError, ValueError, TypeError):  # the cause may quote the key
-            raise ConfigError(f"{which} is no key for {settings.algorithm}") from None
+            raise ConfigError(f"{which} is not a valid key for {settings.algorithm}") from None
         if problem := algorithm.check_key_length(key):
             raise ConfigError(f"{which}: {problem}")
         keys.append(key)

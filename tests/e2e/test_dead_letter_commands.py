@@ -105,7 +105,7 @@ async def test_a_cut_letter_is_requeued_from_its_entry_or_not_at_all(
     redis(valkey, "XTRIM", stream_key(channel), "MAXLEN", 0)
     line = await cli.run("dead-letters", "requeue", letter)
     assert (line.returncode, line.stdout) == (1, "")
-    assert "the entry is gone; it stays" in line.stderr
+    assert "the entry no longer exists; skipped" in line.stderr
     assert entry != new
     assert redis(valkey, "XLEN", LETTERS) == 1
 
@@ -132,7 +132,7 @@ async def test_letters_are_dropped_one_by_one_or_all(cli: Cli, valkey: Server) -
     assert len(await cli.objects("dead-letters", "list")) == 248
     done = await cli.run("dead-letters", "requeue", "3-0")
     assert done.returncode == 1
-    assert done.stderr == "relay: dead letter 3-0 did not come from a stream; it stays\n"
+    assert done.stderr == "relay: dead letter 3-0 is not an entry of a stream; skipped\n"
     assert await cli.out("dead-letters", "show", "3-0") == (
         "letter      3-0\nqueue       q.0\nreason      not JSON\n"
     )

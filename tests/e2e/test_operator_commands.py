@@ -97,7 +97,7 @@ async def test_what_no_relay_could_deliver_is_not_published(
     cli: Cli, valkey: Server, channel: str
 ) -> None:
     assert "reserved type" in await cli.refused("publish", channel, "1", "--type", "relay:x")
-    assert "to names nobody" in await cli.refused("publish", channel, "1", "--to", ",")
+    assert "to has no recipients" in await cli.refused("publish", channel, "1", "--to", ",")
     limit = ["--set", "stream.max_entry_bytes=1024"]
     assert "at most 1024" in await cli.refused("publish", channel, "x" * 2000, *limit)
     done = await cli.run("publish", channel, "-", stdin=b"\xff")
@@ -106,7 +106,9 @@ async def test_what_no_relay_could_deliver_is_not_published(
     )  # fmt: skip
     assert "1 to 255 characters" in await cli.refused("publish", "", "1")
     for uid in ("", "x" * 256):
-        assert "a uid is 1 to 255 bytes" in await cli.refused("publish", channel, "1", "--uid", uid)
+        assert "uid must have 1 to 255 bytes" in await cli.refused(
+            "publish", channel, "1", "--uid", uid
+        )
     assert not redis(valkey, "EXISTS", stream_key(channel))
 
 

@@ -92,12 +92,12 @@ async def test_prefix_and_a_login_in_the_url_are_used(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("x" * 256, "1"), "a channel is"),
-        (("", "1"), "a channel is"),
+        (("x" * 256, "1"), "channel must have"),
+        (("", "1"), "channel must have"),
         (("news", "1", "--type", "relay:gap"), "type is reserved"),
         (("news", "1", "--type", "a\nb"), "control character"),
-        (("news", "1", "--to", " , "), "to names nobody"),
-        (("news", "1", "--uid", "x" * 256), "a uid is"),
+        (("news", "1", "--to", " , "), "to has no recipients"),
+        (("news", "1", "--uid", "x" * 256), "uid must have"),
     ],
 )
 async def test_what_the_relay_could_not_deliver_is_refused(
@@ -161,7 +161,7 @@ async def test_the_shell_publishes_by_http(
         # Only a bare word is left to the relay to refuse.
         assert ("400" if data == "text" else "DATA is not JSON") in done.err
     assert "namespace not found" in (await tool.run("axr:r", "1", *http)).err
-    assert "no --maxlen" in (await tool.run(channel, "1", "--maxlen", "9", *http)).err
+    assert "--maxlen cannot be used" in (await tool.run(channel, "1", "--maxlen", "9", *http)).err
     tool.environment["PUBLISH_API_SECRET"] = "wrong"
     assert "401" in (await tool.run(channel, "1", *http)).err
     assert count(valkey, channel) == before

@@ -125,14 +125,14 @@ async def test_maxlen_trims(valkey: Server, channel: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"channel": "x" * 256}, "a channel is"),
+        ({"channel": "x" * 256}, "channel must have"),
         ({"data": b"\xff"}, "field data is not UTF-8"),
         ({"data": float("nan")}, "not JSON compliant"),
         ({"type": "relay:gap"}, "reserved type"),
-        ({"to": " , "}, "to names nobody"),
-        ({"to": []}, "to names nobody"),
-        ({"uid": ""}, "a uid is"),
-        ({"uid": "x" * 256}, "a uid is"),
+        ({"to": " , "}, "to has no recipients"),
+        ({"to": []}, "to has no recipients"),
+        ({"uid": ""}, "uid must have"),
+        ({"uid": "x" * 256}, "uid must have"),
     ],
 )
 async def test_what_no_relay_could_deliver_is_refused_at_once(

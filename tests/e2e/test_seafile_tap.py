@@ -59,7 +59,7 @@ def commits(valkey: Server, library: str) -> list[str]:
 
 
 def holds(process: RelayProcess) -> bool:
-    return any("tap: this process appends" in line for line in process.log)
+    return any("This process appends the commits" in line for line in process.log)
 
 
 async def ready(process: RelayProcess, events: Server) -> None:

@@ -78,7 +78,7 @@ async def test_what_each_tool_spooled_arrives_in_order_once(
             assert done.code == 3, done
             assert not done.out
             assert len(done.err.splitlines()) == 1
-            assert ("earlier events wait" in done.err) == (len(sent) > 1)
+            assert ("the spool contains earlier events" in done.err) == (len(sent) > 1)
             sent.append(f"{tool.name} {number}")
     await asyncio.to_thread(server.thaw if how == "frozen" else server.start)
     late = await tools[1].run("news", "behind", *EASY, *kept)
@@ -214,7 +214,7 @@ async def test_the_end_of_a_writer_that_died_spoils_no_other_line(
     assert (await tool.run("news", "1", "--spool", str(spool), *EASY)).code == 3
     async with delivering(server, spool):
         assert await delivered(server, spool) == ["1"]
-    assert "not a line" in spool.with_name("spool.refused").read_text()
+    assert "invalid spool line" in spool.with_name("spool.refused").read_text()
 
 
 @pytest.mark.parametrize("name", TOOLS)

@@ -134,11 +134,11 @@ def _failovers_unheeded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recovery, "may_have_lost", lambda *_: False)
 
 
-def _every_server_is_vouched_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Primary, "vouches_for", lambda *_: True)
+def _every_server_is_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Primary, "is_without_loss_since", lambda *_: True)
 
 
-def _a_process_is_vouched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def _every_process_is_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same process may have been another's replica in between."""
     observe = Primary.observe
 
@@ -170,8 +170,8 @@ def _examined_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
         _full_socket_unheeded,
         _any_life_will_do,
         _failovers_unheeded,
-        _every_server_is_vouched_for,
-        _a_process_is_vouched_for,
+        _every_server_is_without_loss,
+        _every_process_is_without_loss,
         _holes_unheeded,
         _examined_for_nobody,
     ],

@@ -69,7 +69,7 @@ async def test_of_two_that_claim_one_gets_it(server: Server) -> None:
 
 async def test_the_time_is_that_of_redis(server: Server, admin: Redis) -> None:
     async with site(server, "one:1") as one:
-        await asyncio.wait_for(one.bus.link.wait_open(), 5)
+        await asyncio.wait_for(one.bus.connection.wait_open(), 5)
         before = await time_ms(admin)
         assert before <= await one.store.time_ms() <= await time_ms(admin)
 

@@ -1,4 +1,4 @@
-"""relay/stream/connection/link.py and connect.py against real servers."""
+"""Connections to real servers: relay/stream/connection/pipeline_connection.py and connect.py."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ async def opened(
     on_lost: Callable[[Exception | None], None] | None = None,
 ) -> AsyncIterator[PipelineConnection]:
     endpoint = await discover(settings)
-    link = await PipelineConnection.open(
+    connection = await PipelineConnection.open(
         endpoint, settings=settings, on_push=on_push, on_lost=on_lost
     )
     try:
-        yield link
+        yield connection
     finally:
-        link.close()
+        connection.close()
 
 
 async def test_the_greeting_names_server_and_replication_history(server: Server) -> None:
-    async with opened(server.settings()) as link:
-        assert link.server == server.flavour
-        assert int(link.version.split(".")[0]) >= 7
-        assert len(link.run_id) == len(link.replication.replid) == 40
-        assert link.replication.previous == b""
+    async with opened(server.settings()) as connection:
+        assert connection.server == server.flavour
+        assert int(connection.version.split(".")[0]) >= 7
+        assert len(connection.run_id) == len(connection.replication.replid) == 40
+        assert connection.replication.previous == b""
 
 
 async def test_replies_come_in_order_and_errors_among_them(server: Server) -> None:
-    async with opened(server.settings()) as link:
-        replies = await link.execute(
+    async with opened(server.settings()) as connection:
+        replies = await connection.execute(
             [
                 ("XLEN", STREAM),
                 ("XADD", STREAM, "1-1", "data", b"\xff"),
@@ -64,16 +64,16 @@ async def test_replies_come_in_order_and_errors_among_them(server: Server) -> No
         assert replies[:2] == [0, b"1-1"]
         assert isinstance(replies[2], hiredis.ReplyError)
         assert replies[3] == [[b"1-1", [b"data", b"\xff"]]]
-        assert await link.execute([]) == []
+        assert await connection.execute([]) == []
         with pytest.raises(CommandRefused, match="XADD: ERR") as refused:
-            await link.call("XADD", STREAM, "1-1", "data", "again")
+            await connection.call("XADD", STREAM, "1-1", "data", "again")
         assert refused.value.code == "ERR"
 
 
 async def test_what_one_turn_asks_goes_out_as_one_write(server: Server, admin: Redis) -> None:
-    async with opened(server.settings()) as link:
+    async with opened(server.settings()) as connection:
         before = await _reads_when_idle(admin)
-        futures = [link.execute([("XLEN", STREAM), ("PING",)]) for _ in range(50)]
+        futures = [connection.execute([("XLEN", STREAM), ("PING",)]) for _ in range(50)]
         assert [await future for future in futures] == [[0, b"PONG"]] * 50
         # One read of all of them, and one of this question.
         assert await _reads(admin) - before == 2
@@ -95,33 +95,33 @@ async def _reads_when_idle(admin: Redis) -> int:
 async def test_posted_commands_of_a_turn_are_one_pipeline_in_order(
     server: Server, admin: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with opened(server.settings()) as link:
+    async with opened(server.settings()) as connection:
         before = await _reads_when_idle(admin)
         missing = ("XGROUP", "DESTROY", STREAM, "g")
         for _ in range(50):
-            link.post(missing, expected="requires the key to exist")
-        made = link.execute([("XGROUP", "CREATE", STREAM, "g", "0", "MKSTREAM")])
+            connection.post(missing, expected="requires the key to exist")
+        made = connection.execute([("XGROUP", "CREATE", STREAM, "g", "0", "MKSTREAM")])
         for _ in range(50):
-            link.post(("XGROUP", "DESTROY", STREAM, "g"))
-        again = link.execute([("XGROUP", "CREATE", STREAM, "g", "0")])
+            connection.post(("XGROUP", "DESTROY", STREAM, "g"))
+        again = connection.execute([("XGROUP", "CREATE", STREAM, "g", "0")])
         assert await made == await again == [b"OK"]
         assert await _reads(admin) - before == 2
         assert not caplog.records
-        link.post(("XADD", STREAM, "bad"))
-        link.post(("XLEN", STREAM), expected="anything")
-        await link.call("PING")
+        connection.post(("XADD", STREAM, "bad"))
+        connection.post(("XLEN", STREAM), expected="anything")
+        await connection.call("PING")
         (record,) = caplog.records
         assert "wrong number of arguments" in record.getMessage()
 
 
 async def test_pushes_come_in_their_place(server: Server, admin: Redis) -> None:
     pushes: asyncio.Queue[list[object]] = asyncio.Queue()
-    async with opened(server.settings(), pushes.put_nowait) as link:
-        await link.execute([("CLIENT", "TRACKING", "ON"), ("XLEN", STREAM)])
+    async with opened(server.settings(), pushes.put_nowait) as connection:
+        await connection.execute([("CLIENT", "TRACKING", "ON"), ("XLEN", STREAM)])
         await admin.xadd(STREAM, {"data": "1"})
         async with asyncio.timeout(5):
             assert await pushes.get() == [b"invalidate", [STREAM]]
-        await link.call("XLEN", STREAM)
+        await connection.call("XLEN", STREAM)
         await admin.flushall()
         async with asyncio.timeout(5):
             assert await pushes.get() == [b"invalidate", None]
@@ -130,8 +130,8 @@ async def test_pushes_come_in_their_place(server: Server, admin: Redis) -> None:
 async def test_subscriptions_are_confirmed_or_refused_each(server: Server, admin: Redis) -> None:
     pushes: asyncio.Queue[list[object]] = asyncio.Queue()
     allowed = b"relay:ephemeral:{news}"
-    async with opened(server.settings(), pushes.put_nowait) as link:
-        replies = await link.execute(
+    async with opened(server.settings(), pushes.put_nowait) as connection:
+        replies = await connection.execute(
             [("SUBSCRIBE", allowed), ("SUBSCRIBE", "other"), ("XLEN", STREAM)]
         )
         assert replies[0] == [b"subscribe", allowed, 1]
@@ -140,28 +140,30 @@ async def test_subscriptions_are_confirmed_or_refused_each(server: Server, admin
         await admin.publish(allowed, "hello")
         async with asyncio.timeout(5):
             assert await pushes.get() == [b"message", allowed, b"hello"]
-        assert await link.execute([("UNSUBSCRIBE", allowed)]) == [[b"unsubscribe", allowed, 0]]
+        assert await connection.execute([("UNSUBSCRIBE", allowed)]) == [
+            [b"unsubscribe", allowed, 0]
+        ]
         assert pushes.empty()
 
 
 async def test_a_cancelled_wait_leaves_the_link_in_order(server: Server) -> None:
-    async with opened(server.settings()) as link:
+    async with opened(server.settings()) as connection:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
-                await link.call("XREAD", "BLOCK", 200, "STREAMS", STREAM, "$")
-        assert await link.call("XLEN", STREAM) == 0
+                await connection.call("XREAD", "BLOCK", 200, "STREAMS", STREAM, "$")
+        assert await connection.call("XLEN", STREAM) == 0
 
 
 async def test_a_killed_connection_is_told_once(server: Server, admin: Redis) -> None:
     lost: list[Exception | None] = []
-    async with opened(server.settings(), on_lost=lost.append) as link:
-        waiting = link.execute([("XREAD", "BLOCK", 0, "STREAMS", STREAM, "$")])
+    async with opened(server.settings(), on_lost=lost.append) as connection:
+        waiting = connection.execute([("XREAD", "BLOCK", 0, "STREAMS", STREAM, "$")])
         await _seen_blocked(admin)
         await command(admin, "CLIENT", "KILL", "TYPE", "NORMAL", "SKIPME", "YES")
         with pytest.raises(RedisUnavailable, match="closed the connection"):
             await waiting
         with pytest.raises(RedisUnavailable, match="closed"):
-            await link.call("PING")
+            await connection.call("PING")
     assert len(lost) == 1
     assert isinstance(lost[0], RedisUnavailable)
 
@@ -174,12 +176,12 @@ async def _seen_blocked(admin: Redis) -> None:
 
 async def test_closing_it_oneself_tells_none(server: Server) -> None:
     lost: list[Exception | None] = []
-    async with opened(server.settings(), on_lost=lost.append) as link:
-        waiting = link.execute([("PING",)])
-        link.close()
-        with pytest.raises(RedisUnavailable, match="the link is closed"):
+    async with opened(server.settings(), on_lost=lost.append) as connection:
+        waiting = connection.execute([("PING",)])
+        connection.close()
+        with pytest.raises(RedisUnavailable, match="the connection to Redis .* is closed"):
             await waiting
-        link.close()
+        connection.close()
     assert lost == [None]
 
 
@@ -187,9 +189,9 @@ async def test_kill_nine_in_the_middle_of_a_pipeline(tmp_path: Path, flavour: Fl
     server = Server(tmp_path, flavour)
     lost: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
     with running(server):
-        async with opened(server.settings(), on_lost=lost.set_result) as link:
+        async with opened(server.settings(), on_lost=lost.set_result) as connection:
             many = [("XADD", STREAM, "*", "data", str(n)) for n in range(50_000)]
-            waiting = [link.execute(many), link.execute([("XLEN", STREAM)])]
+            waiting = [connection.execute(many), connection.execute([("XLEN", STREAM)])]
             await asyncio.sleep(0)  # the write is out, the answers are not in
             await asyncio.to_thread(server.kill)
             for future in waiting:
@@ -205,16 +207,16 @@ async def test_a_frozen_server_is_given_up(tmp_path: Path) -> None:
     server = Server(tmp_path)
     with running(server):
         settings = server.settings(command_timeout_s=0.2, connect_timeout_s=0.2)
-        async with opened(settings) as link:
+        async with opened(settings) as connection:
             server.freeze()
             with pytest.raises(RedisUnavailable, match=r"did not answer within 0.2 s"):
-                await link.call("PING")
+                await connection.call("PING")
             with pytest.raises(RedisUnavailable, match=r"did not answer within 0.2 s"):
                 async with opened(settings):
                     pass
         server.thaw()
-        async with opened(settings) as link:
-            assert await link.call("PING") == b"PONG"
+        async with opened(settings) as connection:
+            assert await connection.call("PING") == b"PONG"
 
 
 async def test_a_wrong_password_is_said_without_it(server: Server) -> None:
@@ -229,8 +231,8 @@ async def test_a_wrong_password_is_said_without_it(server: Server) -> None:
 
 
 async def test_a_database_is_selected(server: Server) -> None:
-    async with opened(RedisSettings(url=server.url(db=3))) as link:
-        await link.call("XADD", STREAM, "*", "data", "1")
+    async with opened(RedisSettings(url=server.url(db=3))) as connection:
+        await connection.call("XADD", STREAM, "*", "data", "1")
     with server.client() as admin:
         assert admin.exists(STREAM) == 0
 
@@ -259,12 +261,12 @@ async def test_a_replica_and_a_demoted_primary_are_not_served(
         with pytest.raises(RedisUnavailable, match="is a replica"):
             async with opened(replica.settings()):
                 pass
-        async with opened(primary.settings()) as link:
-            await link.call("XADD", STREAM, "*", "data", "1")
+        async with opened(primary.settings()) as connection:
+            await connection.call("XADD", STREAM, "*", "data", "1")
             with primary.client() as admin:
                 admin.execute_command("REPLICAOF", "127.0.0.1", replica.port)
             with pytest.raises(RedisUnavailable, match="cannot serve now: READONLY"):
-                await link.call("XADD", STREAM, "*", "data", "2")
+                await connection.call("XADD", STREAM, "*", "data", "2")
 
 
 async def test_a_new_client_sends_nothing_that_the_server_rejects(
@@ -281,9 +283,9 @@ async def test_a_unix_socket(tmp_path: Path, flavour: Flavour) -> None:
     server = Server(tmp_path, flavour, options=("--unixsocket", str(path)))
     with running(server):
         settings = RedisSettings(url=f"unix://relay:relay-secret@{path}?db=1")
-        async with opened(settings) as link:
-            assert str(link.endpoint) == f"unix:{path}"
-            assert await link.call("PING") == b"PONG"
+        async with opened(settings) as connection:
+            assert str(connection.endpoint) == f"unix:{path}"
+            assert await connection.call("PING") == b"PONG"
         async with redis_client(settings) as client:
             assert await client.ping()
 
@@ -326,8 +328,8 @@ async def test_tls_with_the_operators_own_authority(tmp_path: Path) -> None:
     server = Server(tmp_path, "redis", scheme="rediss", options=tuple(options))
     with running(server):
         settings = server.settings(tls_ca=str(tmp_path / "cert.pem"))
-        async with opened(settings) as link:
-            assert await link.call("PING") == b"PONG"
+        async with opened(settings) as connection:
+            assert await connection.call("PING") == b"PONG"
         async with redis_client(settings) as client:
             assert await client.ping()
         with pytest.raises(RedisUnavailable, match="certificate verify failed"):
@@ -345,18 +347,22 @@ async def test_sentinel_names_the_new_primary_after_a_failover(tmp_path: Path) -
         # The first replica of all changes the primary's replication ID (replication.c,
         # syncCommand: there was no backlog, so nobody can continue the old history).
         await asyncio.to_thread(_wait_for_replica, primary, sentinel)
-        async with opened(settings) as link:
-            await link.call("XADD", STREAM, "*", "data", "1")
-            assert link.endpoint.port == primary.port
-            first = link.replication.replid
+        async with opened(settings) as connection:
+            await connection.call("XADD", STREAM, "*", "data", "1")
+            assert connection.endpoint.port == primary.port
+            first = connection.replication.replid
         await asyncio.to_thread(primary.kill)
         async with asyncio.timeout(15):
             while True:
                 try:
-                    async with opened(settings) as link, redis_client(settings) as client:
-                        assert link.endpoint.port == replica.port
-                        assert link.replication.previous == first != link.replication.replid
-                        assert await link.call("XLEN", STREAM) == 1
+                    async with opened(settings) as connection, redis_client(settings) as client:
+                        assert connection.endpoint.port == replica.port
+                        assert (
+                            connection.replication.previous
+                            == first
+                            != connection.replication.replid
+                        )
+                        assert await connection.call("XLEN", STREAM) == 1
                         assert await client.xlen(STREAM) == 1
                         break
                 except RedisUnavailable:

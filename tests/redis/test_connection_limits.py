@@ -29,7 +29,7 @@ class Worker:
         self.here = here
 
     async def open(self, user: str = "anna") -> None:
-        async with self.seats.seat(user):
+        async with self.seats.slot(user):
             self.here[user] = self.here.get(user, 0) + 1
             self.seats.changed(user)
 
@@ -157,13 +157,13 @@ async def test_who_gives_up_waiting_leaves_no_seat_taken(valkey: Server) -> None
 async def test_a_doors_own_limit_holds_over_workers_and_beside_the_other(valkey: Server) -> None:
     with running(valkey):
         async with worker(valkey, "one:1", 0) as one, worker(valkey, "two:2", 0) as two:
-            async with one.seats.seat("anna", "d", 1):
+            async with one.seats.slot("anna", "d", 1):
                 one.here["anna"] = 1
             with pytest.raises(LimitExceeded, match="more than 1"):
-                async with two.seats.seat("anna", "d", 1):
+                async with two.seats.slot("anna", "d", 1):
                     pass
-            async with two.seats.seat("anna", "other", 1):
+            async with two.seats.slot("anna", "other", 1):
                 pass
-            async with two.seats.seat("anna"):
+            async with two.seats.slot("anna"):
                 pass
             assert b"anna\x1fd" in written(valkey, "one:1")

@@ -191,8 +191,8 @@ async def test_a_killed_worker_leaves_nobody_behind_and_each_is_told_of_once(
             while len(await two.presence.read(NEWS)) > 1:
                 await asyncio.sleep(0)
             silence = DeadWorkerDetector(client=client, keys=keys, patience_s=0)
-            assert await silence.look() == []
-            assert await silence.look() == [dead]
+            assert await silence.check() == []
+            assert await silence.check() == [dead]
             async with asyncio.TaskGroup() as both:
                 for each in (one, two):
                     both.create_task(each.presence.clear(dead))

@@ -22,21 +22,21 @@ pytestmark = pytest.mark.redis
 @asynccontextmanager
 async def opened(server: Server) -> AsyncIterator[PipelineConnection]:
     settings = server.settings()
-    link = await PipelineConnection.open(await discover(settings), settings=settings)
+    connection = await PipelineConnection.open(await discover(settings), settings=settings)
     try:
-        yield link
+        yield connection
     finally:
-        link.close()
+        connection.close()
 
 
-async def observe(primary: Primary, link: PipelineConnection) -> None:
-    info = cast(bytes, await link.call("INFO", "replication"))
+async def observe(primary: Primary, connection: PipelineConnection) -> None:
+    info = cast(bytes, await connection.call("INFO", "replication"))
     primary.observe(Replication.parse(info))
 
 
 @pytest.mark.parametrize("flavour", ["valkey", "redis"])
 @pytest.mark.parametrize("options", [("--appendonly", "yes"), ("--appendonly", "no")])
-async def test_nothing_vouches_for_the_time_before_a_start(
+async def test_entries_may_have_been_lost_before_a_start(
     tmp_path: Path, flavour: Flavour, options: tuple[str, ...]
 ) -> None:
     """However the server ended: it does not say whether it read everything back."""
@@ -45,9 +45,9 @@ async def test_nothing_vouches_for_the_time_before_a_start(
     certificates: list[int] = []
     with running(server):
         for how in ("kill", "kill", "stop", "stop"):
-            async with opened(server) as link:
-                primary.connected(link.run_id, link.replication)
-            assert not any(primary.vouches_for(each) for each in certificates)
+            async with opened(server) as connection:
+                primary.connected(connection.run_id, connection.replication)
+            assert not any(primary.is_without_loss_since(each) for each in certificates)
             certificates.append(primary.certificate)
             await asyncio.to_thread(server.client().save)
             await asyncio.to_thread(getattr(server, how))
@@ -66,39 +66,39 @@ async def test_a_first_replica_changes_the_replication_id_and_loses_nothing(
     clock = [0.0]
     primary, late = Primary(lambda: clock[0]), Primary()
     with running(server):
-        async with opened(server) as link:
-            primary.connected(link.run_id, link.replication)
+        async with opened(server) as connection:
+            primary.connected(connection.run_id, connection.replication)
             before = primary.certificate
             with running(replica):
                 await until(lambda: server.client().info("replication")["connected_slaves"] == 1)
-                await observe(primary, link)
+                await observe(primary, connection)
                 assert primary.certificate != before
-                assert primary.vouches_for(before)
-                late.connected(link.run_id, link.replication)
-                await observe(late, link)
+                assert primary.is_without_loss_since(before)
+                late.connected(connection.run_id, connection.replication)
+                await observe(late, connection)
                 alone = primary.certificate
                 # Promoted: what the primary acknowledged meanwhile may not have arrived here.
                 replica.client().replicaof("NO", "ONE")
                 async with opened(replica) as other:
                     promoted = Primary()
                     promoted.connected(other.run_id, other.replication)
-                    assert not promoted.vouches_for(alone)
+                    assert not promoted.is_without_loss_since(alone)
         primary.disconnected()
         clock[0] += 10
-        async with opened(server) as link:
-            primary.connected(link.run_id, link.replication)
-            assert primary.vouches_for(before)
+        async with opened(server) as connection:
+            primary.connected(connection.run_id, connection.replication)
+            assert primary.is_without_loss_since(before)
             # The same process as another's replica for a moment, and promoted again.
             with running(away):
                 server.client().replicaof("127.0.0.1", away.port)
                 server.client().replicaof("NO", "ONE")
-            await observe(primary, link)
-            assert not primary.vouches_for(before)
-            assert not primary.vouches_for(alone)
+            await observe(primary, connection)
+            assert not primary.is_without_loss_since(before)
+            assert not primary.is_without_loss_since(alone)
             last = primary.certificate
         primary.disconnected()
         clock[0] += 3600
-        async with opened(server) as link:
-            primary.connected(link.run_id, link.replication)
-            assert primary.vouches_for(last)
-            assert not primary.vouches_for(before)
+        async with opened(server) as connection:
+            primary.connected(connection.run_id, connection.replication)
+            assert primary.is_without_loss_since(last)
+            assert not primary.is_without_loss_since(before)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from producers.api_queue import QueueProducer
+from producers.api_queue import ApiQueueConsumer
 from producers.settings import QueueSettings
 from relay.config.settings import NamespaceSettings, PublishSettings
 from relay.core.model import Channel, EntryID
@@ -51,7 +51,7 @@ async def taking(
     server: Server, keys: Keys, *taken: Taken, shards: int = 0, batch: int = 256, **rules: int
 ) -> AsyncIterator[None]:
     producers = [
-        QueueProducer(
+        ApiQueueConsumer(
             keys=keys,
             redis=server.settings(),
             settings=QueueSettings(enabled=True, shards=shards, batch=batch),
@@ -136,17 +136,17 @@ async def test_broken_ones_are_dead_letters_and_the_next_ones_flow(
         "nonsense": "not JSON",
         "[]": "not an object",
         '{"method":"sing"}': "unknown method 'sing'",
-        '{"method":"disconnect","params":{"user":""}}': "without user",
+        '{"method":"disconnect","params":{"user":""}}': "user is missing",
         '{"method":"unsubscribe","params":{"user":"u","channel":"axr:r"}}': "namespace not found",
         '{"method":"publish"}': "no params",
         publish("1", "seafile:r"): "namespace not found",
         publish(
             "1", "x" * 256
-        ): "a channel is 1 to 255 characters of valid UTF-8; this one has 256",
+        ): "channel must have 1 to 255 characters of valid UTF-8; this one has 256",
         publish(f'"{"x" * 10_000}"'): "too large: 10007 bytes",
-        publish("1", uid="u" * 300): "a uid is at most 255 bytes long",
+        publish("1", uid="u" * 300): "uid must have at most 255 bytes",
         publish("1", type="relay:gap"): "reserved type",
-        publish("1", to=[]): "to names nobody",
+        publish("1", to=[]): "to has no recipients",
         '{"method":"broadcast","params":{"channels":["c","axr:r"],"data":1}}': (
             "namespace not found"
         ),
@@ -219,10 +219,10 @@ async def test_several_workers_share_the_shards_without_doing_anything_twice(
 async def test_nothing_is_done_where_the_head_is_not_what_was_read(
     server: Server, admin: Redis, keys: Keys
 ) -> None:
-    link = await PipelineConnection.open(
+    connection = await PipelineConnection.open(
         await discover(server.settings()), settings=server.settings()
     )
-    queues = CommandQueues(link, keys, "w")
+    queues = CommandQueues(connection, keys, "w")
     await queues.prepare()
     entry = [Operation(keys.stream(NEWS), [b"data", b"1"], 0)]
     # Equal items: only the count tells that these are others.
@@ -238,7 +238,7 @@ async def test_nothing_is_done_where_the_head_is_not_what_was_read(
     await admin.delete(QUEUE)
     assert await queues.apply(QUEUE, head, entry, window_ms=0) is None
     assert await admin.xlen(keys.stream(NEWS)) == 1
-    link.close()
+    connection.close()
 
 
 async def test_a_full_server_loses_nothing(server: Server, admin: Redis, keys: Keys) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from producers.api_queue import QueueProducer
+from producers.api_queue import ApiQueueConsumer
 from producers.settings import QueueSettings
 from relay.config.settings import NamespaceSettings, PublishSettings
 from relay.core.model import Channel
@@ -28,7 +28,7 @@ NAMES = [QUEUE, *(f"{QUEUE}.{n}" for n in range(SHARDS))]
 
 @asynccontextmanager
 async def worker(server: Server, keys: Keys, name: str) -> AsyncIterator[None]:
-    producer = QueueProducer(
+    producer = ApiQueueConsumer(
         keys=keys,
         redis=server.settings(),
         settings=QueueSettings(enabled=True, shards=SHARDS, batch=3),

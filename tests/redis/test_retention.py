@@ -38,7 +38,7 @@ async def test_each_stream_by_its_namespace(client: Redis, admin: Redis, keys: K
         _ = pipeline.xadd(young, {"data": "1"}, id=f"{now_ms - age_s * 1000}-0")
     await pipeline.execute()
     done = await retention.trim(client, keys, settings_of)
-    assert (done.streams, done.foreign) == (3, 0)
+    assert (done.streams, done.not_streams) == (3, 0)
     assert 200 <= await admin.xlen(few) < 300 + 1
     # Few enough for one node of the stream: an approximate trim would have left all of them.
     assert await admin.xlen(young) == 2
@@ -55,7 +55,7 @@ async def test_what_is_no_stream_is_counted_and_left(
     await admin.set("relay:stream", "x")
     await admin.xadd("other:stream:{a}", {"data": "1"}, id="1-0")
     done = await retention.trim(client, keys, lambda _: both)
-    assert done == retention.Trimmed(streams=0, entries=0, foreign=1)
+    assert done == retention.Trimmed(streams=0, entries=0, not_streams=1)
     assert await admin.dbsize() == 4
 
 

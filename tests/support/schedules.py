@@ -192,7 +192,7 @@ class Schedules(World):
     # ---- workers ----------------------------------------------------------------------------
 
     def hear(self, which: int) -> None:
-        self.workers[which].hear()
+        self.workers[which].receive_pushes()
         self.step()
 
     def ask(self, which: int) -> None:
@@ -278,7 +278,7 @@ class Schedules(World):
             for person in self.people:
                 person.drain()
             for worker in self.workers:
-                worker.hear()
+                worker.receive_pushes()
             if not any(before) and not any(worker.busy for worker in self.workers):
                 break
         else:

@@ -291,17 +291,17 @@ class Worker:
         self._open()
 
     def _open(self) -> None:
-        self._link = Wire(self.port, self._on_push)
-        self._link.call("CLIENT", "TRACKING", "ON")
+        self._connection = Wire(self.port, self._on_push)
+        self._connection.call("CLIENT", "TRACKING", "ON")
         self._page_link = Wire(self.port)
-        info = cast(bytes, self._link.call("INFO", "replication"))
-        server = cast(bytes, self._link.call("INFO", "server"))
+        info = cast(bytes, self._connection.call("INFO", "replication"))
+        server = cast(bytes, self._connection.call("INFO", "server"))
         run_id = re.search(rb"run_id:(\w+)", server)
         assert run_id
         self._primary.connected(run_id[1], Replication.parse(info))
 
     def close(self) -> None:
-        self._link.close()
+        self._connection.close()
         self._page_link.close()
 
     # relay.core.stream_interface.StreamReads
@@ -322,7 +322,7 @@ class Worker:
         self.live.forget(stream)
         self.pages.forget(stream)
         key = self._keys.stream(stream.channel)
-        self._link.call("XGROUP", "DESTROY", key, group_of(self.name))
+        self._connection.call("XGROUP", "DESTROY", key, group_of(self.name))
 
     # wake-ups
 
@@ -348,19 +348,18 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        return bool(
-            self.live.wanted or self.pages.wanted or self._asked or self._asked_pages or self._later
-        )
+        requested = self.live.has_work or self.pages.has_work
+        return bool(requested or self._asked or self._asked_pages or self._later)
 
-    def hear(self) -> None:
-        """Take in every push that the server has sent so far."""
-        self._link.call("PING")
+    def receive_pushes(self) -> None:
+        """Process every push that the server has sent so far."""
+        self._connection.call("PING")
 
     def ask(self) -> None:
-        if self._asked is None and self.live.wanted:
+        if self._asked is None and self.live.has_work:
             commands = self.live.commands()
             if commands:
-                self._asked = self.clock.now, self._link.execute(commands)
+                self._asked = self.clock.now, self._connection.execute(commands)
 
     def take(self) -> None:
         if self._asked is not None:
@@ -369,7 +368,7 @@ class Worker:
             self.flush()
 
     def ask_pages(self) -> None:
-        if self._asked_pages is None and self.pages.wanted:
+        if self._asked_pages is None and self.pages.has_work:
             commands = self.pages.commands()
             if commands:
                 self._asked_pages = self.clock.now, self._page_link.execute(commands)
@@ -381,7 +380,7 @@ class Worker:
             self.flush()
 
     def work(self) -> None:
-        self.hear()
+        self.receive_pushes()
         self.ask()
         self.take()
         self.ask_pages()

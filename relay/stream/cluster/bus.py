@@ -29,14 +29,14 @@ _log = logging.getLogger(__name__)
 
 
 class ClusterBus:
-    """Implements `relay.doorkit.contract.Bus`. `link` also carries commands of other services."""
+    """Implements `relay.doorkit.contract.Bus`. Other services use `connection` for commands too."""
 
     def __init__(self, *, redis: RedisSettings, keys: Keys, instance: str) -> None:
         self.instance = instance
         self.address = instance.rpartition(":")[2]
         self._keys = keys
         self._listeners: dict[str, Callable[[str, bytes], None]] = {}
-        self.link = ReconnectingConnection(
+        self.connection = ReconnectingConnection(
             redis,
             subscribe_to=[keys.bus(self.address)],
             on_message=self._on_message,
@@ -57,7 +57,7 @@ class ClusterBus:
         message = b"\0".join((topic.encode(), self.address.encode(), payload))
         sent = cast(
             "asyncio.Future[list[object]]",
-            self.link.execute([("PUBLISH", self._keys.bus(address), message)]),
+            self.connection.execute([("PUBLISH", self._keys.bus(address), message)]),
         )
 
         def done(finished: asyncio.Future[list[object]]) -> None:

@@ -37,8 +37,8 @@ COUNTS = "counts of connections"
 _log = logging.getLogger(__name__)
 
 
-class _Who(NamedTuple):
-    """A user of one protocol, or of all protocols together if `door` is None."""
+class _Count(NamedTuple):
+    """The connections of one user: in one protocol, or in all protocols if `door` is None."""
 
     user: str
     door: str | None
@@ -89,16 +89,16 @@ class ConnectionLimiter:
         self._users = users
         self._dead = dead
         # Requested connections, and those of them that were accepted but have no session yet.
-        self._reserved: Counter[_Who] = Counter()
-        self._given: Counter[_Who] = Counter()
-        self._waiting: list[tuple[_Who, asyncio.Future[None]]] = []
+        self._reserved: Counter[_Count] = Counter()
+        self._accepted: Counter[_Count] = Counter()
+        self._waiting: list[tuple[_Count, asyncio.Future[None]]] = []
         self._changed: set[str] = set()
         self._work = asyncio.Event()
         self._written = False
 
     @contextlib.asynccontextmanager
-    async def seat(self, user: str, door: str | None = None, limit: int = 0) -> AsyncIterator[None]:
-        """Reserve a connection; open the session within this context.
+    async def slot(self, user: str, door: str | None = None, limit: int = 0) -> AsyncIterator[None]:
+        """Reserve a connection slot; open the session within this context.
 
         Raises:
             LimitExceeded: The user has `limit` connections of the protocol `door`, or the maximum
@@ -107,24 +107,24 @@ class ConnectionLimiter:
         """
         if door is not None:
             self._door_limits[door] = limit
-        who = _Who(user, door)
-        if not user or not self._limit_of(who):
+        count = _Count(user, door)
+        if not user or not self._limit_of(count):
             yield
             return
         # Local connections alone may reach the limit: repeated attempts then cause no commands.
-        self._check(who, 0)
-        self._reserved[who] += 1
-        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((who, answer))
+        self._check(count, 0)
+        self._reserved[count] += 1
+        accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((count, accepted))
         self._work.set()
         try:
-            await answer
+            await accepted
             try:
                 yield
             finally:
-                _take_one(self._given, who)
+                _decrement(self._accepted, count)
         finally:
-            _take_one(self._reserved, who)
+            _decrement(self._reserved, count)
             self.changed(user)
 
     def changed(self, user: str) -> None:
@@ -142,100 +142,100 @@ class ConnectionLimiter:
             self._work.clear()
             waiting, self._waiting = self._waiting, []
             try:
-                others = await self._exchange({who for who, _ in waiting})
+                others = await self._exchange({count for count, _ in waiting})
             except (connect.CommandRefused, connect.RefusedForNow) as exc:
-                # Redis is reachable but refuses writes. A limit per worker is better than rejecting
+                # Redis is reachable but rejects writes. A limit per worker is better than rejecting
                 # all clients.
                 self._refusals.refused(
                     COUNTS, exc.reply, "connection limits apply to each worker separately"
                 )
                 self._written = False
-                self._admit(waiting, {who: 0 for who, _ in waiting})
+                self._accept(waiting, {count: 0 for count, _ in waiting})
                 await asyncio.sleep(0.2)
                 continue
             except RelayError as exc:
                 _log.debug("Could not count connections: %s", exc)
-                for _, answer in waiting:
-                    if not answer.done():
-                        answer.set_exception(
+                for _, accepted in waiting:
+                    if not accepted.done():
+                        accepted.set_exception(
                             Unavailable("the connection limit cannot be checked now")
                         )
                 self._written = False
                 await asyncio.sleep(0.2)
                 continue
             self._refusals.accepted(COUNTS)
-            self._admit(waiting, others)
+            self._accept(waiting, others)
 
-    def _admit(
-        self, waiting: list[tuple[_Who, asyncio.Future[None]]], others: dict[_Who, int]
+    def _accept(
+        self, waiting: list[tuple[_Count, asyncio.Future[None]]], others: dict[_Count, int]
     ) -> None:
-        for who, answer in waiting:
-            if answer.done():
+        for count, accepted in waiting:
+            if accepted.done():
                 continue
             try:
-                self._check(who, others[who])
+                self._check(count, others[count])
             except LimitExceeded as exc:
-                answer.set_exception(exc)
+                accepted.set_exception(exc)
             else:
-                self._given[who] += 1
-                answer.set_result(None)
+                self._accepted[count] += 1
+                accepted.set_result(None)
 
     async def leave(self) -> None:
         """Delete the counts of this worker, after its last client was disconnected at shutdown."""
         if self._written:
             await connect.command(self._client, "DEL", self._own)
 
-    def _limit_of(self, who: _Who) -> int:
-        return self.limit if who.door is None else self._door_limits.get(who.door, 0)
+    def _limit_of(self, count: _Count) -> int:
+        return self.limit if count.door is None else self._door_limits.get(count.door, 0)
 
     def _limited(self) -> list[str | None]:
         """Return the protocols whose connections are counted. None means all together."""
         doors: list[str | None] = [door for door, limit in self._door_limits.items() if limit]
         return [None, *doors] if self.limit else doors
 
-    def _check(self, who: _Who, elsewhere: int) -> None:
-        limit = self._limit_of(who)
-        if 0 < limit <= self._count(*who) + self._given[who] + elsewhere:
+    def _check(self, count: _Count, elsewhere: int) -> None:
+        limit = self._limit_of(count)
+        if 0 < limit <= self._count(*count) + self._accepted[count] + elsewhere:
             raise LimitExceeded(f"more than {limit} connections of one user")
 
-    async def _exchange(self, asked: set[_Who]) -> dict[_Who, int]:
+    async def _exchange(self, requested: set[_Count]) -> dict[_Count, int]:
         """Write local changes. Return the connections of these users on other workers."""
-        users, self._changed = self._changed | {who.user for who in asked}, set()
+        users, self._changed = self._changed | {count.user for count in requested}, set()
         doors = self._limited()
         if not doors:
             self._written = False
-            return dict.fromkeys(asked, 0)
+            return dict.fromkeys(requested, 0)
         if not self._written:
             # At start, after a reload has set a limit, and after an outage.
             users |= {user for user in self._users() if user}
-        changed = [_Who(user, door) for user in sorted(users) for door in doors]
+        changed = [_Count(user, door) for user in sorted(users) for door in doors]
         instances: list[str] = []
-        if asked:
+        if requested:
             members = await connect.command(self._client, "SMEMBERS", self._keys.nodes)
             names = sorted(member.decode() for member in members)
             instances = [name for name in names if name != self._instance and not self._dead(name)]
-        wanted = list(asked)
+        counts = list(requested)
         async with self._client.pipeline(transaction=True) as transaction:
-            for who in changed:
-                count, field = self._count(*who) + self._reserved[who], who.field
-                words = ("HSET", self._own, field, count) if count else ("HDEL", self._own, field)
+            for each in changed:
+                number, field = self._count(*each) + self._reserved[each], each.field
+                words = ("HSET", self._own, field, number) if number else ("HDEL", self._own, field)
                 transaction.execute_command(*words)
             transaction.execute_command("EXPIRE", self._own, EXPIRY_S)
             for instance in instances:
-                for who in wanted:
-                    transaction.execute_command("HGET", self._keys.users(instance), who.field)
+                for each in counts:
+                    transaction.execute_command("HGET", self._keys.users(instance), each.field)
             with connect.translated():
                 replies: list[Any] = await transaction.execute()
-        there, *found = replies[len(changed) :]
-        # The key may be missing without users. Otherwise it was flushed or expired in an outage.
-        self._written = bool(there) or not any(self._users())
-        others = dict.fromkeys(wanted, 0)
+        exists, *found = replies[len(changed) :]
+        # If there are users, the key is missing only after a flush or because it has expired.
+        self._written = bool(exists) or not any(self._users())
+        others = dict.fromkeys(counts, 0)
         for index, raw in enumerate(found):
-            others[wanted[index % len(wanted)]] += int(raw or 0)
+            others[counts[index % len(counts)]] += int(raw or 0)
         return others
 
 
-def _take_one(counter: Counter[_Who], who: _Who) -> None:
-    counter[who] -= 1
-    if not counter[who]:
-        del counter[who]
+def _decrement(counter: Counter[_Count], count: _Count) -> None:
+    counter[count] -= 1
+    if not counter[count]:
+        del counter[count]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from relay.stream.format.keys import Keys
 
 CHECK_S = 5.0
-# Fields of one command, so that none holds Redis up for long.
+# Fields of one command, so that no command blocks Redis for long.
 _BATCH = 500
 
 _log = logging.getLogger(__name__)
@@ -42,21 +42,21 @@ _T = TypeVar("_T")
 class ClusterPresence:
     """Implements `relay.doorkit.contract.Presence`.
 
-    Changes go over `link`, reads over `long`. `dead` returns True for a worker that is known to
-    have died, before its heartbeat expires.
+    Changes are sent on `connection`, reads on `long`, because their replies may be large. `dead`
+    returns True for a worker that is known to have died, before its heartbeat expires.
     """
 
     def __init__(
         self,
         *,
-        link: ReconnectingConnection,
+        connection: ReconnectingConnection,
         long: ReconnectingConnection,
         keys: Keys,
         instance: str,
         dead: Callable[[str], bool],
         spawn: Callable[..., object],
     ) -> None:
-        self._link = link
+        self._connection = connection
         self._long = long
         self._keys = keys
         self._instance = instance
@@ -66,17 +66,17 @@ class ClusterPresence:
         # Clients whose entries in Redis may differ from `_own`.
         self._changed: dict[Channel, set[str]] = {}
         self._planned = False
-        self._asked: dict[Channel, list[asyncio.Future[dict[str, bytes]]]] = {}
+        self._requested: dict[Channel, list[asyncio.Future[dict[str, bytes]]]] = {}
         self._reading: set[Channel] = set()
         self._on_gone: list[Gone] = []
-        link.on_open.append(self._write_all)
+        connection.on_open.append(self._write_all)
 
     @property
     def in_use(self) -> bool:
         """Return whether clients of this worker are present in any channel."""
         return bool(self._own)
 
-    # ---- for doors ------------------------------------------------------------------------------
+    # ---- for protocols --------------------------------------------------------------------------
 
     def add(self, channel: Channel, client: str, info: bytes) -> None:
         """Add the client to the channel, or change its `info`."""
@@ -85,10 +85,10 @@ class ClusterPresence:
 
     def remove(self, channel: Channel, client: str) -> None:
         """Remove the client from the channel. Do nothing if it is not present."""
-        mine = self._own.get(channel)
-        if mine is None or mine.pop(client, None) is None:
+        own = self._own.get(channel)
+        if own is None or own.pop(client, None) is None:
             return
-        if not mine:
+        if not own:
             del self._own[channel]
         self._change(channel, client)
 
@@ -98,28 +98,28 @@ class ClusterPresence:
 
     def read(self, channel: Channel) -> asyncio.Future[dict[str, bytes]]:
         """Return the clients of the channel with their info, or fail with Unavailable."""
-        answer: asyncio.Future[dict[str, bytes]] = asyncio.get_running_loop().create_future()
-        self._asked.setdefault(channel, []).append(answer)
+        result: asyncio.Future[dict[str, bytes]] = asyncio.get_running_loop().create_future()
+        self._requested.setdefault(channel, []).append(result)
         if channel not in self._reading:
             self._reading.add(channel)
             self._spawn(self._serve(channel), name=f"presence {channel}")
-        return answer
+        return result
 
     async def _serve(self, channel: Channel) -> None:
         try:
             # Let all requests of this event loop iteration share one read.
             await asyncio.sleep(0)
-            while waiting := self._asked.pop(channel, None):
+            while waiting := self._requested.pop(channel, None):
                 try:
                     found = await self._read(channel)
                 except RelayError as exc:
-                    for answer in waiting:
-                        if not answer.done():
-                            answer.set_exception(Unavailable(str(exc)))
+                    for result in waiting:
+                        if not result.done():
+                            result.set_exception(Unavailable(str(exc)))
                     continue
-                for answer in waiting:
-                    if not answer.done():
-                        answer.set_result(found)
+                for result in waiting:
+                    if not result.done():
+                        result.set_result(found)
         finally:
             self._reading.discard(channel)
 
@@ -154,8 +154,8 @@ class ClusterPresence:
             asyncio.get_running_loop().call_soon(self._write)
 
     def _write_all(self) -> None:
-        for channel, mine in self._own.items():
-            self._changed.setdefault(channel, set()).update(mine)
+        for channel, clients in self._own.items():
+            self._changed.setdefault(channel, set()).update(clients)
         self._write()
 
     def _write(self) -> None:
@@ -163,7 +163,9 @@ class ClusterPresence:
         changed, self._changed = self._changed, {}
         if not changed:
             return
-        sent = cast("asyncio.Future[list[object]]", self._link.execute(self._commands(changed)))
+        sent = cast(
+            "asyncio.Future[list[object]]", self._connection.execute(self._commands(changed))
+        )
 
         def written(finished: asyncio.Future[list[object]]) -> None:
             if not finished.cancelled() and finished.exception() is None:
@@ -180,23 +182,23 @@ class ClusterPresence:
     def _commands(self, changed: Mapping[Channel, set[str]]) -> list[RedisCommand]:
         # The set must contain a channel as long as its hash has clients of this worker.
         head = self._instance.encode() + b"\n"
-        come: list[RedisCommand] = []
-        go: list[RedisCommand] = []
-        own = self._keys.present(self._instance)
+        add: list[RedisCommand] = []
+        remove: list[RedisCommand] = []
+        channels = self._keys.present(self._instance)
         begun: list[bytes] = []
         ended: list[bytes] = []
         for channel, clients in changed.items():
-            key, mine = self._keys.presence(channel), self._own.get(channel, {})
-            here = [client for client in clients if client in mine]
-            away = [client for client in clients if client not in mine]
-            for some in _batches(here):
-                fields = [part for client in some for part in (client, head + mine[client])]
-                come.append(("HSET", key, *fields))
-            go += [("HDEL", key, *some) for some in _batches(away)]
-            (begun if mine else ended).append(channel.encode())
-        first: list[RedisCommand] = [("SADD", own, *some) for some in _batches(begun)]
-        last: list[RedisCommand] = [("SREM", own, *some) for some in _batches(ended)]
-        return [*first, *come, *go, *last]
+            key, own = self._keys.presence(channel), self._own.get(channel, {})
+            present = [client for client in clients if client in own]
+            absent = [client for client in clients if client not in own]
+            for some in _batches(present):
+                fields = [part for client in some for part in (client, head + own[client])]
+                add.append(("HSET", key, *fields))
+            remove += [("HDEL", key, *some) for some in _batches(absent)]
+            (begun if own else ended).append(channel.encode())
+        first: list[RedisCommand] = [("SADD", channels, *some) for some in _batches(begun)]
+        last: list[RedisCommand] = [("SREM", channels, *some) for some in _batches(ended)]
+        return [*first, *add, *remove, *last]
 
     async def check(self) -> None:
         """Write the presence of this worker's clients again if Redis has lost it."""
@@ -205,7 +207,7 @@ class ClusterPresence:
         if not expected:
             return
         try:
-            count = await self._link.call("SCARD", self._keys.present(self._instance))
+            count = await self._connection.call("SCARD", self._keys.present(self._instance))
         except RelayError as exc:
             _log.debug("Could not check presence: %s", exc)
             return
@@ -215,13 +217,13 @@ class ClusterPresence:
 
     async def leave(self) -> None:
         """Remove the entries of this worker at shutdown, after its last client."""
-        for channel, mine in self._own.items():
-            self._changed.setdefault(channel, set()).update(mine)
+        for channel, clients in self._own.items():
+            self._changed.setdefault(channel, set()).update(clients)
         self._own.clear()
         self._write()
-        (_,) = await self._link.call_all([("DEL", self._keys.present(self._instance))])
+        (_,) = await self._connection.call_all([("DEL", self._keys.present(self._instance))])
 
-    # ---- what others left -----------------------------------------------------------------------
+    # ---- entries of dead workers ----------------------------------------------------------------
 
     async def clear(self, instance: str) -> None:
         """Remove the entries of a dead worker and notify the protocols.

@@ -13,23 +13,25 @@ if TYPE_CHECKING:
 class ClusterStore:
     """Implements `relay.doorkit.contract.Store` with Redis strings."""
 
-    def __init__(self, link: ReconnectingConnection, keys: Keys) -> None:
-        self._link = link
+    def __init__(self, connection: ReconnectingConnection, keys: Keys) -> None:
+        self._connection = connection
         self._keys = keys
 
     async def claim(self, name: str, value: bytes, ttl_s: float) -> bytes | None:
         """Store the value if there is none. Return None on success, else the existing value."""
         ms = _ms(ttl_s)
-        found = await self._link.call("SET", self._keys.store(name), value, "NX", "GET", "PX", ms)
+        found = await self._connection.call(
+            "SET", self._keys.store(name), value, "NX", "GET", "PX", ms
+        )
         return cast("bytes | None", found)
 
     async def put(self, name: str, value: bytes, ttl_s: float) -> None:
         """Store the value, replacing an existing one."""
-        await self._link.call("SET", self._keys.store(name), value, "PX", _ms(ttl_s))
+        await self._connection.call("SET", self._keys.store(name), value, "PX", _ms(ttl_s))
 
     async def put_many(self, values: Mapping[str, bytes], ttl_s: float) -> None:
         """Store all values in one pipeline."""
-        await self._link.call_all(
+        await self._connection.call_all(
             [
                 ("SET", self._keys.store(name), value, "PX", _ms(ttl_s))
                 for name, value in values.items()
@@ -38,21 +40,21 @@ class ClusterStore:
 
     async def get(self, name: str) -> bytes | None:
         """Return the value, or None."""
-        return cast("bytes | None", await self._link.call("GET", self._keys.store(name)))
+        return cast("bytes | None", await self._connection.call("GET", self._keys.store(name)))
 
     async def get_many(self, names: Sequence[str]) -> list[bytes | None]:
         """Return the values in the order of the names. Sends one pipeline."""
         # Not MGET: on Redis Cluster these keys are in different slots.
-        found = await self._link.call_all([("GET", self._keys.store(name)) for name in names])
+        found = await self._connection.call_all([("GET", self._keys.store(name)) for name in names])
         return cast("list[bytes | None]", found)
 
     async def delete(self, name: str) -> None:
         """Delete the value."""
-        await self._link.call("DEL", self._keys.store(name))
+        await self._connection.call("DEL", self._keys.store(name))
 
     async def time_ms(self) -> int:
         """Return the clock of Redis, which entry IDs are made of, in milliseconds."""
-        seconds, micros = cast("tuple[bytes, bytes]", await self._link.call("TIME"))
+        seconds, micros = cast("tuple[bytes, bytes]", await self._connection.call("TIME"))
         return int(seconds) * 1000 + int(micros) // 1000
 
 

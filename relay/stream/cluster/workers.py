@@ -113,8 +113,8 @@ class WorkerHeartbeat:
     async def beat(self) -> None:
         """Write the heartbeat and the entry in the list of workers, in case Redis lost its data.
 
-        If the memory of Redis is full, it refuses SET and SADD. Then the existing heartbeat is kept
-        from expiring.
+        A Redis whose memory is full rejects SET and SADD. EXPIRE then extends the existing
+        heartbeat.
         """
         instance = self._worker.instance
         worker = replace(self._worker, **asdict(self._load())) if self._load else self._worker
@@ -184,9 +184,9 @@ async def list_workers(client: RedisClient, keys: Keys) -> tuple[list[WorkerInfo
 class DeadWorkerDetector:
     """Detects registered workers that are dead.
 
-    A worker is dead if every call of `look` within `patience_s` found no heartbeat. After an outage
-    of Redis all heartbeats have expired, so that a single look does not suffice. `dead` returns
-    True for a worker that is known to have died; it is reported at once.
+    A worker is dead if every call of `check` within `patience_s` found no heartbeat. One call is
+    not enough, because after an outage of Redis all heartbeats have expired. `dead` returns True
+    for a worker that is known to have died; it is reported at once.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class DeadWorkerDetector:
         self._patience_s = patience_s
         self._silent_since: dict[str, float] = {}
 
-    async def look(self) -> list[str]:
+    async def check(self) -> list[str]:
         """Return the instances that are dead now."""
         registry = await _registry(self._client, self._keys)
         now = asyncio.get_running_loop().time()

@@ -38,7 +38,7 @@ from relay.stream.connection.refusals import TEMPORARY_CODES, Effect, code_of, c
 # The client that redis-py provides for everything except reading and appending.
 RedisClient = Redis
 
-# After one of these the owner of the connection asks where Redis is and connects again.
+# After one of these errors, discover the address of Redis and connect again.
 UNAVAILABLE_CODES = codes(Effect.RECONNECT)
 _OLDEST_VERSION = 7
 # The text of an error in a redis-py pipeline contains the repr of a tuple with the reply.
@@ -99,7 +99,7 @@ def error_reply(reply: object) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedisEndpoint:
-    """One server to connect to. `path` is a unix socket and wins over host and port."""
+    """One server to connect to. `path` is a unix socket; if set, host and port are ignored."""
 
     host: str = ""
     port: int = 6379
@@ -110,7 +110,7 @@ class RedisEndpoint:
     tls: ssl.SSLContext | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
-        """For logs and errors: never with the password."""
+        """Return the address for logs and errors, without the password."""
         if self.path:
             return f"unix:{self.path}"
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -133,7 +133,7 @@ def check(settings: RedisSettings, setting: str) -> None:
 
 
 def describe(settings: RedisSettings) -> str:
-    """Name the server for a person, without the password."""
+    """Return the server's address for logs and errors, without the password."""
     if settings.url == "embedded":
         return f"embedded, 127.0.0.1:{settings.embedded_port}"
     target = _parse(settings)
@@ -144,7 +144,7 @@ def describe(settings: RedisSettings) -> str:
 
 
 def version_error(server: str, version: str) -> str:
-    """Return what is wrong with the server's version, or an empty string."""
+    """Return the error if the server's version is too old, or an empty string."""
     major = version.partition(".")[0]
     if not major.isdigit() or int(major) >= _OLDEST_VERSION:
         return ""
@@ -152,10 +152,7 @@ def version_error(server: str, version: str) -> str:
 
 
 async def check_server(client: RedisClient, settings: RedisSettings) -> None:
-    """StartError if the server is too old, or part of a Redis Cluster.
-
-    Do nothing if the server cannot be asked.
-    """
+    """Raise StartError if the server is too old or part of a Redis Cluster. Ignore other errors."""
     try:
         information = await command(client, "INFO", "server")
     except RelayError:
@@ -188,7 +185,7 @@ async def discover(settings: RedisSettings) -> RedisEndpoint:
         except (RedisError, OSError) as exc:
             asked = ", ".join(f"{host}:{port}" for host, port in target.addresses)
             raise RedisUnavailable(
-                f"no Sentinel at {asked} knows a primary named {target.master}: {exc}"
+                f"no Sentinel at {asked} returned a primary named {target.master}: {exc}"
             ) from exc
     return replace(target.endpoint, host=host, port=port)
 
@@ -226,7 +223,7 @@ def endpoint_client(endpoint: RedisEndpoint, settings: RedisSettings) -> Redis:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Translate exceptions of redis-py into our own."""
+    """Translate exceptions of redis-py into relay's."""
     try:
         yield
     except (ReadOnlyError, MasterDownError, ClusterDownError, BusyLoadingError) as exc:
@@ -288,7 +285,7 @@ async def _sentinel(target: _Sentinels, settings: RedisSettings) -> AsyncIterato
             "password": settings.sentinel_password.get_secret_value() or None,
             "socket_connect_timeout": settings.connect_timeout_s,
             "socket_timeout": settings.connect_timeout_s,
-            # The next Sentinel is asked instead.
+            # Don't retry: the next Sentinel is used instead.
             "retry": Retry(NoBackoff(), 0),
         },
     )
@@ -309,7 +306,8 @@ def _options(endpoint: RedisEndpoint, settings: RedisSettings) -> dict[str, Any]
         "protocol": 3,
         # One retry, for a pooled connection that was closed unnoticed. Callers do further retries.
         "retry": Retry(NoBackoff(), 1),
-        # Spares the ACL rules for CLIENT SETINFO and CLIENT MAINT_NOTIFICATIONS.
+        # Don't send CLIENT SETINFO and CLIENT MAINT_NOTIFICATIONS: the ACL user would need rules
+        # for them.
         "driver_info": None,
         "maint_notifications_config": MaintNotificationsConfig(enabled=False),
     }
@@ -322,10 +320,11 @@ def _parse(settings: RedisSettings) -> RedisEndpoint | _Sentinels:
         url = urlsplit(settings.url)
     except ValueError:
         # `from None`: the text may quote a part of the password.
-        raise ConfigError(f"[redis] url: cannot be understood{_ENCODE}") from None
+        raise ConfigError(f"[redis] url is not a valid URL{_ENCODE}") from None
     if "@" in url.path + url.query + url.fragment:
-        raise ConfigError(f"[redis] url: cannot be understood{_ENCODE}")
-    # Not url.hostname and url.port: they cannot read a list of Sentinels, and lower-case the name.
+        raise ConfigError(f"[redis] url is not a valid URL{_ENCODE}")
+    # Don't use url.hostname and url.port: they cannot parse a list of Sentinels, and they convert
+    # the host to lower case.
     login, _, location = url.netloc.rpartition("@")
     user, _, password = login.partition(":")
     base = RedisEndpoint(
@@ -365,11 +364,11 @@ def _address(text: str, default_port: int) -> tuple[str, int]:
         host, port = text, ""
     host = unquote(host).removeprefix("[").removesuffix("]")
     if not host or (port and not (port.isascii() and port.isdigit() and int(port) < 65536)):
-        raise ConfigError("[redis] url: an address is host:port")
+        raise ConfigError("[redis] url: address must be host:port")
     return host, int(port) if port else default_port
 
 
 def _db(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
-        raise ConfigError("[redis] url: the database is a number")
+        raise ConfigError("[redis] url: database must be a number")
     return int(text)

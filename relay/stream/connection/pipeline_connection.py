@@ -35,7 +35,7 @@ from relay.stream.connection.primary import Replication
 from relay.stream.connection.refusals import rule_of
 
 RedisCommand = Sequence[bytes | str | int]
-# An error reply, as it stands among the replies to a pipeline.
+# An error reply in the list of replies to a pipeline.
 ReplyError = hiredis.ReplyError
 
 _log = logging.getLogger(__name__)
@@ -115,37 +115,37 @@ class PipelineConnection(asyncio.Protocol):
             RedisUnavailable: The connection failed. The text does not contain the password.
         """
         loop = asyncio.get_running_loop()
-        link = cls(endpoint, settings.command_timeout_s, on_push)
+        connection = cls(endpoint, settings.command_timeout_s, on_push)
         try:
             async with asyncio.timeout(settings.connect_timeout_s):
                 if endpoint.path:
-                    await loop.create_unix_connection(lambda: link, endpoint.path)
+                    await loop.create_unix_connection(lambda: connection, endpoint.path)
                 else:
                     await loop.create_connection(
-                        lambda: link, endpoint.host, endpoint.port, ssl=endpoint.tls
+                        lambda: connection, endpoint.host, endpoint.port, ssl=endpoint.tls
                     )
-                await link._greet(name, check_primary)
+                await connection._greet(name, check_primary)
         except TimeoutError as exc:
-            link.close()
+            connection.close()
             raise RedisUnavailable(
                 f"Redis at {endpoint} did not answer within {settings.connect_timeout_s:g} s"
             ) from exc
         except CommandRefused as exc:
-            link.close()
+            connection.close()
             remedy = rule_of(exc.reply).remedy
             raise RedisUnavailable(
                 f"Redis at {endpoint} refused {exc}{remedy and f'. {remedy}'}"
             ) from exc
         except OSError as exc:  # ssl.SSLError and name resolution are OSErrors too
-            link.close()
+            connection.close()
             raise RedisUnavailable(f"Redis at {endpoint} cannot be reached: {exc}") from exc
         except BaseException:
-            link.close()
+            connection.close()
             raise
-        if link._closed:  # lost before this task continued after the handshake
+        if connection._closed:  # lost before this task continued after the handshake
             raise RedisUnavailable(f"Redis at {endpoint} closed the connection")
-        link._on_lost = on_lost
-        return link
+        connection._on_lost = on_lost
+        return connection
 
     async def _greet(self, name: str, check_primary: bool) -> None:
         hello: list[bytes | str | int] = ["HELLO", 3]
@@ -174,16 +174,20 @@ class PipelineConnection(asyncio.Protocol):
         self.run_id = server.partition(b"\nrun_id:")[2].partition(b"\r")[0]
 
     def execute(self, commands: Sequence[RedisCommand]) -> Awaitable[list[object]]:
-        """Send `commands` as one pipeline; it awaits the list of their replies.
+        """Send `commands` as one pipeline. Await the result to get the list of their replies.
 
-        RedisUnavailable where the link is lost before the last reply: then nobody knows which of
-        them Redis carried out. A SUBSCRIBE or UNSUBSCRIBE must name one channel only, so that it
-        has one reply whether Redis accepts it or not. A cancelled wait leaves the link in
-        order; its replies are read and dropped.
+        A SUBSCRIBE or UNSUBSCRIBE must name one channel only, so that it has one reply whether
+        Redis accepts it or not. The wait may be cancelled; the replies are then discarded.
+
+        Raises:
+            RedisUnavailable: The connection was lost before the last reply. It is unknown which of
+                the commands Redis has executed.
         """
         future: asyncio.Future[list[object]] = self._loop.create_future()
         if self._closed or self._transport is None:
-            future.set_exception(RedisUnavailable(f"Redis at {self.endpoint}: the link is closed"))
+            future.set_exception(
+                RedisUnavailable(f"the connection to Redis at {self.endpoint} is closed")
+            )
             return future
         if not commands:
             future.set_result([])
@@ -257,7 +261,7 @@ class PipelineConnection(asyncio.Protocol):
                 if type(reply) is ReplyError and self._unavailable(reply):
                     return
                 if not waiting:
-                    self._garbled("a reply without a command")
+                    self._on_invalid_reply("a reply without a command")
                     return
                 pipeline = waiting[0]
                 pipeline.replies.append(reply)
@@ -268,14 +272,12 @@ class PipelineConnection(asyncio.Protocol):
                     if not pipeline.future.done():
                         pipeline.future.set_result(pipeline.replies)
         except hiredis.ProtocolError as exc:
-            self._garbled(exc)
+            self._on_invalid_reply(exc)
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         reason = f": {exc}" if exc is not None else ""
         self._lose(RedisUnavailable(f"Redis at {self.endpoint} closed the connection{reason}"))
-
-    # inner workings
 
     def _unavailable(self, error: ReplyError) -> bool:
         text = str(error)
@@ -284,8 +286,10 @@ class PipelineConnection(asyncio.Protocol):
         self._lose(RedisUnavailable(f"Redis at {self.endpoint} cannot serve now: {text}"))
         return True
 
-    def _garbled(self, what: object) -> None:
-        self._lose(RedisUnavailable(f"{self.endpoint} does not speak the Redis protocol: {what}"))
+    def _on_invalid_reply(self, problem: object) -> None:
+        self._lose(
+            RedisUnavailable(f"{self.endpoint} does not speak the Redis protocol: {problem}")
+        )
 
     def _flush(self) -> None:
         self._posted = None
@@ -322,7 +326,9 @@ class PipelineConnection(asyncio.Protocol):
         waiting, self._waiting = self._waiting, deque()
         for pipeline in waiting:
             if not pipeline.future.done():
-                text = str(reason) if reason else f"Redis at {self.endpoint}: the link is closed"
+                text = f"the connection to Redis at {self.endpoint} is closed"
+                if reason is not None:
+                    text = str(reason)
                 pipeline.future.set_exception(RedisUnavailable(text))
         if self._on_lost is not None:
             on_lost, self._on_lost = self._on_lost, None

@@ -1,10 +1,9 @@
-"""The tables of what Redis can refuse, and how relay reacts.
+"""Tables of errors and commands that Redis can reject, and how relay reacts.
 
-An error reply begins with a code. The first table says for each code what continues and what
-pauses, and which line is logged. The second one lists the commands that relay needs, and what does
-not work without them; `relay.stream.connection.rights` tries them at each connection. `Refusals`
-stores what is refused at the moment: it logs the beginning and the end of each refusal once, and
-`/readyz` shows the list.
+An error reply begins with a code. For each code the first table contains relay's reaction and the
+advice to log. The second table lists the commands that relay needs, and the functions that do not
+work without them; `relay.stream.connection.rights` tries them at each connection. `Refusals` stores
+the current refusals: it logs the beginning and the end of each one once, and `/readyz` lists them.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ WRITES = "writes"
 class Effect(Enum):
     """The reaction to an error reply."""
 
-    # This server cannot be used now. Close the connection, ask where Redis is, and connect again.
+    # This server cannot be used now. Close the connection, discover the address, connect again.
     RECONNECT = "reconnect"
     # Redis refuses writes for a while. Streams are read without writing; publishing is rejected
     # with an error that asks the client to try again. Writing is tried again every second.
@@ -104,7 +103,7 @@ TEMPORARY_CODES = codes(Effect.NO_WRITES, Effect.PAUSE)
 class Need(NamedTuple):
     """A command that relay needs, in a form that the ACL rules of docs/redis.md accept.
 
-    `loss` says what does not work without it. `reading`: no stream can be read without it.
+    `loss` describes what does not work without it. `reading` is True if no stream can be read.
     """
 
     command: tuple[str | bytes, ...]
@@ -119,7 +118,7 @@ class Need(NamedTuple):
 
     @property
     def opens_transaction(self) -> bool:
-        """Whether the needs after this one are tried inside a transaction."""
+        """True if the commands after this one are tried inside a transaction."""
         return self.command == ("MULTI",)
 
     @property
@@ -190,7 +189,7 @@ def needs(keys: Keys, instance: str) -> list[Need]:
 
 
 class Refusals:
-    """Stores what Redis refuses now, by area: all writes, or one function of relay."""
+    """Stores current refusals of Redis by area: all writes, or one function of relay."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -279,7 +278,7 @@ class Refusals:
             _log.warning("Redis accepts %s again after %.1f s", area, self._clock() - known[1])
 
     def note(self, name: str, text: str) -> None:
-        """Store something else that is wrong in Redis, and log it if it is new; '' ends it."""
+        """Store another problem of Redis, and log it if it is new. An empty text removes it."""
         if text and self._notes.get(name) != text:
             _log.warning("%s", text)
         self._notes[name] = text

@@ -25,9 +25,9 @@ class Script:
         self.sha: Final = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
-async def load(link: PipelineConnection, *scripts: Script) -> None:
+async def load(connection: PipelineConnection, *scripts: Script) -> None:
     """Load scripts into the server. Raise CommandRefused if an ACL forbids it."""
     for script in scripts:
-        sha = cast(bytes, await link.call("SCRIPT", "LOAD", script.text))
+        sha = cast(bytes, await connection.call("SCRIPT", "LOAD", script.text))
         if sha.decode() != script.sha:
             raise CommandRefused("SCRIPT LOAD", "the server returned a different SHA-1")

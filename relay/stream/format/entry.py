@@ -1,23 +1,23 @@
-"""Entry fields <-> event: the one place that knows the schema, for readers and producers alike.
+"""Schema of entries: encode and decode their fields, for readers and producers.
 
-An entry is flat fields, so that `XADD key '*' data '{"hello":1}'` is a complete producer:
+An entry is a flat list of fields, so that `XADD key '*' data '{"hello":1}'` is a complete producer:
 
-    data     the event; JSON or any other UTF-8 text. Required
-    type     a word for clients; those that begin with `relay:` are the relay's own
-    uid      the producer's name for this event, for idempotent appends
-    to       recipients: `user:U`, `group:G`, `client:C` or a bare user name, separated by commas or
-             white space; or a JSON array of the same, for names that contain either
-    client   who caused it, so that a page can skip its own events
+    data     the event: JSON, or any other UTF-8 text. Required
+    type     type of the event for clients; types that begin with `relay:` are reserved
+    uid      ID chosen by the producer, for idempotent appends
+    to       recipients: `user:U`, `group:G`, `client:C` or a plain user name, separated by commas
+             or white space; or a JSON array of them, for names that contain either
+    client   ID of the client that caused the event, so that a page can skip its own events
     info     JSON about that client
-    v        schema version; absent means 1
-    revoke   a user: this entry is the place of a revocation, and no event
-    grant    a user: without `data`, this entry is the place where a revocation ends, and no event
+    v        schema version; 1 if missing
+    revoke   a user: the entry is the position of a revocation, not an event
+    grant    a user: without `data`, the entry is the position where a revocation ends, not an event
 
-The fields `binary.0`, `binary.1` ... hold binary parts of `data`, which has placeholders in their
-place (`placeholder`). Protocols that carry text only get base64 (`show_binary`).
+The fields `binary.0`, `binary.1` ... contain binary parts of `data`, which has placeholders for
+them (`placeholder`). Protocols that carry only text receive base64 (`show_binary`).
 
-Unknown fields are kept for the door that wrote them (`Event.extra`). Whatever cannot be delivered
-is `Broken` with a reason, never raised.
+Unknown fields are kept for the protocol that wrote them (`Event.extra`). An entry that cannot be
+delivered is decoded as `Broken` with a reason; it raises no exception.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _KNOWN = frozenset({b"data", b"type", b"uid", b"to", b"client", b"info", b"v", b
 
 
 class _Unreadable(ValueError):
-    """The reason, for `Broken` and for a producer that tries to encode such an entry."""
+    """An invalid entry. The text is the reason for `Broken`, or the error for a producer."""
 
 
 def digest(fields: Sequence[bytes]) -> int:
@@ -135,14 +135,14 @@ def show_binary(data: bytes, extra: dict[bytes, bytes]) -> bytes:
     number = 0
     while (part := extra.get(b"binary.%d" % number)) is not None:
         text = b'"' + base64.b64encode(part) + b'"'
-        # Once each: an entry must not become many times its size.
+        # Replace each placeholder once, so that the result cannot be many times the entry's size.
         data = data.replace(placeholder(number), text, 1)
         number += 1
     return data
 
 
 def placeholder(number: int) -> bytes:
-    """Return what stands in `data` for the field `binary.<number>`, as Socket.IO has it."""
+    """Return the placeholder in `data` for the field `binary.<number>`, as in Socket.IO."""
     return b'{"_placeholder":true,"num":%d}' % number
 
 
@@ -171,12 +171,12 @@ def checked_type(text: str) -> str:
     if text.startswith(RESERVED_TYPES):
         raise _Unreadable("reserved type")
     if _CONTROL.search(text):
-        raise _Unreadable("type has a control character")
+        raise _Unreadable("type contains a control character")
     return text
 
 
 def _info(value: bytes | None) -> bytes | None:
-    # Doors put it into their frames as it is, so that anything but JSON would break a frame.
+    # Protocols insert it unchanged into their frames, so anything but JSON would break a frame.
     if value is not None and not _is_json(value):
         raise _Unreadable("info is not JSON")
     return value
@@ -185,12 +185,12 @@ def _info(value: bytes | None) -> bytes | None:
 def _user(values: Mapping[bytes, bytes], name: str) -> str:
     user = _utf8(name, values[name.encode()])
     if not user:
-        raise _Unreadable(f"{name} names nobody")
+        raise _Unreadable(f"{name} has no user")
     return user
 
 
 def recipients(to: object) -> frozenset[str]:
-    """The recipients in `to`, as `selectors`; the text may also be a JSON array of names."""
+    """Parse `to` as `selectors` does. The text may also be a JSON array of names."""
     if isinstance(to, str) and to.lstrip().startswith("["):
         try:
             to = orjson.loads(to)
@@ -200,17 +200,18 @@ def recipients(to: object) -> frozenset[str]:
 
 
 def selectors(to: object) -> frozenset[str]:
-    """The recipients in `to`, a text or a list of names, as `Principal.selectors` names them.
+    """Parse `to`, a text or a list of names, into selectors as `Principal.selectors` returns.
 
-    ValueError where there is none: an empty `to` is more likely a producer's mistake than an event
-    for nobody, and must not become one for everybody.
+    Raises:
+        ValueError: There are no names. An empty `to` is probably a mistake of the producer, and
+            must not deliver the event to everyone.
     """
     if isinstance(to, str):
         to = [name for name in _SEPARATORS.split(to) if name]
     if not isinstance(to, list):
         raise _Unreadable("to is not a list of names")
     if not to:
-        raise _Unreadable("to names nobody")
+        raise _Unreadable("to has no recipients")
     return frozenset([_selector(name) for name in to])
 
 
@@ -221,7 +222,7 @@ def _selector(name: object) -> str:
     if not (colon and kind in _SELECTOR_KINDS):
         kind, rest = "user", name
     if not rest:
-        raise _Unreadable("to names nobody")
+        raise _Unreadable("to has no recipients")
     return f"{kind}:{rest}"
 
 
@@ -236,9 +237,15 @@ def encode(
     extra: Mapping[bytes, bytes] | None = None,
     checked: bool = False,
 ) -> list[bytes]:
-    """Flat fields for XADD. ValueError with the reason where `decode` would call them broken,
-    except for the size, whose limit is the relay's setting: see `size`. `checked`: the caller
-    knows that `data` is UTF-8. `extra` are fields beyond the schema, of any bytes."""
+    """Return the flat list of fields for XADD.
+
+    The arguments are the fields of the schema. `extra` are further fields, of any bytes. `checked`
+    means that the caller has checked that `data` is UTF-8.
+
+    Raises:
+        ValueError: `decode` would return `Broken`. The size is not checked, because its limit is a
+            setting of relay; see `size`.
+    """
     fields = [b"data", data]
     if not checked:
         _is_json(data)
@@ -249,7 +256,7 @@ def encode(
     if to is not None:
         names = sorted({_selector(name) for name in to})
         if not names:
-            raise _Unreadable("to names nobody")
+            raise _Unreadable("to has no recipients")
         plain = not any(_SEPARATORS.search(name) for name in names)
         fields += b"to", _bytes("to", ",".join(names) if plain else orjson.dumps(names).decode())
     if client is not None:
@@ -259,7 +266,7 @@ def encode(
         fields += b"info", info
     for name, value in (extra or {}).items():
         if name in _KNOWN:
-            raise _Unreadable(f"field {name.decode()} is the schema's own")
+            raise _Unreadable(f"field {name.decode()} is part of the schema")
         fields += name, value
     return fields
 

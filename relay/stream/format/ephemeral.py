@@ -2,11 +2,11 @@
 
     PUBLISH <p>ephemeral:{C} '{"data": {"typing": true}, "type": "typing", "client": "c1"}'
 
-`data` is any JSON value; `text` in its place is text that is not JSON. `type`, `client` and `to`
-(a list of selectors, or one text of them) mean what they mean in an entry. A number in `data` keeps
-its value within 64-bit integers and doubles, not its spelling. `door` limits it to the clients of
-one door, as Centrifugo's join and leave; `extra`, texts by name, is for the door that wrote it.
-`binary` is a list of base64 texts: the binary parts of `data`, as in an entry.
+`data` is any JSON value. For text that is not JSON, `text` is used instead. `type`, `client` and
+`to` (a list of selectors, or one text of them) are as in an entry. A number in `data` is kept as a
+64-bit integer or double; its notation may change. `door` limits the event to the clients of one
+protocol, such as Centrifugo's join and leave. `extra` is an object of texts for the protocol that
+wrote the event. `binary` is a list of base64 texts: the binary parts of `data`, as in an entry.
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ def decode(channel: Channel, payload: bytes, max_bytes: int) -> Event | str:
         return "not a JSON object"
     kind, client, text, door = (values.get(name) for name in ("type", "client", "text", "door"))
     if not all(isinstance(value, str | None) for value in (kind, client, text, door)):
-        return "type, client, text and door are texts"
+        return "type, client, text and door must be strings"
     to, extra = values.get("to"), values.get("extra", {})
     if not isinstance(extra, dict) or not all(isinstance(value, str) for value in extra.values()):
-        return "extra is not texts by name"
+        return "extra is not an object of strings"
     fields = {name.encode(): value.encode() for name, value in extra.items()}
     try:
         for number, part in enumerate(values.get("binary", ())):
             fields[b"binary.%d" % number] = base64.b64decode(part, validate=True)
     except (ValueError, TypeError):
-        return "binary is not a list of base64 texts"
+        return "binary is not a list of base64 strings"
     if (text is None) == ("data" not in values):
         return "no data" if text is None else "both data and text"
     try:

@@ -47,11 +47,11 @@ class ControlReader:
         return commands
 
     def take(self, replies: Sequence[object]) -> bool:
-        """Carry out the commands that were read. Return True if there are more."""
+        """Execute the commands that were read. Return True if there are more."""
         newest = replies[1]
         error = next((reply for reply in replies[1:] if not isinstance(reply, list)), None)
         if error is not None or not isinstance(newest, list):
-            # Commands have effect again when the stream can be read.
+            # The commands are executed when the stream can be read again.
             self._refusals.refused(COMMANDS, str(error), "disconnect and unsubscribe do nothing")
             return False
         if self._refusals.has(COMMANDS):
@@ -61,7 +61,7 @@ class ControlReader:
             self._last = newest_id
             return False
         if newest_id < self._last:
-            # Flushed, or failed over to a shorter history.
+            # The stream was flushed, or a failover has lost its newest entries.
             self._last = newest_id
             self._on_lost()
             return False

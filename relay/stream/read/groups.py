@@ -4,12 +4,12 @@ Each worker is its own group on the streams that its clients follow. Two more gr
 Their last-delivered-ids are replicated, persisted and deleted with the stream, and move with it to
 another Redis Cluster node (tried on Redis 7.0, 8.2 and Valkey 9.1):
 
-* `relay:epoch` is `<life>-<history * 2^32 + certificate>`. `life` is random and tells this stream
-  from one of the same name before DEL or FLUSHALL. `certificate` names the replication ID under
-  which the stream was last examined. `history` names the one under which its entries were last
-  possibly lost (see `relay.stream.connection.primary`).
-* `relay:failover` is the stream's last ID when that was noticed; there is none before. A client
-  whose position is not after it, and is of another history, may have missed entries that were lost.
+* `relay:epoch` is `<life>-<history * 2^32 + certificate>`. `life` is random and distinguishes this
+  stream from an earlier one of the same name, before DEL or FLUSHALL. `certificate` is the hash of
+  the replication ID under which the stream was last examined. `history` is the hash of the one
+  under which entries may last have been lost (see `relay.stream.connection.primary`).
+* `relay:failover` is the stream's last ID when that was detected; it does not exist before. A
+  client with a position up to it, and of another history, may have missed entries that were lost.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _WORKER = b"relay:"
 
 
 def group_of(instance: str) -> bytes:
-    """The fan-out group of one worker."""
+    """Return the fan-out group of one worker."""
     return _WORKER + instance.encode()
 
 
@@ -53,7 +53,7 @@ def new_marker() -> int:
 def create_marker(key: bytes, life: int, certificate: int, *, make: bool = True) -> Command:
     """Return the command that gives a stream its incarnation.
 
-    A stream that has one answers BUSYGROUP and keeps it. `make`: create a missing stream.
+    A stream that has one keeps it; the reply is then BUSYGROUP. `make`: create a missing stream.
     """
     marker = f"{life}-{certificate << 32 | certificate}"
     made = ("MKSTREAM",) if make else ()
@@ -61,8 +61,8 @@ def create_marker(key: bytes, life: int, certificate: int, *, make: bool = True)
 
 
 def certify_commands(key: bytes, state: StreamState, certificate: int) -> list[Command]:
-    """Return the commands that store what `parse_state` found out about an examined stream: none if
-    the stream has this certificate already."""
+    """Return the commands that store the certificate, and the failover position if entries may have
+    been lost. Empty if the stream already has this certificate."""
     marker = state.marker
     if marker is None or state.incarnation is None or marker.id.seq & _LOW == certificate:
         return []
@@ -70,13 +70,14 @@ def certify_commands(key: bytes, state: StreamState, certificate: int) -> list[C
     certify = ("XGROUP", "SETID", key, MARKER_GROUP, str(EntryID(marker.id.ms, seq)))
     if marker.is_current:
         return [certify]
-    # The place first: if the second command is lost with its connection, both are repeated.
+    # Store the failover position first: if the connection is lost before the second command, both
+    # are repeated.
     how = "SETID" if marker.has_failover else "CREATE"
     return [("XGROUP", how, key, FAILOVER_GROUP, str(state.failover)), certify]
 
 
 def parse_groups(reply: object) -> dict[bytes, EntryID]:
-    """XINFO GROUPS: each group's last-delivered-id; nothing where the stream does not exist."""
+    """Parse XINFO GROUPS: each group's last-delivered-id. Empty if the stream does not exist."""
     if isinstance(reply, Exception):
         if _no_such_key(reply):
             return {}
@@ -90,8 +91,9 @@ def parse_state(
 ) -> StreamState:
     """Parse XINFO STREAM, and XINFO GROUPS of the same transaction, into one moment of a stream.
 
-    If `primary` does not vouch for the stream's certificate, the state says so as if that were
-    stored already. A stream that does not exist is a state; CommandRefused for other errors.
+    If entries may have been lost since the stream's certificate, the state contains the new
+    failover position before it is stored. A missing stream is a valid state. Other errors raise
+    CommandRefused.
     """
     if isinstance(stream, Exception):
         if not _no_such_key(stream):
@@ -109,7 +111,9 @@ def parse_state(
         if place is None:
             failover = last
         else:
-            marker = Marker(place, FAILOVER_GROUP in found, primary.vouches_for(place.seq & _LOW))
+            marker = Marker(
+                place, FAILOVER_GROUP in found, primary.is_without_loss_since(place.seq & _LOW)
+            )
             history = place.seq >> 32 if marker.is_current else primary.certificate
             failover = found.get(FAILOVER_GROUP) if marker.is_current else last
             incarnation = (place.ms & _LOW) << 32 | history

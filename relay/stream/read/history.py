@@ -49,17 +49,17 @@ class History:
     def __init__(
         self,
         *,
-        link: ReconnectingConnection,
+        connection: ReconnectingConnection,
         keys: Keys,
         decode: Decode,
         spawn: Callable[..., object],
         max_entry_bytes: int,
     ) -> None:
-        self._link = link
+        self._connection = connection
         self._keys = keys
         self._decode = decode
         self._spawn = spawn
-        self._wanted: dict[Channel, list[tuple[int, asyncio.Future[Snapshot]]]] = {}
+        self._requested: dict[Channel, list[tuple[int, asyncio.Future[Snapshot]]]] = {}
         self._reading: set[Channel] = set()
         self._most = max(1, min(_PAGE_ENTRIES, _PAGE_BYTES // max_entry_bytes))
         self._slots = asyncio.Semaphore(_AT_ONCE)
@@ -72,28 +72,28 @@ class History:
         Raises:
             Unavailable: Redis is unreachable, or the key is not a stream.
         """
-        answer: asyncio.Future[Snapshot] = asyncio.get_running_loop().create_future()
-        self._wanted.setdefault(channel, []).append((count, answer))
+        result: asyncio.Future[Snapshot] = asyncio.get_running_loop().create_future()
+        self._requested.setdefault(channel, []).append((count, result))
         if channel not in self._reading:
             self._reading.add(channel)
             self._spawn(self._serve(channel), name=f"history {channel}")
-        return answer
+        return result
 
     async def _serve(self, channel: Channel) -> None:
         try:
             # Let all requests of this event loop iteration share one read.
             await asyncio.sleep(0)
-            while waiting := self._wanted.pop(channel, None):
+            while waiting := self._requested.pop(channel, None):
                 try:
                     snapshot = await self._read(channel, max(count for count, _ in waiting))
                 except RelayError as exc:
-                    for _, answer in waiting:
-                        if not answer.done():
-                            answer.set_exception(Unavailable(str(exc)))
+                    for _, result in waiting:
+                        if not result.done():
+                            result.set_exception(Unavailable(str(exc)))
                     continue
-                for _, answer in waiting:
-                    if not answer.done():
-                        answer.set_result(snapshot)
+                for _, result in waiting:
+                    if not result.done():
+                        result.set_result(snapshot)
         finally:
             self._reading.discard(channel)
 
@@ -136,19 +136,19 @@ class History:
     async def _page(
         self, channel: Channel, newest: str, take: int
     ) -> tuple[StreamState, list[tuple[bytes, list[bytes]]]]:
-        key, primary = self._keys.stream(channel), self._link.primary
+        key, primary = self._keys.stream(channel), self._connection.primary
         commands: list[RedisCommand] = [
             # The replication ID may change while the connection lasts.
             ("INFO", "replication"),
             ("MULTI",),
-            # Gives an existing stream its incarnation, as an examination does.
+            # If the stream exists, give it an incarnation, as an examination does.
             create_marker(key, new_marker(), primary.certificate, make=False),
             ("XINFO", "STREAM", key),
             ("XINFO", "GROUPS", key),
             ("XREVRANGE", key, newest, "-", "COUNT", take),
             ("EXEC",),
         ]
-        info, *_, reply = await self._link.execute(commands)
+        info, *_, reply = await self._connection.execute(commands)
         if isinstance(info, bytes):
             primary.observe(Replication.parse(info))
         if isinstance(reply, ReplyError):

@@ -30,7 +30,7 @@ MISSED_CANARIES = 3
 _CANARY_S = 60
 # Name of an area in `Refusals`.
 CANARY = "the canary key"
-# Each step looks at the names of all streams.
+# Limits the steps of a sweep, because each of them iterates over all streams.
 _MOST_STEPS = 300
 _T = TypeVar("_T")
 
@@ -79,10 +79,10 @@ class InvalidationListener:
         age = asyncio.get_running_loop().time() - self._received_at
         return age < self._period_s * MISSED_CANARIES
 
-    async def start(self, link: PipelineConnection) -> bool:
+    async def start(self, connection: PipelineConnection) -> bool:
         """Turn tracking on. Return False if the server refuses it (an ACL rule, a proxy)."""
         try:
-            await link.call("CLIENT", "TRACKING", "ON")
+            await connection.call("CLIENT", "TRACKING", "ON")
         except CommandRefused:
             return False
         self._received_at = asyncio.get_running_loop().time()
@@ -134,8 +134,8 @@ def sweep_steps(sweep_s: float) -> int:
 def swept_streams(streams: Iterable[Followed], step: int, steps: int) -> list[Followed]:
     """Return the streams that one step of a sweep reads.
 
-    A stream's step depends only on its channel. So it is read once per sweep, however many streams
-    there are and whichever others come and go.
+    A stream's step depends on its channel only. It is therefore read once per sweep, regardless of
+    the number of streams and of changes to the others.
     """
     return [stream for stream in streams if hash(stream.channel) % steps == step]
 

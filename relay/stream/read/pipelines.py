@@ -33,13 +33,13 @@ _EXAMINE_BATCH = 64
 _READ_BATCH = 256
 # Streams of which one pipeline reads a page each.
 _PAGE_STREAMS = 4
-# Entries in the first read of a stream. If there are more, the next read is for twice as many. An
-# unknown number of entries waits in a stream that was not read to its end since the connection was
-# made. In the others few can be waiting, because each wake-up is followed by a read.
+# Entries in the first read of a stream. If there are more, the next read is for twice as many. A
+# stream that was not read to its end since the last connect may have many unread entries. The
+# others have few, because each invalidation is followed by a read.
 _UNKNOWN_COUNT, _FIRST_COUNT = 8, 64
-# MEMORY USAGE looks at every block of a stream: below 1 ms for so many.
+# MEMORY USAGE visits every block of a stream. It takes less than 1 ms for this number.
 _MEASURED_BLOCKS = 10_000
-# Bytes of the replies to one pipeline, by the sizes that are known.
+# Bytes of the replies to one pipeline, estimated from average sizes.
 _PIPELINE_BYTES = 16 << 20
 # Bytes of one live read, and of all pages of one pipeline, if every entry has the largest size.
 _LIVE_BYTES, _PAGES_BYTES = 64 << 20, 32 << 20
@@ -60,11 +60,11 @@ class LivePipelines:
         decode: stream_commands.Decode,
         control: ControlReader,
         mode: ReadMode | None = None,
-        on_usual: Callable[[], None] = lambda: None,
+        on_groups_restored: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_usual` is called when streams are read by groups again, after plain reads."""
+        """`on_groups_restored` is called when Redis accepts reads by consumer group again."""
         self._mode = mode or ReadMode()
-        self._on_usual = on_usual
+        self._on_groups_restored = on_groups_restored
         self._keys = keys
         self._primary = primary
         self._instance = instance
@@ -73,8 +73,8 @@ class LivePipelines:
         self._metrics = metrics
         self._decode = decode
         self._control = control
-        self._control_news = True
-        # Streams for which a client waits, or which have news, are examined before the others.
+        self._control_changed = True
+        # Examine streams first that have new entries or clients that wait for the examination.
         self._urgent: dict[Followed, None] = {}
         self._examine: dict[Followed, None] = {}
         # Only urgent streams are examined while this is set.
@@ -82,29 +82,29 @@ class LivePipelines:
         self._settling = False
         self._read: dict[Followed, None] = {}
         self._swept: set[Followed] = set()
-        # How many entries to read next of streams whose last read found more than it could hold.
+        # The number of entries to read next, for streams whose last read did not return all.
         self._counts: dict[Followed, int] = {}
         # Streams that were read to their end at least once on this connection.
         self._caught_up: set[Followed] = set()
         self._most = _most_entries(settings, _LIVE_BYTES)
         self._unknown = min(_UNKNOWN_COUNT, self._most)
         self._certify: list[RedisCommand] = []
-        self._asked: _SentPipeline | None = None
+        self._sent: _SentPipeline | None = None
 
-    # ---- what is wanted ---------------------------------------------------------------------
+    # ---- requests ---------------------------------------------------------------------------
 
     @property
-    def wanted(self) -> bool:
-        """Return whether there is anything to read."""
+    def has_work(self) -> bool:
+        """Return True if there is anything to read."""
         others = self._examine and not self.only_urgent
         if self._urgent or others or self._read:
             return True
-        return self._control_news or bool(self._certify)
+        return self._control_changed or bool(self._certify)
 
     @property
     def settling(self) -> bool:
-        """Return True after a new connection until all streams were looked at for news, and those
-        with news are being read. From then on a wake-up announces what is appended to any."""
+        """Return True after a reconnect until all streams were checked for new entries and those
+        with new entries were examined. From then on, invalidations report later entries."""
         return self._settling
 
     def want_examine(self, stream: Followed) -> None:
@@ -127,7 +127,7 @@ class LivePipelines:
 
     def want_control(self) -> None:
         """Read the control stream."""
-        self._control_news = True
+        self._control_changed = True
 
     def forget(self, stream: Followed) -> None:
         """Drop all requests for the stream after its last client left."""
@@ -140,7 +140,7 @@ class LivePipelines:
         self._mode.paused.pop(stream, None)
 
     def retry_paused(self) -> bool:
-        """Read the streams again whose reads were refused a moment ago. Return True if any."""
+        """Examine the streams again whose reads were rejected. Return True if there are any."""
         streams = [stream for stream in self._mode.take_paused() if stream.alive]
         for stream in streams:
             self.want_examine(stream)
@@ -148,8 +148,8 @@ class LivePipelines:
 
     def connected(self) -> None:
         """Discard everything sent on the old connection. Call `all_unsettled` next."""
-        asked, self._asked = self._asked, None
-        for stream, request, *_ in asked.examined if asked else ():
+        sent, self._sent = self._sent, None
+        for stream, request, *_ in sent.examined if sent else ():
             stream.on_examine_lost(request)
         self._read.clear()
         self._swept.clear()
@@ -157,7 +157,7 @@ class LivePipelines:
         self._caught_up.clear()
         self._certify.clear()
         self._mode.paused.clear()
-        self._control_news = True
+        self._control_changed = True
 
     def all_unsettled(self, streams: Iterable[Followed]) -> None:
         """Examine all streams again, since they may have changed without an invalidation."""
@@ -165,23 +165,23 @@ class LivePipelines:
             self._settling = True
             stream.on_unsettled()
 
-    # ---- a turn -----------------------------------------------------------------------------
+    # ---- one pipeline -----------------------------------------------------------------------
 
     def commands(self) -> list[RedisCommand]:
-        """Return one pipeline for everything requested, up to a limit."""
-        asked = _SentPipeline(self._control_news)
-        self._control_news = False
-        commands = self._control.commands() if asked.control else []
-        asked.control_end = len(commands)
+        """Return one pipeline for all requests, up to a limit."""
+        sent = _SentPipeline(self._control_changed)
+        self._control_changed = False
+        commands = self._control.commands() if sent.control else []
+        sent.control_end = len(commands)
         if self._certify:
             commands += self._certify
             self._certify = []
         if self._urgent or self._examine:
-            self._add_examinations(asked, commands)
+            self._add_examinations(sent, commands)
         for stream in _take(self._read, _READ_BATCH, _UNKNOWN_COUNT):
             if not stream.settled:
-                # Its examination asks for the read. There may be none under way: the last one may
-                # have found another type under this key, which is gone now.
+                # The examination requests the read. Request an examination, because the last one
+                # may have failed: the key had another type, and has been deleted since.
                 self._examine.pop(stream, None)
                 self._urgent[stream] = None
                 continue
@@ -198,17 +198,17 @@ class LivePipelines:
                 self._keys, stream, self._group, self._instance, count, plain=form.plain
             )
             stream.misaligned = False
-            asked.read.append((stream, count, form, start, len(commands)))
-        self._asked = asked
+            sent.read.append((stream, count, form, start, len(commands)))
+        self._sent = sent
         return commands
 
-    def _add_examinations(self, asked: _SentPipeline, commands: list[RedisCommand]) -> None:
+    def _add_examinations(self, sent: _SentPipeline, commands: list[RedisCommand]) -> None:
         examine = _take(self._urgent, _EXAMINE_BATCH)
         if not self.only_urgent and not self._urgent:
             examine += _take(self._examine, _EXAMINE_BATCH - len(examine))
         if examine:
-            # Before the examinations: the replication ID may change while the connection lasts.
-            asked.replication = len(commands)
+            # Read this first: the replication ID may change while the connection lasts.
+            sent.replication = len(commands)
             commands.append(("INFO", "replication"))
         for stream in examine:
             request = stream.examine_request()
@@ -217,27 +217,27 @@ class LivePipelines:
             commands += stream_commands.examine_commands(
                 self._keys, stream, self._group, request, self._primary, plain=plain
             )
-            asked.examined.append((stream, request, plain, start, len(commands)))
+            sent.examined.append((stream, request, plain, start, len(commands)))
 
     def take(self, replies: Sequence[object]) -> None:
         """Process the replies in the order of the pipeline.
 
-        A right that was read before an entry is older than the entry.
+        So rights that were read before an entry are applied before the entry is delivered.
         """
-        asked, self._asked = self._asked, None
-        if asked is None:
+        sent, self._sent = self._sent, None
+        if sent is None:
             return
-        if asked.control and self._control.take(replies[: asked.control_end]):
-            self._control_news = True
-        info = None if asked.replication is None else replies[asked.replication]
+        if sent.control and self._control.take(replies[: sent.control_end]):
+            self._control_changed = True
+        info = None if sent.replication is None else replies[sent.replication]
         if isinstance(info, bytes):
             self._primary.observe(Replication.parse(info))
-        for stream, request, plain, start, end in asked.examined:
+        for stream, request, plain, start, end in sent.examined:
             self._take_examined(stream, request, plain, replies[start:end])
-        for stream, count, form, start, end in asked.read:
+        for stream, count, form, start, end in sent.read:
             self._take_read(stream, count, form, replies[start:end])
             if form.plain:
-                # The group in Redis has not moved.
+                # A plain read does not advance the group in Redis.
                 stream.misaligned = True
         if self._settling and not (self._urgent or self.only_urgent):
             self._settling = False
@@ -251,7 +251,7 @@ class LivePipelines:
     ) -> None:
         try:
             examined = stream_commands.parse_examined(request, self._primary, replies, plain=plain)
-        except stream_commands.ChangedMeanwhile:
+        except stream_commands.StreamChanged:
             stream.on_examine_lost(request)
             return
         except CommandRefused as exc:
@@ -284,7 +284,7 @@ class LivePipelines:
             state, entries = stream_commands.parse_read(
                 replies, self._primary, aligning=aligning, plain=plain
             )
-        except stream_commands.ChangedMeanwhile:
+        except stream_commands.StreamChanged:
             self._read[stream] = None
             return
         except CommandRefused as exc:
@@ -296,10 +296,10 @@ class LivePipelines:
             else:
                 self._mode.pause(stream, exc)
             return
-        if (self._mode.plain or self._mode.blocked) and self._mode.read(plain=plain):
-            self._on_usual()
+        if (self._mode.plain or self._mode.blocked) and self._mode.on_read(plain=plain):
+            self._on_groups_restored()
         if (aligning or plain) and not stream.same_life(state):
-            # Deleted and made anew after the examination: the group was made in another life.
+            # The stream was deleted and created again after the examination.
             stream.on_unsettled()
             return
         if swept and entries:
@@ -308,7 +308,7 @@ class LivePipelines:
         records = stream_commands.decode_all(stream, entries, self._decode)
         first = records[0].id if records else None
         if first is not None and first <= stream.position:
-            # The group was set back by another program.
+            # Another program has moved the group back.
             stream.misaligned = True
             self._read[stream] = None
             return
@@ -355,16 +355,16 @@ class PagePipelines:
         self._decode = decode
         self._most = _most_entries(settings, _PAGES_BYTES)
         self._pages: dict[Followed, None] = {}
-        self._asked: list[_AskedPage] = []
+        self._sent: list[_SentPage] = []
         self._plain = False
-        # Streams with a page a moment ago: number of blocks, and size in bytes if it was measured.
+        # Streams whose last page was read just now: number of blocks, size in bytes if measured.
         self._sizes: dict[Followed, tuple[int, int | None]] = {}
         # False once Redis has refused MEMORY USAGE.
         self._may_measure = True
 
     @property
-    def wanted(self) -> bool:
-        """Return whether a client is behind and has room for more entries."""
+    def has_work(self) -> bool:
+        """Return True if a client is behind and has room for more entries."""
         return bool(self._pages)
 
     def want(self, stream: Followed) -> None:
@@ -378,7 +378,7 @@ class PagePipelines:
 
     def commands(self) -> list[RedisCommand]:
         """Return commands for one page of each of the next few streams."""
-        self._asked.clear()
+        self._sent.clear()
         self._plain = self._mode.plain
         commands: list[RedisCommand] = []
         streams = _take(self._pages, min(_PAGE_STREAMS, self._most))
@@ -400,12 +400,12 @@ class PagePipelines:
             commands += stream_commands.page_commands(
                 self._keys, stream, request, count, plain=self._plain
             )
-            self._asked.append(_AskedPage(stream, request, count, size_at, start, len(commands)))
+            self._sent.append(_SentPage(stream, request, count, size_at, start, len(commands)))
         return commands
 
     def take(self, replies: Sequence[object]) -> None:
         """Pass each page to its stream."""
-        for stream, request, count, size_at, start, end in self._asked:
+        for stream, request, count, size_at, start, end in self._sent:
             size_bytes = None if size_at is None else self._size(replies[size_at])
             try:
                 page = stream_commands.parse_page(
@@ -416,7 +416,7 @@ class PagePipelines:
                     self._decode,
                     plain=self._plain,
                 )
-            except stream_commands.ChangedMeanwhile:
+            except stream_commands.StreamChanged:
                 self._pages[stream] = None
                 continue
             except CommandRefused as exc:
@@ -425,23 +425,23 @@ class PagePipelines:
                 elif rule_of(exc.reply).effect is Effect.ONE:
                     stream.on_unsettled()
                 else:
-                    # After the pause the stream is examined, and pages are requested anew.
+                    # After the pause the stream is examined, which requests pages again.
                     self._mode.pause(stream, exc)
                 continue
             stream.on_page(request, page)
             if stream in self._pages:
-                # The next page follows at once. Later the stream may have grown.
+                # Use the size for the next page only. Later the stream may have grown.
                 self._sizes[stream] = page.state.blocks, size_bytes
-        self._asked.clear()
+        self._sent.clear()
 
     def _size(self, reply: object) -> int | None:
         if isinstance(reply, ReplyError):
             self._may_measure = False
-            _log.info("Redis refused MEMORY USAGE (%s): clients catch up more slowly", reply)
+            _log.info("Redis rejected MEMORY USAGE (%s); clients catch up more slowly", reply)
         return reply if isinstance(reply, int) else None
 
 
-class _AskedPage(NamedTuple):
+class _SentPage(NamedTuple):
     """A page in a pipeline, with its position and that of the stream's size in the replies."""
 
     stream: Followed
@@ -453,7 +453,7 @@ class _AskedPage(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """How a stream was read."""
+    """The form of a read: whether it moved the group first, and whether it used one at all."""
 
     aligning: bool
     plain: bool
@@ -473,20 +473,20 @@ class _SentPipeline:
 
 
 def _most_entries(settings: StreamSettings, most_bytes: int) -> int:
-    """Return how many entries may be read at once, since none of them is known."""
+    """Return how many entries may be read at once if each has the maximum size."""
     return max(1, min(_MAX_COUNT, most_bytes // settings.max_entry_bytes))
 
 
 def _take(waiting: dict[Followed, None], most: int, entries: int = 1) -> list[Followed]:
-    """Take streams to look at, of each of which about so many entries are read."""
+    """Remove streams from `waiting` whose replies, of about `entries` each, fit one pipeline."""
     taken: list[Followed] = []
-    held = 0.0
+    expected_bytes = 0.0
     for stream in waiting:
-        if len(taken) >= most or held >= _PIPELINE_BYTES:
+        if len(taken) >= most or expected_bytes >= _PIPELINE_BYTES:
             break
         taken.append(stream)
         # XINFO STREAM returns the first and the last entry.
-        held += (2 + entries) * stream.average_bytes
+        expected_bytes += (2 + entries) * stream.average_bytes
     for stream in taken:
         del waiting[stream]
     return taken

@@ -28,7 +28,7 @@ class PolledReader(Protocol):
     def followed(self) -> list[Followed]:
         """Return all streams that local clients follow."""
 
-    def news(self, key: bytes) -> None:
+    def on_new_entries(self, key: bytes) -> None:
         """Read the stream with this key, which has new entries."""
 
     def polled(self, *, control: bool, rights: bool) -> None:
@@ -62,7 +62,7 @@ async def poll(reader: PolledReader, redis: RedisSettings, keys: Keys) -> None:
                     # One key of another type fails the whole read. Read each stream separately.
                     reply = dict.fromkeys(names)
                 for name in reply if isinstance(reply, dict) else ():
-                    reader.news(name)
+                    reader.on_new_entries(name)
                 # Each reply proves that streams are being read, even if the round takes long.
                 reader.polled(control=False, rights=False)
             due = loop.time() - checked_at >= _RIGHTS_S

@@ -1,8 +1,8 @@
-"""How streams are read: by consumer groups in transactions, or plainly while Redis refuses those.
+"""Choose how streams are read: by consumer groups in transactions, or without them if rejected.
 
-A Redis whose memory or disk is full refuses every command in a transaction and XREADGROUP; so does
-one whose user lacks these rights. XINFO and XRANGE still work. Reading must not depend on the
-relay's own writes, so the worker then reads with these two from its own position.
+A Redis whose memory or disk is full rejects XREADGROUP and every command in a transaction. It also
+rejects them if the user lacks these rights. XINFO and XRANGE still work. The worker then reads with
+these two commands from its own position, so that delivery does not depend on relay's own writes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 GROUPS = "reads by consumer group"
 READS = "reads of streams"
 
-# How often the usual way is tried again, with one stream.
+# Interval between attempts to read one stream by consumer group again.
 _RETRY_S = {Effect.NO_WRITES: 2.0, Effect.NO_RIGHT: 30.0}
 # Replies to XREADGROUP after the stream or the group was deleted.
 _GONE = ("NOGROUP", "ERR no such key")
@@ -70,7 +70,7 @@ class ReadMode:
         return True
 
     def pause(self, stream: Followed, refusal: CommandRefused) -> None:
-        """Read this stream again later. A refusal of one key only does not block the others."""
+        """Read this stream again later. An error of one key does not affect the others."""
         self.paused[stream] = None
         if rule_of(refusal.reply).effect is not Effect.ONE:
             self.refused = stream
@@ -78,20 +78,20 @@ class ReadMode:
             self.blocked = self.refusals.has(READS)
 
     def take_paused(self) -> list[Followed]:
-        """Return the paused streams, which are to be read again now."""
+        """Return the paused streams and continue them. The caller reads them again."""
         paused, self.paused = list(self.paused), {}
         return paused
 
     def choose_probe(self, streams: Sequence[Followed]) -> Followed | None:
-        """Return one of the streams to be read in the usual way, if it is time to try that."""
+        """Return a stream to read by consumer group, if the interval has passed, else None."""
         if not self.plain or self._clock() < self._retry_at:
             return None
         self._retry_at = self._clock() + self._retry_s
         self._probe = random.choice(streams) if streams else None  # noqa: S311  # no secret
         return self._probe
 
-    def read(self, *, plain: bool) -> bool:
-        """A read of the `plain` form was carried out. Return True if it ends plain reading."""
+    def on_read(self, *, plain: bool) -> bool:
+        """Record a successful read of the `plain` form. Return True if plain reading ends."""
         if self.blocked:
             self.blocked = False
             self.refusals.accepted(READS)

@@ -101,16 +101,16 @@ class StreamReader:
             decode=decode,
             control=control,
             mode=self._mode,
-            on_usual=self._on_usual,
+            on_groups_restored=self._on_groups_restored,
         )
         self._pages = PagePipelines(
             keys=keys, primary=self._primary, settings=settings, decode=decode, mode=self._mode
         )
         self._work = asyncio.Event()
         self._page_work = asyncio.Event()
-        # Set when every stream must be looked at for news.
-        self._look = asyncio.Event()
-        self._link: PipelineConnection | None = None
+        # Set when every stream must be checked for new entries.
+        self._check_all = asyncio.Event()
+        self._connection: PipelineConnection | None = None
         self._messages: PipelineConnection | None = None
         self._invalidations = InvalidationListener(
             keys=keys,
@@ -150,40 +150,40 @@ class StreamReader:
         del self._followed[stream.channel], self._by_key[key]
         self._live.forget(stream)
         self._pages.forget(stream)
-        if self._link is not None and self._messages is not None:
+        if self._connection is not None and self._messages is not None:
             unsubscribe = ("UNSUBSCRIBE", self._keys.ephemeral(stream.channel))
             self._messages.post(unsubscribe, expected="NOPERM")
-            # On the connection that creates groups: if a client comes back at once, its new group
+            # Use the connection that creates groups: if a client returns immediately, its new group
             # is created after this one was destroyed.
             destroy = ("XGROUP", "DESTROY", key, self._group)
             # The stream may have been deleted, or was never created for a rejected client.
-            self._link.post(destroy, expected="requires the key to exist")
+            self._connection.post(destroy, expected="requires the key to exist")
         if stream.exists and stream.position == ZERO_ID:
             self._unused.released(stream.channel)
 
     # ---- health -----------------------------------------------------------------------------
 
     def ready(self) -> bool:
-        """Return whether streams are being read now."""
+        """Return True if streams are being read."""
         cannot_read = self._mode.blocked or self._refusals.cannot_read
-        return self._link is not None and self._invalidations.is_working() and not cannot_read
+        return self._connection is not None and self._invalidations.is_working() and not cannot_read
 
     def is_connected(self) -> bool:
-        """Return whether there is a connection to Redis over which streams are read.
+        """Return True if there is a connection to Redis on which streams are read.
 
-        Unlike `ready`, this stays true while this worker is merely late: its clients then wait.
+        Unlike `ready`, this stays True while this worker is only late.
         """
-        return self._link is not None
+        return self._connection is not None
 
     def settled(self) -> bool:
-        """Return False while events may wait in streams that a new connection has not looked at."""
+        """Return False after a reconnect until all streams were checked for new entries."""
         return not self._live.settling
 
     async def wait_ready(self) -> None:
         """Wait until streams are being read."""
         await self._reading.wait()
 
-    # ---- life -------------------------------------------------------------------------------
+    # ---- connections ------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Read until cancelled or stopped. Reconnect after every error of Redis."""
@@ -197,8 +197,8 @@ class StreamReader:
     async def stop(self) -> None:
         """Stop reading and destroy the groups of this worker."""
         self._stopping = True
-        link = self._link
-        if link is None:
+        connection = self._connection
+        if connection is None:
             return
         commands = [
             ("XGROUP", "DESTROY", self._keys.stream(channel), self._group)
@@ -206,7 +206,7 @@ class StreamReader:
         ]
         try:
             for start in range(0, len(commands), _DESTROY_BATCH):
-                await link.execute(commands[start : start + _DESTROY_BATCH])
+                await connection.execute(commands[start : start + _DESTROY_BATCH])
         except RedisUnavailable as exc:
             _log.info(
                 "Could not destroy all consumer groups (%s); the job for dead workers will", exc
@@ -217,43 +217,47 @@ class StreamReader:
             return
         endpoint = await discover(self._redis)
         lost, on_lost = loss_of_connection()
-        async with contextlib.AsyncExitStack() as links:
+        async with contextlib.AsyncExitStack() as connections:
 
             async def opened(on_push: Callable[[list[object]], None] | None) -> PipelineConnection:
                 each = await PipelineConnection.open(
                     endpoint, settings=self._redis, on_push=on_push, on_lost=on_lost
                 )
-                links.callback(each.close)
+                connections.callback(each.close)
                 return each
 
-            link = await opened(self._invalidations.on_push)
+            connection = await opened(self._invalidations.on_push)
             pages = await opened(None)
-            # A connection that has subscribed falls under the server's output limit for pub/sub
-            # (32 MB by default) in all that it reads: one large read would cut it off.
+            # Subscribe on a separate connection. Redis applies its output limit for pub/sub (32 MB
+            # by default) to all replies on such a connection, and a large read would exceed it.
             messages = await opened(self._invalidations.on_push)
-            tracking = self._settings.tracking == "auto" and await self._invalidations.start(link)
+            tracking = self._settings.tracking == "auto" and await self._invalidations.start(
+                connection
+            )
             if not tracking:
                 self._invalidations.touch()
                 _log.warning("Client tracking unavailable: polling streams with blocking reads")
             await self._check_rights(endpoint, log=True)
-            self._primary.connected(link.run_id, link.replication)
-            links.callback(self._primary.disconnected)
-            links.callback(self._disconnected)
-            self._link, self._messages = link, messages
+            self._primary.connected(connection.run_id, connection.replication)
+            connections.callback(self._primary.disconnected)
+            connections.callback(self._disconnected)
+            self._connection, self._messages = connection, messages
             await self._resume(messages)
             self._reading.set()
             established()
-            _log.info("Reading streams from %s (%s %s)", endpoint, link.server, link.version)
+            _log.info(
+                "Reading streams from %s (%s %s)", endpoint, connection.server, connection.version
+            )
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._serve(link), name="streams")
-                tasks.create_task(self._find_news(link), name="news")
+                tasks.create_task(self._serve(connection), name="streams")
+                tasks.create_task(self._find_unread(connection), name="unread streams")
                 tasks.create_task(self._serve_pages(pages), name="pages")
                 tasks.create_task(self._sweep(), name="sweep")
-                tasks.create_task(self._retry(link), name="retry")
+                tasks.create_task(self._retry(connection), name="retry")
                 tasks.create_task(self._watch_rights(endpoint), name="rights")
                 tasks.create_task(wait_for(lost), name="lost")
                 if tracking:
-                    tasks.create_task(self._invalidations.verify(link, pages), name="canary")
+                    tasks.create_task(self._invalidations.verify(connection, pages), name="canary")
                 else:
                     tasks.create_task(poll(self, self._redis, self._keys), name="poll")
 
@@ -285,15 +289,15 @@ class StreamReader:
             await self._check_rights(endpoint, log=False)
 
     def _disconnected(self) -> None:
-        self._link = self._messages = None
+        self._connection = self._messages = None
         self._reading.clear()
 
     async def _resume(self, messages: PipelineConnection) -> None:
         """Arm, examine and read all streams after a reconnect."""
         self._live.only_urgent = True
         self._live.connected()
-        self._look.set()
-        # Reading begins after this loop, so it may yield to other tasks.
+        self._check_all.set()
+        # Reading begins after this loop, so the loop may yield to other tasks.
         for part in sweep_slices(self.followed(), len(self._followed) // _RESUME_BATCH + 1):
             for stream in part:
                 self._subscribe(messages, stream)
@@ -301,7 +305,7 @@ class StreamReader:
             await asyncio.sleep(0)
         self._work.set()
 
-    # ---- wake-ups ---------------------------------------------------------------------------
+    # ---- invalidations ----------------------------------------------------------------------
 
     def _on_keys(self, keys: Iterable[bytes]) -> None:
         for key in keys:
@@ -318,7 +322,7 @@ class StreamReader:
         self._live.want_control()
         self._live.only_urgent = True
         self._live.all_unsettled(self._followed.values())
-        self._look.set()
+        self._check_all.set()
         self._work.set()
 
     def _on_message(self, name: bytes, payload: bytes) -> None:
@@ -331,7 +335,7 @@ class StreamReader:
             stream.on_ephemeral(event)
             self._on_turn()
 
-    def news(self, key: bytes) -> None:
+    def on_new_entries(self, key: bytes) -> None:
         """Read the stream with this key, which may have new entries."""
         self._on_keys((key,))
 
@@ -349,16 +353,16 @@ class StreamReader:
                 stream.on_rights_changed()
         self._work.set()
 
-    async def _find_news(self, link: PipelineConnection) -> None:
-        """Find the streams to which something was appended while the connection was lost.
+    async def _find_unread(self, connection: PipelineConnection) -> None:
+        """Find the streams to which entries were appended while the connection was lost.
 
-        An examination costs several commands, and thousands of streams wait for one. This look
-        costs one command each, so that streams with news are examined first. It also arms the
-        wake-ups: what is appended from now on is found at once.
+        An examination costs several commands, and thousands of streams may wait for one. This check
+        costs one command per stream, so that streams with new entries can be examined first. It
+        also arms the invalidations, so that later entries are found at once.
         """
         while True:
-            await self._look.wait()
-            self._look.clear()
+            await self._check_all.wait()
+            self._check_all.clear()
             self._live.only_urgent = True
             try:
                 streams = deque(self._followed.values())
@@ -367,15 +371,17 @@ class StreamReader:
                     batch = [streams.popleft() for _ in range(min(most, len(streams)))]
                     batch = [stream for stream in batch if stream.alive and not stream.settled]
                     commands = [
-                        stream_commands.has_news_command(self._keys, stream) for stream in batch
+                        stream_commands.has_unread_command(self._keys, stream) for stream in batch
                     ]
                     received = 0
-                    for stream, reply in zip(batch, await link.execute(commands), strict=True):
+                    for stream, reply in zip(
+                        batch, await connection.execute(commands), strict=True
+                    ):
                         if reply and isinstance(reply, list):
                             received += stream_commands.size_of(reply)
                             if stream.alive:
                                 self._live.want_read(stream)
-                    # Many streams at once, unless their new entries are large.
+                    # Check many streams at once, unless their new entries are large.
                     if received > self._settings.page_bytes:
                         most = max(_NEWS_BATCH[0], most // 2)
                     else:
@@ -385,8 +391,8 @@ class StreamReader:
                 self._live.only_urgent = False
                 self._work.set()
 
-    def _on_usual(self) -> None:
-        """Create missing groups and move the others, when Redis accepts transactions again."""
+    def _on_groups_restored(self) -> None:
+        """Create missing groups and move the others, after Redis rejected transactions."""
         for stream in self._followed.values():
             if not stream.marked:
                 stream.on_unsettled()
@@ -394,20 +400,22 @@ class StreamReader:
                 self._live.want_read(stream)
         self._work.set()
 
-    async def _retry(self, link: PipelineConnection) -> None:
-        """Periodically repeat reads that Redis refused."""
+    async def _retry(self, connection: PipelineConnection) -> None:
+        """Periodically repeat reads that Redis rejected."""
         while True:
             await asyncio.sleep(_RETRY_S)
             if not self._live.retry_paused():
-                await self._look_at_refused(link)
+                await self._try_rejected(connection)
             probe = self._mode.choose_probe(self.followed())
             if probe is not None and probe.settled:
                 self._live.want_read(probe)
             self._work.set()
 
-    async def _look_at_refused(self, link: PipelineConnection) -> None:
-        """Look at the stream whose read was refused last. Its clients have left, and while the
-        worker is not ready, no others may come."""
+    async def _try_rejected(self, connection: PipelineConnection) -> None:
+        """Examine the stream whose read was rejected last, to detect that reads are accepted again.
+
+        Its clients have left, and a worker that is not ready may get no new ones.
+        """
         stream = self._mode.refused
         if stream is None:
             return
@@ -415,13 +423,13 @@ class StreamReader:
         commands = stream_commands.examine_commands(
             self._keys, stream, self._group.decode(), request, self._primary, plain=True
         )
-        replies = await link.execute(commands)
-        with contextlib.suppress(CommandRefused, stream_commands.ChangedMeanwhile):
+        replies = await connection.execute(commands)
+        with contextlib.suppress(CommandRefused, stream_commands.StreamChanged):
             stream_commands.parse_examined(request, self._primary, replies, plain=True)
-            self._mode.read(plain=True)
+            self._mode.on_read(plain=True)
 
     async def _sweep(self) -> None:
-        """Read each stream once per `sweep_s`, in small steps, in case a wake-up was lost."""
+        """Read each stream once per `sweep_s`, in small steps, in case an invalidation was lost."""
         steps = sweep_steps(self._settings.sweep_s)
         for step in itertools.cycle(range(steps)):
             await asyncio.sleep(self._settings.sweep_s / steps)
@@ -432,28 +440,28 @@ class StreamReader:
 
     # ---- the two pipelines ------------------------------------------------------------------
 
-    async def _serve(self, link: PipelineConnection) -> None:
+    async def _serve(self, connection: PipelineConnection) -> None:
         while True:
             await self._work.wait()
             self._work.clear()
             commands = self._live.commands()
             if commands:
                 self._metrics.round_trips.labels("read").inc()
-                self._live.take(await link.execute(commands))
+                self._live.take(await connection.execute(commands))
                 self._on_turn()
-            if self._live.wanted:
+            if self._live.has_work:
                 self._work.set()
 
-    async def _serve_pages(self, link: PipelineConnection) -> None:
+    async def _serve_pages(self, connection: PipelineConnection) -> None:
         while True:
             await self._page_work.wait()
             self._page_work.clear()
             commands = self._pages.commands()
             if commands:
                 self._metrics.round_trips.labels("page").inc()
-                self._pages.take(await link.execute(commands))
+                self._pages.take(await connection.execute(commands))
                 self._on_turn()
-                # The sockets of this turn's writes report that they are full at its end.
+                # Wait until the sockets have reported that they are full.
                 await asyncio.sleep(0)
-            if self._pages.wanted:
+            if self._pages.has_work:
                 self._page_work.set()

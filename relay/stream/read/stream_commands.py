@@ -1,6 +1,6 @@
-"""The commands of one examination, one read and one page, and the parsing of their replies.
+"""Build the commands of an examination, a read and a page, and parse their replies.
 
-Each works on the keys of one workspace only, so that they fit one Redis Cluster slot.
+Each uses the keys of one channel only, so that all of them are in one Redis Cluster slot.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ RawEntry = tuple[bytes, list[bytes] | None]
 def count_for(stream: Followed, page_bytes: int, most: int) -> int:
     """Return how many entries to read: about one page, and no more than `most`.
 
-    Redis has no limit in bytes, and entries may be larger than all before them. So `most` bounds
-    what one reply can hold, together with `[stream] max_entry_bytes`.
+    Redis has no limit in bytes, and new entries may be larger than all earlier ones. The size of a
+    reply is bounded by `most` and `[stream] max_entry_bytes`.
     """
     return max(1, min(most, int(page_bytes / stream.average_bytes)))
 
 
-class ChangedMeanwhile(Exception):  # no fault: it is asked again
-    """The stream changed between the commands of one look that was no transaction."""
+class StreamChanged(Exception):  # not an error: the caller repeats the request
+    """The stream changed between the commands of a snapshot that was not a transaction."""
 
 
 def examine_commands(
@@ -44,10 +44,11 @@ def examine_commands(
     *,
     plain: bool = False,
 ) -> list[RedisCommand]:
-    """Return one look at the stream and its rights hash.
+    """Return the commands that read a snapshot of the stream and its rights hash.
 
-    It writes nothing unless `request.mark` is set. Then it creates the marker group that names the
-    stream's incarnation and this worker's `group`, which protects an unused stream from removal.
+    They write nothing unless `request.mark` is set. Then they create the marker group, which stores
+    the stream's incarnation, and this worker's `group`, which protects an unused stream from
+    removal.
     """
     key = keys.stream(stream.channel)
     writes: list[RedisCommand] = []
@@ -58,16 +59,16 @@ def examine_commands(
     if request.users:
         reads.append(("HMGET", keys.rights(stream.channel), *request.users))
     reads.extend(("XRANGE", key, str(own), str(own)) for own in request.own)
-    return _one_look(writes, reads, plain=plain)
+    return _snapshot_commands(writes, reads, plain=plain)
 
 
 def parse_examined(
     request: ExamineRequest, primary: Primary, replies: Sequence[object], *, plain: bool = False
 ) -> Examined:
     """Parse the replies to `examine_commands`. CommandRefused if the key is no stream."""
-    answers = _seen(replies, 2 if request.mark else 0, plain=plain)
-    state = parse_state(answers[0], answers[1], primary)
-    rest = answers[2:]
+    snapshot = _snapshot(replies, 2 if request.mark else 0, plain=plain)
+    state = parse_state(snapshot[0], snapshot[1], primary)
+    rest = snapshot[2:]
     rights: dict[str, bytes | None] = {}
     if request.users:
         values = _checked("HMGET", rest[0])
@@ -84,10 +85,11 @@ def parse_examined(
 def read_commands(
     keys: Keys, stream: Followed, group: str, consumer: str, count: int, *, plain: bool = False
 ) -> list[RedisCommand]:
-    """Return one look at the stream's state, which also arms its wake-up, and at its new entries.
+    """Return the commands that read the stream's state and its new entries in one snapshot.
 
-    Both must be of one moment: a trim between the two would hide what it took. A group that does
-    not stand at this worker's position is put there first. The `plain` form writes nothing.
+    Reading the state also arms the invalidation. A trim between state and entries would remove
+    entries unnoticed. A group that is not at this worker's position is moved there first. The
+    `plain` form writes nothing.
     """
     key = keys.stream(stream.channel)
     if plain:
@@ -96,7 +98,7 @@ def read_commands(
             ("XINFO", "GROUPS", key),
             ("XRANGE", key, f"({stream.position}", "+", "COUNT", count),
         ]
-        return _one_look([], reads, plain=True)
+        return _snapshot_commands([], reads, plain=True)
     commands: list[RedisCommand] = [("MULTI",), ("XINFO", "STREAM", key)]
     if stream.misaligned:
         at = str(stream.position)
@@ -113,23 +115,23 @@ def read_commands(
 def parse_read(
     replies: Sequence[object], primary: Primary, *, aligning: bool, plain: bool = False
 ) -> tuple[StreamState, list[RawEntry]]:
-    """Return the stream's state and what was read then. CommandRefused if the group is gone.
+    """Return the stream's state and its new entries. CommandRefused if the group does not exist.
 
-    `aligning`: the stream was misaligned when this was asked.
+    `aligning`: the stream was misaligned when the commands were built.
     """
-    answers = _seen(replies, 0, plain=plain)
-    state = parse_state(answers[0], answers[1] if aligning or plain else None, primary)
+    snapshot = _snapshot(replies, 0, plain=plain)
+    state = parse_state(snapshot[0], snapshot[1] if aligning or plain else None, primary)
     if plain:
-        return state, cast(list[RawEntry], _checked("XRANGE", answers[2]))
-    read = _checked("XREADGROUP", answers[-1])
+        return state, cast(list[RawEntry], _checked("XRANGE", snapshot[2]))
+    read = _checked("XREADGROUP", snapshot[-1])
     if not read:
         return state, []
     ((_, entries),) = cast(dict[bytes, list[RawEntry]], read).items()
     return state, entries
 
 
-def has_news_command(keys: Keys, stream: Followed) -> RedisCommand:
-    """Return a command that arms the wake-up and whose reply is empty if nothing is unread."""
+def has_unread_command(keys: Keys, stream: Followed) -> RedisCommand:
+    """Return a command that arms the invalidation. Its reply is empty if there is no new entry."""
     return ("XRANGE", keys.stream(stream.channel), f"({stream.position}", "+", "COUNT", 1)
 
 
@@ -146,14 +148,14 @@ def size_command(keys: Keys, stream: Followed) -> RedisCommand:
 def page_commands(
     keys: Keys, stream: Followed, request: PageRequest, count: int, *, plain: bool = False
 ) -> list[RedisCommand]:
-    """Return one look at the stream's state and the entries after the request's start."""
+    """Return the commands that read the stream's state and the entries of a page."""
     key = keys.stream(stream.channel)
     reads: list[RedisCommand] = [
         ("XINFO", "STREAM", key),
         ("XINFO", "GROUPS", key),
         ("XRANGE", key, f"({request.start}", "+", "COUNT", count),
     ]
-    return _one_look([], reads, plain=plain)
+    return _snapshot_commands([], reads, plain=plain)
 
 
 def parse_page(
@@ -165,16 +167,16 @@ def parse_page(
     *,
     plain: bool = False,
 ) -> Page:
-    """Parse the replies to `page_commands`. CommandRefused if the stream is gone."""
-    answers = _seen(replies, 0, plain=plain)
-    state = parse_state(answers[0], answers[1], primary)
-    entries = cast(list[RawEntry], _checked("XRANGE", answers[2]))
+    """Parse the replies to `page_commands`. CommandRefused if the stream does not exist."""
+    snapshot = _snapshot(replies, 0, plain=plain)
+    state = parse_state(snapshot[0], snapshot[1], primary)
+    entries = cast(list[RawEntry], _checked("XRANGE", snapshot[2]))
     records = decode_all(stream, entries, decode)
     return Page(state=state, records=records, complete=len(entries) < count)
 
 
 def decode_all(stream: Followed, entries: Sequence[RawEntry], decode: Decode) -> list[Record]:
-    """Decode entries, and update the stream's average size, which limits the next reads."""
+    """Decode entries, and update the stream's average size, which sets the size of later reads."""
     channel, size, records = stream.channel, 0, []
     for raw, fields in entries:
         record = decode(channel, EntryID.parse(raw), fields or ())
@@ -183,34 +185,34 @@ def decode_all(stream: Followed, entries: Sequence[RawEntry], decode: Decode) ->
     if records:
         mean = size / len(records)
         stream.average_bytes += 0.2 * (mean - stream.average_bytes)
-        # One burst of large entries must not be read by the count that suited small ones.
+        # After a burst of large entries, read fewer at once without delay.
         stream.average_bytes = max(stream.average_bytes, mean / 2)
     return records
 
 
-def _one_look(
+def _snapshot_commands(
     writes: list[RedisCommand], reads: list[RedisCommand], *, plain: bool
 ) -> list[RedisCommand]:
-    """Return the commands so that their replies are of one moment.
+    """Return the commands in a form in which their replies are one snapshot.
 
-    As a transaction, or where Redis refuses that (its memory is full, the user may not run MULTI),
-    with the state once more at the end: if it is the same, nothing happened in between.
+    This is a transaction. If Redis rejects transactions (its memory is full, or the user may not
+    run MULTI), the state is read again at the end: if it is the same, nothing has changed since.
     """
     if plain:
         return [*writes, *reads, reads[0]]
     return [("MULTI",), *writes, *reads, ("EXEC",)]
 
 
-def _seen(replies: Sequence[object], writes: int, *, plain: bool) -> list[object]:
-    """Return the replies to the reading commands of one look, which came after some `writes`."""
+def _snapshot(replies: Sequence[object], writes: int, *, plain: bool) -> list[object]:
+    """Return the replies to the reading commands of a snapshot, after those to its `writes`."""
     if plain:
-        *answers, again = replies[writes:]
-        if not _is_same(answers[0], again):
-            raise ChangedMeanwhile
-        return answers
+        *reads, again = replies[writes:]
+        if not _is_same(reads[0], again):
+            raise StreamChanged
+        return reads
     executed = replies[-1]
     if isinstance(executed, ReplyError):
-        # EXECABORT does not say why. The command that was refused does.
+        # EXECABORT does not contain the reason. The reply to the rejected command does.
         refused = (each for each in replies if isinstance(each, ReplyError))
         raise CommandRefused("transaction", cause_of(str(next(refused))))
     return cast(list[object], executed)[writes:]

@@ -1,4 +1,4 @@
-"""A stream as one who follows it from a terminal sees it: its state and what came after a place."""
+"""Read a stream's state and the entries after a position, for `relay watch`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from relay.stream.format.keys import Keys
 from relay.stream.read import groups
 
 PAGE = 50
-# A wait longer than the client's own limit for an answer would look like a dead connection.
+# A wait longer than the client's command timeout would be treated as a dead connection.
 _BLOCK_SHARE = 0.5
 _BLOCK_MS = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """One moment of a stream. `own` is the entry at the place that was asked about; `records`
-    are the first ones after it, and `more` says that there may be others."""
+    """A snapshot of a stream. `own` is the entry at the requested position, `records` are the first
+    ones after it, and `more` is True if there may be others."""
 
     state: StreamState
     own: Record | None
@@ -30,7 +30,7 @@ class View:
     more: bool
 
 
-async def look(
+async def read_view(
     client: RedisClient,
     keys: Keys,
     channel: Channel,
@@ -38,7 +38,7 @@ async def look(
     max_entry_bytes: int,
     count: int = PAGE,
 ) -> View:
-    """The stream at one moment, with up to `count` entries that stand after `after`."""
+    """Read a snapshot of the stream, with up to `count` entries after `after`."""
     key = keys.stream(channel)
     async with client.pipeline(transaction=True) as transaction:
         transaction.execute_command("XINFO", "STREAM", key)
@@ -61,17 +61,17 @@ async def look(
     )
 
 
-async def wait_for_news(
+async def wait_for_entry(
     client: RedisClient, keys: Keys, channel: Channel, after: EntryID, limit_s: float
 ) -> None:
-    """Until something stands after `after`, or for a while that is shorter than `limit_s`."""
+    """Wait until there is an entry after `after`, or for less than `limit_s`."""
     block_ms = max(1, min(_BLOCK_MS, int(limit_s * 1000 * _BLOCK_SHARE)))
     words = ("COUNT", 1, "BLOCK", block_ms, "STREAMS", keys.stream(channel), str(after))
     await connect.command(client, "XREAD", *words)
 
 
 def stream_state(stream: object, found: object, replid: bytes = b"") -> StreamState:
-    """`groups.parse_state` for what a redis-py pipeline brought; its errors are raised."""
+    """Call `groups.parse_state` with the replies of a redis-py pipeline. Raise errors in them."""
     if isinstance(stream, Exception) and "no such key" in str(stream):
         return StreamState(
             exists=False, first=None, last=ZERO_ID, length=0, added=0, max_deleted=ZERO_ID

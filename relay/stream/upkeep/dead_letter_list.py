@@ -18,7 +18,7 @@ from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.format.keys import Keys
 from relay.stream.write.append import AppendCommands, send_one
 
-# One letter may be BROKEN_BYTES long, and more as base64.
+# A dead letter may have BROKEN_BYTES, and more as base64.
 _PAGE = 100
 _MARK_S = 86_400
 
@@ -43,7 +43,7 @@ class DeadLetter:
 
     @property
     def truncated(self) -> bool:
-        """Return whether only the beginning of the fields was kept."""
+        """Return True if only the beginning of the fields was kept."""
         return "truncated" in self.values
 
 
@@ -94,7 +94,9 @@ async def requeue(
         RelayError: The dead letter does not contain all fields of its entry.
     """
     if letter.channel is None:
-        raise RelayError(f"dead letter {letter.id} did not come from a stream; it can be shown")
+        raise RelayError(
+            f"dead letter {letter.id} is not an entry of a stream, so it cannot be requeued"
+        )
     fields = await _original(client, keys, letter)
     append = AppendCommands(keys, lambda _: namespace, uid_window_s=_MARK_S).build_once(
         letter.channel, fields, keys.requeued(letter.channel, letter.id)
@@ -117,7 +119,7 @@ def fields_of(letter: DeadLetter) -> list[bytes]:
             return [_bytes(part) for name, value in pairs for part in (name, value)]
     except (KeyError, ValueError, TypeError):
         pass
-    raise RelayError(f"dead letter {letter.id} has no fields of an entry")
+    raise RelayError(f"dead letter {letter.id} does not contain the fields of an entry")
 
 
 async def _original(client: RedisClient, keys: Keys, letter: DeadLetter) -> list[bytes]:
@@ -130,7 +132,8 @@ async def _original(client: RedisClient, keys: Keys, letter: DeadLetter) -> list
         if found:
             return [part for pair in found[0][1].items() for part in pair]
     raise RelayError(
-        f"dead letter {letter.id} has only the beginning of its entry, and the entry is gone"
+        f"dead letter {letter.id} contains only the beginning of its entry, and the entry no longer"
+        " exists"
     )
 
 

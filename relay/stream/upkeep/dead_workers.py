@@ -1,7 +1,7 @@
-"""The job that removes what dead workers left in Redis.
+"""The job that removes the groups and keys of dead workers from Redis.
 
-A worker that dies leaves its consumer groups in every stream that its clients followed. They cost
-memory and show operators a lag that never shrinks.
+A worker that dies leaves its consumer groups in every stream that its clients followed. They use
+memory and report a growing lag to operators.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class DeadWorkersJob:
         self._client = client
         self._keys = keys
         self._clear = clear
-        self._silence = DeadWorkerDetector(
+        self._detector = DeadWorkerDetector(
             client=client, keys=keys, dead=dead, patience_s=patience_s
         )
 
     async def remove(self) -> list[str]:
-        """Remove what dead workers left. Return their instances."""
-        dead = await self._silence.look()
+        """Remove the state of dead workers. Return their instances."""
+        dead = await self._detector.check()
         if not dead:
             return []
         if self._clear is not None:

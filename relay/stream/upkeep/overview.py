@@ -18,7 +18,7 @@ from relay.stream.read import groups
 from relay.stream.read.view import stream_state
 from relay.stream.upkeep.retention import describe_misnamed, streams_among
 
-# XINFO STREAM brings the first and the last entry with it, and each may be a megabyte.
+# XINFO STREAM returns the first and the last entry, and each may have a megabyte.
 _STREAMS = 50
 _KEYS = 1000
 _COUNTED = 100
@@ -96,7 +96,7 @@ async def _overview(
             for index, key in enumerate(batch):
                 stream, found = replies[2 * index], replies[2 * index + 1]
                 if any(str(each).startswith("WRONGTYPE") for each in (stream, found)):
-                    continue  # a foreign key under a stream's name; the retention job counts it
+                    continue  # not a stream; the retention job counts such keys
                 state = stream_state(stream, found)
                 if state.exists and not isinstance(found, Exception):
                     streams.append((key, state, found))
@@ -160,5 +160,5 @@ async def _followers(
 
 
 async def exists(client: RedisClient, keys: Keys, channel: Channel) -> bool:
-    """Return whether the channel has a stream."""
+    """Return True if the channel has a stream."""
     return bool(await connect.command(client, "EXISTS", keys.stream(channel)))

@@ -1,6 +1,6 @@
-"""Trims streams that others append to, by count and age, as their namespace says.
+"""Trim streams by count and age, as configured for their namespace.
 
-Producers of our own trim at each append; a plain XADD does not. One worker of the site runs this.
+Relay's own producers trim with each append; a plain XADD does not. One worker at a time runs this.
 """
 
 from __future__ import annotations
@@ -22,53 +22,56 @@ _MOST_MISNAMED = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trimmed:
-    """The result of one run. `foreign` is the number of matching keys that are not streams.
+    """The result of one run. `not_streams` is the number of matching keys that are not streams.
 
-    `misnamed` are streams whose key is not that of a channel, for example without the braces:
-    nothing that is appended to them is delivered.
+    `misnamed` are streams whose key is not that of a channel, for example because the braces are
+    missing. Entries that are appended to them are not delivered.
     """
 
     streams: int
     entries: int
-    foreign: int
+    not_streams: int
     misnamed: tuple[bytes, ...] = ()
 
 
 async def trim(
     client: RedisClient, keys: Keys, settings_of: Callable[[Channel], NamespaceSettings]
 ) -> Trimmed:
-    """Trim every stream once. What is appended meanwhile waits for the next run."""
-    streams = entries = foreign = 0
+    """Trim every stream once."""
+    streams = entries = not_streams = 0
     misnamed: list[bytes] = []
-    # Entry IDs carry Redis's clock; this machine's may differ.
+    # Entry IDs contain the time of Redis, which may differ from the time of this machine.
     now_ms = await connect.time_ms(client)
     async for found in connect.scan(client, keys.any_stream_pattern, BATCH):
         strange = [key for key in found if keys.channel_of_stream(key) is None]
         if strange and len(misnamed) < _MOST_MISNAMED:
             misnamed += await streams_among(client, strange)
-        asked: list[bytes] = []
+        trimmed: list[bytes] = []
         async with client.pipeline(transaction=False) as pipeline:
             for key in found:
                 if (channel := keys.channel_of_stream(key)) is None:
                     continue
                 streams += 1
                 for words in commands(key, settings_of(channel), now_ms):
-                    asked.append(key)
+                    trimmed.append(key)
                     pipeline.execute_command(*words)
             with connect.translated():
                 replies: list[Any] = await pipeline.execute(raise_on_error=False)
-        not_streams = set()
-        for key, reply in zip(asked, replies, strict=True):
+        wrong_type = set()
+        for key, reply in zip(trimmed, replies, strict=True):
             if not isinstance(reply, Exception):
                 entries += reply
             elif str(reply).startswith("WRONGTYPE"):
-                not_streams.add(key)
+                wrong_type.add(key)
             else:
                 with connect.translated():
                     raise reply
-        foreign += len(not_streams)
+        not_streams += len(wrong_type)
     return Trimmed(
-        streams=streams - foreign, entries=entries, foreign=foreign, misnamed=tuple(misnamed)
+        streams=streams - not_streams,
+        entries=entries,
+        not_streams=not_streams,
+        misnamed=tuple(misnamed),
     )
 
 
@@ -98,21 +101,22 @@ def describe_misnamed(keys: Keys, key: bytes, others: int = 0) -> str:
 def commands(
     key: bytes, settings: NamespaceSettings, now_ms: int
 ) -> list[tuple[bytes | str | int, ...]]:
-    """XTRIM for this stream: none, by count, by age, or both."""
-    wanted: list[tuple[bytes | str | int, ...]] = []
+    """Return the XTRIM commands for this stream: none, by count, by age, or both."""
+    trims: list[tuple[bytes | str | int, ...]] = []
     if settings.retention_count:
-        wanted.append(("XTRIM", key, "MAXLEN", "~", settings.retention_count))
+        trims.append(("XTRIM", key, "MAXLEN", "~", settings.retention_count))
     if settings.retention_age_s:
-        # Exact, since `~` removes whole nodes of 100 entries and would keep a quiet stream's few
-        # for ever. But each trim wakes every worker that follows the stream, so that the limit
-        # moves in steps of a tenth of the age, at another moment for each stream.
+        # Trim exactly: `~` removes only whole nodes of 100 entries, so that the entries of a short
+        # stream would never expire. Each trim causes a read by every worker that follows the
+        # stream. The limit therefore advances in steps of a tenth of the age, at different times
+        # for different streams.
         age_ms = settings.retention_age_s * 1000
         step = max(age_ms // 10, 1)
         offset = crc32(key) % step
         min_ms = (now_ms - age_ms + offset) // step * step - offset
         if min_ms > 0:
-            wanted.append(("XTRIM", key, "MINID", min_ms))
-    return wanted
+            trims.append(("XTRIM", key, "MINID", min_ms))
+    return trims
 
 
 async def trim_one(
@@ -123,9 +127,9 @@ async def trim_one(
     max_entries: int | None,
     max_age_s: float | None,
 ) -> int | None:
-    """Remove exactly what is beyond the newest `max_entries` or older than `max_age_s`; how many.
+    """Remove all entries except the newest `max_entries`, and those older than `max_age_s`.
 
-    None where the channel has no stream.
+    Return the number of removed entries, or None if the channel has no stream.
     """
     key = keys.stream(channel)
     if not await connect.command(client, "EXISTS", key):

@@ -1,9 +1,9 @@
-"""Removal of streams that exist only because clients followed them.
+"""Remove streams that exist only because clients followed them.
 
-The relay creates a stream when the first client with a right to read it subscribes, since its
-marker group lets the relay detect a later DEL. If nothing was ever appended and no worker follows
-it any more, the stream is removed: by the worker whose last client left, after a short time in
-which that client may come back, and by a job for what other workers left behind.
+Relay creates a stream when the first client with a right to read it subscribes, because the marker
+group is needed to detect a later DEL. If nothing was ever appended and no worker follows the stream
+any more, it is removed: after a short time by the worker whose last client has left, or else by a
+job.
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ if TYPE_CHECKING:
     from relay.stream.connection.connect import RedisClient
     from relay.stream.format.keys import Keys
 
-# A client that reconnects within this time finds the same stream, so that it is not told that its
-# events may be gone. Its worker keeps at most MAX_KEPT such streams: one user cannot fill Redis by
-# following many names.
+# A client that reconnects within this time finds the same stream, so that it receives no reset
+# notice. A worker keeps at most MAX_KEPT such streams, so that one user cannot fill Redis by
+# following many channels.
 KEEP_S = 30.0
 MAX_KEPT = 500
 _BATCH = 200
 
-# KEYS stream; ARGV a command, then the names of groups that do not count. Runs the command on the
-# stream if nothing was ever appended to it and it has no other groups, and returns its reply; else
-# returns 0.
+# KEYS: the stream. ARGV: a command, and the names of groups to ignore. If nothing was ever appended
+# to the stream and it has no other groups, run the command on it and return the reply, else 0.
 REMOVE_UNUSED = Script("""\
 if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('XLEN', KEYS[1]) > 0 then return 0 end
 local info = redis.call('XINFO', 'STREAM', KEYS[1])
@@ -63,13 +62,13 @@ class UnusedStreams:
         self._client = client
         self._keys = keys
         self._keep_s = keep_s
-        # In the order of their times.
+        # Channels with the time of their removal, in this order.
         self._kept: dict[Channel, float] = {}
         self._due: deque[Channel] = deque()
         self._work = asyncio.Event()
 
     def released(self, channel: Channel) -> None:
-        """Remove the channel's stream soon. It stays if a worker follows it by then."""
+        """Schedule the removal of the channel's stream. It is kept if a worker follows it then."""
         self._kept.pop(channel, None)
         self._kept[channel] = asyncio.get_running_loop().time() + self._keep_s
         if len(self._kept) > MAX_KEPT:
@@ -80,7 +79,7 @@ class UnusedStreams:
             self._work.set()
 
     async def run(self) -> None:
-        """Remove streams as their time comes. Runs until cancelled."""
+        """Remove streams at their scheduled times. Runs until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             wait_s = next(iter(self._kept.values())) - loop.time() if self._kept else None
@@ -108,7 +107,7 @@ class UnusedStreams:
 
 
 class UnusedStreamsJob:
-    """Removes unused streams of the whole site that two runs in a row have found."""
+    """Removes unused streams that were found in two consecutive runs, on all workers' behalf."""
 
     def __init__(self, client: RedisClient, keys: Keys) -> None:
         self._client = client
@@ -116,7 +115,7 @@ class UnusedStreamsJob:
         self._seen: set[bytes] = set()
 
     async def run(self) -> int:
-        """Look once. Return how many streams were removed."""
+        """Run once. Return the number of removed streams."""
         seen: set[bytes] = set()
         removed = 0
         async for found in connect.scan(self._client, self._keys.stream_pattern, _BATCH):
@@ -140,8 +139,10 @@ class UnusedStreamsJob:
 
 
 async def remove_unused(client: RedisClient, streams: Sequence[bytes]) -> int:
-    """Delete those of the streams that are unused: no entry was ever appended, and the marker is
-    their only group. An entry that is appended meanwhile is never lost."""
+    """Delete unused streams: no entry was ever appended, and the marker is the only group.
+
+    The check and the deletion are atomic, so that no entry is lost.
+    """
     return sum(await _each(client, streams, "DEL"))
 
 
@@ -163,5 +164,5 @@ async def _each(client: RedisClient, streams: Iterable[bytes], command: str) -> 
             loaded, *replies = await pipeline.execute(raise_on_error=False)
             if isinstance(loaded, Exception):
                 raise loaded
-    # A key that is no stream answers with an error, and is not the relay's to remove.
+    # The reply is an error if the key is not a stream. Then it is not removed.
     return [reply if isinstance(reply, int) else 0 for reply in replies]

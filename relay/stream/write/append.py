@@ -148,7 +148,7 @@ class AppendCommands:
     def uid_key(self, channel: Channel, uid: str) -> bytes | None:
         """Return the key of the uid, or None if the channel may have entries with equal uids.
 
-        In channels of other protocols the uid is always the relay's own.
+        In channels of other protocols uids are always unique, because relay sets them.
 
         Raises:
             LimitExceeded: The uid is too long.
@@ -158,7 +158,7 @@ class AppendCommands:
         if not (unique and self._window_ms > 0):
             return None
         if len(uid.encode(errors="replace")) > UID_BYTES:
-            raise LimitExceeded(f"a uid is at most {UID_BYTES} bytes long")
+            raise LimitExceeded(f"uid must have at most {UID_BYTES} bytes")
         return self._keys.uid(channel, uid)
 
 
@@ -199,8 +199,8 @@ async def send(
         replies, confirmed = await _execute(connection, commands, rest, wait_ms)
         for append, reply in zip(rest, replies, strict=True):
             if script_known and is_missing_script(reply):
-                # After SCRIPT FLUSH, or when Redis 7.4 has made room. Repeat from here on: the
-                # following entries may have been appended, but are known by their uids.
+                # The script was removed by SCRIPT FLUSH or evicted by Redis 7.4. Repeat from here
+                # on. Later entries may have been appended already; their uids prevent duplicates.
                 break
             results.append(parse_reply(append, reply, confirmed, wait_ms))
         script_known = False

@@ -1,6 +1,6 @@
-"""Write dead letters: entries that cannot be delivered are copied to one stream with the reason.
+"""Write dead letters: copies of entries that cannot be delivered, with the reason, in one stream.
 
-Several workers read the same entry. The first one to set a marker key writes the dead letter. If
+Several workers read the same entry. The first one that sets a marker key writes the dead letter. If
 that worker dies in between, the dead letter is missing, but the entry remains in its stream.
 """
 

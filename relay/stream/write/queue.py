@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from relay.stream.format.keys import Keys
 
 
-# KEYS the participants, then leases; ARGV holder, time to live in ms (0: give up). Which of the
-# leases the holder has now, as 1 or 0: its own first, then free ones, up to its fair share. A time
-# beyond the longest is of another server's clock, before a failover: the dead must not hold shares.
+# KEYS: the participants, then the leases. ARGV: holder, time to live in ms (0: release all).
+# Returns 1 or 0 for each lease: whether the holder has it now. It keeps its own leases first, then
+# gets free ones, up to its fair share. An expiry later than `ttl` from now was set by the clock of
+# another server before a failover. It is removed, so that dead workers do not count for the shares.
 HOLD = Script("""\
 local me, ttl, leases = ARGV[1], tonumber(ARGV[2]), #KEYS - 1
 local time = redis.call('TIME')
@@ -64,15 +65,16 @@ end
 return held
 """)
 
-# KEYS queue, its count, dead letters, then of each operation the stream and, if it has a uid, the
-# uid's key. ARGV the count as read, how many items, the first and the last of them, window in ms,
-# dead letters kept, node, time, then of each operation: entries kept (0: all), 1 if it has a uid,
-# index of its item, number of words, words. -1 where the head of the queue is not what was read
-# and nothing was done, else how many operations ended as dead letters.
+# KEYS: the queue, its count, the dead letters; then for each operation the stream and, if it has a
+# uid, the key of the uid. ARGV: the count as read, the number of items, the first and the last
+# item, window in ms, the number of dead letters to keep, node, time; then for each operation the
+# number of entries to keep (0: all), 1 if it has a uid, the index of its item, the number of words,
+# and the words. Returns -1 if the head of the queue has changed; then nothing was done. Otherwise
+# it returns the number of operations that became dead letters.
 #
-# INCRBY comes first because Redis checks memory, disk and replicas at a script's first write only:
-# once it has gone through, nothing of that kind stops the script half way. What still can, a
-# stream's key of another type or an ACL, concerns one operation and must not stop the others.
+# INCRBY comes first because Redis checks memory, disk and replicas at a script's first write only.
+# If that is accepted, no later write fails for such a reason. A key of another type or an ACL may
+# still reject an operation; it must not stop the others.
 APPLY = Script(
     APPEND_FUNCTION
     + """\
@@ -129,14 +131,14 @@ class Head(NamedTuple):
 class CommandQueues:
     """Queue operations on one connection. Client tracking on it reports new commands."""
 
-    def __init__(self, link: PipelineConnection, keys: Keys, instance: str) -> None:
-        self._link = link
+    def __init__(self, connection: PipelineConnection, keys: Keys, instance: str) -> None:
+        self._connection = connection
         self._keys = keys
         self._instance = instance
 
     async def prepare(self) -> None:
         """Load the scripts. Call this first."""
-        await load(self._link, HOLD, APPLY)
+        await load(self._connection, HOLD, APPLY)
 
     async def hold(self, queues: Sequence[str], ttl_ms: int) -> list[bool]:
         """Take or extend leases of queues. Return for each queue whether this worker holds it.
@@ -151,7 +153,7 @@ class CommandQueues:
     async def head(self, queue: str, most: int) -> Head:
         """Return the first items of the queue, and arm the notification of later ones."""
         # Read the count first. If a batch is removed in between, `apply` finds an old count.
-        count, items = await self._link.execute(
+        count, items = await self._connection.execute(
             [("GET", self._keys.queue_count(queue)), ("LRANGE", queue, 0, most - 1)]
         )
         for reply in (count, items):
@@ -172,7 +174,7 @@ class CommandQueues:
         """Append all entries and remove the head of the queue in one step.
 
         Return None if the head has changed and nothing was done, else the number of entries that
-        Redis refused and that became dead letters. Then wait up to `wait_ms` for `replicas`.
+        Redis rejected and that became dead letters. Then wait up to `wait_ms` for `replicas`.
         """
         keys: list[bytes | str] = [queue, self._keys.queue_count(queue), self._keys.dead_letters]
         words: list[bytes | str | int] = [head.taken, len(head.items), head.items[0]]
@@ -189,11 +191,11 @@ class CommandQueues:
         commands: list[RedisCommand] = [("EVALSHA", APPLY.sha, len(keys), *keys, *words)]
         if replicas:
             commands.append(("WAIT", replicas, wait_ms))
-        failed = _checked("EVALSHA", (await self._link.execute(commands))[0])
+        failed = _checked("EVALSHA", (await self._connection.execute(commands))[0])
         return None if failed == -1 else cast(int, failed)
 
     async def _call(self, *words: bytes | str | int) -> object:
-        (reply,) = await self._link.execute([words])
+        (reply,) = await self._connection.execute([words])
         return _checked(str(words[0]), reply)
 
 

@@ -1,9 +1,9 @@
-"""Revokes a user's right to read a channel, and grants it again.
+"""Revoke a user's right to read a channel, and end a revocation.
 
 Both change the rights hash and append an entry in one step, so that no reader sees one without the
-other. The entry's ID is the position of the change in the stream. Revoke writes the refusal `-`,
-which overrides every source of rights. Grant removes it and restores what the hash had before, so
-that the sources of rights decide again: tokens, protocols' own rules, the application, the hash.
+other. The entry's ID is the position of the change in the stream. Revoke writes `-` to the hash,
+which overrides all sources of rights. Grant restores the previous value, so that the sources of
+rights decide again: tokens, protocols' own rules, the application, the hash.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from relay.stream.format.keys import Keys
 from relay.stream.write import control
 from relay.stream.write.control import DropRights
 
-# Written by `revoke`: the token's claims cannot be withdrawn, only overruled.
-REFUSED = b"-"
+# Overrides all sources of rights. It is needed because a signed token cannot be changed.
+REVOKED = b"-"
 
-# KEYS rights, revoked, stream; ARGV the refusal, the user, then XADD's words after the key. The
-# entry's ID. A second revocation keeps the value from before the first.
+# KEYS: rights, revoked, stream. ARGV: `-`, the user, then the words of XADD after the key. Returns
+# the entry's ID. A second revocation keeps the value from before the first one.
 _REVOKE = Script("""\
 local before = redis.call('HGET', KEYS[1], ARGV[2])
 if not before then
@@ -35,7 +35,7 @@ redis.call('HSET', KEYS[1], ARGV[2], ARGV[1])
 return redis.call('XADD', KEYS[3], unpack(ARGV, 3))
 """)
 
-# The same keys and arguments. The entry's ID, or nil if the user is not refused there.
+# The same keys and arguments. Returns the entry's ID, or nil if the user is not revoked.
 _GRANT = Script("""\
 if redis.call('HGET', KEYS[1], ARGV[2]) ~= ARGV[1] then return nil end
 local id = redis.call('XADD', KEYS[3], unpack(ARGV, 3))
@@ -51,16 +51,16 @@ return id
 
 
 async def revoke(client: RedisClient, keys: Keys, channel: Channel, user: str) -> EntryID:
-    """Refuse `user` from the returned entry on, until `grant` or another value in the hash."""
+    """Revoke the user's right from the returned entry on, until `grant` or a change of the hash."""
     entry_id = await _run(client, keys, channel, _REVOKE, entry.encode_revocation(user))
     return EntryID.parse(cast(bytes, entry_id))
 
 
 async def grant(client: RedisClient, keys: Keys, channel: Channel, user: str) -> EntryID | None:
-    """Undo `revoke` from the returned entry on. Return None if the user is not refused.
+    """End a revocation from the returned entry on. Return None if the user is not revoked.
 
-    Workers then ask the sources of rights anew, and protocols whose clients do not come back by
-    themselves invite them to.
+    Workers then check the sources of rights again. Protocols whose clients would not subscribe
+    again by themselves notify them.
     """
     entry_id = await _run(client, keys, channel, _GRANT, entry.encode_grant(user))
     if entry_id is None:
@@ -73,5 +73,5 @@ async def _run(
     client: RedisClient, keys: Keys, channel: Channel, script: Script, fields: list[bytes]
 ) -> object:
     names = keys.rights(channel), keys.revoked(channel), keys.stream(channel)
-    words = REFUSED, fields[1], b"*", *fields
+    words = REVOKED, fields[1], b"*", *fields
     return await connect.command(client, "EVAL", script.text, len(names), *names, *words)

@@ -19,7 +19,7 @@ _SECRET = re.compile(r"(secret|key|\w*password|\w*_token) = \S")
         (["jwt.key=short"], "[jwt] key: key 1 of 1 is too short"),
         (
             ["protocol:socketio.secret=no PEM at all", "protocol:socketio.algorithm=RS256"],
-            "is no key for RS256",
+            "is not a valid key for RS256",
         ),
         (["rights.http_url=ftp://app"], "[rights] http_url: allowed is http://"),
         (["server.tls_cert=/no/such.pem"], "[server] tls_cert, tls_key: cannot be used"),

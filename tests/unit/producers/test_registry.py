@@ -29,11 +29,11 @@ def test_the_emitters_host_and_port_are_a_url() -> None:
     assert convert({"redis_port": "7", "namespace": "/axr"}) == {}
 
 
-def test_a_producer_alone_needs_a_redis_of_the_sites_own(
+def test_a_separate_producer_process_needs_the_address_of_redis(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["queue"]) == 1
-    assert "needs the address of a Redis" in capsys.readouterr().err
+    assert "needs the address of Redis" in capsys.readouterr().err
 
 
 def test_an_unknown_producer_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,13 +43,13 @@ def test_an_unknown_producer_is_a_usage_error(capsys: pytest.CaptureFixture[str]
     assert "queue" in capsys.readouterr().err
 
 
-def test_a_word_behind_the_name_is_for_those_that_take_one(
+def test_an_argument_after_the_name_is_accepted_only_by_producers_that_have_one(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     with pytest.raises(SystemExit) as left:
         main(["queue", "word"])
     assert left.value.code == 2
-    assert "queue takes no 'word'" in capsys.readouterr().err
+    assert "queue has no argument: 'word'" in capsys.readouterr().err
     for words in (["spool"], ["spool", str(tmp_path / "missing" / "file")]):
         assert main([*words, "--redis", "redis://127.0.0.1:1/0"]) == 1
         assert "[producer:spool] path" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What emitters write: captured bytes of both generations, and whatever else may come."""
+"""Messages of Socket.IO emitters: captured bytes of both generations, and arbitrary bytes."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def packed(*data: Any, opts: Any = None, nsp: str = "/axr") -> bytes:
 
 @pytest.mark.parametrize("payload", [OLD, NEW])
 def test_captured_emits(payload: bytes) -> None:
-    assert wire.broadcast(payload, "/axr") == MSG
-    assert wire.broadcast(payload, "/other") is None
+    assert wire.parse_broadcast(payload, "/axr") == MSG
+    assert wire.parse_broadcast(payload, "/other") is None
 
 
 def test_dates_and_undefined_of_both_generations() -> None:
@@ -47,7 +47,7 @@ def test_dates_and_undefined_of_both_generations() -> None:
         data = bytes((0x90 + 1 + len(args),)) + msgpack.packb("m") + b"".join(args)
         head = b"\x93" + msgpack.packb("emitter") + b"\x82" + msgpack.packb("nsp")
         tail = msgpack.packb({"rooms": ["r"]})
-        return wire.broadcast(
+        return wire.parse_broadcast(
             head + msgpack.packb("/axr") + msgpack.packb("data") + data + tail, "/axr"
         )
 
@@ -63,7 +63,7 @@ def test_dates_and_undefined_of_both_generations() -> None:
 
 def test_flags_except_and_rooms_that_are_numbers() -> None:
     opts = {"rooms": ["a", 5, "a"], "flags": {"volatile": True}, "except": ["z"]}
-    emit = wire.broadcast(packed("m", b"\1", opts=opts), "/axr")
+    emit = wire.parse_broadcast(packed("m", b"\1", opts=opts), "/axr")
     assert emit == Emit(name="m", args=(b"\1",), rooms=("a", "5"), without=("z",), volatile=True)
 
 
@@ -71,11 +71,11 @@ def test_flags_except_and_rooms_that_are_numbers() -> None:
     ("text", "control"),
     [
         ('{"type":2,"opts":{"rooms":[],"except":[]},"rooms":["newroom"]}',
-         Control(what="join", names=("newroom",))),
+         Control(action="join", names=("newroom",))),
         ('{"type":3,"opts":{"rooms":["allusers"],"except":["z"]},"rooms":["a"]}',
-         Control(what="leave", rooms=("allusers",), without=("z",), names=("a",))),
+         Control(action="leave", rooms=("allusers",), without=("z",), names=("a",))),
         ('{"type":4,"opts":{"rooms":["user-1"],"except":[]},"close":true}',
-         Control(what="disconnect", rooms=("user-1",))),
+         Control(action="disconnect", rooms=("user-1",))),
         ('{"uid":"emitter","type":6,"data":["hello","world",1]}', None),
         # socket.io-redis 5.4: 2 is allRooms, 3 remoteJoin.
         ('{"type":2,"requestid":"x"}', None),
@@ -84,7 +84,7 @@ def test_flags_except_and_rooms_that_are_numbers() -> None:
     ],
 )  # fmt: skip
 def test_captured_control_messages(text: str, control: Control | None) -> None:
-    assert wire.request(text.encode()) == control
+    assert wire.parse_request(text.encode()) == control
 
 
 def test_captured_entries_of_the_streams_emitter() -> None:
@@ -94,36 +94,36 @@ def test_captured_entries_of_the_streams_emitter() -> None:
     )
     fields = {b"uid": b"emitter", b"nsp": b"/axr", b"type": b"3", b"data": text}
     expected = Emit(name="msg", args=("from server", {"n": 1}), rooms=("allusers",))
-    assert wire.entry(fields, "/axr") == expected
-    assert wire.entry(fields, "/other") is None
-    assert wire.entry({**fields, b"type": b"2"}, "/axr") is None
-    assert wire.entry({b"uid": b"x"}, "/axr") is None
+    assert wire.parse_entry(fields, "/axr") == expected
+    assert wire.parse_entry(fields, "/other") is None
+    assert wire.parse_entry({**fields, b"type": b"2"}, "/axr") is None
+    assert wire.parse_entry({b"uid": b"x"}, "/axr") is None
     binary = (
         b"gqZwYWNrZXSCpHR5cGUCpGRhdGGSo2JpbsQCAQKkb3B0c4Olcm9vbXORqGFsbHVzZXJzpmV4Y2VwdJClZmxhZ3OA"
     )
-    assert wire.entry({**fields, b"data": binary}, "/axr") == Emit(
+    assert wire.parse_entry({**fields, b"data": binary}, "/axr") == Emit(
         name="bin", args=(b"\1\2",), rooms=("allusers",)
     )
     join = b'{"opts":{"rooms":["user-1"],"except":[],"flags":{}},"rooms":["x"]}'
-    assert wire.entry({**fields, b"type": b"4", b"data": join}, "/axr") == Control(
-        what="join", rooms=("user-1",), names=("x",)
+    assert wire.parse_entry({**fields, b"type": b"4", b"data": join}, "/axr") == Control(
+        action="join", rooms=("user-1",), names=("x",)
     )
 
 
 @pytest.mark.parametrize("name", ["connect", "disconnect", "connect_error", "newListener"])
-def test_names_that_clients_fire_themselves_are_unusable(name: str) -> None:
+def test_event_names_that_clients_emit_themselves_are_unusable(name: str) -> None:
     with pytest.raises(UnusableEmit, match="reserved"):
-        wire.broadcast(packed(name), "/axr")
+        wire.parse_broadcast(packed(name), "/axr")
 
 
 @given(st.binary())
 def test_any_bytes_are_an_emit_or_unusable(payload: bytes) -> None:
     with contextlib.suppress(UnusableEmit):
-        wire.broadcast(payload, "/axr")
+        wire.parse_broadcast(payload, "/axr")
     with contextlib.suppress(UnusableEmit):
-        wire.request(payload)
+        wire.parse_request(payload)
     with contextlib.suppress(UnusableEmit):
-        wire.entry({b"nsp": b"/axr", b"type": b"3", b"data": payload}, "/axr")
+        wire.parse_entry({b"nsp": b"/axr", b"type": b"3", b"data": payload}, "/axr")
 
 
 anything = st.recursive(
@@ -142,7 +142,7 @@ def test_any_message_of_the_right_form_is_an_emit_or_unusable(packet: Any, opts:
     except UnicodeEncodeError:
         return
     with contextlib.suppress(UnusableEmit):
-        wire.broadcast(payload, "/axr")
+        wire.parse_broadcast(payload, "/axr")
 
 
 def test_channels_escape_what_redis_would_read_as_a_pattern() -> None:

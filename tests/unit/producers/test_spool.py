@@ -1,4 +1,4 @@
-"""The spool by itself: what is on the disk, whoever dies when."""
+"""The spool file, also after a process died while it wrote or delivered."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from producers.outgoing import OutgoingEvent, PublishFailed, outgoing
+from producers.outgoing import OutgoingEvent, PublishFailed, outgoing_event
 from producers.spool import BATCH_LINES, Spool
 
 
 def event(number: int) -> OutgoingEvent:
-    return outgoing("news", number, uid=f"u{number}", type="t", to="ann", client="c")
+    return outgoing_event("news", number, uid=f"u{number}", type="t", to="ann", client="c")
 
 
 def spool(path: Path, *, limit_s: float = 2.0, limit_bytes: int = 1 << 20) -> Spool:
@@ -25,11 +25,11 @@ def spool(path: Path, *, limit_s: float = 2.0, limit_bytes: int = 1 << 20) -> Sp
 
 
 def taken(kept: Spool) -> list[int]:
-    """Deliver everything; the data in order."""
+    """Deliver everything and return the events' data in order."""
     found = []
     while lines := (batch := kept.batch()).lines:
         found += [int(line.event.data) for line in lines if line.event is not None]
-        kept.done(batch, len(lines))
+        kept.mark_delivered(batch, len(lines))
     return found
 
 
@@ -57,7 +57,7 @@ def test_a_part_that_was_delivered_is_not_sent_again_by_another_process(tmp_path
     kept = spool(tmp_path)
     for number in range(5):
         kept.append(event(number))
-    kept.done(kept.batch(), 3)
+    kept.mark_delivered(kept.batch(), 3)
     assert taken(spool(tmp_path)) == [3, 4]
 
 
@@ -69,15 +69,15 @@ def test_a_late_answer_to_a_batch_does_not_hide_newer_lines(tmp_path: Path) -> N
     assert taken(fast) == [0, 1, 2, 3]
     for number in range(4, 8):
         fast.append(event(number))
-    slow.done(late, 4)
+    slow.mark_delivered(late, 4)
     assert taken(fast) == [4, 5, 6, 7]
 
 
-def test_a_file_that_somebody_removed_hides_no_newer_lines(tmp_path: Path) -> None:
+def test_a_removed_file_hides_no_newer_lines(tmp_path: Path) -> None:
     kept = spool(tmp_path)
     for number in range(3):
         kept.append(event(number))
-    kept.done(kept.batch(), 2)
+    kept.mark_delivered(kept.batch(), 2)
     kept.path.unlink()
     for number in range(3, 6):
         kept.append(event(number))
@@ -93,7 +93,7 @@ def test_a_last_line_without_its_end_is_cut_off(tmp_path: Path) -> None:
     assert taken(kept) == [1, 2]
 
 
-def test_lines_that_are_none_say_why_and_do_not_stop_the_others(tmp_path: Path) -> None:
+def test_invalid_lines_have_a_reason_and_do_not_stop_the_others(tmp_path: Path) -> None:
     kept = spool(tmp_path)
     kept.append(event(1))
     with kept.path.open("ab") as file:
@@ -103,8 +103,8 @@ def test_lines_that_are_none_say_why_and_do_not_stop_the_others(tmp_path: Path) 
     reasons = [line.reason for line in batch.lines]
     assert not reasons[0]
     assert not reasons[5]
-    assert all(reason.startswith("not a line of a spool") for reason in reasons[1:5])
-    kept.refuse(batch.lines[1], reasons[1])
+    assert all(reason.startswith("invalid spool line") for reason in reasons[1:5])
+    kept.reject(batch.lines[1], reasons[1])
     (refused,) = (tmp_path / "spool.refused").read_text().splitlines()
     assert json.loads(refused) == {"reason": reasons[1], "line": "oops"}
     assert taken(kept) == [1, 2]
@@ -133,7 +133,7 @@ def test_a_folder_that_is_missing_is_an_error(tmp_path: Path) -> None:
         spool(tmp_path / "missing").append(event(1))
 
 
-def test_nobody_waits_for_ever_for_a_lock(tmp_path: Path) -> None:
+def test_waiting_for_the_lock_has_a_time_limit(tmp_path: Path) -> None:
     kept = spool(tmp_path, limit_s=0.1)
     kept.append(event(1))
     with (tmp_path / "spool.state").open("rb") as state:

@@ -79,7 +79,7 @@ def test_channels_groups_and_exp_may_be_absent() -> None:
 
 def test_without_a_key_no_token_is_accepted() -> None:
     assert refusal(token({"sub": "ann"}), key="") == (
-        "tokens are not accepted here: no key is configured"
+        "tokens are not accepted: no key is configured"
     )
     # An HMAC with an empty key can be made by anybody.
     assert "no key" in refusal("e30.e30.e30", key=" \n ")
@@ -89,7 +89,7 @@ def test_every_key_is_tried_in_turn() -> None:
     reader = TokenReader(settings(f"{SECRET}\n---\n{OTHER}\n"))
     for key in (SECRET, OTHER):
         assert reader.read(token({"sub": "ann"}, key), now=lambda: NOW).user == "ann"
-    assert "fits no configured key" in refusal(token({"sub": "ann"}, "x" * 32))
+    assert "invalid token signature" in refusal(token({"sub": "ann"}, "x" * 32))
 
 
 def test_dashes_inside_a_key_do_not_separate() -> None:
@@ -124,7 +124,7 @@ def test_a_secret_of_16_bytes_is_accepted_without_a_warning(algorithm: str) -> N
 
 def test_a_pem_key_is_no_hmac_secret() -> None:
     _, public = pems(ed25519.Ed25519PrivateKey.generate())
-    with pytest.raises(ConfigError, match="no key for HS256"):
+    with pytest.raises(ConfigError, match="not a valid key for HS256"):
         TokenReader(settings(public))
 
 
@@ -305,7 +305,7 @@ def test_nothing_is_signed_that_would_be_refused() -> None:
 
 
 def test_without_a_key_nothing_is_signed() -> None:
-    with pytest.raises(ConfigError, match="none is configured"):
+    with pytest.raises(ConfigError, match="is not set"):
         TokenReader(settings("")).sign("ann", [])
 
 

@@ -77,8 +77,8 @@ def test_half_a_surrogate_pair_is_replaced_as_in_go() -> None:
         ('{"channel":"a","data":1,"type":"relay:gap"}', "reserved type"),
         ('{"channel":"a","data":1,"to":{}}', "to is not a string"),
         ('{"channel":"a","data":1,"to":["bob",null]}', "to is not a string"),
-        ('{"channel":"a","data":1,"to":[]}', "to names nobody"),
-        ('{"channel":"a","data":1,"to":""}', "to names nobody"),
+        ('{"channel":"a","data":1,"to":[]}', "to has no recipients"),
+        ('{"channel":"a","data":1,"to":""}', "to has no recipients"),
         ('{"channel":"a","data":1,"to":"[1]"}', "to is not a list of names"),
     ],
 )

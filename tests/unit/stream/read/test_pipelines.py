@@ -131,7 +131,7 @@ def test_trimming_what_was_read_is_nobodys_loss(scene: Scene) -> None:
 def test_a_read_that_stopped_at_its_count_goes_on(scene: Scene) -> None:
     scene.feed.average_bytes = SETTINGS.page_bytes / 2
     scene.read([info(1, 2, 3, added=3, last=3), found(1, 2)])
-    assert scene.turns.wanted
+    assert scene.turns.has_work
     assert scene.outbox.writes == [b"1 2 "]
 
 
@@ -256,7 +256,7 @@ def test_a_plain_look_that_was_no_single_moment_is_repeated(scene: Scene) -> Non
     refuse(scene, FULL)
     scene.turns.commands()
     scene.turns.take([info(added=0, last=0), MARKER, [], info(1, added=1, last=1)])
-    assert scene.turns.wanted
+    assert scene.turns.has_work
     assert names(scene.turns.commands()) == ["XINFO", "XINFO", "XRANGE", "XINFO"]
 
 
@@ -279,9 +279,9 @@ def test_what_is_refused_in_every_way_is_not_repeated_without_a_pause(
     if plain:
         scene.turns.commands()
         scene.turns.take([denied] * 4)
-    assert not scene.turns.wanted
+    assert not scene.turns.has_work
     scene.turns.retry_paused()
-    assert scene.turns.wanted
+    assert scene.turns.has_work
 
 
 # ---- many streams on a new connection ----------------------------------------------------------
@@ -305,7 +305,7 @@ def test_streams_with_news_or_waiting_clients_are_examined_before_the_others() -
     turns.commands()
     turns.take([0, [], []])
     assert turns.settling
-    assert not turns.wanted
+    assert not turns.has_work
     has_news = feeds[news]
     assert has_news
     turns.want_read(has_news)
@@ -346,7 +346,7 @@ def test_a_pipeline_of_pages_is_bounded_though_no_entry_is_known(largest: int) -
     total = sum(int(count) for count in counts)
     assert total * largest <= 32 << 20 or total == 1
     assert total >= min(1000, 32) or largest > 1 << 20
-    assert pages.wanted
+    assert pages.has_work
 
 
 def test_a_live_read_asks_for_more_only_after_one_that_was_full(scene: Scene) -> None:

@@ -1,9 +1,9 @@
-"""What a tap has heard on pub/sub, and where another one that died had come to.
+"""Recent pub/sub messages, and the position up to which they were appended.
 
-Messages on pub/sub have no ID, but all who listen hear the same ones in the same order. Whoever
-appends them writes down, in that same step, a mark: the digests of the last few and when they
-came. Whoever takes over finds that mark among what it has heard itself and begins behind it, so
-that a hand-over loses and repeats nothing that a listener has heard.
+Pub/sub messages have no ID, but all listeners receive the same messages in the same order. The
+listener that appends them stores a mark in the same step: the digests of the last messages and the
+time of the last one. A listener that takes over finds that mark in its own log and continues after
+it. So a change of the appending listener neither loses nor repeats a message that was received.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BYTES = 32 << 20
 
 
 class Message(NamedTuple):
-    """One message, when it came (ms since the epoch) and its digest."""
+    """One message with its time of arrival (ms since the epoch) and its digest."""
 
     name: bytes
     payload: bytes
@@ -27,46 +27,46 @@ class Message(NamedTuple):
     digest: bytes
 
 
-class Heard:
-    """The last messages, in order. `next` is the number of the next one to append; `dropped` says
-    how many were let go before anybody appended them."""
+class PubSubLog:
+    """The latest messages, in order. `next` is the number of the next one to append, and `dropped`
+    counts the messages that were removed before they were appended."""
 
     def __init__(self, messages: int = _MESSAGES, limit_bytes: int = _BYTES) -> None:
         self._messages: deque[Message] = deque()
         self._first = 0
         self._bytes = 0
-        self._most = messages
+        self._limit_messages = messages
         self._limit_bytes = limit_bytes
         self.next = 0
         self.dropped = 0
 
     def add(self, name: bytes, payload: bytes, at_ms: int) -> None:
-        """One more."""
+        """Append a message, and drop the oldest ones if the log exceeds its limits."""
         digest = blake2b(name + b"\0" + payload, digest_size=_DIGEST_BYTES).digest()
         self._messages.append(Message(name, payload, at_ms, digest))
         self._bytes += len(payload)
-        while len(self._messages) > self._most or self._bytes > self._limit_bytes:
+        while len(self._messages) > self._limit_messages or self._bytes > self._limit_bytes:
             self._bytes -= len(self._messages.popleft().payload)
             self._first += 1
         if self.next < self._first:
             self.dropped += self._first - self.next
             self.next = self._first
 
-    def waiting(self, most: int) -> list[Message]:
-        """The next ones."""
+    def pending(self, most: int) -> list[Message]:
+        """Return up to `most` messages from `next` on."""
         start = self.next - self._first
         end = min(start + most, len(self._messages))
         return [self._messages[index] for index in range(start, end)]
 
     def mark(self, count: int) -> bytes:
-        """The mark after `count` more."""
+        """Return the mark of the position after the next `count` messages."""
         end = self.next + count - self._first
         last = [self._messages[index] for index in range(max(0, end - _DIGESTS), end)]
         return b"%d:" % (last[-1].at_ms if last else 0) + b"".join(each.digest for each in last)
 
-    def after(self, mark: bytes) -> None:
-        """Go on behind `mark`. Where it is not found, nothing of what has been heard was appended:
-        this tap has listened only since."""
+    def resume_after(self, mark: bytes) -> None:
+        """Set `next` to the position of `mark`. If the mark is not in the log, this listener began
+        to listen after it, so that none of its messages was appended."""
         at, _, raw = mark.partition(b":")
         digests = [raw[i : i + _DIGEST_BYTES] for i in range(0, len(raw), _DIGEST_BYTES)]
         self.next = self._first
@@ -77,9 +77,9 @@ class Heard:
         for index, message in enumerate(messages):
             if message.digest != digests[-1]:
                 continue
-            mine = [each.digest for each in messages[max(0, index + 1 - len(digests)) : index + 1]]
-            if mine == digests[-len(mine) :]:
-                # The same message again and again: the one that came when the mark says.
+            own = [each.digest for each in messages[max(0, index + 1 - len(digests)) : index + 1]]
+            if own == digests[-len(own) :]:
+                # Equal messages: take the one whose time of arrival is nearest to the mark's.
                 distance = abs(message.at_ms - int(at))
                 if found is None or distance <= found[0]:
                     found = distance, index
