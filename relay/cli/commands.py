@@ -104,7 +104,7 @@ def _failed(exc: BaseException, options: argparse.Namespace) -> int:
     line = logs.redact(" ".join(str(exc).split()))
     if getattr(options, "worker", None):
         # All workers fail for the same reason. Their supervisor prints it once.
-        Worker.say_error(line)
+        Worker.report_error(line)
     else:
         sys.stderr.write(f"relay: {line}\n")
     return FAILED

@@ -71,7 +71,7 @@ def _work(worker: Worker) -> int:
     config: Config = pickle.loads(Worker.first_message())  # noqa: S301
     logs.setup(config.log, worker=worker.number)
     return app.run(
-        config, reload=lambda: config, on_ready=lambda *_: Worker.say_ready(), worker=worker
+        config, reload=lambda: config, on_ready=lambda *_: Worker.report_ready(), worker=worker
     )
 
 

@@ -1,7 +1,7 @@
-"""JSON as Go's encoding/json writes it (read in Go 1.9's source): what v1's clients are used to.
+"""Write JSON as Go's encoding/json does (Go 1.9), which clients of Centrifugo v1 receive.
 
-Inside of texts `<`, `>`, `&` and the two line separators of JavaScript are written as escapes, so
-that an answer can stand in a page.
+In strings, `<`, `>`, `&` and the two line separators of JavaScript are escaped, so that JSON can be
+embedded in a page.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ _ESCAPES = (
 )
 _SPACE = b" \t\r\n"
 _has_space = re.compile(rb"[ \t\r\n]").search
-# Stand for a backslash and a quote inside of a text, where JSON has no control characters.
 _PART_BYTES = 65536
+# Temporary marks for an escaped backslash and quote in a string, where JSON allows no control
+# characters.
 _BACKSLASH, _QUOTE = b"\0\0", b"\0\1"
 
 
 def text(value: str) -> bytes:
-    """A JSON text. A lone surrogate becomes U+FFFD, as in Go."""
+    """Encode a JSON string. An unpaired surrogate becomes U+FFFD, as in Go."""
     try:
         written = orjson.dumps(value)
     except orjson.JSONEncodeError:
@@ -39,7 +40,7 @@ def text(value: str) -> bytes:
 
 
 def escaped(written: bytes) -> bytes:
-    """JSON with the five characters as escapes; outside of texts there are none of them."""
+    """Escape the five characters. They do not occur outside of strings."""
     for plain, escape in _ESCAPES:
         if plain in written:
             written = written.replace(plain, escape)
@@ -47,12 +48,12 @@ def escaped(written: bytes) -> bytes:
 
 
 def compact(written: bytes) -> bytes:
-    """JSON without white space between values, and escaped; numbers keep their spelling."""
+    """Remove white space between values and escape strings. Numbers keep their notation."""
     return escaped(_unmarked(b"".join(_compacted(written))))
 
 
 async def compact_in_slices(written: bytes) -> bytes:
-    """Do the same as `compact`, in slices of time."""
+    """Like `compact`, in slices of time."""
     parts = [part async for part in in_slices(_compacted(written))]
     return escaped(_unmarked(b"".join(parts)))
 
@@ -61,12 +62,12 @@ def _compacted(written: bytes) -> Iterator[bytes]:
     if not _has_space(written):
         yield written
         return
-    # A regular expression with a step for each text takes several times as long.
+    # A regular expression that matches each string would take several times as long.
     marked = written.replace(b"\\\\", _BACKSLASH).replace(b'\\"', _QUOTE)
     inside = 0
     for start in range(0, len(marked), _PART_BYTES):
         pieces = marked[start : start + _PART_BYTES].split(b'"')
-        # Every other piece is between two texts.
+        # Every other piece is between two strings.
         pieces[inside::2] = [piece.translate(None, _SPACE) for piece in pieces[inside::2]]
         inside ^= (len(pieces) - 1) & 1
         yield b'"'.join(pieces)

@@ -30,7 +30,7 @@ class _Notified(Protocol):
 class Metrics:
     """Metrics of `/metrics`. Counters are incremented per batch, never per client."""
 
-    def __init__(self, worker: int = 0, siblings: WorkerMemory | None = None) -> None:
+    def __init__(self, worker: int = 0, memory: WorkerMemory | None = None) -> None:
         """`worker` is the number of this worker, or 0 if there is only one."""
         self._worker = worker
         self.registry = CollectorRegistry(auto_describe=True)
@@ -47,7 +47,7 @@ class Metrics:
         self._catch_up = self.deliveries.labels("catch_up")
         self.notices = Counter(
             "relay_notices_total",
-            "Notices to clients that something may be missing or was revoked",
+            "Notices to clients about missing events or revoked rights",
             ["kind", "reason"],
             registry=self.registry,
         )
@@ -79,7 +79,7 @@ class Metrics:
         )
         self.producer_items = Counter(
             "relay_producer_items_total",
-            "Items that a producer took from its source, and of these the ones it could not use",
+            "Items that a producer read from its source, and items that it could not use",
             ["producer", "result"],
             registry=self.registry,
         )
@@ -94,22 +94,22 @@ class Metrics:
         )
         self.lost_wakeups = Counter(
             "relay_lost_wakeups_total",
-            "Entries that the slow sweep found and no wake-up had announced",
+            "Entries that the sweep found although no invalidation had been received",
             registry=self.registry,
         )
         self.refused = Counter(
             "relay_refusals_total", "Requests refused", ["code"], registry=self.registry
         )
 
-        if siblings is not None:
+        if memory is not None:
             ready = Gauge(
                 "relay_worker_ready",
-                "Whether a worker of this host reads streams, 1 or 0; the same from each of them",
+                "1 if the worker reads streams, else 0; every worker reports all of its host",
                 ["worker"],
                 registry=self.registry,
             )
-            for number in range(1, siblings.count + 1):
-                ready.labels(str(number)).set_function(partial(siblings.ready, number))
+            for number in range(1, memory.count + 1):
+                ready.labels(str(number)).set_function(partial(memory.ready, number))
 
     def take_worst_lag(self) -> float:
         """Return the largest age of an entry since the last call, in seconds."""
@@ -165,7 +165,7 @@ def _total(counter: Counter) -> float:
 class _Labelled:
     """A registry whose metrics have a label with the worker's number.
 
-    A scrape of the shared port may reach any worker, and each has its own counters.
+    A request to the shared port may reach any worker, and each worker has its own counters.
     """
 
     def __init__(self, registry: CollectorRegistry, worker: int) -> None:

@@ -1,7 +1,7 @@
-"""Values that every layer shares: channels, entry IDs, positions, events, principals.
+"""Values that all layers share: channels, entry IDs, positions, events, principals.
 
-Nothing here does I/O. All values are immutable, except that an `Event` caches its encoded frames,
-so that each protocol encodes it once however many clients receive it.
+All values are immutable, except that an `Event` caches its encoded frames, so that each protocol
+encodes it only once for all clients.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ Channel = NewType("Channel", str)
 
 # Protocols prefix their channels with these. Other protocols must not use them as namespaces.
 RESERVED_NAMESPACES = frozenset({"seafile", "pydio", "axr"})
-# Every character is allowed except lone surrogates, which have no UTF-8. Keys escape what would
-# break them, see relay/stream/format/keys.py.
+# Every character is allowed except unpaired surrogates, which have no UTF-8 encoding. Special
+# characters are escaped in keys, see relay/stream/format/keys.py.
 _CHANNEL = re.compile(r"[^\ud800-\udfff]{1,255}", re.DOTALL)
 
 
@@ -30,7 +30,7 @@ def parse_channel(text: str) -> Channel:
 def _problem(text: str) -> str:
     if not text:
         return "this one is empty"
-    return f"this one has {len(text)}" if len(text) > 255 else "this one has half a surrogate pair"
+    return f"this one has {len(text)}" if len(text) > 255 else "this one has an unpaired surrogate"
 
 
 def namespace_of(channel: Channel) -> str:
@@ -40,7 +40,7 @@ def namespace_of(channel: Channel) -> str:
 
 
 class EntryID(NamedTuple):
-    """A stream entry's ID: ordered as two numbers, never as text."""
+    """The ID of a stream entry. IDs are compared as two numbers, not as text."""
 
     ms: int
     seq: int
@@ -78,11 +78,11 @@ class EventFields(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A place in one stream: everything up to and including `id` has been seen.
+    """A position in one stream: all entries up to and including `id` have been received.
 
-    A bare stream ID has only `id`. Positions that the relay makes itself also carry `added` (how
-    many entries had ever been added up to here), `incarnation` (see `StreamState`) and `digest` (16
-    bits of the content of the entry at `id`).
+    A plain stream ID has only `id`. Relay's own positions also contain `added` (the number of
+    entries ever added up to here), `incarnation` (see `StreamState`) and `digest` (a 16-bit hash of
+    the entry at `id`).
     """
 
     id: EntryID
@@ -92,9 +92,9 @@ class Position:
 
 
 class Marker(NamedTuple):
-    """The groups that carry a stream's incarnation (see `relay.stream.read.groups`), as stored.
+    """The groups that store a stream's incarnation (see `relay.stream.read.groups`).
 
-    `is_current`: nothing was lost since the certificate in `id` was written.
+    `is_current` is True if no entry was lost since the certificate in `id` was written.
     """
 
     id: EntryID
@@ -104,17 +104,17 @@ class Marker(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamState:
-    """One moment of a stream, as XINFO STREAM and XINFO GROUPS report it.
+    """Snapshot of a stream, from XINFO STREAM and XINFO GROUPS.
 
-    `first` is None in an empty stream; `added` counts every entry ever appended, `max_deleted` is
-    the highest ID that XDEL removed (trimming leaves it alone). Redis stores the entries in
-    `blocks`.
+    `first` is None if the stream is empty. `added` is the number of entries ever appended.
+    `max_deleted` is the highest ID that XDEL removed; trimming does not change it. `blocks` is the
+    number of nodes in which Redis stores the entries.
 
-    `incarnation` is None if the stream has no marker group or it was not asked for. Its upper 32
-    bits name the stream's life, which ends with DEL and FLUSHALL. Its lower 32 bits name the
-    history of its entries, which ends when Redis may have lost some, at a failover or a restart.
-    Such a loss concerns positions up to `failover`, None if there was none. `marker` is what the
-    stream itself stores.
+    `incarnation` is None if the stream has no marker group or the groups were not read. Its upper
+    32 bits identify the life of the stream, which ends with DEL and FLUSHALL. Its lower 32 bits
+    identify the history of the entries, which ends when Redis may have lost some, at a failover or
+    a restart. Such a loss concerns positions up to `failover`; None if there was none. `marker` is
+    what the stream itself stores.
     """
 
     exists: bool
@@ -131,14 +131,13 @@ class StreamState:
 
 @dataclass(slots=True, eq=False)
 class Event:
-    """One entry's meaning for clients. `id` is None for the ephemeral kind.
+    """The meaning of an entry for clients. `id` is None for an ephemeral event.
 
-    `data` is JSON text if `is_json`, else any text, both UTF-8. `to` limits the recipients: a
-    principal receives it if the two selector sets meet; None means everyone entitled. `extra` are
-    the entry's fields that the schema does not know, for the door that wrote them. `door` limits an
-    event of the ephemeral kind to the clients of one door; it means nothing there beyond. `after`
-    is where this worker was in the stream when one of the ephemeral kind came.
-    `frames` caches encodings by encoder.
+    `data` is JSON if `is_json`, otherwise any text, both in UTF-8. `to` limits the recipients to
+    principals with one of these selectors; None means all principals with the right to read.
+    `extra` contains fields beyond the schema, for the protocol that wrote them. `door` limits an
+    ephemeral event to the clients of one protocol. `after` is this worker's position in the stream
+    when an ephemeral event arrived. `frames` caches encodings by encoder.
     """
 
     channel: Channel
@@ -166,7 +165,7 @@ class Revocation:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A grant entry: from `id` on a revocation of `user` no longer holds on this stream.
+    """A grant entry: from `id` on, an earlier revocation of `user` is no longer effective.
 
     It is not delivered and changes no subscription. Rights are always checked as of now: a client
     that reconnects after a grant receives everything after its position.
@@ -187,7 +186,7 @@ class Broken:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One entry as read: its ID, 16 bits of its content, size in bytes, and what it means."""
+    """One entry as read: its ID, a 16-bit hash of its content, its size in bytes, its meaning."""
 
     id: EntryID
     digest: int
@@ -220,9 +219,9 @@ class Principal:
 
     def selectors(self) -> frozenset[str]:
         """Return the selectors to match with an entry's `to`: `user:U`, `group:G`, `client:C`."""
-        mine = {f"group:{group}" for group in self.groups}
+        selectors = {f"group:{group}" for group in self.groups}
         if self.user:
-            mine.add(f"user:{self.user}")
+            selectors.add(f"user:{self.user}")
         if self.client:
-            mine.add(f"client:{self.client}")
-        return frozenset(mine)
+            selectors.add(f"client:{self.client}")
+        return frozenset(selectors)

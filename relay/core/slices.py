@@ -3,8 +3,8 @@
 A request that asks for thousands of small steps must not delay the other clients of the worker.
 Run such steps in a loop over `in_slices(items)`, or call `await next_slice()` between two of them.
 Code that is not a coroutine calls `for_each(items, act, spawn)`, which needs a task only for many
-items. All work that does so shares one slice of `SLICE_S` per turn of the event loop, however many
-requests ask for it at the same time:
+items. All such work shares one slice of `SLICE_S` per turn of the event loop, regardless of the
+number of simultaneous requests:
 
     async for channel in in_slices(channels):
         subscribe(channel)
@@ -21,18 +21,18 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 SLICE_S = 0.005
-# Items that `for_each` deals with at once.
+# Number of items that `for_each` processes at once.
 AT_ONCE = 100
 
 T = TypeVar("T")
 
 
 class _Budget:
-    """The time that long work may still use in the current turn of one event loop."""
+    """The remaining time for long work in the current turn of one event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        # None: no long work has run in this turn.
+        # None if no long work has run in this turn.
         self._until: float | None = None
         self._waiting: deque[asyncio.Future[None]] = deque()
 
@@ -77,7 +77,7 @@ async def next_slice() -> None:
 
 
 async def in_slices(items: Iterable[T]) -> AsyncIterator[T]:
-    """Iterate over `items`, and wait for another turn whenever this turn's slice is used up."""
+    """Iterate over `items`. Wait for a later turn whenever this turn's slice is used up."""
     for item in items:
         await next_slice()
         yield item
@@ -88,9 +88,9 @@ def for_each(
     act: Callable[[T], object],
     spawn: Callable[[Coroutine[Any, Any, None]], object],
 ) -> None:
-    """Call `act` for each of the items, in their order: of a few at once, of many in slices.
+    """Call `act` for each item in order: at once if there are few, otherwise in slices.
 
-    `spawn` starts a task. What `act` is called with may have changed since then.
+    `spawn` starts a task. Items may have changed when `act` is called in a later turn.
     """
     if len(items) <= AT_ONCE:
         for item in items:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from relay.core.errors import StartError
 
 BEAT_S = 0.25
-# A worker that hangs is detected within 2 s: this time plus its last beat.
+# A worker that hangs is detected within 2 s: this time plus the interval of its beats.
 PATIENCE_S = 1.5
 
 # Lines that a worker writes to its supervisor.
@@ -27,7 +27,7 @@ READY, ERROR = "ready", "error "
 # Messages of a supervisor to its workers: four bytes of length, then one of these or a Config.
 REOPEN_LOG = b"reopen"
 _PR_SET_PDEATHSIG = 1
-# A slot fills whole cache lines, so that workers do not invalidate each other's caches.
+# A slot has the size of whole cache lines, so that workers do not invalidate each other's caches.
 _SLOT = 16
 _READY_AT, _CONNECTIONS, _INSTANCE, _LISTENS_AT, _DEAD = range(5)
 _DEATHS = 5
@@ -42,7 +42,7 @@ class WorkerMemory:
         self._cells = memoryview(self._map).cast("d")
         self.count = len(self._cells) // _SLOT
 
-    def tell(self, number: int, connections: int) -> None:
+    def set_connections(self, number: int, connections: int) -> None:
         """Store the number of this worker's clients."""
         self._cells[(number - 1) * _SLOT + _CONNECTIONS] = connections
 
@@ -51,7 +51,7 @@ class WorkerMemory:
         # CLOCK_MONOTONIC is one clock for all processes of a host.
         self._cells[(number - 1) * _SLOT + _READY_AT] = time.monotonic() if ready else 0.0
 
-    def listen(self, number: int, *, open: bool) -> None:
+    def set_listening(self, number: int, *, open: bool) -> None:
         """Record whether this worker's listeners are open, also while it stops."""
         self._cells[(number - 1) * _SLOT + _LISTENS_AT] = time.monotonic() if open else 0.0
 
@@ -64,11 +64,11 @@ class WorkerMemory:
 
     def clear(self, number: int) -> None:
         """Mark the worker as not serving."""
-        self.listen(number, open=False)
+        self.set_listening(number, open=False)
         self.beat(number, ready=False)
-        self.tell(number, 0)
+        self.set_connections(number, 0)
 
-    def enter(self, number: int, instance: str) -> None:
+    def register(self, number: int, instance: str) -> None:
         """Store the worker's instance name, which ends with eight random digits."""
         self._cells[(number - 1) * _SLOT + _INSTANCE] = _digits(instance)
 
@@ -80,11 +80,11 @@ class WorkerMemory:
                 return number if self.ready(number) else None
         return None
 
-    def bury(self, number: int) -> None:
-        """Mark the worker as dead and store its instance name until it has died a few more times.
+    def mark_dead(self, number: int) -> None:
+        """Mark the worker as dead and keep its instance name for the next `_DEATHS` deaths.
 
-        The supervisor waits longer before each restart, so the name is kept until all data of the
-        dead worker in Redis has expired.
+        The supervisor increases the delay before each restart, so that the name is kept until all
+        data of the dead worker in Redis has expired.
         """
         self.clear(number)
         first = (number - 1) * _SLOT
@@ -108,7 +108,7 @@ class WorkerMemory:
         return time.monotonic() - self._cells[(number - 1) * _SLOT + _READY_AT] < PATIENCE_S
 
     def connections(self, number: int) -> int:
-        """Return the number of its clients, including those being handed over to it."""
+        """Return the number of the worker's clients, including those being handed over to it."""
         return int(self._cells[(number - 1) * _SLOT + _CONNECTIONS])
 
     def not_ready(self) -> list[int]:
@@ -121,7 +121,7 @@ class Worker:
     """Number, shared memory and sockets that the supervisor passes to a worker process."""
 
     number: int
-    siblings: WorkerMemory
+    memory: WorkerMemory
     # Sockets for handing over connections: from other workers, and to each of them by number.
     inbox: socket.socket
     outboxes: Mapping[int, socket.socket]
@@ -151,7 +151,7 @@ class Worker:
     @staticmethod
     def first_message() -> bytes:
         """Read the first message of the supervisor, the configuration; blocks."""
-        # Unbuffered: the messages that follow are read by the event loop.
+        # Read without a buffer, because the event loop reads the following messages.
         size = int.from_bytes(_read_exactly(4), "big")
         return _read_exactly(size)
 
@@ -172,12 +172,12 @@ class Worker:
             transport.close()
 
     @staticmethod
-    def say_ready() -> None:
+    def report_ready() -> None:
         """Report to the supervisor that the listeners are open."""
         print(READY, flush=True)  # noqa: T201  # the supervisor reads it
 
     @staticmethod
-    def say_error(line: str) -> None:
+    def report_error(line: str) -> None:
         """Report to the supervisor why this worker cannot start."""
         print(f"{ERROR}{line}", flush=True)  # noqa: T201  # the supervisor reads it
 
@@ -195,8 +195,8 @@ def _read_exactly(size: int) -> bytes:
 
 def die_with_parent(parent: int) -> None:
     """Let the kernel kill this process when `parent` dies, even by SIGKILL."""
-    # Not SIGTERM: a port that is still being drained would keep the next relay from starting, and
-    # clients resume without loss anyway.
+    # Use SIGKILL: while a worker drained its clients, its port would keep the next relay from
+    # starting. Clients resume without loss in any case.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         # The parent died before prctl().
@@ -205,7 +205,7 @@ def die_with_parent(parent: int) -> None:
 
 def _digits(instance: str) -> float:
     try:
-        # 32 bits: a double holds them exactly.
+        # A double represents 32 bits exactly.
         return float(int(instance.rpartition(":")[2], 16))
     except ValueError:
         return -1.0
@@ -214,7 +214,7 @@ def _digits(instance: str) -> float:
 def shared_memory(workers: int) -> int:
     """Create the memory of `WorkerMemory` and return its descriptor, to be inherited."""
     if not hasattr(os, "memfd_create"):
-        raise StartError("several workers need Linux: --workers 1")
+        raise StartError("several workers per host need Linux; use --workers 1")
     descriptor = os.memfd_create("relay-workers")
     os.ftruncate(descriptor, workers * _SLOT * 8)
     return descriptor

@@ -308,4 +308,4 @@ class Relay:
 
 
 def _metrics(worker: Worker | None) -> Metrics:
-    return Metrics(worker.number, worker.siblings) if worker else Metrics()
+    return Metrics(worker.number, worker.memory) if worker else Metrics()

@@ -143,7 +143,7 @@ def build(base: Foundation) -> Parts:
     # The protocols, on the HTTP server.
     server = Server(
         metrics=base.metrics,
-        ready=lambda: _not_ready(base, reader) or _siblings_not_ready(base),
+        ready=lambda: _not_ready(base, reader) or _workers_not_ready(base),
         limits=lambda: str(refusals),
     )
     tokens = Tokens(config.jwt)
@@ -234,7 +234,7 @@ def _decode(config: Config) -> partial[Record]:
 
 
 def _is_dead(base: Foundation) -> Callable[[str], bool]:
-    return base.worker.siblings.is_dead if base.worker else lambda _: False
+    return base.worker.memory.is_dead if base.worker else lambda _: False
 
 
 def _hub(base: Foundation, rights: ReadRights, incoming: Incoming) -> Hub:
@@ -345,8 +345,8 @@ def _not_ready(base: Foundation, reader: StreamReader) -> str:
     return ""
 
 
-def _siblings_not_ready(base: Foundation) -> str:
-    others = base.worker.siblings.not_ready() if base.worker else []
+def _workers_not_ready(base: Foundation) -> str:
+    others = base.worker.memory.not_ready() if base.worker else []
     return f"worker {', '.join(map(str, others))} is not ready" if others else ""
 
 
@@ -355,7 +355,7 @@ def _shared_listeners(
 ) -> SharedListeners | None:
     if base.worker is None:
         return None
-    base.worker.siblings.enter(base.worker.number, instance)
+    base.worker.memory.register(base.worker.number, instance)
     listeners = SharedListeners(
         base.worker,
         server=server,

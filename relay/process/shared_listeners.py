@@ -50,9 +50,9 @@ class SharedListeners:
             self._publish()
 
     def _publish(self) -> None:
-        number, memory = self._worker.number, self._worker.siblings
+        number, memory = self._worker.number, self._worker.memory
         memory.beat(number, ready=self._is_ready())
-        memory.listen(number, open=self._listening)
+        memory.set_listening(number, open=self._listening)
         self.balance.beat()
 
     def on_connections_changed(self) -> None:
@@ -62,13 +62,13 @@ class SharedListeners:
 
     def leave(self) -> None:
         """Publish that this worker is not ready: the others get the new clients."""
-        self._worker.siblings.beat(self._worker.number, ready=False)
+        self._worker.memory.beat(self._worker.number, ready=False)
 
     async def close_if_others_serve(self) -> None:
         """Close the listeners early if only this worker stops, so that clients go to the others."""
         # If all workers were asked to stop, they have published by then that they are not ready.
         await asyncio.sleep(2 * BEAT_S)
-        memory = self._worker.siblings
+        memory = self._worker.memory
         if len(memory.not_ready()) < memory.count:
             await self.close()
 
@@ -76,7 +76,7 @@ class SharedListeners:
         """Close the listeners."""
         if self._listening:
             self._listening = False
-            self._worker.siblings.listen(self._worker.number, open=False)
+            self._worker.memory.set_listening(self._worker.number, open=False)
             # Another worker may be about to hand over a producer's connection.
             await asyncio.sleep(_HAND_OVER_S)
         await self._server.stop_listening()
@@ -85,4 +85,4 @@ class SharedListeners:
         """Remove this worker's state from the shared memory."""
         if self._started:
             self._started = False
-            self._worker.siblings.clear(self._worker.number)
+            self._worker.memory.clear(self._worker.number)

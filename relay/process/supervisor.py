@@ -86,7 +86,7 @@ class Supervisor:
         self._reloads = Reloads(reload, lambda: self._config, self._reload)
         self._on_ready = on_ready
         self._memory = shared_memory(config.node.workers)
-        self._siblings = WorkerMemory(self._memory)
+        self._slots = WorkerMemory(self._memory)
         # Held here too: what waits for a worker that died is taken by its successor.
         self._pairs = [
             socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -114,7 +114,7 @@ class Supervisor:
                 try:
                     keepers = [
                         group.create_task(self._keep(number), name=f"worker {number}")
-                        for number in range(1, self._siblings.count + 1)
+                        for number in range(1, self._slots.count + 1)
                     ]
                     announce = group.create_task(self._announce(redis), name="announce")
                     await self._stopping.wait()
@@ -140,7 +140,7 @@ class Supervisor:
             problem = await self._hear(number, process)
             code = await process.wait()
             del self._processes[number]
-            self._siblings.bury(number)
+            self._slots.mark_dead(number)
             if self._stopping.is_set():
                 return
             if code == 1 and problem and number not in self._started:
@@ -193,7 +193,7 @@ class Supervisor:
             if line == READY:
                 _log.info("worker %d serves (process %d)", number, process.pid)
                 self._started.add(number)
-                if len(self._started) == self._siblings.count:
+                if len(self._started) == self._slots.count:
                     self._all_started.set()
             elif line.startswith(ERROR):
                 problem = line.removeprefix(ERROR)

@@ -1,1 +1,1 @@
-"""The native door: server-sent events, a plain JSON websocket, and the live page."""
+"""The native protocol: server-sent events, WebSocket with JSON messages, and the live page."""

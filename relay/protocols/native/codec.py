@@ -1,7 +1,7 @@
-"""What the native door says and understands, as bytes and values; no I/O.
+"""Encode events, notices and replies of the native protocol, and parse its commands. No I/O.
 
-Events are encoded once for all clients, so these functions depend on the event only. `data` that
-is JSON is spliced in as the producer wrote it: no number changes its spelling, no key its order.
+Events are encoded once for all clients, so these functions depend on the event only. JSON `data` is
+inserted as the producer wrote it: the notation of numbers and the order of keys do not change.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ ReplyName = Literal["subscribe", "unsubscribe", "refresh", "ping"]
 
 
 def requested_channel(text: str) -> Channel:
-    """Return `text` as a channel to follow; raise ValueError if it is none, or a pattern.
+    """Return `text` as a channel. Raise ValueError if it is invalid or contains `*`.
 
-    `*` is a wildcard in tokens. A client that expects one here would wait for events in vain.
+    `*` is a wildcard in tokens only. A client that uses it as one here would receive no events.
     """
     if "*" in text:
         raise ValueError(
@@ -34,11 +34,11 @@ def requested_channel(text: str) -> Channel:
     return parse_channel(text)
 
 
-# The names of our own SSE events begin with it, so an entry's type may not: it could pretend
-# that events were lost, or hide that they were.
+# Prefix of relay's own SSE events. The type of an entry must not begin with it, because it could
+# imitate a notice.
 NOTICE_PREFIX = "relay:"
 _REF_CHARS = 200
-# What every JSON reader, JavaScript's too, reads back unchanged.
+# The largest integer that JavaScript, too, represents exactly.
 _SAFE_INTEGER = 2**53 - 1
 _LINE_BREAKS = str.maketrans({"\r": " ", "\n": " ", "\0": " "})
 
@@ -46,7 +46,7 @@ _LINE_BREAKS = str.maketrans({"\r": " ", "\n": " ", "\0": " "})
 
 
 def event_object(event: Event) -> bytes:
-    """`{"channel","id","type","data","client"}`: what the websocket and the envelope show."""
+    """Encode `{"channel","id","type","data","client"}` for WebSocket and the SSE envelope."""
     out = [b'{"channel":', orjson.dumps(event.channel)]
     if event.id is not None:
         out.append(b',"id":"%d-%d"' % event.id)
@@ -67,51 +67,51 @@ def notice_object(
     to: str | None = None,
     reason: str | None = None,
 ) -> bytes:
-    """A notice as the websocket shows it; what is not known is left out."""
+    """Encode a notice for WebSocket. Unknown fields are omitted."""
     return _dump({"notice": name, **_notice_fields(channel, from_, to, reason)})
 
 
 def reply_object(
     name: ReplyName, ref: Ref, *, channel: Channel | None = None, position: str | None = None
 ) -> bytes:
-    """The answer to a command that was carried out."""
+    """Encode the reply to a successful command."""
     return _dump({"reply": name, "ref": ref} | _known(channel=channel, id=position))
 
 
 def error_object(
     error: ClientError | Unavailable, ref: Ref = None, channel: str | None = None
 ) -> bytes:
-    """The answer to a command that was refused."""
+    """Encode the reply to a rejected command."""
     return _dump({"error": _error_fields(error), "ref": ref} | _known(channel=channel))
 
 
 def refusal(error: ClientError | Unavailable, channel: str | None = None) -> bytes:
-    """The body of an HTTP refusal, before a stream or a websocket begins."""
+    """Encode the body of an HTTP error response."""
     return _dump({"error": _error_fields(error) | _known(channel=channel)})
 
 
-# An SSE event is `id: <id>\n` and a tail. The tail is the same for everybody, the ID is not: a
-# connection with several channels has a cursor of its own there.
+# An SSE event consists of `id: <id>\n` and a tail. The tail is the same for all clients. The ID is
+# not, because a connection with several channels has its own cursor as ID.
 
 
 def sse_id(position: bytes | str) -> bytes:
-    """The line that makes the browser remember `position`."""
+    """Encode the `id:` line. Browsers send its value as Last-Event-ID when they reconnect."""
     return b"id: " + (position.encode() if isinstance(position, str) else position) + b"\n"
 
 
 def sse_tail(event: Event) -> bytes:
-    """The event as a browser's `EventSource` takes it: its type and its data."""
+    """Encode type and data of an event for a browser's `EventSource`."""
     kind = b""
     if event.type and not event.type.startswith(NOTICE_PREFIX):
-        # A line break in a type would begin another field, or another event.
+        # A line break in a type would begin another field or event.
         kind = b"event: " + event.type.translate(_LINE_BREAKS).encode() + b"\n"
     return kind + _sse_data(event.data)
 
 
 def envelope_tail(event: Event) -> bytes:
-    """The event with channel, ID, type and client in its data (`?envelope=1`).
+    """Encode the event with channel, ID, type and client in its data (`?envelope=1`).
 
-    It has no `event:` line: a page that wants to see every type cannot listen to each by name.
+    There is no `event:` line, because a page cannot listen to types that it does not know.
     """
     return _sse_data(event_object(event))
 
@@ -124,28 +124,28 @@ def sse_notice(
     to: str | None = None,
     reason: str | None = None,
 ) -> bytes:
-    """A notice's tail; what is not known is left out."""
+    """Encode the tail of a notice. Unknown fields are omitted."""
     fields = _notice_fields(channel, from_, to, reason)
     return _named(name, _dump(fields))
 
 
 def sse_error(error: ClientError | Unavailable, channel: str | None = None) -> bytes:
-    """The tail that says why a stream that had begun ends."""
+    """Encode the tail of the error that ends a stream."""
     return _named("error", _dump(_error_fields(error) | _known(channel=channel)))
 
 
 def first_block(position: bytes | str, retry_ms: int) -> bytes:
-    """How a stream begins: a client that drops before its first event resumes from `position`."""
+    """Encode the beginning of a stream. Its ID lets a client resume that receives no event."""
     return b"retry: %d\n" % retry_ms + sse_id(position) + b"\n"
 
 
 def first_envelope_block(
     position: bytes | str, retry_ms: int, positions: Iterable[tuple[Channel, str]]
 ) -> bytes:
-    """The same where envelopes were asked for, as an event that a script can see.
+    """Encode the beginning of a stream with envelopes as an event.
 
-    A browser keeps the ID of a block without data to itself; a script that wants to resume after
-    a reload needs it too.
+    Browsers do not pass the ID of a block without data to scripts. A script needs the ID to resume
+    after the page was reloaded.
     """
     opened = {
         "retry_ms": retry_ms,
@@ -155,9 +155,9 @@ def first_envelope_block(
 
 
 def empty_stream(retry_ms: int, reason: str) -> bytes:
-    """Return a whole stream without events: the client reconnects after `retry_ms`.
+    """Encode a complete stream without events. The client reconnects after `retry_ms`.
 
-    The reason is a comment for people who look at the answer; a client ignores it.
+    The reason is a comment, which clients ignore.
     """
     return b"retry: %d\n: %b\n\n" % (retry_ms, reason.translate(_LINE_BREAKS).encode())
 
@@ -166,8 +166,10 @@ HEARTBEAT = b":\n\n"
 
 
 def _sse_data(data: bytes) -> bytes:
-    """`data` in lines. A client joins them with LF again, so CR LF and CR arrive as LF; between
-    the tokens of JSON that changes nothing, and inside its strings neither can stand."""
+    """Encode `data` as lines. A client joins them with LF, so that CR LF and CR become LF.
+
+    This does not change JSON, because its strings contain no line breaks.
+    """
     lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     return b"data: " + lines.replace(b"\n", b"\ndata: ") + b"\n\n"
 
@@ -198,7 +200,7 @@ def _dump(fields: Mapping[str, object]) -> bytes:
 
 
 class BadCommand(BadRequest):
-    """A frame that is no command; `ref` and `channel` as far as they could be read."""
+    """A frame that is not a command, with `ref` and `channel` if they could be parsed."""
 
     def __init__(self, message: str, ref: Ref = None, channel: str | None = None) -> None:
         super().__init__(message)
@@ -208,7 +210,7 @@ class BadCommand(BadRequest):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubscribeCommand:
-    """Send this channel's events, after `last_event_id` or from now."""
+    """Subscribe to a channel, after `last_event_id` or from now on."""
 
     channel: Channel
     last_event_id: str | None = None
@@ -217,7 +219,7 @@ class SubscribeCommand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnsubscribeCommand:
-    """No more of this channel."""
+    """Unsubscribe from a channel."""
 
     channel: Channel
     ref: Ref = None
@@ -225,7 +227,7 @@ class UnsubscribeCommand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefreshCommand:
-    """A new token for the same user."""
+    """Use a new token of the same user."""
 
     token: str = field(repr=False)
     ref: Ref = None
@@ -233,7 +235,7 @@ class RefreshCommand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PingCommand:
-    """Answer, so that the client sees that the connection lives."""
+    """Request a reply, to test the connection."""
 
     ref: Ref = None
 
@@ -249,43 +251,43 @@ _FIELDS = {
 
 
 def parse_command(text: str | bytes) -> Command:
-    """The command in one text frame; BadCommand says what is wrong with any other."""
+    """Parse the command in a text frame. Raise BadCommand with the reason if it is invalid."""
     frame = _load(text)
     ref = _ref(frame.get("ref"))
     channel = frame.get("channel")
     shown = channel if isinstance(channel, str) and len(channel) <= 255 else None
 
-    def refuse(message: str) -> NoReturn:
+    def reject(message: str) -> NoReturn:
         raise BadCommand(message, ref, shown)
 
     def required(name: str) -> str:
         value = frame.get(name)
         if not isinstance(value, str) or not value:
-            refuse(f"{cmd} needs {name}, a string that is not empty")
+            reject(f"{cmd} needs {name}, a non-empty string")
         return value
 
-    def asked_channel() -> Channel:
+    def channel_field() -> Channel:
         try:
             name = required("channel")
             return requested_channel(name)
         except ValueError as exc:
-            refuse(str(exc))
+            reject(str(exc))
 
     cmd = frame.get("cmd")
     if not isinstance(cmd, str) or cmd not in _FIELDS:
-        refuse("cmd is one of subscribe, unsubscribe, refresh, ping")
-    # A misspelt last_event_id would otherwise lose events without a word.
+        reject("cmd must be subscribe, unsubscribe, refresh or ping")
+    # Reject unknown fields: with a misspelt last_event_id, events would be lost silently.
     unknown = sorted(frame.keys() - _FIELDS[cmd])
     if unknown:
-        refuse(f"{cmd} has no field {unknown[0][:50]!r}")
+        reject(f"{cmd} has no field {unknown[0][:50]!r}")
     match cmd:
         case "subscribe":
             position = frame.get("last_event_id")
             if position is not None and (not isinstance(position, str) or not position):
-                refuse("last_event_id is a string that is not empty, or null")
-            return SubscribeCommand(channel=asked_channel(), last_event_id=position, ref=ref)
+                reject("last_event_id must be a non-empty string or null")
+            return SubscribeCommand(channel=channel_field(), last_event_id=position, ref=ref)
         case "unsubscribe":
-            return UnsubscribeCommand(channel=asked_channel(), ref=ref)
+            return UnsubscribeCommand(channel=channel_field(), ref=ref)
         case "refresh":
             return RefreshCommand(token=required("token"), ref=ref)
         case _:
@@ -293,24 +295,27 @@ def parse_command(text: str | bytes) -> Command:
 
 
 def _load(text: str | bytes) -> dict[str, object]:
-    """A JSON object. orjson is strict (depth, NaN, half a surrogate pair), but of two equal keys
-    it takes the last in silence and makes floats of large integers; json does neither."""
+    """Parse a JSON object with orjson and json.
+
+    orjson rejects deep nesting, NaN and unpaired surrogates. json keeps large integers, and lets
+    duplicate keys be rejected.
+    """
     try:
         orjson.loads(text)
         frame: object = json.loads(text, object_pairs_hook=_unique)
     except BadCommand:
         raise
     except (ValueError, RecursionError):
-        raise BadCommand("a frame is one JSON object") from None
+        raise BadCommand("frame must be one JSON object") from None
     if not isinstance(frame, dict):
-        raise BadCommand("a frame is one JSON object")
+        raise BadCommand("frame must be one JSON object")
     return frame
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise BadCommand("a field is there twice")
+        raise BadCommand("duplicate field")
     return found
 
 
@@ -329,5 +334,6 @@ def _ref(value: object) -> Ref:
         case _:
             pass
     raise BadCommand(
-        f"ref is a string of at most {_REF_CHARS} characters or a number that JSON keeps exactly"
+        f"ref must be a string of at most {_REF_CHARS} characters or a number that JavaScript"
+        " represents exactly"
     )

@@ -1,4 +1,4 @@
-"""Who a request comes from, and whether its Origin may use what it brings."""
+"""Authenticate a request, and check its Origin."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def principal_of(
     *,
     insecure: bool,
 ) -> Principal:
-    """By precedence: header, query, cookie. Without any: anonymous.
+    """Return the principal of the token in header, query or cookie, in this order.
 
-    A cookie is sent by the browser itself, so it needs an Origin that is this host or allowed:
-    else any page could read as its visitor.
+    Without a token the client is anonymous. Browsers send cookies with requests of any page, so a
+    cookie is accepted only from this host and from allowed origins.
     """
     header = request.headers.get("Authorization")
     if header is not None:
@@ -51,10 +51,10 @@ def _read(read_token: Callable[[str], Principal], token: str, *, insecure: bool)
 
 
 def check_origin(request: web.Request, origins: frozenset[str]) -> None:
-    """Forbidden unless the request's Origin is its own host's or an allowed one.
+    """Raise Forbidden unless the Origin of the request is this host or allowed.
 
-    A page's own EventSource sends no Origin to its own host (it is a plain GET); browsers then say
-    so in Sec-Fetch-Site.
+    For a request of EventSource to the page's own host, browsers send no Origin, but
+    Sec-Fetch-Site.
     """
     origin = request.headers.get("Origin")
     if origin is None:
@@ -68,7 +68,7 @@ def check_origin(request: web.Request, origins: frozenset[str]) -> None:
 
 
 def is_allowed(request: web.Request, origin: str, origins: frozenset[str]) -> bool:
-    """The request's own host, or one of the configured origins."""
+    """Return True if `origin` is the request's own host or a configured origin."""
     origin = origin.lower()
     return origin in origins or origin in (
         f"http://{request.host}".lower(),

@@ -1,14 +1,16 @@
 """Encoders of the native protocol: one object for all clients of one format.
 
-* websocket: one text frame an event, the same for everybody;
-* SSE with one channel: the block with the stream's ID, the same for everybody;
-* SSE with several: the block's `id:` is the client's own cursor, only the rest is shared.
+* WebSocket: one text frame per event, the same for all clients
+* SSE with one channel: a block with the entry's ID, the same for all clients
+* SSE with several channels: the `id:` of the block is the client's cursor; the rest is shared
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
+
+from typing_extensions import override
 
 from relay.core.model import Channel, EntryID, Event, Position
 from relay.hub.cursor import encode as encode_cursor
@@ -30,12 +32,12 @@ class WebSocketEncoder(SharedEncoder):
 
     door = "native"
 
+    @override
     def event(self, event: Event) -> bytes:
-        """Encode `{"channel","id","type","data","client"}`."""
         return frame_text(codec.event_object(event))
 
+    @override
     def notice(self, channel: Channel, notice: Notice) -> bytes:
-        """Encode `{"notice",...}`."""
         return frame_text(
             codec.notice_object(
                 notice.kind,
@@ -55,17 +57,16 @@ class SseEncoder(SharedEncoder):
     def __init__(self, tail: Callable[[Event], bytes]) -> None:
         self._tail = tail
 
+    @override
     def event(self, event: Event) -> bytes:
-        """Encode the whole block. Ephemeral events have no ID."""
+        # Ephemeral events have no ID.
         tail = self._tail(event)
         return tail if event.id is None else codec.sse_id(str(event.id)) + tail
 
+    @override
     def notice(self, channel: Channel, notice: Notice) -> bytes | None:
-        """Encode the notice as an SSE event named after it.
-
-        Its ID is a cursor after the notice. A client that resumed from the ID of an entry again
-        would receive the same notice again.
-        """
+        # The ID is a cursor after the notice. A client that resumed from an entry ID would receive
+        # the same notice again.
         if notice.position is None:
             return notice_block(channel, notice)
         return notice_block(channel, notice, [(channel, notice.position)])
@@ -90,13 +91,17 @@ class SseCursorEncoder(SseEncoder):
 
     personal = True
 
+    @override
     def event(self, event: Event) -> bytes:
-        """Encode the block without its ID, which differs for each client."""
+        # Without the ID, which differs for each client.
         return self._tail(event)
 
+    @override
     def notice(self, channel: Channel, notice: Notice) -> None:
-        """Leave notices to `SseClient.noticed`: their ID is the client's own cursor."""
+        # `SseClient.noticed` sends notices, because their ID is the client's own cursor.
+        return None
 
+    @override
     def personal_event(
         self,
         event: Event,
@@ -104,7 +109,6 @@ class SseCursorEncoder(SseEncoder):
         subscription: Subscription,
         shared: bytes,
     ) -> bytes:
-        """Prepend the client's cursor to the shared part."""
         if position is None:
             return shared
         cursor = subscription.session.cursor(event.channel, position)

@@ -1,4 +1,4 @@
-"""The paths of the live page."""
+"""Routes of the live page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from relay.protocols.native import page
 
 
 def routes() -> list[web.AbstractRouteDef]:
-    """One GET a file, read once at the start."""
+    """Return one route per file. The files are read once."""
     return [_route(asset) for asset in page.load()]
 
 

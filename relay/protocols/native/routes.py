@@ -1,4 +1,4 @@
-"""The native door's paths: `/sse`, `/ws`, and the live page."""
+"""Routes of the native protocol: `/sse`, `/ws` and the live page."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from aiohttp import web
+from typing_extensions import override
 
 from relay.core.errors import (
     BadRequest,
@@ -19,6 +20,7 @@ from relay.core.errors import (
     Unavailable,
 )
 from relay.core.model import Channel, Principal
+from relay.doorkit.contract import FrontDoor, Mounted
 from relay.hub import cursor
 from relay.protocols.native import codec, live_page
 from relay.protocols.native.credentials import cors_headers, principal_of
@@ -49,8 +51,8 @@ _HTTP_STATUS: dict[type[RelayError], int] = {
 }
 
 
-class MountedNative:
-    """The door at work."""
+class MountedNative(Mounted):
+    """The mounted protocol: its routes, settings and open connections."""
 
     listeners: Sequence[Listener] = ()
     producers: Sequence[web.AbstractRouteDef] = ()
@@ -60,9 +62,9 @@ class MountedNative:
         self._context = context
         self._gauge = context.metrics.connections.labels("native")
         self.routes: list[web.AbstractRouteDef] = [
-            web.get("/sse", self._answering(self._patient(self._sse)), allow_head=False),
+            web.get("/sse", self._with_errors(self._with_retry(self._sse)), allow_head=False),
             web.options("/sse", self._preflight),
-            web.get("/ws", self._answering(self._ws), allow_head=False),
+            web.get("/ws", self._with_errors(self._ws), allow_head=False),
         ]
         if settings.page:
             self.routes += live_page.routes()
@@ -71,8 +73,9 @@ class MountedNative:
         self._last_closed = asyncio.Event()
         self.reload(settings)
 
+    @override
     def reload(self, settings: NativeSettings) -> None:
-        """See `relay.doorkit.contract.Mounted`. Heartbeats of open connections keep their pace."""
+        # Open connections keep the heartbeat interval that they began with.
         self._settings = settings
         self._origins = settings.origins()
         self._sse_beat = Heartbeat(
@@ -85,14 +88,14 @@ class MountedNative:
             farewell=websocket.frame_close(_NO_PONG, "no answer to pings"),
         )
 
+    @override
     async def closed(self) -> None:
-        """See `relay.doorkit.contract.Mounted`."""
         if self._open:
             self._last_closed.clear()
             await self._last_closed.wait()
 
-    def _join(self, socket: ClientSocket, session: Session) -> None:
-        """Socket and session: full, drained and closed are the session's business."""
+    def _connect(self, socket: ClientSocket, session: Session) -> None:
+        """Pass events of the socket to the session, and count the connection until it is closed."""
         self._count(1)
 
         def closed() -> None:
@@ -116,15 +119,16 @@ class MountedNative:
         principal = self._principal(request)
         channels = _channels(request, settings.channels_per_connection)
         if not channels:
-            raise BadRequest("name a channel: /sse?channel=C")
+            raise BadRequest("channel is missing: /sse?channel=C")
         envelope = request.query.get("envelope", "0") not in ("", "0", "false")
         positions = {}
-        # The header wins: a browser's own reconnect repeats the URL, but knows what it has seen.
+        # The header takes precedence: a reconnecting browser repeats the URL and sends the newest
+        # ID in the header.
         last = request.headers.get("Last-Event-ID") or request.query.get("last_event_id")
         if last:
             positions = cursor.decode(last, channels)
         if not context.is_connected():
-            await self._connected()
+            await self._wait_connected()
         admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         client = SseClient(len(channels), admitted)
         encoder = sse_encoder(several=len(channels) > 1, envelope=envelope)
@@ -146,41 +150,41 @@ class MountedNative:
             reaper=self._reaper,
             heartbeat=self._sse_beat,
         )
-        self._join(socket, session)
+        self._connect(socket, session)
         response = take_over(request, sse.head(cors_headers(request, self._origins)), socket)
         client.attached(socket)
         session.attach(socket)
         return response
 
-    async def _connected(self) -> None:
-        """Wait for the connection to Redis: it is away for moves and restarts, but not for long."""
+    async def _wait_connected(self) -> None:
+        """Wait for the connection to Redis, which may be restarting or failing over."""
         try:
             async with asyncio.timeout(_CONNECTION_S):
                 await self._context.wait_connected()
         except TimeoutError:
             raise Unavailable("streams cannot be read now") from None
 
-    def _patient(
+    def _with_retry(
         self, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-        """Answer with an empty stream while a request cannot be served for a temporary reason.
+        """Return an empty stream if a request fails for a temporary reason.
 
-        A browser's EventSource reconnects after the end of a stream, but never after a 503.
+        A browser's EventSource reconnects after the end of a stream, but not after a 503.
         """
 
-        async def answer(request: web.Request) -> web.StreamResponse:
+        async def handle(request: web.Request) -> web.StreamResponse:
             try:
                 return await handler(request)
             except Unavailable as exc:
-                return self._come_again(request, exc)
+                return self._empty_stream(request, exc)
             except SubscriptionRejected as exc:
                 if isinstance(exc.error, Unavailable):
-                    return self._come_again(request, exc.error)
+                    return self._empty_stream(request, exc.error)
                 raise
 
-        return answer
+        return handle
 
-    def _come_again(self, request: web.Request, error: Unavailable) -> web.Response:
+    def _empty_stream(self, request: web.Request, error: Unavailable) -> web.Response:
         self._context.metrics.refused.labels(error.code).inc()
         response = web.Response(
             body=codec.empty_stream(random.randint(1000, 5000), str(error)),  # noqa: S311
@@ -192,14 +196,14 @@ class MountedNative:
 
     def _first_block(self, session: Session, *, envelope: bool) -> bytes:
         retry_ms = int(self._settings.retry_ms * random.uniform(0.5, 1.5))  # noqa: S311
-        places = [
+        positions = [
             (name, subscription.position) for name, subscription in session.subscriptions.items()
         ]
-        at = cursor.encode(places)
+        at = cursor.encode(positions)
         if not envelope:
             return codec.first_block(at, retry_ms)
-        each = [(name, str(position.id)) for name, position in places]
-        return codec.first_envelope_block(at, retry_ms, each)
+        ids = [(name, str(position.id)) for name, position in positions]
+        return codec.first_envelope_block(at, retry_ms, ids)
 
     async def _preflight(self, request: web.Request) -> web.Response:
         headers = cors_headers(request, self._origins)
@@ -222,8 +226,8 @@ class MountedNative:
             reaper=self._reaper,
             heartbeat=self._ws_beat,
         )
-        # A script cannot read the answer to a refused handshake: so a bad token is told in the
-        # websocket. Not so a foreign Origin, whose page shall not even get that far.
+        # Scripts cannot read the response to a rejected handshake, so an invalid token is reported
+        # over the open WebSocket. An Origin that is not allowed is rejected before.
         try:
             principal = self._principal(request)
             session = await context.open(principal, WEBSOCKET, client)
@@ -235,7 +239,7 @@ class MountedNative:
             return response
         client.session = session
         socket.on_text = client.on_text
-        self._join(socket, session)
+        self._connect(socket, session)
         response = take_over(request, accepted, socket)
         client.attached(socket)
         session.attach(socket)
@@ -251,14 +255,14 @@ class MountedNative:
             if last:
                 cursor.decode(last, channels)
         except (ClientError, Unavailable) as exc:
-            client.say_error(exc, names[0] if len(names) == 1 else None)
+            client.send_error(exc, names[0] if len(names) == 1 else None)
             return
         for channel in channels:
             try:
                 command = codec.SubscribeCommand(channel=channel, last_event_id=last or None)
                 client.subscribe(command)
             except (ClientError, Unavailable) as exc:
-                client.say_error(exc, channel)
+                client.send_error(exc, channel)
 
     # ---- both -------------------------------------------------------------------------------
 
@@ -266,20 +270,22 @@ class MountedNative:
         context = self._context
         return principal_of(request, context.read_token, self._origins, insecure=context.insecure)
 
-    def _answering(
+    def _with_errors(
         self, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-        async def answer(request: web.Request) -> web.StreamResponse:
+        """Return error responses for the errors that the handler raises."""
+
+        async def handle(request: web.Request) -> web.StreamResponse:
             try:
                 return await handler(request)
             except SubscriptionRejected as exc:
-                return self._refuse(request, exc.error, exc.channel)
+                return self._error_response(request, exc.error, exc.channel)
             except (ClientError, Unavailable) as exc:
-                return self._refuse(request, exc, None)
+                return self._error_response(request, exc, None)
 
-        return answer
+        return handle
 
-    def _refuse(
+    def _error_response(
         self, request: web.Request, error: RelayError, channel: Channel | None
     ) -> web.Response:
         if not isinstance(error, ClientError | Unavailable):
@@ -307,11 +313,11 @@ def _channels(request: web.Request, most: int) -> Sequence[Channel]:
         raise BadRequest(str(exc)) from None
 
 
-class NativeDoor:
-    """Serves server-sent events and WebSocket connections of relay's own format."""
+class NativeDoor(FrontDoor):
+    """Server-sent events and WebSocket with relay's own messages."""
 
+    @override
     def mount(self, context: DoorContext, settings: NativeSettings) -> MountedNative:
-        """Return the protocol's routes."""
         return MountedNative(context, settings)
 
 

@@ -1,4 +1,4 @@
-"""[protocol:native]: the door of server-sent events, the plain websocket and the live page."""
+"""[protocol:native]: settings of server-sent events, WebSocket and the live page."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pydantic import Field, field_validator
 from relay.config.lists import check_origins, origins
 from relay.config.settings import ListenerSection
 
-# Not a setting: pages of other applications set this cookie, and a second name would be a second
-# way in.
+# Not a setting, because applications whose pages set this cookie must be able to rely on its name.
 COOKIE_NAME = "relay_token"
 
 
@@ -40,7 +39,7 @@ class NativeSettings(ListenerSection):
         return max(1.0, 4 * self.commands_per_s)
 
     def origins(self) -> frozenset[str]:
-        """Return the additional origins as browsers send them."""
+        """Return the allowed origins besides relay's own, as browsers send them."""
         return origins(self.allowed_origins)
 
 

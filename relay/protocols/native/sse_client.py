@@ -1,13 +1,16 @@
-"""One server-sent-event client of the hub."""
+"""A client of the hub that receives server-sent events."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 from relay.core.errors import ClientError, RelayError, Unauthorized
 from relay.core.reasons import Reason
 from relay.hub.recovery import Notice
+from relay.hub.session import Client
 from relay.protocols.native import codec
 from relay.protocols.native.encoders import notice_block
 
@@ -25,7 +28,7 @@ class SubscriptionRejected(Exception):
         self.error = error
 
 
-class SseClient:
+class SseClient(Client):
     """Waits until all channels are subscribed. Ends the stream with the last subscription."""
 
     __slots__ = ("_outbox", "_waiting", "admitted", "session")
@@ -43,38 +46,37 @@ class SseClient:
         if self.session is not None and not self.session.subscriptions:
             self._end(b"")
 
+    @override
     def subscribed(self, subscription: Subscription) -> None:
-        """See `relay.hub.session.Client`."""
-        del subscription
         self._waiting -= 1
         if not self._waiting and self.admitted is not None and not self.admitted.done():
             self.admitted.set_result(None)
 
+    @override
     def refused(self, channel: Channel, error: RelayError) -> None:
-        """See `relay.hub.session.Client`."""
         if self.admitted is not None and not self.admitted.done():
             self.admitted.set_exception(SubscriptionRejected(channel, error))
 
+    @override
     def dropped(self, channel: Channel, notice: Notice) -> None:
-        """See `relay.hub.session.Client`."""
-        del channel
         # After the last expired subscription `expired` is called, which sends an error.
         last = self.session is not None and not self.session.subscriptions
         if last and notice.reason != Reason.EXPIRED:
             self._end(b"")
 
+    @override
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
-        """Send a notice with the client's cursor, if it follows several channels."""
+        # Called if the client follows several channels: the ID of the notice is its cursor.
         session, channel = subscription.session, subscription.feed.channel
         positions = session.cursor(channel, notice.position) if notice.position else ()
         session.offer(notice_block(channel, notice, list(positions)))
 
+    @override
     def expired(self) -> None:
-        """See `relay.hub.session.Client`."""
         self._end(codec.sse_error(Unauthorized("the token has expired")))
 
+    @override
     def disconnect(self, reason: Reason) -> None:
-        """See `relay.hub.session.Client`."""
         self._end(codec.sse_notice("closing", reason=reason))
 
     def _end(self, last: bytes) -> None:

@@ -1,10 +1,12 @@
-"""One WebSocket client: parses commands and sends replies and errors. Does no I/O."""
+"""A WebSocket client of the hub: parses its commands and sends replies and errors. No I/O."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from typing_extensions import override
 
 from relay.core.errors import (
     ClientError,
@@ -16,6 +18,7 @@ from relay.core.errors import (
 from relay.core.reasons import Reason
 from relay.hub import cursor
 from relay.hub.recovery import Notice
+from relay.hub.session import Client
 from relay.protocols.native import codec
 from relay.transports.socket.websocket import frame_close, frame_text
 
@@ -34,7 +37,7 @@ _BAD_COMMANDS_ALLOWED = 3
 _CLOSES = {Reason.STOPPING: GOING_AWAY, Reason.DISCONNECTED: DISCONNECTED}
 
 
-class WsClient:
+class WsClient(Client):
     """Executes a client's commands in the hub and replies to them."""
 
     __slots__ = (
@@ -79,18 +82,18 @@ class WsClient:
         try:
             command = codec.parse_command(text)
         except codec.BadCommand as exc:
-            self._say(codec.error_object(exc, exc.ref, exc.channel))
+            self._send(codec.error_object(exc, exc.ref, exc.channel))
             self._bad += 1
             if self._bad >= _BAD_COMMANDS_ALLOWED:
                 self.close(BAD_COMMANDS, None)
             return
         channel = getattr(command, "channel", None)
         try:
-            self._obey(session, command)
+            self._execute(session, command)
         except (ClientError, Unavailable) as exc:
-            self._say(codec.error_object(exc, command.ref, channel))
+            self._send(codec.error_object(exc, command.ref, channel))
 
-    def _obey(self, session: Session, command: codec.Command) -> None:
+    def _execute(self, session: Session, command: codec.Command) -> None:
         hub = self._context.hub
         match command:
             case codec.SubscribeCommand():
@@ -98,15 +101,15 @@ class WsClient:
             case codec.UnsubscribeCommand():
                 hub.unsubscribe(session, command.channel)
                 self._refs.pop(command.channel, None)
-                self._say(codec.reply_object("unsubscribe", command.ref, channel=command.channel))
+                self._send(codec.reply_object("unsubscribe", command.ref, channel=command.channel))
             case codec.RefreshCommand():
                 principal = self._context.read_token(command.token)
                 # With --insecure, access does not depend on the token.
                 principal = replace(principal, unrestricted=session.principal.unrestricted)
                 hub.change_principal(session, principal)
-                self._say(codec.reply_object("refresh", command.ref))
+                self._send(codec.reply_object("refresh", command.ref))
             case codec.PingCommand():
-                self._say(codec.reply_object("ping", command.ref))
+                self._send(codec.reply_object("ping", command.ref))
 
     def subscribe(self, command: codec.SubscribeCommand) -> None:
         """Start a subscription. The reply is sent by `subscribed` or `refused`."""
@@ -116,54 +119,56 @@ class WsClient:
         most = self._settings.channels_per_connection
         if len(session.subscriptions) + len(session.reserved) >= most:
             raise LimitExceeded(f"more than {most} channels on one connection")
-        asked = None
+        position = None
         if command.last_event_id is not None:
             found = cursor.decode(command.last_event_id, [command.channel])
-            asked = found.get(command.channel)
+            position = found.get(command.channel)
         if not self._context.is_connected():
             raise Unavailable("streams cannot be read now")
-        self._context.subscribe(session, command.channel, asked)
+        self._context.subscribe(session, command.channel, position)
         if command.ref is not None:
             self._refs[command.channel] = command.ref
 
     # ---- from the hub (relay.hub.session.Client) --------------------------------------------
 
+    @override
     def subscribed(self, subscription: Subscription) -> None:
-        """See `relay.hub.session.Client`."""
         channel = subscription.feed.channel
         at = cursor.encode([(channel, subscription.position)]).decode()
         ref = self._refs.pop(channel, None)
-        self._say(codec.reply_object("subscribe", ref, channel=channel, position=at))
+        self._send(codec.reply_object("subscribe", ref, channel=channel, position=at))
 
+    @override
     def refused(self, channel: Channel, error: RelayError) -> None:
-        """See `relay.hub.session.Client`."""
         if isinstance(error, ClientError | Unavailable):
             self._context.metrics.refused.labels(error.code).inc()
-            self._say(codec.error_object(error, self._refs.pop(channel, None), channel))
+            self._send(codec.error_object(error, self._refs.pop(channel, None), channel))
 
+    @override
     def dropped(self, channel: Channel, notice: Notice) -> None:
-        """Do nothing: the notice was sent, and the connection may have other channels."""
+        pass  # the notice was sent, and the connection may have other channels
 
+    @override
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
-        """Never called: the format has a frame for every notice."""
+        pass  # not called: the encoder encodes every notice
 
+    @override
     def expired(self) -> None:
-        """See `relay.hub.session.Client`."""
         self.close(UNAUTHORIZED, Unauthorized("the token has expired"))
 
+    @override
     def disconnect(self, reason: Reason) -> None:
-        """See `relay.hub.session.Client`."""
         if self.session is not None:
             self.session.offer(frame_text(codec.notice_object("closing", reason=reason)))
         self.close(_CLOSES.get(reason, GOING_AWAY), None)
 
-    def say_error(self, error: ClientError | Unavailable, channel: str | None) -> None:
-        """Send an error for something in the query string, which has no `ref`."""
-        self._say(codec.error_object(error, None, channel))
+    def send_error(self, error: ClientError | Unavailable, channel: str | None) -> None:
+        """Send an error about the query string, which has no `ref`."""
+        self._send(codec.error_object(error, None, channel))
 
-    # ---- inner workings ---------------------------------------------------------------------
+    # ---- internals --------------------------------------------------------------------------
 
-    def _say(self, payload: bytes) -> None:
+    def _send(self, payload: bytes) -> None:
         if self.session is not None:
             self.session.reply(frame_text(payload))
 

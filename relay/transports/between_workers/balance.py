@@ -42,7 +42,7 @@ class Balance:
 
     def __init__(self, worker: Worker, clients: Callable[[], int]) -> None:
         self._number = worker.number
-        self._siblings = worker.siblings
+        self._memory = worker.memory
         self._inbox = worker.inbox
         self._outboxes = worker.outboxes
         self._clients = clients
@@ -65,7 +65,7 @@ class Balance:
         before, self._known = self._known, self._clients()
         # One that was on its way has become a client.
         self._taken = max(0, self._taken - max(0, self._known - before))
-        self._siblings.tell(self._number, self._known + self._taken)
+        self._memory.set_connections(self._number, self._known + self._taken)
 
     def give(self, connection: socket.socket) -> bool:
         """Whether a sibling has it now; then this process closes its own descriptor of it."""
@@ -73,7 +73,7 @@ class Balance:
         others = [
             (self._load(number), number)
             for number in self._outboxes
-            if number != self._number and self._siblings.ready(number)
+            if number != self._number and self._memory.ready(number)
         ]
         if others:
             least, number = min(others)
@@ -85,7 +85,7 @@ class Balance:
         return False
 
     def _load(self, number: int) -> int:
-        before, now = self._seen[number], self._siblings.connections(number)
+        before, now = self._seen[number], self._memory.connections(number)
         self._seen[number] = now
         # What it has more than at the last look may be what was handed to it.
         self._given[number] = max(0, self._given[number] - max(0, now - before))
@@ -94,7 +94,7 @@ class Balance:
     def give_first(self, connection: socket.socket, listener: int, early: bytes) -> bool:
         """Give a request, as `pass_on`, to the first worker of this host whose listeners are open.
         Return False if this is that worker."""
-        number = self._siblings.first_listening()
+        number = self._memory.first_listening()
         if number in (None, self._number) or len(early) > _EARLY_BYTES:
             return False
         return self._send(number or 0, connection, listener, early)
@@ -104,7 +104,7 @@ class Balance:
     ) -> bool:
         """Whether the worker of this name, on this host, has it now, with the `early` bytes that
         were read here; then this process closes its own descriptor of it."""
-        number = self._siblings.number_of(instance)
+        number = self._memory.number_of(instance)
         if number in (None, self._number) or len(early) > _EARLY_BYTES:
             return False
         return self._send(number or 0, connection, listener, early)

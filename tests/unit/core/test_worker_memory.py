@@ -24,7 +24,7 @@ def test_nobody_is_ready_at_first(pair: tuple[WorkerMemory, WorkerMemory]) -> No
 def test_what_one_tells_the_other_sees(pair: tuple[WorkerMemory, WorkerMemory]) -> None:
     one, other = pair
     one.beat(2, ready=True)
-    one.tell(2, 70)
+    one.set_connections(2, 70)
     assert other.not_ready() == [1, 3]
     assert (other.connections(1), other.connections(2), other.connections(3)) == (0, 70, 0)
     one.clear(2)
@@ -46,9 +46,9 @@ def test_the_last_deaths_are_remembered(pair: tuple[WorkerMemory, WorkerMemory])
     one, other = pair
     names = [f"web1-2:{number:08x}" for number in range(0xFFFFFFF8, 0x100000000)]
     for name in names:
-        one.enter(2, name)
+        one.register(2, name)
         assert not other.is_dead(name)
-        one.bury(2)
+        one.mark_dead(2)
     assert [other.is_dead(name) for name in names] == [False] * 3 + [True] * 5
     assert not other.is_dead("web2-1:00000001")
     assert not other.is_dead("no digits")

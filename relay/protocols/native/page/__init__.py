@@ -1,4 +1,4 @@
-"""The live page: static files, read once, that load nothing from anywhere else."""
+"""The live page: static files, read once, that load nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import NamedTuple
 
-# img-src for the tab's icon; everything else that the page does not need is forbidden.
+# Allows only what the page needs. img-src is for the tab's icon.
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-# All but the page itself are below /live/, where no other door has a path.
+# All files except the page itself are below /live/, which no other protocol uses.
 _FILES = (
     ("/", "index.html", "text/html; charset=utf-8"),
     ("/live/app.js", "app.js", "text/javascript; charset=utf-8"),
@@ -23,7 +23,7 @@ _FILES = (
 
 
 class Asset(NamedTuple):
-    """One file and how to serve it; a request whose If-None-Match is the ETag gets a 304."""
+    """One file with its path and response headers."""
 
     path: str
     content_type: str
@@ -32,7 +32,7 @@ class Asset(NamedTuple):
 
 
 def load() -> tuple[Asset, ...]:
-    """All files of the page, the page itself first."""
+    """Read all files of the page, the page itself first."""
     folder = files(__name__)
     return tuple(_asset(path, kind, (folder / name).read_bytes()) for path, name, kind in _FILES)
 
@@ -40,11 +40,11 @@ def load() -> tuple[Asset, ...]:
 def _asset(path: str, content_type: str, body: bytes) -> Asset:
     headers = {
         "Content-Security-Policy": CONTENT_SECURITY_POLICY,
-        # Asked every time: after an upgrade an old script would meet a new relay.
+        # Browsers must revalidate, so that no old script is used after an upgrade of relay.
         "Cache-Control": "no-cache",
         "ETag": f'"{hashlib.sha256(body).hexdigest()[:24]}"',
         "X-Content-Type-Options": "nosniff",
-        # A token can stand in the address of a stream that this page opens.
+        # The URL of a stream that this page opens may contain a token.
         "Referrer-Policy": "no-referrer",
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cross-Origin-Resource-Policy": "same-origin",

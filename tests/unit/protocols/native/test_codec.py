@@ -161,7 +161,7 @@ def test_commands_are_understood(frame: str, command: codec.Command) -> None:
 
 
 @pytest.mark.parametrize(
-    ("frame", "said"),
+    ("frame", "reason"),
     [
         ("", "one JSON object"),
         ("null", "one JSON object"),
@@ -172,35 +172,33 @@ def test_commands_are_understood(frame: str, command: codec.Command) -> None:
         ('{"cmd":"ping","ref":' + "9" * 5000 + "}", "one JSON object"),
         ('{"cmd":"ping","ref":NaN}', "one JSON object"),
         ('{"cmd":"ping","ref":"\\ud800"}', "one JSON object"),
-        ('{"cmd":"ping","cmd":"ping"}', "twice"),
-        ("{}", "cmd is one of"),
-        ('{"cmd":null}', "cmd is one of"),
-        ('{"cmd":["ping"]}', "cmd is one of"),
-        ('{"cmd":"Ping"}', "cmd is one of"),
-        ('{"cmd":"ping","ref":true}', "ref is"),
-        ('{"cmd":"ping","ref":{}}', "ref is"),
-        ('{"cmd":"ping","ref":9007199254740993}', "ref is"),
+        ('{"cmd":"ping","cmd":"ping"}', "duplicate field"),
+        ("{}", "cmd must be"),
+        ('{"cmd":null}', "cmd must be"),
+        ('{"cmd":["ping"]}', "cmd must be"),
+        ('{"cmd":"Ping"}', "cmd must be"),
+        ('{"cmd":"ping","ref":true}', "ref must be"),
+        ('{"cmd":"ping","ref":{}}', "ref must be"),
+        ('{"cmd":"ping","ref":9007199254740993}', "ref must be"),
         ('{"cmd":"ping","ref":1e308e}', "one JSON object"),
-        ('{"cmd":"ping","ref":"' + "x" * 201 + '"}', "ref is"),
+        ('{"cmd":"ping","ref":"' + "x" * 201 + '"}', "ref must be"),
         ('{"cmd":"ping","channel":"news"}', "no field 'channel'"),
         ('{"cmd":"subscribe","channel":"news","lastEventId":"1-0"}', "no field 'lastEventId'"),
         ('{"cmd":"subscribe"}', "needs channel"),
         ('{"cmd":"subscribe","channel":null}', "needs channel"),
         ('{"cmd":"subscribe","channel":7}', "needs channel"),
         ('{"cmd":"subscribe","channel":"' + "x" * 256 + '"}', "255 characters"),
-        ('{"cmd":"subscribe","channel":"news","last_event_id":5}', "last_event_id is"),
-        ('{"cmd":"subscribe","channel":"news","last_event_id":""}', "last_event_id is"),
+        ('{"cmd":"subscribe","channel":"news","last_event_id":5}', "last_event_id must"),
+        ('{"cmd":"subscribe","channel":"news","last_event_id":""}', "last_event_id must"),
         ('{"cmd":"refresh","token":""}', "needs token"),
     ],
 )
-def test_anything_else_is_refused_in_words(frame: str, said: str) -> None:
-    """Each by what is wrong with it."""
-    with pytest.raises(codec.BadCommand, match=said):
+def test_an_invalid_frame_is_rejected_with_the_reason(frame: str, reason: str) -> None:
+    with pytest.raises(codec.BadCommand, match=reason):
         codec.parse_command(frame)
 
 
-def test_a_refusal_still_names_ref_and_channel() -> None:
-    """So that a client knows which of its commands it was."""
+def test_a_rejection_contains_ref_and_channel() -> None:
     with pytest.raises(codec.BadCommand) as refused:
         codec.parse_command('{"cmd":"subscribe","channel":"a b","token":"t","ref":7}')
     assert (refused.value.ref, refused.value.channel) == (7, "a b")
@@ -211,7 +209,7 @@ def test_a_refusal_still_names_ref_and_channel() -> None:
     JSON | st.sampled_from(["subscribe", "refresh", "ping"]),
 ).map(json.dumps))  # fmt: skip
 def test_no_frame_raises_anything_else(frame: str) -> None:
-    """And every ref that is taken can be given back."""
+    """Every accepted ref can be encoded in a reply."""
     try:
         command = codec.parse_command(frame)
     except codec.BadCommand as exc:
@@ -221,5 +219,4 @@ def test_no_frame_raises_anything_else(frame: str) -> None:
 
 
 def test_a_token_is_not_in_a_log() -> None:
-    """Where a command is shown."""
     assert "secret" not in repr(codec.parse_command('{"cmd":"refresh","token":"secret"}'))

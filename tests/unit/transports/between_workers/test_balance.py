@@ -24,7 +24,7 @@ class Side:
         self.beat()
 
     def beat(self) -> None:
-        self.worker.siblings.beat(self.worker.number, ready=True)
+        self.worker.memory.beat(self.worker.number, ready=True)
         self.balance.beat()
 
 
@@ -68,10 +68,10 @@ def test_what_is_on_its_way_counts_once(sides: tuple[Side, Side], connection: Pa
     for _ in range(4):
         assert not first.balance.give(connection[0])
     assert first.balance.give(connection[0])
-    assert second.worker.siblings.connections(1) == 4
+    assert second.worker.memory.connections(1) == 4
     first.clients = 4
     first.balance.tell()
-    assert second.worker.siblings.connections(1) == 4
+    assert second.worker.memory.connections(1) == 4
 
 
 async def test_a_sibling_with_fewer_gets_it_whole(
@@ -93,7 +93,7 @@ async def test_a_sibling_with_fewer_gets_it_whole(
             assert adopted.recv(10) == b"hello"
             adopted.send(b"and back")
         assert far.recv(10) == b"and back"
-        assert first.worker.siblings.connections(2) == 1
+        assert first.worker.memory.connections(2) == 1
     finally:
         second.balance.stop()
 
@@ -103,8 +103,8 @@ async def test_a_request_goes_to_the_worker_of_that_name(
 ) -> None:
     first, second = sides
     near, far = connection
-    first.worker.siblings.enter(1, "web-1:0000000a")
-    first.worker.siblings.enter(2, "web-2:0000000b")
+    first.worker.memory.register(1, "web-1:0000000a")
+    first.worker.memory.register(2, "web-2:0000000b")
     second.beat()
     taken: asyncio.Queue[tuple[socket.socket, int, bytes]] = asyncio.Queue()
     second.balance.receive(lambda *what: taken.put_nowait(what))
@@ -120,7 +120,7 @@ async def test_a_request_goes_to_the_worker_of_that_name(
             assert (listener, early) == (3, b"GET / HTTP/1.1")
             adopted.send(b"here")
         assert far.recv(10) == b"here"
-        second.worker.siblings.clear(2)
+        second.worker.memory.clear(2)
         assert not first.balance.pass_on("web-2:0000000b", far, 0, b"")
     finally:
         second.balance.stop()
@@ -131,7 +131,7 @@ def test_a_sibling_that_hangs_or_has_left_gets_nothing(
 ) -> None:
     first, second = sides
     first.clients = 100
-    second.worker.siblings.clear(2)
+    second.worker.memory.clear(2)
     assert not first.balance.give(connection[0])
 
 
