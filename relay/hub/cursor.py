@@ -2,16 +2,13 @@
 
 `c1.` and one part per channel, with a dot between them. A part is base64url, without padding, of:
 
-    3 bytes   hash of the channel's name: a cursor is sent with every event, so it must be short
-    1 byte    which of the optional fields follow: 8 incarnation, 2 digest, 4 added
+    3 bytes   hash of the channel's name, because a cursor is sent with every event
+    1 byte    the optional fields that follow: 8 incarnation, 2 digest, 4 added
     8 bytes   incarnation        2 bytes  digest        varint  added
     varint    ms                 varint   seq
 
-Parts made by earlier versions may have 1 in place of 8, and a varint: an incarnation that cannot be
-compared with present ones. It is skipped; such a part counts as a stream ID with a digest.
-
-A part depends on its own channel and position only, so a session keeps its parts and replaces
-one per event.
+Parts made by earlier versions may have the flag 1 instead of 8, and a varint: an incarnation that
+cannot be compared with present ones. It is ignored, so such a part is a stream ID with a digest.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ from relay.core.model import Channel, EntryID, Position
 
 PREFIX = b"c1."
 SEPARATOR = b"."
-# 1024 channels with every number at its largest; bounds what decoding garbage can cost.
+# Enough for 1024 channels with the largest numbers. Limits the cost of decoding invalid text.
 MAX_CHARS = 65536
 
 _NAME_BYTES = 3
@@ -39,11 +36,11 @@ _TO_STANDARD = str.maketrans("-_", "+/")
 
 
 class _Broken(Exception):
-    """A part that we did not make."""
+    """A part that relay did not make."""
 
 
 def part(channel: Channel, position: Position) -> bytes:
-    """One channel's share of a cursor; ValueError where a number does not fit its field."""
+    """Encode one channel's part. Raise ValueError if a number does not fit its field."""
     flags = 0
     fields = b""
     if position.incarnation is not None:
@@ -62,20 +59,20 @@ def part(channel: Channel, position: Position) -> bytes:
 
 
 def join(parts: Iterable[bytes]) -> bytes:
-    """A cursor made of parts, in the order in which the client asked for their channels."""
+    """Join parts to a cursor, in the order in which the client requested the channels."""
     return PREFIX + SEPARATOR.join(parts)
 
 
 def encode(parts: Iterable[tuple[Channel, Position]]) -> bytes:
-    """A cursor over all of `parts`."""
+    """Encode positions as a cursor."""
     return join(part(channel, position) for channel, position in parts)
 
 
 def decode(text: str, channels: Sequence[Channel]) -> dict[Channel, Position]:
-    """The positions that `text` holds for `channels`; BadRequest where it is not whole.
+    """Return the positions in `text` for `channels`. Raise BadRequest if it is invalid.
 
-    A channel that the cursor does not know is left out. For exactly one channel the plain ID of
-    a stream's entry will do.
+    Channels that are not in the cursor are omitted. For a single channel `text` may also be a plain
+    entry ID.
     """
     if len(text) > MAX_CHARS:
         raise BadRequest(f"last_event_id is longer than {MAX_CHARS} characters")
@@ -106,9 +103,9 @@ def _plain(text: str, channels: Sequence[Channel]) -> dict[Channel, Position]:
     try:
         entry_id = EntryID.parse(text)
     except ValueError:
-        raise BadRequest("last_event_id is neither a cursor nor an entry's ID") from None
+        raise BadRequest("last_event_id is neither a cursor nor an entry ID") from None
     if len(channels) != 1:
-        raise BadRequest("an entry's ID resumes one channel; several need a cursor")
+        raise BadRequest("last_event_id must be a cursor if there are several channels")
     return {channels[0]: Position(entry_id)}
 
 
@@ -118,7 +115,7 @@ def _name(channel: Channel) -> bytes:
 
 
 def _varint(number: int) -> bytes:
-    """7 bits a byte, lowest first, the top bit set on all but the last."""
+    """Encode 7 bits per byte, lowest first, with the top bit set in all bytes but the last."""
     if number < 0 or number >> 64:
         raise ValueError("a number in a cursor has at most 64 bits")
     out = bytearray()
@@ -150,7 +147,7 @@ def _read_part(encoded: str) -> tuple[bytes, Position]:
         raw = a2b_base64(encoded.translate(_TO_STANDARD) + "=" * (-len(encoded) % 4))
     except (Base64Error, ValueError):
         raise _Broken from None
-    # The decoder skips what is not base64; only what encodes back to the same is one of ours.
+    # The decoder ignores invalid characters. Only text that encodes back to the same was made here.
     if urlsafe_b64encode(raw).rstrip(b"=") != encoded.encode() or len(raw) <= _NAME_BYTES:
         raise _Broken
     flags, at = raw[_NAME_BYTES], _NAME_BYTES + 1

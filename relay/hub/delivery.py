@@ -76,7 +76,7 @@ class Batch:
             if isinstance(event, Event) and (
                 event.to is None or (selectors is not None and not event.to.isdisjoint(selectors))
             ):
-                # As `frame`, without the call.
+                # The same as `frame`, inlined for speed.
                 data = event.frames.get(encoder)
                 if data is None:
                     data = event.frames[encoder] = encoder.event(event)

@@ -60,7 +60,7 @@ class FeedHub(Protocol):
 
     @property
     def rights(self) -> Rights:
-        """Who may read a channel."""
+        """The policy that decides who may read a channel."""
 
     @property
     def metrics(self) -> Metrics:

@@ -83,7 +83,7 @@ class Hub:
         return session
 
     def close(self, session: Session) -> None:
-        """Forget a session and all it follows. Many subscriptions leave their streams in slices."""
+        """Remove a session and its subscriptions. Many subscriptions are removed in slices."""
         if session.closed:
             return
         session.closed = session.paused = True

@@ -1,13 +1,13 @@
-"""When a replay is complete, and which notice a client receives if it is not.
+"""Decide whether a replay is complete, and which notice a client receives if it is not.
 
-The rule is judged on one snapshot of the stream (XINFO, taken together with the entries). It may
-raise a false alarm; it is never silent about a loss. Two kinds of loss leave no trace in Redis:
+The decision uses one snapshot of the stream (XINFO, read together with the entries). It may be a
+false alarm, but a loss is always reported. Redis does not report two kinds of loss:
 
 * Trimming: `max-deleted-entry-id` stays 0-0 after XTRIM, so the rule counts entries instead
   (`entries-added` against length).
-* Acknowledged entries that a failover or a restart lost. The stream stores where this may have
-  happened (`StreamState.failover`); a position up to there is safe only if it is of the stream's
-  present history.
+* Loss of acknowledged entries by a failover or restart. The stream stores the position where this
+  may have happened (`StreamState.failover`). An earlier position is valid only if it is of the
+  stream's present history.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ NoticeKind = Literal["gap", "reset", "revoked", "closing"]
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """What a client may have missed on one channel: something after `from_id`, up to `to_id`.
+    """Notice to a client that events after `from_id` up to `to_id` are missing or not readable.
 
-    `position` is where a client that has received the notice resumes. None: where it was.
+    `position` is the position from which a client resumes that has received the notice. None if the
+    notice does not change it.
     """
 
     kind: NoticeKind
@@ -39,10 +40,10 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Delivery goes on after `resume`; `notice` is None if nothing can be missing.
+    """Result of `judge`: delivery continues after `resume`. `notice` is None if nothing is missing.
 
-    `counted`: what is in the stream up to the position is what the client has seen, so that the
-    position's `added` still counts.
+    `counted` is True if the stream up to the position contains what the client has received, so
+    that the position's `added` is still valid.
     """
 
     resume: EntryID
@@ -51,10 +52,9 @@ class Verdict:
 
 
 def judge(position: Position, state: StreamState, own_digest: int | None) -> Verdict:
-    """Whether everything after `position` is still in the stream.
+    """Decide whether all entries after `position` are still in the stream.
 
-    `own_digest` is the content digest of the entry at the position's ID, None where there is no
-    such entry.
+    `own_digest` is the digest of the entry with the position's ID, or None if it does not exist.
     """
     at = position.id
     same_life = same_history = False
@@ -63,7 +63,7 @@ def judge(position: Position, state: StreamState, own_digest: int | None) -> Ver
             same_life = position.incarnation >> 32 == state.incarnation >> 32
             same_history = position.incarnation == state.incarnation
     elif at == ZERO_ID and position.added is None:
-        # "From the beginning": nothing has been seen, so nothing of another life either.
+        # From the beginning: the client has not received entries of another life.
         same_life = same_history = True
     if not state.exists:
         return _reset(Reason.OTHER_INCARNATION, at, ZERO_ID)
@@ -71,13 +71,13 @@ def judge(position: Position, state: StreamState, own_digest: int | None) -> Ver
         new_life = is_replaced(position, state)
         return _reset(Reason.POSITION_AHEAD, at, ZERO_ID if new_life else state.last)
 
-    own_there = own_digest is not None and position.digest in (None, own_digest)
-    # An empty past cannot be checked by its own entry; the marker group survives a failover.
+    own_exists = own_digest is not None and position.digest in (None, own_digest)
+    # A position at the beginning has no own entry to check. The marker group survives a failover.
     nothing_seen = at == ZERO_ID and same_life
-    # No deletion stands at 0-0: there the two are equal in every new life, and would hide that
-    # what was appended in the old one is gone.
+    # 0-0 means no deletion. It is equal to a position at the beginning in every new life, so it
+    # proves nothing.
     own_deleted = at == state.max_deleted and at != ZERO_ID
-    if not (same_history or own_there or nothing_seen or own_deleted):
+    if not (same_history or own_exists or nothing_seen or own_deleted):
         if position.incarnation is not None and not same_life:
             new_life = is_replaced(position, state)
             return _reset(Reason.OTHER_INCARNATION, at, ZERO_ID if new_life else at)
@@ -87,14 +87,14 @@ def judge(position: Position, state: StreamState, own_digest: int | None) -> Ver
             return _gap(Reason.TRIMMED, at, state)
         if state.max_deleted > at:
             return _gap(Reason.DELETED, at, state)
-        # Nothing was ever removed here, so the position is of another stream of this name.
+        # No entry was ever removed, so the position is of another stream with this name.
         return _reset(Reason.UNKNOWN_POSITION, at, at)
     if position.incarnation is not None and not same_life:
         # Its own entry is there, but a failover may have lost the marker, and what followed it.
-        return Verdict(at, Notice("reset", Reason.OTHER_INCARNATION, at, at), counted=own_there)
+        return Verdict(at, Notice("reset", Reason.OTHER_INCARNATION, at, at), counted=own_exists)
     if not same_history and may_have_lost(at, state):
-        # What was appended after it before the failover may be gone, whatever is there now.
-        return Verdict(at, Notice("reset", Reason.FAILOVER, at, at), counted=own_there)
+        # Entries that were appended after it before the failover may be lost.
+        return Verdict(at, Notice("reset", Reason.FAILOVER, at, at), counted=own_exists)
     if state.max_deleted > at:
         return _gap(Reason.DELETED, at, state)
     if not untrimmed(position, state):
@@ -103,7 +103,7 @@ def judge(position: Position, state: StreamState, own_digest: int | None) -> Ver
 
 
 def is_replaced(position: Position, state: StreamState) -> bool:
-    """Return True if the stream was deleted and made anew, so that all its entries are new.
+    """Return True if the stream was deleted and created again, so that all its entries are new.
 
     A failover or restart may instead have lost the marker of the same stream, together with its
     newest entries. The client has already received the entries up to its position then, and they
@@ -116,13 +116,15 @@ def is_replaced(position: Position, state: StreamState) -> bool:
 
 
 def may_have_lost(at: EntryID, state: StreamState) -> bool:
-    """Return True if a failover or restart may have lost what followed `at`, unless the position is
-    known to be of the stream's present history."""
+    """Return True if a failover or restart may have lost entries after `at`.
+
+    Does not apply to positions of the stream's present history.
+    """
     return state.failover is not None and at <= state.failover
 
 
 def untrimmed(position: Position, state: StreamState) -> bool:
-    """Whether no entry after the position was removed from the old end."""
+    """Return True if no entry after the position was trimmed."""
     added = 0 if position.id == ZERO_ID and position.added is None else position.added
     if state.first is None:
         return state.added == added if added is not None else position.id == state.last
@@ -134,8 +136,10 @@ def untrimmed(position: Position, state: StreamState) -> bool:
 
 
 def gap(reason: Reason, at: EntryID, state: StreamState, next_id: EntryID | None = None) -> Notice:
-    """Return the notice that something after `at` was removed. `next_id` is the next entry that is
-    known to be there, by default the stream's first one."""
+    """Return the notice that entries after `at` were removed.
+
+    `next_id` is the next entry that is known to exist, by default the stream's first one.
+    """
     return Notice("gap", reason, at, max(next_id or state.first or state.last, state.max_deleted))
 
 
@@ -148,12 +152,12 @@ def _reset(reason: Reason, at: EntryID, resume: EntryID) -> Verdict:
 
 
 def before(entry_id: EntryID) -> EntryID:
-    """The greatest ID below."""
+    """Return the greatest ID below `entry_id`."""
     if entry_id.seq:
         return EntryID(entry_id.ms, entry_id.seq - 1)
     return EntryID(entry_id.ms - 1, 2**64 - 1) if entry_id.ms else ZERO_ID
 
 
 def added_before_first(state: StreamState) -> int:
-    """How many entries had been added before the first one that is still there."""
+    """Return how many entries were added before the first one that still exists."""
     return state.added - state.length
