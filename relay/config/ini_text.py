@@ -65,25 +65,25 @@ def example(sections: Mapping[str, type[Section]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def ini(said: Iterable[ImportedSetting]) -> str:
+def ini(settings: Iterable[ImportedSetting]) -> str:
     """Return an INI file with these settings, each with its `why` as comment.
 
-    The last of several equal settings counts. Raise ConfigError if an INI file cannot hold a value.
+    The last of several equal settings is used. Raise ConfigError if a value cannot be stored.
     """
     sections: dict[str, dict[str, ImportedSetting]] = {}
-    for each in said:
+    for each in settings:
         # An INI file drops white space around a value.
         if each.text != each.text.strip() or len(each.text.splitlines()) > 1:
             raise ConfigError(
                 f"{each.where.removesuffix(' = ')} begins or ends with white space or contains a"
-                " line break, which an INI file cannot keep. Save a secret in a file and set"
+                " line break, which an INI file cannot store. Save a secret in a file and set"
                 f" {each.key}_file"
             )
         sections.setdefault(each.section, {})[each.key] = each
     parts = []
-    for name, settings in sections.items():
+    for name, by_key in sections.items():
         lines = [f"[{name}]"]
-        for key, each in settings.items():
+        for key, each in by_key.items():
             lines += [_comment(each.why)] if each.why else []
             lines.append(f"{key} = {each.text}".rstrip())
         parts.append("\n".join(lines))

@@ -1,4 +1,4 @@
-"""Read rights of this worker's clients: check them, request missing answers, renew them in time.
+"""Read rights of this worker's clients: check them, request answers, renew them before they expire.
 
 The rights hash in Redis is read together with the stream (`relay.hub.feed`). Answers of the
 application take longer: they are requested before a client joins a channel, and again before they
@@ -84,12 +84,12 @@ class Admission:
             self._hub.subscribe(session, channel, asked)
         elif policy.http.cached(session.principal, channel) is None:
             self._hub.reserve(session, channel)
-            self._spawn(self._ask_then_join(session, channel, asked), name=f"rights {channel}")
+            self._spawn(self._ask_then_subscribe(session, channel, asked), name=f"rights {channel}")
         else:
             self._rights.renew_later(session.principal, channel)
             self._hub.subscribe(session, channel, asked)
 
-    async def _ask_then_join(
+    async def _ask_then_subscribe(
         self, session: Session, channel: Channel, asked: Position | None
     ) -> None:
         http = self._rights.policy.http
@@ -122,7 +122,7 @@ def _is_subscribed(hub: Hub, principal: Principal, channel: Channel) -> bool:
     feed = hub.feed(channel)
     if feed is None:
         return False
-    # Compare only what the question consists of: a refreshed token gives a different principal.
-    asked = (principal.user, principal.groups)
+    # Compare the parameters of the request only: a refreshed token creates another principal.
+    parameters = (principal.user, principal.groups)
     sessions = (subscription.session for subscription in feed.subscriptions())
-    return any((each.principal.user, each.principal.groups) == asked for each in sessions)
+    return any((each.principal.user, each.principal.groups) == parameters for each in sessions)

@@ -1,8 +1,14 @@
-"""One relay process: start the parts, serve until a signal, stop. The command line calls it.
+"""One relay process: start all parts, serve until a signal, stop.
 
-Stop: reject new clients but serve producers, ask clients to reconnect (spread over `drain_s`; they
-are served until then), close the listeners, answer the last producers, flush the clients' sockets,
-stop reading, then cancel what is left. A second signal ends the process at once.
+Steps of a stop:
+
+1. Reject new clients, but serve producers.
+2. Ask the clients to reconnect, spread over `drain_s`. Each is served until then.
+3. Close the listeners and answer the last requests of producers.
+4. Wait until the clients' sockets are closed, and stop reading.
+5. Cancel the remaining tasks.
+
+A second signal ends the process immediately.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ from relay.core.metrics import Metrics
 from relay.core.worker_memory import REOPEN_LOG, Worker
 from relay.process import garbage, logs
 from relay.process.composition import Foundation, Parts, build, http_rights, section_of
-from relay.process.drain import drain, end_all, last_bytes
+from relay.process.drain import drain, end_all, wait_closed
 from relay.process.embedded import private_folder, redis_address, running_valkey
 from relay.process.pid_file import pid_file, write_error
 from relay.process.reloading import Reloads
@@ -150,7 +156,7 @@ class Relay:
             await self._start(base, parts)
             tasks.append(self._spawn(garbage.collect_rarely(), name="garbage"))
             await self._stop.wait()
-            _log.info("stopping")
+            _log.info("Received a stop signal; stopping")
             await self._leave(parts, producers, reading)
         finally:
             # Don't log the reader's exit when startup has failed.
@@ -187,7 +193,7 @@ class Relay:
         number = self._worker.number if self._worker else None
         port = await parts.server.start(base.config, self.listeners, number)
         if parts.listeners:
-            # Before the supervisor is informed that this worker is ready.
+            # Do this before reporting to the supervisor that this worker is ready.
             parts.listeners.start(self._spawn)
         if base.config.insecure:
             _log.warning("INSECURE: anyone may read every channel over SSE and WebSocket")
@@ -210,7 +216,7 @@ class Relay:
             if door not in parts.doors:
                 _log.info("Protocol %s is disabled: its URLs return 404", door)
         if not self._config.jwt.key.get_secret_value():
-            _log.warning("[jwt] key is empty: tokens are refused")
+            _log.warning("[jwt] key is not set: native tokens are rejected")
 
     async def _keep_reading(self, parts: Parts) -> None:
         """Read streams. Stop the process if the reader ends: it could no longer deliver events."""
@@ -237,7 +243,7 @@ class Relay:
                 leaving.create_task(parts.listeners.close_if_others_serve(), name="listeners")
             await drain(parts.hub.sessions(), parts.doors, self._config.node.drain_s)
         await (parts.listeners.close() if parts.listeners else parts.server.stop_listening())
-        await last_bytes(parts.doors)
+        await wait_closed(parts.doors)
         await parts.reader.stop()
         reading.cancel()
         with contextlib.suppress(RelayError):
@@ -271,13 +277,13 @@ class Relay:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_stop_signal)
         if self._worker is None:
-            loop.add_signal_handler(signal.SIGHUP, reloads.ask)
+            loop.add_signal_handler(signal.SIGHUP, reloads.request)
             loop.add_signal_handler(signal.SIGUSR1, logs.reopen)
             release_signals()
 
     def _on_stop_signal(self) -> None:
         if self._stop.is_set():
-            _log.warning("second signal: ending at once")
+            _log.warning("Received a second stop signal; exiting immediately")
             os._exit(1)
         self._stop.set()
 
@@ -287,14 +293,14 @@ class Relay:
             if message == REOPEN_LOG:
                 logs.reopen()
             else:
-                # The supervisor's own process made it.
+                # The data is from relay's own supervisor process.
                 self._apply(pickle.loads(message), base, parts)  # noqa: S301
 
     def _namespace(self, channel: Channel) -> NamespaceSettings:
         return self._config.namespace(channel)
 
     def _apply(self, config: Config, base: Foundation, parts: Parts) -> None:
-        """Use new namespaces, limits, secrets and log level. They have passed `check`."""
+        """Use new settings that have passed `check`: namespaces, limits, secrets and log level."""
         self._config = config
         parts.tokens.reload(config.jwt)
         parts.rights.policy.reload(config.namespace, http_rights(config, base.http))
@@ -304,7 +310,7 @@ class Relay:
             door.reload(section_of(config, name))
         logs.set_level(config.log.level)
         parts.hub.recheck(None)
-        _log.info("reloaded")
+        _log.info("Configuration reloaded")
 
 
 def _metrics(worker: Worker | None) -> Metrics:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ClusterServices:
-    """Uses two Redis connections of its own; `run` must be running."""
+    """Shared services on two Redis connections of their own. `run` must be running."""
 
     def __init__(
         self,

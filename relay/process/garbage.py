@@ -1,8 +1,8 @@
-"""Garbage collection that does not stop the event loop again and again.
+"""Run full garbage collections rarely, because they block the event loop.
 
-A full collection looks at every object of the process in one step: 150 ms for 10,000 subscriptions.
-By default, Python starts one whenever the number of objects has grown by a quarter, so that clients
-which connect and subscribe stop the worker repeatedly.
+A full collection visits every object of the process in one step: 150 ms for 10,000 subscriptions.
+By default, Python starts one whenever the number of objects has grown by a quarter, so that
+connecting clients would block the worker repeatedly.
 
 Connections, sessions and subscriptions are freed by their reference counts. Reference cycles that
 are still young are freed by Python's partial collections, which take a few milliseconds. So a full
@@ -20,7 +20,7 @@ import time
 
 _log = logging.getLogger(__name__)
 
-_LOOK_S = 10.0
+_CHECK_S = 10.0
 _GROWTH = 1.25
 _GROWTH_KB = 64 * 1024
 _NEVER = 2**31 - 1
@@ -30,26 +30,26 @@ async def collect_rarely() -> None:
     """Replace Python's full collections with rare ones. Runs until cancelled."""
     young, middle, old = gc.get_threshold()
     gc.collect()
-    # Modules and classes stay: no collection needs to look at them.
+    # Modules and classes are kept for the life of the process, so collections can skip them.
     gc.freeze()
     gc.set_threshold(young, middle, _NEVER)
     try:
         size_kb = _largest_kb()
         while True:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_CHECK_S)
             if is_due(size_kb, _largest_kb()):
                 began = time.perf_counter()
                 found = gc.collect()
                 size_kb = _largest_kb()
                 took_ms = (time.perf_counter() - began) * 1000
-                _log.debug("Full garbage collection: %d objects freed in %.0f ms", found, took_ms)
+                _log.debug("Freed %d objects in a full collection of %.0f ms", found, took_ms)
     finally:
         gc.set_threshold(young, middle, old)
         gc.unfreeze()
 
 
 def is_due(before_kb: int, now_kb: int) -> bool:
-    """Return whether a process that has grown so much since its last full collection needs one."""
+    """Return True if the process has grown enough since its last full collection to need one."""
     return now_kb >= max(before_kb * _GROWTH, before_kb + _GROWTH_KB)
 
 

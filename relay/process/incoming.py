@@ -1,7 +1,6 @@
-"""Entries that the hub cannot deliver: write them to the dead-letter stream.
+"""Write entries that the hub cannot deliver to the dead-letter stream, and decode ephemeral events.
 
-Readable entries go from the reader straight to the hub (`relay.hub.feed.Feed.on_records`). This
-module receives the others, and decodes ephemeral events.
+The reader passes readable entries directly to the hub (`relay.hub.feed.Feed.on_records`).
 """
 
 from __future__ import annotations
@@ -43,16 +42,16 @@ class Incoming:
             return None
         return event
 
-    def set_aside(self, channel: Channel, broken: Broken) -> None:
+    def add_dead_letter(self, channel: Channel, broken: Broken) -> None:
         """Queue an entry that cannot be decoded for the dead-letter stream."""
         self._metrics.dead_letters.inc()
         try:
             self.dead_letters.put_nowait((channel, broken))
         except asyncio.QueueFull:
-            # The entry itself stays in its stream; only the note about it is lost.
+            # The entry itself stays in its stream.
             _log.warning(
-                "Entry %s of %s cannot be decoded: %s. It is not in the dead-letter stream either:"
-                " too many dead letters are waiting to be written",
+                "Could not decode entry %s of %s: %s. No dead letter was written, because too many"
+                " are waiting to be written",
                 broken.id,
                 channel,
                 broken.reason,

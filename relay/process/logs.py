@@ -1,7 +1,7 @@
-"""Log lines, plain or JSON, to standard error or to a file that is opened again on SIGUSR1.
+"""Write log lines, plain or JSON, to standard error or to a file that is reopened on SIGUSR1.
 
-Promise: no line holds a token, whoever logs it. The code never logs one on purpose; the patterns
-below are the last net, for exception texts and libraries.
+Log lines never contain tokens. Relay's own code does not log them; the patterns below remove them
+from the texts of exceptions and libraries.
 
 Repeated lines are counted instead of written, so that no peer can flood the log: see
 `RepeatLimiter`. Callers log every occurrence and keep no counters of their own.
@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import TextIO, cast
 
 import orjson
+from typing_extensions import override
 
 from relay.config.settings import LogSettings
 from relay.core.errors import StartError
 
 _HIDDEN = "[hidden]"
 _SECRETS = (
-    # All of them take linear time, because peers choose parts of the text: a name is searched from
+    # All patterns take linear time, because peers choose parts of the text. A name is matched from
     # its first character only.
     # token=..., relay_token=..., "token": "...", also percent-encoded inside a quoted URL
     (
@@ -56,7 +57,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def redact(text: str) -> str:
-    """`text` without what looks like a token or a password."""
+    """Replace parts of `text` that look like tokens or passwords."""
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text
@@ -64,19 +65,20 @@ def redact(text: str) -> str:
 
 class _Formatter(logging.Formatter):
     def __init__(self, worker: int = 0) -> None:
-        """`worker` is the number of this one of several, 0 of an only one."""
+        """`worker` is the number of this worker, or 0 if there is only one."""
         super().__init__()
         self._worker = worker
 
 
 class PlainFormatter(_Formatter):
-    """`2026-11-21T05:44:34.123Z info relay.process.app: what happened`, a traceback below it.
+    """Lines such as `2026-11-21T05:44:34.123Z info relay.process.app: what happened`.
 
-    Of worker 2 it is `relay.process.app[2]`.
+    A traceback follows in further lines. The logger of worker 2 is `relay.process.app[2]`.
     """
 
+    @override
     def format(self, record: logging.LogRecord) -> str:
-        """One line; control characters are escaped, so that no client can forge another."""
+        # Escape control characters, so that a client cannot forge another line.
         text = _CONTROL.sub(lambda match: repr(match[0])[1:-1], _message(record))
         name = f"{record.name}[{self._worker}]" if self._worker else record.name
         line = f"{_when(record)} {record.levelname.lower()} {name}: {text}"
@@ -85,11 +87,10 @@ class PlainFormatter(_Formatter):
 
 
 class JsonFormatter(_Formatter):
-    """One JSON object a line: time, level, logger, message and, where there are any, worker and
-    exception."""
+    """One JSON object per line: time, level, logger, message, and worker and exception if any."""
 
+    @override
     def format(self, record: logging.LogRecord) -> str:
-        """The line; it is always valid JSON."""
         fields = {
             "time": _when(record),
             "level": record.levelname.lower(),
@@ -103,7 +104,7 @@ class JsonFormatter(_Formatter):
         try:
             return orjson.dumps(fields).decode()
         except orjson.JSONEncodeError:
-            # Half a surrogate pair, as os.fsdecode makes them, is no UTF-8.
+            # Unpaired surrogates, which os.fsdecode may return, cannot be encoded as UTF-8.
             clean = {
                 key: value.encode("utf-8", "backslashreplace").decode()
                 for key, value in fields.items()
@@ -112,14 +113,14 @@ class JsonFormatter(_Formatter):
 
 
 class FileHandler(logging.StreamHandler[TextIO]):
-    """Appends to a file that another program may move away."""
+    """Appends to a file that another program may rename."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         super().__init__(self._open())
 
     def reopen(self) -> None:
-        """From now on lines go to what the path names now; if that fails, where they went."""
+        """Open the path again. If that fails, continue with the old file."""
         try:
             stream = self._open()
         except OSError as exc:
@@ -130,8 +131,8 @@ class FileHandler(logging.StreamHandler[TextIO]):
         with cast(TextIO, self.setStream(stream)):
             pass
 
+    @override
     def close(self) -> None:
-        """Closes the file too."""
         super().close()
         self.stream.close()
 
@@ -143,7 +144,7 @@ class FileHandler(logging.StreamHandler[TextIO]):
 _INFO_LINES = 100
 # Warnings and errors from one place in the code with different values, such as names of channels.
 _DISTINCT_LINES = 5
-# Lines that are remembered as written while their place in the code keeps logging.
+# Limit of the texts that are remembered while the same call keeps logging.
 _REMEMBERED_LINES = 50
 
 
@@ -191,8 +192,9 @@ class RepeatLimiter(logging.Handler):
         self._windows: dict[tuple[object, ...], _Window] = {}
         self._timer: threading.Timer | None = None
 
+    @override
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the record, or count it. The caller holds the handler's lock."""
+        # Write the record, or count it. The caller holds the handler's lock.
         if record.levelno < logging.INFO:
             self.target.handle(record)
             return
@@ -216,8 +218,9 @@ class RepeatLimiter(logging.Handler):
         if self._timer is None:
             self._start_timer(window.began + self._window_s - now)
 
+    @override
     def flush(self) -> None:
-        """Write the counts of windows that have ended."""
+        # Write the counts of windows that have ended.
         self.acquire()
         try:
             self._end_windows(self._clock())
@@ -225,8 +228,9 @@ class RepeatLimiter(logging.Handler):
             self.release()
         self.target.flush()
 
+    @override
     def close(self) -> None:
-        """Write all counts and close the target too."""
+        # Write all counts and close the target too.
         self.acquire()
         try:
             if self._timer is not None:
@@ -250,7 +254,7 @@ class RepeatLimiter(logging.Handler):
             return False
         if record.levelno < logging.WARNING:
             return True
-        # A traceback counts as the same whatever the values in its line.
+        # Records with a traceback are the same even if the values in their texts differ.
         same = hash("" if record.exc_info else text)
         if same in window.written:
             return False
@@ -266,7 +270,7 @@ class RepeatLimiter(logging.Handler):
                 continue
             allowance = self._allowance(window.latest)
             self._write_count(window, now)
-            # The series goes on: texts that have been written stay suppressed.
+            # Start the next window of the series, which still suppresses texts already written.
             known = window.written if len(window.written) <= _REMEMBERED_LINES else set()
             self._windows[key] = _Window(now, allowance, known)
 
@@ -276,8 +280,8 @@ class RepeatLimiter(logging.Handler):
             return
         span = f"in the last {max(1, round(now - window.began))} s"
         count = f"{window.suppressed:,} time{'s' if window.suppressed > 1 else ''}"
-        what = "repeated" if window.same else "and similar lines, logged"
-        latest.msg = f"{latest.msg} ({what} {count} {span})"
+        verb = "repeated" if window.same else "and similar lines, logged"
+        latest.msg = f"{latest.msg} ({verb} {count} {span})"
         latest.created = time.time()
         latest.msecs = int(latest.created % 1 * 1000)
         self.target.handle(latest)
@@ -306,8 +310,8 @@ class RepeatLimiter(logging.Handler):
 
 
 def _origin(record: logging.LogRecord) -> tuple[object, ...]:
-    """Return what records have in common that count as repeats of one line."""
-    # Without arguments the text may have been put together by the caller.
+    """Return the key of a record. Records with the same key are repeats of one line."""
+    # Without arguments, the caller may have formatted the text.
     template = record.msg if record.args else None
     place = (record.name, record.levelno, record.pathname, record.lineno, template)
     if not record.exc_info or record.exc_info[0] is None:
@@ -327,11 +331,12 @@ def open_error(path: str, problem: str) -> str:
 
 
 def setup(settings: LogSettings, *, worker: int = 0) -> None:
-    """All loggers write as `settings` say; what an earlier call set up is taken away.
+    """Configure logging, replacing the configuration of an earlier call.
 
-    `worker` is in each line where it is not 0.
+    `worker` is the number of this worker, or 0 if there is only one.
 
-    StartError where the file cannot be opened.
+    Raises:
+        StartError: The log file cannot be opened.
     """
     handler: logging.Handler
     if settings.file:
@@ -348,27 +353,27 @@ def setup(settings: LogSettings, *, worker: int = 0) -> None:
         old.close()
     root.addHandler(RepeatLimiter(handler))
     set_level(settings.level)
-    # It would print request lines, and native clients may have their token there.
+    # It would log request lines, which may contain tokens.
     logging.getLogger("aiohttp.access").disabled = True
 
 
 def set_level(level: str) -> None:
-    """The lowest level written from now on: debug, info, warning or error."""
+    """Set the lowest level to write: debug, info, warning or error."""
     root = logging.getLogger()
     root.setLevel(level.upper())
-    # Its jobs run every few seconds and it tells of each at info.
+    # APScheduler logs each run of a job at level info.
     logging.getLogger("apscheduler").setLevel(max(root.level, logging.WARNING))
 
 
 def reopen() -> None:
-    """Opens the log file again, for SIGUSR1; nothing where standard error is the log."""
+    """Open the log file again, for SIGUSR1. Do nothing if the log is standard error."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, RepeatLimiter) and isinstance(handler.target, FileHandler):
             handler.target.reopen()
 
 
 def _when(record: logging.LogRecord) -> str:
-    # In UTC: lines of several hosts are read together.
+    # UTC, because lines of several hosts are read together.
     seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
     return f"{seconds}.{int(record.msecs):03d}Z"
 
@@ -376,7 +381,7 @@ def _when(record: logging.LogRecord) -> str:
 def _message(record: logging.LogRecord) -> str:
     text = record.getMessage()
     if len(text) > _MESSAGE_CHARS:
-        text = f"{text[:_MESSAGE_CHARS]}... ({len(text) - _MESSAGE_CHARS:,} characters left out)"
+        text = f"{text[:_MESSAGE_CHARS]}... ({len(text) - _MESSAGE_CHARS:,} characters omitted)"
     return redact(text)
 
 
@@ -386,5 +391,5 @@ def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> str:
         parts.append(formatter.formatException(record.exc_info))
     if record.stack_info:
         parts.append(formatter.formatStack(record.stack_info))
-    # The end has the exception.
+    # Keep the end, which contains the exception.
     return redact("\n".join(parts)[-_TRACE_CHARS:])

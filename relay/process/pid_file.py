@@ -1,4 +1,4 @@
-"""The file that names the process to signal."""
+"""The file with the process ID, for sending signals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from relay.core.errors import StartError
 
 
 def write_error(path: str) -> str:
-    """Return why a line cannot be appended to the file, '' if it can; nothing is changed."""
+    """Return why the file cannot be written, or '' if it can. Changes nothing."""
     file = Path(path)
     if file.is_dir():
         return os.strerror(errno.EISDIR)
@@ -25,9 +25,10 @@ def write_error(path: str) -> str:
 
 @contextlib.contextmanager
 def pid_file(path: str) -> Iterator[None]:
-    """Keep this process's ID in the file, '' for none, and remove the file at the end.
+    """Write this process's ID to the file, and remove the file at the end. '' means no file.
 
-    StartError if the file cannot be written, or belongs to a process that is running.
+    Raises:
+        StartError: The file cannot be written, or belongs to a running process.
     """
     if not path:
         yield
@@ -38,7 +39,7 @@ def pid_file(path: str) -> Iterator[None]:
         raise StartError(f"[node] pid_file: {path} cannot be written: {exc.strerror}") from exc
     try:
         try:
-            # The kernel releases it when this process ends, however that happens.
+            # The kernel releases the lock when this process ends, even if it is killed.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             owner = os.read(file, 20).decode(errors="replace").strip()

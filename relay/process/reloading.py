@@ -1,6 +1,6 @@
-"""Reloading the configuration on SIGHUP, for a relay alone and for the supervisor of several.
+"""Reload the configuration on SIGHUP, in a single process or in the supervisor.
 
-A new configuration passes the same checks as at a start before any of it takes effect.
+A new configuration must pass the same checks as at a start before it takes effect.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 class Reloads:
-    """Reloads one after the other; `run` must be running."""
+    """Runs one reload at a time. `run` must be running."""
 
     def __init__(
         self,
@@ -28,21 +28,21 @@ class Reloads:
         current: Callable[[], Config],
         apply: Callable[[Config], None],
     ) -> None:
-        """`load` runs in a thread: it reads files and builds every part once to check it."""
+        """`load` runs in a thread, because it reads files and builds all parts to check them."""
         self._load = load
         self._current = current
         self._apply = apply
-        self._asked = asyncio.Event()
+        self._requested = asyncio.Event()
 
-    def ask(self) -> None:
-        """Reload soon; requests that come meanwhile are one further reload."""
-        self._asked.set()
+    def request(self) -> None:
+        """Reload soon. Requests during a reload cause one further reload."""
+        self._requested.set()
 
     async def run(self) -> None:
-        """Reload whenever asked, until cancelled."""
+        """Reload when requested. Runs until cancelled."""
         while True:
-            await self._asked.wait()
-            self._asked.clear()
+            await self._requested.wait()
+            self._requested.clear()
             try:
                 loaded = await asyncio.to_thread(self._load)
             except RelayError as exc:
@@ -55,4 +55,4 @@ class Reloads:
             config, later = after_reload(self._current(), loaded)
             self._apply(config)
             if later:
-                _log.warning("Changed, but not in force before a restart: %s", ", ".join(later))
+                _log.warning("Changed settings that take effect at a restart: %s", ", ".join(later))

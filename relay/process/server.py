@@ -1,4 +1,4 @@
-"""The listeners: doors on the shared one or their own, health and metrics beside them."""
+"""The HTTP listeners: protocols on the shared listener or their own, health and metrics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from relay.doorkit.contract import Mounted
     from relay.transports.between_workers.balance import Balance
 
-_FIRST_BYTES_S, _LOOKS = 0.2, 20
+_FIRST_BYTES_S, _CHECKS = 0.2, 20
 _SHUTDOWN_S = 3.0
 _LAST_PORT = 65535
 _ALL_ADDRESSES = {"", "0.0.0.0", "::"}  # noqa: S104  # compared with, not bound
@@ -33,8 +33,8 @@ _ALL_ADDRESSES = {"", "0.0.0.0", "::"}  # noqa: S104  # compared with, not bound
 
 @dataclass(frozen=True, slots=True)
 class Listening:
-    """One listener as configured: `setting` names its port. `producers` are the routes that are
-    served until the end of a stop."""
+    """One configured listener. `setting` is the name of its port setting. `producers` are the
+    routes that are served until the end of a stop."""
 
     host: str
     port: int
@@ -54,14 +54,17 @@ class Server:
         ready: Callable[[], str],
         limits: Callable[[], str] = lambda: "",
     ) -> None:
-        """`ready` gives the reason why this worker is not ready, '' if it is. `limits` describes
-        what does not work although events are delivered, '' if everything does."""
+        """Create a server without listeners.
+
+        `ready` returns the reason why this worker is not ready, or ''. `limits` describes functions
+        that do not work although events are delivered, or ''.
+        """
         self._limits = limits
         self._metrics = metrics
         self._ready = ready
         self._runners: list[web.AppRunner] = []
         self._sites: list[GuardedSite] = []
-        # By site: what stays open at a stop, and the runner that then serves it.
+        # By site: the routes that stay open at a stop, and the runner that then serves them.
         self._lasting: list[Sequence[web.AbstractRouteDef]] = []
         self._last: list[web.AppRunner] = []
         self._balance: Balance | None = None
@@ -72,7 +75,8 @@ class Server:
     ) -> list[Listening]:
         """Return all listeners in the order in which they open, the shared one first.
 
-        StartError if two of them need the same port, or if a certificate cannot be loaded.
+        Raises:
+            StartError: Two listeners need the same port, or a certificate cannot be loaded.
         """
         server = config.server
         shared = [
@@ -91,21 +95,21 @@ class Server:
         ]
         if not config.metrics.port:
             shared += health
-            # Without producers nothing stays open.
+            # If there are no producers, no listener stays open.
             producers += health if producers else []
         tls = _tls(server.tls_cert, server.tls_key, "[server]")
         found = [Listening(server.host, server.port, "[server] port", shared, producers, tls)]
         for name, door, section in doors:
-            whose = f"[protocol:{name}]"
+            label = f"[protocol:{name}]"
             if _own_port(section):
                 cert, key = (str(getattr(section, name, "")) for name in ("tls_cert", "tls_key"))
-                own = _tls(cert, key, whose)
+                own = _tls(cert, key, label)
                 host, port = _own_address(server, section)
                 routes = door.routes, door.producers
-                found.append(Listening(host, port, f"{whose} port", *routes, own or tls))
+                found.append(Listening(host, port, f"{label} port", *routes, own or tls))
             for each in door.listeners:
-                setting = f"{whose} {_port_setting(section, each.port)}"
-                own = _tls(each.tls_cert, each.tls_key, whose) or tls
+                setting = f"{label} {_port_setting(section, each.port)}"
+                own = _tls(each.tls_cert, each.tls_key, label) or tls
                 own = None if each.plain else own
                 host = each.host or server.host
                 routes = each.routes, each.producers
@@ -120,10 +124,13 @@ class Server:
     async def start(
         self, config: Config, listeners: Sequence[Listening], worker: int | None
     ) -> int:
-        """Open the listeners and return the shared one's port; StartError if one cannot open.
+        """Open the listeners and return the port of the shared one.
 
         `worker` is the number of this worker if other processes listen on the same ports. Each
-        worker then has a metrics listener of its own, on the ports from [metrics] port on.
+        worker then has its own metrics listener, on the ports from [metrics] port on.
+
+        Raises:
+            StartError: A listener cannot be opened.
         """
         for each in listeners:
             port = each.port
@@ -137,9 +144,9 @@ class Server:
         return self._sites[0].port
 
     def balance(self, balance: Balance, spawn: Callable[..., object]) -> None:
-        """Share what comes to the shared listener with this host's other workers.
+        """Share connections to the shared listener with the other workers of this host.
 
-        Not with TLS: its handshake is over when a connection is looked at, and its keys are here.
+        TLS connections are not shared, because other workers do not have their session keys.
         """
         site = self._sites[0]
         self._balance = balance
@@ -155,7 +162,7 @@ class Server:
         balance.receive(take)
 
     def pass_on(self, request: web.Request, instance: str) -> web.StreamResponse | None:
-        """See `relay.doorkit.contract.DoorContext`."""
+        """Hand the connection of a request over to another worker; see `DoorContext.pass_on`."""
         balance = self._balance
         site = None if balance is None else self._site_of(request)
         if balance is None or site is None:
@@ -176,7 +183,7 @@ class Server:
         return None
 
     def gather(self, request: web.Request) -> web.StreamResponse | None:
-        """See `relay.doorkit.contract.DoorContext`."""
+        """Hand the connection of a request over to the first worker; see `DoorContext.gather`."""
         balance = self._balance
         site = None if balance is None else self._site_of(request)
         if balance is None or site is None:
@@ -188,8 +195,10 @@ class Server:
         return hand_on(request, give)
 
     async def reject_clients(self) -> None:
-        """From now on serve new connections of producers and health checks only. Close listeners
-        that have no producers."""
+        """Accept only producers and health checks from now on.
+
+        Listeners that have no producers are closed.
+        """
         for site, routes in zip(self._sites, self._lasting, strict=True):
             if not routes:
                 await site.stop()
@@ -199,19 +208,19 @@ class Server:
             site.serve(runner)
 
     async def stop_listening(self) -> None:
-        """Close the listeners. Producers' requests that have arrived by then are answered."""
+        """Close the listeners. Requests of producers that have arrived by then are answered."""
         if self._balance is not None:
             self._balance.stop()
         for site in self._sites:
             await site.stop()
         self._sites.clear()
         for runner in self._last:
-            await _arrived(cast("web.Server", runner.server))
+            await _wait_for_requests(cast("web.Server", runner.server))
             await runner.cleanup()
         self._last.clear()
 
     async def close(self) -> None:
-        """After the clients have gone."""
+        """Close all connections. Call it after the clients have disconnected."""
         for runner in [*self._last, *self._runners]:
             await runner.cleanup()
 
@@ -238,7 +247,7 @@ class Server:
             app,
             access_log=None,
             keepalive_timeout=KEEPALIVE_S,
-            # A peer that does not complete its request must not hold up the stop.
+            # A peer that does not complete its request must not delay the stop.
             shutdown_timeout=_SHUTDOWN_S,
             handle_signals=False,
         )
@@ -265,54 +274,55 @@ async def _drop(request: web.Request) -> web.StreamResponse:
     return drop(request)
 
 
-async def _arrived(server: web.Server) -> None:
-    """Wait until connections that have just been accepted have sent a request, or for 0.2 s."""
-    for _ in range(_LOOKS):
-        await asyncio.sleep(_FIRST_BYTES_S / _LOOKS)
+async def _wait_for_requests(server: web.Server) -> None:
+    """Wait up to 0.2 s until all accepted connections have sent a request."""
+    for _ in range(_CHECKS):
+        await asyncio.sleep(_FIRST_BYTES_S / _CHECKS)
         if all(each._current_request is not None for each in server.connections):
             return
 
 
 def _own_port(section: Section) -> int:
-    """The port of a door's own listener; 0 where it is on the shared one."""
+    """Return the port of a protocol's own listener, or 0 if it uses the shared one."""
     return int(getattr(section, "port", 0))
 
 
-def _tls(cert: str, key: str, whose: str) -> ssl.SSLContext | None:
+def _tls(cert: str, key: str, label: str) -> ssl.SSLContext | None:
     if not cert:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
         context.load_cert_chain(cert, key or None)
     except (OSError, ssl.SSLError) as exc:
-        raise StartError(f"{whose} tls_cert, tls_key: cannot be used: {exc}") from exc
+        raise StartError(f"{label} tls_cert, tls_key: cannot be used: {exc}") from exc
     return context
 
 
 def _own_address(settings: ServerSettings, section: Section) -> tuple[str, int]:
-    """Of a door's own listener; port 0 where it has none."""
+    """Return the address of a protocol's own listener; port 0 if it has none."""
     return str(getattr(section, "host", "")) or settings.host, _own_port(section)
 
 
 def addresses(settings: ServerSettings, doors: Iterable[Section]) -> list[tuple[str, int]]:
-    """Host and port of the listeners for clients: the shared one first, then doors' own."""
+    """Return host and port of the listeners for clients, the shared one first."""
     own = (_own_address(settings, door) for door in doors if door.is_open)
     return [(settings.host, settings.port), *(each for each in own if each[1])]
 
 
 def node_name(config: Config, port: int = 0) -> str:
-    """By which a relay is known: [node] name, else hostname_port.
+    """Return [node] name, or hostname_port if it is not set.
 
-    The port is the shared listener's, else the first door's own; `port` where all are free ones.
+    The port is that of the shared listener, or of the first protocol that has its own, or `port` if
+    all of them are 0.
     """
     ports = (number for _, number in addresses(config.server, config.doors.values()) if number)
     return config.node.name or f"{socket.gethostname()}_{next(ports, port)}"
 
 
 def _check_ports(config: Config, listeners: Sequence[Listening]) -> None:
-    """StartError if two listeners need the same port, which the kernel would let workers share."""
+    """Raise StartError if two listeners need the same port. The kernel lets workers share ports."""
     used: list[tuple[str, int, str]] = []
-    wanted = [(each.host, each.port, each.setting) for each in listeners if each.port]
+    needed = [(each.host, each.port, each.setting) for each in listeners if each.port]
     last = config.metrics.port + config.node.workers - 1
     if config.metrics.port and last > _LAST_PORT:
         raise StartError(
@@ -320,14 +330,14 @@ def _check_ports(config: Config, listeners: Sequence[Listening]) -> None:
             f" from {config.metrics.port} on, but the last port is {_LAST_PORT}"
         )
     # The second worker's metrics listener has the next port, and so on.
-    wanted += [
+    needed += [
         (config.metrics.host, port, METRICS_PORT)
         for port in range(config.metrics.port + 1, last + 1)
         if config.metrics.port
     ]
     if config.redis.url == "embedded":
-        wanted.append(("127.0.0.1", config.redis.embedded_port, "[redis] embedded_port"))
-    for host, port, setting in wanted:
+        needed.append(("127.0.0.1", config.redis.embedded_port, "[redis] embedded_port"))
+    for host, port, setting in needed:
         for other_host, other_port, other in used:
             if port == other_port and _overlap(host, other_host):
                 one, two = config.where(other), config.where(setting)
@@ -336,7 +346,7 @@ def _check_ports(config: Config, listeners: Sequence[Listening]) -> None:
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether the two hosts have an address in common."""
+    """Return True if the two hosts have a common address."""
     one, other = ("127.0.0.1" if each == "localhost" else each for each in (one, other))
     return one == other or bool({one, other} & _ALL_ADDRESSES)
 

@@ -1,7 +1,7 @@
-"""This worker's part in the listeners that all workers of a host share.
+"""Share the listeners of a host between its workers.
 
-The workers' shared memory shows which of them are ready and listening. At a stop, clients and
-producers can move to the workers that stay.
+The workers' shared memory contains which of them are ready and listening. When one of them stops,
+its clients and producers move to the others.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class SharedListeners:
         self._listening = True
 
     def start(self, spawn: Callable[..., object]) -> None:
-        """Share new connections with the other workers; the listeners are open."""
+        """Share new connections with the other workers. Call it when the listeners are open."""
         self._server.balance(self.balance, spawn)
         self._started = True
         self._publish()
 
     async def renew(self) -> None:
-        """Publish the state again: the other workers ignore one that is old."""
+        """Publish the state again, because other workers ignore an old state."""
         if self._started:
             self._publish()
 
@@ -61,12 +61,12 @@ class SharedListeners:
             self.balance.tell()
 
     def leave(self) -> None:
-        """Publish that this worker is not ready: the others get the new clients."""
+        """Publish that this worker is not ready, so that the others receive new clients."""
         self._worker.memory.beat(self._worker.number, ready=False)
 
     async def close_if_others_serve(self) -> None:
-        """Close the listeners early if only this worker stops, so that clients go to the others."""
-        # If all workers were asked to stop, they have published by then that they are not ready.
+        """Close the listeners early if only this worker stops: the others get its clients."""
+        # If all workers stop, they have published by then that they are not ready.
         await asyncio.sleep(2 * BEAT_S)
         memory = self._worker.memory
         if len(memory.not_ready()) < memory.count:

@@ -1,13 +1,13 @@
-"""The parent of several workers on one port: starts them, restarts the dead, passes signals on.
+"""The supervisor of several workers on one port: it starts and restarts them and forwards signals.
 
-    relay serve --workers N ─┬─ embedded Valkey, where no Redis is configured
-                             ├─ worker 1 ── one complete relay, listening with SO_REUSEPORT
+    relay serve --workers N ─┬─ embedded Valkey, if no Redis is configured
+                             ├─ worker 1 ── a complete relay, listening with SO_REUSEPORT
                              └─ worker N ── the same
 
-Promise: while it lives, every worker that dies is replaced; when it ends, however that happens, no
-worker outlives it. It touches no client and no stream. A worker writes to its standard output that
-it serves, or in one line why it cannot; everything else goes to the log. On its standard input it
-receives the configuration in force, and each one that a reload puts in its place.
+The supervisor replaces every worker that dies. If the supervisor dies, the kernel kills its
+workers. It has no connections to clients and reads no streams. A worker reports on its standard
+output that it is ready, or in one line why it cannot start; everything else is logged. On its
+standard input it receives the current configuration, and a new one after each reload.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _BACK_OFF_S = (0.1, 5.0)
-# A worker that ran this long has a clean record.
+# After a worker has run this long, the next restart delay is short again.
 _STEADY_S = 10.0
-# Beyond the time that its clients are given, before a stopping worker is killed.
+# Time after the end of draining before a stopping worker is killed.
 _STOP_S = 10.0
 
 
@@ -58,19 +58,20 @@ def run(
     reload: Callable[[], Config],
     on_ready: Callable[[int, str], None],
 ) -> int:
-    """Keep `config.node.workers` workers running until a signal; return the exit code.
+    """Keep `config.node.workers` workers running until a signal. Return the exit code.
 
-    StartError or ConfigError, or a group of them, if a worker cannot start at all.
+    Raises:
+        StartError or ConfigError, or a group of them: A worker cannot start.
     """
     listeners = app.check(config)
-    # The kernel would let two relays with workers share a port.
+    # The kernel would allow two relays with workers to share a port.
     check_addresses(config, listeners)
     with pid_file(config.node.pid_file):
         return uvloop.run(Supervisor(config, listeners, reload, on_ready).run())
 
 
 class Supervisor:
-    """The parent at work."""
+    """Starts the workers, restarts them, and stops them."""
 
     def __init__(
         self,
@@ -79,15 +80,16 @@ class Supervisor:
         reload: Callable[[], Config],
         on_ready: Callable[[int, str], None],
     ) -> None:
-        # The configuration in force: the one of the start, changed by each accepted reload. A
-        # worker that replaces another gets it, whatever the file says by then.
+        # The current configuration: that of the start, changed by each accepted reload. A worker
+        # that replaces another one receives it, even if the file has changed since.
         self._config = config
         self._listeners = listeners
         self._reloads = Reloads(reload, lambda: self._config, self._reload)
         self._on_ready = on_ready
         self._memory = shared_memory(config.node.workers)
         self._slots = WorkerMemory(self._memory)
-        # Held here too: what waits for a worker that died is taken by its successor.
+        # Kept open here, so that connections handed over to a worker that died are received by its
+        # successor.
         self._pairs = [
             socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             for _ in range(config.node.workers)
@@ -101,10 +103,11 @@ class Supervisor:
         self._all_started = asyncio.Event()
 
     async def run(self) -> int:
-        """Start, watch, stop."""
+        """Start the workers, restart them until a signal, and stop them. Return the exit code."""
         config = self._config
         async with contextlib.AsyncExitStack() as stack:
-            # Held to the end: with a port of 0 nobody else may get it while a worker is away.
+            # Reserve the port until the end, so that no other program gets it while a worker
+            # restarts.
             self._port = stack.enter_context(reserved(config, self._listeners[0]))
             self._handle_signals()
             await stack.enter_async_context(running_valkey(config.redis))
@@ -120,15 +123,15 @@ class Supervisor:
                     await self._stopping.wait()
                     announce.cancel()
                     reloads.cancel()
-                    group.create_task(self._end_the_slow(keepers), name="limit")
+                    group.create_task(self._kill_slow_workers(keepers), name="limit")
                 finally:
-                    self._pass_on(signal.SIGTERM if self._stopping.is_set() else signal.SIGKILL)
+                    self._forward(signal.SIGTERM if self._stopping.is_set() else signal.SIGKILL)
         return 0
 
     # ---- one worker -------------------------------------------------------------------------
 
     async def _keep(self, number: int) -> None:
-        """Returns when the relay stops and this worker has ended."""
+        """Start a worker and restart it until relay stops."""
         loop = asyncio.get_running_loop()
         delay_s, ceiling_s = _BACK_OFF_S
         while not self._stopping.is_set():
@@ -137,18 +140,23 @@ class Supervisor:
             self._processes[number] = process
             if self._stopping.is_set():
                 process.terminate()
-            problem = await self._hear(number, process)
+            problem = await self._read_output(number, process)
             code = await process.wait()
             del self._processes[number]
             self._slots.mark_dead(number)
             if self._stopping.is_set():
                 return
             if code == 1 and problem and number not in self._started:
-                # What keeps it from starting keeps all of them, and the operator is waiting.
+                # The cause affects all workers, and the operator is waiting for the start.
                 raise StartError(problem)
             if loop.time() - begun >= _STEADY_S:
                 delay_s = _BACK_OFF_S[0]
-            _log.error("worker %d has ended: %s", number, problem or _how(code))
+            _log.error(
+                "Worker %d exited unexpectedly (%s); restarting it in %.1f s",
+                number,
+                problem or _describe(code),
+                delay_s,
+            )
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay_s):
                     await self._stopping.wait()
@@ -168,30 +176,31 @@ class Supervisor:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             pass_fds=(self._memory, inbox, *outboxes),
-            # Ctrl-C in a terminal must reach the supervisor alone. It passes one signal on; a
-            # second one would end the worker at once.
+            # Ctrl-C in a terminal must reach the supervisor only, which forwards it. A second
+            # signal would end the worker immediately.
             start_new_session=True,
         )
         _send(process, self._packed())
         return process
 
     def _packed(self) -> bytes:
-        """The configuration in force, with the port and the name that workers share."""
+        """Return the current configuration with the shared port and name, pickled."""
         config = self._config
-        # The port is known here if 0 was configured, and the name must outlive a restart.
+        # If the configured port is 0, the actual one is known here. The name must not change at a
+        # restart of the worker.
         node = config.node.model_copy(update={"name": node_name(config, self._port)})
         server = config.server.model_copy(update={"port": self._port})
         return pickle.dumps(dataclasses.replace(config, node=node, server=server))
 
-    async def _hear(self, number: int, process: Process) -> str:
-        """Until the worker's output ends; its error, if it told one."""
+    async def _read_output(self, number: int, process: Process) -> str:
+        """Read the worker's output until its end. Return the error that it reported, or ''."""
         problem = ""
         if process.stdout is None:
             raise RuntimeError("the worker has no output")
         async for raw in process.stdout:
             line = raw.decode(errors="replace").rstrip("\n")
             if line == READY:
-                _log.info("worker %d serves (process %d)", number, process.pid)
+                _log.info("Worker %d ready (pid %d)", number, process.pid)
                 self._started.add(number)
                 if len(self._started) == self._slots.count:
                     self._all_started.set()
@@ -205,16 +214,16 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_stop_signal)
-        loop.add_signal_handler(signal.SIGHUP, self._reloads.ask)
+        loop.add_signal_handler(signal.SIGHUP, self._reloads.request)
         loop.add_signal_handler(signal.SIGUSR1, self._on_reopen_signal)
         release_signals()
 
     def _on_stop_signal(self) -> None:
         if self._stopping.is_set():
-            _log.warning("second signal: ending at once")
-            self._pass_on(signal.SIGKILL)
+            _log.warning("Received a second stop signal; exiting immediately")
+            self._forward(signal.SIGKILL)
             os._exit(1)
-        _log.info("stopping")
+        _log.info("Received a stop signal; stopping")
         self._stopping.set()
 
     def _reload(self, config: Config) -> None:
@@ -229,26 +238,26 @@ class Supervisor:
         for process in self._processes.values():
             _send(process, REOPEN_LOG)
 
-    def _pass_on(self, number: signal.Signals) -> None:
+    def _forward(self, number: signal.Signals) -> None:
         for process in self._processes.values():
-            # One that ended in this moment.
+            # The process may have just ended.
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
 
-    async def _end_the_slow(self, keepers: Iterable[asyncio.Task[None]]) -> None:
+    async def _kill_slow_workers(self, keepers: Iterable[asyncio.Task[None]]) -> None:
         own = (float(getattr(door, "drain_s", 0)) for door in self._config.doors.values())
         drain_s = max(self._config.node.drain_s, *own)
         await asyncio.wait(keepers, timeout=drain_s + _STOP_S)
         for number in self._processes:
-            _log.error("worker %d does not end and is killed", number)
-        self._pass_on(signal.SIGKILL)
+            _log.error("Worker %d did not stop within %g s; killing it", number, drain_s + _STOP_S)
+        self._forward(signal.SIGKILL)
 
     async def _announce(self, redis: str) -> None:
         await self._all_started.wait()
         self._on_ready(self._port, redis)
 
 
-def _how(code: int) -> str:
+def _describe(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 

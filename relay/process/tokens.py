@@ -1,4 +1,4 @@
-"""Read a token of any kind that this relay accepts: a native JWT, or one of a mounted protocol."""
+"""Read tokens: native JWTs, and tokens of the mounted protocols."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Tokens:
-    """Reads tokens; `doors` is set once the protocols are mounted."""
+    """Reads tokens. `doors` is set when the protocols are mounted."""
 
     def __init__(self, settings: JwtSettings) -> None:
         self.doors: Iterable[Mounted] = ()

@@ -124,7 +124,7 @@ async def test_the_embedded_port_and_later_metrics_ports_are_checked(tmp_path: P
         code, line = await run("checkconfig", *embedded)
         assert (code, line) == await run("serve", *embedded)
         assert code == 1
-        assert f"port {port} of 127.0.0.1 is taken by another program" in line
+        assert f"port {port} of 127.0.0.1 is used by another program" in line
         metrics = [*words, "--set", f"metrics.port={port - 1}", "--set", "node.workers=2"]
         metrics += ["--set", f"redis.embedded_port={free_port()}"]
         code, line = await run("checkconfig", *metrics)

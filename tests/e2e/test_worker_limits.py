@@ -93,7 +93,7 @@ async def test_the_seats_of_a_killed_worker_are_free_at_once(valkey: Server, cha
         assert await _answers(door, channel, 1) == ["limit_exceeded"]
         for number in (1, 2):
             os.kill(workers(relay)[number], signal.SIGKILL)
-            await said(relay, f"worker {number} has ended")
+            await said(relay, f"Worker {number} exited")
         for stream in streams:
             with pytest.raises((asyncio.IncompleteReadError, ConnectionError, EOFError)):
                 await stream.next()
@@ -109,6 +109,6 @@ async def test_a_limit_holds_from_a_reload_on(valkey: Server, tmp_path: Path, ch
         assert not redis(valkey, "KEYS", f"relay:users:*_{relay.port}-*")
         file.write_text("[hub]\nconnections_per_user = 6\n")
         relay.send(signal.SIGHUP)
-        await said(relay, ": reloaded", 2)
+        await said(relay, "Configuration reloaded", 2)
         await until(lambda: sum(_seats(valkey)) == 4)
         assert await _answers(door, channel, 4) == ["open"] * 2 + ["limit_exceeded"] * 2

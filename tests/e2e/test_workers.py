@@ -70,7 +70,7 @@ async def test_clients_are_spread_evenly_and_a_new_worker_gets_its_share(
         assert sum(counts) == 200
         assert max(counts) <= 110
         os.kill(workers(relay)[1], signal.SIGKILL)
-        await said(relay, "worker 1 serves", 2)
+        await said(relay, "Worker 1 ready", 2)
         # Its clients come back: most to it, so that it has as many as the other.
         await over_both(door, channel, 100)
         counts = await _clients(first, second)
@@ -113,7 +113,7 @@ async def test_a_killed_worker_is_back_and_its_clients_have_missed_nothing(valke
             await asyncio.to_thread(mark.wait)
             os.kill(workers(relay)[number], signal.SIGKILL)
             begun = time.monotonic()
-            await said(relay, f"worker {number} serves", 2)
+            await said(relay, f"Worker {number} ready", 2)
             away_s.append(time.monotonic() - begun)
             await begin()
 
@@ -179,7 +179,7 @@ async def test_reload_and_reopen_reach_every_worker(valkey: Server, tmp_path: Pa
         file.write_text("[namespace:open]\nrights = anonymous\n")
         relay.send(signal.SIGHUP)
         for number in (1, 2):
-            mark = f"relay.process.app[{number}]: reloaded"
+            mark = f"relay.process.app[{number}]: Configuration reloaded"
             await until(lambda mark=mark: mark in log.read_text())  # type: ignore[misc]
         for _ in range(8):
             (await door.sse("open:a", token="")).drop()
@@ -188,7 +188,7 @@ async def test_reload_and_reopen_reach_every_worker(valkey: Server, tmp_path: Pa
         await until(log.exists)
         relay.send(signal.SIGHUP)
         for number in (1, 2):
-            mark = f"relay.process.app[{number}]: reloaded"
+            mark = f"relay.process.app[{number}]: Configuration reloaded"
             await until(lambda mark=mark: mark in log.read_text())  # type: ignore[misc]
 
 
@@ -292,13 +292,13 @@ async def test_a_worker_is_replaced_although_the_file_was_broken_since(
         file.write_text("[namespace:open]\nrights = anonymous\n[namespace:b]\nrights = anonymous\n")
         relay.send(signal.SIGHUP)
         for number in (1, 2):
-            await said(relay, f"relay.process.app[{number}]: reloaded")
+            await said(relay, f"relay.process.app[{number}]: Configuration reloaded")
         file.write_text("[namespace:open]\nrights = everyone\n[server]\nprot = 1\n")
         relay.send(signal.SIGHUP)
         await said(relay, "not reloaded")
         for number in (1, 2):
             os.kill(workers(relay)[number], signal.SIGKILL)
-            mark = f"worker {number} serves"
+            mark = f"Worker {number} ready"
             await until(lambda mark=mark: sum(mark in line for line in relay.log) == 2, limit_s=20)  # type: ignore[misc]
         async with asyncio.timeout(10):
             while await door.status("/readyz") != 200:

@@ -42,7 +42,7 @@ _SECRET = re.compile(r"(secret|key|\w*password|\w*_token) = \S")
         ),
         (["log.file=/etc"], "cannot be opened: Is a directory"),
         (["node.pid_file=/no/such/relay.pid"], "[node] pid_file: /no/such/relay.pid cannot be"),
-        (["redis.embedded_dir=/usr"], "data folder /usr is not empty and open to others"),
+        (["redis.embedded_dir=/usr"], "data folder /usr is not empty and readable by other users"),
         (["protocol:pydio.authorised_hosts=127.0.0.*"], "is not a host"),
         (["redis.url=redis://:a[b@localhost/0"], "percent-encode special characters"),
         (["redis.url=redis://:a#b@localhost/0"], "percent-encode special characters"),

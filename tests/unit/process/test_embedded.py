@@ -95,7 +95,7 @@ async def test_a_server_left_behind_is_taken_over(tmp_path: Path) -> None:
     async with serving(tmp_path / "d", port) as server:
         assert server.pid == killed.pid
         assert await ask(port, "PING") == b"+PONG"
-    await killed._ended()
+    await killed._wait_exited()
     with pytest.raises(ConnectionRefusedError):
         await ask(port, "PING")
 
@@ -111,7 +111,7 @@ async def test_a_server_left_behind_on_another_port_makes_room(tmp_path: Path) -
         assert await ask(other, "GET", "a") == b"$1\r\nb"
         with pytest.raises(ConnectionRefusedError):
             await ask(port, "PING")
-    await killed._ended()
+    await killed._wait_exited()
 
 
 async def test_an_old_pid_file_is_believed_only_if_the_server_says_so(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ async def test_a_damaged_pid_file_is_no_obstacle(tmp_path: Path, text: str) -> N
 async def test_a_folder_serves_one_relay(tmp_path: Path) -> None:
     async with serving(tmp_path / "d", free_port()):
         second = EmbeddedValkey(tmp_path / "d", free_port())
-        with pytest.raises(StartError, match="another relay serves from .*embedded_dir=PATH"):
+        with pytest.raises(StartError, match="is used by another relay.*embedded_dir=PATH"):
             await second.start()
 
 
@@ -170,10 +170,10 @@ async def test_a_port_lost_at_the_last_moment_is_named_too(
 
 async def test_a_server_that_ends_at_its_start_says_why(tmp_path: Path) -> None:
     server = EmbeddedValkey(tmp_path / "d", free_port(), arguments=["--aclfile", "/nowhere"])
-    with pytest.raises(StartError, match=r"ended at its start: .*/nowhere.*; see .*valkey\.log"):
+    with pytest.raises(StartError, match=r"exited during startup: .*/nowhere.*; see .*valkey\.log"):
         await server.start()
     unheard = EmbeddedValkey(tmp_path / "e", free_port(), arguments=["--no-such-option", "1"])
-    with pytest.raises(StartError, match="ended at its start: without a word"):
+    with pytest.raises(StartError, match="exited during startup: its log is empty"):
         await unheard.start()
 
 
@@ -236,7 +236,7 @@ async def test_a_server_taken_over_that_dies_is_started_again_once_it_can_be(
         monkeypatch.setattr(embedded, "_binary_path", lambda: binary)
         await wait_for(lambda: server.pid != 0)
         watch.cancel()
-    await killed._ended()
+    await killed._wait_exited()
 
 
 async def test_a_server_that_does_not_end_is_killed(
@@ -259,7 +259,7 @@ async def test_something_that_never_answers_is_given_up(
     silent.chmod(0o700)
     monkeypatch.setattr(embedded, "_binary_path", lambda: silent)
     server = EmbeddedValkey(tmp_path / "d", free_port())
-    with pytest.raises(StartError, match="does not answer"):
+    with pytest.raises(StartError, match="did not answer"):
         await server.start()
     assert server.pid == 0
 

@@ -119,7 +119,7 @@ def test_no_line_is_longer_than_a_few_thousand_characters() -> None:
     for formatter in (logs.PlainFormatter(), logs.JsonFormatter()):
         line = formatter.format(failed)
         assert len(line) < 30_000
-        assert "y... (66,000 characters left out)" in line
+        assert "y... (66,000 characters omitted)" in line
 
 
 def test_json_is_json_whatever_is_in_it() -> None:
