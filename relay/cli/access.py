@@ -32,7 +32,8 @@ def _revoke(options: argparse.Namespace) -> int:
     config = configuration(options)
     channel, user = channel_of(options.channel), user_of(options.user)
     entry_id = asyncio.run(revoke(config.redis, channel, user))
-    print(f"{user} reads nothing of {channel} after {entry_id} (Redis: {_where(config)})")
+    where = f"(Redis: {_where(config)})"
+    print(f"Revoked: {user} receives no event of {channel} after {entry_id} {where}")
     return 0
 
 
@@ -44,10 +45,10 @@ def _grant(options: argparse.Namespace) -> int:
     entry_id = asyncio.run(grant(config.redis, channel, user))
     where = f"(Redis: {_where(config)})"
     if entry_id is None:
-        raise RelayError(f"{user} is not revoked on {channel} {where}: nothing changed")
+        raise RelayError(f"nothing changed: {user} is not revoked on {channel} {where}")
     print(
-        f"the revocation of {user} on {channel} ended at {entry_id} {where};"
-        f" {user} reads it again as far as token, protocol, application or rights hash allow"
+        f"Ended the revocation of {user} on {channel} at {entry_id} {where}."
+        " Token, protocol, application and rights hash decide again."
     )
     return 0
 

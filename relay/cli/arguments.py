@@ -13,21 +13,24 @@ from relay.cli import operator_arguments as operate
 from relay.cli.operator_arguments import Commands
 from relay.config.imported import ConfigurationImport
 
-_EXIT_CODES = "Exit codes: 0 done, 1 configuration or start error (one line says which), 2 usage."
+_EXIT_CODES = (
+    "Exit codes: 0 done; 1 configuration or start error (one line on standard error has the"
+    " reason); 2 usage."
+)
 OPERATOR_EXIT_CODES = (
-    "Exit codes: 0 done; 1 not done: configuration, Redis away, no rights, no such thing (one line"
-    " on standard error says which); 2 usage."
+    "Exit codes: 0 done; 1 failed: configuration error, Redis unreachable, no permission, or not"
+    " found (one line on standard error has the reason); 2 usage."
 )
 
 
 def parse(
-    arguments: Sequence[str] | None, foreigns: Sequence[ConfigurationImport] = ()
+    arguments: Sequence[str] | None, imports: Sequence[ConfigurationImport] = ()
 ) -> argparse.Namespace:
     """Parse the command line. Exit with code 2 if it is not valid.
 
-    `foreigns` read the configurations of other servers; their options and commands are included.
+    `imports` read the configurations of other servers; their options and commands are included.
     """
-    configured = partial(_configured, foreigns=foreigns)
+    configured = partial(_configured, imports=imports)
     parser = argparse.ArgumentParser(
         prog="relay",
         description="Delivers events from Redis streams to websocket and SSE clients.",
@@ -37,7 +40,7 @@ def parse(
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    serve = _command(commands, "serve", "run the relay until a signal ends it")
+    serve = _command(commands, "serve", "run relay until it receives SIGTERM or SIGINT")
     configured(serve)
     serve.add_argument("--host", help="address to listen on, [server] host")
     serve.add_argument("--port", metavar="N", help="TCP port, [server] port; default 8000")
@@ -62,7 +65,7 @@ def parse(
         "--config",
         type=Path,
         metavar="FILE",
-        help="write to a new file; another server's ending selects a minimal file for it",
+        help="write to a new file; a suffix of another server selects a minimal file for it",
     )
     convert = _command(
         commands, "convert-config", "print another server's configuration as an INI file"
@@ -93,8 +96,8 @@ def parse(
     )
 
     for name, about in (
-        ("revoke", "stop delivering CHANNEL to USER, whatever else allows it, until `grant`"),
-        ("grant", "undo `revoke`: token, protocol, application or rights hash decide again"),
+        ("revoke", "revoke USER's right to read CHANNEL; overrides all other rights until `grant`"),
+        ("grant", "end a revocation: token, protocol, application and rights hash decide again"),
     ):
         change = _command(commands, name, about)
         configured(change)
@@ -102,7 +105,7 @@ def parse(
         change.add_argument("channel", metavar="CHANNEL")
         change.add_argument("user", metavar="USER")
     operate.add(commands, partial(_operator, configured=configured))
-    imported_arguments.add_commands(commands, foreigns, _command, _serving)
+    imported_arguments.add_commands(commands, imports, _command, _serving)
     options = parser.parse_args(arguments)
     operate.check(options, parser)
     return options
@@ -132,19 +135,17 @@ def _command(
     )
 
 
-def _configured(
-    parser: argparse.ArgumentParser, *, foreigns: Sequence[ConfigurationImport]
-) -> None:
-    theirs = ", ".join(suffix for each in foreigns for suffix in each.suffixes)
+def _configured(parser: argparse.ArgumentParser, *, imports: Sequence[ConfigurationImport]) -> None:
+    suffixes = ", ".join(suffix for each in imports for suffix in each.suffixes)
     parser.add_argument(
         "-c",
         "--config",
         type=Path,
         metavar="FILE",
         help="INI file; see config.example.ini"
-        + (f". Other servers' files by their ending: {theirs}" if theirs else ""),
+        + (f". Other servers' files are recognized by suffix: {suffixes}" if suffixes else ""),
     )
-    imported_arguments.add_options(parser, foreigns)
+    imported_arguments.add_options(parser, imports)
     _overrides(parser)
 
 
@@ -186,5 +187,5 @@ def _ttl_s(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < math.inf:
-        raise argparse.ArgumentTypeError("seconds, 0 for never")
+        raise argparse.ArgumentTypeError("must be a number of seconds, 0 for never")
     return seconds

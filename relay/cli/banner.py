@@ -12,7 +12,7 @@ from relay.core.model import Channel
 from relay.stream.format.keys import Keys
 
 _CHANNEL = Channel("news")
-# A browser cannot open "any address".
+# Browsers cannot open these addresses.
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104  # not bound
 
 
@@ -38,9 +38,7 @@ def banner(
     """
     base = _url(config.server.host, port, tls=bool(config.server.tls_cert))
     make = [*launcher, "token", "--user", "me", "--channel", _CHANNEL, *options]
-    rows = [
-        *_native(config, base, token or _how_to_make_one(config, make), is_token=token is not None)
-    ]
+    rows = [*_native(config, base, token or _token_hint(config, make), is_token=token is not None)]
     redis = _redis_cli(redis_address) if redis_address else None
     if redis is not None:
         key = Keys(config.redis.prefix).stream(_CHANNEL).decode()
@@ -74,11 +72,11 @@ def _native(config: Config, base: str, token: str, *, is_token: bool) -> Iterato
     yield "watch", shlex.join(curl)
 
 
-def _how_to_make_one(config: Config, make: Sequence[str]) -> str:
+def _token_hint(config: Config, make: Sequence[str]) -> str:
     if not config.jwt.algorithm.startswith("HS"):
-        return f"made by the holder of the private key ({config.jwt.algorithm})"
+        return f"sign tokens with your private key ({config.jwt.algorithm})"
     if not config.jwt.key.get_secret_value() and not uses_local_key(config):
-        return "none is accepted before [jwt] key is set"
+        return "set [jwt] key to accept tokens"
     command = shlex.join(make)
     variables = sorted(
         name

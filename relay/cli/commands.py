@@ -22,7 +22,7 @@ _Run = Callable[[argparse.Namespace], int]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = parse(arguments, find_imports())
-    if options.command != "serve" and not hasattr(options, "foreign"):
+    if options.command != "serve" and not hasattr(options, "imported"):
         release_signals()
     try:
         return _runner(options.command)(options)
@@ -69,14 +69,14 @@ def _runner(command: str) -> _Run:
 
             return operate.run
         case _:
-            return _foreign
+            return _imported
 
 
-def _foreign(options: argparse.Namespace) -> int:
+def _imported(options: argparse.Namespace) -> int:
     """Run a command of another server's command line, as `relay centrifugo`."""
     match options.action:
         case "version":
-            print(f"{options.foreign.version} (relay {__version__})")
+            print(f"{options.imported.version} (relay {__version__})")
             return OK
         case "help":
             options.print_help()

@@ -26,40 +26,40 @@ def configuration(
         complete: Raise ConfigError if another server's file is missing. Otherwise add a note.
         strict: Raise ConfigError for an unknown RELAY_ variable instead of adding a note.
     """
-    foreign = _translations(options)
-    for each in foreign:
+    imported = _translations(options)
+    for each in imported:
         if complete and each.missing:
             raise ConfigError(each.missing)
     flags = {flag: text for flag in FLAGS if (text := getattr(options, flag, None)) is not None}
     if getattr(options, "insecure", False):
         flags["insecure"] = "yes"
     return load(
-        options.config if _foreign_file(options) is None else None,
+        options.config if _imported_file(options) is None else None,
         environ=os.environ,
         overrides=options.overrides,
         flags=flags,
         doors=door_settings(),
         producers=producer_settings(),
-        foreign=foreign,
+        imported=imported,
         strict=strict or getattr(options, "strict", False),
     )
 
 
-def is_foreign(options: argparse.Namespace) -> bool:
+def is_imported(options: argparse.Namespace) -> bool:
     """Return True if the configuration includes another server's."""
     return any(each.settings or each.missing for each in _translations(options))
 
 
 def token_options(options: argparse.Namespace) -> list[str]:
-    """Return the options with which `relay token` has the configuration of this command line.
+    """Return the options with which `relay token` uses the configuration of this command line.
 
-    A secret is not repeated; `...` stands for it.
+    Secrets are replaced by `...`.
     """
     words = ["-c", str(options.config)] if options.config else []
-    for foreign in find_imports():
-        path = path_of(options, foreign)
+    for imported in find_imports():
+        path = path_of(options, imported)
         if path is not None:
-            words += [foreign.option, str(path)]
+            words += [imported.option, str(path)]
     for override in options.overrides:
         name, _, _ = override.partition("=")
         if name.strip() in ("jwt.key", "redis.password"):
@@ -72,9 +72,9 @@ def token_options(options: argparse.Namespace) -> list[str]:
 def _genconfig(options: argparse.Namespace) -> int:
     """Print all settings, or write a new file. An existing file is never overwritten."""
     path: Path | None = options.config
-    foreign = _foreign_file(options) if path else None
+    imported = _imported_file(options) if path else None
     every = {**SECTIONS, **door_settings(), **producer_settings()}
-    text = foreign.example(path) if foreign and path else example(every)
+    text = imported.example(path) if imported and path else example(every)
     if path is None:
         sys.stdout.write(text)
         return 0
@@ -92,7 +92,7 @@ def _genconfig(options: argparse.Namespace) -> int:
 
 def _checkconfig(options: argparse.Namespace) -> int:
     """Raise the same errors as `serve`, and print notes to standard error."""
-    # Here, not above: the other commands need none of the server's modules.
+    # Import them here, because the other commands don't need the server's modules.
     from relay.process import app
     from relay.process.addresses import check_addresses
     from relay.process.embedded import check_port
@@ -115,11 +115,11 @@ def _checkconfig(options: argparse.Namespace) -> int:
 def _convert_config(options: argparse.Namespace) -> int:
     """Print another server's configuration as an INI file for relay."""
     translations = [each for each in _translations(options) if each.settings or each.missing]
-    if not translations or (options.config and _foreign_file(options) is None):
-        suffixes = [suffix for foreign in find_imports() for suffix in foreign.suffixes]
+    if not translations or (options.config and _imported_file(options) is None):
+        suffixes = [suffix for imported in find_imports() for suffix in imported.suffixes]
         raise ConfigError(
-            f"{options.config or '-c FILE'}: needs another server's configuration; a file's name"
-            f" ends in one of {', '.join(suffixes)}"
+            f"{options.config or '-c FILE'} must be another server's configuration, a file with one"
+            f" of the suffixes {', '.join(suffixes)}"
         )
     # Print nothing unless the whole configuration is valid.
     config = configuration(options, complete=True)
@@ -136,11 +136,11 @@ def _print_notes(config: Config) -> None:
 
 def _commanded(options: argparse.Namespace) -> ConfigurationImport | None:
     """Return the reader of the other server's command line, or None."""
-    foreign: ConfigurationImport | None = getattr(options, "foreign", None)
-    return foreign
+    imported: ConfigurationImport | None = getattr(options, "imported", None)
+    return imported
 
 
-def _foreign_file(options: argparse.Namespace) -> ConfigurationImport | None:
+def _imported_file(options: argparse.Namespace) -> ConfigurationImport | None:
     """Return the reader for the file of `-c`, or None if it is an INI file or missing."""
     path: Path | None = options.config
     commanded = _commanded(options)
@@ -150,22 +150,22 @@ def _foreign_file(options: argparse.Namespace) -> ConfigurationImport | None:
     if commanded is not None:
         if suffix not in commanded.suffixes:
             raise ConfigError(
-                f"{path}: must end in one of {', '.join(commanded.suffixes)}; an INI file is for"
-                " `relay serve -c`"
+                f"{path}: must have one of the suffixes {', '.join(commanded.suffixes)}; for an INI"
+                " file use `relay serve -c`"
             )
         return commanded
     return next((each for each in find_imports() if suffix in each.suffixes), None)
 
 
 def _translations(options: argparse.Namespace) -> list[ImportedConfiguration]:
-    owner = _foreign_file(options)
+    owner = _imported_file(options)
     commanded = _commanded(options)
     found: list[ImportedConfiguration] = []
-    for foreign in find_imports():
-        path = options.config if foreign is owner else path_of(options, foreign)
-        if path is not None or foreign.by_environment:
-            flags = flags_of(options) if foreign is commanded else {}
-            found.append(foreign.read(path, os.environ, flags))
+    for imported in find_imports():
+        path = options.config if imported is owner else path_of(options, imported)
+        if path is not None or imported.by_environment:
+            flags = flags_of(options) if imported is commanded else {}
+            found.append(imported.read(path, os.environ, flags))
     return found
 
 

@@ -112,9 +112,9 @@ async def _chosen(site: OperatorContext, options: argparse.Namespace) -> AsyncIt
 
 
 async def _requeue(site: OperatorContext, options: argparse.Namespace) -> int:
-    """Requeue each dead letter separately. Those that cannot be requeued stay and are reported."""
+    """Requeue each dead letter separately. Those that cannot be requeued are kept and reported."""
     progress = Progress("requeued")
-    done = failed = again = 0
+    done = failed = undeliverable = 0
     try:
         async with connected(site.config.redis, name="relay-admin") as connection:
             async for letter in _chosen(site, options):
@@ -135,7 +135,7 @@ async def _requeue(site: OperatorContext, options: argparse.Namespace) -> int:
                     failed += 1
                     continue
                 done += 1
-                again += _still_broken(site, letter)
+                undeliverable += _is_undeliverable(site, letter)
                 if options.json:
                     emit({"letter": str(letter.id), "channel": letter.channel, "id": str(entry_id)})
                 elif not options.all:
@@ -145,12 +145,15 @@ async def _requeue(site: OperatorContext, options: argparse.Namespace) -> int:
         progress.end()
     if options.all and not options.json:
         print(f"{done} requeued")
-    if again:
-        say(f"{again} of them cannot be delivered by this version either, and will come back")
+    if undeliverable:
+        say(
+            f"{undeliverable} of them cannot be delivered by this version and will be dead letters"
+            " again"
+        )
     return 1 if failed else 0
 
 
-def _still_broken(site: OperatorContext, letter: DeadLetter) -> bool:
+def _is_undeliverable(site: OperatorContext, letter: DeadLetter) -> bool:
     if letter.truncated or letter.channel is None:
         return False
     fields, limit = dead_letter_list.fields_of(letter), site.config.stream.max_entry_bytes

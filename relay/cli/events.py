@@ -43,7 +43,7 @@ async def publish(site: OperatorContext, options: argparse.Namespace) -> int:
     try:
         data = sys.stdin.buffer.read() if options.data == "-" else os.fsencode(options.data)
         if options.uid is not None and not 0 < len(options.uid.encode()) <= UID_BYTES:
-            raise ValueError(f"uid must have 1 to {UID_BYTES} bytes")  # noqa: TRY301  # one way out
+            raise ValueError(f"uid must have 1 to {UID_BYTES} bytes")  # noqa: TRY301  # see below
         to = options.to and set().union(*(entry.recipients(names) for names in options.to))
         fields = entry.encode(
             data, type=options.type, uid=options.uid, to=to, client=options.client
@@ -53,7 +53,7 @@ async def publish(site: OperatorContext, options: argparse.Namespace) -> int:
     limit = site.config.stream.max_entry_bytes
     if entry.size(fields) > limit:
         raise RelayError(f"not published: {entry.size(fields)} bytes, at most {limit} are allowed")
-    # `unique_uids` is a rule for the HTTP API and the queue.
+    # The setting `unique_uids` applies to the HTTP API and the queue only.
     namespace = site.config.namespace(channel).model_copy(update={"unique_uids": True})
     append = AppendCommands(
         site.keys, lambda _: namespace, uid_window_s=site.config.publish.uid_window_s
@@ -84,7 +84,7 @@ def _interrupting(follower: _Tail) -> Iterator[None]:
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
 
     def stop() -> None:
-        # The flag as well: a library may convert the cancellation to an error of its own.
+        # Set the flag too, because a library may convert the cancellation to another error.
         follower.stopped = True
         if task is not None:
             task.cancel()
@@ -108,30 +108,30 @@ class _Tail:
         self._json = as_json
         self.stopped = False
         self._position = Position(ZERO_ID)
-        self._reader_gone = select.poll()
-        self._reader_gone.register(sys.stdout.fileno(), select.POLLERR)
+        self._output_closed = select.poll()
+        self._output_closed.register(sys.stdout.fileno(), select.POLLERR)
 
     async def run(self, after: EntryID | None) -> None:
         """Raise if the first read fails. Retry later reads until interrupted."""
-        self._begin(await self._look(after or ZERO_ID, PAGE if after else 1), after)
+        self._begin(await self._read(after or ZERO_ID, PAGE if after else 1), after)
         away = False
-        while not (self.stopped or self._reader_gone.poll(0)):
+        while not (self.stopped or self._output_closed.poll(0)):
             try:
-                view = await self._look(self._position.id)
+                view = await self._read(self._position.id)
                 if away:
-                    say("Redis is back")
+                    say("reconnected to Redis")
                     away = False
-                if self._whole(view):
+                if self._check(view):
                     self._show(view)
                     if not view.more:
                         await self._wait()
             except RedisUnavailable as exc:
                 if not away:
-                    say(f"{exc}; trying again")
+                    say(f"{exc}; retrying")
                     away = True
                 await asyncio.sleep(_AGAIN_S)
 
-    async def _look(self, after: EntryID, count: int = PAGE) -> View:
+    async def _read(self, after: EntryID, count: int = PAGE) -> View:
         site = self._site
         limit = site.config.stream.max_entry_bytes
         return await read_view(site.client, site.keys, self._channel, after, limit, count)
@@ -148,17 +148,18 @@ class _Tail:
         elif after is None:
             self._position = self._at_the_end(view)
         elif after > state.last:
-            say(f"{after} is later than the last entry, {state.last}; going on after that one")
+            say(f"{after} is later than the last entry, {state.last}; continuing after that one")
             self._position = self._at_the_end(view)
         else:
             # The ID may be made of a time, so its entry need not exist.
             self._position = Position(after, None, state.incarnation, None)
             whole = state.added == state.length or untrimmed(Position(after), state)
             if state.max_deleted > after or not whole:
-                say(f"entries after {after} were removed; the oldest is {state.first or 'gone'}")
+                oldest = f"the oldest is {state.first}" if state.first else "the stream is empty"
+                say(f"entries after {after} were removed; {oldest}")
             self._show(view)
 
-    def _whole(self, view: View) -> bool:
+    def _check(self, view: View) -> bool:
         """Report missing events. Return False if the position has changed."""
         state, position = view.state, self._position
         if position.id == ZERO_ID and position.added is None:
@@ -167,8 +168,8 @@ class _Tail:
             return True
         digest = view.own.digest if view.own else None
         if state.marker is None:
-            # No relay has followed the stream yet, so nothing names its history: the entry at the
-            # position is all there is to judge by.
+            # No worker has followed the stream yet, so its history is unknown. Only the entry at
+            # the position can be checked.
             state = replace(state, failover=None)
         verdict = judge(position, state, digest)
         if verdict.notice is None:

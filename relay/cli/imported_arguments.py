@@ -9,27 +9,27 @@ from pathlib import Path
 from relay.cli.operator_arguments import Commands
 from relay.config.imported import ConfigurationImport
 
-# A prefix, because their flags have the same names as ours with other meanings.
-_DEST = "foreign:"
+# Prefix of the other servers' flags, because relay has flags with the same names.
+_DEST = "imported:"
 _ACTIONS = ("genconfig", "checkconfig", "version", "help")
 
 
-def add_options(parser: argparse.ArgumentParser, foreigns: Sequence[ConfigurationImport]) -> None:
+def add_options(parser: argparse.ArgumentParser, imports: Sequence[ConfigurationImport]) -> None:
     """Add an option for each directory or file that cannot be passed as `-c`."""
-    for foreign in foreigns:
-        if foreign.option:
+    for imported in imports:
+        if imported.option:
             parser.add_argument(
-                foreign.option,
+                imported.option,
                 type=Path,
                 metavar="PATH",
-                dest=_DEST + foreign.option,
-                help=foreign.option_about,
+                dest=_DEST + imported.option,
+                help=imported.option_about,
             )
 
 
 def add_commands(
     commands: Commands,
-    foreigns: Sequence[ConfigurationImport],
+    imports: Sequence[ConfigurationImport],
     command: Callable[[Commands, str, str], argparse.ArgumentParser],
     process: Callable[[argparse.ArgumentParser], None],
 ) -> None:
@@ -37,29 +37,29 @@ def add_commands(
 
     `command` creates a parser, and `process` adds the options of `serve`.
     """
-    for foreign in foreigns:
-        if not foreign.command:
+    for imported in imports:
+        if not imported.command:
             continue
         parser = command(
-            commands, foreign.command, f"serve as {foreign.version} does, with its command line"
+            commands, imported.command, f"serve as {imported.version} does, with its command line"
         )
-        parser.set_defaults(foreign=foreign, print_help=parser.print_help)
+        parser.set_defaults(imported=imported, print_help=parser.print_help)
         parser.add_argument(
             "action",
             nargs="?",
             choices=_ACTIONS,
-            help=f"instead of serving: write a new {foreign.default_path}, check it, say the"
-            " version, or these lines",
+            help=f"instead of serving: write a new {imported.default_path}, check it, print the"
+            " version, or print this help",
         )
         parser.add_argument(
             "-c",
             "--config",
             type=Path,
             metavar="FILE",
-            default=Path(foreign.default_path),
-            help=f"ends in {', '.join(foreign.suffixes)}; default {foreign.default_path}",
+            default=Path(imported.default_path),
+            help=f"ends in {', '.join(imported.suffixes)}; default {imported.default_path}",
         )
-        for flag in foreign.flags:
+        for flag in imported.flags:
             names = [f"-{flag.short}"] if flag.short else []
             parser.add_argument(
                 *names,
@@ -73,12 +73,12 @@ def add_commands(
 
 
 def flags_of(options: argparse.Namespace) -> Mapping[str, str]:
-    """Return the given flags of the other server's command line by name."""
-    given = {name: text for name, text in vars(options).items() if name.startswith(_DEST)}
-    return {name.removeprefix(_DEST): text for name, text in given.items() if text is not None}
+    """Return the flags of the other server's command line that were passed, by name."""
+    flags = {name: text for name, text in vars(options).items() if name.startswith(_DEST)}
+    return {name.removeprefix(_DEST): text for name, text in flags.items() if text is not None}
 
 
-def path_of(options: argparse.Namespace, foreign: ConfigurationImport) -> Path | None:
+def path_of(options: argparse.Namespace, imported: ConfigurationImport) -> Path | None:
     """Return the path that was passed with the import's option, or None."""
-    path: Path | None = getattr(options, _DEST + foreign.option, None)
+    path: Path | None = getattr(options, _DEST + imported.option, None)
     return path

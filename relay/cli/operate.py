@@ -14,7 +14,7 @@ from relay.config.loading import Config
 from relay.core.errors import RelayError
 from relay.stream.connection.connect import CommandRefused
 
-# redis-py's class for the answer NOPERM.
+# redis-py's class for the error NOPERM.
 _NO_RIGHTS = "NoPermissionError"
 
 Command = Callable[[OperatorContext, argparse.Namespace], Awaitable[int]]
@@ -47,4 +47,4 @@ async def _run(options: argparse.Namespace, config: Config) -> int:
     except CommandRefused as exc:
         if exc.code != _NO_RIGHTS and "NOPERM" not in str(exc):
             raise
-        raise RelayError(f"{exc} (docs/redis.md has a maintenance user who may)") from exc
+        raise RelayError(f"{exc}; docs/redis.md has an ACL user for maintenance") from exc

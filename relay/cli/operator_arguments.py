@@ -26,11 +26,13 @@ COMMANDS = (
 )
 
 _TAIL_EXIT_CODES = (
-    "Ends with ^C, or when nobody reads its output any more. Exit codes: 0 ended so; 1 Redis away"
-    " at the start, no rights, configuration (one line on standard error says which); 2 usage."
+    "Stop with Ctrl-C, or by closing its output. Exit codes: 0 stopped; 1 configuration error, no"
+    " permission, or Redis unreachable at the start (one line on standard error has the reason);"
+    " 2 usage."
 )
 _STATUS_EXIT_CODES = (
-    "Exit codes: 0 good; 1 not good, or configuration (a line on standard error says why); 2 usage."
+    "Exit codes: 0 no problem; 1 a problem or configuration error (lines on standard error have"
+    " the reasons); 2 usage."
 )
 
 
@@ -48,21 +50,21 @@ def add(commands: Commands, operator: Operator) -> None:
     publish = operator(commands, "publish", "append an event to CHANNEL and print its ID")
     publish.add_argument("channel", metavar="CHANNEL")
     publish.add_argument("data", metavar="DATA", help="JSON or any text; -: standard input")
-    publish.add_argument("--type", metavar="T", help="a word for clients")
+    publish.add_argument("--type", metavar="T", help="type of the event for clients")
     publish.add_argument(
         "--uid",
         metavar="ID",
-        help="your own name for the event: within [publish] uid_window_s it is appended once, and"
-        " its first ID is printed again",
+        help="unique ID of your choice: within [publish] uid_window_s the event is appended once;"
+        " repeating the command prints the first entry ID again",
     )
     publish.add_argument(
         "--to",
         action="append",
-        metavar="WHO",
-        help="only these receive it: user:U, group:G, client:C or a user's name; commas between"
-        " several; may be repeated",
+        metavar="NAMES",
+        help="recipients, separated by commas: user:U, group:G, client:C or a user's name; can be"
+        " repeated; default: all",
     )
-    publish.add_argument("--client", metavar="C", help="who caused it")
+    publish.add_argument("--client", metavar="C", help="ID of the client that caused the event")
 
     tail = operator(
         commands,
@@ -75,58 +77,66 @@ def add(commands: Commands, operator: Operator) -> None:
         "--after",
         type=_entry_id,
         metavar="ID",
-        help="begin after this ID (0: with the oldest entry); without: with what comes from now on",
+        help="begin after this ID (0: at the oldest entry); default: only new events",
     )
 
     streams = operator(
-        commands, "streams", "length, age and retention of streams, and how far workers have read"
+        commands, "streams", "list streams with length, age, retention and progress of the workers"
     )
     streams.add_argument(
-        "pattern", nargs="?", default="*", metavar="PATTERN", help="of channels: * ? [abc]"
+        "pattern",
+        nargs="?",
+        default="*",
+        metavar="PATTERN",
+        help="pattern of channel names with * ? [abc]",
     )
-    operator(commands, "workers", "the workers of the site: since when, connections, streams, lag")
+    operator(commands, "workers", "list all workers with uptime, connections, streams and lag")
     _dead_letters(commands, operator)
 
     status = operator(
         commands,
         "status",
-        "is the site good? Redis, workers, lag, dead letters",
+        "check the health of Redis and all workers, lag and dead letters",
         _STATUS_EXIT_CODES,
     )
     status.add_argument(
-        "--min-workers", type=_count, default=1, metavar="N", help="fewer are not good; default 1"
+        "--min-workers",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="report a problem if fewer workers are alive (default 1)",
     )
     status.add_argument(
         "--max-lag",
         type=_seconds,
         default=10.0,
         metavar="S",
-        help="a larger lag is not good; default 10",
+        help="report a problem if the lag is larger, in seconds (default 10)",
     )
     status.add_argument(
         "--max-dead-letters",
         type=_count,
         metavar="N",
-        help="more are not good; default: any number",
+        help="report a problem if there are more dead letters (default: no limit)",
     )
 
     trim = operator(
         commands,
         "trim",
-        "remove old entries of CHANNEL now; without a limit: those of its namespace",
+        "remove old entries of CHANNEL; default limits: those of its namespace",
     )
     trim.add_argument("channel", metavar="CHANNEL")
     trim.add_argument("--max-entries", type=_count, metavar="N", help="keep the newest N")
-    trim.add_argument("--max-age", type=_seconds, metavar="S", help="keep those of S seconds")
+    trim.add_argument("--max-age", type=_seconds, metavar="S", help="keep those of the last S s")
 
     disconnect = operator(
-        commands, "disconnect", "close every connection of USER, on all workers, in all protocols"
+        commands, "disconnect", "close all connections of USER, on all workers and in all protocols"
     )
     disconnect.add_argument("user", metavar="USER")
     unsubscribe = operator(
         commands,
         "unsubscribe",
-        "end USER's subscriptions to CHANNEL; the rights stay, `revoke` takes them",
+        "end USER's subscriptions to CHANNEL; use `revoke` to end the right to read it",
     )
     unsubscribe.add_argument("channel", metavar="CHANNEL")
     unsubscribe.add_argument("user", metavar="USER")
@@ -137,23 +147,23 @@ def _dead_letters(commands: Commands, operator: Operator) -> None:
     letters = commands.add_parser(
         "dead-letters", help=about, description=about, allow_abbrev=False
     ).add_subparsers(dest="action", required=True, metavar="ACTION")
-    operator(letters, "list", "ID, channel, reason and age of each")
-    operator(letters, "show", "one of them with all its fields").add_argument(
+    operator(letters, "list", "list dead letters with ID, channel, age and reason")
+    operator(letters, "show", "show one dead letter with all fields").add_argument(
         "id", type=_entry_id, metavar="ID"
     )
-    for name, what in (
-        ("requeue", "append the original fields to their stream again and remove the letter"),
-        ("drop", "remove letters; the entries themselves stay where they are"),
+    for name, about in (
+        ("requeue", "append the original fields to their stream again and remove the dead letter"),
+        ("drop", "remove dead letters; the entries stay in their streams"),
     ):
-        parser = operator(letters, name, what)
+        parser = operator(letters, name, about)
         parser.add_argument("ids", nargs="*", type=_entry_id, metavar="ID")
-        parser.add_argument("--all", action="store_true", help="all that are there now")
+        parser.add_argument("--all", action="store_true", help="all existing dead letters")
 
 
 def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Check combinations of arguments. Exit with code 2 if one is not valid."""
     if getattr(options, "ids", None) is not None and bool(options.ids) == options.all:
-        parser.error(f"dead-letters {options.action}: give IDs, or --all")
+        parser.error(f"dead-letters {options.action}: specify IDs or --all")
 
 
 def _entry_id(text: str) -> EntryID:
@@ -161,13 +171,13 @@ def _entry_id(text: str) -> EntryID:
         return EntryID.parse(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text[:50]!r} is no ID; one looks like 1795240520120-0"
+            f"{text[:50]!r} is not an entry ID such as 1795240520120-0"
         ) from None
 
 
 def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise argparse.ArgumentTypeError("a whole number, 0 or more")
+        raise argparse.ArgumentTypeError("must be an integer of at least 0")
     return int(text)
 
 
@@ -177,5 +187,5 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < math.inf:
-        raise argparse.ArgumentTypeError("seconds, 0 or more")
+        raise argparse.ArgumentTypeError("must be a number of seconds of at least 0")
     return seconds

@@ -41,7 +41,7 @@ def channel_of(text: str) -> Channel:
     except ValueError as exc:
         raise RelayError(f"CHANNEL: {exc}") from exc
     if "*" in text:
-        say(f"note: * is no pattern here; this concerns one channel, named {text}")
+        say(f"CHANNEL is a name, not a pattern: this applies to one channel, named {text}")
     return channel
 
 

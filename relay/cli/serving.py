@@ -31,17 +31,17 @@ def serve(options: argparse.Namespace) -> int:
         app.check(config)
         return config
 
-    given = configuration(options)
-    # A configuration of another server is not for trying relay out.
-    local = uses_local_key(given) and not configured.is_foreign(options)
-    config = with_local_key(given)
+    loaded = configuration(options)
+    # With the configuration of another server, relay is not just being tried out.
+    local = uses_local_key(loaded) and not configured.is_imported(options)
+    config = with_local_key(loaded)
     logs.setup(config.log)
     for note in config.notes:
         _log.warning("%s", note)
 
     def on_ready(port: int, redis_address: str) -> None:
-        # Show a token only if relay made the key itself, for trying it out: a token of the
-        # operator's key does not belong on a screen. No token belongs in a journal or a pipe.
+        # Print a token only if relay has generated the key itself, for a trial. Tokens of an
+        # operator's key must not be shown, and no token must be written to a journal or pipe.
         token = None
         if local and sys.stdout.isatty():
             token = TokenReader(config.jwt).sign("me", ["*"], [], 86400.0)
@@ -56,7 +56,7 @@ def serve(options: argparse.Namespace) -> int:
         try:
             print(text, flush=True)
         except OSError as exc:
-            # The disk is full, or the reader of the pipe has closed it. Serve all the same.
+            # The disk is full or the pipe is closed. Continue to serve.
             _log.warning("Could not print the banner: %s", exc.strerror)
             # Otherwise Python fails again at exit, when it flushes the buffered text.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -67,7 +67,7 @@ def serve(options: argparse.Namespace) -> int:
 
 def _work(worker: Worker) -> int:
     """Serve as one of several workers. The supervisor sends the configuration."""
-    # Trusted: written by the supervisor of this worker.
+    # The data is trusted, because the supervisor of this worker has written it.
     config: Config = pickle.loads(Worker.first_message())  # noqa: S301
     logs.setup(config.log, worker=worker.number)
     return app.run(
@@ -79,7 +79,7 @@ def _launcher() -> list[str]:
     """Return the words that run this relay's command line from any folder."""
     root = Path(__file__).parents[2]
     run = root / "scripts" / "run"
-    # Outside this .venv, scripts/run would set up another one.
+    # Outside this .venv, scripts/run would create another one.
     if Path(sys.prefix) == root / ".venv" and run.exists():
         return [str(run)]
     return [sys.executable, "-m", "relay"]

@@ -130,7 +130,7 @@ async def trim(site: OperatorContext, options: argparse.Namespace) -> int:
         site.client, site.keys, channel, max_entries=max_entries, max_age_s=max_age_s
     )
     if removed is None:
-        raise RelayError(f"{channel} has no stream; `relay streams` shows which have")
+        raise RelayError(f"{channel} has no stream; run `relay streams` for a list")
     if options.json:
         emit({"channel": channel, "removed": removed})
     else:

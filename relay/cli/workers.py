@@ -32,7 +32,7 @@ async def workers(site: OperatorContext, options: argparse.Namespace) -> int:
             emit({"instance": instance, "alive": False})
         return 0
     if not living and not silent:
-        say("no worker is registered: none has run on this Redis, or all stopped in order")
+        say("no worker is registered on this Redis")
         return 0
     rows = [_row(node, now_ms) for node in living]
     rows += [[instance, *["-"] * 4, "silent", *["-"] * 3] for instance in silent]
@@ -40,14 +40,14 @@ async def workers(site: OperatorContext, options: argparse.Namespace) -> int:
     hosts = len({node.host for node in living})
     connections = sum(node.connections or 0 for node in living)
     print(
-        f"{_several(len(living), 'worker')} on {_several(hosts, 'host')},"
-        f" {_several(connections, 'connection')}"
+        f"{_plural(len(living), 'worker')} on {_plural(hosts, 'host')},"
+        f" {_plural(connections, 'connection')}"
     )
     return 0
 
 
-def _several(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _row(node: WorkerInfo, now_ms: int) -> list[str]:
@@ -94,14 +94,14 @@ def _values(node: WorkerInfo, now_ms: int) -> dict[str, object]:
 
 
 async def status(site: OperatorContext, options: argparse.Namespace) -> int:
-    """Return 0 if all is well; otherwise 1, with one line per problem on standard error."""
+    """Return 0 if there is no problem, else 1 with one line per problem on standard error."""
     values: dict[str, Any] = {"good": False, "redis": False}
-    wrong: list[str] = []
+    problems: list[str] = []
     try:
         living, silent = await list_workers(site.client, site.keys)
         dead_letters = await dead_letter_list.count(site.client, site.keys)
     except (RedisUnavailable, connect.CommandRefused) as exc:
-        wrong.append(str(exc))
+        problems.append(str(exc))
     else:
         lag_ms = max((node.lag_ms or 0 for node in living), default=0)
         values |= {
@@ -114,34 +114,36 @@ async def status(site: OperatorContext, options: argparse.Namespace) -> int:
             "dead_letters": dead_letters,
         }
         if len(living) < options.min_workers:
-            wrong.append(f"{_several(len(living), 'worker')} alive, {options.min_workers} wanted")
-        wrong += [
+            problems.append(
+                f"{_plural(len(living), 'worker')} alive, expected at least {options.min_workers}"
+            )
+        problems += [
             f"{node.instance} does not read streams" for node in living if node.ready is False
         ]
-        wrong += [f"{node.instance}: {node.refused}" for node in living if node.refused]
+        problems += [f"{node.instance}: {node.refused}" for node in living if node.refused]
         refusal = await _write_refusal(site)
-        if refusal and not any(refusal in line for line in wrong):
-            wrong.append(f"Redis refuses writes ({refusal}): publishing is rejected")
+        if refusal and not any(refusal in line for line in problems):
+            problems.append(f"Redis refuses writes ({refusal}): publishing is rejected")
         if lag_ms > options.max_lag * 1000:
-            wrong.append(f"lag {duration(lag_ms)}, at most {options.max_lag:g} s wanted")
+            problems.append(f"lag {duration(lag_ms)}, expected at most {options.max_lag:g} s")
         limit = options.max_dead_letters
         if limit is not None and dead_letters > limit:
-            wrong.append(f"{_several(dead_letters, 'dead letter')}, at most {limit} wanted")
-    values["good"] = not wrong
-    values["wrong"] = wrong
+            problems.append(f"{_plural(dead_letters, 'dead letter')}, expected at most {limit}")
+    values["good"] = not problems
+    values["wrong"] = problems
     if options.json:
         emit(values)
     else:
         _show(values)
-    for line in wrong:
+    for line in problems:
         say(line)
-    return 1 if wrong else 0
+    return 1 if problems else 0
 
 
 async def _write_refusal(site: OperatorContext) -> str:
-    """Return Redis' answer if it refuses a small write, '' if it accepts it.
+    """Return the error with which Redis rejects a small write, '' if it accepts it.
 
-    A Redis that is full refuses heartbeats too, so that workers cannot report it.
+    A Redis that is full rejects heartbeats too, so workers cannot report it.
     """
     try:
         await connect.command(site.client, "SET", site.keys.canary("status"), "1", "PX", 1000)
@@ -153,7 +155,7 @@ async def _write_refusal(site: OperatorContext) -> str:
 def _show(values: dict[str, Any]) -> None:
     rows = [("status", "good" if values["good"] else "NOT GOOD")]
     if not values["redis"]:
-        rows.append(("redis", "does not answer as it should"))
+        rows.append(("redis", "unreachable or rejecting commands"))
     else:
         workers = f"{values['workers']} alive, {values['ready']} ready"
         if values["silent"]:
@@ -170,7 +172,7 @@ def _show(values: dict[str, Any]) -> None:
 
 
 async def disconnect(site: OperatorContext, options: argparse.Namespace) -> int:
-    """Append the command to the control stream. Each worker applies it at its next wake-up."""
+    """Close the user's connections through the control stream, which all workers read."""
     user = user_of(options.user)
     entry_id = await control.publish(site.client, site.keys, control.DisconnectUser(user=user))
     await _sent(site, options, entry_id, f"close all connections of {user}", {"user": user})
@@ -182,8 +184,8 @@ async def unsubscribe(site: OperatorContext, options: argparse.Namespace) -> int
     channel, user = channel_of(options.channel), user_of(options.user)
     command = control.UnsubscribeUser(channel=channel, user=user)
     entry_id = await control.publish(site.client, site.keys, command)
-    what = f"end all subscriptions of {user} to {channel}"
-    await _sent(site, options, entry_id, what, {"channel": channel, "user": user})
+    action = f"end all subscriptions of {user} to {channel}"
+    await _sent(site, options, entry_id, action, {"channel": channel, "user": user})
     return 0
 
 
@@ -191,14 +193,15 @@ async def _sent(
     site: OperatorContext,
     options: argparse.Namespace,
     entry_id: EntryID,
-    what: str,
+    action: str,
     values: dict[str, object],
 ) -> None:
-    """Print the number of workers. Whether the user was connected is unknown."""
+    """Print the number of workers. It is unknown whether the user was connected."""
     count = len(await live_workers(site.client, site.keys))
     if options.json:
         emit({"id": str(entry_id), "workers": count, **values})
     elif count:
-        print(f"told {_several(count, 'worker')} to {what}, if any (control entry {entry_id})")
+        workers = _plural(count, "worker")
+        print(f"Sent to {workers}: {action}, if any (control entry {entry_id})")
     else:
-        print(f"no worker is running that could {what} (control entry {entry_id})")
+        print(f"No worker is running: nothing to do (control entry {entry_id})")

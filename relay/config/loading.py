@@ -57,8 +57,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "publish": PublishSettings,
     "namespace": NamespaceSettings,
 }
-# `serve`'s flags that stand for a setting; --insecure stands for none, so that no file can leave
-# it switched on.
+# Flags of `serve` that set a setting. --insecure is not a setting, so that no file can enable it.
 FLAGS: Mapping[str, tuple[str, str]] = {
     "host": ("server", "host"),
     "port": ("server", "port"),
@@ -73,7 +72,7 @@ _SERVICE_LINK = re.compile(
 )
 # A service named relay-server sets RELAY_SERVER_PORT, which is a setting's name, to such a value.
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
-# Placeholders of the documentation and of other projects' examples: anybody knows them.
+# Placeholders in the documentation and in other projects' examples.
 _PLACEHOLDER = re.compile(
     r"(?is)\s*(the (one|secret|key) that .*|the .* key of .*|jwt_private_key\b.*"
     r"|<[^<>]*>|\$\{.*\}|change[ _-]?me.*"
@@ -131,7 +130,7 @@ class Config:
 
 
 @dataclass(frozen=True, slots=True)
-class _Given:
+class _ConfiguredValue:
     """One configured value. An error message begins with `where` and `text`."""
 
     where: str
@@ -142,8 +141,8 @@ class _Given:
         return f"{self.where}{text[:57] + '...' if len(text) > 60 else text}: {problem}"
 
 
-# Section -> key -> what was given, from one source.
-_Source = dict[str, dict[str, _Given]]
+# Section -> key -> value, from one source.
+_Source = dict[str, dict[str, _ConfiguredValue]]
 
 
 def load(
@@ -154,7 +153,7 @@ def load(
     flags: Mapping[str, str],
     doors: Mapping[str, type[Section]],
     producers: Mapping[str, type[Section]] | None = None,
-    foreign: Sequence[ImportedConfiguration] = (),
+    imported: Sequence[ImportedConfiguration] = (),
     strict: bool = False,
 ) -> Config:
     """Load the configuration at a start or reload. Raise ConfigError if it is not valid.
@@ -162,11 +161,11 @@ def load(
     Args:
         overrides: the values of --set, SECTION.KEY=VALUE.
         flags: values for the names in FLAGS, and `insecure` with any text.
-        foreign: other servers' configurations; later ones win.
+        imported: other servers' configurations; later ones override earlier ones.
         strict: an unknown RELAY_ variable is an error instead of a note.
     """
     classes = {**SECTIONS, **doors, **(producers or {})}
-    sources = [_translated(each) for each in foreign]
+    sources = [_translated(each) for each in imported]
     sources.append(_file(path, classes) if path else {})
     sets = _sets(overrides, classes)
     named = sorted({name for source in (*sources, sets) for name in source} - classes.keys())
@@ -176,14 +175,16 @@ def load(
     sources += [_environment(environ, classes, unknown), sets, _flags(flags)]
     if strict and unknown:
         raise ConfigError(unknown[0])
-    given: _Source = {name: {} for name in classes}
+    configured: _Source = {name: {} for name in classes}
     for source in sources:
         for section, values in source.items():
-            _merge(given[section], values, classes[section])
-    removed = [note for name, cls in classes.items() for note in _removed(given[name], cls)]
+            _merge(configured[section], values, classes[section])
+    removed = [note for name, cls in classes.items() for note in _removed(configured[name], cls)]
     sections = {
         name: _section(
-            cls, given["namespace"] | given[name] if name in namespaces else given[name], name
+            cls,
+            configured["namespace"] | configured[name] if name in namespaces else configured[name],
+            name,
         )
         for name, cls in classes.items()
     }
@@ -200,15 +201,15 @@ def load(
         insecure="insecure" in flags,
         origins={
             f"[{name}] {key}": value.where.rstrip(" =")
-            for name, values in given.items()
+            for name, values in configured.items()
             for key, value in values.items()
         },
-        notes=[*(note for each in foreign for note in _notes(each)), *unknown, *removed],
+        notes=[*(note for each in imported for note in _notes(each)), *unknown, *removed],
     )
 
 
 def after_reload(old: Config, new: Config) -> tuple[Config, list[str]]:
-    """Return the configuration in force once `new` was loaded by a running relay.
+    """Return the current configuration of a running relay after a reload of `new`.
 
     Also return the changed settings that take effect only after a restart, as `[section] key`.
     """
@@ -221,7 +222,7 @@ def after_reload(old: Config, new: Config) -> tuple[Config, list[str]]:
             update={
                 key: getattr(old.doors[name], key)
                 for key in section.fixed
-                # model_copy marks a setting as given, which the others here must not become.
+                # model_copy marks a setting as configured, so copy changed settings only.
                 if getattr(section, key, None) != getattr(old.doors[name], key, None)
             }
         )
@@ -253,7 +254,7 @@ def _notes(translation: ImportedConfiguration) -> Iterator[str]:
 def _translated(translation: ImportedConfiguration) -> _Source:
     source: _Source = {}
     for each in translation.settings:
-        source.setdefault(each.section, {})[each.key] = _Given(each.where, each.text)
+        source.setdefault(each.section, {})[each.key] = _ConfiguredValue(each.where, each.text)
     return source
 
 
@@ -285,22 +286,22 @@ def _file(path: Path, classes: Mapping[str, type[Section]]) -> _Source:
             where = f"{path}: [{section}] {key}"
             _check_key(key, cls, where)
             _check_indentation(text, cls, where)
-            source[section][key] = _Given(f"{where} = ", text)
+            source[section][key] = _ConfiguredValue(f"{where} = ", text)
     return source
 
 
 def _syntax(exc: configparser.Error) -> str:
     match exc:
         case configparser.MissingSectionHeaderError():
-            return f"line {exc.lineno}: a setting stands before the first [section]"
+            return f"line {exc.lineno}: setting before the first [section]"
         case configparser.ParsingError() if exc.errors:
             return f"line {exc.errors[0][0]}: neither a [section] nor KEY = VALUE"
         case configparser.DuplicateSectionError():
-            return f"line {exc.lineno}: [{exc.section}] is there twice"
+            return f"line {exc.lineno}: duplicate section [{exc.section}]"
         case configparser.DuplicateOptionError():
-            return f"line {exc.lineno}: [{exc.section}] {exc.option} is there twice"
+            return f"line {exc.lineno}: duplicate setting [{exc.section}] {exc.option}"
         case _:
-            return "cannot be understood as an INI file"
+            return "is not a valid INI file"
 
 
 def _environment(
@@ -332,7 +333,9 @@ def _environment(
                 " sections"
             )
         section, key = names[name][0]
-        source.setdefault(section, {})[key] = _Given(f"environment variable {name} = ", text)
+        source.setdefault(section, {})[key] = _ConfiguredValue(
+            f"environment variable {name} = ", text
+        )
     return source
 
 
@@ -340,14 +343,14 @@ def _sets(overrides: Iterable[str], classes: Mapping[str, type[Section]]) -> _So
     source: _Source = {}
     for override in overrides:
         name, equals, text = override.partition("=")
-        # The last point: a namespace may have points in its name, a key has none.
+        # Split at the last dot: the name of a namespace may contain dots.
         section, _, key = (part.strip() for part in name.rpartition("."))
         if not equals or not section or not key:
-            # Not the text: it may be a secret that lost its name.
+            # Don't show the text: it may be a secret without its name.
             raise ConfigError(f"--set {name if equals else '...'}: must be SECTION.KEY=VALUE")
         where = f"--set {section}.{key}"
         _check_key(key, _class_of(section, classes, where), where)
-        source.setdefault(section, {})[key] = _Given(f"{where}=", text.strip())
+        source.setdefault(section, {})[key] = _ConfiguredValue(f"{where}=", text.strip())
     return source
 
 
@@ -355,7 +358,7 @@ def _flags(flags: Mapping[str, str]) -> _Source:
     source: _Source = {}
     for flag, (section, key) in FLAGS.items():
         if flag in flags:
-            source.setdefault(section, {})[key] = _Given(f"--{flag} ", flags[flag])
+            source.setdefault(section, {})[key] = _ConfiguredValue(f"--{flag} ", flags[flag])
     return source
 
 
@@ -370,8 +373,8 @@ def _class_of(section: str, classes: Mapping[str, type[Section]], where: str) ->
             name = ":"
         if ":" in name:
             raise ConfigError(
-                f"{where}: a namespace's name has no ':'; it is the 1 to 255 characters before a"
-                " channel's first ':'"
+                f"{where}: namespace name must not contain ':'; it is the text before the first"
+                " ':' of a channel, 1 to 255 characters"
             )
         return NamespaceSettings
     for name, cls in classes.items():
@@ -410,11 +413,11 @@ def _keys(cls: type[Section]) -> Iterator[str]:
             yield f"{key}_file"
 
 
-def _removed(given: dict[str, _Given], cls: type[Section]) -> Iterator[str]:
-    """Replace removed settings by those that `cls` makes of them. Yield a note for each."""
-    values = {key: given.pop(key) for key in cls.removed if key in given}
+def _removed(configured: dict[str, _ConfiguredValue], cls: type[Section]) -> Iterator[str]:
+    """Replace removed settings as `cls.from_removed` returns. Yield a note for each."""
+    values = {key: configured.pop(key) for key in cls.removed if key in configured}
     for key, text in cls.from_removed({key: each.text for key, each in values.items()}).items():
-        given.setdefault(key, _Given(next(iter(values.values())).where, text))
+        configured.setdefault(key, _ConfiguredValue(next(iter(values.values())).where, text))
     for key, each in values.items():
         yield f"{each.where.rstrip(' =')} {cls.removed[key]}"
 
@@ -429,25 +432,27 @@ def _near(word: str, known: Iterable[str]) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
-def _merge(into: dict[str, _Given], values: Mapping[str, _Given], cls: type[Section]) -> None:
+def _merge(
+    into: dict[str, _ConfiguredValue], values: Mapping[str, _ConfiguredValue], cls: type[Section]
+) -> None:
     """Override the values of earlier sources."""
-    for key, given in values.items():
+    for key, value in values.items():
         file_key = f"{key}_file"
         if _is_secret(cls, key) and file_key in values:
             raise ConfigError(
-                values[file_key].line(f"{key} is given in the same place; give one of the two")
+                values[file_key].line(f"{key} is set in the same source; set only one of the two")
             )
-        # A secret and its file are one setting: the later source's form replaces the other.
+        # A secret and its file are one setting. Either form in a later source replaces the other.
         if _is_secret(cls, key):
             into.pop(file_key, None)
         elif _is_secret(cls, key.removesuffix("_file")):
             into.pop(key.removesuffix("_file"), None)
-        into[key] = given
+        into[key] = value
 
 
-def _section(cls: type[Section], given: Mapping[str, _Given], name: str) -> Section:
+def _section(cls: type[Section], configured: Mapping[str, _ConfiguredValue], name: str) -> Section:
     texts: dict[str, str] = {}
-    for key, value in given.items():
+    for key, value in configured.items():
         secret_key = key.removesuffix("_file")
         if key not in cls.model_fields:
             texts[secret_key] = _read_secret(value)
@@ -455,26 +460,29 @@ def _section(cls: type[Section], given: Mapping[str, _Given], name: str) -> Sect
             texts[key] = value.text
     for key, text in texts.items():
         if _is_secret(cls, key) and _PLACEHOLDER.fullmatch(text):
-            secret = given.get(key) or given[f"{key}_file"]
+            secret = configured.get(key) or configured[f"{key}_file"]
             raise ConfigError(
                 secret.line(
-                    "is a placeholder from an example, which anybody knows; set a secret of"
-                    " your own",
-                    secret=key in given,
+                    "is a placeholder from an example; set your own secret",
+                    secret=key in configured,
                 )
             )
     try:
         return cls.model_validate(texts)
     except ValidationError as exc:
         error = exc.errors(include_url=False)[0]
-    # Outside the except block, and so without a cause: pydantic's text quotes the values.
+    # Raise outside of the except block, without a cause: pydantic's text quotes the values.
     own = error.get("ctx", {}).get("error")
     key = str(error["loc"][0]) if error["loc"] else ""
     if key not in cls.model_fields:
         raise ConfigError(f"[{name}]: {own or error['msg']}")
     problem = str(own) if own else allowed(cls.model_fields[key])
-    culprit = given.get(key) or given.get(f"{key}_file") or _Given(f"[{name}] {key} = ", "")
-    raise ConfigError(culprit.line(problem, secret=_is_secret(cls, key) and key in given))
+    culprit = (
+        configured.get(key)
+        or configured.get(f"{key}_file")
+        or _ConfiguredValue(f"[{name}] {key} = ", "")
+    )
+    raise ConfigError(culprit.line(problem, secret=_is_secret(cls, key) and key in configured))
 
 
 def _with_own(sections: dict[str, Section], name: str, field: str) -> Section:
@@ -489,20 +497,20 @@ def _with_own(sections: dict[str, Section], name: str, field: str) -> Section:
     if not own:
         return section
     # Pass only configured fields, which `Section.unservable` depends on.
-    given = {key: getattr(section, key) for key in section.model_fields_set}
+    configured = {key: getattr(section, key) for key in section.model_fields_set}
     try:
-        return type(section).model_validate({**given, field: own})
+        return type(section).model_validate({**configured, field: own})
     except ValidationError as exc:
         error = exc.errors(include_url=False)[0]
     raise ConfigError(f"[{name}:...]: {error.get('ctx', {}).get('error') or error['msg']}")
 
 
-def _read_secret(value: _Given) -> str:
+def _read_secret(value: _ConfiguredValue) -> str:
     try:
         text = Path(value.text).read_text(encoding="utf-8")
     except OSError as exc:
         raise ConfigError(value.line(f"cannot be read: {exc.strerror}")) from exc
     except UnicodeDecodeError as exc:
         raise ConfigError(value.line("is not UTF-8 text")) from exc
-    # Editors and `echo` end a file with one newline; any other white space may be meant.
+    # Remove the newline that editors and `echo` add. Other white space may be intended.
     return text.removesuffix("\n")

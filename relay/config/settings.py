@@ -26,7 +26,7 @@ class Section(BaseModel):
     sections_by_name: ClassVar[tuple[str, type[Section]] | None] = None
     # Settings of a protocol that need a restart.
     fixed: ClassVar[frozenset[str]] = frozenset({"enabled", "host", "port", "tls_cert", "tls_key"})
-    # Setting that earlier versions had -> what the log says about it. Files may still have it.
+    # Settings of earlier versions, with the text of a note. They are accepted but not used.
     removed: ClassVar[Mapping[str, str]] = {}
 
     @property

@@ -66,9 +66,9 @@ def check_addresses(
 
 
 def bound(host: str, port: int, *, shared: bool = False) -> list[socket.socket]:
-    """Return sockets bound to the addresses of a host, on which nobody can connect.
+    """Return sockets bound to the addresses of a host. They do not accept connections.
 
-    `shared`: this relay's workers can bind to the addresses too, no other program can.
+    `shared`: the workers of this relay can bind to the addresses too, but no other program.
 
     Raises:
         OSError: An address cannot be used, or another program listens there.

@@ -220,7 +220,11 @@ def test_tls_with_centrifugos_options(valkey: Server, folder: Path) -> None:
             "relay: --engine=etcd: must be memory or redis",
         ),
         ("{}", ["--port=x"], "relay: --port=x: a whole number from 0 to 65535"),
-        ("{}", ["--config=config.ini"], "config.ini: must end in one of .json, .toml, .yaml, .yml"),
+        (
+            "{}",
+            ["--config=config.ini"],
+            "config.ini: must have one of the suffixes .json, .toml, .yaml, .yml",
+        ),
         ('{"ssl_autocert": true}', [], "relay does not obtain ACME certificates"),
         ('{"engine": "redis", "redis_host": "a,b"}', [], "relay uses one Redis"),
     ],

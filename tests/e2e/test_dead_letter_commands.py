@@ -49,7 +49,7 @@ async def test_a_letter_is_listed_shown_and_requeued_as_it_was(
     done = await cli.run("dead-letters", "requeue", letter)
     assert done.returncode == 0
     assert done.stderr == (
-        "relay: 1 of them cannot be delivered by this version either, and will come back\n"
+        "relay: 1 of them cannot be delivered by this version and will be dead letters again\n"
     )
     new = done.stdout.split()[-1]
     assert done.stdout == f"{letter} is {channel} {new}\n"

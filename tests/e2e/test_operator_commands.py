@@ -201,10 +201,10 @@ async def test_tail_outlives_redis_and_misses_nothing(tmp_path: Path) -> None:
         async with Cli(server).tail("c", "--after", "0") as tail:
             assert (await tail.line()).endswith("1")
             await asyncio.to_thread(server.stop)
-            assert "trying again" in await tail.said()
+            assert "retrying" in await tail.said()
             await asyncio.to_thread(server.start)
             redis(server, "XADD", stream_key("c"), "*", "data", "2")
-            assert await tail.said() == "relay: Redis is back"
+            assert await tail.said() == "relay: reconnected to Redis"
             assert (await tail.line()).endswith("2")
             assert await tail.interrupt() == 0
 

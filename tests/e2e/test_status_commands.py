@@ -59,8 +59,8 @@ async def test_status_is_1_with_a_line_for_each_thing_that_is_wrong(
     assert "NOT GOOD" in done.stdout
     assert "1 alive, 1 ready, 1 silent" in done.stdout
     assert done.stderr.splitlines() == [
-        "relay: 1 worker alive, 2 wanted",
-        "relay: 1 dead letter, at most 0 wanted",
+        "relay: 1 worker alive, expected at least 2",
+        "relay: 1 dead letter, expected at most 0",
     ]
     assert "killed:1" in await cli.out("workers")
     redis(valkey, "SREM", "relay:nodes", "killed:1")
@@ -82,9 +82,13 @@ async def test_disconnect_and_unsubscribe_reach_the_worker(
     assert (await stays.ask(cmd="ping"))["reply"] == "ping"
     # Nobody knows whether there is such a user.
     text = await cli.out("disconnect", "ghost")
-    assert text.startswith("told 1 worker to close all connections of ghost, if any (control entry")
+    assert text.startswith(
+        "Sent to 1 worker: close all connections of ghost, if any (control entry"
+    )
     done = await cli.run("unsubscribe", "team:*", "ben")
-    assert "* is no pattern here; this concerns one channel, named team:*" in done.stderr
+    assert (
+        "CHANNEL is a name, not a pattern: this applies to one channel, named team:*" in done.stderr
+    )
 
 
 async def test_a_worker_is_ready_soon_after_it_began(cli: Cli, valkey: Server) -> None:

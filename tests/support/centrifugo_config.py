@@ -28,7 +28,7 @@ def translate(
 
 def configured(translation: ImportedConfiguration) -> Config:
     return load(
-        None, environ={}, overrides=[], flags={}, doors=door_settings(), foreign=[translation]
+        None, environ={}, overrides=[], flags={}, doors=door_settings(), imported=[translation]
     )
 
 

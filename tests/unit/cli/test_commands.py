@@ -187,7 +187,7 @@ def test_revoke_goes_where_the_configuration_says(
 
     monkeypatch.setattr(relay.cli.access, "revoke", done)
     assert main(["revoke", "--redis", "redis://:pw@host", "c", "u"]) == 0
-    assert capsys.readouterr().out == "u reads nothing of c after 1-2 (Redis: host)\n"
+    assert capsys.readouterr().out == "Revoked: u receives no event of c after 1-2 (Redis: host)\n"
 
 
 def test_errors_in_task_groups_are_one_line_and_bugs_are_not_hidden(

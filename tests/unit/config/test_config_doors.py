@@ -133,7 +133,7 @@ def test_another_server_s_configuration_is_above_the_defaults_and_below_all_else
         overrides=["server.host=b"],
         flags={},
         doors=HOUSES,
-        foreign=[one, two],
+        imported=[one, two],
     )
     assert (config.server.port, config.server.host, config.server.tls_cert) == (2, "b", "7")
     old = config.namespaces["old"]
@@ -150,7 +150,7 @@ def test_another_server_s_configuration_is_above_the_defaults_and_below_all_else
 def test_what_is_wrong_in_another_server_s_configuration_is_told_in_its_words() -> None:
     old = [ImportedConfiguration(settings=[said("server", "port", "x")])]
     with pytest.raises(ConfigError, match=r"^old.conf: PORT = x: a whole number from 0 to 65535$"):
-        load(None, environ={}, overrides=[], flags={}, doors={}, foreign=old)
+        load(None, environ={}, overrides=[], flags={}, doors={}, imported=old)
 
 
 def test_settings_become_an_ini_file_that_says_the_same(tmp_path: Path) -> None:
@@ -167,9 +167,9 @@ def test_settings_become_an_ini_file_that_says_the_same(tmp_path: Path) -> None:
     assert text == head + "[jwt]\n# The old one's.\nkey = # a;b = %c\n"
     path = tmp_path / "relay.ini"
     path.write_text(text)
-    foreign = [ImportedConfiguration(settings=settings)]
+    imported = [ImportedConfiguration(settings=settings)]
     assert read(path) == load(
-        None, environ={}, overrides=[], flags={}, doors=HOUSES, foreign=foreign
+        None, environ={}, overrides=[], flags={}, doors=HOUSES, imported=imported
     )
 
 

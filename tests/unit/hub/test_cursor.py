@@ -125,7 +125,7 @@ def test_what_was_not_asked_for_is_ignored() -> None:
 def test_a_plain_id_resumes_one_channel_only() -> None:
     """IDs of different streams have no order."""
     assert cursor.decode("12-3", [NEWS]) == {NEWS: Position(EntryID(12, 3))}
-    with pytest.raises(BadRequest, match="several need a cursor"):
+    with pytest.raises(BadRequest, match="must be a cursor"):
         cursor.decode("12-3", [NEWS, Channel("other")])
 
 

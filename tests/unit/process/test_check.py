@@ -34,7 +34,7 @@ _SECRET = re.compile(r"(secret|key|\w*password|\w*_token) = \S")
         (["metrics.port=8001", "node.workers=3", "protocol:native.port=8003"], "[metrics] port"),
         (["metrics.port=65535", "node.workers=2"], "the last port is 65535"),
         (["producer:spool.path=/no/such/spool"], "[producer:spool] path"),
-        (["producer:socketio_emitter.redis_url=redis://h:p/0"], "emitter] redis_url: an address"),
+        (["producer:socketio_emitter.redis_url=redis://h:p/0"], "emitter] redis_url: address"),
         (["redis.tls_ca=/no/such.pem", "redis.url=rediss://localhost/0"], "[redis] tls_ca"),
         (
             ["log.file=/no/such/folder/log"],

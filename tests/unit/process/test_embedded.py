@@ -164,7 +164,7 @@ async def test_a_port_lost_at_the_last_moment_is_named_too(
             return None
 
         monkeypatch.setattr(embedded, "_ask", nobody_at_first)
-        with pytest.raises(StartError, match="taken by another program"):
+        with pytest.raises(StartError, match="used by another program"):
             await EmbeddedValkey(tmp_path / "d", port).start()
 
 
@@ -181,7 +181,7 @@ async def test_a_program_that_cannot_run_here_is_a_start_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedded, "_binary_path", lambda: tmp_path / "none")
-    with pytest.raises(StartError, match="use a Redis of your own: --redis redis://"):
+    with pytest.raises(StartError, match="use another Redis: --redis redis://"):
         await EmbeddedValkey(tmp_path / "d", free_port()).start()
 
 
@@ -280,7 +280,7 @@ def test_a_folder_of_others_is_not_shut(tmp_path: Path) -> None:
     assert shared.stat().st_mode & 0o777 == 0o700
     shared.chmod(0o755)
     (shared / "letter").touch()
-    with pytest.raises(StartError, match="not empty and open to others"):
+    with pytest.raises(StartError, match="not empty and readable by other users"):
         private_folder(shared)
     assert shared.stat().st_mode & 0o777 == 0o755
     (shared / "valkey.conf").touch()

@@ -148,7 +148,7 @@ def test_public_keys_verify_and_do_not_sign(algorithm: str, make: Any) -> None:
 
 @pytest.mark.parametrize("algorithm", ["RS256", "ES256", "EdDSA"])
 def test_a_key_that_does_not_fit_the_algorithm_is_a_mistake(algorithm: str) -> None:
-    with pytest.raises(ConfigError, match="key 1 of 1 is no key") as caught:
+    with pytest.raises(ConfigError, match="key 1 of 1 is not a valid key") as caught:
         TokenReader(settings(SECRET, algorithm=algorithm))
     assert SECRET not in str(caught.value)
 

@@ -285,7 +285,9 @@ def test_the_example_file_has_a_new_secret(write: Write, suffix: str) -> None:
         found.add(door(translate(write(text, suffix))).secret.get_secret_value())
     assert all(len(secret) == 36 for secret in found)
     assert len(found) == 2
-    with pytest.raises(ConfigError, match=r"c.ini: must end in one of .json, .toml, .yaml, .yml"):
+    with pytest.raises(
+        ConfigError, match=r"c.ini: must have one of the suffixes .json, .toml, .yaml, .yml"
+    ):
         IMPORT.example(Path("c.ini"))
 
 
