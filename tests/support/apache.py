@@ -1,4 +1,4 @@
-"""A real Apache in front of a relay, with a configuration as a document prints it."""
+"""A real Apache in front of relay, with a configuration from the documentation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _program(name: str, package: str) -> str:
 
 @contextmanager
 def apache(folder: Path, *, server: str) -> Iterator[int]:
-    """`server` stands in the virtual host; the port that is served."""
+    """Run Apache with `server` in its virtual host, and yield its port."""
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     program = _program("apache2", "apache2")
@@ -70,7 +70,7 @@ def _serving(command: list[str], port: int, log: Path) -> Iterator[None]:
         try:
             process.wait(START_S)
         except subprocess.TimeoutExpired:
-            # It waits for its workers' connections; nobody needs them any more.
+            # Don't wait for the connections of its workers, which are no longer needed.
             process.kill()
             process.wait()
         if process.stderr is not None:

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven by selenium, for the live page."""
+"""A headless Chromium for the live page, controlled by selenium."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _FLAGS = (
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Chrome]:
-    """A browser with a fresh profile; its console is kept from the start.
+    """Run a browser with a fresh profile. Its console is recorded from the start.
 
-    Where there is none, the test is skipped, but in CI it fails: there it would never be missed.
+    If Chromium is missing, the test is skipped; in CI it fails.
     """
     browser = next(filter(None, map(shutil.which, _CHROMIUM)), None)
     driver = shutil.which("chromedriver")
@@ -43,7 +43,7 @@ def chromium(profile: Path) -> Iterator[Chrome]:
     for flag in (*_FLAGS, f"--user-data-dir={profile}"):
         options.add_argument(flag)
     if os.geteuid() == 0:
-        # Its sandbox refuses root, which is who runs in a container.
+        # Chromium's sandbox does not run as root, which is the user in a container.
         options.add_argument("--no-sandbox")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     chrome = Chrome(options=options, service=Service(driver))

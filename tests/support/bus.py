@@ -1,4 +1,4 @@
-"""A bus between the workers of one process, with the ways in which a real one fails."""
+"""A bus between the workers of one process, with the failures of a real one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Listener = Callable[[str, bytes], None]
 
 
 class Wire:
-    """Carries what `Bus`es send, in order, in a later turn of the loop."""
+    """Delivers messages of `WireBus` objects in order, in a later turn of the event loop."""
 
     def __init__(self) -> None:
         self.listeners: dict[str, dict[str, Listener]] = defaultdict(dict)
         self.dead: set[str] = set()
-        # Whether to lose a message: sender, receiver, payload.
+        # Returns True to lose a message; the arguments are sender, receiver and payload.
         self.lose: Callable[[str, str, bytes], bool] = lambda sender, receiver, payload: False
         self.sent = 0
 
@@ -24,7 +24,7 @@ class Wire:
 
 
 class WireBus:
-    """One worker's end (see `relay.doorkit.contract.Bus`)."""
+    """The bus of one worker (`relay.doorkit.contract.Bus`)."""
 
     def __init__(self, wire: Wire, instance: str) -> None:
         self._wire = wire

@@ -1,4 +1,4 @@
-"""centrifuge-js 1.x in Node, as its users run it: many clients in one process, driven by lines."""
+"""centrifuge-js 1.x in Node: many clients in one process, controlled by lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Said = dict[str, Any]
 
 
 class JsClient:
-    """One centrifuge-js client and what it has said so far."""
+    """One centrifuge-js client and the events that it has reported."""
 
     def __init__(self, node: Node, name: str) -> None:
         self._node = node
@@ -25,15 +25,15 @@ class JsClient:
         self.said: list[Said] = []
         self._taken: dict[str, int] = {}
         self.news = asyncio.Event()
-        # For what comes in masses: called instead of being kept.
+        # If set, it is called for each event instead of storing it.
         self.on_said: Callable[[Said], None] | None = None
 
     def tell(self, do: str, **order: Any) -> None:
-        """One order."""
+        """Send one command."""
         self._node.tell(id=self.name, do=do, **order)
 
     async def next(self, on: str, limit_s: float = LIMIT_S) -> Said:
-        """The next event of this kind; those of other kinds wait for who asks for them."""
+        """Return the next event of this kind. Other events are kept."""
         async with asyncio.timeout(limit_s):
             while True:
                 for index in range(self._taken.get(on, 0), len(self.said)):
@@ -44,46 +44,46 @@ class JsClient:
                 await self.news.wait()
 
     async def ask(self, do: str, channel: str, **order: Any) -> Any:
-        """publish, presence or history: the answer, or what it failed with."""
+        """Call publish, presence or history. Return the reply or the error."""
         self.tell(do, channel=channel, **order)
         found = await self.next(do)
         return found.get("answer", found.get("failed"))
 
     async def connected(self) -> JsClient:
-        """Connect, and wait for it."""
+        """Connect and wait for the connection."""
         self.tell("connect")
         await self.next("connect")
         return self
 
     async def subscribed(self, channel: str, **order: Any) -> Said:
-        """Subscribe, and wait for it."""
+        """Subscribe and wait for the reply."""
         self.tell("subscribe", channel=channel, **order)
         return await self.next("subscribe")
 
 
 class Node:
-    """One Node process."""
+    """One Node process with any number of clients."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
         self.clients: dict[str, JsClient] = {}
 
     def tell(self, **order: Any) -> None:
-        """One line."""
+        """Send one line."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
 
     def client(
         self, url: str, user: str = "u1", *, transports: Sequence[str] = (), **order: Any
     ) -> JsClient:
-        """A new client; not connected yet."""
+        """Create a client that is not connected yet."""
         client = JsClient(self, f"c{len(self.clients) + 1}")
         self.clients[client.name] = client
         client.tell("new", url=url, user=user, transports=list(transports) or None, **order)
         return client
 
     async def listen(self) -> None:
-        """For ever: what the clients say."""
+        """Read the events of the clients. Runs until cancelled."""
         assert self._process.stdout is not None
         async for line in self._process.stdout:
             said = json.loads(line)
@@ -97,7 +97,7 @@ class Node:
 
 @asynccontextmanager
 async def running_node(secret: str) -> AsyncIterator[Node]:
-    """A process whose clients sign with this secret."""
+    """Run a process whose clients sign with this secret."""
     program, environment = await asyncio.to_thread(lambda: (npm.node(), npm.environment()))
     process = await asyncio.create_subprocess_exec(
         program,

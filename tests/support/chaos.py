@@ -1,8 +1,8 @@
-"""Clients that connect, drop and resume at random, and what each of them received.
+"""Clients that connect, disconnect and resume at random, with everything they received.
 
-Lean on purpose: the wire is read with as little as will do, so that the relay is the one at work.
-Every event's data is `{"n":N}`, counting up from 0 on each channel; so a list of numbers per
-channel shows every loss, duplicate and reorder.
+They parse as little as possible, so that relay and not the clients uses the CPU. The data of every
+event is `{"n":N}`, counting up from 0 on each channel. A list of numbers per channel therefore
+shows every loss, duplicate and reordering.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.support.valkey import Server
 
 
 class ChaosClient:
-    """One client over many connections; `received` and `notices` last."""
+    """One client over many connections. `received` and `notices` are kept across connections."""
 
     def __init__(self, port: int, channels: Sequence[str], *, websocket: bool) -> None:
         self.port = port
@@ -39,11 +39,11 @@ class ChaosClient:
         self._cursor = ""
 
     def done(self, totals: dict[str, int]) -> bool:
-        """Whether everything that was appended has arrived (or more than that)."""
+        """Return True if all appended events, or more, have arrived."""
         return all(len(self.received[name]) >= totals[name] for name in self.channels)
 
     async def run(self, rng: random.Random, drop: asyncio.Event) -> None:
-        """Connect again and again; each connection is cut after a random time until `drop`."""
+        """Connect repeatedly. Each connection is cut after a random time until `drop`."""
         while True:
             life_s = rng.expovariate(1.0) if not drop.is_set() else 3600.0
             with contextlib.suppress(
@@ -129,7 +129,7 @@ class ChaosClient:
             if len(self._last) == len(self.channels):
                 self.subscribed.set()
         elif "error" in frame and "unavailable" in json.dumps(frame):
-            # Redis is away for a moment: as every client would, come again.
+            # Redis is unreachable for a moment: reconnect, as all clients do.
             raise OSError("unavailable")
         elif "notice" in frame or "error" in frame:
             self.notices.append(json.dumps(frame))
@@ -158,9 +158,9 @@ def produce(
     *,
     batch: int = 100,
 ) -> None:
-    """Append `events` round robin, at full speed. After an outage it goes on from what is there.
+    """Append `events` round robin at full speed. After an outage, continue after the last entry.
 
-    `marks` are set one after the other, evenly spread over the way.
+    The events `marks` are set one after the other, at equal distances.
     """
     client = server.client("producer")
     counts = dict.fromkeys(channels, 0)
@@ -195,7 +195,7 @@ def _data(number: int) -> str:
 
 
 def _reached(client: redis.Redis, channels: Sequence[str]) -> dict[str, int]:
-    """What is in the streams: an append whose answer was lost may have been carried out."""
+    """Return the number of events in the streams. Appends without a reply may be included."""
     while True:
         try:
             counts = {}

@@ -1,4 +1,4 @@
-"""`relay COMMAND` as an operator runs it, with the documented maintenance user."""
+"""Run `relay COMMAND` as an operator does, with the documented maintenance user."""
 
 from __future__ import annotations
 
@@ -20,28 +20,30 @@ from tests.support.clients import within
 from tests.support.relay import ROOT
 from tests.support.valkey import Server, User
 
-# A process may take seconds to begin where the machine is busy.
+# Starting a process may take seconds on a busy machine.
 LIMIT_S = 40.0
 
 
 def _environment(server: Server, user: User) -> dict[str, str]:
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment["PYTHONPATH"] = str(ROOT)
-    # As docs/redis.md recommends it: no password in a process list.
+    # As docs/redis.md recommends: the password does not appear in a list of processes.
     environment["RELAY_REDIS_URL"] = server.url(user)
     return environment
 
 
 class Cli:
-    """Runs commands on the site of one Redis."""
+    """Runs commands on one Redis server."""
 
     def __init__(self, server: Server, user: User = "maintenance") -> None:
         self._server = server
         self._user: User = user
 
     async def run(self, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
-        """To its end, whatever that is; one at a time. In this process, since starting one takes
-        longer than all that most commands do."""
+        """Run a command to its end in this process. One command runs at a time.
+
+        Starting a process would take longer than most commands.
+        """
         return await asyncio.to_thread(self._run, words, stdin)
 
     def _run(self, words: Sequence[str], stdin: bytes) -> subprocess.CompletedProcess[str]:
@@ -63,7 +65,7 @@ class Cli:
         return subprocess.CompletedProcess(words, code, *texts)
 
     async def process(self, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
-        """As `run`, in a process of its own."""
+        """Run a command in its own process."""
         done = await asyncio.to_thread(
             subprocess.run,
             [sys.executable, "-m", "relay", *words],
@@ -77,18 +79,18 @@ class Cli:
         )
 
     async def out(self, *words: str) -> str:
-        """What it prints, which must be all that it says, with exit code 0."""
+        """Run a command that must succeed without standard error. Return its output."""
         done = await self.run(*words)
         assert (done.returncode, done.stderr) == (0, ""), done
         return done.stdout
 
     async def objects(self, *words: str) -> list[dict[str, Any]]:
-        """With --json."""
+        """Run a command with --json and return the objects that it prints."""
         text = await self.out(*words, "--json")
         return [json.loads(line) for line in text.splitlines()]
 
     async def refused(self, *words: str, code: int = 1) -> str:
-        """The one line in which it says why not."""
+        """Run a command that must fail. Return the single line of its error."""
         done = await self.run(*words)
         assert done.returncode == code, done
         assert done.stdout == ""
@@ -98,7 +100,7 @@ class Cli:
 
     @asynccontextmanager
     async def tail(self, *words: str) -> AsyncIterator[Tail]:
-        """`relay tail`, killed at the end if it still runs."""
+        """Run `relay tail`, and kill it at the end."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -115,34 +117,34 @@ class Cli:
             if process.returncode is None:
                 process.kill()
             await process.wait()
-            # A pipe that is not read to its end is reported as unclosed.
+            # A pipe that was not read to its end would be reported as unclosed.
             process._transport.close()  # type: ignore[attr-defined]  # no public way
 
 
 class Tail:
-    """One that runs."""
+    """A running `relay tail`."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
 
     async def line(self) -> str:
-        """The next one of its output."""
+        """Return the next line of its output."""
         assert self.process.stdout
         line: bytes = await within(LIMIT_S, self.process.stdout.readline())
         return line.decode().rstrip("\n")
 
     async def said(self) -> str:
-        """The next line on standard error."""
+        """Return the next line on standard error."""
         assert self.process.stderr
         line: bytes = await within(LIMIT_S, self.process.stderr.readline())
         return line.decode().rstrip("\n")
 
     async def interrupt(self) -> int:
-        """^C; the exit code."""
+        """Send SIGINT and return the exit code."""
         self.process.send_signal(signal.SIGINT)
         return await self.ended()
 
     async def ended(self) -> int:
-        """Its exit code."""
+        """Return the exit code."""
         code: int = await within(LIMIT_S, self.process.wait())
         return code

@@ -1,5 +1,6 @@
-"""Clients of the native door as any language would write them, and a way to wait for what must
-come true. They share no code with the relay: what they understand is the wire README.
+"""Clients of the native protocol, and a function that waits for a condition.
+
+They share no code with relay and implement the protocol as its README describes it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _LINE_BYTES = 1 << 22
 
 
 async def until(true: Callable[[], object], limit_s: float = LIMIT_S) -> Any:
-    """The first true answer; blocking questions are asked in a thread."""
+    """Wait for the first true result. Blocking functions run in a thread."""
     async with asyncio.timeout(limit_s):
         while True:
             if answer := await asyncio.to_thread(true):
@@ -32,23 +33,23 @@ async def until(true: Callable[[], object], limit_s: float = LIMIT_S) -> Any:
 
 
 def stream_key(channel: str) -> str:
-    """Where the channel's events are."""
+    """Return the key of the channel's stream."""
     return f"relay:stream:{{{channel}}}"
 
 
 def rights_key(channel: str) -> str:
-    """Where the application's rights are."""
+    """Return the key of the channel's rights hash."""
     return f"relay:rights:{{{channel}}}"
 
 
 def redis(server: Server, *words: str | bytes | int) -> Any:
-    """One command as the test's own user."""
+    """Run one command as the test's admin user."""
     return server.client().execute_command(*words)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole HTTP answer."""
+    """A complete HTTP response."""
 
     status: int
     headers: Mapping[str, str]
@@ -56,13 +57,13 @@ class Answer:
 
     @property
     def error(self) -> dict[str, str]:
-        """Of a refusal."""
+        """Return the error of a rejected request."""
         found: dict[str, str] = json.loads(self.body)["error"]
         return found
 
 
 class Refused(Exception):
-    """The stream did not begin."""
+    """The request was rejected, and no stream began."""
 
     def __init__(self, answer: Answer) -> None:
         super().__init__(f"{answer.status} {answer.body!r}")
@@ -81,16 +82,16 @@ class Block:
 
     @property
     def data(self) -> str | None:
-        """What a browser hands to the page; None where it hands over nothing."""
+        """Return the data that a browser passes to the page, or None if it passes nothing."""
         return "\n".join(self.lines) if self.lines else None
 
     def json(self) -> Any:
-        """The data, parsed."""
+        """Return the parsed data."""
         return json.loads(self.data or "")
 
 
 class SseClient:
-    """An EventSource without the reconnecting; remembers the last ID as a browser does."""
+    """An EventSource that does not reconnect. It stores the last ID as a browser does."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -102,13 +103,13 @@ class SseClient:
 
     @property
     def transport(self) -> asyncio.Transport:
-        """For tests that stop reading or pull the plug."""
+        """For tests that stop reading or cut the connection."""
         transport = self._writer.transport
         assert isinstance(transport, asyncio.Transport)
         return transport
 
     async def begin(self, request: bytes) -> Answer | None:
-        """Send the request; None if a stream begins, its first block read."""
+        """Send the request. Return None if a stream begins, after reading its first block."""
         self._writer.write(request)
         head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         status, *lines = head.strip().split("\r\n")
@@ -124,7 +125,7 @@ class SseClient:
         return None
 
     async def block(self, limit_s: float = LIMIT_S) -> Block:
-        """The next one, heartbeats too; EOFError when the stream has ended."""
+        """Return the next block, including heartbeats. Raise EOFError at the end of the stream."""
         block = Block()
         async with asyncio.timeout(limit_s):
             while True:
@@ -151,17 +152,17 @@ class SseClient:
         return block
 
     async def next(self, limit_s: float = LIMIT_S) -> Block:
-        """The next block with data."""
+        """Return the next block with data."""
         while (block := await self.block(limit_s)).data is None:
             pass
         return block
 
     async def take(self, count: int, limit_s: float = LIMIT_S) -> list[Block]:
-        """The next `count` with data."""
+        """Return the next `count` blocks with data."""
         return [await self.next(limit_s) for _ in range(count)]
 
     async def ended(self, limit_s: float = LIMIT_S) -> list[Block]:
-        """Everything with data until the end."""
+        """Return all blocks with data until the end of the stream."""
         found = []
         try:
             while True:
@@ -170,7 +171,8 @@ class SseClient:
             return found
 
     async def quiet(self, seconds: float = 0.3) -> bool:
-        """Whether nothing with data comes for so long. Only where nothing can be waited for."""
+        """Return True if no data arrives for this time. Use it only if there is nothing to wait
+        for."""
         try:
             await self.next(seconds)
         except TimeoutError:
@@ -178,13 +180,13 @@ class SseClient:
         return False
 
     def drop(self) -> None:
-        """Pull the plug."""
+        """Abort the connection."""
         self.transport.abort()
 
 
 @dataclass(frozen=True, slots=True)
 class Native:
-    """Opens clients of one relay; everything is closed with the test."""
+    """Opens clients of one relay and closes them at the end of the test."""
 
     port: int
     token: str
@@ -203,8 +205,10 @@ class Native:
         limit: int = _LINE_BYTES,
         **query: str,
     ) -> SseClient:
-        """A stream that has begun, else Refused. `token` '' sends none; `last` goes into the
-        query, `header` into Last-Event-ID."""
+        """Open a stream, or raise Refused.
+
+        An empty `token` sends none. `last` is sent in the query, `header` as Last-Event-ID.
+        """
         words = [("channel", channel) for channel in channels] + list(query.items())
         if last is not None:
             words.append(("last_event_id", last))
@@ -233,7 +237,7 @@ class Native:
         headers: Mapping[str, str] | None = None,
         **options: Any,
     ) -> WsClient:
-        """A websocket whose handshake is done; nothing of what it says has been read."""
+        """Open a WebSocket. No message has been read after the handshake."""
         words = [f"channel={quote(channel)}" for channel in channels]
         credential = self.token if token is None else token
         if credential:
@@ -250,25 +254,25 @@ class Native:
         return client
 
     async def get(self, path: str, **headers: str) -> Answer:
-        """A plain GET."""
+        """Send a GET request."""
         scheme = "https" if self.tls else "http"
         url = f"{scheme}://127.0.0.1:{self.port}{path}"
         async with self.session.get(url, headers=headers, ssl=self.tls or True) as answer:
             return Answer(answer.status, answer.headers, await answer.read())
 
     async def status(self, path: str) -> int:
-        """Of a plain GET."""
+        """Return the status of a GET request."""
         return (await self.get(path)).status
 
     async def metric(self, name: str) -> float:
-        """One sample by its full name with labels; 0 where there is none."""
+        """Return a metric by its full name with labels, or 0 if it does not exist."""
         text = (await self.get("/metrics")).body.decode()
         found = [line.rpartition(" ") for line in text.splitlines()]
         return next((float(value) for sample, _, value in found if sample == name), 0.0)
 
 
 class Closed(Exception):
-    """The websocket is closed, with this code."""
+    """The WebSocket was closed with this code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(str(code))
@@ -276,13 +280,13 @@ class Closed(Exception):
 
 
 class WsClient:
-    """A plain JSON websocket."""
+    """A WebSocket client with JSON messages."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.socket = socket
 
     async def next(self, limit_s: float = LIMIT_S) -> dict[str, Any]:
-        """The next object; Closed when there is none."""
+        """Return the next object, or raise Closed."""
         async with asyncio.timeout(limit_s):
             message = await self.socket.receive()
         if message.type is not aiohttp.WSMsgType.TEXT:
@@ -291,20 +295,20 @@ class WsClient:
         return found
 
     async def take(self, count: int, limit_s: float = LIMIT_S) -> list[dict[str, Any]]:
-        """The next `count`."""
+        """Return the next `count` objects."""
         return [await self.next(limit_s) for _ in range(count)]
 
     async def send(self, **command: object) -> None:
-        """One command."""
+        """Send one command."""
         await self.socket.send_str(json.dumps(command))
 
     async def ask(self, **command: object) -> dict[str, Any]:
-        """One command and its reply or error; nothing else may come before."""
+        """Send one command and return its reply or error, which must be the next message."""
         await self.send(**command)
         return await self.next()
 
     async def closed(self, limit_s: float = LIMIT_S) -> tuple[list[dict[str, Any]], int]:
-        """Everything until the close, and its code."""
+        """Return all messages until the close, and its code."""
         found = []
         try:
             while True:
@@ -322,7 +326,7 @@ async def native(
     port: int | None = None,
     tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[Native]:
-    """Clients of `relay` for one test; their token opens `channels`."""
+    """Open clients of `relay` for one test. Their token grants `channels`."""
     async with aiohttp.ClientSession() as session:
         token = relay.token(user, channels)
         clients = Native(port or relay.port, token, session, tls=tls)
@@ -336,6 +340,6 @@ async def native(
 
 
 async def within(seconds: float, answer: Awaitable[Any]) -> Any:
-    """`answer`, or TimeoutError."""
+    """Await `answer` with a time limit."""
     async with asyncio.timeout(seconds):
         return await answer

@@ -1,4 +1,4 @@
-"""A TCP proxy that cuts connections at any byte, both ways at once, as a network does."""
+"""A TCP proxy that can cut its connections at any byte, in both directions at once."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager, suppress
 
 
 class Cutter:
-    """Forwards to `port`; its own port is set when it runs."""
+    """Forwards connections to `port`. Its own port is set when it runs."""
 
     def __init__(self, port: int) -> None:
         self._target = port
         self.port = 0
         self.cuts = 0
-        # While it is set, nobody comes in.
+        # While this is set, new connections are rejected.
         self.refuses = False
         self._open: dict[asyncio.WriteTransport, asyncio.WriteTransport] = {}
 
@@ -22,7 +22,7 @@ class Cutter:
         return len(self._open)
 
     def cut(self, index: int) -> None:
-        """The connection of this number, counted round."""
+        """Cut the connection with this index, modulo the number of connections."""
         if self._open:
             near = list(self._open)[index % len(self._open)]
             for transport in (near, self._open.pop(near)):
@@ -60,7 +60,7 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 @asynccontextmanager
 async def cutting(port: int) -> AsyncIterator[Cutter]:
-    """A cutter before this port."""
+    """Run a proxy in front of this port."""
     cutter = Cutter(port)
     server = await asyncio.start_server(cutter._serve, "127.0.0.1", 0)
     cutter.port = server.sockets[0].getsockname()[1]

@@ -1,4 +1,4 @@
-"""An Engine.IO 4 client over a websocket, with one Socket.IO namespace, written by hand."""
+"""A hand-written Engine.IO 4 client over WebSocket with one Socket.IO namespace."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class EngineIo(Frames):
     offset = ""
 
     async def start(self, namespace: str, auth: dict[str, str]) -> None:
-        """Ask for the namespace; the answer is the next packet."""
+        """Connect to the namespace. The reply is the next packet."""
         self.namespace = "" if namespace == "/" else f"{namespace},"
         opened = await self.next()
         assert opened.startswith("0{"), opened
@@ -43,7 +43,7 @@ class EngineIo(Frames):
         return kind, value
 
     async def notice(self, kind: str, value: Any) -> str:
-        """Return the words for a packet that is no event."""
+        """Return the text for a packet that is not an event."""
         if kind == "close":
             return str(value)
         if kind == "4":

@@ -1,4 +1,4 @@
-"""A hub with nobody behind it, and clients that keep what they are told."""
+"""A hub without Redis, with clients that store what they receive."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from relay.hub.recovery import Notice
 from relay.hub.session import Session, Subscription
 
 NEWS = Channel("news")
-# Of a stream whose life is 1, on a server that has told nothing of its replication.
+# For a stream with life 1, on a server without a replication history.
 INCARNATION = 1 << 32
 
 
@@ -56,7 +56,7 @@ class Rights:
 
 
 class Words:
-    """An encoder whose frames are words that a person can read."""
+    """An encoder whose frames are readable words."""
 
     door = "words"
 
@@ -153,7 +153,7 @@ def join(
 def examine(
     hub: Hub, channel: Channel = NEWS, *, marker: int | None = INCARNATION, **rights: bytes
 ) -> ExamineRequest:
-    """Answer what the feed asks, from an empty stream."""
+    """Reply to the feed's examination as for an empty stream."""
     feed = hub.feed(channel)
     assert feed
     request = feed.examine_request()

@@ -1,7 +1,7 @@
-"""What was appended, who might read it, and what each client got: the judge of random schedules.
+"""The ledger of random schedules: appended entries, rights, and what each client received.
 
-It knows nothing of how the relay works. An event that a client was owed and did not get must have
-been told: by a notice whose knowledge is no older than the event, before any later event.
+It does not use relay's code. If a client did not receive an event that it may read, it must have
+received a notice before any later event, based on a read that is not older than the event.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from relay.hub.recovery import Notice
 
 @dataclass(slots=True, kw_only=True)
 class Entry:
-    """One entry, whatever became of it."""
+    """One entry, even if it was removed."""
 
-    number: int  # its place among all entries ever appended to the channel
+    number: int  # Its index among all entries ever appended to the channel.
     step: int
     life: int
     id: EntryID
@@ -29,17 +29,17 @@ class Entry:
 
 @dataclass(slots=True)
 class Log:
-    """One channel."""
+    """The history of one channel."""
 
     entries: list[Entry] = field(default_factory=list)
     life: int = 0
     exists: bool = False
     removals: int = 0
-    # Each change of the rights hash: step, user (None: all), value.
+    # Changes of the rights hash: step, user (None: all), value.
     rights: list[tuple[int, str | None, bytes | None]] = field(default_factory=list)
 
     def value(self, user: str, step: int) -> bytes | None:
-        """The hash's value for a user after this step."""
+        """Return the hash's value for a user after this step."""
         value = None
         for at, who, new in self.rights:
             if at <= step and who in (None, user):
@@ -50,7 +50,7 @@ class Log:
         return [entry for entry in self.entries if entry.present]
 
     def gone(self) -> None:
-        """The stream was deleted."""
+        """Record that the stream was deleted."""
         for entry in self.entries:
             self.removals += entry.present
             entry.present = False
@@ -59,22 +59,23 @@ class Log:
 
 @dataclass(slots=True)
 class Received:
-    """One client's view of one channel, over all its connections."""
+    """What one client received on one channel, over all its connections."""
 
     events: set[int] = field(default_factory=set)
-    # The step of the newest knowledge that a notice came from.
+    # The step of the newest read that a notice was based on.
     told: int = -1
     last: int = -1
-    # Entries appended up to here are not owed: the client began, or began anew, after them.
+    # Earlier entries need not be delivered: the client began, or began again, after them.
     owed_after: int = 0
-    # The step of the look that let the present subscription in; its rights are of then.
+    # The step of the examination that accepted the present subscription. Its rights are of this
+    # step.
     admitted: int = 0
     excused: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """One moment of the server: which entries were there, and the step of the rights hashes."""
+    """A snapshot of the server: the existing entries, and the step of the rights hashes."""
 
     step: int
     present: dict[Channel, set[int]]
@@ -116,7 +117,7 @@ class Ledger:
         return entry
 
     def save(self) -> Saved:
-        """All that is in the streams and rights hashes now."""
+        """Return a snapshot of all streams and rights hashes."""
         return Saved(
             step=self.step,
             present={
@@ -126,7 +127,7 @@ class Ledger:
         )
 
     def roll_back(self, saved: Saved, now: int) -> None:
-        """The server has what it had when this was saved."""
+        """Restore a snapshot of the server."""
         for channel, log in self.logs.items():
             for entry in log.entries:
                 present = entry.number in saved.present[channel]
@@ -136,15 +137,16 @@ class Ledger:
             before = {user: log.value(user, saved.step) for user in users}
             log.rights.extend((now, user, value) for user, value in before.items())
 
-    # ---- what clients tell -------------------------------------------------------------------
+    # ---- reports of clients -----------------------------------------------------------------
 
     def admitted(self, view: Received, channel: Channel, user: str, known_at: int) -> None:
-        """The hub let a client in on what it knew at `known_at`."""
+        """Record that the hub accepted a client, based on a read at `known_at`."""
         assert self.allowed(channel, user, known_at), "let in without a right"
         view.admitted = known_at
 
     def began(self, view: Received, channel: Channel, known_at: int) -> None:
-        """The client came without a position: what was there already is not owed."""
+        """Record that a client began without a position, so that earlier entries are not owed to
+        it."""
         view.owed_after = known_at
         view.excused |= {
             entry.number
@@ -155,7 +157,7 @@ class Ledger:
     def received_event(
         self, view: Received, channel: Channel, user: str, number: int, offered_at: int
     ) -> None:
-        """Checks what must hold for every single event, whenever it comes."""
+        """Check the rules that apply to every single event."""
         log = self.logs[channel]
         entry = log.entries[number]
         assert number not in view.events, f"entry {number} came twice"
@@ -175,7 +177,7 @@ class Ledger:
         self.statistics["events"] += 1
 
     def dropped(self, view: Received, channel: Channel, user: str) -> None:
-        """The hub ended a subscription."""
+        """Record that the hub ended a subscription."""
         changes = {at for at, who, _ in self.logs[channel].rights if who in (None, user)}
         assert any(at > view.admitted and not self.allowed(channel, user, at) for at in changes), (
             "dropped, and the right was there all the time"
@@ -209,8 +211,11 @@ class Ledger:
     def _check_hole(
         self, view: Received, channel: Channel, user: str, begin: int, end: int
     ) -> None:
-        """Every owed entry from begin to end, of which none came, was told: by a notice that came
-        before anything later, and whose knowledge is no older than the entry."""
+        """Check that a notice was sent for each owed entry from begin to end that was not received.
+
+        The notice must precede later events and be based on a read that is not older than the
+        entry.
+        """
         for entry in self.logs[channel].entries[begin:end]:
             if self._owed(view, entry, user) and view.told < entry.step:
                 raise AssertionError(
@@ -218,6 +223,6 @@ class Ledger:
                 )
 
     def check_complete(self, view: Received, channel: Channel, user: str) -> None:
-        """At quiescence a subscribed client has everything, or was told."""
+        """Check at the end that each subscribed client received everything or a notice."""
         assert self.allowed(channel, user, self.step), "still subscribed without a right"
         self._check_hole(view, channel, user, view.last + 1, len(self.logs[channel].entries))

@@ -1,4 +1,4 @@
-"""A real MariaDB in a folder of its own, with Seafile's ccnet database."""
+"""A real MariaDB server in its own folder, with Seafile's ccnet database."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ START_S = 60
 
 
 class MariaDb:
-    """One server; `port` stays the same over restarts."""
+    """One server. `port` is the same after a restart."""
 
     def __init__(self, folder: Path) -> None:
         self.port = free_port()
@@ -29,7 +29,7 @@ class MariaDb:
         self._owner = ["--user=root"] if os.geteuid() == 0 else []
 
     def prepare(self) -> None:
-        """Make the data folder; skipped where there is no MariaDB, but in CI it fails."""
+        """Create the data folder. If MariaDB is missing, the test is skipped; in CI it fails."""
         install = shutil.which("mariadb-install-db")
         if install is None or self._server() is None:
             missing = "needs MariaDB: apt-get install mariadb-server"
@@ -41,7 +41,7 @@ class MariaDb:
         self.start()
         self.run(
             f"CREATE DATABASE `{DATABASE}`; USE `{DATABASE}`;"
-            # As Seafile's own set-up makes it.
+            # As Seafile's own setup creates it.
             "CREATE TABLE GroupUser (id BIGINT NOT NULL PRIMARY KEY AUTO_INCREMENT,"
             " group_id BIGINT, user_name VARCHAR(255), is_staff TINYINT,"
             " UNIQUE INDEX (group_id, user_name), INDEX (user_name)) ENGINE=INNODB;"
@@ -50,7 +50,7 @@ class MariaDb:
         )
 
     def start(self) -> None:
-        """It answers when this returns."""
+        """Start the server and wait until it answers."""
         server = self._server()
         assert server is not None
         command = [
@@ -66,14 +66,14 @@ class MariaDb:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """At once."""
+        """Kill the server."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
             process.wait()
 
     def run(self, statements: str, database: str = "mysql") -> None:
-        """As the database's root."""
+        """Run statements as the database's root user."""
         done = self._client(statements, database)
         assert done.returncode == 0, done.stderr.decode()
 
@@ -90,7 +90,7 @@ class MariaDb:
 
 @contextmanager
 def mariadb(folder: Path) -> Iterator[MariaDb]:
-    """One with an empty GroupUser."""
+    """Run a server with an empty GroupUser table."""
     server = MariaDb(folder)
     try:
         server.prepare()

@@ -1,4 +1,4 @@
-"""A real nginx in front of something, with a recipe of the documents as it stands."""
+"""A real nginx with a configuration from the documentation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ START_S = 20.0
 
 
 def recipes(document: str) -> dict[str, str]:
-    """The ```nginx blocks of a document by the heading above each, a second one with ` 2`."""
+    """Return the ```nginx blocks of a document by the heading above each; a second one has ` 2`."""
     found: dict[str, str] = {}
     heading = ""
     text = (ROOT / document).read_text()
@@ -36,9 +36,9 @@ def recipes(document: str) -> dict[str, str]:
 
 @contextmanager
 def nginx(folder: Path, recipe: str, ports: Mapping[int, int]) -> Iterator[str]:
-    """The address of one that runs `recipe`; `ports` are put for the recipe's own upstreams.
+    """Run nginx with `recipe` and yield its address. `ports` replace those of its upstreams.
 
-    It listens on loopback, at a free port for the recipe's 80.
+    It listens on the loopback interface, on a free port instead of 80.
     """
     binary = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if binary is None:
@@ -75,7 +75,7 @@ def nginx(folder: Path, recipe: str, ports: Mapping[int, int]) -> Iterator[str]:
     finally:
         process.terminate()
         _, told = process.communicate(timeout=START_S)
-        # Shown by pytest beside a failure.
+        # pytest prints it for a failed test.
         sys.stderr.write(told)
 
 

@@ -1,7 +1,7 @@
-"""The systems' own clients from npm, and Node to run them in.
+"""The other systems' clients from npm, and Node to run them.
 
-`tests/npm/` names them; they are installed once, and again only after the lock has changed. Where
-Node or npm is missing a test is skipped, but in CI it fails: there it would never be missed.
+`tests/npm/` lists them. They are installed once, and again only after the lock file has changed. If
+Node or npm is missing, the test is skipped; in CI it fails.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import pytest
 _FOLDER = Path(__file__).parents[1] / "npm"
 _LOCK = _FOLDER / "package-lock.json"
 _MODULES = _FOLDER / "node_modules"
-# A copy of the lock that the installed packages are from; made last.
+# A copy of the lock file of the installed packages, written last.
 _STAMP = _MODULES / ".installed-lock.json"
 
 
 def node() -> str:
-    """The path of Node."""
+    """Return the path of Node."""
     return _tool("node", "nodejs")
 
 
 @functools.cache
 def node_modules() -> Path:
-    """The folder with the packages of `tests/npm/package.json`, for NODE_PATH or a page."""
+    """Return the folder with the packages of `tests/npm/package.json`, for NODE_PATH or a page."""
     npm = _tool("npm", "npm")
     node()
     with _LOCK.open() as lock:
-        # Test runs that begin together must not install into the same folder.
+        # Test runs that start at the same time must not install into the same folder.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _STAMP.exists() or _STAMP.read_bytes() != _LOCK.read_bytes():
             command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
@@ -46,7 +46,7 @@ def node_modules() -> Path:
 
 
 def environment() -> dict[str, str]:
-    """For a Node process: `require` finds the packages by their names."""
+    """Return the environment of a Node process in which `require` finds the packages."""
     return {**os.environ, "NODE_PATH": str(node_modules())}
 
 

@@ -1,4 +1,4 @@
-"""`python -m producers` in its own process, as tests and benchmarks use it."""
+"""Run `python -m producers` in its own process, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.valkey import Server
 
 
 class ProducerProcess:
-    """One producer by itself. What it says goes to the test's own standard error."""
+    """One producer process. Its output goes to the standard error of the test."""
 
     def __init__(self, server: Server, name: str, *, settings: Sequence[str] = ()) -> None:
         self.command = [sys.executable, "-m", "producers", name, "--redis", server.url("relay")]
@@ -23,22 +23,22 @@ class ProducerProcess:
 
     @property
     def pid(self) -> int:
-        """Of the running process."""
+        """Return the process ID."""
         assert self._process is not None
         return self._process.pid
 
     def start(self) -> None:
-        """Run it; it works some time after this returns."""
+        """Start the process. It is ready some time later."""
         environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         environment["PYTHONPATH"] = str(ROOT)
         self._process = subprocess.Popen(self.command, env=environment, cwd=ROOT)
 
     def stop(self) -> int:
-        """SIGTERM; the exit code."""
+        """Send SIGTERM and return the exit code."""
         return self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL."""
         self._end(signal.SIGKILL)
 
     def _end(self, how: signal.Signals) -> int:

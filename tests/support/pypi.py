@@ -1,6 +1,7 @@
-"""The systems' own backend libraries from PyPI, each with what it needs in a folder of its own.
+"""The other systems' backend libraries from PyPI, each with its dependencies in its own folder.
 
-`tests/pypi/NAME.txt` pins them; a folder is filled once, and again only after its file has changed.
+`tests/pypi/NAME.txt` lists them. A folder is filled once, and again only after its file has
+changed.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ _PINS = Path(__file__).parents[1] / "pypi"
 
 @functools.cache
 def packages(name: str) -> Path:
-    """The folder with the packages of `tests/pypi/NAME.txt`, for PYTHONPATH."""
+    """Return the folder with the packages of `tests/pypi/NAME.txt`, for PYTHONPATH."""
     pins = _PINS / f"{name}.txt"
     folder = Path(sys.prefix) / "clients" / name
-    # A copy of the pins that the installed packages are from; made last.
+    # A copy of the list of the installed packages, written last.
     stamp = folder / ".installed.txt"
     with pins.open() as lock:
-        # Test runs that begin together must not install into the same folder.
+        # Test runs that start at the same time must not install into the same folder.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not stamp.exists() or stamp.read_bytes() != pins.read_bytes():
             shutil.rmtree(folder, ignore_errors=True)
@@ -38,7 +39,7 @@ def packages(name: str) -> Path:
 
 
 def run(name: str, arguments: Sequence[str], text: str = "") -> subprocess.CompletedProcess[str]:
-    """A Python of its own with these packages and nothing of the relay; `text` is its input."""
+    """Run Python with these packages, without relay. `text` is its standard input."""
     return subprocess.run(
         [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": str(packages(name))},

@@ -1,4 +1,4 @@
-"""A real relay in its own process, with a real server behind it, as tests and benchmarks use it."""
+"""A real relay process with a real Redis server, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ START_S = 15
 
 
 class RelayProcess:
-    """`python -m relay serve` on a free port that stays the same over restarts."""
+    """`python -m relay serve` on a free port, which is the same after a restart."""
 
     def __init__(
         self,
@@ -53,17 +53,17 @@ class RelayProcess:
 
     @property
     def url(self) -> str:
-        """Of the shared listener."""
+        """Return the URL of the shared listener."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def pid(self) -> int:
-        """Of the running process."""
+        """Return the process ID."""
         assert self._process is not None
         return self._process.pid
 
     def start(self) -> RelayProcess:
-        """Run it; it serves when this returns."""
+        """Start the process and wait until it serves."""
         command = [*self.prefix, sys.executable, "-m", "relay", "serve", "--port", str(self.port)]
         command += ["--redis", self.server.url("relay"), *self.flags]
         key = [f"jwt.key={self.key}"] if self.key else []
@@ -96,24 +96,24 @@ class RelayProcess:
         ready.set()
 
     def stop(self, limit_s: float = 15) -> int:
-        """SIGTERM; the exit code."""
+        """Send SIGTERM and return the exit code."""
         return self._end(signal.SIGTERM, limit_s)
 
     def ended(self, limit_s: float = 15) -> int:
-        """Wait for the end of a relay that was told to stop; the exit code."""
+        """Wait until a relay that was asked to stop has ended. Return its exit code."""
         process, self._process = self._process, None
         return 0 if process is None else process.wait(limit_s)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL."""
         self._end(signal.SIGKILL, 5)
 
     def send(self, number: signal.Signals) -> None:
-        """Any other signal."""
+        """Send another signal."""
         os.kill(self.pid, number)
 
     def restart(self) -> None:
-        """Orderly."""
+        """Stop and start the process."""
         self.stop()
         self.start()
 
@@ -138,7 +138,7 @@ class RelayProcess:
         groups: Sequence[str] = (),
         key: str = KEY,
     ) -> str:
-        """A native JWT."""
+        """Return a native JWT."""
         claims: dict[str, object] = {"sub": user, "channels": list(channels)}
         if groups:
             claims["groups"] = list(groups)
@@ -147,7 +147,7 @@ class RelayProcess:
         return jwt.encode(claims, key, algorithm="HS256")
 
     def xadd(self, channel: str, **fields: str) -> str:
-        """Append as any producer would; the entry's ID."""
+        """Append an entry as any producer would. Return its ID."""
         words = [part for pair in fields.items() for part in pair]
         entry_id: bytes = self._client.execute_command(  # type: ignore[no-untyped-call]
             "XADD", f"relay:stream:{{{channel}}}", "*", *words
@@ -155,5 +155,5 @@ class RelayProcess:
         return entry_id.decode()
 
     def redis(self, user: User = "admin") -> object:
-        """A blocking client of the server behind."""
+        """Return a blocking client of the Redis server."""
         return self.server.client(user)

@@ -1,4 +1,4 @@
-"""Random schedules for Hypothesis: what producers, operators, clients and workers may do."""
+"""Random schedules for Hypothesis: actions of producers, operators, clients and workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.steps import CHANNELS, USERS
 from tests.support.world import World, statistics
 
 STEPS = int(os.environ.get("RELAY_STEPS", "60"))
-# More turns than any schedule can have left over; one that needs more does not come to rest.
+# More turns than a schedule can need. One that needs more does not come to rest.
 PATIENCE = 400
 
 channels = st.sampled_from(CHANNELS)
@@ -23,7 +23,7 @@ people = st.integers(0, 4)
 
 
 class Schedules(World):
-    """One schedule. Rules that are more likely to matter stand here twice."""
+    """One schedule. More important rules are listed twice."""
 
     @rule(channel=channels, count=st.integers(1, 6))
     def append_again(self, channel: Channel, count: int) -> None:
@@ -46,7 +46,8 @@ class Schedules(World):
 
     @rule(channel=channels, user=users, which=workers)
     def revoke_within_a_read(self, channel: Channel, user: str, which: int) -> None:
-        """The hash's own wake-up comes too late for this read: only the entry can stop it."""
+        """The invalidation of the hash arrives too late for this read, so only the entry can end
+        access."""
         self.append(channel, 1, None)
         self.hear(which)
         self.revoke(channel, user)
@@ -56,7 +57,7 @@ class Schedules(World):
 
     @rule(channel=channels, user=users, which=workers, read=st.booleans())
     def revoke_and_grant(self, channel: Channel, user: str, which: int, read: bool) -> None:
-        """Both within one read, or in two."""
+        """Revoke and grant within one read, or in two reads."""
         before = self.ledger.logs[channel].value(user, self.clock.now)
         self.append(channel, 1, None)
         self.revoke(channel, user)
@@ -70,7 +71,7 @@ class Schedules(World):
 
     @rule(channel=channels, who=people, which=workers)
     def revoke_for_a_moment(self, channel: Channel, who: int, which: int) -> None:
-        """Who comes after the right was given back is past the revocation."""
+        """Clients that connect after the grant are not affected by the revocation."""
         person = self.people[who]
         self.revoke(channel, person.user)
         self.change_right(channel, person.user, b"r")
@@ -125,7 +126,7 @@ class Schedules(World):
 
     @rule(channel=channels, count=st.integers(1, 3), seen=st.booleans(), which=workers)
     def lose_what_was_appended(self, channel: Channel, count: int, seen: bool, which: int) -> None:
-        """Acknowledged, and perhaps read by one worker, but by nobody else."""
+        """Lose acknowledged entries that at most one worker has read."""
         self.save()
         self.append(channel, count, None)
         if seen:
@@ -267,7 +268,7 @@ class Schedules(World):
 
     @rule()
     def rest(self) -> None:
-        """Everything is taken until nothing is wanted; then every client must be complete."""
+        """Process everything until there is no work left. Then every client must be complete."""
         for channel in sorted(self.foreign):
             self.delete_stream(channel, rewind=False)
         for _ in range(PATIENCE):
@@ -303,7 +304,7 @@ class Schedules(World):
 
 
 def explore(examples: int, *, random: int | None = None, shrink: bool = True) -> None:
-    """Random schedules, the same every time unless a seed is given."""
+    """Run random schedules. They are the same each time unless a seed is set."""
     phases = [Phase.explicit, Phase.generate, *([Phase.shrink] if shrink else [])]
     chosen = settings(
         max_examples=examples,

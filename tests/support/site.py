@@ -1,4 +1,4 @@
-"""What doors share over all workers, without the rest of a relay; also as a process to be killed.
+"""Services that protocols share across workers, without the rest of relay. Also a process to kill.
 
 python -m tests.support.site REDIS_URL INSTANCE CHANNEL CLIENTS
 """
@@ -26,7 +26,7 @@ from tests.support.valkey import Server
 async def site(
     server: Server | RedisSettings, instance: str, dead: Callable[[str], bool] = lambda _: False
 ) -> AsyncIterator[ClusterServices]:
-    """One worker's."""
+    """Create the services of one worker."""
     async with asyncio.TaskGroup() as group:
 
         def spawn(*arguments: object, **named: object) -> object:

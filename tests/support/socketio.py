@@ -25,7 +25,7 @@ GENERATIONS = ("3", "5")
 def axr_token(
     uid: str = "u1", *, secret: str = SECRET, as_text: bool = False, **claims: Any
 ) -> str:
-    """As AcceleratXR's account service signs it."""
+    """Return a token as AcceleratXR's account service signs it."""
     profile: object = {"uid": uid, "name": uid.title(), "roles": ["player"]}
     if as_text:
         profile = json.dumps(profile)
@@ -43,12 +43,12 @@ class NpmClient:
         self.events: list[list[Any]] = []
 
     async def next(self, limit_s: float = LIMIT_S) -> dict[str, Any]:
-        """What happens next."""
+        """Return the next report of the client."""
         async with asyncio.timeout(limit_s):
             return await self.seen.get()
 
     async def until(self, what: str, limit_s: float = LIMIT_S) -> dict[str, Any]:
-        """The next of this kind; events before it are kept in `events`."""
+        """Return the next report of this kind. Earlier events are kept in `events`."""
         async with asyncio.timeout(limit_s):
             while True:
                 found = await self.seen.get()
@@ -58,14 +58,14 @@ class NpmClient:
                     self.events.append(found["args"])
 
     async def event(self, limit_s: float = LIMIT_S) -> list[Any]:
-        """The next event: its name and arguments."""
+        """Return the name and arguments of the next event."""
         if self.events:
             return self.events.pop(0)
         args: list[Any] = (await self.until("event", limit_s))["args"]
         return args
 
     async def do(self, what: str, *args: Any) -> None:
-        """Let it do something."""
+        """Send a command to the client."""
         await self._driver.send({"do": self.name, "what": what, "args": args})
 
 
@@ -84,7 +84,7 @@ class Driver:
         path: str = "/notifications",
         **options: Any,
     ) -> NpmClient:
-        """A client that has begun to connect; nothing of what it says has been read."""
+        """Create a client that connects. None of its reports have been read."""
         name = f"c{len(self._clients)}"
         client = self._clients[name] = NpmClient(self, name)
         options = {"path": path, "reconnectionDelay": 20, "reconnectionDelayMax": 100, **options}
@@ -92,13 +92,13 @@ class Driver:
         return client
 
     async def send(self, command: object) -> None:
-        """One line."""
+        """Send one line."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(command).encode() + b"\n")
         await self._process.stdin.drain()
 
     async def read(self) -> None:
-        """For ever."""
+        """Read the reports of the clients. Runs until cancelled."""
         assert self._process.stdout is not None
         while line := await self._process.stdout.readline():
             found = json.loads(line)
@@ -107,7 +107,7 @@ class Driver:
 
 @asynccontextmanager
 async def npm_clients() -> AsyncIterator[Driver]:
-    """Clients for one test."""
+    """Run clients for one test."""
     process = await asyncio.create_subprocess_exec(
         node(),
         str(_DRIVER),
@@ -128,20 +128,20 @@ async def npm_clients() -> AsyncIterator[Driver]:
 
 
 def connect_options(package: str, token: str) -> dict[str, Any]:
-    """How a client of this generation gives its token."""
+    """Return the options with which a client of this generation sends its token."""
     if package == "socket.io-client-2":
         return {"query": {"jwt_token": token}}
     return {"auth": {"token": token}}
 
 
 class Emitter:
-    """A Node process with an emitter of /axr: socket.io-emitter 3.2 or the 5.x one."""
+    """A Node process with an emitter of /axr: socket.io-emitter 3.2 or 5.x."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
 
     async def run(self, script: str) -> None:
-        """JavaScript with `io`, the emitter; what it published is at Redis when this returns."""
+        """Run JavaScript with the emitter `io`. Return when Redis has received its messages."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(script.replace("\n", " ").encode() + b"\n")
@@ -151,7 +151,7 @@ class Emitter:
 
 @asynccontextmanager
 async def emitter(generation: str, port: int) -> AsyncIterator[Emitter]:
-    """An emitter that publishes to the Redis on this port."""
+    """Run an emitter that publishes to Redis on this port."""
     process = await asyncio.create_subprocess_exec(
         node(),
         str(_EMITTER),

@@ -1,4 +1,4 @@
-"""Doors for SockJS tests, as sockjs-protocol wants them: one that echoes, one that closes."""
+"""SockJS endpoints for tests: one that echoes, and one that closes, as sockjs-protocol requires."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPTIONS = SockJsOptions(
 
 
 class MemoryStore:
-    """What Redis would keep; `asked` counts."""
+    """A store in memory. `asked` counts requests."""
 
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
@@ -67,7 +67,7 @@ class MemoryStore:
 
 
 class EchoDoor:
-    """Echoes at /echo, says goodbye at /close."""
+    """Echoes at /echo, and closes at /close."""
 
     def __init__(self, bus: Bus, store: ClaimStore, options: SockJsOptions = OPTIONS) -> None:
         self.sessions: list[SockJsSession] = []
@@ -133,7 +133,7 @@ class EchoDoor:
 
 @asynccontextmanager
 async def serving(routes: list[web.AbstractRouteDef], port: int = 0) -> AsyncIterator[int]:
-    """The routes on a port of their own."""
+    """Serve the routes on their own port."""
     app = web.Application()
     app.router.add_routes(routes)
     runner = web.AppRunner(app, shutdown_timeout=1.0, access_log=None)

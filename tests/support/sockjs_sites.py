@@ -1,4 +1,4 @@
-"""Echo workers as processes, each on a port of its own or all on one."""
+"""Echo workers as processes, each on its own port or all on the same one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _ROOT = Path(__file__).parents[2]
 
 @dataclass
 class WorkerProcess:
-    """Instance `host:<number>`."""
+    """The worker with the instance `host:<number>`."""
 
     process: asyncio.subprocess.Process
     port: int
 
     async def kill(self) -> None:
-        """kill -9."""
+        """Send SIGKILL."""
         if self.process.returncode is None:
             self.process.kill()
         await self.process.wait()
@@ -30,7 +30,7 @@ class WorkerProcess:
 
 @asynccontextmanager
 async def workers(server: Server, ports: Sequence[int]) -> AsyncIterator[list[WorkerProcess]]:
-    """They listen when this begins; none is left when it ends."""
+    """Run workers that listen. All of them have ended at exit."""
     started: list[WorkerProcess] = []
     try:
         for number, port in enumerate(ports):

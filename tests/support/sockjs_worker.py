@@ -1,4 +1,4 @@
-"""One worker of a site with the echo door, as a process: URL of Redis, port, instance."""
+"""A worker process with the echo endpoint; arguments: URL of Redis, port, instance."""
 
 from __future__ import annotations
 

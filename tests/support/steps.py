@@ -1,8 +1,8 @@
-"""Drives two real workers (hub, live turns, page turns) against a real server, one step at a time.
+"""Two real workers (hub, live reads, pages) on a real server, controlled one step at a time.
 
-What a worker asks is executed on the server at once; when its answers are handed over is a step of
-its own, so that they interleave at will with appends, trims, revocations and lost links. Wake-ups
-are the server's own invalidation pushes.
+A worker's commands are executed by the server at once. Passing it the replies is a separate step,
+so that replies interleave with appends, trims, revocations and lost connections. Invalidations are
+those of the server.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from tests.support.wire import Wire
 
 CHANNELS = [Channel("news"), Channel("work")]
 USERS = ["ann", "bob"]
-# ann's token opens everything; bob has what the rights hash says.
+# The token of ann grants all channels. The rights of bob are in the rights hash.
 CLAIMS = frozenset({"ann"})
 BUFFER_BYTES = 250
-# Four entries a page: schedules are short, and every bound should be met.
+# Four entries per page, because schedules are short and must reach every limit.
 PAGE_BYTES = 2048
 ENTRY_BYTES = 500
 
 
 class Rights:
-    """The hub's rights: a claim, unless the hash says otherwise."""
+    """The rights of the hub: a claim, unless the rights hash overrides it."""
 
     def allowed(
         self, principal: Principal, channel: Channel, hash_value: bytes | None, *, admitted: bool
@@ -54,7 +54,7 @@ class Rights:
 
 
 class Format:
-    """Lines of JSON; a personal one carries the client's whole cursor."""
+    """Encodes lines of JSON. A personal one contains the client's whole cursor."""
 
     door = "native"
 
@@ -87,7 +87,7 @@ class Format:
 
 
 class Clock:
-    """The schedule's step, and the step of the snapshot that is being acted on."""
+    """The step of the schedule, and the step of the snapshot that is being processed."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -95,14 +95,14 @@ class Clock:
 
 
 class Outbox:
-    """A socket whose peer reads when it is told to."""
+    """A socket whose peer reads on request."""
 
     def __init__(self) -> None:
         self.data = b""
         self.full = False
 
     def write(self, data: bytes) -> None:
-        # So what is held never exceeds the bound plus what one turn offered.
+        # The size of unsent data must not exceed the limit by more than one turn's events.
         assert not self.full or b'"e":' not in data, "an event for a full socket"
         self.data += data
         self.full = self.full or len(self.data) > BUFFER_BYTES
@@ -112,7 +112,7 @@ class Outbox:
 
 
 class Person:
-    """A client that connects again and again, and what it has received."""
+    """A client that connects repeatedly, with everything it has received."""
 
     def __init__(self, name: str, user: str, ledger: Ledger, clock: Clock) -> None:
         self.name = name
@@ -159,7 +159,7 @@ class Person:
     def disconnect(self, reason: Reason) -> None:
         raise AssertionError(reason)
 
-    # the test's hand
+    # ---- actions of the test
 
     def connect(self, worker: Worker, channels: Iterable[Channel], how: str) -> None:
         assert self.session is None
@@ -184,7 +184,7 @@ class Person:
             asked = self.places.get(channel)
         if asked is None and how != "anew" and channel in self.bare:
             asked = Position(self.bare[channel])
-        # A bare 0-0 asks for the beginning of whatever there is.
+        # A bare 0-0 means the beginning of the existing stream.
         if asked is None or asked == Position(ZERO_ID):
             self.anew.add(channel)
         else:
@@ -199,7 +199,7 @@ class Person:
             self.standing.discard(channel)
 
     def read(self) -> None:
-        """Everything that the socket holds."""
+        """Read all data in the socket."""
         data, self.outbox.data = self.outbox.data, b""
         for line in data.splitlines():
             frame = orjson.loads(line)
@@ -222,13 +222,13 @@ class Person:
             self.session.resume()
 
     def fill(self) -> None:
-        """The socket fills up by what is none of the hub's business."""
+        """Fill the socket with other data."""
         self.outbox.full = True
         if self.session is not None:
             self.session.pause()
 
     def leave(self, *, politely: bool) -> None:
-        """Politely: everything sent has arrived, and the relay's last word was its position."""
+        """Disconnect after all sent data has arrived, with relay's last position."""
         if self.session is None:
             return
         if politely:
@@ -251,7 +251,7 @@ def _no_task(work: Coroutine[Any, Any, None]) -> None:
 
 
 class Worker:
-    """A relay process without its loop: links, turns and hub."""
+    """A relay process without its event loop: connections, reads and hub."""
 
     def __init__(
         self, name: str, port: int, keys: Keys, clock: Clock, formats: tuple[Format, Format]
@@ -308,7 +308,7 @@ class Worker:
 
     def follow(self, stream: Followed) -> None:
         self._followed[stream.channel] = stream
-        # As if it had been followed for long: a page is four entries from the start.
+        # As if the stream had been followed for long: a page has four entries from the start.
         stream.average_bytes = ENTRY_BYTES
 
     def want_examine(self, stream: Followed) -> None:
@@ -387,7 +387,7 @@ class Worker:
         self.take_pages()
 
     def flush(self) -> None:
-        """The end of a turn of the loop."""
+        """End a turn of the event loop."""
         later, self._later[:] = list(self._later), []
         for call in later:
             call()
@@ -395,7 +395,7 @@ class Worker:
         self.clock.known_at = self.clock.now
 
     def lose_links(self) -> None:
-        """What was asked may have been done; its answers are never seen."""
+        """Lose the connections. The commands may have been executed, but their replies are lost."""
         self.close()
         self._asked = self._asked_pages = None
         self._open()
@@ -404,6 +404,7 @@ class Worker:
 
 
 def distinct_markers() -> Callable[[], int]:
-    """Random markers meet in 16 bits once in 65,536 pairs: too often for a million schedules."""
+    """Random markers are equal in 16 bits in one of 65,536 pairs: too often for a million
+    schedules."""
     numbers = itertools.count(1)
     return lambda: next(numbers)

@@ -1,4 +1,4 @@
-"""Debian's Seafile sync client, `seafile-daemon` and `seafile-cli`, with a home of its own."""
+"""Debian's Seafile sync client, `seafile-daemon` and `seafile-cli`, with its own home folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-# Debian's Python: the client's modules are there.
+# Debian's Python has the client's modules.
 _PYTHON = "/usr/bin/python3"
 _SET_PRO = """
 import sys
@@ -28,7 +28,7 @@ _LIMIT_S = 30.0
 
 
 class SyncClient:
-    """One daemon at work in `folder`."""
+    """A running daemon in `folder`."""
 
     def __init__(self, folder: Path, process: asyncio.subprocess.Process) -> None:
         self.folder = folder
@@ -36,7 +36,7 @@ class SyncClient:
         self._process = process
 
     async def download(self, url: str, repo_id: str) -> Path:
-        """Follow this library of the server; the folder that its files come to."""
+        """Synchronize a library of the server. Return the folder with its files."""
         self.libraries.mkdir(exist_ok=True)
         await _run(
             self.folder,
@@ -46,38 +46,38 @@ class SyncClient:
         return self.libraries / "library"
 
     async def call_server_pro(self, url: str) -> None:
-        """As the graphical client does when the server says so: only then are locks heeded."""
+        """Enable locks: report the server as a professional edition, as the graphical client does."""
         socket = self.folder / "seafile-data" / "seafile.sock"
         await _run(self.folder, _PYTHON, "-c", _SET_PRO, str(socket), url)
 
     def log(self) -> str:
-        """The daemon's."""
+        """Return the daemon's log."""
         path = self.folder / "conf" / "logs" / "seafile.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
     async def restart(self) -> None:
-        """As a user does who logs out and in again."""
+        """Restart the daemon, as for a user who logs out and in again."""
         await self.end(signal.SIGTERM)
         self._process = await _start(self.folder)
 
     async def end(self, how: signal.Signals) -> None:
-        """Let the daemon end."""
+        """Wait until the daemon has ended."""
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(how)
         await self._process.wait()
 
     def stop(self) -> None:
-        """SIGSTOP."""
+        """Send SIGSTOP."""
         self._process.send_signal(signal.SIGSTOP)
 
     def go_on(self) -> None:
-        """SIGCONT."""
+        """Send SIGCONT."""
         self._process.send_signal(signal.SIGCONT)
 
 
 @asynccontextmanager
 async def sync_client(folder: Path) -> AsyncIterator[SyncClient]:
-    """A daemon; where there is none the test is skipped, but in CI it fails."""
+    """Run a daemon. If it is missing, the test is skipped; in CI it fails."""
     daemon, cli = shutil.which("seaf-daemon"), shutil.which("seaf-cli")
     if daemon is None or cli is None:
         missing = "needs the sync client: apt-get install seafile-daemon seafile-cli"

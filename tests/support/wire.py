@@ -1,4 +1,4 @@
-"""A plain connection to the server, for tests that decide themselves when an answer is seen."""
+"""A plain connection to the server, for tests that decide when a reply is processed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _pack = cast(Callable[[tuple[bytes | str | int, ...]], bytes], hiredis.pack_comm
 
 
 class Wire:
-    """A blocking RESP3 connection. Pushes are handed over as they are read, as `Link` does."""
+    """A blocking RESP3 connection. Pushes are passed on when read, as in PipelineConnection."""
 
     def __init__(self, port: int, on_push: Callable[[list[object]], None] | None = None) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=5)
@@ -24,7 +24,7 @@ class Wire:
         self.execute([("HELLO", 3, "AUTH", "admin", "any")])
 
     def execute(self, commands: Sequence[RedisCommand]) -> list[object]:
-        """One pipeline; error replies stand in the list."""
+        """Send one pipeline. Error replies are in the list."""
         self._socket.sendall(b"".join([_pack(tuple(command)) for command in commands]))
         replies: list[object] = []
         while len(replies) < len(commands):

@@ -1,4 +1,4 @@
-"""A relay with two workers, and a look at each of them."""
+"""A relay with two workers, and access to each of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.valkey import Server, free_port
 async def running(
     server: Server, *settings: str, flags: Sequence[str] = ()
 ) -> AsyncIterator[tuple[RelayProcess, Native]]:
-    """A relay with two workers, and its clients."""
+    """Run a relay with two workers, and its clients."""
     relay = RelayProcess(server, settings=settings, flags=["--workers", "2", *flags])
     await asyncio.to_thread(relay.start)
     try:
@@ -26,13 +26,14 @@ async def running(
             yield relay, door
     finally:
         relay.kill()
-        # What a killed host leaves counts for seconds more; it is no other test's business.
+        # Connections of a killed host are counted for some seconds. Other tests must not be
+        # affected.
         for key in redis(server, "KEYS", f"relay:users:*_{relay.port}-*"):
             redis(server, "DEL", key)
 
 
 def workers(relay: RelayProcess) -> dict[int, int]:
-    """Process by number, of those that run now."""
+    """Return the running worker processes by number."""
     found = {}
     for child in Path(f"/proc/{relay.pid}/task/{relay.pid}/children").read_text().split():
         with contextlib.suppress(OSError, ValueError):
@@ -42,7 +43,7 @@ def workers(relay: RelayProcess) -> dict[int, int]:
 
 
 async def on_every_worker(door: Native) -> dict[str, str]:
-    """The metrics of each of two workers, by its number; the kernel spreads the connections."""
+    """Return the metrics of both workers by number. The kernel distributes the connections."""
     found: dict[str, str] = {}
     async with asyncio.timeout(8):
         while len(found) < 2:
@@ -53,12 +54,12 @@ async def on_every_worker(door: Native) -> dict[str, str]:
 
 
 async def over_both(door: Native, channel: str, count: int = 24) -> list[SseClient]:
-    """So many that, but once in millions of runs, each of two workers has some."""
+    """Number of clients of which each of two workers has some, except once in millions of runs."""
     return [await door.sse(channel) for _ in range(count)]
 
 
 def neighbours() -> int:
-    """A free port whose successor is free too."""
+    """Return a free port whose successor is free too."""
     while True:
         port = free_port()
         with contextlib.suppress(OSError), socket.socket() as beside:

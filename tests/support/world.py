@@ -1,4 +1,4 @@
-"""What producers and operators do to the streams, each step told to the ledger."""
+"""Actions of producers and operators on the streams, each recorded in the ledger."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ statistics: Counter[str] = Counter()
 
 
 class World(RuleBasedStateMachine):
-    """Two workers, five clients, two channels; `port` is set by the test."""
+    """Two workers, five clients and two channels. The test sets `port`."""
 
     port = 0
 
@@ -39,7 +39,7 @@ class World(RuleBasedStateMachine):
         ]
         self.times = dict.fromkeys(CHANNELS, 0)
         self.foreign: set[Channel] = set()
-        # What a replica that lags behind has, or the RDB file: as the ledger had it then.
+        # The data of a lagging replica or an RDB file, as the ledger had it then.
         self.saved: Saved | None = None
 
     def _worker(self) -> Worker:
@@ -47,7 +47,7 @@ class World(RuleBasedStateMachine):
         return Worker(f"w{self.names}", self.port, self.keys, self.clock, self.formats)
 
     def step(self) -> None:
-        """The turn that a step ran in is over: bytes leave."""
+        """Deliver the bytes after the turn in which a step ran."""
         for worker in self.workers:
             worker.flush()
         self.clock.now += 1
@@ -64,7 +64,7 @@ class World(RuleBasedStateMachine):
     ) -> tuple[bytes | str | int, ...]:
         log = self.ledger.logs[channel]
         self.times[channel] += 1
-        # The life is part of the ID, so that a bare ID names an entry of its own life only.
+        # The ID contains the life, so that a bare ID identifies an entry of its own life only.
         entry_id = EntryID(self.times[channel], log.life + 1)
         added = self.ledger.append(channel, entry_id, to, revokes, grants)
         if revokes:
@@ -96,7 +96,7 @@ class World(RuleBasedStateMachine):
         self.step()
 
     def grant(self, channel: Channel, user: str, before: bytes | None) -> None:
-        """End a revocation; the hash then says what it said before."""
+        """End a revocation. The rights hash then has its previous value."""
         self._restore(channel)
         self._change_right(channel, user, before)
         key = self.keys.rights(channel)
@@ -165,20 +165,22 @@ class World(RuleBasedStateMachine):
         self.step()
 
     def save(self) -> None:
-        """What is appended from now on is lost with the next failover, although acknowledged."""
+        """Take a snapshot: later entries are lost with the next failover, although acknowledged."""
         if not self.foreign:
             self.admin.call("SAVE")
             self.saved = self.ledger.save()
             self.step()
 
     def fail_over(self) -> None:
-        """The server becomes what a promoted replica is, with the data of the last `save`: a new
-        replication ID, and the old one as the one before."""
+        """Turn the server into a promoted replica with the data of the last `save`.
+
+        It has a new replication ID, with the old one as the previous ID.
+        """
         if self.saved is not None:
             self.admin.call("DEBUG", "RELOAD", "NOSAVE")
             self.ledger.roll_back(self.saved, self.clock.now)
         for log in self.ledger.logs.values():
-            # Nothing shows whether something was lost: clients may be told.
+            # A loss cannot be excluded, so clients may receive notices.
             log.removals += 1
         self.saved = None
         self.admin.call("REPLICAOF", "127.0.0.1", 1)
@@ -188,9 +190,9 @@ class World(RuleBasedStateMachine):
         self.step()
 
     def touch_group(self, channel: Channel, which: int, at: str) -> None:
-        """What an operator's hand can do to a worker's group, and not be told of.
+        """Change a worker's group as an operator could.
 
-        Not forward: a read that stops at its COUNT cannot see that; the next whole one tells it.
+        Not forward: a read that reaches its COUNT cannot detect that; the next complete one does.
         """
         key, group = self.keys.stream(channel), group_of(self.workers[which].name)
         if at == "gone":
