@@ -1,4 +1,4 @@
-"""Channels of one test each, as in tests/e2e."""
+"""Channel names for single tests, as in tests/e2e."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ import pytest
 
 @pytest.fixture
 def channel(request: pytest.FixtureRequest) -> str:
-    """A name that no other test uses."""
+    """Return a channel name that no other test uses."""
     name: str = request.node.name
     return f"faults:{re.sub('[^a-z0-9_]+', '-', name.removeprefix('test_').lower())}"

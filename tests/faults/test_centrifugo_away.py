@@ -1,4 +1,4 @@
-"""Centrifugo's server side while Redis is away: clear answers, and everything is there again."""
+"""Centrifugo's HTTP API while Redis is unreachable: clear errors, and a complete recovery."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RULES = [
 async def test_the_api_says_so_and_presence_is_written_again(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    # Without persistence: what was there is lost with the server.
+    # Without persistence, so that the server loses its data.
     server = Server(tmp_path_factory.mktemp("own"), options=("--save", ""))
     with running(server):
         relay = RelayProcess(server, settings=RULES)
@@ -49,13 +49,13 @@ async def test_the_api_says_so_and_presence_is_written_again(
                 for method in ("unsubscribe", "disconnect"):
                     reply = await site.api(method, user="nobody")
                     assert (reply["error"], reply["body"]) == ("internal server error", None)
-                # It needs no Redis.
+                # This method needs no Redis.
                 assert (await site.api("node"))["body"]["data"]["metrics"]["node_num_clients"] == 2
                 answer = await site.request(json.dumps([{"method": "channels"}] * 3).encode())
                 assert len(json.loads(answer.body)) == 3
                 await bob.stop()
                 server.start()
-                # Nothing shows that the server lost nothing, so that clients come again.
+                # A loss cannot be excluded, so clients reconnect.
                 await anna.until_closed()
                 carol = await site.client("carol")
                 await carol.subscribe("here:x")

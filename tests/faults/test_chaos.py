@@ -1,6 +1,6 @@
-"""Many clients that drop and resume at random receive exactly their events, in order, once.
+"""Many clients that disconnect and resume at random receive all events once and in order.
 
-`RELAY_PROOF_EVENTS=100000` runs it at the full scale; the default fits into every test run.
+`RELAY_PROOF_EVENTS=100000` runs it at full scale. The default is small enough for every test run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KILLS = 3
 async def _clients(
     port: int, rng: random.Random
 ) -> AsyncIterator[tuple[list[ChaosClient], list[str], asyncio.Event]]:
-    """All of them subscribed once, so that each has a position from before the first event."""
+    """Subscribe all clients once, so that each has a position before the first event."""
     channels = [f"chaos:{number}" for number in range(WORKSPACES)]
     clients = [
         ChaosClient(port, rng.sample(channels, rng.choice((1, 1, 3))), websocket=bool(number % 2))
@@ -43,7 +43,7 @@ async def _clients(
         for client in clients:
             await client.subscribed.wait()
         drop.clear()
-        # The first, quiet connections end here; every later one ends at random.
+        # The first connections, without events, end here. Later ones end at random.
         for task in tasks:
             task.cancel()
         tasks = [group.create_task(client.run(rng, drop)) for client in clients]
@@ -129,7 +129,7 @@ async def test_so_it_is_when_the_relay_is_killed(valkey: Server, relay: RelayPro
 @pytest.mark.timeout(600)
 async def test_so_it_is_when_valkey_is_killed(valkey: Server, relay: RelayProcess) -> None:
     clients = await _run(valkey, relay, valkey.restart)
-    # Nothing shows that a server that was killed has kept everything.
+    # After a kill of the server, a loss cannot be excluded.
     notices = [notice for client in clients for notice in client.notices]
     assert notices
     assert [notice for notice in notices if "failover" not in notice] == []

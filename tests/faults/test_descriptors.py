@@ -1,4 +1,5 @@
-"""Out of file descriptors: who is there goes on, nothing spins, and it recovers by itself."""
+"""Without free file descriptors, existing clients are served, no CPU is wasted, and relay
+recovers."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ LIMIT = 128
 
 @pytest.fixture(scope="module")
 def poor(valkey: Server) -> Iterator[RelayProcess]:
-    """A relay that may have few files open, soft and hard."""
+    """Run a relay with a low limit of open files, soft and hard."""
     process = RelayProcess(valkey, prefix=["prlimit", f"--nofile={LIMIT}:{LIMIT}"]).start()
     yield process
     process.kill()
@@ -34,7 +35,7 @@ def _cpu_s(pid: int) -> float:
 
 
 def _is_served(port: int) -> bool:
-    """Whether a new connection is answered."""
+    """Return True if a new connection is served."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
             connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
@@ -58,7 +59,7 @@ async def test_out_of_descriptors(poor: RelayProcess, valkey: Server, channel: s
                 assert (await websocket.next())["data"] == number
                 await asyncio.sleep(0.05)
             assert _cpu_s(poor.pid) - before < 0.3 * (time.monotonic() - began)
-            # Redis can be reached again even now: some descriptors were kept for that.
+            # Redis is reachable even now, because some descriptors are reserved for it.
             redis(valkey, "CLIENT", "KILL", "USER", "relay", "SKIPME", "yes")
             poor.xadd(channel, data='"again"')
             assert (await stream.next()).json() == "again"

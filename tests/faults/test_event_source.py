@@ -1,4 +1,4 @@
-"""A browser's EventSource while Redis is away for some seconds."""
+"""A browser's EventSource while Redis is unreachable for some seconds."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_it_comes_back_by_itself(server: Server, relay: RelayProcess, browser: C
     browser.execute_script(OPEN, "news", relay.token())
     until(browser, "sources[0].readyState === EventSource.OPEN")
     server.kill()
-    # New visitors in these seconds; a browser opens at most six connections to one host.
+    # New pages during the outage. A browser opens at most six connections to one host.
     for _ in range(4):
         browser.execute_script(OPEN, "news", relay.token())
         time.sleep(AWAY_S / 4)
@@ -66,7 +66,7 @@ def test_it_comes_back_by_itself(server: Server, relay: RelayProcess, browser: C
     until(browser, "sources.every((each) => each.readyState === EventSource.OPEN)")
     end = time.monotonic() + LIMIT_S
     number = 0
-    # One whose first answer was an empty stream follows from when it has come again.
+    # A page whose first response was an empty stream follows from its reconnect on.
     while not browser.execute_script("return sources.every((each) => each.got.length)"):
         assert time.monotonic() < end
         number += 1

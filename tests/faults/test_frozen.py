@@ -1,4 +1,4 @@
-"""A Redis that stops answering for longer than every time limit, and comes back."""
+"""A Redis that stops answering for longer than all time limits, and recovers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def test_the_relay_reads_on_after_a_freeze_longer_than_a_connect_takes(
                 await until(
                     lambda: any("did not answer within 0.3 s" in line for line in relay.log)
                 )
-                # New connections get no answer either. The log has equal lines only once.
+                # New connections get no reply either. The log has equal lines only once.
                 given_up = server.abandoned()
                 await until(lambda: server.abandoned() >= given_up + 5)
                 server.thaw()

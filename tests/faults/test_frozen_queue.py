@@ -1,4 +1,4 @@
-"""A Redis that stands still for longer than the time limits: no command is lost or repeated."""
+"""A Redis that is frozen for longer than the time limits: no command is lost or repeated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SETTINGS = [
     "redis.connect_timeout_s=0.3",
     "redis.command_timeout_s=0.3",
     "producer:queue.enabled=yes",
-    # Each command is a step of its own, so that the freeze falls into the middle of them.
+    # Each command is a separate step, so that the freeze occurs between them.
     "producer:queue.batch=1",
 ]
 ROUND = 1000
@@ -39,7 +39,7 @@ async def test_commands_go_on_after_a_freeze_each_once(tmp_path: Path) -> None:
                     await asyncio.to_thread(push, server, range(first, first + ROUND))
                     blocks = await sse.take(5)
                     server.freeze()
-                    # The connection that was lost, and new ones that get no answer either.
+                    # The lost connection, and new ones that get no reply.
                     await until(lambda: server.abandoned() >= 5)
                     server.thaw()
                     blocks += await sse.take(ROUND - 5)

@@ -1,4 +1,4 @@
-"""Polling sessions over two workers, of which one dies, or whose Redis does."""
+"""Polling sessions on two workers when a worker or Redis dies."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.support.sockjs_sites import WorkerProcess, workers
 from tests.support.valkey import Server, free_port, running
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
-# Two of the handover's periods, and some for a busy machine.
+# Two periods of the handover, and some time for a busy machine.
 _NOTICED_S = 25
 
 
 class Browser:
-    """Requests to whichever worker the test names."""
+    """Requests to workers that the test chooses."""
 
     def __init__(self, http: ClientSession, session: str) -> None:
         self._http = http
@@ -39,7 +39,7 @@ class Browser:
 
 
 async def rest(answer: ClientResponse) -> bytes:
-    """All that comes until the end, however that is reached."""
+    """Return all frames until the end of the session."""
     found = b""
     async with asyncio.timeout(_NOTICED_S):
         try:
@@ -68,7 +68,7 @@ async def test_the_death_of_a_sessions_worker_ends_its_streams_elsewhere(
             await owner.kill()
             assert await browser.post(other, "xhr_send", b'["y"]') == b"404 404 page not found\n"
             assert await rest(answer) == b""
-        # A session that is not the one it had: the client knows by that that it must begin anew.
+        # The session ID differs, so the client knows that it must begin again.
         assert await browser.post(other, "xhr") == b"200 o\n"
 
 
@@ -105,7 +105,7 @@ async def test_what_redis_lost_between_two_workers_is_not_passed_over(
             assert await browser.post(owner, "xhr") == b"200 o\n"
             async with browser.stream(other) as answer:
                 server.kill()
-                # The owner answers without Redis; the echo is lost on its way to the stream.
+                # The owner answers without Redis. The echo is lost on its way to the stream.
                 assert await browser.post(owner, "xhr_send", b'["lost"]') == b"204 "
                 server.start()
                 assert await rest(answer) == b""

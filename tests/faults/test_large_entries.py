@@ -1,4 +1,4 @@
-"""Entries that are larger than all before them: what catch-up holds in memory stays bounded."""
+"""Entries that are larger than all earlier ones: the memory of catch-up stays bounded."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ async def test_a_history_of_large_entries_is_read_up_to_a_size(server: Server) -
         before = _peak_mb(relay.pid)
         async with centrifugo(relay.url) as door:
             reply = await door.api("history", channel="news")
-            # The newest 20 are small. 16 MiB hold 18 of the others, and the last page is whole.
+            # The newest 20 are small. 16 MiB contain 18 of the others, and the last page is
+            # complete.
             assert 38 <= len(reply["body"]["data"]) < LARGE // 2
         assert _peak_mb(relay.pid) - before < 200
     finally:

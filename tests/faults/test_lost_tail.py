@@ -1,4 +1,4 @@
-"""Redis loses acknowledged entries that no client has seen: all clients are told."""
+"""Redis loses acknowledged entries that no client has received: all clients get a notice."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LARGE = "x" * 100_000
 
 
 class Site(ABC):
-    """One way to lose what was acknowledged: `keep`, append more, `lose`."""
+    """One way to lose acknowledged entries: `keep`, append more, `lose`."""
 
     relay_to: Server
 
@@ -44,15 +44,15 @@ class Site(ABC):
     @contextmanager
     @abstractmethod
     def running(self) -> Iterator[Server]:
-        """The server to append to at first."""
+        """Return the server to append to at first."""
 
     @abstractmethod
     def keep(self) -> None:
-        """What is there now survives, what is appended later does not."""
+        """Keep the present entries. Later ones will be lost."""
 
     @abstractmethod
     def lose(self) -> Server:
-        """The server to append to from now on."""
+        """Lose entries. Return the server to append to from now on."""
 
 
 class Alone(Site):
@@ -89,7 +89,7 @@ class CutAof(Alone):
     def lose(self) -> Server:
         self.server.kill()
         with self._file().open("r+b") as file:
-            # In the middle of the first entry that goes: as after a power cut.
+            # Cut the file within the first lost entry, as a power failure may.
             file.truncate(self._size + 20)
         self.server.start()
         return self.server
@@ -117,7 +117,7 @@ class Failover(Site):
         self.primary.kill()
         self.replica.thaw()
         while True:
-            # Sentinel closes connections when it promotes.
+            # Sentinel closes connections when it promotes a replica.
             with contextlib.suppress(ConnectionError), self.replica.client() as admin:
                 if admin.info("replication")["role"] == "master":
                     break
@@ -160,7 +160,7 @@ def told(blocks: list[Block]) -> list[object]:
 
 
 async def come_back(door: Native, *channels: str, last: str | None) -> SseClient:
-    """As a browser does: again, while the relay has not noticed or not found its Redis yet."""
+    """Reconnect like a browser until relay has noticed the failover and found its Redis."""
     assert last is not None
     async with asyncio.timeout(20):
         while True:
@@ -215,7 +215,7 @@ async def test_every_client_is_told_of_a_lost_tail(site: Site, meanwhile: str) -
                     [*range(60), "relay:reset"], key=str
                 )
                 assert told(blocks[-1:]) == [99]
-            # Later positions are of the present history: nothing more is said.
+            # Later positions are of the present history, so no further notice is sent.
             append(server, "a", 100)
             for client, channels in ((bare, ("a",)), (cursor, ("a", "b"))):
                 client.drop()
@@ -229,7 +229,7 @@ async def test_every_client_is_told_of_a_lost_tail(site: Site, meanwhile: str) -
 async def test_a_position_from_before_an_unnoticed_failover_is_told_after_the_next(
     tmp_path: Path,
 ) -> None:
-    """There and back between two servers whose processes live on, and no relay looked meanwhile."""
+    """Two failovers between servers whose processes keep running, without a relay in between."""
     one = Server(tmp_path / "one")
     other = Server(tmp_path / "other", replica_of=one)
     with running(one, other):
@@ -249,7 +249,7 @@ async def test_a_position_from_before_an_unnoticed_failover_is_told_after_the_ne
                 other.freeze()
                 one.client().replicaof("NO", "ONE")
                 other.thaw()
-                append(other, "a", 2)  # acknowledged by the primary that is given up now
+                append(other, "a", 2)  # Acknowledged by the primary that is now abandoned.
                 await asyncio.to_thread(relay.start)
                 client = await come_back(door, "a", last=client.last_id)
                 append(one, "a", 3)
@@ -286,7 +286,7 @@ async def test_a_client_that_resumes_after_the_notice_does_not_receive_it_again(
 
 
 async def test_a_first_replica_is_no_failover(tmp_path: Path) -> None:
-    """It changes the replication ID as well, while nothing is lost."""
+    """It changes the replication ID as well, although nothing is lost."""
     server = Server(tmp_path / "one")
     with running(server):
         relay = RelayProcess(server)

@@ -33,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @asynccontextmanager
 async def relay_without(server: Server, *rules: str) -> AsyncIterator[RelayProcess]:
-    """A relay that starts while its user has these ACL rules in addition."""
+    """Run a relay whose Redis user has these additional ACL rules at the start."""
     redis(server, "FLUSHALL")
     redis(server, "ACL", "LOAD")
     if rules:
@@ -87,7 +87,7 @@ async def test_one_line_names_what_is_missing_and_the_rest_works(
     server: Server, rules: list[str], named: str, loss: str
 ) -> None:
     async with relay_without(server, *rules) as relay, native(relay) as door:
-        # Before the start.
+        # Missing at the start.
         (line,) = errors(relay)
         assert LINE in line
         assert f"{named}: {loss}" in line.replace(" (key relay:nodes)", "")

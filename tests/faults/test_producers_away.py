@@ -1,4 +1,5 @@
-"""Redis frozen, killed and away: no producer holds its caller up, and a spool loses nothing."""
+"""Redis is frozen, killed or unreachable: no producer blocks its caller, and a spool loses
+nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def slack() -> Iterator[Slack]:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    """One that the test may freeze and kill."""
+    """Run a server that the test may freeze and kill."""
     server = Server(tmp_path / "valkey")
     with running(server):
         yield server
@@ -52,7 +53,7 @@ def dead(server: Server) -> Server:
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """An address that takes connections and never says a word."""
+    """Yield an address that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
@@ -71,7 +72,7 @@ async def test_python_waits_no_longer_than_its_limit_for_a_frozen_redis(
             with pytest.raises(PublishFailed, match="time limit") as failure:
                 await publisher.publish("news", 1)
             assert time.monotonic() - began < LIMIT_S + slack.seconds
-            assert not failure.value.unknown  # not even the login was answered
+            assert not failure.value.unknown  # not even the authentication was answered
 
 
 async def test_what_was_sent_and_not_answered_is_unknown(server: Server, slack: Slack) -> None:
@@ -204,7 +205,8 @@ async def test_all_that_was_spooled_arrives_in_order_once(
 
 
 def _publish_through(publish: Callable[[], bool], server: Server, how: str, away_s: float) -> None:
-    """At least one event before, some while Redis is away, and until one gets through again."""
+    """Publish at least one event before an outage, some during it, and until one succeeds after
+    it."""
     assert publish()
     server.freeze() if how == "frozen" else server.kill()
     end = time.monotonic() + away_s
@@ -212,7 +214,9 @@ def _publish_through(publish: Callable[[], bool], server: Server, how: str, away
     while time.monotonic() < end:
         assert not publish()
         spooled += 1
-        time.sleep(0.005)  # the pace of a producer; a dead Redis would else be asked 1,000 times
+        time.sleep(
+            0.005
+        )  # the rate of a producer; otherwise an unreachable Redis would get 1,000 attempts
     assert spooled >= 3
     server.thaw() if how == "frozen" else server.start()
     end = time.monotonic() + 10
@@ -233,7 +237,7 @@ with Publisher(sys.argv[1], spool=sys.argv[2]) as publisher:
 async def test_a_program_killed_again_and_again_over_outages_loses_and_repeats_nothing(
     server: Server, tmp_path: Path
 ) -> None:
-    """It begins again with the event after the last one that it knows of."""
+    """The program continues with the event after the last one that it knows of."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     spool = str(tmp_path / "spool")
     following = 0
@@ -261,6 +265,6 @@ async def test_a_program_killed_again_and_again_over_outages_loses_and_repeats_n
         await publisher.publish("news", -1)
     found = data(server)
     assert found.pop() == -1
-    # The last one was perhaps sent, or spooled, before the program could say so.
+    # The last event may have been sent or spooled before the program could report it.
     assert found == list(range(len(found)))
     assert following <= len(found) <= following + 1

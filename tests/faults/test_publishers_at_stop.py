@@ -1,4 +1,4 @@
-"""Publishers that never retry: what they send while a relay stops, and its order over workers."""
+"""Publishers that never retry: their requests while relay stops, and their order across workers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.relay import RelayProcess
 from tests.support.valkey import Server, free_port
 from tests.support.workers import workers
 
-# PHP starts on a machine that runs other tests too.
+# PHP starts slowly on a machine that runs other tests too.
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
 ACCEPTED = "HTTP/1.1 101 Switching Protocols"
 STOPPING = "this worker is stopping\n"
@@ -52,7 +52,7 @@ async def test_requests_one_after_the_other_keep_their_order_over_workers(
         assert await publish(relay.port, *requests, path=path) == [ACCEPTED] * len(sent)
         await until(lambda: redis(valkey, "XLEN", stream_key(f"pydio:{name}")) == len(sent))
         assert contents(valkey, f"pydio:{name}") == sent
-        # The worker that has read all of them dies: another takes its place, nothing is swapped.
+        # The worker that has read all requests dies. Its successor must not reorder events.
         os.kill(workers(relay)[1], signal.SIGKILL)
         more = [tree(f"after {number}") for number in range(30)]
         requests = [[{"REPO_ID": f"{name}-2", "CONTENT": content}] for content in more]
@@ -60,7 +60,7 @@ async def test_requests_one_after_the_other_keep_their_order_over_workers(
         accepted = [
             content for content, answer in zip(more, answers, strict=True) if answer == ACCEPTED
         ]
-        # What was in the dying worker's queue is lost with it.
+        # Requests in the queue of the dying worker are lost with it.
         assert len(accepted) >= 25
         key = f"pydio:{name}-2"
         await until(lambda: redis(valkey, "XLEN", stream_key(key)) == len(accepted))
@@ -97,7 +97,7 @@ async def test_php_is_served_until_the_relay_has_ended(
             sent: list[str] = []
 
             async def keep_publishing() -> str:
-                """One PHP request after the other until the relay has gone."""
+                """Send one PHP request after the other until relay has ended."""
                 while True:
                     content = tree(f"{len(sent)}")
                     (answer,) = await publish(
@@ -110,13 +110,13 @@ async def test_php_is_served_until_the_relay_has_ended(
             seen = []
             async with asyncio.TaskGroup() as group:
                 publishing = group.create_task(keep_publishing())
-                # New clients get no answer: they come again, as if they had been refused.
+                # New clients get no response. They reconnect, as after a rejection.
                 await until(lambda: len(sent) > 2)
                 with pytest.raises((aiohttp.ClientError, ConnectionError)):
                     await http.get(f"{relay.url}/sse?channel=x")
                 with pytest.raises((aiohttp.ClientError, ConnectionError)):
                     await browse(http, relay, "alice")
-                # Nobody publishes to the shared listener if PHP has one of its own.
+                # If PHP has its own listener, no producer uses the shared one.
                 if own != "own port":
                     async with http.get(f"{relay.url}/readyz") as answer:
                         assert (answer.status, await answer.text()) == (503, STOPPING)
@@ -128,7 +128,7 @@ async def test_php_is_served_until_the_relay_has_ended(
         finally:
             await asyncio.to_thread(relay.kill)
     assert len(sent) > 10
-    # Each that was accepted is in the stream, and the page got all but the last ones.
+    # Each accepted event is in the stream, and the page received all except the last ones.
     assert contents(valkey, f"pydio:{name}") == sent
     assert seen == sent[: len(seen)]
     assert len(seen) > len(sent) / 2
@@ -153,7 +153,7 @@ async def test_the_api_is_served_until_the_relay_has_ended(valkey: Server, count
             await until(lambda: any("stopping" in line for line in relay.log))
 
             async def keep_publishing() -> None:
-                """One request after the other, each on a connection of its own."""
+                """Send one request after the other, each on its own connection."""
                 headers = {"Content-Type": "application/json", "Connection": "close"}
                 while True:
                     params = {"channel": f"api-stop-{count}", "data": len(sent)}
@@ -179,7 +179,7 @@ async def test_a_request_that_never_ends_does_not_hold_up_the_stop(valkey: Serve
     try:
         _, writer = await asyncio.open_connection("127.0.0.1", relay.port)
         writer.write(head)
-        # Its answer shows that the bytes before it have been read.
+        # The response shows that the bytes before it have been read.
         async with native(relay) as door:
             assert await door.status("/healthz") == 200
         relay.send(signal.SIGTERM)

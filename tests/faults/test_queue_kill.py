@@ -1,6 +1,7 @@
-"""Workers are killed while they take commands: each command is applied once, in order per shard.
+"""Workers are killed while they execute commands: each command is executed once, in order per
+shard.
 
-RELAY_TEST_QUEUE=50000 runs it at full length, with a kill every 2 s; without it a few thousand.
+RELAY_TEST_QUEUE=50000 runs it at full length, with a kill every 2 s. The default is a few thousand.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ SETTINGS = [
 
 
 def items_of(shard: int) -> list[str]:
-    """What is pushed to this shard: numbered commands, and broken ones among them."""
+    """Return the items for this shard: numbered commands, and some invalid ones."""
     count = COMMANDS // SHARDS
     items = [
         f'{{"method":"publish","params":{{"channel":"c{shard}","data":{n}}}}}' for n in range(count)
@@ -78,7 +79,7 @@ async def test_each_command_is_applied_once_in_order_while_workers_are_killed(
                     if pushed.is_set():
                         break
                 async with asyncio.timeout(30):
-                    # Polled: what empties the queues is other processes.
+                    # Polled, because other processes empty the queues.
                     while await admin.exists(*[f"centrifugo.api.{n}" for n in range(SHARDS)]):
                         await asyncio.sleep(0.05)
                 for shard in range(SHARDS):

@@ -1,4 +1,4 @@
-"""Redis restarted, flushed, meddled with: everything arrives once, or the client is told."""
+"""Redis is restarted, flushed or changed by hand: events arrive once, or clients get a notice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.redis
 
 @pytest.fixture
 async def site(tmp_path: Path) -> AsyncIterator[tuple[Server, RelayProcess, Native]]:
-    """A server, a relay and clients of one test: nothing here may be shared."""
+    """Run a server, a relay and clients for one test, because these tests cannot share them."""
     server = Server(tmp_path, options=("--appendfsync", "always"))
     await asyncio.to_thread(server.start)
     relay = RelayProcess(server, settings=["redis.command_timeout_s=1"])
@@ -34,7 +34,7 @@ Site = tuple[Server, RelayProcess, Native]
 
 
 async def test_a_restart_of_redis_is_told_and_loses_and_repeats_nothing(site: Site) -> None:
-    """Nothing shows that it lost nothing; what it has kept comes once and in order."""
+    """A loss cannot be excluded. Entries that Redis has kept arrive once and in order."""
     server, relay, door = site
     stream = await door.sse("a", "b")
     websocket = await door.ws("a")
@@ -69,7 +69,7 @@ async def test_a_frozen_redis_delays_and_loses_nothing(site: Site) -> None:
     stream = await door.sse("a")
     relay.xadd("a", data="0")
     server.freeze()
-    # Longer than the relay waits for an answer: it connects again.
+    # Longer than relay waits for a reply, so that it reconnects.
     await until(lambda: any("did not answer" in line for line in relay.log))
     server.thaw()
     relay.xadd("a", data="1")
@@ -110,7 +110,7 @@ async def test_a_group_that_an_operator_destroyed_is_made_again(site: Site, how:
     relay.xadd("a", data="2")
     blocks = await stream.take(2)
     if blocks[0].event == "relay:reset":
-        # The marker of the stream's life is gone as well: a warning is allowed, silence is not.
+        # The marker of the stream's life is lost too: a notice is allowed, silence is not.
         assert how != "group"
         blocks = [*blocks[1:], await stream.next()]
     assert [block.json() for block in blocks] == [1, 2]
@@ -123,7 +123,7 @@ async def test_a_foreign_key_hurts_only_its_channel(site: Site) -> None:
     redis(server, "DEL", stream_key("bad"))
     redis(server, "SET", stream_key("bad"), "foreign")
     redis(server, "SET", stream_key("worse"), "foreign")
-    # It may be repaired: a browser is asked to come again.
+    # The stream may be repaired, so a browser is asked to reconnect.
     worse = await door.sse("worse")
     assert worse.opened is not None
     assert (worse.opened.comment, worse.opened.id) == (True, None)
@@ -135,7 +135,7 @@ async def test_a_foreign_key_hurts_only_its_channel(site: Site) -> None:
     assert await door.status("/readyz") == 200
     redis(server, "DEL", stream_key("bad"))
     relay.xadd("bad", data="1")
-    # The DEL before the SET may have been a life of its own.
+    # The DEL before the SET may have been a separate life.
     *notices, event = await bad.take(2)
     if event.event is not None:
         notices, event = [*notices, event], await bad.next()
@@ -153,7 +153,7 @@ async def test_killed_connections_lose_nothing(site: Site) -> None:
         killed = redis(server, "CLIENT", "KILL", "USER", "relay")
         assert killed >= 2
         relay.xadd("a", data=str(number + 100))
-        # The next kill must find the connections that replaced these.
+        # The next kill must find the new connections.
         assert [block.json() for block in await stream.take(2)] == [number, number + 100]
     assert [each["data"] for each in await ephemeral.take(10)] == [
         part for number in range(5) for part in (number, number + 100)
@@ -166,7 +166,7 @@ async def test_killed_connections_lose_nothing(site: Site) -> None:
 async def test_tracking_turned_off_by_an_operator_is_noticed(site: Site) -> None:
     server, relay, door = site
     stream = await door.sse("a")
-    # RESET by a proxy, or a bug: the link lives, but no wake-up will ever come.
+    # RESET by a proxy, or a bug: the connection is open, but no invalidation will arrive.
     redis(server, "ACL", "SETUSER", "relay", "-client|tracking")
     (link,) = [
         line.split()[0].removeprefix("id=")

@@ -1,4 +1,4 @@
-"""A Redis that refuses writes: events are delivered, publishing is rejected, and it recovers."""
+"""A Redis that rejects writes: events are delivered, publishing is rejected, and relay recovers."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_while_writes_are_refused_events_are_delivered(
     assert [block.json() for block in await follower.take(1)] == [1]
     begin(redis)
     await until(relay, lambda status, text: status == 200 and "refuses writes" in text)
-    # What was appended before is read by clients that come now: also where no stream exists.
+    # New clients receive earlier entries, also of streams that do not exist.
     resumed = await door.sse("news", header=follower.opened.id)
     assert [block.json() for block in await resumed.take(1)] == [1]
     idle = await door.sse("never-used")
@@ -101,10 +101,10 @@ async def test_while_writes_are_refused_events_are_delivered(
 async def test_a_worker_without_clients_notices_that_reads_are_allowed_again(
     relay: RelayProcess, door: Native
 ) -> None:
-    """A load balancer that asks /readyz sends it no client that could find out."""
+    """A load balancer that checks /readyz sends the worker no client that could detect it."""
     redis = admin(relay)
     redis.execute_command("ACL", "SETUSER", "relay", "-hmget")  # type: ignore[no-untyped-call]
-    # The client is told to come again, and leaves.
+    # The client is asked to reconnect, and disconnects.
     assert await (await door.sse("news")).ended() == []
     await until(relay, lambda status, text: status == 503 and "refuses reads of streams" in text)
     redis.execute_command("ACL", "SETUSER", "relay", "+hmget")  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""A client that stops reading costs a cursor, not memory, and nobody else notices."""
+"""A client that stops reading costs a cursor, not memory, and does not affect other clients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _rss_bytes(relay: RelayProcess) -> int:
 
 
 def _append(server: Server, channel: str, first: int, count: int) -> None:
-    """In batches: the appends are not what is measured."""
+    """Append in batches, because the appends are not measured."""
     load = "x" * EVENT_BYTES
     client = server.client()
     for start in range(first, first + count, 50):
@@ -60,7 +60,8 @@ async def test_a_slow_client_costs_a_cursor_and_gets_everything(
         lively = [await door.sse(channel) for _ in range(3)]
         await asyncio.to_thread(_append, valkey, channel, 0, 20)
         read = [tasks.create_task(_read_sse(each, EVENTS)) for each in lively]
-        # aiohttp's client stops reading its socket by itself once 64 KB wait; the other is told.
+        # aiohttp's client stops reading its socket by itself at 64 KB of unread data; the other one
+        # is asked to.
         sse_stalled.transport.pause_reading()
         before = _rss_bytes(relay)
         began = time.monotonic()

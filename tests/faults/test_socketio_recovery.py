@@ -1,4 +1,4 @@
-"""Connection state recovery of real 4.x clients: cut again and again, over killed workers."""
+"""Connection state recovery of real 4.x clients that are cut repeatedly, with killed workers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def connect(
 
 
 class Ledger:
-    """What a client has seen, in order."""
+    """The events that a client has received, in order."""
 
     def __init__(self, client: NpmClient) -> None:
         self.client = client
@@ -55,12 +55,12 @@ class Ledger:
         self.ids: set[str] = set()
 
     async def read(self, count: int) -> None:
-        """Until so many events were seen in all."""
+        """Read until the client has received this number of events in total."""
         while len(self.numbers) < count:
             await self._next()
 
     async def read_until_connected(self, count: int) -> None:
-        """Until it has come back so often."""
+        """Read until the client has reconnected this number of times."""
         while len(self.recovered) < count:
             await self._next()
 
@@ -85,7 +85,7 @@ async def test_a_client_cut_again_and_again_misses_and_repeats_nothing(
         async with npm_clients() as npm, asyncio.TaskGroup() as tasks:
             client, connected = await connect(npm, relay, uid, transports=transports)
             ledger = Ledger(client)
-            # A first event: with websocket alone a client shows only by coming back that it can
+            # A first event: a client that uses WebSocket only shows at its reconnect that it can
             # recover, and a cut between an event and its offset would repeat that event.
             relay.xadd(f"axr:{uid}", data='{"n":-1}', type="msg")
             await ledger.read(1)
@@ -107,7 +107,7 @@ async def test_a_client_cut_again_and_again_misses_and_repeats_nothing(
                 await ledger.read(1 + first + 20)
                 connects = len(ledger.recovered)
                 if cut in (CUTS // 3, 2 * CUTS // 3):
-                    # Whoever has the client.
+                    # The worker to which the client is connected.
                     for process in workers(relay).values():
                         os.kill(process, signal.SIGKILL)
                 else:
@@ -126,13 +126,14 @@ async def test_a_client_cut_again_and_again_misses_and_repeats_nothing(
 
 
 async def test_polling_clients_that_recover_under_load_have_missed_nothing(valkey: Server) -> None:
-    """A poll's answer that was written and never read must be repeated, however large it is."""
+    """The response to a poll that was written but never read must be repeated, regardless of its
+    size."""
     relay = await start(valkey)
     events, clients, kills = 1200, 8, 2
     filling = "x" * 2000
 
     async def follow(client: NpmClient) -> list[bool]:
-        """Read until the last event; whether each return was a recovery."""
+        """Read until the last event. Return for each reconnect whether it was a recovery."""
         next_number, returns = 0, []
         while next_number < events:
             found = await client.next(30)
@@ -140,7 +141,7 @@ async def test_polling_clients_that_recover_under_load_have_missed_nothing(valke
                 returns.append(found["recovered"])
             elif found["what"] == "event":
                 number = found["args"][1]["n"]
-                # A client that was told of a loss may go on anywhere after it.
+                # A client that received a notice may continue anywhere after it.
                 assert number == next_number or (not all(returns) and number > next_number)
                 next_number = number + 1
         return returns
@@ -218,7 +219,7 @@ async def test_what_is_gone_is_told_by_a_new_session(valkey: Server) -> None:
             client, connected = await connect(npm, relay, "gone")
             relay.xadd("axr:gone", data="1", type="msg")
             await client.event()
-            # The client stays away, its worker does not know.
+            # The client is disconnected, and its worker does not know it.
             relay.send(signal.SIGSTOP)
             await client.do("cut")
             for number in range(3):
@@ -253,7 +254,7 @@ async def test_another_user_cannot_take_a_session(valkey: Server) -> None:
             relay.xadd("axr:allusers", data="3", type="msg")
             assert (await client.event())[1] == 2
             assert (await thief.event())[1] == 3
-            # A revoked right is looked at again.
+            # A revoked right is checked again.
             hash_key = "relay:rights:{axr:victim}"
             redis(valkey, "HSET", hash_key, "victim", "-")
             await client.do("cut")
@@ -279,7 +280,7 @@ async def test_old_clients_get_the_same_over_polling_with_four_workers_and_no_st
                     for number in range(10):
                         relay.xadd(f"axr:{uid}", data=str(number), type="msg")
                         assert (await client.event())[1] == number
-                    # And the upgrade, wherever it arrives.
+                    # The upgrade as well, on whichever worker it arrives.
                     other, found = await connect(npm, relay, uid, package)
                     if found["transport"] == "polling":
                         await other.until("upgrade")
@@ -305,14 +306,14 @@ async def test_an_upgrade_moves_to_the_worker_of_its_session(valkey: Server) -> 
                 relay.xadd("axr:allusers", data=str(number), type="msg")
                 for client in clients:
                     assert (await client.event())[1] == number
-            # Nothing of that went from one worker to another: some 180 messages would have.
+            # No message about it was sent between the workers. Otherwise there would be some 180.
             assert published(valkey) - before < 60
     finally:
         await asyncio.to_thread(relay.stop)
 
 
 def published(server: Server) -> int:
-    """How many messages the workers have sent."""
+    """Return the number of messages that the workers have sent."""
     return int(redis(server, "INFO", "commandstats").get("cmdstat_publish", {}).get("calls", 0))
 
 
@@ -335,7 +336,7 @@ async def test_a_hand_over_of_the_tap_loses_and_repeats_nothing(
                 for number in range(60):
                     await io.run(f'io.to("tap").emit("msg", {number});')
                     if number == 20:
-                        # The one that appends: workers are told apart by the end of their names.
+                        # The worker that appends. The ends of the names distinguish the workers.
                         which = int(holder.decode().rpartition(":")[0].rpartition("-")[2])
                         os.kill(workers(relay)[which], signal.SIGKILL)
             stream = "relay:stream:{axr:tap}"

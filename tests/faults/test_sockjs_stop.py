@@ -20,13 +20,13 @@ from tests.support.workers import running, workers
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(90)]
 SECRET = "a secret of the application"
 CHANNEL = "rolling"
-# So many that, but once in 100,000 runs, some have their session and their socket apart.
+# A number of which some have session and socket on different workers, except once in 100,000 runs.
 CLIENTS = 40
 OVER = b"shutting down"
 
 
 class Polled:
-    """A v1 client over SockJS; each request is a connection of its own, as from a proxy."""
+    """A v1 client over SockJS. Each request uses its own connection, as behind a proxy."""
 
     def __init__(self, http: ClientSession, base: str, number: int) -> None:
         self._http = http
@@ -34,20 +34,21 @@ class Polled:
         self.stream: ClientResponse | None = None
 
     async def post(self, transport: str, body: bytes = b"") -> ClientResponse:
-        # Origin, as from a browser: it can tell a complete response from a broken one.
+        # With an Origin, as from a browser, which can distinguish a complete response from a broken
+        # one.
         headers = {"Origin": "http://page.example"}
         return await self._http.post(f"{self._url}/{transport}", data=body, headers=headers)
 
     async def open(self) -> None:
-        """A new stream, after its prelude."""
+        """Open a new stream and read its prelude."""
         self.stream = await self.post("xhr_streaming")
         assert self.stream.status == 200
         await self.stream.content.readuntil(b"\n")
 
     async def line(self) -> bytes:
-        """The next frame but heartbeats, b'' at the stream's end."""
+        """Return the next frame that is not a heartbeat, or b'' at the end of the stream."""
         assert self.stream is not None
-        # A stream that ends is filled up with one long heartbeat.
+        # A stream that ends is filled with one long heartbeat.
         while set(line := await self.stream.content.readline()) == set(b"h\n"):
             pass
         return line
@@ -67,12 +68,12 @@ class Polled:
         await self.ask("subscribe", channel=CHANNEL)
 
     async def follow(self) -> str:
-        """Until the message has come, or the session has ended; how it went."""
+        """Read until the message has arrived or the session has ended. Return the result."""
         how = "stayed"
         while OVER not in (line := await self.line()):
             if b"the message" in line:
                 return how
-            # Anything else would be a session that was lost.
+            # Anything else would be a lost session.
             assert line == b"", line
             how = "came again"
             await self.open()

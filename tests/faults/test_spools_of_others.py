@@ -1,4 +1,5 @@
-"""What PHP, shell and Node spool while Redis is away arrives in order, once, whoever is killed."""
+"""Events that PHP, shell and Node spool during an outage arrive once and in order, despite
+kills."""
 
 from __future__ import annotations
 
@@ -22,13 +23,13 @@ from tests.support.tools import TOOLS, Tool
 from tests.support.valkey import Server, User, free_port, running
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(120)]
-# A dead Redis is known at once; the rest is for the lock, on a busy machine.
+# An unreachable Redis is detected at once. The rest is for the lock, on a busy machine.
 EASY = ("--limit-ms", "9000")
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    """One that the test may freeze and kill."""
+    """Run a server that the test may freeze and kill."""
     server = Server(tmp_path / "valkey")
     with running(server):
         yield server
@@ -73,7 +74,7 @@ async def test_what_each_tool_spooled_arrives_in_order_once(
     server.freeze() if how == "frozen" else server.kill()
     for number in range(4):
         for tool in tools:
-            # The first one's answer may be lost only: it comes too late, and the event once.
+            # Only the reply to the first one may be lost: it is late, and the event appears once.
             done = await tool.run("news", f"{tool.name} {number}", *kept)
             assert done.code == 3, done
             assert not done.out
@@ -142,7 +143,7 @@ async def test_a_delivery_that_is_killed_again_and_again_keeps_order_and_repeats
     kills = 0
     reached = 0
     while reached < count and kills < 4:
-        async with delivering(server, spool):  # its end is a kill -9
+        async with delivering(server, spool):  # the end is a kill -9
 
             def further(beyond: int = reached) -> bool:
                 found: int = redis(server, "XLEN", stream_key("news"))
@@ -158,7 +159,7 @@ async def test_a_delivery_that_is_killed_again_and_again_keeps_order_and_repeats
 
 async def test_an_answer_that_was_lost_makes_no_second_event(server: Server, spool: Path) -> None:
     tool = Tool.of("php", server)
-    server.freeze()  # what is sent waits in its socket, and is carried out afterwards
+    server.freeze()  # data that was sent waits in the socket and is executed afterwards
     assert (await tool.run("news", "1", "--spool", str(spool))).code == 3
     server.thaw()
     async with delivering(server, spool):

@@ -1,4 +1,5 @@
-"""A relay whose process stood still for seconds: its bell is silent, its links are not lost."""
+"""A relay whose process was suspended for seconds: it gets no invalidations, but keeps
+connections."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ async def test_it_reads_again_after_it_stood_still(valkey: Server, channel: str)
     try:
         async with native(relay) as door:
             client = await door.sse(channel)
-            # Only while it sleeps between two proofs is silence what it finds first.
+            # Only if it was suspended between two proofs does it detect the silence first.
             for _ in range(20):
                 if any("no invalidation arrived" in line for line in relay.log):
                     break
@@ -38,7 +39,7 @@ async def test_it_reads_again_after_it_stood_still(valkey: Server, channel: str)
 
 
 async def test_clients_that_come_while_it_is_late_are_served(valkey: Server, channel: str) -> None:
-    """The worker was busy for so long that it has not seen its canary; Redis is there."""
+    """The worker was busy for so long that its canary is overdue, but Redis is reachable."""
     relay = RelayProcess(valkey, settings=["stream.canary_s=0.1"])
     await asyncio.to_thread(relay.start)
     try:
@@ -64,12 +65,12 @@ async def test_clients_that_come_while_it_is_late_are_served(valkey: Server, cha
 async def test_a_stream_that_is_deleted_while_its_last_client_leaves_is_no_error(
     valkey: Server, channel: str
 ) -> None:
-    """The worker destroys its group in a stream of whose end it has not been notified."""
+    """The worker destroys its group in a stream before it is notified of the stream's deletion."""
     relay = RelayProcess(valkey)
     await asyncio.to_thread(relay.start)
     try:
         async with native(relay) as door:
-            # Not every time does the worker notice the client's end first.
+            # The worker does not always notice the client's disconnect first.
             for name in (f"{channel}:{number}" for number in range(5)):
                 client = await door.sse(name)
                 assert redis(valkey, "XINFO", "GROUPS", stream_key(name))

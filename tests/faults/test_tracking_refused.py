@@ -1,4 +1,4 @@
-"""A server whose rules refuse CLIENT TRACKING: streams are polled, and everything still arrives."""
+"""A server whose ACL rejects CLIENT TRACKING: streams are polled, and all events arrive."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.redis
 
 @pytest.fixture(scope="module")
 def polled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProcess]:
-    """A relay that is not granted tracking."""
+    """Run a relay whose user may not use tracking."""
     server = Server(tmp_path_factory.mktemp("valkey"))
     with running(server):
         redis(server, "ACL", "SETUSER", "relay", "-client|tracking")

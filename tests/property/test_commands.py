@@ -1,4 +1,4 @@
-"""Commands: data keeps its bytes, and the short way through a publish agrees with the long one."""
+"""Commands keep the bytes of data, and both parsers of a publish give the same result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
 
 @st.composite
 def texts(draw: st.DrawFn, value: Any) -> str:
-    """`value` as JSON in any of the ways to write it."""
+    """Return `value` as JSON in any notation."""
     pad = draw(SPACE)
     if isinstance(value, dict):
         inner = [f"{pad}{draw(texts(k))}{pad}:{pad}{draw(texts(v))}" for k, v in value.items()]
@@ -27,7 +27,7 @@ def texts(draw: st.DrawFn, value: Any) -> str:
     if isinstance(value, float) and value in (float("inf"), float("-inf")):
         return "1e999"
     text = json.dumps(value, ensure_ascii=draw(st.booleans()))
-    # Half a surrogate pair can only be written as an escape.
+    # An unpaired surrogate can be written as an escape only.
     return text if text.isprintable() else json.dumps(value)
 
 
@@ -40,7 +40,7 @@ NAMES = st.text('abc:$é"\\', min_size=1, max_size=5)
 
 @st.composite
 def publishes(draw: st.DrawFn) -> tuple[str, str, bytes]:
-    """A publish as any program might write it, its channel and its data."""
+    """Return a publish as any program might write it, with its channel and data."""
     data, name = draw(DATA), draw(NAMES)
     members = [(draw(st.sampled_from(["data", "Data", "DATA"])), data)]
     members.append((draw(st.sampled_from(["channel", "Channel"])), json.dumps(name)))

@@ -1,6 +1,7 @@
-"""Random schedules of two workers on one real server: nothing lost silently, twice or out of order.
+"""Random schedules of two workers on a real server: no event is lost silently, repeated or
+reordered.
 
-RELAY_EXAMPLES and RELAY_STEPS ask for more than the quick default; RELAY_SEED for other schedules.
+RELAY_EXAMPLES and RELAY_STEPS set more than the quick default, RELAY_SEED other schedules.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def test_no_schedule_loses_an_event_silently() -> None:
 
 @pytest.mark.redis
 def test_no_event_is_sent_twice_after_a_failover_that_lost_the_marker() -> None:
-    """The stream was made, read and lost its newest entries before its marker was replicated."""
+    """The stream was created, read, and lost its newest entries before its marker was
+    replicated."""
     schedule = Schedules()
     schedule.begin()
     schedule.save()
@@ -70,7 +72,7 @@ def test_no_event_is_sent_twice_after_a_failover_that_lost_the_marker() -> None:
     schedule.teardown()
 
 
-# ---- the test's teeth: each of these breaks one rule, and is found -------------------------------
+# ---- proof that the test detects faults: each of these breaks one rule --------------------------
 
 
 def _blind_to_trims(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +132,7 @@ def _any_life_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _failovers_unheeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client's own entry is proof enough, whatever the replication history."""
+    """A client's own entry is sufficient proof, regardless of the replication history."""
     monkeypatch.setattr(recovery, "may_have_lost", lambda *_: False)
 
 
@@ -139,7 +141,7 @@ def _every_server_is_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _every_process_is_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same process may have been another's replica in between."""
+    """The same process may have been a replica in between."""
     observe = Primary.observe
 
     def broken(self: Primary, replication: Replication) -> None:

@@ -1,4 +1,4 @@
-"""Servers for these tests: one of each kind a module, emptied for every test."""
+"""Servers for these tests: one of each kind per module, emptied before every test."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory, flavour: Flavour) ->
 
 @pytest.fixture
 def server(shared_server: Server) -> Server:
-    """A running, empty server that a test may fill but not stop."""
+    """Return a running, empty server, which a test may fill but not stop."""
     with shared_server.client() as admin:
         admin.flushall()
         admin.execute_command("ACL", "LOG", "RESET")
@@ -41,7 +41,7 @@ def keys() -> Keys:
 
 @pytest.fixture
 async def client(server: Server) -> AsyncIterator[Redis]:
-    """What the relay itself uses for its jobs, with the relay's rights."""
+    """Return the client that relay uses for its jobs, with relay's rights."""
     async with redis_client(server.settings()) as opened:
         yield opened
 

@@ -1,4 +1,4 @@
-"""docs/redis.md: the ACL rules suffice for what each user sends, and hold nothing beyond it."""
+"""The ACL rules of docs/redis.md are sufficient for each user and contain nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RIGHTS = "relay:rights:{news}"
 UID = "relay:uid:{news}:7d1f"
 GROUP = "relay:web1:5f0c9a31"
 
-# What each user sends: the relay's lines are those of relay/stream, the others' those of the page.
+# The commands of each user: relay's lines are those of relay/stream, the others' those of the page.
 SENT: dict[User, list[str]] = {
     "producer": [
         f"XADD {STREAM} MAXLEN ~ 1000 * data 1",

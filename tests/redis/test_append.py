@@ -1,4 +1,4 @@
-"""appender.py against real servers: order, idempotence, errors within their limits, replicas."""
+"""The appender on real servers: order, idempotence, errors within the time limits, replicas."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ async def test_success_means_that_the_replicas_have_it(
 async def test_what_equals_the_newest_of_its_type_is_not_appended_again(
     server: Server, admin: Redis, keys: Keys
 ) -> None:
-    """Two appenders, as two sources that tell of the same; whatever lies between counts."""
+    """Two appenders publish the same values, as two sources of the same facts do."""
 
     def update(commit: str, kind: str = "update") -> list[bytes]:
         return [b"data", b"1", b"type", kind.encode(), b"commit", commit.encode()]
@@ -180,18 +180,18 @@ async def test_what_equals_the_newest_of_its_type_is_not_appended_again(
         both = [each.append(NEWS, update("b"), unless_latest=b"commit") for each in (one, two)]
         second, again = [await each for each in both]
         assert second == again > first
-        # Back to the first one, which is not the latest: that is news.
+        # Equal to the first entry, which is not the latest, so it is appended.
         third = await append("a")
         assert third > second
-        # Other types in between, one with the same word in it, change nothing ...
+        # Other types in between, one with the same value in it, have no effect ...
         for _ in range(40):
             await one.append(NEWS, update("a", "other"))
         assert await append("a", two) == third
-        # ... but one without the field does: whoever wrote it, it is the latest of its type.
+        # ... but an entry without the field has one: it is the latest of its type.
         await one.append(NEWS, [b"data", b"1", b"type", b"update"])
         fourth = await append("a")
         assert fourth > third
-        # What is not in the stream any more is not there.
+        # An entry that was removed from the stream is not compared.
         await admin.delete(keys.stream(NEWS))
         await append("a")
         assert await admin.xlen(keys.stream(NEWS)) == 1

@@ -1,4 +1,4 @@
-"""control.py, dead_letters.py and revoke.py against real servers, each with its user's rights."""
+"""control.py, dead_letters.py and revoke.py on real servers, each with its user's rights."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ async def test_a_grant_is_the_inverse_of_a_revocation(
     rights = await admin.hgetall(keys.rights(NEWS))
     async with redis_client(server.settings("maintenance")) as maintenance:
         assert await grant(maintenance, keys, NEWS, "anna") is None
-        # The second one must not take the refusal for the right from before.
+        # The second revocation must not store the first one as the previous right.
         revoked = [await revoke(maintenance, keys, NEWS, "anna") for _ in range(2)]
         assert await admin.hget(keys.rights(NEWS), "anna") == b"-"
         granted = await grant(maintenance, keys, NEWS, "anna")
@@ -136,7 +136,7 @@ async def test_a_right_that_the_application_has_given_since_stays(
         await admin.hset(keys.rights(NEWS), "anna", "rw")
         assert await grant(maintenance, keys, NEWS, "anna") is None
         assert await admin.hget(keys.rights(NEWS), "anna") == b"rw"
-        # What was there before an older revocation is not restored.
+        # The value before an earlier revocation is not restored.
         await admin.hdel(keys.rights(NEWS), "anna")
         await revoke(maintenance, keys, NEWS, "anna")
         await grant(maintenance, keys, NEWS, "anna")

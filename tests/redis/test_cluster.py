@@ -1,4 +1,4 @@
-"""What doors share over all workers: the bus, the store, the newest events."""
+"""Services that protocols share across workers: the bus, the store, channel history."""
 
 from __future__ import annotations
 

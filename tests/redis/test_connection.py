@@ -75,12 +75,12 @@ async def test_what_one_turn_asks_goes_out_as_one_write(server: Server, admin: R
         before = await _reads_when_idle(admin)
         futures = [connection.execute([("XLEN", STREAM), ("PING",)]) for _ in range(50)]
         assert [await future for future in futures] == [[0, b"PONG"]] * 50
-        # One read of all of them, and one of this question.
+        # One read of all of them, and one of this command.
         assert await _reads(admin) - before == 2
 
 
 async def _reads(admin: Redis) -> int:
-    """Return how often the server has read from a socket, with this question."""
+    """Return the number of reads from sockets, including this command."""
     return int((await admin.info("stats"))["total_reads_processed"])
 
 
@@ -192,7 +192,7 @@ async def test_kill_nine_in_the_middle_of_a_pipeline(tmp_path: Path, flavour: Fl
         async with opened(server.settings(), on_lost=lost.set_result) as connection:
             many = [("XADD", STREAM, "*", "data", str(n)) for n in range(50_000)]
             waiting = [connection.execute(many), connection.execute([("XLEN", STREAM)])]
-            await asyncio.sleep(0)  # the write is out, the answers are not in
+            await asyncio.sleep(0)  # the command was sent, its replies have not arrived
             await asyncio.to_thread(server.kill)
             for future in waiting:
                 with pytest.raises(RedisUnavailable):
@@ -291,7 +291,7 @@ async def test_a_unix_socket(tmp_path: Path, flavour: Flavour) -> None:
 
 
 def _certificates(folder: Path) -> None:
-    """A self-signed authority that is the server's certificate as well, for 127.0.0.1."""
+    """Return a self-signed authority for 127.0.0.1, which is the server's certificate as well."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
     now = datetime.datetime.now(datetime.UTC)
@@ -345,7 +345,7 @@ async def test_sentinel_names_the_new_primary_after_a_failover(tmp_path: Path) -
     with running(primary, replica, sentinel):
         settings = sentinel.settings()
         # The first replica of all changes the primary's replication ID (replication.c,
-        # syncCommand: there was no backlog, so nobody can continue the old history).
+        # syncCommand: there was no backlog, so no replica can continue the old history).
         await asyncio.to_thread(_wait_for_replica, primary, sentinel)
         async with opened(settings) as connection:
             await connection.call("XADD", STREAM, "*", "data", "1")

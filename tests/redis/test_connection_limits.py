@@ -1,4 +1,4 @@
-"""Counts of connections of one user, by the real relay user's rights."""
+"""Limits of connections per user, with the rights of the ACL user `relay`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEYS = Keys("relay:")
 
 
 class Worker:
-    """The counting part of a worker, with its own sessions."""
+    """The part of a worker that counts, with its own sessions."""
 
     def __init__(self, seats: ConnectionLimiter, here: dict[str, int]) -> None:
         self.seats = seats
@@ -69,7 +69,7 @@ def written(server: Server, name: str) -> dict[bytes, bytes]:
 
 @pytest.fixture
 def valkey(tmp_path: Path) -> Server:
-    """Stopped and started by the tests."""
+    """Run a server that the tests stop and start."""
     return Server(tmp_path)
 
 
@@ -98,7 +98,7 @@ async def test_without_a_limit_nothing_is_written(valkey: Server) -> None:
             await one.open()
             await one.open()
             assert not written(valkey, "one:1")
-            # A reload sets one: those who are here count.
+            # A reload sets a limit. Existing connections are counted.
             one.seats.limit = 2
             with pytest.raises(LimitExceeded):
                 await one.open()

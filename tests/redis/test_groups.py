@@ -1,4 +1,4 @@
-"""stream/read/groups.py: what real servers answer, and that the marker dies with the stream."""
+"""stream/read/groups.py on real servers: parsing, and the marker's life with its stream."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def test_the_marker_is_kept_to_the_last_bit(
     assert made.incarnation == life << 32 | certificate
     with pytest.raises(CommandRefused, match="BUSYGROUP"):
         await connection.call(*groups.create_marker(STREAM, 5, 1))
-    # Entries have far lower IDs than most markers; neither minds the other.
+    # Entries have far lower IDs than most markers. They do not affect each other.
     await connection.execute(
         [("XADD", STREAM, "7-1", "data", "1"), ("XADD", STREAM, "7-2", "data", "2")]
     )
@@ -87,7 +87,7 @@ async def test_a_certificate_is_replaced_if_entries_may_have_been_lost_since(
         assert (lost.incarnation, lost.failover) == expected
         for command_ in groups.certify_commands(STREAM, lost, certificate):
             await connection.call(*command_)
-        # The place and the history stay while entries are appended.
+        # Failover position and history do not change while entries are appended.
         await connection.call("XADD", STREAM, last.replace("-1", "-2"), "data", "1")
         again = await state(connection, known(certificate))
         assert (again.incarnation, again.failover) == expected
@@ -108,7 +108,7 @@ async def test_a_certificate_of_the_same_data_is_replaced_without_a_loss(
 async def test_a_marker_of_an_earlier_version_names_no_history(
     connection: PipelineConnection,
 ) -> None:
-    """Whether something was lost cannot be judged, so that bare stream IDs are no proof either."""
+    """A loss can be neither excluded nor detected, so bare stream IDs are not proof either."""
     await connection.call("XADD", STREAM, "7-1", "data", "1")
     await connection.call("XGROUP", "CREATE", STREAM, groups.MARKER_GROUP, f"{2**63 - 1}-0")
     old = await state(connection)

@@ -1,4 +1,4 @@
-"""relay/process/jobs.py against real servers."""
+"""relay/process/jobs.py on real servers."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_one_worker_runs_a_shared_job_until_it_leaves(
         await within(5, next_run())
         tries = await _sets(admin)
         tasks.append(group.create_task(second.run()))
-        # Its attempt to take the lease is one SET ... NX.
+        # Its attempt to get the lease is one SET ... NX.
         while await _sets(admin) < tries + 1:
             await asyncio.sleep(0.01)
         assert runs == ["one"]

@@ -1,4 +1,4 @@
-"""The parts behind operators' commands against real servers, with the maintenance rights."""
+"""The functions of operators' commands on real servers, with the rights of `maintenance`."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ NAMESPACE = NamespaceSettings()
 
 @pytest.fixture
 async def hand(server: Server) -> AsyncIterator[Redis]:
-    """With the rights of maintenance."""
+    """Return a client with the rights of `maintenance`."""
     async with redis_client(server.settings("maintenance")) as opened:
         yield opened
 
 
 @pytest.fixture
 async def connection(server: Server) -> AsyncIterator[PipelineConnection]:
-    """With the rights of maintenance."""
+    """Return a connection with the rights of `maintenance`."""
     async with connected(server.settings("maintenance")) as opened:
         yield opened
 
@@ -176,7 +176,7 @@ async def test_a_heartbeat_says_how_busy_the_worker_is(
     worker = workers.describe_this_worker("one", instance, "1.2")
     beat = workers.WorkerHeartbeat(client=client, keys=keys, worker=worker, load=lambda: load)
     await beat.beat()
-    # One of a newer version, which says more, and one that is gone.
+    # A worker of a newer version with more fields, and one that is dead.
     await admin.sadd(keys.nodes, "newer:1", "gone:1")
     newer = '{"instance":"newer:1","name":"n","host":"h","pid":1,"started":"x","version":"9","x":1}'
     await admin.set(keys.node("newer:1"), newer)

@@ -1,4 +1,4 @@
-"""relay/stream/cluster/presence.py against real servers, with the relay's rights."""
+"""relay/stream/cluster/presence.py on real servers, with relay's rights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def test_every_worker_sees_the_clients_of_all(server: Server, admin: Redis
         one.presence.add(NEWS, "a", b'{"user":"anna"}')
         two.presence.add(NEWS, "b", b'{"user":"bob"}')
         two.presence.add(Channel("other"), "b", b"{}")
-        # What a worker did itself counts for it at once.
+        # A worker sees its own changes at once.
         assert (await one.presence.read(NEWS))["a"] == b'{"user":"anna"}'
         everyone = {"a": b'{"user":"anna"}', "b": b'{"user":"bob"}'}
 
@@ -74,7 +74,7 @@ async def test_what_changes_in_one_turn_is_one_command_a_channel(
             await asyncio.sleep(0)
         stats = await admin.info("commandstats")
         assert [stats[f"cmdstat_{word}"]["calls"] for word in ("hset", "hdel")] == [1, 1]
-        # Nobody is there: nothing is looked at.
+        # The channel is empty, so nothing is checked.
         await one.presence.check()
         assert "cmdstat_scard" not in await admin.info("commandstats")
 
@@ -100,7 +100,7 @@ async def test_a_worker_that_is_dead_does_not_count(server: Server, admin: Redis
             each.presence.add(NEWS, name, b"{}")
         while await admin.hlen(KEY) < 3:
             await asyncio.sleep(0)
-        # `one` has been told that `three` is dead; its heartbeat says nothing of it yet.
+        # `one` knows that `three` is dead, although its heartbeat has not expired.
         assert set(await one.presence.read(NEWS)) == {"a", "b"}
         assert set(await two.presence.read(NEWS)) == {"b", "c"}
         await admin.delete("relay:node:two:2")
@@ -157,7 +157,7 @@ async def test_what_redis_refuses_is_tried_again(server: Server, admin: Redis) -
 
 @pytest.fixture
 def doomed(server: Server) -> Iterator[subprocess.Popen[str]]:
-    """A worker `dead:1` with 1,200 clients, as a process of its own."""
+    """Run a worker `dead:1` with 1,200 clients in its own process."""
     command = [sys.executable, "-m", "tests.support.site"]
     command += [server.url("relay"), "dead:1", "news", "1200"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
@@ -186,7 +186,7 @@ async def test_a_killed_worker_leaves_nobody_behind_and_each_is_told_of_once(
             assert len(await two.presence.read(NEWS)) >= 1200
             doomed.kill()
             doomed.wait()
-            # Its heartbeat runs out by itself; the test does not wait for it.
+            # Its heartbeat expires by itself. The test does not wait for it.
             await admin.pexpire(f"relay:node:{dead}", 1)
             while len(await two.presence.read(NEWS)) > 1:
                 await asyncio.sleep(0)
@@ -231,7 +231,7 @@ async def test_the_registration_goes_last(
         job = DeadWorkersJob(
             client=client, keys=keys, dead="dead:1".__eq__, clear=one.presence.clear
         )
-        # Known to have died: nobody waits until it has been silent for long.
+        # It is known to have died, so other workers do not wait for its heartbeat.
         assert await job.remove() == ["dead:1"]
         assert told == ["a"]
         assert not await admin.keys("relay:pres*")

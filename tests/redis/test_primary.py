@@ -1,4 +1,4 @@
-"""stream/connection/primary.py: what real servers say at starts, promotions, new replicas."""
+"""stream/connection/primary.py on real servers: starts, promotions, new replicas."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def observe(primary: Primary, connection: PipelineConnection) -> None:
 async def test_entries_may_have_been_lost_before_a_start(
     tmp_path: Path, flavour: Flavour, options: tuple[str, ...]
 ) -> None:
-    """However the server ended: it does not say whether it read everything back."""
+    """A server does not report whether it has loaded all of its data."""
     server = Server(tmp_path, flavour, options=options)
     primary = Primary()
     certificates: list[int] = []
@@ -77,7 +77,7 @@ async def test_a_first_replica_changes_the_replication_id_and_loses_nothing(
                 late.connected(connection.run_id, connection.replication)
                 await observe(late, connection)
                 alone = primary.certificate
-                # Promoted: what the primary acknowledged meanwhile may not have arrived here.
+                # Promoted: entries that the primary acknowledged meanwhile may be missing here.
                 replica.client().replicaof("NO", "ONE")
                 async with opened(replica) as other:
                     promoted = Primary()
@@ -88,7 +88,7 @@ async def test_a_first_replica_changes_the_replication_id_and_loses_nothing(
         async with opened(server) as connection:
             primary.connected(connection.run_id, connection.replication)
             assert primary.is_without_loss_since(before)
-            # The same process as another's replica for a moment, and promoted again.
+            # The same process was a replica for a moment and was promoted again.
             with running(away):
                 server.client().replicaof("127.0.0.1", away.port)
                 server.client().replicaof("NO", "ONE")

@@ -1,4 +1,4 @@
-"""The command queue against real servers: applied once, in order, whatever is in the way."""
+"""The command queue on real servers: commands are executed once and in order, despite obstacles."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NEWS = Channel("news")
 
 
 class Taken:
-    """Waits until so many items were taken."""
+    """Waits until this number of items has been processed."""
 
     def __init__(self) -> None:
         self.items = self.broken = 0
@@ -225,12 +225,12 @@ async def test_nothing_is_done_where_the_head_is_not_what_was_read(
     queues = CommandQueues(connection, keys, "w")
     await queues.prepare()
     entry = [Operation(keys.stream(NEWS), [b"data", b"1"], 0)]
-    # Equal items: only the count tells that these are others.
+    # The items are equal, so only the count shows that they are others.
     await admin.rpush(QUEUE, *["same"] * 6)
     head = await queues.head(QUEUE, 2)
     assert await queues.apply(QUEUE, head, entry, window_ms=0) == 0
     assert await queues.apply(QUEUE, head, entry, window_ms=0) is None
-    # Somebody else took one, and the count does not know it.
+    # Another program removed one without incrementing the count.
     await admin.rpush(QUEUE, "other")
     head = await queues.head(QUEUE, 2)
     await admin.lpush(QUEUE, "new")
@@ -322,7 +322,7 @@ async def test_an_idle_queue_asks_only_for_its_lease(
         "cmdstat_zcard",
         "cmdstat_zremrangebyscore",
         "cmdstat_expire",
-        # The last look, after the queue's own trim rang.
+        # The last check, after the queue's own LTRIM caused an invalidation.
         "cmdstat_lrange",
     }
     assert stats["cmdstat_evalsha"]["calls"] <= 4

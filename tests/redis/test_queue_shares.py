@@ -1,4 +1,4 @@
-"""Several workers on the shards of one queue: each serves its share, and what others leave."""
+"""Several workers on the shards of one queue: each serves its share, and those of dead workers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def worker(server: Server, keys: Keys, name: str) -> AsyncIterator[None]:
 
 
 async def shares(admin: Redis, keys: Keys, *wanted: int) -> Counter[str]:
-    """Until so many leases each are held; then who has how many."""
+    """Wait until the workers have these numbers of leases. Return the leases of each."""
     async with asyncio.timeout(10):
         while True:
             holders: list[bytes | None] = [
@@ -68,7 +68,7 @@ async def test_each_has_its_share_and_the_last_one_all(
             async with worker(server, keys, "three"):
                 found = await shares(admin, keys, 3, 3, 2)
                 assert set(found) == {"one", "two", "three"}
-            # An orderly end leaves its queues to the others at once.
+            # A clean stop releases its queues at once.
             await shares(admin, keys, 4, 4)
         assert await shares(admin, keys, 8) == {"one": 8}
     assert not await admin.exists(keys.takers)
@@ -77,13 +77,13 @@ async def test_each_has_its_share_and_the_last_one_all(
 async def test_who_dies_counts_no_longer(server: Server, admin: Redis, keys: Keys) -> None:
     async with worker(server, keys, "one"):
         await shares(admin, keys, 8)
-        # What a worker leaves that was killed a moment ago: its entry and its leases, for 1.5 s.
+        # A worker that was just killed has left its entry and its leases, for 1.5 s.
         seconds, micros = await command(admin, "TIME")
         until_ms = int(seconds) * 1000 + int(micros) // 1000 + 1500
         await command(admin, "ZADD", keys.takers, until_ms, "dead")
         await shares(admin, keys, 4)
         assert await shares(admin, keys, 8) == {"one": 8}
-        # And by the clock of the server before a failover.
+        # The same with the clock of the server before a failover.
         await command(admin, "ZADD", keys.takers, until_ms + 3_600_000, "dead")
         async with asyncio.timeout(5):
             while await command(admin, "ZRANGE", keys.takers, 0, -1) != [b"one"]:
@@ -104,7 +104,7 @@ async def test_order_holds_while_queues_change_hands(
                 params = {"channel": name, "data": pushed}
                 await admin.rpush(name, json.dumps({"method": "publish", "params": params}))
             pushed += 1
-            await asyncio.sleep(0.01)  # so that what waits is soon done
+            await asyncio.sleep(0.01)  # so that the waiting commands are soon executed
 
     async with worker(server, keys, "one"), asyncio.TaskGroup() as tasks:
         tasks.create_task(push())
@@ -112,7 +112,7 @@ async def test_order_holds_while_queues_change_hands(
             async with worker(server, keys, "two"):
                 await shares(admin, keys, 4, 4)
             await shares(admin, keys, 8)
-        # Not a cancel: redis-py 8 overlooks many on Python 3.11, in the turn in which it sends.
+        # Don't cancel it: redis-py 8 on Python 3.11 ignores many cancellations while it sends.
         enough = True
     async with worker(server, keys, "last"):
         async with asyncio.timeout(10):

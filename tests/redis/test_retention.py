@@ -1,4 +1,4 @@
-"""relay/stream/upkeep/retention.py against real servers, with the relay's rights."""
+"""relay/stream/upkeep/retention.py on real servers, with relay's rights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def test_each_stream_by_its_namespace(client: Redis, admin: Redis, keys: K
     done = await retention.trim(client, keys, settings_of)
     assert (done.streams, done.not_streams) == (3, 0)
     assert 200 <= await admin.xlen(few) < 300 + 1
-    # Few enough for one node of the stream: an approximate trim would have left all of them.
+    # Few enough for one node of the stream, of which an approximate trim would remove nothing.
     assert await admin.xlen(young) == 2
     assert await admin.xlen(other) == 1000
     assert done.entries == 2004 - sum([await admin.xlen(key) for key in (few, young, other)])

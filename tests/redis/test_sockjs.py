@@ -1,4 +1,4 @@
-"""The real sockjs-client against several worker processes, without a sticky proxy."""
+"""The real sockjs-client with several worker processes, without a sticky proxy."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ async def test_every_transport_of_node_over_four_workers(server: Server) -> None
                         "code": 3001,
                         "reason": "as you wish",
                     }
-            # With a connection for each of hundreds of requests, most came to another worker.
+            # With a new connection for each of hundreds of requests, most arrived at another
+            # worker.
             stats = admin.info("commandstats")
             assert stats["cmdstat_publish"]["calls"] > 200
             assert stats["cmdstat_publish"]["failed_calls"] == 0

@@ -1,4 +1,4 @@
-"""relay/stream/upkeep/unused.py against real servers, with the relay's rights."""
+"""relay/stream/upkeep/unused.py on real servers, with relay's rights."""
 
 from __future__ import annotations
 

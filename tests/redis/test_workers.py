@@ -1,4 +1,4 @@
-"""relay/stream/cluster/workers.py against real servers, with the relay's rights."""
+"""relay/stream/cluster/workers.py on real servers, with relay's rights."""
 
 from __future__ import annotations
 
@@ -125,8 +125,10 @@ async def test_a_stream_that_someone_used_stays(
 
 
 async def test_an_entry_appended_meanwhile_is_never_lost(server: Server, keys: Keys) -> None:
-    """Appends and removals race on one stream; every append that got an ID is there or was moved
-    on with the stream, which the removal only deletes while it is empty."""
+    """Appends and removals race on one stream. Every append that returned an ID is in the stream.
+
+    The removal only deletes the stream while it is empty.
+    """
     key = keys.stream(NEWS)
     rounds = 300
     async with (

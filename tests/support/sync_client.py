@@ -46,7 +46,7 @@ class SyncClient:
         return self.libraries / "library"
 
     async def call_server_pro(self, url: str) -> None:
-        """Enable locks: report the server as a professional edition, as the graphical client does."""
+        """Enable locks: report a professional edition, as the graphical client does."""
         socket = self.folder / "seafile-data" / "seafile.sock"
         await _run(self.folder, _PYTHON, "-c", _SET_PRO, str(socket), url)
 
