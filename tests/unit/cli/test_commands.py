@@ -239,7 +239,7 @@ def test_serve_hands_over_reload_and_banner(
     assert first.jwt.key == second.jwt.key != SecretStr("")
     shown = capsys.readouterr().out
     assert "relay is ready on http://[::1]:8123" in shown
-    # The relay made this key itself, so it may show a token.
+    # Relay has generated this key itself, so it may print a token.
     token = rows(shown)["token"]
     claims = jwt.decode(token, first.jwt.key.get_secret_value(), algorithms=["HS256"])
     assert claims["channels"] == ["*"]
@@ -248,7 +248,7 @@ def test_serve_hands_over_reload_and_banner(
     assert "eyJ" not in text
     assert KEY not in text
     assert rows(text)["token"].endswith(f"--channel news -c {path} --set jwt.key=...")
-    # A pipe or a journal keeps what it is given.
+    # A pipe or a journal stores what is printed.
     terminal[0] = False
     assert main(["serve", "-c", str(path), "--set", "redis.embedded_dir=d"]) == 7
     text = capsys.readouterr().out
@@ -259,7 +259,7 @@ def test_serve_hands_over_reload_and_banner(
     assert capsys.readouterr().out.startswith("eyJ")
 
 
-# ---- the key that nobody configured ---------------------------------------------------------
+# ---- the generated key ----------------------------------------------------------------------
 
 
 def test_a_key_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The configuration of doors: sections of their own, and other servers' configurations."""
+"""Configuration of protocols: their sections, and configurations of other servers."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ Sections = type[NativeSettings] | type[PydioSettings] | type[SocketIoSettings]
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_origins_are_as_browsers_write_them(section: Sections) -> None:
-    """Lower case, without the scheme's own port."""
+    """Origins are in lower case and without the default port."""
     given = "https://App.example.org, http://a:80,http://b:8080 , https://c:443,"
     assert section(allowed_origins=given).origins() == {
         "https://app.example.org",
@@ -35,7 +35,7 @@ def test_origins_are_as_browsers_write_them(section: Sections) -> None:
     ],
 )
 def test_what_is_no_origin_is_refused_by_name(section: Sections, origin: str) -> None:
-    """One that never matches would be a riddle, and '*' a hole."""
+    """An origin that never matches would be confusing, and '*' would open a security hole."""
     with pytest.raises(ValidationError, match="is not an origin such as"):
         section(allowed_origins=origin)
 

@@ -1,4 +1,4 @@
-"""An array of any content is divided between its elements, and others have their turn meanwhile."""
+"""An array with any content is divided between its elements, in slices of time."""
 
 from __future__ import annotations
 

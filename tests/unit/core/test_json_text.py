@@ -1,4 +1,4 @@
-"""Which bytes are JSON text, and that the check of large ones takes little time."""
+"""Detection of JSON text, and the time of the check for large text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Long work leaves the event loop to others, also if many requests ask for it at once."""
+"""Long work yields to other tasks, also with many simultaneous requests."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ async def test_all_long_work_shares_one_slice_of_each_turn() -> None:
             now = time.perf_counter()
             longest, last = max(longest, now - last), now
     assert sorted(done) == sorted(list(range(TASKS)) * STEPS)
-    # 60 tasks in one turn would need 300 ms; the rest is room for a busy machine.
+    # 60 tasks in one turn would need 300 ms. The rest is tolerance for a busy machine.
     assert longest < SLICE_S * TASKS / 2
-    # They took turns: the last task began before the first one had finished.
+    # The tasks alternated: the last one began before the first one had finished.
     assert done.index(TASKS - 1) < len(done) - 1 - done[::-1].index(0)
 
 

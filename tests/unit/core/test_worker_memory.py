@@ -10,7 +10,7 @@ from relay.core.worker_memory import WorkerMemory, shared_memory
 
 @pytest.fixture
 def pair() -> tuple[WorkerMemory, WorkerMemory]:
-    """The same memory as two processes see it."""
+    """Return the same memory, mapped twice as by two processes."""
     memory = shared_memory(3)
     return WorkerMemory(memory), WorkerMemory(memory)
 

@@ -1,4 +1,4 @@
-"""Cursors come back whole, and nothing else is taken for one."""
+"""Cursors are decoded as encoded, and other text is rejected."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLACE = Position(EntryID(1763700000000, 3), added=9, incarnation=2**64 - 1, dige
 
 
 def twins() -> tuple[Channel, Channel]:
-    """Two channels whose three bytes are the same."""
+    """Return two channels whose hashes are the same."""
     seen: dict[bytes, Channel] = {}
     for number in count():
         channel = Channel(f"c{number}")
@@ -42,7 +42,7 @@ def twins() -> tuple[Channel, Channel]:
 
 @given(st.lists(st.tuples(CHANNELS, POSITIONS), min_size=1, max_size=8, unique_by=lambda p: p[0]))
 def test_every_position_comes_back(places: list[tuple[Channel, Position]]) -> None:
-    """And the text is safe in a header, a query and an SSE line."""
+    """The text is safe in a header, a query and an SSE line."""
     text = cursor.encode(places).decode("ascii")
     assert cursor.decode(text, [channel for channel, _ in places]) == dict(places)
     assert text.replace("-", "").replace("_", "").replace(".", "").isalnum()
@@ -50,13 +50,13 @@ def test_every_position_comes_back(places: list[tuple[Channel, Position]]) -> No
 
 
 def test_it_is_compact() -> None:
-    """It is sent with every event."""
+    """A cursor is sent with every event."""
     assert len(cursor.part(NEWS, PLACE)) <= 30
 
 
 @given(st.text(max_size=200) | st.text("c1.-_AB", max_size=50).map("c1.".__add__))
 def test_any_other_text_is_a_bad_request_or_a_position(text: str) -> None:
-    """Never another exception; what is accepted is what we would have made."""
+    """No other exception is raised, and accepted text is what the encoder would return."""
     try:
         found = cursor.decode(text, [NEWS])
     except BadRequest:
@@ -84,14 +84,14 @@ def test_any_other_text_is_a_bad_request_or_a_position(text: str) -> None:
     ],
 )
 def test_garbage_is_a_bad_request(text: str) -> None:
-    """However long."""
+    """The length does not matter."""
     with pytest.raises(BadRequest):
         cursor.decode(text, [NEWS])
 
 
 @given(POSITIONS, st.data())
 def test_a_cut_or_padded_cursor_is_a_bad_request(position: Position, data: st.DataObject) -> None:
-    """A proxy that cuts a header must not move a client."""
+    """A proxy that truncates a header must not change a client's position."""
     text = cursor.encode([(NEWS, position)]).decode()
     with pytest.raises(BadRequest):
         cursor.decode(text[: data.draw(st.integers(3, len(text) - 1))], [NEWS])
@@ -106,7 +106,7 @@ def _of_an_earlier_version(text: str) -> bool:
 
 
 def test_a_cursor_of_an_earlier_version_is_a_stream_id_with_a_digest() -> None:
-    """Its incarnation cannot be compared with anything any more."""
+    """Its incarnation cannot be compared with present ones."""
     raw = cursor._name(NEWS) + bytes((7,)) + cursor._varint(0xABCD1234) + b"\x00\x07"
     raw += cursor._varint(9) + cursor._varint(1763700000000) + cursor._varint(3)
     text = "c1." + urlsafe_b64encode(raw).rstrip(b"=").decode()
@@ -116,7 +116,7 @@ def test_a_cursor_of_an_earlier_version_is_a_stream_id_with_a_digest() -> None:
 
 
 def test_what_was_not_asked_for_is_ignored() -> None:
-    """A client that drops a channel keeps its cursor."""
+    """A client that removes a channel keeps its cursor."""
     text = cursor.encode([(NEWS, PLACE), (Channel("other"), Position(EntryID(1, 1)))]).decode()
     assert cursor.decode(text, [NEWS]) == {NEWS: PLACE}
     assert cursor.decode(text, [Channel("third"), NEWS]) == {NEWS: PLACE}
@@ -130,7 +130,7 @@ def test_a_plain_id_resumes_one_channel_only() -> None:
 
 
 def test_channels_with_the_same_three_bytes_keep_their_places() -> None:
-    """By their order; and neither is ever left without a place, which would mean 'from now'."""
+    """They are distinguished by order. Each has a position, because none would mean "from now"."""
     first, second = twins()
     other = Position(EntryID(5, 5))
     text = cursor.encode([(first, PLACE), (second, other)]).decode()
@@ -148,6 +148,6 @@ def test_channels_with_the_same_three_bytes_keep_their_places() -> None:
     ],
 )
 def test_a_number_that_does_not_fit_is_our_own_bug(position: Position) -> None:
-    """Not a cursor that nobody can read."""
+    """The number is not encoded as an invalid cursor."""
     with pytest.raises(ValueError, match="bits"):
         cursor.part(NEWS, position)

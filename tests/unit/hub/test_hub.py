@@ -168,7 +168,7 @@ async def test_a_client_of_many_channels_leaves_them_in_slices() -> None:
     assert not reads.released
     again = join(hub, ANN, Words(), MANY[0])[0]
     await until(lambda: len(reads.released) == len(MANY) - 1)
-    # The client that has come back has kept the stream.
+    # The client that reconnected has kept the stream.
     assert reads.released == feeds[1:]
     assert hub.feed(MANY[0]) is feeds[0]
     again.end()
@@ -187,7 +187,7 @@ async def test_a_client_of_many_channels_stalls_and_catches_up_in_slices() -> No
     await until(lambda: not any(each.live for each in subscriptions))
     session.resume()
     await until(lambda: all(each.live for each in subscriptions))
-    # The last call counts, however they follow each other.
+    # The last call is effective, regardless of the order.
     session.pause()
     session.resume()
     session.pause()

@@ -5,7 +5,7 @@ from relay.hub.recovery import judge
 
 LIFE = 1 << 32 | 1
 OTHER_LIFE = 2 << 32 | 1
-# Markers are random: of 50,000 pairs that differ, one would be equal in its lower 16 bits.
+# Markers are random: one in 65,536 pairs would be equal in its lower 16 bits.
 SIMILAR_LIFE = 1 << 48 | LIFE
 BEFORE_THE_FAILOVER = 1 << 32 | 2
 
@@ -46,12 +46,12 @@ NEW = state(5, 9, added=5, length=5)
 @pytest.mark.parametrize(
     ("position", "stream", "own", "reason"),
     [
-        # Rule 1: the stream holds the position, and nothing after it was deleted.
+        # Rule 1: the stream contains the position, and no entry after it was deleted.
         (Position(at(4)), WHOLE, 7, None),
         (Position(at(12)), WHOLE, None, "position_ahead"),
         (Position(at(4)), state(1, 9, added=9, length=8, deleted=6), 7, "deleted"),
         (Position(at(6)), state(1, 9, added=9, length=8, deleted=6), None, None),
-        # Rule 2: nothing after it was trimmed.
+        # Rule 2: no entry after it was trimmed.
         (Position(at(2), 2, LIFE), TRIMMED, None, "trimmed"),
         (Position(at(4), 4, LIFE), TRIMMED, None, None),
         (Position(at(4)), TRIMMED, None, "trimmed"),
@@ -66,7 +66,7 @@ NEW = state(5, 9, added=5, length=5)
         (Position(at(4), 4, SIMILAR_LIFE, 7), WHOLE, None, "other_incarnation"),
         (Position(ZERO_ID, 0, OTHER_LIFE), WHOLE, None, "other_incarnation"),
         (Position(at(4)), NEW, None, "unknown_position"),
-        # Rule 4: after a failover or restart, what followed the position may have been lost.
+        # Rule 4: after a failover or restart, entries after the position may have been lost.
         (Position(at(4), 4, BEFORE_THE_FAILOVER, 7), FAILED_OVER, 7, "failover"),
         (Position(at(6), 6, BEFORE_THE_FAILOVER, 7), FAILED_OVER, 7, "failover"),
         (Position(at(4), 4, BEFORE_THE_FAILOVER, 7), FAILED_OVER, 8, "failover"),
@@ -79,7 +79,7 @@ NEW = state(5, 9, added=5, length=5)
         (Position(at(6)), FAILED_OVER, 7, "failover"),
         (Position(at(7)), FAILED_OVER, 7, None),
         (Position(ZERO_ID), FAILED_OVER, None, None),
-        # A cursor of an earlier version, of a client that had seen an empty stream.
+        # A cursor of an earlier version, of a client that received an empty stream.
         (Position(ZERO_ID, 0), FAILED_OVER, None, "unknown_position"),
         (Position(at(12), 12, OTHER_LIFE), WHOLE, None, "position_ahead"),
         (Position(EntryID(4, 3)), WHOLE, None, "unknown_position"),
@@ -137,6 +137,6 @@ def test_a_gap_ends_after_all_that_is_missing(
 
 
 def test_a_place_before_a_failover_is_still_counted() -> None:
-    """So that later trims cause no more false alarms than before."""
+    """Later trims then cause no more false alarms than before."""
     assert judge(Position(at(4), 4, BEFORE_THE_FAILOVER, 7), FAILED_OVER, 7).counted
     assert not judge(Position(at(4), 4, BEFORE_THE_FAILOVER, 7), FAILED_OVER, 8).counted

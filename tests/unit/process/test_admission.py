@@ -1,4 +1,4 @@
-"""Dead letters are limited, ephemeral events are checked, and the application's answers decide."""
+"""The limit of dead letters, the check of ephemeral events, and the application's answers."""
 
 from __future__ import annotations
 

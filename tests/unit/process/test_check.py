@@ -1,4 +1,4 @@
-"""`app.check`, which builds what `serve` runs: see tests/e2e/test_checkconfig.py too."""
+"""`app.check`, which builds all parts of `serve`; see also tests/e2e/test_checkconfig.py."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_nothing_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def _blocks() -> list[str]:
-    """The INI blocks of the documentation that have a secret."""
+    """Return the INI blocks of the documentation that contain a secret."""
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     pages += (ROOT / "relay" / "protocols").glob("*/README.md")
     texts = (page.read_text(encoding="utf-8") for page in pages)

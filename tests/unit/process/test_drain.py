@@ -1,4 +1,4 @@
-"""Tasks that overlook a cancel end all the same."""
+"""Tasks that ignore a cancellation are cancelled again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real servers, each on a free port and in a folder of its own."""
+"""Real embedded servers, each with its own port and folder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def wait_for(true: Callable[[], bool]) -> None:
 
 
 def forget(server: EmbeddedValkey) -> None:
-    """What `kill -9` of the relay leaves: a server that nobody holds."""
+    """Leave a server behind, as `kill -9` of relay does."""
     server._release()
 
 
@@ -118,7 +118,7 @@ async def test_an_old_pid_file_is_believed_only_if_the_server_says_so(tmp_path: 
     port, folder = free_port(), tmp_path / "d"
     async with serving(folder, port):
         pass
-    # A process that lives and is no server of ours: this one.
+    # A live process that is not an embedded server: this one.
     (folder / "valkey.pid").write_text(f"{os.getpid()}\n")
     async with serving(folder, port) as server:
         assert server.pid != os.getpid()
@@ -147,7 +147,7 @@ async def test_a_port_that_is_taken_is_named_with_the_setting_that_mends_it(tmp_
         server = EmbeddedValkey(tmp_path / "d", port)
         with pytest.raises(StartError, match=rf"port {port} .* --set redis.embedded_port=N$"):
             await server.start()
-    # The failed start gave the folder back.
+    # The failed start has unlocked the folder.
     async with serving(tmp_path / "d", port):
         pass
 
@@ -195,7 +195,7 @@ async def test_loading_a_large_file_has_no_limit(
     monkeypatch.setattr(embedded, "_START_S", 0.2)
     loop = asyncio.get_running_loop()
     begun = loop.time()
-    # It waits at each entry, so the load takes longer than the limit for a server that is silent.
+    # It sleeps at each entry, so that loading takes longer than the limit of the start.
     async with serving(folder, port, "--key-load-delay", "250"):
         assert loop.time() - begun > 0.5
         assert await ask(port, "LLEN", "k") == b":4000"
@@ -298,6 +298,6 @@ def test_only_what_runs_is_alive() -> None:
     assert embedded._alive(os.getpid())
     with subprocess.Popen([sys.executable, "-c", ""]) as child:
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        # Ended, but nobody has asked: it would still take signals.
+        # A zombie process would still accept signals.
         assert not embedded._alive(child.pid)
     assert not embedded._alive(child.pid)

@@ -1,4 +1,4 @@
-"""relay/process/garbage.py: full collections by the size of the process, partial ones as ever."""
+"""relay/process/garbage.py: full collections depend on the size of the process."""
 
 from __future__ import annotations
 

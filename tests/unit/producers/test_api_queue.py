@@ -1,4 +1,4 @@
-"""producers/api_queue.py: a command for many channels does not hold up the event loop."""
+"""producers/api_queue.py: a command for many channels does not block the event loop."""
 
 from __future__ import annotations
 

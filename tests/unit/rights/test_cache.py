@@ -1,4 +1,4 @@
-"""Answers with a time limit."""
+"""The cache of the application's answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be said of the asker without a server; tests/contract asks a real one."""
+"""The client of the application without a server; tests/contract uses a real one."""
 
 from __future__ import annotations
 

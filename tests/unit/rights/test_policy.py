@@ -1,4 +1,4 @@
-"""The rule who may read what, for every combination of sources."""
+"""The policy that decides who may read a channel, for every combination of sources."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NEWS = Channel("news")
 NOW = 1000.0
 ANN = Principal(user="ann")
 READER = Principal(user="ann", channels=frozenset({"news"}))
-# The policy only asks whether there is one.
+# The policy only checks whether there is one.
 HTTP = cast("HttpRights", object())
 
 
@@ -126,7 +126,7 @@ def test_unrestricted_opens_no_other_doors_channel(namespace: str) -> None:
     free = Principal(unrestricted=True)
     channel = Channel(f"{namespace}:x")
     assert not allowed("claims, hash, http", free, channel=channel)
-    # What that door's own sources grant is granted.
+    # Rights from the protocol's own source are granted.
     assert allowed("hash", free, b"r", channel=channel)
     assert not allowed("anonymous", free, b"-", channel=channel)
 
@@ -210,7 +210,7 @@ def test_no_pattern_takes_long() -> None:
     started = time.perf_counter()
     patterns = Patterns(tuple("*a" * length + "*b" for length in range(20, 120)))
     assert not patterns.grant("a" * 255)
-    # The same as a regular expression does not end within a life.
+    # A regular expression would need years for this.
     assert time.perf_counter() - started < 1
 
 

@@ -1,4 +1,4 @@
-"""Tokens: what is accepted, what is refused and why, and that no refusal repeats the token."""
+"""Tokens: which are accepted or rejected and why; no error contains the token."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def refusal(text: str, **rest: Any) -> str:
         TokenReader(settings(**rest)).read(text, now=lambda: NOW)
     reason = str(caught.value)
     assert not any(part and part in reason for part in text.split("."))
-    # A cause would be printed with its own text in a traceback.
+    # A traceback would print the text of a cause.
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None or caught.value.__suppress_context__
     return reason
@@ -81,7 +81,7 @@ def test_without_a_key_no_token_is_accepted() -> None:
     assert refusal(token({"sub": "ann"}), key="") == (
         "tokens are not accepted: no key is configured"
     )
-    # An HMAC with an empty key can be made by anybody.
+    # Anybody can forge an HMAC with an empty key.
     assert "no key" in refusal("e30.e30.e30", key=" \n ")
 
 
@@ -286,7 +286,7 @@ def test_what_is_signed_here_is_read_here_until_it_expires() -> None:
     assert principal.expires_at == NOW + 60
     with pytest.raises(Unauthorized, match="expired"):
         reader.read(text, now=lambda: NOW + 60)
-    # The first key signs, so that the older ones can be taken away after the longest life.
+    # The first key signs. Older ones can be removed after the longest lifetime of a token.
     assert TokenReader(settings(SECRET)).read(text, now=lambda: NOW).user == "ann"
 
 

@@ -1,4 +1,4 @@
-"""What the native door says survives the wire; what it hears is understood or refused in words."""
+"""The native protocol's codec: encoding, and parsing or rejection of commands."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ JSON = st.recursive(
 
 
 def event(data: bytes, *, is_json: bool = True, type: str | None = None) -> Event:
-    """One of the channel `news`."""
+    """Return an event of the channel `news`."""
     return Event(NEWS, EntryID(12, 3), data, is_json, type=type)
 
 
 def read_sse(text: bytes) -> list[dict[str, str]]:
-    """Events as the WHATWG's rules read them; lines end with CR, LF or CR LF."""
+    """Parse events by the WHATWG's rules. Lines end with CR, LF or CR LF."""
     found: list[dict[str, str]] = []
     block: dict[str, str] = {}
     data: list[str] = []
@@ -50,7 +50,7 @@ def read_sse(text: bytes) -> list[dict[str, str]]:
 def test_json_survives_whatever_its_line_breaks(
     value: object, indent: int | str | None, line_break: str
 ) -> None:
-    """On the websocket, as SSE data and in an envelope."""
+    """Over WebSocket, as SSE data and in an envelope."""
     data = json.dumps(value, indent=indent).replace("\n", line_break).encode()
     one = event(data, type="note")
     assert json.loads(codec.event_object(one))["data"] == value
@@ -66,7 +66,7 @@ def test_json_survives_whatever_its_line_breaks(
 
 @given(TEXTS)
 def test_text_survives(text: str) -> None:
-    """As it is in JSON; as SSE data with LF for every line break."""
+    """Unchanged in JSON; as SSE data with LF for every line break."""
     one = event(text.encode(), is_json=False)
     assert json.loads(codec.event_object(one))["data"] == text
     (block,) = read_sse(codec.envelope_tail(one))
@@ -76,27 +76,27 @@ def test_text_survives(text: str) -> None:
 
 
 def test_numbers_and_key_order_are_the_producers() -> None:
-    """Nothing is parsed and written again."""
+    """Data is not parsed and encoded again."""
     data = b'{"b":12345678901234567890123, "a":1.0}'
     assert b'"data":' + data + b"}" in codec.event_object(event(data))
 
 
 def test_an_ephemeral_event_has_no_id() -> None:
-    """It is no place to resume from; the client is shown where given."""
+    """There is no ID to resume from. The client ID is included."""
     one = Event(NEWS, None, b"1", True, client="c7")
     assert json.loads(codec.event_object(one)) == {"channel": "news", "data": 1, "client": "c7"}
 
 
 @pytest.mark.parametrize("kind", ["relay:gap", "a\nevent: relay:gap", "a\r\n\r\ndata: x", "a\0b"])
 def test_a_type_cannot_pretend(kind: str) -> None:
-    """Neither to be a notice nor to be another event."""
+    """It can imitate neither a notice nor another event."""
     (block,) = read_sse(codec.sse_tail(event(b"1", type=kind)))
     assert not block.get("event", "").startswith("relay:")
     assert block["data"] == "1"
 
 
 def test_notices_leave_out_what_is_not_known() -> None:
-    """On both wires."""
+    """Over WebSocket and SSE."""
     assert json.loads(codec.notice_object("gap", channel=NEWS, from_="1-0", reason="trimmed")) == {
         "notice": "gap", "channel": "news", "from": "1-0", "reason": "trimmed"
     }  # fmt: skip
@@ -109,7 +109,7 @@ def test_notices_leave_out_what_is_not_known() -> None:
 
 
 def test_replies_and_errors_carry_the_ref() -> None:
-    """Null where the client gave none."""
+    """It is null if the client sent none."""
     reply = codec.reply_object("subscribe", "r1", channel=NEWS, position="c1.x")
     expected = {"reply": "subscribe", "ref": "r1", "channel": "news", "id": "c1.x"}
     assert json.loads(reply) == expected
@@ -122,7 +122,7 @@ def test_replies_and_errors_carry_the_ref() -> None:
 
 
 def test_a_stream_begins_with_its_position() -> None:
-    """A browser sees no event in it; an envelope's script does."""
+    """For a browser this is not an event; a script receives it with envelopes."""
     assert codec.first_block(b"c1.x", 2000) == b"retry: 2000\nid: c1.x\n\n"
     (block,) = read_sse(codec.first_envelope_block("c1.x", 2000, [(NEWS, "1-0")]))
     assert (block["id"], block["retry"], block["event"]) == ("c1.x", "2000", "relay:open")
@@ -156,7 +156,7 @@ def test_a_stream_begins_with_its_position() -> None:
     ],
 )
 def test_commands_are_understood(frame: str, command: codec.Command) -> None:
-    """Each with its ref."""
+    """Each is parsed with its ref."""
     assert codec.parse_command(frame) == command
 
 

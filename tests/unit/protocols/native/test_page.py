@@ -1,4 +1,4 @@
-"""The live page's files."""
+"""Files of the live page."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from relay.protocols.native import page
 
 
 def test_everything_it_loads_is_its_own() -> None:
-    """It works offline: what the files name is served, and nothing is elsewhere."""
+    """The page works offline: all files that it names are served, and none is on another host."""
     assets = {asset.path: asset for asset in page.load()}
     served = set(assets)
     for asset in assets.values():
         text = asset.body.decode()
-        # An XML namespace is a name, not an address.
+        # An XML namespace is a name, not a URL to load.
         assert "://" not in text.replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"\sstyle=|<style|\son\w+=|@import|url\(", text)
         named = re.findall(r'(?:href|src)="([^"]+)"', text)
@@ -22,7 +22,7 @@ def test_everything_it_loads_is_its_own() -> None:
 
 
 def test_the_page_comes_first_and_all_are_guarded() -> None:
-    """Each file has a policy that allows no inline script or style, and an ETag of its content."""
+    """Each file has a policy without inline scripts and styles, and an ETag of its content."""
     assets = page.load()
     assert assets[0].path == "/"
     assert len({asset.headers["ETag"] for asset in assets}) == len(assets)

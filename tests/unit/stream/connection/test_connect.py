@@ -1,4 +1,4 @@
-"""stream/connection/connect.py: what a URL means, and that no error or log shows a password."""
+"""stream/connection/connect.py: parsing of URLs; no error or log contains a password."""
 
 from __future__ import annotations
 

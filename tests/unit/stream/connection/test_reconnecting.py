@@ -55,7 +55,7 @@ async def test_a_bug_ends_the_loop_and_errors_in_a_task_group_do_not() -> None:
         attempts += 1
         lost, on_lost = loss_of_connection()
         if attempts == 2:
-            # Cancelled by the loop of 3.11 if the count of cancellations is not reset.
+            # Python 3.11 cancels the loop here if the count of cancellations is not reset.
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.01):
                     await asyncio.Event().wait()

@@ -1,4 +1,4 @@
-"""stream/format/entry.py: what is encoded is decoded the same, and what is broken says why."""
+"""stream/format/entry.py: decoding reverses encoding, and invalid entries have a reason."""
 
 from __future__ import annotations
 
@@ -189,11 +189,11 @@ def test_encode_refuses_what_decode_would_call_broken() -> None:
 def test_a_grant_is_no_event_and_one_with_data_is() -> None:
     assert read(entry.encode_grant("anna")).body == Grant(ID, "anna")
     assert reason(b"grant", b"") == "grant has no user"
-    # A field that the schema does not know in an event, as before there were grants.
+    # A field beyond the schema in an event, as before grants were added.
     body = read([b"data", b"1", b"grant", b"anna"]).body
     assert isinstance(body, Event)
     assert body.extra == {b"grant": b"anna"}
-    # What is refused is never opened by a second field.
+    # A second field cannot undo a revocation.
     assert read([b"grant", b"anna", b"revoke", b"ben"]).body == Revocation(ID, "ben")
     with pytest.raises(ValueError, match="grant has no user"):
         entry.encode_grant("")

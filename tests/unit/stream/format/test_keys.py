@@ -1,4 +1,4 @@
-"""relay/stream/format/keys.py: names, and the way back from a name to its channel."""
+"""relay/stream/format/keys.py: key names, and the channel of a key."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from relay.core.model import Channel, EntryID, parse_channel
 from relay.stream.format.keys import Keys, escape, unescape
 
-# Half of the characters are those that matter to the escaping.
+# Half of the characters are special ones.
 _characters = st.sampled_from(" %{}:*\t\n\x00\x7f07BDF25aü") | st.characters(codec="utf-8")
 channels = st.text(_characters, min_size=1, max_size=60).map(parse_channel)
 prefixes = st.text(st.characters(exclude_characters="{} \t\n", codec="utf-8"), max_size=10)
@@ -43,7 +43,7 @@ def test_names() -> None:
 def test_escaping_is_reversible_and_keeps_ordinary_names(name: Channel) -> None:
     text = escape(name)
     assert unescape(text) == name
-    # Nothing that would move the hash slot, break a line or has to be quoted for a terminal.
+    # No character that would change the hash slot, break a line or need quotes in a terminal.
     assert not any(char <= " " or char in "{}\x7f" for char in text)
     if not any(char <= " " or char in "{}%\x7f" for char in name):
         assert text == name
@@ -96,5 +96,5 @@ def test_foreign_keys_have_no_channel() -> None:
 
 def test_wildcards_in_a_prefix_match_only_themselves() -> None:
     assert Keys("a*?[b]").stream_pattern == rb"a\*\?\[b\]stream:{*}"
-    # Python's fnmatch has no backslash escapes, so only the plain prefix can be tried here.
+    # Python's fnmatch has no backslash escapes, so only the plain prefix can be tested here.
     assert fnmatch.fnmatchcase("relay:stream:{x}", Keys("relay:").stream_pattern.decode())

@@ -1,4 +1,5 @@
-"""Replies by hand: what a turn asks, and that an answer which cannot be trusted is asked anew."""
+"""The reader's pipelines with hand-written replies: commands, and repetition of unreliable
+reads."""
 
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ class Scene:
             control=ControlReader(KEYS, lambda _command: None, lambda: None),
         )
         self.turns.commands()
-        self.turns.take([0, []])  # the control stream's first look
+        self.turns.take([0, []])  # the first read of the control stream
 
     def read(self, exec_reply: object) -> list[RedisCommand]:
         self.turns.want_read(self.feed)
@@ -81,7 +82,7 @@ MARKER = [{b"name": MARKER_GROUP, b"last-delivered-id": b"1-0"}]
 
 @pytest.fixture
 def scene() -> Scene:
-    """A settled feed whose group stands at its position, 0-0."""
+    """A settled feed whose group is at its position, 0-0."""
     made = Scene()
     examine(made.hub)
     made.read([info(added=0, last=0), MARKER, b"OK", b"OK", None])
@@ -326,7 +327,7 @@ def _examined(commands: Sequence[RedisCommand]) -> set[object]:
 
 @pytest.mark.parametrize("largest", [1024, 1 << 20, 64 << 20])
 def test_a_pipeline_of_pages_is_bounded_though_no_entry_is_known(largest: int) -> None:
-    """Entries may be larger than all before them, and Redis knows no limit in bytes."""
+    """Entries may be larger than all earlier ones, and Redis has no limit in bytes."""
     hub = make_hub(Reads())
     names = [Channel(f"c{number}") for number in range(6)]
     session, *_ = join(hub, Principal(user="ann"), Words(), *names)
@@ -368,12 +369,12 @@ def test_a_live_read_asks_for_more_only_after_one_that_was_full(scene: Scene) ->
     scene.turns.take(
         [b"", b"", b"", [info(*range(1, last + 2), added=last + 1, last=last + 1), found(last + 1)]]
     )
-    # A stream whose reads are seldom full is read a little at a time again.
+    # A stream whose reads are seldom full is read in small steps again.
     assert count() == 500
 
 
 def test_a_read_after_a_new_connection_is_bounded_though_no_entry_is_known(scene: Scene) -> None:
-    """What arrived in the meantime may be larger than all before it."""
+    """New entries may be larger than all earlier ones."""
     scene.turns.connected()
     scene.turns.all_unsettled([scene.feed])
     examine(scene.hub)
@@ -419,7 +420,7 @@ def test_a_small_stream_is_read_in_large_pages(size: int | None, counts: list[in
         answers: list[object] = [*[b""] * (len(commands) - 1), [state, MARKER, entries]]
         if commands[0][0] == "MEMORY":
             answers[0] = hiredis.ReplyError("NOPERM") if size is None else size
-        # The first page tells how many blocks MEMORY USAGE would look at.
+        # The first page returns how many blocks MEMORY USAGE would visit.
         assert (commands[0][0] == "MEMORY") == (number == 1 or (number == 2 and size is not None))
         pages.want(feed)
         pages.take(answers)

@@ -1,4 +1,4 @@
-"""A sweep reads each stream once per interval, whatever the number of streams."""
+"""A sweep reads each stream once per interval, regardless of the number of streams."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_each_stream_is_read_once_per_interval(sweep_s: float, count: int) -> No
     steps, streams = sweep_steps(sweep_s), [stream(number) for number in range(count)]
     read: Counter[Channel] = Counter()
     for step in range(steps):
-        # Others come and go meanwhile.
+        # Other streams are added and removed meanwhile.
         followed = [*streams, *(stream(count + other) for other in range(step % 7))]
         read.update(each.channel for each in swept_streams(followed, step, steps))
     assert {read[each.channel] for each in streams} == {1}

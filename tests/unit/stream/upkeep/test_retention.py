@@ -1,4 +1,4 @@
-"""relay/stream/upkeep/retention.py: which trims a namespace's settings ask for."""
+"""relay/stream/upkeep/retention.py: the trims for a namespace's settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""stream/write/control.py: commands survive the way through fields; foreign ones are skipped."""
+"""stream/write/control.py: decoding reverses encoding, and unknown commands are ignored."""
 
 from __future__ import annotations
 
