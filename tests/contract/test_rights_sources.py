@@ -1,4 +1,4 @@
-"""The application as a rights source: a real server that is well, slow, broken and refusing."""
+"""The application as a rights source: a real server that answers, is slow, fails or rejects."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Clock:
 
 
 class Application:
-    """A real HTTP server; `answer` is what it does, `asked` what it was asked."""
+    """A real HTTP server. `answer` is its response, `asked` has its requests."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[dict[str, Any], str | None]] = []
@@ -67,7 +67,7 @@ async def application() -> AsyncIterator[Application]:
     application = Application()
     app = web.Application()
     app.router.add_route("*", "/rights", application.handle)
-    # Redirects would end here, and be counted.
+    # Redirects would be counted here.
     app.router.add_route("*", "/elsewhere", application.handle)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
@@ -106,7 +106,7 @@ def make(application: Application, session: aiohttp.ClientSession, clock: Clock)
     return make
 
 
-async def test_it_asks_with_user_channel_groups_and_its_token(
+async def test_the_request_has_user_channel_groups_and_token(
     application: Application, make: Make
 ) -> None:
     assert await make().ask(ANN, NEWS) is True
@@ -115,16 +115,14 @@ async def test_it_asks_with_user_channel_groups_and_its_token(
     ]
 
 
-async def test_without_a_token_it_sends_none(
+async def test_the_request_without_a_token(
     application: Application, session: aiohttp.ClientSession
 ) -> None:
     assert await HttpRights(RightsSettings(http_url=application.url), session).ask(ANN, NEWS)
     assert application.asked[0][1] is None
 
 
-async def test_both_answers_are_kept_for_their_time(
-    application: Application, make: Make, clock: Clock
-) -> None:
+async def test_both_answers_are_cached(application: Application, make: Make, clock: Clock) -> None:
     rights = make(http_cache_s=30)
     bob = Principal(user="bob")
     assert await rights.ask(ANN, NEWS) is True
@@ -142,8 +140,8 @@ async def test_both_answers_are_kept_for_their_time(
     assert len(application.asked) == 3
 
 
-def test_an_answer_that_does_not_hold_is_refused() -> None:
-    """Who may read is looked up in the answers held: with none, nobody ever may."""
+def test_requires_a_cache_time() -> None:
+    """Rights are read from the cache: without it, access would always be denied."""
     with pytest.raises(ValidationError, match="http_cache_s"):
         RightsSettings(http_cache_s=0)
 
@@ -156,7 +154,7 @@ async def test_the_cache_is_bounded(make: Make) -> None:
     assert rights.cached(ANN, Channel("c")) is True
 
 
-async def test_a_drop_is_felt_at_once(application: Application, make: Make) -> None:
+async def test_a_drop_applies_at_once(application: Application, make: Make) -> None:
     rights = make()
     assert await rights.ask(ANN, NEWS) is True
     application.answer = application.no
@@ -166,7 +164,7 @@ async def test_a_drop_is_felt_at_once(application: Application, make: Make) -> N
     assert await rights.ask(ANN, NEWS) is False
 
 
-async def test_an_answer_older_than_a_drop_is_asked_again(
+async def test_a_request_that_began_before_a_drop_is_repeated(
     application: Application, make: Make
 ) -> None:
     rights = make()
@@ -187,7 +185,7 @@ async def test_an_answer_older_than_a_drop_is_asked_again(
     assert len(application.asked) == 2
 
 
-async def test_an_application_that_drops_each_answer_is_not_asked_for_ever(
+async def test_the_repetitions_after_drops_are_limited(
     application: Application, make: Make
 ) -> None:
     rights = make()
@@ -201,7 +199,7 @@ async def test_an_application_that_drops_each_answer_is_not_asked_for_ever(
     assert len(application.asked) == 10
 
 
-async def test_identical_questions_at_once_are_one_request(
+async def test_concurrent_identical_requests_are_sent_once(
     application: Application, make: Make
 ) -> None:
     rights = make()
@@ -221,7 +219,7 @@ async def test_identical_questions_at_once_are_one_request(
     assert len(application.asked) == 2
 
 
-async def test_who_goes_away_does_not_take_the_answer_along(
+async def test_a_cancelled_caller_does_not_affect_the_others(
     application: Application, make: Make
 ) -> None:
     rights = make()
@@ -247,7 +245,9 @@ async def test_who_goes_away_does_not_take_the_answer_along(
     assert len(application.asked) == 2
 
 
-async def test_only_so_many_questions_are_under_way(application: Application, make: Make) -> None:
+async def test_the_number_of_concurrent_requests_is_limited(
+    application: Application, make: Make
+) -> None:
     rights = make()
     go = asyncio.Event()
 
@@ -267,7 +267,7 @@ async def test_only_so_many_questions_are_under_way(application: Application, ma
     assert application.most_under_way == CONCURRENT
 
 
-async def test_a_slow_application_refuses(application: Application, make: Make) -> None:
+async def test_a_timeout_denies_access(application: Application, make: Make) -> None:
     async def never() -> web.StreamResponse:
         await asyncio.Event().wait()
         raise AssertionError
@@ -276,7 +276,7 @@ async def test_a_slow_application_refuses(application: Application, make: Make) 
     assert await make(http_timeout_ms=50).ask(ANN, NEWS) is False
 
 
-async def test_who_waits_for_a_turn_behind_a_dead_application_is_refused_too(
+async def test_waiting_for_a_request_slot_has_a_timeout(
     application: Application, make: Make
 ) -> None:
     async def never() -> web.StreamResponse:
@@ -293,7 +293,7 @@ async def test_who_waits_for_a_turn_behind_a_dead_application_is_refused_too(
     assert not any(task.result() for task in asking)
 
 
-async def test_a_body_that_never_ends_refuses(make: Make) -> None:
+async def test_an_endless_body_denies_access(make: Make) -> None:
     app = web.Application()
 
     async def drip(request: web.Request) -> web.StreamResponse:
@@ -320,7 +320,7 @@ async def test_a_body_that_never_ends_refuses(make: Make) -> None:
         b'{"Read": true}',
     ],
 )  # fmt: skip
-async def test_an_answer_that_is_not_plainly_yes_refuses(
+async def test_any_answer_but_true_denies_access(
     application: Application, make: Make, body: bytes
 ) -> None:
     async def odd() -> web.StreamResponse:
@@ -331,7 +331,7 @@ async def test_an_answer_that_is_not_plainly_yes_refuses(
 
 
 @pytest.mark.parametrize("status", [201, 204, 301, 302, 307, 308, 401, 403, 404, 500, 503])
-async def test_any_status_but_200_refuses_and_redirects_are_not_followed(
+async def test_any_status_but_200_denies_access_and_redirects_are_not_followed(
     application: Application, make: Make, status: int
 ) -> None:
     async def other() -> web.StreamResponse:
@@ -344,7 +344,7 @@ async def test_any_status_but_200_refuses_and_redirects_are_not_followed(
     assert len(application.asked) == 1
 
 
-async def test_a_connection_that_breaks_refuses(make: Make) -> None:
+async def test_a_lost_connection_denies_access(make: Make) -> None:
     async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()
 
@@ -357,7 +357,7 @@ async def test_a_connection_that_breaks_refuses(make: Make) -> None:
     assert await rights.ask(ANN, Channel("other")) is False
 
 
-async def test_a_failure_holds_one_second_only(
+async def test_a_failure_is_cached_for_one_second(
     application: Application, make: Make, clock: Clock
 ) -> None:
     async def broken() -> web.StreamResponse:
@@ -374,7 +374,7 @@ async def test_a_failure_holds_one_second_only(
     assert await rights.ask(ANN, NEWS) is True
 
 
-async def test_the_log_has_one_line_a_failure_and_no_secret(
+async def test_the_log_has_one_line_per_failure_and_no_secret(
     application: Application, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def broken() -> web.StreamResponse:

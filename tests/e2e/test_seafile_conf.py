@@ -167,7 +167,7 @@ def test_an_error_is_one_line_with_file_and_section(tmp_path: Path) -> None:
     assert "seafile.conf [notification] port = 99999" in done.stderr
     done = relay_with("--seafile-conf-dir", str(tmp_path / "nowhere"))
     assert done.returncode == 1
-    assert "has none of seafile.conf" in done.stderr
+    assert "contains none of seafile.conf" in done.stderr
     done = relay_with(NOTIFICATION_SERVER_PORT="x", JWT_PRIVATE_KEY=KEY)
     assert done.returncode == 1
     assert "environment variable NOTIFICATION_SERVER_PORT" in done.stderr

@@ -152,11 +152,12 @@ class Site:
         self._appended += count
 
         def append() -> None:
-            with self.server.client().pipeline(transaction=False) as pipeline:
+            # The client closes the pipeline's connection, so it must live as long.
+            with self.server.client() as client, client.pipeline(transaction=False) as pipeline:
                 for number in numbers:
                     fields = self.driver.entry(self.channel, number, filling)
                     words = itertools.chain.from_iterable(fields.items())
-                    pipeline.execute_command("XADD", stream_key(self.channel), "*", *words)  # type: ignore[no-untyped-call]
+                    pipeline.execute_command("XADD", stream_key(self.channel), "*", *words)
                 pipeline.execute()
 
         await asyncio.to_thread(append)

@@ -77,7 +77,7 @@ _RELOAD = frame_text(RELOAD_FOLDER)
 
 
 class MaskedEncoder(ContentEncoder):
-    """The format for users who may see only some paths of certain workspaces.
+    """The format for users with path masks on certain workspaces.
 
     A websocket server receives from Pydio only whether a workspace has such masks (`hasMask`), not
     which paths they hide. An event with paths is therefore replaced by the instruction to read the

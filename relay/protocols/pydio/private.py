@@ -37,7 +37,7 @@ _VERSIONS = frozenset({"8", "13"})
 # With version 8, PHP sends eight random bytes after the handshake's headers: the third key of an
 # older draft (vendor/phpws/websocket.client.php, `serializeHeaders`, Pydio 6.4.2).
 _JUNK_BYTES = 8
-# On shutdown, wait so long for PHP requests that are running.
+# On shutdown, wait at most this time for running PHP requests.
 _LAST_REQUESTS_S = 1.0
 
 

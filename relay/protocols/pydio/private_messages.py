@@ -116,8 +116,8 @@ def _json(body: bytes) -> Mapping[str, object]:
 
 def _php(body: bytes) -> Mapping[str, object]:
     try:
-        # Without an object_hook, objects are rejected: none is ever created. Lengths are in bytes,
-        # so that strings are decoded after they have been cut out.
+        # Without an object_hook, objects are rejected and never created. Lengths are in bytes, so
+        # that strings are decoded after they have been cut out.
         found = phpserialize.loads(
             body, charset="utf-8", errors="strict", decode_strings=True, array_hook=_array
         )

@@ -58,7 +58,7 @@ class PydioSettings(ListenerSection):
         except ValueError:
             good = False
         if not good:
-            raise ValueError("allowed is http://HOST/... or https://HOST/...")
+            raise ValueError("must be http://HOST/... or https://HOST/...")
         return text
 
     @field_validator("authorised_hosts")

@@ -65,7 +65,7 @@ def parse(text: bytes) -> list[LibrarySubscribe | LibraryUnsubscribe]:
     fields = _object(message, "a message")
     kind = fields.get("type")
     if kind not in ("subscribe", "unsubscribe"):
-        raise BadMessage("its type is neither subscribe nor unsubscribe")
+        raise BadMessage("type is neither subscribe nor unsubscribe")
     if "content" not in fields:
         raise BadMessage("no content")
     content = fields["content"]

@@ -151,7 +151,7 @@ def read(folder: Path | None, environ: Mapping[str, str]) -> SeafileConfiguratio
     if folder is not None:
         files = {name: _file(folder / name) for name in FILES}
         if not any(text is not None for text in files.values()):
-            raise ConfigError(f"{folder}: has none of {', '.join(FILES)}")
+            raise ConfigError(f"{folder}: contains none of {', '.join(FILES)}")
         parsed = {name: parse(text or "") for name, text in files.items()}
         _first_generation(parsed["notification.conf"].get("general", {}), found)
         section = parsed["seafile.conf"].get("notification")

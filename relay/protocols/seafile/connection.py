@@ -185,10 +185,10 @@ class SeafileClient(Client, TokenHolder):
     # ---- from the client --------------------------------------------------------------------
 
     def on_message(self, text: bytes) -> None:
-        """Handle one message. Close the connection without a close frame if it is malformed, as
-        Seafile's server does.
+        """Handle one message.
 
-        A long message is parsed in slices of time. Later messages wait for it.
+        If it is malformed, close the connection without a close frame, as Seafile's server does. A
+        long message is parsed in slices of time. Later messages wait for it.
         """
         if self._unparsed is not None:
             self._unparsed.append(text)
@@ -405,7 +405,12 @@ class SeafileClient(Client, TokenHolder):
         self._libraries.pop(channel, None)
         self._missed.pop(channel, None)
         self._service.count_rejection(getattr(error, "code", Reason.UNAVAILABLE))
-        _log.info("Rejected a subscription of Seafile client %s: %s", self._address, error)
+        _log.info(
+            "Rejected the subscription of Seafile client %s to %s: %s",
+            self._address,
+            channel,
+            error,
+        )
         if isinstance(error, Forbidden):
             self._refused.add(channel)
         else:

@@ -29,7 +29,7 @@ def q(user: str, channel: str, *groups: str) -> Question:
     return Question(user, frozenset(groups), Channel(channel))
 
 
-def test_both_answers_hold_for_their_time(answers: Answers, clock: Clock) -> None:
+def test_both_answers_are_cached_until_they_expire(answers: Answers, clock: Clock) -> None:
     answers.put(q("a", "c"), True, 10)
     answers.put(q("b", "c"), False, 5)
     clock.now = 4.0
@@ -43,17 +43,17 @@ def test_both_answers_hold_for_their_time(answers: Answers, clock: Clock) -> Non
     assert len(answers) == 1
 
 
-def test_other_groups_are_another_question(answers: Answers) -> None:
+def test_other_groups_need_another_answer(answers: Answers) -> None:
     answers.put(q("a", "c", "staff"), True, 10)
     assert answers.get(q("a", "c")) is None
 
 
-def test_nothing_is_held_for_no_time(answers: Answers) -> None:
+def test_a_time_of_zero_caches_nothing(answers: Answers) -> None:
     answers.put(q("a", "c"), True, 0)
     assert len(answers) == 0
 
 
-def test_the_one_not_looked_at_for_longest_goes_first(answers: Answers) -> None:
+def test_evicts_the_least_recently_used_answer(answers: Answers) -> None:
     for user in "abc":
         answers.put(q(user, "c"), True, 10)
     answers.get(q("a", "c"))
@@ -61,7 +61,7 @@ def test_the_one_not_looked_at_for_longest_goes_first(answers: Answers) -> None:
     assert [answers.get(q(user, "c")) for user in "abcd"] == [True, None, True, True]
 
 
-def test_putting_again_replaces(answers: Answers) -> None:
+def test_a_new_answer_replaces_the_old_one(answers: Answers) -> None:
     answers.put(q("a", "c"), True, 10)
     answers.put(q("a", "c"), False, 20)
     assert answers.get(q("a", "c")) is False
@@ -80,7 +80,7 @@ def test_putting_again_replaces(answers: Answers) -> None:
         (None, None, []),
     ],
 )
-def test_a_drop_forgets_what_it_names_and_no_more(
+def test_a_drop_removes_only_the_named_answers(
     answers: Answers, channel: str | None, user: str | None, left: list[tuple[str, str]]
 ) -> None:
     every = [("a", "c"), ("a", "d"), ("b", "c")]
@@ -90,7 +90,7 @@ def test_a_drop_forgets_what_it_names_and_no_more(
     assert [pair for pair in every if answers.get(q(*pair))] == left
 
 
-def test_the_indexes_are_as_empty_as_the_answers(answers: Answers, clock: Clock) -> None:
+def test_the_indexes_are_empty_without_answers(answers: Answers, clock: Clock) -> None:
     for number in range(50):
         answers.put(q(f"u{number}", f"c{number % 7}"), True, 10)
     clock.now = 11.0

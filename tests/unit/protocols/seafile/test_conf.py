@@ -145,7 +145,7 @@ def test_rejects_invalid_values(tmp_path: Path) -> None:
     text = LATER_SEAFILE.replace("enabled = true", "enabled = maybe")
     with pytest.raises(ConfigError, match=re.escape("seafile.conf [notification] enabled")):
         conf.read(folder(tmp_path, seafile=text), {})
-    with pytest.raises(ConfigError, match="has none of"):
+    with pytest.raises(ConfigError, match="contains none of"):
         conf.read(tmp_path / "nowhere", {})
 
 
