@@ -27,16 +27,17 @@ def is_json(data: bytes) -> bool:
     try:
         _validate(data)
     except msgspec.DecodeError:
-        if b"\\u" not in data or not _is_valid(_without_surrogates(data)):
+        if b"\\u" not in data or not _is_valid(_with_surrogates_replaced(data)):
             return False
     except RecursionError:
         return _is_deep_json(data)
     return data.isascii() or _is_utf8(data)
 
 
-def _without_surrogates(data: bytes) -> bytes:
-    # If `ud800` follows an escaped backslash, it is plain text.
-    return _SURROGATE.sub(b"", data.replace(b"\\\\", b"\\/"))
+def _with_surrogates_replaced(data: bytes) -> bytes:
+    # Replace them by another escape, which is invalid outside of a string as well. If `ud800`
+    # follows an escaped backslash, it is plain text.
+    return _SURROGATE.sub(rb"\\u0041", data.replace(b"\\\\", b"\\/"))
 
 
 def _is_valid(data: bytes) -> bool:

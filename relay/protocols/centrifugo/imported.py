@@ -95,7 +95,7 @@ class CentrifugoImport(ConfigurationImport):
             case ".yaml" | ".yml":
                 return f'secret: "{secret}"\n'
             case _:
-                raise ConfigError(f"{path}: must end in one of {', '.join(SUFFIXES)}")
+                raise ConfigError(f"{path}: must have one of the suffixes {', '.join(SUFFIXES)}")
 
 
 IMPORT = CentrifugoImport()

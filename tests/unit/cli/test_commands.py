@@ -333,7 +333,7 @@ def test_lines_that_would_not_work_are_left_out() -> None:
     lines = shown("protocol:native.port=9", "protocol:native.host=::")
     assert lines["page"] == "http://[::1]:9/#channel=news"
     assert lines["watch"].endswith("'http://[::1]:9/sse?channel=news'")
-    assert "before [jwt] key is set" in shown("redis.url=redis://127.0.0.1")["token"]
+    assert "set [jwt] key" in shown("redis.url=redis://127.0.0.1")["token"]
     assert "ES256" in shown("jwt.algorithm=ES256")["token"]
 
 
@@ -374,4 +374,4 @@ def test_help_names_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(["--help"])
     assert left.value.code == 0
-    assert "Exit codes: 0 done, 1 configuration" in capsys.readouterr().out
+    assert "Exit codes: 0 done; 1 configuration" in capsys.readouterr().out

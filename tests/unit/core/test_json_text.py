@@ -32,6 +32,12 @@ def test_it_is_the_grammar_of_json(data: bytes) -> None:
     assert is_json(data) == by_python(data)
 
 
+@pytest.mark.parametrize("data", [b'"a"\\udc00', b"1\\ud800", b"[\\udc00]", b"\\ud800null"])
+def test_an_unpaired_surrogate_outside_of_a_string_is_not_json(data: bytes) -> None:
+    assert is_json(b'"a\\udc00"')
+    assert not is_json(data)
+
+
 @given(st.recursive(st.none() | st.floats() | st.text(), lambda inner: st.lists(inner)))
 def test_all_that_python_writes_is_json(value: object) -> None:
     written = json.dumps(value).encode()
