@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import time
@@ -88,3 +89,21 @@ async def test_subscriptions_of_one_user_leave_nothing(relay: RelayProcess) -> N
         while len(streams(relay)) > 1:
             await asyncio.sleep(0.1)
     assert streams(relay) == [b"relay:stream:{c0}"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", " [ ] "])
+async def test_messages_without_effect_close_a_sockjs_websocket(
+    relay: RelayProcess, text: str
+) -> None:
+    """Without a credential, they would keep a processor core busy."""
+    async with (
+        aiohttp.ClientSession() as http,
+        http.ws_connect(f"{relay.url}/connection/1/abcdefgh/websocket") as socket,
+        asyncio.timeout(10),
+    ):
+        assert await socket.receive_str() == "o"
+        with contextlib.suppress(aiohttp.ClientConnectionError):
+            for _ in range(400):
+                await socket.send_str(text)
+        assert (await socket.receive()).type == aiohttp.WSMsgType.CLOSE
+        assert socket.close_code == 1008

@@ -201,6 +201,28 @@ async def test_only_the_protocols_own_events_are_sent(door: Seafile) -> None:
 # ---- subscribing -----------------------------------------------------------------------------
 
 
+async def test_a_flood_without_a_valid_token_is_read_slowly(door: Seafile) -> None:
+    """None is lost: the tokens of all libraries of a client may have expired."""
+    text = b'{"type":"subscribe","content":{"repos":[{"id":"x","jwt_token":"x"}]}}'
+    frame = bytes((0x81, 0x80 | len(text), 0, 0, 0, 0)) + text
+    reader, writer = await asyncio.open_connection("127.0.0.1", door.relay.port)
+    writer.write(
+        b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    )
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(frame * 16_000)
+    answers, slow_from = 0, 0.0
+    while answers < 16_000:
+        await reader.readuntil(b"jwt-expired")
+        answers += 1
+        if answers == 10_200:
+            slow_from = time.monotonic()
+    # The first 10,000 messages are read at once, the others at a rate of 1,000 in a second.
+    assert time.monotonic() - slow_from > 4
+    writer.transport.abort()
+
+
 async def test_a_bad_token_is_reported_and_other_subscriptions_continue(door: Seafile) -> None:
     good, now = new_library(), int(time.time())
     bad = {

@@ -47,6 +47,9 @@ GOING_AWAY = 1001
 # Libraries that are processed in one turn of the loop. Each requires an HMAC.
 _PER_TURN = 50
 _MAX_QUEUED = 100_000
+# Number of messages that a client without a valid token may send at once, and then per second. A
+# sync client sends one for each of its libraries, and its tokens may all have expired.
+_UNKNOWN_BURST, _UNKNOWN_PER_S = 10_000, 1_000
 # A client's positions are stored after the first time, when its many subscribe messages have been
 # processed, and then periodically. If relay is killed, few events are repeated.
 _FIRST_SAVE_S = 2.0
@@ -129,6 +132,7 @@ class SeafileClient(Client, TokenHolder):
         "_left",
         "_libraries",
         "_missed",
+        "_pace_timer",
         "_refused",
         "_save_task",
         "_save_timer",
@@ -139,6 +143,7 @@ class SeafileClient(Client, TokenHolder):
         "_socket",
         "_stored",
         "_unchanged",
+        "_unknown_left",
         "_unparsed",
         "_work",
         "session",
@@ -165,6 +170,9 @@ class SeafileClient(Client, TokenHolder):
         self._work: deque[codec.LibrarySubscribe | codec.LibraryUnsubscribe] | None = None
         # A long message that is being parsed, and the messages after it.
         self._unparsed: deque[bytes] | None = None
+        # Number of messages that are read before a valid token has arrived, and the end of a pause.
+        self._unknown_left = _UNKNOWN_BURST
+        self._pace_timer: asyncio.TimerHandle | None = None
         # True while a task runs for this client. New requests wait for it.
         self._busy = False
         self._scheduled = False
@@ -190,6 +198,8 @@ class SeafileClient(Client, TokenHolder):
         If it is malformed, close the connection without a close frame, as Seafile's server does. A
         long message is parsed in slices of time. Later messages wait for it.
         """
+        if self.session is None:
+            self._pace()
         if self._unparsed is not None:
             self._unparsed.append(text)
         elif len(text) > codec.SMALL_BYTES:
@@ -198,6 +208,19 @@ class SeafileClient(Client, TokenHolder):
             _ = self._service.spawn(self._read(self._unparsed), name="seafile message")
         else:
             self._parse(text)
+
+    def _pace(self) -> None:
+        """Stop reading for a second if a client without a valid token sends many messages."""
+        self._unknown_left -= 1
+        if self._unknown_left <= 0 and self._pace_timer is None:
+            self._unknown_left = _UNKNOWN_PER_S
+            self._socket.pause_reading()
+            self._pace_timer = self._service.call_later(1.0, self._end_pause)
+
+    def _end_pause(self) -> None:
+        self._pace_timer = None
+        if self._unparsed is None:
+            self._socket.resume_reading()
 
     async def _read(self, texts: deque[bytes]) -> None:
         while texts and not self._socket.closing:
@@ -213,7 +236,8 @@ class SeafileClient(Client, TokenHolder):
             except codec.BadMessage as exc:
                 self._bad(exc)
         self._unparsed = None
-        self._socket.resume_reading()
+        if self._pace_timer is None:
+            self._socket.resume_reading()
 
     def _parse(self, text: bytes) -> None:
         if self._work is None:
@@ -503,6 +527,8 @@ class SeafileClient(Client, TokenHolder):
         self._work = None
         if self._save_timer is not None:
             self._save_timer.cancel()
+        if self._pace_timer is not None:
+            self._pace_timer.cancel()
         self._save_last()
         if self.session is not None:
             self.session.end()

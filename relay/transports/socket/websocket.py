@@ -214,6 +214,10 @@ class WebSocketConnection(ClientSocket):
         """Change the maximum size of the client's messages."""
         self._reader.max_bytes = max_bytes
 
+    def count_idle_message(self) -> None:
+        """Limit the rate of a message without effect, as that of a control frame."""
+        self._reader.idle_frames += 1
+
     def close_with(self, code: int, reason: str = "") -> None:
         """Close with a code and a reason."""
         self.close(frame_close(code, reason))

@@ -256,12 +256,16 @@ class WebSocketReceiver(WebSocketConnection):
     def _on_frame(self, frame: bytes) -> None:
         if not frame or self.session is None:
             # "Empty frames must be ignored", sockjs-protocol.
+            self.count_idle_message()
             return
         try:
             texts = parse_messages(frame)
         except BadFrame:
             # "The server must abruptly terminate the ws connection", sockjs-protocol.
             self.abort()
+            return
+        if not texts:
+            self.count_idle_message()
             return
         self.session.messages(texts)
 
