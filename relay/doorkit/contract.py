@@ -132,8 +132,8 @@ class Presence(Protocol):
         unreachable.
         """
 
-    def on_gone(self, gone: Callable[[Channel, Mapping[str, bytes]], None]) -> None:
-        """Call `gone` with the clients of a worker that died, on one of the other workers."""
+    def on_clients_lost(self, notify: Callable[[Channel, Mapping[str, bytes]], None]) -> None:
+        """Call `notify` with the clients of a worker that died, on one of the other workers."""
 
 
 class Active(Protocol):

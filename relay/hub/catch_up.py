@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from relay.hub.session import Subscription
 
 
-def rearmost(subscriptions: Iterable[Subscription]) -> EntryID | None:
+def lowest_cursor(subscriptions: Iterable[Subscription]) -> EntryID | None:
     """Return the lowest cursor of the subscriptions whose sockets have room."""
     return min(
         (
@@ -28,7 +28,7 @@ def rearmost(subscriptions: Iterable[Subscription]) -> EntryID | None:
     )
 
 
-class Share:
+class SharedPage:
     """One page for all subscriptions whose cursor lies in it, up to the worker's position."""
 
     def __init__(
@@ -67,7 +67,7 @@ class Share:
                 subscription.notify(gap(Reason.TRIMMED, cursor, state))
             added = None
             subscription.known_trimmed = added_before_first(state)
-        if subscription.gone:
+        if subscription.has_ended:
             # The protocol has no gap notice, so it has closed the subscription.
             return 0
         self._batch.deliver(subscription.session.encoder, (subscription,), begin, end)

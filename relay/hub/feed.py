@@ -149,9 +149,9 @@ class Feed:
         if recheck:
             users |= {sub.session.principal.user for sub in self.subscriptions()}
         own = {
-            sub.asked.id
+            sub.start.id
             for sub in taken
-            if sub.asked and not (self.settled and self._is_of_this_incarnation(sub.asked))
+            if sub.start and not (self.settled and self._is_of_this_incarnation(sub.start))
         }
         if not self.settled and self._examined:
             own.add(self.position)
@@ -167,7 +167,7 @@ class Feed:
         taken, recheck = _token(request)
         self._recheck |= recheck
         for subscription in taken:
-            if not subscription.gone:
+            if not subscription.has_ended:
                 self._refuse(subscription, Unavailable(reason))
 
     def on_examine_lost(self, request: ExamineRequest) -> None:
@@ -175,7 +175,7 @@ class Feed:
         taken, recheck = _token(request)
         self._recheck |= recheck
         for subscription in taken:
-            if not subscription.gone:
+            if not subscription.has_ended:
                 self._new[subscription] = None
         if self.alive:
             self.hub.reads.want_examine(self)
@@ -203,7 +203,7 @@ class Feed:
             # A revocation may have been lost with the previous incarnation.
             if self._examined and not recheck:
                 for subscription in taken:
-                    if not subscription.gone:
+                    if not subscription.has_ended:
                         self._new[subscription] = None
                 self.on_unsettled()
                 return
@@ -211,7 +211,7 @@ class Feed:
         if recheck:
             self._check_rights(examined)
         for subscription in taken:
-            if not subscription.gone:
+            if not subscription.has_ended:
                 self._place(subscription, examined)
         if self.alive:
             for subscription in list(self._behind):
@@ -227,7 +227,7 @@ class Feed:
         """
         self._recheck |= recheck
         for subscription in taken:
-            if subscription.gone:
+            if subscription.has_ended:
                 continue
             if self._may_join(subscription, examined):
                 self._new[subscription] = None
@@ -296,25 +296,25 @@ class Feed:
                 self.drop(subscription, Notice("revoked", reason, self.position, at))
 
     def _place(self, subscription: Subscription, examined: Examined) -> None:
-        session, state, asked = subscription.session, examined.state, subscription.asked
+        session, state, start = subscription.session, examined.state, subscription.start
         if not self._may_join(subscription, examined):
             self._reject(subscription)
             return
         subscription.rights_as_of = state.last
         subscription.known_deleted = state.max_deleted
-        if asked is None:
+        if start is None:
             subscription.behind_at(state.last, state.added, None)
         else:
-            verdict = judge(asked, state, examined.own.get(asked.id))
+            verdict = judge(start, state, examined.own.get(start.id))
             subscription.pending_notice = verdict.notice
-            subscription.untold = None if verdict.notice is None else asked
+            subscription.before_notice = None if verdict.notice is None else start
             if verdict.notice is not None and verdict.notice.kind == "gap":
                 subscription.known_trimmed = added_before_first(state)
             if verdict.resume == ZERO_ID:
                 subscription.behind_at(ZERO_ID, 0, None)
             else:
-                kept = asked.added if verdict.counted else None
-                subscription.behind_at(verdict.resume, kept, asked.digest)
+                kept = start.added if verdict.counted else None
+                subscription.behind_at(verdict.resume, kept, start.digest)
         self._behind[subscription] = None
         session.client.subscribed(subscription)
 
@@ -426,16 +426,16 @@ class Feed:
             return
         if subscription.pending_notice is not None:
             notice, subscription.pending_notice = subscription.pending_notice, None
-            subscription.untold = None
+            subscription.before_notice = None
             subscription.notify(replace(notice, position=subscription.position))
-            if subscription.gone:
+            if subscription.has_ended:
                 return
         if subscription.cursor == self.position:
             deleted = self._known_deleted
             if deleted > self.position and deleted != subscription.known_deleted:
                 # Live clients have already received this notice, and will not receive it again.
                 subscription.notify(Notice("gap", Reason.DELETED, self.position, deleted))
-                if subscription.gone:
+                if subscription.has_ended:
                     return
             del self._behind[subscription]
             self._live.add(subscription)
@@ -447,7 +447,7 @@ class Feed:
         """Return a request from the lowest cursor whose client has room, or None."""
         if not self.settled:
             return None
-        start = catch_up.rearmost(self._behind)
+        start = catch_up.lowest_cursor(self._behind)
         if start is None or start >= self.position:
             return None
         return PageRequest(start, self.position)
@@ -459,7 +459,7 @@ class Feed:
         if not self.same_life(page.state):
             self.on_unsettled()
             return
-        share = catch_up.Share(self.channel, self.incarnation, request, page, self.position)
+        share = catch_up.SharedPage(self.channel, self.incarnation, request, page, self.position)
         for subscription in list(self._behind):
             if not subscription.session.paused:
                 self.hub.metrics.caught_up(share.serve(subscription))
@@ -473,7 +473,7 @@ class Feed:
     def drop(self, subscription: Subscription, notice: Notice) -> None:
         """End a subscription and send its client the reason."""
         session = subscription.session
-        if subscription.gone:
+        if subscription.has_ended:
             return
         del session.subscriptions[self.channel]
         self.hub.metrics.subscriptions.dec()

@@ -126,7 +126,7 @@ class Hub:
 
     # ---- subscriptions ----------------------------------------------------------------------
 
-    def subscribe(self, session: Session, channel: Channel, asked: Position | None) -> None:
+    def subscribe(self, session: Session, channel: Channel, start: Position | None) -> None:
         """Subscribe. The client's `subscribed` or `refused` is called in a later turn."""
         self._check_new(session, channel)
         feed = self._feeds.get(channel)
@@ -134,7 +134,7 @@ class Hub:
             feed = self._feeds[channel] = Feed(self, channel)
             self.metrics.streams.set(len(self._feeds))
             self.reads.follow(feed)
-        subscription = session.subscriptions[channel] = Subscription(session, feed, asked)
+        subscription = session.subscriptions[channel] = Subscription(session, feed, start)
         self.metrics.subscriptions.inc()
         feed.join(subscription)
 

@@ -152,13 +152,14 @@ class Client(Protocol):
 class Subscription:
     """One channel of one session.
 
-    `cursor` is the last entry that was offered to the client or that it need not receive. It is
-    only set while the subscription is not live. The position of a live one is that of its feed.
+    `start` is the position that the client requested, or None for new events only. `cursor` is the
+    last entry that was offered to the client or that it need not receive. It is only set while the
+    subscription is not live. The position of a live one is that of its feed.
     """
 
     __slots__ = (
         "added",
-        "asked",
+        "before_notice",
         "cursor",
         "digest",
         "feed",
@@ -168,13 +169,13 @@ class Subscription:
         "pending_notice",
         "rights_as_of",
         "session",
-        "untold",
+        "start",
     )
 
-    def __init__(self, session: Session, feed: SubscriptionFeed, asked: Position | None) -> None:
+    def __init__(self, session: Session, feed: SubscriptionFeed, start: Position | None) -> None:
         self.session = session
         self.feed = feed
-        self.asked = asked
+        self.start = start
         self.live = False
         self.cursor: EntryID | None = None
         self.added: int | None = None
@@ -182,12 +183,13 @@ class Subscription:
         # State of the stream at the last gap notice. While it is unchanged, nothing new is missing.
         self.known_deleted: EntryID | None = None
         self.known_trimmed: int | None = None
+        # A notice that is sent once the subscription catches up, and the position before it.
         self.pending_notice: Notice | None = None
-        self.untold: Position | None = None
+        self.before_notice: Position | None = None
         self.rights_as_of: EntryID | None = None
 
     @property
-    def gone(self) -> bool:
+    def has_ended(self) -> bool:
         """Return True if the subscription has ended, for example while the stream was examined."""
         return self.session.subscriptions.get(self.feed.channel) is not self
 
@@ -195,25 +197,25 @@ class Subscription:
     def position(self) -> Position:
         """The client's position, from which it can resume."""
         feed = self.feed
-        if self.untold is not None:
+        if self.before_notice is not None:
             # The client has not received its gap notice yet. Resuming from here repeats the check.
-            return self.untold
+            return self.before_notice
         if self.live:
             return Position(feed.position, feed.added, feed.incarnation, feed.digest)
         if self.cursor is None:
-            return self.asked or Position(feed.position, feed.added, feed.incarnation, feed.digest)
+            return self.start or Position(feed.position, feed.added, feed.incarnation, feed.digest)
         return Position(self.cursor, self.added, feed.incarnation, self.digest)
 
     @property
     def at(self) -> EntryID:
         """The ID of `position`, without the cost of creating a Position."""
-        if self.untold is not None:
-            return self.untold.id
+        if self.before_notice is not None:
+            return self.before_notice.id
         if self.live:
             return self.feed.position
         if self.cursor is not None:
             return self.cursor
-        return self.asked.id if self.asked else self.feed.position
+        return self.start.id if self.start else self.feed.position
 
     def behind_at(self, cursor: EntryID, added: int | None, digest: int | None) -> None:
         """Leave live delivery: events after `cursor` must still be delivered."""
@@ -239,8 +241,8 @@ class Subscription:
         cursor = self.cursor
         if cursor is None or (notice.kind == "gap" and cursor < self.feed.position):
             return
-        if self.untold is None:
-            self.untold = Position(cursor, self.added, old, self.digest)
+        if self.before_notice is None:
+            self.before_notice = Position(cursor, self.added, old, self.digest)
         if notice.kind == "reset":
             self.known_deleted = self.known_trimmed = None
             if self.feed.position < cursor:
@@ -318,7 +320,7 @@ class Session:
         self.hub.for_each(list(self.subscriptions.values()), self._stall)
 
     def _stall(self, subscription: Subscription) -> None:
-        if self.paused and subscription.live and not subscription.gone:
+        if self.paused and subscription.live and not subscription.has_ended:
             subscription.feed.stall(subscription)
 
     def resume(self) -> None:

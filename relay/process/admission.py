@@ -77,27 +77,27 @@ class Admission:
         self._hub = hub
         self._spawn = spawn
 
-    def subscribe(self, session: Session, channel: Channel, asked: Position | None) -> None:
+    def subscribe(self, session: Session, channel: Channel, start: Position | None) -> None:
         """Subscribe now, or once the application has answered."""
         policy = self._rights.policy
         if not policy.needs_http(session.principal, channel) or policy.http is None:
-            self._hub.subscribe(session, channel, asked)
+            self._hub.subscribe(session, channel, start)
         elif policy.http.cached(session.principal, channel) is None:
             self._hub.reserve(session, channel)
-            self._spawn(self._ask_then_subscribe(session, channel, asked), name=f"rights {channel}")
+            self._spawn(self._ask_then_subscribe(session, channel, start), name=f"rights {channel}")
         else:
             self._rights.renew_later(session.principal, channel)
-            self._hub.subscribe(session, channel, asked)
+            self._hub.subscribe(session, channel, start)
 
     async def _ask_then_subscribe(
-        self, session: Session, channel: Channel, asked: Position | None
+        self, session: Session, channel: Channel, start: Position | None
     ) -> None:
         http = self._rights.policy.http
         if http is not None:
             await http.ask(session.principal, channel)
             self._rights.renew_later(session.principal, channel)
         if self._hub.unreserve(session, channel):
-            self._hub.subscribe(session, channel, asked)
+            self._hub.subscribe(session, channel, start)
 
     def renew(self) -> None:
         """End clients whose credential has expired, and request expired answers again."""

@@ -181,7 +181,7 @@ async def test_a_killed_worker_leaves_nobody_behind_and_each_is_told_of_once(
                 told.extend(clients)
 
             for each in (one, two):
-                each.presence.on_gone(gone)
+                each.presence.on_clients_lost(gone)
             one.presence.add(NEWS, "mine", b"{}")
             assert len(await two.presence.read(NEWS)) >= 1200
             doomed.kill()
@@ -227,7 +227,7 @@ async def test_the_registration_goes_last(
     await admin.hset(KEY, "a", "dead:1\n{}")
     async with site(server, "one:1") as one:
         told: list[str] = []
-        one.presence.on_gone(lambda _, clients: told.extend(clients))
+        one.presence.on_clients_lost(lambda _, clients: told.extend(clients))
         job = DeadWorkersJob(
             client=client, keys=keys, dead="dead:1".__eq__, clear=one.presence.clear
         )

@@ -230,7 +230,7 @@ class Presence:
         await asyncio.sleep(0)
         return self.there.get(channel, {})
 
-    def on_gone(self, gone: Callable[[Channel, Mapping[str, bytes]], None]) -> None:
+    def on_clients_lost(self, gone: Callable[[Channel, Mapping[str, bytes]], None]) -> None:
         self.gone.append(gone)
 
 

@@ -179,17 +179,17 @@ class Person:
         if channel in self.session.subscriptions:
             return
         self.read()
-        asked: Position | None = None
+        start: Position | None = None
         if how == "full":
-            asked = self.places.get(channel)
-        if asked is None and how != "anew" and channel in self.bare:
-            asked = Position(self.bare[channel])
+            start = self.places.get(channel)
+        if start is None and how != "anew" and channel in self.bare:
+            start = Position(self.bare[channel])
         # A bare 0-0 means the beginning of the existing stream.
-        if asked is None or asked == Position(ZERO_ID):
+        if start is None or start == Position(ZERO_ID):
             self.anew.add(channel)
         else:
             self.anew.discard(channel)
-        self.worker.hub.subscribe(self.session, channel, asked)
+        self.worker.hub.subscribe(self.session, channel, start)
 
     def unsubscribe(self, channel: Channel) -> None:
         if self.worker and self.session and channel in self.session.subscriptions:

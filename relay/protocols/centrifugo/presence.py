@@ -48,7 +48,7 @@ class ChannelPresence:
         self._stats = stats
         # Concurrent queries receive the same mapping object, which is encoded once.
         self._last: tuple[Mapping[str, bytes], bytes] = ({}, b"{}")
-        context.presence.on_gone(self._on_worker_died)
+        context.presence.on_clients_lost(self._on_worker_died)
 
     def join(self, channel: Channel, client: str, info: bytes) -> None:
         """Add a client that has subscribed. `info` is encoded as in pushes."""

@@ -272,4 +272,4 @@ class Registration(Client, AccountMember):
 def _position(subscription: Subscription) -> Position | None:
     """Return the position to continue from, or None if delivery has not begun."""
     begun = subscription.live or subscription.cursor is not None
-    return subscription.position if begun else subscription.asked
+    return subscription.position if begun else subscription.start

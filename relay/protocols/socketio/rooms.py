@@ -57,7 +57,7 @@ class Rooms:
         self._after = None
         channel = subscription.feed.channel
         room = room_of(channel)
-        if subscription.asked is None and room in self.joined:
+        if subscription.start is None and room in self.joined:
             self.joined[room] = subscription.position.id
         self._start[channel] = cursor.part(channel, subscription.position)
 

@@ -35,7 +35,7 @@ _BATCH = 500
 
 _log = logging.getLogger(__name__)
 
-Gone = Callable[[Channel, Mapping[str, bytes]], None]
+ClientsLost = Callable[[Channel, Mapping[str, bytes]], None]
 _T = TypeVar("_T")
 
 
@@ -68,7 +68,7 @@ class ClusterPresence:
         self._planned = False
         self._requested: dict[Channel, list[asyncio.Future[dict[str, bytes]]]] = {}
         self._reading: set[Channel] = set()
-        self._on_gone: list[Gone] = []
+        self._on_clients_lost: list[ClientsLost] = []
         connection.on_open.append(self._write_all)
 
     @property
@@ -92,9 +92,9 @@ class ClusterPresence:
             del self._own[channel]
         self._change(channel, client)
 
-    def on_gone(self, gone: Gone) -> None:
+    def on_clients_lost(self, notify: ClientsLost) -> None:
         """Register a callback for the clients of dead workers. One worker calls it."""
-        self._on_gone.append(gone)
+        self._on_clients_lost.append(notify)
 
     def read(self, channel: Channel) -> asyncio.Future[dict[str, bytes]]:
         """Return the clients of the channel with their info, or fail with Unavailable."""
@@ -246,14 +246,14 @@ class ClusterPresence:
         key = self._keys.presence(channel)
         for some in _batches(list(theirs)):
             removed = await self._long.call_all([("HDEL", key, client) for client in some])
-            gone = {
+            lost = {
                 client: theirs[client]
                 for client, count in zip(some, removed, strict=True)
                 if count == 1
             }
-            if gone:
-                for notify in self._on_gone:
-                    notify(channel, gone)
+            if lost:
+                for notify in self._on_clients_lost:
+                    notify(channel, lost)
 
 
 def _batches(items: list[_T]) -> Iterator[list[_T]]:

@@ -114,12 +114,12 @@ def test_a_place_given_out_before_its_notice_was_told_is_judged_again() -> None:
     subscription = session.subscriptions[NEWS]
     before = subscription.position
     session.pause()
-    subscription.untold = before
+    subscription.before_notice = before
     subscription.pending_notice = Notice("reset", Reason.OTHER_INCARNATION)
     subscription.behind_at(EntryID(0, 0), 0, None)
     assert subscription.position is before
     session.resume()
-    assert subscription.untold is None
+    assert subscription.before_notice is None
 
 
 def test_a_format_without_words_for_a_gap_has_its_clients_noticed() -> None:
