@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from http.client import HTTPConnection
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -25,9 +24,9 @@ ELSEWHERE = ("127.0.0.2", 0)
 RECIPES = recipes("docs/centrifugo.md")
 # Recipe, the path in nginx, and relay's own prefix.
 CASES = [
-    ("On a domain of its own", "", ""),
-    ("Under a path of an existing site", "/centrifugo", "/centrifugo"),
-    ("Under a path of an existing site 2", "/centrifugo", ""),
+    ("Use a separate domain", "", ""),
+    ("Use a path of an existing site", "/centrifugo", "/centrifugo"),
+    ("Use a path of an existing site 2", "/centrifugo", ""),
 ]
 
 
@@ -35,82 +34,76 @@ def test_the_list_contains_all_recipes() -> None:
     assert list(RECIPES) == [name for name, _, _ in CASES]
 
 
-@contextmanager
-def behind(server: Server, folder: Path, recipe: str, path: str, prefix: str) -> Iterator[str]:
-    """Run relay behind nginx, and yield the URL of its paths."""
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case[0])
+def base(
+    request: pytest.FixtureRequest, valkey: Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """The URL of the paths of a relay behind nginx, with each recipe."""
+    recipe, path, prefix = request.param
+    folder = tmp_path_factory.mktemp("behind")
     config = {"secret": SECRET, "http_prefix": prefix, "admin": True, "insecure_admin": True}
     (folder / "config.json").write_text(json.dumps(config))
     port = free_port()
     with (
         # Two workers: requests over nginx's connections reach either of them.
-        site(folder, "centrifugo", f"--port={port}", "--workers", "2", *redis_flags(server)),
-        nginx(folder, RECIPES[recipe], {8000: port}) as base,
+        site(folder, "centrifugo", f"--port={port}", "--workers", "2", *redis_flags(valkey)),
+        nginx(folder, RECIPES[recipe], {8000: port}) as url,
     ):
-        yield base + path
+        yield url + path
 
 
-@pytest.mark.parametrize(("recipe", "path", "prefix"), CASES)
-def test_the_api(valkey: Server, tmp_path: Path, recipe: str, path: str, prefix: str) -> None:
-    with behind(valkey, tmp_path, recipe, path, prefix) as base:
-        for _ in range(3):
-            status, text = publish(base, "nginx", {"text": "x" * 100_000})
-            assert (status, json.loads(text)[0]["error"]) == (200, None)
-        # Relay's error responses are passed on.
-        assert publish(base, "nginx", 1, secret="wrong") == (401, b"Unauthorized\n")
+def test_the_api(base: str) -> None:
+    for _ in range(3):
+        status, text = publish(base, "nginx", {"text": "x" * 100_000})
+        assert (status, json.loads(text)[0]["error"]) == (200, None)
+    # Relay's error responses are passed on.
+    assert publish(base, "nginx", 1, secret="wrong") == (401, b"Unauthorized\n")
 
 
-@pytest.mark.parametrize(("recipe", "path", "prefix"), CASES[:2])
-def test_only_the_protected_paths_are_denied(
-    valkey: Server, tmp_path: Path, recipe: str, path: str, prefix: str
-) -> None:
+@pytest.mark.parametrize("base", CASES[:2], indirect=True, ids=lambda case: case[0])
+def test_only_the_protected_paths_are_denied(base: str) -> None:
+    address = urlsplit(base)
+
     def status(path_below: str) -> int:
         connection = HTTPConnection(address.hostname or "", address.port, LIMIT_S, ELSEWHERE)
         with closing(connection):
-            connection.request("POST", f"{path}{path_below}", "[]")
+            connection.request("POST", f"{address.path}{path_below}", "[]")
             return connection.getresponse().status
 
-    with behind(valkey, tmp_path, recipe, path, prefix) as base:
-        address = urlsplit(base)
-        assert status("/socket") == 403
-        # This path belongs to Socket.IO.
-        assert status("/socket.io/") == 404
-        assert status("/connection/info") == 405
-        assert status("/api/") == 403
+    assert status("/socket") == 403
+    # This path belongs to Socket.IO.
+    assert status("/socket.io/") == 404
+    assert status("/connection/info") == 405
+    assert status("/api/") == 403
 
 
-@pytest.mark.parametrize(("recipe", "path", "prefix"), CASES)
-async def test_a_raw_websocket(
-    valkey: Server, tmp_path: Path, recipe: str, path: str, prefix: str
-) -> None:
-    with behind(valkey, tmp_path, recipe, path, prefix) as base:
-        async with aiohttp.ClientSession() as session:
-            url = f"{base}/connection/websocket"
-            async with session.ws_connect(url) as socket:
-                client = V1(socket)
-                await client.connect("ann")
-                assert (await client.ask("subscribe", channel="ngx"))["status"] is True
-                await asyncio.to_thread(publish, base, "ngx", {"n": 1})
-                assert (await client.next("message"))["data"] == {"n": 1}
+async def test_a_raw_websocket(base: str) -> None:
+    async with aiohttp.ClientSession() as session:
+        url = f"{base}/connection/websocket"
+        async with session.ws_connect(url) as socket:
+            client = V1(socket)
+            await client.connect("ann")
+            assert (await client.ask("subscribe", channel="ngx"))["status"] is True
+            await asyncio.to_thread(publish, base, "ngx", {"n": 1})
+            assert (await client.next("message"))["data"] == {"n": 1}
 
 
-@pytest.mark.parametrize(("recipe", "path", "prefix"), CASES)
-async def test_sockjs(valkey: Server, tmp_path: Path, recipe: str, path: str, prefix: str) -> None:
+async def test_sockjs(base: str) -> None:
     """The info URL, and a stream that nginx does not buffer."""
-    with behind(valkey, tmp_path, recipe, path, prefix) as base:
-        status, text, headers = await asyncio.to_thread(
-            fetch, f"{base}/connection/info", headers={"Origin": "http://elsewhere.example"}
-        )
-        assert status == 200
-        assert json.loads(text)["websocket"] is True
-        assert headers["Access-Control-Allow-Origin"] == "http://elsewhere.example"
-        async with aiohttp.ClientSession() as session:
-            stream = f"{base}/connection/000/abcdefgh/xhr_streaming"
-            async with session.post(stream) as answer:
-                assert answer.status == 200
-                assert len(await within(LIMIT_S, answer.content.readline())) == 2049
-                assert await within(LIMIT_S, answer.content.readline()) == b"o\n"
-            for number in range(5):
-                await _poll(session, f"{base}/connection/000/session{number}")
+    status, text, headers = await asyncio.to_thread(
+        fetch, f"{base}/connection/info", headers={"Origin": "http://elsewhere.example"}
+    )
+    assert status == 200
+    assert json.loads(text)["websocket"] is True
+    assert headers["Access-Control-Allow-Origin"] == "http://elsewhere.example"
+    async with aiohttp.ClientSession() as session:
+        stream = f"{base}/connection/000/abcdefgh/xhr_streaming"
+        async with session.post(stream) as answer:
+            assert answer.status == 200
+            assert len(await within(LIMIT_S, answer.content.readline())) == 2049
+            assert await within(LIMIT_S, answer.content.readline()) == b"o\n"
+        for number in range(5):
+            await _poll(session, f"{base}/connection/000/session{number}")
 
 
 async def _poll(session: aiohttp.ClientSession, address: str) -> None:
@@ -128,12 +121,8 @@ async def _poll(session: aiohttp.ClientSession, address: str) -> None:
     assert await post("xhr") == f"c[3000,{json.dumps(closing)}]\n"
 
 
-@pytest.mark.parametrize(("recipe", "path", "prefix"), CASES)
-async def test_the_admin_socket(
-    valkey: Server, tmp_path: Path, recipe: str, path: str, prefix: str
-) -> None:
-    with behind(valkey, tmp_path, recipe, path, prefix) as base:
-        async with aiohttp.ClientSession() as session, session.ws_connect(f"{base}/socket") as ws:
-            await ws.send_json({"uid": "1", "method": "connect", "params": {"watch": True}})
-            reply = await within(LIMIT_S, ws.receive_json())
-            assert reply[0]["body"] is True
+async def test_the_admin_socket(base: str) -> None:
+    async with aiohttp.ClientSession() as session, session.ws_connect(f"{base}/socket") as ws:
+        await ws.send_json({"uid": "1", "method": "connect", "params": {"watch": True}})
+        reply = await within(LIMIT_S, ws.receive_json())
+        assert reply[0]["body"] is True
