@@ -1,4 +1,4 @@
-"""The live page in a real browser, against a real relay."""
+"""The live page in a real browser with a real relay."""
 
 from __future__ import annotations
 
@@ -34,37 +34,37 @@ class Page:
         self.relay = relay
 
     def visit(self, *channels: str, token: str | None = None) -> None:
-        """A new tab's visit with a fragment, as `scripts/run` prints it."""
+        """Open the page in a new tab with a fragment, as `scripts/run` prints it."""
         given = [("token", self.relay.token() if token is None else token)]
         given += [("channel", channel) for channel in channels]
-        # Leaving the page first: a changed fragment alone would not load it anew.
+        # Leave the page first, because a changed fragment alone would not load it again.
         self.browser.get("about:blank")
         self.browser.get(f"{self.relay.url}/#{urlencode(given)}")
 
     def text(self, css: str) -> str:
-        """As shown."""
+        """Return the visible text."""
         shown = self.browser.execute_script(
             "return document.querySelector(arguments[0]).innerText", css
         )
         return str(shown)
 
     def click(self, name: str) -> None:
-        """The button with this ID."""
+        """Click the button with this ID."""
         self.browser.find_element(By.ID, name).click()
 
     def script(self, source: str) -> Any:
-        """Run in the page."""
+        """Run a script in the page."""
         return self.browser.execute_script(source)
 
     def data(self) -> list[str]:
-        """The events' data, oldest first."""
+        """Return the events' data, oldest first."""
         found: list[str] = self.script(
             "return [...document.querySelectorAll('#events tbody pre')].map(p => p.textContent)"
         )
         return found[::-1]
 
     def until(self, true: Callable[[], object], what: str) -> None:
-        """Wait; the page's own words are in the failure."""
+        """Wait for a condition. A failure contains the text of the page."""
         end = time.monotonic() + LIMIT_S
         while not true():
             if time.monotonic() > end:
@@ -72,7 +72,7 @@ class Page:
             time.sleep(0.05)
 
     def until_state(self, pattern: str) -> None:
-        """Wait for the line at the top."""
+        """Wait for the state at the top of the page."""
         self.until(lambda: re.search(pattern, self.text("#state")), pattern)
 
     def until_data(self, expected: list[str]) -> None:
@@ -81,7 +81,7 @@ class Page:
         assert self.data() == expected
 
     def append(self, channel: str, numbers: range) -> list[str]:
-        """Events; their data."""
+        """Append events and return their data."""
         data = [json.dumps({"n": n}, separators=(",", ":")) for n in numbers]
         for text in data:
             self.relay.xadd(channel, data=text)
@@ -90,7 +90,7 @@ class Page:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    """One browser for the file."""
+    """Run one browser for all tests of the file."""
     profile: Path = tmp_path_factory.mktemp("chromium")
     with chromium(profile) as chrome:
         yield chrome
@@ -98,19 +98,19 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 
 @pytest.fixture
 def page(browser: Chrome, relay: RelayProcess) -> Iterator[Page]:
-    """Each test is a new visit; none may break the content security policy or throw."""
+    """Open the page for each test. It must not violate the content security policy or throw."""
     browser.get(f"{relay.url}/live/icon.svg")
     browser.execute_script("sessionStorage.clear()")
     browser.get_log("browser")  # type: ignore[no-untyped-call]
     yield Page(browser, relay)
     console: list[dict[str, str]] = browser.get_log("browser")  # type: ignore[no-untyped-call]
-    # A refusal or a killed relay shows as a failed resource; nothing else may be there.
+    # Rejections and a killed relay cause failed requests. No other messages are allowed.
     bad = [line["message"] for line in console if "Failed to load resource" not in line["message"]]
     assert bad == []
 
 
 def test_events_arrive_with_all_that_they_say(page: Page) -> None:
-    """Type, client, text with line breaks, and a number that no double can hold."""
+    """Type, client, text with line breaks, and a number that is not a double."""
     page.visit("p:arrive")
     page.until_state("^Connected$")
     page.relay.xadd("p:arrive", data='{"n":\n12345678901234567890}', type="article", client="c7")
@@ -122,14 +122,14 @@ def test_events_arrive_with_all_that_they_say(page: Page) -> None:
 
 
 def test_drop_append_reconnect_shows_exactly_what_was_missed(page: Page) -> None:
-    """The promise of the page, with one channel and with two."""
+    """With one channel and with two."""
     for channels in (["p:drop"], ["p:drop1", "p:drop2"]):
         page.visit(*channels)
         page.until_state("^Connected$")
         seen = page.append(channels[0], range(3))
         page.until_data(seen)
         page.click("drop")
-        page.until_state("^Dropped at ")
+        page.until_state("^Disconnected at ")
         missed = page.append(channels[-1], range(3, 8))
         time.sleep(0.3)
         assert page.data() == seen
@@ -139,7 +139,8 @@ def test_drop_append_reconnect_shows_exactly_what_was_missed(page: Page) -> None
 
 
 def test_a_drop_before_the_first_event_loses_nothing(page: Page) -> None:
-    """A browser tells no script the ID of a block without data; relay:open does."""
+    """Browsers do not pass the ID of a block without data to scripts, but relay:open contains
+    it."""
     page.visit("p:early")
     page.until(lambda: page.text("#positions tbody").strip(), "positions")
     page.until_state("^Connected$")
@@ -150,7 +151,7 @@ def test_a_drop_before_the_first_event_loses_nothing(page: Page) -> None:
 
 
 def test_a_reload_resumes(page: Page) -> None:
-    """A real one, with events while the page is away."""
+    """A real reload, with events during it."""
     page.visit("p:reload")
     page.until_state("^Connected$")
     page.until_data(page.append("p:reload", range(2)))
@@ -161,14 +162,14 @@ def test_a_reload_resumes(page: Page) -> None:
     page.browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
     page.until_data(missed)
     assert "Resumed" in page.text("#notices")
-    # A dropped page stays dropped.
+    # A disconnected page stays disconnected.
     page.click("drop")
     page.browser.refresh()
-    page.until_state("^Dropped at ")
+    page.until_state("^Disconnected at ")
 
 
 def test_the_token_does_not_stay_in_the_address(page: Page) -> None:
-    """It would be copied with the link."""
+    """It would be copied with the URL."""
     page.visit("p:address")
     page.until_state("^Connected$")
     assert page.browser.current_url.endswith("#channel=p%3Aaddress")
@@ -176,7 +177,7 @@ def test_the_token_does_not_stay_in_the_address(page: Page) -> None:
 
 @pytest.mark.parametrize("how", ["restart", "kill"])
 def test_a_server_restart_loses_and_repeats_nothing(page: Page, how: str) -> None:
-    """Orderly and by SIGKILL; the page does nothing for it."""
+    """By SIGTERM and SIGKILL. The page itself does nothing."""
     channels = (f"p:{how}:a", f"p:{how}:b")
     page.visit(*channels)
     page.until_state("^Connected$")
@@ -193,7 +194,7 @@ def test_a_server_restart_loses_and_repeats_nothing(page: Page, how: str) -> Non
 
 
 def test_a_revocation_is_shown(page: Page, valkey: Server) -> None:
-    """By the operator; the other channel goes on."""
+    """By an operator. The other channel continues."""
     page.visit("p:taken", "p:kept", token=page.relay.token("bob"))
     page.until_state("^Connected$")
     revoke = [sys.executable, "-m", "relay", "revoke", "--redis", valkey.url("admin")]
@@ -205,7 +206,7 @@ def test_a_revocation_is_shown(page: Page, valkey: Server) -> None:
 
 
 def test_an_expired_token_is_shown(page: Page) -> None:
-    """And the page does not go on asking."""
+    """The page does not retry."""
     page.visit("p:expired", token=page.relay.token("bob", ["p:expired"], ttl_s=2))
     page.until_state("^Connected$")
     page.until_state("expired")
@@ -213,7 +214,8 @@ def test_an_expired_token_is_shown(page: Page) -> None:
 
 
 def test_the_policy_is_at_work(page: Page) -> None:
-    """So that the console's silence in all other tests means something."""
+    """Proves that the console shows violations, so that its silence in other tests is
+    meaningful."""
     page.visit("p:policy")
     page.until_state("^Connected$")
     page.script("document.body.append(Object.assign(document.createElement('script'), {text: 1}))")
@@ -222,17 +224,17 @@ def test_the_policy_is_at_work(page: Page) -> None:
 
 
 def test_a_refusal_says_why(page: Page) -> None:
-    """EventSource does not; the page asks."""
+    """EventSource does not report it, so the page sends another request."""
     page.visit("p:bad", token="bad")
-    page.until_state("^Refused: .*token")
+    page.until_state("^Rejected: .*token")
     assert "unauthorized" in page.text("#notices")
     page.visit("p:other", token=page.relay.token("bob", ["p:bad"]))
-    page.until_state("^Refused")
+    page.until_state("^Rejected")
     assert "p:other" in page.text("#notices")
 
 
 def test_a_gap_is_shown(page: Page, valkey: Server) -> None:
-    """What was trimmed while the page was away."""
+    """Entries were trimmed while the page was disconnected."""
     page.visit("p:gap")
     page.until_state("^Connected$")
     seen = page.append("p:gap", range(2))
@@ -249,7 +251,7 @@ def test_a_gap_is_shown(page: Page, valkey: Server) -> None:
 
 
 def test_rows_are_bounded(page: Page) -> None:
-    """A burst leaves the newest 500, and says how many there were."""
+    """A burst leaves the newest 500, and the page shows how many there were."""
     page.visit("p:burst")
     page.until_state("^Connected$")
     sent = page.append("p:burst", range(700))
@@ -260,7 +262,7 @@ def test_rows_are_bounded(page: Page) -> None:
 
 
 def test_keyboard_and_names(page: Page) -> None:
-    """Every control has a name, is reached by Tab in the order in which it stands, and shows it."""
+    """Every control has a name, can be reached with Tab in visual order, and shows the focus."""
     page.visit("p:keys")
     page.until_state("^Connected$")
     assert page.script("return [...document.querySelectorAll('input')].every(i => i.labels.length)")
@@ -272,15 +274,15 @@ def test_keyboard_and_names(page: Page) -> None:
         width = page.script("return getComputedStyle(document.activeElement).outlineWidth")
         assert width == "3px", order
     assert order == ["channels", "token", "connect", "drop", "clear"]
-    # Focus is not lost with the button that is switched off by its own use.
+    # The focus is not lost when a button is disabled by its own use.
     page.script("document.getElementById('drop').focus()")
     ActionChains(page.browser).send_keys(Keys.ENTER).perform()
-    page.until_state("^Dropped")
+    page.until_state("^Disconnected")
     assert page.script("return document.activeElement.id") == "reconnect"
 
 
 def test_notices_are_read_out_and_events_are_not(page: Page) -> None:
-    """A stream of events in a live region would never let a screen reader's user go."""
+    """Events in a live region would make a screen reader read without end."""
     page.visit("p:aria")
     page.until_state("^Connected$")
     live = page.script(
@@ -317,7 +319,8 @@ return worst;
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast_and_320_px(page: Page, scheme: str) -> None:
-    """AA (4.5:1) for every text in both schemes, and no sideways scrolling on a small phone."""
+    """AA (4.5:1) for all text in both color schemes, and no horizontal scrolling on a small
+    phone."""
     cdp: Callable[[str, dict[str, Any]], Any] = page.browser.execute_cdp_cmd
     wanted = {
         "features": [
@@ -339,7 +342,7 @@ def test_contrast_and_320_px(page: Page, scheme: str) -> None:
         cdp("Emulation.setDeviceMetricsOverride", phone)
         assert page.script("return document.documentElement.scrollWidth") <= 320
         page.visit("p:look", token="bad")
-        page.until_state("^Refused")
+        page.until_state("^Rejected")
         assert page.script(_CONTRAST) == []
     finally:
         cdp("Emulation.clearDeviceMetricsOverride", {})

@@ -1,7 +1,7 @@
-// The live page: follows channels over server-sent events and shows where each of them is.
+// The live page: follows channels over server-sent events and shows their events and positions.
 //
-// While a stream lives the browser recovers it by itself (Last-Event-ID). The page keeps the same
-// cursor for what a browser forgets: its own Drop and Reconnect, a reload, and a refusal.
+// If a connection is lost, the browser resumes it with Last-Event-ID. The page stores the same
+// cursor to resume after its own Disconnect, after a reload, and after a rejected request.
 import { at, between, buttons, clearNotices, clock, eventRow, notice } from "./view.js";
 import { show, showPositions, why } from "./view.js";
 
@@ -13,19 +13,19 @@ const eventRows = at("events").tBodies[0];
 
 let channels = [];
 let token = "";
-let cursor = ""; // what resumes all channels; "" is from now
+let cursor = ""; // resumes all channels; "" means new events only
 let positions = new Map(); // channel -> {id, count, off}
 let source = null;
 let retryMs = 2000;
-let failures = 0; // of our own attempts, since the last stream that opened
-let resuming = false; // whether the next relay:open continues something
+let failures = 0; // failed attempts of the page since the last open stream
+let resuming = false; // true if the next relay:open resumes a stream
 let arrived = 0;
 let pending = [];
 let flushTimer = 0;
 let retryTimer = 0;
-let question = null; // the fetch that asks why a stream was refused
+let probe = null; // the fetch that determines why a stream was rejected
 
-// Rows are added some times a second, not once per event: a burst must not freeze the page.
+// Rows are added in batches, so that a burst of events does not block the page.
 function flush() {
   flushTimer = 0;
   const fresh = pending.splice(0).reverse().map(eventRow);
@@ -44,7 +44,7 @@ function flushSoon() {
   if (!flushTimer) flushTimer = setTimeout(flush, 50);
 }
 
-// --- what a reload must not lose -------------------------------------------------------------
+// --- state that is kept over a reload --------------------------------------------------------
 
 const cursorKey = () => `relay:cursor:${JSON.stringify(channels)}`;
 
@@ -82,7 +82,7 @@ function stop() {
   source?.close();
   source = null;
   question?.abort();
-  question = null;
+  probe = null;
   clearTimeout(retryTimer);
   if (pending.length) flush();
 }
@@ -101,11 +101,11 @@ function open() {
   mine.onerror = () => {
     if (mine !== source) return;
     if (mine.readyState === EventSource.CLOSED) {
-      ask();
+      findReason();
       return;
     }
     resuming = true;
-    show("waiting", "Connection lost. The browser reconnects", retryMs);
+    show("waiting", "Connection lost. Reconnecting", retryMs);
   };
   const on = (name, handle) =>
     mine.addEventListener(`relay:${name}`, (message) => {
@@ -114,35 +114,35 @@ function open() {
       flushSoon();
     });
   on("open", opened);
-  on("gap", (said) =>
-    notice("gap", `Gap on ${said.channel}:`, `events ${between(said)} are missing; ${why(said)}.`),
+  on("gap", (gap) =>
+    notice("gap", `Gap on ${gap.channel}:`, `events ${between(gap)} are missing; ${why(gap)}.`),
   );
-  on("reset", (said) =>
+  on("reset", (reset) =>
     notice(
       "reset",
-      `Reset on ${said.channel}:`,
-      `something ${between(said)} may have been missed; ${why(said)}.`,
+      `Reset on ${reset.channel}:`,
+      `events ${between(reset)} may be missing; ${why(reset)}.`,
     ),
   );
   on("revoked", revoked);
-  on("error", (said) => notice("error", "Error:", `${said.message} (${said.code})`));
-  on("closing", (said) =>
-    notice("closing", "The relay closes this connection", said.reason ? `(${said.reason}).` : ""),
+  on("error", (error) => notice("error", "Error:", `${error.message} (${error.code})`));
+  on("closing", ({ reason }) =>
+    notice("closing", "Relay closes this connection", reason ? `(${reason}).` : ""),
   );
 }
 
-function opened(said) {
-  retryMs = said.retry_ms ?? retryMs;
+function opened(stream) {
+  retryMs = stream.retry_ms ?? retryMs;
   if (resuming) notice("resumed", "Resumed", `after ${whereText()}.`);
   resuming = false;
-  for (const { channel, id } of said.channels) {
+  for (const { channel, id } of stream.channels) {
     const place = positions.get(channel);
     if (place) [place.id, place.off] = [id, ""];
   }
   save();
 }
 
-// Numbers are shown as they were sent, where the browser can: 12345678901234567890 is no double.
+// Show numbers as they were sent if the browser supports it: 12345678901234567890 is not a double.
 function asSent(_key, value, context) {
   return typeof value === "number" && context?.source && JSON.rawJSON
     ? JSON.rawJSON(context.source)
@@ -163,14 +163,14 @@ function receive(message) {
   flushSoon();
 }
 
-function revoked(said) {
-  notice("revoked", `Revoked on ${said.channel}:`, `${why(said)}.`);
-  const place = positions.get(said.channel);
-  if (place) place.off = said.reason === "expired" ? "expired" : "revoked";
-  // The stream ends with its last channel; the browser would only be refused again and again.
+function revoked(revocation) {
+  notice("revoked", `Revoked on ${revocation.channel}:`, `${why(revocation)}.`);
+  const place = positions.get(revocation.channel);
+  if (place) place.off = revocation.reason === "expired" ? "expired" : "revoked";
+  // The stream ends with its last channel. The browser's reconnects would all be rejected.
   if ([...positions.values()].every(({ off }) => off)) {
     stop();
-    refused(`Closed: ${why(said)}`);
+    refused(`Closed: ${why(revocation)}`);
   }
 }
 
@@ -179,46 +179,46 @@ function refused(text) {
   show("refused", text);
 }
 
-// EventSource does not say why it was refused: the same request, asked once more, does.
-async function ask() {
+// EventSource does not report why it was rejected, so send the same request with fetch.
+async function findReason() {
   stop();
-  show("connecting", "Refused; asking why …");
-  const asked = new AbortController();
-  question = asked;
+  show("connecting", "Rejected; checking the reason …");
+  const mine = new AbortController();
+  probe = mine;
   try {
-    const answer = await fetch(address(), { cache: "no-store", signal: asked.signal });
-    if (answer.ok) {
-      asked.abort(); // by now it would be served
-      question = null;
+    const response = await fetch(address(), { cache: "no-store", signal: mine.signal });
+    if (response.ok) {
+      mine.abort(); // the request is accepted now
+      probe = null;
       retry(retryMs, "The stream ended");
-    } else if (answer.status >= 500 || answer.status === 429) {
-      const error = await reason(answer);
-      if (question === asked) {
-        const wait = Number(answer.headers.get("Retry-After")) * 1000;
+    } else if (response.status >= 500 || response.status === 429) {
+      const error = await errorOf(response);
+      if (probe === mine) {
+        const wait = Number(response.headers.get("Retry-After")) * 1000;
         retry(Math.min(wait || backoff(), MAX_RETRY_MS), error.message);
       }
     } else {
-      const error = await reason(answer);
-      if (question !== asked) return;
+      const error = await errorOf(response);
+      if (probe !== mine) return;
       const on = error.channel ? ` on ${error.channel}` : "";
-      notice("refused", `Refused${on}:`, `${error.message} (${error.code}).`);
-      refused(`Refused: ${error.message}`);
+      notice("refused", `Rejected${on}:`, `${error.message} (${error.code}).`);
+      refused(`Rejected: ${error.message}`);
     }
   } catch {
-    if (question === asked) retry(backoff(), "The relay cannot be reached");
+    if (probe === mine) retry(backoff(), "Relay is unreachable");
   }
 }
 
-async function reason(answer) {
+async function errorOf(response) {
   try {
-    const { error } = await answer.json();
+    const { error } = await response.json();
     return { code: error.code, message: error.message, channel: error.channel };
   } catch {
-    return { code: String(answer.status), message: `the server answered ${answer.status}` };
+    return { code: String(response.status), message: `unexpected status ${response.status}` };
   }
 }
 
-// Half of it random, so that not all pages come back at once.
+// Half of the delay is random, so that pages do not reconnect at the same time.
 function backoff() {
   failures += 1;
   const whole = Math.min(retryMs * 2 ** Math.min(failures - 1, 10), MAX_RETRY_MS);
@@ -230,7 +230,7 @@ function retry(delayMs, text) {
   retryTimer = setTimeout(open, delayMs);
 }
 
-// --- what the person does --------------------------------------------------------------------
+// --- actions of the user ---------------------------------------------------------------------
 
 function whereText() {
   if (channels.length !== 1) return "the last position of each channel";
@@ -247,7 +247,7 @@ function unescaped(text) {
   try {
     return text.replace(/(%[0-9A-F]{2})+/g, decodeURIComponent);
   } catch {
-    return text; // no escape of ours
+    return text; // not a valid escape
   }
 }
 
@@ -274,7 +274,7 @@ function drop() {
   stop();
   save();
   remember("dropped");
-  show("dropped", `Dropped at ${whereText()}`);
+  show("dropped", `Disconnected at ${whereText()}`);
 }
 
 function reconnect() {
@@ -290,7 +290,7 @@ function clear() {
   eventRows.replaceChildren();
   clearNotices();
   for (const place of positions.values()) place.count = 0;
-  // Without a connection there is nothing that could go on from here: forget the place as well.
+  // Without a connection, discard the position as well.
   if (!source && !question && at("state").dataset.state !== "waiting") {
     sessionStorage.removeItem(cursorKey());
     sessionStorage.removeItem("relay:form");
@@ -302,8 +302,8 @@ function clear() {
   flush();
 }
 
-// Channels and token come in the fragment, which no browser sends and no server logs. The token
-// does not stay in the address bar, where it would be copied with the link.
+// Channels and token are passed in the fragment, which browsers do not send and servers do not log.
+// The token is removed from the address bar, where it would be copied with the URL.
 function readFragment() {
   const given = new URLSearchParams(location.hash.slice(1));
   const named = given.getAll("channel").filter(Boolean);
@@ -332,8 +332,8 @@ function start() {
     token = stored.token;
     recall();
     showPositions(positions);
-    if (stored.wish === "dropped") show("dropped", `Dropped at ${whereText()}`);
-    else show("refused", "Refused before the reload");
+    if (stored.wish === "dropped") show("dropped", `Disconnected at ${whereText()}`);
+    else show("refused", "Rejected before the reload");
   }
 }
 

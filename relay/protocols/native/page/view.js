@@ -1,4 +1,4 @@
-// What the live page shows: state, notices, positions and rows. It knows nothing of the stream.
+// The view of the live page: state, notices, positions and rows. It does not use the stream.
 
 const MAX_NOTICES = 50;
 const MAX_SHOWN_CHARS = 4000;
@@ -6,11 +6,11 @@ const MAX_SHOWN_CHARS = 4000;
 const REASONS = {
   trimmed: "the stream was trimmed",
   deleted: "entries were deleted",
-  other_incarnation: "the stream was deleted and began anew",
+  other_incarnation: "the stream was deleted and created again",
   failover: "Redis failed over, and its newest entries may be lost",
-  position_ahead: "the position lies ahead of the stream",
-  unknown_position: "the stream does not know the position",
-  revoked: "the right to read it was withdrawn",
+  position_ahead: "the position is after the end of the stream",
+  unknown_position: "the position is not in the stream",
+  revoked: "the right to read it was revoked",
   expired: "the token has expired",
   rights_changed: "the rights have changed",
 };
@@ -20,8 +20,8 @@ export const buttons = { drop: at("drop"), reconnect: at("reconnect") };
 const positionRows = at("positions").tBodies[0];
 let countdownTimer = 0;
 
-// `untilMs`: how long until what `text` says happens; it is counted down beside it, and not read
-// out, since a screen reader would do so every second.
+// `untilMs` is the time until the event that `text` announces. The countdown is hidden from screen
+// readers, which would read it every second.
 export function show(state, text, untilMs = 0) {
   at("state").dataset.state = state;
   if (at("state-text").textContent !== text) at("state-text").textContent = text;
@@ -39,7 +39,7 @@ export function show(state, text, untilMs = 0) {
   enable(buttons.reconnect, state === "dropped" || state === "refused", buttons.drop);
 }
 
-// A button that is disabled loses the keyboard's focus: it goes to the one that takes over.
+// If a button that has the keyboard focus is disabled, move the focus to its successor.
 function enable(button, on, successor) {
   const focused = document.activeElement === button;
   button.disabled = !on;
