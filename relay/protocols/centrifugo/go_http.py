@@ -9,6 +9,7 @@ from email.message import Message
 from aiohttp import web
 
 from relay.core.slices import next_slice
+from relay.doorkit.http_status import GO_STATUS_TEXT
 from relay.transports.socket.bodies import BodyRejected, read_large_body
 
 _MAX_FIELDS = 100
@@ -123,14 +124,4 @@ def error(status: int, text: str) -> web.Response:
 
 def body_error(rejected: BodyRejected) -> web.Response:
     """Return the response to a request whose body was rejected, with net/http's status text."""
-    return error(rejected.status, _GO_STATUS_TEXT[rejected.status])
-
-
-# From net/http. Python 3.11 has an older name for 413.
-_GO_STATUS_TEXT = {
-    400: "Bad Request",
-    408: "Request Timeout",
-    413: "Request Entity Too Large",
-    415: "Unsupported Media Type",
-    503: "Service Unavailable",
-}
+    return error(rejected.status, GO_STATUS_TEXT[rejected.status])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,17 +9,14 @@ from aiohttp import web
 
 from relay.core.errors import Forbidden, Unauthorized
 from relay.core.model import Principal
+from relay.doorkit.origins import AllowedOrigins, shown
 from relay.protocols.native.settings import COOKIE_NAME
-
-_log = logging.getLogger(__name__)
-# A browser's Origin is a scheme, a host name of at most 253 characters and a port.
-_ORIGIN_CHARS = 300
 
 
 def principal_of(
     request: web.Request,
     read_token: Callable[[str], Principal],
-    origins: frozenset[str],
+    origins: AllowedOrigins,
     *,
     insecure: bool,
 ) -> Principal:
@@ -38,7 +34,7 @@ def principal_of(
     if "token" in request.query:
         return _read(read_token, request.query["token"], insecure=insecure)
     if COOKIE_NAME in request.cookies:
-        check_origin(request, origins)
+        _check_origin(request, origins)
         return _read(read_token, request.cookies[COOKIE_NAME], insecure=insecure)
     return Principal(unrestricted=insecure)
 
@@ -50,55 +46,12 @@ def _read(read_token: Callable[[str], Principal], token: str, *, insecure: bool)
     return replace(principal, unrestricted=True)
 
 
-def check_origin(request: web.Request, origins: frozenset[str]) -> None:
-    """Raise Forbidden unless the Origin of the request is this host or allowed.
-
-    For a request of EventSource to the page's own host, browsers send no Origin, but
-    Sec-Fetch-Site.
-    """
+def _check_origin(request: web.Request, origins: AllowedOrigins) -> None:
+    if origins.allow_cookie(request.headers):
+        return
     origin = request.headers.get("Origin")
     if origin is None:
-        if request.headers.get("Sec-Fetch-Site") in ("same-origin", "none"):
-            return
         raise Forbidden("a cookie needs an Origin; send the token in the Authorization header")
-    if not is_allowed(request, origin, origins):
-        raise Forbidden(
-            f"Origin {_shown(origin)} is not allowed; add it to [protocol:native] allowed_origins"
-        )
-
-
-def is_allowed(request: web.Request, origin: str, origins: frozenset[str]) -> bool:
-    """Return True if `origin` is the request's own host or a configured origin."""
-    origin = origin.lower()
-    return origin in origins or origin in (
-        f"http://{request.host}".lower(),
-        f"https://{request.host}".lower(),
+    raise Forbidden(
+        f"Origin {shown(origin)} is not allowed; add it to [protocol:native] allowed_origins"
     )
-
-
-def cors_headers(request: web.Request, origins: frozenset[str]) -> dict[str, str]:
-    """Return the headers that let a page of an allowed origin read the response.
-
-    Log the origin of any other page: its browser discards the response and shows the page no
-    reason.
-    """
-    origin = request.headers.get("Origin")
-    if origin is None:
-        return {"Vary": "Origin"}
-    if not is_allowed(request, origin, origins):
-        _log.warning(
-            "Pages of origin %s cannot read %s: add the origin to [protocol:native] "
-            "allowed_origins to allow it",
-            _shown(origin),
-            request.path,
-        )
-        return {"Vary": "Origin"}
-    return {
-        "Access-Control-Allow-Origin": origin,
-        "Access-Control-Allow-Credentials": "true",
-        "Vary": "Origin",
-    }
-
-
-def _shown(origin: str) -> str:
-    return ascii(origin[:_ORIGIN_CHARS])

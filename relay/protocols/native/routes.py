@@ -13,7 +13,6 @@ from typing_extensions import override
 from relay.core.errors import (
     BadRequest,
     ClientError,
-    Forbidden,
     LimitExceeded,
     RelayError,
     Unauthorized,
@@ -21,9 +20,13 @@ from relay.core.errors import (
 )
 from relay.core.model import Channel, Principal
 from relay.doorkit.contract import FrontDoor, Mounted
+from relay.doorkit.first_subscriptions import NOT_READING, FirstSubscriptions
+from relay.doorkit.http_status import status_of
+from relay.doorkit.open_connections import OpenConnections
+from relay.doorkit.origins import AllowedOrigins
 from relay.hub import cursor
 from relay.protocols.native import codec, live_page
-from relay.protocols.native.credentials import cors_headers, principal_of
+from relay.protocols.native.credentials import principal_of
 from relay.protocols.native.encoders import WEBSOCKET, sse_encoder
 from relay.protocols.native.settings import NativeSettings
 from relay.protocols.native.sse_client import SseClient, SubscriptionRejected
@@ -38,17 +41,9 @@ if TYPE_CHECKING:
     from relay.hub.session import Session
     from relay.transports.socket.client_socket import ClientSocket
 
-_ADMISSION_S = 10.0
 # An SSE request waits this long for Redis before its client is asked to reconnect.
 _CONNECTION_S = 5.0
 _NO_PONG = 4408
-_HTTP_STATUS: dict[type[RelayError], int] = {
-    BadRequest: 400,
-    Unauthorized: 401,
-    Forbidden: 403,
-    LimitExceeded: 429,
-    Unavailable: 503,
-}
 
 
 class MountedNative(Mounted):
@@ -60,7 +55,7 @@ class MountedNative(Mounted):
 
     def __init__(self, context: DoorContext, settings: NativeSettings) -> None:
         self._context = context
-        self._gauge = context.metrics.connections.labels("native")
+        self._open = OpenConnections(context.metrics.connections.labels("native"))
         self.routes: list[web.AbstractRouteDef] = [
             web.get("/sse", self._with_errors(self._with_retry(self._sse)), allow_head=False),
             web.options("/sse", self._preflight),
@@ -69,15 +64,13 @@ class MountedNative(Mounted):
         if settings.page:
             self.routes += live_page.routes()
         self._reaper = Reaper()
-        self._open = 0
-        self._last_closed = asyncio.Event()
         self.reload(settings)
 
     @override
     def reload(self, settings: NativeSettings) -> None:
         # Open connections keep the heartbeat interval that they began with.
         self._settings = settings
-        self._origins = settings.origins()
+        self._origins = AllowedOrigins(settings.origins(), "[protocol:native] allowed_origins")
         self._sse_beat = Heartbeat(
             interval_s=settings.heartbeat_s, beat=codec.HEARTBEAT, only_quiet=True
         )
@@ -90,27 +83,19 @@ class MountedNative(Mounted):
 
     @override
     async def closed(self) -> None:
-        if self._open:
-            self._last_closed.clear()
-            await self._last_closed.wait()
+        await self._open.wait_closed()
 
     def _connect(self, socket: ClientSocket, session: Session) -> None:
         """Pass events of the socket to the session, and count the connection until it is closed."""
-        self._count(1)
+        self._open.opened()
 
         def closed() -> None:
-            self._count(-1)
+            self._open.closed()
             session.end()
 
         socket.on_full = session.pause
         socket.on_drained = session.resume
         socket.on_closed = closed
-
-    def _count(self, change: int) -> None:
-        self._open += change
-        self._gauge.set(self._open)
-        if not self._open:
-            self._last_closed.set()
 
     # ---- server-sent events -----------------------------------------------------------------
 
@@ -129,18 +114,15 @@ class MountedNative(Mounted):
             positions = cursor.decode(last, channels)
         if not context.is_connected():
             await self._wait_connected()
-        admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        client = SseClient(len(channels), admitted)
+        first = FirstSubscriptions()
+        first.expect(channels)
+        client = SseClient(first)
         encoder = sse_encoder(several=len(channels) > 1, envelope=envelope)
         session = client.session = await context.open(principal, encoder, client)
         try:
             for channel in channels:
                 context.subscribe(session, channel, positions.get(channel))
-            async with asyncio.timeout(_ADMISSION_S):
-                await admitted
-        except TimeoutError:
-            session.end()
-            raise Unavailable("streams cannot be read now") from None
+            await first.wait()
         except BaseException:
             session.end()
             raise
@@ -151,7 +133,7 @@ class MountedNative(Mounted):
             heartbeat=self._sse_beat,
         )
         self._connect(socket, session)
-        response = take_over(request, sse.head(cors_headers(request, self._origins)), socket)
+        response = take_over(request, sse.head(self._cors(request)), socket)
         client.attached(socket)
         session.attach(socket)
         return response
@@ -162,7 +144,7 @@ class MountedNative(Mounted):
             async with asyncio.timeout(_CONNECTION_S):
                 await self._context.wait_connected()
         except TimeoutError:
-            raise Unavailable("streams cannot be read now") from None
+            raise Unavailable(NOT_READING) from None
 
     def _with_retry(
         self, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -189,7 +171,7 @@ class MountedNative(Mounted):
         response = web.Response(
             body=codec.empty_stream(random.randint(1000, 5000), str(error)),  # noqa: S311
             content_type="text/event-stream",
-            headers=cors_headers(request, self._origins) | {"Cache-Control": "no-store"},
+            headers=self._cors(request) | {"Cache-Control": "no-store"},
         )
         response.force_close()
         return response
@@ -206,7 +188,7 @@ class MountedNative(Mounted):
         return codec.first_envelope_block(at, retry_ms, ids)
 
     async def _preflight(self, request: web.Request) -> web.Response:
-        headers = cors_headers(request, self._origins)
+        headers = self._cors(request)
         headers["Access-Control-Allow-Methods"] = "GET"
         headers["Access-Control-Allow-Headers"] = "Authorization, Last-Event-ID"
         headers["Access-Control-Max-Age"] = "600"
@@ -266,6 +248,9 @@ class MountedNative(Mounted):
 
     # ---- both -------------------------------------------------------------------------------
 
+    def _cors(self, request: web.Request) -> dict[str, str]:
+        return self._origins.cors(request.headers, request.path)
+
     def _principal(self, request: web.Request) -> Principal:
         context = self._context
         return principal_of(request, context.read_token, self._origins, insecure=context.insecure)
@@ -291,12 +276,12 @@ class MountedNative(Mounted):
         if not isinstance(error, ClientError | Unavailable):
             raise error
         self._context.metrics.refused.labels(error.code).inc()
-        headers = cors_headers(request, self._origins)
+        headers = self._cors(request)
         headers["Cache-Control"] = "no-store"
         if isinstance(error, Unavailable):
             headers["Retry-After"] = str(random.randint(1, 5))  # noqa: S311
         return web.Response(
-            status=_HTTP_STATUS.get(type(error), 400),
+            status=status_of(error),
             body=codec.refusal(error, channel),
             content_type="application/json",
             headers=headers,

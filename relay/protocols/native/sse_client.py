@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 from typing_extensions import override
@@ -16,6 +15,7 @@ from relay.protocols.native.encoders import notice_block
 
 if TYPE_CHECKING:
     from relay.core.model import Channel
+    from relay.doorkit.first_subscriptions import FirstSubscriptions
     from relay.hub.session import Outbox, Session, Subscription
 
 
@@ -31,31 +31,30 @@ class SubscriptionRejected(Exception):
 class SseClient(Client):
     """Waits until all channels are subscribed. Ends the stream with the last subscription."""
 
-    __slots__ = ("_outbox", "_waiting", "admitted", "session")
+    __slots__ = ("_first", "_outbox", "session")
 
-    def __init__(self, channels: int, admitted: asyncio.Future[None]) -> None:
-        self.admitted: asyncio.Future[None] | None = admitted
+    def __init__(self, first: FirstSubscriptions) -> None:
         self.session: Session | None = None
-        self._waiting = channels
+        # None once the response has begun.
+        self._first: FirstSubscriptions | None = first
         self._outbox: Outbox | None = None
 
     def attached(self, outbox: Outbox) -> None:
         """Set the socket to close, once the response has begun."""
         self._outbox = outbox
-        self.admitted = None
+        self._first = None
         if self.session is not None and not self.session.subscriptions:
             self._end(b"")
 
     @override
     def subscribed(self, subscription: Subscription) -> None:
-        self._waiting -= 1
-        if not self._waiting and self.admitted is not None and not self.admitted.done():
-            self.admitted.set_result(None)
+        if self._first is not None:
+            self._first.decide(subscription.feed.channel)
 
     @override
     def refused(self, channel: Channel, error: RelayError) -> None:
-        if self.admitted is not None and not self.admitted.done():
-            self.admitted.set_exception(SubscriptionRejected(channel, error))
+        if self._first is not None:
+            self._first.fail(SubscriptionRejected(channel, error))
 
     @override
     def dropped(self, channel: Channel, notice: Notice) -> None:
@@ -83,8 +82,8 @@ class SseClient(Client):
         session = self.session
         if session is None:
             return
-        if self.admitted is not None and not self.admitted.done():
-            self.admitted.set_exception(ClientError("disconnected"))
+        if self._first is not None:
+            self._first.fail(ClientError("disconnected"))
         session.write_out()
         session.end()
         if self._outbox is not None:

@@ -16,6 +16,8 @@ from relay.core.errors import (
     Unavailable,
 )
 from relay.core.reasons import Reason
+from relay.doorkit.first_subscriptions import NOT_READING
+from relay.doorkit.rate_limit import RateLimit
 from relay.hub import cursor
 from relay.hub.recovery import Notice
 from relay.hub.session import Client
@@ -41,13 +43,11 @@ class WsClient(Client):
     """Executes a client's commands in the hub and replies to them."""
 
     __slots__ = (
-        "_allowance",
         "_bad",
-        "_clock",
         "_context",
         "_outbox",
+        "_rate",
         "_refs",
-        "_seen_at",
         "_settings",
         "session",
     )
@@ -58,12 +58,10 @@ class WsClient(Client):
         self.session: Session | None = None
         self._context = context
         self._settings = settings
-        self._clock = clock
         self._outbox: Outbox | None = None
         self._refs: dict[Channel, codec.Ref] = {}
         self._bad = 0
-        self._allowance = settings.burst
-        self._seen_at = clock()
+        self._rate = RateLimit(settings.commands_per_s, settings.burst, clock)
 
     def attached(self, outbox: Outbox) -> None:
         """Set the socket to close, once the handshake is complete."""
@@ -76,7 +74,7 @@ class WsClient(Client):
         session = self.session
         if session is None or session.closed:
             return
-        if not self._within_rate():
+        if not self._rate.accept():
             self.close(TOO_MUCH, LimitExceeded("too many commands"))
             return
         try:
@@ -124,7 +122,7 @@ class WsClient(Client):
             found = cursor.decode(command.last_event_id, [command.channel])
             position = found.get(command.channel)
         if not self._context.is_connected():
-            raise Unavailable("streams cannot be read now")
+            raise Unavailable(NOT_READING)
         self._context.subscribe(session, command.channel, position)
         if command.ref is not None:
             self._refs[command.channel] = command.ref
@@ -171,13 +169,6 @@ class WsClient(Client):
     def _send(self, payload: bytes) -> None:
         if self.session is not None:
             self.session.reply(frame_text(payload))
-
-    def _within_rate(self) -> bool:
-        now = self._clock()
-        earned = (now - self._seen_at) * self._settings.commands_per_s
-        self._seen_at = now
-        self._allowance = min(self._settings.burst, self._allowance + earned) - 1
-        return self._allowance >= 0
 
     def close(self, code: int, error: ClientError | None) -> None:
         """Send the error, if any, end the session and close with `code`."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from relay.config.lists import split
 from relay.core.errors import Forbidden, Unauthorized
+from relay.doorkit.origins import AllowedOrigins
 from relay.protocols.pydio.settings import PydioSettings
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class CredentialsReader:
 
     def __init__(self, settings: PydioSettings) -> None:
         self._prefixes = tuple(split(settings.cookies))
-        self._origins = settings.origins()
+        self.origins = AllowedOrigins(settings.origins(), "[protocol:pydio] allowed_origins")
 
     def read(
         self,
@@ -52,29 +53,9 @@ class CredentialsReader:
         # Cookies that are not UTF-8 are not Pydio's, and could not be forwarded.
         if not cookies or not cookies.isprintable():
             raise Unauthorized("log in to Pydio first")
-        if not self.is_allowed(headers):
+        if not self.origins.allow_cookie(headers):
             raise Forbidden("this Origin is not in [protocol:pydio] allowed_origins")
         return Credentials(cookies=cookies)
-
-    def is_allowed(self, headers: MultiMapping[str]) -> bool:
-        """Return True if the page is from relay's own host or an allowed Origin."""
-        origin = headers.get("Origin")
-        if origin is None:
-            # Browsers send no Origin with a GET to the page's own host, but Sec-Fetch-Site.
-            return headers.get("Sec-Fetch-Site") == "same-origin"
-        origin, host = origin.lower(), headers.get("Host", "").lower()
-        return origin in self._origins or origin in (f"http://{host}", f"https://{host}")
-
-    def cors(self, headers: MultiMapping[str]) -> dict[str, str]:
-        """Return headers that let an allowed page read the response. Other pages get none."""
-        origin = headers.get("Origin")
-        if origin is None or not origin.isprintable() or not self.is_allowed(headers):
-            return {"Vary": "Origin"}
-        return {
-            "Access-Control-Allow-Origin": origin,
-            "Access-Control-Allow-Credentials": "true",
-            "Vary": "Origin",
-        }
 
 
 def chosen_cookies(header: str, prefixes: tuple[str, ...]) -> str:

@@ -18,6 +18,7 @@ from aiohttp import web
 from relay.config.lists import split
 from relay.core.errors import LimitExceeded, RelayError
 from relay.core.reasons import Reason
+from relay.doorkit.open_connections import OpenConnections
 from relay.protocols.pydio import private_messages
 from relay.protocols.pydio.hosts import AuthorisedHosts
 from relay.protocols.pydio.settings import PydioSettings
@@ -56,8 +57,7 @@ class PrivateChannel:
         self._outbound = outbound
         self._reaper = reaper
         self._clock = loop.time
-        self._open: set[websocket.WebSocketConnection] = set()
-        self._none_open = asyncio.Event()
+        self._open = OpenConnections()
         self.reload(settings)
 
     def reload(self, settings: PydioSettings) -> None:
@@ -94,11 +94,9 @@ class PrivateChannel:
 
     async def closed(self) -> None:
         """Wait until PHP has closed its connections, at most a second."""
-        if self._open:
-            self._none_open.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LAST_REQUESTS_S):
-                    await self._none_open.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_REQUESTS_S):
+                await self._open.wait_closed()
 
     def _has_key(self, request: web.Request) -> bool:
         shown = request.headers.get(ADMIN_KEY, "").encode(errors="surrogateescape")
@@ -125,14 +123,9 @@ class PrivateChannel:
                 self._context.metrics.refused.labels(Reason.BAD_REQUEST).inc()
                 _log.warning("Dropped a message from %s on Pydio's private path: %s", peer, exc)
 
-        def closed() -> None:
-            self._open.discard(socket)
-            if not self._open:
-                self._none_open.set()
-
-        self._open.add(socket)
+        self._open.opened()
         socket.on_text = received
-        socket.on_closed = closed
+        socket.on_closed = self._open.closed
         return take_over(request, accepted, socket)
 
     # ---- POST -------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from relay.core.errors import ClientError, RelayError, Unavailable
 from relay.core.reasons import Reason
+from relay.doorkit.rate_limit import RateLimit
 from relay.hub.session import Client
 from relay.protocols.pydio import codec
 from relay.protocols.pydio.accounts import AccountMember
@@ -53,10 +54,9 @@ class Registration(Client, AccountMember):
     """State of one browser. Subclasses implement the two transports."""
 
     __slots__ = (
-        "_allowance",
+        "_rate",
         "_requested",
         "_requested_at",
-        "_seen_at",
         "_services",
         "account",
         "repository",
@@ -73,8 +73,7 @@ class Registration(Client, AccountMember):
         self._requested: str | None = None
         # Times at which pending subscriptions were requested.
         self._requested_at: dict[Channel, float] = {}
-        self._allowance = _MESSAGES_BURST
-        self._seen_at = services.loop.time()
+        self._rate = RateLimit(_MESSAGES_PER_S, _MESSAGES_BURST, services.loop.time)
 
     # ---- implemented by subclasses ----------------------------------------------------------
 
@@ -138,11 +137,7 @@ class Registration(Client, AccountMember):
 
     def within_rate(self) -> bool:
         """Count one message. Return False if there were too many."""
-        now = self._services.loop.time()
-        earned = (now - self._seen_at) * _MESSAGES_PER_S
-        self._seen_at = now
-        self._allowance = min(_MESSAGES_BURST, self._allowance + earned) - 1
-        return self._allowance >= 0
+        return self._rate.accept()
 
     # ---- subscriptions ----------------------------------------------------------------------
 

@@ -9,15 +9,10 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from typing_extensions import override
 
-from relay.core.errors import (
-    ClientError,
-    Forbidden,
-    LimitExceeded,
-    RelayError,
-    Unauthorized,
-    Unavailable,
-)
+from relay.core.errors import ClientError, Unauthorized, Unavailable
 from relay.doorkit.contract import FrontDoor, Listener, Mounted
+from relay.doorkit.http_status import status_of
+from relay.doorkit.open_connections import OpenConnections
 from relay.protocols.pydio import codec
 from relay.protocols.pydio.accounts import Account, Accounts
 from relay.protocols.pydio.browser import GOING_AWAY, Browser
@@ -37,12 +32,6 @@ if TYPE_CHECKING:
     from relay.doorkit.contract import DoorContext
 
 _MAX_FRAME_BYTES = 4096
-_HTTP_STATUS: dict[type[RelayError], int] = {
-    Unauthorized: 401,
-    Forbidden: 403,
-    LimitExceeded: 429,
-    Unavailable: 503,
-}
 
 
 class MountedPydio(Mounted):
@@ -52,7 +41,7 @@ class MountedPydio(Mounted):
         loop = asyncio.get_running_loop()
         self._context = context
         self._settings = settings
-        self._gauge = context.metrics.connections.labels("pydio")
+        self._open = OpenConnections(context.metrics.connections.labels("pydio"))
         self._reaper = Reaper()
         self._outbound = OutboundQueue(context.publish, clock=loop.time)
         self._private = PrivateChannel(context, settings, self._outbound, self._reaper, loop)
@@ -76,7 +65,7 @@ class MountedPydio(Mounted):
             self._accounts,
             self._services,
             reader=lambda: self._reader,
-            on_count=self._count,
+            open_connections=self._open,
         )
         private = _routes(settings.private_path, self._private.handle)
         self.listeners: list[Listener] = []
@@ -106,8 +95,6 @@ class MountedPydio(Mounted):
             web.options(settings.public_path, self._npm.endpoint.handle),
             *(web.route(method, slash, self._npm_only) for method in ("GET", "POST", "OPTIONS")),
         ]
-        self._open = 0
-        self._last_closed = asyncio.Event()
         self.reload(settings)
         self._tasks = {context.spawn(self._outbound.run(), name="pydio outbound")}
 
@@ -133,9 +120,7 @@ class MountedPydio(Mounted):
         await self._private.closed()
         await self._outbound.wait_empty()
         await self._npm.closed()
-        if self._open:
-            self._last_closed.clear()
-            await self._last_closed.wait()
+        await self._open.wait_closed()
 
     async def _either(self, request: web.Request) -> web.StreamResponse:
         # Pydio 6.4.2 has one path for both. Only PHP sends the Admin-Key header.
@@ -160,7 +145,7 @@ class MountedPydio(Mounted):
             return await self._admit(request)
         except (ClientError, Unavailable) as exc:
             self._context.metrics.refused.labels(exc.code).inc()
-            return web.Response(status=_HTTP_STATUS.get(type(exc), 400), text=f"{exc}\n")
+            return web.Response(status=status_of(exc), text=f"{exc}\n")
 
     async def _admit(self, request: web.Request) -> web.StreamResponse:
         accepted = websocket.accept_headers(request)
@@ -191,11 +176,11 @@ class MountedPydio(Mounted):
         )
 
         def closed() -> None:
-            self._count(-1)
+            self._open.closed()
             self._accounts.remove_member(account, browser)
             session.end()
 
-        self._count(1)
+        self._open.opened()
         socket.on_text = browser.on_text
         socket.on_full = session.pause
         socket.on_drained = session.resume
@@ -214,12 +199,6 @@ class MountedPydio(Mounted):
         task = self._context.spawn(ask(), name="pydio rights")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _count(self, change: int) -> None:
-        self._open += change
-        self._gauge.set(self._open)
-        if not self._open:
-            self._last_closed.set()
 
 
 def _is_private(request: web.Request) -> bool:

@@ -15,6 +15,7 @@ from aiohttp import web
 
 from relay.core.errors import RelayError
 from relay.core.reasons import Reason
+from relay.doorkit.http_status import GO_STATUS_TEXT
 from relay.protocols.seafile import answers, event_format
 from relay.protocols.seafile.groups import GroupMembers, source_of
 from relay.protocols.seafile.tokens import InvalidSeafileToken
@@ -28,14 +29,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _LIMIT_S = 0.9
-# Go's http.StatusText.
-_STATUS_TEXT = {
-    400: "Bad Request",
-    408: "Request Timeout",
-    413: "Request Entity Too Large",
-    415: "Unsupported Media Type",
-    503: "Service Unavailable",
-}
 
 
 class EventsHandler:
@@ -72,7 +65,7 @@ class EventsHandler:
             self._service.count_rejection(
                 Reason.LIMIT_EXCEEDED if exc.status == 413 else Reason.BAD_REQUEST
             )
-            return answers.error(exc.status, _STATUS_TEXT[exc.status])
+            return answers.error(exc.status, GO_STATUS_TEXT[exc.status])
         try:
             event = event_format.read(body)
         except event_format.Invalid as exc:

@@ -7,7 +7,6 @@ once, and a redirected POST is lost.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from typing_extensions import override
 from relay.core.model import Channel, Principal
 from relay.core.slices import for_each
 from relay.doorkit.contract import FrontDoor, ReadsTokens
+from relay.doorkit.open_connections import OpenConnections
 from relay.protocols.seafile import answers
 from relay.protocols.seafile.connection import SeafileClient, SeafileSocket
 from relay.protocols.seafile.event_format import channel_of
@@ -47,13 +47,12 @@ class MountedSeafile(ReadsTokens):
 
     def __init__(self, context: DoorContext, settings: SeafileSettings) -> None:
         self._context = context
-        self._gauge = context.metrics.connections.labels("seafile")
+        self._open = OpenConnections(context.metrics.connections.labels("seafile"))
         self._service = SeafileService(context, settings)
         self._events = EventsHandler(self._service, settings)
         self._reaper = Reaper()
         self._clients: set[SeafileClient] = set()
         context.on_drop(self._rights_changed)
-        self._last_closed = asyncio.Event()
         # seaf-server and Seahub do not retry events. These paths are served until the end of a
         # shutdown.
         self.producers: Sequence[web.AbstractRouteDef] = [
@@ -117,9 +116,7 @@ class MountedSeafile(ReadsTokens):
             # has no session.
             if client.session is None:
                 client.close()
-        if self._clients:
-            self._last_closed.clear()
-            await self._last_closed.wait()
+        await self._open.wait_closed()
 
     async def _websocket(self, request: web.Request) -> web.StreamResponse:
         accepted = websocket.accept_headers(request)
@@ -140,13 +137,11 @@ class MountedSeafile(ReadsTokens):
         socket.on_text = socket.on_binary = client.on_message
         socket.on_full, socket.on_drained = client.full, client.drained
         self._clients.add(client)
-        self._gauge.set(len(self._clients))
+        self._open.opened()
 
         def closed() -> None:
             self._clients.discard(client)
-            self._gauge.set(len(self._clients))
-            if not self._clients:
-                self._last_closed.set()
+            self._open.closed()
             client.closed()
 
         socket.on_closed = closed

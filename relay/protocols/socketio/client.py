@@ -26,6 +26,7 @@ from relay.core.errors import (
 )
 from relay.core.model import Channel, EntryID, Position, Principal
 from relay.core.reasons import Reason
+from relay.doorkit.first_subscriptions import NOT_READING, FirstSubscriptions
 from relay.doorkit.recoverable_sessions import SavedSession, new_pid
 from relay.hub.recovery import Notice
 from relay.protocols.socketio.credentials import find_token, read_profile
@@ -35,6 +36,7 @@ from relay.transports.socketio.connection import Acknowledge, SocketIoConnection
 
 if TYPE_CHECKING:
     from relay.doorkit.contract import DoorContext
+    from relay.doorkit.origins import AllowedOrigins
     from relay.doorkit.recoverable_sessions import RecoverableSessions
     from relay.hub.session import Encoder, Session, Subscription
     from relay.protocols.socketio.settings import SocketIoSettings
@@ -42,15 +44,12 @@ if TYPE_CHECKING:
     from relay.transports.engineio.engine import Engine
     from relay.transports.socket.exchange import HttpRequest
 
-_ADMISSION_S = 10.0
 # The cache buster of polling from engine.io-client 6.6 on (socket.io-client 4.8, captured):
 # base 36. Older ones are base 64 of the time, whose first digit is an upper-case letter until 2060.
 _RECENT = re.compile(r"[0-9a-z]{7,10}")
 _GOODBYE_S = 1.0
 # Time in which a client must join the namespace: Socket.IO's `connectTimeout`.
 _JOIN_S = 45.0
-_NO_TIME = "streams cannot be read now"
-
 
 RoomIds = Mapping[str, EntryID]
 
@@ -61,7 +60,7 @@ class ClientOwner(Protocol):
     context: DoorContext
     settings: SocketIoSettings
     tokens: TokenReader
-    origins: frozenset[str]
+    origins: AllowedOrigins
     sessions: RecoverableSessions[RoomIds]
 
     def encoder(self, version: int, *, recovers: bool) -> Encoder:
@@ -76,10 +75,9 @@ class SocketClient:
     """Connects an Engine.IO session with a session in the hub."""
 
     __slots__ = (
-        "_admitted",
         "_asked",
         "_door",
-        "_expected",
+        "_first",
         "_missing",
         "_recovers",
         "_refused",
@@ -105,10 +103,10 @@ class SocketClient:
         self.rooms = Rooms({})
         # Channels of rooms that the client may not read.
         self._refused: set[Channel] = set()
-        self._admitted: asyncio.Future[None] | None = None
+        # None except while the client joins its rooms.
+        self._first: FirstSubscriptions | None = None
         self._missing = False
         self._recovers = False
-        self._expected = 0
         engine.on_message = self.connection.on_message
         engine.on_closed = self.connection.on_closed
         loop = asyncio.get_running_loop()
@@ -217,7 +215,7 @@ class SocketClient:
     ) -> None:
         door, context = self._door, self._door.context
         if not context.is_connected():
-            raise Unavailable(_NO_TIME)
+            raise Unavailable(NOT_READING)
         self.rooms, self._missing = rooms, False
         self.sid = record.sid if record is not None else self._new_sid()
         principal = replace(principal, client=self.sid)
@@ -225,18 +223,15 @@ class SocketClient:
         session = self.session = await context.open(principal, encoder, self)
         if self.engine.closing:
             raise Unavailable("the client has gone")
-        self._admitted = asyncio.get_running_loop().create_future()
         channels = rooms.channels()
-        self._expected = len(channels)
+        self._first = FirstSubscriptions()
+        self._first.expect(channels)
         for channel in channels:
             context.subscribe(session, channel, positions.get(channel))
         try:
-            async with asyncio.timeout(_ADMISSION_S):
-                await self._admitted
-        except TimeoutError:
-            raise Unavailable(_NO_TIME) from None
+            await self._first.wait()
         finally:
-            self._admitted = None
+            self._first = None
 
     async def _begin(self, record: SavedSession[RoomIds] | None) -> None:
         door, session = self._door, self.session
@@ -327,31 +322,24 @@ class SocketClient:
         if subscription.pending_notice is not None:
             self._missing = True
         self.rooms.placed(subscription)
-        admitted = self._admitted
-        if admitted is None:
+        if self._first is None:
             # An emitter has added the client to this room.
             self._door.sessions.changed(self)
-            return
-        self._answered(admitted)
-
-    def _answered(self, admitted: asyncio.Future[None]) -> None:
-        self._expected -= 1
-        if not self._expected and not admitted.done():
-            admitted.set_result(None)
+        else:
+            self._first.decide(subscription.feed.channel)
 
     def refused(self, channel: Channel, error: RelayError) -> None:
         """See `relay.hub.session.Client`."""
         self.rooms.lost(channel)
         if isinstance(error, Forbidden):
             self._refused.add(channel)
-        admitted = self._admitted
-        if admitted is None or admitted.done():
+        if self._first is None:
             return
         if isinstance(error, Forbidden) and self.rooms.joined:
             # The user's right to this room was revoked. The client joins its other rooms.
-            self._answered(admitted)
+            self._first.decide(channel)
         else:
-            admitted.set_exception(error)
+            self._first.fail(error)
 
     def dropped(self, channel: Channel, notice: Notice) -> None:
         """Leave the room silently: the protocol has no notice for it. Disconnect without rooms."""
@@ -431,8 +419,8 @@ class SocketClient:
 
     def _end_session(self) -> None:
         session, self.session = self.session, None
-        if self._admitted is not None and not self._admitted.done():
-            self._admitted.set_exception(Unavailable("the client has gone"))
+        if self._first is not None:
+            self._first.fail(Unavailable("the client has gone"))
         # The cached subscriptions refer to the session and to this client.
         self.rooms.reset_cache()
         if session is not None and not session.closed:

@@ -1,9 +1,13 @@
-"""Who a client is: AcceleratXR's JWT, wherever it may stand.
+"""Read AcceleratXR's JWT from a client's request.
 
 The payload is `{"profile": {"uid", "roles", ...}, "exp", ...}`; later libraries send `profile` as
-JSON text. Places, in this order: what a 3.x or 4.x client gives as `auth` (`token` or
-`jwt_token`), the query `jwt_token` (AcceleratXR's JWTStrategy; a 2.x client repeats it with the
-namespace), the header `Authorization: JWT T` or `Bearer T`, the cookie `jwt`.
+JSON text. The token is searched in this order:
+
+1. `token` or `jwt_token` in the `auth` object of a 3.x or 4.x client;
+2. the query field `jwt_token` (AcceleratXR's JWTStrategy; a 2.x client repeats it with the
+   namespace);
+3. the header `Authorization: JWT T` or `Bearer T`;
+4. the cookie `jwt`.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from relay.core.errors import Forbidden, Unauthorized
 if TYPE_CHECKING:
     from multidict import MultiMapping
 
+    from relay.doorkit.origins import AllowedOrigins
     from relay.rights.token import TokenReader
     from relay.transports.socket.exchange import HttpRequest
 
@@ -29,7 +34,7 @@ _MOST_ROLES = 1000
 
 
 class Profile(NamedTuple):
-    """What the relay needs of a user."""
+    """The part of a user's profile that relay uses."""
 
     uid: str
     roles: frozenset[str]
@@ -37,28 +42,33 @@ class Profile(NamedTuple):
 
 
 def find_token(
-    asked: HttpRequest, auth: Mapping[str, Any], query: str, origins: frozenset[str]
+    request: HttpRequest, auth: Mapping[str, Any], query: str, origins: AllowedOrigins
 ) -> str:
-    """The first token there is; Unauthorized without any, Forbidden for a foreign page's cookie."""
+    """Return the first token.
+
+    Raises:
+        Unauthorized: There is no token.
+        Forbidden: The only token is the cookie, and the page's Origin is not allowed.
+    """
     for name in ("token", _QUERY):
         if isinstance(given := auth.get(name), str) and given:
             return _bare(given)
-    for given in (*parse_qs(query).get(_QUERY, ()), *asked.query.getall(_QUERY, ())):
+    for given in (*parse_qs(query).get(_QUERY, ()), *request.query.getall(_QUERY, ())):
         if given:
             return _bare(given)
-    header = asked.headers.get("Authorization", "")
+    header = request.headers.get("Authorization", "")
     scheme, _, given = header.partition(" ")
     if scheme.lower() in ("jwt", "bearer") and given.strip():
         return given.strip()
-    given = _cookie(asked.headers)
+    given = _cookie(request.headers)
     if given:
-        check_origin(asked.headers, origins)
+        _check_origin(request.headers, origins)
         return given
     raise Unauthorized("a token is required")
 
 
 def _bare(token: str) -> str:
-    # Some clients put the header's whole value into auth or query.
+    # Some clients send the header's whole value in auth or query.
     scheme, space, rest = token.partition(" ")
     return rest.strip() if space and scheme.lower() in ("jwt", "bearer") else token
 
@@ -72,28 +82,23 @@ def _cookie(headers: MultiMapping[str]) -> str:
     return cookies[_COOKIE].value if _COOKIE in cookies else ""
 
 
-def check_origin(headers: MultiMapping[str], origins: frozenset[str]) -> None:
-    """Forbidden unless the Origin is this host's or an allowed one: a browser sends a cookie along
-    with any page's request. A same-origin GET has no Origin; its Sec-Fetch-Site says so."""
-    origin = headers.get("Origin")
-    if origin is None:
-        if headers.get("Sec-Fetch-Site") in ("same-origin", "none"):
-            return
+def _check_origin(headers: MultiMapping[str], origins: AllowedOrigins) -> None:
+    if origins.allow_cookie(headers):
+        return
+    if "Origin" not in headers:
         raise Forbidden("a cookie needs an Origin; send the token in the query or in a header")
-    host = headers.get("Host", "").lower()
-    if origin.lower() not in origins | {f"http://{host}", f"https://{host}"}:
-        raise Forbidden("this Origin is not in [protocol:socketio] allowed_origins")
+    raise Forbidden("this Origin is not in [protocol:socketio] allowed_origins")
 
 
 def read_profile(reader: TokenReader, token: str) -> Profile:
-    """The user that a token names; Unauthorized where it opens nothing."""
+    """Return the user's profile in a token. Raise Unauthorized if the token is not valid."""
     claims, expires_at = reader.claims(token)
     profile = claims.get("profile")
     if isinstance(profile, str):
         try:
             profile = orjson.loads(profile)
         except orjson.JSONDecodeError:
-            # Compressed or encrypted ones exist (JWTUtils), and their settings are their site's.
+            # JWTUtils can compress or encrypt profiles. Relay does not support that.
             raise Unauthorized("the token's profile is neither an object nor JSON") from None
     if not isinstance(profile, dict):
         raise Unauthorized("the token has no profile")

@@ -12,6 +12,8 @@ from aiohttp import web
 
 from relay.core.model import Channel, EntryID
 from relay.core.slices import AT_ONCE, for_each, in_slices
+from relay.doorkit.open_connections import OpenConnections
+from relay.doorkit.origins import AllowedOrigins, any_origin
 from relay.doorkit.recoverable_sessions import RecoverableSessions
 from relay.protocols.socketio.client import RoomIds, SocketClient
 from relay.protocols.socketio.encoders import OffsetEncoder, RecoverableEncoder, SocketEncoder
@@ -21,8 +23,6 @@ from relay.rights.token import TokenReader
 from relay.transports.engineio.endpoint import Endpoint
 
 if TYPE_CHECKING:
-    from multidict import MultiMapping
-
     from relay.doorkit.contract import DoorContext, Listener
     from relay.transports.engineio.engine import Engine
     from relay.transports.socket.exchange import HttpRequest
@@ -39,7 +39,7 @@ class MountedSocketIo:
 
     def __init__(self, context: DoorContext, settings: SocketIoSettings) -> None:
         self.context = context
-        self._gauge = context.metrics.connections.labels("socketio")
+        self._open = OpenConnections(context.metrics.connections.labels("socketio"))
         self._clients: set[SocketClient] = set()
         # Pending commands of emitters: the clients to apply each to, and the function to call.
         self._steps: deque[tuple[list[SocketClient], Callable[[SocketClient], None]]] = deque()
@@ -49,7 +49,9 @@ class MountedSocketIo:
             timing=settings.timing(),
             buffer_bytes=context.client_buffer_bytes,
             opened=self._opened,
-            cors=cors_headers,
+            # Pages of every origin may connect, as in Socket.IO 2: they need a token to receive
+            # events, and the cookie is accepted from allowed origins only.
+            cors=any_origin,
             pass_on=context.pass_on,
         )
         self._take(settings)
@@ -78,7 +80,7 @@ class MountedSocketIo:
             settings.jwt(), source="[protocol:socketio] secret (signs clients' JWTs)"
         )
         self.settings = settings
-        self.origins = settings.origins()
+        self.origins = AllowedOrigins(settings.origins(), "[protocol:socketio] allowed_origins")
 
     async def closed(self) -> None:
         """See `relay.doorkit.contract.Mounted`. Who never joined was not asked to leave yet."""
@@ -91,13 +93,13 @@ class MountedSocketIo:
     def _opened(self, engine: Engine, asked: HttpRequest) -> None:
         client = SocketClient(self, engine, asked)
         self._clients.add(client)
-        self._gauge.set(len(self._clients))
+        self._open.opened()
         client.connection.opened()
 
     def gone(self, client: SocketClient) -> None:
         """Remove a client whose connection is closed. Its session can be resumed for a while."""
         self._clients.discard(client)
-        self._gauge.set(len(self._clients))
+        self._open.closed()
         self.sessions.left(client)
 
     def encoder(self, version: int, *, recovers: bool) -> SocketEncoder:
@@ -169,22 +171,6 @@ class MountedSocketIo:
 
 def _place(text: str) -> EntryID | None:
     return EntryID.parse(text) if text else None
-
-
-def cors_headers(headers: MultiMapping[str]) -> dict[str, str]:
-    """Return CORS headers that allow every origin, as Socket.IO 2 does.
-
-    A page needs a token to receive events, and the cookie is accepted from allowed origins only.
-    The origin is repeated because browsers reject "*" for requests with credentials.
-    """
-    origin = headers.get("Origin")
-    if origin is None or not origin.isprintable():
-        return {"Vary": "Origin"}
-    return {
-        "Access-Control-Allow-Origin": origin,
-        "Access-Control-Allow-Credentials": "true",
-        "Vary": "Origin",
-    }
 
 
 class SocketIoDoor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from relay.doorkit.open_connections import OpenConnections
 from relay.protocols.centrifugo import encoders, go_http
 from relay.protocols.centrifugo.clients.connection import CentrifugoConnection
 from relay.protocols.centrifugo.server_state import ServerState
@@ -42,10 +43,8 @@ class ClientRoutes:
         """`prefix` is put in front of all paths."""
         loop = asyncio.get_running_loop()
         self.server = ServerState(context, settings, clock=time.time, call_later=loop.call_later)
-        self._gauge = context.metrics.connections.labels(encoders.DOOR)
+        self._open = OpenConnections(context.metrics.connections.labels(encoders.DOOR))
         self._reaper = Reaper()
-        self._open = 0
-        self._last_closed = asyncio.Event()
         # Like v1, read these settings at start only.
         self._compressed: CentrifugoEncoder | None = None
         if settings.websocket_compression:
@@ -85,9 +84,7 @@ class ClientRoutes:
         for connection in list(self.server.unauthenticated):
             connection.abort()
         await self._sockjs.closed()
-        if self._open:
-            self._last_closed.clear()
-            await self._last_closed.wait()
+        await self._open.wait_closed()
 
     async def _websocket(self, request: web.Request) -> web.StreamResponse:
         self.server.stats.count("http_raw_ws_num_requests")
@@ -123,18 +120,12 @@ class ClientRoutes:
     def _connect(
         self, transport: ClientSocket | SockJsSession, connection: CentrifugoConnection
     ) -> None:
-        self._count(1)
+        self._open.opened()
 
         def closed() -> None:
-            self._count(-1)
+            self._open.closed()
             connection.on_closed()
 
         transport.on_full = connection.on_full
         transport.on_drained = connection.on_drained
         transport.on_closed = closed
-
-    def _count(self, change: int) -> None:
-        self._open += change
-        self._gauge.set(self._open)
-        if not self._open:
-            self._last_closed.set()

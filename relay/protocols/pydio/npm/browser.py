@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,6 +9,7 @@ from typing_extensions import override
 
 from relay.core.errors import RelayError, Unavailable
 from relay.core.reasons import Reason
+from relay.doorkit.first_subscriptions import FirstSubscriptions
 from relay.hub import cursor
 from relay.protocols.pydio import codec
 from relay.protocols.pydio.private_messages import BROADCAST, workspace
@@ -44,7 +44,7 @@ class BrowserConnection(Protocol):
 class NpmBrowser(Registration):
     """The Socket.IO side of a registration."""
 
-    __slots__ = ("_acknowledge", "_admitted", "_connection", "_positions", "_start", "_unconfirmed")
+    __slots__ = ("_acknowledge", "_connection", "_first", "_start")
 
     def __init__(
         self, account: Account, services: BrowserServices, connection: BrowserConnection
@@ -52,8 +52,7 @@ class NpmBrowser(Registration):
         super().__init__(account, services)
         self._connection = connection
         self._acknowledge: tuple[str, Acknowledge] | None = None
-        self._admitted: asyncio.Future[None] = services.loop.create_future()
-        self._unconfirmed: set[Channel] = set()
+        self._first = FirstSubscriptions()
         self._start: dict[Channel, bytes] = {}
 
     async def enter(self, repository: str | None, positions: Mapping[Channel, Position]) -> None:
@@ -62,10 +61,11 @@ class NpmBrowser(Registration):
         Returns once the subscriptions are confirmed. Raises Unavailable.
         """
         self.repository = repository
-        self._unconfirmed = set(channels_of(repository))
-        for channel in channels_of(repository):
+        channels = channels_of(repository)
+        self._first.expect(channels)
+        for channel in channels:
             self.join(channel, positions.get(channel))
-        await self._admitted
+        await self._first.wait()
 
     def request(self, repository: str | None, acknowledge: Acknowledge | None) -> None:
         """Register for a workspace, or unregister if it is None."""
@@ -84,10 +84,7 @@ class NpmBrowser(Registration):
     def close(self) -> None:
         """End the registration, because the connection is closed or another one has the session."""
         self.account.members.discard(self)
-        if not self._admitted.done():
-            self._admitted.set_exception(Unavailable("the client has disconnected"))
-            # Retrieve the exception, because no task may be waiting for it yet.
-            self._admitted.exception()
+        self._first.fail(Unavailable("the client has disconnected"))
 
     def start(self) -> str:
         """Return a cursor of the positions where the browser's subscriptions began."""
@@ -135,27 +132,22 @@ class NpmBrowser(Registration):
         channel = subscription.feed.channel
         self._start[channel] = cursor.part(channel, subscription.position)
         super().subscribed(subscription)
-        self._confirmed(channel)
+        self._first.decide(channel)
 
     @override
     def refused(self, channel: Channel, error: RelayError) -> None:
-        if isinstance(error, Unavailable) and not self._admitted.done():
+        if isinstance(error, Unavailable) and self._first.is_waiting:
             # The connection will be closed, and the client reconnects by itself.
-            self._admitted.set_exception(error)
+            self._first.fail(error)
             return
         super().refused(channel, error)
-        self._confirmed(channel)
+        self._first.decide(channel)
 
     @override
     def subscriptions_changed(self) -> None:
         wanted = set(channels_of(self.repository))
         self._start = {name: part for name, part in self._start.items() if name in wanted}
         self._connection.subscriptions_changed()
-
-    def _confirmed(self, channel: Channel) -> None:
-        self._unconfirmed.discard(channel)
-        if not self._unconfirmed and not self._admitted.done():
-            self._admitted.set_result(None)
 
 
 def channels_of(repository: str | None) -> list[Channel]:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from relay.transports.socket.exchange import HttpRequest
 
 _CONNECT_S = 45.0
-_ADMISSION_S = 10.0
 _GOODBYE_S = 1.0
 
 
@@ -158,11 +157,7 @@ class NpmClient:
             self.pid, self.sid = kept[0], record.sid
         else:
             self.sid = secrets.token_urlsafe(15)
-        try:
-            async with asyncio.timeout(_ADMISSION_S):
-                await browser.enter(record.state if record else None, positions)
-        except TimeoutError:
-            raise Unavailable("streams cannot be read now, because Redis is unreachable") from None
+        await browser.enter(record.state if record else None, positions)
         await self._begin(session, browser, record)
 
     async def _begin(

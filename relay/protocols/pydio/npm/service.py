@@ -18,6 +18,7 @@ from relay.transports.engineio.endpoint import Endpoint, Timing
 
 if TYPE_CHECKING:
     from relay.doorkit.contract import DoorContext
+    from relay.doorkit.open_connections import OpenConnections
     from relay.protocols.pydio.accounts import Accounts
     from relay.protocols.pydio.credentials import CredentialsReader
     from relay.protocols.pydio.registration import BrowserServices
@@ -38,7 +39,7 @@ class NpmService:
         accounts: Accounts,
         services: BrowserServices,
         reader: Callable[[], CredentialsReader],
-        on_count: Callable[[int], None],
+        open_connections: OpenConnections,
     ) -> None:
         self.context = context
         self.accounts = accounts
@@ -49,7 +50,7 @@ class NpmService:
             context, "pydio", settings.npm_recovery_s, _read_workspace
         )
         self.reader = reader
-        self._on_count = on_count
+        self._open = open_connections
         self._clients: set[NpmClient] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.endpoint = Endpoint(
@@ -58,7 +59,7 @@ class NpmService:
             timing=_timing(settings),
             buffer_bytes=context.client_buffer_bytes,
             opened=self._opened,
-            cors=lambda headers: self.reader().cors(headers),
+            cors=lambda headers: self.reader().origins.cors(headers, settings.public_path),
             pass_on=context.pass_on,
         )
 
@@ -81,13 +82,13 @@ class NpmService:
     def _opened(self, engine: Engine, request: HttpRequest) -> None:
         client = NpmClient(self, engine, request)
         self._clients.add(client)
-        self._on_count(1)
+        self._open.opened()
         client.connection.opened()
 
     def remove(self, client: NpmClient) -> None:
         """Remove a client whose connection is closed. Its session can be resumed for a while."""
         self._clients.discard(client)
-        self._on_count(-1)
+        self._open.closed()
         self.sessions.left(client)
 
 
