@@ -123,7 +123,7 @@ class StreamState:
     length: int
     added: int
     max_deleted: EntryID
-    blocks: int = 0
+    blocks: int = field(default=0, compare=False)
     incarnation: int | None = None
     failover: EntryID | None = None
     marker: Marker | None = None

@@ -8,6 +8,7 @@ import pytest
 from redis.asyncio import Redis
 
 from relay.core.model import EntryID, StreamState
+from relay.stream.connection import scripts
 from relay.stream.connection.connect import CommandRefused, command, discover
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.primary import Primary
@@ -22,6 +23,7 @@ STREAM = b"relay:stream:{news}"
 async def connection(server: Server) -> AsyncIterator[PipelineConnection]:
     settings = server.settings()
     opened = await PipelineConnection.open(await discover(settings), settings=settings)
+    await scripts.load(opened, groups.CERTIFY)
     yield opened
     opened.close()
 
@@ -103,6 +105,20 @@ async def test_a_certificate_of_the_same_data_is_replaced_without_a_loss(
         await connection.call(*command_)
     now = await state(connection, known(2))
     assert (now.incarnation, now.failover) == (5 << 32 | 1, None)
+
+
+async def test_a_stream_that_was_created_again_meanwhile_keeps_its_marker(
+    connection: PipelineConnection,
+) -> None:
+    await connection.call(*groups.create_marker(STREAM, 5, 1))
+    late = groups.certify_commands(STREAM, await state(connection, known(2)), 2)
+    assert late
+    await connection.call("DEL", STREAM)
+    await connection.call(*groups.create_marker(STREAM, 6, 2))
+    for command_ in late:
+        await connection.call(*command_)
+    now = await state(connection, known(2))
+    assert (now.incarnation, now.failover) == (6 << 32 | 2, None)
 
 
 async def test_a_marker_of_an_earlier_version_names_no_history(

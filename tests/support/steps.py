@@ -28,7 +28,7 @@ from relay.stream.connection.primary import Primary, Replication
 from relay.stream.format import entry
 from relay.stream.format.keys import Keys
 from relay.stream.read.control_reader import ControlReader
-from relay.stream.read.groups import group_of
+from relay.stream.read.groups import CERTIFY, group_of
 from relay.stream.read.pipelines import LivePipelines, PagePipelines
 from tests.support.ledger import Ledger, Received
 from tests.support.wire import Wire
@@ -293,6 +293,7 @@ class Worker:
     def _open(self) -> None:
         self._connection = Wire(self.port, self._on_push)
         self._connection.call("CLIENT", "TRACKING", "ON")
+        self._connection.call("SCRIPT", "LOAD", CERTIFY.text)
         self._page_link = Wire(self.port)
         info = cast(bytes, self._connection.call("INFO", "replication"))
         server = cast(bytes, self._connection.call("INFO", "server"))

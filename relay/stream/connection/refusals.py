@@ -130,7 +130,7 @@ class Need(NamedTuple):
 _REJECTED_COMMAND = re.compile(r"(?:the|unknown command) '([^' ]+)'")
 _CONCERNS_KEY = re.compile(r"\b(?:key|channel)\b")
 # Commands with subcommands that have rights of their own.
-_CONTAINERS = frozenset({"CLIENT", "XINFO", "XGROUP", "SCRIPT", "PUBSUB"})
+_CONTAINERS = frozenset({"CLIENT", "XINFO", "XGROUP", "SCRIPT", "PUBSUB", "MEMORY"})
 _NO_READS = "no stream can be read"
 _NO_GROUPS = "streams are read without consumer groups"
 _NO_BUS = "no ephemeral events and no messages of other workers are received"
@@ -160,6 +160,7 @@ def needs(keys: Keys, instance: str) -> list[Need]:
         Need(("XINFO", "GROUPS", stream), _NO_READS, reading=True),
         Need(("XRANGE", stream, "-", "+"), _NO_READS, reading=True),
         Need(("HMGET", keys.rights(channel), "user"), _NO_READS, reading=True),
+        Need(("MEMORY", "USAGE", stream, "SAMPLES", "0"), "clients catch up more slowly"),
         Need(("XREADGROUP", "GROUP", group, "c", "STREAMS", stream, ">"), _NO_GROUPS),
         Need(("XGROUP", "CREATE", stream, group, "0"), _NO_GROUPS),
         Need(("XGROUP", "SETID", stream, group, "0"), _NO_GROUPS),

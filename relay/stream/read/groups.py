@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, cast
 from relay.core.model import ZERO_ID, EntryID, Marker, StreamState
 from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import ReplyError
+from relay.stream.connection.scripts import Script
 
 if TYPE_CHECKING:
     from relay.stream.connection.primary import Primary
@@ -30,6 +31,20 @@ MARKER_GROUP = b"relay:epoch"
 FAILOVER_GROUP = b"relay:failover"
 OWN_GROUPS = frozenset({MARKER_GROUP, FAILOVER_GROUP})
 _LOW = (1 << 32) - 1
+# Changes the marker and the failover group, unless the marker has changed meanwhile: the stream may
+# have been deleted and created again since it was examined, and must keep its new marker.
+CERTIFY = Script("""\
+local how = 'CREATE'
+local is_same = false
+for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
+    if group[2] == 'relay:failover' then how = 'SETID' end
+    if group[2] == 'relay:epoch' then is_same = group[8] == ARGV[1] end
+end
+if not is_same then return 0 end
+if ARGV[3] ~= '' then redis.call('XGROUP', how, KEYS[1], 'relay:failover', ARGV[3]) end
+redis.call('XGROUP', 'SETID', KEYS[1], 'relay:epoch', ARGV[2])
+return 1
+""")
 _WORKER = b"relay:"
 
 
@@ -67,13 +82,9 @@ def certify_commands(key: bytes, state: StreamState, certificate: int) -> list[C
     if marker is None or state.incarnation is None or marker.id.seq & _LOW == certificate:
         return []
     seq = (state.incarnation & _LOW) << 32 | certificate
-    certify = ("XGROUP", "SETID", key, MARKER_GROUP, str(EntryID(marker.id.ms, seq)))
-    if marker.is_current:
-        return [certify]
-    # Store the failover position first: if the connection is lost before the second command, both
-    # are repeated.
-    how = "SETID" if marker.has_failover else "CREATE"
-    return [("XGROUP", how, key, FAILOVER_GROUP, str(state.failover)), certify]
+    failover = "" if marker.is_current else str(state.failover)
+    certified = str(EntryID(marker.id.ms, seq))
+    return [("EVALSHA", CERTIFY.sha, "1", key, str(marker.id), certified, failover)]
 
 
 def parse_groups(reply: object) -> dict[bytes, EntryID]:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from relay.core.stream_interface import ExamineRequest, Followed, PageRequest
 from relay.stream.connection.connect import CommandRefused
-from relay.stream.connection.pipeline_connection import ReplyError
 from relay.stream.connection.primary import Replication
 from relay.stream.connection.refusals import Effect, rule_of
 from relay.stream.read import stream_commands
@@ -264,9 +263,10 @@ class LivePipelines:
                 self._mode.pause(stream, exc)
             stream.on_examine_failed(request, "the channel's stream cannot be read")
             return
-        self._certify += certify_commands(
-            self._keys.stream(stream.channel), examined.state, self._primary.certificate
-        )
+        if not self._mode.refusals.lacks("evalsha"):
+            self._certify += certify_commands(
+                self._keys.stream(stream.channel), examined.state, self._primary.certificate
+            )
         stream.on_examined(request, examined)
         if stream.alive and stream.settled and stream.misaligned:
             self._read[stream] = None
@@ -359,8 +359,6 @@ class PagePipelines:
         self._plain = False
         # Streams whose last page was read just now: number of blocks, size in bytes if measured.
         self._sizes: dict[Followed, tuple[int, int | None]] = {}
-        # False once Redis has refused MEMORY USAGE.
-        self._may_measure = True
 
     @property
     def has_work(self) -> bool:
@@ -393,7 +391,7 @@ class PagePipelines:
                 most = self._most // len(streams)
             count = stream_commands.count_for(stream, self._settings.page_bytes, most)
             size_at = None
-            if blocks <= _MEASURED_BLOCKS and self._may_measure:
+            if blocks <= _MEASURED_BLOCKS and not self._mode.refusals.lacks("memory|usage"):
                 size_at = len(commands)
                 commands.append(stream_commands.size_command(self._keys, stream))
             start = len(commands)
@@ -406,7 +404,7 @@ class PagePipelines:
     def take(self, replies: Sequence[object]) -> None:
         """Pass each page to its stream."""
         for stream, request, count, size_at, start, end in self._sent:
-            size_bytes = None if size_at is None else self._size(replies[size_at])
+            size_bytes = None if size_at is None else replies[size_at]
             try:
                 page = stream_commands.parse_page(
                     stream,
@@ -431,14 +429,9 @@ class PagePipelines:
             stream.on_page(request, page)
             if stream in self._pages:
                 # Use the size for the next page only. Later the stream may have grown.
+                size_bytes = size_bytes if isinstance(size_bytes, int) else None
                 self._sizes[stream] = page.state.blocks, size_bytes
         self._sent.clear()
-
-    def _size(self, reply: object) -> int | None:
-        if isinstance(reply, ReplyError):
-            self._may_measure = False
-            _log.info("Redis rejected MEMORY USAGE (%s); clients catch up more slowly", reply)
-        return reply if isinstance(reply, int) else None
 
 
 class _SentPage(NamedTuple):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from relay.core.errors import RedisUnavailable
 from relay.core.model import ZERO_ID, Channel, Event
 from relay.core.stream_interface import ExamineRequest, Followed
+from relay.stream.connection import scripts
 from relay.stream.connection.connect import CommandRefused, discover
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.primary import Primary
@@ -28,7 +29,7 @@ from relay.stream.connection.reconnecting import keep_connected, loss_of_connect
 from relay.stream.connection.refusals import Refusals, needs
 from relay.stream.connection.rights import find_rejected
 from relay.stream.read import stream_commands
-from relay.stream.read.groups import group_of
+from relay.stream.read.groups import CERTIFY, group_of
 from relay.stream.read.invalidations import (
     InvalidationListener,
     sweep_slices,
@@ -238,6 +239,7 @@ class StreamReader:
                 self._invalidations.touch()
                 _log.warning("Client tracking unavailable: polling streams with blocking reads")
             await self._check_rights(endpoint, log=True)
+            await self._load_script(connection)
             self._primary.connected(connection.run_id, connection.replication)
             connections.callback(self._primary.disconnected)
             connections.callback(self._disconnected)
@@ -287,6 +289,12 @@ class StreamReader:
                     continue
             self._rights_work.clear()
             await self._check_rights(endpoint, log=False)
+
+    async def _load_script(self, connection: PipelineConnection) -> None:
+        # Missing rights were reported by `_check_rights`.
+        if not self._refusals.lacks("script|load"):
+            with contextlib.suppress(CommandRefused):
+                await scripts.load(connection, CERTIFY)
 
     def _disconnected(self) -> None:
         self._connection = self._messages = None
