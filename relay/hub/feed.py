@@ -29,6 +29,7 @@ from relay.hub import catch_up
 from relay.hub.delivery import Batch
 from relay.hub.live import LiveClients
 from relay.hub.recovery import Notice, added_before_first, before, gap, judge, untrimmed
+from relay.hub.session import SubscriptionMode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -116,7 +117,7 @@ class Feed:
         """Remove a subscription in any mode. Called once for each that joined."""
         self._new.pop(subscription, None)
         self._behind.pop(subscription, None)
-        if subscription.live:
+        if subscription.mode is SubscriptionMode.LIVE:
             self._live.remove(subscription)
         self._members -= 1
         if not self._members:

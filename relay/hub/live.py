@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from relay.hub.session import SubscriptionMode
+
 if TYPE_CHECKING:
     from relay.core.metrics import Metrics
     from relay.core.model import Channel, Event
@@ -31,7 +33,7 @@ class LiveClients:
 
     def add(self, subscription: Subscription) -> None:
         """Add a subscription that has caught up."""
-        subscription.live = True
+        subscription.mode = SubscriptionMode.LIVE
         subscription.cursor = None
         self.by_encoder.setdefault(subscription.session.encoder, {})[subscription] = None
         self.count += 1
@@ -42,7 +44,7 @@ class LiveClients:
         subscriptions = self.by_encoder[encoder]
         del subscriptions[subscription]
         self.count -= 1
-        subscription.live = False
+        subscription.mode = SubscriptionMode.BEHIND
         if not subscriptions:
             del self.by_encoder[encoder]
 

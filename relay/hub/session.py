@@ -10,6 +10,7 @@ This module imports no other part of the hub that knows sessions. `SessionHub` a
 
 from __future__ import annotations
 
+import enum
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from relay.core.errors import RelayError
@@ -149,6 +150,17 @@ class Client(Protocol):
         """Close the connection, at an operator's request or because the relay stops."""
 
 
+class SubscriptionMode(enum.Enum):
+    """How a subscription receives events (`relay.hub.feed`)."""
+
+    # It waits for an examination that starts after it joined.
+    NEW = enum.auto()
+    # It receives pages from its own cursor.
+    BEHIND = enum.auto()
+    # Its position is that of its feed.
+    LIVE = enum.auto()
+
+
 class Subscription:
     """One channel of one session.
 
@@ -165,7 +177,7 @@ class Subscription:
         "feed",
         "known_deleted",
         "known_trimmed",
-        "live",
+        "mode",
         "pending_notice",
         "rights_as_of",
         "session",
@@ -176,7 +188,7 @@ class Subscription:
         self.session = session
         self.feed = feed
         self.start = start
-        self.live = False
+        self.mode = SubscriptionMode.NEW
         self.cursor: EntryID | None = None
         self.added: int | None = None
         self.digest: int | None = None
@@ -200,7 +212,7 @@ class Subscription:
         if self.before_notice is not None:
             # The client has not received its gap notice yet. Resuming from here repeats the check.
             return self.before_notice
-        if self.live:
+        if self.mode is SubscriptionMode.LIVE:
             return Position(feed.position, feed.added, feed.incarnation, feed.digest)
         if self.cursor is None:
             return self.start or Position(feed.position, feed.added, feed.incarnation, feed.digest)
@@ -211,7 +223,7 @@ class Subscription:
         """The ID of `position`, without the cost of creating a Position."""
         if self.before_notice is not None:
             return self.before_notice.id
-        if self.live:
+        if self.mode is SubscriptionMode.LIVE:
             return self.feed.position
         if self.cursor is not None:
             return self.cursor
@@ -219,7 +231,7 @@ class Subscription:
 
     def behind_at(self, cursor: EntryID, added: int | None, digest: int | None) -> None:
         """Leave live delivery: events after `cursor` must still be delivered."""
-        self.live = False
+        self.mode = SubscriptionMode.BEHIND
         self.cursor, self.added, self.digest = cursor, added, digest
 
     def notify(self, notice: Notice) -> None:
@@ -320,7 +332,8 @@ class Session:
         self.hub.for_each(list(self.subscriptions.values()), self._stall)
 
     def _stall(self, subscription: Subscription) -> None:
-        if self.paused and subscription.live and not subscription.has_ended:
+        is_live = subscription.mode is SubscriptionMode.LIVE
+        if self.paused and is_live and not subscription.has_ended:
             subscription.feed.stall(subscription)
 
     def resume(self) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, rule, run_state_machine_as_test
 
 from relay.core.model import Channel
+from relay.hub.session import SubscriptionMode
 from tests.support.steps import CHANNELS, USERS
 from tests.support.world import World, statistics
 
@@ -288,7 +289,7 @@ class Schedules(World):
             if person.session is None:
                 continue
             for channel, subscription in person.session.subscriptions.items():
-                assert subscription.live, "still behind"
+                assert subscription.mode is SubscriptionMode.LIVE, "still behind"
                 view = person.views[channel]
                 self.ledger.check_complete(view, channel, person.user)
 

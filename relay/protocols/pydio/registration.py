@@ -17,7 +17,7 @@ from typing_extensions import override
 from relay.core.errors import ClientError, RelayError, Unavailable
 from relay.core.reasons import Reason
 from relay.doorkit.rate_limit import RateLimit
-from relay.hub.session import Client
+from relay.hub.session import Client, SubscriptionMode
 from relay.protocols.pydio import codec
 from relay.protocols.pydio.accounts import AccountMember
 from relay.protocols.pydio.private_messages import BROADCAST, workspace
@@ -266,5 +266,5 @@ class Registration(Client, AccountMember):
 
 def _position(subscription: Subscription) -> Position | None:
     """Return the position to continue from, or None if delivery has not begun."""
-    begun = subscription.live or subscription.cursor is not None
+    begun = subscription.mode is not SubscriptionMode.NEW
     return subscription.position if begun else subscription.start

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from typing_extensions import override
+
 from relay.core.errors import (
     ClientError,
     Forbidden,
@@ -29,6 +31,7 @@ from relay.core.reasons import Reason
 from relay.doorkit.first_subscriptions import NOT_READING, FirstSubscriptions
 from relay.doorkit.recoverable_sessions import SavedSession, new_pid
 from relay.hub.recovery import Notice
+from relay.hub.session import Client
 from relay.protocols.socketio.credentials import find_token, read_profile
 from relay.protocols.socketio.entry_format import EVERYBODY, SOCKET, UnusableEmit, channel_of
 from relay.protocols.socketio.rooms import Rooms
@@ -55,7 +58,7 @@ RoomIds = Mapping[str, EntryID]
 
 
 class ClientOwner(Protocol):
-    """What the clients of this worker share."""
+    """State and functions that the clients of this worker share."""
 
     context: DoorContext
     settings: SocketIoSettings
@@ -71,16 +74,16 @@ class ClientOwner(Protocol):
         """Remove a client whose connection is closed."""
 
 
-class SocketClient:
+class SocketClient(Client):
     """Connects an Engine.IO session with a session in the hub."""
 
     __slots__ = (
-        "_asked",
         "_door",
         "_first",
         "_missing",
         "_recovers",
         "_refused",
+        "_request",
         "_timer",
         "connection",
         "engine",
@@ -91,9 +94,9 @@ class SocketClient:
         "uid",
     )
 
-    def __init__(self, door: ClientOwner, engine: Engine, asked: HttpRequest) -> None:
+    def __init__(self, door: ClientOwner, engine: Engine, request: HttpRequest) -> None:
         self._door = door
-        self._asked: HttpRequest | None = asked
+        self._request: HttpRequest | None = request
         self.engine = engine
         self.connection = SocketIoConnection(engine, self)
         self.session: Session | None = None
@@ -112,11 +115,11 @@ class SocketClient:
         loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = loop.call_later(_JOIN_S, engine.close)
 
-    # ---- from the client (relay.transports.socketio.connection.Handler) ---------------------
+    # ---- from the client (relay.transports.socketio.connection.SocketIoHandler) -------------
 
     def connecting(self, namespace: str, auth: Mapping[str, Any], query: str) -> None:
         """Check the token, then join. Nothing is sent to the client before that."""
-        connection, asked, door = self.connection, self._asked, self._door
+        connection, request, door = self.connection, self._request, self._door
         if namespace != door.settings.namespace:
             if namespace == "/" and connection.version == 3:
                 # Every 2.x client connects to "/" by itself. It receives no events there.
@@ -124,10 +127,10 @@ class SocketClient:
             else:
                 connection.refuse(namespace, "Invalid namespace")
             return
-        if asked is None:
+        if request is None:
             return
         try:
-            token = find_token(asked, auth, query, door.origins)
+            token = find_token(request, auth, query, door.origins)
             profile = read_profile(door.tokens, token)
             channel_of(profile.uid)
         except (Unauthorized, Forbidden) as exc:
@@ -145,7 +148,7 @@ class SocketClient:
             grant=self._grants,
         )
         # Engine.IO 4 is used by 3.x and 4.x clients. Only these two signs distinguish them.
-        self._recovers = "pid" in auth or bool(_RECENT.fullmatch(asked.query.get("t", "")))
+        self._recovers = "pid" in auth or bool(_RECENT.fullmatch(request.query.get("t", "")))
         _ = door.context.spawn(self._join(principal, dict(auth)), name="socketio join")
 
     def event(
@@ -164,7 +167,7 @@ class SocketClient:
         """End the session in the hub. The saved session can be resumed for a while."""
         del reason
         self._stop_timer()
-        self._asked = None
+        self._request = None
         self._door.gone(self)
         self._end_session()
 
@@ -222,7 +225,7 @@ class SocketClient:
         encoder = door.encoder(self.connection.version, recovers=self._recovers)
         session = self.session = await context.open(principal, encoder, self)
         if self.engine.closing:
-            raise Unavailable("the client has gone")
+            raise Unavailable("the client has disconnected")
         channels = rooms.channels()
         self._first = FirstSubscriptions()
         self._first.expect(channels)
@@ -236,7 +239,7 @@ class SocketClient:
     async def _begin(self, record: SavedSession[RoomIds] | None) -> None:
         door, session = self._door, self.session
         if session is None or self.engine.closing:
-            raise Unavailable("the client has gone")
+            raise Unavailable("the client has disconnected")
         self.rooms.began(session)
         if record is None:
             recoverable = self.connection.version == 4 and door.sessions.recovery_s
@@ -245,7 +248,7 @@ class SocketClient:
             self.pid = ""
         connection, namespace = self.connection, door.settings.namespace
         if self.engine.closing or session.closed or not connection.wants(namespace):
-            raise Unavailable("the client has gone")
+            raise Unavailable("the client has disconnected")
         self._stop_timer()
         more = {"pid": self.pid} if self.pid else {}
         self.engine.authorize()
@@ -317,8 +320,8 @@ class SocketClient:
 
     # ---- from the hub (relay.hub.session.Client) --------------------------------------------
 
+    @override
     def subscribed(self, subscription: Subscription) -> None:
-        """See `relay.hub.session.Client`."""
         if subscription.pending_notice is not None:
             self._missing = True
         self.rooms.placed(subscription)
@@ -328,8 +331,8 @@ class SocketClient:
         else:
             self._first.decide(subscription.feed.channel)
 
+    @override
     def refused(self, channel: Channel, error: RelayError) -> None:
-        """See `relay.hub.session.Client`."""
         self.rooms.lost(channel)
         if isinstance(error, Forbidden):
             self._refused.add(channel)
@@ -341,8 +344,9 @@ class SocketClient:
         else:
             self._first.fail(error)
 
+    @override
     def dropped(self, channel: Channel, notice: Notice) -> None:
-        """Leave the room silently: the protocol has no notice for it. Disconnect without rooms."""
+        # The protocol has no notice for this. A client without rooms is disconnected.
         self.rooms.lost(channel)
         if notice.reason in (Reason.REVOKED, Reason.RIGHTS_CHANGED):
             self._refused.add(channel)
@@ -352,34 +356,37 @@ class SocketClient:
         else:
             self._door.sessions.changed(self)
 
+    @override
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
-        """Close the connection and forget the session if events may be missing. The client
-        reconnects by itself, and its `recovered` is false then."""
         del subscription
         if notice.kind in ("gap", "reset"):
-            self._come_again()
+            # Events may be missing. After its reconnect the client's `recovered` is false.
+            self._restart()
 
     def rights_changed(self, channel: Channel | None, user: str | None) -> None:
-        """Have a client that was refused a room join anew; None stands for every one."""
+        """Let a client that may not read a room join again. None stands for all."""
         session = self.session
         if session is None or session.closed or user not in (None, session.principal.user):
             return
         if self._refused if channel is None else channel in self._refused:
-            self._come_again()
+            self._restart()
 
-    def _come_again(self) -> None:
+    def _restart(self) -> None:
+        """Close the connection and delete its session. The client reconnects by itself."""
         self._refused.clear()
         self._forget()
         self._end_session()
         self.engine.close()
 
+    @override
     def expired(self) -> None:
-        """See `relay.hub.session.Client`. Its token would be refused: it need not come back."""
+        # The client must not reconnect by itself, because its token would be rejected.
         self.server_disconnect()
 
+    @override
     def disconnect(self, reason: Reason) -> None:
-        """See `relay.hub.session.Client`. At the relay's own stop it shall come back."""
         if reason == Reason.STOPPING:
+            # The client reconnects, to another worker.
             self._end_session()
             self.engine.close()
         else:
@@ -420,7 +427,7 @@ class SocketClient:
     def _end_session(self) -> None:
         session, self.session = self.session, None
         if self._first is not None:
-            self._first.fail(Unavailable("the client has gone"))
+            self._first.fail(Unavailable("the client has disconnected"))
         # The cached subscriptions refer to the session and to this client.
         self.rooms.reset_cache()
         if session is not None and not session.closed:
@@ -429,14 +436,14 @@ class SocketClient:
             self.connection.out = self.engine.write
 
     def _close_soon(self) -> None:
-        """Close the connection in a second, unless the client does so before.
+        """Close the connection in a second, unless the client closes it before.
 
-        Not at once: a 4.x client handles packets a turn later than the end of its transport, and
-        would not see them.
+        A 4.x client handles packets one turn after the end of its transport, and would miss a
+        packet that is followed by the end at once.
         """
         self._stop_timer()
         # A client that was rejected cannot try another token on the same connection.
-        self._asked = None
+        self._request = None
         self._timer = asyncio.get_running_loop().call_later(_GOODBYE_S, self.engine.close)
 
     def _stop_timer(self) -> None:

@@ -1,17 +1,20 @@
-"""The formats of this door: one encoder per generation, and two with the cursor for 4.x clients.
+"""Encoders of this protocol: one per protocol version, and two with a cursor for 4.x clients.
 
-The packet's text is made once per event and generation. What differs from client to client is
-whether it gets the event at all (several rooms in one emit, `except`), and for clients that can
-recover the cursor, upstream's offset: the client gives back the last one it has seen.
+A packet is encoded once per event and version. Two things differ between clients: whether a client
+receives the event (emits to several rooms, `except`), and the cursor for clients that can recover.
+The cursor is Socket.IO's offset: the client sends the last one when it reconnects.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+from typing_extensions import override
+
 from relay.core.model import Channel, Event, Position
 from relay.hub import cursor
 from relay.hub.recovery import Notice
+from relay.hub.session import Encoder
 from relay.protocols.socketio import entry_format
 from relay.protocols.socketio.entry_format import EVERYONE, Audience, room_of
 from relay.transports.engineio.packets import MESSAGE, Packet, frame
@@ -21,15 +24,15 @@ if TYPE_CHECKING:
     from relay.hub.session import Subscription
     from relay.protocols.socketio.rooms import RoomMember
 
-# Keys of `Event.frames`: what all encoders of this door share.
+# Keys of `Event.frames` that all encoders of this protocol share.
 _AUDIENCE, _ATTACHMENTS = "socketio audience", "socketio attachments"
 _FILTERS = (b"rooms", b"except")
 _HEADS = 10_000
 OFFSET_EVENT = "relay:offset"
 
 
-class SocketEncoder:
-    """Whole frames, the same for every client of one generation; some clients may get none."""
+class SocketEncoder(Encoder):
+    """Encodes frames that all clients of one version share. Some clients may not receive them."""
 
     door = "socketio"
     personal = True
@@ -38,11 +41,13 @@ class SocketEncoder:
         self._version = version
         self._namespace = namespace
 
+    @override
     def event(self, event: Event) -> bytes:
-        """The packet's frames; nothing for a name that clients fire themselves."""
+        # The result is b"" for names of events that clients emit themselves.
         text, attachments = self._packet(event)
         return codec.frames(text, attachments, self._version) if text else b""
 
+    @override
     def personal_event(
         self,
         event: Event,
@@ -50,17 +55,17 @@ class SocketEncoder:
         subscription: Subscription,
         shared: bytes,
     ) -> bytes:
-        """`shared`, or nothing."""
         del position
         return shared if shared and wanted(event, subscription) else b""
 
+    @override
     def notice(self, channel: Channel, notice: Notice) -> bytes | None:
-        """There are no words for it: see `SocketClient.noticed`."""
+        # The protocol has no notices, see `SocketClient.noticed`.
         del channel, notice
         return None
 
     def _packet(self, event: Event) -> tuple[bytes, list[bytes]]:
-        name, (packet, attachments) = entry_format.said(event)
+        name, (packet, attachments) = entry_format.encode_event(event)
         if name in codec.RESERVED_EVENTS:
             return b"", []
         kind = codec.BINARY_EVENT if attachments else codec.EVENT
@@ -69,17 +74,17 @@ class SocketEncoder:
 
 
 class OffsetEncoder(SocketEncoder):
-    """Whole frames, and after each the client's cursor as an event of its own name.
+    """Appends the client's cursor to each event as a separate event.
 
-    For clients of Engine.IO 4 that may be older than 4.6: those would hand a further argument to
-    the application. Nobody listens to this event, and a client of 4.6 and later takes its last
-    argument for its offset as that of any other.
+    This is for clients that may be older than 4.6, which would pass an additional argument to the
+    application. Applications don't listen to this event, and clients from 4.6 on use its last
+    argument as their offset, as for any other event.
     """
 
     def __init__(self, version: int, namespace: str) -> None:
         super().__init__(version, namespace)
-        # The part of the event's own channel is the same for every client that is where it is, and
-        # so is all that stands before it.
+        # The cursor's part for the event's channel, and the bytes before it, are the same for all
+        # clients at this position.
         self._position: Position | None = None
         self._part = b""
         self._shared = b""
@@ -87,6 +92,7 @@ class OffsetEncoder(SocketEncoder):
         self._heads: dict[int, bytes] = {}
         self._head = b"4" + codec.packet(codec.EVENT, namespace, b'["%b' % OFFSET_EVENT.encode())
 
+    @override
     def personal_event(
         self,
         event: Event,
@@ -94,20 +100,19 @@ class OffsetEncoder(SocketEncoder):
         subscription: Subscription,
         shared: bytes,
     ) -> bytes:
-        """The event's frames and the cursor's."""
         quick = self._quick(event, position, subscription, shared)
         if quick is not None:
             return shared + quick
         if not shared or not wanted(event, subscription):
             return b""
         if position is None and not shared.endswith(b'"]'):
-            # The client takes every last argument that is a text for its offset, the event's name
-            # too; after what has no place in a stream it needs a cursor only then.
+            # The client uses the last element of a packet as its offset if that is a string. An
+            # ephemeral event needs a cursor only in this case.
             return shared
         return shared + _framed(self._head, b'","%b"]' % self.cursor(position, subscription))
 
     def _begin(self, shared: bytes) -> bytes:
-        """The packet up to its cursor."""
+        """Return the packet up to its cursor."""
         del shared
         return self._head + b'","'
 
@@ -118,8 +123,11 @@ class OffsetEncoder(SocketEncoder):
         subscription: Subscription,
         shared: bytes,
     ) -> bytes | None:
-        """The frame with the cursor for nearly every client and event: one for everybody in the
-        room, to a client of two streams of which only this one has moved. None for all others."""
+        """Return the frame with the cursor in the most frequent case, else None.
+
+        In this case the event is for all members of the room, and the client has two streams of
+        which only this one has advanced.
+        """
         if position is None or event.extra or not shared:
             return None
         rooms = cast("RoomMember", subscription.session.client).rooms
@@ -139,7 +147,7 @@ class OffsetEncoder(SocketEncoder):
         return head + self._before + after
 
     def cursor(self, position: Position | None, subscription: Subscription) -> bytes:
-        """Where the client is in all its streams, with `subscription` at `position`."""
+        """Return the client's cursor over all its streams, with `subscription` at `position`."""
         client = cast("RoomMember", subscription.session.client)
         parts = []
         for channel, each in subscription.session.subscriptions.items():
@@ -153,11 +161,14 @@ class OffsetEncoder(SocketEncoder):
 
 
 class RecoverableEncoder(OffsetEncoder):
-    """Frames with the client's cursor as the last argument: upstream's own way, in which no cut
-    can come between an event and its offset."""
+    """Adds the client's cursor as the last argument, as Socket.IO 4.6 and later do.
 
+    A lost connection cannot separate an event from its offset.
+    """
+
+    @override
     def event(self, event: Event) -> bytes:
-        """The packet's text without its last bracket."""
+        # The packet's last bracket follows the cursor.
         text, attachments = self._packet(event)
         if attachments:
             event.frames[_ATTACHMENTS] = b"".join(
@@ -165,9 +176,11 @@ class RecoverableEncoder(OffsetEncoder):
             )
         return b"4" + text[:-1] if text else b""
 
+    @override
     def _begin(self, shared: bytes) -> bytes:
         return shared + b',"'
 
+    @override
     def personal_event(
         self,
         event: Event,
@@ -175,7 +188,6 @@ class RecoverableEncoder(OffsetEncoder):
         subscription: Subscription,
         shared: bytes,
     ) -> bytes:
-        """The whole packet for one client."""
         quick = self._quick(event, position, subscription, shared)
         if quick is not None:
             return quick
@@ -194,7 +206,7 @@ def _framed(head: bytes, tail: bytes) -> bytes:
 
 
 def _frame_head(size: int) -> bytes:
-    """Of a text frame: the rest of it is not the same bytes for everybody."""
+    """Return the head of a text frame whose payload differs between clients."""
     if size < 126:
         return bytes((0x81, size))
     if size < 65536:
@@ -203,13 +215,13 @@ def _frame_head(size: int) -> bytes:
 
 
 def wanted(event: Event, subscription: Subscription) -> bool:
-    """Return whether this client gets the event from this stream."""
+    """Return True if this client receives the event from this stream."""
     client = cast("RoomMember", subscription.session.client)
     extra = event.extra
     if not client.rooms.partial and not (extra and any(name in extra for name in _FILTERS)):
         return True
     # Emits to a socket's ID are stored in the stream of `allusers`, because a socket has no stream.
-    # They are for that socket whether or not it is in this room.
+    # The socket receives them whether or not it is in this room.
     is_addressed = event.to is not None and f"client:{client.sid}" in event.to
     room = None if is_addressed else room_of(event.channel)
     return _audience(event).wants(room, client.rooms.joined, (client.sid,))

@@ -1,15 +1,15 @@
-"""What a Socket.IO emit is as an entry of a room's stream, and back. Pure; the door reads it too.
+"""Convert Socket.IO emits to entries of the rooms' streams, and back. Pure functions.
 
-`data` is what a client of any protocol shall see, and `type` the event's name, so that an emit of
-one argument is an entry of these two fields and any `XADD ... data D type T` is an emit. What does
-not fit stands in further fields:
+`data` is what clients of any protocol receive, and `type` is the event's name. An emit with one
+argument is therefore an entry with these two fields, and every `XADD ... data D type T` is an
+emit. Other emits need more fields:
 
-    event         the name where it cannot be a `type`
-    args          how many arguments, where it is not one; `data` is the list of them
+    event         the name, if it cannot be a `type`
+    args          the number of arguments, if it is not one; `data` is the list of them
     binary.N      binary argument N; `data` has a placeholder for it (`relay.stream.format.entry`)
     rooms         JSON list: all rooms of an emit to several, or [] for one to the whole namespace
     copies        IDs of this event's entries in the streams of the rooms before this one
-    except        JSON list of rooms whose members do not get it
+    except        JSON list of rooms whose members do not receive it
 
 Earlier versions wrote binary arguments as base64, in `data` and again in `attachment.N`, with the
 JSON list [name, args...] with placeholders in `packet`. Such entries can still be read.
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
     from relay.core.model import Event
 
 NAMESPACE = "axr"
-# Everybody is in this room (AcceleratXR's documentation, "Rooms"), so that its stream has what
-# goes to the whole namespace too.
+# All clients join this room (AcceleratXR's documentation, "Rooms"), so its stream also has the
+# events for the whole namespace.
 EVERYBODY = "allusers"
-# What socket.send() calls its event: the name of an entry without a type.
+# Name of the event that socket.send() emits. Entries without a type have this name.
 DEFAULT_EVENT = "message"
-# A socket is a room of its own by its ID, but has no stream: see `is_socket`.
+# First character of a socket's ID. The ID is also a room, which has no stream: see `is_socket`.
 SOCKET = "~"
 
-# Current clients (socket.io-parser 4.2.7 and 3.3.6) close the connection for a packet with more,
-# and would get it again each time they come back. They get base64 text instead.
+# Current clients (socket.io-parser 4.2.7 and 3.3.6) close the connection if a packet has more
+# attachments, and would receive it again after each reconnect. They receive base64 text instead.
 MAX_ATTACHMENTS = 10
 _PLACEHOLDER = re.compile(rb'\{"_placeholder":true,"num":([0-9]{1,9})\}')
-# Any way in which JSON can write the string: each character may be an escape.
+# Matches every JSON form of this string: each character may be escaped.
 _PLACEHOLDER_KEY = re.compile(
     b'"' + b"".join(rb"(?:%c|\\u(?i:%04x))" % (each, each) for each in b"_placeholder") + b'"'
 )
@@ -54,11 +54,11 @@ _RESERVED_TYPE = "relay:"
 
 
 class UnusableEmit(ValueError):
-    """No entry can be made of this emit, or no packet of this entry; the reason."""
+    """The emit cannot be stored as an entry, or the entry cannot be sent as a packet."""
 
 
 def channel_of(room: str) -> Channel:
-    """Return the channel of a room. Raise Unusable if the room's name is too long."""
+    """Return the channel of a room. Raise UnusableEmit if the room's name is too long."""
     try:
         return parse_channel(f"{NAMESPACE}:{room}")
     except ValueError as exc:
@@ -71,13 +71,13 @@ def room_of(channel: Channel) -> str:
 
 
 def is_socket(room: str) -> bool:
-    """Whether the name is the ID of one of our sockets, of either generation."""
+    """Return True if the name is a socket's ID, of a 2.x client or of a later one."""
     return room.startswith(SOCKET) or (room.startswith("/") and f"#{SOCKET}" in room)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Emit:
-    """One emit. `rooms` empty: the whole namespace. Arguments hold bytes where they are binary."""
+    """One emit. Without `rooms` it is for the whole namespace. Binary arguments are bytes."""
 
     name: str
     args: tuple[object, ...] = ()
@@ -87,15 +87,14 @@ class Emit:
 
 
 class EmitCopy(NamedTuple):
-    """One entry of an emit: where, for which socket alone if any, and in place of which rooms'
-    copies (those before it)."""
+    """One entry of an emit: its channel, and the only socket that receives it, or None."""
 
     channel: Channel
     socket: str | None
 
 
 def copies(emit: Emit) -> list[EmitCopy]:
-    """Where the emit's entries go: one for each room's stream, then one for each socket."""
+    """Return the emit's entries: one for each room's stream, then one for each socket."""
     if not emit.rooms:
         return [EmitCopy(channel_of(EVERYBODY), None)]
     return [
@@ -112,7 +111,7 @@ def _in_order(rooms: Iterable[str]) -> list[str]:
 
 
 class EmitContents(NamedTuple):
-    """What all entries of an emit have alike."""
+    """The fields that are the same in all entries of an emit."""
 
     data: bytes
     type: str | None
@@ -120,7 +119,7 @@ class EmitContents(NamedTuple):
 
 
 def contents(emit: Emit) -> EmitContents:
-    """Unusable where the arguments are not what JSON and bytes can say."""
+    """Return the fields. Raise UnusableEmit if an argument is neither JSON nor bytes."""
     extra: dict[bytes, bytes] = {}
     kind: str | None = emit.name
     if emit.name.startswith(_RESERVED_TYPE) or not emit.name.isprintable():
@@ -156,18 +155,18 @@ def _utf8(text: str) -> bytes:
         raise UnusableEmit("a lone surrogate") from None
 
 
-# ---- back ------------------------------------------------------------------------------------
+# ---- from entries to packets -----------------------------------------------------------------
 
 
 class EncodedEvent(NamedTuple):
-    """An event as a packet's JSON list, and its binary parts."""
+    """The JSON list of a packet, and its binary parts."""
 
     packet: bytes
     attachments: list[bytes]
 
 
-def said(event: Event) -> tuple[str, EncodedEvent]:
-    """The event's name, and what a Socket.IO client gets."""
+def encode_event(event: Event) -> tuple[str, EncodedEvent]:
+    """Return the event's name and its packet for Socket.IO clients."""
     extra = event.extra
     if b"event" in extra:
         name = extra[b"event"].decode(errors="replace")
@@ -203,7 +202,7 @@ def _earlier_version(extra: Mapping[bytes, bytes]) -> tuple[str, EncodedEvent] |
         packet = orjson.loads(extra[b"packet"])
     except (binascii.Error, ValueError):
         return None
-    # Anything but an event with a name makes clients throw, or close the connection.
+    # Clients throw an exception or close the connection if the packet is not an event with a name.
     if not (isinstance(packet, list) and packet and isinstance(packet[0], str)):
         return None
     if attachments and not _may_be_attached(extra[b"packet"], len(attachments)):
@@ -212,8 +211,10 @@ def _earlier_version(extra: Mapping[bytes, bytes]) -> tuple[str, EncodedEvent] |
 
 
 def _may_be_attached(data: bytes, count: int) -> bool:
-    """Return whether clients accept `count` binary parts with this JSON: there must not be too
-    many, and each placeholder must belong to one of them."""
+    """Return True if clients accept `count` binary parts with this JSON.
+
+    There must not be too many, and each placeholder must belong to one of them.
+    """
     numbers = _PLACEHOLDER.findall(data)
     return (
         count <= MAX_ATTACHMENTS
@@ -224,18 +225,23 @@ def _may_be_attached(data: bytes, count: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Audience:
-    """Which of a stream's readers get an entry: see `wants`."""
+    """The rooms for which an entry is, and those that are excluded."""
 
     rooms: tuple[str, ...] | None = None
     earlier: tuple[tuple[str, EntryID], ...] = ()
     without: frozenset[str] = field(default_factory=frozenset)
 
     def wants(self, room: str | None, mine: Mapping[str, EntryID], names: Iterable[str]) -> bool:
-        """Whether a client gets it from the stream of `room` (None: addressed to its socket).
+        """Return True if a client receives the entry from the stream of `room`.
 
-        `mine` are the client's rooms and where in their streams it joined; `names` is its socket
-        ID, which `except` may name too. Of an emit to several rooms a client takes the first copy
-        that it can get: it skips this one if it was in an earlier room when that room's copy came.
+        An emit to several rooms has a copy in each room's stream, and a client receives the first
+        copy that it can. It skips this copy if it was in an earlier room at the time of that
+        room's copy.
+
+        Args:
+            room: The room, or None if the entry is addressed to the client's socket.
+            mine: The client's rooms, with the position at which it joined each.
+            names: The client's socket ID, which `except` may contain too.
         """
         if self.without and (
             not self.without.isdisjoint(mine) or not self.without.isdisjoint(names)
@@ -250,7 +256,7 @@ EVERYONE = Audience()
 
 
 def audience(extra: Mapping[bytes, bytes]) -> Audience:
-    """Of an entry with these extra fields; fields that are not right are as none."""
+    """Return the audience of an entry with these extra fields. Ignore invalid fields."""
     rooms: tuple[str, ...] | None = None
     if b"rooms" in extra:
         rooms = _names(extra[b"rooms"])

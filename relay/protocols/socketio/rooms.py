@@ -1,4 +1,4 @@
-"""The rooms of one client, and where it is in their streams."""
+"""The rooms of one client, and its positions in their streams."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from relay.core.model import ZERO_ID, Channel, EntryID
 from relay.hub import cursor
+from relay.hub.session import SubscriptionMode
 from relay.protocols.socketio.entry_format import EVERYBODY, channel_of, room_of
 
 if TYPE_CHECKING:
     from relay.hub.session import Session, Subscription
+
+
+_LIVE = SubscriptionMode.LIVE
 
 
 class RoomMember(Protocol):
@@ -21,8 +25,12 @@ class RoomMember(Protocol):
 
 
 class Rooms:
-    """`joined` has the rooms, and where in its stream the client joined each. `partial`: it follows
-    a stream whose room it is not in, that of `allusers`, which has what goes to everybody."""
+    """The rooms that a client has joined.
+
+    `joined` maps each room to the position in its stream at which the client joined. `partial` is
+    True if the client is not in `allusers`. It follows that stream in any case, because it has the
+    events for the whole namespace.
+    """
 
     __slots__ = ("_after", "_parts", "_start", "joined", "partial")
 
@@ -35,25 +43,25 @@ class Rooms:
 
     @classmethod
     def new(cls, names: Iterable[str]) -> Rooms:
-        """Joined from where their streams are now."""
+        """Return rooms that are joined at the present end of their streams."""
         return cls(dict.fromkeys(names, ZERO_ID))
 
     def channels(self) -> list[Channel]:
-        """What to follow; everybody's first, which is followed in any case."""
+        """Return the channels to follow. The first is that of `allusers`, in any case."""
         return list(dict.fromkeys(map(channel_of, (EVERYBODY, *self.joined))))
 
     def grants(self, channel: Channel) -> bool:
-        """Whether these rooms open a stream."""
+        """Return True if one of the rooms gives access to this channel."""
         room = room_of(channel)
         return room in self.joined or (self.partial and room == EVERYBODY)
 
     def began(self, session: Session) -> None:
-        """Everything that the session gets lies after where its subscriptions are now."""
+        """Store the positions after which the session receives events."""
         for channel, subscription in session.subscriptions.items():
             self._start[channel] = cursor.part(channel, subscription.position)
 
     def placed(self, subscription: Subscription) -> None:
-        """One subscription stands."""
+        """Store the position of a subscription that was accepted."""
         self._after = None
         channel = subscription.feed.channel
         room = room_of(channel)
@@ -62,7 +70,7 @@ class Rooms:
         self._start[channel] = cursor.part(channel, subscription.position)
 
     def add(self, room: str, place: EntryID | None, session: Session) -> Channel | None:
-        """Join; the stream that is to be followed now, None where it is already, or may not be."""
+        """Join a room. Return the channel to subscribe to, or None if it is subscribed already."""
         self._after = None
         channel = channel_of(room)
         subscription = session.subscriptions.get(channel)
@@ -71,7 +79,7 @@ class Rooms:
         return channel if subscription is None else None
 
     def remove(self, room: str) -> Channel | None:
-        """Leave; the stream that need not be followed any more."""
+        """Leave a room. Return the channel to unsubscribe from, if any."""
         self._after = None
         self.joined.pop(room, None)
         if room == EVERYBODY:
@@ -83,7 +91,7 @@ class Rooms:
         return channel
 
     def lost(self, channel: Channel) -> None:
-        """The client may not read this stream any more."""
+        """Remove the room of a channel that the client may no longer read."""
         self._after = None
         self.joined.pop(room_of(channel), None)
         self._start.pop(channel, None)
@@ -94,35 +102,39 @@ class Rooms:
         self._after = None
 
     def start(self) -> str:
-        """A cursor of where the session began."""
+        """Return a cursor of the positions where the session began."""
         return cursor.join(self._start.values()).decode()
 
     def after(self, subscription: Subscription) -> bytes | None:
-        """How a cursor of two streams ends, whose first is `subscription`; None for any other.
+        """Return the end of a cursor over two streams of which `subscription` is the first.
 
-        Most clients are in two rooms, and most events go to the first of them: then this is all
-        that differs between clients, and it changes only with the other room.
+        Return None in other cases. Most clients are in two rooms, and most events go to the first
+        one. Then only this part differs between clients, and it changes only with the other room.
         """
         known = self._after
         if known is not None:
             first, other, at, end = known
-            if first is subscription and other.live and other.feed.position is at:
+            if first is subscription and other.mode is _LIVE and other.feed.position is at:
                 return end
             self._after = None
         subscriptions = subscription.session.subscriptions
         if len(subscriptions) != 2 or self.partial:
             return None
         first, other = subscriptions.values()
-        if first is not subscription or not other.live:
+        if first is not subscription or other.mode is not _LIVE:
             return None
         end = self.part(other.feed.channel, other) + b'"]'
         self._after = first, other, other.feed.position, end
         return end
 
     def part(self, channel: Channel, subscription: Subscription) -> bytes:
-        """Where the client is in a stream, as a part of its cursor."""
+        """Return the client's position in a stream as a part of its cursor."""
         known = self._parts.get(channel)
-        if known is not None and subscription.live and known[0] is subscription.feed.position:
+        if (
+            known is not None
+            and subscription.mode is _LIVE
+            and known[0] is subscription.feed.position
+        ):
             return known[1]
         position = subscription.position
         part = cursor.part(channel, position)

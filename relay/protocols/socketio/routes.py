@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 import orjson
 from aiohttp import web
+from typing_extensions import override
 
 from relay.core.model import Channel, EntryID
 from relay.core.slices import AT_ONCE, for_each, in_slices
+from relay.doorkit.contract import FrontDoor, Mounted
 from relay.doorkit.open_connections import OpenConnections
 from relay.doorkit.origins import AllowedOrigins, any_origin
 from relay.doorkit.recoverable_sessions import RecoverableSessions
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-class MountedSocketIo:
-    """The door at work."""
+class MountedSocketIo(Mounted):
+    """The Socket.IO protocol while it is served."""
 
     listeners: Sequence[Listener] = ()
     producers: Sequence[web.AbstractRouteDef] = ()
@@ -54,7 +56,7 @@ class MountedSocketIo:
             cors=any_origin,
             pass_on=context.pass_on,
         )
-        self._take(settings)
+        self._use(settings)
         self._encoders = (
             SocketEncoder(3, settings.namespace),
             SocketEncoder(4, settings.namespace),
@@ -70,20 +72,22 @@ class MountedSocketIo:
         context.on_command("socketio", self._obey)
         context.on_drop(self._rights_changed)
 
+    @override
     def reload(self, settings: SocketIoSettings) -> None:
-        """Apply new settings. Namespace and paths keep the values they had at the start."""
-        self._take(settings)
+        # Namespace and paths change at a restart only.
+        self._use(settings)
         self._endpoint.reload(settings.timing())
 
-    def _take(self, settings: SocketIoSettings) -> None:
+    def _use(self, settings: SocketIoSettings) -> None:
         self.tokens = TokenReader(
             settings.jwt(), source="[protocol:socketio] secret (signs clients' JWTs)"
         )
         self.settings = settings
         self.origins = AllowedOrigins(settings.origins(), "[protocol:socketio] allowed_origins")
 
+    @override
     async def closed(self) -> None:
-        """See `relay.doorkit.contract.Mounted`. Who never joined was not asked to leave yet."""
+        # The hub has disconnected all clients with a session. Close those that have not joined.
         for client in list(self._clients):
             client.engine.close()
         await self._endpoint.closed()
@@ -150,7 +154,7 @@ class MountedSocketIo:
             self._next_step()
 
     def _next_step(self) -> None:
-        """Carry out the commands one after the other, each for many clients in slices."""
+        """Execute the commands in order, each for many clients in slices."""
         while self._steps:
             clients, act = self._steps[0]
             if len(clients) > AT_ONCE:
@@ -173,11 +177,11 @@ def _place(text: str) -> EntryID | None:
     return EntryID.parse(text) if text else None
 
 
-class SocketIoDoor:
+class SocketIoDoor(FrontDoor):
     """Serves the Socket.IO protocol."""
 
+    @override
     def mount(self, context: DoorContext, settings: SocketIoSettings) -> MountedSocketIo:
-        """Return the protocol's routes."""
         return MountedSocketIo(context, settings)
 
 

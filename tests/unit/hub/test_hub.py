@@ -6,6 +6,7 @@ import pytest
 from relay.core.errors import BadRequest, LimitExceeded, Unauthorized
 from relay.core.model import Channel, Principal
 from relay.core.reasons import Reason
+from relay.hub.session import Subscription, SubscriptionMode
 from tests.support.hub import NEWS, Reads, Words, examine, join, make_hub
 
 ANN = Principal(user="ann")
@@ -175,27 +176,31 @@ async def test_a_client_of_many_channels_leaves_them_in_slices() -> None:
     assert reads.released[-1] is feeds[0]
 
 
+def is_live(subscription: Subscription) -> bool:
+    return subscription.mode is SubscriptionMode.LIVE
+
+
 async def test_a_client_of_many_channels_stalls_and_catches_up_in_slices() -> None:
     hub = make_hub(Reads())
     session = join(hub, ANN, Words(), *MANY)[0]
     for channel in MANY:
         examine(hub, channel)
     subscriptions = list(session.subscriptions.values())
-    assert all(each.live for each in subscriptions)
+    assert all(is_live(each) for each in subscriptions)
     session.pause()
-    assert all(each.live for each in subscriptions)
-    await until(lambda: not any(each.live for each in subscriptions))
+    assert all(is_live(each) for each in subscriptions)
+    await until(lambda: not any(is_live(each) for each in subscriptions))
     session.resume()
-    await until(lambda: all(each.live for each in subscriptions))
+    await until(lambda: all(is_live(each) for each in subscriptions))
     # The last call is effective, regardless of the order.
     session.pause()
     session.resume()
     session.pause()
-    await until(lambda: not any(each.live for each in subscriptions))
+    await until(lambda: not any(is_live(each) for each in subscriptions))
     session.resume()
     session.pause()
     session.resume()
-    await until(lambda: all(each.live for each in subscriptions))
+    await until(lambda: all(is_live(each) for each in subscriptions))
 
 
 async def test_what_concerns_all_channels_or_clients_is_done_in_slices() -> None:

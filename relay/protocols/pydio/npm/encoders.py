@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from relay.hub import cursor
 from relay.hub.encoding import frame
-from relay.hub.session import Encoder
+from relay.hub.session import Encoder, SubscriptionMode
 from relay.protocols.pydio.codec import RELOAD_FOLDER, content_of, needs_masking
 from relay.transports.socket.websocket import frame_text
 from relay.transports.socketio import codec
@@ -99,7 +99,7 @@ class NpmEncoder(Encoder):
 
     def _part(self, subscription: Subscription) -> bytes:
         feed = subscription.feed
-        if not subscription.live:
+        if subscription.mode is not SubscriptionMode.LIVE:
             return cursor.part(feed.channel, subscription.position)
         known = self._live.get(feed)
         if known is None or known[0] is not feed.position:
@@ -110,7 +110,7 @@ class NpmEncoder(Encoder):
 
 def has_begun(subscription: Subscription) -> bool:
     """Return True if the subscription's position in the stream is known."""
-    return subscription.live or subscription.cursor is not None
+    return subscription.mode is not SubscriptionMode.NEW
 
 
 class Encoders:

@@ -32,7 +32,7 @@ def back(emit: Emit) -> tuple[str, Any, list[bytes]]:
     fields = entry.encode(what.data, type=what.type, extra=what.extra)
     event = entry.decode(CHANNEL, ID, fields, 1 << 20).body
     assert isinstance(event, Event), event
-    name, (packet, attachments) = entry_format.said(event)
+    name, (packet, attachments) = entry_format.encode_event(event)
     return name, orjson.loads(packet), attachments
 
 
@@ -45,7 +45,7 @@ def test_an_xadd_is_an_emit() -> None:
     def said(*fields: bytes) -> Any:
         event = entry.decode(CHANNEL, ID, fields, 1000).body
         assert isinstance(event, Event)
-        return orjson.loads(entry_format.said(event)[1].packet)
+        return orjson.loads(entry_format.encode_event(event)[1].packet)
 
     assert said(b"data", b'{"a":1}', b"type", b"msg") == ["msg", {"a": 1}]
     assert said(b"data", b"no JSON") == ["message", "no JSON"]
@@ -61,7 +61,7 @@ def test_an_xadd_is_an_emit() -> None:
     swapped = b'{"num":5,"_placeholder":true}'
     event = entry.decode(CHANNEL, ID, [b"data", swapped, b"binary.0", b"x"], 1000).body
     assert isinstance(event, Event)
-    assert entry_format.said(event)[1].attachments == []
+    assert entry_format.encode_event(event)[1].attachments == []
 
 
 @pytest.mark.parametrize(
@@ -76,12 +76,12 @@ def test_an_escaped_placeholder_without_an_attachment_is_not_sent_with_attachmen
         data = b'[%b,{"%b":true,"num":%b}]' % (first, key, number)
         event = entry.decode(CHANNEL, ID, [b"data", data, b"binary.0", b"x"], 1000).body
         assert isinstance(event, Event)
-        assert entry_format.said(event)[1].attachments == []
+        assert entry_format.encode_event(event)[1].attachments == []
     # A backslash that is itself escaped makes another key.
     other = b'[%b,{"\\%b":true}]' % (first, key)
     event = entry.decode(CHANNEL, ID, [b"data", other, b"binary.0", b"x"], 1000).body
     assert isinstance(event, Event)
-    assert entry_format.said(event)[1].attachments == [b"x"]
+    assert entry_format.encode_event(event)[1].attachments == [b"x"]
 
 
 def test_the_name_of_an_earlier_version_s_packet_is_the_event_s() -> None:
@@ -89,7 +89,7 @@ def test_the_name_of_an_earlier_version_s_packet_is_the_event_s() -> None:
     event = entry.decode(CHANNEL, ID, fields, 1000).body
     assert isinstance(event, Event)
     # The encoder delivers no event with a name that clients fire themselves.
-    assert entry_format.said(event)[0] == "connect"
+    assert entry_format.encode_event(event)[0] == "connect"
 
 
 json_values: st.SearchStrategy[Any] = st.recursive(
@@ -133,7 +133,7 @@ def test_entries_of_earlier_versions_can_be_read() -> None:
     fields += b"packet", packet, b"attachment.0", b"AQI=", b"attachment.1", b"/w=="
     event = entry.decode(CHANNEL, ID, fields, 1000).body
     assert isinstance(event, Event)
-    assert entry_format.said(event) == ("b", (packet, [b"\1\2", b"\xff"]))
+    assert entry_format.encode_event(event) == ("b", (packet, [b"\1\2", b"\xff"]))
     assert event.data == b'[{"x":["AQI="]},"/w=="]'
 
 
