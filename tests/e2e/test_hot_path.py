@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,13 +23,13 @@ FIRST = "PipelineConnection.data_received"
 WAKE_UP, LAST = "StreamReader._on_keys", "ClientSocket.write"
 
 
-def path_of(calls: Sequence[str]) -> list[str]:
-    """Return the calls from the last invalidation that led to a write to this write."""
+def paths(calls: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the calls from each invalidation to the write that follows it."""
     names = [call.partition(" ")[2] for call in calls]
-    end = len(names) - 1 - names[::-1].index(LAST)
-    wake_up = max(at for at in range(end) if names[at] == WAKE_UP)
-    start = max(at for at in range(wake_up) if names[at] == FIRST)
-    return list(calls[start : end + 1])
+    for wake_up in (at for at, name in enumerate(names) if name == WAKE_UP):
+        start = max(at for at in range(wake_up) if names[at] == FIRST)
+        if LAST in names[wake_up:]:
+            yield list(calls[start : names.index(LAST, wake_up) + 1])
 
 
 async def test_an_event_takes_the_documented_path_in_few_calls(
@@ -43,14 +43,15 @@ async def test_an_event_takes_the_documented_path_in_few_calls(
         async with native(relay) as door:
             client = await door.sse("news")
             with valkey.client() as admin:
-                for number in range(3):
+                for number in range(10):
                     await asyncio.to_thread(admin.xadd, stream_key("news"), {"data": number})
                     await client.next()
             os.kill(relay.pid, signal.SIGUSR2)
             await until(written.exists)
     finally:
         relay.kill()
-    path = path_of(written.read_text().splitlines())
+    # Timers may run during some of them.
+    path = min(paths(written.read_text().splitlines()), key=len)
     assert len(path) <= MOST_CALLS, path
     page = (ROOT / "docs" / "architecture.md").read_text()
     section = page.partition("## Follow an event")[2].partition("\n## ")[0]

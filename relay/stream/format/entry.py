@@ -53,11 +53,7 @@ class _Unreadable(ValueError):
 
 def digest(fields: Sequence[bytes]) -> int:
     """Return a 16-bit hash of the content, to detect another entry with the same ID."""
-    return _digest(fields, size(fields))
-
-
-def _digest(fields: Sequence[bytes], size_bytes: int) -> int:
-    if size_bytes <= _LARGE_BYTES:
+    if size(fields) <= _LARGE_BYTES:
         return crc32(b"\0".join(fields)) & 0xFFFF
     # The same without a copy of the whole entry.
     found = 0
@@ -79,7 +75,10 @@ def decode(channel: Channel, entry_id: EntryID, fields: Sequence[bytes], max_byt
             body = _decode_fields(channel, entry_id, values, size_bytes, max_bytes)
     except _Unreadable as exc:
         body = Broken(entry_id, str(exc), tuple(_shortened(fields)))
-    return Record(entry_id, _digest(fields, size_bytes), size_bytes, body)
+    if size_bytes <= _LARGE_BYTES:
+        # As `digest`, without the call.
+        return Record(entry_id, crc32(b"\0".join(fields)) & 0xFFFF, size_bytes, body)
+    return Record(entry_id, digest(fields), size_bytes, body)
 
 
 def _shortened(fields: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:

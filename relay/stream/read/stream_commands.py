@@ -123,11 +123,13 @@ def parse_read(
     state = parse_state(snapshot[0], snapshot[1] if aligning or plain else None, primary)
     if plain:
         return state, cast(list[RawEntry], _checked("XRANGE", snapshot[2]))
-    read = _checked("XREADGROUP", snapshot[-1])
-    if not read:
-        return state, []
-    ((_, entries),) = cast(dict[bytes, list[RawEntry]], read).items()
-    return state, entries
+    read = snapshot[-1]
+    if isinstance(read, dict):
+        ((_, entries),) = cast(dict[bytes, list[RawEntry]], read).items()
+        return state, entries
+    # None without new entries, or an error.
+    _checked("XREADGROUP", read)
+    return state, []
 
 
 def has_unread_command(keys: Keys, stream: Followed) -> RedisCommand:
