@@ -16,6 +16,7 @@ from aiohttp import web
 
 from relay.core.model import Principal
 from relay.doorkit.contract import DoorContext
+from relay.doorkit.open_connections import OpenConnections
 from relay.hub.session import Session
 from relay.protocols.native import routes as native
 from relay.protocols.native.encoders import WebSocketEncoder
@@ -44,12 +45,6 @@ def _accept_anybody(*_args: object, **_more: object) -> Principal:
     return Principal(user="anybody", door="native", unrestricted=True)
 
 
-def _count_up(self: native.MountedNative, change: int) -> None:
-    if change > 0:
-        self._open += 1
-        self._gauge.set(self._open)
-
-
 # Each replaces one attribute: object, name, the broken version.
 FAULTS: dict[str, tuple[Any, str, Any]] = {
     "delivers nothing": (WebSocketEncoder, "event", lambda _self, _event: b""),
@@ -59,7 +54,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "conceals resets": (WebSocketEncoder, "notice", _without("reset")),
     "conceals revocations": (WebSocketEncoder, "notice", _without("revoked")),
     "ignores a full socket": (Session, "pause", _do_nothing),
-    "leaks connections": (native.MountedNative, "_count", _count_up),
+    "leaks connections": (OpenConnections, "closed", _do_nothing),
     "leaks sessions": (Session, "end", _do_nothing),
     "ignores the shutdown": (WsClient, "disconnect", _do_nothing),
 }
