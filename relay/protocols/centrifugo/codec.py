@@ -7,7 +7,7 @@ reply have v1's order: uid, method, error, advice, body. Of the first four, empt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import orjson
@@ -201,6 +201,14 @@ def status_body(channel: str, *, status: bool) -> bytes:
 def data_body(channel: str, data: bytes | None = None) -> bytes:
     """Encode the body of presence and history."""
     return b'{"channel":%b,"data":%b}' % (text(channel), b"null" if data is None else data)
+
+
+def list_body(channel: str, items: Iterable[bytes]) -> bytes:
+    """Encode the body of history. The items, which may be large, are copied once."""
+    parts = list(items) or [b""]
+    parts[0] = b'{"channel":%b,"data":[%b' % (text(channel), parts[0])
+    parts[-1] += b"]}"
+    return b",".join(parts)
 
 
 def ping_body(data: str) -> bytes | None:

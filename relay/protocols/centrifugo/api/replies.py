@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import orjson
@@ -18,19 +19,30 @@ class Reply:
     body: bytes = b"null"
 
 
-def encode(replies: list[Reply]) -> bytes:
-    """Return the body of a response, which is always an array."""
-    return b"[" + b",".join(_SUCCESS.get(reply) or _encode(reply) for reply in replies) + b"]"
+def encode(replies: Sequence[Reply]) -> bytes:
+    """Return the body of a response, which is always an array. Large bodies are copied once."""
+    pieces: list[bytes] = []
+    for reply in replies:
+        pieces.append(b"," if pieces else b"[")
+        # Don't look up large replies, because that computes the hash of their body.
+        usual = _SUCCESS.get(reply) if reply.body == b"null" else None
+        if usual is None:
+            pieces += _head(reply), reply.body, b"}"
+        else:
+            pieces.append(usual)
+    return b"".join((*pieces, b"]")) if pieces else b"[]"
 
 
-def _encode(reply: Reply) -> bytes:
+def _head(reply: Reply) -> bytes:
     members: dict[str, str | None] = {}
     if reply.uid:
         members["uid"] = reply.uid
     members |= {"method": reply.method, "error": reply.error or None}
     if reply.advice:
         members["advice"] = reply.advice
-    return orjson.dumps(members)[:-1] + b',"body":' + reply.body + b"}"
+    return orjson.dumps(members)[:-1] + b',"body":'
 
 
-_SUCCESS = {reply: _encode(reply) for reply in (Reply("publish"), Reply("broadcast"))}
+_SUCCESS = {
+    reply: _head(reply) + reply.body + b"}" for reply in (Reply("publish"), Reply("broadcast"))
+}

@@ -107,8 +107,8 @@ class ServerCommands:
             return _unavailable(command, exc, codec.data_body(name))
         retained = history.retained(snapshot, rules, self._server.clock())
         await encoders.encode_messages(retained)
-        found = b"[" + b",".join(map(encoders.message, retained)) + b"]"
-        return Reply(command.method, command.uid, body=codec.data_body(name, found))
+        found = codec.list_body(name, map(encoders.message, retained))
+        return Reply(command.method, command.uid, body=found)
 
     async def _channels(self, command: CentrifugoCommand) -> Reply:
         try:

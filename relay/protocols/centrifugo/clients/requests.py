@@ -125,7 +125,7 @@ async def _history(
         retained = history.retained(snapshot, rules, server.clock())
         await encoders.encode_messages(retained)
         messages = encoders.visible_messages(session, retained)
-        connection.answer(slot, codec.data_body(channel, b"[" + b",".join(messages) + b"]"))
+        connection.answer(slot, codec.list_body(channel, messages))
 
 
 def ping(connection: CommandContext, slot: ReplySlot) -> bool:
