@@ -55,7 +55,7 @@ _RETRY_S = 1.0
 
 # `unsubscribe` and `disconnect` apply to clients of this protocol only.
 _DOOR = "centrifugo"
-# v1 accepts these in a queue as well, although nobody receives the reply. They do nothing.
+# v1 accepts these in a queue as well, although there is no reply. They have no effect.
 _QUERIES = ("presence", "history", "channels", "stats", "node")
 
 # Returns the entries that a command appends. Raises InvalidCommand if it cannot be executed.

@@ -1,6 +1,6 @@
-"""The producers that relay can run itself, and their settings: sections [producer:NAME].
+"""The list of producers and their settings: sections [producer:NAME].
 
-Commands that only read the configuration import this module, and none of the producers' code.
+Commands that only read the configuration import this module, but not the producers' code.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import Field, SecretStr
+from typing_extensions import override
 
 from relay.config.lists import split
 from relay.config.settings import Section
@@ -18,8 +19,8 @@ class ProducerSection(Section):
     """Section of a producer. `producers.<module>` has its `build` (`producers.registry`).
 
     Relay runs the producer in its own process if the setting `enabled_by` is set. `summary` is the
-    producer's line in the help of `python -m producers`. `argument` is the setting that the word
-    after its name stands for; '' if there is none.
+    producer's line in the help of `python -m producers`. `argument` is the setting that its second
+    command-line argument sets; '' if it has no such argument.
     """
 
     module: ClassVar[str]
@@ -29,7 +30,7 @@ class ProducerSection(Section):
 
     @property
     def is_enabled(self) -> bool:
-        """Return True if relay is to run the producer in its own process."""
+        """Return True if relay runs the producer in its own process."""
         return bool(getattr(self, self.enabled_by))
 
 
@@ -38,7 +39,7 @@ class EmitterSettings(ProducerSection):
 
     module = "socketio_emitter"
     enabled_by = "redis_url"
-    summary = "what Node's Socket.IO emitters publish"
+    summary = "events of Node's Socket.IO emitters"
     removed: ClassVar[Mapping[str, str]] = {
         "redis_host": "is no longer a separate setting; set redis_url = redis://HOST:PORT/0, which relay uses now",
         "redis_port": "is no longer a separate setting; set redis_url = redis://HOST:PORT/0, which relay uses now",
@@ -64,8 +65,8 @@ class EmitterSettings(ProducerSection):
     )
 
     @classmethod
+    @override
     def from_removed(cls, values: Mapping[str, str]) -> Mapping[str, str]:
-        """See `Section`."""
         host, port = values.get("redis_host", ""), values.get("redis_port", "6379")
         host = f"[{host}]" if ":" in host else host
         return {"redis_url": f"redis://{host}:{port}/0"} if host else {}

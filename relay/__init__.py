@@ -1,3 +1,3 @@
-"""relay: events from Redis streams to websocket and server-sent-event clients, losslessly."""
+"""Deliver events from Redis Streams to WebSocket and server-sent-event clients."""
 
 __version__ = "0.1.0"

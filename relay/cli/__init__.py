@@ -1,1 +1,1 @@
-"""The command line: arguments, the lines to copy at start, exit codes."""
+"""The command line: arguments, output and exit codes."""

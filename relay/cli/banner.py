@@ -32,9 +32,9 @@ def banner(
     Args:
         port: that of the shared listener.
         redis_address: the URL of Redis, None if it must not be shown.
-        token: one to show. Without it the lines say how to make one.
+        token: the token to print. Without it, the lines describe how to create one.
         options: with which `relay token` finds the same configuration.
-        launcher: the words that stand for `relay`.
+        launcher: the command that runs relay.
     """
     base = _url(config.server.host, port, tls=bool(config.server.tls_cert))
     make = [*launcher, "token", "--user", "me", "--channel", _CHANNEL, *options]

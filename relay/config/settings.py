@@ -170,13 +170,13 @@ class StreamSettings(Section):
         300.0,
         ge=1,
         le=86400,
-        description="Read every followed stream once per this interval even without a wake-up, in case one was lost.",
+        description="Read every followed stream at least once per this interval, in case an invalidation from Redis was lost.",
     )
     canary_s: float = Field(
         0.5,
         ge=0.1,
         le=10,
-        description="Interval between checks that wake-ups arrive. /readyz fails after three missed checks.",
+        description="Interval between checks that invalidations from Redis arrive. /readyz fails after three missed checks.",
     )
     tracking: Literal["auto", "off"] = Field(
         "auto",

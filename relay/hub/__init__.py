@@ -1,1 +1,1 @@
-"""All local clients in memory: delivery, catch-up, resume. Sans-I/O."""
+"""Local clients in memory: delivery, catch-up, resume. No I/O."""

@@ -67,7 +67,7 @@ class FeedHub(Protocol):
     def metrics(self) -> Metrics:
         """The worker's metrics."""
 
-    def forget(self, feed: Feed) -> None:
+    def remove_feed(self, feed: Feed) -> None:
         """Remove a feed whose last client has left."""
 
     def flush_soon(self) -> None:
@@ -82,7 +82,7 @@ class Feed:
         self.channel = channel
         self.alive = True
         self.settled = False
-        self.misaligned = True  # the group in Redis does not stand at `position`
+        self.misaligned = True  # the group in Redis is not at `position`
         # Large until the entries' sizes are known. Reading too few small entries costs a second
         # read; reading too many large ones fills the memory.
         self.average_bytes = 8192.0
@@ -121,7 +121,7 @@ class Feed:
             self._live.remove(subscription)
         self._members -= 1
         if not self._members:
-            self.hub.forget(self)
+            self.hub.remove_feed(self)
 
     def subscriptions(self) -> Iterator[Subscription]:
         """Yield the subscriptions that were accepted."""

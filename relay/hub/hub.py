@@ -165,7 +165,7 @@ class Hub:
         self.metrics.subscriptions.dec()
         subscription.feed.leave(subscription)
 
-    def forget(self, feed: Feed) -> None:
+    def remove_feed(self, feed: Feed) -> None:
         """Remove a feed whose last client has left. The feed calls it."""
         if self._feeds.get(feed.channel) is feed:
             del self._feeds[feed.channel]

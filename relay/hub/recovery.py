@@ -90,7 +90,7 @@ def judge(position: Position, state: StreamState, own_digest: int | None) -> Ver
         # No entry was ever removed, so the position is of another stream with this name.
         return _reset(Reason.UNKNOWN_POSITION, at, at)
     if position.incarnation is not None and not same_life:
-        # Its own entry is there, but a failover may have lost the marker, and what followed it.
+        # Its own entry exists, but a failover may have lost the marker and later entries.
         return Verdict(at, Notice("reset", Reason.OTHER_INCARNATION, at, at), counted=own_exists)
     if not same_history and may_have_lost(at, state):
         # Entries that were appended after it before the failover may be lost.

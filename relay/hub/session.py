@@ -4,7 +4,7 @@ Everything that is offered to a session within one turn of the loop is sent in o
 without a socket, or whose socket is full, is *paused*: it receives no events. Its subscriptions
 fall behind, and catch up from the stream when the socket has room.
 
-This module imports no other part of the hub that knows sessions. `SessionHub` and
+This module imports no other part of the hub that uses sessions. `SessionHub` and
 `SubscriptionFeed` are what a session needs of them.
 """
 

@@ -150,7 +150,7 @@ def _is_alive(listening: Listening, port: int) -> bool:
     )
     connection = http.client.HTTPConnection(host, port, timeout=_ANSWER_S)
     if listening.tls is not None:
-        # The certificate names the site, not this address. Nothing secret is sent.
+        # The certificate is for another host name. The request contains no secret.
         trusting = ssl.create_default_context()
         trusting.check_hostname = False
         trusting.verify_mode = ssl.CERT_NONE

@@ -1,1 +1,1 @@
-"""The Redis side: streams, groups, wake-ups and jobs. The only importer of redis."""
+"""The Redis side: reading, writing and maintaining streams. Only this package imports redis."""

@@ -320,8 +320,8 @@ class Worker:
 
     def release(self, stream: Followed) -> None:
         del self._followed[stream.channel]
-        self.live.forget(stream)
-        self.pages.forget(stream)
+        self.live.discard(stream)
+        self.pages.discard(stream)
         key = self._keys.stream(stream.channel)
         self._connection.call("XGROUP", "DESTROY", key, group_of(self.name))
 

@@ -1,1 +1,1 @@
-"""Connections to Redis: discovery, pipelines, scripts, refused commands."""
+"""Connections to Redis: discovery, pipelines, scripts, rejected commands."""

@@ -196,11 +196,11 @@ class Refusals:
         self._clock = clock
         self._now: dict[str, tuple[str, float]] = {}
         self._notes: dict[str, str] = {}
-        # The commands that the last check found rejected, and the line about them.
+        # The commands that were rejected at the last check, and the line about them.
         self.rejected: tuple[Need, ...] = ()
         self._rejected_text = ""
         self.cannot_read = False
-        # Set if somebody checks rights: called when a rejection is not explained by the last check.
+        # Called for a rejection that the last check of rights does not explain. None: no checks.
         self.on_unknown: Callable[[], None] | None = None
         # Rejections that the next check may explain: area and consequence.
         self._unexplained: dict[str, str] = {}

@@ -1,6 +1,6 @@
-"""Check whether Redis accepts the commands that relay needs, without carrying them out.
+"""Check whether Redis accepts the commands that relay needs, without executing them.
 
-The commands are sent on a connection of their own, most of them inside a transaction that is never
+The commands are sent on a separate connection, most of them in a transaction that is never
 executed: Redis checks rights when it queues a command.
 """
 
@@ -29,7 +29,7 @@ async def find_rejected(
     try:
         start = next(i for i, need in enumerate(needs, 1) if need.opens_transaction)
         rejected = await _try(connection, needs[:start])
-        # Without a transaction the rest would be carried out.
+        # Without a transaction, the other commands would be executed.
         if not any(need.opens_transaction for need, _ in rejected):
             rejected += await _try(connection, needs[start:])
     finally:

@@ -1,1 +1,1 @@
-"""Reading streams: wake-ups, pipelines, examination, pages, history."""
+"""Reading streams: invalidations, pipelines, examinations, pages, history."""

@@ -128,7 +128,7 @@ class LivePipelines:
         """Read the control stream."""
         self._control_changed = True
 
-    def forget(self, stream: Followed) -> None:
+    def discard(self, stream: Followed) -> None:
         """Drop all requests for the stream after its last client left."""
         self._examine.pop(stream, None)
         self._urgent.pop(stream, None)
@@ -369,7 +369,7 @@ class PagePipelines:
         """Read a page of this stream."""
         self._pages[stream] = None
 
-    def forget(self, stream: Followed) -> None:
+    def discard(self, stream: Followed) -> None:
         """Drop the request for the stream after its last client left."""
         self._pages.pop(stream, None)
         self._sizes.pop(stream, None)

@@ -149,8 +149,8 @@ class StreamReader:
             return
         key = self._keys.stream(stream.channel)
         del self._followed[stream.channel], self._by_key[key]
-        self._live.forget(stream)
-        self._pages.forget(stream)
+        self._live.discard(stream)
+        self._pages.discard(stream)
         if self._connection is not None and self._messages is not None:
             unsubscribe = ("UNSUBSCRIBE", self._keys.ephemeral(stream.channel))
             self._messages.post(unsubscribe, expected="NOPERM")

@@ -1,1 +1,1 @@
-"""Retention, removal of what is unused, listings for operators."""
+"""Retention, removal of unused streams and dead workers, listings for operators."""

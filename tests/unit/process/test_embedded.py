@@ -50,7 +50,7 @@ async def wait_for(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-def forget(server: EmbeddedValkey) -> None:
+def leave_behind(server: EmbeddedValkey) -> None:
     """Leave a server behind, as `kill -9` of relay does."""
     server._release()
 
@@ -91,7 +91,7 @@ async def test_a_server_left_behind_is_taken_over(tmp_path: Path) -> None:
     port = free_port()
     killed = EmbeddedValkey(tmp_path / "d", port)
     await killed.start()
-    forget(killed)
+    leave_behind(killed)
     async with serving(tmp_path / "d", port) as server:
         assert server.pid == killed.pid
         assert await ask(port, "PING") == b"+PONG"
@@ -105,7 +105,7 @@ async def test_a_server_left_behind_on_another_port_makes_room(tmp_path: Path) -
     killed = EmbeddedValkey(tmp_path / "d", port)
     await killed.start()
     await ask(port, "SET", "a", "b")
-    forget(killed)
+    leave_behind(killed)
     async with serving(tmp_path / "d", other) as server:
         assert server.pid != killed.pid
         assert await ask(other, "GET", "a") == b"$1\r\nb"
@@ -225,7 +225,7 @@ async def test_a_server_taken_over_that_dies_is_started_again_once_it_can_be(
     port = free_port()
     killed = EmbeddedValkey(tmp_path / "d", port)
     await killed.start()
-    forget(killed)
+    leave_behind(killed)
     async with serving(tmp_path / "d", port) as server, asyncio.TaskGroup() as group:
         watch = group.create_task(server.supervise())
         binary = get_binary_path()

@@ -120,7 +120,7 @@ export function clearNotices() {
   at("notices").replaceChildren();
 }
 
-export const why = (said) => REASONS[said.reason] ?? said.reason;
+export const why = ({ reason }) => REASONS[reason] ?? reason;
 
 export function between({ from, to }) {
   if (from && to && from !== to) return `after ${from} and before ${to}`;
