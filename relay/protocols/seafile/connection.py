@@ -205,7 +205,7 @@ class SeafileClient(Client, TokenHolder):
         elif len(text) > codec.SMALL_BYTES:
             self._unparsed = deque([text])
             self._socket.pause_reading()
-            _ = self._service.spawn(self._read(self._unparsed), name="seafile message")
+            _ = self._service.context.spawn(self._read(self._unparsed), name="seafile message")
         else:
             self._parse(text)
 
@@ -215,7 +215,7 @@ class SeafileClient(Client, TokenHolder):
         if self._unknown_left <= 0 and self._pace_timer is None:
             self._unknown_left = _UNKNOWN_PER_S
             self._socket.pause_reading()
-            self._pace_timer = self._service.call_later(1.0, self._end_pause)
+            self._pace_timer = asyncio.get_running_loop().call_later(1.0, self._end_pause)
 
     def _end_pause(self) -> None:
         self._pace_timer = None
@@ -283,7 +283,7 @@ class SeafileClient(Client, TokenHolder):
                 self._subscribe(item)
         if not self._scheduled:
             self._scheduled = True
-            self._service.call_soon(self._process)
+            asyncio.get_running_loop().call_soon(self._process)
 
     def _subscribe(self, request: codec.LibrarySubscribe) -> None:
         try:
@@ -299,7 +299,9 @@ class SeafileClient(Client, TokenHolder):
             if self._work is not None:
                 self._work.appendleft(request)
             self._busy = True
-            _ = self._service.spawn(self._open_session(claims.username), name="seafile client")
+            _ = self._service.context.spawn(
+                self._open_session(claims.username), name="seafile client"
+            )
             return
         self._follow(session, channel, claims, request)
 
@@ -320,7 +322,7 @@ class SeafileClient(Client, TokenHolder):
         library.floor = seen = request.after or self._seen(channel, library.token)
         if seen is not None and self._service.settings.missed_s:
             self._busy = True
-            _ = self._service.spawn(
+            _ = self._service.context.spawn(
                 self._subscribe_after(session, channel, seen), name="seafile client"
             )
         else:
@@ -420,7 +422,9 @@ class SeafileClient(Client, TokenHolder):
         if library is not None and library.floor is None:
             library.floor = subscription.position.id
         if self._stores_positions and self._save_timer is None:
-            self._save_timer = self._service.call_later(_FIRST_SAVE_S, self._save_again)
+            self._save_timer = asyncio.get_running_loop().call_later(
+                _FIRST_SAVE_S, self._save_again
+            )
 
     @override
     def refused(self, channel: Channel, error: RelayError) -> None:
@@ -561,9 +565,9 @@ class SeafileClient(Client, TokenHolder):
     def _save_again(self) -> None:
         self._save_timer = None
         if self._can_save():
-            self._save_task = self._service.spawn(self._save(), name="seafile positions")
+            self._save_task = self._service.context.spawn(self._save(), name="seafile positions")
             delay_s = _SAVE_S * random.uniform(0.75, 1.25)  # noqa: S311  # no secret
-            self._save_timer = self._service.call_later(delay_s, self._save_again)
+            self._save_timer = asyncio.get_running_loop().call_later(delay_s, self._save_again)
 
     def _can_save(self) -> bool:
         session = self.session
@@ -597,7 +601,7 @@ class SeafileClient(Client, TokenHolder):
             positions = [(channel, subscription.at) for channel, subscription in subscriptions]
             if positions or self._left:
                 work = self._save_at_end(name, positions, self._socket.arrived_at)
-                _ = self._service.spawn(work, name="seafile positions")
+                _ = self._service.context.spawn(work, name="seafile positions")
 
     async def _save_at_end(
         self,

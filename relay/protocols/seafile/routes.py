@@ -75,7 +75,7 @@ class MountedSeafile(ReadsTokens):
         for_each(
             list(self._clients),
             lambda client: client.rights_changed(channel, user),
-            lambda work: self._service.spawn(work, name="seafile rights"),
+            lambda work: self._service.context.spawn(work, name="seafile rights"),
         )
 
     @override

@@ -7,8 +7,8 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from relay.core.errors import RelayError
 from relay.core.model import EntryID
@@ -45,10 +45,6 @@ class SeafileService:
             settings.key.get_secret_value(), settings.notification_token.get_secret_value()
         )
 
-    def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
-        """Start a task that ends with the worker."""
-        return self.context.spawn(work, name=name)
-
     def next_id(self) -> str:
         """Return a name for a connection that is unique on all workers."""
         return f"{self.context.bus.instance}:{next(self._numbers)}"
@@ -56,14 +52,6 @@ class SeafileService:
     def count_rejection(self, code: Reason) -> None:
         """Count a rejected client or request in the metrics."""
         self.context.metrics.refused.labels(code).inc()
-
-    def call_soon(self, call: Callable[[], None]) -> None:
-        """Call the function in the next turn of the loop."""
-        asyncio.get_running_loop().call_soon(call)
-
-    def call_later(self, delay_s: float, call: Callable[[], None]) -> asyncio.TimerHandle:
-        """Call the function after `delay_s` seconds."""
-        return asyncio.get_running_loop().call_later(delay_s, call)
 
     def frame(self, event: Event) -> bytes:
         """Return the frame that the event has in live delivery."""
