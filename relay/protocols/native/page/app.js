@@ -81,7 +81,7 @@ function address() {
 function stop() {
   source?.close();
   source = null;
-  question?.abort();
+  probe?.abort();
   probe = null;
   clearTimeout(retryTimer);
   if (pending.length) flush();
@@ -291,7 +291,7 @@ function clear() {
   clearNotices();
   for (const place of positions.values()) place.count = 0;
   // Without a connection, discard the position as well.
-  if (!source && !question && at("state").dataset.state !== "waiting") {
+  if (!source && !probe && at("state").dataset.state !== "waiting") {
     sessionStorage.removeItem(cursorKey());
     sessionStorage.removeItem("relay:form");
     channels = [];
