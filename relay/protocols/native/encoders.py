@@ -97,9 +97,10 @@ class SseCursorEncoder(SseEncoder):
         return self._tail(event)
 
     @override
-    def notice(self, channel: Channel, notice: Notice) -> None:
-        # `SseClient.noticed` sends notices, because their ID is the client's own cursor.
-        return None
+    def notice(self, channel: Channel, notice: Notice) -> bytes:
+        # Without an ID: the cursor of each client over all its channels would have to be made for
+        # each notice, and after a restart of Redis there is one for every channel.
+        return notice_block(channel, notice)
 
     @override
     def personal_event(

@@ -11,7 +11,6 @@ from relay.core.reasons import Reason
 from relay.hub.recovery import Notice
 from relay.hub.session import Client
 from relay.protocols.native import codec
-from relay.protocols.native.encoders import notice_block
 
 if TYPE_CHECKING:
     from relay.core.model import Channel
@@ -65,10 +64,8 @@ class SseClient(Client):
 
     @override
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
-        # Called if the client follows several channels: the ID of the notice is its cursor.
-        session, channel = subscription.session, subscription.feed.channel
-        positions = session.cursor(channel, notice.position) if notice.position else ()
-        session.offer(notice_block(channel, notice, list(positions)))
+        # Never called: the format has a block for every notice.
+        pass
 
     @override
     def expired(self) -> None:
