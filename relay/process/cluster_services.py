@@ -19,6 +19,7 @@ from relay.stream.write import control
 if TYPE_CHECKING:
     from relay.config.settings import RedisSettings
     from relay.core.model import Channel, Event
+    from relay.stream.connection.primary import Continued
     from relay.stream.format.keys import Keys
     from relay.stream.read.stream_commands import Decode
 
@@ -36,11 +37,12 @@ class ClusterServices:
         spawn: Callable[..., object],
         max_entry_bytes: int,
         dead: Callable[[str], bool] = lambda _: False,
+        continued: Continued = lambda _: (),
     ) -> None:
         """`dead` returns True for an instance that is known to have died."""
         self.bus = ClusterBus(redis=redis, keys=keys, instance=instance)
         self.store = ClusterStore(self.bus.connection, keys)
-        self._long = ReconnectingConnection(redis)
+        self._long = ReconnectingConnection(redis, continued=continued)
         self.history = History(
             connection=self._long,
             keys=keys,

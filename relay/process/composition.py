@@ -21,9 +21,11 @@ from relay import __version__
 from relay.core.errors import LimitExceeded, StartError
 from relay.doorkit.contract import DoorContext
 from relay.hub.hub import Hub
+from relay.process import clean_stop
 from relay.process.admission import Admission, ReadRights
 from relay.process.cluster_services import ClusterServices
 from relay.process.control_commands import ControlCommands
+from relay.process.embedded import data_folder
 from relay.process.incoming import Incoming
 from relay.process.jobs import JobScheduler, shared_jobs, worker_jobs
 from relay.process.server import Server, node_name
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from relay.doorkit.contract import Mounted, OpenSession, Publish, Spawn
     from relay.hub.session import Client, Encoder, Session
     from relay.stream.connection.connect import RedisClient
+    from relay.stream.connection.primary import Continued
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +141,7 @@ def build(base: Foundation) -> Parts:
         spawn=base.spawn,
         max_entry_bytes=config.stream.max_entry_bytes,
         dead=_is_dead(base),
+        continued=_continued(base),
     )
 
     # The protocols, on the HTTP server.
@@ -272,7 +276,16 @@ def _reader(
         control=ControlReader(keys, commands.apply, commands.lost, refusals),
         unused=unused,
         refusals=refusals,
+        continued=_continued(base),
     )
+
+
+def _continued(base: Foundation) -> Continued:
+    """Return the source of proofs that the server's restarts lost nothing."""
+    settings = base.config.redis
+    if settings.url != "embedded":
+        return lambda _: ()
+    return partial(clean_stop.continued, data_folder(settings))
 
 
 def _limiter(

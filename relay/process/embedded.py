@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relay.core.errors import StartError
+from relay.process import clean_stop
 from relay.process.addresses import bound
 
 if TYPE_CHECKING:
@@ -36,6 +37,17 @@ _ANSWER_S = 2.0
 _START_S = 10.0
 _STOP_S = 20.0
 _WATCH_S = 0.5
+# INFO persistence of a server that has written everything, and how often it is asked for.
+_WRITTEN = {
+    "loading": "0",
+    "aof_enabled": "1",
+    "aof_rewrite_in_progress": "0",
+    "aof_rewrite_scheduled": "0",
+    "aof_last_write_status": "ok",
+    "aof_buffer_length": "0",
+    "aof_pending_bio_fsync": "0",
+}
+_LOOKS = 100
 _BACK_OFF_S = (0.1, 5.0)
 # After a server has run this long, the next restart delay is short again.
 _STEADY_S = 10.0
@@ -79,6 +91,11 @@ def private_folder(folder: Path, *, make: bool = True) -> None:
         ) from exc
 
 
+def data_folder(settings: RedisSettings) -> Path:
+    """Return the folder of the embedded server."""
+    return Path(settings.embedded_dir or "data").absolute()
+
+
 def redis_address(settings: RedisSettings) -> RedisSettings:
     """Return settings with the embedded server's address, if it is used."""
     if settings.url != "embedded":
@@ -93,7 +110,7 @@ def check_port(settings: RedisSettings) -> None:
     """
     if settings.url != "embedded":
         return
-    embedded = EmbeddedValkey(Path(settings.embedded_dir or "data"), settings.embedded_port)
+    embedded = EmbeddedValkey(data_folder(settings), settings.embedded_port)
     try:
         for each in bound(_HOST, settings.embedded_port):
             each.close()
@@ -112,7 +129,7 @@ async def running_valkey(settings: RedisSettings) -> AsyncIterator[None]:
     if settings.url != "embedded":
         yield
         return
-    embedded = EmbeddedValkey(Path(settings.embedded_dir or "data"), settings.embedded_port)
+    embedded = EmbeddedValkey(data_folder(settings), settings.embedded_port)
     await embedded.start()
     try:
         async with asyncio.TaskGroup() as group:
@@ -137,6 +154,8 @@ class EmbeddedValkey:
         self._pid = 0
         self._ending = False
         self._lock: int | None = None
+        # Of the earlier starts that this one continues without loss.
+        self._certificates: list[int] = []
 
     @property
     def pid(self) -> int:
@@ -148,6 +167,7 @@ class EmbeddedValkey:
         await asyncio.to_thread(self._lock_folder)
         try:
             await self._run()
+            await self._continue()
         except BaseException:
             await self._end()
             self._release()
@@ -181,8 +201,39 @@ class EmbeddedValkey:
 
     async def stop(self) -> None:
         """Stop the server after it has written its data. Cancel `supervise` first."""
+        child, written = self._child, await self._stop_writes()
         await self._end()
+        if written is not None and child is not None and child.returncode == 0:
+            await asyncio.to_thread(clean_stop.sign_off, self._folder, *written)
         self._release()
+
+    async def _stop_writes(self) -> tuple[str, int] | None:
+        """Let Valkey write everything and accept nothing more.
+
+        Return its replication ID and the size of its files, or None if that is not certain.
+        """
+        if self._child is None or self._child.returncode is not None:
+            return None
+        # Without a loss of power everything is on disk with its reply from now on.
+        for command in (b"CONFIG SET appendfsync always", b"CLIENT PAUSE 60000 WRITE"):
+            if await _ask(self._port, command) != b"+OK\r\n":
+                return None
+        for _ in range(_LOOKS):
+            found = _fields(await _ask(self._port, b"INFO persistence"))
+            if found.items() >= _WRITTEN.items():
+                replication = _fields(await _ask(self._port, b"INFO replication"))
+                if replication.get("role") == "master":
+                    size = await asyncio.to_thread(clean_stop.aof_bytes, self._folder)
+                    return replication["master_replid"], size
+            await asyncio.sleep(_POLL_S)
+        return None
+
+    async def _continue(self) -> None:
+        """Let the workers know that this start has lost nothing, if that is proven."""
+        certificates, self._certificates = self._certificates, []
+        replid = _fields(await _ask(self._port, b"INFO replication")).get("master_replid")
+        if certificates and replid:
+            await asyncio.to_thread(clean_stop.continue_as, self._folder, replid, certificates)
 
     # ---- the folder -------------------------------------------------------------------------
 
@@ -203,6 +254,7 @@ class EmbeddedValkey:
                 " --set redis.embedded_dir=PATH --set redis.embedded_port=N --port N"
             ) from None
         self._lock = lock
+        self._certificates = clean_stop.take_record(self._folder)
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -371,6 +423,12 @@ async def _ask(port: int, command: bytes) -> bytes | None:
     finally:
         writer.close()
     return answer
+
+
+def _fields(information: bytes | None) -> dict[str, str]:
+    """Parse a reply to INFO."""
+    lines = (information or b"").decode(errors="replace").split("\r\n")
+    return {name: value for name, colon, value in (line.partition(":") for line in lines) if colon}
 
 
 def _alive(pid: int) -> bool:

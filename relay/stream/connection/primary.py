@@ -7,18 +7,24 @@ at every start). Each stream therefore stores the replication ID under which it 
 see `relay.stream.read.groups`. A new replication ID means that entries may be missing, with one
 exception: a process that keeps all its data changes it as well when the first replica is attached,
 and when the replication backlog is freed an hour after the last replica has left.
+For the embedded server, relay can prove that a restart lost nothing, see
+`relay.process.clean_stop`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 from zlib import crc32
 
 # A server that was disconnected for longer may have been a replica in between, and may no longer
 # report it (`repl-backlog-ttl`, an hour by default).
 _DISCONNECTED_S = 60.0
+
+
+# Returns certificates of earlier replication IDs, by the present one.
+Continued = Callable[[bytes], Iterable[int]]
 
 
 class Replication(NamedTuple):
@@ -52,7 +58,14 @@ class Primary:
     `certificate` is the hash of its present replication ID.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        continued: Continued = lambda _: (),
+    ) -> None:
+        """`continued` returns the certificates whose data a replication ID has without loss."""
+        self._continued = continued
         self.certificate = 0
         self._clock = clock
         self._run_id = b""
@@ -67,6 +80,7 @@ class Primary:
             self._without_loss.clear()
         self._run_id = run_id
         self.observe(replication)
+        self._without_loss.update(self._continued(replication.replid))
 
     def observe(self, replication: Replication) -> None:
         """Call for each INFO replication that was read from the present connection."""

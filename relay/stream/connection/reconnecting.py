@@ -12,7 +12,7 @@ from redis.backoff import EqualJitterBackoff
 from relay.core.errors import RedisUnavailable, Unavailable
 from relay.stream.connection.connect import CommandRefused, discover
 from relay.stream.connection.pipeline_connection import PipelineConnection, ReplyError, unawaited
-from relay.stream.connection.primary import Primary
+from relay.stream.connection.primary import Continued, Primary
 from relay.stream.connection.refusals import Effect, rule_of
 
 if TYPE_CHECKING:
@@ -118,15 +118,17 @@ class ReconnectingConnection:
         patterns: Sequence[bytes] = (),
         on_message: Callable[[bytes, bytes], None] | None = None,
         is_checked: bool = False,
+        continued: Continued = lambda _: (),
     ) -> None:
-        """`is_checked`: the stream reader reports missing rights, see `Refusals.checked`."""
+        """`is_checked`: the stream reader reports missing rights, see `Refusals.checked`.
+        `continued`: see `Primary`."""
         self._is_checked = is_checked
         self._redis = redis
         self._names = subscribe_to
         self._patterns = patterns
         self._on_message = on_message
         self._connection: PipelineConnection | None = None
-        self.primary = Primary()
+        self.primary = Primary(continued=continued)
         self._open = asyncio.Event()
         # Called for each new connection, before it is used for other commands.
         self.on_open: list[Callable[[], None]] = []

@@ -24,7 +24,7 @@ from relay.core.stream_interface import ExamineRequest, Followed
 from relay.stream.connection import scripts
 from relay.stream.connection.connect import CommandRefused, discover
 from relay.stream.connection.pipeline_connection import PipelineConnection
-from relay.stream.connection.primary import Primary
+from relay.stream.connection.primary import Continued, Primary
 from relay.stream.connection.reconnecting import keep_connected, loss_of_connection, wait_for
 from relay.stream.connection.refusals import Refusals, needs
 from relay.stream.connection.rights import find_rejected
@@ -75,6 +75,7 @@ class StreamReader:
         control: ControlReader,
         unused: UnusedStreams,
         refusals: Refusals | None = None,
+        continued: Continued = lambda _: (),
     ) -> None:
         self._refusals = refusals = refusals or Refusals()
         self._needs = needs(keys, instance)
@@ -92,7 +93,7 @@ class StreamReader:
         self._group = group_of(instance)
         self._followed: dict[Channel, Followed] = {}
         self._by_key: dict[bytes, Followed] = {}
-        self._primary = Primary()
+        self._primary = Primary(continued=continued)
         self._live = LivePipelines(
             keys=keys,
             instance=instance,

