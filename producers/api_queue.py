@@ -63,7 +63,7 @@ Handler = Callable[[commands.CentrifugoCommand, int], Iterable[Operation]]
 
 
 class Dispatcher:
-    """Translates commands into entries. `handlers` adds methods."""
+    """Translates commands into entries."""
 
     def __init__(
         self,
@@ -72,7 +72,6 @@ class Dispatcher:
         namespace_of: Callable[[Channel], NamespaceSettings],
         max_entry_bytes: int,
         uid_window_s: float,
-        handlers: Mapping[str, Handler] | None = None,
     ) -> None:
         self._keys = keys
         self._namespace_of = namespace_of
@@ -84,7 +83,6 @@ class Dispatcher:
             "unsubscribe": self._unsubscribe,
             "disconnect": self._disconnect,
             **dict.fromkeys(_QUERIES, _ignore),
-            **(handlers or {}),
         }
 
     async def operations(self, item: bytes, index: int) -> tuple[list[Operation], list[str]]:
@@ -188,7 +186,6 @@ class ApiQueueConsumer(RunningProducer):
         namespace_of: Callable[[Channel], NamespaceSettings],
         max_entry_bytes: int,
         on_applied: Callable[[int, int], None] = lambda _applied, _broken: None,
-        handlers: Mapping[str, Handler] | None = None,
     ) -> None:
         """`on_applied` is called with the numbers of executed items and of dead letters."""
         self._keys = keys
@@ -203,7 +200,6 @@ class ApiQueueConsumer(RunningProducer):
             namespace_of=namespace_of,
             max_entry_bytes=max_entry_bytes,
             uid_window_s=publish.uid_window_s,
-            handlers=handlers,
         )
         names = [settings.name, *(f"{settings.name}.{n}" for n in range(settings.shards))]
         self._shards = {name.encode(): _Shard(name) for name in names}

@@ -121,9 +121,7 @@ class TokenReader:
             return payload
         raise Unauthorized("invalid token signature")
 
-    def claims(
-        self, token: str, *, now: Callable[[], float] = time.time
-    ) -> tuple[dict[str, Any], float | None]:
+    def claims(self, token: str) -> tuple[dict[str, Any], float | None]:
         """Return the claims of a token and the time of its expiry (seconds since the epoch).
 
         For protocols that name the user in other claims. Raise Unauthorized as `read` does.
@@ -131,7 +129,7 @@ class TokenReader:
         if not self._keys:
             raise Unauthorized("tokens are not accepted: no key is configured")
         claims = self._payload(token)
-        return claims, self._check(claims, now())
+        return claims, self._check(claims, time.time())
 
     def _check(self, claims: dict[str, Any], now: float) -> float | None:
         """Check times, issuer and audience. Return the time of expiry."""

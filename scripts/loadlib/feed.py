@@ -14,9 +14,9 @@ from scripts.loadlib.processes import LoadError
 _PADDING = b"0" * 120
 
 
-def payload(extra: bytes = b"") -> bytes:
+def payload() -> bytes:
     """JSON with the time of now, as wsink looks for it, and 120 bytes of padding."""
-    return b'{"m":"T=%019d",%b"p":"%b"}' % (time.time_ns(), extra, _PADDING)
+    return b'{"m":"T=%019d","p":"%b"}' % (time.time_ns(), _PADDING)
 
 
 async def paced(rate: float, total: int, send: Callable[[int], Awaitable[None]]) -> float:

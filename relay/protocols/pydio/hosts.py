@@ -9,14 +9,13 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 _Address = IPv4Address | IPv6Address
 _LOOK_UP_S = 2.0
+_CACHE_S = 30.0
 
 
 class AuthorisedHosts:
-    """The hosts of `authorised_hosts`. The addresses of a name are cached for `cache_s` seconds."""
+    """The hosts of `authorised_hosts`. The addresses of a name are cached."""
 
-    def __init__(
-        self, hosts: Iterable[str], *, clock: Callable[[], float], cache_s: float = 30.0
-    ) -> None:
+    def __init__(self, hosts: Iterable[str], *, clock: Callable[[], float]) -> None:
         """Raise ValueError if a host with a `/` is not a network."""
         self._networks = []
         self._names: list[str] = []
@@ -28,7 +27,6 @@ class AuthorisedHosts:
                     raise
                 self._names.append(host)
         self._clock = clock
-        self._cache_s = cache_s
         self._cached: dict[str, tuple[float, frozenset[_Address]]] = {}
 
     async def allow(self, peer: str) -> bool:
@@ -61,5 +59,5 @@ class AuthorisedHosts:
         except (OSError, UnicodeError, TimeoutError):
             # Keep the last known addresses while the name server is unreachable.
             found = cached[1] if cached is not None else frozenset()
-        self._cached[name] = (now + self._cache_s, found)
+        self._cached[name] = (now + _CACHE_S, found)
         return found

@@ -192,8 +192,7 @@ def needs(keys: Keys, instance: str) -> list[Need]:
 class Refusals:
     """Stores current refusals of Redis by area: all writes, or one function of relay."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._now: dict[str, tuple[str, float]] = {}
         self._notes: dict[str, str] = {}
         # The commands that were rejected at the last check, and the line about them.
@@ -253,7 +252,7 @@ class Refusals:
         known = self._now.get(area)
         if known is not None and code_of(known[0]) == code_of(reply):
             return
-        self._now[area] = (reply, known[1] if known else self._clock())
+        self._now[area] = (reply, known[1] if known else time.monotonic())
         if rule.effect is Effect.NO_RIGHT and self.on_unknown is not None:
             if not self.explains(reply):
                 self._unexplained[area] = consequence
@@ -276,7 +275,7 @@ class Refusals:
         """Remove the area's refusal, and log that it has ended."""
         known = self._now.pop(area, None)
         if known is not None and not self.explains(known[0]):
-            _log.warning("Redis accepts %s again after %.1f s", area, self._clock() - known[1])
+            _log.warning("Redis accepts %s again after %.1f s", area, time.monotonic() - known[1])
 
     def note(self, name: str, text: str) -> None:
         """Store another problem of Redis, and log it if it is new. An empty text removes it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from relay.stream.connection.refusals import WRITES, Effect, Refusals, rule_of
@@ -31,9 +31,7 @@ _GONE = ("NOGROUP", "ERR no such key")
 class ReadMode:
     """The mode of one worker, shared by all its reads, and the streams whose reads are paused."""
 
-    def __init__(
-        self, refusals: Refusals | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, refusals: Refusals | None = None) -> None:
         self.plain = False
         # Redis refuses even plain reads.
         self.blocked = False
@@ -44,7 +42,6 @@ class ReadMode:
         self._probe: Followed | None = None
         self._retry_s = 0.0
         self._retry_at = 0.0
-        self._clock = clock
 
     def is_plain_for(self, stream: Followed) -> bool:
         """Return True if the stream must be read without groups and transactions."""
@@ -64,7 +61,7 @@ class ReadMode:
             return False
         self._probe = None
         self._retry_s = _RETRY_S[effect]
-        self._retry_at = self._clock() + self._retry_s
+        self._retry_at = time.monotonic() + self._retry_s
         self.plain = True
         self.refusals.refused(GROUPS, refusal.reply, "streams are read without consumer groups")
         return True
@@ -84,9 +81,9 @@ class ReadMode:
 
     def choose_probe(self, streams: Sequence[Followed]) -> Followed | None:
         """Return a stream to read by consumer group, if the interval has passed, else None."""
-        if not self.plain or self._clock() < self._retry_at:
+        if not self.plain or time.monotonic() < self._retry_at:
             return None
-        self._retry_at = self._clock() + self._retry_s
+        self._retry_at = time.monotonic() + self._retry_s
         self._probe = random.choice(streams) if streams else None  # noqa: S311  # no secret
         return self._probe
 

@@ -207,9 +207,7 @@ async def send(
     return results
 
 
-async def send_one(
-    connection: PipelineConnection, append: Append, *, wait_ms: int = WAIT_MS
-) -> Appended:
+async def send_one(connection: PipelineConnection, append: Append) -> Appended:
     """Append one entry and report whether it is new. Needs no right to load scripts.
 
     Raises:
@@ -222,7 +220,7 @@ async def send_one(
         uid_key = append.command[4]
         # One transaction, so that of two producers with the same uid exactly one finds no key.
         commands = [("MULTI",), ("GET", uid_key), *commands, ("EXEC",)]
-    replies, confirmed = await _execute(connection, commands, [append], wait_ms)
+    replies, confirmed = await _execute(connection, commands, [append], WAIT_MS)
     reply, is_new = replies[-1], True
     if isinstance(reply, list):
         known, reply = reply
@@ -230,7 +228,7 @@ async def send_one(
     elif len(replies) > 1:
         # EXECABORT does not give the reason. The reply to the rejected command does.
         reply = next(each for each in replies if isinstance(each, ReplyError))
-    result = parse_reply(append, reply, confirmed, wait_ms)
+    result = parse_reply(append, reply, confirmed, WAIT_MS)
     if isinstance(result, RelayError):
         raise result
     return Appended(result, is_new)

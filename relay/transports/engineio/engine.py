@@ -134,11 +134,6 @@ class Engine:
         self.silent_since = 0
         heartbeat.add(self)
 
-    @property
-    def polling(self) -> bool:
-        """True until the session uses a WebSocket."""
-        return self._socket is None
-
     def authorize(self) -> None:
         """Remove the limits for clients without a credential."""
         self._stranger_bytes = math.inf

@@ -105,7 +105,7 @@ class _Adopted(asyncio.Protocol):
 
 
 class GuardedSite(web.BaseSite):
-    """A TCP site of an aiohttp runner that keeps `spare` descriptors free.
+    """A TCP site of an aiohttp runner that keeps some file descriptors free.
 
     `refused` is the number of connections that were closed for this reason.
     """
@@ -118,7 +118,6 @@ class GuardedSite(web.BaseSite):
         *,
         ssl_context: ssl.SSLContext | None = None,
         reuse_port: bool = False,
-        spare: int = _SPARE_DESCRIPTORS,
         limits: ConnectionLimits | None = None,
     ) -> None:
         """`limits` are shared by all listeners of this process."""
@@ -131,7 +130,7 @@ class GuardedSite(web.BaseSite):
         # If the limit is small, as in some containers, reserve an eighth of it.
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         unlimited = limit == resource.RLIM_INFINITY
-        self.limit = float("inf") if unlimited else limit - min(spare, limit // 8)
+        self.limit = float("inf") if unlimited else limit - min(_SPARE_DESCRIPTORS, limit // 8)
         self.refused = 0
         # If set, called first for each connection. Returns True if another process has taken it.
         self.give: Callable[[socket.socket], bool] | None = None

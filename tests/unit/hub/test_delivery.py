@@ -9,8 +9,6 @@ from relay.core.model import (
     Revocation,
     StreamState,
 )
-from relay.core.reasons import Reason
-from relay.hub.recovery import Notice
 from tests.support.hub import NEWS, Reads, Words, event, examine, join, make_hub
 
 ANN = Principal(user="ann")
@@ -105,21 +103,6 @@ def test_a_full_socket_gets_no_events_and_its_place_stays() -> None:
     outbox.full = False
     session.resume()
     assert reads.pages == [feed]
-
-
-def test_a_place_given_out_before_its_notice_was_told_is_judged_again() -> None:
-    hub = make_hub(Reads())
-    session = join(hub, ANN, Words())[0]
-    examine(hub)
-    subscription = session.subscriptions[NEWS]
-    before = subscription.position
-    session.pause()
-    subscription.before_notice = before
-    subscription.pending_notice = Notice("reset", Reason.OTHER_INCARNATION)
-    subscription.behind_at(EntryID(0, 0), 0, None)
-    assert subscription.position is before
-    session.resume()
-    assert subscription.before_notice is None
 
 
 def test_a_format_without_words_for_a_gap_has_its_clients_noticed() -> None:

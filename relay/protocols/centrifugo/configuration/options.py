@@ -50,8 +50,8 @@ class Option:
     short: str = ""
 
 
-def _own(name: str, kind: OptionKind, *, key: str = "", env: bool = False, flag: str = "", short: str = "", made: bool = False) -> Option:
-    return Option(name=name, kind=kind, to=(f"{_DOOR}.{key or name}",), made=made, env=env, flag=flag, short=short)
+def _own(name: str, kind: OptionKind, *, env: bool = False, flag: str = "", short: str = "") -> Option:
+    return Option(name=name, kind=kind, to=(f"{_DOOR}.{name}",), env=env, flag=flag, short=short)
 
 
 def _made(name: str, kind: OptionKind, *to: str, env: bool = False, flag: str = "", short: str = "") -> Option:

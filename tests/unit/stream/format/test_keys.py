@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.core.model import Channel, EntryID, parse_channel
+from relay.core.model import Channel, parse_channel
 from relay.stream.format.keys import Keys, escape, unescape
 
 # Half of the characters are special ones.
@@ -24,19 +24,6 @@ def test_a_stream_key_leads_back_to_its_channel(prefix: str, channel: Channel) -
     assert keys.channel_of_rights(keys.rights(channel)) == channel
     assert keys.channel_of_ephemeral(keys.ephemeral(channel)) == channel
     assert keys.channel_of_stream(keys.rights(channel)) is None
-
-
-def test_names() -> None:
-    keys = Keys("relay:")
-    news = Channel("team:news")
-    assert keys.stream(news) == b"relay:stream:{team:news}"
-    assert keys.rights(news) == b"relay:rights:{team:news}"
-    assert keys.ephemeral(news) == b"relay:ephemeral:{team:news}"
-    assert keys.dead_letter_mark(news, EntryID(5, 1)) == b"relay:dead-letter:{team:news}:5-1"
-    assert (keys.control, keys.dead_letters) == (b"relay:control", b"relay:dead-letters")
-    assert (keys.nodes, keys.node("a:1")) == (b"relay:nodes", b"relay:node:a:1")
-    assert keys.takers == b"relay:takers"
-    assert (keys.canary("a:1"), keys.lease("trim")) == (b"relay:canary:a:1", b"relay:lease:trim")
 
 
 @given(name=channels)
