@@ -87,6 +87,11 @@ class NodeSettings(Section):
         description="Number of worker processes that share the ports. Use about one per processor core.",
     )
     pid_file: str = Field("", description="File for the process ID, written at start and removed on shutdown. Empty: no file.")
+    internal_address: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])?(:[0-9]{1,5})?$",
+        description="Address, as host or host:port, at which workers of other hosts reach this one to pass on requests of their clients. With several workers, the second worker uses the next port, and so on. Without a port, the system chooses one. Empty: the local address of the connection to Redis if Redis runs on another host; otherwise no other host can pass on requests to this one.",
+    )
     drain_s: float = Field(
         5.0,
         ge=0,

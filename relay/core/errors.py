@@ -68,6 +68,10 @@ class LimitExceeded(ClientError):
     code = Reason.LIMIT_EXCEEDED
 
 
+class WorkerUnreachable(RelayError):
+    """The worker that has a session is alive, but no request can be passed on to it."""
+
+
 class Unavailable(RelayError):
     """Relay cannot answer now. The same request may succeed later."""
 

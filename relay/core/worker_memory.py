@@ -24,8 +24,10 @@ PATIENCE_S = 1.5
 
 # Lines that a worker writes to its supervisor.
 READY, ERROR = "ready", "error "
-# Messages of a supervisor to its workers: four bytes of length, then one of these or a Config.
+# Messages of a supervisor to its workers: four bytes of length, then one of these, or a Config.
 REOPEN_LOG = b"reopen"
+# Followed by the instance name of a worker that has died.
+DIED = b"died "
 _PR_SET_PDEATHSIG = 1
 # A slot has the size of whole cache lines, so that workers do not invalidate each other's caches.
 _SLOT = 16
@@ -73,15 +75,19 @@ class WorkerMemory:
         self._cells[(number - 1) * _SLOT + _INSTANCE] = _digits(instance)
 
     def number_of(self, instance: str) -> int | None:
-        """Return the number of the ready worker with this instance name, or None."""
+        """Return the number of the worker with this instance name or address, or None.
+
+        The worker may be stopping or hanging, but it has not died.
+        """
         digits = _digits(instance)
         for number in range(1, self.count + 1):
             if self._cells[(number - 1) * _SLOT + _INSTANCE] == digits:
-                return number if self.ready(number) else None
+                return number
         return None
 
-    def mark_dead(self, number: int) -> None:
+    def mark_dead(self, number: int) -> str:
         """Mark the worker as dead and keep its instance name for the next `_DEATHS` deaths.
+        Return the eight random digits of the name, '' if it has stored none.
 
         The supervisor increases the delay before each restart, so that the name is kept until all
         data of the dead worker in Redis has expired.
@@ -92,8 +98,10 @@ class WorkerMemory:
         earlier = self._cells[first + _DEAD : last - 1].tolist()
         for cell, name in enumerate(earlier, first + _DEAD + 1):
             self._cells[cell] = name
-        self._cells[first + _DEAD] = self._cells[first + _INSTANCE]
+        dead = self._cells[first + _INSTANCE]
+        self._cells[first + _DEAD] = dead
         self._cells[first + _INSTANCE] = 0.0
+        return f"{int(dead):08x}" if dead else ""
 
     def is_dead(self, instance: str) -> bool:
         """Return True if the instance was a worker of this host that has died."""

@@ -73,11 +73,10 @@ class Bus(Protocol):
     # Names this worker in the IDs that clients see. It is random, and does not contain the host.
     address: str
 
-    def send(self, address: str, topic: str, payload: bytes) -> asyncio.Future[bool]:
-        """Send bytes to the worker with this address, at most once and in order.
+    def send(self, address: str, topic: str, payload: bytes) -> None:
+        """Send a few kilobytes to the worker with this address, at most once and in order.
 
-        The result is False if there is no such worker, and Unavailable if that is unknown. It may
-        be ignored.
+        They are lost if it is not running, or if Redis is unreachable.
         """
 
     def listen(self, topic: str, on_payload: Callable[[str, bytes], None]) -> None:
@@ -135,6 +134,12 @@ class Presence(Protocol):
     def on_clients_lost(self, notify: Callable[[Channel, Mapping[str, bytes]], None]) -> None:
         """Call `notify` with the clients of a worker that died, on one of the other workers."""
 
+    def on_lost(self, lost: Callable[[set[str]], None]) -> None:
+        """Call `lost` with clients of this worker that others took for dead in a freeze.
+
+        Their departure has been announced, so they have to connect again.
+        """
+
 
 class Active(Protocol):
     """Channels and workers of the cluster. Unavailable if Redis is unreachable."""
@@ -147,6 +152,22 @@ class Active(Protocol):
 
     async def workers(self) -> list[str]:
         """Return the workers' instances. A worker that has just died is included."""
+
+
+class Forward(Protocol):
+    """Passes a request, with its connection, to the worker that has its session."""
+
+    async def __call__(
+        self, request: web.Request, owner: str, limit_bytes: int
+    ) -> web.StreamResponse | None:
+        """Let the worker with the address `owner` handle the request, and return the handler's
+        result.
+
+        Return None if there is no such worker; nothing has been carried out then. Raise
+        WorkerUnreachable if it is alive but cannot be reached: the client has to be answered as if
+        its session was unknown. A chunked body is read first, up to `limit_bytes`. Raise
+        BodyRejected as `read_body` does.
+        """
 
 
 class Spawn(Protocol):
@@ -190,12 +211,10 @@ class DoorContext:
     http: aiohttp.ClientSession
     # Read a native JWT, or a token of a protocol that `ReadsTokens`. Unauthorized if it is neither.
     read_token: Callable[[str], Principal]
-    # Pass a request without a body, and its connection, to the worker of this instance on this
-    # host. The handler returns the result. None if that is not possible.
-    pass_on: Callable[[web.Request, str], web.StreamResponse | None]
+    forward: Forward
     # Pass a request to the one worker of this host that receives all such requests, so that they
     # keep their order. None if this is that worker, or if the connection cannot be passed.
-    gather: Callable[[web.Request], web.StreamResponse | None]
+    gather: Callable[[web.Request], Awaitable[web.StreamResponse | None]]
     # Whether there is a connection to Redis over which streams are read; wait for one.
     is_connected: Callable[[], bool]
     wait_connected: Callable[[], Awaitable[None]]

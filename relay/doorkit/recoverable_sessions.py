@@ -158,9 +158,8 @@ class RecoverableSessions(Generic[State]):
         if saved.worker == self._bus.address:
             self._supersede(pid)
             return
-        sent = self._bus.send(saved.worker, self._taken_topic, pid.encode())
         # If the message is lost, the worker closes the connection after its heartbeat timeout.
-        sent.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._bus.send(saved.worker, self._taken_topic, pid.encode())
 
     def _on_taken(self, _address: str, payload: bytes) -> None:
         self._supersede(payload.decode(errors="replace"))

@@ -183,14 +183,19 @@ class Hub:
 
     # ---- commands and expiry ----------------------------------------------------------------
 
-    def disconnect_user(self, user: str, reason: Reason, door: str | None = None) -> None:
-        """Disconnect the user's sessions on this worker, in one protocol or in all."""
+    def disconnect_user(
+        self, user: str, reason: Reason, door: str | None = None, count: int | None = None
+    ) -> None:
+        """Disconnect the user's sessions on this worker, in one protocol or in all.
+
+        With `count`, disconnect only so many of them.
+        """
 
         def disconnect(session: Session) -> None:
             if not session.closed:
                 session.client.disconnect(reason)
 
-        self.for_each(self._sessions_of(user, door), disconnect)
+        self.for_each(list(self._sessions_of(user, door))[:count], disconnect)
 
     def drop_subscription(
         self, channel: Channel | None, user: str, reason: Reason, door: str | None = None

@@ -28,11 +28,12 @@ import uvloop
 
 from relay.core.errors import RelayError, StartError
 from relay.core.metrics import Metrics
-from relay.core.worker_memory import REOPEN_LOG, Worker
+from relay.core.worker_memory import DIED, REOPEN_LOG, Worker
 from relay.process import garbage, logs
 from relay.process.composition import Foundation, Parts, build, http_rights, section_of
 from relay.process.drain import drain, end_all, wait_closed
 from relay.process.embedded import private_folder, redis_address, running_valkey
+from relay.process.internal_address import open_internal
 from relay.process.pid_file import pid_file, write_error
 from relay.process.reloading import Reloads
 from relay.process.server import Listening
@@ -146,6 +147,7 @@ class Relay:
         )
         self._handle_signals(reloads)
         self._log_disabled(parts)
+        parts.freezes.start()
         reading = self._spawn(self._keep_reading(parts), name="reader")
         producers = [
             self._spawn(each.run(), name=f"producer {name}")
@@ -164,6 +166,8 @@ class Relay:
             await end_all((*tasks, *self._door_tasks))
             if parts.listeners:
                 parts.listeners.clear()
+            parts.freezes.stop()
+            parts.internal.stop()
             await parts.server.close()
 
     # ---- start ------------------------------------------------------------------------------
@@ -191,6 +195,9 @@ class Relay:
                 await parts.reader.wait_ready()
                 await parts.cluster.wait_open()
         number = self._worker.number if self._worker else None
+        parts.heartbeat.set_internal(
+            await open_internal(parts.internal, base.config.node, base.redis, number)
+        )
         port = await parts.server.start(base.config, self.listeners, number)
         if parts.listeners:
             # Do this before reporting to the supervisor that this worker is ready.
@@ -292,6 +299,8 @@ class Relay:
         async for message in Worker.messages():
             if message == REOPEN_LOG:
                 logs.reopen()
+            elif message.startswith(DIED):
+                parts.deaths.report(message.removeprefix(DIED).decode())
             else:
                 # The data is from relay's own supervisor process.
                 self._apply(pickle.loads(message), base, parts)  # noqa: S301

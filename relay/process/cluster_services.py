@@ -4,9 +4,11 @@ history and cluster-wide commands."""
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from relay.core.errors import RelayError
 from relay.stream.cluster.active import ActiveChannels
 from relay.stream.cluster.bus import ClusterBus
 from relay.stream.cluster.presence import ClusterPresence
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from relay.stream.connection.primary import Continued
     from relay.stream.format.keys import Keys
     from relay.stream.read.stream_commands import Decode
+
+
+_log = logging.getLogger(__name__)
 
 
 class ClusterServices:
@@ -89,6 +94,14 @@ class ClusterServices:
     ) -> None:
         """Unsubscribe the user from `channel` on all workers, or from all channels."""
         await self._send(control.UnsubscribeUser(user=user, channel=channel, door=door))
+
+    async def clear_presence(self, dead: str) -> None:
+        """Remove the clients of a dead worker from presence."""
+        try:
+            await self.presence.clear(dead)
+        except RelayError as exc:
+            # A periodic job finds them too.
+            _log.info("Could not remove the clients of worker %s from presence: %s", dead, exc)
 
     async def members(self, group: str) -> frozenset[str]:
         """Return the users of a group that the application stores in Redis."""

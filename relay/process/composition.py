@@ -19,6 +19,8 @@ from producers.registry import build as build_producer
 from producers.settings import PRODUCERS
 from relay import __version__
 from relay.core.errors import LimitExceeded, StartError
+from relay.core.reasons import Reason
+from relay.core.worker_deaths import WorkerDeaths
 from relay.doorkit.contract import DoorContext
 from relay.hub.hub import Hub
 from relay.process import clean_stop
@@ -26,6 +28,7 @@ from relay.process.admission import Admission, ReadRights
 from relay.process.cluster_services import ClusterServices
 from relay.process.control_commands import ControlCommands
 from relay.process.embedded import data_folder
+from relay.process.freezes import FreezeDetector
 from relay.process.incoming import Incoming
 from relay.process.jobs import JobScheduler, shared_jobs, worker_jobs
 from relay.process.server import Server, node_name
@@ -35,6 +38,7 @@ from relay.protocols import load_door, protocol_names
 from relay.rights.http import HttpRights
 from relay.rights.policy import Policy
 from relay.stream.cluster.connection_limits import ConnectionLimiter
+from relay.stream.cluster.directory import WorkerDirectory
 from relay.stream.cluster.workers import (
     WorkerHeartbeat,
     WorkerLoad,
@@ -48,6 +52,8 @@ from relay.stream.read.control_reader import ControlReader
 from relay.stream.read.reader import StreamReader
 from relay.stream.upkeep.unused import UnusedStreams
 from relay.stream.write.appender import Appender
+from relay.transports.between_workers.forwarder import Forwarder
+from relay.transports.between_workers.internal import InternalListener
 
 if TYPE_CHECKING:
     import aiohttp
@@ -97,6 +103,9 @@ class Parts:
     limiter: ConnectionLimiter
     cluster: ClusterServices
     server: Server
+    internal: InternalListener
+    deaths: WorkerDeaths
+    freezes: FreezeDetector
     tokens: Tokens
     doors: Mapping[str, Mounted]
     listeners: SharedListeners | None
@@ -132,7 +141,8 @@ def build(base: Foundation) -> Parts:
         namespace_of=base.namespace_of,
         refusals=refusals,
     )
-    limiter = _limiter(base, keys, instance, hub, refusals)
+    deaths = WorkerDeaths(base.worker.memory if base.worker else None)
+    limiter = _limiter(base, keys, instance, hub, refusals, deaths)
     cluster = ClusterServices(
         redis=base.redis,
         keys=keys,
@@ -140,9 +150,10 @@ def build(base: Foundation) -> Parts:
         decode=_decode(config),
         spawn=base.spawn,
         max_entry_bytes=config.stream.max_entry_bytes,
-        dead=_is_dead(base),
+        dead=deaths.is_dead,
         continued=_continued(base),
     )
+    directory = WorkerDirectory(client=base.client, keys=keys, deaths=deaths)
 
     # The protocols, on the HTTP server.
     server = Server(
@@ -170,7 +181,7 @@ def build(base: Foundation) -> Parts:
         spawn=base.spawn_for_protocol,
         http=base.http,
         read_token=tokens.read,
-        pass_on=server.pass_on,
+        forward=server.forward,
         gather=server.gather,
         is_connected=reader.is_connected,
         wait_connected=reader.wait_ready,
@@ -183,6 +194,18 @@ def build(base: Foundation) -> Parts:
 
     # Shared listeners, heartbeat and periodic jobs.
     listeners = _shared_listeners(base, instance, hub, reader, server)
+    server.forwarder = Forwarder(
+        balance=listeners.balance if listeners else None,
+        listener_of=server.listener_of,
+        address_of=directory.address_of,
+        key=lambda: directory.key,
+    )
+    deaths.on_death.append(server.forwarder.on_death)
+    deaths.on_death.append(partial(_clear_presence, base, cluster))
+    freezes = FreezeDetector()
+    freezes.on_wake.append(limiter.on_wake)
+    freezes.on_wake.append(cluster.presence.on_wake)
+    internal = InternalListener(cluster.bus.address, lambda: directory.key, server.take_internal)
     heartbeat = _heartbeat(base, keys, node, instance, hub, reader, refusals)
     jobs = JobScheduler(
         client=base.client,
@@ -192,6 +215,7 @@ def build(base: Foundation) -> Parts:
             *worker_jobs(
                 admission=admission,
                 heartbeat=heartbeat,
+                directory=directory,
                 presence=cluster.presence,
                 listeners=listeners,
             ),
@@ -219,6 +243,9 @@ def build(base: Foundation) -> Parts:
         limiter=limiter,
         cluster=cluster,
         server=server,
+        internal=internal,
+        deaths=deaths,
+        freezes=freezes,
         tokens=tokens,
         doors=doors,
         listeners=listeners,
@@ -235,10 +262,6 @@ def http_rights(config: Config, http: aiohttp.ClientSession) -> HttpRights | Non
 
 def _decode(config: Config) -> partial[Record]:
     return partial(entry.decode, max_bytes=config.stream.max_entry_bytes)
-
-
-def _is_dead(base: Foundation) -> Callable[[str], bool]:
-    return base.worker.memory.is_dead if base.worker else lambda _: False
 
 
 def _hub(base: Foundation, rights: ReadRights, incoming: Incoming) -> Hub:
@@ -289,7 +312,12 @@ def _continued(base: Foundation) -> Continued:
 
 
 def _limiter(
-    base: Foundation, keys: Keys, instance: str, hub: Hub, refusals: Refusals
+    base: Foundation,
+    keys: Keys,
+    instance: str,
+    hub: Hub,
+    refusals: Refusals,
+    deaths: WorkerDeaths,
 ) -> ConnectionLimiter:
     limiter = ConnectionLimiter(
         client=base.client,
@@ -298,11 +326,24 @@ def _limiter(
         limit=base.config.hub.connections_per_user,
         count=hub.count,
         users=hub.users,
-        dead=_is_dead(base),
+        dead=deaths.is_dead,
+        evict=partial(_evict, hub),
         refusals=refusals,
     )
     hub.on_count.append(limiter.changed)
     return limiter
+
+
+def _clear_presence(base: Foundation, cluster: ClusterServices, dead: str) -> None:
+    """Remove a dead worker's clients from presence, on one worker of each host."""
+    first = base.worker.memory.first_listening() if base.worker else None
+    if base.worker is None or first == base.worker.number:
+        _ = base.spawn(cluster.clear_presence(dead), name=f"presence of {dead}")
+
+
+def _evict(hub: Hub, excess: Mapping[tuple[str, str | None], int]) -> None:
+    for (user, door), count in excess.items():
+        hub.disconnect_user(user, Reason.STOPPING, door, count)
 
 
 def _open(limiter: ConnectionLimiter, hub: Hub) -> OpenSession:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from relay.core.model import Channel
     from relay.process.admission import Admission
     from relay.process.shared_listeners import SharedListeners
+    from relay.stream.cluster.directory import WorkerDirectory
     from relay.stream.cluster.presence import ClusterPresence
     from relay.stream.cluster.workers import WorkerHeartbeat
     from relay.stream.connection.connect import RedisClient
@@ -63,6 +64,7 @@ def worker_jobs(
     *,
     admission: Admission,
     heartbeat: WorkerHeartbeat,
+    directory: WorkerDirectory,
     presence: ClusterPresence,
     listeners: SharedListeners | None,
 ) -> Iterator[PeriodicJob]:
@@ -72,6 +74,9 @@ def worker_jobs(
         admission.renew()
 
     yield PeriodicJob(name="rights", every_s=RIGHTS_S, run=renew)
+    yield PeriodicJob(
+        name="other workers", every_s=HEARTBEAT_S, run=directory.refresh, at_once=True
+    )
     yield PeriodicJob(name="heartbeat", every_s=HEARTBEAT_S, run=heartbeat.beat, at_once=True)
     yield PeriodicJob(
         name="heartbeat until ready", every_s=NOT_READY_S, run=heartbeat.beat_unless_ready

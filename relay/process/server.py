@@ -16,14 +16,17 @@ from relay.process.addresses import ALIVE, HEALTH_PATH, METRICS_PORT, listen_err
 from relay.transports.socket.http_connection import KEEPALIVE_S, ConnectionLimits
 from relay.transports.socket.listener import GuardedSite
 from relay.transports.socket.precedence import FallbackRoute, in_order
-from relay.transports.socket.take_over import drop, end_rejected_upgrade, hand_on
+from relay.transports.socket.take_over import drop, end_rejected_upgrade
 
 if TYPE_CHECKING:
     from relay.config.loading import Config
     from relay.config.settings import Section, ServerSettings
     from relay.core.metrics import Metrics
     from relay.doorkit.contract import Mounted
-    from relay.transports.between_workers.balance import Balance
+    from relay.transports.between_workers.balance import Balance, PassedConnection
+    from relay.transports.between_workers.forwarder import Forwarder
+    from relay.transports.between_workers.internal import Introduction
+    from relay.transports.socket.http_connection import HttpConnection
 
 _FIRST_BYTES_S, _CHECKS = 0.2, 20
 _SHUTDOWN_S = 3.0
@@ -68,6 +71,10 @@ class Server:
         self._lasting: list[Sequence[web.AbstractRouteDef]] = []
         self._last: list[web.AppRunner] = []
         self._balance: Balance | None = None
+        # Set before `start`.
+        self.forwarder: Forwarder | None = None
+        # Every site with its setting. Unlike `_sites`, it keeps those that are closed.
+        self._all: list[tuple[GuardedSite, str]] = []
         self._connections = ConnectionLimits()
 
     def plan(
@@ -153,46 +160,47 @@ class Server:
         if not site.tls:
             site.give = balance.give
 
-        def take(connection: socket.socket, listener: int, early: bytes) -> None:
-            if listener < len(self._sites):
-                spawn(self._sites[listener].adopt(connection, early), name="adopt")
+        def take(passed: PassedConnection) -> None:
+            # Requests for sessions of this worker arrive until it has ended.
+            if passed.listener < len(self._all if passed.early else self._sites):
+                adopting = self._all[passed.listener][0].adopt(
+                    passed.connection, passed.early, hops=passed.hops, peer=passed.peer
+                )
+                spawn(adopting, name="adopt")
             else:
-                connection.close()
+                passed.connection.close()
 
         balance.receive(take)
 
-    def pass_on(self, request: web.Request, instance: str) -> web.StreamResponse | None:
-        """Hand the connection of a request over to another worker; see `DoorContext.pass_on`."""
-        balance = self._balance
-        site = None if balance is None else self._site_of(request)
-        if balance is None or site is None:
+    async def forward(
+        self, request: web.Request, owner: str, limit_bytes: int
+    ) -> web.StreamResponse | None:
+        """See `relay.doorkit.contract.DoorContext`."""
+        if self.forwarder is None:
             return None
+        return await self.forwarder.forward(request, owner, limit_bytes)
 
-        def give(connection: socket.socket, early: bytes) -> bool:
-            return balance.pass_on(instance, connection, site, early)
-
-        return hand_on(request, give)
-
-    def _site_of(self, request: web.Request) -> int | None:
-        """Return the index of the listener that the request came to."""
-        address = request.transport and request.transport.get_extra_info("sockname")
-        if isinstance(address, tuple):
-            for index, site in enumerate(self._sites):
-                if site.port == address[1]:
-                    return index
+    def listener_of(self, request: web.Request) -> tuple[int, str] | None:
+        """Return the index and the setting of the listener that the request came to."""
+        listener = cast("HttpConnection", request.protocol).factory.listener
+        for index, (site, setting) in enumerate(self._all):
+            if site is listener:
+                return index, setting
         return None
 
-    def gather(self, request: web.Request) -> web.StreamResponse | None:
-        """Hand the connection of a request over to the first worker; see `DoorContext.gather`."""
-        balance = self._balance
-        site = None if balance is None else self._site_of(request)
-        if balance is None or site is None:
-            return None
+    def take_internal(
+        self, transport: asyncio.Transport, introduction: Introduction, early: bytes
+    ) -> bool:
+        """Serve a request that a worker of another host has passed on."""
+        for site, setting in self._all:
+            if setting == introduction.listener:
+                hops, peer = introduction.hops, introduction.peer
+                return site.adopt_open(transport, early, hops=hops, peer=peer)
+        return False
 
-        def give(connection: socket.socket, early: bytes) -> bool:
-            return balance.give_first(connection, site, early)
-
-        return hand_on(request, give)
+    async def gather(self, request: web.Request) -> web.StreamResponse | None:
+        """See `relay.doorkit.contract.DoorContext`."""
+        return None if self.forwarder is None else await self.forwarder.gather(request)
 
     async def reject_clients(self) -> None:
         """Accept only producers and health checks from now on.
@@ -200,6 +208,7 @@ class Server:
         Listeners that have no producers are closed.
         """
         for site, routes in zip(self._sites, self._lasting, strict=True):
+            site.make_handler.is_stopping = True
             if not routes:
                 await site.stop()
                 continue
@@ -209,8 +218,6 @@ class Server:
 
     async def stop_listening(self) -> None:
         """Close the listeners. Requests of producers that have arrived by then are answered."""
-        if self._balance is not None:
-            self._balance.stop()
         for site in self._sites:
             await site.stop()
         self._sites.clear()
@@ -221,6 +228,8 @@ class Server:
 
     async def close(self) -> None:
         """Close all connections. Call it after the clients have disconnected."""
+        if self._balance is not None:
+            self._balance.stop()
         for runner in [*self._last, *self._runners]:
             await runner.cleanup()
 
@@ -237,6 +246,7 @@ class Server:
         )
         await site.start()
         self._sites.append(site)
+        self._all.append((site, listening.setting))
         self._lasting.append(listening.producers)
 
     @staticmethod

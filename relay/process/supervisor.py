@@ -28,7 +28,15 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from relay.core.errors import StartError
-from relay.core.worker_memory import ERROR, READY, REOPEN_LOG, Worker, WorkerMemory, shared_memory
+from relay.core.worker_memory import (
+    DIED,
+    ERROR,
+    READY,
+    REOPEN_LOG,
+    Worker,
+    WorkerMemory,
+    shared_memory,
+)
 from relay.process import app, logs
 from relay.process.addresses import check_addresses, reserved
 from relay.process.embedded import redis_address, running_valkey
@@ -143,7 +151,7 @@ class Supervisor:
             problem = await self._read_output(number, process)
             code = await process.wait()
             del self._processes[number]
-            self._slots.mark_dead(number)
+            self._report_death(number, self._slots.mark_dead(number))
             if self._stopping.is_set():
                 return
             if code == 1 and problem and number not in self._started:
@@ -161,6 +169,13 @@ class Supervisor:
                 async with asyncio.timeout(delay_s):
                     await self._stopping.wait()
             delay_s = min(delay_s * 2, ceiling_s)
+
+    def _report_death(self, number: int, digits: str) -> None:
+        """Inform the other workers."""
+        if digits:
+            instance = f"{node_name(self._config, self._port)}-{number}:{digits}"
+            for process in self._processes.values():
+                _send(process, DIED + instance.encode())
 
     async def _spawn(self, number: int) -> Process:
         inbox = self._pairs[number - 1][0].fileno()

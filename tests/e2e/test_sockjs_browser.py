@@ -14,7 +14,6 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.support.browser import chromium
-from tests.support.bus import Wire
 from tests.support.npm import node_modules
 from tests.support.sockjs import OPTIONS, EchoDoor, MemoryStore, serving
 
@@ -64,8 +63,7 @@ async def test_every_transport_of_a_browser(tmp_path: Path) -> None:
         return web.Response(body=script, content_type="text/javascript")
 
     static = [web.get("/page", page), web.get("/sockjs.min.js", library)]
-    wire = Wire()
-    door = EchoDoor(wire.bus("one"), MemoryStore(), replace(OPTIONS, heartbeat_s=2.0))
+    door = EchoDoor("0000000a", MemoryStore(), replace(OPTIONS, heartbeat_s=2.0))
     async with serving([*static, *door.routes]) as here, serving([*static]) as elsewhere:
         results = await asyncio.to_thread(_browse, tmp_path, here, elsewhere)
     wanted = {"code": 3001, "reason": "as you wish", "same": True}

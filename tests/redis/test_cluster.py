@@ -20,16 +20,16 @@ pytestmark = pytest.mark.redis
 NEWS = Channel("news")
 
 
-async def test_the_bus_keeps_order_and_says_who_is_not_there(server: Server) -> None:
+async def test_the_bus_keeps_order(server: Server) -> None:
     async with site(server, "one:1") as one, site(server, "two:2") as two:
         heard: list[tuple[str, bytes]] = []
         two.bus.listen("greetings", lambda sender, payload: heard.append((sender, payload)))
-        sent = [one.bus.send("2", "greetings", b"\0%d\0" % number) for number in range(100)]
-        assert all([await each for each in sent])
+        for number in range(100):
+            one.bus.send("2", "greetings", b"\0%d\0" % number)
         await until(lambda: len(heard) == 100)
         assert heard == [("1", b"\0%d\0" % number) for number in range(100)]
-        assert not await one.bus.send("3", "greetings", b"")
-        assert await two.bus.send("2", "greetings", b"to myself")
+        one.bus.send("3", "greetings", b"nobody hears it")
+        two.bus.send("2", "greetings", b"to myself")
         assert heard[-1] == ("2", b"to myself")
 
 
@@ -44,8 +44,8 @@ async def test_one_listener_that_fails_does_not_deafen_the_worker(server: Server
 
         two.bus.listen("t", listen)
         for payload in (b"bad", b"good"):
-            await one.bus.send("2", "t", payload)
-        await one.bus.send("2", "unknown", b"")
+            one.bus.send("2", "t", payload)
+        one.bus.send("2", "unknown", b"")
         await until(lambda: heard == [b"bad", b"good"])
 
 
@@ -135,7 +135,6 @@ async def test_while_redis_is_away_it_is_said_and_then_it_works_again(
         async with site(server, "one:1") as one:
             server.stop()
             asking: list[Callable[[], object]] = [
-                lambda: one.bus.send("2", "t", b""),
                 lambda: one.store.get("d:x:1"),
                 lambda: one.history.read(NEWS, 1),
                 one.active.channels,

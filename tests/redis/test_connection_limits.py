@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -27,6 +27,7 @@ class Worker:
     def __init__(self, seats: ConnectionLimiter, here: dict[str, int]) -> None:
         self.seats = seats
         self.here = here
+        self.evicted: list[Mapping[tuple[str, str | None], int]] = []
 
     async def open(self, user: str = "anna") -> None:
         async with self.seats.slot(user):
@@ -53,9 +54,11 @@ async def worker(
             count=lambda user, _door: here.get(user, 0),
             users=lambda: [user for user, count in here.items() if count],
             dead=dead.__contains__,
+            evict=lambda excess: one.evicted.append(excess),
         )
+        one = Worker(seats, here)
         task = group.create_task(seats.run())
-        yield Worker(seats, here)
+        yield one
         task.cancel()
         with contextlib.suppress(Exception):
             await seats.leave()
@@ -167,3 +170,18 @@ async def test_a_doors_own_limit_holds_over_workers_and_beside_the_other(valkey:
             async with two.seats.slot("anna"):
                 pass
             assert b"anna\x1fd" in written(valkey, "one:1")
+
+
+async def test_a_worker_that_was_frozen_disconnects_what_exceeds_the_limit(valkey: Server) -> None:
+    with running(valkey):
+        async with worker(valkey, "one:1", 2) as one, worker(valkey, "two:2", 2) as two:
+            await one.open()
+            await one.open()
+            # As if it had expired.
+            redis(valkey, "DEL", "relay:users:one:1")
+            await two.open()
+            one.seats.on_wake(2.0)
+            assert not one.evicted
+            one.seats.on_wake(10.0)
+            await until(lambda: one.evicted)
+            assert one.evicted == [{("anna", None): 1}]

@@ -236,3 +236,24 @@ async def test_the_registration_goes_last(
         assert told == ["a"]
         assert not await admin.keys("relay:pres*")
         assert not await admin.smembers("relay:nodes")
+
+
+@pytest.mark.parametrize("frozen_s", [12.0, 60.0])
+async def test_a_worker_that_was_taken_for_dead_lets_its_clients_come_again(
+    server: Server, admin: Redis, frozen_s: float
+) -> None:
+    await lives(admin, "one:1", "two:2")
+    async with site(server, "one:1") as one, site(server, "two:2") as two:
+        lost: list[set[str]] = []
+        one.presence.on_lost(lost.append)
+        one.presence.add(NEWS, "a", b"{}")
+        while await two.presence.read(NEWS) != {"a": b"{}"}:
+            await asyncio.sleep(0)
+        # It was only slow: nobody has removed its clients.
+        one.presence.on_wake(12.0)
+        await one.presence.check()
+        assert not lost
+        await two.presence.clear("one:1")
+        one.presence.on_wake(frozen_s)
+        await one.presence.check()
+        assert lost == [{"a"}]

@@ -57,9 +57,6 @@ async def test_every_transport_of_node_over_four_workers(server: Server) -> None
                         "code": 3001,
                         "reason": "as you wish",
                     }
-            # With a new connection for each of hundreds of requests, most arrived at another
-            # worker.
-            stats = admin.info("commandstats")
-            assert stats["cmdstat_publish"]["calls"] > 200
-            assert stats["cmdstat_publish"]["failed_calls"] == 0
+            # Most of the requests came to another worker. None of them travelled over Redis.
+            assert "cmdstat_publish" not in admin.info("commandstats")
         assert admin.acl_log() == []

@@ -17,7 +17,7 @@ from tests.support.valkey import Server, User, free_port
 
 ROOT = Path(__file__).parents[2]
 KEY = "a test key that is long enough for HS256"
-START_S = 15
+START_S = 60
 
 
 class RelayProcess:

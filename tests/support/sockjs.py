@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import web
 
 from relay.core.errors import Unavailable
-from relay.transports.between_workers.handover import Bus
+from relay.transports.between_workers.forwarder import Forward
 from relay.transports.socket.exchange import HttpRequest
 from relay.transports.socket.listener import GuardedSite
 from relay.transports.sockjs.frames import element
@@ -66,23 +66,38 @@ class MemoryStore:
         self.values.pop(name, None)
 
 
+async def forward_nothing(
+    request: web.Request, owner: str, limit_bytes: int
+) -> web.StreamResponse | None:
+    """For a door without other workers."""
+    return None
+
+
 class EchoDoor:
     """Echoes at /echo, and closes at /close."""
 
-    def __init__(self, bus: Bus, store: ClaimStore, options: SockJsOptions = OPTIONS) -> None:
+    def __init__(
+        self,
+        address: str,
+        store: ClaimStore,
+        options: SockJsOptions = OPTIONS,
+        forward: Forward = forward_nothing,
+    ) -> None:
         self.sessions: list[SockJsSession] = []
         self.texts: list[bytes] = []
         self.closed = 0
         self.oversized = 0
         self.changed = asyncio.Event()
         self.tasks: set[asyncio.Task[None]] = set()
+
         self.echo = SockJs(
             door="echo",
             prefix="/echo",
             options=options,
             accept=self._accept,
-            bus=bus,
+            address=address,
             store=store,
+            forward=forward,
             spawn=self._spawn,
         )
         self.close = SockJs(
@@ -90,8 +105,9 @@ class EchoDoor:
             prefix="/close",
             options=options,
             accept=lambda session, asked: session.close(),
-            bus=bus,
+            address=address,
             store=store,
+            forward=forward,
             spawn=self._spawn,
         )
         self.routes = [*self.echo.routes, *self.close.routes]

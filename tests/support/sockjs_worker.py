@@ -1,4 +1,4 @@
-"""A worker process with the echo endpoint; arguments: URL of Redis, port, instance."""
+"""A host with one worker and the echo door, as a process: URL of Redis, port, instance."""
 
 from __future__ import annotations
 
@@ -9,23 +9,53 @@ from dataclasses import replace
 from aiohttp import web
 
 from relay.config.settings import RedisSettings
+from relay.core.worker_deaths import WorkerDeaths
+from relay.stream.cluster.directory import WorkerDirectory
+from relay.stream.cluster.workers import HEARTBEAT_S, WorkerHeartbeat, describe_this_worker
+from relay.stream.connection.connect import redis_client
+from relay.stream.format.keys import Keys
+from relay.transports.between_workers.forwarder import Forwarder
+from relay.transports.between_workers.internal import InternalListener, Introduction
 from relay.transports.socket.listener import GuardedSite
 from tests.support.site import site
 from tests.support.sockjs import OPTIONS, EchoDoor
 
 
 async def main(url: str, port: int, instance: str) -> None:
-    async with site(RedisSettings(url=url), instance) as here:
-        door = EchoDoor(here.bus, here.store, replace(OPTIONS, response_limit_bytes=131_072))
+    settings, keys = RedisSettings(url=url), Keys("relay:")
+    async with site(settings, instance) as here, redis_client(settings) as client:
+        directory = WorkerDirectory(client=client, keys=keys, deaths=WorkerDeaths())
+        forwarder = Forwarder(
+            balance=None,
+            listener_of=lambda _: (0, ""),
+            address_of=directory.address_of,
+            key=lambda: directory.key,
+        )
+        options = replace(OPTIONS, response_limit_bytes=131_072)
+        door = EchoDoor(here.bus.address, here.store, options, forwarder.forward)
         app = web.Application()
         app.router.add_routes(door.routes)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         # The kernel chooses a worker for each connection, as with `serve --workers`.
-        await GuardedSite(runner, "127.0.0.1", port, reuse_port=True).start()
+        listener = GuardedSite(runner, "127.0.0.1", port, reuse_port=True)
+
+        def take(transport: asyncio.Transport, asked: Introduction, early: bytes) -> bool:
+            return listener.adopt_open(transport, early, hops=asked.hops, peer=asked.peer)
+
+        internal = InternalListener(here.bus.address, lambda: directory.key, take)
+        internal_port = await internal.start("127.0.0.1", 0)
+        worker = describe_this_worker("test", instance, "1")
+        heartbeat = WorkerHeartbeat(client=client, keys=keys, worker=worker)
+        heartbeat.set_internal(f"127.0.0.1:{internal_port}")
+        await heartbeat.beat()
+        await directory.refresh()
+        await listener.start()
         sys.stdout.write("ready\n")
         sys.stdout.flush()
-        await asyncio.Event().wait()
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            await heartbeat.beat()
 
 
 if __name__ == "__main__":

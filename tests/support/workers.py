@@ -16,10 +16,10 @@ from tests.support.valkey import Server, free_port
 
 @asynccontextmanager
 async def running(
-    server: Server, *settings: str, flags: Sequence[str] = ()
+    server: Server, *settings: str, flags: Sequence[str] = (), count: int = 2
 ) -> AsyncIterator[tuple[RelayProcess, Native]]:
-    """Run a relay with two workers, and its clients."""
-    relay = RelayProcess(server, settings=settings, flags=["--workers", "2", *flags])
+    """Run a relay with two workers, or `count`, and its clients."""
+    relay = RelayProcess(server, settings=settings, flags=["--workers", str(count), *flags])
     await asyncio.to_thread(relay.start)
     try:
         async with native(relay) as door:

@@ -8,10 +8,11 @@ worker dies, another worker sends the leave pushes of its clients.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from relay.core.go_json import text
 from relay.core.model import Channel, Event
+from relay.core.reasons import Reason
 from relay.protocols.centrifugo import codec, commands
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ _DOOR = "centrifugo"
 
 class PresenceMember(Protocol):
     """A connection whose subscriptions can have presence."""
+
+    client: str
+
+    def disconnect(self, reason: Reason) -> None:
+        """Close the connection."""
 
     async def add_presence(self, wanted: Callable[[Channel], bool]) -> None:
         """Add the client to the presence of those of its channels for which `wanted` is True."""
@@ -48,7 +54,10 @@ class ChannelPresence:
         self._stats = stats
         # Concurrent queries receive the same mapping object, which is encoded once.
         self._last: tuple[Mapping[str, bytes], bytes] = ({}, b"{}")
+        # Clients of this worker whose leave pushes other workers have sent.
+        self._left: set[str] = set()
         context.presence.on_clients_lost(self._on_worker_died)
+        context.presence.on_lost(self._on_lost)
 
     def join(self, channel: Channel, client: str, info: bytes) -> None:
         """Add a client that has subscribed. `info` is encoded as in pushes."""
@@ -77,7 +86,7 @@ class ChannelPresence:
         rules = self._rules(channel)
         if _has_presence(rules):
             self._stats.count("node_num_remove_presence")
-        if rules is not None and rules.join_leave:
+        if rules is not None and rules.join_leave and client not in self._left:
             self._push(channel, "leave", info)
 
     async def read(self, channel: Channel) -> bytes:
@@ -98,6 +107,14 @@ class ChannelPresence:
             return
         for client, info in clients.items():
             self._push(channel, "leave", _push_info(client, info))
+
+    def _on_lost(self, clients: set[str]) -> None:
+        self._left = clients
+        for session in self._context.hub.sessions():
+            if session.principal.door == _DOOR and not session.closed:
+                member = cast("PresenceMember", session.client)
+                if member.client in clients:
+                    member.disconnect(Reason.STOPPING)
 
     def _push(self, channel: Channel, kind: str, info: bytes) -> None:
         self._context.publish_ephemeral(

@@ -90,7 +90,7 @@ class PrivateChannel:
             return accepted
         # PHP does not wait until a message has been appended. One worker per host reads all of its
         # connections, so that messages of consecutive PHP requests keep their order.
-        return self._context.gather(request) or self._connect(request, accepted, peer)
+        return await self._context.gather(request) or self._connect(request, accepted, peer)
 
     async def closed(self) -> None:
         """Wait until PHP has closed its connections, at most a second."""

@@ -46,15 +46,14 @@ class MountedSocketIo(Mounted):
         # Pending commands of emitters: the clients to apply each to, and the function to call.
         self._steps: deque[tuple[list[SocketClient], Callable[[SocketClient], None]]] = deque()
         self._endpoint = Endpoint(
-            topic="socketio",
-            bus=context.bus,
+            address=context.bus.address,
             timing=settings.timing(),
             buffer_bytes=context.client_buffer_bytes,
             opened=self._opened,
             # Pages of every origin may connect, as in Socket.IO 2: they need a token to receive
             # events, and the cookie is accepted from allowed origins only.
             cors=any_origin,
-            pass_on=context.pass_on,
+            forward=context.forward,
         )
         self._use(settings)
         self._encoders = (

@@ -1,8 +1,8 @@
 """Message bus between workers on all hosts.
 
-Each worker subscribes to one pub/sub channel of its own. A message arrives at most once, and
-messages from one worker to another keep their order. The sender receives whether the recipient
-was subscribed.
+For small notifications whose loss costs little. Each worker subscribes to one pub/sub channel of
+its own. A message arrives at most once, and messages from one worker to another keep their order.
+The number of receivers that PUBLISH returns is not used: operators and proxies subscribe too.
 
     PUBLISH <p>bus:<address> <topic> NUL <sender's address> NUL <payload>
 
@@ -12,12 +12,9 @@ contain the host or port.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
-
-from relay.core.errors import Unavailable
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from relay.config.settings import RedisSettings
@@ -47,35 +44,13 @@ class ClusterBus:
         """Pass messages on this topic to `on_payload`, with the address of the sender."""
         self._listeners[topic] = on_payload
 
-    def send(self, address: str, topic: str, payload: bytes) -> asyncio.Future[bool]:
-        """Send a message to one worker. The future returns whether the worker was subscribed."""
-        delivered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+    def send(self, address: str, topic: str, payload: bytes) -> None:
+        """Send a message to one worker. It is lost if that worker or Redis is unreachable."""
         if address == self.address:
             self._deliver(topic, address, payload)
-            delivered.set_result(True)
-            return delivered
+            return
         message = b"\0".join((topic.encode(), self.address.encode(), payload))
-        sent = cast(
-            "asyncio.Future[list[object]]",
-            self.connection.execute([("PUBLISH", self._keys.bus(address), message)]),
-        )
-
-        def done(finished: asyncio.Future[list[object]]) -> None:
-            if finished.cancelled():
-                delivered.cancel()
-                return
-            exc = finished.exception()
-            if delivered.done():
-                return
-            if exc is not None:
-                delivered.set_exception(Unavailable(str(exc)))
-                # Callers that do not need the result do not retrieve the exception.
-                delivered.exception()
-            else:
-                delivered.set_result(finished.result()[0] == 1)
-
-        sent.add_done_callback(done)
-        return delivered
+        self.connection.post(("PUBLISH", self._keys.bus(address), message))
 
     def _on_message(self, _name: bytes, message: bytes) -> None:
         topic, found, rest = message.partition(b"\0")

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relay.core.errors import LimitExceeded, RelayError, Unavailable
@@ -64,6 +64,7 @@ class ConnectionLimiter:
         count: Callable[[str, str | None], int],
         users: Callable[[], Iterable[str]],
         dead: Callable[[str], bool],
+        evict: Callable[[Mapping[tuple[str, str | None], int]], None] = lambda _: None,
         refusals: Refusals | None = None,
     ) -> None:
         """Create the limiter of one worker.
@@ -76,6 +77,7 @@ class ConnectionLimiter:
             count: Returns the local connections of a user, of one protocol or of all (None).
             users: Returns the users that are connected to this worker.
             dead: Returns True for a worker that is known to have died, before its hash expires.
+            evict: Disconnects so many sessions of each user (and protocol, or None).
             refusals: Where refused commands are recorded.
         """
         self.limit = limit
@@ -88,6 +90,9 @@ class ConnectionLimiter:
         self._count = count
         self._users = users
         self._dead = dead
+        self._evict = evict
+        # The hash has expired in a freeze, so other workers may have accepted more connections.
+        self._has_expired = False
         # Requested connections, and those of them that were accepted but have no session yet.
         self._reserved: Counter[_Count] = Counter()
         self._accepted: Counter[_Count] = Counter()
@@ -133,6 +138,13 @@ class ConnectionLimiter:
             self._changed.add(user)
             self._work.set()
 
+    def on_wake(self, frozen_s: float) -> None:
+        """Compare all users with their limits again if the hash may have expired in a freeze."""
+        if frozen_s >= EXPIRY_S - RENEW_S:
+            self._has_expired = True
+            self._written = False
+            self._work.set()
+
     async def run(self) -> None:
         """Exchange counts with Redis until cancelled."""
         while True:
@@ -141,8 +153,12 @@ class ConnectionLimiter:
                     await self._work.wait()
             self._work.clear()
             waiting, self._waiting = self._waiting, []
+            is_checking, self._has_expired = self._has_expired, False
+            asked = {who for who, _ in waiting}
+            if is_checking:
+                asked |= {_Count(user, door) for user in self._users() for door in self._limited()}
             try:
-                others = await self._exchange({count for count, _ in waiting})
+                others = await self._exchange(asked)
             except (connect.CommandRefused, connect.RefusedForNow) as exc:
                 # Redis is reachable but rejects writes. A limit per worker is better than rejecting
                 # all clients.
@@ -155,6 +171,7 @@ class ConnectionLimiter:
                 continue
             except RelayError as exc:
                 _log.debug("Could not count connections: %s", exc)
+                self._has_expired |= is_checking
                 for _, accepted in waiting:
                     if not accepted.done():
                         accepted.set_exception(
@@ -164,6 +181,9 @@ class ConnectionLimiter:
                 await asyncio.sleep(0.2)
                 continue
             self._refusals.accepted(COUNTS)
+            if is_checking:
+                # They reconnect, and are admitted or rejected like new connections.
+                self._evict(self._excess(others))
             self._accept(waiting, others)
 
     def _accept(
@@ -179,6 +199,15 @@ class ConnectionLimiter:
             else:
                 self._accepted[count] += 1
                 accepted.set_result(None)
+
+    def _excess(self, others: Mapping[_Count, int]) -> dict[tuple[str, str | None], int]:
+        """Return how many local connections exceed each user's limit."""
+        found: dict[tuple[str, str | None], int] = {}
+        for who, elsewhere in others.items():
+            own, limit = self._count(*who), self._limit_of(who)
+            if who.user and limit and own and own + elsewhere > limit:
+                found[who] = min(own, own + elsewhere - limit)
+        return found
 
     async def leave(self) -> None:
         """Delete the counts of this worker, after its last client was disconnected at shutdown."""

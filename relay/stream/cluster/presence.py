@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from relay.core.errors import RelayError, Unavailable
 from relay.core.model import Channel, parse_channel
+from relay.stream.cluster.workers import DEAD_AFTER_S, EXPIRY_S, HEARTBEAT_S
 from relay.stream.connection.pipeline_connection import ReplyError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ _BATCH = 500
 _log = logging.getLogger(__name__)
 
 ClientsLost = Callable[[Channel, Mapping[str, bytes]], None]
+Lost = Callable[[set[str]], None]
 _T = TypeVar("_T")
 
 
@@ -69,6 +71,9 @@ class ClusterPresence:
         self._requested: dict[Channel, list[asyncio.Future[dict[str, bytes]]]] = {}
         self._reading: set[Channel] = set()
         self._on_clients_lost: list[ClientsLost] = []
+        self._on_lost: list[Lost] = []
+        # Set after a freeze in which other workers may have removed this worker's clients.
+        self._is_doubtful = False
         connection.on_open.append(self._write_all)
 
     @property
@@ -95,6 +100,10 @@ class ClusterPresence:
     def on_clients_lost(self, notify: ClientsLost) -> None:
         """Register a callback for the clients of dead workers. One worker calls it."""
         self._on_clients_lost.append(notify)
+
+    def on_lost(self, lost: Lost) -> None:
+        """Register a callback for clients of this worker that other workers have removed."""
+        self._on_lost.append(lost)
 
     def read(self, channel: Channel) -> asyncio.Future[dict[str, bytes]]:
         """Return the clients of the channel with their info, or fail with Unavailable."""
@@ -200,6 +209,17 @@ class ClusterPresence:
         last: list[RedisCommand] = [("SREM", channels, *some) for some in _batches(ended)]
         return [*first, *add, *remove, *last]
 
+    def on_wake(self, frozen_s: float) -> None:
+        """After a freeze, check whether other workers have removed this worker's clients."""
+        if not self._own or frozen_s < EXPIRY_S - HEARTBEAT_S:
+            return
+        if frozen_s >= EXPIRY_S + DEAD_AFTER_S:
+            # Certainly. Their own leave messages must not arrive first.
+            self._lose_all()
+        else:
+            self._is_doubtful = True
+            self._spawn(self.check(), name="presence after a freeze")
+
     async def check(self) -> None:
         """Write the presence of this worker's clients again if Redis has lost it."""
         self._write()
@@ -211,9 +231,19 @@ class ClusterPresence:
         except RelayError as exc:
             _log.debug("Could not check presence: %s", exc)
             return
-        if count != expected and len(self._own) == expected:
+        is_doubtful, self._is_doubtful = self._is_doubtful, False
+        if count != expected and is_doubtful:
+            self._lose_all()
+        elif count != expected and len(self._own) == expected:
             _log.info("Writing presence again: Redis has %s of %d channels", count, expected)
             self._write_all()
+
+    def _lose_all(self) -> None:
+        """Let the clients connect again: other clients have received their leave messages."""
+        clients = {client for mine in self._own.values() for client in mine}
+        _log.warning("Other workers have removed %d clients from presence", len(clients))
+        for lost in self._on_lost:
+            lost(clients)
 
     async def leave(self) -> None:
         """Remove the entries of this worker at shutdown, after its last client."""

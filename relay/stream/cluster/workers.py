@@ -23,6 +23,8 @@ HEARTBEAT_S = 5
 # Period while this worker is not ready, so that `relay status` soon shows that it is.
 NOT_READY_S = 0.5
 EXPIRY_S = 15
+# A worker is dead if its heartbeat has been missing for this long.
+DEAD_AFTER_S = 2 * HEARTBEAT_S
 BATCH = 500
 
 # Names of areas in `Refusals`.
@@ -55,6 +57,8 @@ class WorkerInfo:
     lag_ms: int | None = None
     # The commands that Redis refuses, as in `/readyz`.
     refused: str = ""
+    # Host and port for other workers' requests, empty if this worker accepts none.
+    internal: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +108,10 @@ class WorkerHeartbeat:
         self._worker = worker
         self._load = load
         self._good = True
+
+    def set_internal(self, address: str) -> None:
+        """Set the internal address of this worker, as host:port."""
+        self._worker = replace(self._worker, internal=address)
 
     async def beat_unless_ready(self) -> None:
         """Write the heartbeat if the last one said that this worker is not ready."""
@@ -172,13 +180,20 @@ async def list_workers(client: RedisClient, keys: Keys) -> tuple[list[WorkerInfo
         if beat is None:
             silent.append(instance)
             continue
-        try:
-            values = orjson.loads(beat)
-            # Heartbeats of a newer version may have more fields.
-            living.append(WorkerInfo(**{name: values[name] for name in values if name in _FIELDS}))
-        except (ValueError, TypeError):
-            log.warning("Ignored the malformed heartbeat of worker %s", instance)
+        if (info := parse_heartbeat(instance, beat)) is not None:
+            living.append(info)
     return living, silent
+
+
+def parse_heartbeat(instance: str, beat: bytes) -> WorkerInfo | None:
+    """Parse a worker's heartbeat. Return None if it is malformed."""
+    try:
+        values = orjson.loads(beat)
+        # Heartbeats of a newer version may have more fields.
+        return WorkerInfo(**{name: values[name] for name in values if name in _FIELDS})
+    except (ValueError, TypeError):
+        log.warning("Ignored the malformed heartbeat of worker %s", instance)
+        return None
 
 
 class DeadWorkerDetector:
@@ -195,17 +210,24 @@ class DeadWorkerDetector:
         client: RedisClient,
         keys: Keys,
         dead: Callable[[str], bool] = lambda _: False,
-        patience_s: float = 2 * HEARTBEAT_S,
+        patience_s: float = DEAD_AFTER_S,
     ) -> None:
         self._client = client
         self._keys = keys
-        self._dead = dead
+        self._is_dead = dead
         self._patience_s = patience_s
         self._silent_since: dict[str, float] = {}
 
     async def check(self) -> list[str]:
         """Return the instances that are dead now."""
-        registry = await _registry(self._client, self._keys)
+        return self.dead(await self.read())
+
+    async def read(self) -> dict[str, bytes | None]:
+        """Return the heartbeat of each registered instance, None if it has expired."""
+        return await _registry(self._client, self._keys)
+
+    def dead(self, registry: dict[str, bytes | None]) -> list[str]:
+        """Return the instances that are dead now, according to what `read` has returned."""
         now = asyncio.get_running_loop().time()
         self._silent_since = {
             instance: self._silent_since.get(instance, now)
@@ -217,4 +239,4 @@ class DeadWorkerDetector:
             for instance, since in self._silent_since.items()
             if since < now and now - since >= self._patience_s
         )
-        return sorted({*silent, *filter(self._dead, registry)})
+        return sorted({*silent, *filter(self._is_dead, registry)})

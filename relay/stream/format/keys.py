@@ -22,6 +22,7 @@ Cluster slot. A command or transaction with several keys uses keys of one channe
 | `<p>lease:<name>`         | string  | the worker that does this job       | its holder; expires  |
 | `<p>store:<name>`         | string  | a value that a protocol stores      | expires              |
 | `<p>group:<name>`         | set     | the users of a group                | the application      |
+| `<p>store:internal-key`   | string  | authenticates workers to each other | kept                 |
 | `<p>bus:<address>`        | pub/sub | messages to one worker; no key      | not stored           |
 | `<p>uid:{C}:<uid>`        | string  | ID of the entry with this uid       | expires: its window  |
 | `<p>tap:<name>`           | string  | position in an external source      | kept                 |
@@ -75,6 +76,7 @@ class Keys:
         "control",
         "dead_letters",
         "ephemeral_pattern",
+        "internal_key",
         "nodes",
         "prefix",
         "stream_pattern",
@@ -88,6 +90,7 @@ class Keys:
         self.control = self.prefix + b"control"
         self.dead_letters = self.prefix + b"dead-letters"
         self.nodes = self.prefix + b"nodes"
+        self.internal_key = self.prefix + b"store:internal-key"
         self.takers = self.prefix + b"takers"
         self.stream_pattern = self.streams_matching("*")
         # Keys of streams, and keys that look like them.

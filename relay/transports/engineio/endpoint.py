@@ -1,7 +1,7 @@
 """The HTTP endpoint of Engine.IO: one path for both protocol versions, and this worker's sessions.
 
 A session's ID contains the address of its worker. A request that arrives at another worker is
-passed to the owner (`between_workers.handover`), so no sticky proxy is needed. Errors are those of
+passed on to it (`between_workers.forwarder`), so no sticky proxy is needed. Errors are those of
 engine.io 6.6 (captured): status 400 and `{"code","message"}`. Unlike engine.io, relay rejects a
 WebSocket with an unsupported protocol version before the upgrade.
 """
@@ -19,8 +19,9 @@ from urllib.parse import parse_qs
 import orjson
 from aiohttp import web
 
+from relay.core.errors import RelayError
 from relay.core.slices import next_slice
-from relay.transports.between_workers.handover import Bus, Handover, NotThere, PassOn
+from relay.transports.between_workers.forwarder import Forward
 from relay.transports.engineio import packets
 from relay.transports.engineio.engine import Engine
 from relay.transports.engineio.packets import Malformed
@@ -31,7 +32,6 @@ from relay.transports.socket.exchange import (
     HeldRequest,
     HttpAnswer,
     HttpRequest,
-    LocalExchange,
     as_response,
     http_request,
 )
@@ -50,10 +50,6 @@ _MESSAGES = (
     "Forbidden",
     "Unsupported protocol version",
 )
-# A larger body is passed to another worker only after that worker has confirmed the session.
-_UNASKED_BYTES = 16_384
-# In the route of a worker's request to the owner of a session. Clients cannot send it.
-_QUESTION = "question"
 _ADDRESS = re.compile(r"[0-9A-Za-z_-]{1,32}")
 _TEXT = "text/plain; charset=UTF-8"
 _SCRIPT = "text/javascript; charset=UTF-8"
@@ -80,38 +76,29 @@ Opened = Callable[[Engine, HttpRequest], None]
 
 
 class Endpoint:
-    """All sessions of one protocol on this worker.
+    """All sessions of one protocol on this worker, whose address is part of their IDs.
 
-    `topic` names the protocol in messages between workers. `cors` returns CORS headers for every
-    response.
+    `cors` returns the headers of every answer.
     """
 
     def __init__(
         self,
         *,
-        topic: str,
-        bus: Bus,
+        address: str,
         timing: Timing,
         buffer_bytes: int,
         opened: Opened,
         cors: Callable[[MultiMapping[str]], dict[str, str]],
-        pass_on: PassOn,
+        forward: Forward,
     ) -> None:
-        self._address = bus.address
+        self._address = address
         self._buffer_bytes = buffer_bytes
         self._opened = opened
         self._cors = cors
         self._reaper = Reaper()
         self._engines: dict[str, Engine] = {}
         self._last_gone = asyncio.Event()
-        self._handover = Handover(
-            topic=topic,
-            bus=bus,
-            handle=self._handle,
-            buffer_bytes=buffer_bytes,
-            reaper=self._reaper,
-            pass_on=pass_on,
-        )
+        self._forward = forward
         self.reload(timing)
 
     def reload(self, timing: Timing) -> None:
@@ -149,15 +136,20 @@ class Endpoint:
         asked = http_request(request, b"")
         sid = asked.query.get("sid", "")
         owner = owner_of(sid)
-        is_elsewhere = owner is not None and owner != self._address
+        if owner is not None and owner != self._address:
+            try:
+                passed_on = await self._forward(request, owner, self._timing.max_payload_bytes)
+            except BodyRejected as exc:
+                return as_response(self._refusal(exc.status, BAD_REQUEST, request.headers))
+            except RelayError:
+                passed_on = None
+            # There is no such worker, and no such session.
+            return passed_on or as_response(self._refusal(400, UNKNOWN_SID, request.headers))
         # Only a session's client may send a body.
-        if request.method == "POST" and (is_elsewhere or sid in self._engines):
+        engine = self._engines.get(sid)
+        if request.method == "POST" and engine is not None:
             try:
-                limit_bytes = await self._max_body_bytes(request, owner if is_elsewhere else None)
-            except NotThere:
-                return as_response(self._refusal(400, UNKNOWN_SID, request.headers))
-            try:
-                body = await read_body(request, limit_bytes)
+                body = await read_body(request, engine.max_message_bytes)
                 asked = replace(asked, body=body)
             except BodyRejected as exc:
                 if exc.status != 413:
@@ -166,34 +158,11 @@ class Endpoint:
                 asked = replace(asked, body=None)
             # Decoding takes milliseconds: many bodies that arrive together must take turns.
             await next_slice()
-        if owner is not None and is_elsewhere:
-            try:
-                return await self._handover.forward(request, asked, owner)
-            except NotThere:
-                pass
-        # The session is here, or no worker has it.
-        exchange = LocalExchange(request, asked)
-        if not self._handle(exchange):
-            self._refuse(exchange, UNKNOWN_SID)
+        exchange = Exchange(request, asked)
+        self._handle(exchange)
         if exchange.response is None:
             raise RuntimeError("the request was not answered")
         return exchange.response
-
-    async def _max_body_bytes(self, request: web.Request, owner: str | None) -> int:
-        """Return the size of the largest body that the session's client may send now.
-
-        Raise NotThere if the session's worker does not have it. Small bodies are accepted without
-        a request to that worker.
-        """
-        engine = self._engines.get(request.query.get("sid", ""))
-        if engine is not None:
-            return engine.max_message_bytes
-        size = request.content_length
-        if owner is None or (size is not None and size <= _UNASKED_BYTES):
-            return _UNASKED_BYTES
-        question = replace(http_request(request, b""), route={_QUESTION: "limit"})
-        answer = await self._handover.question(question, owner)
-        return int(answer.body) if answer.status == 200 else _UNASKED_BYTES
 
     def _preflight(self, headers: Mapping[str, str]) -> dict[str, str]:
         wanted = headers.get("Access-Control-Request-Headers", "")
@@ -202,8 +171,8 @@ class Endpoint:
             allowed["Access-Control-Allow-Headers"] = wanted
         return {**self._cors_of(headers), **allowed}
 
-    def _handle(self, exchange: Exchange) -> bool:
-        """Answer the request. Return False if the session is unknown here."""
+    def _handle(self, exchange: Exchange) -> None:
+        """Answer a request for a session of this worker, or for a new one."""
         asked = exchange.request
         query = asked.query
         transport = query.get("transport", "")
@@ -212,9 +181,7 @@ class Endpoint:
         elif "sid" not in query:
             self._begin(exchange, transport)
         elif (engine := self._engines.get(query["sid"])) is None:
-            return False
-        elif _QUESTION in asked.route:
-            exchange.answer(HttpAnswer(200, str(engine.max_message_bytes).encode()))
+            self._refuse(exchange, UNKNOWN_SID)
         elif transport == "websocket":
             self._probe(exchange, engine)
         elif asked.method == "GET":
@@ -223,7 +190,6 @@ class Endpoint:
             self._receive(exchange, engine)
         else:
             self._refuse(exchange, BAD_REQUEST)
-        return True
 
     def _begin(self, exchange: Exchange, transport: str) -> None:
         asked = exchange.request
@@ -241,7 +207,7 @@ class Endpoint:
             engine = self._engine(version)
             socket = self._websocket(engine)
             engine.attach(socket)
-            exchange.take(head, socket, duplex=True)
+            exchange.take(head, socket)
             self._open(engine, asked, upgrades=[])
         else:
             engine = self._engine(version)
@@ -328,7 +294,7 @@ class Endpoint:
         loop = asyncio.get_running_loop()
         timer = loop.call_later(_UPGRADE_S, socket.abort)
         if engine.probe(socket, timer):
-            exchange.take(head, socket, duplex=True)
+            exchange.take(head, socket)
         else:
             timer.cancel()
             self._refuse(exchange, BAD_REQUEST)

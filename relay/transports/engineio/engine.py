@@ -171,7 +171,6 @@ class Engine:
         if self._socket is not None:
             self._socket.close(_GOODBYE)
             return
-        self._waiting.append(_CLOSE)
         self._reaper.watch(self)
         if self._poll is not None:
             self._answer_poll()
@@ -194,7 +193,7 @@ class Engine:
         if self.probed:
             # The client finishes its polling request before it sends `5` over the WebSocket.
             answer(_NOOP)
-        elif self._waiting:
+        elif self._waiting or self.closing:
             self._poll = answer
             self._answer_poll()
         else:
@@ -215,11 +214,15 @@ class Engine:
             self._on_packet(packet)
 
     def _answer_poll(self) -> None:
+        # CLOSE is the answer to a poll of its own: socket.io-client 4.8 delivers the events of an
+        # answer after it has processed its CLOSE, without their offsets, and would receive them
+        # again.
+        is_last = self.closing and not self._waiting
         answer, self._poll = self._poll, None
-        data = self._take()
+        data = _CLOSE if is_last else self._take()
         if answer is not None:
             answer(data)
-        if self.closing:
+        if is_last:
             self._gone("forced close")
 
     def _take(self) -> bytes:

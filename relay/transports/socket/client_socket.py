@@ -71,7 +71,7 @@ class ClientSocket(asyncio.Protocol):
         self.pinged = False
         self._silent_since = 0
         self._reading_paused = False
-        # The worker's limit for incomplete messages; None if another worker has the socket.
+        # The worker's limit for incomplete messages; None before the take-over.
         self.bodies: Bodies | None = None
 
     # ---- for the owner ---------------------------------------------------------------------------
@@ -98,13 +98,6 @@ class ClientSocket(asyncio.Protocol):
         self.closing = True
         if self._transport is not None:
             self._transport.abort()
-
-    def on_worker_stop(self) -> None:
-        """End the connection because another worker, which owns the client's socket, is stopping.
-
-        The client then reconnects to another worker. Subclasses can make this smoother.
-        """
-        self.close()
 
     def pause_reading(self) -> None:
         """Stop reading from the client, including its responses to heartbeats."""

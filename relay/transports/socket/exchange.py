@@ -1,30 +1,25 @@
-"""One HTTP request and its answer, in the worker that reads the request or in another one.
+"""One HTTP request and its answer.
 
-The session of a polling transport belongs to one worker, but any worker may read its requests. The
-code that handles a request uses `Exchange`: it answers immediately (`answer`), later (`hold`), or
-takes the rest of the connection (`take`). `LocalExchange` is for requests that this worker has read
-itself. `relay.transports.between_workers.handover` implements the other case.
+The code that handles a request of a polling transport uses `Exchange`: it answers immediately
+(`answer`), later (`hold`), or takes the rest of the connection (`take`).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from aiohttp import web
-from multidict import CIMultiDict, MultiMapping
-from typing_extensions import override
+from multidict import MultiMapping
 from yarl import URL
 
 from relay.transports.socket.client_socket import ClientSocket
 from relay.transports.socket.take_over import factory_of, give_back, take_over
 
 if TYPE_CHECKING:
-    import asyncio
-
+    from relay.transports.socket.http_connection import HttpFactory
     from relay.transports.socket.reaper import Reaper
 
 # Limit of data that a client sends before it has the answer to its request. Browsers never do this.
@@ -53,37 +48,6 @@ class HttpRequest:
     def query(self) -> MultiMapping[str]:
         """The decoded fields of the query."""
         return URL(self.target, encoded=True).query
-
-    def encode(self) -> bytes:
-        """Encode the request for another worker."""
-        # Not orjson, which rejects the lone surrogates of headers that are not UTF-8.
-        head = [
-            self.method,
-            self.target,
-            list(self.headers.items()),
-            self.body is not None,
-            dict(self.route),
-            self.peer,
-            self.version,
-            self.reusable,
-        ]
-        return json.dumps(head).encode() + b"\n" + (self.body or b"")
-
-    @classmethod
-    def decode(cls, data: bytes) -> HttpRequest:
-        """Decode the result of `encode`. Raise ValueError if it is invalid."""
-        head, _, body = data.partition(b"\n")
-        method, target, headers, has_body, route, peer, version, reusable = json.loads(head)
-        return cls(
-            method=method,
-            target=target,
-            headers=CIMultiDict(headers),
-            body=body if has_body else None,
-            route=route,
-            peer=peer,
-            version=(version[0], version[1]),
-            reusable=reusable,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,20 +83,6 @@ class HttpAnswer:
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
         return ("\r\n".join([*lines, *extra]) + "\r\n\r\n").encode("latin-1")
 
-    def encode(self) -> bytes:
-        """Encode the answer for another worker."""
-        return json.dumps([self.status, dict(self.headers)]).encode() + b"\n" + self.body
-
-    @classmethod
-    def decode(cls, data: bytes) -> HttpAnswer:
-        """Decode the result of `encode`. Raise ValueError if it is invalid."""
-        head, _, body = data.partition(b"\n")
-        status, headers = json.loads(head)
-        return cls(status, body, headers)
-
-
-GiveBack = Callable[["asyncio.Transport", bytes, bytes], None]
-
 
 class HeldRequest(ClientSocket):
     """A request that is answered later, without a waiting task.
@@ -142,35 +92,31 @@ class HeldRequest(ClientSocket):
     requested otherwise.
     """
 
-    __slots__ = ("_early", "_give_back")
+    __slots__ = ("_early", "_factory")
 
     def __init__(self, *, buffer_bytes: int, reaper: Reaper) -> None:
         super().__init__(buffer_bytes=buffer_bytes, reaper=reaper)
         self._early = b""
-        # Receives the transport, the answer and early data. None: close after the answer.
-        self._give_back: GiveBack | None = None
+        # Makes the next owner of the connection. If None, it is closed after the answer.
+        self._factory: HttpFactory | None = None
 
-    def set_give_back(self, give_back: GiveBack | None) -> None:
-        """Set the function that receives the connection after the answer."""
-        self._give_back = give_back
+    def reuse(self, factory: HttpFactory | None) -> None:
+        """Return the connection to aiohttp after the answer, if `factory` is not None."""
+        self._factory = factory
 
     def finish(self, answer: HttpAnswer) -> None:
         """Send the answer. Do nothing if the client has disconnected."""
-        self.finish_raw(answer.raw(reusable=self._give_back is not None))
-
-    def finish_raw(self, raw: bytes) -> None:
-        """Send an encoded answer. See `finish`."""
         if self.closing:
             return
         self._clear_callbacks()
         transport = self._transport
-        if self._give_back is None or transport is None:
-            self.close(raw)
+        factory, self._factory = self._factory, None
+        if factory is None or factory.is_stopping or transport is None:
+            self.close(answer.raw(reusable=False))
             return
         self.closing = True
         self._transport = None
-        back, self._give_back = self._give_back, None
-        back(transport, raw, self._early)
+        give_back(factory, self, transport, answer.raw(reusable=True), self._early)
 
     def data_received(self, data: bytes) -> None:
         """Keep the beginning of the next request."""
@@ -184,32 +130,8 @@ class HeldRequest(ClientSocket):
 class Exchange:
     """A request to a session.
 
-    The handler calls exactly one of the three methods before it returns, unless it reports that the
-    session does not exist.
-    """
-
-    request: HttpRequest
-
-    def answer(self, answer: HttpAnswer) -> None:
-        """Answer immediately."""
-        raise NotImplementedError
-
-    def hold(self, held: HeldRequest) -> None:
-        """Answer later with `held.finish`. The callbacks of `held` must be set."""
-        raise NotImplementedError
-
-    def take(self, head: bytes, client: ClientSocket, *, duplex: bool = False) -> None:
-        """Write `head` and pass the connection to `client`, whose callbacks must be set.
-
-        With `duplex`, `client` also receives what the browser sends (WebSocket).
-        """
-        raise NotImplementedError
-
-
-class LocalExchange(Exchange):
-    """An exchange for a request that this worker has read.
-
-    The aiohttp handler returns `response`.
+    The code that handles it calls exactly one of the three methods before it returns. The aiohttp
+    handler returns `response`.
     """
 
     def __init__(self, aiohttp_request: web.Request, request: HttpRequest) -> None:
@@ -217,27 +139,18 @@ class LocalExchange(Exchange):
         self._aiohttp_request = aiohttp_request
         self.response: web.StreamResponse | None = None
 
-    @override
     def answer(self, answer: HttpAnswer) -> None:
+        """Answer immediately."""
         self.response = as_response(answer)
 
-    @override
     def hold(self, held: HeldRequest) -> None:
-        hold(self._aiohttp_request, self.request, held)
+        """Answer later with `held.finish`. The callbacks of `held` must be set."""
+        held.reuse(factory_of(self._aiohttp_request) if self.request.reusable else None)
         self.response = take_over(self._aiohttp_request, b"", held)
 
-    @override
-    def take(self, head: bytes, client: ClientSocket, *, duplex: bool = False) -> None:
-        del duplex
+    def take(self, head: bytes, client: ClientSocket) -> None:
+        """Write `head` and pass the connection to `client`, whose callbacks must be set."""
         self.response = take_over(self._aiohttp_request, head, client)
-
-
-def hold(aiohttp_request: web.Request, request: HttpRequest, held: HeldRequest) -> None:
-    """Prepare `held` to return the connection to aiohttp. Call this before `take_over`."""
-    factory = factory_of(aiohttp_request) if request.reusable else None
-    if factory is not None:
-        # Bind the factory only, so that aiohttp's request and handler can be freed.
-        held.set_give_back(lambda transport, raw, early: give_back(factory, transport, raw, early))
 
 
 def as_response(answer: HttpAnswer) -> web.Response:

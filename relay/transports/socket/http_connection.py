@@ -93,7 +93,15 @@ class ConnectionLimits:
 class HttpConnection(RequestHandler):
     """One client's connection while aiohttp reads its requests."""
 
-    __slots__ = ("_ends_early", "_head_bytes", "_payload", "_reads_later", "factory", "limits")
+    __slots__ = (
+        "_ends_early",
+        "_head_bytes",
+        "_payload",
+        "_reads_later",
+        "factory",
+        "hops",
+        "limits",
+    )
 
     def __init__(self, factory: HttpFactory, manager: web.Server, **settings: Any) -> None:
         """`settings` are those of the aiohttp runner. `factory` makes this connection's successor
@@ -109,6 +117,8 @@ class HttpConnection(RequestHandler):
         super().__init__(manager, loop=asyncio.get_running_loop(), **{**settings, **fixed})
         self.factory = factory
         self.limits = factory.limits
+        # How often other workers have passed on the request that is being handled.
+        self.hops = 0
         self._head_bytes = 0
         # Body of the latest request, until its answer is complete.
         self._payload: StreamReader | None = None
@@ -123,6 +133,12 @@ class HttpConnection(RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.limits.opened(self)
+
+    def adopted(self, hops: int, peer: str) -> None:
+        """Another worker has passed on the connection; `peer` is set if it is spliced."""
+        self.hops = hops
+        if peer:
+            self._cache["peername"] = (peer, 0)
 
     def reused(self) -> None:
         """Start the keep-alive timeout, because the connection has served a request before."""
@@ -254,6 +270,7 @@ class HttpConnection(RequestHandler):
         try:
             return await super()._handle_request(request, start_time, request_handler)
         finally:
+            self.hops = 0
             self.limits.bodies.release(self)
             if self._payload is request.content:
                 self._payload = None
@@ -264,6 +281,9 @@ class HttpConnection(RequestHandler):
     ) -> tuple[StreamResponse, bool]:
         if not request.content.is_eof():
             self._ends_early = True
+            resp.force_close()
+        if self.factory.is_stopping:
+            # The client's next request may begin a session, which another worker should have.
             resp.force_close()
         result = await super().finish_response(request, resp, start_time)
         if self._ends_early:
@@ -308,9 +328,17 @@ class HttpConnection(RequestHandler):
             return
         self.transport = None
         self.connection_lost(None)
-        rest = _Discard(self.limits)
-        transport.set_protocol(rest)
-        rest.connection_made(transport)
+        discard(transport, self.limits)
+
+
+def discard(transport: asyncio.Transport, limits: ConnectionLimits) -> None:
+    """Close the connection once the client has had time to read its answer.
+
+    What it still sends is dropped.
+    """
+    rest = _Discard(limits)
+    transport.set_protocol(rest)
+    rest.connection_made(transport)
 
 
 class _Discard(asyncio.Protocol):
@@ -359,8 +387,12 @@ class _Discard(asyncio.Protocol):
 class HttpFactory:
     """Makes the connections of one listener. `server` is that of the aiohttp runner."""
 
-    def __init__(self, server: web.Server, limits: ConnectionLimits) -> None:
+    def __init__(self, server: web.Server, limits: ConnectionLimits, listener: object) -> None:
+        """`listener` is the one that accepts the connections."""
         self.limits = limits
+        self.listener = listener
+        # Connections are closed after the next answer.
+        self.is_stopping = False
         self._server = server
 
     def __call__(self) -> HttpConnection:

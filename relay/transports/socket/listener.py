@@ -88,15 +88,18 @@ class _Adopted(asyncio.Protocol):
     then handle the request without its own server ("'NoneType' object is not callable").
     """
 
-    __slots__ = ("_early", "_site")
+    __slots__ = ("_early", "_factory", "_hops", "_peer")
 
-    def __init__(self, site: GuardedSite, early: bytes) -> None:
-        self._site = site
+    def __init__(self, factory: HttpFactory, early: bytes, hops: int, peer: str) -> None:
+        self._factory = factory
         self._early = early
+        self._hops = hops
+        self._peer = peer
 
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        handler = self._site.make_handler()
+        handler = self._factory()
+        handler.adopted(self._hops, self._peer)
         transport.set_protocol(handler)
         handler.connection_made(transport)
         if self._early:
@@ -124,6 +127,8 @@ class GuardedSite(web.BaseSite):
         super().__init__(runner, ssl_context=ssl_context, backlog=_BACKLOG)
         self._limits = limits or ConnectionLimits()
         self.serve(runner)
+        # While this worker stops, `make_handler` rejects new clients; sessions are still served.
+        self._first_handler = self.make_handler
         self._host = host
         self._port = port
         self._reuse_port = reuse_port
@@ -137,7 +142,7 @@ class GuardedSite(web.BaseSite):
 
     def serve(self, runner: web.BaseRunner) -> None:
         """Pass new connections to `runner`, which must have been set up."""
-        self.make_handler = HttpFactory(cast("web.Server", runner.server), self._limits)
+        self.make_handler = HttpFactory(cast("web.Server", runner.server), self._limits, self)
 
     @property
     def name(self) -> str:
@@ -197,23 +202,44 @@ class GuardedSite(web.BaseSite):
         for connection in waiting:
             await self.adopt(connection)
 
-    async def adopt(self, connection: socket.socket, early: bytes = b"") -> None:
-        """Serve a connection that another process has accepted. `early` is the data it has read."""
+    async def adopt(
+        self, connection: socket.socket, early: bytes = b"", *, hops: int = 0, peer: str = ""
+    ) -> None:
+        """Serve a connection that another process has accepted.
+
+        `early` is the data of a request that was passed on to this process, `hops` times so far.
+        `peer` is set if the other process still has the client's socket and copies its data.
+        """
         loop = asyncio.get_running_loop()
         if not self.has_room(connection):
             connection.close()
             return
         connection.setblocking(False)
+        # A request that has been read is not encrypted.
+        tls = None if early else self._ssl_context
+        factory = self._first_handler if early else self.make_handler
         try:
             await loop.connect_accepted_socket(
-                lambda: _Adopted(self, early),
+                lambda: _Adopted(factory, early, hops, peer),
                 connection,
-                ssl=self._ssl_context,
-                ssl_handshake_timeout=_HANDSHAKE_S if self._ssl_context else None,
+                ssl=tls,
+                ssl_handshake_timeout=_HANDSHAKE_S if tls else None,
             )
         except OSError:
             # The client has disconnected.
             connection.close()
+
+    def adopt_open(
+        self, transport: asyncio.Transport, early: bytes, *, hops: int, peer: str
+    ) -> bool:
+        """Serve an open connection to another worker. See `adopt`.
+
+        Return False if file descriptors are short.
+        """
+        has_room = self.has_room(transport.get_extra_info("socket"))
+        if has_room:
+            _Adopted(self._first_handler, early, hops, peer).connection_made(transport)
+        return has_room
 
     def has_room(self, connection: socket.socket) -> bool:
         """Return whether a new connection can be served; log it if not.

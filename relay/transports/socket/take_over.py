@@ -10,12 +10,15 @@ Only this module and `http_connection` depend on aiohttp's internals
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+import math
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Protocol, cast
 
 from aiohttp import web
 from typing_extensions import override
+
+from relay.transports.socket.bodies import BodyRejected, read_body
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
@@ -61,6 +64,9 @@ def take_over(request: web.Request, head: bytes, client: ClientSocket) -> web.St
     handler._message_tail = b""
     handler.connection_lost(None)
     client.connection_made(transport)
+    if handler.writing_paused:
+        # An earlier answer is still being sent.
+        client.pause_writing()
     if head:
         transport.write(head)
     if tail:
@@ -71,33 +77,74 @@ def take_over(request: web.Request, head: bytes, client: ClientSocket) -> web.St
     return response
 
 
-def hand_on(
-    request: web.Request, give: Callable[[socket.socket, bytes], bool]
-) -> web.StreamResponse | None:
-    """Pass the request's connection to another process.
+@dataclass(frozen=True, slots=True)
+class RawRequest:
+    """A request as another process has to receive it: its head and the data behind it.
 
-    `give` receives the connection and the data read from it. It returns True if the other process
-    has accepted the connection; the aiohttp handler must then return the result immediately. Return
-    None if the connection was not passed on, as always with TLS, whose state cannot be passed on.
-    Don't call this for requests with a body.
+    `left` is the number of bytes of the body that are still in the socket, infinity if the rest of
+    the connection belongs to the request.
+    """
+
+    data: bytes
+    left: float
+
+
+async def read_raw(request: web.Request, limit_bytes: int) -> RawRequest:
+    """Return the part of a request that has been read. Stop reading from the connection.
+
+    Only a chunked body is read completely, because the position within its chunks would be lost. If
+    it exceeds `limit_bytes`, its length is announced without it, so that the other process rejects
+    it. Raise BodyRejected as `read_body` does.
     """
     handler = request.protocol
-    transport = handler.transport
-    if transport is None or transport.is_closing() or transport.get_extra_info("sslcontext"):
-        return None
-    lines = [f"{request.method} {request.raw_path} HTTP/1.1".encode()]
-    lines += [name + b": " + value for name, value in request.raw_headers]
-    early = b"\r\n".join(lines) + b"\r\n\r\n" + handler._message_tail
-    if not give(transport.get_extra_info("socket"), early):
-        return None
+    headers = list(request.raw_headers)
+    length = request.content_length or 0
+    if request.headers.get("Transfer-Encoding"):
+        try:
+            body = await read_body(request, limit_bytes)
+            length = len(body)
+        except BodyRejected as exc:
+            if exc.status != HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+                raise
+            body, length = b"", limit_bytes + 1
+        headers = _without(headers, b"transfer-encoding", b"content-length")
+        headers.append((b"Content-Length", b"%d" % length))
+    else:
+        # One call returns the buffered data and may read on.
+        body = b"".join(iter(request.content.read_nowait, b""))
+    if handler._messages or cast("HttpConnection", handler).factory.is_stopping:
+        # A further request may have been parsed already. The client sends it again.
+        headers = [*_without(headers, b"connection"), (b"Connection", b"close")]
+    if request.transport is not None and not request.transport.is_closing():
+        request.transport.pause_reading()
+    # aiohttp has answered "Expect: 100-continue".
+    headers = _without(headers, b"expect")
+    version = f"HTTP/{request.version.major}.{request.version.minor}"
+    lines = [f"{request.method} {request.raw_path} {version}".encode()]
+    lines += [name + b": " + value for name, value in headers]
+    data = b"\r\n".join(lines) + b"\r\n\r\n" + body + handler._message_tail
+    return RawRequest(data, math.inf if handler._upgraded else length - len(body))
+
+
+def _without(headers: list[tuple[bytes, bytes]], *names: bytes) -> list[tuple[bytes, bytes]]:
+    return [each for each in headers if each[0].lower() not in names]
+
+
+def release(request: web.Request, successor: asyncio.Protocol) -> web.StreamResponse:
+    """Give the request's transport to `successor` and end aiohttp's handler of the connection.
+
+    The aiohttp handler must return the result immediately. `successor.connection_made` is not
+    called.
+    """
     response = TakenOver(status=101)
     response.force_close()
-    transport.set_protocol(asyncio.Protocol())
-    handler.transport = None
-    handler._message_tail = b""
-    handler.connection_lost(None)
-    # This closes the descriptor of this process only.
-    transport.abort()
+    handler = request.protocol
+    transport = handler.transport
+    if transport is not None:
+        transport.set_protocol(successor)
+        handler.transport = None
+        handler._message_tail = b""
+        handler.connection_lost(None)
     return response
 
 
@@ -112,7 +159,7 @@ async def end_rejected_upgrade(request: web.Request, handler: Handler) -> web.St
         return await handler(request)
     finally:
         protocol = request.protocol
-        # After `take_over` and `hand_on` there is no transport.
+        # After `take_over` and `release` there is no transport.
         if protocol._upgraded and protocol.transport is not None:
             protocol._message_tail = b""
             protocol.close()
@@ -139,12 +186,25 @@ def factory_of(request: web.Request) -> HttpFactory | None:
     return None if handler._messages else cast("HttpConnection", handler).factory
 
 
+class Sender(Protocol):
+    """The protocol of a connection before `give_back`."""
+
+    @property
+    def full(self) -> bool:
+        """Whether the transport has called `pause_writing`."""
+
+
 def give_back(
-    factory: HttpFactory, transport: asyncio.Transport, answer: bytes, early: bytes
+    factory: HttpFactory,
+    client: Sender,
+    transport: asyncio.Transport,
+    answer: bytes,
+    early: bytes,
 ) -> None:
     """Write the answer to a request and return the connection to aiohttp for the next request.
 
-    `early` is the data of the next request that has already arrived.
+    `client` has the connection now. `early` is the data of the next request that has already
+    arrived.
     """
     if transport.is_closing():
         # aiohttp's handler fails if its connection ends before its task has started. The current
@@ -156,5 +216,8 @@ def give_back(
     transport.set_protocol(handler)
     handler.connection_made(transport)
     handler.reused()
+    if client.full:
+        # The transport will call `resume_writing` once the client has received the answer.
+        handler.pause_writing()
     if early:
         handler.data_received(early)

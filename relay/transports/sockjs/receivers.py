@@ -93,17 +93,6 @@ class StreamReceiver(ClientSocket):
         self.finished = True
         self.end()
 
-    def on_worker_stop(self) -> None:
-        """End the response. The session continues if the client can detect a complete response."""
-        session = self.session
-        if self.closing or session is None:
-            return
-        if self._left_bytes is None:
-            session.close()
-        else:
-            self._complete()
-            session.receiver_finished(self)
-
     def end(self) -> None:
         """Close after the last frame."""
         self._finishing = True
@@ -173,10 +162,6 @@ class PollReceiver(HeldRequest):
         if self._waiting is not None:
             self._waiting.add(self)
         exchange.hold(self)
-
-    def on_worker_stop(self) -> None:
-        """Answer with a heartbeat, as if the request had waited for long."""
-        self.send_heartbeat()
 
     def send_heartbeat(self) -> None:
         """Answer with a heartbeat frame, so that proxies keep the connection open."""

@@ -20,6 +20,7 @@ _log = logging.getLogger(__name__)
 
 _TTL_S = 600.0
 _REFRESH_S = 200.0
+_TAKE_OVER_S = 60.0
 # Size of the cache of other workers' sessions. The least recently used one is evicted.
 _KNOWN = 20_000
 
@@ -77,11 +78,20 @@ class SessionRegistry:
             return self._instance
         return self._remember(session_id, found)
 
-    async def take_over(self, session_id: str) -> None:
-        """Register a session whose owner has died for this worker. It starts from the beginning."""
+    async def take_over(self, session_id: str, dead: str) -> str:
+        """Register a session whose owner has died for this worker. It starts from the beginning.
+
+        Return the new owner, which is another worker if that one was faster.
+        """
         self.forget(session_id)
-        await self._store.put(self._name(session_id), self._instance.encode(), _TTL_S)
+        name, value = self._name(session_id), self._instance.encode()
+        # Only one worker can follow an owner.
+        found = await self._store.claim(f"{name}.{dead}", value, _TAKE_OVER_S)
+        if found is not None and found != value:
+            return self._remember(session_id, found)
+        await self._store.put(name, value, _TTL_S)
         self._hold(session_id)
+        return self._instance
 
     async def owner(self, session_id: str) -> str | None:
         """Return the worker that owns the session, or None."""
@@ -157,8 +167,11 @@ class SessionRegistry:
             )
 
     async def _delete(self, session_id: str) -> None:
+        name = self._name(session_id)
         try:
-            await self._store.delete(self._name(session_id))
+            # After a freeze, another worker may have taken over the session.
+            if await self._store.get(name) == self._instance.encode():
+                await self._store.delete(name)
         except RelayError as exc:
             _log.debug(
                 "Could not delete a SockJS session's registration (%s); it expires within %d s",

@@ -2,9 +2,10 @@
 
     sockjs = SockJs(
         door="centrifugo", prefix="/connection", options=SockJsOptions(sockjs_url=...),
-        accept=accept, bus=context.bus, store=context.store, spawn=context.spawn,
+        accept=accept, address=context.bus.address, store=context.store, forward=context.forward,
+        spawn=context.spawn,
     )
-    routes += sockjs.routes       # and in `Mounted.closed`: await sockjs.closed()
+    routes += sockjs.routes
 
     def accept(session: SockJsSession, request: HttpRequest) -> None:
         # A new client. Set the callbacks and attach the session, as for a WebSocket.
@@ -27,10 +28,16 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from relay.core.errors import Unavailable
-from relay.transports.between_workers.handover import Bus, Handover, NotThere
+from relay.core.errors import RelayError, WorkerUnreachable
+from relay.transports.between_workers.forwarder import Forward, was_forwarded
 from relay.transports.socket.bodies import BodyRejected, read_body
-from relay.transports.socket.exchange import HttpAnswer, HttpRequest, as_response, http_request
+from relay.transports.socket.exchange import (
+    Exchange,
+    HttpAnswer,
+    HttpRequest,
+    as_response,
+    http_request,
+)
 from relay.transports.socket.reaper import Reaper
 from relay.transports.socket.take_over import take_over
 from relay.transports.socket.websocket import accept_headers
@@ -71,8 +78,9 @@ class SockJs:
         prefix: str,
         options: SockJsOptions,
         accept: Accept,
-        bus: Bus,
+        address: str,
         store: ClaimStore,
+        forward: Forward,
         spawn: TaskSpawner,
     ) -> None:
         """`prefix` is '' or begins with a slash.
@@ -80,19 +88,13 @@ class SockJs:
         `accept` is called for each new session before its first frame is sent.
         """
         reaper = Reaper()
+        self._forward = forward
         self._options = options
         self._accept = accept
-        self._address = bus.address
+        self._address = address
         self._prefix = prefix
         self._sessions = SockJsSessions(options, reaper)
-        self._registry = SessionRegistry(door=door, instance=bus.address, store=store, spawn=spawn)
-        self._handover = Handover(
-            topic=f"{door}:sockjs",
-            bus=bus,
-            handle=self._sessions.handle,
-            buffer_bytes=options.buffer_bytes,
-            reaper=reaper,
-        )
+        self._registry = SessionRegistry(door=door, instance=address, store=store, spawn=spawn)
         iframe = prefix + r"/{page:iframe[0-9\-.a-z_]*\.html}"
         self.routes: list[web.AbstractRouteDef] = [
             web.route("*", prefix + "/", self._greeting),
@@ -107,10 +109,6 @@ class SockJs:
     def __len__(self) -> int:
         """Return the number of sessions other than WebSockets."""
         return len(self._sessions)
-
-    async def closed(self) -> None:
-        """End requests that belong to sessions of other workers. Call it from `Mounted.closed`."""
-        await self._handover.closed()
 
     # ---- static ---------------------------------------------------------------------------------
 
@@ -146,11 +144,16 @@ class SockJs:
             return as_response(pages.preflight(request.headers, ", ".join(methods)))
         if transport == "websocket":
             return self._websocket(request)
+        if was_forwarded(request):
+            # The worker that passed on the request may have had an outdated registration.
+            self._registry.forget(request.match_info["session"])
         try:
             if transport.endswith("_send"):
                 return await self._send(request)
             return await self._receive(request, transport)
-        except Unavailable:
+        except WorkerUnreachable:
+            return self._refuse(request, 404, _NOT_FOUND)
+        except RelayError:
             # The client tries its other transports and then reconnects.
             return self._refuse(request, 503, b"Service Unavailable\n")
         except BodyRejected as exc:
@@ -169,7 +172,7 @@ class SockJs:
         return response
 
     async def _receive(self, request: web.Request, transport: str) -> web.StreamResponse:
-        received = http_request(request, await read_body(request, _IGNORED_BYTES))
+        received = http_request(request, b"")
         if transport in ("jsonp", "htmlfile"):
             wrong = check_callback(received)
             if wrong is not None:
@@ -180,15 +183,25 @@ class SockJs:
                 return self._refuse(request, 503, b"Too many sessions are being opened\n")
             owner = await self._registry.claim(session_id)
             if owner != self._address:
-                try:
-                    return await self._handover.forward(request, received, owner)
-                except NotThere:
-                    await self._registry.take_over(session_id)
+                moved = await self._forward(request, owner, _IGNORED_BYTES)
+                if moved is not None:
+                    return moved
+                successor = await self._registry.take_over(session_id, owner)
+                if successor != self._address:
+                    # Another worker was faster.
+                    moved = await self._forward(request, successor, _IGNORED_BYTES)
+                    return moved or self._refuse(request, 404, _NOT_FOUND)
+            await read_body(request, _IGNORED_BYTES)
             # A concurrent request may have opened the session.
             if session_id not in self._sessions:
                 self._open(session_id, received)
-        response = self._handover.here(request, received)
-        return self._refuse(request, 404, _NOT_FOUND) if response is None else response
+        return self._here(request, received)
+
+    def _here(self, request: web.Request, received: HttpRequest) -> web.StreamResponse:
+        exchange = Exchange(request, received)
+        if not self._sessions.handle(exchange) or exchange.response is None:
+            return self._refuse(request, 404, _NOT_FOUND)
+        return exchange.response
 
     def _open(self, session_id: str, received: HttpRequest) -> None:
         session = self._sessions.open(
@@ -200,8 +213,15 @@ class SockJs:
         session_id = request.match_info["session"]
         is_here = session_id in self._sessions
         # Don't read bodies for sessions that don't exist.
-        if not is_here and await self._registry.owner(session_id) is None:
-            return self._refuse(request, 404, _NOT_FOUND)
+        for _ in range(0 if is_here else 2):
+            owner = await self._registry.owner(session_id)
+            if owner is None:
+                return self._refuse(request, 404, _NOT_FOUND)
+            moved = await self._forward(request, owner, self._options.max_request_bytes)
+            if moved is not None:
+                return moved
+            # The cached owner may be outdated. Look it up again once.
+            self._registry.forget(session_id)
         try:
             body: bytes | None = await read_body(request, self._options.max_request_bytes)
         except BodyRejected as exc:
@@ -209,20 +229,7 @@ class SockJs:
                 raise
             # The session is closed as its protocol defines.
             body = None
-        received = http_request(request, body)
-        response = self._handover.here(request, received)
-        if response is not None:
-            return response
-        # The cached owner may be outdated. Look it up again once.
-        for _ in range(2):
-            owner = await self._registry.owner(session_id)
-            if owner is None:
-                break
-            try:
-                return await self._handover.forward(request, received, owner)
-            except NotThere:
-                self._registry.forget(session_id)
-        return self._refuse(request, 404, _NOT_FOUND)
+        return self._here(request, http_request(request, body))
 
     def _refuse(self, request: web.Request, status: int, text: bytes) -> web.StreamResponse:
         headers = {"Content-Type": pages.PLAIN} | pages.NOT_CACHED | pages.cors(request.headers)

@@ -65,8 +65,9 @@ class ClientRoutes:
                 buffer_bytes=settings.client_queue_max_size,
             ),
             accept=self._accept,
-            bus=context.bus,
+            address=context.bus.address,
             store=context.store,
+            forward=context.forward,
             spawn=context.spawn,
         )
         self.routes: list[web.AbstractRouteDef] = [
@@ -83,7 +84,6 @@ class ClientRoutes:
         """Abort unauthenticated clients and wait until all clients have disconnected."""
         for connection in list(self.server.unauthenticated):
             connection.abort()
-        await self._sockjs.closed()
         await self._open.wait_closed()
 
     async def _websocket(self, request: web.Request) -> web.StreamResponse:

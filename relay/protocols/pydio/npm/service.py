@@ -54,13 +54,12 @@ class NpmService:
         self._clients: set[NpmClient] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.endpoint = Endpoint(
-            topic="pydio",
-            bus=context.bus,
+            address=context.bus.address,
             timing=_timing(settings),
             buffer_bytes=context.client_buffer_bytes,
             opened=self._opened,
             cors=lambda headers: self.reader().origins.cors(headers, settings.public_path),
-            pass_on=context.pass_on,
+            forward=context.forward,
         )
 
     def reload(self, settings: PydioSettings) -> None:

@@ -6,12 +6,12 @@ import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from relay.core.worker_memory import Worker, WorkerMemory, shared_memory
-from relay.transports.between_workers.balance import Balance
+from relay.transports.between_workers.balance import Balance, PassedConnection
 
 
 @dataclass
@@ -83,7 +83,7 @@ async def test_a_sibling_with_fewer_gets_it_whole(
     first.beat()
     far.send(b"hello")
     taken: asyncio.Queue[socket.socket] = asyncio.Queue()
-    second.balance.receive(lambda connection, _listener, _early: taken.put_nowait(connection))
+    second.balance.receive(lambda passed: taken.put_nowait(passed.connection))
     try:
         assert first.balance.give(near)
         near.close()
@@ -98,30 +98,36 @@ async def test_a_sibling_with_fewer_gets_it_whole(
         second.balance.stop()
 
 
-async def test_a_request_goes_to_the_worker_of_that_name(
-    sides: tuple[Side, Side], connection: Pair
+@pytest.mark.parametrize("peer", ["", "2001:db8::1"])
+@pytest.mark.parametrize("early", [b"GET / HTTP/1.1", b"POST / HTTP/1.1" + bytes(3_000_000)])
+async def test_a_request_goes_to_the_worker_with_that_address(
+    sides: tuple[Side, Side], connection: Pair, early: bytes, peer: str
 ) -> None:
     first, second = sides
     near, far = connection
     first.worker.memory.register(1, "web-1:0000000a")
     first.worker.memory.register(2, "web-2:0000000b")
     second.beat()
-    taken: asyncio.Queue[tuple[socket.socket, int, bytes]] = asyncio.Queue()
-    second.balance.receive(lambda *what: taken.put_nowait(what))
+    taken: asyncio.Queue[PassedConnection] = asyncio.Queue()
+    second.balance.receive(taken.put_nowait)
     try:
-        assert not first.balance.pass_on("elsewhere:0000000c", near, 0, b"")
-        assert not first.balance.pass_on("web-1:0000000a", near, 0, b"")
-        assert not first.balance.pass_on("web-2:0000000b", near, 0, b"x" * 70_000)
-        assert first.balance.pass_on("web-2:0000000b", near, 3, b"GET / HTTP/1.1")
+        request = PassedConnection(connection=near, listener=3, early=early, hops=2, peer=peer)
+        assert not first.balance.pass_on("0000000c", request)
+        assert not first.balance.pass_on("0000000a", request)
+        assert first.balance.pass_on("0000000b", request)
         near.close()
         async with asyncio.timeout(2):
-            adopted, listener, early = await taken.get()
-        with adopted:
-            assert (listener, early) == (3, b"GET / HTTP/1.1")
-            adopted.send(b"here")
+            adopted = await taken.get()
+        with adopted.connection as connected:
+            found = adopted.listener, adopted.early, adopted.hops, adopted.peer
+            assert found == (3, early, 2, peer)
+            connected.send(b"here")
         assert far.recv(10) == b"here"
+        # A worker that hangs or is stopping still gets the requests of its sessions.
         second.worker.memory.clear(2)
-        assert not first.balance.pass_on("web-2:0000000b", far, 0, b"")
+        assert first.balance.pass_on("0000000b", replace(request, connection=far))
+        second.worker.memory.mark_dead(2)
+        assert not first.balance.pass_on("0000000b", replace(request, connection=far))
     finally:
         second.balance.stop()
 

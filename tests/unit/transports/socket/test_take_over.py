@@ -14,7 +14,7 @@ import pytest
 from aiohttp import ClientSession, web
 
 from relay.transports.socket import sse
-from relay.transports.socket.exchange import HeldRequest, HttpAnswer, LocalExchange, http_request
+from relay.transports.socket.exchange import Exchange, HeldRequest, HttpAnswer, http_request
 from relay.transports.socket.reaper import Reaper
 from relay.transports.socket.take_over import take_over
 from relay.transports.socket.websocket import WebSocketConnection, accept_headers, frame_text
@@ -218,7 +218,7 @@ def test_an_answer_to_a_connection_that_is_ending_costs_nothing(run: Run) -> Non
     closed: list[bool] = []
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        exchange = LocalExchange(request, http_request(request, b""))
+        exchange = Exchange(request, http_request(request, b""))
         held = HeldRequest(buffer_bytes=65536, reaper=Reaper())
         exchange.hold(held)
         transport = held._transport

@@ -11,18 +11,23 @@ import uvloop
 from aiohttp import ClientResponse, ClientSession, TCPConnector
 
 from relay.transports.sockjs.sessions import SockJsOptions
-from tests.support.bus import Wire
-from tests.support.sockjs import OPTIONS, EchoDoor, MemoryStore, serving
+from tests.support.siblings import Cluster
+from tests.support.sockjs import OPTIONS, EchoDoor, MemoryStore
+
+ADDRESSES = ("0000000a", "0000000b")
 
 
 class Site:
     """The workers, and a browser that cannot choose between them."""
 
     def __init__(self, mode: str, options: SockJsOptions) -> None:
-        self.mode = mode
-        self.wire = Wire()
+        self.mode = "local" if mode == "local" else "turns"
+        self.cluster = Cluster(ADDRESSES, on_its_own_host=mode == "spliced")
+        self.workers = list(self.cluster.workers.values())
         self.store = MemoryStore()
-        self.doors = [EchoDoor(self.wire.bus(name), self.store, options) for name in ("one", "two")]
+        self.doors = [
+            EchoDoor(each.address, self.store, options, each.forward) for each in self.workers
+        ]
         self.ports: list[int] = []
         self.http: ClientSession
         self._turn = 0
@@ -79,7 +84,13 @@ Main = Callable[[Site], Awaitable[None]]
 RunSite = Callable[..., None]
 
 
-@pytest.fixture(params=["local-asyncio", "local-uvloop", "turns-asyncio", "turns-uvloop"])
+@pytest.fixture(
+    params=[
+        f"{mode}-{loop}"
+        for mode in ("local", "passed", "spliced")
+        for loop in ("asyncio", "uvloop")
+    ]
+)
 def on_site(request: pytest.FixtureRequest) -> RunSite:
     """Run a test on one worker, and with a session on one and requests to both."""
     mode, _, kind = str(request.param).partition("-")
@@ -93,12 +104,16 @@ def on_site(request: pytest.FixtureRequest) -> RunSite:
             site = Site(mode, options)
             async with (
                 asyncio.timeout(15),
-                serving(site.doors[0].routes) as one,
-                serving(site.doors[1].routes) as two,
-                ClientSession(connector=TCPConnector(limit=0)) as site.http,
+                site.workers[0].serving(site.doors[0].routes) as one,
+                site.workers[1].serving(site.doors[1].routes) as two,
+                # Otherwise passed connections would stay with the session's worker.
+                ClientSession(
+                    connector=TCPConnector(limit=0, force_close=mode == "passed")
+                ) as site.http,
             ):
                 site.ports = [one, two]
                 await main(site)
+            site.cluster.close()
 
         with asyncio.Runner(loop_factory=factory) as runner:
             runner.run(all_of_it())

@@ -432,47 +432,6 @@ def test_a_stream_ends_after_its_limit_and_the_session_goes_on(on_site: RunSite)
     on_site(main)
 
 
-@pytest.mark.parametrize("transport", ["xhr_streaming", "eventsource", "htmlfile?c=x"])
-def test_a_response_that_broke_off_before_its_end_is_never_continued(
-    on_site: RunSite, transport: str
-) -> None:
-    """The worker that has the client's socket dies with messages that it was sent.
-
-    A client of xhr_streaming sees the difference and opens no other response. One of an
-    EventSource or a frame sees none, and must not get what follows.
-    """
-    method = "POST" if transport == "xhr_streaming" else "GET"
-
-    async def main(site: Site) -> None:
-        if site.mode == "local":
-            return
-        path = site.session()
-        assert await site.post(path + "/xhr") == b"o\n"  # at the first worker
-        async with site.request(method, f"{path}/{transport}", Origin="http://a") as answer:
-            (session,) = site.door.sessions
-            while session._receiver is None:
-                await asyncio.sleep(0)
-            site.wire.dead.add("two")
-            for _ in range(100):
-                session.write(element(b"lost" * 30))
-            (near,) = site.doors[1].echo._handover._near.values()
-            near.abort()
-            try:
-                await answer.content.read()
-            except ClientError:
-                assert transport == "xhr_streaming"
-                return
-        session.write(element(b"what follows"))
-        site._turn = 0
-        async with site.request(method, f"{path}/{transport}", Origin="http://a") as answer:
-            async with asyncio.timeout(1):
-                found = await answer.content.read()
-            assert b"what follows" not in found
-            assert b"c[2010," in found
-
-    on_site(main)
-
-
 def test_a_long_frame_gets_a_response_that_is_long_enough(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         path = site.session()
@@ -589,48 +548,6 @@ def test_a_session_that_is_cut_off_says_nothing(on_site: RunSite) -> None:
                 assert await answer.content.read() == b""
         await site.door.until_closed(1)
         assert await site.post(path + "/xhr") == b"o\n"
-
-    on_site(main)
-
-
-def test_a_worker_that_stops_costs_the_sessions_of_others_nothing(on_site: RunSite) -> None:
-    async def main(site: Site) -> None:
-        if site.mode == "local":
-            return
-        session = site.session()
-        assert await site.post(session + "/xhr") == b"o\n"  # at the first worker
-        other = site.doors[1].echo
-        async with site.request("POST", session + "/xhr_streaming", Origin="http://a") as answer:
-            await line(answer)
-            await other.closed()
-            # Complete: the client comes again.
-            assert (await answer.content.read()).strip(b"h\n") == b""
-        async with asyncio.TaskGroup() as tasks:
-            site.url("")
-            poll = tasks.create_task(site.post(session + "/xhr"))
-            # Already leaving: nobody waits there.
-            assert await poll == b"h\n"
-        await site.send(session, "not lost")
-        assert await site.post(session + "/xhr") == b'a["not lost"]\n'
-        assert site.door.closed == 0
-
-    on_site(main)
-
-
-def test_a_worker_that_stops_ends_sessions_whose_response_cannot_be_replaced(
-    on_site: RunSite,
-) -> None:
-    async def main(site: Site) -> None:
-        if site.mode == "local":
-            return
-        session = site.session()
-        assert await site.post(session + "/xhr") == b"o\n"  # at the first worker
-        async with site.request("GET", session + "/eventsource") as answer:
-            await site.send(session, "before")
-            await answer.content.readuntil(b'a["before"]\r\n\r\n')
-            await site.doors[1].echo.closed()
-            assert await answer.content.read() == b'data: c[3000,"Go away!"]\r\n\r\n'
-        await site.door.until_closed(1)
 
     on_site(main)
 

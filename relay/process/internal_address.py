@@ -1,0 +1,69 @@
+"""The internal address of this worker, at which workers of other hosts pass on requests to it."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from relay.core.errors import RelayError, StartError
+from relay.stream.connection.connect import discover
+
+if TYPE_CHECKING:
+    from relay.config.settings import NodeSettings, RedisSettings
+    from relay.transports.between_workers.internal import InternalListener
+
+_log = logging.getLogger(__name__)
+
+
+async def open_internal(
+    listener: InternalListener, node: NodeSettings, redis: RedisSettings, number: int | None
+) -> str:
+    """Open the internal listener and return its address, or '' if none is needed.
+
+    `number` is the number of this worker if there are several. Raise StartError if the configured
+    address cannot be used.
+    """
+    configured = urlsplit(f"//{node.internal_address}")
+    host = configured.hostname or await _local_address(redis)
+    if host is None:
+        return ""
+    port = configured.port + (number or 1) - 1 if configured.port else 0
+    try:
+        port = await listener.start(host, port)
+    except OSError as exc:
+        problem = f"cannot listen on {host} port {port}: {exc.strerror or exc}"
+        if node.internal_address:
+            raise StartError(f"[node] internal_address: {problem}") from exc
+        _log.warning(
+            "Workers of other hosts cannot pass on requests to this one: %s;"
+            " set [node] internal_address",
+            problem,
+        )
+        return ""
+    _log.info("Accepting requests of other workers at %s port %d", host, port)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def _local_address(redis: RedisSettings) -> str | None:
+    """Return the local address of connections to Redis, or None if Redis runs on this host."""
+    try:
+        endpoint = await discover(redis)
+        if endpoint.path or not endpoint.host:
+            return None
+        loop = asyncio.get_running_loop()
+        kind = socket.SOCK_DGRAM
+        family, _, _, _, address = (
+            await loop.getaddrinfo(endpoint.host, endpoint.port, type=kind)
+        )[0]
+        with socket.socket(family, kind) as probe:
+            # Choose the route. For UDP, nothing is sent.
+            probe.connect(address)
+            found: str = probe.getsockname()[0]
+    except (OSError, RelayError) as exc:
+        _log.warning("Could not determine the internal address: %s", exc)
+        return None
+    return None if ipaddress.ip_address(found.partition("%")[0]).is_loopback else found

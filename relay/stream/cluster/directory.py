@@ -1,0 +1,79 @@
+"""What the workers of all hosts know about each other: addresses, the shared key, deaths."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from relay.core.errors import WorkerUnreachable
+from relay.stream.cluster.workers import DeadWorkerDetector, parse_heartbeat
+from relay.stream.connection import connect
+
+if TYPE_CHECKING:
+    from relay.core.worker_deaths import WorkerDeaths
+    from relay.stream.connection.connect import RedisClient
+    from relay.stream.format.keys import Keys
+
+# An unknown worker may just have started. Requests for unknown workers read the list this often.
+_FRESH_S = 1.0
+
+
+class WorkerDirectory:
+    """Reads the list of workers. `refresh` must be called with each heartbeat."""
+
+    def __init__(self, *, client: RedisClient, keys: Keys, deaths: WorkerDeaths) -> None:
+        # Authenticates connections between workers. Empty until the first `refresh`.
+        self.key = b""
+        self._client = client
+        self._keys = keys
+        self._deaths = deaths
+        self._detector = DeadWorkerDetector(client=client, keys=keys, dead=deaths.is_dead)
+        # Instance and internal address by the address that session IDs contain.
+        self._living: dict[str, tuple[str, str]] = {}
+        self._read_at = 0.0
+        self._reading = asyncio.Lock()
+
+    async def refresh(self) -> None:
+        """Read the list of workers and the shared key."""
+        async with self._reading:
+            await self._refresh()
+
+    async def _refresh(self) -> None:
+        registry = await self._detector.read()
+        self._living = {
+            instance.rpartition(":")[2]: (instance, info.internal)
+            for instance, beat in registry.items()
+            if beat is not None and (info := parse_heartbeat(instance, beat)) is not None
+        }
+        self._read_at = asyncio.get_running_loop().time()
+        for instance in self._detector.dead(registry):
+            self._deaths.report(instance)
+        for instance, beat in registry.items():
+            if beat is not None and not self._deaths.is_certain(instance):
+                self._deaths.withdraw(instance)
+        own = secrets.token_bytes(32)
+        async with self._client.pipeline(transaction=False) as pipeline:
+            pipeline.execute_command("SET", self._keys.internal_key, own, "NX")
+            pipeline.execute_command("GET", self._keys.internal_key)
+            with connect.translated():
+                _, self.key = await pipeline.execute()
+
+    async def address_of(self, worker: str) -> tuple[str, int] | None:
+        """Return the host and port of a worker's internal address, or None if it is not alive.
+
+        Raise WorkerUnreachable if it is alive and has no internal address, and RelayError if Redis
+        is needed and cannot be reached.
+        """
+        if worker not in self._living:
+            async with self._reading:
+                if asyncio.get_running_loop().time() - self._read_at >= _FRESH_S:
+                    await self._refresh()
+        instance, internal = self._living.get(worker, ("", ""))
+        if not instance or self._deaths.is_dead(instance):
+            return None
+        address = urlsplit(f"//{internal}")
+        if not address.hostname or not address.port:
+            raise WorkerUnreachable(f"worker {worker} has no internal address")
+        return address.hostname, address.port
