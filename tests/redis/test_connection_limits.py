@@ -174,13 +174,14 @@ async def test_a_doors_own_limit_holds_over_workers_and_beside_the_other(valkey:
 
 async def test_a_worker_that_was_frozen_disconnects_what_exceeds_the_limit(valkey: Server) -> None:
     with running(valkey):
-        async with worker(valkey, "one:1", 2) as one, worker(valkey, "two:2", 2) as two:
+        async with worker(valkey, "one:1", 2) as one:
             await one.open()
             await one.open()
-            # As if it had expired.
-            redis(valkey, "DEL", "relay:users:one:1")
-            await two.open()
+            # Accepted by another worker in the freeze.
+            redis(valkey, "SADD", "relay:nodes", "two:2")
+            redis(valkey, "HSET", "relay:users:two:2", "anna", 1)
             one.seats.on_wake(2.0)
+            await asyncio.sleep(0.1)
             assert not one.evicted
             one.seats.on_wake(10.0)
             await until(lambda: one.evicted)

@@ -109,4 +109,4 @@ class ClusterWorker:
             stop()
             await runner.cleanup()
             # Let the transports of connections that have just been closed end.
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.1)

@@ -47,7 +47,7 @@ async def workers(server: Server, ports: Sequence[int]) -> AsyncIterator[list[Wo
             started.append(WorkerProcess(process, port))
         for each in started:
             assert each.process.stdout is not None
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(60):
                 assert await each.process.stdout.readline() == b"ready\n"
         yield started
     finally:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from relay.stream.connection.connect import RedisClient
     from relay.stream.format.keys import Keys
 
-# An unknown worker may just have started. Requests for unknown workers read the list this often.
+# Requests for unknown workers read the list at most this often.
 _FRESH_S = 1.0
 
 
@@ -68,7 +68,10 @@ class WorkerDirectory:
         """
         if worker not in self._living:
             async with self._reading:
-                if asyncio.get_running_loop().time() - self._read_at >= _FRESH_S:
+                if worker not in self._living:
+                    # It may have started since the list was read.
+                    age_s = asyncio.get_running_loop().time() - self._read_at
+                    await asyncio.sleep(_FRESH_S - age_s)
                     await self._refresh()
         instance, internal = self._living.get(worker, ("", ""))
         if not instance or self._deaths.is_dead(instance):

@@ -22,7 +22,7 @@ from relay.core.errors import WorkerUnreachable
 from relay.transports.between_workers.balance import PassedConnection
 from relay.transports.between_workers.internal import Introduction, connect
 from relay.transports.between_workers.splice import ClientEnd, OwnerEnd, splice
-from relay.transports.socket.take_over import read_raw, release
+from relay.transports.socket.take_over import read_on, read_raw, release
 
 if TYPE_CHECKING:
     from relay.transports.between_workers.balance import Balance
@@ -205,6 +205,5 @@ def _finish(request: web.Request, is_passed: bool) -> web.StreamResponse | None:
         if transport is not None:
             transport.abort()
         return response
-    if transport is not None and not transport.is_closing():
-        transport.resume_reading()
+    read_on(request)
     return None

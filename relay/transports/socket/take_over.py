@@ -112,11 +112,12 @@ async def read_raw(request: web.Request, limit_bytes: int) -> RawRequest:
     else:
         # One call returns the buffered data and may read on.
         body = b"".join(iter(request.content.read_nowait, b""))
-    if handler._messages or cast("HttpConnection", handler).factory.is_stopping:
+    is_last = bool(handler._messages) or cast("HttpConnection", handler).factory.is_stopping
+    if is_last and not handler._upgraded:
         # A further request may have been parsed already. The client sends it again.
         headers = [*_without(headers, b"connection"), (b"Connection", b"close")]
-    if request.transport is not None and not request.transport.is_closing():
-        request.transport.pause_reading()
+    if request.transport is not None:
+        handler._pause_reading_for_buffer()
     # aiohttp has answered "Expect: 100-continue".
     headers = _without(headers, b"expect")
     version = f"HTTP/{request.version.major}.{request.version.minor}"
@@ -124,6 +125,12 @@ async def read_raw(request: web.Request, limit_bytes: int) -> RawRequest:
     lines += [name + b": " + value for name, value in headers]
     data = b"\r\n".join(lines) + b"\r\n\r\n" + body + handler._message_tail
     return RawRequest(data, math.inf if handler._upgraded else length - len(body))
+
+
+def read_on(request: web.Request) -> None:
+    """Continue reading from the request's connection after `read_raw`."""
+    if request.transport is not None:
+        request.protocol._resume_reading_for_buffer()
 
 
 def _without(headers: list[tuple[bytes, bytes]], *names: bytes) -> list[tuple[bytes, bytes]]:

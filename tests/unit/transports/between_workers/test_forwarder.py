@@ -359,6 +359,7 @@ def test_a_large_body_arrives_in_parts(run: Run, reaper: Reaper, way: str) -> No
                 await head_of(reader)
                 assert await reader.readexactly(4) == (b"XXXX" if size == 1000 else b"NONE")
                 await reader.readexactly(996 if size == 1000 else 0)
+            assert await reader.read() == b""
 
     run(main())
 

@@ -206,6 +206,8 @@ async def test_nothing_of_a_closed_connection_needs_the_garbage_collector(versio
             else b'40/axr,{"token":"good"}'
         )
         wire.engine.close()
+        # What waits, and CLOSE.
+        wire.poll()
         wire.poll()
         door = weakref.ref(wire.door)
         del wire
