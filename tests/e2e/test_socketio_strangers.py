@@ -145,7 +145,7 @@ async def test_clients_that_leave_at_any_moment_write_nothing_into_the_log(valke
 
 async def test_a_forged_session_id_costs_no_body(valkey: Server) -> None:
     """An ID that names a living worker of another relay, but no session of it."""
-    settings = [f"protocol:socketio.secret={SECRET}"]
+    settings = [f"protocol:socketio.secret={SECRET}", "node.internal_address=127.0.0.1"]
     relays = [RelayProcess(valkey, settings=settings) for _ in range(2)]
     try:
         for each in relays:

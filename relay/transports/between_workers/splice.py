@@ -179,6 +179,8 @@ class ClientEnd(_End):
         self.other = None
         self._on_end()
         if transport is not None and self._factory is not None:
+            if not transport.is_closing():
+                transport.resume_reading()
             give_back(self._factory, self, transport, data, self._early)
 
     @override
@@ -245,6 +247,7 @@ def splice(request: web.Request, client: ClientEnd, owner: OwnerEnd) -> web.Stre
     client.other = owner
     if was_full:
         client.pause_writing()
-    owner.begin(client)
     client.read_on()
+    # The answer may be complete already.
+    owner.begin(client)
     return response
