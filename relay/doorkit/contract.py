@@ -134,7 +134,7 @@ class Presence(Protocol):
     def on_clients_lost(self, notify: Callable[[Channel, Mapping[str, bytes]], None]) -> None:
         """Call `notify` with the clients of a worker that died, on one of the other workers."""
 
-    def on_lost(self, lost: Callable[[set[str]], None]) -> None:
+    def on_own_removed(self, lost: Callable[[set[str]], None]) -> None:
         """Call `lost` with clients of this worker that others took for dead in a freeze.
 
         Their departure has been announced, so they have to connect again.

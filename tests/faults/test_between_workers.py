@@ -216,7 +216,7 @@ async def test_users_are_not_locked_out_when_a_worker_dies(
             await client.subscribed(channel)
         for number in (1, 2):
             os.kill(workers(relay)[number], signal.SIGKILL)
-            await said(relay, f"worker {number} serves", 2)
+            await said(relay, f"Worker {number} ready", 2)
         # All of them come back.
         async with asyncio.timeout(20):
             for client in clients:

@@ -245,7 +245,7 @@ async def test_a_worker_that_was_taken_for_dead_lets_its_clients_come_again(
     await lives(admin, "one:1", "two:2")
     async with site(server, "one:1") as one, site(server, "two:2") as two:
         lost: list[set[str]] = []
-        one.presence.on_lost(lost.append)
+        one.presence.on_own_removed(lost.append)
         one.presence.add(NEWS, "a", b"{}")
         while await two.presence.read(NEWS) != {"a": b"{}"}:
             await asyncio.sleep(0)

@@ -57,7 +57,7 @@ class ChannelPresence:
         # Clients of this worker whose leave pushes other workers have sent.
         self._left: set[str] = set()
         context.presence.on_clients_lost(self._on_worker_died)
-        context.presence.on_lost(self._on_lost)
+        context.presence.on_own_removed(self._on_own_removed)
 
     def join(self, channel: Channel, client: str, info: bytes) -> None:
         """Add a client that has subscribed. `info` is encoded as in pushes."""
@@ -108,7 +108,7 @@ class ChannelPresence:
         for client, info in clients.items():
             self._push(channel, "leave", _push_info(client, info))
 
-    def _on_lost(self, clients: set[str]) -> None:
+    def _on_own_removed(self, clients: set[str]) -> None:
         self._left = clients
         for session in self._context.hub.sessions():
             if session.principal.door == _DOOR and not session.closed:

@@ -37,7 +37,7 @@ _BATCH = 500
 _log = logging.getLogger(__name__)
 
 ClientsLost = Callable[[Channel, Mapping[str, bytes]], None]
-Lost = Callable[[set[str]], None]
+OwnRemoved = Callable[[set[str]], None]
 _T = TypeVar("_T")
 
 
@@ -71,7 +71,7 @@ class ClusterPresence:
         self._requested: dict[Channel, list[asyncio.Future[dict[str, bytes]]]] = {}
         self._reading: set[Channel] = set()
         self._on_clients_lost: list[ClientsLost] = []
-        self._on_lost: list[Lost] = []
+        self._on_own_removed: list[OwnRemoved] = []
         # Set after a freeze in which other workers may have removed this worker's clients.
         self._is_doubtful = False
         connection.on_open.append(self._write_all)
@@ -101,9 +101,9 @@ class ClusterPresence:
         """Register a callback for the clients of dead workers. One worker calls it."""
         self._on_clients_lost.append(notify)
 
-    def on_lost(self, lost: Lost) -> None:
+    def on_own_removed(self, removed: OwnRemoved) -> None:
         """Register a callback for clients of this worker that other workers have removed."""
-        self._on_lost.append(lost)
+        self._on_own_removed.append(removed)
 
     def read(self, channel: Channel) -> asyncio.Future[dict[str, bytes]]:
         """Return the clients of the channel with their info, or fail with Unavailable."""
@@ -242,7 +242,7 @@ class ClusterPresence:
         """Let the clients connect again: other clients have received their leave messages."""
         clients = {client for mine in self._own.values() for client in mine}
         _log.warning("Other workers have removed %d clients from presence", len(clients))
-        for lost in self._on_lost:
+        for lost in self._on_own_removed:
             lost(clients)
 
     async def leave(self) -> None:
