@@ -1,1 +1,1 @@
-"""What a protocol implements and what it receives."""
+"""The contract of a protocol, and code that several protocols need."""

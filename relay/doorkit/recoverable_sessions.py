@@ -37,7 +37,7 @@ State = TypeVar("State")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedSession(Generic[State]):
-    """What another worker needs to resume a session.
+    """The data that another worker needs to resume a session.
 
     `worker` is the bus address of the worker that has the session. `state` belongs to the protocol
     and is encoded as JSON. `start` is a cursor of the positions where the session began.

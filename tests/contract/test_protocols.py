@@ -24,7 +24,7 @@ def protocol(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def driver(protocol: str) -> Driver:
-    """Fails if nobody has written a driver for the protocol."""
+    """Fails if the protocol has no driver."""
     try:
         return load(protocol)
     except LookupError as exc:

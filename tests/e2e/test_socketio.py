@@ -1,4 +1,4 @@
-"""The Socket.IO door with the real clients of all generations: who may come, and what they get."""
+"""The Socket.IO protocol with the real clients of all versions: authentication and delivery."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def npm() -> AsyncIterator[Driver]:
 
 
 def without_offset(package: str, args: list[Any]) -> list[Any]:
-    """What the application's emit was: a client that can recover gets its cursor behind it."""
+    """Return the application's arguments, without the cursor of a client that can recover."""
     if package == "socket.io-client" and isinstance(args[-1], str) and args[-1].startswith("c1."):
         return args[:-1]
     return args

@@ -205,7 +205,7 @@ async def test_large_emits_arrive_as_they_are(
 async def test_more_binary_arguments_than_a_client_accepts_arrive_as_base64(
     axr: RelayProcess, npm: Driver, io5: Emitter, package: str
 ) -> None:
-    """socket.io-parser closes the connection for more than 10; the client would try for ever."""
+    """For more than 10, socket.io-parser closes the connection and reconnects repeatedly."""
     client = await join(npm, axr, f"many-{package}", package)
     list_of = "Array.from({length: %d}, () => Buffer.from([1]))"
     for count in (10, 11):

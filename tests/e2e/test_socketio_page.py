@@ -68,7 +68,7 @@ def site(axr: RelayProcess, tmp_path: Path) -> Iterator[str]:
             super().__init__(*args, directory=str(tmp_path), **options)  # type: ignore[arg-type]
 
         def log_message(self, format: str, *args: object) -> None:
-            """Nothing."""
+            """Write no log."""
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,4 +1,4 @@
-"""What a Socket.IO client without a credential can make the relay hold and compute."""
+"""Limits for Socket.IO clients without a credential."""
 
 from __future__ import annotations
 

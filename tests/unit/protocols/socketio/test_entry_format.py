@@ -1,4 +1,4 @@
-"""An emit as an entry and back; who gets an entry of an emit to several rooms."""
+"""Conversion of emits to entries and back, and the recipients of an emit to several rooms."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_closing_flushes_what_waits_and_swallows_what_comes_later(run: Run, reap
             owner.socket.write(b"much too late")
             owner.socket.close()
             owner.socket.abort()
-            # Whoever closes hears of nothing but the end.
+            # After a close, the only callback is on_closed.
             assert owner.calls == ["full", "closed"]
             assert len(reaper) == 0
             assert owner.socket.peer() == ""

@@ -57,7 +57,7 @@ def test_what_is_not_compressed_is_said_so() -> None:
         ("permessage-deflate; client_max_window_bits", True),
         ("Permessage-Deflate; server_no_context_takeover", True),
         ("x-webkit-deflate-frame, permessage-deflate", True),
-        # What is made for all clients has the largest window.
+        # Frames that all clients share use the largest window.
         ("permessage-deflate; server_max_window_bits=10", False),
         ("permessage-deflate; server_max_window_bits=10, permessage-deflate", True),
         ("x-webkit-deflate-frame", False),
@@ -192,7 +192,8 @@ def test_who_is_not_read_is_not_silent(run: Run, reaper: Reaper) -> None:
     async def main() -> None:
         async with serving(handler) as (port, _), raw_client(port, HANDSHAKE) as (reader, _):
             await head_of(reader)
-            # Three beats at least while it is not read; then none is answered, and it ends.
+            # At least three heartbeats are sent while reading is paused. Later ones are not
+            # answered, so the connection is closed.
             assert (await reader.read()).count(b"ping") >= 3
 
     run(main())

@@ -37,7 +37,7 @@ FAREWELL = frame_close(4408, "no answer to pings")
 
 
 class Door:
-    """Takes over whoever comes: a websocket client, or one of an event stream."""
+    """Takes over every connection: a WebSocket, or an event stream."""
 
     def __init__(self, reaper: Reaper, heartbeat: Heartbeat) -> None:
         self.reaper, self.heartbeat = reaper, heartbeat

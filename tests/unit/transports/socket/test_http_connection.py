@@ -1,4 +1,4 @@
-"""What a peer without a credential can hold open, make relay decompress, or write to the log."""
+"""Limits for peers without a credential: open connections, compressed bodies, log lines."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ PING = b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 async def closed(reader: asyncio.StreamReader) -> bytes:
-    """What comes until the connection is closed, by a reset too."""
+    """Return the data received until the connection is closed or reset."""
     text = b""
     async with asyncio.timeout(10):
         with suppress(ConnectionError):

@@ -139,7 +139,7 @@ def test_large_payloads_are_not_parsed() -> None:
 
 
 def filled(value: Any, parts: list[bytes]) -> Any:
-    """What a client makes of a packet and its attachments."""
+    """Decode a packet and its attachments as a client does."""
     if isinstance(value, list):
         return [filled(each, parts) for each in value]
     if isinstance(value, dict):

@@ -282,7 +282,7 @@ async def test_the_upgrade_as_captured(new: Wire) -> None:
     assert not new.engine.probe(Socket(), timer)  # type: ignore[arg-type]
     socket.on_text(b"2probe")
     assert socket.out == [frame(Packet(3, b"probe"), 4)]
-    # The pending poll is let go, and what comes until the upgrade waits for it.
+    # The pending polling request is answered, and later events wait for the upgrade.
     assert polls == [frame(Packet(6), 4)]
     new.post(b'40/axr,{"token":"good"}')
     assert new.engine.poll(polls.append)

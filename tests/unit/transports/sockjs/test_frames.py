@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from relay.transports.sockjs import frames
 from relay.transports.sockjs.frames import BadFrame, Framing, element, parse_messages
 
-# What sockjs-protocol calls escapable_by_server, but for what cannot be in UTF-8.
+# The characters that sockjs-protocol calls escapable_by_server, except those that UTF-8 lacks.
 UNSAFE = re.compile("[\x00-\x1f\u200c-\u200f\u2028-\u202f\u2060-\u206f\ufff0-\uffff]")
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 

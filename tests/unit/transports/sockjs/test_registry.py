@@ -1,4 +1,4 @@
-"""Who has a session: asked once, kept cheaply, and no obstacle when its worker is gone."""
+"""Owners of sessions: one request each, cheap refreshes, and takeover after a worker has died."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_the_client_of_a_dead_worker_begins_anew(on_site: RunSite) -> None:
         await site.send(session, "x")  # by way of the second
         site.cluster.bury(ADDRESSES[0])
         site.ports[0] = site.ports[1]
-        # There is no telling what it had: so the client is told that its session is another.
+        # The messages of the old session are unknown, so the client is informed of a new session.
         assert (await site.fetch("POST", session + "/xhr_send", b'["x"]'))[0] == 404
         assert await site.post(session + "/xhr") == b"o\n"
         await site.send(session, "y")

@@ -184,9 +184,9 @@ def test_xhr(on_site: RunSite) -> None:
             assert answer.headers["Content-Type"] == "text/plain; charset=UTF-8"
             assert answer.headers["Access-Control-Allow-Origin"] == "http://a"
             assert answer.headers["Cache-Control"] == NO_CACHE
-        # What came between two polls comes together.
+        # Messages that arrive between two polls are sent together.
         assert await site.post(session + "/xhr") == b'a["x","y"]\n'
-        # What comes while a poll waits comes at once.
+        # A message that arrives while a poll waits is sent at once.
         poll = asyncio.create_task(site.post(session + "/xhr"))  # noqa: TID251 - awaited below
         await site.send(session)
         await site.send(session, "z")
@@ -408,7 +408,7 @@ def test_a_stream_ends_after_its_limit_and_the_session_goes_on(on_site: RunSite)
                 await site.send(session, message)
                 assert await line(answer) == f'a["{message}"]\n'.encode()
             await site.send(session, message)
-            # What is left of the declared length is filled up.
+            # The response is filled up to its declared length.
             rest = await answer.content.read()
             assert rest == b"h" * (len(rest) - 1) + b"\n"
         await site.send(session, "between")

@@ -1,4 +1,4 @@
-"""Whatever receivers come and go: in order, once, bounded; and an end that everybody learns of."""
+"""Sessions over changing receivers: order, no repeats, bounded buffers, and the end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LIMIT = 300
 
 
 class DetachedSessions(Deadlines[SockJsSession]):
-    """Whose time is running; the test says when it is over."""
+    """The sessions whose timeout is running. The test decides when it expires."""
 
     def __init__(self) -> None:
         super().__init__(1.0, SockJsSession.expire)
@@ -101,7 +101,7 @@ class Client(RuleBasedStateMachine):
         self.attached = False
 
     def look(self, receiver: FakeReceiver) -> None:
-        """What came; whether it still serves."""
+        """The received frames, and whether the receiver accepts more."""
         for frame in receiver.frames:
             match frame[:1]:
                 case b"o":
@@ -194,7 +194,7 @@ class Client(RuleBasedStateMachine):
         assert self.opens <= 1
         assert self.opens == (1 if self.attached else 0)
         if self.receiver is not None and not self.gone:
-            # Nothing waits while somebody could take it.
+            # Nothing is buffered while a receiver could accept it.
             assert len(self.got) == self.said
         if self.farewells:
             assert len(self.got) == self.said
