@@ -75,12 +75,16 @@ class PrivateChannel:
         allowed = await self._hosts.allow(peer)
         keyed = self._has_key(request)
         if not (allowed and keyed):
+            if allowed:
+                reason = "wrong Admin-Key, see [protocol:pydio] key"
+            elif peer:
+                reason = "not in [protocol:pydio] authorised_hosts"
+            else:
+                reason = "its address cannot be compared with [protocol:pydio] authorised_hosts"
             _log.warning(
                 "Rejected a request from %s on Pydio's private path: %s",
-                peer or "an unknown address",
-                "wrong Admin-Key, see [protocol:pydio] key"
-                if allowed
-                else "not in [protocol:pydio] authorised_hosts",
+                peer or "a client that has disconnected",
+                reason,
             )
             return self._refused(403, Reason.FORBIDDEN, "not allowed")
         if request.method == "POST":

@@ -15,9 +15,14 @@ class _Bare(web.Response):
         self.headers.popall(hdrs.CONTENT_TYPE, None)
 
 
+# Anybody can send the header, and it is logged.
+_ADDRESS_CHARS = 100
+
+
 def sender(request: web.Request) -> str:
     """Return the client's address for the log: that in the proxy's header, or the peer's."""
-    return request.headers.get("X-Forwarded-For") or request.remote or ""
+    address = request.headers.get("X-Forwarded-For", "")[:_ADDRESS_CHARS]
+    return address or request.remote or "a client that has disconnected"
 
 
 def pong() -> web.Response:
