@@ -39,7 +39,7 @@ async def test_operators_disconnect_and_unsubscribe_over_workers_and_relays(
 
 
 async def _answers(door: Native, channel: str, attempts: int) -> list[str]:
-    """What attempts to connect, one after the other, came to."""
+    """Return the results of attempts to connect, one after the other."""
     found = []
     for _ in range(attempts):
         try:
@@ -60,34 +60,36 @@ async def test_the_connections_of_a_user_are_limited_over_workers_and_relays(
         assert await _answers(other, channel, 6) == ["limit_exceeded"] * 6
         refused, code = await (await other.ws(channel)).closed()
         assert (refused[-1]["error"]["code"], code) == ("limit_exceeded", 4429)
-        # Whoever leaves makes room, wherever it was.
+        # A client that disconnects makes room on any worker.
         opened[0].drop()
         async with asyncio.timeout(5):
             while await _answers(other, channel, 1) != ["open"]:
                 pass
         assert await _answers(door, channel, 3) == ["limit_exceeded"] * 3
-        # Of many that come at once no more than the limit get in; one that was counted and then
-        # refused may cost another its place, which is free a moment later.
+        # Of many simultaneous attempts, at most the limit succeed. One that was counted and then
+        # rejected may cause another to be rejected too, but only for a moment.
         for stream in [*opened, *other.streams]:
             stream.drop()
-        await until(lambda: not any(_seats(valkey)))
+        await until(lambda: not any(_counts(valkey)))
         async with asyncio.TaskGroup() as tasks:
             several = [tasks.create_task(_answers(door, channel, 3)) for _ in range(4)]
             several += [tasks.create_task(_answers(other, channel, 3)) for _ in range(4)]
         got_in = sum(task.result().count("open") for task in several)
         assert 1 <= got_in <= 5
-        await until(lambda: sum(_seats(valkey)) == got_in)
+        await until(lambda: sum(_counts(valkey)) == got_in)
         assert await _answers(door, channel, 6 - got_in) == ["open"] * (5 - got_in) + [
             "limit_exceeded"
         ]
 
 
-def _seats(server: Server) -> list[int]:
+def _counts(server: Server) -> list[int]:
     keys = redis(server, "KEYS", "relay:users:*")
     return [int(count) for key in keys for count in redis(server, "HVALS", key)]
 
 
-async def test_the_seats_of_a_killed_worker_are_free_at_once(valkey: Server, channel: str) -> None:
+async def test_the_connections_of_a_killed_worker_are_not_counted(
+    valkey: Server, channel: str
+) -> None:
     async with running(valkey, "hub.connections_per_user=8") as (relay, door):
         streams = await over_both(door, channel, 8)
         assert await _answers(door, channel, 1) == ["limit_exceeded"]
@@ -97,7 +99,7 @@ async def test_the_seats_of_a_killed_worker_are_free_at_once(valkey: Server, cha
         for stream in streams:
             with pytest.raises((asyncio.IncompleteReadError, ConnectionError, EOFError)):
                 await stream.next()
-        await said(relay, "serves", 4)
+        await said(relay, "ready (pid", 4)
         assert await _answers(door, channel, 9) == ["open"] * 8 + ["limit_exceeded"]
 
 
@@ -110,5 +112,5 @@ async def test_a_limit_holds_from_a_reload_on(valkey: Server, tmp_path: Path, ch
         file.write_text("[hub]\nconnections_per_user = 6\n")
         relay.send(signal.SIGHUP)
         await said(relay, "Configuration reloaded", 2)
-        await until(lambda: sum(_seats(valkey)) == 4)
+        await until(lambda: sum(_counts(valkey)) == 4)
         assert await _answers(door, channel, 4) == ["open"] * 2 + ["limit_exceeded"] * 2

@@ -76,7 +76,7 @@ def decode(channel: Channel, entry_id: EntryID, fields: Sequence[bytes], max_byt
     except _Unreadable as exc:
         body = Broken(entry_id, str(exc), tuple(_shortened(fields)))
     if size_bytes <= _LARGE_BYTES:
-        # As `digest`, without the call.
+        # The same as `digest`, inlined for speed.
         return Record(entry_id, crc32(b"\0".join(fields)) & 0xFFFF, size_bytes, body)
     return Record(entry_id, digest(fields), size_bytes, body)
 
