@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
-import ipaddress
 import os
 import signal
 import socket
@@ -19,11 +17,8 @@ from pathlib import Path
 
 import jwt
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
+from tests.support.certificate import certificate
 from tests.support.clients import Native, Refused, native, redis, stream_key, until
 from tests.support.relay import KEY, ROOT, RelayProcess
 from tests.support.valkey import Server, free_port
@@ -330,33 +325,8 @@ def _answers(port: int) -> bool:
         return bool(answer.status == 200)
 
 
-def _certificate(folder: Path) -> Path:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "relay")])
-    now = datetime.datetime.now(datetime.UTC)
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    path = folder / "relay.pem"
-    encoding = serialization.Encoding.PEM
-    secret = key.private_bytes(
-        encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    path.write_bytes(secret + certificate.public_bytes(encoding))
-    return path
-
-
 async def test_tls(valkey: Server, tmp_path: Path, channel: str) -> None:
-    path = _certificate(tmp_path)
+    path = certificate(tmp_path)
     context = ssl.create_default_context(cafile=str(path))
     setting = f"server.tls_cert={path}"
     async with running(valkey, setting) as (relay, _), native(relay, tls=context) as door:

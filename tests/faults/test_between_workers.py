@@ -8,13 +8,16 @@ import json
 import os
 import signal
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 
 import pytest
 from aiohttp import ClientError
 
 from tests.support.centrifuge_js import running_node
+from tests.support.certificate import certificate
 from tests.support.clients import Refused, SseClient, redis, stream_key, until
 from tests.support.polling import SECRET, SETTINGS, EngineIoPolling, Xhr, fresh_connections
 from tests.support.relay import RelayProcess
@@ -128,6 +131,37 @@ async def test_a_post_that_offers_an_upgrade_is_answered(
                 body = '42/axr,["' + "x" * size + '"]'
                 for _ in range(4):
                     assert await client.post(body, chunked=True) == 200
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["new connections", "kept connections"])
+async def test_connections_with_tls_are_copied(
+    valkey: Server, channel: str, tmp_path: Path, keep: bool
+) -> None:
+    path = certificate(tmp_path)
+    tls = ssl.create_default_context(cafile=str(path))
+    async with (
+        running(valkey, f"server.tls_cert={path}", *SETTINGS) as (relay, _),
+        fresh_connections(tls, keep=keep) as http,
+    ):
+        url = relay.url.replace("http:", "https:")
+        clients = [EngineIoPolling(http, relay, url) for _ in range(CLIENTS)]
+        for client in clients:
+            await client.open(channel)
+        for number in range(5):
+            relay.xadd(f"axr:{channel}", data=json.dumps({"n": number}), type="msg")
+            async with asyncio.TaskGroup() as tasks:
+                sending = [
+                    tasks.create_task(client.post('42/axr,["' + "x" * 60_000 * number + '"]'))
+                    for client in clients
+                ]
+                polls = [tasks.create_task(client.poll()) for client in clients]
+            assert {each.result() for each in sending} == {200}
+            assert all(f'"n": {number}' in each.result() for each in polls)
+        # The upgrade to a WebSocket.
+        for client in clients:
+            async with http.ws_connect(client.url.replace("polling", "websocket")) as socket_:
+                await socket_.send_str("2probe")
+                assert await socket_.receive_str() == "3probe"
 
 
 async def test_events_do_not_travel_between_workers(valkey: Server, channel: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
@@ -24,9 +25,12 @@ OPENED = b"o\n"
 
 
 @asynccontextmanager
-async def fresh_connections() -> AsyncIterator[ClientSession]:
-    """A client that opens a connection for each request, as some proxies do."""
-    async with ClientSession(connector=TCPConnector(limit=0, force_close=True)) as http:
+async def fresh_connections(
+    tls: ssl.SSLContext | None = None, *, keep: bool = False
+) -> AsyncIterator[ClientSession]:
+    """A client that opens a connection for each request, as some proxies do, unless `keep`."""
+    connector = TCPConnector(limit=0, force_close=not keep, ssl=tls or True)
+    async with ClientSession(connector=connector) as http:
         yield http
 
 
@@ -76,9 +80,10 @@ class Xhr:
 class EngineIoPolling:
     """A Socket.IO 4 client over polling, in the namespace /axr."""
 
-    def __init__(self, http: ClientSession, relay: RelayProcess) -> None:
+    def __init__(self, http: ClientSession, relay: RelayProcess, url: str = "") -> None:
+        """`url` is the address of the relay if it uses TLS."""
         self._http = http
-        self.url = f"{relay.url}/socket.io/?EIO=4&transport=polling"
+        self.url = f"{url or relay.url}/socket.io/?EIO=4&transport=polling"
 
     async def open(self, user: str) -> None:
         """Open the session and join the namespace."""
