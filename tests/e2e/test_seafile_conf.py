@@ -233,7 +233,8 @@ def test_start_status_restart_stop(script: Script) -> None:
     assert run("stop").stdout == "Notification server stopped.\n"
     # The restart was before the rotation, the stop after it.
     assert [
-        path.read_text().count("relay.process.app: stopping") for path in (moved, script.log)
+        path.read_text().count("relay.process.app: Received a stop signal")
+        for path in (moved, script.log)
     ] == [1, 1]
 
     assert run("status").returncode == 3

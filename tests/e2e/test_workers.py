@@ -209,7 +209,7 @@ async def test_a_second_signal_ends_every_worker_at_once(valkey: Server, channel
     async with running(valkey, "node.drain_s=60") as (relay, door):
         await over_both(door, channel, 100)
         relay.send(signal.SIGTERM)
-        await said(relay, ": stopping", 3)
+        await said(relay, "; stopping", 3)
         pids = list(workers(relay).values())
         assert await asyncio.to_thread(relay.stop, 3) == 1
         await until(lambda: not any(_runs(pid) for pid in pids))
