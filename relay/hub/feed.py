@@ -294,7 +294,7 @@ class Feed:
             else:
                 reason = Reason.REVOKED if value == b"-" else Reason.RIGHTS_CHANGED
                 at = examined.state.last
-                self.drop(subscription, Notice("revoked", reason, self.position, at))
+                self.drop(subscription, Notice("revoked", reason, subscription.at, at))
 
     def _place(self, subscription: Subscription, examined: Examined) -> None:
         session, state, start = subscription.session, examined.state, subscription.start
@@ -372,7 +372,9 @@ class Feed:
         for subscription in list(self.subscriptions()):
             as_of = subscription.rights_as_of
             if subscription.session.principal.user == body.user and as_of and as_of < body.id:
-                self.drop(subscription, Notice("revoked", Reason.REVOKED, body.id, body.id))
+                is_live = subscription.mode is SubscriptionMode.LIVE
+                at = body.id if is_live else subscription.at
+                self.drop(subscription, Notice("revoked", Reason.REVOKED, at, body.id))
 
     def on_ephemeral(self, event: Event) -> None:
         """Deliver to live clients only. The others have no history to read it from."""

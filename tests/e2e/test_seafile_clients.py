@@ -529,6 +529,34 @@ async def test_repeated_reconnects_repeat_no_event(
         await door.lock(library, f"away{number + 1}")
 
 
+async def test_an_event_before_a_revocation_is_not_sent_again_after_the_grant(
+    door: Seafile, valkey: Server
+) -> None:
+    """An old lock would make the file read-only again."""
+    library, user = new_library(), f"{new_library()}@example.com"
+    settings = RedisSettings(url=valkey.url("maintenance"))
+    repos = {"repos": [{"id": library, "jwt_token": subscribe_token(library, user, ttl_s=1000)}]}
+    client = await door.connect()
+    await client.send("subscribe", repos)
+    await standing(door, client, library)
+    await until(lambda: remembered_places(door, user) is not None)
+    await door.lock(library, "live")
+    assert (await client.next())["content"]["path"] == "live"
+    await access.revoke(settings, Channel(f"seafile:{library}"), user)
+    await until(lambda: any(f"to seafile:{library}" in line for line in door.relay.log))
+    # It is refused, and leaves.
+    await client.send("subscribe", repos)
+    await client.settle()
+    await client.socket.close()
+    await noted(door, user)
+    assert await access.grant(settings, Channel(f"seafile:{library}"), user)
+    client = await door.connect()
+    await client.send("subscribe", repos)
+    await client.settle()
+    await door.lock(library, "new")
+    assert (await client.next())["content"]["path"] == "new"
+
+
 async def test_two_machines_of_one_user_each_receive_missed_events(door: Seafile) -> None:
     library, user = new_library(), f"{new_library()}@example.com"
     tokens = [subscribe_token(library, user, ttl_s=1000 + number) for number in range(2)]

@@ -23,7 +23,7 @@ from relay.core.errors import Forbidden, RelayError
 from relay.core.model import Channel, EntryID, Position, Principal
 from relay.core.reasons import Reason
 from relay.core.slices import in_slices
-from relay.hub.session import Client
+from relay.hub.session import Client, SubscriptionMode
 from relay.protocols.seafile import codec, missed
 from relay.protocols.seafile.encoders import SEAFILE
 from relay.protocols.seafile.event_format import PREFIX, channel_of
@@ -329,8 +329,12 @@ class SeafileClient(Client, TokenHolder):
             self._service.context.subscribe(session, channel, None)
 
     def _seen(self, channel: Channel, token: int) -> EntryID | None:
-        left = self._left.pop(channel, None)
+        left = self._left.get(channel)
+        if left is not None and left.ended:
+            # The right to the library was taken away, so delivery begins anew.
+            return None
         if left is not None:
+            del self._left[channel]
             return left.at
         repo_id = channel.removeprefix(PREFIX)
         positions = missed.positions_of(self._stored, repo_id)
@@ -448,7 +452,13 @@ class SeafileClient(Client, TokenHolder):
     def dropped(self, channel: Channel, notice: Notice) -> None:
         # The hub has checked the rights. The token may have expired.
         library = self._libraries.pop(channel, None)
-        if library is not None and library.expires_at <= time.time():
+        expired = library is not None and library.expires_at <= time.time()
+        if library is not None and notice.from_id is not None:
+            # Stored at the end of the connection, so that nothing that was delivered comes again.
+            self._left[channel] = ClientPosition(
+                notice.from_id, self._id, library.token, ended=not expired
+            )
+        if expired:
             self._send(codec.jwt_expired(channel.removeprefix(PREFIX)))
         else:
             if library is not None:
@@ -598,7 +608,12 @@ class SeafileClient(Client, TokenHolder):
             name = missed.name(self.session.principal.user, self._agent)
             # Copy the positions now: later events are not sent any more.
             subscriptions = self.session.subscriptions.items()
-            positions = [(channel, subscription.at) for channel, subscription in subscriptions]
+            # A subscription that the hub has not confirmed yet has no position.
+            positions = [
+                (channel, subscription.at)
+                for channel, subscription in subscriptions
+                if subscription.mode is not SubscriptionMode.NEW
+            ]
             if positions or self._left:
                 work = self._save_at_end(name, positions, self._socket.arrived_at)
                 _ = self._service.context.spawn(work, name="seafile positions")
@@ -620,7 +635,8 @@ class SeafileClient(Client, TokenHolder):
 
     def _positions(self, session: Session) -> Iterator[tuple[Channel, EntryID]]:
         for channel, subscription in list(session.subscriptions.items()):
-            yield channel, subscription.at
+            if subscription.mode is not SubscriptionMode.NEW:
+                yield channel, subscription.at
 
     def _with_floors(
         self, positions: Iterable[tuple[Channel, EntryID]], *, at_end: bool
