@@ -175,7 +175,10 @@ class Server:
     async def forward(
         self, request: web.Request, owner: str, limit_bytes: int
     ) -> web.StreamResponse | None:
-        """See `relay.doorkit.contract.DoorContext`."""
+        """Let the worker with the address `owner` handle the request, if there is one.
+
+        This is `relay.doorkit.contract.Forward`.
+        """
         if self.forwarder is None:
             return None
         return await self.forwarder.forward(request, owner, limit_bytes)
@@ -199,7 +202,7 @@ class Server:
         return False
 
     async def gather(self, request: web.Request) -> web.StreamResponse | None:
-        """See `relay.doorkit.contract.DoorContext`."""
+        """Let one worker of this host handle the request. Return None if it is this worker."""
         return None if self.forwarder is None else await self.forwarder.gather(request)
 
     async def reject_clients(self) -> None:
