@@ -126,27 +126,25 @@ async def kill_one(relay: RelayProcess) -> None:
     os.kill(workers(relay)[1], signal.SIGKILL)
 
 
-async def kill_all_in_turn(
-    relay: RelayProcess, followers: list[Follower], producer: Producer
-) -> None:
+async def kill_all_in_turn(relay: RelayProcess, followers: list[Follower]) -> None:
     """Kill each worker once, after the previous one has been replaced."""
     for number in (1, 2):
-        await received(followers, producer)
+        await received(followers)
         killed = workers(relay)[number]
         os.kill(killed, signal.SIGKILL)
         await until(partial(replaced, relay, number, killed), START_S)
-    await received(followers, producer)
+    await received(followers)
 
 
 def replaced(relay: RelayProcess, number: int, pid: int) -> bool:
     return workers(relay).get(number, pid) != pid
 
 
-async def received(followers: list[Follower], producer: Producer) -> None:
-    """Wait until each client has received the messages of half a second, more than a response."""
-    goals = {channel: number + PER_S // 2 for channel, number in producer.numbers.items()}
+async def received(followers: list[Follower]) -> None:
+    """Wait until each client has received a quarter of a second's messages since now."""
+    goals = [(each, (each.last or 0) + PER_S // 4) for each in followers]
     async with asyncio.timeout(START_S):
-        while any((each.last or 0) < goals[each.channel] for each in followers):
+        while any((each.last or 0) < goal for each, goal in goals):
             await asyncio.sleep(0.05)
 
 
@@ -234,7 +232,7 @@ async def test_clients_of_killed_workers_lose_nothing(
             while not all(each.subscribed for each in followers):
                 await asyncio.sleep(0.05)
         producing = group.create_task(produce(producer, ended))
-        await kill_all_in_turn(relay, followers, producer)
+        await kill_all_in_turn(relay, followers)
         ended.set()
         await producing
         await settled(followers, producer)
