@@ -219,6 +219,7 @@ class Presence:
     def __init__(self) -> None:
         self.there: dict[Channel, dict[str, bytes]] = {}
         self.gone: list[Callable[[Channel, Mapping[str, bytes]], None]] = []
+        self.own_removed: list[Callable[[set[str]], None]] = []
 
     def add(self, channel: Channel, client: str, info: bytes) -> None:
         self.there.setdefault(channel, {})[client] = info
@@ -232,6 +233,9 @@ class Presence:
 
     def on_clients_lost(self, gone: Callable[[Channel, Mapping[str, bytes]], None]) -> None:
         self.gone.append(gone)
+
+    def on_own_removed(self, removed: Callable[[set[str]], None]) -> None:
+        self.own_removed.append(removed)
 
 
 class Store:
