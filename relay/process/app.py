@@ -29,7 +29,7 @@ import uvloop
 from relay.core.errors import RelayError, StartError
 from relay.core.metrics import Metrics
 from relay.core.worker_memory import DIED, REOPEN_LOG, Worker
-from relay.process import garbage, logs
+from relay.process import logs
 from relay.process.composition import Foundation, Parts, build, http_rights, section_of
 from relay.process.drain import drain, end_all, wait_closed
 from relay.process.embedded import private_folder, redis_address, running_valkey
@@ -156,10 +156,10 @@ class Relay:
         tasks = [reading, *producers, *self._start_tasks(base, parts, reloads)]
         try:
             await self._start(base, parts)
-            tasks.append(self._spawn(garbage.collect_rarely(), name="garbage"))
-            await self._stop.wait()
-            _log.info("Received a stop signal; stopping")
-            await self._leave(parts, producers, reading)
+            with parts.collections:
+                await self._stop.wait()
+                _log.info("Received a stop signal; stopping")
+                await self._leave(parts, producers, reading)
         finally:
             # Don't log the reader's exit when startup has failed.
             self._stop.set()

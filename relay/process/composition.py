@@ -29,6 +29,7 @@ from relay.process.cluster_services import ClusterServices
 from relay.process.control_commands import ControlCommands
 from relay.process.embedded import data_folder
 from relay.process.freezes import FreezeDetector
+from relay.process.garbage import RareCollections
 from relay.process.incoming import Incoming
 from relay.process.jobs import JobScheduler, shared_jobs, worker_jobs
 from relay.process.server import Server, node_name
@@ -110,6 +111,7 @@ class Parts:
     doors: Mapping[str, Mounted]
     listeners: SharedListeners | None
     heartbeat: WorkerHeartbeat
+    collections: RareCollections
     jobs: JobScheduler
     producers: Mapping[str, RunningProducer]
 
@@ -207,6 +209,7 @@ def build(base: Foundation) -> Parts:
     freezes.on_wake.append(cluster.presence.on_wake)
     internal = InternalListener(cluster.bus.address, lambda: directory.key, server.take_internal)
     heartbeat = _heartbeat(base, keys, node, instance, hub, reader, refusals)
+    collections = RareCollections()
     jobs = JobScheduler(
         client=base.client,
         keys=keys,
@@ -218,6 +221,7 @@ def build(base: Foundation) -> Parts:
                 directory=directory,
                 presence=cluster.presence,
                 listeners=listeners,
+                collections=collections,
             ),
             *shared_jobs(
                 client=base.client,
@@ -250,6 +254,7 @@ def build(base: Foundation) -> Parts:
         doors=doors,
         listeners=listeners,
         heartbeat=heartbeat,
+        collections=collections,
         jobs=jobs,
         producers=dict(_producers(base, instance)),
     )

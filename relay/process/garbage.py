@@ -12,40 +12,48 @@ larger.
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import logging
 import resource
 import time
+from typing import Self
 
 _log = logging.getLogger(__name__)
 
-_CHECK_S = 10.0
+CHECK_S = 10.0
 _GROWTH = 1.25
 _GROWTH_KB = 64 * 1024
 _NEVER = 2**31 - 1
 
 
-async def collect_rarely() -> None:
-    """Replace Python's full collections with rare ones. Runs until cancelled."""
-    young, middle, old = gc.get_threshold()
-    gc.collect()
-    # Modules and classes are kept for the life of the process, so collections can skip them.
-    gc.freeze()
-    gc.set_threshold(young, middle, _NEVER)
-    try:
-        size_kb = _largest_kb()
-        while True:
-            await asyncio.sleep(_CHECK_S)
-            if is_due(size_kb, _largest_kb()):
-                began = time.perf_counter()
-                found = gc.collect()
-                size_kb = _largest_kb()
-                took_ms = (time.perf_counter() - began) * 1000
-                _log.debug("Freed %d objects in a full collection of %.0f ms", found, took_ms)
-    finally:
-        gc.set_threshold(young, middle, old)
+class RareCollections:
+    """While entered, full collections run only in `collect_if_grown`."""
+
+    def __init__(self) -> None:
+        self._size_kb = _largest_kb()
+        self._thresholds = gc.get_threshold()
+
+    def __enter__(self) -> Self:
+        self._thresholds = gc.get_threshold()
+        gc.collect()
+        # Modules and classes are kept for the life of the process, so collections can skip them.
+        gc.freeze()
+        gc.set_threshold(*self._thresholds[:2], _NEVER)
+        self._size_kb = _largest_kb()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        gc.set_threshold(*self._thresholds)
         gc.unfreeze()
+
+    async def collect_if_grown(self) -> None:
+        """Run a full collection if the process has become larger since the last one."""
+        if is_due(self._size_kb, _largest_kb()):
+            began = time.perf_counter()
+            found = gc.collect()
+            self._size_kb = _largest_kb()
+            took_ms = (time.perf_counter() - began) * 1000
+            _log.debug("Freed %d objects in a full collection of %.0f ms", found, took_ms)
 
 
 def is_due(before_kb: int, now_kb: int) -> bool:

@@ -19,6 +19,7 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from relay.core.errors import RelayError
 from relay.core.worker_memory import BEAT_S
 from relay.process.drain import end_all
+from relay.process.garbage import CHECK_S as COLLECTION_CHECK_S
 from relay.stream.cluster.leases import Lease
 from relay.stream.cluster.presence import CHECK_S
 from relay.stream.cluster.workers import HEARTBEAT_S, NOT_READY_S, DeadWorkerDetector
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from relay.config.settings import JobSettings, NamespaceSettings
     from relay.core.model import Channel
     from relay.process.admission import Admission
+    from relay.process.garbage import RareCollections
     from relay.process.shared_listeners import SharedListeners
     from relay.stream.cluster.directory import WorkerDirectory
     from relay.stream.cluster.presence import ClusterPresence
@@ -67,6 +69,7 @@ def worker_jobs(
     directory: WorkerDirectory,
     presence: ClusterPresence,
     listeners: SharedListeners | None,
+    collections: RareCollections,
 ) -> Iterator[PeriodicJob]:
     """Yield the jobs that each worker runs for itself."""
 
@@ -82,6 +85,7 @@ def worker_jobs(
         name="heartbeat until ready", every_s=NOT_READY_S, run=heartbeat.beat_unless_ready
     )
     yield PeriodicJob(name="presence check", every_s=CHECK_S, run=presence.check)
+    yield PeriodicJob(name="garbage", every_s=COLLECTION_CHECK_S, run=collections.collect_if_grown)
     if listeners is not None:
         yield PeriodicJob(name="worker memory", every_s=BEAT_S, run=listeners.renew)
 
