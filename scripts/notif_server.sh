@@ -1,15 +1,16 @@
 #!/bin/sh
 # notif_server.sh start|stop|restart|status [CONF_DIR]
 #
-# Runs the relay in place of Seafile's notification server, under the name that Seafile's manual uses.
-# CONF_DIR is the folder with seafile.conf. Without it $SEAFILE_CENTRAL_CONF_DIR or /opt/seafile/conf
-# is used. The folders pids, logs and relay-data are beside it:
+# Run relay in place of Seafile's notification server. The name of this script is the one used in
+# Seafile's manual. CONF_DIR is the folder that contains seafile.conf. The default is
+# $SEAFILE_CENTRAL_CONF_DIR, or /opt/seafile/conf. The folders pids, logs and relay-data are created
+# next to CONF_DIR:
 #
 #   logs/notification-server.log  the log; after rotation send SIGUSR1 to the process
-#   logs/notification-server.out  what the last start printed: its addresses, or why it failed
+#   logs/notification-server.out  output of the last start: the addresses, or an error
 #
-# NOTIF_SERVER_OPTIONS are further options of `relay serve`, such as "-c /etc/relay.ini". Without them
-# all other protocols listen on 127.0.0.1:8084, because 8000 is Seahub's port.
+# NOTIF_SERVER_OPTIONS contains more options for `relay serve`, such as "-c /etc/relay.ini". Without
+# it, the protocols other than Seafile's listen on 127.0.0.1:8084, because Seahub uses port 8000.
 set -eu
 
 action=${1:-}
@@ -22,7 +23,7 @@ usage() {
 
 case $action in start | stop | restart | status) ;; *) usage ;; esac
 [ -d "$conf" ] || {
-    printf 'notif_server: %s is no folder: name the one with seafile.conf\n' "$conf" >&2
+    printf 'notif_server: %s is not a folder. Specify the folder that contains seafile.conf.\n' "$conf" >&2
     exit 1
 }
 conf=$(CDPATH='' cd -- "$conf" && pwd)
@@ -32,8 +33,9 @@ log=$top/logs/notification-server.log
 out=$top/logs/notification-server.out
 . "$(dirname -- "$0")/venv"
 
-# Sets $pid and succeeds if that process is a relay. The number may have been given to another
-# program since. A process of another user cannot be signalled, but it exists in /proc.
+# Set $pid from the PID file. Succeed if that process is a running relay. Check its command line,
+# because the system may have reused the process ID for another program. kill -0 fails for a process
+# of another user, therefore also look in /proc.
 running() {
     [ -r "$pid_file" ] || return 1
     pid=$(cat "$pid_file")
@@ -42,14 +44,14 @@ running() {
     [ ! -r "/proc/$pid/cmdline" ] || tr '\0' ' ' <"/proc/$pid/cmdline" | grep -q ' relay serve '
 }
 
-# Succeeds if /ping answers at the address that the relay has printed.
+# Succeed if /ping responds at the address that relay printed at startup.
 answers() {
     address=$(sed -n 's/^  seafile  *//p' "$out" 2>/dev/null | tail -n 1)
     [ -n "$address" ] || address=$(sed -n 's/^relay is ready on //p' "$out" 2>/dev/null | tail -n 1)
     "$python" - "$address/ping" <<'PY'
 import ssl, sys, urllib.request
 
-# The name in the certificate is not 127.0.0.1.
+# Skip verification: the certificate is not issued for 127.0.0.1.
 context = ssl._create_unverified_context()
 try:
     with urllib.request.urlopen(sys.argv[1], timeout=5, context=context) as answer:
@@ -59,7 +61,7 @@ except (OSError, ValueError):
 PY
 }
 
-# end PROCESS SECONDS: stops it; fails if it is still there after so long.
+# end PID SECONDS: send SIGTERM to the process. Fail if it is still running after SECONDS.
 end() {
     kill -TERM "$1" 2>/dev/null || true
     waited=0
@@ -70,7 +72,7 @@ end() {
     done
 }
 
-# failed REASON: says why, and what the relay has printed.
+# failed REASON: print the reason and the last lines of relay's output.
 failed() {
     printf 'Notification server did not start: %s\n' "$1" >&2
     tail -n 5 "$out" >&2
@@ -79,7 +81,7 @@ failed() {
 
 start() {
     mkdir -p "$top/pids" "$top/logs" "$top/relay-data"
-    # A second start at the same time waits, and then finds the first one running.
+    # A second `start` at the same time waits for the lock. It then finds relay running.
     if command -v flock >/dev/null 2>&1; then
         exec 8>"$top/pids/notification-server.lock"
         flock 8
@@ -90,30 +92,30 @@ start() {
     fi
     rm -f "$pid_file"
     : >"$out"
-    # shellcheck disable=SC2086 # they are several words
+    # shellcheck disable=SC2086 # NOTIF_SERVER_OPTIONS is split into words
     nohup "$python" -m relay serve --set "log.file=$log" ${NOTIF_SERVER_OPTIONS:---port 8084} \
         --seafile-conf-dir "$conf" --set "node.pid_file=$pid_file" \
         --set "redis.embedded_dir=$top/relay-data" </dev/null >>"$out" 2>&1 8>&- &
     child=$!
     waited=0
-    # The relay prints this once it listens. Whether /ping answers says nothing before: another
-    # server may have the port.
+    # Relay prints this line once it listens. Don't check /ping before that: another server that
+    # uses the port may respond.
     until grep -q '^relay is ready on ' "$out"; do
         kill -0 "$child" 2>/dev/null || {
-            failed "the relay has ended, see also $log"
+            failed "relay exited during startup; see also $log"
             return 1
         }
         waited=$((waited + 1))
         [ "$waited" -lt 120 ] || {
             end "$child" 10 || kill -KILL "$child" 2>/dev/null || true
-            failed "not ready after 60 seconds, so it was stopped; see $log"
+            failed "relay was not ready after 60 seconds and was stopped; see $log"
             return 1
         }
         sleep 0.5
     done
     answers || {
         end "$child" 30 || kill -KILL "$child" 2>/dev/null || true
-        failed "the relay does not serve Seafile, so it was stopped (enabled = false?); see $log"
+        failed "relay was stopped because /ping does not respond; is Seafile disabled (enabled = false)? See $log"
         return 1
     }
     echo "Notification server started."
@@ -125,7 +127,7 @@ stop() {
         return 0
     fi
     end "$pid" 45 || {
-        printf 'Notification server, process %s, does not stop.\n' "$pid" >&2
+        printf 'Notification server, process %s, did not stop within 45 seconds.\n' "$pid" >&2
         return 1
     }
     echo "Notification server stopped."
@@ -142,7 +144,7 @@ status)
     if running && answers; then
         echo "Notification server is running, process $pid."
     elif running; then
-        echo "Notification server runs, process $pid, but does not answer /ping."
+        echo "Notification server is running, process $pid, but does not respond to /ping."
         exit 1
     else
         echo "Notification server is not running."

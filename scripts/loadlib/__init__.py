@@ -1,1 +1,1 @@
-"""What `scripts/load` runs: the relay and its peers, measured on loopback."""
+"""The benchmarks behind `scripts/load`, of relay and the servers it is compared with."""

@@ -1,4 +1,4 @@
-"""The command line of `scripts/load`."""
+"""Benchmarks of relay and of the servers it is compared with. See docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def _names(*allowed: str) -> Any:
     def names(text: str) -> list[str]:
         found = text.split(",")
         if not set(found) <= set(allowed):
-            raise argparse.ArgumentTypeError(f"any of {', '.join(allowed)}")
+            raise argparse.ArgumentTypeError(
+                f"expected one or more of {', '.join(allowed)}, separated by commas"
+            )
         return found
 
     return names
@@ -46,24 +48,27 @@ def _names(*allowed: str) -> Any:
 def _arguments() -> argparse.Namespace:
     every = argparse.ArgumentParser(add_help=False)
     every.add_argument("--bench-dir", type=Path, default=ROOT.parent / "shared" / "bench",
-                       help="folder of wsink.c and sendloop.c")  # fmt: skip
+                       help="folder that contains wsink.c and sendloop.c")  # fmt: skip
     every.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
-                       help="a setting of the relay; repeatable")  # fmt: skip
+                       help="set a setting of relay; can be repeated")  # fmt: skip
     every.add_argument("--workers", type=int, default=1,
-                       help="processes of the relay, all on the server's core")  # fmt: skip
+                       help="number of relay's workers, all on the server's core")  # fmt: skip
     every.add_argument("--relay-command", default="",
-                       help="another program in place of `python -m relay serve`")  # fmt: skip
-    every.add_argument("--out", default="", help="file for the JSON; default: standard output")
+                       help="command to run instead of `python -m relay serve`")  # fmt: skip
+    every.add_argument(
+        "--out", default="", help="write the JSON to this file (default: standard output)"
+    )
     parser = argparse.ArgumentParser(prog="scripts/load", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     one = commands.add_parser("fanout", parents=[every], help="CPU per delivery and latency")
     one.add_argument("--rate", type=_numbers, default=[20_000, 50_000], dest="rates",
-                     help="deliveries per second, several with commas")  # fmt: skip
+                     help="deliveries per second; separate several with commas")  # fmt: skip
     one.add_argument("--clients", type=int, default=1000)
     allowed = _names("relay", "centrifugo", "socketio", "socket.io", "nchan", "c")
     one.add_argument("--server", type=allowed, dest="servers", default=["relay", "nchan", "c"],
-                     help="with commas; socketio is the relay's door, socket.io npm's")  # fmt: skip
+                     help="servers, separated by commas; socketio is relay's Socket.IO protocol, "
+                     "socket.io is the server from npm")  # fmt: skip
     one.add_argument("--rounds", type=int, default=3)
     one.add_argument("--seconds", type=float, default=20)
 
@@ -71,30 +76,49 @@ def _arguments() -> argparse.Namespace:
     one.add_argument("--clients", type=int, default=5000)
     one.add_argument("--server", type=_names("relay", "nchan"), dest="servers",
                      default=["relay", "nchan"])  # fmt: skip
-    one.add_argument("--own-channels", action="store_true", help="a channel for every two clients")
+    one.add_argument("--own-channels", action="store_true", help="use one channel per two clients")
 
-    one = commands.add_parser("followed", parents=[every], help="many followed workspaces")
+    one = commands.add_parser(
+        "followed", parents=[every], help="CPU and latency with many workspaces"
+    )
     one.add_argument("--workspaces", type=_numbers, default=[100, 20_000])
     one.add_argument("--rate", type=int, default=2000, help="events per second")
     one.add_argument("--seconds", type=float, default=20)
     one.add_argument("--idle-seconds", type=float, default=30)
     one.add_argument("--channels-per-connection", type=int, default=1000)
 
-    one = commands.add_parser("slow", parents=[every], help="a client that stops reading")
-    one.add_argument("--megabytes", type=int, default=200, help="that pass meanwhile")
+    one = commands.add_parser(
+        "slow", parents=[every], help="effects of a client that stops reading"
+    )
+    one.add_argument(
+        "--megabytes", type=int, default=200, help="data published while the client does not read"
+    )
     one.add_argument("--seconds", type=float, default=30)
     one.add_argument("--entry-bytes", type=int, default=10_000)
-    one.add_argument("--others", type=int, default=20, help="clients on each of two channels")
+    one.add_argument(
+        "--others", type=int, default=20, help="number of reading clients on each of two channels"
+    )
     one.add_argument("--rounds", type=int, default=2)
 
-    one = commands.add_parser("pings", parents=[every], help="clients that ping each second")
+    one = commands.add_parser(
+        "pings", parents=[every], help="CPU and memory of clients that ping each second"
+    )
     one.add_argument("--clients", type=int, default=5000)
     one.add_argument("--seconds", type=float, default=20)
     one.add_argument("--rounds", type=int, default=3)
 
-    one = commands.add_parser("produce", parents=[every], help="events by queue and HTTP API")
-    one.add_argument("--commands", type=int, default=100_000, help="of each kind; single HTTP: / 4")
-    one.add_argument("--connections", type=int, default=32, help="HTTP requests at one time")
+    one = commands.add_parser(
+        "produce", parents=[every], help="cost of publishing by queue and HTTP API"
+    )
+    one.add_argument(
+        "--commands",
+        type=int,
+        default=100_000,
+        help="commands per method; a quarter of them for single HTTP requests",
+    )
+    one.add_argument(
+        "--connections", type=int, default=32, help="number of parallel HTTP connections"
+    )
     one.add_argument("--rounds", type=int, default=3)
     return parser.parse_args()
 
@@ -145,7 +169,7 @@ def _measurement(options: argparse.Namespace, cores: Cores) -> _Measurement:
 async def _stoppable(
     measuring: Coroutine[Any, Any, list[dict[str, Any]]],
 ) -> list[dict[str, Any]]:
-    # A stop unwinds everything: no server is left behind.
+    # On SIGTERM, cancel the benchmark, so that it stops the servers that it has started.
     task = asyncio.current_task()
     if task is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
@@ -153,12 +177,15 @@ async def _stoppable(
 
 
 def main() -> int:
-    """Runs one measurement; 1 with a line on standard error where it cannot."""
+    """Run one benchmark and return the exit code.
+
+    The code is 1, with an error message, if the benchmark cannot run, and 130 if interrupted.
+    """
     options = _arguments()
     try:
         cores = Cores.of_this_machine()
         measurement = _measurement(options, cores)
-        # The publisher and the Python clients are this process.
+        # The publisher and the Python clients run in this process.
         os.sched_setaffinity(0, {cores.clients})
         with tempfile.TemporaryDirectory(prefix="relay-load-") as folder:
             rows = uvloop.run(_stoppable(measurement.run(Path(folder))))

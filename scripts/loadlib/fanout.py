@@ -1,4 +1,4 @@
-"""One channel, many websocket clients: processor time per delivery and latency, side by side."""
+"""Compares CPU time per delivery and latency of servers: one channel, many WebSocket clients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from scripts.loadlib.sink import Sink
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fanout:
-    """`rate` is deliveries per second, whatever the number of clients."""
+    """Makes `rounds` runs per rate and server.
+
+    `rates` are deliveries per second to all clients together.
+    """
 
     rates: list[int]
     clients: int
@@ -31,7 +34,10 @@ class Fanout:
     relay: RelayOptions
 
     async def run(self, folder: Path) -> list[dict[str, Any]]:
-        """All rounds, interleaved, so that a noisy minute falls on every server."""
+        """Run all rounds and return one row per round.
+
+        The servers alternate, so that a temporary disturbance affects all of them.
+        """
         wsink = build(self.bench / "wsink.c", folder)
         sendloop = build(self.bench / "sendloop.c", folder) if "c" in self.servers else None
         rows = []
@@ -68,7 +74,8 @@ class Fanout:
         )
         async with sink:
             full_kb = await running.process.settled_rss_kb()
-            # One event warms what is made on first use; it is part of the count.
+            # Send one event first, so that work that is done only once is not measured. The event
+            # is included in the number of received events.
             await running.feed.publish(running.channel, payload())
             await asyncio.sleep(1)
             cpu_s = running.process.cpu_s()
@@ -79,7 +86,7 @@ class Fanout:
 
             late_s = await paced(rate / self.clients, events, send)
             await running.feed.settle()
-            # Before wsink leaves: hundreds of closing connections are not deliveries.
+            # Read the CPU time before wsink stops: closing its connections is not part of delivery.
             await asyncio.sleep(1)
             cpu_s = running.process.cpu_s() - cpu_s
             redis_s = (running.redis.cpu_s() if running.redis else 0.0) - redis_s
@@ -98,7 +105,7 @@ class Fanout:
         }
 
     async def _c(self, sendloop: Path, wsink: Path, rate: int) -> dict[str, Any]:
-        # It sends 50 times a second, whatever the rate: what it shows is the price of one send.
+        # sendloop always sends 50 events per second. It measures the cost of one send().
         del rate
         port = free_port()
         events = int(self.seconds * 50)
@@ -107,7 +114,8 @@ class Fanout:
             tool("taskset", "util-linux"), *argv, str(port), "1", stdout=PIPE
         )
         try:
-            # It has no way to say that it listens, and takes a probe for its first client.
+            # sendloop does not report when it listens. It would count a test connection as its
+            # first client, so wait for a fixed time.
             await asyncio.sleep(0.5)
             sink = Sink(
                 wsink,
@@ -127,7 +135,7 @@ class Fanout:
                 await process.wait()
         found = re.search(rb"([0-9.]+) us CPU", out)
         if found is None:
-            raise LoadError("sendloop printed no figure")
+            raise LoadError("the output of sendloop has no CPU time")
         return {"cpu_us": float(found[1])}
 
     def _summary(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

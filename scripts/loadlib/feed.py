@@ -1,4 +1,4 @@
-"""Publishers: events at an even pace into a stream (XADD) or over HTTP (Nchan)."""
+"""Publishes events at a fixed rate, to a Redis stream (XADD) or to Nchan over HTTP."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import cast
 
 import hiredis
+from typing_extensions import override
 
 from scripts.loadlib.processes import LoadError
 
@@ -15,20 +16,20 @@ _PADDING = b"0" * 120
 
 
 def payload() -> bytes:
-    """JSON with the time of now, as wsink looks for it, and 120 bytes of padding."""
+    """Return JSON with the current time, in the form that wsink reads, and 120 bytes of padding."""
     return b'{"m":"T=%019d","p":"%b"}' % (time.time_ns(), _PADDING)
 
 
 async def paced(rate: float, total: int, send: Callable[[int], Awaitable[None]]) -> float:
-    """Calls `send` `total` times, evenly spaced; returns by how much the last one was late.
+    """Call `send` `total` times at `rate` per second. Return the delay of the last call in seconds.
 
-    What is late is sent at once: the pace is the clock's, not that of the answers.
+    The schedule follows the clock, not the replies. A delayed call is made at once.
     """
     started = time.monotonic()
     late_s = 0.0
     for number in range(total):
         late_s = time.monotonic() - (started + number / rate)
-        # Also when late: what comes back must be read.
+        # Yield to the event loop even when late, so that replies are read.
         await asyncio.sleep(max(0.0, -late_s))
         await send(number)
     return max(0.0, late_s)
@@ -39,7 +40,7 @@ def _command(*words: bytes) -> bytes:
 
 
 class RedisFeed(asyncio.Protocol):
-    """Appends to streams in a pipeline: does not wait for one answer before the next command."""
+    """Appends to streams in a pipeline, without waiting for the reply to each command."""
 
     def __init__(self, prefix: bytes = b"relay:") -> None:
         self._prefix = prefix
@@ -52,23 +53,23 @@ class RedisFeed(asyncio.Protocol):
 
     @classmethod
     async def connect(cls, port: int) -> RedisFeed:
-        """A feed to the server on this loopback port."""
+        """Connect to the server on this port of 127.0.0.1."""
         loop = asyncio.get_running_loop()
         _, feed = await loop.create_connection(cls, "127.0.0.1", port)
         return feed
 
+    @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Part of asyncio.Protocol."""
         self._transport = cast("asyncio.Transport", transport)
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
-        """Part of asyncio.Protocol."""
         if self._unanswered:
             self._error = self._error or f"Redis closed the connection: {exc}"
         self._answered.set()
 
+    @override
     def data_received(self, data: bytes) -> None:
-        """Part of asyncio.Protocol."""
         self._reader.feed(data)
         while (reply := self._reader.gets()) is not False:
             if isinstance(reply, hiredis.ReplyError):
@@ -78,7 +79,7 @@ class RedisFeed(asyncio.Protocol):
             self._answered.set()
 
     async def publish(self, channel: bytes, data: bytes) -> None:
-        """Sends one XADD; raises LoadError where an earlier one was refused."""
+        """Send one XADD. Raise LoadError if Redis has rejected an earlier one."""
         if self._error or self._transport is None:
             raise LoadError(f"Redis: {self._error}")
         self._transport.write(self._xadd(channel, data))
@@ -90,20 +91,23 @@ class RedisFeed(asyncio.Protocol):
         return _command(b"XADD", key, b"*", b"data", data)
 
     async def settle(self) -> None:
-        """Returns once every command has its answer."""
+        """Wait for the replies to all commands. Raise LoadError if one of them is an error."""
         async with asyncio.timeout(60):
             await self._answered.wait()
         if self._error:
             raise LoadError(f"Redis: {self._error}")
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Close the connection."""
         if self._transport is not None:
             self._transport.close()
 
 
 class EmitFeed(RedisFeed):
-    """Appends as the emitter of Socket.IO's streams adapter does; `channel` is the room's."""
+    """Appends entries like the emitter for Socket.IO's Redis Streams adapter.
+
+    The name of a channel is `axr:` and the name of the room.
+    """
 
     def _xadd(self, channel: bytes, data: bytes) -> bytes:
         room = channel.removeprefix(b"axr:")
@@ -114,7 +118,7 @@ class EmitFeed(RedisFeed):
 
 
 class NchanFeed:
-    """Posts to Nchan's publisher location over one kept connection, one event at a time."""
+    """Posts events one by one to Nchan's publisher location, over one keep-alive connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -122,11 +126,11 @@ class NchanFeed:
 
     @classmethod
     async def connect(cls, port: int) -> NchanFeed:
-        """A feed to the server on this loopback port."""
+        """Connect to the server on this port of 127.0.0.1."""
         return cls(*await asyncio.open_connection("127.0.0.1", port))
 
     async def publish(self, channel: bytes, data: bytes) -> None:
-        """Posts one event and waits for its answer."""
+        """Post one event and wait for the response."""
         self._writer.write(
             b"POST /pub?channel=%b HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\n"
             b"Content-Length: %d\r\n\r\n%b" % (channel, len(data), data)
@@ -140,11 +144,11 @@ class NchanFeed:
                     length = int(line.partition(b":")[2])
             await self._reader.readexactly(length)
         if not 200 <= status < 300:
-            raise LoadError(f"nchan answers {status} to a publication")
+            raise LoadError(f"Nchan rejected a publication with HTTP status {status}")
 
     async def settle(self) -> None:
-        """Nothing is ever under way here."""
+        """Return at once: `publish` has already waited for each response."""
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Close the connection."""
         self._writer.close()

@@ -1,4 +1,4 @@
-"""Many followed workspaces: what idle ones cost, and how late an event in one of them is."""
+"""Measures the CPU time for many idle workspaces, and the latency of an event in one of them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from scripts.loadlib.report import percentile, say, table
 from scripts.loadlib.servers import Cores, RelayOptions, Running, server
 from scripts.loadlib.websocket import WebSocket
 
-# Commands under way on one connection.
+# Maximum number of commands on one connection that wait for a reply.
 _WINDOW = 100
 
 
 class _Follower:
-    """One connection that follows some of the workspaces."""
+    """A connection that is subscribed to some of the workspaces."""
 
     def __init__(self, latencies_ms: list[float]) -> None:
         self._latencies_ms = latencies_ms
@@ -42,7 +42,7 @@ class _Follower:
 
     def check(self) -> None:
         if self.error or self._socket is None or self._socket.closed.is_set():
-            raise LoadError(f"a client was closed or refused: {self.error}")
+            raise LoadError(f"relay closed a connection or rejected a command: {self.error}")
 
     def close(self) -> None:
         if self._socket is not None:
@@ -62,7 +62,7 @@ class _Follower:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Followed:
-    """One run for each number of workspaces, on a fresh relay."""
+    """Makes one run per number of workspaces, each with a new relay process."""
 
     workspaces: list[int]
     rate: int
@@ -74,12 +74,12 @@ class Followed:
     relay: RelayOptions
 
     async def run(self, folder: Path) -> list[dict[str, Any]]:
-        """One row per number of workspaces."""
+        """Return one row per number of workspaces."""
         limits = [
             f"protocol:native.channels_per_connection={self.per_connection}",
             "protocol:native.commands_per_s=100000",
         ]
-        # Whatever the command line sets comes later, and wins.
+        # Later settings override earlier ones, so those from the command line come last.
         options = RelayOptions(command=self.relay.command, settings=[*limits, *self.relay.settings])
         rows = []
         for count in self.workspaces:
@@ -100,12 +100,12 @@ class Followed:
             followers.append(_Follower(latencies_ms))
             await followers[-1].follow(running.port, names[start : start + self.per_connection])
         subscribed_s = time.monotonic() - started
-        say(f"{count} workspaces followed by {len(followers)} clients after {subscribed_s:.1f} s")
+        say(f"{len(followers)} clients subscribed to {count} workspaces in {subscribed_s:.1f} s")
         await asyncio.sleep(5)
         idle = await self._cpu(running, asyncio.sleep(self.idle_seconds))
         latencies_ms.clear()
         total = int(self.rate * self.seconds)
-        # The same workspaces in every run, so that runs can be compared.
+        # Use the same random seed in every run, so that runs can be compared.
         chosen = random.Random(1).choices(names, k=total)  # noqa: S311
 
         async def send(number: int) -> None:
@@ -140,7 +140,7 @@ class Followed:
         }
 
     async def _cpu(self, running: Running, during: Any) -> tuple[float, float]:
-        """Per cent of a core that relay and Redis use while `during` runs."""
+        """Return the CPU usage of relay and of Redis while `during` runs, in percent of a core."""
         redis = running.redis
         before = running.process.cpu_s(), redis.cpu_s() if redis else 0.0
         started = time.monotonic()

@@ -1,4 +1,4 @@
-"""Memory per idle subscribed websocket client."""
+"""Measures the memory per idle subscribed WebSocket client."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scripts.loadlib.sink import Sink
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Idle:
-    """Clients of one channel, or two on each of many."""
+    """Subscribes all clients to one channel, or two clients to each of many channels."""
 
     clients: int
     servers: list[str]
@@ -25,7 +25,7 @@ class Idle:
     relay: RelayOptions
 
     async def run(self, folder: Path) -> list[dict[str, Any]]:
-        """One row per server."""
+        """Return one row per server."""
         wsink = build(self.bench / "wsink.c", folder)
         rows = []
         for name in self.servers:
@@ -37,7 +37,8 @@ class Idle:
 
     async def _measure(self, running: Running, wsink: Path) -> dict[str, Any]:
         channel = "idle%d" if self.own_channels else "idle"
-        # What the first client makes a server load and allocate is not the clients' memory.
+        # Connect a few clients first, so that memory that a server allocates once, for its first
+        # client, is not counted.
         async with self._sink(running, wsink, "warm", 64):
             pass
         empty_kb = await running.process.settled_rss_kb()
@@ -46,14 +47,17 @@ class Idle:
             half_kb = await running.process.settled_rss_kb(30)
             async with self._sink(running, wsink, channel, half) as second:
                 full_kb = await running.process.settled_rss_kb(30)
-                # Whoever was counted must still be there, and subscribed.
+                # Check that all counted clients are still connected and subscribed.
                 for number in range(half if self.own_channels else 1):
                     name = channel.replace("%d", str(number)).encode()
                     await running.feed.publish(name, payload())
                 await running.feed.settle()
                 seen = [(await sink.result())["marks"] for sink in (first, second)]
         if seen != [half, half]:
-            raise LoadError(f"{running.name}: of twice {half} clients, {seen} got the event")
+            raise LoadError(
+                f"{running.name}: {seen} clients of the two halves received the event, "
+                f"expected {half} of each"
+            )
         left_kb = await running.process.settled_rss_kb(30)
         return {
             "clients": half * 2,
@@ -62,7 +66,8 @@ class Idle:
             "with clients MB": full_kb / 1024,
             "after they left MB": left_kb / 1024,
             "KB/client": (full_kb - empty_kb) / (half * 2),
-            # Free of what a server had allocated and given back before the first client.
+            # Not affected by memory that the server freed before the measurement and uses again for
+            # the first half of the clients.
             "KB/client of the second half": (full_kb - half_kb) / half,
         }
 

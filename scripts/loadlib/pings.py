@@ -1,4 +1,4 @@
-"""Clients that ping each second, as Seafile's do, beside idle clients of the native door."""
+"""Compares Seafile clients, which ping each second, with idle clients of the native protocol."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from scripts.loadlib.websocket import WebSocket
 
 _KEY = "a key of this measurement only, long enough"
 _LIBRARY = "00000000-0000-4000-8000-000000000000"
-# Clients whose turn it is are pinged together; so many turns a second spread them evenly.
+# Each second is divided into this number of turns. In each turn an equal part of the clients pings.
 _TURNS = 50
+# Number of clients that connect at the same time.
 _CONNECTING = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pings:
-    """The same number of clients of one workspace, in each kind."""
+    """Measures the same number of clients of each kind, all subscribed to one workspace."""
 
     clients: int
     seconds: float
@@ -34,7 +35,7 @@ class Pings:
     relay: RelayOptions
 
     async def run(self, folder: Path) -> list[dict[str, Any]]:
-        """One row per round and kind."""
+        """Return one row per round and kind of client."""
         settings = [*self.relay.settings, f"protocol:seafile.key={_KEY}"]
         options = RelayOptions(command=self.relay.command, settings=settings)
         rows = []
@@ -51,7 +52,8 @@ class Pings:
 
     async def _measure(self, running: Running, *, pinging: bool) -> dict[str, Any]:
         path = "/notification" if pinging else f"{running.subscribe_path}idle"
-        # What the first clients make it load is not the clients' memory.
+        # Connect a few clients first, so that memory that relay allocates once, for its first
+        # clients, is not counted.
         warm = await self._connect(running, path, 64, pinging=pinging)
         await asyncio.sleep(1)
         _close(warm)
@@ -64,7 +66,7 @@ class Pings:
         used = running.process.cpu_s() - before
         took = time.monotonic() - begun
         if any(client.closed.is_set() for client in clients):
-            raise LoadError("clients were closed")
+            raise LoadError("relay closed connections during the measurement")
         pongs = sum(client.pongs for client in clients)
         _close(clients)
         return {
@@ -97,12 +99,12 @@ class Pings:
                 if pinging:
                     client.send_text(text)
                 clients.append(client)
-        # Subscribing has no answer there.
+        # Seafile's protocol has no reply to a subscription.
         await asyncio.sleep(1)
         return clients
 
     async def _pass(self, clients: list[WebSocket], *, pinging: bool) -> int:
-        """The time that is measured; how many pings were sent in it."""
+        """Wait for the measured time, sending pings if `pinging`. Return the number of pings."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self.seconds
         sent = turn = 0

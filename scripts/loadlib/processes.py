@@ -1,4 +1,4 @@
-"""Processes under measurement: started on a core of their own, read from /proc, always stopped."""
+"""Starts server processes on a chosen CPU core, and measures them with /proc."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ _PAGE_KB = os.sysconf("SC_PAGE_SIZE") / 1024
 
 
 class LoadError(Exception):
-    """What this machine lacks, or what did not come up: one line for whoever measures."""
+    """A benchmark cannot run. The message says what is missing or which process failed."""
 
 
 def tool(name: str, package: str) -> str:
-    """Where the program `name` is; LoadError naming the Debian package that has it."""
-    # Debian keeps servers in sbin, which users' PATH lacks.
+    """Return the path of the program `name`.
+
+    If it is not installed, raise LoadError, which names the Debian package.
+    """
+    # Debian installs servers in sbin, which is not in the PATH of ordinary users.
     found = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     if found is None:
         raise LoadError(f"{name} is missing; run: sudo apt install {package}")
@@ -30,7 +33,7 @@ def tool(name: str, package: str) -> str:
 
 
 def free_port() -> int:
-    """A port that was free a moment ago."""
+    """Return a port that is not in use. Another process may take it before the caller does."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -38,10 +41,10 @@ def free_port() -> int:
 
 
 def build(source: Path, folder: Path) -> Path:
-    """The C program `source` compiled into `folder`."""
+    """Compile the C program `source` into `folder` and return the path of the executable."""
     target = folder / source.stem
     if not source.is_file():
-        raise LoadError(f"{source} is missing; name its folder with --bench-dir")
+        raise LoadError(f"{source} is missing; specify its folder with --bench-dir")
     try:
         subprocess.run(
             [tool("cc", "gcc"), "-O2", "-w", "-o", str(target), str(source)],
@@ -51,12 +54,12 @@ def build(source: Path, folder: Path) -> Path:
             timeout=60,
         )
     except subprocess.CalledProcessError as exc:
-        raise LoadError(f"{source.name} does not compile: {exc.stderr.strip()[:500]}") from exc
+        raise LoadError(f"could not compile {source.name}: {exc.stderr.strip()[:500]}") from exc
     return target
 
 
 def _tree(root: int) -> list[int]:
-    """`root` and all its descendants: supervisors have workers, nginx has a master."""
+    """Return `root` and all its descendants, such as relay's workers or the worker of nginx."""
     parents: dict[int, int] = {}
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
@@ -69,12 +72,12 @@ def _tree(root: int) -> list[int]:
 
 
 def _stat(pid: int) -> list[str]:
-    # The command's name may hold blanks and brackets: all fields count from the last bracket.
+    # The command name may contain spaces and parentheses. Skip to the last one.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 class Measured:
-    """One server process (with its children), pinned to one core."""
+    """A server process and its children, pinned to one CPU core."""
 
     def __init__(self, name: str, popen: subprocess.Popen[bytes], log: Path) -> None:
         self.name = name
@@ -85,7 +88,7 @@ class Measured:
     def start(
         cls, name: str, argv: Sequence[str], *, core: int, folder: Path, env: dict[str, str]
     ) -> Measured:
-        """Runs `argv` in `folder`, its output in a log there."""
+        """Run `argv` in `folder`. Write its output to a log file in this folder."""
         log = folder / f"{name}.log"
         with log.open("wb") as out:
             popen = subprocess.Popen(
@@ -95,18 +98,18 @@ class Measured:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                # A Ctrl-C is for us; we stop it in order.
+                # Don't pass Ctrl-C to the server: `stop` terminates it.
                 start_new_session=True,
             )
         return cls(name, popen, log)
 
     @property
     def alive(self) -> bool:
-        """Whether it still runs."""
+        """Whether the process is still running."""
         return self._popen.poll() is None
 
     def cpu_s(self) -> float:
-        """Processor seconds, user and system, that it and its children have used."""
+        """Return the user and system CPU time of the process and its children, in seconds."""
         ticks = 0
         for pid in _tree(self._popen.pid):
             with contextlib.suppress(OSError):
@@ -115,7 +118,7 @@ class Measured:
         return ticks / _TICKS
 
     def rss_kb(self) -> float:
-        """Resident memory of it and its children."""
+        """Return the resident memory of the process and its children."""
         pages = 0
         for pid in _tree(self._popen.pid):
             with contextlib.suppress(OSError):
@@ -123,7 +126,10 @@ class Measured:
         return pages * _PAGE_KB
 
     async def settled_rss_kb(self, limit_s: float = 10) -> float:
-        """Its memory once two looks, a second apart, agree to half a percent."""
+        """Wait until the memory changes by less than 0.5 % within a second, and return it.
+
+        Return the last value if the memory still changes after `limit_s`.
+        """
         last = self.rss_kb()
         for _ in range(int(limit_s)):
             await asyncio.sleep(1)
@@ -134,7 +140,10 @@ class Measured:
         return last
 
     async def wait_for_port(self, port: int, limit_s: float = 30) -> None:
-        """Returns once it accepts connections; LoadError with the end of its log otherwise."""
+        """Wait until the process accepts connections.
+
+        If it exits or the time is over, raise LoadError with the end of its log.
+        """
         try:
             async with asyncio.timeout(limit_s):
                 while self.alive:
@@ -147,14 +156,16 @@ class Measured:
                         return
         except TimeoutError:
             pass
-        raise self.failed("does not listen")
+        raise self.failed(
+            f"exited, or did not accept connections on port {port} within {limit_s:g} s"
+        )
 
     def failed(self, what: str) -> LoadError:
-        """An error with the end of the log."""
+        """Return an error that contains the end of the log."""
         return LoadError(f"{self.name} {what}:\n{self._log.read_text(errors='replace')[-2000:]}")
 
     async def stop(self) -> None:
-        """Ends it, by force after ten seconds."""
+        """Terminate the process. Kill it if it is still running after ten seconds."""
         if not self.alive:
             return
         self._popen.terminate()

@@ -1,4 +1,4 @@
-"""What an event costs on its way in: by the command queue, and by Centrifugo's HTTP API."""
+"""Measures the CPU time for publishing an event, by API queue and by Centrifugo's HTTP API."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scripts.loadlib.processes import LoadError
 from scripts.loadlib.report import say, table
 from scripts.loadlib.servers import Cores, RelayOptions, Running, relay
 
-_SECRET = "a secret of the load"  # noqa: S105  # of a server that lives for seconds
+_SECRET = "a secret of the load"  # noqa: S105  # for the test server only
 _SHARDS = 4
 _QUEUE = "centrifugo.api"
 _LIMIT_S = 120
@@ -23,13 +23,13 @@ _DATA = '{"text":"' + "x" * 100 + '","n":[1,2,3]}'
 
 
 def _publish(channel: str) -> str:
-    # As Python's json and most libraries write it.
+    # With spaces after colons and commas, as written by Python's json and most libraries.
     return f'{{"method": "publish", "params": {{"channel": "{channel}", "data": {_DATA}}}}}'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Produce:
-    """Commands through one queue, through four, and requests of 1 and of 100 commands."""
+    """Publishes through one queue, four queues, and HTTP requests with 1 and 100 commands."""
 
     commands: int
     rounds: int
@@ -39,7 +39,7 @@ class Produce:
     relay: RelayOptions
 
     async def run(self, folder: Path) -> list[dict[str, Any]]:
-        """One row per way and round."""
+        """Return one row per method and round."""
         settings = [
             "producer:queue.enabled=yes",
             f"producer:queue.shards={_SHARDS}",
@@ -60,7 +60,7 @@ class Produce:
     async def _measured(self, running: Running, shards: int, batch: int) -> dict[str, Any]:
         way = f"queue, lists: {shards}" if shards else f"HTTP, commands a request: {batch}"
         if running.redis is None:
-            raise LoadError("the relay has no Redis of its own")
+            raise LoadError("this benchmark requires a server with its own Redis")
         count = self.commands if shards or batch > 1 else self.commands // 4
         async with Redis(port=running.redis_port, protocol=3) as admin:
             await admin.flushall()
@@ -79,7 +79,7 @@ class Produce:
                 info: Any = await admin.xinfo_stream(f"relay:stream:{{c{number}}}")
                 added += info["entries-added"]
         if added != count:
-            raise LoadError(f"{way}: {added} entries of {count} commands")
+            raise LoadError(f"{way}: {count} commands added {added} entries, expected {count}")
         return {
             "way": way,
             "events": count,
@@ -102,7 +102,7 @@ class Produce:
         for shard, name in enumerate(names):
             await admin.rename(f"filled.{shard}", name)
         async with asyncio.timeout(_LIMIT_S):
-            while await admin.exists(*names):  # noqa: ASYNC110  # another process empties them
+            while await admin.exists(*names):  # noqa: ASYNC110  # relay empties them
                 await asyncio.sleep(0.01)
 
     async def _post(self, port: int, count: int, batch: int) -> None:
@@ -125,7 +125,9 @@ class Produce:
                 length = int(head.partition(b"content-length:")[2].split(b"\r\n")[0])
                 answer = await reader.readexactly(length)
                 if answer.count(b'"error":null') != batch:
-                    raise LoadError(f"the API answered {head[:100]!r} {answer[:200]!r}")
+                    raise LoadError(
+                        f"unexpected response of the HTTP API: {head[:100]!r} {answer[:200]!r}"
+                    )
             writer.close()
 
         async with asyncio.timeout(_LIMIT_S), asyncio.TaskGroup() as tasks:

@@ -1,4 +1,4 @@
-"""Tables for people, JSON for whoever compares later."""
+"""Prints results as Markdown tables, and as JSON for later comparison."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any
 
 
 def say(text: str = "") -> None:
-    """One line to standard output, at once."""
+    """Print one line to standard output and flush it."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def percentile(sorted_values: Sequence[float], share: float) -> float:
-    """The value below which `share` of them lie, as wsink computes it; 0 for none."""
+    """Return the percentile `share` (0 to 1), computed as wsink does. Return 0 for no values."""
     return sorted_values[int((len(sorted_values) - 1) * share)] if sorted_values else 0.0
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A Markdown table of the rows, whose keys are its columns."""
+    """Print the rows as a Markdown table. The columns are the keys of all rows."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
@@ -44,7 +44,7 @@ def _cell(value: object) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were made on; nothing that names the machine or its folders."""
+    """Describe the test machine. The result contains no host name and no path."""
     model = next(
         (
             line.partition(":")[2].strip()
@@ -74,12 +74,12 @@ def machine() -> dict[str, Any]:
 
 
 def finish(command: str, options: Mapping[str, Any], rows: Sequence[Any], out: str) -> None:
-    """The JSON, on one line or in the file `out`."""
+    """Write the JSON to the file `out`, or print it on one line if `out` is empty."""
     text = json.dumps(
         {"command": command, "options": dict(options), "machine": machine(), "rows": list(rows)}
     )
     if out:
         Path(out).write_text(text + "\n")
-        say(f"\nJSON in {out}")
+        say(f"\nJSON written to {out}")
     else:
         say("\n" + text)

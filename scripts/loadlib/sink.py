@@ -1,4 +1,4 @@
-"""The measuring clients in C (wsink.c), many in one process."""
+"""Runs wsink.c, a C program that simulates many WebSocket clients and measures latency."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scripts.loadlib.processes import LoadError, tool
 
 
 class Sink:
-    """One wsink: `async with` starts it and returns once every client is subscribed."""
+    """One wsink process. `async with` starts it and waits until every client is subscribed."""
 
     def __init__(
         self,
@@ -29,8 +29,22 @@ class Sink:
         expect: int = 0,
         greeting: str = "",
     ) -> None:
-        """Each client says `greeting` first. It ends after `limit_s`, `quiet_s` after the last
-        event, or with event `expect`."""
+        """Prepare the command line. wsink stops as soon as one of its limits is reached.
+
+        Args:
+            program: The compiled wsink.
+            core: The CPU core that wsink runs on.
+            port: The server's port.
+            path: The path of the WebSocket. `%d` stands for a number per client.
+            clients: The number of clients.
+            subscribed: A text in the server's reply to a subscription. If empty, a client counts as
+                subscribed after its handshake.
+            limit_s: Stop after this time.
+            quiet_s: Stop this long after the last event; 0 for no limit.
+            expect: Stop when all clients together have received this number of events; 0 for no
+                limit.
+            greeting: A text that each client sends first.
+        """
         argv = [tool("taskset", "util-linux"), "-c", str(core), str(program), "-r", "-P"]
         argv += ["-p", str(port), "-u", path, "-n", str(clients), "-d", str(limit_s)]
         if greeting:
@@ -65,7 +79,7 @@ class Sink:
         await self._end()
 
     async def result(self) -> dict[str, Any]:
-        """What it counted, once it has ended."""
+        """Wait until wsink has finished and return its counts and latencies."""
         line = await self._line(self._limit_s + 60)
         try:
             found: dict[str, Any] = json.loads(line)
@@ -77,7 +91,8 @@ class Sink:
         line = await self._line(120)
         if line != b"READY\n":
             raise await self._failed(line)
-        # It goes on without those who were not subscribed within a minute, with a word on stderr.
+        # If some clients are not subscribed within a minute, wsink continues without them and
+        # prints a warning to stderr.
         if self._process is not None and self._process.stderr is not None:
             try:
                 async with asyncio.timeout(0.05):
@@ -93,7 +108,9 @@ class Sink:
             async with asyncio.timeout(limit_s):
                 return await self._process.stdout.readline()
         except TimeoutError:
-            raise LoadError("wsink does not answer: are its clients refused?") from None
+            raise LoadError(
+                "wsink printed nothing in time; check whether the server rejects its clients"
+            ) from None
 
     async def _failed(self, line: bytes) -> LoadError:
         await self._end()

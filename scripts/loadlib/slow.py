@@ -1,4 +1,9 @@
-"""A client that stops reading: what it costs the relay and the others, and what it gets at last."""
+"""Measures the effects of a client that stops reading.
+
+- the memory of relay
+- the latency of all other clients
+- the events that the slow client receives when it reads again
+"""
 
 from __future__ import annotations
 
@@ -19,7 +24,7 @@ from scripts.loadlib.servers import Cores, RelayOptions, Running, server
 from scripts.loadlib.sink import Sink
 from scripts.loadlib.websocket import WebSocket
 
-# Events per second on the channel that the slow client does not follow.
+# Events per second on the channel that the slow client is not subscribed to.
 _OTHER_RATE = 50
 _SETTLE_S = 120
 _NUMBER = re.compile(rb'"s":(\d+)')
@@ -27,9 +32,9 @@ _ID = re.compile(rb'"id":"([^"]+)"')
 
 
 class _Slow:
-    """Follows the big channel, stops, reads on; checks what it gets.
+    """A client that subscribes, stops reading, reads again, and checks the numbers of the events.
 
-    Between two events that do not follow each other there must be a notice.
+    If numbers are missing between two events, there must be a notice between them.
     """
 
     def __init__(self, port: int, channel: str) -> None:
@@ -53,7 +58,7 @@ class _Slow:
         if self._position:
             path += f"&last_event_id={quote(self._position)}"
         self._subscribed.clear()
-        # Small, so that what it leaves unread is the relay's business and not the kernel's.
+        # Use a small buffer, so that unread data have to wait in relay and not in the kernel.
         self._socket = await WebSocket.connect(
             self._port, path, self._on_text, receive_buffer=65536
         )
@@ -65,13 +70,13 @@ class _Slow:
             self._socket.pause()
 
     async def read_until(self, last: int) -> None:
-        """Reads on until event `last`, connecting again where it was disconnected."""
+        """Read until event `last` has arrived. Reconnect up to five times if disconnected."""
         if self._socket is not None:
             self._socket.resume()
         limit = time.monotonic() + _SETTLE_S
         while self.last < last and time.monotonic() < limit:
             if self._socket is not None and self._socket.closed.is_set():
-                self.errors.append(f"closed with {self._socket.close_code}")
+                self.errors.append(f"connection closed with code {self._socket.close_code}")
                 if self.reconnects == 5:
                     return
                 self.reconnects += 1
@@ -113,7 +118,7 @@ class _Slow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slow:
-    """Rounds with and without the slow client, interleaved, each on a fresh relay."""
+    """Alternates rounds with and without the slow client, each with a new relay process."""
 
     megabytes: int
     seconds: float
@@ -125,7 +130,7 @@ class Slow:
     relay: RelayOptions
 
     async def run(self, folder: Path) -> list[dict[str, Any]]:
-        """A row per round; the last table has the ratios."""
+        """Return one row per round. Print all rows, and the ratios of latency in a second table."""
         wsink = build(self.bench / "wsink.c", folder)
         rows = []
         for number in range(1, self.rounds + 1):

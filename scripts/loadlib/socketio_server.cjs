@@ -1,5 +1,5 @@
-// Socket.IO on the redis-streams adapter, with connection state recovery: what the relay is compared
-// with. node socketio_server.cjs PORT REDIS_PORT
+// A Socket.IO server with the Redis Streams adapter and connection state recovery, for comparison with
+// relay. Usage: node socketio_server.cjs PORT REDIS_PORT
 "use strict";
 
 const { createServer } = require("node:http");
@@ -17,7 +17,7 @@ async function main() {
     path: "/notifications/",
     adapter: createAdapter(redis),
     connectionStateRecovery: {},
-    // The measuring clients answer no heartbeats.
+    // Disable heartbeats: the benchmark clients don't reply to them.
     pingInterval: 3600000,
   });
   io.of("/axr").on("connection", (socket) => socket.join(["allusers", socket.id + "-user"]));

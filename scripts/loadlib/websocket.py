@@ -1,4 +1,4 @@
-"""A lean websocket client that can stop reading."""
+"""A minimal WebSocket client that can stop reading."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import socket
 from collections.abc import Callable
 from typing import cast
 
+from typing_extensions import override
+
 from scripts.loadlib.processes import LoadError
 
 _TEXT, _CLOSE, _PING, _PONG = 1, 8, 9, 10
 
 
 class WebSocket(asyncio.Protocol):
-    """Calls `on_text` with every text frame, in the loop turn in which it arrives."""
+    """A WebSocket client. Calls `on_text` for each text frame as soon as it is received."""
 
     def __init__(self, on_text: Callable[[bytes], None]) -> None:
         self._on_text = on_text
@@ -29,7 +31,11 @@ class WebSocket(asyncio.Protocol):
     async def connect(
         cls, port: int, path: str, on_text: Callable[[bytes], None], *, receive_buffer: int = 0
     ) -> WebSocket:
-        """A client whose handshake is done; `receive_buffer` bounds what waits in the kernel."""
+        """Connect to a server on 127.0.0.1 and complete the handshake.
+
+        `receive_buffer` is the size of the kernel's receive buffer; 0 for the default.
+        Raise LoadError if the server rejects the handshake.
+        """
         loop = asyncio.get_running_loop()
         plain = socket.socket()
         plain.setblocking(False)
@@ -49,43 +55,45 @@ class WebSocket(asyncio.Protocol):
         async with asyncio.timeout(30):
             await client.ready.wait()
         if client.closed.is_set():
-            raise LoadError(f"handshake refused: {bytes(client._buffer[:300])!r}")
+            raise LoadError(
+                f"the server rejected the WebSocket handshake: {bytes(client._buffer[:300])!r}"
+            )
         return client
 
     def send_text(self, text: bytes) -> None:
-        """One text frame."""
+        """Send one text frame."""
         self._send(_TEXT, text)
 
     def ping(self) -> None:
-        """One ping without a payload."""
+        """Send one ping without a payload."""
         self._send(_PING, b"")
 
     def pause(self) -> None:
-        """Stops reading from the socket."""
+        """Stop reading from the socket."""
         if self._transport is not None:
             self._transport.pause_reading()
 
     def resume(self) -> None:
-        """Reads on."""
+        """Continue reading."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Close the connection."""
         if self._transport is not None:
             self._transport.close()
 
+    @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Part of asyncio.Protocol."""
         self._transport = cast("asyncio.Transport", transport)
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        """Part of asyncio.Protocol."""
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
         self.closed.set()
         self.ready.set()
 
+    @override
     def data_received(self, data: bytes) -> None:
-        """Part of asyncio.Protocol."""
         self._buffer += data
         if not self._open:
             end = self._buffer.find(b"\r\n\r\n")
@@ -129,7 +137,7 @@ class WebSocket(asyncio.Protocol):
     def _send(self, kind: int, payload: bytes) -> None:
         if self._transport is None or self._transport.is_closing():
             return
-        # Masked with zeros: nothing stands between us that the mask would have to fool.
+        # A mask of zeros is valid. Masking protects proxies, and there is none on loopback.
         length = len(payload)
         if length < 126:
             head = bytes((0x80 | kind, 0x80 | length))
