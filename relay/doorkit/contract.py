@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from relay.core.stream_interface import Snapshot
     from relay.hub.hub import Hub
     from relay.hub.session import Client, Encoder, Session
+    from relay.transports.between_workers.forwarder import Forward
 
 
 class OpenSession(Protocol):
@@ -152,22 +153,6 @@ class Active(Protocol):
 
     async def workers(self) -> list[str]:
         """Return the workers' instances. A worker that has just died is included."""
-
-
-class Forward(Protocol):
-    """Passes a request, with its connection, to the worker that has its session."""
-
-    async def __call__(
-        self, request: web.Request, owner: str, limit_bytes: int
-    ) -> web.StreamResponse | None:
-        """Let the worker with the address `owner` handle the request, and return the handler's
-        result.
-
-        Return None if there is no such worker; nothing has been carried out then. Raise
-        WorkerUnreachable if it is alive but cannot be reached: the client has to be answered as if
-        its session was unknown. A chunked body is read first, up to `limit_bytes`. Raise
-        BodyRejected as `read_body` does.
-        """
 
 
 class Spawn(Protocol):

@@ -177,7 +177,7 @@ class Server:
     ) -> web.StreamResponse | None:
         """Let the worker with the address `owner` handle the request, if there is one.
 
-        This is `relay.doorkit.contract.Forward`.
+        This is `relay.transports.between_workers.forwarder.Forward`.
         """
         if self.forwarder is None:
             return None

@@ -34,12 +34,26 @@ _FULL_S = 0.05
 
 
 class Forward(Protocol):
-    """See `Forwarder.forward`."""
+    """Passes a request, with its connection, to the worker that has its session."""
 
     async def __call__(
         self, request: web.Request, owner: str, limit_bytes: int
     ) -> web.StreamResponse | None:
-        """Pass the request on, or return None."""
+        """Let the worker with the address `owner` handle the request.
+
+        The aiohttp handler must return the result immediately. The result is None if there is no
+        such worker. In this case nothing has been carried out.
+
+        Args:
+            request: The request. A chunked body is read before the request is passed on.
+            owner: The address of the worker.
+            limit_bytes: The maximum size of a chunked body.
+
+        Raises:
+            WorkerUnreachable: The worker is alive, but the request cannot be passed on. Reply to
+                the client as if its session was unknown.
+            BodyRejected: As in `read_body`.
+        """
 
 
 def was_forwarded(request: web.Request) -> bool:
@@ -79,16 +93,7 @@ class Forwarder:
     async def forward(
         self, request: web.Request, owner: str, limit_bytes: int
     ) -> web.StreamResponse | None:
-        """Let the worker with the address `owner` handle the request.
-
-        The aiohttp handler must return the result immediately. Return None if the request was not
-        passed on, because there is no such worker; nothing was carried out then.
-
-        Raise WorkerUnreachable if it is alive but the request cannot be passed on. The client has
-        to be answered as if its session was unknown.
-
-        A chunked body is read first, up to `limit_bytes`. Raise BodyRejected as `read_body` does.
-        """
+        """Let the worker with the address `owner` handle the request. See `Forward`."""
         listener = self._listener_of(request)
         hops = cast("HttpConnection", request.protocol).hops + 1
         if listener is None or hops > _MAX_HOPS:

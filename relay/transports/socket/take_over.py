@@ -193,8 +193,8 @@ def factory_of(request: web.Request) -> HttpFactory | None:
     return None if handler._messages else cast("HttpConnection", handler).factory
 
 
-class Sender(Protocol):
-    """The protocol of a connection before `give_back`."""
+class PausableWriter(Protocol):
+    """The asyncio protocol that has the connection before `give_back`."""
 
     @property
     def full(self) -> bool:
@@ -203,7 +203,7 @@ class Sender(Protocol):
 
 def give_back(
     factory: HttpFactory,
-    client: Sender,
+    client: PausableWriter,
     transport: asyncio.Transport,
     answer: bytes,
     early: bytes,
