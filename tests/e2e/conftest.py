@@ -1,4 +1,4 @@
-"""One set of clients a test, on the file's relay."""
+"""Fixtures for the end-to-end tests: new clients and a new channel name for each test."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.support.relay import RelayProcess
 
 @pytest.fixture
 async def door(relay: RelayProcess) -> AsyncIterator[Native]:
-    """Clients whose token opens every channel."""
+    """Return clients whose token grants access to every channel."""
     async with native(relay) as clients:
         yield clients
 
 
 @pytest.fixture
 def channel(request: pytest.FixtureRequest) -> str:
-    """A name that no other test uses."""
+    """Return a channel name that no other test uses."""
     name: str = request.node.name
     return f"e2e:{re.sub('[^a-z0-9_]+', '-', name.removeprefix('test_').lower())}"

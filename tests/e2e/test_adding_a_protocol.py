@@ -1,4 +1,4 @@
-"""docs/adding-a-protocol.md: its files, as printed, are a protocol that delivers events."""
+"""The files printed in docs/adding-a-protocol.md form a protocol that delivers events."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FILES = dict(
 
 
 def make_tree(root: Path) -> None:
-    """Make a relay in `root` that has one more folder in relay/protocols/."""
+    """Copy relay to `root` and add one folder to relay/protocols/."""
     protocols = root / "relay" / "protocols"
     protocols.mkdir(parents=True)
     for path in (ROOT / "relay").iterdir():
@@ -46,7 +46,7 @@ def make_tree(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def polled(valkey: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProcess]:
-    """A relay with the page's protocol."""
+    """Run a relay that serves the protocol of the document."""
     root = tmp_path_factory.mktemp("tree")
     make_tree(root)
     process = RelayProcess(valkey, settings=["protocol:poll.wait_s=5"], root=root).start()
@@ -140,7 +140,7 @@ def test_the_files_pass_the_checks_of_the_repository(tmp_path: Path) -> None:
 
 
 def connections(relay: RelayProcess) -> int:
-    """Return how many requests wait."""
+    """Return the number of pending requests."""
     with urllib.request.urlopen(f"{relay.url}/metrics") as response:  # noqa: S310
         text = response.read().decode()
     found = re.search(r'^relay_connections\{[^}]*door="poll"[^}]*\} (\d+)', text, re.MULTILINE)

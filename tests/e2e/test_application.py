@@ -1,4 +1,4 @@
-"""The application is asked who may read; and namespaces that everybody may read."""
+"""Read access granted by the application, and namespaces that need no permission."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CACHE_S = 1.5
 
 @dataclass
 class Application:
-    """A real one, on a port of its own; the test sets its answers."""
+    """A real HTTP server on its own port. The test sets its responses."""
 
     readers: set[str] = field(default_factory=set)
     asked: list[dict[str, Any]] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Application:
     url: str = ""
 
     async def answer(self, request: web.Request) -> web.Response:
-        """POST {user, channel, groups}."""
+        """Handle the relay's POST request with {user, channel, groups}."""
         question = await request.json()
         self.asked.append(question)
         self.tokens.add(request.headers.get("Authorization"))
@@ -62,14 +62,14 @@ async def _served(application: Application) -> AsyncIterator[None]:
 
 @dataclass
 class Site:
-    """What a test here works with."""
+    """The application, the relay and its clients."""
 
     application: Application
     relay: RelayProcess
     door: Native
 
     async def status(self, channel: str, user: str = "bob") -> int:
-        """Of an attempt to follow the channel."""
+        """Try to subscribe, and return the HTTP status."""
         try:
             client = await self.door.sse(channel, token=self.relay.token(user, []))
         except Refused as exc:
@@ -80,7 +80,7 @@ class Site:
 
 @pytest.fixture
 async def site(valkey: Server, tmp_path: Path) -> AsyncIterator[Site]:
-    """A relay that asks this test's application."""
+    """Run a relay that uses the test's application as its rights source."""
     application = Application(readers={"bob"})
     async with _served(application):
         file = tmp_path / "relay.ini"
@@ -129,7 +129,7 @@ async def test_an_application_that_is_slow_or_gone_fails_closed_in_time(site: Si
     began = time.monotonic()
     assert await site.status("app:slow") == 403
     assert time.monotonic() - began < TIMEOUT_MS / 1000 + 1
-    # Who needs no answer does not wait for one.
+    # A user whose token grants the channel does not wait for the application.
     began = time.monotonic()
     claimed = await site.door.sse("mixed:a")
     assert time.monotonic() - began < TIMEOUT_MS / 1000

@@ -1,4 +1,4 @@
-"""Names that the replaced servers allow, from each producer to each kind of client."""
+"""Channel names of the replaced servers work with each producer and each kind of client."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.support.socketio import npm_clients
 from tests.support.tools import TOOLS, Tool
 from tests.support.valkey import Server
 
-# Node and PHP start on a machine that runs other tests too.
+# Node and PHP start slowly while other tests use the machine.
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(90)]
 SECRET = "a secret of the application"
 SETTINGS = [
     f"protocol:centrifugo.secret={SECRET}",
     "protocol:centrifugo.publish=true",
-    # Otherwise a channel with & is for one connection alone, as in Centrifugo.
+    # With Centrifugo's default, a channel name with & belongs to a single connection.
     "protocol:centrifugo.client_channel_boundary=",
     "protocol:centrifugo.insecure_api=true",
     "producer:queue.enabled=yes",
@@ -96,7 +96,7 @@ async def test_from_each_producer_to_each_client(
     cli = Cli(valkey)
     await cli.out("publish", name, '"cli"')
     await seen("cli")
-    # The key that an operator needs for redis-cli is in the list of streams.
+    # `relay streams` prints the key that an operator needs for redis-cli.
     streams = (await cli.out("streams", "--json")).splitlines()
     (mine,) = [each for each in map(json.loads, streams) if each["channel"] == name]
     redis(valkey, "XADD", mine["key"], "*", "data", '"xadd"')
@@ -149,7 +149,7 @@ async def test_pydio_workspaces(valkey: Server) -> None:
                         assert await page.next() == content
                         assert (await modern.event())[:2] == ["message", content]
                         while (await sse.next()).data != content:
-                            pass  # what told that the page is registered
+                            pass  # skip the probes of seen_by()
         finally:
             await asyncio.to_thread(relay.kill)
 

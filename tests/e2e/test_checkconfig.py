@@ -1,4 +1,4 @@
-"""`checkconfig` rejects what `serve` rejects, with the same line: both run the same checks."""
+"""`checkconfig` and `serve` reject the same errors with the same line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
 
 
 async def run(*words: str, **environment: str) -> tuple[int, str]:
-    """Exit code and standard error of one command."""
+    """Run one command, and return its exit code and standard error."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "relay", *words),
         cwd=ROOT,
@@ -101,7 +101,7 @@ async def test_removed_settings_are_reported_once_and_do_not_stop_a_start(
     finally:
         relay.kill()
     log = "\n".join(relay.log)
-    # The relay under test inherits no variables.
+    # The last line concerns an environment variable. RelayProcess passes no variables to relay.
     assert [log.count(each) for each in expected] == [1, 1, 1, 0]
 
 

@@ -1,4 +1,4 @@
-"""scripts/ and .ci/run as a person runs them: Debian's Python, an empty environment."""
+"""scripts/ and .ci/run work with Debian's Python and an empty environment."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """The scripts and the lock of a fresh clone, without a .venv."""
+    """Create a folder with the scripts and the lock file of a fresh clone, without a .venv."""
     root = tmp_path / "a clone"
     shutil.copytree(ROOT / "scripts", root / "scripts")
     shutil.copy(ROOT / "requirements.lock", root)
@@ -49,7 +49,7 @@ def clone(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tools(tmp_path: Path) -> Path:
-    """A PATH with what the scripts use and no Python."""
+    """Create a folder for PATH that has the programs that the scripts use, but no Python."""
     folder = tmp_path / "tools"
     folder.mkdir()
     for name in ("sh", "dirname", "cmp", "rm", "cp", "flock", "sleep", "cat"):
@@ -67,7 +67,7 @@ def script(path: Path, text: str) -> None:
 
 @contextmanager
 def serving(cwd: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
-    """scripts/run as a process, and the lines that it printed when it was ready."""
+    """Run scripts/run as a process, and yield it with the lines that it prints when ready."""
     process = subprocess.Popen(
         [ROOT / "scripts" / "run", *arguments],
         cwd=cwd,
@@ -94,7 +94,7 @@ def serving(cwd: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str],
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A working folder whose embedded Valkey is gone afterwards, also after a failure."""
+    """Yield a working folder. Stop its embedded Valkey at the end, also after a failure."""
     yield tmp_path
     with suppress(OSError, ValueError):
         os.kill(int((tmp_path / "data" / "valkey.pid").read_text()), signal.SIGTERM)
@@ -120,13 +120,13 @@ def test_run_serves_and_its_lines_work_as_they_stand(folder: Path) -> None:
     with serving(folder, "serve", "--port", "0", *settings) as (process, lines):
         appended = run("sh", "-c", lines["append"], cwd=folder)
         assert re.fullmatch(r"\d+-\d+\n", appended.stdout), appended
-        # In a pipe no token is shown, but how to make one.
+        # If its output is a pipe, relay prints the command that creates a token, and no token.
         made = run("sh", "-c", lines["token"], cwd=folder)
         assert made.returncode == 0, made
         assert "eyJ" not in str(lines)
         watch = lines["watch"].replace("TOKEN", made.stdout.strip())
         resumed = watch.replace("?", "?last_event_id=0&")
-        # curl stays connected; its time limit ends it.
+        # curl stays connected until its time limit.
         watched = run("sh", "-c", resumed + " --silent --max-time 2", cwd=folder)
         assert 'data: {"hello":1}' in watched.stdout
         with urllib.request.urlopen(lines["page"].partition("#")[0]) as page:  # noqa: S310
@@ -146,7 +146,7 @@ def test_a_relay_killed_at_once_starts_again_with_its_data(folder: Path) -> None
         run("sh", "-c", lines["append"], cwd=folder)
         process.kill()
     with serving(folder, "serve", "--port", "0", *settings) as (process, lines):
-        # In a pipe no token is shown, but how to make one.
+        # If its output is a pipe, relay prints the command that creates a token, and no token.
         made = run("sh", "-c", lines["token"], cwd=folder)
         assert made.returncode == 0, made
         assert "eyJ" not in str(lines)
@@ -161,7 +161,7 @@ def test_a_relay_killed_at_once_starts_again_with_its_data(folder: Path) -> None
 def test_without_python_the_line_says_what_to_install(
     clone: Path, tools: Path, tmp_path: Path
 ) -> None:
-    # The real one is looked for by its full name too; this clone looks for one that is nowhere.
+    # The script also looks for /usr/bin/python3. Replace this path by one that does not exist.
     setup = clone / "scripts" / "venv"
     setup.write_text(setup.read_text().replace("/usr/bin/python3", "/nowhere/python3"))
     script(tools / "python3", "exit 1")
@@ -196,7 +196,7 @@ case "$*" in *"-m pip"*) sleep 0.3; [ ! -e "$HOME/broken" ];; esac
 def test_the_venv_is_built_once_and_again_when_the_lock_changes_or_building_broke_off(
     clone: Path, tools: Path, tmp_path: Path
 ) -> None:
-    """A Python that only writes down how it is called: installing for real takes a minute."""
+    """Use a fake Python that only records its arguments: a real installation takes a minute."""
     script(tools / "python3.11", FAKE_PYTHON)
     mkdir = shutil.which("mkdir", path=PATH)
     assert mkdir

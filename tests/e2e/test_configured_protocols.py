@@ -1,4 +1,4 @@
-"""A protocol that is configured and cannot be served is a start error, whichever it is."""
+"""Relay does not start if a configured protocol lacks a required setting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.valkey import Server, free_port
 
 pytestmark = pytest.mark.redis
 
-# Protocol, a setting of it that shows that it is wanted, and the one that it needs.
+# Protocol, a setting that implies that the operator wants it, and its required setting.
 WANTED = [
     ("seafile", "ping_s=2", "key"),
     ("centrifugo", "history_size=5", "secret"),

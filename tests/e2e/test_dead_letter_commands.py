@@ -1,4 +1,4 @@
-"""`relay dead-letters` on letters that a live relay wrote."""
+"""`relay dead-letters` lists, shows and requeues dead letters of a running relay."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def cli(valkey: Server) -> Cli:
 
 
 async def written(valkey: Server, count: int) -> list[str]:
-    """The letters' IDs, once so many are there."""
+    """Wait for `count` dead letters and return their IDs."""
     await until(lambda: redis(valkey, "XLEN", LETTERS) >= count)
     return [raw.decode() for raw, _ in redis(valkey, "XRANGE", LETTERS, "-", "+")]
 
@@ -31,7 +31,7 @@ async def test_a_letter_is_listed_shown_and_requeued_as_it_was(
     cli: Cli, relay: RelayProcess, door: Native, valkey: Server, channel: str
 ) -> None:
     client = await door.sse(channel)
-    # A schema of tomorrow, which this version cannot read.
+    # The schema of a later version, which this version cannot read.
     broken = relay.xadd(channel, data="1", v="2")
     (letter,) = await written(valkey, 1)
     (listed,) = await cli.objects("dead-letters", "list")
@@ -66,7 +66,7 @@ async def test_what_was_mended_meanwhile_arrives_when_it_is_requeued(
 ) -> None:
     client = await door.sse(channel)
     for number in range(3):
-        # As an older version left them that did not know how to read these.
+        # Dead letters of an older version, which could not read these entries.
         redis(
             valkey, "XADD", LETTERS, "*", "stream", stream_key(channel), "id", f"1-{number + 1}",
             "reason", "unknown", "fields", f'[["data", "{number}"], ["uid", "u{number}"]]',
@@ -82,7 +82,7 @@ async def test_a_requeue_that_was_interrupted_appends_once(
     letter = [LETTERS, "5-5", "stream", stream_key(channel), "fields", '[["data", "1"]]']
     redis(valkey, "XADD", *letter)
     first = (await cli.out("dead-letters", "requeue", "5-5")).split()[-1]
-    # Killed between the append and the removal of the letter: the letter is still there.
+    # Restore the letter, as if the command was killed between the append and the removal.
     redis(valkey, "DEL", LETTERS)
     redis(valkey, "XADD", *letter)
     assert (await cli.out("dead-letters", "requeue", "5-5")).split()[-1] == first

@@ -1,4 +1,4 @@
-"""Entries that cannot be read are set aside once, whoever reads them, and the rest flows on."""
+"""Each unreadable entry becomes one dead letter, and later events are delivered."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.redis
 
 @pytest.fixture(scope="module")
 def relay(valkey: Server) -> Iterator[RelayProcess]:
-    """One whose entries may be small only."""
+    """Run a relay with a small limit for the size of entries."""
     process = RelayProcess(valkey, settings=["stream.max_entry_bytes=1024"]).start()
     yield process
     process.kill()
@@ -59,7 +59,7 @@ async def test_each_is_written_once_by_two_relays_and_the_next_events_flow(
             said = await websocket.take(6)
             assert [each["data"] for each in said if "data" in each] == list(range(5))
             await until(lambda: len(_letters(valkey, channel)) >= 5)
-            # A second reading, by who resumes, writes no second letter.
+            # A resuming client reads the entries again. This must not write more dead letters.
             replay = await door.sse(channel, last="0-0")
             assert [block.json() for block in await replay.take(5)] == list(range(5))
             letters = {letter["id"]: letter for letter in _letters(valkey, channel)}

@@ -75,7 +75,7 @@ async def test_a_clean_restart_is_not_reported_and_a_crash_is(tmp_path: Path, wo
             site.add(0)
             assert (await client.next()).json() == 0
             last = client.last_id
-            # The ID of an entry, as a browser has it.
+            # `last` is the ID of an entry, which a browser sends when it reconnects.
             for number in (1, 2):
                 site.add(number)
                 await site.end()
@@ -85,7 +85,7 @@ async def test_a_clean_restart_is_not_reported_and_a_crash_is(tmp_path: Path, wo
                 assert block.json() == number, block
                 last = client.last_id
                 client.drop()
-            # Valkey is killed, and relay starts it again.
+            # Kill Valkey. Relay starts it again.
             pid = int((site.folder / "valkey.pid").read_text())
             os.kill(pid, signal.SIGKILL)
             await until(site.answers, 30)

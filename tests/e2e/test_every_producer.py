@@ -1,4 +1,4 @@
-"""One event by each kind of producer, each seen by curl, a websocket and a page in Chromium."""
+"""Events of each kind of producer reach curl, a websocket and a page in Chromium."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.valkey import Server, free_port, password_of
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(120)]
 SECRET = "the secret of the api"
 CHANNEL = "orders:eu"
-# An application's page, from an origin of its own.
+# A page of the application, which is served from another origin than relay's.
 PAGE = """<!doctype html><title>orders</title><script>
 const seen = [];
 const events = new EventSource("RELAY/sse?channel=CHANNEL&token=TOKEN");
@@ -48,7 +48,7 @@ async def main():
         print(await publisher.publish(sys.argv[2], {"by": "asyncio"}, type="note", to=["alice"]))
 asyncio.run(main())
 """
-# As docs of Centrifugo v1 do it by hand.
+# A signed request in shell, as in the documentation of Centrifugo v1.
 SIGNED = """
 sign=$(printf %s "$BODY" | openssl dgst -sha256 -hmac "$SECRET")
 printf %s "$BODY" | curl -sS --data-binary @- -H 'Content-Type: application/json' \\
@@ -58,7 +58,7 @@ printf %s "$BODY" | curl -sS --data-binary @- -H 'Content-Type: application/json
 
 @pytest.fixture
 def application() -> int:
-    """The port at which the application's page will be."""
+    """Return a free port for the application's page."""
     return free_port()
 
 
@@ -83,7 +83,7 @@ def browser(tmp_path: Path) -> Iterator[Chrome]:
 
 @asynccontextmanager
 async def curl(relay: RelayProcess) -> AsyncIterator[SseClient]:
-    """`curl -N`, subscribed."""
+    """Run `curl -N` with a subscription to the channel."""
     process = await asyncio.create_subprocess_exec(
         *("curl", "-N", "-sS", "-H", f"Authorization: Bearer {relay.token()}"),
         f"{relay.url}/sse?channel={quote(CHANNEL)}",
@@ -103,7 +103,7 @@ async def curl(relay: RelayProcess) -> AsyncIterator[SseClient]:
 
 @asynccontextmanager
 async def page(relay: RelayProcess, port: int, browser: Chrome) -> AsyncIterator[Chrome]:
-    """The application's page in Chromium, subscribed."""
+    """Open the application's page in Chromium and wait until it is subscribed."""
     text = PAGE.replace("RELAY", relay.url).replace("CHANNEL", quote(CHANNEL))
     text = text.replace("TOKEN", relay.token())
 
@@ -134,7 +134,7 @@ def command(by: str) -> str:
 
 
 class Producers:
-    """Each publishes one event or two as its user would; the IDs that it tells."""
+    """The producers. Each method publishes one or two events and returns the reported IDs."""
 
     def __init__(self, relay: RelayProcess) -> None:
         self.relay = relay
@@ -156,7 +156,7 @@ class Producers:
 
     async def rpush(self) -> list[str]:
         for queue in ("centrifugo.api", "centrifugo.api.1"):
-            # The document's users append to streams; who may fill the queue is the operator's word.
+            # The documented producer user may append to streams, but not push to the queue.
             await self._redis_cli("RPUSH", queue, command(queue), user="admin")
         return ["", ""]
 
@@ -212,7 +212,7 @@ async def test_an_event_of_each_producer_is_seen_by_each_client(
         await until(lambda: len(seen(browser)) >= len(names))
         shown = seen(browser)
     by = [frame["data"]["by"] for frame in frames]
-    # The two queues know no order of each other.
+    # Events from two queues may arrive in any order.
     assert [by[0], *sorted(by[1:3]), *by[3:]] == names
     for frame, block, event, entry_id in zip(frames, blocks, shown, told, strict=True):
         assert frame["id"] == block.id == event["id"]

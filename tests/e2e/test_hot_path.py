@@ -1,4 +1,4 @@
-"""The path of an event from Redis to the socket: its calls, and the page that lists its files."""
+"""An event from Redis to the socket passes through the files that the documentation lists."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def test_an_event_takes_the_documented_path_in_few_calls(
             await until(written.exists)
     finally:
         relay.kill()
-    # Timers may run during some of them.
+    # Timers may run during some deliveries, so use the shortest path.
     path = min(paths(written.read_text().splitlines()), key=len)
     assert len(path) <= MOST_CALLS, path
     page = (ROOT / "docs" / "architecture.md").read_text()

@@ -1,4 +1,4 @@
-"""Centrifugo v1's HTTP API against a real relay, by plain HTTP, byte for byte."""
+"""Centrifugo v1's HTTP API on a real relay, compared byte for byte."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sign(body: bytes, secret: str = SECRET) -> str:
 
 
 class Api:
-    """Sends what it is told to."""
+    """A client of the HTTP API that can also send invalid requests."""
 
     def __init__(self, session: aiohttp.ClientSession, relay: RelayProcess) -> None:
         self.session = session
@@ -159,7 +159,8 @@ async def test_uids_need_not_be_unique_where_the_namespace_says_so(
             redis(valkey, "RPUSH", "centrifugo.api", again, again)
             await until(lambda: len(api.entries(channel)) == 6)
             assert redis(valkey, "EXISTS", f"relay:uid:{{{channel}}}:u") == 0
-            # What the relay itself repeats after a lost connection is still appended once.
+            # Relay still writes deduplication keys for its own appends, which it retries after a
+            # lost connection.
             headers = {"Admin-Key": "adminsecretkey"}
             async with session.ws_connect(f"{relay.url}/private", headers=headers) as socket:
                 await socket.send_str('{"REPO_ID":"uids","CONTENT":"<tree/>"}')
@@ -182,7 +183,7 @@ async def test_a_broadcast_stops_at_its_first_error(api: Api, channel: str) -> N
     for wrong in ("[]", "null", '[""]'):
         (reply,) = await api.ask(text % (wrong, "1"))
         assert (reply["error"], reply["advice"]) == ("invalid message", "fix")
-    # As Centrifugo: what stands before the empty name is published.
+    # As in Centrifugo, the channels before the empty name receive the event.
     (reply,) = await api.ask(text % (json.dumps([f"{channel}5", "", f"{channel}6"]), "1"))
     assert (reply["error"], reply["advice"]) == ("invalid message", "fix")
     assert len(api.entries(f"{channel}5")) == 1

@@ -57,7 +57,7 @@ def relay(valkey: Server, turns: Path) -> Iterator[RelayProcess]:
 
 
 class Site:
-    """A relay and a HTTP session for its clients."""
+    """A relay and an HTTP session for its clients."""
 
     def __init__(self, relay: RelayProcess, http: aiohttp.ClientSession) -> None:
         self.relay = relay
@@ -89,7 +89,7 @@ class Site:
 
 
 async def centrifugo(site: Site) -> None:
-    """Wrongly signed bodies, batches, large events, and a history of them."""
+    """Send bodies with invalid signatures, batches and large events, and request their history."""
     wrong = {"Content-Type": "application/json", "X-API-Sign": "0" * 64}
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     async with asyncio.TaskGroup() as tasks:
@@ -106,7 +106,7 @@ async def centrifugo(site: Site) -> None:
 
 
 async def native(site: Site) -> None:
-    """A large entry, a long cursor, and many subscriptions in one message."""
+    """Send a large entry, a long cursor, and many subscriptions in one message."""
     reader = await site.follow("large-native")
     site.append("large-native", LISTS)
     site.append("large-native", '["\\ud800",' + LISTS + "]")
@@ -121,7 +121,7 @@ async def native(site: Site) -> None:
 
 
 async def pydio(site: Site) -> None:
-    """Large messages on the private path, with and without a valid key."""
+    """Send large messages to the private path, with and without a valid key."""
     body = json.dumps({"workspace": "w", "message": "x"})[:-1] + ',"more":' + LISTS[:900_000] + "]}"
     kind = {"Content-Type": "application/json"}
     for key in ("wrong:wrong", PYDIO_KEY):
@@ -132,7 +132,7 @@ async def pydio(site: Site) -> None:
 
 
 async def seafile(site: Site) -> None:
-    """A message that subscribes to 10,000 libraries, half of them with invalid tokens."""
+    """Send a message that subscribes to 10,000 libraries, half of them with invalid tokens."""
     token = subscribe_token(new_library())
     repos = [{"id": new_library(), "jwt_token": token + "x" * (n % 2)} for n in range(10_000)]
     async with site.http.ws_connect(f"{site.relay.url}/notification") as socket:
@@ -143,7 +143,7 @@ async def seafile(site: Site) -> None:
 
 
 async def socketio(site: Site) -> None:
-    """A request with 160,000 packets, and a large packet before login."""
+    """Send a request with 160,000 packets, and a large packet before login."""
     url = f"{site.relay.url}/socket.io/?EIO=4&transport=polling"
     for packets in (b"\x1e".join([b"40/a,"] * 160_000), b'40/axr,{"token":' + LISTS.encode()[:MB]):
         async with site.http.get(url) as reply:
@@ -168,7 +168,7 @@ async def test_no_request_holds_the_event_loop(
     async with aiohttp.ClientSession() as http:
         site = Site(relay, http)
         await HEAVIEST[protocol](site)
-        # A timer beats after the last turn of the requests.
+        # This reply arrives after a beat of the timer, so that the last turn is measured.
         async with http.get(f"{relay.url}/healthz") as reply:
             assert reply.status == 200
     measured = [float(line) for line in turns.read_text()[before:].split()]

@@ -1,4 +1,4 @@
-"""A running relay as its operator sees it: health, metrics, signals, logs, TLS, ports."""
+"""Operation of a running relay: health, metrics, signals, logs, TLS and ports."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.redis
 async def running(
     server: Server, *settings: str, flags: Sequence[str] = (), key: str = KEY
 ) -> AsyncIterator[tuple[RelayProcess, Native]]:
-    """A relay of this test's own, and its clients."""
+    """Run a relay for one test, and yield it with its clients."""
     relay = RelayProcess(server, settings=settings, flags=flags, key=key)
     await asyncio.to_thread(relay.start)
     try:
@@ -142,7 +142,7 @@ async def test_reload_changes_rights_limits_and_keys_and_drops_nobody(
             with pytest.raises(Refused):
                 await door.sse("open:a", token=token)
 
-        # Both keys hold while tokens of the old one are about.
+        # Both keys are valid while tokens signed with the old key are in use.
         (tmp_path / "keys").write_text(f"{new_key}\n---\n{KEY}")
         file.write_text(text + "[namespace:open]\nrights = anonymous\n[log]\nlevel = debug\n")
         relay.send(signal.SIGHUP)
@@ -163,7 +163,7 @@ async def test_reload_changes_rights_limits_and_keys_and_drops_nobody(
         assert (await stream.next()).json() == 1
         assert (await websocket.next())["data"] == 1
 
-        # The old key is withdrawn, and so is the namespace's openness: who was let in by it goes.
+        # Remove the old key and anonymous access. Clients that depend on either are disconnected.
         anonymous = await door.sse("open:a", token="")
         (tmp_path / "keys").write_text(new_key)
         file.write_text(text)
@@ -194,7 +194,7 @@ async def test_stop_tells_the_clients_and_takes_the_groups_away(
             assert block.id is None
         assert code.result() == 0
         groups = redis(valkey, "XINFO", "GROUPS", stream_key(channel))
-        assert len(groups) == 1  # the marker of the stream's incarnation
+        assert len(groups) == 1  # the group that marks the stream's incarnation
         assert not redis(valkey, "KEYS", f"relay:node:*_{relay.port}:*")
 
 
@@ -213,7 +213,7 @@ async def test_a_second_signal_ends_it_at_once(valkey: Server, channel: str) -> 
         for _ in range(40):
             await door.sse(channel)
         relay.send(signal.SIGTERM)
-        # Draining begins once nobody new can come; it would last a minute.
+        # Draining takes a minute here. It begins when the port rejects new connections.
         await until(lambda: _is_shut(relay.port))
         assert await asyncio.to_thread(relay.stop, 3) == 1
 
@@ -251,7 +251,7 @@ async def test_no_token_and_no_payload_in_the_log(valkey: Server, channel: str) 
         log = "\n".join(relay.log)
         assert "no-such" in log
     assert secret not in log
-    # The signature is what makes a token one; the header says nothing.
+    # Only the signature is secret. The header and the claims may appear in the log.
     assert door.token.rpartition(".")[2] not in log
     assert KEY not in log
     assert "secret@" not in log
@@ -279,7 +279,7 @@ async def test_a_second_start_leaves_the_first_ones_pid_file(
         assert run.returncode == 1
         assert f"belongs to process {relay.pid}, which is running" in run.stderr
         assert path.read_text() == f"{relay.pid}\n"
-        # The file that a killed relay leaves is taken over.
+        # A new relay replaces the file of a killed relay.
         await asyncio.to_thread(relay.kill)
         assert path.exists()
         await asyncio.to_thread(relay.start)
@@ -313,7 +313,7 @@ async def test_it_serves_although_its_lines_cannot_be_printed(
 
 
 def _listener(shell: int) -> int:
-    """The relay: the shell itself, or the first process that it has started for a pipeline."""
+    """Return the relay's PID: that of the shell, or of the shell's first child in a pipeline."""
     children = Path(f"/proc/{shell}/task/{shell}/children").read_text().split()
     if b"relay" in Path(f"/proc/{shell}/cmdline").read_bytes().split(b"\0")[:4]:
         return shell
@@ -369,7 +369,7 @@ async def test_a_taken_port_is_one_line_and_exit_code_1(relay: RelayProcess) -> 
 @pytest.mark.slow
 @pytest.mark.timeout(40)
 async def test_the_groups_of_a_worker_that_died_are_removed(tmp_path: Path) -> None:
-    # A server of its own: another relay there might hold the job's lease.
+    # Use a separate server: on a shared one, another relay may hold the job's lease.
     server = Server(tmp_path).start()
     try:
         await _dead_groups_go(server, "news")
@@ -385,7 +385,7 @@ async def _dead_groups_go(server: Server, channel: str) -> None:
         assert len(relay_groups) == 2
         redis(server, "XADD", stream_key(channel), "*", "data", "1")
         os.kill(dying.pid, signal.SIGKILL)
-        # Its heartbeat lasts 15 s; the test does not wait for that.
+        # Delete the heartbeat instead of waiting 15 s until it expires.
         (key,) = redis(server, "KEYS", f"relay:node:*_{dying.port}:*")
         client.delete(key)
         await until(

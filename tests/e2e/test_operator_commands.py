@@ -1,4 +1,4 @@
-"""The operator's commands against a live relay, as the maintenance user that docs/redis.md has."""
+"""The operator's commands on a running relay, as the maintenance user of docs/redis.md."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ async def test_without_a_terminal_there_is_no_progress(valkey: Server, channel: 
 
 
 def test_on_a_terminal_long_work_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A real terminal, and work that counts as long from its first step on.
+    # Use a real terminal, and show progress from the first step.
     monkeypatch.setattr("relay.cli.output._PROGRESS_S", 0.0)
     terminal, end = os.openpty()
     try:
@@ -311,7 +311,7 @@ async def test_trim_is_exact_and_clients_go_on(
     assert "no stream" in await cli.refused("trim", "nothing-here", "--max-entries", "1")
 
 
-# ---- what goes wrong ------------------------------------------------------------------------
+# ---- errors -----------------------------------------------------------------------------
 
 EVERY = [
     ["publish", "c", "1"],
@@ -328,7 +328,7 @@ EVERY = [
 
 
 def said(capfd: pytest.CaptureFixture[str], *words: str) -> str:
-    """The one line in which a command of this process says why not."""
+    """Run a command that must fail in this process. Return the single line of its error."""
     assert main(words) == 1
     out, err = capfd.readouterr()
     assert out == ""

@@ -21,13 +21,13 @@ from tests.support.browser import chromium
 from tests.support.relay import ROOT, RelayProcess
 from tests.support.valkey import Server
 
-# A browser's start and its waits, on a machine that runs other tests too.
+# A browser starts slowly while other tests use the machine.
 pytestmark = [pytest.mark.timeout(90), pytest.mark.redis]
 LIMIT_S = 15.0
 
 
 class Page:
-    """The page as a person sees it."""
+    """The page in the browser, with methods for the actions of a user."""
 
     def __init__(self, browser: Chrome, relay: RelayProcess) -> None:
         self.browser = browser
@@ -110,7 +110,7 @@ def page(browser: Chrome, relay: RelayProcess) -> Iterator[Page]:
 
 
 def test_events_arrive_with_all_that_they_say(page: Page) -> None:
-    """Type, client, text with line breaks, and a number that is not a double."""
+    """The page shows type, client, text with line breaks, and an integer too large for a double."""
     page.visit("p:arrive")
     page.until_state("^Connected$")
     page.relay.xadd("p:arrive", data='{"n":\n12345678901234567890}', type="article", client="c7")
@@ -122,7 +122,7 @@ def test_events_arrive_with_all_that_they_say(page: Page) -> None:
 
 
 def test_drop_append_reconnect_shows_exactly_what_was_missed(page: Page) -> None:
-    """With one channel and with two."""
+    """Test with one channel and with two channels."""
     for channels in (["p:drop"], ["p:drop1", "p:drop2"]):
         page.visit(*channels)
         page.until_state("^Connected$")
@@ -139,8 +139,7 @@ def test_drop_append_reconnect_shows_exactly_what_was_missed(page: Page) -> None
 
 
 def test_a_drop_before_the_first_event_loses_nothing(page: Page) -> None:
-    """Browsers do not pass the ID of a block without data to scripts, but relay:open contains
-    it."""
+    """Browsers pass no ID of a block without data to scripts, so relay:open contains it."""
     page.visit("p:early")
     page.until(lambda: page.text("#positions tbody").strip(), "positions")
     page.until_state("^Connected$")
@@ -151,7 +150,7 @@ def test_a_drop_before_the_first_event_loses_nothing(page: Page) -> None:
 
 
 def test_a_reload_resumes(page: Page) -> None:
-    """A real reload, with events during it."""
+    """Events that are appended during a reload arrive afterwards."""
     page.visit("p:reload")
     page.until_state("^Connected$")
     page.until_data(page.append("p:reload", range(2)))
@@ -169,7 +168,7 @@ def test_a_reload_resumes(page: Page) -> None:
 
 
 def test_the_token_does_not_stay_in_the_address(page: Page) -> None:
-    """It would be copied with the URL."""
+    """A user who copies the URL would share the token."""
     page.visit("p:address")
     page.until_state("^Connected$")
     assert page.browser.current_url.endswith("#channel=p%3Aaddress")
@@ -177,7 +176,7 @@ def test_the_token_does_not_stay_in_the_address(page: Page) -> None:
 
 @pytest.mark.parametrize("how", ["restart", "kill"])
 def test_a_server_restart_loses_and_repeats_nothing(page: Page, how: str) -> None:
-    """By SIGTERM and SIGKILL. The page itself does nothing."""
+    """Test with SIGTERM and SIGKILL. EventSource reconnects without code of the page."""
     channels = (f"p:{how}:a", f"p:{how}:b")
     page.visit(*channels)
     page.until_state("^Connected$")
@@ -194,7 +193,7 @@ def test_a_server_restart_loses_and_repeats_nothing(page: Page, how: str) -> Non
 
 
 def test_a_revocation_is_shown(page: Page, valkey: Server) -> None:
-    """By an operator. The other channel continues."""
+    """An operator revokes one channel. Events of the other channel still arrive."""
     page.visit("p:taken", "p:kept", token=page.relay.token("bob"))
     page.until_state("^Connected$")
     revoke = [sys.executable, "-m", "relay", "revoke", "--redis", valkey.url("admin")]
@@ -214,8 +213,7 @@ def test_an_expired_token_is_shown(page: Page) -> None:
 
 
 def test_the_policy_is_at_work(page: Page) -> None:
-    """Proves that the console shows violations, so that its silence in other tests is
-    meaningful."""
+    """Check that violations appear in the console, because other tests rely on an empty one."""
     page.visit("p:policy")
     page.until_state("^Connected$")
     page.script("document.body.append(Object.assign(document.createElement('script'), {text: 1}))")
@@ -224,7 +222,7 @@ def test_the_policy_is_at_work(page: Page) -> None:
 
 
 def test_a_refusal_says_why(page: Page) -> None:
-    """EventSource does not report it, so the page sends another request."""
+    """EventSource does not report the reason, so the page requests it separately."""
     page.visit("p:bad", token="bad")
     page.until_state("^Rejected: .*token")
     assert "unauthorized" in page.text("#notices")
@@ -251,7 +249,7 @@ def test_a_gap_is_shown(page: Page, valkey: Server) -> None:
 
 
 def test_rows_are_bounded(page: Page) -> None:
-    """A burst leaves the newest 500, and the page shows how many there were."""
+    """After a burst, the page shows the newest 500 events and the total number."""
     page.visit("p:burst")
     page.until_state("^Connected$")
     sent = page.append("p:burst", range(700))
@@ -274,7 +272,7 @@ def test_keyboard_and_names(page: Page) -> None:
         width = page.script("return getComputedStyle(document.activeElement).outlineWidth")
         assert width == "3px", order
     assert order == ["channels", "token", "connect", "drop", "clear"]
-    # The focus is not lost when a button is disabled by its own use.
+    # A button that is disabled when it is clicked must not lose the focus.
     page.script("document.getElementById('drop').focus()")
     ActionChains(page.browser).send_keys(Keys.ENTER).perform()
     page.until_state("^Disconnected")
@@ -282,7 +280,7 @@ def test_keyboard_and_names(page: Page) -> None:
 
 
 def test_notices_are_read_out_and_events_are_not(page: Page) -> None:
-    """Events in a live region would make a screen reader read without end."""
+    """If events were in a live region, a screen reader would read continuously."""
     page.visit("p:aria")
     page.until_state("^Connected$")
     live = page.script(
@@ -319,8 +317,7 @@ return worst;
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast_and_320_px(page: Page, scheme: str) -> None:
-    """AA (4.5:1) for all text in both color schemes, and no horizontal scrolling on a small
-    phone."""
+    """Text has WCAG AA contrast (4.5:1), and a small phone needs no horizontal scrolling."""
     cdp: Callable[[str, dict[str, Any]], Any] = page.browser.execute_cdp_cmd
     wanted = {
         "features": [

@@ -1,4 +1,4 @@
-"""The producers in PHP, Node and shell, and the lines of docs/producers.md, each really run."""
+"""The producers in PHP, Node and shell, and the commands of docs/producers.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.tools import TOOLS, Tool, run
 from tests.support.valkey import Server, password_of
 
 pytestmark = pytest.mark.redis
-# The limit of 200 ms is for another test: a busy machine shall fail none of these.
+# Another test checks the limit of 200 ms. These tests must pass on a busy machine.
 EASY = ("--limit-ms", "9000")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "producers.md"
 SECRET = "the secret of the api"
@@ -158,7 +158,7 @@ async def test_the_shell_publishes_by_http(
     for data in ("text", "1,2", '1},"x":{"y":1', "[1}", '"open', "", '1,"channel":"other"'):
         done = await tool.run(channel, data, *http)
         assert done.code == 1, (data, done)
-        # Only a bare word is left to the relay to refuse.
+        # The producer detects invalid JSON except for a bare word, which relay rejects.
         assert ("400" if data == "text" else "DATA is not JSON") in done.err
     assert "namespace not found" in (await tool.run("axr:r", "1", *http)).err
     assert "--maxlen cannot be used" in (await tool.run(channel, "1", "--maxlen", "9", *http)).err
@@ -184,7 +184,7 @@ async def test_the_redis_cli_lines_of_the_document_do_what_it_says(
         done = await run(["sh", "-c", words], login)
         assert done.code == 0, done
         answers.append(done.out.strip())
-    assert answers[2] == answers[3]  # the same uid
+    assert answers[2] == answers[3]  # both commands have the same uid
     blocks = await sse.take(3)
     assert [block.id for block in blocks] == answers[:3]
     assert [block.json() for block in blocks] == [{"hello": 1}, {"text": "lunch?"}, {"n": 7}]

@@ -17,7 +17,7 @@ from tests.support.relay import RelayProcess
 from tests.support.valkey import Server, free_port
 
 pytestmark = pytest.mark.redis
-# Far from what a healthy answer takes, so that a busy machine fails no test.
+# Much longer than any reply takes, so that the tests pass on a busy machine.
 EASY_MS = 5000
 SECRET = "the secret of the api"
 
@@ -51,12 +51,12 @@ async def by_http(relay: RelayProcess) -> AsyncIterator[AsyncPublisher]:
 def either(
     request: pytest.FixtureRequest, publisher: AsyncPublisher, by_http: AsyncPublisher
 ) -> AsyncPublisher:
-    """Both ways to the relay: they shall not differ."""
+    """Return a publisher for each transport. Both must behave in the same way."""
     return publisher if request.param == "redis" else by_http
 
 
 def entries(server: Server, channel: str) -> list[bytes]:
-    """The data of all."""
+    """Return the data of all entries of the channel."""
     found = redis(server, "XRANGE", stream_key(channel), "-", "+")
     return [fields[b"data"] for _, fields in found]
 
@@ -187,7 +187,7 @@ async def test_by_http_an_event_arrives_once_by_its_uid(
     sse = await door.sse(channel)
     first = await by_http.publish(channel, {"n": 1}, uid="same")
     assert first == await by_http.publish(channel, {"n": 2}, uid="same")
-    # The first ID is the same one, whichever way the second goes.
+    # A repeated uid returns the first ID, even through the other transport.
     assert first == await publisher.publish(channel, {"n": 3}, uid="same")
     last = await by_http.publish(channel, "text", client="c")
     blocks = await sse.take(2)
@@ -211,7 +211,7 @@ async def test_a_spool_is_delivered_by_http_in_order_once(
     async with AsyncPublisher(http=nowhere, secret=SECRET, spool=spool) as away:
         for number in range(250):
             assert await away.publish(channel, number) is None
-        # Of a batch the relay refuses as a whole, the others arrive all the same.
+        # Relay rejects the whole batch with this event. The other events must still arrive.
         assert await away.publish("seafile:x", 1) is None
     async with AsyncPublisher(http=relay.url, secret=SECRET, spool=spool) as publisher:
         await publisher.flush()
@@ -252,7 +252,7 @@ async def test_by_http_an_answer_of_something_else_is_told() -> None:
 
 
 async def python(code: str, *arguments: str) -> tuple[int, str]:
-    """Run it in an interpreter of its own; exit code and what it wrote on stderr."""
+    """Run code in a new interpreter. Return its exit code and standard error."""
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", code, *arguments, stderr=asyncio.subprocess.PIPE, env=environment

@@ -1,4 +1,4 @@
-"""README.md: every command and every snippet, run as printed. Only the ports differ."""
+"""Every command and code block of README.md works as printed, apart from the ports."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from tests.support.browser import chromium
 from tests.support.relay import ROOT
 from tests.support.valkey import Server, free_port
 
-# Each starts several processes, on a machine that runs other tests too.
+# Each test starts several processes while other tests use the machine.
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(120)]
 LIMIT_S = 40.0
 TEXT = (ROOT / "README.md").read_text()
-# The names below are all blocks of README.md in their order: a new block needs a test here.
+# These are all code blocks of README.md in order. A new block needs a name and a test here.
 (
     (_, START),
     (_, PUBLISH),
@@ -48,7 +48,7 @@ ENTRY_ID = re.compile(r"^\d{13}-\d+$", re.MULTILINE)
 
 
 class Folder:
-    """A clone of relay, as a person stands in it."""
+    """A working copy of relay in which the tests run commands."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -64,7 +64,7 @@ class Folder:
         }
 
     def text(self, printed: str) -> str:
-        """Return what README.md prints with the ports of this test."""
+        """Replace the ports in a text of README.md by those of this test."""
         ports = {"8000": self.port, "8080": self.page_port, "8084": self.port}
         ports["6399"] = self.redis_port
         return re.sub(rf"\b({'|'.join(ports)})\b", lambda found: str(ports[found[0]]), printed)
@@ -89,7 +89,7 @@ class Folder:
 
     @contextmanager
     def running(self, printed: str, ready: str, **environment: str) -> Iterator[Output]:
-        """Run one command while the block lasts. Wait first until it has printed `ready`."""
+        """Run one command until the context ends. Wait first until it has printed `ready`."""
         process = subprocess.Popen(
             ["sh", "-c", f"exec {self.text(printed)}"],
             cwd=self.path,
@@ -120,7 +120,7 @@ class Folder:
 
 
 class Output:
-    """What a running process prints."""
+    """The output of a running process."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -149,21 +149,21 @@ class Output:
 @contextmanager
 def folder_in(path: Path) -> Iterator[Folder]:
     yield Folder(path)
-    # An embedded Valkey outlives a relay that was killed.
+    # The embedded Valkey continues to run if relay is killed.
     with suppress(OSError, ValueError):
         os.kill(int((path / "data" / "valkey.pid").read_text()), signal.SIGTERM)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Folder]:
-    """A folder in which nothing runs."""
+    """Return a folder without a running relay."""
     with folder_in(tmp_path) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Folder, Output]]:
-    """A folder in which relay runs for all tests that do not stop it."""
+    """Run one relay for all tests that do not stop it. Return its folder and output."""
     with folder_in(tmp_path_factory.mktemp("served")) as made, made.serving() as output:
         yield made, output
 
@@ -260,11 +260,11 @@ def test_publish_from_a_project_with_relay_installed(
         shutil.copytree(ROOT / name, source / name)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    # The packages that relay needs come from the environment of the tests.
+    # Don't install relay's dependencies, because the environment of the tests has them.
     command = install[1].replace("/path/to/relay", f"--no-deps --target {project} {source}")
     folder.run(f"{sys.executable} -m {command}")
     (project / "first.py").write_text(folder.text(PROGRAM))
-    # Python finds packages in the folder of the program.
+    # Python imports packages from the folder of the program.
     assert ENTRY_ID.search(folder.run(f"cd {project}; {sys.executable} first.py"))
 
 

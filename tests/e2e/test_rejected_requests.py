@@ -95,7 +95,7 @@ async def test_subscriptions_of_one_user_leave_nothing(relay: RelayProcess) -> N
 async def test_messages_without_effect_close_a_sockjs_websocket(
     relay: RelayProcess, text: str
 ) -> None:
-    """Without a credential, they would keep a processor core busy."""
+    """Otherwise a client without credentials could keep a processor core busy."""
     async with (
         aiohttp.ClientSession() as http,
         http.ws_connect(f"{relay.url}/connection/1/abcdefgh/websocket") as socket,

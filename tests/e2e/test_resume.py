@@ -1,4 +1,4 @@
-"""What a client that drops and comes back is sent, and what it is told of what is missing."""
+"""Resuming clients receive missed events, or a notice if events are unavailable."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from tests.support.valkey import Server
 
 pytestmark = pytest.mark.redis
 
-# Which of the two a live client is told depends on whether the relay looks before the append.
+# Reasons for a connected client. The reason depends on whether relay examines the stream before or
+# after the next append.
 OTHER_LIFE = {"other_incarnation", "position_ahead"}
 
 

@@ -1,4 +1,4 @@
-"""Who may read: tokens, the rights hash, revocation in its order, and what a cookie needs."""
+"""Read access: tokens, the rights hash, the order of revocations, and cookies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.redis
 
 
 async def _revoke(server: Server, channel: str, user: str) -> str:
-    """As the library does it, with the rights of maintenance."""
+    """Revoke with the library, as the maintenance user. Return the ID of the revocation."""
     settings = RedisSettings(url=server.url("maintenance"))
     return str(await access.revoke(settings, Channel(channel), user))
 
@@ -37,7 +37,7 @@ def _place(entry_id: str) -> tuple[int, ...]:
 
 
 async def _status(door: Native, channel: str, token: str) -> int:
-    """Of an attempt to follow the channel."""
+    """Try to subscribe, and return the HTTP status."""
     try:
         client = await door.sse(channel, token=token)
     except Refused as exc:
@@ -113,11 +113,12 @@ async def test_after_a_revocation_nothing_leaves_for_that_user(
     said = await socket.next()
     assert said.pop("notice") == "revoked"
     for told in (said, notice.json()):
-        # The hash may be seen before the entry; then `from` is the last event that left.
+        # Relay may notice the change of the hash before it reads the entry. Then `from` is the ID
+        # of the last event that was sent.
         assert _place(told.pop("from")) <= _place(entry) <= _place(told.pop("to"))
         assert told == {"channel": channel, "reason": "revoked"}
     assert [block.json() for block in await others.take(2)] == [1, 2]
-    # The websocket stays, and is silent about this channel.
+    # The websocket stays open, but receives no more events of this channel.
     assert (await socket.ask(cmd="ping"))["reply"] == "ping"
 
 
@@ -158,7 +159,7 @@ async def test_replay_is_refused_after_a_revocation_and_whole_after_a_new_grant(
     _grant(valkey, channel, "bob", "r")
     client = await door.sse(channel, token=token, header=client.last_id)
     assert [block.json() for block in await client.take(2)] == [1, 2]
-    # The old revocation entry is not the place of the new right.
+    # The old revocation entry does not affect the new grant.
     relay.xadd(channel, data="3")
     assert (await client.next()).json() == 3
 
@@ -183,7 +184,7 @@ async def test_a_revocation_reaches_who_is_catching_up(
     raw = await asyncio.wait_for(client._reader.read(-1), 8)
     assert b'"after"' not in raw
     assert b"relay:revoked" in raw[-300:]
-    # What waited for it was not all let out: the revocation overtook the backlog.
+    # The backlog was not sent completely, because the revocation took effect before.
     assert raw.count(load.encode()) < 60
 
 
@@ -232,11 +233,11 @@ async def test_a_grant_ends_a_revocation_for_every_source_of_rights(
             valkey, "XREVRANGE", stream_key(channel), "+", "-", "COUNT", "1"
         )
         assert (entry_id.decode(), fields) == (str(newest), {b"grant": user.encode()})
-    # As before the revocation: nothing of it is left, and no right has been added.
+    # The hash has the same content as before the revocation.
     assert redis(valkey, "HGETALL", rights_key(channel)) == {b"ben": b"r"}
     assert await _status(door, channel, relay.token("bob", [])) == 403
     relay.xadd(channel, data="3")
-    # Replay follows the rights of now; the entries of both changes are no events.
+    # Replay uses the current rights. The entries of the revocation and grant are not delivered.
     back = [
         await door.sse(channel, token=token, header=client.last_id)
         for client, token in zip(clients, (claims, by_hash), strict=True)
@@ -294,7 +295,7 @@ async def test_refresh_prolongs_narrows_and_keeps_the_user(
     await client.take(2)
     wrong = await client.ask(cmd="refresh", token=relay.token("eve"), ref=1)
     assert (wrong["error"]["code"], wrong["ref"]) == ("unauthorized", 1)
-    # A new token that opens less takes the rest away.
+    # A token with fewer channels ends the other subscriptions.
     reply = await client.ask(cmd="refresh", token=relay.token("bob", [channel]), ref=2)
     assert reply == {"reply": "refresh", "ref": 2}
     notice = await client.next(1)
@@ -321,7 +322,7 @@ async def test_to_names_users_groups_and_clients(
     relay.xadd(channel, data="99")
     assert [block.json() for block in await bob.take(5)] == [0, 2, 3, 4, 99]
     assert [event["data"] for event in await alice.take(3)] == [1, 4, 99]
-    # In replay too.
+    # Replay uses the same recipients.
     bob = await door.sse(
         channel, token=jwt.encode(claims, KEY, algorithm="HS256"), last="0-0"
     )  # fmt: skip
@@ -359,7 +360,7 @@ async def test_ephemeral_events_reach_who_is_there_and_nobody_else(
 async def test_operators_disconnect_and_unsubscribe(
     relay: RelayProcess, door: Native, valkey: Server, channel: str
 ) -> None:
-    token = relay.token(channel)  # a user of this test alone
+    token = relay.token(channel)  # a user that no other test has
     socket = await door.ws(channel, f"{channel}-b", token=token)
     await socket.take(2)
     stream = await door.sse(channel, token=token)
@@ -367,7 +368,7 @@ async def test_operators_disconnect_and_unsubscribe(
     notice = await socket.next()
     assert (notice["notice"], notice["channel"]) == ("revoked", channel)
     assert [block.event for block in await stream.ended()] == ["relay:revoked"]
-    # The right is still there: they may come back.
+    # The user still has access and may subscribe again.
     stream = await door.sse(channel, token=token)
     await _control(valkey, command="disconnect", user=channel)
     said, code = await socket.closed()
@@ -396,7 +397,7 @@ async def test_a_cookie_needs_an_allowed_origin(
         ({"Sec-Fetch-Site": "same-origin"}, 400),
         ({"Origin": own}, 400),
     ):
-        # 400: the credential was good; there is no channel in the request.
+        # 400 means that the credentials were accepted: the request names no channel.
         answer = await door.get("/sse", **cookie, **headers)
         assert answer.status == status, headers
     answer = await door.get("/sse", **cookie, Origin="https://evil.example.org")
@@ -435,7 +436,7 @@ async def test_header_wins_over_query_and_query_over_cookie(
 
 @pytest.fixture(scope="module")
 def open_relay(valkey: Server) -> Iterator[RelayProcess]:
-    """Started with --insecure."""
+    """Run a relay with --insecure."""
     process = RelayProcess(valkey, flags=["--insecure"]).start()
     yield process
     process.kill()

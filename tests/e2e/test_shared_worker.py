@@ -1,4 +1,4 @@
-"""docs/browser.md: its two files, as they stand, in two tabs of a real browser."""
+"""The two files of docs/browser.md, unchanged, in two tabs of a real browser."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.browser import chromium
 from tests.support.relay import ROOT, RelayProcess
 from tests.support.valkey import Server, free_port
 
-# A browser's start and its waits, on a machine that runs other tests too.
+# A browser starts slowly while other tests use the machine.
 pytestmark = [pytest.mark.timeout(120), pytest.mark.redis]
 LIMIT_S = 30.0
 WORKER, SCRIPT = re.findall(
@@ -43,7 +43,7 @@ window.post = (token) => worker.port.postMessage(
 
 @contextmanager
 def pages(port: int) -> Iterator[str]:
-    """The page's own site: the worker's file and the page."""
+    """Serve the page and the worker's file, and yield their URL."""
     files = {"/events.js": ("text/javascript", WORKER), "/": ("text/html", PAGE % SCRIPT)}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -55,7 +55,7 @@ def pages(port: int) -> Iterator[str]:
             self.wfile.write(text.encode())
 
         def log_message(self, *_: Any) -> None:
-            """Nobody reads it."""
+            """Write no log."""
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
     thread = threading.Thread(target=server.serve_forever)
@@ -69,7 +69,7 @@ def pages(port: int) -> Iterator[str]:
 
 
 class Tabs:
-    """Tabs of one browser on the page."""
+    """The tabs of one browser that show the page."""
 
     def __init__(self, browser: Chrome, site: str, relay: RelayProcess) -> None:
         self._browser = browser
@@ -77,7 +77,7 @@ class Tabs:
         self._relay = relay
 
     def open(self, user: str, token: str | None = None) -> str:
-        """A new tab, signed in as `user`."""
+        """Open a tab that is logged in as `user`. Return its handle."""
         given = {
             "TOKEN": self._relay.token(user) if token is None else token,
             "USER": user,
@@ -88,19 +88,19 @@ class Tabs:
         return self._browser.current_window_handle
 
     def value(self, tab: str, script: str) -> Any:
-        """What this is in the tab."""
+        """Evaluate an expression in the tab and return its value."""
         self._browser.switch_to.window(tab)
         return self._browser.execute_script(f"return {script}")
 
     def close(self, tab: str) -> None:
-        """As a person does."""
+        """Close the tab as a user does."""
         self._browser.switch_to.window(tab)
         self._browser.close()
 
 
 @pytest.fixture(scope="module")
 def site(valkey: Server) -> Iterator[tuple[str, RelayProcess]]:
-    """Pages on one origin, a relay on another that lets them in."""
+    """Serve the page on one origin, and run a relay on another that allows it."""
     port = free_port()
     allowed = f"protocol:native.allowed_origins=http://127.0.0.1:{port}"
     relay = RelayProcess(valkey, settings=[allowed])
@@ -112,7 +112,7 @@ def site(valkey: Server) -> Iterator[tuple[str, RelayProcess]]:
 
 @pytest.fixture
 def tabs(site: tuple[str, RelayProcess], tmp_path: Path) -> Iterator[Tabs]:
-    """A fresh browser: workers outlive tabs for a while."""
+    """Start a new browser for each test, because workers may outlive their tabs."""
     with chromium(tmp_path / "profile") as browser:
         yield Tabs(browser, *site)
 
@@ -160,11 +160,11 @@ def test_two_tabs_share_one_connection_that_resumes(
     relay.xadd("news", data='{"n":4}')
     until(lambda: tabs.value(two, "shown.length") == 4, "the event after a tab was closed")
     assert connections(relay) == 1
-    # Another user is another worker, and so another connection.
+    # Another user has another worker, which opens another connection.
     other = tabs.open("bob")
     until(partial(tabs.value, other, "loaded == 1"), "open")
     assert connections(relay) == 2
-    # Nothing was missing, nor was said to be.
+    # The page did not reload its state, so no gap was reported.
     assert tabs.value(two, "loaded") == 1
 
 

@@ -36,7 +36,7 @@ OLD, NEW = "socket.io-client-2", "socket.io-client"
 
 @pytest.fixture(scope="module")
 def axr(valkey: Server) -> Iterator[RelayProcess]:
-    """A relay with AcceleratXR's door."""
+    """Run a relay that serves AcceleratXR's Socket.IO protocol."""
     process = RelayProcess(valkey, settings=[f"protocol:socketio.secret={SECRET}"]).start()
     yield process
     process.kill()
@@ -75,7 +75,8 @@ async def test_every_generation_gets_its_rooms_events_over_every_transport(
     assert without_offset(package, await client.event()) == ["msg", {"hello": "world"}]
     axr.xadd(f"axr:{uid}", data="[1,2]", type="ü😀")
     assert without_offset(package, await client.event()) == ["ü😀", [1, 2]]
-    # Rooms that it is not in, and names that clients fire themselves.
+    # The client must not receive events of other rooms, or with names that client libraries
+    # reserve.
     axr.xadd("axr:other", data="1")
     axr.xadd(f"axr:{uid}", data="1", type="disconnect")
     axr.xadd(f"axr:{uid}", data="plain text")
@@ -102,7 +103,8 @@ async def test_entries_that_are_no_events_do_not_harm_a_client(
         if found["what"] not in ("upgrade", "offset"):
             assert found["what"] == "event"
             seen.append(found)
-    # Two have a name that clients fire themselves; of the others `data` is delivered.
+    # Two packets are ignored because client libraries reserve their names. For the other invalid
+    # packets, relay delivers `data`.
     assert len(seen) == len(packets) - 2 + 1 + 1
     assert {tuple(map(str, each["args"][:2])) for each in seen[:-2]} == {("hand", "x")}
 
@@ -175,7 +177,8 @@ async def test_a_grant_brings_the_client_back_to_its_room(
     axr.xadd("axr:allusers", data='"all"', type="text")
     assert without_offset(package, await client.event()) == ["text", "all"]
     assert await access.grant(settings, Channel(f"axr:{uid}"), uid)
-    # Its protocol has no word for a room: the connection is lost, and comes back by itself.
+    # The protocol has no message for a new room, so relay cuts the connection and the client
+    # reconnects.
     await client.until("disconnect")
     await client.until("connect")
     axr.xadd(f"axr:{uid}", data='"again"', type="text")

@@ -36,7 +36,7 @@ NEW = "socket.io-client"
 
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The Redis of AcceleratXR's services: another one than the relay's, without ACL rules."""
+    """Run the Redis of AcceleratXR's services. It is not relay's, and has no ACL rules."""
     server = Server(tmp_path_factory.mktemp("services"), acl=False)
     with running(server):
         yield server
@@ -91,7 +91,7 @@ async def join(
 
 
 def bare(args: list[Any]) -> list[Any]:
-    """Without the cursor of a client that can recover."""
+    """Return the arguments without the cursor that a client with recovery receives."""
     return args[:-1] if isinstance(args[-1], str) and args[-1].startswith("c1.") else args
 
 
@@ -109,7 +109,7 @@ async def test_the_documents_own_two_lines(
     await io.run('io.to("allusers").emit("msg", {hello: "world", n: 1});')
     await io.run(f'io.to("{uid}").emit("msg", "just you");')
     await io.run('io.to("allusers").emit("end");')
-    # Order holds within a room.
+    # Only events of the same room arrive in order.
     mine = [await seen(client) for _ in range(3)]
     mine.remove(["msg", "just you"])
     assert mine == [["msg", {"hello": "world", "n": 1}], ["end"]]
@@ -173,7 +173,7 @@ async def test_other_doors_see_what_an_emit_means(
         blocks = {block.event: block for block in await stream.take(3)}
         assert blocks["msg"].json() == {"n": 1}
         assert blocks["many"].json() == [1, base64.b64encode(b"\1\2").decode()]
-        # Live only: it has no place in the stream, and may come before what was emitted earlier.
+        # A volatile event is not in the stream. It may arrive before events emitted earlier.
         assert (blocks["now"].json(), blocks["now"].id) == ("gone", None)
 
 
@@ -205,7 +205,7 @@ async def test_large_emits_arrive_as_they_are(
 async def test_more_binary_arguments_than_a_client_accepts_arrive_as_base64(
     axr: RelayProcess, npm: Driver, io5: Emitter, package: str
 ) -> None:
-    """For more than 10, socket.io-parser closes the connection and reconnects repeatedly."""
+    """With more than 10, socket.io-parser would close the connection and reconnect in a loop."""
     client = await join(npm, axr, f"many-{package}", package)
     list_of = "Array.from({length: %d}, () => Buffer.from([1]))"
     for count in (10, 11):
@@ -223,7 +223,7 @@ async def test_an_emit_that_is_too_large_is_a_dead_letter(
     admin.execute_command("DEL", "relay:dead-letters")  # type: ignore[no-untyped-call]
     uid = f"too-large-{request.node.callspec.id}"
     client = await join(npm, axr, uid)
-    # A stream's key that has another type: Redis rejects the entry.
+    # The stream's key has another type, so Redis rejects the entry.
     admin.set(f"relay:stream:{{axr:{uid}-taken}}", "x")
     await io.run(f'io.to("{uid}").emit("large", "x".repeat(5000000));')
     await io.run(f'io.to("{uid}-taken").emit("taken", "text");')
@@ -234,7 +234,7 @@ async def test_an_emit_that_is_too_large_is_a_dead_letter(
         found: list[Any] = admin.execute_command("XRANGE", "relay:dead-letters", "-", "+")  # type: ignore[no-untyped-call]
         return found
 
-    # All emits were appended in one step, or the later ones after the others.
+    # The small event was appended with the rejected ones or later, so the letters exist now.
     letters = dead_letters()
     assert len(letters) == 2
     reasons = [letter[b"reason"].decode() for _, letter in letters]
@@ -312,7 +312,7 @@ async def test_control_messages_join_leave_and_end(
 ) -> None:
     async with AsyncExitStack():
         one, two = await join(npm, axr, "ctl-1"), await join(npm, axr, "ctl-2")
-        # The emit right behind the join is for those who have joined.
+        # An emit immediately after a join reaches the new members.
         await io5.run('io.in("ctl-1").socketsJoin("club"); io.to("club").emit("club", 1);')
         assert await seen(one) == ["club", 1]
         await io5.run('io.in("ctl-1").socketsLeave("club");')
@@ -333,7 +333,7 @@ async def test_control_messages_join_leave_and_end(
 
 
 def wait_for_commands(axr: RelayProcess, count: int) -> None:
-    """The control stream has so many entries, and every worker is woken by each."""
+    """Wait until the control stream has `count` entries. Workers read them at once."""
     client = axr.server.client()
     while client.execute_command("XLEN", "relay:control") < count:  # type: ignore[no-untyped-call]
         pass
@@ -404,7 +404,7 @@ async def test_an_emit_to_a_socket_and_its_room_arrives_once(
     names = [await seen(client)]
     while ["last"] not in names or names.count(["first", 2]) < 1 or names.count(["first", 1]) < 1:
         names.append(await seen(client))
-    # The streams of two rooms have no common order, so wait for both of them.
+    # Events of two rooms have no common order, so wait for both rooms.
     await io.run(f'io.to("{sid}").emit("end"); io.to("once").emit("end");')
     while names.count(["end"]) < 2:
         names.append(await seen(client))
@@ -439,7 +439,7 @@ async def test_garbage_on_the_channel_costs_nothing(
     ):
         await asyncio.to_thread(publish, "socket.io#/axr#tidy#", payload)
         await asyncio.to_thread(publish, "socket.io-request#/axr#", payload)
-    # Of an old server; and JSON, where somebody replaced the parser.
+    # Send a request of an old server, and JSON as from an emitter with another parser.
     old = b'{"type":2,"requestid":"x","sid":"y"}'
     await asyncio.to_thread(publish, "socket.io-request#/axr#", old)
     plain = json.dumps(["e", {"type": 2, "data": ["json", 1], "nsp": "/axr"}, {"rooms": ["tidy"]}])
@@ -454,7 +454,7 @@ async def test_the_streams_emitters_entries(
 ) -> None:
     client = await join(npm, axr, "streams")
     source: redis.Redis = services.client()
-    # The tap begins at the stream's end, and says in the relay's Redis that it has.
+    # The tap begins at the stream's end and then stores its position in relay's Redis.
     await until(lambda: valkey.client().get("relay:tap:socketio_emitter:socket.io") is not None)
     opts = {"rooms": ["streams"], "flags": {}, "except": []}
 
@@ -479,7 +479,7 @@ async def test_the_streams_emitters_entries(
 
 
 async def packet(socket: aiohttp.ClientWebSocketResponse) -> str:
-    """The next packet that is neither a ping nor a cursor of the relay."""
+    """Return the next packet that is neither a ping nor a cursor."""
     async with asyncio.timeout(LIMIT_S):
         while (text := await socket.receive_str()).startswith(("2", '42/axr,["relay:')):
             if text == "2":
@@ -488,7 +488,7 @@ async def packet(socket: aiohttp.ClientWebSocketResponse) -> str:
 
 
 async def test_commands_for_many_clients_keep_their_order(axr: RelayProcess, io5: Emitter) -> None:
-    """From about 100 clients on, commands are carried out in slices."""
+    """Commands for more than about 100 clients are executed in several turns of the event loop."""
     url = axr.url.replace("http", "ws") + "/socket.io/?EIO=4&transport=websocket"
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 

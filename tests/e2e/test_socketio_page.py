@@ -1,4 +1,4 @@
-"""The document's own example in a real browser, with the bundle of socket.io-client 4.8."""
+"""AcceleratXR's documented example in a real browser with socket.io-client 4.8."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def axr(valkey: Server, services: Server) -> Iterator[RelayProcess]:
 
 @pytest.fixture
 def site(axr: RelayProcess, tmp_path: Path) -> Iterator[str]:
-    """The page on an origin of its own."""
+    """Serve the page on another origin than relay's, and yield its URL."""
     bundle = node_modules() / "socket.io-client" / "dist" / "socket.io.js"
     (tmp_path / "socket.io.js").write_bytes(bundle.read_bytes())
     page = PAGE % {"url": axr.url, "token": axr_token("page")}
@@ -98,14 +98,14 @@ async def test_the_documents_example_in_a_browser_from_another_origin(
             await io.run('io.to("page").emit("msg", Buffer.from([1, 2, 3]));')
             both = (await asyncio.to_thread(seen, 3))[1:]
             assert sorted(map(str, both)) == ["['msg', 3]", "['msg', {'hello': 'world'}]"]
-            # The worker dies; the browser comes back and gets what it missed.
+            # Kill the relay. The browser reconnects and receives the missed event.
             axr.kill()
             axr.server.client().xadd("relay:stream:{axr:page}", {"type": "msg", "data": '"missed"'})
             await asyncio.to_thread(axr.start)
             again = (await asyncio.to_thread(seen, 6))[3:]
         assert again[0][0] == "disconnect"
         assert again[1:3] == [["connect", True], ["msg", "missed"]]
-        # It stays connected over several heartbeats, which the server sends in Engine.IO 4.
+        # The page stays connected during several pings of the server.
         script = "return window.pings"
         enough = browser.execute_script(script) + 3
         await until(lambda: browser.execute_script(script) >= enough)

@@ -1,4 +1,4 @@
-"""Limits for Socket.IO clients without a credential."""
+"""Limits for Socket.IO clients without credentials."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def connect(token: str) -> str:
 
 
 class Polling:
-    """A session over plain requests."""
+    """An Engine.IO session over HTTP polling."""
 
     def __init__(self, http: aiohttp.ClientSession, relay: RelayProcess) -> None:
         self._http = http
@@ -51,7 +51,7 @@ class Polling:
 
     @property
     def target(self) -> str:
-        """Path and query."""
+        """Return the path and query of the session's requests."""
         return "/" + self._url.split("/", 3)[3]
 
     async def open(self) -> Polling:
@@ -91,7 +91,7 @@ async def test_attachments_are_not_kept(axr: RelayProcess, token: str) -> None:
         async with asyncio.TaskGroup() as group:
             for _ in range(SOCKETS):
                 group.create_task(send(http))
-        # 72 MB were sent, and each socket's event lacks its last attachment.
+        # The clients sent 72 MB. No event is complete, because its last attachment is missing.
         assert memory_mb(axr) - before < 30
 
 
@@ -106,13 +106,13 @@ async def test_a_body_of_many_packets_is_rejected_and_ends_the_session(
             assert "sid" in await session.poll()
         body = "\x1e".join(["40/a,"] * 160_000)
         assert await session.post(body) == (400 if token else 413)
-        # The client learns that the session has ended, whatever it does next.
+        # The session has ended, and the next poll reports it.
         assert await session.poll() in ("1", UNKNOWN)
         assert await session.poll() == UNKNOWN
 
 
 async def test_clients_that_leave_at_any_moment_write_nothing_into_the_log(valkey: Server) -> None:
-    """With two workers half of these requests are handed over."""
+    """With two workers, half of these requests are passed on to the other worker."""
     axr = RelayProcess(valkey, settings=[f"protocol:socketio.secret={SECRET}", "node.workers=2"])
     await asyncio.to_thread(axr.start)
     try:
@@ -133,7 +133,7 @@ async def test_clients_that_leave_at_any_moment_write_nothing_into_the_log(valke
                     writer.transport.abort()
                 else:
                     writer.close()
-            # All of these have been handled once a new session works.
+            # When a new session works, relay has processed all earlier requests.
             session = await Polling(http, axr).open()
             assert await session.post(connect(axr_token("after"))) == 200
             assert "sid" in await session.poll()
@@ -144,7 +144,7 @@ async def test_clients_that_leave_at_any_moment_write_nothing_into_the_log(valke
 
 
 async def test_a_forged_session_id_costs_no_body(valkey: Server) -> None:
-    """An ID that names a living worker of another relay, but no session of it."""
+    """The forged ID has the address of another relay's worker, but no existing session."""
     settings = [f"protocol:socketio.secret={SECRET}", "node.internal_address=127.0.0.1"]
     relays = [RelayProcess(valkey, settings=settings) for _ in range(2)]
     try:
@@ -159,10 +159,10 @@ async def test_a_forged_session_id_costs_no_body(valkey: Server) -> None:
             reader, writer = await asyncio.open_connection("127.0.0.1", relays[1].port)
             writer.write(head.encode())
             async with asyncio.timeout(8):
-                # Before any of the body has been sent.
+                # Relay rejects the request before the client sends its body.
                 assert UNKNOWN in (await reader.read(4096)).decode()
             writer.close()
-            # A session that exists may send through any worker, as much as it may send at all.
+            # Requests of an existing session are accepted by any worker, up to the limit.
             for size, status in ((60_000, 200), (70_000, 413)):
                 body = "4" + "a" * size
                 async with http.post(elsewhere + sid, data=body) as answer:

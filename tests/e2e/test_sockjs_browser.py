@@ -1,4 +1,4 @@
-"""SockJS in a real browser: the transports that only a browser has, from another origin."""
+"""SockJS in a real browser, with a page from another origin and browser-only transports."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ function talk(url, transport, report) {
 }
 </script>"""
 
-# In SockJS's own order; those with a frame of another origin in front are for browsers of old.
+# In the order in which SockJS tries them. The iframe transports are for old browsers.
 EVERYWHERE = [
     "websocket",
     "xhr-streaming",

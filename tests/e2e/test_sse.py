@@ -1,4 +1,4 @@
-"""Server-sent events against a running relay: delivery, heartbeats, refusals."""
+"""Server-sent events on a running relay: delivery, heartbeats and rejections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`relay workers`, `status`, `disconnect` and `unsubscribe` against a live relay."""
+"""`relay workers`, `status`, `disconnect` and `unsubscribe` on a running relay."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def test_disconnect_and_unsubscribe_reach_the_worker(
     assert (told["user"], told["workers"]) == ("anna", 1)
     await gone.closed()
     assert (await stays.ask(cmd="ping"))["reply"] == "ping"
-    # Nobody knows whether there is such a user.
+    # The command cannot check whether the user exists.
     text = await cli.out("disconnect", "ghost")
     assert text.startswith(
         "Sent to 1 worker: close all connections of ghost, if any (control entry"
@@ -92,7 +92,7 @@ async def test_disconnect_and_unsubscribe_reach_the_worker(
 
 
 async def test_a_worker_is_ready_soon_after_it_began(cli: Cli, valkey: Server) -> None:
-    """Well before its second regular heartbeat."""
+    """The worker is reported as ready well before its second regular heartbeat."""
     relay = RelayProcess(valkey)
     await asyncio.to_thread(relay.start)
     try:

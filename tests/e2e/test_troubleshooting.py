@@ -1,4 +1,4 @@
-"""docs/operators.md, "Troubleshooting": the commands print the lines that the table quotes."""
+"""Commands print the lines that the "Troubleshooting" table of docs/operators.md quotes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plain JSON websocket against a running relay: commands, errors, limits and close codes."""
+"""The JSON websocket on a running relay: commands, errors, limits and close codes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.redis
 
 @pytest.fixture(scope="module")
 def strict(valkey: Server) -> Iterator[RelayProcess]:
-    """A relay whose limits are small."""
+    """Run a relay with small limits."""
     settings = [
         "channels_per_connection=2",
         "ws_max_frame_bytes=1024",
@@ -49,7 +49,7 @@ async def test_subscribe_is_answered_with_the_position_that_events_follow(
     }  # fmt: skip
     text = relay.xadd(channel, data="<xml/>\r\n")
     assert await client.next() == {"channel": channel, "id": text, "data": "<xml/>\r\n"}
-    # The position in the reply, and the ID of any event, are places to resume from.
+    # A client can resume from the position in the reply or from the ID of any event.
     for last, first in ((position, entry), (entry, text), (before, entry)):
         other = await door.ws()
         await other.ask(cmd="subscribe", channel=channel, last_event_id=last)
@@ -99,7 +99,7 @@ async def test_unsubscribe_ends_the_events_of_one_channel(
     relay.xadd(channel, data="1")
     relay.xadd(kept, data="2")
     assert (await client.next())["channel"] == kept
-    # And again, from where it left off.
+    # Subscribe again, with a position.
     await client.send(cmd="subscribe", channel=channel, last_event_id="0-0", ref="s")
     assert (await client.next())["ref"] == "s"
     assert (await client.next())["data"] == 1
@@ -268,7 +268,7 @@ async def test_too_many_connections_of_one_user(strict: RelayProcess, channel: s
         assert code == 4429
         answer = await door.get(f"/sse?channel=x&token={door.token}")
         assert (answer.status, answer.error["code"]) == (429, "limit_exceeded")
-        # Another user is not concerned, and a place is free again once one has gone.
+        # The limit does not affect other users. A client that disconnects makes room.
         other = await door.ws(token=strict.token(f"{channel}-other"))
         assert (await other.ask(cmd="ping"))["reply"] == "ping"
         await clients[0].socket.close()
@@ -295,7 +295,7 @@ async def test_who_does_not_answer_pings_is_closed_with_4408(
         silent = await door.ws(channel, autoping=False)
         lively = await door.ws(channel)
         await lively.next()
-        # aiohttp answers pings only while somebody receives.
+        # aiohttp answers pings only while receive() is waiting.
         event = tasks.create_task(lively.next())
         async with asyncio.timeout(6):
             while (message := await silent.socket.receive()).type is not aiohttp.WSMsgType.CLOSE:

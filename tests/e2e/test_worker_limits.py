@@ -1,4 +1,4 @@
-"""What is per user or per site is right over workers and relays."""
+"""Limits and counts per user or per site include all workers and relays."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def test_operators_disconnect_and_unsubscribe_over_workers_and_relays(
 
 
 async def _answers(door: Native, channel: str, attempts: int) -> list[str]:
-    """Return the results of attempts to connect, one after the other."""
+    """Try to connect several times in sequence, and return the results."""
     found = []
     for _ in range(attempts):
         try:
@@ -66,8 +66,8 @@ async def test_the_connections_of_a_user_are_limited_over_workers_and_relays(
             while await _answers(other, channel, 1) != ["open"]:
                 pass
         assert await _answers(door, channel, 3) == ["limit_exceeded"] * 3
-        # Of many simultaneous attempts, at most the limit succeed. One that was counted and then
-        # rejected may cause another to be rejected too, but only for a moment.
+        # The limit also holds for simultaneous attempts. A rejected attempt is counted for a moment
+        # and may cause another rejection.
         for stream in [*opened, *other.streams]:
             stream.drop()
         await until(lambda: not any(_counts(valkey)))

@@ -1,4 +1,4 @@
-"""Several workers on one port: they serve, are replaced when they die, and end together."""
+"""Several workers on one port: service, replacement after a crash, and shutdown."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.workers import neighbours, on_every_worker, over_both, runnin
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
 
 
-# ---- they serve -----------------------------------------------------------------------------
+# ---- service ----------------------------------------------------------------------------
 
 
 async def test_two_workers_serve_and_say_who_they_are(valkey: Server, channel: str) -> None:
@@ -71,7 +71,7 @@ async def test_clients_are_spread_evenly_and_a_new_worker_gets_its_share(
         assert max(counts) <= 110
         os.kill(workers(relay)[1], signal.SIGKILL)
         await said(relay, "Worker 1 ready", 2)
-        # Its clients come back: most to it, so that it has as many as the other.
+        # The new worker receives most of the reconnecting clients until both have the same number.
         await over_both(door, channel, 100)
         counts = await _clients(first, second)
         assert max(counts) <= 1.1 * sum(counts) / 2
@@ -80,7 +80,7 @@ async def test_clients_are_spread_evenly_and_a_new_worker_gets_its_share(
             assert (await stream.next()).json() == 1
 
 
-# ---- they are replaced ----------------------------------------------------------------------
+# ---- replacement ------------------------------------------------------------------------
 
 
 async def test_a_killed_worker_is_back_and_its_clients_have_missed_nothing(valkey: Server) -> None:
@@ -93,7 +93,7 @@ async def test_a_killed_worker_is_back_and_its_clients_have_missed_nothing(valke
             ChaosClient(relay.port, rng.sample(channels, 2), websocket=bool(number % 2))
             for number in range(40)
         ]
-        # Set: a client ends no connection by itself, only the killed worker does.
+        # While this is set, clients do not cut connections. Only the killed worker does.
         stay = asyncio.Event()
         stay.set()
         marks = [threading.Event() for _ in range(2)]
@@ -101,7 +101,7 @@ async def test_a_killed_worker_is_back_and_its_clients_have_missed_nothing(valke
         begin_s = []
 
         async def begin() -> None:
-            """What a start takes at the least where others want the processor too."""
+            """Measure the shortest time that a start takes while other tests use the processor."""
             begun = time.monotonic()
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-c", "import relay.process.app"), cwd=ROOT
@@ -150,7 +150,7 @@ async def test_no_worker_is_ready_while_one_is_not(valkey: Server) -> None:
     ):
         for door in (first, second):
             assert await door.status("/readyz") == 200
-        # It hangs: its connections stay and nothing answers.
+        # The worker is frozen: its connections stay open, but it does not reply.
         os.kill(workers(relay)[2], signal.SIGSTOP)
         async with asyncio.timeout(2):
             while await first.status("/readyz") == 200:
@@ -161,7 +161,7 @@ async def test_no_worker_is_ready_while_one_is_not(valkey: Server) -> None:
         async with asyncio.timeout(5):
             while await first.status("/readyz") != 200:
                 await asyncio.sleep(0.02)
-        # Each can be scraped by itself.
+        # Each worker has its own metrics.
         for number, door in ((1, first), (2, second)):
             text = (await door.get("/metrics")).body.decode()
             assert f'relay_events_total{{worker="{number}"}}' in text
@@ -220,23 +220,23 @@ async def test_workers_die_with_their_supervisor(valkey: Server) -> None:
         pids = list(workers(relay).values())
         await asyncio.to_thread(relay.kill)
         await until(lambda: not any(_runs(pid) for pid in pids), limit_s=2)
-        # Its port is free again at once.
+        # The relay's port is free immediately.
         await asyncio.to_thread(relay.start)
 
 
 def _runs(pid: int) -> bool:
-    # Whoever inherited a dead process may take its time to ask for it.
+    # A dead process stays a zombie (Z) until its new parent reaps it.
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
 
 
-# ---- what keeps them from starting ----------------------------------------------------------
+# ---- failed starts ----------------------------------------------------------------------
 
 
 async def _refused(server: Server, *words: str) -> str:
-    """The one line on standard error of a start that fails."""
+    """Start a relay that must fail. Return the single line of its error."""
     command = [sys.executable, "-m", "relay", "serve", "--workers", "2", "--redis"]
     command += [server.url("relay"), "--set", f"jwt.key={KEY}", "--set", "log.level=error", *words]
     run = await asyncio.to_thread(
@@ -273,7 +273,7 @@ async def test_several_workers_start_on_a_port_that_one_relay_has_just_left(
     try:
         async with native(relay) as door:
             await over_both(door, channel)
-            # The relay closes first, so the kernel keeps its half of each connection for a minute.
+            # The relay closes first, so each connection stays in TIME_WAIT for a minute.
             assert await asyncio.to_thread(relay.stop) == 0
         relay.flags = ["--workers", "2"]
         await asyncio.to_thread(relay.start)
@@ -288,7 +288,7 @@ async def test_a_worker_is_replaced_although_the_file_was_broken_since(
     file = tmp_path / "relay.ini"
     file.write_text("[namespace:open]\nrights = anonymous\n")
     async with running(valkey, flags=["-c", str(file)]) as (relay, door):
-        # In force: one reload after the start, which the broken file does not take back.
+        # The valid reload stays in effect after the reload of a broken file.
         file.write_text("[namespace:open]\nrights = anonymous\n[namespace:b]\nrights = anonymous\n")
         relay.send(signal.SIGHUP)
         for number in (1, 2):
@@ -326,7 +326,7 @@ async def test_signals_during_the_start_are_kept_for_later(
 
 
 def _blocks_signals(pid: int) -> bool:
-    """Whether the command line has begun; before that Python itself starts."""
+    """Return True if relay has blocked SIGHUP, which it does once Python itself has started."""
     status = Path(f"/proc/{pid}/status").read_text()
     blocked = int(status.partition("SigBlk:\t")[2].split()[0], 16)
     return bool(blocked & 1 << (signal.SIGHUP - 1))
