@@ -1,4 +1,4 @@
-"""Fixtures for all tests: a real server and a real relay. What is missing fails."""
+"""Fixtures for all tests: a real server and a real relay. A missing program fails the test."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.support.valkey import Server, running
 
 @pytest.fixture(autouse=True, scope="module")
 def _frozen() -> None:
-    """Exempt what exists before a file's first test from collection, which then takes about 1 ms.
+    """Exclude existing objects from garbage collection, which then takes about 1 ms.
 
-    For each file again: its tests import more, and some of them unfreeze.
+    This runs before each file, because tests import more modules and some tests unfreeze.
     """
     gc.collect()
     gc.freeze()
@@ -24,14 +24,14 @@ def _frozen() -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_left_open() -> Iterator[None]:
-    """Fail the test that leaves a socket or task behind instead of whichever runs at collection."""
+    """Collect garbage after each test, so that an unclosed socket or task fails the right test."""
     yield
     gc.collect()
 
 
 @pytest.fixture(scope="module")
 def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One Valkey under the documented ACL rules, for a file's tests."""
+    """Run one Valkey with the documented ACL rules per file."""
     folder: Path = tmp_path_factory.mktemp("valkey")
     server = Server(folder)
     with running(server):
@@ -40,7 +40,7 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def relay(valkey: Server) -> Iterator[RelayProcess]:
-    """One relay with default settings, for a file's tests; channels keep them apart."""
+    """Run one relay with default settings per file. Each test uses its own channel."""
     process = RelayProcess(valkey).start()
     yield process
     process.kill()

@@ -1,4 +1,4 @@
-"""README.md and docs/: links, file names and module names exist; no private words."""
+"""README.md and docs/ refer only to existing pages, files and modules, in standard terms."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_files_that_are_named_exist(page: Path) -> None:
 @pages
 def test_modules_that_are_named_exist(page: Path) -> None:
     for name in re.findall(r"`((?:relay|producers)(?:\.[a-z_]\w*)+)`", prose(page)):
-        # A file name such as relay.ini, or a name within a module.
+        # A file name such as relay.ini is not a module.
         if name.rpartition(".")[2] in {"ini", "service", "conf"}:
             continue
         assert importlib.util.find_spec(name), name
@@ -73,7 +73,7 @@ def test_the_readme_is_short() -> None:
 
 @pages
 def test_the_words_are_those_of_the_field(page: Path) -> None:
-    """A *door* is a protocol for everybody who does not read the code."""
+    """Documents write "protocol". *Door* is a term of the code."""
     text = re.sub(r"`[^`]*`", "", prose(page))
     found = re.findall(r"[^\n]*\bdoors?\b[^\n]*", text, re.IGNORECASE)
     assert not found

@@ -1,4 +1,4 @@
-"""The rules that hold for every file: contracts, docstrings, the generated example."""
+"""Rules for every file: import contracts, docstrings, and the generated example."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_only_the_stream_package_imports_redis() -> None:
     importing = set()
     for path in MODULES:
         tree = ast.parse(path.read_text())
-        # Naming the type of a client that is passed on is no dependency.
+        # An import for a type annotation alone is not a dependency.
         types_only = {
             id(inner)
             for node in ast.walk(tree)

@@ -1,4 +1,4 @@
-"""A protocol that can be broken: the native one, in which a fault is switched on at a time.
+"""The native protocol with faults that a test can switch on, one at a time.
 
 The test copies this file to `relay/protocols/broken/routes.py` of a temporary tree. `GET
 /fault?name=N` switches to a fault.
@@ -45,7 +45,7 @@ def _accept_anybody(*_args: object, **_more: object) -> Principal:
     return Principal(user="anybody", door="native", unrestricted=True)
 
 
-# Each replaces one attribute: object, name, the broken version.
+# Each fault replaces one attribute: object, attribute name, broken version.
 FAULTS: dict[str, tuple[Any, str, Any]] = {
     "delivers nothing": (WebSocketEncoder, "event", lambda _self, _event: b""),
     "accepts anybody": (native, "principal_of", _accept_anybody),

@@ -1,4 +1,4 @@
-"""Assertions of the rules explain themselves as those of test files do."""
+"""Make pytest explain failed assertions of the rules, as it does for those in test files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each rule of the contract fails for a protocol that breaks it, and says how it was broken."""
+"""Each rule of the contract fails for a protocol that breaks it, and names the fault."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.valkey import Server
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(30)]
 
-# More than a healthy relay needs for any answer, even on a busy machine.
+# Longer than relay needs for any reply, even on a busy machine.
 LIMIT_S = 2.0
 CAUGHT = [
     (contract.connects, "delivers nothing", "'nothing' == 0"),
@@ -35,13 +35,13 @@ CAUGHT = [
 
 @pytest.fixture(scope="module")
 def driver() -> Driver:
-    """The broken protocol is spoken like the native one."""
+    """Return the native driver, because the clients of the broken protocol are the same."""
     return load("native")
 
 
 @pytest.fixture(scope="module")
 def broken(valkey: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProcess]:
-    """A relay in whose protocols folder there is one more."""
+    """Run a relay that has the broken protocol in relay/protocols/."""
     root: Path = tmp_path_factory.mktemp("tree")
     protocols = root / "relay" / "protocols"
     (protocols / "broken").mkdir(parents=True)
@@ -74,7 +74,7 @@ async def test_a_broken_rule_is_caught(
 ) -> None:
     async with aiohttp.ClientSession() as session:
         await (await session.get(f"{broken.url}/fault", params={"name": fault})).read()
-    # The broken protocol counts its connections as the native one does.
+    # The broken protocol has the same connection metrics as the native one.
     async with driver.clients(broken) as clients:
         site = Site("native", driver, broken, clients, limit_s=LIMIT_S)
         with pytest.raises(AssertionError) as caught:

@@ -1,4 +1,4 @@
-"""Every protocol in relay/protocols fulfils the contract: each rule for each folder found there."""
+"""Each protocol folder in relay/protocols fulfils each rule of the contract."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PROTOCOLS = protocol_names()
 
 @pytest.fixture(scope="module", params=PROTOCOLS)
 def protocol(request: pytest.FixtureRequest) -> str:
-    """The name of a protocol."""
+    """Return the name of a protocol."""
     name: str = request.param
     return name
 
 
 @pytest.fixture(scope="module")
 def driver(protocol: str) -> Driver:
-    """Fails if the protocol has no driver."""
+    """Return the protocol's driver. Fail if it has none."""
     try:
         return load(protocol)
     except LookupError as exc:
@@ -33,7 +33,7 @@ def driver(protocol: str) -> Driver:
 
 @pytest.fixture(scope="module")
 def serving(driver: Driver, valkey: Server) -> Iterator[RelayProcess]:
-    """A relay that serves the protocol."""
+    """Run a relay that serves the protocol."""
     process = RelayProcess(valkey, settings=driver.settings).start()
     yield process
     process.kill()

@@ -1,4 +1,4 @@
-"""The application as a rights source: a real server that answers, is slow, fails or rejects."""
+"""The application as a rights source: a real server that grants, rejects, fails or is slow."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Clock:
 
 
 class Application:
-    """A real HTTP server. `answer` is its response, `asked` has its requests."""
+    """A real HTTP server. `answer` is its response, and `asked` stores the requests."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[dict[str, Any], str | None]] = []
@@ -67,7 +67,7 @@ async def application() -> AsyncIterator[Application]:
     application = Application()
     app = web.Application()
     app.router.add_route("*", "/rights", application.handle)
-    # Redirects would be counted here.
+    # If relay followed a redirect, this would count its request.
     app.router.add_route("*", "/elsewhere", application.handle)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
@@ -141,7 +141,7 @@ async def test_both_answers_are_cached(application: Application, make: Make, clo
 
 
 def test_requires_a_cache_time() -> None:
-    """Rights are read from the cache: without it, access would always be denied."""
+    """Relay reads rights from the cache, so without a cache time it would always deny access."""
     with pytest.raises(ValidationError, match="http_cache_s"):
         RightsSettings(http_cache_s=0)
 

@@ -183,7 +183,7 @@ async def test_a_broadcast_stops_at_its_first_error(api: Api, channel: str) -> N
     for wrong in ("[]", "null", '[""]'):
         (reply,) = await api.ask(text % (wrong, "1"))
         assert (reply["error"], reply["advice"]) == ("invalid message", "fix")
-    # As in Centrifugo, the channels before the empty name receive the event.
+    # The channels before the empty name receive the event, as in Centrifugo.
     (reply,) = await api.ask(text % (json.dumps([f"{channel}5", "", f"{channel}6"]), "1"))
     assert (reply["error"], reply["advice"]) == ("invalid message", "fix")
     assert len(api.entries(f"{channel}5")) == 1

@@ -202,7 +202,7 @@ async def test_only_the_protocols_own_events_are_sent(door: Seafile) -> None:
 
 
 async def test_a_flood_without_a_valid_token_is_read_slowly(door: Seafile) -> None:
-    """None is lost: the tokens of all libraries of a client may have expired."""
+    """Each rejected token has a reply, because all tokens of a client may have expired."""
     text = b'{"type":"subscribe","content":{"repos":[{"id":"x","jwt_token":"x"}]}}'
     frame = bytes((0x81, 0x80 | len(text), 0, 0, 0, 0)) + text
     reader, writer = await asyncio.open_connection("127.0.0.1", door.relay.port)

@@ -1,4 +1,4 @@
-"""A headless Chromium for the live page, controlled by selenium."""
+"""A headless Chromium, controlled by selenium."""
 
 from __future__ import annotations
 

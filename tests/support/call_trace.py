@@ -30,7 +30,7 @@ def _write(*_: object) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGUSR2, _write)
     sys.argv = sys.argv[3:]
-    # This folder has modules of common names.
+    # Modules in this folder have common names and must not hide others.
     del sys.path[0]
     sys.setprofile(_record)
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -76,7 +76,7 @@ class Streams:
         self.streams: dict[Channel, Stream] = {}
         self.followed: dict[Channel, Followed] = {}
         self.hub: Hub | None = None
-        # While it is set, there are no replies.
+        # While this is set, no replies are sent.
         self.frozen = False
         self._waiting: list[tuple[str, Followed]] = []
 
@@ -385,7 +385,7 @@ class Bench:
                 self.context.hub.expire(session)
 
     def do(self, words: Sequence[str]) -> None:
-        """Execute a step that is not a client's."""
+        """Execute an action of another program."""
         hub, streams = self.context.hub, self.context.streams
         match words:
             case ["append", channel, data]:
@@ -430,9 +430,14 @@ class Bench:
 class Transcript:
     """Steps of one test.
 
-    `A> frame` is sent by client A, `A< frame` is what it must receive, `Ax` is its close; `@` is an
-    action of another program, `!` is a setting. `$token(user,timestamp,info)` and
-    `$sign(client,channel,info)` are signatures."""
+    - `A> frame`: client A sends a frame.
+    - `A< frame`: client A must receive this frame.
+    - `Ax`: the connection of client A is closed.
+    - `@ words`: an action of another program.
+    - `! key value`: a setting.
+
+    `$token(user,timestamp,info)` and `$sign(client,channel,info)` are replaced by signatures.
+    """
 
     bench: Callable[[CentrifugoSettings], Bench] = Bench
 
@@ -489,7 +494,7 @@ def transcripts(path: Path, kind: type[Transcript] = Transcript) -> Iterator[Tra
 
 
 def _words(line: str) -> list[str]:
-    # White space separates, except within braces. Shell quotes would conflict with JSON.
+    # White space separates words, except within braces. shlex would remove the quotes of JSON.
     return re.findall(r"\{.*?\}(?=\s|$)|\"[^\"]*\"|\S+", line)
 
 

@@ -1,4 +1,4 @@
-"""Helpers that read Centrifugo's files, variables and flags like relay."""
+"""Helpers that read Centrifugo's files, variables and flags as relay does."""
 
 from __future__ import annotations
 

@@ -110,6 +110,6 @@ class ServerBench(Bench):
 
 
 class ServerTranscript(Transcript):
-    """`P>` is a request to the API, `P<` and `Px` its response, `M` an administrator's frames."""
+    """Adds steps: `P>` is an API request, `P<` and `Px` its response, `M` an administrator."""
 
     bench = ServerBench

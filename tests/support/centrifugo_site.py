@@ -100,7 +100,7 @@ def site(
     running = Site(folder, arguments, environ)
     try:
         if ready:
-            # The last line of the start.
+            # This line is the last one that relay prints at start.
             running.said("  watch")
         yield running
     finally:

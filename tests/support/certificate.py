@@ -1,4 +1,4 @@
-"""A certificate for the tests of TLS."""
+"""A self-signed certificate for tests with TLS."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cryptography.x509.oid import NameOID
 
 
 def certificate(folder: Path) -> Path:
-    """Write a new key and a certificate for 127.0.0.1; return the PEM file with both."""
+    """Create a key and a certificate for 127.0.0.1. Return the PEM file with both."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "relay")])
     now = datetime.datetime.now(datetime.UTC)

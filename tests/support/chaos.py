@@ -43,7 +43,7 @@ class ChaosClient:
         return all(len(self.received[name]) >= totals[name] for name in self.channels)
 
     async def run(self, rng: random.Random, drop: asyncio.Event) -> None:
-        """Connect repeatedly. Each connection is cut after a random time until `drop`."""
+        """Connect repeatedly. Cut each connection after a random time until `drop` is set."""
         while True:
             life_s = rng.expovariate(1.0) if not drop.is_set() else 3600.0
             with contextlib.suppress(
@@ -160,7 +160,7 @@ def produce(
 ) -> None:
     """Append `events` round robin at full speed. After an outage, continue after the last entry.
 
-    The events `marks` are set one after the other, at equal distances.
+    Set the events `marks` one after the other, at equal distances.
     """
     client = server.client("producer")
     counts = dict.fromkeys(channels, 0)

@@ -27,7 +27,7 @@ LIMIT_S = 40.0
 def _environment(server: Server, user: User) -> dict[str, str]:
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment["PYTHONPATH"] = str(ROOT)
-    # As docs/redis.md recommends: the password does not appear in a list of processes.
+    # Pass the password as docs/redis.md recommends, so that it is not in the list of processes.
     environment["RELAY_REDIS_URL"] = server.url(user)
     return environment
 
@@ -117,7 +117,7 @@ class Cli:
             if process.returncode is None:
                 process.kill()
             await process.wait()
-            # A pipe that was not read to its end would be reported as unclosed.
+            # Python would report a pipe that was not read to its end as unclosed.
             process._transport.close()  # type: ignore[attr-defined]  # no public way
 
 

@@ -1,6 +1,6 @@
 """Clients of the native protocol, and a function that waits for a condition.
 
-They share no code with relay and implement the protocol as its README describes it.
+They share no code with relay. They implement the protocol as its documentation describes it.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class SseClient:
 
     @property
     def transport(self) -> asyncio.Transport:
-        """For tests that stop reading or cut the connection."""
+        """Return the transport, for tests that stop reading or cut the connection."""
         transport = self._writer.transport
         assert isinstance(transport, asyncio.Transport)
         return transport
@@ -207,7 +207,7 @@ class Native:
     ) -> SseClient:
         """Open a stream, or raise Refused.
 
-        An empty `token` sends none. `last` is sent in the query, `header` as Last-Event-ID.
+        An empty `token` is not sent. `last` is sent in the query, `header` as Last-Event-ID.
         """
         words = [("channel", channel) for channel in channels] + list(query.items())
         if last is not None:

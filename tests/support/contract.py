@@ -32,16 +32,16 @@ DRIVERS = Path(__file__).parents[1] / "contract" / "drivers"
 # More than the socket buffers of client and server together hold.
 _LARGE_BYTES = 20_000
 _LARGE_EVENTS = 600
-# A client is watched for so long where the right result is that it receives nothing.
+# If a client must receive nothing, the rule watches it for this time.
 _QUIET_S = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What `Connection.receive` returns for each notice.
+    """The texts that `Connection.receive` returns for each notice.
 
-    A None for `gap` means that a client needs no notice because it loads its state anew whenever it
-    connects, a None for `revoked` that events end without a notice.
+    If `gap` is None, clients need no notice because they load their state whenever they connect.
+    If `revoked` is None, events end without a notice.
     """
 
     rejected: str
@@ -61,10 +61,10 @@ class Connection(Protocol):
         """
 
     def position(self) -> Any:
-        """Return what the client presents when it resumes, as of the last event received."""
+        """Return the position or session ID that the client sends when it resumes."""
 
     async def close(self) -> None:
-        """Close the connection as a client does that leaves."""
+        """Close the connection as clients do when they leave."""
 
     def abort(self) -> None:
         """Cut the TCP connection."""
@@ -74,20 +74,24 @@ class Clients(Protocol):
     """Opens connections to one relay during one test."""
 
     async def connect(self, user: str, channel: str, resume: Any = None) -> Connection:
-        """Return a connection that receives the channel's events from now on, or from where
-        `resume`, an earlier `Connection.position`, ended."""
+        """Return a connection that receives the channel's events.
+
+        Without `resume`, it receives new events only. `resume` is an earlier `Connection.position`.
+        """
 
     async def connect_rejected(self, channel: str) -> Connection:
-        """Try to connect and subscribe with bad credentials. The rejection may be the first thing
-        that the connection receives."""
+        """Try to connect and subscribe with bad credentials.
+
+        The rejection may be the first message that the connection receives.
+        """
 
 
 class Driver(Protocol):
     """One protocol as its clients speak it."""
 
     terms: Terms
-    # True if clients send no position: what a client's host had received when the connection was
-    # cut counts as seen.
+    # True if clients send no position when they resume. Data that reached the client's host before
+    # the cut then counts as received.
     resumes_where_cut: bool
 
     @property
@@ -98,7 +102,7 @@ class Driver(Protocol):
         """Return a channel name that this protocol serves."""
 
     def entry(self, channel: str, number: int, filling: str) -> Mapping[str, str]:
-        """Return the fields of an entry that carries this number and some filling."""
+        """Return the fields of an entry with this number and some filling."""
 
     def clients(self, relay: RelayProcess) -> AbstractAsyncContextManager[Clients]:
         """Return clients of `relay`. All connections are closed at exit."""
@@ -130,7 +134,7 @@ class Site:
         *,
         limit_s: float = LIMIT_S,
     ) -> None:
-        """`limit_s` is how long a client waits for an event or notice."""
+        """Prepare the site. Clients wait at most `limit_s` for an event or notice."""
         self.driver = driver
         self.terms = driver.terms
         self.relay = relay
@@ -152,7 +156,7 @@ class Site:
         self._appended += count
 
         def append() -> None:
-            # The client closes the pipeline's connection, so it must live as long.
+            # Keep the client as long as the pipeline, because it closes the connection.
             with self.server.client() as client, client.pipeline(transaction=False) as pipeline:
                 for number in numbers:
                     fields = self.driver.entry(self.channel, number, filling)
@@ -192,7 +196,7 @@ class Site:
             raise AssertionError(f"{name} stays at {value:g}") from None
 
     async def receive(self, connection: Connection, limit_s: float | None = None) -> int | str:
-        """Return what the client receives next, "nothing" after the limit."""
+        """Return the next event or notice of the client, or "nothing" after the limit."""
         try:
             async with asyncio.timeout(limit_s or self.limit_s):
                 return await connection.receive()
@@ -237,7 +241,7 @@ async def receives_in_order(site: Site) -> None:
 
 
 async def resumes(site: Site) -> None:
-    """A client that was cut off receives what it has not seen: nothing is lost or repeated."""
+    """A client that resumes receives every missed event once."""
     client = await site.connect()
     await site.append(10)
     seen = 10 if site.driver.resumes_where_cut else 5
@@ -251,7 +255,7 @@ async def resumes(site: Site) -> None:
 
 
 async def reports_gap(site: Site) -> None:
-    """A client that resumes before the first entry kept learns that events are missing."""
+    """A client that resumes before the first existing entry receives a gap notice."""
     client = await site.connect()
     await site.append()
     assert await site.receive(client) == 0
@@ -267,7 +271,7 @@ async def reports_gap(site: Site) -> None:
 
 
 async def reports_reset(site: Site) -> None:
-    """A connected client learns that its stream was deleted and begun anew."""
+    """A connected client receives a notice if its stream is deleted and created again."""
     client = await site.connect()
     await site.append()
     assert await site.receive(client) == 0
@@ -318,7 +322,7 @@ async def leaks_nothing(site: Site) -> None:
             set(await site.redis("KEYS", "*")),
         )
 
-    # The first clients make what is kept for good, such as the stream's marker group.
+    # The first clients create permanent objects, such as the stream's marker group.
     for number in range(3):
         await (await site.connect(f"user{number}")).close()
     await site.wait_metric(connections, lambda value: value == 0)
@@ -375,11 +379,11 @@ RULES: tuple[Callable[[Site], Awaitable[None]], ...] = (
 
 
 class Frames:
-    """A websocket whose frames are read one by one. Reading stops when nobody calls `next`."""
+    """A websocket that reads one frame per call of `next`."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.socket = socket
-        # Cancelling aiohttp's receive() closes the websocket, so a receive is waited for again.
+        # Cancelling aiohttp's receive() closes the websocket, so keep the task and await it again.
         self._receiving: asyncio.Task[aiohttp.WSMessage] | None = None
 
     async def next(self) -> str:
@@ -421,7 +425,7 @@ class WebSockets:
         self._opened: list[Frames] = []
 
     async def open(self, kind: type[_Frames], url: str, **headers: str) -> _Frames:
-        """Return a connection of this kind; the handshake has succeeded."""
+        """Open a connection of this kind. Return it after the handshake."""
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         socket = await self._session.ws_connect(url, headers=names, max_msg_size=0)
         connection = kind(socket)
@@ -436,7 +440,7 @@ class WebSockets:
 
 @asynccontextmanager
 async def websockets() -> AsyncIterator[WebSockets]:
-    """Websockets that are cut at exit."""
+    """Yield an opener of websockets. Cut its connections at exit."""
     async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as session:
         opened = WebSockets(session)
         try:

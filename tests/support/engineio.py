@@ -9,8 +9,10 @@ from tests.support.contract import Frames
 
 
 class EngineIo(Frames):
-    """Use with a websocket whose URL has `EIO=4&transport=websocket` and a recent `t`, as clients
-    send it that can recover."""
+    """One connection. Its URL needs `EIO=4&transport=websocket`.
+
+    Clients that support recovery also send a recent `t`.
+    """
 
     QUERY = "EIO=4&transport=websocket&t=abcd1234"
 
@@ -26,8 +28,10 @@ class EngineIo(Frames):
         await self.socket.send_str(f"40{self.namespace}{json.dumps(auth)}")
 
     async def packet(self) -> tuple[str, Any]:
-        """Return type and value of the next packet: `0` CONNECT, `1` DISCONNECT, `2` EVENT, `3`
-        ACK, `4` CONNECT_ERROR; ("close", words) at the end."""
+        """Return type and value of the next packet, or ("close", words) at the end.
+
+        Types: `0` CONNECT, `1` DISCONNECT, `2` EVENT, `3` ACK, `4` CONNECT_ERROR.
+        """
         while (text := await self.next()) == "2":
             await self.socket.send_str("3")
         if text.startswith("close"):

@@ -24,7 +24,7 @@ from relay.hub.recovery import Notice
 from relay.hub.session import Session, Subscription
 
 NEWS = Channel("news")
-# For a stream with life 1, on a server without a replication history.
+# The incarnation of a stream with life 1, on a server without a replication history.
 INCARNATION = 1 << 32
 
 

@@ -17,7 +17,7 @@ from relay.hub.recovery import Notice
 class Entry:
     """One entry, even if it was removed."""
 
-    number: int  # Its index among all entries ever appended to the channel.
+    number: int  # Index among all entries that were ever appended to the channel.
     step: int
     life: int
     id: EntryID
@@ -59,16 +59,15 @@ class Log:
 
 @dataclass(slots=True)
 class Received:
-    """What one client received on one channel, over all its connections."""
+    """Events and notices that one client received on one channel, over all its connections."""
 
     events: set[int] = field(default_factory=set)
     # The step of the newest read that a notice was based on.
     told: int = -1
     last: int = -1
-    # Earlier entries need not be delivered: the client began, or began again, after them.
+    # Entries before this index need not be delivered, because the client subscribed after them.
     owed_after: int = 0
-    # The step of the examination that accepted the present subscription. Its rights are of this
-    # step.
+    # The step of the examination that accepted this subscription. Its rights are of this step.
     admitted: int = 0
     excused: set[int] = field(default_factory=set)
 
@@ -145,8 +144,7 @@ class Ledger:
         view.admitted = known_at
 
     def began(self, view: Received, channel: Channel, known_at: int) -> None:
-        """Record that a client began without a position, so that earlier entries are not owed to
-        it."""
+        """Record that a client began without a position. It need not receive earlier entries."""
         view.owed_after = known_at
         view.excused |= {
             entry.number
@@ -211,7 +209,7 @@ class Ledger:
     def _check_hole(
         self, view: Received, channel: Channel, user: str, begin: int, end: int
     ) -> None:
-        """Check that a notice was sent for each owed entry from begin to end that was not received.
+        """Check that the client received a notice if it missed owed entries from begin to end.
 
         The notice must precede later events and be based on a read that is not older than the
         entry.

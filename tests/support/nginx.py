@@ -22,7 +22,7 @@ START_S = 20.0
 
 
 def recipes(document: str) -> dict[str, str]:
-    """Return the ```nginx blocks of a document by the heading above each; a second one has ` 2`."""
+    """Return the ```nginx blocks of a document by heading. The second under a heading has ` 2`."""
     found: dict[str, str] = {}
     heading = ""
     text = (ROOT / document).read_text()
@@ -36,7 +36,7 @@ def recipes(document: str) -> dict[str, str]:
 
 @contextmanager
 def nginx(folder: Path, recipe: str, ports: Mapping[int, int]) -> Iterator[str]:
-    """Run nginx with `recipe` and yield its address. `ports` replace those of its upstreams.
+    """Run nginx with `recipe` and yield its address. `ports` replace the ports of its upstreams.
 
     It listens on the loopback interface, on a free port instead of 80.
     """
@@ -75,7 +75,7 @@ def nginx(folder: Path, recipe: str, ports: Mapping[int, int]) -> Iterator[str]:
     finally:
         process.terminate()
         _, told = process.communicate(timeout=START_S)
-        # pytest prints it for a failed test.
+        # pytest prints this output if the test fails.
         sys.stderr.write(told)
 
 

@@ -1,4 +1,4 @@
-"""Polling clients of two protocols whose requests reach any worker: no connection is used twice."""
+"""Polling clients of two protocols. They don't reuse connections, so any worker may reply."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OPENED = b"o\n"
 async def fresh_connections(
     tls: ssl.SSLContext | None = None, *, keep: bool = False
 ) -> AsyncIterator[ClientSession]:
-    """A client that opens a connection for each request, as some proxies do, unless `keep`."""
+    """Yield an HTTP session that, unless `keep`, opens a connection for each request."""
     connector = TCPConnector(limit=0, force_close=not keep, ssl=tls or True)
     async with ClientSession(connector=connector) as http:
         yield http
@@ -57,7 +57,7 @@ class Xhr:
             return answer.status
 
     async def follow(self, count: int) -> list[bytes]:
-        """Poll until the frames contain this many messages of the channel; return the frames."""
+        """Poll until the frames contain `count` messages of the channel. Return the frames."""
         frames: list[bytes] = []
         while b"".join(frames).count(b'\\"method\\":\\"message\\"') < count:
             status, frame = await self.poll()
@@ -81,7 +81,7 @@ class EngineIoPolling:
     """A Socket.IO 4 client over polling, in the namespace /axr."""
 
     def __init__(self, http: ClientSession, relay: RelayProcess, url: str = "") -> None:
-        """`url` is the address of the relay if it uses TLS."""
+        """Prepare a client. `url` is the address of the relay if it uses TLS."""
         self._http = http
         self.url = f"{url or relay.url}/socket.io/?EIO=4&transport=polling"
 

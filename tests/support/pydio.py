@@ -69,7 +69,7 @@ class Pydio:
         return user
 
     async def start(self) -> None:
-        """Listen, after a stop on the same port."""
+        """Listen. After a stop, the port is the same."""
         app = web.Application()
         app.router.add_get("/pydio/", self._action)
         app.router.add_get("/pydio/api/pydio/ws_authenticate/", self._action)
@@ -171,7 +171,7 @@ async def publish(
 
 
 def tree(text: str) -> str:
-    """Return a content with this text."""
+    """Return the XML content of a message with this text."""
     return f"<tree><note>{text}</note></tree>"
 
 
@@ -180,7 +180,7 @@ class Browser:
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.socket = socket
-        # Cancelling receive() would close aiohttp's client, so that this task is awaited again.
+        # Cancelling receive() would close aiohttp's client, so keep the task and await it again.
         self._receiving: asyncio.Task[aiohttp.WSMessage] | None = None
 
     async def register(self, repository: str) -> None:

@@ -21,7 +21,7 @@ START_S = 60
 
 
 class RelayProcess:
-    """`python -m relay serve` on a free port, which is the same after a restart."""
+    """`python -m relay serve` on a free port. The port is the same after a restart."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class RelayProcess:
         with process.stdout as lines:
             for line in lines:
                 self.log.append(line.rstrip())
-                # The listeners are open. The banner follows when streams are being read.
+                # The listeners are open. Relay prints the banner when it reads streams.
                 if line.startswith("relay is ready on") or "Listening, but not ready" in line:
                     ready.set()
         ready.set()

@@ -14,7 +14,7 @@ from tests.support.steps import CHANNELS, USERS
 from tests.support.world import World, statistics
 
 STEPS = int(os.environ.get("RELAY_STEPS", "60"))
-# More turns than a schedule can need. One that needs more does not come to rest.
+# More turns than any schedule needs. The test fails if work is left after that.
 PATIENCE = 400
 
 channels = st.sampled_from(CHANNELS)
@@ -47,8 +47,10 @@ class Schedules(World):
 
     @rule(channel=channels, user=users, which=workers)
     def revoke_within_a_read(self, channel: Channel, user: str, which: int) -> None:
-        """The invalidation of the hash arrives too late for this read, so only the entry can end
-        access."""
+        """Revoke within one read.
+
+        The invalidation of the hash arrives after the read, so only the entry can end access.
+        """
         self.append(channel, 1, None)
         self.hear(which)
         self.revoke(channel, user)
@@ -72,7 +74,7 @@ class Schedules(World):
 
     @rule(channel=channels, who=people, which=workers)
     def revoke_for_a_moment(self, channel: Channel, who: int, which: int) -> None:
-        """Clients that connect after the grant are not affected by the revocation."""
+        """Revoke and grant. A client that connects afterwards must not be affected."""
         person = self.people[who]
         self.revoke(channel, person.user)
         self.change_right(channel, person.user, b"r")

@@ -1,6 +1,7 @@
-"""A stand-in for a Seafile server: just what the real sync client asks until it has its files, and
-what it asks again and again (wire facts, section 9). Objects are made as Seafile's version 1 has
-them, since the client checks their IDs.
+"""A stand-in for a Seafile server, with the URLs that the real sync client requests.
+
+It serves a first download and the periodic requests. Objects have the format of Seafile's version
+1, because the client checks their IDs.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def _sha1(data: bytes) -> str:
 
 @dataclass(slots=True)
 class Library:
-    """One library, its files in one folder."""
+    """A library whose files are in one folder."""
 
     repo_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     commits: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -44,7 +45,7 @@ class Library:
     head: str = ""
 
     def commit(self, **files: bytes) -> str:
-        """The ID of the new head, in which these files are new or changed; `_` stands for a dot."""
+        """Add or change files. Return the ID of the new head. `_` in a name stands for a dot."""
         self.files |= {name.replace("_", "."): content for name, content in files.items()}
         parent = self.head or None
         root = self._folder() if self.files else _EMPTY
@@ -77,7 +78,7 @@ class Library:
                 "name": name,
                 "size": len(content),
             }
-            # Descending, as Seafile keeps them.
+            # Seafile stores entries in descending order.
             for name, content in sorted(self.files.items(), reverse=True)
         ]
         return self._object({"dirents": entries, "type": 3, "version": 1})
@@ -97,7 +98,7 @@ class Library:
         return name
 
     def ids(self, commit_id: str) -> list[str]:
-        """Of the objects of one commit."""
+        """Return the IDs of the objects of one commit."""
         root = self.commits[commit_id]["root_id"] if commit_id in self.commits else _EMPTY
         if root == _EMPTY:
             return []
@@ -106,7 +107,7 @@ class Library:
 
 
 class StandIn:
-    """Serves libraries; `asked` are the paths that clients came for."""
+    """Serves libraries. `asked` stores the paths of the requests."""
 
     def __init__(self) -> None:
         self.libraries: dict[str, Library] = {}
@@ -130,7 +131,7 @@ class StandIn:
                 web.post(f"{repo}/pack-fs/", self._pack),
                 web.get(f"{repo}/block/{{block}}", self._block),
                 web.get(f"{repo}/jwt-token", self._jwt),
-                # For the page.
+                # These URLs are for the page in the browser.
                 web.get("/page", self._page),
                 web.get("/files/{repo}", self._files),
                 web.get("/api/v2.1/repos/{repo}/repo-notification-jwt-token/", self._page_jwt),
@@ -139,7 +140,7 @@ class StandIn:
         self.app = app
 
     def library(self) -> Library:
-        """A new one, with an empty first commit."""
+        """Add a library with an empty first commit."""
         library = Library()
         library.commit()
         self.libraries[library.repo_id] = library
@@ -256,7 +257,7 @@ class StandIn:
 
 @asynccontextmanager
 async def stand_in() -> AsyncIterator[tuple[StandIn, int]]:
-    """One at work, and its port."""
+    """Run a stand-in, and yield it with its port."""
     server = StandIn()
     runner = web.AppRunner(server.app, access_log=None)
     await runner.setup()

@@ -39,7 +39,7 @@ class Cluster:
             self.workers[address] = ClusterWorker(self, address, balance)
 
     def bury(self, address: str) -> None:
-        """The worker has died."""
+        """Record that the worker has died."""
         self.internal.pop(address, None)
         number = self._memory.number_of(address)
         assert number is not None
@@ -52,7 +52,7 @@ class Cluster:
 
 
 class ClusterWorker:
-    """One of them. `forward` is for its routes."""
+    """One worker of the cluster. Its routes use `forward`."""
 
     def __init__(self, cluster: Cluster, address: str, balance: Balance | None) -> None:
         self.address = address
@@ -73,7 +73,7 @@ class ClusterWorker:
 
     @asynccontextmanager
     async def serving(self, routes: Iterable[web.AbstractRouteDef]) -> AsyncIterator[int]:
-        """Serve the routes, and requests that the other workers pass on; return the port."""
+        """Serve the routes, and requests from the other workers. Yield the port."""
         app = web.Application()
         app.router.add_routes(routes)
         runner = web.AppRunner(app, shutdown_timeout=1.0, access_log=None)
@@ -108,5 +108,5 @@ class ClusterWorker:
         finally:
             stop()
             await runner.cleanup()
-            # Let the transports of connections that have just been closed end.
+            # Wait until the transports of closed connections have ended.
             await asyncio.sleep(0.1)

@@ -1,5 +1,6 @@
-"""Services that protocols share across workers, without the rest of relay. Also a process to kill.
+"""Services that protocols share across workers, without the rest of relay.
 
+Tests can also run and kill it as a process:
 python -m tests.support.site REDIS_URL INSTANCE CHANNEL CLIENTS
 """
 

@@ -84,7 +84,7 @@ class Driver:
         path: str = "/notifications",
         **options: Any,
     ) -> NpmClient:
-        """Create a client that connects. None of its reports have been read."""
+        """Create a client that connects. Its reports start with the connection."""
         name = f"c{len(self._clients)}"
         client = self._clients[name] = NpmClient(self, name)
         options = {"path": path, "reconnectionDelay": 20, "reconnectionDelayMax": 100, **options}

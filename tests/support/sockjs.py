@@ -1,4 +1,4 @@
-"""SockJS endpoints for tests: one that echoes, and one that closes, as sockjs-protocol requires."""
+"""SockJS endpoints that sockjs-protocol requires: one echoes, one closes the session."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPTIONS = SockJsOptions(
 
 
 class MemoryStore:
-    """A store in memory. `asked` counts requests."""
+    """`Store` in memory. `asked` counts requests."""
 
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
@@ -69,12 +69,12 @@ class MemoryStore:
 async def forward_nothing(
     request: web.Request, owner: str, limit_bytes: int
 ) -> web.StreamResponse | None:
-    """For a door without other workers."""
+    """Return None: this door has no other workers."""
     return None
 
 
 class EchoDoor:
-    """Echoes at /echo, and closes at /close."""
+    """Returns each message at /echo, and closes each session at /close."""
 
     def __init__(
         self,

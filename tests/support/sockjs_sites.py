@@ -30,7 +30,7 @@ class WorkerProcess:
 
 @asynccontextmanager
 async def workers(server: Server, ports: Sequence[int]) -> AsyncIterator[list[WorkerProcess]]:
-    """Run workers that listen. All of them have ended at exit."""
+    """Run workers, and yield them when they listen. Stop all of them at exit."""
     started: list[WorkerProcess] = []
     try:
         for number, port in enumerate(ports):

@@ -1,4 +1,4 @@
-"""A host with one worker and the echo door, as a process: URL of Redis, port, instance."""
+"""A worker with the echo door, as a process. Arguments: URL of Redis, port, instance."""
 
 from __future__ import annotations
 

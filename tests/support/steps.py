@@ -1,8 +1,8 @@
 """Two real workers (hub, live reads, pages) on a real server, controlled one step at a time.
 
-A worker's commands are executed by the server at once. Passing it the replies is a separate step,
-so that replies interleave with appends, trims, revocations and lost connections. Invalidations are
-those of the server.
+The server executes a worker's commands at once. The worker receives the replies in a separate step,
+so that replies interleave with appends, trims, revocations and lost connections. Invalidations come
+from the server.
 """
 
 from __future__ import annotations
@@ -309,7 +309,8 @@ class Worker:
 
     def follow(self, stream: Followed) -> None:
         self._followed[stream.channel] = stream
-        # As if the stream had been followed for long: a page has four entries from the start.
+        # Set the average of a stream that has been read for long, so that each page has four
+        # entries.
         stream.average_bytes = ENTRY_BYTES
 
     def want_examine(self, stream: Followed) -> None:
@@ -405,7 +406,9 @@ class Worker:
 
 
 def distinct_markers() -> Callable[[], int]:
-    """Random markers are equal in 16 bits in one of 65,536 pairs: too often for a million
-    schedules."""
+    """Return a function that returns distinct markers.
+
+    Random ones agree in 16 bits in one of 65,536 pairs, which is too often for a million schedules.
+    """
     numbers = itertools.count(1)
     return lambda: next(numbers)

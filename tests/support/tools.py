@@ -41,7 +41,10 @@ class Tool:
 
     @classmethod
     def of(cls, name: str, server: Server) -> Tool:
-        """Pass the password separately, as if the URL was in a file that many users may read."""
+        """Return a tool by name.
+
+        The password is passed separately, as if many users could read the file with the URL.
+        """
         return cls(
             name,
             {
@@ -60,8 +63,7 @@ class Tool:
         return await run([*self.command(), *arguments], self.environment, given)
 
     async def start_s(self) -> float:
-        """Return the time that the interpreter needs to start, measured with a call without
-        network."""
+        """Measure the start of the interpreter with a call that uses no network."""
         ended = await self.run()
         assert ended.code == 2
         return ended.seconds
@@ -86,8 +88,7 @@ async def run(
 
 
 class Slack:
-    """The time that a busy machine may add to a limit: a constant, and the measured delay of
-    sleeps.
+    """The time that a busy machine may add to a limit: a constant and a measured delay.
 
     Within the context, a thread sleeps for short times and measures how late it continues.
     """

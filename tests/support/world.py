@@ -39,7 +39,7 @@ class World(RuleBasedStateMachine):
         ]
         self.times = dict.fromkeys(CHANNELS, 0)
         self.foreign: set[Channel] = set()
-        # The data of a lagging replica or an RDB file, as the ledger had it then.
+        # The data of a lagging replica or an old RDB file.
         self.saved: Saved | None = None
 
     def _worker(self) -> Worker:
@@ -47,7 +47,7 @@ class World(RuleBasedStateMachine):
         return Worker(f"w{self.names}", self.port, self.keys, self.clock, self.formats)
 
     def step(self) -> None:
-        """Deliver the bytes after the turn in which a step ran."""
+        """End the turn in which a step ran: send pending bytes and advance the clock."""
         for worker in self.workers:
             worker.flush()
         self.clock.now += 1
@@ -64,7 +64,7 @@ class World(RuleBasedStateMachine):
     ) -> tuple[bytes | str | int, ...]:
         log = self.ledger.logs[channel]
         self.times[channel] += 1
-        # The ID contains the life, so that a bare ID identifies an entry of its own life only.
+        # The ID contains the life, so that IDs of different lives are different.
         entry_id = EntryID(self.times[channel], log.life + 1)
         added = self.ledger.append(channel, entry_id, to, revokes, grants)
         if revokes:
@@ -96,7 +96,7 @@ class World(RuleBasedStateMachine):
         self.step()
 
     def grant(self, channel: Channel, user: str, before: bytes | None) -> None:
-        """End a revocation. The rights hash then has its previous value."""
+        """End a revocation, and restore the previous value of the rights hash."""
         self._restore(channel)
         self._change_right(channel, user, before)
         key = self.keys.rights(channel)
@@ -165,7 +165,7 @@ class World(RuleBasedStateMachine):
         self.step()
 
     def save(self) -> None:
-        """Take a snapshot: later entries are lost with the next failover, although acknowledged."""
+        """Take a snapshot. The next failover loses all later entries, although acknowledged."""
         if not self.foreign:
             self.admin.call("SAVE")
             self.saved = self.ledger.save()

@@ -1,4 +1,4 @@
-"""What the workers of all hosts know about each other: addresses, the shared key, deaths."""
+"""The directory of the workers of all hosts: addresses, the shared key, and dead workers."""
 
 from __future__ import annotations
 

@@ -44,8 +44,14 @@ Key = Callable[[], bytes]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Introduction:
-    """What the line contains: the receiver's address, the name of the listener that the client
-    connected to, how often the request was passed on, and the client's address."""
+    """The first line of a connection between workers.
+
+    Attributes:
+        receiver: Address of the worker that the request is for.
+        listener: Name of the listener that the client connected to.
+        hops: Number of times that the request has been passed on.
+        peer: Address of the client.
+    """
 
     receiver: str
     listener: str

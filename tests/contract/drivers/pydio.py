@@ -1,4 +1,4 @@
-"""The Pydio protocol, as a page with Socket.IO 4.6 or later speaks it: only it can resume."""
+"""The Pydio protocol over Socket.IO 4.6 or later. Only these clients can resume."""
 
 from __future__ import annotations
 

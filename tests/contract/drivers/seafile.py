@@ -78,7 +78,7 @@ class SeafileDriver:
     settings = (f"protocol:seafile.key={KEY}",)
     terms = Terms(
         rejected="jwt-expired",
-        # A client that reconnects fetches the state of its libraries by itself.
+        # A client fetches the state of its libraries whenever it connects, so it needs no notice.
         gap=None,
         reset="close 1001",
         revoked=None,

@@ -19,7 +19,7 @@ _NEW_SESSION = "new session"
 class SocketIoConnection(EngineIo):
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         super().__init__(socket)
-        # The session that the client has asked for.
+        # The session ID that the client has requested to resume.
         self.resumed = ""
 
     async def receive(self) -> int | str:
