@@ -544,7 +544,7 @@ async def test_an_event_before_a_revocation_is_not_sent_again_after_the_grant(
     assert (await client.next())["content"]["path"] == "live"
     await access.revoke(settings, Channel(f"seafile:{library}"), user)
     await until(lambda: any(f"to seafile:{library}" in line for line in door.relay.log))
-    # It is refused, and leaves.
+    # Relay rejects the subscription, and the client disconnects.
     await client.send("subscribe", repos)
     await client.settle()
     await client.socket.close()

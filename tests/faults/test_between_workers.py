@@ -1,4 +1,4 @@
-"""Requests that reach another worker than their session's, on one host."""
+"""Requests that reach another worker of the host than the session's worker."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ from tests.support.valkey import Server
 from tests.support.workers import running, said, workers
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
-# So many that, but once in a million runs, some requests reach the wrong worker.
+# With this number, some requests reach the wrong worker except once in a million runs.
 CLIENTS = 20
 _NOTIFICATION_BYTES = 4096
 
 
 @pytest.fixture
 def channel(channel: str) -> str:
-    """A name without a namespace."""
+    """Return a channel name without a namespace."""
     return channel.partition(":")[2]
 
 
 @contextmanager
 def subscriber_to_everything(server: Server) -> Iterator[list[int]]:
-    """An operator's `PSUBSCRIBE *`: the sizes of the messages between workers so far."""
+    """Subscribe to all messages as an operator may, and yield the sizes of those between
+    workers."""
     sizes: list[int] = []
 
     def on_message(message: dict[str, bytes]) -> None:
@@ -61,7 +62,7 @@ def subscriber_to_everything(server: Server) -> Iterator[list[int]]:
 async def sessions(
     relay: RelayProcess, channel: str, count: int = CLIENTS
 ) -> AsyncIterator[list[Xhr]]:
-    """SockJS clients that have subscribed to the channel."""
+    """Yield SockJS clients that are subscribed to the channel."""
     async with fresh_connections() as http:
         clients = [Xhr(http, relay, f"{channel}{number}") for number in range(count)]
         async with asyncio.TaskGroup() as tasks:
@@ -71,7 +72,7 @@ async def sessions(
 
 
 async def publish(clients: list[Xhr], channel: str) -> list[int]:
-    """Let each client publish its number; return the statuses."""
+    """Publish the number of each client. Return the statuses of the requests."""
     async with asyncio.TaskGroup() as tasks:
         sending = [
             tasks.create_task(client.send("publish", channel=channel, data=number))
@@ -81,7 +82,7 @@ async def publish(clients: list[Xhr], channel: str) -> list[int]:
 
 
 def published(server: Server, channel: str) -> list[int]:
-    """The numbers in the stream."""
+    """Return the numbers in the stream."""
     entries = redis(server, "XRANGE", stream_key(channel), "-", "+")
     return sorted(int(fields[b"data"]) for _, fields in entries)
 
@@ -103,7 +104,7 @@ async def test_a_publish_to_a_frozen_worker_is_carried_out_once(
         async with asyncio.TaskGroup() as tasks:
             for client in clients:
                 tasks.create_task(client.poll())
-            # Their sessions have these polls before the worker freezes.
+            # Wait until the sessions have received these polls. Then freeze the worker.
             await asyncio.sleep(1)
             frozen = workers(relay)[1]
             os.kill(frozen, signal.SIGSTOP)
@@ -126,7 +127,7 @@ async def test_a_post_that_offers_an_upgrade_is_answered(
         async with asyncio.timeout(15):
             for _ in range(CLIENTS):
                 assert await client.post('42/axr,["x"]', headers) == 200
-            # As Node's clients send a body whose length they don't announce.
+            # Node's clients send a body without Content-Length in this way.
             for size in (1, 100, 300_000):
                 body = '42/axr,["' + "x" * size + '"]'
                 for _ in range(4):
@@ -157,7 +158,7 @@ async def test_connections_with_tls_are_copied(
                 polls = [tasks.create_task(client.poll()) for client in clients]
             assert {each.result() for each in sending} == {200}
             assert all(f'"n": {number}' in each.result() for each in polls)
-        # The upgrade to a WebSocket.
+        # Upgrade to a WebSocket.
         for client in clients:
             async with http.ws_connect(client.url.replace("polling", "websocket")) as socket_:
                 await socket_.send_str("2probe")
@@ -183,7 +184,7 @@ async def test_events_do_not_travel_between_workers(valkey: Server, channel: str
 async def test_a_client_that_reads_an_answer_slowly_uses_its_connection_again(
     valkey: Server, channel: str
 ) -> None:
-    # More than the kernel's buffers hold.
+    # Larger than the buffers of the kernel.
     text = "x" * 9_000_000
     large = "stream.max_entry_bytes=10000000"
     async with running(valkey, large, *SETTINGS) as (relay, _), fresh_connections() as http:
@@ -199,7 +200,7 @@ async def test_a_client_that_reads_an_answer_slowly_uses_its_connection_again(
             for _ in range(3):
                 writer.write(request)
                 await writer.drain()
-                # The request is waiting.
+                # Wait until relay has received the request.
                 await asyncio.sleep(0.2)
                 relay.xadd(f"axr:{channel}", data=json.dumps(text), type="msg")
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -225,12 +226,12 @@ async def test_the_death_of_a_session_s_worker_is_noticed_at_once(
         async with asyncio.TaskGroup() as tasks:
             for client in clients:
                 tasks.create_task(poll(client))
-            # Their sessions have these polls before the worker dies.
+            # Wait until the sessions have received these polls. Then kill the worker.
             await asyncio.sleep(1)
             os.kill(workers(relay)[1], signal.SIGKILL)
             await asyncio.sleep(1)
             lost_at_once = lost
-            # The others belong to the other worker, whoever has read their requests.
+            # The other polls belong to sessions of the other worker, and receive this event.
             relay.xadd(channel, data="1")
         assert 0 < lost == lost_at_once < CLIENTS
 
@@ -251,7 +252,7 @@ async def test_users_are_not_locked_out_when_a_worker_dies(
         for number in (1, 2):
             os.kill(workers(relay)[number], signal.SIGKILL)
             await said(relay, f"Worker {number} ready", 2)
-        # All of them come back.
+        # All clients reconnect.
         async with asyncio.timeout(20):
             for client in clients:
                 while not any(each["on"] == "message" for each in client.said):
@@ -334,7 +335,7 @@ async def test_a_worker_that_was_frozen_checks_its_users_again(
         before = [await door.sse(channel) for _ in range(2)]
         relay.send(signal.SIGSTOP)
         try:
-            # The connections of a worker that has died are counted for some seconds.
+            # The connections of the suspended worker are still counted for some seconds.
             async with asyncio.timeout(15):
                 while True:
                     with contextlib.suppress(Refused):

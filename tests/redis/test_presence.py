@@ -231,7 +231,7 @@ async def test_the_registration_goes_last(
         job = DeadWorkersJob(
             client=client, keys=keys, dead="dead:1".__eq__, clear=one.presence.clear
         )
-        # It is known to have died, so other workers do not wait for its heartbeat.
+        # The job has found the worker to be dead, so other workers do not wait for its heartbeat.
         assert await job.remove() == ["dead:1"]
         assert told == ["a"]
         assert not await admin.keys("relay:pres*")
@@ -249,7 +249,7 @@ async def test_a_worker_that_was_taken_for_dead_lets_its_clients_come_again(
         one.presence.add(NEWS, "a", b"{}")
         while await two.presence.read(NEWS) != {"a": b"{}"}:
             await asyncio.sleep(0)
-        # It was only slow: nobody has removed its clients.
+        # The worker was only slow, and its clients have not been removed.
         one.presence.on_wake(12.0)
         await one.presence.check()
         assert not lost

@@ -78,7 +78,7 @@ class _AdminSocket(Socket):
 
 
 class ServerBench(Bench):
-    """`P` is the API, whose signatures are not checked; `M` and `N` are administrators."""
+    """Adds the API as `P`, without a check of signatures, and administrators as `M` and `N`."""
 
     def __init__(self, settings: CentrifugoSettings) -> None:
         super().__init__(settings, ServerContext)

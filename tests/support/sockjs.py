@@ -74,7 +74,7 @@ async def forward_nothing(
 
 
 class EchoDoor:
-    """Returns each message at /echo, and closes each session at /close."""
+    """Sends each message back at /echo, and closes each session at /close."""
 
     def __init__(
         self,
