@@ -111,11 +111,13 @@ async def test_a_trimmed_past_is_told(
     redis(valkey, "XTRIM", stream_key(channel), "MAXLEN", "2")
     client = await door.sse(*names, header=client.last_id)
     notice, *events = await client.take(3)
-    assert (notice.event, notice.id) == ("relay:gap", None)
+    assert notice.event == "relay:gap"
     assert notice.json() == {
         "channel": channel, "from": first, "to": ids[3], "reason": "trimmed",
     }  # fmt: skip
     assert _numbers(events) == [4, 5]
+    # With several channels, a cursor for each notice would be too much work.
+    assert (notice.id is None) == several
 
 
 async def test_a_trim_of_what_the_client_has_seen_is_no_gap(
@@ -185,9 +187,12 @@ async def test_a_live_client_is_told_of_a_deleted_stream(
     redis(valkey, "DEL", stream_key(channel))
     relay.xadd(channel, data="1")
     notice, event = await client.take(2)
-    assert (notice.event, notice.id) == ("relay:reset", None)
+    assert notice.event == "relay:reset"
     assert notice.json()["reason"] in OTHER_LIFE
     assert event.json() == 1
+    client.drop()
+    client = await door.sse(channel, header=notice.id)
+    assert (await client.next()).json() == 1
 
 
 @pytest.mark.parametrize(
