@@ -230,7 +230,9 @@ async def test_while_redis_is_frozen_the_response_is_in_time(door: Seafile, valk
     # The limit is 0.9 s. The rest is tolerance for a busy machine.
     assert seconds < 2.5
     await until(
-        lambda: any(f"repo-update on seafile:{library} not appended" in line for line in door.relay.log)
+        lambda: any(
+            f"repo-update on seafile:{library} not appended" in line for line in door.relay.log
+        )
     )
 
 
