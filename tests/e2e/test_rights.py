@@ -126,13 +126,13 @@ async def test_a_burst_around_a_revocation_is_cut_at_its_place(
     relay: RelayProcess, door: Native, valkey: Server, channel: str
 ) -> None:
     client = await door.sse(channel, token=relay.token("bob"))
-    pipeline = valkey.client().pipeline()
-    for number in range(200):
-        pipeline.execute_command("XADD", stream_key(channel), "*", "data", number)  # type: ignore[no-untyped-call]
-        if number == 99:
-            pipeline.execute_command("HSET", rights_key(channel), "bob", "-")  # type: ignore[no-untyped-call]
-            pipeline.execute_command("XADD", stream_key(channel), "*", "revoke", "bob")  # type: ignore[no-untyped-call]
-    pipeline.execute()
+    with valkey.client() as server, server.pipeline() as pipeline:
+        for number in range(200):
+            pipeline.execute_command("XADD", stream_key(channel), "*", "data", number)
+            if number == 99:
+                pipeline.execute_command("HSET", rights_key(channel), "bob", "-")
+                pipeline.execute_command("XADD", stream_key(channel), "*", "revoke", "bob")
+        pipeline.execute()
     *events, notice = await client.ended()
     assert notice.event == "relay:revoked"
     assert [event.json() for event in events] == list(range(len(events)))

@@ -48,7 +48,8 @@ def subscriber_to_everything(server: Server) -> Iterator[list[int]]:
         if b":bus:" in message["channel"]:
             sizes.append(len(message["data"]))
 
-    subscriber = server.client("admin").pubsub()  # type: ignore[no-untyped-call]
+    client = server.client("admin")
+    subscriber = client.pubsub()  # type: ignore[no-untyped-call]
     subscriber.psubscribe(**{"*": on_message})
     thread = subscriber.run_in_thread(sleep_time=0.01)
     try:
@@ -56,6 +57,7 @@ def subscriber_to_everything(server: Server) -> Iterator[list[int]]:
     finally:
         thread.stop()
         thread.join()
+        client.close()
 
 
 @asynccontextmanager

@@ -147,10 +147,10 @@ async def test_polling_clients_that_recover_under_load_have_missed_nothing(valke
         return returns
 
     def produce(first: int, count: int) -> None:
-        with valkey.client().pipeline(transaction=False) as pipeline:
+        with valkey.client() as client, client.pipeline(transaction=False) as pipeline:
             for number in range(first, first + count):
                 data = f'{{"n":{number},"filling":"{filling}"}}'
-                pipeline.execute_command("XADD", "relay:stream:{axr:allusers}", "*", "data", data)  # type: ignore[no-untyped-call]
+                pipeline.execute_command("XADD", "relay:stream:{axr:allusers}", "*", "data", data)
             pipeline.execute()
 
     try:

@@ -159,11 +159,11 @@ async def test_many_commands_are_answered_in_order_without_delaying_others(
 
 
 def _append(server: Server, channel: str, first: int, count: int) -> None:
-    pipeline = server.client().pipeline(transaction=False)
-    for number in range(first, first + count):
-        data = json.dumps({"n": number, "load": "x" * 2000})
-        pipeline.xadd(stream_key(channel), {"data": data})
-    pipeline.execute()
+    with server.client() as client, client.pipeline(transaction=False) as pipeline:
+        for number in range(first, first + count):
+            data = json.dumps({"n": number, "load": "x" * 2000})
+            pipeline.xadd(stream_key(channel), {"data": data})
+        pipeline.execute()
 
 
 async def _append_all(server: Server, channel: str) -> None:
