@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -205,17 +206,17 @@ class OldRedis:
     info = b"# Server\r\nredis_version:6.2.14\r\nredis_mode:standalone\r\nrun_id:1\r\n"
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while line := await reader.readline():
-            words = [await self._word(reader) for _ in range(int(line[1:]))]
-            match words[0].upper():
-                case b"HELLO":
-                    writer.write(b"%2\r\n+server\r\n+redis\r\n+version\r\n+6.2.14\r\n")
-                case b"INFO":
-                    writer.write(b"$%d\r\n%s\r\n" % (len(self.info), self.info))
-                case _:
-                    writer.write(b"+OK\r\n")
-            await writer.drain()
-        writer.close()
+        with contextlib.closing(writer):
+            while line := await reader.readline():
+                words = [await self._word(reader) for _ in range(int(line[1:]))]
+                match words[0].upper():
+                    case b"HELLO":
+                        writer.write(b"%2\r\n+server\r\n+redis\r\n+version\r\n+6.2.14\r\n")
+                    case b"INFO":
+                        writer.write(b"$%d\r\n%s\r\n" % (len(self.info), self.info))
+                    case _:
+                        writer.write(b"+OK\r\n")
+                await writer.drain()
 
     @staticmethod
     async def _word(reader: asyncio.StreamReader) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -16,7 +17,7 @@ _ROOT = Path(__file__).parents[2]
 
 @dataclass
 class WorkerProcess:
-    """The worker with the instance `host:<number>`."""
+    """A worker that serves an echo page over SockJS."""
 
     process: asyncio.subprocess.Process
     port: int
@@ -33,14 +34,15 @@ async def workers(server: Server, ports: Sequence[int]) -> AsyncIterator[list[Wo
     """Run workers, and yield them when they listen. Stop all of them at exit."""
     started: list[WorkerProcess] = []
     try:
-        for number, port in enumerate(ports):
+        for port in ports:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
                 "tests.support.sockjs_worker",
                 server.url(),
                 str(port),
-                f"host:{number}",
+                # Unique as in relay: heartbeats of killed workers remain for some seconds.
+                f"host:{secrets.token_hex(4)}",
                 cwd=_ROOT,
                 stdout=asyncio.subprocess.PIPE,
             )

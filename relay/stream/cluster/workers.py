@@ -112,6 +112,8 @@ class WorkerHeartbeat:
     def set_internal(self, address: str) -> None:
         """Set the internal address of this worker, as host:port."""
         self._worker = replace(self._worker, internal=address)
+        # `beat_unless_ready` publishes it soon.
+        self._good = False
 
     async def beat_unless_ready(self) -> None:
         """Write the heartbeat if the last one said that this worker is not ready."""
