@@ -67,8 +67,10 @@ class WorkerDirectory:
         is needed and cannot be reached.
         """
         if worker not in self._living:
+            requested_at = asyncio.get_running_loop().time()
             async with self._reading:
-                if worker not in self._living:
+                # One read answers all requests that waited for it.
+                if worker not in self._living and self._read_at < requested_at:
                     # It may have started since the list was read.
                     age_s = asyncio.get_running_loop().time() - self._read_at
                     await asyncio.sleep(_FRESH_S - age_s)
