@@ -139,7 +139,8 @@ async def test_clients_that_leave_at_any_moment_write_nothing_into_the_log(valke
             assert "sid" in await session.poll()
     finally:
         await asyncio.to_thread(axr.stop)
-    assert not any("Traceback" in line or "TypeError" in line for line in axr.log)
+    wrong = [line for line in axr.log if "Traceback" in line or "TypeError" in line]
+    assert wrong == [], "\n".join(axr.log)
     assert len(axr.log) - before < 20
 
 

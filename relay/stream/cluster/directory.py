@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from relay.stream.format.keys import Keys
 
 # Requests for unknown workers read the list at most this often.
-_FRESH_S = 1.0
+_FRESH_S = 0.1
 
 
 class WorkerDirectory:

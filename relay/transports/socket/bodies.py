@@ -87,7 +87,12 @@ class Bodies:
         complete = False
         self._arriving[owner] = partial(content.set_exception, BodyRejected(503))
         try:
-            while part := await content.readany():
+            while True:
+                # aiohttp does not report a disconnect that preceded the handler's start.
+                if not owner.connected and not content.is_eof():
+                    raise ConnectionResetError("the client disconnected")
+                if not (part := await content.readany()):
+                    break
                 body += part
                 if len(body) > limit_bytes:
                     return None
