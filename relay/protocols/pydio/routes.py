@@ -92,11 +92,11 @@ class MountedPydio(Mounted):
         # Socket.IO clients append a slash to their path.
         slash = f"{settings.public_path}/"
         self.routes += [
-            web.options(settings.public_path, self._npm.endpoint.handle),
+            web.options(settings.public_path, self._npm.clients.endpoint.handle),
             *(web.route(method, slash, self._npm_only) for method in ("GET", "POST", "OPTIONS")),
         ]
         self.reload(settings)
-        self._tasks = {context.spawn(self._outbound.run(), name="pydio outbound")}
+        _ = context.spawn(self._outbound.run(), name="pydio outbound")
 
     @override
     def reload(self, settings: PydioSettings) -> None:
@@ -119,7 +119,7 @@ class MountedPydio(Mounted):
         self._accounts.close()
         await self._private.closed()
         await self._outbound.wait_empty()
-        await self._npm.closed()
+        await self._npm.clients.closed()
         await self._open.wait_closed()
 
     async def _either(self, request: web.Request) -> web.StreamResponse:
@@ -136,11 +136,11 @@ class MountedPydio(Mounted):
     async def _npm_only(self, request: web.Request) -> web.StreamResponse:
         if "EIO" not in request.query:
             raise web.HTTPNotFound
-        return await self._npm.endpoint.handle(request)
+        return await self._npm.clients.endpoint.handle(request)
 
     async def _public(self, request: web.Request) -> web.StreamResponse:
         if "EIO" in request.query:
-            return await self._npm.endpoint.handle(request)
+            return await self._npm.clients.endpoint.handle(request)
         try:
             return await self._admit(request)
         except (ClientError, Unavailable) as exc:
@@ -196,9 +196,7 @@ class MountedPydio(Mounted):
             await self._accounts.renew(account)
             then()
 
-        task = self._context.spawn(ask(), name="pydio rights")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        _ = self._context.spawn(ask(), name="pydio rights")
 
 
 def _is_private(request: web.Request) -> bool:

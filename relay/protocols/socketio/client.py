@@ -39,6 +39,7 @@ from relay.transports.socketio.connection import Acknowledge, SocketIoConnection
 
 if TYPE_CHECKING:
     from relay.doorkit.contract import DoorContext
+    from relay.doorkit.engineio_clients import EngineIoClients
     from relay.doorkit.origins import AllowedOrigins
     from relay.doorkit.recoverable_sessions import RecoverableSessions
     from relay.hub.session import Encoder, Session, Subscription
@@ -65,13 +66,11 @@ class ClientOwner(Protocol):
     tokens: TokenReader
     origins: AllowedOrigins
     sessions: RecoverableSessions[RoomIds]
+    clients: EngineIoClients[SocketClient]
 
     def encoder(self, version: int, *, recovers: bool) -> Encoder:
         """Return the encoder for clients of this Engine.IO version. `recovers` is True if the
         client is known to support connection state recovery."""
-
-    def gone(self, client: SocketClient) -> None:
-        """Remove a client whose connection is closed."""
 
 
 class SocketClient(Client):
@@ -168,7 +167,7 @@ class SocketClient(Client):
         del reason
         self._stop_timer()
         self._request = None
-        self._door.gone(self)
+        self._door.clients.remove(self)
         self._end_session()
 
     # ---- joining ----------------------------------------------------------------------------

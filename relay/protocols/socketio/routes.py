@@ -14,6 +14,7 @@ from typing_extensions import override
 from relay.core.model import Channel, EntryID
 from relay.core.slices import AT_ONCE, for_each, in_slices
 from relay.doorkit.contract import FrontDoor, Mounted
+from relay.doorkit.engineio_clients import EngineIoClients
 from relay.doorkit.open_connections import OpenConnections
 from relay.doorkit.origins import AllowedOrigins, any_origin
 from relay.doorkit.recoverable_sessions import RecoverableSessions
@@ -22,12 +23,9 @@ from relay.protocols.socketio.encoders import OffsetEncoder, RecoverableEncoder,
 from relay.protocols.socketio.rooms import read_rooms
 from relay.protocols.socketio.settings import SocketIoSettings
 from relay.rights.token import TokenReader
-from relay.transports.engineio.endpoint import Endpoint
 
 if TYPE_CHECKING:
     from relay.doorkit.contract import DoorContext, Listener
-    from relay.transports.engineio.engine import Engine
-    from relay.transports.socket.exchange import HttpRequest
 
 _log = logging.getLogger(__name__)
 
@@ -41,20 +39,8 @@ class MountedSocketIo(Mounted):
 
     def __init__(self, context: DoorContext, settings: SocketIoSettings) -> None:
         self.context = context
-        self._open = OpenConnections(context.metrics.connections.labels("socketio"))
-        self._clients: set[SocketClient] = set()
         # Pending commands of emitters: the clients to apply each to, and the function to call.
         self._steps: deque[tuple[list[SocketClient], Callable[[SocketClient], None]]] = deque()
-        self._endpoint = Endpoint(
-            address=context.bus.address,
-            timing=settings.timing(),
-            buffer_bytes=context.client_buffer_bytes,
-            opened=self._opened,
-            # Pages of every origin may connect, as in Socket.IO 2: they need a token to receive
-            # events, and the cookie is accepted from allowed origins only.
-            cors=any_origin,
-            forward=context.forward,
-        )
         self._use(settings)
         self._encoders = (
             SocketEncoder(3, settings.namespace),
@@ -65,8 +51,18 @@ class MountedSocketIo(Mounted):
         self.sessions: RecoverableSessions[RoomIds] = RecoverableSessions(
             context, "socketio", settings.recovery_s, read_rooms
         )
+        self.clients = EngineIoClients(
+            context,
+            timing=settings.timing(),
+            # Pages of every origin may connect, as in Socket.IO 2: they need a token to receive
+            # events, and the cookie is accepted from allowed origins only.
+            cors=any_origin,
+            open_connections=OpenConnections(context.metrics.connections.labels("socketio")),
+            sessions=self.sessions,
+            create=lambda engine, request: SocketClient(self, engine, request),
+        )
         self.routes: list[web.AbstractRouteDef] = [
-            web.route("*", path, self._endpoint.handle) for path in settings.path_list()
+            web.route("*", path, self.clients.endpoint.handle) for path in settings.path_list()
         ]
         context.on_command("socketio", self._obey)
         context.on_drop(self._rights_changed)
@@ -75,7 +71,7 @@ class MountedSocketIo(Mounted):
     def reload(self, settings: SocketIoSettings) -> None:
         # Namespace and paths change at a restart only.
         self._use(settings)
-        self._endpoint.reload(settings.timing())
+        self.clients.endpoint.reload(settings.timing())
 
     def _use(self, settings: SocketIoSettings) -> None:
         self.tokens = TokenReader(
@@ -86,24 +82,7 @@ class MountedSocketIo(Mounted):
 
     @override
     async def closed(self) -> None:
-        # The hub has disconnected all clients with a session. Close those that have not joined.
-        for client in list(self._clients):
-            client.engine.close()
-        await self._endpoint.closed()
-
-    # ---- clients ----------------------------------------------------------------------------
-
-    def _opened(self, engine: Engine, asked: HttpRequest) -> None:
-        client = SocketClient(self, engine, asked)
-        self._clients.add(client)
-        self._open.opened()
-        client.connection.opened()
-
-    def gone(self, client: SocketClient) -> None:
-        """Remove a client whose connection is closed. Its session can be resumed for a while."""
-        self._clients.discard(client)
-        self._open.closed()
-        self.sessions.left(client)
+        await self.clients.closed()
 
     def encoder(self, version: int, *, recovers: bool) -> SocketEncoder:
         """Return the encoder for clients of this Engine.IO version. `recovers` is True if the
@@ -116,7 +95,7 @@ class MountedSocketIo(Mounted):
 
     def _rights_changed(self, channel: Channel | None, user: str | None) -> None:
         for_each(
-            list(self._clients),
+            list(self.clients),
             lambda client: client.rights_changed(channel, user),
             lambda work: self.context.spawn(work, name="socketio rights"),
         )
@@ -148,7 +127,7 @@ class MountedSocketIo(Mounted):
                 elif what == "leave":
                     client.leave(name)
 
-        self._steps.append((list(self._clients), act))
+        self._steps.append((list(self.clients), act))
         if len(self._steps) == 1:
             self._next_step()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from relay.core.errors import ClientError, RelayError, Unauthorized, Unavailable
@@ -15,6 +15,7 @@ from relay.transports.socketio.connection import Acknowledge, SocketIoConnection
 if TYPE_CHECKING:
     from relay.core.model import Channel, Position
     from relay.doorkit.contract import DoorContext
+    from relay.doorkit.engineio_clients import EngineIoClients
     from relay.doorkit.recoverable_sessions import RecoverableSessions
     from relay.hub.session import Session
     from relay.protocols.pydio.accounts import Account, Accounts
@@ -39,12 +40,7 @@ class NpmClientServices(Protocol):
     # Their state is the workspace that the client has registered for.
     sessions: RecoverableSessions[str | None]
     reader: Callable[[], CredentialsReader]
-
-    def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
-        """Start a task that ends with the relay."""
-
-    def remove(self, client: NpmClient) -> None:
-        """Remove a client whose connection is closed."""
+    clients: EngineIoClients[NpmClient]
 
 
 class NpmClient:
@@ -73,7 +69,7 @@ class NpmClient:
             # A client that was rejected cannot try again on the same connection: each attempt is a
             # request to Pydio.
             if not self._rejected:
-                self.service.spawn(self._join(dict(auth)), "pydio join")
+                _ = self.service.context.spawn(self._join(dict(auth)), name="pydio join")
         elif namespace == "/" and self.connection.version == 3:
             # Every 2.x client connects to "/" by itself. It receives no events there.
             self.connection.accept("/", self.engine.sid)
@@ -112,7 +108,7 @@ class NpmClient:
         del reason
         self._stop_timer()
         self.end()
-        self.service.remove(self)
+        self.service.clients.remove(self)
 
     # ---- joining ----------------------------------------------------------------------------
 

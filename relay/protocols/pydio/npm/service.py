@@ -7,14 +7,14 @@ with the content. A client of Socket.IO 4.6 or later that reconnects receives wh
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from relay.doorkit.engineio_clients import EngineIoClients
 from relay.doorkit.recoverable_sessions import RecoverableSessions
 from relay.protocols.pydio.npm.client import NpmClient
 from relay.protocols.pydio.npm.encoders import Encoders
-from relay.transports.engineio.endpoint import Endpoint, Timing
+from relay.transports.engineio.endpoint import Timing
 
 if TYPE_CHECKING:
     from relay.doorkit.contract import DoorContext
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from relay.protocols.pydio.credentials import CredentialsReader
     from relay.protocols.pydio.registration import BrowserServices
     from relay.protocols.pydio.settings import PydioSettings
-    from relay.transports.engineio.engine import Engine
-    from relay.transports.socket.exchange import HttpRequest
 
 _MAX_PAYLOAD_BYTES = 65536
 
@@ -50,45 +48,18 @@ class NpmService:
             context, "pydio", settings.npm_recovery_s, _read_workspace
         )
         self.reader = reader
-        self._open = open_connections
-        self._clients: set[NpmClient] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self.endpoint = Endpoint(
-            address=context.bus.address,
+        self.clients = EngineIoClients(
+            context,
             timing=_timing(settings),
-            buffer_bytes=context.client_buffer_bytes,
-            opened=self._opened,
             cors=lambda headers: self.reader().origins.cors(headers, settings.public_path),
-            forward=context.forward,
+            open_connections=open_connections,
+            sessions=self.sessions,
+            create=lambda engine, request: NpmClient(self, engine, request),
         )
 
     def reload(self, settings: PydioSettings) -> None:
         """Apply new settings to new connections. The namespace changes at a restart only."""
-        self.endpoint.reload(_timing(settings))
-
-    def spawn(self, coroutine: Any, name: str) -> None:
-        """Start a task that ends with the worker."""
-        task = self.context.spawn(coroutine, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def closed(self) -> None:
-        """Close connections that have not joined yet, and wait until all are closed."""
-        for client in list(self._clients):
-            client.engine.close()
-        await self.endpoint.closed()
-
-    def _opened(self, engine: Engine, request: HttpRequest) -> None:
-        client = NpmClient(self, engine, request)
-        self._clients.add(client)
-        self._open.opened()
-        client.connection.opened()
-
-    def remove(self, client: NpmClient) -> None:
-        """Remove a client whose connection is closed. Its session can be resumed for a while."""
-        self._clients.discard(client)
-        self._open.closed()
-        self.sessions.left(client)
+        self.clients.endpoint.reload(_timing(settings))
 
 
 def _read_workspace(state: Any) -> str | None:
