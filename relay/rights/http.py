@@ -6,9 +6,7 @@ requests about the same user and channel are sent once, and at most 64 requests 
 
 from __future__ import annotations
 
-import asyncio
 import json
-import logging
 import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
@@ -19,24 +17,17 @@ from relay.config.settings import RightsSettings
 from relay.core.coalescing import RequestCoalescer
 from relay.core.errors import ConfigError
 from relay.core.model import Channel, Principal
+from relay.rights.application import ApplicationRequests, InvalidResponse, read_response
 from relay.rights.cache import Answers, Question, concerns
-
-_log = logging.getLogger(__name__)
 
 CONCURRENT = 64
 CACHED = 100_000
 # Cache a failure only as long as needed to spare an application that is unreachable.
 ERROR_HOLD_S = 1.0
-# Limit the wait for one of the concurrent requests too: otherwise clients would wait very long for
-# an application that does not answer.
 _QUEUE_TIMEOUTS = 10
 _LIMIT_RESPONSE_BYTES = 65536
 # Limit the repetitions for an application that drops the cached answer with every request.
 _ROUNDS = 10
-
-
-class _Failed(Exception):
-    """The application gave no valid answer. The text is for the log."""
 
 
 class HttpRights:
@@ -76,8 +67,12 @@ class HttpRights:
         self._requests: RequestCoalescer[Question, bool | None] = RequestCoalescer()
         # Running requests whose answer may be older than a call of `drop`.
         self._dropped: set[Question] = set()
-        self._slots = asyncio.Semaphore(CONCURRENT)
-        self._failing = False
+        self._application = ApplicationRequests(
+            "Rights request to [rights] http_url",
+            concurrent=CONCURRENT,
+            queue_timeouts=_QUEUE_TIMEOUTS,
+            consequence="access is denied",
+        )
 
     def cached(self, principal: Principal, channel: Channel) -> bool | None:
         """Return the cached answer, or None if there is none."""
@@ -112,37 +107,18 @@ class HttpRights:
         """Return the answer, or None if `drop` was called meanwhile."""
         try:
             try:
-                answer = await self._post_in_turn(question)
+                async with self._application.request(self._timeout_s):
+                    answer = await self._post(question)
                 hold_s = self._settings.http_cache_s
-            except _Failed as exc:
-                self._log_failure(str(exc))
+            except InvalidResponse:
                 answer = False
                 hold_s = min(ERROR_HOLD_S, self._settings.http_cache_s)
-            else:
-                self._log_success()
             if question in self._dropped:
                 return None
             self._answers.put(question, answer, hold_s)
             return answer
         finally:
             self._dropped.discard(question)
-
-    async def _post_in_turn(self, question: Question) -> bool:
-        try:
-            async with asyncio.timeout(self._timeout_s * _QUEUE_TIMEOUTS):
-                await self._slots.acquire()
-        except TimeoutError:
-            raise _Failed(f"{CONCURRENT} earlier requests are still waiting") from None
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._post(question)
-        except TimeoutError:
-            raise _Failed(f"no response within {self._settings.http_timeout_ms} ms") from None
-        except (aiohttp.ClientError, OSError, ValueError) as exc:
-            # Don't log the text: it can contain the URL and the response.
-            raise _Failed(type(exc).__name__) from None
-        finally:
-            self._slots.release()
 
     async def _post(self, question: Question) -> bool:
         body = {
@@ -157,13 +133,7 @@ class HttpRights:
             # A redirect would send the bearer token to another server.
             allow_redirects=False,
         ) as response:
-            if response.status != 200:
-                raise _Failed(f"status {response.status}; expected 200")
-            text = b""
-            async for chunk in response.content.iter_chunked(_LIMIT_RESPONSE_BYTES):
-                text += chunk
-                if len(text) > _LIMIT_RESPONSE_BYTES:
-                    raise _Failed(f"response exceeds {_LIMIT_RESPONSE_BYTES} bytes")
+            text = await read_response(response, _LIMIT_RESPONSE_BYTES)
         try:
             answer = json.loads(text)
         except RecursionError:
@@ -171,22 +141,8 @@ class HttpRights:
         read = answer.get("read") if isinstance(answer, dict) else None
         # Don't accept 1 or "true": in the application they are mistakes.
         if not isinstance(read, bool):
-            raise _Failed('response is not JSON with "read": true or false')
+            raise InvalidResponse('response is not JSON with "read": true or false')
         return read
-
-    # Log the first failure and the first success after it, not each request.
-    def _log_failure(self, reason: str) -> None:
-        if not self._failing:
-            self._failing = True
-            _log.warning(
-                "Rights request to [rights] http_url failed: %s; access is denied",
-                reason,
-            )
-
-    def _log_success(self) -> None:
-        if self._failing:
-            self._failing = False
-            _log.info("Rights requests to [rights] http_url succeed again")
 
 
 def _question(principal: Principal, channel: Channel) -> Question:

@@ -13,10 +13,7 @@ from dataclasses import dataclass
 
 from relay.core.errors import Unauthorized
 from relay.protocols.pydio.private_messages import workspace
-
-
-class InvalidResponse(ValueError):
-    """The response is not what `ws_authenticate` returns."""
+from relay.rights.application import InvalidResponse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

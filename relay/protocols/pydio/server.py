@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
 import aiohttp
@@ -14,14 +12,11 @@ from relay.core.coalescing import RequestCoalescer
 from relay.core.errors import Unauthorized, Unavailable
 from relay.protocols.pydio import identity
 from relay.protocols.pydio.credentials import Credentials
-from relay.protocols.pydio.identity import Identity, InvalidResponse
+from relay.protocols.pydio.identity import Identity
 from relay.protocols.pydio.settings import PydioSettings
-
-_log = logging.getLogger(__name__)
+from relay.rights.application import ApplicationRequests, InvalidResponse, read_response
 
 CONCURRENT = 32
-# Limit the wait for one of these requests too: otherwise many browsers would wait very long for a
-# Pydio that does not answer.
 _QUEUE_TIMEOUTS = 4
 _LIMIT_RESPONSE_BYTES = 4 << 20
 
@@ -36,9 +31,14 @@ class PydioServer:
     def __init__(self, settings: PydioSettings, http: aiohttp.ClientSession) -> None:
         self._settings = settings
         self._http = http
-        self._slots = asyncio.Semaphore(CONCURRENT)
+        self._application = ApplicationRequests(
+            "Pydio authentication request",
+            concurrent=CONCURRENT,
+            queue_timeouts=_QUEUE_TIMEOUTS,
+            consequence="browsers cannot connect, and rights are not updated"
+            " ([protocol:pydio] auth_url)",
+        )
         self._requests: RequestCoalescer[Credentials, Identity] = RequestCoalescer()
-        self._failing = False
 
     def reload(self, settings: PydioSettings) -> None:
         """Use new settings for new requests."""
@@ -54,28 +54,11 @@ class PydioServer:
         return await self._requests.run(credentials, self._request)
 
     async def _request(self, credentials: Credentials) -> Identity:
-        limit_s = self._settings.auth_timeout_s
         try:
-            async with asyncio.timeout(limit_s * _QUEUE_TIMEOUTS):
-                await self._slots.acquire()
-        except TimeoutError:
-            raise self._failed(f"{CONCURRENT} earlier requests are still waiting") from None
-        try:
-            async with asyncio.timeout(limit_s):
-                found = identity.read(await self._get(credentials))
-        except TimeoutError:
-            raise self._failed(f"no response within {limit_s:g} s") from None
-        except InvalidResponse as exc:
-            raise self._failed(str(exc)) from None
-        except (aiohttp.ClientError, OSError, ValueError) as exc:
-            # Don't log the text: it can contain the URL with the key.
-            raise self._failed(type(exc).__name__) from None
-        finally:
-            self._slots.release()
-        if self._failing:
-            self._failing = False
-            _log.info("Pydio authentication requests succeed again")
-        return found
+            async with self._application.request(self._settings.auth_timeout_s):
+                return identity.read(await self._get(credentials))
+        except InvalidResponse:
+            raise Unavailable("Pydio is unavailable") from None
 
     async def _get(self, credentials: Credentials) -> bytes:
         headers = {"Accept": "text/xml, application/xml", "User-Agent": f"relay/{__version__}"}
@@ -89,14 +72,7 @@ class PydioServer:
         ) as response:
             if response.status in (401, 403):
                 raise Unauthorized("Pydio does not accept these credentials")
-            if response.status != 200:
-                raise InvalidResponse(f"status {response.status}")
-            text = bytearray()
-            async for chunk in response.content.iter_chunked(65536):
-                text += chunk
-                if len(text) > _LIMIT_RESPONSE_BYTES:
-                    raise InvalidResponse(f"response exceeds {_LIMIT_RESPONSE_BYTES} bytes")
-        return bytes(text)
+            return await read_response(response, _LIMIT_RESPONSE_BYTES)
 
     def _url(self, credentials: Credentials) -> URL:
         fields = {"key": self._settings.key.get_secret_value()}
@@ -106,14 +82,3 @@ class PydioServer:
         parts = urlsplit(self._settings.auth_url)
         query = "&".join(filter(None, (parts.query, urlencode(fields))))
         return URL(urlunsplit(parts._replace(query=query)), encoded=True)
-
-    # Log the first failure and the first success after it, not each request.
-    def _failed(self, reason: str) -> Unavailable:
-        if not self._failing:
-            self._failing = True
-            _log.warning(
-                "Pydio authentication request failed: %s; browsers cannot connect, and rights"
-                " are not updated ([protocol:pydio] auth_url)",
-                reason,
-            )
-        return Unavailable("Pydio is unavailable")

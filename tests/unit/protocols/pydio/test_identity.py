@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from relay.core.errors import Unauthorized
-from relay.protocols.pydio.identity import Identity, InvalidResponse, read
+from relay.protocols.pydio.identity import Identity, read
+from relay.rights.application import InvalidResponse
 
 HEAD = '<?xml version="1.0" encoding="UTF-8"?>'
 
