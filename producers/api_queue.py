@@ -149,7 +149,9 @@ class Dispatcher:
         return [self._control(control.DisconnectUser(user=_user(params), door=_DOOR), index)]
 
     def _control(self, command: control.ControlCommand, index: int) -> Operation:
-        return Operation(self._keys.control, control.encode(command), index, control.KEEP)
+        channel = command.channel if isinstance(command, control.UnsubscribeUser) else None
+        fields = control.encode(command)
+        return Operation(self._keys.control, fields, index, control.KEEP, position_in=channel)
 
 
 def _ignore(_command: commands.CentrifugoCommand, _index: int) -> list[Operation]:

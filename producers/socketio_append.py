@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, cast
 
@@ -10,7 +10,14 @@ import orjson
 
 from producers.socketio_wire import Control
 from relay.core.model import Channel, EntryID, Event
-from relay.protocols.socketio.entry_format import Emit, EmitContents, UnusableEmit, contents, copies
+from relay.protocols.socketio.entry_format import (
+    Emit,
+    EmitContents,
+    UnusableEmit,
+    channel_of,
+    contents,
+    copies,
+)
 from relay.stream.connection.scripts import Script
 from relay.stream.format import entry as entries
 from relay.stream.format import ephemeral
@@ -33,7 +40,9 @@ _WAIT_MS = 1000
 # ARGV: the mark as read, its new value, the number of dead letters to keep, node, time. Then for
 # each emit either `p`, a pub/sub channel and a payload, or `x`, the number of entries to keep
 # (0: all), the number of words, the words, the number of copies, and for each copy the number of
-# its own words and these words. A later copy contains the IDs of the earlier ones.
+# its own words and these words. A later copy contains the IDs of the earlier ones. A command is
+# `c`, the number of entries to keep, the number of words, the words, the number of streams and for
+# each stream the name of the field for its newest entry; KEYS has the control stream, then these.
 # Returns -1 if the mark has another value; then nothing was done. Otherwise it returns the number
 # of appends that Redis rejected. Each of them becomes a dead letter with the beginning of its
 # `data`, which must be its first field.
@@ -47,6 +56,25 @@ while a <= #argv do
   if argv[a] == 'p' then
     redis.pcall('PUBLISH', argv[a + 1], argv[a + 2])
     a = a + 3
+  elseif argv[a] == 'c' then
+    local words, from, stream = {}, a + 3, KEYS[k]
+    a = from + tonumber(argv[a + 2])
+    for i = from, a - 1 do words[#words + 1] = argv[i] end
+    for i = 1, tonumber(argv[a]) do
+      k = k + 1
+      local newest = redis.pcall('XREVRANGE', KEYS[k], '+', '-', 'COUNT', 1)
+      if not newest.err then
+        words[#words + 1] = argv[a + i]
+        words[#words + 1] = newest[1] and newest[1][1] or '0-0'
+      end
+    end
+    a, k = a + 1 + tonumber(argv[a]), k + 1
+    local id = append(stream, argv[from - 2], words)
+    if type(id) == 'table' then
+      failed = failed + 1
+      append(KEYS[2], argv[3], {'queue', stream, 'reason', id.err, 'node', argv[4],
+        'at', argv[5], 'fields', cjson.encode({words})})
+    end
   else
     local keep, n, from, earlier = argv[a + 1], tonumber(argv[a + 2]), a + 3, ''
     a = from + n
@@ -153,8 +181,12 @@ class EmitBatch:
         }
         text = orjson.dumps(payload).decode()
         fields = control.encode(control.DoorCommand(door=_DOOR, payload=text))
-        self._streams.append(self._keys.control)
-        self._words += "x", control.KEEP, len(fields), *fields, 1, 0
+        # The command takes effect directly after the newest entries of these rooms.
+        rooms = {"leave": command.names, "disconnect": command.rooms}.get(command.action, ())
+        channels = list(dict.fromkeys(_channels(rooms)))
+        self._streams += self._keys.control, *map(self._keys.stream, channels)
+        self._words += "c", control.KEEP, len(fields), *fields
+        self._words += len(channels), *map(control.at_field, channels)
 
     async def apply(
         self, connection: ReconnectingConnection, mark_key: bytes, old: bytes, new: bytes
@@ -178,3 +210,12 @@ class EmitBatch:
         if self._replicas:
             await connection.call("WAIT", self._replicas, _WAIT_MS)
         return rejected if rejected >= 0 else None
+
+
+def _channels(rooms: Iterable[str]) -> Iterator[Channel]:
+    for room in rooms:
+        try:
+            yield channel_of(room)
+        except UnusableEmit:
+            # No client is in such a room.
+            continue

@@ -114,6 +114,9 @@ class Followed(Protocol):
         There are no other entries before it.
         """
 
+    def on_read_to_end(self) -> None:
+        """Handle a read that returned all entries. It was sent after the last command was read."""
+
     def on_hole(
         self, state: StreamState, first_read: EntryID | None, following: int | None
     ) -> None:
@@ -155,6 +158,9 @@ class StreamReads(Protocol):
 
     def want_examine(self, stream: Followed) -> None:
         """Schedule an examination."""
+
+    def want_read(self, stream: Followed) -> None:
+        """Schedule a read of the stream, up to its end."""
 
     def want_page(self, stream: Followed) -> None:
         """Schedule a page for lagging clients that can receive more."""

@@ -6,7 +6,7 @@ receives a `DoorContext` and returns a `Mounted` with the protocol's routes.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Unpack, runtime_checkable
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from relay.core.model import Channel, EntryID, Event, EventFields, Position, Principal
     from relay.core.stream_interface import Snapshot
     from relay.hub.hub import Hub
-    from relay.hub.session import Client, Encoder, Session
+    from relay.hub.session import Client, Encoder, Session, Subscription
     from relay.transports.between_workers.forwarder import Forward
 
 
@@ -142,6 +142,20 @@ class Presence(Protocol):
         """
 
 
+class CommandHandler(Protocol):
+    """Applies a protocol's own commands from the control stream, one after another."""
+
+    def concerned(self, payload: str) -> Collection[Subscription]:
+        """Return the subscriptions that the command may end.
+
+        Before the command is applied, they receive the events that were appended before it, and no
+        later ones.
+        """
+
+    async def apply(self, payload: str) -> None:
+        """Apply the command. Ignore it if it is malformed."""
+
+
 class Active(Protocol):
     """Channels and workers of the cluster. Unavailable if Redis is unreachable."""
 
@@ -184,7 +198,7 @@ class DoorContext:
     # Unavailable if Redis is unreachable.
     members: Callable[[str], Awaitable[frozenset[str]]]
     # Set the handler for a protocol's own commands on the control stream.
-    on_command: Callable[[str, Callable[[str], None]], None]
+    on_command: Callable[[str, CommandHandler], None]
     # Set a handler that drops cached answers about a channel's or user's rights. None means all.
     on_drop: Callable[[Callable[[Channel | None, str | None], None]], None]
     bus: Bus

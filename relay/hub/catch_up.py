@@ -50,13 +50,15 @@ class SharedPage:
             covered = max(covered, request.reached)
         self._covered = min(covered, position)
 
-    def serve(self, subscription: Subscription) -> int:
-        """Offer the entries after the subscription's cursor and advance the cursor. Send a notice
-        if entries were removed. Return how many entries were offered."""
-        cursor = subscription.cursor
-        if cursor is None or not self._start <= cursor < self._covered:
+    def serve(self, subscription: Subscription, stop: EntryID | None = None) -> int:
+        """Offer the entries after the subscription's cursor, up to `stop`, and advance the cursor.
+        Send a notice if entries were removed. Return how many entries were offered."""
+        cursor, covered, end = subscription.cursor, self._covered, self._end
+        if stop is not None and stop < covered:
+            covered, end = stop, self._batch.index_after(stop)
+        if cursor is None or not self._start <= cursor < covered:
             return 0
-        begin, end, state = self._batch.index_after(cursor), self._end, self._state
+        begin, state = self._batch.index_after(cursor), self._state
         added = subscription.added
         if state.max_deleted > cursor and state.max_deleted != subscription.known_deleted:
             subscription.notify(gap(Reason.DELETED, cursor, state))
@@ -71,9 +73,9 @@ class SharedPage:
             # The protocol has no gap notice, so it has closed the subscription.
             return 0
         self._batch.deliver(subscription.session.encoder, (subscription,), begin, end)
-        at_record = end > begin and self._batch.records[end - 1].id == self._covered
+        at_record = end > begin and self._batch.records[end - 1].id == covered
         subscription.behind_at(
-            self._covered,
+            covered,
             None if added is None else added + end - begin,
             self._batch.records[end - 1].digest if at_record else None,
         )

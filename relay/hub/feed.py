@@ -74,6 +74,18 @@ class FeedHub(Protocol):
         """Write all offered data at the end of this turn of the loop."""
 
 
+class _Hold:
+    """A subscription that receives no entry after `stop`, until it is released."""
+
+    __slots__ = ("reached", "stop", "was_read")
+
+    def __init__(self, stop: EntryID, reached: Callable[[], None]) -> None:
+        self.stop = stop
+        self.reached = reached
+        # The stream has been read to its end since the hold began.
+        self.was_read = False
+
+
 class Feed:
     """A followed stream. It does no I/O: it sends requests to `hub.reads` and receives replies."""
 
@@ -95,8 +107,12 @@ class Feed:
         self._examined = False
         self._new: dict[Subscription, None] = {}
         self._behind: dict[Subscription, None] = {}
+        # Subscriptions that wait for a command, see `hold`. None of them is live.
+        self._held: dict[Subscription, _Hold] = {}
         self._live = LiveClients(channel, hub.metrics)
         self._recheck = False
+        # Live subscriptions whose right was revoked, until the next entries have been read.
+        self._revoked: dict[Subscription, Notice] = {}
         # The next examination creates the stream's marker group.
         self._mark = False
         # The stream was found in Redis or created.
@@ -119,9 +135,37 @@ class Feed:
         self._behind.pop(subscription, None)
         if subscription.mode is SubscriptionMode.LIVE:
             self._live.remove(subscription)
+        if self._held and (held := self._held.pop(subscription, None)):
+            held.reached()
         self._members -= 1
         if not self._members:
             self.hub.remove_feed(self)
+
+    def hold(self, subscription: Subscription, stop: EntryID, reached: Callable[[], None]) -> None:
+        """Deliver no entry after `stop` to the subscription until `release` is called.
+
+        `reached` is called once, when it has received all entries up to `stop` that exist at this
+        moment, or when it has ended. The stream is read once more to find them.
+        """
+        if subscription.mode is SubscriptionMode.LIVE:
+            self.stall(subscription)
+        self._held[subscription] = _Hold(stop, reached)
+        self.hub.reads.want_read(self)
+        self.catch_up(subscription)
+
+    def release(self, subscription: Subscription) -> None:
+        """Continue delivery after `hold`."""
+        if self._held.pop(subscription, None) is not None:
+            self.catch_up(subscription)
+            self.hub.flush_soon()
+
+    def on_read_to_end(self) -> None:
+        """Continue the held subscriptions: all entries that they wait for are known now."""
+        for subscription, held in list(self._held.items()):
+            if not held.was_read:
+                held.was_read = True
+                held.stop = min(held.stop, self.position)
+                self.catch_up(subscription)
 
     def subscriptions(self) -> Iterator[Subscription]:
         """Yield the subscriptions that were accepted."""
@@ -291,10 +335,29 @@ class Feed:
             value = examined.rights.get(principal.user)
             if self.hub.rights.allowed(principal, self.channel, value, admitted=True):
                 subscription.rights_as_of = examined.state.last
+                self._revoked.pop(subscription, None)
+                continue
+            reason = Reason.REVOKED if value == b"-" else Reason.RIGHTS_CHANGED
+            at = examined.state.last
+            notice = Notice("revoked", reason, subscription.at, at)
+            is_live = subscription.mode is SubscriptionMode.LIVE
+            if value == b"-" and is_live and self.position < at:
+                # The revocation may have an entry, which is read next.
+                self._revoked[subscription] = notice
+                self.hub.reads.want_read(self)
             else:
-                reason = Reason.REVOKED if value == b"-" else Reason.RIGHTS_CHANGED
-                at = examined.state.last
-                self.drop(subscription, Notice("revoked", reason, subscription.at, at))
+                self.drop(subscription, notice)
+
+    def _drop_revoked(self, records: Sequence[Record]) -> None:
+        """Drop the subscriptions whose right was revoked without an entry in `records`.
+
+        The others receive the events before the entry, which ends them.
+        """
+        revoked, self._revoked = self._revoked, {}
+        bodies = [record.body for record in records if isinstance(record.body, Revocation)]
+        for subscription, notice in revoked.items():
+            if not any(_is_revoked(subscription, body) for body in bodies):
+                self.drop(subscription, notice)
 
     def _place(self, subscription: Subscription, examined: Examined) -> None:
         session, state, start = subscription.session, examined.state, subscription.start
@@ -323,6 +386,8 @@ class Feed:
 
     def on_records(self, records: Sequence[Record]) -> None:
         """Offer the entries directly after `position` to all live clients, and advance it."""
+        if self._revoked:
+            self._drop_revoked(records)
         batch = Batch(self.channel, records, self._position_at)
         live, begin, offered = self._live, 0, 0
         for end in (*batch.stops, len(records)):
@@ -344,6 +409,8 @@ class Feed:
     def on_end(self, last: EntryID) -> None:
         """Advance to `last`, an entry that may have been removed: all before it was read or
         reported as missing."""
+        if self._revoked:
+            self._drop_revoked(())
         before = self.position
         self.position, self.digest = last, None
         if self._behind:
@@ -370,8 +437,7 @@ class Feed:
 
     def _revoke(self, body: Revocation) -> None:
         for subscription in list(self.subscriptions()):
-            as_of = subscription.rights_as_of
-            if subscription.session.principal.user == body.user and as_of and as_of < body.id:
+            if _is_revoked(subscription, body):
                 is_live = subscription.mode is SubscriptionMode.LIVE
                 at = body.id if is_live else subscription.at
                 self.drop(subscription, Notice("revoked", Reason.REVOKED, at, body.id))
@@ -401,6 +467,8 @@ class Feed:
     ) -> None:
         """Notify live clients of removed entries, then wait for an examination, because a
         revocation may be among them."""
+        if self._revoked:
+            self._drop_revoked(())
         reason = Reason.DELETED if state.max_deleted > self.position else Reason.TRIMMED
         notice = gap(reason, self.position, state, first_read)
         self.position = before(first_read) if first_read else state.last
@@ -433,7 +501,9 @@ class Feed:
             subscription.notify(replace(notice, position=subscription.position))
             if subscription.has_ended:
                 return
-        if subscription.cursor == self.position:
+        if self._held and (held := self._held.get(subscription)) is not None:
+            self._catch_up_to(subscription, held)
+        elif subscription.cursor == self.position:
             deleted = self._known_deleted
             if deleted > self.position and deleted != subscription.known_deleted:
                 # Live clients have already received this notice, and will not receive it again.
@@ -446,11 +516,26 @@ class Feed:
             self.hub.reads.want_page(self)
         # Otherwise another worker had read further than this one, and W will reach the cursor.
 
+    def _catch_up_to(self, subscription: Subscription, held: _Hold) -> None:
+        cursor = subscription.cursor
+        if cursor is None:
+            return
+        if cursor >= held.stop:
+            held.reached()
+        elif cursor < self.position:
+            self.hub.reads.want_page(self)
+
     def page_request(self) -> PageRequest | None:
         """Return a request from the lowest cursor whose client has room, or None."""
         if not self.settled:
             return None
-        start = catch_up.lowest_cursor(self._behind)
+        start = catch_up.lowest_cursor(
+            each
+            for each in self._behind
+            if not self._held
+            or (held := self._held.get(each)) is None
+            or (each.cursor is not None and each.cursor < held.stop)
+        )
         if start is None or start >= self.position:
             return None
         return PageRequest(start, self.position)
@@ -465,7 +550,9 @@ class Feed:
         share = catch_up.SharedPage(self.channel, self.incarnation, request, page, self.position)
         for subscription in list(self._behind):
             if not subscription.session.paused:
-                self.hub.metrics.caught_up(share.serve(subscription))
+                held = self._held.get(subscription)
+                stop = held.stop if held else None
+                self.hub.metrics.caught_up(share.serve(subscription, stop))
                 self.catch_up(subscription)
 
     def _refuse(self, subscription: Subscription, error: RelayError) -> None:
@@ -484,6 +571,11 @@ class Feed:
         self.leave(subscription)
         session.client.dropped(self.channel, notice)
         self.hub.flush_soon()
+
+
+def _is_revoked(subscription: Subscription, body: Revocation) -> bool:
+    as_of = subscription.rights_as_of
+    return subscription.session.principal.user == body.user and bool(as_of and as_of < body.id)
 
 
 def _token(request: ExamineRequest) -> tuple[tuple[Subscription, ...], bool]:

@@ -218,6 +218,18 @@ class Hub:
 
         self.for_each(self._sessions_of(user, door), drop_from)
 
+    def subscriptions_of(
+        self, user: str, door: str | None = None, channel: Channel | None = None
+    ) -> list[Subscription]:
+        """Return the user's subscriptions on this worker, to one channel or to all."""
+        found: list[Subscription] = []
+        for session in self._sessions_of(user, door):
+            if channel is None:
+                found += session.subscriptions.values()
+            elif subscription := session.subscriptions.get(channel):
+                found.append(subscription)
+        return found
+
     def _sessions_of(self, user: str, door: str | None) -> list[Session]:
         mine = self._by_user.get(user, ())
         return [session for session in mine if door in (None, session.principal.door)]

@@ -67,6 +67,12 @@ class SubscriptionFeed(Protocol):
     def catch_up(self, subscription: Subscription) -> None:
         """Continue delivery to a subscription whose socket has room."""
 
+    def hold(self, subscription: Subscription, stop: EntryID, reached: Callable[[], None]) -> None:
+        """Deliver no entry after `stop` to the subscription until `release` is called."""
+
+    def release(self, subscription: Subscription) -> None:
+        """Continue delivery after `hold`."""
+
     def leave(self, subscription: Subscription) -> None:
         """Remove a subscription."""
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
 
 from relay.core.errors import RelayError
 from relay.stream.cluster.active import ActiveChannels
@@ -110,4 +110,8 @@ class ClusterServices:
         return frozenset(name.decode(errors="replace") for name in names)
 
     async def _send(self, command: control.ControlCommand) -> None:
-        await self.bus.connection.call(*control.append(self._keys, command))
+        connection = self.bus.connection
+        found: Sequence[Sequence[bytes]] | None = None
+        if (read := control.newest(self._keys, command)) is not None:
+            found = cast("Sequence[Sequence[bytes]]", await connection.call(*read))
+        await connection.call(*control.append(self._keys, command, found))

@@ -129,7 +129,9 @@ def build(base: Foundation) -> Parts:
     incoming = Incoming(metrics=base.metrics, max_entry_bytes=config.stream.max_entry_bytes)
     hub = _hub(base, rights, incoming)
     admission = Admission(rights=rights, hub=hub, spawn=base.spawn)
-    commands = ControlCommands(hub=hub, rights=rights)
+    commands = ControlCommands(
+        hub=hub, rights=rights, spawn=lambda work: base.spawn(work, name="commands")
+    )
     unused = UnusedStreams(base.client, keys)
     reader = _reader(base, keys, instance, hub, commands, incoming, unused, refusals)
     # The only circular reference: the hub requests streams from the reader that serves it.

@@ -11,10 +11,13 @@ from collections.abc import Iterator
 
 import jwt
 import pytest
+from redis import Redis
 
 from relay.cli import access
 from relay.config.settings import RedisSettings
 from relay.core.model import Channel
+from relay.stream.format.entry import encode_revocation
+from relay.stream.write.revoke import _REVOKE
 from tests.support.clients import Native, Refused, native, redis, rights_key, stream_key
 from tests.support.relay import KEY, ROOT, RelayProcess
 from tests.support.valkey import Server
@@ -375,6 +378,38 @@ async def test_operators_disconnect_and_unsubscribe(
     assert ([each["notice"] for each in said], code) == (["closing"], 4403)
     (closing,) = await stream.ended()
     assert (closing.event, closing.json()) == ("relay:closing", {"reason": "disconnected"})
+
+
+async def test_commands_take_effect_after_the_events_before_them(
+    relay: RelayProcess, door: Native, valkey: Server, channel: str
+) -> None:
+    """Each event is appended directly before the command, in one write."""
+    client = valkey.client("maintenance")
+    control = ("XADD", "relay:control", "*", "user", channel, "command")
+    keys = [f"relay:{key}:{{{channel}}}" for key in ("rights", "revoked", "stream")]
+    revoke: tuple[str | bytes | int, ...] = ("EVAL", _REVOKE.text, 3, *keys)
+    for number, (command, ending) in enumerate(
+        [
+            ((*control, "unsubscribe", "channel", channel), "revoked"),
+            ((*control, "unsubscribe"), "revoked"),
+            ((*control, "disconnect"), "closing"),
+            ((*revoke, "-", channel, "*", *encode_revocation(channel)), "revoked"),
+        ]
+        * 5
+    ):
+        redis(valkey, "HDEL", rights_key(channel), channel)
+        stream = await door.sse(channel, token=relay.token(channel))
+        add = ("XADD", stream_key(channel), "*", "data", str(number))
+        await asyncio.to_thread(_send_together, client, add, command)
+        event, last = await stream.ended()
+        assert (event.json(), last.event) == (number, f"relay:{ending}"), command
+
+
+def _send_together(client: Redis, *commands: tuple[str | bytes | int, ...]) -> None:
+    with client.pipeline(transaction=False) as pipeline:
+        for command in commands:
+            pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
+        pipeline.execute()
 
 
 async def _control(server: Server, **fields: str) -> None:

@@ -332,6 +332,25 @@ async def test_control_messages_join_leave_and_end(
         assert ["still here"] in got
 
 
+@pytest.mark.parametrize("transport", ["polling", "websocket"])
+async def test_a_command_takes_effect_after_the_emits_before_it(
+    axr: RelayProcess, npm: Driver, io5: Emitter, transport: str
+) -> None:
+    for number in range(10):
+        uid, room = f"order-{transport}-{number}", f"room-{transport}-{number}"
+        client = await join(npm, axr, uid, transports=[transport])
+        await io5.run(f'io.in("{uid}").socketsJoin("{room}");')
+        await io5.run(f'io.to("{room}").emit("joined");')
+        assert await seen(client) == ["joined"]
+        await io5.run(
+            f'io.to("{room}").emit("last"); io.in("{uid}").socketsLeave("{room}");'
+            f'io.to("{room}").emit("left"); io.to("{uid}").emit("bye");'
+            f'io.in("{uid}").disconnectSockets(true); io.to("{uid}").emit("late");'
+        )
+        assert (await client.until("disconnect"))["reason"] == "io server disconnect"
+        assert sorted(map(bare, client.events)) == [["bye"], ["last"]]
+
+
 def wait_for_commands(axr: RelayProcess, count: int) -> None:
     """Wait until the control stream has `count` entries. Workers read them at once."""
     client = axr.server.client()

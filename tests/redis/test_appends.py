@@ -45,7 +45,9 @@ async def test_a_control_command_is_appended(client: Redis, admin: Redis, keys: 
     entry_id = await control.publish(client, keys, command)
     found_id, fields = await only_entry(admin, keys.control)
     assert found_id == entry_id
-    assert control.decode(found_id, fields) == command
+    assert control.decode(found_id, fields) == control.SentCommand(
+        entry_id, command, {NEWS: EntryID(0, 0)}
+    )
 
 
 async def test_a_dead_letter_is_written_once(client: Redis, admin: Redis, keys: Keys) -> None:

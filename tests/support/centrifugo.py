@@ -92,6 +92,9 @@ class Streams:
     def want_examine(self, stream: Followed) -> None:
         self._soon("examine", stream)
 
+    def want_read(self, stream: Followed) -> None:
+        pass
+
     def want_page(self, stream: Followed) -> None:
         self._soon("page", stream)
 

@@ -32,6 +32,7 @@ class Reads:
     def __init__(self) -> None:
         self.examine: list[Followed] = []
         self.pages: list[Followed] = []
+        self.reads: list[Followed] = []
         self.released: list[Followed] = []
 
     def follow(self, stream: Followed) -> None:
@@ -39,6 +40,9 @@ class Reads:
 
     def want_examine(self, stream: Followed) -> None:
         self.examine.append(stream)
+
+    def want_read(self, stream: Followed) -> None:
+        self.reads.append(stream)
 
     def want_page(self, stream: Followed) -> None:
         self.pages.append(stream)
@@ -151,7 +155,12 @@ def join(
 
 
 def examine(
-    hub: Hub, channel: Channel = NEWS, *, marker: int | None = INCARNATION, **rights: bytes
+    hub: Hub,
+    channel: Channel = NEWS,
+    *,
+    marker: int | None = INCARNATION,
+    last: EntryID | None = None,
+    **rights: bytes,
 ) -> ExamineRequest:
     """Reply to the feed's examination as for an empty stream."""
     feed = hub.feed(channel)
@@ -160,7 +169,7 @@ def examine(
     state = StreamState(
         exists=True,
         first=None,
-        last=feed.position,
+        last=last or feed.position,
         length=0,
         added=feed.added or 0,
         max_deleted=ZERO_ID,

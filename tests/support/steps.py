@@ -316,6 +316,9 @@ class Worker:
     def want_examine(self, stream: Followed) -> None:
         self.live.want_examine(stream)
 
+    def want_read(self, stream: Followed) -> None:
+        self.live.want_read(stream)
+
     def want_page(self, stream: Followed) -> None:
         self.pages.want(stream)
 

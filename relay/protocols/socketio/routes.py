@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import orjson
 from aiohttp import web
 from typing_extensions import override
 
-from relay.core.model import Channel, EntryID
-from relay.core.slices import AT_ONCE, for_each, in_slices
+from relay.core.model import Channel
+from relay.core.slices import for_each
 from relay.doorkit.contract import FrontDoor, Mounted
 from relay.doorkit.engineio_clients import EngineIoClients
 from relay.doorkit.open_connections import OpenConnections
 from relay.doorkit.origins import AllowedOrigins, any_origin
 from relay.doorkit.recoverable_sessions import RecoverableSessions
 from relay.protocols.socketio.client import RoomIds, SocketClient
+from relay.protocols.socketio.emitter_commands import EmitterCommands
 from relay.protocols.socketio.encoders import OffsetEncoder, RecoverableEncoder, SocketEncoder
 from relay.protocols.socketio.rooms import read_rooms
 from relay.protocols.socketio.settings import SocketIoSettings
@@ -39,8 +38,6 @@ class MountedSocketIo(Mounted):
 
     def __init__(self, context: DoorContext, settings: SocketIoSettings) -> None:
         self.context = context
-        # Pending commands of emitters: the clients to apply each to, and the function to call.
-        self._steps: deque[tuple[list[SocketClient], Callable[[SocketClient], None]]] = deque()
         self._use(settings)
         self._encoders = (
             SocketEncoder(3, settings.namespace),
@@ -64,7 +61,7 @@ class MountedSocketIo(Mounted):
         self.routes: list[web.AbstractRouteDef] = [
             web.route("*", path, self.clients.endpoint.handle) for path in settings.path_list()
         ]
-        context.on_command("socketio", self._obey)
+        context.on_command("socketio", EmitterCommands(self.clients))
         context.on_drop(self._rights_changed)
 
     @override
@@ -99,60 +96,6 @@ class MountedSocketIo(Mounted):
             lambda client: client.rights_changed(channel, user),
             lambda work: self.context.spawn(work, name="socketio rights"),
         )
-
-    # ---- emitters' commands -----------------------------------------------------------------
-
-    def _obey(self, payload: str) -> None:
-        """Apply an emitter's `socketsJoin`, `socketsLeave` or `disconnectSockets`."""
-        try:
-            command = orjson.loads(payload)
-            what, rooms = command["do"], set(command["rooms"])
-            without = set(command["except"])
-            names = {name: _place(at) for name, at in command["names"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
-            _log.warning("Ignored an emitter's command: malformed (%s)", exc)
-            return
-
-        def act(client: SocketClient) -> None:
-            if client.session is None:
-                return
-            mine = client.names()
-            if (rooms and mine.isdisjoint(rooms)) or not mine.isdisjoint(without):
-                return
-            if what == "disconnect":
-                client.server_disconnect()
-            for name, place in names.items():
-                if what == "join":
-                    client.join(name, place)
-                elif what == "leave":
-                    client.leave(name)
-
-        self._steps.append((list(self.clients), act))
-        if len(self._steps) == 1:
-            self._next_step()
-
-    def _next_step(self) -> None:
-        """Execute the commands in order, each for many clients in slices."""
-        while self._steps:
-            clients, act = self._steps[0]
-            if len(clients) > AT_ONCE:
-                _ = self.context.spawn(self._act_in_slices(clients, act), name="socketio command")
-                return
-            for client in clients:
-                act(client)
-            self._steps.popleft()
-
-    async def _act_in_slices(
-        self, clients: Sequence[SocketClient], act: Callable[[SocketClient], None]
-    ) -> None:
-        async for client in in_slices(clients):
-            act(client)
-        self._steps.popleft()
-        self._next_step()
-
-
-def _place(text: str) -> EntryID | None:
-    return EntryID.parse(text) if text else None
 
 
 class SocketIoDoor(FrontDoor):

@@ -9,7 +9,7 @@ from relay.core.model import EntryID
 from relay.stream.connection.pipeline_connection import RedisCommand
 from relay.stream.connection.refusals import Refusals
 from relay.stream.format.keys import Keys
-from relay.stream.write.control import ControlCommand, decode
+from relay.stream.write.control import SentCommand, decode
 
 _COUNT = 100
 # Name of an area in `Refusals`.
@@ -26,7 +26,7 @@ class ControlReader:
     def __init__(
         self,
         keys: Keys,
-        on_command: Callable[[ControlCommand], None],
+        on_command: Callable[[SentCommand], None],
         on_lost: Callable[[], None],
         refusals: Refusals | None = None,
     ) -> None:
@@ -47,7 +47,7 @@ class ControlReader:
         return commands
 
     def take(self, replies: Sequence[object]) -> bool:
-        """Execute the commands that were read. Return True if there are more."""
+        """Pass on the commands that were read. Return True if there are more."""
         newest = replies[1]
         error = next((reply for reply in replies[1:] if not isinstance(reply, list)), None)
         if error is not None or not isinstance(newest, list):
@@ -68,7 +68,7 @@ class ControlReader:
         entries = cast(list[tuple[bytes, list[bytes]]], replies[2])
         for raw, fields in entries:
             self._last = EntryID.parse(raw)
-            command = decode(self._last, fields)
-            if command is not None:
-                self._on_command(command)
+            sent = decode(self._last, fields)
+            if sent is not None:
+                self._on_command(sent)
         return len(entries) >= _COUNT

@@ -139,6 +139,11 @@ class StreamReader:
         self._live.want_examine(stream)
         self._work.set()
 
+    def want_read(self, stream: Followed) -> None:
+        """Read the stream in the next pipeline."""
+        self._live.want_read(stream)
+        self._work.set()
+
     def want_page(self, stream: Followed) -> None:
         """Read a page in the next page pipeline."""
         self._pages.want(stream)

@@ -8,8 +8,8 @@ it has no clients yet that an older command could affect.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from relay.core.model import Channel, EntryID, parse_channel
 from relay.stream.connection import connect
@@ -58,6 +58,22 @@ class DoorCommand:
 
 
 ControlCommand = DisconnectUser | UnsubscribeUser | DropRights | DoorCommand
+
+_AT = b"at:"
+
+
+@dataclass(frozen=True, slots=True)
+class SentCommand:
+    """A command with the ID of its entry.
+
+    `at` maps channels to entries of their streams: the command takes effect directly after them.
+    """
+
+    id: EntryID
+    command: ControlCommand
+    at: Mapping[Channel, EntryID] = field(default_factory=dict)
+
+
 _NAMES = {DisconnectUser: "disconnect", UnsubscribeUser: "unsubscribe", DropRights: "drop-rights"}
 
 
@@ -77,39 +93,75 @@ def encode(command: ControlCommand) -> list[bytes]:
     return [field.encode() for field in fields]
 
 
-def decode(entry_id: EntryID, fields: Sequence[bytes]) -> ControlCommand | None:
+def at_field(channel: Channel) -> bytes:
+    """Return the name of the field that contains a command's position in this channel."""
+    return _AT + channel.encode()
+
+
+def decode(entry_id: EntryID, fields: Sequence[bytes]) -> SentCommand | None:
     """Parse flat fields. Log and return None if the command is unknown or malformed.
 
     A newer relay on the same Redis may send commands that this version does not have.
     """
     try:
-        values = {
-            name.decode(): value.decode()
+        command = _decode(entry_id, fields)
+        if command is None:
+            return None
+        at = {
+            parse_channel(name.removeprefix(_AT).decode()): EntryID.parse(value)
             for name, value in zip(fields[::2], fields[1::2], strict=False)
+            if name.startswith(_AT)
         }
-        channel = parse_channel(values["channel"]) if "channel" in values else None
-        user, door = values.get("user"), values.get("door")
-        match values.get("command"), channel, user:
-            case "disconnect", None, str():
-                return DisconnectUser(user=user, door=door)
-            case "unsubscribe", _, str():
-                return UnsubscribeUser(channel=channel, user=user, door=door)
-            case "door", None, None if door is not None and "payload" in values:
-                return DoorCommand(door=door, payload=values["payload"])
-            case "drop-rights", _, _:
-                return DropRights(channel=channel, user=user)
-            case name, _, _:
-                log.warning("Ignored control entry %s: unknown command %.50r", entry_id, name)
+        return SentCommand(entry_id, command, at)
     except ValueError as exc:
         log.warning("Ignored control entry %s: %s", entry_id, exc)
     return None
 
 
-def append(keys: Keys, command: ControlCommand) -> list[bytes | str | int]:
+def _decode(entry_id: EntryID, fields: Sequence[bytes]) -> ControlCommand | None:
+    values = {
+        name.decode(): value.decode()
+        for name, value in zip(fields[::2], fields[1::2], strict=False)
+    }
+    channel = parse_channel(values["channel"]) if "channel" in values else None
+    user, door = values.get("user"), values.get("door")
+    match values.get("command"), channel, user:
+        case "disconnect", None, str():
+            return DisconnectUser(user=user, door=door)
+        case "unsubscribe", _, str():
+            return UnsubscribeUser(channel=channel, user=user, door=door)
+        case "door", None, None if door is not None and "payload" in values:
+            return DoorCommand(door=door, payload=values["payload"])
+        case "drop-rights", _, _:
+            return DropRights(channel=channel, user=user)
+        case name, _, _:
+            log.warning("Ignored control entry %s: unknown command %.50r", entry_id, name)
+    return None
+
+
+def newest(keys: Keys, command: ControlCommand) -> list[bytes | str | int] | None:
+    """Return the XREVRANGE whose reply `append` needs, or None if it needs none.
+
+    Its reply contains the newest entry of the channel that the command names.
+    """
+    if not isinstance(command, UnsubscribeUser) or command.channel is None:
+        return None
+    return ["XREVRANGE", keys.stream(command.channel), "+", "-", "COUNT", 1]
+
+
+def append(
+    keys: Keys, command: ControlCommand, newest: Sequence[Sequence[bytes]] | None = None
+) -> list[bytes | str | int]:
     """Return the XADD that sends the command to all workers."""
-    return ["XADD", keys.control, "MAXLEN", "~", KEEP, "*", *encode(command)]
+    fields = encode(command)
+    if newest is not None and isinstance(command, UnsubscribeUser) and command.channel:
+        fields += at_field(command.channel), newest[0][0] if newest else b"0-0"
+    return ["XADD", keys.control, "MAXLEN", "~", KEEP, "*", *fields]
 
 
 async def publish(client: RedisClient, keys: Keys, command: ControlCommand) -> EntryID:
     """Send the command to all workers. Return the ID of its entry."""
-    return EntryID.parse(await connect.command(client, *append(keys, command)))
+    found: Sequence[Sequence[bytes]] | None = None
+    if (read := newest(keys, command)) is not None:
+        found = await connect.command(client, *read)
+    return EntryID.parse(await connect.command(client, *append(keys, command, found)))

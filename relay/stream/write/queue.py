@@ -25,9 +25,11 @@ from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import ReplyError
 from relay.stream.connection.scripts import Script, load
 from relay.stream.write.append import APPEND_FUNCTION
+from relay.stream.write.control import at_field
 from relay.stream.write.dead_letters import KEEP
 
 if TYPE_CHECKING:
+    from relay.core.model import Channel
     from relay.stream.connection.pipeline_connection import PipelineConnection, RedisCommand
     from relay.stream.format.keys import Keys
 
@@ -68,9 +70,11 @@ return held
 # KEYS: the queue, its count, the dead letters; then for each operation the stream and, if it has a
 # uid, the key of the uid. ARGV: the count as read, the number of items, the first and the last
 # item, window in ms, the number of dead letters to keep, node, time; then for each operation the
-# number of entries to keep (0: all), 1 if it has a uid, the index of its item, the number of words,
-# and the words. Returns -1 if the head of the queue has changed; then nothing was done. Otherwise
-# it returns the number of operations that became dead letters.
+# number of entries to keep (0: all), 1 if it has a uid, 2 if it is a command with a position, the
+# index of its item, the number of words, and the words. A command with a position is followed in
+# KEYS by another stream, whose newest ID becomes the value of the last field. Returns -1 if the
+# head of the queue has changed; then nothing was done. Otherwise it returns the number of
+# operations that became dead letters.
 #
 # INCRBY comes first because Redis checks memory, disk and replicas at a script's first write only.
 # If that is accepted, no later write fails for such a reason. A key of another type or an ACL may
@@ -88,11 +92,17 @@ while k <= keys do
   local stream, uid = KEYS[k], nil
   local from, to = a + 4, a + 3 + argv[a + 3]
   k = k + 1
+  local fields = {unpack(argv, from, to)}
   if argv[a + 1] == '1' then
     uid = KEYS[k]
     k = k + 1
+  elseif argv[a + 1] == '2' then
+    local newest = redis.pcall('XREVRANGE', KEYS[k], '+', '-', 'COUNT', 1)
+    k = k + 1
+    if newest.err then fields[#fields] = nil
+    else fields[#fields + 1] = newest[1] and newest[1][1] or '0-0' end
   end
-  local id = append(stream, argv[a], {unpack(argv, from, to)}, uid, argv[5])
+  local id = append(stream, argv[a], fields, uid, argv[5])
   if type(id) == 'table' then
     failed = failed + 1
     local item = redis.call('LINDEX', queue, argv[a + 2])
@@ -111,7 +121,7 @@ class Operation(NamedTuple):
     """One entry to append to the stream `key`, at most once while `uid_key` exists.
 
     `keep` is the approximate limit of the stream (0: no limit), `item` the index of the command in
-    the batch.
+    the batch. `position_in` is a channel: a control command takes effect after its newest entry.
     """
 
     key: bytes
@@ -119,6 +129,7 @@ class Operation(NamedTuple):
     item: int
     keep: int = 0
     uid_key: bytes | None = None
+    position_in: Channel | None = None
 
 
 class Head(NamedTuple):
@@ -180,14 +191,16 @@ class CommandQueues:
         words: list[bytes | str | int] = [head.taken, len(head.items), head.items[0]]
         words += head.items[-1], window_ms, KEEP, self._instance
         words.append(datetime.now(UTC).isoformat(timespec="milliseconds"))
-        for key, fields, item, keep, uid_key in operations:
+        for key, fields, item, keep, uid_key, channel in operations:
             keys.append(key)
-            if uid_key is None:
-                words += keep, 0, item, len(fields)
+            if channel is not None:
+                keys.append(self._keys.stream(channel))
+                words += keep, 2, item, len(fields) + 1, *fields, at_field(channel)
+            elif uid_key is None:
+                words += keep, 0, item, len(fields), *fields
             else:
                 keys.append(uid_key)
-                words += keep, 1, item, len(fields)
-            words += fields
+                words += keep, 1, item, len(fields), *fields
         commands: list[RedisCommand] = [("EVALSHA", APPLY.sha, len(keys), *keys, *words)]
         if replicas:
             commands.append(("WAIT", replicas, wait_ms))

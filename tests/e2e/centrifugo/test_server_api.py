@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.centrifugo_client import SECRET, Centrifugo, centrifugo, sign
+from tests.support.centrifugo_client import SECRET, Centrifugo, V1Client, centrifugo, sign
 from tests.support.clients import redis
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server, free_port
@@ -282,6 +282,33 @@ async def test_commands_act_on_all_workers_and_hosts(valkey: Server) -> None:
             host.kill()
 
 
+ORDER = [
+    ("publish", {"channel": "bare:q", "data": "last"}),
+    ("unsubscribe", {"user": "anna", "channel": "bare:q"}),
+    ("publish", {"channel": "bare:q", "data": "unsubscribed"}),
+    ("publish", {"channel": "bare:r", "data": "bye"}),
+    ("disconnect", {"user": "anna"}),
+]
+
+
+async def receives_order(client: V1Client) -> None:
+    """Check that each of the commands in ORDER takes effect at its position."""
+    assert (await client.until_closed())[0] == 3000
+    found = [(push["method"], push["body"].get("data")) for push in client.pushes]
+    assert found.index(("message", "last")) < found.index(("unsubscribe", None))
+    assert {*found} == {("message", "last"), ("unsubscribe", None), ("message", "bye")}
+
+
+async def test_a_command_takes_effect_after_the_publications_before_it(site: Centrifugo) -> None:
+    for _ in range(5):
+        anna = await site.client("anna")
+        await anna.subscribe("bare:q")
+        await anna.subscribe("bare:r")
+        for method, params in ORDER:
+            await site.api(method, **params)
+        await receives_order(anna)
+
+
 async def test_the_queue_unsubscribes_and_disconnects_too(valkey: Server) -> None:
     queue = ["producer:queue.enabled=true", "producer:queue.name=centrifugo.api.e2e"]
     relay = RelayProcess(valkey, settings=[*RULES, *queue], flags=["--workers", "2"])
@@ -291,18 +318,11 @@ async def test_the_queue_unsubscribes_and_disconnects_too(valkey: Server) -> Non
             clients = [await site.client("anna") for _ in range(12)]
             for each in clients:
                 await each.subscribe("bare:q")
-            command = '{"method":"unsubscribe","params":{"user":"anna","channel":"bare:q"}}'
-            redis(valkey, "RPUSH", "centrifugo.api.e2e", command)
+                await each.subscribe("bare:r")
+            items = [json.dumps({"method": method, "params": params}) for method, params in ORDER]
+            redis(valkey, "RPUSH", "centrifugo.api.e2e", *items)
             for each in clients:
-                assert (await each.push("unsubscribe"))["channel"] == "bare:q"
-            redis(
-                valkey,
-                "RPUSH",
-                "centrifugo.api.e2e",
-                '{"method":"disconnect","params":{"user":"anna"}}',
-            )
-            for each in clients:
-                assert (await each.until_closed())[0] == 3000
+                await receives_order(each)
     finally:
         relay.kill()
 

@@ -1,13 +1,24 @@
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
 from relay.core.errors import BadRequest, LimitExceeded, Unauthorized
-from relay.core.model import Channel, Principal
+from relay.core.model import (
+    ZERO_ID,
+    Channel,
+    EntryID,
+    Principal,
+    Record,
+    Revocation,
+    StreamState,
+)
 from relay.core.reasons import Reason
+from relay.core.stream_interface import Page
+from relay.hub.hub import Hub
 from relay.hub.session import Subscription, SubscriptionMode
-from tests.support.hub import NEWS, Reads, Words, examine, join, make_hub
+from tests.support.hub import INCARNATION, NEWS, Reads, Words, event, examine, join, make_hub
 
 ANN = Principal(user="ann")
 
@@ -220,3 +231,94 @@ async def test_what_concerns_all_channels_or_clients_is_done_in_slices() -> None
     assert "disconnect: disconnected" not in clients[0].told
     await until(lambda: client.told[-1] == "disconnect: disconnected")
     assert all(each.told[-1] == "disconnect: disconnected" for each in clients)
+
+
+def read(hub: Hub, *records: Record) -> None:
+    """Reply to a read of all new entries, and flush."""
+    feed = hub.feed(NEWS)
+    assert feed
+    if records:
+        feed.on_records(records)
+    feed.on_read_to_end()
+    hub.flush()
+
+
+def page(hub: Hub, *records: Record) -> None:
+    """Reply to the feed's page request."""
+    feed = hub.feed(NEWS)
+    assert feed
+    request = feed.page_request()
+    assert request
+    state = StreamState(
+        exists=True,
+        first=records[0].id,
+        last=feed.position,
+        length=len(records),
+        added=feed.added or 0,
+        max_deleted=ZERO_ID,
+        incarnation=INCARNATION,
+    )
+    after = [record for record in records if record.id > request.start]
+    feed.on_page(request, Page(state=state, records=after, complete=True))
+    hub.flush()
+
+
+def test_a_held_client_receives_the_entries_before_the_command_and_no_later_ones() -> None:
+    reads = Reads()
+    hub = make_hub(reads)
+    session, _, outbox = join(hub, ANN, Words())
+    other = join(hub, Principal(user="bob"), Words())[2]
+    examine(hub)
+    reached: list[str] = []
+    subscription = session.subscriptions[NEWS]
+    subscription.feed.hold(subscription, EntryID(2, 0), lambda: reached.append("command"))
+    assert reads.reads == [hub.feed(NEWS)]
+    records = event("one", 1), event("two", 2), event("three", 3)
+    read(hub, *records)
+    assert other.writes == [b"one two three "]
+    assert not reached
+    page(hub, *records)
+    assert outbox.writes == [b"one two "]
+    assert reached == ["command"]
+    subscription.feed.release(subscription)
+    page(hub, *records)
+    assert outbox.writes == [b"one two ", b"three "]
+    assert subscription.mode is SubscriptionMode.LIVE
+
+
+def test_a_hold_ends_when_nothing_is_left_to_read_or_the_client_leaves() -> None:
+    hub = make_hub(Reads())
+    reached: list[str] = []
+    sessions = [join(hub, Principal(user=user), Words())[0] for user in ("ann", "bob")]
+    examine(hub)
+    for session in sessions:
+        subscription = session.subscriptions[NEWS]
+        user = session.principal.user
+        subscription.feed.hold(subscription, EntryID(5, 0), partial(reached.append, user))
+    sessions[1].end()
+    assert reached == ["bob"]
+    read(hub)
+    assert reached == ["bob", "ann"]
+
+
+def revocation(user: str, number: int) -> Record:
+    entry_id = EntryID(number, 0)
+    return Record(entry_id, 0, 0, Revocation(user=user, id=entry_id))
+
+
+@pytest.mark.parametrize("has_entry", [True, False])
+def test_events_before_a_revocation_are_delivered(has_entry: bool) -> None:
+    """The change of the hash is often read before the entries that precede it."""
+    hub = make_hub(Reads())
+    _, client, outbox = join(hub, ANN, Words())
+    examine(hub)
+    feed = hub.feed(NEWS)
+    assert feed
+    feed.on_rights_changed()
+    examine(hub, last=EntryID(2, 0), ann=b"-")
+    assert outbox.writes == []
+    last = revocation("ann", 2) if has_entry else event("secret", 2)
+    read(hub, event("one", 1), last, event("secret", 3))
+    words = b"one !news:revoked " if has_entry else b"!news:revoked "
+    assert outbox.writes == [words]
+    assert client.told[-1] == "dropped news: revoked"

@@ -12,6 +12,7 @@ from relay.stream.write.control import (
     DisconnectUser,
     DoorCommand,
     DropRights,
+    SentCommand,
     UnsubscribeUser,
     decode,
     encode,
@@ -29,7 +30,7 @@ channels = st.sampled_from([Channel("news"), Channel("team:ä")])
     | st.builds(DropRights, channel=st.none() | channels, user=st.none() | users)
 )
 def test_decode_gives_back_what_was_encoded(command: ControlCommand) -> None:
-    assert decode(ID, encode(command)) == command
+    assert decode(ID, encode(command)) == SentCommand(ID, command)
 
 
 @pytest.mark.parametrize(
@@ -56,4 +57,4 @@ def test_what_is_not_understood_is_skipped_and_logged(
 
 def test_unknown_fields_are_ignored() -> None:
     fields = [b"command", b"disconnect", b"user", b"anna", b"since", b"2"]
-    assert decode(ID, fields) == DisconnectUser(user="anna")
+    assert decode(ID, fields) == SentCommand(ID, DisconnectUser(user="anna"))
