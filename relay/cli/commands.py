@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from relay.protocols import find_imports
 
 OK, FAILED = 0, 1
 
-_Run = Callable[[argparse.Namespace], int]
+_Command = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command != "serve" and not hasattr(options, "imported"):
         release_signals()
     try:
-        return _runner(options.command)(options)
+        return _run(options.command, options)
     except RelayError as exc:
         return _failed(exc, options)
     except BaseExceptionGroup as group:
@@ -43,7 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def _runner(command: str) -> _Run:
+def _run(command: str, options: argparse.Namespace) -> int:
+    """Run the command with garbage collections that skip the imported modules."""
+    run = _runner(command)
+    gc.freeze()
+    gc.enable()
+    return run(options)
+
+
+def _runner(command: str) -> _Command:
     """Return the function that runs the command.
 
     Only the modules that the command needs are imported: aiohttp, redis-py, PyJWT and pydantic
@@ -82,7 +91,7 @@ def _imported(options: argparse.Namespace) -> int:
             options.print_help()
             return OK
         case action:
-            return _runner(action or "serve")(options)
+            return _run(action or "serve", options)
 
 
 def _version(_options: argparse.Namespace) -> int:

@@ -34,8 +34,9 @@ _READ_BATCH = 256
 _PAGE_STREAMS = 4
 # Entries in the first read of a stream. If there are more, the next read is for twice as many. A
 # stream that was not read to its end since the last connect may have many unread entries. The
-# others have few, because each invalidation is followed by a read.
-_UNKNOWN_COUNT, _FIRST_COUNT = 8, 64
+# others have few, because each invalidation is followed by a read. A burst of 100 entries fits one
+# read. If entries are known to be large, `[stream] page_bytes` makes the reads smaller.
+_UNKNOWN_COUNT, _FIRST_COUNT = 8, 128
 # MEMORY USAGE visits every block of a stream. It takes less than 1 ms for this number.
 _MEASURED_BLOCKS = 10_000
 # Bytes of the replies to one pipeline, estimated from average sizes.

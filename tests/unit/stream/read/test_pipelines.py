@@ -364,7 +364,7 @@ def test_a_live_read_asks_for_more_only_after_one_that_was_full(scene: Scene) ->
         last += counts[-1]
         state = info(*range(1, 9999), added=9998, last=9998)
         scene.turns.take([b"", b"", b"", [state, found(*numbers)]])
-    assert counts == [64, 128, 256, 512, 1000, 1000]
+    assert counts == [128, 256, 512, 1000, 1000, 1000]
     assert count() == 1000
     scene.turns.take(
         [b"", b"", b"", [info(*range(1, last + 2), added=last + 1, last=last + 1), found(last + 1)]]
