@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from tests.support.clients import LIMIT_S, redis
 from tests.support.pydio import KEY, Pydio, publish, standing_in, tree
 from tests.support.relay import RelayProcess
 from tests.support.socketio import Driver, NpmClient, npm_clients
-from tests.support.valkey import Server
+from tests.support.valkey import Server, free_port
 
 # Starting Node and PHP takes time on a machine that runs other tests.
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(90)]
@@ -22,9 +22,15 @@ RELOAD_FOLDER = '<tree><reload_instruction object="data" node="" file=""/></tree
 RELOAD_WORKSPACES = '<tree><reload_instruction object="repository_list"/></tree>'
 
 
+@pytest.fixture(scope="module")
+def pydio_port() -> int:
+    """Return the port of every test's Pydio, which the relay of all tests knows."""
+    return free_port()
+
+
 @pytest.fixture
-async def pydio() -> AsyncIterator[Pydio]:
-    async with standing_in() as server:
+async def pydio(pydio_port: int) -> AsyncIterator[Pydio]:
+    async with standing_in(pydio_port) as server:
         server.login("alice", "/staff", w_1="rw", w_2="rw")
         yield server
 
@@ -35,12 +41,18 @@ async def npm() -> AsyncIterator[Driver]:
         yield driver
 
 
-@pytest.fixture
-async def relay(valkey: Server, pydio: Pydio) -> AsyncIterator[RelayProcess]:
-    process = made(valkey, pydio)
-    await asyncio.to_thread(process.start)
+@pytest.fixture(scope="module")
+def shared_relay(valkey: Server, pydio_port: int) -> Iterator[RelayProcess]:
+    process = made(valkey, Pydio(pydio_port)).start()
     yield process
-    await asyncio.to_thread(process.kill)
+    process.kill()
+
+
+@pytest.fixture
+def relay(shared_relay: RelayProcess, pydio: Pydio) -> RelayProcess:
+    """Return a relay whose Pydio is running."""
+    del pydio
+    return shared_relay
 
 
 def made(valkey: Server, pydio: Pydio, *flags: str, **settings: object) -> RelayProcess:

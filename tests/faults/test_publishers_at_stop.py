@@ -127,7 +127,6 @@ async def test_php_is_served_until_the_relay_has_ended(
             assert await asyncio.to_thread(relay.ended) == 0
         finally:
             await asyncio.to_thread(relay.kill)
-    assert len(sent) > 10
     # Each accepted event is in the stream, and the page received all except the last ones.
     assert contents(valkey, f"pydio:{name}") == sent
     assert seen == sent[: len(seen)]

@@ -92,6 +92,9 @@ async def test_sessions_of_the_other_worker_go_on(valkey: Server) -> None:
         await until(lambda: stopped not in workers(relay).values())
         redis(valkey, "XADD", stream_key(CHANNEL), "*", "data", '"the message"')
         how = Counter([await each for each in following])
+        for client in clients:
+            assert client.stream is not None
+            client.stream.close()
     assert how.total() == CLIENTS
     # The session's worker has the socket, so no other worker's stop ends a stream.
     assert set(how) == {"stayed", "was told"}

@@ -114,6 +114,7 @@ async def running_node(secret: str) -> AsyncIterator[Node]:
         try:
             yield node
         finally:
+            # Before the process ends, because it may end within a line.
+            listening.cancel()
             process.kill()
             await process.wait()
-            listening.cancel()

@@ -41,13 +41,13 @@ class User:
 class Pydio:
     """Users by session cookie. All attributes may be changed while it runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.sessions: dict[str, User] = {}
         self.tokens: dict[tuple[str, str], User] = {}
         self.asked: list[str] = []
         self.cookies: list[str] = []
         self.broken = ""
-        self.port = 0
+        self.port = port
         # The folder with socket.io.js.
         self.scripts: Path | None = None
         self._runner: web.AppRunner | None = None
@@ -253,9 +253,9 @@ async def seen_by(browser: Browser, relay: RelayProcess, repository: str) -> Non
 
 
 @asynccontextmanager
-async def standing_in() -> AsyncIterator[Pydio]:
-    """Run a Pydio without users."""
-    pydio = Pydio()
+async def standing_in(port: int = 0) -> AsyncIterator[Pydio]:
+    """Run a Pydio without users, on a free port unless one is given."""
+    pydio = Pydio(port)
     await pydio.start()
     try:
         yield pydio

@@ -29,7 +29,6 @@ CLIENTS = 100
 # A busy machine takes its time to start a worker and to let all clients reconnect.
 START_S = 40.0
 CHANNELS = [f"feed{number}" for number in range(20)]
-PER_S = 500
 
 
 @pytest.fixture
@@ -89,8 +88,9 @@ class Producer:
     def __init__(self, server: Server) -> None:
         self._redis = server.client()
         self.numbers = dict.fromkeys(CHANNELS, 0)
-        self.data_bytes = 0
         self.channels = CHANNELS
+        self.per_s = 500
+        self.data_bytes = 0
 
     def add(self, count: int) -> None:
         pipeline = self._redis.pipeline(transaction=False)
@@ -105,7 +105,7 @@ class Producer:
 async def produce(producer: Producer, ended: asyncio.Event) -> None:
     begun, sent = time.monotonic(), 0
     while not ended.is_set():
-        due = int((time.monotonic() - begun) * PER_S) - sent
+        due = int((time.monotonic() - begun) * producer.per_s) - sent
         if due > 0:
             await asyncio.to_thread(producer.add, min(due, 500))
             sent += min(due, 500)
@@ -126,23 +126,25 @@ async def kill_one(relay: RelayProcess) -> None:
     os.kill(workers(relay)[1], signal.SIGKILL)
 
 
-async def kill_all_in_turn(relay: RelayProcess, followers: list[Follower]) -> None:
+async def kill_all_in_turn(
+    relay: RelayProcess, producer: Producer, followers: list[Follower]
+) -> None:
     """Kill each worker once, after the previous one has been replaced."""
     for number in (1, 2):
-        await received(followers)
+        await received(followers, producer.per_s // 4)
         killed = workers(relay)[number]
         os.kill(killed, signal.SIGKILL)
         await until(partial(replaced, relay, number, killed), START_S)
-    await received(followers)
+    await received(followers, producer.per_s // 4)
 
 
 def replaced(relay: RelayProcess, number: int, pid: int) -> bool:
     return workers(relay).get(number, pid) != pid
 
 
-async def received(followers: list[Follower]) -> None:
-    """Wait until each client has received a quarter of a second's messages since now."""
-    goals = [(each, (each.last or 0) + PER_S // 4) for each in followers]
+async def received(followers: list[Follower], count: int) -> None:
+    """Wait until each client has received this many messages since now."""
+    goals = [(each, (each.last or 0) + count) for each in followers]
     async with asyncio.timeout(START_S):
         while any((each.last or 0) < goal for each, goal in goals):
             await asyncio.sleep(0.05)
@@ -208,8 +210,9 @@ async def test_clients_of_killed_workers_lose_nothing(
 ) -> None:
     """Responses reach their size limit frequently, many of them passed on by another worker."""
     producer, ended = Producer(valkey), asyncio.Event()
-    # Each response is full after a third of a second.
-    producer.channels, producer.data_bytes = CHANNELS[:1], 800
+    # Each response is full after a third of a second. Fewer and larger messages fill it with less
+    # work for the clients, which must keep up on a busy machine.
+    producer.channels, producer.per_s, producer.data_bytes = CHANNELS[:1], 100, 4000
     async with running_node(SECRET) as node, asyncio.TaskGroup() as group:
         followers = [
             Follower(
@@ -232,7 +235,7 @@ async def test_clients_of_killed_workers_lose_nothing(
             while not all(each.subscribed for each in followers):
                 await asyncio.sleep(0.05)
         producing = group.create_task(produce(producer, ended))
-        await kill_all_in_turn(relay, followers)
+        await kill_all_in_turn(relay, producer, followers)
         ended.set()
         await producing
         await settled(followers, producer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import zlib
 
 import pytest
@@ -151,7 +152,7 @@ def test_only_a_pong_answers_where_a_pong_is_asked_for(run: Run, reaper: Reaper)
             await head_of(reader)
 
             async def talk() -> None:
-                # It says something all the time, and never a pong.
+                # Sends text frames continuously, and no pong.
                 while not writer.transport.is_closing():
                     writer.write(masked(1, b"hello"))
                     await asyncio.sleep(0.02)
@@ -167,7 +168,10 @@ def test_only_a_pong_answers_where_a_pong_is_asked_for(run: Run, reaper: Reaper)
 
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(talk()), group.create_task(answer())]
-                assert (await reader.read()).startswith(b"\x89\x04ping")
+                assert await reader.readexactly(6) == b"\x89\x04ping"
+                # The kernel resets a connection that is closed before all its bytes are read.
+                with contextlib.suppress(ConnectionResetError):
+                    await reader.read()
                 await answered.wait()
                 for task in tasks:
                     task.cancel()

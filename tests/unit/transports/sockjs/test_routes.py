@@ -374,7 +374,7 @@ def test_a_waiting_poll_keeps_the_session_and_is_answered_by_a_heartbeat(on_site
         assert await site.get(session + "/jsonp?c=x") == b'/**/x("h");\r\n'
         assert site.door.closed == 0
 
-    on_site(main, replace(OPTIONS, disconnect_s=1.0, heartbeat_s=1.3))
+    on_site(main, replace(OPTIONS, disconnect_s=0.5, heartbeat_s=0.7))
 
 
 def test_streams_and_websockets_have_heartbeats(on_site: RunSite) -> None:
