@@ -17,7 +17,7 @@ from relay.core.model import Channel
 
 
 class DoorSettings(Section):
-    """[protocol:test]: a door."""
+    """[protocol:test]: a protocol."""
 
     enabled: bool = Field(True, description="off: it is shut")
     share: float = Field(0.5, gt=0, lt=1, description="of everything")
@@ -72,7 +72,7 @@ def error(path: Path | None, *sets: str, environ: Mapping[str, str] | None = Non
     return text.replace(f"{path}:", "relay.ini:")
 
 
-def test_nothing_given_is_the_defaults() -> None:
+def test_without_any_source_the_defaults_apply() -> None:
     config = read()
     assert config.server == ServerSettings()
     assert config.namespaces[""].retention_count == 10000
@@ -95,7 +95,7 @@ def test_the_last_set_wins_and_insecure_is_a_flag_only() -> None:
     assert "no such setting" in error(None, "server.insecure=yes")
 
 
-def test_a_namespace_takes_what_it_does_not_set_from_the_default_section(
+def test_a_namespace_inherits_from_the_default_section(
     ini: Callable[[str], Path],
 ) -> None:
     path = ini(
@@ -116,7 +116,7 @@ def test_a_namespace_takes_what_it_does_not_set_from_the_default_section(
         assert (rules.rights, rules.retention_count, rules.retention_age_s) == ("claims", 7, 604800)
 
 
-def test_a_secret_comes_from_a_file_without_its_last_newline(
+def test_a_secret_from_a_file_loses_its_last_newline(
     ini: Callable[[str], Path], tmp_path: Path
 ) -> None:
     for number, ending in enumerate(("", "\n", "\r\n")):
@@ -141,7 +141,7 @@ def test_a_later_source_replaces_a_secret_in_either_form(
     assert read(path, "jwt.key=plain").jwt.key.get_secret_value() == "plain"
 
 
-def test_values_keep_percent_hash_and_semicolon_and_go_on_in_the_next_line(
+def test_values_keep_percent_hash_and_semicolon_and_may_span_lines(
     ini: Callable[[str], Path],
 ) -> None:
     path = ini("\ufeff; a comment\n[jwt]\n# another\nkey = a%b # c ; d\n  ---\n  e=f\n")
@@ -185,16 +185,14 @@ def test_values_keep_percent_hash_and_semicolon_and_go_on_in_the_next_line(
         ("[jwt]\naudience_file = b", "[jwt] audience_file: no such setting"),
     ],
 )
-def test_what_is_wrong_in_a_file_is_one_line(
-    ini: Callable[[str], Path], text: str, line: str
-) -> None:
+def test_an_error_in_a_file_is_one_line(ini: Callable[[str], Path], text: str, line: str) -> None:
     path = ini(text)
     message = error(path)
     assert message.startswith("relay.ini: ")
     assert line in message
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_the_error_names_an_unreadable_file(tmp_path: Path) -> None:
     assert error(tmp_path / "none.ini") == "relay.ini: cannot be read: No such file or directory"
     (tmp_path / "bad.ini").write_bytes(b"[server]\nhost = \xff\n")
     assert error(tmp_path / "bad.ini").endswith("is not UTF-8 text (byte 16)")
@@ -213,11 +211,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("RELAY_PROTOCOL_TEST_ODD", "4", "RELAY_PROTOCOL_TEST_ODD = 4: 4 is even"),
     ],
 )
-def test_what_is_wrong_in_the_environment_is_one_line(name: str, text: str, line: str) -> None:
+def test_an_error_in_the_environment_is_one_line(name: str, text: str, line: str) -> None:
     assert line in error(None, environ={name: text, "HOME": "/", "RELAYS": "x"})
 
 
-def test_variables_that_container_platforms_set_for_a_service_named_relay_are_let_be() -> None:
+def test_ignores_variables_of_container_platforms_for_a_service_named_relay() -> None:
     links = {
         "RELAY_PORT": "tcp://10.0.0.1:8000",
         "RELAY_PORT_8000_TCP": "tcp://10.0.0.1:8000",
@@ -225,7 +223,7 @@ def test_variables_that_container_platforms_set_for_a_service_named_relay_are_le
         "RELAY_SERVICE_HOST": "10.0.0.1",
         "RELAY_SERVICE_PORT": "8000",
         "RELAY_SERVICE_PORT_HTTP": "8000",
-        # Of services named relay-redis and relay-server; RELAY_SERVER_PORT is a setting's name.
+        # From services named relay-redis and relay-server. RELAY_SERVER_PORT is a setting too.
         "RELAY_REDIS_SERVICE_HOST": "10.0.0.2",
         "RELAY_REDIS_PORT_6379_TCP_PORT": "6379",
         "RELAY_SERVER_PORT": "tcp://10.0.0.3:8000",
@@ -261,7 +259,7 @@ def test_an_unknown_variable_is_a_note_unless_strict() -> None:
         "insert your key here",
     ],
 )
-def test_a_placeholder_is_no_secret(text: str, tmp_path: Path) -> None:
+def test_a_placeholder_is_rejected_as_a_secret(text: str, tmp_path: Path) -> None:
     expected = "is a placeholder from an example"
     line = error(None, f"jwt.key={text}")
     assert expected in line
@@ -270,13 +268,13 @@ def test_a_placeholder_is_no_secret(text: str, tmp_path: Path) -> None:
     assert expected in error(None, f"protocol:test.secret_file={tmp_path / 'key'}")
 
 
-def test_other_texts_are_secrets() -> None:
+def test_other_texts_are_accepted_as_secrets() -> None:
     for text in ("correct horse battery staple", "theoneandonly", "-----BEGIN PUBLIC KEY-----"):
         assert read(None, f"jwt.key={text}").jwt.key.get_secret_value() == text
 
 
 class RenamedSettings(Section):
-    """[protocol:renamed]: has lost two settings, of which one has a replacement."""
+    """[protocol:renamed]: two settings were removed, one of them with a replacement."""
 
     removed: ClassVar[Mapping[str, str]] = {
         "speed": "is no longer read; it is always 3",
@@ -321,7 +319,7 @@ def test_a_removed_setting_with_a_replacement_keeps_its_effect(ini: Callable[[st
         assert config.notes == [f"{path}: [protocol:renamed] host is now part of url"]
 
 
-def test_a_reload_changes_what_it_can_and_names_the_rest() -> None:
+def test_a_reload_applies_some_settings_and_names_the_others() -> None:
     old = read(None, "server.port=1", "log.level=info", "protocol:test.code=a")
     sets = ["server.port=2", "log.level=debug", "log.format=json", "protocol:test.code=b"]
     sets += ["protocol:test.enabled=no", "hub.connections_per_user=3", "rights.http_cache_s=9"]
@@ -334,8 +332,8 @@ def test_a_reload_changes_what_it_can_and_names_the_rest() -> None:
     door = config.doors["protocol:test"]
     assert isinstance(door, DoorSettings)
     assert (door.code, door.enabled) == ("b", True)
-    # A worker that replaces another gets it as bytes.
-    assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301  # its own
+    # A worker that replaces another one receives the configuration as bytes.
+    assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301  # written by this process
 
 
 def test_one_environment_name_of_two_settings_is_an_error_once_it_is_used(
@@ -364,11 +362,11 @@ def test_one_environment_name_of_two_settings_is_an_error_once_it_is_used(
         ("namespace:a:b.rights=hash", "namespace name must not contain ':'"),
     ],
 )
-def test_what_is_wrong_in_set_is_one_line(override: str, line: str) -> None:
+def test_an_error_in_set_is_one_line(override: str, line: str) -> None:
     assert line in error(None, override)
 
 
-def test_what_is_wrong_in_a_flag_names_the_flag() -> None:
+def test_an_error_in_a_flag_names_the_flag() -> None:
     with pytest.raises(ConfigError, match=r"^--port x: a whole number from 0 to 65535$"):
         read(flags={"port": "x"})
 
@@ -389,12 +387,12 @@ def test_no_error_shows_a_secret(ini: Callable[[str], Path]) -> None:
     assert "hunter2" not in repr(read(None, "jwt.key=hunter2"))
 
 
-def test_long_values_are_cut_and_line_ends_leave() -> None:
+def test_errors_shorten_long_values_and_remove_line_breaks() -> None:
     line = error(None, f"server.port={'x' * 100}\n{'y' * 100}")
     assert "xxx...: a whole number" in line
 
 
-def test_a_rule_over_the_whole_section_names_the_section() -> None:
+def test_a_rule_about_several_settings_names_the_section() -> None:
     class Pair(Section):
         a: int = Field(1, description="one")
 
@@ -413,7 +411,7 @@ def test_a_config_cannot_be_changed() -> None:
         config.insecure = True  # type: ignore[misc]
 
 
-def test_the_example_with_its_comment_signs_taken_away_is_the_defaults(tmp_path: Path) -> None:
+def test_the_uncommented_example_equals_the_defaults(tmp_path: Path) -> None:
     text = example({**SECTIONS, **DOORS})
     settings = [line for line in text.splitlines() if line.startswith("#") and line[1:2] != " "]
     classes: list[type[Section]] = [*SECTIONS.values(), DoorSettings]
@@ -439,12 +437,12 @@ def test_every_setting_in_the_example_has_a_comment_with_its_default() -> None:
             comment = ""
 
 
-def test_environment_names_have_capitals_digits_and_underscores() -> None:
+def test_environment_names_contain_capitals_digits_and_underscores() -> None:
     assert env_name("protocol:native", "heartbeat_s") == "RELAY_PROTOCOL_NATIVE_HEARTBEAT_S"
     assert env_name("namespace:Ä.1", "rights") == "RELAY_NAMESPACE___1_RIGHTS"
 
 
-def test_allowed_values_without_limits_are_their_kind() -> None:
+def test_a_setting_without_limits_is_described_by_its_type() -> None:
     class Free(Section):
         number: int = Field(1, description="any")
         text: str = Field("", description="any")
@@ -454,7 +452,7 @@ def test_allowed_values_without_limits_are_their_kind() -> None:
 
 
 @pytest.mark.parametrize("name", ["code", "secret_file"])
-def test_an_indented_setting_is_no_part_of_a_secret(ini: Callable[[str], Path], name: str) -> None:
+def test_an_indented_setting_is_not_part_of_a_secret(ini: Callable[[str], Path], name: str) -> None:
     path = ini(f"[protocol:test]\nsecret = a\n  {name} = b\n")
     line = error(path)
     assert line.startswith("relay.ini: [protocol:test] secret: the indented line with")

@@ -32,7 +32,7 @@ class RoomSettings(Section):
 
 
 class HouseSettings(Section):
-    """[protocol:house]: A door with rooms."""
+    """[protocol:house]: A protocol with rooms."""
 
     sections_by_name: ClassVar[tuple[str, type[Section]] | None] = ("rooms", RoomSettings)
 
@@ -69,7 +69,7 @@ def ini(tmp_path: Path) -> Callable[[str], Path]:
     return write
 
 
-def test_a_door_gets_the_sections_of_its_own_by_name(ini: Callable[[str], Path]) -> None:
+def test_a_protocol_receives_its_own_sections_by_name(ini: Callable[[str], Path]) -> None:
     path = ini("[protocol:house]\nenabled = no\n[protocol:house:red]\ncode = r\n")
     config = read(
         path,
@@ -98,7 +98,7 @@ def test_a_door_gets_the_sections_of_its_own_by_name(ini: Callable[[str], Path])
         ("[protocol:home:red]\n", "[protocol:home:red]: no such section"),
     ],
 )
-def test_what_is_wrong_in_a_section_of_a_door_s_own_is_one_line(
+def test_an_error_in_a_protocols_own_section_is_one_line(
     ini: Callable[[str], Path], text: str, line: str
 ) -> None:
     path = ini(text)
@@ -111,7 +111,7 @@ def said(section: str, key: str, text: str) -> ImportedSetting:
     return ImportedSetting(section=section, key=key, text=text, where=f"old.conf: {key.upper()} = ")
 
 
-def test_another_server_s_configuration_is_above_the_defaults_and_below_all_else(
+def test_an_imported_configuration_overrides_only_the_defaults(
     ini: Callable[[str], Path],
 ) -> None:
     one = ImportedConfiguration(
@@ -147,13 +147,13 @@ def test_another_server_s_configuration_is_above_the_defaults_and_below_all_else
     ]
 
 
-def test_what_is_wrong_in_another_server_s_configuration_is_told_in_its_words() -> None:
+def test_errors_in_an_imported_configuration_use_its_own_names() -> None:
     old = [ImportedConfiguration(settings=[said("server", "port", "x")])]
     with pytest.raises(ConfigError, match=r"^old.conf: PORT = x: a whole number from 0 to 65535$"):
         load(None, environ={}, overrides=[], flags={}, doors={}, imported=old)
 
 
-def test_settings_become_an_ini_file_that_says_the_same(tmp_path: Path) -> None:
+def test_settings_are_converted_to_an_equivalent_ini_file(tmp_path: Path) -> None:
     settings = [
         said("server", "port", "1"),
         said("protocol:house:red", "code", ""),
@@ -174,14 +174,14 @@ def test_settings_become_an_ini_file_that_says_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [" a", "a ", "a\nb", "a\x85b", "\ufeff \t"])
-def test_a_value_that_no_ini_file_gives_back_is_refused_and_not_shown(text: str) -> None:
+def test_a_value_that_no_ini_file_can_contain_is_rejected_and_not_shown(text: str) -> None:
     with pytest.raises(
         ConfigError, match=r"^old.conf: KEY begins or ends with white space .* key_file$"
     ):
         ini_text.ini([said("jwt", "key", text)])
 
 
-def test_the_example_shows_a_door_s_own_sections_without_making_one(tmp_path: Path) -> None:
+def test_the_example_shows_a_protocols_own_sections_as_comments(tmp_path: Path) -> None:
     text = example(HOUSES)
     assert "\n#[protocol:house:NAME]\n# A room.\n" in text
     assert "#rooms" not in text

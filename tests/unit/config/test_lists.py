@@ -1,4 +1,4 @@
-"""Lists of origins in the settings of all protocols that have them."""
+"""Lists of origins in the settings of protocols."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Sections = type[NativeSettings] | type[PydioSettings] | type[SocketIoSettings]
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_origins_are_as_browsers_write_them(section: Sections) -> None:
+def test_origins_are_normalized_like_those_of_browsers(section: Sections) -> None:
     """Origins are in lower case and without the default port."""
     given = "https://App.example.org, http://a:80,http://b:8080 , https://c:443,"
     assert section(allowed_origins=given).origins() == {
@@ -34,13 +34,13 @@ def test_origins_are_as_browsers_write_them(section: Sections) -> None:
         *("https://*.a", "https://a:99999", "https://"),
     ],
 )
-def test_what_is_no_origin_is_refused_by_name(section: Sections, origin: str) -> None:
+def test_an_invalid_origin_is_rejected_by_name(section: Sections, origin: str) -> None:
     """An origin that never matches would be confusing, and '*' would open a security hole."""
     with pytest.raises(ValidationError, match="is not an origin such as"):
         section(allowed_origins=origin)
 
 
-def test_a_slash_at_the_end_is_no_part_of_an_origin() -> None:
+def test_a_trailing_slash_of_an_origin_is_ignored() -> None:
     with pytest.raises(ValidationError, match="is not an origin such as"):
         NativeSettings(allowed_origins="https://a/")
     # Accepted since the first version of this protocol.

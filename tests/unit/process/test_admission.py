@@ -17,7 +17,7 @@ BOB = Principal(user="bob")
 
 
 class Answers:
-    """An application whose answers the test sets."""
+    """An application whose answers are set by the test."""
 
     def __init__(self, answer: bool | None) -> None:
         self.answer = answer
@@ -46,7 +46,7 @@ async def test_a_full_queue_of_dead_letters_does_not_block() -> None:
     assert f"relay_dead_letters_total {DEAD_LETTERS_WAITING + 1}.0".encode() in metrics.exposition()
 
 
-def test_an_ephemeral_event_that_cannot_be_read_is_dropped() -> None:
+def test_a_malformed_ephemeral_event_is_dropped() -> None:
     incoming = Incoming(metrics=Metrics(), max_entry_bytes=1024)
     assert incoming.decode_ephemeral(CHANNEL, b"no json") is None
     event = incoming.decode_ephemeral(CHANNEL, b'{"data":1}')
@@ -54,13 +54,13 @@ def test_an_ephemeral_event_that_cannot_be_read_is_dropped() -> None:
     assert event.id is None
 
 
-def test_without_an_answer_nobody_comes_in_and_nobody_is_thrown_out() -> None:
+def test_without_an_answer_new_clients_are_rejected_and_connected_ones_stay() -> None:
     assert not rights(None).allowed(BOB, CHANNEL, None, admitted=False)
     assert rights(None).allowed(BOB, CHANNEL, None, admitted=True)
     assert not rights(None).allowed(BOB, CHANNEL, b"-", admitted=True)
 
 
-def test_an_answer_decides_for_both() -> None:
+def test_an_answer_applies_to_new_and_connected_clients() -> None:
     for admitted in (False, True):
         assert rights(True).allowed(BOB, CHANNEL, None, admitted=admitted)
         assert not rights(False).allowed(BOB, CHANNEL, None, admitted=admitted)

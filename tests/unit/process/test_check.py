@@ -50,7 +50,7 @@ _SECRET = re.compile(r"(secret|key|\w*password|\w*_token) = \S")
     ],
     ids=lambda value: value[0].partition("=")[0] if isinstance(value, list) else "",
 )
-def test_what_a_start_rejects(
+def test_check_raises_the_errors_of_a_start(
     sets: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [word for each in sets for word in ("--set", each)]
@@ -68,7 +68,7 @@ def test_other_hosts_and_free_ports_do_not_collide(capsys: pytest.CaptureFixture
     assert main(["checkconfig", *words]) == 0, capsys.readouterr().err
 
 
-def test_nothing_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkconfig_creates_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = "log.file={0}/log", "node.pid_file={0}/pid", "redis.embedded_dir={0}/data"
     words = [word for each in paths for word in ("--set", each.format(tmp_path))]
     assert main(["checkconfig", *words]) == 0, capsys.readouterr().err

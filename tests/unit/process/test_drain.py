@@ -17,7 +17,7 @@ async def _deaf(times: int) -> None:
                 raise
 
 
-async def test_a_task_that_overlooks_cancels_ends() -> None:
+async def test_a_task_that_ignores_cancellations_ends() -> None:
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(_deaf(times)) for times in (0, 1, 3)]
         await asyncio.sleep(0)

@@ -53,11 +53,11 @@ async def wait_for(true: Callable[[], bool]) -> None:
 
 
 def leave_behind(server: EmbeddedValkey) -> None:
-    """Leave a server behind, as `kill -9` of relay does."""
+    """Leave a server running, as `kill -9` of relay does."""
     server._release()
 
 
-async def test_it_starts_within_a_second_keeps_its_data_and_leaves_nothing_running(
+async def test_starts_within_a_second_keeps_its_data_and_stops_completely(
     tmp_path: Path,
 ) -> None:
     port, folder = free_port(), tmp_path / "deep" / "data"
@@ -77,7 +77,7 @@ async def test_it_starts_within_a_second_keeps_its_data_and_leaves_nothing_runni
         assert await ask(port, "GET", "a") == b"$1\r\nb"
 
 
-async def test_it_listens_on_loopback_only(tmp_path: Path) -> None:
+async def test_listens_on_loopback_only(tmp_path: Path) -> None:
     port = free_port()
     async with serving(tmp_path / "d", port):
         assert await ask(port, "CONFIG", "GET", "bind") == b"*2\r\n$4\r\nbind\r\n$9\r\n127.0.0.1"
@@ -116,7 +116,7 @@ async def test_a_server_left_behind_on_another_port_makes_room(tmp_path: Path) -
     await killed._wait_exited()
 
 
-async def test_an_old_pid_file_is_believed_only_if_the_server_says_so(tmp_path: Path) -> None:
+async def test_an_old_pid_file_counts_only_if_the_server_confirms_it(tmp_path: Path) -> None:
     port, folder = free_port(), tmp_path / "d"
     async with serving(folder, port):
         pass
@@ -127,7 +127,7 @@ async def test_an_old_pid_file_is_believed_only_if_the_server_says_so(tmp_path: 
 
 
 @pytest.mark.parametrize("text", ["", "x\n", "99999999\n"])
-async def test_a_damaged_pid_file_is_no_obstacle(tmp_path: Path, text: str) -> None:
+async def test_a_damaged_pid_file_is_ignored(tmp_path: Path, text: str) -> None:
     port, folder = free_port(), tmp_path / "d"
     private_folder(folder)
     (folder / "valkey.conf").write_text("port 1\n")
@@ -136,14 +136,14 @@ async def test_a_damaged_pid_file_is_no_obstacle(tmp_path: Path, text: str) -> N
         assert await ask(port, "PING") == b"+PONG"
 
 
-async def test_a_folder_serves_one_relay(tmp_path: Path) -> None:
+async def test_a_folder_can_be_used_by_one_relay_only(tmp_path: Path) -> None:
     async with serving(tmp_path / "d", free_port()):
         second = EmbeddedValkey(tmp_path / "d", free_port())
         with pytest.raises(StartError, match="is used by another relay.*embedded_dir=PATH"):
             await second.start()
 
 
-async def test_a_port_that_is_taken_is_named_with_the_setting_that_mends_it(tmp_path: Path) -> None:
+async def test_the_error_about_a_port_in_use_names_its_setting(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         server = EmbeddedValkey(tmp_path / "d", port)
@@ -154,7 +154,7 @@ async def test_a_port_that_is_taken_is_named_with_the_setting_that_mends_it(tmp_
         pass
 
 
-async def test_a_port_lost_at_the_last_moment_is_named_too(
+async def test_the_error_names_a_port_that_was_lost_during_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -170,7 +170,7 @@ async def test_a_port_lost_at_the_last_moment_is_named_too(
             await EmbeddedValkey(tmp_path / "d", port).start()
 
 
-async def test_a_server_that_ends_at_its_start_says_why(tmp_path: Path) -> None:
+async def test_the_error_about_a_failed_start_contains_the_servers_reason(tmp_path: Path) -> None:
     server = EmbeddedValkey(tmp_path / "d", free_port(), arguments=["--aclfile", "/nowhere"])
     with pytest.raises(StartError, match=r"exited during startup: .*/nowhere.*; see .*valkey\.log"):
         await server.start()
@@ -187,7 +187,7 @@ async def test_a_program_that_cannot_run_here_is_a_start_error(
         await EmbeddedValkey(tmp_path / "d", free_port()).start()
 
 
-async def test_loading_a_large_file_has_no_limit(
+async def test_loading_a_large_file_has_no_time_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port, folder = free_port(), tmp_path / "d"
@@ -197,13 +197,13 @@ async def test_loading_a_large_file_has_no_limit(
     monkeypatch.setattr(embedded, "_START_S", 0.2)
     loop = asyncio.get_running_loop()
     begun = loop.time()
-    # It sleeps at each entry, so that loading takes longer than the limit of the start.
+    # The server sleeps at each entry, so that loading takes longer than a start may take.
     async with serving(folder, port, "--key-load-delay", "250"):
         assert loop.time() - begun > 0.5
         assert await ask(port, "LLEN", "k") == b":4000"
 
 
-async def test_a_server_that_dies_is_started_again(tmp_path: Path) -> None:
+async def test_a_server_that_dies_is_restarted(tmp_path: Path) -> None:
     port = free_port()
     async with serving(tmp_path / "d", port) as server, asyncio.TaskGroup() as group:
         await ask(port, "CONFIG", "SET", "appendfsync", "always")
@@ -219,7 +219,7 @@ async def test_a_server_that_dies_is_started_again(tmp_path: Path) -> None:
         watch.cancel()
 
 
-async def test_a_server_taken_over_that_dies_is_started_again_once_it_can_be(
+async def test_a_server_taken_over_that_dies_is_restarted_as_soon_as_possible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedded, "_WATCH_S", 0.02)
@@ -252,7 +252,7 @@ async def test_a_server_that_does_not_end_is_killed(
     assert not Path(f"/proc/{pid}").exists()
 
 
-async def test_something_that_never_answers_is_given_up(
+async def test_a_server_that_never_answers_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedded, "_START_S", 0.3)
@@ -266,7 +266,7 @@ async def test_something_that_never_answers_is_given_up(
     assert server.pid == 0
 
 
-async def test_stop_without_start_and_stop_twice_are_nothing(tmp_path: Path) -> None:
+async def test_stop_without_start_and_a_second_stop_have_no_effect(tmp_path: Path) -> None:
     server = EmbeddedValkey(tmp_path / "d", free_port())
     await server.stop()
     await server.start()
@@ -274,7 +274,7 @@ async def test_stop_without_start_and_stop_twice_are_nothing(tmp_path: Path) -> 
     await server.stop()
 
 
-def test_a_folder_of_others_is_not_shut(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_does_not_become_private(tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir(mode=0o755)
     shared.chmod(0o755)
@@ -290,13 +290,13 @@ def test_a_folder_of_others_is_not_shut(tmp_path: Path) -> None:
     assert shared.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_folder_that_cannot_be_made_is_a_start_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_a_start_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StartError, match="cannot be used: .*--set redis.embedded_dir=PATH"):
         private_folder(tmp_path / "file" / "d")
 
 
-def test_only_what_runs_is_alive() -> None:
+def test_only_a_running_process_is_alive() -> None:
     assert embedded._alive(os.getpid())
     with subprocess.Popen([sys.executable, "-c", ""]) as child:
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
@@ -313,7 +313,7 @@ async def replication_id(port: int) -> bytes:
     return information.partition(b"master_replid:")[2].partition(b"\r")[0]
 
 
-async def test_only_a_clean_restart_is_proven_to_have_lost_nothing(tmp_path: Path) -> None:
+async def test_only_a_clean_restart_counts_as_complete(tmp_path: Path) -> None:
     port, folder = free_port(), tmp_path / "data"
     certificates: list[int] = []
     for _ in range(3):
@@ -332,7 +332,7 @@ async def test_only_a_clean_restart_is_proven_to_have_lost_nothing(tmp_path: Pat
 
 
 @pytest.mark.parametrize("how", ["killed", "cut", "copied", "rebooted", "set back", "full"])
-async def test_any_other_end_is_not(tmp_path: Path, how: str) -> None:
+async def test_any_other_end_counts_as_a_possible_loss(tmp_path: Path, how: str) -> None:
     port, folder = free_port(), tmp_path / "data"
     server = EmbeddedValkey(folder, port)
     await server.start()
@@ -341,7 +341,7 @@ async def test_any_other_end_is_not(tmp_path: Path, how: str) -> None:
         os.kill(server.pid, signal.SIGKILL)
         await wait_for(lambda: server._child is None or server._child.returncode is not None)
     if how == "full":
-        # Valkey ends with 0 all the same.
+        # Valkey exits with code 0 nevertheless.
         await ask(port, "CONFIG", "SET", "appendonly", "no")
     await server.stop()
     if how == "cut":
@@ -354,7 +354,7 @@ async def test_any_other_end_is_not(tmp_path: Path, how: str) -> None:
     if how == "rebooted":
         clean_stop._number_file(folder).unlink()
     if how == "set back":
-        # As a snapshot of the volume does, with the same inodes.
+        # A snapshot of the volume restores the same inodes.
         record = (folder / "clean-stop.json").read_bytes()
         async with serving(folder, port):
             pass

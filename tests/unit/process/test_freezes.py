@@ -1,4 +1,4 @@
-"""A worker notices that it did not run for some time."""
+"""A worker detects that it did not run for some time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every test here runs on both event loops; some with TLS too."""
+"""Run each test on both event loops, and some tests with TLS as well."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.unit.transports.serving import Run
 
 @pytest.fixture(params=["asyncio", "uvloop"])
 def run(request: pytest.FixtureRequest) -> Run:
-    """Run a coroutine on a fresh loop of the kind; whatever the loop reports is a failure."""
+    """Run a coroutine on a new event loop of this kind; fail if the loop reports an error."""
     factory = uvloop.new_event_loop if request.param == "uvloop" else asyncio.new_event_loop
     reported: list[object] = []
 
@@ -45,7 +45,7 @@ def reaper() -> Reaper:
 
 @pytest.fixture(scope="session")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """A server's and a client's context around a certificate made for this run."""
+    """Return TLS contexts for a server and a client with a certificate made for this run."""
     folder: Path = tmp_path_factory.mktemp("tls")
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])

@@ -24,7 +24,7 @@ GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 def masked(
     opcode: int, payload: bytes, *, fin: bool = True, mask: bytes = b"\x9e\x07\xd1\x53"
 ) -> bytes:
-    """Build a client's frame. The mask is fixed, so that a test's ID is the same in each run."""
+    """Build a client's frame. The mask is fixed, so that test IDs are the same in each run."""
     size = len(payload)
     if size < 126:
         length = bytes([0x80 | size])
@@ -40,7 +40,7 @@ def masked(
 async def serving(
     handler: Handler, tls: ssl.SSLContext | None = None, keepalive_timeout: float = 75.0
 ) -> AsyncIterator[tuple[int, web.AppRunner]]:
-    """The handler at `/`; its port and runner."""
+    """Serve the handler at `/`; return its port and runner."""
     app = web.Application()
     app.router.add_get("/", handler)
     runner = web.AppRunner(app, shutdown_timeout=1.0, keepalive_timeout=keepalive_timeout)
@@ -57,7 +57,7 @@ async def serving(
 async def raw_client(
     port: int, first: bytes, tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A bare TCP (or TLS) client that has sent `first`."""
+    """Connect a TCP or TLS client that has sent `first`."""
     reader, writer = await asyncio.open_connection(
         "127.0.0.1", port, ssl=tls, server_hostname="localhost" if tls else None, limit=1 << 24
     )
@@ -69,5 +69,5 @@ async def raw_client(
 
 
 async def head_of(reader: asyncio.StreamReader) -> bytes:
-    """An answer's head."""
+    """Read and return the head of a response."""
     return await reader.readuntil(b"\r\n\r\n")

@@ -27,7 +27,7 @@ CHANNEL = Channel("axr:r")
 
 
 def back(emit: Emit) -> tuple[str, Any, list[bytes]]:
-    """Through the fields of an entry, as a client gets it."""
+    """Return the emit as a client receives it, after conversion to an entry and back."""
     what = entry_format.contents(emit)
     fields = entry.encode(what.data, type=what.type, extra=what.extra)
     event = entry.decode(CHANNEL, ID, fields, 1 << 20).body
@@ -36,7 +36,7 @@ def back(emit: Emit) -> tuple[str, Any, list[bytes]]:
     return name, orjson.loads(packet), attachments
 
 
-def test_an_emit_of_one_argument_is_what_an_xadd_would_be() -> None:
+def test_an_emit_of_one_argument_equals_an_xadd() -> None:
     what = entry_format.contents(Emit(name="msg", args=({"n": 1},), rooms=("r",)))
     assert (what.data, what.type, what.extra) == (b'{"n":1}', "msg", {})
 
@@ -49,13 +49,13 @@ def test_an_xadd_is_an_emit() -> None:
 
     assert said(b"data", b'{"a":1}', b"type", b"msg") == ["msg", {"a": 1}]
     assert said(b"data", b"no JSON") == ["message", "no JSON"]
-    # Fields of the tap's that somebody wrote by hand, and not right.
+    # Malformed fields that were written by hand instead of by the tap.
     assert said(b"data", b"1", b"args", b"2") == ["message", 1]
     assert said(b"data", b"1", b"packet", b"nonsense") == ["message", 1]
     assert said(b"data", b"1", b"packet", b"[1]", b"attachment.0", b"*") == ["message", 1]
     for packet in (b"[]", b"[1]", b"{}", b'"x"'):
         assert said(b"data", b"1", b"packet", packet) == ["message", 1]
-    # A client that cannot fill a placeholder closes the connection, and gets the event again.
+    # A client that cannot fill a placeholder reconnects and receives the same event again.
     missing = b'["m",{"_placeholder":true,"num":1}]'
     assert said(b"data", b"1", b"packet", missing, b"attachment.0", b"AQI=") == ["message", 1]
     swapped = b'{"num":5,"_placeholder":true}'
@@ -70,25 +70,25 @@ def test_an_xadd_is_an_emit() -> None:
 def test_an_escaped_placeholder_without_an_attachment_is_not_sent_with_attachments(
     key: bytes,
 ) -> None:
-    """A 2.x client throws for one, and its page or process ends."""
+    """A 2.x client raises an exception for it, which stops its page or process."""
     first = entry.placeholder(0)
     for number in (b"7", b"0"):
         data = b'[%b,{"%b":true,"num":%b}]' % (first, key, number)
         event = entry.decode(CHANNEL, ID, [b"data", data, b"binary.0", b"x"], 1000).body
         assert isinstance(event, Event)
         assert entry_format.encode_event(event)[1].attachments == []
-    # A backslash that is itself escaped makes another key.
+    # An escaped backslash makes a different key.
     other = b'[%b,{"\\%b":true}]' % (first, key)
     event = entry.decode(CHANNEL, ID, [b"data", other, b"binary.0", b"x"], 1000).body
     assert isinstance(event, Event)
     assert entry_format.encode_event(event)[1].attachments == [b"x"]
 
 
-def test_the_name_of_an_earlier_version_s_packet_is_the_event_s() -> None:
+def test_the_name_in_a_packet_of_an_earlier_version_is_the_events_name() -> None:
     fields = [b"data", b"1", b"type", b"fine", b"packet", b'["connect",1]']
     event = entry.decode(CHANNEL, ID, fields, 1000).body
     assert isinstance(event, Event)
-    # The encoder delivers no event with a name that clients fire themselves.
+    # The encoder drops events with names that clients emit themselves.
     assert entry_format.encode_event(event)[0] == "connect"
 
 
@@ -102,12 +102,12 @@ json_values: st.SearchStrategy[Any] = st.recursive(
 
 
 @given(st.text(st.characters(codec="utf-8")), st.lists(json_values, max_size=3))
-def test_names_and_arguments_come_back(name: str, args: list[Any]) -> None:
+def test_names_and_arguments_survive_encoding_and_decoding(name: str, args: list[Any]) -> None:
     emit = Emit(name=name, args=tuple(args), rooms=("r",))
     assert back(emit) == (name, [name, *args], [])
 
 
-def test_binary_arguments_come_back_and_are_base64_to_others() -> None:
+def test_binary_arguments_survive_and_are_base64_for_other_protocols() -> None:
     emit = Emit(name="b", args=({"x": [b"\1\2"]}, b"\xff"), rooms=("r",))
     place = {"_placeholder": True, "num": 0}
     assert back(emit) == (
@@ -146,7 +146,7 @@ def test_a_placeholder_is_filled_once() -> None:
 
 
 @pytest.mark.parametrize("name", ["a b", "{x}", "100%", "\t", "ü", "a#b", "~x", "\u2028"])
-def test_any_room_has_a_workspace_and_back(name: str) -> None:
+def test_every_room_maps_to_a_channel_and_back(name: str) -> None:
     assert room_of(channel_of(name)) == name
 
 
@@ -163,14 +163,14 @@ def test_sockets_have_no_stream_of_their_own() -> None:
     assert [copy.channel for copy in entry_format.copies(Emit(name="m"))] == ["axr:allusers"]
 
 
-def test_of_several_rooms_a_client_takes_the_first_that_it_can_get() -> None:
+def test_of_several_rooms_a_client_receives_the_first_it_can_read() -> None:
     extra = {b"rooms": b'["a","b","c"]', b"copies": b"5-0 5-1"}
     third = audience(extra)
     assert third == Audience(("a", "b", "c"), (("a", ID), ("b", EntryID(5, 1))))
     in_c = {"c": EntryID(1, 0)}
     assert third.wants("c", in_c, ())
     assert not third.wants("c", {**in_c, "a": EntryID(4, 0)}, ())
-    # Joined after the copy in a: that one it never gets.
+    # The client joined `a` after the copy there, so it never receives that copy.
     assert third.wants("c", {**in_c, "a": EntryID(5, 0)}, ())
     assert not third.wants("c", {**in_c, "b": EntryID(5, 0)}, ())
 
@@ -182,11 +182,11 @@ def test_except_names_rooms_and_sockets() -> None:
     assert not found.wants("r", {"r": ID}, ("~me",))
 
 
-def test_everybody_means_also_those_who_left_the_room() -> None:
+def test_an_event_for_everybody_includes_clients_that_left_the_room() -> None:
     assert audience({b"rooms": b"[]"}).wants("allusers", {}, ())
     assert not audience({}).wants("allusers", {}, ())
 
 
 @given(st.dictionaries(st.sampled_from([b"rooms", b"copies", b"except"]), st.binary()))
-def test_fields_that_are_not_right_are_as_none(extra: dict[bytes, bytes]) -> None:
+def test_invalid_fields_are_ignored(extra: dict[bytes, bytes]) -> None:
     assert isinstance(audience(extra), Audience)

@@ -1,4 +1,4 @@
-"""Two workers in one process: real sockets between them, counts made up."""
+"""Two workers in one process, with real sockets between them and set numbers of clients."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def connection() -> Iterator[tuple[socket.socket, socket.socket]]:
 Pair = tuple[socket.socket, socket.socket]
 
 
-def test_who_has_about_as_many_keeps_it(sides: tuple[Side, Side], connection: Pair) -> None:
+def test_a_worker_with_about_as_many_connections_keeps_a_new_one(
+    sides: tuple[Side, Side], connection: Pair
+) -> None:
     first, second = sides
     first.clients, second.clients = 103, 100
     first.beat()
@@ -63,7 +65,9 @@ def test_who_has_about_as_many_keeps_it(sides: tuple[Side, Side], connection: Pa
     assert not second.balance.give(connection[0])
 
 
-def test_what_is_on_its_way_counts_once(sides: tuple[Side, Side], connection: Pair) -> None:
+def test_a_connection_that_is_being_passed_counts_once(
+    sides: tuple[Side, Side], connection: Pair
+) -> None:
     first, second = sides
     for _ in range(4):
         assert not first.balance.give(connection[0])
@@ -74,7 +78,7 @@ def test_what_is_on_its_way_counts_once(sides: tuple[Side, Side], connection: Pa
     assert second.worker.memory.connections(1) == 4
 
 
-async def test_a_sibling_with_fewer_gets_it_whole(
+async def test_a_worker_with_fewer_connections_receives_it_complete(
     sides: tuple[Side, Side], connection: Pair
 ) -> None:
     first, second = sides
@@ -123,7 +127,7 @@ async def test_a_request_goes_to_the_worker_with_that_address(
             assert found == (3, early, 2, peer)
             connected.send(b"here")
         assert far.recv(10) == b"here"
-        # A worker that hangs or is stopping still gets the requests of its sessions.
+        # A frozen or stopping worker still receives the requests of its sessions.
         second.worker.memory.clear(2)
         assert first.balance.pass_on("0000000b", replace(request, connection=far))
         second.worker.memory.mark_dead(2)
@@ -132,7 +136,7 @@ async def test_a_request_goes_to_the_worker_with_that_address(
         second.balance.stop()
 
 
-def test_a_sibling_that_hangs_or_has_left_gets_nothing(
+def test_a_frozen_or_stopped_worker_receives_no_connection(
     sides: tuple[Side, Side], connection: Pair
 ) -> None:
     first, second = sides
@@ -141,7 +145,9 @@ def test_a_sibling_that_hangs_or_has_left_gets_nothing(
     assert not first.balance.give(connection[0])
 
 
-def test_no_more_is_handed_on_than_evens_it_out(sides: tuple[Side, Side], connection: Pair) -> None:
+def test_passes_on_only_as_many_as_balance_the_workers(
+    sides: tuple[Side, Side], connection: Pair
+) -> None:
     first, second = sides
     first.clients, second.clients = 60, 40
     first.beat()
@@ -152,7 +158,9 @@ def test_no_more_is_handed_on_than_evens_it_out(sides: tuple[Side, Side], connec
     assert 14 <= given <= 20
 
 
-def test_a_full_inbox_keeps_it_here(sides: tuple[Side, Side], connection: Pair) -> None:
+def test_a_connection_stays_if_the_other_workers_inbox_is_full(
+    sides: tuple[Side, Side], connection: Pair
+) -> None:
     first, _ = sides
     first.clients = 100_000
     first.beat()

@@ -1,4 +1,4 @@
-"""A request is handled by its session's worker, whichever worker has read it."""
+"""The worker of a session handles its requests, no matter which worker has read them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OWNER, ASKER, NOBODY = "0000000a", "0000000b", "0000000c"
 
 
 class Worker:
-    """Reads requests at any path and passes them on to `owner`; handles its own by path."""
+    """Passes requests of every path on to `owner`, or handles them if it is the owner."""
 
     def __init__(self, node: ClusterWorker, reaper: Reaper) -> None:
         self.node = node
@@ -139,22 +139,22 @@ class Both:
 
 @pytest.fixture(params=["local", "socket", "pair", "other host"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How the request gets to the owner."""
+    """Return how the request gets to the owner."""
     way = str(request.param)
     if way == "pair":
-        # As with TLS.
+        # The kernel cannot copy the data of TLS connections.
         monkeypatch.setattr(forwarder, "_can_pass", lambda _: False)
     return way
 
 
-def test_a_request_is_handled_with_all_that_it_had(run: Run, reaper: Reaper, way: str) -> None:
+def test_a_request_is_handled_with_its_headers_and_body(run: Run, reaper: Reaper, way: str) -> None:
     async def main() -> None:
         both = Both(reaper, way)
         async with (
             both.serving() as port,
             raw_client(port, b"") as (reader, writer),
         ):
-            for _ in range(2):  # on one connection
+            for _ in range(2):  # Both requests use one connection.
                 writer.write(
                     b"POST /now?a=b%20c&a=d HTTP/1.1\r\nHost: x\r\nX-Odd: caf\xe9 \xf0\x9f\x98"
                     b"\x80\r\nContent-Length: 5\r\n\r\nhello"
@@ -178,7 +178,7 @@ def test_a_request_is_handled_with_all_that_it_had(run: Run, reaper: Reaper, way
     run(main())
 
 
-def test_an_answer_may_come_later_and_the_connection_goes_on(
+def test_the_connection_stays_open_after_a_delayed_response(
     run: Run, reaper: Reaper, way: str
 ) -> None:
     async def main() -> None:
@@ -206,7 +206,7 @@ def test_an_answer_may_come_later_and_the_connection_goes_on(
     run(main())
 
 
-def test_a_client_that_wants_the_connection_closed_has_it_closed(
+def test_the_connection_closes_after_the_response_if_the_client_asks(
     run: Run, reaper: Reaper, way: str
 ) -> None:
     async def main() -> None:
@@ -229,7 +229,7 @@ def test_a_client_that_wants_the_connection_closed_has_it_closed(
     run(main())
 
 
-def test_the_owner_learns_that_a_waiting_client_has_gone(
+def test_the_owner_is_notified_when_a_waiting_client_disconnects(
     run: Run, reaper: Reaper, way: str
 ) -> None:
     async def main() -> None:
@@ -249,9 +249,7 @@ def test_the_owner_learns_that_a_waiting_client_has_gone(
     run(main())
 
 
-def test_a_stream_is_paused_where_its_client_is_slow_and_loses_nothing(
-    run: Run, reaper: Reaper, way: str
-) -> None:
+def test_a_stream_pauses_for_a_slow_client_without_loss(run: Run, reaper: Reaper, way: str) -> None:
     async def main() -> None:
         both = Both(reaper, way)
         owner = both.owner
@@ -263,7 +261,7 @@ def test_a_stream_is_paused_where_its_client_is_slow_and_loses_nothing(
             (stream,) = owner.streams
             written = 0
             got: list[bytes] = []
-            # More than both kernels' buffers.
+            # This exceeds the buffers of both kernels.
             while written < 30_000_000:
                 stream.write(b"%07d\n" % (written // 8) * 128)
                 written += 8 * 128
@@ -284,7 +282,7 @@ def test_a_stream_is_paused_where_its_client_is_slow_and_loses_nothing(
     run(main())
 
 
-def test_a_websocket_is_handed_over_both_ways(run: Run, reaper: Reaper, way: str) -> None:
+def test_a_websocket_is_passed_on_in_both_directions(run: Run, reaper: Reaper, way: str) -> None:
     async def main() -> None:
         both = Both(reaper, way)
         owner = both.owner
@@ -306,7 +304,7 @@ def test_a_websocket_is_handed_over_both_ways(run: Run, reaper: Reaper, way: str
     run(main())
 
 
-def test_a_websocket_whose_owner_does_not_read_is_held_up(
+def test_a_websocket_whose_owner_does_not_read_gets_back_pressure(
     run: Run, reaper: Reaper, way: str
 ) -> None:
     async def main() -> None:
@@ -321,7 +319,7 @@ def test_a_websocket_whose_owner_does_not_read_is_held_up(
             socket.pause_reading()
             frame = masked(1, b"x" * 60_000)
             count = 0
-            # Until both kernels' buffers and what may be under way are full.
+            # Send until the buffers of both kernels and of the relay are full.
             while writer.transport.get_write_buffer_size() < 1_000_000:
                 writer.write(frame)
                 count += 1
@@ -396,7 +394,7 @@ def test_a_request_for_a_worker_that_has_died_or_is_unreachable(
     run(main())
 
 
-def test_a_request_is_not_passed_on_for_ever(run: Run, reaper: Reaper) -> None:
+def test_a_request_is_passed_on_once_only(run: Run, reaper: Reaper) -> None:
     async def main() -> None:
         both = Both(reaper, "socket")
         both.owner.owner = ASKER
@@ -420,7 +418,7 @@ def test_the_death_of_the_owner_ends_spliced_connections(run: Run, reaper: Reape
     run(main())
 
 
-def test_the_internal_address_serves_nothing_else(run: Run, reaper: Reaper) -> None:
+def test_the_internal_address_rejects_other_requests(run: Run, reaper: Reaper) -> None:
     async def main() -> None:
         both = Both(reaper, "other host")
         async with both.serving():

@@ -33,7 +33,7 @@ any_packets = st.one_of(
 # ---- captured: socket.io-client 2.5.0, 3.1.3 and 4.8.4 against socket.io 4.8.4 ------------------
 
 
-def test_protocol_3_counts_characters_and_may_put_two_packets_into_the_open_answer() -> None:
+def test_protocol_3_counts_characters_and_allows_two_packets_in_the_open_response() -> None:
     opened = Packet(packets.OPEN, b'{"sid":"x"}')
     body = encode_payload([opened, Packet(MESSAGE, b"0")], 3, base64_only=True)
     assert body == Body(b'12:0{"sid":"x"}2:40')
@@ -46,7 +46,7 @@ def test_protocol_3_with_b64_writes_binary_data_as_base64_with_its_type() -> Non
     )
 
 
-def test_protocol_3_without_b64_writes_an_octet_stream_where_there_is_binary_data() -> None:
+def test_protocol_3_without_b64_sends_binary_data_as_an_octet_stream() -> None:
     both = [Packet(MESSAGE, BIN_EVENT), Packet(MESSAGE, BYTES, True)]
     body = encode_payload(both, 3, base64_only=False)
     assert body.binary
@@ -89,13 +89,13 @@ def test_lengths_of_protocol_3_count_utf_16_units() -> None:
     assert decode_payload(body.data, 3, binary=False) == [smile, Packet(MESSAGE, b"x")]
 
 
-def test_jsonp_answers_are_scripts_without_line_ends() -> None:
+def test_jsonp_responses_are_scripts_without_line_breaks() -> None:
     answer = jsonp_answer(0, '2:4"\u2028\n'.encode())
     assert answer == b'___eio[0]("2:4\\"\\u2028\\n");'
 
 
-def test_jsonp_bodies_come_with_their_line_ends_escaped() -> None:
-    # engine.io-client 3.5: `\n` becomes backslash-n, and those two characters get one more.
+def test_line_breaks_in_jsonp_bodies_are_escaped() -> None:
+    # engine.io-client 3.5 escapes a line break as `\n`, and a literal `\n` as `\\n`.
     assert jsonp_body(rb"5:4a\nb") == b"5:4a\nb"
     assert jsonp_body(rb"6:4a\\nb") == rb"6:4a\nb"
 
@@ -104,24 +104,26 @@ def test_jsonp_bodies_come_with_their_line_ends_escaped() -> None:
 
 
 @given(st.lists(any_packets, min_size=1), st.sampled_from([3, 4]), st.booleans())
-def test_a_body_gives_back_its_packets(sent: list[Packet], version: int, base64_only: bool) -> None:
+def test_decoding_a_body_returns_its_packets(
+    sent: list[Packet], version: int, base64_only: bool
+) -> None:
     body = encode_payload(sent, version, base64_only=base64_only)
     assert decode_payload(body.data, version, binary=body.binary) == sent
 
 
 @given(st.lists(any_packets), st.sampled_from([3, 4]))
-def test_frames_give_back_their_packets(sent: list[Packet], version: int) -> None:
+def test_decoding_frames_returns_their_packets(sent: list[Packet], version: int) -> None:
     assert unframe(b"".join(frame(packet, version) for packet in sent), version) == sent
 
 
 @pytest.mark.parametrize("size", [125, 126, 65535, 65536])
-def test_frames_of_every_length_form_are_found_again(size: int) -> None:
+def test_frames_of_every_length_encoding_are_decoded(size: int) -> None:
     packet = Packet(MESSAGE, b"x" * (size - 1))
     assert unframe(frame(packet, 4) + frame(Packet(6), 4), 4) == [packet, Packet(6)]
 
 
 @given(st.binary(), st.sampled_from([3, 4]), st.booleans())
-def test_garbage_is_malformed_and_nothing_worse(body: bytes, version: int, binary: bool) -> None:
+def test_random_bytes_raise_only_malformed(body: bytes, version: int, binary: bool) -> None:
     try:
         found = decode_payload(body, version, binary=binary)
     except Malformed:
@@ -144,7 +146,7 @@ def test_garbage_is_malformed_and_nothing_worse(body: bytes, version: int, binar
         b"3:b4*",
     ],
 )
-def test_protocol_3_bodies_that_are_not_right(body: bytes) -> None:
+def test_malformed_protocol_3_bodies(body: bytes) -> None:
     if not body:
         assert decode_payload(body, 3, binary=False) == []
         return
@@ -153,7 +155,7 @@ def test_protocol_3_bodies_that_are_not_right(body: bytes) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"7", b"\x1e", b"4a\x1e", b"b*"])
-def test_protocol_4_bodies_that_are_not_right(body: bytes) -> None:
+def test_malformed_protocol_4_bodies(body: bytes) -> None:
     with pytest.raises(Malformed):
         decode_payload(body, 4, binary=False)
 

@@ -1,4 +1,4 @@
-"""A client's socket over real TCP: full, drained, closed, in every order."""
+"""A client's socket over real TCP: full, drained and closed, in every order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BUFFER = 65536
 
 
 class Owner:
-    """Keeps the order of a socket's callbacks."""
+    """Records the order of a socket's callbacks."""
 
     def __init__(self, reaper: Reaper) -> None:
         self.socket = ClientSocket(buffer_bytes=BUFFER, reaper=reaper)
@@ -41,7 +41,7 @@ class Owner:
         self.closed.set()
 
     def fill(self) -> int:
-        """Write until the socket is full; how many bytes that took."""
+        """Write until the socket is full; return the number of bytes."""
         wrote = 0
         while not self.socket.full:
             self.socket.write(b"x" * 50_000)
@@ -58,7 +58,7 @@ async def one_client(
     async def handler(request: web.Request) -> web.StreamResponse:
         owner = Owner(reaper)
         owners.append(owner)
-        # ClientSocket itself leaves data_received to its kinds; SSE's kind ignores it.
+        # Subclasses of ClientSocket implement data_received. That of SSE ignores the data.
         return take_over(request, sse.head(), owner.socket)
 
     async with (
@@ -70,7 +70,7 @@ async def one_client(
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
-def test_full_and_drained_alternate_and_nothing_is_lost(
+def test_full_and_drained_alternate_without_loss(
     run: Run, reaper: Reaper, tls: tuple[ssl.SSLContext, ssl.SSLContext], secure: bool
 ) -> None:
     async def main() -> None:
@@ -91,7 +91,7 @@ def test_full_and_drained_alternate_and_nothing_is_lost(
     run(main())
 
 
-def test_closing_flushes_what_waits_and_swallows_what_comes_later(run: Run, reaper: Reaper) -> None:
+def test_close_flushes_the_buffer_and_ignores_later_writes(run: Run, reaper: Reaper) -> None:
     async def main() -> None:
         async with one_client(reaper) as (owner, reader, _):
             wrote = owner.fill()
@@ -113,7 +113,7 @@ def test_closing_flushes_what_waits_and_swallows_what_comes_later(run: Run, reap
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
-def test_a_client_that_does_not_take_its_last_bytes_is_aborted(
+def test_a_client_that_does_not_read_its_last_bytes_is_aborted(
     run: Run, reaper: Reaper, tls: tuple[ssl.SSLContext, ssl.SSLContext], secure: bool
 ) -> None:
     async def main() -> None:
@@ -121,7 +121,7 @@ def test_a_client_that_does_not_take_its_last_bytes_is_aborted(
             assert owner.socket.peer() == "127.0.0.1"
             reader._transport.pause_reading()  # type: ignore[attr-defined]
             for _ in range(100):
-                # Beyond what the client's own buffers take.
+                # This exceeds the client's own buffers.
                 owner.socket.write(b"x" * 500_000)
             begin = asyncio.get_running_loop().time()
             owner.socket.close(b"last")
@@ -132,7 +132,7 @@ def test_a_client_that_does_not_take_its_last_bytes_is_aborted(
     run(main())
 
 
-def test_abort_drops_what_waits(run: Run, reaper: Reaper) -> None:
+def test_abort_drops_the_buffer(run: Run, reaper: Reaper) -> None:
     async def main() -> None:
         async with one_client(reaper) as (owner, _, _):
             owner.fill()
@@ -145,7 +145,7 @@ def test_abort_drops_what_waits(run: Run, reaper: Reaper) -> None:
 
 
 @pytest.mark.parametrize("how", ["eof", "reset"])
-def test_a_client_that_goes_is_told_once(run: Run, reaper: Reaper, how: str) -> None:
+def test_a_disconnect_is_reported_once(run: Run, reaper: Reaper, how: str) -> None:
     async def main() -> None:
         async with one_client(reaper) as (owner, _, writer):
             if how == "eof":
@@ -160,7 +160,7 @@ def test_a_client_that_goes_is_told_once(run: Run, reaper: Reaper, how: str) -> 
     run(main())
 
 
-def test_a_closed_socket_is_freed_without_the_collector(run: Run, reaper: Reaper) -> None:
+def test_a_closed_socket_is_freed_without_garbage_collection(run: Run, reaper: Reaper) -> None:
     async def main() -> None:
         async with one_client(reaper) as (owner, reader, _):
             gc.collect()
@@ -179,7 +179,7 @@ def test_a_closed_socket_is_freed_without_the_collector(run: Run, reaper: Reaper
     run(main())
 
 
-def test_before_the_take_over_there_is_nothing_to_write_to(reaper: Reaper) -> None:
+def test_writing_before_the_take_over_has_no_effect(reaper: Reaper) -> None:
     socket = ClientSocket(buffer_bytes=BUFFER, reaper=reaper)
     socket.write(b"x")
     socket.close(b"x")

@@ -1,4 +1,4 @@
-"""One timer for all: each at its time, none after it was removed, no timer without items."""
+"""Deadlines share one timer: each item is due at its time, unless it was removed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from relay.transports.socket.deadlines import Deadlines
 from tests.unit.transports.serving import Run
 
 
-def test_each_comes_once_in_the_order_of_its_time(run: Run) -> None:
+def test_each_item_is_due_once_in_the_order_of_deadlines(run: Run) -> None:
     async def main() -> None:
         due: list[str] = []
         done = asyncio.Event()
@@ -24,7 +24,7 @@ def test_each_comes_once_in_the_order_of_its_time(run: Run) -> None:
         waiting.remove("removed")
         waiting.remove("never there")
         await asyncio.sleep(0.01)
-        # Its time begins anew.
+        # Its time starts again.
         waiting.add("again")
         waiting.add("last")
         assert "one" in waiting
@@ -37,7 +37,7 @@ def test_each_comes_once_in_the_order_of_its_time(run: Run) -> None:
     run(main())
 
 
-def test_what_is_done_when_one_is_due_may_change_the_others(run: Run) -> None:
+def test_a_callback_may_change_other_items(run: Run) -> None:
     async def main() -> None:
         due: list[str] = []
         done = asyncio.Event()

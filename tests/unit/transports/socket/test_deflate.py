@@ -1,4 +1,4 @@
-"""permessage-deflate: by hand, and with aiohttp's client as a peer not written for this server."""
+"""permessage-deflate: with hand-made frames, and with aiohttp's client as an independent peer."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def compressed(payload: bytes, opcode: int = 1, *, fin: bool = True) -> bytes:
 
 @pytest.mark.parametrize("level", [HUFFMAN_ONLY, -1, 0, 1, 9])
 @pytest.mark.parametrize("message", [b"", b"a", b'{"a":1}' * 100])
-def test_what_was_compressed_is_read_again(message: bytes, level: int) -> None:
+def test_compressed_messages_are_read(message: bytes, level: int) -> None:
     assert inflate(deflate(message, level), 1000) == message
 
 
-def test_a_bomb_is_never_held() -> None:
+def test_a_decompression_bomb_is_rejected() -> None:
     assert inflate(deflate(b"\0" * 10_000_000, 9), 1000) is None
 
 
@@ -46,7 +46,7 @@ def test_the_limit_itself_is_allowed() -> None:
     assert inflate(deflate(b"x" * 1001, 1), 1000) is None
 
 
-def test_what_is_not_compressed_is_said_so() -> None:
+def test_invalid_compressed_data_raises_an_error() -> None:
     with pytest.raises(InflateError):
         inflate(b"\xff\xff\xff\xff", 1000)
 
@@ -58,14 +58,14 @@ def test_what_is_not_compressed_is_said_so() -> None:
         ("permessage-deflate; client_max_window_bits", True),
         ("Permessage-Deflate; server_no_context_takeover", True),
         ("x-webkit-deflate-frame, permessage-deflate", True),
-        # Frames that all clients share use the largest window.
+        # Frames are shared by all clients and use the largest window.
         ("permessage-deflate; server_max_window_bits=10", False),
         ("permessage-deflate; server_max_window_bits=10, permessage-deflate", True),
         ("x-webkit-deflate-frame", False),
         ("", False),
     ],
 )
-def test_an_offer_is_taken_where_it_can_be_kept(offer: str, agreed: bool) -> None:
+def test_an_offer_is_accepted_if_its_parameters_are_supported(offer: str, agreed: bool) -> None:
     headers = {"Sec-WebSocket-Extensions": offer} if offer else {}
     assert is_offered(make_mocked_request("GET", "/", headers=headers)) is agreed
 
@@ -84,25 +84,25 @@ def test_compressed_and_plain_messages_may_take_turns() -> None:
         (compressed(deflate(b"x" * 5000, 9)), 1009),
         (compressed(b"\xff\xff\xff"), 1007),
         (compressed(deflate(b"\xff", 1)), 1007),
-        # The bit stands on a message's first frame, and on no control frame.
+        # Only the first frame of a message has the bit, and no control frame.
         (masked(1, b"a", fin=False) + compressed(b"b", opcode=0), 1002),
         (compressed(b"", opcode=9), 1002),
         (masked(1 | 0x20, b"a"), 1002),
     ],
 )
-def test_what_breaks_the_agreement_closes(data: bytes, code: int) -> None:
+def test_a_violation_of_the_negotiated_parameters_closes(data: bytes, code: int) -> None:
     with pytest.raises(ProtocolViolation) as caught:
         FrameReader(LIMIT, compressed=True).feed(data)
     assert caught.value.code == code
 
 
-def test_without_an_agreement_nothing_may_be_compressed() -> None:
+def test_compression_without_negotiation_is_a_violation() -> None:
     with pytest.raises(ProtocolViolation) as caught:
         FrameReader(LIMIT).feed(compressed(deflate(b"a", 1)))
     assert caught.value.code == 1002
 
 
-def test_aiohttps_own_client_agrees_to_it(run: Run, reaper: Reaper) -> None:
+def test_aiohttps_client_negotiates_compression(run: Run, reaper: Reaper) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
         wants = is_offered(request)
         head = accept_headers(request, compress=wants)
@@ -127,7 +127,7 @@ def test_aiohttps_own_client_agrees_to_it(run: Run, reaper: Reaper) -> None:
     run(main())
 
 
-def test_only_a_pong_answers_where_a_pong_is_asked_for(run: Run, reaper: Reaper) -> None:
+def test_only_a_pong_counts_if_pongs_are_required(run: Run, reaper: Reaper) -> None:
     beats = Heartbeat(interval_s=0.2, beat=frame_ping(b"ping"), deadline_s=0.1)
 
     async def handler(request: web.Request) -> web.StreamResponse:
@@ -179,7 +179,7 @@ def test_only_a_pong_answers_where_a_pong_is_asked_for(run: Run, reaper: Reaper)
     run(main())
 
 
-def test_who_is_not_read_is_not_silent(run: Run, reaper: Reaper) -> None:
+def test_a_client_is_not_overdue_while_reading_is_paused(run: Run, reaper: Reaper) -> None:
     beats = Heartbeat(interval_s=0.2, beat=frame_ping(b"ping"), deadline_s=0.1)
 
     async def handler(request: web.Request) -> web.StreamResponse:
@@ -203,7 +203,7 @@ def test_who_is_not_read_is_not_silent(run: Run, reaper: Reaper) -> None:
     run(main())
 
 
-def test_reading_can_wait(run: Run, reaper: Reaper) -> None:
+def test_reading_can_be_paused(run: Run, reaper: Reaper) -> None:
     taken: asyncio.Queue[bytes] = asyncio.Queue()
     clients: list[WebSocketConnection] = []
 
@@ -232,7 +232,7 @@ def test_reading_can_wait(run: Run, reaper: Reaper) -> None:
     run(main())
 
 
-def test_zlibs_own_reader_understands_it() -> None:
+def test_zlib_decompresses_it() -> None:
     made = zlib.decompressobj(-15)
     assert made.decompress(deflate(b"hello hello hello", 6) + b"\0\0\xff\xff") == (
         b"hello hello hello"

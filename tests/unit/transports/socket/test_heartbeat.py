@@ -1,4 +1,4 @@
-"""Beats over real sockets; the wheel is turned by hand where time is not the point."""
+"""Heartbeats over real sockets. Tests that are not about time advance the timer by hand."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from tests.unit.transports.serving import (
     serving,
 )
 
-# A tick is a tenth of a second where the interval allows it: these have 20 slots.
+# A tick is a tenth of a second if the interval allows it, so these have 20 slots.
 SLOTS = 20
 FAREWELL = frame_close(4408, "no answer to pings")
 
 
 class Door:
-    """Takes over every connection: a WebSocket, or an event stream."""
+    """Takes over every connection as a WebSocket or an event stream."""
 
     def __init__(self, reaper: Reaper, heartbeat: Heartbeat) -> None:
         self.reaper, self.heartbeat = reaper, heartbeat
@@ -89,7 +89,7 @@ def pings() -> Heartbeat:
     return Heartbeat(interval_s=2.0, beat=PING, deadline_s=1.0, farewell=FAREWELL)
 
 
-def test_a_client_that_answers_stays_and_one_that_does_not_is_told_and_closed(
+def test_only_a_client_that_does_not_answer_is_closed_with_a_reason(
     run: Run, reaper: Reaper
 ) -> None:
     async def main() -> None:
@@ -105,7 +105,7 @@ def test_a_client_that_answers_stays_and_one_that_does_not_is_told_and_closed(
             assert await reader.readexactly(2) == PING
             assert await reader.readexactly(len(FAREWELL)) == FAREWELL
             assert client.closing
-            # It does not answer that either.
+            # The client does not answer the close frame either.
             assert await door.closed.get() is client
             assert len(door.heartbeat) == 0
 
@@ -128,7 +128,9 @@ def test_a_deadline_longer_than_the_interval_is_kept(run: Run, reaper: Reaper) -
     run(main())
 
 
-def test_a_stream_is_beaten_only_when_nothing_else_was_written(run: Run, reaper: Reaper) -> None:
+def test_a_stream_gets_a_heartbeat_only_if_nothing_else_was_written(
+    run: Run, reaper: Reaper
+) -> None:
     async def main() -> None:
         heartbeat = Heartbeat(interval_s=2.0, beat=b":\n\n", only_quiet=True)
         door = Door(reaper, heartbeat)
@@ -149,10 +151,8 @@ def only_silent() -> Heartbeat:
     return Heartbeat(interval_s=2.0, beat=PING, deadline_s=1.0, farewell=FAREWELL, only_quiet=True)
 
 
-def test_a_client_that_only_answers_pings_stays_while_it_is_written_to(
-    run: Run, reaper: Reaper
-) -> None:
-    """A page that follows a busy library: it sends nothing by itself."""
+def test_a_client_that_sends_only_pongs_stays_connected(run: Run, reaper: Reaper) -> None:
+    """A page that follows a busy library sends nothing by itself."""
 
     async def main() -> None:
         heartbeat = only_silent()
@@ -166,7 +166,7 @@ def test_a_client_that_only_answers_pings_stays_while_it_is_written_to(
                 while client.silent_since:
                     await asyncio.sleep(0)
             assert not client.closing
-            # One that does not even answer pings is gone, whatever is written to it.
+            # A client that does not answer pings is closed, even if data is written to it.
             for _ in range(2 * SLOTS):
                 client.write(frame_text(b"event"))
                 turn(heartbeat, 1)
@@ -192,7 +192,7 @@ def test_a_client_that_pings_is_not_pinged(run: Run, reaper: Reaper) -> None:
 
 
 @pytest.mark.parametrize("request_bytes", [HANDSHAKE, GET], ids=["websocket", "sse"])
-def test_a_full_client_is_not_beaten_and_has_longer(
+def test_a_client_with_a_full_buffer_gets_no_heartbeat_and_more_time(
     run: Run, reaper: Reaper, request_bytes: bytes
 ) -> None:
     async def main() -> None:
@@ -209,7 +209,7 @@ def test_a_full_client_is_not_beaten_and_has_longer(
             client.on_drained = drained.set
             assert await reader.readexactly(wrote) == b"x" * wrote
             await drained.wait()
-            # Draining was a sign of life: the count begins anew, with a beat.
+            # The client has read data, so its time starts again with a heartbeat.
             turn(heartbeat, SLOTS - 1)
             assert not client.closing
             while not client.full:
@@ -221,7 +221,7 @@ def test_a_full_client_is_not_beaten_and_has_longer(
     run(main())
 
 
-def test_a_crowd_is_spread_over_the_interval(run: Run, reaper: Reaper) -> None:
+def test_heartbeats_of_many_clients_are_spread_over_the_interval(run: Run, reaper: Reaper) -> None:
     async def main() -> None:
         door = Door(reaper, pings())
         async with serving(door.handle) as (port, _), AsyncExitStack() as stack:
@@ -229,7 +229,7 @@ def test_a_crowd_is_spread_over_the_interval(run: Run, reaper: Reaper) -> None:
                 reader, _ = await stack.enter_async_context(raw_client(port, HANDSHAKE))
                 await head_of(reader)
             assert len(door.heartbeat) == 3 * SLOTS
-            # A slow machine may have turned the wheel meanwhile.
+            # On a slow machine the timer may have advanced meanwhile.
             for client in door.clients:
                 client.silent_since = 0
             for _ in range(SLOTS):
@@ -241,7 +241,7 @@ def test_a_crowd_is_spread_over_the_interval(run: Run, reaper: Reaper) -> None:
     run(main())
 
 
-def test_time_turns_the_wheel_and_stops_with_the_last_client(run: Run, reaper: Reaper) -> None:
+def test_the_timer_stops_with_the_last_client_and_starts_again(run: Run, reaper: Reaper) -> None:
     async def main() -> None:
         heartbeat = Heartbeat(interval_s=0.05, beat=PING, deadline_s=0.1, farewell=FAREWELL)
         door = Door(reaper, heartbeat)
@@ -256,7 +256,7 @@ def test_time_turns_the_wheel_and_stops_with_the_last_client(run: Run, reaper: R
     run(main())
 
 
-def test_a_stopped_process_does_not_find_its_clients_overdue(run: Run, reaper: Reaper) -> None:
+def test_clients_are_not_overdue_after_a_freeze_of_the_process(run: Run, reaper: Reaper) -> None:
     async def main() -> None:
         heartbeat = Heartbeat(interval_s=0.2, beat=PING, deadline_s=0.1, farewell=FAREWELL)
         door = Door(reaper, heartbeat)
@@ -265,7 +265,7 @@ def test_a_stopped_process_does_not_find_its_clients_overdue(run: Run, reaper: R
                 await reader.readexactly(2)
                 writer.write(masked(10, b""))
                 await writer.drain()
-                # The loop stands still far longer than the deadline, the answer in the socket.
+                # Block the loop far longer than the deadline, while the pong is in the socket.
                 deadline = asyncio.get_running_loop().time() + 0.7
                 while asyncio.get_running_loop().time() < deadline:
                     pass

@@ -147,7 +147,7 @@ def test_a_connection_without_a_complete_head_is_closed(
     run(main())
 
 
-def test_bytes_that_drip_do_not_extend_the_time_for_a_head(run: Run) -> None:
+def test_single_bytes_do_not_extend_the_time_for_a_head(run: Run) -> None:
     async def main() -> None:
         async with (
             serving(head_timeout_s=0.5) as site,
@@ -200,7 +200,7 @@ def test_a_connection_that_was_taken_over_has_no_time_limit(run: Run) -> None:
     run(main())
 
 
-def test_a_body_that_does_not_arrive_is_given_up(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_that_does_not_arrive_times_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bodies, "BODY_TIMEOUT_S", 0.2)
 
     async def main() -> None:
@@ -246,7 +246,7 @@ def test_old_connections_without_a_request_make_room_for_new_clients(
                 crowd.append(socket.create_connection(("127.0.0.1", site.port)))
                 crowd[-1].sendall(b"GET /pi")
                 await asyncio.sleep(0)
-            # A real client that has just connected is not closed for them.
+            # A client that has just connected is not closed in favour of them.
             async with raw_client(site.port, PING) as (reader, _):
                 assert b"200 OK" in await head_of(reader)
             while True:
@@ -288,7 +288,7 @@ def test_no_body_is_decompressed(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     run(main())
 
 
-def test_an_early_answer_is_read_although_the_body_is_still_sent(run: Run) -> None:
+def test_an_early_response_is_read_while_the_body_is_still_sent(run: Run) -> None:
     async def main() -> None:
         async with serving() as site:
             for path, status in ((b"/body", b"413"), (b"/nowhere", b"404")):
@@ -302,7 +302,7 @@ def test_an_early_answer_is_read_although_the_body_is_still_sent(run: Run) -> No
                     text = await closed(reader)
                     assert text.split()[1] == status
                     assert b"Connection: close" in text
-            # Only so much, and only for so long.
+            # The amount and the time are limited.
             async with raw_client(site.port, post(b"/nowhere", b"", size=1 << 40)) as (_, writer):
                 with pytest.raises(ConnectionError):
                     await endless(writer)
@@ -464,7 +464,7 @@ def test_a_client_that_leaves_before_its_request_starts_leaves_nothing_in_the_lo
                 await asyncio.sleep(0.01)
             (connection,) = site.limits.heads._due
             await asyncio.sleep(0.01)
-            # One turn of the loop has read the request and found the connection closed.
+            # One iteration of the event loop has read the request and the end of the connection.
             connection.data_received(PING)
             connection.connection_lost(ConnectionResetError())
             writer.transport.abort()
@@ -534,7 +534,7 @@ def test_large_bodies_share_the_turns_in_which_they_are_read(run: Run) -> None:
             assert [each.result() for each in answers] == [b"HTTP/1.1 200"] * clients
             assert site.sizes == [LIMIT_BYTES] * clients
             assert steps > clients
-            # Without the pace, all of them are read in the same turn.
+            # Without the limit, all bodies are read in the same iteration of the event loop.
             assert most <= 6 * read_at_once
 
     run(main())
@@ -573,7 +573,7 @@ def test_incomplete_messages_of_all_websockets_have_a_common_limit(run: Run) -> 
                 second.write(whole[:500_000])
                 while limits.bodies.held_bytes < 899_000:
                     await asyncio.sleep(0.01)
-                # Together they are too large now, and the largest one is rejected.
+                # Their sum now exceeds the limit, so the largest message is rejected.
                 second.write(whole[500_000:620_000])
                 async with asyncio.timeout(5):
                     assert (await large.read(4))[2:] == (1013).to_bytes(2, "big")

@@ -1,4 +1,4 @@
-"""A real server runs out of descriptors: those inside go on, those outside get in later."""
+"""A real server runs out of descriptors: its clients stay, and new ones wait."""
 
 from __future__ import annotations
 
@@ -110,13 +110,13 @@ def is_served(client: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-def test_out_of_descriptors_clients_go_on_the_processor_rests_and_new_ones_come_in_later(
+def test_without_descriptors_clients_stay_connected_and_new_ones_wait_without_busy_looping(
     loop: str,
 ) -> None:
     with server(loop) as it, ExitStack() as stack:
         crowd = [stack.enter_context(it.connect()) for _ in range(400)]
         served = [client for client in crowd if is_served(client)]
-        # The limit was raised from 64 to 200, of which an eighth is kept free.
+        # The limit was raised from 64 to 200, and an eighth of it is kept free.
         assert 130 < len(served) < 190
         free = 200 - len(os.listdir(f"/proc/{it.process.pid}/fd"))
         assert free >= 20
@@ -124,7 +124,7 @@ def test_out_of_descriptors_clients_go_on_the_processor_rests_and_new_ones_come_
         before = it.cpu_s()
         end = time.monotonic() + 2
         attempts = 0
-        # The burst may have been refused a little early.
+        # Some connections of the burst may have been rejected a little early.
         while is_served(late := stack.enter_context(it.connect())):
             served.append(late)
         while time.monotonic() < end:
@@ -153,7 +153,7 @@ def test_out_of_descriptors_clients_go_on_the_processor_rests_and_new_ones_come_
         assert len(errors) == 1
 
 
-def test_the_soft_limit_is_raised_to_the_hard_one() -> None:
+def test_the_soft_limit_is_raised_to_the_hard_limit() -> None:
     code = (
         "import resource as r\n"
         "from relay.transports.socket.listener import raise_open_file_limit\n"
@@ -164,7 +164,7 @@ def test_the_soft_limit_is_raised_to_the_hard_one() -> None:
     assert out.split() == ["300"] * 4
 
 
-def test_a_system_that_refuses_keeps_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_stays_if_the_system_rejects_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: int, __: tuple[int, int]) -> None:
         raise ValueError
 
@@ -173,7 +173,7 @@ def test_a_system_that_refuses_keeps_its_limit(monkeypatch: pytest.MonkeyPatch) 
     assert raise_open_file_limit() == 100
 
 
-def test_a_site_serves_tls_says_its_name_and_shares_its_port(
+def test_a_site_serves_tls_has_a_name_and_shares_its_port(
     run: Run, tls: tuple[ssl.SSLContext, ssl.SSLContext]
 ) -> None:
     async def hello(_: web.Request) -> web.StreamResponse:
@@ -195,13 +195,13 @@ def test_a_site_serves_tls_says_its_name_and_shares_its_port(
     run(main())
 
 
-def test_a_reconnect_storm_waits_in_the_kernels_queue(run: Run) -> None:
+def test_a_reconnect_storm_is_queued_by_the_kernel(run: Run) -> None:
     async def hello(_: web.Request) -> web.StreamResponse:
         return web.Response()
 
     async def main() -> None:
         async with serving(hello) as (port, _):
-            # The loop does not run while these connect: the queue holds more than asyncio's batch.
+            # The loop does not run while these connect, so the queue exceeds asyncio's batch size.
             with ExitStack() as stack:
                 for _ in range(300):
                     stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=2))
@@ -209,7 +209,7 @@ def test_a_reconnect_storm_waits_in_the_kernels_queue(run: Run) -> None:
     run(main())
 
 
-def test_refusals_are_counted_and_logged_with_one_text(
+def test_rejections_are_counted_and_logged_with_one_text(
     run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def hello(_: web.Request) -> web.StreamResponse:
@@ -232,7 +232,7 @@ def test_refusals_are_counted_and_logged_with_one_text(
     assert len({record.getMessage() for record in caplog.records}) == 1
 
 
-def test_a_client_that_leaves_while_its_request_is_handed_over_costs_nothing(run: Run) -> None:
+def test_a_client_that_disconnects_while_its_request_is_passed_leaves_nothing(run: Run) -> None:
     """Another worker has read the request, and the connection may end at any moment."""
 
     async def main() -> None:
@@ -250,7 +250,7 @@ def test_a_client_that_leaves_while_its_request_is_handed_over_costs_nothing(run
                         await asyncio.sleep(0)
                     await adopting
                     await asyncio.sleep(0.01)
-            gc.collect()  # reports the exceptions of tasks that nobody awaited
+            gc.collect()  # reports exceptions of tasks that were not awaited
 
     run(main())
 

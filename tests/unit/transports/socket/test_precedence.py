@@ -1,4 +1,4 @@
-"""One path of several doors, asked over a real socket."""
+"""Several protocols share one path, requested over a real socket."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One timer aborts what is not closed in time."""
+"""One timer aborts connections that do not close in time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Socket:
         self.aborted.set()
 
 
-def test_each_is_aborted_in_its_own_time_unless_it_closed(run: Run) -> None:
+def test_each_connection_is_aborted_at_its_deadline_unless_it_has_closed(run: Run) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         reaper = Reaper(grace_s=0.1)
@@ -40,7 +40,7 @@ def test_each_is_aborted_in_its_own_time_unless_it_closed(run: Run) -> None:
     run(main())
 
 
-def test_nothing_is_left_running_when_all_closed_in_time(run: Run) -> None:
+def test_connections_that_closed_in_time_are_not_aborted(run: Run) -> None:
     async def main() -> None:
         reaper = Reaper(grace_s=0.01)
         one, two = Socket(), Socket()

@@ -18,7 +18,7 @@ def test_a_header_with_a_line_break_is_rejected() -> None:
         sse.head({"X-A": "b\r\nX-C: d"})
 
 
-def test_a_client_that_keeps_talking_is_cut(run: Run, reaper: Reaper) -> None:
+def test_a_client_that_keeps_sending_is_disconnected(run: Run, reaper: Reaper) -> None:
     async def main() -> None:
         closed = asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""A connection leaves aiohttp whole: no byte lost, nothing of aiohttp left behind."""
+"""Taking a connection over from aiohttp loses no byte and releases aiohttp's objects."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Contexts = tuple[ssl.SSLContext, ssl.SSLContext]
 
 
 class Echo:
-    """A door that sends every text back; `pause` holds its handler before the take-over."""
+    """Sends every text back. `pause` delays its handler before the take-over."""
 
     def __init__(self, reaper: Reaper, pause: asyncio.Event | None = None) -> None:
         self.reaper = reaper
@@ -66,7 +66,7 @@ class Echo:
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
-def test_a_first_frame_in_the_handshakes_segment_is_not_lost(
+def test_a_first_frame_in_the_segment_of_the_handshake_is_read(
     run: Run, reaper: Reaper, tls: Contexts, secure: bool
 ) -> None:
     async def main() -> None:
@@ -88,7 +88,7 @@ def test_a_first_frame_in_the_handshakes_segment_is_not_lost(
     run(main())
 
 
-def test_frames_that_come_before_the_handler_is_done_are_not_lost(run: Run, reaper: Reaper) -> None:
+def test_frames_that_arrive_before_the_handler_returns_are_read(run: Run, reaper: Reaper) -> None:
     async def main() -> None:
         echo = Echo(reaper, asyncio.Event())
         big = masked(1, b"x" * 300_000, mask=b"\0\0\0\0")
@@ -97,7 +97,7 @@ def test_frames_that_come_before_the_handler_is_done_are_not_lost(run: Run, reap
             raw_client(port, HANDSHAKE) as (reader, writer),
         ):
             await echo.arrived.wait()
-            # More than aiohttp buffers before it pauses reading.
+            # This exceeds the size at which aiohttp pauses reading.
             writer.write(big)
             for _ in range(20):
                 await asyncio.sleep(0)
@@ -110,7 +110,7 @@ def test_frames_that_come_before_the_handler_is_done_are_not_lost(run: Run, reap
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
-def test_aiohttp_keeps_nothing_logs_the_request_once_and_never_closes(
+def test_aiohttp_releases_the_connection_and_logs_the_request_once(
     run: Run, reaper: Reaper, tls: Contexts, secure: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -123,7 +123,7 @@ def test_aiohttp_keeps_nothing_logs_the_request_once_and_never_closes(
             raw_client(port, HANDSHAKE, tls[1] if secure else None) as (reader, writer),
         ):
             await head_of(reader)
-            # An answer from the taken-over connection, later than aiohttp's idle timeout.
+            # The connection answers after aiohttp's idle timeout has passed.
             await asyncio.sleep(0.15)
             writer.write(masked(1, b"hi"))
             assert await reader.readexactly(4) == b"\x81\x02hi"
@@ -144,7 +144,7 @@ def test_aiohttp_keeps_nothing_logs_the_request_once_and_never_closes(
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
-def test_a_client_that_has_gone_is_told_to_its_owner_once(
+def test_a_disconnect_is_reported_to_the_owner_once(
     run: Run, reaper: Reaper, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
@@ -170,9 +170,7 @@ def test_a_client_that_has_gone_is_told_to_its_owner_once(
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
-def test_a_stream_starts_with_its_head_and_small_packets_are_not_delayed(
-    run: Run, reaper: Reaper
-) -> None:
+def test_a_stream_starts_with_its_head_and_disables_nagle(run: Run, reaper: Reaper) -> None:
     async def main() -> None:
         options: list[int] = []
 
@@ -200,7 +198,7 @@ def test_a_stream_starts_with_its_head_and_small_packets_are_not_delayed(
     run(main())
 
 
-def test_other_requests_of_the_same_server_are_untouched(run: Run, reaper: Reaper) -> None:
+def test_other_requests_of_the_same_server_work(run: Run, reaper: Reaper) -> None:
     async def main() -> None:
         handler: Handler = Echo(reaper).handle
         async with (
@@ -214,7 +212,7 @@ def test_other_requests_of_the_same_server_are_untouched(run: Run, reaper: Reape
     run(main())
 
 
-def test_an_answer_to_a_connection_that_is_ending_costs_nothing(run: Run) -> None:
+def test_a_response_to_a_connection_that_is_ending_leaves_nothing(run: Run) -> None:
     closed: list[bool] = []
 
     async def handler(request: web.Request) -> web.StreamResponse:
@@ -225,7 +223,7 @@ def test_an_answer_to_a_connection_that_is_ending_costs_nothing(run: Run) -> Non
         assert transport is not None
 
         def lose_and_answer() -> None:
-            # The loop has seen the end of the connection, and its protocol has not yet.
+            # The loop has read the end of the connection, but its protocol has not been called yet.
             transport.abort()
             held.finish(HttpAnswer(200, b"late"))
             closed.append(transport.is_closing())
@@ -238,7 +236,7 @@ def test_an_answer_to_a_connection_that_is_ending_costs_nothing(run: Run) -> Non
         async with serving(handler) as (port, _), raw_client(port, GET) as (reader, _):
             with suppress(ConnectionError):
                 assert await reader.read() == b""
-        gc.collect()  # reports the exceptions of tasks that nobody awaited
+        gc.collect()  # reports exceptions of tasks that were not awaited
 
     run(main())
     assert closed == [True]

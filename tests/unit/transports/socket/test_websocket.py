@@ -1,4 +1,4 @@
-"""Frames as raw bytes, and aiohttp's client as a peer that was not written for this server."""
+"""WebSocket frames as raw bytes, and aiohttp's client as an independent peer."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def test_a_close_reason_is_cut_between_characters() -> None:
 # -- frames from the client --------------------------------------------------------------------
 
 
-def test_the_standards_own_example_is_read() -> None:
+def test_the_example_of_the_rfc_is_read() -> None:
     # RFC 6455 section 5.7: "a single-frame masked text message".
     assert FrameReader(LIMIT).feed(bytes.fromhex("818537fa213d7f9f4d5158")) == [(1, b"Hello")]
 
 
-def test_control_frames_between_fragments_come_first() -> None:
+def test_control_frames_between_fragments_are_delivered_first() -> None:
     data = (
         masked(1, b"He", fin=False)
         + masked(9, b"?")
@@ -98,7 +98,7 @@ def test_a_character_may_be_split_between_fragments() -> None:
         masked(8, b"\x03\xe8\xff"),
     ],
 )
-def test_what_is_not_utf8_is_1007(data: bytes) -> None:
+def test_invalid_utf_8_closes_with_1007(data: bytes) -> None:
     assert code_of(data) == 1007
 
 
@@ -118,12 +118,12 @@ def test_what_is_not_utf8_is_1007(data: bytes) -> None:
         masked(8, b"\x03"),
     ],
 )
-def test_what_breaks_the_framing_is_1002(data: bytes) -> None:
+def test_invalid_framing_closes_with_1002(data: bytes) -> None:
     assert code_of(data) == 1002
 
 
 @pytest.mark.parametrize("code", [0, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, 65535])
-def test_a_close_code_that_may_not_be_sent_is_1002(code: int) -> None:
+def test_a_reserved_close_code_closes_with_1002(code: int) -> None:
     assert code_of(masked(8, struct.pack("!H", code))) == 1002
 
 
@@ -135,7 +135,7 @@ def test_a_valid_close_code_is_read(code: int) -> None:
     assert parse_close(b"") is None
 
 
-def test_nothing_counts_after_a_close_frame() -> None:
+def test_frames_after_a_close_frame_are_ignored() -> None:
     reader = FrameReader(LIMIT)
     assert reader.feed(masked(8, b"") + b"\xff\xff\xff") == [(8, b"")]
 
@@ -148,11 +148,11 @@ def test_nothing_counts_after_a_close_frame() -> None:
         masked(1, b"x" * LIMIT, fin=False) + b"\x80\x81",
     ],
 )
-def test_what_is_too_long_is_1009_before_its_payload_comes(head: bytes) -> None:
+def test_a_message_that_is_too_long_closes_with_1009_before_its_payload(head: bytes) -> None:
     assert code_of(head) == 1009
 
 
-def test_the_limit_itself_is_allowed_and_control_frames_do_not_count() -> None:
+def test_the_limit_is_inclusive_and_excludes_control_frames() -> None:
     payload = b"x" * LIMIT
     data = masked(1, payload[:-1], fin=False) + masked(9, b"y" * 125) + masked(0, b"x")
     assert FrameReader(LIMIT).feed(data) == [(9, b"y" * 125), (1, payload)]
@@ -169,14 +169,14 @@ def test_a_large_frame_is_unmasked_as_it_arrives(piece: int) -> None:
     assert found == [(1, b"before"), (1, payload), (2, payload[:70_000]), (9, b"")]
 
 
-def test_what_came_before_a_violation_is_not_lost() -> None:
+def test_messages_before_a_violation_are_delivered() -> None:
     with pytest.raises(ProtocolViolation) as caught:
         FrameReader(LIMIT).feed(masked(1, b"good") + b"\x81\x00")
     assert caught.value.before == [(1, b"good")]
 
 
 @pytest.mark.parametrize("piece", [1, 3, 8, 100])
-def test_what_a_client_is_known_to_send_first_is_dropped(piece: int) -> None:
+def test_a_known_prefix_of_a_client_is_dropped(piece: int) -> None:
     reader = FrameReader(LIMIT, skip_bytes=8)
     data = b"\x81\x85\xffjunk!" + masked(1, b"one") + masked(1, b"two")
     assert len(b"\x81\x85\xffjunk!") == 8
@@ -188,7 +188,7 @@ def test_what_a_client_is_known_to_send_first_is_dropped(piece: int) -> None:
 
 @st.composite
 def conversations(draw: st.DrawFn) -> tuple[bytes, Found]:
-    """A valid sequence of frames and what they mean."""
+    """Generate a valid sequence of frames and the messages in it."""
     data, found = b"", Found()
     texts = st.text(max_size=300).map(str.encode)
     for _ in range(draw(st.integers(0, 6))):
@@ -216,7 +216,7 @@ def conversations(draw: st.DrawFn) -> tuple[bytes, Found]:
     return data, found
 
 
-# How fast examples are made is the machine's business, which runs other tests too.
+# The speed of generating examples depends on the machine, which runs other tests too.
 @settings(suppress_health_check=[HealthCheck.too_slow])
 @given(conversation=conversations(), draw=st.data())
 def test_any_splitting_of_any_valid_sequence_gives_the_same_messages(
@@ -233,7 +233,7 @@ def test_any_splitting_of_any_valid_sequence_gives_the_same_messages(
 
 
 @given(data=st.binary(max_size=200))
-def test_random_bytes_never_break_the_reader_itself(data: bytes) -> None:
+def test_random_bytes_raise_only_protocol_violations(data: bytes) -> None:
     reader = FrameReader(100)
     with suppress(ProtocolViolation):
         for i in range(len(data)):
@@ -244,7 +244,7 @@ def test_random_bytes_never_break_the_reader_itself(data: bytes) -> None:
 
 
 class Server:
-    """Takes every client over; `on_connect` prepares each."""
+    """Takes over every client and calls `on_connect` for it."""
 
     def __init__(
         self, reaper: Reaper, on_connect: Callable[[WebSocketConnection], None] | None = None
@@ -292,7 +292,7 @@ def test_a_handshake_is_checked(
     run(main())
 
 
-def test_aiohttps_own_client_talks_to_it(run: Run, reaper: Reaper) -> None:
+def test_aiohttps_client_exchanges_messages(run: Run, reaper: Reaper) -> None:
     async def main() -> None:
         def echo(client: WebSocketConnection) -> None:
             client.on_text = lambda text: client.write(frame_text(text))
@@ -319,7 +319,7 @@ def test_aiohttps_own_client_talks_to_it(run: Run, reaper: Reaper) -> None:
     run(main())
 
 
-def test_a_client_that_closes_gets_its_code_back_and_the_end(run: Run, reaper: Reaper) -> None:
+def test_a_close_frame_is_echoed_before_the_connection_ends(run: Run, reaper: Reaper) -> None:
     async def main() -> None:
         server = Server(reaper)
         async with serving(server.handle) as (port, _):
@@ -341,7 +341,7 @@ def test_a_client_that_closes_gets_its_code_back_and_the_end(run: Run, reaper: R
         (b"\x81\xff" + struct.pack("!Q", 1 << 40) + b"x" * 200_000, 1009),
     ],
 )
-def test_a_client_that_breaks_the_rules_sees_why(
+def test_a_violation_is_reported_in_the_close_frame(
     run: Run, reaper: Reaper, data: bytes, code: int
 ) -> None:
     async def main() -> None:
@@ -361,7 +361,7 @@ def test_a_client_that_breaks_the_rules_sees_why(
     run(main())
 
 
-def test_a_client_that_never_answers_the_close_is_cut(run: Run, reaper: Reaper) -> None:
+def test_a_client_that_does_not_answer_the_close_is_aborted(run: Run, reaper: Reaper) -> None:
     async def main() -> None:
         server = Server(reaper)
         async with (
@@ -378,7 +378,7 @@ def test_a_client_that_never_answers_the_close_is_cut(run: Run, reaper: Reaper) 
     run(main())
 
 
-def test_pings_of_a_client_that_does_not_read_cost_one_pong(run: Run, reaper: Reaper) -> None:
+def test_many_pings_of_a_client_that_does_not_read_queue_one_pong(run: Run, reaper: Reaper) -> None:
     async def main() -> None:
         server = Server(reaper)
         async with (
@@ -436,7 +436,7 @@ def test_the_pongs_of_one_read_are_one_write(
     ids=["pings", "pongs", "fragments"],
 )
 @pytest.mark.parametrize("together", [True, False])
-def test_a_flood_of_frames_without_a_message_is_1008(
+def test_a_flood_of_frames_without_a_message_closes_with_1008(
     run: Run, reaper: Reaper, piece: bytes, *, together: bool
 ) -> None:
     async def main() -> None:
@@ -463,7 +463,7 @@ def test_a_flood_of_frames_without_a_message_is_1008(
     run(main())
 
 
-def test_after_a_close_frame_was_sent_a_flood_is_not_parsed(
+def test_a_flood_after_the_servers_close_frame_is_not_parsed(
     run: Run, reaper: Reaper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parsed: list[int] = []
@@ -493,7 +493,7 @@ def test_after_a_close_frame_was_sent_a_flood_is_not_parsed(
 
 
 def test_many_messages_in_one_read_are_handled_in_several_turns(run: Run, reaper: Reaper) -> None:
-    """Also if the owner stops reading in between."""
+    """The owner may also pause reading in between."""
 
     async def main() -> None:
         messages: list[bytes] = []
@@ -561,7 +561,7 @@ def test_bytes_that_are_dropped_may_look_like_a_ping(run: Run, reaper: Reaper) -
 
 
 def test_empty_pings_are_answered_wherever_a_frame_was_cut(run: Run, reaper: Reaper) -> None:
-    """The short way for a ping alone in its segment, the long way in the middle of a frame."""
+    """A ping that fills its segment takes a shortcut, unless it is in the middle of a frame."""
     messages: list[bytes] = []
 
     async def handler(request: web.Request) -> web.StreamResponse:
@@ -579,7 +579,7 @@ def test_empty_pings_are_answered_wherever_a_frame_was_cut(run: Run, reaper: Rea
             await head_of(reader)
             writer.write(masked(9, b""))
             assert await reader.readexactly(2) == b"\x8a\x00"
-            # The same six bytes are the payload of a frame that has begun.
+            # The same six bytes are the payload of an incomplete frame.
             begun = masked(2, b"\x89\x80abcd", mask=b"\0\0\0\0")
             writer.write(begun[:6])
             await asyncio.sleep(0.05)
@@ -592,7 +592,7 @@ def test_empty_pings_are_answered_wherever_a_frame_was_cut(run: Run, reaper: Rea
     run(main())
 
 
-def test_binary_messages_are_refused_or_taken(run: Run, reaper: Reaper) -> None:
+def test_binary_messages_are_rejected_unless_they_are_enabled(run: Run, reaper: Reaper) -> None:
     taken: list[bytes] = []
     goodbyes: list[bool] = []
 

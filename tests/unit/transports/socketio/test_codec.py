@@ -99,7 +99,9 @@ def test_garbage_is_malformed(text: bytes) -> None:
         [(b'51-["m",{"_placeholder":true,"num":true}]', False), (b"\x01", True)],
     ],
 )
-def test_attachments_that_do_not_fit_are_malformed(steps: list[tuple[bytes, bool]]) -> None:
+def test_attachments_that_do_not_match_their_placeholders_are_malformed(
+    steps: list[tuple[bytes, bool]],
+) -> None:
     decoder = Decoder()
 
     def feed() -> None:
@@ -116,7 +118,7 @@ def test_more_attachments_than_clients_accept_are_malformed() -> None:
         Decoder().feed(b'511-["m"]', binary=False)
 
 
-def test_attachments_are_not_held() -> None:
+def test_attachments_are_not_kept_in_memory() -> None:
     class Attachment(bytes):
         """Bytes that can be observed."""
 
@@ -170,7 +172,7 @@ namespaces = st.sampled_from(["/", "/axr", "/ä.b-c"])
 
 
 @given(names, st.lists(json_values, max_size=3), namespaces, st.none() | st.integers(0, 2**50))
-def test_events_come_back_as_they_were(
+def test_events_survive_encoding_and_decoding(
     name: str, args: list[Any], namespace: str, number: int | None
 ) -> None:
     payload, parts = deconstruct([name, *args])
@@ -188,7 +190,7 @@ def test_events_come_back_as_they_were(
 
 
 @given(st.binary())
-def test_any_bytes_are_a_packet_or_malformed(text: bytes) -> None:
+def test_random_bytes_are_a_packet_or_malformed(text: bytes) -> None:
     try:
         found = decode(text)
     except Malformed:
@@ -196,7 +198,7 @@ def test_any_bytes_are_a_packet_or_malformed(text: bytes) -> None:
     assert codec.CONNECT <= found.kind <= codec.BINARY_ACK
 
 
-def test_what_is_not_json_cannot_be_sent() -> None:
+def test_values_that_json_lacks_cannot_be_sent() -> None:
     with pytest.raises(ValueError, match="not JSON"):
         deconstruct(["m", object()])
     assert orjson.loads(deconstruct(["m", float("nan")])[0]) == ["m", None]

@@ -28,7 +28,7 @@ PLACEHOLDER = {"_placeholder": True, "num": 0}
 
 
 class Door:
-    """Accepts /axr with a token, refuses it without."""
+    """Accepts /axr with a token and rejects it without one."""
 
     def __init__(self, engine: Engine) -> None:
         self.connection = SocketIoConnection(engine, self)
@@ -62,7 +62,7 @@ class Door:
 
 
 class Wire:
-    """A polling client: posts and polls bodies."""
+    """A polling client that posts and polls bodies."""
 
     def __init__(self, version: int) -> None:
         self.version = version
@@ -126,7 +126,7 @@ async def test_a_4x_client_as_captured(new: Wire) -> None:
     assert new.gone
 
 
-async def test_refusals_as_captured(old: Wire, new: Wire) -> None:
+async def test_rejections_as_captured(old: Wire, new: Wire) -> None:
     old.poll()
     old.post(b"7:40/axr,")
     assert old.poll() == b'19:44/axr,{"code":401}'
@@ -137,11 +137,11 @@ async def test_refusals_as_captured(old: Wire, new: Wire) -> None:
 
 
 @pytest.mark.parametrize("body", [b'42/axr,["early"]', b"4nonsense", b"2", b"7"])
-async def test_what_breaks_the_protocol_ends_the_connection(new: Wire, body: bytes) -> None:
+async def test_a_protocol_violation_closes_the_connection(new: Wire, body: bytes) -> None:
     try:
         new.post(body)
     except Malformed:
-        # The endpoint answers 400 and closes.
+        # The endpoint responds with 400 and closes.
         new.engine.close()
     assert new.engine.closing
     assert new.poll() == b"1"
@@ -185,8 +185,8 @@ async def test_a_client_with_a_credential_may_send_more(new: Wire) -> None:
     timer.cancel()
 
 
-async def test_a_client_that_gives_up_while_it_connects_has_left(new: Wire) -> None:
-    """Otherwise it could connect again while the first attempt is still under way."""
+async def test_a_client_that_disconnects_while_connecting_has_left(new: Wire) -> None:
+    """Otherwise it could connect again during the first attempt."""
     left: list[str] = []
     new.door.connecting = lambda *_: None  # type: ignore[method-assign]
     new.door.left = left.append  # type: ignore[method-assign,assignment]
@@ -195,7 +195,7 @@ async def test_a_client_that_gives_up_while_it_connects_has_left(new: Wire) -> N
 
 
 @pytest.mark.parametrize("version", [3, 4])
-async def test_nothing_of_a_closed_connection_needs_the_garbage_collector(version: int) -> None:
+async def test_a_closed_connection_is_freed_without_garbage_collection(version: int) -> None:
     gc.collect()
     gc.disable()
     try:
@@ -206,7 +206,7 @@ async def test_nothing_of_a_closed_connection_needs_the_garbage_collector(versio
             else b'40/axr,{"token":"good"}'
         )
         wire.engine.close()
-        # What waits, and CLOSE.
+        # The buffered packets, and CLOSE.
         wire.poll()
         wire.poll()
         door = weakref.ref(wire.door)
@@ -216,12 +216,12 @@ async def test_nothing_of_a_closed_connection_needs_the_garbage_collector(versio
         gc.enable()
 
 
-async def test_a_2x_client_that_answers_pings_it_never_got_is_closed(old: Wire) -> None:
+async def test_a_2x_client_that_answers_pings_that_were_never_sent_is_closed(old: Wire) -> None:
     old.post(b"1:3")
     assert old.engine.closing
 
 
-async def test_a_second_poll_ends_the_session(new: Wire) -> None:
+async def test_a_second_concurrent_poll_closes_the_session(new: Wire) -> None:
     first: list[bytes] = []
     assert new.engine.poll(first.append)
     assert not new.engine.poll(first.append)
@@ -296,7 +296,7 @@ async def test_the_upgrade_as_captured(new: Wire) -> None:
     timer.cancel()
 
 
-async def test_a_probe_that_fails_leaves_polling_as_it_was(new: Wire) -> None:
+async def test_polling_continues_after_a_failed_probe(new: Wire) -> None:
     timer = asyncio.get_running_loop().call_later(60, lambda: None)
     socket = Socket()
     assert new.engine.probe(socket, timer)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Two workers with the echo door; a client talks to the one or to both in turn."""
+"""Two workers that echo messages. A client talks to one of them or to both in turn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ADDRESSES = ("0000000a", "0000000b")
 
 
 class Site:
-    """The workers, and a browser that cannot choose between them."""
+    """The workers and a client that cannot choose between them."""
 
     def __init__(self, mode: str, options: SockJsOptions) -> None:
         self.mode = "local" if mode == "local" else "turns"
@@ -35,16 +35,16 @@ class Site:
 
     @property
     def door(self) -> EchoDoor:
-        """The one that has the sessions."""
+        """Return the handler of the worker that has the sessions."""
         return self.doors[0]
 
     def session(self, door: str = "echo") -> str:
-        """The path of a new session."""
+        """Return the path of a new session."""
         self._ids += 1
         return f"/{door}/000/s{self._ids}"
 
     def url(self, path: str) -> str:
-        """At the first worker, or for `turns` at each in turn."""
+        """Return a URL at the first worker, or with `turns` at each worker in turn."""
         port = self.ports[self._turn % 2 if self.mode == "turns" else 0]
         self._turn += 1
         return f"http://127.0.0.1:{port}{path}"
@@ -92,7 +92,7 @@ RunSite = Callable[..., None]
     ]
 )
 def on_site(request: pytest.FixtureRequest) -> RunSite:
-    """Run a test on one worker, and with a session on one and requests to both."""
+    """Run a test with requests to the session's worker, or passed on by another worker."""
     mode, _, kind = str(request.param).partition("-")
     factory = uvloop.new_event_loop if kind == "uvloop" else asyncio.new_event_loop
     reported: list[object] = []

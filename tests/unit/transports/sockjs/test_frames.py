@@ -1,4 +1,4 @@
-"""Frames: whatever a server sends arrives as it was, in every browser."""
+"""Frames arrive unchanged in every browser."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 @given(st.lists(texts, min_size=1))
-def test_messages_arrive_as_they_were_in_one_frame(messages: list[str]) -> None:
+def test_messages_arrive_unchanged_in_one_frame(messages: list[str]) -> None:
     frame = frames.array_frame(b"".join(element(each.encode()) for each in messages))
     assert frame[:1] == b"a"
     assert json.loads(frame[1:]) == messages
@@ -30,22 +30,22 @@ def test_messages_arrive_as_they_were_in_one_frame(messages: list[str]) -> None:
 @given(
     st.text(st.characters(min_codepoint=0x1FF0, max_codepoint=0xFFFF, exclude_categories=["Cs"]))
 )
-def test_what_browsers_mangle_is_escaped(text: str) -> None:
+def test_characters_that_browsers_change_are_escaped(text: str) -> None:
     encoded = element(text.encode()).decode()
     assert not UNSAFE.search(encoded)
     assert json.loads(encoded[1:]) == text
-    # No more than that, for each costs six bytes.
+    # Other characters are not escaped, because each escape takes six bytes.
     assert encoded.count("\\u") == len(UNSAFE.findall(text))
 
 
-def test_every_character_of_the_protocols_list_is_escaped_as_it_wants() -> None:
+def test_every_character_of_the_protocols_list_is_escaped() -> None:
     killers = [chr(each) for each in range(256, 65536) if UNSAFE.match(chr(each))]
     wanted = "".join(f"\\u{ord(each):04x}" for each in killers)
     assert element("".join(killers).encode()) == f',"{wanted}"'.encode()
 
 
 @given(st.binary())
-def test_what_is_not_utf8_is_refused(data: bytes) -> None:
+def test_invalid_utf_8_is_rejected(data: bytes) -> None:
     try:
         text = data.decode()
     except UnicodeDecodeError:
@@ -78,12 +78,12 @@ def test_a_clients_messages_are_read(messages: list[str]) -> None:
         (rb'["\u0000"]', ["\0"]),
     ],
 )
-def test_surrogates_are_characters_in_pairs_and_none_alone(body: bytes, wanted: list[str]) -> None:
+def test_only_pairs_of_surrogates_are_characters(body: bytes, wanted: list[str]) -> None:
     assert parse_messages(body) == [each.encode() for each in wanted]
 
 
 @pytest.mark.parametrize("body", [b"", b"  \n"])
-def test_nothing_is_no_payload(body: bytes) -> None:
+def test_an_empty_body_is_no_payload(body: bytes) -> None:
     with pytest.raises(BadFrame, match=r"^Payload expected\.$"):
         parse_messages(body)
 
@@ -105,12 +105,12 @@ def test_nothing_is_no_payload(body: bytes) -> None:
         b"[" * 100_000,
     ],
 )
-def test_what_is_no_array_of_strings_is_broken(body: bytes) -> None:
+def test_a_body_other_than_an_array_of_strings_is_rejected(body: bytes) -> None:
     with pytest.raises(BadFrame, match=r"^Broken JSON encoding\.$"):
         parse_messages(body)
 
 
-def test_each_transport_writes_a_frame_in_its_way() -> None:
+def test_each_transport_frames_messages_in_its_own_format() -> None:
     frame = frames.array_frame(element(b"<x> & 'y'"))
     assert frame == b"""a["<x> & 'y'"]"""
     assert frames.xhr(frame) == frame + b"\n"
@@ -122,14 +122,14 @@ def test_each_transport_writes_a_frame_in_its_way() -> None:
 
 
 @given(texts)
-def test_no_message_ends_the_script_that_it_stands_in(text: str) -> None:
+def test_a_message_cannot_end_the_script_that_contains_it(text: str) -> None:
     page = frames.htmlfile(frames.array_frame(element(text.encode())))
     inner = page.removeprefix(b"<script>\np(").removesuffix(b");\n</script>\r\n")
     assert b"<" not in inner
     assert json.loads(json.loads(inner)[1:]) == [text]
 
 
-def test_what_many_clients_get_is_made_once() -> None:
+def test_an_event_for_many_clients_is_encoded_once() -> None:
     made: list[bytes] = []
 
     def wrap(frame: bytes) -> bytes:
@@ -142,6 +142,6 @@ def test_what_many_clients_get_is_made_once() -> None:
     first = framing.messages(shared)
     assert all(framing.messages(shared) is first for _ in range(100))
     assert made == [b'a["to all","again"]']
-    # Another object is another frame, though it be equal.
+    # An equal but different object is encoded again.
     assert framing.messages(bytes(bytearray(shared))) == first
     assert len(made) == 2

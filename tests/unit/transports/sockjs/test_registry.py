@@ -1,4 +1,4 @@
-"""Owners of sessions: one request each, cheap refreshes, and takeover after a worker has died."""
+"""Session owners: one lookup per session, shared refreshes, and takeover after a crash."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def registry(store: MemoryStore, instance: str) -> SessionRegistry:
     return SessionRegistry(door="d", instance=instance, store=store, spawn=spawn)
 
 
-async def test_the_first_to_claim_is_the_owner_until_it_lets_go() -> None:
+async def test_the_first_worker_to_claim_a_session_owns_it_until_it_releases_it() -> None:
     store = MemoryStore()
     one, two = registry(store, "one"), registry(store, "two")
     assert await one.owner("s") is None
     assert await one.claim("s") == "one"
     assert await two.claim("s") == "one"
     asked = store.asked
-    # Remembered.
+    # This answer comes from the cache.
     assert await two.owner("s") == await two.claim("s") == "one"
     assert store.asked == asked
     one.release("s")
@@ -39,7 +39,7 @@ async def test_the_first_to_claim_is_the_owner_until_it_lets_go() -> None:
     two.release("s")
 
 
-async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_cache_of_owners_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_KNOWN", 2)
     store = MemoryStore()
     one, two = registry(store, "one"), registry(store, "two")
@@ -55,7 +55,7 @@ async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
         one.release(name)
 
 
-async def test_all_entries_are_kept_alive_together(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_all_entries_are_refreshed_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_REFRESH_S", 0.01)
     store = MemoryStore()
     one = registry(store, "one")
@@ -74,7 +74,7 @@ async def test_all_entries_are_kept_alive_together(monkeypatch: pytest.MonkeyPat
     assert one._timer is None
 
 
-async def test_the_session_id_is_not_told_to_redis() -> None:
+async def test_the_session_id_is_not_stored_in_redis() -> None:
     store = MemoryStore()
     one = registry(store, "one")
     await one.claim("secret\udcff")
@@ -136,13 +136,13 @@ def test_sessions_without_a_message_are_limited(
     on_site(main)
 
 
-def test_the_client_of_a_dead_worker_begins_anew(on_site: RunSite) -> None:
+def test_a_client_of_a_dead_worker_gets_a_new_session(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         if site.mode == "local":
             return
         session = site.session()
-        assert await site.post(session + "/xhr") == b"o\n"  # at the first worker
-        await site.send(session, "x")  # by way of the second
+        assert await site.post(session + "/xhr") == b"o\n"  # The first worker opens the session.
+        await site.send(session, "x")  # The second worker passes the request on.
         site.cluster.bury(ADDRESSES[0])
         site.ports[0] = site.ports[1]
         # The messages of the old session are unknown, so the client is informed of a new session.
@@ -155,7 +155,7 @@ def test_the_client_of_a_dead_worker_begins_anew(on_site: RunSite) -> None:
 
 
 @pytest.mark.parametrize("path", ["xhr", "xhr_send", "xhr_streaming"])
-def test_without_redis_a_new_session_is_refused_and_old_ones_go_on(
+def test_without_redis_new_sessions_are_rejected_and_old_ones_continue(
     on_site: RunSite, path: str
 ) -> None:
     async def main(site: Site) -> None:

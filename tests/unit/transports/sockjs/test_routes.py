@@ -26,7 +26,7 @@ async def line(response: ClientResponse) -> bytes:
 # ---- static -------------------------------------------------------------------------------------
 
 
-def test_greeting_and_what_is_not_there(on_site: RunSite) -> None:
+def test_the_greeting_and_unknown_paths(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         async with site.request("GET", "/echo/") as answer:
             assert answer.status == 200
@@ -40,7 +40,7 @@ def test_greeting_and_what_is_not_there(on_site: RunSite) -> None:
     on_site(main)
 
 
-def test_info_is_for_every_origin_and_never_cached(on_site: RunSite) -> None:
+def test_info_allows_every_origin_and_is_not_cached(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         entropy = set()
         for _ in range(2):
@@ -74,7 +74,9 @@ def test_info_is_for_every_origin_and_never_cached(on_site: RunSite) -> None:
         ("/a/b/xhr_streaming", "POST"),
     ],
 )
-def test_a_preflight_is_answered_for_a_year(on_site: RunSite, path: str, methods: str) -> None:
+def test_a_preflight_response_is_cached_for_a_year(
+    on_site: RunSite, path: str, methods: str
+) -> None:
     async def main(site: Site) -> None:
         for wanted in ("a, b, c", ""):
             async with site.request(
@@ -149,7 +151,7 @@ def test_another_method_is_not_allowed(on_site: RunSite) -> None:
 # ---- sessions -----------------------------------------------------------------------------------
 
 
-def test_any_names_but_empty_and_dotted_ones(on_site: RunSite) -> None:
+def test_any_session_name_except_empty_and_dotted_ones(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         for names in ("/a/a", "/_/_", "/1/", "/abcdefgh_i-j%20/abcdefg_i-j%20", "/x/%C3%A9%FF"):
             path = names if names != "/1/" else "/1/1"
@@ -160,7 +162,7 @@ def test_any_names_but_empty_and_dotted_ones(on_site: RunSite) -> None:
     on_site(main)
 
 
-def test_the_server_part_of_the_path_says_nothing(on_site: RunSite) -> None:
+def test_the_server_part_of_the_path_is_ignored(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         assert await site.post("/echo/000/same/xhr") == b"o\n"
         await site.send("/echo/000/same", "a")
@@ -197,7 +199,7 @@ def test_xhr(on_site: RunSite) -> None:
     on_site(main)
 
 
-def test_messages_for_a_session_that_is_not_there(on_site: RunSite) -> None:
+def test_messages_for_an_unknown_session(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         for path in ("xhr_send", "jsonp_send"):
             for _ in range(2):
@@ -210,7 +212,7 @@ def test_messages_for_a_session_that_is_not_there(on_site: RunSite) -> None:
     on_site(main)
 
 
-def test_broken_messages_cost_nothing_else(on_site: RunSite) -> None:
+def test_malformed_messages_do_not_affect_the_session(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         session = site.session()
         assert await site.post(session + "/xhr") == b"o\n"
@@ -318,7 +320,7 @@ def test_a_callback_must_be_a_name(on_site: RunSite, transport: str) -> None:
 
 
 @pytest.mark.parametrize("transport", ["xhr", "xhr_streaming"])
-def test_a_second_receiver_is_sent_away(on_site: RunSite, transport: str) -> None:
+def test_a_second_receiver_is_rejected(on_site: RunSite, transport: str) -> None:
     async def main(site: Site) -> None:
         session = site.session()
         assert await site.post(session + "/xhr") == b"o\n"
@@ -330,7 +332,7 @@ def test_a_second_receiver_is_sent_away(on_site: RunSite, transport: str) -> Non
             assert body.removeprefix(b"h" * 2048 + b"\n") == (
                 b'c[2010,"Another connection still open"]\n'
             )
-            # The first is not harmed by that.
+            # The first receiver continues.
             await site.send(session, "still here")
             assert await first == b'a["still here"]\n'
 
@@ -338,7 +340,7 @@ def test_a_second_receiver_is_sent_away(on_site: RunSite, transport: str) -> Non
 
 
 @pytest.mark.parametrize("transport", ["xhr", "xhr_streaming"])
-def test_a_receiver_that_breaks_off_ends_the_session(on_site: RunSite, transport: str) -> None:
+def test_an_aborted_receiver_closes_the_session(on_site: RunSite, transport: str) -> None:
     async def main(site: Site) -> None:
         session = site.session()
         assert await site.post(session + "/xhr") == b"o\n"
@@ -353,7 +355,7 @@ def test_a_receiver_that_breaks_off_ends_the_session(on_site: RunSite, transport
     on_site(main)
 
 
-def test_a_session_without_a_receiver_dies(on_site: RunSite) -> None:
+def test_a_session_without_a_receiver_times_out(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         session = site.session()
         assert await site.post(session + "/xhr") == b"o\n"
@@ -366,7 +368,7 @@ def test_a_session_without_a_receiver_dies(on_site: RunSite) -> None:
     on_site(main, replace(OPTIONS, disconnect_s=0.2))
 
 
-def test_a_waiting_poll_keeps_the_session_and_is_answered_by_a_heartbeat(on_site: RunSite) -> None:
+def test_a_waiting_poll_keeps_the_session_and_gets_a_heartbeat(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         session = site.session()
         assert await site.post(session + "/xhr") == b"o\n"
@@ -397,7 +399,7 @@ def test_streams_and_websockets_have_heartbeats(on_site: RunSite) -> None:
 # ---- limits -------------------------------------------------------------------------------------
 
 
-def test_a_stream_ends_after_its_limit_and_the_session_goes_on(on_site: RunSite) -> None:
+def test_a_stream_ends_at_its_limit_and_the_session_continues(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         session = site.session()
         message = "x" * 128
@@ -421,7 +423,7 @@ def test_a_stream_ends_after_its_limit_and_the_session_goes_on(on_site: RunSite)
             # Without Origin: sockjs-client in Node.
             ("POST", "/xhr_streaming", b"]\n"),
         ):
-            # A client that cannot tell an end from a break keeps its response.
+            # A client that cannot detect an incomplete response keeps its response.
             session = site.session()
             async with site.request(method, session + path) as answer:
                 for _ in range(3):
@@ -432,7 +434,7 @@ def test_a_stream_ends_after_its_limit_and_the_session_goes_on(on_site: RunSite)
     on_site(main)
 
 
-def test_a_long_frame_gets_a_response_that_is_long_enough(on_site: RunSite) -> None:
+def test_a_long_frame_gets_a_response_with_enough_room(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         path = site.session()
         async with site.request("POST", path + "/xhr_streaming", Origin="http://a") as answer:
@@ -447,7 +449,7 @@ def test_a_long_frame_gets_a_response_that_is_long_enough(on_site: RunSite) -> N
         async with site.request("POST", path + "/xhr_streaming", Origin="http://a") as answer:
             await line(answer)
             assert await line(answer) == b'a["' + b"x" * 10_000 + b'"]\n'
-            # The response has been used up to a few bytes.
+            # Only a few bytes of the response are left.
             session.write(element(b"y" * 100))
             assert (await answer.content.read()).strip(b"h\n") == b""
         assert await site.post(path + "/xhr") == b'a["' + b"y" * 100 + b'"]\n'
@@ -456,7 +458,7 @@ def test_a_long_frame_gets_a_response_that_is_long_enough(on_site: RunSite) -> N
     on_site(main, replace(OPTIONS, buffer_bytes=5000))
 
 
-def test_what_waits_for_a_poll_is_bounded_and_nothing_is_lost(on_site: RunSite) -> None:
+def test_the_buffer_of_a_polling_session_is_bounded_without_loss(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         path = site.session()
         assert await site.post(path + "/xhr") == b"o\n"
@@ -478,7 +480,7 @@ def test_what_waits_for_a_poll_is_bounded_and_nothing_is_lost(on_site: RunSite) 
     on_site(main, replace(OPTIONS, buffer_bytes=1000))
 
 
-def test_too_large_a_request_is_the_owners_to_judge(on_site: RunSite) -> None:
+def test_a_too_large_request_closes_the_session_at_its_owner(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         for transport in ("xhr_send", "jsonp_send"):
             session = site.session()
@@ -498,7 +500,7 @@ def test_too_large_a_request_is_the_owners_to_judge(on_site: RunSite) -> None:
 # ---- the end ------------------------------------------------------------------------------------
 
 
-def test_the_end_is_told_again_and_again(on_site: RunSite) -> None:
+def test_every_later_poll_receives_the_close_frame(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         session = site.session("close")
         assert await site.post(session + "/xhr") == b"o\n"
@@ -513,7 +515,7 @@ def test_the_end_is_told_again_and_again(on_site: RunSite) -> None:
     on_site(main)
 
 
-def test_the_end_comes_after_what_was_said_before_it(on_site: RunSite) -> None:
+def test_the_close_frame_follows_the_earlier_messages(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         session = site.session()
         async with site.request("POST", session + "/xhr_streaming", Origin="http://a") as answer:
@@ -537,7 +539,7 @@ def test_the_end_comes_after_what_was_said_before_it(on_site: RunSite) -> None:
     on_site(main)
 
 
-def test_a_session_that_is_cut_off_says_nothing(on_site: RunSite) -> None:
+def test_an_aborted_session_sends_no_close_frame(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         path = site.session()
         async with site.request("POST", path + "/xhr_streaming", Origin="http://a") as answer:
@@ -560,7 +562,7 @@ def test_websocket(on_site: RunSite) -> None:
         path = site.session() + "/websocket"
         async with (
             site.http.ws_connect(site.url(path)) as one,
-            # The ID is no name here: both are sessions.
+            # A WebSocket does not register its ID, so both are separate sessions.
             site.http.ws_connect(site.url(path)) as two,
         ):
             for socket, text in ((one, "a"), (two, "b")):
@@ -579,7 +581,7 @@ def test_websocket(on_site: RunSite) -> None:
     on_site(main)
 
 
-def test_broken_json_ends_a_websocket(on_site: RunSite) -> None:
+def test_malformed_json_closes_a_websocket(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         async with site.http.ws_connect(site.url(site.session() + "/websocket")) as socket:
             assert (await socket.receive()).data == "o"
@@ -590,7 +592,7 @@ def test_broken_json_ends_a_websocket(on_site: RunSite) -> None:
     on_site(main)
 
 
-def test_a_plain_request_is_no_websocket(on_site: RunSite) -> None:
+def test_a_plain_request_to_the_websocket_path_is_rejected(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         path = "/echo/0/0/websocket"
         for answer in (

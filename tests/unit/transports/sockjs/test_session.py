@@ -23,7 +23,7 @@ LIMIT = 300
 
 
 class DetachedSessions(Deadlines[SockJsSession]):
-    """The sessions whose timeout is running. The test decides when it expires."""
+    """Sessions whose timeout is running. The test decides when it expires."""
 
     def __init__(self) -> None:
         super().__init__(1.0, SockJsSession.expire)
