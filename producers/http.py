@@ -20,8 +20,8 @@ from producers.outgoing import (
     RejectedEvent,
     Sender,
 )
-from relay.core.json_text import is_json
 from relay.core.model import EntryID
+from relay.stream.format.json_text import is_json
 
 # The server rejects a request with several commands as a whole if the body is too large.
 _BODY_BYTES = 256 * 1024

@@ -78,6 +78,8 @@ class Followed(Protocol):
     """A stream with local clients. The reader calls these methods."""
 
     channel: Channel
+    # The stream's key in Redis. The reader sets it when it follows the stream.
+    key: bytes
     alive: bool
     exists: bool
     marked: bool

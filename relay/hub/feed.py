@@ -92,6 +92,7 @@ class Feed:
     def __init__(self, hub: FeedHub, channel: Channel) -> None:
         self.hub = hub
         self.channel = channel
+        self.key = b""
         self.alive = True
         self.settled = False
         self.misaligned = True  # the group in Redis is not at `position`

@@ -1,4 +1,4 @@
-"""An event from Redis to the socket passes through the files that the documentation lists."""
+"""Events, subscriptions and publish requests pass through the documented files."""
 
 from __future__ import annotations
 
@@ -7,53 +7,131 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from itertools import groupby
 
 import pytest
 
-from tests.support.clients import native, stream_key, until
+from tests.support.centrifugo_client import SECRET, centrifugo
+from tests.support.clients import Native, native, stream_key, until
 from tests.support.relay import ROOT, RelayProcess
 from tests.support.valkey import Server
 
 pytestmark = pytest.mark.redis
 
-MOST_CALLS = 45
-FIRST = "PipelineConnection.data_received"
-WAKE_UP, LAST = "StreamReader._on_keys", "ClientSocket.write"
+MOST_FILES, MOST_CALLS = 14, 45
+# The hub calls the protocol's encoder, which calls the transport for the frame, and the metrics.
+ROOMS = ["stream", "hub", "protocols", "transports", "hub", "core", "hub", "transports"]
+TIMES = 10
+
+Calls = list[tuple[str, str]]
 
 
-def paths(calls: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the calls from each invalidation to the write that follows it."""
-    names = [call.partition(" ")[2] for call in calls]
-    for wake_up in (at for at, name in enumerate(names) if name == WAKE_UP):
-        start = max(at for at in range(wake_up) if names[at] == FIRST)
-        if LAST in names[wake_up:]:
-            yield list(calls[start : names.index(LAST, wake_up) + 1])
+async def _receive_events(door: Native, server: Server) -> None:
+    client = await door.ws("news")
+    assert (await client.next())["reply"] == "subscribe"
+    with server.client() as admin:
+        for number in range(TIMES):
+            await asyncio.to_thread(admin.xadd, stream_key("news"), {"data": number})
+            await client.next()
 
 
-async def test_an_event_takes_the_documented_path_in_few_calls(
-    valkey: Server, tmp_path: Path
-) -> None:
-    written = tmp_path / "calls"
+async def _subscribe(door: Native) -> None:
+    for _ in range(TIMES):
+        client = await door.ws("news", last="0-0")
+        assert (await client.next())["reply"] == "subscribe"
+        await client.take(TIMES)
+
+
+async def _publish(relay: RelayProcess) -> None:
+    async with centrifugo(relay.url) as door:
+        for number in range(TIMES):
+            reply = await door.api("publish", channel="other", data={"number": number})
+            assert reply["error"] is None
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> Calls:
+    """Return all calls of a relay that serves each path several times."""
+    folder = tmp_path_factory.mktemp("paths")
+    server, written = Server(folder), folder / "calls"
     tracer = ["env", f"RELAY_CALLS={written}", sys.executable, "tests/support/call_trace.py"]
-    relay = RelayProcess(valkey, flags=["--insecure"], prefix=tracer)
-    await asyncio.to_thread(relay.start)
-    try:
+    settings = [f"protocol:centrifugo.secret={SECRET}"]
+    relay = RelayProcess(server, flags=["--insecure"], settings=settings, prefix=tracer)
+
+    async def run() -> None:
         async with native(relay) as door:
-            client = await door.sse("news")
-            with valkey.client() as admin:
-                for number in range(10):
-                    await asyncio.to_thread(admin.xadd, stream_key("news"), {"data": number})
-                    await client.next()
+            await _receive_events(door, server)
+            await _subscribe(door)
+            await _publish(relay)
             os.kill(relay.pid, signal.SIGUSR2)
             await until(written.exists)
+
+    server.start()
+    relay.start()
+    try:
+        asyncio.run(run())
     finally:
         relay.kill()
-    # Timers may run during some deliveries, so use the shortest path.
-    path = min(paths(written.read_text().splitlines()), key=len)
-    assert len(path) <= MOST_CALLS, path
+        server.kill()
+    lines = written.read_text().splitlines()
+    return [(line.partition(" ")[0], line.partition(" ")[2]) for line in lines]
+
+
+def shortest(calls: Calls, first: str, proof: str, last: str) -> Calls:
+    """Return the shortest path from a call of `first` through `proof` to the next call of `last`.
+
+    Timers may run during some of the paths, so the shortest path has the fewest other calls.
+    """
+    names = [name for _, name in calls]
+    found = []
+    for at in (at for at, name in enumerate(names) if name == proof):
+        if last in names[at:]:
+            start = max(before for before in range(at) if names[before] == first)
+            found.append(calls[start : names.index(last, at) + 1])
+    return min(found, key=len)
+
+
+def files_of(path: Calls) -> list[str]:
+    """Return the files in the order of their first call."""
+    return list(dict.fromkeys(file for file, _ in path))
+
+
+def documented(heading: str) -> list[str]:
+    """Return the files in the table below this heading."""
     page = (ROOT / "docs" / "architecture.md").read_text()
-    section = page.partition("## Follow an event")[2].partition("\n## ")[0]
-    listed = re.findall(r"^\| \d+ \| `(.*?)`", section, re.MULTILINE)
-    assert list(dict.fromkeys(call.partition(" ")[0] for call in path)) == listed
+    section = page.partition(f"## {heading}")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| \d+ \| (.*?) \|", section, re.MULTILINE)
+    return [file for cell in cells for file in re.findall(r"`(.*?)`", cell)]
+
+
+def in_order(files: Sequence[str], path: Calls) -> list[str]:
+    """Return those of `files` that the path uses, in its order."""
+    return [file for file in files_of(path) if file in files]
+
+
+def test_an_event_takes_the_documented_path_in_few_calls(calls: Calls) -> None:
+    path = shortest(
+        calls, "PipelineConnection.data_received", "StreamReader._on_keys", "ClientSocket.write"
+    )
+    assert len(path) <= MOST_CALLS, path
+    assert len(files_of(path)) <= MOST_FILES
+    assert [room for room, _ in groupby(file.split("/")[1] for file, _ in path)] == ROOMS
+    assert files_of(path) == documented("Follow an event")
+
+
+def test_a_subscription_takes_the_documented_path(calls: Calls) -> None:
+    path = shortest(calls, "_Gate.__init__", "SharedPage.serve", "ClientSocket.write")
+    listed = documented("Follow a subscription")
+    assert in_order(listed, path) == listed
+
+
+def test_a_publish_request_takes_the_documented_path(calls: Calls) -> None:
+    path = shortest(
+        calls,
+        "HttpConnection.data_received",
+        "ApiRoutes._commands",
+        "HttpConnection.finish_response",
+    )
+    listed = documented("Follow a publish request")
+    assert in_order(listed, path) == listed

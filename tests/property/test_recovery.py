@@ -19,7 +19,7 @@ from relay.hub.feed import Feed
 from relay.hub.session import Subscription
 from relay.stream.connection.primary import Primary, Replication
 from relay.stream.read import stream_commands
-from relay.stream.read.groups import parse_state
+from relay.stream.read.stream_commands import parse_state
 from tests.support.schedules import Schedules, explore
 from tests.support.steps import CHANNELS, distinct_markers
 from tests.support.valkey import Server, running

@@ -12,7 +12,7 @@ from relay.stream.connection import scripts
 from relay.stream.connection.connect import CommandRefused, command, discover
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.primary import Primary
-from relay.stream.read import groups
+from relay.stream.read import groups, stream_commands
 from tests.support.valkey import Server
 
 pytestmark = pytest.mark.redis
@@ -32,7 +32,7 @@ async def state(connection: PipelineConnection, primary: Primary | None = None) 
     stream, found = await connection.execute(
         [("XINFO", "STREAM", STREAM), ("XINFO", "GROUPS", STREAM)]
     )
-    return groups.parse_state(stream, found, primary or known(1))
+    return stream_commands.parse_state(stream, found, primary or known(1))
 
 
 def known(*certificates: int) -> Primary:
@@ -155,7 +155,7 @@ async def test_every_worker_shows_with_its_position(connection: PipelineConnecti
     await connection.call("XGROUP", "CREATE", STREAM, groups.group_of("host:ab"), "0")
     group = groups.group_of("host:ab")
     await connection.call("XREADGROUP", "GROUP", group, "c", "NOACK", "STREAMS", STREAM, ">")
-    found = groups.parse_groups(await connection.call("XINFO", "GROUPS", STREAM))
+    found = stream_commands.parse_groups(await connection.call("XINFO", "GROUPS", STREAM))
     assert found == {b"relay:host:ab": (7, 1)}
 
 

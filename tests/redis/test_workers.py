@@ -11,7 +11,7 @@ from relay.core.model import Channel
 from relay.stream.cluster import leases, workers
 from relay.stream.connection.connect import command, redis_client
 from relay.stream.format.keys import Keys
-from relay.stream.read import groups
+from relay.stream.read import groups, stream_commands
 from relay.stream.upkeep import dead_workers
 from relay.stream.upkeep.unused import remove_unused
 from tests.support.valkey import Server
@@ -90,7 +90,7 @@ async def test_what_the_dead_left_is_removed_after_a_while(
 
 async def group_names(admin: Redis, key: bytes) -> set[bytes]:
     raw = await command(admin, "XINFO", "GROUPS", key)
-    return set(groups.parse_groups(raw))
+    return set(stream_commands.parse_groups(raw))
 
 
 async def test_an_outage_kills_nobody(client: Redis, admin: Redis, keys: Keys) -> None:

@@ -22,8 +22,10 @@ from relay.core.stream_interface import Examined, ExamineRequest, Followed
 from relay.hub.hub import Hub
 from relay.hub.recovery import Notice
 from relay.hub.session import Session, Subscription
+from relay.stream.format.keys import Keys
 
 NEWS = Channel("news")
+KEYS = Keys("relay:")
 # The incarnation of a stream with life 1, on a server without a replication history.
 INCARNATION = 1 << 32
 
@@ -36,7 +38,7 @@ class Reads:
         self.released: list[Followed] = []
 
     def follow(self, stream: Followed) -> None:
-        pass
+        stream.key = KEYS.stream(stream.channel)
 
     def want_examine(self, stream: Followed) -> None:
         self.examine.append(stream)

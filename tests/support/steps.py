@@ -283,9 +283,7 @@ class Worker:
             decode=decode,
             control=ControlReader(keys, lambda _command: None, lambda: self.hub.recheck(None)),
         )
-        self.pages = PagePipelines(
-            keys=keys, primary=self._primary, settings=settings, decode=decode
-        )
+        self.pages = PagePipelines(primary=self._primary, settings=settings, decode=decode)
         self._asked: tuple[int, list[object]] | None = None
         self._asked_pages: tuple[int, list[object]] | None = None
         self._open()
@@ -308,6 +306,7 @@ class Worker:
     # relay.core.stream_interface.StreamReads
 
     def follow(self, stream: Followed) -> None:
+        stream.key = self._keys.stream(stream.channel)
         self._followed[stream.channel] = stream
         # Set the average of a stream that has been read for long, so that each page has four
         # entries.

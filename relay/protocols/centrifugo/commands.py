@@ -15,9 +15,9 @@ from functools import lru_cache
 from json.decoder import scanstring  # type: ignore[attr-defined]  # typeshed leaves it out
 from typing import Any, NamedTuple
 
-from relay.core.json_text import is_json
 from relay.core.model import RESERVED_NAMESPACES, Channel, namespace_of, parse_channel
 from relay.stream.format import entry
+from relay.stream.format.json_text import is_json
 
 PRIVATE_PREFIX = "$"
 

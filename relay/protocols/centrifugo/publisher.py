@@ -16,9 +16,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Unpack
 
 from relay.core.errors import RelayError
-from relay.core.json_text import is_json
 from relay.core.model import Channel, EntryID, Event, EventFields
 from relay.protocols.centrifugo import codec, history
+from relay.stream.format.json_text import is_json
 
 if TYPE_CHECKING:
     from relay.doorkit.contract import DoorContext

@@ -1,26 +1,196 @@
-"""Encoders of the native protocol: one object for all clients of one format.
+"""Encode events, notices and replies of the native protocol. No I/O.
+
+An event is encoded once for all clients of one format, by one object:
 
 * WebSocket: one text frame per event, the same for all clients
 * SSE with one channel: a block with the entry's ID, the same for all clients
 * SSE with several channels: the `id:` of the block is the client's cursor; the rest is shared
+
+JSON `data` is inserted as the producer wrote it: the notation of numbers and the order of keys do
+not change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Literal
 
+import orjson
 from typing_extensions import override
 
+from relay.core.errors import ClientError, Unavailable
 from relay.core.model import Channel, EntryID, Event, Position
 from relay.hub.cursor import encode as encode_cursor
 from relay.hub.encoding import SharedEncoder
-from relay.hub.recovery import Notice
-from relay.protocols.native import codec
+from relay.hub.recovery import Notice, NoticeKind
+from relay.protocols.native.commands import Ref
 from relay.transports.socket.websocket import frame_text
 
 if TYPE_CHECKING:
     from relay.hub.session import Subscription
+
+ReplyName = Literal["subscribe", "unsubscribe", "refresh", "ping"]
+
+# Prefix of relay's own SSE events. The type of an entry must not begin with it, because it could
+# imitate a notice.
+NOTICE_PREFIX = "relay:"
+_LINE_BREAKS = str.maketrans({"\r": " ", "\n": " ", "\0": " "})
+
+# --- bytes ----------------------------------------------------------------------------------
+
+
+def event_object(event: Event) -> bytes:
+    """Encode `{"channel","id","type","data","client"}` for WebSocket and the SSE envelope."""
+    out = [b'{"channel":', orjson.dumps(event.channel)]
+    if event.id is not None:
+        out.append(b',"id":"%d-%d"' % event.id)
+    if event.type is not None:
+        out += (b',"type":', orjson.dumps(event.type))
+    out += (b',"data":', event.data if event.is_json else orjson.dumps(event.data.decode()))
+    if event.client is not None:
+        out += (b',"client":', orjson.dumps(event.client))
+    out.append(b"}")
+    return b"".join(out)
+
+
+def notice_object(
+    name: NoticeKind,
+    *,
+    channel: Channel | None = None,
+    from_: str | None = None,
+    to: str | None = None,
+    reason: str | None = None,
+) -> bytes:
+    """Encode a notice for WebSocket. Unknown fields are omitted."""
+    return _dump({"notice": name, **_notice_fields(channel, from_, to, reason)})
+
+
+def reply_object(
+    name: ReplyName, ref: Ref, *, channel: Channel | None = None, position: str | None = None
+) -> bytes:
+    """Encode the reply to a successful command."""
+    return _dump({"reply": name, "ref": ref} | _known(channel=channel, id=position))
+
+
+def error_object(
+    error: ClientError | Unavailable, ref: Ref = None, channel: str | None = None
+) -> bytes:
+    """Encode the reply to a rejected command."""
+    return _dump({"error": _error_fields(error), "ref": ref} | _known(channel=channel))
+
+
+def refusal(error: ClientError | Unavailable, channel: str | None = None) -> bytes:
+    """Encode the body of an HTTP error response."""
+    return _dump({"error": _error_fields(error) | _known(channel=channel)})
+
+
+# An SSE event consists of `id: <id>\n` and a tail. The tail is the same for all clients. The ID is
+# not, because a connection with several channels has its own cursor as ID.
+
+
+def sse_id(position: bytes | str) -> bytes:
+    """Encode the `id:` line. Browsers send its value as Last-Event-ID when they reconnect."""
+    return b"id: " + (position.encode() if isinstance(position, str) else position) + b"\n"
+
+
+def sse_tail(event: Event) -> bytes:
+    """Encode type and data of an event for a browser's `EventSource`."""
+    kind = b""
+    if event.type and not event.type.startswith(NOTICE_PREFIX):
+        # A line break in a type would begin another field or event.
+        kind = b"event: " + event.type.translate(_LINE_BREAKS).encode() + b"\n"
+    return kind + _sse_data(event.data)
+
+
+def envelope_tail(event: Event) -> bytes:
+    """Encode the event with channel, ID, type and client in its data (`?envelope=1`).
+
+    There is no `event:` line, because a page cannot listen to types that it does not know.
+    """
+    return _sse_data(event_object(event))
+
+
+def sse_notice(
+    name: NoticeKind,
+    *,
+    channel: Channel | None = None,
+    from_: str | None = None,
+    to: str | None = None,
+    reason: str | None = None,
+) -> bytes:
+    """Encode the tail of a notice. Unknown fields are omitted."""
+    fields = _notice_fields(channel, from_, to, reason)
+    return _named(name, _dump(fields))
+
+
+def sse_error(error: ClientError | Unavailable, channel: str | None = None) -> bytes:
+    """Encode the tail of the error that ends a stream."""
+    return _named("error", _dump(_error_fields(error) | _known(channel=channel)))
+
+
+def first_block(position: bytes | str, retry_ms: int) -> bytes:
+    """Encode the beginning of a stream. Its ID lets a client resume that receives no event."""
+    return b"retry: %d\n" % retry_ms + sse_id(position) + b"\n"
+
+
+def first_envelope_block(
+    position: bytes | str, retry_ms: int, positions: Iterable[tuple[Channel, str]]
+) -> bytes:
+    """Encode the beginning of a stream with envelopes as an event.
+
+    Browsers do not pass the ID of a block without data to scripts. A script needs the ID to resume
+    after the page was reloaded.
+    """
+    opened = {
+        "retry_ms": retry_ms,
+        "channels": [{"channel": channel, "id": at} for channel, at in positions],
+    }
+    return b"retry: %d\n" % retry_ms + sse_id(position) + _named("open", _dump(opened))
+
+
+def empty_stream(retry_ms: int, reason: str) -> bytes:
+    """Encode a complete stream without events. The client reconnects after `retry_ms`.
+
+    The reason is a comment, which clients ignore.
+    """
+    return b"retry: %d\n: %b\n\n" % (retry_ms, reason.translate(_LINE_BREAKS).encode())
+
+
+HEARTBEAT = b":\n\n"
+
+
+def _sse_data(data: bytes) -> bytes:
+    """Encode `data` as lines. A client joins them with LF, so that CR LF and CR become LF.
+
+    This does not change JSON, because its strings contain no line breaks.
+    """
+    lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return b"data: " + lines.replace(b"\n", b"\ndata: ") + b"\n\n"
+
+
+def _named(name: str, data: bytes) -> bytes:
+    return b"event: " + (NOTICE_PREFIX + name).encode() + b"\n" + _sse_data(data)
+
+
+def _notice_fields(
+    channel: Channel | None, from_: str | None, to: str | None, reason: str | None
+) -> dict[str, object]:
+    return _known(channel=channel) | _known(**{"from": from_, "to": to, "reason": reason})
+
+
+def _error_fields(error: ClientError | Unavailable) -> dict[str, object]:
+    return {"code": error.code, "message": str(error)}
+
+
+def _known(**fields: str | None) -> dict[str, object]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _dump(fields: Mapping[str, object]) -> bytes:
+    return orjson.dumps(fields)
+
+
+# --- encoders -------------------------------------------------------------------------------
 
 
 def _text(entry_id: EntryID | None) -> str | None:
@@ -34,12 +204,12 @@ class WebSocketEncoder(SharedEncoder):
 
     @override
     def event(self, event: Event) -> bytes:
-        return frame_text(codec.event_object(event))
+        return frame_text(event_object(event))
 
     @override
     def notice(self, channel: Channel, notice: Notice) -> bytes:
         return frame_text(
-            codec.notice_object(
+            notice_object(
                 notice.kind,
                 channel=channel,
                 from_=_text(notice.from_id),
@@ -61,7 +231,7 @@ class SseEncoder(SharedEncoder):
     def event(self, event: Event) -> bytes:
         # Ephemeral events have no ID.
         tail = self._tail(event)
-        return tail if event.id is None else codec.sse_id(str(event.id)) + tail
+        return tail if event.id is None else b"id: %d-%d\n" % event.id + tail
 
     @override
     def notice(self, channel: Channel, notice: Notice) -> bytes | None:
@@ -76,14 +246,14 @@ def notice_block(
     channel: Channel, notice: Notice, positions: Iterable[tuple[Channel, Position]] = ()
 ) -> bytes:
     """Return the block of a notice, with a cursor as ID if there are positions."""
-    tail = codec.sse_notice(
+    tail = sse_notice(
         notice.kind,
         channel=channel,
         from_=_text(notice.from_id),
         to=_text(notice.to_id),
         reason=notice.reason,
     )
-    return codec.sse_id(encode_cursor(positions)) + tail if positions else tail
+    return sse_id(encode_cursor(positions)) + tail if positions else tail
 
 
 class SseCursorEncoder(SseEncoder):
@@ -113,14 +283,14 @@ class SseCursorEncoder(SseEncoder):
         if position is None:
             return shared
         cursor = subscription.session.cursor(event.channel, position)
-        return codec.sse_id(encode_cursor(cursor)) + shared
+        return sse_id(encode_cursor(cursor)) + shared
 
 
 WEBSOCKET = WebSocketEncoder()
-SSE = SseEncoder(codec.sse_tail)
-SSE_ENVELOPE = SseEncoder(codec.envelope_tail)
-SSE_CURSOR = SseCursorEncoder(codec.sse_tail)
-SSE_CURSOR_ENVELOPE = SseCursorEncoder(codec.envelope_tail)
+SSE = SseEncoder(sse_tail)
+SSE_ENVELOPE = SseEncoder(envelope_tail)
+SSE_CURSOR = SseCursorEncoder(sse_tail)
+SSE_CURSOR_ENVELOPE = SseCursorEncoder(envelope_tail)
 
 
 def sse_encoder(*, several: bool, envelope: bool) -> SseEncoder:

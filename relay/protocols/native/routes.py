@@ -25,7 +25,7 @@ from relay.doorkit.http_status import status_of
 from relay.doorkit.open_connections import OpenConnections
 from relay.doorkit.origins import AllowedOrigins
 from relay.hub import cursor
-from relay.protocols.native import codec, live_page
+from relay.protocols.native import commands, encoders, live_page
 from relay.protocols.native.credentials import principal_of
 from relay.protocols.native.encoders import WEBSOCKET, sse_encoder
 from relay.protocols.native.settings import NativeSettings
@@ -72,7 +72,7 @@ class MountedNative(Mounted):
         self._settings = settings
         self._origins = AllowedOrigins(settings.origins(), "[protocol:native] allowed_origins")
         self._sse_beat = Heartbeat(
-            interval_s=settings.heartbeat_s, beat=codec.HEARTBEAT, only_quiet=True
+            interval_s=settings.heartbeat_s, beat=encoders.HEARTBEAT, only_quiet=True
         )
         self._ws_beat = Heartbeat(
             interval_s=settings.heartbeat_s,
@@ -169,7 +169,7 @@ class MountedNative(Mounted):
     def _empty_stream(self, request: web.Request, error: Unavailable) -> web.Response:
         self._context.metrics.refused.labels(error.code).inc()
         response = web.Response(
-            body=codec.empty_stream(random.randint(1000, 5000), str(error)),  # noqa: S311
+            body=encoders.empty_stream(random.randint(1000, 5000), str(error)),  # noqa: S311
             content_type="text/event-stream",
             headers=self._cors(request) | {"Cache-Control": "no-store"},
         )
@@ -183,9 +183,9 @@ class MountedNative(Mounted):
         ]
         at = cursor.encode(positions)
         if not envelope:
-            return codec.first_block(at, retry_ms)
+            return encoders.first_block(at, retry_ms)
         ids = [(name, str(position.id)) for name, position in positions]
-        return codec.first_envelope_block(at, retry_ms, ids)
+        return encoders.first_envelope_block(at, retry_ms, ids)
 
     async def _preflight(self, request: web.Request) -> web.Response:
         headers = self._cors(request)
@@ -216,7 +216,7 @@ class MountedNative(Mounted):
         except (Unauthorized, LimitExceeded) as exc:
             context.metrics.refused.labels(exc.code).inc()
             response = take_over(request, accepted, socket)
-            socket.write(websocket.frame_text(codec.error_object(exc)))
+            socket.write(websocket.frame_text(encoders.error_object(exc)))
             socket.close_with(UNAUTHORIZED if isinstance(exc, Unauthorized) else TOO_MUCH, str(exc))
             return response
         client.session = session
@@ -241,7 +241,7 @@ class MountedNative(Mounted):
             return
         for channel in channels:
             try:
-                command = codec.SubscribeCommand(channel=channel, last_event_id=last or None)
+                command = commands.SubscribeCommand(channel=channel, last_event_id=last or None)
                 client.subscribe(command)
             except (ClientError, Unavailable) as exc:
                 client.send_error(exc, channel)
@@ -282,7 +282,7 @@ class MountedNative(Mounted):
             headers["Retry-After"] = str(random.randint(1, 5))  # noqa: S311
         return web.Response(
             status=status_of(error),
-            body=codec.refusal(error, channel),
+            body=encoders.refusal(error, channel),
             content_type="application/json",
             headers=headers,
         )
@@ -293,7 +293,7 @@ def _channels(request: web.Request, most: int) -> Sequence[Channel]:
     if len(names) > most:
         raise LimitExceeded(f"more than {most} channels on one connection")
     try:
-        return [codec.requested_channel(name) for name in names]
+        return [commands.requested_channel(name) for name in names]
     except ValueError as exc:
         raise BadRequest(str(exc)) from None
 

@@ -10,7 +10,7 @@ from relay.core.errors import ClientError, RelayError, Unauthorized
 from relay.core.reasons import Reason
 from relay.hub.recovery import Notice
 from relay.hub.session import Client
-from relay.protocols.native import codec
+from relay.protocols.native import encoders
 
 if TYPE_CHECKING:
     from relay.core.model import Channel
@@ -69,11 +69,11 @@ class SseClient(Client):
 
     @override
     def expired(self) -> None:
-        self._end(codec.sse_error(Unauthorized("the token has expired")))
+        self._end(encoders.sse_error(Unauthorized("the token has expired")))
 
     @override
     def disconnect(self, reason: Reason) -> None:
-        self._end(codec.sse_notice("closing", reason=reason))
+        self._end(encoders.sse_notice("closing", reason=reason))
 
     def _end(self, last: bytes) -> None:
         session = self.session

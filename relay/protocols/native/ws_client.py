@@ -21,7 +21,7 @@ from relay.doorkit.rate_limit import RateLimit
 from relay.hub import cursor
 from relay.hub.recovery import Notice
 from relay.hub.session import Client
-from relay.protocols.native import codec
+from relay.protocols.native import commands, encoders
 from relay.transports.socket.websocket import frame_close, frame_text
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class WsClient(Client):
         self._context = context
         self._settings = settings
         self._outbox: Outbox | None = None
-        self._refs: dict[Channel, codec.Ref] = {}
+        self._refs: dict[Channel, commands.Ref] = {}
         self._bad = 0
         self._rate = RateLimit(settings.commands_per_s, settings.burst, clock)
 
@@ -78,9 +78,9 @@ class WsClient(Client):
             self.close(TOO_MUCH, LimitExceeded("too many commands"))
             return
         try:
-            command = codec.parse_command(text)
-        except codec.BadCommand as exc:
-            self._send(codec.error_object(exc, exc.ref, exc.channel))
+            command = commands.parse_command(text)
+        except commands.BadCommand as exc:
+            self._send(encoders.error_object(exc, exc.ref, exc.channel))
             self._bad += 1
             if self._bad >= _BAD_COMMANDS_ALLOWED:
                 self.close(BAD_COMMANDS, None)
@@ -89,27 +89,29 @@ class WsClient(Client):
         try:
             self._execute(session, command)
         except (ClientError, Unavailable) as exc:
-            self._send(codec.error_object(exc, command.ref, channel))
+            self._send(encoders.error_object(exc, command.ref, channel))
 
-    def _execute(self, session: Session, command: codec.Command) -> None:
+    def _execute(self, session: Session, command: commands.Command) -> None:
         hub = self._context.hub
         match command:
-            case codec.SubscribeCommand():
+            case commands.SubscribeCommand():
                 self.subscribe(command)
-            case codec.UnsubscribeCommand():
+            case commands.UnsubscribeCommand():
                 hub.unsubscribe(session, command.channel)
                 self._refs.pop(command.channel, None)
-                self._send(codec.reply_object("unsubscribe", command.ref, channel=command.channel))
-            case codec.RefreshCommand():
+                self._send(
+                    encoders.reply_object("unsubscribe", command.ref, channel=command.channel)
+                )
+            case commands.RefreshCommand():
                 principal = self._context.read_token(command.token)
                 # With --insecure, access does not depend on the token.
                 principal = replace(principal, unrestricted=session.principal.unrestricted)
                 hub.change_principal(session, principal)
-                self._send(codec.reply_object("refresh", command.ref))
-            case codec.PingCommand():
-                self._send(codec.reply_object("ping", command.ref))
+                self._send(encoders.reply_object("refresh", command.ref))
+            case commands.PingCommand():
+                self._send(encoders.reply_object("ping", command.ref))
 
-    def subscribe(self, command: codec.SubscribeCommand) -> None:
+    def subscribe(self, command: commands.SubscribeCommand) -> None:
         """Start a subscription. The reply is sent by `subscribed` or `refused`."""
         session = self.session
         if session is None:
@@ -134,13 +136,13 @@ class WsClient(Client):
         channel = subscription.feed.channel
         at = cursor.encode([(channel, subscription.position)]).decode()
         ref = self._refs.pop(channel, None)
-        self._send(codec.reply_object("subscribe", ref, channel=channel, position=at))
+        self._send(encoders.reply_object("subscribe", ref, channel=channel, position=at))
 
     @override
     def refused(self, channel: Channel, error: RelayError) -> None:
         if isinstance(error, ClientError | Unavailable):
             self._context.metrics.refused.labels(error.code).inc()
-            self._send(codec.error_object(error, self._refs.pop(channel, None), channel))
+            self._send(encoders.error_object(error, self._refs.pop(channel, None), channel))
 
     @override
     def dropped(self, channel: Channel, notice: Notice) -> None:
@@ -157,12 +159,12 @@ class WsClient(Client):
     @override
     def disconnect(self, reason: Reason) -> None:
         if self.session is not None:
-            self.session.offer(frame_text(codec.notice_object("closing", reason=reason)))
+            self.session.offer(frame_text(encoders.notice_object("closing", reason=reason)))
         self.close(_CLOSES.get(reason, GOING_AWAY), None)
 
     def send_error(self, error: ClientError | Unavailable, channel: str | None) -> None:
         """Send an error about the query string, which has no `ref`."""
-        self._send(codec.error_object(error, None, channel))
+        self._send(encoders.error_object(error, None, channel))
 
     # ---- internals --------------------------------------------------------------------------
 
@@ -176,7 +178,7 @@ class WsClient(Client):
         if session is None or session.closed:
             return
         if error is not None:
-            session.offer(frame_text(codec.error_object(error)))
+            session.offer(frame_text(encoders.error_object(error)))
         session.write_out()
         session.end()
         if self._outbox is not None:

@@ -29,8 +29,8 @@ from zlib import crc32
 
 import orjson
 
-from relay.core.json_text import is_json
 from relay.core.model import Broken, Channel, EntryID, Event, Grant, Record, Revocation
+from relay.stream.format.json_text import is_json
 
 SCHEMA = b"1"
 RESERVED_TYPES = "relay:"

@@ -1,4 +1,4 @@
-"""Group names, the groups that carry a stream's incarnation, and the parsing of XINFO.
+"""Names of groups, and the commands for the groups that carry a stream's incarnation.
 
 Each worker is its own group on the streams that its clients follow. Two more groups are never read.
 Their last-delivered-ids are replicated, persisted and deleted with the stream, and move with it to
@@ -15,22 +15,16 @@ another Redis Cluster node (tried on Redis 7.0, 8.2 and Valkey 9.1):
 from __future__ import annotations
 
 import secrets
-from typing import TYPE_CHECKING, cast
 
-from relay.core.model import ZERO_ID, EntryID, Marker, StreamState
-from relay.stream.connection.connect import CommandRefused
-from relay.stream.connection.pipeline_connection import ReplyError
+from relay.core.model import EntryID, StreamState
 from relay.stream.connection.scripts import Script
-
-if TYPE_CHECKING:
-    from relay.stream.connection.primary import Primary
 
 Command = tuple[bytes | str, ...]
 
 MARKER_GROUP = b"relay:epoch"
 FAILOVER_GROUP = b"relay:failover"
 OWN_GROUPS = frozenset({MARKER_GROUP, FAILOVER_GROUP})
-_LOW = (1 << 32) - 1
+LOW = (1 << 32) - 1
 # Changes the marker and the failover group, unless the marker has changed meanwhile: the stream may
 # have been deleted and created again since it was examined, and must keep its new marker.
 CERTIFY = Script("""\
@@ -79,68 +73,9 @@ def certify_commands(key: bytes, state: StreamState, certificate: int) -> list[C
     """Return the commands that store the certificate, and the failover position if entries may have
     been lost. Empty if the stream already has this certificate."""
     marker = state.marker
-    if marker is None or state.incarnation is None or marker.id.seq & _LOW == certificate:
+    if marker is None or state.incarnation is None or marker.id.seq & LOW == certificate:
         return []
-    seq = (state.incarnation & _LOW) << 32 | certificate
+    seq = (state.incarnation & LOW) << 32 | certificate
     failover = "" if marker.is_current else str(state.failover)
     certified = str(EntryID(marker.id.ms, seq))
     return [("EVALSHA", CERTIFY.sha, "1", key, str(marker.id), certified, failover)]
-
-
-def parse_groups(reply: object) -> dict[bytes, EntryID]:
-    """Parse XINFO GROUPS: each group's last-delivered-id. Empty if the stream does not exist."""
-    if isinstance(reply, Exception):
-        if _no_such_key(reply):
-            return {}
-        raise CommandRefused("XINFO GROUPS", str(reply)) from reply
-    groups = cast(list[dict[bytes, bytes]], reply)
-    return {group[b"name"]: EntryID.parse(group[b"last-delivered-id"]) for group in groups}
-
-
-def parse_state(
-    stream: object, groups: object = None, primary: Primary | None = None
-) -> StreamState:
-    """Parse XINFO STREAM, and XINFO GROUPS of the same transaction, into one moment of a stream.
-
-    If entries may have been lost since the stream's certificate, the state contains the new
-    failover position before it is stored. A missing stream is a valid state. Other errors raise
-    CommandRefused.
-    """
-    if isinstance(stream, Exception):
-        if not _no_such_key(stream):
-            raise CommandRefused("XINFO STREAM", str(stream)) from stream
-        return StreamState(
-            exists=False, first=None, last=ZERO_ID, length=0, added=0, max_deleted=ZERO_ID
-        )
-    info = cast(dict[bytes, object], stream)
-    first = cast(list[bytes] | None, info[b"first-entry"])
-    last = EntryID.parse(cast(bytes, info[b"last-generated-id"]))
-    marker = failover = incarnation = None
-    if groups is not None and primary is not None:
-        found = parse_groups(groups)
-        place = found.get(MARKER_GROUP)
-        if place is None:
-            failover = last
-        else:
-            marker = Marker(
-                place, FAILOVER_GROUP in found, primary.is_without_loss_since(place.seq & _LOW)
-            )
-            history = place.seq >> 32 if marker.is_current else primary.certificate
-            failover = found.get(FAILOVER_GROUP) if marker.is_current else last
-            incarnation = (place.ms & _LOW) << 32 | history
-    return StreamState(
-        exists=True,
-        first=EntryID.parse(first[0]) if first else None,
-        last=last,
-        length=cast(int, info[b"length"]),
-        added=cast(int, info[b"entries-added"]),
-        max_deleted=EntryID.parse(cast(bytes, info[b"max-deleted-entry-id"])),
-        blocks=cast(int, info.get(b"radix-tree-keys", 0)),
-        incarnation=incarnation,
-        failover=failover,
-        marker=marker,
-    )
-
-
-def _no_such_key(error: Exception) -> bool:
-    return isinstance(error, ReplyError) and str(error) == "ERR no such key"

@@ -15,13 +15,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from relay.core.errors import RedisUnavailable, RelayError, Unavailable
-from relay.core.model import EntryID, Event
+from relay.core.model import Event
 from relay.core.slices import in_slices
 from relay.core.stream_interface import Snapshot
 from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import ReplyError
 from relay.stream.connection.primary import Replication
-from relay.stream.read.groups import create_marker, new_marker, parse_state
+from relay.stream.read.groups import create_marker, new_marker
+from relay.stream.read.stream_commands import parse_id, parse_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,7 +124,7 @@ class History:
                 # Entries that were removed since the first page are missing in this one.
                 state = replace(state, first=now.first, max_deleted=now.max_deleted)
             async for raw, fields in in_slices(entries):
-                record = self._decode(channel, EntryID.parse(raw), fields)
+                record = self._decode(channel, parse_id(raw), fields)
                 records.append(record)
                 size += record.size
                 if isinstance(record.body, Event):

@@ -13,7 +13,7 @@ arrive. As a further safeguard, a slow sweep reads every stream.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from relay.core.errors import RedisUnavailable
@@ -29,50 +29,26 @@ if TYPE_CHECKING:
 MISSED_CANARIES = 3
 _CANARY_S = 60
 # Name of an area in `Refusals`.
-CANARY = "the canary key"
+CANARY_WRITES = "the canary key"
 # Limits the steps of a sweep, because each of them iterates over all streams.
 _MOST_STEPS = 300
 _T = TypeVar("_T")
 
 
-class InvalidationListener:
-    """Passes invalidations of one connection to callbacks, and checks that they arrive."""
+class Canary:
+    """A key that this worker writes periodically, to check that invalidations arrive."""
 
     def __init__(
-        self,
-        *,
-        keys: Keys,
-        instance: str,
-        period_s: float,
-        on_keys: Callable[[Iterable[bytes]], None],
-        on_everything: Callable[[], None],
-        on_message: Callable[[bytes, bytes], None],
-        refusals: Refusals | None = None,
+        self, *, keys: Keys, instance: str, period_s: float, refusals: Refusals | None = None
     ) -> None:
+        self.key = keys.canary(instance)
         self._refusals = refusals or Refusals()
-        self._canary = keys.canary(instance)
         self._period_s = period_s
-        self._on_keys = on_keys
-        self._on_everything = on_everything
-        self._on_message = on_message
         self._received_at = 0.0
 
-    def on_push(self, push: list[object]) -> None:
-        """Handle one push of the connection."""
-        kind = push[0]
-        if kind == b"invalidate":
-            keys = push[1]
-            if not isinstance(keys, list):
-                self._received_at = asyncio.get_running_loop().time()
-                self._on_everything()
-                return
-            if self._canary in keys:
-                self._received_at = asyncio.get_running_loop().time()
-                if len(keys) == 1:
-                    return
-            self._on_keys(keys)
-        elif kind == b"message" and isinstance(push[1], bytes) and isinstance(push[2], bytes):
-            self._on_message(push[1], push[2])
+    def touch(self) -> None:
+        """Record that an invalidation has arrived."""
+        self._received_at = asyncio.get_running_loop().time()
 
     def is_working(self) -> bool:
         """Return whether an invalidation arrived within the last few periods."""
@@ -85,7 +61,7 @@ class InvalidationListener:
             await connection.call("CLIENT", "TRACKING", "ON")
         except CommandRefused:
             return False
-        self._received_at = asyncio.get_running_loop().time()
+        self.touch()
         return True
 
     async def verify(self, tracking: PipelineConnection, writer: PipelineConnection) -> None:
@@ -100,30 +76,26 @@ class InvalidationListener:
         count = 0
         while True:
             count += 1
-            (armed,) = await tracking.execute([("GET", self._canary)])
+            (armed,) = await tracking.execute([("GET", self.key)])
             set_, prolonged = await writer.execute(
                 [
-                    ("SET", self._canary, count, "EX", _CANARY_S),
-                    ("EXPIRE", self._canary, _CANARY_S),
+                    ("SET", self.key, count, "EX", _CANARY_S),
+                    ("EXPIRE", self.key, _CANARY_S),
                 ]
             )
             if isinstance(set_, ReplyError):
-                self._refusals.refused(CANARY, str(set_), "invalidations cannot be checked")
+                self._refusals.refused(CANARY_WRITES, str(set_), "invalidations cannot be checked")
                 if prolonged != 1 or isinstance(armed, ReplyError):
                     self.touch()
             elif isinstance(armed, ReplyError):
-                self._refusals.refused(CANARY, str(armed), "invalidations cannot be checked")
+                self._refusals.refused(CANARY_WRITES, str(armed), "invalidations cannot be checked")
                 self.touch()
             else:
-                self._refusals.accepted(CANARY)
+                self._refusals.accepted(CANARY_WRITES)
                 self._refusals.accepted(WRITES)
             await asyncio.sleep(self._period_s)
             if not self.is_working():
                 raise RedisUnavailable("no invalidation arrived from Redis: connecting again")
-
-    def touch(self) -> None:
-        """Treat the present moment as the arrival of an invalidation."""
-        self._received_at = asyncio.get_running_loop().time()
 
 
 def sweep_steps(sweep_s: float) -> int:

@@ -195,7 +195,7 @@ class LivePipelines:
             count = stream_commands.count_for(stream, self._settings.page_bytes, most)
             start = len(commands)
             commands += stream_commands.read_commands(
-                self._keys, stream, self._group, self._instance, count, plain=form.plain
+                stream, self._group, self._instance, count, plain=form.plain
             )
             stream.misaligned = False
             sent.read.append((stream, count, form, start, len(commands)))
@@ -265,9 +265,7 @@ class LivePipelines:
             stream.on_examine_failed(request, "the channel's stream cannot be read")
             return
         if not self._mode.refusals.lacks("evalsha"):
-            self._certify += certify_commands(
-                self._keys.stream(stream.channel), examined.state, self._primary.certificate
-            )
+            self._certify += certify_commands(stream.key, examined.state, self._primary.certificate)
         stream.on_examined(request, examined)
         if stream.alive and stream.settled and stream.misaligned:
             self._read[stream] = None
@@ -345,14 +343,12 @@ class PagePipelines:
     def __init__(
         self,
         *,
-        keys: Keys,
         primary: Primary,
         settings: StreamSettings,
         decode: stream_commands.Decode,
         mode: ReadMode | None = None,
     ) -> None:
         self._mode = mode or ReadMode()
-        self._keys = keys
         self._primary = primary
         self._settings = settings
         self._decode = decode
@@ -396,11 +392,9 @@ class PagePipelines:
             size_at = None
             if blocks <= _MEASURED_BLOCKS and not self._mode.refusals.lacks("memory|usage"):
                 size_at = len(commands)
-                commands.append(stream_commands.size_command(self._keys, stream))
+                commands.append(stream_commands.size_command(stream))
             start = len(commands)
-            commands += stream_commands.page_commands(
-                self._keys, stream, request, count, plain=self._plain
-            )
+            commands += stream_commands.page_commands(stream, request, count, plain=self._plain)
             self._sent.append(_SentPage(stream, request, count, size_at, start, len(commands)))
         return commands
 

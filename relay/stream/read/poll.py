@@ -15,7 +15,6 @@ from relay.stream.connection.pipeline_connection import ReplyError, connected
 if TYPE_CHECKING:
     from relay.config.settings import RedisSettings
     from relay.core.stream_interface import Followed
-    from relay.stream.format.keys import Keys
 
 _BATCH = 200
 _BLOCK_MS = 200
@@ -35,7 +34,7 @@ class PolledReader(Protocol):
         """Record that Redis has replied, and read the control stream or all rights if True."""
 
 
-async def poll(reader: PolledReader, redis: RedisSettings, keys: Keys) -> None:
+async def poll(reader: PolledReader, redis: RedisSettings) -> None:
     """Poll on a connection of its own until cancelled.
 
     Raises:
@@ -53,7 +52,7 @@ async def poll(reader: PolledReader, redis: RedisSettings, keys: Keys) -> None:
             block_ms = max(1, _BLOCK_MS * _BATCH // max(_BATCH, len(streams)))
             for start in range(0, len(streams), _BATCH):
                 batch = streams[start : start + _BATCH]
-                names = [keys.stream(stream.channel) for stream in batch]
+                names = [stream.key for stream in batch]
                 after = [str(stream.position) for stream in batch]
                 (reply,) = await connection.execute(
                     [("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", *names, *after)]

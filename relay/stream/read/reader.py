@@ -31,7 +31,7 @@ from relay.stream.connection.rights import find_rejected
 from relay.stream.read import stream_commands
 from relay.stream.read.groups import CERTIFY, group_of
 from relay.stream.read.invalidations import (
-    InvalidationListener,
+    Canary,
     sweep_slices,
     sweep_steps,
     swept_streams,
@@ -88,6 +88,8 @@ class StreamReader:
         self._redis = redis
         self._settings = settings
         self._metrics = metrics
+        self._reads = metrics.round_trips.labels("read")
+        self._page_reads = metrics.round_trips.labels("page")
         self._on_turn = on_turn
         self._decode_ephemeral = decode_ephemeral
         self._group = group_of(instance)
@@ -106,7 +108,7 @@ class StreamReader:
             on_groups_restored=self._on_groups_restored,
         )
         self._pages = PagePipelines(
-            keys=keys, primary=self._primary, settings=settings, decode=decode, mode=self._mode
+            primary=self._primary, settings=settings, decode=decode, mode=self._mode
         )
         self._work = asyncio.Event()
         self._page_work = asyncio.Event()
@@ -114,14 +116,8 @@ class StreamReader:
         self._check_all = asyncio.Event()
         self._connection: PipelineConnection | None = None
         self._messages: PipelineConnection | None = None
-        self._invalidations = InvalidationListener(
-            keys=keys,
-            instance=instance,
-            period_s=settings.canary_s,
-            on_keys=self._on_keys,
-            on_everything=self._on_everything,
-            on_message=self._on_message,
-            refusals=refusals,
+        self._canary = Canary(
+            keys=keys, instance=instance, period_s=settings.canary_s, refusals=refusals
         )
         self._reading = asyncio.Event()
         self._stopping = False
@@ -130,7 +126,8 @@ class StreamReader:
 
     def follow(self, stream: Followed) -> None:
         """Receive ephemeral events of the stream. It is examined when a client joins."""
-        self._followed[stream.channel] = self._by_key[self._keys.stream(stream.channel)] = stream
+        stream.key = self._keys.stream(stream.channel)
+        self._followed[stream.channel] = self._by_key[stream.key] = stream
         if self._messages is not None:
             self._subscribe(self._messages, stream)
 
@@ -153,8 +150,7 @@ class StreamReader:
         """Stop reading the stream, destroy its group and unsubscribe from its ephemeral events."""
         if self._followed.get(stream.channel) is not stream:
             return
-        key = self._keys.stream(stream.channel)
-        del self._followed[stream.channel], self._by_key[key]
+        del self._followed[stream.channel], self._by_key[stream.key]
         self._live.discard(stream)
         self._pages.discard(stream)
         if self._connection is not None and self._messages is not None:
@@ -162,7 +158,7 @@ class StreamReader:
             self._messages.post(unsubscribe, expected="NOPERM")
             # Use the connection that creates groups: if a client returns immediately, its new group
             # is created after this one was destroyed.
-            destroy = ("XGROUP", "DESTROY", key, self._group)
+            destroy = ("XGROUP", "DESTROY", stream.key, self._group)
             # The stream may have been deleted, or was never created for a rejected client.
             self._connection.post(destroy, expected="requires the key to exist")
         if stream.exists and stream.position == ZERO_ID:
@@ -173,7 +169,7 @@ class StreamReader:
     def ready(self) -> bool:
         """Return True if streams are being read."""
         cannot_read = self._mode.blocked or self._refusals.cannot_read
-        return self._connection is not None and self._invalidations.is_working() and not cannot_read
+        return self._connection is not None and self._canary.is_working() and not cannot_read
 
     def is_connected(self) -> bool:
         """Return True if there is a connection to Redis on which streams are read.
@@ -207,10 +203,7 @@ class StreamReader:
         connection = self._connection
         if connection is None:
             return
-        commands = [
-            ("XGROUP", "DESTROY", self._keys.stream(channel), self._group)
-            for channel in self._followed
-        ]
+        commands = [("XGROUP", "DESTROY", key, self._group) for key in self._by_key]
         try:
             for start in range(0, len(commands), _DESTROY_BATCH):
                 await connection.execute(commands[start : start + _DESTROY_BATCH])
@@ -233,16 +226,14 @@ class StreamReader:
                 connections.callback(each.close)
                 return each
 
-            connection = await opened(self._invalidations.on_push)
+            connection = await opened(self._on_push)
             pages = await opened(None)
             # Subscribe on a separate connection. Redis applies its output limit for pub/sub (32 MB
             # by default) to all replies on such a connection, and a large read would exceed it.
-            messages = await opened(self._invalidations.on_push)
-            tracking = self._settings.tracking == "auto" and await self._invalidations.start(
-                connection
-            )
+            messages = await opened(self._on_push)
+            tracking = self._settings.tracking == "auto" and await self._canary.start(connection)
             if not tracking:
-                self._invalidations.touch()
+                self._canary.touch()
                 _log.warning("Client tracking unavailable: polling streams with blocking reads")
             await self._check_rights(endpoint, log=True)
             await self._load_script(connection)
@@ -265,9 +256,9 @@ class StreamReader:
                 tasks.create_task(self._watch_rights(endpoint), name="rights")
                 tasks.create_task(wait_for(lost), name="lost")
                 if tracking:
-                    tasks.create_task(self._invalidations.verify(connection, pages), name="canary")
+                    tasks.create_task(self._canary.verify(connection, pages), name="canary")
                 else:
-                    tasks.create_task(poll(self, self._redis, self._keys), name="poll")
+                    tasks.create_task(poll(self, self._redis), name="poll")
 
     async def _check_rights(self, endpoint: RedisEndpoint, *, log: bool) -> None:
         could_subscribe = not self._refusals.lacks("subscribe")
@@ -321,6 +312,19 @@ class StreamReader:
 
     # ---- invalidations ----------------------------------------------------------------------
 
+    def _on_push(self, push: list[object]) -> None:
+        """Handle an invalidation, or an ephemeral event."""
+        kind = push[0]
+        if kind == b"invalidate":
+            keys = push[1]
+            if isinstance(keys, list):
+                self._on_keys(keys)
+            else:
+                self._canary.touch()
+                self._on_everything()
+        elif kind == b"message" and isinstance(push[1], bytes) and isinstance(push[2], bytes):
+            self._on_message(push[1], push[2])
+
     def _on_keys(self, keys: Iterable[bytes]) -> None:
         for key in keys:
             if (stream := self._by_key.get(key)) is not None:
@@ -330,7 +334,10 @@ class StreamReader:
                     stream.on_rights_changed()
             elif key == self._keys.control:
                 self._live.want_control()
-        self._work.set()
+            elif key == self._canary.key:
+                self._canary.touch()
+                continue
+            self._work.set()
 
     def _on_everything(self) -> None:
         self._live.want_control()
@@ -359,7 +366,7 @@ class StreamReader:
 
     def polled(self, *, control: bool, rights: bool) -> None:
         """Record a reply of Redis to `poll`. Read the control stream or all rights if True."""
-        self._invalidations.touch()
+        self._canary.touch()
         if control:
             self._live.want_control()
         if rights:
@@ -384,9 +391,7 @@ class StreamReader:
                 while streams:
                     batch = [streams.popleft() for _ in range(min(most, len(streams)))]
                     batch = [stream for stream in batch if stream.alive and not stream.settled]
-                    commands = [
-                        stream_commands.has_unread_command(self._keys, stream) for stream in batch
-                    ]
+                    commands = [stream_commands.has_unread_command(stream) for stream in batch]
                     received = 0
                     for stream, reply in zip(
                         batch, await connection.execute(commands), strict=True
@@ -460,7 +465,7 @@ class StreamReader:
             self._work.clear()
             commands = self._live.commands()
             if commands:
-                self._metrics.round_trips.labels("read").inc()
+                self._reads.inc()
                 self._live.take(await connection.execute(commands))
                 self._on_turn()
             if self._live.has_work:
@@ -472,7 +477,7 @@ class StreamReader:
             self._page_work.clear()
             commands = self._pages.commands()
             if commands:
-                self._metrics.round_trips.labels("page").inc()
+                self._page_reads.inc()
                 self._pages.take(await connection.execute(commands))
                 self._on_turn()
                 # Wait until the sockets have reported that they are full.

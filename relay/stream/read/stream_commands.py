@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from relay.core.model import ZERO_ID, Channel, EntryID, Record, StreamState
+from relay.core.model import ZERO_ID, Channel, EntryID, Marker, Record, StreamState
 from relay.core.stream_interface import Examined, ExamineRequest, Followed, Page, PageRequest
 from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import RedisCommand, ReplyError
@@ -16,7 +16,7 @@ from relay.stream.connection.primary import Primary
 from relay.stream.connection.refusals import cause_of
 from relay.stream.format.entry import digest
 from relay.stream.format.keys import Keys
-from relay.stream.read.groups import create_marker, new_marker, parse_state
+from relay.stream.read.groups import FAILOVER_GROUP, LOW, MARKER_GROUP, create_marker, new_marker
 
 Decode = Callable[[Channel, EntryID, Sequence[bytes]], Record]
 RawEntry = tuple[bytes, list[bytes] | None]
@@ -50,7 +50,7 @@ def examine_commands(
     the stream's incarnation, and this worker's `group`, which protects an unused stream from
     removal.
     """
-    key = keys.stream(stream.channel)
+    key = stream.key
     writes: list[RedisCommand] = []
     if request.mark:
         writes.append(create_marker(key, new_marker(), primary.certificate))
@@ -75,15 +75,15 @@ def parse_examined(
         rights = dict(zip(request.users, cast(list[bytes | None], values), strict=True))
         rest = rest[1:]
     own = {}
-    for entry_id, found in zip(request.own, rest, strict=True):
+    for own_id, found in zip(request.own, rest, strict=True):
         entries = cast(list[RawEntry], _checked("XRANGE", found))
         if entries:
-            own[entry_id] = digest(entries[0][1] or [])
+            own[own_id] = digest(entries[0][1] or [])
     return Examined(state=state, rights=rights, own=own)
 
 
 def read_commands(
-    keys: Keys, stream: Followed, group: str, consumer: str, count: int, *, plain: bool = False
+    stream: Followed, group: str, consumer: str, count: int, *, plain: bool = False
 ) -> list[RedisCommand]:
     """Return the commands that read the stream's state and its new entries in one snapshot.
 
@@ -91,7 +91,7 @@ def read_commands(
     entries unnoticed. A group that is not at this worker's position is moved there first. The
     `plain` form writes nothing.
     """
-    key = keys.stream(stream.channel)
+    key = stream.key
     if plain:
         reads: list[RedisCommand] = [
             ("XINFO", "STREAM", key),
@@ -132,9 +132,9 @@ def parse_read(
     return state, []
 
 
-def has_unread_command(keys: Keys, stream: Followed) -> RedisCommand:
+def has_unread_command(stream: Followed) -> RedisCommand:
     """Return a command that arms the invalidation. Its reply is empty if there is no new entry."""
-    return ("XRANGE", keys.stream(stream.channel), f"({stream.position}", "+", "COUNT", 1)
+    return ("XRANGE", stream.key, f"({stream.position}", "+", "COUNT", 1)
 
 
 def size_of(entries: Sequence[RawEntry]) -> int:
@@ -142,16 +142,16 @@ def size_of(entries: Sequence[RawEntry]) -> int:
     return sum(len(part) for _, fields in entries for part in fields or ())
 
 
-def size_command(keys: Keys, stream: Followed) -> RedisCommand:
+def size_command(stream: Followed) -> RedisCommand:
     """Return a command whose reply is the stream's size in bytes, or None if it does not exist."""
-    return ("MEMORY", "USAGE", keys.stream(stream.channel), "SAMPLES", 0)
+    return ("MEMORY", "USAGE", stream.key, "SAMPLES", 0)
 
 
 def page_commands(
-    keys: Keys, stream: Followed, request: PageRequest, count: int, *, plain: bool = False
+    stream: Followed, request: PageRequest, count: int, *, plain: bool = False
 ) -> list[RedisCommand]:
     """Return the commands that read the stream's state and the entries of a page."""
-    key = keys.stream(stream.channel)
+    key = stream.key
     reads: list[RedisCommand] = [
         ("XINFO", "STREAM", key),
         ("XINFO", "GROUPS", key),
@@ -181,7 +181,7 @@ def decode_all(stream: Followed, entries: Sequence[RawEntry], decode: Decode) ->
     """Decode entries, and update the stream's average size, which sets the size of later reads."""
     channel, size, records = stream.channel, 0, []
     for raw, fields in entries:
-        record = decode(channel, EntryID.parse(raw), fields or ())
+        record = decode(channel, parse_id(raw), fields or ())
         size += record.size
         records.append(record)
     if records:
@@ -190,6 +190,67 @@ def decode_all(stream: Followed, entries: Sequence[RawEntry], decode: Decode) ->
         # After a burst of large entries, read fewer at once without delay.
         stream.average_bytes = max(stream.average_bytes, mean / 2)
     return records
+
+
+def parse_id(raw: bytes) -> EntryID:
+    """Parse an entry ID from Redis. Unlike `EntryID.parse`, do not check whether it is valid."""
+    ms, _, seq = raw.partition(b"-")
+    return EntryID(int(ms), int(seq))
+
+
+def parse_groups(reply: object) -> dict[bytes, EntryID]:
+    """Parse XINFO GROUPS: each group's last-delivered-id. Empty if the stream does not exist."""
+    if isinstance(reply, Exception):
+        if _no_such_key(reply):
+            return {}
+        raise CommandRefused("XINFO GROUPS", str(reply)) from reply
+    groups = cast(list[dict[bytes, bytes]], reply)
+    return {group[b"name"]: parse_id(group[b"last-delivered-id"]) for group in groups}
+
+
+def parse_state(
+    stream: object, groups: object = None, primary: Primary | None = None
+) -> StreamState:
+    """Parse XINFO STREAM, and XINFO GROUPS of the same transaction, into one moment of a stream.
+
+    If entries may have been lost since the stream's certificate, the state contains the new
+    failover position before it is stored. A missing stream is a valid state. Other errors raise
+    CommandRefused.
+    """
+    if isinstance(stream, Exception):
+        if not _no_such_key(stream):
+            raise CommandRefused("XINFO STREAM", str(stream)) from stream
+        return StreamState(
+            exists=False, first=None, last=ZERO_ID, length=0, added=0, max_deleted=ZERO_ID
+        )
+    info = cast(dict[bytes, object], stream)
+    first = cast(list[bytes] | None, info[b"first-entry"])
+    last = parse_id(cast(bytes, info[b"last-generated-id"]))
+    marker = failover = incarnation = None
+    if groups is not None and primary is not None:
+        found = parse_groups(groups)
+        place = found.get(MARKER_GROUP)
+        if place is None:
+            failover = last
+        else:
+            marker = Marker(
+                place, FAILOVER_GROUP in found, primary.is_without_loss_since(place.seq & LOW)
+            )
+            history = place.seq >> 32 if marker.is_current else primary.certificate
+            failover = found.get(FAILOVER_GROUP) if marker.is_current else last
+            incarnation = (place.ms & LOW) << 32 | history
+    return StreamState(
+        exists=True,
+        first=parse_id(first[0]) if first else None,
+        last=last,
+        length=cast(int, info[b"length"]),
+        added=cast(int, info[b"entries-added"]),
+        max_deleted=parse_id(cast(bytes, info[b"max-deleted-entry-id"])),
+        blocks=cast(int, info.get(b"radix-tree-keys", 0)),
+        incarnation=incarnation,
+        failover=failover,
+        marker=marker,
+    )
 
 
 def _snapshot_commands(
@@ -230,3 +291,7 @@ def _checked(command: str, reply: object) -> object:
     if isinstance(reply, ReplyError):
         raise CommandRefused(command, str(reply))
     return reply
+
+
+def _no_such_key(error: Exception) -> bool:
+    return isinstance(error, ReplyError) and str(error) == "ERR no such key"

@@ -11,7 +11,7 @@ from relay.stream.connection.connect import RedisClient
 from relay.stream.connection.primary import Primary, Replication
 from relay.stream.format import entry
 from relay.stream.format.keys import Keys
-from relay.stream.read import groups
+from relay.stream.read.stream_commands import parse_state
 
 PAGE = 50
 # A wait longer than the client's command timeout would be treated as a dead connection.
@@ -71,7 +71,7 @@ async def wait_for_entry(
 
 
 def stream_state(stream: object, found: object, replid: bytes = b"") -> StreamState:
-    """Call `groups.parse_state` with the replies of a redis-py pipeline. Raise errors in them."""
+    """Call `parse_state` with the replies of a redis-py pipeline. Raise errors in them."""
     if isinstance(stream, Exception) and "no such key" in str(stream):
         return StreamState(
             exists=False, first=None, last=ZERO_ID, length=0, added=0, max_deleted=ZERO_ID
@@ -81,7 +81,7 @@ def stream_state(stream: object, found: object, replid: bytes = b"") -> StreamSt
             raise reply
     primary = Primary()
     primary.observe(Replication(b"master", replid, b""))
-    return groups.parse_state(stream, found, primary)
+    return parse_state(stream, found, primary)
 
 
 def _record(channel: Channel, raw: tuple[bytes, dict[bytes, bytes]], max_bytes: int) -> Record:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from relay.core.errors import LimitExceeded, RelayError
-from relay.core.json_text import is_json
 from relay.core.model import Channel
 from relay.core.reasons import Reason
 from relay.hub.session import Client
@@ -34,6 +33,7 @@ from relay.protocols.centrifugo.clients.reply_queue import ReplyQueue, ReplySlot
 from relay.protocols.centrifugo.clients.slow_client_timer import SlowClientTimer
 from relay.protocols.centrifugo.clients.subscriptions import Subscriptions
 from relay.protocols.centrifugo.commands import InvalidCommand
+from relay.stream.format.json_text import is_json
 
 if TYPE_CHECKING:
     from relay.core.model import Principal

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from relay.core.errors import Forbidden, RelayError
-from relay.core.json_text import is_json
 from relay.core.model import Channel, parse_channel
 from relay.core.slices import in_slices
 from relay.protocols.centrifugo import channels, codec, encoders, history
 from relay.protocols.centrifugo.clients.interfaces import FatalError
+from relay.stream.format.json_text import is_json
 
 if TYPE_CHECKING:
     from relay.core.stream_interface import Snapshot

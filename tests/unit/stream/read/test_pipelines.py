@@ -17,13 +17,22 @@ from relay.hub.session import Session
 from relay.stream.connection.pipeline_connection import RedisCommand
 from relay.stream.connection.primary import Primary, Replication
 from relay.stream.format import entry
-from relay.stream.format.keys import Keys
 from relay.stream.read.control_reader import ControlReader
 from relay.stream.read.groups import MARKER_GROUP
 from relay.stream.read.pipelines import LivePipelines, PagePipelines
-from tests.support.hub import NEWS, Client, Outbox, Reads, Words, event, examine, join, make_hub
+from tests.support.hub import (
+    KEYS,
+    NEWS,
+    Client,
+    Outbox,
+    Reads,
+    Words,
+    event,
+    examine,
+    join,
+    make_hub,
+)
 
-KEYS = Keys("relay:")
 SETTINGS = StreamSettings(max_entry_bytes=1 << 20)
 PRIMARY = Primary()
 DECODE = partial(entry.decode, max_bytes=1000)
@@ -208,7 +217,7 @@ def test_a_page_of_a_stream_that_is_gone_is_examined(scene: Scene) -> None:
     scene.read([info(1, 2, added=2, last=2), found(2)])
     scene.session.resume()
     pages = PagePipelines(
-        keys=KEYS, primary=PRIMARY, settings=SETTINGS, decode=partial(entry.decode, max_bytes=1000)
+        primary=PRIMARY, settings=SETTINGS, decode=partial(entry.decode, max_bytes=1000)
     )
     pages.want(scene.feed)
     assert names(pages.commands()) == ["MULTI", "XINFO", "XINFO", "XRANGE", "EXEC"]
@@ -332,7 +341,7 @@ def test_a_pipeline_of_pages_is_bounded_though_no_entry_is_known(largest: int) -
     names = [Channel(f"c{number}") for number in range(6)]
     session, *_ = join(hub, Principal(user="ann"), Words(), *names)
     settings = StreamSettings(max_entry_bytes=largest)
-    pages = PagePipelines(keys=KEYS, primary=PRIMARY, settings=settings, decode=DECODE)
+    pages = PagePipelines(primary=PRIMARY, settings=settings, decode=DECODE)
     for name in names:
         examine(hub, name)
         feed = hub.feed(name)
@@ -399,7 +408,7 @@ def test_a_read_after_a_new_connection_is_bounded_though_no_entry_is_known(scene
 def test_a_small_stream_is_read_in_large_pages(size: int | None, counts: list[int]) -> None:
     hub = make_hub(Reads())
     session, *_ = join(hub, Principal(user="ann"), Words())
-    pages = PagePipelines(keys=KEYS, primary=PRIMARY, settings=SETTINGS, decode=DECODE)
+    pages = PagePipelines(primary=PRIMARY, settings=SETTINGS, decode=DECODE)
     examine(hub)
     feed = hub.feed(NEWS)
     assert feed

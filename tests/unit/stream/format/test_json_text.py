@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.core.json_text import is_json
+from relay.stream.format.json_text import is_json
 
 MB = 1_000_000
 _TOKENS = [b"[", b"]", b"{", b"}", b",", b":", b'"', b'"a"', b'"a":', b"1", b"-0", b"1e9", b"01"]
