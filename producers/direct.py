@@ -13,11 +13,12 @@ from producers.outgoing import (
     Outcome,
     OutgoingEvent,
     PostponedEvent,
+    PublishFailed,
     RejectedEvent,
     Sender,
 )
 from relay.config.settings import NamespaceSettings, RedisSettings
-from relay.core.errors import RedisUnavailable, RelayError
+from relay.core.errors import ConfigError, RedisUnavailable, RelayError
 from relay.core.model import EntryID
 from relay.stream.connection.connect import CommandRefused, discover
 from relay.stream.connection.pipeline_connection import PipelineConnection
@@ -69,6 +70,8 @@ class DirectSender(Sender):
             connection = await self._connected()
         except RedisUnavailable as exc:
             raise DestinationUnavailable(str(exc)) from exc
+        except ConfigError as exc:
+            raise PublishFailed(str(exc).replace("[redis] ", "")) from exc
         script_known = self._script_known
         self._script_known = script_known or appends[0].script is not None
         on_sending()

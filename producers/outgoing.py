@@ -31,6 +31,10 @@ class PublishFailed(RelayError):
         self.unknown = unknown
 
 
+class InvalidEvent(PublishFailed, ValueError):
+    """Relay could not deliver such an event. The text gives the reason in one line."""
+
+
 class DestinationUnavailable(RelayError):
     """Relay or Redis cannot accept events at the moment. The caller can retry.
 
@@ -131,8 +135,23 @@ def outgoing_event(
         client: ID of the client that caused the event.
 
     Raises:
-        ValueError or TypeError: Relay could not deliver such an event. The text gives the reason.
+        InvalidEvent: Relay could not deliver such an event.
     """
+    try:
+        return _event(channel, data, uid=uid, type=type, to=to, client=client)
+    except (ValueError, TypeError, AttributeError, RecursionError) as exc:
+        raise InvalidEvent(str(exc)) from exc
+
+
+def _event(
+    channel: str,
+    data: object,
+    *,
+    uid: str | None,
+    type: str | None,
+    to: str | Iterable[str] | None,
+    client: str | None,
+) -> OutgoingEvent:
     if isinstance(data, str):
         data = data.encode()
     elif not isinstance(data, bytes):

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -22,10 +22,12 @@ from pydantic import SecretStr
 
 from producers.direct import DirectSender
 from producers.http import HttpSender
+from producers.network_thread import NetworkThread
 from producers.outgoing import (
     SPOOL_BYTES,
     WINDOW_S,
     DestinationUnavailable,
+    InvalidEvent,
     OutgoingEvent,
     PostponedEvent,
     PublishFailed,
@@ -44,7 +46,7 @@ T = TypeVar("T")
 
 LIMIT_MS = 200
 
-__all__ = ["AsyncPublisher", "PublishFailed", "Publisher"]
+__all__ = ["AsyncPublisher", "InvalidEvent", "PublishFailed", "Publisher"]
 
 
 class AsyncPublisher:
@@ -79,16 +81,17 @@ class AsyncPublisher:
         spool: str | os.PathLike[str] | None = None,
         spool_bytes: int = SPOOL_BYTES,
     ) -> None:
+        if not 0 < limit_ms < float("inf"):
+            raise ValueError("limit_ms must be a positive number")
         self._limit_s = limit_ms / 1000
-        self._sender: Sender = (
+        redis = RedisSettings(url=url, prefix=prefix, password=SecretStr(password))
+        self._new_sender: Callable[[], Sender] = lambda: (
             HttpSender(http, secret=secret)
             if http
-            else DirectSender(
-                RedisSettings(url=url, prefix=prefix, password=SecretStr(password)),
-                window_s=window_s,
-                maxlen=maxlen,
-            )
+            else DirectSender(redis, window_s=window_s, maxlen=maxlen)
         )
+        self._sender: Sender = self._new_sender()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._spool = (
             None if spool is None else Spool(spool, limit_s=self._limit_s, limit_bytes=spool_bytes)
         )
@@ -125,10 +128,15 @@ class AsyncPublisher:
 
         Raises:
             PublishFailed: The event was not accepted.
-            ValueError or TypeError: Relay could not deliver such an event.
+            InvalidEvent: Relay could not deliver such an event. A PublishFailed and a ValueError.
         """
-        event = outgoing_event(channel, data, uid=uid, type=type, to=to, client=client)
-        deadline = asyncio.get_running_loop().time() + self._limit_s
+        return await self.publish_event(
+            outgoing_event(channel, data, uid=uid, type=type, to=to, client=client)
+        )
+
+    async def publish_event(self, event: OutgoingEvent) -> EntryID | None:
+        """Publish an event that was checked already; see `publish()`."""
+        deadline = self._running_loop().time() + self._limit_s
         if self._spool is None:
             try:
                 return _id(await self._send(event, deadline))
@@ -142,23 +150,28 @@ class AsyncPublisher:
                     await self._deliver(self._spool, deadline)
                 return _id(await self._send(event, deadline))
             except DestinationUnavailable as exc:
-                if not self._spooling:
-                    # Logged once per outage, because the cause may be permanent, such as a wrong
-                    # password.
-                    _log.warning(
-                        "Could not publish an event (%s); writing events to the spool %s",
-                        exc,
-                        self._spool.path,
-                    )
-                    self._spooling = True
-                await asyncio.to_thread(self._spool.append, event)
+                await asyncio.to_thread(self.keep, event, str(exc))
                 return None
+
+    def keep(self, event: OutgoingEvent, reason: str) -> None:
+        """Write an event that cannot be sent to the spool. Raise PublishFailed if there is none."""
+        if self._spool is None:
+            raise PublishFailed(reason)
+        if not self._spooling:
+            # Logged once per outage, because the cause may be permanent, such as a wrong password.
+            _log.warning(
+                "Could not publish an event (%s); writing events to the spool %s",
+                reason,
+                self._spool.path,
+            )
+            self._spooling = True
+        self._spool.append(event if event.uid else replace(event, uid=uuid4().hex))
 
     async def flush(self, limit_ms: float = 10_000) -> None:
         """Deliver the spooled events. Raise PublishFailed if some are left after `limit_ms`."""
         if self._spool is None:
             return
-        deadline = asyncio.get_running_loop().time() + limit_ms / 1000
+        deadline = self._running_loop().time() + limit_ms / 1000
         async with self._turn:
             try:
                 if self._spool.pending():
@@ -168,6 +181,7 @@ class AsyncPublisher:
 
     async def close(self) -> None:
         """Close connections. Spooled events stay in the file."""
+        self._running_loop()
         await self._sender.close()
 
     async def __aenter__(self) -> Self:
@@ -180,6 +194,14 @@ class AsyncPublisher:
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        loop = asyncio.get_running_loop()
+        if self._loop not in (loop, None):
+            # The program has ended its event loop, and the connections with it.
+            self._sender, self._turn = self._new_sender(), asyncio.Lock()
+        self._loop = loop
+        return loop
 
     async def _send(self, event: OutgoingEvent, deadline: float) -> EntryID | RejectedEvent | None:
         (outcome,) = await send_until(deadline, self._sender, [event])
@@ -217,8 +239,8 @@ class Publisher:
         self._url = url
         self._options = options
         self._lock = threading.Lock()
-        self._pid = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = os.getpid()
+        self._network: NetworkThread | None = None
         self._publisher = AsyncPublisher(url, **options)  # raises for invalid arguments
 
     def publish(
@@ -232,23 +254,30 @@ class Publisher:
         client: str | None = None,
     ) -> EntryID | None:
         """Publish one event; see `AsyncPublisher.publish()`."""
-        publisher, loop = self._started()
-        return _result(
-            publisher.publish(channel, data, uid=uid, type=type, to=to, client=client), loop
-        )
+        event = outgoing_event(channel, data, uid=uid, type=type, to=to, client=client)
+        try:
+            result = self._begin(lambda publisher: publisher.publish_event(event))
+        except (RuntimeError, OSError) as exc:
+            # The process has no more threads or files, or the interpreter is about to exit.
+            self._publisher.keep(event, f"the publisher's thread cannot be used: {exc}")
+            return None
+        return result()
 
     def flush(self, limit_ms: float = 10_000) -> None:
         """Deliver the spooled events; see `AsyncPublisher.flush()`."""
-        publisher, loop = self._started()
-        _result(publisher.flush(limit_ms), loop)
+        try:
+            result = self._begin(lambda publisher: publisher.flush(limit_ms))
+        except (RuntimeError, OSError) as exc:
+            raise PublishFailed(f"the publisher's thread cannot be used: {exc}") from exc
+        result()
 
     def close(self) -> None:
         """Close connections and stop the thread. Spooled events stay; a later call starts again."""
+        self._detect_fork()
         with self._lock:
-            loop, self._loop = self._loop, None
-            if loop is not None and self._pid == os.getpid():
-                _result(self._publisher.close(), loop)
-                loop.call_soon_threadsafe(loop.stop)
+            network, self._network = self._network, None
+        if network is not None:
+            network.close(self._publisher.close())
 
     def __enter__(self) -> Self:
         return self
@@ -261,25 +290,18 @@ class Publisher:
     ) -> None:
         self.close()
 
-    def _started(self) -> tuple[AsyncPublisher, asyncio.AbstractEventLoop]:
+    def _begin(self, call: Callable[[AsyncPublisher], Coroutine[Any, Any, T]]) -> Callable[[], T]:
+        self._detect_fork()
         with self._lock:
-            if self._loop is None or self._pid != os.getpid():
-                # A forked child does not have the thread and must not use the parent's connection.
-                self._pid = os.getpid()
+            if self._network is None:
                 self._publisher = AsyncPublisher(self._url, **self._options)
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(
-                    target=_serve, args=(self._loop,), name="relay-publisher", daemon=True
-                ).start()
-            return self._publisher, self._loop
+                self._network = NetworkThread()
+            # With the lock, so that the thread is not closed meanwhile.
+            return self._network.begin(call(self._publisher))
 
-
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    try:
-        loop.run_forever()
-    finally:
-        loop.close()
-
-
-def _result(call: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> T:
-    return asyncio.run_coroutine_threadsafe(call, loop).result()
+    def _detect_fork(self) -> None:
+        # A forked child does not have the thread and must not use the parent's connection. Another
+        # thread of the parent may have held the lock.
+        if self._pid != os.getpid():
+            self._lock, self._abandoned = threading.Lock(), self._network
+            self._network, self._pid = None, os.getpid()

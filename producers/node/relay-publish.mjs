@@ -45,7 +45,7 @@ redis.call('SET', KEYS[2], id, 'PX', ARGV[1])
 return id
 `;
 
-// `data`: a string is sent unchanged, other values as JSON. `options`: type, uid, to (a string, or
+// `data`: a string or a Uint8Array is sent unchanged, other values as JSON. `options`: type, uid, to (a string, or
 // an array of names), client; redis (URL), password, prefix, limitMs, windowS (how long a uid is
 // remembered), maxlen; spool (a file). Resolves to null if the event was spooled.
 export async function publish(channel, data, options = {}) {
@@ -69,38 +69,38 @@ async function publishOrSpool(channel, data, callerOptions) {
     maxlen = 0,
     spool = "",
   } = options;
-  const text = typeof data === "string" ? data : JSON.stringify(data);
-  if (text === undefined) throw new PublishError("data cannot be encoded as JSON");
-  const fields = ["data", text];
-  for (const name of ["type", "uid", "to", "client"]) {
-    const value = options[name];
-    if (value === undefined || value === null) continue;
-    fields.push(name, Array.isArray(value) ? JSON.stringify(value) : String(value));
-  }
-  check(channel, options, fields);
-  const tag = escape(channel);
-  const stream = `${prefix}stream:{${tag}}`;
-  const words = [...(maxlen ? ["MAXLEN", "~", maxlen] : []), "*", ...fields];
-  const mark = `${prefix}uid:{${tag}}:${uid}`;
-  const command =
-    uid === undefined
-      ? ["XADD", stream, ...words]
-      : ["EVAL", APPEND_ONCE, 2, stream, mark, windowS * 1000, ...words];
-  const url = new URL(redis);
-  if (!spool) return { id: await send(url, password, command, limitMs) };
+  const { command, fields, address } = prepared(() => {
+    const fields = ["data", encode(data)];
+    for (const name of ["type", "uid", "to", "client"]) {
+      const value = options[name];
+      if (value === undefined || value === null) continue;
+      fields.push(name, Array.isArray(value) ? JSON.stringify(value) : String(value));
+    }
+    check(channel, fields);
+    if (!(limitMs > 0 && limitMs <= 2147483647)) throw new PublishError("limitMs must be positive");
+    const tag = escape(channel);
+    const stream = `${prefix}stream:{${tag}}`;
+    const words = [...(Number(maxlen) ? ["MAXLEN", "~", maxlen] : []), "*", ...fields];
+    const mark = `${prefix}uid:{${tag}}:${uid}`;
+    const command =
+      uid === undefined
+        ? ["XADD", stream, ...words]
+        : ["EVAL", APPEND_ONCE, 2, stream, mark, windowS * 1000, ...words];
+    return { command, fields, address: parse(redis, password) };
+  });
+  if (!spool) return { id: await send(address, command, limitMs) };
 
   let failure = { message: BEHIND, unknown: false };
   if (!(await stat(spool).catch(() => undefined))?.size) {
     try {
-      return { id: await send(url, password, command, limitMs) };
+      return { id: await send(address, command, limitMs) };
     } catch (error) {
       if (!error.away) throw error;
       failure = error;
     }
   }
   const event = { channel };
-  // Replace unpaired surrogates, as sending to Redis would.
-  for (let i = 0; i < fields.length; i += 2) event[fields[i]] = Buffer.from(fields[i + 1]).toString();
+  for (let i = 0; i < fields.length; i += 2) event[fields[i]] = fields[i + 1];
   try {
     await appendToSpool(spool, `${JSON.stringify(event)}\n`, limitMs);
   } catch (error) {
@@ -169,35 +169,100 @@ function escape(channel) {
   );
 }
 
-// Reject events that relay could only move to the dead letters.
-function check(channel, { type, uid, to }, fields) {
-  if (!/^[^\ud800-\udfff]{1,255}$/u.test(channel))
-    throw new PublishError("channel must have 1 to 255 characters of valid UTF-8");
-  if (type !== undefined && /^relay:|[\x00-\x1f\x7f]/.test(type))
-    throw new PublishError("type is reserved or contains a control character");
-  if (Array.isArray(to) ? !to.length : to !== undefined && !/[^,\s]/.test(to))
-    throw new PublishError("to has no recipients");
-  if (uid !== undefined && !(uid !== "" && Buffer.byteLength(String(uid)) <= 255))
-    throw new PublishError("uid must have 1 to 255 bytes");
+// Call `make`. Turn every error, such as that of JSON.stringify for a BigInt, into a PublishError.
+function prepared(make) {
+  try {
+    return make();
+  } catch (error) {
+    throw error instanceof PublishError ? error : new PublishError(error?.message ?? String(error));
+  }
 }
 
-// Connect, authenticate and send `command` in one write. Resolves to the reply.
-function send(url, password, command, limitMs) {
-  if (url.protocol !== "redis:" || !url.hostname)
+function encode(data) {
+  if (typeof data === "string") return data;
+  if (data instanceof Uint8Array) return decode(data, "data");
+  const text = JSON.stringify(data);
+  if (text === undefined) throw new PublishError("data cannot be encoded as JSON");
+  return text;
+}
+
+function decode(bytes, name) {
+  try {
+    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
+  } catch {
+    throw new PublishError(`${name} is not UTF-8`);
+  }
+}
+
+// Reject events that relay could only move to the dead letters.
+function check(channel, fields) {
+  if (typeof channel !== "string" || !/^[^\ud800-\udfff]{1,255}$/su.test(channel))
+    throw new PublishError("channel must have 1 to 255 characters of valid UTF-8");
+  for (let i = 0; i < fields.length; i += 2) {
+    const [name, value] = fields.slice(i, i + 2);
+    // An unpaired surrogate would be replaced without an error.
+    if (/[\ud800-\udfff]/u.test(value)) throw new PublishError(`${name} is not UTF-8`);
+    if (name === "type" && /^relay:|[\x00-\x1f\x7f]/.test(value))
+      throw new PublishError("type is reserved or contains a control character");
+    if (name === "to") checkRecipients(value);
+    if (name === "uid" && !(value !== "" && Buffer.byteLength(value) <= 255))
+      throw new PublishError("uid must have 1 to 255 bytes");
+  }
+}
+
+function checkRecipients(to) {
+  let names = to.split(/[,\s]+/).filter(Boolean);
+  if (to.trimStart().startsWith("[")) {
+    try {
+      names = JSON.parse(to);
+    } catch {
+      throw new PublishError("to is not a list of names");
+    }
+    if (!names.every((name) => typeof name === "string"))
+      throw new PublishError("to is not a list of names");
+  }
+  if (!names.length || names.some((name) => /^((user|group|client):)?$/.test(name)))
+    throw new PublishError("to has no recipients");
+}
+
+// The address of Redis in the form that docs/producers.md describes, the same for all producers.
+function parse(redis, password) {
+  const found =
+    /^redis:\/\/(?:([^/?#[\]]*)@)?(\[[0-9a-f:.]+\]|[^:/?#@[\]\s]+)(?::(\d{0,5}))?(?:\/(\d{0,9}))?$/i.exec(redis);
+  const [, login = "", host, port, db] = found ?? [];
+  const number = Number(port || 6379);
+  if (!found || number < 1 || number > 65535 || /[\x00-\x1f\x7f]/.test(redis))
     throw new PublishError("address of Redis must be redis://[user:password@]host:port/db");
-  const where = `${url.hostname}:${url.port || 6379}`;
-  const secret = decodeURIComponent(url.password) || password;
-  const db = Number(url.pathname.slice(1) || 0);
-  const commands = [command];
-  if (db) commands.unshift(["SELECT", db]);
-  if (secret) commands.unshift(["AUTH", decodeURIComponent(url.username) || "default", secret]);
+  const [user, ...secret] = login.split(":");
+  return {
+    where: `${host}:${number}`,
+    host: host.replace(/^\[|\]$/g, ""),
+    port: number,
+    user: unquote(user),
+    secret: unquote(secret.join(":")) || password,
+    db: Number(db || 0),
+  };
+}
+
+// A "%" without two hexadecimal digits stands for itself.
+function unquote(text) {
+  const bytes = text
+    .split(/(%[0-9a-f]{2})/i)
+    .map((part, at) => (at % 2 ? Buffer.from(part.slice(1), "hex") : Buffer.from(part)));
+  return decode(Buffer.concat(bytes), "user or password of the address of Redis");
+}
+
+// Connect, authenticate and send `command`. Resolves to the reply.
+function send({ where, host, port, user, secret, db }, command, limitMs) {
+  const login = [];
+  if (user || secret) login.push(["AUTH", user || "default", secret]);
+  if (db) login.push(["SELECT", db]);
 
   return new Promise((resolve, reject) => {
-    const host = url.hostname.replace(/^\[|\]$/g, "");
-    const socket = net.connect({ host, port: Number(url.port || 6379) });
+    const socket = net.connect({ host, port });
     let sent = false;
     let buffer = Buffer.alloc(0);
-    let answered = 0;
+    let waiting = [];
     const end = (settle, value) => {
       clearTimeout(timer);
       socket.destroy();
@@ -205,23 +270,30 @@ function send(url, password, command, limitMs) {
     };
     const fail = (text) => end(reject, new PublishError(`Redis at ${where} ${text}`, sent, true));
     const timer = setTimeout(() => fail("did not answer within the time limit"), limitMs);
+    const write = (commands) => {
+      waiting = commands;
+      sent = commands[0] === command;
+      socket.write(Buffer.concat(commands.map(pack)));
+    };
     socket.on("error", (error) => fail(`cannot be reached: ${error.message || error.code}`));
     socket.on("close", () => fail("closed the connection"));
-    socket.on("connect", () => {
-      sent = true;
-      socket.write(Buffer.concat(commands.map(pack)));
-    });
+    // If the login or the database is rejected, the command must not be sent as another user or to
+    // database 0, so it waits for the replies.
+    socket.on("connect", () => write(login.length ? login : [command]));
     socket.on("data", (more) => {
       buffer = Buffer.concat([buffer, more]);
-      for (let found; (found = reply(buffer)); ) {
+      for (let found; waiting.length && (found = reply(buffer)); ) {
         buffer = buffer.subarray(found.length);
+        const [word] = waiting[0];
         if (found.kind === "-") {
-          const [word] = commands[answered];
           const away = word === "AUTH" || word === "SELECT" || TEMPORARY.test(found.text);
           return end(reject, new PublishError(`${word}: ${found.text}`, false, away));
         }
-        answered += 1;
-        if (answered === commands.length) return end(resolve, found.text);
+        waiting = waiting.slice(1);
+        if (!waiting.length) {
+          if (sent) return end(resolve, found.text);
+          write([command]);
+        }
       }
     });
   });
@@ -265,7 +337,7 @@ async function main(words) {
       plain.push(word);
     } else if (name === "limit-ms" || name === "maxlen") {
       const value = words.shift();
-      if (!/^\d{1,9}$/.test(value)) return usage();
+      if (!/^\d{1,9}$/.test(value) || (name === "limit-ms" && !Number(value))) return usage();
       options[name === "maxlen" ? name : "limitMs"] = Number(value);
     } else {
       options[name] = words.shift();
@@ -274,7 +346,8 @@ async function main(words) {
   if (plain.length !== 2) return usage();
   const [channel, data] = plain;
   try {
-    const text = data === "-" ? readFileSync(0, "utf8") : data;
+    checkArguments();
+    const text = data === "-" ? decode(readFileSync(0), "data") : data;
     const { id, reason } = await publishOrSpool(channel, text, options);
     if (id === null) {
       process.stderr.write(`relay-publish: spooled: ${reason}\n`);
@@ -287,6 +360,18 @@ async function main(words) {
     process.stderr.write(`relay-publish: ${error.message}${unknown}\n`);
     return 1;
   }
+}
+
+// Node replaces bytes of arguments that are not UTF-8 by U+FFFD. Only Linux shows the bytes.
+function checkArguments() {
+  if (!process.argv.some((word) => word.includes("\ufffd"))) return;
+  let bytes = Buffer.of(0xff);
+  try {
+    bytes = readFileSync("/proc/self/cmdline");
+  } catch {
+    // Reject the arguments below.
+  }
+  decode(bytes, "an argument");
 }
 
 function usage() {

@@ -60,10 +60,25 @@ function relay_publish(string $channel, $data, array $options = []): ?string
 /** The entry's ID and '', or null and the reason why the event was spooled. */
 function relay_publish_or_spool(string $channel, $data, array $options): array
 {
+    // The program's own error handler must not see the warnings that are suppressed with "@".
+    set_error_handler(static fn (): bool => false);
+    try {
+        return relay_checked_publish($channel, $data, $options);
+    } catch (RelayPublishError $error) {
+        throw $error;
+    } catch (Throwable $error) { // of an option or of data that is an object
+        throw new RelayPublishError($error->getMessage(), 0, $error);
+    } finally {
+        restore_error_handler();
+    }
+}
+
+function relay_checked_publish(string $channel, $data, array $options): array
+{
     $options += [
-        'redis' => getenv('RELAY_REDIS_URL') ?: 'redis://127.0.0.1:6379/0',
-        'password' => getenv('RELAY_REDIS_PASSWORD') ?: '',
-        'prefix' => getenv('RELAY_REDIS_PREFIX') ?: 'relay:',
+        'redis' => relay_environment('RELAY_REDIS_URL', 'redis://127.0.0.1:6379/0'),
+        'password' => relay_environment('RELAY_REDIS_PASSWORD', ''),
+        'prefix' => relay_environment('RELAY_REDIS_PREFIX', 'relay:'),
         'limit_ms' => 200,
         'window_s' => 86400,
         'maxlen' => 0,
@@ -75,12 +90,17 @@ function relay_publish_or_spool(string $channel, $data, array $options): array
         // succeeded and only its reply was lost.
         $options['uid'] = $options['uid'] ?? bin2hex(random_bytes(16));
     }
+    if (!is_numeric($options['limit_ms']) || !($options['limit_ms'] > 0)) {
+        throw new RelayPublishError('limit_ms must be a positive number');
+    }
+    $address = relay_parse((string) $options['redis'], (string) $options['password']);
     $deadline = microtime(true) + $options['limit_ms'] / 1000;
     $fields = ['data', is_string($data) ? $data : relay_json($data)];
     foreach (['type', 'uid', 'to', 'client'] as $name) {
         if (isset($options[$name])) {
             $value = $options[$name];
-            array_push($fields, $name, is_array($value) ? relay_json(array_values($value)) : (string) $value);
+            $list = $name === 'to' && is_array($value);
+            array_push($fields, $name, $list ? relay_json(array_values($value)) : (string) $value);
         }
     }
     relay_check($channel, $fields);
@@ -95,14 +115,14 @@ function relay_publish_or_spool(string $channel, $data, array $options): array
         $command = ['XADD', $stream];
     }
     if ($spool === null) {
-        return [relay_send($options, array_merge($command, $words), $deadline), ''];
+        return [relay_send($address, array_merge($command, $words), $deadline), ''];
     }
     clearstatcache(true, $spool);
     $reason = RELAY_BEHIND;
     $unknown = false;
     if (!@filesize($spool)) {
         try {
-            return [relay_send($options, array_merge($command, $words), $deadline), ''];
+            return [relay_send($address, array_merge($command, $words), $deadline), ''];
         } catch (RelayPublishError $error) {
             if (!$error->away) {
                 throw $error;
@@ -197,8 +217,8 @@ function relay_check(string $channel, array $fields): void
             $wrong = "$name is not UTF-8";
         } elseif ($name === 'type' && preg_match('/^relay:|[\x00-\x1f\x7f]/', $value)) {
             $wrong = 'type is reserved or contains a control character';
-        } elseif ($name === 'to' && (trim($value, ", \t\r\n") === '' || $value === '[]')) {
-            $wrong = 'to has no recipients';
+        } elseif ($name === 'to') {
+            $wrong = relay_wrong_recipients($value) ?? $wrong;
         } elseif ($name === 'uid' && ($value === '' || strlen($value) > 255)) {
             $wrong = 'uid must have 1 to 255 bytes';
         }
@@ -206,6 +226,24 @@ function relay_check(string $channel, array $fields): void
     if ($wrong !== null) {
         throw new RelayPublishError($wrong);
     }
+}
+
+function relay_wrong_recipients(string $to): ?string
+{
+    $names = preg_split('/[,\s]+/', $to, -1, PREG_SPLIT_NO_EMPTY);
+    if (strpos(ltrim($to), '[') === 0) {
+        $names = json_decode($to);
+        if (!is_array($names) || $names !== array_filter($names, 'is_string')) {
+            return 'to is not a list of names';
+        }
+    }
+    return !$names || preg_grep('/^((user|group|client):)?$/D', $names) ? 'to has no recipients' : null;
+}
+
+function relay_environment(string $name, string $default): string
+{
+    $value = getenv($name);
+    return $value === false || $value === '' ? $default : $value;
 }
 
 function relay_json($value): string
@@ -218,23 +256,44 @@ function relay_json($value): string
     }
 }
 
-/** Connect, authenticate and send $command in one write. Returns the reply. */
-function relay_send(array $options, array $command, float $deadline): string
+/**
+ * The address of Redis in the form that docs/producers.md describes, the same for all producers.
+ *
+ * @return array where, user, password, db
+ */
+function relay_parse(string $url, string $password): array
 {
-    $url = parse_url($options['redis']);
-    if (!$url || ($url['scheme'] ?? '') !== 'redis' || !isset($url['host'])) {
+    $form = '~^redis://(?:([^/?#[\]]*)@)?(\[[0-9a-f:.]+\]|[^:/?#@[\]\s]+)(?::(\d{0,5}))?(?:/(\d{0,9}))?$~Di';
+    $found = [];
+    $port = preg_match($form, $url, $found) ? (int) (($found[3] ?? '') === '' ? 6379 : $found[3]) : 0;
+    if ($port < 1 || $port > 65535 || preg_match('/[\x00-\x1f\x7f]/', $url)) {
         throw new RelayPublishError('address of Redis must be redis://[user:password@]host:port/db');
     }
-    $where = "tcp://{$url['host']}:" . ($url['port'] ?? 6379);
-    $password = rawurldecode($url['pass'] ?? '') ?: $options['password'];
-    $commands = [];
-    if ($password !== '') {
-        $commands[] = ['AUTH', rawurldecode($url['user'] ?? '') ?: 'default', $password];
+    // A "%" without two hexadecimal digits stands for itself.
+    [$user, $secret] = array_map('rawurldecode', explode(':', "$found[1]:", 2));
+    $secret = substr($secret, 0, -1);
+    if (!preg_match('//u', "$user$secret")) {
+        throw new RelayPublishError('user or password of the address of Redis is not UTF-8');
     }
-    if ((int) trim($url['path'] ?? '', '/')) {
-        $commands[] = ['SELECT', (int) trim($url['path'], '/')];
+    return [
+        'where' => "tcp://$found[2]:$port",
+        'user' => $user,
+        'password' => $secret === '' ? $password : $secret,
+        'db' => (int) ($found[4] ?? 0),
+    ];
+}
+
+/** Connect, authenticate and send $command. Returns the reply. */
+function relay_send(array $address, array $command, float $deadline): string
+{
+    ['where' => $where, 'user' => $user, 'password' => $password, 'db' => $db] = $address;
+    $login = [];
+    if ($user !== '' || $password !== '') {
+        $login[] = ['AUTH', $user === '' ? 'default' : $user, $password];
     }
-    $commands[] = $command;
+    if ($db) {
+        $login[] = ['SELECT', $db];
+    }
 
     $left = max($deadline - microtime(true), 0.001);
     $socket = @stream_socket_client($where, $number, $reason, $left);
@@ -243,20 +302,35 @@ function relay_send(array $options, array $command, float $deadline): string
     }
     stream_set_blocking($socket, false);
     try {
-        relay_write($socket, $commands, $where, $deadline);
-        $buffer = '';
-        foreach ($commands as [$word]) {
-            $reply = relay_reply($socket, $buffer, $where, $deadline);
-            if ($reply[0] === '-') {
-                $error = new RelayPublishError("$word: " . substr($reply, 1));
-                $error->away = $word === 'AUTH' || $word === 'SELECT' || preg_match(RELAY_TEMPORARY, "$reply ");
-                throw $error;
-            }
+        // If the login or the database is rejected, the command must not be sent as another user or
+        // to database 0, so it waits for the replies.
+        try {
+            relay_call($socket, $login, $where, $deadline);
+        } catch (RelayPublishError $error) {
+            $error->unknown = false;
+            $error->away = true;
+            throw $error;
         }
-        return $reply;
+        return relay_call($socket, [$command], $where, $deadline);
     } finally {
         fclose($socket);
     }
+}
+
+/** Send commands in one write. Returns the last reply. */
+function relay_call($socket, array $commands, string $where, float $deadline): string
+{
+    $reply = $buffer = '';
+    relay_write($socket, $commands, $where, $deadline);
+    foreach ($commands as [$word]) {
+        $reply = relay_reply($socket, $buffer, $where, $deadline);
+        if ($reply[0] === '-') {
+            $error = new RelayPublishError("$word: " . substr($reply, 1));
+            $error->away = (bool) preg_match(RELAY_TEMPORARY, "$reply ");
+            throw $error;
+        }
+    }
+    return $reply;
 }
 
 function relay_write($socket, array $commands, string $where, float $deadline): void
@@ -340,7 +414,7 @@ function relay_publish_main(array $arguments): int
             $value = array_shift($arguments);
             $name = str_replace('-', '_', $found[1]);
             $number = $name === 'limit_ms' || $name === 'maxlen';
-            if ($number && !preg_match('/^\d{1,9}$/D', $value)) {
+            if ($number && !preg_match($name === 'maxlen' ? '/^\d{1,9}$/D' : '/^0*[1-9]\d{0,8}$/D', $value)) {
                 fwrite(STDERR, $usage);
                 return 2;
             }

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import re
+from asyncio.subprocess import DEVNULL, PIPE
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from redis import Redis
 
+from producers.publisher import AsyncPublisher, PublishFailed
 from tests.support.clients import Native, redis, stream_key
 from tests.support.relay import RelayProcess
 from tests.support.tools import TOOLS, Tool, run
-from tests.support.valkey import Server, password_of
+from tests.support.valkey import Server, password_of, running
 
 pytestmark = pytest.mark.redis
 # Another test checks the limit of 200 ms. These tests must pass on a busy machine.
@@ -165,6 +171,231 @@ async def test_the_shell_publishes_by_http(
     tool.environment["PUBLISH_API_SECRET"] = "wrong"
     assert "401" in (await tool.run(channel, "1", *http)).err
     assert count(valkey, channel) == before
+
+
+@pytest.fixture(scope="module")
+def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Run a server whose default user may do everything, and which also listens on ::1."""
+    options = ("--bind", "127.0.0.1", "::1")
+    server = Server(tmp_path_factory.mktemp("open"), acl=False, options=options)
+    with running(server):
+        for user, password in {"ann": ">p%25:@é", "free": "nopass"}.items():
+            redis(server, "ACL", "SETUSER", user, "on", password, "~*", "+@all")
+        yield server
+
+
+# Addresses and the database that the event must reach; "away" and "wrong" for errors. The server's
+# name and port are HERE. The user "ann" has the password "p%25:@é".
+ADDRESSES: list[tuple[str, int | str]] = [
+    ("redis://HERE/0", 0),
+    ("redis://HERE", 0),
+    ("REDIS://HERE/", 0),
+    ("redis://HERE/3", 3),
+    ("redis://[::1]:PORT/2", 2),
+    ("redis://[::1]:PORT", 0),
+    ("redis://ann:p%2525%3a%40%C3%A9@HERE/1", 1),
+    ("redis://ann:p%2525:@é@HERE/1", 1),
+    ("redis://free@HERE/4", 4),
+    ("redis://HERE/99", "away"),
+    ("redis://ann:a%b@HERE/0", "away"),
+    ("redis://ann@HERE/0", "away"),
+    ("redis://127.0.0.1:1/0", "away"),
+    ("redis://HERE/prod", "wrong"),
+    ("redis://HERE/0/", "wrong"),
+    ("redis://HERE/-1", "wrong"),
+    ("redis://HERE/0?x=1", "wrong"),
+    ("redis://HERE/0#x", "wrong"),
+    ("redis://ann:p/x@HERE/0", "wrong"),
+    ("redis://ann:p#x@HERE/0", "wrong"),
+    ("redis://ann:p[x@HERE/0", "wrong"),
+    ("redis://ann:%ff@HERE/0", "wrong"),
+    ("redis://::1:PORT/0", "wrong"),
+    ("redis://127.0.0.1:0/0", "wrong"),
+    ("redis://127.0.0.1:70000/0", "wrong"),
+    ("redis://127.0.0.1:x/0", "wrong"),
+    ("redis://:PORT/0", "wrong"),
+    ("redis://HERE/0\n", "wrong"),
+    ("http://HERE/0", "wrong"),
+    ("HERE", "wrong"),
+]
+# Options and data, and whether an event is published.
+VALUES: list[tuple[dict[str, Any], bool]] = [
+    ({}, True),
+    ({"data": "\ufffd é 𝄞 \x7f", "to": "anna,group:é", "type": "ü", "client": "c"}, True),
+    ({"to": '["Anna Li"]'}, True),
+    ({"maxlen": 0}, True),
+    ({"bytes": "e9"}, False),
+    ({"bytes": "eda080"}, False),
+    ({"bytes": "c0af"}, False),
+    ({"bytes": "f4908080"}, False),
+    ({"to": "user:"}, False),
+    ({"to": "anna group: bob"}, False),
+    ({"to": '["anna"'}, False),
+    ({"uid": "é" * 128}, False),
+    ({"limit_ms": 0}, False),
+]
+# Both read a list of cases from standard input and print the results as a list.
+IN_PHP = """
+require 'producers/php/relay_publish.php';
+set_error_handler(function ($number, $text) { throw new ErrorException($text); });
+foreach (json_decode(stream_get_contents(STDIN), true) as [$channel, $data, $options]) {
+    try { $out[] = relay_publish($channel, base64_decode($data), $options) ? 'id' : 'away'; }
+    catch (RelayPublishError $error) { $out[] = 'wrong'; }
+}
+echo json_encode($out);
+"""
+IN_NODE = """
+import { readFileSync } from "node:fs";
+import { publish, PublishError } from "./producers/node/relay-publish.mjs";
+process.removeAllListeners("warning");
+const out = [];
+for (const [channel, data, { limit_ms: limitMs = 9000, ...more }] of JSON.parse(readFileSync(0))) {
+  try {
+    const id = await publish(channel, Buffer.from(data, "base64"), { ...more, limitMs });
+    out.push(id ? "id" : "away");
+  } catch (error) {
+    out.push(error instanceof PublishError ? "wrong" : String(error));
+  }
+}
+console.log(JSON.stringify(out));
+"""
+Case = tuple[str, bytes, dict[str, Any]]
+
+
+async def by_function(words: list[str], cases: list[Case]) -> list[str]:
+    given = json.dumps([(name, b64encode(data).decode(), more) for name, data, more in cases])
+    done = await run(words, {}, given)
+    assert done.code == 0, done
+    found: list[str] = json.loads(done.out)
+    return found
+
+
+async def by_python(cases: list[Case]) -> list[str]:
+    found = []
+    for channel, data, more in cases:
+        fields = {name: more.pop(name) for name in ("type", "to", "uid", "client") if name in more}
+        try:
+            async with AsyncPublisher(more.pop("redis"), **more) as publisher:
+                found.append("id" if await publisher.publish(channel, data, **fields) else "away")
+        except (PublishFailed, ValueError):
+            found.append("wrong")
+    return found
+
+
+async def by_shell(cases: list[Case]) -> list[str]:
+    found = []
+    for channel, data, more in cases:
+        environment = {"RELAY_REDIS_URL": more.pop("redis"), "PATH": os.environ["PATH"]}
+        words: list[str | bytes] = [*Tool("sh").command(), channel, data]
+        for name, value in more.items():
+            words += f"--{name.replace('_', '-')}", str(value)
+        process = await asyncio.create_subprocess_exec(
+            *words, env=environment, stdout=DEVNULL, stderr=DEVNULL
+        )
+        found.append({0: "id", 1: "wrong", 2: "wrong", 3: "away"}[await process.wait()])
+    return found
+
+
+async def by(producer: str, cases: list[Case]) -> list[str]:
+    if producer == "python":
+        return await by_python(cases)
+    if producer == "sh":
+        return await by_shell(cases)
+    if producer == "php":
+        return await by_function(["php", "-d", "log_errors=0", "-r", IN_PHP], cases)
+    return await by_function(["node", "--input-type=module", "-e", IN_NODE], cases)
+
+
+@pytest.mark.parametrize("producer", ["python", *TOOLS])
+async def test_all_producers_read_addresses_alike(
+    open_server: Server, producer: str, channel: str, tmp_path: Path
+) -> None:
+    port = str(open_server.port)
+    cases: list[Case] = []
+    for number, (address, _) in enumerate(ADDRESSES):
+        url = address.replace("HERE", "127.0.0.1:PORT").replace("PORT", port)
+        options = {"redis": url, "limit_ms": 9000, "spool": str(tmp_path / f"spool{number}")}
+        cases.append((f"{channel}{number}", b"1", options))
+    found: list[int | str] = [*await by(producer, cases)]
+    keys = []
+    for db in range(16):
+        with Redis(port=open_server.port, db=db) as client:
+            keys.append((db, client.keys("*")))
+    for number, _ in enumerate(ADDRESSES):
+        key = f"relay:stream:{{{channel}{number}}}".encode()
+        at = [db for db, names in keys if key in names]
+        found[number] = at[0] if at and found[number] == "id" else found[number]
+        spool = tmp_path / f"spool{number}"
+        assert (spool.exists() and spool.stat().st_size > 0) == (found[number] == "away")
+        assert not at or at == [found[number]], (ADDRESSES[number], "published, with an error")
+    pairs = zip(ADDRESSES, found, strict=True)
+    assert not [(case, result) for case, result in pairs if case[1] != result]
+
+
+@pytest.mark.parametrize("producer", ["python", *TOOLS])
+async def test_all_producers_accept_the_same_values(
+    open_server: Server, producer: str, channel: str, tmp_path: Path
+) -> None:
+    url = f"redis://127.0.0.1:{open_server.port}/0"
+    cases: list[Case] = []
+    for number, (values, _) in enumerate(VALUES):
+        options = {"redis": url, "limit_ms": 9000, "spool": str(tmp_path / "spool"), **values}
+        data = bytes.fromhex(options.pop("bytes", "")) or options.pop("data", "1").encode()
+        cases.append((f"{channel}{number}", data, options))
+    found = await by(producer, cases)
+    pairs = zip(VALUES, found, strict=True)
+    expected = {True: "id", False: "wrong"}
+    assert not [(case, result) for case, result in pairs if expected[case[1]] != result]
+    spool = tmp_path / "spool"
+    assert not spool.exists() or not spool.stat().st_size
+    for number, (_, published) in enumerate(VALUES):
+        assert count(open_server, f"{channel}{number}") == published
+    assert (
+        redis(open_server, "XRANGE", stream_key(f"{channel}1"), "-", "+")[0][1][b"data"].decode()
+        == VALUES[1][0]["data"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("tool", "code"),
+    [
+        ("node", 'publish("n", 1n)'),
+        ("node", 'publish("n", "\\ud800")'),
+        ("node", 'publish("n", Symbol())'),
+        ("node", "publish(7, 1)"),
+        ("node", 'publish("n", 1, { type: Object.create(null) })'),
+        ("node", 'publish("n", 1, { to: new Set(["anna"]) })'),
+        ("node", 'publish("n", 1, { limitMs: NaN })'),
+        ("php", "relay_publish('n', NAN)"),
+        ("php", "relay_publish('n', STDIN)"),
+        ("php", "relay_publish('n', 1, ['client' => new stdClass()])"),
+        ("php", "relay_publish('n', 1, ['to' => [1]])"),
+        ("php", "relay_publish('n', 1, ['limit_ms' => 'soon'])"),
+    ],
+)
+async def test_a_value_that_cannot_be_sent_is_the_producers_own_error(tool: str, code: str) -> None:
+    if tool == "php":
+        words = ["php", "-r", f"require 'producers/php/relay_publish.php'; {code};"]
+        assert "RelayPublishError: " in (await run(words, {})).err
+    else:
+        head = 'import { publish, PublishError } from "./producers/node/relay-publish.mjs";'
+        tail = f"await {code}.catch((error) => console.log(error instanceof PublishError));"
+        done = await run(["node", "--input-type=module", "-e", head + tail], {})
+        assert done.out == "true\n", done
+
+
+@pytest.mark.parametrize("name", TOOLS)
+async def test_an_argument_that_is_not_utf_8_is_rejected(
+    open_server: Server, name: str, channel: str
+) -> None:
+    url = f"redis://127.0.0.1:{open_server.port}/0"
+    environment = {"RELAY_REDIS_URL": url, "PATH": os.environ["PATH"]}
+    for arguments in ((channel, b"Gr\xfc\xdfe"), (channel, "1", "--client", b"\xff")):
+        words: list[str | bytes] = [*Tool(name).command(), *arguments, *EASY]
+        process = await asyncio.create_subprocess_exec(*words, env=environment, stderr=PIPE)
+        assert b"not UTF-8" in (await process.communicate())[1]
+        assert process.returncode == 1
+    assert count(open_server, channel) == 0
 
 
 def documented() -> list[str]:

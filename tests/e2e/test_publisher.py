@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from producers.publisher import AsyncPublisher, Publisher, PublishFailed
+from tests.support import pypi
 from tests.support.clients import Native, redis, stream_key
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server, free_port
@@ -249,6 +251,123 @@ async def test_by_http_an_answer_of_something_else_is_told() -> None:
                 with pytest.raises(PublishFailed) as failure:
                     await publisher.publish("news", 1)
                 assert failure.value.unknown is unknown, line
+
+
+# gevent and eventlet replace threads by greenlets of one thread, which can run one event loop only.
+GREEN = """
+import sys
+kind, url, channel, spool = sys.argv[1:]
+if kind == "gevent":
+    from gevent import monkey, sleep, spawn
+    monkey.patch_all()
+    wait = lambda greenlet: greenlet.get()
+else:
+    import eventlet
+    from eventlet import sleep, spawn
+    eventlet.monkey_patch()
+    wait = lambda greenlet: greenlet.wait()
+import asyncio, socket
+from producers.publisher import Publisher, PublishFailed
+first, second = Publisher(url, limit_ms=9000), Publisher(url, limit_ms=9000, spool=spool)
+first.publish(channel, 0)
+second.publish(channel, 1)
+first.close()
+first.publish(channel, 2)
+async def own():
+    await asyncio.sleep(0.001)
+    return 3
+first.publish(channel, asyncio.run(own()))
+for greenlet in [spawn(second.publish, channel, number) for number in range(4, 24)]:
+    wait(greenlet)
+silent = socket.create_server(("127.0.0.1", 0))
+address = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
+ticks = []
+def tick():
+    while True:
+        ticks.append(1)
+        sleep(0.01)
+spawn(tick)
+try:
+    Publisher(address, limit_ms=300).publish(channel, 1)
+except PublishFailed:
+    print(len(ticks) > 5)
+print(Publisher(address, limit_ms=50, spool=spool).publish(channel, "kept"))
+second.flush()
+"""
+
+
+@pytest.mark.parametrize("kind", ["gevent", "eventlet"])
+async def test_programs_that_replace_threads_by_greenlets(
+    valkey: Server, channel: str, tmp_path: Path, kind: str
+) -> None:
+    words = ["-c", GREEN, kind, valkey.url("producer"), channel, str(tmp_path / "spool")]
+    done = await asyncio.to_thread(pypi.run, "green", words)
+    assert (done.returncode, done.stdout) == (0, "True\nNone\n"), done
+    found = entries(valkey, channel)
+    assert found[:4] == [b"0", b"1", b"2", b"3"]
+    assert sorted(found[4:24], key=int) == [b"%d" % number for number in range(4, 24)]
+    assert found[24:] == [b"kept"]
+
+
+def test_one_publisher_for_several_event_loops(valkey: Server, channel: str) -> None:
+    publisher = AsyncPublisher(valkey.url("producer"), limit_ms=EASY_MS)
+    for number in range(3):
+        asyncio.run(publisher.publish(channel, number))
+    asyncio.run(publisher.close())
+    assert entries(valkey, channel) == [b"0", b"1", b"2"]
+
+
+def test_a_thread_holds_the_lock_while_another_forks(valkey: Server, channel: str) -> None:
+    publisher = Publisher(valkey.url("producer"), limit_ms=EASY_MS)
+    publisher.publish(channel, "parent")
+    with publisher._lock:
+        child = os.fork()
+        if not child:
+            publisher.publish(channel, "child")
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    publisher.close()
+    assert entries(valkey, channel) == [b"parent", b"child"]
+
+
+@pytest.mark.parametrize("spooled", [False, True])
+def test_without_another_thread_an_event_is_spooled_or_rejected(
+    valkey: Server, tmp_path: Path, spooled: bool
+) -> None:
+    code = (
+        "import resource, sys, threading\n"
+        "from producers.publisher import Publisher, PublishFailed\n"
+        "publisher = Publisher(sys.argv[1], limit_ms=5000, spool=sys.argv[2] or None)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
+        "threading.stack_size(1 << 31)\n"
+        "try:\n"
+        "    print(publisher.publish('news', 1))\n"
+        "except PublishFailed:\n"
+        "    print('failed')\n"
+    )
+    spool = str(tmp_path / "spool") if spooled else ""
+    done = subprocess.run(
+        [sys.executable, "-c", code, valkey.url("producer"), spool],
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=15,
+        check=False,
+    )
+    assert done.stdout == ("None\n" if spooled else "failed\n"), done
+
+
+@pytest.mark.parametrize("data", [object(), float("nan"), "\ud800", b"\xff"])
+async def test_an_event_that_cannot_be_sent_is_the_publishers_own_error(
+    publisher: AsyncPublisher, data: object
+) -> None:
+    with pytest.raises(PublishFailed):
+        await publisher.publish("news", data)
+    nested: list[object] = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(PublishFailed):
+        await publisher.publish("news", nested)
 
 
 async def python(code: str, *arguments: str) -> tuple[int, str]:

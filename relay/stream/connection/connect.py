@@ -50,6 +50,7 @@ _ENCODE = (
     "; percent-encode special characters in user and password: # is %23, / is %2F, ? is %3F,"
     " [ is %5B"
 )
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SCHEMES = "embedded, redis://, rediss://, unix:// or sentinel://"
 
 
@@ -321,16 +322,18 @@ def _parse(settings: RedisSettings) -> RedisEndpoint | _Sentinels:
     except ValueError:
         # `from None`: the text may quote a part of the password.
         raise ConfigError(f"[redis] url is not a valid URL{_ENCODE}") from None
-    if "@" in url.path + url.query + url.fragment:
+    # `urlsplit` removes tabs and line breaks without an error.
+    if "@" in url.path + url.query + url.fragment or _CONTROL.search(settings.url):
         raise ConfigError(f"[redis] url is not a valid URL{_ENCODE}")
     # Don't use url.hostname and url.port: they cannot parse a list of Sentinels, and they convert
     # the host to lower case.
     login, _, location = url.netloc.rpartition("@")
     user, _, password = login.partition(":")
-    base = RedisEndpoint(
-        username=unquote(user),
-        password=unquote(password) or settings.password.get_secret_value(),
-    )
+    try:
+        user, password = unquote(user, errors="strict"), unquote(password, errors="strict")
+    except UnicodeDecodeError:
+        raise ConfigError("[redis] url: user or password is not UTF-8") from None
+    base = RedisEndpoint(username=user, password=password or settings.password.get_secret_value())
     if url.scheme == "unix":
         db = parse_qs(url.query).get("db", ["0"])[0]
         if not url.path or location:
@@ -347,7 +350,7 @@ def _parse(settings: RedisSettings) -> RedisEndpoint | _Sentinels:
             tls = ssl.create_default_context(cafile=settings.tls_ca or None)
         except (OSError, ssl.SSLError) as exc:
             raise ConfigError(f"[redis] tls_ca: cannot be read: {exc}") from exc
-    return replace(base, host=host, port=port, db=_db(url.path.strip("/") or "0"), tls=tls)
+    return replace(base, host=host, port=port, db=_db(url.path.removeprefix("/") or "0"), tls=tls)
 
 
 def _sentinels(base: RedisEndpoint, location: str, url: SplitResult) -> _Sentinels:
@@ -362,8 +365,10 @@ def _address(text: str, default_port: int) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon or "]" in port:  # no port, or the colons are those of [::1]
         host, port = text, ""
+    if ":" in host and not host.startswith("["):
+        raise ConfigError("[redis] url: an IPv6 address must be in brackets, as in [::1]")
     host = unquote(host).removeprefix("[").removesuffix("]")
-    if not host or (port and not (port.isascii() and port.isdigit() and int(port) < 65536)):
+    if not host or (port and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536)):
         raise ConfigError("[redis] url: address must be host:port")
     return host, int(port) if port else default_port
 

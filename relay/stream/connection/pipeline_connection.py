@@ -136,7 +136,7 @@ class PipelineConnection(asyncio.Protocol):
             raise RedisUnavailable(
                 f"Redis at {endpoint} refused {exc}{remedy and f'. {remedy}'}"
             ) from exc
-        except OSError as exc:  # ssl.SSLError and name resolution are OSErrors too
+        except (OSError, UnicodeError) as exc:  # also ssl.SSLError and errors of name resolution
             connection.close()
             raise RedisUnavailable(f"Redis at {endpoint} cannot be reached: {exc}") from exc
         except BaseException:
