@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,10 @@ _Command = Callable[[argparse.Namespace], int]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Escape letters that the terminal's encoding lacks.
+            stream.reconfigure(errors="backslashreplace")
     options = parse(arguments, find_imports())
     if options.command != "serve" and not hasattr(options, "imported"):
         release_signals()

@@ -5,6 +5,8 @@ rich is imported only by the functions that need it, because it is slow to impor
 
 from __future__ import annotations
 
+import codecs
+import json
 import re
 import sys
 import time
@@ -30,8 +32,10 @@ def safe(text: str) -> str:
 
 
 def emit(value: dict[str, Any]) -> None:
-    """Print one JSON object as a line."""
-    sys.stdout.write(orjson.dumps(value).decode() + "\n")
+    """Print one JSON object as a line: in UTF-8, or in ASCII if the terminal uses neither."""
+    is_utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+    text = orjson.dumps(value).decode() if is_utf8 else json.dumps(value, separators=(",", ":"))
+    sys.stdout.write(text + "\n")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:

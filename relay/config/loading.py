@@ -507,7 +507,8 @@ def _with_own(sections: dict[str, Section], name: str, field: str) -> Section:
 
 def _read_secret(value: _ConfiguredValue) -> str:
     try:
-        text = Path(value.text).read_text(encoding="utf-8")
+        # Some editors begin a file with a byte order mark.
+        text = Path(value.text).read_text(encoding="utf-8-sig")
     except OSError as exc:
         raise ConfigError(value.line(f"cannot be read: {exc.strerror}")) from exc
     except UnicodeDecodeError as exc:

@@ -275,14 +275,17 @@ class EmbeddedValkey:
             'save ""',
         ]
         path = self._file("valkey.conf")
-        path.write_text("# Written at each start of relay.\n" + "\n".join(lines) + "\n")
+        # The folder's name may be any bytes.
+        path.write_bytes(
+            os.fsencode("# Written at each start of relay.\n" + "\n".join(lines) + "\n")
+        )
 
     def left_behind(self) -> tuple[int, int] | None:
         """Return process and port of the server that runs on this folder, or None."""
         try:
             pid = int(self._file("valkey.pid").read_text())
-            lines = self._file("valkey.conf").read_text().splitlines()
-            port = int(next(line for line in lines if line.startswith("port "))[5:])
+            lines = self._file("valkey.conf").read_bytes().splitlines()
+            port = int(next(line for line in lines if line.startswith(b"port "))[5:])
         except (OSError, ValueError, StopIteration):
             return None
         return (pid, port) if _alive(pid) else None

@@ -21,22 +21,24 @@ pytestmark = [pytest.mark.redis, pytest.mark.timeout(180)]
 
 
 class Site(RelayProcess):
-    """A relay without a configured Redis."""
+    """A relay without a configured Redis. It runs in a folder whose name is not UTF-8."""
 
     def __init__(self, folder: Path, workers: int) -> None:
-        self.folder = folder
+        self._cwd = folder / os.fsdecode(b"caf\xe9")
+        self._cwd.mkdir()
+        self.folder = self._cwd / "data"
         self.redis_port = free_port()
         self.port = free_port()
         self.workers = workers
         self.process: asyncio.subprocess.Process | None = None
 
     async def run(self) -> None:
-        sets = [f"redis.embedded_dir={self.folder}", f"redis.embedded_port={self.redis_port}"]
+        sets = ["redis.embedded_dir=data", f"redis.embedded_port={self.redis_port}"]
         sets += [f"jwt.key={KEY}", "node.drain_s=0", f"node.workers={self.workers}"]
         words = [word for each in sets for word in ("--set", each)]
         self.process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "relay", "serve", "--port", str(self.port), *words),
-            cwd=ROOT,
+            cwd=self._cwd,
             env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
@@ -63,7 +65,7 @@ class Site(RelayProcess):
 
 @pytest.mark.parametrize("workers", [1, 2])
 async def test_a_clean_restart_is_not_reported_and_a_crash_is(tmp_path: Path, workers: int) -> None:
-    site = Site(tmp_path / "data", workers)
+    site = Site(tmp_path, workers)
 
     async def resumed(last: str | None) -> SseClient:
         return await door.sse("news", header=last)

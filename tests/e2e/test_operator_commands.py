@@ -212,6 +212,17 @@ async def test_tail_outlives_redis_and_misses_nothing(tmp_path: Path) -> None:
 # ---- streams and trim -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+async def test_letters_that_the_terminal_lacks_are_escaped(valkey: Server, encoding: str) -> None:
+    channel = f"é漢-{encoding}"
+    redis(valkey, "XADD", stream_key(channel), "*", "data", '"é漢"')
+    cli = Cli(valkey, encoding=encoding)
+    shown = channel.encode(encoding, "backslashreplace").decode(encoding)
+    assert shown in await cli.out("streams", channel)
+    (stream,) = await cli.objects("streams", channel)
+    assert stream["channel"] == channel
+
+
 async def test_streams_shows_how_far_each_worker_is(
     cli: Cli, relay: RelayProcess, door: Native, valkey: Server, channel: str
 ) -> None:

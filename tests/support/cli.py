@@ -35,7 +35,8 @@ def _environment(server: Server, user: User) -> dict[str, str]:
 class Cli:
     """Runs commands on one Redis server."""
 
-    def __init__(self, server: Server, user: User = "maintenance") -> None:
+    def __init__(self, server: Server, user: User = "maintenance", encoding: str = "utf-8") -> None:
+        self._encoding = encoding
         self._server = server
         self._user: User = user
 
@@ -47,7 +48,7 @@ class Cli:
         return await asyncio.to_thread(self._run, words, stdin)
 
     def _run(self, words: Sequence[str], stdin: bytes) -> subprocess.CompletedProcess[str]:
-        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+        out, err = (io.TextIOWrapper(io.BytesIO(), self._encoding) for _ in range(2))
         with (
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
@@ -61,7 +62,7 @@ class Cli:
         texts = []
         for stream in (out, err):
             stream.flush()
-            texts.append(stream.buffer.getvalue().decode())
+            texts.append(stream.buffer.getvalue().decode(self._encoding))
         return subprocess.CompletedProcess(words, code, *texts)
 
     async def process(self, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:

@@ -123,6 +123,9 @@ def test_a_secret_from_a_file_loses_its_last_newline(
         (tmp_path / str(number)).write_bytes(b" s\n\n"[:3] + ending.encode())
         key = read(ini(f"[jwt]\nkey_file = {tmp_path / str(number)}\n")).jwt.key
         assert key.get_secret_value() == (" s" if number == 0 else " s\n")
+    (tmp_path / "bom").write_bytes(b"\xef\xbb\xbfs\n")
+    key = read(ini(f"[jwt]\nkey_file = {tmp_path / 'bom'}\n")).jwt.key
+    assert key.get_secret_value() == "s"
     for source in (
         read(None, f"jwt.key_file={tmp_path / '1'}"),
         read(environ={"RELAY_JWT_KEY_FILE": str(tmp_path / "1")}),
