@@ -220,14 +220,53 @@ async def test_a_rejected_post_has_the_reason(
     assert (await post(relay, body))[0] == status
 
 
-async def test_a_too_large_message_closes_only_its_connection(
-    relay: RelayProcess, door: Native
-) -> None:
+async def test_a_too_large_message_is_lost_alone(relay: RelayProcess, door: Native) -> None:
     stream = await door.sse("pydio:long")
     long = {"REPO_ID": "long", "CONTENT": "x" * 1_100_000}
-    short = {"REPO_ID": "long", "CONTENT": tree("x")}
-    assert await publish(relay.port, [long], [short]) == [ACCEPTED] * 2
-    assert (await stream.next()).data == tree("x")
+    short = [{"REPO_ID": "long", "CONTENT": tree(str(number))} for number in range(3)]
+    messages = [short[0], long, short[1], long, long, short[2]]
+    assert await publish(relay.port, messages) == [ACCEPTED]
+    assert [block.data for block in await stream.take(3)] == [tree(str(n)) for n in range(3)]
+    await until(
+        lambda: any(
+            "more than 1048576 bytes, see [protocol:pydio] private_max_bytes" in line
+            for line in relay.log
+        )
+    )
+
+
+async def test_paths_in_the_encoding_of_the_server(relay: RelayProcess, door: Native) -> None:
+    stream = await door.sse("pydio:latin1")
+    sent = [
+        {"REPO_ID": "latin1", "CONTENT": tree(f"é{number}"), "NODE_PATHES": ["/café", "/a"]}
+        for number in range(2)
+    ]
+    assert await publish(relay.port, sent, form="latin1") == [ACCEPTED]
+    assert [block.data for block in await stream.take(2)] == [tree("é0"), tree("é1")]
+    entries = redis(relay.server, "XRANGE", "relay:stream:{pydio:latin1}", "-", "+")
+    for _, fields in entries:
+        assert json.loads(fields[b"node_paths"]) == ["/café", "/a"]
+
+
+async def test_large_messages_keep_their_order(relay: RelayProcess, door: Native) -> None:
+    stream = await door.sse("pydio:order")
+    paths = [f"/folder/{number}" for number in range(5000)]
+    sent = [
+        {"REPO_ID": "order", "CONTENT": tree(str(number)), "NODE_PATHES": paths[:: 1 + number % 9]}
+        if number % 2
+        else {"REPO_ID": "order", "CONTENT": tree(str(number))}
+        for number in range(40)
+    ]
+    assert await publish(relay.port, sent[:20], sent[20:]) == [ACCEPTED] * 2
+    assert [block.data for block in await stream.take(40)] == [tree(str(n)) for n in range(40)]
+
+
+@pytest.mark.parametrize("path", ["/private/", "/private/sub/path"])
+async def test_paths_below_the_private_path(relay: RelayProcess, door: Native, path: str) -> None:
+    stream = await door.sse("pydio:below")
+    message = {"REPO_ID": "below", "CONTENT": tree(path)}
+    assert await publish(relay.port, [message], path=path) == [ACCEPTED]
+    assert (await stream.next()).data == tree(path)
 
 
 async def test_a_websocket_client_of_version_13_needs_no_random_bytes(

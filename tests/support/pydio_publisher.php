@@ -3,14 +3,15 @@
 
      php pydio_publisher.php ws://HOST:PORT/PATH KEY      < lines
      php pydio_publisher.php ws://HOST:PORT/PATH KEY json < lines
+     php pydio_publisher.php ws://HOST:PORT/PATH KEY latin1 < lines
 
    Each line of the input is a JSON array of messages, and each line is one PHP request: one
    connection, made with the first message and dropped without a close frame at its end. The bodies
-   are serialized by PHP, or with a third argument in JSON as 6.5 sends them. Prints the status line
-   of each handshake. */
+   are serialized by PHP, or with "json" in JSON as 6.5 sends them, or with "latin1" as by a server
+   whose AJXP_LOCALE is ISO-8859-1. Prints the status line of each handshake. */
 
 [, $url, $key] = $argv;
-$json = isset($argv[3]);
+$form = $argv[3] ?? 'serialize';
 $parts = parse_url($url);
 
 function frame(string $payload): string
@@ -46,7 +47,12 @@ while (($line = fgets(STDIN)) !== false) {
         . "\r\n" . random_bytes(8));
     echo strtok((string) fread($socket, 8192), "\r"), "\n";
     foreach (json_decode($line, true, 512, JSON_THROW_ON_ERROR) as $message) {
-        $rest = frame($json ? json_encode($message) : serialize($message));
+        if ($form === 'latin1') {
+            foreach ($message['NODE_PATHES'] as &$path) {
+                $path = iconv('UTF-8', 'ISO-8859-1', $path);
+            }
+        }
+        $rest = frame($form === 'json' ? json_encode($message) : serialize($message));
         while ($rest !== '') {
             $sent = fwrite($socket, $rest);
             if (!$sent) {

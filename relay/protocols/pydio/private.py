@@ -10,6 +10,8 @@ import contextlib
 import hmac
 import logging
 import os
+from collections import deque
+from collections.abc import Callable
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -18,16 +20,18 @@ from aiohttp import web
 from relay.config.lists import split
 from relay.core.errors import LimitExceeded, RelayError
 from relay.core.reasons import Reason
+from relay.core.slices import next_slice
 from relay.doorkit.open_connections import OpenConnections
 from relay.protocols.pydio import private_messages
 from relay.protocols.pydio.hosts import AuthorisedHosts
+from relay.protocols.pydio.outbound import LIMIT_BYTES
 from relay.protocols.pydio.settings import PydioSettings
 from relay.transports.socket import websocket
 from relay.transports.socket.bodies import BodyRejected, read_body
 from relay.transports.socket.take_over import take_over
 
 if TYPE_CHECKING:
-    from relay.doorkit.contract import DoorContext
+    from relay.doorkit.contract import DoorContext, Spawn
     from relay.protocols.pydio.outbound import OutboundQueue
     from relay.transports.socket.reaper import Reaper
 
@@ -58,6 +62,7 @@ class PrivateChannel:
         self._reaper = reaper
         self._clock = loop.time
         self._open = OpenConnections()
+        self._unread = _UnreadMessages(outbound.add, context.spawn)
         self.reload(settings)
 
     def reload(self, settings: PydioSettings) -> None:
@@ -101,6 +106,7 @@ class PrivateChannel:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_REQUESTS_S):
                 await self._open.wait_closed()
+        await self._unread.wait_empty()
 
     def _has_key(self, request: web.Request) -> bool:
         shown = request.headers.get(ADMIN_KEY, "").encode(errors="surrogateescape")
@@ -111,24 +117,28 @@ class PrivateChannel:
 
     def _connect(self, request: web.Request, accepted: bytes, peer: str) -> web.StreamResponse:
         old = request.headers.get("Sec-WebSocket-Version", "").strip() == "8"
+        limit_bytes = self._settings.private_max_bytes
         # No heartbeat: PHP does not read while its request runs, and closes the connection at its
         # end.
         socket = websocket.WebSocketConnection(
             buffer_bytes=self._context.client_buffer_bytes,
-            max_frame_bytes=self._settings.private_max_bytes,
+            max_frame_bytes=limit_bytes,
             reaper=self._reaper,
             skip_bytes=_JUNK_BYTES if old else 0,
+            # One message must not affect the others of the same PHP request. PHP's strings are
+            # bytes: paths have the encoding of the server's file system.
+            lenient=True,
         )
 
-        def received(text: bytes) -> None:
-            try:
-                self._outbound.add(private_messages.read(text))
-            except private_messages.InvalidMessage as exc:
-                self._context.metrics.refused.labels(Reason.BAD_REQUEST).inc()
-                _log.warning("Dropped a message from %s on Pydio's private path: %s", peer, exc)
+        def dropped(reason: str) -> None:
+            self._context.metrics.refused.labels(Reason.BAD_REQUEST).inc()
+            _log.warning("Dropped a message from %s on Pydio's private path: %s", peer, reason)
 
         self._open.opened()
-        socket.on_text = received
+        socket.on_text = lambda text: self._unread.add(text, dropped)
+        socket.on_too_large = lambda: dropped(
+            f"more than {limit_bytes} bytes, see [protocol:pydio] private_max_bytes"
+        )
         socket.on_closed = self._open.closed
         return take_over(request, accepted, socket)
 
@@ -138,7 +148,7 @@ class PrivateChannel:
         try:
             limit_bytes = self._settings.private_max_bytes
             body = await read_body(request, limit_bytes, "[protocol:pydio] private_max_bytes")
-            publication = private_messages.read(body)
+            publication = await _read(body)
             entry_id = await self._context.publish(
                 publication.channel,
                 publication.data,
@@ -162,6 +172,55 @@ class PrivateChannel:
     def _refused(self, status: int, code: Reason, text: str) -> web.Response:
         self._context.metrics.refused.labels(code).inc()
         return web.json_response({"error": {"code": code, "message": text}}, status=status)
+
+
+class _UnreadMessages:
+    """Parses messages in the order of their arrival, large ones in another thread."""
+
+    def __init__(self, then: Callable[[private_messages.Publication], None], spawn: Spawn) -> None:
+        self._then = then
+        self._spawn = spawn
+        self._waiting: deque[tuple[bytes, Callable[[str], None]]] = deque()
+        self._bytes = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def add(self, body: bytes, dropped: Callable[[str], None]) -> None:
+        """Parse a message and pass it on. If it is invalid, call `dropped` with the reason."""
+        if self._empty.is_set() and len(body) <= private_messages.LARGE_BYTES:
+            try:
+                self._then(private_messages.read(body))
+            except private_messages.InvalidMessage as exc:
+                dropped(str(exc))
+        elif self._bytes + len(body) > LIMIT_BYTES:
+            dropped(f"more than {LIMIT_BYTES} bytes of messages arrive faster than they are read")
+        else:
+            self._bytes += len(body)
+            self._waiting.append((body, dropped))
+            if self._empty.is_set():
+                self._empty.clear()
+                _ = self._spawn(self._run(), name="pydio messages")
+
+    async def wait_empty(self) -> None:
+        """Wait until all messages have been parsed."""
+        await self._empty.wait()
+
+    async def _run(self) -> None:
+        while self._waiting:
+            body, dropped = self._waiting.popleft()
+            try:
+                self._then(await _read(body))
+            except private_messages.InvalidMessage as exc:
+                dropped(str(exc))
+            self._bytes -= len(body)
+        self._empty.set()
+
+
+async def _read(body: bytes) -> private_messages.Publication:
+    if len(body) > private_messages.LARGE_BYTES:
+        return await asyncio.to_thread(private_messages.read, body)
+    await next_slice()
+    return private_messages.read(body)
 
 
 def _peer(request: web.Request) -> str:

@@ -6,16 +6,20 @@ same members as JSON (class.MqManager.php, `sendInstantMessage`):
     REPO_ID       the workspace; `AJXP_REPO_SCOPE_ALL`, since 7 `*`, addresses all browsers
     CONTENT       `<tree>...</tree>`, passed to the page unchanged
     USER_ID       deliver to this user only
-    GROUP_PATH    deliver to members of exactly this group only; never sent together with USER_ID
+    GROUP_PATH    deliver to members of exactly this group only, if it is neither empty nor "0";
+                  never sent together with USER_ID
     NODE_PATHES   the paths in the content
+
+Strings of PHP are bytes. CONTENT is UTF-8; the others have the encoding of Pydio's server
+(`AJXP_LOCALE`). If they are not UTF-8, they are taken for ISO-8859-1, the usual other one.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import msgspec
 import orjson
 import phpserialize  # type: ignore[import-untyped]  # a single module cannot be marked as typed
 
@@ -27,6 +31,12 @@ BROADCAST = Channel(f"{NAMESPACE}:AJXP_REPO_SCOPE_ALL")
 _ALL = ("AJXP_REPO_SCOPE_ALL", "*")
 # The entry's field with the paths, as a JSON array of strings.
 PATHS_FIELD = b"node_paths"
+
+
+# Larger messages must be read in another thread, because the event loop would be held for more than
+# 10 ms: `read` needs up to 500 ms per MB.
+LARGE_BYTES = 16_384
+_NULL = msgspec.Raw(b"null")
 
 
 class InvalidMessage(ValueError):
@@ -77,7 +87,10 @@ def read(body: bytes) -> Publication:
 
 
 def _recipients(members: Mapping[str, object]) -> tuple[str, ...] | None:
-    user, group = _name(members, "USER_ID"), _name(members, "GROUP_PATH")
+    user = _name(members, "USER_ID")
+    # Values that PHP takes for false: the original does not compare them with the browser's group.
+    is_group = members.get("GROUP_PATH") not in ("", "0", 0)
+    group = _name(members, "GROUP_PATH") if is_group else None
     # PHP never sends both. The user is the narrower one.
     if user is not None:
         return (f"user:{user}",)
@@ -106,26 +119,62 @@ def _extra(members: Mapping[str, object]) -> Mapping[bytes, bytes]:
     return {PATHS_FIELD: orjson.dumps(paths)}
 
 
+class _Members(msgspec.Struct):
+    """The members of a JSON message. Others are skipped without making objects of them."""
+
+    REPO_ID: msgspec.Raw = _NULL
+    CONTENT: msgspec.Raw = _NULL
+    USER_ID: msgspec.Raw = _NULL
+    GROUP_PATH: msgspec.Raw = _NULL
+    NODE_PATHES: msgspec.Raw = _NULL
+
+
+_decoder = msgspec.json.Decoder(_Members)
+
+
 def _json(body: bytes) -> Mapping[str, object]:
     try:
-        found = json.loads(body)
+        found = _decoder.decode(body)
+        return {name: _value(getattr(found, name)) for name in _Members.__struct_fields__}
     except (ValueError, RecursionError):
         raise InvalidMessage("neither JSON nor serialized by PHP") from None
-    return found if isinstance(found, dict) else {}
+
+
+def _value(raw: msgspec.Raw) -> object:
+    return msgspec.json.decode(raw)
 
 
 def _php(body: bytes) -> Mapping[str, object]:
     try:
         # Without an object_hook, objects are rejected and never created. Lengths are in bytes, so
-        # that strings are decoded after they have been cut out.
+        # that strings are decoded after they have been cut out. In ISO-8859-1, each byte is one
+        # character.
         found = phpserialize.loads(
-            body, charset="utf-8", errors="strict", decode_strings=True, array_hook=_array
+            body, charset="iso-8859-1", decode_strings=True, array_hook=_array
         )
     except (ValueError, TypeError, RecursionError):
         raise InvalidMessage(
             "neither JSON nor serialized by PHP, or it contains an object"
         ) from None
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    content = found.get("CONTENT")
+    members = {key: _text(value) for key, value in found.items()}
+    if isinstance(content, str) and members["CONTENT"] == content and not content.isascii():
+        raise InvalidMessage("CONTENT is not UTF-8")
+    return members
+
+
+def _text(value: object) -> object:
+    """Decode the strings in `value`, which have a character for each byte."""
+    if isinstance(value, str):
+        try:
+            return value.encode("iso-8859-1").decode()
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, dict):
+        return {key: _text(each) for key, each in value.items()}
+    return value
 
 
 def _array(pairs: list[tuple[object, object]]) -> dict[object, object]:

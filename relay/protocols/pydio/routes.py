@@ -90,10 +90,9 @@ class MountedPydio(Mounted):
             self.routes = _routes(settings.public_path, self._public) + private
             self.producers = private
         # Socket.IO clients append a slash to their path.
-        slash = f"{settings.public_path}/"
         self.routes += [
             web.options(settings.public_path, self._npm.clients.endpoint.handle),
-            *(web.route(method, slash, self._npm_only) for method in ("GET", "POST", "OPTIONS")),
+            web.options(f"{settings.public_path}/", self._npm.clients.endpoint.handle),
         ]
         self.reload(settings)
         _ = context.spawn(self._outbound.run(), name="pydio outbound")
@@ -132,11 +131,6 @@ class MountedPydio(Mounted):
         return await self._private.handle(request) if _is_private(request) else drop(request)
 
     # ---- the public channel -----------------------------------------------------------------
-
-    async def _npm_only(self, request: web.Request) -> web.StreamResponse:
-        if "EIO" not in request.query:
-            raise web.HTTPNotFound
-        return await self._npm.clients.endpoint.handle(request)
 
     async def _public(self, request: web.Request) -> web.StreamResponse:
         if "EIO" in request.query:
@@ -206,7 +200,13 @@ def _is_private(request: web.Request) -> bool:
 def _routes(
     path: str, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> list[web.AbstractRouteDef]:
-    return [web.get(path, handler, allow_head=False), web.post(path, handler)]
+    # phpws serves every path below that of a handler as well.
+    below = path.rstrip("/") + "/{rest:.*}"
+    return [
+        route
+        for each in (path, below)
+        for route in (web.get(each, handler, allow_head=False), web.post(each, handler))
+    ]
 
 
 class PydioDoor(FrontDoor):

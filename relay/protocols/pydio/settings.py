@@ -30,7 +30,7 @@ class PydioSettings(ListenerSection):
     public_path: str = Field("/public", pattern=_PATH, description="Path to which browsers connect.")
     private_path: str = Field("/private", pattern=_PATH, description="Path to which PHP connects. For Pydio 6.4.2, which has a single path, use the value of public_path.")
     authorised_hosts: str = Field("localhost, 127.0.0.1, ::1", description="Hosts from which PHP may connect, separated by commas: addresses, networks such as 10.0.0.0/8, or names. Do not list a proxy that other programs can use.")
-    private_max_bytes: int = Field(1048576, ge=1024, le=67108864, description="Maximum size of one message from PHP. A larger message closes the connection with code 1009.")
+    private_max_bytes: int = Field(1048576, ge=1024, le=67108864, description="Maximum size of one message from PHP. A larger message is dropped.")
     allowed_origins: str = Field("", description="Additional origins whose pages may connect with the cookie, separated by commas, for example https://files.example.org. Set it to Pydio's origin if Pydio has another host or port.")
     cookies: str = Field("AjaXplorer", description="Prefixes of the names of the cookies that relay forwards to Pydio, separated by commas. Other cookies are never forwarded.")
     auth_timeout_s: float = Field(5.0, gt=0, le=60, description="Timeout for Pydio's answer to an authentication request.")

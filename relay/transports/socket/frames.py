@@ -13,6 +13,9 @@ from relay.transports.socket.deflate import InflateError, inflate
 CONTINUATION, TEXT, BINARY, CLOSE, PING_OPCODE, PONG = 0, 1, 2, 8, 9, 10
 _OPCODES = frozenset({CONTINUATION, TEXT, BINARY, CLOSE, PING_OPCODE, PONG})
 
+# Not an opcode of the protocol: stands for a message that was too large and was dropped.
+TOO_LARGE = 16
+
 # Set in the first frame of a compressed message (RFC 7692 section 6).
 COMPRESSED = 0x40
 
@@ -70,12 +73,17 @@ class FrameReader:
     It has no buffer between messages. After a ProtocolViolation it must not be used again. The
     first `skip_bytes` are dropped, because some old clients send bytes of a draft of the protocol
     before their first frame.
+
+    With `lenient`, a text message may be any bytes, and a message that is too large is dropped
+    while it arrives: its place is taken by an item with the opcode TOO_LARGE.
     """
 
     __slots__ = (
         "_allowed",
+        "_drops",
         "_inflates",
         "_kind",
+        "_lenient",
         "_message",
         "_payload_at",
         "_rest",
@@ -86,8 +94,18 @@ class FrameReader:
         "more",
     )
 
-    def __init__(self, max_bytes: int, skip_bytes: int = 0, *, compressed: bool = False) -> None:
+    def __init__(
+        self,
+        max_bytes: int,
+        skip_bytes: int = 0,
+        *,
+        compressed: bool = False,
+        lenient: bool = False,
+    ) -> None:
         self.max_bytes = max_bytes
+        self._lenient = lenient
+        # Whether the rest of the message, in further fragments, is dropped.
+        self._drops = False
         self._allowed = COMPRESSED if compressed else 0
         self._inflates = False
         self._skip = skip_bytes
@@ -192,9 +210,16 @@ class FrameReader:
             at += 8
         # Check the size before the payload arrives, so that oversized messages are not buffered.
         held = len(self._message) if self._message is not None and opcode < 8 else 0
-        if opcode < 8 and held + size > self.max_bytes:
-            raise ProtocolViolation(1009, f"more than {self.max_bytes} bytes")
         end = at + 4 + size
+        if opcode < 8 and (self._drops or held + size > self.max_bytes):
+            if not self._lenient:
+                raise ProtocolViolation(1009, f"more than {self.max_bytes} bytes")
+            self._drops = not last
+            self._message = None if last else bytearray()
+            if last:
+                found.append((TOO_LARGE, b""))
+            self._skip = max(0, end - len(source))
+            return min(end, len(source))
         if len(source) < end:
             if size > _LARGE_BYTES and len(source) >= at + 4:
                 self._payload_at = at + 4 - start
@@ -237,7 +262,7 @@ class FrameReader:
                 opcode, payload, self._message = self._kind, bytes(self._message), None
             if self._inflates:
                 payload = self._inflated(payload)
-            if opcode == TEXT:
+            if opcode == TEXT and not self._lenient:
                 _check_utf8(payload)
         elif opcode == CLOSE:
             parse_close(payload)

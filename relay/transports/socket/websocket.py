@@ -28,6 +28,7 @@ from relay.transports.socket.frames import (
     PING_OPCODE,
     PONG,
     TEXT,
+    TOO_LARGE,
     FrameReader,
     unmask,
 )
@@ -176,6 +177,7 @@ class WebSocketConnection(ClientSocket):
         "close_received",
         "on_binary",
         "on_text",
+        "on_too_large",
     )
 
     def __init__(
@@ -188,14 +190,19 @@ class WebSocketConnection(ClientSocket):
         skip_bytes: int = 0,
         compressed: bool = False,
         only_pong_counts: bool = False,
+        lenient: bool = False,
     ) -> None:
         """`skip_bytes` is the size of the data before the first frame (see `FrameReader`).
 
         `compressed` is True if permessage-deflate has been negotiated. With `only_pong_counts`, no
-        other frame counts as a response to the heartbeat.
+        other frame counts as a response to the heartbeat. With `lenient`, text messages may be any
+        bytes, and a message that is too large is dropped, with a call of `on_too_large`, instead of
+        closing the connection.
         """
         super().__init__(buffer_bytes=buffer_bytes, reaper=reaper, heartbeat=heartbeat)
-        self._reader = FrameReader(max_frame_bytes, skip_bytes, compressed=compressed)
+        self._reader = FrameReader(
+            max_frame_bytes, skip_bytes, compressed=compressed, lenient=lenient
+        )
         self._pong_counts = only_pong_counts
         self._pong: bytes | None = None
         self._ignores_input = self._read_scheduled = False
@@ -209,6 +216,7 @@ class WebSocketConnection(ClientSocket):
         self.close_received = False
         self.on_text: Callable[[bytes], None] = _ignore
         self.on_binary: Callable[[bytes], None] | None = None
+        self.on_too_large: Callable[[], None] | None = None
 
     def limit_messages(self, max_bytes: int) -> None:
         """Change the maximum size of the client's messages."""
@@ -285,6 +293,9 @@ class WebSocketConnection(ClientSocket):
                 self.on_text(payload)
             elif opcode == PONG:
                 self.silent_since = 0
+            elif opcode == TOO_LARGE:
+                if self.on_too_large is not None:
+                    self.on_too_large()
             elif opcode == BINARY:
                 if self.on_binary is None:
                     self.close_with(1003, "text only")
@@ -417,4 +428,4 @@ class WebSocketConnection(ClientSocket):
     def _clear_callbacks(self) -> None:
         super()._clear_callbacks()
         self.on_text = _ignore
-        self.on_binary = None
+        self.on_binary = self.on_too_large = None

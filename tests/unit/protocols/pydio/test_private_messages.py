@@ -74,6 +74,28 @@ def test_reads_the_same_message_as_json() -> None:
     )
 
 
+def test_names_and_paths_may_have_the_encoding_of_the_server() -> None:
+    message = (
+        b'a:4:{s:7:"REPO_ID";s:1:"1";s:7:"CONTENT";s:15:"<tree>\xc3\xa9</tree>";'
+        b's:10:"GROUP_PATH";s:3:"/\xe9b";s:11:"NODE_PATHES";a:2:{i:0;s:3:"/\xe9a";i:1;s:3:"/\xc3\xa9";}}'
+    )
+    assert read(message) == Publication(
+        channel=Channel("pydio:1"),
+        data="<tree>é</tree>".encode(),
+        to=("group:/éb",),
+        extra={b"node_paths": '["/éa","/é"]'.encode()},
+    )
+
+
+@pytest.mark.parametrize("group", ["''", "'0'", "0", "false", "null"])
+def test_a_group_that_php_takes_for_none_is_everybody(group: str) -> None:
+    body = php(f"['REPO_ID' => '1', 'CONTENT' => '{TREE}', 'GROUP_PATH' => {group}]")
+    assert read(body).to is None
+    found = json.loads(group.replace("'", '"'))
+    text = json.dumps({"REPO_ID": "1", "CONTENT": TREE, "GROUP_PATH": found}).encode()
+    assert read(text).to is None
+
+
 def test_rejects_objects_at_any_depth() -> None:
     for expression in (
         "new ArrayObject()",
@@ -97,14 +119,14 @@ def test_rejects_objects_at_any_depth() -> None:
         (b'{"CONTENT":"x"}', "REPO_ID"),
         (b'{"REPO_ID":true,"CONTENT":"x"}', "REPO_ID"),
         (b'{"REPO_ID":"%b","CONTENT":"x"}' % (b"x" * 256), "REPO_ID"),
-        (b'{"REPO_ID":"\\ud800","CONTENT":"x"}', "REPO_ID"),
+        (b'{"REPO_ID":"\\ud800","CONTENT":"x"}', "neither"),
         (b'{"REPO_ID":"1"}', "CONTENT"),
         (b'{"REPO_ID":"1","CONTENT":["x"]}', "CONTENT"),
-        (b'{"REPO_ID":"1","CONTENT":"\\ud800"}', "CONTENT"),
+        (b'{"REPO_ID":"1","CONTENT":"\\ud800"}', "neither"),
         (b'{"REPO_ID":"1","CONTENT":"x","USER_ID":""}', "USER_ID"),
         (b'{"REPO_ID":"1","CONTENT":"x","GROUP_PATH":[]}', "GROUP_PATH"),
         (b'{"REPO_ID":"1","CONTENT":"x","NODE_PATHES":"/a"}', "NODE_PATHES"),
-        (b'a:2:{s:7:"REPO_ID";s:1:"1";s:7:"CONTENT";s:2:"\xff\xfe";}', "neither"),
+        (b'a:2:{s:7:"REPO_ID";s:1:"1";s:7:"CONTENT";s:2:"\xff\xfe";}', "CONTENT is not UTF-8"),
     ],
 )
 def test_rejects_a_message_with_the_reason(body: bytes, reason: str) -> None:

@@ -13,7 +13,12 @@ from aiohttp import ClientSession, WSMsgType, web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from relay.transports.socket.frames import FrameReader, ProtocolViolation, parse_close
+from relay.transports.socket.frames import (
+    TOO_LARGE,
+    FrameReader,
+    ProtocolViolation,
+    parse_close,
+)
 from relay.transports.socket.reaper import Reaper
 from relay.transports.socket.take_over import take_over
 from relay.transports.socket.websocket import (
@@ -70,6 +75,28 @@ def test_a_close_reason_is_cut_between_characters() -> None:
 def test_the_example_of_the_rfc_is_read() -> None:
     # RFC 6455 section 5.7: "a single-frame masked text message".
     assert FrameReader(LIMIT).feed(bytes.fromhex("818537fa213d7f9f4d5158")) == [(1, b"Hello")]
+
+
+@given(st.data())
+def test_a_lenient_reader_drops_only_messages_that_are_too_large(data: st.DataObject) -> None:
+    large = b"x" * (LIMIT + 1)
+    sent = (
+        masked(1, b"\xe9")
+        + masked(1, large)
+        + masked(1, b"b" * LIMIT)
+        + masked(1, large[:600], fin=False)
+        + masked(9, b"?")
+        + masked(0, large[:600], fin=False)
+        + masked(0, large)
+        + masked(1, b"c")
+    )
+    reader, found = FrameReader(LIMIT, lenient=True), []
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(sent)), max_size=6)))
+    for start, end in itertools.pairwise([0, *cuts, len(sent)]):
+        found += reader.feed(sent[start:end])
+        assert reader.held_bytes <= 2 * LIMIT
+    lost = (TOO_LARGE, b"")
+    assert found == [(1, b"\xe9"), lost, (1, b"b" * LIMIT), (9, b"?"), lost, (1, b"c")]
 
 
 def test_control_frames_between_fragments_are_delivered_first() -> None:
