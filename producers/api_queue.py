@@ -91,12 +91,14 @@ class Dispatcher:
             plain = commands.plain_publish(item)
             if plain is not None:
                 return [self.operation(plain, index)], []
-            queued = commands.queued(item)
+            parts = commands.queued(item)
+            # Parse all commands first: an item is executed only if all of them can be parsed.
+            queued = [commands.one(part) async for part in in_slices(parts)]
         except commands.InvalidCommand as exc:
             return [], [str(exc)]
         operations: list[Operation] = []
         reasons: list[str] = []
-        for command in queued:
+        async for command in in_slices(queued):
             try:
                 handler = self._handlers.get(command.method)
                 if handler is None:
@@ -316,7 +318,7 @@ class ApiQueueConsumer(RunningProducer):
             for reason in reasons:
                 broken += 1
                 operations.append(self._dead_letter(shard.name, item, reason, index))
-        replicas = self._replicas(operations)
+        replicas = await self._replicas(operations)
         failed = await queues.apply(
             shard.name,
             head,
@@ -332,17 +334,17 @@ class ApiQueueConsumer(RunningProducer):
         letter = dead_letters.of_command(queue, item, reason, node=self._instance)
         return Operation(self._keys.dead_letters, letter, index, dead_letters.KEEP)
 
-    def _replicas(self, operations: Sequence[Operation]) -> int:
+    async def _replicas(self, operations: Sequence[Operation]) -> int:
         """Return the highest `wait_replicas` of the namespaces in this batch.
 
         No producer waits for a reply. The wait keeps the queue from running ahead of the replicas.
         If a failover loses the entries, it also loses their removal from the queue.
         """
-        channels = {self._keys.channel_of_stream(key) for key in {each.key for each in operations}}
-        return max(
-            (self._namespace_of(channel).wait_replicas for channel in channels if channel),
-            default=0,
-        )
+        found = 0
+        async for key in in_slices({each.key for each in operations}):
+            if (channel := self._keys.channel_of_stream(key)) is not None:
+                found = max(found, self._namespace_of(channel).wait_replicas)
+        return found
 
 
 def build(context: ProducerContext, settings: QueueSettings) -> ApiQueueConsumer:

@@ -48,6 +48,7 @@ def relay(valkey: Server, turns: Path) -> Iterator[RelayProcess]:
         f"protocol:seafile.key={SEAFILE_KEY}",
         f"protocol:socketio.secret={SOCKETIO_SECRET}",
     ]
+    settings += ["producer:queue.enabled=yes"]
     settings += ["protocol:pydio.auth_url=http://127.0.0.1:9/"]
     path = f"PYTHONPATH={ROOT}:{ROOT / 'tests' / 'support' / 'turn_monitor'}"
     prefix = ["env", path, f"RELAY_TURNS={turns}"]
@@ -89,7 +90,8 @@ class Site:
 
 
 async def centrifugo(site: Site) -> None:
-    """Send bodies with invalid signatures, batches and large events, and request their history."""
+    """Send bodies with invalid signatures, batches, queue items and large events, and request
+    their history. The members of commands have any order."""
     wrong = {"Content-Type": "application/json", "X-API-Sign": "0" * 64}
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     async with asyncio.TaskGroup() as tasks:
@@ -98,15 +100,21 @@ async def centrifugo(site: Site) -> None:
             tasks.create_task(site.post("/api/", b"sign=a&data=" + b"%41" * MB, **form))
     publish = '{"method":"publish","params":{"channel":"%s","data":%s}}'
     await site.api("[" + ",".join(publish % (f"c{n % 100}", n) for n in range(5000)) + "]")
+    await site.api(f'{{"params":{{"data":{LISTS},"channel":"large"}},"method":"publish"}}')
+    batch = [json.loads(publish % (f"q{n % 50}", n)) for n in range(15_000)]
+    redis = cast("Redis", site.relay.redis())
+    redis.rpush("centrifugo.api", json.dumps({"data": batch}))
+    while redis.llen("centrifugo.api"):
+        await asyncio.sleep(0.05)
     spaced = LISTS.replace(",", ", ")
     for _ in range(10):
         await site.api(publish % ("large", spaced))
     answer = await site.api('{"method":"history","params":{"channel":"large"}}')
-    assert len(json.loads(answer)[0]["body"]["data"]) == 10
+    assert len(json.loads(answer)[0]["body"]["data"]) == 11
 
 
 async def native(site: Site) -> None:
-    """Send a large entry, a long cursor, and many subscriptions in one message."""
+    """Send a large entry, a long cursor, and many subscriptions at once."""
     reader = await site.follow("large-native")
     site.append("large-native", LISTS)
     site.append("large-native", '["\\ud800",' + LISTS + "]")
@@ -114,21 +122,23 @@ async def native(site: Site) -> None:
         pass
     reader.close()
     async with site.http.ws_connect(f"{site.relay.url}/ws") as socket:
-        names = [f"n{number}" for number in range(5000)]
-        await socket.send_str(json.dumps({"cmd": "subscribe", "channels": names}))
+        for number in range(1000):
+            await socket.send_str(json.dumps({"cmd": "subscribe", "channel": f"n{number}"}))
         await socket.receive(timeout=10)
     await site.http.get(f"{site.relay.url}/sse?channel=a&last_event_id=" + "A" * 60_000)
 
 
 async def pydio(site: Site) -> None:
     """Send large messages to the private path, with and without a valid key."""
-    body = json.dumps({"workspace": "w", "message": "x"})[:-1] + ',"more":' + LISTS[:900_000] + "]}"
-    kind = {"Content-Type": "application/json"}
+    body = json.dumps({"REPO_ID": "w", "CONTENT": "x"})[:-1] + ',"more":' + LISTS[:900_000] + "]}"
+    arrays = 80_000
+    php = b's:7:"REPO_ID";s:1:"w";s:7:"CONTENT";s:1:"x";s:4:"more";a:%d:{' % arrays
+    php = b"a:3:{" + php + b"".join(b"i:%d;a:0:{}" % n for n in range(arrays)) + b"}}"
     for key in ("wrong:wrong", PYDIO_KEY):
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(5):
-                headers = {**kind, "Admin-Key": key}
-                tasks.create_task(site.post("/private", body.encode(), **headers))
+            for each in (body.encode(), php, php):
+                headers = {"Content-Type": "application/json", "Admin-Key": key}
+                tasks.create_task(site.post("/private", each, **headers))
 
 
 async def seafile(site: Site) -> None:

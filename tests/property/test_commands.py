@@ -72,6 +72,23 @@ def test_data_keeps_its_bytes_however_the_command_is_written(
             assert found == commands.publish(command.params)
 
 
+@given(publishes())
+def test_a_large_command_is_read_like_a_small_one(case: tuple[str, str, bytes]) -> None:
+    text, name, data = case
+    padding = f',"pad":"{"x" * 20_000}"}}'
+    command = commands.one(text.encode())
+    large = (text.rstrip().removesuffix("}") + padding).encode()
+    assert commands.one(large) == command
+    assert commands.queued(large) == [large]
+    assert commands.many(b" [%b,%b]" % (large, text.encode())) == [command] * 2
+    assert command.params is not None
+    params = command.params.removesuffix("}") + padding
+    assert commands.publish(params)[:2] == (name, data)
+    for wrong in (large[:-1], large + b"x", large.replace(b"x", b"\xff", 1)):
+        with contextlib.suppress(commands.InvalidCommand):
+            raise AssertionError(commands.one(wrong))
+
+
 @given(data=DATA, name=NAMES, after=st.sampled_from(["", " ", ',"uid":"u"', "}", "]", ',"x":{}']))
 @settings(max_examples=300)
 def test_the_short_way_agrees_with_the_long_one(data: str, name: str, after: str) -> None:

@@ -8,12 +8,15 @@ which v1 ignores as unknown.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import lru_cache
 from json.decoder import scanstring  # type: ignore[attr-defined]  # typeshed leaves it out
 from typing import Any, NamedTuple
+
+import msgspec
 
 from relay.core.model import RESERVED_NAMESPACES, Channel, namespace_of, parse_channel
 from relay.stream.format import entry
@@ -23,6 +26,11 @@ PRIVATE_PREFIX = "$"
 
 _SPACE = " \t\r\n"
 _skip = re.compile(r"[ \t\r\n]*").match
+# Parts of a larger text are found without creating an object for each of its values, which takes
+# up to 150 ms per MB.
+_LARGE_BYTES = 16_384
+_raw_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_raw_elements = msgspec.json.Decoder(list[msgspec.Raw]).decode
 # How the client libraries write a publish, up to the data. Other spellings are parsed member by
 # member, with the same result.
 _PLAIN = re.compile(
@@ -121,24 +129,31 @@ def plain_publish(text: bytes) -> PublishParams | None:
 
 def one(text: bytes) -> CentrifugoCommand:
     """Parse one command object."""
-    return _command(_complete(text))
+    return _command(text)
 
 
 def many(text: bytes) -> list[CentrifugoCommand]:
     """Parse an array of commands."""
-    whole = _complete(text)
-    if not whole.startswith("["):
-        raise InvalidCommand("not an array")
-    return [_command(whole[start:end]) for start, end in _elements(whole)]
+    return [_command(part) for part in _parts(text)]
 
 
 def read(text: bytes) -> list[PublishParams | CentrifugoCommand]:
     """Parse one command object or an array of them, each with the fast path if possible."""
     if not text.startswith(b"["):
         return [_fast_publish(text) or one(text)]
+    return [_fast_publish(part) or _command(part) for part in _parts(text)]
+
+
+def _parts(text: bytes) -> list[bytes]:
+    """Return the text of each element of an array."""
+    if len(text) > _LARGE_BYTES:
+        with contextlib.suppress(UnicodeDecodeError, msgspec.DecodeError, RecursionError):
+            text.decode()  # msgspec does not check the values
+            return [bytes(part) for part in _raw_elements(text)]
     whole = _complete(text)
-    parts = [whole[start:end] for start, end in _elements(whole)]
-    return [_fast_publish(part.encode()) or _command(part) for part in parts]
+    if not whole.startswith("["):
+        raise InvalidCommand("not an array")
+    return [whole[start:end].encode() for start, end in _elements(whole)]
 
 
 def _fast_publish(text: bytes) -> PublishParams | None:
@@ -149,14 +164,16 @@ def _fast_publish(text: bytes) -> PublishParams | None:
         return None
 
 
-def queued(text: bytes) -> list[CentrifugoCommand]:
-    """Parse a queue item: a command, or {"data": [commands]} as before Centrifugo 1.6.0."""
-    whole = _complete(text)
-    members = _struct(whole, raws=("params", "data"), strings=("method", "uid"))
-    old = members.get("data")
-    if isinstance(old, str) and "method" not in members:
-        return many(old.encode())
-    return [_command(whole)]
+def queued(text: bytes) -> list[bytes]:
+    """Return the texts of the commands of a queue item, to be parsed by `one`.
+
+    An item is a command, or {"data": [commands]} as before Centrifugo 1.6.0.
+    """
+    given = _struct(text, raws=("data",), strings=("method",))
+    old = given.get("data")
+    if isinstance(old, str) and "method" not in given:
+        return _parts(old.encode())
+    return [text]
 
 
 def publish(params: str | None) -> PublishParams:
@@ -213,7 +230,7 @@ def fields(params: str | None, **kinds: tuple[str, ...]) -> dict[str, Any]:
     return _struct(params, **kinds)
 
 
-def _command(text: str) -> CentrifugoCommand:
+def _command(text: bytes) -> CentrifugoCommand:
     given = _struct(text, strings=("uid", "method"), raws=("params",))
     return CentrifugoCommand(given.get("method", ""), given.get("params"), given.get("uid", ""))
 
@@ -253,17 +270,36 @@ def _elements(text: str) -> Iterator[tuple[int, int]]:
             at = _end(_skip(text, at + 1))
 
 
-def _members(text: str) -> Iterator[tuple[str, Any, int, int]]:
-    """Yield name, value, start and end of each member of an object. The text must be valid JSON."""
+def _members(text: str) -> Iterator[tuple[str, Any, str]]:
+    """Yield name, value and text of each member of an object. The object must be valid JSON."""
     at = _end(_skip(text, 1))
     while text[at] != "}":
         name, at = scanstring(text, at + 1, True)
         at = _end(_skip(text, _end(_skip(text, at)) + 1))
         value, end = _value(text, at)
-        yield name, value, at, end
+        yield name, value, text[at:end]
         at = _end(_skip(text, end))
         if text[at] == ",":
             at = _end(_skip(text, at + 1))
+
+
+def _lazy_members(text: bytes, wanted: Collection[str]) -> Iterator[tuple[str, Any, str]] | None:
+    """Yield name, value and text of each member of a large object.
+
+    The value is None unless the member's name is in `wanted`, so that no object is created for the
+    others. Return None if `_members` has to read the object.
+    """
+    try:
+        text.decode()  # msgspec does not check the values
+        raws = _raw_members(text)
+    except (UnicodeDecodeError, msgspec.DecodeError, RecursionError):
+        return None
+    if len({name.casefold() for name in raws}) < len(raws):
+        return None
+    found = ((name, bytes(raw).decode()) for name, raw in raws.items())
+    return (
+        (name, _value(raw, 0)[0] if name.casefold() in wanted else None, raw) for name, raw in found
+    )
 
 
 def _end(found: re.Match[str] | None) -> int:
@@ -272,7 +308,7 @@ def _end(found: re.Match[str] | None) -> int:
 
 
 def _struct(
-    text: str,
+    text: str | bytes,
     *,
     strings: tuple[str, ...] = (),
     raws: tuple[str, ...] = (),
@@ -280,16 +316,26 @@ def _struct(
     bools: tuple[str, ...] = (),
     names: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Return the members as Go's decoder would store them in a struct. See `fields`."""
-    if text == "null":
-        return {}
-    if not text.startswith("{"):
-        raise InvalidCommand("not an object")
+    """Return the members as Go's decoder would store them in a struct. See `fields`.
+
+    A str must be valid JSON. Bytes are checked.
+    """
     found: dict[str, Any] = {}
-    for spelled, value, start, end in _members(text):
+    members = None
+    if len(text) > _LARGE_BYTES:
+        encoded = text.encode() if isinstance(text, str) else text
+        members = _lazy_members(encoded, {*strings, *lists, *bools, *names})
+    if members is None:
+        whole = text if isinstance(text, str) else _complete(text)
+        if whole == "null":
+            return {}
+        if not whole.startswith("{"):
+            raise InvalidCommand("not an object")
+        members = _members(whole)
+    for spelled, value, raw in members:
         name = spelled.casefold()
         if name in raws:
-            found[name] = text[start:end]
+            found[name] = raw
         elif name in strings:
             if value is not None:
                 found[name] = _text(name, value)

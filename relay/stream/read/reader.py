@@ -15,11 +15,12 @@ import contextlib
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from relay.core.errors import RedisUnavailable
 from relay.core.model import ZERO_ID, Channel, Event
+from relay.core.slices import in_slices
 from relay.core.stream_interface import ExamineRequest, Followed
 from relay.stream.connection import scripts
 from relay.stream.connection.connect import CommandRefused, discover
@@ -114,6 +115,8 @@ class StreamReader:
         self._page_work = asyncio.Event()
         # Set when every stream must be checked for new entries.
         self._check_all = asyncio.Event()
+        # Whether all streams must be examined again, after FLUSHALL for instance.
+        self._all_changed = False
         self._connection: PipelineConnection | None = None
         self._messages: PipelineConnection | None = None
         self._canary = Canary(
@@ -303,7 +306,7 @@ class StreamReader:
         self._live.connected()
         self._check_all.set()
         # Reading begins after this loop, so the loop may yield to other tasks.
-        for part in sweep_slices(self.followed(), len(self._followed) // _RESUME_BATCH + 1):
+        for part in self._parts():
             for stream in part:
                 self._subscribe(messages, stream)
             self._live.all_unsettled(part)
@@ -342,7 +345,7 @@ class StreamReader:
     def _on_everything(self) -> None:
         self._live.want_control()
         self._live.only_urgent = True
-        self._live.all_unsettled(self._followed.values())
+        self._all_changed = True
         self._check_all.set()
         self._work.set()
 
@@ -363,6 +366,10 @@ class StreamReader:
     def followed(self) -> list[Followed]:
         """Return all streams that local clients follow."""
         return list(self._followed.values())
+
+    def _parts(self) -> Iterator[list[Followed]]:
+        """Yield all followed streams, a few hundred at a time."""
+        return sweep_slices(self.followed(), len(self._followed) // _RESUME_BATCH + 1)
 
     def polled(self, *, control: bool, rights: bool) -> None:
         """Record a reply of Redis to `poll`. Read the control stream or all rights if True."""
@@ -386,6 +393,10 @@ class StreamReader:
             self._check_all.clear()
             self._live.only_urgent = True
             try:
+                if self._all_changed:
+                    self._all_changed = False
+                    async for part in in_slices(self._parts()):
+                        self._live.all_unsettled(part)
                 streams = deque(self._followed.values())
                 most = _NEWS_BATCH[0]
                 while streams:

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from relay.core.errors import RedisUnavailable
+from relay.core.slices import in_slices
 from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import ReplyError
 from relay.stream.connection.scripts import Script, load
@@ -191,7 +192,7 @@ class CommandQueues:
         words: list[bytes | str | int] = [head.taken, len(head.items), head.items[0]]
         words += head.items[-1], window_ms, KEEP, self._instance
         words.append(datetime.now(UTC).isoformat(timespec="milliseconds"))
-        for key, fields, item, keep, uid_key, channel in operations:
+        async for key, fields, item, keep, uid_key, channel in in_slices(operations):
             keys.append(key)
             if channel is not None:
                 keys.append(self._keys.stream(channel))
