@@ -309,6 +309,8 @@ async def test_programs_that_replace_threads_by_greenlets(
     assert found[24:] == [b"kept"]
 
 
+# The connections of a closed loop cannot be closed any more.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_one_publisher_for_several_event_loops(valkey: Server, channel: str) -> None:
     publisher = AsyncPublisher(valkey.url("producer"), limit_ms=EASY_MS)
     for number in range(3):
