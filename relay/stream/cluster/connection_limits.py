@@ -244,7 +244,7 @@ class ConnectionLimiter:
             names = sorted(member.decode() for member in members)
             instances = [name for name in names if name != self._instance and not self._dead(name)]
         counts = list(requested)
-        async with self._client.pipeline(transaction=True) as transaction:
+        async with connect.transaction(self._client) as transaction:
             for each in changed:
                 number, field = self._count(*each) + self._reserved[each], each.field
                 words = ("HSET", self._own, field, number) if number else ("HDEL", self._own, field)
@@ -253,8 +253,7 @@ class ConnectionLimiter:
             for instance in instances:
                 for each in counts:
                     transaction.execute_command("HGET", self._keys.users(instance), each.field)
-            with connect.translated():
-                replies: list[Any] = await transaction.execute()
+            replies: list[Any] = await transaction.execute()
         exists, *found = replies[len(changed) :]
         # If there are users, the key is missing only after a flush or because it has expired.
         self._written = bool(exists) or not any(self._users())

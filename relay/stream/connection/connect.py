@@ -18,6 +18,7 @@ from typing import Any, cast
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from redis.asyncio import Redis, Sentinel
+from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
@@ -33,7 +34,14 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from relay.config.settings import RedisSettings
 from relay.core.errors import ConfigError, RedisUnavailable, RelayError, StartError
-from relay.stream.connection.refusals import TEMPORARY_CODES, Effect, code_of, codes
+from relay.stream.connection.refusals import (
+    TEMPORARY_CODES,
+    Effect,
+    code_of,
+    codes,
+    leaves_transaction,
+    without_arguments,
+)
 
 # The client that redis-py provides for everything except reading and appending.
 RedisClient = Redis
@@ -58,6 +66,7 @@ class CommandRefused(RelayError):
     """Redis refused a command. `code` is the first word of its reply."""
 
     def __init__(self, command: str, answer: str) -> None:
+        answer = without_arguments(answer)
         super().__init__(f"{command}: {answer}")
         self.reply = answer
         self.code = code_of(answer)
@@ -241,23 +250,40 @@ async def command(client: RedisClient, *words: bytes | str | int) -> Any:
         return await client.execute_command(*words)  # type: ignore[no-untyped-call]
 
 
+@asynccontextmanager
+async def transaction(client: RedisClient) -> AsyncIterator[Pipeline]:
+    """Collect commands for a transaction, to be executed inside the block.
+
+    Raises:
+        RedisUnavailable, CommandRefused: Redis rejected the transaction.
+    """
+    async with client.pipeline(transaction=True) as pipeline:
+        try:
+            with translated():
+                yield pipeline
+        except CommandRefused as exc:
+            if leaves_transaction(exc.reply):
+                # The connection is back in the pool, and would only queue its next commands.
+                await client.connection_pool.disconnect(inuse_connections=False)
+            raise
+
+
 async def command_if_equal(
     client: RedisClient, key: bytes, value: bytes, *words: bytes | str | int
 ) -> bool:
     """Run one command if `key` has this value, in one step. Return whether it was run."""
     # WATCH, because the key may expire and be written by another worker between GET and the
     # command. Valkey has SET IFEQ for this, Redis 7 does not.
-    async with client.pipeline(transaction=True) as transaction:
-        with translated():
-            await transaction.watch(key)
-            if await command(transaction, "GET", key) != value:
-                return False
-            transaction.multi()  # type: ignore[no-untyped-call]
-            transaction.execute_command(*words)
-            try:
-                await transaction.execute()
-            except WatchError:
-                return False
+    async with transaction(client) as pipeline:
+        await pipeline.watch(key)
+        if await command(pipeline, "GET", key) != value:
+            return False
+        pipeline.multi()  # type: ignore[no-untyped-call]
+        pipeline.execute_command(*words)
+        try:
+            await pipeline.execute()
+        except WatchError:
+            return False
     return True
 
 

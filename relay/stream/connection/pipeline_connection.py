@@ -32,7 +32,12 @@ from relay.stream.connection.connect import (
     version_error,
 )
 from relay.stream.connection.primary import Replication
-from relay.stream.connection.refusals import rule_of
+from relay.stream.connection.refusals import (
+    Effect,
+    leaves_transaction,
+    rule_of,
+    without_arguments,
+)
 
 RedisCommand = Sequence[bytes | str | int]
 # An error reply in the list of replies to a pipeline.
@@ -78,6 +83,8 @@ class PipelineConnection(asyncio.Protocol):
         self._timeout_s = command_timeout_s
         self._on_push = on_push
         self._on_lost: Callable[[Exception | None], None] | None = None
+        # Called instead of logging, if Redis rejects a command of `post` for a missing right.
+        self.on_no_right: Callable[[str], None] | None = None
         self._loop = asyncio.get_running_loop()
         self._reader = hiredis.Reader(notEnoughData=_MORE)
         self._transport: asyncio.Transport | None = None
@@ -213,7 +220,7 @@ class PipelineConnection(asyncio.Protocol):
                 self._out.append(_pack(tuple(command)))
                 pipeline.left += 1
                 return
-        unawaited(self.execute([command]), expected=expected)
+        unawaited(self.execute([command]), expected=expected, on_no_right=self.on_no_right)
         if not self._closed and self._waiting:
             self._posted = self._waiting[-1], expected
 
@@ -258,7 +265,7 @@ class PipelineConnection(asyncio.Protocol):
                         if self._closed:
                             return
                     continue
-                if type(reply) is ReplyError and self._unavailable(reply):
+                if type(reply) is ReplyError and self._ends_connection(reply):
                     return
                 if not waiting:
                     self._on_invalid_reply("a reply without a command")
@@ -279,8 +286,12 @@ class PipelineConnection(asyncio.Protocol):
         reason = f": {exc}" if exc is not None else ""
         self._lose(RedisUnavailable(f"Redis at {self.endpoint} closed the connection{reason}"))
 
-    def _unavailable(self, error: ReplyError) -> bool:
+    def _ends_connection(self, error: ReplyError) -> bool:
         text = str(error)
+        waiting = self._waiting
+        if leaves_transaction(text) and waiting and b"QUEUED" in waiting[0].replies:
+            self._lose(RedisUnavailable(f"Redis at {self.endpoint} has no command EXEC"))
+            return True
         if text.partition(" ")[0] not in UNAVAILABLE_CODES:
             return False
         self._lose(RedisUnavailable(f"Redis at {self.endpoint} cannot serve now: {text}"))
@@ -349,10 +360,16 @@ async def connected(
         connection.close()
 
 
-def unawaited(answer: Awaitable[list[object]], *, expected: str = "") -> None:
+def unawaited(
+    answer: Awaitable[list[object]],
+    *,
+    expected: str = "",
+    on_no_right: Callable[[str], None] | None = None,
+) -> None:
     """Log error replies to commands whose reply is not needed.
 
-    Replies that contain the text `expected` are not logged. The owner logs a lost connection.
+    Replies that contain the text `expected` are not logged. Replies about missing rights are passed
+    to `on_no_right`, if there is one. The owner logs a lost connection.
     """
     future = cast("asyncio.Future[list[object]]", answer)
 
@@ -360,7 +377,11 @@ def unawaited(answer: Awaitable[list[object]], *, expected: str = "") -> None:
         if finished.cancelled() or finished.exception() is not None:
             return
         for reply in finished.result():
-            if isinstance(reply, ReplyError) and not (expected and expected in str(reply)):
-                _log.error("Redis refused: %s", reply)
+            if not isinstance(reply, ReplyError) or (expected and expected in str(reply)):
+                continue
+            if on_no_right is not None and rule_of(str(reply)).effect is Effect.NO_RIGHT:
+                on_no_right(str(reply))
+            else:
+                _log.error("Redis refused: %s", without_arguments(str(reply)))
 
     future.add_done_callback(done)

@@ -84,6 +84,16 @@ def cause_of(reply: str) -> str:
     return reply.removeprefix("EXECABORT Transaction discarded because of: ")
 
 
+def without_arguments(reply: str) -> str:
+    """Return the reply to an unknown command without its arguments, which may be long or secret."""
+    return reply.partition(", with args beginning with")[0]
+
+
+def leaves_transaction(reply: str) -> bool:
+    """Return True if EXEC does not exist, so that the connection's transaction never ends."""
+    return reply.lower().startswith("err unknown command 'exec'")
+
+
 def rule_of(reply: str) -> Rule:
     """Return the rule for an error reply."""
     if reply.startswith("ERR unknown command"):
@@ -133,6 +143,7 @@ _CONCERNS_KEY = re.compile(r"\b(?:key|channel)\b")
 _CONTAINERS = frozenset({"CLIENT", "XINFO", "XGROUP", "SCRIPT", "PUBSUB", "MEMORY"})
 _NO_READS = "no stream can be read"
 _NO_GROUPS = "streams are read without consumer groups"
+_NO_TRANSACTIONS = f"{_NO_GROUPS}; periodic jobs, limits per user and history do not work"
 _NO_BUS = "no ephemeral events and no messages of other workers are received"
 _NO_JOBS = "heartbeats, leases and polling sessions do not work"
 _NO_PRESENCE = "presence does not work"
@@ -152,8 +163,8 @@ def needs(keys: Keys, instance: str) -> list[Need]:
         Need(("UNSUBSCRIBE", keys.ephemeral(channel)), _NO_BUS),
         Need(("WATCH", keys.lease(instance)), _NO_JOBS),
         Need(("UNWATCH",), _NO_JOBS),
-        Need(("EXEC",), _NO_GROUPS),
-        Need(("MULTI",), _NO_GROUPS),
+        Need(("EXEC",), _NO_TRANSACTIONS),
+        Need(("MULTI",), _NO_TRANSACTIONS),
         # These are tried inside one that is never executed.
         Need(("CLIENT", "TRACKING", "ON"), "streams are polled"),
         Need(("XINFO", "STREAM", stream), _NO_READS, reading=True),
@@ -172,7 +183,7 @@ def needs(keys: Keys, instance: str) -> list[Need]:
         Need(("SCRIPT", "LOAD", "return 1"), _NO_UIDS),
         Need(("PUBLISH", keys.ephemeral(channel), ""), "ephemeral events are not sent"),
         Need(("GET", keys.node(instance)), _NO_JOBS),
-        Need(("SET", keys.node(instance), ""), _NO_JOBS),
+        Need(("SET", keys.node(instance), ""), f"{_NO_JOBS}; {_NO_UIDS}"),
         Need(("EXPIRE", keys.node(instance), "1"), _NO_JOBS),
         Need(("DEL", keys.node(instance)), _NO_JOBS),
         Need(("SADD", keys.nodes, instance), "other workers and relay status miss this worker"),
@@ -229,14 +240,19 @@ class Refusals:
             )
         elif known and not text:
             _log.warning("Redis at %s accepts all commands of relay again", server)
+        for area, (reply, _) in list(self._now.items()):
+            found = _REJECTED_COMMAND.search(reply)
+            if rule_of(reply).effect is Effect.NO_RIGHT and found and not self.explains(reply):
+                # The command is accepted now. Its next use may be far away.
+                self.accepted(area)
         unexplained, self._unexplained = self._unexplained, {}
         for area, consequence in unexplained.items():
             if area in self._now and not self.explains(self._now[area][0]):
                 self._log_refused(area, consequence)
 
     def lacks(self, name: str) -> bool:
-        """Return True if the last check found this command rejected."""
-        return any(need.name == name for need in self.rejected)
+        """Return True if the last check found this command, or a subcommand of it, rejected."""
+        return any(name in (need.name, need.name.partition("|")[0]) for need in self.rejected)
 
     def explains(self, reply: str) -> bool:
         """Return True if the last check has logged this rejection."""
@@ -245,6 +261,7 @@ class Refusals:
 
     def refused(self, area: str, reply: str, consequence: str = "") -> None:
         """Store an error reply, and log it if it is new."""
+        reply = without_arguments(reply)
         rule = rule_of(reply)
         if rule.effect is Effect.NO_WRITES:
             area = WRITES

@@ -66,6 +66,19 @@ class ReadMode:
         self.refusals.refused(GROUPS, refusal.reply, "streams are read without consumer groups")
         return True
 
+    def on_checked(self) -> None:
+        """Read without transactions if the last check of rights found that they do not work."""
+        if self._has_no_transactions() and not self.plain:
+            self.plain = True
+            self._probe = None
+            self._retry_s = _RETRY_S[Effect.NO_RIGHT]
+        elif self.plain and self._retry_s == _RETRY_S[Effect.NO_RIGHT]:
+            # A right may have been granted.
+            self._retry_at = 0.0
+
+    def _has_no_transactions(self) -> bool:
+        return self.refusals.lacks("multi") or self.refusals.lacks("exec")
+
     def pause(self, stream: Followed, refusal: CommandRefused) -> None:
         """Read this stream again later. An error of one key does not affect the others."""
         self.paused[stream] = None
@@ -81,7 +94,7 @@ class ReadMode:
 
     def choose_probe(self, streams: Sequence[Followed]) -> Followed | None:
         """Return a stream to read by consumer group, if the interval has passed, else None."""
-        if not self.plain or time.monotonic() < self._retry_at:
+        if not self.plain or time.monotonic() < self._retry_at or self._has_no_transactions():
             return None
         self._retry_at = time.monotonic() + self._retry_s
         self._probe = random.choice(streams) if streams else None  # noqa: S311  # no secret

@@ -158,7 +158,7 @@ class StreamReader:
         self._pages.discard(stream)
         if self._connection is not None and self._messages is not None:
             unsubscribe = ("UNSUBSCRIBE", self._keys.ephemeral(stream.channel))
-            self._messages.post(unsubscribe, expected="NOPERM")
+            self._messages.post(unsubscribe)
             # Use the connection that creates groups: if a client returns immediately, its new group
             # is created after this one was destroyed.
             destroy = ("XGROUP", "DESTROY", stream.key, self._group)
@@ -227,6 +227,7 @@ class StreamReader:
                     endpoint, settings=self._redis, on_push=on_push, on_lost=on_lost
                 )
                 connections.callback(each.close)
+                each.on_no_right = self._on_no_right
                 return each
 
             connection = await opened(self._on_push)
@@ -267,13 +268,17 @@ class StreamReader:
         could_subscribe = not self._refusals.lacks("subscribe")
         rejected = await find_rejected(endpoint, self._redis, self._needs)
         self._refusals.checked(str(endpoint), rejected, log=log)
+        self._mode.on_checked()
         if self._messages is not None and not could_subscribe:
             for stream in self.followed():
                 self._subscribe(self._messages, stream)
 
+    def _on_no_right(self, reply: str) -> None:
+        if not self._refusals.explains(reply):
+            self._rights_work.set()
+
     def _subscribe(self, messages: PipelineConnection, stream: Followed) -> None:
-        # A missing right is reported by `_check_rights`.
-        messages.post(("SUBSCRIBE", self._keys.ephemeral(stream.channel)), expected="NOPERM")
+        messages.post(("SUBSCRIBE", self._keys.ephemeral(stream.channel)))
 
     async def _watch_rights(self, endpoint: RedisEndpoint) -> None:
         """Check rights rarely, missing ones more often, and all of them after a new rejection."""

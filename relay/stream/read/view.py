@@ -40,18 +40,17 @@ async def read_view(
 ) -> View:
     """Read a snapshot of the stream, with up to `count` entries after `after`."""
     key = keys.stream(channel)
-    async with client.pipeline(transaction=True) as transaction:
+    async with connect.transaction(client) as transaction:
         transaction.execute_command("XINFO", "STREAM", key)
         transaction.execute_command("XINFO", "GROUPS", key)
         transaction.execute_command("XRANGE", key, str(after), str(after))
         transaction.execute_command("XRANGE", key, f"({after}", "+", "COUNT", count)
-        with connect.translated():
-            transaction.execute_command("INFO", "replication")
-            stream, found, own, entries, info = await transaction.execute(raise_on_error=False)
-            for reply in (own, entries, info):
-                if isinstance(reply, Exception):
-                    raise reply
-            state = stream_state(stream, found, str(info["master_replid"]).encode())
+        transaction.execute_command("INFO", "replication")
+        stream, found, own, entries, info = await transaction.execute(raise_on_error=False)
+        for reply in (own, entries, info):
+            if isinstance(reply, Exception):
+                raise reply
+        state = stream_state(stream, found, str(info["master_replid"]).encode())
     records = [_record(channel, each, max_entry_bytes) for each in entries]
     return View(
         state=state,

@@ -34,6 +34,7 @@ _BATCH = 1000
 _PAUSE_S = 0.05
 # Name of an area in `Refusals`.
 PUBLISHING = "publishing"
+UIDS = "publishing with a uid"
 
 
 class _PendingAppend:
@@ -111,6 +112,8 @@ class _Lane:
         # Below the timeout of the connection, so that the number of replicas is received.
         self._wait_ms = int(redis.command_timeout_s * 800)
         self._connection: PipelineConnection | None = None
+        # The reply if Redis has rejected the scripts for appends with a uid.
+        self._scripts_refused: CommandRefused | None = None
         self._waiting: list[_PendingAppend] = []
         self._in_flight = 0
         self._stopped = False
@@ -146,7 +149,14 @@ class _Lane:
                 batch, self._waiting = self._waiting[:_BATCH], self._waiting[_BATCH:]
                 if not self._waiting:
                     self._work.clear()
-                self._send(connection, batch)
+                if self._scripts_refused is not None:
+                    try:
+                        batch = await self._without_scripts(connection, batch)
+                    except RedisUnavailable as exc:
+                        self._repeat(batch, exc)
+                        continue
+                if batch:
+                    self._send(connection, batch)
                 # Appends of the next loop iteration go into the next pipeline.
                 await asyncio.sleep(0)
         finally:
@@ -166,12 +176,41 @@ class _Lane:
             await discover(self._redis), settings=self._redis, on_lost=on_lost
         )
         try:
-            await scripts.load(connection, APPEND_ONCE, APPEND_CHANGED)
+            await self._load_scripts(connection)
         except BaseException:
             connection.close()
             raise
         self._connection = connection
         return connection
+
+    async def _load_scripts(self, connection: PipelineConnection) -> None:
+        self._scripts_refused = None
+        try:
+            await scripts.load(connection, APPEND_ONCE, APPEND_CHANGED)
+        except CommandRefused as exc:
+            if rule_of(exc.reply).effect is not Effect.NO_RIGHT:
+                raise
+            self._scripts_refused = exc
+            self._refusals.refused(UIDS, exc.reply)
+        else:
+            self._refusals.accepted(UIDS)
+
+    async def _without_scripts(
+        self, connection: PipelineConnection, batch: list[_PendingAppend]
+    ) -> list[_PendingAppend]:
+        """Try to load the scripts again. If Redis still rejects them, fail the appends with one.
+
+        Return the others.
+        """
+        if any(pending.append.script for pending in batch):
+            await self._load_scripts(connection)
+        refused = self._scripts_refused
+        if refused is None:
+            return batch
+        for pending in batch:
+            if pending.append.script:
+                _fail(pending, refused)
+        return [pending for pending in batch if not pending.append.script]
 
     def _send(self, connection: PipelineConnection, batch: list[_PendingAppend]) -> None:
         appends = [pending.append for pending in batch]
@@ -213,9 +252,10 @@ class _Lane:
         for pending, reply in zip(batch, replies, strict=False):
             if pending.future.done():  # the caller was cancelled
                 continue
+            area = UIDS if pending.append.script else PUBLISHING
             if isinstance(reply, bytes):
-                if self._refusals.has(PUBLISHING):
-                    self._refusals.accepted(PUBLISHING)
+                if self._refusals.has(area):
+                    self._refusals.accepted(area)
             elif is_missing_script(reply):
                 # SCRIPT FLUSH was called. The next connection loads the scripts again.
                 self._repeat([pending], RedisUnavailable("the script was removed from Redis"))
@@ -224,7 +264,7 @@ class _Lane:
                 continue
             elif rule_of(str(reply)).effect is not Effect.ONE:
                 # A key of another type concerns one channel, and its publisher gets the error.
-                self._refusals.refused(PUBLISHING, str(reply))
+                self._refusals.refused(area, str(reply))
             result = parse_reply(pending.append, reply, confirmed, self._wait_ms)
             if isinstance(result, EntryID):
                 pending.future.set_result(result)
