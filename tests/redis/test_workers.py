@@ -7,8 +7,11 @@ import asyncio
 import pytest
 from redis.asyncio import Redis
 
+from relay.core.errors import RelayError
 from relay.core.model import Channel
+from relay.core.worker_deaths import WorkerDeaths
 from relay.stream.cluster import leases, workers
+from relay.stream.cluster.directory import WorkerDirectory
 from relay.stream.connection.connect import command, redis_client
 from relay.stream.format.keys import Keys
 from relay.stream.read import groups, stream_commands
@@ -57,6 +60,40 @@ async def test_a_worker_that_is_not_ready_is_written_more_often(
     await admin.delete(keys.node(instance))
     await beat.beat_unless_ready()
     assert await workers.live_workers(client, keys) == []
+
+
+async def test_a_full_redis_does_not_hide_the_other_workers(
+    client: Redis, admin: Redis, keys: Keys
+) -> None:
+    def directory() -> WorkerDirectory:
+        return WorkerDirectory(client=client, keys=keys, deaths=WorkerDeaths())
+
+    instance = workers.new_instance("one")
+    worker = workers.describe_this_worker("one", instance, "1.2")
+    beat = workers.WorkerHeartbeat(client=client, keys=keys, worker=worker)
+    beat.set_internal("10.0.0.5:7400")
+    await beat.beat()
+    before, after = directory(), directory()
+    await before.refresh()
+    assert len(before.key) == 32
+    await admin.config_set("maxmemory", "1")
+    try:
+        address = instance.rpartition(":")[2]
+        # Of a worker that was not known yet.
+        assert await after.address_of(address) == ("10.0.0.5", 7400)
+        await before.refresh()
+        assert before.key == after.key
+        # The key that the workers have stays in use until they can agree on a new one.
+        await admin.delete(keys.internal_key)
+        with pytest.raises(RelayError):
+            await before.refresh()
+        assert before.key == after.key
+        assert await before.address_of(address) == ("10.0.0.5", 7400)
+    finally:
+        await admin.config_set("maxmemory", "0")
+    await after.refresh()
+    await before.refresh()
+    assert before.key == after.key == await admin.get(keys.internal_key)
 
 
 async def test_what_the_dead_left_is_removed_after_a_while(

@@ -53,12 +53,17 @@ class WorkerDirectory:
         for instance, beat in registry.items():
             if beat is not None and not self._deaths.is_certain(instance):
                 self._deaths.withdraw(instance)
-        own = secrets.token_bytes(32)
-        async with self._client.pipeline(transaction=False) as pipeline:
-            pipeline.execute_command("SET", self._keys.internal_key, own, "NX")
-            pipeline.execute_command("GET", self._keys.internal_key)
-            with connect.translated():
-                _, self.key = await pipeline.execute()
+        self.key = await self._shared_key()
+
+    async def _shared_key(self) -> bytes:
+        """Return the key of all workers. The first worker writes it."""
+        name = self._keys.internal_key
+        found: bytes | None = await connect.command(self._client, "GET", name)
+        if found is None:
+            # Only now, because a Redis whose memory is full rejects each SET.
+            own = secrets.token_bytes(32)
+            found = await connect.command(self._client, "SET", name, own, "NX", "GET") or own
+        return found
 
     async def address_of(self, worker: str) -> tuple[str, int] | None:
         """Return the host and port of a worker's internal address, or None if it is not alive.
