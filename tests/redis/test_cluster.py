@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import pytest
 from redis.asyncio import Redis
@@ -125,6 +125,22 @@ async def test_what_there_is_on_all_workers(server: Server, admin: Redis) -> Non
         assert await one.active.workers() == ["one:1", "two:2"]
         await one.store.put("d:x:2", b"2", 60)
         assert await one.store.get_many(["d:x:1", "d:x:2"]) == [None, b"2"]
+
+
+async def test_the_store_survives_a_lost_connection(server: Server, admin: Redis) -> None:
+    async with site(server, "one:1") as one:
+        asking: list[tuple[Callable[[], Awaitable[object]], object]] = [
+            (lambda: one.store.claim("d:x:1", b"1", 60), None),
+            (lambda: one.store.put("d:x:2", b"2", 60), None),
+            (lambda: one.store.get("d:x:1"), b"1"),
+            (lambda: one.store.get_many(["d:x:1", "d:x:2"]), [b"1", b"2"]),
+            (lambda: one.store.delete("d:x:1"), None),
+        ]
+        for ask, expected in asking:
+            await within(10, one.wait_open())
+            await admin.execute_command("CLIENT", "KILL", "TYPE", "pubsub")  # type: ignore[no-untyped-call]
+            assert await ask() == expected
+        assert await one.store.get("d:x:1") is None
 
 
 async def test_while_redis_is_away_it_is_said_and_then_it_works_again(

@@ -1,13 +1,24 @@
-"""Key-value store for protocols: small values with a time limit, such as the owner of a session."""
+"""Key-value store for protocols: small values with a time limit, such as the owner of a session.
+
+If the connection is lost, a command is repeated once on the next connection. All commands may be
+repeated: `claim` then finds its own value.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
+from relay.core.errors import Unavailable
+
 if TYPE_CHECKING:
+    from relay.stream.connection.pipeline_connection import RedisCommand
     from relay.stream.connection.reconnecting import ReconnectingConnection
     from relay.stream.format.keys import Keys
+
+# A lost connection is usually open again after a tenth of this time.
+_REOPENED_S = 1.0
 
 
 class ClusterStore:
@@ -20,18 +31,17 @@ class ClusterStore:
     async def claim(self, name: str, value: bytes, ttl_s: float) -> bytes | None:
         """Store the value if there is none. Return None on success, else the existing value."""
         ms = _ms(ttl_s)
-        found = await self._connection.call(
-            "SET", self._keys.store(name), value, "NX", "GET", "PX", ms
-        )
+        words = ("SET", self._keys.store(name), value, "NX", "GET", "PX", ms)
+        (found,) = await self._call_all([words])
         return cast("bytes | None", found)
 
     async def put(self, name: str, value: bytes, ttl_s: float) -> None:
         """Store the value, replacing an existing one."""
-        await self._connection.call("SET", self._keys.store(name), value, "PX", _ms(ttl_s))
+        await self.put_many({name: value}, ttl_s)
 
     async def put_many(self, values: Mapping[str, bytes], ttl_s: float) -> None:
         """Store all values in one pipeline."""
-        await self._connection.call_all(
+        await self._call_all(
             [
                 ("SET", self._keys.store(name), value, "PX", _ms(ttl_s))
                 for name, value in values.items()
@@ -40,22 +50,37 @@ class ClusterStore:
 
     async def get(self, name: str) -> bytes | None:
         """Return the value, or None."""
-        return cast("bytes | None", await self._connection.call("GET", self._keys.store(name)))
+        (found,) = await self.get_many([name])
+        return found
 
     async def get_many(self, names: Sequence[str]) -> list[bytes | None]:
         """Return the values in the order of the names. Sends one pipeline."""
         # Not MGET: on Redis Cluster these keys are in different slots.
-        found = await self._connection.call_all([("GET", self._keys.store(name)) for name in names])
+        found = await self._call_all([("GET", self._keys.store(name)) for name in names])
         return cast("list[bytes | None]", found)
 
     async def delete(self, name: str) -> None:
         """Delete the value."""
-        await self._connection.call("DEL", self._keys.store(name))
+        await self._call_all([("DEL", self._keys.store(name))])
 
     async def time_ms(self) -> int:
         """Return the clock of Redis, which entry IDs are made of, in milliseconds."""
-        seconds, micros = cast("tuple[bytes, bytes]", await self._connection.call("TIME"))
+        (found,) = await self._call_all([("TIME",)])
+        seconds, micros = cast("tuple[bytes, bytes]", found)
         return int(seconds) * 1000 + int(micros) // 1000
+
+    async def _call_all(self, commands: Sequence[RedisCommand]) -> list[object]:
+        try:
+            return await self._connection.call_all(commands)
+        except Unavailable:
+            try:
+                async with asyncio.timeout(_REOPENED_S):
+                    await self._connection.wait_open()
+            except TimeoutError:
+                pass
+            else:
+                return await self._connection.call_all(commands)
+            raise
 
 
 def _ms(ttl_s: float) -> int:

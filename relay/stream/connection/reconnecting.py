@@ -180,7 +180,13 @@ class ReconnectingConnection:
         await keep_connected(self._serve, lambda exc: _log.debug("Redis: %s", exc))
 
     async def _serve(self, established: Callable[[], None]) -> None:
-        lost, on_lost = loss_of_connection()
+        lost, report_loss = loss_of_connection()
+
+        def on_lost(exc: Exception | None) -> None:
+            # At once, so that `wait_open` waits for the next connection.
+            self._open.clear()
+            report_loss(exc)
+
         connection = await PipelineConnection.open(
             await discover(self._redis),
             settings=self._redis,
