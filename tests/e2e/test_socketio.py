@@ -316,6 +316,36 @@ async def test_a_body_that_is_too_large_is_refused_and_ends_the_session(axr: Rel
             assert answer.status == 400
 
 
+async def test_a_repeated_poll_ends_the_session(axr: RelayProcess) -> None:
+    # A proxy repeats a GET request if its connection was lost, and the answer with it.
+    async with aiohttp.ClientSession() as session:
+
+        async def open_session(stamp: str) -> str:
+            url = f"{axr.url}/notifications/?EIO=4&transport=polling"
+            async with session.get(url + stamp) as answer:
+                sid: str = json.loads((await answer.text())[1:])["sid"]
+            url = f"{url}&sid={sid}"
+            connect = "40/axr," + json.dumps({"token": axr_token("repeats")})
+            async with session.post(url, data=connect.encode()) as answer:
+                assert answer.status == 200
+            return url
+
+        async def poll(url: str) -> int:
+            # The answer to CONNECT, or an event.
+            await asyncio.to_thread(axr.xadd, "axr:repeats", data="1", type="msg")
+            async with session.get(url) as answer:
+                return answer.status
+
+        url = await open_session("&t=a")
+        assert [await poll(f"{url}&t={stamp}") for stamp in "bcbd"] == [200] * 4
+        assert await poll(f"{url}&t=d") == 400
+        # The session has ended.
+        assert await poll(f"{url}&t=e") == 400
+        for same in ("", "&t=constant"):
+            url = await open_session(same)
+            assert [await poll(url + same) for _ in range(4)] == [200] * 4
+
+
 async def test_shut_without_a_secret(valkey: Server) -> None:
     relay = RelayProcess(valkey)
     await asyncio.to_thread(relay.start)

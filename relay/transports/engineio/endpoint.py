@@ -250,7 +250,7 @@ class Endpoint:
 
     def _poll(self, exchange: Exchange, engine: Engine) -> None:
         waiting = _Poll(exchange, engine.version, self._cors_of(exchange.request.headers))
-        if not engine.poll(waiting.answer):
+        if not engine.poll(waiting.answer, exchange.request.query.get("t", "")):
             self._refuse(exchange, BAD_REQUEST)
         elif not waiting.answered:
             held = HeldRequest(buffer_bytes=self._buffer_bytes, reaper=self._reaper)

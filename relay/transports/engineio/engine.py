@@ -73,6 +73,8 @@ class Engine:
         "_probe_timer",
         "_reaper",
         "_socket",
+        "_stamp",
+        "_stamps_differ",
         "_stranger_bytes",
         "_stranger_packets",
         "_waiting",
@@ -115,6 +117,8 @@ class Engine:
         self._probe_timer: asyncio.TimerHandle | None = None
         self.probed = False
         self._poll: Callable[[bytes], None] | None = None
+        self._stamp: str | None = None
+        self._stamps_differ = False
         self._waiting: list[bytes] = []
         self._waiting_bytes = 0
         self._stranger_packets = _STRANGER_PACKETS
@@ -181,13 +185,20 @@ class Engine:
 
     # ---- polling ----------------------------------------------------------------------------
 
-    def poll(self, answer: Callable[[bytes], None]) -> bool:
+    def poll(self, answer: Callable[[bytes], None], stamp: str = "") -> bool:
         """Handle a polling request. `answer` is called once with frames, now or later.
 
         A second request at the same time ends the session and returns False (captured: code 400).
+        So does a repeated request. `stamp` is the request's `t`, which most clients change with
+        each request. Proxies and browsers repeat a GET request if its connection was lost, for
+        instance to a worker that has died. The lost answer may have contained events.
         """
         self.silent_since = 0
-        if self._poll is not None or self._socket is not None:
+        is_repeated = self._stamps_differ and stamp == self._stamp
+        # The first request is the handshake. Some clients have no stamp, or always the same one.
+        self._stamps_differ = self._stamps_differ or self._stamp not in (None, stamp)
+        self._stamp = stamp
+        if is_repeated or self._poll is not None or self._socket is not None:
             self._gone("transport error")
             return False
         if self.probed:
