@@ -133,12 +133,16 @@ class Presence(Protocol):
         """
 
     def on_clients_lost(self, notify: Callable[[Channel, Mapping[str, bytes]], None]) -> None:
-        """Call `notify` with the clients of a worker that died, on one of the other workers."""
+        """Call `notify` on one worker with the clients of a worker that died or was frozen.
+
+        They are no longer present. Each client is reported once.
+        """
 
     def on_own_removed(self, lost: Callable[[set[str]], None]) -> None:
-        """Call `lost` with clients of this worker that others took for dead in a freeze.
+        """Call `lost` with clients that are no longer present after a freeze of this worker.
 
-        Their departure has been announced, so they have to connect again.
+        They must connect again. Their departure is reported by `on_clients_lost`, here or on
+        another worker.
         """
 
 

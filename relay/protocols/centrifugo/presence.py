@@ -54,7 +54,8 @@ class ChannelPresence:
         self._stats = stats
         # Concurrent queries receive the same mapping object, which is encoded once.
         self._last: tuple[Mapping[str, bytes], bytes] = ({}, b"{}")
-        # Clients of this worker whose leave pushes other workers have sent.
+        # Clients of this worker whose leave pushes are sent by the worker that removes them from
+        # presence, so that each is sent once.
         self._left: set[str] = set()
         context.presence.on_clients_lost(self._on_worker_died)
         context.presence.on_own_removed(self._on_own_removed)

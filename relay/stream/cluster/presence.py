@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from relay.stream.format.keys import Keys
 
 CHECK_S = 5.0
+# Other workers remove the clients of a frozen worker after this time at the earliest. Two seconds
+# less, because the beginning of a freeze is not known exactly.
+_REMOVED_AFTER_S = EXPIRY_S - HEARTBEAT_S + DEAD_AFTER_S - 2
 # Fields of one command, so that no command blocks Redis for long.
 _BATCH = 500
 
@@ -72,8 +75,6 @@ class ClusterPresence:
         self._reading: set[Channel] = set()
         self._on_clients_lost: list[ClientsLost] = []
         self._on_own_removed: list[OwnRemoved] = []
-        # Set after a freeze in which other workers may have removed this worker's clients.
-        self._is_doubtful = False
         connection.on_open.append(self._write_all)
 
     @property
@@ -210,15 +211,32 @@ class ClusterPresence:
         return [*first, *add, *remove, *last]
 
     def on_wake(self, frozen_s: float) -> None:
-        """After a freeze, check whether other workers have removed this worker's clients."""
-        if not self._own or frozen_s < EXPIRY_S - HEARTBEAT_S:
+        """After a freeze in which other workers may have removed this worker's clients, let these
+        clients connect again.
+
+        This happens before anything else is read: leave messages about these clients may be waiting
+        in the socket.
+        """
+        if not self._own or frozen_s < _REMOVED_AFTER_S:
             return
-        if frozen_s >= EXPIRY_S + DEAD_AFTER_S:
-            # Certainly. Their own leave messages must not arrive first.
-            self._lose_all()
-        else:
-            self._is_doubtful = True
-            self._spawn(self.check(), name="presence after a freeze")
+        lost, self._own = self._own, {}
+        clients = {client for theirs in lost.values() for client in theirs}
+        _log.warning("Other workers may have removed %d clients from presence", len(clients))
+        for removed in self._on_own_removed:
+            removed(clients)
+        self._spawn(self._remove_lost(lost), name="presence after a freeze")
+
+    async def _remove_lost(self, lost: Mapping[Channel, dict[str, bytes]]) -> None:
+        """Remove those clients that other workers have not removed."""
+        for channel, clients in lost.items():
+            try:
+                await self._remove(channel, clients)
+            except RelayError as exc:
+                _log.info("Could not remove clients from presence (%s); retrying", exc)
+                self._changed.setdefault(channel, set()).update(clients)
+            # Update the set of channels.
+            self._changed.setdefault(channel, set())
+        self._write()
 
     async def check(self) -> None:
         """Write the presence of this worker's clients again if Redis has lost it."""
@@ -231,19 +249,9 @@ class ClusterPresence:
         except RelayError as exc:
             _log.debug("Could not check presence: %s", exc)
             return
-        is_doubtful, self._is_doubtful = self._is_doubtful, False
-        if count != expected and is_doubtful:
-            self._lose_all()
-        elif count != expected and len(self._own) == expected:
+        if count != expected and len(self._own) == expected:
             _log.info("Writing presence again: Redis has %s of %d channels", count, expected)
             self._write_all()
-
-    def _lose_all(self) -> None:
-        """Let the clients connect again: other clients have received their leave messages."""
-        clients = {client for mine in self._own.values() for client in mine}
-        _log.warning("Other workers have removed %d clients from presence", len(clients))
-        for lost in self._on_own_removed:
-            lost(clients)
 
     async def leave(self) -> None:
         """Remove the entries of this worker at shutdown, after its last client."""
@@ -272,12 +280,15 @@ class ClusterPresence:
             await self._long.call_all([("SREM", key, raw)])
 
     async def _clear_channel(self, channel: Channel, instance: str) -> None:
-        theirs = (await self._entries(channel)).get(instance, {})
+        await self._remove(channel, (await self._entries(channel)).get(instance, {}))
+
+    async def _remove(self, channel: Channel, clients: Mapping[str, bytes]) -> None:
+        """Remove clients, and notify the protocols of those that nobody else has removed."""
         key = self._keys.presence(channel)
-        for some in _batches(list(theirs)):
+        for some in _batches(list(clients)):
             removed = await self._long.call_all([("HDEL", key, client) for client in some])
             lost = {
-                client: theirs[client]
+                client: clients[client]
                 for client, count in zip(some, removed, strict=True)
                 if count == 1
             }
