@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from redis.asyncio import Redis
 
-from relay.core.errors import RelayError
+from relay.core.errors import RelayError, WorkerUnreachable
 from relay.core.model import Channel
 from relay.core.worker_deaths import WorkerDeaths
 from relay.stream.cluster import leases, workers
@@ -94,6 +94,32 @@ async def test_a_full_redis_does_not_hide_the_other_workers(
     await after.refresh()
     await before.refresh()
     assert before.key == after.key == await admin.get(keys.internal_key)
+
+
+async def test_a_worker_whose_heartbeat_has_expired_is_not_dead_yet(
+    client: Redis, admin: Redis, keys: Keys
+) -> None:
+    deaths = WorkerDeaths()
+    directory = WorkerDirectory(client=client, keys=keys, deaths=deaths)
+    instance = workers.new_instance("one")
+    worker = workers.describe_this_worker("one", instance, "1.2")
+    beat = workers.WorkerHeartbeat(client=client, keys=keys, worker=worker)
+    beat.set_internal("10.0.0.5:7400")
+    await beat.beat()
+    await directory.refresh()
+    # After an outage of Redis, or in a freeze of the worker, which still has its sessions.
+    await admin.delete(keys.node(instance))
+    await directory.refresh()
+    address = instance.rpartition(":")[2]
+    assert await directory.address_of(address) == ("10.0.0.5", 7400)
+    other = WorkerDirectory(client=client, keys=keys, deaths=deaths)
+    with pytest.raises(WorkerUnreachable):
+        await other.address_of(address)
+    deaths.report(instance)
+    assert await directory.address_of(address) is await other.address_of(address) is None
+    await beat.beat()
+    await other.refresh()
+    assert await other.address_of(address) == ("10.0.0.5", 7400)
 
 
 async def test_what_the_dead_left_is_removed_after_a_while(

@@ -31,7 +31,7 @@ class WorkerDirectory:
         self._deaths = deaths
         self._detector = DeadWorkerDetector(client=client, keys=keys, dead=deaths.is_dead)
         # Instance and internal address by the address that session IDs contain.
-        self._living: dict[str, tuple[str, str]] = {}
+        self._workers: dict[str, tuple[str, str]] = {}
         self._read_at = 0.0
         self._reading = asyncio.Lock()
 
@@ -42,11 +42,14 @@ class WorkerDirectory:
 
     async def _refresh(self) -> None:
         registry = await self._detector.read()
-        self._living = {
-            instance.rpartition(":")[2]: (instance, info.internal)
-            for instance, beat in registry.items()
-            if beat is not None and (info := parse_heartbeat(instance, beat)) is not None
-        }
+        before, self._workers = self._workers, {}
+        for instance, beat in registry.items():
+            worker = instance.rpartition(":")[2]
+            info = None if beat is None else parse_heartbeat(instance, beat)
+            # Without a heartbeat, a worker is not dead yet. Its heartbeat has also expired after a
+            # freeze, or after an outage of Redis.
+            known = before.get(worker, (instance, ""))
+            self._workers[worker] = known if info is None else (instance, info.internal)
         self._read_at = asyncio.get_running_loop().time()
         for instance in self._detector.dead(registry):
             self._deaths.report(instance)
@@ -66,21 +69,21 @@ class WorkerDirectory:
         return found
 
     async def address_of(self, worker: str) -> tuple[str, int] | None:
-        """Return the host and port of a worker's internal address, or None if it is not alive.
+        """Return the host and port of a worker's internal address, or None if it is dead.
 
-        Raise WorkerUnreachable if it is alive and has no internal address, and RelayError if Redis
-        is needed and cannot be reached.
+        Raise WorkerUnreachable if it is not dead and its internal address is unknown, and
+        RelayError if Redis is needed and cannot be reached.
         """
-        if worker not in self._living:
+        if worker not in self._workers:
             requested_at = asyncio.get_running_loop().time()
             async with self._reading:
                 # One read answers all requests that waited for it.
-                if worker not in self._living and self._read_at < requested_at:
+                if worker not in self._workers and self._read_at < requested_at:
                     # It may have started since the list was read.
                     age_s = asyncio.get_running_loop().time() - self._read_at
                     await asyncio.sleep(_FRESH_S - age_s)
                     await self._refresh()
-        instance, internal = self._living.get(worker, ("", ""))
+        instance, internal = self._workers.get(worker, ("", ""))
         if not instance or self._deaths.is_dead(instance):
             return None
         address = urlsplit(f"//{internal}")
