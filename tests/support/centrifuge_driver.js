@@ -90,7 +90,7 @@ const orders = {
 function call(order, ask) {
   const name = order.do;
   ask(clients[order.id].subscriptions[order.channel]).then(
-    (answer) => say(order.id, name, { answer }),
+    (answer) => say(order.id, name, { answer, data: order.data }),
     (error) => say(order.id, name, { failed: error })
   );
 }

@@ -19,6 +19,7 @@ from tests.support.relay import ROOT
 from tests.support.valkey import free_port
 
 START_S = 20.0
+_LOG_CHARS = 10_000
 
 
 def recipes(document: str) -> dict[str, str]:
@@ -63,23 +64,26 @@ def nginx(folder: Path, recipe: str, ports: Mapping[int, int]) -> Iterator[str]:
     ]
     config = folder / "nginx.conf"
     config.write_text("\n".join([*head, recipe, "}"]))
+    # A file, because nginx would stop at a full pipe.
+    log = (folder / "nginx.log").open("w+")
     process = subprocess.Popen(
         [binary, "-e", "stderr", "-p", str(folder), "-c", str(config)],
         stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        stderr=log,
     )
     try:
         _wait(process, port)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        _, told = process.communicate(timeout=START_S)
-        # pytest prints this output if the test fails.
-        sys.stderr.write(told)
+        process.wait(START_S)
+        with log:
+            log.seek(0)
+            # pytest prints this output if the test fails.
+            sys.stderr.write(log.read()[-_LOG_CHARS:])
 
 
-def _wait(process: subprocess.Popen[str], port: int) -> None:
+def _wait(process: subprocess.Popen[bytes], port: int) -> None:
     deadline = time.monotonic() + START_S
     while True:
         try:
