@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from aiohttp import ClientError, ClientResponse, ClientSession
 
+from tests.support.clients import redis
 from tests.support.sockjs_sites import WorkerProcess, workers
 from tests.support.valkey import Server, free_port, running
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
 _NOTICED_S = 2
+_KILLS_S = 2.0
 
 
 class Browser:
@@ -110,3 +112,22 @@ async def test_a_stream_of_another_worker_does_not_need_redis(
                 server.start()
                 assert await browser.post(other, "xhr_send", b'["after"]') == b"204 "
                 assert await answer.content.readuntil(b"\n") == b'a["after"]\n'
+
+
+@pytest.mark.slow
+async def test_lost_subscriptions_cut_no_stream(valkey: Server, http: ClientSession) -> None:
+    async with workers(valkey, [free_port(), free_port()]) as pair:
+        for owner, other in (pair, pair[::-1]):
+            browser = Browser(http, f"subscriptions-{owner.port}")
+            assert await browser.post(owner, "xhr") == b"200 o\n"
+            # Let workers pass on requests in both directions.
+            reverse = Browser(http, f"reverse-{owner.port}")
+            assert await reverse.post(other, "xhr") == b"200 o\n"
+            async with browser.stream(other) as answer, reverse.stream(owner) as back:
+                for number in range(100):
+                    kill = ("CLIENT", "KILL", "TYPE", "pubsub")
+                    await asyncio.to_thread(redis, valkey, *kill)
+                    await asyncio.sleep(_KILLS_S / 100)
+                    for each, stream, at in ((browser, answer, owner), (reverse, back, other)):
+                        assert await each.post(at, "xhr_send", b'["%d"]' % number) == b"204 "
+                        assert await stream.content.readuntil(b"\n") == b'a["%d"]\n' % number
