@@ -21,6 +21,9 @@ PAGE = """<!doctype html><meta charset="utf-8"><script src="/sockjs.min.js"></sc
 <script>
 const said = [];
 for (let round = 0; round < 20; round++) said.push('<\\/script> é 😀 \\u2028 "\\\\" ' + round);
+// Texts that a transport could change: sockjs-client un-escapes what comes over eventsource.
+said.push('100% sure', '%41%42', '%u0041', '%', '\\0', '\\r\\n', '\\r', '\\u2029', '\\ufeff');
+said.push('<!--', ']]>', '&amp;', '');
 // Past the response limit, so that streams are opened again.
 for (let round = 0; round < 20; round++) said.push('x'.repeat(1000) + round);
 function talk(url, transport, report) {

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import orjson
 
+from relay.core.client_libraries import sockjs_event_source
 from relay.transports.socket.websocket import frame_text
 
 OPEN = b"o"
@@ -113,7 +114,7 @@ def xhr(frame: bytes) -> bytes:
 
 def eventsource(frame: bytes) -> bytes:
     """Encode a frame as a server-sent event."""
-    return b"data: " + frame + b"\r\n\r\n"
+    return b"data: " + sockjs_event_source(frame) + b"\r\n\r\n"
 
 
 def htmlfile(frame: bytes) -> bytes:

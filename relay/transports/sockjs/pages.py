@@ -11,6 +11,7 @@ from time import time
 
 from multidict import MultiMapping
 
+from relay.core.client_libraries import allowed_headers
 from relay.transports.socket.exchange import HttpAnswer
 
 PLAIN = "text/plain; charset=UTF-8"
@@ -34,10 +35,7 @@ def cors(headers: MultiMapping[str]) -> dict[str, str]:
     answer = {"Access-Control-Allow-Origin": origin if origin and origin.isascii() else "*"}
     if origin and origin.isascii():
         answer |= {"Access-Control-Allow-Credentials": "true", "Vary": "Origin"}
-    wanted = headers.get("Access-Control-Request-Headers", "")
-    if wanted and wanted != "null" and wanted.isascii():
-        answer["Access-Control-Allow-Headers"] = wanted
-    return answer
+    return answer | allowed_headers(headers)
 
 
 def _cached() -> dict[str, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from urllib.parse import parse_qs
 
+from relay.core.client_libraries import EVENT_STREAM
 from relay.transports.socket.deadlines import Deadlines
 from relay.transports.socket.exchange import Exchange, HttpAnswer, HttpRequest
 from relay.transports.socket.heartbeat import Heartbeat
@@ -35,7 +36,7 @@ _MAX_SILENT = 5_000
 
 _STREAMS: dict[str, tuple[str, bytes]] = {
     "xhr_streaming": (SCRIPT, _XHR_PRELUDE),
-    "eventsource": ("text/event-stream; charset=UTF-8", _EVENTSOURCE_PRELUDE),
+    "eventsource": (EVENT_STREAM, _EVENTSOURCE_PRELUDE),
     "htmlfile": (HTML, b""),
 }
 

@@ -253,13 +253,14 @@ def test_eventsource(on_site: RunSite) -> None:
     async def main(site: Site) -> None:
         session = site.session()
         async with site.request("GET", session + "/eventsource") as answer:
-            assert answer.headers["Content-Type"] == "text/event-stream; charset=UTF-8"
+            assert answer.headers["Content-Type"] == "text/event-stream; charset=utf-8"
             assert answer.headers["Cache-Control"] == NO_CACHE
             assert await answer.content.readexactly(2) == b"\r\n"
             assert await answer.content.readuntil(b"\r\n\r\n") == b"data: o\r\n\r\n"
-            await site.send(session, r"  \u0000\n\r ")
+            await site.send(session, r"  \u0000\n\r 100% %41")
             frame = await answer.content.readuntil(b"\r\n\r\n")
-            assert frame == rb'data: a["  \u0000\n\r "]' + b"\r\n\r\n"
+            # The client un-escapes what it receives.
+            assert frame == rb'data: a["  \u0000\n\r 100%25 %2541"]' + b"\r\n\r\n"
 
     on_site(main)
 
