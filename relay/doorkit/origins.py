@@ -9,6 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from relay.config.lists import plain_origin
+from relay.core.errors import Forbidden
+
 _log = logging.getLogger(__name__)
 
 # A browser's Origin is a scheme, a host name of at most 253 characters and a port.
@@ -28,12 +31,20 @@ class AllowedOrigins:
         self._setting = setting
 
     def allow(self, headers: Mapping[str, str]) -> bool:
-        """Return True if the request has an Origin that is allowed."""
-        origin = headers.get("Origin")
+        """Return True if the request has an Origin that is allowed.
+
+        Proxies often add the port to Host, or end TLS. The origin's scheme therefore counts, and
+        its default port may be missing in both headers.
+        """
+        origin = _plain(headers.get("Origin", ""))
         if origin is None:
             return False
-        origin, host = origin.lower(), headers.get("Host", "").lower()
-        return origin in self._origins or origin in (f"http://{host}", f"https://{host}")
+        scheme = origin.partition(":")[0]
+        if origin in self._origins:
+            return True
+        return scheme in ("http", "https") and origin == _plain(
+            f"{scheme}://{headers.get('Host', '')}"
+        )
 
     def allow_cookie(self, headers: Mapping[str, str]) -> bool:
         """Return True if the page that made this request may use the cookie.
@@ -43,6 +54,20 @@ class AllowedOrigins:
         if "Origin" in headers:
             return self.allow(headers)
         return headers.get("Sec-Fetch-Site") in ("same-origin", "none")
+
+    def check_cookie(self, headers: Mapping[str, str], instead: str = "") -> None:
+        """Raise Forbidden, and log the origin, if the page may not use the cookie.
+
+        `instead` tells clients without an Origin how to send their credential.
+        """
+        if self.allow_cookie(headers):
+            return
+        origin = headers.get("Origin")
+        if origin is None:
+            raise Forbidden(f"a cookie needs an Origin; {instead}" if instead else "no Origin")
+        reason = f"Origin {_shown(origin)} is not allowed; add it to {self._setting}"
+        _log.warning("Rejected a client with a cookie: %s", reason)
+        raise Forbidden(reason)
 
     def cors(self, headers: Mapping[str, str], path: str) -> dict[str, str]:
         """Return the headers that let a page of an allowed origin read the response.
@@ -56,7 +81,7 @@ class AllowedOrigins:
         if not self.allow(headers):
             _log.warning(
                 "Pages of origin %s cannot read %s: add the origin to %s to allow it",
-                shown(origin),
+                _shown(origin),
                 path,
                 self._setting,
             )
@@ -79,6 +104,12 @@ def any_origin(headers: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def shown(origin: str) -> str:
-    """Return a client's Origin in a form that can be logged."""
+def _plain(origin: str) -> str | None:
+    try:
+        return plain_origin(origin) if len(origin) <= _ORIGIN_CHARS else None
+    except ValueError:
+        return None
+
+
+def _shown(origin: str) -> str:
     return ascii(origin[:_ORIGIN_CHARS])

@@ -117,7 +117,7 @@ class SseClient:
             name.lower(): value.strip()
             for name, _, value in (line.partition(":") for line in lines)
         }
-        if self.headers.get("content-type") != "text/event-stream":
+        if not self.headers.get("content-type", "").startswith("text/event-stream"):
             length = int(self.headers.get("content-length", "0"))
             body = await self._reader.readexactly(length)
             return Answer(int(status.split()[1]), self.headers, body)
@@ -131,6 +131,8 @@ class SseClient:
             while True:
                 line = (await self._reader.readline()).decode()
                 if not line:
+                    if block.comment:
+                        break
                     raise EOFError
                 name, _, value = line.rstrip("\n").partition(":")
                 value = value.removeprefix(" ")
@@ -139,6 +141,8 @@ class SseClient:
                         break
                     case "":
                         block.comment = True
+                        if block == Block(comment=True):
+                            break
                     case "id":
                         block.id = self.last_id = value
                     case "event":

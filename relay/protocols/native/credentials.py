@@ -7,10 +7,14 @@ from dataclasses import replace
 
 from aiohttp import web
 
-from relay.core.errors import Forbidden, Unauthorized
+from relay.core.errors import Unauthorized
 from relay.core.model import Principal
-from relay.doorkit.origins import AllowedOrigins, shown
+from relay.doorkit.origins import AllowedOrigins
 from relay.protocols.native.settings import COOKIE_NAME
+from relay.transports.socket import websocket
+
+# `new WebSocket(url, ["access_token", TOKEN])`.
+SUBPROTOCOL = "access_token"
 
 
 def principal_of(
@@ -20,7 +24,7 @@ def principal_of(
     *,
     insecure: bool,
 ) -> Principal:
-    """Return the principal of the token in header, query or cookie, in this order.
+    """Return the principal of the token in header, subprotocol, query or cookie, in this order.
 
     Without a token the client is anonymous. Browsers send cookies with requests of any page, so a
     cookie is accepted only from this host and from allowed origins.
@@ -31,10 +35,14 @@ def principal_of(
         if scheme.lower() != "bearer" or not token.strip():
             raise Unauthorized("Authorization must be: Bearer TOKEN")
         return _read(read_token, token.strip(), insecure=insecure)
+    offered = websocket.subprotocols(request)
+    if offered[:1] == [SUBPROTOCOL] and len(offered) == 2:
+        # The only header that a page can set for a WebSocket.
+        return _read(read_token, offered[1], insecure=insecure)
     if "token" in request.query:
         return _read(read_token, request.query["token"], insecure=insecure)
     if COOKIE_NAME in request.cookies:
-        _check_origin(request, origins)
+        origins.check_cookie(request.headers, "send the token in the Authorization header")
         return _read(read_token, request.cookies[COOKIE_NAME], insecure=insecure)
     return Principal(unrestricted=insecure)
 
@@ -44,14 +52,3 @@ def _read(read_token: Callable[[str], Principal], token: str, *, insecure: bool)
     if not insecure:
         return principal
     return replace(principal, unrestricted=True)
-
-
-def _check_origin(request: web.Request, origins: AllowedOrigins) -> None:
-    if origins.allow_cookie(request.headers):
-        return
-    origin = request.headers.get("Origin")
-    if origin is None:
-        raise Forbidden("a cookie needs an Origin; send the token in the Authorization header")
-    raise Forbidden(
-        f"Origin {shown(origin)} is not allowed; add it to [protocol:native] allowed_origins"
-    )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import orjson
 from typing_extensions import override
 
+from relay.core.client_libraries import comment, event_source_type, one_line
 from relay.core.errors import ClientError, Unavailable
 from relay.core.model import Channel, EntryID, Event, Position
 from relay.hub.cursor import encode as encode_cursor
@@ -34,7 +35,6 @@ ReplyName = Literal["subscribe", "unsubscribe", "refresh", "ping"]
 # Prefix of relay's own SSE events. The type of an entry must not begin with it, because it could
 # imitate a notice.
 NOTICE_PREFIX = "relay:"
-_LINE_BREAKS = str.maketrans({"\r": " ", "\n": " ", "\0": " "})
 
 # --- bytes ----------------------------------------------------------------------------------
 
@@ -94,12 +94,15 @@ def sse_id(position: bytes | str) -> bytes:
 
 
 def sse_tail(event: Event) -> bytes:
-    """Encode type and data of an event for a browser's `EventSource`."""
-    kind = b""
+    """Encode type and data of an event for a browser's `EventSource`.
+
+    An event whose type the library reserves arrives as `message`.
+    """
+    kind = None
     if event.type and not event.type.startswith(NOTICE_PREFIX):
-        # A line break in a type would begin another field or event.
-        kind = b"event: " + event.type.translate(_LINE_BREAKS).encode() + b"\n"
-    return kind + _sse_data(event.data)
+        kind = event_source_type(event.type)
+    data = one_line(event.data) if event.is_json else event.data
+    return (b"event: " + kind.encode() + b"\n" if kind else b"") + _sse_data(data)
 
 
 def envelope_tail(event: Event) -> bytes:
@@ -107,7 +110,7 @@ def envelope_tail(event: Event) -> bytes:
 
     There is no `event:` line, because a page cannot listen to types that it does not know.
     """
-    return _sse_data(event_object(event))
+    return _sse_data(one_line(event_object(event)))
 
 
 def sse_notice(
@@ -128,18 +131,13 @@ def sse_error(error: ClientError | Unavailable, channel: str | None = None) -> b
     return _named("error", _dump(_error_fields(error) | _known(channel=channel)))
 
 
-def first_block(position: bytes | str, retry_ms: int) -> bytes:
-    """Encode the beginning of a stream. Its ID lets a client resume that receives no event."""
-    return b"retry: %d\n" % retry_ms + sse_id(position) + b"\n"
-
-
-def first_envelope_block(
+def first_block(
     position: bytes | str, retry_ms: int, positions: Iterable[tuple[Channel, str]]
 ) -> bytes:
-    """Encode the beginning of a stream with envelopes as an event.
+    """Encode the beginning of a stream as an event.
 
-    Browsers do not pass the ID of a block without data to scripts. A script needs the ID to resume
-    after the page was reloaded.
+    Its ID lets a client resume that receives no event. It has data, because some libraries pass a
+    block without data to the application, and browsers do not pass its ID to scripts.
     """
     opened = {
         "retry_ms": retry_ms,
@@ -153,10 +151,10 @@ def empty_stream(retry_ms: int, reason: str) -> bytes:
 
     The reason is a comment, which clients ignore.
     """
-    return b"retry: %d\n: %b\n\n" % (retry_ms, reason.translate(_LINE_BREAKS).encode())
+    return b"retry: %d\n" % retry_ms + comment(reason)
 
 
-HEARTBEAT = b":\n\n"
+HEARTBEAT = comment()
 
 
 def _sse_data(data: bytes) -> bytes:

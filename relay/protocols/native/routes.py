@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from typing_extensions import override
 
+from relay.core.client_libraries import allowed_headers, position_in
 from relay.core.errors import (
     BadRequest,
     ClientError,
@@ -18,16 +19,18 @@ from relay.core.errors import (
     Unauthorized,
     Unavailable,
 )
-from relay.core.model import Channel, Principal
+from relay.core.model import Channel, Position, Principal
+from relay.core.reasons import Reason
 from relay.doorkit.contract import FrontDoor, Mounted
 from relay.doorkit.first_subscriptions import NOT_READING, FirstSubscriptions
 from relay.doorkit.http_status import status_of
 from relay.doorkit.open_connections import OpenConnections
 from relay.doorkit.origins import AllowedOrigins
 from relay.hub import cursor
+from relay.hub.recovery import Notice
 from relay.protocols.native import commands, encoders, live_page
-from relay.protocols.native.credentials import principal_of
-from relay.protocols.native.encoders import WEBSOCKET, sse_encoder
+from relay.protocols.native.credentials import SUBPROTOCOL, principal_of
+from relay.protocols.native.encoders import WEBSOCKET, notice_block, sse_encoder
 from relay.protocols.native.settings import NativeSettings
 from relay.protocols.native.sse_client import SseClient, SubscriptionRejected
 from relay.protocols.native.ws_client import TOO_MUCH, UNAUTHORIZED, WsClient
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
 # An SSE request waits this long for Redis before its client is asked to reconnect.
 _CONNECTION_S = 5.0
 _NO_PONG = 4408
+_UNUSABLE = Notice("reset", Reason.UNKNOWN_POSITION)
+_PARAMETERS = frozenset({"channel", "token", "envelope"})
 
 
 class MountedNative(Mounted):
@@ -57,9 +62,13 @@ class MountedNative(Mounted):
         self._context = context
         self._open = OpenConnections(context.metrics.connections.labels("native"))
         self.routes: list[web.AbstractRouteDef] = [
-            web.get("/sse", self._with_errors(self._with_retry(self._sse)), allow_head=False),
-            web.options("/sse", self._preflight),
-            web.get("/ws", self._with_errors(self._ws), allow_head=False),
+            route
+            for slash in ("", "/")
+            for route in (
+                web.get(f"/sse{slash}", self._with_errors(self._with_retry(self._sse))),
+                web.options(f"/sse{slash}", self._preflight),
+                web.get(f"/ws{slash}", self._with_errors(self._ws), allow_head=False),
+            )
         ]
         if settings.page:
             self.routes += live_page.routes()
@@ -106,12 +115,14 @@ class MountedNative(Mounted):
         if not channels:
             raise BadRequest("channel is missing: /sse?channel=C")
         envelope = request.query.get("envelope", "0") not in ("", "0", "false")
-        positions = {}
         # The header takes precedence: a reconnecting browser repeats the URL and sends the newest
         # ID in the header.
-        last = request.headers.get("Last-Event-ID") or request.query.get("last_event_id")
-        if last:
-            positions = cursor.decode(last, channels)
+        last = _position(request)
+        last = request.headers.get("Last-Event-ID") or last
+        positions, unusable = _positions(last, channels)
+        if request.method == "HEAD":
+            # Monitors ask for the head only. There is nobody to receive events.
+            return web.Response(headers=sse.HEADERS | self._cors(request))
         if not context.is_connected():
             await self._wait_connected()
         first = FirstSubscriptions()
@@ -126,7 +137,11 @@ class MountedNative(Mounted):
         except BaseException:
             session.end()
             raise
-        session.offer(self._first_block(session, envelope=envelope))
+        session.offer(self._first_block(session))
+        if unusable:
+            for channel in channels:
+                context.metrics.notified(_UNUSABLE, 1)
+                session.offer(notice_block(channel, _UNUSABLE))
         socket = sse.SseConnection(
             buffer_bytes=context.client_buffer_bytes,
             reaper=self._reaper,
@@ -170,35 +185,32 @@ class MountedNative(Mounted):
         self._context.metrics.refused.labels(error.code).inc()
         response = web.Response(
             body=encoders.empty_stream(random.randint(1000, 5000), str(error)),  # noqa: S311
-            content_type="text/event-stream",
-            headers=self._cors(request) | {"Cache-Control": "no-store"},
+            headers=sse.HEADERS | self._cors(request),
         )
         response.force_close()
         return response
 
-    def _first_block(self, session: Session, *, envelope: bool) -> bytes:
+    def _first_block(self, session: Session) -> bytes:
         retry_ms = int(self._settings.retry_ms * random.uniform(0.5, 1.5))  # noqa: S311
         positions = [
             (name, subscription.position) for name, subscription in session.subscriptions.items()
         ]
         at = cursor.encode(positions)
-        if not envelope:
-            return encoders.first_block(at, retry_ms)
         ids = [(name, str(position.id)) for name, position in positions]
-        return encoders.first_envelope_block(at, retry_ms, ids)
+        return encoders.first_block(at, retry_ms, ids)
 
     async def _preflight(self, request: web.Request) -> web.Response:
         headers = self._cors(request)
         headers["Access-Control-Allow-Methods"] = "GET"
-        headers["Access-Control-Allow-Headers"] = "Authorization, Last-Event-ID"
         headers["Access-Control-Max-Age"] = "600"
+        headers |= allowed_headers(request.headers)
         return web.Response(status=204, headers=headers)
 
     # ---- websocket --------------------------------------------------------------------------
 
     async def _ws(self, request: web.Request) -> web.StreamResponse:
         settings, context = self._settings, self._context
-        accepted = websocket.accept_headers(request)
+        accepted = websocket.accept_headers(request, subprotocol=SUBPROTOCOL)
         if isinstance(accepted, web.Response):
             return accepted
         client = WsClient(context, settings, asyncio.get_running_loop().time)
@@ -231,8 +243,8 @@ class MountedNative(Mounted):
 
     def _subscribe_from_query(self, request: web.Request, client: WsClient) -> None:
         names = request.query.getall("channel", [])
-        last = request.query.get("last_event_id")
         try:
+            last = _position(request)
             channels = _channels(request, self._settings.channels_per_connection)
             if last:
                 cursor.decode(last, channels)
@@ -286,6 +298,29 @@ class MountedNative(Mounted):
             content_type="application/json",
             headers=headers,
         )
+
+
+def _position(request: web.Request) -> str | None:
+    try:
+        return position_in(request.query.items(), _PARAMETERS)
+    except ValueError as exc:
+        raise BadRequest(str(exc)) from None
+
+
+def _positions(
+    last: str | None, channels: Sequence[Channel]
+) -> tuple[dict[Channel, Position], bool]:
+    """Return the positions in the client's last event ID, and True if it cannot be used.
+
+    Browsers send the ID of another server too. After an error they would not reconnect, so the
+    client receives a notice for each channel instead.
+    """
+    if not last:
+        return {}, False
+    try:
+        return cursor.decode(last, channels), False
+    except BadRequest:
+        return {}, True
 
 
 def _channels(request: web.Request, most: int) -> Sequence[Channel]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from relay.config.lists import split
-from relay.core.errors import Forbidden, Unauthorized
+from relay.core.errors import Unauthorized
 from relay.doorkit.origins import AllowedOrigins
 from relay.protocols.pydio.settings import PydioSettings
 
@@ -53,8 +53,7 @@ class CredentialsReader:
         # Cookies that are not UTF-8 are not Pydio's, and could not be forwarded.
         if not cookies or not cookies.isprintable():
             raise Unauthorized("log in to Pydio first")
-        if not self.origins.allow_cookie(headers):
-            raise Forbidden("this Origin is not in [protocol:pydio] allowed_origins")
+        self.origins.check_cookie(headers)
         return Credentials(cookies=cookies)
 
 

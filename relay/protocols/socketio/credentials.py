@@ -19,7 +19,7 @@ from urllib.parse import parse_qs
 
 import orjson
 
-from relay.core.errors import Forbidden, Unauthorized
+from relay.core.errors import Unauthorized
 
 if TYPE_CHECKING:
     from multidict import MultiMapping
@@ -62,7 +62,7 @@ def find_token(
         return given.strip()
     given = _cookie(request.headers)
     if given:
-        _check_origin(request.headers, origins)
+        origins.check_cookie(request.headers, "send the token in the query or in a header")
         return given
     raise Unauthorized("a token is required")
 
@@ -80,14 +80,6 @@ def _cookie(headers: MultiMapping[str]) -> str:
     except CookieError:
         return ""
     return cookies[_COOKIE].value if _COOKIE in cookies else ""
-
-
-def _check_origin(headers: MultiMapping[str], origins: AllowedOrigins) -> None:
-    if origins.allow_cookie(headers):
-        return
-    if "Origin" not in headers:
-        raise Forbidden("a cookie needs an Origin; send the token in the query or in a header")
-    raise Forbidden("this Origin is not in [protocol:socketio] allowed_origins")
 
 
 def read_profile(reader: TokenReader, token: str) -> Profile:

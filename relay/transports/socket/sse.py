@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from relay.core.client_libraries import EVENT_STREAM, STREAMED
 from relay.transports.socket.client_socket import ClientSocket
 
 if TYPE_CHECKING:
@@ -15,6 +16,14 @@ if TYPE_CHECKING:
 _INPUT_LIMIT_BYTES = 65536
 
 
+HEADERS = {
+    "Content-Type": EVENT_STREAM,
+    "Cache-Control": STREAMED,
+    # Otherwise nginx would buffer events.
+    "X-Accel-Buffering": "no",
+}
+
+
 def head(extra: Mapping[str, str] | None = None) -> bytes:
     """Return the response head.
 
@@ -22,13 +31,9 @@ def head(extra: Mapping[str, str] | None = None) -> bytes:
     """
     lines = [
         "HTTP/1.1 200 OK",
-        "Content-Type: text/event-stream",
-        "Cache-Control: no-store",
-        # Otherwise nginx would buffer events.
-        "X-Accel-Buffering: no",
         "Connection: close",
     ]
-    for name, value in (extra or {}).items():
+    for name, value in {**HEADERS, **(extra or {})}.items():
         if any(char in name + value for char in "\r\n\0"):
             raise ValueError(f"header {name!r} has a line break")
         lines.append(f"{name}: {value}")

@@ -104,16 +104,27 @@ def _tokens(request: web.Request | HttpRequest, name: str) -> set[str]:
     }
 
 
+def subprotocols(request: web.Request | HttpRequest) -> list[str]:
+    """Return the subprotocols that a client offers, in its order."""
+    return [
+        part.strip()
+        for value in request.headers.getall("Sec-WebSocket-Protocol", ())
+        for part in value.split(",")
+    ]
+
+
 def accept_headers(
     request: web.Request | HttpRequest,
     versions: frozenset[str] = frozenset({"13"}),
     *,
     compress: bool = False,
+    subprotocol: str = "",
 ) -> bytes | web.Response:
     """Return the 101 response head for a valid handshake (section 4.2), or an error response.
 
     Protocols may add version 8 to `versions`: its frames are the same (hybi-08 to -12). With
     `compress`, permessage-deflate is accepted. The caller must check that the client offers it.
+    `subprotocol` is selected if the client offers it; browsers close the connection if none is.
     """
     if (
         request.method != "GET"
@@ -133,10 +144,12 @@ def accept_headers(
         return web.Response(status=400, text="Sec-WebSocket-Key must be 16 bytes in base64\n")
     # Required by section 4.2.2. It has no security purpose.
     digest = hashlib.sha1(key.encode() + _GUID, usedforsecurity=False).digest()
+    selected = subprotocol and subprotocol in subprotocols(request)
     return (
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         b"Sec-WebSocket-Accept: "
         + base64.b64encode(digest)
+        + (b"\r\nSec-WebSocket-Protocol: %b" % subprotocol.encode() if selected else b"")
         + (b"\r\nSec-WebSocket-Extensions: " + deflate.AGREED if compress else b"")
         + b"\r\n\r\n"
     )

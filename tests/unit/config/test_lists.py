@@ -17,11 +17,19 @@ Sections = type[NativeSettings] | type[PydioSettings] | type[SocketIoSettings]
 def test_origins_are_normalized_like_those_of_browsers(section: Sections) -> None:
     """Origins are in lower case and without the default port."""
     given = "https://App.example.org, http://a:80,http://b:8080 , https://c:443,"
+    # Apps in web views, a host with a dot at its end, and a name that browsers send in ASCII.
+    given += "capacitor://localhost, ionic://localhost, https://d.:443, https://b\u00fccher.example"
+    given += ", http://[0:0::1]:80"
     assert section(allowed_origins=given).origins() == {
         "https://app.example.org",
         "http://a",
         "http://b:8080",
         "https://c",
+        "capacitor://localhost",
+        "ionic://localhost",
+        "https://d",
+        "https://xn--bcher-kva.example",
+        "http://[::1]",
     }
     assert section().origins() == frozenset()
 
@@ -30,8 +38,8 @@ def test_origins_are_normalized_like_those_of_browsers(section: Sections) -> Non
 @pytest.mark.parametrize(
     "origin",
     [
-        *("*", "null", "app.example.org", "https://a/x", "ftp://a", "https://u@a"),
-        *("https://*.a", "https://a:99999", "https://"),
+        *("*", "null", "app.example.org", "https://a/x", "file://", "https://u@a"),
+        *("https://*.a", "https://a:99999", "https://", "https://.", "https://[::g]", "a b://c"),
     ],
 )
 def test_an_invalid_origin_is_rejected_by_name(section: Sections, origin: str) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 from multidict import CIMultiDict
 
 from relay.config.lists import origins
+from relay.core.errors import Forbidden
 from relay.doorkit.origins import AllowedOrigins, any_origin
 
 APP = "https://app.example.org"
-ORIGINS = AllowedOrigins(origins(f"{APP}, http://other.example.org:80"), "[x] y")
+ORIGINS = AllowedOrigins(origins(f"{APP}, http://other.example.org:80, capacitor://app"), "[x] y")
 
 
 def headers(**values: str) -> CIMultiDict[str]:
@@ -26,6 +28,17 @@ def headers(**values: str) -> CIMultiDict[str]:
         (headers(Origin="http://other.example.org"), True),
         (headers(Origin="http://relay:8000", Host="relay:8000"), True),
         (headers(Origin="https://relay", Host="RELAY"), True),
+        # Load balancers add the port to Host. Proxies remove the dot at the end of a name.
+        (headers(Origin="https://relay", Host="relay:443"), True),
+        (headers(Origin="https://relay:443", Host="relay"), True),
+        (headers(Origin="http://relay", Host="Relay.:80"), True),
+        (headers(Origin="https://relay.", Host="relay"), True),
+        (headers(Origin="https://[::1]", Host="[::1]:443"), True),
+        (headers(Origin="https://relay", Host="relay:80"), False),
+        (headers(Origin="http://relay", Host="relay:443"), False),
+        (headers(Origin="capacitor://localhost", Host="localhost"), False),
+        (headers(Origin="capacitor://app", Host="relay"), True),
+        (headers(Origin="https://", Host=""), False),
         (headers(Origin="http://relay:8001", Host="relay:8000"), False),
         (headers(Origin=f"{APP}.evil.example"), False),
         (headers(Origin="null", Sec_Fetch_Site="same-origin"), False),
@@ -39,6 +52,14 @@ def test_a_cookie_is_accepted_from_allowed_pages_only(
     sent: CIMultiDict[str], allowed: bool
 ) -> None:
     assert ORIGINS.allow_cookie(sent) is allowed
+
+
+def test_a_rejected_cookie_is_logged_with_its_origin(caplog: pytest.LogCaptureFixture) -> None:
+    ORIGINS.check_cookie(headers(Origin=APP))
+    reason = "Origin 'https://evil.example' is not allowed; add it to [x] y"
+    with caplog.at_level(logging.WARNING), pytest.raises(Forbidden, match=re.escape(reason)):
+        ORIGINS.check_cookie(headers(Origin="https://evil.example"))
+    assert caplog.messages == [f"Rejected a client with a cookie: {reason}"]
 
 
 def test_a_page_of_another_origin_cannot_read_and_the_log_names_the_setting(

@@ -188,7 +188,7 @@ def test_a_stream_starts_with_its_head_and_disables_nagle(run: Run, reaper: Reap
         async with serving(handler) as (port, _), ClientSession() as session:
             async with session.get(f"http://127.0.0.1:{port}/") as answer:
                 assert answer.status == 200
-                assert answer.headers["Content-Type"] == "text/event-stream"
+                assert answer.headers["Content-Type"] == "text/event-stream; charset=utf-8"
                 assert answer.headers["Access-Control-Allow-Origin"] == "*"
                 assert await answer.read() == b"id: 1-0\ndata: hello\n\nevent: end\ndata: bye\n\n"
             async with raw_client(port, GET) as (reader, _):
