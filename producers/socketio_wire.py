@@ -19,12 +19,9 @@ from typing import Any
 import msgpack
 import orjson
 
+from relay.core.client_libraries import SOCKETIO_RESERVED
 from relay.protocols.socketio.entry_format import Emit, UnusableEmit
 
-# Clients emit these events themselves. 5.x refuses to send them, 3.2 does not.
-_RESERVED = frozenset(
-    {"connect", "connect_error", "disconnect", "disconnecting", "newListener", "removeListener"}
-)
 _EVENTS = (2, 5)
 # Numbers of @socket.io/redis-emitter 5.x. socket.io-redis 5.x uses the same numbers for other
 # requests, which have no `opts`.
@@ -116,7 +113,8 @@ def _emit(packet: dict[Any, Any], opts: dict[Any, Any], namespace: str) -> Emit 
     name, *args = data
     if isinstance(name, bool) or not isinstance(name, str | int):
         raise UnusableEmit("event without a name")
-    if str(name) in _RESERVED:
+    # The emitter of 5.x refuses to send these, that of 3.2 does not.
+    if str(name) in SOCKETIO_RESERVED[4]:
         raise UnusableEmit(f"reserved event name {name}")
     flags = opts.get("flags")
     try:
@@ -145,7 +143,8 @@ def _control(action: str, values: dict[Any, Any]) -> Control:
 
 
 def _names(value: object) -> tuple[str, ...]:
-    if value is None or value is _UNDEFINED:
+    # Some emitters write an empty text instead of an empty list (PyPI's socket.io-emitter).
+    if value in (None, "") or value is _UNDEFINED:
         return ()
     if not isinstance(value, list) or not all(isinstance(each, str | int) for each in value):
         raise UnusableEmit("rooms are not a list of names")

@@ -138,6 +138,61 @@ async def test_clients_that_cannot_recover_get_no_further_argument(
     assert seen == [["text", "0"], ["text", "1"], ["text", "2"]]
 
 
+@pytest.mark.parametrize("mark", ["", "&t=1764230000"], ids=["without", "seconds"])
+async def test_other_clients_of_engine_io_4_get_no_cursor_in_their_events(
+    axr: RelayProcess, mark: str
+) -> None:
+    """The C++ client sends the time as `t`."""
+    uid = f"other{mark[1:2]}"
+    url = f"{axr.url}/socket.io/?EIO=4&transport=websocket{mark}"
+    async with aiohttp.ClientSession() as http, http.ws_connect(url) as socket:
+        await socket.receive_str()
+        await socket.send_str("40/axr," + json.dumps({"token": axr_token(uid)}))
+        assert (await socket.receive_str()).startswith("40/axr,{")
+        axr.xadd(f"axr:{uid}", data="[]", type="nothing", args="0")
+        assert await socket.receive_str() == '42/axr,["nothing"]'
+        assert (await socket.receive_str()).startswith('42/axr,["relay:offset","c1.')
+
+
+@pytest.mark.parametrize("package", CLIENTS)
+async def test_the_main_namespace_exists_and_has_no_events(
+    axr: RelayProcess, npm: Driver, package: str
+) -> None:
+    """Many clients connect to it first. It needs no token, and one can leave it again."""
+    main = await npm.open(axr.url, package=package)
+    await main.until("connect")
+    options = connect_options(package, axr_token(f"main-{package}"))
+    client = await npm.open(f"{axr.url}/axr", package=package, **options)
+    await client.until("connect")
+    axr.xadd("axr:allusers", data='"for /axr"', type="msg")
+    assert without_offset(package, await client.event()) == ["msg", "for /axr"]
+    await main.do("emit", "hello", 1)
+    await main.do("close")
+    assert (await main.until("disconnect"))["reason"] == "io client disconnect"
+    assert main.events == []
+
+
+async def test_a_client_of_two_namespaces_keeps_the_other(axr: RelayProcess) -> None:
+    url = f"{axr.url}/socket.io/?EIO=4&transport=websocket"
+    connect = "40/axr," + json.dumps({"token": axr_token("both")})
+    async with aiohttp.ClientSession() as http, http.ws_connect(url) as socket:
+        await socket.receive_str()
+        await socket.send_str("40")
+        assert (await socket.receive_str()).startswith('40{"sid":')
+        for _ in range(2):
+            await socket.send_str(connect)
+            assert (await socket.receive_str()).startswith("40/axr,{")
+            await socket.send_str("41/axr,")
+
+
+async def test_the_clients_script_is_not_served(axr: RelayProcess) -> None:
+    async with aiohttp.ClientSession() as http:
+        for path in ("notifications/socket.io.js", "socket.io/socket.io.min.js"):
+            async with http.get(f"{axr.url}/{path}") as answer:
+                assert answer.status == 404
+                assert "from your own server or a CDN" in await answer.text()
+
+
 @pytest.mark.parametrize("package", CLIENTS)
 @pytest.mark.parametrize("transports", TRANSPORTS[:2], ids="+".join)
 @pytest.mark.parametrize("token", ["", "nonsense", "expired", "other", "profileless"])
@@ -215,7 +270,10 @@ async def test_tokens_are_found_wherever_the_documents_put_them(
     client = await npm.open(f"{axr.url}/axr", extraHeaders=foreign)
     refused = await client.next()
     assert refused["what"] == "connect_error"
-    assert refused["message"] == "this Origin is not in [protocol:socketio] allowed_origins"
+    assert refused["message"] == (
+        "Origin 'https://evil.example' is not allowed;"
+        " add it to [protocol:socketio] allowed_origins"
+    )
 
 
 @pytest.mark.parametrize("package", CLIENTS)

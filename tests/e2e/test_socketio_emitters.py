@@ -14,6 +14,7 @@ import msgpack
 import pytest
 import redis
 
+from tests.support import pypi
 from tests.support.clients import LIMIT_S, native, until
 from tests.support.relay import RelayProcess
 from tests.support.socketio import (
@@ -115,6 +116,24 @@ async def test_the_documents_own_two_lines(
     assert mine == [["msg", {"hello": "world", "n": 1}], ["end"]]
     assert await seen(other) == ["msg", {"hello": "world", "n": 1}]
     assert await seen(other) == ["end"]
+
+
+PYTHON = """
+from emitter import Emitter
+io = Emitter({"host": "127.0.0.1", "port": %d})
+io.Of("/axr").To("python").Emit("one", "é")
+io.Of("/axr").Emit("all", {"n": [1]})
+"""
+
+
+async def test_the_emitter_for_python(axr: RelayProcess, npm: Driver, services: Server) -> None:
+    """Its emits to the whole namespace have an empty text instead of a list of rooms."""
+    client = await join(npm, axr, "python")
+    script = ["-c", PYTHON % services.port]
+    done = await asyncio.to_thread(pypi.run, "socket.io-emitter-0.1.5.1", script)
+    assert done.returncode == 0, done.stderr
+    found = sorted([await seen(client) for _ in range(2)])
+    assert found == [["all", {"n": [1]}], ["one", "é"]]
 
 
 @pytest.mark.parametrize("package", CLIENTS)

@@ -11,7 +11,6 @@ once all subscriptions are confirmed, so that CONNECT is sent before the first e
 from __future__ import annotations
 
 import asyncio
-import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from typing_extensions import override
 
+from relay.core.client_libraries import keeps_offsets
 from relay.core.errors import (
     ClientError,
     Forbidden,
@@ -48,9 +48,6 @@ if TYPE_CHECKING:
     from relay.transports.engineio.engine import Engine
     from relay.transports.socket.exchange import HttpRequest
 
-# The cache buster of polling from engine.io-client 6.6 on (socket.io-client 4.8, captured):
-# base 36. Older ones are base 64 of the time, whose first digit is an upper-case letter until 2060.
-_RECENT = re.compile(r"[0-9a-z]{7,10}")
 _GOODBYE_S = 1.0
 # Time in which a client must join the namespace: Socket.IO's `connectTimeout`.
 _JOIN_S = 45.0
@@ -111,20 +108,16 @@ class SocketClient(Client):
         self._recovers = False
         engine.on_message = self.connection.on_message
         engine.on_closed = self.connection.on_closed
-        loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = loop.call_later(_JOIN_S, engine.close)
+        self._timer: asyncio.TimerHandle | None = None
+        self._expect_join()
 
     # ---- from the client (relay.transports.socketio.connection.SocketIoHandler) -------------
 
     def connecting(self, namespace: str, auth: Mapping[str, Any], query: str) -> None:
         """Check the token, then join. Nothing is sent to the client before that."""
-        connection, request, door = self.connection, self._request, self._door
+        request, door = self._request, self._door
         if namespace != door.settings.namespace:
-            if namespace == "/" and connection.version == 3:
-                # Every 2.x client connects to "/" by itself. It receives no events there.
-                connection.accept("/", self.engine.sid)
-            else:
-                connection.refuse(namespace, "Invalid namespace")
+            self.connection.answer_other(namespace)
             return
         if request is None:
             return
@@ -146,8 +139,7 @@ class SocketClient(Client):
             door="socketio",
             grant=self._grants,
         )
-        # Engine.IO 4 is used by 3.x and 4.x clients. Only these two signs distinguish them.
-        self._recovers = "pid" in auth or bool(_RECENT.fullmatch(request.query.get("t", "")))
+        self._recovers = keeps_offsets(request.query, auth)
         _ = door.context.spawn(self._join(principal, dict(auth)), name="socketio join")
 
     def event(
@@ -157,10 +149,14 @@ class SocketClient(Client):
 
     def left(self, namespace: str) -> None:
         """End the session for good, because the client has left."""
-        if namespace == self._door.settings.namespace:
-            self._forget()
-            self._end_session()
+        if namespace != self._door.settings.namespace:
+            return
+        self._forget()
+        self._end_session()
+        if self.connection.is_idle:
             self.engine.close()
+        else:
+            self._expect_join()
 
     def closed(self, reason: str) -> None:
         """End the session in the hub. The saved session can be resumed for a while."""
@@ -443,7 +439,12 @@ class SocketClient(Client):
         self._stop_timer()
         # A client that was rejected cannot try another token on the same connection.
         self._request = None
-        self._timer = asyncio.get_running_loop().call_later(_GOODBYE_S, self.engine.close)
+        self._timer = asyncio.get_running_loop().call_later(_GOODBYE_S, self.engine.dismiss)
+
+    def _expect_join(self) -> None:
+        """Close the connection if the client does not join the namespace in time."""
+        self._stop_timer()
+        self._timer = asyncio.get_running_loop().call_later(_JOIN_S, self.engine.close)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

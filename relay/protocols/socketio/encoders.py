@@ -7,10 +7,12 @@ The cursor is Socket.IO's offset: the client sends the last one when it reconnec
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, cast
 
 from typing_extensions import override
 
+from relay.core.client_libraries import SOCKETIO_RESERVED
 from relay.core.model import Channel, Event, Position
 from relay.hub import cursor
 from relay.hub.recovery import Notice
@@ -23,6 +25,8 @@ from relay.transports.socketio import codec
 if TYPE_CHECKING:
     from relay.hub.session import Subscription
     from relay.protocols.socketio.rooms import RoomMember
+
+_log = logging.getLogger(__name__)
 
 # Keys of `Event.frames` that all encoders of this protocol share.
 _AUDIENCE, _ATTACHMENTS = "socketio audience", "socketio attachments"
@@ -66,7 +70,15 @@ class SocketEncoder(Encoder):
 
     def _packet(self, event: Event) -> tuple[bytes, list[bytes]]:
         name, (packet, attachments) = entry_format.encode_event(event)
-        if name in codec.RESERVED_EVENTS:
+        if name in SOCKETIO_RESERVED[self._version]:
+            _log.warning(
+                "Event %s of %s not sent to Socket.IO %s clients: their library emits events %r"
+                " itself; use another type",
+                event.id or "(ephemeral)",
+                event.channel,
+                "2.x" if self._version == 3 else "3.x and 4.x",
+                name,
+            )
             return b"", []
         kind = codec.BINARY_EVENT if attachments else codec.EVENT
         text = codec.packet(kind, self._namespace, packet, attachments=len(attachments))

@@ -61,6 +61,12 @@ class MountedSocketIo(Mounted):
         self.routes: list[web.AbstractRouteDef] = [
             web.route("*", path, self.clients.endpoint.handle) for path in settings.path_list()
         ]
+        scripts = r"/{script:socket\.io(?:\.[a-z]+)*\.js}"
+        self.routes += [
+            web.get(path.rstrip("/") + scripts, _no_script)
+            for path in settings.path_list()
+            if path.endswith("/")
+        ]
         context.on_command("socketio", EmitterCommands(self.clients))
         context.on_drop(self._rights_changed)
 
@@ -96,6 +102,12 @@ class MountedSocketIo(Mounted):
             lambda client: client.rights_changed(channel, user),
             lambda work: self.context.spawn(work, name="socketio rights"),
         )
+
+
+async def _no_script(request: web.Request) -> web.Response:
+    name = request.match_info["script"]
+    text = f"relay does not serve {name}: load socket.io-client from your own server or a CDN\n"
+    return web.Response(status=404, text=text)
 
 
 class SocketIoDoor(FrontDoor):

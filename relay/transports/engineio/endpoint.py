@@ -19,6 +19,7 @@ from urllib.parse import parse_qs
 import orjson
 from aiohttp import web
 
+from relay.core.client_libraries import allowed_headers
 from relay.core.errors import RelayError
 from relay.core.slices import next_slice
 from relay.transports.between_workers.forwarder import Forward
@@ -165,11 +166,8 @@ class Endpoint:
         return exchange.response
 
     def _preflight(self, headers: Mapping[str, str]) -> dict[str, str]:
-        wanted = headers.get("Access-Control-Request-Headers", "")
         allowed = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "600"}
-        if wanted and wanted.isprintable():
-            allowed["Access-Control-Allow-Headers"] = wanted
-        return {**self._cors_of(headers), **allowed}
+        return {**self._cors_of(headers), **allowed, **allowed_headers(headers)}
 
     def _handle(self, exchange: Exchange) -> None:
         """Answer a request for a session of this worker, or for a new one."""
@@ -193,8 +191,7 @@ class Endpoint:
 
     def _begin(self, exchange: Exchange, transport: str) -> None:
         asked = exchange.request
-        # The default is 3, as in engine.io with allowEIO3 (captured).
-        version = {"3": 3, "4": 4}.get(asked.query.get("EIO", "3"))
+        version = {"3": 3, "4": 4}.get(asked.query.get("EIO", ""))
         if asked.method != "GET":
             self._refuse(exchange, BAD_METHOD)
         elif version is None:
@@ -204,17 +201,17 @@ class Endpoint:
             if isinstance(head, web.Response):
                 self._refuse(exchange, BAD_REQUEST)
                 return
-            engine = self._engine(version)
+            engine = self._engine(version, asked)
             socket = self._websocket(engine)
             engine.attach(socket)
             exchange.take(head, socket)
             self._open(engine, asked, upgrades=[])
         else:
-            engine = self._engine(version)
+            engine = self._engine(version, asked)
             self._open(engine, asked, upgrades=["websocket"])
             self._poll(exchange, engine)
 
-    def _engine(self, version: int) -> Engine:
+    def _engine(self, version: int, asked: HttpRequest) -> Engine:
         engine = Engine(
             sid=new_sid(self._address),
             version=version,
@@ -223,6 +220,7 @@ class Endpoint:
             reaper=self._reaper,
             heartbeat=self._beats[version],
             on_gone=self._gone,
+            base64_only=_only_base64(asked),
         )
         self._engines[engine.sid] = engine
         return engine
@@ -249,7 +247,10 @@ class Endpoint:
     # ---- polling ----------------------------------------------------------------------------
 
     def _poll(self, exchange: Exchange, engine: Engine) -> None:
-        waiting = _Poll(exchange, engine.version, self._cors_of(exchange.request.headers))
+        headers = exchange.request.headers
+        waiting = _Poll(
+            exchange, engine, self._cors_of(headers), self._refusal(400, UNKNOWN_SID, headers)
+        )
         if not engine.poll(waiting.answer, exchange.request.query.get("t", "")):
             self._refuse(exchange, BAD_REQUEST)
         elif not waiting.answered:
@@ -264,6 +265,10 @@ class Endpoint:
         kind = asked.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         binary = kind == "application/octet-stream"
         is_form = "j" in asked.query or kind == "application/x-www-form-urlencoded"
+        if not engine.is_polling:
+            # A request that a proxy has repeated. Its packets have been received.
+            self._refuse(exchange, BAD_REQUEST)
+            return
         limit = engine.max_message_bytes
         if is_form:
             limit = min(limit, _FORM_BYTES)
@@ -278,7 +283,7 @@ class Endpoint:
             received = packets.decode_payload(body, engine.version, binary=binary)
         except Malformed:
             self._refuse(exchange, BAD_REQUEST)
-            engine.close()
+            engine.violated("parse error")
             return
         self._answer(exchange, 200, b"ok", {**headers, "Content-Type": "text/html"})
         engine.receive(received)
@@ -328,24 +333,36 @@ class Endpoint:
 class _Poll:
     """A polling request, which is answered immediately or held."""
 
-    __slots__ = ("_exchange", "_headers", "_version", "answered", "held")
+    __slots__ = ("_engine", "_exchange", "_headers", "_no_session", "answered", "held")
 
-    def __init__(self, exchange: Exchange, version: int, headers: dict[str, str]) -> None:
+    def __init__(
+        self, exchange: Exchange, engine: Engine, headers: dict[str, str], no_session: HttpAnswer
+    ) -> None:
         self._exchange = exchange
-        self._version = version
+        self._engine = engine
         self._headers = headers
+        self._no_session = no_session
         self.answered = False
         self.held: HeldRequest | None = None
 
-    def answer(self, frames: bytes) -> None:
-        """Answer with the frames as one body."""
-        query = self._exchange.request.query
+    def answer(self, frames: bytes | None) -> None:
+        """Answer with the frames as one body, or that the session does not exist if it is None."""
+        answer = self._no_session if frames is None else self._body(frames)
+        self.answered = True
+        if self.held is None:
+            self._exchange.answer(answer)
+        else:
+            self.held.finish(answer)
+
+    def _body(self, frames: bytes) -> HttpAnswer:
+        request, version = self._exchange.request, self._engine.version
+        query = request.query
         index = query.get("j", "")
         jsonp = index.isascii() and index.isdigit()
         body = packets.encode_payload(
-            packets.unframe(frames, self._version),
-            self._version,
-            base64_only=jsonp or query.get("b64", "0") not in ("", "0", "false"),
+            packets.unframe(frames, version),
+            version,
+            base64_only=jsonp or self._engine.base64_only or _only_base64(request),
         )
         kind, data = _TEXT, body.data
         if body.binary:
@@ -353,12 +370,11 @@ class _Poll:
         elif jsonp:
             kind, data = _SCRIPT, packets.jsonp_answer(int(index[:9]), data)
         headers = {**self._headers, "Content-Type": kind, "Cache-Control": "no-store"}
-        answer = HttpAnswer(200, data, headers)
-        self.answered = True
-        if self.held is None:
-            self._exchange.answer(answer)
-        else:
-            self.held.finish(answer)
+        return HttpAnswer(200, data, headers)
+
+
+def _only_base64(request: HttpRequest) -> bool:
+    return request.query.get("b64", "0") not in ("", "0", "false")
 
 
 def _form_field(body: bytes) -> bytes:

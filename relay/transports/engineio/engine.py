@@ -56,6 +56,11 @@ def _ignore_message(data: bytes, binary: bool) -> None:
 class Engine:
     """A session. Its owner sets the callbacks.
 
+    Clients distinguish two ends. After `close` or a lost connection they reconnect: the WebSocket
+    closes, or a poll is rejected because the session does not exist. After `dismiss` they stay
+    away: they receive the packet CLOSE, over either transport. Python's clients take a poll's CLOSE
+    as final even if the server only restarts.
+
     `on_closed` is called exactly once, with the reason. No callback follows it. `full` is True
     while more than `buffer_bytes` wait; writes are still accepted then.
 
@@ -66,6 +71,7 @@ class Engine:
     __slots__ = (
         "_authorized_bytes",
         "_buffer_bytes",
+        "_dismissed",
         "_heartbeat",
         "_on_gone",
         "_poll",
@@ -79,6 +85,7 @@ class Engine:
         "_stranger_packets",
         "_waiting",
         "_waiting_bytes",
+        "base64_only",
         "beat_slot",
         "closing",
         "full",
@@ -105,8 +112,11 @@ class Engine:
         reaper: Reaper,
         heartbeat: Heartbeat,
         on_gone: Callable[[Engine], None],
+        base64_only: bool = False,
     ) -> None:
+        """`base64_only`: the client of protocol 3 cannot read binary answers (b64=1)."""
         self.sid = sid
+        self.base64_only = base64_only
         self.version = version
         self._buffer_bytes = buffer_bytes
         self._reaper = reaper
@@ -116,7 +126,7 @@ class Engine:
         self._probe: WebSocketConnection | None = None
         self._probe_timer: asyncio.TimerHandle | None = None
         self.probed = False
-        self._poll: Callable[[bytes], None] | None = None
+        self._poll: Callable[[bytes | None], None] | None = None
         self._stamp: str | None = None
         self._stamps_differ = False
         self._waiting: list[bytes] = []
@@ -127,6 +137,7 @@ class Engine:
         self.max_message_bytes = min(max_message_bytes, _STRANGER_BYTES)
         self.full = False
         self.closing = False
+        self._dismissed = False
         self.on_message: Callable[[bytes, bool], None] = _ignore_message
         self.on_closed: Callable[[str], None] | None = None
         self.on_full: Callable[[], None] = _ignore
@@ -165,11 +176,23 @@ class Engine:
             self.on_full()
 
     def close(self, last: bytes = b"") -> None:
-        """Send `last` and a close packet, then close. Abort if the client does not receive them."""
+        """Send `last`, then close. The client reconnects. Abort if it does not receive `last`."""
         if self.closing:
             return
         if last:
             self.write(last)
+        self._finish()
+
+    def dismiss(self) -> None:
+        """Close for good: the client does not reconnect, as far as its library allows that."""
+        if self.closing:
+            return
+        if self._socket is not None:
+            self._socket.write(_CLOSE)
+        self._dismissed = True
+        self._finish()
+
+    def _finish(self) -> None:
         self.closing = True
         self._drop_probe()
         if self._socket is not None:
@@ -180,26 +203,42 @@ class Engine:
             self._answer_poll()
 
     def abort(self) -> None:
-        """Close immediately and drop waiting frames."""
+        """Close immediately and drop waiting frames. The client reconnects."""
         self._gone("transport close")
+
+    def violated(self, reason: str) -> None:
+        """Close immediately, because the client broke the protocol."""
+        self._dismissed = True
+        self._gone(reason)
 
     # ---- polling ----------------------------------------------------------------------------
 
-    def poll(self, answer: Callable[[bytes], None], stamp: str = "") -> bool:
-        """Handle a polling request. `answer` is called once with frames, now or later.
+    def poll(self, answer: Callable[[bytes | None], None], stamp: str = "") -> bool:
+        """Handle a polling request.
 
-        A second request at the same time ends the session and returns False (captured: code 400).
-        So does a repeated request. `stamp` is the request's `t`, which most clients change with
+        `answer` is called once, now or later: with frames, or with None if the session has ended.
+        Return False for a request after the upgrade, which a proxy may have repeated, and for a
+        second request at the same time, which ends the session (captured: code 400).
+
+        A repeated request ends it too. `stamp` is the request's `t`, which most clients change with
         each request. Proxies and browsers repeat a GET request if its connection was lost, for
         instance to a worker that has died. The lost answer may have contained events.
         """
+        if self._socket is not None:
+            return False
         self.silent_since = 0
+        if self._on_gone is None:
+            answer(None)
+            return True
         is_repeated = self._stamps_differ and stamp == self._stamp
         # The first request is the handshake. Some clients have no stamp, or always the same one.
         self._stamps_differ = self._stamps_differ or self._stamp not in (None, stamp)
         self._stamp = stamp
-        if is_repeated or self._poll is not None or self._socket is not None:
+        if is_repeated:
             self._gone("transport error")
+            return False
+        if self._poll is not None:
+            self.violated("transport error")
             return False
         if self.probed:
             # The client finishes its polling request before it sends `5` over the WebSocket.
@@ -216,6 +255,11 @@ class Engine:
         self._poll = None
         self._gone("transport close")
 
+    @property
+    def is_polling(self) -> bool:
+        """Return False after the upgrade to a WebSocket."""
+        return self._socket is None
+
     def receive(self, packets: list[Packet]) -> None:
         """Handle the packets of a POST request."""
         self.silent_since = 0
@@ -225,16 +269,16 @@ class Engine:
             self._on_packet(packet)
 
     def _answer_poll(self) -> None:
-        # CLOSE is the answer to a poll of its own: socket.io-client 4.8 delivers the events of an
+        # The end is the answer to a poll of its own: socket.io-client 4.8 delivers the events of an
         # answer after it has processed its CLOSE, without their offsets, and would receive them
         # again.
         is_last = self.closing and not self._waiting
-        answer, self._poll = self._poll, None
-        data = _CLOSE if is_last else self._take()
-        if answer is not None:
-            answer(data)
         if is_last:
             self._gone("forced close")
+            return
+        answer, self._poll = self._poll, None
+        if answer is not None:
+            answer(self._take())
 
     def _take(self) -> bytes:
         data = b"".join(self._waiting)
@@ -332,7 +376,7 @@ class Engine:
         try:
             packet = from_text(text)
         except Malformed:
-            self.close()
+            self.violated("parse error")
             return
         self._on_packet(packet)
 
@@ -341,7 +385,7 @@ class Engine:
         try:
             packet = from_binary(data, self.version)
         except Malformed:
-            self.close()
+            self.violated("parse error")
             return
         self._on_packet(packet)
 
@@ -352,21 +396,24 @@ class Engine:
             self._stranger_packets -= 1
             self._stranger_bytes -= len(packet.data)
             if self._stranger_packets < 0 or self._stranger_bytes < 0:
-                self.close()
+                self.violated("transport error")
                 return
         if packet.kind == MESSAGE:
             try:
                 self.on_message(packet.data, packet.binary)
             except Malformed:
-                self.close()
+                self.violated("parse error")
         elif packet.kind == PING and self.version == 3:
             # During polling, too, the pong is sent in order with the other packets.
             self.write(frame(Packet(PONG, packet.data), 3))
         elif packet.kind in (PING, PONG):
             # Heartbeats have one direction per protocol version ("invalid heartbeat direction").
             if packet.kind == PING or self.version == 3:
-                self.close()
+                self.violated("transport error")
         elif packet.kind == CLOSE:
+            poll, self._poll = self._poll, None
+            if poll is not None:
+                poll(_NOOP)
             self._gone("transport close")
 
     def _gone(self, reason: str) -> None:
@@ -380,7 +427,7 @@ class Engine:
         poll, self._poll = self._poll, None
         self._waiting.clear()
         if poll is not None:
-            poll(_CLOSE)
+            poll(_CLOSE if self._dismissed else None)
         socket, self._socket = self._socket, None
         if socket is not None and not socket.closing:
             socket.close(_GOODBYE)

@@ -18,11 +18,6 @@ import orjson
 from relay.transports.engineio.packets import MESSAGE, Malformed, Packet, frame
 
 CONNECT, DISCONNECT, EVENT, ACK, ERROR, BINARY_EVENT, BINARY_ACK = range(7)
-# Events that the JS client emits itself (socket.io-parser, RESERVED_EVENTS; component-emitter).
-# A 4.x client closes with "parse error" if it receives one; a 3.x client handles it as its own.
-RESERVED_EVENTS = frozenset(
-    {"connect", "connect_error", "disconnect", "disconnecting", "newListener", "removeListener"}
-)
 _BINARY = frozenset({BINARY_EVENT, BINARY_ACK})
 # The default of current versions of socket.io-parser (4.2.7 and 3.3.6).
 MAX_ATTACHMENTS = 10

@@ -8,6 +8,7 @@ namespace and receives its ID.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -135,12 +136,29 @@ class SocketIoConnection:
         """Return True if the client is waiting for an answer about this namespace."""
         return namespace in self._waiting
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether the client is connected to no namespace."""
+        return not self._namespaces
+
     def accept(self, namespace: str, sid: str, **more: str) -> None:
         """Send CONNECT. A 2.x client derives its ID itself; `more` is sent to others."""
         self._waiting.discard(namespace)
         self._namespaces.add(namespace)
         payload = b"" if self.version == 3 else orjson.dumps({"sid": sid, **more})
         self._send(codec.CONNECT, namespace, payload)
+
+    def answer_other(self, namespace: str) -> None:
+        """Answer a request for a namespace that the protocol does not serve.
+
+        `/` always exists, as in Socket.IO's server, because many clients connect to it first. The
+        client receives no events there.
+        """
+        if namespace == "/":
+            sid = self.engine.sid if self.version == 3 else secrets.token_urlsafe(15)
+            self.accept("/", sid)
+        else:
+            self.refuse(namespace, "Invalid namespace")
 
     def refuse(self, namespace: str, message: str, data: object = None) -> None:
         """Send CONNECT_ERROR. A 2.x client receives `data`, or `message` without data; later

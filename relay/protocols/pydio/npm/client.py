@@ -57,8 +57,8 @@ class NpmClient:
         self._browser: NpmBrowser | None = None
         engine.on_message = self.connection.on_message
         engine.on_closed = self.connection.on_closed
-        loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = loop.call_later(_CONNECT_S, engine.close)
+        self._timer: asyncio.TimerHandle | None = None
+        self._expect_join()
 
     # ---- from the client --------------------------------------------------------------------
 
@@ -70,11 +70,8 @@ class NpmClient:
             # request to Pydio.
             if not self._rejected:
                 _ = self.service.context.spawn(self._join(dict(auth)), name="pydio join")
-        elif namespace == "/" and self.connection.version == 3:
-            # Every 2.x client connects to "/" by itself. It receives no events there.
-            self.connection.accept("/", self.engine.sid)
         else:
-            self.connection.refuse(namespace, "Invalid namespace")
+            self.connection.answer_other(namespace)
 
     def event(
         self, namespace: str, name: str, args: list[Any], acknowledge: Acknowledge | None
@@ -98,10 +95,14 @@ class NpmClient:
 
     def left(self, namespace: str) -> None:
         """End the session for good, because the client has left."""
-        if namespace == self.service.namespace:
-            self._forget()
-            self.end()
+        if namespace != self.service.namespace:
+            return
+        self._forget()
+        self.end()
+        if self.connection.is_idle:
             self.engine.close()
+        else:
+            self._expect_join()
 
     def closed(self, reason: str) -> None:
         """End the session in the hub. The saved session can be resumed for a while."""
@@ -258,7 +259,12 @@ class NpmClient:
         # packet that is followed by the end at once.
         self._rejected = True
         self._stop_timer()
-        self._timer = asyncio.get_running_loop().call_later(_GOODBYE_S, self.engine.close)
+        self._timer = asyncio.get_running_loop().call_later(_GOODBYE_S, self.engine.dismiss)
+
+    def _expect_join(self) -> None:
+        """Close the connection if the client does not join the namespace in time."""
+        self._stop_timer()
+        self._timer = asyncio.get_running_loop().call_later(_CONNECT_S, self.engine.close)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -83,9 +83,10 @@ class Wire:
         self.engine.receive(decode_payload(body, self.version, binary=binary))
 
     def poll(self) -> bytes:
-        answers: list[bytes] = []
+        answers: list[bytes | None] = []
         self.engine.poll(answers.append)
         assert answers, "nothing waits"
+        assert answers[0] is not None, "the session has ended"
         packets = unframe(answers[0], self.version)
         return encode_payload(packets, self.version, base64_only=True).data
 
@@ -141,11 +142,14 @@ async def test_a_protocol_violation_closes_the_connection(new: Wire, body: bytes
     try:
         new.post(body)
     except Malformed:
-        # The endpoint responds with 400 and closes.
-        new.engine.close()
+        # The endpoint responds with 400 and ends the session.
+        new.engine.violated("parse error")
     assert new.engine.closing
-    assert new.poll() == b"1"
-    assert new.door.said[-1] == "forced close"
+    # As in engine.io, the session does not exist any more.
+    assert new.gone == [new.engine]
+    with pytest.raises(AssertionError, match="the session has ended"):
+        new.poll()
+    assert new.door.said[-1] in ("parse error", "transport error")
 
 
 @pytest.mark.parametrize("version", [3, 4])
@@ -206,9 +210,10 @@ async def test_a_closed_connection_is_freed_without_garbage_collection(version: 
             else b'40/axr,{"token":"good"}'
         )
         wire.engine.close()
-        # The buffered packets, and CLOSE.
+        # The buffered packets, and then the end: the client reconnects.
         wire.poll()
-        wire.poll()
+        with pytest.raises(AssertionError, match="the session has ended"):
+            wire.poll()
         door = weakref.ref(wire.door)
         del wire
         assert door() is None
@@ -222,7 +227,7 @@ async def test_a_2x_client_that_answers_pings_that_were_never_sent_is_closed(old
 
 
 async def test_a_second_concurrent_poll_closes_the_session(new: Wire) -> None:
-    first: list[bytes] = []
+    first: list[bytes | None] = []
     assert new.engine.poll(first.append)
     assert not new.engine.poll(first.append)
     assert new.gone == [new.engine]
@@ -275,7 +280,7 @@ class Socket:
 
 async def test_the_upgrade_as_captured(new: Wire) -> None:
     timer = asyncio.get_running_loop().call_later(60, lambda: None)
-    polls: list[bytes] = []
+    polls: list[bytes | None] = []
     assert new.engine.poll(polls.append)
     socket = Socket()
     assert new.engine.probe(socket, timer)  # type: ignore[arg-type]
