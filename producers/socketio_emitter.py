@@ -51,6 +51,9 @@ _LISTEN_S = _LEASE_S + 2 * _RENEW_S
 _BATCH = 200
 _BLOCK_MS = 1000
 _PAUSE_S = 0.2
+# Appended messages are kept for this time, so that a process that takes over finds its position.
+_KEEP_S = 30.0
+_FORGET_S = 10.0
 
 
 class _Message(NamedTuple):
@@ -91,9 +94,19 @@ class EmitterListener(RunningProducer):
             tasks.create_task(self._source.run(), name="emits source")
             tasks.create_task(self._reading.run(), name="emits streams")
             tasks.create_task(self._keep_lease(), name="emits lease")
+            tasks.create_task(self._forget_appended(), name="emits appended")
             tasks.create_task(self._repeat(self._append_messages), name="emits")
             for name in self._streams:
                 tasks.create_task(self._repeat(self._follow(name)), name=f"emits {name}")
+
+    async def _forget_appended(self) -> None:
+        """Remove messages that this or another process has appended. Runs until cancelled."""
+        key = self._context.keys.source_position(_LEASE)
+        while True:
+            await asyncio.sleep(_FORGET_S)
+            with contextlib.suppress(Unavailable):
+                mark = cast("bytes | None", await self._target.call("GET", key)) or b""
+                self._messages.forget(mark, round((time.time() - _KEEP_S) * 1000))
 
     async def _keep_lease(self) -> None:
         context = self._context

@@ -67,11 +67,29 @@ class PubSubLog:
     def resume_after(self, mark: bytes) -> None:
         """Set `next` to the position of `mark`. If the mark is not in the log, this listener began
         to listen after it, so that none of its messages was appended."""
+        self.next = self._first
+        if (following := self._after(mark)) is not None:
+            self.next = following
+
+    def forget(self, mark: bytes, before_ms: int) -> None:
+        """Remove the messages from before `before_ms` that were appended up to `mark`.
+
+        The mark can still be found afterwards, and so can later ones.
+        """
+        if not self._messages or self._messages[0].at_ms >= before_ms:
+            return
+        following = self._after(mark) or 0
+        while self._first < following - _DIGESTS and self._messages[0].at_ms < before_ms:
+            self._bytes -= len(self._messages.popleft().payload)
+            self._first += 1
+        self.next = max(self.next, self._first)
+
+    def _after(self, mark: bytes) -> int | None:
+        """Return the number of the message after the mark, or None if it is not in the log."""
         at, _, raw = mark.partition(b":")
         digests = [raw[i : i + _DIGEST_BYTES] for i in range(0, len(raw), _DIGEST_BYTES)]
-        self.next = self._first
         if not digests or not at.isdigit():
-            return
+            return None
         messages = list(self._messages)
         found: tuple[int, int] | None = None
         for index, message in enumerate(messages):
@@ -83,5 +101,4 @@ class PubSubLog:
                 distance = abs(message.at_ms - int(at))
                 if found is None or distance <= found[0]:
                     found = distance, index
-        if found is not None:
-            self.next = self._first + found[1] + 1
+        return None if found is None else self._first + found[1] + 1

@@ -39,12 +39,13 @@ class Metrics:
         )
         self.deliveries = Counter(
             "relay_deliveries_total",
-            "Events offered to clients",
+            "Events offered to clients: live, from the stream or ephemeral",
             ["way"],
             registry=self.registry,
         )
         self._live = self.deliveries.labels("live")
         self._catch_up = self.deliveries.labels("catch_up")
+        self._ephemeral = self.deliveries.labels("ephemeral")
         self.notices = Counter(
             "relay_notices_total",
             "Notices to clients about missing events or revoked rights",
@@ -74,7 +75,7 @@ class Metrics:
         )
         self.dead_letters = Counter(
             "relay_dead_letters_total",
-            "Entries that could not be delivered",
+            "Dead letters written by this worker",
             registry=self.registry,
         )
         self.producer_items = Counter(
@@ -132,6 +133,11 @@ class Metrics:
         """Count events that were delivered to lagging clients from pages."""
         if count:
             self._catch_up.inc(count)
+
+    def ephemeral(self, count: int) -> None:
+        """Count ephemeral events that were offered to live clients."""
+        if count:
+            self._ephemeral.inc(count)
 
     def offered(self) -> int:
         """Return the number of all delivered events so far."""

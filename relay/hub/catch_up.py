@@ -72,14 +72,14 @@ class SharedPage:
         if subscription.has_ended:
             # The protocol has no gap notice, so it has closed the subscription.
             return 0
-        self._batch.deliver(subscription.session.encoder, (subscription,), begin, end)
+        offered = self._batch.deliver(subscription.session.encoder, (subscription,), begin, end)
         at_record = end > begin and self._batch.records[end - 1].id == covered
         subscription.behind_at(
             covered,
             None if added is None else added + end - begin,
             self._batch.records[end - 1].digest if at_record else None,
         )
-        return end - begin
+        return offered
 
     def _position_at(self, record: Record, _index: int) -> Position:
         return Position(record.id, None, self._incarnation, record.digest)

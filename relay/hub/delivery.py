@@ -29,7 +29,7 @@ class Batch:
         self._channel = channel
         self._position_at = position_at
         self._limited = False
-        self._chunks: dict[tuple[Encoder, int, int], bytes] = {}
+        self._chunks: dict[tuple[Encoder, int, int], tuple[bytes, int]] = {}
         for index, record in enumerate(records):
             if not isinstance(record.body, Event):
                 self.stops.append(index)
@@ -42,34 +42,41 @@ class Batch:
 
     def deliver(
         self, encoder: Encoder, subscriptions: Collection[Subscription], begin: int, end: int
-    ) -> None:
+    ) -> int:
         """Offer the records from `begin` to `end` to sessions of one format.
 
-        What all of them receive is encoded once.
+        Frames that all of them receive are encoded once. Return how many events were offered, over
+        all subscriptions.
         """
         if begin >= end:
-            return
+            return 0
         if encoder.personal:
-            self._deliver_personal(encoder, subscriptions, begin, end)
-            return
+            return self._deliver_personal(encoder, subscriptions, begin, end)
         if self._limited:
+            offered = 0
             for subscription in subscriptions:
                 selectors = subscription.session.selectors
-                if data := self._encode(encoder, begin, end, selectors):
+                data, count = self._encode(encoder, begin, end, selectors)
+                if count:
                     subscription.session.offer(data)
-            return
+                    offered += count
+            return offered
         key = (encoder, begin, end)
         chunk = self._chunks.get(key)
         if chunk is None:
             chunk = self._chunks[key] = self._encode(encoder, begin, end, None)
-        if chunk:
-            for subscription in subscriptions:
-                subscription.session.offer(chunk)
+        data, count = chunk
+        if not count:
+            return 0
+        for subscription in subscriptions:
+            subscription.session.offer(data)
+        return count * len(subscriptions)
 
     def _encode(
         self, encoder: Encoder, begin: int, end: int, selectors: frozenset[str] | None
-    ) -> bytes:
-        """Return the frames of the events that a client with these selectors receives."""
+    ) -> tuple[bytes, int]:
+        """Return the frames of the events that a client with these selectors receives, and how
+        many they are."""
         frames = []
         for index in range(begin, end):
             event = self.records[index].body
@@ -80,12 +87,14 @@ class Batch:
                 data = event.frames.get(encoder)
                 if data is None:
                     data = event.frames[encoder] = encoder.event(event)
-                frames.append(data)
-        return b"".join(frames)
+                if data:
+                    frames.append(data)
+        return b"".join(frames), len(frames)
 
     def _deliver_personal(
         self, encoder: Encoder, subscriptions: Collection[Subscription], begin: int, end: int
-    ) -> None:
+    ) -> int:
+        offered = 0
         for index in range(begin, end):
             event = self.records[index].body
             if not isinstance(event, Event):
@@ -99,6 +108,8 @@ class Batch:
                     data = encoder.personal_event(event, position, subscription, shared)
                     if data:
                         session.offer(data)
+                        offered += 1
+        return offered
 
 
 def _id_of(record: Record) -> EntryID:

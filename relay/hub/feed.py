@@ -393,8 +393,7 @@ class Feed:
         live, begin, offered = self._live, 0, 0
         for end in (*batch.stops, len(records)):
             for encoder, subscriptions in live.by_encoder.items():
-                batch.deliver(encoder, subscriptions, begin, end)
-            offered += live.count * (end - begin)
+                offered += batch.deliver(encoder, subscriptions, begin, end)
             if end < len(records):
                 # A revocation must take effect before the entries that follow it.
                 self._apply(records[end].body)

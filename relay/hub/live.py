@@ -62,6 +62,7 @@ class LiveClients:
 
     def offer(self, event: Event) -> None:
         """Offer an ephemeral event. It does not change the position."""
+        offered = 0
         for encoder, subscriptions in self.by_encoder.items():
             if event.door not in (None, encoder.door):
                 continue
@@ -73,3 +74,5 @@ class LiveClients:
                         data = encoder.personal_event(event, None, subscription, shared)
                     if data:
                         session.offer(data)
+                        offered += 1
+        self._metrics.ephemeral(offered)

@@ -471,5 +471,11 @@ def _producers(base: Foundation, instance: str) -> Iterator[tuple[str, RunningPr
             )
 
 
+# Producers that write a dead letter for each item that they cannot use.
+_WITH_DEAD_LETTERS = frozenset({"queue", "socketio_emitter"})
+
+
 def _count(metrics: Metrics, name: str, result: str, number: int) -> None:
     metrics.producer_items.labels(name, result).inc(number)
+    if result == "broken" and name in _WITH_DEAD_LETTERS:
+        metrics.dead_letters.inc(number)

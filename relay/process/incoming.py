@@ -44,7 +44,6 @@ class Incoming:
 
     def add_dead_letter(self, channel: Channel, broken: Broken) -> None:
         """Queue an entry that cannot be decoded for the dead-letter stream."""
-        self._metrics.dead_letters.inc()
         try:
             self.dead_letters.put_nowait((channel, broken))
         except asyncio.QueueFull:
@@ -62,6 +61,7 @@ class Incoming:
         while True:
             channel, broken = await self.dead_letters.get()
             try:
-                await dead_letters.write(client, keys, channel, broken, node=node)
+                if await dead_letters.write(client, keys, channel, broken, node=node):
+                    self._metrics.dead_letters.inc()
             except RelayError as exc:
                 _log.warning("Could not write dead letter %s of %s: %s", broken.id, channel, exc)

@@ -40,52 +40,65 @@ async def running(
         relay.kill()
 
 
-async def test_health_readiness_and_every_metric(
-    relay: RelayProcess, door: Native, channel: str
-) -> None:
+async def test_health_and_readiness(door: Native) -> None:
     assert (await door.get("/healthz")).status == 200
     assert (await door.get("/readyz")).status == 200
-    client = await door.sse(channel)
-    for data in ("1", "2"):
-        relay.xadd(channel, data=data)
-    relay.xadd(channel, nothing="here")
-    relay.xadd(channel, data="3")
-    await client.take(3)
+
+
+async def test_every_metric_counts_what_clients_received(
+    relay: RelayProcess, door: Native, valkey: Server, channel: str
+) -> None:
+    before = await door.metrics()
+    readers = [await door.sse(channel), await door.sse(channel, token=relay.token(channel))]
+    for fields in (
+        {"data": "1"},
+        {"data": "2"},
+        {"data": "3", "to": "user:nobody"},
+        {"nothing": "here"},
+        {"data": "4"},
+    ):
+        relay.xadd(channel, **fields)
+    for reader in readers:
+        assert [block.json() for block in await reader.take(3)] == [1, 2, 4]
+    redis(valkey, "PUBLISH", f"relay:ephemeral:{{{channel}}}", '{"data":5}')
+    for reader in readers:
+        assert (await reader.next()).json() == 5
+    replay = await door.sse(channel, last="0-0")
+    assert [block.json() for block in await replay.take(3)] == [1, 2, 4]
     with pytest.raises(Refused):
         await door.sse(channel, token="bad")
-    text = (await door.get("/metrics")).body.decode()
-    names = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
-    assert {
-        "relay_events_total",
-        "relay_deliveries_total",
-        "relay_notices_total",
-        "relay_lag_seconds",
-        "relay_connections",
-        "relay_subscriptions",
-        "relay_catch_up_clients",
-        "relay_followed_streams",
-        "relay_dead_letters_total",
-        "relay_redis_round_trips_total",
-        "relay_redis_reconnects_total",
-        "relay_lost_wakeups_total",
-        "relay_refusals_total",
-    } <= names
-    for sample, least in (
-        ("relay_events_total", 4),
-        ('relay_deliveries_total{way="live"}', 3),
-        ("relay_lag_seconds_count", 1),
-        ('relay_connections{door="native"}', 1),
-        ("relay_subscriptions", 1),
-        ("relay_followed_streams", 1),
-        ("relay_dead_letters_total", 1),
-        ('relay_redis_round_trips_total{purpose="read"}', 1),
-        ('relay_refusals_total{code="unauthorized"}', 1),
-    ):
-        assert await door.metric(sample) >= least, sample
-    client.drop()
+    words = ("command", "unsubscribe", "user", channel, "channel", channel)
+    redis(valkey, "XADD", "relay:control", "*", *words)
+    assert [block.event for block in await readers[1].ended()] == ["relay:revoked"]
+    async with asyncio.timeout(5):
+        while (await door.metrics())["relay_dead_letters_total"] == before.get(
+            "relay_dead_letters_total", 0
+        ):
+            await asyncio.sleep(0.01)
+    after = await door.metrics()
+    for sample, number in {
+        "relay_events_total": 5,
+        'relay_deliveries_total{way="live"}': 6,
+        'relay_deliveries_total{way="ephemeral"}': 2,
+        'relay_deliveries_total{way="catch_up"}': 3,
+        'relay_notices_total{kind="revoked",reason="unsubscribed"}': 1,
+        'relay_refusals_total{code="unauthorized"}': 1,
+        'relay_connections{door="native"}': 2,
+        "relay_dead_letters_total": 1,
+        "relay_subscriptions": 2,
+        "relay_catch_up_clients": 0,
+        "relay_followed_streams": 1,
+        "relay_redis_reconnects_total": 0,
+        "relay_lost_wakeups_total": 0,
+    }.items():
+        assert after.get(sample, 0) - before.get(sample, 0) == number, sample
+    assert after["relay_lag_seconds_count"] > before["relay_lag_seconds_count"]
+    assert {name.partition("{")[0] for name in after} >= {"relay_redis_round_trips_total"}
+    for reader in (readers[0], replay):
+        reader.drop()
     async with asyncio.timeout(5):
         while await door.metric("relay_followed_streams"):
-            pass
+            await asyncio.sleep(0.01)
     assert await door.metric("relay_subscriptions") == 0
     assert await door.metric('relay_connections{door="native"}') == 0
 

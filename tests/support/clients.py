@@ -270,9 +270,14 @@ class Native:
 
     async def metric(self, name: str) -> float:
         """Return a metric by its full name with labels, or 0 if it does not exist."""
+        return (await self.metrics()).get(name, 0.0)
+
+    async def metrics(self) -> dict[str, float]:
+        """Return all metrics by their full names with labels."""
         text = (await self.get("/metrics")).body.decode()
-        found = [line.rpartition(" ") for line in text.splitlines()]
-        return next((float(value) for sample, _, value in found if sample == name), 0.0)
+        lines = [line for line in text.splitlines() if not line.startswith("#")]
+        found = [line.rpartition(" ") for line in lines]
+        return {sample: float(value) for sample, _, value in found}
 
 
 class Closed(Exception):

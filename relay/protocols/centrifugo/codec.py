@@ -39,6 +39,20 @@ PERMISSION_DENIED = "permission denied"
 NAMESPACE_NOT_FOUND = "namespace not found"
 NOT_AVAILABLE = "not available"
 INTERNAL_ERROR = "internal server error"
+ERRORS = frozenset(
+    {
+        INVALID_MESSAGE,
+        INVALID_TOKEN,
+        UNAUTHORIZED,
+        METHOD_NOT_FOUND,
+        LIMIT_EXCEEDED,
+        ALREADY_SUBSCRIBED,
+        PERMISSION_DENIED,
+        NAMESPACE_NOT_FOUND,
+        NOT_AVAILABLE,
+        INTERNAL_ERROR,
+    }
+)
 
 
 class ConnectParams(NamedTuple):

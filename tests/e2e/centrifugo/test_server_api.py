@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.centrifugo_client import SECRET, Centrifugo, V1Client, centrifugo, sign
-from tests.support.clients import redis
+from tests.support.clients import native, redis
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server, free_port
 
@@ -232,6 +232,23 @@ async def test_a_user_is_unsubscribed_and_disconnected(site: Centrifugo) -> None
         code, _reason = await each.until_closed()
         assert code == 3000
     assert bob.closed is None
+
+
+async def test_refusals_are_counted(site: Centrifugo, relay: RelayProcess) -> None:
+    async with native(relay) as door:
+        names = [
+            f'relay_refusals_total{{code="{code}"}}'
+            for code in ("permission_denied", "namespace_not_found", "invalid_message")
+        ]
+        before = [await door.metric(name) for name in names]
+        anna = await site.client("anna")
+        for channel in ("$private", "$other", "no:a"):
+            assert (await anna.ask("subscribe", channel=channel))["error"]
+        await anna.socket.send_str("[]")
+        await anna.until_closed()
+        assert [await door.metric(name) for name in names] == [
+            known + more for known, more in zip(before, (2, 1, 1), strict=True)
+        ]
 
 
 async def test_channels_are_those_with_subscribers_of_this_protocol(

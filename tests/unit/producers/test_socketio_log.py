@@ -64,3 +64,25 @@ def test_a_batch_begins_after_the_previous_one() -> None:
     assert [each.payload for each in log.pending(2)] == [b"a", b"b"]
     log.next += 2
     assert [each.payload for each in log.pending(2)] == [b"c"]
+
+
+def test_appended_messages_are_forgotten_after_a_time() -> None:
+    appending, listening = PubSubLog(), PubSubLog()
+    for number in range(1000):
+        for log in (appending, listening):
+            log.add(b"room", b"%d" % number, number)
+    mark = appending.mark(900)
+    appending.next = 900
+    for log in (appending, listening):
+        # The newest 400 are not old enough, and the others were appended.
+        log.forget(mark, 600)
+        assert log.pending(1)[0].payload == (b"900" if log is appending else b"600")
+        log.forget(mark, 2000)
+        assert log.dropped == 0
+        log.resume_after(mark)
+        assert [each.payload for each in log.pending(1000)] == [b"%d" % n for n in range(900, 1000)]
+    empty = PubSubLog()
+    empty.forget(mark, 2000)
+    empty.add(b"room", b"new", 1)
+    empty.forget(mark, 2000)
+    assert [each.payload for each in empty.pending(10)] == [b"new"]

@@ -345,7 +345,12 @@ class CentrifugoConnection(Client, CommandContext):
 
     @override
     def reply(self, slot: ReplySlot, body: bytes | None, error: str = "", advice: str = "") -> None:
+        self._count_refusal(error)
         self._replies.fill(slot, codec.reply(slot.command, body, error, advice))
+
+    def _count_refusal(self, reason: str) -> None:
+        if reason in codec.ERRORS:
+            self.server.context.metrics.refused.labels(reason.replace(" ", "_")).inc()
 
     @override
     def answer(
@@ -360,6 +365,7 @@ class CentrifugoConnection(Client, CommandContext):
         if self.closed:
             return
         self.pending -= 1
+        self._count_refusal(error)
         text = codec.reply(slot.command, body, error, advice)
         self._replies.fill(slot, text, holds=holds)
         self._pause_for_reply()
@@ -462,6 +468,7 @@ class CentrifugoConnection(Client, CommandContext):
         if self.closed:
             return
         self._enter(ConnectionState.CLOSED)
+        self._count_refusal(reason)
         if self.session is not None:
             self.session.write_out()
         self._release()
