@@ -402,6 +402,10 @@ async def test_a_repeated_poll_ends_the_session(axr: RelayProcess) -> None:
         for same in ("", "&t=constant"):
             url = await open_session(same)
             assert [await poll(url + same) for _ in range(4)] == [200] * 4
+        # Seconds: several polls of one second have the same.
+        url = await open_session("&t=1764230000")
+        for seconds in (1764230000, 1764230001, 1764230001, 1764230002, 1764230002):
+            assert await poll(f"{url}&t={seconds}") == 200
 
 
 async def test_shut_without_a_secret(valkey: Server) -> None:

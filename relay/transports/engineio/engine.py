@@ -223,6 +223,8 @@ class Engine:
         A repeated request ends it too. `stamp` is the request's `t`, which most clients change with
         each request. Proxies and browsers repeat a GET request if its connection was lost, for
         instance to a worker that has died. The lost answer may have contained events.
+
+        A `t` of digits only proves nothing: C# and C++ clients send the time in seconds.
         """
         if self._socket is not None:
             return False
@@ -230,7 +232,9 @@ class Engine:
         if self._on_gone is None:
             answer(None)
             return True
-        is_repeated = self._stamps_differ and stamp == self._stamp
+        if stamp.isdigit():
+            stamp = ""
+        is_repeated = self._stamps_differ and stamp != "" and stamp == self._stamp
         # The first request is the handshake. Some clients have no stamp, or always the same one.
         self._stamps_differ = self._stamps_differ or self._stamp not in (None, stamp)
         self._stamp = stamp
