@@ -242,6 +242,11 @@ class Seen:
         self._lost_after = len(self.received)
         self.note(f"lost: {reason}")
 
+    @property
+    def is_anew(self) -> bool:
+        """Whether the client has received nothing since it started anew."""
+        return len(self.received) in self.anew
+
     def problems(self, truth: Sequence[object]) -> dict[str, list[object]]:
         """Compare with all events in their order.
 
@@ -272,7 +277,7 @@ class Seen:
         elif len(set(self.received)) < len(self.received):
             counts = Counter(self.received)
             found["twice"] += [event for event, count in counts.items() if count > 1]
-        if before is not None and (self.recovers or len(self.received) not in self.anew):
+        if before is not None and not self.is_anew:
             found["lost"] += truth[before + 1 :]
         return found
 
@@ -540,7 +545,7 @@ async def run_chaos(folder: Path, scale: Scale, *, duration_s: float, seed: int)
             truth = {name: _numbers(server, name) for name in channels}
 
             def has_all(seen: Seen, events: list[object]) -> bool:
-                return events[-1] in seen.received
+                return events[-1] in seen.received or seen.is_anew
 
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_CATCH_UP_S):
