@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, cast
 
@@ -14,7 +14,7 @@ from relay.protocols.socketio.entry_format import (
     Emit,
     EmitContents,
     UnusableEmit,
-    channel_of,
+    channels_of,
     contents,
     copies,
 )
@@ -183,7 +183,7 @@ class EmitBatch:
         fields = control.encode(control.DoorCommand(door=_DOOR, payload=text))
         # The command takes effect directly after the newest entries of these rooms.
         rooms = {"leave": command.names, "disconnect": command.rooms}.get(command.action, ())
-        channels = list(dict.fromkeys(_channels(rooms)))
+        channels = list(dict.fromkeys(channels_of(rooms)))
         self._streams += self._keys.control, *map(self._keys.stream, channels)
         self._words += "c", control.KEEP, len(fields), *fields
         self._words += len(channels), *map(control.at_field, channels)
@@ -210,12 +210,3 @@ class EmitBatch:
         if self._replicas:
             await connection.call("WAIT", self._replicas, _WAIT_MS)
         return rejected if rejected >= 0 else None
-
-
-def _channels(rooms: Iterable[str]) -> Iterator[Channel]:
-    for room in rooms:
-        try:
-            yield channel_of(room)
-        except UnusableEmit:
-            # No client is in such a room.
-            continue

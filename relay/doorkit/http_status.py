@@ -1,6 +1,8 @@
-"""HTTP status codes of relay's errors, and the texts that Go's servers send with a status."""
+"""HTTP status codes of relay's errors, and the error responses of Go's servers."""
 
 from __future__ import annotations
+
+from aiohttp import web
 
 from relay.core.errors import (
     BadRequest,
@@ -31,3 +33,14 @@ GO_STATUS_TEXT = {
 def status_of(error: RelayError) -> int:
     """Return the status of the response to a request that failed with this error."""
     return _BY_ERROR.get(type(error), 400)
+
+
+def go_error(status: int, text: str) -> web.Response:
+    """Return the response of Go's `http.Error`."""
+    return web.Response(
+        status=status,
+        text=f"{text}\n",
+        content_type="text/plain",
+        charset="utf-8",
+        headers={"X-Content-Type-Options": "nosniff"},
+    )

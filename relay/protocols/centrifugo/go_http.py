@@ -9,7 +9,7 @@ from email.message import Message
 from aiohttp import web
 
 from relay.core.slices import next_slice
-from relay.doorkit.http_status import GO_STATUS_TEXT
+from relay.doorkit.http_status import GO_STATUS_TEXT, go_error
 from relay.transports.socket.bodies import BodyRejected, read_large_body
 
 _MAX_FIELDS = 100
@@ -111,17 +111,6 @@ async def _copied(body: bytearray, start: int, end: int) -> bytearray:
     return found
 
 
-def error(status: int, text: str) -> web.Response:
-    """Return the response of Go's http.Error."""
-    return web.Response(
-        status=status,
-        text=f"{text}\n",
-        content_type="text/plain",
-        charset="utf-8",
-        headers={"X-Content-Type-Options": "nosniff"},
-    )
-
-
 def body_error(rejected: BodyRejected) -> web.Response:
     """Return the response to a request whose body was rejected, with net/http's status text."""
-    return error(rejected.status, GO_STATUS_TEXT[rejected.status])
+    return go_error(rejected.status, GO_STATUS_TEXT[rejected.status])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from aiohttp import hdrs, web
 from typing_extensions import override
 
+from relay.doorkit.http_status import go_error
+
 
 class _Bare(web.Response):
     """A response without Content-Type, like Go's responses without a body."""
@@ -35,19 +37,8 @@ def done() -> web.Response:
     return _Bare()
 
 
-def error(status: int, text: str) -> web.Response:
-    """Return the response of Go's `http.Error`."""
-    return web.Response(
-        status=status,
-        text=f"{text}\n",
-        content_type="text/plain",
-        charset="utf-8",
-        headers={"X-Content-Type-Options": "nosniff"},
-    )
-
-
 def no_websocket() -> web.Response:
     """Return the response to a request that is not a websocket handshake."""
-    answer = error(400, "Bad Request")
+    answer = go_error(400, "Bad Request")
     answer.headers["Sec-Websocket-Version"] = "13"
     return answer

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from relay.core.errors import RelayError
 from relay.core.reasons import Reason
-from relay.doorkit.http_status import GO_STATUS_TEXT
+from relay.doorkit.http_status import GO_STATUS_TEXT, go_error
 from relay.protocols.seafile import answers, event_format
 from relay.protocols.seafile.groups import GroupMembers, source_of
 from relay.protocols.seafile.tokens import InvalidSeafileToken
@@ -57,7 +57,7 @@ class EventsHandler:
         except InvalidSeafileToken as exc:
             _log.warning("Rejected a Seafile event from %s: %s", sender, exc)
             self._service.count_rejection(Reason.UNAUTHORIZED)
-            return answers.error(400, "Notification token not match")
+            return go_error(400, "Notification token not match")
         try:
             limit_bytes = self._settings.events_max_bytes
             body = await read_body(request, limit_bytes, "[protocol:seafile] events_max_bytes")
@@ -65,13 +65,13 @@ class EventsHandler:
             self._service.count_rejection(
                 Reason.LIMIT_EXCEEDED if exc.status == 413 else Reason.BAD_REQUEST
             )
-            return answers.error(exc.status, GO_STATUS_TEXT[exc.status])
+            return go_error(exc.status, GO_STATUS_TEXT[exc.status])
         try:
             event = event_format.read(body)
         except event_format.Invalid as exc:
             _log.warning("Rejected a Seafile event from %s: %s", sender, exc)
             self._service.count_rejection(Reason.BAD_REQUEST)
-            return answers.error(500, "")
+            return go_error(500, "")
         except event_format.Unaddressed as exc:
             # Seafile's server ignores such events, and their senders ignore the response.
             _log.warning("Ignored a Seafile event from %s without a library: %s", sender, exc)
@@ -84,7 +84,7 @@ class EventsHandler:
             # Not logged as an exception, because this is not a bug.
             _log.error("Event %s on %s not appended: %s", event.type, event.channel, reason)
             self._service.count_rejection(Reason.UNAVAILABLE)
-            return answers.error(503, "Service Unavailable")
+            return go_error(503, "Service Unavailable")
         return answers.done()
 
     async def _append(self, event: SeafEvent) -> None:

@@ -17,6 +17,7 @@ from typing_extensions import override
 from relay.core.model import Channel, Principal
 from relay.core.slices import for_each
 from relay.doorkit.contract import FrontDoor, ReadsTokens
+from relay.doorkit.http_status import go_error
 from relay.doorkit.open_connections import OpenConnections
 from relay.protocols.seafile import answers
 from relay.protocols.seafile.connection import SeafileClient, SeafileSocket
@@ -161,7 +162,7 @@ async def _bad_request(_request: web.Request) -> web.Response:
 
 
 async def _not_found(_request: web.Request) -> web.Response:
-    return answers.error(404, "404 page not found")
+    return go_error(404, "404 page not found")
 
 
 class SeafileDoor(FrontDoor):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import orjson
@@ -12,10 +12,9 @@ from typing_extensions import override
 from relay.core.model import EntryID
 from relay.core.slices import in_slices
 from relay.doorkit.contract import CommandHandler
-from relay.protocols.socketio.entry_format import UnusableEmit, channel_of
+from relay.protocols.socketio.entry_format import channels_of
 
 if TYPE_CHECKING:
-    from relay.core.model import Channel
     from relay.hub.session import Subscription
     from relay.protocols.socketio.client import SocketClient
 
@@ -54,7 +53,7 @@ class EmitterCommands(CommandHandler):
         if command is None or command.action == "join":
             # A client receives the events after the position at which it joins the room.
             return ()
-        left = set(_channels(command.names))
+        left = set(channels_of(command.names))
         found: list[Subscription] = []
         for client in self._clients:
             if (session := client.session) is None or not command.matches(client):
@@ -95,11 +94,3 @@ def _parse(payload: str) -> _Command | None:
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _channels(rooms: Collection[str]) -> Iterator[Channel]:
-    for room in rooms:
-        try:
-            yield channel_of(room)
-        except UnusableEmit:
-            continue

@@ -20,7 +20,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -63,6 +63,15 @@ def channel_of(room: str) -> Channel:
         return parse_channel(f"{NAMESPACE}:{room}")
     except ValueError as exc:
         raise UnusableEmit(str(exc)) from None
+
+
+def channels_of(rooms: Iterable[str]) -> Iterator[Channel]:
+    """Return the channels of the rooms, without those whose names are too long for any client."""
+    for room in rooms:
+        try:
+            yield channel_of(room)
+        except UnusableEmit:
+            continue
 
 
 def room_of(channel: Channel) -> str:

@@ -14,6 +14,7 @@ import orjson
 from aiohttp import web
 
 from relay.core.reasons import Reason
+from relay.doorkit.http_status import go_error
 from relay.protocols.centrifugo import go_http
 from relay.protocols.centrifugo.administrators.connection import AdminConnection
 from relay.protocols.centrifugo.administrators.node import memory
@@ -85,14 +86,14 @@ class AdminRoutes:
         try:
             fields = await go_http.form(request, _FORM_BYTES)
         except ValueError:
-            return go_http.error(400, "Bad Request")
+            return go_error(400, "Bad Request")
         except BodyRejected as exc:
             return go_http.body_error(exc)
         password = settings.admin_password.get_secret_value().encode()
         given = fields.get("password", b"")
         if not (password and self._key() and hmac.compare_digest(password, given)):
             self._server.context.metrics.refused.labels(Reason.BAD_REQUEST).inc()
-            return go_http.error(400, "Bad Request")
+            return go_error(400, "Bad Request")
         claims = {"aud": _AUDIENCE, "exp": int(time.time()) + _TOKEN_S}
         return _token(jwt.encode(claims, self._key(), algorithm="HS256"))
 
@@ -116,7 +117,7 @@ class AdminRoutes:
     async def _socket(self, request: web.Request) -> web.StreamResponse:
         head = websocket.accept_headers(request)
         if isinstance(head, web.Response):
-            return go_http.error(400, "Bad Request")
+            return go_error(400, "Bad Request")
         settings = self._server.settings
         socket = websocket.WebSocketConnection(
             buffer_bytes=settings.client_queue_max_size,

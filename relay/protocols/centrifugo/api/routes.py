@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from relay.doorkit.http_status import go_error
 from relay.protocols.centrifugo import go_http
 from relay.protocols.centrifugo.api.executor import CommandExecutor, is_signed
 from relay.protocols.centrifugo.api.replies import encode
@@ -56,7 +57,7 @@ class ApiRoutes:
         try:
             body, sign = await self._commands(request, is_json=is_json)
         except ValueError:
-            return go_http.error(400, "Bad Request")
+            return go_error(400, "Bad Request")
         except BodyRejected as exc:
             return go_http.body_error(exc)
         if not settings.insecure_api:
@@ -69,7 +70,7 @@ class ApiRoutes:
         try:
             replies = await self._executor.execute_request(body, ids=_wants_ids(request))
         except InvalidCommand:
-            return go_http.error(400, "Bad Request")
+            return go_error(400, "Bad Request")
         return web.Response(body=encode(replies), content_type="application/json")
 
     async def _commands(
@@ -87,7 +88,7 @@ class ApiRoutes:
 
     def _reject(self, status: int, text: str) -> web.Response:
         self._server.context.metrics.refused.labels(text.lower().replace(" ", "_")).inc()
-        return go_http.error(status, text)
+        return go_error(status, text)
 
     async def _redirect(self, request: web.Request) -> web.Response:
         query = f"?{request.query_string}" if request.query_string else ""

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from relay.doorkit.http_status import go_error
 from relay.doorkit.open_connections import OpenConnections
-from relay.protocols.centrifugo import encoders, go_http
+from relay.protocols.centrifugo import encoders
 from relay.protocols.centrifugo.clients.connection import CentrifugoConnection
 from relay.protocols.centrifugo.server_state import ServerState
 from relay.transports.socket import deflate, websocket
@@ -91,7 +92,7 @@ class ClientRoutes:
         compressed = self._compressed if deflate.is_offered(request) else None
         head = websocket.accept_headers(request, compress=compressed is not None)
         if isinstance(head, web.Response):
-            return go_http.error(400, "Bad Request")
+            return go_error(400, "Bad Request")
         settings = self.server.settings
         socket = websocket.WebSocketConnection(
             buffer_bytes=settings.client_queue_max_size,
