@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from relay.core.go_json import text
 from relay.core.model import Channel, Event
 from relay.core.reasons import Reason
+from relay.core.slices import in_slices
 from relay.protocols.centrifugo import codec, commands
 
 if TYPE_CHECKING:
@@ -96,8 +97,8 @@ class ChannelPresence:
         found = await self._context.presence.read(channel)
         clients, written = self._last
         if found is not clients:
-            # Go sorts the keys of a map.
-            members = (text(client) + b":" + info for client, info in sorted(found.items()))
+            # Go sorts the keys of a map. A channel may have thousands of clients.
+            members = [text(each) + b":" + found[each] async for each in in_slices(sorted(found))]
             written = b"{" + b",".join(members) + b"}"
             self._last = found, written
         return written

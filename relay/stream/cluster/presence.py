@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from relay.core.errors import RelayError, Unavailable
 from relay.core.model import Channel, parse_channel
+from relay.core.slices import in_slices
 from relay.stream.cluster.workers import DEAD_AFTER_S, EXPIRY_S, HEARTBEAT_S
 from relay.stream.connection.pipeline_connection import ReplyError
 
@@ -149,7 +150,7 @@ class ClusterPresence:
         """Return the entries of the hash, grouped by instance."""
         (reply,) = await self._long.call_all([("HGETALL", self._keys.presence(channel))])
         found: dict[str, dict[str, bytes]] = {}
-        for client, value in cast("dict[bytes, bytes]", reply).items():
+        async for client, value in in_slices(cast("dict[bytes, bytes]", reply).items()):
             instance, _, info = value.partition(b"\n")
             theirs = found.setdefault(instance.decode(errors="replace"), {})
             theirs[client.decode(errors="replace")] = info
