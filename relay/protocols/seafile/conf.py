@@ -37,9 +37,10 @@ FILES = ("seafile.conf", "notification.conf", "ccnet.conf", ".env")
 # Minimum length of a reading that is only a part of the key: a shorter one could be guessed.
 _LEAST_PART = 16
 _KEYS = "\n---\n"
-_SPACE = " \t\r\f\v"
-_ESCAPES = {"s": " ", "n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
-_ESCAPE = re.compile(r"\\(.)")
+# White space for GLib.
+_SPACE = " \t\r\f"
+_ESCAPES = {"": "", "s": " ", "n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+_ESCAPE = re.compile(r"\\(.?)", re.DOTALL)
 # NAME=value as a shell reads it: in quotes, or up to white space.
 _VARIABLE = re.compile(
     r"""\s*(?:export\s+)?([A-Za-z_]\w*)=(?:'([^']*)'|"((?:[^"\\]|\\.)*)"|(\S*))(?:\s.*)?"""
@@ -105,7 +106,11 @@ def parse(text: str, read_value: Callable[[str], str] | None = None) -> _Section
 
 
 def unquoted(value: str) -> str:
-    """Remove the quotes around a value, or a single quote at one end."""
+    """Remove the quotes around a value, or a single quote at one end.
+
+    Go's parser also removes white space that is not ASCII, such as U+00A0; GLib does not.
+    """
+    value = value.strip()
     if len(value) >= 2 and value[0] == value[-1] and value[0] in _QUOTES:
         return value[1:-1]
     if value[:1] == '"' and '"' not in value[1:]:

@@ -203,7 +203,9 @@ def test_variables_are_enough() -> None:
         ('"quoted"', ["quoted", '"quoted"']),
         ("a\\sb\\\\c", ["a\\sb\\\\c", "a b\\c"]),
         ("plain#;%", ["plain#;%"]),
-        ("no-break\u00a0", ["no-break\u00a0"]),
+        ("no-break\u00a0", ["no-break", "no-break\u00a0"]),
+        ("tab\v", ["tab", "tab\v"]),
+        ("end\\", ["end\\", "end"]),
     ],
 )
 def test_accepts_each_programs_reading_of_a_key(
