@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -325,6 +326,7 @@ def test_a_thread_holds_the_lock_while_another_forks(valkey: Server, channel: st
     with publisher._lock:
         child = os.fork()
         if not child:
+            signal.alarm(10)
             publisher.publish(channel, "child")
             os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
