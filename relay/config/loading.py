@@ -215,6 +215,8 @@ def after_reload(old: Config, new: Config) -> tuple[Config, list[str]]:
     """
     kept = {name: getattr(new, name) for name in _RELOADED}
     kept["log"] = old.log.model_copy(update={"level": new.log.level})
+    if new.redis.password != old.redis.password:
+        kept["redis"] = old.redis.model_copy(update={"password": new.redis.password})
     limit = new.hub.connections_per_user
     kept["hub"] = old.hub.model_copy(update={"connections_per_user": limit})
     kept["doors"] = {

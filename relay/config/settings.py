@@ -132,7 +132,7 @@ class RedisSettings(Section):
     )
     password: SecretStr = Field(
         SecretStr(""),
-        description="Redis password, used if the URL has none.",
+        description="Redis password, used if the URL has none. After a reload, new connections use the new one.",
     )
     sentinel_password: SecretStr = Field(
         SecretStr(""), description="Password of the Sentinel servers.")
@@ -140,6 +140,11 @@ class RedisSettings(Section):
         "",
         description="PEM file with the certificate authorities for rediss://. Empty: use the authorities of the system.",
     )
+    tls_cert: str = Field(
+        "",
+        description="PEM file with a client certificate for rediss://. Redis requires one unless tls-auth-clients is no.",
+    )
+    tls_key: str = Field("", description="PEM file with the private key of tls_cert. Empty: it is in tls_cert.")
     prefix: str = Field(
         "relay:", max_length=50, pattern=r"^[^\s{}]*$", description="Prefix of every Redis key.")
     connect_timeout_s: float = Field(

@@ -38,7 +38,7 @@ from relay.process.pid_file import pid_file, write_error
 from relay.process.reloading import Reloads
 from relay.process.server import Listening
 from relay.process.start_signals import release_signals
-from relay.stream.connection.connect import check_server, redis_client
+from relay.stream.connection.connect import change_password, check_server, redis_client
 from relay.transports.socket.listener import raise_open_file_limit
 
 if TYPE_CHECKING:
@@ -310,6 +310,7 @@ class Relay:
 
     def _apply(self, config: Config, base: Foundation, parts: Parts) -> None:
         """Use new settings that have passed `check`: namespaces, limits, secrets and log level."""
+        change_password(self._config.redis.password, config.redis.password)
         self._config = config
         parts.tokens.reload(config.jwt)
         parts.rights.policy.reload(config.namespace, http_rights(config, base.http))

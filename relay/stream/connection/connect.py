@@ -17,10 +17,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
+from pydantic import SecretStr
 from redis.asyncio import Redis, Sentinel
 from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.credentials import CredentialProvider
 from redis.exceptions import (
     BusyLoadingError,
     ClusterDownError,
@@ -31,6 +33,7 @@ from redis.exceptions import (
     WatchError,
 )
 from redis.maint_notifications import MaintNotificationsConfig
+from typing_extensions import override
 
 from relay.config.settings import RedisSettings
 from relay.core.errors import ConfigError, RedisUnavailable, RelayError, StartError
@@ -78,6 +81,40 @@ class RefusedForNow(RedisUnavailable):
     def __init__(self, command: str, reply: str) -> None:
         super().__init__(f"{command} is refused now: {reply}")
         self.reply = reply
+
+
+# New passwords by those that the settings of this process contain.
+_changed_passwords: dict[str, str] = {}
+
+
+def change_password(old: SecretStr, new: SecretStr) -> None:
+    """Use another password for new connections: `[redis] password` was changed and reloaded."""
+    known, present = old.get_secret_value(), new.get_secret_value()
+    if known and known != present:
+        for first, latest in list(_changed_passwords.items()):
+            if latest == known:
+                _changed_passwords[first] = present
+        _changed_passwords[known] = present
+
+
+def _present(password: str) -> str:
+    return _changed_passwords.get(password, password)
+
+
+class _Credentials(CredentialProvider):
+    """User and present password, for each new connection of a redis-py client."""
+
+    def __init__(self, endpoint: RedisEndpoint) -> None:
+        self._endpoint = endpoint
+
+    @override
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        user, password = self._endpoint.username, _present(self._endpoint.password)
+        return (user, password) if user else (password,)
+
+    @override
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        return self.get_credentials()
 
 
 def refusal_text(exc: ResponseError) -> str:
@@ -227,6 +264,8 @@ def endpoint_client(endpoint: RedisEndpoint, settings: RedisSettings) -> Redis:
         port=endpoint.port,
         ssl=True,
         ssl_ca_certs=settings.tls_ca or None,
+        ssl_certfile=settings.tls_cert or None,
+        ssl_keyfile=settings.tls_key or settings.tls_cert or None,
         **options,
     )
 
@@ -326,8 +365,8 @@ async def _sentinel(target: _Sentinels, settings: RedisSettings) -> AsyncIterato
 def _options(endpoint: RedisEndpoint, settings: RedisSettings) -> dict[str, Any]:
     return {
         "db": endpoint.db,
-        "username": endpoint.username or None,
-        "password": endpoint.password or None,
+        "credential_provider": _Credentials(endpoint) if endpoint.password else None,
+        "username": None if endpoint.password else endpoint.username or None,
         "socket_connect_timeout": settings.connect_timeout_s,
         "socket_timeout": settings.command_timeout_s,
         "protocol": 3,
@@ -359,7 +398,8 @@ def _parse(settings: RedisSettings) -> RedisEndpoint | _Sentinels:
         user, password = unquote(user, errors="strict"), unquote(password, errors="strict")
     except UnicodeDecodeError:
         raise ConfigError("[redis] url: user or password is not UTF-8") from None
-    base = RedisEndpoint(username=user, password=password or settings.password.get_secret_value())
+    configured = settings.password.get_secret_value()
+    base = RedisEndpoint(username=user, password=password or _present(configured))
     if url.scheme == "unix":
         db = parse_qs(url.query).get("db", ["0"])[0]
         if not url.path or location:
@@ -376,6 +416,11 @@ def _parse(settings: RedisSettings) -> RedisEndpoint | _Sentinels:
             tls = ssl.create_default_context(cafile=settings.tls_ca or None)
         except (OSError, ssl.SSLError) as exc:
             raise ConfigError(f"[redis] tls_ca: cannot be read: {exc}") from exc
+        if settings.tls_cert:
+            try:
+                tls.load_cert_chain(settings.tls_cert, settings.tls_key or None)
+            except (OSError, ssl.SSLError) as exc:
+                raise ConfigError(f"[redis] tls_cert or tls_key: cannot be read: {exc}") from exc
     return replace(base, host=host, port=port, db=_db(url.path.removeprefix("/") or "0"), tls=tls)
 
 

@@ -52,6 +52,7 @@ class Rule(NamedTuple):
 _REMEDY = "Compare the ACL user with docs/redis.md, section 'Create Redis users'"
 _OTHER = Rule(Effect.ONE, "")
 _DENIED = Rule(Effect.NO_RIGHT, _REMEDY)
+_LOGIN = Rule(Effect.NO_RIGHT, "Check user and password in [redis] url, password or password_file")
 _RULES = {
     "LOADING": Rule(Effect.RECONNECT, "Redis is loading its data"),
     "READONLY": Rule(Effect.RECONNECT, "This server is a replica"),
@@ -66,8 +67,8 @@ _RULES = {
     "BUSY": Rule(Effect.PAUSE, "A script is running in Redis; SCRIPT KILL ends it"),
     "TRYAGAIN": Rule(Effect.PAUSE, "A slot of the cluster is being moved"),
     "NOPERM": _DENIED,
-    "NOAUTH": _DENIED,
-    "WRONGPASS": _DENIED,
+    "NOAUTH": _LOGIN,
+    "WRONGPASS": _LOGIN,
     "WRONGTYPE": Rule(
         Effect.ONE, "The key holds something else: rename or delete it, or change [redis] prefix"
     ),
