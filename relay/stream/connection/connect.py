@@ -21,6 +21,7 @@ from pydantic import SecretStr
 from redis.asyncio import Redis, Sentinel
 from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import MasterNotFoundError
 from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
 from redis.exceptions import (
@@ -62,6 +63,7 @@ _ENCODE = (
     " [ is %5B"
 )
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_SENTINEL_CAUSE = re.compile(r" - network:(\w+)")
 _SCHEMES = "embedded, redis://, rediss://, unix:// or sentinel://"
 
 
@@ -232,7 +234,7 @@ async def discover(settings: RedisSettings) -> RedisEndpoint:
         except (RedisError, OSError) as exc:
             asked = ", ".join(f"{host}:{port}" for host, port in target.addresses)
             raise RedisUnavailable(
-                f"no Sentinel at {asked} returned a primary named {target.master}: {exc}"
+                f"no Sentinel at {asked} returned a primary named {target.master}: {_cause(exc)}"
             ) from exc
     return replace(target.endpoint, host=host, port=port)
 
@@ -280,7 +282,15 @@ def translated() -> Iterator[None]:
     except ResponseError as exc:
         raise refusal("Redis", refusal_text(exc)) from exc
     except (RedisError, OSError) as exc:
-        raise RedisUnavailable(f"Redis: {exc}") from exc
+        raise RedisUnavailable(f"Redis: {_cause(exc)}") from exc
+
+
+def _cause(exc: Exception) -> str:
+    """Return the text of an error. That of redis-py about Sentinels contains reprs of clients."""
+    if not isinstance(exc, MasterNotFoundError):
+        return str(exc)
+    causes = _SENTINEL_CAUSE.findall(str(exc))
+    return f"Sentinel has no usable primary ({', '.join(dict.fromkeys(causes)) or 'none known'})"
 
 
 async def command(client: RedisClient, *words: bytes | str | int) -> Any:

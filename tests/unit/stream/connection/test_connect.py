@@ -9,7 +9,14 @@ from redis.exceptions import ReadOnlyError, ResponseError
 
 from relay.config.settings import RedisSettings
 from relay.core.errors import ConfigError, RedisUnavailable
-from relay.stream.connection.connect import CommandRefused, RedisEndpoint, discover, translated
+from relay.stream.connection.connect import (
+    CommandRefused,
+    RedisEndpoint,
+    command,
+    discover,
+    redis_client,
+    translated,
+)
 
 
 @pytest.mark.parametrize(
@@ -79,3 +86,13 @@ def test_redis_py_errors_leave_as_ours() -> None:
         raise RedisConnectionError("gone")
     with pytest.raises(RedisUnavailable), translated():
         raise ReadOnlyError("You can't write against a read only replica.")
+
+
+async def test_sentinels_that_cannot_be_reached_are_named_without_a_repr() -> None:
+    settings = RedisSettings(url="sentinel://127.0.0.1:1,127.0.0.1:2/main", connect_timeout_s=1)
+    expected = r"^no Sentinel at 127.0.0.1:1, 127.0.0.1:2 returned a primary named main: [^<>]*$"
+    with pytest.raises(RedisUnavailable, match=expected):
+        await discover(settings)
+    async with redis_client(settings) as client:
+        with pytest.raises(RedisUnavailable, match=r"\(ConnectionError\)$"):
+            await command(client, "PING")
