@@ -16,6 +16,8 @@ class Reason(StrEnum):
     BAD_REQUEST = "bad_request"
     BAD_MESSAGE = "bad_message"
     UNAUTHORIZED = "unauthorized"
+    INVALID_TOKEN = "invalid_token"  # noqa: S105  # not a secret
+    UNKNOWN_COMMAND = "unknown_command"
     FORBIDDEN = "forbidden"
     LIMIT_EXCEEDED = "limit_exceeded"
     UNAVAILABLE = "unavailable"
@@ -23,11 +25,19 @@ class Reason(StrEnum):
     # A connection is closed.
     STOPPING = "stopping"
     DISCONNECTED = "disconnected"
+    # The client has sent no credential in time.
+    NO_CREDENTIAL = "no_credential"
+    # The client does not receive what is sent to it, for the time that relay or v1 allows.
+    SLOW = "slow"
+    NO_PONG = "no_pong"
+    WRITE_TIMEOUT = "write_timeout"
 
     # A subscription ends.
     REVOKED = "revoked"
     RIGHTS_CHANGED = "rights_changed"
     EXPIRED = "expired"
+    # The credential has become another user's.
+    OTHER_USER = "other_user"
     UNSUBSCRIBED = "unsubscribed"
 
     # Events of a subscription may be missing: a gap.

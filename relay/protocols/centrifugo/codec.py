@@ -15,6 +15,7 @@ import orjson
 from relay.core.go_json import compact, text
 from relay.core.json_array import divide
 from relay.core.model import Event
+from relay.core.reasons import Reason
 from relay.core.slices import in_slices
 from relay.protocols.centrifugo import commands
 from relay.protocols.centrifugo.commands import CentrifugoCommand, InvalidCommand
@@ -53,6 +54,34 @@ ERRORS = frozenset(
         INTERNAL_ERROR,
     }
 )
+
+# v1 has no message for missing events. The client reconnects, recovers from its last message and
+# receives `recovered: false`.
+_MISSING = (
+    Reason.TRIMMED,
+    Reason.DELETED,
+    Reason.OTHER_INCARNATION,
+    Reason.POSITION_AHEAD,
+    Reason.FAILOVER,
+    Reason.UNKNOWN_POSITION,
+)
+# Why a connection is closed: v1's text, and whether the client reconnects.
+CLOSES = {
+    Reason.BAD_MESSAGE: (INVALID_MESSAGE, False),
+    Reason.UNKNOWN_COMMAND: (METHOD_NOT_FOUND, False),
+    Reason.UNAUTHORIZED: (UNAUTHORIZED, False),
+    Reason.INVALID_TOKEN: (INVALID_TOKEN, False),
+    Reason.LIMIT_EXCEEDED: (LIMIT_EXCEEDED, False),
+    Reason.UNAVAILABLE: (INTERNAL_ERROR, True),
+    Reason.NO_CREDENTIAL: ("stale", False),
+    Reason.SLOW: ("slow", False),
+    Reason.WRITE_TIMEOUT: ("error sending message", True),
+    Reason.EXPIRED: ("expired", True),
+    Reason.DISCONNECTED: ("disconnect", False),
+    Reason.STOPPING: ("shutting down", True),
+    **dict.fromkeys(_MISSING, ("insufficient state", True)),
+}
+CLOSE_CODE = 3000
 
 
 class ConnectParams(NamedTuple):
@@ -280,9 +309,11 @@ def unsubscribe_push(channel: str) -> bytes:
     return b'{"method":"unsubscribe","body":%b}' % status_body(channel, status=True)
 
 
-def close_reason(reason: str, *, reconnect: bool) -> str:
-    """Encode the reason of a close frame with code 3000."""
-    return f'{{"reason":"{reason}","reconnect":{"true" if reconnect else "false"}}}'
+def close_reason(reason: Reason, *, reconnects: bool = False) -> str:
+    """Encode the reason of a close frame. `reconnects`: the client reconnects in any case."""
+    text, reconnect = CLOSES[reason]
+    shown = "true" if reconnect or reconnects else "false"
+    return f'{{"reason":"{text}","reconnect":{shown}}}'
 
 
 # ---- client info --------------------------------------------------------------------------------

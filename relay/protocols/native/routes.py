@@ -33,7 +33,7 @@ from relay.protocols.native.credentials import SUBPROTOCOL, principal_of
 from relay.protocols.native.encoders import WEBSOCKET, notice_block, sse_encoder
 from relay.protocols.native.settings import NativeSettings
 from relay.protocols.native.sse_client import SseClient, SubscriptionRejected
-from relay.protocols.native.ws_client import TOO_MUCH, UNAUTHORIZED, WsClient
+from relay.protocols.native.ws_client import CLOSES, WsClient
 from relay.transports.socket import sse, websocket
 from relay.transports.socket.heartbeat import Heartbeat
 from relay.transports.socket.reaper import Reaper
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 # An SSE request waits this long for Redis before its client is asked to reconnect.
 _CONNECTION_S = 5.0
-_NO_PONG = 4408
 _UNUSABLE = Notice("reset", Reason.UNKNOWN_POSITION)
 _PARAMETERS = frozenset({"channel", "token", "envelope"})
 
@@ -87,7 +86,7 @@ class MountedNative(Mounted):
             interval_s=settings.heartbeat_s,
             beat=websocket.PING,
             deadline_s=settings.pong_timeout_s,
-            farewell=websocket.frame_close(_NO_PONG, "no answer to pings"),
+            farewell=websocket.frame_close(CLOSES[Reason.NO_PONG], "no answer to pings"),
         )
 
     @override
@@ -229,7 +228,7 @@ class MountedNative(Mounted):
             context.metrics.refused.labels(exc.code).inc()
             response = take_over(request, accepted, socket)
             socket.write(websocket.frame_text(encoders.error_object(exc)))
-            socket.close_with(UNAUTHORIZED if isinstance(exc, Unauthorized) else TOO_MUCH, str(exc))
+            socket.close_with(CLOSES[exc.code], str(exc))
             return response
         client.session = session
         socket.on_text = client.on_text

@@ -30,13 +30,16 @@ if TYPE_CHECKING:
     from relay.hub.session import Outbox, Session, Subscription
     from relay.protocols.native.settings import NativeSettings
 
-GOING_AWAY = 1001
-BAD_COMMANDS = 4400
-UNAUTHORIZED = 4401
-DISCONNECTED = 4403
-TOO_MUCH = 4429
+# Codes of close frames.
+CLOSES = {
+    Reason.STOPPING: 1001,
+    Reason.BAD_MESSAGE: 4400,
+    Reason.UNAUTHORIZED: 4401,
+    Reason.DISCONNECTED: 4403,
+    Reason.NO_PONG: 4408,
+    Reason.LIMIT_EXCEEDED: 4429,
+}
 _BAD_COMMANDS_ALLOWED = 3
-_CLOSES = {Reason.STOPPING: GOING_AWAY, Reason.DISCONNECTED: DISCONNECTED}
 
 
 class WsClient(Client):
@@ -75,7 +78,7 @@ class WsClient(Client):
         if session is None or session.closed:
             return
         if not self._rate.accept():
-            self.close(TOO_MUCH, LimitExceeded("too many commands"))
+            self.close(Reason.LIMIT_EXCEEDED, LimitExceeded("too many commands"))
             return
         try:
             command = commands.parse_command(text)
@@ -83,7 +86,7 @@ class WsClient(Client):
             self._send(encoders.error_object(exc, exc.ref, exc.channel))
             self._bad += 1
             if self._bad >= _BAD_COMMANDS_ALLOWED:
-                self.close(BAD_COMMANDS, None)
+                self.close(Reason.BAD_MESSAGE)
             return
         channel = getattr(command, "channel", None)
         try:
@@ -154,13 +157,13 @@ class WsClient(Client):
 
     @override
     def expired(self) -> None:
-        self.close(UNAUTHORIZED, Unauthorized("the token has expired"))
+        self.close(Reason.UNAUTHORIZED, Unauthorized("the token has expired"))
 
     @override
     def disconnect(self, reason: Reason) -> None:
         if self.session is not None:
             self.session.offer(frame_text(encoders.notice_object("closing", reason=reason)))
-        self.close(_CLOSES.get(reason, GOING_AWAY), None)
+        self.close(reason)
 
     def send_error(self, error: ClientError | Unavailable, channel: str | None) -> None:
         """Send an error about the query string, which has no `ref`."""
@@ -172,8 +175,8 @@ class WsClient(Client):
         if self.session is not None:
             self.session.reply(frame_text(payload))
 
-    def close(self, code: int, error: ClientError | None) -> None:
-        """Send the error, if any, end the session and close with `code`."""
+    def close(self, reason: Reason, error: ClientError | None = None) -> None:
+        """Send the error, if any, end the session and close the connection."""
         session = self.session
         if session is None or session.closed:
             return
@@ -182,4 +185,4 @@ class WsClient(Client):
         session.write_out()
         session.end()
         if self._outbox is not None:
-            self._outbox.close(frame_close(code, str(error) if error else ""))
+            self._outbox.close(frame_close(CLOSES[reason], str(error) if error else ""))

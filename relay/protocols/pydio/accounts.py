@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from relay.core.errors import Unauthorized, Unavailable
 from relay.core.model import Channel, Principal
+from relay.core.reasons import Reason
 from relay.protocols.pydio.private_messages import BROADCAST, NAMESPACE, workspace
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class AccountMember(Protocol):
     def identity_changed(self, account: Account) -> None:
         """The user's group, masks or workspaces may have changed."""
 
-    def unauthorized(self, reason: str) -> None:
+    def disconnect(self, reason: Reason) -> None:
         """Close the connection: the credentials are invalid, or could not be validated in time."""
 
 
@@ -154,14 +155,14 @@ class Accounts:
         except Unauthorized:
             known = self._known.get(credentials)
             if known is not None:
-                self._end(known, "Pydio session expired")
+                self._end(known, Reason.EXPIRED)
             raise
         known = self._known.get(credentials)
         if known is not None and known.identity.user == identity.user:
             self._accept(known, identity)
             return known
         if known is not None:
-            self._end(known, "another user has logged in")
+            self._end(known, Reason.OTHER_USER)
         account = self._known[credentials] = Account(credentials, identity, self._loop.time())
         self._schedule(account, self._recheck_s())
         return account
@@ -222,7 +223,7 @@ class Accounts:
         elif account.valid:
             left_s = account.checked_at + self._settings.hold_s - self._loop.time()
             if left_s <= 0:
-                self._end(account, "Pydio is unavailable")
+                self._end(account, Reason.UNAVAILABLE)
             else:
                 self._schedule(account, min(left_s, _RETRY_S, self._settings.recheck_s))
 
@@ -231,12 +232,12 @@ class Accounts:
         try:
             identity = await self._server.authenticate(account.credentials)
         except Unauthorized:
-            self._end(account, "Pydio session expired")
+            self._end(account, Reason.EXPIRED)
             return False
         except Unavailable:
             return False
         if identity.user != account.identity.user:
-            self._end(account, "another user has logged in")
+            self._end(account, Reason.OTHER_USER)
             return False
         self._accept(account, identity)
         return True
@@ -251,10 +252,10 @@ class Accounts:
         for member in list(account.members):
             member.identity_changed(account)
 
-    def _end(self, account: Account, reason: str) -> None:
+    def _end(self, account: Account, reason: Reason) -> None:
         self._remove(account)
         for member in list(account.members):
-            member.unauthorized(reason)
+            member.disconnect(reason)
 
     def _remove(self, account: Account) -> None:
         account.valid = False

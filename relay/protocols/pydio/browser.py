@@ -17,7 +17,16 @@ if TYPE_CHECKING:
 
 GOING_AWAY = 1001
 POLICY = 1008
-_CLOSES = {Reason.STOPPING: GOING_AWAY}
+# Code and text of the close frame.
+CLOSES = {
+    Reason.STOPPING: (GOING_AWAY, "stopping"),
+    Reason.DISCONNECTED: (POLICY, "disconnected"),
+    Reason.NO_PONG: (GOING_AWAY, "no response to pings"),
+    Reason.LIMIT_EXCEEDED: (POLICY, "too many messages"),
+    Reason.EXPIRED: (POLICY, "Pydio session expired"),
+    Reason.OTHER_USER: (POLICY, "another user has logged in"),
+    Reason.UNAVAILABLE: (POLICY, "Pydio is unavailable"),
+}
 
 
 class Browser(Registration):
@@ -39,7 +48,7 @@ class Browser(Registration):
         if not self.is_open:
             return
         if not self.within_rate():
-            self._close(POLICY, "too many messages")
+            self.disconnect(Reason.LIMIT_EXCEEDED)
             return
         match codec.parse(text):
             case codec.Register(requested):
@@ -62,18 +71,11 @@ class Browser(Registration):
             self.session.reply(frame_text(content))
 
     @override
-    def unauthorized(self, reason: str) -> None:
-        self._close(POLICY, reason)
-
-    @override
     def disconnect(self, reason: Reason) -> None:
-        self._close(_CLOSES.get(reason, POLICY), reason)
-
-    def _close(self, code: int, reason: str) -> None:
         session = self.session
         if session is None or session.closed:
             return
         session.write_out()
         session.end()
         if self._outbox is not None:
-            self._outbox.close(frame_close(code, reason))
+            self._outbox.close(frame_close(*CLOSES[reason]))

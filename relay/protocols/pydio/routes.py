@@ -10,12 +10,13 @@ from aiohttp import web
 from typing_extensions import override
 
 from relay.core.errors import ClientError, Unauthorized, Unavailable
+from relay.core.reasons import Reason
 from relay.doorkit.contract import FrontDoor, Listener, Mounted
 from relay.doorkit.http_status import status_of
 from relay.doorkit.open_connections import OpenConnections
 from relay.protocols.pydio import codec
 from relay.protocols.pydio.accounts import Account, Accounts
-from relay.protocols.pydio.browser import GOING_AWAY, Browser
+from relay.protocols.pydio.browser import CLOSES, Browser
 from relay.protocols.pydio.credentials import CredentialsReader
 from relay.protocols.pydio.npm.service import NpmService
 from relay.protocols.pydio.outbound import OutboundQueue
@@ -110,7 +111,7 @@ class MountedPydio(Mounted):
             interval_s=settings.heartbeat_s,
             beat=websocket.PING,
             deadline_s=settings.pong_timeout_s,
-            farewell=websocket.frame_close(GOING_AWAY, "no response to pings"),
+            farewell=websocket.frame_close(*CLOSES[Reason.NO_PONG]),
         )
 
     @override

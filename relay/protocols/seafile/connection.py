@@ -547,11 +547,11 @@ class SeafileClient(Client, TokenHolder):
         if self.session is not None:
             self.session.end()
 
-    def close(self, reason: str = "") -> None:
+    def close(self, reason: Reason | None = None) -> None:
         """Send pending events, then close with a close frame."""
         if self.session is not None:
             self.session.write_out()
-        self._socket.close(frame_close(GOING_AWAY, reason))
+        self._socket.close(frame_close(GOING_AWAY, reason or ""))
 
     def hang_up(self, reason: Reason) -> None:
         """Send pending events, then close without a close frame, as Seafile's server does."""

@@ -158,9 +158,8 @@ class SocketClient(Client):
         else:
             self._expect_join()
 
-    def closed(self, reason: str) -> None:
+    def closed(self) -> None:
         """End the session in the hub. The saved session can be resumed for a while."""
-        del reason
         self._stop_timer()
         self._request = None
         self._door.clients.remove(self)

@@ -283,7 +283,7 @@ class Endpoint:
             received = packets.decode_payload(body, engine.version, binary=binary)
         except Malformed:
             self._refuse(exchange, BAD_REQUEST)
-            engine.violated("parse error")
+            engine.violated()
             return
         self._answer(exchange, 200, b"ok", {**headers, "Content-Type": "text/html"})
         engine.receive(received)

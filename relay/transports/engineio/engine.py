@@ -61,7 +61,7 @@ class Engine:
     away: they receive the packet CLOSE, over either transport. Python's clients take a poll's CLOSE
     as final even if the server only restarts.
 
-    `on_closed` is called exactly once, with the reason. No callback follows it. `full` is True
+    `on_closed` is called exactly once. No callback follows it. `full` is True
     while more than `buffer_bytes` wait; writes are still accepted then.
 
     `max_message_bytes` limits one message or request body. Until the owner calls `authorize`, this
@@ -139,7 +139,7 @@ class Engine:
         self.closing = False
         self._dismissed = False
         self.on_message: Callable[[bytes, bool], None] = _ignore_message
-        self.on_closed: Callable[[str], None] | None = None
+        self.on_closed: Callable[[], None] | None = None
         self.on_full: Callable[[], None] = _ignore
         self.on_drained: Callable[[], None] = _ignore
         # State of the heartbeat (`HeartbeatClient`).
@@ -204,12 +204,12 @@ class Engine:
 
     def abort(self) -> None:
         """Close immediately and drop waiting frames. The client reconnects."""
-        self._gone("transport close")
+        self._gone()
 
-    def violated(self, reason: str) -> None:
+    def violated(self) -> None:
         """Close immediately, because the client broke the protocol."""
         self._dismissed = True
-        self._gone(reason)
+        self._gone()
 
     # ---- polling ----------------------------------------------------------------------------
 
@@ -239,10 +239,10 @@ class Engine:
         self._stamps_differ = self._stamps_differ or self._stamp not in (None, stamp)
         self._stamp = stamp
         if is_repeated:
-            self._gone("transport error")
+            self._gone()
             return False
         if self._poll is not None:
-            self.violated("transport error")
+            self.violated()
             return False
         if self.probed:
             # The client finishes its polling request before it sends `5` over the WebSocket.
@@ -257,7 +257,7 @@ class Engine:
     def poll_lost(self) -> None:
         """End the session: the client disconnected while its polling request was waiting."""
         self._poll = None
-        self._gone("transport close")
+        self._gone()
 
     @property
     def is_polling(self) -> bool:
@@ -278,7 +278,7 @@ class Engine:
         # again.
         is_last = self.closing and not self._waiting
         if is_last:
-            self._gone("forced close")
+            self._gone()
             return
         answer, self._poll = self._poll, None
         if answer is not None:
@@ -373,14 +373,14 @@ class Engine:
         self.on_drained()
 
     def _socket_closed(self) -> None:
-        self._gone("transport close")
+        self._gone()
 
     def _on_text(self, text: bytes) -> None:
         self.silent_since = 0
         try:
             packet = from_text(text)
         except Malformed:
-            self.violated("parse error")
+            self.violated()
             return
         self._on_packet(packet)
 
@@ -389,7 +389,7 @@ class Engine:
         try:
             packet = from_binary(data, self.version)
         except Malformed:
-            self.violated("parse error")
+            self.violated()
             return
         self._on_packet(packet)
 
@@ -400,27 +400,27 @@ class Engine:
             self._stranger_packets -= 1
             self._stranger_bytes -= len(packet.data)
             if self._stranger_packets < 0 or self._stranger_bytes < 0:
-                self.violated("transport error")
+                self.violated()
                 return
         if packet.kind == MESSAGE:
             try:
                 self.on_message(packet.data, packet.binary)
             except Malformed:
-                self.violated("parse error")
+                self.violated()
         elif packet.kind == PING and self.version == 3:
             # During polling, too, the pong is sent in order with the other packets.
             self.write(frame(Packet(PONG, packet.data), 3))
         elif packet.kind in (PING, PONG):
             # Heartbeats have one direction per protocol version ("invalid heartbeat direction").
             if packet.kind == PING or self.version == 3:
-                self.violated("transport error")
+                self.violated()
         elif packet.kind == CLOSE:
             poll, self._poll = self._poll, None
             if poll is not None:
                 poll(_NOOP)
-            self._gone("transport close")
+            self._gone()
 
-    def _gone(self, reason: str) -> None:
+    def _gone(self) -> None:
         on_gone, self._on_gone = self._on_gone, None
         if on_gone is None:
             return
@@ -439,4 +439,4 @@ class Engine:
         on_closed, self.on_closed = self.on_closed, None
         self.on_message, self.on_full, self.on_drained = _ignore_message, _ignore, _ignore
         if on_closed is not None:
-            on_closed(reason)
+            on_closed()

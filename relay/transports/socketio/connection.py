@@ -46,7 +46,7 @@ class SocketIoHandler(Protocol):
     def left(self, namespace: str) -> None:
         """Handle a DISCONNECT: the client has left a namespace or given up connecting to it."""
 
-    def closed(self, reason: str) -> None:
+    def closed(self) -> None:
         """Handle the end of the connection, which ends all its namespaces."""
 
 
@@ -114,12 +114,12 @@ class SocketIoConnection:
             raise Malformed("errors come from the server")
         # Otherwise it is an acknowledgement. None was requested.
 
-    def on_closed(self, reason: str) -> None:
+    def on_closed(self) -> None:
         """Tell the handler that the engine has closed."""
         # Without this reference no cycle keeps the connection's objects in memory.
         handler, self._handler = self._handler, None
         if handler is not None:
-            handler.closed(reason)
+            handler.closed()
 
     def _acknowledge(self, namespace: str, number: int) -> Acknowledge:
         def acknowledge(*values: object) -> None:

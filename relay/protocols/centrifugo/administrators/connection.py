@@ -21,6 +21,7 @@ from relay.hub.encoding import SharedEncoder
 from relay.hub.session import Client
 from relay.protocols.centrifugo import codec, commands
 from relay.protocols.centrifugo.api.replies import Reply, encode
+from relay.protocols.centrifugo.clients.interfaces import FatalError
 from relay.protocols.centrifugo.publisher import WATCH, WATCHERS
 from relay.transports.socket.websocket import frame_text
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from relay.protocols.centrifugo.server_state import ServerState
     from relay.protocols.centrifugo.settings import CentrifugoSettings
 
-CLOSE_CODE = 3000
 # Reading pauses while this many frames wait.
 _WAITING = 16
 _SECRETS = frozenset({"secret", "admin_password", "admin_secret"})
@@ -120,11 +120,12 @@ class AdminConnection(Client):
         while self._waiting and self._socket is not None:
             try:
                 await self._answer(self._waiting.popleft())
-            except commands.InvalidCommand as exc:
-                known = str(exc) in (codec.UNAUTHORIZED, codec.METHOD_NOT_FOUND)
-                self.close(str(exc) if known else codec.INVALID_MESSAGE)
+            except FatalError as fatal:
+                self.close(fatal.reason)
+            except commands.InvalidCommand:
+                self.close(Reason.BAD_MESSAGE)
             except RelayError:
-                self.close(codec.INTERNAL_ERROR)
+                self.close(Reason.UNAVAILABLE)
             if self._socket is not None and not self._socket.full:
                 self._socket.resume_reading()
         self._busy = False
@@ -142,20 +143,20 @@ class AdminConnection(Client):
         if method == "connect":
             return self._connect(command)
         if not self._authenticated:
-            raise commands.InvalidCommand(codec.UNAUTHORIZED)
+            raise FatalError(Reason.UNAUTHORIZED)
         if method == "ping":
             return Reply(method, uid, body=b'"pong"')
         if method == "info":
             return Reply(method, uid, body=_info(self._server.settings))
         if not self._executor.has(method):
-            raise commands.InvalidCommand(codec.METHOD_NOT_FOUND)
+            raise FatalError(Reason.UNKNOWN_COMMAND)
         (reply,) = await self._executor.execute([command])
         return reply
 
     def _connect(self, command: CentrifugoCommand) -> Reply:
         given = commands.fields(command.params, strings=("token",), bools=("watch",))
         if not self._server.settings.insecure_admin and not self._is_valid(given.get("token", "")):
-            raise commands.InvalidCommand(codec.UNAUTHORIZED)
+            raise FatalError(Reason.UNAUTHORIZED)
         self._authenticated = True
         if self._socket is not None:
             self._socket.limit_messages(self._server.settings.api_max_bytes)
@@ -199,17 +200,17 @@ class AdminConnection(Client):
     def expire(self) -> None:
         """Close the connection if it has not authenticated."""
         if not self._authenticated:
-            self.close(codec.UNAUTHORIZED)
+            self.close(Reason.UNAUTHORIZED)
 
-    def close(self, reason: str) -> None:
-        """Close with v1's reason. Administrators may always reconnect."""
+    def close(self, reason: Reason) -> None:
+        """Close with v1's text for the reason. Administrators may always reconnect."""
         socket = self._socket
         if socket is None:
             return
         if self._session is not None:
             self._session.write_out()
         self.on_closed()
-        socket.close_with(CLOSE_CODE, codec.close_reason(reason, reconnect=True))
+        socket.close_with(codec.CLOSE_CODE, codec.close_reason(reason, reconnects=True))
 
     # ---- callbacks of the hub -------------------------------------------------------------------
 
@@ -222,12 +223,12 @@ class AdminConnection(Client):
     def refused(self, channel: Channel, error: RelayError) -> None:
         # The channel cannot be read. The page reconnects.
         del channel, error
-        self.close(codec.INTERNAL_ERROR)
+        self.close(Reason.UNAVAILABLE)
 
     @override
     def dropped(self, channel: Channel, notice: Notice) -> None:
         del channel, notice
-        self.close(codec.INTERNAL_ERROR)
+        self.close(Reason.UNAVAILABLE)
 
     @override
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
@@ -241,7 +242,7 @@ class AdminConnection(Client):
 
     @override
     def disconnect(self, reason: Reason) -> None:
-        self.close("shutting down" if reason == Reason.STOPPING else reason)
+        self.close(reason)
 
 
 def _info(settings: CentrifugoSettings) -> bytes:

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from relay.protocols.centrifugo.encoders import CentrifugoEncoder
     from relay.protocols.centrifugo.server_state import ServerState
 
-CLOSE_CODE = 3000
 # Reading pauses while this many commands wait. If the transport cannot pause, the connection is
 # closed when the second limit is exceeded.
 _PAUSE_AT = 64
@@ -54,10 +53,6 @@ _COMMANDS_PER_TURN = 50
 _MAX_UNPARSED = 128
 # Shared by all connections without waiting commands, as in reply_queue.py.
 _EMPTY: deque[ReplySlot | None] = deque(maxlen=0)
-_DISCONNECTS = {
-    Reason.DISCONNECTED: ("disconnect", False),
-    Reason.STOPPING: ("shutting down", True),
-}
 
 
 class ConnectionState(enum.Enum):
@@ -213,7 +208,7 @@ class CentrifugoConnection(Client, CommandContext):
 
         Called if the transport has accepted the frame, or if it has no close code of its own.
         """
-        self.close(codec.LIMIT_EXCEEDED)
+        self.close(Reason.LIMIT_EXCEEDED)
 
     def _process(self) -> None:
         """Start as many waiting commands as possible."""
@@ -233,9 +228,9 @@ class CentrifugoConnection(Client, CommandContext):
                     self._waiting.appendleft(slot)
                     break
         except InvalidCommand:
-            self.close(codec.INVALID_MESSAGE)
+            self.close(Reason.BAD_MESSAGE)
         except FatalError as fatal:
-            self.close(fatal.reason, reconnect=fatal.reconnect)
+            self.close(fatal.reason)
         finally:
             if self._processing is _Processing.RUNNING:
                 self._processing = _Processing.IDLE
@@ -259,12 +254,12 @@ class CentrifugoConnection(Client, CommandContext):
             # memory.
             return False
         if slot is None:
-            raise FatalError(codec.INVALID_MESSAGE)
+            raise FatalError(Reason.BAD_MESSAGE)
         if self.session is None and method != "connect":
-            raise FatalError(codec.UNAUTHORIZED)
+            raise FatalError(Reason.UNAUTHORIZED)
         handler = _METHODS.get(method)
         if handler is None:
-            raise FatalError(codec.METHOD_NOT_FOUND)
+            raise FatalError(Reason.UNKNOWN_COMMAND)
         return handler(self, slot)
 
     def _update_reading(self) -> None:
@@ -278,7 +273,7 @@ class CentrifugoConnection(Client, CommandContext):
     def connect(self, slot: ReplySlot) -> bool:
         """Authenticate. The reply follows when the user's connections have been counted."""
         if self.session is not None:
-            raise FatalError(codec.INVALID_MESSAGE)
+            raise FatalError(Reason.BAD_MESSAGE)
         params = codec.connect_params(slot.command.params)
         grant = self.subscriptions.admitted.__contains__
         principal, expired = credentials.authenticate(self.server, params, self.client, grant)
@@ -294,7 +289,7 @@ class CentrifugoConnection(Client, CommandContext):
                 principal, self.encoder, self, limit=settings.user_connection_limit
             )
         except LimitExceeded:
-            raise FatalError(codec.LIMIT_EXCEEDED) from None
+            raise FatalError(Reason.LIMIT_EXCEEDED) from None
         ttl = settings.connection_lifetime
         if self.closed or self._transport is None or expired:
             session.end()
@@ -339,9 +334,9 @@ class CentrifugoConnection(Client, CommandContext):
         try:
             await command
         except FatalError as fatal:
-            self.close(fatal.reason, reconnect=fatal.reconnect)
+            self.close(fatal.reason)
         except RelayError:
-            self.close(codec.INTERNAL_ERROR, reconnect=True)
+            self.close(Reason.UNAVAILABLE)
 
     @override
     def reply(self, slot: ReplySlot, body: bytes | None, error: str = "", advice: str = "") -> None:
@@ -400,18 +395,16 @@ class CentrifugoConnection(Client, CommandContext):
         self._transport, self._read_control = transport, read_control
         self.server.unauthenticated.add(self)
         if delay := self.server.settings.stale_connection_close_delay:
-            self._stale_timer = self.server.call_later(delay, lambda: self.close("stale"))
+            self._stale_timer = self.server.call_later(
+                delay, lambda: self.close(Reason.NO_CREDENTIAL)
+            )
 
     def on_full(self) -> None:
         """Pause the session: the send buffer is full. The client catches up from the stream."""
         if self.session is not None:
             self.session.pause()
         if self._slow_timer is None and self._transport is not None:
-            self._slow_timer = SlowClientTimer(
-                self.server,
-                self._transport,
-                lambda reason, reconnect: self.close(reason, reconnect=reconnect),
-            )
+            self._slow_timer = SlowClientTimer(self.server, self._transport, self.close)
 
     def on_drained(self) -> None:
         """Resume the session and start waiting commands: the send buffer has room again."""
@@ -438,7 +431,7 @@ class CentrifugoConnection(Client, CommandContext):
         try:
             self.subscriptions.reject(channel, error)
         except FatalError as fatal:
-            self.close(fatal.reason, reconnect=fatal.reconnect)
+            self.close(fatal.reason)
 
     @override
     def dropped(self, channel: Channel, notice: Notice) -> None:
@@ -447,24 +440,21 @@ class CentrifugoConnection(Client, CommandContext):
 
     @override
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
-        # v1 has no message for a gap. The client reconnects, recovers from its last message and
-        # receives `recovered: false`.
-        del subscription, notice
-        self.close("insufficient state", reconnect=True)
+        del subscription
+        self.close(notice.reason)
 
     @override
     def expired(self) -> None:
-        self.close("expired", reconnect=True)
+        self.close(Reason.EXPIRED)
 
     @override
     def disconnect(self, reason: Reason) -> None:
-        text, reconnect = _DISCONNECTS.get(reason, (reason, True))
-        self.close(text, reconnect=reconnect)
+        self.close(reason)
 
     # ---- closing --------------------------------------------------------------------------------
 
-    def close(self, reason: str, *, reconnect: bool = False) -> None:
-        """Close with v1's reason. Do nothing if the connection is closed."""
+    def close(self, reason: Reason) -> None:
+        """Close with v1's text for the reason. Do nothing if the connection is closed."""
         if self.closed:
             return
         self._enter(ConnectionState.CLOSED)
@@ -473,7 +463,7 @@ class CentrifugoConnection(Client, CommandContext):
             self.session.write_out()
         self._release()
         if self._transport is not None:
-            self._transport.close_with(CLOSE_CODE, codec.close_reason(reason, reconnect=reconnect))
+            self._transport.close_with(codec.CLOSE_CODE, codec.close_reason(reason))
 
     def abort(self) -> None:
         """Close without a close frame, as v1 closes unauthenticated clients at shutdown."""

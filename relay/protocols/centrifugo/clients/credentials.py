@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from relay.core.model import Channel, Principal
+from relay.core.reasons import Reason
 from relay.protocols.centrifugo import codec, tokens
 from relay.protocols.centrifugo.clients.interfaces import FatalError
 from relay.protocols.centrifugo.encoders import DOOR
@@ -49,10 +50,10 @@ def check_token(server: ServerState, params: codec.ConnectParams) -> TokenLifeti
     if not tokens.is_signed(
         server.secret, params.token, params.user, params.timestamp, params.info
     ):
-        raise FatalError(codec.INVALID_TOKEN)
+        raise FatalError(Reason.INVALID_TOKEN)
     timestamp = tokens.parse_timestamp(params.timestamp)
     if timestamp is None:
-        raise FatalError(codec.INVALID_MESSAGE)
+        raise FatalError(Reason.BAD_MESSAGE)
     settings = server.settings
     if not settings.connection_lifetime:
         return TokenLifetime(None)

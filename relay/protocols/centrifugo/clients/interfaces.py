@@ -6,17 +6,17 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from relay.core.reasons import Reason
     from relay.hub.session import Session
     from relay.protocols.centrifugo.clients.reply_queue import ReplySlot
 
 
 class FatalError(Exception):
-    """Closes the connection with code 3000. `reason` is v1's text."""
+    """Closes the connection. `codec.CLOSES` has v1's text for the reason."""
 
-    def __init__(self, reason: str, *, reconnect: bool = False) -> None:
+    def __init__(self, reason: Reason) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.reconnect = reconnect
 
 
 class ClientTransport(Protocol):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from relay.core.reasons import Reason
+
 if TYPE_CHECKING:
     import asyncio
 
@@ -15,8 +17,7 @@ if TYPE_CHECKING:
 class SlowClientTimer:
     """Watches one transport from its creation until `cancel`.
 
-    If the client has not received anything within the time limit of the settings, `close` is called
-    with v1's reason and with True if the client may reconnect.
+    If the client has received nothing within the time limit of the settings, it calls `close`.
     """
 
     __slots__ = ("_close", "_server", "_timer", "_transport", "_waiting_bytes")
@@ -25,7 +26,7 @@ class SlowClientTimer:
         self,
         server: ServerState,
         transport: ClientTransport,
-        close: Callable[[str, bool], None],
+        close: Callable[[Reason], None],
     ) -> None:
         self._server = server
         self._transport = transport
@@ -53,6 +54,6 @@ class SlowClientTimer:
         if self._transport.waiting_bytes() < self._waiting_bytes:
             self._start()
         elif self._limit_s() < self._server.settings.client_stalled_s:
-            self._close("error sending message", True)
+            self._close(Reason.WRITE_TIMEOUT)
         else:
-            self._close("slow", False)
+            self._close(Reason.SLOW)

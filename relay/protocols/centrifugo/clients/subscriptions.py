@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from relay.core.errors import Forbidden, RelayError
 from relay.core.model import Channel, parse_channel
+from relay.core.reasons import Reason
 from relay.core.slices import in_slices
 from relay.protocols.centrifugo import channels, codec, encoders, history
 from relay.protocols.centrifugo.clients.interfaces import FatalError
@@ -72,7 +73,7 @@ class Subscriptions:
         """Start a subscription. Return False if another one has to be answered first."""
         params = codec.subscribe(slot.command.params)
         if not params.channel:
-            raise FatalError(codec.INVALID_MESSAGE)
+            raise FatalError(Reason.BAD_MESSAGE)
         settings, connection = self._server.settings, self._connection
         count = len(self._active) + len(self._pending)
         if self._pending and (
@@ -122,7 +123,7 @@ class Subscriptions:
         if session is None or self._connection.closed:
             return
         if not context.is_connected():
-            raise FatalError(codec.INTERNAL_ERROR, reconnect=True)
+            raise FatalError(Reason.UNAVAILABLE)
         position = None if pending.snapshot is None else history.position(pending.snapshot)
         context.subscribe(session, channel, position)
 
@@ -134,7 +135,7 @@ class Subscriptions:
         """
         name = codec.channel_of(slot.command.params)
         if not name:
-            raise FatalError(codec.INVALID_MESSAGE)
+            raise FatalError(Reason.BAD_MESSAGE)
         error, active, session = "", name in self._active, self._connection.session
         if self._server.names.rules(name) is None and not (active and channels.is_foreign(name)):
             error = codec.NAMESPACE_NOT_FOUND
@@ -177,7 +178,7 @@ class Subscriptions:
         if pending is None:
             return
         if not isinstance(error, Forbidden):
-            raise FatalError(codec.INTERNAL_ERROR, reconnect=True)
+            raise FatalError(Reason.UNAVAILABLE)
         self._answer_denied(channel, pending)
 
     def _answer_denied(self, channel: Channel, pending: _PendingSubscription) -> None:

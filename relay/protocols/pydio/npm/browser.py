@@ -104,11 +104,6 @@ class NpmBrowser(Registration):
             session.reply(encoder.content(content, session.subscriptions))
 
     @override
-    def unauthorized(self, reason: str) -> None:
-        del reason
-        self._connection.server_disconnect()
-
-    @override
     def disconnect(self, reason: Reason) -> None:
         if reason == Reason.STOPPING:
             self._connection.stop()

@@ -104,9 +104,8 @@ class NpmClient:
         else:
             self._expect_join()
 
-    def closed(self, reason: str) -> None:
+    def closed(self) -> None:
         """End the session in the hub. The saved session can be resumed for a while."""
-        del reason
         self._stop_timer()
         self.end()
         self.service.clients.remove(self)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from relay.core.reasons import Reason
 from relay.protocols.centrifugo import codec
 
 
@@ -21,3 +22,19 @@ def test_info_has_the_format_of_v1_or_is_dropped(info: bytes, wanted: bytes | No
     if wanted is None:
         wanted = b'{"user":"u","client":"","default_info":{"a":1}}'
     assert codec.client_info(info) == (wanted or None)
+
+
+def test_every_reason_for_closing_has_v1s_text() -> None:
+    """Requests and subscriptions can be rejected for the other reasons. They close nothing."""
+    others = {
+        Reason.BAD_REQUEST,
+        Reason.FORBIDDEN,
+        Reason.REVOKED,
+        Reason.RIGHTS_CHANGED,
+        Reason.UNSUBSCRIBED,
+        Reason.OTHER_USER,
+        Reason.NO_PONG,
+    }
+    assert set(codec.CLOSES) == set(Reason) - others
+    assert codec.close_reason(Reason.SLOW) == '{"reason":"slow","reconnect":false}'
+    assert codec.close_reason(Reason.SLOW, reconnects=True) == '{"reason":"slow","reconnect":true}'

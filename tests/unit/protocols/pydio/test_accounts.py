@@ -8,6 +8,7 @@ from typing import cast
 import aiohttp
 import pytest
 
+from relay.core.reasons import Reason
 from relay.protocols.pydio import accounts as accounts_module
 from relay.protocols.pydio.accounts import Account, Accounts
 from relay.protocols.pydio.credentials import Credentials
@@ -53,7 +54,7 @@ class Browser:
     def identity_changed(self, account: Account) -> None:
         self.changes.put_nowait(account.identity.readable)
 
-    def unauthorized(self, reason: str) -> None:
+    def disconnect(self, reason: Reason) -> None:
         raise AssertionError(reason)
 
 

@@ -57,8 +57,8 @@ class Door:
     def left(self, namespace: str) -> None:
         self.said.append((namespace, "left"))
 
-    def closed(self, reason: str) -> None:
-        self.said.append(reason)
+    def closed(self) -> None:
+        self.said.append("closed")
 
 
 class Wire:
@@ -123,7 +123,7 @@ async def test_a_4x_client_as_captured(new: Wire) -> None:
     new.post(b'451-/axr,["bin",{"_placeholder":true,"num":0}]\x1ebAQL/')
     assert new.door.said[-1] == ("/axr", "bin", [PLACEHOLDER])
     new.post(b"41/axr,\x1e1")
-    assert new.door.said[-2:] == [("/axr", "left"), "transport close"]
+    assert new.door.said[-2:] == [("/axr", "left"), "closed"]
     assert new.gone
 
 
