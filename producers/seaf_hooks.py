@@ -84,27 +84,15 @@ class SeafileHookListener(RunningProducer):
             )
             try:
                 while True:
-                    try:
-                        self._set_holding(await lease.hold())
-                    except RelayError as exc:
-                        # While Redis is unreachable no process can append, so the holder stays.
-                        _log.debug("Could not renew the lease %s: %s", _LEASE, exc)
+                    if (held := await lease.renew()) is not None:
+                        self._set_holding(held)
                     self._remove_old()
                     for channel in list(self._failed) if self._holds else ():
                         self._append(self._failed.pop(channel))
                     await asyncio.sleep(_RENEW_S)
             finally:
                 self._holds = False
-                try:
-                    async with asyncio.timeout(1.0):
-                        await lease.release()
-                except (RelayError, TimeoutError) as exc:
-                    _log.info(
-                        "Could not release the lease %s (%s); it expires in %g s",
-                        _LEASE,
-                        exc,
-                        _LEASE_S,
-                    )
+                await lease.give_up()
 
     def _set_holding(self, holds: bool) -> None:
         if holds and not self._holds:

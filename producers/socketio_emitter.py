@@ -25,7 +25,7 @@ from producers.settings import EmitterSettings
 from producers.socketio_append import EMITS, EmitBatch
 from producers.socketio_log import PubSubLog
 from producers.socketio_wire import Control
-from relay.core.errors import ConfigError, RedisUnavailable, RelayError, Unavailable
+from relay.core.errors import ConfigError, RedisUnavailable, Unavailable
 from relay.core.model import EntryID
 from relay.protocols.socketio.entry_format import Emit, UnusableEmit, channel_of
 from relay.stream.cluster.leases import Lease
@@ -124,30 +124,16 @@ class EmitterListener(RunningProducer):
             )
             try:
                 while True:
-                    try:
-                        held = await lease.hold()
-                    except RelayError as exc:
-                        # While Redis is unreachable no process can append, so the holder stays.
-                        _log.debug("Could not renew the lease %s: %s", _LEASE, exc)
-                    else:
-                        if held and not self._holds.is_set():
-                            _log.info("This process appends Socket.IO emits")
-                            self._holds.set()
-                        elif not held:
-                            self._holds.clear()
+                    held = await lease.renew()
+                    if held and not self._holds.is_set():
+                        _log.info("This process appends Socket.IO emits")
+                        self._holds.set()
+                    elif held is False:
+                        self._holds.clear()
                     await asyncio.sleep(_RENEW_S)
             finally:
                 self._holds.clear()
-                try:
-                    async with asyncio.timeout(1.0):
-                        await lease.release()
-                except (RelayError, TimeoutError) as exc:
-                    _log.info(
-                        "Could not release the lease %s (%s); it expires in %g s",
-                        _LEASE,
-                        exc,
-                        _LEASE_S,
-                    )
+                await lease.give_up()
 
     async def _repeat(self, work: Callable[[], object]) -> None:
         """Run `work` while this process holds the lease. After an error it starts again at the
