@@ -112,7 +112,7 @@ class Metrics:
             for number in range(1, memory.count + 1):
                 ready.labels(str(number)).set_function(partial(memory.ready, number))
 
-    def take_worst_lag(self) -> float:
+    def pop_worst_lag(self) -> float:
         """Return the largest age of an entry since the last call, in seconds."""
         worst, self._worst_lag_s = self._worst_lag_s, 0.0
         return worst

@@ -18,13 +18,14 @@ class ExamineRequest:
     """Request to read the state and rights of a stream in one transaction.
 
     `users` are the fields to read from the rights hash. `own` are the IDs whose entries are needed.
-    With `mark`, the stream and its marker group are created if they do not exist. It is set only
-    after a client's right to read the stream has been confirmed.
+    `context` is for the hub, which receives the request again with the result. With `mark`, the
+    stream and its marker group are created if they do not exist. It is set only after a client's
+    right to read the stream has been confirmed.
     """
 
     users: tuple[str, ...]
     own: tuple[EntryID, ...]
-    token: object
+    context: object
     mark: bool = False
 
 
@@ -119,12 +120,10 @@ class Followed(Protocol):
     def on_read_to_end(self) -> None:
         """Handle a read that returned all entries. It was sent after the last command was read."""
 
-    def on_hole(
-        self, state: StreamState, first_read: EntryID | None, following: int | None
-    ) -> None:
+    def on_gap(self, state: StreamState, first_read: EntryID | None, following: int | None) -> None:
         """Handle the removal of unread entries after `position`.
 
-        `first_read` is the first entry that remains, or None. `following` is as in `untouched`.
+        `first_read` is the first entry that remains, or None. `following` is as in `has_gap`.
         """
 
     def on_unsettled(self) -> None:
@@ -136,11 +135,11 @@ class Followed(Protocol):
     def on_ephemeral(self, event: Event) -> None:
         """Deliver an ephemeral event."""
 
-    def same_life(self, state: StreamState) -> bool:
+    def has_same_incarnation(self, state: StreamState) -> bool:
         """Return True if the state, read with its marker, has the examined incarnation."""
 
-    def untouched(self, state: StreamState, following: int | None) -> bool:
-        """Return True if no unread entry after `position` was removed.
+    def has_gap(self, state: StreamState, following: int | None) -> bool:
+        """Return True if unread entries after `position` were removed.
 
         `following` is the number of entries after it, or None if not all of them were read.
         """

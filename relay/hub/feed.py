@@ -11,7 +11,7 @@ is in one mode:
 * *live*: its cursor is W. Entries go straight to its socket in the turn in which W advances.
 
 A feed is *settled* while its position is known to belong to the current stream. After a lost
-connection, a lost group or a hole, the stream is examined first: clients receive a notice of what
+connection, a lost group or a gap, the stream is examined first: clients receive a notice of what
 may be missing, and all rights are checked again, before delivery continues.
 """
 
@@ -210,7 +210,7 @@ class Feed:
 
     def on_examine_failed(self, request: ExamineRequest, reason: str) -> None:
         """Reject the new subscriptions. The others continue."""
-        taken, recheck = _token(request)
+        taken, recheck = _context_of(request)
         self._recheck |= recheck
         for subscription in taken:
             if not subscription.has_ended:
@@ -218,7 +218,7 @@ class Feed:
 
     def on_examine_lost(self, request: ExamineRequest) -> None:
         """Add the new subscriptions to the next examination."""
-        taken, recheck = _token(request)
+        taken, recheck = _context_of(request)
         self._recheck |= recheck
         for subscription in taken:
             if not subscription.has_ended:
@@ -241,7 +241,7 @@ class Feed:
 
     def on_examined(self, request: ExamineRequest, examined: Examined) -> None:
         """Settle the position, check rights, then place new subscriptions."""
-        taken, recheck = _token(request)
+        taken, recheck = _context_of(request)
         if examined.state.incarnation is None and not request.mark:
             self._request_marker(taken, recheck=recheck, examined=examined)
             return
@@ -447,24 +447,22 @@ class Feed:
         event.after = self.position
         self._live.offer(event)
 
-    def same_life(self, state: StreamState) -> bool:
+    def has_same_incarnation(self, state: StreamState) -> bool:
         """Return True if the state is of the incarnation that was examined."""
         return state.incarnation == self.incarnation
 
-    def untouched(self, state: StreamState, following: int | None) -> bool:
-        """Return True if no unread entry after `position` was removed.
+    def has_gap(self, state: StreamState, following: int | None) -> bool:
+        """Return True if unread entries after `position` were removed.
 
         If both are counted, the entries that were added after it must be those that follow it now.
         """
         if following is not None and self.added is not None:
-            return state.added - self.added == following
+            return state.added - self.added != following
         if self.position < state.max_deleted != self._known_deleted:
-            return False
-        return untrimmed(Position(self.position, self.added), state)
+            return True
+        return not untrimmed(Position(self.position, self.added), state)
 
-    def on_hole(
-        self, state: StreamState, first_read: EntryID | None, following: int | None
-    ) -> None:
+    def on_gap(self, state: StreamState, first_read: EntryID | None, following: int | None) -> None:
         """Notify live clients of removed entries, then wait for an examination, because a
         revocation may be among them."""
         if self._revoked:
@@ -544,15 +542,15 @@ class Feed:
         """Serve all subscriptions whose cursor lies in the page, up to W."""
         if not self.alive or not self.settled:
             return
-        if not self.same_life(page.state):
+        if not self.has_same_incarnation(page.state):
             self.on_unsettled()
             return
-        share = catch_up.SharedPage(self.channel, self.incarnation, request, page, self.position)
+        shared = catch_up.SharedPage(self.channel, self.incarnation, request, page, self.position)
         for subscription in list(self._behind):
             if not subscription.session.paused:
                 held = self._held.get(subscription)
                 stop = held.stop if held else None
-                self.hub.metrics.caught_up(share.serve(subscription, stop))
+                self.hub.metrics.caught_up(shared.serve(subscription, stop))
                 self.catch_up(subscription)
 
     def _refuse(self, subscription: Subscription, error: RelayError) -> None:
@@ -578,5 +576,5 @@ def _is_revoked(subscription: Subscription, body: Revocation) -> bool:
     return subscription.session.principal.user == body.user and bool(as_of and as_of < body.id)
 
 
-def _token(request: ExamineRequest) -> tuple[tuple[Subscription, ...], bool]:
-    return cast("tuple[tuple[Subscription, ...], bool]", request.token)
+def _context_of(request: ExamineRequest) -> tuple[tuple[Subscription, ...], bool]:
+    return cast("tuple[tuple[Subscription, ...], bool]", request.context)

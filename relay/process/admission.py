@@ -55,7 +55,7 @@ class ReadRights(Rights):
             due = time.time() + (self.policy.http.expires_in(principal, channel) or 0.0)
             heapq.heappush(self._due, (due, next(self._numbers), principal, channel))
 
-    def take_due(self, now: float) -> Iterator[tuple[Principal, Channel]]:
+    def pop_due(self, now: float) -> Iterator[tuple[Principal, Channel]]:
         """Yield the expired answers and remove them from the schedule."""
         while self._due and self._due[0][0] <= now:
             _, _, principal, channel = heapq.heappop(self._due)
@@ -104,7 +104,7 @@ class Admission:
         now = time.time()
         for session in self._hub.sessions_expiring(now):
             self._hub.expire(session)
-        for principal, channel in self._rights.take_due(now):
+        for principal, channel in self._rights.pop_due(now):
             if _is_subscribed(self._hub, principal, channel):
                 self._spawn(self._ask_again(principal, channel), name=f"rights {channel}")
 

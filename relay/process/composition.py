@@ -441,7 +441,7 @@ def _heartbeat(
             ready=reader.ready() and reader.settled(),
             connections=len(hub.sessions()),
             streams=len(hub.feeds()),
-            lag_ms=round(base.metrics.take_worst_lag() * 1000),
+            lag_ms=round(base.metrics.pop_worst_lag() * 1000),
             refused=str(refusals),
         )
 

@@ -78,7 +78,7 @@ def test_no_event_is_sent_twice_after_a_failover_that_lost_the_marker() -> None:
 def _blind_to_trims(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (feed, recovery):
         monkeypatch.setattr(module, "untrimmed", lambda _position, _state: True)
-    monkeypatch.setattr(Feed, "untouched", lambda *_: True)
+    monkeypatch.setattr(Feed, "has_gap", lambda *_: False)
 
 
 def _live_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def _pages_of_any_life(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def broken(self: Feed, request: PageRequest, page: Page) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Feed, "same_life", lambda *_: True)
+            patch.setattr(Feed, "has_same_incarnation", lambda *_: True)
             on_page(self, request, page)
 
     monkeypatch.setattr(Feed, "on_page", broken)
@@ -151,7 +151,7 @@ def _every_process_is_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _holes_unheeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Feed, "untouched", lambda *_: True)
+    monkeypatch.setattr(Feed, "has_gap", lambda *_: False)
 
 
 def _examined_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -400,7 +400,7 @@ class Bench:
                 del stream.records[: len(stream.records) - int(count)]
             case ["hole", channel]:
                 feed = streams.followed[Channel(channel)]
-                feed.on_hole(streams.stream(Channel(channel)).state(), None, None)
+                feed.on_gap(streams.stream(Channel(channel)).state(), None, None)
             case ["right", channel, user, value]:
                 streams.stream(Channel(channel)).rights[user] = value.encode()
                 hub.recheck(Channel(channel))

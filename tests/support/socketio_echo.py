@@ -56,7 +56,7 @@ class Echo:
     def left(self, namespace: str) -> None:
         """Do nothing: the client may be in other namespaces."""
 
-    def closed(self, reason: str) -> None:
+    def closed(self) -> None:
         """Forget the connection."""
         self._timer.cancel()
 

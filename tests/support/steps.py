@@ -368,7 +368,7 @@ class Worker:
     def take(self) -> None:
         if self._asked is not None:
             (self.clock.known_at, replies), self._asked = self._asked, None
-            self.live.take(replies)
+            self.live.on_replies(replies)
             self.flush()
 
     def ask_pages(self) -> None:
@@ -380,7 +380,7 @@ class Worker:
     def take_pages(self) -> None:
         if self._asked_pages is not None:
             (self.clock.known_at, replies), self._asked_pages = self._asked_pages, None
-            self.pages.take(replies)
+            self.pages.on_replies(replies)
             self.flush()
 
     def work(self) -> None:

@@ -46,7 +46,7 @@ class ControlReader:
             commands.append(("XRANGE", self._key, f"({self._last}", "+", "COUNT", _COUNT))
         return commands
 
-    def take(self, replies: Sequence[object]) -> bool:
+    def on_replies(self, replies: Sequence[object]) -> bool:
         """Pass on the commands that were read. Return True if there are more."""
         newest = replies[1]
         error = next((reply for reply in replies[1:] if not isinstance(reply, list)), None)

@@ -111,11 +111,11 @@ class History:
         records: list[Record] = []
         events: list[Event] = []
         size = 0
-        take = min(_FIRST_PAGE, self._most) if count else 1
+        most = min(_FIRST_PAGE, self._most) if count else 1
         while True:
             # An ID in parentheses is not part of the range itself.
             newest = f"({records[-1].id}" if records else "+"
-            now, entries = await self._page(channel, newest, take)
+            now, entries = await self._page(channel, newest, most)
             if state is None:
                 state = now
             elif now.incarnation != state.incarnation:
@@ -129,13 +129,13 @@ class History:
                 size += record.size
                 if isinstance(record.body, Event):
                     events.append(record.body)
-            whole = len(entries) < take
+            whole = len(entries) < most
             if whole or len(events) >= count or size >= MAX_BYTES:
                 return Snapshot(state=state, records=records, events=events, whole=whole)
-            take = min(2 * take, count - len(events) + _MORE, self._most)
+            most = min(2 * most, count - len(events) + _MORE, self._most)
 
     async def _page(
-        self, channel: Channel, newest: str, take: int
+        self, channel: Channel, newest: str, most: int
     ) -> tuple[StreamState, list[tuple[bytes, list[bytes]]]]:
         key, primary = self._keys.stream(channel), self._connection.primary
         commands: list[RedisCommand] = [
@@ -146,7 +146,7 @@ class History:
             create_marker(key, new_marker(), primary.certificate, make=False),
             ("XINFO", "STREAM", key),
             ("XINFO", "GROUPS", key),
-            ("XREVRANGE", key, newest, "-", "COUNT", take),
+            ("XREVRANGE", key, newest, "-", "COUNT", most),
             ("EXEC",),
         ]
         info, *_, reply = await self._connection.execute(commands)

@@ -13,8 +13,8 @@ arrive. As a further safeguard, a slow sweep reads every stream.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from relay.core.errors import RedisUnavailable
 from relay.stream.connection.connect import CommandRefused
@@ -32,7 +32,6 @@ _CANARY_S = 60
 CANARY_WRITES = "the canary key"
 # Limits the steps of a sweep, because each of them iterates over all streams.
 _MOST_STEPS = 300
-_T = TypeVar("_T")
 
 
 class Canary:
@@ -110,10 +109,3 @@ def swept_streams(streams: Iterable[Followed], step: int, steps: int) -> list[Fo
     the number of streams and of changes to the others.
     """
     return [stream for stream in streams if hash(stream.channel) % steps == step]
-
-
-def sweep_slices(items: list[_T], slices: int) -> Iterator[list[_T]]:
-    """Yield `items` in about equal parts."""
-    size = max(1, -(-len(items) // max(1, slices)))
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

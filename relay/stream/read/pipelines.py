@@ -1,7 +1,7 @@
 """Build the pipelines of the reader and process their replies: live reads and pages.
 
 These classes do no I/O, so that tests can delay, drop and interleave replies. Call `commands()`,
-send them, and pass the replies to `take()` before the next call of `commands()`.
+send them, and pass the replies to `on_replies()` before the next call of `commands()`.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class LivePipelines:
 
     def retry_paused(self) -> bool:
         """Examine the streams again whose reads were rejected. Return True if there are any."""
-        streams = [stream for stream in self._mode.take_paused() if stream.alive]
+        streams = [stream for stream in self._mode.pop_paused() if stream.alive]
         for stream in streams:
             self.want_examine(stream)
         return bool(streams)
@@ -178,7 +178,7 @@ class LivePipelines:
             self._certify = []
         if self._urgent or self._examine:
             self._add_examinations(sent, commands)
-        for stream in _take(self._read, _READ_BATCH, _UNKNOWN_COUNT):
+        for stream in _pop_streams(self._read, _READ_BATCH, _UNKNOWN_COUNT):
             if not stream.settled:
                 # The examination requests the read. Request an examination, because the last one
                 # may have failed: the key had another type, and has been deleted since.
@@ -203,9 +203,9 @@ class LivePipelines:
         return commands
 
     def _add_examinations(self, sent: _SentPipeline, commands: list[RedisCommand]) -> None:
-        examine = _take(self._urgent, _EXAMINE_BATCH)
+        examine = _pop_streams(self._urgent, _EXAMINE_BATCH)
         if not self.only_urgent and not self._urgent:
-            examine += _take(self._examine, _EXAMINE_BATCH - len(examine))
+            examine += _pop_streams(self._examine, _EXAMINE_BATCH - len(examine))
         if examine:
             # Read this first: the replication ID may change while the connection lasts.
             sent.replication = len(commands)
@@ -219,7 +219,7 @@ class LivePipelines:
             )
             sent.examined.append((stream, request, plain, start, len(commands)))
 
-    def take(self, replies: Sequence[object]) -> None:
+    def on_replies(self, replies: Sequence[object]) -> None:
         """Process the replies in the order of the pipeline.
 
         So rights that were read before an entry are applied before the entry is delivered.
@@ -227,22 +227,22 @@ class LivePipelines:
         sent, self._sent = self._sent, None
         if sent is None:
             return
-        if sent.control and self._control.take(replies[: sent.control_end]):
+        if sent.control and self._control.on_replies(replies[: sent.control_end]):
             self._control_changed = True
         info = None if sent.replication is None else replies[sent.replication]
         if isinstance(info, bytes):
             self._primary.observe(Replication.parse(info))
         for stream, request, plain, start, end in sent.examined:
-            self._take_examined(stream, request, plain, replies[start:end])
+            self._on_examined(stream, request, plain, replies[start:end])
         for stream, count, form, start, end in sent.read:
-            self._take_read(stream, count, form, replies[start:end])
+            self._on_read(stream, count, form, replies[start:end])
             if form.plain:
                 # A plain read does not advance the group in Redis.
                 stream.misaligned = True
         if self._settling and not (self._urgent or self.only_urgent):
             self._settling = False
 
-    def _take_examined(
+    def _on_examined(
         self,
         stream: Followed,
         request: ExamineRequest,
@@ -270,7 +270,7 @@ class LivePipelines:
         if stream.alive and stream.settled and stream.misaligned:
             self._read[stream] = None
 
-    def _take_read(
+    def _on_read(
         self, stream: Followed, count: int, form: _Form, replies: Sequence[object]
     ) -> None:
         swept = stream in self._swept
@@ -297,7 +297,7 @@ class LivePipelines:
             return
         if (self._mode.plain or self._mode.blocked) and self._mode.on_read(plain=plain):
             self._on_groups_restored()
-        if (aligning or plain) and not stream.same_life(state):
+        if (aligning or plain) and not stream.has_same_incarnation(state):
             # The stream was deleted and created again after the examination.
             stream.on_unsettled()
             return
@@ -312,8 +312,8 @@ class LivePipelines:
             self._read[stream] = None
             return
         following = len(entries) if complete else None
-        if not stream.untouched(state, following):
-            stream.on_hole(state, first, following)
+        if stream.has_gap(state, following):
+            stream.on_gap(state, first, following)
             return
         if not complete:
             self._read[stream] = None
@@ -378,7 +378,7 @@ class PagePipelines:
         self._sent.clear()
         self._plain = self._mode.plain
         commands: list[RedisCommand] = []
-        streams = _take(self._pages, min(_PAGE_STREAMS, self._most))
+        streams = _pop_streams(self._pages, min(_PAGE_STREAMS, self._most))
         for stream in streams:
             request = stream.page_request()
             if request is None:
@@ -398,7 +398,7 @@ class PagePipelines:
             self._sent.append(_SentPage(stream, request, count, size_at, start, len(commands)))
         return commands
 
-    def take(self, replies: Sequence[object]) -> None:
+    def on_replies(self, replies: Sequence[object]) -> None:
         """Pass each page to its stream."""
         for stream, request, count, size_at, start, end in self._sent:
             size_bytes = None if size_at is None else replies[size_at]
@@ -467,7 +467,7 @@ def _most_entries(settings: StreamSettings, most_bytes: int) -> int:
     return max(1, min(_MAX_COUNT, most_bytes // settings.max_entry_bytes))
 
 
-def _take(waiting: dict[Followed, None], most: int, entries: int = 1) -> list[Followed]:
+def _pop_streams(waiting: dict[Followed, None], most: int, entries: int = 1) -> list[Followed]:
     """Remove streams from `waiting` whose replies, of about `entries` each, fit one pipeline."""
     taken: list[Followed] = []
     expected_bytes = 0.0

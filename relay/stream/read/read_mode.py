@@ -87,7 +87,7 @@ class ReadMode:
             self.refusals.refused(READS, refusal.reply, "their events are not delivered")
             self.blocked = self.refusals.has(READS)
 
-    def take_paused(self) -> list[Followed]:
+    def pop_paused(self) -> list[Followed]:
         """Return the paused streams and continue them. The caller reads them again."""
         paused, self.paused = list(self.paused), {}
         return paused

@@ -33,7 +33,6 @@ from relay.stream.read import stream_commands
 from relay.stream.read.groups import CERTIFY, group_of
 from relay.stream.read.invalidations import (
     Canary,
-    sweep_slices,
     sweep_steps,
     swept_streams,
 )
@@ -54,7 +53,7 @@ _log = logging.getLogger(__name__)
 _RETRY_S = 1.0
 # Periods of checks of rights: usually, and while rights are missing.
 _RIGHTS_S, _RIGHTS_MISSING_S = 60.0, 5.0
-_NEWS_BATCH = (16, 256)
+_UNREAD_BATCH = (16, 256)
 _RESUME_BATCH = 500
 _DESTROY_BATCH = 256
 
@@ -374,7 +373,9 @@ class StreamReader:
 
     def _parts(self) -> Iterator[list[Followed]]:
         """Yield all followed streams, a few hundred at a time."""
-        return sweep_slices(self.followed(), len(self._followed) // _RESUME_BATCH + 1)
+        streams = self.followed()
+        for start in range(0, len(streams), _RESUME_BATCH):
+            yield streams[start : start + _RESUME_BATCH]
 
     def polled(self, *, control: bool, rights: bool) -> None:
         """Record a reply of Redis to `poll`. Read the control stream or all rights if True."""
@@ -403,7 +404,7 @@ class StreamReader:
                     async for part in in_slices(self._parts()):
                         self._live.all_unsettled(part)
                 streams = deque(self._followed.values())
-                most = _NEWS_BATCH[0]
+                most = _UNREAD_BATCH[0]
                 while streams:
                     batch = [streams.popleft() for _ in range(min(most, len(streams)))]
                     batch = [stream for stream in batch if stream.alive and not stream.settled]
@@ -418,9 +419,9 @@ class StreamReader:
                                 self._live.want_read(stream)
                     # Check many streams at once, unless their new entries are large.
                     if received > self._settings.page_bytes:
-                        most = max(_NEWS_BATCH[0], most // 2)
+                        most = max(_UNREAD_BATCH[0], most // 2)
                     else:
-                        most = min(_NEWS_BATCH[1], most * 2)
+                        most = min(_UNREAD_BATCH[1], most * 2)
                     self._work.set()
             finally:
                 self._live.only_urgent = False
@@ -454,7 +455,7 @@ class StreamReader:
         stream = self._mode.refused
         if stream is None:
             return
-        request = ExamineRequest(users=("",), own=(ZERO_ID,), token=None)
+        request = ExamineRequest(users=("",), own=(ZERO_ID,), context=None)
         commands = stream_commands.examine_commands(
             self._keys, stream, self._group.decode(), request, self._primary, plain=True
         )
@@ -482,7 +483,7 @@ class StreamReader:
             commands = self._live.commands()
             if commands:
                 self._reads.inc()
-                self._live.take(await connection.execute(commands))
+                self._live.on_replies(await connection.execute(commands))
                 self._on_turn()
             if self._live.has_work:
                 self._work.set()
@@ -494,7 +495,7 @@ class StreamReader:
             commands = self._pages.commands()
             if commands:
                 self._page_reads.inc()
-                self._pages.take(await connection.execute(commands))
+                self._pages.on_replies(await connection.execute(commands))
                 self._on_turn()
                 # Wait until the sockets have reported that they are full.
                 await asyncio.sleep(0)

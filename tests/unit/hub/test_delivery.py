@@ -113,7 +113,7 @@ def test_a_format_without_words_for_a_gap_has_its_clients_noticed() -> None:
     feed = hub.feed(NEWS)
     assert feed
     client.on_notice = session.end
-    feed.on_hole(
+    feed.on_gap(
         StreamState(
             exists=True,
             first=EntryID(5, 0),

@@ -61,12 +61,12 @@ class Scene:
             control=ControlReader(KEYS, lambda _command: None, lambda: None),
         )
         self.turns.commands()
-        self.turns.take([0, []])  # the first read of the control stream
+        self.turns.on_replies([0, []])  # the first read of the control stream
 
     def read(self, exec_reply: object) -> list[RedisCommand]:
         self.turns.want_read(self.feed)
         commands = self.turns.commands()
-        self.turns.take([b"OK", *[b"QUEUED"] * (len(commands) - 2), exec_reply])
+        self.turns.on_replies([b"OK", *[b"QUEUED"] * (len(commands) - 2), exec_reply])
         self.hub.flush()
         return commands
 
@@ -178,7 +178,9 @@ def test_a_group_that_was_set_back_is_put_right_and_nothing_comes_twice(scene: S
     scene.read([info(1, 2, added=2, last=2), found(1, 2)])
     commands = scene.turns.commands()
     assert "XGROUP" in names(commands)
-    scene.turns.take([b"OK"] * 6 + [[info(1, 2, added=2, last=2), MARKER, b"", b"", found(2)]])
+    scene.turns.on_replies(
+        [b"OK"] * 6 + [[info(1, 2, added=2, last=2), MARKER, b"", b"", found(2)]]
+    )
     scene.hub.flush()
     assert scene.outbox.writes == [b"1 ", b"2 "]
 
@@ -195,7 +197,7 @@ def test_a_new_link_voids_what_was_asked_on_the_old_one(scene: Scene) -> None:
     scene.turns.commands()
     scene.turns.connected()
     scene.turns.all_unsettled([scene.feed])
-    scene.turns.take([b"OK", b"", b"", [info(1, added=1, last=1), found(1)]])
+    scene.turns.on_replies([b"OK", b"", b"", [info(1, added=1, last=1), found(1)]])
     assert scene.outbox.writes == []
     assert not scene.feed.settled
 
@@ -222,7 +224,7 @@ def test_a_page_of_a_stream_that_is_gone_is_examined(scene: Scene) -> None:
     pages.want(scene.feed)
     assert names(pages.commands()) == ["MULTI", "XINFO", "XINFO", "XRANGE", "EXEC"]
     gone = hiredis.ReplyError("ERR no such key")
-    pages.take([b"OK", b"", b"", b"", [gone, gone, []]])
+    pages.on_replies([b"OK", b"", b"", b"", [gone, gone, []]])
     assert not scene.feed.settled
 
 
@@ -235,7 +237,7 @@ ABORTED = hiredis.ReplyError("EXECABORT Transaction discarded because of previou
 def refuse(scene: Scene, refusal: hiredis.ReplyError) -> None:
     scene.turns.want_read(scene.feed)
     commands = scene.turns.commands()
-    scene.turns.take([b"OK", *[refusal] * (len(commands) - 2), ABORTED])
+    scene.turns.on_replies([b"OK", *[refusal] * (len(commands) - 2), ABORTED])
 
 
 @pytest.mark.parametrize(
@@ -256,7 +258,7 @@ def test_where_groups_are_refused_entries_are_read_without_them(
     assert names(commands) == ["XINFO", "XINFO", "XRANGE", "XINFO"]
     state = info(1, 2, added=2, last=2)
     entries = [[b"%d-0" % number, [b"data", b"%d" % number]] for number in (1, 2)]
-    scene.turns.take([state, MARKER, entries, state])
+    scene.turns.on_replies([state, MARKER, entries, state])
     scene.hub.flush()
     assert scene.outbox.writes == [b"1 2 "]
     assert scene.feed.position == EntryID(2, 0)
@@ -265,7 +267,7 @@ def test_where_groups_are_refused_entries_are_read_without_them(
 def test_a_plain_look_that_was_no_single_moment_is_repeated(scene: Scene) -> None:
     refuse(scene, FULL)
     scene.turns.commands()
-    scene.turns.take([info(added=0, last=0), MARKER, [], info(1, added=1, last=1)])
+    scene.turns.on_replies([info(added=0, last=0), MARKER, [], info(1, added=1, last=1)])
     assert scene.turns.has_work
     assert names(scene.turns.commands()) == ["XINFO", "XINFO", "XRANGE", "XINFO"]
 
@@ -274,7 +276,7 @@ def test_a_plain_read_sees_a_trim_and_another_life(scene: Scene) -> None:
     refuse(scene, FULL)
     scene.turns.commands()
     state = info(3, added=3, last=3)
-    scene.turns.take([state, MARKER, [[b"3-0", [b"data", b"3"]]], state])
+    scene.turns.on_replies([state, MARKER, [[b"3-0", [b"data", b"3"]]], state])
     scene.hub.flush()
     assert scene.outbox.writes == [b"!news:trimmed "]
 
@@ -288,7 +290,7 @@ def test_what_is_refused_in_every_way_is_not_repeated_without_a_pause(
     refuse(scene, denied if plain else busy)
     if plain:
         scene.turns.commands()
-        scene.turns.take([denied] * 4)
+        scene.turns.on_replies([denied] * 4)
     assert not scene.turns.has_work
     scene.turns.retry_paused()
     assert scene.turns.has_work
@@ -313,7 +315,7 @@ def test_streams_with_news_or_waiting_clients_are_examined_before_the_others() -
         assert feed
         turns.want_examine(feed)
     turns.commands()
-    turns.take([0, [], []])
+    turns.on_replies([0, [], []])
     assert turns.settling
     assert not turns.has_work
     has_news = feeds[news]
@@ -372,10 +374,10 @@ def test_a_live_read_asks_for_more_only_after_one_that_was_full(scene: Scene) ->
         numbers = range(last + 1, last + counts[-1] + 1)
         last += counts[-1]
         state = info(*range(1, 9999), added=9998, last=9998)
-        scene.turns.take([b"", b"", b"", [state, found(*numbers)]])
+        scene.turns.on_replies([b"", b"", b"", [state, found(*numbers)]])
     assert counts == [128, 256, 512, 1000, 1000, 1000]
     assert count() == 1000
-    scene.turns.take(
+    scene.turns.on_replies(
         [b"", b"", b"", [info(*range(1, last + 2), added=last + 1, last=last + 1), found(last + 1)]]
     )
     # A stream whose reads are seldom full is read in small steps again.
@@ -398,7 +400,7 @@ def test_a_read_after_a_new_connection_is_bounded_though_no_entry_is_known(scene
         last += counts[-1]
         state = info(*range(1, 9999), added=9998, last=9998)
         groups = [MARKER, b"", b""] if len(commands) > 4 else []
-        scene.turns.take([*[b""] * (len(commands) - 1), [state, *groups, found(*numbers)]])
+        scene.turns.on_replies([*[b""] * (len(commands) - 1), [state, *groups, found(*numbers)]])
     assert counts == [8, 16, 32, 64, 64]
 
 
@@ -432,5 +434,5 @@ def test_a_small_stream_is_read_in_large_pages(size: int | None, counts: list[in
         # The first page returns how many blocks MEMORY USAGE would visit.
         assert (commands[0][0] == "MEMORY") == (number > 0)
         pages.want(feed)
-        pages.take(answers)
+        pages.on_replies(answers)
     assert found_counts == counts
