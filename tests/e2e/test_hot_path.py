@@ -17,12 +17,13 @@ from tests.support.clients import Native, native, stream_key, until
 from tests.support.relay import ROOT, RelayProcess
 from tests.support.valkey import Server
 
-pytestmark = pytest.mark.redis
+# The tracer makes the relay several times slower.
+pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
 
 MOST_FILES, MOST_CALLS = 14, 45
 # The hub calls the protocol's encoder, which calls the transport for the frame, and the metrics.
 ROOMS = ["stream", "hub", "protocols", "transports", "hub", "core", "hub", "transports"]
-TIMES = 10
+TIMES = 5
 
 Calls = list[tuple[str, str]]
 
