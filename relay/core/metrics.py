@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, cast
@@ -15,6 +14,8 @@ from prometheus_client import (
     Metric,
     generate_latest,
 )
+
+from relay.core.clock import RedisClock
 
 if TYPE_CHECKING:
     from relay.core.worker_memory import WorkerMemory
@@ -30,9 +31,16 @@ class _Notified(Protocol):
 class Metrics:
     """Metrics of `/metrics`. Counters are incremented per batch, never per client."""
 
-    def __init__(self, worker: int = 0, memory: WorkerMemory | None = None) -> None:
+    def __init__(
+        self,
+        worker: int = 0,
+        memory: WorkerMemory | None = None,
+        clock: RedisClock | None = None,
+    ) -> None:
         """`worker` is the number of this worker, or 0 if there is only one."""
         self._worker = worker
+        # Ages of entries are differences between two times of Redis.
+        self.clock = clock or RedisClock()
         self.registry = CollectorRegistry(auto_describe=True)
         self.events = Counter(
             "relay_events_total", "Entries read live from streams", registry=self.registry
@@ -125,7 +133,7 @@ class Metrics:
         self.events.inc(entries)
         if offered:
             self._live.inc(offered)
-        age_s = max(0.0, time.time() - last_ms / 1000)
+        age_s = max(0.0, self.clock.now() - last_ms / 1000)
         self.lag.observe(age_s)
         self._worst_lag_s = max(self._worst_lag_s, age_s)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     import aiohttp
 
+    from relay.core.clock import RedisClock
     from relay.core.metrics import Metrics
     from relay.core.model import Channel, EntryID, Event, EventFields, Position, Principal
     from relay.core.stream_interface import Snapshot
@@ -108,9 +109,6 @@ class Store(Protocol):
 
     async def delete(self, name: str) -> None:
         """Delete the value before it expires."""
-
-    async def time_ms(self) -> int:
-        """Return the clock of Redis, which entry IDs are made of, in milliseconds."""
 
 
 class Presence(Protocol):
@@ -222,6 +220,8 @@ class DoorContext:
     is_connected: Callable[[], bool]
     wait_connected: Callable[[], Awaitable[None]]
     metrics: Metrics
+    # The time of Redis, with which entry IDs must be compared.
+    clock: RedisClock
     client_buffer_bytes: int
     # For the native protocol: anyone may read every channel.
     insecure: bool

@@ -124,6 +124,7 @@ class RecoverableSessions(Generic[State]):
         self._work = asyncio.Event()
         self._bus.listen(self._taken_topic, self._on_taken)
         if recovery_s:
+            context.clock.on_jump.append(self._save_all)
             _ = context.spawn(self._run(), name=f"{protocol} sessions")
 
     # ---- resuming ---------------------------------------------------------------------------
@@ -220,6 +221,11 @@ class RecoverableSessions(Generic[State]):
     def _drop(self, pid: str) -> None:
         self._owners.pop(pid, None)
         self._changed.discard(pid)
+
+    def _save_all(self, _jump_s: float) -> None:
+        # The saved sessions may have expired when the clock of Redis was set forward.
+        self._changed.update(self._owners)
+        self._work.set()
 
     async def _run(self) -> None:
         """Save changed sessions at once, and all of them periodically."""

@@ -31,7 +31,7 @@ class ReadRights(Rights):
         self.policy = policy
         # Protocols that cache answers about rights register here. None means every channel or user.
         self.on_drop: list[Callable[[Channel | None, str | None], None]] = []
-        # Answers of the application that local clients depend on, by expiry time.
+        # Answers of the application that local clients depend on, by expiry time (`monotonic`).
         self._due: list[tuple[float, int, Principal, Channel]] = []
         self._numbers = itertools.count()
 
@@ -52,7 +52,7 @@ class ReadRights(Rights):
     def renew_later(self, principal: Principal, channel: Channel) -> None:
         """Request the application's answer again when the cached one expires."""
         if self.policy.http is not None:
-            due = time.time() + (self.policy.http.expires_in(principal, channel) or 0.0)
+            due = time.monotonic() + (self.policy.http.expires_in(principal, channel) or 0.0)
             heapq.heappush(self._due, (due, next(self._numbers), principal, channel))
 
     def pop_due(self, now: float) -> Iterator[tuple[Principal, Channel]]:
@@ -101,10 +101,9 @@ class Admission:
 
     def renew(self) -> None:
         """End clients whose credential has expired, and request expired answers again."""
-        now = time.time()
-        for session in self._hub.sessions_expiring(now):
+        for session in self._hub.sessions_expiring(time.time()):
             self._hub.expire(session)
-        for principal, channel in self._rights.pop_due(now):
+        for principal, channel in self._rights.pop_due(time.monotonic()):
             if _is_subscribed(self._hub, principal, channel):
                 self._spawn(self._ask_again(principal, channel), name=f"rights {channel}")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
-from relay.core.errors import RelayError
+from relay.core.errors import RelayError, Unavailable
 from relay.stream.cluster.active import ActiveChannels
 from relay.stream.cluster.bus import ClusterBus
 from relay.stream.cluster.presence import ClusterPresence
@@ -20,6 +21,7 @@ from relay.stream.write import control
 
 if TYPE_CHECKING:
     from relay.config.settings import RedisSettings
+    from relay.core.clock import RedisClock
     from relay.core.model import Channel, Event
     from relay.stream.connection.primary import Continued
     from relay.stream.format.keys import Keys
@@ -102,6 +104,15 @@ class ClusterServices:
         except RelayError as exc:
             # A periodic job finds them too.
             _log.info("Could not remove the clients of worker %s from presence: %s", dead, exc)
+
+    async def measure(self, clock: RedisClock) -> None:
+        """Ask Redis for its time. Keep what is known of it if Redis is unreachable."""
+        asked_at = time.monotonic()
+        try:
+            seconds, micros = cast("list[bytes]", await self.bus.connection.call("TIME"))
+        except Unavailable:
+            return
+        clock.measured(int(seconds) * 1000 + int(micros) / 1000, asked_at)
 
     async def members(self, group: str) -> frozenset[str]:
         """Return the users of a group that the application stores in Redis."""

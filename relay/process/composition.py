@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from producers.settings import ProducerSection
     from relay.config.loading import Config
     from relay.config.settings import NamespaceSettings, RedisSettings, Section
+    from relay.core.clock import RedisClock
     from relay.core.metrics import Metrics
     from relay.core.model import Channel, EntryID, EventFields, Principal, Record
     from relay.core.worker_memory import Worker
@@ -190,6 +191,7 @@ def build(base: Foundation) -> Parts:
         is_connected=reader.is_connected,
         wait_connected=reader.wait_ready,
         metrics=base.metrics,
+        clock=base.metrics.clock,
         client_buffer_bytes=config.hub.client_buffer_bytes,
         insecure=config.insecure,
     )
@@ -209,6 +211,7 @@ def build(base: Foundation) -> Parts:
     freezes = FreezeDetector()
     freezes.on_wake.append(limiter.on_wake)
     freezes.on_wake.append(cluster.presence.on_wake)
+    base.metrics.clock.on_jump += [limiter.on_wake, cluster.presence.on_wake]
     internal = InternalListener(cluster.bus.address, lambda: directory.key, server.take_internal)
     heartbeat = _heartbeat(base, keys, node, instance, hub, reader, refusals)
     collections = RareCollections()
@@ -224,6 +227,7 @@ def build(base: Foundation) -> Parts:
                 presence=cluster.presence,
                 listeners=listeners,
                 collections=collections,
+                measure_clock=partial(_measure_clock, base.metrics.clock, cluster, refusals),
             ),
             *shared_jobs(
                 client=base.client,
@@ -404,6 +408,12 @@ def _not_ready(base: Foundation, reader: StreamReader) -> str:
     if not reader.settled():
         return "streams are being checked for new entries after a reconnect to Redis"
     return ""
+
+
+async def _measure_clock(clock: RedisClock, cluster: ClusterServices, refusals: Refusals) -> None:
+    await cluster.measure(clock)
+    # `relay status`, `/readyz` and the log name the problem.
+    refusals.note("clock", clock.problem())
 
 
 def _workers_not_ready(base: Foundation) -> str:

@@ -1,5 +1,8 @@
 """All periodic jobs of a worker, with their periods, and the scheduler that runs them.
 
+Periods are measured with the event loop's clock, which nobody can set. APScheduler uses the clock
+of the host: its jobs stand still for an hour if that clock is set back by an hour.
+
 A job that is `shared` runs under a lease in Redis: of all workers of the cluster, only the holder
 runs it. If a job raises a RelayError, for instance because Redis is unavailable, the error is
 logged and the job runs again at its next time. Any other exception is a bug and ends the process.
@@ -9,12 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
-
-from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
 from relay.core.errors import RelayError
 from relay.core.worker_memory import BEAT_S
@@ -44,6 +45,10 @@ _log = logging.getLogger(__name__)
 
 # An expired credential or answer takes effect within a second.
 RIGHTS_S = 0.5
+# A client that is cut right after the clock of Redis was set forward finds its session.
+CLOCK_S = 0.5
+# Spreads the workers' attempts to get a lease.
+_JITTER = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +75,7 @@ def worker_jobs(
     presence: ClusterPresence,
     listeners: SharedListeners | None,
     collections: RareCollections,
+    measure_clock: Callable[[], Awaitable[None]],
 ) -> Iterator[PeriodicJob]:
     """Yield the jobs that each worker runs for itself."""
 
@@ -77,6 +83,7 @@ def worker_jobs(
         admission.renew()
 
     yield PeriodicJob(name="rights", every_s=RIGHTS_S, run=renew)
+    yield PeriodicJob(name="clock", every_s=CLOCK_S, run=measure_clock, at_once=True)
     yield PeriodicJob(
         name="other workers", every_s=HEARTBEAT_S, run=directory.refresh, at_once=True
     )
@@ -123,7 +130,7 @@ def shared_jobs(
 
 
 class JobScheduler:
-    """Runs periodic jobs with APScheduler; `run` must be running."""
+    """Runs periodic jobs; `run` must be running."""
 
     def __init__(
         self, *, client: RedisClient, keys: Keys, instance: str, jobs: Sequence[PeriodicJob]
@@ -141,64 +148,57 @@ class JobScheduler:
             for job in jobs
             if job.shared
         }
-        self._running: set[asyncio.Task[None]] = set()
-        self._failed = asyncio.Event()
-        self._bug: Exception | None = None
-        self._scheduler = AsyncIOScheduler(
-            timezone="UTC",
-            job_defaults={"max_instances": 1, "coalesce": True, "misfire_grace_time": None},
-        )
+        self._has_left = False
 
     async def run(self) -> None:
         """Run the jobs until cancelled. Raise the exception of a job that has a bug."""
-        for job in self.jobs:
-            self._scheduler.add_job(
-                self._run_once,
-                "interval",
-                [job],
-                seconds=job.every_s,
-                # Spread the workers' attempts to get a lease.
-                jitter=job.every_s / 10 if job.shared else None,
-                id=job.name,
-                **({"next_run_time": datetime.now(UTC)} if job.at_once else {}),
-            )
-        self._scheduler.start()
+        loop = asyncio.get_running_loop()
+        tasks = [
+            loop.create_task(self._repeat(job), name=f"periodic job {job.name}")
+            for job in self.jobs
+        ]
         try:
-            await self._failed.wait()
-            if self._bug is not None:
-                raise self._bug
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
         finally:
-            self._scheduler.shutdown(wait=False)
-            await end_all(self._running)
+            await end_all(tasks)
 
     async def leave(self) -> None:
         """Stop the shared jobs and release their leases, so that other workers continue."""
+        self._has_left = True
         for name, lease in self._leases.items():
-            # There are no jobs if the scheduler has stopped because of an error.
-            if self._scheduler.get_job(name) is not None:
-                self._scheduler.remove_job(name)
             try:
                 await lease.release()
             except RelayError as exc:
                 _log.info("Could not release the lease of job %s; it expires soon: %s", name, exc)
 
+    async def _repeat(self, job: PeriodicJob) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time() + (0.0 if job.at_once else self._period_s(job))
+        while True:
+            # Runs that were due while this process or the last run was slow are omitted.
+            await asyncio.sleep(max(0.0, due - loop.time()))
+            try:
+                await self._run_once(job)
+            except RelayError as exc:
+                _log.warning("Skipped job %s: %s; next run in %g s", job.name, exc, job.every_s)
+            except Exception as exc:
+                exc.add_note(f"raised by the periodic job {job.name}")
+                raise
+            due = max(due + self._period_s(job), loop.time())
+
+    @staticmethod
+    def _period_s(job: PeriodicJob) -> float:
+        spread = random.uniform(1 - _JITTER, 1 + _JITTER) if job.shared else 1.0  # noqa: S311
+        return job.every_s * spread
+
     async def _run_once(self, job: PeriodicJob) -> None:
-        task = asyncio.current_task()
-        if task is None or task in self._running:
-            return
-        self._running.add(task)
         lease = self._leases.get(job.name)
-        try:
-            if job.is_wanted() and (lease is None or await lease.hold()):
-                await job.run()
-        except RelayError as exc:
-            _log.warning("Skipped job %s: %s; next run in %g s", job.name, exc, job.every_s)
-        except Exception as exc:  # noqa: BLE001  # `run` raises it
-            exc.add_note(f"raised by the periodic job {job.name}")
-            self._bug = exc
-            self._failed.set()
-        finally:
-            self._running.discard(task)
+        if not job.is_wanted() or (lease is not None and self._has_left):
+            return
+        if lease is None or await lease.hold():
+            await job.run()
 
 
 class _Upkeep:

@@ -359,10 +359,7 @@ def setup(settings: LogSettings, *, worker: int = 0) -> None:
 
 def set_level(level: str) -> None:
     """Set the lowest level to write: debug, info, warning or error."""
-    root = logging.getLogger()
-    root.setLevel(level.upper())
-    # APScheduler logs each run of a job at level info.
-    logging.getLogger("apscheduler").setLevel(max(root.level, logging.WARNING))
+    logging.getLogger().setLevel(level.upper())
 
 
 def reopen() -> None:

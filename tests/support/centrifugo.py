@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Unpack, cast
 
 from relay.config.settings import NamespaceSettings
+from relay.core.clock import RedisClock
 from relay.core.errors import LimitExceeded
 from relay.core.metrics import Metrics
 from relay.core.model import (
@@ -263,6 +264,8 @@ class Context:
     def __init__(self, clock: Clock) -> None:
         self.streams = Streams(clock)
         self.metrics = Metrics()
+        # Redis and the host have the same time.
+        self.clock = RedisClock(wall=clock.time)
         self.hub = self.streams.hub = Hub(
             rights=_Rights(clock),
             metrics=self.metrics,

@@ -33,7 +33,7 @@ def snapshot_size(rules: CentrifugoNamespace) -> int:
 
 
 def retained(snapshot: Snapshot, rules: CentrifugoNamespace, now: float) -> Sequence[Event]:
-    """Return the history at `now` (seconds since the epoch), newest first."""
+    """Return the history at `now` (seconds since the epoch, by Redis), newest first."""
     newest = snapshot.events[: rules.history_size] if rules.has_history else ()
     if not newest or newest[0].id is None:
         return ()

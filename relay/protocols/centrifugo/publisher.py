@@ -42,16 +42,16 @@ class ChannelPublisher:
         self,
         context: DoorContext,
         rules: Callable[[str], CentrifugoNamespace | None],
-        clock: Callable[[], float],
+        redis_time: Callable[[], float],
         stats: Stats,
     ) -> None:
         """`rules` returns a channel's rules, or None if its namespace is unknown.
 
-        `clock` returns seconds since the epoch.
+        `redis_time` returns the time of Redis in seconds since the epoch.
         """
         self._context = context
         self._rules = rules
-        self._clock = clock
+        self._redis_time = redis_time
         self._stats = stats
         # Channels that clients have left in this turn of the loop, with their lifetime in seconds.
         self._left: dict[Channel, int] = {}
@@ -122,7 +122,7 @@ class ChannelPublisher:
         if await self._context.store.get(_left_key(channel)) is not None:
             return True
         snapshot = await self._context.history(channel, 1)
-        return bool(history.retained(snapshot, rules, self._clock()))
+        return bool(history.retained(snapshot, rules, self._redis_time()))
 
     def on_unsubscribed(self, channel: Channel) -> None:
         """Keep the channel active for `history_lifetime` seconds after a client has left."""

@@ -34,9 +34,12 @@ class ServerState:
         clock: Callable[[], float],
         call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle],
     ) -> None:
-        """`clock` returns seconds since the epoch; `call_later` is the event loop's method."""
+        """`clock` returns this host's time in seconds since the epoch, with which the times in
+        tokens are compared; `call_later` is the event loop's method."""
         self.context = context
         self.clock = clock
+        # Compared with the times in entry IDs.
+        self.redis_time = context.clock.now
         self.call_later = call_later
         # These connections have no session in the hub, so shutdown has to abort them separately.
         self.unauthenticated: set[Abortable] = set()
@@ -47,7 +50,7 @@ class ServerState:
             context, lambda channel: self.names.rules(channel), self.stats
         )
         self.publisher = ChannelPublisher(
-            context, lambda channel: self.names.rules(channel), clock, self.stats
+            context, lambda channel: self.names.rules(channel), self.redis_time, self.stats
         )
 
     def reload(self, settings: CentrifugoSettings) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import logging
 import math
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -91,8 +90,7 @@ class SeafileService:
             latest = None
             if certain_at is not None:
                 # Entry IDs contain the time of Redis, which may differ from this host's.
-                ms = await store.time_ms() - math.ceil((time.monotonic() - certain_at) * 1000)
-                latest = EntryID(max(ms, 0), 0)
+                latest = EntryID(max(math.floor(self.context.clock.at_ms(certain_at)), 0), 0)
             stored = await self._stored(name)
             async for repo_id, (position, floor) in in_slices(seen.items()):
                 if latest is not None:

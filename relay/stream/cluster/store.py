@@ -63,12 +63,6 @@ class ClusterStore:
         """Delete the value."""
         await self._call_all([("DEL", self._keys.store(name))])
 
-    async def time_ms(self) -> int:
-        """Return the clock of Redis, which entry IDs are made of, in milliseconds."""
-        (found,) = await self._call_all([("TIME",)])
-        seconds, micros = cast("tuple[bytes, bytes]", found)
-        return int(seconds) * 1000 + int(micros) // 1000
-
     async def _call_all(self, commands: Sequence[RedisCommand]) -> list[object]:
         try:
             return await self._connection.call_all(commands)

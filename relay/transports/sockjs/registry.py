@@ -121,6 +121,11 @@ class SessionRegistry:
             self._timer.cancel()
             self._timer = None
 
+    def on_clock_jump(self, _jump_s: float) -> None:
+        """Register the sessions again: the clock of Redis was set forward."""
+        if self._held:
+            self._spawn(self._refresh(), name="sockjs-refresh")
+
     # ---- inner workings -------------------------------------------------------------------------
 
     def _name(self, session_id: str) -> str:

@@ -95,6 +95,8 @@ class SockJs:
         self._prefix = prefix
         self._sessions = SockJsSessions(options, reaper)
         self._registry = SessionRegistry(door=door, instance=address, store=store, spawn=spawn)
+        # Called when registrations in the store may have expired too early.
+        self.on_clock_jump = self._registry.on_clock_jump
         iframe = prefix + r"/{page:iframe[0-9\-.a-z_]*\.html}"
         self.routes: list[web.AbstractRouteDef] = [
             web.route("*", prefix + "/", self._greeting),

@@ -105,7 +105,7 @@ class ServerCommands:
             snapshot = await self._server.context.history(Channel(name), rules.history_size)
         except RelayError as exc:
             return _unavailable(command, exc, codec.data_body(name))
-        retained = history.retained(snapshot, rules, self._server.clock())
+        retained = history.retained(snapshot, rules, self._server.redis_time())
         await encoders.encode_messages(retained)
         found = codec.list_body(name, map(encoders.message, retained))
         return Reply(command.method, command.uid, body=found)

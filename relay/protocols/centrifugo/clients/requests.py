@@ -122,7 +122,7 @@ async def _history(
         connection.answer(slot, codec.data_body(channel), codec.INTERNAL_ERROR, codec.RETRY)
         return
     if session is not None:
-        retained = history.retained(snapshot, rules, server.clock())
+        retained = history.retained(snapshot, rules, server.redis_time())
         await encoders.encode_messages(retained)
         messages = encoders.visible_messages(session, retained)
         connection.answer(slot, codec.list_body(channel, messages))

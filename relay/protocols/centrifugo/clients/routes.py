@@ -71,6 +71,7 @@ class ClientRoutes:
             forward=context.forward,
             spawn=context.spawn,
         )
+        context.clock.on_jump.append(self._sockjs.on_clock_jump)
         self.routes: list[web.AbstractRouteDef] = [
             # Before SockJS, as in v1.
             web.route("*", f"{prefix}/connection/websocket", self._websocket),

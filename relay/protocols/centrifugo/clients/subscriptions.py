@@ -162,7 +162,7 @@ class Subscriptions:
         if rules is not None and rules.recover:
             last = str(subscription.position.id)
         if rules is not None and pending.snapshot is not None:
-            now = self._server.clock()
+            now = self._server.redis_time()
             missed = history.missed(pending.snapshot, rules, pending.params.last, now)
             messages = encoders.visible_messages(session, missed.events)
             recovered = missed.recovered
