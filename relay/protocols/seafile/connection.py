@@ -8,12 +8,9 @@ the first valid JWT.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import random
-import termios
 import time
-from array import array
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +27,7 @@ from relay.protocols.seafile.event_format import PREFIX, channel_of
 from relay.protocols.seafile.expiries import TokenHolder
 from relay.protocols.seafile.missed import ClientPosition, UncertainPosition
 from relay.protocols.seafile.tokens import InvalidSeafileToken
+from relay.transports.socket.progress import unacknowledged_bytes
 from relay.transports.socket.websocket import WebSocketConnection, frame_close
 
 if TYPE_CHECKING:
@@ -89,20 +87,8 @@ class SeafileSocket(WebSocketConnection):
         # The client may close its socket without a close frame. If it sent data recently and has
         # acknowledged all bytes, it has received everything.
         recently = time.monotonic() - self._received_at < _RECENTLY_S
-        self._complete = recently and not self.waiting_bytes() and not self._unacknowledged()
+        self._complete = recently and not unacknowledged_bytes(self._transport)
         super().eof_received()
-
-    def _unacknowledged(self) -> bool:
-        transport = self._transport
-        connection = None if transport is None else transport.get_extra_info("socket")
-        if connection is None:
-            return True
-        count = array("i", [0])
-        try:
-            fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, count)
-        except OSError:
-            return True
-        return bool(count[0])
 
 
 class _Library:

@@ -251,7 +251,8 @@ class Endpoint:
         waiting = _Poll(
             exchange, engine, self._cors_of(headers), self._refusal(400, UNKNOWN_SID, headers)
         )
-        if not engine.poll(waiting.answer, exchange.request.query.get("t", "")):
+        stamp = exchange.request.query.get("t", "")
+        if not engine.poll(waiting.answer, stamp, exchange.transport):
             self._refuse(exchange, BAD_REQUEST)
         elif not waiting.answered:
             held = HeldRequest(buffer_bytes=self._buffer_bytes, reaper=self._reaper)

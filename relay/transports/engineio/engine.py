@@ -71,6 +71,7 @@ class Engine:
     __slots__ = (
         "_authorized_bytes",
         "_buffer_bytes",
+        "_carrier",
         "_dismissed",
         "_heartbeat",
         "_on_gone",
@@ -86,6 +87,7 @@ class Engine:
         "_waiting",
         "_waiting_bytes",
         "base64_only",
+        "beat_age",
         "beat_slot",
         "closing",
         "full",
@@ -129,6 +131,8 @@ class Engine:
         self._poll: Callable[[bytes | None], None] | None = None
         self._stamp: str | None = None
         self._stamps_differ = False
+        # The connection of the latest polling request. Its answer may still be on its way.
+        self._carrier: asyncio.Transport | None = None
         self._waiting: list[bytes] = []
         self._waiting_bytes = 0
         self._stranger_packets = _STRANGER_PACKETS
@@ -144,6 +148,7 @@ class Engine:
         self.on_drained: Callable[[], None] = _ignore
         # State of the heartbeat (`HeartbeatClient`).
         self.beat_slot = -1
+        self.beat_age = 0
         self.quiet = True
         self.pinged = False
         self.silent_since = 0
@@ -211,14 +216,26 @@ class Engine:
         self._dismissed = True
         self._gone()
 
+    @property
+    def carrier(self) -> asyncio.Transport | None:
+        """The connection that carries the latest data to the client."""
+        return self._socket.carrier if self._socket is not None else self._carrier
+
     # ---- polling ----------------------------------------------------------------------------
 
-    def poll(self, answer: Callable[[bytes | None], None], stamp: str = "") -> bool:
+    def poll(
+        self,
+        answer: Callable[[bytes | None], None],
+        stamp: str = "",
+        carrier: asyncio.Transport | None = None,
+    ) -> bool:
         """Handle a polling request.
 
         `answer` is called once, now or later: with frames, or with None if the session has ended.
         Return False for a request after the upgrade, which a proxy may have repeated, and for a
         second request at the same time, which ends the session (captured: code 400).
+
+        `carrier` is the connection that the answer will be sent on.
 
         A repeated request ends it too. `stamp` is the request's `t`, which most clients change with
         each request. Proxies and browsers repeat a GET request if its connection was lost, for
@@ -244,6 +261,7 @@ class Engine:
         if self._poll is not None:
             self.violated()
             return False
+        self._carrier = carrier
         if self.probed:
             # The client finishes its polling request before it sends `5` over the WebSocket.
             answer(_NOOP)
@@ -297,7 +315,7 @@ class Engine:
 
     def attach(self, socket: WebSocketConnection) -> None:
         """Use this WebSocket for the session from now on."""
-        self._socket = socket
+        self._socket, self._carrier = socket, None
         socket.limit_messages(self.max_message_bytes)
         socket.on_text = self._on_text
         socket.on_binary = self._on_binary
@@ -430,6 +448,7 @@ class Engine:
         self._drop_probe()
         poll, self._poll = self._poll, None
         self._waiting.clear()
+        self._carrier = None
         if poll is not None:
             poll(_CLOSE if self._dismissed else None)
         socket, self._socket = self._socket, None

@@ -41,6 +41,7 @@ class ClientSocket(asyncio.Protocol):
         "_reaper",
         "_silent_since",
         "_transport",
+        "beat_age",
         "beat_slot",
         "bodies",
         "closing",
@@ -67,6 +68,7 @@ class ClientSocket(asyncio.Protocol):
         self.on_closed: Callable[[], None] = _ignore
         # State of the heartbeat. It is stored here to avoid another object per client.
         self.beat_slot = -1
+        self.beat_age = 0
         self.quiet = True
         self.pinged = False
         self._silent_since = 0
@@ -130,6 +132,11 @@ class ClientSocket(asyncio.Protocol):
     def waiting_bytes(self) -> int:
         """Return the number of bytes in the send buffer, without the kernel's buffer."""
         return self._transport.get_write_buffer_size() if self._transport else 0
+
+    @property
+    def carrier(self) -> asyncio.Transport | None:
+        """The connection to the client, or None if it is not open."""
+        return self._transport
 
     # -- for the event loop ----------------------------------------------------------------------
 

@@ -19,6 +19,8 @@ from relay.transports.socket.client_socket import ClientSocket
 from relay.transports.socket.take_over import factory_of, give_back, take_over
 
 if TYPE_CHECKING:
+    import asyncio
+
     from relay.transports.socket.http_connection import HttpFactory
     from relay.transports.socket.reaper import Reaper
 
@@ -138,6 +140,11 @@ class Exchange:
         self.request = request
         self._aiohttp_request = aiohttp_request
         self.response: web.StreamResponse | None = None
+
+    @property
+    def transport(self) -> asyncio.Transport | None:
+        """The connection of the request."""
+        return self._aiohttp_request.transport
 
     def answer(self, answer: HttpAnswer) -> None:
         """Answer immediately."""

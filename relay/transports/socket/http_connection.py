@@ -5,7 +5,7 @@ Time limits, the same on every listener:
 - complete headers within `HEAD_TIMEOUT_S`, counted from the connection's start or from the first
   byte of a later request;
 - `BODY_TIMEOUT_S` for a body (`relay.transports.socket.bodies`);
-- `WRITE_TIMEOUT_S` for a client that does not read its answer;
+- `WRITE_TIMEOUT_S` for a client that does not receive any of its answer;
 - `KEEPALIVE_S` between two requests.
 
 Connections taken over for WebSocket, SSE and polling leave aiohttp, and these limits with it.
@@ -42,6 +42,8 @@ _log = logging.getLogger(__name__)
 
 HEAD_TIMEOUT_S = 15.0
 WRITE_TIMEOUT_S = 30.0
+# At 30 kB/s, a phone's slow link, the largest answers of the protocols take this long.
+_LONGEST_WRITE_S = 300.0
 # Longer than a proxy keeps idle connections (nginx: 60 s), so that the proxy closes them first and
 # no request arrives at a connection that is being closed.
 KEEPALIVE_S = 75.0
@@ -64,7 +66,12 @@ class ConnectionLimits:
         self.bodies = Bodies()
         # Connections from which no complete request head has been received.
         self.heads: Deadlines[HttpConnection] = Deadlines(head_timeout_s, HttpConnection.expire)
-        self.writes: Deadlines[HttpConnection] = Deadlines(WRITE_TIMEOUT_S, HttpConnection.abort)
+        self.writes: Deadlines[HttpConnection] = Deadlines(
+            WRITE_TIMEOUT_S,
+            HttpConnection.abort,
+            carrier=lambda connection: connection.transport,
+            longest_s=_LONGEST_WRITE_S,
+        )
         self.discards: Deadlines[_Discard] = Deadlines(_DISCARD_S, _Discard.abort)
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         # The rest of the descriptors is for clients that have sent a request.
@@ -264,6 +271,13 @@ class HttpConnection(RequestHandler):
         start_time: float | None,
         request_handler: Callable[[BaseRequest], Awaitable[StreamResponse]],
     ) -> tuple[StreamResponse, bool]:
+        if "Sec-WebSocket-Key" in request.headers and "Upgrade" not in request.headers:
+            _log.warning(
+                "A proxy at %s removes the header Upgrade from WebSocket requests, so they are"
+                " rejected; it must pass on Upgrade and Connection over HTTP/1.1; see"
+                " 'Troubleshooting' in docs/operators.md",
+                request.remote,
+            )
         if request.headers.get("Expect", "100-continue").lower() != "100-continue":
             # aiohttp would put the header's value into the answer, and fail if it is not UTF-8.
             request_handler = _reject_expectation

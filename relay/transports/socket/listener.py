@@ -20,7 +20,7 @@ import logging
 import os
 import resource
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from aiohttp import web
@@ -116,20 +116,21 @@ class GuardedSite(web.BaseSite):
     def __init__(
         self,
         runner: web.BaseRunner,
-        host: str,
+        hosts: str | Sequence[str],
         port: int,
         *,
         ssl_context: ssl.SSLContext | None = None,
         reuse_port: bool = False,
         limits: ConnectionLimits | None = None,
     ) -> None:
-        """`limits` are shared by all listeners of this process."""
+        """`hosts` are names and addresses; none means all addresses of both families. `limits` are
+        shared by all listeners of this process."""
         super().__init__(runner, ssl_context=ssl_context, backlog=_BACKLOG)
         self._limits = limits or ConnectionLimits()
         self.serve(runner)
         # While this worker stops, `make_handler` rejects new clients; sessions are still served.
         self._first_handler = self.make_handler
-        self._host = host
+        self._hosts = (hosts,) if isinstance(hosts, str) else hosts
         self._port = port
         self._reuse_port = reuse_port
         # If the limit is small, as in some containers, reserve an eighth of it.
@@ -148,7 +149,8 @@ class GuardedSite(web.BaseSite):
     def name(self) -> str:
         """The address as a URL with the bound port."""
         scheme = "https" if self._ssl_context else "http"
-        host = f"[{self._host}]" if ":" in self._host else self._host or "0.0.0.0"  # noqa: S104 - only shown
+        host = next(iter(self._hosts), "0.0.0.0")  # noqa: S104 - only shown
+        host = f"[{host}]" if ":" in host else host
         return f"{scheme}://{host}:{self._port}"
 
     @property
@@ -166,9 +168,14 @@ class GuardedSite(web.BaseSite):
         await super().start()
         loop = asyncio.get_running_loop()
         batch = _ASYNCIO_BATCH if isinstance(loop, asyncio.BaseEventLoop) else self._backlog
+        if not self._port and len(self._hosts) != 1:
+            # Otherwise each address would get another port.
+            with socket.socket() as free:
+                free.bind(("", 0))
+                self._port = free.getsockname()[1]
         server = await loop.create_server(
             lambda: _Gate(self),
-            self._host or None,
+            self._hosts or None,
             self._port,
             ssl=self._ssl_context,
             ssl_handshake_timeout=_HANDSHAKE_S if self._ssl_context else None,

@@ -131,7 +131,7 @@ class StreamReceiver(ClientSocket):
 class PollReceiver(HeldRequest):
     """A request that is answered with one frame (xhr, jsonp)."""
 
-    __slots__ = ("_exchange", "_framing", "_headers", "_waiting", "finished", "session")
+    __slots__ = ("_exchange", "_framing", "_headers", "_sent_on", "_waiting", "finished", "session")
 
     def __init__(
         self,
@@ -148,11 +148,18 @@ class PollReceiver(HeldRequest):
         super().__init__(buffer_bytes=buffer_bytes, reaper=reaper)
         self.session: SockJsSession | None = session
         self.finished = False
+        # The connection outlives this object.
+        self._sent_on = exchange.transport
         # None after `wait`. A frame before that is sent as the immediate answer.
         self._exchange: Exchange | None = exchange
         self._framing = framing
         self._headers = headers
         self._waiting = waiting
+
+    @property
+    @override
+    def carrier(self) -> asyncio.Transport | None:
+        return self._sent_on
 
     def wait(self) -> None:
         """Hold the request until there is a frame."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 from relay.transports.sockjs.frames import GO_AWAY, HEARTBEAT, OPEN, STILL_OPEN, close_frame
 
 if TYPE_CHECKING:
+    import asyncio
+
     from relay.transports.socket.deadlines import Deadlines
 
 
@@ -23,6 +25,10 @@ class Receiver(Protocol):
     full: bool
     # The receiver accepts no more frames: an answered poll, or a stream at its size limit.
     finished: bool
+
+    @property
+    def carrier(self) -> asyncio.Transport | None:
+        """The connection. It may still carry the last frames when `finished` is True."""
 
     def send(self, frame: bytes) -> bool:
         """Send one frame without messages. See `send_messages`."""
@@ -93,6 +99,7 @@ class SockJsSession:
 
     __slots__ = (
         "_buffer_bytes",
+        "_carrier",
         "_close_frame",
         "_detached",
         "_open_sent",
@@ -132,6 +139,7 @@ class SockJsSession:
         self._buffer_bytes = buffer_bytes
         self._detached = detached
         self._receiver: Receiver | None = None
+        self._carrier: asyncio.Transport | None = None
         self._pending: list[bytes] = []
         self._pending_bytes = 0
         self._open_sent = False
@@ -217,7 +225,7 @@ class SockJsSession:
             return
         if self._detached is not None:
             self._detached.remove(self)
-        self._receiver = receiver
+        self._receiver, self._carrier = receiver, None
         if not self._open_sent:
             self._open_sent = True
             receiver.send(OPEN)
@@ -282,6 +290,11 @@ class SockJsSession:
                 self._receiver = None
             self.abort()
 
+    @property
+    def carrier(self) -> asyncio.Transport | None:
+        """The connection of the last response, which the browser may still be receiving."""
+        return self._carrier
+
     def expire(self) -> None:
         """Remove the session, because it has had no receiver for too long."""
         self._remove()
@@ -294,7 +307,8 @@ class SockJsSession:
             (self.on_full if full else self.on_drained)()
 
     def _detach(self) -> None:
-        self._receiver = None
+        receiver, self._receiver = self._receiver, None
+        self._carrier = receiver.carrier if receiver is not None else None
         if self._state is SessionState.REMOVED:
             return
         if self._detached is not None:
@@ -315,7 +329,7 @@ class SockJsSession:
     def _remove(self) -> None:
         if self._state is not SessionState.REMOVED:
             self._enter(SessionState.REMOVED)
-        self._receiver = None
+        self._receiver = self._carrier = None
         self._pending.clear()
         self._pending_bytes = 0
         if self._detached is not None:

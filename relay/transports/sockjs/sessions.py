@@ -24,6 +24,7 @@ from relay.transports.sockjs.session import SockJsSession
 _XHR_PRELUDE = b"h" * 2048 + b"\n"
 # Opera's EventSource requires a blank line first.
 _EVENTSOURCE_PRELUDE = b"\r\n"
+_LONGEST_DOWNLOAD_S = 300.0
 _PONG_S = 10.0
 # Upper limit of the open frame and the framing of one message frame together.
 _FRAME_BYTES = 64
@@ -67,7 +68,11 @@ class SockJsSessions:
         self._by_id: dict[str, SockJsSession] = {}
         self._silent: set[str] = set()
         self._detached: Deadlines[SockJsSession] = Deadlines(
-            options.disconnect_s, SockJsSession.expire
+            options.disconnect_s,
+            SockJsSession.expire,
+            # The browser sends its next request when it has received the last response.
+            carrier=lambda session: session.carrier,
+            longest_s=_LONGEST_DOWNLOAD_S,
         )
         self._framing = {
             "xhr": Framing(frames.xhr),

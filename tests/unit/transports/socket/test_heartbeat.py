@@ -12,6 +12,7 @@ from aiohttp import web
 from relay.transports.socket import sse
 from relay.transports.socket.client_socket import ClientSocket
 from relay.transports.socket.heartbeat import Heartbeat
+from relay.transports.socket.progress import acknowledged_bytes
 from relay.transports.socket.reaper import Reaper
 from relay.transports.socket.take_over import take_over
 from relay.transports.socket.websocket import (
@@ -128,21 +129,25 @@ def test_a_deadline_longer_than_the_interval_is_kept(run: Run, reaper: Reaper) -
     run(main())
 
 
-def test_a_stream_gets_a_heartbeat_only_if_nothing_else_was_written(
-    run: Run, reaper: Reaper
-) -> None:
+def test_a_stream_is_never_silent_for_longer_than_the_interval(run: Run, reaper: Reaper) -> None:
+    """Whenever the last event was written: a heartbeat of a whole round must not be omitted."""
+
     async def main() -> None:
         heartbeat = Heartbeat(interval_s=2.0, beat=b":\n\n", only_quiet=True)
         door = Door(reaper, heartbeat)
         async with connected(door, GET) as (client, reader, _):
-            turn(heartbeat, SLOTS)
-            client.write(b"data: 1\n\n")
-            turn(heartbeat, SLOTS)
-            client.write(b"data: 2\n\n")
-            turn(heartbeat, 2 * SLOTS)
-            client.close(b"end")
-            turn(heartbeat, SLOTS)
-            assert await reader.read() == b":\n\ndata: 1\n\ndata: 2\n\n:\n\nend"
+            # A busy stream needs no heartbeats.
+            for _ in range(2 * SLOTS):
+                client.write(b"data: 1\n\n")
+                turn(heartbeat, 1)
+            assert await reader.readexactly(2 * SLOTS * 9) == b"data: 1\n\n" * 2 * SLOTS
+            for written_at in range(SLOTS):
+                turn(heartbeat, written_at)
+                client.write(b"data: 2\n\n")
+                turn(heartbeat, SLOTS)
+                received = await reader.readuntil(b"data: 2\n\n:\n\n")
+                # At most one more than the interval needs.
+                assert received.count(b":\n\n") <= 3
 
     run(main())
 
@@ -179,14 +184,46 @@ def test_a_client_that_pings_is_not_pinged(run: Run, reaper: Reaper) -> None:
     async def main() -> None:
         heartbeat = only_silent()
         async with connected(Door(reaper, heartbeat), HANDSHAKE) as (client, reader, writer):
-            for _ in range(3):
+            for _ in range(6):
                 writer.write(masked(9, b"mine"))
                 assert await reader.readexactly(6) == b"\x8a\x04mine"
-                turn(heartbeat, SLOTS)
+                turn(heartbeat, SLOTS // 2)
             assert not client.closing
             assert not client.silent_since
             turn(heartbeat, SLOTS)
             assert await reader.readexactly(2) == PING
+
+    run(main())
+
+
+def test_a_client_that_receives_is_not_closed_however_late_its_pong(
+    run: Run, reaper: Reaper
+) -> None:
+    """A slow link: the ping waits behind other data. The pong's time begins when it has left."""
+
+    async def main() -> None:
+        heartbeat = pings()
+        async with connected(Door(reaper, heartbeat), HANDSHAKE) as (client, reader, _):
+            transport = client.carrier
+            assert transport is not None
+            # The buffer does not become full.
+            transport.set_write_buffer_limits(high=50_000_000)
+            payload = frame_text(b"x" * 40_000_000)
+            client.write(payload)
+            left = len(payload)
+            while left > 20_000_000:
+                known = acknowledged_bytes(transport)
+                await reader.readexactly(2_000_000)
+                left -= 2_000_000
+                while acknowledged_bytes(transport) == known:
+                    await asyncio.sleep(0)
+                # The deadline, and one check.
+                turn(heartbeat, SLOTS)
+                assert not client.closing
+            await reader.readexactly(left)
+            # Everything has left now, but the client does not respond.
+            turn(heartbeat, 3 * SLOTS)
+            assert client.closing
 
     run(main())
 

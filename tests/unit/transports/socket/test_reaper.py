@@ -9,6 +9,8 @@ from tests.unit.transports.serving import Run
 
 
 class Socket:
+    carrier = None
+
     def __init__(self) -> None:
         self.aborted = asyncio.Event()
         self.at = 0.0

@@ -42,6 +42,8 @@ class FakeReceiver:
     A frame that is longer than the limit fits into a stream that has sent nothing else.
     """
 
+    carrier = None
+
     def __init__(self, *, poll: bool) -> None:
         self.poll = poll
         self.full = False
