@@ -8,6 +8,7 @@ import ipaddress
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import hiredis
@@ -19,8 +20,10 @@ from redis.asyncio import Redis
 
 from relay.config.settings import RedisSettings
 from relay.core.errors import RedisUnavailable
+from relay.stream.connection import pipeline_connection
 from relay.stream.connection.connect import CommandRefused, command, discover, redis_client
 from relay.stream.connection.pipeline_connection import PipelineConnection
+from tests.support.cutter import cutting
 from tests.support.valkey import Flavour, SentinelServer, Server, running
 
 pytestmark = pytest.mark.redis
@@ -68,6 +71,30 @@ async def test_replies_come_in_order_and_errors_among_them(server: Server) -> No
         with pytest.raises(CommandRefused, match="XADD: ERR") as refused:
             await connection.call("XADD", STREAM, "1-1", "data", "again")
         assert refused.value.code == "ERR"
+
+
+async def test_an_idle_link_whose_bytes_are_dropped_is_noticed(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A firewall has forgotten the connection: neither end is told."""
+    monkeypatch.setattr(pipeline_connection, "_IDLE_S", 0.1)
+    loop = asyncio.get_running_loop()
+    lost: asyncio.Future[Exception | None] = loop.create_future()
+    messages: asyncio.Queue[list[object]] = asyncio.Queue()
+    async with cutting(server.port) as cutter:
+        settings = server.settings().model_copy(update={"command_timeout_s": 0.5})
+        endpoint = replace(await discover(settings), port=cutter.port)
+        connection = await PipelineConnection.open(
+            endpoint, settings=settings, on_push=messages.put_nowait, on_lost=lost.set_result
+        )
+        await connection.execute([("SUBSCRIBE", "relay:ephemeral:{news}")])
+        # It only listens, and stays open as long as Redis answers.
+        await asyncio.sleep(1)
+        assert not lost.done()
+        cutter.silence()
+        reason = await asyncio.wait_for(lost, 10)
+        assert isinstance(reason, RedisUnavailable)
+        assert "did not answer within 0.5 s" in str(reason)
 
 
 async def test_what_one_turn_asks_goes_out_as_one_write(server: Server, admin: Redis) -> None:

@@ -17,6 +17,8 @@ class Cutter:
         # While this is set, new connections are rejected.
         self.refuses = False
         self._open: dict[asyncio.WriteTransport, asyncio.WriteTransport] = {}
+        # Both sides of connections whose bytes are dropped.
+        self._silent: set[asyncio.WriteTransport] = set()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -28,6 +30,10 @@ class Cutter:
             for transport in (near, self._open.pop(near)):
                 transport.abort()
             self.cuts += 1
+
+    def silence(self) -> None:
+        """Drop all bytes of the present connections, as a firewall that has forgotten them."""
+        self._silent |= {side for pair in self._open.items() for side in pair}
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.refuses:
@@ -41,19 +47,25 @@ class Cutter:
         self._open[writer.transport] = other_writer.transport
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(_pump(reader, other_writer))
-                group.create_task(_pump(other_reader, writer))
+                group.create_task(_pump(reader, other_writer, self._silent))
+                group.create_task(_pump(other_reader, writer, self._silent))
         finally:
             self._open.pop(writer.transport, None)
+            self._silent -= {writer.transport, other_writer.transport}
             writer.transport.abort()
             other_writer.transport.abort()
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _pump(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    silent: set[asyncio.WriteTransport],
+) -> None:
     with suppress(OSError):
         while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
+            if writer.transport not in silent:
+                writer.write(data)
+                await writer.drain()
     with suppress(OSError):
         writer.write_eof()
 

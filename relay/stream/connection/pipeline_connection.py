@@ -48,6 +48,10 @@ _log = logging.getLogger(__name__)
 # Its stub allows for tuples of one element only.
 _pack = cast(Callable[[tuple[bytes | str | int, ...]], bytes], hiredis.pack_command)
 _MORE = object()
+# A link that has been idle for this long is tested, because firewalls drop the packets of idle
+# connections without notice. Keepalive of the kernel starts after two hours.
+_IDLE_S = 5.0
+_PING = (b"PING",)
 # RESP3 answers these with a push instead of a reply.
 _CONFIRMATIONS = frozenset({b"subscribe", b"unsubscribe", b"psubscribe", b"punsubscribe"})
 
@@ -94,6 +98,7 @@ class PipelineConnection(asyncio.Protocol):
         self._posted: tuple[_Pipeline, str] | None = None
         self._answered_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
         self._closed = False
 
     @classmethod
@@ -152,6 +157,7 @@ class PipelineConnection(asyncio.Protocol):
         if connection._closed:  # lost before this task continued after the handshake
             raise RedisUnavailable(f"Redis at {endpoint} closed the connection")
         connection._on_lost = on_lost
+        connection._check_idle()
         return connection
 
     async def _greet(self, name: str, check_primary: bool) -> None:
@@ -323,6 +329,22 @@ class PipelineConnection(asyncio.Protocol):
         else:
             self._timer = self._loop.call_at(due, self._on_timer)
 
+    def _check_idle(self) -> None:
+        """Test the connection if Redis has not answered anything for some time.
+
+        Pushes do not count: a subscriber would not notice a link whose other direction is dead.
+        """
+        now = self._loop.time()
+        due = self._answered_at + _IDLE_S
+        if due <= now:
+            if not self._waiting:
+                # Any reply will do, even that the user has no right to this command. `_on_timer`
+                # closes the connection if there is none.
+                pinged = cast("asyncio.Future[list[object]]", self.execute([_PING]))
+                pinged.add_done_callback(lambda done: done.cancelled() or done.exception())
+            due = now + _IDLE_S
+        self._idle_timer = self._loop.call_at(due, self._check_idle)
+
     def _lose(self, reason: RedisUnavailable | None) -> None:
         if self._closed:
             return
@@ -330,6 +352,9 @@ class PipelineConnection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
         if self._transport is not None:
             # close() would wait for a server that no longer reads.
             self._transport.abort()
