@@ -9,11 +9,12 @@ from urllib.parse import parse_qs, urlsplit
 from relay.cli.local_key import uses_local_key
 from relay.config.loading import Config
 from relay.core.model import Channel
+from relay.process.addresses import hosts_of
 from relay.stream.format.keys import Keys
 
 _CHANNEL = Channel("news")
 # Browsers cannot open these addresses.
-_LOOPBACK = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104  # not bound
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1"}  # noqa: S104  # not bound
 
 
 def banner(
@@ -48,7 +49,9 @@ def banner(
         if config.redis.url == "embedded":
             rows.insert(at, ("valkey", f"127.0.0.1:{config.redis.embedded_port}"))
     rows += _doors(config)
-    lines = [f"relay is ready on {base}"]
+    hosts = hosts_of(config.server.host)[1:]
+    others = (_url(host, port, tls=bool(config.server.tls_cert)) for host in hosts)
+    lines = [f"relay is ready on {', '.join([base, *others])}"]
     if config.insecure:
         lines.append("INSECURE: anyone may read every channel over SSE and WebSocket")
     width = max((len(name) for name, _ in rows), default=0) + 1
@@ -103,6 +106,7 @@ def _url(host: str, port: int, *, tls: bool) -> str:
 
 
 def _host(host: str) -> str:
+    host = next(iter(hosts_of(host)), "")
     host = _LOOPBACK.get(host, host)
     return f"[{host}]" if ":" in host else host
 

@@ -96,6 +96,8 @@ def _imported(options: argparse.Namespace) -> int:
             options.print_help()
             return OK
         case action:
+            if action not in (None, "serve"):
+                release_signals()
             return _run(action or "serve", options)
 
 

@@ -107,7 +107,7 @@ class ServerSettings(Section):
         "backlog": "is no longer read; the kernel's net.core.somaxconn applies"
     }
 
-    host: str = Field("127.0.0.1", description="Address to listen on. Use 0.0.0.0 for all addresses.")
+    host: str = Field("127.0.0.1", description="Address to listen on, or several separated by commas. Use 0.0.0.0 for all IPv4 addresses and :: for all IPv4 and IPv6 addresses.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on. 0 selects a free port.")
     tls_cert: str = Field("", description="PEM file with the certificate chain. Empty: no TLS.")
     tls_key: str = Field("", description="PEM file with the private key of tls_cert.")

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from relay.config.lists import split
 from relay.core.errors import StartError
 
 if TYPE_CHECKING:
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
 METRICS_PORT = "[metrics] port"
 HEALTH_PATH, ALIVE = "/healthz", "alive\n"
 _ANSWER_S = 2.0
+
+
+def hosts_of(text: str) -> tuple[str, ...]:
+    """Return the hosts of a `host` setting, several separated by commas.
+
+    An empty result means all addresses of both families. So does `::`, as in other servers.
+    """
+    hosts = tuple(dict.fromkeys(split(text)))
+    return () if "::" in hosts else hosts
 
 
 def wanted_addresses(
@@ -66,18 +76,28 @@ def check_addresses(
 
 
 def bound(host: str, port: int, *, shared: bool = False) -> list[socket.socket]:
-    """Return sockets bound to the addresses of a host. They do not accept connections.
+    """Return sockets bound to the addresses of a `host` setting. They accept no connections.
 
     `shared`: the workers of this relay can bind to the addresses too, but no other program.
 
     Raises:
         OSError: An address cannot be used, or another program listens there.
     """
-    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    found = [
+        each
+        for name in hosts_of(host) or (None,)
+        for each in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    ]
     sockets: list[socket.socket] = []
     try:
         for family, kind, protocol, _, address in dict.fromkeys(found):
-            sock = socket.socket(family, kind, protocol)
+            try:
+                sock = socket.socket(family, kind, protocol)
+            except OSError:
+                if len(found) > 1:
+                    # This machine has no IPv6.
+                    continue
+                raise
             sockets.append(sock)
             # Connections of an earlier relay may still be in TIME_WAIT on this port.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -116,6 +136,7 @@ def listen_error(config: Config, listening: Listening, exc: OSError, port: int =
     """Return one line for the operator: the address, the problem and the setting to change."""
     host, port = listening.host, port or listening.port
     setting = config.where(listening.setting)
+    host_setting = listening.setting.removesuffix("port") + "host"
     if exc.errno == errno.EADDRINUSE:
         return (
             f"port {port} of {host or 'all addresses'} is taken by another process;"
@@ -128,13 +149,13 @@ def listen_error(config: Config, listening: Listening, exc: OSError, port: int =
         )
     if isinstance(exc, socket.gaierror):
         return (
-            f"cannot listen on {host} port {port} ({setting}): the host name cannot be resolved"
-            f" ({exc.strerror}); name an address of this machine"
+            f"cannot listen on {host} port {port} ({host_setting}): the host name cannot be"
+            f" resolved ({exc.strerror}); name an address of this machine"
         )
     if exc.errno == errno.EADDRNOTAVAIL:
         return (
-            f"cannot listen on {host} port {port} ({setting}): this machine does not have that"
-            " address; use 0.0.0.0 for all addresses"
+            f"cannot listen on {host} port {port} ({host_setting}): this machine does not have that"
+            " address; use :: for all addresses"
         )
     return f"cannot listen on {host} port {port} ({setting}): {exc.strerror or exc}"
 
@@ -145,9 +166,8 @@ def _is_running(config: Config, listeners: Sequence[Listening]) -> bool:
 
 
 def _is_alive(listening: Listening, port: int) -> bool:
-    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(  # noqa: S104  # connected to
-        listening.host, listening.host
-    )
+    host = next(iter(hosts_of(listening.host)), "")
+    host = "127.0.0.1" if host in {"", "0.0.0.0"} else host  # noqa: S104  # connected to
     connection = http.client.HTTPConnection(host, port, timeout=_ANSWER_S)
     if listening.tls is not None:
         # The certificate is for another host name. The request contains no secret.

@@ -2,13 +2,15 @@
 
 Steps of a stop:
 
-1. Reject new clients, but serve producers.
-2. Ask the clients to reconnect, spread over `drain_s`. Each is served until then.
+1. Answer `/readyz` with 503 and reject new clients, but serve producers.
+2. Ask the clients to reconnect, spread over `drain_s`. Each is served until then. This takes at
+   least a second, or `drain_s` if that is shorter, so that balancers notice step 1.
 3. Close the listeners and answer the last requests of producers.
-4. Wait until the clients' sockets are closed, and stop reading.
+4. Wait up to 2 s until the clients' sockets are closed, and stop reading.
 5. Cancel the remaining tasks.
 
-A second signal ends the process immediately.
+No step waits longer than 2 s for Redis, so that a frozen Redis does not delay the stop. A second
+signal ends the process immediately.
 """
 
 from __future__ import annotations
@@ -31,13 +33,13 @@ from relay.core.metrics import Metrics
 from relay.core.worker_memory import DIED, REOPEN_LOG, Worker
 from relay.process import logs
 from relay.process.composition import Foundation, Parts, build, http_rights, section_of
-from relay.process.drain import drain, end_all, wait_closed
+from relay.process.drain import at_most, drain, end_all, wait_closed
 from relay.process.embedded import private_folder, redis_address, running_valkey
 from relay.process.internal_address import open_internal
 from relay.process.pid_file import pid_file, write_error
 from relay.process.reloading import Reloads
 from relay.process.server import Listening
-from relay.process.start_signals import release_signals
+from relay.process.start_signals import STOP_SIGNALS, release_signals
 from relay.stream.connection.connect import change_password, check_server, redis_client
 from relay.transports.socket.listener import raise_open_file_limit
 
@@ -50,6 +52,10 @@ _log = logging.getLogger(__name__)
 
 _FIRST_READ_S = 10.0
 _LOOK_S = 0.1
+# A balancer that checks health every second removes this relay.
+_NOTICED_S = 1.0
+# A Redis that answers needs far less.
+_REDIS_S = 2.0
 
 
 def run(
@@ -106,18 +112,39 @@ class Relay:
         self._on_ready = on_ready
         self._worker = worker
         self._stop = asyncio.Event()
+        # The task of `run` until this relay serves. A stop signal cancels it.
+        self._starting: asyncio.Task[int] | None = None
+        self._announcing: asyncio.Task[None] | None = None
         self._background: asyncio.TaskGroup | None = None
         self._door_tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> int:
         """Build, start, serve, stop. Return the exit code."""
+        if self._check_only:
+            return await self._build_and_serve()
+        self._handle_stop_signals()
+        self._starting = asyncio.get_running_loop().create_task(self._build_and_serve())
+        try:
+            return await self._starting
+        except asyncio.CancelledError:
+            if not self._stop.is_set():
+                raise
+            _log.info("Stopped during the start")
+            return 0
+
+    async def _build_and_serve(self) -> int:
         config, redis = self._config, redis_address(self._config.redis)
         async with contextlib.AsyncExitStack() as stack:
             if not self._check_only and self._worker is None:
                 await stack.enter_async_context(running_valkey(config.redis))
             client = await stack.enter_async_context(redis_client(redis))
             if not self._check_only and config.redis.url != "embedded":
-                await check_server(client, redis)
+                checking = asyncio.get_running_loop().create_task(check_server(client, redis))
+                try:
+                    await asyncio.wait({checking})
+                finally:
+                    await end_all({checking})
+                checking.result()
             self._background = await stack.enter_async_context(asyncio.TaskGroup())
             http = await stack.enter_async_context(
                 aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
@@ -145,7 +172,7 @@ class Relay:
         reloads = Reloads(
             self._reload, lambda: self._config, lambda config: self._apply(config, base, parts)
         )
-        self._handle_signals(reloads)
+        self._handle_other_signals(reloads)
         self._log_disabled(parts)
         parts.freezes.start()
         reading = self._spawn(self._keep_reading(parts), name="reader")
@@ -156,6 +183,7 @@ class Relay:
         tasks = [reading, *producers, *self._start_tasks(base, parts, reloads)]
         try:
             await self._start(base, parts)
+            self._starting = None
             with parts.collections:
                 await self._stop.wait()
                 _log.info("Received a stop signal; stopping")
@@ -163,6 +191,7 @@ class Relay:
         finally:
             # Don't log the reader's exit when startup has failed.
             self._stop.set()
+            tasks += [self._announcing] if self._announcing else []
             await end_all((*tasks, *self._door_tasks))
             if parts.listeners:
                 parts.listeners.clear()
@@ -194,6 +223,7 @@ class Relay:
             async with asyncio.timeout(_FIRST_READ_S):
                 await parts.reader.wait_ready()
                 await parts.cluster.wait_open()
+                await parts.cluster.measure(base.metrics.clock)
         number = self._worker.number if self._worker else None
         parts.heartbeat.set_internal(
             await open_internal(parts.internal, base.config.node, base.redis, number)
@@ -209,7 +239,8 @@ class Relay:
             self._on_ready(port, base.redis.url)
             return
         _log.warning("Listening, but not ready: %s", reason)
-        _ = self._spawn(self._announce(parts, port, base.redis.url), name="announce")
+        announce = self._announce(parts, port, base.redis.url)
+        self._announcing = self._spawn(announce, name="announce")
 
     async def _announce(self, parts: Parts, port: int, redis_url: str) -> None:
         """Report that this process is ready as soon as it is."""
@@ -244,15 +275,23 @@ class Relay:
         await parts.server.reject_clients()
         for task in producers:
             task.cancel()
-        await parts.jobs.leave()
+        drain_s = self._config.node.drain_s
         async with asyncio.TaskGroup() as leaving:
+            releasing = at_most(_REDIS_S, parts.jobs.leave(), "release the leases of its jobs")
+            leaving.create_task(releasing, name="leases")
+            leaving.create_task(asyncio.sleep(min(_NOTICED_S, drain_s)), name="notice")
             if parts.listeners:
                 leaving.create_task(parts.listeners.close_if_others_serve(), name="listeners")
-            await drain(parts.hub.sessions(), parts.doors, self._config.node.drain_s)
+            await drain(parts.hub.sessions(), parts.doors, drain_s)
         await (parts.listeners.close() if parts.listeners else parts.server.stop_listening())
         await wait_closed(parts.doors)
-        await parts.reader.stop()
+        await at_most(_REDIS_S, self._sign_off(parts), "sign off")
         reading.cancel()
+
+    @staticmethod
+    async def _sign_off(parts: Parts) -> None:
+        """Remove what this worker has stored about itself in Redis."""
+        await parts.reader.stop()
         with contextlib.suppress(RelayError):
             await parts.cluster.presence.leave()
             await parts.heartbeat.leave()
@@ -279,10 +318,14 @@ class Relay:
 
     # ---- signals and settings ---------------------------------------------------------------
 
-    def _handle_signals(self, reloads: Reloads) -> None:
+    def _handle_stop_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._on_stop_signal)
+        release_signals(only_stop=True)
+
+    def _handle_other_signals(self, reloads: Reloads) -> None:
+        loop = asyncio.get_running_loop()
         if self._worker is None:
             loop.add_signal_handler(signal.SIGHUP, reloads.request)
             loop.add_signal_handler(signal.SIGUSR1, logs.reopen)
@@ -293,6 +336,8 @@ class Relay:
             _log.warning("Received a second stop signal; exiting immediately")
             os._exit(1)
         self._stop.set()
+        if self._starting is not None:
+            self._starting.cancel()
 
     async def _follow_supervisor(self, base: Foundation, parts: Parts) -> None:
         """Apply each configuration that the supervisor sends; reopen the log file on request."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from relay.core.reasons import Reason
 
@@ -56,6 +56,26 @@ async def wait_closed(doors: Mapping[str, Mounted]) -> None:
         async with asyncio.timeout(_LAST_BYTES_S):
             for door in doors.values():
                 await door.closed()
+
+
+async def at_most(limit_s: float, work: Coroutine[Any, Any, None], purpose: str) -> None:
+    """Run one step of a stop, and cancel it after `limit_s`. Other workers find out by themselves.
+
+    `purpose` completes the log line "Could not ...".
+    """
+    task = asyncio.get_running_loop().create_task(work, name=purpose)
+    try:
+        await asyncio.wait({task}, timeout=limit_s)
+        if not task.done():
+            _log.warning(
+                "Could not %s: Redis did not answer within %g s; stopping without it",
+                purpose,
+                limit_s,
+            )
+    finally:
+        await end_all({task})
+    if not task.cancelled():
+        task.result()
 
 
 async def end_all(tasks: Iterable[asyncio.Task[None]]) -> None:

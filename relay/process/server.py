@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 from aiohttp import web
 
 from relay.core.errors import StartError
-from relay.process.addresses import ALIVE, HEALTH_PATH, METRICS_PORT, listen_error
+from relay.process.addresses import ALIVE, HEALTH_PATH, METRICS_PORT, hosts_of, listen_error
 from relay.transports.socket.http_connection import KEEPALIVE_S, ConnectionLimits
 from relay.transports.socket.listener import GuardedSite
 from relay.transports.socket.precedence import FallbackRoute, in_order
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 _FIRST_BYTES_S, _CHECKS = 0.2, 20
 _SHUTDOWN_S = 3.0
 _LAST_PORT = 65535
-_ALL_ADDRESSES = {"", "0.0.0.0", "::"}  # noqa: S104  # compared with, not bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +101,8 @@ class Server:
         ]
         if not config.metrics.port:
             shared += health
-            # If there are no producers, no listener stays open.
-            producers += health if producers else []
+            # Balancers must see that this relay stops before its port is closed.
+            producers += health
         tls = _tls(server.tls_cert, server.tls_key, "[server]")
         found = [Listening(server.host, server.port, "[server] port", shared, producers, tls)]
         for name, door, section in doors:
@@ -124,7 +123,7 @@ class Server:
         if config.metrics.port:
             # Without TLS: the listener is meant for a scraper or probe on the same host.
             host, port = config.metrics.host, config.metrics.port
-            found.append(Listening(host, port, METRICS_PORT, health, [], None))
+            found.append(Listening(host, port, METRICS_PORT, health, health, None))
         _check_ports(config, found)
         return found
 
@@ -241,7 +240,7 @@ class Server:
         self._runners.append(runner)
         site = GuardedSite(
             runner,
-            listening.host,
+            hosts_of(listening.host),
             port,
             ssl_context=listening.tls,
             reuse_port=reuse_port,
@@ -359,9 +358,17 @@ def _check_ports(config: Config, listeners: Sequence[Listening]) -> None:
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Return True if the two hosts have a common address."""
-    one, other = ("127.0.0.1" if each == "localhost" else each for each in (one, other))
-    return one == other or bool({one, other} & _ALL_ADDRESSES)
+    """Return True if the two `host` settings have a common address."""
+    first, second = (
+        {"127.0.0.1" if each == "localhost" else each for each in hosts_of(text)}
+        for text in (one, other)
+    )
+    if not first or not second or first & second:
+        return True
+    all_ipv4 = "0.0.0.0"  # noqa: S104  # compared with, not bound
+    return (all_ipv4 in first and any(":" not in each for each in second)) or (
+        all_ipv4 in second and any(":" not in each for each in first)
+    )
 
 
 def _port_setting(section: Section, port: int) -> str:

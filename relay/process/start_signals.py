@@ -1,4 +1,7 @@
-"""Hold back SIGHUP and SIGUSR1 during the start, because their default action ends the process.
+"""Hold back signals during the start, until their handlers are installed.
+
+The default action of SIGHUP and SIGUSR1 ends the process. As process 1 of a container, relay would
+not receive SIGTERM at all, because the kernel drops it there if it is neither handled nor blocked.
 
 Imports nothing else of relay: `relay.__main__` calls it before the slow imports.
 """
@@ -7,14 +10,19 @@ from __future__ import annotations
 
 import signal
 
-_SIGNALS = (signal.SIGHUP, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_OTHERS = (signal.SIGHUP, signal.SIGUSR1)
 
 
 def hold_signals() -> None:
-    """Keep both signals pending until `release_signals`, which must follow their handlers."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    """Keep the signals pending until `release_signals`, which must follow their handlers."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, *_OTHERS))
 
 
-def release_signals() -> None:
-    """Deliver both signals from now on, and those that were sent since `hold_signals`."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+def release_signals(*, only_stop: bool = False) -> None:
+    """Deliver the signals from now on, and those that were sent since `hold_signals`.
+
+    Child processes inherit held signals, so this must happen before they are started.
+    """
+    released = STOP_SIGNALS if only_stop else (*STOP_SIGNALS, *_OTHERS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, released)

@@ -43,7 +43,7 @@ from relay.process.embedded import redis_address, running_valkey
 from relay.process.pid_file import pid_file
 from relay.process.reloading import Reloads
 from relay.process.server import node_name
-from relay.process.start_signals import release_signals
+from relay.process.start_signals import STOP_SIGNALS, release_signals
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -227,7 +227,7 @@ class Supervisor:
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._on_stop_signal)
         loop.add_signal_handler(signal.SIGHUP, self._reloads.request)
         loop.add_signal_handler(signal.SIGUSR1, self._on_reopen_signal)

@@ -19,6 +19,8 @@ class InvalidResponse(Exception):
 class ApplicationRequests:
     """Limits the number and the time of requests, and logs the first failure of several.
 
+    An answer that is not usable concerns one user only, who is named in the log.
+
     The wait for one of the concurrent requests is limited too: otherwise clients would wait very
     long for an application that does not answer.
     """
@@ -42,8 +44,10 @@ class ApplicationRequests:
         self._failing = False
 
     @asynccontextmanager
-    async def request(self, timeout_s: float) -> AsyncIterator[None]:
+    async def request(self, timeout_s: float, about: str) -> AsyncIterator[None]:
         """Make one request, including the check of its response, in the body of `async with`.
+
+        `about` names its user in the log.
 
         Raises:
             InvalidResponse: The request failed, took too long or was given no turn in time.
@@ -59,7 +63,14 @@ class ApplicationRequests:
         except TimeoutError:
             raise self._failed(f"no response within {timeout_s:g} s") from None
         except InvalidResponse as exc:
-            raise self._failed(str(exc)) from None
+            # The application works, and its answers about others may be good.
+            _log.warning(
+                "%s about %s failed: %s; access is denied or not updated for this user",
+                self._request,
+                about,
+                exc,
+            )
+            raise
         except (aiohttp.ClientError, OSError, ValueError) as exc:
             # Don't log the text: it can contain the URL with its secrets, and the response.
             raise self._failed(type(exc).__name__) from None

@@ -107,7 +107,7 @@ class HttpRights:
         """Return the answer, or None if `drop` was called meanwhile."""
         try:
             try:
-                async with self._application.request(self._timeout_s):
+                async with self._application.request(self._timeout_s, question.user):
                     answer = await self._post(question)
                 hold_s = self._settings.http_cache_s
             except InvalidResponse:

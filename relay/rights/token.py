@@ -139,7 +139,7 @@ class TokenReader:
             # The leeway applies while the connection lasts, not only when it is opened.
             expires_at += leeway_s
             if expires_at <= now:
-                raise Unauthorized("the token has expired")
+                raise Unauthorized(f"the token has expired {now - expires_at:.0f} s ago")
         not_before = _time(claims, "nbf")
         if not_before is not None and not_before - leeway_s > now:
             raise Unauthorized("the token is not valid yet")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -35,3 +38,39 @@ async def test_the_relay_reads_on_after_a_freeze_longer_than_a_connect_takes(
                 assert (await sse.next()).data == "1"
         finally:
             relay.kill()
+
+
+async def test_a_frozen_redis_does_not_delay_a_stop(tmp_path: Path) -> None:
+    server = Server(tmp_path / "valkey")
+    with running(server):
+        relay = RelayProcess(server).start()
+        try:
+            async with native(relay) as door:
+                stream = await door.sse("news")
+                server.freeze()
+                relay.send(signal.SIGTERM)
+                # Clients are asked to reconnect first.
+                assert [block.event for block in await stream.ended()] == ["relay:closing"]
+                assert await asyncio.to_thread(relay.ended, 10) == 0
+        finally:
+            server.thaw()
+            relay.kill()
+
+
+async def test_a_stop_signal_during_the_start_takes_effect(tmp_path: Path) -> None:
+    """Redis is not there yet, and relay waits for it."""
+    relay = RelayProcess(Server(tmp_path / "valkey"))
+
+    def start() -> None:
+        with suppress(RuntimeError):
+            relay.start()
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(asyncio.to_thread(start))
+            await until(lambda: any("is disabled" in line for line in relay.log))
+            relay.send(signal.SIGTERM)
+        assert await asyncio.to_thread(relay.ended, 5) == 0
+        assert "Stopped during the start" in relay.log[-1]
+    finally:
+        relay.kill()

@@ -122,6 +122,11 @@ class Accounts:
         self._recheck = recheck
         self._loop = loop
         self._known: dict[Credentials, Account] = {}
+        server.user_of = self._user_of
+
+    def _user_of(self, credentials: Credentials) -> str:
+        known = self._known.get(credentials)
+        return known.identity.user if known is not None else ""
 
     def reload(self, settings: PydioSettings) -> None:
         """Use new settings for new requests."""

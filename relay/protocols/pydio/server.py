@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
 import aiohttp
@@ -39,6 +40,8 @@ class PydioServer:
             " ([protocol:pydio] auth_url)",
         )
         self._requests: RequestCoalescer[Credentials, Identity] = RequestCoalescer()
+        # Returns the user of credentials that Pydio has accepted before, else ''. For the log.
+        self.user_of: Callable[[Credentials], str] = lambda _: ""
 
     def reload(self, settings: PydioSettings) -> None:
         """Use new settings for new requests."""
@@ -55,7 +58,8 @@ class PydioServer:
 
     async def _request(self, credentials: Credentials) -> Identity:
         try:
-            async with self._application.request(self._settings.auth_timeout_s):
+            about = self.user_of(credentials) or "a browser whose user is unknown"
+            async with self._application.request(self._settings.auth_timeout_s, about):
                 return identity.read(await self._get(credentials))
         except InvalidResponse:
             raise Unavailable("Pydio is unavailable") from None

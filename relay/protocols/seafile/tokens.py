@@ -76,7 +76,7 @@ class SeafTokens:
         if type(expires_at) is not int:
             raise InvalidSeafileToken("token has no integer exp")
         if expires_at <= int(now):
-            raise InvalidSeafileToken("token has expired")
+            raise InvalidSeafileToken(f"token has expired {now - expires_at:.0f} s ago")
         not_before = claims.get("nbf")
         # Seafile 10 and 11 ignore nbf, later versions check it. No sender sets it.
         if isinstance(not_before, int | float) and not_before > now:

@@ -331,6 +331,8 @@ def test_lines_that_would_not_work_are_left_out() -> None:
     assert not {"page", "token", "watch"} & set(shown("protocol:native.enabled=no"))
     assert "page" not in shown("protocol:native.page=no")
     lines = shown("protocol:native.port=9", "protocol:native.host=::")
+    assert lines["page"] == "http://127.0.0.1:9/#channel=news"
+    lines = shown("protocol:native.port=9", "protocol:native.host=::1, 127.0.0.1")
     assert lines["page"] == "http://[::1]:9/#channel=news"
     assert lines["watch"].endswith("'http://[::1]:9/sse?channel=news'")
     assert "set [jwt] key" in shown("redis.url=redis://127.0.0.1")["token"]
