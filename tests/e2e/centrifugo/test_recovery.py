@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -28,10 +29,9 @@ SECRET = "a secret of the application"
 CLIENTS = 100
 # A busy machine takes its time to start a worker and to let all clients reconnect.
 START_S = 40.0
-CHANNELS = [f"feed{number}" for number in range(20)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def relay(valkey: Server) -> Iterator[RelayProcess]:
     settings = {
         "secret": SECRET,
@@ -46,6 +46,13 @@ def relay(valkey: Server) -> Iterator[RelayProcess]:
     ).start()
     yield process
     process.kill()
+
+
+@pytest.fixture
+def channels(request: pytest.FixtureRequest) -> list[str]:
+    """Return channels that no other test uses, because their histories are kept."""
+    name = re.sub("[^a-z0-9]+", "-", request.node.name)
+    return [f"{name}{number}" for number in range(20)]
 
 
 class Follower:
@@ -85,12 +92,14 @@ class Follower:
 class Producer:
     """Appends messages with XADD, numbered within each channel."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(
+        self, server: Server, channels: list[str], *, per_s: int = 500, data_bytes: int = 0
+    ) -> None:
         self._redis = server.client()
-        self.numbers = dict.fromkeys(CHANNELS, 0)
-        self.channels = CHANNELS
-        self.per_s = 500
-        self.data_bytes = 0
+        self.numbers = dict.fromkeys(channels, 0)
+        self.channels = channels
+        self.per_s = per_s
+        self.data_bytes = data_bytes
 
     def add(self, count: int) -> None:
         pipeline = self._redis.pipeline(transaction=False)
@@ -157,13 +166,15 @@ async def settled(followers: list[Follower], producer: Producer) -> None:
             await asyncio.sleep(0.05)
 
 
-def make(node: Node, cutter: Cutter, transports: list[str], number: int) -> Follower:
+def make(
+    node: Node, cutter: Cutter, transports: list[str], number: int, channels: list[str]
+) -> Follower:
     path = "/connection" if transports else "/connection/websocket"
     scheme = "http" if transports else "ws"
     url = f"{scheme}://127.0.0.1:{cutter.port}{path}"
     # All waiting times are a tenth of the default ones.
     client = node.client(url, f"u{number}", transports=transports, options={"retry": 100})
-    return Follower(client, CHANNELS[number % len(CHANNELS)])
+    return Follower(client, channels[number % len(channels)])
 
 
 @pytest.mark.parametrize(
@@ -172,15 +183,15 @@ def make(node: Node, cutter: Cutter, transports: list[str], number: int) -> Foll
     ids=["raw", "xhr-streaming", "xhr-polling"],
 )
 async def test_cut_clients_lose_nothing(
-    relay: RelayProcess, valkey: Server, transports: list[str]
+    relay: RelayProcess, valkey: Server, transports: list[str], channels: list[str]
 ) -> None:
-    producer, ended = Producer(valkey), asyncio.Event()
+    producer, ended = Producer(valkey, channels), asyncio.Event()
     async with (
         running_node(SECRET) as node,
         cutting(relay.port) as cutter,
         asyncio.TaskGroup() as group,
     ):
-        followers = [make(node, cutter, transports, number) for number in range(CLIENTS)]
+        followers = [make(node, cutter, transports, number, channels) for number in range(CLIENTS)]
         for each in followers:
             each.client.tell("subscribe", channel=each.channel, only=True)
             each.client.tell("connect")
@@ -206,13 +217,13 @@ async def test_cut_clients_lose_nothing(
 @pytest.mark.parametrize("package", ["centrifuge", "centrifuge-1.4.9"])
 @pytest.mark.parametrize("transport", ["eventsource", "xhr-streaming", "xhr-polling"])
 async def test_clients_of_killed_workers_lose_nothing(
-    relay: RelayProcess, valkey: Server, transport: str, package: str
+    relay: RelayProcess, valkey: Server, transport: str, package: str, channels: list[str]
 ) -> None:
     """Responses reach their size limit frequently, many of them passed on by another worker."""
-    producer, ended = Producer(valkey), asyncio.Event()
     # Each response is full after two thirds of a second. With more or longer messages the clients
     # cannot keep up on a busy machine: those that reconnect need all messages that they missed.
-    producer.channels, producer.per_s, producer.data_bytes = CHANNELS[:1], 50, 4000
+    producer = Producer(valkey, channels[:1], per_s=50, data_bytes=4000)
+    ended = asyncio.Event()
     async with running_node(SECRET) as node, asyncio.TaskGroup() as group:
         followers = [
             Follower(
@@ -224,7 +235,7 @@ async def test_clients_of_killed_workers_lose_nothing(
                     # A sockjs-client in Node does not detect an incomplete response.
                     options={"retry": 100, "pingInterval": 3000},
                 ),
-                CHANNELS[0],
+                channels[0],
             )
             for number in range(10)
         ]

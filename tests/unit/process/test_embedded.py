@@ -57,14 +57,9 @@ def leave_behind(server: EmbeddedValkey) -> None:
     server._release()
 
 
-async def test_starts_within_a_second_keeps_its_data_and_stops_completely(
-    tmp_path: Path,
-) -> None:
+async def test_keeps_its_data_and_stops_completely(tmp_path: Path) -> None:
     port, folder = free_port(), tmp_path / "deep" / "data"
-    loop = asyncio.get_running_loop()
-    begun = loop.time()
     async with serving(folder, port) as server:
-        assert loop.time() - begun < 1
         assert folder.stat().st_mode & 0o777 == 0o700
         assert await ask(port, "SET", "a", "b") == b"+OK"
         assert b"appendonly\r\n$3\r\nyes" in await ask(port, "CONFIG", "GET", "appendonly")

@@ -305,7 +305,7 @@ def test_lines_of_level_info_are_written_until_they_flood(limited: Limited) -> N
 
 
 def test_the_count_is_written_even_if_nothing_else_is_logged() -> None:
-    limited = Limited(window_s=0.1)
+    limited = Limited(window_s=1.0)
     limited.limiter._clock = time.monotonic
     for _ in range(3):
         limited.log.warning("a")

@@ -260,7 +260,8 @@ def test_a_client_with_a_full_buffer_gets_no_heartbeat_and_more_time(
 
 def test_heartbeats_of_many_clients_are_spread_over_the_interval(run: Run, reaper: Reaper) -> None:
     async def main() -> None:
-        door = Door(reaper, pings())
+        # No client is overdue before all are connected.
+        door = Door(reaper, Heartbeat(interval_s=2.0, beat=PING, deadline_s=60.0))
         async with serving(door.handle) as (port, _), AsyncExitStack() as stack:
             for _ in range(3 * SLOTS):
                 reader, _ = await stack.enter_async_context(raw_client(port, HANDSHAKE))

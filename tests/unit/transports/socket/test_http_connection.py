@@ -219,7 +219,7 @@ def test_a_body_that_does_not_arrive_times_out(run: Run, monkeypatch: pytest.Mon
 def test_a_client_that_does_not_read_its_answer_is_closed(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_connection, "WRITE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(http_connection, "WRITE_TIMEOUT_S", 1.0)
 
     async def main() -> None:
         async with serving() as site:
