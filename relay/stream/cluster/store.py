@@ -6,19 +6,13 @@ repeated: `claim` then finds its own value.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
-
-from relay.core.errors import Unavailable
 
 if TYPE_CHECKING:
     from relay.stream.connection.pipeline_connection import RedisCommand
     from relay.stream.connection.reconnecting import ReconnectingConnection
     from relay.stream.format.keys import Keys
-
-# A lost connection is usually open again after a tenth of this time.
-_REOPENED_S = 1.0
 
 
 class ClusterStore:
@@ -64,17 +58,7 @@ class ClusterStore:
         await self._call_all([("DEL", self._keys.store(name))])
 
     async def _call_all(self, commands: Sequence[RedisCommand]) -> list[object]:
-        try:
-            return await self._connection.call_all(commands)
-        except Unavailable:
-            try:
-                async with asyncio.timeout(_REOPENED_S):
-                    await self._connection.wait_open()
-            except TimeoutError:
-                pass
-            else:
-                return await self._connection.call_all(commands)
-            raise
+        return await self._connection.call_all(commands, may_repeat=True)
 
 
 def _ms(ttl_s: float) -> int:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _SUBSCRIBE_AGAIN_S = 5.0
+# A lost connection is usually open again after a tenth of this time.
+_REOPENED_S = 1.0
 # After a connection that has lasted this long, the first pause is short again.
 _STABLE_S = 1.0
 
@@ -154,18 +156,37 @@ class ReconnectingConnection:
         (reply,) = await self.call_all([command])
         return reply
 
-    async def call_all(self, commands: Sequence[RedisCommand]) -> list[object]:
-        """Send commands in one pipeline and return their replies. Errors as of `call`."""
+    async def call_all(
+        self, commands: Sequence[RedisCommand], *, may_repeat: bool = False
+    ) -> list[object]:
+        """Send commands in one pipeline and return their replies. Errors as of `call`.
+
+        Args:
+            commands: The commands.
+            may_repeat: Send all of them again on the next connection if this one is lost. Redis may
+                have carried them out before.
+        """
         if not commands:
             return []
         try:
             replies = await self.execute(commands)
         except RedisUnavailable as exc:
+            if may_repeat and await self._is_reopened():
+                return await self.call_all(commands)
             raise Unavailable(str(exc)) from exc
         for command, reply in zip(commands, replies, strict=True):
             if isinstance(reply, ReplyError):
                 raise Unavailable(f"Redis refused {command[0]!s}: {reply}")
         return replies
+
+    async def _is_reopened(self) -> bool:
+        """Wait for the next connection. Return False if that takes too long."""
+        try:
+            async with asyncio.timeout(_REOPENED_S):
+                await self._open.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def post(self, *commands: RedisCommand) -> None:
         """Send commands whose replies are not needed. They are lost while Redis is unreachable."""
