@@ -27,14 +27,18 @@ def is_json(data: bytes) -> bool:
     try:
         _validate(data)
     except msgspec.DecodeError:
-        if b"\\u" not in data or not _is_valid(_with_surrogates_replaced(data)):
+        if b"\\u" not in data or not _is_valid(with_surrogates_replaced(data)):
             return False
     except RecursionError:
         return _is_deep_json(data)
     return data.isascii() or _is_utf8(data)
 
 
-def _with_surrogates_replaced(data: bytes) -> bytes:
+def with_surrogates_replaced(data: bytes) -> bytes:
+    """Return JSON text of the same length without unpaired surrogates, which msgspec rejects.
+
+    It is valid JSON if `data` is.
+    """
     # Replace them by another escape, which is invalid outside of a string as well. If `ud800`
     # follows an escaped backslash, it is plain text.
     return _SURROGATE.sub(rb"\\u0041", data.replace(b"\\\\", b"\\/"))
