@@ -24,6 +24,8 @@ from relay.transports.socket.take_over import take_over
 from tests.support.pypi import packages
 from tests.support.sockjs import serving
 
+# The test suite has no group 8.
+_GROUPS = (1, 2, 3, 4, 5, 6, 7, 9, 10)
 _LARGEST_BYTES = 64 << 20
 _RUN = """
 import json, asyncio, sys
@@ -67,7 +69,7 @@ async def run(cases: list[str]) -> list[tuple[str, str]]:
 
 def main() -> None:
     """Print the totals, and each case that is not OK."""
-    cases = sys.argv[1:] or [f"{group}.*" for group in range(1, 11)]
+    cases = sys.argv[1:] or [f"{group}.*" for group in _GROUPS]
     found = asyncio.run(run(cases))
     for name, behavior in found:
         if behavior != "OK":

@@ -23,7 +23,7 @@ class NativeSettings(ListenerSection):
 
     enabled: bool = Field(True, description="Enable this protocol. When disabled, its URLs return 404.")
     page: bool = Field(True, description="Serve the live page at /. The page reads only channels that the visitor's token grants.")
-    allowed_origins: str = Field("", description="Additional origins whose pages may connect across origins and with the cookie, separated by commas, for example https://app.example.org. Relay's own origin is always allowed.")
+    allowed_origins: str = Field("", description="Additional origins whose pages may connect across origins and with the cookie, separated by commas, for example https://app.example.org or, for an app in a web view, capacitor://localhost. Relay's own origin is always allowed.")
     heartbeat_s: float = Field(25.0, ge=1, le=3600, description="Interval between heartbeats on idle connections. Keep it below your proxy's idle timeout.")
     pong_timeout_s: float = Field(10.0, ge=1, le=3600, description="Close a WebSocket connection with code 4408 if it does not answer a ping within this time.")
     retry_ms: int = Field(2000, ge=100, le=600000, description="Reconnect delay sent to browsers. It varies by up to half per client to avoid a reconnect storm.")

@@ -21,7 +21,7 @@ COMPRESSED = 0x40
 
 # Limit of frames that one call parses, so that many tiny frames do not block the event loop.
 FRAMES_PER_TURN = 64
-# A fragment below this size is counted as idle. Real clients send fragments of 4 KiB and more.
+# Fragments below this size are read slowly. Real clients send fragments of 4 KiB and more.
 _TINY_BYTES = 512
 # The payload of a frame above this size is unmasked as it arrives, not all of it at its end.
 _LARGE_BYTES = 65536
@@ -89,6 +89,7 @@ class FrameReader:
         "_rest",
         "_skip",
         "_unmasked",
+        "has_tiny",
         "idle_frames",
         "max_bytes",
         "more",
@@ -114,8 +115,10 @@ class FrameReader:
         self._kind = 0
         # For an incomplete large frame: offset of its payload, and number of unmasked bytes.
         self._payload_at = self._unmasked = 0
-        # Number of control frames and tiny fragments, which cause work without a message.
+        # Number of control frames and empty fragments, which cause work without a message.
         self.idle_frames = 0
+        # Whether the last call has parsed a tiny fragment.
+        self.has_tiny = False
         # Whether the last call stopped early; call `feed(b"")` to continue.
         self.more = False
 
@@ -149,7 +152,7 @@ class FrameReader:
             source = data
         found: list[tuple[int, bytes]] = []
         start = count = self._payload_at = 0
-        self.more = False
+        self.more = self.has_tiny = False
         try:
             while end := self._frame_at(source, start, found):
                 start = end
@@ -249,8 +252,10 @@ class FrameReader:
     def _accept(
         self, opcode: int, payload: bytes, found: list[tuple[int, bytes]], *, last: bool
     ) -> None:
-        if opcode >= 8 or (not last and len(payload) < _TINY_BYTES):
+        if opcode >= 8 or not (last or payload):
             self.idle_frames += 1
+        elif not last and len(payload) < _TINY_BYTES:
+            self.has_tiny = True
         if opcode < 8:
             if not last and opcode != CONTINUATION:
                 self._kind, self._message = opcode, bytearray(payload)

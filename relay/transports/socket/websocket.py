@@ -88,7 +88,7 @@ PING = _frame(PING_OPCODE, b"")
 _EMPTY_PONG = _frame(PONG, b"")
 # First byte of a client's ping, and the size of its head with length and mask.
 _PING_HEAD, _PING_HEAD_BYTES = 0x89, 6
-# Number of control frames and tiny fragments that a client may send within this time. The busiest
+# Number of control frames and empty fragments that a client may send within this time. The busiest
 # real clients, Seafile's, send one ping per second.
 _IDLE_FRAMES, _IDLE_FRAMES_S = 100, 2.0
 _POLICY_VIOLATION, _TRY_AGAIN_LATER = 1008, 1013
@@ -173,7 +173,7 @@ class WebSocketConnection(ClientSocket):
 
     `write` and `close` take encoded frames. If the last bytes of `close` end with a close frame,
     the client's close frame is awaited. Without `on_binary`, a binary message closes the connection
-    with 1003. Too many control frames or tiny fragments close it with 1008. `close_received` is
+    with 1003. Too many control frames or empty fragments close it with 1008. `close_received` is
     True after the client has sent a close frame.
     """
 
@@ -319,7 +319,9 @@ class WebSocketConnection(ClientSocket):
         if violation is not None:
             self._on_violation(violation)
         elif self._reader.more:
-            self._read_later()
+            self._read_later(slowly=self._reader.has_tiny)
+        elif self._reader.has_tiny:
+            self._wait_for_turn()
 
     def _count(self) -> None:
         """Count an incomplete message among what this worker holds for all peers."""
@@ -344,8 +346,12 @@ class WebSocketConnection(ClientSocket):
             self.bodies.release(self)
         super().connection_lost(exc)
 
-    def _read_later(self) -> None:
-        """Parse the rest of the received data in another turn of the event loop."""
+    def _read_later(self, *, slowly: bool = False) -> None:
+        """Parse the rest of the received data in another turn of the event loop.
+
+        `slowly`: at the common pace of all clients (`read_pace`). A megabyte in tiny fragments
+        would keep the worker busy for a long time.
+        """
         transport = self._transport
         if transport is None or transport.is_closing():
             return
@@ -356,7 +362,10 @@ class WebSocketConnection(ClientSocket):
         transport.pause_reading()
         if not self._read_scheduled:
             self._read_scheduled = True
-            asyncio.get_running_loop().call_soon(self._continue_reading)
+            if slowly:
+                read_later(self._continue_reading)
+            else:
+                asyncio.get_running_loop().call_soon(self._continue_reading)
 
     def _continue_reading(self) -> None:
         self._read_scheduled = False

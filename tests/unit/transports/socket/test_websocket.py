@@ -490,6 +490,33 @@ def test_a_flood_of_frames_without_a_message_closes_with_1008(
     run(main())
 
 
+def test_a_message_of_many_tiny_fragments_is_received_slowly(run: Run, reaper: Reaper) -> None:
+    async def main() -> None:
+        server = Server(reaper)
+        async with (
+            serving(server.handle) as (port, _),
+            raw_client(port, HANDSHAKE) as (reader, writer),
+        ):
+            await head_of(reader)
+            client = await server.connected.get()
+            messages: asyncio.Queue[bytes] = asyncio.Queue()
+            client.on_text = messages.put_nowait
+            client.limit_messages(1 << 20)
+            pieces = [masked(1, b"x" * 64, fin=False), *[masked(0, b"y" * 64, fin=False)] * 999]
+            begun = asyncio.get_running_loop().time()
+            writer.write(b"".join(pieces) + masked(0, b"z"))
+            assert await messages.get() == b"x" * 64 + b"y" * 64 * 999 + b"z"
+            # 64 fragments per turn, one turn every 5 ms.
+            assert asyncio.get_running_loop().time() - begun > 0.02
+            # One at a time, too.
+            for piece in (*pieces[:20], masked(0, b"z")):
+                writer.write(piece)
+                await writer.drain()
+            assert (await messages.get())[-1:] == b"z"
+
+    run(main())
+
+
 def test_a_flood_after_the_servers_close_frame_is_not_parsed(
     run: Run, reaper: Reaper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
