@@ -21,9 +21,9 @@ from relay.transports.socket.exchange import HttpRequest
 from relay.transports.socketio.connection import Acknowledge, SocketIoConnection
 from tests.support.sockjs import forward_nothing, serving
 
-_TIMING = Timing(ping_interval_s=0.3, ping_timeout_s=0.2)
+_TIMING = Timing(ping_interval_s=0.5, ping_timeout_s=1.5)
 _NAMESPACES = ("/", "/custom")
-_JOIN_S = 1.0
+_JOIN_S = 2.0
 
 
 class Echo:

@@ -3,10 +3,10 @@
 A server under test echoes each Engine.IO message at /engine.io/. At /socket.io/ it sends the event
 `auth` with the `auth` object in the namespaces `/` and `/custom`, answers the event `message` with
 `message-back` and the same arguments, and acknowledges `message-with-ack` with its arguments. It
-pings every 0.3 s and waits 0.2 s for the pong, and closes a client that joins no namespace within
-1 s. `reference.cjs` is such a server. By hand:
+pings every 0.5 s and waits 1.5 s for the pong, and closes a client that joins no namespace within
+2 s. `reference.cjs` is such a server. By hand:
 
-    python -m tests.wire.socketio.cases http://127.0.0.1:PORT
+    python -m tests.wire.socketio.cases http://127.0.0.1:PORT ["engine.io 3"]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -22,7 +22,7 @@ import aiohttp
 
 LIMIT_S = 5.0
 # One interval and timeout, and some time for a busy machine.
-SILENCE_S = 4.0
+SILENCE_S = 8.0
 Case = Callable[["Server"], Awaitable[None]]
 SUITES: dict[str, list[Case]] = {"engine.io 3": [], "engine.io 4": [], "socket.io": []}
 
@@ -204,7 +204,7 @@ def check_handshake(text: str, upgrades: list[str]) -> None:
     assert isinstance(values["sid"], str)
     assert values["sid"]
     assert values["upgrades"] == upgrades
-    assert (values["pingInterval"], values["pingTimeout"]) == (300, 200)
+    assert (values["pingInterval"], values["pingTimeout"]) == (500, 1500)
 
 
 @case(*BOTH)
@@ -375,10 +375,14 @@ async def pings_are_answered_over_polling(_: Server, engine: Engine) -> None:
 @case(*BOTH)
 async def silence_ends_the_session_over_polling(_: Server, engine: Engine) -> None:
     sid = await engine.open()
-    await asyncio.sleep(0.6)
-    async with asyncio.timeout(SILENCE_S):
-        while (await engine.get(sid))[0] != UNKNOWN:
-            await asyncio.sleep(0.1)
+    # A poll is a sign of life.
+    status = 0
+    for _turn in range(3):
+        await asyncio.sleep(2.5)
+        status = (await engine.get(sid))[0]
+        if status == UNKNOWN:
+            break
+    assert status == UNKNOWN
 
 
 @case(*BOTH)
@@ -671,8 +675,8 @@ _closes("a_packet_before_its_bytes_closes", f"452-{_BINARY}", '42["message"]')
 _closes("an_error_from_a_client_closes", '44{"message":"x"}')
 
 
-async def run_all(url: str) -> dict[str, dict[str, str]]:
-    """Run all suites, and return the error of each case that fails."""
+async def run_all(url: str, suites: Sequence[str] = tuple(SUITES)) -> dict[str, dict[str, str]]:
+    """Run the suites, and return the error of each case that fails."""
     failed: dict[str, dict[str, str]] = {}
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector) as http:
@@ -681,23 +685,27 @@ async def run_all(url: str) -> dict[str, dict[str, str]]:
         turns = asyncio.Semaphore(8)
 
         async def run(each: Case) -> str:
-            async with turns:
-                try:
+            try:
+                async with turns:
                     await each(server)
-                except (AssertionError, aiohttp.ClientError, OSError, ValueError) as exc:
-                    return repr(exc)
+            except (AssertionError, aiohttp.ClientError, OSError, ValueError) as exc:
+                return repr(exc)
             return ""
 
-        for suite, cases in SUITES.items():
+        for suite in suites:
+            cases = SUITES[suite]
             async with asyncio.TaskGroup() as group:
-                tasks = [(each.__name__, group.create_task(run(each))) for each in cases]
-            failed[suite] = {name: task.result() for name, task in tasks if task.result()}
+                tasks = [(each, group.create_task(run(each))) for each in cases]
+            # On a busy machine a ping may come too early or a pong too late, so try again alone.
+            again = [each for each, task in tasks if task.result()]
+            failed[suite] = {each.__name__: error for each in again if (error := await run(each))}
     return failed
 
 
 def main() -> None:
-    """Run all suites against the server at the URL of the command line, and print the totals."""
-    for suite, failed in asyncio.run(run_all(sys.argv[1])).items():
+    """Run suites against the server at the URL of the command line, and print the totals."""
+    url, *suites = sys.argv[1:]
+    for suite, failed in asyncio.run(run_all(url, suites or tuple(SUITES))).items():
         total = len(SUITES[suite])
         sys.stdout.write(f"{suite}: {total - len(failed)} of {total}\n")
         for name, error in failed.items():

@@ -6,7 +6,7 @@
 "use strict";
 
 const [port, name] = process.argv.slice(2);
-const timing = { pingInterval: 300, pingTimeout: 200, maxHttpBufferSize: 1e6 };
+const timing = { pingInterval: 500, pingTimeout: 1500, maxHttpBufferSize: 1e6 };
 const http = require("node:http").createServer();
 
 function echo(engine) {
@@ -15,7 +15,7 @@ function echo(engine) {
 
 if (name === "socket.io") {
   const { Server } = require("socket.io");
-  const io = new Server(http, { ...timing, connectTimeout: 1000 });
+  const io = new Server(http, { ...timing, connectTimeout: 2000 });
   const connected = (socket) => {
     socket.emit("auth", socket.handshake.auth);
     socket.on("message", (...args) => socket.emit("message-back", ...args));
