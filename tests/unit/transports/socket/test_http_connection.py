@@ -105,6 +105,28 @@ async def endless(writer: asyncio.StreamWriter) -> None:
         await writer.drain()
 
 
+def test_a_proxy_that_removes_upgrade_is_named_in_the_log(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with serving() as it:
+            reader, writer = await asyncio.open_connection("127.0.0.1", it.port)
+            # nginx without proxy_set_header: the handshake arrives without its hop-by-hop headers.
+            writer.write(
+                b"GET /ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+            )
+            assert b"200 OK" in await closed(reader)
+            writer.close()
+
+    with caplog.at_level(logging.WARNING):
+        run(main())
+    (line,) = caplog.messages
+    assert line.startswith(
+        "A proxy at 127.0.0.1 removes the header Upgrade from WebSocket requests"
+    )
+
+
 # ---- time limits -----------------------------------------------------------------------------
 
 

@@ -195,6 +195,22 @@ def test_a_site_serves_tls_has_a_name_and_shares_its_port(
     run(main())
 
 
+@pytest.mark.parametrize("hosts", [(), ("127.0.0.1", "::1")], ids=["all", "list"])
+def test_a_site_listens_on_several_addresses_and_one_port(run: Run, hosts: tuple[str, ...]) -> None:
+    async def hello(_: web.Request) -> web.StreamResponse:
+        return web.Response(text="hello")
+
+    async def main() -> None:
+        async with serving(hello) as (_, runner), ClientSession() as session:
+            site = GuardedSite(runner, hosts, 0)
+            await site.start()
+            for address in ("127.0.0.1", "[::1]"):
+                async with session.get(f"http://{address}:{site.port}/") as answer:
+                    assert await answer.text() == "hello"
+
+    run(main())
+
+
 def test_a_reconnect_storm_is_queued_by_the_kernel(run: Run) -> None:
     async def hello(_: web.Request) -> web.StreamResponse:
         return web.Response()
