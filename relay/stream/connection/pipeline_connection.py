@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from relay.config.settings import RedisSettings
 from relay.core.errors import RedisUnavailable
+from relay.stream.connection.addresses import try_addresses
 from relay.stream.connection.connect import (
     UNAVAILABLE_CODES,
     CommandRefused,
@@ -128,14 +129,23 @@ class PipelineConnection(asyncio.Protocol):
         """
         loop = asyncio.get_running_loop()
         connection = cls(endpoint, settings.command_timeout_s, on_push)
+
+        async def connect(address: str) -> PipelineConnection:
+            _, each = await loop.create_connection(
+                lambda: cls(endpoint, settings.command_timeout_s, on_push),
+                address,
+                endpoint.port,
+                ssl=endpoint.tls,
+                server_hostname=endpoint.host if endpoint.tls else None,
+            )
+            return each
+
         try:
             async with asyncio.timeout(settings.connect_timeout_s):
                 if endpoint.path:
                     await loop.create_unix_connection(lambda: connection, endpoint.path)
                 else:
-                    await loop.create_connection(
-                        lambda: connection, endpoint.host, endpoint.port, ssl=endpoint.tls
-                    )
+                    connection = await try_addresses(endpoint.host, endpoint.port, connect)
                 await connection._greet(name, check_primary)
         except TimeoutError as exc:
             connection.close()
