@@ -219,6 +219,7 @@ def build(base: Foundation) -> Parts:
         client=base.client,
         keys=keys,
         instance=instance,
+        is_connected=reader.is_connected,
         jobs=[
             *worker_jobs(
                 admission=admission,

@@ -5,7 +5,9 @@ of the host: its jobs stand still for an hour if that clock is set back by an ho
 
 A job that is `shared` runs under a lease in Redis: of all workers of the cluster, only the holder
 runs it. If a job raises a RelayError, for instance because Redis is unavailable, the error is
-logged and the job runs again at its next time. Any other exception is a bug and ends the process.
+logged and the job runs again at its next time. While the reader has no connection to Redis, errors
+of the connection are logged at debug level only, because the reader reports the cause. Any other
+exception is a bug and ends the process.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from relay.core.errors import RelayError
+from relay.core.errors import RedisUnavailable, RelayError, Unavailable
 from relay.core.worker_memory import BEAT_S
 from relay.process.drain import end_all
 from relay.process.garbage import CHECK_S as COLLECTION_CHECK_S
 from relay.stream.cluster.leases import Lease
 from relay.stream.cluster.presence import CHECK_S
 from relay.stream.cluster.workers import HEARTBEAT_S, NOT_READY_S, DeadWorkerDetector
+from relay.stream.connection.connect import RefusedForNow
 from relay.stream.upkeep.dead_workers import DeadWorkersJob
 from relay.stream.upkeep.retention import describe_misnamed, trim
 from relay.stream.upkeep.unused import UnusedStreamsJob
@@ -130,12 +133,22 @@ def shared_jobs(
 
 
 class JobScheduler:
-    """Runs periodic jobs; `run` must be running."""
+    """Runs periodic jobs; `run` must be running.
+
+    `is_connected` returns True if the reader has a connection to Redis.
+    """
 
     def __init__(
-        self, *, client: RedisClient, keys: Keys, instance: str, jobs: Sequence[PeriodicJob]
+        self,
+        *,
+        client: RedisClient,
+        keys: Keys,
+        instance: str,
+        jobs: Sequence[PeriodicJob],
+        is_connected: Callable[[], bool],
     ) -> None:
         self.jobs = jobs
+        self._is_connected = is_connected
         self._leases = {
             job.name: Lease(
                 client=client,
@@ -182,11 +195,18 @@ class JobScheduler:
             try:
                 await self._run_once(job)
             except RelayError as exc:
-                _log.warning("Skipped job %s: %s; next run in %g s", job.name, exc, job.every_s)
+                level = logging.DEBUG if self._is_reported(exc) else logging.WARNING
+                text = "Skipped job %s: %s; next run in %g s"
+                _log.log(level, text, job.name, exc, job.every_s)
             except Exception as exc:
                 exc.add_note(f"raised by the periodic job {job.name}")
                 raise
             due = max(due + self._period_s(job), loop.time())
+
+    def _is_reported(self, exc: RelayError) -> bool:
+        """Return True if the reader logs the cause of the error."""
+        of_connection = isinstance(exc, RedisUnavailable | Unavailable)
+        return of_connection and not isinstance(exc, RefusedForNow) and not self._is_connected()
 
     @staticmethod
     def _period_s(job: PeriodicJob) -> float:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 import pytest
 from redis.asyncio import Redis
 
-from relay.core.errors import RedisUnavailable
+from relay.core.errors import RedisUnavailable, Unavailable
 from relay.process.jobs import JobScheduler, PeriodicJob
+from relay.stream.connection.connect import CommandRefused, RefusedForNow
 from relay.stream.format.keys import Keys
 from tests.support.clients import within
 
@@ -20,8 +22,16 @@ async def _sets(admin: Redis) -> int:
     return int((await admin.info("commandstats")).get("cmdstat_set", {"calls": 0})["calls"])
 
 
-def scheduler(client: Redis, keys: Keys, instance: str, *jobs: PeriodicJob) -> JobScheduler:
-    return JobScheduler(client=client, keys=keys, instance=instance, jobs=jobs)
+def scheduler(
+    client: Redis,
+    keys: Keys,
+    instance: str,
+    *jobs: PeriodicJob,
+    is_connected: Callable[[], bool] = lambda: True,
+) -> JobScheduler:
+    return JobScheduler(
+        client=client, keys=keys, instance=instance, jobs=jobs, is_connected=is_connected
+    )
 
 
 async def test_a_bug_in_a_job_ends_the_task_group(client: Redis, keys: Keys) -> None:
@@ -57,6 +67,37 @@ async def test_an_expected_error_is_logged_and_the_job_runs_again(
             task.cancel()
     expected = "Skipped job unlucky: 10.0.0.5:6379 does not answer; next run in 0.05 s"
     assert expected in caplog.messages
+
+
+async def test_jobs_do_not_repeat_what_the_reader_logs_about_a_lost_connection(
+    client: Redis, keys: Keys, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors = [
+        RedisUnavailable("10.0.0.5:6379 refuses the password"),
+        Unavailable("Redis is unreachable"),
+        CommandRefused("SADD", "NOPERM no right"),
+        RefusedForNow("SET", "OOM full"),
+    ]
+    messages: list[str] = []
+    again = asyncio.Event()
+
+    async def unlucky() -> None:
+        if not errors:
+            again.set()
+            return
+        error = errors.pop(0)
+        messages.append(f"Skipped job unlucky: {error}; next run in 0.01 s")
+        raise error
+
+    job = PeriodicJob(name="unlucky", every_s=0.01, run=unlucky)
+    with caplog.at_level(logging.DEBUG):
+        async with asyncio.TaskGroup() as group:
+            lost = scheduler(client, keys, "one", job, is_connected=lambda: False)
+            task = group.create_task(lost.run())
+            await within(5, again.wait())
+            task.cancel()
+    levels = {each.message: each.levelname for each in caplog.records}
+    assert [levels[text] for text in messages] == ["DEBUG", "DEBUG", "WARNING", "WARNING"]
 
 
 async def test_one_worker_runs_a_shared_job_until_it_leaves(
