@@ -16,6 +16,10 @@ class InvalidResponse(Exception):
     """The application gave no valid answer. The text is for the log and quotes no secrets."""
 
 
+class RejectedRequest(InvalidResponse):
+    """The application answered with an error status, whoever the request is about."""
+
+
 class ApplicationRequests:
     """Limits the number and the time of requests, and logs the first failure of several.
 
@@ -62,6 +66,8 @@ class ApplicationRequests:
                 yield
         except TimeoutError:
             raise self._failed(f"no response within {timeout_s:g} s") from None
+        except RejectedRequest as exc:
+            raise self._failed(str(exc)) from None
         except InvalidResponse as exc:
             # The application works, and its answers about others may be good.
             _log.warning(
@@ -94,7 +100,7 @@ async def read_response(response: aiohttp.ClientResponse, limit_bytes: int) -> b
         InvalidResponse: It has another status, or its body exceeds the limit.
     """
     if response.status != 200:
-        raise InvalidResponse(f"status {response.status}; expected 200")
+        raise RejectedRequest(f"status {response.status}; expected 200")
     body = bytearray()
     async for chunk in response.content.iter_chunked(65536):
         body += chunk
