@@ -119,7 +119,7 @@ async def test_the_documents_own_two_lines(
 
 
 PYTHON = """
-from emitter import Emitter
+from socket_io_emitter import Emitter
 io = Emitter({"host": "127.0.0.1", "port": %d})
 io.Of("/axr").To("python").Emit("one", "é")
 io.Of("/axr").Emit("all", {"n": [1]})
