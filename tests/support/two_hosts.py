@@ -25,6 +25,7 @@ import redis
 from redis.exceptions import RedisError
 
 from tests.support.centrifuge_js import JsClient, running_node
+from tests.support.clients import redis as redis_command
 from tests.support.nginx import nginx
 from tests.support.polling import SECRET, SETTINGS
 from tests.support.relay import RelayProcess
@@ -306,7 +307,7 @@ class Clients:
 
 
 @asynccontextmanager
-async def clients(url: str, channel: str, each: int) -> AsyncIterator[Clients]:
+async def clients(server: Server, url: str, channel: str, each: int) -> AsyncIterator[Clients]:
     """Connect `each` clients of each kind."""
     found = Clients()
     async with running_node(SECRET) as node, npm_clients() as npm, asyncio.TaskGroup() as tasks:
@@ -325,7 +326,12 @@ async def clients(url: str, channel: str, each: int) -> AsyncIterator[Clients]:
                 for transports in (["polling"], ["polling", "websocket"]):
                     name = f"{package} {'+'.join(transports)} {number}"
                     seen = Seen(name, recovers=package == "socket.io-client")
-                    options = connect_options(package, axr_token(name.replace(" ", "-")))
+                    user = name.replace(" ", "-")
+                    # Relay removes a stream without any entry if nobody follows it for a moment.
+                    # Then it cannot exclude that events were lost, and the client starts anew.
+                    words = ("data", "{}", "type", "msg")
+                    redis_command(server, "XADD", f"relay:stream:{{axr:{user}}}", "*", *words)
+                    options = connect_options(package, axr_token(user))
                     opened = await npm.open(
                         f"{url}/axr", package=package, transports=transports, **options
                     )
@@ -522,7 +528,10 @@ async def run_chaos(folder: Path, scale: Scale, *, duration_s: float, seed: int)
         subscriber_to_everything(server),
         two_hosts(server, folder, scale.workers, *_OPTIONS) as (url, relays),
     ):
-        async with clients(url, CHANNEL, scale.clients) as found, asyncio.TaskGroup() as tasks:
+        async with (
+            clients(server, url, CHANNEL, scale.clients) as found,
+            asyncio.TaskGroup() as tasks,
+        ):
             producer = Producer(server, CHANNEL)
             producing = tasks.create_task(asyncio.to_thread(producer.run))
             publishing = tasks.create_task(found.publish(CHANNEL))
