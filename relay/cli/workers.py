@@ -10,7 +10,7 @@ from relay.cli.operator_context import OperatorContext, channel_of, user_of
 from relay.cli.output import duration, emit, say, table
 from relay.core.errors import RedisUnavailable
 from relay.core.model import EntryID
-from relay.stream.cluster.workers import WorkerInfo, list_workers, live_workers
+from relay.stream.cluster.workers import WorkerInfo, list_workers, live_workers, unwritten_s
 from relay.stream.connection import connect
 from relay.stream.upkeep import dead_letter_list
 from relay.stream.write import control
@@ -100,6 +100,7 @@ async def status(site: OperatorContext, options: argparse.Namespace) -> int:
     try:
         living, silent = await list_workers(site.client, site.keys)
         dead_letters = await dead_letter_list.count(site.client, site.keys)
+        now_ms = await connect.time_ms(site.client)
     except (RedisUnavailable, connect.CommandRefused) as exc:
         problems.append(str(exc))
     else:
@@ -121,6 +122,11 @@ async def status(site: OperatorContext, options: argparse.Namespace) -> int:
             f"{node.instance} does not read streams" for node in living if node.ready is False
         ]
         problems += [f"{node.instance}: {node.refused}" for node in living if node.refused]
+        problems += [
+            f"{node.instance} has not written its heartbeat for {late_s:.0f} s: see its log"
+            for node in living
+            if (late_s := unwritten_s(node, now_ms))
+        ]
         refusal = await _write_refusal(site)
         if refusal and not any(refusal in line for line in problems):
             problems.append(f"Redis refuses writes ({refusal}): publishing is rejected")

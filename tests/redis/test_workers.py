@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import json
 
 import pytest
 from redis.asyncio import Redis
 
+from relay.cli.operator_context import OperatorContext
+from relay.cli.workers import status
+from relay.config.loading import load as load_config
 from relay.core.errors import RelayError, WorkerUnreachable
 from relay.core.model import Channel
 from relay.core.worker_deaths import WorkerDeaths
 from relay.stream.cluster import leases, workers
 from relay.stream.cluster.directory import WorkerDirectory
 from relay.stream.connection.connect import command, redis_client
+from relay.stream.connection.refusals import Refusals
 from relay.stream.format.keys import Keys
 from relay.stream.read import groups, stream_commands
 from relay.stream.upkeep import dead_workers
@@ -60,6 +66,58 @@ async def test_a_worker_that_is_not_ready_is_written_more_often(
     await admin.delete(keys.node(instance))
     await beat.beat_unless_ready()
     assert await workers.live_workers(client, keys) == []
+
+
+async def test_status_shows_a_worker_that_redis_rejects_while_it_runs(
+    client: Redis,
+    admin: Redis,
+    keys: Keys,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    refusals = Refusals()
+    configuration = load_config(None, environ={}, overrides=[], flags={}, doors={})
+
+    def load() -> workers.WorkerLoad:
+        return workers.WorkerLoad(
+            ready=True, connections=0, streams=0, lag_ms=0, refused=str(refusals)
+        )
+
+    async def problems() -> str:
+        options = argparse.Namespace(json=True, min_workers=1, max_lag=5, max_dead_letters=None)
+        site = OperatorContext(config=configuration, client=admin, keys=keys)
+        code = await status(site, options)
+        found = json.loads(capsys.readouterr().out)["wrong"]
+        assert code == bool(found)
+        return "; ".join(found)
+
+    worker = workers.describe_this_worker("one", "one:1", "1")
+    beat = workers.WorkerHeartbeat(
+        client=client, keys=keys, worker=worker, load=load, refusals=refusals
+    )
+    await beat.beat()
+    assert await problems() == ""
+    try:
+        await command(admin, "ACL", "SETUSER", "relay", "-sadd")
+        await beat.beat()
+        # Twice a second.
+        await beat.beat_unless_ready()
+        assert "Redis refuses the list of workers (NOPERM" in await problems()
+        await command(admin, "ACL", "SETUSER", "relay", "+sadd")
+        await beat.beat()
+        await beat.beat_unless_ready()
+        assert await problems() == ""
+        await command(admin, "ACL", "SETUSER", "relay", "-set")
+        monkeypatch.setattr(workers, "DEAD_AFTER_S", 0.3)
+        await asyncio.sleep(0.4)
+        await beat.beat()
+        assert "one:1 has not written its heartbeat for 0 s" in await problems()
+        await command(admin, "ACL", "SETUSER", "relay", "+set")
+        await beat.beat()
+        await beat.beat_unless_ready()
+        assert await problems() == ""
+    finally:
+        await command(admin, "ACL", "LOAD")
 
 
 async def test_a_full_redis_does_not_hide_the_other_workers(

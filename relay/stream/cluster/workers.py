@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -59,6 +60,8 @@ class WorkerInfo:
     refused: str = ""
     # Host and port for other workers' requests, empty if this worker accepts none.
     internal: str = ""
+    # Time of Redis before this was written. None for a worker of an older version.
+    written_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +111,8 @@ class WorkerHeartbeat:
         self._worker = worker
         self._load = load
         self._good = True
+        # The refusals that the last heartbeat lists.
+        self._listed = ""
 
     def set_internal(self, address: str) -> None:
         """Set the internal address of this worker, as host:port."""
@@ -116,19 +121,23 @@ class WorkerHeartbeat:
         self._good = False
 
     async def beat_unless_ready(self) -> None:
-        """Write the heartbeat if the last one said that this worker is not ready."""
-        if not self._good:
+        """Write the heartbeat if the last one said that this worker is not ready, or if the
+        refusals have changed since."""
+        if not self._good or (self._load is not None and str(self._refusals) != self._listed):
             await self.beat()
 
     async def beat(self) -> None:
         """Write the heartbeat and the entry in the list of workers, in case Redis lost its data.
 
         A Redis whose memory is full rejects SET and SADD. EXPIRE then extends the existing
-        heartbeat.
+        heartbeat, whose `written_ms` shows its age.
         """
         instance = self._worker.instance
         worker = replace(self._worker, **asdict(self._load())) if self._load else self._worker
         self._good = worker.ready is not False
+        self._listed = worker.refused
+        with contextlib.suppress(connect.CommandRefused):
+            worker = replace(worker, written_ms=await connect.time_ms(self._client))
         text = orjson.dumps(worker)
         commands: tuple[tuple[bytes | str | int, ...], ...] = (
             ("SADD", self._keys.nodes, instance),
@@ -196,6 +205,12 @@ def parse_heartbeat(instance: str, beat: bytes) -> WorkerInfo | None:
     except (ValueError, TypeError):
         log.warning("Ignored the malformed heartbeat of worker %s", instance)
         return None
+
+
+def unwritten_s(worker: WorkerInfo, now_ms: int) -> float:
+    """Return for how long a live worker has not written its heartbeat, 0 while it is on time."""
+    age_s = 0.0 if worker.written_ms is None else (now_ms - worker.written_ms) / 1000
+    return age_s if age_s > DEAD_AFTER_S else 0.0
 
 
 class DeadWorkerDetector:
