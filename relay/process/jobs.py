@@ -1,7 +1,7 @@
 """All periodic jobs of a worker, with their periods, and the scheduler that runs them.
 
-Periods are measured with the event loop's clock, which nobody can set. APScheduler uses the clock
-of the host: its jobs stand still for an hour if that clock is set back by an hour.
+APScheduler uses the clock of the host. If that clock is set, all jobs run at once and then again
+after their periods; otherwise they would stand still until it shows the earlier time again.
 
 A job that is `shared` runs under a lease in Redis: of all workers of the cluster, only the holder
 runs it. If a job raises a RelayError, for instance because Redis is unavailable, the error is
@@ -13,11 +13,18 @@ exception is a bug and ends the process.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
+
+from apscheduler.schedulers.asyncio import AsyncIOScheduler
+from apscheduler.triggers.base import BaseTrigger
+from typing_extensions import override
 
 from relay.core.errors import RedisUnavailable, RelayError, Unavailable
 from relay.core.worker_memory import BEAT_S
@@ -52,6 +59,9 @@ RIGHTS_S = 0.5
 CLOCK_S = 0.5
 # Spreads the workers' attempts to get a lease.
 _JITTER = 0.1
+# The clock of the host was set if it moves by this much more or less than the monotonic clock.
+_SET_S = 1.0
+_CLOCK_CHECK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +142,26 @@ def shared_jobs(
     )
 
 
+class _Interval(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
+    """Due one period after the last run began.
+
+    APScheduler's own interval trigger computes all runs that a clock set forward has skipped, which
+    takes minutes for a year.
+    """
+
+    def __init__(self, job: PeriodicJob) -> None:
+        self._job = job
+
+    @override
+    def get_next_fire_time(self, previous: datetime | None, now: datetime) -> datetime:
+        if previous is None and self._job.at_once:
+            return now
+        spread = random.uniform(1 - _JITTER, 1 + _JITTER) if self._job.shared else 1.0  # noqa: S311
+        return now + timedelta(seconds=self._job.every_s * spread)
+
+
 class JobScheduler:
-    """Runs periodic jobs; `run` must be running.
+    """Runs periodic jobs with APScheduler; `run` must be running.
 
     `is_connected` returns True if the reader has a connection to Redis.
     """
@@ -161,64 +189,74 @@ class JobScheduler:
             for job in jobs
             if job.shared
         }
-        self._has_left = False
+        self._running: set[asyncio.Task[None]] = set()
+        self._failed = asyncio.Event()
+        self._bug: Exception | None = None
+        self._scheduler = AsyncIOScheduler(
+            timezone="UTC",
+            job_defaults={"max_instances": 1, "coalesce": True, "misfire_grace_time": None},
+        )
 
     async def run(self) -> None:
         """Run the jobs until cancelled. Raise the exception of a job that has a bug."""
-        loop = asyncio.get_running_loop()
-        tasks = [
-            loop.create_task(self._repeat(job), name=f"periodic job {job.name}")
-            for job in self.jobs
-        ]
+        for job in self.jobs:
+            self._scheduler.add_job(self._run_once, _Interval(job), [job], id=job.name)
+        self._scheduler.start()
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            for task in done:
-                task.result()
+            await self._watch_clock()
+            if self._bug is not None:
+                raise self._bug
         finally:
-            await end_all(tasks)
+            self._scheduler.shutdown(wait=False)
+            await end_all(self._running)
 
     async def leave(self) -> None:
         """Stop the shared jobs and release their leases, so that other workers continue."""
-        self._has_left = True
         for name, lease in self._leases.items():
+            # There are no jobs if the scheduler has stopped because of an error.
+            if self._scheduler.get_job(name) is not None:
+                self._scheduler.remove_job(name)
             try:
                 await lease.release()
             except RelayError as exc:
                 _log.info("Could not release the lease of job %s; it expires soon: %s", name, exc)
 
-    async def _repeat(self, job: PeriodicJob) -> None:
-        loop = asyncio.get_running_loop()
-        due = loop.time() + (0.0 if job.at_once else self._period_s(job))
-        while True:
-            # Runs that were due while this process or the last run was slow are omitted.
-            await asyncio.sleep(max(0.0, due - loop.time()))
-            try:
-                await self._run_once(job)
-            except RelayError as exc:
-                level = logging.DEBUG if self._is_reported(exc) else logging.WARNING
-                text = "Skipped job %s: %s; next run in %g s"
-                _log.log(level, text, job.name, exc, job.every_s)
-            except Exception as exc:
-                exc.add_note(f"raised by the periodic job {job.name}")
-                raise
-            due = max(due + self._period_s(job), loop.time())
+    async def _watch_clock(self) -> None:
+        """Run all jobs whenever the clock of the host was set. Return when a job has failed."""
+        lead_s = time.time() - time.monotonic()
+        while not self._failed.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOCK_CHECK_S):
+                    await self._failed.wait()
+            before_s, lead_s = lead_s, time.time() - time.monotonic()
+            if abs(lead_s - before_s) > _SET_S:
+                for each in self._scheduler.get_jobs():
+                    each.modify(next_run_time=datetime.now(UTC))
+
+    async def _run_once(self, job: PeriodicJob) -> None:
+        task = asyncio.current_task()
+        if task is None or task in self._running:
+            return
+        self._running.add(task)
+        lease = self._leases.get(job.name)
+        try:
+            if job.is_wanted() and (lease is None or await lease.hold()):
+                await job.run()
+        except RelayError as exc:
+            level = logging.DEBUG if self._is_reported(exc) else logging.WARNING
+            text = "Skipped job %s: %s; next run in %g s"
+            _log.log(level, text, job.name, exc, job.every_s)
+        except Exception as exc:  # noqa: BLE001  # `run` raises it
+            exc.add_note(f"raised by the periodic job {job.name}")
+            self._bug = exc
+            self._failed.set()
+        finally:
+            self._running.discard(task)
 
     def _is_reported(self, exc: RelayError) -> bool:
         """Return True if the reader logs the cause of the error."""
         of_connection = isinstance(exc, RedisUnavailable | Unavailable)
         return of_connection and not isinstance(exc, RefusedForNow) and not self._is_connected()
-
-    @staticmethod
-    def _period_s(job: PeriodicJob) -> float:
-        spread = random.uniform(1 - _JITTER, 1 + _JITTER) if job.shared else 1.0  # noqa: S311
-        return job.every_s * spread
-
-    async def _run_once(self, job: PeriodicJob) -> None:
-        lease = self._leases.get(job.name)
-        if not job.is_wanted() or (lease is not None and self._has_left):
-            return
-        if lease is None or await lease.hold():
-            await job.run()
 
 
 class _Upkeep:

@@ -359,7 +359,10 @@ def setup(settings: LogSettings, *, worker: int = 0) -> None:
 
 def set_level(level: str) -> None:
     """Set the lowest level to write: debug, info, warning or error."""
-    logging.getLogger().setLevel(level.upper())
+    root = logging.getLogger()
+    root.setLevel(level.upper())
+    # APScheduler logs each run of a job at level info.
+    logging.getLogger("apscheduler").setLevel(max(root.level, logging.WARNING))
 
 
 def reopen() -> None:

@@ -54,5 +54,11 @@ async def test_the_clock_of_a_host_is_ahead_and_then_set_back(tmp_path: Path) ->
                 await until(lambda: redis(server, "PTTL", key) > 14_000)
                 relay.xadd("news", data="2")
                 assert (await stream.next()).data == "2"
+
+                # The runs that a year has skipped are not computed one by one.
+                offset.write_text("+365d")
+                await until(lambda: any("was set forward by" in line for line in relay.log))
+                await until(lambda: redis(server, "PTTL", key) < 11_000)
+                await until(lambda: redis(server, "PTTL", key) > 14_000)
         finally:
             relay.kill()

@@ -21,6 +21,7 @@ TOKEN = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJtZSJ9.c2lnbmF0dXJl-_"
 def _logging_as_before() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    scheduler = logging.getLogger("apscheduler").level
     access = logging.getLogger("aiohttp.access").disabled
     yield
     for handler in root.handlers:
@@ -28,6 +29,7 @@ def _logging_as_before() -> Iterator[None]:
             handler.close()
     root.handlers[:] = handlers
     root.setLevel(level)
+    logging.getLogger("apscheduler").setLevel(scheduler)
     logging.getLogger("aiohttp.access").disabled = access
 
 
