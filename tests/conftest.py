@@ -1,4 +1,4 @@
-"""Fixtures for all tests: a real server and a real relay. A missing program fails the test."""
+"""Fixtures for all tests: a real server and a real relay."""
 
 from __future__ import annotations
 

@@ -8,21 +8,22 @@ import pytest
 
 from tests.support.cli import Cli
 from tests.support.clients import native, redis, until
+from tests.support.programs import missing
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server, running
 
 pytestmark = pytest.mark.redis
 
-LIBRARY = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+LIBRARIES = "*/faketime/libfaketime.so.1"
 
 
 async def test_the_clock_of_a_host_is_ahead_and_then_set_back(tmp_path: Path) -> None:
-    assert LIBRARY is not None, "install faketime"
+    library = next(Path("/usr/lib").glob(LIBRARIES), None) or missing("libfaketime", "faketime")
     offset = tmp_path / "offset"
     offset.write_text("+120s")
     faked = [
         "env",
-        f"LD_PRELOAD={LIBRARY}",
+        f"LD_PRELOAD={library}",
         f"FAKETIME_TIMESTAMP_FILE={offset}",
         "FAKETIME_NO_CACHE=1",
         "FAKETIME_DONT_FAKE_MONOTONIC=1",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import socket
 import subprocess
 import time
@@ -11,20 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
+from tests.support.programs import program
 from tests.support.valkey import free_port
 
 START_S = 10.0
 _APACHE_MODULES = Path("/usr/lib/apache2/modules")
-
-
-def _program(name: str, package: str) -> str:
-    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/bin:/usr/local/sbin")
-    if found is None:
-        missing = f"needs {name}: apt-get install {package}"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
-    return found
 
 
 @contextmanager
@@ -32,7 +21,7 @@ def apache(folder: Path, *, server: str) -> Iterator[int]:
     """Run Apache with `server` in its virtual host, and yield its port."""
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    program = _program("apache2", "apache2")
+    apache2 = program("apache2", "apache2")
     modules = ("mpm_event", "authz_core", "proxy", "proxy_http", "proxy_wstunnel", "rewrite")
     loads = "\n".join(
         f"LoadModule {name}_module {_APACHE_MODULES}/mod_{name}.so" for name in modules
@@ -43,7 +32,7 @@ def apache(folder: Path, *, server: str) -> Iterator[int]:
         f"DefaultRuntimeDir {folder}\nErrorLog {folder / 'error.log'}\n{loads}\n"
         f"Listen 127.0.0.1:{port}\n<VirtualHost *:{port}>\n{server}\n</VirtualHost>\n"
     )
-    command = [program, "-DFOREGROUND", "-f", str(configuration)]
+    command = [apache2, "-DFOREGROUND", "-f", str(configuration)]
     with _serving(command, port, folder / "error.log"):
         yield port
 

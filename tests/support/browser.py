@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
+
+from tests.support.programs import missing, program
 
 _CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = (
@@ -34,10 +35,9 @@ def chromium(profile: Path) -> Iterator[Chrome]:
     If Chromium is missing, the test is skipped; in CI it fails.
     """
     browser = next(filter(None, map(shutil.which, _CHROMIUM)), None)
-    driver = shutil.which("chromedriver")
-    if browser is None or driver is None:
-        missing = "needs chromium and chromedriver: apt-get install chromium chromium-driver"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
+    if browser is None:
+        missing("chromium", "chromium")
+    driver = program("chromedriver", "chromium-driver")
     options = ChromeOptions()
     options.binary_location = browser
     for flag in (*_FLAGS, f"--user-data-dir={profile}"):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
+from tests.support.programs import program
 from tests.support.valkey import free_port
 
 USER, PASSWORD, DATABASE = "seafile", 'p%w#1;"x', "ccnet_db"
@@ -30,10 +28,7 @@ class MariaDb:
 
     def prepare(self) -> None:
         """Create the data folder. If MariaDB is missing, the test is skipped; in CI it fails."""
-        install = shutil.which("mariadb-install-db")
-        if install is None or self._server() is None:
-            missing = "needs MariaDB: apt-get install mariadb-server"
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
+        install = program("mariadb-install-db", "mariadb-server")
         data = self._folder / "data"
         command = [install, "--no-defaults", f"--datadir={data}", *self._owner]
         command += ["--auth-root-authentication-method=normal", "--skip-test-db"]
@@ -51,10 +46,12 @@ class MariaDb:
 
     def start(self) -> None:
         """Start the server and wait until it answers."""
-        server = self._server()
-        assert server is not None
         command = [
-            *(server, "--no-defaults", f"--datadir={self._folder / 'data'}"),
+            *(
+                program("mariadbd", "mariadb-server"),
+                "--no-defaults",
+                f"--datadir={self._folder / 'data'}",
+            ),
             *(f"--port={self.port}", "--bind-address=127.0.0.1", f"--socket={self.socket}"),
             *(f"--pid-file={self._folder / 'pid'}", "--skip-name-resolve", *self._owner),
         ]
@@ -82,10 +79,6 @@ class MariaDb:
     ) -> subprocess.CompletedProcess[bytes]:
         command = ["mariadb", "--no-defaults", f"--socket={self.socket}", "-uroot", database]
         return subprocess.run(command, input=statements.encode(), capture_output=True, check=False)
-
-    @staticmethod
-    def _server() -> str | None:
-        return shutil.which("mariadbd", path=f"{os.environ['PATH']}:/usr/sbin")
 
 
 @contextmanager

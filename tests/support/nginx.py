@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,8 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
+from tests.support.programs import program
 from tests.support.relay import ROOT
 from tests.support.valkey import free_port
 
@@ -41,10 +39,7 @@ def nginx(folder: Path, recipe: str, ports: Mapping[int, int]) -> Iterator[str]:
 
     It listens on the loopback interface, on a free port instead of 80.
     """
-    binary = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    if binary is None:
-        missing = "needs nginx: apt-get install nginx"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
+    binary = program("nginx", "nginx")
     port = free_port()
     assert recipe.count("listen 80;") == 1
     recipe = recipe.replace("listen 80;", f"listen 127.0.0.1:{port};")

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
+from tests.support.programs import program
 
 _FOLDER = Path(__file__).parents[1] / "npm"
 _LOCK = _FOLDER / "package-lock.json"
@@ -24,13 +24,13 @@ _STAMP = _MODULES / ".installed-lock.json"
 
 def node() -> str:
     """Return the path of Node."""
-    return _tool("node", "nodejs")
+    return program("node", "nodejs")
 
 
 @functools.cache
 def node_modules() -> Path:
     """Return the folder with the packages of `tests/npm/package.json`, for NODE_PATH or a page."""
-    npm = _tool("npm", "npm")
+    npm = program("npm", "npm")
     node()
     with _LOCK.open() as lock:
         # Test runs that start at the same time must not install into the same folder.
@@ -48,11 +48,3 @@ def node_modules() -> Path:
 def environment() -> dict[str, str]:
     """Return the environment of a Node process in which `require` finds the packages."""
     return {**os.environ, "NODE_PATH": str(node_modules())}
-
-
-def _tool(command: str, package: str) -> str:
-    found = shutil.which(command)
-    if found is None:
-        missing = f"needs {command}: apt-get install {package}"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
-    return found

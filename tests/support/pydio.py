@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import aiohttp
 from aiohttp import web
 
 from tests.support.clients import LIMIT_S
+from tests.support.programs import program
 from tests.support.relay import ROOT, RelayProcess
 
 KEY = "adminsecretkey"
@@ -155,8 +155,7 @@ async def publish(
     host: str = "127.0.0.1",
 ) -> list[str]:
     """Run PHP requests, each with its messages. Return the status lines of the handshakes."""
-    assert shutil.which("php"), "php is missing: apt-get install php-cli"
-    command = ["php", str(_PUBLISHER), f"ws://{host}:{port}{path}", key]
+    command = [program("php", "php-cli"), str(_PUBLISHER), f"ws://{host}:{port}{path}", key]
     process = await asyncio.create_subprocess_exec(
         *command,
         *([] if form == "serialize" else [form]),

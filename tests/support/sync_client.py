@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import pytest
+from tests.support.programs import program
 
 # Debian's Python has the client's modules.
 _PYTHON = "/usr/bin/python3"
@@ -78,10 +77,8 @@ class SyncClient:
 @asynccontextmanager
 async def sync_client(folder: Path) -> AsyncIterator[SyncClient]:
     """Run a daemon. If it is missing, the test is skipped; in CI it fails."""
-    daemon, cli = shutil.which("seaf-daemon"), shutil.which("seaf-cli")
-    if daemon is None or cli is None:
-        missing = "needs the sync client: apt-get install seafile-daemon seafile-cli"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
+    program("seaf-daemon", "seafile-daemon")
+    program("seaf-cli", "seafile-cli")
     folder.mkdir(parents=True)
     await _run(folder, "seaf-cli", "init", "-c", str(folder / "conf"), "-d", str(folder))
     client = SyncClient(folder, await _start(folder))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -16,6 +14,7 @@ import pytest
 
 from tests.support import npm, pypi
 from tests.support.centrifugo_client import SECRET, Centrifugo, V1Client, centrifugo, sign
+from tests.support.programs import program
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server
 
@@ -199,9 +198,7 @@ async def test_all_methods_of_jscent(site: Centrifugo, relay: RelayProcess) -> N
 
 
 async def test_requests_as_phpcent_sends_them(relay: RelayProcess) -> None:
-    php = shutil.which("php")
-    if php is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("needs php: apt-get install php-cli")
+    php = program("php", "php-cli")
     done = await asyncio.to_thread(
         subprocess.run,
         [php, "-r", _PHP, "--", relay.url, SECRET, "lib:php"],

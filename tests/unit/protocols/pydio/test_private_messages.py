@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import subprocess
 
 import pytest
@@ -19,15 +18,16 @@ from relay.protocols.pydio.private_messages import (
     read,
     workspace,
 )
+from tests.support.programs import program
 
 TREE = "<tree><reload_bookmarks/></tree>"
 
 
 def php(expression: str) -> bytes:
     """Return the output of PHP's own `serialize`."""
-    assert shutil.which("php"), "php is missing: apt-get install php-cli"
+    binary = program("php", "php-cli")
     done = subprocess.run(
-        ["php", "-r", f"echo serialize({expression});"], capture_output=True, check=True
+        [binary, "-r", f"echo serialize({expression});"], capture_output=True, check=True
     )
     return done.stdout
 
