@@ -133,7 +133,7 @@ class Metrics:
         self.events.inc(entries)
         if offered:
             self._live.inc(offered)
-        age_s = max(0.0, self.clock.now() - last_ms / 1000)
+        age_s = max(0.0, (self.clock.now_ms() - last_ms) / 1000)
         self.lag.observe(age_s)
         self._worst_lag_s = max(self._worst_lag_s, age_s)
 

@@ -458,7 +458,7 @@ class CentrifugoConnection(Client, CommandContext):
         if self.closed:
             return
         self._enter(ConnectionState.CLOSED)
-        self._count_refusal(reason)
+        self._count_refusal(codec.CLOSES[reason][0])
         if self.session is not None:
             self.session.write_out()
         self._release()
