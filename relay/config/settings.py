@@ -128,7 +128,7 @@ class RedisSettings(Section):
 
     url: str = Field(
         "embedded",
-        description="Redis server that holds the streams: embedded (relay starts its own Valkey), redis://[user:pw@]host:port/db, rediss://..., unix:///path?db=0, or sentinel://[user:pw@]host:port,host:port/master-name/db.",
+        description="Redis server that holds the streams: embedded (relay starts its own Valkey), redis://[user:pw@]host:port/db, rediss://..., unix:///path?db=0, sentinel://[user:pw@]host:port,host:port/master-name/db, or rediss+sentinel://... for TLS to Sentinels and servers.",
     )
     password: SecretStr = Field(
         SecretStr(""),
@@ -138,11 +138,11 @@ class RedisSettings(Section):
         SecretStr(""), description="Password of the Sentinel servers.")
     tls_ca: str = Field(
         "",
-        description="PEM file with the certificate authorities for rediss://. Empty: use the authorities of the system.",
+        description="PEM file with the certificate authorities for TLS. Empty: use the authorities of the system.",
     )
     tls_cert: str = Field(
         "",
-        description="PEM file with a client certificate for rediss://. Redis requires one unless tls-auth-clients is no.",
+        description="PEM file with a client certificate for TLS. Redis requires one unless tls-auth-clients is no.",
     )
     tls_key: str = Field("", description="PEM file with the private key of tls_cert. Empty: it is in tls_cert.")
     prefix: str = Field(

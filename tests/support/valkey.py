@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -180,11 +180,14 @@ class Server:
 class SentinelServer(Server):
     """A Sentinel that watches `primary` under the name `main` and fails over within seconds."""
 
-    def __init__(self, folder: Path, primary: Server) -> None:
+    def __init__(self, folder: Path, primary: Server, tls: Sequence[str] = ()) -> None:
+        """`tls`: lines of the configuration. The Sentinel then uses TLS, as the servers do."""
         super().__init__(folder, primary.flavour, acl=False)
-        self.scheme = "sentinel"
+        self.scheme = "rediss+sentinel" if tls else "sentinel"
+        port = ["port 0", f"tls-port {self.port}"] if tls else [f"port {self.port}"]
         configuration = [
-            f"port {self.port}",
+            *port,
+            *tls,
             f"dir {folder}",
             "bind 127.0.0.1",
             f"sentinel monitor main 127.0.0.1 {primary.port} 1",
@@ -199,7 +202,7 @@ class SentinelServer(Server):
 
     def url(self, user: User = "relay", db: int = 0) -> str:
         """Return the value of [redis] url."""
-        return f"sentinel://{user}:{password_of(user)}@127.0.0.1:{self.port}/main/{db}"
+        return f"{self.scheme}://{user}:{password_of(user)}@127.0.0.1:{self.port}/main/{db}"
 
     def client(self, user: User = "admin") -> redis.Redis:
         """Return a blocking client of the Sentinel itself."""

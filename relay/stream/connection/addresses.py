@@ -82,3 +82,7 @@ class AnyAddressTls(AnyAddress, SSLConnection):
 
 class AnyAddressOfPrimary(AnyAddress, SentinelManagedConnection):
     """The same to the primary that Sentinel names."""
+
+
+class AnyAddressOfPrimaryTls(AnyAddressOfPrimary, SSLConnection):
+    """The same to the primary that Sentinel names, with TLS."""

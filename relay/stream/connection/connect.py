@@ -1,6 +1,7 @@
 """Redis addresses: parse the URL, ask Sentinel for the primary, create redis-py clients.
 
-`redis://`, `rediss://`, `unix://` and `sentinel://` URLs become one `RedisEndpoint`. Call
+URLs with the schemes of `_SCHEMES` become one `RedisEndpoint`. With `rediss+sentinel://`, both the
+Sentinels and the primary are reached over TLS. Call
 `discover` again before each new connection, because Sentinel's answer changes with a failover. No
 command here or in `pipeline_connection.py` uses keys of two channels, so that Redis Cluster can be
 added as another way to find the endpoint of a key.
@@ -38,7 +39,12 @@ from typing_extensions import override
 
 from relay.config.settings import RedisSettings
 from relay.core.errors import ConfigError, RedisUnavailable, RelayError, StartError
-from relay.stream.connection.addresses import AnyAddress, AnyAddressOfPrimary, AnyAddressTls
+from relay.stream.connection.addresses import (
+    AnyAddress,
+    AnyAddressOfPrimary,
+    AnyAddressOfPrimaryTls,
+    AnyAddressTls,
+)
 from relay.stream.connection.refusals import (
     TEMPORARY_CODES,
     Effect,
@@ -65,7 +71,7 @@ _ENCODE = (
 )
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SENTINEL_CAUSE = re.compile(r" - network:(\w+)")
-_SCHEMES = "embedded, redis://, rediss://, unix:// or sentinel://"
+_SCHEMES = "embedded, redis://, rediss://, unix://, sentinel:// or rediss+sentinel://"
 
 
 class CommandRefused(RelayError):
@@ -247,10 +253,12 @@ async def redis_client(settings: RedisSettings) -> AsyncIterator[Redis]:
     if isinstance(target, _Sentinels):
         async with _sentinel(target, settings) as sentinel:
             # Asks the Sentinels again at each new connection.
+            tls = target.endpoint.tls is not None
             client = sentinel.master_for(
                 target.master,
-                connection_class=AnyAddressOfPrimary,
+                connection_class=AnyAddressOfPrimaryTls if tls else AnyAddressOfPrimary,
                 **_options(target.endpoint, settings),
+                **_tls_options(target.endpoint, settings),
             )
             async with client:
                 yield client
@@ -264,20 +272,9 @@ def endpoint_client(endpoint: RedisEndpoint, settings: RedisSettings) -> Redis:
     options = _options(endpoint, settings)
     if endpoint.path:
         return Redis(unix_socket_path=endpoint.path, **options)
-    if endpoint.tls is None:
-        client = Redis(host=endpoint.host, port=endpoint.port, **options)
-        client.connection_pool.connection_class = AnyAddress
-        return client
-    client = Redis(
-        host=endpoint.host,
-        port=endpoint.port,
-        ssl=True,
-        ssl_ca_certs=settings.tls_ca or None,
-        ssl_certfile=settings.tls_cert or None,
-        ssl_keyfile=settings.tls_key or settings.tls_cert or None,
-        **options,
-    )
-    client.connection_pool.connection_class = AnyAddressTls
+    tls = _tls_options(endpoint, settings)
+    client = Redis(host=endpoint.host, port=endpoint.port, **options, **tls)
+    client.connection_pool.connection_class = AnyAddressTls if tls else AnyAddress
     return client
 
 
@@ -364,6 +361,7 @@ async def scan(client: RedisClient, pattern: bytes, count: int) -> AsyncIterator
 
 @asynccontextmanager
 async def _sentinel(target: _Sentinels, settings: RedisSettings) -> AsyncIterator[Sentinel]:
+    tls = _tls_options(target.endpoint, settings)
     sentinel = Sentinel(  # type: ignore[no-untyped-call]
         target.addresses,
         sentinel_kwargs={
@@ -372,15 +370,27 @@ async def _sentinel(target: _Sentinels, settings: RedisSettings) -> AsyncIterato
             "socket_timeout": settings.connect_timeout_s,
             # Don't retry: the next Sentinel is used instead.
             "retry": Retry(NoBackoff(), 0),
+            **tls,
         },
     )
     for client in sentinel.sentinels:
-        client.connection_pool.connection_class = AnyAddress
+        client.connection_pool.connection_class = AnyAddressTls if tls else AnyAddress
     try:
         yield sentinel
     finally:
         for client in sentinel.sentinels:
             await client.aclose()
+
+
+def _tls_options(endpoint: RedisEndpoint, settings: RedisSettings) -> dict[str, Any]:
+    if endpoint.tls is None:
+        return {}
+    return {
+        "ssl": True,
+        "ssl_ca_certs": settings.tls_ca or None,
+        "ssl_certfile": settings.tls_cert or None,
+        "ssl_keyfile": settings.tls_key or settings.tls_cert or None,
+    }
 
 
 def _options(endpoint: RedisEndpoint, settings: RedisSettings) -> dict[str, Any]:
@@ -426,23 +436,27 @@ def _parse(settings: RedisSettings) -> RedisEndpoint | _Sentinels:
         if not url.path or location:
             raise ConfigError("[redis] url: unix:// needs an absolute path, unix:///path?db=0")
         return replace(base, path=unquote(url.path), db=_db(db))
-    if url.scheme == "sentinel":
+    if url.scheme in ("rediss", "rediss+sentinel"):
+        base = replace(base, tls=_tls_context(settings))
+    if url.scheme in ("sentinel", "rediss+sentinel"):
         return _sentinels(base, location, url)
     if url.scheme not in ("redis", "rediss") or url.query or url.fragment:
         raise ConfigError(f"[redis] url: must be {_SCHEMES}")
     host, port = _address(location, 6379)
-    tls = None
-    if url.scheme == "rediss":
+    return replace(base, host=host, port=port, db=_db(url.path.removeprefix("/") or "0"))
+
+
+def _tls_context(settings: RedisSettings) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=settings.tls_ca or None)
+    except (OSError, ssl.SSLError) as exc:
+        raise ConfigError(f"[redis] tls_ca: cannot be read: {exc}") from exc
+    if settings.tls_cert:
         try:
-            tls = ssl.create_default_context(cafile=settings.tls_ca or None)
+            context.load_cert_chain(settings.tls_cert, settings.tls_key or None)
         except (OSError, ssl.SSLError) as exc:
-            raise ConfigError(f"[redis] tls_ca: cannot be read: {exc}") from exc
-        if settings.tls_cert:
-            try:
-                tls.load_cert_chain(settings.tls_cert, settings.tls_key or None)
-            except (OSError, ssl.SSLError) as exc:
-                raise ConfigError(f"[redis] tls_cert or tls_key: cannot be read: {exc}") from exc
-    return replace(base, host=host, port=port, db=_db(url.path.removeprefix("/") or "0"), tls=tls)
+            raise ConfigError(f"[redis] tls_cert or tls_key: cannot be read: {exc}") from exc
+    return context
 
 
 def _sentinels(base: RedisEndpoint, location: str, url: SplitResult) -> _Sentinels:
