@@ -171,10 +171,10 @@ async def test_a_port_that_another_file_has_set_is_named(valkey: Server, tmp_pat
     file = tmp_path / "config.json"
     port = free_port()
     file.write_text(f'{{"secret": "a secret of this test", "port": "{port}"}}')
-    with socket.create_server(("0.0.0.0", port)):  # noqa: S104  # as Centrifugo's own default
+    with socket.create_server(("0.0.0.0", port)):  # noqa: S104  # another server
         words = ["-c", str(file), "--set", f"redis.url={valkey.url('relay')}"]
         code, line = await run("serve", *words, "--set", "log.level=error")
     assert code == 1
-    assert f"port {port} of 0.0.0.0 is taken by another process" in line
+    assert f"port {port} of :: is taken by another process" in line
     assert f"change [protocol:centrifugo] port (set by {file}: port)" in line
     assert "--port N" not in line

@@ -130,7 +130,7 @@ def _protocol(given: CollectedOptions) -> Iterator[ImportedSetting]:
     port = given.first("port") or OptionValue(f"{_VERSION}'s port = ", "8000")
     yield _setting(_SECTION, "port", port)
     # In Centrifugo, an empty address means all interfaces. In relay, it would be that of [server].
-    address = given.first("address") or OptionValue(f"{_VERSION}'s address = ", "0.0.0.0")  # noqa: S104
+    address = given.first("address") or OptionValue(f"{_VERSION}'s address = ", "::")
     yield _setting(_SECTION, "host", address)
     if prefix := given.first("http_prefix"):
         yield _setting(_SECTION, "http_prefix", prefix, f"/{prefix.text.strip('/')}".rstrip("/"))

@@ -177,7 +177,7 @@ def read(folder: Path | None, environ: Mapping[str, str]) -> SeafileConfiguratio
         found.put("port", DEFAULT_PORT, "the default of Seafile")
     if "port" in found.settings and "host" not in found.settings:
         # Seafile's default, which its containers require.
-        found.put("host", "0.0.0.0", "the default of Seafile")  # noqa: S104
+        found.put("host", "::", "the default of Seafile")
     return found
 
 

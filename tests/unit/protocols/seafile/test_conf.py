@@ -14,7 +14,7 @@ KEY = "M@O8VWUb81YvmtWLHGB2I_V7di5-@0p(MF*GrE!sIws23F"
 TOKEN = "xP7GGgGPVCQu8r0xNJ+k4Q=="
 
 # Upstream's default.
-EVERYWHERE = "0.0.0.0"  # noqa: S104
+EVERYWHERE = "::"
 # As the manual of the first 10.0 prints the two files, its unmatched quote included.
 FIRST_SEAFILE = f"""\
 ## seafile.conf

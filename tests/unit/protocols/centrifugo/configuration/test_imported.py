@@ -56,7 +56,7 @@ namespaces:
     history_lifetime: 30
 """,
 }
-EVERYWHERE = "0.0.0.0"  # noqa: S104  # compared with, not bound
+EVERYWHERE = "::"
 
 
 def test_the_command_line_finds_the_import() -> None:
