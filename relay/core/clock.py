@@ -36,7 +36,10 @@ class RedisClock:
     ) -> None:
         self._monotonic = monotonic
         self._wall = wall
-        self._offset_ms: float | None = None
+        # The time of Redis in milliseconds is this plus the monotonic clock.
+        self.offset_ms = (wall() - monotonic()) * 1000
+        # Whether the time of Redis is known.
+        self.is_measured = False
         self._measured_at = 0.0
         # Offsets before the clock of Redis was set, with the monotonic times of their ends.
         self._earlier: deque[tuple[float, float]] = deque(maxlen=_JUMPS)
@@ -45,16 +48,9 @@ class RedisClock:
         # expiry time may be gone, as after a freeze of that duration.
         self.on_jump: list[Callable[[float], None]] = []
 
-    @property
-    def is_measured(self) -> bool:
-        """Whether the time of Redis is known."""
-        return self._offset_ms is not None
-
     def now_ms(self) -> float:
         """Return the time of Redis in milliseconds since the epoch."""
-        if self._offset_ms is None:
-            return self._wall() * 1000
-        return self._monotonic() * 1000 + self._offset_ms
+        return self._monotonic() * 1000 + self.offset_ms
 
     def at_ms(self, monotonic_s: float) -> float:
         """Return the time that Redis had at this monotonic time, in milliseconds."""
@@ -69,7 +65,7 @@ class RedisClock:
 
     def host_lead_s(self) -> float:
         """Return by how many seconds the clock of this host is ahead of that of Redis."""
-        return 0.0 if self._offset_ms is None else self._wall() - self.now()
+        return self._wall() - self.now() if self.is_measured else 0.0
 
     def problem(self) -> str:
         """Return one line if the clock of this host is far from that of Redis, or ''."""
@@ -97,12 +93,13 @@ class RedisClock:
         self._host_offset_s = host_offset_s
         now = self._monotonic()
         offset_ms = redis_ms - now * 1000
-        known, jitter_ms = self._offset_ms, (now - asked_at) * 1000
+        known = self.offset_ms if self.is_measured else None
+        jitter_ms = (now - asked_at) * 1000
         if known is not None and abs(offset_ms - known) <= _JUMP_MS and jitter_ms > 100:
             # A slow answer says less than the last quick one.
             return
         before_s, self._measured_at = self._measured_at, now
-        self._offset_ms = offset_ms
+        self.offset_ms, self.is_measured = offset_ms, True
         if known is not None and abs(offset_ms - known) - jitter_ms > _JUMP_MS:
             _log.warning(
                 "The clock of Redis was set %s by %s s",

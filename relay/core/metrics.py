@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, cast
@@ -133,7 +134,8 @@ class Metrics:
         self.events.inc(entries)
         if offered:
             self._live.inc(offered)
-        age_s = max(0.0, (self.clock.now_ms() - last_ms) / 1000)
+        # The same as `RedisClock.now`, inlined for speed.
+        age_s = max(0.0, time.monotonic() + (self.clock.offset_ms - last_ms) / 1000)
         self.lag.observe(age_s)
         self._worst_lag_s = max(self._worst_lag_s, age_s)
 

@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.redis, pytest.mark.slow, pytest.mark.timeout(180)]
 SOON_S = 12.0
 # Interval of the client's own pings.
 PING_S = 1.0
+COMMITTED = "from 'committing' to 'synchronized'."
 # A WebSocket ping without data.
 PING_BYTES = 2
 
@@ -140,6 +141,8 @@ async def test_events_reach_the_real_client(
         await one.door.lock(one.library.repo_id, "first.txt", "unlocked")
         # On Linux this version deletes the lock and does not change the file.
         await until(lambda: not one.locks(), SOON_S)
+        # The changed mode of the file is a commit of the client, during which it ignores events.
+        await until(lambda: one.client.log().rstrip().endswith(COMMITTED), SOON_S)
 
         # Two pings are not answered for a while. Seafile's own server would stop serving this
         # client and never close its connection.

@@ -115,14 +115,22 @@ async def test_a_stream_of_another_worker_does_not_need_redis(
 
 
 @pytest.mark.slow
+async def _opened(http: ClientSession, name: str, at: WorkerProcess) -> Browser:
+    """Open a session. After many lost connections, a worker waits before it connects to Redis."""
+    browser = Browser(http, name)
+    async with asyncio.timeout(10):
+        while (answer := await browser.post(at, "xhr")) != b"200 o\n":
+            assert answer.startswith(b"503 ")
+            await asyncio.sleep(0.05)
+    return browser
+
+
 async def test_lost_subscriptions_cut_no_stream(valkey: Server, http: ClientSession) -> None:
     async with workers(valkey, [free_port(), free_port()]) as pair:
         for owner, other in (pair, pair[::-1]):
-            browser = Browser(http, f"subscriptions-{owner.port}")
-            assert await browser.post(owner, "xhr") == b"200 o\n"
             # Let workers pass on requests in both directions.
-            reverse = Browser(http, f"reverse-{owner.port}")
-            assert await reverse.post(other, "xhr") == b"200 o\n"
+            browser = await _opened(http, f"subscriptions-{owner.port}", owner)
+            reverse = await _opened(http, f"reverse-{owner.port}", other)
             async with browser.stream(other) as answer, reverse.stream(owner) as back:
                 for number in range(100):
                     kill = ("CLIENT", "KILL", "TYPE", "pubsub")

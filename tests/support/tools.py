@@ -109,7 +109,7 @@ class Slack:
     @property
     def seconds(self) -> float:
         """Return the delay so far."""
-        return 0.2 + 4 * self._late_s
+        return 0.5 + 4 * self._late_s
 
     def _watch(self) -> None:
         while not self._end.is_set():

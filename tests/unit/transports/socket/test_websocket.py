@@ -513,6 +513,9 @@ def test_a_message_of_many_tiny_fragments_is_received_slowly(run: Run, reaper: R
                 writer.write(piece)
                 await writer.drain()
             assert (await messages.get())[-1:] == b"z"
+            writer.close()
+            # Otherwise the loop may end while the client is not read.
+            await server.closed.get()
 
     run(main())
 
