@@ -265,7 +265,7 @@ class Context:
         self.streams = Streams(clock)
         self.metrics = Metrics()
         # Redis and the host have the same time.
-        self.clock = RedisClock(wall=clock.time)
+        self.clock = RedisClock(monotonic=clock.time, wall=clock.time)
         self.hub = self.streams.hub = Hub(
             rights=_Rights(clock),
             metrics=self.metrics,
