@@ -208,7 +208,7 @@ class HubSettings(Section):
 
 
 class RightsSettings(Section):
-    """[rights]: Application that decides who may read, for namespaces whose rights include http."""
+    """[rights]: Application that checks read access, for namespaces whose rights include http."""
 
     http_url: str = Field(
         "",

@@ -1,4 +1,4 @@
-"""What client libraries decode, split, reserve and send: one table for all protocols.
+"""Peculiarities of client libraries that relay takes into account, for all protocols.
 
 Server-sent events:
 

@@ -36,14 +36,14 @@ class RedisClock:
     ) -> None:
         self._monotonic = monotonic
         self._wall = wall
+        self._host_offset_s = wall() - monotonic()
         # The time of Redis in milliseconds is this plus the monotonic clock.
-        self.offset_ms = (wall() - monotonic()) * 1000
+        self.offset_ms = self._host_offset_s * 1000
         # Whether the time of Redis is known.
         self.is_measured = False
         self._measured_at = 0.0
         # Offsets before the clock of Redis was set, with the monotonic times of their ends.
         self._earlier: deque[tuple[float, float]] = deque(maxlen=_JUMPS)
-        self._host_offset_s = wall() - monotonic()
         # Called after the clock of Redis was set forward, with the number of seconds: keys with an
         # expiry time may be gone, as after a freeze of that duration.
         self.on_jump: list[Callable[[float], None]] = []

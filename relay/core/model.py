@@ -98,7 +98,6 @@ class Marker(NamedTuple):
     """
 
     id: EntryID
-    has_failover: bool
     is_current: bool
 
 

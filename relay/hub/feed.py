@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class Rights(Protocol):
-    """Decides who may read a channel."""
+    """Access control for reading."""
 
     def allowed(
         self, principal: Principal, channel: Channel, hash_value: bytes | None, *, admitted: bool
@@ -61,7 +61,7 @@ class FeedHub(Protocol):
 
     @property
     def rights(self) -> Rights:
-        """The policy that decides who may read a channel."""
+        """Access control for reading channels."""
 
     @property
     def metrics(self) -> Metrics:

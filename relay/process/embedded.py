@@ -269,7 +269,7 @@ class EmbeddedValkey:
             f"logfile {_quoted(self._file('valkey.log'))}",
             f"pidfile {_quoted(self._file('valkey.pid'))}",
             "daemonize no",
-            # Nothing is lost if relay is killed, and at most one second at a power failure.
+            # A kill of relay loses no data. A power failure loses the last second at most.
             "appendonly yes",
             "appendfsync everysec",
             'save ""',

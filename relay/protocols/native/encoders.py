@@ -13,7 +13,7 @@ not change.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 import orjson
 from typing_extensions import override
@@ -53,16 +53,18 @@ def event_object(event: Event) -> bytes:
     return b"".join(out)
 
 
-def notice_object(
-    name: NoticeKind,
-    *,
-    channel: Channel | None = None,
-    from_: str | None = None,
-    to: str | None = None,
-    reason: str | None = None,
-) -> bytes:
-    """Encode a notice for WebSocket. Unknown fields are omitted."""
-    return _dump({"notice": name, **_notice_fields(channel, from_, to, reason)})
+class NoticeFields(TypedDict, total=False):
+    """Fields of a notice. Those that are missing or None are omitted."""
+
+    channel: Channel | None
+    from_: str | None
+    to: str | None
+    reason: str | None
+
+
+def notice_object(name: NoticeKind, **fields: Unpack[NoticeFields]) -> bytes:
+    """Encode a notice for WebSocket."""
+    return _dump({"notice": name, **_notice_fields(**fields)})
 
 
 def reply_object(
@@ -113,17 +115,9 @@ def envelope_tail(event: Event) -> bytes:
     return _sse_data(one_line(event_object(event)))
 
 
-def sse_notice(
-    name: NoticeKind,
-    *,
-    channel: Channel | None = None,
-    from_: str | None = None,
-    to: str | None = None,
-    reason: str | None = None,
-) -> bytes:
-    """Encode the tail of a notice. Unknown fields are omitted."""
-    fields = _notice_fields(channel, from_, to, reason)
-    return _named(name, _dump(fields))
+def sse_notice(name: NoticeKind, **fields: Unpack[NoticeFields]) -> bytes:
+    """Encode the tail of a notice."""
+    return _named(name, _dump(_notice_fields(**fields)))
 
 
 def sse_error(error: ClientError | Unavailable, channel: str | None = None) -> bytes:
@@ -171,7 +165,10 @@ def _named(name: str, data: bytes) -> bytes:
 
 
 def _notice_fields(
-    channel: Channel | None, from_: str | None, to: str | None, reason: str | None
+    channel: Channel | None = None,
+    from_: str | None = None,
+    to: str | None = None,
+    reason: str | None = None,
 ) -> dict[str, object]:
     return _known(channel=channel) | _known(**{"from": from_, "to": to, "reason": reason})
 
@@ -191,6 +188,15 @@ def _dump(fields: Mapping[str, object]) -> bytes:
 # --- encoders -------------------------------------------------------------------------------
 
 
+def _fields_of(channel: Channel, notice: Notice) -> NoticeFields:
+    return {
+        "channel": channel,
+        "from_": _text(notice.from_id),
+        "to": _text(notice.to_id),
+        "reason": notice.reason,
+    }
+
+
 def _text(entry_id: EntryID | None) -> str | None:
     return None if entry_id is None else str(entry_id)
 
@@ -206,15 +212,7 @@ class WebSocketEncoder(SharedEncoder):
 
     @override
     def notice(self, channel: Channel, notice: Notice) -> bytes:
-        return frame_text(
-            notice_object(
-                notice.kind,
-                channel=channel,
-                from_=_text(notice.from_id),
-                to=_text(notice.to_id),
-                reason=notice.reason,
-            )
-        )
+        return frame_text(notice_object(notice.kind, **_fields_of(channel, notice)))
 
 
 class SseEncoder(SharedEncoder):
@@ -244,13 +242,7 @@ def notice_block(
     channel: Channel, notice: Notice, positions: Iterable[tuple[Channel, Position]] = ()
 ) -> bytes:
     """Return the block of a notice, with a cursor as ID if there are positions."""
-    tail = sse_notice(
-        notice.kind,
-        channel=channel,
-        from_=_text(notice.from_id),
-        to=_text(notice.to_id),
-        reason=notice.reason,
-    )
+    tail = sse_notice(notice.kind, **_fields_of(channel, notice))
     return sse_id(encode_cursor(positions)) + tail if positions else tail
 
 

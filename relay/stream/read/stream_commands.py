@@ -233,9 +233,7 @@ def parse_state(
         if place is None:
             failover = last
         else:
-            marker = Marker(
-                place, FAILOVER_GROUP in found, primary.is_without_loss_since(place.seq & LOW)
-            )
+            marker = Marker(place, primary.is_without_loss_since(place.seq & LOW))
             history = place.seq >> 32 if marker.is_current else primary.certificate
             failover = found.get(FAILOVER_GROUP) if marker.is_current else last
             incarnation = (place.ms & LOW) << 32 | history
