@@ -78,6 +78,10 @@ def _runner(command: str) -> _Command:
             from relay.cli import access
 
             return access.COMMANDS[command]
+        case "doctor":
+            from relay.cli import doctor
+
+            return doctor.doctor
         case _ if command in OPERATOR_COMMANDS:
             from relay.cli import operate
 

@@ -30,6 +30,9 @@ _TAIL_EXIT_CODES = (
     " permission, or Redis unreachable at the start (one line on standard error has the reason);"
     " 2 usage."
 )
+_DOCTOR_EXIT_CODES = (
+    "Exit codes: 0 no errors; 1 errors, or a configuration that is not valid; 2 usage."
+)
 _STATUS_EXIT_CODES = (
     "Exit codes: 0 no problem; 1 a problem or configuration error (lines on standard error have"
     " the reasons); 2 usage."
@@ -118,6 +121,13 @@ def add(commands: Commands, operator: Operator) -> None:
         type=_count,
         metavar="N",
         help="report a problem if there are more dead letters (default: no limit)",
+    )
+
+    operator(
+        commands,
+        "doctor",
+        "find faults of Redis, host, data and configuration; run it with relay's own configuration",
+        _DOCTOR_EXIT_CODES,
     )
 
     trim = operator(

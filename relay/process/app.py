@@ -33,6 +33,7 @@ from relay.core.metrics import Metrics
 from relay.core.worker_memory import DIED, REOPEN_LOG, Worker
 from relay.process import logs
 from relay.process.composition import Foundation, Parts, build, http_rights, section_of
+from relay.process.doctor.at_start import log_faults
 from relay.process.drain import at_most, drain, end_all, wait_closed
 from relay.process.embedded import private_folder, redis_address, running_valkey
 from relay.process.internal_address import open_internal
@@ -145,6 +146,8 @@ class Relay:
                 finally:
                     await end_all({checking})
                 checking.result()
+                if self._worker is None or self._worker.number == 1:
+                    await log_faults(config, client)
             self._background = await stack.enter_async_context(asyncio.TaskGroup())
             http = await stack.enter_async_context(
                 aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())

@@ -1,0 +1,1 @@
+"""`relay doctor`: finds faults of Redis, host, data, configuration and proxies."""

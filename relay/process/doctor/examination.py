@@ -1,0 +1,70 @@
+"""Run all checks of the doctor, for the command line and the console."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from relay.core.errors import RelayError
+from relay.process import app
+from relay.process.addresses import check_addresses
+from relay.process.doctor import (
+    data_checks,
+    host_checks,
+    redis_checks,
+    settings_checks,
+)
+from relay.process.doctor.finding import Finding, Level, error
+
+if TYPE_CHECKING:
+    from relay.config.loading import Config
+    from relay.stream.connection.connect import RedisClient
+    from relay.stream.format.keys import Keys
+
+_ORDER = list(Level)
+
+
+async def examine(config: Config, client: RedisClient, keys: Keys) -> list[Finding]:
+    """Return all findings, errors first.
+
+    `config` and `client` must be those of relay itself: rights are checked for its Redis user.
+    """
+    found = await asyncio.to_thread(_local, config)
+    of_redis = await redis_checks.check(config, client, keys)
+    found += of_redis
+    if not any(each.name == "redis.unreachable" for each in of_redis):
+        found += await data_checks.check(config, client, keys)
+    return in_order(found)
+
+
+def in_order(found: list[Finding]) -> list[Finding]:
+    """Return the findings sorted by level."""
+    return sorted(found, key=lambda each: _ORDER.index(each.level))
+
+
+def _local(config: Config) -> list[Finding]:
+    """Check everything that needs no connection."""
+    found: list[Finding] = []
+    try:
+        check_addresses(config, app.check(config), accept_running=True)
+    except* RelayError as group:
+        # `check` builds the parts in a TaskGroup.
+        found.append(not_served(_first(group)))
+    return [*found, *settings_checks.check(config), *host_checks.check(config)]
+
+
+def _first(group: BaseExceptionGroup[RelayError]) -> BaseException:
+    each: BaseException = group
+    while isinstance(each, BaseExceptionGroup):
+        each = each.exceptions[0]
+    return each
+
+
+def not_served(exc: BaseException) -> Finding:
+    """Return the finding for a configuration that `serve` rejects."""
+    return error(
+        "configuration.rejected",
+        str(exc),
+        "relay does not start with this configuration.",
+        "Correct the setting that the line names; check with: relay checkconfig",
+    )

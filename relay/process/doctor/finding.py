@@ -1,0 +1,62 @@
+"""What the doctor reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Level(Enum):
+    """How serious a finding is. Only errors let `relay doctor` fail."""
+
+    # Events are lost, rejected or read by strangers, or will be.
+    ERROR = "error"
+    # It works now, but a restart, a failover, growth or an attack will break it.
+    WARNING = "warning"
+    # Something that could not be checked, or that only the operator can judge.
+    NOTE = "note"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One fault. `name` is stable, for scripts; the other texts are for people.
+
+    `fix` is a command, a line of a configuration file, or both.
+    """
+
+    level: Level
+    name: str
+    what: str
+    why: str
+    fix: str
+
+    @property
+    def area(self) -> str:
+        """The part of the installation: redis, host, data, configuration or proxy."""
+        return self.name.partition(".")[0]
+
+    def values(self) -> dict[str, str]:
+        """Return the finding as JSON values."""
+        return {
+            "level": self.level.value,
+            "area": self.area,
+            "name": self.name,
+            "what": self.what,
+            "why": self.why,
+            "fix": self.fix,
+        }
+
+
+def error(name: str, what: str, why: str, fix: str) -> Finding:
+    """Return an error."""
+    return Finding(level=Level.ERROR, name=name, what=what, why=why, fix=fix)
+
+
+def warning(name: str, what: str, why: str, fix: str) -> Finding:
+    """Return a warning."""
+    return Finding(level=Level.WARNING, name=name, what=what, why=why, fix=fix)
+
+
+def note(name: str, what: str, why: str, fix: str) -> Finding:
+    """Return a note."""
+    return Finding(level=Level.NOTE, name=name, what=what, why=why, fix=fix)
