@@ -165,6 +165,7 @@ async def test_a_redis_cluster_is_named_as_the_problem(tmp_path: Path, workers: 
     assert code == 1
     assert line.count("\n") == 1, line
     assert f"127.0.0.1:{server.port} runs in cluster mode" in line
+    assert f"set url = redis+cluster://127.0.0.1:{server.port}" in line
 
 
 async def test_a_port_that_another_file_has_set_is_named(valkey: Server, tmp_path: Path) -> None:

@@ -1,10 +1,9 @@
 """Redis addresses: parse the URL, ask Sentinel for the primary, create redis-py clients.
 
-URLs with the schemes of `_SCHEMES` become one `RedisEndpoint`. With `rediss+sentinel://`, both the
-Sentinels and the primary are reached over TLS. Call
-`discover` again before each new connection, because Sentinel's answer changes with a failover. No
-command here or in `pipeline_connection.py` uses keys of two channels, so that Redis Cluster can be
-added as another way to find the endpoint of a key.
+A URL with one of the schemes of `_SCHEMES` becomes one `RedisEndpoint`. With `rediss+sentinel://`,
+both the Sentinels and the primary are reached over TLS. Call `discover` again before each new
+connection, because Sentinel's answer changes with a failover. Several URLs, and the nodes of a
+Redis Cluster, belong to a shard map, see `relay.stream.shards`.
 """
 
 from __future__ import annotations
@@ -19,17 +18,19 @@ from typing import Any, cast
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from pydantic import SecretStr
-from redis.asyncio import Redis, Sentinel
+from redis.asyncio import Redis, RedisCluster, Sentinel
 from redis.asyncio.client import Pipeline
+from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import MasterNotFoundError
-from redis.backoff import NoBackoff
+from redis.backoff import EqualJitterBackoff, NoBackoff
 from redis.credentials import CredentialProvider
 from redis.exceptions import (
     BusyLoadingError,
     ClusterDownError,
     MasterDownError,
     ReadOnlyError,
+    RedisClusterException,
     RedisError,
     ResponseError,
     WatchError,
@@ -71,7 +72,15 @@ _ENCODE = (
 )
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SENTINEL_CAUSE = re.compile(r" - network:(\w+)")
-_SCHEMES = "embedded, redis://, rediss://, unix://, sentinel:// or rediss+sentinel://"
+_SCHEMES = (
+    "embedded, redis://, rediss://, unix://, sentinel://, rediss+sentinel://, redis+cluster:// or"
+    " rediss+cluster://"
+)
+_CLUSTER_SCHEMES = ("redis+cluster", "rediss+cluster")
+# The comma before another URL, in a list of servers. Addresses of Sentinels have commas, too.
+_NEXT_URL = re.compile(r"\s*,\s*(?=[a-z][a-z+]*://)")
+# redis-py follows redirections for as long as a slot may take to move: about 2 s.
+_CLUSTER_ATTEMPTS, _CLUSTER_PAUSE_S = 8, 0.5
 
 
 class CommandRefused(RelayError):
@@ -180,10 +189,52 @@ class _Sentinels:
     endpoint: RedisEndpoint
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cluster:
+    """Some nodes of a Redis Cluster. They report the others."""
+
+    seeds: tuple[RedisEndpoint, ...]
+
+
+def servers_of(settings: RedisSettings) -> list[RedisSettings]:
+    """Return the settings of each server: `[redis] url` may be a list of URLs.
+
+    Raises:
+        ConfigError: A URL is invalid, two are of the same server, or one is of a Redis Cluster.
+    """
+    urls = _NEXT_URL.split(settings.url.strip())
+    servers = [settings.model_copy(update={"url": url}) for url in urls]
+    if len(servers) == 1:
+        return servers
+    names: set[str] = set()
+    for server in servers:
+        name = server_name(server)
+        if name in names:
+            raise ConfigError(f"[redis] url: the list contains {name} twice")
+        names.add(name)
+    return servers
+
+
+def server_name(settings: RedisSettings) -> str:
+    """Return the name by which all workers identify this server: without user and password."""
+    target = _parse_server(settings)
+    if isinstance(target, _Sentinels):
+        return f"{target.master}/{target.endpoint.db}"
+    return f"{target}/{target.db}"
+
+
+def cluster_seeds(settings: RedisSettings) -> tuple[RedisEndpoint, ...]:
+    """Return the nodes of a Redis Cluster that the URL names. Empty if it is another URL."""
+    if not settings.url.startswith(_CLUSTER_SCHEMES):
+        return ()
+    target = _parse(settings)
+    return target.seeds if isinstance(target, _Cluster) else ()
+
+
 def check(settings: RedisSettings, setting: str) -> None:
     """Raise the ConfigError that `discover` would raise, with the name of the URL's setting."""
     try:
-        _parse(settings)
+        _parse_server(settings)
     except ConfigError as exc:
         raise ConfigError(str(exc).replace("[redis] url", setting)) from None
 
@@ -192,9 +243,13 @@ def describe(settings: RedisSettings) -> str:
     """Return the server's address for logs and errors, without the password."""
     if settings.url == "embedded":
         return f"embedded, 127.0.0.1:{settings.embedded_port}"
+    if len(servers := servers_of(settings)) > 1:
+        return ", ".join(map(describe, servers))
     target = _parse(settings)
+    if isinstance(target, _Cluster):
+        return f"cluster at {', '.join(map(str, target.seeds))}"
     if isinstance(target, RedisEndpoint):
-        return str(target).removesuffix(":6379")
+        return str(target).removesuffix(":6379") + (f"/{target.db}" if target.db else "")
     asked = ", ".join(f"{host}:{port}" for host, port in target.addresses)
     return f"primary {target.master} by Sentinel at {asked}"
 
@@ -208,7 +263,8 @@ def version_error(server: str, version: str) -> str:
 
 
 async def check_server(client: RedisClient, settings: RedisSettings) -> None:
-    """Raise StartError if the server is too old or part of a Redis Cluster. Ignore other errors."""
+    """Raise StartError if the server is too old, or part of a Redis Cluster and the URL does not
+    say so. Ignore other errors."""
     try:
         information = await command(client, "INFO", "server")
     except RelayError:
@@ -218,10 +274,12 @@ async def check_server(client: RedisClient, settings: RedisSettings) -> None:
     if problem:
         raise StartError(f"[redis] url: {describe(settings)} is {problem}")
     modes = {str(information.get(f"{name}_mode")) for name in ("redis", "server", "valkey")}
-    if "cluster" in modes:
+    if "cluster" in modes and not cluster_seeds(settings):
+        target = _parse_server(settings)
+        tls = isinstance(target, RedisEndpoint) and target.tls is not None
         raise StartError(
-            f"[redis] url: {describe(settings)} runs in cluster mode (cluster-enabled yes), which"
-            " relay does not support; use a single server or a primary behind Sentinel"
+            f"[redis] url: {describe(settings)} runs in cluster mode (cluster-enabled yes); set"
+            f" url = {'rediss' if tls else 'redis'}+cluster://{describe(settings)}"
         )
 
 
@@ -232,7 +290,7 @@ async def discover(settings: RedisSettings) -> RedisEndpoint:
         RedisUnavailable: No Sentinel returned a primary.
         ConfigError: The URL is invalid.
     """
-    target = _parse(settings)
+    target = _parse_server(settings)
     if isinstance(target, RedisEndpoint):
         return target
     async with _sentinel(target, settings) as sentinel:
@@ -248,8 +306,8 @@ async def discover(settings: RedisSettings) -> RedisEndpoint:
 
 @asynccontextmanager
 async def redis_client(settings: RedisSettings) -> AsyncIterator[Redis]:
-    """Open a redis-py client and close it at the end. Replies are bytes."""
-    target = _parse(settings)
+    """Open a redis-py client of one server and close it at the end. Replies are bytes."""
+    target = _parse_server(settings)
     if isinstance(target, _Sentinels):
         async with _sentinel(target, settings) as sentinel:
             # Asks the Sentinels again at each new connection.
@@ -278,6 +336,30 @@ def endpoint_client(endpoint: RedisEndpoint, settings: RedisSettings) -> Redis:
     return client
 
 
+@asynccontextmanager
+async def cluster_client(settings: RedisSettings) -> AsyncIterator[RedisClient]:
+    """Open redis-py's client of a Redis Cluster and close it at the end.
+
+    It sends each command to the server that has its key and follows redirections. All keys of a
+    pipeline must be in one slot.
+    """
+    seeds = cluster_seeds(settings)
+    options = _options(seeds[0], settings)
+    del options["db"]
+    options["retry"] = Retry(EqualJitterBackoff(cap=_CLUSTER_PAUSE_S, base=0.02), _CLUSTER_ATTEMPTS)
+    client = RedisCluster(
+        startup_nodes=[ClusterNode(seed.host, seed.port) for seed in seeds],
+        require_full_coverage=False,
+        **options,
+        **_tls_options(seeds[0], settings),
+    )
+    try:
+        # It has the methods of a client of one server that relay uses.
+        yield cast(RedisClient, client)
+    finally:
+        await client.aclose()
+
+
 @contextmanager
 def translated() -> Iterator[None]:
     """Translate exceptions of redis-py into relay's."""
@@ -287,7 +369,7 @@ def translated() -> Iterator[None]:
         raise RedisUnavailable(f"Redis cannot serve now: {exc}") from exc
     except ResponseError as exc:
         raise refusal("Redis", refusal_text(exc)) from exc
-    except (RedisError, OSError) as exc:
+    except (RedisError, RedisClusterException, OSError) as exc:
         raise RedisUnavailable(f"Redis: {_cause(exc)}") from exc
 
 
@@ -410,7 +492,17 @@ def _options(endpoint: RedisEndpoint, settings: RedisSettings) -> dict[str, Any]
     }
 
 
-def _parse(settings: RedisSettings) -> RedisEndpoint | _Sentinels:
+def _parse_server(settings: RedisSettings) -> RedisEndpoint | _Sentinels:
+    """Parse the URL of one server. ConfigError if it names several."""
+    if _NEXT_URL.search(settings.url):
+        raise ConfigError("[redis] url: must be one server here, not a list of servers")
+    target = _parse(settings)
+    if isinstance(target, _Cluster):
+        raise ConfigError("[redis] url: must be one server here, not a Redis Cluster")
+    return target
+
+
+def _parse(settings: RedisSettings) -> RedisEndpoint | _Sentinels | _Cluster:
     if settings.url == "embedded":
         return RedisEndpoint(host="127.0.0.1", port=settings.embedded_port)
     try:
@@ -436,10 +528,15 @@ def _parse(settings: RedisSettings) -> RedisEndpoint | _Sentinels:
         if not url.path or location:
             raise ConfigError("[redis] url: unix:// needs an absolute path, unix:///path?db=0")
         return replace(base, path=unquote(url.path), db=_db(db))
-    if url.scheme in ("rediss", "rediss+sentinel"):
+    if url.scheme in ("rediss", "rediss+sentinel", "rediss+cluster"):
         base = replace(base, tls=_tls_context(settings))
     if url.scheme in ("sentinel", "rediss+sentinel"):
         return _sentinels(base, location, url)
+    if url.scheme in _CLUSTER_SCHEMES:
+        if url.path.strip("/") or url.query or url.fragment:
+            raise ConfigError("[redis] url: a Redis Cluster has one database, use host:port only")
+        addresses = [_address(part.strip(), 6379) for part in location.split(",")]
+        return _Cluster(seeds=tuple(replace(base, host=h, port=p) for h, p in addresses))
     if url.scheme not in ("redis", "rediss") or url.query or url.fragment:
         raise ConfigError(f"[redis] url: must be {_SCHEMES}")
     host, port = _address(location, 6379)

@@ -35,6 +35,8 @@ class Effect(Enum):
     NO_WRITES = "no writes"
     # The same command works later. It is sent again after a pause.
     PAUSE = "pause"
+    # The key is on another server of the cluster, or is being moved there. Read the slots again.
+    MISPLACED = "misplaced"
     # The user lacks a right, or the command does not exist. Streams are read without groups and
     # transactions; everything else is tried again after a pause.
     NO_RIGHT = "no right"
@@ -65,7 +67,12 @@ _RULES = {
         Effect.NO_WRITES, "Too few replicas are connected, see min-replicas-to-write"
     ),
     "BUSY": Rule(Effect.PAUSE, "A script is running in Redis; SCRIPT KILL ends it"),
-    "TRYAGAIN": Rule(Effect.PAUSE, "A slot of the cluster is being moved"),
+    "TRYAGAIN": Rule(Effect.MISPLACED, "A slot of the cluster is being moved"),
+    "ASK": Rule(Effect.MISPLACED, "A slot of the cluster is being moved"),
+    "MOVED": Rule(
+        Effect.MISPLACED,
+        "The server is part of a Redis Cluster: if [redis] url is redis://, use redis+cluster://",
+    ),
     "NOPERM": _DENIED,
     "NOAUTH": _LOGIN,
     "WRONGPASS": _LOGIN,
@@ -108,7 +115,7 @@ def codes(*effects: Effect) -> frozenset[str]:
 
 
 # The same command may be accepted later, by this server.
-TEMPORARY_CODES = codes(Effect.NO_WRITES, Effect.PAUSE)
+TEMPORARY_CODES = codes(Effect.NO_WRITES, Effect.PAUSE, Effect.MISPLACED)
 
 
 class Need(NamedTuple):

@@ -30,6 +30,10 @@ Cluster slot. A command or transaction with several keys uses keys of one channe
 | `<p>takers`               | zset    | workers that read queues, expiry ms | the worker; expires  |
 | `<name>`, `<name>.<n>`    | list    | queue of commands; no prefix        | workers              |
 
+With several servers or a Redis Cluster, the names of all keys without `{C}`, except the canary and
+the queues, begin with `<p>{site}`: `relay:{site}control`. They are on the server of this tag. The
+canary's key then ends with a tag of the server that it tests: `<p>canary:<instance>:{tag}`.
+
 `{C}` is the channel's name between braces. Within it, white space (ASCII), control characters, `{`
 and `}` are written as `%XX`, for example `relay:stream:{ws-ü%20&%20co}`. `%` itself is escaped only
 if it would look like such an escape (see `escape`). All other names are not changed.
@@ -70,6 +74,7 @@ class Keys:
     """Builds and parses key names with one prefix. Keys are bytes, as Redis returns them."""
 
     __slots__ = (
+        "_site",
         "_stream",
         "_text",
         "any_stream_pattern",
@@ -83,15 +88,18 @@ class Keys:
         "takers",
     )
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, *, has_site_tag: bool = False) -> None:
+        """`has_site_tag`: tag the keys that belong to no channel, so that they share one slot."""
         self._text = prefix
+        self._site = prefix + "{site}" if has_site_tag else prefix
+        site = self._site.encode()
         self.prefix = prefix.encode()
         self._stream = self.prefix + b"stream:{"
-        self.control = self.prefix + b"control"
-        self.dead_letters = self.prefix + b"dead-letters"
-        self.nodes = self.prefix + b"nodes"
-        self.internal_key = self.prefix + b"store:internal-key"
-        self.takers = self.prefix + b"takers"
+        self.control = site + b"control"
+        self.dead_letters = site + b"dead-letters"
+        self.nodes = site + b"nodes"
+        self.internal_key = site + b"store:internal-key"
+        self.takers = site + b"takers"
         self.stream_pattern = self.streams_matching("*")
         # Keys of streams, and keys that look like them.
         self.any_stream_pattern = _GLOB.sub(rb"\\\1", self.prefix + b"stream:") + b"*"
@@ -136,19 +144,19 @@ class Keys:
 
     def node(self, instance: str) -> bytes:
         """Return the key of a worker's heartbeat."""
-        return f"{self._text}node:{instance}".encode()
+        return f"{self._site}node:{instance}".encode()
 
     def bus(self, address: str) -> bytes:
         """Return the pub/sub channel on which one worker receives messages from the others."""
-        return f"{self._text}bus:{address}".encode()
+        return f"{self._site}bus:{address}".encode()
 
     def store(self, name: str) -> bytes:
         """Return the key of a protocol's value. `name` is `<protocol>:<kind>:<id>`."""
-        return f"{self._text}store:{escape(name)}".encode()
+        return f"{self._site}store:{escape(name)}".encode()
 
     def users(self, instance: str) -> bytes:
         """Return the hash of user -> connections to one worker."""
-        return f"{self._text}users:{instance}".encode()
+        return f"{self._site}users:{instance}".encode()
 
     def presence(self, channel: Channel) -> bytes:
         """Return the hash of a channel's clients: client -> worker and info."""
@@ -156,27 +164,28 @@ class Keys:
 
     def present(self, instance: str) -> bytes:
         """Return the set of channels in which clients of one worker are present."""
-        return f"{self._text}present:{instance}".encode()
+        return f"{self._site}present:{instance}".encode()
 
-    def canary(self, instance: str) -> bytes:
-        """Return the key that a worker writes periodically to test invalidations."""
-        return f"{self._text}canary:{instance}".encode()
+    def canary(self, instance: str, tag: str = "") -> bytes:
+        """Return the key that a worker writes periodically to test invalidations of one server."""
+        end = f":{{{tag}}}" if tag else ""
+        return f"{self._text}canary:{instance}{end}".encode()
 
     def group(self, name: str) -> bytes:
         """Return the set of a group's users, which the application maintains."""
-        return f"{self._text}group:{name}".encode()
+        return f"{self._site}group:{name}".encode()
 
     def lease(self, name: str) -> bytes:
         """Return the key of the lease for the job `name`."""
-        return f"{self._text}lease:{name}".encode()
+        return f"{self._site}lease:{name}".encode()
 
     def source_position(self, name: str) -> bytes:
         """Return the key with the last position that was read from an external source."""
-        return f"{self._text}tap:{name}".encode()
+        return f"{self._site}tap:{name}".encode()
 
     def queue_count(self, queue: str) -> bytes:
         """Return the key with the number of commands that were ever removed from this queue."""
-        return f"{self._text}queue:{queue}".encode()
+        return f"{self._site}queue:{queue}".encode()
 
     def channel_of_stream(self, key: bytes) -> Channel | None:
         """Return the channel of a stream's key, or None for any other key."""

@@ -1,0 +1,78 @@
+"""redis-py clients for commands outside the pipelines: for a key, for the site, for each server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
+
+from relay.stream.connection.connect import (
+    cluster_client,
+    cluster_seeds,
+    endpoint_client,
+    redis_client,
+)
+from relay.stream.shards.cluster_map import PrimaryShard
+from relay.stream.shards.making import shard_map
+from relay.stream.shards.shard import SITE_TAG
+
+if TYPE_CHECKING:
+    from relay.config.settings import RedisSettings
+    from relay.stream.connection.connect import RedisClient
+    from relay.stream.shards.shard import Shard, ShardMap
+
+
+class ShardClients:
+    """Clients of all shards. Create them with `shard_clients`."""
+
+    def __init__(
+        self, shards: ShardMap, cluster: RedisClient | None, stack: AsyncExitStack
+    ) -> None:
+        self.shards = shards
+        self._cluster = cluster
+        self._stack = stack
+        self._clients: dict[Shard, RedisClient] = {}
+
+    @property
+    def home(self) -> RedisClient:
+        """The client for keys that belong to no channel."""
+        return self.for_key(SITE_TAG)
+
+    def for_key(self, key: bytes) -> RedisClient:
+        """Return a client for commands whose keys have the same tag as `key`."""
+        return self._cluster or self._clients[self.shards.shard_of(key)]
+
+    async def each(self) -> list[tuple[Shard, RedisClient]]:
+        """Return the present shards, each with a client that sends commands to this server only.
+
+        Raises:
+            RedisUnavailable: The servers of the Cluster are not known.
+        """
+        await self.shards.refresh()
+        present = list(self.shards.shards)
+        for shard in present:
+            if shard not in self._clients and isinstance(shard, PrimaryShard):
+                client = endpoint_client(shard.endpoint(), shard.settings)
+                self._clients[shard] = await self._stack.enter_async_context(client)
+        return [(shard, self._clients[shard]) for shard in present]
+
+    async def open(self) -> None:
+        """Create the clients of a fixed list of servers. They connect with their first command."""
+        if self._cluster is None:
+            for shard in self.shards.shards:
+                client = redis_client(shard.settings)
+                self._clients[shard] = await self._stack.enter_async_context(client)
+
+
+@asynccontextmanager
+async def shard_clients(
+    settings: RedisSettings, shards: ShardMap | None = None
+) -> AsyncIterator[ShardClients]:
+    """Create clients and close them at the end. `shards` is the map to share, if there is one."""
+    async with AsyncExitStack() as stack:
+        cluster = None
+        if cluster_seeds(settings):
+            cluster = await stack.enter_async_context(cluster_client(settings))
+        clients = ShardClients(shards or shard_map(settings), cluster, stack)
+        await clients.open()
+        yield clients

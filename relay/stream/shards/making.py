@@ -1,0 +1,25 @@
+"""Create the shard map and the key names that `[redis] url` describes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from relay.stream.connection.connect import cluster_seeds, servers_of
+from relay.stream.format.keys import Keys
+from relay.stream.shards.cluster_map import ClusterMap
+from relay.stream.shards.hash_map import HashMap
+
+if TYPE_CHECKING:
+    from relay.config.settings import RedisSettings
+    from relay.stream.shards.shard import ShardMap
+
+
+def shard_map(settings: RedisSettings) -> ShardMap:
+    """Create the map. ConfigError if the URL is invalid."""
+    return ClusterMap(settings) if cluster_seeds(settings) else HashMap(servers_of(settings))
+
+
+def keys_of(settings: RedisSettings) -> Keys:
+    """Return the key names: those of no channel have a tag if there may be several shards."""
+    several = bool(cluster_seeds(settings)) or len(servers_of(settings)) > 1
+    return Keys(settings.prefix, has_site_tag=several)

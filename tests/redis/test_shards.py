@@ -1,0 +1,81 @@
+"""Shard maps of real servers: a Redis Cluster whose slots move, and several servers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from relay.config.settings import RedisSettings
+from relay.core.errors import RedisUnavailable, StartError
+from relay.core.model import Channel
+from relay.stream.connection.connect import command
+from relay.stream.connection.pipeline_connection import PipelineConnection
+from relay.stream.shards.clients import shard_clients
+from relay.stream.shards.cluster_map import ClusterMap
+from relay.stream.shards.making import keys_of
+from relay.stream.shards.shard import is_misplaced
+from tests.support.redis_cluster import RedisCluster, running_cluster
+from tests.support.valkey import Flavour, Server
+
+NEWS = Channel("news")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, flavour: Flavour) -> Iterator[RedisCluster]:
+    with running_cluster(RedisCluster(tmp_path_factory.mktemp("cluster"), flavour)) as started:
+        yield started
+
+
+async def test_the_map_follows_a_slot(cluster: RedisCluster) -> None:
+    settings = cluster.settings()
+    key = keys_of(settings).stream(NEWS)
+    shards = ClusterMap(settings)
+    with pytest.raises(RedisUnavailable, match="no server"):
+        shards.shard_of(key)
+    await shards.refresh()
+    assert len(shards.shards) == 3
+    for shard in shards.shards:
+        assert shards.shard_of(f"any{{{shard.tag}}}".encode()) is shard
+    source = await asyncio.to_thread(cluster.owner_of, key)
+    before = shards.shard_of(key)
+    assert before.name == f"127.0.0.1:{cluster.servers[source].port}"
+    async with shard_clients(settings, shards) as clients:
+        await command(clients.for_key(key), "XADD", key, "*", "data", "1")
+        target = (source + 1) % 3
+        await asyncio.to_thread(cluster.move, key, target)
+        connection = await PipelineConnection.open(await before.locate(), settings=settings)
+        (reply,) = await connection.execute([("XLEN", key)])
+        connection.close()
+        assert is_misplaced(str(reply))
+        await shards.refresh()
+        assert shards.shard_of(key).name == f"127.0.0.1:{cluster.servers[target].port}"
+        # The client has not been told, and follows the redirection.
+        assert await command(clients.for_key(key), "XLEN", key) == 1
+        found = [await command(client, "DBSIZE") for _, client in await clients.each()]
+        assert sum(found) == 1
+
+
+async def test_a_server_without_cluster_mode_is_named(server: Server) -> None:
+    url = RedisCluster.url_of(server).replace("://", "://admin:any@")
+    settings = RedisSettings(url=url)
+    with pytest.raises(StartError, match="is not part of a Redis Cluster; use redis://"):
+        await ClusterMap(settings).refresh()
+
+
+async def test_clients_of_several_servers(server: Server, valkey: Server) -> None:
+    settings = RedisSettings(url=f"{server.url('admin')}, {valkey.url('admin')}")
+    keys = keys_of(settings)
+    streams = [keys.stream(Channel(f"several:{number}")) for number in range(20)]
+    async with shard_clients(settings) as clients:
+        for stream in streams:
+            await command(clients.for_key(stream), "XADD", stream, "*", "data", "1")
+        sizes = []
+        for shard, client in await clients.each():
+            here = [stream for stream in streams if clients.shards.shard_of(stream) is shard]
+            sizes.append(len(here))
+            assert await command(client, "EXISTS", *here) == len(here)
+            await command(client, "DEL", *here)
+    assert sum(sizes) == 20
+    assert 0 not in sizes
