@@ -7,7 +7,7 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 
-from relay.cli import dead_letters, events, streams, workers
+from relay.cli import connections, dead_letters, events, streams, workers
 from relay.cli.configured import configuration
 from relay.cli.operator_context import OperatorContext, operator_context
 from relay.config.loading import Config
@@ -26,7 +26,9 @@ _COMMANDS: Mapping[str, Command] = {
     "trim": streams.trim,
     "workers": workers.workers,
     "status": workers.status,
-    "disconnect": workers.disconnect,
+    "connections": connections.connections,
+    "connection": connections.connection,
+    "disconnect": connections.disconnect,
     "unsubscribe": workers.unsubscribe,
     "dead-letters": dead_letters.dead_letters,
 }

@@ -21,6 +21,8 @@ COMMANDS = (
     "dead-letters",
     "status",
     "trim",
+    "connections",
+    "connection",
     "disconnect",
     "unsubscribe",
 )
@@ -138,6 +140,31 @@ def add(commands: Commands, operator: Operator) -> None:
     trim.add_argument("channel", metavar="CHANNEL")
     trim.add_argument("--max-entries", type=_count, metavar="N", help="keep the newest N")
     trim.add_argument("--max-age", type=_seconds, metavar="S", help="keep those of the last S s")
+
+    connections = operator(
+        commands,
+        "connections",
+        "list the connections on all workers, by user, channel, protocol or address",
+    )
+    connections.add_argument("--user", metavar="USER", help="connections of this user; '': none")
+    connections.add_argument(
+        "--channel", metavar="CHANNEL", help="subscribed to this channel, or a pattern with * ? [a]"
+    )
+    connections.add_argument(
+        "--protocol", "--door", metavar="NAME", help="native, centrifugo, socketio, seafile, pydio"
+    )
+    connections.add_argument(
+        "--address", metavar="A", help="whose address, or that in X-Forwarded-For, begins with A"
+    )
+    connections.add_argument(
+        "--limit", type=_count, default=100, metavar="N", help="list at most N (default 100)"
+    )
+    connections.add_argument(
+        "--after", default="", metavar="ID", help="continue after the last ID of a list"
+    )
+    operator(commands, "connection", "show one connection with its subscriptions").add_argument(
+        "id", metavar="ID"
+    )
 
     disconnect = operator(
         commands, "disconnect", "close all connections of USER, on all workers and in all protocols"

@@ -1,4 +1,4 @@
-"""`relay workers`, `relay status`, `relay disconnect` and `relay unsubscribe`."""
+"""`relay workers`, `relay status` and `relay unsubscribe`."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ async def workers(site: OperatorContext, options: argparse.Namespace) -> int:
     hosts = len({node.host for node in living})
     connections = sum(node.connections or 0 for node in living)
     print(
-        f"{_plural(len(living), 'worker')} on {_plural(hosts, 'host')},"
-        f" {_plural(connections, 'connection')}"
+        f"{plural(len(living), 'worker')} on {plural(hosts, 'host')},"
+        f" {plural(connections, 'connection')}"
     )
     return 0
 
 
-def _plural(number: int, noun: str) -> str:
+def plural(number: int, noun: str) -> str:
+    """Return the number with the noun."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
@@ -116,7 +117,7 @@ async def status(site: OperatorContext, options: argparse.Namespace) -> int:
         }
         if len(living) < options.min_workers:
             problems.append(
-                f"{_plural(len(living), 'worker')} alive, expected at least {options.min_workers}"
+                f"{plural(len(living), 'worker')} alive, expected at least {options.min_workers}"
             )
         problems += [
             f"{node.instance} does not read streams" for node in living if node.ready is False
@@ -134,7 +135,7 @@ async def status(site: OperatorContext, options: argparse.Namespace) -> int:
             problems.append(f"lag {duration(lag_ms)}, expected at most {options.max_lag:g} s")
         limit = options.max_dead_letters
         if limit is not None and dead_letters > limit:
-            problems.append(f"{_plural(dead_letters, 'dead letter')}, expected at most {limit}")
+            problems.append(f"{plural(dead_letters, 'dead letter')}, expected at most {limit}")
     values["good"] = not problems
     values["wrong"] = problems
     if options.json:
@@ -177,14 +178,6 @@ def _show(values: dict[str, Any]) -> None:
         print(f"{name:<14}{text}")
 
 
-async def disconnect(site: OperatorContext, options: argparse.Namespace) -> int:
-    """Close the user's connections through the control stream, which all workers read."""
-    user = user_of(options.user)
-    entry_id = await control.publish(site.client, site.keys, control.DisconnectUser(user=user))
-    await _sent(site, options, entry_id, f"close all connections of {user}", {"user": user})
-    return 0
-
-
 async def unsubscribe(site: OperatorContext, options: argparse.Namespace) -> int:
     """End the user's subscriptions to one channel through the control stream."""
     channel, user = channel_of(options.channel), user_of(options.user)
@@ -207,7 +200,7 @@ async def _sent(
     if options.json:
         emit({"id": str(entry_id), "workers": count, **values})
     elif count:
-        workers = _plural(count, "worker")
+        workers = plural(count, "worker")
         print(f"Sent to {workers}: {action}, if any (control entry {entry_id})")
     else:
         print(f"No worker is running: nothing to do (control entry {entry_id})")

@@ -104,7 +104,7 @@ class Hub:
     def count(self, user: str, door: str | None = None) -> int:
         """Return the user's number of sessions on this worker, in one protocol or in all."""
         mine = self._by_user.get(user, ())
-        return len(mine) if door is None else len(self._sessions_of(user, door))
+        return len(mine) if door is None else len(self.sessions_of(user, door))
 
     def users(self) -> list[str]:
         """Return the users that have sessions on this worker. Anonymous ones are ''."""
@@ -185,17 +185,19 @@ class Hub:
 
     def disconnect_user(
         self, user: str, reason: Reason, door: str | None = None, count: int | None = None
-    ) -> None:
+    ) -> int:
         """Disconnect the user's sessions on this worker, in one protocol or in all.
 
-        With `count`, disconnect only so many of them.
+        With `count`, disconnect only so many of them. Return their number.
         """
 
         def disconnect(session: Session) -> None:
             if not session.closed:
                 session.client.disconnect(reason)
 
-        self.for_each(list(self._sessions_of(user, door))[:count], disconnect)
+        concerned = self.sessions_of(user, door)[:count]
+        self.for_each(concerned, disconnect)
+        return len(concerned)
 
     def drop_subscription(
         self, channel: Channel | None, user: str, reason: Reason, door: str | None = None
@@ -216,21 +218,22 @@ class Hub:
             elif on_not_subscribed := self.on_not_subscribed.get(session.principal.door):
                 on_not_subscribed(session, channel)
 
-        self.for_each(self._sessions_of(user, door), drop_from)
+        self.for_each(self.sessions_of(user, door), drop_from)
 
     def subscriptions_of(
         self, user: str, door: str | None = None, channel: Channel | None = None
     ) -> list[Subscription]:
         """Return the user's subscriptions on this worker, to one channel or to all."""
         found: list[Subscription] = []
-        for session in self._sessions_of(user, door):
+        for session in self.sessions_of(user, door):
             if channel is None:
                 found += session.subscriptions.values()
             elif subscription := session.subscriptions.get(channel):
                 found.append(subscription)
         return found
 
-    def _sessions_of(self, user: str, door: str | None) -> list[Session]:
+    def sessions_of(self, user: str, door: str | None = None) -> list[Session]:
+        """Return the user's sessions on this worker, in one protocol or in all."""
         mine = self._by_user.get(user, ())
         return [session for session in mine if door in (None, session.principal.door)]
 

@@ -21,6 +21,7 @@ from relay.hub.recovery import Notice
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from relay.core.connection import ConnectionInfo
     from relay.core.metrics import Metrics
 
 _T = TypeVar("_T")
@@ -124,6 +125,15 @@ class Outbox(Protocol):
     """A client's socket as the hub sees it."""
 
     full: bool
+    # Describes the client's connection. None if it is unknown.
+    info: ConnectionInfo | None
+
+    @property
+    def transport_name(self) -> str:
+        """The way in which the client is connected, for operators."""
+
+    def waiting_bytes(self) -> int:
+        """Return the number of bytes that have not been sent."""
 
     def write(self, data: bytes) -> None:
         """Queue bytes without blocking. Ignored if the client has disconnected."""
@@ -302,6 +312,11 @@ class Session:
         self.closed = False
         self._outbox: Outbox | None = None
         self._pending: list[bytes] = []
+
+    @property
+    def outbox(self) -> Outbox | None:
+        """The socket, or None before `attach`."""
+        return self._outbox
 
     def attach(self, outbox: Outbox) -> None:
         """Set the socket: write what is waiting, and begin to deliver events."""

@@ -9,6 +9,7 @@ Nothing is started here: no task runs and no listener opens before `relay.proces
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +24,13 @@ from relay.core.reasons import Reason
 from relay.core.worker_deaths import WorkerDeaths
 from relay.doorkit.contract import DoorContext
 from relay.hub.hub import Hub
+from relay.inspect.connections import QUESTION as CONNECTIONS
+from relay.inspect.connections import ConnectionDirectory
+from relay.inspect.questions import Questions
 from relay.process import clean_stop
 from relay.process.admission import Admission, ReadRights
 from relay.process.cluster_services import ClusterServices
-from relay.process.control_commands import ControlCommands
+from relay.process.control_commands import CLOSED_BY, ControlCommands
 from relay.process.embedded import data_folder
 from relay.process.freezes import FreezeDetector
 from relay.process.garbage import RareCollections
@@ -104,6 +108,7 @@ class Parts:
     appender: Appender
     limiter: ConnectionLimiter
     cluster: ClusterServices
+    questions: Questions
     server: Server
     internal: InternalListener
     deaths: WorkerDeaths
@@ -159,6 +164,7 @@ def build(base: Foundation) -> Parts:
         continued=_continued(base),
     )
     directory = WorkerDirectory(client=base.client, keys=keys, deaths=deaths)
+    questions = _questions(base, keys, cluster, hub, commands, instance)
 
     # The protocols, on the HTTP server.
     server = Server(
@@ -253,6 +259,7 @@ def build(base: Foundation) -> Parts:
         appender=appender,
         limiter=limiter,
         cluster=cluster,
+        questions=questions,
         server=server,
         internal=internal,
         deaths=deaths,
@@ -344,6 +351,27 @@ def _limiter(
     )
     hub.on_count.append(limiter.changed)
     return limiter
+
+
+def _questions(
+    base: Foundation,
+    keys: Keys,
+    cluster: ClusterServices,
+    hub: Hub,
+    commands: ControlCommands,
+    instance: str,
+) -> Questions:
+    """Return the questions that operators ask of all workers, with this worker's answers."""
+    questions = Questions(
+        cluster.bus,
+        client=base.client,
+        keys=keys,
+        spawn=lambda work: base.spawn(work, name="question"),
+    )
+    connections = ConnectionDirectory(hub, instance=instance, host=socket.gethostname())
+    questions.answer(CONNECTIONS, connections.answer)
+    questions.answer(CLOSED_BY, commands.answer)
+    return questions
 
 
 def _clear_presence(base: Foundation, cluster: ClusterServices, dead: str) -> None:

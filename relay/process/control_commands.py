@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Coroutine
 from typing import TYPE_CHECKING, Any
 
+from relay.core.errors import Unavailable
 from relay.core.model import EntryID
 from relay.core.reasons import Reason
 from relay.core.slices import AT_ONCE, in_slices
+from relay.inspect.questions import BadQuestion, Values
 from relay.stream.write.control import (
     DisconnectUser,
     DoorCommand,
@@ -38,9 +40,13 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+# The question of `relay disconnect`.
+CLOSED_BY = "closed-by"
 # A client that is behind, for example because it does not read, delays a command for so long.
 _DELAY_S = 1.0
 _MAX_SEQUENCE = 2**64 - 1
+# Number of disconnect commands whose results are kept, for the operator who asks for them.
+_REMEMBERED = 100
 
 
 class _Pending:
@@ -79,6 +85,31 @@ class ControlCommands:
         # The queued commands that hold each subscription, in order.
         self._holders: dict[Subscription, deque[_Pending]] = {}
         self._reached = asyncio.Event()
+        # The number of connections that each of the latest disconnect commands has closed.
+        self._closed: OrderedDict[EntryID, int] = OrderedDict()
+        self._closing = asyncio.Event()
+
+    async def closed_by(self, command: EntryID) -> int:
+        """Return how many connections of this worker a disconnect command has closed.
+
+        Wait until it is applied. Unavailable if that takes too long.
+        """
+        try:
+            async with asyncio.timeout(2 * _DELAY_S):
+                while command not in self._closed:
+                    self._closing.clear()
+                    await self._closing.wait()
+        except TimeoutError:
+            raise Unavailable(f"command {command} has not been applied yet") from None
+        return self._closed[command]
+
+    async def answer(self, values: Values) -> dict[str, Any]:
+        """Answer the question `closed-by`: the number of connections that a command has closed."""
+        try:
+            command = EntryID.parse(str(values.get("command")))
+        except ValueError as exc:
+            raise BadQuestion(str(exc)) from None
+        return {"closed": await self.closed_by(command)}
 
     def apply(self, sent: SentCommand) -> None:
         """Apply a command now or, if events before it are still to be delivered, after them."""
@@ -185,7 +216,11 @@ class ControlCommands:
         command = sent.command
         match command:
             case DisconnectUser():
-                self._hub.disconnect_user(command.user, Reason.DISCONNECTED, command.door)
+                closed = self._hub.disconnect_user(command.user, Reason.DISCONNECTED, command.door)
+                self._closed[sent.id] = closed
+                if len(self._closed) > _REMEMBERED:
+                    self._closed.popitem(last=False)
+                self._closing.set()
             case UnsubscribeUser():
                 self._hub.drop_subscription(
                     command.channel, command.user, Reason.UNSUBSCRIBED, command.door

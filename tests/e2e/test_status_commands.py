@@ -77,14 +77,11 @@ async def test_disconnect_and_unsubscribe_reach_the_worker(
     notice = await stays.next()
     assert (notice["notice"], notice["reason"]) == ("revoked", "unsubscribed")
     (told,) = await cli.objects("disconnect", "anna")
-    assert (told["user"], told["workers"]) == ("anna", 1)
+    assert (told["user"], told["workers"], told["closed"]) == ("anna", 1, 1)
     await gone.closed()
     assert (await stays.ask(cmd="ping"))["reply"] == "ping"
-    # The command cannot check whether the user exists.
     text = await cli.out("disconnect", "ghost")
-    assert text.startswith(
-        "Sent to 1 worker: close all connections of ghost, if any (control entry"
-    )
+    assert text.startswith("Closed 0 connections of ghost on 1 worker (control entry")
     done = await cli.run("unsubscribe", "team:*", "ben")
     assert (
         "CHANNEL is a name, not a pattern: this applies to one channel, named team:*" in done.stderr

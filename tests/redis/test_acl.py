@@ -153,6 +153,8 @@ SENT: dict[User, list[str]] = {
         "PUBLISH relay:ephemeral:{news} 1",
         "PUBSUB NUMSUB relay:ephemeral:{news}",
         "PUBSUB CHANNELS",
+        "SUBSCRIBE relay:bus:5f0c9a31",
+        "UNSUBSCRIBE relay:bus:5f0c9a31",
     ],
 }
 REFUSED: dict[User, list[str]] = {

@@ -13,6 +13,7 @@ from typing import Any, Unpack, cast
 
 from relay.config.settings import NamespaceSettings
 from relay.core.clock import RedisClock
+from relay.core.connection import ConnectionInfo
 from relay.core.errors import LimitExceeded
 from relay.core.metrics import Metrics
 from relay.core.model import (
@@ -326,6 +327,8 @@ class Socket:
 
     def __init__(self) -> None:
         self.full = False
+        self.info: ConnectionInfo | None = None
+        self.transport_name = "memory"
         self.lines: list[str] = []
         self.waiting = 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from relay.core.connection import ConnectionInfo
 from relay.core.errors import RelayError
 from relay.core.metrics import Metrics
 from relay.core.model import (
@@ -121,7 +122,12 @@ class Client:
 class Outbox:
     def __init__(self) -> None:
         self.full = False
+        self.info: ConnectionInfo | None = None
+        self.transport_name = "memory"
         self.writes: list[bytes] = []
+
+    def waiting_bytes(self) -> int:
+        return 0
 
     def write(self, data: bytes) -> None:
         self.writes.append(data)

@@ -16,6 +16,7 @@ from typing import Any, cast
 import orjson
 
 from relay.config.settings import StreamSettings
+from relay.core.connection import ConnectionInfo
 from relay.core.errors import RelayError
 from relay.core.metrics import Metrics
 from relay.core.model import ZERO_ID, Channel, EntryID, Event, Position, Principal
@@ -100,6 +101,11 @@ class Outbox:
     def __init__(self) -> None:
         self.data = b""
         self.full = False
+        self.info: ConnectionInfo | None = None
+        self.transport_name = "memory"
+
+    def waiting_bytes(self) -> int:
+        return len(self.data)
 
     def write(self, data: bytes) -> None:
         # The size of unsent data must not exceed the limit by more than one turn's events.

@@ -221,6 +221,7 @@ class Endpoint:
             heartbeat=self._beats[version],
             on_gone=self._gone,
             base64_only=_only_base64(asked),
+            info=asked.info,
         )
         self._engines[engine.sid] = engine
         return engine

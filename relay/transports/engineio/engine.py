@@ -31,6 +31,7 @@ from relay.transports.socket.websocket import frame_close
 if TYPE_CHECKING:
     import asyncio
 
+    from relay.core.connection import ConnectionInfo
     from relay.transports.socket.heartbeat import Heartbeat
     from relay.transports.socket.reaper import Reaper
     from relay.transports.socket.websocket import WebSocketConnection
@@ -91,6 +92,7 @@ class Engine:
         "beat_slot",
         "closing",
         "full",
+        "info",
         "max_message_bytes",
         "on_closed",
         "on_drained",
@@ -115,8 +117,11 @@ class Engine:
         heartbeat: Heartbeat,
         on_gone: Callable[[Engine], None],
         base64_only: bool = False,
+        info: ConnectionInfo | None = None,
     ) -> None:
-        """`base64_only`: the client of protocol 3 cannot read binary answers (b64=1)."""
+        """`base64_only`: the client of protocol 3 cannot read binary answers (b64=1). `info`
+        describes the connection of the handshake."""
+        self.info = info
         self.sid = sid
         self.base64_only = base64_only
         self.version = version
@@ -215,6 +220,16 @@ class Engine:
         """Close immediately, because the client broke the protocol."""
         self._dismissed = True
         self._gone()
+
+    @property
+    def transport_name(self) -> str:
+        """The way in which the client is connected, for operators."""
+        carried = "websocket" if self._socket is not None else "polling"
+        return f"engine.io {self.version} {carried}"
+
+    def waiting_bytes(self) -> int:
+        """Return the number of bytes that have not been sent."""
+        return self._socket.waiting_bytes() if self._socket is not None else self._waiting_bytes
 
     @property
     def carrier(self) -> asyncio.Transport | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 from typing_extensions import override
 
 if TYPE_CHECKING:
+    from relay.core.connection import ConnectionInfo
     from relay.transports.socket.bodies import Bodies
     from relay.transports.socket.heartbeat import Heartbeat
     from relay.transports.socket.reaper import Reaper
@@ -46,6 +47,7 @@ class ClientSocket(asyncio.Protocol):
         "bodies",
         "closing",
         "full",
+        "info",
         "on_closed",
         "on_drained",
         "on_full",
@@ -61,6 +63,8 @@ class ClientSocket(asyncio.Protocol):
         self._reaper = reaper
         self._heartbeat = heartbeat
         self.full = False
+        # Describes the connection. None before the take-over.
+        self.info: ConnectionInfo | None = None
         # Also True before the take-over, while there is no transport to write to.
         self.closing = True
         self.on_full: Callable[[], None] = _ignore
@@ -132,6 +136,11 @@ class ClientSocket(asyncio.Protocol):
     def waiting_bytes(self) -> int:
         """Return the number of bytes in the send buffer, without the kernel's buffer."""
         return self._transport.get_write_buffer_size() if self._transport else 0
+
+    @property
+    def transport_name(self) -> str:
+        """The way in which the client is connected, for operators."""
+        return "http"
 
     @property
     def carrier(self) -> asyncio.Transport | None:

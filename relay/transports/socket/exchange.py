@@ -16,11 +16,17 @@ from multidict import MultiMapping
 from yarl import URL
 
 from relay.transports.socket.client_socket import ClientSocket
-from relay.transports.socket.take_over import factory_of, give_back, take_over
+from relay.transports.socket.take_over import (
+    connection_of,
+    factory_of,
+    give_back,
+    take_over,
+)
 
 if TYPE_CHECKING:
     import asyncio
 
+    from relay.core.connection import ConnectionInfo
     from relay.transports.socket.http_connection import HttpFactory
     from relay.transports.socket.reaper import Reaper
 
@@ -43,6 +49,7 @@ class HttpRequest:
     body: bytes | None
     route: Mapping[str, str] = field(default_factory=dict)
     peer: str = ""
+    info: ConnectionInfo | None = None
     version: tuple[int, int] = (1, 1)
     reusable: bool = True
 
@@ -60,12 +67,14 @@ class HttpAnswer:
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def raw(self, *, reusable: bool) -> bytes:
-        """Encode the response in HTTP/1.1."""
+    def raw(self, *, reusable: bool, info: ConnectionInfo | None = None) -> bytes:
+        """Encode the response in HTTP/1.1. An error has the ID of `info`."""
         # RFC 9110 section 8.6: 204 and 304 have no body and no length.
         extra = [] if self.status in (204, 304) else [f"Content-Length: {len(self.body)}"]
         if not reusable:
             extra.append("Connection: close")
+        if self.status >= 400 and info is not None:
+            extra.append(f"X-Request-Id: {info.id}")
         return self._lines(extra) + self.body
 
     def streamed(self, length_bytes: int | None) -> bytes:
@@ -114,11 +123,11 @@ class HeldRequest(ClientSocket):
         transport = self._transport
         factory, self._factory = self._factory, None
         if factory is None or factory.is_stopping or transport is None:
-            self.close(answer.raw(reusable=False))
+            self.close(answer.raw(reusable=False, info=self.info))
             return
         self.closing = True
         self._transport = None
-        give_back(factory, self, transport, answer.raw(reusable=True), self._early)
+        give_back(factory, self, transport, answer.raw(reusable=True, info=self.info), self._early)
 
     def data_received(self, data: bytes) -> None:
         """Keep the beginning of the next request."""
@@ -177,6 +186,7 @@ def http_request(request: web.Request, body: bytes | None) -> HttpRequest:
         body=body,
         route=dict(request.match_info),
         peer=request.remote or "",
+        info=connection_of(request),
         version=(request.version.major, request.version.minor),
         # HTTP/1.0 keep-alive needs negotiation and is not supported.
         reusable=request.keep_alive and request.version >= (1, 1),

@@ -27,6 +27,7 @@ from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 from typing_extensions import override
 
+from relay.core.connection import ConnectionInfo
 from relay.transports.socket.bodies import Bodies, BodyRejected
 from relay.transports.socket.deadlines import Deadlines
 from relay.transports.socket.read_pace import LARGE_READ_BYTES, read_later
@@ -44,6 +45,8 @@ HEAD_TIMEOUT_S = 15.0
 WRITE_TIMEOUT_S = 30.0
 # At 30 kB/s, a phone's slow link, the largest answers of the protocols take this long.
 _LONGEST_WRITE_S = 300.0
+# Header of error answers, and of answers that begin a client's connection.
+REQUEST_ID = "X-Request-Id"
 # Longer than a proxy keeps idle connections (nginx: 60 s), so that the proxy closes them first and
 # no request arrives at a connection that is being closed.
 KEEPALIVE_S = 75.0
@@ -103,6 +106,7 @@ class HttpConnection(RequestHandler):
     __slots__ = (
         "_ends_early",
         "_head_bytes",
+        "_info",
         "_payload",
         "_reads_later",
         "factory",
@@ -127,6 +131,8 @@ class HttpConnection(RequestHandler):
         # How often other workers have passed on the request that is being handled.
         self.hops = 0
         self._head_bytes = 0
+        # Describes the request that is being handled, once that is needed.
+        self._info: ConnectionInfo | None = None
         # Body of the latest request, until its answer is complete.
         self._payload: StreamReader | None = None
         # The last answer is being sent, and the rest of its request is not read.
@@ -257,6 +263,12 @@ class HttpConnection(RequestHandler):
         super().resume_writing()
         self.limits.writes.remove(self)
 
+    def info(self, request: BaseRequest) -> ConnectionInfo:
+        """Return the description of the request that is being handled, with its ID."""
+        if self._info is None:
+            self._info = ConnectionInfo(request.remote or "", request.headers)
+        return self._info
+
     @property
     def is_idle(self) -> bool:
         """Whether the connection waits for its next request."""
@@ -285,6 +297,7 @@ class HttpConnection(RequestHandler):
             return await super()._handle_request(request, start_time, request_handler)
         finally:
             self.hops = 0
+            self._info = None
             self.limits.bodies.release(self)
             if self._payload is request.content:
                 self._payload = None
@@ -296,6 +309,11 @@ class HttpConnection(RequestHandler):
         if not request.content.is_eof():
             self._ends_early = True
             resp.force_close()
+        if not resp.prepared:
+            # Instead of the versions of Python and aiohttp.
+            resp.headers["Server"] = "relay"
+            if resp.status >= 400:
+                resp.headers[REQUEST_ID] = self.info(request).id
         if self.factory.is_stopping:
             # The client's next request may begin a session, which another worker should have.
             resp.force_close()
@@ -328,6 +346,7 @@ class HttpConnection(RequestHandler):
         """Answer a request whose head is incomplete, and close the connection."""
         if self.transport is not None and not self.transport.is_closing():
             answer = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+            answer += f"{REQUEST_ID}: {ConnectionInfo().id}\r\n"
             self.transport.write(f"{answer}Content-Length: 0\r\nConnection: close\r\n\r\n".encode())
             self._discard()
 

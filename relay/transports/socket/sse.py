@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 from relay.core.client_libraries import EVENT_STREAM, STREAMED
 from relay.transports.socket.client_socket import ClientSocket
 
@@ -50,6 +52,11 @@ class SseConnection(ClientSocket):
     ) -> None:
         super().__init__(buffer_bytes=buffer_bytes, reaper=reaper, heartbeat=heartbeat)
         self._input_bytes = 0
+
+    @property
+    @override
+    def transport_name(self) -> str:
+        return "sse"
 
     def data_received(self, data: bytes) -> None:
         """Ignore the data, and abort if it exceeds the limit."""

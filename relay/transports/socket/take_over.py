@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
     from aiohttp.web_request import BaseRequest
 
+    from relay.core.connection import ConnectionInfo
     from relay.transports.socket.client_socket import ClientSocket
     from relay.transports.socket.http_connection import HttpConnection, HttpFactory
 
@@ -56,7 +57,9 @@ def take_over(request: web.Request, head: bytes, client: ClientSocket) -> web.St
         return response
     # Data after the head of an upgrade request that has already arrived.
     tail = handler._message_tail
-    client.bodies = cast("HttpConnection", handler).limits.bodies
+    connection = cast("HttpConnection", handler)
+    client.bodies = connection.limits.bodies
+    client.info = info = connection.info(request)
     transport.set_protocol(client)
     # Without a transport the handler cannot write or close. `connection_lost` makes it stop its
     # timer, unregister from the server and end its task when it gets the response.
@@ -68,7 +71,9 @@ def take_over(request: web.Request, head: bytes, client: ClientSocket) -> web.St
         # An earlier answer is still being sent.
         client.pause_writing()
     if head:
-        transport.write(head)
+        # With the ID, a user's report and the operator's journal can be matched.
+        status, _, rest = head.partition(b"\r\n")
+        transport.write(b"%s\r\nX-Request-Id: %s\r\n%s" % (status, info.id.encode(), rest))
     if tail:
         client.data_received(tail)
     # aiohttp may have paused reading because the client has sent much data.
@@ -153,6 +158,11 @@ def release(request: web.Request, successor: asyncio.Protocol) -> web.StreamResp
         handler._message_tail = b""
         handler.connection_lost(None)
     return response
+
+
+def connection_of(request: web.Request) -> ConnectionInfo:
+    """Return the description of the request's connection."""
+    return cast("HttpConnection", request.protocol).info(request)
 
 
 @web.middleware

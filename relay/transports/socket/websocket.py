@@ -231,6 +231,11 @@ class WebSocketConnection(ClientSocket):
         self.on_binary: Callable[[bytes], None] | None = None
         self.on_too_large: Callable[[], None] | None = None
 
+    @property
+    @override
+    def transport_name(self) -> str:
+        return "websocket"
+
     def limit_messages(self, max_bytes: int) -> None:
         """Change the maximum size of the client's messages."""
         self._reader.max_bytes = max_bytes

@@ -15,6 +15,7 @@ from relay.transports.sockjs.frames import GO_AWAY, HEARTBEAT, OPEN, STILL_OPEN,
 if TYPE_CHECKING:
     import asyncio
 
+    from relay.core.connection import ConnectionInfo
     from relay.transports.socket.deadlines import Deadlines
 
 
@@ -108,6 +109,7 @@ class SockJsSession:
         "_receiver",
         "_state",
         "full",
+        "info",
         "on_closed",
         "on_drained",
         "on_full",
@@ -123,10 +125,15 @@ class SockJsSession:
         *,
         transport: str,
         peer: str,
+        info: ConnectionInfo | None = None,
         buffer_bytes: int,
         detached: Deadlines[SockJsSession] | None,
     ) -> None:
-        """`detached` expires sessions without a receiver. It is None for a WebSocket's session."""
+        """`detached` expires sessions without a receiver. It is None for a WebSocket's session.
+
+        `info` describes the connection of the first request.
+        """
+        self.info = info
         self.transport = transport
         self.peer_address = peer
         self.full = False
@@ -204,6 +211,11 @@ class SockJsSession:
     def peer(self) -> str:
         """Return the client's address, or '' if it is unknown."""
         return self.peer_address
+
+    @property
+    def transport_name(self) -> str:
+        """The way in which the client is connected, for operators."""
+        return f"sockjs {self.transport}"
 
     def waiting_bytes(self) -> int:
         """Return the number of bytes that have not been sent."""

@@ -117,6 +117,7 @@ class SockJsSessions:
         session = SockJsSession(
             transport=request.route["transport"],
             peer=request.peer,
+            info=request.info,
             buffer_bytes=self._options.buffer_bytes,
             detached=self._detached,
         )
@@ -137,6 +138,7 @@ class SockJsSessions:
         session = SockJsSession(
             transport="websocket",
             peer=request.peer,
+            info=request.info,
             buffer_bytes=options.buffer_bytes,
             detached=None,
         )

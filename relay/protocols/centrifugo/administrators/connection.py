@@ -18,7 +18,7 @@ from relay.core.errors import RelayError
 from relay.core.model import Principal
 from relay.core.reasons import Reason
 from relay.hub.encoding import SharedEncoder
-from relay.hub.session import Client
+from relay.hub.session import Client, Outbox
 from relay.protocols.centrifugo import codec, commands
 from relay.protocols.centrifugo.api.replies import Reply, encode
 from relay.protocols.centrifugo.clients.interfaces import FatalError
@@ -41,16 +41,8 @@ _SECRETS = frozenset({"secret", "admin_password", "admin_secret"})
 _DURATIONS = ("_interval", "_delay", "_timeout")
 
 
-class AdminTransport(Protocol):
+class AdminTransport(Outbox, Protocol):
     """WebSocket of an administrator."""
-
-    full: bool
-
-    def write(self, data: bytes) -> None:
-        """Send one or more complete frames."""
-
-    def close(self, last: bytes = b"") -> None:
-        """Close after all pending data and `last` have been sent."""
 
     def close_with(self, code: int, reason: str = "") -> None:
         """Close with a code and a reason after all pending data has been sent."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Protocol
 
+from relay.hub.session import Outbox
+
 if TYPE_CHECKING:
     from relay.core.reasons import Reason
     from relay.hub.session import Session
@@ -19,26 +21,14 @@ class FatalError(Exception):
         self.reason = reason
 
 
-class ClientTransport(Protocol):
+class ClientTransport(Outbox, Protocol):
     """A WebSocket or a SockJS session."""
-
-    # True while the send buffer holds more than its limit.
-    full: bool
-
-    def write(self, data: bytes) -> None:
-        """Send one or more complete frames."""
-
-    def close(self, last: bytes = b"") -> None:
-        """Close after all pending data and `last` have been sent."""
 
     def close_with(self, code: int, reason: str = "") -> None:
         """Close with a code and a reason after all pending data has been sent."""
 
     def abort(self) -> None:
         """Close immediately and drop pending data."""
-
-    def waiting_bytes(self) -> int:
-        """Return the number of bytes that have not been sent."""
 
 
 class ReadControl(Protocol):
