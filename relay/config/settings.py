@@ -92,11 +92,17 @@ class NodeSettings(Section):
         pattern=r"^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])?(:[0-9]{1,5})?$",
         description="Address, as host or host:port, at which workers of other hosts reach this one to pass on requests of their clients. With several workers, the second worker uses the next port, and so on. Without a port, the system chooses one. Empty: the local address of the connection to Redis if Redis runs on another host; otherwise no other host can pass on requests to this one.",
     )
+    drain_per_s: int = Field(
+        1000,
+        ge=1,
+        le=1000000,
+        description="On shutdown, ask this many clients per second to reconnect, all workers of this relay together. The rest of the site must be able to accept them at this rate.",
+    )
     drain_s: float = Field(
-        5.0,
+        60.0,
         ge=0,
         le=300,
-        description="On shutdown, spread client disconnects over this many seconds to avoid a reconnect storm.",
+        description="Longest time in which clients are asked to reconnect. With more than drain_per_s times this number, they are asked faster. Set it below the time after which the service manager kills relay.",
     )
 
 

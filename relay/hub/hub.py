@@ -58,6 +58,8 @@ class Hub:
         # sessions that is not subscribed. Some protocols confirm to these as well.
         self.on_not_subscribed: dict[str, Callable[[Session, Channel], None]] = {}
         self.total = 0
+        # Number of sessions since the start.
+        self.opened = 0
         self._call_soon = call_soon
         self._spawn = spawn
         self._feeds: dict[Channel, Feed] = {}
@@ -77,6 +79,7 @@ class Hub:
         session = Session(self, principal, encoder, client)
         self._by_user.setdefault(user, set()).add(session)
         self.total += 1
+        self.opened += 1
         for on_count in self.on_count:
             on_count(user)
         self._watch_expiry(session)

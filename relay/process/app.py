@@ -2,9 +2,10 @@
 
 Steps of a stop:
 
-1. Answer `/readyz` with 503 and reject new clients, but serve producers.
-2. Ask the clients to reconnect, spread over `drain_s`. Each is served until then. This takes at
-   least a second, or `drain_s` if that is shorter, so that balancers notice step 1.
+1. Answer `/readyz` with 503, so that balancers send new clients elsewhere. Serve everybody until
+   no client has connected for a second, at most 5 s and at most `drain_s`.
+2. Reject new clients, but serve producers. Ask the clients to reconnect, `drain_per_s` in each
+   second. Each is served until then.
 3. Close the listeners and answer the last requests of producers.
 4. Wait up to 2 s until the clients' sockets are closed, and stop reading.
 5. Cancel the remaining tasks.
@@ -34,7 +35,7 @@ from relay.core.worker_memory import DIED, REOPEN_LOG, Worker
 from relay.process import logs
 from relay.process.composition import Foundation, Parts, build, http_rights, section_of
 from relay.process.doctor.at_start import log_faults
-from relay.process.drain import at_most, drain, end_all, wait_closed
+from relay.process.drain import at_most, drain, end_all, wait_closed, wait_for_silence
 from relay.process.embedded import private_folder, redis_address, running_valkey
 from relay.process.internal_address import open_internal
 from relay.process.pid_file import pid_file, write_error
@@ -53,8 +54,9 @@ _log = logging.getLogger(__name__)
 
 _FIRST_READ_S = 10.0
 _LOOK_S = 0.1
-# A balancer that checks health every second removes this relay.
-_NOTICED_S = 1.0
+# A balancer that checks health every second removes this relay. If clients still arrive, it needs
+# longer.
+_NOTICED_S, _LAST_CLIENTS_S = 1.0, 5.0
 # A Redis that answers needs far less.
 _REDIS_S = 2.0
 
@@ -275,17 +277,26 @@ class Relay:
     ) -> None:
         if parts.listeners:
             parts.listeners.leave()
-        await parts.server.reject_clients()
         for task in producers:
             task.cancel()
-        drain_s = self._config.node.drain_s
+        node = self._config.node
         async with asyncio.TaskGroup() as leaving:
             releasing = at_most(_REDIS_S, parts.jobs.leave(), "release the leases of its jobs")
             leaving.create_task(releasing, name="leases")
-            leaving.create_task(asyncio.sleep(min(_NOTICED_S, drain_s)), name="notice")
             if parts.listeners:
                 leaving.create_task(parts.listeners.close_if_others_serve(), name="listeners")
-            await drain(parts.hub.sessions(), parts.doors, drain_s)
+            await wait_for_silence(
+                lambda: parts.hub.opened,
+                min(_NOTICED_S, node.drain_s),
+                min(_LAST_CLIENTS_S, node.drain_s),
+            )
+            await parts.server.reject_clients()
+            await drain(
+                parts.hub.sessions(),
+                parts.doors,
+                per_s=node.drain_per_s / node.workers,
+                limit_s=node.drain_s,
+            )
         await (parts.listeners.close() if parts.listeners else parts.server.stop_listening())
         await wait_closed(parts.doors)
         await at_most(_REDIS_S, self._sign_off(parts), "sign off")

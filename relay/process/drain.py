@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from relay.core.reasons import Reason
@@ -18,36 +18,51 @@ _log = logging.getLogger(__name__)
 
 # Clients due within this time are disconnected together, which costs less than a timer for each.
 _TOGETHER_S = 0.02
+# At most so many in one turn of the event loop.
+_AT_ONCE = 50
 _LAST_BYTES_S = 2.0
 _CANCEL_AGAIN_S = 0.2
 
 
 async def drain(
-    sessions: Sequence[Session], doors: Mapping[str, Mounted], default_s: float
+    sessions: Sequence[Session], doors: Mapping[str, Mounted], *, per_s: float, limit_s: float
 ) -> None:
-    """Ask all clients to reconnect, spread over `default_s`.
+    """Ask `per_s` clients per second to reconnect, or more if this took longer than `limit_s`.
 
     The clients of a protocol with its own `drain_s` are asked in the last tenth of that time.
     """
-    by_door: dict[str, list[Session]] = {}
+    own_limits = {name: door.drain_s for name, door in doors.items()}
+    by_limit: dict[float | None, list[Session]] = {}
     for session in sessions:
-        by_door.setdefault(session.principal.door, []).append(session)
+        by_limit.setdefault(own_limits.get(session.principal.door), []).append(session)
     due: list[tuple[float, Session]] = []
-    for name, clients in by_door.items():
-        own = doors[name].drain_s if name in doors else None
-        start, end = (0.0, default_s) if own is None else (0.9 * own, own)
-        step = (end - start) / len(clients)
+    for own, clients in by_limit.items():
+        start, end = (0.0, limit_s) if own is None else (0.9 * own, own)
+        step = min(1 / per_s, (end - start) / len(clients))
         due += [(start + step * index, session) for index, session in enumerate(clients)]
     loop = asyncio.get_running_loop()
     begun = loop.time()
-    for at, session in sorted(due, key=lambda each: each[0]):
+    for index, (at, session) in enumerate(sorted(due, key=lambda each: each[0]), 1):
         wait_s = begun + at - loop.time()
-        if wait_s > _TOGETHER_S:
-            await asyncio.sleep(wait_s)
+        if wait_s > _TOGETHER_S or not index % _AT_ONCE:
+            await asyncio.sleep(max(0.0, wait_s))
         if not session.closed:
             session.client.disconnect(Reason.STOPPING)
     if sessions:
         _log.info("Asked %d clients to reconnect", len(sessions))
+
+
+async def wait_for_silence(opened: Callable[[], int], silence_s: float, limit_s: float) -> None:
+    """Wait until no client has connected for `silence_s`, at most `limit_s`.
+
+    `opened` returns the number of clients that have connected so far.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + limit_s
+    before = -1
+    while before != opened() and (left_s := end - loop.time()) > 0:  # polled
+        before = opened()
+        await asyncio.sleep(min(silence_s, left_s))
 
 
 async def wait_closed(doors: Mapping[str, Mounted]) -> None:

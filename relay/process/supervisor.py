@@ -56,8 +56,8 @@ _log = logging.getLogger(__name__)
 _BACK_OFF_S = (0.1, 5.0)
 # After a worker has run this long, the next restart delay is short again.
 _STEADY_S = 10.0
-# Time after the end of draining before a stopping worker is killed.
-_STOP_S = 10.0
+# Time that a stop may need besides asking the clients, before a stopping worker is killed.
+_STOP_S = 15.0
 
 
 def run(

@@ -206,7 +206,7 @@ async def test_stop_tells_the_clients_of_every_worker(valkey: Server, channel: s
 
 
 async def test_a_second_signal_ends_every_worker_at_once(valkey: Server, channel: str) -> None:
-    async with running(valkey, "node.drain_s=60") as (relay, door):
+    async with running(valkey, "node.drain_per_s=1") as (relay, door):
         await over_both(door, channel, 100)
         relay.send(signal.SIGTERM)
         await said(relay, "; stopping", 3)

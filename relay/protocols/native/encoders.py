@@ -120,6 +120,11 @@ def sse_notice(name: NoticeKind, **fields: Unpack[NoticeFields]) -> bytes:
     return _named(name, _dump(_notice_fields(**fields)))
 
 
+def retry(retry_ms: int) -> bytes:
+    """Encode the time after which the client reconnects when the stream ends."""
+    return b"retry: %d\n" % retry_ms
+
+
 def sse_error(error: ClientError | Unavailable, channel: str | None = None) -> bytes:
     """Encode the tail of the error that ends a stream."""
     return _named("error", _dump(_error_fields(error) | _known(channel=channel)))
@@ -137,7 +142,7 @@ def first_block(
         "retry_ms": retry_ms,
         "channels": [{"channel": channel, "id": at} for channel, at in positions],
     }
-    return b"retry: %d\n" % retry_ms + sse_id(position) + _named("open", _dump(opened))
+    return retry(retry_ms) + sse_id(position) + _named("open", _dump(opened))
 
 
 def empty_stream(retry_ms: int, reason: str) -> bytes:
@@ -145,7 +150,7 @@ def empty_stream(retry_ms: int, reason: str) -> bytes:
 
     The reason is a comment, which clients ignore.
     """
-    return b"retry: %d\n" % retry_ms + comment(reason)
+    return retry(retry_ms) + comment(reason)
 
 
 HEARTBEAT = comment()

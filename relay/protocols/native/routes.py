@@ -126,7 +126,7 @@ class MountedNative(Mounted):
             await self._wait_connected()
         first = FirstSubscriptions()
         first.expect(channels)
-        client = SseClient(first)
+        client = SseClient(first, settings)
         encoder = sse_encoder(several=len(channels) > 1, envelope=envelope)
         session = client.session = await context.open(principal, encoder, client)
         try:
@@ -190,13 +190,12 @@ class MountedNative(Mounted):
         return response
 
     def _first_block(self, session: Session) -> bytes:
-        retry_ms = int(self._settings.retry_ms * random.uniform(0.5, 1.5))  # noqa: S311
         positions = [
             (name, subscription.position) for name, subscription in session.subscriptions.items()
         ]
         at = cursor.encode(positions)
         ids = [(name, str(position.id)) for name, position in positions]
-        return encoders.first_block(at, retry_ms, ids)
+        return encoders.first_block(at, self._settings.next_retry_ms(), ids)
 
     async def _preflight(self, request: web.Request) -> web.Response:
         headers = self._cors(request)

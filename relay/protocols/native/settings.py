@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -32,6 +33,10 @@ class NativeSettings(ListenerSection):
     commands_per_s: float = Field(50.0, gt=0, le=100000, description="Maximum commands per second on a WebSocket connection. A client may send those of 4 seconds at once. A higher rate closes the connection with code 4429.")
 
     _check_origins = field_validator("allowed_origins")(check_origins)
+
+    def next_retry_ms(self) -> int:
+        """Return the reconnect delay for one client."""
+        return int(self.retry_ms * random.uniform(0.5, 1.5))  # noqa: S311  # not a key
 
     @property
     def burst(self) -> float:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from relay.core.model import Channel
     from relay.doorkit.first_subscriptions import FirstSubscriptions
     from relay.hub.session import Outbox, Session, Subscription
+    from relay.protocols.native.settings import NativeSettings
 
 
 class SubscriptionRejected(Exception):
@@ -30,9 +31,10 @@ class SubscriptionRejected(Exception):
 class SseClient(Client):
     """Waits until all channels are subscribed. Ends the stream with the last subscription."""
 
-    __slots__ = ("_first", "_outbox", "session")
+    __slots__ = ("_first", "_outbox", "_settings", "session")
 
-    def __init__(self, first: FirstSubscriptions) -> None:
+    def __init__(self, first: FirstSubscriptions, settings: NativeSettings) -> None:
+        self._settings = settings
         self.session: Session | None = None
         # None once the response has begun.
         self._first: FirstSubscriptions | None = first
@@ -73,7 +75,10 @@ class SseClient(Client):
 
     @override
     def disconnect(self, reason: Reason) -> None:
-        self._end(encoders.sse_notice("closing", reason=reason))
+        notice = encoders.sse_notice("closing", reason=reason)
+        if reason == Reason.STOPPING:
+            notice = encoders.retry(self._settings.next_retry_ms()) + notice
+        self._end(notice)
 
     def _end(self, last: bytes) -> None:
         session = self.session

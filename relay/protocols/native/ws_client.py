@@ -185,4 +185,7 @@ class WsClient(Client):
         session.write_out()
         session.end()
         if self._outbox is not None:
-            self._outbox.close(frame_close(CLOSES[reason], str(error) if error else ""))
+            text = str(error) if error else ""
+            if reason == Reason.STOPPING:
+                text = f"retry_ms={self._settings.next_retry_ms()}"
+            self._outbox.close(frame_close(CLOSES[reason], text))
