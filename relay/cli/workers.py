@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from datetime import UTC, datetime
 from typing import Any
 
@@ -85,6 +86,7 @@ def _values(node: WorkerInfo, now_ms: int) -> dict[str, object]:
         "host": node.host,
         "pid": node.pid,
         "version": node.version,
+        "schema": node.schema,
         "started": node.started,
         "up_s": None if up_ms is None else up_ms // 1000,
         "ready": node.ready,
@@ -114,6 +116,12 @@ async def status(site: OperatorContext, options: argparse.Namespace) -> int:
             "connections": sum(node.connections or 0 for node in living),
             "lag_ms": lag_ms,
             "dead_letters": dead_letters,
+            "versions": [
+                {"version": version, "schema": schema, "workers": count}
+                for (version, schema), count in sorted(
+                    Counter((node.version, node.schema) for node in living).items()
+                )
+            ],
         }
         if len(living) < options.min_workers:
             problems.append(
@@ -174,6 +182,12 @@ def _show(values: dict[str, Any]) -> None:
             ("lag", duration(values["lag_ms"])),
             ("dead letters", str(values["dead_letters"])),
         ]
+        if len(values["versions"]) > 1:
+            parts = (
+                f"{plural(each['workers'], 'worker')} of {each['version']}, schema {each['schema']}"
+                for each in values["versions"]
+            )
+            rows.append(("versions", "; ".join(parts)))
     for name, text in rows:
         print(f"{name:<14}{text}")
 

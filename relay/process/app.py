@@ -42,13 +42,16 @@ from relay.process.pid_file import pid_file, write_error
 from relay.process.reloading import Reloads
 from relay.process.server import Listening
 from relay.process.start_signals import STOP_SIGNALS, release_signals
+from relay.stream.cluster.workers import check_schema
 from relay.stream.connection.connect import change_password, check_server, redis_client
+from relay.stream.format.keys import Keys
 from relay.transports.socket.listener import raise_open_file_limit
 
 if TYPE_CHECKING:
     from relay.config.loading import Config
-    from relay.config.settings import NamespaceSettings
+    from relay.config.settings import NamespaceSettings, RedisSettings
     from relay.core.model import Channel
+    from relay.stream.connection.connect import RedisClient
 
 _log = logging.getLogger(__name__)
 
@@ -141,14 +144,17 @@ class Relay:
             if not self._check_only and self._worker is None:
                 await stack.enter_async_context(running_valkey(config.redis))
             client = await stack.enter_async_context(redis_client(redis))
-            if not self._check_only and config.redis.url != "embedded":
-                checking = asyncio.get_running_loop().create_task(check_server(client, redis))
+            if not self._check_only:
+                check = _check_redis(client, redis)
+                checking = asyncio.get_running_loop().create_task(check)
                 try:
                     await asyncio.wait({checking})
                 finally:
                     await end_all({checking})
                 checking.result()
-                if self._worker is None or self._worker.number == 1:
+                if config.redis.url != "embedded" and (
+                    self._worker is None or self._worker.number == 1
+                ):
                     await log_faults(config, client)
             self._background = await stack.enter_async_context(asyncio.TaskGroup())
             http = await stack.enter_async_context(
@@ -380,6 +386,12 @@ class Relay:
         logs.set_level(config.log.level)
         parts.hub.recheck(None)
         _log.info("Configuration reloaded")
+
+
+async def _check_redis(client: RedisClient, settings: RedisSettings) -> None:
+    """Raise StartError if this version of relay cannot use the server, or not at this time."""
+    await check_server(client, settings)
+    await check_schema(client, Keys(settings.prefix))
 
 
 def _metrics(worker: Worker | None) -> Metrics:

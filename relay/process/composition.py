@@ -163,7 +163,13 @@ def build(base: Foundation) -> Parts:
         dead=deaths.is_dead,
         continued=_continued(base),
     )
-    directory = WorkerDirectory(client=base.client, keys=keys, deaths=deaths)
+    directory = WorkerDirectory(
+        client=base.client,
+        keys=keys,
+        deaths=deaths,
+        # `relay status`, `/readyz` and the log name the problem.
+        on_conflict=partial(refusals.note, "schema"),
+    )
     questions = _questions(base, keys, cluster, hub, commands, instance)
 
     # The protocols, on the HTTP server.

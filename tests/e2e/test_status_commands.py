@@ -66,6 +66,29 @@ async def test_status_is_1_with_a_line_for_each_thing_that_is_wrong(
     redis(valkey, "SREM", "relay:nodes", "killed:1")
 
 
+async def test_workers_of_an_incompatible_version_are_refused(
+    cli: Cli, relay: RelayProcess, valkey: Server
+) -> None:
+    newer = {"instance": "newer:1", "name": "n", "host": "h", "pid": 1, "started": "x"}
+    newer |= {"version": "9", "schema": 9, "compatible_since": 8}
+    redis(valkey, "SADD", "relay:nodes", "newer:1")
+    redis(valkey, "SET", "relay:node:newer:1", json.dumps(newer))
+    conflict = "worker newer:1 (relay 9) shares this Redis and writes schema 9"
+    await until(lambda: any(conflict in line for line in relay.log), 12)
+    refused = await cli.process("serve", "--port", "0")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith(f"relay: {conflict}")
+    assert len(refused.stderr.splitlines()) == 1
+    versions = await cli.run("status")
+    assert conflict in versions.stderr
+    assert "1 worker of 9, schema 9" in versions.stdout
+    redis(valkey, "DEL", "relay:node:newer:1")
+    redis(valkey, "SREM", "relay:nodes", "newer:1")
+    async with asyncio.timeout(15):
+        while (await cli.run("status")).returncode:
+            await asyncio.sleep(0.5)
+
+
 async def test_disconnect_and_unsubscribe_reach_the_worker(
     cli: Cli, relay: RelayProcess, door: Native, channel: str
 ) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from relay.core.errors import WorkerUnreachable
+from relay.stream.cluster.schema import conflict
 from relay.stream.cluster.workers import DeadWorkerDetector, parse_heartbeat
 from relay.stream.connection import connect
 
@@ -23,7 +25,16 @@ _FRESH_S = 0.1
 class WorkerDirectory:
     """Reads the list of workers. `refresh` must be called with each heartbeat."""
 
-    def __init__(self, *, client: RedisClient, keys: Keys, deaths: WorkerDeaths) -> None:
+    def __init__(
+        self,
+        *,
+        client: RedisClient,
+        keys: Keys,
+        deaths: WorkerDeaths,
+        on_conflict: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`on_conflict` receives why this version must not run beside the other workers, or ''."""
+        self._on_conflict = on_conflict
         # Authenticates connections between workers. Empty until the first `refresh`.
         self.key = b""
         self._client = client
@@ -43,13 +54,16 @@ class WorkerDirectory:
     async def _refresh(self) -> None:
         registry = await self._detector.read()
         before, self._workers = self._workers, {}
+        found = []
         for instance, beat in registry.items():
             worker = instance.rpartition(":")[2]
             info = None if beat is None else parse_heartbeat(instance, beat)
             # Without a heartbeat, a worker is not dead yet. Its heartbeat has also expired after a
             # freeze, or after an outage of Redis.
             known = before.get(worker, (instance, ""))
+            found += [info] if info else []
             self._workers[worker] = known if info is None else (instance, info.internal)
+        self._on_conflict(conflict(found))
         self._read_at = asyncio.get_running_loop().time()
         for instance in self._detector.dead(registry):
             self._deaths.report(instance)

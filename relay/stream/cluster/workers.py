@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import operator
 import os
 import secrets
 import socket
@@ -15,6 +16,8 @@ from typing import Any
 
 import orjson
 
+from relay.core.errors import RelayError, StartError
+from relay.stream.cluster.schema import COMPATIBLE_SINCE, SCHEMA, conflict
 from relay.stream.connection import connect
 from relay.stream.connection.connect import RedisClient
 from relay.stream.connection.refusals import Refusals
@@ -62,6 +65,9 @@ class WorkerInfo:
     internal: str = ""
     # Time of Redis before this was written. None for a worker of an older version.
     written_ms: int | None = None
+    # See `relay.stream.cluster.schema`. 0 for a worker of an older version.
+    schema: int = 0
+    compatible_since: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +96,8 @@ def describe_this_worker(name: str, instance: str, version: str) -> WorkerInfo:
         pid=os.getpid(),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         version=version,
+        schema=SCHEMA,
+        compatible_since=COMPATIBLE_SINCE,
     )
 
 
@@ -196,15 +204,32 @@ async def list_workers(client: RedisClient, keys: Keys) -> tuple[list[WorkerInfo
     return living, silent
 
 
+async def check_schema(client: RedisClient, keys: Keys) -> None:
+    """Raise StartError if this version must not run beside the present workers.
+
+    Ignore other errors: the check is repeated with each heartbeat.
+    """
+    try:
+        problem = conflict(await live_workers(client, keys))
+    except RelayError:
+        return
+    if problem:
+        raise StartError(problem)
+
+
 def parse_heartbeat(instance: str, beat: bytes) -> WorkerInfo | None:
     """Parse a worker's heartbeat. Return None if it is malformed."""
     try:
         values = orjson.loads(beat)
         # Heartbeats of a newer version may have more fields.
-        return WorkerInfo(**{name: values[name] for name in values if name in _FIELDS})
+        info = WorkerInfo(**{name: values[name] for name in values if name in _FIELDS})
+        # Workers refuse to run beside newer schemas, so these must be comparable.
+        operator.index(info.schema)
+        operator.index(info.compatible_since or 0)
     except (ValueError, TypeError):
         log.warning("Ignored the malformed heartbeat of worker %s", instance)
         return None
+    return info
 
 
 def unwritten_s(worker: WorkerInfo, now_ms: int) -> float:
