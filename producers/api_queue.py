@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from typing_extensions import override
@@ -33,6 +33,7 @@ from relay.stream.connection.reconnecting import (
 from relay.stream.format import entry
 from relay.stream.write import control, dead_letters
 from relay.stream.write.append import AppendCommands
+from relay.stream.write.confirmations import UnconfirmedLog
 from relay.stream.write.queue import CommandQueues, Head, Operation
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class Dispatcher:
 
     def operation(self, publication: commands.PublishParams, index: int) -> Operation:
         """Return the append of one publication. Raise InvalidCommand if it cannot be an entry."""
-        channel, data, client, uid, kind, to = publication
+        channel, data, client, uid, kind, to, durability = publication
         fields = [b"data", data]
         if client is not None or uid is not None or kind is not None or to is not None:
             fields = entry.encode(data, type=kind, uid=uid, to=to, client=client, checked=True)
@@ -122,7 +123,9 @@ class Dispatcher:
         except LimitExceeded as exc:
             raise commands.InvalidCommand(str(exc)) from exc
         keep = self._namespace_of(channel).retention_count
-        return Operation(self._keys.stream(channel), fields, index, keep, uid_key)
+        durability = durability or self._commands.durability(channel)
+        stream = self._keys.stream(channel)
+        return Operation(stream, fields, index, keep, uid_key, durability=durability)
 
     def _publish(self, command: commands.CentrifugoCommand, index: int) -> list[Operation]:
         return [self.operation(commands.publish(command.params), index)]
@@ -199,6 +202,7 @@ class ApiQueueConsumer(RunningProducer):
         self._namespace_of = namespace_of
         self._window_ms = int(publish.uid_window_s * 1000)
         self._on_applied = on_applied
+        self._unconfirmed = UnconfirmedLog("API queue")
         self._dispatcher = Dispatcher(
             keys=keys,
             namespace_of=namespace_of,
@@ -318,33 +322,19 @@ class ApiQueueConsumer(RunningProducer):
             for reason in reasons:
                 broken += 1
                 operations.append(self._dead_letter(shard.name, item, reason, index))
-        replicas = await self._replicas(operations)
-        failed = await queues.apply(
-            shard.name,
-            head,
-            operations,
-            window_ms=self._window_ms,
-            replicas=replicas,
-            wait_ms=int(self._redis.command_timeout_s * 500),
-        )
+        failed = await queues.apply(shard.name, head, operations, window_ms=self._window_ms)
+        wanted = {each.durability async for each in in_slices(operations) if each.durability.waits}
+        if wanted:
+            # No producer waits for a reply. The wait keeps the queue from running ahead of the
+            # replicas. If a failover loses the entries, it also loses their removal from the queue.
+            most_ms = int(self._redis.command_timeout_s * 500)
+            self._unconfirmed.report(wanted, await queues.confirm(wanted, most_ms))
         if failed is not None:
             self._on_applied(len(head.items), broken + failed)
 
     def _dead_letter(self, queue: str, item: bytes, reason: str, index: int) -> Operation:
         letter = dead_letters.of_command(queue, item, reason, node=self._instance)
         return Operation(self._keys.dead_letters, letter, index, dead_letters.KEEP)
-
-    async def _replicas(self, operations: Sequence[Operation]) -> int:
-        """Return the highest `wait_replicas` of the namespaces in this batch.
-
-        No producer waits for a reply. The wait keeps the queue from running ahead of the replicas.
-        If a failover loses the entries, it also loses their removal from the queue.
-        """
-        found = 0
-        async for key in in_slices({each.key for each in operations}):
-            if (channel := self._keys.channel_of_stream(key)) is not None:
-                found = max(found, self._namespace_of(channel).wait_replicas)
-        return found
 
 
 def build(context: ProducerContext, settings: QueueSettings) -> ApiQueueConsumer:

@@ -18,13 +18,19 @@ from producers.outgoing import (
     Sender,
 )
 from relay.config.settings import NamespaceSettings, RedisSettings
-from relay.core.errors import ConfigError, RedisUnavailable, RelayError
+from relay.core.errors import (
+    ConfigError,
+    DurabilityUnavailable,
+    NotDurable,
+    RedisUnavailable,
+    RelayError,
+)
 from relay.core.model import EntryID
 from relay.stream.connection.connect import CommandRefused, discover
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.scripts import load
 from relay.stream.format.keys import Keys
-from relay.stream.write.append import APPEND_ONCE, AppendCommands, send
+from relay.stream.write.append import APPEND_ONCE, WAIT_MS, AppendCommands, send
 
 
 class DirectSender(Sender):
@@ -36,6 +42,8 @@ class DirectSender(Sender):
         maxlen: Approximate maximum of entries in a stream (0: no limit).
         load_script: Load the script with SCRIPT LOAD first. Needed for the ACL user `relay`, which
             may not use EVAL.
+        wait_ms: Longest wait for the confirmations of a durability. Must be shorter than the
+            caller's time limit.
     """
 
     def __init__(
@@ -45,6 +53,7 @@ class DirectSender(Sender):
         window_s: int,
         maxlen: int = 0,
         load_script: bool = False,
+        wait_ms: int = WAIT_MS,
     ) -> None:
         # The caller's time limit covers connecting and sending together. It must be reached first.
         self._settings = settings.model_copy(
@@ -55,6 +64,7 @@ class DirectSender(Sender):
             Keys(settings.prefix), lambda _: namespace, uid_window_s=window_s
         )
         self._load_script = load_script
+        self._wait_ms = wait_ms
         self._connection: PipelineConnection | None = None
         # A restarted server has lost its scripts. The connection is lost as well, and reopening it
         # resets this.
@@ -65,7 +75,10 @@ class DirectSender(Sender):
     async def send(
         self, events: Sequence[OutgoingEvent], on_sending: Callable[[], None]
     ) -> list[Outcome]:
-        appends = [self._commands.build(each.channel, each.fields(), each.uid) for each in events]
+        appends = [
+            self._commands.build(each.channel, each.fields(), each.uid, durability=each.durability)
+            for each in events
+        ]
         try:
             connection = await self._connected()
         except RedisUnavailable as exc:
@@ -76,10 +89,14 @@ class DirectSender(Sender):
         self._script_known = script_known or appends[0].script is not None
         on_sending()
         try:
-            results = await send(connection, appends, script_known=script_known)
+            results = await send(
+                connection, appends, script_known=script_known, wait_ms=self._wait_ms
+            )
         except RedisUnavailable as exc:
             self._drop(connection)
             raise DestinationUnavailable(str(exc), sent=True) from exc
+        except DurabilityUnavailable as exc:
+            return [PostponedEvent(str(exc)) for _ in events]
         except asyncio.CancelledError:
             # The reply may arrive at any time, so the next event must use a new connection.
             self._drop(connection)
@@ -118,6 +135,8 @@ def _outcome(result: EntryID | RelayError) -> Outcome:
     if isinstance(result, EntryID):
         return result
     reason = str(result)
+    if isinstance(result, NotDurable):
+        return PostponedEvent(reason, sent=True)
     if not isinstance(result, CommandRefused):
         return PostponedEvent(reason)
     # If the user may not run scripts, all events fail: rejecting them would empty a whole spool.

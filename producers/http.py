@@ -133,6 +133,8 @@ def _outcome(reply: dict[str, object]) -> Outcome:
 def command(event: OutgoingEvent) -> bytes:
     """Return a `publish` command that contains the event's JSON unchanged."""
     options = {"uid": event.uid, "type": event.type, "to": event.to, "client": event.client}
+    if event.durability is not None:
+        options["durability"] = str(event.durability)
     rest = {name: value for name, value in options.items() if value is not None}
     data = event.data
     if not is_json(data):

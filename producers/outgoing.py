@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+from relay.core.durability import Durability
 from relay.core.errors import RelayError
 from relay.core.model import Channel, EntryID, parse_channel
 from relay.stream.format import entry
@@ -55,9 +56,13 @@ class RejectedEvent:
 
 @dataclass(frozen=True, slots=True)
 class PostponedEvent:
-    """This event was rejected for a temporary reason."""
+    """This event was rejected for a temporary reason.
+
+    `sent` is True if it was appended, but not as durably as wanted.
+    """
 
     reason: str
+    sent: bool = False
 
 
 # None: accepted by a server that does not return entry IDs.
@@ -74,6 +79,7 @@ class OutgoingEvent:
     type: str | None = None
     to: tuple[str, ...] | None = None
     client: str | None = None
+    durability: Durability | None = None
 
     def fields(self) -> list[bytes]:
         """Return the fields and values for XADD as one flat list."""
@@ -123,6 +129,7 @@ def outgoing_event(
     type: str | None = None,
     to: str | Iterable[str] | None = None,
     client: str | None = None,
+    durability: str | None = None,
 ) -> OutgoingEvent:
     """Check the arguments and return them as an event.
 
@@ -133,12 +140,14 @@ def outgoing_event(
         type: Type of the event.
         to: Recipients as in an entry's field (`"anna, group:kitchen"`), or an iterable of names.
         client: ID of the client that caused the event.
+        durability: As `[namespace] durability`.
 
     Raises:
         InvalidEvent: Relay could not deliver such an event.
     """
     try:
-        return _event(channel, data, uid=uid, type=type, to=to, client=client)
+        event = _event(channel, data, uid=uid, type=type, to=to, client=client)
+        return replace(event, durability=Durability.parse(durability) if durability else None)
     except (ValueError, TypeError, AttributeError, RecursionError) as exc:
         raise InvalidEvent(str(exc)) from exc
 

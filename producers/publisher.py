@@ -45,6 +45,8 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LIMIT_MS = 200
+# The part of the time limit in which Redis may confirm the durability of an event.
+_WAIT_SHARE = 0.8
 
 __all__ = ["AsyncPublisher", "InvalidEvent", "PublishFailed", "Publisher"]
 
@@ -88,7 +90,12 @@ class AsyncPublisher:
         self._new_sender: Callable[[], Sender] = lambda: (
             HttpSender(http, secret=secret)
             if http
-            else DirectSender(redis, window_s=window_s, maxlen=maxlen)
+            else DirectSender(
+                redis,
+                window_s=window_s,
+                maxlen=maxlen,
+                wait_ms=int(limit_ms * _WAIT_SHARE),
+            )
         )
         self._sender: Sender = self._new_sender()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -110,6 +117,7 @@ class AsyncPublisher:
         type: str | None = None,
         to: str | Iterable[str] | None = None,
         client: str | None = None,
+        durability: str | None = None,
     ) -> EntryID | None:
         """Publish one event.
 
@@ -121,6 +129,10 @@ class AsyncPublisher:
             type: Type of the event.
             to: Recipients: `"anna, group:kitchen"`, or an iterable of names. Default: all.
             client: ID of the client that caused the event.
+            durability: What must be true of the event before the call returns: `fast` (appended),
+                `replicated:REPLICAS:MS` or `fsynced:REPLICAS:MS`, see docs/guarantees.md. Without
+                MS, most of the time limit. Default: `fast`, or by HTTP the setting of the
+                namespace.
 
         Returns:
             The entry's ID. None if the event was spooled, or if the HTTP API returned no ID.
@@ -131,7 +143,9 @@ class AsyncPublisher:
             InvalidEvent: Relay could not deliver such an event. A PublishFailed and a ValueError.
         """
         return await self.publish_event(
-            outgoing_event(channel, data, uid=uid, type=type, to=to, client=client)
+            outgoing_event(
+                channel, data, uid=uid, type=type, to=to, client=client, durability=durability
+            )
         )
 
     async def publish_event(self, event: OutgoingEvent) -> EntryID | None:
@@ -206,7 +220,7 @@ class AsyncPublisher:
     async def _send(self, event: OutgoingEvent, deadline: float) -> EntryID | RejectedEvent | None:
         (outcome,) = await send_until(deadline, self._sender, [event])
         if isinstance(outcome, PostponedEvent):
-            raise DestinationUnavailable(outcome.reason)
+            raise DestinationUnavailable(outcome.reason, sent=outcome.sent)
         return outcome
 
     async def _deliver(self, spool: Spool, deadline: float) -> None:
@@ -252,9 +266,12 @@ class Publisher:
         type: str | None = None,
         to: str | Iterable[str] | None = None,
         client: str | None = None,
+        durability: str | None = None,
     ) -> EntryID | None:
         """Publish one event; see `AsyncPublisher.publish()`."""
-        event = outgoing_event(channel, data, uid=uid, type=type, to=to, client=client)
+        event = outgoing_event(
+            channel, data, uid=uid, type=type, to=to, client=client, durability=durability
+        )
         try:
             result = self._begin(lambda publisher: publisher.publish_event(event))
         except (RuntimeError, OSError) as exc:

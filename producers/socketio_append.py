@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, cast
 import orjson
 
 from producers.socketio_wire import Control
+from relay.core.durability import Durability
+from relay.core.errors import RedisUnavailable, Unavailable
 from relay.core.model import Channel, EntryID, Event
 from relay.protocols.socketio.entry_format import (
     Emit,
@@ -23,6 +25,7 @@ from relay.stream.format import entry as entries
 from relay.stream.format import ephemeral
 from relay.stream.write import control, dead_letters
 from relay.stream.write.append import APPEND_FUNCTION
+from relay.stream.write.confirmations import UnconfirmedLog, confirming, parse_confirmations
 
 if TYPE_CHECKING:
     from relay.config.settings import NamespaceSettings
@@ -119,14 +122,16 @@ class EmitBatch:
         namespace_of: Callable[[Channel], NamespaceSettings],
         max_entry_bytes: int,
         node: str,
+        unconfirmed: UnconfirmedLog,
     ) -> None:
         self._keys = keys
         self._node = node
+        self._unconfirmed = unconfirmed
         self._namespace_of = namespace_of
         self._max_entry_bytes = max_entry_bytes
         self._streams: list[bytes] = []
         self._words: Words = []
-        self._replicas = 0
+        self._wanted: set[Durability] = set()
 
     def add(self, emit: Emit) -> None:
         """Add an emit. Raise UnusableEmit, without adding anything, if it cannot be an entry."""
@@ -144,8 +149,9 @@ class EmitBatch:
             self._streams.append(self._keys.stream(channel))
             to = [] if socket is None else [b"to", orjson.dumps([f"client:{socket}"])]
             self._words += len(to), *to
-            rules = self._namespace_of(channel)
-            self._replicas = max(self._replicas, rules.wait_replicas)
+            durability = Durability.parse(self._namespace_of(channel).durability)
+            if durability.waits:
+                self._wanted.add(durability)
 
     def _add_ephemeral(self, emit: Emit, content: EmitContents) -> None:
         always = str(_ALWAYS).encode()
@@ -207,6 +213,10 @@ class EmitBatch:
         words += self._keys.dead_letters, *streams
         words += old, new, dead_letters.KEEP, self._node, at, *self._words
         rejected = cast(int, await connection.call(*words))
-        if self._replicas:
-            await connection.call("WAIT", self._replicas, _WAIT_MS)
+        if waits := confirming(self._wanted, _WAIT_MS):
+            try:
+                replies = await connection.execute(waits)
+            except RedisUnavailable as exc:
+                raise Unavailable(str(exc)) from exc
+            self._unconfirmed.report(self._wanted, parse_confirmations(waits, replies, _WAIT_MS))
         return rejected if rejected >= 0 else None

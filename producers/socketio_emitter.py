@@ -32,6 +32,7 @@ from relay.stream.cluster.leases import Lease
 from relay.stream.connection import connect
 from relay.stream.connection.connect import CommandRefused, redis_client
 from relay.stream.connection.reconnecting import ReconnectingConnection
+from relay.stream.write.confirmations import UnconfirmedLog
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -71,6 +72,7 @@ class EmitterListener(RunningProducer):
         self, context: ProducerContext, settings: EmitterSettings, source: RedisSettings
     ) -> None:
         self._context = context
+        self._unconfirmed = UnconfirmedLog("socket.io emitter")
         protocol = cast("SocketIoSettings", context.protocols["protocol:socketio"])
         self._namespace = protocol.namespace
         pattern, self._prefix, self._requests = wire.channels(settings.key, self._namespace)
@@ -285,7 +287,11 @@ class EmitterListener(RunningProducer):
     def _batch(self) -> EmitBatch:
         context = self._context
         return EmitBatch(
-            context.keys, context.namespace_of, context.max_entry_bytes, context.instance
+            context.keys,
+            context.namespace_of,
+            context.max_entry_bytes,
+            context.instance,
+            self._unconfirmed,
         )
 
     async def _newest_ids(self, command: Control) -> list[tuple[str, str]]:

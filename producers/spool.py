@@ -221,6 +221,7 @@ def _plain(event: OutgoingEvent) -> dict[str, object]:
         "type": event.type,
         "to": None if event.to is None else list(event.to),
         "client": event.client,
+        "durability": None if event.durability is None else str(event.durability),
     }
     return {name: value for name, value in values.items() if value is not None}
 
@@ -235,6 +236,7 @@ def _line(text: bytes, end: int) -> SpoolLine:
             type=found.get("type"),
             to=found.get("to"),
             client=found.get("client"),
+            durability=found.get("durability"),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
         return SpoolLine(None, text, f"invalid spool line: {exc}", end)

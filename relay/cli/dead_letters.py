@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 from relay.cli.operator_context import OperatorContext
 from relay.cli.output import Progress, duration, emit, optional, safe, say, table
-from relay.core.errors import NotReplicated, RedisUnavailable, RelayError
+from relay.core.errors import NotDurable, RedisUnavailable, RelayError
 from relay.core.model import Broken
 from relay.stream.connection import connect
 from relay.stream.connection.pipeline_connection import connected
@@ -127,7 +127,7 @@ async def _requeue(site: OperatorContext, options: argparse.Namespace) -> int:
                     entry_id = await dead_letter_list.requeue(
                         site.client, connection, site.keys, letter, namespace
                     )
-                except (RedisUnavailable, NotReplicated, connect.CommandRefused):
+                except (RedisUnavailable, NotDurable, connect.CommandRefused):
                     raise
                 except RelayError as exc:
                     progress.end()

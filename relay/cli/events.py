@@ -16,6 +16,7 @@ import orjson
 
 from relay.cli.operator_context import OperatorContext, channel_of
 from relay.cli.output import emit, safe, say
+from relay.core.durability import Durability
 from relay.core.errors import RedisUnavailable, RelayError
 from relay.core.model import (
     ZERO_ID,
@@ -48,6 +49,7 @@ async def publish(site: OperatorContext, options: argparse.Namespace) -> int:
         fields = entry.encode(
             data, type=options.type, uid=options.uid, to=to, client=options.client
         )
+        durability = Durability.parse(options.durability) if options.durability else None
     except ValueError as exc:
         raise RelayError(f"not published: {exc}") from exc
     limit = site.config.stream.max_entry_bytes
@@ -57,11 +59,12 @@ async def publish(site: OperatorContext, options: argparse.Namespace) -> int:
     namespace = site.config.namespace(channel).model_copy(update={"unique_uids": True})
     append = AppendCommands(
         site.keys, lambda _: namespace, uid_window_s=site.config.publish.uid_window_s
-    ).build(channel, fields, options.uid)
+    ).build(channel, fields, options.uid, durability=durability)
     async with connected(site.config.redis, name="relay-admin") as connection:
         done = await send_one(connection, append)
     if options.json:
-        emit({"channel": channel, "id": str(done.id), "appended": done.is_new})
+        reached = {"durability": str(append.durability)} if append.durability.waits else {}
+        emit({"channel": channel, "id": str(done.id), "appended": done.is_new, **reached})
     else:
         print(done.id)
     return 0

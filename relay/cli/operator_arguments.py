@@ -70,6 +70,12 @@ def add(commands: Commands, operator: Operator) -> None:
         " repeated; default: all",
     )
     publish.add_argument("--client", metavar="C", help="ID of the client that caused the event")
+    publish.add_argument(
+        "--durability",
+        metavar="D",
+        help="wait until the event is replicated:REPLICAS:MS or fsynced:REPLICAS:MS, or do not wait"
+        " (fast); default: [namespace] durability",
+    )
 
     tail = operator(
         commands,

@@ -11,8 +11,10 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from pydantic.fields import FieldInfo
+from typing_extensions import override
 
 from relay.config.lists import split
+from relay.core import durability
 
 
 class Section(BaseModel):
@@ -287,6 +289,10 @@ class PublishSettings(Section):
 class NamespaceSettings(Section):
     """[namespace:NAME]: Rules for channels NAME:...; [namespace] applies to all other channels."""
 
+    removed: ClassVar[Mapping[str, str]] = {
+        "wait_replicas": "was replaced by durability; wait_replicas = N is durability = replicated:N"
+    }
+
     rights: str = Field(
         "door, claims, hash",
         pattern=r"^\s*((door|claims|hash|http|anonymous)(\s*,\s*(door|claims|hash|http|anonymous))*)?\s*$",
@@ -296,17 +302,23 @@ class NamespaceSettings(Section):
         10000, ge=0, le=1000000000, description="Approximate number of entries kept per stream. 0 means unlimited.")
     retention_age_s: int = Field(
         604800, ge=0, le=3153600000, description="Approximate time for which entries are kept. 0 means unlimited.")
-    wait_replicas: int = Field(
-        0,
-        ge=0,
-        le=100,
-        description="Number of replicas that must confirm an event appended through relay.",
+    durability: str = Field(
+        "fast",
+        pattern=rf"^({durability.FORMAT})$",
+        description="What must be true of an event appended through relay before its publisher receives a success: fast (appended), replicated:N:MS (N replicas have received it within MS milliseconds) or fsynced:N:MS (the primary and N replicas have written it to disk; Redis 7.2 or Valkey with an append-only file). Without N: 1 for replicated, 0 for fsynced. Without MS: most of [publish] timeout_s. A request can choose another durability.",
     )
-
     unique_uids: bool = Field(
         True,
         description="Append only the first of several events with the same uid within [publish] uid_window_s. When disabled, the HTTP API and the queue append all of them, as Centrifugo v1 does.",
     )
+
+    @classmethod
+    @override
+    def from_removed(cls, values: Mapping[str, str]) -> Mapping[str, str]:
+        if "wait_replicas" not in values:
+            return {}
+        replicas = values["wait_replicas"].strip()
+        return {"durability": "fast" if replicas.strip("0") == "" else f"replicated:{replicas}"}
 
     def sources(self) -> frozenset[str]:
         """Return the rights sources as a set."""

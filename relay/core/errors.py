@@ -4,7 +4,8 @@ RelayError
 ├── ConfigError            the configuration: one line for the operator, exit code 1
 ├── StartError             the machine prevents the start (port in use ...): one line, exit code 1
 ├── RedisUnavailable       Redis is unreachable or temporarily cannot serve: retry
-├── NotReplicated          appended, but too few replicas confirmed it in time
+├── NotDurable             appended, but the wanted durability was not confirmed in time
+├── DurabilityUnavailable  not appended: Redis cannot confirm the wanted durability
 ├── ClientError            an error of the client; its `code` is the reason to report
 │   ├── Unauthorized       no credential, or a bad or expired one
 │   ├── Forbidden          a valid credential without access to this
@@ -15,7 +16,12 @@ RelayError
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from relay.core.reasons import Reason
+
+if TYPE_CHECKING:
+    from relay.core.model import EntryID
 
 
 class RelayError(Exception):
@@ -34,8 +40,16 @@ class RedisUnavailable(RelayError):
     """Redis is unreachable, loading, read-only or rejects commands. The caller retries later."""
 
 
-class NotReplicated(RelayError):
-    """The entry was appended, but fewer replicas than required confirmed it in time."""
+class NotDurable(RelayError):
+    """The entry was appended, but its durability was not confirmed in time."""
+
+    def __init__(self, text: str, entry_id: EntryID) -> None:
+        super().__init__(text)
+        self.entry_id = entry_id
+
+
+class DurabilityUnavailable(RelayError):
+    """Redis cannot confirm the wanted durability, so nothing was appended."""
 
 
 class ClientError(RelayError):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import aiohttp
 
     from relay.core.clock import RedisClock
+    from relay.core.durability import Durability
     from relay.core.metrics import Metrics
     from relay.core.model import Channel, EntryID, Event, EventFields, Position, Principal
     from relay.core.stream_interface import Snapshot
@@ -49,6 +50,7 @@ class Publish(Protocol):
         data: bytes,
         *,
         unless_latest: bytes | None = None,
+        durability: Durability | None = None,
         **fields: Unpack[EventFields],
     ) -> asyncio.Future[EntryID]:
         """Return a future with the entry's ID, or with the error.
@@ -56,6 +58,7 @@ class Publish(Protocol):
         An event that cannot be appended raises at once: ValueError, LimitExceeded or Unavailable.
         `unless_latest` names one of the `extra` fields. If the newest event of this type has the
         same value in it, nothing is appended, and the result is the ID of that event.
+        `durability` overrides that of the namespace.
         """
 
 

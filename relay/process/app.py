@@ -22,7 +22,7 @@ import logging
 import os
 import pickle
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ from relay.process.start_signals import STOP_SIGNALS, release_signals
 from relay.stream.cluster.workers import check_schema
 from relay.stream.connection.connect import change_password, check_server, redis_client
 from relay.stream.format.keys import Keys
+from relay.stream.write.confirmations import check_namespaces
 from relay.transports.socket.listener import raise_open_file_limit
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class Relay:
                 await stack.enter_async_context(running_valkey(config.redis))
             client = await stack.enter_async_context(redis_client(redis))
             if not self._check_only:
-                check = _check_redis(client, redis)
+                check = _check_redis(client, redis, config.namespaces)
                 checking = asyncio.get_running_loop().create_task(check)
                 try:
                     await asyncio.wait({checking})
@@ -388,10 +389,13 @@ class Relay:
         _log.info("Configuration reloaded")
 
 
-async def _check_redis(client: RedisClient, settings: RedisSettings) -> None:
+async def _check_redis(
+    client: RedisClient, settings: RedisSettings, namespaces: Mapping[str, NamespaceSettings]
+) -> None:
     """Raise StartError if this version of relay cannot use the server, or not at this time."""
     await check_server(client, settings)
     await check_schema(client, Keys(settings.prefix))
+    await check_namespaces(client, namespaces)
 
 
 def _metrics(worker: Worker | None) -> Metrics:

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from relay.config.loading import Config
     from relay.config.settings import NamespaceSettings, RedisSettings, Section
     from relay.core.clock import RedisClock
+    from relay.core.durability import Durability
     from relay.core.metrics import Metrics
     from relay.core.model import Channel, EntryID, EventFields, Principal, Record
     from relay.core.worker_memory import Worker
@@ -409,13 +410,20 @@ def _publish(appender: Appender, max_entry_bytes: int) -> Publish:
         data: bytes,
         *,
         unless_latest: bytes | None = None,
+        durability: Durability | None = None,
         **fields: Unpack[EventFields],
     ) -> asyncio.Future[EntryID]:
         encoded = entry.encode(data, **fields)
         size = entry.size(encoded)
         if size > max_entry_bytes:
             raise LimitExceeded(f"too large: {size} of {max_entry_bytes} bytes")
-        return appender.append(channel, encoded, fields.get("uid"), unless_latest=unless_latest)
+        return appender.append(
+            channel,
+            encoded,
+            fields.get("uid"),
+            unless_latest=unless_latest,
+            durability=durability,
+        )
 
     return publish
 

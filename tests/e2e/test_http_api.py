@@ -137,6 +137,30 @@ async def test_whoever_prefers_it_is_told_the_entry_s_id(api: Api, channel: str)
     assert [reply["body"] for reply in json.loads(text)] == [None] * 4
 
 
+async def test_the_answer_names_the_durability_that_was_reached_or_missed(
+    api: Api, channel: str
+) -> None:
+    text = '{"method":"publish","params":{"channel":"%s","data":1,"durability":"%s"}}'
+    (reply,) = await api.ask(text % (channel, "fast"))
+    assert (reply["error"], reply["body"]) == (None, {"durability": "fast"})
+    (reply,) = await api.ask(text % (channel, "replicated:1:50"))
+    client: Any = api.relay.redis()
+    with client:
+        ids = [each.decode() for each, _ in client.xrange(f"relay:stream:{{{channel}}}")]
+    assert reply["error"] == (
+        f"internal server error: appended as {ids[1]}, but 0 of 1 replicas have confirmed it within"
+        " 50 ms"
+    )
+    assert (reply["advice"], reply["body"]) == ("retry", {"id": ids[1]})
+    (reply,) = await api.ask(text % (channel, "disk"))
+    assert (reply["error"], reply["advice"]) == ("invalid message", "fix")
+    # The user of docs/redis.md may not run WAITAOF.
+    (reply,) = await api.ask(text % (channel, "fsynced"))
+    assert "durability fsynced is not available: Redis refuses WAITAOF (NOPERM" in reply["error"]
+    assert (reply["advice"], reply["body"]) == ("fix", None)
+    assert len(api.entries(channel)) == 2
+
+
 async def test_uids_need_not_be_unique_where_the_namespace_says_so(
     valkey: Server, channel: str
 ) -> None:

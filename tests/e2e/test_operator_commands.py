@@ -115,8 +115,12 @@ async def test_what_no_relay_could_deliver_is_not_published(
 async def test_an_event_that_no_replica_confirms_is_an_error_that_names_its_id(
     cli: Cli, channel: str
 ) -> None:
-    line = await cli.refused("publish", channel, "1", "--set", "namespace.wait_replicas=1")
+    line = await cli.refused("publish", channel, "1", "--set", "namespace.durability=replicated")
     assert re.search(r"appended as \d+-\d+, but 0 of 1 replicas", line)
+    line = await cli.refused("publish", channel, "1", "--durability", "replicated:2:50")
+    assert re.search(r"appended as \d+-\d+, but 0 of 2 replicas .* within 50 ms", line)
+    line = await cli.refused("publish", channel, "1", "--durability", "disk")
+    assert "not published: durability must be fast, replicated, replicated:REPLICAS:MS" in line
 
 
 # ---- tail -----------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ async def test_each_line_of_the_table_is_printed(valkey: Server) -> None:
         ("producer", ("streams",)),
         ("maintenance", ("streams", *stranger)),
         ("maintenance", ("trim", "ghost", "--max-entries", "1")),
-        ("maintenance", ("publish", "news", "1", "--set", "namespace.wait_replicas=1")),
+        ("maintenance", ("publish", "news", "1", "--set", "namespace.durability=replicated")),
     ]
     rows = quoted()
     assert len(rows) == len(commands)

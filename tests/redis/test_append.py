@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import random
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ import pytest
 from redis.asyncio import Redis
 
 from relay.config.settings import NamespaceSettings, PublishSettings
-from relay.core.errors import NotReplicated, RedisUnavailable, RelayError
+from relay.core.durability import Durability
+from relay.core.errors import (
+    DurabilityUnavailable,
+    NotDurable,
+    RedisUnavailable,
+    RelayError,
+)
 from relay.core.model import Channel, EntryID
 from relay.stream.connection.connect import CommandRefused, command
 from relay.stream.format.keys import Keys
@@ -25,7 +32,7 @@ NEWS = Channel("news")
 
 @contextlib.asynccontextmanager
 async def appending(
-    server: Server, keys: Keys, *, timeout_s: float = 2.0, window_s: float = 600, **rules: int
+    server: Server, keys: Keys, *, timeout_s: float = 2.0, window_s: float = 600, **rules: Any
 ) -> AsyncIterator[Appender]:
     appender = Appender(
         keys=keys,
@@ -141,25 +148,105 @@ async def test_no_caller_waits_longer_than_the_limit(
             assert await appender.append(NEWS, [b"data", b"4"])
 
 
-async def test_success_means_that_the_replicas_have_it(
-    tmp_path: Path, flavour: Flavour, keys: Keys
-) -> None:
-    primary = Server(tmp_path / "primary", flavour)
-    replica = Server(tmp_path / "replica", flavour, replica_of=primary)
+@contextlib.contextmanager
+def replicated(folder: Path, flavour: Flavour) -> Iterator[tuple[Server, Server]]:
+    """Run a primary and a replica that has received everything."""
+    primary = Server(folder / "primary", flavour)
+    replica = Server(folder / "replica", flavour, replica_of=primary)
     with running(primary, replica):
         with primary.client() as admin:
             confirmed = 0
             while not confirmed:
                 admin.xadd("other", {"a": "b"})
                 confirmed = admin.execute_command("WAIT", 1, 100)
-        async with appending(primary, keys, timeout_s=1.0, wait_replicas=1) as appender:
+            if flavour == "valkey":
+                admin.execute_command("ACL", "SETUSER", "relay", "+waitaof")
+        yield primary, replica
+
+
+async def test_success_means_that_the_replicas_have_it(
+    tmp_path: Path, flavour: Flavour, keys: Keys
+) -> None:
+    wanted = Durability.parse("replicated:1:400")
+    with replicated(tmp_path, flavour) as (primary, replica):
+        async with appending(primary, keys, timeout_s=10, durability="replicated") as appender:
             entry_id = await appender.append(NEWS, [b"data", b"1"])
+            assert await appender.append(NEWS, [b"data", b"a"], "known")
             with replica.client() as other:
                 assert other.xrange(keys.stream(NEWS))[0][0] == str(entry_id).encode()
             replica.freeze()
-            with pytest.raises(NotReplicated, match="appended as .* but 0 of 1 replicas"):
-                await appender.append(NEWS, [b"data", b"2"])
+            with pytest.raises(NotDurable, match="appended as .* but 0 of 1 replicas .* 400 ms"):
+                await appender.append(NEWS, [b"data", b"2"], "u", durability=wanted)
+        # The first appends on a connection. The second one writes nothing, because its uid is
+        # known, but it is the answer about the same entry.
+        async with appending(primary, keys) as appender:
+            for uid in ("u", "new"):
+                with pytest.raises(NotDurable) as caught:
+                    await appender.append(NEWS, [b"data", b"2"], uid, durability=wanted)
+                assert caught.value.entry_id
+        with primary.client() as admin:
+            assert admin.xlen(keys.stream(NEWS)) == 4
+        replica.thaw()
+
+
+async def test_a_channel_keeps_its_order_whatever_durability_its_requests_choose(
+    tmp_path: Path, flavour: Flavour, keys: Keys
+) -> None:
+    names = ("fast", "replicated", *(("fsynced",) if flavour == "valkey" else ()))
+    other = Channel("other")
+    with replicated(tmp_path, flavour) as (primary, replica):
+        for usual in ("fast", "replicated"):
+            async with appending(primary, keys, timeout_s=10, durability=usual) as appender:
+                choices = random.Random(5)
+                futures = []
+                for n in range(600):
+                    chosen = choices.choice((None, *map(Durability.parse, names)))
+                    futures.append(appender.append(NEWS, [b"data", b"%d" % n], durability=chosen))
+                    futures.append(appender.append(other, [b"data", b"%d" % n]))
+                    if not n % 50:
+                        await futures[choices.randrange(len(futures))]
+                for future in futures:
+                    await future
+            with primary.client() as admin:
+                for channel in (NEWS, other):
+                    found = [fields[b"data"] for _, fields in admin.xrange(keys.stream(channel))]
+                    assert found == [b"%d" % n for n in range(600)]
+                admin.delete(keys.stream(NEWS), keys.stream(other))
+        # Appends that wait for a stalled replica don't delay others.
+        async with appending(primary, keys, timeout_s=10) as appender:
+            replica.freeze()
+            slow = appender.append(NEWS, [b"data", b"1"], durability=Durability.parse("replicated"))
+            assert await appender.append(other, [b"data", b"1"])
+            assert not slow.done()
             replica.thaw()
+            assert await slow
+
+
+async def test_events_are_on_disk_or_the_answer_says_why_not(
+    tmp_path: Path, flavour: Flavour, keys: Keys
+) -> None:
+    fsynced = Durability.parse("fsynced:0:2000")
+    with replicated(tmp_path, flavour) as (primary, _), primary.client() as admin:
+        async with appending(primary, keys, timeout_s=10) as appender:
+            if flavour == "redis":
+                why = "no WAITAOF; it needs Redis 7.2 or newer, or Valkey. Nothing was appended"
+                with pytest.raises(DurabilityUnavailable, match=why):
+                    await appender.append(NEWS, [b"data", b"1"], durability=fsynced)
+                assert not admin.exists(keys.stream(NEWS))
+                return
+            assert await appender.append(NEWS, [b"data", b"1"], durability=fsynced)
+            # With `no`, only the kernel decides when the file is written to disk.
+            admin.config_set("appendfsync", "no")
+            with pytest.raises(NotDurable, match="primary has not written it to disk within 2000"):
+                await appender.append(NEWS, [b"data", b"2"], durability=fsynced)
+        async with appending(primary, keys) as appender:
+            admin.config_set("appendonly", "no")
+            with pytest.raises(DurabilityUnavailable, match="set appendonly yes"):
+                await appender.append(NEWS, [b"data", b"3"], durability=fsynced)
+            admin.execute_command("ACL", "SETUSER", "relay", "-waitaof")
+            with pytest.raises(DurabilityUnavailable, match=r"\+waitaof in docs/redis.md"):
+                await appender.append(NEWS, [b"data", b"3"], durability=fsynced)
+            assert admin.xlen(keys.stream(NEWS)) == 2
 
 
 async def test_what_equals_the_newest_of_its_type_is_not_appended_again(

@@ -136,8 +136,10 @@ async def test_missing_rights_are_named_with_the_command_that_grants_them(health
 async def test_a_replica_and_replicas_that_nobody_waits_for(
     healthy: Server, tmp_path: Path
 ) -> None:
-    lost = await findings(configured(healthy, "namespace.wait_replicas=1"))
+    lost = await findings(configured(healthy, "namespace.durability=replicated"))
     assert lost["redis.wait"].level is Level.ERROR
+    lost = await findings(configured(healthy, "namespace.durability=fsynced"))
+    assert "durability fsynced is not available" in lost["redis.durability"].what
     replica = Server(tmp_path, "redis", replica_of=healthy)
     with running(replica):
         async with administrator(healthy) as admin, administrator(replica) as other:
@@ -150,8 +152,8 @@ async def test_a_replica_and_replicas_that_nobody_waits_for(
         assert str(healthy.port) in found["redis.replica"].fix
         found = await findings(configured(healthy))
         assert found["redis.wait"].level is Level.WARNING
-        assert "wait_replicas = 1" in found["redis.wait"].fix
-        found = await findings(configured(healthy, "namespace.wait_replicas=1"))
+        assert "durability = replicated" in found["redis.wait"].fix
+        found = await findings(configured(healthy, "namespace.durability=replicated"))
         assert "redis.wait" not in found
 
 

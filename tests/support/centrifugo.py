@@ -14,6 +14,7 @@ from typing import Any, Unpack, cast
 from relay.config.settings import NamespaceSettings
 from relay.core.clock import RedisClock
 from relay.core.connection import ConnectionInfo
+from relay.core.durability import Durability
 from relay.core.errors import LimitExceeded
 from relay.core.metrics import Metrics
 from relay.core.model import (
@@ -297,8 +298,16 @@ class Context:
         self.hub.subscribe(session, channel, asked)
 
     def publish(
-        self, channel: Channel, data: bytes, **fields: Unpack[EventFields]
+        self,
+        channel: Channel,
+        data: bytes,
+        *,
+        unless_latest: bytes | None = None,
+        durability: Durability | None = None,
+        **fields: Unpack[EventFields],
     ) -> asyncio.Future[EntryID]:
+        assert unless_latest is None
+        assert durability is None
         encoded = entry.encode(data, **fields)
         done: asyncio.Future[EntryID] = asyncio.get_running_loop().create_future()
         if self.refusing is not None:

@@ -13,12 +13,14 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from relay.core.clock import RedisClock
+from relay.core.durability import Durability
 from relay.core.errors import RelayError, StartError
 from relay.process.doctor.finding import Finding, error, note, warning
 from relay.stream.connection import connect
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.refusals import needs
 from relay.stream.connection.rights import find_rejected
+from relay.stream.write.confirmations import check_namespaces
 
 if TYPE_CHECKING:
     from relay.config.loading import Config
@@ -331,8 +333,19 @@ async def _replicas(config: Config, client: RedisClient, info: Info) -> list[Fin
         and each.get("state") == "online"
     ]
     known = int(info.get("connected_slaves", 0))
-    wanted = max(each.wait_replicas for each in config.namespaces.values())
+    wanted = max(Durability.parse(each.durability).replicas for each in config.namespaces.values())
     found = []
+    try:
+        await check_namespaces(client, config.namespaces)
+    except StartError as exc:
+        found.append(
+            error(
+                "redis.durability",
+                str(exc),
+                "Relay does not start with it.",
+                "Change the server as the message says, or lower the durability",
+            )
+        )
     if known > len(online):
         found.append(
             warning(
@@ -355,8 +368,8 @@ async def _replicas(config: Config, client: RedisClient, info: Info) -> list[Fin
                     f"A namespace waits for {wanted} replicas, but {confirmed} confirm within"
                     f" {_WAIT_MS} ms",
                     "Every publish through relay to that namespace waits and then fails.",
-                    "Start the replicas (redis-cli INFO replication), or lower [namespace]"
-                    f" wait_replicas to {confirmed}",
+                    "Start the replicas (redis-cli INFO replication), or lower the replicas"
+                    f" in [namespace] durability to {confirmed}",
                 )
             )
     elif online:
@@ -365,7 +378,7 @@ async def _replicas(config: Config, client: RedisClient, info: Info) -> list[Fin
                 "redis.wait",
                 f"Redis has {len(online)} replicas, but no namespace waits for them",
                 "A failover loses the newest acknowledged events if the replica lagged behind.",
-                "[namespace]\nwait_replicas = 1",
+                "[namespace]\ndurability = replicated",
             )
         )
     return found

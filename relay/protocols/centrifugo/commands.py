@@ -2,8 +2,8 @@
 
 The bytes of `data` are not changed: they are cut out of the text. Names are case-insensitive, the
 last of several equal names counts, null leaves a string empty, and unknown names are ignored
-(v1.8.0 source: libcentrifugo/api/v1, and encoding/json of Go 1.9). `type` and `to` are extensions,
-which v1 ignores as unknown.
+(v1.8.0 source: libcentrifugo/api/v1, and encoding/json of Go 1.9). `type`, `to` and `durability`
+are extensions, which v1 ignores as unknown.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from relay.core.durability import Durability
 from relay.core.model import RESERVED_NAMESPACES, Channel, namespace_of, parse_channel
 from relay.stream.format import entry
 from relay.stream.format.json_text import is_json, with_surrogates_replaced
@@ -55,7 +56,7 @@ class NamespaceNotFound(InvalidCommand):
 
 
 class UndeliverableEvent(InvalidCommand):
-    """The channel name, event type or recipients are invalid."""
+    """The channel name, event type, recipients or durability are invalid."""
 
 
 class CentrifugoCommand(NamedTuple):
@@ -75,6 +76,7 @@ class PublishParams(NamedTuple):
     uid: str | None = None
     type: str | None = None
     to: tuple[str, ...] | None = None
+    durability: Durability | None = None
 
 
 class BroadcastParams(NamedTuple):
@@ -85,11 +87,12 @@ class BroadcastParams(NamedTuple):
     client: str | None = None
     type: str | None = None
     to: tuple[str, ...] | None = None
+    durability: Durability | None = None
 
     def publication(self, name: str) -> PublishParams:
         """Return the publish for one channel. Raise InvalidCommand if its name is invalid."""
         channel = checked_channel(name)
-        return PublishParams(channel, self.data, self.client, type=self.type, to=self.to)
+        return PublishParams(channel, self.data, self.client, None, *self[3:])
 
 
 def _refuse(word: str) -> object:
@@ -183,7 +186,10 @@ def queued(text: bytes) -> list[bytes]:
 def publish(params: str | None) -> PublishParams:
     """Parse the parameters of a publish."""
     given = fields(
-        params, strings=("channel", "client", "uid", "type"), raws=("data",), names=("to",)
+        params,
+        strings=("channel", "client", "uid", "type", "durability"),
+        raws=("data",),
+        names=("to",),
     )
     if not given.get("channel"):
         raise InvalidCommand("publish without channel")
@@ -201,20 +207,31 @@ def publish(params: str | None) -> PublishParams:
 def broadcast(params: str | None) -> BroadcastParams:
     """Parse the parameters of a broadcast. Channels and data may be empty."""
     given = fields(
-        params, strings=("client", "type"), raws=("data",), lists=("channels",), names=("to",)
+        params,
+        strings=("client", "type", "durability"),
+        raws=("data",),
+        lists=("channels",),
+        names=("to",),
     )
     data = given.get("data", "").encode()
     client = given.get("client") or None
     return BroadcastParams(given.get("channels", []), data, client, *_addressed(given))
 
 
-def _addressed(given: dict[str, Any]) -> tuple[str | None, tuple[str, ...] | None]:
-    """Return type and recipients. An empty `to` is an error."""
+def _addressed(
+    given: dict[str, Any],
+) -> tuple[str | None, tuple[str, ...] | None, Durability | None]:
+    """Return type, recipients and durability. An empty `to` is an error."""
     kind, to = given.get("type") or None, given.get("to")
+    durability = given.get("durability") or None
     try:
         if kind is not None:
             entry.checked_type(kind)
-        return kind, None if to is None else tuple(sorted(entry.recipients(to)))
+        return (
+            kind,
+            None if to is None else tuple(sorted(entry.recipients(to))),
+            Durability.parse(durability) if durability else None,
+        )
     except ValueError as exc:
         raise UndeliverableEvent(str(exc)) from None
 

@@ -21,6 +21,7 @@ from relay.protocols.centrifugo import codec, history
 from relay.stream.format.json_text import is_json
 
 if TYPE_CHECKING:
+    from relay.core.durability import Durability
     from relay.doorkit.contract import DoorContext
     from relay.protocols.centrifugo.settings import CentrifugoNamespace
     from relay.protocols.centrifugo.stats import Stats
@@ -58,12 +59,19 @@ class ChannelPublisher:
         # Publications that wait until it is known whether their channel is active.
         self._waiting: dict[Channel, list[tuple[Callable[[], Appended], Appended]]] = {}
 
-    def publish(self, channel: Channel, data: bytes, **fields: Unpack[EventFields]) -> Appended:
+    def publish(
+        self,
+        channel: Channel,
+        data: bytes,
+        *,
+        durability: Durability | None = None,
+        **fields: Unpack[EventFields],
+    ) -> Appended:
         """Publish an event. The result is the entry's ID, or None if the channel is inactive.
 
         Errors are those of `DoorContext.publish`. They are raised here or set on the future.
         """
-        publish = partial(self._append, channel, data, **fields)
+        publish = partial(self._append, channel, data, durability, **fields)
         self._stats.count("node_num_client_msg_published")
         rules = self._rules(channel)
         if rules is None or not (rules.history_drop_inactive and rules.has_history):
@@ -78,8 +86,16 @@ class ChannelPublisher:
         waiting.append((publish, answer))
         return answer
 
-    def _append(self, channel: Channel, data: bytes, **fields: Unpack[EventFields]) -> Appended:
-        appended: Appended = self._context.publish(channel, data, **fields)  # type: ignore[assignment]  # it is wider
+    def _append(
+        self,
+        channel: Channel,
+        data: bytes,
+        durability: Durability | None,
+        **fields: Unpack[EventFields],
+    ) -> Appended:
+        appended: Appended = self._context.publish(  # type: ignore[assignment]  # it is wider
+            channel, data, durability=durability, **fields
+        )
         rules = self._rules(channel)
         if rules is not None and rules.watch:
 

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from relay.core.errors import ClientError, NotReplicated, RelayError
+from relay.core.errors import ClientError, NotDurable, RelayError
 
 if TYPE_CHECKING:
     from relay.core.model import EntryID
@@ -90,7 +90,7 @@ class OutboundQueue:
         again = []
         for message, attempt in zip(batch, attempts, strict=True):
             error = attempt if isinstance(attempt, Exception) else await _error_of(attempt)
-            if error is None or isinstance(error, NotReplicated):
+            if error is None or isinstance(error, NotDurable):
                 self._bytes -= len(message.publication.data)
             elif isinstance(error, ClientError | ValueError):
                 self._drop(message, str(error))

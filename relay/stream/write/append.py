@@ -13,11 +13,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from relay.core.errors import LimitExceeded, NotReplicated, RelayError
+from relay.core.durability import Durability
+from relay.core.errors import (
+    DurabilityUnavailable,
+    LimitExceeded,
+    NotDurable,
+    RelayError,
+)
 from relay.core.model import RESERVED_NAMESPACES, Channel, EntryID, namespace_of
 from relay.stream.connection.connect import refusal
 from relay.stream.connection.pipeline_connection import ReplyError
 from relay.stream.connection.scripts import Script
+from relay.stream.write.confirmations import (
+    Confirmations,
+    confirming,
+    parse_confirmations,
+    unconfirmable,
+)
 
 if TYPE_CHECKING:
     from relay.config.settings import NamespaceSettings
@@ -25,8 +37,10 @@ if TYPE_CHECKING:
     from relay.stream.format.keys import Keys
 
 UID_BYTES = 255
-# How long `send` waits for replicas. Keep it below the timeout of the connection.
+# How long `send` waits for confirmations. Keep it below the timeout of the connection.
 WAIT_MS = 1000
+# The name of a pub/sub channel to which nobody subscribes, see `Append.marker`.
+_MARKER = Channel("relay.confirm")
 
 # KEYS stream, uid key; ARGV window in ms, then the words of XADD after the key. Returns the ID of
 # the entry, or the ID of the first entry if the uid is known. The producers in other languages
@@ -76,14 +90,19 @@ end
 
 
 class Append(NamedTuple):
-    """One append: its command, the script if it has one, and the number of replicas to wait for.
+    """One append: its command, the script if it has one, and its durability.
 
     An append with a script may be repeated after its reply was lost.
+
+    WAIT and WAITAOF confirm the last write of their connection. A script that finds a known uid
+    writes nothing, so a publish to the pub/sub channel `marker` precedes them: it is replicated
+    after everything that Redis has executed before.
     """
 
     command: RedisCommand
     script: Script | None
-    replicas: int
+    durability: Durability
+    marker: bytes
 
     def with_script_text(self) -> RedisCommand:
         """Return the command in a form that needs no loaded script."""
@@ -93,7 +112,7 @@ class Append(NamedTuple):
 
 
 class AppendCommands:
-    """Builds appends: stream limit, uid and replicas follow the settings of the namespace."""
+    """Builds appends: stream limit, uid and durability follow the settings of the namespace."""
 
     def __init__(
         self,
@@ -105,6 +124,11 @@ class AppendCommands:
         self._keys = keys
         self._namespace_of = namespace_of
         self._window_ms = int(uid_window_s * 1000)
+        self._marker = keys.ephemeral(_MARKER)
+
+    def durability(self, channel: Channel) -> Durability:
+        """Return the durability of the channel's namespace."""
+        return Durability.parse(self._namespace_of(channel).durability)
 
     def build(
         self,
@@ -113,6 +137,7 @@ class AppendCommands:
         uid: str | None = None,
         *,
         unless_latest: bytes | None = None,
+        durability: Durability | None = None,
     ) -> Append:
         """Return the append of an entry with these flat fields.
 
@@ -122,6 +147,7 @@ class AppendCommands:
             uid: Append only the first entry with this uid, if the namespace has unique uids.
             unless_latest: Name of a field. Append nothing if the newest entry of the same type has
                 the same value in this field. The uid is then only a field.
+            durability: Overrides the durability of the namespace.
 
         Raises:
             LimitExceeded: The uid is too long.
@@ -129,21 +155,23 @@ class AppendCommands:
         rules = self._namespace_of(channel)
         words = _words(rules, fields)
         stream = self._keys.stream(channel)
+        confirmed = durability or Durability.parse(rules.durability), self._marker
         if unless_latest is not None:
             values = dict(zip(fields[::2], fields[1::2], strict=True))
             same = values.get(b"type", b""), unless_latest, values[unless_latest]
             command: RedisCommand = ("EVALSHA", APPEND_CHANGED.sha, 1, stream, *same, *words)
-            return Append(command, APPEND_CHANGED, rules.wait_replicas)
+            return Append(command, APPEND_CHANGED, *confirmed)
         if uid and (uid_key := self.uid_key(channel, uid)) is not None:
-            return _once(stream, uid_key, self._window_ms, words, rules)
-        return Append(("XADD", stream, *words), None, rules.wait_replicas)
+            once = ("EVALSHA", APPEND_ONCE.sha, 2, stream, uid_key, self._window_ms, *words)
+            return Append(once, APPEND_ONCE, *confirmed)
+        return Append(("XADD", stream, *words), None, *confirmed)
 
     def build_once(self, channel: Channel, fields: Sequence[bytes], mark: bytes) -> Append:
         """Return the append of an entry that has the key `mark` in place of a uid."""
         rules = self._namespace_of(channel)
-        return _once(
-            self._keys.stream(channel), mark, self._window_ms, _words(rules, fields), rules
-        )
+        stream, words = self._keys.stream(channel), _words(rules, fields)
+        once = ("EVALSHA", APPEND_ONCE.sha, 2, stream, mark, self._window_ms, *words)
+        return Append(once, APPEND_ONCE, Durability.parse(rules.durability), self._marker)
 
     def uid_key(self, channel: Channel, uid: str) -> bytes | None:
         """Return the key of the uid, or None if the channel may have entries with equal uids.
@@ -182,14 +210,16 @@ async def send(
         connection: The connection to send on.
         appends: One append, or several that all use the same script.
         script_known: The server has the script. If it does not, the text is sent.
-        wait_ms: How long to wait for replicas.
+        wait_ms: The longest wait for confirmations.
 
     Raises:
         RedisUnavailable: The connection was lost. Any number of the appends, counted from the
             first, may have been carried out.
+        DurabilityUnavailable: Redis cannot confirm one of the appends. Nothing was appended.
     """
     if len(appends) > 1 and any(each.script is None for each in appends):
         raise ValueError("several entries at once need a uid each")
+    await _check_durability(connection, appends)
     results: list[EntryID | RelayError] = []
     while len(results) < len(appends):
         rest = appends[len(results) :]
@@ -202,7 +232,7 @@ async def send(
                 # The script was removed by SCRIPT FLUSH or evicted by Redis 7.4. Repeat from here
                 # on. Later entries may have been appended already; their uids prevent duplicates.
                 break
-            results.append(parse_reply(append, reply, confirmed, wait_ms))
+            results.append(parse_reply(append, reply, confirmed))
         script_known = False
     return results
 
@@ -213,8 +243,10 @@ async def send_one(connection: PipelineConnection, append: Append) -> Appended:
     Raises:
         RedisUnavailable: The connection was lost. The entry may have been appended.
         CommandRefused, RefusedForNow: Redis rejected the entry.
-        NotReplicated: Too few replicas confirmed the entry in time.
+        NotDurable: The entry was appended, but not confirmed in time.
+        DurabilityUnavailable: Redis cannot confirm it. Nothing was appended.
     """
+    await _check_durability(connection, [append])
     commands = [append.with_script_text()]
     if append.script is APPEND_ONCE:
         uid_key = append.command[4]
@@ -228,36 +260,32 @@ async def send_one(connection: PipelineConnection, append: Append) -> Appended:
     elif len(replies) > 1:
         # EXECABORT does not give the reason. The reply to the rejected command does.
         reply = next(each for each in replies if isinstance(each, ReplyError))
-    result = parse_reply(append, reply, confirmed, WAIT_MS)
+    result = parse_reply(append, reply, confirmed)
     if isinstance(result, RelayError):
         raise result
     return Appended(result, is_new)
 
 
-def parse_reply(
-    append: Append, reply: object, confirmed: int, wait_ms: int
-) -> EntryID | RelayError:
-    """Return the ID of the entry or the error. `confirmed` is the reply to WAIT."""
-    if isinstance(reply, bytes):
-        entry_id = EntryID.parse(reply)
-        if confirmed >= append.replicas:
-            return entry_id
-        return NotReplicated(
-            f"appended as {entry_id}, but {confirmed} of {append.replicas} replicas have confirmed"
-            f" it within {wait_ms} ms"
-        )
-    return refusal("XADD", str(reply))
+def parse_reply(append: Append, reply: object, confirmed: Confirmations) -> EntryID | RelayError:
+    """Return the ID of the entry or the error."""
+    if not isinstance(reply, bytes):
+        return refusal("XADD", str(reply))
+    entry_id = EntryID.parse(reply)
+    missing = confirmed.missing(append.durability)
+    return NotDurable(f"appended as {entry_id}, but {missing}", entry_id) if missing else entry_id
+
+
+def confirming_commands(appends: Sequence[Append], most_ms: int) -> list[RedisCommand]:
+    """Return the commands that wait for the confirmations of these appends, behind them."""
+    wanted = {each.durability for each in appends if each.durability.waits}
+    if not wanted:
+        return []
+    return [("PUBLISH", appends[0].marker, b""), *confirming(wanted, most_ms)]
 
 
 def is_missing_script(reply: object) -> bool:
     """Return True if the server does not have the script."""
     return isinstance(reply, ReplyError) and str(reply).startswith("NOSCRIPT")
-
-
-def wait_command(appends: Sequence[Append], wait_ms: int) -> RedisCommand | None:
-    """Return the WAIT for the strictest of these appends. It must be sent on their connection."""
-    replicas = max((append.replicas for append in appends), default=0)
-    return ("WAIT", replicas, wait_ms) if replicas else None
 
 
 def _words(rules: NamespaceSettings, fields: Sequence[bytes]) -> list[bytes | str | int]:
@@ -269,15 +297,11 @@ def _words(rules: NamespaceSettings, fields: Sequence[bytes]) -> list[bytes | st
     return words
 
 
-def _once(
-    stream: bytes,
-    mark: bytes,
-    mark_ms: int,
-    words: Sequence[bytes | str | int],
-    rules: NamespaceSettings,
-) -> Append:
-    command = ("EVALSHA", APPEND_ONCE.sha, 2, stream, mark, mark_ms, *words)
-    return Append(command, APPEND_ONCE, rules.wait_replicas)
+async def _check_durability(connection: PipelineConnection, appends: Sequence[Append]) -> None:
+    """Raise DurabilityUnavailable if this server cannot confirm one of the appends."""
+    for level in {each.durability.level for each in appends}:
+        if problem := await unconfirmable(connection, level):
+            raise DurabilityUnavailable(f"{problem}. Nothing was appended")
 
 
 async def _execute(
@@ -285,10 +309,9 @@ async def _execute(
     commands: list[RedisCommand],
     appends: Sequence[Append],
     wait_ms: int,
-) -> tuple[list[object], int]:
-    """Send the commands. Return their replies and the number of replicas that confirmed them."""
-    wait = wait_command(appends, wait_ms)
-    if wait is None:
-        return await connection.execute(commands), 0
-    *replies, confirmed = await connection.execute([*commands, wait])
-    return replies, confirmed if isinstance(confirmed, int) else 0
+) -> tuple[list[object], Confirmations]:
+    """Send the commands. Return their replies, and what Redis has confirmed about them."""
+    waits = confirming_commands(appends, wait_ms)
+    replies = await connection.execute([*commands, *waits])
+    count = len(commands)
+    return replies[:count], parse_confirmations(waits, replies[count:], wait_ms)

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
-from relay.core.errors import RedisUnavailable, RelayError, Unavailable
+from relay.core.durability import FAST, Durability
+from relay.core.errors import (
+    DurabilityUnavailable,
+    RedisUnavailable,
+    RelayError,
+    Unavailable,
+)
 from relay.core.model import Channel, EntryID
 from relay.stream.connection import scripts
 from relay.stream.connection.connect import CommandRefused, discover
@@ -18,13 +26,15 @@ from relay.stream.write.append import (
     APPEND_ONCE,
     Append,
     AppendCommands,
+    confirming_commands,
     is_missing_script,
     parse_reply,
-    wait_command,
 )
+from relay.stream.write.confirmations import parse_confirmations, unconfirmable
 
 if TYPE_CHECKING:
     from relay.config.settings import NamespaceSettings, PublishSettings, RedisSettings
+    from relay.stream.connection.pipeline_connection import RedisCommand
     from relay.stream.format.keys import Keys
 
 _log = logging.getLogger(__name__)
@@ -32,6 +42,8 @@ _log = logging.getLogger(__name__)
 _MAX_WAITING = 100_000
 _BATCH = 1000
 _PAUSE_S = 0.05
+_STOPPING = "the relay is stopping"
+_TOO_MANY = "too many appends are waiting for Redis"
 # Name of an area in `Refusals`.
 PUBLISHING = "publishing"
 UIDS = "publishing with a uid"
@@ -70,15 +82,11 @@ class Appender:
             "command_timeout_s": settings.timeout_s,
         }
         limited = redis.model_copy(update=limits)
-        self._plain = _Lane(limited, refusals)
-        # WAIT blocks its connection, and counts the writes of that connection only.
-        self._replicated = _Lane(limited, refusals)
+        self._lanes = _Lanes(limited, refusals)
 
     async def run(self) -> None:
         """Send appends until cancelled. Reconnect after every error of Redis."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._plain.run(), name="appends")
-            tasks.create_task(self._replicated.run(), name="replicated appends")
+        await self._lanes.run()
 
     def append(
         self,
@@ -87,6 +95,7 @@ class Appender:
         uid: str | None = None,
         *,
         unless_latest: bytes | None = None,
+        durability: Durability | None = None,
     ) -> asyncio.Future[EntryID]:
         """Append an entry and return its ID; for the arguments see `AppendCommands.build`.
 
@@ -96,11 +105,69 @@ class Appender:
             Unavailable: Too many appends are waiting. Raised at once, as is LimitExceeded.
             RedisUnavailable: The entry may have been appended.
             CommandRefused: Redis rejected the entry.
-            NotReplicated: The entry was appended, but too few replicas confirmed it.
+            NotDurable: The entry was appended, but its durability was not confirmed in time.
+            DurabilityUnavailable: Redis cannot confirm the durability. Nothing was appended.
         """
-        append = self._commands.build(channel, fields, uid, unless_latest=unless_latest)
-        lane = self._replicated if append.replicas else self._plain
-        return lane.add(append)
+        append = self._commands.build(
+            channel, fields, uid, unless_latest=unless_latest, durability=durability
+        )
+        usual = append.durability if durability is None else self._commands.durability(channel)
+        return self._lanes.add(channel, append, usual)
+
+
+class _Lanes:
+    """Connections to one Redis: one for each level of durability, because WAIT blocks its own.
+
+    The appends to one channel are carried out in the order of the calls, although requests may
+    choose another durability than their namespace: while the channel has appends that wait for
+    confirmations, all its appends use the lane of those. An append that leaves the fast lane is
+    held until everything that is in that lane has been appended.
+    """
+
+    def __init__(self, redis: RedisSettings, refusals: Refusals) -> None:
+        self._fast = _Lane(redis, refusals)
+        self._slow = {level: _Lane(redis, refusals) for level in ("replicated", "fsynced")}
+        # Channels with pending appends in a slow lane: the lane and their number.
+        self._pending: dict[Channel, tuple[_Lane, int]] = {}
+        # Appends in their order: the last append of the fast lane, the lane to use after it.
+        self._held: deque[tuple[asyncio.Future[EntryID], _Lane, _PendingAppend]] = deque()
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._fast.run(), name="appends")
+            for level, lane in self._slow.items():
+                tasks.create_task(lane.run(), name=f"{level} appends")
+
+    def add(self, channel: Channel, append: Append, usual: Durability) -> asyncio.Future[EntryID]:
+        """Add an append. `usual` is the durability of the channel's namespace."""
+        level = append.durability.level if append.durability.waits else usual.level
+        if level == FAST.level and channel not in self._pending:
+            return self._fast.add(append)
+        lane, count = self._pending.get(channel) or (self._slow[level], 0)
+        after = None if usual.waits or count else self._fast.last
+        if after is None or after.done():
+            after = self._held[-1][0] if self._held else None
+        if after is None:
+            future = lane.add(append)
+        else:
+            if len(self._held) >= _MAX_WAITING:
+                raise Unavailable(_TOO_MANY)
+            future = asyncio.get_running_loop().create_future()
+            self._held.append((after, lane, _PendingAppend(append, future)))
+            after.add_done_callback(self._release)
+        self._pending[channel] = lane, count + 1
+        future.add_done_callback(partial(self._ended, channel))
+        return future
+
+    def _release(self, _: object) -> None:
+        while self._held and self._held[0][0].done():
+            _, lane, pending = self._held.popleft()
+            lane.put(pending)
+
+    def _ended(self, channel: Channel, _: object) -> None:
+        lane, count = self._pending.pop(channel)
+        if count > 1:
+            self._pending[channel] = lane, count - 1
 
 
 class _Lane:
@@ -114,6 +181,10 @@ class _Lane:
         self._connection: PipelineConnection | None = None
         # The reply if Redis has rejected the scripts for appends with a uid.
         self._scripts_refused: CommandRefused | None = None
+        # The levels of durability that this connection can confirm.
+        self._confirmable: set[str] = {FAST.level}
+        # The append that was added last.
+        self.last: asyncio.Future[EntryID] | None = None
         self._waiting: list[_PendingAppend] = []
         self._in_flight = 0
         self._stopped = False
@@ -122,13 +193,21 @@ class _Lane:
     def add(self, append: Append) -> asyncio.Future[EntryID]:
         """Add an append to the next pipeline."""
         if self._stopped:
-            raise Unavailable("the relay is stopping")
+            raise Unavailable(_STOPPING)
         if len(self._waiting) + self._in_flight >= _MAX_WAITING:
-            raise Unavailable("too many appends are waiting for Redis")
+            raise Unavailable(_TOO_MANY)
         future: asyncio.Future[EntryID] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_PendingAppend(append, future))
-        self._work.set()
+        self.put(_PendingAppend(append, future))
         return future
+
+    def put(self, pending: _PendingAppend) -> None:
+        """Add an append that has been accepted. Its future fails if this lane has stopped."""
+        if self._stopped:
+            _fail(pending, Unavailable(_STOPPING))
+            return
+        self.last = pending.future
+        self._waiting.append(pending)
+        self._work.set()
 
     async def run(self) -> None:
         """Send what is waiting. Runs until cancelled."""
@@ -149,12 +228,13 @@ class _Lane:
                 batch, self._waiting = self._waiting[:_BATCH], self._waiting[_BATCH:]
                 if not self._waiting:
                     self._work.clear()
-                if self._scripts_refused is not None:
-                    try:
+                try:
+                    if self._scripts_refused is not None:
                         batch = await self._without_scripts(connection, batch)
-                    except RedisUnavailable as exc:
-                        self._repeat(batch, exc)
-                        continue
+                    batch = await self._confirmable_only(connection, batch)
+                except RedisUnavailable as exc:
+                    self._repeat(batch, exc)
+                    continue
                 if batch:
                     self._send(connection, batch)
                 # Appends of the next loop iteration go into the next pipeline.
@@ -164,7 +244,7 @@ class _Lane:
             if self._connection is not None:
                 self._connection.close()
             for pending in self._waiting:
-                _fail(pending, RedisUnavailable("the relay is stopping"))
+                _fail(pending, RedisUnavailable(_STOPPING))
 
     async def _connect(self) -> PipelineConnection:
         def on_lost(exc: Exception | None) -> None:
@@ -180,6 +260,7 @@ class _Lane:
         except BaseException:
             connection.close()
             raise
+        self._confirmable = {FAST.level}
         self._connection = connection
         return connection
 
@@ -212,14 +293,31 @@ class _Lane:
                 _fail(pending, refused)
         return [pending for pending in batch if not pending.append.script]
 
+    async def _confirmable_only(
+        self, connection: PipelineConnection, batch: list[_PendingAppend]
+    ) -> list[_PendingAppend]:
+        """Fail the appends whose durability this server cannot confirm. Return the others.
+
+        The server is asked once per connection, and again while it rejects the command.
+        """
+        levels = {pending.append.durability.level for pending in batch} - self._confirmable
+        for level in levels:
+            problem = await unconfirmable(connection, level)
+            if not problem:
+                self._confirmable.add(level)
+                continue
+            for pending in batch:
+                if pending.append.durability.level == level:
+                    _fail(pending, DurabilityUnavailable(f"{problem}. Nothing was appended"))
+            batch = [each for each in batch if each.append.durability.level != level]
+        return batch
+
     def _send(self, connection: PipelineConnection, batch: list[_PendingAppend]) -> None:
         appends = [pending.append for pending in batch]
         commands = [append.command for append in appends]
-        wait = wait_command(appends, self._wait_ms)
-        if wait is not None:
-            commands.append(wait)
+        waits = confirming_commands(appends, self._wait_ms)
         self._in_flight += len(batch)
-        future = cast("asyncio.Future[list[object]]", connection.execute(commands))
+        future = cast("asyncio.Future[list[object]]", connection.execute([*commands, *waits]))
 
         def done(executed: asyncio.Future[list[object]]) -> None:
             self._in_flight -= len(batch)
@@ -227,7 +325,7 @@ class _Lane:
                 return
             exc = executed.exception()
             if exc is None:
-                self._on_replies(batch, executed.result())
+                self._on_replies(batch, executed.result(), waits)
             else:
                 self._repeat(batch, exc)
 
@@ -246,9 +344,13 @@ class _Lane:
             self._waiting[:0] = again
             self._work.set()
 
-    def _on_replies(self, batch: list[_PendingAppend], replies: list[object]) -> None:
-        last = replies[-1] if len(replies) > len(batch) else 0
-        confirmed = last if isinstance(last, int) else 0
+    def _on_replies(
+        self,
+        batch: list[_PendingAppend],
+        replies: list[object],
+        waits: Sequence[RedisCommand],
+    ) -> None:
+        confirmed = parse_confirmations(waits, replies[len(batch) :], self._wait_ms)
         for pending, reply in zip(batch, replies, strict=False):
             if pending.future.done():  # the caller was cancelled
                 continue
@@ -265,7 +367,7 @@ class _Lane:
             elif rule_of(str(reply)).effect is not Effect.ONE:
                 # A key of another type concerns one channel, and its publisher gets the error.
                 self._refusals.refused(area, str(reply))
-            result = parse_reply(pending.append, reply, confirmed, self._wait_ms)
+            result = parse_reply(pending.append, reply, confirmed)
             if isinstance(result, EntryID):
                 pending.future.set_result(result)
             else:

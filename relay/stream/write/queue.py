@@ -16,22 +16,24 @@ the position in the queue as uid, and removed by LTRIM; a successor can finish t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+from relay.core.durability import FAST, Durability
 from relay.core.errors import RedisUnavailable
 from relay.core.slices import in_slices
 from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import ReplyError
 from relay.stream.connection.scripts import Script, load
 from relay.stream.write.append import APPEND_FUNCTION
+from relay.stream.write.confirmations import Confirmations, confirming, parse_confirmations
 from relay.stream.write.control import at_field
 from relay.stream.write.dead_letters import KEEP
 
 if TYPE_CHECKING:
     from relay.core.model import Channel
-    from relay.stream.connection.pipeline_connection import PipelineConnection, RedisCommand
+    from relay.stream.connection.pipeline_connection import PipelineConnection
     from relay.stream.format.keys import Keys
 
 
@@ -123,6 +125,7 @@ class Operation(NamedTuple):
 
     `keep` is the approximate limit of the stream (0: no limit), `item` the index of the command in
     the batch. `position_in` is a channel: a control command takes effect after its newest entry.
+    `durability` is for `CommandQueues.confirm`.
     """
 
     key: bytes
@@ -131,6 +134,7 @@ class Operation(NamedTuple):
     keep: int = 0
     uid_key: bytes | None = None
     position_in: Channel | None = None
+    durability: Durability = FAST
 
 
 class Head(NamedTuple):
@@ -159,7 +163,7 @@ class CommandQueues:
         `ttl_ms` it releases all of them.
         """
         keys = [self._keys.takers, *[self._keys.lease(f"queue:{queue}") for queue in queues]]
-        words: RedisCommand = (HOLD.sha, len(keys), *keys, self._instance, ttl_ms)
+        words: list[bytes | str | int] = [HOLD.sha, len(keys), *keys, self._instance, ttl_ms]
         return [bool(held) for held in cast(list[int], await self._call("EVALSHA", *words))]
 
     async def head(self, queue: str, most: int) -> Head:
@@ -180,19 +184,17 @@ class CommandQueues:
         operations: Sequence[Operation],
         *,
         window_ms: int,
-        replicas: int = 0,
-        wait_ms: int = 0,
     ) -> int | None:
         """Append all entries and remove the head of the queue in one step.
 
         Return None if the head has changed and nothing was done, else the number of entries that
-        Redis rejected and that became dead letters. Then wait up to `wait_ms` for `replicas`.
+        Redis rejected and that became dead letters.
         """
         keys: list[bytes | str] = [queue, self._keys.queue_count(queue), self._keys.dead_letters]
         words: list[bytes | str | int] = [head.taken, len(head.items), head.items[0]]
         words += head.items[-1], window_ms, KEEP, self._instance
         words.append(datetime.now(UTC).isoformat(timespec="milliseconds"))
-        async for key, fields, item, keep, uid_key, channel in in_slices(operations):
+        async for key, fields, item, keep, uid_key, channel, _ in in_slices(operations):
             keys.append(key)
             if channel is not None:
                 keys.append(self._keys.stream(channel))
@@ -202,11 +204,13 @@ class CommandQueues:
             else:
                 keys.append(uid_key)
                 words += keep, 1, item, len(fields), *fields
-        commands: list[RedisCommand] = [("EVALSHA", APPLY.sha, len(keys), *keys, *words)]
-        if replicas:
-            commands.append(("WAIT", replicas, wait_ms))
-        failed = _checked("EVALSHA", (await self._connection.execute(commands))[0])
+        failed = await self._call("EVALSHA", APPLY.sha, len(keys), *keys, *words)
         return None if failed == -1 else cast(int, failed)
+
+    async def confirm(self, wanted: Collection[Durability], most_ms: int) -> Confirmations:
+        """Wait until the entries of the last `apply` have these durabilities, at most `most_ms`."""
+        waits = confirming(wanted, most_ms)
+        return parse_confirmations(waits, await self._connection.execute(waits), most_ms)
 
     async def _call(self, *words: bytes | str | int) -> object:
         (reply,) = await self._connection.execute([words])

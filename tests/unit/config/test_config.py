@@ -103,17 +103,29 @@ def test_a_namespace_inherits_from_the_default_section(
     )
     config = read(
         path,
-        "namespace:chat.eu.wait_replicas=2",
+        "namespace:chat.eu.durability=replicated:2",
         "namespace:new.rights=http",
         environ={"RELAY_NAMESPACE_B_RETENTION_AGE_S": "9", "RELAY_NAMESPACE_RIGHTS": "claims"},
     )
     chat = config.namespace(Channel("chat.eu:room"))
-    assert (chat.rights, chat.retention_count, chat.wait_replicas) == ("anonymous", 7, 2)
+    assert (chat.rights, chat.retention_count, chat.durability) == ("anonymous", 7, "replicated:2")
     assert config.namespace(Channel("b:x")).retention_age_s == 9
     assert config.namespace(Channel("new:x")).sources() == {"http"}
     for channel in ("news", "b", "other:x", ":x"):
         rules = config.namespace(Channel(channel))
         assert (rules.rights, rules.retention_count, rules.retention_age_s) == ("claims", 7, 604800)
+
+
+def test_replicas_to_wait_for_become_a_durability(ini: Callable[[str], Path]) -> None:
+    path = ini("[namespace]\nwait_replicas = 2\n[namespace:a]\nwait_replicas = 0\n")
+    config = read(path)
+    assert (config.namespaces[""].durability, config.namespaces["a"].durability) == (
+        "replicated:2",
+        "fast",
+    )
+    assert "wait_replicas = N is durability = replicated:N" in config.notes[0]
+    for wrong in ("replicated:0", "disk", "fast:1", "fsynced:100"):
+        assert "namespace.durability" in error(None, f"namespace.durability={wrong}")
 
 
 def test_a_secret_from_a_file_loses_its_last_newline(

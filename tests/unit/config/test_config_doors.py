@@ -129,7 +129,7 @@ def test_an_imported_configuration_overrides_only_the_defaults(
     )
     config = load(
         ini("[server]\nport = 2\n"),
-        environ={"RELAY_NAMESPACE_OLD_WAIT_REPLICAS": "3"},
+        environ={"RELAY_NAMESPACE_OLD_DURABILITY": "replicated:3"},
         overrides=["server.host=b"],
         flags={},
         doors=HOUSES,
@@ -137,7 +137,7 @@ def test_an_imported_configuration_overrides_only_the_defaults(
     )
     assert (config.server.port, config.server.host, config.server.tls_cert) == (2, "b", "7")
     old = config.namespaces["old"]
-    assert (old.retention_count, old.wait_replicas) == (6, 3)
+    assert (old.retention_count, old.durability) == (6, "replicated:3")
     house = config.doors["protocol:house"]
     assert isinstance(house, HouseSettings)
     assert house.rooms["red"].code == "o"

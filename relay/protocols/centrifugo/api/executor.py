@@ -10,7 +10,9 @@ import hmac
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from relay.core.errors import LimitExceeded, RelayError
+import orjson
+
+from relay.core.errors import DurabilityUnavailable, LimitExceeded, NotDurable, RelayError
 from relay.core.json_array import divide
 from relay.core.slices import in_slices, next_slice
 from relay.protocols.centrifugo import commands
@@ -24,6 +26,7 @@ from relay.protocols.centrifugo.codec import (
 )
 
 if TYPE_CHECKING:
+    from relay.core.durability import Durability
     from relay.protocols.centrifugo.api.server_commands import ServerCommands
     from relay.protocols.centrifugo.publisher import Appended
     from relay.protocols.centrifugo.server_state import ServerState
@@ -43,6 +46,7 @@ class _PendingCommand(NamedTuple):
     appends: list[Appended]
     error: str = ""
     advice: str = ""
+    durability: Durability | None = None
 
 
 async def is_signed(secret: bytes, body: bytes | bytearray, sign: str) -> bool:
@@ -144,12 +148,18 @@ class CommandExecutor:
         appends: list[Appended] = []
         try:
             async for publication in in_slices(publications):
-                channel, data, client, event_uid, kind, to = publication
+                channel, data, client, event_uid, kind, to, durability = publication
                 if not self._server.may_publish_to(channel):
                     error = str(commands.NamespaceNotFound())
                     return _PendingCommand(method, uid, appends, error, FIX)
                 append = self._server.publisher.publish(
-                    channel, data, client=client, uid=event_uid, type=kind, to=to
+                    channel,
+                    data,
+                    client=client,
+                    uid=event_uid,
+                    type=kind,
+                    to=to,
+                    durability=durability,
                 )
                 appends.append(append)
         except LimitExceeded:
@@ -158,7 +168,8 @@ class CommandExecutor:
             return _PendingCommand(method, uid, appends, INVALID_MESSAGE, FIX)
         except RelayError:
             return _PendingCommand(method, uid, appends, INTERNAL_ERROR, RETRY)
-        return _PendingCommand(method, uid, appends)
+        wanted = publications[0].durability if publications else None
+        return _PendingCommand(method, uid, appends, durability=wanted)
 
 
 async def _parse(
@@ -183,16 +194,29 @@ async def _parse(
 
 async def _finish(started: _PendingCommand, *, ids: bool) -> Reply:
     error, advice, body = started.error, started.advice, b"null"
+    answer: dict[str, str] = {}
     for append in started.appends:
         try:
             entry_id = await append
         except LimitExceeded:
             error, advice = LIMIT_EXCEEDED, FIX
+        except NotDurable as exc:
+            # The ID shows that the event was appended.
+            error, advice = f"{INTERNAL_ERROR}: {exc}", RETRY
+            answer["id"] = str(exc.entry_id)
+        except DurabilityUnavailable as exc:
+            error, advice = f"{INTERNAL_ERROR}: {exc}", FIX
         except RelayError:
             error, advice = INTERNAL_ERROR, RETRY
         except ValueError:
             error, advice = INVALID_MESSAGE, FIX
         else:
-            if ids and started.method == "publish" and entry_id is not None:
-                body = b'{"id":"%s"}' % str(entry_id).encode()
+            if ids and entry_id is not None:
+                answer["id"] = str(entry_id)
+    if started.method != "publish":
+        answer = {}
+    if started.durability is not None and not error and started.appends:
+        answer["durability"] = str(started.durability)
+    if answer:
+        body = orjson.dumps(answer)
     return Reply(started.method, started.uid, error, advice, body)

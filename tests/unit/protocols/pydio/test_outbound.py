@@ -8,6 +8,7 @@ from typing import Unpack
 
 import pytest
 
+from relay.core.durability import Durability
 from relay.core.errors import LimitExceeded, RedisUnavailable
 from relay.core.model import Channel, EntryID, EventFields
 from relay.protocols.pydio import outbound
@@ -31,6 +32,7 @@ class Stream:
         data: bytes,
         *,
         unless_latest: bytes | None = None,
+        durability: Durability | None = None,
         **fields: Unpack[EventFields],
     ) -> asyncio.Future[EntryID]:
         future: asyncio.Future[EntryID] = asyncio.get_running_loop().create_future()
