@@ -6,13 +6,13 @@ import argparse
 from collections.abc import AsyncIterator
 
 from relay.cli.operator_context import OperatorContext
-from relay.cli.output import Progress, duration, emit, optional, safe, say, table
+from relay.cli.output import Progress, duration, emit, safe, say, table
 from relay.core.errors import NotDurable, RedisUnavailable, RelayError
 from relay.core.model import Broken
 from relay.stream.connection import connect
 from relay.stream.connection.pipeline_connection import connected
 from relay.stream.format import entry
-from relay.stream.upkeep import dead_letter_list
+from relay.stream.upkeep import dead_letter_list, reports
 from relay.stream.upkeep.dead_letter_list import DeadLetter
 
 _HEAD = ("ID", "FROM", "ENTRY", "AGE", "REASON")
@@ -39,7 +39,7 @@ async def _list(site: OperatorContext, options: argparse.Namespace) -> int:
         async for page in dead_letter_list.pages(site.client, site.keys):
             if options.json:
                 for letter in page:
-                    emit(_values(letter))
+                    emit(reports.dead_letter(letter))
                 continue
             # Keep only the columns: there may be thousands of dead letters of 64 KiB.
             rows += [
@@ -65,18 +65,6 @@ async def _list(site: OperatorContext, options: argparse.Namespace) -> int:
 def _from(letter: DeadLetter) -> str:
     values = letter.values
     return letter.channel or values.get("stream") or values.get("queue") or "-"
-
-
-def _values(letter: DeadLetter) -> dict[str, object]:
-    return {
-        "id": str(letter.id),
-        "channel": letter.channel,
-        "entry": optional(letter.entry_id),
-        "reason": letter.reason,
-        "node": letter.values.get("node"),
-        "at": letter.values.get("at"),
-        "truncated": letter.truncated,
-    }
 
 
 async def _show(site: OperatorContext, options: argparse.Namespace) -> int:

@@ -12,15 +12,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
-import orjson
-
 from relay.cli.operator_context import OperatorContext, channel_of
 from relay.cli.output import emit, safe, say
 from relay.core.durability import Durability
 from relay.core.errors import RedisUnavailable, RelayError
 from relay.core.model import (
     ZERO_ID,
-    Broken,
     Channel,
     EntryID,
     Event,
@@ -33,6 +30,7 @@ from relay.hub.recovery import judge, untrimmed
 from relay.stream.connection.pipeline_connection import connected
 from relay.stream.format import entry
 from relay.stream.read.view import PAGE, View, read_view, wait_for_entry
+from relay.stream.upkeep import reports
 from relay.stream.write.append import UID_BYTES, AppendCommands, send_one
 
 _AGAIN_S = 0.5
@@ -186,7 +184,7 @@ class _Tail:
     def _show(self, view: View) -> None:
         for record in view.records:
             if self._json:
-                emit(_values(record))
+                emit(reports.record(record))
             else:
                 sys.stdout.write(_line(record) + "\n")
         if view.records:
@@ -220,24 +218,3 @@ def _line(record: Record) -> str:
     else:
         parts = ["relay:broken", "-", body.reason]
     return "  ".join([str(record.id), *map(safe, parts)])
-
-
-def _values(record: Record) -> dict[str, object]:
-    values: dict[str, object] = {"id": str(record.id)}
-    match record.body:
-        case Event() as event:
-            data = orjson.Fragment(event.data) if event.is_json else event.data.decode()
-            values |= {"type": event.type, "client": event.client, "data": data}
-            if event.uid is not None:
-                values["uid"] = event.uid
-            if event.to is not None:
-                values["to"] = sorted(event.to)
-            if event.info is not None:
-                values["info"] = orjson.Fragment(event.info)
-        case Revocation() as revocation:
-            values |= {"revoke": revocation.user}
-        case Grant() as grant:
-            values |= {"grant": grant.user}
-        case Broken() as broken:
-            values |= {"broken": broken.reason}
-    return values

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from relay.core.model import EntryID
-
 if TYPE_CHECKING:
     from rich.status import Status
 
@@ -81,11 +79,6 @@ def duration(ms: float | None) -> str:
 
 def _short(number: float) -> str:
     return f"{number:.1f}".removesuffix(".0") if number < 10 else f"{number:.0f}"
-
-
-def optional(entry_id: EntryID | None) -> str | None:
-    """Return the ID as text, or None."""
-    return None if entry_id is None else str(entry_id)
 
 
 class Progress:

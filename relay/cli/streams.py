@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 
 from relay.cli.operator_context import OperatorContext, channel_of
-from relay.cli.output import Progress, duration, emit, optional, say, table
+from relay.cli.output import Progress, duration, emit, say, table
 from relay.config.settings import NamespaceSettings
 from relay.core.errors import RelayError
 from relay.stream.cluster.workers import live_workers
-from relay.stream.upkeep import overview, retention
+from relay.stream.upkeep import overview, reports, retention
 from relay.stream.upkeep.overview import Follower, StreamOverview
 
 _HEAD = ("CHANNEL", "ENTRIES", "FIRST", "LAST", "AGE", "RETENTION", "WORKERS", "BEHIND")
@@ -28,7 +28,8 @@ async def streams(site: OperatorContext, options: argparse.Namespace) -> int:
     found.sort(key=lambda stream: stream.channel)
     if options.json:
         for stream in found:
-            emit(_values(site, stream, alive))
+            namespace = site.config.namespace(stream.channel)
+            emit(reports.stream(site.keys, namespace, stream, alive))
     elif found:
         _show(site, found, alive)
     async for line in overview.misnamed(site.client, site.keys, options.pattern):
@@ -90,32 +91,6 @@ def _retention(namespace: NamespaceSettings) -> str:
     if namespace.retention_age_s:
         limits.append(duration(namespace.retention_age_s * 1000))
     return ", ".join(limits) or "none"
-
-
-def _values(site: OperatorContext, stream: StreamOverview, alive: set[str]) -> dict[str, object]:
-    state, namespace = stream.state, site.config.namespace(stream.channel)
-    return {
-        "channel": stream.channel,
-        "key": site.keys.stream(stream.channel).decode(),
-        "entries": state.length,
-        "first": optional(state.first),
-        "last": optional(state.last) if state.added else None,
-        "age_ms": stream.age_ms,
-        "retention_count": namespace.retention_count or None,
-        "retention_age_s": namespace.retention_age_s or None,
-        "groups": [
-            {
-                "name": each.name,
-                "worker": each.worker,
-                "alive": each.worker in alive,
-                "last": optional(each.last),
-                "behind": each.behind,
-                "behind_at_least": each.at_least,
-                "lag_ms": each.lag_ms,
-            }
-            for each in stream.followers
-        ],
-    }
 
 
 async def trim(site: OperatorContext, options: argparse.Namespace) -> int:

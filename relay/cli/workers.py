@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from datetime import UTC, datetime
 from typing import Any
 
 from relay.cli.operator_context import OperatorContext, channel_of, user_of
@@ -13,7 +12,7 @@ from relay.core.errors import RedisUnavailable
 from relay.core.model import EntryID
 from relay.stream.cluster.workers import WorkerInfo, list_workers, live_workers, unwritten_s
 from relay.stream.connection import connect
-from relay.stream.upkeep import dead_letter_list
+from relay.stream.upkeep import dead_letter_list, reports
 from relay.stream.write import control
 
 _HEAD = (
@@ -28,9 +27,9 @@ async def workers(site: OperatorContext, options: argparse.Namespace) -> int:
     now_ms = await connect.time_ms(site.client)
     if options.json:
         for node in living:
-            emit(_values(node, now_ms))
+            emit(reports.worker(node, now_ms))
         for instance in silent:
-            emit({"instance": instance, "alive": False})
+            emit(reports.silent_worker(instance))
         return 0
     if not living and not silent:
         say("no worker is registered on this Redis")
@@ -60,40 +59,11 @@ def _row(node: WorkerInfo, now_ms: int) -> list[str]:
         node.host,
         str(node.pid),
         node.version,
-        duration(_up_ms(node, now_ms)),
+        duration(reports.up_ms(node, now_ms)),
         ready,
         *numbers,
         duration(node.lag_ms),
     ]
-
-
-def _up_ms(node: WorkerInfo, now_ms: int) -> int | None:
-    try:
-        started = datetime.fromisoformat(node.started)
-    except ValueError:
-        return None
-    if started.tzinfo is None:
-        started = started.replace(tzinfo=UTC)
-    return max(0, now_ms - int(started.timestamp() * 1000))
-
-
-def _values(node: WorkerInfo, now_ms: int) -> dict[str, object]:
-    up_ms = _up_ms(node, now_ms)
-    return {
-        "instance": node.instance,
-        "alive": True,
-        "name": node.name,
-        "host": node.host,
-        "pid": node.pid,
-        "version": node.version,
-        "schema": node.schema,
-        "started": node.started,
-        "up_s": None if up_ms is None else up_ms // 1000,
-        "ready": node.ready,
-        "connections": node.connections,
-        "streams": node.streams,
-        "lag_ms": node.lag_ms,
-    }
 
 
 async def status(site: OperatorContext, options: argparse.Namespace) -> int:

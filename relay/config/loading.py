@@ -26,6 +26,7 @@ from pydantic import SecretStr, ValidationError
 from relay.config.imported import ImportedConfiguration
 from relay.config.ini_text import allowed, env_name
 from relay.config.settings import (
+    ConsoleSettings,
     HubSettings,
     JobSettings,
     JwtSettings,
@@ -53,6 +54,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "rights": RightsSettings,
     "jwt": JwtSettings,
     "metrics": MetricsSettings,
+    "console": ConsoleSettings,
     "jobs": JobSettings,
     "publish": PublishSettings,
     "namespace": NamespaceSettings,
@@ -108,6 +110,7 @@ class Config:
     rights: RightsSettings
     jwt: JwtSettings
     metrics: MetricsSettings
+    console: ConsoleSettings
     jobs: JobSettings
     publish: PublishSettings
     namespaces: Mapping[str, NamespaceSettings]
@@ -220,16 +223,9 @@ def after_reload(old: Config, new: Config) -> tuple[Config, list[str]]:
     limit = new.hub.connections_per_user
     kept["hub"] = old.hub.model_copy(update={"connections_per_user": limit})
     kept["doors"] = {
-        name: section.model_copy(
-            update={
-                key: getattr(old.doors[name], key)
-                for key in section.fixed
-                # model_copy marks a setting as configured, so copy changed settings only.
-                if getattr(section, key, None) != getattr(old.doors[name], key, None)
-            }
-        )
-        for name, section in new.doors.items()
+        name: _with_fixed(section, old.doors[name]) for name, section in new.doors.items()
     }
+    kept["console"] = _with_fixed(new.console, old.console)
     current = dataclasses.replace(old, **kept)
     used = dict(_sections(current))
     return current, [
@@ -238,6 +234,18 @@ def after_reload(old: Config, new: Config) -> tuple[Config, list[str]]:
         for key in type(section).settings()
         if getattr(section, key) != getattr(used[name], key)
     ]
+
+
+def _with_fixed(section: Section, old: Section) -> Section:
+    """Return the section with the `fixed` settings of `old`."""
+    return section.model_copy(
+        update={
+            key: getattr(old, key)
+            for key in section.fixed
+            # model_copy marks a setting as configured, so copy changed settings only.
+            if getattr(section, key, None) != getattr(old, key, None)
+        }
+    )
 
 
 def _sections(config: Config) -> Iterator[tuple[str, Section]]:

@@ -252,6 +252,19 @@ class MetricsSettings(Section):
     port: int = Field(0, ge=0, le=65535, description="Port of the separate listener. With several workers, the second worker uses the next port, and so on. 0: use the listener of [server].")
 
 
+class ConsoleSettings(ListenerSection):
+    """[console]: Operator console at /console, and its admin API."""
+
+    fixed: ClassVar[frozenset[str]] = Section.fixed | {"redis_url"}
+
+    password: SecretStr = Field(SecretStr(""), description="Password of the console. Leave empty to disable the console.")
+    redis_url: SecretStr = Field(SecretStr(""), description="URL of the same Redis with a user that may do what operators do, for example requeue dead letters and revoke rights (the user maintenance in docs/redis.md). Empty: the console uses the connection of relay, and Redis may reject such actions.")
+    host: str = Field("", description="Address of a separate listener for the console. Used only if port is set. Empty: the address of [server].")
+    port: int = Field(0, ge=0, le=65535, description="Port of a separate listener for the console. 0: use the listener of [server].")
+    tls_cert: str = Field("", description="PEM file with the certificate chain of the separate listener. Empty: the certificate of [server].")
+    tls_key: str = Field("", description="PEM file with the private key of tls_cert.")
+
+
 class JobSettings(Section):
     """[jobs]: Periodic jobs that one worker runs for all workers."""
 

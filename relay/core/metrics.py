@@ -157,6 +157,11 @@ class Metrics:
         """Return the number of entries read live so far."""
         return round(_total(self.events))
 
+    def connections_by_protocol(self) -> dict[str, int]:
+        """Return the open connections of each protocol that has any."""
+        samples = (sample for metric in self.connections.collect() for sample in metric.samples)
+        return {each.labels["door"]: round(each.value) for each in samples if each.value}
+
     def notified(self, notice: _Notified, clients: int) -> None:
         """Count notices that were offered to clients."""
         if clients:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import asyncio
 
     import aiohttp
+    from pydantic import SecretStr
 
     from relay.core.clock import RedisClock
     from relay.core.durability import Durability
@@ -225,6 +226,8 @@ class DoorContext:
     metrics: Metrics
     # The time of Redis, with which entry IDs must be compared.
     clock: RedisClock
+    # Return the routes of the operator console below a prefix, with a password of its own.
+    console: Callable[[str, Callable[[], SecretStr]], list[web.AbstractRouteDef]]
     client_buffer_bytes: int
     # For the native protocol: anyone may read every channel.
     insecure: bool

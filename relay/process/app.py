@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import uvloop
+from pydantic import SecretStr
 
 from relay.core.errors import RelayError, StartError
 from relay.core.metrics import Metrics
@@ -50,8 +51,9 @@ from relay.transports.socket.listener import raise_open_file_limit
 
 if TYPE_CHECKING:
     from relay.config.loading import Config
-    from relay.config.settings import NamespaceSettings, RedisSettings
+    from relay.config.settings import NamespaceSettings, RedisSettings, Section
     from relay.core.model import Channel
+    from relay.doorkit.contract import Mounted
     from relay.stream.connection.connect import RedisClient
 
 _log = logging.getLogger(__name__)
@@ -145,6 +147,10 @@ class Relay:
             if not self._check_only and self._worker is None:
                 await stack.enter_async_context(running_valkey(config.redis))
             client = await stack.enter_async_context(redis_client(redis))
+            operator, operator_client = redis, client
+            if url := config.console.redis_url.get_secret_value():
+                operator = redis.model_copy(update={"url": url, "password": SecretStr("")})
+                operator_client = await stack.enter_async_context(redis_client(operator))
             if not self._check_only:
                 check = _check_redis(client, redis, config.namespaces)
                 checking = asyncio.get_running_loop().create_task(check)
@@ -165,6 +171,9 @@ class Relay:
                 config=config,
                 redis=redis,
                 client=client,
+                operator_redis=operator,
+                operator_client=operator_client,
+                current_config=lambda: self._config,
                 http=http,
                 metrics=_metrics(self._worker),
                 worker=self._worker,
@@ -174,7 +183,11 @@ class Relay:
                 spawn_for_protocol=self._spawn_for_protocol,
             )
             parts = build(foundation)
-            doors = [(name, door, section_of(config, name)) for name, door in parts.doors.items()]
+            doors: list[tuple[str, Mounted, Section]] = [
+                (f"protocol:{name}", door, section_of(config, name))
+                for name, door in parts.doors.items()
+            ]
+            doors.append(("console", parts.console, config.console))
             self.listeners = parts.server.plan(config, doors)
             if not self._check_only:
                 await self._serve(foundation, parts)
@@ -384,6 +397,7 @@ class Relay:
         parts.limiter.limit = config.hub.connections_per_user
         for name, door in parts.doors.items():
             door.reload(section_of(config, name))
+        parts.console.reload(config.console)
         logs.set_level(config.log.level)
         parts.hub.recheck(None)
         _log.info("Configuration reloaded")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,8 @@ from producers.registry import RunningProducer
 from producers.registry import build as build_producer
 from producers.settings import PRODUCERS
 from relay import __version__
+from relay.console.routes import Console
+from relay.console.services import ConsoleServices
 from relay.core.errors import LimitExceeded, StartError
 from relay.core.reasons import Reason
 from relay.core.worker_deaths import WorkerDeaths
@@ -44,11 +47,13 @@ from relay.rights.http import HttpRights
 from relay.rights.policy import Policy
 from relay.stream.cluster.connection_limits import ConnectionLimiter
 from relay.stream.cluster.directory import WorkerDirectory
+from relay.stream.cluster.login_attempts import LoginAttempts
 from relay.stream.cluster.workers import (
     WorkerHeartbeat,
     WorkerLoad,
     describe_this_worker,
     new_instance,
+    resident_bytes,
 )
 from relay.stream.connection.refusals import Refusals
 from relay.stream.format import entry
@@ -84,6 +89,10 @@ class Foundation:
     config: Config
     redis: RedisSettings
     client: RedisClient
+    # For the console: a connection with an operator's rights.
+    operator_redis: RedisSettings
+    operator_client: RedisClient
+    current_config: Callable[[], Config]
     http: aiohttp.ClientSession
     metrics: Metrics
     worker: Worker | None
@@ -116,6 +125,7 @@ class Parts:
     freezes: FreezeDetector
     tokens: Tokens
     doors: Mapping[str, Mounted]
+    console: Console
     listeners: SharedListeners | None
     heartbeat: WorkerHeartbeat
     collections: RareCollections
@@ -180,11 +190,13 @@ def build(base: Foundation) -> Parts:
         limits=lambda: str(refusals),
     )
     tokens = Tokens(config.jwt)
+    publish = _publish(appender, config.stream.max_entry_bytes)
+    console = _console(base, keys, cluster, publish)
     context = DoorContext(
         hub=hub,
         open=_open(limiter, hub),
         subscribe=admission.subscribe,
-        publish=_publish(appender, config.stream.max_entry_bytes),
+        publish=publish,
         publish_ephemeral=cluster.publish_ephemeral,
         disconnect=cluster.disconnect,
         unsubscribe=cluster.unsubscribe,
@@ -205,6 +217,7 @@ def build(base: Foundation) -> Parts:
         wait_connected=reader.wait_ready,
         metrics=base.metrics,
         clock=base.metrics.clock,
+        console=console.at,
         client_buffer_bytes=config.hub.client_buffer_bytes,
         insecure=config.insecure,
     )
@@ -273,6 +286,7 @@ def build(base: Foundation) -> Parts:
         freezes=freezes,
         tokens=tokens,
         doors=doors,
+        console=console,
         listeners=listeners,
         heartbeat=heartbeat,
         collections=collections,
@@ -428,6 +442,20 @@ def _publish(appender: Appender, max_entry_bytes: int) -> Publish:
     return publish
 
 
+def _console(base: Foundation, keys: Keys, cluster: ClusterServices, publish: Publish) -> Console:
+    services = ConsoleServices(
+        config=base.current_config,
+        client=base.operator_client,
+        redis=base.operator_redis,
+        keys=keys,
+        publish=publish,
+        presence=cluster.presence,
+        store=cluster.store,
+        attempts=LoginAttempts(base.client, keys),
+    )
+    return Console(services, base.config.console)
+
+
 def _mounted(config: Config, context: DoorContext) -> Iterator[tuple[str, Mounted]]:
     for name in protocol_names():
         section = section_of(config, name)
@@ -496,6 +524,11 @@ def _heartbeat(
             streams=len(hub.feeds()),
             lag_ms=round(base.metrics.pop_worst_lag() * 1000),
             refused=str(refusals),
+            protocols=base.metrics.connections_by_protocol(),
+            cpu_s=round(time.process_time(), 2),
+            events=base.metrics.received(),
+            deliveries=base.metrics.offered(),
+            memory_bytes=resident_bytes(),
         )
 
     return WorkerHeartbeat(

@@ -15,7 +15,7 @@ from relay.core.errors import StartError
 from relay.process.addresses import ALIVE, HEALTH_PATH, METRICS_PORT, hosts_of, listen_error
 from relay.transports.socket.http_connection import KEEPALIVE_S, ConnectionLimits
 from relay.transports.socket.listener import GuardedSite
-from relay.transports.socket.precedence import FallbackRoute, in_order
+from relay.transports.socket.precedence import FallbackRoute, in_order, without_repeated
 from relay.transports.socket.take_over import drop, end_rejected_upgrade
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ class Server:
     ) -> list[Listening]:
         """Return all listeners in the order in which they open, the shared one first.
 
+        `doors` are the protocols and the console, by the names of their sections.
+
         Raises:
             StartError: Two listeners need the same port, or a certificate cannot be loaded.
         """
@@ -106,7 +108,7 @@ class Server:
         tls = _tls(server.tls_cert, server.tls_key, "[server]")
         found = [Listening(server.host, server.port, "[server] port", shared, producers, tls)]
         for name, door, section in doors:
-            label = f"[protocol:{name}]"
+            label = f"[{name}]"
             if _own_port(section):
                 cert, key = (str(getattr(section, name, "")) for name in ("tls_cert", "tls_key"))
                 own = _tls(cert, key, label)
@@ -254,7 +256,7 @@ class Server:
     @staticmethod
     async def _runner(routes: Sequence[web.AbstractRouteDef]) -> web.AppRunner:
         app = web.Application(middlewares=[end_rejected_upgrade])
-        app.router.add_routes(in_order(routes))
+        app.router.add_routes(in_order(without_repeated(routes)))
         runner = web.AppRunner(
             app,
             access_log=None,

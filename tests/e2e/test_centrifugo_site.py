@@ -294,8 +294,16 @@ def test_the_documented_admin_options_on_a_separate_port(valkey: Server, folder:
         "debug": True,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    with site(folder, "centrifugo", f"--port={port}", *redis_flags(valkey)) as running:
-        running.said("web = true: relay does not include Centrifugo's page")
+    with site(folder, "centrifugo", f"--port={port}", *redis_flags(valkey)):
+        # Centrifugo's page has the address /, and is relay's console.
+        status, _, headers = fetch(f"http://127.0.0.1:{admin}/")
+        assert (status, headers["Location"]) == (307, "console/")
+        assert b"<title>relay console" in fetch(f"http://127.0.0.1:{admin}/console/")[1]
+        login = f"http://127.0.0.1:{admin}/console/api/login"
+        as_json = {"Content-Type": "application/json"}
+        assert fetch(login, body=b'{"password":"no"}', headers=as_json)[0] == 401
+        assert fetch(login, body=b'{"password":"password"}', headers=as_json)[0] == 200
+        assert fetch(f"http://127.0.0.1:{port}/console/")[0] == 404
         form = {"Content-Type": "application/x-www-form-urlencoded"}
         status, text, _ = fetch(
             f"http://127.0.0.1:{admin}/auth/", body=b"password=password", headers=form

@@ -312,10 +312,10 @@ def _split_url(value: OptionValue) -> tuple[str, str]:
 
 
 def _notes(given: CollectedOptions) -> Iterator[str]:
-    if given.on("web"):
+    if given.on("web") and not given.text("admin_password"):
         yield (
-            f"{given.values['web'].where}true: relay does not include Centrifugo's page. Use the"
-            " live page on the listener of [server] instead"
+            f"{given.values['web'].where}true: relay's console replaces Centrifugo's page, and"
+            " needs admin_password or [console] password"
         )
     level = given.first("log_level")
     if level and level.text.lower() not in _LEVELS:

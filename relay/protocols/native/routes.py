@@ -21,6 +21,7 @@ from relay.core.errors import (
 )
 from relay.core.model import Channel, Position, Principal
 from relay.core.reasons import Reason
+from relay.doorkit import static_page
 from relay.doorkit.contract import FrontDoor, Mounted
 from relay.doorkit.first_subscriptions import NOT_READING, FirstSubscriptions
 from relay.doorkit.http_status import status_of
@@ -28,7 +29,7 @@ from relay.doorkit.open_connections import OpenConnections
 from relay.doorkit.origins import AllowedOrigins
 from relay.hub import cursor
 from relay.hub.recovery import Notice
-from relay.protocols.native import commands, encoders, live_page
+from relay.protocols.native import commands, encoders, page
 from relay.protocols.native.credentials import SUBPROTOCOL, principal_of
 from relay.protocols.native.encoders import WEBSOCKET, notice_block, sse_encoder
 from relay.protocols.native.settings import NativeSettings
@@ -70,7 +71,7 @@ class MountedNative(Mounted):
             )
         ]
         if settings.page:
-            self.routes += live_page.routes()
+            self.routes += static_page.routes(page.load())
         self._reaper = Reaper()
         self.reload(settings)
 

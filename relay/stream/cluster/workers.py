@@ -9,9 +9,10 @@ import operator
 import os
 import secrets
 import socket
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -59,6 +60,13 @@ class WorkerInfo:
     connections: int | None = None
     streams: int | None = None
     lag_ms: int | None = None
+    # Connections by protocol.
+    protocols: Mapping[str, int] | None = None
+    # Since the start: processor time, events read and deliveries.
+    cpu_s: float | None = None
+    events: int | None = None
+    deliveries: int | None = None
+    memory_bytes: int | None = None
     # The commands that Redis refuses, as in `/readyz`.
     refused: str = ""
     # Host and port for other workers' requests, empty if this worker accepts none.
@@ -82,9 +90,14 @@ class WorkerLoad:
     streams: int
     lag_ms: int
     refused: str = ""
+    protocols: Mapping[str, int] = field(default_factory=dict)
+    cpu_s: float = 0.0
+    events: int = 0
+    deliveries: int = 0
+    memory_bytes: int | None = None
 
 
-_FIELDS = frozenset(field.name for field in fields(WorkerInfo))
+_FIELDS = frozenset(each.name for each in fields(WorkerInfo))
 
 
 def describe_this_worker(name: str, instance: str, version: str) -> WorkerInfo:
@@ -99,6 +112,15 @@ def describe_this_worker(name: str, instance: str, version: str) -> WorkerInfo:
         schema=SCHEMA,
         compatible_since=COMPATIBLE_SINCE,
     )
+
+
+def resident_bytes() -> int | None:
+    """Return the memory that this process uses, or None if the system has no /proc."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return None
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 class WorkerHeartbeat:

@@ -441,6 +441,15 @@ async def scan(client: RedisClient, pattern: bytes, count: int) -> AsyncIterator
             return
 
 
+async def scan_page(
+    client: RedisClient, cursor: int, pattern: bytes, count: int
+) -> tuple[int, list[bytes]]:
+    """Return the next cursor, 0 at the end, and the matching ones of about `count` keys."""
+    with translated():
+        following, found = await client.scan(cursor, match=pattern, count=count)
+    return int(following), cast(list[bytes], found)
+
+
 @asynccontextmanager
 async def _sentinel(target: _Sentinels, settings: RedisSettings) -> AsyncIterator[Sentinel]:
     tls = _tls_options(target.endpoint, settings)

@@ -1,4 +1,4 @@
-"""Read a stream's state and the entries after a position, for `relay watch`."""
+"""Read a stream's state and entries, for operators."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ PAGE = 50
 # A wait longer than the client's command timeout would be treated as a dead connection.
 _BLOCK_SHARE = 0.5
 _BLOCK_MS = 1000
+_NEWEST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,34 @@ async def read_view(
         records=records,
         more=len(records) == count,
     )
+
+
+async def read_newest(
+    client: RedisClient,
+    keys: Keys,
+    channel: Channel,
+    before: EntryID | None,
+    max_entry_bytes: int,
+    count: int,
+) -> list[Record]:
+    """Read up to `count` entries before `before`, or the newest ones, newest first.
+
+    There are fewer if they are large. The list is empty only if there are no such entries.
+    """
+    records: list[Record] = []
+    size, at = 0, f"({before}" if before else "+"
+    # Redis has no limit in bytes, so the first entries show how many more can be read at once.
+    most = 1
+    while len(records) < count and size < _NEWEST_BYTES:
+        words = (keys.stream(channel), at, "-", "COUNT", min(most, count - len(records)))
+        found = await connect.command(client, "XREVRANGE", *words)
+        records += [_record(channel, each, max_entry_bytes) for each in found]
+        if len(found) < most:
+            break
+        size += sum(len(part) for each in found for pair in each[1].items() for part in pair)
+        at = f"({records[-1].id}"
+        most = max(1, min(4 * most, (_NEWEST_BYTES - size) * len(records) // max(1, size)))
+    return records
 
 
 async def wait_for_entry(

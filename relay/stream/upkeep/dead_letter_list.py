@@ -68,6 +68,12 @@ async def pages(client: RedisClient, keys: Keys) -> AsyncIterator[list[DeadLette
         yield [_letter(keys, *raw) for raw in found]
 
 
+async def page(client: RedisClient, keys: Keys, after: EntryID, count: int) -> list[DeadLetter]:
+    """Return up to `count` dead letters after this ID, oldest first."""
+    words = (keys.dead_letters, f"({after}", "+", "COUNT", count)
+    return [_letter(keys, *raw) for raw in await connect.command(client, "XRANGE", *words)]
+
+
 async def find(client: RedisClient, keys: Keys, letter_id: EntryID) -> DeadLetter:
     """Return the dead letter with this ID. Raise RelayError if there is none."""
     found = await connect.command(

@@ -21,6 +21,8 @@ from relay.stream.upkeep.retention import describe_misnamed, streams_among
 # XINFO STREAM returns the first and the last entry, and each may have a megabyte.
 _STREAMS = 50
 _KEYS = 1000
+# A page of channels reads at most _SCANS times as many keys.
+_KEYS_OF_PAGE, _SCANS = 100, 50
 _COUNTED = 100
 
 
@@ -65,6 +67,37 @@ async def walk(
         for start in range(0, len(fresh), _STREAMS):
             yield await _overview(client, keys, fresh[start : start + _STREAMS])
         on_keys(len(seen))
+
+
+async def page(
+    client: RedisClient, keys: Keys, pattern: str, cursor: str, count: int
+) -> tuple[list[StreamOverview], str]:
+    """Return some streams of the channels that match the glob `pattern`, and the next cursor.
+
+    Both cursors are '' at the beginning and the end. The page has about `count` streams, or fewer
+    if they are rare among the keys. Like SCAN, it may repeat a stream.
+    """
+    found: dict[bytes, None] = {}
+    position = int(cursor or 0)
+    for _ in range(_SCANS):
+        position, matching = await connect.scan_page(
+            client, position, keys.streams_matching(pattern), _KEYS_OF_PAGE
+        )
+        found.update(dict.fromkeys(key for key in matching if keys.channel_of_stream(key)))
+        if not position or len(found) >= count:
+            break
+    streams: list[StreamOverview] = []
+    batch = list(found)
+    for start in range(0, len(batch), _STREAMS):
+        streams += await _overview(client, keys, batch[start : start + _STREAMS])
+    return streams, str(position) if position else ""
+
+
+async def of_channels(
+    client: RedisClient, keys: Keys, channels: Sequence[Channel]
+) -> list[StreamOverview]:
+    """Return the streams of these channels. A channel without a stream is omitted."""
+    return await _overview(client, keys, [keys.stream(channel) for channel in channels])
 
 
 async def misnamed(client: RedisClient, keys: Keys, pattern: str) -> AsyncIterator[str]:

@@ -141,3 +141,11 @@ async def trim_one(
         oldest_ms = max(0, await connect.time_ms(client) - int(max_age_s * 1000))
         removed += await connect.command(client, "XTRIM", key, "MINID", oldest_ms)
     return removed
+
+
+async def delete(client: RedisClient, keys: Keys, channel: Channel) -> bool:
+    """Delete the stream of a channel. Return False if there is none.
+
+    Its followers are notified as soon as the stream exists again.
+    """
+    return bool(await connect.command(client, "DEL", keys.stream(channel)))

@@ -52,6 +52,23 @@ class _UpgradeResource(DynamicResource):
         return False
 
 
+def without_repeated(routes: Iterable[web.AbstractRouteDef]) -> list[web.AbstractRouteDef]:
+    """Return the routes without those whose method and path an earlier one has.
+
+    Centrifugo's option `web` serves the console at paths that the live page and the console itself
+    use too.
+    """
+    seen: set[tuple[str, str]] = set()
+    kept = []
+    for route in routes:
+        if isinstance(route, web.RouteDef):
+            if (route.method, route.path) in seen:
+                continue
+            seen.add((route.method, route.path))
+        kept.append(route)
+    return kept
+
+
 def in_order(routes: Iterable[web.AbstractRouteDef]) -> list[web.AbstractRouteDef]:
     """Return the routes in the order of registration. The sort is stable."""
     return sorted(routes, key=_rank)

@@ -1,4 +1,4 @@
-"""Endpoints for administrators: `/auth/`, `/socket` and `/debug/`."""
+"""Endpoints for administrators: the console, `/auth/`, `/socket` and `/debug/`."""
 
 from __future__ import annotations
 
@@ -66,6 +66,8 @@ class AdminRoutes:
         if settings.web:
             self.routes.append(web.route("*", self._auth_path, self._redirect))
             self.routes.append(web.route("*", f"{self._auth_path}/", self._auth))
+            self.routes.append(web.get(f"{prefix}/", self._page))
+            self.routes += server.context.console(prefix, lambda: server.settings.admin_password)
         if settings.debug:
             self.routes.append(web.get(f"{prefix}/debug/", self._debug))
 
@@ -73,6 +75,13 @@ class AdminRoutes:
         """Close all administrators. Most have no session in the hub."""
         for administrator in list(self._open):
             administrator.disconnect(Reason.STOPPING)
+
+    # ---- page -----------------------------------------------------------------------------------
+
+    async def _page(self, _request: web.Request) -> web.Response:
+        """Redirect from the address of Centrifugo's page to the console."""
+        # Relative, because a proxy may have removed a prefix.
+        return web.Response(status=307, headers={"Location": "console/"})
 
     # ---- /auth/ ---------------------------------------------------------------------------------
 

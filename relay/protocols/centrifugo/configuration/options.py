@@ -120,7 +120,7 @@ _ALL = (
     _own("admin", _SWITCH, env=True, flag="open the admin socket"),
     _own("admin_password", _TEXT, env=True),
     _own("admin_secret", _TEXT, env=True),
-    _made("web", _SWITCH, f"{_DOOR}.web", env=True, flag="open the admin socket and /auth/; Centrifugo's own page is not included", short="w"),
+    _made("web", _SWITCH, f"{_DOOR}.web", env=True, flag="open the console, the admin socket and /auth/", short="w"),
     Option(name="web_path", kind=_TEXT, handling=OptionHandling.REFUSED, env=True, flag="not supported together with --web"),
     _ignored("insecure_web", _SWITCH, env=True),
     _own("debug", _SWITCH, env=True, flag="open /debug/", short="d"),

@@ -176,7 +176,7 @@ def test_computed_options_change_their_settings(write: Write) -> None:
     settings = door(translation)
     assert (settings.http_prefix, settings.web, settings.admin_port) == ("/centrifugo", True, 9)
     assert (settings.tls_cert, settings.tls_key) == ("/c", "/k")
-    assert [note for note in translation.notes if "live page" in note]
+    assert [note for note in translation.notes if "console replaces" in note]
 
 
 @pytest.mark.parametrize(
