@@ -111,6 +111,12 @@ class Metrics:
             "relay_refusals_total", "Requests refused", ["code"], registry=self.registry
         )
 
+        self.handshakes = Gauge(
+            "relay_handshakes_waiting",
+            "Requests of new clients that wait for their turn",
+            registry=self.registry,
+        )
+
         if memory is not None:
             ready = Gauge(
                 "relay_worker_ready",

@@ -21,6 +21,8 @@ class Reason(StrEnum):
     FORBIDDEN = "forbidden"
     LIMIT_EXCEEDED = "limit_exceeded"
     UNAVAILABLE = "unavailable"
+    # The worker has too many new clients, or its memory is short.
+    OVERLOADED = "overloaded"
 
     # A connection is closed.
     STOPPING = "stopping"

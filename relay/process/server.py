@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, cast
 from aiohttp import web
 
 from relay.core.errors import StartError
+from relay.core.reasons import Reason
 from relay.process.addresses import ALIVE, HEALTH_PATH, METRICS_PORT, hosts_of, listen_error
+from relay.transports.socket.handshakes import Handshakes
 from relay.transports.socket.http_connection import KEEPALIVE_S, ConnectionLimits
 from relay.transports.socket.listener import GuardedSite
 from relay.transports.socket.precedence import FallbackRoute, in_order, without_repeated
@@ -74,7 +76,9 @@ class Server:
         self.forwarder: Forwarder | None = None
         # Every site with its setting. Unlike `_sites`, it keeps those that are closed.
         self._all: list[tuple[GuardedSite, str]] = []
-        self._connections = ConnectionLimits()
+        handshakes = Handshakes(count_rejected=metrics.refused.labels(Reason.OVERLOADED).inc)
+        metrics.handshakes.set_function(lambda: len(handshakes))
+        self._connections = ConnectionLimits(handshakes=handshakes)
 
     def plan(
         self, config: Config, doors: Sequence[tuple[str, Mounted, Section]]

@@ -23,6 +23,7 @@ from scripts.loadlib.produce import Produce
 from scripts.loadlib.report import finish
 from scripts.loadlib.servers import ROOT, Cores, RelayOptions
 from scripts.loadlib.slow import Slow
+from scripts.loadlib.storm import Storm
 
 
 class _Measurement(Protocol):
@@ -108,6 +109,14 @@ def _arguments() -> argparse.Namespace:
     one.add_argument("--rounds", type=int, default=3)
 
     one = commands.add_parser(
+        "storm", parents=[every], help="all clients return at once and have missed events"
+    )
+    one.add_argument("--clients", type=int, default=10_000)
+    one.add_argument("--channels", type=int, default=50)
+    one.add_argument("--missed", type=int, default=5, help="events that each client has missed")
+    one.add_argument("--rounds", type=int, default=1)
+
+    one = commands.add_parser(
         "produce", parents=[every], help="cost of publishing by queue and HTTP API"
     )
     one.add_argument(
@@ -154,6 +163,12 @@ def _measurement(options: argparse.Namespace, cores: Cores) -> _Measurement:
             return Pings(
                 clients=options.clients, seconds=options.seconds, rounds=options.rounds, **shared
             )
+        case "storm":
+            shared.pop("bench")
+            return Storm(
+                clients=options.clients, channels=options.channels, missed=options.missed,
+                rounds=options.rounds, **shared,
+            )  # fmt: skip
         case "produce":
             return Produce(
                 commands=options.commands, connections=options.connections,

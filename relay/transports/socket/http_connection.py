@@ -30,6 +30,7 @@ from typing_extensions import override
 from relay.core.connection import ConnectionInfo
 from relay.transports.socket.bodies import Bodies, BodyRejected
 from relay.transports.socket.deadlines import Deadlines
+from relay.transports.socket.handshakes import Handshakes, begins_client, rejection
 from relay.transports.socket.read_pace import LARGE_READ_BYTES, read_later
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ KEEPALIVE_S = 75.0
 MAX_LINE_BYTES = 65536
 _HEAD_END = b"\r\n\r\n"
 _MAX_HEAD_BYTES = 2 * MAX_LINE_BYTES
+# Heads up to this size are recognized as those of new clients if they arrive in several parts.
+_MAX_HANDSHAKE_BYTES = 16384
 # After an early answer: for the client to read it before the connection is closed.
 _DISCARD_S = 5.0
 _DISCARD_BYTES = 32 * 1024 * 1024
@@ -65,8 +68,11 @@ _SHED_AT_ONCE = 16
 class ConnectionLimits:
     """The limits that all listeners of a worker share."""
 
-    def __init__(self, *, head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
+    def __init__(
+        self, *, head_timeout_s: float = HEAD_TIMEOUT_S, handshakes: Handshakes | None = None
+    ) -> None:
         self.bodies = Bodies()
+        self.handshakes = Handshakes() if handshakes is None else handshakes
         # Connections from which no complete request head has been received.
         self.heads: Deadlines[HttpConnection] = Deadlines(head_timeout_s, HttpConnection.expire)
         self.writes: Deadlines[HttpConnection] = Deadlines(
@@ -105,6 +111,8 @@ class HttpConnection(RequestHandler):
 
     __slots__ = (
         "_ends_early",
+        "_handshake",
+        "_head",
         "_head_bytes",
         "_info",
         "_payload",
@@ -139,6 +147,10 @@ class HttpConnection(RequestHandler):
         self._ends_early = False
         # Reading is paused until it is this connection's turn (see `read_pace`).
         self._reads_later = False
+        # The request of a new client that waits for its turn (see `handshakes`).
+        self._handshake = b""
+        # The first part of an incomplete head.
+        self._head = b""
 
     # ---- time limits ------------------------------------------------------------------------
 
@@ -163,6 +175,7 @@ class HttpConnection(RequestHandler):
             return
         self.limits.heads.remove(self)
         self.limits.writes.remove(self)
+        self.limits.handshakes.leave(self)
         make_request = self._request_factory
         super().connection_lost(exc)
         # aiohttp's task may be about to start a request that has just been read, and calls both.
@@ -179,6 +192,41 @@ class HttpConnection(RequestHandler):
         if self._ends_early:
             self._pause_transport_reading()
             return
+        if self._handshake:
+            self._handshake += data
+            return
+        if self._expects_request and (self._head or not self._head_bytes):
+            head = self._head + data
+            if begins_client(head):
+                self._enter(head, data)
+                return
+            is_complete = _HEAD_END in head or len(head) > _MAX_HANDSHAKE_BYTES
+            self._head = b"" if is_complete else head
+        self._receive(data)
+
+    def _enter(self, head: bytes, data: bytes) -> None:
+        """Handle the request of a new client in its turn, or reject it.
+
+        `data` is the end of the `head`. The rest has already been parsed.
+        """
+        self._handshake, self._head = data, b""
+        self.limits.heads.remove(self)
+        retry_s = self.limits.handshakes.enter(self)
+        if retry_s is not None:
+            self._handshake = b""
+            if self.transport is not None:
+                self.transport.write(rejection(head, retry_s))
+                self.transport.close()
+        elif self._handshake:
+            self._pause_transport_reading()
+
+    def proceed(self) -> None:
+        """Handle the request that has waited for its turn."""
+        data, self._handshake = self._handshake, b""
+        self._resume_transport_reading()
+        self._receive(data)
+
+    def _receive(self, data: bytes) -> None:
         if len(data) >= LARGE_READ_BYTES and not self._reads_later:
             self._reads_later = True
             self._pause_transport_reading()
@@ -209,7 +257,7 @@ class HttpConnection(RequestHandler):
 
     @override
     def _resume_transport_reading(self) -> None:
-        if not self._reads_later:
+        if not (self._reads_later or self._handshake):
             super()._resume_transport_reading()
 
     def _read_on(self) -> None:
@@ -272,7 +320,11 @@ class HttpConnection(RequestHandler):
     @property
     def is_idle(self) -> bool:
         """Whether the connection waits for its next request."""
-        return self._waiter is not None and not self._waiter.done()
+        return self._waiter is not None and not self._waiter.done() and not self._handshake
+
+    @property
+    def _expects_request(self) -> bool:
+        return self.is_idle or not self._request_count
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -362,6 +414,11 @@ class HttpConnection(RequestHandler):
         self.transport = None
         self.connection_lost(None)
         discard(transport, self.limits)
+
+
+def handshakes_of(request: web.Request) -> Handshakes:
+    """Return the waiting handshakes of the worker that handles the request."""
+    return cast("HttpConnection", request.protocol).limits.handshakes
 
 
 def discard(transport: asyncio.Transport, limits: ConnectionLimits) -> None:

@@ -29,6 +29,7 @@ def test_every_reason_for_closing_has_v1s_text() -> None:
     others = {
         Reason.BAD_REQUEST,
         Reason.FORBIDDEN,
+        Reason.OVERLOADED,
         Reason.REVOKED,
         Reason.RIGHTS_CHANGED,
         Reason.UNSUBSCRIBED,

@@ -15,8 +15,10 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 from aiohttp import web
 
+from relay.core.free_memory import FreeMemory
 from relay.transports.socket import bodies, http_connection, sse, websocket
 from relay.transports.socket.bodies import read_body
+from relay.transports.socket.handshakes import Handshakes
 from relay.transports.socket.http_connection import ConnectionLimits
 from relay.transports.socket.listener import GuardedSite
 from relay.transports.socket.reaper import Reaper
@@ -58,8 +60,10 @@ class Site:
 
 
 @asynccontextmanager
-async def serving(*, head_timeout_s: float = 60.0) -> AsyncIterator[Site]:
-    limits = ConnectionLimits(head_timeout_s=head_timeout_s)
+async def serving(
+    *, head_timeout_s: float = 60.0, limits: ConnectionLimits | None = None
+) -> AsyncIterator[Site]:
+    limits = limits or ConnectionLimits(head_timeout_s=head_timeout_s)
     it = Site(0, limits)
     app = web.Application()
     app.router.add_get("/ping", it.ping)
@@ -613,5 +617,64 @@ def test_incomplete_messages_of_all_websockets_have_a_common_limit(run: Run) -> 
                     await asyncio.sleep(0.01)
         finally:
             await runner.cleanup()
+
+    run(main())
+
+
+# ---- new clients -----------------------------------------------------------------------------
+
+
+def overloaded() -> ConnectionLimits:
+    """Limits of a worker whose memory is short."""
+    return ConnectionLimits(handshakes=Handshakes(memory=lambda: FreeMemory(1, 1 << 30)))
+
+
+def test_an_overloaded_worker_rejects_new_clients_only(run: Run) -> None:
+    async def main() -> None:
+        async with serving(limits=overloaded()) as site:
+            sent = HANDSHAKE.replace(b"GET /", b"GET /ping")
+            halves = sent[:40], sent[40:]
+            async with raw_client(site.port, sent) as (reader, _):
+                answer = await closed(reader)
+                assert answer.startswith(b"HTTP/1.1 503 ")
+                assert b"\r\nRetry-After: " in answer
+            # A long head arrives in several parts.
+            async with raw_client(site.port, halves[0]) as (reader, writer):
+                while not site.limits.heads:
+                    await asyncio.sleep(0.01)
+                writer.write(halves[1])
+                assert (await closed(reader)).startswith(b"HTTP/1.1 503 ")
+            # So does a browser on a connection that has served other requests.
+            async with raw_client(site.port, PING) as (reader, writer):
+                assert b"200 OK" in await head_of(reader)
+                assert await reader.readexactly(4) == b"pong"
+                writer.write(sent)
+                assert (await closed(reader)).startswith(b"HTTP/1.1 503 ")
+            # Requests of open sessions and of producers are served.
+            with_session = sent.replace(b"/ping", b"/ping?sid=1")
+            for request in (PING, post(b"/body", b"abc"), with_session):
+                async with raw_client(site.port, request) as (reader, _):
+                    assert b"200 OK" in await head_of(reader)
+
+    run(main())
+
+
+def test_clients_that_wait_for_their_turn_are_served_in_order(run: Run) -> None:
+    async def main() -> None:
+        limits = ConnectionLimits(handshakes=Handshakes(memory=lambda: None))
+        async with serving(limits=limits) as site:
+            sent = HANDSHAKE.replace(b"GET /", b"GET /ping")
+            clients = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(40)]
+            for each in clients:
+                each.sendall(sent)
+            # One has disconnected before its turn.
+            clients[20].close()
+            for number, each in enumerate(clients):
+                if number != 20:
+                    each.setblocking(False)
+                    answer = await asyncio.get_running_loop().sock_recv(each, 15)
+                    assert answer == b"HTTP/1.1 200 OK"
+                    each.close()
+            assert not len(limits.handshakes)
 
     run(main())

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from relay.transports.socket.handshakes import Handshakes
 from relay.transports.sockjs import registry as module
 from relay.transports.sockjs import sessions
 from relay.transports.sockjs.registry import SessionRegistry
@@ -134,6 +135,28 @@ def test_sessions_without_a_message_are_limited(
         assert await site.post(first + "/xhr") == b'a["x"]\n'
 
     on_site(main)
+
+
+def test_an_overloaded_worker_opens_no_session(
+    on_site: RunSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main(site: Site) -> None:
+        first = site.session()
+        assert await site.post(first + "/xhr") == b"o\n"
+        await site.send(first, "x")
+        monkeypatch.setattr(Handshakes, "_check_memory", _memory_is_short)
+        for _ in range(4):
+            refused = await site.fetch("POST", site.session() + "/xhr", b"")
+            assert refused == (503, b"relay is overloaded; try again later\n")
+        # Open sessions are not affected, whichever worker receives the request.
+        await site.send(first, "y")
+        assert await site.post(first + "/xhr") == b'a["x","y"]\n'
+
+    on_site(main)
+
+
+def _memory_is_short(handshakes: Handshakes) -> None:
+    handshakes._memory_short = True
 
 
 def test_a_client_of_a_dead_worker_gets_a_new_session(on_site: RunSite) -> None:

@@ -1,0 +1,234 @@
+"""Paces the requests of new clients, so that a reconnect storm does not delay connected clients.
+
+A handshake costs a worker about 0.4 ms. If thousands of them were handled in one turn of the event
+loop, connected clients would receive nothing for seconds. So each turn handles a few, and the
+others wait unparsed, in the order of their arrival. The number per turn follows the measured
+duration of the turns. It has a lower limit, because new clients must not wait forever for a worker
+that is busy with deliveries.
+
+A handshake is rejected at once if it would wait for more than `LONGEST_WAIT_S`, or if memory is
+short. The answer contains the time after which the client should try again. These times are
+consecutive, so that the clients return at the rate at which the worker accepts them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+import re
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from relay.core.free_memory import FreeMemory, free_memory
+
+_log = logging.getLogger(__name__)
+
+# Clients give up a handshake after 10 to 20 s. Half of this must be left before handshakes are
+# accepted again, so that a worker does not change between both states with each client.
+LONGEST_WAIT_S = 5.0
+# Handshakes per turn of the event loop. The fewest take about 3 ms.
+_FEWEST, _MOST = 8, 64
+# A longer turn halves the number of handshakes.
+_LONG_TURN_S = 0.02
+# Handshakes per second, until the worker's own rate has been measured.
+_FIRST_RATE = 1000.0
+_AVERAGE_S = 1.0
+_MIN_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
+_MEMORY_CHECK_S = 1.0
+_MEMORY_AGAIN = 1.5
+
+_HEAD_END = b"\r\n\r\n"
+_FIELDS = re.compile(
+    rb"\r\n(?:upgrade:[^\r\n]*websocket|accept:[^\r\n]*(text/event-stream))", re.IGNORECASE
+)
+_ORIGIN = re.compile(rb"\r\norigin:[ \t]*([!-~]+)", re.IGNORECASE)
+
+
+class Waiting(Protocol):
+    """A request that waits for its turn."""
+
+    def proceed(self) -> None:
+        """Handle the request."""
+
+
+class Handshakes:
+    """The waiting handshakes of one worker, and its decision to reject further ones."""
+
+    def __init__(
+        self,
+        *,
+        count_rejected: Callable[[], None] = lambda: None,
+        memory: Callable[[], FreeMemory | None] = free_memory,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`count_rejected` is called for each rejected handshake."""
+        self._count_rejected = count_rejected
+        self._memory = memory
+        self._clock = clock
+        self._waiting: dict[Waiting, None] = {}
+        self._per_turn = _FEWEST
+        # Handshakes of this turn.
+        self._handled = 0
+        self._in_turns = False
+        self._turn_began = 0.0
+        self._rate = _FIRST_RATE
+        self._too_many = self._memory_short = False
+        self._memory_checked = -math.inf
+        # The time at which the last rejected client was asked to return.
+        self._booked_until = 0.0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def enter(self, request: Waiting) -> float | None:
+        """Call `request.proceed` now or in a later turn of the event loop.
+
+        Return None, or the seconds after which the client should try again if it is rejected.
+        """
+        if self.is_overloaded:
+            return self.reject()
+        if not self._in_turns:
+            self._begin_turn(self._clock())
+        if self._handled < self._per_turn and not self._waiting:
+            self._handle(request)
+        else:
+            self._waiting[request] = None
+        return None
+
+    def leave(self, request: Waiting) -> None:
+        """Remove a request whose client has disconnected."""
+        self._waiting.pop(request, None)
+
+    @property
+    def is_overloaded(self) -> bool:
+        """Whether new clients are rejected at the moment."""
+        self._check_wait()
+        self._check_memory()
+        return self._too_many or self._memory_short
+
+    def reject(self) -> float:
+        """Count a rejected client. Return the seconds after which it should try again.
+
+        The times of several clients are consecutive.
+        """
+        self._count_rejected()
+        now = self._clock()
+        wait_s = max(self._wait_s, _MIN_RETRY_S)
+        booked = max(self._booked_until, now + wait_s) + 1 / self._rate
+        if booked > now + _MAX_RETRY_S:
+            return random.uniform(_MAX_RETRY_S / 2, _MAX_RETRY_S)  # noqa: S311
+        self._booked_until = booked
+        return booked - now
+
+    @property
+    def _wait_s(self) -> float:
+        return len(self._waiting) / self._rate
+
+    def _check_wait(self) -> None:
+        wait_s = self._wait_s
+        if self._too_many:
+            self._too_many = wait_s > LONGEST_WAIT_S / 2
+        elif wait_s > LONGEST_WAIT_S:
+            self._too_many = True
+            _log.warning(
+                "This worker is overloaded: new clients would wait longer than %g s. Further ones"
+                " are asked to try again later. Start more workers or hosts if this happens often",
+                LONGEST_WAIT_S,
+            )
+
+    def _check_memory(self) -> None:
+        now = self._clock()
+        if now - self._memory_checked < _MEMORY_CHECK_S:
+            return
+        self._memory_checked = now
+        found = self._memory()
+        if found is None:
+            return
+        if self._memory_short:
+            self._memory_short = found.free < _MEMORY_AGAIN * found.short_below
+        elif found.free < found.short_below:
+            self._memory_short = True
+            _log.warning(
+                "Memory is short: less than %d MB are available to this worker. New clients are"
+                " asked to try again later. Free or add memory, or start relay on more hosts",
+                found.short_below / (1 << 20),
+            )
+
+    def _begin_turn(self, now: float) -> None:
+        self._in_turns = True
+        self._turn_began = now
+        self._handled = 0
+        asyncio.get_running_loop().call_soon(self._turn)
+
+    def _turn(self) -> None:
+        """Handle the next requests. Runs in each turn of the event loop while there are any."""
+        now = self._clock()
+        took_s = max(now - self._turn_began, 1e-6)
+        if took_s > _LONG_TURN_S:
+            self._per_turn = max(_FEWEST, self._per_turn // 2)
+        else:
+            self._per_turn = min(_MOST, self._per_turn + 1)
+        if self._waiting:
+            share = 1 - math.exp(-took_s / _AVERAGE_S)
+            self._rate += share * (self._handled / took_s - self._rate)
+        elif not self._handled:
+            self._in_turns = False
+            return
+        self._begin_turn(now)
+        while self._waiting and self._handled < self._per_turn:
+            request = next(iter(self._waiting))
+            del self._waiting[request]
+            self._handle(request)
+
+    def _handle(self, request: Waiting) -> None:
+        self._handled += 1
+        request.proceed()
+
+
+def begins_client(head: bytes) -> bool:
+    """Return whether this is the complete head of a request that opens a new client.
+
+    These are WebSockets, event streams and Engine.IO sessions. Requests of an open session are
+    not: those with a session ID (`sid`), and the event streams of SockJS.
+    """
+    if not head.startswith(b"GET ") or (end := head.find(_HEAD_END)) < 0:
+        return False
+    target = head[4 : head.find(b" ", 4, end)]
+    if b"sid=" in target:
+        return False
+    if b"EIO=" in target:
+        return True
+    found = _FIELDS.search(head, 0, end)
+    return found is not None and not (found[1] and b"/eventsource" in target)
+
+
+def rejection(head: bytes, retry_s: float) -> bytes:
+    """Return the answer to a handshake that is rejected for a temporary reason.
+
+    A browser's EventSource never connects again after a 503, but does so after the end of an empty
+    stream, which may also set the time.
+    """
+    end = head.find(_HEAD_END)
+    origin = _ORIGIN.search(head, 0, end)
+    # The answer contains nothing that another site must not see.
+    cors = (
+        b"Access-Control-Allow-Origin: %b\r\nAccess-Control-Allow-Credentials: true\r\n" % origin[1]
+        if origin
+        else b""
+    )
+    common = b"Cache-Control: no-store\r\nVary: Origin\r\n%bConnection: close\r\n\r\n" % cors
+    found = _FIELDS.search(head, 0, end)
+    if found is not None and found[1]:
+        return (
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n%b"
+            b"retry: %d\n: relay is overloaded\n\n" % (common, retry_s * 1000)
+        )
+    text = b"relay is overloaded; try again later\n"
+    return (
+        b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: %d\r\n"
+        b"Content-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n%b%b"
+        % (math.ceil(retry_s), len(text), common, text)
+    )
