@@ -1,10 +1,11 @@
-"""Send events to Redis on one connection, which is kept between events and reopened if lost."""
+"""Send events to Redis on one connection to each server. It is kept, and reopened if lost."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 
 from typing_extensions import override
 
@@ -26,11 +27,15 @@ from relay.core.errors import (
     RelayError,
 )
 from relay.core.model import EntryID
-from relay.stream.connection.connect import CommandRefused, discover
+from relay.stream.connection.connect import CommandRefused, RefusedForNow
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.scripts import load
-from relay.stream.format.keys import Keys
-from relay.stream.write.append import APPEND_ONCE, WAIT_MS, AppendCommands, send
+from relay.stream.shards.making import keys_of, shard_map
+from relay.stream.shards.shard import Shard, is_misplaced
+from relay.stream.write.append import APPEND_ONCE, WAIT_MS, Append, AppendCommands, send
+
+# Pause before an event is sent again whose slot is being moved.
+_PAUSE_S = 0.02
 
 
 class DirectSender(Sender):
@@ -61,14 +66,15 @@ class DirectSender(Sender):
         )
         namespace = NamespaceSettings(retention_count=maxlen)
         self._commands = AppendCommands(
-            Keys(settings.prefix), lambda _: namespace, uid_window_s=window_s
+            keys_of(settings), lambda _: namespace, uid_window_s=window_s
         )
         self._load_script = load_script
         self._wait_ms = wait_ms
-        self._connection: PipelineConnection | None = None
+        self._shards = shard_map(self._settings)
+        self._connections: dict[Shard, PipelineConnection] = {}
         # A restarted server has lost its scripts. The connection is lost as well, and reopening it
         # resets this.
-        self._script_known = False
+        self._scripted: set[PipelineConnection] = set()
         self._opening = asyncio.Lock()
 
     @override
@@ -79,56 +85,93 @@ class DirectSender(Sender):
             self._commands.build(each.channel, each.fields(), each.uid, durability=each.durability)
             for each in events
         ]
+        outcomes: list[Outcome] = [None] * len(appends)
+        left = list(range(len(appends)))
+        sent = False
+
+        def sending() -> None:
+            nonlocal sent
+            sent = True
+            on_sending()
+
         try:
-            connection = await self._connected()
+            if not self._shards.shards:
+                await self._shards.refresh()
+            while True:
+                results = await self._send(left, appends, sending)
+                for index, result in results:
+                    outcomes[index] = _outcome(result)
+                left = [index for index, result in results if _is_misplaced(result)]
+                if not left:
+                    return outcomes
+                # The slot is being moved to another server.
+                await asyncio.sleep(_PAUSE_S)
+                await self._shards.refresh()
         except RedisUnavailable as exc:
-            raise DestinationUnavailable(str(exc)) from exc
-        except ConfigError as exc:
-            raise PublishFailed(str(exc).replace("[redis] ", "")) from exc
-        script_known = self._script_known
-        self._script_known = script_known or appends[0].script is not None
-        on_sending()
-        try:
-            results = await send(
-                connection, appends, script_known=script_known, wait_ms=self._wait_ms
-            )
-        except RedisUnavailable as exc:
-            self._drop(connection)
-            raise DestinationUnavailable(str(exc), sent=True) from exc
+            raise DestinationUnavailable(str(exc), sent=sent) from exc
         except DurabilityUnavailable as exc:
             return [PostponedEvent(str(exc)) for _ in events]
-        except asyncio.CancelledError:
-            # The reply may arrive at any time, so the next event must use a new connection.
-            self._drop(connection)
-            raise
-        return [_outcome(result) for result in results]
+        except ConfigError as exc:
+            raise PublishFailed(str(exc).replace("[redis] ", "")) from exc
+
+    async def _send(
+        self, indexes: Sequence[int], appends: Sequence[Append], on_sending: Callable[[], None]
+    ) -> list[tuple[int, EntryID | RelayError]]:
+        """Send these appends, those of each server in order. Return the results, sorted."""
+        by_shard: dict[Shard, list[int]] = {}
+        for index in indexes:
+            by_shard.setdefault(self._shards.shard_of(appends[index].stream), []).append(index)
+        results: list[tuple[int, EntryID | RelayError]] = []
+        for shard, own in by_shard.items():
+            connection = await self._connected(shard)
+            parts = [appends[index] for index in own]
+            script_known = connection in self._scripted
+            if parts[0].script is not None:
+                self._scripted.add(connection)
+            on_sending()
+            try:
+                found = await send(
+                    connection, parts, script_known=script_known, wait_ms=self._wait_ms
+                )
+            except (RedisUnavailable, asyncio.CancelledError):
+                # After a cancellation the reply may arrive at any time, so the next event must use
+                # a new connection.
+                self._drop(shard, connection)
+                raise
+            results += zip(own, found, strict=True)
+        return sorted(results, key=itemgetter(0))
 
     @override
     async def close(self) -> None:
-        self._drop(self._connection)
+        for shard, connection in list(self._connections.items()):
+            self._drop(shard, connection)
 
-    async def _connected(self) -> PipelineConnection:
+    async def _connected(self, shard: Shard) -> PipelineConnection:
         async with self._opening:
-            if self._connection is None:
+            if shard not in self._connections:
                 connection = await PipelineConnection.open(
-                    await discover(self._settings),
+                    await shard.locate(),
                     settings=self._settings,
-                    on_lost=lambda _: self._drop(connection),
+                    on_lost=lambda _: self._drop(shard, connection),
                     name="relay-producer",
                     check_primary=False,
                 )
-                self._connection = connection
-                self._script_known = False
+                self._connections[shard] = connection
                 if self._load_script:
                     with contextlib.suppress(CommandRefused):
                         await load(connection, APPEND_ONCE)
-                        self._script_known = True
-            return self._connection
+                        self._scripted.add(connection)
+            return self._connections[shard]
 
-    def _drop(self, connection: PipelineConnection | None) -> None:
-        if connection is not None and connection is self._connection:
-            self._connection = None
+    def _drop(self, shard: Shard, connection: PipelineConnection) -> None:
+        self._scripted.discard(connection)
+        if self._connections.get(shard) is connection:
+            del self._connections[shard]
             connection.close()
+
+
+def _is_misplaced(result: EntryID | RelayError) -> bool:
+    return isinstance(result, RefusedForNow) and is_misplaced(result.reply)
 
 
 def _outcome(result: EntryID | RelayError) -> Outcome:

@@ -12,24 +12,28 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from producers.settings import PRODUCERS
-from relay.stream.format.keys import Keys
+from relay.stream.shards.making import keys_of, shard_map
 
 if TYPE_CHECKING:
     from relay.config.loading import Config
     from relay.config.settings import NamespaceSettings, PublishSettings, RedisSettings, Section
     from relay.core.model import Channel
+    from relay.stream.format.keys import Keys
+    from relay.stream.shards.shard import ShardMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProducerContext:
     """Settings and services for producers.
 
-    `redis` is the server with relay's streams, and `keys` builds their names. `instance` is the
+    `redis` are the servers with relay's streams, `shards` maps keys to them, and `keys` builds the
+    names of keys. `instance` is the
     unique name of this process in leases. `count(outcome, n)` increments
     `relay_producer_items_total`. `protocols` has the protocols' sections by name, `protocol:NAME`.
     """
 
     keys: Keys
+    shards: ShardMap
     redis: RedisSettings
     publish: PublishSettings
     instance: str
@@ -57,7 +61,8 @@ def build(
 ) -> RunningProducer:
     """Import and create a producer. Raise ConfigError if its settings are incomplete."""
     context = ProducerContext(
-        keys=Keys(redis.prefix),
+        keys=keys_of(redis),
+        shards=shard_map(redis),
         redis=redis,
         publish=config.publish,
         instance=instance,

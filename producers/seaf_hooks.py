@@ -23,9 +23,9 @@ from relay.core.errors import ConfigError, RelayError
 from relay.protocols.seafile import event_format
 from relay.stream.cluster.leases import Lease
 from relay.stream.connection import connect
-from relay.stream.connection.connect import redis_client
 from relay.stream.connection.reconnecting import ReconnectingConnection
 from relay.stream.format import entry
+from relay.stream.shards.clients import shard_clients
 from relay.stream.write.appender import Appender
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class SeafileHookListener(RunningProducer):
             source, subscribe_to=[_CHANNEL], on_message=self._on_message
         )
         self._appender = Appender(
+            shards=context.shards,
             keys=context.keys,
             redis=context.redis,
             settings=context.publish,
@@ -74,9 +75,9 @@ class SeafileHookListener(RunningProducer):
 
     async def _keep_lease(self) -> None:
         context = self._context
-        async with redis_client(context.redis) as client:
+        async with shard_clients(context.redis) as clients:
             lease = Lease(
-                client=client,
+                client=clients.home,
                 keys=context.keys,
                 name=_LEASE,
                 instance=context.instance,

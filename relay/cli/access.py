@@ -55,22 +55,22 @@ def _grant(options: argparse.Namespace) -> int:
 
 async def revoke(redis: RedisSettings, channel: Channel, user: str) -> EntryID:
     """Revoke the right to read a channel; return the ID of the last entry that is delivered."""
-    from relay.stream.connection.connect import redis_client
-    from relay.stream.format.keys import Keys
+    from relay.stream.shards.clients import shard_clients
+    from relay.stream.shards.making import keys_of
     from relay.stream.write import revoke as revocations
 
-    async with redis_client(redis) as client:
-        return await revocations.revoke(client, Keys(redis.prefix), channel, user)
+    async with shard_clients(redis) as clients:
+        return await revocations.revoke(clients, keys_of(redis), channel, user)
 
 
 async def grant(redis: RedisSettings, channel: Channel, user: str) -> EntryID | None:
     """Undo a revocation; return the ID of its entry, or None if the user was not revoked."""
-    from relay.stream.connection.connect import redis_client
-    from relay.stream.format.keys import Keys
+    from relay.stream.shards.clients import shard_clients
+    from relay.stream.shards.making import keys_of
     from relay.stream.write import revoke as revocations
 
-    async with redis_client(redis) as client:
-        return await revocations.grant(client, Keys(redis.prefix), channel, user)
+    async with shard_clients(redis) as clients:
+        return await revocations.grant(clients, keys_of(redis), channel, user)
 
 
 def _where(config: Config) -> str:

@@ -26,7 +26,7 @@ async def connections(site: OperatorContext, options: argparse.Namespace) -> int
     """List connections of all workers, in pages."""
     after, left = options.after, options.limit
     rows: list[dict[str, Any]] = []
-    async with asking(site.config.redis, site.client, site.keys) as questions:
+    async with asking(site.config.redis, site.clients, site.keys) as questions:
         while True:
             wanted = ConnectionFilter(
                 user=options.user,
@@ -72,7 +72,7 @@ def _row(row: dict[str, Any]) -> list[str]:
 
 async def connection(site: OperatorContext, options: argparse.Namespace) -> int:
     """Show one connection."""
-    async with asking(site.config.redis, site.client, site.keys) as questions:
+    async with asking(site.config.redis, site.clients, site.keys) as questions:
         page = await find_connections(questions, ConnectionFilter(id=options.id))
     if not page.connections:
         _complete(page)
@@ -135,7 +135,7 @@ def _complete(page: ConnectionPage) -> int:
 async def disconnect(site: OperatorContext, options: argparse.Namespace) -> int:
     """Close the user's connections through the control stream, and report how many there were."""
     user = user_of(options.user)
-    entry_id = await control.publish(site.client, site.keys, control.DisconnectUser(user=user))
+    entry_id = await control.publish(site.clients, site.keys, control.DisconnectUser(user=user))
     workers = len(await live_workers(site.client, site.keys))
     closed = 0
     problems: list[str] = []
@@ -159,7 +159,7 @@ async def disconnect(site: OperatorContext, options: argparse.Namespace) -> int:
 async def _closed_by(site: OperatorContext, entry_id: str) -> tuple[int, list[str]]:
     """Return the number of closed connections, and why it may be too small."""
     try:
-        async with asking(site.config.redis, site.client, site.keys) as questions:
+        async with asking(site.config.redis, site.clients, site.keys) as questions:
             answers = await questions.ask(CLOSED_BY, {"command": entry_id}, within_s=5.0)
     except RelayError as exc:
         return 0, [f"the command was sent, but the number of connections is unknown: {exc}"]

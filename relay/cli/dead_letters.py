@@ -10,8 +10,8 @@ from relay.cli.output import Progress, duration, emit, safe, say, table
 from relay.core.errors import NotDurable, RedisUnavailable, RelayError
 from relay.core.model import Broken
 from relay.stream.connection import connect
-from relay.stream.connection.pipeline_connection import connected
 from relay.stream.format import entry
+from relay.stream.shards.clients import Connections
 from relay.stream.upkeep import dead_letter_list, reports
 from relay.stream.upkeep.dead_letter_list import DeadLetter
 
@@ -104,16 +104,17 @@ async def _requeue(site: OperatorContext, options: argparse.Namespace) -> int:
     progress = Progress("requeued")
     done = failed = undeliverable = 0
     try:
-        async with connected(site.config.redis, name="relay-admin") as connection:
+        async with Connections(site.clients) as connections:
             async for letter in _chosen(site, options):
                 if letter.channel is None:
                     say(f"dead letter {letter.id} is not an entry of a stream; skipped")
                     failed += 1
                     continue
                 namespace = site.config.namespace(letter.channel)
+                connection = await connections.to(site.keys.stream(letter.channel))
                 try:
                     entry_id = await dead_letter_list.requeue(
-                        site.client, connection, site.keys, letter, namespace
+                        site.clients, connection, site.keys, letter, namespace
                     )
                 except (RedisUnavailable, NotDurable, connect.CommandRefused):
                     raise

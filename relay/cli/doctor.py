@@ -41,7 +41,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 async def _examine(config: Config) -> list[Finding]:
     async with operator_context(config) as site:
-        return await examine(config, site.client, site.keys)
+        return await examine(config, site.clients, site.keys)
 
 
 def _show(finding: Finding) -> None:

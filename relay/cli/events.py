@@ -27,9 +27,9 @@ from relay.core.model import (
     Revocation,
 )
 from relay.hub.recovery import judge, untrimmed
-from relay.stream.connection.pipeline_connection import connected
 from relay.stream.format import entry
 from relay.stream.read.view import PAGE, View, read_view, wait_for_entry
+from relay.stream.shards.clients import Connections
 from relay.stream.upkeep import reports
 from relay.stream.write.append import UID_BYTES, AppendCommands, send_one
 
@@ -58,8 +58,8 @@ async def publish(site: OperatorContext, options: argparse.Namespace) -> int:
     append = AppendCommands(
         site.keys, lambda _: namespace, uid_window_s=site.config.publish.uid_window_s
     ).build(channel, fields, options.uid, durability=durability)
-    async with connected(site.config.redis, name="relay-admin") as connection:
-        done = await send_one(connection, append)
+    async with Connections(site.clients) as connections:
+        done = await send_one(await connections.to(site.keys.stream(channel)), append)
     if options.json:
         reached = {"durability": str(append.durability)} if append.durability.waits else {}
         emit({"channel": channel, "id": str(done.id), "appended": done.is_new, **reached})
@@ -135,12 +135,14 @@ class _Tail:
     async def _read(self, after: EntryID, count: int = PAGE) -> View:
         site = self._site
         limit = site.config.stream.max_entry_bytes
-        return await read_view(site.client, site.keys, self._channel, after, limit, count)
+        client = site.clients.for_key(site.keys.stream(self._channel))
+        return await read_view(client, site.keys, self._channel, after, limit, count)
 
     async def _wait(self) -> None:
         site = self._site
         limit_s = site.config.redis.command_timeout_s
-        await wait_for_entry(site.client, site.keys, self._channel, self._position.id, limit_s)
+        client = site.clients.for_key(site.keys.stream(self._channel))
+        await wait_for_entry(client, site.keys, self._channel, self._position.id, limit_s)
 
     def _begin(self, view: View, after: EntryID | None) -> None:
         state = view.state

@@ -10,28 +10,35 @@ from typing import TYPE_CHECKING
 from relay.cli.output import say
 from relay.core.errors import RelayError
 from relay.core.model import Channel, parse_channel
-from relay.stream.connection.connect import redis_client
-from relay.stream.format.keys import Keys
+from relay.stream.shards.clients import shard_clients
+from relay.stream.shards.making import keys_of
 
 if TYPE_CHECKING:
     from relay.config.loading import Config
     from relay.stream.connection.connect import RedisClient
+    from relay.stream.format.keys import Keys
+    from relay.stream.shards.clients import ShardClients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorContext:
-    """Configuration, Redis client and key names of one installation."""
+    """Configuration, Redis clients and key names of one installation."""
 
     config: Config
-    client: RedisClient
+    clients: ShardClients
     keys: Keys
+
+    @property
+    def client(self) -> RedisClient:
+        """The client for keys that belong to no channel."""
+        return self.clients.home
 
 
 @asynccontextmanager
 async def operator_context(config: Config) -> AsyncIterator[OperatorContext]:
-    """Create the context. The client connects with its first command."""
-    async with redis_client(config.redis) as client:
-        yield OperatorContext(config=config, client=client, keys=Keys(config.redis.prefix))
+    """Create the context. The clients connect with their first commands."""
+    async with shard_clients(config.redis) as clients:
+        yield OperatorContext(config=config, clients=clients, keys=keys_of(config.redis))
 
 
 def channel_of(text: str) -> Channel:

@@ -20,7 +20,7 @@ async def streams(site: OperatorContext, options: argparse.Namespace) -> int:
     progress = Progress("streams")
     found: list[StreamOverview] = []
     try:
-        async for batch in overview.walk(site.client, site.keys, options.pattern, progress):
+        async for batch in overview.walk(site.clients, site.keys, options.pattern, progress):
             found += batch
     finally:
         progress.end()
@@ -32,7 +32,7 @@ async def streams(site: OperatorContext, options: argparse.Namespace) -> int:
             emit(reports.stream(site.keys, namespace, stream, alive))
     elif found:
         _show(site, found, alive)
-    async for line in overview.misnamed(site.client, site.keys, options.pattern):
+    async for line in overview.misnamed(site.clients, site.keys, options.pattern):
         say(line)
     if not found:
         if options.pattern != "*":
@@ -102,7 +102,7 @@ async def trim(site: OperatorContext, options: argparse.Namespace) -> int:
         max_entries = namespace.retention_count or None
         max_age_s = namespace.retention_age_s or None
     removed = await retention.trim_one(
-        site.client, site.keys, channel, max_entries=max_entries, max_age_s=max_age_s
+        site.clients, site.keys, channel, max_entries=max_entries, max_age_s=max_age_s
     )
     if removed is None:
         raise RelayError(f"{channel} has no stream; run `relay streams` for a list")

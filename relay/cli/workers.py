@@ -130,10 +130,12 @@ async def _write_refusal(site: OperatorContext) -> str:
 
     A Redis that is full rejects heartbeats too, so workers cannot report it.
     """
-    try:
-        await connect.command(site.client, "SET", site.keys.canary("status"), "1", "PX", 1000)
-    except (connect.CommandRefused, connect.RefusedForNow) as exc:
-        return exc.reply
+    for shard, client in await site.clients.each():
+        key = site.keys.canary("status", shard.tag)
+        try:
+            await connect.command(client, "SET", key, "1", "PX", 1000)
+        except (connect.CommandRefused, connect.RefusedForNow) as exc:
+            return exc.reply
     return ""
 
 
@@ -166,7 +168,7 @@ async def unsubscribe(site: OperatorContext, options: argparse.Namespace) -> int
     """End the user's subscriptions to one channel through the control stream."""
     channel, user = channel_of(options.channel), user_of(options.user)
     command = control.UnsubscribeUser(channel=channel, user=user)
-    entry_id = await control.publish(site.client, site.keys, command)
+    entry_id = await control.publish(site.clients, site.keys, command)
     action = f"end all subscriptions of {user} to {channel}"
     await _sent(site, options, entry_id, action, {"channel": channel, "user": user})
     return 0

@@ -36,13 +36,13 @@ async def channels(request: ApiRequest) -> object:
         raise BadRequest(f"at most {_MOST} channels in one request")
     if names:
         wanted = [channel_of(name) for name in names]
-        found = await overview.of_channels(services.client, services.keys, wanted)
+        found = await overview.of_channels(services.clients, services.keys, wanted)
         return {"channels": await _streams(services, found), "cursor": ""}
     pattern, cursor = request.text("pattern", "*") or "*", request.text("cursor", "")
-    if cursor and not (cursor.isascii() and cursor.isdigit() and len(cursor) <= 20):
+    if cursor and not (cursor.isascii() and cursor.isdigit() and len(cursor) <= 24):
         raise BadRequest("cursor must be the one of the previous page")
     count = request.count("count", _PAGE, _MOST)
-    found, following = await overview.page(services.client, services.keys, pattern, cursor, count)
+    found, following = await overview.page(services.clients, services.keys, pattern, cursor, count)
     return {"channels": await _streams(services, found), "cursor": following}
 
 
@@ -62,10 +62,11 @@ async def entries(request: ApiRequest) -> object:
     count = request.count("count", _ENTRIES, _MOST_ENTRIES)
     before, after = request.entry_id("before"), request.entry_id("after")
     limit = services.config().stream.max_entry_bytes
+    client = services.client_of(channel)
     if after is not None:
-        view = await read_view(services.client, services.keys, channel, after, limit, count)
+        view = await read_view(client, services.keys, channel, after, limit, count)
         return {"entries": [_shown(each) for each in view.records], "more": view.more}
-    found = await read_newest(services.client, services.keys, channel, before, limit, count)
+    found = await read_newest(client, services.keys, channel, before, limit, count)
     return {"entries": [_shown(each) for each in found], "more": bool(found)}
 
 
@@ -94,7 +95,7 @@ async def presence(request: ApiRequest) -> object:
 async def rights(request: ApiRequest) -> object:
     """Return what relay and Redis know about a user's right to read the channel."""
     services, channel, user = request.services, request.channel(), request.text("user")
-    keys, client = services.keys, services.client
+    keys, client = services.keys, services.client_of(channel)
     field = user.encode(errors="replace")
     value, before = [
         await connect.command(client, "HGET", key, field)
@@ -183,7 +184,7 @@ async def trim(request: ApiRequest) -> object:
     if not limits or not all(0 <= each < 1e15 for each in limits):
         raise BadRequest("max_entries or max_age_s must be set, and not negative")
     removed = await retention.trim_one(
-        services.client,
+        services.clients,
         services.keys,
         channel,
         max_entries=body.max_entries,
@@ -207,7 +208,7 @@ async def delete(request: ApiRequest) -> object:
     channel: Channel = channel_of(body.channel)
     if body.confirm != body.channel:
         raise BadRequest("confirm must repeat the name of the channel")
-    if not await retention.delete(services.client, services.keys, channel):
+    if not await retention.delete(services.clients, services.keys, channel):
         raise BadRequest(f"{channel} has no stream")
     return {"channel": channel, "deleted": True}
 
@@ -223,7 +224,7 @@ async def revoke(request: ApiRequest) -> object:
     """Revoke the right to read a channel."""
     channel, user = _channel_and_user(request)
     services = request.services
-    entry_id = await revocations.revoke(services.client, services.keys, channel, user)
+    entry_id = await revocations.revoke(services.clients, services.keys, channel, user)
     return {"channel": channel, "user": user, "id": str(entry_id)}
 
 
@@ -231,7 +232,7 @@ async def grant(request: ApiRequest) -> object:
     """End a revocation."""
     channel, user = _channel_and_user(request)
     services = request.services
-    entry_id = await revocations.grant(services.client, services.keys, channel, user)
+    entry_id = await revocations.grant(services.clients, services.keys, channel, user)
     if entry_id is None:
         raise BadRequest(f"{user} is not revoked on {channel}")
     return {"channel": channel, "user": user, "id": str(entry_id)}

@@ -16,7 +16,7 @@ async def disconnect(request: ApiRequest) -> object:
     """Close all connections of a user."""
     body, services = request.body(UserBody), request.services
     command = control.DisconnectUser(user=user_of(body.user))
-    entry_id = await control.publish(services.client, services.keys, command)
+    entry_id = await control.publish(services.clients, services.keys, command)
     return {"user": body.user, "id": str(entry_id)}
 
 
@@ -25,5 +25,5 @@ async def unsubscribe(request: ApiRequest) -> object:
     body, services = request.body(UserBody), request.services
     channel = channel_of(body.channel) if body.channel else None
     command = control.UnsubscribeUser(user=user_of(body.user), channel=channel)
-    entry_id = await control.publish(services.client, services.keys, command)
+    entry_id = await control.publish(services.clients, services.keys, command)
     return {"user": body.user, "channel": channel, "id": str(entry_id)}

@@ -10,7 +10,7 @@ from relay.console.services import Body, entry_id_of
 from relay.core.errors import BadRequest, NotDurable, RedisUnavailable, RelayError
 from relay.core.model import ZERO_ID
 from relay.stream.connection.connect import CommandRefused
-from relay.stream.connection.pipeline_connection import connected
+from relay.stream.shards.clients import Connections
 from relay.stream.upkeep import dead_letter_list, reports
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ async def requeue(request: ApiRequest) -> object:
     ids = [entry_id_of(text, "ids") for text in body.ids]
     done: list[dict[str, object]] = []
     failed: list[dict[str, object]] = []
-    async with connected(services.redis, name="relay-console") as connection:
+    async with Connections(services.clients) as connections:
         for letter_id in ids:
             try:
                 letter = await dead_letter_list.find(services.client, services.keys, letter_id)
@@ -73,8 +73,8 @@ async def requeue(request: ApiRequest) -> object:
                     failed.append({"letter": str(letter_id), "error": "not an entry of a stream"})
                     continue
                 entry_id = await dead_letter_list.requeue(
-                    services.client,
-                    connection,
+                    services.clients,
+                    await connections.to(services.keys.stream(letter.channel)),
                     services.keys,
                     letter,
                     services.config().namespace(letter.channel),

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from relay.core.errors import RedisUnavailable
 from relay.stream.cluster.workers import list_workers
-from relay.stream.connection import connect
 from relay.stream.upkeep import dead_letter_list, reports
 
 if TYPE_CHECKING:
@@ -15,12 +14,13 @@ if TYPE_CHECKING:
 
 async def overview(request: ApiRequest) -> object:
     """Return all workers, the Redis server and the number of dead letters."""
-    client, keys = request.services.client, request.services.keys
+    clients, keys = request.services.clients, request.services.keys
+    client = clients.home
     try:
         living, silent = await list_workers(client, keys)
-        now_ms = await connect.time_ms(client)
+        now_ms = await clients.time_ms(keys.nodes)
         dead_letters = await dead_letter_list.count(client, keys)
-        server = await reports.server(client)
+        servers = [await reports.server(each) for _, each in await clients.each()]
     except RedisUnavailable as exc:
         return {"redis_error": str(exc), "workers": [], "servers": []}
     living.sort(key=lambda node: (node.host, node.instance))
@@ -30,6 +30,6 @@ async def overview(request: ApiRequest) -> object:
             *(reports.worker(node, now_ms) for node in living),
             *map(reports.silent_worker, silent),
         ],
-        "servers": [server],
+        "servers": servers,
         "dead_letters": dead_letters,
     }

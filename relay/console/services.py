@@ -15,27 +15,35 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from relay.config.loading import Config
-    from relay.config.settings import RedisSettings
     from relay.doorkit.contract import Presence, Publish, Store
     from relay.stream.cluster.login_attempts import LoginAttempts
     from relay.stream.connection.connect import RedisClient
     from relay.stream.format.keys import Keys
+    from relay.stream.shards.clients import ShardClients
 
 _B = TypeVar("_B", bound="Body")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConsoleServices:
-    """Services of the relay. `client` and `redis` have the rights of an operator."""
+    """Services of the relay. `clients` have the rights of an operator."""
 
     config: Callable[[], Config]
-    client: RedisClient
-    redis: RedisSettings
+    clients: ShardClients
     keys: Keys
     publish: Publish
     presence: Presence
     store: Store
     attempts: LoginAttempts
+
+    @property
+    def client(self) -> RedisClient:
+        """The client for keys that belong to no channel."""
+        return self.clients.home
+
+    def client_of(self, channel: Channel) -> RedisClient:
+        """Return the client for keys of a channel."""
+        return self.clients.for_key(self.keys.stream(channel))
 
 
 class Body(BaseModel):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from relay.config.settings import RedisSettings
     from relay.stream.connection.connect import RedisClient
     from relay.stream.format.keys import Keys
+    from relay.stream.shards.clients import ShardClients
 
 _log = logging.getLogger(__name__)
 
@@ -168,25 +169,29 @@ class Questions:
 
 
 @asynccontextmanager
-async def asking(redis: RedisSettings, client: RedisClient, keys: Keys) -> AsyncIterator[Questions]:
+async def asking(
+    redis: RedisSettings, clients: ShardClients, keys: Keys
+) -> AsyncIterator[Questions]:
     """Open the bus for a program that is not a worker, such as the command line.
 
     Raises:
         RelayError: The bus could not be opened.
     """
-    bus = ClusterBus(redis=redis, keys=keys, instance=new_instance("operator"))
+    bus = ClusterBus(
+        shards=clients.shards, redis=redis, keys=keys, instance=new_instance("operator")
+    )
     async with asyncio.TaskGroup() as tasks:
-        running = tasks.create_task(bus.connection.run())
+        running = tasks.create_task(bus.links.run())
         try:
             try:
                 async with asyncio.timeout(_CONNECT_S):
-                    await bus.connection.wait_open()
+                    await bus.links.wait_open()
             except TimeoutError:
                 raise RelayError(
                     f"could not subscribe to the workers' answers within {_CONNECT_S:.0f} s: Redis"
                     " is unreachable, or its user lacks +subscribe (docs/redis.md, 'Create Redis"
                     " users')"
                 ) from None
-            yield Questions(bus, client=client, keys=keys, spawn=tasks.create_task)
+            yield Questions(bus, client=clients.home, keys=keys, spawn=tasks.create_task)
         finally:
             running.cancel()

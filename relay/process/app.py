@@ -30,7 +30,7 @@ import aiohttp
 import uvloop
 from pydantic import SecretStr
 
-from relay.core.errors import RelayError, StartError
+from relay.core.errors import RedisUnavailable, RelayError, StartError
 from relay.core.metrics import Metrics
 from relay.core.worker_memory import DIED, REOPEN_LOG, Worker
 from relay.process import logs
@@ -44,8 +44,9 @@ from relay.process.reloading import Reloads
 from relay.process.server import Listening
 from relay.process.start_signals import STOP_SIGNALS, release_signals
 from relay.stream.cluster.workers import check_schema
-from relay.stream.connection.connect import change_password, check_server, redis_client
-from relay.stream.format.keys import Keys
+from relay.stream.connection.connect import change_password
+from relay.stream.shards.clients import ShardClients, shard_clients
+from relay.stream.shards.making import keys_of
 from relay.stream.write.confirmations import check_namespaces
 from relay.transports.socket.listener import raise_open_file_limit
 
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from relay.config.settings import NamespaceSettings, RedisSettings, Section
     from relay.core.model import Channel
     from relay.doorkit.contract import Mounted
-    from relay.stream.connection.connect import RedisClient
 
 _log = logging.getLogger(__name__)
 
@@ -146,13 +146,12 @@ class Relay:
         async with contextlib.AsyncExitStack() as stack:
             if not self._check_only and self._worker is None:
                 await stack.enter_async_context(running_valkey(config.redis))
-            client = await stack.enter_async_context(redis_client(redis))
-            operator, operator_client = redis, client
+            clients = operators = await stack.enter_async_context(shard_clients(redis))
             if url := config.console.redis_url.get_secret_value():
                 operator = redis.model_copy(update={"url": url, "password": SecretStr("")})
-                operator_client = await stack.enter_async_context(redis_client(operator))
+                operators = await stack.enter_async_context(shard_clients(operator))
             if not self._check_only:
-                check = _check_redis(client, redis, config.namespaces)
+                check = _check_redis(clients, redis, config.namespaces)
                 checking = asyncio.get_running_loop().create_task(check)
                 try:
                     await asyncio.wait({checking})
@@ -162,7 +161,7 @@ class Relay:
                 if config.redis.url != "embedded" and (
                     self._worker is None or self._worker.number == 1
                 ):
-                    await log_faults(config, client)
+                    await log_faults(config, clients.home)
             self._background = await stack.enter_async_context(asyncio.TaskGroup())
             http = await stack.enter_async_context(
                 aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
@@ -170,9 +169,8 @@ class Relay:
             foundation = Foundation(
                 config=config,
                 redis=redis,
-                client=client,
-                operator_redis=operator,
-                operator_client=operator_client,
+                clients=clients,
+                operators=operators,
                 current_config=lambda: self._config,
                 http=http,
                 metrics=_metrics(self._worker),
@@ -230,7 +228,7 @@ class Relay:
         self, base: Foundation, parts: Parts, reloads: Reloads
     ) -> list[asyncio.Task[None]]:
         settings = self._follow_supervisor(base, parts) if self._worker else reloads.run()
-        dead_letters = parts.incoming.write_dead_letters(base.client, parts.keys, parts.node)
+        dead_letters = parts.incoming.write_dead_letters(base.clients, parts.keys, parts.node)
         return [
             self._spawn(settings, name="settings"),
             self._spawn(parts.appender.run(), name="appends"),
@@ -404,12 +402,14 @@ class Relay:
 
 
 async def _check_redis(
-    client: RedisClient, settings: RedisSettings, namespaces: Mapping[str, NamespaceSettings]
+    clients: ShardClients, settings: RedisSettings, namespaces: Mapping[str, NamespaceSettings]
 ) -> None:
-    """Raise StartError if this version of relay cannot use the server, or not at this time."""
-    await check_server(client, settings)
-    await check_schema(client, Keys(settings.prefix))
-    await check_namespaces(client, namespaces)
+    """Raise StartError if this version of relay cannot use the servers, or not at this time."""
+    await clients.check()
+    await check_schema(clients.home, keys_of(settings))
+    with contextlib.suppress(RedisUnavailable):
+        for _, client in await clients.each():
+            await check_namespaces(client, namespaces)
 
 
 def _metrics(worker: Worker | None) -> Metrics:

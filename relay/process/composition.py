@@ -57,9 +57,9 @@ from relay.stream.cluster.workers import (
 )
 from relay.stream.connection.refusals import Refusals
 from relay.stream.format import entry
-from relay.stream.format.keys import Keys
 from relay.stream.read.control_reader import ControlReader
 from relay.stream.read.reader import StreamReader
+from relay.stream.shards.making import keys_of
 from relay.stream.upkeep.unused import UnusedStreams
 from relay.stream.write.appender import Appender
 from relay.transports.between_workers.forwarder import Forwarder
@@ -78,8 +78,9 @@ if TYPE_CHECKING:
     from relay.core.worker_memory import Worker
     from relay.doorkit.contract import Mounted, OpenSession, Publish, Spawn
     from relay.hub.session import Client, Encoder, Session
-    from relay.stream.connection.connect import RedisClient
     from relay.stream.connection.primary import Continued
+    from relay.stream.format.keys import Keys
+    from relay.stream.shards.clients import ShardClients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,10 +89,9 @@ class Foundation:
 
     config: Config
     redis: RedisSettings
-    client: RedisClient
-    # For the console: a connection with an operator's rights.
-    operator_redis: RedisSettings
-    operator_client: RedisClient
+    clients: ShardClients
+    # For the console: clients with an operator's rights.
+    operators: ShardClients
     current_config: Callable[[], Config]
     http: aiohttp.ClientSession
     metrics: Metrics
@@ -138,7 +138,7 @@ def build(base: Foundation) -> Parts:
     config = base.config
     node = node_name(config) + (f"-{base.worker.number}" if base.worker else "")
     instance = new_instance(node)
-    keys = Keys(base.redis.prefix)
+    keys, shards = keys_of(base.redis), base.clients.shards
     refusals = Refusals()
 
     # From Redis to the local clients.
@@ -149,13 +149,14 @@ def build(base: Foundation) -> Parts:
     commands = ControlCommands(
         hub=hub, rights=rights, spawn=lambda work: base.spawn(work, name="commands")
     )
-    unused = UnusedStreams(base.client, keys)
+    unused = UnusedStreams(base.clients, keys)
     reader = _reader(base, keys, instance, hub, commands, incoming, unused, refusals)
     # The only circular reference: the hub requests streams from the reader that serves it.
     hub.reads = reader
 
     # From the local clients and producers to Redis, and to other workers.
     appender = Appender(
+        shards=shards,
         keys=keys,
         redis=base.redis,
         settings=config.publish,
@@ -165,6 +166,7 @@ def build(base: Foundation) -> Parts:
     deaths = WorkerDeaths(base.worker.memory if base.worker else None)
     limiter = _limiter(base, keys, instance, hub, refusals, deaths)
     cluster = ClusterServices(
+        shards=shards,
         redis=base.redis,
         keys=keys,
         instance=instance,
@@ -175,7 +177,7 @@ def build(base: Foundation) -> Parts:
         continued=_continued(base),
     )
     directory = WorkerDirectory(
-        client=base.client,
+        client=base.clients.home,
         keys=keys,
         deaths=deaths,
         # `relay status`, `/readyz` and the log name the problem.
@@ -242,7 +244,7 @@ def build(base: Foundation) -> Parts:
     heartbeat = _heartbeat(base, keys, node, instance, hub, reader, refusals)
     collections = RareCollections()
     jobs = JobScheduler(
-        client=base.client,
+        client=base.clients.home,
         keys=keys,
         instance=instance,
         is_connected=reader.is_connected,
@@ -257,7 +259,7 @@ def build(base: Foundation) -> Parts:
                 measure_clock=partial(_measure_clock, base.metrics.clock, cluster, refusals),
             ),
             *shared_jobs(
-                client=base.client,
+                clients=base.clients,
                 keys=keys,
                 settings=config.jobs,
                 namespace_of=base.namespace_of,
@@ -360,7 +362,7 @@ def _limiter(
     deaths: WorkerDeaths,
 ) -> ConnectionLimiter:
     limiter = ConnectionLimiter(
-        client=base.client,
+        client=base.clients.home,
         keys=keys,
         instance=instance,
         limit=base.config.hub.connections_per_user,
@@ -385,7 +387,7 @@ def _questions(
     """Return the questions that operators ask of all workers, with this worker's answers."""
     questions = Questions(
         cluster.bus,
-        client=base.client,
+        client=base.clients.home,
         keys=keys,
         spawn=lambda work: base.spawn(work, name="question"),
     )
@@ -445,13 +447,12 @@ def _publish(appender: Appender, max_entry_bytes: int) -> Publish:
 def _console(base: Foundation, keys: Keys, cluster: ClusterServices, publish: Publish) -> Console:
     services = ConsoleServices(
         config=base.current_config,
-        client=base.operator_client,
-        redis=base.operator_redis,
+        clients=base.operators,
         keys=keys,
         publish=publish,
         presence=cluster.presence,
         store=cluster.store,
-        attempts=LoginAttempts(base.client, keys),
+        attempts=LoginAttempts(base.clients.home, keys),
     )
     return Console(services, base.config.console)
 
@@ -532,7 +533,7 @@ def _heartbeat(
         )
 
     return WorkerHeartbeat(
-        client=base.client,
+        client=base.clients.home,
         keys=keys,
         worker=describe_this_worker(node, instance, __version__),
         load=load,

@@ -16,8 +16,8 @@ from relay.stream.write import dead_letters
 if TYPE_CHECKING:
     from relay.core.metrics import Metrics
     from relay.core.model import Broken, Channel, Event
-    from relay.stream.connection.connect import RedisClient
     from relay.stream.format.keys import Keys
+    from relay.stream.shards.clients import ShardClients
 
 _log = logging.getLogger(__name__)
 
@@ -56,12 +56,12 @@ class Incoming:
                 broken.reason,
             )
 
-    async def write_dead_letters(self, client: RedisClient, keys: Keys, node: str) -> None:
+    async def write_dead_letters(self, clients: ShardClients, keys: Keys, node: str) -> None:
         """Write queued entries to the dead-letter stream. Runs until cancelled."""
         while True:
             channel, broken = await self.dead_letters.get()
             try:
-                if await dead_letters.write(client, keys, channel, broken, node=node):
+                if await dead_letters.write(clients, keys, channel, broken, node=node):
                     self._metrics.dead_letters.inc()
             except RelayError as exc:
                 _log.warning("Could not write dead letter %s of %s: %s", broken.id, channel, exc)

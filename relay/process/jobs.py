@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from relay.stream.connection.connect import RedisClient
     from relay.stream.connection.refusals import Refusals
     from relay.stream.format.keys import Keys
+    from relay.stream.shards.clients import ShardClients
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def worker_jobs(
 
 def shared_jobs(
     *,
-    client: RedisClient,
+    clients: ShardClients,
     keys: Keys,
     settings: JobSettings,
     namespace_of: Callable[[Channel], NamespaceSettings],
@@ -120,7 +121,7 @@ def shared_jobs(
     refusals: Refusals,
 ) -> Iterator[PeriodicJob]:
     """Yield the jobs that one worker runs for the whole cluster."""
-    upkeep = _Upkeep(client, keys, namespace_of, presence, refusals)
+    upkeep = _Upkeep(clients, keys, namespace_of, presence, refusals)
     retention_s = settings.retention_s
     yield PeriodicJob(name="retention", every_s=retention_s, run=upkeep.trim, shared=True)
     yield PeriodicJob(
@@ -264,27 +265,27 @@ class _Upkeep:
 
     def __init__(
         self,
-        client: RedisClient,
+        clients: ShardClients,
         keys: Keys,
         namespace_of: Callable[[Channel], NamespaceSettings],
         presence: ClusterPresence,
         refusals: Refusals,
     ) -> None:
-        self._client = client
+        self._clients = clients
         self._keys = keys
         self._namespace_of = namespace_of
         self._presence = presence
         self._refusals = refusals
         dead = presence.is_dead
-        self._detector = DeadWorkerDetector(client=client, keys=keys, dead=dead)
+        self._detector = DeadWorkerDetector(client=clients.home, keys=keys, dead=dead)
         self._dead_workers = DeadWorkersJob(
-            client=client, keys=keys, dead=dead, clear=presence.clear
+            clients=clients, keys=keys, dead=dead, clear=presence.clear
         )
-        self._unused = UnusedStreamsJob(client, keys)
+        self._unused = UnusedStreamsJob(clients, keys)
 
     async def trim(self) -> None:
         """Apply retention to all streams."""
-        done = await trim(self._client, self._keys, self._namespace_of)
+        done = await trim(self._clients, self._keys, self._namespace_of)
         self._refusals.note(_MISNAMED, _misnamed(self._keys, done.misnamed))
         if done.entries or done.not_streams:
             _log.info(

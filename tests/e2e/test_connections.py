@@ -9,8 +9,8 @@ import pytest
 from relay.config.settings import RedisSettings
 from relay.inspect.connections import ConnectionFilter, find_connections
 from relay.inspect.questions import BadQuestion, asking
-from relay.stream.connection.connect import redis_client
 from relay.stream.format.keys import Keys
+from relay.stream.shards.clients import shard_clients
 from tests.support.cli import Cli
 from tests.support.clients import Native
 from tests.support.relay import RelayProcess
@@ -107,7 +107,7 @@ async def test_a_question_of_another_version_is_rejected(
 ) -> None:
     settings = RedisSettings(url=valkey.url("maintenance"))
     keys = Keys(settings.prefix)
-    async with redis_client(settings) as client, asking(settings, client, keys) as questions:
+    async with shard_clients(settings) as clients, asking(settings, clients, keys) as questions:
 
         async def failures() -> dict[str, str]:
             return (await questions.ask("colour", {})).failed

@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 
 from relay.stream.connection.connect import redis_client
 from relay.stream.format.keys import Keys
+from relay.stream.shards.clients import ShardClients, shard_clients
 from tests.support.valkey import Flavour, Server, running
 
 
@@ -43,6 +44,13 @@ def keys() -> Keys:
 async def client(server: Server) -> AsyncIterator[Redis]:
     """Return the client that relay uses for its jobs, with relay's rights."""
     async with redis_client(server.settings()) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def clients(server: Server) -> AsyncIterator[ShardClients]:
+    """Return the clients of all shards: of the one server."""
+    async with shard_clients(server.settings()) as opened:
         yield opened
 
 

@@ -23,6 +23,7 @@ from relay.core.errors import (
 from relay.core.model import Channel, EntryID
 from relay.stream.connection.connect import CommandRefused, command
 from relay.stream.format.keys import Keys
+from relay.stream.shards.making import shard_map
 from relay.stream.write.appender import Appender
 from tests.support.valkey import Flavour, Server, running
 
@@ -35,6 +36,7 @@ async def appending(
     server: Server, keys: Keys, *, timeout_s: float = 2.0, window_s: float = 600, **rules: Any
 ) -> AsyncIterator[Appender]:
     appender = Appender(
+        shards=shard_map(server.settings()),
         keys=keys,
         redis=server.settings(),
         settings=PublishSettings(timeout_s=timeout_s, uid_window_s=window_s),

@@ -12,9 +12,10 @@ import pytest
 from redis.asyncio import Redis
 
 from relay.core.model import Broken, Channel, EntryID, Grant, Revocation
-from relay.stream.connection.connect import CommandRefused, redis_client
+from relay.stream.connection.connect import CommandRefused
 from relay.stream.format import entry
 from relay.stream.format.keys import Keys
+from relay.stream.shards.clients import ShardClients, shard_clients
 from relay.stream.write import control, dead_letters
 from relay.stream.write.revoke import grant, revoke
 from tests.support.valkey import Server
@@ -40,9 +41,11 @@ async def letter(admin: Redis, keys: Keys) -> dict[str, str]:
     return dict(zip(texts[::2], texts[1::2], strict=True))
 
 
-async def test_a_control_command_is_appended(client: Redis, admin: Redis, keys: Keys) -> None:
+async def test_a_control_command_is_appended(
+    clients: ShardClients, admin: Redis, keys: Keys
+) -> None:
     command = control.UnsubscribeUser(channel=NEWS, user="anna")
-    entry_id = await control.publish(client, keys, command)
+    entry_id = await control.publish(clients, keys, command)
     found_id, fields = await only_entry(admin, keys.control)
     assert found_id == entry_id
     assert control.decode(found_id, fields) == control.SentCommand(
@@ -50,11 +53,13 @@ async def test_a_control_command_is_appended(client: Redis, admin: Redis, keys: 
     )
 
 
-async def test_a_dead_letter_is_written_once(client: Redis, admin: Redis, keys: Keys) -> None:
+async def test_a_dead_letter_is_written_once(
+    clients: ShardClients, admin: Redis, keys: Keys
+) -> None:
     broken = Broken(ID, "no data", ((b"text", b"hello"), (b"raw", b"\xff\x00")))
     async with asyncio.TaskGroup() as tasks:
         written = [
-            tasks.create_task(dead_letters.write(client, keys, NEWS, broken, node=f"node:{n}"))
+            tasks.create_task(dead_letters.write(clients, keys, NEWS, broken, node=f"node:{n}"))
             for n in range(5)
         ]
     assert sorted(task.result() for task in written) == [False] * 4 + [True]
@@ -82,9 +87,9 @@ async def test_a_dead_letter_is_written_once(client: Redis, admin: Redis, keys: 
     ],
 )
 async def test_a_large_one_is_cut_and_says_so(
-    client: Redis, admin: Redis, keys: Keys, pairs: tuple[tuple[bytes, bytes], ...]
+    clients: ShardClients, admin: Redis, keys: Keys, pairs: tuple[tuple[bytes, bytes], ...]
 ) -> None:
-    await dead_letters.write(client, keys, NEWS, Broken(ID, "too large", pairs), node="n")
+    await dead_letters.write(clients, keys, NEWS, Broken(ID, "too large", pairs), node="n")
     found = await letter(admin, keys)
     assert found["truncated"] == "1"
     assert 50_000 < len(found["fields"].encode()) < 110_000
@@ -93,7 +98,7 @@ async def test_a_large_one_is_cut_and_says_so(
 
 async def test_a_revocation_is_hash_and_entry(server: Server, admin: Redis, keys: Keys) -> None:
     await admin.hset(keys.rights(NEWS), "anna", "rw")
-    async with redis_client(server.settings("maintenance")) as maintenance:
+    async with shard_clients(server.settings("maintenance")) as maintenance:
         entry_id = await revoke(maintenance, keys, NEWS, "anna")
     assert await admin.hgetall(keys.rights(NEWS)) == {b"anna": b"-"}
     found_id, fields = await only_entry(admin, keys.stream(NEWS))
@@ -109,7 +114,7 @@ async def test_a_grant_is_the_inverse_of_a_revocation(
         await admin.hset(keys.rights(NEWS), "anna", before)
     await admin.hset(keys.rights(NEWS), "ben", "-")
     rights = await admin.hgetall(keys.rights(NEWS))
-    async with redis_client(server.settings("maintenance")) as maintenance:
+    async with shard_clients(server.settings("maintenance")) as maintenance:
         assert await grant(maintenance, keys, NEWS, "anna") is None
         # The second revocation must not store the first one as the previous right.
         revoked = [await revoke(maintenance, keys, NEWS, "anna") for _ in range(2)]
@@ -132,7 +137,7 @@ async def test_a_grant_is_the_inverse_of_a_revocation(
 async def test_a_right_that_the_application_has_given_since_stays(
     server: Server, admin: Redis, keys: Keys
 ) -> None:
-    async with redis_client(server.settings("maintenance")) as maintenance:
+    async with shard_clients(server.settings("maintenance")) as maintenance:
         await admin.hset(keys.rights(NEWS), "anna", "r")
         await revoke(maintenance, keys, NEWS, "anna")
         await admin.hset(keys.rights(NEWS), "anna", "rw")
@@ -146,10 +151,10 @@ async def test_a_right_that_the_application_has_given_since_stays(
 
 
 async def test_the_relay_itself_may_not_write_rights(
-    client: Redis, admin: Redis, keys: Keys
+    clients: ShardClients, admin: Redis, keys: Keys
 ) -> None:
     with pytest.raises(CommandRefused):
-        await revoke(client, keys, NEWS, "anna")
+        await revoke(clients, keys, NEWS, "anna")
     with pytest.raises(CommandRefused):
-        await grant(client, keys, NEWS, "anna")
+        await grant(clients, keys, NEWS, "anna")
     assert await admin.dbsize() == 0

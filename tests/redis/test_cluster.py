@@ -70,7 +70,7 @@ async def test_of_two_that_claim_one_gets_it(server: Server) -> None:
 
 async def test_the_time_is_that_of_redis(server: Server, admin: Redis) -> None:
     async with site(server, "one:1") as one:
-        await asyncio.wait_for(one.bus.connection.wait_open(), 5)
+        await asyncio.wait_for(one.bus.links.wait_open(), 5)
         before = await time_ms(admin)
         clock = RedisClock(wall=lambda: 0.0)
         await one.measure(clock)

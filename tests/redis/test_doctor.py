@@ -18,6 +18,7 @@ from relay.process.doctor.finding import Finding, Level
 from relay.protocols import door_settings
 from relay.stream.connection.connect import command, redis_client
 from relay.stream.format.keys import Keys
+from relay.stream.shards.clients import shard_clients
 from tests.support.relay import KEY
 from tests.support.valkey import Server, free_port, running
 
@@ -59,8 +60,8 @@ def configured(server: Server, *overrides: str, user: Any = "relay") -> Config:
 
 async def findings(config: Config) -> dict[str, Finding]:
     """Return the findings by name, without those about the host that runs this test."""
-    async with redis_client(config.redis) as client:
-        found = await examine(config, client, Keys(config.redis.prefix))
+    async with shard_clients(config.redis) as clients:
+        found = await examine(config, clients, Keys(config.redis.prefix))
     return {each.name: each for each in found if each.area != "host"}
 
 

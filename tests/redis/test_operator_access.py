@@ -17,6 +17,7 @@ from relay.stream.connection.pipeline_connection import PipelineConnection, conn
 from relay.stream.format import entry
 from relay.stream.format.keys import Keys
 from relay.stream.read import view
+from relay.stream.shards.clients import ShardClients, shard_clients
 from relay.stream.upkeep import dead_letter_list, overview, retention
 from relay.stream.write.append import AppendCommands, Appended, send_one
 from tests.support.valkey import Server
@@ -24,6 +25,12 @@ from tests.support.valkey import Server
 pytestmark = pytest.mark.redis
 NEWS = Channel("news")
 NAMESPACE = NamespaceSettings()
+
+
+@pytest.fixture
+async def hands(server: Server) -> AsyncIterator[ShardClients]:
+    async with shard_clients(server.settings("maintenance")) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -73,7 +80,9 @@ async def test_a_uid_is_not_taken_by_an_append_that_failed(
     assert (await publish(connection, keys, NEWS, "1")).is_new
 
 
-async def test_what_was_trimmed_unread_is_not_behind(hand: Redis, admin: Redis, keys: Keys) -> None:
+async def test_what_was_trimmed_unread_is_not_behind(
+    hands: ShardClients, admin: Redis, keys: Keys
+) -> None:
     key = keys.stream(NEWS)
     for number in range(1, 11):
         await command(admin, "XADD", key, f"{number}-0", "data", "1")
@@ -82,24 +91,24 @@ async def test_what_was_trimmed_unread_is_not_behind(hand: Redis, admin: Redis, 
     await command(admin, "XTRIM", key, "MAXLEN", 2)
     await admin.set(keys.stream(Channel("foreign")), "x")
     counted: list[int] = []
-    (batch,) = [each async for each in overview.walk(hand, keys, "*", counted.append) if each]
+    (batch,) = [each async for each in overview.walk(hands, keys, "*", counted.append) if each]
     (stream,) = batch
     behind = {each.worker: (each.behind, each.at_least) for each in stream.followers}
     assert behind == {"w:1": (2, False), "w:2": (0, False)}
     assert stream.state.length == 2
     assert counted[-1] == 2
-    assert [each async for each in overview.walk(hand, keys, "n?", counted.append) if each] == []
+    assert [each async for each in overview.walk(hands, keys, "n?", counted.append) if each] == []
 
 
 async def test_a_deletion_within_makes_the_count_a_page(
-    hand: Redis, admin: Redis, keys: Keys
+    hands: ShardClients, admin: Redis, keys: Keys
 ) -> None:
     key = keys.stream(NEWS)
     for number in range(1, 151):
         await command(admin, "XADD", key, f"{number}-0", "data", "1")
     await command(admin, "XGROUP", "CREATE", key, "relay:w:1", "1-0")
     await command(admin, "XDEL", key, "120-0")
-    ((stream,),) = [each async for each in overview.walk(hand, keys, "*", lambda _: None) if each]
+    ((stream,),) = [each async for each in overview.walk(hands, keys, "*", lambda _: None) if each]
     (follower,) = stream.followers
     assert (follower.behind, follower.at_least) == (100, True)
 
@@ -138,26 +147,31 @@ async def test_letters_that_come_while_it_walks_wait_for_the_next_time(
 
 @pytest.mark.parametrize("fields", ["{}", "[[1]]", "no JSON", '[["data"]]', '[["data", 5]]'])
 async def test_a_letter_with_nonsense_in_it_is_not_requeued(
-    hand: Redis, connection: PipelineConnection, admin: Redis, keys: Keys, fields: str
+    hand: Redis,
+    hands: ShardClients,
+    connection: PipelineConnection,
+    admin: Redis,
+    keys: Keys,
+    fields: str,
 ) -> None:
     letter_id = await command(
         admin, "XADD", keys.dead_letters, "*", "stream", keys.stream(NEWS), "fields", fields
     )
     letter = await dead_letter_list.find(hand, keys, EntryID.parse(letter_id))
     with pytest.raises(RelayError, match="does not contain the fields"):
-        await dead_letter_list.requeue(hand, connection, keys, letter, NAMESPACE)
+        await dead_letter_list.requeue(hands, connection, keys, letter, NAMESPACE)
     assert await dead_letter_list.count(hand, keys) == 1
     assert not await admin.exists(keys.stream(NEWS))
 
 
-async def test_one_stream_is_trimmed_exactly(hand: Redis, admin: Redis, keys: Keys) -> None:
+async def test_one_stream_is_trimmed_exactly(hands: ShardClients, admin: Redis, keys: Keys) -> None:
     for number in range(1, 6):
         await command(admin, "XADD", keys.stream(NEWS), f"{number}-0", "data", "1")
     await command(admin, "XADD", keys.stream(NEWS), "*", "data", "1")
 
     async def trim(max_entries: int | None, max_age_s: float | None) -> int | None:
         return await retention.trim_one(
-            hand, keys, NEWS, max_entries=max_entries, max_age_s=max_age_s
+            hands, keys, NEWS, max_entries=max_entries, max_age_s=max_age_s
         )
 
     assert await trim(4, None) == 2

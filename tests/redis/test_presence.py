@@ -15,6 +15,7 @@ from relay.core.errors import Unavailable
 from relay.core.model import Channel
 from relay.stream.cluster.workers import DeadWorkerDetector
 from relay.stream.format.keys import Keys
+from relay.stream.shards.clients import ShardClients
 from relay.stream.upkeep.dead_workers import DeadWorkersJob
 from tests.support.clients import until, within
 from tests.support.site import site
@@ -220,7 +221,7 @@ async def test_a_worker_that_was_taken_for_dead_is_there_again(
 
 
 async def test_the_registration_goes_last(
-    server: Server, admin: Redis, client: Redis, keys: Keys
+    server: Server, admin: Redis, clients: ShardClients, keys: Keys
 ) -> None:
     await admin.sadd("relay:nodes", "dead:1")
     await admin.sadd("relay:present:dead:1", "news", "no channel {")
@@ -229,7 +230,7 @@ async def test_the_registration_goes_last(
         told: list[str] = []
         one.presence.on_clients_lost(lambda _, clients: told.extend(clients))
         job = DeadWorkersJob(
-            client=client, keys=keys, dead="dead:1".__eq__, clear=one.presence.clear
+            clients=clients, keys=keys, dead="dead:1".__eq__, clear=one.presence.clear
         )
         # The job has found the worker to be dead, so other workers do not wait for its heartbeat.
         assert await job.remove() == ["dead:1"]

@@ -10,6 +10,7 @@ from relay.core.model import Channel
 from relay.stream.connection.connect import command
 from relay.stream.format.keys import Keys
 from relay.stream.read import groups
+from relay.stream.shards.clients import ShardClients
 from relay.stream.upkeep import unused
 from relay.stream.upkeep.unused import UnusedStreams, UnusedStreamsJob
 
@@ -28,13 +29,13 @@ async def gone(admin: Redis, key: bytes) -> None:
 
 
 async def test_a_released_stream_is_removed_and_a_followed_or_used_one_stays(
-    client: Redis, admin: Redis, keys: Keys
+    clients: ShardClients, admin: Redis, keys: Keys
 ) -> None:
     followed = await create(admin, keys, "followed", "relay:other:1")
     used = await create(admin, keys, "used")
     await admin.xadd(used, {"data": "1"})
     empty = await create(admin, keys, "empty")
-    streams = UnusedStreams(client, keys, keep_s=0.05)
+    streams = UnusedStreams(clients, keys, keep_s=0.05)
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(streams.run())
         for name in ("followed", "used", "empty", "never-created"):
@@ -45,11 +46,11 @@ async def test_a_released_stream_is_removed_and_a_followed_or_used_one_stays(
 
 
 async def test_a_worker_keeps_a_limited_number_of_released_streams(
-    client: Redis, admin: Redis, keys: Keys
+    clients: ShardClients, admin: Redis, keys: Keys
 ) -> None:
     extra = 3
     created = [await create(admin, keys, f"c{n}") for n in range(unused.MAX_KEPT + extra)]
-    streams = UnusedStreams(client, keys, keep_s=3600)
+    streams = UnusedStreams(clients, keys, keep_s=3600)
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(streams.run())
         for n in range(len(created)):
@@ -60,13 +61,13 @@ async def test_a_worker_keeps_a_limited_number_of_released_streams(
 
 
 async def test_the_job_removes_what_two_runs_have_found_unused(
-    client: Redis, admin: Redis, keys: Keys
+    clients: ShardClients, admin: Redis, keys: Keys
 ) -> None:
     empty = await create(admin, keys, "empty")
     followed = await create(admin, keys, "followed", "relay:other:1")
     foreign = keys.stream(Channel("foreign"))
     await admin.set(foreign, "x")
-    job = UnusedStreamsJob(client, keys)
+    job = UnusedStreamsJob(clients, keys)
     assert await job.run() == 0
     late = await create(admin, keys, "late")
     assert await job.run() == 1

@@ -21,6 +21,7 @@ from relay.stream.connection.connect import command, redis_client
 from relay.stream.connection.refusals import Refusals
 from relay.stream.format.keys import Keys
 from relay.stream.read import groups, stream_commands
+from relay.stream.shards.clients import ShardClients, shard_clients
 from relay.stream.upkeep import dead_workers
 from relay.stream.upkeep.unused import remove_unused
 from tests.support.valkey import Server
@@ -69,6 +70,7 @@ async def test_a_worker_that_is_not_ready_is_written_more_often(
 
 
 async def test_status_shows_a_worker_that_redis_rejects_while_it_runs(
+    server: Server,
     client: Redis,
     admin: Redis,
     keys: Keys,
@@ -85,8 +87,9 @@ async def test_status_shows_a_worker_that_redis_rejects_while_it_runs(
 
     async def problems() -> str:
         options = argparse.Namespace(json=True, min_workers=1, max_lag=5, max_dead_letters=None)
-        site = OperatorContext(config=configuration, client=admin, keys=keys)
-        code = await status(site, options)
+        async with shard_clients(server.settings("admin")) as operators:
+            site = OperatorContext(config=configuration, clients=operators, keys=keys)
+            code = await status(site, options)
         found = json.loads(capsys.readouterr().out)["wrong"]
         assert code == bool(found)
         return "; ".join(found)
@@ -182,7 +185,7 @@ async def test_a_worker_whose_heartbeat_has_expired_is_not_dead_yet(
 
 
 async def test_what_the_dead_left_is_removed_after_a_while(
-    client: Redis, admin: Redis, keys: Keys
+    client: Redis, clients: ShardClients, admin: Redis, keys: Keys
 ) -> None:
     alive, alive_beat = heartbeat(client, keys, "alive")
     dead, dead_beat = heartbeat(client, keys, "dead")
@@ -196,7 +199,7 @@ async def test_what_the_dead_left_is_removed_after_a_while(
     await admin.xgroup_create(shared, groups.group_of(alive))
     await admin.set(keys.stream(Channel("foreign")), "x")
 
-    job = dead_workers.DeadWorkersJob(client=client, keys=keys, patience_s=0.05)
+    job = dead_workers.DeadWorkersJob(clients=clients, keys=keys, patience_s=0.05)
     assert await job.remove() == []
     await admin.delete(keys.node(dead))
     assert await job.remove() == []
@@ -215,10 +218,12 @@ async def group_names(admin: Redis, key: bytes) -> set[bytes]:
     return set(stream_commands.parse_groups(raw))
 
 
-async def test_an_outage_kills_nobody(client: Redis, admin: Redis, keys: Keys) -> None:
+async def test_an_outage_kills_nobody(
+    client: Redis, clients: ShardClients, admin: Redis, keys: Keys
+) -> None:
     instance, beat = heartbeat(client, keys, "one")
     await beat.beat()
-    job = dead_workers.DeadWorkersJob(client=client, keys=keys, patience_s=0)
+    job = dead_workers.DeadWorkersJob(clients=clients, keys=keys, patience_s=0)
     await admin.delete(keys.node(instance))
     assert await job.remove() == []
     await beat.beat()

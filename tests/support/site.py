@@ -19,6 +19,7 @@ from relay.stream.cluster.workers import HEARTBEAT_S, WorkerHeartbeat, describe_
 from relay.stream.connection.connect import redis_client
 from relay.stream.format.entry import decode
 from relay.stream.format.keys import Keys
+from relay.stream.shards.making import keys_of, shard_map
 from tests.support.clients import within
 from tests.support.valkey import Server
 
@@ -33,9 +34,13 @@ async def site(
         def spawn(*arguments: object, **named: object) -> object:
             return group.create_task(*arguments, **named)  # type: ignore[arg-type]
 
+        redis = server.settings() if isinstance(server, Server) else server
+        shards = shard_map(redis)
+        await shards.refresh()
         one = ClusterServices(
-            redis=server.settings() if isinstance(server, Server) else server,
-            keys=Keys("relay:"),
+            shards=shards,
+            redis=redis,
+            keys=keys_of(redis),
             instance=instance,
             decode=lambda channel, entry_id, fields: decode(channel, entry_id, fields, 1000),
             spawn=spawn,

@@ -18,8 +18,8 @@ from relay.stream.upkeep import dead_letter_list, overview, retention
 
 if TYPE_CHECKING:
     from relay.config.loading import Config
-    from relay.stream.connection.connect import RedisClient
     from relay.stream.format.keys import Keys
+    from relay.stream.shards.clients import ShardClients
 
 _SCAN = 1000
 _EXAMPLES = 3
@@ -42,12 +42,12 @@ class _Found:
         return ", ".join(self.examples) + (f" and {more} more" if more else "")
 
 
-async def check(config: Config, client: RedisClient, keys: Keys) -> list[Finding]:
+async def check(config: Config, clients: ShardClients, keys: Keys) -> list[Finding]:
     """Return what is wrong with the data."""
     found: list[Finding] = []
     for look in (_keys, _streams, _queues):
         try:
-            found += await look(config, client, keys)
+            found += await look(config, clients, keys)
         except RelayError as exc:
             found.append(
                 note(
@@ -60,20 +60,21 @@ async def check(config: Config, client: RedisClient, keys: Keys) -> list[Finding
     return found
 
 
-async def _keys(_config: Config, client: RedisClient, keys: Keys) -> list[Finding]:
+async def _keys(_config: Config, clients: ShardClients, keys: Keys) -> list[Finding]:
     """Find keys below `<prefix>stream:` that are not a stream of a channel."""
     misnamed, foreign, renames = _Found(), _Found(), _Found()
-    async for batch in connect.scan(client, keys.any_stream_pattern, _SCAN):
-        streams = set(await retention.streams_among(client, batch))
-        for key in batch:
-            name = key.decode(errors="backslashreplace")
-            if key not in streams:
-                if keys.channel_of_stream(key) is not None:
-                    foreign.add(name)
-            elif keys.channel_of_stream(key) is None:
-                misnamed.add(name)
-                if (meant := keys.meant_by(key)) is not None:
-                    renames.add(f"redis-cli RENAMENX '{name}' '{keys.stream(meant).decode()}'")
+    for _, client in await clients.each():
+        async for batch in connect.scan(client, keys.any_stream_pattern, _SCAN):
+            streams = set(await retention.streams_among(client, batch))
+            for key in batch:
+                name = key.decode(errors="backslashreplace")
+                if key not in streams:
+                    if keys.channel_of_stream(key) is not None:
+                        foreign.add(name)
+                elif keys.channel_of_stream(key) is None:
+                    misnamed.add(name)
+                    if (meant := keys.meant_by(key)) is not None:
+                        renames.add(f"redis-cli RENAMENX '{name}' '{keys.stream(meant).decode()}'")
     found = []
     if misnamed.count:
         found.append(
@@ -99,11 +100,11 @@ async def _keys(_config: Config, client: RedisClient, keys: Keys) -> list[Findin
     return found
 
 
-async def _streams(config: Config, client: RedisClient, keys: Keys) -> list[Finding]:
-    alive = {worker.instance for worker in await live_workers(client, keys)}
+async def _streams(config: Config, clients: ShardClients, keys: Keys) -> list[Finding]:
+    alive = {worker.instance for worker in await live_workers(clients.home, keys)}
     endless: dict[str, _Found] = {}
     orphans, destroys, strangers = _Found(), _Found(), _Found()
-    async for batch in overview.walk(client, keys, "*", lambda _: None):
+    async for batch in overview.walk(clients, keys, "*", lambda _: None):
         for stream in batch:
             rules = config.namespace(stream.channel)
             key = keys.stream(stream.channel).decode()
@@ -154,9 +155,9 @@ def _section_of(config: Config, channel: str) -> str:
     return f"namespace:{name}" if colon and name in config.namespaces else "namespace"
 
 
-async def _queues(config: Config, client: RedisClient, keys: Keys) -> list[Finding]:
+async def _queues(config: Config, clients: ShardClients, keys: Keys) -> list[Finding]:
     found = []
-    letters = await dead_letter_list.count(client, keys)
+    letters = await dead_letter_list.count(clients.home, keys)
     if letters:
         found.append(
             warning(
@@ -169,7 +170,7 @@ async def _queues(config: Config, client: RedisClient, keys: Keys) -> list[Findi
     queue = config.producers["producer:queue"]
     if isinstance(queue, QueueSettings):
         names = [queue.name, *(f"{queue.name}.{number}" for number in range(queue.shards))]
-        if not queue.enabled and await _longer_than(client, names, 0):
+        if not queue.enabled and await _longer_than(clients, names, 0):
             found.append(
                 warning(
                     "data.queue",
@@ -179,7 +180,7 @@ async def _queues(config: Config, client: RedisClient, keys: Keys) -> list[Findi
                     "[producer:queue]\nenabled = yes",
                 )
             )
-        elif await _longer_than(client, names, _LONG_QUEUE):
+        elif await _longer_than(clients, names, _LONG_QUEUE):
             found.append(
                 error(
                     "data.queue",
@@ -192,12 +193,15 @@ async def _queues(config: Config, client: RedisClient, keys: Keys) -> list[Findi
     return found
 
 
-async def _longer_than(client: RedisClient, names: Sequence[str], count: int) -> bool:
+async def _longer_than(clients: ShardClients, names: Sequence[str], count: int) -> bool:
     """Return True if one of these lists has more than `count` items."""
     for name in names:
         try:
             # The user relay has no right to LLEN.
-            if await connect.command(client, "LINDEX", name, count) is not None:
+            if (
+                await connect.command(clients.for_key(name.encode()), "LINDEX", name, count)
+                is not None
+            ):
                 return True
         except connect.CommandRefused:
             # If queues are not used, the user needs no right to them.

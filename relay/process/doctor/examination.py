@@ -18,22 +18,22 @@ from relay.process.doctor.finding import Finding, Level, error
 
 if TYPE_CHECKING:
     from relay.config.loading import Config
-    from relay.stream.connection.connect import RedisClient
     from relay.stream.format.keys import Keys
+    from relay.stream.shards.clients import ShardClients
 
 _ORDER = list(Level)
 
 
-async def examine(config: Config, client: RedisClient, keys: Keys) -> list[Finding]:
+async def examine(config: Config, clients: ShardClients, keys: Keys) -> list[Finding]:
     """Return all findings, errors first.
 
-    `config` and `client` must be those of relay itself: rights are checked for its Redis user.
+    `config` and `clients` must be those of relay itself: rights are checked for its Redis user.
     """
     found = await asyncio.to_thread(_local, config)
-    of_redis = await redis_checks.check(config, client, keys)
+    of_redis = await redis_checks.check(config, clients.home, keys)
     found += of_redis
     if not any(each.name == "redis.unreachable" for each in of_redis):
-        found += await data_checks.check(config, client, keys)
+        found += await data_checks.check(config, clients, keys)
     return in_order(found)
 
 

@@ -4,7 +4,7 @@ For small notifications whose loss costs little. Each worker subscribes to one p
 its own. A message arrives at most once, and messages from one worker to another keep their order.
 The number of receivers that PUBLISH returns is not used: operators and proxies subscribe too.
 
-    PUBLISH <p>bus:<address> <topic> NUL <sender's address> NUL <payload>
+    (S)PUBLISH <p>bus:<address> <topic> NUL <sender's address> NUL <payload>
 
 The address is the random part of the worker's name. Clients see it in session IDs, so it must not
 contain the host or port.
@@ -19,23 +19,27 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from relay.config.settings import RedisSettings
     from relay.stream.format.keys import Keys
+    from relay.stream.shards.shard import ShardMap
 
-from relay.stream.connection.reconnecting import ReconnectingConnection
+from relay.stream.shards.links import ShardLinks
 
 _log = logging.getLogger(__name__)
 
 
 class ClusterBus:
-    """Implements `relay.doorkit.contract.Bus`. Other services use `connection` for commands too."""
+    """Implements `relay.doorkit.contract.Bus`. Other services use `links` for commands too."""
 
-    def __init__(self, *, redis: RedisSettings, keys: Keys, instance: str) -> None:
+    def __init__(
+        self, *, shards: ShardMap, redis: RedisSettings, keys: Keys, instance: str
+    ) -> None:
         self.instance = instance
         self.address = instance.rpartition(":")[2]
         self._keys = keys
         self._listeners: dict[str, Callable[[str, bytes], None]] = {}
-        self.connection = ReconnectingConnection(
+        self.links = ShardLinks(
+            shards,
             redis,
-            subscribe_to=[keys.bus(self.address)],
+            subscribe_to=keys.bus(self.address),
             on_message=self._on_message,
             is_checked=True,
         )
@@ -50,7 +54,7 @@ class ClusterBus:
             self._deliver(topic, address, payload)
             return
         message = b"\0".join((topic.encode(), self.address.encode(), payload))
-        self.connection.post(("PUBLISH", self._keys.bus(address), message))
+        self.links.publish(self._keys.bus(address), message)
 
     def _on_message(self, _name: bytes, message: bytes) -> None:
         topic, found, rest = message.partition(b"\0")

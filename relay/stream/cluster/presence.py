@@ -28,8 +28,8 @@ from relay.stream.connection.pipeline_connection import ReplyError
 
 if TYPE_CHECKING:
     from relay.stream.connection.pipeline_connection import RedisCommand
-    from relay.stream.connection.reconnecting import ReconnectingConnection
     from relay.stream.format.keys import Keys
+    from relay.stream.shards.links import ShardLinks
 
 CHECK_S = 5.0
 # Other workers remove the clients of a frozen worker after this time at the earliest. Two seconds
@@ -48,21 +48,21 @@ _T = TypeVar("_T")
 class ClusterPresence:
     """Implements `relay.doorkit.contract.Presence`.
 
-    Changes are sent on `connection`, reads on `long`, because their replies may be large. `dead`
+    Changes are sent on `links`, reads on `long`, because their replies may be large. `dead`
     returns True for a worker that is known to have died, before its heartbeat expires.
     """
 
     def __init__(
         self,
         *,
-        connection: ReconnectingConnection,
-        long: ReconnectingConnection,
+        links: ShardLinks,
+        long: ShardLinks,
         keys: Keys,
         instance: str,
         dead: Callable[[str], bool],
         spawn: Callable[..., object],
     ) -> None:
-        self._connection = connection
+        self._links = links
         self._long = long
         self._keys = keys
         self._instance = instance
@@ -76,7 +76,7 @@ class ClusterPresence:
         self._reading: set[Channel] = set()
         self._on_clients_lost: list[ClientsLost] = []
         self._on_own_removed: list[OwnRemoved] = []
-        connection.on_open.append(self._write_all)
+        links.on_open.append(self._write_all)
 
     @property
     def in_use(self) -> bool:
@@ -174,9 +174,7 @@ class ClusterPresence:
         changed, self._changed = self._changed, {}
         if not changed:
             return
-        sent = cast(
-            "asyncio.Future[list[object]]", self._connection.execute(self._commands(changed))
-        )
+        sent = self._links.execute_in_turn(*self._commands(changed))
 
         def written(finished: asyncio.Future[list[object]]) -> None:
             if not finished.cancelled() and finished.exception() is None:
@@ -190,8 +188,9 @@ class ClusterPresence:
 
         sent.add_done_callback(written)
 
-    def _commands(self, changed: Mapping[Channel, set[str]]) -> list[RedisCommand]:
-        # The set must contain a channel as long as its hash has clients of this worker.
+    def _commands(self, changed: Mapping[Channel, set[str]]) -> list[list[RedisCommand]]:
+        """Return the commands in three steps: the set must contain a channel as long as its hash
+        has clients of this worker."""
         head = self._instance.encode() + b"\n"
         add: list[RedisCommand] = []
         remove: list[RedisCommand] = []
@@ -209,7 +208,7 @@ class ClusterPresence:
             (begun if own else ended).append(channel.encode())
         first: list[RedisCommand] = [("SADD", channels, *some) for some in _batches(begun)]
         last: list[RedisCommand] = [("SREM", channels, *some) for some in _batches(ended)]
-        return [*first, *add, *remove, *last]
+        return [first, [*add, *remove], last]
 
     def on_wake(self, frozen_s: float) -> None:
         """After a freeze in which other workers may have removed this worker's clients, let these
@@ -246,7 +245,7 @@ class ClusterPresence:
         if not expected:
             return
         try:
-            count = await self._connection.call("SCARD", self._keys.present(self._instance))
+            count = await self._links.call("SCARD", self._keys.present(self._instance))
         except RelayError as exc:
             _log.debug("Could not check presence: %s", exc)
             return
@@ -260,7 +259,7 @@ class ClusterPresence:
             self._changed.setdefault(channel, set()).update(clients)
         self._own.clear()
         self._write()
-        (_,) = await self._connection.call_all([("DEL", self._keys.present(self._instance))])
+        (_,) = await self._links.call_all([("DEL", self._keys.present(self._instance))])
 
     # ---- entries of dead workers ----------------------------------------------------------------
 

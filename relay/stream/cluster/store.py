@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from relay.stream.connection.pipeline_connection import RedisCommand
-    from relay.stream.connection.reconnecting import ReconnectingConnection
     from relay.stream.format.keys import Keys
+    from relay.stream.shards.links import ShardLinks
 
 
 class ClusterStore:
     """Implements `relay.doorkit.contract.Store` with Redis strings."""
 
-    def __init__(self, connection: ReconnectingConnection, keys: Keys) -> None:
-        self._connection = connection
+    def __init__(self, links: ShardLinks, keys: Keys) -> None:
+        self._links = links
         self._keys = keys
 
     async def claim(self, name: str, value: bytes, ttl_s: float) -> bytes | None:
@@ -58,7 +58,7 @@ class ClusterStore:
         await self._call_all([("DEL", self._keys.store(name))])
 
     async def _call_all(self, commands: Sequence[RedisCommand]) -> list[object]:
-        return await self._connection.call_all(commands, may_repeat=True)
+        return await self._links.call_all(commands, may_repeat=True)
 
 
 def _ms(ttl_s: float) -> int:

@@ -54,7 +54,9 @@ _MORE = object()
 _IDLE_S = 5.0
 _PING = (b"PING",)
 # RESP3 answers these with a push instead of a reply.
-_CONFIRMATIONS = frozenset({b"subscribe", b"unsubscribe", b"psubscribe", b"punsubscribe"})
+_CONFIRMATIONS = frozenset(
+    {b"subscribe", b"unsubscribe", b"psubscribe", b"punsubscribe", b"ssubscribe"}
+)
 
 
 class _Pipeline:

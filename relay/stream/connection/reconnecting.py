@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from redis.backoff import EqualJitterBackoff
@@ -17,11 +18,13 @@ from relay.stream.connection.refusals import Effect, rule_of
 
 if TYPE_CHECKING:
     from relay.config.settings import RedisSettings
+    from relay.stream.connection.connect import RedisEndpoint
     from relay.stream.connection.pipeline_connection import RedisCommand
 
 _log = logging.getLogger(__name__)
 
 _SUBSCRIBE_AGAIN_S = 5.0
+_MESSAGES = (b"message", b"pmessage", b"smessage")
 # A lost connection is usually open again after a tenth of this time.
 _REOPENED_S = 1.0
 # After a connection that has lasted this long, the first pause is short again.
@@ -121,11 +124,19 @@ class ReconnectingConnection:
         on_message: Callable[[bytes, bytes], None] | None = None,
         is_checked: bool = False,
         continued: Continued = lambda _: (),
+        locate: Callable[[], Awaitable[RedisEndpoint]] | None = None,
+        is_sharded: bool = False,
+        on_moved: Callable[[], None] = lambda: None,
     ) -> None:
         """`is_checked`: the stream reader reports missing rights, see `Refusals.checked`.
-        `continued`: see `Primary`."""
+        `continued`: see `Primary`. `locate` returns the server of the next connection; without it,
+        the settings name the server. `is_sharded`: the pub/sub channels have slots.
+        `on_moved` is called if their slot was moved to another server."""
+        self._on_moved = on_moved
         self._is_checked = is_checked
         self._redis = redis
+        self._locate = locate or partial(discover, redis)
+        self._subscribe_command = "SSUBSCRIBE" if is_sharded else "SUBSCRIBE"
         self._names = subscribe_to
         self._patterns = patterns
         self._on_message = on_message
@@ -171,7 +182,7 @@ class ReconnectingConnection:
         try:
             replies = await self.execute(commands)
         except RedisUnavailable as exc:
-            if may_repeat and await self._is_reopened():
+            if may_repeat and await self.is_reopened():
                 return await self.call_all(commands)
             raise Unavailable(str(exc)) from exc
         for command, reply in zip(commands, replies, strict=True):
@@ -179,7 +190,7 @@ class ReconnectingConnection:
                 raise Unavailable(f"Redis refused {command[0]!s}: {reply}")
         return replies
 
-    async def _is_reopened(self) -> bool:
+    async def is_reopened(self) -> bool:
         """Wait for the next connection. Return False if that takes too long."""
         try:
             async with asyncio.timeout(_REOPENED_S):
@@ -209,7 +220,7 @@ class ReconnectingConnection:
             report_loss(exc)
 
         connection = await PipelineConnection.open(
-            await discover(self._redis),
+            await self._locate(),
             settings=self._redis,
             on_push=self._on_push,
             on_lost=on_lost,
@@ -237,11 +248,14 @@ class ReconnectingConnection:
 
     async def _subscribe(self, connection: PipelineConnection) -> bool:
         """Subscribe. Return False if the user lacks the right, and others report that."""
-        names = [("SUBSCRIBE", name) for name in self._names]
+        names = [(self._subscribe_command, name) for name in self._names]
         names += [("PSUBSCRIBE", pattern) for pattern in self._patterns]
         for reply in await connection.execute(names):
             if isinstance(reply, ReplyError):
                 refused = CommandRefused("SUBSCRIBE", str(reply))
+                if rule_of(refused.reply).effect is Effect.MISPLACED:
+                    self._on_moved()
+                    raise RedisUnavailable(f"the pub/sub channel was moved: {reply}")
                 rule = rule_of(refused.reply)
                 if rule.effect is not Effect.NO_RIGHT:
                     raise refused
@@ -252,7 +266,9 @@ class ReconnectingConnection:
         return True
 
     def _on_push(self, push: list[object]) -> None:
-        if self._on_message is not None and push[0] in (b"message", b"pmessage"):
+        if push[0] == b"sunsubscribe":
+            self._on_moved()
+        elif self._on_message is not None and push[0] in _MESSAGES:
             name, payload = push[-2:]
             if isinstance(name, bytes) and isinstance(payload, bytes):
                 self._on_message(name, payload)

@@ -14,7 +14,7 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-from relay.core.errors import RedisUnavailable, RelayError, Unavailable
+from relay.core.errors import RelayError, Unavailable
 from relay.core.model import Event
 from relay.core.slices import in_slices
 from relay.core.stream_interface import Snapshot
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 
     from relay.core.model import Channel, Record, StreamState
     from relay.stream.connection.pipeline_connection import RedisCommand
-    from relay.stream.connection.reconnecting import ReconnectingConnection
+    from relay.stream.connection.primary import Primary
     from relay.stream.format.keys import Keys
     from relay.stream.read.stream_commands import Decode
+    from relay.stream.shards.links import ShardLinks
 
 # Additional entries to read, because some are revocations or malformed.
 _MORE = 16
@@ -50,13 +51,13 @@ class History:
     def __init__(
         self,
         *,
-        connection: ReconnectingConnection,
+        links: ShardLinks,
         keys: Keys,
         decode: Decode,
         spawn: Callable[..., object],
         max_entry_bytes: int,
     ) -> None:
-        self._connection = connection
+        self._links = links
         self._keys = keys
         self._decode = decode
         self._spawn = spawn
@@ -137,26 +138,24 @@ class History:
     async def _page(
         self, channel: Channel, newest: str, most: int
     ) -> tuple[StreamState, list[tuple[bytes, list[bytes]]]]:
-        key, primary = self._keys.stream(channel), self._connection.primary
-        commands: list[RedisCommand] = [
-            # The replication ID may change while the connection lasts.
-            ("INFO", "replication"),
-            ("MULTI",),
-            # If the stream exists, give it an incarnation, as an examination does.
-            create_marker(key, new_marker(), primary.certificate, make=False),
-            ("XINFO", "STREAM", key),
-            ("XINFO", "GROUPS", key),
-            ("XREVRANGE", key, newest, "-", "COUNT", most),
-            ("EXEC",),
-        ]
-        info, *_, reply = await self._connection.execute(commands)
+        key = self._keys.stream(channel)
+
+        def commands(primary: Primary) -> list[RedisCommand]:
+            return [
+                # If the stream exists, give it an incarnation, as an examination does.
+                create_marker(key, new_marker(), primary.certificate, make=False),
+                ("XINFO", "STREAM", key),
+                ("XINFO", "GROUPS", key),
+                ("XREVRANGE", key, newest, "-", "COUNT", most),
+            ]
+
+        # The replication ID may change while the connection lasts.
+        (info,), reply, primary = await self._links.transaction(
+            key, commands, [("INFO", "replication")]
+        )
         if isinstance(info, bytes):
             primary.observe(Replication.parse(info))
-        if isinstance(reply, ReplyError):
-            raise CommandRefused("EXEC", str(reply))
-        if reply is None:
-            raise RedisUnavailable("Redis discarded the transaction")
-        stream, groups, found = cast("list[object]", reply)[-3:]
+        stream, groups, found = reply[-3:]
         if isinstance(found, ReplyError):
             raise CommandRefused("XREVRANGE", str(found))
         entries = cast("list[tuple[bytes, list[bytes]]]", found)

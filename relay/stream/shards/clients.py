@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
+from relay.core.errors import RedisUnavailable
 from relay.stream.connection.connect import (
+    check_server,
     cluster_client,
     cluster_seeds,
     endpoint_client,
     redis_client,
+    time_ms,
 )
+from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.shards.cluster_map import PrimaryShard
 from relay.stream.shards.making import shard_map
 from relay.stream.shards.shard import SITE_TAG
@@ -56,12 +61,60 @@ class ShardClients:
                 self._clients[shard] = await self._stack.enter_async_context(client)
         return [(shard, self._clients[shard]) for shard in present]
 
+    async def split(self, keys: Iterable[bytes]) -> list[tuple[RedisClient, list[bytes]]]:
+        """Group keys by server, each with a client as of `each`. Errors as of `each`."""
+        clients = dict(await self.each())
+        found: dict[Shard, list[bytes]] = {}
+        for key in keys:
+            found.setdefault(self.shards.shard_of(key), []).append(key)
+        return [(clients[shard], own) for shard, own in found.items()]
+
+    async def check(self) -> None:
+        """Raise StartError if a server cannot be used. Ignore other errors."""
+        with contextlib.suppress(RedisUnavailable):
+            for shard, client in await self.each():
+                await check_server(client, shard.settings)
+
+    async def time_ms(self, key: bytes) -> int:
+        """Return the time of the server that has the key, see `connect.time_ms`."""
+        ((client, _),) = await self.split([key])
+        return await time_ms(client)
+
     async def open(self) -> None:
         """Create the clients of a fixed list of servers. They connect with their first command."""
         if self._cluster is None:
             for shard in self.shards.shards:
                 client = redis_client(shard.settings)
                 self._clients[shard] = await self._stack.enter_async_context(client)
+
+
+class Connections:
+    """Connections for one task, one to each shard that it uses. They close at the end."""
+
+    def __init__(self, clients: ShardClients) -> None:
+        self._shards = clients.shards
+        self._open: dict[Shard, PipelineConnection] = {}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for connection in self._open.values():
+            connection.close()
+
+    async def to(self, key: bytes) -> PipelineConnection:
+        """Return the connection to the server that has the key.
+
+        Raises:
+            RedisUnavailable: The server cannot be reached.
+        """
+        await self._shards.refresh()
+        shard = self._shards.shard_of(key)
+        if shard not in self._open:
+            self._open[shard] = await PipelineConnection.open(
+                await shard.locate(), settings=shard.settings, name="relay-admin"
+            )
+        return self._open[shard]
 
 
 @asynccontextmanager

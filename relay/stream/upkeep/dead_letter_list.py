@@ -16,6 +16,7 @@ from relay.stream.connection import connect
 from relay.stream.connection.connect import RedisClient
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.format.keys import Keys
+from relay.stream.shards.clients import ShardClients
 from relay.stream.write.append import AppendCommands, send_one
 
 # A dead letter may have BROKEN_BYTES, and more as base64.
@@ -85,7 +86,7 @@ async def find(client: RedisClient, keys: Keys, letter_id: EntryID) -> DeadLette
 
 
 async def requeue(
-    client: RedisClient,
+    clients: ShardClients,
     connection: PipelineConnection,
     keys: Keys,
     letter: DeadLetter,
@@ -103,12 +104,12 @@ async def requeue(
         raise RelayError(
             f"dead letter {letter.id} is not an entry of a stream, so it cannot be requeued"
         )
-    fields = await _original(client, keys, letter)
+    fields = await _original(clients, keys, letter)
     append = AppendCommands(keys, lambda _: namespace, uid_window_s=_MARK_S).build_once(
         letter.channel, fields, keys.requeued(letter.channel, letter.id)
     )
     done = await send_one(connection, append)
-    await drop(client, keys, [letter.id])
+    await drop(clients.home, keys, [letter.id])
     return done.id
 
 
@@ -128,13 +129,13 @@ def fields_of(letter: DeadLetter) -> list[bytes]:
     raise RelayError(f"dead letter {letter.id} does not contain the fields of an entry")
 
 
-async def _original(client: RedisClient, keys: Keys, letter: DeadLetter) -> list[bytes]:
+async def _original(clients: ShardClients, keys: Keys, letter: DeadLetter) -> list[bytes]:
     if not letter.truncated:
         return fields_of(letter)
     if letter.channel is not None and letter.entry_id is not None:
         place = str(letter.entry_id)
         key = keys.stream(letter.channel)
-        found = await connect.command(client, "XRANGE", key, place, place)
+        found = await connect.command(clients.for_key(key), "XRANGE", key, place, place)
         if found:
             return [part for pair in found[0][1].items() for part in pair]
     raise RelayError(

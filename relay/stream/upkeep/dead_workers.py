@@ -13,6 +13,7 @@ from relay.stream.connection import connect
 from relay.stream.connection.connect import RedisClient
 from relay.stream.format.keys import Keys
 from relay.stream.read import groups
+from relay.stream.shards.clients import ShardClients
 from relay.stream.upkeep.unused import remove_unused
 
 
@@ -22,17 +23,17 @@ class DeadWorkersJob:
     def __init__(
         self,
         *,
-        client: RedisClient,
+        clients: ShardClients,
         keys: Keys,
         dead: Callable[[str], bool] = lambda _: False,
         patience_s: float = 2 * HEARTBEAT_S,
         clear: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
-        self._client = client
+        self._clients = clients
         self._keys = keys
         self._clear = clear
         self._detector = DeadWorkerDetector(
-            client=client, keys=keys, dead=dead, patience_s=patience_s
+            client=clients.home, keys=keys, dead=dead, patience_s=patience_s
         )
 
     async def remove(self) -> list[str]:
@@ -44,20 +45,22 @@ class DeadWorkersJob:
             for instance in dead:
                 await self._clear(instance)
         names = [groups.group_of(instance) for instance in dead]
-        async for found in connect.scan(self._client, self._keys.stream_pattern, BATCH):
-            streams = [key for key in found if self._keys.channel_of_stream(key)]
-            if streams:
-                await self._destroy(streams, names)
-                await remove_unused(self._client, streams)
+        for _, client in await self._clients.each():
+            async for found in connect.scan(client, self._keys.stream_pattern, BATCH):
+                streams = [key for key in found if self._keys.channel_of_stream(key)]
+                if streams:
+                    await _destroy(client, streams, names)
+                    await remove_unused(client, streams)
         # Last, so that the next run finds them again if anything before has failed.
-        await connect.command(self._client, "SREM", self._keys.nodes, *dead)
+        await connect.command(self._clients.home, "SREM", self._keys.nodes, *dead)
         return dead
 
-    async def _destroy(self, streams: Sequence[bytes], names: Sequence[bytes]) -> None:
-        async with self._client.pipeline(transaction=False) as pipeline:
-            for key in streams:
-                for name in names:
-                    pipeline.execute_command("XGROUP", "DESTROY", key, name)
-            with connect.translated():
-                # Errors for keys that were deleted or are not streams can be ignored.
-                await pipeline.execute(raise_on_error=False)
+
+async def _destroy(client: RedisClient, streams: Sequence[bytes], names: Sequence[bytes]) -> None:
+    async with client.pipeline(transaction=False) as pipeline:
+        for key in streams:
+            for name in names:
+                pipeline.execute_command("XGROUP", "DESTROY", key, name)
+        with connect.translated():
+            # Errors for keys that were deleted or are not streams can be ignored.
+            await pipeline.execute(raise_on_error=False)

@@ -16,6 +16,7 @@ from relay.stream.connection.connect import RedisClient
 from relay.stream.format.keys import Keys
 from relay.stream.read import groups
 from relay.stream.read.view import stream_state
+from relay.stream.shards.clients import ShardClients
 from relay.stream.upkeep.retention import describe_misnamed, streams_among
 
 # XINFO STREAM returns the first and the last entry, and each may have a megabyte.
@@ -53,24 +54,25 @@ class StreamOverview:
 
 
 async def walk(
-    client: RedisClient, keys: Keys, pattern: str, on_keys: Callable[[int], None]
+    clients: ShardClients, keys: Keys, pattern: str, on_keys: Callable[[int], None]
 ) -> AsyncIterator[list[StreamOverview]]:
     """Yield the streams of the channels that match the glob `pattern`, each once, unordered.
 
     `on_keys` is called with the number of streams found so far.
     """
     seen: set[bytes] = set()
-    async for found in connect.scan(client, keys.streams_matching(pattern), _KEYS):
-        # A key may come twice.
-        fresh = [key for key in found if key not in seen and keys.channel_of_stream(key)]
-        seen.update(fresh)
-        for start in range(0, len(fresh), _STREAMS):
-            yield await _overview(client, keys, fresh[start : start + _STREAMS])
-        on_keys(len(seen))
+    for _, client in await clients.each():
+        async for found in connect.scan(client, keys.streams_matching(pattern), _KEYS):
+            # A key may come twice.
+            fresh = [key for key in found if key not in seen and keys.channel_of_stream(key)]
+            seen.update(fresh)
+            for start in range(0, len(fresh), _STREAMS):
+                yield await _overview(client, keys, fresh[start : start + _STREAMS])
+            on_keys(len(seen))
 
 
 async def page(
-    client: RedisClient, keys: Keys, pattern: str, cursor: str, count: int
+    clients: ShardClients, keys: Keys, pattern: str, cursor: str, count: int
 ) -> tuple[list[StreamOverview], str]:
     """Return some streams of the channels that match the glob `pattern`, and the next cursor.
 
@@ -78,7 +80,9 @@ async def page(
     if they are rare among the keys. Like SCAN, it may repeat a stream.
     """
     found: dict[bytes, None] = {}
-    position = int(cursor or 0)
+    servers = await clients.each()
+    position, number = divmod(int(cursor or 0), len(servers))
+    _, client = servers[number]
     for _ in range(_SCANS):
         position, matching = await connect.scan_page(
             client, position, keys.streams_matching(pattern), _KEYS_OF_PAGE
@@ -90,29 +94,36 @@ async def page(
     batch = list(found)
     for start in range(0, len(batch), _STREAMS):
         streams += await _overview(client, keys, batch[start : start + _STREAMS])
-    return streams, str(position) if position else ""
+    if not position:
+        number = (number + 1) % len(servers)
+    following = position * len(servers) + number
+    return streams, str(following) if following else ""
 
 
 async def of_channels(
-    client: RedisClient, keys: Keys, channels: Sequence[Channel]
+    clients: ShardClients, keys: Keys, channels: Sequence[Channel]
 ) -> list[StreamOverview]:
     """Return the streams of these channels. A channel without a stream is omitted."""
-    return await _overview(client, keys, [keys.stream(channel) for channel in channels])
+    found: list[StreamOverview] = []
+    for client, streams in await clients.split(map(keys.stream, channels)):
+        found += await _overview(client, keys, streams)
+    return found
 
 
-async def misnamed(client: RedisClient, keys: Keys, pattern: str) -> AsyncIterator[str]:
+async def misnamed(clients: ShardClients, keys: Keys, pattern: str) -> AsyncIterator[str]:
     """Yield a line about each stream whose key is not that of a channel, if the channel that was
     probably meant matches the glob `pattern`."""
-    async for found in connect.scan(client, keys.any_stream_pattern, _KEYS):
-        strange = [
-            key
-            for key in found
-            if keys.channel_of_stream(key) is None
-            and fnmatchcase(keys.meant_by(key) or "", pattern)
-        ]
-        if strange:
-            for key in await streams_among(client, strange):
-                yield describe_misnamed(keys, key)
+    for _, client in await clients.each():
+        async for found in connect.scan(client, keys.any_stream_pattern, _KEYS):
+            strange = [
+                key
+                for key in found
+                if keys.channel_of_stream(key) is None
+                and fnmatchcase(keys.meant_by(key) or "", pattern)
+            ]
+            if strange:
+                for key in await streams_among(client, strange):
+                    yield describe_misnamed(keys, key)
 
 
 async def _overview(
@@ -192,6 +203,7 @@ async def _followers(
     return followers
 
 
-async def exists(client: RedisClient, keys: Keys, channel: Channel) -> bool:
+async def exists(clients: ShardClients, keys: Keys, channel: Channel) -> bool:
     """Return True if the channel has a stream."""
-    return bool(await connect.command(client, "EXISTS", keys.stream(channel)))
+    key = keys.stream(channel)
+    return bool(await connect.command(clients.for_key(key), "EXISTS", key))

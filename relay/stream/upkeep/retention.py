@@ -15,6 +15,7 @@ from relay.core.model import Channel
 from relay.stream.connection import connect
 from relay.stream.connection.connect import RedisClient
 from relay.stream.format.keys import Keys
+from relay.stream.shards.clients import ShardClients
 
 BATCH = 500
 _MOST_MISNAMED = 10
@@ -35,9 +36,21 @@ class Trimmed:
 
 
 async def trim(
+    clients: ShardClients, keys: Keys, settings_of: Callable[[Channel], NamespaceSettings]
+) -> Trimmed:
+    """Trim every stream of all servers once."""
+    parts = [await _trim_server(client, keys, settings_of) for _, client in await clients.each()]
+    return Trimmed(
+        streams=sum(part.streams for part in parts),
+        entries=sum(part.entries for part in parts),
+        not_streams=sum(part.not_streams for part in parts),
+        misnamed=tuple(key for part in parts for key in part.misnamed),
+    )
+
+
+async def _trim_server(
     client: RedisClient, keys: Keys, settings_of: Callable[[Channel], NamespaceSettings]
 ) -> Trimmed:
-    """Trim every stream once."""
     streams = entries = not_streams = 0
     misnamed: list[bytes] = []
     # Entry IDs contain the time of Redis, which may differ from the time of this machine.
@@ -120,7 +133,7 @@ def commands(
 
 
 async def trim_one(
-    client: RedisClient,
+    clients: ShardClients,
     keys: Keys,
     channel: Channel,
     *,
@@ -132,20 +145,22 @@ async def trim_one(
     Return the number of removed entries, or None if the channel has no stream.
     """
     key = keys.stream(channel)
+    client = clients.for_key(key)
     if not await connect.command(client, "EXISTS", key):
         return None
     removed = 0
     if max_entries is not None:
         removed += await connect.command(client, "XTRIM", key, "MAXLEN", max_entries)
     if max_age_s is not None:
-        oldest_ms = max(0, await connect.time_ms(client) - int(max_age_s * 1000))
+        oldest_ms = max(0, await clients.time_ms(key) - int(max_age_s * 1000))
         removed += await connect.command(client, "XTRIM", key, "MINID", oldest_ms)
     return removed
 
 
-async def delete(client: RedisClient, keys: Keys, channel: Channel) -> bool:
+async def delete(clients: ShardClients, keys: Keys, channel: Channel) -> bool:
     """Delete the stream of a channel. Return False if there is none.
 
     Its followers are notified as soon as the stream exists again.
     """
-    return bool(await connect.command(client, "DEL", keys.stream(channel)))
+    key = keys.stream(channel)
+    return bool(await connect.command(clients.for_key(key), "DEL", key))

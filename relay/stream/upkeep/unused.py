@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from relay.core.model import Channel
     from relay.stream.connection.connect import RedisClient
     from relay.stream.format.keys import Keys
+    from relay.stream.shards.clients import ShardClients
 
 # A client that reconnects within this time finds the same stream, so that it receives no reset
 # notice. A worker keeps at most MAX_KEPT such streams, so that one user cannot fill Redis by
@@ -58,8 +59,8 @@ _log = logging.getLogger(__name__)
 class UnusedStreams:
     """The streams whose last local client has left before anything was appended."""
 
-    def __init__(self, client: RedisClient, keys: Keys, *, keep_s: float = KEEP_S) -> None:
-        self._client = client
+    def __init__(self, clients: ShardClients, keys: Keys, *, keep_s: float = KEEP_S) -> None:
+        self._clients = clients
         self._keys = keys
         self._keep_s = keep_s
         # Channels with the time of their removal, in this order.
@@ -103,14 +104,15 @@ class UnusedStreams:
         while self._due:
             batch = [self._due.popleft() for _ in range(min(_BATCH, len(self._due)))]
             streams = [self._keys.stream(channel) for channel in batch]
-            await remove_unused(self._client, streams)
+            for client, own in await self._clients.split(streams):
+                await remove_unused(client, own)
 
 
 class UnusedStreamsJob:
     """Removes unused streams that were found in two consecutive runs, on all workers' behalf."""
 
-    def __init__(self, client: RedisClient, keys: Keys) -> None:
-        self._client = client
+    def __init__(self, clients: ShardClients, keys: Keys) -> None:
+        self._clients = clients
         self._keys = keys
         self._seen: set[bytes] = set()
 
@@ -118,24 +120,26 @@ class UnusedStreamsJob:
         """Run once. Return the number of removed streams."""
         seen: set[bytes] = set()
         removed = 0
-        async for found in connect.scan(self._client, self._keys.stream_pattern, _BATCH):
-            empty = await self._empty([key for key in found if self._keys.channel_of_stream(key)])
-            removed += await remove_unused(
-                self._client, [key for key in empty if key in self._seen]
-            )
-            seen |= await _unused(self._client, [key for key in empty if key not in self._seen])
+        for _, client in await self._clients.each():
+            async for found in connect.scan(client, self._keys.stream_pattern, _BATCH):
+                empty = await _empty(
+                    client, [key for key in found if self._keys.channel_of_stream(key)]
+                )
+                removed += await remove_unused(client, [key for key in empty if key in self._seen])
+                seen |= await _unused(client, [key for key in empty if key not in self._seen])
         self._seen = seen
         return removed
 
-    async def _empty(self, streams: Sequence[bytes]) -> list[bytes]:
-        if not streams:
-            return []
-        async with self._client.pipeline(transaction=False) as pipeline:
-            for key in streams:
-                pipeline.execute_command("XLEN", key)
-            with connect.translated():
-                lengths: list[Any] = await pipeline.execute(raise_on_error=False)
-        return [key for key, length in zip(streams, lengths, strict=True) if length == 0]
+
+async def _empty(client: RedisClient, streams: Sequence[bytes]) -> list[bytes]:
+    if not streams:
+        return []
+    async with client.pipeline(transaction=False) as pipeline:
+        for key in streams:
+            pipeline.execute_command("XLEN", key)
+        with connect.translated():
+            lengths: list[Any] = await pipeline.execute(raise_on_error=False)
+    return [key for key, length in zip(streams, lengths, strict=True) if length == 0]
 
 
 async def remove_unused(client: RedisClient, streams: Sequence[bytes]) -> int:

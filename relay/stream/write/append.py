@@ -11,7 +11,7 @@ programs that append on a connection of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from relay.core.durability import Durability
 from relay.core.errors import (
@@ -103,6 +103,11 @@ class Append(NamedTuple):
     script: Script | None
     durability: Durability
     marker: bytes
+
+    @property
+    def stream(self) -> bytes:
+        """The key of the stream."""
+        return cast(bytes, self.command[1 if self.script is None else 3])
 
     def with_script_text(self) -> RedisCommand:
         """Return the command in a form that needs no loaded script."""

@@ -1,4 +1,10 @@
-"""Batch the appends of a relay process: those of one event loop iteration share one pipeline."""
+"""Batch the appends of a relay process: those of one event loop iteration share one pipeline.
+
+Each shard has its own pipelines, so that an unreachable server delays no appends to others. If a
+slot of a Redis Cluster is moved, the server rejects the appends of its channels. They are sent
+again, in the same order, to the server that has the slot then. New appends of these channels wait
+meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from relay.core.durability import FAST, Durability
 from relay.core.errors import (
@@ -18,9 +24,10 @@ from relay.core.errors import (
 )
 from relay.core.model import Channel, EntryID
 from relay.stream.connection import scripts
-from relay.stream.connection.connect import CommandRefused, discover
+from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.refusals import Effect, Refusals, rule_of
+from relay.stream.shards.shard import is_misplaced, slot_of
 from relay.stream.write.append import (
     APPEND_CHANGED,
     APPEND_ONCE,
@@ -36,6 +43,7 @@ if TYPE_CHECKING:
     from relay.config.settings import NamespaceSettings, PublishSettings, RedisSettings
     from relay.stream.connection.pipeline_connection import RedisCommand
     from relay.stream.format.keys import Keys
+    from relay.stream.shards.shard import Shard, ShardMap
 
 _log = logging.getLogger(__name__)
 
@@ -50,12 +58,25 @@ UIDS = "publishing with a uid"
 
 
 class _PendingAppend:
-    __slots__ = ("append", "future", "may_repeat")
+    """One append. `usual` is the durability of the channel's namespace."""
 
-    def __init__(self, append: Append, future: asyncio.Future[EntryID]) -> None:
+    __slots__ = ("append", "channel", "future", "may_repeat", "since", "usual")
+
+    def __init__(self, channel: Channel, append: Append, usual: Durability) -> None:
+        loop = asyncio.get_running_loop()
+        self.channel = channel
         self.append = append
-        self.future = future
+        self.usual = usual
+        self.future: asyncio.Future[EntryID] = loop.create_future()
         self.may_repeat = append.script is not None
+        self.since = loop.time()
+
+
+class _Moving(NamedTuple):
+    """Appends of a slot that is being moved: those that were rejected, and those made later."""
+
+    rejected: list[_PendingAppend]
+    later: list[_PendingAppend]
 
 
 class Appender:
@@ -69,6 +90,7 @@ class Appender:
     def __init__(
         self,
         *,
+        shards: ShardMap,
         keys: Keys,
         redis: RedisSettings,
         settings: PublishSettings,
@@ -77,16 +99,40 @@ class Appender:
     ) -> None:
         refusals = refusals or Refusals()
         self._commands = AppendCommands(keys, namespace_of, uid_window_s=settings.uid_window_s)
-        limits = {
+        self._limits = {
             "connect_timeout_s": min(redis.connect_timeout_s, settings.timeout_s),
             "command_timeout_s": settings.timeout_s,
         }
-        limited = redis.model_copy(update=limits)
-        self._lanes = _Lanes(limited, refusals)
+        self._shards = shards
+        self._refusals = refusals
+        self._lanes: dict[Shard, _Lanes] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        # By slot.
+        self._moving: dict[int, _Moving] = {}
 
     async def run(self) -> None:
         """Send appends until cancelled. Reconnect after every error of Redis."""
-        await self._lanes.run()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                for lanes in self._lanes.values():
+                    tasks.create_task(lanes.run(), name="appends")
+                await self._read_map()
+                await asyncio.Event().wait()
+        finally:
+            self._tasks = None
+            for lanes in self._lanes.values():
+                lanes.stop()
+            for moving in self._moving.values():
+                for pending in (*moving.rejected, *moving.later):
+                    _fail(pending, RedisUnavailable(_STOPPING))
+
+    async def _read_map(self) -> None:
+        while not self._shards.shards:
+            try:
+                await self._shards.refresh()
+            except RedisUnavailable:
+                await asyncio.sleep(_PAUSE_S)
 
     def append(
         self,
@@ -112,11 +158,66 @@ class Appender:
             channel, fields, uid, unless_latest=unless_latest, durability=durability
         )
         usual = append.durability if durability is None else self._commands.durability(channel)
-        return self._lanes.add(channel, append, usual)
+        pending = _PendingAppend(channel, append, usual)
+        if self._moving and (slot := slot_of(append.stream)) in self._moving:
+            later = self._moving[slot].later
+            if len(later) >= _MAX_WAITING:
+                raise Unavailable(_TOO_MANY)
+            later.append(pending)
+            return pending.future
+        try:
+            self._lanes_of(pending).add(pending)
+        except RedisUnavailable as exc:
+            pending.future.set_exception(exc)
+        return pending.future
+
+    def _lanes_of(self, pending: _PendingAppend) -> _Lanes:
+        shard = self._shards.shard_of(pending.append.stream)
+        lanes = self._lanes.get(shard)
+        if lanes is None:
+            redis = shard.settings.model_copy(update=self._limits)
+            lanes = self._lanes[shard] = _Lanes(shard, redis, self._refusals, self._on_moved)
+            if self._tasks is not None:
+                self._tasks.create_task(lanes.run(), name=f"appends to {shard.name}")
+        return lanes
+
+    # ---- slots that are being moved ---------------------------------------------------------
+
+    def _on_moved(self, pending: _PendingAppend, lanes: _Lanes) -> None:
+        """Send an append again that the server has rejected because the slot is being moved."""
+        slot = slot_of(pending.append.stream)
+        if slot in self._moving:
+            self._moving[slot].rejected.append(pending)
+            return
+        self._moving[slot] = _Moving([pending], [])
+        if self._tasks is not None:
+            self._tasks.create_task(self._send_again(slot, lanes), name=f"appends of slot {slot}")
+
+    async def _send_again(self, slot: int, lanes: _Lanes) -> None:
+        # The replies to later appends of these channels have to arrive first.
+        unsent = await lanes.until_answered(slot)
+        await asyncio.sleep(_PAUSE_S)
+        problem: RedisUnavailable | None = None
+        try:
+            await self._shards.refresh()
+        except RedisUnavailable as exc:
+            problem = exc
+        now = asyncio.get_running_loop().time()
+        moving = self._moving.pop(slot)
+        for pending in (*moving.rejected, *unsent, *moving.later):
+            if pending.future.done():
+                continue
+            if pending.since + self._limits["command_timeout_s"] < now:
+                _fail(pending, problem or RedisUnavailable("the slot is being moved"))
+                continue
+            try:
+                self._lanes_of(pending).add(pending)
+            except RelayError as exc:
+                _fail(pending, exc)
 
 
 class _Lanes:
-    """Connections to one Redis: one for each level of durability, because WAIT blocks its own.
+    """Connections to one shard: one for each level of durability, because WAIT blocks its own.
 
     The appends to one channel are carried out in the order of the calls, although requests may
     choose another durability than their namespace: while the channel has appends that wait for
@@ -124,9 +225,22 @@ class _Lanes:
     held until everything that is in that lane has been appended.
     """
 
-    def __init__(self, redis: RedisSettings, refusals: Refusals) -> None:
-        self._fast = _Lane(redis, refusals)
-        self._slow = {level: _Lane(redis, refusals) for level in ("replicated", "fsynced")}
+    def __init__(
+        self,
+        shard: Shard,
+        redis: RedisSettings,
+        refusals: Refusals,
+        on_moved: Callable[[_PendingAppend, _Lanes], None],
+    ) -> None:
+        """`on_moved` is called, in order, with appends that belong to another shard now."""
+
+        def moved(pending: _PendingAppend) -> None:
+            on_moved(pending, self)
+
+        self._fast = _Lane(shard, redis, refusals, moved)
+        self._slow = {
+            level: _Lane(shard, redis, refusals, moved) for level in ("replicated", "fsynced")
+        }
         # Channels with pending appends in a slow lane: the lane and their number.
         self._pending: dict[Channel, tuple[_Lane, int]] = {}
         # Appends in their order: the last append of the fast lane, the lane to use after it.
@@ -138,26 +252,40 @@ class _Lanes:
             for level, lane in self._slow.items():
                 tasks.create_task(lane.run(), name=f"{level} appends")
 
-    def add(self, channel: Channel, append: Append, usual: Durability) -> asyncio.Future[EntryID]:
-        """Add an append. `usual` is the durability of the channel's namespace."""
+    def stop(self) -> None:
+        """Fail all appends and reject later ones."""
+        for lane in (self._fast, *self._slow.values()):
+            lane.stop()
+
+    async def until_answered(self, slot: int) -> list[_PendingAppend]:
+        """Wait for the replies to everything that was sent. Remove and return the unsent appends of
+        this slot."""
+        lanes = (self._fast, *self._slow.values())
+        unsent = [pending for lane in lanes for pending in lane.remove(slot)]
+        for lane in lanes:
+            await lane.until_answered()
+        return unsent
+
+    def add(self, pending: _PendingAppend) -> None:
+        """Add an append. Raise Unavailable if too many are waiting."""
+        channel, append, usual = pending.channel, pending.append, pending.usual
         level = append.durability.level if append.durability.waits else usual.level
         if level == FAST.level and channel not in self._pending:
-            return self._fast.add(append)
+            self._fast.add(pending)
+            return
         lane, count = self._pending.get(channel) or (self._slow[level], 0)
         after = None if usual.waits or count else self._fast.last
         if after is None or after.done():
             after = self._held[-1][0] if self._held else None
         if after is None:
-            future = lane.add(append)
+            lane.add(pending)
         else:
             if len(self._held) >= _MAX_WAITING:
                 raise Unavailable(_TOO_MANY)
-            future = asyncio.get_running_loop().create_future()
-            self._held.append((after, lane, _PendingAppend(append, future)))
+            self._held.append((after, lane, pending))
             after.add_done_callback(self._release)
         self._pending[channel] = lane, count + 1
-        future.add_done_callback(partial(self._ended, channel))
-        return future
+        pending.future.add_done_callback(partial(self._ended, channel))
 
     def _release(self, _: object) -> None:
         while self._held and self._held[0][0].done():
@@ -173,7 +301,16 @@ class _Lanes:
 class _Lane:
     """One connection and the appends that wait for it."""
 
-    def __init__(self, redis: RedisSettings, refusals: Refusals) -> None:
+    def __init__(
+        self,
+        shard: Shard,
+        redis: RedisSettings,
+        refusals: Refusals,
+        on_moved: Callable[[_PendingAppend], None],
+    ) -> None:
+        self._shard = shard
+        self._on_moved = on_moved
+        self._answered = asyncio.Event()
         self._redis = redis
         self._refusals = refusals
         # Below the timeout of the connection, so that the number of replicas is received.
@@ -190,15 +327,31 @@ class _Lane:
         self._stopped = False
         self._work = asyncio.Event()
 
-    def add(self, append: Append) -> asyncio.Future[EntryID]:
-        """Add an append to the next pipeline."""
+    def stop(self) -> None:
+        """Fail the waiting appends and reject later ones."""
+        self._stopped = True
+        for pending in self._waiting:
+            _fail(pending, RedisUnavailable(_STOPPING))
+
+    def remove(self, slot: int) -> list[_PendingAppend]:
+        """Remove and return the unsent appends of this slot."""
+        unsent = [each for each in self._waiting if slot_of(each.append.stream) == slot]
+        self._waiting = [each for each in self._waiting if slot_of(each.append.stream) != slot]
+        return unsent
+
+    async def until_answered(self) -> None:
+        """Wait for the replies to everything that was sent."""
+        while self._in_flight:
+            self._answered.clear()
+            await self._answered.wait()
+
+    def add(self, pending: _PendingAppend) -> None:
+        """Add an append to the next pipeline. Raise Unavailable if too many are waiting."""
         if self._stopped:
             raise Unavailable(_STOPPING)
         if len(self._waiting) + self._in_flight >= _MAX_WAITING:
             raise Unavailable(_TOO_MANY)
-        future: asyncio.Future[EntryID] = asyncio.get_running_loop().create_future()
-        self.put(_PendingAppend(append, future))
-        return future
+        self.put(pending)
 
     def put(self, pending: _PendingAppend) -> None:
         """Add an append that has been accepted. Its future fails if this lane has stopped."""
@@ -240,11 +393,9 @@ class _Lane:
                 # Appends of the next loop iteration go into the next pipeline.
                 await asyncio.sleep(0)
         finally:
-            self._stopped = True
             if self._connection is not None:
                 self._connection.close()
-            for pending in self._waiting:
-                _fail(pending, RedisUnavailable(_STOPPING))
+            self.stop()
 
     async def _connect(self) -> PipelineConnection:
         def on_lost(exc: Exception | None) -> None:
@@ -253,7 +404,7 @@ class _Lane:
                 _log.warning("Redis: %s", exc)
 
         connection = await PipelineConnection.open(
-            await discover(self._redis), settings=self._redis, on_lost=on_lost
+            await self._shard.locate(), settings=self._redis, on_lost=on_lost
         )
         try:
             await self._load_scripts(connection)
@@ -321,6 +472,7 @@ class _Lane:
 
         def done(executed: asyncio.Future[list[object]]) -> None:
             self._in_flight -= len(batch)
+            self._answered.set()
             if executed.cancelled():
                 return
             exc = executed.exception()
@@ -363,6 +515,9 @@ class _Lane:
                 self._repeat([pending], RedisUnavailable("the script was removed from Redis"))
                 if self._connection is not None:
                     self._connection.close()
+                continue
+            elif is_misplaced(str(reply)):
+                self._on_moved(pending)
                 continue
             elif rule_of(str(reply)).effect is not Effect.ONE:
                 # A key of another type concerns one channel, and its publisher gets the error.

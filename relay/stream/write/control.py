@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from relay.core.model import Channel, EntryID, parse_channel
 from relay.stream.connection import connect
-from relay.stream.connection.connect import RedisClient
 from relay.stream.format.keys import Keys
+from relay.stream.shards.clients import ShardClients
 
 KEEP = 10_000
 
@@ -159,9 +160,10 @@ def append(
     return ["XADD", keys.control, "MAXLEN", "~", KEEP, "*", *fields]
 
 
-async def publish(client: RedisClient, keys: Keys, command: ControlCommand) -> EntryID:
+async def publish(clients: ShardClients, keys: Keys, command: ControlCommand) -> EntryID:
     """Send the command to all workers. Return the ID of its entry."""
     found: Sequence[Sequence[bytes]] | None = None
     if (read := newest(keys, command)) is not None:
-        found = await connect.command(client, *read)
-    return EntryID.parse(await connect.command(client, *append(keys, command, found)))
+        stream = cast(bytes, read[1])
+        found = await connect.command(clients.for_key(stream), *read)
+    return EntryID.parse(await connect.command(clients.home, *append(keys, command, found)))

@@ -13,16 +13,17 @@ from datetime import UTC, datetime
 import orjson
 
 from relay.core.model import Broken, Channel
-from relay.stream.connection.connect import RedisClient, command
+from relay.stream.connection.connect import command
 from relay.stream.format.entry import BROKEN_BYTES
 from relay.stream.format.keys import Keys
+from relay.stream.shards.clients import ShardClients
 
 KEEP = 10_000
 MARK_S = 86_400
 
 
 async def write(
-    client: RedisClient, keys: Keys, channel: Channel, broken: Broken, *, node: str
+    clients: ShardClients, keys: Keys, channel: Channel, broken: Broken, *, node: str
 ) -> bool:
     """Append the dead letter of this entry. Return False if another worker has done so."""
     text, truncated = _fields(broken.fields)
@@ -32,9 +33,9 @@ async def write(
     if truncated:
         letter += "truncated", "1"
     mark = keys.dead_letter_mark(channel, broken.id)
-    if not await command(client, "SET", mark, node, "NX", "EX", MARK_S):
+    if not await command(clients.for_key(mark), "SET", mark, node, "NX", "EX", MARK_S):
         return False
-    await command(client, "XADD", keys.dead_letters, "MAXLEN", "~", KEEP, "*", *letter)
+    await command(clients.home, "XADD", keys.dead_letters, "MAXLEN", "~", KEEP, "*", *letter)
     return True
 
 

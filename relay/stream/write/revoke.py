@@ -12,10 +12,10 @@ from typing import cast
 
 from relay.core.model import Channel, EntryID
 from relay.stream.connection import connect
-from relay.stream.connection.connect import RedisClient
 from relay.stream.connection.scripts import Script
 from relay.stream.format import entry
 from relay.stream.format.keys import Keys
+from relay.stream.shards.clients import ShardClients
 from relay.stream.write import control
 from relay.stream.write.control import DropRights
 
@@ -50,28 +50,30 @@ return id
 """)
 
 
-async def revoke(client: RedisClient, keys: Keys, channel: Channel, user: str) -> EntryID:
+async def revoke(clients: ShardClients, keys: Keys, channel: Channel, user: str) -> EntryID:
     """Revoke the user's right from the returned entry on, until `grant` or a change of the hash."""
-    entry_id = await _run(client, keys, channel, _REVOKE, entry.encode_revocation(user))
+    entry_id = await _run(clients, keys, channel, _REVOKE, entry.encode_revocation(user))
     return EntryID.parse(cast(bytes, entry_id))
 
 
-async def grant(client: RedisClient, keys: Keys, channel: Channel, user: str) -> EntryID | None:
+async def grant(clients: ShardClients, keys: Keys, channel: Channel, user: str) -> EntryID | None:
     """End a revocation from the returned entry on. Return None if the user is not revoked.
 
     Workers then check the sources of rights again. Protocols whose clients would not subscribe
     again by themselves notify them.
     """
-    entry_id = await _run(client, keys, channel, _GRANT, entry.encode_grant(user))
+    entry_id = await _run(clients, keys, channel, _GRANT, entry.encode_grant(user))
     if entry_id is None:
         return None
-    await control.publish(client, keys, DropRights(channel=channel, user=user))
+    await control.publish(clients, keys, DropRights(channel=channel, user=user))
     return EntryID.parse(cast(bytes, entry_id))
 
 
 async def _run(
-    client: RedisClient, keys: Keys, channel: Channel, script: Script, fields: list[bytes]
+    clients: ShardClients, keys: Keys, channel: Channel, script: Script, fields: list[bytes]
 ) -> object:
     names = keys.rights(channel), keys.revoked(channel), keys.stream(channel)
     words = REVOKED, fields[1], b"*", *fields
-    return await connect.command(client, "EVAL", script.text, len(names), *names, *words)
+    return await connect.command(
+        clients.for_key(names[0]), "EVAL", script.text, len(names), *names, *words
+    )

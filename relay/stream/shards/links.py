@@ -1,0 +1,348 @@
+"""Connections to all shards for everything except reading streams and appending to them.
+
+A command is sent to the shard of its key. If the key was moved, the command is sent again to the
+server that has it now.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, cast
+
+from relay.core.errors import RedisUnavailable, RelayError, Unavailable
+from relay.stream.connection.connect import CommandRefused
+from relay.stream.connection.pipeline_connection import ReplyError, unawaited
+from relay.stream.connection.reconnecting import ReconnectingConnection
+from relay.stream.shards.shard import is_misplaced
+
+if TYPE_CHECKING:
+    from relay.config.settings import RedisSettings
+    from relay.stream.connection.connect import RedisEndpoint
+    from relay.stream.connection.pipeline_connection import RedisCommand
+    from relay.stream.connection.primary import Continued, Primary
+    from relay.stream.shards.shard import Shard, ShardMap
+
+_log = logging.getLogger(__name__)
+
+# Pauses before a command is sent again whose key is being moved. They double up to the last one.
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.01, 0.2
+# Interval between checks for new shards, in case no reply reports the change.
+_CHECK_S = 1.0
+_SECOND_WORD = frozenset({"XINFO", "XGROUP", "PUBSUB"})
+_SCRIPTS = frozenset({"EVAL", "EVALSHA"})
+
+
+def key_of(command: RedisCommand) -> bytes:
+    """Return the key that decides which shard gets the command."""
+    name = command[0]
+    index = 2 if name in _SECOND_WORD else 3 if name in _SCRIPTS else 1
+    key = command[index]
+    return key if isinstance(key, bytes) else str(key).encode()
+
+
+class ShardLinks:
+    """One connection to each shard. `run` must be running.
+
+    Commands fail at once while their shard is unreachable. Commands of one call that are sent to
+    the same shard are executed in order.
+    """
+
+    def __init__(
+        self,
+        shards: ShardMap,
+        redis: RedisSettings,
+        *,
+        subscribe_to: bytes = b"",
+        on_message: Callable[[bytes, bytes], None] | None = None,
+        is_checked: bool = False,
+        continued: Continued = lambda _: (),
+    ) -> None:
+        """`subscribe_to` is a pub/sub channel with the tag of the site; its messages are passed to
+        `on_message`. For the other arguments see `ReconnectingConnection`."""
+        self.shards = shards
+        self._redis = redis
+        self._subscribe_to = subscribe_to
+        self._on_message = on_message
+        self._is_checked = is_checked
+        self._continued = continued
+        self._links: dict[Shard, ReconnectingConnection] = {}
+        self._tasks: dict[Shard, asyncio.Task[None]] = {}
+        self._group: asyncio.TaskGroup | None = None
+        self._subscribed: Shard | None = None
+        self._opened = asyncio.Event()
+        # The slot of the pub/sub channel was moved.
+        self._moved = asyncio.Event()
+        # Called for each new connection, before it is used for other commands.
+        self.on_open: list[Callable[[], None]] = []
+        self._only: ReconnectingConnection | None = None
+
+    # ---- connections ------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Keep the connections open until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            try:
+                while True:
+                    await self._match()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_CHECK_S):
+                            await self._moved.wait()
+                            await asyncio.sleep(_FIRST_PAUSE_S)
+                            self._moved.clear()
+                            await self._refresh()
+            finally:
+                self._group = None
+
+    async def _match(self) -> None:
+        """Open connections to new shards, and close those to shards that are gone."""
+        group = self._group
+        if group is None:
+            return
+        try:
+            if not self.shards.shards:
+                await self.shards.refresh()
+            home = self.shards.home
+        except RedisUnavailable as exc:
+            _log.debug("Redis: %s", exc)
+            return
+        present = list(self.shards.shards)
+        for shard in [*self._tasks]:
+            moved = self._subscribe_to and (shard is self._subscribed) != (shard is home)
+            if shard not in present or moved:
+                self._tasks.pop(shard).cancel()
+                del self._links[shard]
+        self._subscribed = home
+        for shard in present:
+            if shard not in self._links:
+                link = self._links[shard] = self._new_link(shard, is_home=shard is home)
+                self._tasks[shard] = group.create_task(link.run(), name=f"link {shard.name}")
+        if present:
+            self._opened.set()
+        self._only = next(iter(self._links.values())) if len(present) == 1 else None
+
+    async def _refresh(self) -> None:
+        try:
+            await self.shards.refresh()
+        except RedisUnavailable as exc:
+            _log.debug("Redis: %s", exc)
+
+    def _new_link(self, shard: Shard, *, is_home: bool) -> ReconnectingConnection:
+        async def locate() -> RedisEndpoint:
+            return await shard.locate()
+
+        link = ReconnectingConnection(
+            shard.settings,
+            subscribe_to=[self._subscribe_to] if is_home and self._subscribe_to else [],
+            on_message=self._on_message,
+            is_checked=self._is_checked,
+            continued=self._continued,
+            locate=locate,
+            is_sharded=shard.uses_sharded_pubsub,
+            on_moved=self._moved.set,
+        )
+        link.on_open += self.on_open
+        return link
+
+    async def wait_open(self) -> None:
+        """Wait until the connections to all shards are established."""
+        await self._opened.wait()
+        for link in list(self._links.values()):
+            await link.wait_open()
+
+    def link_of(self, key: bytes) -> ReconnectingConnection:
+        """Return the connection to the shard of a key.
+
+        Raises:
+            RedisUnavailable: No server has the key now.
+        """
+        if self._only is not None:
+            return self._only
+        shard = self.shards.shard_of(key)
+        link = self._links.get(shard)
+        if link is None:
+            raise RedisUnavailable(f"there is no connection to {shard.name} yet")
+        return link
+
+    def each(self) -> list[ReconnectingConnection]:
+        """Return the connections to all shards."""
+        return list(self._links.values())
+
+    # ---- commands ---------------------------------------------------------------------------
+
+    def execute(self, commands: Sequence[RedisCommand]) -> Awaitable[list[object]]:
+        """Send commands, and await the replies in their order, which include error replies.
+
+        Raises:
+            RedisUnavailable: A shard is unreachable, or its connection was lost.
+        """
+        if self._only is not None and not self._is_sharded():
+            return self._only.execute(commands)
+        return self._in_background(self._execute(commands, may_repeat=False))
+
+    def _in_background(
+        self, work: Coroutine[object, object, list[object]]
+    ) -> asyncio.Future[list[object]]:
+        future: asyncio.Future[list[object]] = asyncio.get_running_loop().create_future()
+
+        async def run() -> None:
+            try:
+                replies = await work
+            except RelayError as exc:
+                if not future.done():
+                    future.set_exception(exc)
+            else:
+                if not future.done():
+                    future.set_result(replies)
+
+        if self._group is None:
+            work.close()
+            future.set_exception(RedisUnavailable("Redis is unreachable"))
+        else:
+            self._group.create_task(run(), name="commands")
+        return future
+
+    def _is_sharded(self) -> bool:
+        """Return True in a Redis Cluster, where keys may be moved."""
+        return any(shard.uses_sharded_pubsub for shard in self.shards.shards[:1])
+
+    async def call(self, *command: bytes | str | int) -> object:
+        """Send one command and return its reply. Errors as of `call_all`."""
+        (reply,) = await self.call_all([command])
+        return reply
+
+    async def call_all(
+        self, commands: Sequence[RedisCommand], *, may_repeat: bool = False
+    ) -> list[object]:
+        """Send commands and return their replies.
+
+        `may_repeat`: see `ReconnectingConnection.call_all`.
+
+        Raises:
+            Unavailable: A shard is unreachable or refused a command.
+        """
+        if not commands:
+            return []
+        try:
+            replies = await self._execute(commands, may_repeat=may_repeat)
+        except RedisUnavailable as exc:
+            raise Unavailable(str(exc)) from exc
+        for command, reply in zip(commands, replies, strict=True):
+            if isinstance(reply, ReplyError):
+                raise Unavailable(f"Redis refused {command[0]!s}: {reply}")
+        return replies
+
+    def execute_in_turn(self, *steps: Sequence[RedisCommand]) -> asyncio.Future[list[object]]:
+        """Call `execute` for each step after the replies to the step before."""
+        if self._only is not None:
+            together = [command for step in steps for command in step]
+            return cast("asyncio.Future[list[object]]", self.execute(together))
+        return self._in_background(self._execute_in_turn(steps))
+
+    async def _execute_in_turn(self, steps: Sequence[Sequence[RedisCommand]]) -> list[object]:
+        return [reply for step in steps for reply in await self.execute(step)]
+
+    def publish(self, name: bytes, payload: bytes) -> None:
+        """Publish a pub/sub message. It is lost if the shard of `name` is unreachable."""
+        command = "SPUBLISH" if self._is_sharded() else "PUBLISH"
+        self.post((command, name, payload))
+
+    def post(self, *commands: RedisCommand) -> None:
+        """Send commands whose replies are not needed. They are lost while Redis is unreachable."""
+        if self._only is not None and not self._is_sharded():
+            self._only.post(*commands)
+            return
+        unawaited(self.execute(commands))
+
+    async def transaction(
+        self,
+        key: bytes,
+        commands: Callable[[Primary], Sequence[RedisCommand]],
+        before: Sequence[RedisCommand] = (),
+    ) -> tuple[list[object], list[object], Primary]:
+        """Execute commands for keys with the tag of `key` in one transaction.
+
+        `before` is sent in the same pipeline. Return its replies, those of the transaction, and
+        the state of the server that has executed it.
+
+        Raises:
+            RedisUnavailable: The shard is unreachable, or the transaction was discarded.
+            CommandRefused: Redis refused the transaction.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._redis.command_timeout_s
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            link = self.link_of(key)
+            words = commands(link.primary)
+            replies = await link.execute([*before, ("MULTI",), *words, ("EXEC",)])
+            done = replies[-1]
+            if done is None:
+                raise RedisUnavailable("Redis discarded the transaction")
+            if isinstance(done, list):
+                return replies[: len(before)], done, link.primary
+            # EXECABORT does not give the reason. The reply to the rejected command does.
+            errors = [each for each in replies if isinstance(each, ReplyError)]
+            if not any(is_misplaced(str(each)) for each in errors) or loop.time() >= until:
+                raise CommandRefused("EXEC", str(errors[0]))
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+            await self._look_again()
+
+    async def _execute(self, commands: Sequence[RedisCommand], *, may_repeat: bool) -> list[object]:
+        replies: list[object] = [None] * len(commands)
+        left = list(range(len(commands)))
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._redis.command_timeout_s
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            by_link: dict[ReconnectingConnection, list[int]] = {}
+            for index in left:
+                by_link.setdefault(self.link_of(key_of(commands[index])), []).append(index)
+            sent = [
+                (link, part, link.execute(part))
+                for link, own in by_link.items()
+                for part in [[commands[index] for index in own]]
+            ]
+            found = await _replies(sent, may_repeat)
+            left = []
+            for own, theirs in zip(by_link.values(), found, strict=True):
+                for index, reply in zip(own, theirs, strict=True):
+                    replies[index] = reply
+                    if isinstance(reply, ReplyError) and is_misplaced(str(reply)):
+                        left.append(index)
+            if not left or loop.time() >= until:
+                return replies
+            left.sort()
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+            await self._look_again()
+
+    async def _look_again(self) -> None:
+        await self.shards.refresh()
+        await self._match()
+
+
+async def _replies(
+    sent: Sequence[tuple[ReconnectingConnection, Sequence[RedisCommand], Awaitable[list[object]]]],
+    may_repeat: bool,
+) -> list[list[object]]:
+    """Await all replies, then raise the first error."""
+    found: list[list[object]] = []
+    error: RedisUnavailable | None = None
+    for link, commands, replies in sent:
+        try:
+            try:
+                found.append(await replies)
+            except RedisUnavailable:
+                if not (may_repeat and await link.is_reopened()):
+                    raise
+                found.append(await link.execute(commands))
+        except RedisUnavailable as exc:
+            error = error or exc
+    if error is not None:
+        raise error
+    return found
