@@ -220,9 +220,10 @@ class DoorContext:
     # Pass a request to the one worker of this host that receives all such requests, so that they
     # keep their order. None if this is that worker, or if the connection cannot be passed.
     gather: Callable[[web.Request], Awaitable[web.StreamResponse | None]]
-    # Whether there is a connection to Redis over which streams are read; wait for one.
-    is_connected: Callable[[], bool]
-    wait_connected: Callable[[], Awaitable[None]]
+    # Why these channels cannot be read now, naming the server if only that one is away, or ''.
+    not_reading: Callable[[Sequence[Channel]], str]
+    # Wait until these channels are being read.
+    wait_connected: Callable[[Sequence[Channel]], Awaitable[None]]
     metrics: Metrics
     # The time of Redis, with which entry IDs must be compared.
     clock: RedisClock

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Unpack, cast
@@ -26,6 +26,7 @@ from relay.core.errors import LimitExceeded, StartError
 from relay.core.reasons import Reason
 from relay.core.worker_deaths import WorkerDeaths
 from relay.doorkit.contract import DoorContext
+from relay.doorkit.first_subscriptions import NOT_READING
 from relay.hub.hub import Hub
 from relay.inspect.connections import QUESTION as CONNECTIONS
 from relay.inspect.connections import ConnectionDirectory
@@ -55,11 +56,13 @@ from relay.stream.cluster.workers import (
     new_instance,
     resident_bytes,
 )
+from relay.stream.connection.primary import Primaries
 from relay.stream.connection.refusals import Refusals
 from relay.stream.format import entry
 from relay.stream.read.control_reader import ControlReader
 from relay.stream.read.reader import StreamReader
-from relay.stream.shards.making import keys_of
+from relay.stream.read.shard_readers import ShardReaders
+from relay.stream.shards.making import is_single, keys_of
 from relay.stream.upkeep.unused import UnusedStreams
 from relay.stream.write.appender import Appender
 from relay.transports.between_workers.forwarder import Forwarder
@@ -81,6 +84,7 @@ if TYPE_CHECKING:
     from relay.stream.connection.primary import Continued
     from relay.stream.format.keys import Keys
     from relay.stream.shards.clients import ShardClients
+    from relay.stream.shards.shard import Shard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +117,7 @@ class Parts:
     admission: Admission
     incoming: Incoming
     unused: UnusedStreams
-    reader: StreamReader
+    reader: ShardReaders
     not_ready: Callable[[], str]
     appender: Appender
     limiter: ConnectionLimiter
@@ -189,7 +193,7 @@ def build(base: Foundation) -> Parts:
     server = Server(
         metrics=base.metrics,
         ready=lambda: _not_ready(base, reader) or _workers_not_ready(base),
-        limits=lambda: str(refusals),
+        limits=lambda: _limits(reader, refusals),
     )
     tokens = Tokens(config.jwt)
     publish = _publish(appender, config.stream.max_entry_bytes)
@@ -215,7 +219,7 @@ def build(base: Foundation) -> Parts:
         read_token=tokens.read,
         forward=server.forward,
         gather=server.gather,
-        is_connected=reader.is_connected,
+        not_reading=partial(_not_reading, reader),
         wait_connected=reader.wait_ready,
         metrics=base.metrics,
         clock=base.metrics.clock,
@@ -328,21 +332,48 @@ def _reader(
     incoming: Incoming,
     unused: UnusedStreams,
     refusals: Refusals,
-) -> StreamReader:
-    return StreamReader(
-        keys=keys,
-        instance=instance,
-        redis=base.redis,
-        settings=base.config.stream,
-        metrics=base.metrics,
-        decode=_decode(base.config),
-        on_turn=hub.flush,
-        decode_ephemeral=incoming.decode_ephemeral,
-        control=ControlReader(keys, commands.apply, commands.lost, refusals),
-        unused=unused,
-        refusals=refusals,
-        continued=_continued(base),
+) -> ShardReaders:
+    shards, primaries = base.clients.shards, Primaries()
+    control = ControlReader(
+        keys, commands.apply, commands.lost, refusals, on_misplaced=lambda: readers.look()
     )
+
+    def make(shard: Shard) -> StreamReader:
+        return StreamReader(
+            keys=keys,
+            instance=instance,
+            shard=shard,
+            settings=base.config.stream,
+            metrics=base.metrics,
+            decode=_decode(base.config),
+            on_turn=hub.flush,
+            decode_ephemeral=incoming.decode_ephemeral,
+            control=None,
+            unused=unused,
+            # With several servers, each line names the server.
+            refusals=refusals if is_single(shards) else Refusals(shard.name),
+            continued=_continued(base),
+            others=primaries,
+            on_misplaced=readers.look,
+        )
+
+    readers = ShardReaders(
+        shards=shards, keys=keys, control=control, primaries=primaries, make=make
+    )
+    return readers
+
+
+def _limits(reader: ShardReaders, refusals: Refusals) -> str:
+    """Return which functions and which servers do not work now."""
+    return "; ".join(filter(None, (reader.problem(), str(refusals), reader.limits())))
+
+
+def _not_reading(reader: ShardReaders, channels: Iterable[Channel]) -> str:
+    """Return why these channels cannot be read now, or an empty string."""
+    if reader.is_connected(channels):
+        return ""
+    problem = reader.problem(channels) if reader.is_connected() else ""
+    return f"{NOT_READING}: {problem}" if problem else NOT_READING
 
 
 def _continued(base: Foundation) -> Continued:
@@ -471,7 +502,7 @@ def section_of(config: Config, door: str) -> Section:
     return config.doors[f"protocol:{door}"]
 
 
-def _not_ready(base: Foundation, reader: StreamReader) -> str:
+def _not_ready(base: Foundation, reader: ShardReaders) -> str:
     """Return the reason why this worker is not ready, or an empty string."""
     if base.is_stopping():
         return "this worker is stopping"
@@ -494,7 +525,7 @@ def _workers_not_ready(base: Foundation) -> str:
 
 
 def _shared_listeners(
-    base: Foundation, instance: str, hub: Hub, reader: StreamReader, server: Server
+    base: Foundation, instance: str, hub: Hub, reader: ShardReaders, server: Server
 ) -> SharedListeners | None:
     if base.worker is None:
         return None
@@ -515,7 +546,7 @@ def _heartbeat(
     node: str,
     instance: str,
     hub: Hub,
-    reader: StreamReader,
+    reader: ShardReaders,
     refusals: Refusals,
 ) -> WorkerHeartbeat:
     def load() -> WorkerLoad:
@@ -524,7 +555,7 @@ def _heartbeat(
             connections=len(hub.sessions()),
             streams=len(hub.feeds()),
             lag_ms=round(base.metrics.pop_worst_lag() * 1000),
-            refused=str(refusals),
+            refused=_limits(reader, refusals),
             protocols=base.metrics.connections_by_protocol(),
             cpu_s=round(time.process_time(), 2),
             events=base.metrics.received(),

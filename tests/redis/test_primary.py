@@ -12,7 +12,12 @@ import pytest
 
 from relay.stream.connection.connect import discover
 from relay.stream.connection.pipeline_connection import PipelineConnection
-from relay.stream.connection.primary import Primary, Replication
+from relay.stream.connection.primary import (
+    Primaries,
+    Primary,
+    Replication,
+    certificate_of,
+)
 from tests.support.clients import until
 from tests.support.valkey import Flavour, Server, running
 
@@ -102,3 +107,31 @@ async def test_a_first_replica_changes_the_replication_id_and_loses_nothing(
             primary.connected(connection.run_id, connection.replication)
             assert primary.is_without_loss_since(last)
             assert not primary.is_without_loss_since(before)
+
+
+def test_streams_that_were_moved_here() -> None:
+    """The cases are those of slots of a Redis Cluster."""
+    one, two, other = (b"1" * 40, b"2" * 40, b"3" * 40)
+
+    def connect(primaries: Primaries, replid: bytes, previous: bytes = b"") -> Primary:
+        primary = Primary(others=primaries)
+        primary.connected(b"run of " + replid, Replication(b"master", replid, previous))
+        return primary
+
+    primaries = Primaries()
+    source, target = connect(primaries, one), connect(primaries, two, other)
+    primaries.is_starting = False
+    added = connect(primaries, other)
+    for primary in (target, added):
+        assert primary.is_without_loss_since(source.certificate)
+        assert not primary.is_without_loss_since(certificate_of(b"9" * 40))
+    source.disconnected()
+    assert not target.is_without_loss_since(source.certificate)
+    source.connected(b"run of " + one, Replication(b"master", one, b""))
+    assert target.is_without_loss_since(source.certificate)
+    # Its replica was promoted. Streams may have been moved to it before that.
+    promoted = connect(primaries, b"4" * 40, two)
+    assert not promoted.is_without_loss_since(source.certificate)
+    assert promoted.is_without_loss_since(source.certificate, source.kept())
+    # And from it to the others.
+    assert not added.is_without_loss_since(source.certificate)

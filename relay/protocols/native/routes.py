@@ -123,8 +123,8 @@ class MountedNative(Mounted):
         if request.method == "HEAD":
             # Monitors ask for the head only. There is nobody to receive events.
             return web.Response(headers=sse.HEADERS | self._cors(request))
-        if not context.is_connected():
-            await self._wait_connected()
+        if context.not_reading(channels):
+            await self._wait_connected(channels)
         first = FirstSubscriptions()
         first.expect(channels)
         client = SseClient(first, settings)
@@ -153,13 +153,13 @@ class MountedNative(Mounted):
         session.attach(socket)
         return response
 
-    async def _wait_connected(self) -> None:
+    async def _wait_connected(self, channels: Sequence[Channel]) -> None:
         """Wait for the connection to Redis, which may be restarting or failing over."""
         try:
             async with asyncio.timeout(_CONNECTION_S):
-                await self._context.wait_connected()
+                await self._context.wait_connected(channels)
         except TimeoutError:
-            raise Unavailable(NOT_READING) from None
+            raise Unavailable(self._context.not_reading(channels) or NOT_READING) from None
 
     def _with_retry(
         self, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]

@@ -16,7 +16,6 @@ from relay.core.errors import (
     Unavailable,
 )
 from relay.core.reasons import Reason
-from relay.doorkit.first_subscriptions import NOT_READING
 from relay.doorkit.rate_limit import RateLimit
 from relay.hub import cursor
 from relay.hub.recovery import Notice
@@ -126,8 +125,8 @@ class WsClient(Client):
         if command.last_event_id is not None:
             found = cursor.decode(command.last_event_id, [command.channel])
             position = found.get(command.channel)
-        if not self._context.is_connected():
-            raise Unavailable(NOT_READING)
+        if problem := self._context.not_reading([command.channel]):
+            raise Unavailable(problem)
         self._context.subscribe(session, command.channel, position)
         if command.ref is not None:
             self._refs[command.channel] = command.ref

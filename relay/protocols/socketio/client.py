@@ -28,7 +28,7 @@ from relay.core.errors import (
 )
 from relay.core.model import Channel, EntryID, Position, Principal
 from relay.core.reasons import Reason
-from relay.doorkit.first_subscriptions import NOT_READING, FirstSubscriptions
+from relay.doorkit.first_subscriptions import FirstSubscriptions
 from relay.doorkit.recoverable_sessions import SavedSession, new_pid
 from relay.hub.recovery import Notice
 from relay.hub.session import Client
@@ -211,8 +211,8 @@ class SocketClient(Client):
         record: SavedSession[RoomIds] | None,
     ) -> None:
         door, context = self._door, self._door.context
-        if not context.is_connected():
-            raise Unavailable(NOT_READING)
+        if problem := context.not_reading(rooms.channels()):
+            raise Unavailable(problem)
         self.rooms, self._missing = rooms, False
         self.sid = record.sid if record is not None else self._new_sid()
         principal = replace(principal, client=self.sid)

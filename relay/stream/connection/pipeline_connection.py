@@ -53,19 +53,22 @@ _MORE = object()
 # connections without notice. Keepalive of the kernel starts after two hours.
 _IDLE_S = 5.0
 _PING = (b"PING",)
-# RESP3 answers these with a push instead of a reply.
+# RESP3 answers these with a push instead of a reply. SUNSUBSCRIBE is not among them, because Redis
+# also sends its push unasked when a slot moves to another server; see `end_sharded`.
 _CONFIRMATIONS = frozenset(
     {b"subscribe", b"unsubscribe", b"psubscribe", b"punsubscribe", b"ssubscribe"}
 )
 
 
 class _Pipeline:
-    __slots__ = ("future", "left", "replies", "sent_at")
+    __slots__ = ("end", "future", "left", "replies", "sent_at")
 
     def __init__(self, future: asyncio.Future[list[object]], left: int, sent_at: float) -> None:
         self.future = future
         self.left = left
         self.sent_at = sent_at
+        # If set, the number of replies is unknown, and this is the last one.
+        self.end: bytes | None = None
         self.replies: list[object] = []
 
 
@@ -92,6 +95,8 @@ class PipelineConnection(asyncio.Protocol):
         self._on_lost: Callable[[Exception | None], None] | None = None
         # Called instead of logging, if Redis rejects a command of `post` for a missing right.
         self.on_no_right: Callable[[str], None] | None = None
+        # Called instead of logging, if the key of a command of `post` is on another server.
+        self.on_misplaced: Callable[[], None] | None = None
         self._loop = asyncio.get_running_loop()
         self._reader = hiredis.Reader(notEnoughData=_MORE)
         self._transport: asyncio.Transport | None = None
@@ -238,9 +243,25 @@ class PipelineConnection(asyncio.Protocol):
                 self._out.append(_pack(tuple(command)))
                 pipeline.left += 1
                 return
-        unawaited(self.execute([command]), expected=expected, on_no_right=self.on_no_right)
+        unawaited(
+            self.execute([command]),
+            expected=expected,
+            on_no_right=self.on_no_right,
+            on_misplaced=self.on_misplaced,
+        )
         if not self._closed and self._waiting:
             self._posted = self._waiting[-1], expected
+
+    def end_sharded(self, name: bytes) -> None:
+        """Unsubscribe from a sharded pub/sub channel, without a reply.
+
+        Redis confirms with a push. If the channel's slot has moved, it has ended the subscription
+        itself, and may reply with an error. A PING shows where the replies end.
+        """
+        unawaited(self.execute([("SUNSUBSCRIBE", name), ("PING", name)]), expected="MOVED")
+        if not self._closed and self._waiting:
+            last = self._waiting[-1]
+            last.left, last.end = 1, name
 
     async def call(self, *command: bytes | str | int) -> object:
         """Send one command and await its reply. An error reply raises CommandRefused."""
@@ -290,6 +311,8 @@ class PipelineConnection(asyncio.Protocol):
                     return
                 pipeline = waiting[0]
                 pipeline.replies.append(reply)
+                if pipeline.end is not None and reply != pipeline.end:
+                    continue
                 pipeline.left -= 1
                 if not pipeline.left:
                     waiting.popleft()
@@ -402,11 +425,13 @@ def unawaited(
     *,
     expected: str = "",
     on_no_right: Callable[[str], None] | None = None,
+    on_misplaced: Callable[[], None] | None = None,
 ) -> None:
     """Log error replies to commands whose reply is not needed.
 
     Replies that contain the text `expected` are not logged. Replies about missing rights are passed
-    to `on_no_right`, if there is one. The owner logs a lost connection.
+    to `on_no_right`, if there is one, and `on_misplaced` is called for keys of other servers. The
+    owner logs a lost connection.
     """
     future = cast("asyncio.Future[list[object]]", answer)
 
@@ -416,8 +441,11 @@ def unawaited(
         for reply in finished.result():
             if not isinstance(reply, ReplyError) or (expected and expected in str(reply)):
                 continue
-            if on_no_right is not None and rule_of(str(reply)).effect is Effect.NO_RIGHT:
+            effect = rule_of(str(reply)).effect
+            if on_no_right is not None and effect is Effect.NO_RIGHT:
                 on_no_right(str(reply))
+            elif on_misplaced is not None and effect is Effect.MISPLACED:
+                on_misplaced()
             else:
                 _log.error("Redis refused: %s", without_arguments(str(reply)))
 

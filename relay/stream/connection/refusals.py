@@ -160,15 +160,25 @@ _NO_UIDS = "publishing with a uid is rejected"
 _NO_COMMANDS = "disconnect, unsubscribe and history do not work"
 
 
-def needs(keys: Keys, instance: str) -> list[Need]:
-    """Return the commands that every relay needs. Optional producers need more."""
+def needs(keys: Keys, instance: str, *, sharded: bool = False) -> list[Need]:
+    """Return the commands that every relay needs. Optional producers need more.
+
+    `sharded`: pub/sub channels have slots. Keys of other servers are checked as well, because Redis
+    checks rights before it redirects.
+    """
     channel = Channel("relay.rights")
     stream, group = keys.stream(channel), f"relay:{instance}"
     present, presence = keys.present(instance), keys.presence(channel)
     return [
         # These cannot be tried inside a transaction.
-        Need(("SUBSCRIBE", keys.ephemeral(channel)), _NO_BUS),
-        Need(("UNSUBSCRIBE", keys.ephemeral(channel)), _NO_BUS),
+        *(
+            [Need(("SSUBSCRIBE", keys.ephemeral(channel)), _NO_BUS)]
+            if sharded
+            else [
+                Need(("SUBSCRIBE", keys.ephemeral(channel)), _NO_BUS),
+                Need(("UNSUBSCRIBE", keys.ephemeral(channel)), _NO_BUS),
+            ]
+        ),
         Need(("WATCH", keys.lease(instance)), _NO_JOBS),
         Need(("UNWATCH",), _NO_JOBS),
         Need(("EXEC",), _NO_TRANSACTIONS),
@@ -189,7 +199,10 @@ def needs(keys: Keys, instance: str) -> list[Need]:
         Need(("XREVRANGE", keys.control, "+", "-"), _NO_COMMANDS),
         Need(("EVALSHA", "0" * 40, "0"), _NO_UIDS),
         Need(("SCRIPT", "LOAD", "return 1"), _NO_UIDS),
-        Need(("PUBLISH", keys.ephemeral(channel), ""), "ephemeral events are not sent"),
+        Need(
+            ("SPUBLISH" if sharded else "PUBLISH", keys.ephemeral(channel), ""),
+            "ephemeral events are not sent",
+        ),
         Need(("GET", keys.node(instance)), _NO_JOBS),
         Need(("SET", keys.node(instance), ""), f"{_NO_JOBS}; {_NO_UIDS}"),
         Need(("EXPIRE", keys.node(instance), "1"), _NO_JOBS),
@@ -211,7 +224,9 @@ def needs(keys: Keys, instance: str) -> list[Need]:
 class Refusals:
     """Stores current refusals of Redis by area: all writes, or one function of relay."""
 
-    def __init__(self) -> None:
+    def __init__(self, server: str = "") -> None:
+        """`server` is named in each line, if there are several."""
+        self._redis = f"Redis at {server}" if server else "Redis"
         self._now: dict[str, tuple[str, float]] = {}
         self._notes: dict[str, str] = {}
         # The commands that were rejected at the last check, and the line about them.
@@ -238,7 +253,7 @@ class Refusals:
         self.rejected = tuple(need for need, _ in rejected)
         self.cannot_read = any(need.reading for need, _ in rejected)
         text = "; ".join(f"{', '.join(names)}: {loss}" for loss, names in losses.items())
-        self._rejected_text = f"Redis rejects commands of relay ({text})" if text else ""
+        self._rejected_text = f"{self._redis} rejects commands of relay ({text})" if text else ""
         if text and (log or self._rejected_text != known):
             _log.error(
                 "Redis at %s rejects commands of relay (%s). Everything else continues. %s",
@@ -289,7 +304,8 @@ class Refusals:
         reply, _ = self._now[area]
         remedy = rule_of(reply).remedy
         _log.error(
-            "Redis refuses %s (%s)%s%s",
+            "%s refuses %s (%s)%s%s",
+            self._redis,
             area,
             reply,
             f": {consequence}" if consequence else "",
@@ -300,7 +316,8 @@ class Refusals:
         """Remove the area's refusal, and log that it has ended."""
         known = self._now.pop(area, None)
         if known is not None and not self.explains(known[0]):
-            _log.warning("Redis accepts %s again after %.1f s", area, time.monotonic() - known[1])
+            lasted_s = time.monotonic() - known[1]
+            _log.warning("%s accepts %s again after %.1f s", self._redis, area, lasted_s)
 
     def note(self, name: str, text: str) -> None:
         """Store another problem of Redis, and log it if it is new. An empty text removes it."""
@@ -314,7 +331,7 @@ class Refusals:
 
     def __str__(self) -> str:
         refused = [
-            f"Redis refuses {area} ({reply})"
+            f"{self._redis} refuses {area} ({reply})"
             for area, (reply, _) in self._now.items()
             if not self.explains(reply)
         ]

@@ -7,7 +7,7 @@ from typing import cast
 
 from relay.core.model import EntryID
 from relay.stream.connection.pipeline_connection import RedisCommand
-from relay.stream.connection.refusals import Refusals
+from relay.stream.connection.refusals import Effect, Refusals, rule_of
 from relay.stream.format.keys import Keys
 from relay.stream.write.control import SentCommand, decode
 
@@ -29,12 +29,15 @@ class ControlReader:
         on_command: Callable[[SentCommand], None],
         on_lost: Callable[[], None],
         refusals: Refusals | None = None,
+        on_misplaced: Callable[[], None] = lambda: None,
     ) -> None:
         self._refusals = refusals or Refusals()
         self._key = keys.control
         self._on_command = on_command
         self._on_lost = on_lost
         self._last: EntryID | None = None
+        # Called if the control stream is on another server.
+        self._on_misplaced = on_misplaced
 
     def commands(self) -> list[RedisCommand]:
         """Return commands that arm the key, read the last ID and read new entries."""
@@ -52,6 +55,9 @@ class ControlReader:
         error = next((reply for reply in replies[1:] if not isinstance(reply, list)), None)
         if error is not None or not isinstance(newest, list):
             # The commands are executed when the stream can be read again.
+            if rule_of(str(error)).effect is Effect.MISPLACED:
+                self._on_misplaced()
+                return False
             self._refusals.refused(COMMANDS, str(error), "disconnect and unsubscribe do nothing")
             return False
         if self._refusals.has(COMMANDS):

@@ -13,13 +13,14 @@ arrive. As a further safeguard, a slow sweep reads every stream.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from relay.core.errors import RedisUnavailable
 from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import ReplyError
 from relay.stream.connection.refusals import WRITES, Refusals
+from relay.stream.shards.shard import is_misplaced
 
 if TYPE_CHECKING:
     from relay.core.stream_interface import Followed
@@ -38,9 +39,22 @@ class Canary:
     """A key that this worker writes periodically, to check that invalidations arrive."""
 
     def __init__(
-        self, *, keys: Keys, instance: str, period_s: float, refusals: Refusals | None = None
+        self,
+        *,
+        keys: Keys,
+        instance: str,
+        period_s: float,
+        refusals: Refusals | None = None,
+        tag: Callable[[], str] = lambda: "",
+        on_misplaced: Callable[[], None] = lambda: None,
     ) -> None:
-        self.key = keys.canary(instance)
+        """`tag` returns a hash tag of the server that is checked. `on_misplaced` is called if the
+        tag belongs to another one."""
+        self._keys = keys
+        self._instance = instance
+        self._tag = tag
+        self._on_misplaced = on_misplaced
+        self.key = keys.canary(instance, tag())
         self._refusals = refusals or Refusals()
         self._period_s = period_s
         self._received_at = 0.0
@@ -75,6 +89,8 @@ class Canary:
         count = 0
         while True:
             count += 1
+            # The tag changes if its slot has moved to another server.
+            self.key = self._keys.canary(self._instance, self._tag())
             (armed,) = await tracking.execute([("GET", self.key)])
             set_, prolonged = await writer.execute(
                 [
@@ -82,7 +98,11 @@ class Canary:
                     ("EXPIRE", self.key, _CANARY_S),
                 ]
             )
-            if isinstance(set_, ReplyError):
+            if isinstance(set_, ReplyError) and is_misplaced(str(set_)):
+                # It proves that the server answers. The next canary has another tag.
+                self._on_misplaced()
+                self.touch()
+            elif isinstance(set_, ReplyError):
                 self._refusals.refused(CANARY_WRITES, str(set_), "invalidations cannot be checked")
                 if prolonged != 1 or isinstance(armed, ReplyError):
                     self.touch()

@@ -17,6 +17,7 @@ from relay.stream.connection.refusals import Effect, rule_of
 from relay.stream.read import stream_commands
 from relay.stream.read.groups import certify_commands, group_of
 from relay.stream.read.read_mode import ReadMode
+from relay.stream.shards.shard import is_misplaced
 
 if TYPE_CHECKING:
     from relay.config.settings import StreamSettings
@@ -58,11 +59,19 @@ class LivePipelines:
         settings: StreamSettings,
         metrics: Metrics,
         decode: stream_commands.Decode,
-        control: ControlReader,
+        control: ControlReader | None,
         mode: ReadMode | None = None,
         on_groups_restored: Callable[[], None] = lambda: None,
+        on_misplaced: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_groups_restored` is called when Redis accepts reads by consumer group again."""
+        """`on_groups_restored` is called when Redis accepts reads by consumer group again,
+        `on_misplaced` when a stream was parked. `control` is None if another server has the control
+        stream."""
+        self._on_misplaced = on_misplaced
+        # Streams that this server does not have, or not now, and the requests of examinations.
+        self._parked: list[tuple[Followed, ExamineRequest | None]] = []
+        # Certificates of the servers from which streams were moved to this one.
+        self._moved_from: dict[Followed, frozenset[int]] = {}
         self._mode = mode or ReadMode()
         self._on_groups_restored = on_groups_restored
         self._keys = keys
@@ -99,7 +108,7 @@ class LivePipelines:
         others = self._examine and not self.only_urgent
         if self._urgent or others or self._read:
             return True
-        return self._control_changed or bool(self._certify)
+        return (self._control_changed and self._control is not None) or bool(self._certify)
 
     @property
     def settling(self) -> bool:
@@ -129,6 +138,45 @@ class LivePipelines:
         """Read the control stream."""
         self._control_changed = True
 
+    def set_control(self, control: ControlReader | None) -> None:
+        """Read the control stream on this server, or no longer."""
+        if control is not self._control:
+            self._control = control
+            self._control_changed = True
+
+    def park(self, stream: Followed, request: ExamineRequest | None = None) -> None:
+        """Wait until the shard map was read again: the stream is, or will be, on another server."""
+        if request is None:
+            stream.settled = False
+        self._parked.append((stream, request))
+        self._on_misplaced()
+
+    def unpark(self) -> None:
+        """Examine the parked streams, on the servers that have them now."""
+        parked, self._parked = self._parked, []
+        for stream, request in parked:
+            if request is not None:
+                stream.on_examine_lost(request)
+            else:
+                stream.on_unsettled()
+        if self._control is not None:
+            self._control_changed = True
+
+    def moved_here(self, stream: Followed, certificates: frozenset[int]) -> None:
+        """The stream was moved to this server while it was connected, from one with these."""
+        self._moved_from[stream] = certificates
+
+    def drop(self, stream: Followed) -> None:
+        """Drop all requests, and ignore replies that are still expected: another server has it."""
+        self.discard(stream)
+        if self._sent is None:
+            return
+        for other, request, *_ in self._sent.examined:
+            if other is stream:
+                self._parked.append((stream, request))
+        self._sent.examined = [each for each in self._sent.examined if each[0] is not stream]
+        self._sent.read = [each for each in self._sent.read if each[0] is not stream]
+
     def discard(self, stream: Followed) -> None:
         """Drop all requests for the stream after its last client left."""
         self._examine.pop(stream, None)
@@ -137,6 +185,7 @@ class LivePipelines:
         self._swept.discard(stream)
         self._counts.pop(stream, None)
         self._caught_up.discard(stream)
+        self._moved_from.pop(stream, None)
         self._mode.paused.pop(stream, None)
 
     def retry_paused(self) -> bool:
@@ -156,6 +205,7 @@ class LivePipelines:
         self._counts.clear()
         self._caught_up.clear()
         self._certify.clear()
+        self._moved_from.clear()
         self._mode.paused.clear()
         self._control_changed = True
 
@@ -169,9 +219,10 @@ class LivePipelines:
 
     def commands(self) -> list[RedisCommand]:
         """Return one pipeline for all requests, up to a limit."""
-        sent = _SentPipeline(self._control_changed)
+        control = self._control if self._control_changed else None
+        sent = _SentPipeline(control)
         self._control_changed = False
-        commands = self._control.commands() if sent.control else []
+        commands = control.commands() if control else []
         sent.control_end = len(commands)
         if self._certify:
             commands += self._certify
@@ -227,7 +278,7 @@ class LivePipelines:
         sent, self._sent = self._sent, None
         if sent is None:
             return
-        if sent.control and self._control.on_replies(replies[: sent.control_end]):
+        if sent.control and sent.control.on_replies(replies[: sent.control_end]):
             self._control_changed = True
         info = None if sent.replication is None else replies[sent.replication]
         if isinstance(info, bytes):
@@ -250,11 +301,20 @@ class LivePipelines:
         replies: Sequence[object],
     ) -> None:
         try:
-            examined = stream_commands.parse_examined(request, self._primary, replies, plain=plain)
+            examined = stream_commands.parse_examined(
+                request,
+                self._primary,
+                replies,
+                plain=plain,
+                moved_from=self._moved_from.get(stream, ()),
+            )
         except stream_commands.StreamChanged:
             stream.on_examine_lost(request)
             return
         except CommandRefused as exc:
+            if is_misplaced(exc.reply):
+                self.park(stream, request)
+                return
             if self._mode.try_plain(exc, plain=plain):
                 stream.on_examine_lost(request)
                 return
@@ -288,7 +348,9 @@ class LivePipelines:
             return
         except CommandRefused as exc:
             stream.misaligned = True
-            if self._mode.is_gone(exc):
+            if is_misplaced(exc.reply):
+                self.park(stream)
+            elif self._mode.is_gone(exc):
                 stream.on_unsettled()
             elif self._mode.try_plain(exc, plain=plain):
                 self._read[stream] = None
@@ -347,7 +409,10 @@ class PagePipelines:
         settings: StreamSettings,
         decode: stream_commands.Decode,
         mode: ReadMode | None = None,
+        on_misplaced: Callable[[Followed], None] = lambda _: None,
     ) -> None:
+        """`on_misplaced` is called for a stream that is, or will be, on another server."""
+        self._on_misplaced = on_misplaced
         self._mode = mode or ReadMode()
         self._primary = primary
         self._settings = settings
@@ -372,6 +437,8 @@ class PagePipelines:
         """Drop the request for the stream after its last client left."""
         self._pages.pop(stream, None)
         self._sizes.pop(stream, None)
+        # Another server has the stream now, or a new client may follow it again.
+        self._sent = [page for page in self._sent if page.stream is not stream]
 
     def commands(self) -> list[RedisCommand]:
         """Return commands for one page of each of the next few streams."""
@@ -415,7 +482,9 @@ class PagePipelines:
                 self._pages[stream] = None
                 continue
             except CommandRefused as exc:
-                if self._mode.try_plain(exc, plain=self._plain):
+                if is_misplaced(exc.reply):
+                    self._on_misplaced(stream)
+                elif self._mode.try_plain(exc, plain=self._plain):
                     self._pages[stream] = None
                 elif rule_of(exc.reply).effect is Effect.ONE:
                     stream.on_unsettled()
@@ -454,7 +523,7 @@ class _SentPipeline:
 
     __slots__ = ("control", "control_end", "examined", "read", "replication")
 
-    def __init__(self, control: bool) -> None:
+    def __init__(self, control: ControlReader | None) -> None:
         self.control = control
         self.control_end = 0
         self.replication: int | None = None

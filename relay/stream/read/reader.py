@@ -1,4 +1,4 @@
-"""Read the streams that the clients of this worker follow.
+"""Read the streams of one server that the clients of this worker follow.
 
 One task reads all streams on one connection with client tracking. It collects everything that was
 requested since the last pipeline (examinations, reads, the control stream), sends it in one write
@@ -23,9 +23,9 @@ from relay.core.model import ZERO_ID, Channel, Event
 from relay.core.slices import in_slices
 from relay.core.stream_interface import ExamineRequest, Followed
 from relay.stream.connection import scripts
-from relay.stream.connection.connect import CommandRefused, discover
+from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import PipelineConnection
-from relay.stream.connection.primary import Continued, Primary
+from relay.stream.connection.primary import Continued, Primaries, Primary
 from relay.stream.connection.reconnecting import keep_connected, loss_of_connection, wait_for
 from relay.stream.connection.refusals import Refusals, needs
 from relay.stream.connection.rights import find_rejected
@@ -41,15 +41,17 @@ from relay.stream.read.poll import poll
 from relay.stream.read.read_mode import ReadMode
 
 if TYPE_CHECKING:
-    from relay.config.settings import RedisSettings, StreamSettings
+    from relay.config.settings import StreamSettings
     from relay.core.metrics import Metrics
     from relay.stream.connection.connect import RedisEndpoint
     from relay.stream.format.keys import Keys
     from relay.stream.read.control_reader import ControlReader
+    from relay.stream.shards.shard import Shard
     from relay.stream.upkeep.unused import UnusedStreams
 
 _log = logging.getLogger(__name__)
 
+_MESSAGES = frozenset({b"message", b"smessage"})
 _RETRY_S = 1.0
 # Periods of checks of rights: usually, and while rights are missing.
 _RIGHTS_S, _RIGHTS_MISSING_S = 60.0, 5.0
@@ -59,33 +61,39 @@ _DESTROY_BATCH = 256
 
 
 class StreamReader:
-    """Reads all streams that the clients of this worker follow."""
+    """Reads all streams of one shard that the clients of this worker follow."""
 
     def __init__(
         self,
         *,
         keys: Keys,
         instance: str,
-        redis: RedisSettings,
+        shard: Shard,
         settings: StreamSettings,
         metrics: Metrics,
         decode: stream_commands.Decode,
         on_turn: Callable[[], None],
         decode_ephemeral: Callable[[Channel, bytes], Event | None],
-        control: ControlReader,
+        control: ControlReader | None,
         unused: UnusedStreams,
         refusals: Refusals | None = None,
         continued: Continued = lambda _: (),
+        others: Primaries | None = None,
+        on_misplaced: Callable[[], None] = lambda: None,
     ) -> None:
-        self._refusals = refusals = refusals or Refusals()
-        self._needs = needs(keys, instance)
+        """`others` are the primaries of the other shards. `on_misplaced` is called if keys are, or
+        will be, in another shard."""
+        self.shard = shard
+        self._on_misplaced = on_misplaced
+        self._subscribe_command = "SSUBSCRIBE" if shard.uses_sharded_pubsub else "SUBSCRIBE"
+        self.refusals = refusals = refusals or Refusals()
+        self._needs = needs(keys, instance, sharded=shard.uses_sharded_pubsub)
         # Set when Redis has rejected a command that was accepted at the last check.
         self._rights_work = asyncio.Event()
         refusals.on_unknown = self._rights_work.set
         self._mode = ReadMode(refusals)
         self._keys = keys
         self._unused = unused
-        self._redis = redis
         self._settings = settings
         self._metrics = metrics
         self._reads = metrics.round_trips.labels("read")
@@ -95,7 +103,7 @@ class StreamReader:
         self._group = group_of(instance)
         self._followed: dict[Channel, Followed] = {}
         self._by_key: dict[bytes, Followed] = {}
-        self._primary = Primary(continued=continued)
+        self._primary = Primary(continued=continued, others=others)
         self._live = LivePipelines(
             keys=keys,
             instance=instance,
@@ -106,9 +114,14 @@ class StreamReader:
             control=control,
             mode=self._mode,
             on_groups_restored=self._on_groups_restored,
+            on_misplaced=on_misplaced,
         )
         self._pages = PagePipelines(
-            primary=self._primary, settings=settings, decode=decode, mode=self._mode
+            primary=self._primary,
+            settings=settings,
+            decode=decode,
+            mode=self._mode,
+            on_misplaced=self._live.park,
         )
         self._work = asyncio.Event()
         self._page_work = asyncio.Event()
@@ -119,7 +132,12 @@ class StreamReader:
         self._connection: PipelineConnection | None = None
         self._messages: PipelineConnection | None = None
         self._canary = Canary(
-            keys=keys, instance=instance, period_s=settings.canary_s, refusals=refusals
+            keys=keys,
+            instance=instance,
+            period_s=settings.canary_s,
+            refusals=refusals,
+            tag=lambda: shard.tag,
+            on_misplaced=on_misplaced,
         )
         self._reading = asyncio.Event()
         self._stopping = False
@@ -156,8 +174,11 @@ class StreamReader:
         self._live.discard(stream)
         self._pages.discard(stream)
         if self._connection is not None and self._messages is not None:
-            unsubscribe = ("UNSUBSCRIBE", self._keys.ephemeral(stream.channel))
-            self._messages.post(unsubscribe)
+            name = self._keys.ephemeral(stream.channel)
+            if self.shard.uses_sharded_pubsub:
+                self._messages.end_sharded(name)
+            else:
+                self._messages.post(("UNSUBSCRIBE", name))
             # Use the connection that creates groups: if a client returns immediately, its new group
             # is created after this one was destroyed.
             destroy = ("XGROUP", "DESTROY", stream.key, self._group)
@@ -166,11 +187,49 @@ class StreamReader:
         if stream.exists and stream.position == ZERO_ID:
             self._unused.released(stream.channel)
 
+    # ---- changes of the shard map ----------------------------------------------------------
+
+    def drop(self, stream: Followed) -> None:
+        """Forget a stream that another shard has now. Its group has moved with it."""
+        if self._followed.get(stream.channel) is stream:
+            del self._followed[stream.channel], self._by_key[stream.key]
+            self._live.drop(stream)
+            self._pages.discard(stream)
+
+    def moved_here(self, stream: Followed, source: StreamReader) -> None:
+        """Follow a stream that was in the shard of `source` until a moment ago.
+
+        If this reader was connected then, the server has not been promoted or restarted since the
+        stream arrived, so that it has lost nothing.
+        """
+        if self._connection is not None and source.has_connection:
+            self._live.moved_here(stream, source.certificates())
+        self.follow(stream)
+
+    @property
+    def has_connection(self) -> bool:
+        """True if there is a connection to the server."""
+        return self._connection is not None
+
+    def certificates(self) -> frozenset[int]:
+        """Return the certificates since which the server has lost nothing."""
+        return self._primary.kept()
+
+    def set_control(self, control: ControlReader | None) -> None:
+        """Read the control stream in this shard, or no longer."""
+        self._live.set_control(control)
+        self._work.set()
+
+    def unpark(self) -> None:
+        """Examine the parked streams again, after the map was read."""
+        self._live.unpark()
+        self._work.set()
+
     # ---- health -----------------------------------------------------------------------------
 
     def ready(self) -> bool:
         """Return True if streams are being read."""
-        cannot_read = self._mode.blocked or self._refusals.cannot_read
+        cannot_read = self._mode.blocked or self.refusals.cannot_read
         return self._connection is not None and self._canary.is_working() and not cannot_read
 
     def is_connected(self) -> bool:
@@ -217,16 +276,17 @@ class StreamReader:
     async def _connected(self, established: Callable[[], None]) -> None:
         if self._stopping:
             return
-        endpoint = await discover(self._redis)
+        endpoint = await self.shard.locate()
         lost, on_lost = loss_of_connection()
         async with contextlib.AsyncExitStack() as connections:
 
             async def opened(on_push: Callable[[list[object]], None] | None) -> PipelineConnection:
                 each = await PipelineConnection.open(
-                    endpoint, settings=self._redis, on_push=on_push, on_lost=on_lost
+                    endpoint, settings=self.shard.settings, on_push=on_push, on_lost=on_lost
                 )
                 connections.callback(each.close)
                 each.on_no_right = self._on_no_right
+                each.on_misplaced = self._on_misplaced
                 return each
 
             connection = await opened(self._on_push)
@@ -235,6 +295,12 @@ class StreamReader:
             # by default) to all replies on such a connection, and a large read would exceed it.
             messages = await opened(self._on_push)
             tracking = self._settings.tracking == "auto" and await self._canary.start(connection)
+            if not tracking and self.shard.uses_sharded_pubsub:
+                # A blocking read of many streams would need keys of many slots.
+                raise RedisUnavailable(
+                    f"Redis at {endpoint} refuses CLIENT TRACKING, or [stream] tracking is off:"
+                    " a Redis Cluster cannot be read without it"
+                )
             if not tracking:
                 self._canary.touch()
                 _log.warning("Client tracking unavailable: polling streams with blocking reads")
@@ -261,34 +327,34 @@ class StreamReader:
                 if tracking:
                     tasks.create_task(self._canary.verify(connection, pages), name="canary")
                 else:
-                    tasks.create_task(poll(self, self._redis), name="poll")
+                    tasks.create_task(poll(self, self.shard.settings), name="poll")
 
     async def _check_rights(self, endpoint: RedisEndpoint, *, log: bool) -> None:
-        could_subscribe = not self._refusals.lacks("subscribe")
-        rejected = await find_rejected(endpoint, self._redis, self._needs)
-        self._refusals.checked(str(endpoint), rejected, log=log)
+        could_subscribe = not self.refusals.lacks(self._subscribe_command.lower())
+        rejected = await find_rejected(endpoint, self.shard.settings, self._needs)
+        self.refusals.checked(str(endpoint), rejected, log=log)
         self._mode.on_checked()
         if self._messages is not None and not could_subscribe:
             for stream in self.followed():
                 self._subscribe(self._messages, stream)
 
     def _on_no_right(self, reply: str) -> None:
-        if not self._refusals.explains(reply):
+        if not self.refusals.explains(reply):
             self._rights_work.set()
 
     def _subscribe(self, messages: PipelineConnection, stream: Followed) -> None:
-        messages.post(("SUBSCRIBE", self._keys.ephemeral(stream.channel)))
+        messages.post((self._subscribe_command, self._keys.ephemeral(stream.channel)))
 
     async def _watch_rights(self, endpoint: RedisEndpoint) -> None:
         """Check rights rarely, missing ones more often, and all of them after a new rejection."""
         while True:
-            missing = self._refusals.rejected
+            missing = self.refusals.rejected
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_RIGHTS_MISSING_S if missing else _RIGHTS_S):
                     await self._rights_work.wait()
             if missing and not self._rights_work.is_set():
                 again = [need for need in self._needs if need.opens_transaction or need in missing]
-                rejected = await find_rejected(endpoint, self._redis, again)
+                rejected = await find_rejected(endpoint, self.shard.settings, again)
                 if tuple(need for need, _ in rejected) == missing:
                     continue
             self._rights_work.clear()
@@ -296,7 +362,7 @@ class StreamReader:
 
     async def _load_script(self, connection: PipelineConnection) -> None:
         # Missing rights were reported by `_check_rights`.
-        if not self._refusals.lacks("script|load"):
+        if not self.refusals.lacks("script|load"):
             with contextlib.suppress(CommandRefused):
                 await scripts.load(connection, CERTIFY)
 
@@ -329,8 +395,14 @@ class StreamReader:
             else:
                 self._canary.touch()
                 self._on_everything()
-        elif kind == b"message" and isinstance(push[1], bytes) and isinstance(push[2], bytes):
+        elif kind in _MESSAGES and isinstance(push[1], bytes) and isinstance(push[2], bytes):
             self._on_message(push[1], push[2])
+        elif kind == b"sunsubscribe" and isinstance(push[1], bytes):
+            channel = self._keys.channel_of_ephemeral(push[1])
+            if channel in self._followed:
+                # The slot of a followed channel has moved. Armed keys that do not exist and were
+                # moved with it cause no invalidation.
+                self._on_misplaced()
 
     def _on_keys(self, keys: Iterable[bytes]) -> None:
         for key in keys:

@@ -5,7 +5,7 @@ Each uses the keys of one channel only, so that all of them are in one Redis Clu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import cast
 
 from relay.core.model import ZERO_ID, Channel, EntryID, Marker, Record, StreamState
@@ -63,11 +63,19 @@ def examine_commands(
 
 
 def parse_examined(
-    request: ExamineRequest, primary: Primary, replies: Sequence[object], *, plain: bool = False
+    request: ExamineRequest,
+    primary: Primary,
+    replies: Sequence[object],
+    *,
+    plain: bool = False,
+    moved_from: Container[int] = (),
 ) -> Examined:
-    """Parse the replies to `examine_commands`. CommandRefused if the key is no stream."""
+    """Parse the replies to `examine_commands`. CommandRefused if the key is no stream.
+
+    `moved_from` are the certificates of the server that had the stream before.
+    """
     snapshot = _snapshot(replies, 2 if request.mark else 0, plain=plain)
-    state = parse_state(snapshot[0], snapshot[1], primary)
+    state = parse_state(snapshot[0], snapshot[1], primary, moved_from)
     rest = snapshot[2:]
     rights: dict[str, bytes | None] = {}
     if request.users:
@@ -209,7 +217,10 @@ def parse_groups(reply: object) -> dict[bytes, EntryID]:
 
 
 def parse_state(
-    stream: object, groups: object = None, primary: Primary | None = None
+    stream: object,
+    groups: object = None,
+    primary: Primary | None = None,
+    moved_from: Container[int] = (),
 ) -> StreamState:
     """Parse XINFO STREAM, and XINFO GROUPS of the same transaction, into one moment of a stream.
 
@@ -233,7 +244,7 @@ def parse_state(
         if place is None:
             failover = last
         else:
-            marker = Marker(place, primary.is_without_loss_since(place.seq & LOW))
+            marker = Marker(place, primary.is_without_loss_since(place.seq & LOW, moved_from))
             history = place.seq >> 32 if marker.is_current else primary.certificate
             failover = found.get(FAILOVER_GROUP) if marker.is_current else last
             incarnation = (place.ms & LOW) << 32 | history

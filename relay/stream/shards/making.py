@@ -23,3 +23,8 @@ def keys_of(settings: RedisSettings) -> Keys:
     """Return the key names: those of no channel have a tag if there may be several shards."""
     several = bool(cluster_seeds(settings)) or len(servers_of(settings)) > 1
     return Keys(settings.prefix, has_site_tag=several)
+
+
+def is_single(shards: ShardMap) -> bool:
+    """Return True if there is one server, so that messages need not name it."""
+    return isinstance(shards, HashMap) and len(shards.shards) == 1

@@ -122,8 +122,15 @@ class Subscriptions:
         context, session = self._server.context, self._connection.session
         if session is None or self._connection.closed:
             return
-        if not context.is_connected():
-            raise FatalError(Reason.UNAVAILABLE)
+        if context.not_reading([channel]):
+            if context.not_reading([]):
+                raise FatalError(Reason.UNAVAILABLE)
+            # Only the server with this channel is away. A reconnect would affect all channels.
+            del self._pending[channel]
+            self.admitted.discard(channel)
+            body = codec.subscribe_body(channel, status=False)
+            self._connection.answer(pending.slot, body, codec.INTERNAL_ERROR, codec.RETRY)
+            return
         position = None if pending.snapshot is None else history.position(pending.snapshot)
         context.subscribe(session, channel, position)
 

@@ -1,0 +1,244 @@
+"""Read the followed streams of all shards: one reader per shard, and each stream with its shard.
+
+One task reads the shard map: at the start, periodically, and as soon as a reply or a push shows
+that a key is in another shard. Streams whose shard has changed are given to its reader and examined
+there. Parked streams are examined again after each look. While a slot is being moved, looks follow
+each other after 50 ms at first and after a second at most.
+
+A server that cannot be reached affects only the channels in its shard. `problem` names it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from relay.core.errors import RedisUnavailable
+from relay.stream.connection.reconnecting import Backoff
+
+if TYPE_CHECKING:
+    from relay.core.model import Channel
+    from relay.core.stream_interface import Followed
+    from relay.stream.connection.primary import Primaries
+    from relay.stream.format.keys import Keys
+    from relay.stream.read.control_reader import ControlReader
+    from relay.stream.read.reader import StreamReader
+    from relay.stream.shards.shard import Shard, ShardMap
+
+_log = logging.getLogger(__name__)
+
+_FIRST_LOOK_S, _LAST_LOOK_S = 0.05, 1.0
+# A change that no reply and no push has shown is found after this time.
+_PERIOD_S = 5.0
+# Streams that are given to other readers before the loop serves other tasks.
+_BATCH = 500
+
+
+class ShardReaders:
+    """Implements `relay.core.stream_interface.StreamReads` with one `StreamReader` per shard."""
+
+    def __init__(
+        self,
+        *,
+        shards: ShardMap,
+        keys: Keys,
+        control: ControlReader,
+        primaries: Primaries,
+        make: Callable[[Shard], StreamReader],
+    ) -> None:
+        """`make` creates the reader of a shard. `control` is used by the reader of the home."""
+        self._map = shards
+        self._keys = keys
+        self._control = control
+        self._primaries = primaries
+        self._make = make
+        self._readers: dict[Shard, StreamReader] = {}
+        self._tasks: dict[Shard, asyncio.Task[None]] = {}
+        self._reader_of: dict[Followed, StreamReader] = {}
+        # Streams whose slot has no server, or whose map was never read.
+        self._homeless: dict[Followed, None] = {}
+        self._look = asyncio.Event()
+        self._stopping = False
+        self._problem = "the shards are not known yet"
+
+    # ---- relay.core.stream_interface.StreamReads --------------------------------------------
+
+    def follow(self, stream: Followed) -> None:
+        """See `StreamReads`."""
+        reader = self._find(stream.channel)
+        if reader is None:
+            self._homeless[stream] = None
+            self.look()
+        else:
+            self._reader_of[stream] = reader
+            reader.follow(stream)
+
+    def want_examine(self, stream: Followed) -> None:
+        """See `StreamReads`."""
+        if (reader := self._reader_of.get(stream)) is not None:
+            reader.want_examine(stream)
+
+    def want_read(self, stream: Followed) -> None:
+        """See `StreamReads`."""
+        if (reader := self._reader_of.get(stream)) is not None:
+            reader.want_read(stream)
+
+    def want_page(self, stream: Followed) -> None:
+        """See `StreamReads`."""
+        if (reader := self._reader_of.get(stream)) is not None:
+            reader.want_page(stream)
+
+    def release(self, stream: Followed) -> None:
+        """See `StreamReads`."""
+        self._homeless.pop(stream, None)
+        if (reader := self._reader_of.pop(stream, None)) is not None:
+            reader.release(stream)
+
+    # ---- health -----------------------------------------------------------------------------
+
+    def ready(self) -> bool:
+        """Return True if the streams of at least one shard are being read.
+
+        One that cannot be read must not take all channels of the others away.
+        """
+        return any(reader.ready() for reader in self._readers.values())
+
+    def is_connected(self, channels: Iterable[Channel] = ()) -> bool:
+        """Return True if there are connections over which these channels are read.
+
+        Without channels, return True if there is any such connection.
+        """
+        readers = {self._find(channel) for channel in channels}
+        if readers:
+            return all(reader is not None and reader.is_connected() for reader in readers)
+        return any(reader.is_connected() for reader in self._readers.values())
+
+    def settled(self) -> bool:
+        """Return False after a reconnect until all streams of a shard were checked for new entries.
+
+        As with `ready`, one shard for which this is true is enough.
+        """
+        return any(reader.ready() and reader.settled() for reader in self._readers.values())
+
+    def limits(self) -> str:
+        """Return what the servers refuse now. With a single server, its `Refusals` are shared."""
+        if len(self._readers) < 2:
+            return ""
+        return "; ".join(filter(None, (str(each.refusals) for each in self._readers.values())))
+
+    def problem(self, channels: Iterable[Channel] = ()) -> str:
+        """Return which servers cannot be read, or ''. With channels: only those of their shards."""
+        if self._problem:
+            return self._problem
+        found = {self._find(channel) for channel in channels} or set(self._readers.values())
+        if len(self._readers) < 2:
+            return ""
+        away = [reader.shard.name for reader in found if reader is not None and not reader.ready()]
+        return f"Redis at {', '.join(sorted(away))} cannot be read" if away else ""
+
+    async def wait_ready(self, channels: Iterable[Channel] = ()) -> None:
+        """Wait until these channels are being read; without channels, those of all shards."""
+        while self._problem or not self._readers:  # noqa: ASYNC110  # the map has no event
+            await asyncio.sleep(_FIRST_LOOK_S)
+        readers = {self._find(channel) for channel in channels} or set(self._readers.values())
+        for reader in readers:
+            if reader is not None:
+                await reader.wait_ready()
+        self._primaries.is_starting = False
+
+    # ---- life -------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Read the map soon: a key is, or will be, in another shard."""
+        self._look.set()
+
+    async def run(self) -> None:
+        """Read until cancelled or stopped."""
+        backoff = Backoff(_FIRST_LOOK_S, _LAST_LOOK_S)
+        async with asyncio.TaskGroup() as tasks:
+            while not self._stopping:
+                self._look.clear()
+                try:
+                    await self._map.refresh()
+                except RedisUnavailable as exc:
+                    if self._problem != str(exc):
+                        _log.warning("Redis: %s", exc)
+                    self._problem = str(exc)
+                else:
+                    self._problem = ""
+                    if await self._place(tasks):
+                        backoff.reset()
+                for reader in list(self._readers.values()):
+                    reader.unpark()
+                if self._problem:
+                    self.look()
+                # At least this time between two looks.
+                await backoff.pause()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_PERIOD_S):
+                        await self._look.wait()
+                        continue
+                backoff.reset()
+
+    async def stop(self) -> None:
+        """Stop reading and destroy the groups of this worker."""
+        self._stopping = True
+        for reader in list(self._readers.values()):
+            await reader.stop()
+
+    # ---- the map ----------------------------------------------------------------------------
+
+    def _find(self, channel: Channel) -> StreamReader | None:
+        try:
+            return self._readers.get(self._map.shard_of(self._keys.stream(channel)))
+        except RedisUnavailable:
+            return None
+
+    async def _place(self, tasks: asyncio.TaskGroup) -> bool:
+        """Start and end readers, and give each stream to its reader. Return True if any moved."""
+        present = self._map.shards
+        for shard in present:
+            if shard not in self._readers:
+                self._readers[shard] = reader = self._make(shard)
+                name = f"reader of {shard.name}"
+                self._tasks[shard] = tasks.create_task(reader.run(), name=name)
+        self._place_control()
+        moved = await self._move()
+        for shard in [shard for shard in self._readers if shard not in present]:
+            _log.info("No longer reading streams from %s: it has no slots", shard.name)
+            self._tasks.pop(shard).cancel()
+            self._readers.pop(shard).unpark()
+        return moved
+
+    def _place_control(self) -> None:
+        try:
+            home = self._map.home
+        except RedisUnavailable:
+            return
+        for shard, reader in self._readers.items():
+            reader.set_control(self._control if shard is home else None)
+
+    async def _move(self) -> bool:
+        moved = False
+        for number, (stream, source) in enumerate(list(self._reader_of.items())):
+            if number % _BATCH == _BATCH - 1:
+                await asyncio.sleep(0)
+            target = self._find(stream.channel)
+            if target is None or target is source or self._reader_of.get(stream) is not source:
+                continue
+            moved = True
+            source.drop(stream)
+            self._reader_of[stream] = target
+            target.moved_here(stream, source)
+            # The requests that were dropped are sent again to the new reader.
+            source.unpark()
+            stream.on_unsettled()
+        homeless, self._homeless = self._homeless, {}
+        for stream in homeless:
+            if stream.alive:
+                self.follow(stream)
+                stream.on_unsettled()
+        return moved
