@@ -7,7 +7,7 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 
-from relay.cli import connections, dead_letters, events, streams, workers
+from relay.cli import connections, dead_letters, events, journal, streams, workers
 from relay.cli.configured import configuration
 from relay.cli.operator_context import OperatorContext, operator_context
 from relay.config.loading import Config
@@ -28,6 +28,7 @@ _COMMANDS: Mapping[str, Command] = {
     "status": workers.status,
     "connections": connections.connections,
     "connection": connections.connection,
+    "events": journal.events,
     "disconnect": connections.disconnect,
     "unsubscribe": workers.unsubscribe,
     "dead-letters": dead_letters.dead_letters,

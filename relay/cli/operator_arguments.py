@@ -23,6 +23,7 @@ COMMANDS = (
     "trim",
     "connections",
     "connection",
+    "events",
     "disconnect",
     "unsubscribe",
 )
@@ -171,6 +172,25 @@ def add(commands: Commands, operator: Operator) -> None:
     operator(commands, "connection", "show one connection with its subscriptions").add_argument(
         "id", metavar="ID"
     )
+
+    events = operator(
+        commands,
+        "events",
+        "show what happened to clients: connections, rejections, subscriptions, notices",
+    )
+    events.add_argument("--user", metavar="USER", help="of this user; '': of strangers")
+    events.add_argument("--connection", metavar="ID", help="of this connection")
+    events.add_argument("--channel", metavar="CHANNEL", help="of this channel")
+    events.add_argument("--protocol", "--door", metavar="NAME", help="of this protocol")
+    events.add_argument(
+        "--event",
+        metavar="KIND",
+        help="connected, disconnected, subscribed, unsubscribed, rejected, gap or reset",
+    )
+    events.add_argument(
+        "--limit", type=_count, default=100, metavar="N", help="the newest N (default 100)"
+    )
+    events.add_argument("--follow", action="store_true", help="print new events until Ctrl-C")
 
     disconnect = operator(
         commands, "disconnect", "close all connections of USER, on all workers and in all protocols"

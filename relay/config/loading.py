@@ -29,6 +29,7 @@ from relay.config.settings import (
     ConsoleSettings,
     HubSettings,
     JobSettings,
+    JournalSettings,
     JwtSettings,
     LogSettings,
     MetricsSettings,
@@ -48,6 +49,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "node": NodeSettings,
     "server": ServerSettings,
     "log": LogSettings,
+    "journal": JournalSettings,
     "redis": RedisSettings,
     "stream": StreamSettings,
     "hub": HubSettings,
@@ -104,6 +106,7 @@ class Config:
     node: NodeSettings
     server: ServerSettings
     log: LogSettings
+    journal: JournalSettings
     redis: RedisSettings
     stream: StreamSettings
     hub: HubSettings

@@ -131,6 +131,17 @@ class LogSettings(Section):
     file: str = Field("", description="Log file, reopened on SIGUSR1. Empty: log to standard error.")
 
 
+class JournalSettings(Section):
+    """[journal]: What happens to clients, for `relay events` and `relay explain`."""
+
+    events: int = Field(
+        10000,
+        ge=0,
+        le=10000000,
+        description="Approximate number of the latest events that each worker keeps in Redis: connections, rejections, subscriptions, disconnections and notices. 0 disables the journal.",
+    )
+
+
 class RedisSettings(Section):
     """[redis]: Connection to Redis."""
 

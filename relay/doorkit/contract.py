@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
 
     from relay.core.clock import RedisClock
+    from relay.core.connection import ConnectionInfo
     from relay.core.durability import Durability
     from relay.core.metrics import Metrics
     from relay.core.model import Channel, EntryID, Event, EventFields, Position, Principal
+    from relay.core.reasons import Reason
     from relay.core.stream_interface import Snapshot
     from relay.hub.hub import Hub
     from relay.hub.session import Client, Encoder, Session, Subscription
@@ -32,13 +34,20 @@ class OpenSession(Protocol):
     """Opens a client's session."""
 
     async def __call__(
-        self, principal: Principal, encoder: Encoder, client: Client, *, limit: int | None = None
+        self,
+        principal: Principal,
+        encoder: Encoder,
+        client: Client,
+        *,
+        info: ConnectionInfo | None = None,
+        limit: int | None = None,
     ) -> Session:
         """Open a session if the user's number of connections on all workers allows it.
 
-        `limit` is the maximum in this principal's protocol. None applies
-        `[hub] connections_per_user` to the connections in all protocols. LimitExceeded if there are
-        too many, Unavailable if they cannot be counted.
+        `info` describes the client's connection, and is otherwise that of its socket. `limit` is
+        the maximum in this principal's protocol. None applies `[hub] connections_per_user` to the
+        connections in all protocols. LimitExceeded if there are too many, Unavailable if they
+        cannot be counted.
         """
 
 
@@ -61,6 +70,16 @@ class Publish(Protocol):
         same value in it, nothing is appended, and the result is the ID of that event.
         `durability` overrides that of the namespace.
         """
+
+
+class TurnedAway(Protocol):
+    """Records in the journal that a client without a session was rejected."""
+
+    def __call__(
+        self, info: ConnectionInfo | None, protocol: str, reason: Reason | str, detail: str = ""
+    ) -> None:
+        """Record it. HTTP error answers, and rejected subscriptions of a session, are recorded
+        without this."""
 
 
 class Command(Protocol):
@@ -207,6 +226,7 @@ class DoorContext:
     on_command: Callable[[str, CommandHandler], None]
     # Set a handler that drops cached answers about a channel's or user's rights. None means all.
     on_drop: Callable[[Callable[[Channel | None, str | None], None]], None]
+    turned_away: TurnedAway
     bus: Bus
     store: Store
     presence: Presence

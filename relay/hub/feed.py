@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from relay.core.metrics import Metrics
     from relay.core.model import Channel, Principal, Record, StreamState
     from relay.core.stream_interface import Examined, Page, StreamReads
-    from relay.hub.session import Subscription
+    from relay.hub.session import SessionObserver, Subscription
 
 
 class Rights(Protocol):
@@ -58,6 +58,7 @@ class FeedHub(Protocol):
 
     reads: StreamReads
     on_broken: Callable[[Channel, Broken], None]
+    observer: SessionObserver
 
     @property
     def rights(self) -> Rights:
@@ -278,7 +279,7 @@ class Feed:
             if self._may_join(subscription, examined):
                 self._new[subscription] = None
             else:
-                self._reject(subscription)
+                self._reject(subscription, examined)
         if not self.alive:
             return
         self._mark = self.exists = True
@@ -292,8 +293,10 @@ class Feed:
         value = examined.rights.get(principal.user)
         return self.hub.rights.allowed(principal, self.channel, value, admitted=False)
 
-    def _reject(self, subscription: Subscription) -> None:
-        self._refuse(subscription, Forbidden(f"no right to read {self.channel}"))
+    def _reject(self, subscription: Subscription, examined: Examined) -> None:
+        value = examined.rights.get(subscription.session.principal.user)
+        rule = "revoked" if value == b"-" else "not granted"
+        self._refuse(subscription, Forbidden(f"no right to read {self.channel}"), rule)
 
     def _settle(self, examined: Examined) -> None:
         state = examined.state
@@ -326,7 +329,7 @@ class Feed:
         if notice is None:
             return
         now = Position(self.position, self.added, self.incarnation, self.digest)
-        self._live.notify(replace(notice, position=now))
+        self._notify_live(replace(notice, position=now))
         for subscription in self._behind:
             subscription.notify_later(notice, old)
 
@@ -363,7 +366,7 @@ class Feed:
     def _place(self, subscription: Subscription, examined: Examined) -> None:
         session, state, start = subscription.session, examined.state, subscription.start
         if not self._may_join(subscription, examined):
-            self._reject(subscription)
+            self._reject(subscription, examined)
             return
         subscription.rights_as_of = state.last
         subscription.known_deleted = state.max_deleted
@@ -380,7 +383,9 @@ class Feed:
             else:
                 kept = start.added if verdict.counted else None
                 subscription.behind_at(verdict.resume, kept, start.digest)
+        subscription.began = subscription.cursor
         self._behind[subscription] = None
+        self.hub.observer.subscribed(subscription)
         session.client.subscribed(subscription)
 
     # ---- live -------------------------------------------------------------------------------
@@ -476,9 +481,14 @@ class Feed:
             self.added = state.added - following
         else:
             self.added = added_before_first(state) if state.first == first_read else None
-        self._live.notify(notice)
+        self._notify_live(notice)
         self.misaligned = True
         self.on_unsettled()
+
+    def _notify_live(self, notice: Notice) -> None:
+        if self._live.count:
+            self.hub.observer.notified(self.channel, notice, None)
+        self._live.notify(notice)
 
     # ---- behind -----------------------------------------------------------------------------
 
@@ -553,9 +563,9 @@ class Feed:
                 self.hub.metrics.caught_up(shared.serve(subscription, stop))
                 self.catch_up(subscription)
 
-    def _refuse(self, subscription: Subscription, error: RelayError) -> None:
+    def _refuse(self, subscription: Subscription, error: RelayError, rule: str = "") -> None:
         self.hub.metrics.subscriptions.dec()
-        subscription.session.refuse(self.channel, error)
+        subscription.session.refuse(self.channel, error, rule)
         self.leave(subscription)
 
     def drop(self, subscription: Subscription, notice: Notice) -> None:
@@ -565,6 +575,7 @@ class Feed:
             return
         del session.subscriptions[self.channel]
         self.hub.metrics.subscriptions.dec()
+        self.hub.observer.unsubscribed(subscription, notice)
         subscription.notify(notice)
         self.leave(subscription)
         session.client.dropped(self.channel, notice)

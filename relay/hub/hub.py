@@ -18,9 +18,10 @@ from relay.core.reasons import Reason
 from relay.core.slices import for_each
 from relay.hub.feed import Feed, Rights
 from relay.hub.recovery import Notice
-from relay.hub.session import Session, Subscription
+from relay.hub.session import Session, SessionObserver, Subscription
 
 if TYPE_CHECKING:
+    from relay.core.connection import ConnectionInfo
     from relay.core.metrics import Metrics
     from relay.core.model import Broken
     from relay.core.stream_interface import StreamReads
@@ -51,6 +52,7 @@ class Hub:
         self.rights = rights
         self.metrics = metrics
         self.dirty: list[Session] = []
+        self.observer = SessionObserver()
         self.connections_per_user = connections_per_user
         # Called with a user whose number of sessions has changed.
         self.on_count: list[Callable[[str], None]] = []
@@ -70,13 +72,19 @@ class Hub:
 
     # ---- sessions ---------------------------------------------------------------------------
 
-    def open(self, principal: Principal, encoder: Encoder, client: Client) -> Session:
+    def open(
+        self,
+        principal: Principal,
+        encoder: Encoder,
+        client: Client,
+        info: ConnectionInfo | None = None,
+    ) -> Session:
         """Create a session, without a socket yet. LimitExceeded if the user has too many."""
         user = principal.user
         mine = self._by_user.get(user)
         if user and mine and 0 < self.connections_per_user <= len(mine):
             raise LimitExceeded(f"more than {self.connections_per_user} connections of one user")
-        session = Session(self, principal, encoder, client)
+        session = Session(self, principal, encoder, client, info)
         self._by_user.setdefault(user, set()).add(session)
         self.total += 1
         self.opened += 1
@@ -92,6 +100,7 @@ class Hub:
         session.closed = session.paused = True
         session.reserved.clear()
         left = list(session.subscriptions.values())
+        self.observer.disconnected(session, left)
         session.subscriptions.clear()
         self.metrics.subscriptions.dec(len(left))
         self.for_each(left, _leave)
@@ -165,6 +174,7 @@ class Hub:
         subscription = session.subscriptions.pop(channel, None)
         if subscription is None:
             raise BadRequest(f"not subscribed to {channel}")
+        self.observer.unsubscribed(subscription, None)
         self.metrics.subscriptions.dec()
         subscription.feed.leave(subscription)
 
@@ -196,7 +206,7 @@ class Hub:
 
         def disconnect(session: Session) -> None:
             if not session.closed:
-                session.client.disconnect(reason)
+                session.disconnect(reason)
 
         concerned = self.sessions_of(user, door)[:count]
         self.for_each(concerned, disconnect)
@@ -274,6 +284,7 @@ class Hub:
         for subscription in list(session.subscriptions.values()):
             at = subscription.feed.position
             subscription.feed.drop(subscription, Notice("revoked", Reason.EXPIRED, at, at))
+        session.ending = Reason.EXPIRED
         session.client.expired()
 
     # ---- the turn ---------------------------------------------------------------------------

@@ -27,11 +27,34 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
+class SessionObserver:
+    """Is notified of what happens to clients, but not of each event. This one ignores it."""
+
+    def connected(self, session: Session) -> None:
+        """A session has its socket."""
+
+    def disconnected(self, session: Session, subscriptions: Sequence[Subscription]) -> None:
+        """A session has ended, with these subscriptions."""
+
+    def subscribed(self, subscription: Subscription) -> None:
+        """A subscription was accepted. Events after `began` follow."""
+
+    def rejected(self, session: Session, channel: Channel, error: RelayError, rule: str) -> None:
+        """A subscription was rejected. `rule`: the right is `revoked`, or `not granted`, or ''."""
+
+    def unsubscribed(self, subscription: Subscription, notice: Notice | None) -> None:
+        """A subscription has ended: by the client, or for the reason in the notice."""
+
+    def notified(self, channel: Channel, notice: Notice, session: Session | None) -> None:
+        """A gap or reset was sent to one client, or to all live clients of the channel (None)."""
+
+
 class SessionHub(Protocol):
     """The hub as its sessions see it."""
 
     # Sessions with data to write at the end of this turn.
     dirty: list[Session]
+    observer: SessionObserver
 
     @property
     def metrics(self) -> Metrics:
@@ -127,6 +150,9 @@ class Outbox(Protocol):
     full: bool
     # Describes the client's connection. None if it is unknown.
     info: ConnectionInfo | None
+    # The code of the client's close frame, if it has sent one, and why the socket was closed here.
+    close_code: int | None
+    ending: Reason | None
 
     @property
     def transport_name(self) -> str:
@@ -188,6 +214,7 @@ class Subscription:
     __slots__ = (
         "added",
         "before_notice",
+        "began",
         "cursor",
         "digest",
         "feed",
@@ -206,6 +233,8 @@ class Subscription:
         self.start = start
         self.mode = SubscriptionMode.NEW
         self.cursor: EntryID | None = None
+        # Events after this entry are delivered. None until the subscription is accepted.
+        self.began: EntryID | None = None
         self.added: int | None = None
         self.digest: int | None = None
         # State of the stream at the last gap notice. While it is unchanged, nothing new is missing.
@@ -254,6 +283,8 @@ class Subscription:
         """Send a notice to the client, in order with its events."""
         session = self.session
         session.hub.metrics.notified(notice, 1)
+        if notice.kind != "revoked":
+            session.hub.observer.notified(self.feed.channel, notice, session)
         data = session.encoder.notice(self.feed.channel, notice)
         if data is None:
             session.client.noticed(self, notice)
@@ -289,7 +320,9 @@ class Session:
         "client",
         "closed",
         "encoder",
+        "ending",
         "hub",
+        "info",
         "paused",
         "principal",
         "reserved",
@@ -298,7 +331,12 @@ class Session:
     )
 
     def __init__(
-        self, hub: SessionHub, principal: Principal, encoder: Encoder, client: Client
+        self,
+        hub: SessionHub,
+        principal: Principal,
+        encoder: Encoder,
+        client: Client,
+        info: ConnectionInfo | None = None,
     ) -> None:
         self.hub = hub
         self.principal = principal
@@ -310,6 +348,10 @@ class Session:
         self.reserved: set[Channel] = set()
         self.paused = True
         self.closed = False
+        # Describes the client's connection.
+        self.info = info
+        # Why relay ends the session. None if the client has disconnected.
+        self.ending: Reason | None = None
         self._outbox: Outbox | None = None
         self._pending: list[bytes] = []
 
@@ -321,6 +363,8 @@ class Session:
     def attach(self, outbox: Outbox) -> None:
         """Set the socket: write what is waiting, and begin to deliver events."""
         self._outbox = outbox
+        self.info = self.info or outbox.info
+        self.hub.observer.connected(self)
         if self._pending:
             self.hub.dirty.append(self)
         self.resume()
@@ -370,13 +414,23 @@ class Session:
         for name, subscription in self.subscriptions.items():
             yield name, position if name == channel else subscription.position
 
-    def refuse(self, channel: Channel, error: RelayError) -> None:
+    def refuse(self, channel: Channel, error: RelayError, rule: str = "") -> None:
         """Remove a subscription that was rejected, and report the reason."""
         self.subscriptions.pop(channel, None)
+        self.hub.observer.rejected(self, channel, error, rule)
         self.client.refused(channel, error)
 
-    def end(self) -> None:
-        """Remove the session from the hub. Can be called repeatedly."""
+    def disconnect(self, reason: Reason) -> None:
+        """Let the protocol close the connection."""
+        self.ending = reason
+        self.client.disconnect(reason)
+
+    def end(self, reason: Reason | None = None) -> None:
+        """Remove the session from the hub. Can be called repeatedly.
+
+        `reason` is why relay closes the connection, or None if the client has disconnected.
+        """
+        self.ending = self.ending or reason
         self.hub.close(self)
 
 

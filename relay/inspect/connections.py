@@ -125,7 +125,7 @@ class ConnectionDirectory:
     ) -> Iterator[tuple[Session | None, ConnectionInfo | None]]:
         """Yield matching sessions, and an empty pair for others, so that the work can pause."""
         for session in self._candidates(wanted):
-            info = session.outbox.info if session is not None and session.outbox else None
+            info = session.info if session is not None and session.outbox is not None else None
             if session is None or info is None or not _matches(session, info, wanted):
                 yield None, None
             else:
@@ -156,8 +156,7 @@ class ConnectionDirectory:
                         yield session
 
     def _row(self, session: Session, wanted: ConnectionFilter) -> dict[str, Any] | None:
-        outbox = session.outbox
-        info = outbox.info if outbox is not None else None
+        outbox, info = session.outbox, session.info
         if outbox is None or info is None:
             return None
         subscriptions = list(session.subscriptions.values())
@@ -212,6 +211,7 @@ def _subscription(subscription: Subscription) -> dict[str, Any]:
         "channel": feed.channel,
         "mode": mode.name.lower(),
         "position": str(subscription.at),
+        "began": None if subscription.began is None else str(subscription.began),
         "behind": behind,
         "newest": str(feed.position),
     }

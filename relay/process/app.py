@@ -233,6 +233,7 @@ class Relay:
             self._spawn(settings, name="settings"),
             self._spawn(parts.appender.run(), name="appends"),
             self._spawn(parts.cluster.run(), name="cluster services"),
+            self._spawn(parts.journal.run(), name="journal"),
             self._spawn(parts.unused.run(), name="unused streams"),
             self._spawn(parts.limiter.run(), name="connection limits"),
             self._spawn(dead_letters, name="dead letters"),
@@ -324,6 +325,7 @@ class Relay:
     async def _sign_off(parts: Parts) -> None:
         """Remove what this worker has stored about itself in Redis."""
         await parts.reader.stop()
+        await parts.journal.flush()
         with contextlib.suppress(RelayError):
             await parts.cluster.presence.leave()
             await parts.heartbeat.leave()

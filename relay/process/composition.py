@@ -30,6 +30,7 @@ from relay.doorkit.first_subscriptions import NOT_READING
 from relay.hub.hub import Hub
 from relay.inspect.connections import QUESTION as CONNECTIONS
 from relay.inspect.connections import ConnectionDirectory
+from relay.inspect.journal import Journal
 from relay.inspect.questions import Questions
 from relay.process import clean_stop
 from relay.process.admission import Admission, ReadRights
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from relay.config.loading import Config
     from relay.config.settings import NamespaceSettings, RedisSettings, Section
     from relay.core.clock import RedisClock
+    from relay.core.connection import ConnectionInfo
     from relay.core.durability import Durability
     from relay.core.metrics import Metrics
     from relay.core.model import Channel, EntryID, EventFields, Principal, Record
@@ -123,6 +125,7 @@ class Parts:
     limiter: ConnectionLimiter
     cluster: ClusterServices
     questions: Questions
+    journal: Journal
     server: Server
     internal: InternalListener
     deaths: WorkerDeaths
@@ -187,13 +190,22 @@ def build(base: Foundation) -> Parts:
         # `relay status`, `/readyz` and the log name the problem.
         on_conflict=partial(refusals.note, "schema"),
     )
-    questions = _questions(base, keys, cluster, hub, commands, instance)
+    journal = hub.observer = Journal(
+        links=cluster.bus.links,
+        keys=keys,
+        instance=instance,
+        events=config.journal.events,
+        now_ms=base.metrics.clock.now_ms,
+        rights_of=lambda channel: base.namespace_of(channel).rights,
+    )
+    questions = _questions(base, keys, cluster, hub, commands, journal, instance)
 
     # The protocols, on the HTTP server.
     server = Server(
         metrics=base.metrics,
         ready=lambda: _not_ready(base, reader) or _workers_not_ready(base),
         limits=lambda: _limits(reader, refusals),
+        on_rejected=journal.answered,
     )
     tokens = Tokens(config.jwt)
     publish = _publish(appender, config.stream.max_entry_bytes)
@@ -210,6 +222,7 @@ def build(base: Foundation) -> Parts:
         members=cluster.members,
         on_command=commands.on_command.__setitem__,
         on_drop=rights.on_drop.append,
+        turned_away=journal.turned_away,
         bus=cluster.bus,
         store=cluster.store,
         presence=cluster.presence,
@@ -286,6 +299,7 @@ def build(base: Foundation) -> Parts:
         limiter=limiter,
         cluster=cluster,
         questions=questions,
+        journal=journal,
         server=server,
         internal=internal,
         deaths=deaths,
@@ -413,6 +427,7 @@ def _questions(
     cluster: ClusterServices,
     hub: Hub,
     commands: ControlCommands,
+    journal: Journal,
     instance: str,
 ) -> Questions:
     """Return the questions that operators ask of all workers, with this worker's answers."""
@@ -422,7 +437,9 @@ def _questions(
         keys=keys,
         spawn=lambda work: base.spawn(work, name="question"),
     )
-    connections = ConnectionDirectory(hub, instance=instance, host=socket.gethostname())
+    connections = ConnectionDirectory(
+        hub, instance=instance, host=socket.gethostname(), rejections=journal.rejections_of
+    )
     questions.answer(CONNECTIONS, connections.answer)
     questions.answer(CLOSED_BY, commands.answer)
     return questions
@@ -442,11 +459,16 @@ def _evict(hub: Hub, excess: Mapping[tuple[str, str | None], int]) -> None:
 
 def _open(limiter: ConnectionLimiter, hub: Hub) -> OpenSession:
     async def open_session(
-        principal: Principal, encoder: Encoder, client: Client, *, limit: int | None = None
+        principal: Principal,
+        encoder: Encoder,
+        client: Client,
+        *,
+        info: ConnectionInfo | None = None,
+        limit: int | None = None,
     ) -> Session:
         door = None if limit is None else principal.door
         async with limiter.slot(principal.user, door, limit or 0):
-            return hub.open(principal, encoder, client)
+            return hub.open(principal, encoder, client, info)
 
     return open_session
 

@@ -47,7 +47,7 @@ async def drain(
         if wait_s > _TOGETHER_S or not index % _AT_ONCE:
             await asyncio.sleep(max(0.0, wait_s))
         if not session.closed:
-            session.client.disconnect(Reason.STOPPING)
+            session.disconnect(Reason.STOPPING)
     if sessions:
         _log.info("Asked %d clients to reconnect", len(sessions))
 

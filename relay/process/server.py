@@ -15,7 +15,7 @@ from relay.core.errors import StartError
 from relay.core.reasons import Reason
 from relay.process.addresses import ALIVE, HEALTH_PATH, METRICS_PORT, hosts_of, listen_error
 from relay.transports.socket.handshakes import Handshakes
-from relay.transports.socket.http_connection import KEEPALIVE_S, ConnectionLimits
+from relay.transports.socket.http_connection import KEEPALIVE_S, ConnectionLimits, OnRejected
 from relay.transports.socket.listener import GuardedSite
 from relay.transports.socket.precedence import FallbackRoute, in_order, without_repeated
 from relay.transports.socket.take_over import drop, end_rejected_upgrade
@@ -57,11 +57,13 @@ class Server:
         metrics: Metrics,
         ready: Callable[[], str],
         limits: Callable[[], str] = lambda: "",
+        on_rejected: OnRejected = lambda *_: None,
     ) -> None:
         """Create a server without listeners.
 
         `ready` returns the reason why this worker is not ready, or ''. `limits` describes functions
-        that do not work although events are delivered, or ''.
+        that do not work although events are delivered, or ''. `on_rejected` is called for each
+        error answer.
         """
         self._limits = limits
         self._metrics = metrics
@@ -78,7 +80,7 @@ class Server:
         self._all: list[tuple[GuardedSite, str]] = []
         handshakes = Handshakes(count_rejected=metrics.refused.labels(Reason.OVERLOADED).inc)
         metrics.handshakes.set_function(lambda: len(handshakes))
-        self._connections = ConnectionLimits(handshakes=handshakes)
+        self._connections = ConnectionLimits(handshakes=handshakes, on_rejected=on_rejected)
 
     def plan(
         self, config: Config, doors: Sequence[tuple[str, Mounted, Section]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from relay.inspect.questions import BadQuestion, asking
 from relay.stream.format.keys import Keys
 from relay.stream.shards.clients import shard_clients
 from tests.support.cli import Cli
-from tests.support.clients import Native
+from tests.support.clients import LIMIT_S, Native
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server
 
@@ -49,6 +50,7 @@ async def test_a_connection_is_listed_with_what_an_operator_asks(
             "channel": channel,
             "mode": "live",
             "position": event,
+            "began": "0-0",
             "behind": 0,
             "newest": event,
         }
@@ -118,3 +120,31 @@ async def test_a_question_of_another_version_is_rejected(
         assert set(answers.failed.values()) == {"limit must be an integer from 1 to 500"}
         with pytest.raises(BadQuestion, match="user must be a text"):
             await find_connections(questions, ConnectionFilter(user=1))  # type: ignore[arg-type]
+
+
+async def test_the_journal_tells_what_happened_to_a_client(
+    cli: Cli, relay: RelayProcess, door: Native, channel: str
+) -> None:
+    user = "journal@example.com"
+    ws = await door.ws(channel, token=relay.token(user, [channel]))
+    await ws.next()
+    await ws.send(cmd="subscribe", channel="e2e:not-granted")
+    assert (await ws.next())["error"]["code"] == "forbidden"
+    (row,) = await cli.objects("connections", "--user", user)
+    assert [each["reason"] for each in row["rejections"]] == ["forbidden"]
+    await cli.out("disconnect", user)
+    await ws.closed()
+
+    async def kinds() -> list[str]:
+        return [each["event"] for each in await cli.objects("events", "--connection", row["id"])]
+
+    expected = ["connected", "subscribed", "rejected", "disconnected"]
+    async with asyncio.timeout(LIMIT_S):
+        while await kinds() != expected:
+            await asyncio.sleep(0.05)
+    found = await cli.objects("events", "--user", user)
+    assert [each["event"] for each in found] == expected
+    assert found[2]["rule"] == "none of the sources grants it: door, claims, hash"
+    assert found[3]["reason"] == "disconnected"
+    assert channel in found[3]["positions"]
+    assert channel in await cli.out("events", "--user", user, "--channel", channel)

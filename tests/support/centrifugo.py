@@ -285,14 +285,23 @@ class Context:
     def is_connected(self) -> bool:
         return self.is_ready
 
+    def turned_away(self, info: ConnectionInfo | None, *reason: str) -> None:
+        pass
+
     async def open(
-        self, principal: Principal, encoder: Encoder, client: Client, *, limit: int | None = None
+        self,
+        principal: Principal,
+        encoder: Encoder,
+        client: Client,
+        *,
+        info: ConnectionInfo | None = None,
+        limit: int | None = None,
     ) -> Session:
         await asyncio.sleep(0)
         user = principal.user
         if limit and user and self.hub.count(user) >= limit:
             raise LimitExceeded("too many")
-        return self.hub.open(principal, encoder, client)
+        return self.hub.open(principal, encoder, client, info)
 
     def subscribe(self, session: Session, channel: Channel, asked: Position | None) -> None:
         self.hub.subscribe(session, channel, asked)
@@ -338,6 +347,8 @@ class Socket:
         self.full = False
         self.info: ConnectionInfo | None = None
         self.transport_name = "memory"
+        self.close_code: int | None = None
+        self.ending: Reason | None = None
         self.lines: list[str] = []
         self.waiting = 0
 

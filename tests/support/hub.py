@@ -124,6 +124,8 @@ class Outbox:
         self.full = False
         self.info: ConnectionInfo | None = None
         self.transport_name = "memory"
+        self.close_code: int | None = None
+        self.ending: Reason | None = None
         self.writes: list[bytes] = []
 
     def waiting_bytes(self) -> int:

@@ -103,6 +103,8 @@ class Outbox:
         self.full = False
         self.info: ConnectionInfo | None = None
         self.transport_name = "memory"
+        self.close_code: int | None = None
+        self.ending: Reason | None = None
 
     def waiting_bytes(self) -> int:
         return len(self.data)

@@ -38,7 +38,7 @@ from relay.protocols.native.ws_client import CLOSES, WsClient
 from relay.transports.socket import sse, websocket
 from relay.transports.socket.heartbeat import Heartbeat
 from relay.transports.socket.reaper import Reaper
-from relay.transports.socket.take_over import take_over
+from relay.transports.socket.take_over import connection_of, take_over
 
 if TYPE_CHECKING:
     from relay.doorkit.contract import DoorContext, Listener
@@ -129,7 +129,9 @@ class MountedNative(Mounted):
         first.expect(channels)
         client = SseClient(first, settings)
         encoder = sse_encoder(several=len(channels) > 1, envelope=envelope)
-        session = client.session = await context.open(principal, encoder, client)
+        session = client.session = await context.open(
+            principal, encoder, client, info=connection_of(request)
+        )
         try:
             for channel in channels:
                 context.subscribe(session, channel, positions.get(channel))
@@ -223,9 +225,10 @@ class MountedNative(Mounted):
         # over the open WebSocket. An Origin that is not allowed is rejected before.
         try:
             principal = self._principal(request)
-            session = await context.open(principal, WEBSOCKET, client)
+            session = await context.open(principal, WEBSOCKET, client, info=connection_of(request))
         except (Unauthorized, LimitExceeded) as exc:
             context.metrics.refused.labels(exc.code).inc()
+            context.turned_away(connection_of(request), "native", exc.code, str(exc))
             response = take_over(request, accepted, socket)
             socket.write(websocket.frame_text(encoders.error_object(exc)))
             socket.close_with(CLOSES[exc.code], str(exc))

@@ -62,7 +62,7 @@ class SseClient(Client):
         # After the last expired subscription `expired` is called, which sends an error.
         last = self.session is not None and not self.session.subscriptions
         if last and notice.reason != Reason.EXPIRED:
-            self._end(b"")
+            self._end(b"", notice.reason)
 
     @override
     def noticed(self, subscription: Subscription, notice: Notice) -> None:
@@ -71,22 +71,22 @@ class SseClient(Client):
 
     @override
     def expired(self) -> None:
-        self._end(encoders.sse_error(Unauthorized("the token has expired")))
+        self._end(encoders.sse_error(Unauthorized("the token has expired")), Reason.EXPIRED)
 
     @override
     def disconnect(self, reason: Reason) -> None:
         notice = encoders.sse_notice("closing", reason=reason)
         if reason == Reason.STOPPING:
             notice = encoders.retry(self._settings.next_retry_ms()) + notice
-        self._end(notice)
+        self._end(notice, reason)
 
-    def _end(self, last: bytes) -> None:
+    def _end(self, last: bytes, reason: Reason | None = None) -> None:
         session = self.session
         if session is None:
             return
         if self._first is not None:
             self._first.fail(ClientError("disconnected"))
         session.write_out()
-        session.end()
+        session.end(reason)
         if self._outbox is not None:
             self._outbox.close(last)

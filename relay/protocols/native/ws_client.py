@@ -182,7 +182,7 @@ class WsClient(Client):
         if error is not None:
             session.offer(frame_text(encoders.error_object(error)))
         session.write_out()
-        session.end()
+        session.end(reason)
         if self._outbox is not None:
             text = str(error) if error else ""
             if reason == Reason.STOPPING:

@@ -76,6 +76,6 @@ class Browser(Registration):
         if session is None or session.closed:
             return
         session.write_out()
-        session.end()
+        session.end(reason)
         if self._outbox is not None:
             self._outbox.close(frame_close(*CLOSES[reason]))

@@ -27,7 +27,7 @@ from relay.protocols.pydio.settings import PydioSettings
 from relay.transports.socket import websocket
 from relay.transports.socket.heartbeat import Heartbeat
 from relay.transports.socket.reaper import Reaper
-from relay.transports.socket.take_over import drop, take_over
+from relay.transports.socket.take_over import connection_of, drop, take_over
 
 if TYPE_CHECKING:
     from relay.doorkit.contract import DoorContext
@@ -155,7 +155,9 @@ class MountedPydio(Mounted):
         async with self._accounts.connecting(credentials) as account:
             browser = Browser(account, self._services)
             encoder = codec.encoder_for(account.identity.masked)
-            session = await context.open(account.principal, encoder, browser)
+            session = await context.open(
+                account.principal, encoder, browser, info=connection_of(request)
+            )
             browser.session = session
             account.members.add(browser)
         if not account.valid:

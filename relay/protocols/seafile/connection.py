@@ -278,6 +278,9 @@ class SeafileClient(Client, TokenHolder):
         except (InvalidSeafileToken, ValueError) as exc:
             _log.info("Rejected a token of Seafile client %s: %s", self._address, exc)
             self._service.count_rejection(Reason.UNAUTHORIZED)
+            self._service.context.turned_away(
+                self._socket.info, SEAFILE.door, Reason.UNAUTHORIZED, str(exc)
+            )
             self._send(codec.jwt_expired(request.repo_id))
             return
         session = self.session
@@ -360,7 +363,9 @@ class SeafileClient(Client, TokenHolder):
         self.session = None
         principal = Principal(user=user, door=SEAFILE.door, grant=self._may_read)
         try:
-            session = await self._service.context.open(principal, SEAFILE, self)
+            session = await self._service.context.open(
+                principal, SEAFILE, self, info=self._socket.info
+            )
         except RelayError as exc:
             # The protocol has no error message. The client reconnects after a minute.
             _log.info("Rejected Seafile client %s of user %s: %s", self._address, user, exc)
@@ -544,6 +549,7 @@ class SeafileClient(Client, TokenHolder):
         self._service.count_rejection(reason)
         if self.session is not None:
             self.session.write_out()
+            self.session.ending = self.session.ending or reason
         self._socket.close()
 
     def _send(self, frame: bytes) -> None:

@@ -217,7 +217,7 @@ class SocketClient(Client):
         self.sid = record.sid if record is not None else self._new_sid()
         principal = replace(principal, client=self.sid)
         encoder = door.encoder(self.connection.version, recovers=self._recovers)
-        session = self.session = await context.open(principal, encoder, self)
+        session = self.session = await context.open(principal, encoder, self, info=self.engine.info)
         if self.engine.closing:
             raise Unavailable("the client has disconnected")
         channels = rooms.channels()
@@ -271,6 +271,7 @@ class SocketClient(Client):
         door, connection = self._door, self.connection
         code = error.code if isinstance(error, ClientError | Unavailable) else Reason.UNAVAILABLE
         door.context.metrics.refused.labels(code).inc()
+        door.context.turned_away(self.engine.info, "socketio", code, str(error))
         connection.out = self.engine.write
         namespace = door.settings.namespace
         # Temporary errors must not be sent as CONNECT_ERROR: a 4.x client would stop reconnecting.

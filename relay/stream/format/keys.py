@@ -23,6 +23,8 @@ Cluster slot. A command or transaction with several keys uses keys of one channe
 | `<p>store:<name>`         | string  | a value that a protocol stores      | expires              |
 | `<p>group:<name>`         | set     | the users of a group                | the application      |
 | `<p>store:internal-key`   | string  | authenticates workers to each other | kept                 |
+| `<p>journal:<instance>`   | stream  | what happened to a worker's clients | expires after 1 h    |
+| `<p>journals`             | zset    | workers with a journal, expiry ms   | the workers          |
 | `<p>bus:<address>`        | pub/sub | messages to one worker; no key      | not stored           |
 | `<p>uid:{C}:<uid>`        | string  | ID of the entry with this uid       | expires: its window  |
 | `<p>tap:<name>`           | string  | position in an external source      | kept                 |
@@ -82,6 +84,7 @@ class Keys:
         "dead_letters",
         "ephemeral_pattern",
         "internal_key",
+        "journals",
         "nodes",
         "prefix",
         "stream_pattern",
@@ -100,6 +103,7 @@ class Keys:
         self.nodes = site + b"nodes"
         self.internal_key = site + b"store:internal-key"
         self.takers = site + b"takers"
+        self.journals = site + b"journals"
         self.stream_pattern = self.streams_matching("*")
         # Keys of streams, and keys that look like them.
         self.any_stream_pattern = _GLOB.sub(rb"\\\1", self.prefix + b"stream:") + b"*"
@@ -165,6 +169,10 @@ class Keys:
     def present(self, instance: str) -> bytes:
         """Return the set of channels in which clients of one worker are present."""
         return f"{self._site}present:{instance}".encode()
+
+    def journal(self, instance: str) -> bytes:
+        """Return the stream of what happened to a worker's clients."""
+        return f"{self._site}journal:{instance}".encode()
 
     def canary(self, instance: str, tag: str = "") -> bytes:
         """Return the key that a worker writes periodically to test invalidations of one server."""

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from relay.core.reasons import Reason
 from relay.transports.engineio.packets import (
     CLOSE,
     MESSAGE,
@@ -90,7 +91,9 @@ class Engine:
         "base64_only",
         "beat_age",
         "beat_slot",
+        "close_code",
         "closing",
+        "ending",
         "full",
         "info",
         "max_message_bytes",
@@ -122,6 +125,8 @@ class Engine:
         """`base64_only`: the client of protocol 3 cannot read binary answers (b64=1). `info`
         describes the connection of the handshake."""
         self.info = info
+        self.close_code: int | None = None
+        self.ending: Reason | None = None
         self.sid = sid
         self.base64_only = base64_only
         self.version = version
@@ -219,6 +224,7 @@ class Engine:
     def violated(self) -> None:
         """Close immediately, because the client broke the protocol."""
         self._dismissed = True
+        self.ending = Reason.BAD_MESSAGE
         self._gone()
 
     @property
@@ -467,6 +473,8 @@ class Engine:
         if poll is not None:
             poll(_CLOSE if self._dismissed else None)
         socket, self._socket = self._socket, None
+        if socket is not None:
+            self.close_code, self.ending = socket.close_code, self.ending or socket.ending
         if socket is not None and not socket.closing:
             socket.close(_GOODBYE)
         on_gone(self)

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 if TYPE_CHECKING:
     from relay.core.connection import ConnectionInfo
+    from relay.core.reasons import Reason
     from relay.transports.socket.bodies import Bodies
     from relay.transports.socket.heartbeat import Heartbeat
     from relay.transports.socket.reaper import Reaper
@@ -45,7 +46,9 @@ class ClientSocket(asyncio.Protocol):
         "beat_age",
         "beat_slot",
         "bodies",
+        "close_code",
         "closing",
+        "ending",
         "full",
         "info",
         "on_closed",
@@ -65,6 +68,9 @@ class ClientSocket(asyncio.Protocol):
         self.full = False
         # Describes the connection. None before the take-over.
         self.info: ConnectionInfo | None = None
+        # The code of the client's close frame, and why this side has closed the connection.
+        self.close_code: int | None = None
+        self.ending: Reason | None = None
         # Also True before the take-over, while there is no transport to write to.
         self.closing = True
         self.on_full: Callable[[], None] = _ignore

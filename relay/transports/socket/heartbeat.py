@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
+from relay.core.reasons import Reason
 from relay.transports.socket.progress import acknowledged_bytes, unacknowledged_bytes
 
 _TICK_S = 0.1
@@ -31,9 +32,9 @@ _ROUNDS = 2
 class HeartbeatClient(Protocol):
     """A `ClientSocket`, or a session over several requests.
 
-    The last five attributes are the heartbeat's state. The owner of the client sets `silent_since`
-    to 0 when the client has sent data, `pinged` to True when it has sent a ping, and `quiet` to
-    False when it was written to.
+    The attributes from `beat_slot` to `silent_since` are the heartbeat's state. The owner of the
+    client sets `silent_since` to 0 when the client has sent data, `pinged` to True when it has sent
+    a ping, and `quiet` to False when it was written to.
     """
 
     full: bool
@@ -43,6 +44,8 @@ class HeartbeatClient(Protocol):
     quiet: bool
     pinged: bool
     silent_since: int
+    # Why this side closes the connection.
+    ending: Reason | None
 
     def write(self, data: bytes) -> None:
         """Send the heartbeat."""
@@ -184,8 +187,10 @@ class Heartbeat:
         if self._has_received(client):
             client.silent_since = self._tick
         elif client.full:
+            client.ending = Reason.WRITE_TIMEOUT
             client.abort()
         else:
+            client.ending = Reason.NO_PONG
             client.close(self._farewell)
 
     def _has_received(self, client: HeartbeatClient) -> bool:

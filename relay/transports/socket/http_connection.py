@@ -16,11 +16,14 @@ Together with `take_over` the only file that depends on aiohttp's internals
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import resource
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 
+import orjson
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
@@ -34,7 +37,7 @@ from relay.transports.socket.handshakes import Handshakes, begins_client, reject
 from relay.transports.socket.read_pace import LARGE_READ_BYTES, read_later
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable
 
     from aiohttp.streams import StreamReader
     from aiohttp.web_request import BaseRequest
@@ -65,12 +68,25 @@ _MIN_AGE_S = 0.5
 _SHED_AT_ONCE = 16
 
 
+# Gets the connection, the route, the status and the text of an error answer.
+OnRejected = Callable[[ConnectionInfo, str, int, str], None]
+# Unknown paths and methods: scanners of the internet ask for them all the time.
+_NOT_REJECTED = frozenset({404, 405, 426})
+_REASON_CHARS, _REASON_BYTES = 200, 2_000
+
+
 class ConnectionLimits:
     """The limits that all listeners of a worker share."""
 
     def __init__(
-        self, *, head_timeout_s: float = HEAD_TIMEOUT_S, handshakes: Handshakes | None = None
+        self,
+        *,
+        head_timeout_s: float = HEAD_TIMEOUT_S,
+        handshakes: Handshakes | None = None,
+        on_rejected: OnRejected = lambda *_: None,
     ) -> None:
+        """`on_rejected` is called for each error answer, except those to unknown paths."""
+        self.on_rejected = on_rejected
         self.bodies = Bodies()
         self.handshakes = Handshakes() if handshakes is None else handshakes
         # Connections from which no complete request head has been received.
@@ -366,6 +382,8 @@ class HttpConnection(RequestHandler):
             resp.headers["Server"] = "relay"
             if resp.status >= 400:
                 resp.headers[REQUEST_ID] = self.info(request).id
+                if resp.status not in _NOT_REJECTED:
+                    self.limits.on_rejected(self.info(request), _route(request), *_reason(resp))
         if self.factory.is_stopping:
             # The client's next request may begin a session, which another worker should have.
             resp.force_close()
@@ -503,6 +521,29 @@ class HttpFactory:
                 connection.abort()
                 return True
         return False
+
+
+def _route(request: BaseRequest) -> str:
+    """Return the route's pattern: the path itself may contain a session's ID."""
+    # None if the request was rejected before its route was looked up.
+    found = request._match_info if isinstance(request, web.Request) else None
+    resource = found.route.resource if found is not None else None
+    return resource.canonical if resource is not None else ""
+
+
+def _reason(response: StreamResponse) -> tuple[int, str]:
+    """Return the status and the text of an error answer."""
+    body = response.body if isinstance(response, web.Response) else None
+    if not isinstance(body, bytes):
+        return response.status, ""
+    if len(body) <= _REASON_BYTES and body.startswith(b"{"):
+        with contextlib.suppress(ValueError):
+            found = orjson.loads(body)
+            error = found.get("error")
+            text = error.get("message") if isinstance(error, dict) else found.get("message")
+            if isinstance(text, str):
+                return response.status, text
+    return response.status, body[:_REASON_CHARS].decode(errors="replace").strip()
 
 
 async def _reject_expectation(_request: BaseRequest) -> StreamResponse:

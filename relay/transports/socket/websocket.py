@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from typing_extensions import override
 
+from relay.core.reasons import Reason
 from relay.transports.socket import deflate
 from relay.transports.socket.client_socket import ClientSocket
 from relay.transports.socket.frames import (
@@ -92,6 +93,8 @@ _PING_HEAD, _PING_HEAD_BYTES = 0x89, 6
 # real clients, Seafile's, send one ping per second.
 _IDLE_FRAMES, _IDLE_FRAMES_S = 100, 2.0
 _POLICY_VIOLATION, _TRY_AGAIN_LATER = 1008, 1013
+# Section 7.1.5: the close frame had no code.
+_NO_CODE = 1005
 # Incomplete messages up to this size are not counted (`relay.transports.socket.bodies`).
 _LARGE_BYTES = 65536
 
@@ -425,6 +428,7 @@ class WebSocketConnection(ClientSocket):
 
     def _on_close(self, payload: bytes) -> None:
         self._ignores_input = self.close_received = True
+        self.close_code = int.from_bytes(payload[:2]) if len(payload) > 1 else _NO_CODE
         transport = self._transport
         # Both sides have sent a close frame, so the server closes the connection (section 7.1.1).
         if not self.closing:
@@ -435,6 +439,7 @@ class WebSocketConnection(ClientSocket):
 
     def _on_violation(self, violation: ProtocolViolation) -> None:
         self._ignores_input = True
+        self.ending = self.ending or Reason.BAD_MESSAGE
         self.close_with(violation.code, violation.reason)
         transport = self._transport
         # The rest of the input cannot be parsed. Closing with unread input would reset the

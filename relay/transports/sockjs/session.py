@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from relay.core.connection import ConnectionInfo
+    from relay.core.reasons import Reason
     from relay.transports.socket.deadlines import Deadlines
 
 
@@ -108,6 +109,8 @@ class SockJsSession:
         "_pending_bytes",
         "_receiver",
         "_state",
+        "close_code",
+        "ending",
         "full",
         "info",
         "on_closed",
@@ -134,6 +137,8 @@ class SockJsSession:
         `info` describes the connection of the first request.
         """
         self.info = info
+        self.close_code: int | None = None
+        self.ending: Reason | None = None
         self.transport = transport
         self.peer_address = peer
         self.full = False

@@ -33,9 +33,11 @@ from relay.protocols.centrifugo.clients.reply_queue import ReplyQueue, ReplySlot
 from relay.protocols.centrifugo.clients.slow_client_timer import SlowClientTimer
 from relay.protocols.centrifugo.clients.subscriptions import Subscriptions
 from relay.protocols.centrifugo.commands import InvalidCommand
+from relay.protocols.centrifugo.encoders import DOOR
 from relay.stream.format.json_text import is_json
 
 if TYPE_CHECKING:
+    from relay.core.connection import ConnectionInfo
     from relay.core.model import Principal
     from relay.hub.recovery import Notice
     from relay.hub.session import Session, Subscription
@@ -133,6 +135,11 @@ class CentrifugoConnection(Client, CommandContext):
     @override
     def closed(self) -> bool:
         return self._state is ConnectionState.CLOSED
+
+    @property
+    def transport_info(self) -> ConnectionInfo | None:
+        """The description of the network connection."""
+        return self._transport.info if self._transport is not None else None
 
     @property
     @override
@@ -286,7 +293,11 @@ class CentrifugoConnection(Client, CommandContext):
         settings = self.server.settings
         try:
             session = await self.server.context.open(
-                principal, self.encoder, self, limit=settings.user_connection_limit
+                principal,
+                self.encoder,
+                self,
+                info=self.transport_info,
+                limit=settings.user_connection_limit,
             )
         except LimitExceeded:
             raise FatalError(Reason.LIMIT_EXCEEDED) from None
@@ -461,6 +472,10 @@ class CentrifugoConnection(Client, CommandContext):
         self._count_refusal(codec.CLOSES[reason][0])
         if self.session is not None:
             self.session.write_out()
+            self.session.ending = self.session.ending or reason
+        elif reason is not Reason.STOPPING:
+            text = codec.CLOSES[reason][0]
+            self.server.context.turned_away(self.transport_info, DOOR, reason, text)
         self._release()
         if self._transport is not None:
             self._transport.close_with(codec.CLOSE_CODE, codec.close_reason(reason))

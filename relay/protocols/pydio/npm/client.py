@@ -131,7 +131,9 @@ class NpmClient:
         kept = await service.sessions.find(auth, user) if connection.version == 4 else None
         browser = self._browser = NpmBrowser(account, service.browser_services, self)
         encoder = browser.encoder(account.identity.masked)
-        session = await service.context.open(account.principal, encoder, browser)
+        session = await service.context.open(
+            account.principal, encoder, browser, info=self.engine.info
+        )
         if self._browser is not browser:
             session.end()
             raise Unavailable("the client has disconnected")
@@ -185,6 +187,7 @@ class NpmClient:
             self.engine.close()
             return
         service.browser_services.count_rejection(error.code)
+        service.context.turned_away(self.engine.info, "pydio", error.code, str(error))
         connection.refuse(service.namespace, str(error), {"code": error.code})
         connection.server_disconnect(service.namespace)
         self._close_soon()

@@ -1,0 +1,115 @@
+"""The journal: what it stores in Redis, and what strangers and a slow Redis can make of it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+from redis.asyncio import Redis
+
+from relay.core.connection import ConnectionInfo
+from relay.core.model import Principal
+from relay.inspect.journal import Journal
+from relay.inspect.journal_reader import EventFilter, JournalReader
+from relay.stream.format.keys import Keys
+from relay.stream.shards.links import ShardLinks
+from relay.stream.shards.making import shard_map
+from tests.support.hub import Client, Outbox, Reads, Words, make_hub
+from tests.support.valkey import Server
+
+pytestmark = pytest.mark.redis
+
+KEYS = Keys("relay:")
+NAME = "web1:5f0c9a31"
+
+
+@pytest.fixture
+async def links(server: Server) -> AsyncIterator[ShardLinks]:
+    settings = server.settings()
+    links = ShardLinks(shard_map(settings), settings)
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(links.run())
+        await links.wait_open()
+        yield links
+        running.cancel()
+
+
+def journal(links: ShardLinks, events: int = 1000) -> Journal:
+    return Journal(
+        links=links,
+        keys=KEYS,
+        instance=NAME,
+        events=events,
+        now_ms=lambda: time.time() * 1000,
+    )
+
+
+async def test_events_of_a_client_are_read_in_order_and_expire(
+    links: ShardLinks, admin: Redis
+) -> None:
+    written = journal(links)
+    hub = make_hub(Reads())
+    hub.observer = written
+    info = ConnectionInfo("10.1.2.3", {"User-Agent": "Seafile/9.0.4"})
+    session = hub.open(Principal(user="ann"), Words(), Client(), info)
+    session.attach(Outbox())
+    session.end()
+    written.turned_away(ConnectionInfo("10.9.9.9"), "native", "unauthorized", "the token is old")
+    await written.flush()
+    reader = JournalReader(admin, KEYS)
+    first, second = await reader.newest(EventFilter(user="ann"), 10)
+    assert (first["event"], second["event"]) == ("connected", "disconnected")
+    assert first["connection"] == second["connection"] == info.id
+    assert first["agent"] == "Seafile/9.0.4"
+    assert second["reason"] == "connection ended"
+    (stranger,) = await reader.newest(EventFilter(event="rejected"), 10)
+    assert (stranger["reason"], stranger["address"]) == ("unauthorized", "10.9.9.9")
+    assert 0 < await admin.ttl(KEYS.journal(NAME)) <= 3600
+    # `read` continues.
+    written.turned_away(ConnectionInfo("10.9.9.9"), "native", "unauthorized")
+    await written.flush()
+    assert [each["event"] for each in await reader.read(EventFilter())] == ["rejected"]
+    assert await reader.read(EventFilter()) == []
+
+
+async def test_a_stranger_cannot_fill_the_journal(links: ShardLinks, admin: Redis) -> None:
+    written = journal(links)
+    for number in range(5000):
+        written.turned_away(ConnectionInfo("10.0.0.7"), "native", "unauthorized", f"{number}")
+    # Nor can many addresses.
+    for number in range(20_000):
+        written.turned_away(ConnectionInfo(f"10.1.{number // 250}.{number % 250}"), "native", "x")
+    await written.flush()
+    found = await JournalReader(admin, KEYS).newest(EventFilter(), 100_000)
+    assert sum(each["address"] == "10.0.0.7" for each in found) == 10
+    assert len(found) < 1200
+    # What was suppressed is written as a number.
+    written._sweep(time.monotonic() + 61)
+    await written.flush()
+    found = await JournalReader(admin, KEYS).newest(EventFilter(), 100_000)
+    (same,) = [each for each in found if "similar" in each and each["address"] == "10.0.0.7"]
+    assert same["similar"] == 4990
+
+
+async def test_it_is_bounded_and_counts_what_a_lost_redis_did_not_get(
+    links: ShardLinks, admin: Redis, server: Server
+) -> None:
+    written = journal(links, events=500)
+    hub = make_hub(Reads())
+    hub.observer = written
+    for _ in range(40):
+        for _ in range(100):
+            info = ConnectionInfo("10.1.2.3")
+            session = hub.open(Principal(user="ann"), Words(), Client(), info)
+            session.attach(Outbox())
+        await written.flush()
+    # Redis trims whole nodes of its list, so the limit is approximate.
+    assert await admin.xlen(KEYS.journal(NAME)) <= 100
+    lost = journal(ShardLinks(shard_map(server.settings()), server.settings()))
+    hub.observer = lost
+    for session in hub.sessions()[:7]:
+        session.end()
+    await lost.flush()
+    assert lost.dropped == 7
