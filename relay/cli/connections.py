@@ -10,8 +10,8 @@ from relay.cli.output import duration, emit, safe, say, table
 from relay.cli.workers import plural
 from relay.core.errors import RelayError
 from relay.inspect.connections import MOST, ConnectionFilter, find_connections
+from relay.inspect.disconnects import closed_by
 from relay.inspect.questions import asking
-from relay.process.control_commands import CLOSED_BY
 from relay.stream.cluster.workers import live_workers
 from relay.stream.write import control
 
@@ -160,11 +160,6 @@ async def _closed_by(site: OperatorContext, entry_id: str) -> tuple[int, list[st
     """Return the number of closed connections, and why it may be too small."""
     try:
         async with asking(site.config.redis, site.clients, site.keys) as questions:
-            answers = await questions.ask(CLOSED_BY, {"command": entry_id}, within_s=5.0)
+            return await closed_by(questions, entry_id)
     except RelayError as exc:
         return 0, [f"the command was sent, but the number of connections is unknown: {exc}"]
-    problems = [
-        f"{instance} has not confirmed the command; its connections are not counted"
-        for instance in [*answers.silent, *answers.failed]
-    ]
-    return sum(int(each["closed"]) for each in answers.by_worker.values()), problems

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from relay.console.services import Body, channel_of
 from relay.core.errors import BadRequest
 from relay.core.model import Event
+from relay.inspect.followers import count_followers
 from relay.stream.cluster.workers import live_workers
 from relay.stream.connection import connect
 from relay.stream.format import entry
@@ -51,8 +52,11 @@ async def _streams(
 ) -> list[dict[str, object]]:
     alive = {each.instance for each in await live_workers(services.client, services.keys)}
     config = services.config()
+    followers = await count_followers(services.questions, [each.channel for each in found])
     return [
-        reports.stream(services.keys, config.namespace(each.channel), each, alive) for each in found
+        reports.stream(services.keys, config.namespace(each.channel), each, alive)
+        | {"followers": followers[each.channel]}
+        for each in found
     ]
 
 

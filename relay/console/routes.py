@@ -41,6 +41,8 @@ _READS: Mapping[str, ApiHandler] = {
     "entries": channels.entries,
     "presence": channels.presence,
     "rights": channels.rights,
+    "connections": clients.connections,
+    "connection": clients.connection,
     "dead-letters": dead_letters.dead_letters,
     "dead-letter": dead_letters.dead_letter,
 }
@@ -81,6 +83,7 @@ class Console(Mounted):
     def __init__(self, services: ConsoleServices, settings: ConsoleSettings) -> None:
         self._services = services
         self._settings = settings
+        self._doctor = overview.Doctor(services.examine)
         self.routes = self.at("", lambda: SecretStr(""))
 
     def at(self, prefix: str, password: Callable[[], SecretStr]) -> list[web.AbstractRouteDef]:
@@ -93,7 +96,7 @@ class Console(Mounted):
             both = (self._settings.password, password())
             return [text for each in both if (text := each.get_secret_value())]
 
-        return ConsoleAddress(self._services, prefix, passwords).routes
+        return ConsoleAddress(self._services, self._doctor, prefix, passwords).routes
 
     @override
     def reload(self, settings: ConsoleSettings) -> None:
@@ -109,7 +112,11 @@ class ConsoleAddress:
     """The console below one prefix."""
 
     def __init__(
-        self, services: ConsoleServices, prefix: str, passwords: Callable[[], Sequence[str]]
+        self,
+        services: ConsoleServices,
+        doctor: overview.Doctor,
+        prefix: str,
+        passwords: Callable[[], Sequence[str]],
     ) -> None:
         """`passwords` returns the valid ones. Without any, all paths return 404."""
         self._services = services
@@ -119,6 +126,7 @@ class ConsoleAddress:
             store=services.store, attempts=services.attempts, passwords=passwords, path=base
         )
         api = f"{base}/api"
+        reads = {**_READS, "doctor": doctor.findings}
         self.routes: list[web.AbstractRouteDef] = [
             web.get(base, self._redirect),
             *(web.get(asset.path, self._file(asset)) for asset in page.load(base)),
@@ -127,7 +135,7 @@ class ConsoleAddress:
             web.post(f"{api}/logout", self._answering(self._logout)),
             *(
                 web.get(f"{api}/{name}", self._answering(self._api(handler)), allow_head=False)
-                for name, handler in _READS.items()
+                for name, handler in reads.items()
             ),
             *(
                 web.post(f"{api}/{name}", self._answering(self._api(handler, _BODY_BYTES)))

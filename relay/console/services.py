@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -16,12 +16,20 @@ if TYPE_CHECKING:
 
     from relay.config.loading import Config
     from relay.doorkit.contract import Presence, Publish, Store
+    from relay.inspect.questions import Questions
     from relay.stream.cluster.login_attempts import LoginAttempts
     from relay.stream.connection.connect import RedisClient
     from relay.stream.format.keys import Keys
     from relay.stream.shards.clients import ShardClients
 
 _B = TypeVar("_B", bound="Body")
+
+
+class Described(Protocol):
+    """An object that can be shown as JSON."""
+
+    def values(self) -> dict[str, str]:
+        """Return its members."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +43,9 @@ class ConsoleServices:
     presence: Presence
     store: Store
     attempts: LoginAttempts
+    questions: Questions
+    # The findings of `relay doctor`.
+    examine: Callable[[], Awaitable[Sequence[Described]]]
 
     @property
     def client(self) -> RedisClient:

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from relay.config.settings import NamespaceSettings, RedisSettings, Section
     from relay.core.model import Channel
     from relay.doorkit.contract import Mounted
+    from relay.process.doctor.finding import Finding
 
 _log = logging.getLogger(__name__)
 
@@ -172,6 +173,7 @@ class Relay:
                 clients=clients,
                 operators=operators,
                 current_config=lambda: self._config,
+                examine=lambda: self._examine(clients, redis),
                 http=http,
                 metrics=_metrics(self._worker),
                 worker=self._worker,
@@ -383,6 +385,12 @@ class Relay:
             else:
                 # The data is from relay's own supervisor process.
                 self._apply(pickle.loads(message), base, parts)  # noqa: S301
+
+    async def _examine(self, clients: ShardClients, redis: RedisSettings) -> list[Finding]:
+        """Return the findings of the doctor, which builds a relay itself."""
+        from relay.process.doctor.examination import examine
+
+        return await examine(self._config, clients, keys_of(redis))
 
     def _namespace(self, channel: Channel) -> NamespaceSettings:
         return self._config.namespace(channel)

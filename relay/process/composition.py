@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Unpack, cast
@@ -30,12 +30,15 @@ from relay.doorkit.first_subscriptions import NOT_READING
 from relay.hub.hub import Hub
 from relay.inspect.connections import QUESTION as CONNECTIONS
 from relay.inspect.connections import ConnectionDirectory
+from relay.inspect.disconnects import QUESTION as CLOSED_BY
+from relay.inspect.followers import QUESTION as FOLLOWERS
+from relay.inspect.followers import Followers
 from relay.inspect.journal import Journal
 from relay.inspect.questions import Questions
 from relay.process import clean_stop
 from relay.process.admission import Admission, ReadRights
 from relay.process.cluster_services import ClusterServices
-from relay.process.control_commands import CLOSED_BY, ControlCommands
+from relay.process.control_commands import ControlCommands
 from relay.process.embedded import data_folder
 from relay.process.freezes import FreezeDetector
 from relay.process.garbage import RareCollections
@@ -83,6 +86,7 @@ if TYPE_CHECKING:
     from relay.core.worker_memory import Worker
     from relay.doorkit.contract import Mounted, OpenSession, Publish, Spawn
     from relay.hub.session import Client, Encoder, Session
+    from relay.process.doctor.finding import Finding
     from relay.stream.connection.primary import Continued
     from relay.stream.format.keys import Keys
     from relay.stream.shards.clients import ShardClients
@@ -99,6 +103,8 @@ class Foundation:
     # For the console: clients with an operator's rights.
     operators: ShardClients
     current_config: Callable[[], Config]
+    # The findings of the doctor.
+    examine: Callable[[], Awaitable[list[Finding]]]
     http: aiohttp.ClientSession
     metrics: Metrics
     worker: Worker | None
@@ -209,7 +215,7 @@ def build(base: Foundation) -> Parts:
     )
     tokens = Tokens(config.jwt)
     publish = _publish(appender, config.stream.max_entry_bytes)
-    console = _console(base, keys, cluster, publish)
+    console = _console(base, keys, cluster, questions, publish)
     context = DoorContext(
         hub=hub,
         open=_open(limiter, hub),
@@ -442,6 +448,7 @@ def _questions(
     )
     questions.answer(CONNECTIONS, connections.answer)
     questions.answer(CLOSED_BY, commands.answer)
+    questions.answer(FOLLOWERS, Followers(hub).answer)
     return questions
 
 
@@ -497,7 +504,13 @@ def _publish(appender: Appender, max_entry_bytes: int) -> Publish:
     return publish
 
 
-def _console(base: Foundation, keys: Keys, cluster: ClusterServices, publish: Publish) -> Console:
+def _console(
+    base: Foundation,
+    keys: Keys,
+    cluster: ClusterServices,
+    questions: Questions,
+    publish: Publish,
+) -> Console:
     services = ConsoleServices(
         config=base.current_config,
         clients=base.operators,
@@ -506,6 +519,8 @@ def _console(base: Foundation, keys: Keys, cluster: ClusterServices, publish: Pu
         presence=cluster.presence,
         store=cluster.store,
         attempts=LoginAttempts(base.clients.home, keys),
+        questions=questions,
+        examine=base.examine,
     )
     return Console(services, base.config.console)
 

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# The question of `relay disconnect`.
-CLOSED_BY = "closed-by"
 # A client that is behind, for example because it does not read, delays a command for so long.
 _DELAY_S = 1.0
 _MAX_SEQUENCE = 2**64 - 1

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -242,6 +245,7 @@ async def test_the_objects_are_those_of_the_command_line(
     cli = Cli(valkey)
     (printed,) = (await cli.run("streams", "c:same", "--json")).stdout.splitlines()
     (found,) = (await api.get("channels", channel="c:same"))["channels"]
+    assert found.pop("followers") == {}
     assert {**json.loads(printed), "age_ms": 0} == {**found, "age_ms": 0}
     printed_workers = (await cli.run("workers", "--json")).stdout.splitlines()
     overview = await api.get("overview")
@@ -307,6 +311,50 @@ async def test_an_operator_acts(api: Api, relay: RelayProcess, admin: redis.Redi
     assert (await api.post("trim", channel="c:act", max_entries=1))["removed"] == 2
     assert (await api.post("delete", channel="c:act", confirm="c:act"))["deleted"]
     assert not admin.exists("relay:stream:{c:act}")
+
+
+async def test_clients_of_all_workers_are_found_and_disconnected(
+    api: Api, relay: RelayProcess
+) -> None:
+    """Every request may reach a worker that has none of the clients."""
+    async with aiohttp.ClientSession() as http, contextlib.AsyncExitStack() as stack:
+        sockets = []
+        for user, channel in (("ann", "c:one"), ("ann", "c:two"), ("bob", "c:two")):
+            url = f"{relay.url}/ws?channel={channel}&token={relay.token(user)}"
+            sockets.append(await stack.enter_async_context(http.ws_connect(url)))
+            opened = await sockets[-1].receive_json()
+            assert opened["reply"] == "subscribe"
+
+        async def users(**filters: str) -> list[str]:
+            page = await api.get("connections", **filters)
+            assert (page["missing"], page["total"]) == ({}, len(page["connections"]))
+            return sorted(each["user"] for each in page["connections"])
+
+        assert await users(user="ann") == ["ann", "ann"]
+        assert await users(channel="c:two") == ["ann", "bob"]
+        assert await users(channel="c:*") == ["ann", "ann", "bob"]
+        assert await users(protocol="native", address="127.0.0.1") == ["ann", "ann", "bob"]
+        assert await users(protocol="socketio") == []
+        first = await api.get("connections", channel="c:*", count=2)
+        rest = await api.get("connections", channel="c:*", count=2, after=first["after"])
+        pages = [*first["connections"], *rest["connections"]]
+        assert (len({each["id"] for each in pages}), rest["after"]) == (3, "")
+        (bob,) = (await api.get("connections", user="bob"))["connections"]
+        found = await api.get("connection", id=bob["id"])
+        assert [each["channel"] for each in found["subscriptions"]] == ["c:two"]
+        relay.xadd("c:two", data="1")
+        (stream,) = (await api.get("channels", channel="c:two"))["channels"]
+        assert stream["followers"] == {"native": 2}
+        assert (await api.post("disconnect", user="ann"))["closed"] == 2
+        assert await users(channel="c:*") == ["bob"]
+        await api.post("unsubscribe", user="bob", channel="c:two")
+        messages = [await sockets[2].receive_json(timeout=LIMIT_S) for _ in range(2)]
+        assert [each.get("notice") for each in messages] == [None, "revoked"]
+
+
+async def test_the_findings_of_the_doctor_are_shown(api: Api) -> None:
+    found = await api.get("doctor")
+    assert "redis.maxmemory" in {each["name"] for each in found["findings"]}
 
 
 async def test_dead_letters_are_requeued_and_dropped(
@@ -376,6 +424,16 @@ class Page:
         """Type into the field with this ID."""
         self.browser.find_element(By.ID, name).send_keys(text)
 
+    def ask(self, path: str) -> str:
+        """Return the response of the API to the browser."""
+        return str(
+            self.browser.execute_async_script(
+                "fetch('api/' + arguments[0]).then((response) => response.text())"
+                ".then(arguments[1])",
+                path,
+            )
+        )
+
     def violations(self) -> list[str]:
         """Return what axe-core objects to."""
         source = (node_modules() / "axe-core" / "axe.min.js").read_text()
@@ -426,9 +484,16 @@ def test_every_view_is_accessible_on_desktop_and_phone(page: Page, relay: RelayP
     letter = {"stream": f"relay:stream:{{{name}}}", "id": "1-0", "reason": HOSTILE, "node": HOSTILE}
     letter["fields"] = json.dumps([[HOSTILE, HOSTILE]])
     letter_id = add_letter(client, **letter)
-    quoted = HOSTILE.replace("<", "%3C").replace(">", "%3E").replace(" ", "%20")
+    quoted = urllib.parse.quote(HOSTILE)
+    # A client with a hostile user and User-Agent.
+    url = f"{relay.url}/sse?channel={quoted}&token={relay.token(HOSTILE)}"
+    request = urllib.request.Request(url, headers={"User-Agent": HOSTILE})  # noqa: S310
+    opened = urllib.request.urlopen(request, timeout=LIMIT_S)  # noqa: S310
+    api = json.loads(page.ask(f"connections?user={urllib.parse.quote(HOSTILE)}"))
     views = {
-        "overview": ("#servers", "Valkey"),
+        "overview": ("#findings", "redis.maxmemory"),
+        "clients": ("#clients", HOSTILE),
+        f"client/{api['connections'][0]['id']}": ("#view", HOSTILE),
         "channels?pattern=img": ("#channels", HOSTILE),
         f"channel/{quoted}": ("#entries", "<script>"),
         "dead-letters": ("#letters", HOSTILE),
@@ -451,6 +516,7 @@ def test_every_view_is_accessible_on_desktop_and_phone(page: Page, relay: RelayP
     command("Emulation.clearDeviceMetricsOverride", {})
     command("Emulation.setEmulatedMedia", {"features": []})
     client.xdel("relay:dead-letters", letter_id)
+    opened.close()
 
 
 def test_an_operator_works_with_a_channel_by_keyboard(page: Page, relay: RelayProcess) -> None:

@@ -18,6 +18,7 @@ _FILES = (
     "overview.js",
     "channels.js",
     "channel.js",
+    "clients.js",
     "dead_letters.js",
 )
 

@@ -2,6 +2,7 @@
 import { get, post, setToken } from "./api.js";
 import { channel } from "./channel.js";
 import { channels } from "./channels.js";
+import { client, clients } from "./clients.js";
 import { deadLetters } from "./dead_letters.js";
 import { at, attempt, el, field, visible } from "./dom.js";
 import { overview } from "./overview.js";
@@ -11,6 +12,8 @@ const VIEWS = {
   overview: { title: "Overview", show: overview },
   channels: { title: "Channels", show: channels },
   channel: { show: channel, of: "channels" },
+  clients: { title: "Clients", show: clients },
+  client: { show: client, of: "clients" },
   "dead-letters": { title: "Dead letters", show: deadLetters },
 };
 

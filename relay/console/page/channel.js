@@ -1,6 +1,6 @@
 // One channel: entries, live tail, groups, presence, rights, publish, trim and delete.
 import { get, post } from "./api.js";
-import { behindText, retentionText } from "./channels.js";
+import { behindText, followerTexts, retentionText } from "./channels.js";
 import {
   attempt, confirmed, dataText, duration, el, every, facts, field, message, mono, number, panel,
   plural, rate, table, timeOf, visible,
@@ -50,6 +50,7 @@ export function channel(root, _parameters, signal, name) {
         ["Appended in total", number(stream.added)],
         ["Rate", perSecond === null ? "–" : `${rate(perSecond)} per second`],
         ["Last entry", stream.age_ms === null ? "never" : `${duration(stream.age_ms)} ago`],
+        ["Followers", followerFact(name, stream)],
         ["First ID", mono(stream.first ?? "–")],
         ["Last ID", mono(stream.last ?? "–")],
         ["Retention", retentionText(stream)],
@@ -71,6 +72,12 @@ export function channel(root, _parameters, signal, name) {
       ),
     );
   });
+}
+
+function followerFact(name, stream) {
+  const [total, shares] = followerTexts(stream);
+  const link = el("a", { href: `#/clients?${new URLSearchParams({ channel: name })}` }, total);
+  return [link, shares ? ` (${shares})` : null];
 }
 
 export function entryCells(entry) {

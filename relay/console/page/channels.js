@@ -9,6 +9,17 @@ const REFRESHED_CHARS = 4000;
 export const channelLink = (channel) =>
   el("a", { href: `#/channel/${encodeURIComponent(channel)}` }, mono(channel));
 
+export function followerTexts(stream) {
+  const counts = Object.entries(stream.followers);
+  const total = counts.reduce((sum, [, count]) => sum + count, 0);
+  return [number(total), counts.map(([protocol, count]) => `${protocol} ${number(count)}`).join(", ")];
+}
+
+function followerCell(stream) {
+  const [total, shares] = followerTexts(stream);
+  return [total, shares ? el("span", { class: "sub" }, shares) : null];
+}
+
 export function retentionText(stream) {
   const limits = [];
   if (stream.retention_count) limits.push(`${number(stream.retention_count)} entries`);
@@ -37,7 +48,7 @@ export function channels(root, parameters, signal) {
   const list = table(
     "Channels",
     ["Channel", { text: "Entries", number: true }, { text: "Last entry", number: true },
-      { text: "Rate", number: true }, "Retention", { text: "Groups", number: true }, "Progress"],
+      { text: "Rate", number: true }, { text: "Followers", number: true }, "Retention", { text: "Groups", number: true }, "Progress"],
     { id: "channels" },
   );
   const more = el("button", { type: "button", hidden: true }, "Load more");
@@ -59,6 +70,7 @@ export function channels(root, parameters, signal) {
       number(stream.entries),
       stream.age_ms === null ? "never" : `${duration(stream.age_ms)} ago`,
       perSecond === null ? "–" : `${rate(perSecond)}/s`,
+      followerCell(stream),
       retentionText(stream),
       number(stream.groups.length),
       behindText(stream),

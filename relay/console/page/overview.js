@@ -1,7 +1,7 @@
 // Overview: hosts, workers, Redis, and events and deliveries per second.
 import { get } from "./api.js";
 import { chart } from "./chart.js";
-import { bytes, duration, el, every, facts, mono, number, panel, plural, rate, table, visible } from "./dom.js";
+import { attempt, bytes, duration, el, every, facts, mono, number, panel, plural, rate, table, visible } from "./dom.js";
 
 // Two heartbeats of a worker, for rates: instance -> {at, events, deliveries, cpu, rates}.
 const before = new Map();
@@ -54,12 +54,23 @@ export function overview(root, _parameters, signal) {
   );
   const summary = el("p", { class: "quiet" });
   const servers = el("div", { id: "servers" });
+  const findings = el("div", { id: "findings" });
+  const examine = el("button", { type: "button" }, "Examine again");
   root.append(
     problems,
     el("div", { class: "tiles" }, Object.values(tiles).map((each) => each.element)),
     panel("Workers", summary, workers.element),
     panel("Redis", servers),
+    panel("Findings of the doctor", findings, el("div", { class: "buttons" }, examine)),
   );
+
+  async function diagnose(fresh) {
+    findings.replaceChildren(el("p", { class: "quiet", role: "status" }, "Examining …"));
+    const { findings: found } = await get("doctor", { fresh }, signal);
+    findings.replaceChildren(...(found.length ? found.map(finding) : [el("p", { role: "status" }, "No faults found.")]));
+  }
+  examine.addEventListener("click", () => attempt(examine, () => diagnose(1)));
+  attempt(examine, () => diagnose(null));
 
   function show(state) {
     const alive = state.workers.filter((worker) => worker.alive);
@@ -108,6 +119,16 @@ export function overview(root, _parameters, signal) {
       problems.replaceChildren(el("p", { class: "notice", "data-kind": "error" }, error.message));
     }
   });
+}
+
+function finding({ level, name, what, why, fix }) {
+  return el(
+    "div",
+    { class: "finding" },
+    el("p", {}, el("span", { class: "level", "data-level": level }, level), el("strong", {}, visible(what))),
+    el("p", { class: "quiet" }, `${visible(why)} (${visible(name)})`),
+    fix ? el("pre", {}, fix) : null,
+  );
 }
 
 function workerCells(worker) {
