@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -10,10 +11,13 @@ from redis.asyncio import Redis
 from relay.stream.connection.connect import redis_client
 from relay.stream.format.keys import Keys
 from relay.stream.shards.clients import ShardClients, shard_clients
-from tests.support.valkey import Flavour, Server, running
+from tests.support.valkey import PROGRAM, Flavour, Server, running
+
+# With a given program, the flavours would be the same.
+_FLAVOURS = ["redis"] if PROGRAM in os.environ else ["valkey", "redis"]
 
 
-@pytest.fixture(params=["valkey", "redis"], scope="module")
+@pytest.fixture(params=_FLAVOURS, scope="module")
 def flavour(request: pytest.FixtureRequest) -> Flavour:
     which: Flavour = request.param
     return which

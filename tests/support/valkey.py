@@ -27,6 +27,8 @@ from tests.support.programs import program
 Flavour = Literal["valkey", "redis"]
 User = Literal["relay", "producer", "maintenance", "admin"]
 
+# Environment variable with the program of another Redis server or Valkey.
+PROGRAM = "RELAY_TEST_SERVER"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "redis.md"
 START_S = 10
 
@@ -57,7 +59,9 @@ def free_port() -> int:
 
 
 def binary(flavour: Flavour) -> str:
-    """Return the server program."""
+    """Return the server program. `scripts/test --matrix` sets one for both flavours."""
+    if chosen := os.environ.get(PROGRAM):
+        return chosen
     if flavour == "valkey":
         return str(get_binary_path())
     return program("redis-server", "redis-server")
@@ -167,6 +171,11 @@ class Server:
         """Return the value of [redis] url."""
         login = f"{user}:{password_of(user)}@" if self._acl else ""
         return f"{self.scheme}://{login}127.0.0.1:{self.port}/{db}"
+
+    def has(self, command: str) -> bool:
+        """Return True if the server has this command."""
+        with self.client() as client:
+            return bool(client.execute_command("COMMAND", "INFO", command)[0])
 
     def settings(self, user: User = "relay", **more: Any) -> RedisSettings:
         """Return the settings [redis] for this server."""
