@@ -449,6 +449,9 @@ def _merge(
     into: dict[str, _ConfiguredValue], values: Mapping[str, _ConfiguredValue], cls: type[Section]
 ) -> None:
     """Override the values of earlier sources."""
+    for key in values:
+        for other in cls.instead_of.get(key, ()):
+            into.pop(other, None)
     for key, value in values.items():
         file_key = f"{key}_file"
         if _is_secret(cls, key) and file_key in values:

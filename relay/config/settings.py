@@ -7,9 +7,10 @@ is the comment in config.example.ini. Protocols declare their settings in their 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
+from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic.fields import FieldInfo
 from typing_extensions import override
 
@@ -28,6 +29,8 @@ class Section(BaseModel):
     sections_by_name: ClassVar[tuple[str, type[Section]] | None] = None
     # Settings of a protocol that need a restart.
     fixed: ClassVar[frozenset[str]] = frozenset({"enabled", "host", "port", "tls_cert", "tls_key"})
+    # Settings that replace others which an earlier source sets.
+    instead_of: ClassVar[Mapping[str, frozenset[str]]] = {}
     # Settings of earlier versions, with the text of a note. They are accepted but not used.
     removed: ClassVar[Mapping[str, str]] = {}
 
@@ -145,16 +148,33 @@ class JournalSettings(Section):
 class RedisSettings(Section):
     """[redis]: Connection to Redis."""
 
+    instead_of: ClassVar[Mapping[str, frozenset[str]]] = {
+        "url": frozenset({"sentinels", "master_name"}),
+        "sentinels": frozenset({"url"}),
+        "master_name": frozenset({"url"}),
+    }
+
     url: str = Field(
         "embedded",
-        description="Redis server that holds the streams: embedded (relay starts its own Valkey), redis://[user:pw@]host:port/db, rediss://..., unix:///path?db=0, sentinel://[user:pw@]host:port,host:port/master-name/db, or rediss+sentinel://... for TLS to Sentinels and servers.",
+        description="Redis server that holds the streams: embedded (relay starts its own Valkey), redis://[user:pw@]host:port/db, rediss://..., unix:///path?db=0, redis+sentinel://[user:pw@]host:port,host:port/master-name/db, or rediss+sentinel://... for TLS to Sentinels and servers.",
     )
+    sentinels: str = Field(
+        "",
+        description="Sentinels to ask for the primary, as host:port, separated by commas. Used with master_name, instead of url.",
+    )
+    master_name: str = Field("", description="Name of the primary in the configuration of the Sentinels.")
+    user: str = Field("", description="Redis user, used if the URL has none. Empty: the user default.")
     password: SecretStr = Field(
         SecretStr(""),
         description="Redis password, used if the URL has none. After a reload, new connections use the new one.",
     )
+    db: int = Field(0, ge=0, le=1000000, description="Redis database, with sentinels. With url, the database is part of it.")
+    tls: bool = Field(False, description="Use TLS to the servers that the Sentinels name. With url, its scheme decides.")
+    sentinel_user: str = Field("", description="User of the Sentinels. Empty: the user default.")
     sentinel_password: SecretStr = Field(
-        SecretStr(""), description="Password of the Sentinel servers.")
+        SecretStr(""), description="Password of the Sentinels.")
+    sentinel_tls: Literal["same", "yes", "no"] = Field(
+        "same", description="Use TLS to the Sentinels: yes, no, or the same as to the servers that they name.")
     tls_ca: str = Field(
         "",
         description="PEM file with the certificate authorities for TLS. Empty: use the authorities of the system.",
@@ -174,6 +194,22 @@ class RedisSettings(Section):
         "", description="Data directory of the embedded Valkey. Empty: the directory data in the working directory.")
     embedded_port: int = Field(
         6399, ge=1, le=65535, description="Port of the embedded Valkey on the loopback address, for redis-cli.")
+
+
+    @model_validator(mode="after")
+    def _url_from_sentinels(self) -> Self:
+        """Express the settings for Sentinel as a URL, which is all that other code reads."""
+        if not (self.sentinels or self.master_name):
+            return self
+        if not (self.sentinels and self.master_name):
+            raise ValueError("sentinels and master_name must be set together")
+        if self.url != "embedded":
+            raise ValueError("set either url, or sentinels and master_name")
+        scheme = "rediss+sentinel" if self.tls else "redis+sentinel"
+        url = f"{scheme}://{','.join(split(self.sentinels))}/{quote(self.master_name, '')}/{self.db}"
+        # The section is frozen for its users.
+        object.__setattr__(self, "url", url)
+        return self
 
 
 class StreamSettings(Section):

@@ -45,6 +45,7 @@ from relay.process.server import Listening
 from relay.process.start_signals import STOP_SIGNALS, release_signals
 from relay.stream.cluster.workers import check_schema
 from relay.stream.connection.connect import change_password
+from relay.stream.connection.failovers import watch_failovers
 from relay.stream.shards.clients import ShardClients, shard_clients
 from relay.stream.shards.making import keys_of
 from relay.stream.write.confirmations import check_namespaces
@@ -237,6 +238,7 @@ class Relay:
             self._spawn(parts.cluster.run(), name="cluster services"),
             self._spawn(parts.journal.run(), name="journal"),
             self._spawn(parts.unused.run(), name="unused streams"),
+            self._spawn(watch_failovers(base.redis), name="failovers"),
             self._spawn(parts.limiter.run(), name="connection limits"),
             self._spawn(dead_letters, name="dead letters"),
             self._spawn(parts.jobs.run(), name="periodic jobs"),

@@ -18,6 +18,7 @@ import uvloop
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from pydantic import SecretStr
 from redis.asyncio import Redis
 
 from producers.outgoing import PublishFailed
@@ -26,9 +27,10 @@ from relay.config.settings import RedisSettings
 from relay.core.errors import RedisUnavailable
 from relay.stream.connection import pipeline_connection
 from relay.stream.connection.connect import CommandRefused, command, discover, redis_client
+from relay.stream.connection.failovers import watch_failovers
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from tests.support.cutter import cutting
-from tests.support.valkey import Flavour, SentinelServer, Server, free_port, running
+from tests.support.valkey import Flavour, SentinelServer, Server, free_port, password_of, running
 
 pytestmark = pytest.mark.redis
 STREAM = b"relay:stream:{news}"
@@ -528,6 +530,105 @@ async def test_sentinel_names_the_new_primary_after_a_failover(tmp_path: Path) -
                         break
                 except RedisUnavailable:
                     await asyncio.sleep(0.1)
+
+
+@pytest.mark.slow
+async def test_a_failover_from_a_frozen_primary_is_noticed_without_a_timeout(
+    tmp_path: Path,
+) -> None:
+    primary = Server(tmp_path / "primary")
+    replica = Server(tmp_path / "replica", replica_of=primary)
+    sentinel = SentinelServer(tmp_path / "sentinel", primary)
+    with running(primary, replica, sentinel):
+        # Each of these timeouts would fail the test.
+        settings = sentinel.settings(command_timeout_s=300)
+        await asyncio.to_thread(_wait_for_replica, primary, sentinel)
+        lost: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+        watching = asyncio.get_running_loop().create_task(watch_failovers(settings))
+        try:
+            async with redis_client(settings) as client, asyncio.timeout(15):
+                assert await client.xlen(STREAM) == 0
+                connection = await PipelineConnection.open(
+                    await discover(settings), settings=settings, on_lost=lost.set_result
+                )
+                with sentinel.client() as asked:
+                    while "relay-failovers" not in str(asked.client_list()):
+                        await asyncio.sleep(0.02)
+                primary.freeze()
+                answers = connection.execute([("XLEN", STREAM)])
+                waiting = asyncio.get_running_loop().create_task(command(client, "XLEN", STREAM))
+                assert f"Sentinel has named 127.0.0.1:{replica.port}" in str(await lost)
+                with pytest.raises(RedisUnavailable):
+                    await answers
+                # The client repeats the command on the new primary.
+                assert await waiting == 0
+                assert (await discover(settings)).port == replica.port
+        finally:
+            watching.cancel()
+            primary.thaw()
+
+
+async def test_a_frozen_sentinel_delays_nobody(tmp_path: Path) -> None:
+    primary = Server(tmp_path / "primary")
+    sentinels = [SentinelServer(tmp_path / name, primary) for name in ("one", "two")]
+    with running(primary, *sentinels):
+        addresses = ", ".join(f"127.0.0.1:{each.port}" for each in sentinels)
+        settings = RedisSettings(
+            sentinels=addresses,
+            master_name="main",
+            user="relay",
+            password=SecretStr(password_of("relay")),
+            db=2,
+            connect_timeout_s=60,
+        )
+        sentinels[0].freeze()
+        async with asyncio.timeout(15), opened(settings) as connection:
+            assert connection.endpoint.port == primary.port
+            assert connection.endpoint.db == 2
+        sentinels[0].thaw()
+
+
+async def test_sentinels_have_a_login_and_tls_of_their_own(tmp_path: Path) -> None:
+    _certificates(tmp_path)
+    primary = Server(tmp_path / "primary", "redis")
+    lines = [*_tls_lines(tmp_path), "user watcher on >pw allchannels +@all", "user default off"]
+    sentinel = SentinelServer(tmp_path / "sentinel", primary, lines)
+    ca = str(tmp_path / "cert.pem")
+    with running(primary, sentinel):
+
+        def settings(**more: Any) -> RedisSettings:
+            return RedisSettings(
+                sentinels=f"127.0.0.1:{sentinel.port}",
+                master_name="main",
+                user="relay",
+                password=SecretStr(password_of("relay")),
+                sentinel_user="watcher",
+                tls_ca=ca,
+                tls_cert=ca,
+                tls_key=str(tmp_path / "key.pem"),
+                **more,
+            )
+
+        password = SecretStr("pw")
+        right = settings(sentinel_password=password, sentinel_tls="yes")
+        watcher = RedisSettings(
+            url=f"rediss://watcher:pw@127.0.0.1:{sentinel.port}",
+            **{key: getattr(right, key) for key in ("tls_ca", "tls_cert", "tls_key")},
+        )
+        async with opened(right) as connection, redis_client(right) as client:
+            assert connection.endpoint.port == primary.port
+            assert await client.ping()
+        watching = asyncio.get_running_loop().create_task(watch_failovers(right))
+        async with asyncio.timeout(15), redis_client(watcher) as asked:
+            while "relay-failovers" not in str(await asked.client_list()):
+                await asyncio.sleep(0.02)
+        watching.cancel()
+        for wrong in (
+            settings(sentinel_password=password),
+            settings(sentinel_password=SecretStr("other"), sentinel_tls="yes"),
+        ):
+            with pytest.raises(RedisUnavailable, match="no Sentinel at"):
+                await discover(wrong)
 
 
 def _wait_for_replica(primary: Server, sentinel: SentinelServer) -> None:

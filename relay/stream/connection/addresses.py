@@ -83,6 +83,12 @@ class AnyAddressTls(AnyAddress, SSLConnection):
 class AnyAddressOfPrimary(AnyAddress, SentinelManagedConnection):
     """The same to the primary that Sentinel names."""
 
+    @override
+    async def _connect(self) -> None:
+        # redis-py 8.1 does not ask the Sentinels again when it repeats a command.
+        self.host, self.port = await self.connection_pool.get_master_address()
+        await super()._connect()
+
 
 class AnyAddressOfPrimaryTls(AnyAddressOfPrimary, SSLConnection):
     """The same to the primary that Sentinel names, with TLS."""

@@ -18,11 +18,10 @@ from typing import Any, cast
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from pydantic import SecretStr
-from redis.asyncio import Redis, RedisCluster, Sentinel
+from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.client import Pipeline
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import MasterNotFoundError
 from redis.backoff import EqualJitterBackoff, NoBackoff
 from redis.credentials import CredentialProvider
 from redis.exceptions import (
@@ -40,6 +39,7 @@ from typing_extensions import override
 
 from relay.config.settings import RedisSettings
 from relay.core.errors import ConfigError, RedisUnavailable, RelayError, StartError
+from relay.stream.connection import sentinel
 from relay.stream.connection.addresses import (
     AnyAddress,
     AnyAddressOfPrimary,
@@ -71,11 +71,12 @@ _ENCODE = (
     " [ is %5B"
 )
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_SENTINEL_CAUSE = re.compile(r" - network:(\w+)")
 _SCHEMES = (
-    "embedded, redis://, rediss://, unix://, sentinel://, rediss+sentinel://, redis+cluster:// or"
-    " rediss+cluster://"
+    "embedded, redis://, rediss://, unix://, redis+sentinel://, rediss+sentinel://,"
+    " redis+cluster:// or rediss+cluster://"
 )
+# sentinel:// is the older name of redis+sentinel://.
+_SENTINEL_SCHEMES = ("redis+sentinel", "rediss+sentinel", "sentinel")
 _CLUSTER_SCHEMES = ("redis+cluster", "rediss+cluster")
 # The comma before another URL, in a list of servers. Addresses of Sentinels have commas, too.
 _NEXT_URL = re.compile(r"\s*,\s*(?=[a-z][a-z+]*://)")
@@ -164,7 +165,10 @@ def error_reply(reply: object) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedisEndpoint:
-    """One server to connect to. `path` is a unix socket; if set, host and port are ignored."""
+    """One server to connect to. `path` is a unix socket; if set, host and port are ignored.
+
+    `site` names the Sentinels that have named this primary; see `relay.stream.connection.sentinel`.
+    """
 
     host: str = ""
     port: int = 6379
@@ -173,6 +177,7 @@ class RedisEndpoint:
     username: str = ""
     password: str = field(default="", repr=False)
     tls: ssl.SSLContext | None = field(default=None, repr=False, compare=False)
+    site: str = field(default="", repr=False, compare=False)
 
     def __str__(self) -> str:
         """Return the address for logs and errors, without the password."""
@@ -184,9 +189,16 @@ class RedisEndpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sentinels:
+    """Some Sentinels, the name of a primary, and how to connect to it, except its address."""
+
     addresses: tuple[tuple[str, int], ...]
     master: str
     endpoint: RedisEndpoint
+
+    @property
+    def site(self) -> str:
+        """The name of this primary in `relay.stream.connection.sentinel`."""
+        return f"{self.master} by Sentinel at {', '.join(f'{h}:{p}' for h, p in self.addresses)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,8 +262,26 @@ def describe(settings: RedisSettings) -> str:
         return f"cluster at {', '.join(map(str, target.seeds))}"
     if isinstance(target, RedisEndpoint):
         return str(target).removesuffix(":6379") + (f"/{target.db}" if target.db else "")
-    asked = ", ".join(f"{host}:{port}" for host, port in target.addresses)
-    return f"primary {target.master} by Sentinel at {asked}"
+    return f"primary {target.site}"
+
+
+def watched_sentinels(settings: RedisSettings) -> tuple[str, str, list[RedisEndpoint]]:
+    """Return site, name of the primary and the Sentinels. All are empty without Sentinels."""
+    target = _parse(settings)
+    if not isinstance(target, _Sentinels):
+        return "", "", []
+    login = _login_to_sentinels(target, settings)
+    endpoints = [replace(login, host=host, port=port) for host, port in target.addresses]
+    return target.site, target.master, endpoints
+
+
+def _login_to_sentinels(target: _Sentinels, settings: RedisSettings) -> RedisEndpoint:
+    """Return how to connect to a Sentinel, without its address."""
+    tls = target.endpoint.tls
+    if settings.sentinel_tls != "same":
+        tls = _tls_context(settings) if settings.sentinel_tls == "yes" else None
+    password = settings.sentinel_password.get_secret_value()
+    return RedisEndpoint(username=settings.sentinel_user, password=password, tls=tls)
 
 
 def version_error(server: str, version: str) -> str:
@@ -293,15 +323,15 @@ async def discover(settings: RedisSettings) -> RedisEndpoint:
     target = _parse_server(settings)
     if isinstance(target, RedisEndpoint):
         return target
-    async with _sentinel(target, settings) as sentinel:
+    async with _sentinel(target, settings) as asked_all:
         try:
-            host, port = await sentinel.discover_master(target.master)
+            host, port = await asked_all.discover_master(target.master)
         except (RedisError, OSError) as exc:
             asked = ", ".join(f"{host}:{port}" for host, port in target.addresses)
             raise RedisUnavailable(
-                f"no Sentinel at {asked} returned a primary named {target.master}: {_cause(exc)}"
+                f"no Sentinel at {asked} returned a primary named {target.master}: {exc}"
             ) from exc
-    return replace(target.endpoint, host=host, port=port)
+    return replace(target.endpoint, host=host, port=port, site=target.site)
 
 
 @asynccontextmanager
@@ -309,15 +339,16 @@ async def redis_client(settings: RedisSettings) -> AsyncIterator[Redis]:
     """Open a redis-py client of one server and close it at the end. Replies are bytes."""
     target = _parse_server(settings)
     if isinstance(target, _Sentinels):
-        async with _sentinel(target, settings) as sentinel:
+        async with _sentinel(target, settings) as asked_all:
             # Asks the Sentinels again at each new connection.
             tls = target.endpoint.tls is not None
-            client = sentinel.master_for(
+            client = asked_all.master_for(
                 target.master,
                 connection_class=AnyAddressOfPrimaryTls if tls else AnyAddressOfPrimary,
                 **_options(target.endpoint, settings),
                 **_tls_options(target.endpoint, settings),
             )
+            sentinel.follow_with_client(target.site, client)
             async with client:
                 yield client
         return
@@ -370,15 +401,7 @@ def translated() -> Iterator[None]:
     except ResponseError as exc:
         raise refusal("Redis", refusal_text(exc)) from exc
     except (RedisError, RedisClusterException, OSError) as exc:
-        raise RedisUnavailable(f"Redis: {_cause(exc)}") from exc
-
-
-def _cause(exc: Exception) -> str:
-    """Return the text of an error. That of redis-py about Sentinels contains reprs of clients."""
-    if not isinstance(exc, MasterNotFoundError):
-        return str(exc)
-    causes = _SENTINEL_CAUSE.findall(str(exc))
-    return f"Sentinel has no usable primary ({', '.join(dict.fromkeys(causes)) or 'none known'})"
+        raise RedisUnavailable(f"Redis: {exc}") from exc
 
 
 async def command(client: RedisClient, *words: bytes | str | int) -> Any:
@@ -451,12 +474,16 @@ async def scan_page(
 
 
 @asynccontextmanager
-async def _sentinel(target: _Sentinels, settings: RedisSettings) -> AsyncIterator[Sentinel]:
-    tls = _tls_options(target.endpoint, settings)
-    sentinel = Sentinel(  # type: ignore[no-untyped-call]
+async def _sentinel(
+    target: _Sentinels, settings: RedisSettings
+) -> AsyncIterator[sentinel.ConcurrentSentinels]:
+    login = _login_to_sentinels(target, settings)
+    tls = _tls_options(login, settings)
+    asked_all = sentinel.ConcurrentSentinels(  # type: ignore[no-untyped-call]
         target.addresses,
         sentinel_kwargs={
-            "password": settings.sentinel_password.get_secret_value() or None,
+            "username": login.username or None,
+            "password": login.password or None,
             "socket_connect_timeout": settings.connect_timeout_s,
             "socket_timeout": settings.connect_timeout_s,
             # Don't retry: the next Sentinel is used instead.
@@ -464,12 +491,12 @@ async def _sentinel(target: _Sentinels, settings: RedisSettings) -> AsyncIterato
             **tls,
         },
     )
-    for client in sentinel.sentinels:
+    for client in asked_all.sentinels:
         client.connection_pool.connection_class = AnyAddressTls if tls else AnyAddress
     try:
-        yield sentinel
+        yield asked_all
     finally:
-        for client in sentinel.sentinels:
+        for client in asked_all.sentinels:
             await client.aclose()
 
 
@@ -531,7 +558,7 @@ def _parse(settings: RedisSettings) -> RedisEndpoint | _Sentinels | _Cluster:
     except UnicodeDecodeError:
         raise ConfigError("[redis] url: user or password is not UTF-8") from None
     configured = settings.password.get_secret_value()
-    base = RedisEndpoint(username=user, password=password or _present(configured))
+    base = RedisEndpoint(username=user or settings.user, password=password or _present(configured))
     if url.scheme == "unix":
         db = parse_qs(url.query).get("db", ["0"])[0]
         if not url.path or location:
@@ -539,7 +566,7 @@ def _parse(settings: RedisSettings) -> RedisEndpoint | _Sentinels | _Cluster:
         return replace(base, path=unquote(url.path), db=_db(db))
     if url.scheme in ("rediss", "rediss+sentinel", "rediss+cluster"):
         base = replace(base, tls=_tls_context(settings))
-    if url.scheme in ("sentinel", "rediss+sentinel"):
+    if url.scheme in _SENTINEL_SCHEMES:
         return _sentinels(base, location, url)
     if url.scheme in _CLUSTER_SCHEMES:
         if url.path.strip("/") or url.query or url.fragment:
@@ -568,7 +595,9 @@ def _tls_context(settings: RedisSettings) -> ssl.SSLContext:
 def _sentinels(base: RedisEndpoint, location: str, url: SplitResult) -> _Sentinels:
     master, _, db = unquote(url.path).strip("/").partition("/")
     if not master:
-        raise ConfigError("[redis] url: sentinel:// needs the primary's name after the addresses")
+        raise ConfigError(
+            "[redis] url: redis+sentinel:// needs the primary's name after the addresses"
+        )
     addresses = tuple(_address(part, 26379) for part in location.split(","))
     return _Sentinels(addresses=addresses, master=master, endpoint=replace(base, db=_db(db or "0")))
 

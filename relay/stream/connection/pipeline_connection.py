@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from relay.config.settings import RedisSettings
 from relay.core.errors import RedisUnavailable
+from relay.stream.connection import sentinel
 from relay.stream.connection.addresses import try_addresses
 from relay.stream.connection.connect import (
     UNAVAILABLE_CODES,
@@ -175,6 +176,8 @@ class PipelineConnection(asyncio.Protocol):
             raise RedisUnavailable(f"Redis at {endpoint} closed the connection")
         connection._on_lost = on_lost
         connection._check_idle()
+        if endpoint.site:
+            sentinel.follow(endpoint.site, connection)
         return connection
 
     async def _greet(self, name: str, check_primary: bool) -> None:
@@ -271,6 +274,12 @@ class PipelineConnection(asyncio.Protocol):
             text = word.decode() if isinstance(word, bytes) else str(word)
             raise CommandRefused(text, str(reply))
         return reply
+
+    def primary_is(self, host: str, port: int) -> None:
+        """Close the connection if Sentinel has named another primary than its server."""
+        if (self.endpoint.host, self.endpoint.port) != (host, port):
+            reason = f"Redis at {self.endpoint} is no longer the primary: Sentinel has named"
+            self._lose(RedisUnavailable(f"{reason} {host}:{port}"))
 
     def close(self) -> None:
         """Close the connection at once. Waiting calls raise RedisUnavailable."""

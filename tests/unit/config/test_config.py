@@ -128,6 +128,20 @@ def test_replicas_to_wait_for_become_a_durability(ini: Callable[[str], Path]) ->
         assert "namespace.durability" in error(None, f"namespace.durability={wrong}")
 
 
+def test_settings_for_sentinel_are_another_form_of_the_url(ini: Callable[[str], Path]) -> None:
+    path = ini("[redis]\nsentinels = s1:1, s2\nmaster_name = my/main\ntls = yes\ndb = 3\n")
+    assert read(path).redis.url == "rediss+sentinel://s1:1,s2/my%2Fmain/3"
+    # The URL of a command or an operator's environment replaces those of the file.
+    assert read(path, "redis.url=redis://h").redis.url == "redis://h"
+    assert read(
+        ini("[redis]\nurl = redis://h\n"), "redis.sentinels=s", "redis.master_name=m"
+    ).redis.url == ("redis+sentinel://s/m/0")
+    both = ini("[redis]\nurl = redis://h\nsentinels = s\nmaster_name = m\n")
+    assert "set either url, or sentinels and master_name" in error(both)
+    for lone in ("sentinels = s", "master_name = m"):
+        assert "must be set together" in error(ini(f"[redis]\n{lone}\n"))
+
+
 def test_a_secret_from_a_file_loses_its_last_newline(
     ini: Callable[[str], Path], tmp_path: Path
 ) -> None:

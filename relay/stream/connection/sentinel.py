@@ -1,0 +1,101 @@
+"""Redis Sentinel: ask for the primary, and close connections to a primary that was replaced.
+
+The Sentinels of a site agree about a failover within seconds, not at once, and one of them may be
+on the host that has failed. All are therefore asked at the same time, and the answer about the
+latest failover counts (the highest `config-epoch`).
+
+A frozen primary keeps its connections open. `report_primary` closes them as soon as a Sentinel has
+announced another primary, see `relay.stream.connection.failovers`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from typing import Any, Protocol, cast
+from weakref import WeakSet
+
+from redis.asyncio import Redis, Sentinel
+from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool
+from redis.exceptions import RedisError
+from typing_extensions import override
+
+# After the first usable answer, wait this long for the answers of other Sentinels.
+_OTHERS_S = 0.1
+
+
+class ConcurrentSentinels(Sentinel):
+    """redis-py's client of the Sentinels of one site."""
+
+    @override
+    async def discover_master(self, service_name: str) -> tuple[str, int]:
+        """Return host and port of the primary.
+
+        Raises:
+            MasterNotFoundError: No Sentinel knows a usable primary. The text contains the causes.
+        """
+        found: list[tuple[int, str, int]] = []
+        causes: list[str] = []
+        create = asyncio.get_running_loop().create_task
+        asking = {create(_masters(each)) for each in self.sentinels}
+        limit: float | None = None
+        try:
+            while asking:
+                done, asking = await asyncio.wait(
+                    asking, timeout=limit, return_when=asyncio.FIRST_COMPLETED
+                )
+                if not done:
+                    break
+                for each in done:
+                    try:
+                        state = (await each).get(service_name)
+                    except (RedisError, OSError) as exc:
+                        causes.append(type(exc).__name__)
+                        continue
+                    if state and self.check_master_state(state, service_name):
+                        found.append((int(state["config-epoch"]), state["ip"], int(state["port"])))
+                        limit = _OTHERS_S
+        finally:
+            for each in asking:
+                each.cancel()
+        if not found:
+            text = ", ".join(dict.fromkeys(causes)) or "none known"
+            raise MasterNotFoundError(f"Sentinel has no usable primary ({text})")
+        _, host, port = max(found)
+        return host, port
+
+
+async def _masters(sentinel: Redis) -> dict[str, Any]:
+    return cast("dict[str, Any]", await sentinel.sentinel_masters())
+
+
+class Follower(Protocol):
+    """A connection to a primary that Sentinels watch."""
+
+    def primary_is(self, host: str, port: int) -> None:
+        """Close the connection if it is to another server."""
+
+
+# Open connections and redis-py clients, by `Sentinels.site`.
+_followers: defaultdict[str, WeakSet[Follower]] = defaultdict(WeakSet)
+_clients: defaultdict[str, WeakSet[Redis]] = defaultdict(WeakSet)
+
+
+def follow(site: str, follower: Follower) -> None:
+    """Report the next primary to this connection, as long as it exists."""
+    _followers[site].add(follower)
+
+
+def follow_with_client(site: str, client: Redis) -> None:
+    """Close this client's connections when there is another primary."""
+    _clients[site].add(client)
+
+
+async def report_primary(site: str, host: str, port: int) -> None:
+    """Close all connections to other servers than this primary."""
+    for follower in list(_followers[site]):
+        follower.primary_is(host, port)
+    for client in list(_clients[site]):
+        pool = cast(SentinelConnectionPool, client.connection_pool)
+        if pool.master_address not in (None, (host, port)):
+            await pool.disconnect(inuse_connections=True)
