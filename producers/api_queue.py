@@ -209,8 +209,7 @@ class ApiQueueConsumer(RunningProducer):
             max_entry_bytes=max_entry_bytes,
             uid_window_s=publish.uid_window_s,
         )
-        names = [settings.name, *(f"{settings.name}.{n}" for n in range(settings.shards))]
-        self._shards = {name.encode(): _Shard(name) for name in names}
+        self._shards = {name.encode(): _Shard(name) for name in settings.names()}
 
     @override
     async def run(self) -> None:

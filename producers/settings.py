@@ -133,6 +133,10 @@ class QueueSettings(ProducerSection):
         description="Maximum commands executed in one step. More is faster, but blocks Redis longer.",
     )
 
+    def names(self) -> list[str]:
+        """Return the Redis keys of all queues."""
+        return [self.name, *(f"{self.name}.{number}" for number in range(self.shards))]
+
 
 PRODUCERS: Mapping[str, type[ProducerSection]] = {
     "queue": QueueSettings,

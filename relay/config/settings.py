@@ -296,7 +296,7 @@ class MetricsSettings(Section):
     """[metrics]: Listener for /metrics, /healthz and /readyz."""
 
     host: str = Field("127.0.0.1", description="Address of a separate listener for /metrics, /healthz and /readyz. Used only if port is set.")
-    port: int = Field(0, ge=0, le=65535, description="Port of the separate listener. With several workers, the second worker uses the next port, and so on. 0: use the listener of [server].")
+    port: int = Field(0, ge=0, le=65535, description="Port of the separate listener. With several workers, the second worker uses the next port, and so on; /metrics of each adds up all workers. 0: use the listener of [server].")
 
 
 class ConsoleSettings(ListenerSection):

@@ -2,6 +2,8 @@
 
 Each worker has one slot, which only that worker writes; the supervisor clears it when the worker
 dies. A slot consists of aligned 8-byte numbers, so that a reader never sees a partial write.
+After the slots, each worker has two buffers for its metrics, which it writes in turn. They survive
+the worker, so that its successor continues its counters.
 """
 
 from __future__ import annotations
@@ -33,6 +35,11 @@ _PR_SET_PDEATHSIG = 1
 _SLOT = 16
 _READY_AT, _CONNECTIONS, _INSTANCE, _LISTENS_AT, _DEAD = range(5)
 _DEATHS = 5
+# How often the metrics were written, and the length of each of the two buffers.
+_METRICS_COUNT = _DEAD + _DEATHS
+_METRICS_SIZES = _METRICS_COUNT + 1
+# The kernel provides only the pages that are used.
+_METRICS_BYTES = 1 << 19
 
 
 class WorkerMemory:
@@ -41,8 +48,9 @@ class WorkerMemory:
     def __init__(self, descriptor: int) -> None:
         """Map the memory of `descriptor`, which `shared_memory` returned and which stays open."""
         self._map = mmap.mmap(descriptor, 0)
-        self._cells = memoryview(self._map).cast("d")
-        self.count = len(self._cells) // _SLOT
+        self._bytes = memoryview(self._map)
+        self.count = len(self._bytes) // (_SLOT * 8 + 2 * _METRICS_BYTES)
+        self._cells = self._bytes[: self.count * _SLOT * 8].cast("d")
 
     def set_connections(self, number: int, connections: int) -> None:
         """Store the number of this worker's clients."""
@@ -118,6 +126,42 @@ class WorkerMemory:
     def connections(self, number: int) -> int:
         """Return the number of the worker's clients, including those being handed over to it."""
         return int(self._cells[(number - 1) * _SLOT + _CONNECTIONS])
+
+    def is_running(self, number: int) -> bool:
+        """Return True if the worker has registered and not died. It may hang."""
+        return self._cells[(number - 1) * _SLOT + _INSTANCE] != 0.0
+
+    def metrics_count(self, number: int) -> int:
+        """Return how often the worker and its predecessors have written their metrics."""
+        return int(self._cells[(number - 1) * _SLOT + _METRICS_COUNT])
+
+    def set_metrics(self, number: int, data: bytes) -> bool:
+        """Store the metrics of this worker. Return False if they do not fit."""
+        if len(data) > _METRICS_BYTES:
+            return False
+        count = self.metrics_count(number) + 1
+        first = (number - 1) * _SLOT
+        at = self._metrics_at(number, count)
+        self._bytes[at : at + len(data)] = data
+        self._cells[first + _METRICS_SIZES + count % 2] = len(data)
+        # From now on, others read this buffer.
+        self._cells[first + _METRICS_COUNT] = count
+        return True
+
+    def metrics(self, number: int) -> bytes:
+        """Return the metrics that the worker has stored last, empty if there are none."""
+        while True:
+            count = self.metrics_count(number)
+            size = int(self._cells[(number - 1) * _SLOT + _METRICS_SIZES + count % 2])
+            at = self._metrics_at(number, count)
+            data = bytes(self._bytes[at : at + size])
+            # The worker writes the other buffer next, and this one only after that.
+            if self.metrics_count(number) <= count + 1:
+                return data
+
+    def _metrics_at(self, number: int, count: int) -> int:
+        buffer = 2 * (number - 1) + count % 2
+        return self.count * _SLOT * 8 + buffer * _METRICS_BYTES
 
     def not_ready(self) -> list[int]:
         """Return the numbers of the workers that are not ready."""
@@ -224,5 +268,5 @@ def shared_memory(workers: int) -> int:
     if not hasattr(os, "memfd_create"):
         raise StartError("several workers per host need Linux; use --workers 1")
     descriptor = os.memfd_create("relay-workers")
-    os.ftruncate(descriptor, workers * _SLOT * 8)
+    os.ftruncate(descriptor, workers * (_SLOT * 8 + 2 * _METRICS_BYTES))
     return descriptor

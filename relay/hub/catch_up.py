@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from relay.core.model import Position
@@ -49,6 +49,11 @@ class SharedPage:
             # All entries that this worker had read at the request are in the page or were removed.
             covered = max(covered, request.reached)
         self._covered = min(covered, position)
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes that were offered so far, by protocol."""
+        return self._batch.sizes
 
     def serve(self, subscription: Subscription, stop: EntryID | None = None) -> int:
         """Offer the entries after the subscription's cursor, up to `stop`, and advance the cursor.

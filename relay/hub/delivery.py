@@ -26,6 +26,8 @@ class Batch:
         self.records = records
         # Indexes of the records that are not events for clients.
         self.stops: list[int] = []
+        # Bytes that were offered so far, by protocol.
+        self.sizes: dict[str, int] = {}
         self._channel = channel
         self._position_at = position_at
         self._limited = False
@@ -51,26 +53,38 @@ class Batch:
         if begin >= end:
             return 0
         if encoder.personal:
-            return self._deliver_personal(encoder, subscriptions, begin, end)
-        if self._limited:
-            offered = 0
-            for subscription in subscriptions:
-                selectors = subscription.session.selectors
-                data, count = self._encode(encoder, begin, end, selectors)
-                if count:
+            offered, size = self._deliver_personal(encoder, subscriptions, begin, end)
+        elif self._limited:
+            offered, size = self._deliver_limited(encoder, subscriptions, begin, end)
+        else:
+            key = (encoder, begin, end)
+            chunk = self._chunks.get(key)
+            if chunk is None:
+                chunk = self._chunks[key] = self._encode(encoder, begin, end, None)
+            data, offered = chunk
+            size = len(data)
+            if offered:
+                for subscription in subscriptions:
                     subscription.session.offer(data)
-                    offered += count
-            return offered
-        key = (encoder, begin, end)
-        chunk = self._chunks.get(key)
-        if chunk is None:
-            chunk = self._chunks[key] = self._encode(encoder, begin, end, None)
-        data, count = chunk
-        if not count:
-            return 0
+                offered *= len(subscriptions)
+                size *= len(subscriptions)
+        if offered:
+            self.sizes[encoder.door] = self.sizes.get(encoder.door, 0) + size
+        return offered
+
+    def _deliver_limited(
+        self, encoder: Encoder, subscriptions: Collection[Subscription], begin: int, end: int
+    ) -> tuple[int, int]:
+        """Deliver records of which not all are for everyone. Return their number and bytes."""
+        offered = size = 0
         for subscription in subscriptions:
-            subscription.session.offer(data)
-        return count * len(subscriptions)
+            selectors = subscription.session.selectors
+            data, count = self._encode(encoder, begin, end, selectors)
+            if count:
+                subscription.session.offer(data)
+                offered += count
+                size += len(data)
+        return offered, size
 
     def _encode(
         self, encoder: Encoder, begin: int, end: int, selectors: frozenset[str] | None
@@ -93,8 +107,9 @@ class Batch:
 
     def _deliver_personal(
         self, encoder: Encoder, subscriptions: Collection[Subscription], begin: int, end: int
-    ) -> int:
-        offered = 0
+    ) -> tuple[int, int]:
+        """Deliver frames that differ by client. Return the number of events and their bytes."""
+        offered = size = 0
         for index in range(begin, end):
             event = self.records[index].body
             if not isinstance(event, Event):
@@ -109,7 +124,8 @@ class Batch:
                     if data:
                         session.offer(data)
                         offered += 1
-        return offered
+                        size += len(data)
+        return offered, size
 
 
 def _id_of(record: Record) -> EntryID:

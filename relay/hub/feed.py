@@ -374,6 +374,7 @@ class Feed:
             subscription.behind_at(state.last, state.added, None)
         else:
             verdict = judge(start, state, examined.own.get(start.id))
+            self.hub.metrics.resumed(verdict.notice)
             subscription.pending_notice = verdict.notice
             subscription.before_notice = None if verdict.notice is None else start
             if verdict.notice is not None and verdict.notice.kind == "gap":
@@ -407,7 +408,7 @@ class Feed:
         self.position, self.digest = last.id, last.digest
         if self.added is not None:
             self.added += len(records)
-        self.hub.metrics.read_live(len(records), offered, last.id.ms)
+        self.hub.metrics.read_live(len(records), offered, last.id.ms, batch.sizes)
         if self._behind:
             self._passed(before)
 
@@ -556,12 +557,14 @@ class Feed:
             self.on_unsettled()
             return
         shared = catch_up.SharedPage(self.channel, self.incarnation, request, page, self.position)
+        offered = 0
         for subscription in list(self._behind):
             if not subscription.session.paused:
                 held = self._held.get(subscription)
                 stop = held.stop if held else None
-                self.hub.metrics.caught_up(shared.serve(subscription, stop))
+                offered += shared.serve(subscription, stop)
                 self.catch_up(subscription)
+        self.hub.metrics.caught_up(offered, shared.sizes)
 
     def _refuse(self, subscription: Subscription, error: RelayError, rule: str = "") -> None:
         self.hub.metrics.subscriptions.dec()

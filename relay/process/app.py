@@ -425,4 +425,4 @@ async def _check_redis(
 
 
 def _metrics(worker: Worker | None) -> Metrics:
-    return Metrics(worker.number, worker.memory) if worker else Metrics()
+    return Metrics(worker.memory) if worker else Metrics()

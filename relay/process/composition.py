@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Unpack, cast
 
 from producers.registry import RunningProducer
 from producers.registry import build as build_producer
-from producers.settings import PRODUCERS
+from producers.settings import PRODUCERS, QueueSettings
 from relay import __version__
 from relay.console.routes import Console
 from relay.console.services import ConsoleServices
@@ -42,10 +42,12 @@ from relay.process.control_commands import ControlCommands
 from relay.process.embedded import data_folder
 from relay.process.freezes import FreezeDetector
 from relay.process.garbage import RareCollections
+from relay.process.host_metrics import HostMetrics
 from relay.process.incoming import Incoming
 from relay.process.jobs import JobScheduler, shared_jobs, worker_jobs
 from relay.process.server import Server, node_name
 from relay.process.shared_listeners import SharedListeners
+from relay.process.site_metrics import SiteMetrics
 from relay.process.tokens import Tokens
 from relay.protocols import load_door, protocol_names
 from relay.rights.http import HttpRights
@@ -207,8 +209,14 @@ def build(base: Foundation) -> Parts:
     questions = _questions(base, keys, cluster, hub, commands, journal, instance)
 
     # The protocols, on the HTTP server.
+    host_metrics = HostMetrics(
+        base.metrics, base.worker, SiteMetrics(base.clients, keys, _queues(config))
+    )
+    base.metrics.redis_up.set_function(reader.is_connected)
+    base.metrics.pending_appends.set_function(appender.__len__)
     server = Server(
         metrics=base.metrics,
+        exposition=host_metrics.exposition,
         ready=lambda: _not_ready(base, reader) or _workers_not_ready(base),
         limits=lambda: _limits(reader, refusals),
         on_rejected=journal.answered,
@@ -251,6 +259,11 @@ def build(base: Foundation) -> Parts:
 
     # Shared listeners, heartbeat and periodic jobs.
     listeners = _shared_listeners(base, instance, hub, reader, server)
+    if listeners:
+        host_metrics.balance = listeners.balance
+        listeners.balance.on_metrics_wanted = lambda: base.spawn(
+            host_metrics.write(), name="metrics"
+        )
     server.forwarder = Forwarder(
         balance=listeners.balance if listeners else None,
         listener_of=server.listener_of,
@@ -324,6 +337,12 @@ def build(base: Foundation) -> Parts:
 def http_rights(config: Config, http: aiohttp.ClientSession) -> HttpRights | None:
     """Return the client for the application's answers about rights, or None if there is no URL."""
     return HttpRights(config.rights, http) if config.rights.http_url else None
+
+
+def _queues(config: Config) -> list[str]:
+    """Return the names of the API queues that relay reads."""
+    queue = config.producers["producer:queue"]
+    return queue.names() if isinstance(queue, QueueSettings) and queue.enabled else []
 
 
 def _decode(config: Config) -> partial[Record]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from aiohttp import web
@@ -55,18 +56,20 @@ class Server:
         self,
         *,
         metrics: Metrics,
+        exposition: Callable[[], Awaitable[bytes]],
         ready: Callable[[], str],
         limits: Callable[[], str] = lambda: "",
         on_rejected: OnRejected = lambda *_: None,
     ) -> None:
         """Create a server without listeners.
 
-        `ready` returns the reason why this worker is not ready, or ''. `limits` describes functions
-        that do not work although events are delivered, or ''. `on_rejected` is called for each
-        error answer.
+        `exposition` returns the metrics of this host in the text format of Prometheus. `ready`
+        returns the reason why this worker is not ready, or ''. `limits` describes functions that
+        do not work although events are delivered, or ''. `on_rejected` is called for each error
+        answer.
         """
         self._limits = limits
-        self._metrics = metrics
+        self._scrape = exposition
         self._ready = ready
         self._runners: list[web.AppRunner] = []
         self._sites: list[GuardedSite] = []
@@ -78,7 +81,10 @@ class Server:
         self.forwarder: Forwarder | None = None
         # Every site with its setting. Unlike `_sites`, it keeps those that are closed.
         self._all: list[tuple[GuardedSite, str]] = []
-        handshakes = Handshakes(count_rejected=metrics.refused.labels(Reason.OVERLOADED).inc)
+        handshakes = Handshakes(
+            # The protocol is not known yet.
+            count_rejected=partial(metrics.rejected, "unknown", Reason.OVERLOADED)
+        )
         metrics.handshakes.set_function(lambda: len(handshakes))
         self._connections = ConnectionLimits(handshakes=handshakes, on_rejected=on_rejected)
 
@@ -285,7 +291,7 @@ class Server:
 
     async def _exposition(self, _request: web.Request) -> web.Response:
         return web.Response(
-            body=self._metrics.exposition(),
+            body=await self._scrape(),
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
         )
 

@@ -82,7 +82,8 @@ async def test_every_metric_counts_what_clients_received(
         'relay_deliveries_total{way="ephemeral"}': 2,
         'relay_deliveries_total{way="catch_up"}': 3,
         'relay_notices_total{kind="revoked",reason="unsubscribed"}': 1,
-        'relay_refusals_total{code="unauthorized"}': 1,
+        'relay_rejections_total{door="native",reason="unauthorized"}': 1,
+        'relay_resumes_total{outcome="complete"}': 1,
         'relay_connections{door="native"}': 2,
         "relay_dead_letters_total": 1,
         "relay_subscriptions": 2,
@@ -92,6 +93,15 @@ async def test_every_metric_counts_what_clients_received(
         "relay_lost_wakeups_total": 0,
     }.items():
         assert after.get(sample, 0) - before.get(sample, 0) == number, sample
+    sizes = 'relay_delivered_bytes_total{door="native"}'
+    # One observation for each batch of entries.
+    assert after['relay_delivery_lag_seconds_count{door="native"}'] >= 1
+    assert after[sizes] > before.get(sizes, 0)
+    assert after["relay_dead_letter_entries"] >= 1
+    assert after["relay_redis_up"] == 1
+    assert after["process_open_fds"] > 0
+    assert any(name.startswith("relay_build_info{") for name in after)
+    assert not [name for name in after if "_created" in name]
     assert after["relay_lag_seconds_count"] > before["relay_lag_seconds_count"]
     assert {name.partition("{")[0] for name in after} >= {"relay_redis_round_trips_total"}
     for reader in (readers[0], replay):

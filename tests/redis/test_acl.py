@@ -103,6 +103,7 @@ SENT: dict[User, list[str]] = {
         "INCRBY relay:queue:centrifugo.api 1",
         "LRANGE centrifugo.api 0 9",
         "LINDEX centrifugo.api 0",
+        "LLEN centrifugo.api",
         "LTRIM centrifugo.api 9 -1",
         "GET relay:queue:centrifugo.api",
         "GET relay:uid:{news}:7d1f",

@@ -42,15 +42,17 @@ def workers(relay: RelayProcess) -> dict[int, int]:
     return found
 
 
-async def on_every_worker(door: Native) -> dict[str, str]:
-    """Return the metrics of both workers by number. The kernel distributes the connections."""
-    found: dict[str, str] = {}
-    async with asyncio.timeout(8):
-        while len(found) < 2:
-            text = (await door.get("/metrics", Connection="close")).body.decode()
-            line = next(each for each in text.splitlines() if each.startswith("relay_events_total"))
-            found[line.partition('worker="')[2][0]] = text
-    return found
+async def connections_by_worker(door: Native, total: int, count: int = 2) -> list[float]:
+    """Return the number of clients of each worker, once they are `total` together."""
+    async with asyncio.timeout(15):
+        while True:
+            found = [
+                await door.metric(f'relay_worker_connections{{worker="{number}"}}')
+                for number in range(1, count + 1)
+            ]
+            if sum(found) == total:
+                return found
+            await asyncio.sleep(0.05)
 
 
 async def over_both(door: Native, channel: str, count: int = 24) -> list[SseClient]:

@@ -169,8 +169,7 @@ async def _queues(config: Config, clients: ShardClients, keys: Keys) -> list[Fin
         )
     queue = config.producers["producer:queue"]
     if isinstance(queue, QueueSettings):
-        names = [queue.name, *(f"{queue.name}.{number}" for number in range(queue.shards))]
-        if not queue.enabled and await _longer_than(clients, names, 0):
+        if not queue.enabled and await _longer_than(clients, queue.names(), 0):
             found.append(
                 warning(
                     "data.queue",
@@ -180,7 +179,7 @@ async def _queues(config: Config, clients: ShardClients, keys: Keys) -> list[Fin
                     "[producer:queue]\nenabled = yes",
                 )
             )
-        elif await _longer_than(clients, names, _LONG_QUEUE):
+        elif await _longer_than(clients, queue.names(), _LONG_QUEUE):
             found.append(
                 error(
                     "data.queue",

@@ -184,7 +184,7 @@ class MountedNative(Mounted):
         return handle
 
     def _empty_stream(self, request: web.Request, error: Unavailable) -> web.Response:
-        self._context.metrics.refused.labels(error.code).inc()
+        self._context.metrics.rejected("native", error.code)
         response = web.Response(
             body=encoders.empty_stream(random.randint(1000, 5000), str(error)),  # noqa: S311
             headers=sse.HEADERS | self._cors(request),
@@ -227,7 +227,7 @@ class MountedNative(Mounted):
             principal = self._principal(request)
             session = await context.open(principal, WEBSOCKET, client, info=connection_of(request))
         except (Unauthorized, LimitExceeded) as exc:
-            context.metrics.refused.labels(exc.code).inc()
+            context.metrics.rejected("native", exc.code)
             context.turned_away(connection_of(request), "native", exc.code, str(exc))
             response = take_over(request, accepted, socket)
             socket.write(websocket.frame_text(encoders.error_object(exc)))
@@ -289,7 +289,7 @@ class MountedNative(Mounted):
     ) -> web.Response:
         if not isinstance(error, ClientError | Unavailable):
             raise error
-        self._context.metrics.refused.labels(error.code).inc()
+        self._context.metrics.rejected("native", error.code)
         headers = self._cors(request)
         headers["Cache-Control"] = "no-store"
         if isinstance(error, Unavailable):

@@ -143,7 +143,7 @@ class WsClient(Client):
     @override
     def refused(self, channel: Channel, error: RelayError) -> None:
         if isinstance(error, ClientError | Unavailable):
-            self._context.metrics.refused.labels(error.code).inc()
+            self._context.metrics.rejected("native", error.code)
             self._send(encoders.error_object(error, self._refs.pop(channel, None), channel))
 
     @override

@@ -131,7 +131,7 @@ class PrivateChannel:
         )
 
         def dropped(reason: str) -> None:
-            self._context.metrics.refused.labels(Reason.BAD_REQUEST).inc()
+            self._context.metrics.rejected("pydio", Reason.BAD_REQUEST)
             _log.warning("Dropped a message from %s on Pydio's private path: %s", peer, reason)
 
         self._open.opened()
@@ -170,7 +170,7 @@ class PrivateChannel:
     # ---- both -------------------------------------------------------------------------------
 
     def _refused(self, status: int, code: Reason, text: str) -> web.Response:
-        self._context.metrics.refused.labels(code).inc()
+        self._context.metrics.rejected("pydio", code)
         return web.json_response({"error": {"code": code, "message": text}}, status=status)
 
 

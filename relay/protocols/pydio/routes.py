@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -56,7 +57,7 @@ class MountedPydio(Mounted):
         context.on_drop(lambda _, user: self._accounts.rights_changed(user))
         self._services = BrowserServices(
             subscribe=context.subscribe,
-            count_rejection=lambda code: context.metrics.refused.labels(code).inc(),
+            count_rejection=partial(context.metrics.rejected, "pydio"),
             renew=self._renew,
             loop=loop,
         )
@@ -139,7 +140,7 @@ class MountedPydio(Mounted):
         try:
             return await self._admit(request)
         except (ClientError, Unavailable) as exc:
-            self._context.metrics.refused.labels(exc.code).inc()
+            self._context.metrics.rejected("pydio", exc.code)
             return web.Response(status=status_of(exc), text=f"{exc}\n")
 
     async def _admit(self, request: web.Request) -> web.StreamResponse:

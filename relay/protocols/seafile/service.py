@@ -50,7 +50,7 @@ class SeafileService:
 
     def count_rejection(self, code: Reason) -> None:
         """Count a rejected client or request in the metrics."""
-        self.context.metrics.refused.labels(code).inc()
+        self.context.metrics.rejected("seafile", code)
 
     def frame(self, event: Event) -> bytes:
         """Return the frame that the event has in live delivery."""

@@ -270,7 +270,7 @@ class SocketClient(Client):
             return
         door, connection = self._door, self.connection
         code = error.code if isinstance(error, ClientError | Unavailable) else Reason.UNAVAILABLE
-        door.context.metrics.refused.labels(code).inc()
+        door.context.metrics.rejected("socketio", code)
         door.context.turned_away(self.engine.info, "socketio", code, str(error))
         connection.out = self.engine.write
         namespace = door.settings.namespace

@@ -110,6 +110,11 @@ class Appender:
         # By slot.
         self._moving: dict[int, _Moving] = {}
 
+    def __len__(self) -> int:
+        """Return how many appends have no reply yet."""
+        moving = sum(len(each.rejected) + len(each.later) for each in self._moving.values())
+        return moving + sum(map(len, self._lanes.values()))
+
     async def run(self) -> None:
         """Send appends until cancelled. Reconnect after every error of Redis."""
         try:
@@ -246,6 +251,9 @@ class _Lanes:
         # Appends in their order: the last append of the fast lane, the lane to use after it.
         self._held: deque[tuple[asyncio.Future[EntryID], _Lane, _PendingAppend]] = deque()
 
+    def __len__(self) -> int:
+        return len(self._held) + sum(map(len, (self._fast, *self._slow.values())))
+
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._fast.run(), name="appends")
@@ -327,6 +335,9 @@ class _Lane:
         self._stopped = False
         self._work = asyncio.Event()
 
+    def __len__(self) -> int:
+        return len(self._waiting) + self._in_flight
+
     def stop(self) -> None:
         """Fail the waiting appends and reject later ones."""
         self._stopped = True
@@ -349,7 +360,7 @@ class _Lane:
         """Add an append to the next pipeline. Raise Unavailable if too many are waiting."""
         if self._stopped:
             raise Unavailable(_STOPPING)
-        if len(self._waiting) + self._in_flight >= _MAX_WAITING:
+        if len(self) >= _MAX_WAITING:
             raise Unavailable(_TOO_MANY)
         self.put(pending)
 

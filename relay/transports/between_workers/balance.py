@@ -36,6 +36,8 @@ _SHARE, _COUNT = 1.03, 3
 _HEAD = struct.Struct("!BBB")
 # More data is passed in a memory file, because a message must fit into the socket's buffer.
 _INLINE_BYTES = 32768
+# A message without a connection, which asks for the receiver's metrics.
+_WRITE_METRICS = _HEAD.pack(255, 0, 0)
 # Messages read in one turn of the event loop.
 _BATCH = 16
 
@@ -74,6 +76,8 @@ class Balance:
         # that were passed on and may not have been received yet.
         self._taken = 0
         self._known = 0
+        # Called when another worker asks this one to write its metrics to the shared memory.
+        self.on_metrics_wanted: Callable[[], object] = lambda: None
         self._given: Counter[int] = Counter()
         self._seen: Counter[int] = Counter()
 
@@ -145,6 +149,14 @@ class Balance:
         number = self._memory.first_listening()
         return number not in (None, self._number) and self._send(number or 0, passed)
 
+    # ---- metrics --------------------------------------------------------------------------------
+
+    def want_metrics(self, number: int) -> None:
+        """Ask another worker to write its metrics to the shared memory."""
+        with contextlib.suppress(OSError):
+            # If its inbox is full, its last metrics are used.
+            self._outboxes[number].send(_WRITE_METRICS)
+
     # ---- sockets --------------------------------------------------------------------------------
 
     def receive(self, take: Take) -> None:
@@ -185,6 +197,9 @@ class Balance:
             except OSError as exc:
                 _log.warning("Lost a connection that another worker passed on: %s", exc)
                 return
+            if message == _WRITE_METRICS:
+                self.on_metrics_wanted()
+                continue
             if not descriptors:
                 # This process has no free descriptor, so the kernel has closed the connection.
                 return

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from relay.core.reasons import Reason
 from relay.doorkit.http_status import go_error
-from relay.protocols.centrifugo import go_http
+from relay.protocols.centrifugo import encoders, go_http
 from relay.protocols.centrifugo.administrators.connection import AdminConnection
 from relay.protocols.centrifugo.administrators.node import memory
 from relay.transports.socket import websocket
@@ -101,7 +101,7 @@ class AdminRoutes:
         password = settings.admin_password.get_secret_value().encode()
         given = fields.get("password", b"")
         if not (password and self._key() and hmac.compare_digest(password, given)):
-            self._server.context.metrics.refused.labels(Reason.BAD_REQUEST).inc()
+            self._server.context.metrics.rejected(encoders.DOOR, Reason.BAD_REQUEST)
             return go_error(400, "Bad Request")
         claims = {"aud": _AUDIENCE, "exp": int(time.time()) + _TOKEN_S}
         return _token(jwt.encode(claims, self._key(), algorithm="HS256"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from relay.doorkit.http_status import go_error
-from relay.protocols.centrifugo import go_http
+from relay.protocols.centrifugo import encoders, go_http
 from relay.protocols.centrifugo.api.executor import CommandExecutor, is_signed
 from relay.protocols.centrifugo.api.replies import encode
 from relay.protocols.centrifugo.commands import InvalidCommand
@@ -87,7 +87,8 @@ class ApiRoutes:
         return fields.get("data", b""), fields.get("sign", b"").decode("latin-1")
 
     def _reject(self, status: int, text: str) -> web.Response:
-        self._server.context.metrics.refused.labels(text.lower().replace(" ", "_")).inc()
+        reason = text.lower().replace(" ", "_")
+        self._server.context.metrics.rejected(encoders.DOOR, reason)
         return go_error(status, text)
 
     async def _redirect(self, request: web.Request) -> web.Response:

@@ -21,7 +21,7 @@ from relay.core.errors import LimitExceeded, RelayError
 from relay.core.model import Channel
 from relay.core.reasons import Reason
 from relay.hub.session import Client
-from relay.protocols.centrifugo import codec
+from relay.protocols.centrifugo import codec, encoders
 from relay.protocols.centrifugo.clients import credentials, requests
 from relay.protocols.centrifugo.clients.interfaces import (
     ClientTransport,
@@ -356,7 +356,7 @@ class CentrifugoConnection(Client, CommandContext):
 
     def _count_refusal(self, reason: str) -> None:
         if reason in codec.ERRORS:
-            self.server.context.metrics.refused.labels(reason.replace(" ", "_")).inc()
+            self.server.context.metrics.rejected(encoders.DOOR, reason.replace(" ", "_"))
 
     @override
     def answer(
