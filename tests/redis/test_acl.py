@@ -19,6 +19,7 @@ SENT: dict[User, list[str]] = {
     "producer": [
         f"XADD {STREAM} MAXLEN ~ 1000 * data 1",
         "PUBLISH relay:ephemeral:{news} 1",
+        "WAIT 0 1",
         "PING",
         "SELECT 0",
         f"EVAL script 2 {STREAM} {UID} 1000 * data 1",

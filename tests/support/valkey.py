@@ -175,7 +175,7 @@ class Server:
     def has(self, command: str) -> bool:
         """Return True if the server has this command."""
         with self.client() as client:
-            return bool(client.execute_command("COMMAND", "INFO", command)[0])
+            return bool(client.execute_command("COMMAND LIST", "FILTERBY", "PATTERN", command))
 
     def settings(self, user: User = "relay", **more: Any) -> RedisSettings:
         """Return the settings [redis] for this server."""
