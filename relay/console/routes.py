@@ -10,7 +10,7 @@ from aiohttp import web
 from pydantic import SecretStr
 from typing_extensions import override
 
-from relay.console import channels, clients, dead_letters, overview, page
+from relay.console import channels, clients, dead_letters, overview, page, tap
 from relay.console.access import SESSION_S, Access, TooManyAttempts
 from relay.console.services import ApiRequest, Body
 from relay.core.errors import (
@@ -43,6 +43,7 @@ _READS: Mapping[str, ApiHandler] = {
     "rights": channels.rights,
     "connections": clients.connections,
     "connection": clients.connection,
+    "tap": tap.tap,
     "dead-letters": dead_letters.dead_letters,
     "dead-letter": dead_letters.dead_letter,
 }

@@ -53,9 +53,21 @@ class Rights(Protocol):
         """
 
 
+class FeedObserver(Protocol):
+    """Is notified of each batch of entries while an operator watches."""
+
+    def read(self, feed: Feed, records: Sequence[Record], offered: int) -> None:
+        """Entries were offered to the live clients, `offered` times in all."""
+
+    def ephemeral(self, feed: Feed, event: Event) -> None:
+        """An ephemeral event was offered to the live clients."""
+
+
 class FeedHub(Protocol):
     """The hub as its feeds see it."""
 
+    # None while nobody watches.
+    tap: FeedObserver | None
     reads: StreamReads
     on_broken: Callable[[Channel, Broken], None]
     observer: SessionObserver
@@ -178,6 +190,11 @@ class Feed:
     def has_waiting(self) -> bool:
         """Return True if a client waits for the next examination."""
         return bool(self._new)
+
+    @property
+    def live_count(self) -> int:
+        """Number of subscriptions that receive new entries at once."""
+        return self._live.count
 
     @property
     def behind_count(self) -> int:
@@ -409,6 +426,8 @@ class Feed:
         if self.added is not None:
             self.added += len(records)
         self.hub.metrics.read_live(len(records), offered, last.id.ms, batch.sizes)
+        if self.hub.tap is not None:
+            self.hub.tap.read(self, records, offered)
         if self._behind:
             self._passed(before)
 
@@ -452,6 +471,8 @@ class Feed:
         """Deliver to live clients only. The others have no history to read it from."""
         event.after = self.position
         self._live.offer(event)
+        if self.hub.tap is not None:
+            self.hub.tap.ephemeral(self, event)
 
     def has_same_incarnation(self, state: StreamState) -> bool:
         """Return True if the state is of the incarnation that was examined."""

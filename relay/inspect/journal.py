@@ -94,6 +94,8 @@ class Journal(SessionObserver):
         `rights_of` returns the names of the sources that can grant a right to a channel.
         """
         self.dropped = 0
+        # Called with each event while an operator watches the live tap.
+        self.on_event: Callable[[Event], None] | None = None
         self._links = links
         self._keys = keys
         self._key = keys.journal(instance)
@@ -251,6 +253,8 @@ class Journal(SessionObserver):
     def _add(self, event: Event) -> None:
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s", describe(event))
+        if self.on_event is not None:
+            self.on_event(event)
         if not self._events or (not event.get("user", True) and not self._may_write(event)):
             return
         if len(self._waiting) >= _MAX_WAITING:

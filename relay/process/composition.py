@@ -35,6 +35,8 @@ from relay.inspect.followers import QUESTION as FOLLOWERS
 from relay.inspect.followers import Followers
 from relay.inspect.journal import Journal
 from relay.inspect.questions import Questions
+from relay.inspect.tap import QUESTION as TAP
+from relay.inspect.tap import Tap
 from relay.process import clean_stop
 from relay.process.admission import Admission, ReadRights
 from relay.process.cluster_services import ClusterServices
@@ -468,6 +470,7 @@ def _questions(
     questions.answer(CONNECTIONS, connections.answer)
     questions.answer(CLOSED_BY, commands.answer)
     questions.answer(FOLLOWERS, Followers(hub).answer)
+    questions.answer(TAP, Tap(hub, journal, base.metrics.clock.now_ms).answer)
     return questions
 
 

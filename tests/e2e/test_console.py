@@ -352,6 +352,58 @@ async def test_clients_of_all_workers_are_found_and_disconnected(
         assert [each.get("notice") for each in messages] == [None, "revoked"]
 
 
+async def test_the_live_tap_shows_who_received_an_event_and_who_did_not(
+    api: Api, relay: RelayProcess
+) -> None:
+    async def watched(watch: str, done: Callable[[list[Any]], bool], **filters: str) -> list[Any]:
+        """Return records until there are enough of them."""
+        records: list[Any] = []
+        async with asyncio.timeout(LIMIT_S):
+            while not done(records):
+                answer = await api.get("tap", watch=watch, **filters)
+                assert answer["missing"] == {}
+                records += answer["records"]
+        return records
+
+    async def started(watch: str, **filters: str) -> None:
+        assert (await api.get("tap", watch=watch, **filters))["records"] == []
+
+    async with aiohttp.ClientSession() as http, contextlib.AsyncExitStack() as stack:
+        await started("all")
+        await started("eve", user="eve")
+        for user in ("ann", "bob"):
+            url = f"{relay.url}/ws?channel=c:tap&token={relay.token(user)}"
+            socket = await stack.enter_async_context(http.ws_connect(url))
+            assert (await socket.receive_json())["reply"] == "subscribe"
+        url = f"{relay.url}/ws?channel=c:tap&token={relay.token('eve', ['c:other'])}"
+        socket = await stack.enter_async_context(http.ws_connect(url))
+        assert "error" in await socket.receive_json()
+        relay.xadd("c:tap", data="1", to="user:ann", type="t")
+        relay.xadd("c:tap", data="22")
+
+        def received(records: list[Any]) -> list[Any]:
+            return [each for each in records if each["event"] == "received"]
+
+        def delivered(records: list[Any]) -> int:
+            return sum(each["delivered"] for each in received(records))
+
+        records = await watched("all", lambda found: delivered(found) == 3)
+        first = [each for each in received(records) if each["bytes"] == 1]
+        assert sum(each["delivered"] for each in first) == 1
+        assert sum(each["not_addressed"] for each in first) == 1
+        named = [client for each in first for client in each["clients"]]
+        assert [(each["user"], each["outcome"]) for each in named] == [("bob", "not addressed")]
+        assert {(each["type"], *each["to"]) for each in first} == {("t", "user:ann")}
+        kinds = {each["event"] for each in records}
+        assert kinds >= {"connected", "subscribed", "rejected", "received"}
+        # Only what concerns one user.
+        records = await watched("eve", lambda found: "rejected" in [e["event"] for e in found])
+        assert {each["user"] for each in records} == {"eve"}
+        (rejected,) = [each for each in records if each["event"] == "rejected"]
+        assert (rejected["channel"], rejected["reason"]) == ("c:tap", "forbidden")
+        assert "sources" in rejected["rule"]
+
+
 async def test_the_findings_of_the_doctor_are_shown(api: Api) -> None:
     found = await api.get("doctor")
     assert "redis.maxmemory" in {each["name"] for each in found["findings"]}
@@ -497,6 +549,7 @@ def test_every_view_is_accessible_on_desktop_and_phone(page: Page, relay: RelayP
         "channels?pattern=img": ("#channels", HOSTILE),
         f"channel/{quoted}": ("#entries", "<script>"),
         "dead-letters": ("#letters", HOSTILE),
+        "tap": ("#view", "Watching."),
     }
     command = page.browser.execute_cdp_cmd
     for scheme, width in (("light", 1280), ("dark", 390)):

@@ -6,6 +6,7 @@ import { client, clients } from "./clients.js";
 import { deadLetters } from "./dead_letters.js";
 import { at, attempt, el, field, visible } from "./dom.js";
 import { overview } from "./overview.js";
+import { tap } from "./tap.js";
 
 // By the first part of the fragment. Views without a title are not in the navigation.
 const VIEWS = {
@@ -14,6 +15,7 @@ const VIEWS = {
   channel: { show: channel, of: "channels" },
   clients: { title: "Clients", show: clients },
   client: { show: client, of: "clients" },
+  tap: { title: "Live tap", show: tap },
   "dead-letters": { title: "Dead letters", show: deadLetters },
 };
 

@@ -77,7 +77,8 @@ export function channel(root, _parameters, signal, name) {
 function followerFact(name, stream) {
   const [total, shares] = followerTexts(stream);
   const link = el("a", { href: `#/clients?${new URLSearchParams({ channel: name })}` }, total);
-  return [link, shares ? ` (${shares})` : null];
+  const watch = el("a", { href: `#/tap?${new URLSearchParams({ channel: name })}` }, "watch");
+  return [link, shares ? ` (${shares}), ` : ", ", watch];
 }
 
 export function entryCells(entry) {

@@ -147,7 +147,7 @@ export function client(root, _parameters, signal, id) {
         ["Client name", connection.client ? mono(connection.client) : null],
       ]),
     );
-    if (user && !actions.childElementCount) {
+    if (user && !actions.querySelector(".danger")) {
       actions.append(
         button(
           "Disconnect this user", "disconnect", { user }, ({ closed }) => `Closed ${plural(closed, "connection")} of ${user}.`,
@@ -156,6 +156,9 @@ export function client(root, _parameters, signal, id) {
         ),
         el("a", { class: "button", href: `#/clients?${new URLSearchParams({ user })}` }, "All clients of this user"),
       );
+    }
+    if (!actions.querySelector("[href^='#/tap']")) {
+      actions.append(el("a", { class: "button", href: `#/tap?${new URLSearchParams({ connection: id })}` }, "Watch this client"));
     }
     const shown = JSON.stringify(connection.subscriptions);
     if (shown !== known && !subscriptions.body.contains(document.activeElement)) {
