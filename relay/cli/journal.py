@@ -1,4 +1,4 @@
-"""`relay events`: what happened to clients, from the journals of all workers."""
+"""`relay events` and `relay explain`: what happened to clients, from journals and workers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from relay.cli.operator_context import OperatorContext
+from relay.cli.operator_context import OperatorContext, channel_of, user_of
 from relay.cli.output import emit, safe, say
 from relay.core.errors import RedisUnavailable
+from relay.inspect.explain import Explainer
 from relay.inspect.journal import describe
 from relay.inspect.journal_reader import EventFilter, JournalReader
+from relay.inspect.questions import asking
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,6 +49,29 @@ async def events(site: OperatorContext, options: argparse.Namespace) -> int:
         return 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+async def explain(site: OperatorContext, options: argparse.Namespace) -> int:
+    """Print whether and when the user's clients received an event, or why not."""
+    channel, user = channel_of(options.channel), user_of(options.user)
+    async with asking(site.config.redis, site.clients, site.keys) as questions:
+        explainer = Explainer(
+            client=site.client,
+            client_of=lambda name: site.clients.for_key(site.keys.stream(name)),
+            keys=site.keys,
+            questions=questions,
+            max_entry_bytes=site.config.stream.max_entry_bytes,
+        )
+        found = await explainer.explain(user, channel, options.id)
+    if options.json:
+        emit(found.values())
+        return 0
+    print(safe(found.sentence))
+    for client in found.clients:
+        print(f"  {safe(client.sentence)}")
+    for line in found.unknown:
+        print(f"  Not known: {safe(line)}")
     return 0
 
 

@@ -29,6 +29,7 @@ _COMMANDS: Mapping[str, Command] = {
     "connections": connections.connections,
     "connection": connections.connection,
     "events": journal.events,
+    "explain": journal.explain,
     "disconnect": connections.disconnect,
     "unsubscribe": workers.unsubscribe,
     "dead-letters": dead_letters.dead_letters,

@@ -24,6 +24,7 @@ COMMANDS = (
     "connections",
     "connection",
     "events",
+    "explain",
     "disconnect",
     "unsubscribe",
 )
@@ -191,6 +192,15 @@ def add(commands: Commands, operator: Operator) -> None:
         "--limit", type=_count, default=100, metavar="N", help="the newest N (default 100)"
     )
     events.add_argument("--follow", action="store_true", help="print new events until Ctrl-C")
+
+    explain = operator(
+        commands,
+        "explain",
+        "say whether and when USER received the event ID of CHANNEL, or why not",
+    )
+    explain.add_argument("user", metavar="USER")
+    explain.add_argument("channel", metavar="CHANNEL")
+    explain.add_argument("id", type=_entry_id, metavar="ID")
 
     disconnect = operator(
         commands, "disconnect", "close all connections of USER, on all workers and in all protocols"

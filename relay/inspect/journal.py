@@ -295,6 +295,7 @@ class Journal(SessionObserver):
 
     async def run(self) -> None:
         """Append batches until cancelled."""
+        self._add({"ms": int(self._now_ms()), "event": "started"})
         while True:
             with contextlib.suppress(TimeoutError):
                 # Without strangers there is nothing to count.
@@ -388,6 +389,8 @@ def describe(event: Event) -> str:
         facts.append(reason)
     if "similar" in event:
         facts.append(f"and {event['similar']:,} similar ones in the last minute")
+    if kind == "started":
+        facts = ["worker", str(event.get("worker", ""))]
     if kind == "dropped":
         facts = [f"{event['number']:,} events of the journal: Redis was too slow"]
     return f"{text} {', '.join(facts)}"

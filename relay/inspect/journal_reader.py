@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from relay.core.model import ZERO_ID, EntryID
+from relay.core.slices import next_slice
+from relay.inspect.journal import EXPIRY_S
 from relay.stream.connection import connect
 
 if TYPE_CHECKING:
     from relay.inspect.journal import Event
     from relay.stream.connection.connect import RedisClient
     from relay.stream.format.keys import Keys
-
-_log = logging.getLogger(__name__)
 
 # Entries per command. An entry has up to 200 events.
 _PAGE = 100
@@ -44,8 +43,9 @@ class EventFilter:
             if wanted and event.get(name) != wanted and not self._has_position(name, event):
                 return False
         if "user" not in event:
-            # Not of one client: a notice to all, or a number of dropped events.
-            return not self.protocol
+            # A notice to all clients, a number of dropped events, or the start of a worker.
+            of_one = self.user is not None or self.connection
+            return not self.protocol and not (of_one and event["event"] == "started")
         if self.user is not None and event["user"] != self.user:
             return False
         if self.connection and event.get("connection") != self.connection:
@@ -102,6 +102,25 @@ class JournalReader:
         found.sort(key=lambda each: int(each["ms"]))
         return found
 
+    async def complete_since_ms(self) -> int | None:
+        """Return since when the journals of all workers are complete, or None without a journal.
+
+        A journal that has not been trimmed begins with the start of its worker. Journals of workers
+        that ended more than an hour ago are gone.
+        """
+        begins, trimmed = [], []
+        for instance in await self._instances():
+            key = self._keys.journal(instance)
+            oldest = await connect.command(self._client, "XRANGE", key, "-", "+", "COUNT", 1)
+            for _, events in _parsed(oldest):
+                begins.append(int(events[0]["ms"]))
+                if events[0]["event"] != "started":
+                    trimmed.append(begins[-1])
+        if not begins:
+            return None
+        now_ms = await connect.time_ms(self._client)
+        return max(min(begins), now_ms - EXPIRY_S * 1000, *trimmed)
+
     async def _instances(self) -> list[str]:
         names = await connect.command(self._client, "ZRANGE", self._keys.journals, 0, -1)
         return [name.decode() for name in names]
@@ -114,6 +133,8 @@ class JournalReader:
             )
             for entry_id, events in _parsed(entries):
                 end = f"({entry_id}"
+                # Parsing all journals takes longer than a worker's other clients may wait.
+                await next_slice()
                 yield entry_id, events
             if len(entries) < _PAGE:
                 return
@@ -125,6 +146,16 @@ def _parsed(entries: Any) -> Iterator[tuple[EntryID, list[Event]]]:
         try:
             events = orjson.loads(fields[b"events"])
         except (KeyError, orjson.JSONDecodeError):
-            _log.warning("Ignored the malformed journal entry %s", entry_id)
-            continue
-        yield entry_id, [each for each in events if {"ms", "event"} <= each.keys()]
+            events = None
+        # Another program may have appended anything.
+        known = [each for each in events if _is_event(each)] if isinstance(events, list) else []
+        if known:
+            yield entry_id, known
+
+
+def _is_event(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("ms"), int)
+        and isinstance(value.get("event"), str)
+    )

@@ -180,6 +180,7 @@ async def asking(
     bus = ClusterBus(
         shards=clients.shards, redis=redis, keys=keys, instance=new_instance("operator")
     )
+    failure: RelayError | None = None
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(bus.links.run())
         try:
@@ -193,5 +194,10 @@ async def asking(
                     " users')"
                 ) from None
             yield Questions(bus, client=clients.home, keys=keys, spawn=tasks.create_task)
+        except RelayError as exc:
+            # The group would wrap it.
+            failure = exc
         finally:
             running.cancel()
+    if failure is not None:
+        raise failure
