@@ -8,10 +8,11 @@ import sys
 from typing import TYPE_CHECKING
 
 from relay.cli.configured import configuration
+from relay.cli.local_key import with_local_key
 from relay.cli.operator_context import operator_context
 from relay.cli.output import emit, safe
 from relay.core.errors import ConfigError
-from relay.process.doctor.examination import examine, not_served
+from relay.process.doctor.examination import examine, in_order, not_served
 from relay.process.doctor.finding import Level
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def doctor(options: argparse.Namespace) -> int:
     except ConfigError as exc:
         found = [not_served(exc)]
     else:
-        found = asyncio.run(_examine(config))
+        found = asyncio.run(_examine(config, options.url))
     for each in found:
         if options.json:
             emit(dict(each.values()))
@@ -39,9 +40,14 @@ def doctor(options: argparse.Namespace) -> int:
     return 1 if any(each.level is Level.ERROR for each in found) else 0
 
 
-async def _examine(config: Config) -> list[Finding]:
+async def _examine(config: Config, url: str | None) -> list[Finding]:
     async with operator_context(config) as site:
-        return await examine(config, site.clients, site.keys)
+        found = await examine(config, site.clients, site.keys)
+    if url:
+        from relay.process.doctor import proxy_checks
+
+        found += await proxy_checks.check(with_local_key(config), url)
+    return in_order(found)
 
 
 def _show(finding: Finding) -> None:

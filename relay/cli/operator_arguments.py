@@ -133,11 +133,17 @@ def add(commands: Commands, operator: Operator) -> None:
         help="report a problem if there are more dead letters (default: no limit)",
     )
 
-    operator(
+    doctor = operator(
         commands,
         "doctor",
-        "find faults of Redis, host, data and configuration; run it with relay's own configuration",
+        "find faults of Redis, host, data, configuration and proxies; run it with relay's own"
+        " configuration",
         _DOCTOR_EXIT_CODES,
+    )
+    doctor.add_argument(
+        "--url",
+        metavar="URL",
+        help="also check the proxies in front of relay, by its public URL; takes half a minute",
     )
 
     trim = operator(
