@@ -156,7 +156,7 @@ class RedisSettings(Section):
 
     url: str = Field(
         "embedded",
-        description="Redis server that holds the streams: embedded (relay starts its own Valkey), redis://[user:pw@]host:port/db, rediss://..., unix:///path?db=0, redis+sentinel://[user:pw@]host:port,host:port/master-name/db, or rediss+sentinel://... for TLS to Sentinels and servers.",
+        description="Redis server that holds the streams: embedded (relay starts its own Valkey), redis://[user:pw@]host:port/db, rediss://..., unix:///path?db=0, redis+sentinel://[user:pw@]host:port,host:port/master-name/db, or rediss+sentinel://... for TLS to Sentinels and servers. Several URLs, separated by commas: channels are distributed over these servers. redis+cluster://[user:pw@]host:port,host:port or rediss+cluster://... for a Redis Cluster, with some of its nodes.",
     )
     sentinels: str = Field(
         "",

@@ -48,6 +48,7 @@ from relay.stream.connection.connect import change_password
 from relay.stream.connection.failovers import watch_failovers
 from relay.stream.shards.clients import ShardClients, shard_clients
 from relay.stream.shards.making import keys_of
+from relay.stream.shards.server_list import check_list
 from relay.stream.write.confirmations import check_namespaces
 from relay.transports.socket.listener import raise_open_file_limit
 
@@ -254,7 +255,7 @@ class Relay:
                 await parts.cluster.measure(base.metrics.clock)
         number = self._worker.number if self._worker else None
         parts.heartbeat.set_internal(
-            await open_internal(parts.internal, base.config.node, base.redis, number)
+            await open_internal(parts.internal, base.config.node, base.clients.shards, number)
         )
         port = await parts.server.start(base.config, self.listeners, number)
         if parts.listeners:
@@ -418,6 +419,8 @@ async def _check_redis(
 ) -> None:
     """Raise StartError if this version of relay cannot use the servers, or not at this time."""
     await clients.check()
+    with contextlib.suppress(RedisUnavailable):
+        await check_list(clients, keys_of(settings))
     await check_schema(clients.home, keys_of(settings))
     with contextlib.suppress(RedisUnavailable):
         for _, client in await clients.each():

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from relay.core.errors import RelayError, StartError
-from relay.stream.connection.connect import discover
 
 if TYPE_CHECKING:
-    from relay.config.settings import NodeSettings, RedisSettings
+    from relay.config.settings import NodeSettings
+    from relay.stream.shards.shard import ShardMap
     from relay.transports.between_workers.internal import InternalListener
 
 _log = logging.getLogger(__name__)
 
 
 async def open_internal(
-    listener: InternalListener, node: NodeSettings, redis: RedisSettings, number: int | None
+    listener: InternalListener, node: NodeSettings, shards: ShardMap, number: int | None
 ) -> str:
     """Open the internal listener and return its address, or '' if none is needed.
 
@@ -28,7 +28,7 @@ async def open_internal(
     address cannot be used.
     """
     configured = urlsplit(f"//{node.internal_address}")
-    host = configured.hostname or await _local_address(redis)
+    host = configured.hostname or await _local_address(shards)
     if host is None:
         return ""
     port = configured.port + (number or 1) - 1 if configured.port else 0
@@ -48,10 +48,10 @@ async def open_internal(
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-async def _local_address(redis: RedisSettings) -> str | None:
+async def _local_address(shards: ShardMap) -> str | None:
     """Return the local address of connections to Redis, or None if Redis runs on this host."""
     try:
-        endpoint = await discover(redis)
+        endpoint = await shards.home.locate()
         if endpoint.path or not endpoint.host:
             return None
         loop = asyncio.get_running_loop()

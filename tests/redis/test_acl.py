@@ -70,6 +70,8 @@ SENT: dict[User, list[str]] = {
         "SET relay:lease:retention x NX",
         "SET relay:canary:web1:5f0c9a31 1 EX 15",
         "GET relay:node:web1:5f0c9a31",
+        "GET relay:servers",
+        "SET relay:servers redis1:6379/0 NX",
         "GET relay:lease:retention",
         "DEL relay:canary:web1:5f0c9a31",
         f"DEL {STREAM}",

@@ -15,6 +15,7 @@ from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.shards.clients import shard_clients
 from relay.stream.shards.cluster_map import ClusterMap
 from relay.stream.shards.making import keys_of
+from relay.stream.shards.server_list import check_list
 from relay.stream.shards.shard import is_misplaced
 from tests.support.redis_cluster import RedisCluster, running_cluster
 from tests.support.valkey import Flavour, Server
@@ -62,6 +63,40 @@ async def test_a_server_without_cluster_mode_is_named(server: Server) -> None:
     settings = RedisSettings(url=url)
     with pytest.raises(StartError, match="is not part of a Redis Cluster; use redis://"):
         await ClusterMap(settings).refresh()
+
+
+async def test_another_list_of_servers_is_refused(server: Server, valkey: Server) -> None:
+    one, two = server.url("admin"), valkey.url("admin")
+    keys = keys_of(RedisSettings(url=f"{one}, {two}"))
+
+    async def check(*urls: str) -> None:
+        settings = RedisSettings(url=", ".join(urls))
+        async with shard_clients(settings) as clients:
+            await check_list(clients, keys_of(settings))
+
+    await check(one)
+    await check(two, one)
+    await check(one, two)
+    names = ", ".join(sorted(f"127.0.0.1:{each.port}/0" for each in (server, valkey)))
+    three = "redis://127.0.0.1:1/0"
+    for urls in ([one], [two], [one, two, three]):
+        with pytest.raises(StartError, match=f"Stored in Redis: {names}. Use the same") as refused:
+            await check(*urls)
+        assert "any" not in str(refused.value).split("Here: ")[1].split(". Stored")[0]
+    async with shard_clients(RedisSettings(url=f"{one}, {two}")) as clients:
+        for _, client in await clients.each():
+            await command(client, "DEL", keys.servers)
+        # Workers that use the server alone have stored no list.
+        single = keys_of(RedisSettings(url=one))
+        for _, client in await clients.each():
+            await command(client, "SADD", single.nodes, "web:1")
+        await check(one, two)
+        (_, alone), *_ = await clients.each()
+        await command(alone, "SET", single.node("web:1"), "x")
+        with pytest.raises(StartError, match="worker web:1 uses one of the servers alone"):
+            await check(one, two)
+        for _, client in await clients.each():
+            await command(client, "FLUSHALL")
 
 
 async def test_clients_of_several_servers(server: Server, valkey: Server) -> None:

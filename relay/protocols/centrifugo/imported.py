@@ -258,15 +258,7 @@ def _redis(given: CollectedOptions) -> Iterator[ImportedSetting]:
 
 
 def _address(given: CollectedOptions) -> Iterator[ImportedSetting]:
-    for name in ("redis_host", "redis_port", "redis_url", "redis_master_name"):
-        value = given.first(name)
-        if value and "," in value.text:
-            raise ConfigError(
-                f"{value.where}(several): relay uses one Redis, because its streams need no shards."
-                " Set one address"
-            )
     master, sentinels = given.first("redis_master_name"), given.first("redis_sentinels")
-    db = given.text("redis_db", "0")
     password = given.first("redis_password")
     if master or sentinels:
         if not (master and sentinels):
@@ -280,24 +272,68 @@ def _address(given: CollectedOptions) -> Iterator[ImportedSetting]:
             for part in (each.strip() for each in sentinels.text.split(","))
             if part
         )
-        yield _setting("redis", "url", sentinels, f"sentinel://{hosts}/{quote(master.text)}/{db}")
+        names, databases = _shards(given, ("redis_master_name", ""), ("redis_db", "0"))
+        urls = [
+            f"sentinel://{hosts}/{quote(name)}/{db}"
+            for name, db in zip(names, databases, strict=True)
+        ]
+        yield _setting("redis", "url", sentinels, ", ".join(urls))
     elif url := given.first("redis_url"):
-        found = _split_url(url)
-        yield _setting("redis", "url", url, found[0])
+        found = [_split_url(OptionValue(url.where, part.strip())) for part in url.text.split(",")]
         # The other options are ignored if redis_url is set (engines.md of the documentation).
-        password = OptionValue(url.where, found[1]) if found[1] else None
+        password = None
+        passwords = {secret for _, _, secret in found}
+        if len(passwords) == 1:
+            urls = [f"{start}{end}" for start, end, _ in found]
+            if secret := passwords.pop():
+                password = OptionValue(url.where, secret)
+        else:
+            urls = [_with_password(*each) for each in found]
+        yield _setting("redis", "url", url, ", ".join(urls))
     else:
-        host = given.text("redis_host", "127.0.0.1")
-        port = given.text("redis_port", "6379")
         where = given.first("redis_host", "redis_port", "redis_db") or given.values["engine"]
-        host = f"[{host}]" if ":" in host else host
-        yield _setting("redis", "url", where, f"redis://{host}:{port}/{db}")
+        lists = _shards(
+            given, ("redis_host", "127.0.0.1"), ("redis_port", "6379"), ("redis_db", "0")
+        )
+        urls = [
+            f"redis://[{host}]:{port}/{db}" if ":" in host else f"redis://{host}:{port}/{db}"
+            for host, port, db in zip(*lists, strict=True)
+        ]
+        yield _setting("redis", "url", where, ", ".join(urls))
     if password:
         yield _setting("redis", "password", password)
 
 
-def _split_url(value: OptionValue) -> tuple[str, str]:
-    """Return the URL without its password, and the password."""
+def _shards(given: CollectedOptions, *options: tuple[str, str]) -> list[list[str]]:
+    """Return the values of these options for each server, as v1 does.
+
+    Each is one value for all servers, or a list with one value per server, separated by commas.
+    """
+    lists = {
+        name: [part.strip() for part in given.text(name, default).split(",")]
+        for name, default in options
+    }
+    longest = max(lists, key=lambda name: len(lists[name]))
+    count = len(lists[longest])
+    for name, values in lists.items():
+        if len(values) not in (1, count):
+            value = given.first(name)
+            raise ConfigError(
+                f"{value.where if value else name}({len(values)} values): must have one value, or"
+                f" {count} as {longest}"
+            )
+    return [values * count if len(values) == 1 else values for values in lists.values()]
+
+
+def _with_password(start: str, end: str, password: str) -> str:
+    """Return a URL that contains its password, because another server has another one."""
+    scheme, _, user = start.partition("//")
+    login = f"{user.removesuffix('@')}:{quote(password, safe='')}@" if password else user
+    return f"{scheme}//{login}{end}"
+
+
+def _split_url(value: OptionValue) -> tuple[str, str, str]:
+    """Return the URL's part up to the user, the part after the password, and the password."""
     parts = urlsplit(value.text)
     try:
         port = parts.port or 6379
@@ -308,7 +344,7 @@ def _split_url(value: OptionValue) -> tuple[str, str]:
         raise ConfigError(f"{value.where}(hidden): must be redis://:PASSWORD@HOST:PORT/DB")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     user = f"{parts.username}@" if parts.username else ""
-    return f"{parts.scheme}://{user}{host}:{port}/{db}", unquote(parts.password or "")
+    return f"{parts.scheme}://{user}", f"{host}:{port}/{db}", unquote(parts.password or "")
 
 
 def _notes(given: CollectedOptions) -> Iterator[str]:

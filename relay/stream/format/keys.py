@@ -29,6 +29,7 @@ Cluster slot. A command or transaction with several keys uses keys of one channe
 | `<p>uid:{C}:<uid>`        | string  | ID of the entry with this uid       | expires: its window  |
 | `<p>tap:<name>`           | string  | position in an external source      | kept                 |
 | `<p>queue:<name>`         | string  | number of commands ever removed     | kept                 |
+| `<p>servers`              | string  | list of servers; on each of several | kept                 |
 | `<p>takers`               | zset    | workers that read queues, expiry ms | the worker; expires  |
 | `<name>`, `<name>.<n>`    | list    | queue of commands; no prefix        | workers              |
 
@@ -87,6 +88,7 @@ class Keys:
         "journals",
         "nodes",
         "prefix",
+        "servers",
         "stream_pattern",
         "takers",
     )
@@ -102,6 +104,8 @@ class Keys:
         self.dead_letters = site + b"dead-letters"
         self.nodes = site + b"nodes"
         self.internal_key = site + b"store:internal-key"
+        # On each server of a list.
+        self.servers = self.prefix + b"servers"
         self.takers = site + b"takers"
         self.journals = site + b"journals"
         self.stream_pattern = self.streams_matching("*")

@@ -243,6 +243,10 @@ class StreamReader:
         """Return False after a reconnect until all streams were checked for new entries."""
         return not self._live.settling
 
+    def is_reading(self) -> bool:
+        """Return True if `wait_ready` would return at once."""
+        return self._reading.is_set()
+
     async def wait_ready(self) -> None:
         """Wait until streams are being read."""
         await self._reading.wait()

@@ -2,8 +2,9 @@
 
 One task reads the shard map: at the start, periodically, and as soon as a reply or a push shows
 that a key is in another shard. Streams whose shard has changed are given to its reader and examined
-there. Parked streams are examined again after each look. While a slot is being moved, looks follow
-each other after 50 ms at first and after a second at most.
+there. Parked streams are examined again after each look. For a few seconds after such a sign, looks
+follow each other after 50 ms at first and after a second at most: a slot may still be on its way,
+and the node that is asked may not have heard of the change.
 
 A server that cannot be reached affects only the channels in its shard. `problem` names it.
 """
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.05, 1.0
+# For this time after a sign that the map has changed, it is read again and again.
+_SIGN_S = 3.0
 # A change that no reply and no push has shown is found after this time.
 _PERIOD_S = 5.0
 # Streams that are given to other readers before the loop serves other tasks.
@@ -61,6 +64,7 @@ class ShardReaders:
         # Streams whose slot has no server, or whose map was never read.
         self._homeless: dict[Followed, None] = {}
         self._look = asyncio.Event()
+        self._look_until = 0.0
         self._stopping = False
         self._problem = "the shards are not known yet"
 
@@ -141,22 +145,35 @@ class ShardReaders:
 
     async def wait_ready(self, channels: Iterable[Channel] = ()) -> None:
         """Wait until these channels are being read; without channels, those of all shards."""
-        while self._problem or not self._readers:  # noqa: ASYNC110  # the map has no event
+        while not await self._are_ready(channels):  # noqa: ASYNC110  # the map has no event
             await asyncio.sleep(_FIRST_LOOK_S)
-        readers = {self._find(channel) for channel in channels} or set(self._readers.values())
-        for reader in readers:
-            if reader is not None:
-                await reader.wait_ready()
         self._primaries.is_starting = False
+
+    async def _are_ready(self, channels: Iterable[Channel]) -> bool:
+        """Wait for one of these readers. Return True if all are ready."""
+        if self._problem or not self._readers:
+            return False
+        for reader in {self._find(channel) for channel in channels} or set(self._readers.values()):
+            if reader is None:
+                return False
+            if not reader.is_reading():
+                # Its shard may be gone before it is ready.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LAST_LOOK_S):
+                        await reader.wait_ready()
+                return False
+        return True
 
     # ---- life -------------------------------------------------------------------------------
 
     def look(self) -> None:
         """Read the map soon: a key is, or will be, in another shard."""
+        self._look_until = asyncio.get_running_loop().time() + _SIGN_S
         self._look.set()
 
     async def run(self) -> None:
         """Read until cancelled or stopped."""
+        loop = asyncio.get_running_loop()
         backoff = Backoff(_FIRST_LOOK_S, _LAST_LOOK_S)
         async with asyncio.TaskGroup() as tasks:
             while not self._stopping:
@@ -177,11 +194,12 @@ class ShardReaders:
                     self.look()
                 # At least this time between two looks.
                 await backoff.pause()
+                if loop.time() < self._look_until:
+                    continue
+                backoff.reset()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_PERIOD_S):
                         await self._look.wait()
-                        continue
-                backoff.reset()
 
     async def stop(self) -> None:
         """Stop reading and destroy the groups of this worker."""

@@ -67,6 +67,10 @@ class HashMap:
         """See `ShardMap`."""
         return self._only or self._chosen(tag_of(key))
 
+    def names(self) -> str:
+        """Return the servers' names, in an order of their own: those by which keys are placed."""
+        return ", ".join(sorted(shard.id for shard in self._shards))
+
     async def refresh(self) -> None:
         """Do nothing: the list of servers is fixed."""
 

@@ -188,6 +188,28 @@ def test_computed_options_change_their_settings(write: Write) -> None:
         ('"redis_url": "redis://:p%40w@r:7/2", "redis_host": "no"', "redis://r:7/2", "p@w"),
         ('"redis_url": "redis://r", "redis_password": "no"', "redis://r:6379/0", ""),
         (
+            '"redis_host": "a,b", "redis_port": "7,8", "redis_password": "p"',
+            "redis://a:7/0, redis://b:8/0",
+            "p",
+        ),
+        ('"redis_host": "a", "redis_db": "3, 4"', "redis://a:6379/3, redis://a:6379/4", ""),
+        ('"redis_port": "6379,6380"', "redis://127.0.0.1:6379/0, redis://127.0.0.1:6380/0", ""),
+        (
+            '"redis_url": "redis://:p@a/1,redis://:p@b/2"',
+            "redis://a:6379/1, redis://b:6379/2",
+            "p",
+        ),
+        (
+            '"redis_url": "redis://:p@a, redis://:q%2Fr@b"',
+            "redis://:p@a:6379/0, redis://:q%2Fr@b:6379/0",
+            "",
+        ),
+        (
+            '"redis_master_name": "one,two", "redis_sentinels": ":1,s2:2"',
+            "sentinel://127.0.0.1:1,s2:2/one/0, sentinel://127.0.0.1:1,s2:2/two/0",
+            "",
+        ),
+        (
             '"redis_master_name": "mymaster", "redis_sentinels": ":26379, s2:26380"',
             "sentinel://127.0.0.1:26379,s2:26380/mymaster/0",
             "",
@@ -265,8 +287,8 @@ def test_retention_is_the_history_but_at_least_an_hour(write: Write) -> None:
         ('{"ssl": true, "ssl_key": "k"}', "config.json: ssl = yes: needs ssl_cert"),
         ('{"web": true, "web_path": "/w"}', "web_path = /w: relay does not serve custom web pages"),
         (
-            '{"engine": "redis", "redis_port": "1,2"}',
-            "redis_port = (several): relay uses one Redis",
+            '{"engine": "redis", "redis_port": "1,2", "redis_host": "a,b,c"}',
+            "redis_port = (2 values): must have one value, or 3 as redis_host",
         ),
         ('{"engine": "redis", "redis_url": "r:1"}', "redis_url = (hidden): must be redis://"),
         ('{"engine": "redis", "redis_sentinels": ":1"}', "must be set together"),

@@ -1,0 +1,86 @@
+"""Store the list of servers on each of them, so that workers with different lists are noticed.
+
+The server of a channel depends on the list. Workers and producers with different lists would write
+and read different streams of one channel, and their clients would receive nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from relay.core.errors import RelayError, StartError
+from relay.stream.connection.connect import command
+from relay.stream.format.keys import Keys
+from relay.stream.shards.hash_map import HashMap
+
+if TYPE_CHECKING:
+    from relay.stream.connection.connect import RedisClient
+    from relay.stream.shards.clients import ShardClients
+
+
+async def check_list(clients: ShardClients, keys: Keys) -> None:
+    """Store the list on all servers that have none.
+
+    Servers that cannot be reached are checked at the next start.
+
+    Raises:
+        StartError: A server is used with another list, or by workers without one.
+    """
+    shards = clients.shards
+    if not isinstance(shards, HashMap):
+        return
+    own = shards.names()
+    servers = [client for _, client in sorted(await clients.each(), key=lambda each: each[0].name)]
+    for client in servers:
+        await _compare(client, keys, own)
+    if len(servers) == 1:
+        # A single server has no list: its address may be another one for each host.
+        return
+    for client in servers:
+        await _refuse_single(client, keys, own)
+    for client in servers:
+        with contextlib.suppress(RelayError):
+            await command(client, "SET", keys.servers, own, "NX")
+        # Another worker may have stored its list just now.
+        await _compare(client, keys, own)
+
+
+async def store_list(clients: ShardClients, keys: Keys) -> None:
+    """Store the list on all servers, in place of any other. No worker may be running.
+
+    Raises:
+        RelayError: A server cannot be reached or refuses the command.
+    """
+    if isinstance(clients.shards, HashMap):
+        for _, client in await clients.each():
+            await command(client, "SET", keys.servers, clients.shards.names())
+
+
+async def _compare(client: RedisClient, keys: Keys, own: str) -> None:
+    try:
+        found = await command(client, "GET", keys.servers)
+    except RelayError:
+        return
+    stored = own if found is None else found.decode(errors="replace")
+    if stored != own:
+        raise StartError(
+            "[redis] url: this site uses another list of servers."
+            f" Here: {own}. Stored in Redis: {stored}."
+            " Use the same list everywhere, or stop all workers and run relay reshard"
+        )
+
+
+async def _refuse_single(client: RedisClient, keys: Keys, own: str) -> None:
+    alone = Keys(keys.prefix.decode())
+    try:
+        found = await command(client, "SMEMBERS", alone.nodes)
+        names = [name.decode(errors="replace") for name in found]
+        living = [name for name in names if await command(client, "EXISTS", alone.node(name))]
+    except RelayError:
+        return
+    if living:
+        raise StartError(
+            f"[redis] url: worker {living[0]} uses one of the servers alone. Here: {own}."
+            " Stop it, and run relay reshard to distribute its streams"
+        )
