@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from relay.console.channels import UserBody, user_of
-from relay.console.services import channel_of
+from relay.console.services import Body, channel_of
 from relay.core.errors import BadRequest
 from relay.inspect.connections import MOST, ConnectionFilter, find_connections
-from relay.inspect.disconnects import closed_by
+from relay.inspect.disconnects import close_connection, closed_by
 from relay.stream.write import control
 
 if TYPE_CHECKING:
@@ -59,6 +59,25 @@ async def disconnect(request: ApiRequest) -> object:
     closed, problems = await closed_by(services.questions, str(entry_id))
     done: dict[str, Any] = {"id": str(entry_id), "user": body.user, "closed": closed}
     return {**done, "unknown": problems} if problems else done
+
+
+class ConnectionBody(Body):
+    """Body of `close`."""
+
+    connection: str
+
+
+async def close(request: ApiRequest) -> object:
+    """Close one connection, which may be anonymous."""
+    body = request.body(ConnectionBody)
+    closed, missing = await close_connection(request.services.questions, body.connection)
+    if not closed:
+        raise BadRequest(
+            f"the connection was not found; {', '.join(missing)} did not answer"
+            if missing
+            else "this connection is no longer open"
+        )
+    return {"connection": body.connection, "closed": closed}
 
 
 async def unsubscribe(request: ApiRequest) -> object:

@@ -10,7 +10,7 @@ from aiohttp import web
 from pydantic import SecretStr
 from typing_extensions import override
 
-from relay.console import channels, clients, dead_letters, overview, page, tap
+from relay.console import channels, clients, dead_letters, journal, overview, page, tap
 from relay.console.access import SESSION_S, Access, TooManyAttempts
 from relay.console.services import ApiRequest, Body
 from relay.core.errors import (
@@ -44,6 +44,7 @@ _READS: Mapping[str, ApiHandler] = {
     "connections": clients.connections,
     "connection": clients.connection,
     "tap": tap.tap,
+    "events": journal.events,
     "dead-letters": dead_letters.dead_letters,
     "dead-letter": dead_letters.dead_letter,
 }
@@ -54,6 +55,7 @@ _ACTIONS: Mapping[str, ApiHandler] = {
     "revoke": channels.revoke,
     "grant": channels.grant,
     "disconnect": clients.disconnect,
+    "close": clients.close,
     "unsubscribe": clients.unsubscribe,
     "dead-letters/requeue": dead_letters.requeue,
     "dead-letters/drop": dead_letters.drop,

@@ -30,7 +30,7 @@ from relay.doorkit.first_subscriptions import NOT_READING
 from relay.hub.hub import Hub
 from relay.inspect.connections import QUESTION as CONNECTIONS
 from relay.inspect.connections import ConnectionDirectory
-from relay.inspect.disconnects import QUESTION as CLOSED_BY
+from relay.inspect.disconnects import CLOSE, CLOSED_BY, ConnectionCloser
 from relay.inspect.followers import QUESTION as FOLLOWERS
 from relay.inspect.followers import Followers
 from relay.inspect.journal import Journal
@@ -469,6 +469,7 @@ def _questions(
     )
     questions.answer(CONNECTIONS, connections.answer)
     questions.answer(CLOSED_BY, commands.answer)
+    questions.answer(CLOSE, ConnectionCloser(hub).answer)
     questions.answer(FOLLOWERS, Followers(hub).answer)
     questions.answer(TAP, Tap(hub, journal, base.metrics.clock.now_ms).answer)
     return questions

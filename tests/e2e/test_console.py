@@ -345,7 +345,11 @@ async def test_clients_of_all_workers_are_found_and_disconnected(
         relay.xadd("c:two", data="1")
         (stream,) = (await api.get("channels", channel="c:two"))["channels"]
         assert stream["followers"] == {"native": 2}
-        assert (await api.post("disconnect", user="ann"))["closed"] == 2
+        (one,) = (await api.get("connections", channel="c:one"))["connections"]
+        assert (await api.post("close", connection=one["id"]))["closed"] == 1
+        assert await users(channel="c:*") == ["ann", "bob"]
+        assert (await api.ask("POST", "close", json={"connection": one["id"]}))[0] == 400
+        assert (await api.post("disconnect", user="ann"))["closed"] == 1
         assert await users(channel="c:*") == ["bob"]
         await api.post("unsubscribe", user="bob", channel="c:two")
         messages = [await sockets[2].receive_json(timeout=LIMIT_S) for _ in range(2)]
@@ -396,6 +400,11 @@ async def test_the_live_tap_shows_who_received_an_event_and_who_did_not(
         assert {(each["type"], *each["to"]) for each in first} == {("t", "user:ann")}
         kinds = {each["event"] for each in records}
         assert kinds >= {"connected", "subscribed", "rejected", "received"}
+        # The journal has it afterwards.
+        async with asyncio.timeout(LIMIT_S):
+            while not (found := (await api.get("events", user="eve", event="rejected"))["events"]):
+                await asyncio.sleep(0.1)
+        assert found[0]["channel"] == "c:tap"
         # Only what concerns one user.
         records = await watched("eve", lambda found: "rejected" in [e["event"] for e in found])
         assert {each["user"] for each in records} == {"eve"}
@@ -548,8 +557,8 @@ def test_every_view_is_accessible_on_desktop_and_phone(page: Page, relay: RelayP
         f"client/{api['connections'][0]['id']}": ("#view", HOSTILE),
         "channels?pattern=img": ("#channels", HOSTILE),
         f"channel/{quoted}": ("#entries", "<script>"),
+        "tap": ("#tap", "connected"),
         "dead-letters": ("#letters", HOSTILE),
-        "tap": ("#view", "Watching."),
     }
     command = page.browser.execute_cdp_cmd
     for scheme, width in (("light", 1280), ("dark", 390)):

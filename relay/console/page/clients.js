@@ -1,6 +1,7 @@
 // Clients: search on all workers, and one client with its subscriptions.
 import { get, post } from "./api.js";
 import { channelLink } from "./channels.js";
+import { what } from "./tap.js";
 import {
   attempt, bytes, confirmed, duration, el, every, facts, field, message, mono, number, panel, plural,
   table, visible,
@@ -84,6 +85,7 @@ export function client(root, _parameters, signal, id) {
     ["Channel", "Mode", "Position", { text: "Unread", number: true }, { text: "Actions", hidden: true }],
     { id: "subscriptions" },
   );
+  const history = table("Journal", ["Time", "Event", "Channel", "What happened"], { id: "journal" });
   const rejections = el("div", {});
   const actions = el("div", { class: "buttons" });
   root.append(
@@ -91,6 +93,7 @@ export function client(root, _parameters, signal, id) {
     el("section", { class: "panel", "aria-labelledby": "object" }, note, summary, actions),
     panel("Subscriptions", subscriptions.element),
     panel("Recent rejections", rejections),
+    panel("Journal", history.element),
   );
   let known = "";
 
@@ -147,12 +150,21 @@ export function client(root, _parameters, signal, id) {
         ["Client name", connection.client ? mono(connection.client) : null],
       ]),
     );
-    if (user && !actions.querySelector(".danger")) {
+    if (!actions.querySelector(".close-one")) {
+      actions.append(
+        button(
+          "Close this connection", "close", { connection: id }, () => "Closed the connection.",
+          { title: "Close the connection?", text: "The client's other connections stay open.", action: "Close" },
+          "danger close-one",
+        ),
+      );
+    }
+    if (user && !actions.querySelector(".all-of-user")) {
       actions.append(
         button(
           "Disconnect this user", "disconnect", { user }, ({ closed }) => `Closed ${plural(closed, "connection")} of ${user}.`,
           { title: "Disconnect the user?", text: `All connections of ${visible(user)} will be closed, on all workers.`, action: "Disconnect" },
-          "danger",
+          "danger all-of-user",
         ),
         el("a", { class: "button", href: `#/clients?${new URLSearchParams({ user })}` }, "All clients of this user"),
       );
@@ -172,8 +184,23 @@ export function client(root, _parameters, signal, id) {
     );
   }
 
+  async function loadHistory() {
+    const { events } = await get("events", { connection: id }, signal);
+    history.body.replaceChildren(
+      ...events.reverse().map((each) =>
+        history.row([
+          new Date(each.ms).toISOString().slice(0, 23).replace("T", " "),
+          each.event,
+          each.channel ? channelLink(each.channel) : "–",
+          what(each),
+        ]),
+      ),
+    );
+  }
+
   async function load() {
     try {
+      attempt(null, loadHistory);
       show(await get("connection", { id }, signal));
     } catch (error) {
       if (error.name === "AbortError") throw error;

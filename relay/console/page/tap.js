@@ -1,7 +1,7 @@
 // Live tap: what happens on all workers, or to one channel, user or client.
 import { get } from "./api.js";
 import { channelLink } from "./channels.js";
-import { el, every, field, mono, number, panel, plural, table, visible } from "./dom.js";
+import { attempt, el, every, field, mono, number, panel, plural, table, visible } from "./dom.js";
 
 const FILTERS = [
   ["channel", "Channel or pattern"],
@@ -28,7 +28,7 @@ export function tap(root, parameters, signal) {
     { id: "tap" },
   );
   const pause = el("input", { type: "checkbox", id: "pause" });
-  const note = el("p", { class: "quiet", role: "status" }, "Watching. Events appear here, newest first.");
+  const note = el("p", { class: "quiet", role: "status" }, "Watching. New events appear on top.");
   const missing = el("p", { class: "bad" });
   root.append(
     form,
@@ -51,7 +51,14 @@ export function tap(root, parameters, signal) {
   const filters = Object.fromEntries(FILTERS.map(([name]) => [name, parameters.get(name)]));
   let watch = "";
   let skipped = 0;
-  return every(1000, signal, async () => {
+  const add = (records, attributes) => {
+    list.body.prepend(...records.map((each) => list.row(cells(each), attributes)).reverse());
+    while (list.body.childElementCount > MAX_ROWS) list.body.lastElementChild.remove();
+    list.element.hidden = !list.body.childElementCount;
+  };
+  // What happened to clients before is in the journal.
+  const before = get("events", { ...filters, count: 50 }, signal).then(({ events }) => add(events));
+  return attempt(null, () => before).then(() => every(1000, signal, async () => {
     if (pause.checked) return;
     let answer;
     try {
@@ -63,14 +70,12 @@ export function tap(root, parameters, signal) {
     }
     watch = answer.watch;
     skipped += answer.skipped;
-    list.body.prepend(...answer.records.map((each) => list.row(cells(each), { class: "fresh" })).reverse());
-    while (list.body.childElementCount > MAX_ROWS) list.body.lastElementChild.remove();
-    list.element.hidden = !list.body.childElementCount;
+    add(answer.records, { class: "fresh" });
     if (skipped) note.textContent = `Too fast to show everything: ${plural(skipped, "event")} skipped.`;
     missing.textContent = Object.entries(answer.missing)
       .map(([worker, reason]) => `Events of ${worker} are missing: ${reason}.`)
       .join(" ");
-  });
+  }));
 }
 
 const time = (ms) => new Date(ms).toISOString().slice(11, 23);
