@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import cast
 
 import pytest
 from redis.asyncio import Redis
 
-from relay.core.model import EntryID, StreamState
+from relay.core.model import EntryID, Principal, StreamState
 from relay.stream.connection import scripts
 from relay.stream.connection.connect import CommandRefused, command, discover
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.primary import Primary
 from relay.stream.read import groups, stream_commands
+from tests.support.hub import NEWS, Reads, Words, join, make_hub
 from tests.support.valkey import Server
 
 pytestmark = pytest.mark.redis
@@ -157,6 +159,51 @@ async def test_every_worker_shows_with_its_position(connection: PipelineConnecti
     await connection.call("XREADGROUP", "GROUP", group, "c", "NOACK", "STREAMS", STREAM, ">")
     found = stream_commands.parse_groups(await connection.call("XINFO", "GROUPS", STREAM))
     assert found == {b"relay:host:ab": (7, 1)}
+
+
+async def test_a_read_that_keeps_the_group_writes_nothing(connection: PipelineConnection) -> None:
+    """Not to the append-only file, and not to replicas. The group shows its last position."""
+
+    async def written() -> int:
+        text = cast(bytes, await connection.call("INFO", "persistence"))
+        return int(text.partition(b"aof_current_size:")[2].split()[0])
+
+    group = groups.group_of("host:ab").decode()
+    await connection.call("XADD", STREAM, "7-1", "data", "1")
+    await connection.call("XGROUP", "CREATE", STREAM, group, "0")
+    hub = make_hub(Reads())
+    join(hub, Principal(user="ann"), Words())
+    stream = hub.feed(NEWS)
+    assert stream is not None
+    stream.key, stream.misaligned = STREAM, False
+
+    async def read(*, keeps_group: bool) -> list[EntryID]:
+        commands = stream_commands.read_commands(stream, group, "c", 10, keeps_group=keeps_group)
+        replies = await connection.execute(commands)
+        _, entries = stream_commands.parse_read(
+            replies, Primary(), aligning=False, keeps_group=keeps_group
+        )
+        stream.position = stream_commands.parse_id(entries[-1][0])
+        return [stream_commands.parse_id(each[0]) for each in entries]
+
+    assert await read(keeps_group=False) == [(7, 1)]
+    await connection.call("XADD", STREAM, "7-2", "data", "1")
+    before = await written()
+    assert await read(keeps_group=True) == [(7, 2)]
+    assert await written() == before
+    found = stream_commands.parse_groups(await connection.call("XINFO", "GROUPS", STREAM))
+    assert found[group.encode()] == (7, 1)
+    await connection.call("XADD", STREAM, "7-3", "data", "1")
+    before = await written()
+    assert await read(keeps_group=False) == [(7, 2), (7, 3)]
+    assert await written() > before
+    # A move that says how many entries were read keeps the lag that operators see.
+    await connection.call("XGROUP", "SETID", STREAM, group, "7-2", "ENTRIESREAD", 2)
+    (shown,) = cast(list[dict[bytes, object]], await connection.call("XINFO", "GROUPS", STREAM))
+    assert shown[b"lag"] == 1
+    await connection.call("XGROUP", "DESTROY", STREAM, group)
+    with pytest.raises(CommandRefused, match="NOGROUP"):
+        await read(keeps_group=True)
 
 
 async def test_a_key_of_another_type_is_refused(

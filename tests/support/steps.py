@@ -282,6 +282,7 @@ class Worker:
         self._primary = Primary()
         settings = StreamSettings().model_copy(update={"page_bytes": PAGE_BYTES})
         decode = partial(entry.decode, max_bytes=settings.max_entry_bytes)
+        self._taken = 0
         self.live = LivePipelines(
             keys=keys,
             instance=name,
@@ -376,6 +377,10 @@ class Worker:
     def take(self) -> None:
         if self._asked is not None:
             (self.clock.known_at, replies), self._asked = self._asked, None
+            self._taken += 1
+            if self._taken % 5 == 0:
+                # A second has passed. Groups are moved now, also while a read is on its way.
+                self.live.retry_paused()
             self.live.on_replies(replies)
             self.flush()
 

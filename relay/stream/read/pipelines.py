@@ -97,6 +97,13 @@ class LivePipelines:
         self._caught_up: set[Followed] = set()
         self._most = _most_entries(settings, _LIVE_BYTES)
         self._unknown = min(_UNKNOWN_COUNT, self._most)
+        # Streams whose groups were moved in this second, and those of them that were read again.
+        # The value is the number of entries up to the worker's position, if it is known. A move is
+        # replicated and written to the append-only file, so each group is moved at most once a
+        # second: 0.5 kB per event with 200 workers on a stream, instead of 28 kB.
+        self._groups_moved: set[Followed] = set()
+        self._groups_behind: dict[Followed, int | None] = {}
+        self._groups_due: dict[Followed, int | None] = {}
         self._certify: list[RedisCommand] = []
         self._sent: _SentPipeline | None = None
 
@@ -108,7 +115,9 @@ class LivePipelines:
         others = self._examine and not self.only_urgent
         if self._urgent or others or self._read:
             return True
-        return (self._control_changed and self._control is not None) or bool(self._certify)
+        if self._control_changed and self._control is not None:
+            return True
+        return bool(self._certify or self._groups_due)
 
     @property
     def settling(self) -> bool:
@@ -186,10 +195,29 @@ class LivePipelines:
         self._counts.pop(stream, None)
         self._caught_up.discard(stream)
         self._moved_from.pop(stream, None)
+        self._groups_moved.discard(stream)
+        self._groups_behind.pop(stream, None)
+        self._groups_due.pop(stream, None)
         self._mode.paused.pop(stream, None)
 
+    def _move_groups(self) -> list[RedisCommand]:
+        """Return the commands that move groups to this worker's positions, for operators."""
+        moves: list[RedisCommand] = []
+        for stream, read in self._groups_due.items():
+            if stream.settled and not stream.misaligned:
+                at = ("XGROUP", "SETID", stream.key, self._group, str(stream.position))
+                # Without this number, XINFO GROUPS shows no lag.
+                moves.append(at if read is None else (*at, "ENTRIESREAD", read))
+        self._groups_due = {}
+        return moves
+
     def retry_paused(self) -> bool:
-        """Examine the streams again whose reads were rejected. Return True if there are any."""
+        """Examine the streams again whose reads were rejected. Return True if there are any.
+
+        Call this once a second. It also moves the groups of the streams that were read since then.
+        """
+        self._groups_due, self._groups_behind = self._groups_behind, {}
+        self._groups_moved.clear()
         streams = [stream for stream in self._mode.pop_paused() if stream.alive]
         for stream in streams:
             self.want_examine(stream)
@@ -204,6 +232,9 @@ class LivePipelines:
         self._swept.clear()
         self._counts.clear()
         self._caught_up.clear()
+        self._groups_moved.clear()
+        self._groups_behind.clear()
+        self._groups_due.clear()
         self._certify.clear()
         self._moved_from.clear()
         self._mode.paused.clear()
@@ -227,6 +258,8 @@ class LivePipelines:
         if self._certify:
             commands += self._certify
             self._certify = []
+        if self._groups_due:
+            commands += self._move_groups()
         if self._urgent or self._examine:
             self._add_examinations(sent, commands)
         for stream in _pop_streams(self._read, _READ_BATCH, _UNKNOWN_COUNT):
@@ -236,7 +269,9 @@ class LivePipelines:
                 self._examine.pop(stream, None)
                 self._urgent[stream] = None
                 continue
-            form = _Form(stream.misaligned, self._mode.plain and self._mode.is_plain_for(stream))
+            aligning = stream.misaligned
+            plain = self._mode.plain and self._mode.is_plain_for(stream)
+            form = _Form(aligning, plain, stream in self._groups_moved and not (aligning or plain))
             if form.aligning and not form.plain:
                 self._counts.pop(stream, None)
                 self._caught_up.discard(stream)
@@ -246,8 +281,15 @@ class LivePipelines:
             count = stream_commands.count_for(stream, self._settings.page_bytes, most)
             start = len(commands)
             commands += stream_commands.read_commands(
-                stream, self._group, self._instance, count, plain=form.plain
+                stream,
+                self._group,
+                self._instance,
+                count,
+                plain=form.plain,
+                keeps_group=form.keeps_group,
             )
+            if not (plain or form.keeps_group):
+                self._groups_moved.add(stream)
             stream.misaligned = False
             sent.read.append((stream, count, form, start, len(commands)))
         self._sent = sent
@@ -338,10 +380,10 @@ class LivePipelines:
         # A stream that was rewound or unsettled in the meantime will read these entries again.
         if not stream.alive or not stream.settled or stream.misaligned:
             return
-        aligning, plain = form
+        aligning, plain, keeps_group = form
         try:
             state, entries = stream_commands.parse_read(
-                replies, self._primary, aligning=aligning, plain=plain
+                replies, self._primary, aligning=aligning, plain=plain, keeps_group=keeps_group
             )
         except stream_commands.StreamChanged:
             self._read[stream] = None
@@ -366,6 +408,8 @@ class LivePipelines:
         if swept and entries:
             self._metrics.lost_wakeups.inc()
         complete = len(entries) < count
+        if keeps_group:
+            self._groups_behind[stream] = state.added if complete else None
         records = stream_commands.decode_all(stream, entries, self._decode)
         first = records[0].id if records else None
         if first is not None and first <= stream.position:
@@ -512,10 +556,11 @@ class _SentPage(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """The form of a read: whether it moved the group first, and whether it used one at all."""
+    """The form of a read: it moves the group first, uses no group, or leaves the group behind."""
 
     aligning: bool
     plain: bool
+    keeps_group: bool
 
 
 class _SentPipeline:

@@ -91,13 +91,22 @@ def parse_examined(
 
 
 def read_commands(
-    stream: Followed, group: str, consumer: str, count: int, *, plain: bool = False
+    stream: Followed,
+    group: str,
+    consumer: str,
+    count: int,
+    *,
+    plain: bool = False,
+    keeps_group: bool = False,
 ) -> list[RedisCommand]:
     """Return the commands that read the stream's state and its new entries in one snapshot.
 
     Reading the state also arms the invalidation. A trim between state and entries would remove
     entries unnoticed. A group that is not at this worker's position is moved there first. The
     `plain` form writes nothing.
+
+    `keeps_group`: do not move the group, so that Redis has nothing to replicate. The history of the
+    group is empty. It is read to detect that the group was deleted, with the stream or without it.
     """
     key = stream.key
     if plain:
@@ -108,6 +117,14 @@ def read_commands(
         ]
         return _snapshot_commands([], reads, plain=True)
     commands: list[RedisCommand] = [("MULTI",), ("XINFO", "STREAM", key)]
+    if keeps_group:
+        return [
+            *commands,
+            ("XREADGROUP", "GROUP", group, consumer, "COUNT", 1, "STREAMS", key, "0"),
+            # Without a call of `EntryID.__str__`, for speed.
+            ("XRANGE", key, b"(%d-%d" % stream.position, "+", "COUNT", count),
+            ("EXEC",),
+        ]
     if stream.misaligned:
         at = str(stream.position)
         commands.append(("XINFO", "GROUPS", key))
@@ -121,7 +138,12 @@ def read_commands(
 
 
 def parse_read(
-    replies: Sequence[object], primary: Primary, *, aligning: bool, plain: bool = False
+    replies: Sequence[object],
+    primary: Primary,
+    *,
+    aligning: bool,
+    plain: bool = False,
+    keeps_group: bool = False,
 ) -> tuple[StreamState, list[RawEntry]]:
     """Return the stream's state and its new entries. CommandRefused if the group does not exist.
 
@@ -131,6 +153,11 @@ def parse_read(
     state = parse_state(snapshot[0], snapshot[1] if aligning or plain else None, primary)
     if plain:
         return state, cast(list[RawEntry], _checked("XRANGE", snapshot[2]))
+    if keeps_group:
+        for command, reply in zip(("XREADGROUP", "XRANGE"), snapshot[1:], strict=True):
+            if isinstance(reply, ReplyError):
+                raise CommandRefused(command, str(reply))
+        return state, cast(list[RawEntry], snapshot[2])
     read = snapshot[-1]
     if isinstance(read, dict):
         ((_, entries),) = cast(dict[bytes, list[RawEntry]], read).items()

@@ -66,9 +66,27 @@ class Scene:
     def read(self, exec_reply: object) -> list[RedisCommand]:
         self.turns.want_read(self.feed)
         commands = self.turns.commands()
-        self.turns.on_replies([b"OK", *[b"QUEUED"] * (len(commands) - 2), exec_reply])
+        replies = replied_in_form(commands, exec_reply)
+        self.turns.on_replies([b"OK", *[b"QUEUED"] * (len(commands) - 2), replies])
         self.hub.flush()
         return commands
+
+
+def asked_count(commands: Sequence[RedisCommand]) -> int:
+    """Return the number of entries that a read asks for."""
+    reads = [each for each in commands if each[0] in ("XREADGROUP", "XRANGE")]
+    return int(reads[-1][reads[-1].index("COUNT") + 1])
+
+
+def replied_in_form(commands: Sequence[RedisCommand], replies: object) -> object:
+    """Return the replies to a read that moves the group, as those to one that does not."""
+    if "XRANGE" not in names(commands) or not isinstance(replies, list) or len(replies) != 2:
+        return replies
+    state, found = replies
+    if isinstance(found, hiredis.ReplyError):
+        return [state, found, []]
+    entries = next(iter(found.values())) if found else []
+    return [state, {KEYS.stream(NEWS): []}, entries]
 
 
 def info(*numbers: int, added: int, last: int, deleted: int = 0) -> dict[bytes, object]:
@@ -107,9 +125,38 @@ def test_a_group_is_put_in_its_place_once_and_read_in_the_same_moment() -> None:
     examine(scene.hub)
     first = scene.read([info(added=0, last=0), MARKER, b"OK", b"OK", None])
     assert names(first) == ["MULTI", "XINFO", "XINFO", "XGROUP", "XGROUP", "XREADGROUP", "EXEC"]
+    scene.turns.retry_paused()
     then = scene.read([info(1, added=1, last=1), found(1)])
     assert names(then) == ["MULTI", "XINFO", "XREADGROUP", "EXEC"]
     assert scene.outbox.writes == [b"1 "]
+
+
+def test_a_group_is_moved_at_most_once_a_second() -> None:
+    scene = Scene()
+    examine(scene.hub)
+    scene.read([info(added=0, last=0), MARKER, b"OK", b"OK", None])
+    for number in (1, 2):
+        entries = [[b"%d-0" % number, [b"data", b"%d" % number]]]
+        state = info(1, added=number, last=number)
+        again = scene.read([state, {KEYS.stream(NEWS): []}, entries])
+        assert names(again) == ["MULTI", "XINFO", "XREADGROUP", "XRANGE", "EXEC"]
+    assert scene.outbox.writes == [b"1 ", b"2 "]
+    # A second later the group is moved, although there are no new entries.
+    scene.turns.retry_paused()
+    assert scene.turns.has_work
+    (move,) = scene.turns.commands()
+    assert move[:2] == ("XGROUP", "SETID")
+    assert move[4:] == ("2-0", "ENTRIESREAD", 2)
+    scene.turns.on_replies([b"OK"])
+    # Streams that are read rarely move their groups by reading.
+    scene.turns.retry_paused()
+    assert not scene.turns.has_work
+    rare = scene.read([info(3, added=3, last=3), found(3)])
+    assert names(rare) == ["MULTI", "XINFO", "XREADGROUP", "EXEC"]
+    # A deleted group is detected in each form.
+    scene.read([info(3, added=3, last=3), NO_GROUP, []])
+    assert not scene.feed.settled
+    assert scene.outbox.writes == [b"1 ", b"2 ", b"3 "]
 
 
 def test_what_was_removed_unread_is_told_before_anything_is_delivered(scene: Scene) -> None:
@@ -174,7 +221,9 @@ def test_a_group_that_was_made_in_another_life_is_not_read() -> None:
 
 
 def test_a_group_that_was_set_back_is_put_right_and_nothing_comes_twice(scene: Scene) -> None:
+    scene.turns.retry_paused()
     scene.read([info(1, added=1, last=1), found(1)])
+    scene.turns.retry_paused()
     scene.read([info(1, 2, added=2, last=2), found(1, 2)])
     commands = scene.turns.commands()
     assert "XGROUP" in names(commands)
@@ -364,9 +413,14 @@ def test_a_pipeline_of_pages_is_bounded_though_no_entry_is_known(largest: int) -
 def test_a_live_read_asks_for_more_only_after_one_that_was_full(scene: Scene) -> None:
     def count() -> int:
         scene.turns.want_read(scene.feed)
-        (asked,) = [command for command in scene.turns.commands() if command[0] == "XREADGROUP"]
-        return int(asked[asked.index("COUNT") + 1])
+        commands[:] = scene.turns.commands()
+        return asked_count(commands)
 
+    def reply(state: object, entries: object) -> None:
+        replies = replied_in_form(commands, [state, entries])
+        scene.turns.on_replies([*[b""] * (len(commands) - 1), replies])
+
+    commands: list[RedisCommand] = []
     scene.feed.average_bytes = 50.0
     counts, last = [], 0
     for _ in range(6):
@@ -374,12 +428,10 @@ def test_a_live_read_asks_for_more_only_after_one_that_was_full(scene: Scene) ->
         numbers = range(last + 1, last + counts[-1] + 1)
         last += counts[-1]
         state = info(*range(1, 9999), added=9998, last=9998)
-        scene.turns.on_replies([b"", b"", b"", [state, found(*numbers)]])
+        reply(state, found(*numbers))
     assert counts == [128, 256, 512, 1000, 1000, 1000]
     assert count() == 1000
-    scene.turns.on_replies(
-        [b"", b"", b"", [info(*range(1, last + 2), added=last + 1, last=last + 1), found(last + 1)]]
-    )
+    reply(info(*range(1, last + 2), added=last + 1, last=last + 1), found(last + 1))
     # A stream whose reads are seldom full is read in small steps again.
     assert count() == 500
 
@@ -394,13 +446,13 @@ def test_a_read_after_a_new_connection_is_bounded_though_no_entry_is_known(scene
     for _ in range(5):
         scene.turns.want_read(scene.feed)
         commands = scene.turns.commands()
-        (asked,) = [command for command in commands if command[0] == "XREADGROUP"]
-        counts.append(int(asked[asked.index("COUNT") + 1]))
+        counts.append(asked_count(commands))
         numbers = range(last + 1, last + counts[-1] + 1)
         last += counts[-1]
         state = info(*range(1, 9999), added=9998, last=9998)
-        groups = [MARKER, b"", b""] if len(commands) > 4 else []
-        scene.turns.on_replies([*[b""] * (len(commands) - 1), [state, *groups, found(*numbers)]])
+        groups = [MARKER, b"", b""] if "XGROUP" in names(commands) else []
+        replies = replied_in_form(commands, [state, *groups, found(*numbers)])
+        scene.turns.on_replies([*[b""] * (len(commands) - 1), replies])
     assert counts == [8, 16, 32, 64, 64]
 
 
