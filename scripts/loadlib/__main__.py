@@ -18,6 +18,8 @@ from scripts.loadlib.fanout import Fanout
 from scripts.loadlib.followed import Followed
 from scripts.loadlib.idle import Idle
 from scripts.loadlib.pings import Pings
+from scripts.loadlib.plan import Limits, Traffic
+from scripts.loadlib.plan_check import PlanCheck
 from scripts.loadlib.processes import LoadError
 from scripts.loadlib.produce import Produce
 from scripts.loadlib.report import finish
@@ -44,6 +46,11 @@ def _names(*allowed: str) -> Any:
         return found
 
     return names
+
+
+def _traffic(text: str) -> Traffic:
+    events, _, followers = text.partition(":")
+    return Traffic(name=text, events_per_s=float(events), followers=float(followers))
 
 
 def _arguments() -> argparse.Namespace:
@@ -109,6 +116,23 @@ def _arguments() -> argparse.Namespace:
     one.add_argument("--rounds", type=int, default=3)
 
     one = commands.add_parser(
+        "plan", parents=[every],
+        help="compute hosts, memory and Redis servers, and compare the costs with measurements",
+    )  # fmt: skip
+    one.add_argument("--clients", type=_numbers, default=[10_000, 100_000, 1_000_000, 10_000_000],
+                     help="separate several numbers with commas")  # fmt: skip
+    one.add_argument("--traffic", type=_traffic, action="append", default=[],
+                     metavar="EVENTS_PER_S:FOLLOWERS",
+                     help="events per second on channels with so many followers each; can be "
+                     "repeated (default: the traffic of docs/scaling.md)")  # fmt: skip
+    one.add_argument("--payload", type=int, default=150, help="bytes of an event")
+    one.add_argument("--workers-per-host", type=int, default=8)
+    one.add_argument("--no-check", action="store_true", help="only compute")
+    one.add_argument("--factor", type=float, default=3,
+                     help="exit with 1 if a measurement differs by more than this")  # fmt: skip
+    one.add_argument("--seconds", type=float, default=10, help="duration of a measurement")
+
+    one = commands.add_parser(
         "storm", parents=[every], help="all clients return at once and have missed events"
     )
     one.add_argument("--clients", type=int, default=10_000)
@@ -163,6 +187,14 @@ def _measurement(options: argparse.Namespace, cores: Cores) -> _Measurement:
             return Pings(
                 clients=options.clients, seconds=options.seconds, rounds=options.rounds, **shared
             )
+        case "plan":
+            shared.pop("bench")
+            return PlanCheck(
+                clients=options.clients, traffic=options.traffic, payload_bytes=options.payload,
+                limits=Limits(workers_per_host=options.workers_per_host),
+                check=not options.no_check, factor=options.factor, seconds=options.seconds,
+                **shared,
+            )  # fmt: skip
         case "storm":
             shared.pop("bench")
             return Storm(
@@ -210,7 +242,11 @@ def main() -> int:
     except (asyncio.CancelledError, KeyboardInterrupt):
         return 130
     hidden = {"command", "bench_dir", "out", "relay_command"}
-    shown = {name: value for name, value in vars(options).items() if name not in hidden}
+    shown = {
+        name: str(value) if name == "traffic" else value
+        for name, value in vars(options).items()
+        if name not in hidden
+    }
     finish(options.command, shown, rows, options.out)
     return 0
 
