@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from typing_extensions import override
@@ -31,16 +31,19 @@ from relay.stream.connection.reconnecting import (
     wait_for,
 )
 from relay.stream.format import entry
+from relay.stream.shards.links import ShardLinks
 from relay.stream.write import control, dead_letters
 from relay.stream.write.append import AppendCommands
 from relay.stream.write.confirmations import UnconfirmedLog
 from relay.stream.write.queue import CommandQueues, Head, Operation
+from relay.stream.write.queue_steps import QueuePlace, SteppedQueues
 
 if TYPE_CHECKING:
     from producers.registry import ProducerContext
     from relay.config.settings import NamespaceSettings, PublishSettings, RedisSettings
     from relay.core.model import Channel
     from relay.stream.format.keys import Keys
+    from relay.stream.shards.shard import ShardMap
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +51,8 @@ _LEASE_MS = 1500
 _RENEW_S = 0.5
 # Interval between checks of all queues, in case an invalidation was lost.
 _SWEEP_S = 5.0
+# The same if a slot of a Redis Cluster may be moved: Redis sends no invalidation then.
+_SWEEP_STEPPED_S = 1.0
 # Interval between checks if Redis rejects CLIENT TRACKING.
 _POLL_S = 0.1
 _BATCH_BYTES = 1 << 20
@@ -58,6 +63,8 @@ _RETRY_S = 1.0
 _DOOR = "centrifugo"
 # v1 accepts these in a queue as well, although there is no reply. They have no effect.
 _QUERIES = ("presence", "history", "channels", "stats", "node")
+
+Queues = CommandQueues | SteppedQueues
 
 # Returns the entries that a command appends. Raises InvalidCommand if it cannot be executed.
 Handler = Callable[[commands.CentrifugoCommand, int], Iterable[Operation]]
@@ -185,6 +192,7 @@ class ApiQueueConsumer(RunningProducer):
     def __init__(
         self,
         *,
+        shards: ShardMap,
         keys: Keys,
         redis: RedisSettings,
         settings: QueueSettings,
@@ -196,6 +204,7 @@ class ApiQueueConsumer(RunningProducer):
     ) -> None:
         """`on_applied` is called with the numbers of executed items and of dead letters."""
         self._keys = keys
+        self._map = shards
         self._redis = redis
         self._settings = settings
         self._instance = instance
@@ -209,16 +218,55 @@ class ApiQueueConsumer(RunningProducer):
             max_entry_bytes=max_entry_bytes,
             uid_window_s=publish.uid_window_s,
         )
-        self._shards = {name.encode(): _Shard(name) for name in settings.names()}
+        self._names = settings.names()
+        self._shards = {name.encode(): _Shard(name) for name in self._names}
+        # On several shards.
+        self._places: list[QueuePlace] = []
 
     @override
     async def run(self) -> None:
+        if self._keys.has_site_tag:
+            await self._run_stepped()
+            return
         # The pauses also grow if Redis rejects the leases, for example because its memory is full.
         await keep_connected(
             self._connected,
             lambda exc: _log.warning("API queue stopped: %s; retrying", exc),
             Backoff(_FIRST_PAUSE_S),
         )
+
+    async def _run_stepped(self) -> None:
+        """Execute the commands on several shards, see `queue_steps`."""
+        if self._map.shards and not self._map.shards[0].uses_sharded_pubsub:
+            # Each server may have its own list of each name.
+            self._places = [
+                QueuePlace(f"{name}@{shard.name}", name, shard)
+                for name in self._names
+                for shard in self._map.shards
+            ]
+        else:
+            self._places = [QueuePlace(name, name, None) for name in self._names]
+        self._shards = {place.label.encode(): _Shard(place.label) for place in self._places}
+        links = ShardLinks(self._map, self._redis, on_invalidated=self._on_invalidated)
+        queues = SteppedQueues(links, self._keys, self._instance, self._places)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(links.run(), name="queue connections")
+            try:
+                await links.wait_open()
+                tasks.create_task(self._keep_leases(queues, True, _SWEEP_STEPPED_S), name="leases")
+                for shard in self._shards.values():
+                    tasks.create_task(self._serve(queues, shard), name=f"queue {shard.name}")
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                # Release the leases, so that another worker can take over at once.
+                with contextlib.suppress(RedisUnavailable, CommandRefused):
+                    await queues.hold([shard.name for shard in self._shards.values()], 0)
+                raise
+
+    def _on_invalidated(self, names: Sequence[bytes] | None) -> None:
+        for place in self._places:
+            if names is None or place.name.encode() in names:
+                self._shards[place.label.encode()].changed.set()
 
     async def _connected(self, established: Callable[[], None]) -> None:
         lost, on_lost = loss_of_connection()
@@ -266,7 +314,7 @@ class ApiQueueConsumer(RunningProducer):
             if name in self._shards:
                 self._shards[name].changed.set()
 
-    async def _keep_leases(self, queues: CommandQueues, tracking: bool) -> None:
+    async def _keep_leases(self, queues: Queues, tracking: bool, sweep_s: float = _SWEEP_S) -> None:
         shards = list(self._shards.values())
         loop = asyncio.get_running_loop()
         renew_at = sweep_at = loop.time()
@@ -274,7 +322,13 @@ class ApiQueueConsumer(RunningProducer):
             now = loop.time()
             if now >= renew_at:
                 renew_at = now + _RENEW_S
-                held = await queues.hold([shard.name for shard in shards], _LEASE_MS)
+                try:
+                    held = await queues.hold([shard.name for shard in shards], _LEASE_MS)
+                except RedisUnavailable as exc:
+                    if isinstance(queues, CommandQueues):
+                        raise
+                    _log.debug("API queue: %s", exc)
+                    held = [False] * len(shards)
                 for shard, mine in zip(shards, held, strict=True):
                     if not mine:
                         shard.held.clear()
@@ -282,12 +336,12 @@ class ApiQueueConsumer(RunningProducer):
                         shard.held.set()
                         shard.changed.set()
             if not tracking or now >= sweep_at:
-                sweep_at = now + _SWEEP_S
+                sweep_at = now + sweep_s
                 for shard in shards:
                     shard.changed.set()
             await asyncio.sleep(_RENEW_S if tracking else _POLL_S)
 
-    async def _serve(self, queues: CommandQueues, shard: _Shard) -> None:
+    async def _serve(self, queues: Queues, shard: _Shard) -> None:
         while True:
             await shard.held.wait()
             await shard.changed.wait()
@@ -300,6 +354,14 @@ class ApiQueueConsumer(RunningProducer):
                         break
                     shard.average_bytes = sum(map(len, head.items)) / len(head.items) + 1
                     await self._apply(queues, shard, head)
+            except RedisUnavailable as exc:
+                if isinstance(queues, CommandQueues):
+                    raise
+                _log.warning(
+                    "API queue %s stopped: %s; retrying in %g s", shard.name, exc, _RETRY_S
+                )
+                await asyncio.sleep(_RETRY_S)
+                shard.changed.set()
             except CommandRefused as exc:
                 # Redis is out of memory, the key has another type, or the user lacks a permission.
                 # The commands stay in the queue.
@@ -312,7 +374,7 @@ class ApiQueueConsumer(RunningProducer):
                 await asyncio.sleep(_RETRY_S)
                 shard.changed.set()
 
-    async def _apply(self, queues: CommandQueues, shard: _Shard, head: Head) -> None:
+    async def _apply(self, queues: Queues, shard: _Shard, head: Head) -> None:
         operations: list[Operation] = []
         broken = 0
         async for index, item in in_slices(enumerate(head.items)):
@@ -344,6 +406,7 @@ def build(context: ProducerContext, settings: QueueSettings) -> ApiQueueConsumer
         context.count("broken", broken)
 
     return ApiQueueConsumer(
+        shards=context.shards,
         keys=context.keys,
         redis=context.redis,
         settings=settings,

@@ -1,10 +1,17 @@
-"""Append a batch of emits in one step: entries, ephemeral events, commands and the position."""
+"""Append a batch of emits: entries, ephemeral events, commands and the position.
+
+On one server a script does so in one step. On several servers or a Redis Cluster no script may use
+all keys. Each entry is then appended once, with a uid that follows from the position before the
+batch and the entry's number after it, and then the position is moved. A listener that takes over in
+between appends the same entries, which changes nothing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, cast
+from hashlib import blake2b
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import orjson
 
@@ -20,17 +27,20 @@ from relay.protocols.socketio.entry_format import (
     contents,
     copies,
 )
+from relay.stream.connection.connect import CommandRefused
+from relay.stream.connection.pipeline_connection import ReplyError
+from relay.stream.connection.refusals import Effect, rule_of
 from relay.stream.connection.scripts import Script
 from relay.stream.format import entry as entries
 from relay.stream.format import ephemeral
 from relay.stream.write import control, dead_letters
-from relay.stream.write.append import APPEND_FUNCTION
-from relay.stream.write.confirmations import UnconfirmedLog, confirming, parse_confirmations
+from relay.stream.write.append import APPEND_FUNCTION, APPEND_ONCE
+from relay.stream.write.confirmations import UnconfirmedLog, confirm
 
 if TYPE_CHECKING:
     from relay.config.settings import NamespaceSettings
-    from relay.stream.connection.reconnecting import ReconnectingConnection
     from relay.stream.format.keys import Keys
+    from relay.stream.shards.links import ShardLinks
 
 _DOOR = "socketio"
 # ID of the earlier copies in an ephemeral event: a client that is in several of the rooms receives
@@ -110,7 +120,36 @@ return failed
 )
 
 
+# KEYS: the position. ARGV: its value as read, its new value. Returns 1 if it was moved, else 0.
+_MOVE = Script("""\
+if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2])
+return 1
+""")
+# Longer than a listener is suspended before its connections are lost.
+_ONCE_MS = 600_000
+
 Words = list[bytes | str | int]
+
+
+class _Entry(NamedTuple):
+    """Copies of one entry: their streams and the fields that only this copy has."""
+
+    keep: int
+    fields: Sequence[bytes]
+    copies: Sequence[tuple[bytes, Sequence[bytes]]]
+
+
+class _Ephemeral(NamedTuple):
+    name: bytes
+    payload: bytes
+
+
+class _Command(NamedTuple):
+    """A command to all workers, which takes effect after the newest entries of these channels."""
+
+    fields: Sequence[bytes]
+    channels: Sequence[Channel]
 
 
 class EmitBatch:
@@ -129,8 +168,7 @@ class EmitBatch:
         self._unconfirmed = unconfirmed
         self._namespace_of = namespace_of
         self._max_entry_bytes = max_entry_bytes
-        self._streams: list[bytes] = []
-        self._words: Words = []
+        self._parts: list[_Entry | _Ephemeral | _Command] = []
         self._wanted: set[Durability] = set()
 
     def add(self, emit: Emit) -> None:
@@ -144,18 +182,18 @@ class EmitBatch:
         if entries.size(fields) > self._max_entry_bytes:
             raise UnusableEmit(self._too_large(entries.size(fields)))
         keep = self._namespace_of(targets[0].channel).retention_count
-        self._words += "x", keep, len(fields), *fields, len(targets)
+        streams: list[tuple[bytes, Sequence[bytes]]] = []
         for channel, socket in targets:
-            self._streams.append(self._keys.stream(channel))
             to = [] if socket is None else [b"to", orjson.dumps([f"client:{socket}"])]
-            self._words += len(to), *to
+            streams.append((self._keys.stream(channel), to))
             durability = Durability.parse(self._namespace_of(channel).durability)
             if durability.waits:
                 self._wanted.add(durability)
+        self._parts.append(_Entry(keep, fields, streams))
 
     def _add_ephemeral(self, emit: Emit, content: EmitContents) -> None:
         always = str(_ALWAYS).encode()
-        published: Words = []
+        published: list[_Ephemeral] = []
         for number, (channel, socket) in enumerate(copies(emit)):
             extra = dict(content.extra)
             if number:
@@ -165,8 +203,8 @@ class EmitBatch:
             payload = ephemeral.encode(event)
             if len(payload) > self._max_entry_bytes:
                 raise UnusableEmit(self._too_large(len(payload)))
-            published += "p", self._keys.ephemeral(channel), payload
-        self._words += published
+            published.append(_Ephemeral(self._keys.ephemeral(channel), payload))
+        self._parts += published
 
     def _too_large(self, size: int) -> str:
         return f"too large: {size} bytes, [stream] max_entry_bytes is {self._max_entry_bytes}"
@@ -174,8 +212,7 @@ class EmitBatch:
     def reject(self, source: str, message: bytes, reason: str) -> None:
         """Add a dead letter for a message from which no entry can be made."""
         letter = dead_letters.of_command(source, message, reason, node=self._node)
-        self._streams.append(self._keys.dead_letters)
-        self._words += "x", dead_letters.KEEP, len(letter), *letter, 1, 0
+        self._parts.append(_Entry(dead_letters.KEEP, letter, [(self._keys.dead_letters, [])]))
 
     def add_command(self, command: Control, joined: Sequence[tuple[str, str]]) -> None:
         """Add a command to all workers. `joined`: rooms to join with their newest entry IDs."""
@@ -190,14 +227,10 @@ class EmitBatch:
         # The command takes effect directly after the newest entries of these rooms.
         rooms = {"leave": command.names, "disconnect": command.rooms}.get(command.action, ())
         channels = list(dict.fromkeys(channels_of(rooms)))
-        self._streams += self._keys.control, *map(self._keys.stream, channels)
-        self._words += "c", control.KEEP, len(fields), *fields
-        self._words += len(channels), *map(control.at_field, channels)
+        self._parts.append(_Command(fields, channels))
 
-    async def apply(
-        self, connection: ReconnectingConnection, mark_key: bytes, old: bytes, new: bytes
-    ) -> int | None:
-        """Append everything and set the mark to `new` in one step, if the mark is still `old`.
+    async def apply(self, links: ShardLinks, mark_key: bytes, old: bytes, new: bytes) -> int | None:
+        """Append everything and set the mark to `new`, if the mark is still `old`.
 
         Returns:
             The number of entries that Redis rejected and that became dead letters; None if the mark
@@ -207,16 +240,162 @@ class EmitBatch:
             Unavailable: The outcome is unknown.
             CommandRefused: Redis rejected the whole step.
         """
-        streams = self._streams
-        at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        words: Words = ["EVALSHA", EMITS.sha, len(streams) + 2, mark_key]
-        words += self._keys.dead_letters, *streams
-        words += old, new, dead_letters.KEEP, self._node, at, *self._words
-        rejected = cast(int, await connection.call(*words))
-        if waits := confirming(self._wanted, _WAIT_MS):
-            try:
-                replies = await connection.execute(waits)
-            except RedisUnavailable as exc:
-                raise Unavailable(str(exc)) from exc
-            self._unconfirmed.report(self._wanted, parse_confirmations(waits, replies, _WAIT_MS))
+        try:
+            if self._keys.has_site_tag:
+                rejected = await self._append_in_steps(links, mark_key, old, new)
+            else:
+                rejected = await self._append_at_once(links, mark_key, old, new)
+            if self._wanted:
+                streams = [
+                    stream
+                    for part in self._parts
+                    if isinstance(part, _Entry)
+                    for stream, _ in part.copies
+                ]
+                confirmed = await confirm(links, streams, self._wanted, _WAIT_MS)
+                self._unconfirmed.report(self._wanted, confirmed)
+        except RedisUnavailable as exc:
+            raise Unavailable(str(exc)) from exc
         return rejected if rejected >= 0 else None
+
+    async def _append_at_once(
+        self, links: ShardLinks, mark_key: bytes, old: bytes, new: bytes
+    ) -> int:
+        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        keys = [mark_key, self._keys.dead_letters]
+        words: Words = [old, new, dead_letters.KEEP, self._node, at]
+        for part in self._parts:
+            if isinstance(part, _Ephemeral):
+                words += "p", part.name, part.payload
+            elif isinstance(part, _Command):
+                keys += self._keys.control, *map(self._keys.stream, part.channels)
+                words += "c", control.KEEP, len(part.fields), *part.fields
+                words += len(part.channels), *map(control.at_field, part.channels)
+            else:
+                words += "x", part.keep, len(part.fields), *part.fields, len(part.copies)
+                for stream, own in part.copies:
+                    keys.append(stream)
+                    words += len(own), *own
+        (reply,) = await links.evaluate([(EMITS, keys, words)])
+        if isinstance(reply, ReplyError):
+            raise Unavailable(f"Redis refused EVALSHA: {reply}")
+        return cast(int, reply)
+
+    async def _append_in_steps(
+        self, links: ShardLinks, mark_key: bytes, old: bytes, new: bytes
+    ) -> int:
+        if (await links.call("GET", mark_key) or b"") != old:
+            return -1
+        steps = _Steps(links, self._keys, self._node, mark_key + b"\0" + old)
+        # Entries without copies are collected, and appended before anything that depends on them.
+        singles: list[_Once] = []
+        for part in self._parts:
+            if isinstance(part, _Ephemeral):
+                continue
+            if isinstance(part, _Entry) and len(part.copies) == 1:
+                ((stream, own),) = part.copies
+                singles.append(steps.entry(stream, part.keep, [*part.fields, *own]))
+                continue
+            await steps.append(singles)
+            singles = []
+            if isinstance(part, _Entry):
+                earlier: list[bytes] = []
+                for stream, own in part.copies:
+                    fields = [*part.fields, *own]
+                    if earlier:
+                        fields += b"copies", b" ".join(earlier)
+                    (entry_id,) = await steps.append([steps.entry(stream, part.keep, fields)])
+                    earlier.append(entry_id)
+                continue
+            fields = [*part.fields]
+            for channel in part.channels:
+                words = ("XREVRANGE", self._keys.stream(channel), "+", "-", "COUNT", 1)
+                (found,) = await links.execute([words])
+                if not isinstance(found, ReplyError):
+                    newest = cast("list[list[bytes]]", found)
+                    fields += control.at_field(channel), newest[0][0] if newest else b"0-0"
+            # The positions differ if the step is repeated, so they are no part of the uid.
+            command = steps.entry(self._keys.control, control.KEEP, fields, uid_of=part.fields)
+            await steps.append([command])
+        await steps.append(singles)
+        (moved,) = await links.evaluate([(_MOVE, [mark_key], [old, new])])
+        if isinstance(moved, ReplyError):
+            raise Unavailable(f"Redis refused EVALSHA: {moved}")
+        if not moved:
+            return -1
+        # Only the listener that moves the mark publishes them.
+        for part in self._parts:
+            if isinstance(part, _Ephemeral):
+                links.publish(part.name, part.payload)
+        return steps.rejected
+
+
+class _Once(NamedTuple):
+    """An entry that is appended once."""
+
+    stream: bytes
+    keep: int
+    fields: Sequence[bytes]
+    uid: bytes
+
+
+class _Steps:
+    """Appends the entries of a batch, each once. `rejected` counts those that Redis refused."""
+
+    def __init__(self, links: ShardLinks, keys: Keys, node: str, position: bytes) -> None:
+        self.rejected = 0
+        self._links = links
+        self._keys = keys
+        self._node = node
+        self._position = position
+        self._number = 0
+
+    def entry(
+        self, stream: bytes, keep: int, fields: Sequence[bytes], *, uid_of: Sequence[bytes] = ()
+    ) -> _Once:
+        """Return the next entry. Its uid depends on its number and on `uid_of` or `fields`."""
+        parts = (self._position, b"%d" % self._number, stream, *(uid_of or fields[:2]))
+        self._number += 1
+        uid = "emit:" + blake2b(b"\0".join(parts), digest_size=16).hexdigest()
+        return _Once(stream, keep, fields, self._uid_key(stream, uid))
+
+    def _uid_key(self, stream: bytes, uid: str) -> bytes:
+        channel = self._keys.channel_of_stream(stream)
+        if channel is None:
+            return self._keys.site_applied(stream, uid)
+        return self._keys.uid(channel, uid)
+
+    async def append(self, entries: Sequence[_Once]) -> list[bytes]:
+        """Append entries in order. Return their IDs, 0-0 for those that became dead letters."""
+        replies = await self._once(entries)
+        refused = [
+            (each, str(reply))
+            for each, reply in zip(entries, replies, strict=True)
+            if isinstance(reply, ReplyError)
+        ]
+        for _, text in refused:
+            if rule_of(text).effect is not Effect.ONE:
+                raise CommandRefused("EVALSHA", text)
+        self.rejected += len(refused)
+        for reply in await self._once([self._letter(each, reply) for each, reply in refused]):
+            if isinstance(reply, ReplyError):
+                raise CommandRefused("EVALSHA", str(reply))
+        return [reply if isinstance(reply, bytes) else b"0-0" for reply in replies]
+
+    async def _once(self, entries: Sequence[_Once]) -> list[object]:
+        calls: list[tuple[Script, Sequence[bytes], Words]] = []
+        for stream, keep, fields, uid in entries:
+            words: Words = [_ONCE_MS]
+            if keep:
+                words += "MAXLEN", "~", keep
+            calls.append((APPEND_ONCE, [stream, uid], [*words, "*", *fields]))
+        return await self._links.evaluate(calls) if calls else []
+
+    def _letter(self, entry: _Once, reason: str) -> _Once:
+        stream, _, fields, uid = entry
+        letter = dead_letters.of_command(
+            stream.decode(errors="replace"), fields[1], reason, node=self._node
+        )
+        name = "refused:" + uid.rpartition(b":")[2].decode()
+        key = self._keys.site_applied(self._keys.dead_letters, name)
+        return _Once(self._keys.dead_letters, dead_letters.KEEP, letter, key)

@@ -22,7 +22,7 @@ from typing_extensions import override
 from producers import socketio_wire as wire
 from producers.registry import RunningProducer
 from producers.settings import EmitterSettings
-from producers.socketio_append import EMITS, EmitBatch
+from producers.socketio_append import EmitBatch
 from producers.socketio_log import PubSubLog
 from producers.socketio_wire import Control
 from relay.core.errors import ConfigError, RedisUnavailable, Unavailable
@@ -30,8 +30,10 @@ from relay.core.model import EntryID
 from relay.protocols.socketio.entry_format import Emit, UnusableEmit, channel_of
 from relay.stream.cluster.leases import Lease
 from relay.stream.connection import connect
-from relay.stream.connection.connect import CommandRefused, redis_client
+from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.reconnecting import ReconnectingConnection
+from relay.stream.shards.clients import shard_clients
+from relay.stream.shards.links import ShardLinks
 from relay.stream.write.confirmations import UnconfirmedLog
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ class EmitterListener(RunningProducer):
             on_message=self._on_message,
         )
         self._reading = ReconnectingConnection(source)
-        self._target = ReconnectingConnection(context.redis)
+        self._target = ShardLinks(context.shards, context.redis)
         self._streams = settings.stream_names()
         self._messages = PubSubLog()
         self._received = asyncio.Event()
@@ -116,9 +118,9 @@ class EmitterListener(RunningProducer):
             async with asyncio.timeout(_RENEW_S + _LISTEN_S):
                 await self._source.wait_open()
         await asyncio.sleep(_LISTEN_S)
-        async with redis_client(context.redis) as client:
+        async with shard_clients(context.redis, context.shards) as clients:
             lease = Lease(
-                client=client,
+                client=clients.home,
                 keys=context.keys,
                 name=_LEASE,
                 instance=context.instance,
@@ -245,7 +247,6 @@ class EmitterListener(RunningProducer):
 
     async def _mark(self, key: bytes) -> bytes:
         """Return the position up to which messages were appended, empty if there is none."""
-        await self._target.call("SCRIPT", "LOAD", EMITS.text)
         return cast("bytes | None", await self._target.call("GET", key)) or b""
 
     async def _apply(

@@ -51,6 +51,7 @@ async def open_internal(
 async def _local_address(shards: ShardMap) -> str | None:
     """Return the local address of connections to Redis, or None if Redis runs on this host."""
     try:
+        await shards.refresh()
         endpoint = await shards.home.locate()
         if endpoint.path or not endpoint.host:
             return None

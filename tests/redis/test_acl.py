@@ -15,6 +15,8 @@ UID = "relay:uid:{news}:7d1f"
 GROUP = "relay:web1:5f0c9a31"
 
 # The commands of each user: relay's lines are those of relay/stream, the others' those of the page.
+# In a Redis Cluster.
+CLUSTER = ["CLUSTER SLOTS", "CLUSTER INFO", "SPUBLISH relay:ephemeral:{news} 1"]
 SENT: dict[User, list[str]] = {
     "producer": [
         f"XADD {STREAM} MAXLEN ~ 1000 * data 1",
@@ -26,8 +28,19 @@ SENT: dict[User, list[str]] = {
         f"EVALSHA sha 2 {STREAM} {UID} 1000 * data 1",
         f"GET {UID}",
         f"SET {UID} 1-1 PX 1000",
+        *CLUSTER,
     ],
     "relay": [
+        *CLUSTER,
+        "COMMAND",
+        "ASKING",
+        "SSUBSCRIBE relay:{site}bus:5f0c9a31",
+        "SUNSUBSCRIBE relay:{site}bus:5f0c9a31",
+        "PUBSUB SHARDCHANNELS relay:ephemeral:{*}",
+        "PUBSUB SHARDNUMSUB relay:ephemeral:{news}",
+        "XADD relay:{site}control * command disconnect",
+        "RPUSH relay:taken:{centrifugo.api} 1",
+        "HSET relay:applied:{news}:centrifugo.api batch 1",
         "CLIENT TRACKING ON",
         "INFO replication",
         "SELECT 0",
@@ -121,6 +134,10 @@ SENT: dict[User, list[str]] = {
         "EVALSHA 0 2 relay:tap:socketio_emitter relay:stream:{axr:allusers} x",
     ],
     "maintenance": [
+        *CLUSTER,
+        "COMMAND",
+        "ASKING",
+        "SSUBSCRIBE relay:{site}bus:5f0c9a31",
         "INFO",
         "SELECT 0",
         "PING",

@@ -19,6 +19,7 @@ from relay.core.model import Channel, EntryID
 from relay.stream.connection.connect import command, discover
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.format.keys import Keys
+from relay.stream.shards.making import shard_map
 from relay.stream.write import control
 from relay.stream.write.queue import CommandQueues, Operation
 from tests.support.valkey import Flavour, Server, running
@@ -52,6 +53,7 @@ async def taking(
 ) -> AsyncIterator[None]:
     producers = [
         ApiQueueConsumer(
+            shards=shard_map(server.settings()),
             keys=keys,
             redis=server.settings(),
             settings=QueueSettings(enabled=True, shards=shards, batch=batch),

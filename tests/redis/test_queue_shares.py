@@ -18,6 +18,7 @@ from relay.config.settings import NamespaceSettings, PublishSettings
 from relay.core.model import Channel
 from relay.stream.connection.connect import command
 from relay.stream.format.keys import Keys
+from relay.stream.shards.making import shard_map
 from tests.support.valkey import Server
 
 pytestmark = pytest.mark.redis
@@ -29,6 +30,7 @@ NAMES = [QUEUE, *(f"{QUEUE}.{n}" for n in range(SHARDS))]
 @asynccontextmanager
 async def worker(server: Server, keys: Keys, name: str) -> AsyncIterator[None]:
     producer = ApiQueueConsumer(
+        shards=shard_map(server.settings()),
         keys=keys,
         redis=server.settings(),
         settings=QueueSettings(enabled=True, shards=SHARDS, batch=3),

@@ -13,12 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from typing_extensions import override
 
 from relay.config.settings import RedisSettings
 from relay.stream.shards.shard import SLOTS, slot_of
-from tests.support.valkey import Flavour, Server, free_port
+from tests.support.valkey import Flavour, Server, User, free_port, password_of
 
 START_S = 30.0
+
+
+class ClusterNode(Server):
+    """A server whose URL is that of its cluster. `client` is of this server only."""
+
+    @override
+    def url(self, user: User = "relay", db: int = 0) -> str:
+        return f"redis+cluster://{user}:{password_of(user)}@127.0.0.1:{self.port}"
+
+    @override
+    def client(self, user: User = "admin") -> redis.Redis:
+        return redis.Redis.from_url(super().url(user), driver_info=None, protocol=3)
 
 
 class RedisCluster:
@@ -32,8 +45,10 @@ class RedisCluster:
         primaries: int = 3,
         replicas: int = 0,
         timeout_ms: int = 2000,
+        acl: bool = False,
     ) -> None:
         self.primaries = primaries
+        self._acl = acl
         # `servers[primaries * n + i]` is a replica of `servers[i]` at first.
         self.servers: list[Server] = []
         self._bus: list[int] = []
@@ -47,7 +62,8 @@ class RedisCluster:
             )
             options += ("--cluster-node-timeout", str(timeout_ms))
             options += ("--cluster-require-full-coverage", "no")
-            self.servers.append(Server(folder / str(number), flavour, acl=False, options=options))
+            node = ClusterNode if acl else Server
+            self.servers.append(node(folder / str(number), flavour, acl=acl, options=options))
 
     def start(self) -> RedisCluster:
         """Start all servers and wait until the cluster is complete."""
@@ -114,7 +130,8 @@ class RedisCluster:
         between("migrating")
         port = self.servers[target].port
         while names := self.call(source, "CLUSTER", "GETKEYSINSLOT", slot, 100):
-            words = ("127.0.0.1", port, "", 0, 5000, "KEYS", *names)
+            login = ("AUTH2", "admin", "any") if self._acl else ()
+            words = ("127.0.0.1", port, "", 0, 5000, *login, "KEYS", *names)
             self.call(source, "MIGRATE", *words)
         between("keys moved")
         for number in (target, source, *range(self.primaries)):

@@ -174,11 +174,10 @@ class WorkerHeartbeat:
             ("SET", self._keys.node(instance), text, "EX", EXPIRY_S),
             ("EXPIRE", self._keys.node(instance), EXPIRY_S),
         )
-        async with self._client.pipeline(transaction=False) as pipeline:
+        async with connect.pipelined(self._client) as pipeline:
             for command in commands:
                 pipeline.execute_command(*command)
-            with connect.translated():
-                replies: list[Any] = await pipeline.execute(raise_on_error=False)
+            replies: list[Any] = await pipeline.execute(raise_on_error=False)
         registered, beaten, _ = replies
         for area, reply in ((REGISTRY, registered), (HEARTBEATS, beaten)):
             if (error := connect.error_reply(reply)) is not None:
@@ -189,23 +188,21 @@ class WorkerHeartbeat:
     async def leave(self) -> None:
         """Remove this worker from the list at shutdown, after it has destroyed its groups."""
         instance = self._worker.instance
-        async with self._client.pipeline(transaction=False) as pipeline:
+        async with connect.pipelined(self._client) as pipeline:
             pipeline.execute_command("DEL", self._keys.node(instance))
             pipeline.execute_command("SREM", self._keys.nodes, instance)
-            with connect.translated():
-                await pipeline.execute()
+            await pipeline.execute()
 
 
 async def _registry(client: RedisClient, keys: Keys) -> dict[str, bytes | None]:
     """Return the heartbeat of each registered instance, None if it has expired."""
     members = await connect.command(client, "SMEMBERS", keys.nodes)
     instances = sorted(member.decode() for member in members)
-    async with client.pipeline(transaction=False) as pipeline:
+    async with connect.pipelined(client) as pipeline:
         for instance in instances:
             # Not MGET: on Redis Cluster these keys are in different slots.
             pipeline.execute_command("GET", keys.node(instance))
-        with connect.translated():
-            beats: list[Any] = await pipeline.execute()
+        beats: list[Any] = await pipeline.execute()
     return dict(zip(instances, beats, strict=True))
 
 

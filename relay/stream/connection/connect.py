@@ -417,15 +417,25 @@ async def transaction(client: RedisClient) -> AsyncIterator[Pipeline]:
     Raises:
         RedisUnavailable, CommandRefused: Redis rejected the transaction.
     """
-    async with client.pipeline(transaction=True) as pipeline:
-        try:
-            with translated():
+    try:
+        with translated():
+            # The client of a Redis Cluster connects here.
+            async with client.pipeline(transaction=True) as pipeline:
                 yield pipeline
-        except CommandRefused as exc:
-            if leaves_transaction(exc.reply):
-                # The connection is back in the pool, and would only queue its next commands.
-                await client.connection_pool.disconnect(inuse_connections=False)
-            raise
+    except CommandRefused as exc:
+        if leaves_transaction(exc.reply) and isinstance(client, Redis):
+            # The connection is back in the pool, and would only queue its next commands.
+            await client.connection_pool.disconnect(inuse_connections=False)
+        raise
+
+
+@asynccontextmanager
+async def pipelined(client: RedisClient) -> AsyncIterator[Pipeline]:
+    """Collect commands for one pipeline, to be executed inside the block. Translate errors."""
+    with translated():
+        # The client of a Redis Cluster connects here.
+        async with client.pipeline(transaction=False) as pipeline:
+            yield pipeline
 
 
 async def command_if_equal(

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from redis.backoff import EqualJitterBackoff
 
@@ -127,12 +127,15 @@ class ReconnectingConnection:
         locate: Callable[[], Awaitable[RedisEndpoint]] | None = None,
         is_sharded: bool = False,
         on_moved: Callable[[], None] = lambda: None,
+        on_invalidated: Callable[[Sequence[bytes] | None], None] | None = None,
     ) -> None:
         """`is_checked`: the stream reader reports missing rights, see `Refusals.checked`.
         `continued`: see `Primary`. `locate` returns the server of the next connection; without it,
         the settings name the server. `is_sharded`: the pub/sub channels have slots.
-        `on_moved` is called if their slot was moved to another server."""
+        `on_invalidated` is called with keys that have changed after they were read, and with None
+        for a new connection. `on_moved` is called if their slot was moved to another server."""
         self._on_moved = on_moved
+        self._on_invalidated = on_invalidated
         self._is_checked = is_checked
         self._redis = redis
         self._locate = locate or partial(discover, redis)
@@ -227,6 +230,10 @@ class ReconnectingConnection:
         )
         try:
             missing = not await self._subscribe(connection)
+            if self._on_invalidated is not None:
+                # If the user may not use it, the owner reads the keys periodically.
+                await connection.execute([("CLIENT", "TRACKING", "ON")])
+                self._on_invalidated(None)
             self.primary.connected(connection.run_id, connection.replication)
             self._connection = connection
             established()
@@ -268,6 +275,8 @@ class ReconnectingConnection:
     def _on_push(self, push: list[object]) -> None:
         if push[0] == b"sunsubscribe":
             self._on_moved()
+        elif push[0] == b"invalidate" and self._on_invalidated is not None:
+            self._on_invalidated(cast("list[bytes] | None", push[1]))
         elif self._on_message is not None and push[0] in _MESSAGES:
             name, payload = push[-2:]
             if isinstance(name, bytes) and isinstance(payload, bytes):

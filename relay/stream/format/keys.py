@@ -28,10 +28,17 @@ Cluster slot. A command or transaction with several keys uses keys of one channe
 | `<p>bus:<address>`        | pub/sub | messages to one worker; no key      | not stored           |
 | `<p>uid:{C}:<uid>`        | string  | ID of the entry with this uid       | expires: its window  |
 | `<p>tap:<name>`           | string  | position in an external source      | kept                 |
-| `<p>queue:<name>`         | string  | number of commands ever removed     | kept                 |
+| `<p>queue:<name>`         | string  | number of commands ever removed (3) | kept                 |
+| `<p>queue:{<name>}`       | hash    | number and ID of a queue's batch (3) | kept                |
+| `<p>taken:{<name>}`       | list    | commands that are being executed (3) | workers             |
+| `<p>applied:{C}:<name>`   | hash    | last batch of a queue for C (3)     | expires after a day  |
 | `<p>servers`              | string  | list of servers; on each of several | kept                 |
 | `<p>takers`               | zset    | workers that read queues, expiry ms | the worker; expires  |
 | `<name>`, `<name>.<n>`    | list    | queue of commands; no prefix        | workers              |
+
+(3) A single server has the string. Several servers or a Redis Cluster have the three others, see
+`queue_steps.py`. With several servers, `<name>` in `applied` ends with `@` and the queue's server,
+and the marks of the control stream and the dead letters are `<p>{site}applied:<stream>:<name>`.
 
 With several servers or a Redis Cluster, the names of all keys without `{C}`, except the canary and
 the queues, begin with `<p>{site}`: `relay:{site}control`. They are on the server of this tag. The
@@ -84,6 +91,7 @@ class Keys:
         "control",
         "dead_letters",
         "ephemeral_pattern",
+        "has_site_tag",
         "internal_key",
         "journals",
         "nodes",
@@ -96,6 +104,7 @@ class Keys:
     def __init__(self, prefix: str, *, has_site_tag: bool = False) -> None:
         """`has_site_tag`: tag the keys that belong to no channel, so that they share one slot."""
         self._text = prefix
+        self.has_site_tag = has_site_tag
         self._site = prefix + "{site}" if has_site_tag else prefix
         site = self._site.encode()
         self.prefix = prefix.encode()
@@ -198,6 +207,23 @@ class Keys:
     def queue_count(self, queue: str) -> bytes:
         """Return the key with the number of commands that were ever removed from this queue."""
         return f"{self._site}queue:{queue}".encode()
+
+    def queue_state(self, queue: str) -> bytes:
+        """Return the key with the present batch of a queue, in the queue's slot."""
+        return f"{self._text}queue:{{{queue}}}".encode()
+
+    def queue_taken(self, queue: str) -> bytes:
+        """Return the list of commands that are being executed, in the queue's slot."""
+        return f"{self._text}taken:{{{queue}}}".encode()
+
+    def applied(self, channel: Channel, queue: str) -> bytes:
+        """Return the key with the last batch of a queue that was appended to this channel."""
+        return f"{self._text}applied:{{{escape(channel)}}}:{queue}".encode()
+
+    def site_applied(self, stream: bytes, queue: str) -> bytes:
+        """Return the same for a stream that belongs to no channel."""
+        name = stream.removeprefix(self._site.encode()).decode()
+        return f"{self._site}applied:{name}:{queue}".encode()
 
     def channel_of_stream(self, key: bytes) -> Channel | None:
         """Return the channel of a stream's key, or None for any other key."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from relay.stream.connection.connect import RedisEndpoint
     from relay.stream.connection.pipeline_connection import RedisCommand
     from relay.stream.connection.primary import Continued, Primary
+    from relay.stream.connection.scripts import Script
     from relay.stream.shards.shard import Shard, ShardMap
 
 _log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class ShardLinks:
         on_message: Callable[[bytes, bytes], None] | None = None,
         is_checked: bool = False,
         continued: Continued = lambda _: (),
+        on_invalidated: Callable[[Sequence[bytes] | None], None] | None = None,
     ) -> None:
         """`subscribe_to` is a pub/sub channel with the tag of the site; its messages are passed to
         `on_message`. For the other arguments see `ReconnectingConnection`."""
@@ -68,6 +70,7 @@ class ShardLinks:
         self._on_message = on_message
         self._is_checked = is_checked
         self._continued = continued
+        self._on_invalidated = on_invalidated
         self._links: dict[Shard, ReconnectingConnection] = {}
         self._tasks: dict[Shard, asyncio.Task[None]] = {}
         self._group: asyncio.TaskGroup | None = None
@@ -143,6 +146,7 @@ class ShardLinks:
             locate=locate,
             is_sharded=shard.uses_sharded_pubsub,
             on_moved=self._moved.set,
+            on_invalidated=self._on_invalidated,
         )
         link.on_open += self.on_open
         return link
@@ -208,6 +212,40 @@ class ShardLinks:
     def _is_sharded(self) -> bool:
         """Return True in a Redis Cluster, where keys may be moved."""
         return any(shard.uses_sharded_pubsub for shard in self.shards.shards[:1])
+
+    async def evaluate(
+        self,
+        calls: Sequence[tuple[Script, Sequence[bytes], Sequence[bytes | str | int]]],
+        shard: Shard | None = None,
+    ) -> list[object]:
+        """Run scripts with their keys and arguments, and load them where they are missing.
+
+        `shard`: see `execute_at`. Errors and replies as of `execute`.
+        """
+        commands: list[RedisCommand] = [
+            ("EVALSHA", script.sha, len(keys), *keys, *words) for script, keys, words in calls
+        ]
+        replies = await self.execute_at(commands, shard)
+        missing = [index for index, reply in enumerate(replies) if _is_missing_script(reply)]
+        if missing:
+            for index in missing:
+                script, keys, _ = calls[index]
+                link = self.link_of(keys[0]) if shard is None else self._links[shard]
+                await link.execute([("SCRIPT", "LOAD", script.text)])
+            again = await self.execute_at([commands[index] for index in missing], shard)
+            for index, reply in zip(missing, again, strict=True):
+                replies[index] = reply
+        return replies
+
+    async def execute_at(
+        self, commands: Sequence[RedisCommand], shard: Shard | None
+    ) -> list[object]:
+        """Call `execute`. If `shard` is given, send the commands there, whatever their keys are."""
+        if shard is None:
+            return await self.execute(commands)
+        if (link := self._links.get(shard)) is None:
+            raise RedisUnavailable(f"there is no connection to {shard.name} yet")
+        return await link.execute(commands)
 
     async def call(self, *command: bytes | str | int) -> object:
         """Send one command and return its reply. Errors as of `call_all`."""
@@ -324,6 +362,10 @@ class ShardLinks:
     async def _look_again(self) -> None:
         await self.shards.refresh()
         await self._match()
+
+
+def _is_missing_script(reply: object) -> bool:
+    return isinstance(reply, ReplyError) and str(reply).startswith("NOSCRIPT")
 
 
 async def _replies(

@@ -57,10 +57,9 @@ class DeadWorkersJob:
 
 
 async def _destroy(client: RedisClient, streams: Sequence[bytes], names: Sequence[bytes]) -> None:
-    async with client.pipeline(transaction=False) as pipeline:
+    async with connect.pipelined(client) as pipeline:
         for key in streams:
             for name in names:
                 pipeline.execute_command("XGROUP", "DESTROY", key, name)
-        with connect.translated():
-            # Errors for keys that were deleted or are not streams can be ignored.
-            await pipeline.execute(raise_on_error=False)
+        # Errors for keys that were deleted or are not streams can be ignored.
+        await pipeline.execute(raise_on_error=False)

@@ -130,20 +130,19 @@ async def _overview(
     client: RedisClient, keys: Keys, batch: Sequence[bytes]
 ) -> list[StreamOverview]:
     now_ms = await connect.time_ms(client)
-    async with client.pipeline(transaction=False) as pipeline:
+    async with connect.pipelined(client) as pipeline:
         for key in batch:
             pipeline.execute_command("XINFO", "STREAM", key)
             pipeline.execute_command("XINFO", "GROUPS", key)
-        with connect.translated():
-            replies: list[Any] = await pipeline.execute(raise_on_error=False)
-            streams = []
-            for index, key in enumerate(batch):
-                stream, found = replies[2 * index], replies[2 * index + 1]
-                if any(str(each).startswith("WRONGTYPE") for each in (stream, found)):
-                    continue  # not a stream; the retention job counts such keys
-                state = stream_state(stream, found)
-                if state.exists and not isinstance(found, Exception):
-                    streams.append((key, state, found))
+        replies: list[Any] = await pipeline.execute(raise_on_error=False)
+        streams = []
+        for index, key in enumerate(batch):
+            stream, found = replies[2 * index], replies[2 * index + 1]
+            if any(str(each).startswith("WRONGTYPE") for each in (stream, found)):
+                continue  # not a stream; the retention job counts such keys
+            state = stream_state(stream, found)
+            if state.exists and not isinstance(found, Exception):
+                streams.append((key, state, found))
     followers = await _followers(client, streams, now_ms)
     overviews = []
     for key, state, _ in streams:
@@ -166,7 +165,7 @@ async def _followers(
 ) -> dict[bytes, list[Follower]]:
     followers: dict[bytes, list[Follower]] = {}
     asked: list[tuple[bytes, str, str | None, EntryID, int | None]] = []
-    async with client.pipeline(transaction=False) as pipeline:
+    async with connect.pipelined(client) as pipeline:
         for key, state, found in streams:
             for group in found:
                 if group[b"name"] in groups.OWN_GROUPS:
@@ -186,8 +185,7 @@ async def _followers(
                 count = _COUNTED if lag is None else 1
                 pipeline.execute_command("XRANGE", key, f"({last}", "+", "COUNT", count)
                 asked.append((key, name, worker, last, lag))
-        with connect.translated():
-            replies: list[Any] = await pipeline.execute() if asked else []
+        replies: list[Any] = await pipeline.execute() if asked else []
     for (key, name, worker, last, lag), unread in zip(asked, replies, strict=True):
         behind = len(unread) if lag is None or not unread else max(lag, 1)
         first_ms = EntryID.parse(unread[0][0]).ms if unread else now_ms

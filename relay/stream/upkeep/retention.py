@@ -60,7 +60,7 @@ async def _trim_server(
         if strange and len(misnamed) < _MOST_MISNAMED:
             misnamed += await streams_among(client, strange)
         trimmed: list[bytes] = []
-        async with client.pipeline(transaction=False) as pipeline:
+        async with connect.pipelined(client) as pipeline:
             for key in found:
                 if (channel := keys.channel_of_stream(key)) is None:
                     continue
@@ -68,8 +68,7 @@ async def _trim_server(
                 for words in commands(key, settings_of(channel), now_ms):
                     trimmed.append(key)
                     pipeline.execute_command(*words)
-            with connect.translated():
-                replies: list[Any] = await pipeline.execute(raise_on_error=False)
+            replies: list[Any] = await pipeline.execute(raise_on_error=False)
         wrong_type = set()
         for key, reply in zip(trimmed, replies, strict=True):
             if not isinstance(reply, Exception):
@@ -90,11 +89,10 @@ async def _trim_server(
 
 async def streams_among(client: RedisClient, keys: Sequence[bytes]) -> list[bytes]:
     """Return those of the keys that are streams."""
-    async with client.pipeline(transaction=False) as pipeline:
+    async with connect.pipelined(client) as pipeline:
         for key in keys:
             pipeline.execute_command("XLEN", key)
-        with connect.translated():
-            lengths: list[Any] = await pipeline.execute(raise_on_error=False)
+        lengths: list[Any] = await pipeline.execute(raise_on_error=False)
     return [key for key, length in zip(keys, lengths, strict=True) if isinstance(length, int)]
 
 

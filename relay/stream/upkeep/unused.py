@@ -134,11 +134,10 @@ class UnusedStreamsJob:
 async def _empty(client: RedisClient, streams: Sequence[bytes]) -> list[bytes]:
     if not streams:
         return []
-    async with client.pipeline(transaction=False) as pipeline:
+    async with connect.pipelined(client) as pipeline:
         for key in streams:
             pipeline.execute_command("XLEN", key)
-        with connect.translated():
-            lengths: list[Any] = await pipeline.execute(raise_on_error=False)
+        lengths: list[Any] = await pipeline.execute(raise_on_error=False)
     return [key for key, length in zip(streams, lengths, strict=True) if length == 0]
 
 
@@ -160,13 +159,12 @@ async def _each(client: RedisClient, streams: Iterable[bytes], command: str) -> 
     keys = list(streams)
     if not keys:
         return []
-    async with client.pipeline(transaction=False) as pipeline:
+    async with connect.pipelined(client) as pipeline:
         pipeline.execute_command("SCRIPT", "LOAD", REMOVE_UNUSED.text)
         for key in keys:
             pipeline.execute_command("EVALSHA", REMOVE_UNUSED.sha, 1, key, command, *OWN_GROUPS)
-        with connect.translated():
-            loaded, *replies = await pipeline.execute(raise_on_error=False)
-            if isinstance(loaded, Exception):
-                raise loaded
+        loaded, *replies = await pipeline.execute(raise_on_error=False)
+        if isinstance(loaded, Exception):
+            raise loaded
     # The reply is an error if the key is not a stream. Then it is not removed.
     return [reply if isinstance(reply, int) else 0 for reply in replies]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from relay.config.settings import NamespaceSettings
     from relay.stream.connection.connect import RedisClient
     from relay.stream.connection.pipeline_connection import PipelineConnection, RedisCommand
+    from relay.stream.shards.links import ShardLinks
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +80,22 @@ def parse_confirmations(
             found = found._replace(replicas=reply)
         elif command[0] == "WAITAOF" and isinstance(reply, list):
             found = found._replace(fsynced=(reply[0], reply[1]))
+    return found
+
+
+async def confirm(
+    links: ShardLinks, keys: Iterable[bytes], wanted: Collection[Durability], most_ms: int
+) -> Confirmations:
+    """Wait until the last writes to the shards of these keys have these durabilities.
+
+    Return what the first shard has confirmed that has not confirmed all, or else the last one.
+    """
+    waits = confirming(wanted, most_ms)
+    found = Confirmations(wait_ms=most_ms)
+    for link in {links.link_of(key) for key in keys}:
+        found = parse_confirmations(waits, await link.execute(waits), most_ms)
+        if any(found.missing(each) for each in wanted):
+            break
     return found
 
 

@@ -9,9 +9,8 @@ Leases only avoid duplicate work; correctness does not depend on them.
 As with streams, LRANGE arms the key for client tracking, and the next RPUSH sends an invalidation.
 BLPOP would remove the command before it is applied and need one connection per queue.
 
-On Redis Cluster the queue and the streams are in different slots, and no script may use both. There
-the items would be moved with LMOVE to a list of the worker, appended by an idempotent script with
-the position in the queue as uid, and removed by LTRIM; a successor can finish the list.
+On several servers or a Redis Cluster no script may use the queue and the streams together. See
+`queue_steps.py` for these.
 """
 
 from __future__ import annotations
