@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from producers.registry import RunningProducer
 from producers.settings import QueueSettings
+from relay.core import tracing
 from relay.core.errors import LimitExceeded, RedisUnavailable
 from relay.core.slices import in_slices
 from relay.protocols.centrifugo import commands
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from producers.registry import ProducerContext
     from relay.config.settings import NamespaceSettings, PublishSettings, RedisSettings
     from relay.core.model import Channel
+    from relay.core.tracing import AppendSpan, AppendTracer
     from relay.stream.format.keys import Keys
     from relay.stream.shards.shard import ShardMap
 
@@ -80,11 +82,15 @@ class Dispatcher:
         namespace_of: Callable[[Channel], NamespaceSettings],
         max_entry_bytes: int,
         uid_window_s: float,
+        tracer: AppendTracer | None = None,
     ) -> None:
         self._keys = keys
         self._namespace_of = namespace_of
         self._max_entry_bytes = max_entry_bytes
         self._commands = AppendCommands(keys, namespace_of, uid_window_s=uid_window_s)
+        self._tracer = tracer
+        # Of the operations that were created since the last time.
+        self.spans: list[AppendSpan] = []
         self._handlers: dict[str, Handler] = {
             "publish": self._publish,
             "broadcast": self._broadcast,
@@ -119,10 +125,17 @@ class Dispatcher:
 
     def operation(self, publication: commands.PublishParams, index: int) -> Operation:
         """Return the append of one publication. Raise InvalidCommand if it cannot be an entry."""
-        channel, data, client, uid, kind, to, durability = publication
+        channel, data, client, uid, kind, to, durability, parent = publication
         fields = [b"data", data]
         if client is not None or uid is not None or kind is not None or to is not None:
             fields = entry.encode(data, type=kind, uid=uid, to=to, client=client, checked=True)
+        traced = None if parent is None else tracing.field_of(parent)
+        if self._tracer is not None:
+            span = self._tracer.append(channel, (traced or {}).get(tracing.FIELD), source="queue")
+            self.spans.append(span)
+            traced = {tracing.FIELD: span.traceparent}
+        if traced is not None:
+            fields += next(iter(traced.items()))
         if entry.size(fields) > self._max_entry_bytes:
             raise commands.InvalidCommand(f"too large: {entry.size(fields)} bytes")
         try:
@@ -201,6 +214,7 @@ class ApiQueueConsumer(RunningProducer):
         namespace_of: Callable[[Channel], NamespaceSettings],
         max_entry_bytes: int,
         on_applied: Callable[[int, int], None] = lambda _applied, _broken: None,
+        tracer: AppendTracer | None = None,
     ) -> None:
         """`on_applied` is called with the numbers of executed items and of dead letters."""
         self._keys = keys
@@ -217,6 +231,7 @@ class ApiQueueConsumer(RunningProducer):
             namespace_of=namespace_of,
             max_entry_bytes=max_entry_bytes,
             uid_window_s=publish.uid_window_s,
+            tracer=tracer,
         )
         self._names = settings.names()
         self._shards = {name.encode(): _Shard(name) for name in self._names}
@@ -383,7 +398,10 @@ class ApiQueueConsumer(RunningProducer):
             for reason in reasons:
                 broken += 1
                 operations.append(self._dead_letter(shard.name, item, reason, index))
+        spans, self._dispatcher.spans = self._dispatcher.spans, []
         failed = await queues.apply(shard.name, head, operations, window_ms=self._window_ms)
+        async for span in in_slices(spans):
+            span.end("")
         wanted = {each.durability async for each in in_slices(operations) if each.durability.waits}
         if wanted:
             # No producer waits for a reply. The wait keeps the queue from running ahead of the
@@ -415,4 +433,5 @@ def build(context: ProducerContext, settings: QueueSettings) -> ApiQueueConsumer
         namespace_of=context.namespace_of,
         max_entry_bytes=context.max_entry_bytes,
         on_applied=on_applied,
+        tracer=context.tracer,
     )

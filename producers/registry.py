@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from relay.config.loading import Config
     from relay.config.settings import NamespaceSettings, PublishSettings, RedisSettings, Section
     from relay.core.model import Channel
+    from relay.core.tracing import AppendTracer
     from relay.stream.format.keys import Keys
     from relay.stream.shards.shard import ShardMap
 
@@ -41,6 +42,8 @@ class ProducerContext:
     max_entry_bytes: int
     count: Callable[[str, int], None]
     protocols: Mapping[str, Section]
+    # None if traces are disabled.
+    tracer: AppendTracer | None
 
 
 class RunningProducer(Protocol):
@@ -58,6 +61,7 @@ def build(
     instance: str,
     namespace_of: Callable[[Channel], NamespaceSettings],
     count: Callable[[str, int], None],
+    tracer: AppendTracer | None = None,
 ) -> RunningProducer:
     """Import and create a producer. Raise ConfigError if its settings are incomplete."""
     context = ProducerContext(
@@ -70,6 +74,7 @@ def build(
         max_entry_bytes=config.stream.max_entry_bytes,
         count=count,
         protocols=config.doors,
+        tracer=tracer,
     )
     module = importlib.import_module(f"producers.{PRODUCERS[name].module}")
     running: RunningProducer = module.build(context, config.producers[f"producer:{name}"])

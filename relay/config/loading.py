@@ -41,6 +41,7 @@ from relay.config.settings import (
     Section,
     ServerSettings,
     StreamSettings,
+    TracingSettings,
 )
 from relay.core.errors import ConfigError
 from relay.core.model import Channel, namespace_of, parse_channel
@@ -56,6 +57,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "rights": RightsSettings,
     "jwt": JwtSettings,
     "metrics": MetricsSettings,
+    "tracing": TracingSettings,
     "console": ConsoleSettings,
     "jobs": JobSettings,
     "publish": PublishSettings,
@@ -113,6 +115,7 @@ class Config:
     rights: RightsSettings
     jwt: JwtSettings
     metrics: MetricsSettings
+    tracing: TracingSettings
     console: ConsoleSettings
     jobs: JobSettings
     publish: PublishSettings

@@ -299,6 +299,16 @@ class MetricsSettings(Section):
     port: int = Field(0, ge=0, le=65535, description="Port of the separate listener. With several workers, the second worker uses the next port, and so on; /metrics of each adds up all workers. 0: use the listener of [server].")
 
 
+class TracingSettings(Section):
+    """[tracing]: Traces with OpenTelemetry, which needs the packages of relay[otel]."""
+
+    otlp_url: str = Field(
+        "",
+        pattern=r"^(https?://\S+)?$",
+        description="URL at which an OpenTelemetry collector receives traces (OTLP over HTTP), for example http://127.0.0.1:4318/v1/traces. The environment variables of the SDK apply, such as OTEL_TRACES_SAMPLER. Empty: no traces.",
+    )
+
+
 class ConsoleSettings(ListenerSection):
     """[console]: Operator console at /console, and its admin API."""
 

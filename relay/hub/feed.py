@@ -53,11 +53,15 @@ class Rights(Protocol):
         """
 
 
-class FeedObserver(Protocol):
-    """Is notified of each batch of entries while an operator watches."""
+class BatchObserver(Protocol):
+    """Is notified of each batch of entries."""
 
     def read(self, feed: Feed, records: Sequence[Record], offered: int) -> None:
         """Entries were offered to the live clients, `offered` times in all."""
+
+
+class FeedObserver(BatchObserver, Protocol):
+    """Is notified of each event while an operator watches."""
 
     def ephemeral(self, feed: Feed, event: Event) -> None:
         """An ephemeral event was offered to the live clients."""
@@ -68,6 +72,8 @@ class FeedHub(Protocol):
 
     # None while nobody watches.
     tap: FeedObserver | None
+    # None if traces are disabled.
+    trace: BatchObserver | None
     reads: StreamReads
     on_broken: Callable[[Channel, Broken], None]
     observer: SessionObserver
@@ -428,6 +434,8 @@ class Feed:
         self.hub.metrics.read_live(len(records), offered, last.id.ms, batch.sizes)
         if self.hub.tap is not None:
             self.hub.tap.read(self, records, offered)
+        if self.hub.trace is not None:
+            self.hub.trace.read(self, records, offered)
         if self._behind:
             self._passed(before)
 

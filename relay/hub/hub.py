@@ -16,7 +16,7 @@ from relay.core.errors import BadRequest, LimitExceeded, Unauthorized
 from relay.core.model import Channel, Position, Principal
 from relay.core.reasons import Reason
 from relay.core.slices import for_each
-from relay.hub.feed import Feed, FeedObserver, Rights
+from relay.hub.feed import BatchObserver, Feed, FeedObserver, Rights
 from relay.hub.recovery import Notice
 from relay.hub.session import Session, SessionObserver, Subscription
 
@@ -55,6 +55,8 @@ class Hub:
         self.observer = SessionObserver()
         # Set while an operator watches the live tap.
         self.tap: FeedObserver | None = None
+        # None if traces are disabled.
+        self.trace: BatchObserver | None = None
         self.connections_per_user = connections_per_user
         # Called with a user whose number of sessions has changed.
         self.on_count: list[Callable[[str], None]] = []

@@ -41,8 +41,9 @@ from relay.process.embedded import private_folder, redis_address, running_valkey
 from relay.process.internal_address import open_internal
 from relay.process.pid_file import pid_file, write_error
 from relay.process.reloading import Reloads
-from relay.process.server import Listening
+from relay.process.server import Listening, node_name
 from relay.process.start_signals import STOP_SIGNALS, release_signals
+from relay.process.tracing import tracing
 from relay.stream.cluster.workers import check_schema
 from relay.stream.connection.connect import change_password
 from relay.stream.connection.failovers import watch_failovers
@@ -177,6 +178,7 @@ class Relay:
                 current_config=lambda: self._config,
                 examine=lambda: self._examine(clients, redis),
                 http=http,
+                tracing=tracing(config.tracing, node_name(config), check_only=self._check_only),
                 metrics=_metrics(self._worker),
                 worker=self._worker,
                 namespace_of=self._namespace,
@@ -225,6 +227,8 @@ class Relay:
             parts.freezes.stop()
             parts.internal.stop()
             await parts.server.close()
+            if base.tracing is not None:
+                await base.tracing.close()
 
     # ---- start ------------------------------------------------------------------------------
 

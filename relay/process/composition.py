@@ -22,8 +22,9 @@ from producers.settings import PRODUCERS, QueueSettings
 from relay import __version__
 from relay.console.routes import Console
 from relay.console.services import ConsoleServices
-from relay.core.errors import LimitExceeded, StartError
+from relay.core.errors import LimitExceeded, RelayError, StartError
 from relay.core.reasons import Reason
+from relay.core.tracing import FIELD
 from relay.core.worker_deaths import WorkerDeaths
 from relay.doorkit.contract import DoorContext
 from relay.doorkit.first_subscriptions import NOT_READING
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from relay.doorkit.contract import Mounted, OpenSession, Publish, Spawn
     from relay.hub.session import Client, Encoder, Session
     from relay.process.doctor.finding import Finding
+    from relay.process.tracing import Tracing
     from relay.stream.connection.primary import Continued
     from relay.stream.format.keys import Keys
     from relay.stream.shards.clients import ShardClients
@@ -110,6 +112,8 @@ class Foundation:
     # The findings of the doctor.
     examine: Callable[[], Awaitable[list[Finding]]]
     http: aiohttp.ClientSession
+    # None if traces are disabled.
+    tracing: Tracing | None
     metrics: Metrics
     worker: Worker | None
     namespace_of: Callable[[Channel], NamespaceSettings]
@@ -218,6 +222,7 @@ def build(base: Foundation) -> Parts:
     base.metrics.pending_appends.set_function(appender.__len__)
     server = Server(
         metrics=base.metrics,
+        middlewares=[base.tracing.middleware] if base.tracing else [],
         exposition=host_metrics.exposition,
         ready=lambda: _not_ready(base, reader) or _workers_not_ready(base),
         limits=lambda: _limits(reader, refusals),
@@ -225,6 +230,9 @@ def build(base: Foundation) -> Parts:
     )
     tokens = Tokens(config.jwt)
     publish = _publish(appender, config.stream.max_entry_bytes)
+    hub.trace = base.tracing
+    if base.tracing is not None:
+        publish = _traced(publish, base.tracing)
     console = _console(base, keys, cluster, questions, publish)
     context = DoorContext(
         hub=hub,
@@ -527,6 +535,36 @@ def _publish(appender: Appender, max_entry_bytes: int) -> Publish:
     return publish
 
 
+def _traced(publish: Publish, tracing: Tracing) -> Publish:
+    def traced(
+        channel: Channel,
+        data: bytes,
+        *,
+        unless_latest: bytes | None = None,
+        durability: Durability | None = None,
+        **fields: Unpack[EventFields],
+    ) -> asyncio.Future[EntryID]:
+        extra = dict(fields.get("extra") or {})
+        span = tracing.append(channel, extra.get(FIELD))
+        fields["extra"] = {**extra, FIELD: span.traceparent}
+
+        def done(appended: asyncio.Future[EntryID]) -> None:
+            problem = "cancelled" if appended.cancelled() else str(appended.exception() or "")
+            span.end("" if problem else str(appended.result()), problem)
+
+        try:
+            appended = publish(
+                channel, data, unless_latest=unless_latest, durability=durability, **fields
+            )
+        except RelayError as exc:
+            span.end("", str(exc))
+            raise
+        appended.add_done_callback(done)
+        return appended
+
+    return traced
+
+
 def _console(
     base: Foundation,
     keys: Keys,
@@ -645,6 +683,7 @@ def _producers(base: Foundation, instance: str) -> Iterator[tuple[str, RunningPr
                     instance=instance,
                     namespace_of=base.namespace_of,
                     count=partial(_count, base.metrics, name),
+                    tracer=base.tracing,
                 ),
             )
 

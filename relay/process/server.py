@@ -22,6 +22,8 @@ from relay.transports.socket.precedence import FallbackRoute, in_order, without_
 from relay.transports.socket.take_over import drop, end_rejected_upgrade
 
 if TYPE_CHECKING:
+    from aiohttp.typedefs import Middleware
+
     from relay.config.loading import Config
     from relay.config.settings import Section, ServerSettings
     from relay.core.metrics import Metrics
@@ -57,19 +59,22 @@ class Server:
         *,
         metrics: Metrics,
         exposition: Callable[[], Awaitable[bytes]],
+        middlewares: Sequence[Middleware] = (),
         ready: Callable[[], str],
         limits: Callable[[], str] = lambda: "",
         on_rejected: OnRejected = lambda *_: None,
     ) -> None:
         """Create a server without listeners.
 
-        `exposition` returns the metrics of this host in the text format of Prometheus. `ready`
+        `exposition` returns the metrics of this host in the text format of Prometheus.
+        `middlewares` handle all requests. `ready`
         returns the reason why this worker is not ready, or ''. `limits` describes functions that
         do not work although events are delivered, or ''. `on_rejected` is called for each error
         answer.
         """
         self._limits = limits
         self._scrape = exposition
+        self._middlewares = [end_rejected_upgrade, *middlewares]
         self._ready = ready
         self._runners: list[web.AppRunner] = []
         self._sites: list[GuardedSite] = []
@@ -265,9 +270,8 @@ class Server:
         self._all.append((site, listening.setting))
         self._lasting.append(listening.producers)
 
-    @staticmethod
-    async def _runner(routes: Sequence[web.AbstractRouteDef]) -> web.AppRunner:
-        app = web.Application(middlewares=[end_rejected_upgrade])
+    async def _runner(self, routes: Sequence[web.AbstractRouteDef]) -> web.AppRunner:
+        app = web.Application(middlewares=self._middlewares)
         app.router.add_routes(in_order(without_repeated(routes)))
         runner = web.AppRunner(
             app,

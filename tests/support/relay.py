@@ -32,6 +32,7 @@ class RelayProcess:
         key: str = KEY,
         prefix: Sequence[str] = (),
         root: Path = ROOT,
+        packages: Path | None = None,
     ) -> None:
         """Prepare a relay.
 
@@ -39,6 +40,7 @@ class RelayProcess:
             key: [jwt] key, '' if the configuration file has one.
             prefix: Words before the command, such as those of prlimit.
             root: The folder that holds the package `relay`.
+            packages: A folder with further packages.
         """
         self.server = server
         self.port = free_port()
@@ -48,6 +50,7 @@ class RelayProcess:
         self.key = key
         self.prefix = list(prefix)
         self._root = root
+        self._packages = packages
         self._process: subprocess.Popen[str] | None = None
         self._client = server.client("admin")
 
@@ -70,7 +73,8 @@ class RelayProcess:
         for setting in ["node.drain_s=0.2", *key, *self.settings]:
             command += ["--set", setting]
         environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-        environment["PYTHONPATH"] = str(self._root)
+        folders = [self._root, *([self._packages] if self._packages else [])]
+        environment["PYTHONPATH"] = ":".join(map(str, folders))
         ready = threading.Event()
         self._process = subprocess.Popen(
             command,

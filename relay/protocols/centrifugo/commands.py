@@ -77,6 +77,7 @@ class PublishParams(NamedTuple):
     type: str | None = None
     to: tuple[str, ...] | None = None
     durability: Durability | None = None
+    traceparent: str | None = None
 
 
 class BroadcastParams(NamedTuple):
@@ -88,6 +89,7 @@ class BroadcastParams(NamedTuple):
     type: str | None = None
     to: tuple[str, ...] | None = None
     durability: Durability | None = None
+    traceparent: str | None = None
 
     def publication(self, name: str) -> PublishParams:
         """Return the publish for one channel. Raise InvalidCommand if its name is invalid."""
@@ -187,7 +189,7 @@ def publish(params: str | None) -> PublishParams:
     """Parse the parameters of a publish."""
     given = fields(
         params,
-        strings=("channel", "client", "uid", "type", "durability"),
+        strings=("channel", "client", "uid", "type", "durability", "traceparent"),
         raws=("data",),
         names=("to",),
     )
@@ -201,6 +203,7 @@ def publish(params: str | None) -> PublishParams:
         given.get("client") or None,
         given.get("uid") or None,
         *_addressed(given),
+        given.get("traceparent") or None,
     )
 
 
@@ -208,14 +211,15 @@ def broadcast(params: str | None) -> BroadcastParams:
     """Parse the parameters of a broadcast. Channels and data may be empty."""
     given = fields(
         params,
-        strings=("client", "type", "durability"),
+        strings=("client", "type", "durability", "traceparent"),
         raws=("data",),
         lists=("channels",),
         names=("to",),
     )
     data = given.get("data", "").encode()
     client = given.get("client") or None
-    return BroadcastParams(given.get("channels", []), data, client, *_addressed(given))
+    parent = given.get("traceparent") or None
+    return BroadcastParams(given.get("channels", []), data, client, *_addressed(given), parent)
 
 
 def _addressed(

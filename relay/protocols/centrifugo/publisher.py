@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Unpack
 
@@ -83,7 +84,8 @@ class ChannelPublisher:
             _ = self._context.spawn(
                 self._publish_if_active(channel, rules), name=f"publish {channel}"
             )
-        waiting.append((publish, answer))
+        # It runs in another task, and belongs to the trace of this request.
+        waiting.append((partial(copy_context().run, publish), answer))
         return answer
 
     def _append(

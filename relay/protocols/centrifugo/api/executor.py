@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import orjson
 
+from relay.core import tracing
 from relay.core.errors import DurabilityUnavailable, LimitExceeded, NotDurable, RelayError
 from relay.core.json_array import divide
 from relay.core.slices import in_slices, next_slice
@@ -148,7 +149,7 @@ class CommandExecutor:
         appends: list[Appended] = []
         try:
             async for publication in in_slices(publications):
-                channel, data, client, event_uid, kind, to, durability = publication
+                channel, data, client, event_uid, kind, to, durability, parent = publication
                 if not self._server.may_publish_to(channel):
                     error = str(commands.NamespaceNotFound())
                     return _PendingCommand(method, uid, appends, error, FIX)
@@ -160,6 +161,7 @@ class CommandExecutor:
                     type=kind,
                     to=to,
                     durability=durability,
+                    extra=tracing.field_of(parent),
                 )
                 appends.append(append)
         except LimitExceeded:

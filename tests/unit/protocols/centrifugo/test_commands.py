@@ -47,14 +47,14 @@ def test_data_keeps_its_bytes(data: str) -> None:
 def test_names_match_as_go_matches_them() -> None:
     # Go matches U+017F with s.
     text = '{"METHOD":"publish","Param\u017f":{"CHANNEL":"a","x":[1],"data":1,"Data":2,"uid":"u"}}'
-    assert published(text) == ("a", b"2", None, "u", None, None, None)
+    assert published(text) == ("a", b"2", None, "u", None, None, None, None)
 
 
 def test_null_does_not_change_a_string() -> None:
     params = '{"channel":"a","data":null,"client":null,"to":null,"type":null}'
     text = f'{{"method":"publish","method":null,"uid":null,"params":{params}}}'
     assert commands.one(text.encode()).uid == ""
-    assert published(text) == ("a", b"null", None, None, None, None, None)
+    assert published(text) == ("a", b"null", None, None, None, None, None, None)
 
 
 def test_half_a_surrogate_pair_is_replaced_as_in_go() -> None:
@@ -153,13 +153,13 @@ def test_parses_the_queue_format_of_before_1_6() -> None:
 
 def test_parses_a_broadcast() -> None:
     found = commands.broadcast('{"Channels":["a",null,"b"],"data":{"x": 1},"client":"c"}')
-    assert found == (["a", "", "b"], b'{"x": 1}', "c", None, None, None)
-    assert commands.broadcast('{"channels":null}') == ([], b"", None, None, None, None)
+    assert found == (["a", "", "b"], b'{"x": 1}', "c", None, None, None, None)
+    assert commands.broadcast('{"channels":null}') == ([], b"", None, None, None, None, None)
     for wrong in ('{"channels":"a"}', '{"channels":[1]}', '{"channels":["a"],"data":1,"to":[]}'):
         with pytest.raises(InvalidCommand):
             commands.broadcast(wrong)
     found = commands.broadcast('{"channels":["a"],"data":1,"type":"t","to":"bob"}')
-    assert found.publication("a") == ("a", b"1", None, None, "t", ("user:bob",), None)
+    assert found.publication("a") == ("a", b"1", None, None, "t", ("user:bob",), None, None)
 
 
 @pytest.mark.parametrize(
@@ -174,14 +174,14 @@ def test_parses_a_broadcast() -> None:
 def test_recipients_have_the_format_of_entries(to: str, names: tuple[str, ...]) -> None:
     params = f'{{"channel":"a","data":1,"TO":{to},"type":"chat"}}'
     text = f'{{"method":"publish","params":{params}}}'
-    assert published(text) == ("a", b"1", None, None, "chat", names, None)
+    assert published(text) == ("a", b"1", None, None, "chat", names, None, None)
     assert commands.plain_publish(text.encode()) is None
 
 
 def test_the_fast_path_has_the_same_result() -> None:
     text = '{"method":"publish","params":{"channel":"a","data":1,"client":"c"}}'
     assert commands.plain_publish(text.encode()) is None
-    assert published(text) == ("a", b"1", "c", None, None, None, None)
+    assert published(text) == ("a", b"1", "c", None, None, None, None, None)
 
 
 def test_a_boolean_is_true_false_or_missing() -> None:
