@@ -45,6 +45,7 @@ _READS: Mapping[str, ApiHandler] = {
     "connection": clients.connection,
     "tap": tap.tap,
     "events": journal.events,
+    "explain": journal.explain,
     "dead-letters": dead_letters.dead_letters,
     "dead-letter": dead_letters.dead_letter,
 }

@@ -20,6 +20,7 @@ _FILES = (
     "channel.js",
     "clients.js",
     "dead_letters.js",
+    "explain.js",
     "tap.js",
 )
 

@@ -5,6 +5,7 @@ import { channels } from "./channels.js";
 import { client, clients } from "./clients.js";
 import { deadLetters } from "./dead_letters.js";
 import { at, attempt, el, field, visible } from "./dom.js";
+import { explain } from "./explain.js";
 import { overview } from "./overview.js";
 import { tap } from "./tap.js";
 
@@ -16,6 +17,7 @@ const VIEWS = {
   clients: { title: "Clients", show: clients },
   client: { show: client, of: "clients" },
   tap: { title: "Live tap", show: tap },
+  explain: { title: "Explain", show: explain },
   "dead-letters": { title: "Dead letters", show: deadLetters },
 };
 

@@ -81,7 +81,7 @@ function followerFact(name, stream) {
   return [link, shares ? ` (${shares}), ` : ", ", watch];
 }
 
-export function entryCells(entry) {
+function entryCells(name, entry) {
   const kind = entry.revoke !== undefined
     ? ["revocation", `The right of ${visible(entry.revoke)} ends here.`]
     : entry.grant !== undefined
@@ -95,9 +95,10 @@ export function entryCells(entry) {
   if (entry.to) notes.push(`to ${entry.to.map(visible).join(", ")}`);
   if (entry.uid) notes.push(`uid ${visible(entry.uid)}`);
   if (entry.client) notes.push(`client ${visible(entry.client)}`);
+  const why = `#/explain?${new URLSearchParams({ channel: name, id: entry.id })}`;
   return [
-    [mono(entry.id), el("span", { class: "sub" }, timeOf(entry.id))],
-    kind ? kind[0] : visible(entry.type ?? "–"),
+    [mono(entry.id), el("span", { class: "sub" }, timeOf(entry.id)), el("a", { class: "sub", href: why, "aria-label": `Who received it? (${entry.id})` }, "Who received it?")],
+    kind ? kind[0] : entry.type ? visible(entry.type) : "–",
     [pre, notes.length ? el("span", { class: "sub" }, notes.join("; ")) : null],
   ];
 }
@@ -112,7 +113,7 @@ function entries(name, signal) {
 
   async function load() {
     const page = await get("entries", { channel: name, before: oldest }, signal);
-    list.body.append(...page.entries.map((entry) => list.row(entryCells(entry))));
+    list.body.append(...page.entries.map((entry) => list.row(entryCells(name, entry))));
     if (page.entries.length) {
       if (!oldest) newest = page.entries[0].id;
       oldest = page.entries.at(-1).id;
@@ -128,7 +129,7 @@ function entries(name, signal) {
     if (!page.entries.length) return;
     newest = page.entries.at(-1).id;
     oldest ||= page.entries[0].id;
-    const rows = page.entries.map((entry) => list.row(entryCells(entry), { class: "fresh" }));
+    const rows = page.entries.map((entry) => list.row(entryCells(name, entry), { class: "fresh" }));
     list.body.prepend(...rows.reverse());
     note.hidden = true;
     while (list.body.childElementCount > MAX_ROWS) list.body.lastElementChild.remove();

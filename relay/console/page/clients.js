@@ -85,7 +85,7 @@ export function client(root, _parameters, signal, id) {
     ["Channel", "Mode", "Position", { text: "Unread", number: true }, { text: "Actions", hidden: true }],
     { id: "subscriptions" },
   );
-  const history = table("Journal", ["Time", "Event", "Channel", "What happened"], { id: "journal" });
+  const history = table("Journal", ["Time", "Event", "Channel", "Details"], { id: "journal" });
   const rejections = el("div", {});
   const actions = el("div", { class: "buttons" });
   root.append(

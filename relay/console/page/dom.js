@@ -12,7 +12,7 @@ export function el(tag, attributes = {}, ...children) {
       element.setAttribute(name, value);
     }
   }
-  element.append(...children.flat().filter((each) => each !== null && each !== undefined));
+  element.append(...children.flat(Infinity).filter((each) => each !== null && each !== undefined));
   return element;
 }
 

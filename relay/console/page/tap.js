@@ -24,7 +24,7 @@ export function tap(root, parameters, signal) {
   );
   const list = table(
     "Live tap",
-    ["Time", "Event", "Channel", "Client", "What happened"],
+    ["Time", "Event", "Channel", "Client", "Details"],
     { id: "tap" },
   );
   const pause = el("input", { type: "checkbox", id: "pause" });
