@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 from relay.cli.local_key import uses_local_key
 from relay.config.loading import Config
+from relay.config.settings import RedisSettings
 from relay.core.model import Channel
 from relay.process.addresses import hosts_of
+from relay.stream.connection.connect import servers_of
 from relay.stream.format.keys import Keys
+from relay.stream.shards.hash_map import HashMap
 
 _CHANNEL = Channel("news")
 # Browsers cannot open these addresses.
@@ -113,6 +116,11 @@ def _host(host: str) -> str:
 
 def _redis_cli(url: str) -> list[str] | None:
     """Return redis-cli's options for this URL, or None if it needs more than one command."""
+    servers = servers_of(RedisSettings(url=url))
+    if len(servers) > 1:
+        # The one that has the channel's stream.
+        shard = HashMap(servers).shard_of(Keys("").stream(_CHANNEL))
+        url = shard.settings.url
     parts = urlsplit(url)
     user = ["--user", parts.username, "--askpass"] if parts.username else []
     if not user and parts.password:
@@ -121,6 +129,11 @@ def _redis_cli(url: str) -> list[str] | None:
         case "unix":
             db = parse_qs(parts.query).get("db", [""])[0]
             return ["-s", parts.path, *user, *_db(db)]
+        case "redis+cluster" | "rediss+cluster":
+            # Any node will do. -c follows the redirection to the node that has the key.
+            first = parts._replace(netloc=parts.netloc.partition(",")[0])
+            options = _redis_cli(urlunsplit(first._replace(scheme=parts.scheme.split("+")[0])))
+            return None if options is None else ["-c", *options]
         case "redis" | "rediss":
             options = ["--tls"] if parts.scheme == "rediss" else []
             if parts.hostname and parts.hostname not in {"127.0.0.1", "localhost"}:

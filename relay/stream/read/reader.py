@@ -16,6 +16,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from relay.core.errors import RedisUnavailable
@@ -24,7 +25,7 @@ from relay.core.slices import in_slices
 from relay.core.stream_interface import ExamineRequest, Followed
 from relay.stream.connection import scripts
 from relay.stream.connection.connect import CommandRefused
-from relay.stream.connection.pipeline_connection import PipelineConnection
+from relay.stream.connection.pipeline_connection import PipelineConnection, unawaited
 from relay.stream.connection.primary import Continued, Primaries, Primary
 from relay.stream.connection.reconnecting import keep_connected, loss_of_connection, wait_for
 from relay.stream.connection.refusals import Refusals, needs
@@ -139,6 +140,8 @@ class StreamReader:
             tag=lambda: shard.tag,
             on_misplaced=on_misplaced,
         )
+        # Streams whose sharded pub/sub channels are not subscribed to.
+        self._unsubscribed: dict[Followed, None] = {}
         self._reading = asyncio.Event()
         self._stopping = False
 
@@ -221,7 +224,11 @@ class StreamReader:
         self._work.set()
 
     def unpark(self) -> None:
-        """Examine the parked streams again, after the map was read."""
+        """Examine the parked streams and subscribe again, after the map was read."""
+        ended, self._unsubscribed = self._unsubscribed, {}
+        for stream in ended:
+            if self._messages is not None and self._followed.get(stream.channel) is stream:
+                self._subscribe(self._messages, stream)
         self._live.unpark()
         self._work.set()
 
@@ -347,7 +354,23 @@ class StreamReader:
             self._rights_work.set()
 
     def _subscribe(self, messages: PipelineConnection, stream: Followed) -> None:
-        messages.post((self._subscribe_command, self._keys.ephemeral(stream.channel)))
+        command = (self._subscribe_command, self._keys.ephemeral(stream.channel))
+        if not self.shard.uses_sharded_pubsub:
+            messages.post(command)
+            return
+        unawaited(
+            messages.execute([command]),
+            on_no_right=self._on_no_right,
+            on_misplaced=partial(self._on_unsubscribed, stream),
+        )
+
+    def _on_unsubscribed(self, stream: Followed) -> None:
+        """Subscribe again after a look at the map.
+
+        Redis also ends subscriptions when an operator assigns a slot to the server that has it.
+        """
+        self._unsubscribed[stream] = None
+        self._on_misplaced()
 
     async def _watch_rights(self, endpoint: RedisEndpoint) -> None:
         """Check rights rarely, missing ones more often, and all of them after a new rejection."""
@@ -403,10 +426,9 @@ class StreamReader:
             self._on_message(push[1], push[2])
         elif kind == b"sunsubscribe" and isinstance(push[1], bytes):
             channel = self._keys.channel_of_ephemeral(push[1])
-            if channel in self._followed:
-                # The slot of a followed channel has moved. Armed keys that do not exist and were
-                # moved with it cause no invalidation.
-                self._on_misplaced()
+            if channel is not None and (stream := self._followed.get(channel)) is not None:
+                # The slot has moved. Armed keys that do not exist cause no invalidation then.
+                self._on_unsubscribed(stream)
 
     def _on_keys(self, keys: Iterable[bytes]) -> None:
         for key in keys:

@@ -116,9 +116,14 @@ class ShardReaders:
         Without channels, return True if there is any such connection.
         """
         readers = {self._find(channel) for channel in channels}
-        if readers:
-            return all(reader is not None and reader.is_connected() for reader in readers)
-        return any(reader.is_connected() for reader in self._readers.values())
+        if not readers:
+            return any(reader.is_connected() for reader in self._readers.values())
+        # A frozen server is still connected. If no reader is ready, this worker is only late.
+        is_late = not self.ready()
+        return all(
+            reader is not None and reader.is_connected() and (is_late or reader.ready())
+            for reader in readers
+        )
 
     def settled(self) -> bool:
         """Return False after a reconnect until all streams of a shard were checked for new entries.

@@ -1,0 +1,126 @@
+"""Channels on several servers: slots of a Redis Cluster that move, and a server that is away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.exceptions import ResponseError
+
+from relay.config.settings import RedisSettings
+from relay.core.model import Channel
+from relay.stream.shards.making import keys_of, shard_map
+from tests.support.clients import Native, native, redis, stream_key, until
+from tests.support.redis_cluster import RedisCluster, running_cluster
+from tests.support.relay import RelayProcess
+from tests.support.valkey import Flavour, Server, running
+
+pytestmark = pytest.mark.redis
+
+
+@contextmanager
+def relay_on(server: Server, url: str) -> Iterator[RelayProcess]:
+    relay = RelayProcess(server, flags=["--redis", url])
+    try:
+        yield relay.start()
+    finally:
+        relay.kill()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("flavour", ["valkey", "redis"])
+async def test_a_moved_slot_is_not_noticed(tmp_path: Path, flavour: Flavour) -> None:
+    with (
+        running_cluster(RedisCluster(tmp_path, flavour)) as cluster,
+        relay_on(cluster.servers[0], cluster.url) as relay,
+    ):
+        async with native(relay) as clients:
+            await _move(cluster, clients)
+
+
+async def _move(cluster: RedisCluster, clients: Native) -> None:
+    stream, name = stream_key("news").encode(), b"relay:ephemeral:{news}"
+    sent: list[str] = []
+
+    def append(_step: str = "") -> None:
+        for number in range(cluster.primaries):
+            try:
+                found = cluster.call(number, "XADD", stream, "*", "data", len(sent))
+            except ResponseError:
+                continue  # this server does not have the slot at this step
+            sent.append(found.decode())
+            return
+
+    client = await clients.ws("news")
+    assert (await client.next())["reply"] == "subscribe"
+    received: list[dict[str, Any]] = []
+    source = await asyncio.to_thread(cluster.owner_of, stream)
+    for target in ((source + 1) % 3, (source + 2) % 3, source):
+        await asyncio.to_thread(append)
+        await asyncio.to_thread(cluster.move, stream, target, append)
+        await asyncio.to_thread(append)
+        # The move has ended the subscription to the sharded channel.
+        payload = json.dumps({"data": f"moved to {target}"})
+        await until(partial(cluster.call, target, "SPUBLISH", name, payload), 20)
+    while sum("id" in each for each in received) < len(sent):
+        received.append(await client.next(20))
+    assert [each["id"] for each in received if "id" in each] == sent
+    live = [each["data"] for each in received if "id" not in each]
+    assert all(str(each).startswith("moved to") for each in live), received
+    # A canary is written to one slot of each primary, and to another one after its move.
+    shards = shard_map(cluster.settings())
+    await shards.refresh()
+    ports = [server.port for server in cluster.servers]
+    for shard in list(shards.shards):
+        target = next(n for n, port in enumerate(ports) if not shard.name.endswith(f":{port}"))
+        await asyncio.to_thread(cluster.move, f"{{{shard.tag}}}".encode(), target)
+    await asyncio.to_thread(append)
+    while "id" not in (last := await client.next(20)):
+        pass
+    assert last["id"] == sent[-1]
+    assert await clients.status("/readyz") == 200
+
+
+@pytest.mark.timeout(120)
+async def test_a_server_that_is_away_affects_only_its_channels(tmp_path: Path) -> None:
+    servers = [Server(tmp_path / name) for name in ("one", "two")]
+    url = ", ".join(server.url("admin") for server in servers)
+    settings = RedisSettings(url=url)
+    shards, keys = shard_map(settings), keys_of(settings)
+    home = shards.home.name
+    here, away = sorted(servers, key=lambda server: not home.endswith(f":{server.port}"))
+    channels = [f"room{number}" for number in range(40)]
+
+    def is_of(server: Server, channel: str) -> bool:
+        name = shards.shard_of(keys.stream(Channel(channel))).name
+        return name.endswith(f":{server.port}")
+
+    near = next(channel for channel in channels if is_of(here, channel))
+    far, other = [channel for channel in channels if is_of(away, channel)][:2]
+    with running(*servers), relay_on(here, url) as relay:
+        async with native(relay) as clients:
+            one, two = await clients.sse(near), await clients.sse(far)
+            redis(away, "XADD", stream_key(far), "*", "data", "1")
+            assert (await two.next()).data == "1"
+            away.freeze()
+            redis(here, "XADD", stream_key(near), "*", "data", "1")
+            assert (await one.next()).data == "1"
+            name = f"127.0.0.1:{away.port}"
+            async with asyncio.timeout(30):
+                while name not in (ready := (await clients.get("/readyz")).body.decode()):
+                    await asyncio.sleep(0.05)
+            assert ready.startswith("ready\n")
+            refused = await (await clients.ws(other)).next()
+            assert refused["error"]["code"] == "unavailable"
+            assert name in refused["error"]["message"]
+            redis(here, "XADD", stream_key(near), "*", "data", "2")
+            assert (await one.next()).data == "2"
+            away.thaw()
+            redis(away, "XADD", stream_key(far), "*", "data", "2")
+            assert (await two.next(30)).data == "2"
