@@ -295,7 +295,10 @@ class Journal(SessionObserver):
 
     async def run(self) -> None:
         """Append batches until cancelled."""
-        self._add({"ms": int(self._now_ms()), "event": "started"})
+        await self._links.wait_open()
+        # The first event, so that readers know that nothing is missing before it.
+        self._waiting.insert(0, {"ms": int(self._now_ms()), "event": "started"})
+        self._wake.set()
         while True:
             with contextlib.suppress(TimeoutError):
                 # Without strangers there is nothing to count.
@@ -330,8 +333,8 @@ class Journal(SessionObserver):
             sizes.append((len(part), len(text)))
             commands.append(("XADD", self._key, *self._trim(), "*", "n", len(part), "events", text))
         now = time.monotonic()
-        if now - self._renewed_at >= _RENEW_S:
-            self._renewed_at = now
+        renews = now - self._renewed_at >= _RENEW_S
+        if renews:
             now_ms = int(self._now_ms())
             commands += [
                 ("EXPIRE", self._key, EXPIRY_S),
@@ -339,6 +342,9 @@ class Journal(SessionObserver):
                 ("ZREMRANGEBYSCORE", self._keys.journals, "-inf", now_ms),
             ]
         replies = await self._links.call_all(commands)
+        if renews:
+            # Only now: a worker whose first append failed must not be missing for a minute.
+            self._renewed_at = now
         for (number, size), entry_id in zip(sizes, replies, strict=False):
             if isinstance(entry_id, bytes):
                 self._entries.append((entry_id, number, size))

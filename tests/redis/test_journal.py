@@ -113,3 +113,19 @@ async def test_it_is_bounded_and_counts_what_a_lost_redis_did_not_get(
         session.end()
     await lost.flush()
     assert lost.dropped == 7
+
+
+async def test_a_journal_whose_first_append_failed_is_found_at_once(
+    links: ShardLinks, admin: Redis, server: Server
+) -> None:
+    settings = server.settings()
+    closed = ShardLinks(shard_map(settings), settings)
+    written = journal(closed)
+    written.turned_away(ConnectionInfo("10.9.9.9"), "native", "unauthorized")
+    await written.flush()
+    assert written.dropped == 1
+    written._links = links
+    written.turned_away(ConnectionInfo("10.9.9.9"), "native", "unauthorized")
+    await written.flush()
+    found = await JournalReader(admin, KEYS).newest(EventFilter(), 10)
+    assert [each["event"] for each in found] == ["rejected", "dropped"]
