@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from redis.asyncio import Redis
 
-from relay.stream.connection.connect import redis_client
 from relay.stream.format.keys import Keys
 from relay.stream.shards.clients import ShardClients, shard_clients
+from tests.support.topologies import TOPOLOGY, shared
 from tests.support.valkey import PROGRAM, Flavour, Server, running
 
-# With a given program, the flavours would be the same.
-_FLAVOURS = ["redis"] if PROGRAM in os.environ else ["valkey", "redis"]
+# With a given program the flavours would be the same, and one is enough for another topology.
+_FLAVOURS = ["valkey"] if {PROGRAM, TOPOLOGY} & set(os.environ) else ["valkey", "redis"]
 
 
 @pytest.fixture(params=_FLAVOURS, scope="module")
@@ -25,7 +25,7 @@ def flavour(request: pytest.FixtureRequest) -> Flavour:
 
 @pytest.fixture(scope="module")
 def shared_server(tmp_path_factory: pytest.TempPathFactory, flavour: Flavour) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp(flavour), flavour)
+    server = shared(tmp_path_factory.mktemp(flavour), flavour)
     with running(server):
         yield server
 
@@ -47,8 +47,9 @@ def keys() -> Keys:
 @pytest.fixture
 async def client(server: Server) -> AsyncIterator[Redis]:
     """Return the client that relay uses for its jobs, with relay's rights."""
-    async with redis_client(server.settings()) as opened:
-        yield opened
+    async with shard_clients(server.settings()) as opened:
+        await opened.shards.refresh()
+        yield opened.home
 
 
 @pytest.fixture
@@ -60,5 +61,6 @@ async def clients(server: Server) -> AsyncIterator[ShardClients]:
 
 @pytest.fixture
 async def admin(server: Server) -> AsyncIterator[Redis]:
-    async with redis_client(server.settings("admin")) as opened:
-        yield opened
+    async with shard_clients(server.settings("admin")) as opened:
+        await opened.shards.refresh()
+        yield opened.home
