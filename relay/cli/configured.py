@@ -96,10 +96,12 @@ def _checkconfig(options: argparse.Namespace) -> int:
     from relay.process import app
     from relay.process.addresses import check_addresses
     from relay.process.embedded import check_port
+    from relay.process.internal_address import check_internal
 
     config = configuration(options, complete=True, strict=True)
     listeners = app.check(config)
     running = check_addresses(config, listeners, accept_running=True)
+    check_internal(config.node)
     if not running:
         check_port(config.redis)
     _print_notes(config)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from relay.core.errors import RelayError, StartError
+from relay.process.addresses import bound
 
 if TYPE_CHECKING:
     from relay.config.settings import NodeSettings
@@ -17,6 +18,23 @@ if TYPE_CHECKING:
     from relay.transports.between_workers.internal import InternalListener
 
 _log = logging.getLogger(__name__)
+
+
+def check_internal(node: NodeSettings) -> None:
+    """Raise StartError if this host does not have the configured address.
+
+    Its port may be in use, by the relay that runs with this configuration.
+    """
+    configured = urlsplit(f"//{node.internal_address}")
+    if not configured.hostname:
+        return
+    try:
+        for sock in bound(configured.hostname, 0):
+            sock.close()
+    except OSError as exc:
+        port = configured.port or 0
+        problem = f"cannot listen on {configured.hostname} port {port}: {exc.strerror or exc}"
+        raise StartError(f"[node] internal_address: {problem}") from exc
 
 
 async def open_internal(
@@ -27,6 +45,7 @@ async def open_internal(
     `number` is the number of this worker if there are several. Raise StartError if the configured
     address cannot be used.
     """
+    check_internal(node)
     configured = urlsplit(f"//{node.internal_address}")
     host = configured.hostname or await _local_address(shards)
     if host is None:

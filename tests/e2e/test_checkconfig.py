@@ -47,6 +47,7 @@ async def run(*words: str, **environment: str) -> tuple[int, str]:
         ["metrics.port={taken}"],
         ["protocol:pydio.key=a key of this test", "protocol:pydio.private_port={taken}"],
         ["server.tls_cert=/etc/hostname"],
+        ["node.internal_address=203.0.113.9:1234"],
     ],
     ids=" ".join,
 )

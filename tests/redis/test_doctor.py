@@ -205,3 +205,14 @@ async def test_a_configuration_that_serve_rejects(healthy: Server) -> None:
     found = await findings(configured(healthy, "protocol:socketio.secret=short"))
     assert "too short" in found["configuration.rejected"].what
     assert found["configuration.rejected"].level is Level.ERROR
+
+
+async def test_each_of_several_servers_is_checked(healthy: Server, tmp_path: Path) -> None:
+    options = ("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru")
+    second = Server(tmp_path, "redis", options=options)
+    with running(second):
+        url = f"redis.url={healthy.url('relay')},{second.url('relay')}"
+        found = await findings(configured(healthy, url))
+    assert str(second.port) in found["redis.eviction"].what
+    assert "redis.rights" not in found
+    assert "redis.tracking" not in found

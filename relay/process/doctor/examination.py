@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from relay.core.errors import RelayError
@@ -15,6 +16,7 @@ from relay.process.doctor import (
     settings_checks,
 )
 from relay.process.doctor.finding import Finding, Level, error
+from relay.process.internal_address import check_internal
 
 if TYPE_CHECKING:
     from relay.config.loading import Config
@@ -30,11 +32,24 @@ async def examine(config: Config, clients: ShardClients, keys: Keys) -> list[Fin
     `config` and `clients` must be those of relay itself: rights are checked for its Redis user.
     """
     found = await asyncio.to_thread(_local, config)
-    of_redis = await redis_checks.check(config, clients.home, keys)
+    of_redis = await _redis(config, clients, keys)
     found += of_redis
     if not any(each.name == "redis.unreachable" for each in of_redis):
         found += await data_checks.check(config, clients, keys)
     return in_order(found)
+
+
+async def _redis(config: Config, clients: ShardClients, keys: Keys) -> list[Finding]:
+    try:
+        shards = await clients.each()
+    except RelayError as exc:
+        return [redis_checks.unreachable(config, exc)]
+    found: list[Finding] = []
+    for shard, client in shards:
+        for each in await redis_checks.check(config, client, keys, shard):
+            what = f"{shard.name}: {each.what}" if len(shards) > 1 else each.what
+            found.append(replace(each, what=what))
+    return found
 
 
 def in_order(found: list[Finding]) -> list[Finding]:
@@ -47,6 +62,7 @@ def _local(config: Config) -> list[Finding]:
     found: list[Finding] = []
     try:
         check_addresses(config, app.check(config), accept_running=True)
+        check_internal(config.node)
     except* RelayError as group:
         # `check` builds the parts in a TaskGroup.
         found.append(not_served(_first(group)))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from relay.config.loading import Config
     from relay.stream.connection.connect import RedisClient
     from relay.stream.format.keys import Keys
+    from relay.stream.shards.shard import Shard
 
 Info = Mapping[str, Any]
 
@@ -41,10 +42,10 @@ _LUA_FIXED = {
 _NEWEST = {"redis": (8, 2), "valkey": (8, 1)}
 
 
-async def check(config: Config, client: RedisClient, keys: Keys) -> list[Finding]:
-    """Return what is wrong with Redis. If it is unreachable, that is the only finding."""
+async def check(config: Config, client: RedisClient, keys: Keys, shard: Shard) -> list[Finding]:
+    """Return what is wrong with one server. If it is unreachable, that is the only finding."""
     try:
-        await connect.check_server(client, config.redis)
+        await connect.check_server(client, shard.settings)
         info = await information(client)
     except StartError as exc:
         return [
@@ -60,9 +61,9 @@ async def check(config: Config, client: RedisClient, keys: Keys) -> list[Finding
     found = [*of_information(config, info)]
     if config.redis.url != "embedded":
         found += await _fsync(client, info)
-    found += await _rights(config, keys)
+    found += await _rights(keys, shard)
     if info.get("role") == "master":
-        found += await _invalidations(config, keys)
+        found += await _invalidations(config, keys, shard)
         found += await _replicas(config, client, info)
     found += await _clock(client)
     return found
@@ -242,10 +243,11 @@ def _text(reply: Any) -> dict[str, str]:
     return {text(name): text(value) for name, value in zip(pairs, pairs, strict=True)}
 
 
-async def _rights(config: Config, keys: Keys) -> list[Finding]:
-    endpoint = await connect.discover(config.redis)
+async def _rights(keys: Keys, shard: Shard) -> list[Finding]:
+    wanted = needs(keys, "relay.doctor", sharded=shard.uses_sharded_pubsub)
     try:
-        rejected = await find_rejected(endpoint, config.redis, needs(keys, "relay.doctor"))
+        endpoint = await shard.locate()
+        rejected = await find_rejected(endpoint, shard.settings, wanted)
     except RelayError:
         # A replica or a Redis that has just gone: another finding names it.
         return []
@@ -269,27 +271,28 @@ async def _rights(config: Config, keys: Keys) -> list[Finding]:
     ]
 
 
-async def _invalidations(config: Config, keys: Keys) -> list[Finding]:
+async def _invalidations(config: Config, keys: Keys, shard: Shard) -> list[Finding]:
     """Write a canary key, as a worker does, and wait for its invalidation."""
     if config.stream.tracking == "off":
         return []
-    key, arrived = keys.canary("doctor"), asyncio.Event()
+    key, arrived = keys.canary("doctor", shard.tag), asyncio.Event()
 
     def on_push(push: list[object]) -> None:
         if push[0] == b"invalidate":
             arrived.set()
 
-    endpoint = await connect.discover(config.redis)
+    settings = shard.settings
     fix = (
         "Let relay connect to Redis directly, not through a proxy; the user needs +client|tracking;"
         " or set [stream] tracking = off"
     )
     try:
+        endpoint = await shard.locate()
         with (
             closing(
-                await PipelineConnection.open(endpoint, settings=config.redis, on_push=on_push)
+                await PipelineConnection.open(endpoint, settings=settings, on_push=on_push)
             ) as listener,
-            closing(await PipelineConnection.open(endpoint, settings=config.redis)) as writer,
+            closing(await PipelineConnection.open(endpoint, settings=settings)) as writer,
         ):
             await listener.call("CLIENT", "TRACKING", "ON")
             await listener.call("GET", key)

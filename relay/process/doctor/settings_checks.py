@@ -48,6 +48,7 @@ def check(config: Config) -> list[Finding]:
         if section is not None and section.is_open:
             found += look(config, section)
     found += _emitters(config)
+    found += _paths(config)
     return found
 
 
@@ -322,15 +323,6 @@ def _socketio(config: Config, section: Section) -> Iterator[Finding]:
     pydio: Any = config.doors.get("protocol:pydio")
     if pydio is None or not pydio.is_open:
         return
-    paths = {path.rstrip("/") for path in split(settings.paths)}
-    if pydio.public_path in paths and pydio.port == settings.port:
-        yield error(
-            "configuration.socketio_namespace",
-            f"[protocol:socketio] paths and [protocol:pydio] public_path are both"
-            f" {pydio.public_path}",
-            "Clients of one protocol reach the other, whatever their namespaces.",
-            "[protocol:pydio]\npublic_path = /public",
-        )
     if pydio.npm_namespace == settings.namespace and settings.namespace != "/":
         yield warning(
             "configuration.socketio_namespace",
@@ -340,6 +332,38 @@ def _socketio(config: Config, section: Section) -> Iterator[Finding]:
             " of Pydio's npm package join /. Clients with another namespace are rejected.",
             "[protocol:socketio]\nnamespace = /axr\n\n[protocol:pydio]\nnpm_namespace = /",
         )
+
+
+def _paths(config: Config) -> Iterator[Finding]:
+    """Yield the paths that two protocols on one listener want. `serve` accepts them."""
+    wanted: dict[tuple[int, str], str] = {}
+    for name, section in config.doors.items():
+        settings: Any = section
+        if not settings.is_open:
+            continue
+        for path in _paths_of(name, settings):
+            other = wanted.setdefault((settings.port, path.rstrip("/")), name)
+            if other != name:
+                yield error(
+                    "configuration.paths",
+                    f"[{other}] and [{name}] both use the path {path}",
+                    "Clients of one protocol reach the other.",
+                    f"Change the path in [{name}], or set [{name}] port to another port",
+                )
+
+
+def _paths_of(name: str, settings: Any) -> list[str]:
+    match name:
+        case "protocol:native":
+            return ["/sse", "/ws"]
+        case "protocol:pydio":
+            return [settings.public_path]
+        case "protocol:seafile":
+            return ["/notification", "/events", "/ping"]
+        case "protocol:socketio":
+            return split(settings.paths)
+        case _:
+            return []
 
 
 def _emitters(config: Config) -> Iterator[Finding]:

@@ -137,6 +137,8 @@ def test_a_good_configuration_has_notes_only() -> None:
             "warning",
             "npm_namespace = /",
         ),
+        ([SOCKETIO, "protocol:socketio.paths=/sse"], "paths", "error", "[protocol:socketio]"),
+        ([PYDIO, "protocol:pydio.public_path=/ws"], "paths", "error", "[protocol:pydio]"),
         (
             ["producer:socketio_emitter.namespace=/other"],
             "socketio_namespace",
