@@ -7,7 +7,7 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 
-from relay.cli import connections, dead_letters, events, journal, streams, workers
+from relay.cli import connections, dead_letters, events, journal, reshard, streams, workers
 from relay.cli.configured import configuration
 from relay.cli.operator_context import OperatorContext, operator_context
 from relay.config.loading import Config
@@ -23,6 +23,7 @@ _COMMANDS: Mapping[str, Command] = {
     "publish": events.publish,
     "tail": events.tail,
     "streams": streams.streams,
+    "reshard": reshard.reshard,
     "trim": streams.trim,
     "workers": workers.workers,
     "status": workers.status,

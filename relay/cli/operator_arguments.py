@@ -17,6 +17,7 @@ COMMANDS = (
     "publish",
     "tail",
     "streams",
+    "reshard",
     "workers",
     "dead-letters",
     "status",
@@ -102,6 +103,21 @@ def add(commands: Commands, operator: Operator) -> None:
         default="*",
         metavar="PATTERN",
         help="pattern of channel names with * ? [abc]",
+    )
+    reshard = operator(
+        commands,
+        "reshard",
+        "move streams after servers were added to [redis] url or removed from it; stop all workers"
+        " first",
+    )
+    reshard.add_argument(
+        "--dry-run", action="store_true", help="show what would be moved, and move nothing"
+    )
+    reshard.add_argument(
+        "--removed",
+        metavar="URLS",
+        default="",
+        help="servers that are no longer in [redis] url; all their streams are moved",
     )
     operator(commands, "workers", "list all workers with uptime, connections, streams and lag")
     _dead_letters(commands, operator)

@@ -134,6 +134,12 @@ SENT: dict[User, list[str]] = {
         "EVALSHA 0 2 relay:tap:socketio_emitter relay:stream:{axr:allusers} x",
     ],
     "maintenance": [
+        f"DUMP {STREAM}",
+        f"RESTORE {STREAM} 0 dumped",
+        f"PTTL {STREAM}",
+        f"WATCH {STREAM}",
+        "UNWATCH",
+        f"XGROUP SETID {STREAM} {GROUP} $",
         *CLUSTER,
         "COMMAND",
         "ASKING",

@@ -438,6 +438,15 @@ async def pipelined(client: RedisClient) -> AsyncIterator[Pipeline]:
             yield pipeline
 
 
+async def executed(pipeline: Pipeline) -> bool:
+    """Execute a transaction. Return False if a watched key has changed: then nothing was done."""
+    try:
+        await pipeline.execute()
+    except WatchError:
+        return False
+    return True
+
+
 async def command_if_equal(
     client: RedisClient, key: bytes, value: bytes, *words: bytes | str | int
 ) -> bool:

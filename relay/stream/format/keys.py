@@ -95,6 +95,7 @@ class Keys:
         "internal_key",
         "journals",
         "nodes",
+        "pattern_of_all",
         "prefix",
         "servers",
         "stream_pattern",
@@ -120,6 +121,8 @@ class Keys:
         self.stream_pattern = self.streams_matching("*")
         # Keys of streams, and keys that look like them.
         self.any_stream_pattern = _GLOB.sub(rb"\\\1", self.prefix + b"stream:") + b"*"
+        # All keys with the prefix.
+        self.pattern_of_all = _GLOB.sub(rb"\\\1", self.prefix) + b"*"
         # For PUBSUB CHANNELS.
         self.ephemeral_pattern = _GLOB.sub(rb"\\\1", self.prefix + b"ephemeral:{") + b"*}"
 

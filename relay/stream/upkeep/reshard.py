@@ -1,0 +1,251 @@
+"""Move keys to the servers of a changed list, with their contents, groups and times to live.
+
+No worker may be running. Each key is copied with DUMP and RESTORE, compared, and only then deleted
+on its old server, in a transaction that fails if the key has changed meanwhile. A repeated run
+continues an interrupted one.
+
+A stream keeps its incarnation, so clients resume without a notice. Its certificate names the old
+server's replication ID. It is replaced by that of the new server if it is the present one: then it
+is proven that the stream has lost no entries. Otherwise workers notify clients of a reset, as after
+a failover.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from relay.core.errors import RelayError
+from relay.core.model import EntryID
+from relay.stream.cluster.workers import live_workers
+from relay.stream.connection import connect
+from relay.stream.connection.primary import certificate_of
+from relay.stream.format.keys import Keys
+from relay.stream.read.groups import LOW, MARKER_GROUP
+from relay.stream.shards.hash_map import HashMap, ServerShard
+from relay.stream.shards.shard import SITE_TAG, tag_of
+
+if TYPE_CHECKING:
+    from relay.stream.connection.connect import RedisClient
+    from relay.stream.shards.clients import ShardClients
+
+_SCAN = 500
+_ATTEMPTS = 5
+# Keys of the site that cannot be created again. Workers create the others when they start.
+_KEPT = (b"control", b"dead-letters", b"tap:", b"group:", b"store:")
+# Keys with a tag that belong to their server, or to workers that have stopped.
+_LEFT = (b"canary:", b"presence:", b"queue:", b"taken:")
+
+
+class Move(NamedTuple):
+    """One key, and where it belongs."""
+
+    source: ServerShard
+    target: ServerShard
+    key: bytes
+    new_key: bytes
+
+
+@dataclass(slots=True)
+class Resharded:
+    """The result: numbers of moved keys and streams by servers, and the keys that stay.
+
+    `conflicts` exist on both servers with different contents.
+    """
+
+    keys: Counter[tuple[str, str]] = field(default_factory=Counter)
+    streams: Counter[tuple[str, str]] = field(default_factory=Counter)
+    conflicts: list[Move] = field(default_factory=list)
+    unproven: int = 0
+
+
+class Reshard:
+    """Moves the keys of `old` servers and of the new list to the new list."""
+
+    def __init__(self, clients: ShardClients, old: Sequence[ShardClients], keys: Keys) -> None:
+        shards = clients.shards
+        if not isinstance(shards, HashMap):
+            raise RelayError(
+                "a Redis Cluster moves its keys itself: use redis-cli --cluster reshard"
+            )
+        self._shards = shards
+        self._keys = keys
+        self._all = [clients, *old]
+        self._clients: dict[str, RedisClient] = {}
+        self._servers: dict[str, ServerShard] = {}
+        self._certificates: dict[str, int] = {}
+
+    async def connect(self) -> None:
+        """Connect to all servers. Call this first.
+
+        Raises:
+            RelayError: A server cannot be reached.
+        """
+        for clients in self._all:
+            for shard, client in await clients.each():
+                if isinstance(shard, ServerShard) and shard.id not in self._clients:
+                    information = await connect.command(client, "INFO", "replication")
+                    replid = str(information.get("master_replid", "")).encode()
+                    self._certificates[shard.id] = certificate_of(replid)
+                    self._clients[shard.id] = client
+                    self._servers[shard.id] = shard
+
+    async def live(self) -> list[str]:
+        """Return the workers that are alive on any server."""
+        prefix = self._keys.prefix.decode()
+        names = (Keys(prefix), Keys(prefix, has_site_tag=True))
+        found = [
+            worker.instance
+            for client in self._clients.values()
+            for keys in names
+            for worker in await live_workers(client, keys)
+        ]
+        return sorted(set(found))
+
+    async def run(self, *, dry: bool, progress: Callable[[int], None]) -> Resharded:
+        """Move all keys that are on another server than their own. `dry`: only count them."""
+        result = Resharded()
+        done = 0
+        for name, client in self._clients.items():
+            async for moves in self._moves(name, client):
+                for move in moves:
+                    servers = move.source.name, move.target.name
+                    if not dry and not await self._move(move, result):
+                        continue
+                    result.keys[servers] += 1
+                    if self._keys.channel_of_stream(move.key) is not None:
+                        result.streams[servers] += 1
+                    done += 1
+                    progress(done)
+        return result
+
+    async def waiting_queues(self, names: Sequence[str]) -> list[str]:
+        """Return a line for each queue that has, or may have, commands on a server that is not in
+        the new list."""
+        present = {shard.id for shard in self._shards.shards}
+        keys = [name.encode() for name in names] + [self._keys.queue_taken(n) for n in names]
+        found = []
+        for name, client in self._clients.items():
+            for key in keys if name not in present else ():
+                where = f"{key.decode()} on {self._servers[name].name}"
+                try:
+                    if await connect.command(client, "EXISTS", key):
+                        found.append(f"commands wait in {where}")
+                except connect.CommandRefused as exc:
+                    found.append(f"{where} may contain commands ({exc})")
+        return found
+
+    async def _moves(self, name: str, client: RedisClient) -> AsyncIterator[list[Move]]:
+        source = self._servers[name]
+        pattern = self._keys.pattern_of_all
+        async for found in connect.scan(client, pattern, _SCAN):
+            moves = []
+            for key in dict.fromkeys(found):
+                new_key = self._new_key(key)
+                if new_key is None:
+                    continue
+                target = cast(ServerShard, self._shards.shard_of(new_key))
+                if target.id != source.id or new_key != key:
+                    moves.append(Move(source, target, key, new_key))
+            yield moves
+
+    def _new_key(self, key: bytes) -> bytes | None:
+        """Return the name of the key in the new list, or None if it stays or is not needed."""
+        rest = key.removeprefix(self._keys.prefix)
+        name = rest.removeprefix(SITE_TAG)
+        if name == rest and tag_of(key) != key:
+            return None if rest.startswith(_LEFT) else key
+        if not name.startswith(_KEPT):
+            return None
+        site = self._keys.prefix + (SITE_TAG if self._keys.has_site_tag else b"")
+        return site + name
+
+    async def _move(self, move: Move, result: Resharded) -> bool:
+        source, target = self._clients[move.source.id], self._clients[move.target.id]
+        for _ in range(_ATTEMPTS):
+            async with connect.transaction(source) as pipeline:
+                await pipeline.watch(move.key)
+                payload = await connect.command(pipeline, "DUMP", move.key)
+                if payload is None:
+                    return False
+                ttl_ms = max(0, await connect.command(pipeline, "PTTL", move.key))
+                if not await self._copy(source, target, move, payload, ttl_ms):
+                    result.conflicts.append(move)
+                    return False
+                pipeline.multi()  # type: ignore[no-untyped-call]
+                pipeline.execute_command("DEL", move.key)
+                if await connect.executed(pipeline):
+                    if self._keys.channel_of_stream(move.key) is not None:
+                        result.unproven += not await self._certify(target, move)
+                    return True
+            # The key was changed. Copy it again.
+            await connect.command(target, "DEL", move.new_key)
+        raise RelayError(f"{move.key.decode()} changes all the time: stop its producers")
+
+    async def _copy(
+        self, source: RedisClient, target: RedisClient, move: Move, payload: bytes, ttl_ms: int
+    ) -> bool:
+        """Return False if the target has another key of this name."""
+        present = await connect.command(target, "DUMP", move.new_key)
+        if present is not None and present != payload:
+            if not await self._is_empty_stream(target, move.new_key):
+                return False
+            await connect.command(target, "DEL", move.new_key)
+            present = None
+        if present is None:
+            await connect.command(target, "RESTORE", move.new_key, ttl_ms, payload)
+        if await connect.command(target, "DUMP", move.new_key) == payload:
+            return True
+        # Another version of Redis may store the same data in another form.
+        copied, original = [
+            await _description(client, key)
+            for client, key in ((target, move.new_key), (source, move.key))
+        ]
+        if copied is None or copied != original:
+            raise RelayError(f"the copy of {move.key.decode()} differs: nothing was deleted")
+        return True
+
+    async def _is_empty_stream(self, client: RedisClient, key: bytes) -> bool:
+        """Return True for a stream that only workers or clients have created."""
+        if self._keys.channel_of_stream(key) is None:
+            return False
+        found = await _description(client, key)
+        return found is not None and not found["entries-added"] and not found["length"]
+
+    async def _certify(self, target: RedisClient, move: Move) -> bool:
+        """Give the stream the certificate of its new server if that of the old one is present."""
+        described = await _description(target, move.new_key)
+        groups = cast("Mapping[bytes, str]", described["groups"]) if described else {}
+        if MARKER_GROUP not in groups:
+            return True  # no client has an incarnation
+        marker = EntryID.parse(groups[MARKER_GROUP])
+        if marker.seq & LOW != self._certificates[move.source.id]:
+            return False
+        seq = (marker.seq >> 32) << 32 | self._certificates[move.target.id]
+        place = str(EntryID(marker.ms, seq))
+        await connect.command(target, "XGROUP", "SETID", move.new_key, MARKER_GROUP, place)
+        return True
+
+
+async def _description(client: RedisClient, key: bytes) -> dict[str, Any] | None:
+    """Return what identifies the contents of a stream, or None if the key is another type."""
+    try:
+        stream: Mapping[Any, Any] = await connect.command(client, "XINFO", "STREAM", key)
+        groups: Sequence[Any] = await connect.command(client, "XINFO", "GROUPS", key)
+    except connect.CommandRefused:
+        return None
+    names = ("length", "entries-added", "last-generated-id", "max-deleted-entry-id")
+    values = {_text(name): value for name, value in stream.items()}
+    described: dict[str, Any] = {name: values.get(name) for name in names}
+    described["first"] = values.get("first-entry")
+    described["last"] = values.get("last-entry")
+    described["groups"] = {
+        each[b"name"]: _text(each[b"last-delivered-id"]) for each in cast("list[Any]", groups)
+    }
+    return described
+
+
+def _text(value: object) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

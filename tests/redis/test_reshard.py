@@ -1,0 +1,176 @@
+"""`relay reshard` between real servers: streams move whole, once, and only if they must."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from relay.config.settings import RedisSettings
+from relay.core.errors import RelayError
+from relay.core.model import Channel, EntryID
+from relay.stream.connection.connect import command
+from relay.stream.connection.primary import certificate_of
+from relay.stream.format.keys import Keys
+from relay.stream.read.groups import MARKER_GROUP, create_marker, group_of
+from relay.stream.shards.clients import ShardClients, shard_clients
+from relay.stream.upkeep.reshard import Reshard, Resharded
+from tests.support.valkey import Server, running
+
+pytestmark = pytest.mark.redis
+CHANNELS = [Channel(f"c{number}") for number in range(40)]
+ONE = Keys("relay:")
+LIFE = 5
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
+    found = [Server(tmp_path_factory.mktemp("server")) for _ in range(3)]
+    with running(*found):
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def _empty(servers: list[Server]) -> None:
+    for server in servers:
+        with server.client() as client:
+            client.flushall()
+
+
+def settings(*servers: Server) -> RedisSettings:
+    return RedisSettings(url=", ".join(server.url("maintenance") for server in servers))
+
+
+async def fill(client: Any, certificate: int) -> None:
+    for channel in CHANNELS:
+        key = ONE.stream(channel)
+        await command(client, *create_marker(key, LIFE, certificate))
+        for number in range(1, 6):
+            await command(client, "XADD", key, f"{number}-0", "data", channel)
+        await command(client, "XDEL", key, "2-0")
+        await command(client, "XGROUP", "CREATE", key, group_of("w:1"), "3-0")
+        await command(client, "HSET", ONE.rights(channel), "anna", "r")
+        await command(client, "SET", ONE.uid(channel, "u"), "1-0", "PX", 100_000)
+    await command(client, "SET", ONE.source_position("emits"), "5")
+    await command(client, "SADD", ONE.group("kitchen"), "anna")
+    await command(client, "SET", "other", "not relay's")
+
+
+async def certificate(client: Any) -> int:
+    information = await command(client, "INFO", "replication")
+    return certificate_of(information["master_replid"].encode())
+
+
+async def reshard(clients: ShardClients, *old: ShardClients, dry: bool = False) -> Resharded:
+    work = Reshard(clients, old, Keys("relay:", has_site_tag=len(clients.shards.shards) > 1))
+    await work.connect()
+    return await work.run(dry=dry, progress=lambda _: None)
+
+
+async def where(clients: ShardClients) -> dict[Channel, str]:
+    found: dict[Channel, str] = {}
+    for shard, client in await clients.each():
+        for channel in CHANNELS:
+            if await command(client, "EXISTS", ONE.stream(channel)):
+                assert channel not in found
+                found[channel] = shard.name
+    return found
+
+
+async def test_streams_move_whole_and_only_where_they_must(servers: list[Server]) -> None:
+    one, two, three = servers
+    with one.client() as admin:
+        own = certificate_of(admin.info("replication")["master_replid"].encode())
+    async with shard_clients(one.settings("admin")) as filled:
+        await fill(filled.home, own)
+    async with shard_clients(settings(one, two)) as clients:
+        counted = await reshard(clients, dry=True)
+        assert len(await where(clients)) == 40
+        moved = await reshard(clients)
+        assert counted.streams == moved.streams
+        assert moved.unproven == 0
+        before = await where(clients)
+        assert before == {each: clients.shards.shard_of(ONE.stream(each)).name for each in CHANNELS}
+        assert 5 < sum(moved.streams.values()) < 35
+        keys = Keys("relay:", has_site_tag=True)
+        assert await command(clients.home, "GET", keys.source_position("emits")) == b"5"
+        assert await command(clients.home, "SMEMBERS", keys.group("kitchen"))
+        await _check(clients)
+        assert not (await reshard(clients)).keys
+    async with shard_clients(settings(one, two, three)) as clients:
+        await reshard(clients)
+        after = await where(clients)
+        assert after == {each: clients.shards.shard_of(ONE.stream(each)).name for each in CHANNELS}
+        # Streams move to the new server only.
+        new = {after[each] for each in CHANNELS if after[each] != before[each]}
+        assert len(new) == 1
+        await _check(clients)
+    async with (
+        shard_clients(settings(three, two)) as clients,
+        shard_clients(settings(one)) as removed,
+    ):
+        await reshard(clients, removed)
+        assert len(await where(clients)) == 40
+        assert not await where(removed)
+        await _check(clients)
+
+
+async def _check(clients: ShardClients) -> None:
+    for channel in CHANNELS:
+        key = ONE.stream(channel)
+        client = clients.for_key(key)
+        info = await command(client, "XINFO", "STREAM", key)
+        assert (info[b"length"], info[b"entries-added"]) == (4, 5)
+        assert info[b"max-deleted-entry-id"] == b"2-0"
+        groups = await command(client, "XINFO", "GROUPS", key)
+        ids = {each[b"name"]: each[b"last-delivered-id"] for each in groups}
+        assert ids[group_of("w:1")] == b"3-0"
+        # The same life, so that clients resume, and the certificate of the present server.
+        marker = EntryID.parse(ids[MARKER_GROUP])
+        assert marker.ms == LIFE
+        assert marker.seq & 0xFFFFFFFF == await certificate(client)
+        assert await command(client, "HGET", ONE.rights(channel), "anna") == b"r"
+        assert 0 < await command(client, "PTTL", ONE.uid(channel, "u")) <= 100_000
+
+
+async def test_what_is_not_proven_or_exists_twice_is_reported(servers: list[Server]) -> None:
+    one, two, _ = servers
+    async with shard_clients(one.settings("admin")) as filled:
+        await fill(filled.home, 77)  # examined before a failover
+    async with shard_clients(settings(one, two)) as clients:
+        away = [
+            each
+            for each in CHANNELS
+            if clients.shards.shard_of(ONE.stream(each)).name.endswith(f":{two.port}")
+        ]
+        twice, empty = ONE.stream(away[0]), ONE.stream(away[1])
+        with two.client() as admin:
+            admin.xadd(twice, {"data": "other"})
+            admin.execute_command(*create_marker(empty, 1, 1))
+        result = await reshard(clients)
+        assert [move.key for move in result.conflicts] == [twice]
+        assert result.unproven == len(away) - 1
+        with one.client() as first, two.client() as second:
+            assert (first.xlen(twice), second.xlen(twice)) == (4, 1)
+            assert (first.exists(empty), second.xlen(empty)) == (0, 4)
+
+
+async def test_a_running_worker_is_found(servers: list[Server]) -> None:
+    one, two, _ = servers
+    with one.client() as admin:
+        admin.sadd("relay:nodes", "w:1")
+        worker = (
+            '{"instance": "w:1", "name": "w", "host": "h", "pid": 1, "started": "", "version": ""}'
+        )
+        admin.set("relay:node:w:1", worker)
+    async with shard_clients(settings(one, two)) as clients:
+        work = Reshard(clients, [], Keys("relay:", has_site_tag=True))
+        await work.connect()
+        assert await work.live() == ["w:1"]
+
+
+async def test_a_cluster_moves_its_keys_itself() -> None:
+    async with shard_clients(RedisSettings(url="redis+cluster://127.0.0.1:1")) as clients:
+        with pytest.raises(RelayError, match="redis-cli --cluster reshard"):
+            Reshard(clients, [], Keys("relay:", has_site_tag=True))
