@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from producers.settings import PRODUCERS
-from relay.stream.shards.making import keys_of, shard_map
 
 if TYPE_CHECKING:
     from relay.config.loading import Config
@@ -64,6 +63,9 @@ def build(
     tracer: AppendTracer | None = None,
 ) -> RunningProducer:
     """Import and create a producer. Raise ConfigError if its settings are incomplete."""
+    # Only here: `relay genconfig` imports this module, and needs no client library.
+    from relay.stream.shards.making import keys_of, shard_map
+
     context = ProducerContext(
         keys=keys_of(redis),
         shards=shard_map(redis),
