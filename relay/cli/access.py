@@ -32,6 +32,9 @@ def _revoke(options: argparse.Namespace) -> int:
     config = configuration(options)
     channel, user = channel_of(options.channel), user_of(options.user)
     entry_id = asyncio.run(revoke(config.redis, channel, user))
+    if options.json:
+        _emit(channel, user, entry_id)
+        return 0
     where = f"(Redis: {_where(config)})"
     print(f"Revoked: {user} receives no event of {channel} after {entry_id} {where}")
     return 0
@@ -46,11 +49,20 @@ def _grant(options: argparse.Namespace) -> int:
     where = f"(Redis: {_where(config)})"
     if entry_id is None:
         raise RelayError(f"nothing changed: {user} is not revoked on {channel} {where}")
+    if options.json:
+        _emit(channel, user, entry_id)
+        return 0
     print(
         f"Ended the revocation of {user} on {channel} at {entry_id} {where}."
         " Token, protocol, application and rights hash decide again."
     )
     return 0
+
+
+def _emit(channel: Channel, user: str, entry_id: EntryID) -> None:
+    from relay.cli.output import emit
+
+    emit({"channel": channel, "user": user, "id": str(entry_id)})
 
 
 async def revoke(redis: RedisSettings, channel: Channel, user: str) -> EntryID:

@@ -104,6 +104,7 @@ def parse(
         _redis(change)
         change.add_argument("channel", metavar="CHANNEL")
         change.add_argument("user", metavar="USER")
+        change.add_argument("--json", action="store_true", help="print one JSON object")
     operate.add(commands, partial(_operator, configured=configured))
     imported_arguments.add_commands(commands, imports, _command, _serving)
     options = parser.parse_args(arguments)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from relay.hub.hub import Hub
     from relay.hub.session import Client, Encoder, Session, Subscription
     from relay.transports.between_workers.forwarder import Forward
+    from relay.transports.between_workers.session_ids import SessionIds
 
 
 class OpenSession(Protocol):
@@ -95,7 +96,7 @@ class Bus(Protocol):
     """Sends bytes to another worker of the cluster, on any host."""
 
     instance: str
-    # Names this worker in the IDs that clients see. It is random, and does not contain the host.
+    # Names this worker to the others. It is random, and clients do not see it.
     address: str
 
     def send(self, address: str, topic: str, payload: bytes) -> None:
@@ -237,6 +238,8 @@ class DoorContext:
     # Read a native JWT, or a token of a protocol that `ReadsTokens`. Unauthorized if it is neither.
     read_token: Callable[[str], Principal]
     forward: Forward
+    # IDs of polling sessions, from which every worker finds the owner.
+    session_ids: SessionIds
     # Pass a request to the one worker of this host that receives all such requests, so that they
     # keep their order. None if this is that worker, or if the connection cannot be passed.
     gather: Callable[[web.Request], Awaitable[web.StreamResponse | None]]

@@ -50,6 +50,7 @@ class EngineIoClients(Generic[Client]):
         self._clients: set[Client] = set()
         self.endpoint = Endpoint(
             address=context.bus.address,
+            ids=context.session_ids,
             timing=timing,
             buffer_bytes=context.client_buffer_bytes,
             opened=self._opened,

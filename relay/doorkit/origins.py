@@ -66,7 +66,12 @@ class AllowedOrigins:
         if origin is None:
             raise Forbidden(f"a cookie needs an Origin; {instead}" if instead else "no Origin")
         reason = f"Origin {_shown(origin)} is not allowed; add it to {self._setting}"
-        _log.warning("Rejected a client with a cookie: %s", reason)
+        _log.warning(
+            "Rejected a client with a cookie: %s. If the page is relay's own, a proxy has replaced"
+            " Host by %s; let it pass on the browser's Host",
+            reason,
+            _shown(headers.get("Host", "")),
+        )
         raise Forbidden(reason)
 
     def cors(self, headers: Mapping[str, str], path: str) -> dict[str, str]:

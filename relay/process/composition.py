@@ -76,6 +76,7 @@ from relay.stream.upkeep.unused import UnusedStreams
 from relay.stream.write.appender import Appender
 from relay.transports.between_workers.forwarder import Forwarder
 from relay.transports.between_workers.internal import InternalListener
+from relay.transports.between_workers.session_ids import SessionIds
 
 if TYPE_CHECKING:
     import aiohttp
@@ -255,6 +256,7 @@ def build(base: Foundation) -> Parts:
         http=base.http,
         read_token=tokens.read,
         forward=server.forward,
+        session_ids=SessionIds(cluster.bus.address, lambda: directory.keys),
         gather=server.gather,
         not_reading=partial(_not_reading, reader),
         wait_connected=reader.wait_ready,

@@ -63,5 +63,12 @@ class Incoming:
             try:
                 if await dead_letters.write(clients, keys, channel, broken, node=node):
                     self._metrics.dead_letters.inc()
+                    _log.info(
+                        "Entry %s of %s cannot be delivered: %s. It was saved as a dead letter; see"
+                        " `relay dead-letters list`",
+                        broken.id,
+                        channel,
+                        broken.reason,
+                    )
             except RelayError as exc:
                 _log.warning("Could not write dead letter %s of %s: %s", broken.id, channel, exc)

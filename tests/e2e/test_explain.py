@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.cli import Cli
-from tests.support.clients import LIMIT_S, Native, redis, stream_key
+from tests.support.clients import LIMIT_S, Native, redis, stream_key, until
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server
 
@@ -84,6 +84,8 @@ async def test_entries_that_nobody_could_receive(
     broken = relay.xadd(channel, nothing="1")
     found = await explain(user, broken, "dead_letter")
     assert "data" in found["sentence"]
+    line = f"Entry {broken} of {channel} cannot be delivered: "
+    await until(lambda: any(line in each for each in relay.log))
     last = relay.xadd(channel, data="2")
     await client.next()
     redis(valkey, "XTRIM", stream_key(channel), "MAXLEN", 1)

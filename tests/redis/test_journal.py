@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 
@@ -47,8 +48,9 @@ def journal(links: ShardLinks, events: int = 1000) -> Journal:
 
 
 async def test_events_of_a_client_are_read_in_order_and_expire(
-    links: ShardLinks, admin: Redis
+    links: ShardLinks, admin: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.DEBUG, "relay.inspect.journal")
     written = journal(links)
     hub = make_hub(Reads())
     hub.observer = written
@@ -57,6 +59,13 @@ async def test_events_of_a_client_are_read_in_order_and_expire(
     session.attach(Outbox())
     session.end()
     written.turned_away(ConnectionInfo("10.9.9.9"), "native", "unauthorized", "the token is old")
+    # The log has the same life of the client.
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split()[:2] for line in lines[:2]] == [
+        ["Connected", info.id],
+        ["Disconnected", info.id],
+    ]
+    assert "the token is old" in lines[2]
     await written.flush()
     reader = JournalReader(admin, KEYS)
     first, second = await reader.newest(EventFilter(user="ann"), 10)

@@ -14,6 +14,7 @@ from typing import Any
 from aiohttp import web
 
 from relay.doorkit.origins import any_origin
+from relay.transports.between_workers.session_ids import SessionIds
 from relay.transports.engineio.endpoint import Endpoint, Opened, Timing
 from relay.transports.engineio.engine import Engine
 from relay.transports.engineio.packets import MESSAGE, Packet, frame
@@ -74,7 +75,8 @@ def _connect(engine: Engine, _asked: HttpRequest) -> None:
 
 def _endpoint(opened: Opened) -> Endpoint:
     return Endpoint(
-        address="w",
+        address="5f0c9a31",
+        ids=SessionIds("5f0c9a31", lambda: (b"key",)),
         timing=_TIMING,
         buffer_bytes=1_000_000,
         opened=opened,

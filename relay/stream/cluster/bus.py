@@ -6,8 +6,7 @@ The number of receivers that PUBLISH returns is not used: operators and proxies 
 
     (S)PUBLISH <p>bus:<address> <topic> NUL <sender's address> NUL <payload>
 
-The address is the random part of the worker's name. Clients see it in session IDs, so it must not
-contain the host or port.
+The address is the random part of the worker's name.
 """
 
 from __future__ import annotations

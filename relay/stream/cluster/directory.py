@@ -37,11 +37,13 @@ class WorkerDirectory:
         self._on_conflict = on_conflict
         # Authenticates connections between workers. Empty until the first `refresh`.
         self.key = b""
+        # The present key and, if it was lost in Redis, the one before it.
+        self.keys: tuple[bytes, ...] = (b"",)
         self._client = client
         self._keys = keys
         self._deaths = deaths
         self._detector = DeadWorkerDetector(client=client, keys=keys, dead=deaths.is_dead)
-        # Instance and internal address by the address that session IDs contain.
+        # Instance and internal address by the address that session IDs name.
         self._workers: dict[str, tuple[str, str]] = {}
         self._read_at = 0.0
         self._reading = asyncio.Lock()
@@ -70,7 +72,10 @@ class WorkerDirectory:
         for instance, beat in registry.items():
             if beat is not None and not self._deaths.is_certain(instance):
                 self._deaths.withdraw(instance)
-        self.key = await self._shared_key()
+        key = await self._shared_key()
+        if key != self.key:
+            self.keys = (key, self.key) if self.key else (key,)
+            self.key = key
 
     async def _shared_key(self) -> bytes:
         """Return the key of all workers. The first worker writes it."""

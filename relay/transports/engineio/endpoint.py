@@ -1,16 +1,14 @@
 """The HTTP endpoint of Engine.IO: one path for both protocol versions, and this worker's sessions.
 
-A session's ID contains the address of its worker. A request that arrives at another worker is
-passed on to it (`between_workers.forwarder`), so no sticky proxy is needed. Errors are those of
-engine.io 6.6 (captured): status 400 and `{"code","message"}`. Unlike engine.io, relay rejects a
-WebSocket with an unsupported protocol version before the upgrade.
+A session's ID names its worker (`between_workers.session_ids`). A request that arrives at another
+worker is passed on to it (`between_workers.forwarder`), so no sticky proxy is needed. Errors are
+those of engine.io 6.6 (captured): status 400 and `{"code","message"}`. Unlike engine.io, relay
+rejects a WebSocket with an unsupported protocol version before the upgrade.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -23,6 +21,7 @@ from relay.core.client_libraries import allowed_headers
 from relay.core.errors import RelayError
 from relay.core.slices import next_slice
 from relay.transports.between_workers.forwarder import Forward
+from relay.transports.between_workers.session_ids import SessionIds
 from relay.transports.engineio import packets
 from relay.transports.engineio.engine import Engine
 from relay.transports.engineio.packets import Malformed
@@ -51,7 +50,6 @@ _MESSAGES = (
     "Forbidden",
     "Unsupported protocol version",
 )
-_ADDRESS = re.compile(r"[0-9A-Za-z_-]{1,32}")
 _TEXT = "text/plain; charset=UTF-8"
 _SCRIPT = "text/javascript; charset=UTF-8"
 _PING_4 = packets.frame(packets.Packet(packets.PING), 4)
@@ -77,7 +75,7 @@ Opened = Callable[[Engine, HttpRequest], None]
 
 
 class Endpoint:
-    """All sessions of one protocol on this worker, whose address is part of their IDs.
+    """All sessions of one protocol on this worker, which their IDs name.
 
     `cors` returns the headers of every answer.
     """
@@ -86,6 +84,7 @@ class Endpoint:
         self,
         *,
         address: str,
+        ids: SessionIds,
         timing: Timing,
         buffer_bytes: int,
         opened: Opened,
@@ -93,6 +92,7 @@ class Endpoint:
         forward: Forward,
     ) -> None:
         self._address = address
+        self._ids = ids
         self._buffer_bytes = buffer_bytes
         self._opened = opened
         self._cors = cors
@@ -136,7 +136,8 @@ class Endpoint:
             return web.Response(status=204, headers=self._preflight(request.headers))
         asked = http_request(request, b"")
         sid = asked.query.get("sid", "")
-        owner = owner_of(sid)
+        engine = self._engines.get(sid)
+        owner = self._ids.owner_of(sid) if sid and engine is None else None
         if owner is not None and owner != self._address:
             try:
                 passed_on = await self._forward(request, owner, self._timing.max_payload_bytes)
@@ -147,7 +148,6 @@ class Endpoint:
             # There is no such worker, and no such session.
             return passed_on or as_response(self._refusal(400, UNKNOWN_SID, request.headers))
         # Only a session's client may send a body.
-        engine = self._engines.get(sid)
         if request.method == "POST" and engine is not None:
             try:
                 body = await read_body(request, engine.max_message_bytes)
@@ -213,7 +213,7 @@ class Endpoint:
 
     def _engine(self, version: int, asked: HttpRequest) -> Engine:
         engine = Engine(
-            sid=new_sid(self._address),
+            sid=self._ids.new(),
             version=version,
             buffer_bytes=self._buffer_bytes,
             max_message_bytes=self._timing.max_payload_bytes,
@@ -385,15 +385,3 @@ def _form_field(body: bytes) -> bytes:
         return fields["d"][0].encode()
     except (KeyError, ValueError):
         raise Malformed("a form without the field d") from None
-
-
-def new_sid(address: str) -> str:
-    """Return an ID that cannot be guessed and contains the address of its worker."""
-    # The tilde tells the socket.io-emitter bridge that a room of this name is one client's socket.
-    return f"~{secrets.token_urlsafe(15)}.{address}"
-
-
-def owner_of(sid: str) -> str | None:
-    """Return the address of the worker that made this ID, or None if it is not a session's ID."""
-    address = sid.partition(".")[2]
-    return address if _ADDRESS.fullmatch(address) else None

@@ -58,8 +58,12 @@ def test_a_rejected_cookie_is_logged_with_its_origin(caplog: pytest.LogCaptureFi
     ORIGINS.check_cookie(headers(Origin=APP))
     reason = "Origin 'https://evil.example' is not allowed; add it to [x] y"
     with caplog.at_level(logging.WARNING), pytest.raises(Forbidden, match=re.escape(reason)):
-        ORIGINS.check_cookie(headers(Origin="https://evil.example"))
-    assert caplog.messages == [f"Rejected a client with a cookie: {reason}"]
+        ORIGINS.check_cookie(headers(Origin="https://evil.example", Host="backend:8000"))
+    (line,) = caplog.messages
+    assert line == (
+        f"Rejected a client with a cookie: {reason}. If the page is relay's own, a proxy has"
+        " replaced Host by 'backend:8000'; let it pass on the browser's Host"
+    )
 
 
 def test_a_page_of_another_origin_cannot_read_and_the_log_names_the_setting(
