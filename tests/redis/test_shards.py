@@ -17,6 +17,7 @@ from relay.stream.shards.cluster_map import ClusterMap
 from relay.stream.shards.making import keys_of
 from relay.stream.shards.server_list import check_list
 from relay.stream.shards.shard import is_misplaced
+from tests.support.clients import until
 from tests.support.redis_cluster import RedisCluster, running_cluster
 from tests.support.valkey import Flavour, Server
 
@@ -56,6 +57,33 @@ async def test_the_map_follows_a_slot(cluster: RedisCluster) -> None:
         assert await command(clients.for_key(key), "XLEN", key) == 1
         found = [await command(client, "DBSIZE") for _, client in await clients.each()]
         assert sum(found) == 1
+
+
+async def test_the_end_of_a_subscription_shifts_no_reply(cluster: RedisCluster) -> None:
+    pushes: list[list[object]] = []
+    shards = ClusterMap(cluster.settings())
+    await shards.refresh()
+    moved = b"shift:{moved}"
+    shard = shards.shard_of(moved)
+    kept = f"shift:{{{shard.tag}}}".encode()
+    connection = await PipelineConnection.open(
+        await shard.locate(), settings=shard.settings, on_push=pushes.append
+    )
+    try:
+        await connection.execute([("SSUBSCRIBE", moved), ("SSUBSCRIBE", kept)])
+        source = await asyncio.to_thread(cluster.owner_of, moved)
+        # Redis sends the push of an unsubscription unasked.
+        asked = connection.execute([("ECHO", "1"), ("ECHO", "2")])
+        await asyncio.to_thread(cluster.move, moved, (source + 1) % 3)
+        assert await asked == [b"1", b"2"]
+        await until(lambda: [push[:2] for push in pushes] == [[b"sunsubscribe", moved]])
+        # It answers one of these with an error, and the other with a push.
+        connection.end_sharded(moved)
+        connection.end_sharded(kept)
+        assert await connection.execute([("ECHO", "3")]) == [b"3"]
+        assert [push[1] for push in pushes] == [moved, kept]
+    finally:
+        connection.close()
 
 
 async def test_a_server_without_cluster_mode_is_named(server: Server) -> None:

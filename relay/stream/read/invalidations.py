@@ -63,10 +63,13 @@ class Canary:
         """Record that an invalidation has arrived."""
         self._received_at = asyncio.get_running_loop().time()
 
+    def age_s(self) -> float:
+        """Return the time since the last invalidation."""
+        return asyncio.get_running_loop().time() - self._received_at
+
     def is_working(self) -> bool:
         """Return whether an invalidation arrived within the last few periods."""
-        age = asyncio.get_running_loop().time() - self._received_at
-        return age < self._period_s * MISSED_CANARIES
+        return self.age_s() < self._period_s * MISSED_CANARIES
 
     async def start(self, connection: PipelineConnection) -> bool:
         """Turn tracking on. Return False if the server refuses it (an ACL rule, a proxy)."""

@@ -33,6 +33,7 @@ from relay.stream.connection.rights import find_rejected
 from relay.stream.read import stream_commands
 from relay.stream.read.groups import CERTIFY, group_of
 from relay.stream.read.invalidations import (
+    MISSED_CANARIES,
     Canary,
     sweep_steps,
     swept_streams,
@@ -54,6 +55,7 @@ _log = logging.getLogger(__name__)
 
 _MESSAGES = frozenset({b"message", b"smessage"})
 _RETRY_S = 1.0
+_SILENT_S = 3.0
 # Periods of checks of rights: usually, and while rights are missing.
 _RIGHTS_S, _RIGHTS_MISSING_S = 60.0, 5.0
 _UNREAD_BATCH = (16, 256)
@@ -245,6 +247,13 @@ class StreamReader:
         Unlike `ready`, this stays True while this worker is only late.
         """
         return self._connection is not None
+
+    def is_silent(self) -> bool:
+        """Return True if the server has proved nothing for seconds, although it is connected.
+
+        On a busy host, canaries are often late by more than `ready` allows.
+        """
+        return self._canary.age_s() > max(_SILENT_S, 2 * MISSED_CANARIES * self._settings.canary_s)
 
     def settled(self) -> bool:
         """Return False after a reconnect until all streams were checked for new entries."""

@@ -121,7 +121,7 @@ class ShardReaders:
         # A frozen server is still connected. If no reader is ready, this worker is only late.
         is_late = not self.ready()
         return all(
-            reader is not None and reader.is_connected() and (is_late or reader.ready())
+            reader is not None and reader.is_connected() and (is_late or not reader.is_silent())
             for reader in readers
         )
 
