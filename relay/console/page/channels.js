@@ -5,6 +5,9 @@ import { attempt, duration, el, every, field, mono, number, panel, plural, rate,
 // Rows whose numbers are refreshed, and the length of the request for them.
 const REFRESHED = 40;
 const REFRESHED_CHARS = 4000;
+// New rows for which a search goes on, and how long.
+const ROWS = 20;
+const SEARCH_MS = 2000;
 
 export const channelLink = (channel) =>
   el("a", { href: `#/channel/${encodeURIComponent(channel)}` }, mono(channel));
@@ -82,13 +85,18 @@ export function channels(root, parameters, signal) {
     rows.set(stream.channel, { row, added: stream.added, at: now });
   }
 
+  // A page comes from a part of the keys, so a rare name may need several.
   async function load() {
-    const page = await get("channels", { pattern, cursor }, signal);
-    for (const stream of page.channels) show(stream);
-    cursor = page.cursor;
+    const end = performance.now() + SEARCH_MS;
+    const wanted = rows.size + ROWS;
+    do {
+      const page = await get("channels", { pattern, cursor }, signal);
+      for (const stream of page.channels) show(stream);
+      cursor = page.cursor;
+    } while (cursor && rows.size < wanted && performance.now() < end);
     more.hidden = !cursor;
     note.textContent = rows.size
-      ? `${plural(rows.size, "channel")}${cursor ? ", more exist" : ""}`
+      ? `${plural(rows.size, "channel")}${cursor ? ", more may exist" : ""}`
       : cursor
         ? "No channel found yet. Load more to continue the search."
         : "No channel matches.";

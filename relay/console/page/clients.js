@@ -179,7 +179,7 @@ export function client(root, _parameters, signal, id) {
     }
     rejections.replaceChildren(
       ...(connection.rejections.length
-        ? connection.rejections.map((each) => el("p", {}, mono(each.channel ?? "–"), ` ${visible(each.reason ?? "")}`))
+        ? connection.rejections.map((each) => el("p", {}, each.channel ? channelLink(each.channel) : "–", ` ${what(each)}`))
         : [el("p", { class: "quiet" }, "None.")]),
     );
   }
