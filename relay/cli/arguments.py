@@ -73,6 +73,10 @@ def parse(
     configured(convert)
     check = _command(commands, "checkconfig", "check the configuration as `serve` does")
     configured(check)
+    replace = _command(
+        commands, "upgrade", "replace the running relay by the installed version; needs a PID file"
+    )
+    configured(replace)
     _command(commands, "version", "print the version")
 
     token = _command(commands, "token", "print a token signed with the first [jwt] key")

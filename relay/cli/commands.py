@@ -70,6 +70,10 @@ def _runner(command: str) -> _Command:
             from relay.cli.serving import serve
 
             return serve
+        case "upgrade":
+            from relay.cli.upgrade import upgrade
+
+            return upgrade
         case "genconfig" | "checkconfig" | "convert-config":
             from relay.cli import configured
 

@@ -14,8 +14,11 @@ from relay.cli.banner import banner
 from relay.cli.configured import configuration
 from relay.cli.local_key import uses_local_key, with_local_key
 from relay.config.loading import Config
+from relay.core.errors import RelayError
 from relay.core.worker_memory import Worker
 from relay.process import app, logs, supervisor
+from relay.process.handover import inheritance
+from relay.process.service_manager import notify
 from relay.rights.token import TokenReader
 
 _log = logging.getLogger(__name__)
@@ -25,7 +28,18 @@ def serve(options: argparse.Namespace) -> int:
     """Serve until a signal arrives and return the exit code."""
     if getattr(options, "worker", None):
         return _work(Worker.parse(options.worker))
+    # Now, because the old relay of an upgrade reads the standard error until then.
+    inherited = inheritance()
+    try:
+        return _serve(options)
+    except (RelayError, BaseExceptionGroup) as exc:
+        if inherited.failed(exc):
+            # The old relay logs it.
+            return 1
+        raise
 
+
+def _serve(options: argparse.Namespace) -> int:
     def reload() -> Config:
         config = with_local_key(configuration(options, complete=True))
         app.check(config)
@@ -53,6 +67,7 @@ def serve(options: argparse.Namespace) -> int:
             options=configured.token_options(options),
             launcher=_launcher(),
         )
+        notify(READY=1)
         try:
             print(text, flush=True)
         except OSError as exc:

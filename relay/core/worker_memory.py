@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import json
 import mmap
 import os
 import signal
@@ -30,6 +31,8 @@ READY, ERROR = "ready", "error "
 REOPEN_LOG = b"reopen"
 # Followed by the instance name of a worker that has died.
 DIED = b"died "
+# Send the listening sockets to the supervisor. Later: another relay has them, so stop.
+SEND_SOCKETS, HANDED_OVER = b"send sockets", b"handed over"
 _PR_SET_PDEATHSIG = 1
 # A slot has the size of whole cache lines, so that workers do not invalidate each other's caches.
 _SLOT = 16
@@ -177,22 +180,44 @@ class Worker:
     # Sockets for handing over connections: from other workers, and to each of them by number.
     inbox: socket.socket
     outboxes: Mapping[int, socket.socket]
+    # Socket for sending the listening sockets to the supervisor.
+    upward: socket.socket | None = None
+    # Listening sockets that relay has inherited: descriptor, name, and whether another process
+    # keeps it open.
+    inherited: Sequence[tuple[int, str, bool]] = ()
+    # Whether the workers of another relay still serve.
+    is_upgrade: bool = False
 
     @staticmethod
-    def argument(number: int, memory: int, inbox: int, outboxes: Sequence[int]) -> str:
+    def argument(
+        number: int,
+        memory: int,
+        inbox: int,
+        outboxes: Sequence[int],
+        upward: int,
+        inherited: Sequence[tuple[int, str, bool]],
+        *,
+        is_upgrade: bool,
+    ) -> str:
         """Return the value of --worker, which contains inherited descriptors."""
-        return ":".join(map(str, (number, memory, os.getpid(), inbox, *outboxes)))
+        own = ":".join(map(str, (number, memory, os.getpid(), inbox, *outboxes)))
+        return f"{own} {json.dumps([upward, inherited, is_upgrade])}"
 
     @classmethod
     def parse(cls, text: str) -> Worker:
         """Parse the value of --worker. From now on, this process dies with its supervisor."""
-        number, memory, parent, inbox, *outboxes = (int(part) for part in text.split(":"))
+        own, _, rest = text.partition(" ")
+        number, memory, parent, inbox, *outboxes = (int(part) for part in own.split(":"))
+        upward, inherited, is_upgrade = json.loads(rest)
         die_with_parent(parent)
         return cls(
             number,
             WorkerMemory(memory),
             socket.socket(fileno=inbox),
             {index: socket.socket(fileno=each) for index, each in enumerate(outboxes, 1)},
+            socket.socket(fileno=upward),
+            inherited,
+            is_upgrade,
         )
 
     @staticmethod

@@ -9,13 +9,17 @@ import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from relay.config.lists import split
 from relay.core.errors import StartError
+from relay.transports.socket.inherited import addresses
 
 if TYPE_CHECKING:
     from relay.config.loading import Config
+    from relay.process.handover import Inheritance
     from relay.process.server import Listening
+    from relay.transports.socket.inherited import InheritedSockets
 
 METRICS_PORT = "[metrics] port"
 HEALTH_PATH, ALIVE = "/healthz", "alive\n"
@@ -42,7 +46,11 @@ def wanted_addresses(
 
 
 def check_addresses(
-    config: Config, listeners: Sequence[Listening], *, accept_running: bool = False
+    config: Config,
+    listeners: Sequence[Listening],
+    *,
+    accept_running: bool = False,
+    inherited: InheritedSockets | None = None,
 ) -> str:
     """Bind to each address and release it again.
 
@@ -51,6 +59,7 @@ def check_addresses(
         listeners: What a start would open.
         accept_running: Accept a port in use if a relay answers on one of these listeners, because
             the configuration of a running relay is checked before a reload.
+        inherited: Sockets that are open already. Their addresses are not checked.
 
     Returns:
         A note about that relay, or an empty string.
@@ -61,7 +70,7 @@ def check_addresses(
     note = ""
     for each, port in wanted_addresses(config, listeners):
         try:
-            for sock in bound(each.host, port):
+            for sock in bound(each.host, port, name=each.name, inherited=inherited):
                 sock.close()
         except OSError as exc:
             taken = exc.errno == errno.EADDRINUSE
@@ -75,10 +84,18 @@ def check_addresses(
     return note
 
 
-def bound(host: str, port: int, *, shared: bool = False) -> list[socket.socket]:
+def bound(
+    host: str,
+    port: int,
+    *,
+    shared: bool = False,
+    name: str = "",
+    inherited: InheritedSockets | None = None,
+) -> list[socket.socket]:
     """Return sockets bound to the addresses of a `host` setting. They accept no connections.
 
     `shared`: the workers of this relay can bind to the addresses too, but no other program.
+    Addresses of the listener `name` that have an inherited socket are left out.
 
     Raises:
         OSError: An address cannot be used, or another program listens there.
@@ -91,6 +108,8 @@ def bound(host: str, port: int, *, shared: bool = False) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     try:
         for family, kind, protocol, _, address in dict.fromkeys(found):
+            if inherited is not None and inherited.serve(name, str(address[0]), port):
+                continue
             try:
                 sock = socket.socket(family, kind, protocol)
             except OSError:
@@ -114,19 +133,53 @@ def bound(host: str, port: int, *, shared: bool = False) -> list[socket.socket]:
     return sockets
 
 
+def check_inherited(
+    config: Config, listeners: Sequence[Listening], inheritance: Inheritance
+) -> None:
+    """Close inherited sockets that no listener needs. StartError if they are systemd's."""
+    wanted = [
+        (each.name, address, port)
+        for each, port in wanted_addresses(config, listeners)
+        for address in addresses(hosts_of(each.host), port)
+    ]
+    internal = urlsplit(f"//{config.node.internal_address}")
+    if internal.port:
+        last = internal.port + config.node.workers
+        wanted += [
+            ("internal", address, port)
+            for port in range(internal.port, last)
+            for address in addresses([internal.hostname or "::"], port)
+        ]
+    needed = []
+    for each in inheritance.sockets.left:
+        if any(each.serves(*one) for one in wanted):
+            needed.append(each)
+            continue
+        if inheritance.from_systemd:
+            names = ", ".join(dict.fromkeys(one.name for one in listeners))
+            raise StartError(
+                f"LISTEN_FDS: no listener has the address {each.address}; change [server] port, or"
+                f" set FileDescriptorName in the socket unit to one of {names}"
+            )
+        each.socket.close()
+    inheritance.sockets.left = needed
+
+
 @contextmanager
-def reserved(config: Config, shared: Listening) -> Iterator[int]:
+def reserved(config: Config, shared: Listening, inherited: InheritedSockets) -> Iterator[int]:
     """Keep the shared listener's address for this relay's workers, and yield its port.
 
     Raises:
         StartError: The address cannot be used.
     """
     try:
-        sockets = bound(shared.host, shared.port, shared=True)
+        sockets = bound(
+            shared.host, shared.port, shared=True, name=shared.name, inherited=inherited
+        )
     except OSError as exc:
         raise StartError(listen_error(config, shared, exc)) from exc
     try:
-        yield sockets[0].getsockname()[1]
+        yield sockets[0].getsockname()[1] if sockets else shared.port
     finally:
         for sock in sockets:
             sock.close()

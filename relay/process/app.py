@@ -22,6 +22,7 @@ import logging
 import os
 import pickle
 import signal
+import socket
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,16 +33,32 @@ from pydantic import SecretStr
 
 from relay.core.errors import RedisUnavailable, RelayError, StartError
 from relay.core.metrics import Metrics
-from relay.core.worker_memory import DIED, REOPEN_LOG, Worker
+from relay.core.worker_memory import DIED, HANDED_OVER, REOPEN_LOG, SEND_SOCKETS, Worker
 from relay.process import logs
+from relay.process.addresses import check_inherited
 from relay.process.composition import Foundation, Parts, build, http_rights, section_of
 from relay.process.doctor.at_start import log_faults
 from relay.process.drain import at_most, drain, end_all, wait_closed, wait_for_silence
-from relay.process.embedded import private_folder, redis_address, running_valkey
+from relay.process.embedded import (
+    EmbeddedValkey,
+    lock_path,
+    private_folder,
+    redis_address,
+    running_valkey,
+)
+from relay.process.handover import (
+    PID_FILE,
+    VALKEY,
+    Inheritance,
+    Upgrades,
+    inheritance,
+    send_sockets,
+)
 from relay.process.internal_address import open_internal
 from relay.process.pid_file import pid_file, write_error
 from relay.process.reloading import Reloads
 from relay.process.server import Listening, node_name
+from relay.process.service_manager import notify
 from relay.process.start_signals import STOP_SIGNALS, release_signals
 from relay.process.tracing import tracing
 from relay.stream.cluster.workers import check_schema
@@ -51,6 +68,7 @@ from relay.stream.shards.clients import ShardClients, shard_clients
 from relay.stream.shards.making import keys_of
 from relay.stream.shards.server_list import check_list
 from relay.stream.write.confirmations import check_namespaces
+from relay.transports.socket.inherited import InheritedSocket
 from relay.transports.socket.listener import raise_open_file_limit
 
 if TYPE_CHECKING:
@@ -84,8 +102,12 @@ def run(
     writes the pid file for all of them.
     """
     raise_open_file_limit()
-    with pid_file("" if worker else config.node.pid_file):
-        return uvloop.run(Relay(config, reload, on_ready, worker).run())
+    inherited = Inheritance.of_worker(worker) if worker else inheritance()
+    path = "" if worker else config.node.pid_file
+    with pid_file(path, inherited.file(PID_FILE, Path(path))) as file:
+        if file is not None:
+            inherited.files[PID_FILE] = file
+        return uvloop.run(Relay(config, reload, on_ready, worker, inheritance=inherited).run())
 
 
 def check(config: Config) -> list[Listening]:
@@ -115,9 +137,13 @@ class Relay:
         on_ready: Callable[[int, str], None],
         worker: Worker | None = None,
         *,
+        inheritance: Inheritance | None = None,
         check_only: bool = False,
     ) -> None:
         """`check_only`: `run` returns once all parts are built; see `check`."""
+        self._inheritance = inheritance or Inheritance()
+        self._is_handed_over = False
+        self._valkey: EmbeddedValkey | None = None
         self._config = config
         self._check_only = check_only
         self.listeners: list[Listening] = []
@@ -149,7 +175,8 @@ class Relay:
         config, redis = self._config, redis_address(self._config.redis)
         async with contextlib.AsyncExitStack() as stack:
             if not self._check_only and self._worker is None:
-                await stack.enter_async_context(running_valkey(config.redis))
+                lock = self._inheritance.file(VALKEY, lock_path(config.redis))
+                self._valkey = await stack.enter_async_context(running_valkey(config.redis, lock))
             clients = operators = await stack.enter_async_context(shard_clients(redis))
             if url := config.console.redis_url.get_secret_value():
                 operator = redis.model_copy(update={"url": url, "password": SecretStr("")})
@@ -193,6 +220,8 @@ class Relay:
             ]
             doors.append(("console", parts.console, config.console))
             self.listeners = parts.server.plan(config, doors)
+            if self._worker is None:
+                check_inherited(config, self.listeners, self._inheritance)
             if not self._check_only:
                 await self._serve(foundation, parts)
         return 0
@@ -201,7 +230,8 @@ class Relay:
         reloads = Reloads(
             self._reload, lambda: self._config, lambda config: self._apply(config, base, parts)
         )
-        self._handle_other_signals(reloads)
+        upgrades = self._upgrades(parts)
+        self._handle_other_signals(reloads, upgrades)
         self._log_disabled(parts)
         parts.freezes.start()
         reading = self._spawn(self._keep_reading(parts), name="reader")
@@ -210,12 +240,15 @@ class Relay:
             for name, each in parts.producers.items()
         ]
         tasks = [reading, *producers, *self._start_tasks(base, parts, reloads)]
+        tasks.append(self._spawn(upgrades.run(), name="upgrades"))
         try:
             await self._start(base, parts)
             self._starting = None
             with parts.collections:
                 await self._stop.wait()
-                _log.info("Received a stop signal; stopping")
+                if not self._is_handed_over:
+                    notify(STOPPING=1)
+                    _log.info("Received a stop signal; stopping")
                 await self._leave(parts, producers, reading)
         finally:
             # Don't log the reader's exit when startup has failed.
@@ -252,21 +285,28 @@ class Relay:
     async def _start(self, base: Foundation, parts: Parts) -> None:
         """Open the listeners."""
         # Wait for the first read so that early clients are not rejected while Redis is reachable.
+        # At an upgrade, another relay serves them meanwhile.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_FIRST_READ_S):
+            async with asyncio.timeout(None if self._is_upgrade else _FIRST_READ_S):
                 await parts.reader.wait_ready()
                 await parts.cluster.wait_open()
                 await parts.cluster.measure(base.metrics.clock)
+        while self._is_upgrade and parts.not_ready():  # noqa: ASYNC110  # as in `_announce`
+            await asyncio.sleep(_LOOK_S)
         number = self._worker.number if self._worker else None
+        inherited = self._inheritance.sockets
         parts.heartbeat.set_internal(
-            await open_internal(parts.internal, base.config.node, base.clients.shards, number)
+            await open_internal(
+                parts.internal, base.config.node, base.clients.shards, number, inherited
+            )
         )
-        port = await parts.server.start(base.config, self.listeners, number)
+        port = await parts.server.start(base.config, self.listeners, number, inherited)
         if parts.listeners:
             # Do this before reporting to the supervisor that this worker is ready.
             parts.listeners.start(self._spawn)
         if base.config.insecure:
             _log.warning("INSECURE: anyone may read every channel over SSE and WebSocket")
+        await self._inheritance.take_over(self._config.node.pid_file)
         reason = parts.not_ready()
         if not reason:
             self._on_ready(port, base.redis.url)
@@ -313,11 +353,12 @@ class Relay:
             leaving.create_task(releasing, name="leases")
             if parts.listeners:
                 leaving.create_task(parts.listeners.close_if_others_serve(), name="listeners")
-            await wait_for_silence(
-                lambda: parts.hub.opened,
-                min(_NOTICED_S, node.drain_s),
-                min(_LAST_CLIENTS_S, node.drain_s),
-            )
+            if not self._is_handed_over:
+                await wait_for_silence(
+                    lambda: parts.hub.opened,
+                    min(_NOTICED_S, node.drain_s),
+                    min(_LAST_CLIENTS_S, node.drain_s),
+                )
             await parts.server.reject_clients()
             await drain(
                 parts.hub.sessions(),
@@ -367,12 +408,50 @@ class Relay:
             loop.add_signal_handler(number, self._on_stop_signal)
         release_signals(only_stop=True)
 
-    def _handle_other_signals(self, reloads: Reloads) -> None:
+    def _handle_other_signals(self, reloads: Reloads, upgrades: Upgrades) -> None:
         loop = asyncio.get_running_loop()
         if self._worker is None:
             loop.add_signal_handler(signal.SIGHUP, reloads.request)
             loop.add_signal_handler(signal.SIGUSR1, logs.reopen)
+            loop.add_signal_handler(signal.SIGUSR2, upgrades.request)
             release_signals()
+
+    @property
+    def _is_upgrade(self) -> bool:
+        """Whether another relay serves until this one is ready."""
+        return self._worker.is_upgrade if self._worker else self._inheritance.is_upgrade
+
+    def _upgrades(self, parts: Parts) -> Upgrades:
+        async def sockets() -> list[InheritedSocket]:
+            return self._sockets(parts)
+
+        def handed_over(used: set[str]) -> None:
+            if self._valkey is not None and VALKEY in used:
+                self._valkey.hand_over()
+            self._hand_over(parts)
+
+        return Upgrades(
+            sockets=sockets,
+            files=lambda: self._inheritance.locked(self._valkey),
+            handed_over=handed_over,
+            pid_file=self._config.node.pid_file,
+        )
+
+    @staticmethod
+    def _sockets(parts: Parts) -> list[InheritedSocket]:
+        # A port that the system has chosen is different for each worker and each start.
+        internal = [
+            InheritedSocket(socket.socket(fileno=os.dup(each.fileno())))
+            for each in parts.internal.sockets
+        ]
+        return [*parts.server.sockets(), *internal]
+
+    def _hand_over(self, parts: Parts) -> None:
+        """Stop: another relay has the listening sockets."""
+        self._is_handed_over = True
+        parts.server.hold()
+        parts.internal.stop()
+        self._stop.set()
 
     def _on_stop_signal(self) -> None:
         if self._stop.is_set():
@@ -387,6 +466,10 @@ class Relay:
         async for message in Worker.messages():
             if message == REOPEN_LOG:
                 logs.reopen()
+            elif message == SEND_SOCKETS and self._worker and self._worker.upward:
+                send_sockets(self._worker.upward, self._sockets(parts))
+            elif message == HANDED_OVER:
+                self._hand_over(parts)
             elif message.startswith(DIED):
                 parts.deaths.report(message.removeprefix(DIED).decode())
             else:

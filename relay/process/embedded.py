@@ -16,7 +16,7 @@ import logging
 import os
 import random
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,23 +119,34 @@ def check_port(settings: RedisSettings) -> None:
             raise embedded.port_taken() from exc
 
 
+def lock_path(settings: RedisSettings) -> Path:
+    """Return the file that the relay with this embedded server locks."""
+    return data_folder(settings) / "relay.lock"
+
+
 @contextlib.asynccontextmanager
-async def running_valkey(settings: RedisSettings) -> AsyncIterator[None]:
+async def running_valkey(
+    settings: RedisSettings, lock: int | None = None
+) -> AsyncIterator[EmbeddedValkey | None]:
     """Run the embedded server within this context, if `settings` require it.
+
+    `lock` is the lock of its folder, from the relay that this process replaces. The server of that
+    relay is then used.
 
     Raises:
         StartError: It cannot start.
     """
     if settings.url != "embedded":
-        yield
+        yield None
         return
     embedded = EmbeddedValkey(data_folder(settings), settings.embedded_port)
-    await embedded.start()
+    await embedded.start(lock)
     try:
         async with asyncio.TaskGroup() as group:
             task = group.create_task(embedded.supervise(), name="embedded Valkey")
+            embedded.on_handed_over = task.cancel
             try:
-                yield
+                yield embedded
             finally:
                 task.cancel()
     finally:
@@ -154,6 +165,9 @@ class EmbeddedValkey:
         self._pid = 0
         self._ending = False
         self._lock: int | None = None
+        # Set while `supervise` runs.
+        self.on_handed_over: Callable[[], object] = lambda: None
+        self._is_handed_over = False
         # Of the earlier starts that this one continues without loss.
         self._certificates: list[int] = []
 
@@ -162,9 +176,26 @@ class EmbeddedValkey:
         """The server's process ID, 0 if it is not running."""
         return self._pid
 
-    async def start(self) -> None:
-        """Start the server and wait until it answers. Raise StartError if it cannot start."""
-        await asyncio.to_thread(self._lock_folder)
+    @property
+    def lock(self) -> int | None:
+        """The descriptor of the folder's lock."""
+        return self._lock
+
+    def hand_over(self) -> None:
+        """Leave the server running: another process has taken it over."""
+        self._is_handed_over = True
+        self.on_handed_over()
+
+    async def start(self, lock: int | None = None) -> None:
+        """Start the server and wait until it answers. Raise StartError if it cannot start.
+
+        `lock` is the lock of the folder if the server of another process is taken over.
+        """
+        if lock is None:
+            await asyncio.to_thread(self._lock_folder)
+        else:
+            self._check_handed_over()
+            self._lock = lock
         try:
             await self._run()
             await self._continue()
@@ -201,9 +232,13 @@ class EmbeddedValkey:
 
     async def stop(self) -> None:
         """Stop the server after it has written its data. Cancel `supervise` first."""
+        if self._is_handed_over:
+            self._release()
+            return
         child, written = self._child, await self._stop_writes()
         await self._end()
-        if written is not None and child is not None and child.returncode == 0:
+        # The exit code of a server that was taken over is not known. The size of its files is.
+        if written is not None and (child is None or child.returncode == 0):
             await asyncio.to_thread(clean_stop.sign_off, self._folder, *written)
         self._release()
 
@@ -212,7 +247,7 @@ class EmbeddedValkey:
 
         Return its replication ID and the size of its files, or None if that is not certain.
         """
-        if self._child is None or self._child.returncode is not None:
+        if not self._pid or (self._child is not None and self._child.returncode is not None):
             return None
         # Without a loss of power everything is on disk with its reply from now on.
         for command in (b"CONFIG SET appendfsync always", b"CLIENT PAUSE 60000 WRITE"):
@@ -255,6 +290,15 @@ class EmbeddedValkey:
             ) from None
         self._lock = lock
         self._certificates = clean_stop.take_record(self._folder)
+
+    def _check_handed_over(self) -> None:
+        """Raise StartError if the running server cannot be used with the present settings."""
+        found = self.left_behind()
+        if found is not None and found[1] != self._port:
+            raise StartError(
+                f"[redis] embedded_port has changed from {found[1]} to {self._port}: this needs a"
+                " restart"
+            )
 
     def _release(self) -> None:
         if self._lock is not None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from relay.config.settings import NodeSettings
     from relay.stream.shards.shard import ShardMap
     from relay.transports.between_workers.internal import InternalListener
+    from relay.transports.socket.inherited import InheritedSockets
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +39,11 @@ def check_internal(node: NodeSettings) -> None:
 
 
 async def open_internal(
-    listener: InternalListener, node: NodeSettings, shards: ShardMap, number: int | None
+    listener: InternalListener,
+    node: NodeSettings,
+    shards: ShardMap,
+    number: int | None,
+    inherited: InheritedSockets,
 ) -> str:
     """Open the internal listener and return its address, or '' if none is needed.
 
@@ -52,7 +57,8 @@ async def open_internal(
         return ""
     port = configured.port + (number or 1) - 1 if configured.port else 0
     try:
-        port = await listener.start(host, port)
+        taken = inherited.take("internal", [host], port)[0] if port else []
+        port = await listener.start(host, port, taken[0].socket if taken else None)
     except OSError as exc:
         problem = f"cannot listen on {host} port {port}: {exc.strerror or exc}"
         if node.internal_address:

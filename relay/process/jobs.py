@@ -191,6 +191,7 @@ class JobScheduler:
             if job.shared
         }
         self._running: set[asyncio.Task[None]] = set()
+        self._is_ending = False
         self._failed = asyncio.Event()
         self._bug: Exception | None = None
         self._scheduler = AsyncIOScheduler(
@@ -208,6 +209,7 @@ class JobScheduler:
             if self._bug is not None:
                 raise self._bug
         finally:
+            self._is_ending = True
             self._scheduler.shutdown(wait=False)
             await end_all(self._running)
 
@@ -247,6 +249,10 @@ class JobScheduler:
             level = logging.DEBUG if self._is_reported(exc) else logging.WARNING
             text = "Skipped job %s: %s; next run in %g s"
             _log.log(level, text, job.name, exc, job.every_s)
+        except asyncio.CancelledError:
+            # APScheduler would log it as an error.
+            if not self._is_ending:
+                raise
         except Exception as exc:  # noqa: BLE001  # `run` raises it
             exc.add_note(f"raised by the periodic job {job.name}")
             self._bug = exc

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from relay.transports.between_workers.forwarder import Forwarder
     from relay.transports.between_workers.internal import Introduction
     from relay.transports.socket.http_connection import HttpConnection
+    from relay.transports.socket.inherited import InheritedSocket, InheritedSockets
 
 _FIRST_BYTES_S, _CHECKS = 0.2, 20
 _SHUTDOWN_S = 3.0
@@ -49,6 +50,16 @@ class Listening:
     routes: Sequence[web.AbstractRouteDef]
     producers: Sequence[web.AbstractRouteDef]
     tls: ssl.SSLContext | None
+
+    @property
+    def name(self) -> str:
+        """The name for systemd's FileDescriptorName: server, metrics or the protocol.
+
+        Further listeners of a protocol have its name and their setting, such as pydio-private_port.
+        """
+        section, _, key = self.setting.partition("] ")
+        name = section.removeprefix("[").removeprefix("protocol:")
+        return name if key == "port" else f"{name}-{key}"
 
 
 class Server:
@@ -147,7 +158,11 @@ class Server:
         return found
 
     async def start(
-        self, config: Config, listeners: Sequence[Listening], worker: int | None
+        self,
+        config: Config,
+        listeners: Sequence[Listening],
+        worker: int | None,
+        inherited: InheritedSockets,
     ) -> int:
         """Open the listeners and return the port of the shared one.
 
@@ -163,10 +178,22 @@ class Server:
             if worker is not None and each.setting == METRICS_PORT:
                 port, shared = port + worker - 1, False
             try:
-                await self._listen(each, port, reuse_port=shared)
+                await self._listen(each, port, reuse_port=shared, inherited=inherited)
             except OSError as exc:
                 raise StartError(listen_error(config, each, exc, port)) from exc
+        for left in inherited.left:
+            # A listener of an earlier configuration, or one that another worker serves.
+            left.socket.close()
         return self._sites[0].port
+
+    def sockets(self) -> list[InheritedSocket]:
+        """Return duplicates of all listening sockets, for another process."""
+        return [each for site, _ in self._all for each in site.sockets]
+
+    def hold(self) -> None:
+        """From now on another process has the sockets: connections in their queues are its own."""
+        for site in self._sites:
+            site.held = True
 
     def balance(self, balance: Balance, spawn: Callable[..., object]) -> None:
         """Share connections to the shared listener with the other workers of this host.
@@ -226,11 +253,11 @@ class Server:
     async def reject_clients(self) -> None:
         """Accept only producers and health checks from now on.
 
-        Listeners that have no producers are closed.
+        Listeners that have no producers are closed, and those whose queue another process serves.
         """
         for site, routes in zip(self._sites, self._lasting, strict=True):
             site.make_handler.is_stopping = True
-            if not routes:
+            if not routes or site.held:
                 await site.stop()
                 continue
             runner = await self._runner([*routes, FallbackRoute("/{any:.*}", _drop)])
@@ -254,16 +281,20 @@ class Server:
         for runner in [*self._last, *self._runners]:
             await runner.cleanup()
 
-    async def _listen(self, listening: Listening, port: int, *, reuse_port: bool) -> None:
+    async def _listen(
+        self, listening: Listening, port: int, *, reuse_port: bool, inherited: InheritedSockets
+    ) -> None:
         runner = await self._runner(listening.routes)
         self._runners.append(runner)
+        taken, hosts = inherited.take(listening.name, hosts_of(listening.host), port)
         site = GuardedSite(
             runner,
-            hosts_of(listening.host),
+            hosts,
             port,
             ssl_context=listening.tls,
             reuse_port=reuse_port,
             limits=self._connections,
+            inherited=taken,
         )
         await site.start()
         self._sites.append(site)

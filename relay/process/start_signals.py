@@ -1,7 +1,8 @@
 """Hold back signals during the start, until their handlers are installed.
 
-The default action of SIGHUP and SIGUSR1 ends the process. As process 1 of a container, relay would
-not receive SIGTERM at all, because the kernel drops it there if it is neither handled nor blocked.
+The default action of SIGHUP, SIGUSR1 and SIGUSR2 ends the process. As process 1 of a container,
+relay would not receive SIGTERM at all, because the kernel drops it there if it is neither handled
+nor blocked.
 
 Imports nothing else of relay: `relay.__main__` calls it before the slow imports.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import signal
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_OTHERS = (signal.SIGHUP, signal.SIGUSR1)
+_OTHERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def hold_signals() -> None:

@@ -22,7 +22,9 @@ import pickle
 import signal
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvloop
@@ -31,19 +33,31 @@ from relay.core.errors import StartError
 from relay.core.worker_memory import (
     DIED,
     ERROR,
+    HANDED_OVER,
     READY,
     REOPEN_LOG,
+    SEND_SOCKETS,
     Worker,
     WorkerMemory,
     shared_memory,
 )
 from relay.process import app, logs
-from relay.process.addresses import check_addresses, reserved
-from relay.process.embedded import redis_address, running_valkey
+from relay.process.addresses import check_addresses, check_inherited, reserved
+from relay.process.embedded import EmbeddedValkey, lock_path, redis_address, running_valkey
+from relay.process.handover import (
+    PID_FILE,
+    VALKEY,
+    Inheritance,
+    Upgrades,
+    inheritance,
+    receive_sockets,
+)
 from relay.process.pid_file import pid_file
 from relay.process.reloading import Reloads
 from relay.process.server import node_name
+from relay.process.service_manager import notify
 from relay.process.start_signals import STOP_SIGNALS, release_signals
+from relay.transports.socket.inherited import InheritedSocket
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -54,6 +68,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _BACK_OFF_S = (0.1, 5.0)
+# Limit for the answers of all workers.
+_ANSWER_S = 5.0
 # After a worker has run this long, the next restart delay is short again.
 _STEADY_S = 10.0
 # Time that a stop may need besides asking the clients, before a stopping worker is killed.
@@ -73,9 +89,14 @@ def run(
     """
     listeners = app.check(config)
     # The kernel would allow two relays with workers to share a port.
-    check_addresses(config, listeners)
-    with pid_file(config.node.pid_file):
-        return uvloop.run(Supervisor(config, listeners, reload, on_ready).run())
+    inherited = inheritance()
+    check_inherited(config, listeners, inherited)
+    check_addresses(config, listeners, inherited=inherited.sockets)
+    path = config.node.pid_file
+    with pid_file(path, inherited.file(PID_FILE, Path(path))) as file:
+        if file is not None:
+            inherited.files[PID_FILE] = file
+        return uvloop.run(Supervisor(config, listeners, reload, on_ready, inherited).run())
 
 
 class Supervisor:
@@ -87,7 +108,23 @@ class Supervisor:
         listeners: Sequence[Listening],
         reload: Callable[[], Config],
         on_ready: Callable[[int, str], None],
+        inheritance: Inheritance,
     ) -> None:
+        self._inheritance = inheritance
+        self._valkey: EmbeddedValkey | None = None
+        self._is_handed_over = False
+        self._inherited_by_workers: dict[int, list[InheritedSocket]] = {}
+        before: Counter[str] = Counter()
+        for inherited in inheritance.sockets.left:
+            if inherited.is_shared:
+                number = before[inherited.address] % config.node.workers + 1
+                before[inherited.address] += 1
+                self._inherited_by_workers.setdefault(number, []).append(inherited)
+        common = [each for each in inheritance.sockets.left if not each.is_shared]
+        inheritance.sockets.left = common
+        # Workers send their listening sockets to the first one.
+        self._upward = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._upward[0].setblocking(False)
         # The current configuration: that of the start, changed by each accepted reload. A worker
         # that replaces another one receives it, even if the file has changed since.
         self._config = config
@@ -116,12 +153,16 @@ class Supervisor:
         async with contextlib.AsyncExitStack() as stack:
             # Reserve the port until the end, so that no other program gets it while a worker
             # restarts.
-            self._port = stack.enter_context(reserved(config, self._listeners[0]))
-            self._handle_signals()
-            await stack.enter_async_context(running_valkey(config.redis))
+            reserving = reserved(config, self._listeners[0], self._inheritance.sockets)
+            self._port = stack.enter_context(reserving)
+            upgrades = self._upgrades()
+            self._handle_signals(upgrades)
+            lock = self._inheritance.file(VALKEY, lock_path(config.redis))
+            self._valkey = await stack.enter_async_context(running_valkey(config.redis, lock))
             redis = redis_address(config.redis).url
             async with asyncio.TaskGroup() as group:
                 reloads = group.create_task(self._reloads.run(), name="reloads")
+                upgrading = group.create_task(upgrades.run(), name="upgrades")
                 try:
                     keepers = [
                         group.create_task(self._keep(number), name=f"worker {number}")
@@ -131,9 +172,14 @@ class Supervisor:
                     await self._stopping.wait()
                     announce.cancel()
                     reloads.cancel()
+                    upgrading.cancel()
                     group.create_task(self._kill_slow_workers(keepers), name="limit")
                 finally:
-                    self._forward(signal.SIGTERM if self._stopping.is_set() else signal.SIGKILL)
+                    if self._is_handed_over:
+                        self._send_all(HANDED_OVER)
+                    else:
+                        stopping = self._stopping.is_set()
+                        self._forward(signal.SIGTERM if stopping else signal.SIGKILL)
         return 0
 
     # ---- one worker -------------------------------------------------------------------------
@@ -180,7 +226,17 @@ class Supervisor:
     async def _spawn(self, number: int) -> Process:
         inbox = self._pairs[number - 1][0].fileno()
         outboxes = [pair[1].fileno() for pair in self._pairs]
-        worker = Worker.argument(number, self._memory, inbox, outboxes)
+        upward = self._upward[1].fileno()
+        inherited = self._inherited_by(number)
+        worker = Worker.argument(
+            number,
+            self._memory,
+            inbox,
+            outboxes,
+            upward,
+            [(each.socket.fileno(), each.name, each.held) for each in inherited],
+            is_upgrade=self._inheritance.is_upgrade,
+        )
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -190,13 +246,30 @@ class Supervisor:
             worker,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            pass_fds=(self._memory, inbox, *outboxes),
+            pass_fds=(
+                self._memory,
+                inbox,
+                *outboxes,
+                upward,
+                *(each.socket.fileno() for each in inherited),
+            ),
             # Ctrl-C in a terminal must reach the supervisor only, which forwards it. A second
             # signal would end the worker immediately.
             start_new_session=True,
         )
         _send(process, self._packed())
+        for each in self._inherited_by_workers.pop(number, ()):
+            # If the worker dies, the kernel must not queue connections for it.
+            each.socket.close()
         return process
+
+    def _inherited_by(self, number: int) -> list[InheritedSocket]:
+        """Return the inherited sockets for a worker.
+
+        Where each worker had its own socket on an address, each is given to one worker, and only at
+        its first start. All other sockets are common to all workers.
+        """
+        return [*self._inherited_by_workers.get(number, ()), *self._inheritance.sockets.left]
 
     def _packed(self) -> bytes:
         """Return the current configuration with the shared port and name, pickled."""
@@ -225,12 +298,39 @@ class Supervisor:
 
     # ---- signals ----------------------------------------------------------------------------
 
-    def _handle_signals(self) -> None:
+    def _upgrades(self) -> Upgrades:
+        def handed_over(used: set[str]) -> None:
+            if self._valkey is not None and VALKEY in used:
+                self._valkey.hand_over()
+            self._is_handed_over = True
+            self._stopping.set()
+
+        return Upgrades(
+            sockets=self._collect_sockets,
+            files=lambda: self._inheritance.locked(self._valkey),
+            handed_over=handed_over,
+            pid_file=self._config.node.pid_file,
+        )
+
+    async def _collect_sockets(self) -> list[InheritedSocket]:
+        """Return the listening sockets of all workers."""
+        self._send_all(SEND_SOCKETS)
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                found = await receive_sockets(self._upward[0], len(self._processes))
+        except TimeoutError:
+            raise StartError(f"a worker did not answer within {_ANSWER_S:g} s") from None
+        # Without SO_REUSEPORT there is one socket on an address, which several workers may have.
+        common = {each.address: each for each in found if not each.is_shared}
+        return [*common.values(), *(each for each in found if each.is_shared)]
+
+    def _handle_signals(self, upgrades: Upgrades) -> None:
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._on_stop_signal)
         loop.add_signal_handler(signal.SIGHUP, self._reloads.request)
         loop.add_signal_handler(signal.SIGUSR1, self._on_reopen_signal)
+        loop.add_signal_handler(signal.SIGUSR2, upgrades.request)
         release_signals()
 
     def _on_stop_signal(self) -> None:
@@ -239,19 +339,21 @@ class Supervisor:
             self._forward(signal.SIGKILL)
             os._exit(1)
         _log.info("Received a stop signal; stopping")
+        notify(STOPPING=1)
         self._stopping.set()
 
     def _reload(self, config: Config) -> None:
         self._config = config
         logs.set_level(config.log.level)
-        payload = self._packed()
-        for process in self._processes.values():
-            _send(process, payload)
+        self._send_all(self._packed())
 
     def _on_reopen_signal(self) -> None:
         logs.reopen()
+        self._send_all(REOPEN_LOG)
+
+    def _send_all(self, payload: bytes) -> None:
         for process in self._processes.values():
-            _send(process, REOPEN_LOG)
+            _send(process, payload)
 
     def _forward(self, number: signal.Signals) -> None:
         for process in self._processes.values():
@@ -269,6 +371,7 @@ class Supervisor:
 
     async def _announce(self, redis: str) -> None:
         await self._all_started.wait()
+        await self._inheritance.take_over(self._config.node.pid_file)
         self._on_ready(self._port, redis)
 
 

@@ -19,7 +19,7 @@ import hmac
 import json
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import cast
 
@@ -145,12 +145,23 @@ class InternalListener:
         self.strangers: Deadlines[_Stranger] = Deadlines(_LINE_S, _Stranger.abort)
         self._server: asyncio.Server | None = None
 
-    async def start(self, host: str, port: int) -> int:
-        """Listen; return the port. Raise OSError if the address is in use or not available."""
+    async def start(self, host: str, port: int, sock: socket.socket | None = None) -> int:
+        """Listen; return the port. Raise OSError if the address is in use or not available.
+
+        `sock` listens on this address already.
+        """
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Stranger(self), host, port)
+        if sock is None:
+            self._server = await loop.create_server(lambda: _Stranger(self), host, port)
+        else:
+            self._server = await loop.create_server(lambda: _Stranger(self), sock=sock)
         found: int = self._server.sockets[0].getsockname()[1]
         return found
+
+    @property
+    def sockets(self) -> Sequence[socket.socket]:
+        """The listening sockets."""
+        return self._server.sockets if self._server is not None else ()
 
     def stop(self) -> None:
         """Stop listening."""

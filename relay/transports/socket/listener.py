@@ -21,12 +21,13 @@ import os
 import resource
 import socket
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import web
 from typing_extensions import override
 
 from relay.transports.socket.http_connection import ConnectionLimits, HttpFactory
+from relay.transports.socket.inherited import InheritedSocket
 
 if TYPE_CHECKING:
     import ssl
@@ -122,17 +123,23 @@ class GuardedSite(web.BaseSite):
         ssl_context: ssl.SSLContext | None = None,
         reuse_port: bool = False,
         limits: ConnectionLimits | None = None,
+        inherited: Sequence[InheritedSocket] = (),
     ) -> None:
         """`hosts` are names and addresses; none means all addresses of both families. `limits` are
-        shared by all listeners of this process."""
+        shared by all listeners of this process. `inherited` are open already; with them, `hosts`
+        are the addresses besides, and none means none."""
         super().__init__(runner, ssl_context=ssl_context, backlog=_BACKLOG)
         self._limits = limits or ConnectionLimits()
         self.serve(runner)
         # While this worker stops, `make_handler` rejects new clients; sessions are still served.
         self._first_handler = self.make_handler
+        self._servers: list[asyncio.Server] = []
         self._hosts = (hosts,) if isinstance(hosts, str) else hosts
         self._port = port
         self._reuse_port = reuse_port
+        self._inherited = inherited
+        # Whether another process keeps the sockets open, and connections in their queues with them.
+        self.held = any(each.held for each in inherited)
         # If the limit is small, as in some containers, reserve an eighth of it.
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         unlimited = limit == resource.RLIM_INFINITY
@@ -163,6 +170,21 @@ class GuardedSite(web.BaseSite):
         """The bound port. It differs from the requested port if that was 0."""
         return self._port
 
+    @property
+    def sockets(self) -> list[InheritedSocket]:
+        """The listening sockets, for another process. Their descriptors are this process's."""
+        return [
+            InheritedSocket(
+                socket.socket(fileno=os.dup(each.fileno())),
+                next((own.name for own in self._inherited if own.name), ""),
+                self.held,
+            )
+            for each in self._listening()
+        ]
+
+    def _listening(self) -> list[socket.socket]:
+        return [each for server in self._servers for each in server.sockets]
+
     async def start(self) -> None:
         """Bind and listen. Raise OSError if the address is in use or not available."""
         await super().start()
@@ -173,33 +195,44 @@ class GuardedSite(web.BaseSite):
             with socket.socket() as free:
                 free.bind(("", 0))
                 self._port = free.getsockname()[1]
-        server = await loop.create_server(
-            lambda: _Gate(self),
-            self._hosts or None,
-            self._port,
-            ssl=self._ssl_context,
-            ssl_handshake_timeout=_HANDSHAKE_S if self._ssl_context else None,
-            backlog=batch,
-            reuse_address=True,
-            reuse_port=self._reuse_port or None,
-        )
-        self._server = server
-        for listening in server.sockets:
+        tls: Any = {
+            "ssl": self._ssl_context,
+            "ssl_handshake_timeout": _HANDSHAKE_S if self._ssl_context else None,
+            "backlog": batch,
+        }
+        self._servers = [
+            await loop.create_server(lambda: _Gate(self), sock=each.socket, **tls)
+            for each in self._inherited
+        ]
+        if self._hosts or not self._inherited:
+            new = await loop.create_server(
+                lambda: _Gate(self),
+                self._hosts or None,
+                self._port,
+                reuse_address=True,
+                reuse_port=self._reuse_port or None,
+                **tls,
+            )
+            self._servers.append(new)
+        for listening in self._listening():
             self._port = listening.getsockname()[1]
             # Set the length of the kernel's queue by listening again, for reconnect storms.
             with socket.socket(fileno=os.dup(listening.fileno())) as again:
                 again.listen(self._backlog)
 
     async def stop(self) -> None:
-        """Stop listening. Connections in the kernel's queue are still served."""
-        if self._server is None:
+        """Stop listening. Connections in the kernel's queue are still served, by this process or by
+        the one that keeps the sockets open."""
+        if not self._servers:
             return
-        listening = cast("asyncio.Server", self._server).sockets
+        listening = [] if self.held else self._listening()
         # Closing a listening socket resets the connections in its queue, so accept them first. The
         # duplicates keep the sockets open until then.
         queues = [socket.socket(fileno=os.dup(each.fileno())) for each in listening]
+        for server in self._servers:
+            server.close()
+        self._servers = []
         await super().stop()
-        self._server = None
         waiting: list[socket.socket] = []
         for queue in queues:
             with queue, contextlib.suppress(OSError):
