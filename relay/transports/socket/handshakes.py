@@ -29,10 +29,11 @@ _log = logging.getLogger(__name__)
 # Clients give up a handshake after 10 to 20 s. Half of this must be left before handshakes are
 # accepted again, so that a worker does not change between both states with each client.
 LONGEST_WAIT_S = 5.0
-# Handshakes per turn of the event loop. The fewest take about 3 ms.
-_FEWEST, _MOST = 8, 64
+# Handshakes per turn of the event loop. The fewest take about 10 ms. With 8 instead of 32, a storm
+# of 10,000 clients took a third more processor time, because fewer clients shared a read.
+_FEWEST, _MOST = 32, 64
 # A longer turn halves the number of handshakes.
-_LONG_TURN_S = 0.02
+_LONG_TURN_S = 0.05
 # Handshakes per second, until the worker's own rate has been measured.
 _FIRST_RATE = 1000.0
 _AVERAGE_S = 1.0

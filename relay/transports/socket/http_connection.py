@@ -209,7 +209,9 @@ class HttpConnection(RequestHandler):
             self._pause_transport_reading()
             return
         if self._handshake:
+            # Clients wait for the answer before they send more.
             self._handshake += data
+            self._pause_transport_reading()
             return
         if self._expects_request and (self._head or not self._head_bytes):
             head = self._head + data
@@ -233,8 +235,6 @@ class HttpConnection(RequestHandler):
             if self.transport is not None:
                 self.transport.write(rejection(head, retry_s))
                 self.transport.close()
-        elif self._handshake:
-            self._pause_transport_reading()
 
     def proceed(self) -> None:
         """Handle the request that has waited for its turn."""
