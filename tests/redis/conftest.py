@@ -14,7 +14,9 @@ from tests.support.topologies import TOPOLOGY, shared
 from tests.support.valkey import PROGRAM, Flavour, Server, running
 
 # With a given program the flavours would be the same, and one is enough for another topology.
-_FLAVOURS = ["valkey"] if {PROGRAM, TOPOLOGY} & set(os.environ) else ["valkey", "redis"]
+_FLAVOURS = ["redis"] if PROGRAM in os.environ else ["valkey", "redis"]
+if TOPOLOGY in os.environ:
+    _FLAVOURS = _FLAVOURS[:1]
 
 
 @pytest.fixture(params=_FLAVOURS, scope="module")

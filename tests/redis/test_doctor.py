@@ -74,8 +74,10 @@ async def administrator(server: Server) -> AsyncIterator[Redis]:
 async def test_a_sound_installation_has_no_errors(healthy: Server) -> None:
     found = await findings(configured(healthy))
     # Debian's Redis 7.0 has a known fault, and its user may not read appendfsync.
+    with healthy.client() as admin:
+        is_debian = str(admin.info("server")["redis_version"]).startswith("7.0.")
     assert set(found) == {
-        "redis.version",
+        *({"redis.version"} if is_debian else ()),
         "redis.appendfsync",
         "configuration.allowed_origins",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from relay.stream.format.keys import Keys
 from relay.stream.shards.making import shard_map
 from relay.stream.write import control
 from relay.stream.write.queue import CommandQueues, Operation
+from tests.support.topologies import TOPOLOGY
 from tests.support.valkey import Flavour, Server, running
 
 pytestmark = pytest.mark.redis
@@ -304,6 +306,7 @@ async def test_a_restart_of_the_server_is_survived(
                 assert admin.xlen(keys.stream(NEWS)) == 2
 
 
+@pytest.mark.skipif(TOPOLOGY in os.environ, reason="replicas and Sentinels send commands, too")
 async def test_an_idle_queue_asks_only_for_its_lease(
     server: Server, admin: Redis, keys: Keys
 ) -> None:

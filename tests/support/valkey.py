@@ -15,6 +15,7 @@ import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +66,14 @@ def binary(flavour: Flavour) -> str:
     if flavour == "valkey":
         return str(get_binary_path())
     return program("redis-server", "redis-server")
+
+
+@cache
+def has_tls(flavour: Flavour) -> bool:
+    """Return True if the server program is built with TLS."""
+    words = ["--port", "0", "--tls-port", str(free_port()), "--tls-cert-file", "/nonexistent"]
+    done = subprocess.run([binary(flavour), *words], capture_output=True, timeout=START_S)
+    return b"Missing implement of connection type" not in done.stdout + done.stderr
 
 
 class Server:
