@@ -319,7 +319,14 @@ class Journal(SessionObserver):
                 )
             try:
                 await self._append(batch)
-            except Unavailable:
+            except Unavailable as exc:
+                if "NOPERM" in str(exc):
+                    # The reader reports a Redis that is unreachable.
+                    _log.warning(
+                        "Could not append to the journal (%s): `relay events` and `relay explain`"
+                        " miss events of this worker. Compare the ACL user with docs/redis.md",
+                        exc,
+                    )
                 self.dropped += len(batch) - bool(self.dropped)
                 return
             self.dropped = 0

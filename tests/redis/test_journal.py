@@ -138,3 +138,19 @@ async def test_a_journal_whose_first_append_failed_is_found_at_once(
     await written.flush()
     found = await JournalReader(admin, KEYS).newest(EventFilter(), 10)
     assert [each["event"] for each in found] == ["rejected", "dropped"]
+
+
+async def test_a_missing_right_is_logged(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    settings = server.settings("maintenance")
+    links = ShardLinks(shard_map(settings), settings)
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(links.run())
+        await links.wait_open()
+        # This user has no right to `EXPIRE`.
+        written = journal(links)
+        written.turned_away(ConnectionInfo("10.9.9.9"), "native", "unauthorized")
+        await written.flush()
+        running.cancel()
+    assert written.dropped == 1
+    assert "Could not append to the journal" in caplog.text
+    assert "docs/redis.md" in caplog.text
