@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
+from producers.outgoing import InvalidEvent, PublishFailed
+from producers.publisher import AsyncPublisher
 from relay.config.settings import NamespaceSettings, PublishSettings
 from relay.core.durability import Durability
 from relay.core.errors import (
@@ -222,6 +224,34 @@ async def test_a_channel_keeps_its_order_whatever_durability_its_requests_choose
             assert not slow.done()
             replica.thaw()
             assert await slow
+
+
+async def test_a_publisher_outside_relay_chooses_a_durability_as_well(
+    tmp_path: Path, flavour: Flavour, keys: Keys
+) -> None:
+    with replicated(tmp_path, flavour) as (primary, replica), primary.client() as admin:
+        spool = tmp_path / "spool"
+        url = primary.url("producer")
+        async with (
+            AsyncPublisher(url, limit_ms=8000) as plain,
+            AsyncPublisher(url, limit_ms=8000, spool=spool) as spooling,
+        ):
+            assert await plain.publish("news", 1, durability="replicated")
+            with pytest.raises(InvalidEvent, match="durability must be"):
+                await plain.publish("news", 1, durability="disk")
+            replica.freeze()
+            with pytest.raises(PublishFailed, match="appended as .* but 0 of 1 replicas") as caught:
+                await plain.publish("news", 2, durability="replicated:1:100")
+            assert caught.value.unknown
+            # It stays in the spool with its durability until a replica has it.
+            assert await spooling.publish("news", 3, durability="replicated:1:100") is None
+            with pytest.raises(PublishFailed):
+                await spooling.flush(1000)
+            replica.thaw()
+            while spool.stat().st_size:
+                with contextlib.suppress(PublishFailed):
+                    await spooling.flush()
+            assert admin.xlen(keys.stream(NEWS)) == 3
 
 
 async def test_events_are_on_disk_or_the_answer_says_why_not(
