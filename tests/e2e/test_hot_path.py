@@ -65,7 +65,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Calls:
             await _receive_events(door, server)
             await _subscribe(door)
             await _publish(relay)
-            os.kill(relay.pid, signal.SIGUSR2)
+            os.kill(relay.pid, signal.SIGRTMIN)
             await until(written.exists)
 
     server.start()

@@ -1,6 +1,6 @@
 """Run a module and record the calls of functions in relay/: `call_trace.py PYTHON -m MODULE ARGS`.
 
-SIGUSR2 ends the recording and writes one line per call, file and function, to $RELAY_CALLS.
+SIGRTMIN ends the recording and writes one line per call, file and function, to $RELAY_CALLS.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _write(*_: object) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGUSR2, _write)
+    signal.signal(signal.SIGRTMIN, _write)
     sys.argv = sys.argv[3:]
     # Modules in this folder have common names and must not hide others.
     del sys.path[0]
