@@ -149,17 +149,19 @@ class Outbox(Protocol):
 
     full: bool
     # Describes the client's connection. None if it is unknown.
-    info: ConnectionInfo | None
+    info: ConnectionInfo | None = None
     # The code of the client's close frame, if it has sent one, and why the socket was closed here.
-    close_code: int | None
-    ending: Reason | None
+    close_code: int | None = None
+    ending: Reason | None = None
 
     @property
     def transport_name(self) -> str:
         """The way in which the client is connected, for operators."""
+        return ""
 
     def waiting_bytes(self) -> int:
         """Return the number of bytes that have not been sent."""
+        return 0
 
     def write(self, data: bytes) -> None:
         """Queue bytes without blocking. Ignored if the client has disconnected."""
