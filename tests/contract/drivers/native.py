@@ -22,7 +22,8 @@ class NativeConnection(Frames):
         while True:
             text = await self.next()
             if text.startswith("close"):
-                return text
+                # The reason of a stop is a random delay.
+                return text.partition(" retry_ms=")[0]
             frame = json.loads(text)
             if "reply" in frame or "id" in frame:
                 self._position = frame["id"]
