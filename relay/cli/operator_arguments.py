@@ -176,7 +176,7 @@ def add(commands: Commands, operator: Operator) -> None:
         "connections",
         "list the connections on all workers, by user, channel, protocol or address",
     )
-    connections.add_argument("--user", metavar="USER", help="connections of this user; '': none")
+    connections.add_argument("--user", metavar="USER", help="of this user; '': without a user")
     connections.add_argument(
         "--channel", metavar="CHANNEL", help="subscribed to this channel, or a pattern with * ? [a]"
     )
@@ -184,7 +184,7 @@ def add(commands: Commands, operator: Operator) -> None:
         "--protocol", "--door", metavar="NAME", help="native, centrifugo, socketio, seafile, pydio"
     )
     connections.add_argument(
-        "--address", metavar="A", help="whose address, or that in X-Forwarded-For, begins with A"
+        "--address", metavar="A", help="address, or that in X-Forwarded-For, begins with A"
     )
     connections.add_argument(
         "--limit", type=_count, default=100, metavar="N", help="list at most N (default 100)"
@@ -201,7 +201,7 @@ def add(commands: Commands, operator: Operator) -> None:
         "events",
         "show what happened to clients: connections, rejections, subscriptions, notices",
     )
-    events.add_argument("--user", metavar="USER", help="of this user; '': of strangers")
+    events.add_argument("--user", metavar="USER", help="of this user; '': without a user")
     events.add_argument("--connection", metavar="ID", help="of this connection")
     events.add_argument("--channel", metavar="CHANNEL", help="of this channel")
     events.add_argument("--protocol", "--door", metavar="NAME", help="of this protocol")

@@ -107,7 +107,7 @@ class NodeSettings(Section):
         60.0,
         ge=0,
         le=300,
-        description="Longest time in which clients are asked to reconnect. With more than drain_per_s times this number, they are asked faster. Set it below the time after which the service manager kills relay.",
+        description="Maximum time for asking clients to reconnect. If there are more clients than drain_per_s times this number, they are asked faster. Set it below the time after which the service manager kills relay.",
     )
 
 
@@ -135,7 +135,7 @@ class LogSettings(Section):
 
 
 class JournalSettings(Section):
-    """[journal]: What happens to clients, for `relay events` and `relay explain`."""
+    """[journal]: Record of what happens to clients, for `relay events` and `relay explain`."""
 
     events: int = Field(
         10000,
@@ -156,7 +156,7 @@ class RedisSettings(Section):
 
     url: str = Field(
         "embedded",
-        description="Redis server that holds the streams: embedded (relay starts its own Valkey), redis://[user:pw@]host:port/db, rediss://..., unix:///path?db=0, redis+sentinel://[user:pw@]host:port,host:port/master-name/db, or rediss+sentinel://... for TLS to Sentinels and servers. Several URLs, separated by commas: channels are distributed over these servers. redis+cluster://[user:pw@]host:port,host:port or rediss+cluster://... for a Redis Cluster, with some of its nodes.",
+        description="Redis server that holds the streams: embedded (relay starts its own Valkey), redis://[user:pw@]host:port/db, rediss://..., unix:///path?db=0, redis+sentinel://[user:pw@]host:port,host:port/master-name/db, or rediss+sentinel://... for TLS to Sentinels and servers. Several URLs, separated by commas: channels are distributed over these servers. redis+cluster://[user:pw@]host:port,host:port or rediss+cluster://... for a Redis Cluster: name some of its nodes.",
     )
     sentinels: str = Field(
         "",
@@ -168,7 +168,7 @@ class RedisSettings(Section):
         SecretStr(""),
         description="Redis password, used if the URL has none. After a reload, new connections use the new one.",
     )
-    db: int = Field(0, ge=0, le=1000000, description="Redis database, with sentinels. With url, the database is part of it.")
+    db: int = Field(0, ge=0, le=1000000, description="Redis database number, used with sentinels. With url, set the database in the URL.")
     tls: bool = Field(False, description="Use TLS to the servers that the Sentinels name. With url, its scheme decides.")
     sentinel_user: str = Field("", description="User of the Sentinels. Empty: the user default.")
     sentinel_password: SecretStr = Field(
@@ -315,7 +315,7 @@ class ConsoleSettings(ListenerSection):
     fixed: ClassVar[frozenset[str]] = Section.fixed | {"redis_url"}
 
     password: SecretStr = Field(SecretStr(""), description="Password of the console. Leave empty to disable the console.")
-    redis_url: SecretStr = Field(SecretStr(""), description="URL of the same Redis with a user that may do what operators do, for example requeue dead letters and revoke rights (the user maintenance in docs/redis.md). Empty: the console uses the connection of relay, and Redis may reject such actions.")
+    redis_url: SecretStr = Field(SecretStr(""), description="URL of the same Redis with a user that has the rights of an operator, for example to requeue dead letters and revoke rights (the user maintenance in docs/redis.md). Empty: the console uses relay's own connection, and Redis may reject such actions.")
     host: str = Field("", description="Address of a separate listener for the console. Used only if port is set. Empty: the address of [server].")
     port: int = Field(0, ge=0, le=65535, description="Port of a separate listener for the console. 0: use the listener of [server].")
     tls_cert: str = Field("", description="PEM file with the certificate chain of the separate listener. Empty: the certificate of [server].")

@@ -1,1 +1,1 @@
-"""The operator console: a page and an admin API for whoever knows its password."""
+"""The operator console: a page and an admin API, protected by a password."""

@@ -44,7 +44,7 @@ class TooManyAttempts(LimitExceeded):
 
 @dataclass(frozen=True, slots=True)
 class ConsoleSession:
-    """A session of somebody who has logged in. Requests that change something need `csrf`."""
+    """The session of an operator. Requests that change something must send `csrf`."""
 
     id: str
     csrf: str
@@ -139,7 +139,7 @@ class Access:
 
 
 def _equal(one: str, other: str) -> bool:
-    """Compare in a time that depends on neither."""
+    """Return True if the texts are equal. The time does not depend on their content."""
     first, second = (
         hashlib.sha256(text.encode(errors="surrogatepass")).digest() for text in (one, other)
     )
@@ -151,5 +151,5 @@ def _is_id(text: str) -> bool:
 
 
 def _name(session_id: str) -> str:
-    # Whoever can read Redis must not find usable cookies.
+    # Redis stores a hash only, from which no valid cookie can be made.
     return f"console:session:{hashlib.sha256(session_id.encode()).hexdigest()}"

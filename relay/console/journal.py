@@ -1,4 +1,4 @@
-"""What happened to clients, and why a user did not receive an event."""
+"""The journal, and the explanation why a user did not receive an event."""
 
 from __future__ import annotations
 

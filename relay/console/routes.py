@@ -93,7 +93,7 @@ class Console(Mounted):
     def at(self, prefix: str, password: Callable[[], SecretStr]) -> list[web.AbstractRouteDef]:
         """Return the routes of the console below `prefix`.
 
-        `password` is valid there besides the one of [console]. Empty ones are not valid.
+        `password` is accepted there in addition to that of [console]. Empty passwords are not.
         """
 
         def passwords() -> list[str]:
@@ -108,7 +108,7 @@ class Console(Mounted):
 
     @override
     async def closed(self) -> None:
-        # Requests of the API end by themselves.
+        # There are no long-lived connections to wait for.
         return
 
 

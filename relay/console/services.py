@@ -1,4 +1,4 @@
-"""What the console receives from the relay, and the requests of its API."""
+"""The services that the console uses, and the requests of its API."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Body(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ApiRequest:
-    """One request of somebody who has logged in."""
+    """One request of an operator who has logged in."""
 
     http: web.Request
     services: ConsoleServices
@@ -116,7 +116,7 @@ def channel_of(text: str) -> Channel:
 
 
 def entry_id_of(text: str, name: str) -> EntryID:
-    """Return an entry ID. Raise BadRequest if it is none."""
+    """Return an entry ID. Raise BadRequest if it is invalid."""
     try:
         return EntryID.parse(text)
     except ValueError as exc:

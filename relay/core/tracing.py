@@ -18,7 +18,7 @@ _VALID = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 def field_of(text: str | None) -> Mapping[bytes, bytes] | None:
-    """Return the entry field for a producer's traceparent. One that is not valid is ignored."""
+    """Return the entry field for a producer's traceparent. None if it is invalid."""
     value = (text or "").encode(errors="replace")
     return {FIELD: value} if _VALID.fullmatch(value) else None
 
@@ -41,5 +41,5 @@ class AppendTracer(Protocol):
     ) -> AppendSpan:
         """Begin the span of an append. Its parent is `parent`, or the request that is handled.
 
-        `source` is how the event came to relay.
+        `source` names the way in which relay received the event.
         """

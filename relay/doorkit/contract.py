@@ -280,7 +280,7 @@ class Mounted(Protocol):
     `routes` are served on the shared listener, or on the protocol's own if its section has a
     `port`. `listeners` are additional ones. `drain_s` is the time in seconds that clients may stay
     connected during a stop, for clients that do not reconnect by themselves. If it is None, clients
-    are asked to reconnect over `[node] drain_s`.
+    are asked to reconnect at `[node] drain_per_s`.
 
     `producers` are routes for programs that publish and do not retry. During a stop they are served
     until the clients have disconnected, while new clients are rejected. They have the paths of

@@ -75,7 +75,7 @@ class Batch:
     def _deliver_limited(
         self, encoder: Encoder, subscriptions: Collection[Subscription], begin: int, end: int
     ) -> tuple[int, int]:
-        """Deliver records of which not all are for everyone. Return their number and bytes."""
+        """Deliver records that have recipients. Return the number of events and their bytes."""
         offered = size = 0
         for subscription in subscriptions:
             selectors = subscription.session.selectors

@@ -70,7 +70,7 @@ class FeedObserver(BatchObserver, Protocol):
 class FeedHub(Protocol):
     """The hub as its feeds see it."""
 
-    # None while nobody watches.
+    # None while no operator watches.
     tap: FeedObserver | None
     # None if traces are disabled.
     trace: BatchObserver | None

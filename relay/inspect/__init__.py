@@ -1,1 +1,1 @@
-"""What operators ask of running workers: connections, journal, and why a client got no event."""
+"""Answers for operators: connections, the journal, and why a client did not receive an event."""

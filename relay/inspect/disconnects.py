@@ -38,7 +38,7 @@ class ConnectionCloser:
         self._hub = hub
 
     async def answer(self, values: Values) -> dict[str, Any]:
-        """Do as the question `close` says. Return how many connections were closed: 0 or 1."""
+        """Answer the question `close`: close the connection. Return the number closed, 0 or 1."""
         connection = values.get("connection")
         if not isinstance(connection, str) or not connection:
             raise BadQuestion("connection must be the ID of a connection")

@@ -6,7 +6,7 @@ has one for all of them. `unknown` lists what could not be determined, so that a
 more certain than its sources.
 
 "Received" means that relay has written the event to the client's connection. A protocol without
-acknowledgements does not tell more.
+acknowledgements contains no further information.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DEAD_LETTERS = 10_000
 
 
 class Outcome(StrEnum):
-    """What happened to an event for a user or one client."""
+    """The outcome of an event for a user or one client."""
 
     RECEIVED = "received"
     # Of the event:
@@ -83,7 +83,7 @@ class ClientOutcome:
 
 @dataclass(slots=True, kw_only=True)
 class Explanation:
-    """The answer. `clients` are the user's connections that the journals and workers know."""
+    """The answer. `clients` are the user's connections in the journals and on the workers."""
 
     user: str
     channel: str
@@ -112,7 +112,7 @@ class _Interval:
 
 @dataclass(slots=True)
 class _Client:
-    """What is known of one connection."""
+    """Facts about one connection."""
 
     id: str
     protocol: str = ""
@@ -127,7 +127,7 @@ class _Client:
 
 
 class Explainer:
-    """Answers for one installation.
+    """Explains for one installation.
 
     `client_of` returns the Redis client for the keys of a channel, `client` is the one for keys
     that belong to no channel.
@@ -240,7 +240,7 @@ class Explainer:
         if after is None and state.first is not None and checked < _RIGHTS_ENTRIES:
             return f"the right of {user} is revoked, and was before {before}"
         if after is None:
-            found.unknown.append(f"{user} is revoked now; since when is not in the stream any more")
+            found.unknown.append(f"{user} is revoked now; the time is not in the stream any more")
         return ""
 
     async def _first_change_after(

@@ -1,4 +1,4 @@
-"""How many clients follow a channel, by protocol, on all workers."""
+"""Count the clients that follow a channel, by protocol, on all workers."""
 
 from __future__ import annotations
 

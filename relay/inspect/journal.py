@@ -1,4 +1,4 @@
-"""The journal: what happened to this worker's clients, in a short stream in Redis.
+"""The journal: a short Redis stream of the events of this worker's clients.
 
 Each worker has one stream, which expires an hour after the worker has ended:
 
@@ -8,9 +8,9 @@ Events are collected and appended in batches, ten times a second at most. If Red
 are dropped and counted. Nothing here waits for Redis except `run`.
 
 A client without a user is a stranger. Repeated events of strangers are counted per address and
-reason instead of written, so that nobody can fill the journal without a credential.
+reason and not written, so that a client without a credential cannot fill the journal.
 
-The same events are the log lines of level debug.
+At log level debug, the same events are logged.
 """
 
 from __future__ import annotations

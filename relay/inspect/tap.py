@@ -1,9 +1,9 @@
 """The live tap: what happens on this worker while an operator watches.
 
 A record describes one event that was read from a stream, with the clients that received it and
-those that did not, or one event of the journal: a rejection, a subscription, a gap. Whoever watches
-asks all workers for their records about once a second; a worker that is no longer asked stops
-recording. Nobody watching costs one comparison per batch of entries.
+those that did not, or one event of the journal: a rejection, a subscription, a gap. The console
+asks all workers for their records about once a second. A worker that is no longer asked stops
+recording. Without an operator who watches, the cost is one comparison per batch of entries.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from relay.inspect.questions import Answers, Questions, Values
 
 QUESTION = "tap"
-# A watcher that has not asked for so long is gone.
+# A watcher that has not asked for this long is removed.
 _GONE_S = 10.0
 _WATCHERS = 8
-# Records of one watcher that wait, and that are made per second. Further ones are only counted.
+# Records of one watcher: the most that wait, and the most per second. Others are only counted.
 _WAITING, _PER_S = 300, 100
 # Clients that are examined for one event with recipients, and named in its record.
 _EXAMINED, _NAMED = 500, 5
@@ -45,7 +45,7 @@ _TEXTS = ("watch", "channel", "user", "connection")
 
 
 class _Watcher:
-    """What one operator watches."""
+    """The filters and records of one operator."""
 
     __slots__ = (
         "asked_at",

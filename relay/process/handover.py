@@ -9,7 +9,8 @@
 Both have the same sockets, so no connection is refused or lost at any time. If the new relay cannot
 start, the old one continues and logs the reason.
 
-This module has both ends. systemd passes sockets in its own way (`LISTEN_FDS`, sd_listen_fds(3)).
+This module contains both sides. systemd passes sockets in another way (`LISTEN_FDS`,
+sd_listen_fds(3)).
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def _sockets(values: dict[str, Any], descriptors: Sequence[int]) -> list[Inherit
 
 
 async def receive_sockets(control: socket.socket, senders: int) -> list[InheritedSocket]:
-    """Receive the sockets that so many processes send to a non-blocking socket."""
+    """Receive sockets on a non-blocking socket until `senders` processes have sent theirs."""
     found: list[InheritedSocket] = []
     while senders:
         await _readable(control)
@@ -216,7 +217,10 @@ class Inheritance:
         return self._control is not None
 
     async def take_over(self, pid_path: str) -> None:
-        """Let the old relay stop, if there is one, and receive its signals. The caller serves."""
+        """Let the old relay stop, if there is one, and take over its PID file.
+
+        Call this when the new relay serves.
+        """
         if self._control is None:
             return
         self._send({"ready": sorted(self.used)})

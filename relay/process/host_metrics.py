@@ -49,7 +49,7 @@ class HostMetrics:
         self._site = site
         self._scrapes: RequestCoalescer[str, bytes] = RequestCoalescer()
         self._process = ProcessCollector(registry=CollectorRegistry())
-        # What the predecessors of this worker have counted.
+        # Counters of earlier processes with this worker's number.
         self._inherited: list[Family] = []
         # Asks the other workers; set if there are others.
         self.balance: Balance | None = None

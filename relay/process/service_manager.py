@@ -15,7 +15,7 @@ def notify(**values: object) -> None:
     if address.startswith("@"):
         address = f"\0{address[1:]}"
     message = "\n".join(f"{name}={value}" for name, value in values.items())
-    # If systemd does not read it, relay serves all the same.
+    # Ignore errors: relay works without these messages.
     with (
         contextlib.suppress(OSError),
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock,

@@ -26,7 +26,7 @@ class SiteMetrics:
         self._queues = queues
 
     async def collected(self) -> list[Family]:
-        """Return the lengths. Those that Redis does not tell within a second are omitted."""
+        """Return the lengths. Those that Redis does not return within a second are omitted."""
         letters = Family(
             "relay_dead_letter_entries", "gauge", "Dead letters in Redis; the same on all hosts"
         )

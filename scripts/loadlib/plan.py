@@ -85,14 +85,19 @@ class Plan:
             "relay": f"{several}{self.hosts} hosts, {self.workers} workers",
             "Redis servers": f"{several}{self.redis_servers}",
             "deliveries/s": f"{self.deliveries_per_s:,.0f}",
-            "relay cores busy": f"{self.relay_cores:.2g}",
-            "Redis cores busy": f"{self.redis_cores:.2g}",
+            "relay cores busy": _rounded(self.relay_cores),
+            "Redis cores busy": _rounded(self.redis_cores),
             "MB per host": f"{self.memory_mb_per_host:,.0f}",
-            "Mbit/s per host": f"{self.network_mbit_per_host:.2g}",
+            "Mbit/s per host": _rounded(self.network_mbit_per_host),
             "all back": f"{self.storm_s:.1f} s",
             "one event to all": f"{self.broadcast_s:.2g} s",
             "decides": self.first_limit,
         }
+
+
+def _rounded(value: float) -> str:
+    """Return the value with two significant digits, without an exponent."""
+    return f"{float(f'{value:.2g}'):g}"
 
 
 def typical(clients: int) -> list[Traffic]:

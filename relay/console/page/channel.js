@@ -15,7 +15,7 @@ export function channel(root, _parameters, signal, name) {
     ["Group", "Worker", "Position", { text: "Unread", number: true }, { text: "Delay", number: true }],
     { id: "groups" },
   );
-  const noGroups = el("p", { class: "quiet" }, "No consumer groups: nobody follows this channel.");
+  const noGroups = el("p", { class: "quiet" }, "No consumer groups: no worker follows this channel.");
   root.append(
     el("h2", { class: "object", id: "object" }, "Channel ", mono(name)),
     el("section", { class: "panel", "aria-labelledby": "object" }, summary),

@@ -142,7 +142,7 @@ async def _streams(config: Config, clients: ShardClients, keys: Keys) -> list[Fi
             note(
                 "data.foreign_groups",
                 f"Consumer groups of other programs: {strangers}",
-                "relay neither uses nor removes them. One that nobody reads costs Redis memory for"
+                "relay neither uses nor removes them. An unused group costs Redis memory for"
                 " its pending entries.",
                 "redis-cli XINFO GROUPS KEY; remove an unused one with XGROUP DESTROY KEY GROUP",
             )

@@ -1,4 +1,4 @@
-"""What the doctor reports."""
+"""Findings of the doctor."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from enum import Enum
 
 
 class Level(Enum):
-    """How serious a finding is. Only errors let `relay doctor` fail."""
+    """How serious a finding is. `relay doctor` fails if there is an error."""
 
-    # Events are lost, rejected or read by strangers, or will be.
+    # Events are, or will be, lost, rejected or readable without permission.
     ERROR = "error"
     # It works now, but a restart, a failover, growth or an attack will break it.
     WARNING = "warning"

@@ -227,7 +227,7 @@ class _Probe:
                 "proxy.host",
                 f"{self._base}{path} rejects pages of {self._origin} (status 403)",
                 "relay compares Origin with Host, and the proxy has changed one of them, so that"
-                " its own pages look like those of strangers.",
+                " relay rejects pages of its own origin.",
                 f"{_HOST} or [protocol:{door}]\nallowed_origins = {self._origin}",
             )
         ]

@@ -140,7 +140,7 @@ def _memory(info: Info) -> Iterator[Finding]:
         yield error(
             "redis.eviction",
             f"Redis may evict any key (maxmemory-policy {policy})",
-            "When the memory is full, whole streams disappear with events that nobody has read.",
+            "When the memory is full, whole streams disappear with undelivered events.",
             keep,
         )
     elif policy.startswith("volatile-"):

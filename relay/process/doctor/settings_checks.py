@@ -1,7 +1,7 @@
 """Check the configuration: secrets, allowed origins, and settings that contradict each other.
 
-What `serve` rejects is found by the same code (`relay.process.app.check`). Here is what it accepts
-although it cannot be meant.
+`relay.process.app.check` finds settings that `serve` rejects. This module finds settings that
+`serve` accepts although they are probably a mistake.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DISTINCT = 8
 _GENERATE = "openssl rand -base64 32"
 # Settings whose value signs something: with it, anyone can forge credentials.
 _SIGNING = frozenset({"key", "secret", "admin_secret", "notification_token"})
-# Passwords of other servers. Their strength is not relay's business.
+# Passwords of other servers. Relay does not judge their strength.
 _FOREIGN = frozenset(
     {"password", "sentinel_password", "redis_password", "db_password", "http_token"}
 )
@@ -59,7 +59,7 @@ def _notes(config: Config) -> Iterator[Finding]:
                 "configuration.socketio_namespace",
                 f"The namespace of the emitters is set, but not read: {line}",
                 "relay listens for emitters in the namespace of its clients. Emitters that use"
-                " another one are not heard.",
+                " another one are ignored.",
                 "[protocol:socketio]\nnamespace = the one that the emitters use; remove the other"
                 " setting",
             )
@@ -89,7 +89,7 @@ def of_secrets(config: Config) -> Iterator[Finding]:
                     yield warning(
                         "configuration.shared_secret",
                         f"{other} and {setting} are the same secret",
-                        "Whoever may sign tokens for one of them may also sign for the other.",
+                        "A program that can sign tokens for one of them can do so for the other.",
                         f"Set another secret, for example the output of: {_GENERATE}",
                     )
 
@@ -128,7 +128,7 @@ def _secret(setting: str, text: str, *, is_key: bool) -> Iterator[Finding]:
         yield warning(
             "configuration.short_secret",
             f"{setting} has {size} bytes; a key for HS256 should have {_KEY_BYTES}",
-            "Whoever has one token can try keys offline, without asking relay.",
+            "Anyone who has one token can try keys offline, without sending requests to relay.",
             fix,
         )
 

@@ -3,7 +3,7 @@
 Each attempt is counted before its password is compared, so that simultaneous attempts are limited
 too. There are two limits: one for attempts from similar addresses, which slows down one guesser
 without locking out everybody else, and one for all attempts, which slows down guessers with many
-addresses. Addresses share a fixed number of places, so that nobody can fill Redis with them.
+addresses. Addresses share a fixed number of places, so that attempts cannot fill Redis.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class LoginAttempts:
         return wait_ms / 1000
 
     async def succeeded(self, address: str) -> None:
-        """Forget the attempts from this address."""
+        """Delete the attempts from this address."""
         await connect.command(self._client, "HDEL", self._key, _place(address))
 
     async def _run(self, *words: str | int) -> int:

@@ -187,7 +187,7 @@ class Keys:
         return f"{self._site}present:{instance}".encode()
 
     def journal(self, instance: str) -> bytes:
-        """Return the stream of what happened to a worker's clients."""
+        """Return the stream with the journal of a worker."""
         return f"{self._site}journal:{instance}".encode()
 
     def canary(self, instance: str, tag: str = "") -> bytes:

@@ -2,9 +2,9 @@
 
 One task reads the shard map: at the start, periodically, and as soon as a reply or a push shows
 that a key is in another shard. Streams whose shard has changed are given to its reader and examined
-there. Parked streams are examined again after each look. For a few seconds after such a sign, looks
-follow each other after 50 ms at first and after a second at most: a slot may still be on its way,
-and the node that is asked may not have heard of the change.
+there. Parked streams are examined again after each read of the map. After such a reply, the map is
+read repeatedly for a few seconds, after 50 ms at first and then at most once a second: a slot may
+still be moving, and the node that is asked may not have received the change yet.
 
 A server that cannot be reached affects only the channels in its shard. `problem` names it.
 """
@@ -197,7 +197,7 @@ class ShardReaders:
                     reader.unpark()
                 if self._problem:
                     self.look()
-                # At least this time between two looks.
+                # At least this time between two reads of the map.
                 await backoff.pause()
                 if loop.time() < self._look_until:
                     continue

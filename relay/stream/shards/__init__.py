@@ -1,6 +1,6 @@
-"""Which Redis server has which key: one server, several servers, or a Redis Cluster.
+"""Shard maps: find the Redis server of a key, for one server, several servers or a Redis Cluster.
 
-Everything in `relay.stream` that sends commands for keys goes through a `ShardMap`:
+Everything in `relay.stream` that sends commands for keys uses a `ShardMap`:
 
 * `shard_map(settings)` creates it; `keys_of(settings)` creates the key names that fit it. A single
   server or a primary behind Sentinel is a map with one shard, so that there is one code path.

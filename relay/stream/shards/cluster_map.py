@@ -1,7 +1,7 @@
 """The shard map of a Redis Cluster: its primaries and their slots, as its nodes report them.
 
-`refresh` asks one node after another until one has a complete view. A node may not have heard of
-the latest change yet; its view is older if its cluster epoch is lower, and is then used only if no
+`refresh` asks one node after another until one has a complete view. A node may not have received
+the latest change yet. Its view is older if its cluster epoch is lower, and is then used only if no
 node has a newer one.
 """
 
@@ -168,7 +168,7 @@ class ClusterMap:
             connection.close()
         lines = dict(line.partition(b":")[::2] for line in info.split(b"\r\n"))
         if lines.get(b"cluster_state") != b"ok":
-            raise RedisUnavailable(f"the Redis Cluster is not complete, says {node}")
+            raise RedisUnavailable(f"{node} reports that the Redis Cluster is not complete")
         epoch = int(lines.get(b"cluster_current_epoch", b"0"))
         return _View(epoch, cast("list[list[object]]", ranges), node)
 
@@ -196,6 +196,6 @@ class ClusterMap:
 
 def _address(server: Sequence[object], asked: str) -> tuple[str, int]:
     host, port = cast("tuple[bytes | None, int]", (server[0], server[1]))
-    # A node that does not know its own address reports none or "?": it is the one that was asked.
+    # A node reports no address, or "?", for itself if none is configured: use the one asked.
     known = host is not None and host not in (b"", b"?")
     return cast(bytes, host).decode() if known else asked, port

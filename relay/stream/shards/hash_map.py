@@ -68,7 +68,7 @@ class HashMap:
         return self._only or self._chosen(tag_of(key))
 
     def names(self) -> str:
-        """Return the servers' names, in an order of their own: those by which keys are placed."""
+        """Return the names that decide where keys are, sorted to compare lists of servers."""
         return ", ".join(sorted(shard.id for shard in self._shards))
 
     async def refresh(self) -> None:

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def shard_map(settings: RedisSettings) -> ShardMap:
-    """Create the map. ConfigError if the URL is invalid."""
+    """Create the map. Raise ConfigError if the URL is invalid."""
     return ClusterMap(settings) if cluster_seeds(settings) else HashMap(servers_of(settings))
 
 
 def keys_of(settings: RedisSettings) -> Keys:
-    """Return the key names: those of no channel have a tag if there may be several shards."""
+    """Return the key names. Keys of no channel have a tag if there may be several shards."""
     several = bool(cluster_seeds(settings)) or len(servers_of(settings)) > 1
     return Keys(settings.prefix, has_site_tag=several)
 
