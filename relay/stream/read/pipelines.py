@@ -6,6 +6,7 @@ send them, and pass the replies to `on_replies()` before the next call of `comma
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -203,12 +204,12 @@ class LivePipelines:
     def _move_groups(self) -> list[RedisCommand]:
         """Return the commands that move groups to this worker's positions, for operators."""
         moves: list[RedisCommand] = []
-        for stream, read in self._groups_due.items():
+        for stream in list(itertools.islice(self._groups_due, _READ_BATCH)):
+            read = self._groups_due.pop(stream)
             if stream.settled and not stream.misaligned:
                 at = ("XGROUP", "SETID", stream.key, self._group, str(stream.position))
                 # Without this number, XINFO GROUPS shows no lag.
                 moves.append(at if read is None else (*at, "ENTRIESREAD", read))
-        self._groups_due = {}
         return moves
 
     def retry_paused(self) -> bool:
@@ -216,7 +217,8 @@ class LivePipelines:
 
         Call this once a second. It also moves the groups of the streams that were read since then.
         """
-        self._groups_due, self._groups_behind = self._groups_behind, {}
+        self._groups_due |= self._groups_behind
+        self._groups_behind = {}
         self._groups_moved.clear()
         streams = [stream for stream in self._mode.pop_paused() if stream.alive]
         for stream in streams:
@@ -271,7 +273,8 @@ class LivePipelines:
                 continue
             aligning = stream.misaligned
             plain = self._mode.plain and self._mode.is_plain_for(stream)
-            form = _Form(aligning, plain, stream in self._groups_moved and not (aligning or plain))
+            behind = stream in self._groups_moved or stream in self._groups_due
+            form = _Form(aligning, plain, behind and not (aligning or plain))
             if form.aligning and not form.plain:
                 self._counts.pop(stream, None)
                 self._caught_up.discard(stream)
@@ -409,7 +412,8 @@ class LivePipelines:
             self._metrics.lost_wakeups.inc()
         complete = len(entries) < count
         if keeps_group:
-            self._groups_behind[stream] = state.added if complete else None
+            behind = self._groups_due if stream in self._groups_due else self._groups_behind
+            behind[stream] = state.added if complete else None
         records = stream_commands.decode_all(stream, entries, self._decode)
         first = records[0].id if records else None
         if first is not None and first <= stream.position:

@@ -209,8 +209,10 @@ class ShardReaders:
     async def stop(self) -> None:
         """Stop reading and destroy the groups of this worker."""
         self._stopping = True
-        for reader in list(self._readers.values()):
-            await reader.stop()
+        # A server that does not answer must not keep the groups on the others.
+        async with asyncio.TaskGroup() as stopping:
+            for reader in list(self._readers.values()):
+                stopping.create_task(reader.stop(), name=f"stop {reader.shard.name}")
 
     # ---- the map ----------------------------------------------------------------------------
 
@@ -229,7 +231,10 @@ class ShardReaders:
                 name = f"reader of {shard.name}"
                 self._tasks[shard] = tasks.create_task(reader.run(), name=name)
         self._place_control()
-        moved = await self._move()
+        # Only a Redis Cluster moves keys.
+        can_move = any(shard.uses_sharded_pubsub for shard in present)
+        moved = await self._move() if can_move else False
+        self._follow_homeless()
         for shard in [shard for shard in self._readers if shard not in present]:
             _log.info("No longer reading streams from %s: it has no slots", shard.name)
             self._tasks.pop(shard).cancel()
@@ -259,9 +264,11 @@ class ShardReaders:
             # The requests that were dropped are sent again to the new reader.
             source.unpark()
             stream.on_unsettled()
+        return moved
+
+    def _follow_homeless(self) -> None:
         homeless, self._homeless = self._homeless, {}
         for stream in homeless:
             if stream.alive:
                 self.follow(stream)
                 stream.on_unsettled()
-        return moved

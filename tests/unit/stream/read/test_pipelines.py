@@ -131,6 +131,43 @@ def test_a_group_is_put_in_its_place_once_and_read_in_the_same_moment() -> None:
     assert scene.outbox.writes == [b"1 "]
 
 
+def test_the_moves_of_many_groups_are_spread_over_several_pipelines() -> None:
+    hub = make_hub(Reads())
+    channels = [Channel(f"room{number}") for number in range(300)]
+    join(hub, Principal(user="ann"), Words(), *channels)
+    turns = LivePipelines(
+        keys=KEYS,
+        instance="w1",
+        primary=PRIMARY,
+        settings=SETTINGS,
+        metrics=Metrics(),
+        decode=DECODE,
+        control=None,
+    )
+    for channel in channels:
+        examine(hub, channel)
+    for _ in range(2):  # the second time, the groups are left behind
+        for channel in channels:
+            feed = hub.feed(channel)
+            assert feed
+            turns.want_read(feed)
+        while turns.has_work:
+            replies: list[object] = []
+            for part in " ".join(map(str, names(turns.commands()))).split("MULTI ")[1:]:
+                state = info(added=0, last=0)
+                done = [state, {}, []] if "XRANGE" in part else [state, MARKER, b"OK", b"OK", None]
+                replies += [b"QUEUED"] * len(part.split()) + [done]
+            turns.on_replies(replies)
+    turns.retry_paused()
+    counts = []
+    while turns.has_work:
+        moves = turns.commands()
+        assert {move[1] for move in moves} == {"SETID"}
+        counts.append(len(moves))
+        turns.on_replies([b"OK"] * len(moves))
+    assert counts == [256, 44]
+
+
 def test_a_group_is_moved_at_most_once_a_second() -> None:
     scene = Scene()
     examine(scene.hub)
