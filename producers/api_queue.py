@@ -32,6 +32,7 @@ from relay.stream.connection.reconnecting import (
     wait_for,
 )
 from relay.stream.format import entry
+from relay.stream.shards.hash_map import HashMap
 from relay.stream.shards.links import ShardLinks
 from relay.stream.write import control, dead_letters
 from relay.stream.write.append import AppendCommands
@@ -252,10 +253,11 @@ class ApiQueueConsumer(RunningProducer):
 
     async def _run_stepped(self) -> None:
         """Execute the commands on several shards, see `queue_steps`."""
-        if self._map.shards and not self._map.shards[0].uses_sharded_pubsub:
-            # Each server may have its own list of each name.
+        if isinstance(self._map, HashMap):
+            # Each server may have its own list of each name. The label is the same on all hosts,
+            # which `shard.name` is not if they list the Sentinels in another order.
             self._places = [
-                QueuePlace(f"{name}@{shard.name}", name, shard)
+                QueuePlace(f"{name}@{shard.id}", name, shard)
                 for name in self._names
                 for shard in self._map.shards
             ]
@@ -333,16 +335,20 @@ class ApiQueueConsumer(RunningProducer):
         shards = list(self._shards.values())
         loop = asyncio.get_running_loop()
         renew_at = sweep_at = loop.time()
+        problem = ""
         while True:
             now = loop.time()
             if now >= renew_at:
                 renew_at = now + _RENEW_S
                 try:
                     held = await queues.hold([shard.name for shard in shards], _LEASE_MS)
-                except RedisUnavailable as exc:
+                    problem = ""
+                except (RedisUnavailable, CommandRefused) as exc:
                     if isinstance(queues, CommandQueues):
                         raise
-                    _log.debug("API queue: %s", exc)
+                    if problem != str(exc):
+                        _log.warning("API queue stopped: %s; retrying", exc)
+                    problem = str(exc)
                     held = [False] * len(shards)
                 for shard, mine in zip(shards, held, strict=True):
                     if not mine:

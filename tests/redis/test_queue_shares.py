@@ -76,6 +76,21 @@ async def test_each_has_its_share_and_the_last_one_all(
     assert not await admin.exists(keys.takers)
 
 
+async def test_rejected_leases_do_not_end_the_process(
+    server: Server, admin: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = Keys("relay:", has_site_tag=True)
+    await command(admin, "SET", keys.takers, "another type")
+    async with worker(server, keys, "one"), asyncio.timeout(15):
+        while "API queue stopped: EVALSHA: WRONGTYPE" not in caplog.text:
+            await asyncio.sleep(0.05)
+        await command(admin, "DEL", keys.takers)
+        # The lease names the server in the same way on all hosts.
+        lease = keys.lease(f"queue:{QUEUE}@127.0.0.1:{server.port}/0")
+        while await command(admin, "GET", lease) != b"one":
+            await asyncio.sleep(0.05)
+
+
 async def test_who_dies_counts_no_longer(server: Server, admin: Redis, keys: Keys) -> None:
     async with worker(server, keys, "one"):
         await shares(admin, keys, 8)
