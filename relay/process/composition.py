@@ -71,7 +71,7 @@ from relay.stream.format import entry
 from relay.stream.read.control_reader import ControlReader
 from relay.stream.read.reader import StreamReader
 from relay.stream.read.shard_readers import ShardReaders
-from relay.stream.shards.making import is_single, keys_of
+from relay.stream.shards.making import is_single, keys_of, refusals_of
 from relay.stream.upkeep.unused import UnusedStreams
 from relay.stream.write.appender import Appender
 from relay.transports.between_workers.forwarder import Forwarder
@@ -161,7 +161,9 @@ def build(base: Foundation) -> Parts:
     node = node_name(config) + (f"-{base.worker.number}" if base.worker else "")
     instance = new_instance(node)
     keys, shards = keys_of(base.redis), base.clients.shards
-    refusals = Refusals()
+    # With several servers, `refusals` has those that concern no channel.
+    of_server = refusals_of(shards)
+    refusals = of_server(shards.shards[0]) if is_single(shards) else Refusals()
 
     # From Redis to the local clients.
     rights = ReadRights(Policy(config.namespace, http_rights(config, base.http)))
@@ -172,7 +174,7 @@ def build(base: Foundation) -> Parts:
         hub=hub, rights=rights, spawn=lambda work: base.spawn(work, name="commands")
     )
     unused = UnusedStreams(base.clients, keys)
-    reader = _reader(base, keys, instance, hub, commands, incoming, unused, refusals)
+    reader = _reader(base, keys, instance, hub, commands, incoming, unused, refusals, of_server)
     # The only circular reference: the hub requests streams from the reader that serves it.
     hub.reads = reader
 
@@ -183,7 +185,7 @@ def build(base: Foundation) -> Parts:
         redis=base.redis,
         settings=config.publish,
         namespace_of=base.namespace_of,
-        refusals=refusals,
+        refusals=of_server,
     )
     deaths = WorkerDeaths(base.worker.memory if base.worker else None)
     limiter = _limiter(base, keys, instance, hub, refusals, deaths)
@@ -383,6 +385,7 @@ def _reader(
     incoming: Incoming,
     unused: UnusedStreams,
     refusals: Refusals,
+    of_server: Callable[[Shard], Refusals],
 ) -> ShardReaders:
     shards, primaries = base.clients.shards, Primaries()
     control = ControlReader(
@@ -401,8 +404,7 @@ def _reader(
             decode_ephemeral=incoming.decode_ephemeral,
             control=None,
             unused=unused,
-            # With several servers, each line names the server.
-            refusals=refusals if is_single(shards) else Refusals(shard.name),
+            refusals=of_server(shard),
             continued=_continued(base),
             others=primaries,
             on_misplaced=readers.look,

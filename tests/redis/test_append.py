@@ -152,6 +152,38 @@ async def test_no_caller_waits_longer_than_the_limit(
             assert await appender.append(NEWS, [b"data", b"4"])
 
 
+async def test_appends_that_are_sent_again_keep_their_order(
+    tmp_path: Path, flavour: Flavour, keys: Keys
+) -> None:
+    other, replicated = Channel("other"), Durability.parse("replicated:1:50")
+    server = Server(tmp_path, flavour)
+    with running(server), server.client() as admin:
+        async with appending(server, keys, timeout_s=10) as appender:
+            await appender.append(other, [b"data", b"1"])
+            with pytest.raises(NotDurable):
+                await appender.append(other, [b"data", b"1"], durability=replicated)
+            # The connection for other durabilities is the second one.
+            first = min(int(each["id"]) for each in admin.client_list() if each["name"] == "relay")
+            admin.execute_command("CLIENT", "PAUSE", 60_000, "WRITE")
+            repeated, lost = [], []
+            for number in range(5):
+                repeated.append(appender.append(NEWS, [b"data", b"%d" % number], str(number)))
+                lost.append(appender.append(other, [b"data", b"1"]))
+                await asyncio.sleep(0.01)  # so that each is a pipeline of its own
+            last = appender.append(NEWS, [b"data", b"last"], durability=replicated)
+            admin.execute_command("CLIENT", "KILL", "ID", first)
+            for each in lost:
+                with pytest.raises(RedisUnavailable):
+                    await each
+            admin.execute_command("CLIENT", "UNPAUSE")
+            for each in repeated:
+                await each
+            with pytest.raises(NotDurable):
+                await last
+        found = [fields[b"data"] for _, fields in admin.xrange(keys.stream(NEWS))]
+        assert found == [b"0", b"1", b"2", b"3", b"4", b"last"]
+
+
 @contextlib.contextmanager
 def replicated(folder: Path, flavour: Flavour) -> Iterator[tuple[Server, Server]]:
     """Run a primary and a replica that has received everything."""

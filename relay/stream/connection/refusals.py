@@ -229,6 +229,8 @@ class Refusals:
         self._redis = f"Redis at {server}" if server else "Redis"
         self._now: dict[str, tuple[str, float]] = {}
         self._notes: dict[str, str] = {}
+        # Areas whose refusal is stored as one of all writes.
+        self._writing: set[str] = set()
         # The commands that were rejected at the last check, and the line about them.
         self.rejected: tuple[Need, ...] = ()
         self._rejected_text = ""
@@ -287,6 +289,7 @@ class Refusals:
         reply = without_arguments(reply)
         rule = rule_of(reply)
         if rule.effect is Effect.NO_WRITES:
+            self._writing.add(area)
             area = WRITES
             consequence = "events are still delivered, publishing is rejected"
         known = self._now.get(area)
@@ -314,6 +317,10 @@ class Refusals:
 
     def accepted(self, area: str) -> None:
         """Remove the area's refusal, and log that it has ended."""
+        if area in self._writing:
+            # The same writes were refused, so writes are accepted now.
+            self._writing.clear()
+            self.accepted(WRITES)
         known = self._now.pop(area, None)
         if known is not None and not self.explains(known[0]):
             lasted_s = time.monotonic() - known[1]

@@ -74,6 +74,9 @@ end
 return redis.call('XADD', KEYS[1], unpack(ARGV, 4))
 """)
 
+# KEYS stream, the uid key of an append before this one; ARGV the words of XADD after the key.
+APPEND_BEHIND = Script("return redis.call('XADD', KEYS[1], unpack(ARGV))")
+
 # For scripts that append several entries and continue after one that Redis refuses. Returns the ID,
 # or a table with the error. `uid` is the key of the uid or nil, `keep` 0 for no limit.
 APPEND_FUNCTION = """\
@@ -108,6 +111,21 @@ class Append(NamedTuple):
     def stream(self) -> bytes:
         """The key of the stream."""
         return cast(bytes, self.command[1 if self.script is None else 3])
+
+    @property
+    def uid_key(self) -> bytes | None:
+        """The key of the uid, or None without one."""
+        return cast(bytes, self.command[4]) if self.script is APPEND_ONCE else None
+
+    def behind(self, uid_key: bytes) -> RedisCommand:
+        """Return the command in a form that Redis rejects if it rejects the append before this one.
+
+        While a slot is being moved, Redis rejects a command with several keys if one of them does
+        not exist, such as the key of a new uid. It would still accept a plain append behind it.
+        """
+        script = self.script or APPEND_BEHIND
+        words = self.command[2:] if self.script is None else self.command[4:]
+        return ("EVALSHA", script.sha, 2, self.stream, uid_key, *words)
 
     def with_script_text(self) -> RedisCommand:
         """Return the command in a form that needs no loaded script."""
@@ -253,8 +271,7 @@ async def send_one(connection: PipelineConnection, append: Append) -> Appended:
     """
     await _check_durability(connection, [append])
     commands = [append.with_script_text()]
-    if append.script is APPEND_ONCE:
-        uid_key = append.command[4]
+    if (uid_key := append.uid_key) is not None:
         # One transaction, so that of two producers with the same uid exactly one finds no key.
         commands = [("MULTI",), ("GET", uid_key), *commands, ("EXEC",)]
     replies, confirmed = await _execute(connection, commands, [append], WAIT_MS)

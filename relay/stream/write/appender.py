@@ -9,6 +9,7 @@ meanwhile.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,9 +27,11 @@ from relay.core.model import Channel, EntryID
 from relay.stream.connection import scripts
 from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import PipelineConnection
-from relay.stream.connection.refusals import Effect, Refusals, rule_of
+from relay.stream.connection.refusals import Effect, rule_of
+from relay.stream.shards.making import refusals_of
 from relay.stream.shards.shard import is_misplaced, slot_of
 from relay.stream.write.append import (
+    APPEND_BEHIND,
     APPEND_CHANGED,
     APPEND_ONCE,
     Append,
@@ -42,6 +45,7 @@ from relay.stream.write.confirmations import parse_confirmations, unconfirmable
 if TYPE_CHECKING:
     from relay.config.settings import NamespaceSettings, PublishSettings, RedisSettings
     from relay.stream.connection.pipeline_connection import RedisCommand
+    from relay.stream.connection.refusals import Refusals
     from relay.stream.format.keys import Keys
     from relay.stream.shards.shard import Shard, ShardMap
 
@@ -73,10 +77,17 @@ class _PendingAppend:
 
 
 class _Moving(NamedTuple):
-    """Appends of a slot that is being moved: those that were rejected, and those made later."""
+    """Appends of a slot that is being moved, in their order.
+
+    Some were rejected, some had not been sent yet, and some were made later.
+    """
 
     rejected: list[_PendingAppend]
+    unsent: list[_PendingAppend]
     later: list[_PendingAppend]
+
+    def all(self) -> list[_PendingAppend]:
+        return [*self.rejected, *self.unsent, *self.later]
 
 
 class Appender:
@@ -95,16 +106,16 @@ class Appender:
         redis: RedisSettings,
         settings: PublishSettings,
         namespace_of: Callable[[Channel], NamespaceSettings],
-        refusals: Refusals | None = None,
+        refusals: Callable[[Shard], Refusals] | None = None,
     ) -> None:
-        refusals = refusals or Refusals()
+        """`refusals` returns where those of a server are recorded."""
         self._commands = AppendCommands(keys, namespace_of, uid_window_s=settings.uid_window_s)
         self._limits = {
             "connect_timeout_s": min(redis.connect_timeout_s, settings.timeout_s),
             "command_timeout_s": settings.timeout_s,
         }
         self._shards = shards
-        self._refusals = refusals
+        self._refusals = refusals or refusals_of(shards)
         self._lanes: dict[Shard, _Lanes] = {}
         self._tasks: asyncio.TaskGroup | None = None
         # By slot.
@@ -112,7 +123,7 @@ class Appender:
 
     def __len__(self) -> int:
         """Return how many appends have no reply yet."""
-        moving = sum(len(each.rejected) + len(each.later) for each in self._moving.values())
+        moving = sum(map(len, itertools.chain.from_iterable(self._moving.values())))
         return moving + sum(map(len, self._lanes.values()))
 
     async def run(self) -> None:
@@ -129,7 +140,7 @@ class Appender:
             for lanes in self._lanes.values():
                 lanes.stop()
             for moving in self._moving.values():
-                for pending in (*moving.rejected, *moving.later):
+                for pending in moving.all():
                     _fail(pending, RedisUnavailable(_STOPPING))
 
     async def _read_map(self) -> None:
@@ -181,7 +192,8 @@ class Appender:
         lanes = self._lanes.get(shard)
         if lanes is None:
             redis = shard.settings.model_copy(update=self._limits)
-            lanes = self._lanes[shard] = _Lanes(shard, redis, self._refusals, self._on_moved)
+            refusals = self._refusals(shard)
+            lanes = self._lanes[shard] = _Lanes(shard, redis, refusals, self._on_moved)
             if self._tasks is not None:
                 self._tasks.create_task(lanes.run(), name=f"appends to {shard.name}")
         return lanes
@@ -194,13 +206,16 @@ class Appender:
         if slot in self._moving:
             self._moving[slot].rejected.append(pending)
             return
-        self._moving[slot] = _Moving([pending], [])
+        # At once: they must not be sent before those that were rejected.
+        self._moving[slot] = _Moving([pending], lanes.take(slot), [])
         if self._tasks is not None:
             self._tasks.create_task(self._send_again(slot, lanes), name=f"appends of slot {slot}")
 
     async def _send_again(self, slot: int, lanes: _Lanes) -> None:
         # The replies to later appends of these channels have to arrive first.
-        unsent = await lanes.until_answered(slot)
+        await lanes.until_answered()
+        # If the connection was lost instead, some of them would be sent to the old server again.
+        self._moving[slot].unsent[:0] = lanes.take(slot)
         await asyncio.sleep(_PAUSE_S)
         problem: RedisUnavailable | None = None
         try:
@@ -208,8 +223,7 @@ class Appender:
         except RedisUnavailable as exc:
             problem = exc
         now = asyncio.get_running_loop().time()
-        moving = self._moving.pop(slot)
-        for pending in (*moving.rejected, *unsent, *moving.later):
+        for pending in self._moving.pop(slot).all():
             if pending.future.done():
                 continue
             if pending.since + self._limits["command_timeout_s"] < now:
@@ -265,14 +279,22 @@ class _Lanes:
         for lane in (self._fast, *self._slow.values()):
             lane.stop()
 
-    async def until_answered(self, slot: int) -> list[_PendingAppend]:
-        """Wait for the replies to everything that was sent. Remove and return the unsent appends of
-        this slot."""
+    def take(self, slot: int) -> list[_PendingAppend]:
+        """Remove and return the appends of this slot that are not sent yet."""
         lanes = (self._fast, *self._slow.values())
-        unsent = [pending for lane in lanes for pending in lane.remove(slot)]
-        for lane in lanes:
+        taken = [pending for lane in lanes for pending in lane.take(slot)]
+        held, self._held = self._held, deque()
+        for each in held:
+            if slot_of(each[-1].append.stream) == slot:
+                taken.append(each[-1])
+            else:
+                self._held.append(each)
+        return taken
+
+    async def until_answered(self) -> None:
+        """Wait for the replies to everything that has been sent until now."""
+        for lane in (self._fast, *self._slow.values()):
             await lane.until_answered()
-        return unsent
 
     def add(self, pending: _PendingAppend) -> None:
         """Add an append. Raise Unavailable if too many are waiting."""
@@ -283,7 +305,7 @@ class _Lanes:
             return
         lane, count = self._pending.get(channel) or (self._slow[level], 0)
         after = None if usual.waits or count else self._fast.last
-        if after is None or after.done():
+        if after is None:
             after = self._held[-1][0] if self._held else None
         if after is None:
             lane.add(pending)
@@ -298,6 +320,11 @@ class _Lanes:
     def _release(self, _: object) -> None:
         while self._held and self._held[0][0].done():
             _, lane, pending = self._held.popleft()
+            if (repeated := self._fast.repeated) is not None:
+                # An append before `pending` is sent again, although later ones have failed.
+                self._held.appendleft((repeated, lane, pending))
+                repeated.add_done_callback(self._release)
+                return
             lane.put(pending)
 
     def _ended(self, channel: Channel, _: object) -> None:
@@ -318,7 +345,6 @@ class _Lane:
     ) -> None:
         self._shard = shard
         self._on_moved = on_moved
-        self._answered = asyncio.Event()
         self._redis = redis
         self._refusals = refusals
         # Below the timeout of the connection, so that the number of replicas is received.
@@ -328,33 +354,62 @@ class _Lane:
         self._scripts_refused: CommandRefused | None = None
         # The levels of durability that this connection can confirm.
         self._confirmable: set[str] = {FAST.level}
-        # The append that was added last.
-        self.last: asyncio.Future[EntryID] | None = None
+        # The append that was added last, the one that is sent again and was added last, and the
+        # replies to the last pipeline.
+        self._last: asyncio.Future[EntryID] | None = None
+        self._repeated: asyncio.Future[EntryID] | None = None
+        self._sent: asyncio.Future[list[object]] | None = None
+        # Appends that are sent again, before those that wait.
+        self._again: list[_PendingAppend] = []
         self._waiting: list[_PendingAppend] = []
         self._in_flight = 0
+        # Only in a Redis Cluster: the uid key of the last append with a uid that has no reply yet,
+        # by stream.
+        self._uid_keys: dict[bytes, bytes] = {}
         self._stopped = False
         self._work = asyncio.Event()
 
     def __len__(self) -> int:
-        return len(self._waiting) + self._in_flight
+        return len(self._again) + len(self._waiting) + self._in_flight
+
+    @property
+    def last(self) -> asyncio.Future[EntryID] | None:
+        """The append that ends last, of those added until now. None if all have ended."""
+        return self._last if self._last is not None and not self._last.done() else self.repeated
+
+    @property
+    def repeated(self) -> asyncio.Future[EntryID] | None:
+        """The last of the appends that are sent again, or None."""
+        if self._repeated is not None and self._repeated.done():
+            self._repeated = None
+        return self._repeated
 
     def stop(self) -> None:
         """Fail the waiting appends and reject later ones."""
         self._stopped = True
-        for pending in self._waiting:
+        for pending in self._unsent():
             _fail(pending, RedisUnavailable(_STOPPING))
 
-    def remove(self, slot: int) -> list[_PendingAppend]:
-        """Remove and return the unsent appends of this slot."""
-        unsent = [each for each in self._waiting if slot_of(each.append.stream) == slot]
-        self._waiting = [each for each in self._waiting if slot_of(each.append.stream) != slot]
-        return unsent
+    def take(self, slot: int) -> list[_PendingAppend]:
+        """Remove and return the appends of this slot that are not sent yet."""
+        taken: list[_PendingAppend] = []
+        kept: list[_PendingAppend] = []
+        for pending in self._unsent():
+            (taken if slot_of(pending.append.stream) == slot else kept).append(pending)
+        self._waiting = kept
+        return taken
+
+    def _unsent(self) -> list[_PendingAppend]:
+        """Return everything that is not sent yet, in order."""
+        if self._again:
+            self._waiting[:0] = self._again
+            self._again = []
+        return self._waiting
 
     async def until_answered(self) -> None:
-        """Wait for the replies to everything that was sent."""
-        while self._in_flight:
-            self._answered.clear()
-            await self._answered.wait()
+        """Wait for the replies to everything that has been sent until now."""
+        if self._sent is not None:
+            await asyncio.wait([self._sent])
 
     def add(self, pending: _PendingAppend) -> None:
         """Add an append to the next pipeline. Raise Unavailable if too many are waiting."""
@@ -369,7 +424,7 @@ class _Lane:
         if self._stopped:
             _fail(pending, Unavailable(_STOPPING))
             return
-        self.last = pending.future
+        self._last = pending.future
         self._waiting.append(pending)
         self._work.set()
 
@@ -383,13 +438,14 @@ class _Lane:
                 except (RedisUnavailable, CommandRefused) as exc:
                     if isinstance(exc, CommandRefused):
                         self._refusals.refused(PUBLISHING, exc.reply)
-                    waiting, self._waiting = self._waiting, []
+                    waiting, self._waiting = self._unsent(), []
                     self._work.clear()
                     for pending in waiting:
                         _fail(pending, exc)
                     await asyncio.sleep(_PAUSE_S)
                     continue
-                batch, self._waiting = self._waiting[:_BATCH], self._waiting[_BATCH:]
+                waiting = self._unsent()
+                batch, self._waiting = waiting[:_BATCH], waiting[_BATCH:]
                 if not self._waiting:
                     self._work.clear()
                 try:
@@ -430,6 +486,8 @@ class _Lane:
         self._scripts_refused = None
         try:
             await scripts.load(connection, APPEND_ONCE, APPEND_CHANGED)
+            if self._shard.uses_sharded_pubsub:
+                await scripts.load(connection, APPEND_BEHIND)
         except CommandRefused as exc:
             if rule_of(exc.reply).effect is not Effect.NO_RIGHT:
                 raise
@@ -477,13 +535,18 @@ class _Lane:
     def _send(self, connection: PipelineConnection, batch: list[_PendingAppend]) -> None:
         appends = [pending.append for pending in batch]
         commands = [append.command for append in appends]
+        if self._shard.uses_sharded_pubsub:
+            commands = self._in_order(appends)
         waits = confirming_commands(appends, self._wait_ms)
         self._in_flight += len(batch)
         future = cast("asyncio.Future[list[object]]", connection.execute([*commands, *waits]))
+        self._sent = future
 
         def done(executed: asyncio.Future[list[object]]) -> None:
             self._in_flight -= len(batch)
-            self._answered.set()
+            for append in appends if self._uid_keys else ():
+                if self._uid_keys.get(append.stream) == append.uid_key:
+                    self._uid_keys.pop(append.stream, None)
             if executed.cancelled():
                 return
             exc = executed.exception()
@@ -493,6 +556,17 @@ class _Lane:
                 self._repeat(batch, exc)
 
         future.add_done_callback(done)
+
+    def _in_order(self, appends: Sequence[Append]) -> list[RedisCommand]:
+        """Return the commands in a form that keeps the order while a slot is being moved."""
+        commands: list[RedisCommand] = []
+        for append in appends:
+            before = self._uid_keys.get(append.stream)
+            if append.uid_key is not None:
+                self._uid_keys[append.stream] = append.uid_key
+                before = None
+            commands.append(append.command if before is None else append.behind(before))
+        return commands
 
     def _repeat(self, batch: list[_PendingAppend], exc: BaseException) -> None:
         """Send the appends again that may be repeated. Fail the others."""
@@ -504,7 +578,9 @@ class _Lane:
             else:
                 _fail(pending, exc)
         if again:
-            self._waiting[:0] = again
+            # Behind those of earlier batches, which were in flight at the same time.
+            self._again += again
+            self._repeated = again[-1].future
             self._work.set()
 
     def _on_replies(
