@@ -18,10 +18,12 @@ import uvloop
 from producers.registry import RunningProducer, build, producer_settings
 from producers.settings import PRODUCERS
 from relay.config.loading import load
+from relay.config.settings import RedisSettings
 from relay.core.errors import ConfigError, RelayError
 from relay.process import logs
 from relay.protocols import door_settings
 from relay.stream.cluster.workers import new_instance
+from relay.stream.connection.failovers import watch_failovers
 
 _log = logging.getLogger(__name__)
 
@@ -85,21 +87,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logs.setup(config.log)
     for note in config.notes:
         _log.warning("%s", note)
-    uvloop.run(_until_signal(running))
+    uvloop.run(_until_signal(running, config.redis))
     return 0
 
 
-async def _until_signal(running: RunningProducer) -> None:
+async def _until_signal(running: RunningProducer, redis: RedisSettings) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with asyncio.TaskGroup() as tasks:
         task = tasks.create_task(running.run(), name="producer")
+        watching = tasks.create_task(watch_failovers(redis), name="failovers")
         stopping = tasks.create_task(stop.wait(), name="signal")
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)
         task.cancel()
+        watching.cancel()
         stopping.cancel()
 
 

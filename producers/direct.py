@@ -25,6 +25,7 @@ from relay.core.errors import (
     NotDurable,
     RedisUnavailable,
     RelayError,
+    StartError,
 )
 from relay.core.model import EntryID
 from relay.stream.connection.connect import CommandRefused, RefusedForNow
@@ -111,7 +112,7 @@ class DirectSender(Sender):
             raise DestinationUnavailable(str(exc), sent=sent) from exc
         except DurabilityUnavailable as exc:
             return [PostponedEvent(str(exc)) for _ in events]
-        except ConfigError as exc:
+        except (ConfigError, StartError) as exc:
             raise PublishFailed(str(exc).replace("[redis] ", "")) from exc
 
     async def _send(

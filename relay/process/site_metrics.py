@@ -38,9 +38,11 @@ class SiteMetrics:
                 length = await connect.command(self._clients.home, "XLEN", self._dead_letters)
                 letters.samples["relay_dead_letter_entries", ()] = length
                 for name in self._queues:
-                    client = self._clients.for_key(name.encode())
-                    length = await connect.command(client, "LLEN", name)
-                    queues.samples["relay_queue_length", (("queue", name),)] = length
+                    lengths = [
+                        await connect.command(client, "LLEN", name)
+                        for client in self._clients.of_queues()
+                    ]
+                    queues.samples["relay_queue_length", (("queue", name),)] = sum(lengths)
         except (RelayError, TimeoutError):
             # relay_redis_up and the log show why.
             pass

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 
-from relay.config.settings import RedisSettings
-from relay.core.errors import RedisUnavailable, StartError
-from relay.core.model import Channel
+from producers.outgoing import PublishFailed
+from producers.publisher import AsyncPublisher
+from relay.config.settings import NamespaceSettings, PublishSettings, RedisSettings
+from relay.core.durability import Durability
+from relay.core.errors import NotDurable, RedisUnavailable, StartError
+from relay.core.model import Channel, EntryID
 from relay.stream.connection.connect import command
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.shards.clients import shard_clients
@@ -17,9 +23,11 @@ from relay.stream.shards.cluster_map import ClusterMap
 from relay.stream.shards.making import keys_of
 from relay.stream.shards.server_list import check_list
 from relay.stream.shards.shard import is_misplaced
+from relay.stream.upkeep.retention import trim
+from relay.stream.write.appender import Appender
 from tests.support.clients import until
 from tests.support.redis_cluster import RedisCluster, running_cluster
-from tests.support.valkey import Flavour, Server
+from tests.support.valkey import Flavour, Server, free_port, running
 
 NEWS = Channel("news")
 
@@ -91,6 +99,82 @@ async def test_a_server_without_cluster_mode_is_named(server: Server) -> None:
     settings = RedisSettings(url=url)
     with pytest.raises(StartError, match="is not part of a Redis Cluster; use redis://"):
         await ClusterMap(settings).refresh()
+    async with AsyncPublisher(url, limit_ms=8000) as publisher:
+        with pytest.raises(PublishFailed, match="is not part of a Redis Cluster"):
+            await publisher.publish("news", 1)
+
+
+async def test_an_address_may_belong_to_another_server_later(tmp_path: Path) -> None:
+    with running_cluster(RedisCluster(tmp_path / "cluster", primaries=1)) as small:
+        shards = ClusterMap(small.settings())
+        await shards.refresh()
+        (node,) = small.servers
+        node.kill()
+        other = Server(tmp_path / "other", acl=False, options=("--port", str(node.port)))
+        with running(other), pytest.raises(RedisUnavailable, match="is not part of a Redis"):
+            await shards.refresh()
+        assert len(shards.shards) == 1
+
+
+async def test_appends_follow_their_slot_in_order(cluster: RedisCluster) -> None:
+    settings = cluster.settings()
+    keys, shards = keys_of(settings), ClusterMap(settings)
+    await shards.refresh()
+    channel = Channel("order")
+    stream = keys.stream(channel)
+    shard = shards.shard_of(stream)
+    names = (Channel(f"other:{number}") for number in range(1000))
+    other = next(name for name in names if shards.shard_of(keys.stream(name)) is shard)
+    # There are no replicas: it is appended, but not confirmed.
+    durable = Durability.parse("replicated:1:10")
+    appender = Appender(
+        shards=shards,
+        keys=keys,
+        redis=settings,
+        settings=PublishSettings(timeout_s=10),
+        namespace_of=lambda _: NamespaceSettings(retention_count=0),
+    )
+    sent: list[asyncio.Future[EntryID]] = []
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(appender.run())
+        await appender.append(channel, [b"data", b"0"])
+        source = await asyncio.to_thread(cluster.owner_of, stream)
+        target = (source + 1) % 3
+        # Meanwhile Redis rejects uids, but accepts appends without one for some time.
+        move = partial(cluster.move, stream, target, lambda _: time.sleep(0.1))
+        moved = tasks.create_task(asyncio.to_thread(move))
+        pressure: list[asyncio.Future[EntryID]] = []
+        while not moved.done() or len(sent) < 500:
+            if len(appender) < 200:
+                # Replies to appends in other slots are always expected.
+                pressure.append(appender.append(other, [b"data", b"1"]))
+                data = b"%d" % (len(sent) + 1)
+                chosen = None if len(sent) % 3 else durable
+                uid = None if len(sent) % 4 else data.decode()
+                sent.append(appender.append(channel, [b"data", data], uid, durability=chosen))
+            await asyncio.sleep(0)
+        await asyncio.wait([*sent, *pressure])
+        task.cancel()
+    problems = [each.exception() for each in (*sent, *pressure)]
+    assert {type(each) for each in problems} == {type(None), NotDurable}
+    found = await asyncio.to_thread(cluster.call, target, "XRANGE", stream, "-", "+")
+    numbers = [int(entry[1][b"data"]) for entry in found]
+    assert numbers == list(range(len(sent) + 1))
+
+
+async def test_a_server_that_is_away_does_not_stop_the_retention_of_others(
+    server: Server,
+) -> None:
+    settings = RedisSettings(url=f"redis://127.0.0.1:{free_port()}, {server.url('admin')}")
+    keys = keys_of(settings)
+    stream = keys.stream(NEWS)
+    async with shard_clients(settings) as clients:
+        _, (_, client) = await clients.each()
+        for _ in range(3):
+            await command(client, "XADD", stream, "1-*", "data", "1")
+        with pytest.raises(RedisUnavailable):
+            await trim(clients, keys, lambda _: NamespaceSettings(retention_age_s=60))
+        assert await command(client, "XLEN", stream) == 0
 
 
 async def test_another_list_of_servers_is_refused(server: Server, valkey: Server) -> None:

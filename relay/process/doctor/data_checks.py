@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING
 
 from producers.settings import QueueSettings
@@ -194,13 +195,10 @@ async def _queues(config: Config, clients: ShardClients, keys: Keys) -> list[Fin
 
 async def _longer_than(clients: ShardClients, names: Sequence[str], count: int) -> bool:
     """Return True if one of these lists has more than `count` items."""
-    for name in names:
+    for client, name in product(clients.of_queues(), names):
         try:
             # The user relay has no right to LLEN.
-            if (
-                await connect.command(clients.for_key(name.encode()), "LINDEX", name, count)
-                is not None
-            ):
+            if await connect.command(client, "LINDEX", name, count) is not None:
                 return True
         except connect.CommandRefused:
             # If queues are not used, the user needs no right to them.

@@ -24,7 +24,7 @@ class ActiveChannels:
     async def channels(self) -> list[Channel]:
         """Return the followed channels, in no particular order."""
         # A server lists the subscriptions to itself only.
-        command = "SHARDCHANNELS" if self._is_sharded else "CHANNELS"
+        command = "SHARDCHANNELS" if self._links.is_sharded else "CHANNELS"
         names: set[bytes] = set()
         for link in self._links.each():
             found = await link.call("PUBSUB", command, self._keys.ephemeral_pattern)
@@ -34,7 +34,7 @@ class ActiveChannels:
 
     async def is_followed(self, channel: Channel) -> bool:
         """Return whether the channel is followed at this moment."""
-        command = "SHARDNUMSUB" if self._is_sharded else "NUMSUB"
+        command = "SHARDNUMSUB" if self._links.is_sharded else "NUMSUB"
         reply = await self._links.call("PUBSUB", command, self._keys.ephemeral(channel))
         return bool(cast("list[object]", reply)[1])
 
@@ -42,7 +42,3 @@ class ActiveChannels:
         """Return the instances of all workers, including those that died a moment ago."""
         names = await self._links.call("SMEMBERS", self._keys.nodes)
         return sorted(name.decode(errors="replace") for name in cast("set[bytes]", names))
-
-    @property
-    def _is_sharded(self) -> bool:
-        return self._links.shards.home.uses_sharded_pubsub

@@ -75,6 +75,8 @@ class ClusterMap:
         )
         self._nodes: list[tuple[str, int]] = []
         self._primaries: dict[tuple[str, int], PrimaryShard] = {}
+        # All that were ever seen: one that returns is the same shard again.
+        self._known: dict[tuple[str, int], PrimaryShard] = {}
         self._slots: list[PrimaryShard | None] = [None] * SLOTS
         self._tags: dict[PrimaryShard, str] = {}
         self._epoch = -1
@@ -119,7 +121,7 @@ class ClusterMap:
 
         Raises:
             RedisUnavailable: No node has a complete view.
-            StartError: The server is not part of a Redis Cluster.
+            StartError: The server is not part of a Redis Cluster. Only until the first success.
         """
         loop = asyncio.get_running_loop()
         wanted_at = loop.time()
@@ -140,6 +142,12 @@ class ClusterMap:
                 view = await self._ask(node)
             except RedisUnavailable as exc:
                 problem = exc
+                continue
+            except StartError as exc:
+                if not self._nodes:
+                    raise
+                # The address of a node that has left belongs to another server now.
+                problem = RedisUnavailable(str(exc))
                 continue
             if view.epoch >= self._epoch:
                 return view
@@ -181,12 +189,8 @@ class ClusterMap:
             addresses = [_address(server, view.asked.host) for server in servers]
             nodes |= dict.fromkeys(addresses)
             address = addresses[0]
-            shard = (
-                primaries.get(address)
-                or self._primaries.get(address)
-                or PrimaryShard(self, self._settings, address)
-            )
-            primaries[address] = shard
+            shard = self._known.get(address) or PrimaryShard(self, self._settings, address)
+            self._known[address] = primaries[address] = shard
             slots[begin : end + 1] = [shard] * (end + 1 - begin)
         self._epoch = view.epoch
         self._nodes = list(nodes)

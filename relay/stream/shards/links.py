@@ -183,7 +183,7 @@ class ShardLinks:
         Raises:
             RedisUnavailable: A shard is unreachable, or its connection was lost.
         """
-        if self._only is not None and not self._is_sharded():
+        if self._only is not None and not self.is_sharded:
             return self._only.execute(commands)
         return self._in_background(self._execute(commands, may_repeat=False))
 
@@ -198,6 +198,11 @@ class ShardLinks:
             except RelayError as exc:
                 if not future.done():
                     future.set_exception(exc)
+            except asyncio.CancelledError:
+                # The connections are closed, but the caller may be waiting.
+                if not future.done():
+                    future.set_exception(RedisUnavailable("Redis is unreachable"))
+                raise
             else:
                 if not future.done():
                     future.set_result(replies)
@@ -209,8 +214,9 @@ class ShardLinks:
             self._group.create_task(run(), name="commands")
         return future
 
-    def _is_sharded(self) -> bool:
-        """Return True in a Redis Cluster, where keys may be moved."""
+    @property
+    def is_sharded(self) -> bool:
+        """True in a Redis Cluster, where keys may be moved and pub/sub channels have slots."""
         return any(shard.uses_sharded_pubsub for shard in self.shards.shards[:1])
 
     async def evaluate(
@@ -285,12 +291,12 @@ class ShardLinks:
 
     def publish(self, name: bytes, payload: bytes) -> None:
         """Publish a pub/sub message. It is lost if the shard of `name` is unreachable."""
-        command = "SPUBLISH" if self._is_sharded() else "PUBLISH"
+        command = "SPUBLISH" if self.is_sharded else "PUBLISH"
         self.post((command, name, payload))
 
     def post(self, *commands: RedisCommand) -> None:
         """Send commands whose replies are not needed. They are lost while Redis is unreachable."""
-        if self._only is not None and not self._is_sharded():
+        if self._only is not None and not self.is_sharded:
             self._only.post(*commands)
             return
         unawaited(self.execute(commands))

@@ -11,6 +11,7 @@ from typing import Any
 from zlib import crc32
 
 from relay.config.settings import NamespaceSettings
+from relay.core.errors import RelayError
 from relay.core.model import Channel
 from relay.stream.connection import connect
 from relay.stream.connection.connect import RedisClient
@@ -38,8 +39,20 @@ class Trimmed:
 async def trim(
     clients: ShardClients, keys: Keys, settings_of: Callable[[Channel], NamespaceSettings]
 ) -> Trimmed:
-    """Trim every stream of all servers once."""
-    parts = [await _trim_server(client, keys, settings_of) for _, client in await clients.each()]
+    """Trim every stream of all servers once.
+
+    Raises:
+        RelayError: A server cannot be reached or refuses commands. All others are trimmed.
+    """
+    parts = []
+    problem: RelayError | None = None
+    for _, client in await clients.each():
+        try:
+            parts.append(await _trim_server(client, keys, settings_of))
+        except RelayError as exc:
+            problem = problem or exc
+    if problem is not None:
+        raise problem
     return Trimmed(
         streams=sum(part.streams for part in parts),
         entries=sum(part.entries for part in parts),
