@@ -308,6 +308,9 @@ class Journal(SessionObserver):
             self._wake.clear()
             self._sweep(time.monotonic())
             await self.flush()
+            if self._waiting:
+                # The append failed. Further events do not wake this task.
+                self._wake.set()
 
     async def flush(self) -> None:
         """Append the events that wait. They are dropped if Redis does not accept them."""

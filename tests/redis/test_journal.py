@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 from redis.asyncio import Redis
@@ -138,6 +138,36 @@ async def test_a_journal_whose_first_append_failed_is_found_at_once(
     await written.flush()
     found = await JournalReader(admin, KEYS).newest(EventFilter(), 10)
     assert [each["event"] for each in found] == ["rejected", "dropped"]
+
+
+async def until(found: Callable[[], Awaitable[object]]) -> None:
+    async with asyncio.timeout(20):
+        while not await found():
+            await asyncio.sleep(0.02)
+
+
+async def test_many_events_during_an_outage_do_not_end_the_journal(
+    links: ShardLinks, admin: Redis, server: Server
+) -> None:
+    written = journal(links)
+    hub = make_hub(Reads())
+    hub.observer = written
+    settings = server.settings()
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(written.run())
+        await until(lambda: admin.xlen(KEYS.journal(NAME)))
+        written._links = ShardLinks(shard_map(settings), settings)
+        # More than one append has.
+        for _ in range(2500):
+            hub.open(Principal(user="ann"), Words(), Client(), ConnectionInfo()).attach(Outbox())
+        async with asyncio.timeout(20):
+            while not written.dropped:
+                await asyncio.sleep(0.02)
+        written._links = links
+        hub.open(Principal(user="bob"), Words(), Client(), ConnectionInfo()).attach(Outbox())
+        reader = JournalReader(admin, KEYS)
+        await until(lambda: reader.newest(EventFilter(user="bob"), 1))
+        running.cancel()
 
 
 async def test_a_missing_right_is_logged(server: Server, caplog: pytest.LogCaptureFixture) -> None:
