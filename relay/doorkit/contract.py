@@ -110,6 +110,19 @@ class Bus(Protocol):
         which has one listener."""
 
 
+class LoginAttempts(Protocol):
+    """Limits how often passwords can be guessed, on all workers together.
+
+    All methods raise RelayError if Redis is unreachable.
+    """
+
+    async def begin(self, address: str) -> float:
+        """Count an attempt from this address and return 0, or return the seconds to wait."""
+
+    async def succeeded(self, address: str) -> None:
+        """Forget the attempts from this address."""
+
+
 class Store(Protocol):
     """Small values with a time limit, shared by all workers. Names are `<protocol>:<kind>:<id>`.
 
@@ -250,6 +263,8 @@ class DoorContext:
     metrics: Metrics
     # The time of Redis, with which entry IDs must be compared.
     clock: RedisClock
+    # For all passwords of operators.
+    login_attempts: LoginAttempts
     # Return the routes of the operator console below a prefix, with a password of its own.
     console: Callable[[str, Callable[[], SecretStr]], list[web.AbstractRouteDef]]
     client_buffer_bytes: int

@@ -236,7 +236,8 @@ def build(base: Foundation) -> Parts:
     hub.trace = base.tracing
     if base.tracing is not None:
         publish = _traced(publish, base.tracing)
-    console = _console(base, keys, cluster, questions, publish)
+    attempts = LoginAttempts(base.clients.home, keys)
+    console = _console(base, keys, cluster, questions, publish, attempts)
     context = DoorContext(
         hub=hub,
         open=_open(limiter, hub),
@@ -264,6 +265,7 @@ def build(base: Foundation) -> Parts:
         wait_connected=reader.wait_ready,
         metrics=base.metrics,
         clock=base.metrics.clock,
+        login_attempts=attempts,
         console=console.at,
         client_buffer_bytes=config.hub.client_buffer_bytes,
         insecure=config.insecure,
@@ -575,6 +577,7 @@ def _console(
     cluster: ClusterServices,
     questions: Questions,
     publish: Publish,
+    attempts: LoginAttempts,
 ) -> Console:
     services = ConsoleServices(
         config=base.current_config,
@@ -583,7 +586,7 @@ def _console(
         publish=publish,
         presence=cluster.presence,
         store=cluster.store,
-        attempts=LoginAttempts(base.clients.home, keys),
+        attempts=attempts,
         questions=questions,
         examine=base.examine,
     )

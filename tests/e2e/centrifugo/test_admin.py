@@ -83,13 +83,20 @@ async def admins(relay: RelayProcess) -> AsyncIterator[Admins]:
         yield Admins(session, site)
 
 
-async def test_only_the_password_returns_a_token(admins: Admins) -> None:
+async def test_only_the_password_returns_a_token(admins: Admins, valkey: Server) -> None:
     for body in (b"password=wrong", b"", b"password="):
         answer = await admins.site.request(body, FORM, path="/auth/")
         assert (answer.status, answer.body) == (400, b"Bad Request\n")
     answer = await admins.site.request(b"", {}, path="/auth/?password=a%20password", method="GET")
     assert answer.status == 200
     assert await admins.token() != ""
+    # Guesses are limited as at the login of the console, which has the same password.
+    try:
+        guess = b"password=wrong"
+        found = [(await admins.site.request(guess, FORM, path="/auth/")).status for _ in range(20)]
+        assert set(found) == {400, 429}
+    finally:
+        valkey.client("admin").delete("relay:store:console:attempts")
 
 
 async def test_replies_are_arrays_with_and_without_watch(admins: Admins) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import hmac
+import math
 import time
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ import jwt
 import orjson
 from aiohttp import web
 
+from relay.core.errors import RelayError
 from relay.core.reasons import Reason
 from relay.doorkit.http_status import go_error
 from relay.protocols.centrifugo import encoders, go_http
@@ -100,9 +102,21 @@ class AdminRoutes:
             return go_http.body_error(exc)
         password = settings.admin_password.get_secret_value().encode()
         given = fields.get("password", b"")
-        if not (password and self._key() and hmac.compare_digest(password, given)):
-            self._server.context.metrics.rejected(encoders.DOOR, Reason.BAD_REQUEST)
-            return go_error(400, "Bad Request")
+        is_possible = password and given and self._key()
+        attempts, address = self._server.context.login_attempts, request.remote or ""
+        try:
+            # The password is that of the console, too.
+            if is_possible and (wait_s := await attempts.begin(address)):
+                self._server.context.metrics.rejected(encoders.DOOR, Reason.LIMIT_EXCEEDED)
+                answer = go_error(429, "Too Many Requests")
+                answer.headers["Retry-After"] = str(math.ceil(wait_s))
+                return answer
+            if not (is_possible and hmac.compare_digest(password, given)):
+                self._server.context.metrics.rejected(encoders.DOOR, Reason.BAD_REQUEST)
+                return go_error(400, "Bad Request")
+            await attempts.succeeded(address)
+        except RelayError:
+            return go_error(503, "Service Unavailable")
         claims = {"aud": _AUDIENCE, "exp": int(time.time()) + _TOKEN_S}
         return _token(jwt.encode(claims, self._key(), algorithm="HS256"))
 
