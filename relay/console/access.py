@@ -59,13 +59,11 @@ class Access:
         store: Store,
         attempts: LoginAttempts,
         passwords: Callable[[], Sequence[str]],
-        path: str,
     ) -> None:
-        """`passwords` are the valid ones. `path` is where the cookie is valid."""
+        """`passwords` are the valid ones."""
         self._store = store
         self._attempts = attempts
         self._passwords = passwords
-        self._path = path
         self._origins = AllowedOrigins(frozenset(), "")
 
     def check_origin(self, request: web.Request) -> None:
@@ -127,7 +125,8 @@ class Access:
             COOKIE,
             session_id,
             max_age=SESSION_S if session_id else 0,
-            path=self._path,
+            # That of the API, as the browser sees it: a proxy may have removed a prefix.
+            path="",
             httponly=True,
             samesite="Strict",
             secure=is_secure,

@@ -126,9 +126,7 @@ class ConsoleAddress:
         self._services = services
         self._passwords = passwords
         base = f"{prefix}{PATH}"
-        self._access = Access(
-            store=services.store, attempts=services.attempts, passwords=passwords, path=base
-        )
+        self._access = Access(store=services.store, attempts=services.attempts, passwords=passwords)
         api = f"{base}/api"
         reads = {**_READS, "doctor": doctor.findings}
         self.routes: list[web.AbstractRouteDef] = [

@@ -175,7 +175,8 @@ async def test_the_cookie_is_for_relays_own_pages_only(
     response = await Api(relay.url).login()
     cookie = response.cookies["relay_console"]
     assert cookie["httponly"] is True
-    assert (cookie["samesite"], cookie["path"], cookie["secure"]) == ("Strict", "/console", "")
+    # Without a path, a browser sends it to the API only, also behind a proxy that removes a prefix.
+    assert (cookie["samesite"], cookie["path"], cookie["secure"]) == ("Strict", "", "")
     # A proxy that ends TLS: the browser's Origin says so.
     host = relay.url.removeprefix("http://")
     status, _, response = await Api(relay.url).ask(
@@ -216,6 +217,7 @@ async def test_malformed_requests_are_rejected(api: Api) -> None:
         ("entries", {}),
         ("entries", {"channel": "c", "before": "x"}),
         ("entries", {"channel": "c", "count": "1000000"}),
+        ("entries", {"channel": "c", "count": "0000000011000000"}),
         ("rights", {"channel": "c"}),
         ("dead-letter", {"id": "1-1"}),
     ):
@@ -545,7 +547,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 @pytest.fixture
 def page(browser: Chrome, relay: RelayProcess, admin: redis.Redis) -> Iterator[Page]:
     """Log in by keyboard. The page must not violate its policy or throw."""
-    browser.delete_all_cookies()
+    # The cookie is for the API, whose address is below that of the page.
+    browser.execute_cdp_cmd("Network.clearBrowserCookies", {})
     page = Page(browser, relay)
     page.open("overview")
     page.until_text("h2", "Log in")
