@@ -189,17 +189,19 @@ async def test_streams_without_retention_orphaned_groups_and_queues(healthy: Ser
     async with administrator(healthy) as admin:
         await admin.xadd("relay:stream:{logs:a}", {"data": "1"})
         await admin.xadd("relay:stream:{news}", {"data": "1"})
-        await admin.xgroup_create("relay:stream:{news}", "relay:web9_8000:b7e2d604", "0")
+        await admin.xadd("relay:stream:{it's}", {"data": "1"})
+        for key in ("relay:stream:{news}", "relay:stream:{it's}"):
+            await admin.xgroup_create(key, "relay:web9_8000:b7e2d604", "0")
         await admin.rpush("centrifugo.api", "{}")
         endless = ["namespace:logs.retention_count=0", "namespace:logs.retention_age_s=0"]
         found = await findings(configured(healthy, *endless))
     assert "[namespace:logs]" in found["data.retention"].what
     assert "logs:a" in found["data.retention"].what
     assert "news" not in found["data.retention"].what
-    assert (
-        "XGROUP DESTROY 'relay:stream:{news}' 'relay:web9_8000:b7e2d604'"
-        in found["data.orphaned_groups"].fix
-    )
+    # A name cannot end the quotes.
+    for key in ("'relay:stream:{news}'", r"'relay:stream:{it'\''s}'"):
+        fix = f"redis-cli XGROUP DESTROY {key} 'relay:web9_8000:b7e2d604'"
+        assert fix in found["data.orphaned_groups"].fix
     assert found["data.queue"].fix == "[producer:queue]\nenabled = yes"
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from producers.settings import QueueSettings
 from relay.core.errors import RelayError
-from relay.process.doctor.finding import Finding, error, note, warning
+from relay.process.doctor.finding import Finding, error, note, quoted, warning
 from relay.stream.cluster.workers import live_workers
 from relay.stream.connection import connect
 from relay.stream.upkeep import dead_letter_list, overview, retention
@@ -75,7 +75,8 @@ async def _keys(_config: Config, clients: ShardClients, keys: Keys) -> list[Find
                 elif keys.channel_of_stream(key) is None:
                     misnamed.add(name)
                     if (meant := keys.meant_by(key)) is not None:
-                        renames.add(f"redis-cli RENAMENX '{name}' '{keys.stream(meant).decode()}'")
+                        wanted = keys.stream(meant).decode()
+                        renames.add(f"redis-cli RENAMENX {quoted(name)} {quoted(wanted)}")
     found = []
     if misnamed.count:
         found.append(
@@ -94,8 +95,8 @@ async def _keys(_config: Config, clients: ShardClients, keys: Keys) -> list[Find
                 "data.foreign",
                 f"Keys with the name of a stream hold something else: {foreign}",
                 "These channels cannot be read or published to (WRONGTYPE).",
-                f"redis-cli TYPE '{foreign.examples[0]}'; then rename or delete the key, or set"
-                " another [redis] prefix",
+                f"redis-cli TYPE {quoted(foreign.examples[0])}; then rename or delete the key, or"
+                " set another [redis] prefix",
             )
         )
     return found
@@ -117,7 +118,8 @@ async def _streams(config: Config, clients: ShardClients, keys: Keys) -> list[Fi
                     strangers.add(f"{follower.name} of {stream.channel}")
                 elif follower.worker not in alive:
                     orphans.add(f"{follower.name} of {stream.channel}")
-                    destroys.add(f"redis-cli XGROUP DESTROY '{key}' '{follower.name}'")
+                    group = quoted(follower.name)
+                    destroys.add(f"redis-cli XGROUP DESTROY {quoted(key)} {group}")
     found = [
         warning(
             "data.retention",

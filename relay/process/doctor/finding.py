@@ -60,3 +60,8 @@ def warning(name: str, what: str, why: str, fix: str) -> Finding:
 def note(name: str, what: str, why: str, fix: str) -> Finding:
     """Return a note."""
     return Finding(level=Level.NOTE, name=name, what=what, why=why, fix=fix)
+
+
+def quoted(text: str) -> str:
+    """Return the text as one word of a shell command. Clients may choose the names of channels."""
+    return "'" + text.replace("'", "'\\''") + "'"

@@ -79,7 +79,12 @@ def _clock() -> Iterator[Finding]:
 
 def of_certificates(config: Config) -> Iterator[Finding]:
     """Yield each certificate that has expired or soon will."""
-    sections = {"server": config.server, "redis": config.redis, **config.doors}
+    sections = {
+        "server": config.server,
+        "redis": config.redis,
+        "console": config.console,
+        **config.doors,
+    }
     seen: set[str] = set()
     for name, section in sections.items():
         path = str(getattr(section, "tls_cert", ""))

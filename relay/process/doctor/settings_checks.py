@@ -78,9 +78,10 @@ def _notes(config: Config) -> Iterator[Finding]:
 def of_secrets(config: Config) -> Iterator[Finding]:
     """Yield secrets that can be guessed, and secrets that two protocols share."""
     used: dict[str, str] = {}
-    for name, section in {"jwt": config.jwt, **config.doors}.items():
+    for name, section in {"jwt": config.jwt, "console": config.console, **config.doors}.items():
+        foreign = {"redis_url"} if name == "console" else _FOREIGN
         for key, value in section:
-            if not isinstance(value, SecretStr) or key in _FOREIGN:
+            if not isinstance(value, SecretStr) or key in foreign:
                 continue
             setting = f"[{name}] {key}"
             for part in _keys_of(value.get_secret_value()):
@@ -104,7 +105,9 @@ def _keys_of(text: str) -> Iterator[str]:
 def _secret(setting: str, text: str, *, is_key: bool) -> Iterator[Finding]:
     size = len(text.encode())
     lower = text.lower()
-    fix = f"Set the output of: {_GENERATE} (in both programs that use the secret)"
+    fix = f"Set the output of: {_GENERATE}"
+    if is_key:
+        fix += " (in both programs that use the secret)"
     is_common = any(each in lower for each in _WORDS)
     forge = (
         "Anyone who tries common words can sign tokens and read every channel that a token can"

@@ -48,6 +48,7 @@ def test_a_good_configuration_has_notes_only() -> None:
         (["jwt.key=my-secret-key-1234"], "short_secret", "warning", "openssl rand"),
         (["jwt.key=aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"], "weak_secret", "error", "openssl rand"),
         (["protocol:centrifugo.secret=geheim"], "weak_secret", "error", "openssl rand"),
+        (["console.password=admin"], "weak_secret", "error", "openssl rand"),
         (
             [CENTRIFUGO, "protocol:centrifugo.admin_password=admin"],
             "weak_secret",
