@@ -307,6 +307,8 @@ class Relay:
         if base.config.insecure:
             _log.warning("INSECURE: anyone may read every channel over SSE and WebSocket")
         await self._inheritance.take_over(self._config.node.pid_file)
+        if self._valkey is not None:
+            self._valkey.take_over()
         reason = parts.not_ready()
         if not reason:
             self._on_ready(port, base.redis.url)
@@ -467,7 +469,13 @@ class Relay:
             if message == REOPEN_LOG:
                 logs.reopen()
             elif message == SEND_SOCKETS and self._worker and self._worker.upward:
-                send_sockets(self._worker.upward, self._sockets(parts))
+                try:
+                    send_sockets(self._worker.upward, self._sockets(parts))
+                except OSError as exc:
+                    # The supervisor reports that the upgrade failed.
+                    _log.error(
+                        "Could not send the listening sockets for the upgrade: %s", exc.strerror
+                    )
             elif message == HANDED_OVER:
                 self._hand_over(parts)
             elif message.startswith(DIED):

@@ -167,7 +167,8 @@ class EmbeddedValkey:
         self._lock: int | None = None
         # Set while `supervise` runs.
         self.on_handed_over: Callable[[], object] = lambda: None
-        self._is_handed_over = False
+        # Whether another process stops the server.
+        self._is_left_to_another = False
         # Of the earlier starts that this one continues without loss.
         self._certificates: list[int] = []
 
@@ -183,24 +184,31 @@ class EmbeddedValkey:
 
     def hand_over(self) -> None:
         """Leave the server running: another process has taken it over."""
-        self._is_handed_over = True
+        self._is_left_to_another = True
         self.on_handed_over()
+
+    def take_over(self) -> None:
+        """From now on, the server ends with this process."""
+        self._is_left_to_another = False
 
     async def start(self, lock: int | None = None) -> None:
         """Start the server and wait until it answers. Raise StartError if it cannot start.
 
-        `lock` is the lock of the folder if the server of another process is taken over.
+        `lock` is the lock of the folder if the server of another process is to be taken over. Until
+        `take_over`, the server is left to that process, which continues if this one cannot start.
         """
         if lock is None:
             await asyncio.to_thread(self._lock_folder)
         else:
             self._check_handed_over()
             self._lock = lock
+            self._is_left_to_another = True
         try:
             await self._run()
             await self._continue()
         except BaseException:
-            await self._end()
+            if self._child is not None or not self._is_left_to_another:
+                await self._end()
             self._release()
             raise
 
@@ -232,7 +240,7 @@ class EmbeddedValkey:
 
     async def stop(self) -> None:
         """Stop the server after it has written its data. Cancel `supervise` first."""
-        if self._is_handed_over:
+        if self._is_left_to_another:
             self._release()
             return
         child, written = self._child, await self._stop_writes()

@@ -84,6 +84,14 @@ def _sockets(values: dict[str, Any], descriptors: Sequence[int]) -> list[Inherit
     ]
 
 
+def discard_sockets(control: socket.socket) -> None:
+    """Close the sockets that have arrived too late for an earlier attempt."""
+    with contextlib.suppress(BlockingIOError):
+        while (message := _read(control))[0]:
+            for each in _sockets(*message):
+                each.socket.close()
+
+
 async def receive_sockets(control: socket.socket, senders: int) -> list[InheritedSocket]:
     """Receive sockets on a non-blocking socket until `senders` processes have sent theirs."""
     found: list[InheritedSocket] = []
@@ -154,7 +162,13 @@ class Inheritance:
             return cls()
         sockets = []
         for index in range(int(count)):
-            found = socket.socket(fileno=_FIRST_SYSTEMD_SOCKET + index)
+            try:
+                found = socket.socket(fileno=_FIRST_SYSTEMD_SOCKET + index)
+            except OSError as exc:
+                raise StartError(
+                    f"LISTEN_FDS={count}: socket {index + 1} cannot be used: {exc.strerror}; start"
+                    " relay by the socket unit, or without this variable"
+                ) from None
             found.set_inheritable(False)
             name = names[index] if index < len(names) and _NAME.fullmatch(names[index]) else ""
             if found.family not in (socket.AF_INET, socket.AF_INET6) or not found.getsockopt(

@@ -49,6 +49,7 @@ from relay.process.handover import (
     VALKEY,
     Inheritance,
     Upgrades,
+    discard_sockets,
     inheritance,
     receive_sockets,
 )
@@ -314,6 +315,7 @@ class Supervisor:
 
     async def _collect_sockets(self) -> list[InheritedSocket]:
         """Return the listening sockets of all workers."""
+        discard_sockets(self._upward[0])
         self._send_all(SEND_SOCKETS)
         try:
             async with asyncio.timeout(_ANSWER_S):
@@ -372,6 +374,8 @@ class Supervisor:
     async def _announce(self, redis: str) -> None:
         await self._all_started.wait()
         await self._inheritance.take_over(self._config.node.pid_file)
+        if self._valkey is not None:
+            self._valkey.take_over()
         self._on_ready(self._port, redis)
 
 

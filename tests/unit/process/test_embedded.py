@@ -97,6 +97,26 @@ async def test_a_server_left_behind_is_taken_over(tmp_path: Path) -> None:
         await ask(port, "PING")
 
 
+async def test_a_relay_that_cannot_replace_another_one_leaves_its_server_running(
+    tmp_path: Path,
+) -> None:
+    port = free_port()
+    async with serving(tmp_path / "d", port) as server:
+        assert server.lock is not None
+        failed = EmbeddedValkey(tmp_path / "d", port)
+        await failed.start(os.dup(server.lock))
+        await failed.stop()
+        assert await ask(port, "PING") == b"+PONG"
+        # After it has taken over, it stops the server.
+        new = EmbeddedValkey(tmp_path / "d", port)
+        await new.start(os.dup(server.lock))
+        new.take_over()
+        server.hand_over()
+        await new.stop()
+        with pytest.raises(ConnectionRefusedError):
+            await ask(port, "PING")
+
+
 async def test_a_server_left_behind_on_another_port_makes_room(tmp_path: Path) -> None:
     port, other = free_port(), free_port()
     killed = EmbeddedValkey(tmp_path / "d", port)
