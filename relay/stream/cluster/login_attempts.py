@@ -8,6 +8,7 @@ addresses. Addresses share a fixed number of places, so that attempts cannot fil
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 from zlib import crc32
 
@@ -25,6 +26,8 @@ _ADDRESS_INTERVAL_MS, _ADDRESS_BURST = 12_000, 5
 _ALL_INTERVAL_MS, _ALL_BURST = 1_000, 60
 _ALL = "all"
 _KEPT_MS = 600_000
+# Each needs a connection of the client, which heartbeats and jobs use too.
+_AT_ONCE = 4
 
 # KEYS: the hash. ARGV: for each limit its field, interval and burst; then the hash's expiry time.
 # A field has the time at which all its attempts are paid for (GCRA). Returns the milliseconds to
@@ -53,6 +56,7 @@ class LoginAttempts:
     def __init__(self, client: RedisClient, keys: Keys) -> None:
         self._client = client
         self._key = keys.store("console:attempts")
+        self._turns = asyncio.Semaphore(_AT_ONCE)
 
     async def begin(self, address: str) -> float:
         """Count an attempt from this address and return 0, or return the seconds to wait."""
@@ -76,7 +80,8 @@ class LoginAttempts:
 
     async def _run(self, *words: str | int) -> int:
         sent = "EVALSHA", _ATTEMPT.sha, 1, self._key, *words
-        return int(await connect.command(self._client, *sent))
+        async with self._turns:
+            return int(await connect.command(self._client, *sent))
 
 
 def _place(address: str) -> str:
