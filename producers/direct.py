@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from operator import itemgetter
 
 from typing_extensions import override
@@ -32,7 +33,7 @@ from relay.stream.connection.connect import CommandRefused, RefusedForNow
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.scripts import load
 from relay.stream.shards.making import keys_of, shard_map
-from relay.stream.shards.shard import Shard, is_misplaced
+from relay.stream.shards.shard import Shard, ShardMap, is_misplaced
 from relay.stream.write.append import APPEND_ONCE, WAIT_MS, Append, AppendCommands, send
 
 # Pause before an event is sent again whose slot is being moved.
@@ -65,29 +66,31 @@ class DirectSender(Sender):
         self._settings = settings.model_copy(
             update={"connect_timeout_s": 60.0, "command_timeout_s": 300.0}
         )
-        namespace = NamespaceSettings(retention_count=maxlen)
-        self._commands = AppendCommands(
-            keys_of(settings), lambda _: namespace, uid_window_s=window_s
-        )
+        self._namespace = NamespaceSettings(retention_count=maxlen)
+        self._window_s = window_s
         self._load_script = load_script
         self._wait_ms = wait_ms
-        self._shards = shard_map(self._settings)
         self._connections: dict[Shard, PipelineConnection] = {}
         # A restarted server has lost its scripts. The connection is lost as well, and reopening it
         # resets this.
         self._scripted: set[PipelineConnection] = set()
         self._opening = asyncio.Lock()
 
+    # An invalid URL is an error of `send`, as for an event with an invalid channel.
+    @cached_property
+    def _shards(self) -> ShardMap:
+        return shard_map(self._settings)
+
+    @cached_property
+    def _commands(self) -> AppendCommands:
+        return AppendCommands(
+            keys_of(self._settings), lambda _: self._namespace, uid_window_s=self._window_s
+        )
+
     @override
     async def send(
         self, events: Sequence[OutgoingEvent], on_sending: Callable[[], None]
     ) -> list[Outcome]:
-        appends = [
-            self._commands.build(each.channel, each.fields(), each.uid, durability=each.durability)
-            for each in events
-        ]
-        outcomes: list[Outcome] = [None] * len(appends)
-        left = list(range(len(appends)))
         sent = False
 
         def sending() -> None:
@@ -96,6 +99,14 @@ class DirectSender(Sender):
             on_sending()
 
         try:
+            appends = [
+                self._commands.build(
+                    each.channel, each.fields(), each.uid, durability=each.durability
+                )
+                for each in events
+            ]
+            outcomes: list[Outcome] = [None] * len(appends)
+            left = list(range(len(appends)))
             if not self._shards.shards:
                 await self._shards.refresh()
             while True:

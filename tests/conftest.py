@@ -25,7 +25,8 @@ class _ClosingLoop(asyncio.SelectorEventLoop):
         if not self.is_closed():
             transports = self._transports  # type: ignore[attr-defined]
             for transport in list(transports.values()):
-                if transport.is_closing():
+                # A transport without a socket has closed it already.
+                if transport.is_closing() and transport.get_extra_info("socket").fileno() >= 0:
                     transport.abort()
             # A transport calls connection_lost and closes its socket in the next iteration.
             self.run_until_complete(asyncio.sleep(0))

@@ -137,11 +137,15 @@ def check_inherited(
     config: Config, listeners: Sequence[Listening], inheritance: Inheritance
 ) -> None:
     """Close inherited sockets that no listener needs. StartError if they are systemd's."""
-    wanted = [
-        (each.name, address, port)
-        for each, port in wanted_addresses(config, listeners)
-        for address in addresses(hosts_of(each.host), port)
-    ]
+    if not inheritance.sockets.left:
+        return
+    wanted = []
+    for listening, port in wanted_addresses(config, listeners):
+        try:
+            found = addresses(hosts_of(listening.host), port)
+        except OSError as exc:
+            raise StartError(listen_error(config, listening, exc, port)) from exc
+        wanted += [(listening.name, address, port) for address in found]
     internal = urlsplit(f"//{config.node.internal_address}")
     if internal.port:
         last = internal.port + config.node.workers

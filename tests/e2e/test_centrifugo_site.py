@@ -227,7 +227,6 @@ def test_tls_with_centrifugos_options(valkey: Server, folder: Path) -> None:
             "config.ini: must have one of the suffixes .json, .toml, .yaml, .yml",
         ),
         ('{"ssl_autocert": true}', [], "relay does not obtain ACME certificates"),
-        ('{"engine": "redis", "redis_host": "a,b"}', [], "relay uses one Redis"),
     ],
 )
 def test_an_unsupported_option_stops_the_start_with_one_line(

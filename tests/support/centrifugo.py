@@ -282,8 +282,8 @@ class Context:
         self.is_ready = True
         self.refusing: Exception | None = None
 
-    def is_connected(self) -> bool:
-        return self.is_ready
+    def not_reading(self, channels: Sequence[Channel]) -> str:
+        return "" if self.is_ready else "Redis is not connected"
 
     def turned_away(self, info: ConnectionInfo | None, *reason: str) -> None:
         pass

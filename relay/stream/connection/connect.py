@@ -70,6 +70,7 @@ _ENCODE = (
     "; percent-encode special characters in user and password: # is %23, / is %2F, ? is %3F,"
     " [ is %5B"
 )
+_AUTHORITY = re.compile(r"[^/?#]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SCHEMES = (
     "embedded, redis://, rediss://, unix://, redis+sentinel://, rediss+sentinel://,"
@@ -214,7 +215,7 @@ def servers_of(settings: RedisSettings) -> list[RedisSettings]:
     Raises:
         ConfigError: A URL is invalid, two are of the same server, or one is of a Redis Cluster.
     """
-    urls = _NEXT_URL.split(settings.url.strip())
+    urls = _NEXT_URL.split(settings.url)
     servers = [settings.model_copy(update={"url": url}) for url in urls]
     if len(servers) == 1:
         return servers
@@ -560,17 +561,15 @@ def _parse_server(settings: RedisSettings) -> RedisEndpoint | _Sentinels:
 def _parse(settings: RedisSettings) -> RedisEndpoint | _Sentinels | _Cluster:
     if settings.url == "embedded":
         return RedisEndpoint(host="127.0.0.1", port=settings.embedded_port)
-    try:
-        url = urlsplit(settings.url)
-    except ValueError:
-        # `from None`: the text may quote a part of the password.
-        raise ConfigError(f"[redis] url is not a valid URL{_ENCODE}") from None
+    scheme, _, rest = settings.url.partition("://")
+    authority = _AUTHORITY.match(rest)[0]  # type: ignore[index]  # matches any text
+    # `urlsplit` does not get the authority: some versions reject a list with an IPv6 address, and
+    # it converts the host to lower case.
+    url = urlsplit(f"{scheme}://{rest[len(authority) :]}")
     # `urlsplit` removes tabs and line breaks without an error.
     if "@" in url.path + url.query + url.fragment or _CONTROL.search(settings.url):
         raise ConfigError(f"[redis] url is not a valid URL{_ENCODE}")
-    # Don't use url.hostname and url.port: they cannot parse a list of Sentinels, and they convert
-    # the host to lower case.
-    login, _, location = url.netloc.rpartition("@")
+    login, _, location = authority.rpartition("@")
     user, _, password = login.partition(":")
     try:
         user, password = unquote(user, errors="strict"), unquote(password, errors="strict")
@@ -625,9 +624,13 @@ def _address(text: str, default_port: int) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon or "]" in port:  # no port, or the colons are those of [::1]
         host, port = text, ""
-    if ":" in host and not host.startswith("["):
+    if bracketed := host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    if "[" in host or "]" in host:
+        raise ConfigError(f"[redis] url is not a valid URL{_ENCODE}")
+    if ":" in host and not bracketed:
         raise ConfigError("[redis] url: an IPv6 address must be in brackets, as in [::1]")
-    host = unquote(host).removeprefix("[").removesuffix("]")
+    host = unquote(host)
     if not host or (port and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536)):
         raise ConfigError("[redis] url: address must be host:port")
     return host, int(port) if port else default_port

@@ -71,9 +71,12 @@ def take_over(request: web.Request, head: bytes, client: ClientSocket) -> web.St
         # An earlier answer is still being sent.
         client.pause_writing()
     if head:
-        # With the ID, a user's report and the operator's journal can be matched.
         status, _, rest = head.partition(b"\r\n")
-        transport.write(b"%s\r\nX-Request-Id: %s\r\n%s" % (status, info.id.encode(), rest))
+        if b" 101 " not in status:
+            # With the ID, a user's report and the operator's journal can be matched. Programs
+            # cannot read the headers of a WebSocket handshake in a browser.
+            head = b"%s\r\nX-Request-Id: %s\r\n%s" % (status, info.id.encode(), rest)
+        transport.write(head)
     if tail:
         client.data_received(tail)
     # aiohttp may have paused reading because the client has sent much data.
