@@ -113,6 +113,8 @@ async def test_a_relay_that_cannot_replace_another_one_leaves_its_server_running
         new.take_over()
         server.hand_over()
         await new.stop()
+        # Its child process, whose transport must not outlive the event loop.
+        await server._wait_exited()
         with pytest.raises(ConnectionRefusedError):
             await ask(port, "PING")
 
