@@ -162,6 +162,36 @@ async def test_appends_follow_their_slot_in_order(cluster: RedisCluster) -> None
     assert numbers == list(range(len(sent) + 1))
 
 
+async def test_a_known_uid_is_confirmed_only_when_the_replica_has_its_entry(
+    tmp_path: Path, flavour: Flavour
+) -> None:
+    wanted = Durability.parse("replicated:1:300")
+    with running_cluster(RedisCluster(tmp_path, flavour, primaries=1, replicas=1)) as small:
+        settings = small.settings()
+        # The second appender has a new connection, which has written nothing yet.
+        for number in range(2):
+            shards = ClusterMap(settings)
+            await shards.refresh()
+            appender = Appender(
+                shards=shards,
+                keys=keys_of(settings),
+                redis=settings,
+                settings=PublishSettings(timeout_s=10),
+                namespace_of=lambda _: NamespaceSettings(),
+            )
+            async with asyncio.TaskGroup() as tasks:
+                task = tasks.create_task(appender.run())
+                try:
+                    if number == 0:
+                        assert await appender.append(NEWS, [b"data", b"1"], "a", durability=wanted)
+                        small.servers[1].freeze()
+                    with pytest.raises(NotDurable):
+                        await appender.append(NEWS, [b"data", b"2"], "b", durability=wanted)
+                finally:
+                    task.cancel()
+        small.servers[1].thaw()
+
+
 async def test_a_server_that_is_away_does_not_stop_the_retention_of_others(
     server: Server,
 ) -> None:

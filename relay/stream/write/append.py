@@ -99,7 +99,8 @@ class Append(NamedTuple):
 
     WAIT and WAITAOF confirm the last write of their connection. A script that finds a known uid
     writes nothing, so a publish to the pub/sub channel `marker` precedes them: it is replicated
-    after everything that Redis has executed before.
+    after everything that Redis has executed before. In a Redis Cluster it is not, see
+    `confirming_commands`.
     """
 
     command: RedisCommand
@@ -297,12 +298,22 @@ def parse_reply(append: Append, reply: object, confirmed: Confirmations) -> Entr
     return NotDurable(f"appended as {entry_id}, but {missing}", entry_id) if missing else entry_id
 
 
-def confirming_commands(appends: Sequence[Append], most_ms: int) -> list[RedisCommand]:
-    """Return the commands that wait for the confirmations of these appends, behind them."""
+def confirming_commands(
+    appends: Sequence[Append], most_ms: int, *, in_cluster: bool = False
+) -> list[RedisCommand]:
+    """Return the commands that wait for the confirmations of these appends, behind them.
+
+    `in_cluster`: a Redis Cluster does not replicate publishes. There the expiry of each uid is set
+    again instead, which needs the right to EXPIRE.
+    """
     wanted = {each.durability for each in appends if each.durability.waits}
     if not wanted:
         return []
-    return [("PUBLISH", appends[0].marker, b""), *confirming(wanted, most_ms)]
+    marks: list[RedisCommand] = [("PUBLISH", appends[0].marker, b"")]
+    if in_cluster:
+        once = {each.uid_key: each.command[5] for each in appends if each.uid_key is not None}
+        marks = [("EXPIRE", key, -(-int(window_ms) // 1000)) for key, window_ms in once.items()]
+    return [*marks, *confirming(wanted, most_ms)]
 
 
 def is_missing_script(reply: object) -> bool:

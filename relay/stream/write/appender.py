@@ -535,9 +535,10 @@ class _Lane:
     def _send(self, connection: PipelineConnection, batch: list[_PendingAppend]) -> None:
         appends = [pending.append for pending in batch]
         commands = [append.command for append in appends]
-        if self._shard.uses_sharded_pubsub:
+        in_cluster = self._shard.uses_sharded_pubsub
+        if in_cluster:
             commands = self._in_order(appends)
-        waits = confirming_commands(appends, self._wait_ms)
+        waits = confirming_commands(appends, self._wait_ms, in_cluster=in_cluster)
         self._in_flight += len(batch)
         future = cast("asyncio.Future[list[object]]", connection.execute([*commands, *waits]))
         self._sent = future

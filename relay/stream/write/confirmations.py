@@ -11,6 +11,7 @@ from relay.core.errors import RelayError, StartError
 from relay.stream.connection import connect
 from relay.stream.connection.pipeline_connection import ReplyError
 from relay.stream.connection.refusals import without_arguments
+from relay.stream.shards.shard import is_misplaced
 
 if TYPE_CHECKING:
     from relay.config.settings import NamespaceSettings
@@ -73,8 +74,9 @@ def parse_confirmations(
     """Return what the replies to the commands of `confirming` say."""
     found = Confirmations(wait_ms=most_ms)
     for command, reply in zip(commands, replies, strict=True):
-        # The command before, a publish, is only the write to be confirmed.
-        if isinstance(reply, ReplyError):
+        # The commands before are only the writes to be confirmed. If the slot of one is being
+        # moved, its append was rejected as well.
+        if isinstance(reply, ReplyError) and not is_misplaced(str(reply)):
             found = found._replace(problem=f"{command[0]!s}: {reply}")
         elif command[0] == "WAIT" and isinstance(reply, int):
             found = found._replace(replicas=reply)
