@@ -145,7 +145,7 @@ class _Ephemeral(NamedTuple):
     payload: bytes
 
 
-class _Command(NamedTuple):
+class _ControlCommand(NamedTuple):
     """A command to all workers, which takes effect after the newest entries of these channels."""
 
     fields: Sequence[bytes]
@@ -168,7 +168,7 @@ class EmitBatch:
         self._unconfirmed = unconfirmed
         self._namespace_of = namespace_of
         self._max_entry_bytes = max_entry_bytes
-        self._parts: list[_Entry | _Ephemeral | _Command] = []
+        self._parts: list[_Entry | _Ephemeral | _ControlCommand] = []
         self._wanted: set[Durability] = set()
 
     def add(self, emit: Emit) -> None:
@@ -227,7 +227,7 @@ class EmitBatch:
         # The command takes effect directly after the newest entries of these rooms.
         rooms = {"leave": command.names, "disconnect": command.rooms}.get(command.action, ())
         channels = list(dict.fromkeys(channels_of(rooms)))
-        self._parts.append(_Command(fields, channels))
+        self._parts.append(_ControlCommand(fields, channels))
 
     async def apply(self, links: ShardLinks, mark_key: bytes, old: bytes, new: bytes) -> int | None:
         """Append everything and set the mark to `new`, if the mark is still `old`.
@@ -267,7 +267,7 @@ class EmitBatch:
         for part in self._parts:
             if isinstance(part, _Ephemeral):
                 words += "p", part.name, part.payload
-            elif isinstance(part, _Command):
+            elif isinstance(part, _ControlCommand):
                 keys += self._keys.control, *map(self._keys.stream, part.channels)
                 words += "c", control.KEEP, len(part.fields), *part.fields
                 words += len(part.channels), *map(control.at_field, part.channels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from relay.console.services import Body, channel_of
+from relay.console.services import JsonBody, channel_of
 from relay.core.errors import BadRequest
 from relay.core.model import Event
 from relay.inspect.followers import count_followers
@@ -142,7 +142,7 @@ _SOURCES = {
 }
 
 
-class PublishBody(Body):
+class PublishBody(JsonBody):
     """Body of `publish`. `data` is sent as it is, and is JSON or text."""
 
     channel: str
@@ -172,7 +172,7 @@ async def publish(request: ApiRequest) -> object:
     return {"channel": channel, "id": str(await done)}
 
 
-class TrimBody(Body):
+class TrimBody(JsonBody):
     """Body of `trim`: at least one of the limits."""
 
     channel: str
@@ -199,7 +199,7 @@ async def trim(request: ApiRequest) -> object:
     return {"channel": channel, "removed": removed}
 
 
-class DeleteBody(Body):
+class DeleteBody(JsonBody):
     """Body of `delete`. `confirm` repeats the channel."""
 
     channel: str
@@ -217,7 +217,7 @@ async def delete(request: ApiRequest) -> object:
     return {"channel": channel, "deleted": True}
 
 
-class UserBody(Body):
+class UserBody(JsonBody):
     """Body of commands that concern a user, and perhaps a channel."""
 
     user: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from relay.console.channels import UserBody, user_of
-from relay.console.services import Body, channel_of
+from relay.console.services import JsonBody, channel_of
 from relay.core.errors import BadRequest
 from relay.inspect.connections import MOST, ConnectionFilter, find_connections
 from relay.inspect.disconnects import close_connection, closed_by
@@ -61,7 +61,7 @@ async def disconnect(request: ApiRequest) -> object:
     return {**done, "unknown": problems} if problems else done
 
 
-class ConnectionBody(Body):
+class ConnectionBody(JsonBody):
     """Body of `close`."""
 
     connection: str

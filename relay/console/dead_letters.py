@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from relay.console.services import Body, entry_id_of
+from relay.console.services import JsonBody, entry_id_of
 from relay.core.errors import BadRequest, NotDurable, RedisUnavailable, RelayError
 from relay.core.model import ZERO_ID
 from relay.stream.connection.connect import CommandRefused
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _PAGE, _MOST = 50, 100
 
 
-class LettersBody(Body):
+class LettersBody(JsonBody):
     """Body of `requeue` and `drop`."""
 
     ids: list[str] = Field(min_length=1, max_length=_MOST)

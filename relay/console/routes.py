@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from relay.console import channels, clients, dead_letters, journal, overview, page, tap
 from relay.console.access import SESSION_S, Access, TooManyAttempts
-from relay.console.services import ApiRequest, Body
+from relay.console.services import ApiRequest, JsonBody
 from relay.core.errors import (
     BadRequest,
     ClientError,
@@ -71,7 +71,7 @@ _HEADERS = {
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-class LoginBody(Body):
+class LoginBody(JsonBody):
     """Body of `login`."""
 
     password: str

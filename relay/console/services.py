@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from relay.stream.format.keys import Keys
     from relay.stream.shards.clients import ShardClients
 
-_B = TypeVar("_B", bound="Body")
+_B = TypeVar("_B", bound="JsonBody")
 
 
 class Described(Protocol):
@@ -57,7 +57,7 @@ class ConsoleServices:
         return self.clients.for_key(self.keys.stream(channel))
 
 
-class Body(BaseModel):
+class JsonBody(BaseModel):
     """Base class of request bodies. Unknown members are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

@@ -110,7 +110,7 @@ class Bus(Protocol):
         which has one listener."""
 
 
-class LoginAttempts(Protocol):
+class LoginLimit(Protocol):
     """Limits how often passwords can be guessed, on all workers together.
 
     All methods raise RelayError if Redis is unreachable.
@@ -264,7 +264,7 @@ class DoorContext:
     # The time of Redis, with which entry IDs must be compared.
     clock: RedisClock
     # For all passwords of operators.
-    login_attempts: LoginAttempts
+    login_attempts: LoginLimit
     # Return the routes of the operator console below a prefix, with a password of its own.
     console: Callable[[str, Callable[[], SecretStr]], list[web.AbstractRouteDef]]
     client_buffer_bytes: int

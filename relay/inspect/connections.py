@@ -19,7 +19,7 @@ from relay.core.connection import software
 from relay.core.model import Channel
 from relay.core.slices import in_slices
 from relay.hub.session import SubscriptionMode
-from relay.inspect.questions import WITHIN_S, Answers, BadQuestion
+from relay.inspect.questions import WITHIN_S, WorkerAnswers, BadQuestion
 
 if TYPE_CHECKING:
     from relay.core.connection import ConnectionInfo
@@ -71,7 +71,7 @@ class ConnectionPage:
     """One page of connections, and how many match in all.
 
     `after` is the filter's `after` of the next page, '' if this is the last one. `silent` and
-    `failed` are those of `Answers`: their connections are missing.
+    `failed` are those of `WorkerAnswers`: their connections are missing.
     """
 
     connections: list[dict[str, Any]]
@@ -262,7 +262,7 @@ async def find_connections(
     return _page(answers, wanted.limit)
 
 
-def _page(answers: Answers, limit: int) -> ConnectionPage:
+def _page(answers: WorkerAnswers, limit: int) -> ConnectionPage:
     rows = heapq.nsmallest(limit, _rows(answers.by_worker), key=lambda row: row["id"])
     remaining = sum(len(each.get("connections", ())) for each in answers.by_worker.values())
     # A worker with more matches than it has listed has filled its own page.

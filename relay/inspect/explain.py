@@ -99,7 +99,7 @@ class Explanation:
 
 
 @dataclass(slots=True)
-class _Interval:
+class _Following:
     """A time in which a client followed the channel: it received the entries after `after`."""
 
     after: EntryID
@@ -119,7 +119,7 @@ class _Client:
     connected_ms: int | None = None
     ended_ms: int | None = None
     reason: str = ""
-    intervals: list[_Interval] = field(default_factory=list)
+    intervals: list[_Following] = field(default_factory=list)
     rejections: list[dict[str, Any]] = field(default_factory=list)
     gaps: list[dict[str, Any]] = field(default_factory=list)
     # Its row in the directory, if it is connected now.
@@ -327,7 +327,7 @@ class Explainer:
             began = EntryID.parse(subscription["began"])
             opened = [each for each in client.intervals if each.ended_ms is None]
             if not opened:
-                opened = [_Interval(began, row["since_ms"])]
+                opened = [_Following(began, row["since_ms"])]
                 client.intervals += opened
             opened[-1].until = EntryID.parse(subscription["position"])
 
@@ -344,7 +344,7 @@ def _note(client: _Client, event: dict[str, Any], channel: Channel) -> None:
             position = event.get("positions", {}).get(channel)
             _end(client, ms, client.reason, position)
         case "subscribed" if event["channel"] == channel:
-            client.intervals.append(_Interval(EntryID.parse(event["after"]), ms))
+            client.intervals.append(_Following(EntryID.parse(event["after"]), ms))
         case "unsubscribed" if event["channel"] == channel:
             _end(client, ms, str(event["reason"]), event["position"])
         case "rejected" if event.get("channel") == channel:

@@ -64,7 +64,7 @@ _CONNECTIONS, _RECENT = 1_000, 5
 Event = dict[str, Any]
 
 
-class _Count:
+class _StrangerCount:
     """Events of strangers with the same kind, address and reason since `began`."""
 
     __slots__ = ("began", "event", "suppressed", "written")
@@ -109,7 +109,7 @@ class Journal(SessionObserver):
         self._entries: deque[tuple[bytes, int, int]] = deque()
         self._kept = self._kept_bytes = 0
         self._renewed_at = -_RENEW_S
-        self._strangers: OrderedDict[tuple[str, str, str], _Count] = OrderedDict()
+        self._strangers: OrderedDict[tuple[str, str, str], _StrangerCount] = OrderedDict()
         self._rejections: OrderedDict[str, deque[Event]] = OrderedDict()
 
     # ---- from the hub -----------------------------------------------------------------------
@@ -274,7 +274,7 @@ class Journal(SessionObserver):
                 key = (event["event"], "", "")
                 count = self._strangers.get(key)
             if count is None:
-                count = self._strangers[key] = _Count(now)
+                count = self._strangers[key] = _StrangerCount(now)
         if count.written < _STRANGERS:
             count.written += 1
             return True

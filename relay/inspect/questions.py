@@ -50,7 +50,7 @@ class BadQuestion(RelayError):
 
 
 @dataclass(slots=True, kw_only=True)
-class Answers:
+class WorkerAnswers:
     """The workers' answers by instance.
 
     `silent` are workers that have not answered in time, `failed` those that could not answer, with
@@ -120,7 +120,7 @@ class Questions:
 
     # ---- ask --------------------------------------------------------------------------------
 
-    async def ask(self, name: str, values: Values, *, within_s: float = WITHIN_S) -> Answers:
+    async def ask(self, name: str, values: Values, *, within_s: float = WITHIN_S) -> WorkerAnswers:
         """Ask all workers. Return when all have answered, or after `within_s`.
 
         Raises:
@@ -128,7 +128,7 @@ class Questions:
         """
         living, silent = await list_workers(self._client, self._keys)
         workers = {each.instance.rpartition(":")[2]: each.instance for each in living}
-        found = Answers(silent=silent)
+        found = WorkerAnswers(silent=silent)
         number = secrets.token_hex(8)
         complete = asyncio.Event()
 

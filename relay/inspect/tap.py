@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from relay.hub.hub import Hub
     from relay.hub.session import Session, Subscription
     from relay.inspect.journal import Journal
-    from relay.inspect.questions import Answers, Questions, Values
+    from relay.inspect.questions import WorkerAnswers, Questions, Values
 
 QUESTION = "tap"
 # A watcher that has not asked for this long is removed.
@@ -271,6 +271,6 @@ def _connection_of(subscription: Subscription) -> str:
     return "" if info is None else info.id
 
 
-async def watch(questions: Questions, values: Values) -> Answers:
+async def watch(questions: Questions, values: Values) -> WorkerAnswers:
     """Ask all workers for their records since the last call with the same `watch`."""
     return await questions.ask(QUESTION, values)

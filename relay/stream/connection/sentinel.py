@@ -69,7 +69,7 @@ async def _masters(sentinel: Redis) -> dict[str, Any]:
     return cast("dict[str, Any]", await sentinel.sentinel_masters())
 
 
-class Follower(Protocol):
+class PrimaryFollower(Protocol):
     """A connection to a primary that Sentinels watch."""
 
     def primary_is(self, host: str, port: int) -> None:
@@ -77,11 +77,11 @@ class Follower(Protocol):
 
 
 # Open connections and redis-py clients, by `Sentinels.site`.
-_followers: defaultdict[str, WeakSet[Follower]] = defaultdict(WeakSet)
+_followers: defaultdict[str, WeakSet[PrimaryFollower]] = defaultdict(WeakSet)
 _clients: defaultdict[str, WeakSet[Redis]] = defaultdict(WeakSet)
 
 
-def follow(site: str, follower: Follower) -> None:
+def follow(site: str, follower: PrimaryFollower) -> None:
     """Report the next primary to this connection, as long as it exists."""
     _followers[site].add(follower)
 
