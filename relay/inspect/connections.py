@@ -19,7 +19,7 @@ from relay.core.connection import software
 from relay.core.model import Channel
 from relay.core.slices import in_slices
 from relay.hub.session import SubscriptionMode
-from relay.inspect.questions import WITHIN_S, WorkerAnswers, BadQuestion
+from relay.inspect.questions import WITHIN_S, BadQuestion, WorkerAnswers
 
 if TYPE_CHECKING:
     from relay.core.connection import ConnectionInfo

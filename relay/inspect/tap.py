@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from relay.hub.hub import Hub
     from relay.hub.session import Session, Subscription
     from relay.inspect.journal import Journal
-    from relay.inspect.questions import WorkerAnswers, Questions, Values
+    from relay.inspect.questions import Questions, Values, WorkerAnswers
 
 QUESTION = "tap"
 # A watcher that has not asked for this long is removed.

@@ -570,6 +570,8 @@ def _parse(settings: RedisSettings) -> RedisEndpoint | _Sentinels | _Cluster:
     if "@" in url.path + url.query + url.fragment or _CONTROL.search(settings.url):
         raise ConfigError(f"[redis] url is not a valid URL{_ENCODE}")
     login, _, location = authority.rpartition("@")
+    if "[" in login or "]" in login:
+        raise ConfigError(f"[redis] url is not a valid URL{_ENCODE}")
     user, _, password = login.partition(":")
     try:
         user, password = unquote(user, errors="strict"), unquote(password, errors="strict")
