@@ -142,12 +142,12 @@ def _every_server_is_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _every_process_is_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same process may have been a replica in between."""
-    observe = Primary.observe
+    observe = Primary._observe
 
-    def broken(self: Primary, replication: Replication) -> None:
-        observe(self, replication._replace(previous=b""))
+    def broken(self: Primary, replication: Replication) -> bool:
+        return observe(self, replication._replace(previous=b""))
 
-    monkeypatch.setattr(Primary, "observe", broken)
+    monkeypatch.setattr(Primary, "_observe", broken)
 
 
 def _holes_unheeded(monkeypatch: pytest.MonkeyPatch) -> None:
