@@ -26,7 +26,7 @@ from tests.support.valkey import Server, running
 from tests.support.world import statistics
 
 NEWS, WORK = CHANNELS
-EXAMPLES = int(os.environ.get("RELAY_EXAMPLES", "400"))
+EXAMPLES = int(os.environ.get("RELAY_EXAMPLES", "200"))
 
 
 @pytest.fixture(scope="module")
