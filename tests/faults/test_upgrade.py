@@ -34,11 +34,13 @@ async def knocking(port: int) -> AsyncIterator[list[bytes]]:
     async def knock() -> None:
         while True:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            # Not `wait_for`, which sometimes ignores a cancellation (Python 3.11).
-            async with asyncio.timeout(_START_S):
-                answers.append((await reader.readline()).split(b" ")[1])
-            writer.close()
+            try:
+                writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                # Not `wait_for`, which sometimes ignores a cancellation (Python 3.11).
+                async with asyncio.timeout(_START_S):
+                    answers.append((await reader.readline()).split(b" ")[1])
+            finally:
+                writer.close()
             await asyncio.sleep(0.02)
 
     async with asyncio.TaskGroup() as group:
