@@ -1,4 +1,4 @@
-"""A local file of events that could not be sent. They stay in order, none is lost or sent twice.
+"""A local file of events that could not be sent. They keep their order; none is lost or sent twice.
 
 `PATH` has one JSON object per line, oldest first. Producers in other languages append to it too.
 `PATH.state` is the lock between processes. It contains two numbers: how often the file was emptied,

@@ -51,7 +51,7 @@ class ConsoleSession:
 
 
 class Access:
-    """Decides who may use the console at one address."""
+    """Checks passwords, sessions and origins for the console at one address."""
 
     def __init__(
         self,

@@ -65,7 +65,7 @@ class JsonBody(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ApiRequest:
-    """One request of an operator who has logged in."""
+    """An authenticated request to the admin API."""
 
     http: web.Request
     services: ConsoleServices

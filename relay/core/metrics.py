@@ -52,7 +52,7 @@ class _Lag:
 
 
 class _Door:
-    """What was offered to the clients of one protocol."""
+    """Counters of one protocol: delivery lag, and bytes offered to its clients."""
 
     __slots__ = ("lag", "size")
 

@@ -34,9 +34,17 @@ class Asset(NamedTuple):
 def load(
     package: str, names: Iterable[tuple[str, str]], *, policy: str = CONTENT_SECURITY_POLICY
 ) -> tuple[Asset, ...]:
-    """Read files of `package`. `names` are pairs of a path and a file's name."""
+    """Read files of `package`. `names` are pairs of a path and a file's name.
+
+    A stylesheet begins with page.css, the colours and elements that all pages share.
+    """
     folder = files(package)
-    return tuple(_asset(path, name, (folder / name).read_bytes(), policy) for path, name in names)
+
+    def body(name: str) -> bytes:
+        shared = (files(__package__) / "page.css").read_bytes() if name.endswith(".css") else b""
+        return shared + (folder / name).read_bytes()
+
+    return tuple(_asset(path, name, body(name), policy) for path, name in names)
 
 
 def routes(assets: Iterable[Asset]) -> list[web.AbstractRouteDef]:

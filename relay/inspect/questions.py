@@ -40,7 +40,7 @@ _CONNECT_S = 5.0
 # Questions that a worker answers at the same time. Further ones are rejected.
 _AT_ONCE = 8
 
-# What a question is about; its answer.
+# Parameters of a question, or the values of an answer.
 Values = Mapping[str, Any]
 Handler = Callable[[Values], Awaitable[dict[str, Any]]]
 

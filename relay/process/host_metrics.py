@@ -122,6 +122,6 @@ def _text_of_all(stored: list[tuple[bytes, bool]], of_site: list[Family]) -> byt
     for data, is_running in stored:
         if data:
             families = unpacked(data)
-            # Nothing but its counters is left of a worker that has died.
+            # Only the counters of a worker that has died are kept.
             sets.append(families if is_running else growing(families))
     return text([*added_up(sets), *of_site])

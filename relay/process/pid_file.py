@@ -27,7 +27,7 @@ def write_error(path: str) -> str:
 def write_pid(path: str, file: int) -> None:
     """Write this process's ID to the open file. Raise StartError if that fails."""
     try:
-        # Not empty at any time, for those who read it.
+        # Written before it is shortened, so that no reader finds it empty.
         os.ftruncate(file, os.pwrite(file, f"{os.getpid()}\n".encode(), 0))
     except OSError as exc:
         raise StartError(f"[node] pid_file: {path} cannot be written: {exc.strerror}") from exc

@@ -24,7 +24,7 @@ from relay.rights.token import TokenReader
 if TYPE_CHECKING:
     from relay.config.loading import Config
 
-# Nothing is published to it.
+# A channel to which no program publishes.
 _CHANNEL = "relay.doctor"
 _TOKEN_S = 300.0
 # relay answers within milliseconds.

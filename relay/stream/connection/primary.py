@@ -77,7 +77,7 @@ class Primaries:
         self._connected.discard(primary)
 
     def are_without_loss_since(self, certificate: int) -> bool:
-        """Return True if one of them gave this certificate, and none has lost entries since."""
+        """Return True if a primary gave this certificate, and no primary has lost entries since."""
         if self._had_failover:
             return False
         return any(primary.has_kept(certificate) for primary in self._connected)
