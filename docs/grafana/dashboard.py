@@ -47,7 +47,7 @@ _ROWS: list[tuple[str, list[tuple[str, str, str, list[tuple[str, str]]]]]] = [
                 "Connections",
                 "Open client connections by protocol.",
                 "short",
-                [(f"sum by (door) (relay_connections{{{_OF}}})", "{{door}}")],
+                [(f"sum by (protocol) (relay_connections{{{_OF}}})", "{{protocol}}")],
             ),
             (
                 "Connections by worker",
@@ -67,8 +67,8 @@ _ROWS: list[tuple[str, list[tuple[str, str, str, list[tuple[str, str]]]]]] = [
                 "reqps",
                 [
                     (
-                        f"sum by (door, reason) (rate(relay_rejections_total{{{_OF}}}[{_RATE}]))",
-                        "{{door}} {{reason}}",
+                        f"sum by (protocol, reason) (rate(relay_rejections_total{{{_OF}}}[{_RATE}]))",
+                        "{{protocol}} {{reason}}",
                     )
                 ],
             ),
@@ -96,10 +96,10 @@ _ROWS: list[tuple[str, list[tuple[str, str, str, list[tuple[str, str]]]]]] = [
                 [
                     (
                         (
-                            "histogram_quantile(0.99, sum by (door, le)"
+                            "histogram_quantile(0.99, sum by (protocol, le)"
                             f" (rate(relay_delivery_lag_seconds_bucket{{{_OF}}}[{_RATE}])))"
                         ),
-                        "{{door}}",
+                        "{{protocol}}",
                     ),
                     (
                         (
@@ -116,8 +116,8 @@ _ROWS: list[tuple[str, list[tuple[str, str, str, list[tuple[str, str]]]]]] = [
                 "Bps",
                 [
                     (
-                        f"sum by (door) (rate(relay_delivered_bytes_total{{{_OF}}}[{_RATE}]))",
-                        "{{door}}",
+                        f"sum by (protocol) (rate(relay_delivered_bytes_total{{{_OF}}}[{_RATE}]))",
+                        "{{protocol}}",
                     )
                 ],
             ),

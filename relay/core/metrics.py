@@ -96,12 +96,12 @@ class _HotCounts(Collector):
         lags = HistogramMetricFamily(
             "relay_delivery_lag_seconds",
             "Age of the newest entry of a batch, by its ID, when it was offered to live clients",
-            labels=["door"],
+            labels=["protocol"],
         )
         sizes = CounterMetricFamily(
             "relay_delivered_bytes",
             "Encoded events offered to clients, live or from the stream",
-            labels=["door"],
+            labels=["protocol"],
         )
         for name, door in self.doors.items():
             lags.add_metric([name], door.lag.buckets(), door.lag.sum_s)
@@ -132,7 +132,7 @@ class Metrics:
         )
         self._worst_lag_s = 0.0
         self.connections = Gauge(
-            "relay_connections", "Open client connections", ["door"], registry=self.registry
+            "relay_connections", "Open client connections", ["protocol"], registry=self.registry
         )
         self.subscriptions = Gauge(
             "relay_subscriptions", "Subscriptions of local clients", registry=self.registry
@@ -173,7 +173,7 @@ class Metrics:
         self._rejections = Counter(
             "relay_rejections_total",
             "Requests, connections and subscriptions that were rejected",
-            ["door", "reason"],
+            ["protocol", "reason"],
             registry=self.registry,
         )
         self._resumes = Counter(
@@ -285,7 +285,7 @@ class Metrics:
     def connections_by_protocol(self) -> dict[str, int]:
         """Return the open connections of each protocol that has any."""
         samples = (sample for metric in self.connections.collect() for sample in metric.samples)
-        return {each.labels["door"]: round(each.value) for each in samples if each.value}
+        return {each.labels["protocol"]: round(each.value) for each in samples if each.value}
 
     def notified(self, notice: _Notified, clients: int) -> None:
         """Count notices that were offered to clients."""

@@ -143,5 +143,5 @@ def connections(relay: RelayProcess) -> int:
     """Return the number of pending requests."""
     with urllib.request.urlopen(f"{relay.url}/metrics") as response:  # noqa: S310
         text = response.read().decode()
-    found = re.search(r'^relay_connections\{[^}]*door="poll"[^}]*\} (\d+)', text, re.MULTILINE)
+    found = re.search(r'^relay_connections\{[^}]*protocol="poll"[^}]*\} (\d+)', text, re.MULTILINE)
     return int(found[1]) if found else 0

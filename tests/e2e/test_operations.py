@@ -82,9 +82,9 @@ async def test_every_metric_counts_what_clients_received(
         'relay_deliveries_total{way="ephemeral"}': 2,
         'relay_deliveries_total{way="catch_up"}': 3,
         'relay_notices_total{kind="revoked",reason="unsubscribed"}': 1,
-        'relay_rejections_total{door="native",reason="unauthorized"}': 1,
+        'relay_rejections_total{protocol="native",reason="unauthorized"}': 1,
         'relay_resumes_total{outcome="complete"}': 1,
-        'relay_connections{door="native"}': 2,
+        'relay_connections{protocol="native"}': 2,
         "relay_dead_letters_total": 1,
         "relay_subscriptions": 2,
         "relay_catch_up_clients": 0,
@@ -93,9 +93,9 @@ async def test_every_metric_counts_what_clients_received(
         "relay_lost_wakeups_total": 0,
     }.items():
         assert after.get(sample, 0) - before.get(sample, 0) == number, sample
-    sizes = 'relay_delivered_bytes_total{door="native"}'
+    sizes = 'relay_delivered_bytes_total{protocol="native"}'
     # One observation for each batch of entries.
-    assert after['relay_delivery_lag_seconds_count{door="native"}'] >= 1
+    assert after['relay_delivery_lag_seconds_count{protocol="native"}'] >= 1
     assert after[sizes] > before.get(sizes, 0)
     assert after["relay_dead_letter_entries"] >= 1
     assert after["relay_redis_up"] == 1
@@ -110,7 +110,7 @@ async def test_every_metric_counts_what_clients_received(
         while await door.metric("relay_followed_streams"):
             await asyncio.sleep(0.01)
     assert await door.metric("relay_subscriptions") == 0
-    assert await door.metric('relay_connections{door="native"}') == 0
+    assert await door.metric('relay_connections{protocol="native"}') == 0
 
 
 async def _becomes(door: Native, status: int, limit_s: float) -> None:

@@ -294,6 +294,6 @@ def connections(folder: Folder) -> int:
     """Return how many clients the native protocol has."""
     with urllib.request.urlopen(f"http://127.0.0.1:{folder.port}/metrics") as answer:
         found = re.search(
-            r'^relay_connections\{[^}]*door="native"[^}]*\} (\d+)', answer.read().decode(), re.M
+            r'^relay_connections\{[^}]*protocol="native"[^}]*\} (\d+)', answer.read().decode(), re.M
         )
     return int(found[1]) if found else 0

@@ -609,7 +609,7 @@ async def test_a_suspended_client_receives_all_events_since_its_suspension(
             await door.lock(library, "a")
             # Wait until relay has closed the connection.
             async with asyncio.timeout(15):
-                while await clients.metric('relay_connections{door="seafile"}'):
+                while await clients.metric('relay_connections{protocol="seafile"}'):
                     await asyncio.sleep(0.1)
             await door.lock(library, "b")
             back = await door.connect()
@@ -806,7 +806,7 @@ async def test_a_client_that_does_not_answer_pings_is_closed(valkey: Server) -> 
         async with seafile(process) as door, native(process) as metrics:
             stalled, other = await followed(door, library), await followed(door, library)
             # The first client does not read, so that its pings are not answered.
-            while await metrics.metric('relay_connections{door="seafile"}') > 1:
+            while await metrics.metric('relay_connections{protocol="seafile"}') > 1:
                 with contextlib.suppress(TimeoutError):
                     await other.next(0.1)
             await door.commit(library, "c")

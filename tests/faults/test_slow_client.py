@@ -118,7 +118,7 @@ async def test_a_client_that_takes_nothing_for_long_is_cut_off(
             await asyncio.to_thread(_append, valkey, channel, 0, 600)
             await _until_behind(door, 1)
             async with asyncio.timeout(8):
-                while await door.metric('relay_connections{door="native"}'):
+                while await door.metric('relay_connections{protocol="native"}'):
                     await asyncio.sleep(0.05)
     finally:
         relay.kill()

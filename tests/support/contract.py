@@ -310,7 +310,7 @@ async def survives_a_full_socket(site: Site) -> None:
 
 async def leaks_nothing(site: Site) -> None:
     """Once all clients have left, connections, groups and keys are as they were before."""
-    connections = f'relay_connections{{door="{site.protocol}"}}'
+    connections = f'relay_connections{{protocol="{site.protocol}"}}'
     await site.append()
 
     async def state() -> tuple[float, float, set[bytes], set[bytes]]:

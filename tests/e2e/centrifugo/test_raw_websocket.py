@@ -200,7 +200,7 @@ async def test_a_client_that_does_not_read_is_closed_as_slow(
         await _append_all(valkey, name)
         # Relay has closed the connection. The pending data ends with the close reason.
         async with asyncio.timeout(15):
-            while await door.metric('relay_connections{door="centrifugo"}') != 0:
+            while await door.metric('relay_connections{protocol="centrifugo"}') != 0:
                 await asyncio.sleep(0.05)
 
 

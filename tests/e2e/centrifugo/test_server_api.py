@@ -237,7 +237,7 @@ async def test_a_user_is_unsubscribed_and_disconnected(site: Centrifugo) -> None
 async def test_refusals_are_counted(site: Centrifugo, relay: RelayProcess) -> None:
     async with native(relay) as door:
         names = [
-            f'relay_rejections_total{{door="centrifugo",reason="{code}"}}'
+            f'relay_rejections_total{{protocol="centrifugo",reason="{code}"}}'
             for code in ("permission_denied", "namespace_not_found", "invalid_message")
         ]
         before = [await door.metric(name) for name in names]
