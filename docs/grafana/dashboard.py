@@ -13,6 +13,7 @@ _WIDTH, _HEIGHT = 24, 8
 _SOURCE = {"type": "prometheus", "uid": "${source}"}
 _OF = 'job="$job",instance=~"$host"'
 _RATE = "$__rate_interval"
+_REJECTIONS = f"rate(relay_rejections_total{{{_OF}}}[{_RATE}])"
 
 # Each row has a title and panels. A panel has a title, a description, a unit of Grafana, and
 # queries with the names of their lines.
@@ -67,7 +68,7 @@ _ROWS: list[tuple[str, list[tuple[str, str, str, list[tuple[str, str]]]]]] = [
                 "reqps",
                 [
                     (
-                        f"sum by (protocol, reason) (rate(relay_rejections_total{{{_OF}}}[{_RATE}]))",
+                        f"sum by (protocol, reason) ({_REJECTIONS})",
                         "{{protocol}} {{reason}}",
                     )
                 ],

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from typing_extensions import override
 
 from relay.config.lists import split
 from relay.core import durability
+from relay.core.client_address import TrustedProxies
 
 
 class Section(BaseModel):
@@ -122,6 +123,16 @@ class ServerSettings(Section):
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on. 0 selects a free port.")
     tls_cert: str = Field("", description="PEM file with the certificate chain. Empty: no TLS.")
     tls_key: str = Field("", description="PEM file with the private key of tls_cert.")
+    trusted_proxies: str = Field(
+        "",
+        description="Proxies in front of relay, separated by commas: addresses, or networks such as 10.0.0.0/8. Their X-Forwarded-For is used as the client's address (limits per address, journal, log) and X-Forwarded-Proto for the console's cookie. Each of them must set or append to these headers.",
+    )
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, text: str) -> str:
+        TrustedProxies(split(text))
+        return text
 
 
 class LogSettings(Section):

@@ -19,6 +19,7 @@ from aiohttp import web
 
 from relay.core.errors import Forbidden, LimitExceeded, Unauthorized
 from relay.doorkit.origins import AllowedOrigins
+from relay.transports.socket.take_over import connection_of, is_secure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -83,7 +84,7 @@ class Access:
 
     async def login(self, request: web.Request, password: str) -> ConsoleSession:
         """Return a new session. Unauthorized for a wrong password, LimitExceeded for too many."""
-        address = request.remote or ""
+        address = connection_of(request).address
         if wait_s := await self._attempts.begin(address):
             raise TooManyAttempts(wait_s)
         # Compare with each of them, so that the time does not depend on which one it is.
@@ -119,8 +120,9 @@ class Access:
 
     def set_cookie(self, request: web.Request, response: web.Response, session_id: str) -> None:
         """Store the session in the browser; '' removes it."""
-        # A proxy may end TLS. The browser's Origin then has the public scheme.
-        is_secure = request.secure or request.headers.get("Origin", "").startswith("https://")
+        # A proxy that is not in [server] trusted_proxies may end TLS. The browser's Origin then has
+        # the public scheme.
+        has_public_scheme = request.headers.get("Origin", "").startswith("https://")
         response.set_cookie(
             COOKIE,
             session_id,
@@ -129,7 +131,7 @@ class Access:
             path="",
             httponly=True,
             samesite="Strict",
-            secure=is_secure,
+            secure=has_public_scheme or is_secure(request),
         )
 
     def _proof(self, session_id: str) -> str:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from typing_extensions import override
 
+from relay.core.client_address import network_of
 from relay.core.errors import RelayError, Unavailable
 from relay.core.model import Principal
 from relay.hub.session import SessionObserver
@@ -267,7 +268,8 @@ class Journal(SessionObserver):
     def _may_write(self, event: Event) -> bool:
         """Return False for an event of a stranger that is only counted."""
         now = time.monotonic()
-        key = (event["event"], event.get("address", ""), str(event.get("reason", "")))
+        network = network_of(event.get("address", ""))
+        key = (event["event"], network, str(event.get("reason", "")))
         count = self._strangers.get(key)
         if count is None:
             if len(self._strangers) >= _KINDS:

@@ -20,8 +20,10 @@ from producers.registry import RunningProducer
 from producers.registry import build as build_producer
 from producers.settings import PRODUCERS, QueueSettings
 from relay import __version__
+from relay.config.lists import split
 from relay.console.routes import Console
 from relay.console.services import ConsoleServices
+from relay.core.client_address import TrustedProxies
 from relay.core.errors import LimitExceeded, RelayError, StartError
 from relay.core.reasons import Reason
 from relay.core.tracing import FIELD
@@ -230,6 +232,7 @@ def build(base: Foundation) -> Parts:
         ready=lambda: _not_ready(base, reader) or _workers_not_ready(base),
         limits=lambda: _limits(reader, refusals),
         on_rejected=journal.answered,
+        proxies=TrustedProxies(split(config.server.trusted_proxies)),
     )
     tokens = Tokens(config.jwt)
     publish = _publish(appender, config.stream.max_entry_bytes)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,7 @@ from relay.core.metric_families import (
     text,
     unpacked,
 )
+from relay.doorkit.rate_limit import RateLimit
 
 if TYPE_CHECKING:
     from relay.core.metrics import Metrics
@@ -35,6 +38,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+# A scrape needs up to 10 ms of each worker, and on the shared listener anyone can scrape. All
+# workers of a host together collect so many times per second; in between, scrapes get the latest
+# collection. The burst lets a program see the difference that its own action makes.
+_PER_S, _BURST = 10, 200
 # A worker that serves answers within milliseconds.
 _ANSWER_S = 0.5
 _LOOK_S = 0.002
@@ -49,6 +56,10 @@ class HostMetrics:
         self._site = site
         self._scrapes: RequestCoalescer[str, bytes] = RequestCoalescer()
         self._process = ProcessCollector(registry=CollectorRegistry())
+        workers = 1 if worker is None else worker.memory.count
+        self._interval_s = workers / _PER_S
+        self._bursts = RateLimit(_PER_S / workers, _BURST / workers, time.monotonic)
+        self._collected, self._collected_at = b"", -math.inf
         # Counters of earlier processes with this worker's number.
         self._inherited: list[Family] = []
         # Asks the other workers; set if there are others.
@@ -60,9 +71,14 @@ class HostMetrics:
     async def exposition(self) -> bytes:
         """Return the metrics of this host in the text format of Prometheus.
 
-        Concurrent scrapes share one collection.
+        Concurrent scrapes share one collection. If there are too many, the latest collection is
+        returned, which is at most a moment old.
         """
-        return await self._scrapes.run("", lambda _: self._scrape())
+        is_old = time.monotonic() - self._collected_at >= self._interval_s
+        if is_old or self._bursts.accept():
+            self._collected = await self._scrapes.run("", lambda _: self._scrape())
+            self._collected_at = time.monotonic()
+        return self._collected
 
     async def write(self) -> None:
         """Write the metrics of this worker to the shared memory."""

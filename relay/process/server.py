@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from relay.config.loading import Config
     from relay.config.settings import Section, ServerSettings
+    from relay.core.client_address import TrustedProxies
     from relay.core.metrics import Metrics
     from relay.doorkit.contract import Mounted
     from relay.transports.between_workers.balance import Balance, PassedConnection
@@ -74,6 +75,7 @@ class Server:
         ready: Callable[[], str],
         limits: Callable[[], str] = lambda: "",
         on_rejected: OnRejected = lambda *_: None,
+        proxies: TrustedProxies | None = None,
     ) -> None:
         """Create a server without listeners.
 
@@ -81,7 +83,7 @@ class Server:
         `middlewares` handle all requests. `ready`
         returns the reason why this worker is not ready, or ''. `limits` describes functions that
         do not work although events are delivered, or ''. `on_rejected` is called for each error
-        answer.
+        answer. `proxies` are those in front of relay.
         """
         self._limits = limits
         self._scrape = exposition
@@ -102,7 +104,9 @@ class Server:
             count_rejected=partial(metrics.rejected, "unknown", Reason.OVERLOADED)
         )
         metrics.handshakes.set_function(lambda: len(handshakes))
-        self._connections = ConnectionLimits(handshakes=handshakes, on_rejected=on_rejected)
+        self._connections = ConnectionLimits(
+            handshakes=handshakes, on_rejected=on_rejected, proxies=proxies
+        )
 
     def plan(
         self, config: Config, doors: Sequence[tuple[str, Mounted, Section]]

@@ -41,6 +41,7 @@ def relay(valkey: Server) -> Iterator[RelayProcess]:
         f"console.password={PASSWORD}",
         f"console.redis_url={valkey.url('maintenance')}",
         "node.workers=2",
+        "server.trusted_proxies=127.0.0.1",
     ]
     process = RelayProcess(valkey, settings=settings).start()
     yield process
@@ -66,8 +67,10 @@ def add_letter(client: redis.Redis, **fields: str) -> str:
 class Api:
     """The admin API. Each request has its own connection, so that it reaches any worker."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, address: str = "127.0.0.1") -> None:
+        """`address` is that of the client."""
         self.url = f"{url}/console/api/"
+        self.address = address
         self.headers: dict[str, str] = {}
         self.cookies: dict[str, str] = {}
 
@@ -75,7 +78,7 @@ class Api:
         self, method: str, path: str, *, headers: dict[str, str] | None = None, **options: Any
     ) -> tuple[int, Any, aiohttp.ClientResponse]:
         """Return status, JSON and response."""
-        connector = aiohttp.TCPConnector(force_close=True)
+        connector = aiohttp.TCPConnector(force_close=True, local_addr=(self.address, 0))
         async with (
             aiohttp.ClientSession(connector=connector, cookies=self.cookies) as http,
             http.request(
@@ -187,6 +190,39 @@ async def test_the_cookie_is_for_relays_own_pages_only(
     keys = b" ".join(cast("list[bytes]", admin.keys("*console:session*")))
     assert keys
     assert response.cookies["relay_console"].value.encode() not in keys
+
+
+async def test_headers_of_a_trusted_proxy_count(relay: RelayProcess, admin: redis.Redis) -> None:
+    async def attempts(api: Api, *forwarded: str) -> list[int]:
+        found = []
+        for address in forwarded:
+            api.headers = {"X-Forwarded-For": address}
+            found.append((await api.login("a guess")).status)
+        return found
+
+    # The proxy at 127.0.0.1 appends the client's address. Clients can send any before it.
+    proxy = Api(relay.url)
+    guesser = [f"198.51.100.{n}, 203.0.113.9" for n in range(6)]
+    assert await attempts(proxy, *guesser) == [401] * 5 + [429]
+    # Addresses of one IPv6 host.
+    guesser = [f"2001:db8::{n}" for n in range(6)]
+    assert await attempts(proxy, *guesser) == [401] * 5 + [429]
+    # Another address is not trusted.
+    stranger = Api(relay.url, address="127.0.0.2")
+    guesser = [f"198.51.100.{n}" for n in range(6)]
+    assert await attempts(stranger, *guesser) == [401] * 5 + [429]
+    assert any("wrong password from 203.0.113.9" in line for line in relay.log)
+
+    async def is_secure(address: str, forwarded: str) -> bool:
+        api = Api(relay.url, address=address)
+        api.headers = {"X-Forwarded-For": forwarded, "X-Forwarded-Proto": "https"}
+        response = await api.login()
+        assert response.status == 200
+        return bool(response.cookies["relay_console"]["secure"])
+
+    # Programs send no Origin.
+    assert await is_secure("127.0.0.1", "192.0.2.1")
+    assert not await is_secure("127.0.0.3", "192.0.2.1")
 
 
 async def test_requests_of_other_sites_are_rejected(api: Api) -> None:

@@ -127,7 +127,9 @@ def until(is_so: Callable[[], object], what: str) -> None:
 def connections(relay: RelayProcess) -> int:
     with urllib.request.urlopen(f"{relay.url}/metrics") as answer:  # noqa: S310
         text = answer.read().decode()
-    found = re.search(r'^relay_connections\{[^}]*protocol="native"[^}]*\} (\d+)', text, re.MULTILINE)
+    found = re.search(
+        r'^relay_connections\{[^}]*protocol="native"[^}]*\} (\d+)', text, re.MULTILINE
+    )
     return int(found[1]) if found else 0
 
 

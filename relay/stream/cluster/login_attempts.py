@@ -12,6 +12,7 @@ import asyncio
 from typing import TYPE_CHECKING
 from zlib import crc32
 
+from relay.core.client_address import network_of
 from relay.stream.connection import connect
 from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.scripts import Script
@@ -85,6 +86,5 @@ class LoginAttempts:
 
 
 def _place(address: str) -> str:
-    """Return the field of an address. An IPv6 host owns at least a /64."""
-    network = ":".join(address.split(":")[:4]) if address.count(":") > 1 else address
-    return str(crc32(network.encode()) % _PLACES)
+    """Return the field of an address."""
+    return str(crc32(network_of(address).encode()) % _PLACES)

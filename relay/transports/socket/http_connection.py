@@ -30,6 +30,7 @@ from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 from typing_extensions import override
 
+from relay.core.client_address import TrustedProxies
 from relay.core.connection import ConnectionInfo
 from relay.transports.socket.bodies import Bodies, BodyRejected
 from relay.transports.socket.deadlines import Deadlines
@@ -84,8 +85,10 @@ class ConnectionLimits:
         head_timeout_s: float = HEAD_TIMEOUT_S,
         handshakes: Handshakes | None = None,
         on_rejected: OnRejected = lambda *_: None,
+        proxies: TrustedProxies | None = None,
     ) -> None:
         """`on_rejected` is called for each error answer, except those to unknown paths."""
+        self.proxies = proxies or TrustedProxies()
         self.on_rejected = on_rejected
         self.bodies = Bodies()
         self.handshakes = Handshakes() if handshakes is None else handshakes
@@ -330,8 +333,19 @@ class HttpConnection(RequestHandler):
     def info(self, request: BaseRequest) -> ConnectionInfo:
         """Return the description of the request that is being handled, with its ID."""
         if self._info is None:
-            self._info = ConnectionInfo(request.remote or "", request.headers)
+            peer, proxies = request.remote or "", self.limits.proxies
+            listed = request.headers.getall("X-Forwarded-For", ())
+            self._info = ConnectionInfo(proxies.client(peer, listed), request.headers)
+            if proxies.trust(peer):
+                # The address says it already. What comes before it in the header is not verified.
+                self._info.forwarded_for = ""
         return self._info
+
+    def is_secure(self, request: BaseRequest) -> bool:
+        """Return True if the client uses TLS, to this listener or to a trusted proxy."""
+        if request.secure or not self.limits.proxies.trust(request.remote or ""):
+            return request.secure
+        return request.headers.get("X-Forwarded-Proto", "").partition(",")[0].strip() == "https"
 
     @property
     def is_idle(self) -> bool:

@@ -168,6 +168,11 @@ def connection_of(request: web.Request) -> ConnectionInfo:
     return cast("HttpConnection", request.protocol).info(request)
 
 
+def is_secure(request: web.Request) -> bool:
+    """Return True if the client uses TLS, to relay or to a trusted proxy."""
+    return cast("HttpConnection", request.protocol).is_secure(request)
+
+
 @web.middleware
 async def end_rejected_upgrade(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Close the connection after the answer to an upgrade that was not accepted.

@@ -25,7 +25,7 @@ from relay.transports.socket.bodies import BodyRejected
 from relay.transports.socket.deadlines import Deadlines
 from relay.transports.socket.heartbeat import Heartbeat
 from relay.transports.socket.reaper import Reaper
-from relay.transports.socket.take_over import take_over
+from relay.transports.socket.take_over import connection_of, take_over
 
 if TYPE_CHECKING:
     from relay.protocols.centrifugo.api.executor import CommandExecutor
@@ -103,7 +103,8 @@ class AdminRoutes:
         password = settings.admin_password.get_secret_value().encode()
         given = fields.get("password", b"")
         is_possible = password and given and self._key()
-        attempts, address = self._server.context.login_attempts, request.remote or ""
+        attempts = self._server.context.login_attempts
+        address = connection_of(request).address
         try:
             # The password is that of the console, too.
             if is_possible and (wait_s := await attempts.begin(address)):
