@@ -157,6 +157,9 @@ class StreamReads(Protocol):
     def follow(self, stream: Followed) -> None:
         """Start to read the stream and to receive its ephemeral events."""
 
+    def want_join(self, stream: Followed) -> None:
+        """Schedule an examination for a new client. Clients that join at once share it."""
+
     def want_examine(self, stream: Followed) -> None:
         """Schedule an examination."""
 

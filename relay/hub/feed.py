@@ -147,7 +147,7 @@ class Feed:
         """Add a subscription. The next examination accepts or rejects it."""
         self._members += 1
         self._new[subscription] = None
-        self.hub.reads.want_examine(self)
+        self.hub.reads.want_join(self)
 
     def leave(self, subscription: Subscription) -> None:
         """Remove a subscription in any mode. Called once for each that joined."""

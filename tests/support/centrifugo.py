@@ -92,6 +92,9 @@ class Streams:
     def release(self, stream: Followed) -> None:
         del self.followed[stream.channel]
 
+    def want_join(self, stream: Followed) -> None:
+        self._soon("examine", stream)
+
     def want_examine(self, stream: Followed) -> None:
         self._soon("examine", stream)
 

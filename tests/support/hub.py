@@ -41,6 +41,9 @@ class Reads:
     def follow(self, stream: Followed) -> None:
         stream.key = KEYS.stream(stream.channel)
 
+    def want_join(self, stream: Followed) -> None:
+        self.examine.append(stream)
+
     def want_examine(self, stream: Followed) -> None:
         self.examine.append(stream)
 

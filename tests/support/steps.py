@@ -321,6 +321,9 @@ class Worker:
         # entries.
         stream.average_bytes = ENTRY_BYTES
 
+    def want_join(self, stream: Followed) -> None:
+        self.live.want_examine(stream)
+
     def want_examine(self, stream: Followed) -> None:
         self.live.want_examine(stream)
 

@@ -1,7 +1,7 @@
 """Read the newest events of a channel together with the state of its stream.
 
-Requests for a channel that arrive during a read share the next read. If many clients resume at the
-same time, each channel is therefore read only once or twice.
+Requests for a channel that arrive during a read, or within `WINDOW_S` after its begin, share the
+next read. If many clients resume at the same time, each channel is therefore read a few times.
 
 Redis has no limit in bytes for a range of a stream, and any entry may be larger than all others. A
 history is therefore read in pages, each of few enough entries, and it ends with the page that
@@ -22,6 +22,7 @@ from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import ReplyError
 from relay.stream.connection.primary import Replication
 from relay.stream.read.groups import create_marker, new_marker
+from relay.stream.read.join_window import WINDOW_S
 from relay.stream.read.stream_commands import parse_id, parse_state
 
 if TYPE_CHECKING:
@@ -82,20 +83,23 @@ class History:
         return result
 
     async def _serve(self, channel: Channel) -> None:
+        loop = asyncio.get_running_loop()
         try:
             # Let all requests of this event loop iteration share one read.
             await asyncio.sleep(0)
             while waiting := self._requested.pop(channel, None):
+                window_ends = loop.time() + WINDOW_S
                 try:
                     snapshot = await self._read(channel, max(count for count, _ in waiting))
                 except RelayError as exc:
                     for _, result in waiting:
                         if not result.done():
                             result.set_exception(Unavailable(str(exc)))
-                    continue
-                for _, result in waiting:
-                    if not result.done():
-                        result.set_result(snapshot)
+                else:
+                    for _, result in waiting:
+                        if not result.done():
+                            result.set_result(snapshot)
+                await asyncio.sleep(window_ends - loop.time())
         finally:
             self._reading.discard(channel)
 

@@ -38,6 +38,7 @@ from relay.stream.read.invalidations import (
     sweep_steps,
     swept_streams,
 )
+from relay.stream.read.join_window import JoinWindow
 from relay.stream.read.pipelines import LivePipelines, PagePipelines
 from relay.stream.read.poll import poll
 from relay.stream.read.read_mode import ReadMode
@@ -126,6 +127,7 @@ class StreamReader:
             mode=self._mode,
             on_misplaced=self._live.park,
         )
+        self._joins = JoinWindow(self.want_examine)
         self._work = asyncio.Event()
         self._page_work = asyncio.Event()
         # Set when every stream must be checked for new entries.
@@ -156,6 +158,10 @@ class StreamReader:
         if self._messages is not None:
             self._subscribe(self._messages, stream)
 
+    def want_join(self, stream: Followed) -> None:
+        """Examine the stream for a new client, together with others that arrive now."""
+        self._joins.join(stream)
+
     def want_examine(self, stream: Followed) -> None:
         """Examine the stream in the next pipeline."""
         self._live.want_examine(stream)
@@ -178,6 +184,7 @@ class StreamReader:
         del self._followed[stream.channel], self._by_key[stream.key]
         self._live.discard(stream)
         self._pages.discard(stream)
+        self._joins.discard(stream)
         if self._connection is not None and self._messages is not None:
             name = self._keys.ephemeral(stream.channel)
             if self.shard.uses_sharded_pubsub:
@@ -200,6 +207,7 @@ class StreamReader:
             del self._followed[stream.channel], self._by_key[stream.key]
             self._live.drop(stream)
             self._pages.discard(stream)
+            self._joins.discard(stream)
 
     def moved_here(self, stream: Followed, source: StreamReader) -> None:
         """Follow a stream that was in the shard of `source` until a moment ago.

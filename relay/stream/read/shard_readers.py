@@ -80,6 +80,11 @@ class ShardReaders:
             self._reader_of[stream] = reader
             reader.follow(stream)
 
+    def want_join(self, stream: Followed) -> None:
+        """See `StreamReads`."""
+        if (reader := self._reader_of.get(stream)) is not None:
+            reader.want_join(stream)
+
     def want_examine(self, stream: Followed) -> None:
         """See `StreamReads`."""
         if (reader := self._reader_of.get(stream)) is not None:

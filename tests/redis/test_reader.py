@@ -1,0 +1,112 @@
+"""The reader of one server, with a hub and clients in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+from redis.asyncio import Redis
+
+from relay.config.settings import StreamSettings
+from relay.core.metrics import Metrics
+from relay.core.model import Channel, EntryID, Position, Principal
+from relay.hub.hub import Hub
+from relay.stream.connection.connect import command
+from relay.stream.format import entry
+from relay.stream.format.keys import Keys
+from relay.stream.read.reader import StreamReader
+from relay.stream.shards.clients import ShardClients
+from relay.stream.upkeep.unused import UnusedStreams
+from tests.support.hub import NEWS, Client, Outbox, Reads, Words, make_hub
+
+CLIENTS = 200
+
+
+class Reading:
+    """A hub whose streams are read by a `StreamReader`."""
+
+    def __init__(self, clients: ShardClients, keys: Keys, instance: str = "one") -> None:
+        self.keys = keys
+        self.hub: Hub = make_hub(Reads())
+        settings = StreamSettings()
+        self.reader = StreamReader(
+            keys=keys,
+            instance=instance,
+            shard=clients.shards.shard_of(keys.stream(NEWS)),
+            settings=settings,
+            metrics=Metrics(),
+            decode=partial(entry.decode, max_bytes=settings.max_entry_bytes),
+            on_turn=self.hub.flush,
+            decode_ephemeral=lambda _channel, _payload: None,
+            control=None,
+            unused=UnusedStreams(clients, keys),
+        )
+        self.hub.reads = self.reader
+
+    def join(self, start: Position | None, channel: Channel = NEWS) -> Outbox:
+        outbox = Outbox()
+        session = self.hub.open(Principal(user="ann"), Words(), Client())
+        session.attach(outbox)
+        self.hub.subscribe(session, channel, start)
+        return outbox
+
+
+async def until(true: Callable[[], object]) -> None:
+    """Wait for the condition. The limit is that of the test."""
+    while not true():  # there is no event to wait for
+        await asyncio.sleep(0.001)
+
+
+@asynccontextmanager
+async def running(*workers: Reading) -> AsyncIterator[None]:
+    """Run the readers."""
+    async with asyncio.TaskGroup() as tasks:
+        started = [tasks.create_task(each.reader.run()) for each in workers]
+        for each in workers:
+            await each.reader.wait_ready()
+        try:
+            yield
+        finally:
+            for task in started:
+                task.cancel()
+
+
+async def received(outbox: Outbox, text: bytes) -> None:
+    await until(lambda: b"".join(outbox.writes) == text)
+
+
+async def calls(admin: Redis, name: str) -> int:
+    found = await admin.info("commandstats")
+    count: int = found.get(f"cmdstat_{name}", {}).get("calls", 0)
+    return count
+
+
+async def append(admin: Redis, keys: Keys, *texts: str) -> list[EntryID]:
+    key = keys.stream(NEWS)
+    added = [await command(admin, "XADD", key, "*", "data", text) for text in texts]
+    return [EntryID.parse(each) for each in added]
+
+
+async def test_clients_that_return_one_after_another_share_the_reads(
+    clients: ShardClients, admin: Redis, keys: Keys
+) -> None:
+    first, *_ = await append(admin, keys, "0", "1", "2", "3")
+    states, ranges = await calls(admin, "xinfo|stream"), await calls(admin, "xrange")
+    worker, boxes = Reading(clients, keys), []
+    async with running(worker):
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        for _ in range(CLIENTS):
+            boxes.append(worker.join(Position(first)))
+            # The next client arrives when Redis could have answered the read for this one.
+            await command(admin, "PING")
+        for outbox in boxes:
+            await received(outbox, b"1 2 3 ")
+        moments = 1 + (loop.time() - began) / 0.02
+    states = await calls(admin, "xinfo|stream") - states
+    ranges = await calls(admin, "xrange") - ranges
+    # Each time one examination, which also reads the clients' own entry, and one page.
+    assert states < 2 * moments + 10, f"{states} reads in {moments:.0f} moments"
+    assert ranges < 2 * moments + 10, f"{ranges} reads in {moments:.0f} moments"
