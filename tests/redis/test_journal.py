@@ -87,12 +87,15 @@ async def test_a_stranger_cannot_fill_the_journal(links: ShardLinks, admin: Redi
     written = journal(links)
     for number in range(5000):
         written.turned_away(ConnectionInfo("10.0.0.7"), "native", "unauthorized", f"{number}")
-    # Nor can many addresses.
+    # Nor can many addresses, which one IPv6 host has.
+    for number in range(5000):
+        written.turned_away(ConnectionInfo(f"2001:db8::{number:x}"), "native", "unauthorized")
     for number in range(20_000):
         written.turned_away(ConnectionInfo(f"10.1.{number // 250}.{number % 250}"), "native", "x")
     await written.flush()
     found = await JournalReader(admin, KEYS).newest(EventFilter(), 100_000)
     assert sum(each["address"] == "10.0.0.7" for each in found) == 10
+    assert sum(each["address"].startswith("2001:db8::") for each in found) == 10
     assert len(found) < 1200
     # What was suppressed is written as a number.
     written._sweep(time.monotonic() + 61)

@@ -25,3 +25,15 @@ async def test_many_guesses_at_once_need_few_connections_to_redis(
     assert any(guess.result() for guess in guesses)
     # The client, which heartbeats use too, has at most 100 connections.
     assert after - before <= 8
+
+
+async def test_similar_addresses_share_their_attempts(client: Redis, keys: Keys) -> None:
+    attempts = LoginAttempts(client, keys)
+    # One host has all of these IPv6 addresses.
+    same = [f"2001:db8:0:0:{each:x}::1" for each in range(3)] + ["2001:db8::7", "2001:db8::8:7"]
+    assert [await attempts.begin(each) for each in same] == [0.0] * 5
+    assert await attempts.begin("2001:db8::9") > 0
+    assert await attempts.begin("2001:db8:0:1::9") == 0
+    # Addresses of IPv4 clients at a socket for both versions.
+    mapped = [await attempts.begin(f"::ffff:10.0.2.{each}") for each in range(10)]
+    assert mapped == [0.0] * 10

@@ -2,13 +2,17 @@
 
 A handshake costs a worker about 0.4 ms. If thousands of them were handled in one turn of the event
 loop, connected clients would receive nothing for seconds. So each turn handles a few, and the
-others wait unparsed, in the order of their arrival. The number per turn follows the measured
-duration of the turns. It has a lower limit, because new clients must not wait forever for a worker
-that is busy with deliveries.
+others wait unparsed. The number per turn follows the measured duration of the turns. It has a lower
+limit, because new clients must not wait forever for a worker that is busy with deliveries.
 
-A handshake is rejected at once if it would wait for more than `LONGEST_WAIT_S`, or if memory is
-short. The answer contains the time after which the client should try again. These times are
-consecutive, so that the clients return at the rate at which the worker accepts them.
+The addresses of the clients take turns. The clients of a proxy that is not trusted share its turns
+by the addresses that it reports. So inventing addresses gives a client no more turns.
+
+A handshake is rejected at once if it would wait for more than `LONGEST_WAIT_S`, if those that wait
+have too many bytes, or if memory is short. The answer contains the time after which the client
+should try again. These times are consecutive, so that the clients return at the rate at which the
+worker accepts them. If an address has fewer waiting handshakes than another one, the newest of the
+other one is rejected instead, unless memory is short.
 """
 
 from __future__ import annotations
@@ -19,10 +23,12 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from relay.core.client_address import TrustedProxies, network_of
 from relay.core.free_memory import FreeMemory, free_memory
+from relay.transports.socket.fair_queue import FairQueue
 
 _log = logging.getLogger(__name__)
 
@@ -37,22 +43,35 @@ _LONG_TURN_S = 0.05
 # Handshakes per second, until the worker's own rate has been measured.
 _FIRST_RATE = 1000.0
 _AVERAGE_S = 1.0
+# Limit for the requests that wait.
+_MOST_BYTES = 64 * 1024 * 1024
 _MIN_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
 _MEMORY_CHECK_S = 1.0
 _MEMORY_AGAIN = 1.5
 
+_ADDRESS_CHARS = 100
 _HEAD_END = b"\r\n\r\n"
 _FIELDS = re.compile(
     rb"\r\n(?:upgrade:[^\r\n]*websocket|accept:[^\r\n]*(text/event-stream))", re.IGNORECASE
 )
 _ORIGIN = re.compile(rb"\r\norigin:[ \t]*([!-~]+)", re.IGNORECASE)
+_FORWARDED_FOR = re.compile(rb"\r\nx-forwarded-for:([^\r\n]*)", re.IGNORECASE)
+
+# Where a client comes from: the network of the peer, and the one that a proxy reports.
+Source = tuple[str, str]
 
 
 class Waiting(Protocol):
     """A request that waits for its turn."""
 
+    def source(self) -> Source:
+        """Return where the request comes from."""
+
     def proceed(self) -> None:
         """Handle the request."""
+
+    def turn_away(self, retry_s: float) -> None:
+        """Reject the request. The client should try again after this time."""
 
 
 class Handshakes:
@@ -69,7 +88,9 @@ class Handshakes:
         self._count_rejected = count_rejected
         self._memory = memory
         self._clock = clock
-        self._waiting: dict[Waiting, None] = {}
+        self._waiting: dict[Waiting, tuple[Source, int]] = {}
+        self._queue: FairQueue[Waiting] = FairQueue()
+        self._held_bytes = 0
         self._per_turn = _FEWEST
         # Handshakes of this turn.
         self._handled = 0
@@ -84,31 +105,53 @@ class Handshakes:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def enter(self, request: Waiting) -> float | None:
+    def enter(self, request: Waiting, size: int = 0) -> float | None:
         """Call `request.proceed` now or in a later turn of the event loop.
 
-        Return None, or the seconds after which the client should try again if it is rejected.
+        `size` is the number of bytes that are held until then. Return None, or the seconds after
+        which the client should try again if it is rejected.
         """
-        if self.is_overloaded:
+        if self._is_overloaded() and not self._make_room(request.source()):
             return self.reject()
         if not self._in_turns:
             self._begin_turn(self._clock())
         if self._handled < self._per_turn and not self._waiting:
             self._handle(request)
         else:
-            self._waiting[request] = None
+            source = request.source()
+            self._waiting[request] = source, size
+            self._queue.add(source, request)
+            self._held_bytes += size
         return None
 
     def leave(self, request: Waiting) -> None:
         """Remove a request whose client has disconnected."""
-        self._waiting.pop(request, None)
+        found = self._waiting.pop(request, None)
+        if found is not None:
+            source, size = found
+            self._queue.remove(source, request)
+            self._held_bytes -= size
 
-    @property
-    def is_overloaded(self) -> bool:
-        """Whether new clients are rejected at the moment."""
+    def rejects(self, source: Source) -> bool:
+        """Return whether a new client of this source is rejected at the moment."""
+        if not self._is_overloaded():
+            return False
+        return self._memory_short or self._queue.displaced_by(source) is None
+
+    def _is_overloaded(self) -> bool:
         self._check_wait()
         self._check_memory()
         return self._too_many or self._memory_short
+
+    def _make_room(self, source: Source) -> bool:
+        """Reject a client of an address with more waiting handshakes. Return False if there is
+        none, or if memory is short."""
+        other = None if self._memory_short else self._queue.displaced_by(source)
+        if other is None:
+            return False
+        self.leave(other)
+        other.turn_away(self.reject())
+        return True
 
     def reject(self) -> float:
         """Count a rejected client. Return the seconds after which it should try again.
@@ -129,14 +172,17 @@ class Handshakes:
         return len(self._waiting) / self._rate
 
     def _check_wait(self) -> None:
-        wait_s = self._wait_s
+        wait_s, held = self._wait_s, self._held_bytes
         if self._too_many:
-            self._too_many = wait_s > LONGEST_WAIT_S / 2
-        elif wait_s > LONGEST_WAIT_S:
+            self._too_many = wait_s > LONGEST_WAIT_S / 2 or held > _MOST_BYTES / 2
+        elif wait_s > LONGEST_WAIT_S or held > _MOST_BYTES:
             self._too_many = True
             _log.warning(
-                "This worker is overloaded: new clients would wait longer than %g s. Further ones"
-                " are asked to try again later. Start more workers or hosts if this happens often",
+                "This worker is overloaded: %d new clients of %d peer addresses wait, and further"
+                " ones would wait longer than %g s. These are asked to try again later. Start more"
+                " workers or hosts if this happens often",
+                len(self._waiting),
+                self._queue.groups,
                 LONGEST_WAIT_S,
             )
 
@@ -180,8 +226,8 @@ class Handshakes:
             return
         self._begin_turn(now)
         while self._waiting and self._handled < self._per_turn:
-            request = next(iter(self._waiting))
-            del self._waiting[request]
+            request = self._queue.pop()
+            self._held_bytes -= self._waiting.pop(request)[1]
             self._handle(request)
 
     def _handle(self, request: Waiting) -> None:
@@ -204,6 +250,25 @@ def begins_client(head: bytes) -> bool:
         return True
     found = _FIELDS.search(head, 0, end)
     return found is not None and not (found[1] and b"/eventsource" in target)
+
+
+def source_of(peer: str, forwarded_for: Sequence[str], proxies: TrustedProxies) -> Source:
+    """Return where a client comes from, from the peer's address and all X-Forwarded-For headers."""
+    if not forwarded_for:
+        return network_of(peer), ""
+    client = proxies.client(peer, forwarded_for)
+    if client != peer:
+        return network_of(client), ""
+    # A proxy in front of relay has added the last address. A client can invent all of them.
+    return network_of(peer), network_of(
+        forwarded_for[-1].rpartition(",")[2].strip()[:_ADDRESS_CHARS]
+    )
+
+
+def forwarded_for(head: bytes) -> list[str]:
+    """Return the values of all X-Forwarded-For headers."""
+    found = _FORWARDED_FOR.findall(head, 0, head.find(_HEAD_END))
+    return [each.decode("latin-1") for each in found]
 
 
 def rejection(head: bytes, retry_s: float) -> bytes:

@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 import logging
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,7 +34,14 @@ from relay.core.client_address import TrustedProxies
 from relay.core.connection import ConnectionInfo
 from relay.transports.socket.bodies import Bodies, BodyRejected
 from relay.transports.socket.deadlines import Deadlines
-from relay.transports.socket.handshakes import Handshakes, begins_client, rejection
+from relay.transports.socket.handshakes import (
+    Handshakes,
+    Source,
+    begins_client,
+    forwarded_for,
+    rejection,
+    source_of,
+)
 from relay.transports.socket.read_pace import LARGE_READ_BYTES, read_later
 
 if TYPE_CHECKING:
@@ -215,6 +222,8 @@ class HttpConnection(RequestHandler):
             # Clients wait for the answer before they send more.
             self._handshake += data
             self._pause_transport_reading()
+            if len(self._handshake) > _MAX_HANDSHAKE_BYTES:
+                self._end(431)
             return
         if self._expects_request and (self._head or not self._head_bytes):
             head = self._head + data
@@ -228,20 +237,31 @@ class HttpConnection(RequestHandler):
     def _enter(self, head: bytes, data: bytes) -> None:
         """Handle the request of a new client in its turn, or reject it.
 
-        `data` is the end of the `head`. The rest has already been parsed.
+        `data` is the end of the `head`. The rest has already been parsed and is `_head`.
         """
-        self._handshake, self._head = data, b""
+        self._handshake = data
         self.limits.heads.remove(self)
-        retry_s = self.limits.handshakes.enter(self)
+        retry_s = self.limits.handshakes.enter(self, len(head))
         if retry_s is not None:
-            self._handshake = b""
-            if self.transport is not None:
-                self.transport.write(rejection(head, retry_s))
-                self.transport.close()
+            self.turn_away(retry_s)
+
+    def source(self) -> Source:
+        """Return where the request that waits comes from."""
+        peer = self.peername
+        address = str(peer[0]) if isinstance(peer, list | tuple) else ""
+        listed = forwarded_for(self._head + self._handshake)
+        return source_of(address, listed, self.limits.proxies)
+
+    def turn_away(self, retry_s: float) -> None:
+        """Reject the request that has waited for its turn, or should wait."""
+        head, self._handshake, self._head = self._head + self._handshake, b"", b""
+        if self.transport is not None:
+            self.transport.write(rejection(head, retry_s))
+            self.transport.close()
 
     def proceed(self) -> None:
         """Handle the request that has waited for its turn."""
-        data, self._handshake = self._handshake, b""
+        data, self._handshake, self._head = self._handshake, b"", b""
         self._resume_transport_reading()
         self._receive(data)
 
@@ -334,7 +354,7 @@ class HttpConnection(RequestHandler):
         """Return the description of the request that is being handled, with its ID."""
         if self._info is None:
             peer, proxies = request.remote or "", self.limits.proxies
-            listed = request.headers.getall("X-Forwarded-For", ())
+            listed = _forwarded_for(request)
             self._info = ConnectionInfo(proxies.client(peer, listed), request.headers)
             if proxies.trust(peer):
                 # The address says it already. What comes before it in the header is not verified.
@@ -446,6 +466,19 @@ class HttpConnection(RequestHandler):
         self.transport = None
         self.connection_lost(None)
         discard(transport, self.limits)
+
+
+def is_overloaded(request: web.Request) -> bool:
+    """Return whether the worker is too busy for this new client."""
+    limits = cast("HttpConnection", request.protocol).limits
+    source = source_of(request.remote or "", _forwarded_for(request), limits.proxies)
+    return limits.handshakes.rejects(source)
+
+
+def _forwarded_for(request: BaseRequest) -> Sequence[str]:
+    # A malformed request has an ordinary dict.
+    headers = request.headers
+    return headers.getall("X-Forwarded-For", ()) if headers else ()
 
 
 def handshakes_of(request: web.Request) -> Handshakes:

@@ -38,7 +38,7 @@ from relay.transports.socket.exchange import (
     as_response,
     http_request,
 )
-from relay.transports.socket.http_connection import handshakes_of
+from relay.transports.socket.http_connection import handshakes_of, is_overloaded
 from relay.transports.socket.reaper import Reaper
 from relay.transports.socket.take_over import take_over
 from relay.transports.socket.websocket import accept_headers
@@ -182,14 +182,13 @@ class SockJs:
                 return as_response(wrong)
         session_id = received.route["session"]
         if session_id not in self._sessions:
-            handshakes = handshakes_of(request)
             is_full = not self._sessions.has_room
-            is_refused = is_full or handshakes.is_overloaded
+            is_refused = is_full or is_overloaded(request)
             if is_refused and await self._registry.owner(session_id) is None:
                 if is_full:
                     return self._refuse(request, 503, b"Too many sessions are being opened\n")
                 # SockJS clients ignore when they should try again.
-                handshakes.reject()
+                handshakes_of(request).reject()
                 return self._refuse(request, 503, b"relay is overloaded; try again later\n")
             owner = await self._registry.claim(session_id)
             if owner != self._address:

@@ -6,26 +6,46 @@ import asyncio
 import itertools
 import logging
 import time
+from collections import Counter
 
 import pytest
 
+from relay.core.client_address import TrustedProxies
 from relay.core.free_memory import FreeMemory
 from relay.transports.socket import handshakes
-from relay.transports.socket.handshakes import Handshakes, begins_client, rejection
+from relay.transports.socket.handshakes import (
+    Handshakes,
+    Source,
+    begins_client,
+    forwarded_for,
+    rejection,
+    source_of,
+)
 from tests.unit.transports.serving import GET, HANDSHAKE, Run
 
 PLENTY = FreeMemory(8 << 30, 16 << 30)
 FEW = FreeMemory(100 << 20, 16 << 30)
 ALMOST = FreeMemory(300 << 20, 16 << 30)
+OTHER = ("10.0.0.2", "")
 SSE = b"GET /sse?channel=a HTTP/1.1\r\nHost: x\r\naccept: Text/Event-Stream\r\n\r\n"
 
 
 class Request:
     """A request of a new client, which takes some time."""
 
-    def __init__(self, done: list[Request], takes_s: float = 0.0) -> None:
+    def __init__(
+        self, done: list[Request], takes_s: float = 0.0, source: Source = ("10.0.0.1", "")
+    ) -> None:
         self.done = done
         self.takes_s = takes_s
+        self.where = source
+        self.retry_s: float | None = None
+
+    def source(self) -> Source:
+        return self.where
+
+    def turn_away(self, retry_s: float) -> None:
+        self.retry_s = retry_s
 
     def proceed(self) -> None:
         time.sleep(self.takes_s)
@@ -126,10 +146,11 @@ def test_clients_are_rejected_early_and_return_one_after_the_other(
 def test_the_decision_does_not_change_with_each_client(run: Run) -> None:
     async def main() -> None:
         paced, done = pacer(), list[Request]()
-        while paced.enter(Request(done)) is None:
-            pass
+        for source in itertools.cycle([Request(done).where, OTHER]):
+            if paced.enter(Request(done, source=source)) is not None:
+                break
         waits_s = paced._wait_s
-        while paced.is_overloaded:
+        while paced.rejects(OTHER):
             waits_s = paced._wait_s
             await asyncio.sleep(0)
         assert paced._wait_s <= handshakes.LONGEST_WAIT_S / 2 < waits_s
@@ -137,10 +158,97 @@ def test_the_decision_does_not_change_with_each_client(run: Run) -> None:
     run(main())
 
 
+@pytest.mark.parametrize(
+    ("flood", "others", "trusted"),
+    [
+        # One host has a whole network of IPv6 addresses.
+        (
+            ["2001:db8::1", "2001:db8::ffff:1"],
+            ["2001:db8:0:1::1", "10.0.0.2", "::ffff:10.0.0.3"],
+            [],
+        ),
+        # Behind a proxy. The client has invented all addresses but the last.
+        (["10.0.0.9, 10.7.7.7", "10.0.0.8, 10.7.7.7"], ["10.0.0.2", "10.0.0.3", "2001:db8::1"], []),
+        (["10.0.0.9,10.7.7.7", "10.7.7.7"], ["10.0.0.2", "10.0.0.3"], ["127.0.0.1"]),
+    ],
+    ids=["direct", "proxy", "trusted proxy"],
+)
+def test_no_address_can_fill_the_queue(
+    run: Run, flood: list[str], others: list[str], trusted: list[str]
+) -> None:
+    proxied = "," in flood[0]
+
+    def source(address: str) -> Source:
+        peer, listed = ("127.0.0.1", [address]) if proxied else (address, [])
+        return source_of(peer, listed, TrustedProxies(trusted))
+
+    async def main() -> None:
+        paced, done = pacer(), list[Request]()
+        sent: list[Request] = []
+        for address in itertools.cycle(flood):
+            sent.append(Request(done, source=source(address)))
+            if paced.enter(sent[-1]) is not None:
+                break
+        assert paced.rejects(source(flood[0]))
+        waiting = len(paced)
+        for address in others:
+            assert not paced.rejects(source(address))
+            assert paced.enter(Request(done, source=source(address))) is None
+        # The newest ones of the flood have made room.
+        assert len(paced) == waiting
+        away = [each for each in sent if each.retry_s is not None]
+        assert away == sent[-1 - len(others) : -1]
+        # Each address has its turn, so that these do not wait until the others are done.
+        first = len(done)
+        while len(done) < first + 2 * len(others):
+            await asyncio.sleep(0)
+        assert {source(each) for each in others} < {each.where for each in done}
+        # A third of the queue for each of three busy addresses.
+        for _ in range(10_000):
+            paced.enter(Request(done, source=source(others[0])))
+            paced.enter(Request(done, source=source(others[1])))
+        shares = Counter(path for path, _ in paced._waiting.values())
+        assert max(shares.values()) - min(shares.values()) <= 1
+        assert len(shares) == 3
+
+    run(main())
+
+
+def test_a_client_without_a_proxy_cannot_invent_addresses(run: Run) -> None:
+    async def main() -> None:
+        paced, done = pacer(), list[Request]()
+        for number in itertools.count():
+            listed = [f"10.1.{number // 250}.{number % 250}"]
+            invented = source_of("10.0.0.1", listed, TrustedProxies())
+            if paced.enter(Request(done, source=invented)) is not None:
+                break
+        other = Request(done, source=OTHER)
+        assert paced.enter(other) is None
+        while other not in done:
+            assert len(done) < 3 * handshakes._MOST
+            await asyncio.sleep(0)
+
+    run(main())
+
+
+def test_the_requests_that_wait_have_a_limited_size(run: Run) -> None:
+    async def main() -> None:
+        paced, done = pacer(), list[Request]()
+        large = handshakes._MOST_BYTES // 100
+        answers = [paced.enter(Request(done), large) for _ in range(200)]
+        assert 100 <= answers.count(None) <= 102 + handshakes._FEWEST
+        while len(paced):
+            await asyncio.sleep(0)
+        assert paced._held_bytes == 0
+        assert paced.enter(Request(done), large) is None
+
+    run(main())
+
+
 def test_a_client_is_asked_to_wait_for_a_minute_at_most(run: Run) -> None:
     async def main() -> None:
         paced = pacer(FEW)
-        assert paced.is_overloaded
+        assert paced.rejects(OTHER)
         retries = [paced.reject() for _ in range(200_000)]
         assert min(retries) >= 1
         assert 59 < max(retries) <= 60
@@ -206,3 +314,14 @@ def test_answers_to_rejected_clients() -> None:
     assert b"\r\nAccess-Control-Allow-Origin: https://a.example\r\n" in head
     assert body.startswith(b"retry: 2200\n")
     assert body.endswith(b"\n\n")
+
+
+def test_the_address_that_the_nearest_proxy_reports() -> None:
+    sent = HANDSHAKE.replace(b"Host: x", b"X-Forwarded-For: 1.1.1.1\r\nx-forwarded-for: 2, 3::4 ")
+    assert [each.strip() for each in forwarded_for(sent)] == ["1.1.1.1", "2, 3::4"]
+    assert forwarded_for(HANDSHAKE) == []
+    assert forwarded_for(HANDSHAKE + b"\r\nX-Forwarded-For: 1.1.1.1\r\n") == []
+    none, trusted = TrustedProxies(), TrustedProxies(["10.0.0.1"])
+    assert source_of("10.0.0.1", forwarded_for(sent), none) == ("10.0.0.1", "3::/64")
+    assert source_of("10.0.0.1", forwarded_for(sent), trusted) == ("3::/64", "")
+    assert source_of("", [], trusted) == ("", "")

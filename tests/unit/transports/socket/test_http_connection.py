@@ -10,13 +10,13 @@ import resource
 import socket
 import struct
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import pytest
 from aiohttp import web
 
 from relay.core.free_memory import FreeMemory
-from relay.transports.socket import bodies, http_connection, sse, websocket
+from relay.transports.socket import bodies, handshakes, http_connection, sse, websocket
 from relay.transports.socket.bodies import read_body
 from relay.transports.socket.handshakes import Handshakes
 from relay.transports.socket.http_connection import ConnectionLimits
@@ -676,5 +676,52 @@ def test_clients_that_wait_for_their_turn_are_served_in_order(run: Run) -> None:
                     assert answer == b"HTTP/1.1 200 OK"
                     each.close()
             assert not len(limits.handshakes)
+
+    run(main())
+
+
+def test_a_client_that_makes_room_for_another_address_is_told_so(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nobody has a turn, and five clients may wait.
+    for name, value in {
+        "_FEWEST": 0,
+        "_MOST": 0,
+        "_AVERAGE_S": 1e9,
+        "LONGEST_WAIT_S": 0.0045,
+    }.items():
+        monkeypatch.setattr(handshakes, name, value)
+
+    def sent(number: int) -> bytes:
+        head = HANDSHAKE.replace(b"GET /", b"GET /ping")
+        return head.replace(b"Host: x", b"Host: x\r\nX-Forwarded-For: 10.0.0.%d" % number)
+
+    async def main() -> None:
+        limits = ConnectionLimits(handshakes=Handshakes(memory=lambda: None))
+        async with AsyncExitStack() as stack:
+            site = await stack.enter_async_context(serving(limits=limits))
+            flood = []
+            for number in range(1, 6):
+                client = raw_client(site.port, sent(1)[:40])
+                flood.append(await stack.enter_async_context(client))
+                # A head may arrive in several parts.
+                flood[-1][1].write(sent(1)[40:])
+                while len(limits.handshakes) < number:
+                    await asyncio.sleep(0.01)
+            async with raw_client(site.port, sent(1)) as (reader, _):
+                assert b"\r\nRetry-After: " in await closed(reader)
+            other, _ = await stack.enter_async_context(raw_client(site.port, sent(2)))
+            answer = await closed(flood.pop()[0])
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert b"\r\nRetry-After: " in answer
+            # More than a head is not held.
+            flooding, writer = flood.pop()
+            writer.write(bytes(200_000))
+            assert (await closed(flooding)).startswith(b"HTTP/1.1 431 ")
+            assert len(limits.handshakes) == 4
+            monkeypatch.setattr(handshakes, "_FEWEST", 10)
+            monkeypatch.setattr(handshakes, "_MOST", 10)
+            for reader in (other, *(each for each, _ in flood)):
+                assert b"200 OK" in await head_of(reader)
 
     run(main())
