@@ -26,6 +26,7 @@ from relay.core.model import Channel, EntryID
 from relay.stream.connection.connect import CommandRefused, command
 from relay.stream.format.keys import Keys
 from relay.stream.shards.making import shard_map
+from relay.stream.write.append import APPEND_CHANGED, APPEND_ONCE
 from relay.stream.write.appender import Appender
 from tests.support.valkey import Flavour, Server, running
 
@@ -128,6 +129,68 @@ async def test_flushed_scripts_come_back(server: Server, admin: Redis, keys: Key
         first = await appender.append(NEWS, [b"data", b"1"], "u")
         await command(admin, "SCRIPT", "FLUSH")
         assert await appender.append(NEWS, [b"data", b"1"], "u") == first
+
+
+@pytest.mark.parametrize("loads", [False, True])
+async def test_removed_scripts_do_not_change_the_order(
+    server: Server, admin: Redis, keys: Keys, loads: bool
+) -> None:
+    async def flush() -> None:
+        await command(admin, "SCRIPT", "FLUSH")
+        # As another worker does it.
+        for script in (APPEND_ONCE, APPEND_CHANGED) if loads else ():
+            await command(admin, "SCRIPT", "LOAD", script.text)
+
+    sent: list[tuple[bytes, asyncio.Future[EntryID]]] = []
+    waits = Durability.parse("replicated:1:1")
+    async with appending(server, keys, timeout_s=15) as appender, asyncio.TaskGroup() as tasks:
+        for number in range(1500):
+            if number % 50 == 0:
+                tasks.create_task(flush())
+            data, kind = b"%d" % number, number % 7
+            fields = [b"type", b"n", b"data", data]
+            if kind in (1, 3, 4):
+                future = appender.append(NEWS, fields, f"u{number}")
+            elif kind == 5:
+                future = appender.append(NEWS, fields, unless_latest=b"data")
+            elif number % 100 == 0:
+                future = appender.append(NEWS, fields, durability=waits)
+            else:
+                future = appender.append(NEWS, fields)
+            sent.append((data, future))
+            if kind in (0, 4):
+                await asyncio.sleep(0)
+        await asyncio.wait([future for _, future in sent])
+    appended = [data for _, data in await entries(admin, keys)]
+    assert appended == sorted(appended, key=int)
+    # NotDurable: appended, but there is no replica.
+    answered = [
+        data
+        for data, future in sent
+        if future.exception() is None or isinstance(future.exception(), NotDurable)
+    ]
+    assert answered == appended
+    assert loads or len(appended) == len(sent)
+
+
+async def test_an_append_is_counted_and_ends_while_its_durability_is_examined(
+    tmp_path: Path, flavour: Flavour, keys: Keys
+) -> None:
+    # The user may not use WAITAOF, so the server is asked again for each append.
+    fsynced = Durability.parse("fsynced")
+    server = Server(tmp_path, flavour)
+    with running(server):
+        async with appending(server, keys, timeout_s=15) as appender:
+            with pytest.raises(DurabilityUnavailable):
+                await appender.append(NEWS, [b"data", b"1"], durability=fsynced)
+            server.freeze()
+            pending = appender.append(NEWS, [b"data", b"2"], durability=fsynced)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert len(appender) == 1
+        server.thaw()
+        await asyncio.wait([pending], timeout=10)
+        assert isinstance(pending.exception(), RedisUnavailable)
 
 
 async def test_no_caller_waits_longer_than_the_limit(

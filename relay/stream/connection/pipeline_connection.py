@@ -61,6 +61,13 @@ _CONFIRMATIONS = frozenset(
 )
 
 
+class CannotServe(RedisUnavailable):
+    """The connection was closed after a reply such as READONLY.
+
+    Redis may have executed commands that were sent behind the rejected one.
+    """
+
+
 class _Pipeline:
     __slots__ = ("end", "future", "left", "replies", "sent_at")
 
@@ -340,11 +347,11 @@ class PipelineConnection(asyncio.Protocol):
         text = str(error)
         waiting = self._waiting
         if leaves_transaction(text) and waiting and b"QUEUED" in waiting[0].replies:
-            self._lose(RedisUnavailable(f"Redis at {self.endpoint} has no command EXEC"))
+            self._lose(CannotServe(f"Redis at {self.endpoint} has no command EXEC"))
             return True
         if text.partition(" ")[0] not in UNAVAILABLE_CODES:
             return False
-        self._lose(RedisUnavailable(f"Redis at {self.endpoint} cannot serve now: {text}"))
+        self._lose(CannotServe(f"Redis at {self.endpoint} cannot serve now: {text}"))
         return True
 
     def _on_invalid_reply(self, problem: object) -> None:
@@ -406,10 +413,10 @@ class PipelineConnection(asyncio.Protocol):
         waiting, self._waiting = self._waiting, deque()
         for pipeline in waiting:
             if not pipeline.future.done():
-                text = f"the connection to Redis at {self.endpoint} is closed"
+                lost = RedisUnavailable(f"the connection to Redis at {self.endpoint} is closed")
                 if reason is not None:
-                    text = str(reason)
-                pipeline.future.set_exception(RedisUnavailable(text))
+                    lost = type(reason)(str(reason))
+                pipeline.future.set_exception(lost)
         if self._on_lost is not None:
             on_lost, self._on_lost = self._on_lost, None
             on_lost(reason)

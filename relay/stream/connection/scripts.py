@@ -7,9 +7,10 @@ Redis checks the rights of the user for each command in a script, so scripts nee
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 from relay.stream.connection.connect import CommandRefused
+from relay.stream.connection.pipeline_connection import ReplyError
 
 if TYPE_CHECKING:
     from relay.stream.connection.pipeline_connection import PipelineConnection
@@ -26,8 +27,13 @@ class Script:
 
 
 async def load(connection: PipelineConnection, *scripts: Script) -> None:
-    """Load scripts into the server. Raise CommandRefused if an ACL forbids it."""
-    for script in scripts:
-        sha = cast(bytes, await connection.call("SCRIPT", "LOAD", script.text))
-        if sha.decode() != script.sha:
+    """Load scripts into the server. Raise CommandRefused if an ACL forbids it.
+
+    They are sent together, so that a SCRIPT FLUSH removes either all of them or none.
+    """
+    replies = await connection.execute([("SCRIPT", "LOAD", script.text) for script in scripts])
+    for script, reply in zip(scripts, replies, strict=True):
+        if isinstance(reply, ReplyError):
+            raise CommandRefused("SCRIPT", str(reply))
+        if reply != script.sha.encode():
             raise CommandRefused("SCRIPT LOAD", "the server returned a different SHA-1")

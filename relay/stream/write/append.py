@@ -74,7 +74,8 @@ end
 return redis.call('XADD', KEYS[1], unpack(ARGV, 4))
 """)
 
-# KEYS stream, the uid key of an append before this one; ARGV the words of XADD after the key.
+# KEYS stream, perhaps the uid key of an append before this one; ARGV the words of XADD after the
+# key.
 APPEND_BEHIND = Script("return redis.call('XADD', KEYS[1], unpack(ARGV))")
 
 # For scripts that append several entries and continue after one that Redis refuses. Returns the ID,
@@ -118,14 +119,20 @@ class Append(NamedTuple):
         """The key of the uid, or None without one."""
         return cast(bytes, self.command[4]) if self.script is APPEND_ONCE else None
 
-    def behind(self, uid_key: bytes) -> RedisCommand:
+    def behind(self, uid_key: bytes | None) -> RedisCommand:
         """Return the command in a form that Redis rejects if it rejects the append before this one.
 
-        While a slot is being moved, Redis rejects a command with several keys if one of them does
-        not exist, such as the key of a new uid. It would still accept a plain append behind it.
+        Redis rejects appends with a script if its scripts were removed. While a slot is being
+        moved, it rejects a command with several keys if one of them does not exist, such as the key
+        of a new uid. It would still accept a plain append behind it.
+
+        Args:
+            uid_key: The uid key of the last append before this one that has one.
         """
         script = self.script or APPEND_BEHIND
         words = self.command[2:] if self.script is None else self.command[4:]
+        if uid_key is None:
+            return ("EVALSHA", script.sha, 1, self.stream, *words)
         return ("EVALSHA", script.sha, 2, self.stream, uid_key, *words)
 
     def with_script_text(self) -> RedisCommand:

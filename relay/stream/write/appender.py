@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -26,7 +26,7 @@ from relay.core.errors import (
 from relay.core.model import Channel, EntryID
 from relay.stream.connection import scripts
 from relay.stream.connection.connect import CommandRefused
-from relay.stream.connection.pipeline_connection import PipelineConnection
+from relay.stream.connection.pipeline_connection import CannotServe, PipelineConnection
 from relay.stream.connection.refusals import Effect, rule_of
 from relay.stream.shards.making import refusals_of
 from relay.stream.shards.shard import is_misplaced, slot_of
@@ -55,6 +55,7 @@ _MAX_WAITING = 100_000
 _BATCH = 1000
 _PAUSE_S = 0.05
 _STOPPING = "the relay is stopping"
+_NO_SCRIPT = "the scripts were removed from Redis; nothing was appended"
 _TOO_MANY = "too many appends are waiting for Redis"
 # Name of an area in `Refusals`.
 PUBLISHING = "publishing"
@@ -361,11 +362,13 @@ class _Lane:
         self._sent: asyncio.Future[list[object]] | None = None
         # Appends that are sent again, before those that wait.
         self._again: list[_PendingAppend] = []
+        # Redis has rejected an append because the scripts were removed.
+        self._scripts_missing = False
         self._waiting: list[_PendingAppend] = []
         self._in_flight = 0
-        # Only in a Redis Cluster: the uid key of the last append with a uid that has no reply yet,
-        # by stream.
-        self._uid_keys: dict[bytes, bytes] = {}
+        # By stream, as long as an append with a script has no reply yet: the last append behind it,
+        # and the uid key of the last one that has a uid.
+        self._unanswered: dict[bytes, tuple[Append, bytes | None]] = {}
         self._stopped = False
         self._work = asyncio.Event()
 
@@ -433,28 +436,28 @@ class _Lane:
         try:
             while True:
                 await self._work.wait()
+                is_new = self._connection is None
                 try:
                     connection = self._connection or await self._connect()
+                    problems = await self._prepare(connection)
                 except (RedisUnavailable, CommandRefused) as exc:
                     if isinstance(exc, CommandRefused):
                         self._refusals.refused(PUBLISHING, exc.reply)
+                    elif not is_new:
+                        continue  # Nothing was sent: try it once more on a new connection.
                     waiting, self._waiting = self._unsent(), []
                     self._work.clear()
                     for pending in waiting:
                         _fail(pending, exc)
                     await asyncio.sleep(_PAUSE_S)
                     continue
+                # No await from here on: `take` and `until_answered` must find each append.
                 waiting = self._unsent()
                 batch, self._waiting = waiting[:_BATCH], waiting[_BATCH:]
                 if not self._waiting:
                     self._work.clear()
-                try:
-                    if self._scripts_refused is not None:
-                        batch = await self._without_scripts(connection, batch)
-                    batch = await self._confirmable_only(connection, batch)
-                except RedisUnavailable as exc:
-                    self._repeat(batch, exc)
-                    continue
+                if problems or self._scripts_refused is not None:
+                    batch = self._possible(batch, problems)
                 if batch:
                     self._send(connection, batch)
                 # Appends of the next loop iteration go into the next pipeline.
@@ -484,10 +487,9 @@ class _Lane:
 
     async def _load_scripts(self, connection: PipelineConnection) -> None:
         self._scripts_refused = None
+        self._scripts_missing = False
         try:
-            await scripts.load(connection, APPEND_ONCE, APPEND_CHANGED)
-            if self._shard.uses_sharded_pubsub:
-                await scripts.load(connection, APPEND_BEHIND)
+            await scripts.load(connection, APPEND_ONCE, APPEND_CHANGED, APPEND_BEHIND)
         except CommandRefused as exc:
             if rule_of(exc.reply).effect is not Effect.NO_RIGHT:
                 raise
@@ -496,48 +498,51 @@ class _Lane:
         else:
             self._refusals.accepted(UIDS)
 
-    async def _without_scripts(
-        self, connection: PipelineConnection, batch: list[_PendingAppend]
-    ) -> list[_PendingAppend]:
-        """Try to load the scripts again. If Redis still rejects them, fail the appends with one.
+    async def _prepare(self, connection: PipelineConnection) -> dict[str, str]:
+        """Examine what the next batch needs.
 
-        Return the others.
+        Return the reasons why this server cannot confirm some levels of durability. The server is
+        asked once per connection, and again while it rejects the command.
         """
-        if any(pending.append.script for pending in batch):
+        if self._scripts_missing:
+            # The rest of the pipelines may contain appends of the same channels.
+            await self.until_answered()
             await self._load_scripts(connection)
-        refused = self._scripts_refused
-        if refused is None:
-            return batch
-        for pending in batch:
-            if pending.append.script:
-                _fail(pending, refused)
-        return [pending for pending in batch if not pending.append.script]
+        elif self._scripts_refused is not None and any(
+            pending.append.script for pending in self._unsent()[:_BATCH]
+        ):
+            await self._load_scripts(connection)
+        problems: dict[str, str] = {}
+        while levels := (
+            {pending.append.durability.level for pending in self._unsent()[:_BATCH]}
+            - self._confirmable
+            - problems.keys()
+        ):
+            for level in levels:
+                if problem := await unconfirmable(connection, level):
+                    problems[level] = problem
+                else:
+                    self._confirmable.add(level)
+        return problems
 
-    async def _confirmable_only(
-        self, connection: PipelineConnection, batch: list[_PendingAppend]
+    def _possible(
+        self, batch: list[_PendingAppend], problems: Mapping[str, str]
     ) -> list[_PendingAppend]:
-        """Fail the appends whose durability this server cannot confirm. Return the others.
-
-        The server is asked once per connection, and again while it rejects the command.
-        """
-        levels = {pending.append.durability.level for pending in batch} - self._confirmable
-        for level in levels:
-            problem = await unconfirmable(connection, level)
-            if not problem:
-                self._confirmable.add(level)
-                continue
-            for pending in batch:
-                if pending.append.durability.level == level:
-                    _fail(pending, DurabilityUnavailable(f"{problem}. Nothing was appended"))
-            batch = [each for each in batch if each.append.durability.level != level]
-        return batch
+        """Fail the appends that this server cannot execute or confirm. Return the others."""
+        possible = []
+        for pending in batch:
+            if pending.append.script and self._scripts_refused is not None:
+                _fail(pending, self._scripts_refused)
+            elif problem := problems.get(pending.append.durability.level):
+                _fail(pending, DurabilityUnavailable(f"{problem}. Nothing was appended"))
+            else:
+                possible.append(pending)
+        return possible
 
     def _send(self, connection: PipelineConnection, batch: list[_PendingAppend]) -> None:
         appends = [pending.append for pending in batch]
-        commands = [append.command for append in appends]
+        commands = self._in_order(appends)
         in_cluster = self._shard.uses_sharded_pubsub
-        if in_cluster:
-            commands = self._in_order(appends)
         waits = confirming_commands(appends, self._wait_ms, in_cluster=in_cluster)
         self._in_flight += len(batch)
         future = cast("asyncio.Future[list[object]]", connection.execute([*commands, *waits]))
@@ -545,40 +550,66 @@ class _Lane:
 
         def done(executed: asyncio.Future[list[object]]) -> None:
             self._in_flight -= len(batch)
-            for append in appends if self._uid_keys else ():
-                if self._uid_keys.get(append.stream) == append.uid_key:
-                    self._uid_keys.pop(append.stream, None)
-            if executed.cancelled():
-                return
-            exc = executed.exception()
-            if exc is None:
-                self._on_replies(batch, executed.result(), waits)
-            else:
-                self._repeat(batch, exc)
+            if not executed.cancelled():
+                exc = executed.exception()
+                if exc is None:
+                    self._on_replies(batch, executed.result(), waits)
+                else:
+                    self._on_lost(batch, exc)
+            for append in appends if self._unanswered else ():
+                if (last := self._unanswered.get(append.stream)) and last[0] is append:
+                    del self._unanswered[append.stream]
 
         future.add_done_callback(done)
 
     def _in_order(self, appends: Sequence[Append]) -> list[RedisCommand]:
-        """Return the commands in a form that keeps the order while a slot is being moved."""
+        """Return the commands in a form that Redis rejects if it rejects one before, see `behind`.
+
+        The rejected append is sent again, and would be appended after a later one of its channel.
+        """
         commands: list[RedisCommand] = []
+        unanswered = self._unanswered
         for append in appends:
-            before = self._uid_keys.get(append.stream)
-            if append.uid_key is not None:
-                self._uid_keys[append.stream] = append.uid_key
-                before = None
-            commands.append(append.command if before is None else append.behind(before))
+            stream, uid_key = append.stream, append.uid_key
+            if (before := unanswered.get(stream)) is None and append.script is None:
+                commands.append(append.command)
+                continue
+            if uid_key is None and before is not None:
+                uid_key = before[1]
+                commands.append(append.behind(uid_key))
+            else:
+                commands.append(append.command)
+            unanswered[stream] = append, uid_key
         return commands
 
-    def _repeat(self, batch: list[_PendingAppend], exc: BaseException) -> None:
+    def _on_lost(self, batch: list[_PendingAppend], exc: BaseException) -> None:
         """Send the appends again that may be repeated. Fail the others."""
         again = []
         for pending in batch:
-            if pending.may_repeat and not pending.future.done() and not self._stopped:
+            if pending.may_repeat and self._keeps_order(pending, exc):
                 pending.may_repeat = False
                 again.append(pending)
             else:
                 _fail(pending, exc)
-        if again:
+        self._repeat(again)
+
+    def _keeps_order(self, pending: _PendingAppend, exc: BaseException) -> bool:
+        """Return True if no later append of the channel can have been accepted.
+
+        After a reply that ends the connection, Redis may have accepted the next command.
+        """
+        if not isinstance(exc, CannotServe):
+            return True
+        last = self._unanswered.get(pending.append.stream)
+        return last is not None and last[0] is pending.append
+
+    def _repeat(self, again: Sequence[_PendingAppend]) -> None:
+        """Send appends again, before those that wait."""
+        again = [pending for pending in again if not pending.future.done()]
+        if self._stopped:
+            for pending in again:
+                _fail(pending, RedisUnavailable(_STOPPING))
+        elif again:
             # Behind those of earlier batches, which were in flight at the same time.
             self._again += again
             self._repeated = again[-1].future
@@ -596,16 +627,21 @@ class _Lane:
                 continue
             area = UIDS if pending.append.script else PUBLISHING
             if isinstance(reply, bytes):
+                if self._scripts_missing:
+                    self._on_overtaken(pending.append.stream)
                 if self._refusals.has(area):
                     self._refusals.accepted(area)
             elif is_missing_script(reply):
-                # SCRIPT FLUSH was called. The next connection loads the scripts again.
-                self._repeat([pending], RedisUnavailable("the script was removed from Redis"))
-                if self._connection is not None:
-                    self._connection.close()
+                # SCRIPT FLUSH was called. The scripts are loaded again before the next batch.
+                self._scripts_missing = True
+                self._on_missing_script(pending)
                 continue
             elif is_misplaced(str(reply)):
-                self._on_moved(pending)
+                if self._scripts_missing:
+                    # Behind appends that were rejected for their script: keep the order.
+                    self._repeat([pending])
+                else:
+                    self._on_moved(pending)
                 continue
             elif rule_of(str(reply)).effect is not Effect.ONE:
                 # A key of another type concerns one channel, and its publisher gets the error.
@@ -615,6 +651,27 @@ class _Lane:
                 pending.future.set_result(result)
             else:
                 pending.future.set_exception(result)
+
+    def _on_missing_script(self, pending: _PendingAppend) -> None:
+        """Send an append again that was certainly not carried out, within its time limit."""
+        now = asyncio.get_running_loop().time()
+        if pending.since + self._redis.command_timeout_s < now:
+            _fail(pending, RedisUnavailable(_NO_SCRIPT))
+        else:
+            self._repeat([pending])
+
+    def _on_overtaken(self, stream: bytes) -> None:
+        """Fail the appends that were rejected before one of the same channel was accepted.
+
+        Another client may have loaded the scripts between the two.
+        """
+        kept = []
+        for pending in self._again:
+            if pending.append.stream == stream:
+                _fail(pending, RedisUnavailable(_NO_SCRIPT))
+            else:
+                kept.append(pending)
+        self._again = kept
 
 
 def _fail(pending: _PendingAppend, exc: BaseException) -> None:
