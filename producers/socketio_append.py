@@ -1,9 +1,9 @@
 """Append a batch of emits: entries, ephemeral events, commands and the position.
 
 On one server a script does so in one step. On several servers or a Redis Cluster no script may use
-all keys. Each entry is then appended once, with a uid that follows from the position before the
-batch and the entry's number after it, and then the position is moved. A listener that takes over in
-between appends the same entries, which changes nothing.
+all keys. Each entry is then appended once, with a uid that follows from the identity of its
+message, and then the position is moved. A listener that takes over in between appends the same
+entries, which changes nothing, even if its batch begins or ends with another message.
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ class _Entry(NamedTuple):
     keep: int
     fields: Sequence[bytes]
     copies: Sequence[tuple[bytes, Sequence[bytes]]]
+    identity: bytes
 
 
 class _Ephemeral(NamedTuple):
@@ -150,10 +151,15 @@ class _ControlCommand(NamedTuple):
 
     fields: Sequence[bytes]
     channels: Sequence[Channel]
+    identity: bytes
 
 
 class EmitBatch:
-    """Collects what one step appends."""
+    """Collects what one step appends.
+
+    The `identity` of a message is the same for all listeners, and no other message of the same
+    position has it.
+    """
 
     def __init__(
         self,
@@ -171,7 +177,7 @@ class EmitBatch:
         self._parts: list[_Entry | _Ephemeral | _ControlCommand] = []
         self._wanted: set[Durability] = set()
 
-    def add(self, emit: Emit) -> None:
+    def add(self, emit: Emit, identity: bytes) -> None:
         """Add an emit. Raise UnusableEmit, without adding anything, if it cannot be an entry."""
         content = contents(emit)
         targets = copies(emit)
@@ -189,7 +195,7 @@ class EmitBatch:
             durability = Durability.parse(self._namespace_of(channel).durability)
             if durability.waits:
                 self._wanted.add(durability)
-        self._parts.append(_Entry(keep, fields, streams))
+        self._parts.append(_Entry(keep, fields, streams, identity))
 
     def _add_ephemeral(self, emit: Emit, content: EmitContents) -> None:
         always = str(_ALWAYS).encode()
@@ -209,12 +215,15 @@ class EmitBatch:
     def _too_large(self, size: int) -> str:
         return f"too large: {size} bytes, [stream] max_entry_bytes is {self._max_entry_bytes}"
 
-    def reject(self, source: str, message: bytes, reason: str) -> None:
+    def reject(self, source: str, message: bytes, reason: str, identity: bytes) -> None:
         """Add a dead letter for a message from which no entry can be made."""
         letter = dead_letters.of_command(source, message, reason, node=self._node)
-        self._parts.append(_Entry(dead_letters.KEEP, letter, [(self._keys.dead_letters, [])]))
+        to = self._keys.dead_letters
+        self._parts.append(_Entry(dead_letters.KEEP, letter, [(to, [])], identity))
 
-    def add_command(self, command: Control, joined: Sequence[tuple[str, str]]) -> None:
+    def add_command(
+        self, command: Control, joined: Sequence[tuple[str, str]], identity: bytes
+    ) -> None:
         """Add a command to all workers. `joined`: rooms to join with their newest entry IDs."""
         payload = {
             "do": command.action,
@@ -227,7 +236,7 @@ class EmitBatch:
         # The command takes effect directly after the newest entries of these rooms.
         rooms = {"leave": command.names, "disconnect": command.rooms}.get(command.action, ())
         channels = list(dict.fromkeys(channels_of(rooms)))
-        self._parts.append(_ControlCommand(fields, channels))
+        self._parts.append(_ControlCommand(fields, channels, identity))
 
     async def apply(self, links: ShardLinks, mark_key: bytes, old: bytes, new: bytes) -> int | None:
         """Append everything and set the mark to `new`, if the mark is still `old`.
@@ -286,7 +295,7 @@ class EmitBatch:
     ) -> int:
         if (await links.call("GET", mark_key) or b"") != old:
             return -1
-        steps = _Steps(links, self._keys, self._node, mark_key + b"\0" + old)
+        steps = _Steps(links, self._keys, self._node, mark_key)
         # Entries without copies are collected, and appended before anything that depends on them.
         singles: list[_Once] = []
         for part in self._parts:
@@ -294,28 +303,32 @@ class EmitBatch:
                 continue
             if isinstance(part, _Entry) and len(part.copies) == 1:
                 ((stream, own),) = part.copies
-                singles.append(steps.entry(stream, part.keep, [*part.fields, *own]))
+                words = [*part.fields, *own]
+                singles.append(steps.entry(stream, part.keep, words, part.identity))
                 continue
             await steps.append(singles)
             singles = []
             if isinstance(part, _Entry):
                 earlier: list[bytes] = []
-                for stream, own in part.copies:
+                for number, (stream, own) in enumerate(part.copies):
                     fields = [*part.fields, *own]
                     if earlier:
                         fields += b"copies", b" ".join(earlier)
-                    (entry_id,) = await steps.append([steps.entry(stream, part.keep, fields)])
-                    earlier.append(entry_id)
+                    identity = b"%s %d" % (part.identity, number)
+                    copy = steps.entry(stream, part.keep, fields, identity)
+                    earlier += await steps.append([copy])
                 continue
             fields = [*part.fields]
             for channel in part.channels:
-                words = ("XREVRANGE", self._keys.stream(channel), "+", "-", "COUNT", 1)
-                (found,) = await links.execute([words])
+                newest_of = ("XREVRANGE", self._keys.stream(channel), "+", "-", "COUNT", 1)
+                (found,) = await links.execute([newest_of])
                 if not isinstance(found, ReplyError):
                     newest = cast("list[list[bytes]]", found)
                     fields += control.at_field(channel), newest[0][0] if newest else b"0-0"
             # The positions differ if the step is repeated, so they are no part of the uid.
-            command = steps.entry(self._keys.control, control.KEEP, fields, uid_of=part.fields)
+            command = steps.entry(
+                self._keys.control, control.KEEP, fields, part.identity, uid_of=part.fields
+            )
             await steps.append([command])
         await steps.append(singles)
         (moved,) = await links.evaluate([(_MOVE, [mark_key], [old, new])])
@@ -348,14 +361,18 @@ class _Steps:
         self._keys = keys
         self._node = node
         self._position = position
-        self._number = 0
 
     def entry(
-        self, stream: bytes, keep: int, fields: Sequence[bytes], *, uid_of: Sequence[bytes] = ()
+        self,
+        stream: bytes,
+        keep: int,
+        fields: Sequence[bytes],
+        identity: bytes,
+        *,
+        uid_of: Sequence[bytes] = (),
     ) -> _Once:
-        """Return the next entry. Its uid depends on its number and on `uid_of` or `fields`."""
-        parts = (self._position, b"%d" % self._number, stream, *(uid_of or fields[:2]))
-        self._number += 1
+        """Return an entry. Its uid depends on `identity`, and on `uid_of` or `fields`."""
+        parts = (self._position, identity, stream, *(uid_of or fields[:2]))
         uid = "emit:" + blake2b(b"\0".join(parts), digest_size=16).hexdigest()
         return _Once(stream, keep, fields, self._uid_key(stream, uid))
 

@@ -23,7 +23,7 @@ from producers import socketio_wire as wire
 from producers.registry import RunningProducer
 from producers.settings import EmitterSettings
 from producers.socketio_append import EmitBatch
-from producers.socketio_log import PubSubLog
+from producers.socketio_log import PubSubLog, split_count, with_count
 from producers.socketio_wire import Control
 from relay.core.errors import ConfigError, RedisUnavailable, Unavailable
 from relay.core.model import EntryID
@@ -60,11 +60,13 @@ _FORGET_S = 10.0
 
 
 class _Message(NamedTuple):
-    """One message of an emitter, its parser, and the channel or stream that it was read from."""
+    """One message of an emitter, its parser, the channel or stream that it was read from, and its
+    identity (see `EmitBatch`)."""
 
     parse: Callable[[], Emit | Control | None]
     source: str
     message: bytes
+    identity: bytes
 
 
 class EmitterListener(RunningProducer):
@@ -110,7 +112,8 @@ class EmitterListener(RunningProducer):
             await asyncio.sleep(_FORGET_S)
             with contextlib.suppress(Unavailable):
                 mark = cast("bytes | None", await self._target.call("GET", key)) or b""
-                self._messages.forget(mark, round((time.time() - _KEEP_S) * 1000))
+                before_ms = round((time.time() - _KEEP_S) * 1000)
+                self._messages.forget(self._split(mark)[0], before_ms)
 
     async def _keep_lease(self) -> None:
         context = self._context
@@ -162,7 +165,8 @@ class EmitterListener(RunningProducer):
         key = self._context.keys.source_position(_LEASE)
         mark = await self._mark(key)
         log = self._messages
-        log.resume_after(mark)
+        own, done = self._split(mark)
+        log.resume_after(own)
         log.dropped = 0
         while self._holds.is_set():
             self._received.clear()
@@ -173,25 +177,36 @@ class EmitterListener(RunningProducer):
                 continue
             count = len(pending)
             new = log.mark(count)
+            if self._context.keys.has_site_tag:
+                new = with_count(new, done + count)
             until = log.next + count
             messages = [
                 _Message(
                     partial(self._parse_message, each.name, each.payload),
                     each.name.decode(errors="replace"),
                     each.payload,
+                    b"%d" % number,
                 )
-                for each in pending
+                for number, each in enumerate(pending, done)
             ]
             if not await self._apply(messages, key, mark, new):
                 # Another process has appended, because this one was suspended or disconnected.
                 return
             mark, log.next = new, max(log.next, until)
+            done += count
             if log.dropped:
                 _log.error(
                     "Dropped %d Socket.IO emits: Redis was unreachable for too long", log.dropped
                 )
                 self._context.count("lost", log.dropped)
                 log.dropped = 0
+
+    def _split(self, mark: bytes) -> tuple[bytes, int]:
+        """Return the mark for the log, and the number of messages up to it.
+
+        On one server a batch and its mark are one step, and messages need no numbers.
+        """
+        return split_count(mark) if self._context.keys.has_site_tag else (mark, 0)
 
     async def _wait_for_message(self) -> None:
         try:
@@ -234,8 +249,9 @@ class EmitterListener(RunningProducer):
                         partial(wire.parse_entry, each, self._namespace),
                         name,
                         each.get(b"data", b""),
+                        cast(bytes, entry_id),
                     )
-                    for each in entries
+                    for (entry_id, _), each in zip(found, entries, strict=True)
                 ]
                 if not await self._apply(messages, key, mark, new):
                     return
@@ -262,12 +278,13 @@ class EmitterListener(RunningProducer):
             try:
                 parsed = each.parse()
                 if isinstance(parsed, Control):
-                    batch.add_command(parsed, await self._newest_ids(parsed))
+                    newest = await self._newest_ids(parsed)
+                    batch.add_command(parsed, newest, each.identity)
                 elif parsed is not None:
-                    batch.add(parsed)
+                    batch.add(parsed, each.identity)
             except UnusableEmit as exc:
                 broken += 1
-                batch.reject(each.source, each.message, str(exc))
+                batch.reject(each.source, each.message, str(exc), each.identity)
                 _log.warning(
                     "Socket.IO emit on %s rejected: %s; saved as a dead letter",
                     each.source,

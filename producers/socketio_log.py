@@ -27,6 +27,17 @@ class Message(NamedTuple):
     digest: bytes
 
 
+def with_count(mark: bytes, count: int) -> bytes:
+    """Return the mark with the number of all messages up to it, which gives each an identity."""
+    return b"%s;%d" % (mark, count)
+
+
+def split_count(mark: bytes) -> tuple[bytes, int]:
+    """Return a mark of `with_count` without its number, and the number. 0 if it has none."""
+    own, _, count = mark.rpartition(b";")
+    return (own, int(count)) if count.isdigit() else (mark, 0)
+
+
 class PubSubLog:
     """The latest messages, in order. `next` is the number of the next one to append, and `dropped`
     counts the messages that were removed before they were appended."""
