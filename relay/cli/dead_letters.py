@@ -12,6 +12,7 @@ from relay.core.model import Broken
 from relay.stream.connection import connect
 from relay.stream.format import entry
 from relay.stream.shards.clients import Connections
+from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.upkeep import dead_letter_list, reports
 from relay.stream.upkeep.dead_letter_list import DeadLetter
 
@@ -103,6 +104,7 @@ async def _requeue(site: OperatorContext, options: argparse.Namespace) -> int:
     """Requeue each dead letter separately. Those that cannot be requeued are kept and reported."""
     progress = Progress("requeued")
     done = failed = undeliverable = 0
+    errors = ServerErrors()
     try:
         async with Connections(site.clients) as connections:
             async for letter in _chosen(site, options):
@@ -111,7 +113,18 @@ async def _requeue(site: OperatorContext, options: argparse.Namespace) -> int:
                     failed += 1
                     continue
                 namespace = site.config.namespace(letter.channel)
-                connection = await connections.to(site.keys.stream(letter.channel))
+                stream = site.keys.stream(letter.channel)
+                shard = site.clients.shards.shard_of(stream)
+                if shard in errors:
+                    failed += 1
+                    continue
+                with errors.collect(shard):
+                    connection = await connections.to(stream)
+                if shard in errors:
+                    progress.end()
+                    say(f"{errors.lines()[-1]}; its dead letters are kept")
+                    failed += 1
+                    continue
                 try:
                     entry_id = await dead_letter_list.requeue(
                         site.clients, connection, site.keys, letter, namespace

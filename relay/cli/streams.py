@@ -9,6 +9,7 @@ from relay.cli.output import Progress, duration, emit, say, table
 from relay.config.settings import NamespaceSettings
 from relay.core.errors import RelayError
 from relay.stream.cluster.workers import live_workers
+from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.upkeep import overview, reports, retention
 from relay.stream.upkeep.overview import Follower, StreamOverview
 
@@ -16,15 +17,25 @@ _HEAD = ("CHANNEL", "ENTRIES", "FIRST", "LAST", "AGE", "RETENTION", "WORKERS", "
 
 
 async def streams(site: OperatorContext, options: argparse.Namespace) -> int:
-    """List streams sorted by channel. Raise RelayError if the pattern matches none."""
+    """List streams sorted by channel. Raise RelayError if the pattern matches none.
+
+    Return 1 if the streams of some servers are missing, with a line for each of them.
+    """
     progress = Progress("streams")
     found: list[StreamOverview] = []
+    errors = ServerErrors()
     try:
-        async for batch in overview.walk(site.clients, site.keys, options.pattern, progress):
+        async for batch in overview.walk(
+            site.clients, site.keys, options.pattern, progress, errors
+        ):
             found += batch
     finally:
         progress.end()
-    alive = {worker.instance for worker in await live_workers(site.client, site.keys)}
+    alive: set[str] | None = None
+    home = site.clients.shards.home
+    if home not in errors:
+        with errors.collect(home):
+            alive = {worker.instance for worker in await live_workers(site.client, site.keys)}
     found.sort(key=lambda stream: stream.channel)
     if options.json:
         for stream in found:
@@ -32,8 +43,12 @@ async def streams(site: OperatorContext, options: argparse.Namespace) -> int:
             emit(reports.stream(site.keys, namespace, stream, alive))
     elif found:
         _show(site, found, alive)
-    async for line in overview.misnamed(site.clients, site.keys, options.pattern):
+    async for line in overview.misnamed(site.clients, site.keys, options.pattern, errors):
         say(line)
+    if errors:
+        for line in errors.lines():
+            say(f"the list is not complete: {line}")
+        return 1
     if not found:
         if options.pattern != "*":
             raise RelayError(f"no stream of a channel that matches {options.pattern}")
@@ -41,7 +56,8 @@ async def streams(site: OperatorContext, options: argparse.Namespace) -> int:
     return 0
 
 
-def _show(site: OperatorContext, found: list[StreamOverview], alive: set[str]) -> None:
+def _show(site: OperatorContext, found: list[StreamOverview], alive: set[str] | None) -> None:
+    """Print a table. `alive`: the instances of the live workers, or None if they are not known."""
     rows: list[list[str]] = []
     for stream in found:
         state, followers = stream.state, stream.followers
@@ -54,7 +70,7 @@ def _show(site: OperatorContext, found: list[StreamOverview], alive: set[str]) -
                 str(state.last) if state.added else "-",
                 duration(stream.age_ms),
                 _retention(site.config.namespace(stream.channel)),
-                str(sum(each.worker in alive for each in followers)),
+                "-" if alive is None else str(sum(each.worker in alive for each in followers)),
                 _behind(worst) if worst else "-",
             ]
         )
@@ -66,7 +82,7 @@ def _show(site: OperatorContext, found: list[StreamOverview], alive: set[str]) -
         rows += [
             [f"  {follower.name}: {_behind(follower)}{_state(follower, alive)}"]
             for follower in followers
-            if follower.behind or follower.worker not in alive
+            if follower.behind or (alive is not None and follower.worker not in alive)
         ]
     table(_HEAD, rows, right=(1, 4, 6))
 
@@ -78,10 +94,10 @@ def _behind(follower: Follower) -> str:
     return f"{count}, {duration(follower.lag_ms)}"
 
 
-def _state(follower: Follower, alive: set[str]) -> str:
+def _state(follower: Follower, alive: set[str] | None) -> str:
     if follower.worker is None:
         return " (not a worker's group)"
-    return "" if follower.worker in alive else " (no heartbeat)"
+    return "" if alive is None or follower.worker in alive else " (no heartbeat)"
 
 
 def _retention(namespace: NamespaceSettings) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from relay.cli.operator_context import OperatorContext, channel_of, user_of
 from relay.cli.output import duration, emit, say, table
@@ -12,8 +13,13 @@ from relay.core.errors import RedisUnavailable
 from relay.core.model import EntryID
 from relay.stream.cluster.workers import WorkerInfo, list_workers, live_workers, unwritten_s
 from relay.stream.connection import connect
+from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.upkeep import dead_letter_list, reports
 from relay.stream.write import control
+
+if TYPE_CHECKING:
+    from relay.stream.connection.connect import RedisClient
+    from relay.stream.shards.shard import Shard
 
 _HEAD = (
     "WORKER", "HOST", "PID", "VERSION", "UP", "READY", "CONNECTIONS", "STREAMS", "LAG",
@@ -70,50 +76,19 @@ async def status(site: OperatorContext, options: argparse.Namespace) -> int:
     """Return 0 if there is no problem, else 1 with one line per problem on standard error."""
     values: dict[str, Any] = {"good": False, "redis": False}
     problems: list[str] = []
+    errors = ServerErrors()
     try:
-        living, silent = await list_workers(site.client, site.keys)
-        dead_letters = await dead_letter_list.count(site.client, site.keys)
-        now_ms = await connect.time_ms(site.client)
-    except (RedisUnavailable, connect.CommandRefused) as exc:
+        servers = await site.clients.each()
+        with errors.collect(site.clients.shards.home):
+            problems += await _site_problems(site, options, values)
+    except RedisUnavailable as exc:
+        # The servers of the Redis Cluster are not known.
         problems.append(str(exc))
     else:
-        lag_ms = max((node.lag_ms or 0 for node in living), default=0)
-        values |= {
-            "redis": True,
-            "workers": len(living),
-            "ready": sum(node.ready is not False for node in living),
-            "silent": len(silent),
-            "connections": sum(node.connections or 0 for node in living),
-            "lag_ms": lag_ms,
-            "dead_letters": dead_letters,
-            "versions": [
-                {"version": version, "schema": schema, "workers": count}
-                for (version, schema), count in sorted(
-                    Counter((node.version, node.schema) for node in living).items()
-                )
-            ],
-        }
-        if len(living) < options.min_workers:
-            problems.append(
-                f"{plural(len(living), 'worker')} alive, expected at least {options.min_workers}"
-            )
-        problems += [
-            f"{node.instance} does not read streams" for node in living if node.ready is False
-        ]
-        problems += [f"{node.instance}: {node.refused}" for node in living if node.refused]
-        problems += [
-            f"{node.instance} has not written its heartbeat for {late_s:.0f} s: see its log"
-            for node in living
-            if (late_s := unwritten_s(node, now_ms))
-        ]
-        refusal = await _write_refusal(site)
+        refusal = await _write_refusal(site, servers, errors)
         if refusal and not any(refusal in line for line in problems):
             problems.append(f"Redis refuses writes ({refusal}): publishing is rejected")
-        if lag_ms > options.max_lag * 1000:
-            problems.append(f"lag {duration(lag_ms)}, expected at most {options.max_lag:g} s")
-        limit = options.max_dead_letters
-        if limit is not None and dead_letters > limit:
-            problems.append(f"{plural(dead_letters, 'dead letter')}, expected at most {limit}")
+        problems += errors.lines()
     values["good"] = not problems
     values["wrong"] = problems
     if options.json:
@@ -125,18 +100,67 @@ async def status(site: OperatorContext, options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-async def _write_refusal(site: OperatorContext) -> str:
+async def _site_problems(
+    site: OperatorContext, options: argparse.Namespace, values: dict[str, Any]
+) -> list[str]:
+    """Add what the home server knows to `values`. Return the problems."""
+    living, silent = await list_workers(site.client, site.keys)
+    dead_letters = await dead_letter_list.count(site.client, site.keys)
+    now_ms = await connect.time_ms(site.client)
+    lag_ms = max((node.lag_ms or 0 for node in living), default=0)
+    values |= {
+        "redis": True,
+        "workers": len(living),
+        "ready": sum(node.ready is not False for node in living),
+        "silent": len(silent),
+        "connections": sum(node.connections or 0 for node in living),
+        "lag_ms": lag_ms,
+        "dead_letters": dead_letters,
+        "versions": [
+            {"version": version, "schema": schema, "workers": count}
+            for (version, schema), count in sorted(
+                Counter((node.version, node.schema) for node in living).items()
+            )
+        ],
+    }
+    problems = []
+    if len(living) < options.min_workers:
+        problems.append(
+            f"{plural(len(living), 'worker')} alive, expected at least {options.min_workers}"
+        )
+    problems += [f"{node.instance} does not read streams" for node in living if node.ready is False]
+    problems += [f"{node.instance}: {node.refused}" for node in living if node.refused]
+    problems += [
+        f"{node.instance} has not written its heartbeat for {late_s:.0f} s: see its log"
+        for node in living
+        if (late_s := unwritten_s(node, now_ms))
+    ]
+    if lag_ms > options.max_lag * 1000:
+        problems.append(f"lag {duration(lag_ms)}, expected at most {options.max_lag:g} s")
+    limit = options.max_dead_letters
+    if limit is not None and dead_letters > limit:
+        problems.append(f"{plural(dead_letters, 'dead letter')}, expected at most {limit}")
+    return problems
+
+
+async def _write_refusal(
+    site: OperatorContext, servers: Sequence[tuple[Shard, RedisClient]], errors: ServerErrors
+) -> str:
     """Return the error with which Redis rejects a small write, '' if it accepts it.
 
     A Redis that is full rejects heartbeats too, so workers cannot report it.
     """
-    for shard, client in await site.clients.each():
+    refusal = ""
+    for shard, client in servers:
+        if shard in errors:
+            continue
         key = site.keys.canary("status", shard.tag)
-        try:
-            await connect.command(client, "SET", key, "1", "PX", 1000)
-        except (connect.CommandRefused, connect.RefusedForNow) as exc:
-            return exc.reply
-    return ""
+        with errors.collect(shard):
+            try:
+                await connect.command(client, "SET", key, "1", "PX", 1000)
+            except (connect.CommandRefused, connect.RefusedForNow) as exc:
+                refusal = refusal or exc.reply
+    return refusal
 
 
 def _show(values: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ from relay.stream.cluster.leases import Lease
 from relay.stream.cluster.presence import CHECK_S
 from relay.stream.cluster.workers import HEARTBEAT_S, NOT_READY_S, DeadWorkerDetector
 from relay.stream.connection.connect import RefusedForNow
+from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.upkeep.dead_workers import DeadWorkersJob
 from relay.stream.upkeep.retention import describe_misnamed, trim
 from relay.stream.upkeep.unused import UnusedStreamsJob
@@ -314,8 +315,10 @@ class _Upkeep:
 
     async def remove_absent(self) -> None:
         """Remove clients of dead workers from presence."""
+        errors = ServerErrors()
         for instance in await self._detector.check():
-            await self._presence.clear(instance)
+            await self._presence.clear(instance, errors)
+        errors.finish()
 
 
 # Name of a note in `Refusals`.

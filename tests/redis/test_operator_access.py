@@ -18,6 +18,7 @@ from relay.stream.format import entry
 from relay.stream.format.keys import Keys
 from relay.stream.read import view
 from relay.stream.shards.clients import ShardClients, shard_clients
+from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.upkeep import dead_letter_list, overview, retention
 from relay.stream.write.append import AppendCommands, Appended, send_one
 from tests.support.valkey import Server
@@ -91,13 +92,21 @@ async def test_what_was_trimmed_unread_is_not_behind(
     await command(admin, "XTRIM", key, "MAXLEN", 2)
     await admin.set(keys.stream(Channel("foreign")), "x")
     counted: list[int] = []
-    (batch,) = [each async for each in overview.walk(hands, keys, "*", counted.append) if each]
+    (batch,) = [
+        each
+        async for each in overview.walk(hands, keys, "*", counted.append, ServerErrors())
+        if each
+    ]
     (stream,) = batch
     behind = {each.worker: (each.behind, each.at_least) for each in stream.followers}
     assert behind == {"w:1": (2, False), "w:2": (0, False)}
     assert stream.state.length == 2
     assert counted[-1] == 2
-    assert [each async for each in overview.walk(hands, keys, "n?", counted.append) if each] == []
+    assert [
+        each
+        async for each in overview.walk(hands, keys, "n?", counted.append, ServerErrors())
+        if each
+    ] == []
 
 
 async def test_a_deletion_within_makes_the_count_a_page(
@@ -108,7 +117,11 @@ async def test_a_deletion_within_makes_the_count_a_page(
         await command(admin, "XADD", key, f"{number}-0", "data", "1")
     await command(admin, "XGROUP", "CREATE", key, "relay:w:1", "1-0")
     await command(admin, "XDEL", key, "120-0")
-    ((stream,),) = [each async for each in overview.walk(hands, keys, "*", lambda _: None) if each]
+    ((stream,),) = [
+        each
+        async for each in overview.walk(hands, keys, "*", lambda _: None, ServerErrors())
+        if each
+    ]
     (follower,) = stream.followers
     assert (follower.behind, follower.at_least) == (100, True)
 

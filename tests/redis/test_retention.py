@@ -12,6 +12,7 @@ from relay.core.errors import RedisUnavailable
 from relay.core.model import Channel, namespace_of
 from relay.stream.format.keys import Keys
 from relay.stream.shards.clients import ShardClients, shard_clients
+from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.upkeep import overview, retention
 from tests.support.valkey import Server
 
@@ -93,5 +94,5 @@ async def test_streams_that_belong_to_no_channel_are_found(
     news = f"Stream relay:stream:news {said} news is relay:stream:{{news}}"
     blank = f"Stream relay:stream:{{a b}} {said} a b is relay:stream:{{a%20b}}"
     for pattern, expected in (("*", [news, blank]), ("ne*", [news]), ("a*", [blank]), ("x", [])):
-        found = [line async for line in overview.misnamed(clients, keys, pattern)]
+        found = [line async for line in overview.misnamed(clients, keys, pattern, ServerErrors())]
         assert sorted(found) == expected

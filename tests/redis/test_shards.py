@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import time
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import orjson
 import pytest
 
 from producers.outgoing import PublishFailed
 from producers.publisher import AsyncPublisher
+from relay.cli.dead_letters import dead_letters
+from relay.cli.operator_context import OperatorContext
+from relay.cli.streams import streams
+from relay.cli.workers import status
+from relay.config.loading import load
 from relay.config.settings import NamespaceSettings, PublishSettings, RedisSettings
 from relay.core.durability import Durability
 from relay.core.errors import NotDurable, RedisUnavailable, StartError
 from relay.core.model import Channel, EntryID
 from relay.stream.connection.connect import command
 from relay.stream.connection.pipeline_connection import PipelineConnection
-from relay.stream.shards.clients import shard_clients
+from relay.stream.format.keys import Keys
+from relay.stream.read.groups import create_marker
+from relay.stream.shards.clients import ShardClients, shard_clients
 from relay.stream.shards.cluster_map import ClusterMap
 from relay.stream.shards.making import keys_of
+from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.shards.server_list import check_list
 from relay.stream.shards.shard import is_misplaced
+from relay.stream.upkeep.dead_workers import DeadWorkersJob
 from relay.stream.upkeep.retention import trim
+from relay.stream.upkeep.unused import UnusedStreamsJob
 from relay.stream.write.appender import Appender
 from tests.support.clients import until
 from tests.support.redis_cluster import RedisCluster, running_cluster
@@ -192,19 +206,93 @@ async def test_a_known_uid_is_confirmed_only_when_the_replica_has_its_entry(
         small.servers[1].thaw()
 
 
-async def test_a_server_that_is_away_does_not_stop_the_retention_of_others(
-    server: Server,
-) -> None:
-    settings = RedisSettings(url=f"redis://127.0.0.1:{free_port()}, {server.url('admin')}")
-    keys = keys_of(settings)
-    stream = keys.stream(NEWS)
-    async with shard_clients(settings) as clients:
-        _, (_, client) = await clients.each()
-        for _ in range(3):
-            await command(client, "XADD", stream, "1-*", "data", "1")
-        with pytest.raises(RedisUnavailable):
-            await trim(clients, keys, lambda _: NamespaceSettings(retention_age_s=60))
+@contextlib.asynccontextmanager
+async def one_away(server: Server) -> AsyncIterator[tuple[ShardClients, Keys, str]]:
+    """Yield the clients of two servers, of which one cannot be reached and comes first, the keys,
+    and the address of that server. The other one has the keys of the site."""
+    while True:
+        address = f"127.0.0.1:{free_port()}"
+        settings = RedisSettings(url=f"redis://{address}, {server.url('admin')}")
+        async with shard_clients(settings) as clients:
+            if clients.shards.home.name.endswith(f":{server.port}"):
+                yield clients, keys_of(settings), address
+                return
+
+
+def channels_of(clients: ShardClients, keys: Keys, port: int) -> Iterator[Channel]:
+    """Yield channels whose streams are on the server with this port."""
+    for number in itertools.count():
+        channel = Channel(f"c{number}")
+        if clients.shards.shard_of(keys.stream(channel)).name.endswith(f":{port}"):
+            yield channel
+
+
+async def test_a_server_that_is_away_does_not_stop_the_jobs_for_others(server: Server) -> None:
+    async with one_away(server) as (clients, keys, address):
+        channel, empty = itertools.islice(channels_of(clients, keys, server.port), 2)
+        client = clients.home
+        stream, unused = keys.stream(channel), keys.stream(empty)
+        await command(client, "XADD", stream, "1-*", "data", "1")
+        await command(client, "XGROUP", "CREATE", stream, "relay:dead:1", "0")
+        await command(client, *create_marker(unused, 5, 1))
+        await command(client, "SADD", keys.nodes, "dead:1")
+
+        cleared: list[str] = []
+
+        async def clear(instance: str, errors: ServerErrors) -> None:
+            del errors
+            cleared.append(instance)
+
+        dead_workers = DeadWorkersJob(clients=clients, keys=keys, dead="dead:1".__eq__, clear=clear)
+        unused_streams = UnusedStreamsJob(clients, keys)
+        jobs: list[Callable[[], Awaitable[object]]] = [
+            dead_workers.remove,
+            unused_streams.run,
+            unused_streams.run,
+            lambda: trim(clients, keys, lambda _: NamespaceSettings(retention_age_s=60)),
+        ]
+        for job in jobs:
+            with pytest.raises(RedisUnavailable, match=address):
+                await job()
         assert await command(client, "XLEN", stream) == 0
+        assert await command(client, "XINFO", "GROUPS", stream) == []
+        assert await command(client, "EXISTS", unused) == 0
+        # The next run finds the worker again, because its groups are not removed everywhere.
+        assert await command(client, "SISMEMBER", keys.nodes, "dead:1")
+        assert cleared == ["dead:1"]
+
+
+async def test_commands_show_what_they_can_read_and_name_a_server_that_is_away(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with one_away(server) as (clients, keys, address):
+        near = next(channels_of(clients, keys, server.port))
+        far = next(channels_of(clients, keys, int(address.rpartition(":")[2])))
+        await command(clients.home, "XADD", keys.stream(near), "*", "data", "1")
+        config = load(None, environ={}, overrides=[], flags={}, doors={})
+        site = OperatorContext(config=config, clients=clients, keys=keys)
+        assert await streams(site, Namespace(pattern="*", json=True)) == 1
+        shown, said = capsys.readouterr()
+        assert orjson.loads(shown)["channel"] == near
+        assert said.count("\n") == 1
+        assert address in said
+        options = Namespace(json=True, min_workers=0, max_lag=10, max_dead_letters=None)
+        assert await status(site, options) == 1
+        shown, said = capsys.readouterr()
+        assert orjson.loads(shown)["workers"] == 0
+        assert said.count("\n") == 1
+        assert address in said
+        for channel in (far, near, far):
+            words = "stream", keys.stream(channel), "fields", '[["data","2"]]'
+            await command(clients.home, "XADD", keys.dead_letters, "*", *words)
+        options = Namespace(action="requeue", all=True, ids=[], json=False)
+        assert await dead_letters(site, options) == 1
+        shown, said = capsys.readouterr()
+        assert shown == "1 requeued\n"
+        assert said.count("\n") == 1
+        assert address in said
+        assert await command(clients.home, "XLEN", keys.stream(near)) == 2
+        assert await command(clients.home, "XLEN", keys.dead_letters) == 2
 
 
 async def test_another_list_of_servers_is_refused(server: Server, valkey: Server) -> None:

@@ -15,6 +15,7 @@ from relay.core.errors import RelayError
 from relay.process.doctor.finding import Finding, error, note, quoted, warning
 from relay.stream.cluster.workers import live_workers
 from relay.stream.connection import connect
+from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.upkeep import dead_letter_list, overview, retention
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ async def _streams(config: Config, clients: ShardClients, keys: Keys) -> list[Fi
     alive = {worker.instance for worker in await live_workers(clients.home, keys)}
     endless: dict[str, _Found] = {}
     orphans, destroys, strangers = _Found(), _Found(), _Found()
-    async for batch in overview.walk(clients, keys, "*", lambda _: None):
+    errors = ServerErrors()
+    async for batch in overview.walk(clients, keys, "*", lambda _: None, errors):
         for stream in batch:
             rules = config.namespace(stream.channel)
             key = keys.stream(stream.channel).decode()
@@ -120,6 +122,7 @@ async def _streams(config: Config, clients: ShardClients, keys: Keys) -> list[Fi
                     orphans.add(f"{follower.name} of {stream.channel}")
                     group = quoted(follower.name)
                     destroys.add(f"redis-cli XGROUP DESTROY {quoted(key)} {group}")
+    errors.finish()
     found = [
         warning(
             "data.retention",

@@ -25,6 +25,7 @@ from relay.core.model import Channel, parse_channel
 from relay.core.slices import in_slices
 from relay.stream.cluster.workers import DEAD_AFTER_S, EXPIRY_S, HEARTBEAT_S
 from relay.stream.connection.pipeline_connection import ReplyError
+from relay.stream.shards.server_errors import ServerErrors
 
 if TYPE_CHECKING:
     from relay.stream.connection.pipeline_connection import RedisCommand
@@ -263,21 +264,37 @@ class ClusterPresence:
 
     # ---- entries of dead workers ----------------------------------------------------------------
 
-    async def clear(self, instance: str) -> None:
+    async def clear(self, instance: str, errors: ServerErrors | None = None) -> None:
         """Remove the entries of a dead worker and notify the protocols.
 
-        If several workers do so at the same time, each client is reported once.
+        If several workers do so at the same time, each client is reported once. Channels of servers
+        that fail are kept for the next call.
+
+        Raises:
+            RelayError: A server has failed. Not raised with `errors`, which collects it then.
         """
+        found = ServerErrors() if errors is None else errors
         key = self._keys.present(instance)
-        (members,) = await self._long.call_all([("SMEMBERS", key)])
-        for raw in cast("set[bytes]", members):
-            try:
-                channel = parse_channel(raw.decode())
-            except ValueError:
-                _log.warning("Ignored invalid channel %r of dead worker %s", raw[:50], instance)
-            else:
+        with found.collect(self._links.shards.shard_of(key)):
+            (members,) = await self._long.call_all([("SMEMBERS", key)])
+            for raw in cast("set[bytes]", members):
+                if await self._is_cleared(raw, instance, found):
+                    await self._long.call_all([("SREM", key, raw)])
+        if errors is None:
+            found.finish()
+
+    async def _is_cleared(self, raw: bytes, instance: str, errors: ServerErrors) -> bool:
+        """Remove the worker's entries in one channel. Return False if its server fails."""
+        try:
+            channel = parse_channel(raw.decode())
+        except ValueError:
+            _log.warning("Ignored invalid channel %r of dead worker %s", raw[:50], instance)
+            return True
+        shard = self._links.shards.shard_of(self._keys.presence(channel))
+        if shard not in errors:
+            with errors.collect(shard):
                 await self._clear_channel(channel, instance)
-            await self._long.call_all([("SREM", key, raw)])
+        return shard not in errors
 
     async def _clear_channel(self, channel: Channel, instance: str) -> None:
         await self._remove(channel, (await self._entries(channel)).get(instance, {}))

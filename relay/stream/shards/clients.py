@@ -65,23 +65,24 @@ class ShardClients:
                 self._clients[shard] = await self._stack.enter_async_context(client)
         return [(shard, self._clients[shard]) for shard in present]
 
-    async def split(self, keys: Iterable[bytes]) -> list[tuple[RedisClient, list[bytes]]]:
+    async def split(self, keys: Iterable[bytes]) -> list[tuple[Shard, RedisClient, list[bytes]]]:
         """Group keys by server, each with a client as of `each`. Errors as of `each`."""
         clients = dict(await self.each())
         found: dict[Shard, list[bytes]] = {}
         for key in keys:
             found.setdefault(self.shards.shard_of(key), []).append(key)
-        return [(clients[shard], own) for shard, own in found.items()]
+        return [(shard, clients[shard], own) for shard, own in found.items()]
 
     async def check(self) -> None:
         """Raise StartError if a server cannot be used. Ignore other errors."""
         with contextlib.suppress(RedisUnavailable):
             for shard, client in await self.each():
-                await check_server(client, shard.settings)
+                with contextlib.suppress(RedisUnavailable):
+                    await check_server(client, shard.settings)
 
     async def time_ms(self, key: bytes) -> int:
         """Return the time of the server that has the key, see `connect.time_ms`."""
-        ((client, _),) = await self.split([key])
+        ((_, client, _),) = await self.split([key])
         return await time_ms(client)
 
     async def open(self) -> None:

@@ -14,6 +14,7 @@ from relay.stream.connection.connect import RedisClient
 from relay.stream.format.keys import Keys
 from relay.stream.read import groups
 from relay.stream.shards.clients import ShardClients
+from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.upkeep.unused import remove_unused
 
 
@@ -27,7 +28,7 @@ class DeadWorkersJob:
         keys: Keys,
         dead: Callable[[str], bool] = lambda _: False,
         patience_s: float = 2 * HEARTBEAT_S,
-        clear: Callable[[str], Awaitable[None]] | None = None,
+        clear: Callable[[str, ServerErrors], Awaitable[None]] | None = None,
     ) -> None:
         self._clients = clients
         self._keys = keys
@@ -37,21 +38,28 @@ class DeadWorkersJob:
         )
 
     async def remove(self) -> list[str]:
-        """Remove the state of dead workers. Return their instances."""
+        """Remove the state of dead workers. Return their instances.
+
+        Raises:
+            RelayError: A server cannot be reached or refuses commands. The state on all others is
+                removed, and the next run finds the same workers again.
+        """
         dead = await self._detector.check()
         if not dead:
             return []
+        errors = ServerErrors()
         if self._clear is not None:
             for instance in dead:
-                await self._clear(instance)
+                await self._clear(instance, errors)
         names = [groups.group_of(instance) for instance in dead]
-        for _, client in await self._clients.each():
-            async for found in connect.scan(client, self._keys.stream_pattern, BATCH):
-                streams = [key for key in found if self._keys.channel_of_stream(key)]
-                if streams:
-                    await _destroy(client, streams, names)
-                    await remove_unused(client, streams)
-        # Last, so that the next run finds them again if anything before has failed.
+        for shard, client in await self._clients.each():
+            with errors.collect(shard):
+                async for found in connect.scan(client, self._keys.stream_pattern, BATCH):
+                    streams = [key for key in found if self._keys.channel_of_stream(key)]
+                    if streams:
+                        await _destroy(client, streams, names)
+                        await remove_unused(client, streams)
+        errors.finish()
         await connect.command(self._clients.home, "SREM", self._keys.nodes, *dead)
         return dead
 

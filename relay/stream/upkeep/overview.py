@@ -17,6 +17,7 @@ from relay.stream.format.keys import Keys
 from relay.stream.read import groups
 from relay.stream.read.view import stream_state
 from relay.stream.shards.clients import ShardClients
+from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.upkeep.retention import describe_misnamed, streams_among
 
 # XINFO STREAM returns the first and the last entry, and each may have a megabyte.
@@ -54,21 +55,27 @@ class StreamOverview:
 
 
 async def walk(
-    clients: ShardClients, keys: Keys, pattern: str, on_keys: Callable[[int], None]
+    clients: ShardClients,
+    keys: Keys,
+    pattern: str,
+    on_keys: Callable[[int], None],
+    errors: ServerErrors,
 ) -> AsyncIterator[list[StreamOverview]]:
     """Yield the streams of the channels that match the glob `pattern`, each once, unordered.
 
-    `on_keys` is called with the number of streams found so far.
+    `on_keys` is called with the number of streams found so far. Servers that fail are skipped, see
+    `errors`.
     """
     seen: set[bytes] = set()
-    for _, client in await clients.each():
-        async for found in connect.scan(client, keys.streams_matching(pattern), _KEYS):
-            # A key may come twice.
-            fresh = [key for key in found if key not in seen and keys.channel_of_stream(key)]
-            seen.update(fresh)
-            for start in range(0, len(fresh), _STREAMS):
-                yield await _overview(client, keys, fresh[start : start + _STREAMS])
-            on_keys(len(seen))
+    for shard, client in await clients.each():
+        with errors.collect(shard):
+            async for found in connect.scan(client, keys.streams_matching(pattern), _KEYS):
+                # A key may come twice.
+                fresh = [key for key in found if key not in seen and keys.channel_of_stream(key)]
+                seen.update(fresh)
+                for start in range(0, len(fresh), _STREAMS):
+                    yield await _overview(client, keys, fresh[start : start + _STREAMS])
+                on_keys(len(seen))
 
 
 async def page(
@@ -105,25 +112,33 @@ async def of_channels(
 ) -> list[StreamOverview]:
     """Return the streams of these channels. A channel without a stream is omitted."""
     found: list[StreamOverview] = []
-    for client, streams in await clients.split(map(keys.stream, channels)):
+    for _, client, streams in await clients.split(map(keys.stream, channels)):
         found += await _overview(client, keys, streams)
     return found
 
 
-async def misnamed(clients: ShardClients, keys: Keys, pattern: str) -> AsyncIterator[str]:
+async def misnamed(
+    clients: ShardClients, keys: Keys, pattern: str, errors: ServerErrors
+) -> AsyncIterator[str]:
     """Yield a line about each stream whose key is not that of a channel, if the channel that was
-    probably meant matches the glob `pattern`."""
-    for _, client in await clients.each():
-        async for found in connect.scan(client, keys.any_stream_pattern, _KEYS):
-            strange = [
-                key
-                for key in found
-                if keys.channel_of_stream(key) is None
-                and fnmatchcase(keys.meant_by(key) or "", pattern)
-            ]
-            if strange:
-                for key in await streams_among(client, strange):
-                    yield describe_misnamed(keys, key)
+    probably meant matches the glob `pattern`.
+
+    Servers that fail, or have failed before, are skipped, see `errors`.
+    """
+    for shard, client in await clients.each():
+        if shard in errors:
+            continue
+        with errors.collect(shard):
+            async for found in connect.scan(client, keys.any_stream_pattern, _KEYS):
+                strange = [
+                    key
+                    for key in found
+                    if keys.channel_of_stream(key) is None
+                    and fnmatchcase(keys.meant_by(key) or "", pattern)
+                ]
+                if strange:
+                    for key in await streams_among(client, strange):
+                        yield describe_misnamed(keys, key)
 
 
 async def _overview(

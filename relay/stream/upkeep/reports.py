@@ -65,9 +65,9 @@ def silent_worker(instance: str) -> dict[str, object]:
 
 
 def stream(
-    keys: Keys, namespace: NamespaceSettings, found: StreamOverview, alive: Collection[str]
+    keys: Keys, namespace: NamespaceSettings, found: StreamOverview, alive: Collection[str] | None
 ) -> dict[str, object]:
-    """Return a channel's stream. `alive` are the instances of the live workers."""
+    """Return a channel's stream. `alive` are the instances of the live workers, if known."""
     state = found.state
     return {
         "channel": found.channel,
@@ -83,7 +83,7 @@ def stream(
             {
                 "name": each.name,
                 "worker": each.worker,
-                "alive": each.worker in alive,
+                "alive": None if alive is None else each.worker in alive,
                 "last": optional(each.last),
                 "behind": each.behind,
                 "behind_at_least": each.at_least,

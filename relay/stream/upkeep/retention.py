@@ -11,12 +11,12 @@ from typing import Any
 from zlib import crc32
 
 from relay.config.settings import NamespaceSettings
-from relay.core.errors import RelayError
 from relay.core.model import Channel
 from relay.stream.connection import connect
 from relay.stream.connection.connect import RedisClient
 from relay.stream.format.keys import Keys
 from relay.stream.shards.clients import ShardClients
+from relay.stream.shards.server_errors import ServerErrors
 
 BATCH = 500
 _MOST_MISNAMED = 10
@@ -45,14 +45,11 @@ async def trim(
         RelayError: A server cannot be reached or refuses commands. All others are trimmed.
     """
     parts = []
-    problem: RelayError | None = None
-    for _, client in await clients.each():
-        try:
+    errors = ServerErrors()
+    for shard, client in await clients.each():
+        with errors.collect(shard):
             parts.append(await _trim_server(client, keys, settings_of))
-        except RelayError as exc:
-            problem = problem or exc
-    if problem is not None:
-        raise problem
+    errors.finish()
     return Trimmed(
         streams=sum(part.streams for part in parts),
         entries=sum(part.entries for part in parts),

@@ -19,6 +19,7 @@ from relay.core.errors import RelayError
 from relay.stream.connection import connect
 from relay.stream.connection.scripts import Script
 from relay.stream.read.groups import OWN_GROUPS
+from relay.stream.shards.server_errors import ServerErrors
 
 if TYPE_CHECKING:
     from relay.core.model import Channel
@@ -104,8 +105,13 @@ class UnusedStreams:
         while self._due:
             batch = [self._due.popleft() for _ in range(min(_BATCH, len(self._due)))]
             streams = [self._keys.stream(channel) for channel in batch]
-            for client, own in await self._clients.split(streams):
-                await remove_unused(client, own)
+            # The job removes those of servers that have an error.
+            errors = ServerErrors()
+            for shard, client, own in await self._clients.split(streams):
+                with errors.collect(shard):
+                    await remove_unused(client, own)
+            if errors:
+                _log.debug("Could not remove unused streams: %s", "; ".join(errors.lines()))
 
 
 class UnusedStreamsJob:
@@ -117,17 +123,26 @@ class UnusedStreamsJob:
         self._seen: set[bytes] = set()
 
     async def run(self) -> int:
-        """Run once. Return the number of removed streams."""
+        """Run once. Return the number of removed streams.
+
+        Raises:
+            RelayError: A server cannot be reached or refuses commands. The unused streams of all
+                others are removed.
+        """
         seen: set[bytes] = set()
         removed = 0
-        for _, client in await self._clients.each():
-            async for found in connect.scan(client, self._keys.stream_pattern, _BATCH):
-                empty = await _empty(
-                    client, [key for key in found if self._keys.channel_of_stream(key)]
-                )
-                removed += await remove_unused(client, [key for key in empty if key in self._seen])
-                seen |= await _unused(client, [key for key in empty if key not in self._seen])
+        errors = ServerErrors()
+        for shard, client in await self._clients.each():
+            with errors.collect(shard):
+                async for found in connect.scan(client, self._keys.stream_pattern, _BATCH):
+                    empty = await _empty(
+                        client, [key for key in found if self._keys.channel_of_stream(key)]
+                    )
+                    again = [key for key in empty if key in self._seen]
+                    removed += await remove_unused(client, again)
+                    seen |= await _unused(client, [key for key in empty if key not in self._seen])
         self._seen = seen
+        errors.finish()
         return removed
 
 

@@ -1,0 +1,57 @@
+"""Errors of single servers, so that a task over all servers continues with the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from relay.core.errors import RedisUnavailable, RelayError
+
+if TYPE_CHECKING:
+    from relay.stream.shards.shard import Shard
+
+
+class ServerErrors:
+    """Collects the first error of each server.
+
+    Use `collect` for each server, and `finish` or `lines` at the end.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, RelayError] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def __contains__(self, shard: Shard) -> bool:
+        return shard.name in self._found
+
+    @contextmanager
+    def collect(self, shard: Shard) -> Iterator[None]:
+        """Keep a RelayError of this block instead of raising it."""
+        try:
+            yield
+        except RelayError as exc:
+            self._found.setdefault(shard.name, exc)
+
+    def lines(self) -> list[str]:
+        """Return the errors. Each names its server."""
+        return [
+            str(exc) if name in str(exc) else f"{name}: {exc}" for name, exc in self._found.items()
+        ]
+
+    def finish(self) -> None:
+        """Raise one error with all `lines`, if there are any.
+
+        Raises:
+            RedisUnavailable: None of the servers can be reached or serve now.
+            RelayError: One of the servers has rejected a command.
+        """
+        if not self._found:
+            return
+        first = next(iter(self._found.values()))
+        error = RelayError
+        if all(type(each) is RedisUnavailable for each in self._found.values()):
+            error = RedisUnavailable
+        raise error("; ".join(self.lines())) from first
