@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 from contextlib import AsyncExitStack
 
 from producers.settings import QueueSettings
@@ -33,12 +34,19 @@ async def reshard(site: OperatorContext, options: argparse.Namespace) -> int:
         progress = Progress("keys counted" if options.dry_run else "keys moved")
         try:
             result = await work.run(dry=options.dry_run, progress=progress)
+            # Keys that were written while the others were moved.
+            late = 0 if options.dry_run else await work.count_misplaced(result)
+        except asyncio.CancelledError:
+            progress.end()
+            if not options.dry_run:
+                say("interrupted: some keys are not moved yet; start no worker, repeat the command")
+            raise
         finally:
             progress.end()
         queue = site.config.producers["producer:queue"]
         names = queue.names() if isinstance(queue, QueueSettings) else []
         waiting = await work.waiting_queues(names)
-        if not options.dry_run and not result.conflicts:
+        if not options.dry_run and not result.conflicts and not late:
             await store_list(site.clients, site.keys)
     _show(result, options)
     for line in waiting:
@@ -50,7 +58,12 @@ async def reshard(site: OperatorContext, options: argparse.Namespace) -> int:
         )
     if more := len(result.conflicts[_SHOWN:]):
         say(f"{more} more keys exist twice")
-    return 1 if result.conflicts or waiting else 0
+    if late:
+        say(
+            f"{late} keys were written on another server than their own meanwhile: stop all"
+            " producers, then repeat"
+        )
+    return 1 if result.conflicts or waiting or late else 0
 
 
 def _show(result: Resharded, options: argparse.Namespace) -> None:

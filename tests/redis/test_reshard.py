@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -15,7 +15,9 @@ from relay.stream.connection.primary import certificate_of
 from relay.stream.format.keys import Keys
 from relay.stream.read.groups import MARKER_GROUP, create_marker, group_of
 from relay.stream.shards.clients import ShardClients, shard_clients
-from relay.stream.upkeep.reshard import Reshard, Resharded
+from relay.stream.shards.hash_map import ServerShard
+from relay.stream.shards.server_list import store_list
+from relay.stream.upkeep.reshard import Move, Reshard, Resharded
 from tests.support.valkey import Server, running
 
 pytestmark = pytest.mark.redis
@@ -174,3 +176,62 @@ async def test_a_cluster_moves_its_keys_itself() -> None:
     async with shard_clients(RedisSettings(url="redis+cluster://127.0.0.1:1")) as clients:
         with pytest.raises(RelayError, match="redis-cli --cluster reshard"):
             Reshard(clients, [], Keys("relay:", has_site_tag=True))
+
+
+async def test_a_server_of_the_present_list_must_not_be_forgotten(servers: list[Server]) -> None:
+    one, two, _ = servers
+    async with shard_clients(settings(one, two)) as clients:
+        await store_list(clients, Keys("relay:", has_site_tag=True))
+    async with shard_clients(settings(one)) as clients, shard_clients(settings(two)) as removed:
+        with pytest.raises(RelayError, match=rf":{two.port}/0: add --removed"):
+            await reshard(clients, dry=True)
+        assert not (await reshard(clients, removed)).keys
+
+
+async def test_keys_that_are_written_meanwhile_are_neither_lost_nor_overlooked(
+    servers: list[Server],
+) -> None:
+    one, two, _ = servers
+    async with shard_clients(one.settings("admin")) as filled:
+        await fill(filled.home, 77)
+    written: list[bytes] = []
+    async with shard_clients(settings(one, two)) as clients:
+        work = Reshard(clients, [], Keys("relay:", has_site_tag=True))
+        await work.connect()
+        mine, other = [
+            channel
+            for channel in CHANNELS
+            if clients.shards.shard_of(ONE.stream(channel)).name.endswith(f":{two.port}")
+        ][:2]
+        with one.client() as first, two.client() as second:
+
+            def progress(done: int) -> None:
+                if done == 1:
+                    # A producer uses the new list already, and one uses the old list.
+                    for client, channel in ((second, mine), (first, other)):
+                        client.xadd(ONE.stream(channel), {"data": "late"})
+                        written.append(ONE.stream(channel))
+
+            result = await work.run(dry=False, progress=progress)
+            late = await work.count_misplaced(result)
+            lengths = [[client.xlen(key) for client in (first, second)] for key in written]
+        # Each entry is on one of the servers. What is not on its own server was reported.
+        assert [sum(each) for each in lengths] == [5, 5]
+        assert len(result.conflicts) + late == sum(first_length > 0 for first_length, _ in lengths)
+
+
+async def test_a_changed_copy_is_not_deleted(servers: list[Server]) -> None:
+    one, two, _ = servers
+    async with shard_clients(settings(one, two)) as clients:
+        work = Reshard(clients, [], Keys("relay:", has_site_tag=True))
+        await work.connect()
+        key = ONE.stream(CHANNELS[0])
+        with two.client() as target:
+            target.xadd(key, {"data": "copied"})
+            payload: Any = target.dump(key)
+            target.xadd(key, {"data": "appended by a producer"})
+        shards = clients.shards.shards
+        move = Move(cast(ServerShard, shards[0]), cast(ServerShard, shards[1]), key, key)
+        _, client = (await clients.each())[1]
+        assert not await work.delete_copy(client, move, payload)
+        assert await command(client, "XLEN", key) == 2

@@ -81,7 +81,7 @@ class Reshard:
         """Connect to all servers. Call this first.
 
         Raises:
-            RelayError: A server cannot be reached.
+            RelayError: A server cannot be reached, or one of the present list is missing.
         """
         for clients in self._all:
             for shard, client in await clients.each():
@@ -91,6 +91,18 @@ class Reshard:
                     self._certificates[shard.id] = certificate_of(replid)
                     self._clients[shard.id] = client
                     self._servers[shard.id] = shard
+        for name, client in self._clients.items():
+            stored = await connect.command(client, "GET", self._keys.servers)
+            names = (stored or b"").decode(errors="replace").split(", ")
+            missing = [each for each in names if each and each not in self._servers]
+            if missing:
+                where = self._servers[name].name
+                raise RelayError(
+                    f"the present list of servers, stored on {where}, contains"
+                    f" {', '.join(missing)}: add --removed with its URL, so that its keys are"
+                    f" moved. If its data is lost, delete {self._keys.servers.decode()} on all"
+                    " servers first"
+                )
 
     async def live(self) -> list[str]:
         """Return the workers that are alive on any server."""
@@ -120,6 +132,18 @@ class Reshard:
                     done += 1
                     progress(done)
         return result
+
+    async def count_misplaced(self, result: Resharded) -> int:
+        """Return how many keys are still on another server than their own, except conflicts."""
+        known = {(move.source.id, move.key) for move in result.conflicts}
+        return sum(
+            [
+                (move.source.id, move.key) not in known
+                for name, client in self._clients.items()
+                async for moves in self._moves(name, client)
+                for move in moves
+            ]
+        )
 
     async def waiting_queues(self, names: Sequence[str]) -> list[str]:
         """Return a line for each queue that has, or may have, commands on a server that is not in
@@ -181,7 +205,9 @@ class Reshard:
                         result.unproven += not await self._certify(target, move)
                     return True
             # The key was changed. Copy it again.
-            await connect.command(target, "DEL", move.new_key)
+            if not await self.delete_copy(target, move, payload):
+                result.conflicts.append(move)
+                return False
         raise RelayError(f"{move.key.decode()} changes all the time: stop its producers")
 
     async def _copy(
@@ -192,7 +218,8 @@ class Reshard:
         if present is not None and present != payload:
             if not await self._is_empty_stream(target, move.new_key):
                 return False
-            await connect.command(target, "DEL", move.new_key)
+            if not await self.delete_copy(target, move, present):
+                return False
             present = None
         if present is None:
             await connect.command(target, "RESTORE", move.new_key, ttl_ms, payload)
@@ -206,6 +233,16 @@ class Reshard:
         if copied is None or copied != original:
             raise RelayError(f"the copy of {move.key.decode()} differs: nothing was deleted")
         return True
+
+    async def delete_copy(self, target: RedisClient, move: Move, payload: bytes) -> bool:
+        """Delete the key on the target. Return False if it has other contents meanwhile."""
+        async with connect.transaction(target) as pipeline:
+            await pipeline.watch(move.new_key)
+            if await connect.command(pipeline, "DUMP", move.new_key) != payload:
+                return False
+            pipeline.multi()  # type: ignore[no-untyped-call]
+            pipeline.execute_command("DEL", move.new_key)
+            return await connect.executed(pipeline)
 
     async def _is_empty_stream(self, client: RedisClient, key: bytes) -> bool:
         """Return True for a stream that only workers or clients have created."""
