@@ -135,8 +135,7 @@ class _Tail:
     async def _read(self, after: EntryID, count: int = PAGE) -> View:
         site = self._site
         limit = site.config.stream.max_entry_bytes
-        client = site.clients.for_key(site.keys.stream(self._channel))
-        return await read_view(client, site.keys, self._channel, after, limit, count)
+        return await read_view(site.clients, site.keys, self._channel, after, limit, count)
 
     async def _wait(self) -> None:
         site = self._site

@@ -57,8 +57,7 @@ async def explain(site: OperatorContext, options: argparse.Namespace) -> int:
     channel, user = channel_of(options.channel), user_of(options.user)
     async with asking(site.config.redis, site.clients, site.keys) as questions:
         explainer = Explainer(
-            client=site.client,
-            client_of=lambda name: site.clients.for_key(site.keys.stream(name)),
+            clients=site.clients,
             keys=site.keys,
             questions=questions,
             max_entry_bytes=site.config.stream.max_entry_bytes,

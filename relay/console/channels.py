@@ -66,10 +66,10 @@ async def entries(request: ApiRequest) -> object:
     count = request.count("count", _ENTRIES, _MOST_ENTRIES)
     before, after = request.entry_id("before"), request.entry_id("after")
     limit = services.config().stream.max_entry_bytes
-    client = services.client_of(channel)
     if after is not None:
-        view = await read_view(client, services.keys, channel, after, limit, count)
+        view = await read_view(services.clients, services.keys, channel, after, limit, count)
         return {"entries": [_shown(each) for each in view.records], "more": view.more}
+    client = services.client_of(channel)
     found = await read_newest(client, services.keys, channel, before, limit, count)
     return {"entries": [_shown(each) for each in found], "more": bool(found)}
 

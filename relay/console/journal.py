@@ -35,8 +35,7 @@ async def explain(request: ApiRequest) -> object:
     if event_id is None:
         raise BadRequest("id is missing")
     explainer = Explainer(
-        client=services.client,
-        client_of=services.client_of,
+        clients=services.clients,
         keys=services.keys,
         questions=services.questions,
         max_entry_bytes=services.config().stream.max_entry_bytes,

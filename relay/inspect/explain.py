@@ -28,8 +28,8 @@ from relay.stream.upkeep import dead_letter_list
 if TYPE_CHECKING:
     from relay.core.model import Channel, Record, StreamState
     from relay.inspect.questions import Questions
-    from relay.stream.connection.connect import RedisClient
     from relay.stream.format.keys import Keys
+    from relay.stream.shards.clients import ShardClients
 
 # Entries before the event in which revocations and grants are searched.
 _RIGHTS_ENTRIES, _RIGHTS_PAGE = 10_000, 500
@@ -127,23 +127,17 @@ class _Client:
 
 
 class Explainer:
-    """Explains for one installation.
-
-    `client_of` returns the Redis client for the keys of a channel, `client` is the one for keys
-    that belong to no channel.
-    """
+    """Explains for one installation."""
 
     def __init__(
         self,
         *,
-        client: RedisClient,
-        client_of: Callable[[Channel], RedisClient],
+        clients: ShardClients,
         keys: Keys,
         questions: Questions,
         max_entry_bytes: int,
     ) -> None:
-        self._client = client
-        self._client_of = client_of
+        self._servers = clients
         self._keys = keys
         self._questions = questions
         self._max_entry_bytes = max_entry_bytes
@@ -153,9 +147,8 @@ class Explainer:
         found = Explanation(
             user=user, channel=channel, id=str(event_id), outcome=Outcome.UNKNOWN, sentence=""
         )
-        stream = self._client_of(channel)
         view = await read_view(
-            stream, self._keys, channel, event_id, self._max_entry_bytes, count=1
+            self._servers, self._keys, channel, event_id, self._max_entry_bytes, count=1
         )
         event = view.own.body if view.own is not None else None
         missing = None
@@ -188,7 +181,7 @@ class Explainer:
 
     async def _dead_letter(self, channel: Channel, broken: Broken) -> str:
         checked = 0
-        async for letters in dead_letter_list.pages(self._client, self._keys):
+        async for letters in dead_letter_list.pages(self._servers.home, self._keys):
             for letter in letters:
                 if letter.channel == channel and letter.entry_id == broken.id:
                     return (
@@ -215,7 +208,7 @@ class Explainer:
         before, checked = at, 0
         while checked < _RIGHTS_ENTRIES:
             records = await read_newest(
-                self._client_of(channel),
+                self._servers.for_key(self._keys.stream(channel)),
                 self._keys,
                 channel,
                 before,
@@ -232,7 +225,10 @@ class Explainer:
             checked += len(records)
             before = records[-1].id
         rights = await connect.command(
-            self._client_of(channel), "HGET", self._keys.rights(channel), user
+            self._servers.for_key(self._keys.stream(channel)),
+            "HGET",
+            self._keys.rights(channel),
+            user,
         )
         if rights != b"-":
             return ""
@@ -249,7 +245,7 @@ class Explainer:
         after, checked = at, 0
         while checked < _RIGHTS_ENTRIES:
             view = await read_view(
-                self._client_of(channel),
+                self._servers,
                 self._keys,
                 channel,
                 after,
@@ -268,7 +264,7 @@ class Explainer:
     # ---- the clients ------------------------------------------------------------------------
 
     async def _clients(self, found: Explanation, user: str, channel: Channel) -> list[_Client]:
-        reader = JournalReader(self._client, self._keys)
+        reader = JournalReader(self._servers.home, self._keys)
         events = await reader.newest(EventFilter(user=user), MOST_EVENTS)
         complete_ms = await reader.complete_since_ms()
         event_ms = EntryID.parse(found.id).ms

@@ -17,6 +17,7 @@ from relay.core.model import Channel
 from relay.stream.format.keys import Keys
 from relay.stream.shards.clients import ShardClients, shard_clients
 from tests.support.centrifugo_client import SECRET, Centrifugo, centrifugo
+from tests.support.cli import Cli
 from tests.support.clients import Native, Refused, native
 from tests.support.polling import SETTINGS, EngineIoPolling, Xhr, fresh_connections
 from tests.support.redis_cluster import RedisCluster, running_cluster
@@ -26,6 +27,7 @@ from tests.support.valkey import Server, running
 pytestmark = pytest.mark.redis
 KEYS = Keys("relay:", has_site_tag=True)
 LIMIT = 3
+PASSWORD = "a password of operators"
 CHANNELS = [f"room{number}" for number in range(12)]
 
 
@@ -54,6 +56,8 @@ def relays(cluster: RedisCluster, services: Server) -> Iterator[list[RelayProces
             f"hub.connections_per_user={LIMIT}",
             "producer:queue.enabled=yes",
             f"producer:socketio_emitter.redis_url=redis://127.0.0.1:{services.port}/0",
+            f"console.password={PASSWORD}",
+            f"console.redis_url={cluster.servers[0].url('maintenance')}",
             "protocol:centrifugo.presence=true",
             "protocol:centrifugo.history_size=10",
             "protocol:centrifugo.history_lifetime=60",
@@ -88,6 +92,7 @@ async def test_every_feature_uses_one_slot_at_a_time(
         await _events(api, here, there, two)
         await _polling(api, http, one, two)
         await _presence(api, two)
+        await _operators(Cli(cluster.servers[0]), api, two)
         # The slots of the site and of a channel move. Everything works as before.
         for key in (KEYS.control, KEYS.stream(Channel(CHANNELS[0]))):
             target = (cluster.owner_of(key) + 1) % 3
@@ -141,6 +146,33 @@ async def _presence(api: Centrifugo, two: RelayProcess) -> None:
     for url in ("", two.url):
         channels = (await api.api("channels", url=url))["body"]["data"]
         assert "present" in channels
+
+
+async def _operators(cli: Cli, api: Centrifugo, relay: RelayProcess) -> None:
+    """Use commands and the console, which find the server of a channel by themselves."""
+    for name in CHANNELS[:3]:
+        async with cli.tail(name, "--after", "0-1", "--json") as tail:
+            line = await tail.line()
+            assert line, await tail.said()
+            first = json.loads(line)
+            assert first["data"] == name
+            await api.api("publish", channel=name, data="followed")
+            assert json.loads(await tail.line())["data"] == "followed"
+        (found,) = await cli.objects("explain", "nobody", name, first["id"])
+        assert found["outcome"] == "not_connected"
+    assert {row["channel"] for row in await cli.objects("streams")} >= set(CHANNELS)
+    assert len(await cli.objects("workers")) == 2
+    async with ClientSession() as http:
+        console = f"{relay.url}/console/api/"
+        async with http.post(f"{console}login", json={"password": PASSWORD}) as answer:
+            assert answer.status == 200, await answer.text()
+            cookie = {"Cookie": f"relay_console={answer.cookies['relay_console'].value}"}
+        query = {"channel": CHANNELS[0], "after": "0-1"}
+        async with http.get(f"{console}entries", params=query, headers=cookie) as answer:
+            assert [each["data"] for each in (await answer.json())["entries"]] == [
+                CHANNELS[0],
+                "followed",
+            ]
 
 
 async def _limits(here: Native, there: Native) -> None:

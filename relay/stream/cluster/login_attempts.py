@@ -71,7 +71,8 @@ class LoginAttempts:
         except CommandRefused as exc:
             if exc.code != "NOSCRIPT":
                 raise
-            await connect.command(self._client, "SCRIPT", "LOAD", _ATTEMPT.text)
+            # As one word, the client of a Redis Cluster sends it to all primaries.
+            await connect.command(self._client, "SCRIPT LOAD", _ATTEMPT.text)
             wait_ms = await self._run(*words)
         return wait_ms / 1000
 

@@ -12,6 +12,7 @@ from relay.stream.connection.primary import Primary, Replication
 from relay.stream.format import entry
 from relay.stream.format.keys import Keys
 from relay.stream.read.stream_commands import parse_state
+from relay.stream.shards.clients import ShardClients
 
 PAGE = 50
 # A wait longer than the client's command timeout would be treated as a dead connection.
@@ -32,15 +33,21 @@ class View:
 
 
 async def read_view(
-    client: RedisClient,
+    clients: ShardClients,
     keys: Keys,
     channel: Channel,
     after: EntryID,
     max_entry_bytes: int,
     count: int = PAGE,
 ) -> View:
-    """Read a snapshot of the stream, with up to `count` entries after `after`."""
+    """Read a snapshot of the stream, with up to `count` entries after `after`.
+
+    Raises:
+        RedisUnavailable: The server cannot be reached, or the stream's slot is being moved.
+    """
     key = keys.stream(channel)
+    # INFO has no key, so the client of a Cluster cannot send it.
+    ((_, client, _),) = await clients.split([key])
     async with connect.transaction(client) as transaction:
         transaction.execute_command("XINFO", "STREAM", key)
         transaction.execute_command("XINFO", "GROUPS", key)
