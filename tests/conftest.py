@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import topologies
 from tests.support.relay import RelayProcess
-from tests.support.valkey import Server, running
+from tests.support.several import SeveralServers
+from tests.support.valkey import Server
 
 
 class _ClosingLoop(asyncio.SelectorEventLoop):
@@ -38,6 +40,21 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
     return {"asyncio": _ClosingLoop}
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    topologies.select(config, items)
+
+
+@pytest.fixture(autouse=True)
+def _one_slot_per_command(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In a Redis Cluster, fail the test during which a command named keys of two slots."""
+    names = topologies.FIXTURES & set(request.fixturenames) if topologies.is_cluster() else ()
+    servers = [request.getfixturevalue(name) for name in names]
+    yield
+    for server in servers:
+        if isinstance(server, SeveralServers):
+            server.check_slots()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _frozen() -> None:
     """Exclude existing objects from garbage collection, which then takes about 1 ms.
@@ -57,10 +74,9 @@ def _nothing_left_open() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Run one Valkey with the documented ACL rules per file."""
+    """Run one Valkey with the documented ACL rules per file, or another topology."""
     folder: Path = tmp_path_factory.mktemp("valkey")
-    server = Server(folder)
-    with running(server):
+    with topologies.running_topology(folder, "valkey") as server:
         yield server
 
 

@@ -8,10 +8,13 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from redis.asyncio import Redis
 
+from relay.stream.connection.connect import redis_client
 from relay.stream.format.keys import Keys
 from relay.stream.shards.clients import ShardClients, shard_clients
-from tests.support.topologies import TOPOLOGY, shared
-from tests.support.valkey import PROGRAM, Flavour, Server, running
+from relay.stream.shards.making import keys_of
+from tests.support.several import AsyncRoutedClient, SeveralServers
+from tests.support.topologies import TOPOLOGY, running_topology
+from tests.support.valkey import PROGRAM, Flavour, Server
 
 # With a given program the flavours would be the same, and one is enough for another topology.
 _FLAVOURS = ["redis"] if PROGRAM in os.environ else ["valkey", "redis"]
@@ -27,8 +30,7 @@ def flavour(request: pytest.FixtureRequest) -> Flavour:
 
 @pytest.fixture(scope="module")
 def shared_server(tmp_path_factory: pytest.TempPathFactory, flavour: Flavour) -> Iterator[Server]:
-    server = shared(tmp_path_factory.mktemp(flavour), flavour)
-    with running(server):
+    with running_topology(tmp_path_factory.mktemp(flavour), flavour) as server:
         yield server
 
 
@@ -42,8 +44,8 @@ def server(shared_server: Server) -> Server:
 
 
 @pytest.fixture
-def keys() -> Keys:
-    return Keys("relay:")
+def keys(server: Server) -> Keys:
+    return keys_of(server.settings())
 
 
 @pytest.fixture
@@ -56,13 +58,17 @@ async def client(server: Server) -> AsyncIterator[Redis]:
 
 @pytest.fixture
 async def clients(server: Server) -> AsyncIterator[ShardClients]:
-    """Return the clients of all shards: of the one server."""
+    """Return relay's clients of all shards."""
     async with shard_clients(server.settings()) as opened:
         yield opened
 
 
 @pytest.fixture
 async def admin(server: Server) -> AsyncIterator[Redis]:
-    async with shard_clients(server.settings("admin")) as opened:
-        await opened.shards.refresh()
-        yield opened.home
+    """Return a client that reaches all keys of all servers."""
+    if isinstance(server, SeveralServers):
+        async with AsyncRoutedClient(server, "admin") as routed:
+            yield routed
+    else:
+        async with redis_client(server.settings("admin")) as opened:
+            yield opened

@@ -38,8 +38,10 @@ NEWS = Channel("news")
 async def appending(
     server: Server, keys: Keys, *, timeout_s: float = 2.0, window_s: float = 600, **rules: Any
 ) -> AsyncIterator[Appender]:
+    shards = shard_map(server.settings())
+    await shards.refresh()
     appender = Appender(
-        shards=shard_map(server.settings()),
+        shards=shards,
         keys=keys,
         redis=server.settings(),
         settings=PublishSettings(timeout_s=timeout_s, uid_window_s=window_s),

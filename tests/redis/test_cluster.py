@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 from redis.asyncio import Redis
@@ -12,9 +13,12 @@ from relay.core.clock import RedisClock
 from relay.core.errors import Unavailable
 from relay.core.model import Broken, Channel, Event, Revocation
 from relay.stream.connection.connect import time_ms
+from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.read import history
 from tests.support.clients import until, within
+from tests.support.several import shard_at
 from tests.support.site import site
+from tests.support.topologies import is_cluster
 from tests.support.valkey import Server, running
 
 pytestmark = pytest.mark.redis
@@ -117,13 +121,29 @@ async def test_the_newest_events_newest_first_with_their_moment(
             await one.history.read(Channel("other"), 1)
 
 
+@asynccontextmanager
+async def listening(server: Server, *names: str) -> AsyncIterator[None]:
+    """Subscribe to pub/sub channels, each on the server that has it."""
+    async with AsyncExitStack() as stack:
+        for name in names:
+            endpoint, settings = await shard_at(server.settings("admin"), name.encode())
+            connection = await PipelineConnection.open(
+                endpoint, settings=settings, on_push=lambda _: None
+            )
+            stack.callback(connection.close)
+            command = "SSUBSCRIBE" if is_cluster() else "SUBSCRIBE"
+            await connection.execute([(command, name)])
+        yield
+
+
 async def test_what_there_is_on_all_workers(server: Server, admin: Redis) -> None:
-    async with site(server, "one:1") as one, admin.pubsub() as ears:
+    names = ["relay:ephemeral:{team:news}", "relay:ephemeral:{b*}", "other:{a}"]
+    async with site(server, "one:1") as one:
         assert await one.active.channels() == []
-        await ears.subscribe("relay:ephemeral:{team:news}", "relay:ephemeral:{b*}", "other:{a}")
-        assert sorted(await one.active.channels()) == ["b*", "team:news"]
-        assert await one.active.is_followed(Channel("team:news"))
-        assert not await one.active.is_followed(NEWS)
+        async with listening(server, *names):
+            assert sorted(await one.active.channels()) == ["b*", "team:news"]
+            assert await one.active.is_followed(Channel("team:news"))
+            assert not await one.active.is_followed(NEWS)
         await admin.sadd("relay:nodes", "two:2", "one:1")
         assert await one.active.workers() == ["one:1", "two:2"]
         await one.store.put("d:x:2", b"2", 60)

@@ -29,7 +29,9 @@ from relay.stream.connection import pipeline_connection
 from relay.stream.connection.connect import CommandRefused, command, discover, redis_client
 from relay.stream.connection.failovers import watch_failovers
 from relay.stream.connection.pipeline_connection import PipelineConnection
+from relay.stream.shards.clients import shard_clients
 from tests.support.cutter import cutting
+from tests.support.several import shard_at
 from tests.support.valkey import (
     Flavour,
     SentinelServer,
@@ -50,9 +52,9 @@ async def opened(
     on_push: Callable[[list[object]], None] | None = None,
     on_lost: Callable[[Exception | None], None] | None = None,
 ) -> AsyncIterator[PipelineConnection]:
-    endpoint = await discover(settings)
+    endpoint, own = await shard_at(settings, STREAM)
     connection = await PipelineConnection.open(
-        endpoint, settings=settings, on_push=on_push, on_lost=on_lost
+        endpoint, settings=own, on_push=on_push, on_lost=on_lost
     )
     try:
         yield connection
@@ -95,9 +97,10 @@ async def test_an_idle_link_whose_bytes_are_dropped_is_noticed(
     loop = asyncio.get_running_loop()
     lost: asyncio.Future[Exception | None] = loop.create_future()
     messages: asyncio.Queue[list[object]] = asyncio.Queue()
-    async with cutting(server.port) as cutter:
-        settings = server.settings().model_copy(update={"command_timeout_s": 0.5})
-        endpoint = replace(await discover(settings), port=cutter.port)
+    impatient = server.settings().model_copy(update={"command_timeout_s": 0.5})
+    direct, settings = await shard_at(impatient, STREAM)
+    async with cutting(direct.port) as cutter:
+        endpoint = replace(direct, port=cutter.port)
         connection = await PipelineConnection.open(
             endpoint, settings=settings, on_push=messages.put_nowait, on_lost=lost.set_result
         )
@@ -136,6 +139,7 @@ def _two_addresses(loop: type[Any]) -> asyncio.AbstractEventLoop:
     return cast(asyncio.AbstractEventLoop, Resolving())
 
 
+@pytest.mark.single_server("the client of one server")
 @pytest.mark.parametrize("loop", [asyncio.SelectorEventLoop, uvloop.Loop])
 def test_the_second_address_of_a_name_is_used_if_the_first_does_not_answer(
     server: Server, loop: type[Any]
@@ -179,13 +183,21 @@ def test_errors_of_all_addresses_of_a_name_are_reported(loop: type[Any]) -> None
         runner.run(connect())
 
 
-async def test_what_one_turn_asks_goes_out_as_one_write(server: Server, admin: Redis) -> None:
+@pytest.fixture
+async def asked(server: Server) -> AsyncIterator[Redis]:
+    """Return an admin's client of the server that has the stream."""
+    async with shard_clients(server.settings("admin")) as clients:
+        ((_, client, _),) = await clients.split([STREAM])
+        yield client
+
+
+async def test_what_one_turn_asks_goes_out_as_one_write(server: Server, asked: Redis) -> None:
     async with opened(server.settings()) as connection:
-        before = await _reads_when_idle(admin)
+        before = await _reads_when_idle(asked)
         futures = [connection.execute([("XLEN", STREAM), ("PING",)]) for _ in range(50)]
         assert [await future for future in futures] == [[0, b"PONG"]] * 50
         # One read of all of them, and one of this command.
-        assert await _reads(admin) - before == 2
+        assert await _reads(asked) - before == 2
 
 
 async def _reads(admin: Redis) -> int:
@@ -202,10 +214,10 @@ async def _reads_when_idle(admin: Redis) -> int:
 
 
 async def test_posted_commands_of_a_turn_are_one_pipeline_in_order(
-    server: Server, admin: Redis, caplog: pytest.LogCaptureFixture
+    server: Server, asked: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with opened(server.settings()) as connection:
-        before = await _reads_when_idle(admin)
+        before = await _reads_when_idle(asked)
         missing = ("XGROUP", "DESTROY", STREAM, "g")
         for _ in range(50):
             connection.post(missing, expected="requires the key to exist")
@@ -214,7 +226,7 @@ async def test_posted_commands_of_a_turn_are_one_pipeline_in_order(
             connection.post(("XGROUP", "DESTROY", STREAM, "g"))
         again = connection.execute([("XGROUP", "CREATE", STREAM, "g", "0")])
         assert await made == await again == [b"OK"]
-        assert await _reads(admin) - before == 2
+        assert await _reads(asked) - before == 2
         assert not caplog.records
         connection.post(("XADD", STREAM, "bad"))
         connection.post(("XLEN", STREAM), expected="anything")
@@ -236,6 +248,7 @@ async def test_pushes_come_in_their_place(server: Server, admin: Redis) -> None:
             assert await pushes.get() == [b"invalidate", None]
 
 
+@pytest.mark.single_server("a Redis Cluster has SSUBSCRIBE, see test_shards.py")
 async def test_subscriptions_are_confirmed_or_refused_each(server: Server, admin: Redis) -> None:
     pushes: asyncio.Queue[list[object]] = asyncio.Queue()
     allowed = b"relay:ephemeral:{news}"
@@ -339,6 +352,7 @@ async def test_a_wrong_password_is_said_without_it(server: Server) -> None:
             pass
 
 
+@pytest.mark.single_server("a Redis Cluster has no databases")
 async def test_a_database_is_selected(server: Server) -> None:
     async with opened(RedisSettings(url=server.url(db=3))) as connection:
         await connection.call("XADD", STREAM, "*", "data", "1")
@@ -378,6 +392,7 @@ async def test_a_replica_and_a_demoted_primary_are_not_served(
                 await connection.call("XADD", STREAM, "*", "data", "2")
 
 
+@pytest.mark.single_server("the client of one server")
 async def test_a_new_client_sends_nothing_that_the_server_rejects(
     server: Server, admin: Redis
 ) -> None:

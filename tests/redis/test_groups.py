@@ -15,6 +15,7 @@ from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.primary import Primary
 from relay.stream.read import groups, stream_commands
 from tests.support.hub import NEWS, Reads, Words, join, make_hub
+from tests.support.several import shard_at
 from tests.support.valkey import Server
 
 pytestmark = pytest.mark.redis
@@ -24,7 +25,8 @@ STREAM = b"relay:stream:{news}"
 @pytest.fixture
 async def connection(server: Server) -> AsyncIterator[PipelineConnection]:
     settings = server.settings()
-    opened = await PipelineConnection.open(await discover(settings), settings=settings)
+    endpoint, own = await shard_at(settings, STREAM)
+    opened = await PipelineConnection.open(endpoint, settings=own)
     await scripts.load(opened, groups.CERTIFY)
     yield opened
     opened.close()

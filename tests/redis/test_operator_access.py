@@ -12,12 +12,12 @@ from relay.config.settings import NamespaceSettings
 from relay.core.errors import RelayError
 from relay.core.model import ZERO_ID, Channel, EntryID, Event
 from relay.stream.cluster import workers
-from relay.stream.connection.connect import CommandRefused, command, redis_client
-from relay.stream.connection.pipeline_connection import PipelineConnection, connected
+from relay.stream.connection.connect import CommandRefused, RedisClient, command
+from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.format import entry
 from relay.stream.format.keys import Keys
 from relay.stream.read import view
-from relay.stream.shards.clients import ShardClients, shard_clients
+from relay.stream.shards.clients import Connections, ShardClients, shard_clients
 from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.upkeep import dead_letter_list, overview, retention
 from relay.stream.write.append import AppendCommands, Appended, send_one
@@ -35,17 +35,23 @@ async def hands(server: Server) -> AsyncIterator[ShardClients]:
 
 
 @pytest.fixture
-async def hand(server: Server) -> AsyncIterator[Redis]:
-    """Return a client with the rights of `maintenance`."""
-    async with redis_client(server.settings("maintenance")) as opened:
+async def hand(hands: ShardClients) -> RedisClient:
+    """Return a client for the keys of the site."""
+    await hands.shards.refresh()
+    return hands.home
+
+
+@pytest.fixture
+async def connections(hands: ShardClients) -> AsyncIterator[Connections]:
+    """Return connections with the rights of `maintenance`."""
+    async with Connections(hands) as opened:
         yield opened
 
 
 @pytest.fixture
-async def connection(server: Server) -> AsyncIterator[PipelineConnection]:
-    """Return a connection with the rights of `maintenance`."""
-    async with connected(server.settings("maintenance")) as opened:
-        yield opened
+async def connection(connections: Connections, keys: Keys) -> PipelineConnection:
+    """Return the connection to the server of `NEWS`."""
+    return await connections.to(keys.stream(NEWS))
 
 
 async def publish(
@@ -56,9 +62,12 @@ async def publish(
     return await send_one(connection, commands.build(channel, fields, "u"))
 
 
-async def test_of_many_with_one_uid_one_appends(server: Server, admin: Redis, keys: Keys) -> None:
+async def test_of_many_with_one_uid_one_appends(
+    hands: ShardClients, connections: Connections, admin: Redis, keys: Keys
+) -> None:
     async def once(number: int) -> Appended:
-        async with connected(server.settings("maintenance")) as connection:
+        async with Connections(hands) as own:
+            connection = await own.to(keys.stream(NEWS))
             return await publish(connection, keys, NEWS, str(number))
 
     async with asyncio.TaskGroup() as group:
@@ -67,8 +76,9 @@ async def test_of_many_with_one_uid_one_appends(server: Server, admin: Redis, ke
     assert len({each.id for each in done}) == 1
     assert sum(each.is_new for each in done) == 1
     assert await admin.xlen(keys.stream(NEWS)) == 1
-    async with connected(server.settings("maintenance")) as connection:
-        assert (await publish(connection, keys, Channel("other"), "1")).is_new
+    other = Channel("other")
+    connection = await connections.to(keys.stream(other))
+    assert (await publish(connection, keys, other, "1")).is_new
 
 
 async def test_a_uid_is_not_taken_by_an_append_that_failed(
@@ -127,26 +137,27 @@ async def test_a_deletion_within_makes_the_count_a_page(
 
 
 async def test_a_look_is_one_moment_of_a_stream_or_of_none(
-    hand: Redis, admin: Redis, keys: Keys
+    hands: ShardClients, admin: Redis, keys: Keys
 ) -> None:
-    nothing = await view.read_view(hand, keys, NEWS, ZERO_ID, 1000)
+    nothing = await view.read_view(hands, keys, NEWS, ZERO_ID, 1000)
     assert (nothing.state.exists, nothing.records, nothing.own) == (False, [], None)
     for number in (1, 2, 3):
         await command(admin, "XADD", keys.stream(NEWS), f"{number}-0", "data", str(number))
-    seen = await view.read_view(hand, keys, NEWS, EntryID(1, 0), 1000, 1)
+    seen = await view.read_view(hands, keys, NEWS, EntryID(1, 0), 1000, 1)
     assert seen.own is not None
     assert seen.own.id == EntryID(1, 0)
     (record,) = seen.records
     assert isinstance(record.body, Event)
     assert (record.body.data, seen.more, seen.state.length) == (b"2", True, 3)
     assert seen.state.incarnation is None
-    await admin.set(keys.stream(Channel("foreign")), "x")
+    foreign = keys.stream(Channel("foreign"))
+    await admin.set(foreign, "x")
     with pytest.raises(CommandRefused, match="WRONGTYPE"):
-        await view.read_view(hand, keys, Channel("foreign"), ZERO_ID, 1000)
+        await view.read_view(hands, keys, Channel("foreign"), ZERO_ID, 1000)
 
 
 async def test_letters_that_come_while_it_walks_wait_for_the_next_time(
-    hand: Redis, admin: Redis, keys: Keys
+    hand: RedisClient, admin: Redis, keys: Keys
 ) -> None:
     for number in range(1, 131):
         await command(admin, "XADD", keys.dead_letters, f"{number}-0", "reason", "r")
@@ -160,7 +171,7 @@ async def test_letters_that_come_while_it_walks_wait_for_the_next_time(
 
 @pytest.mark.parametrize("fields", ["{}", "[[1]]", "no JSON", '[["data"]]', '[["data", 5]]'])
 async def test_a_letter_with_nonsense_in_it_is_not_requeued(
-    hand: Redis,
+    hand: RedisClient,
     hands: ShardClients,
     connection: PipelineConnection,
     admin: Redis,

@@ -214,12 +214,14 @@ async def test_several_workers_share_the_shards_without_doing_anything_twice(
             for shard in range(4):
                 items = [publish(str(n), f"c{shard}") for n in range(start, start + 50)]
                 await admin.rpush(f"{QUEUE}.{shard}", *items)
-        while first.items + second.items < 2000:
+        streams = [keys.stream(Channel(f"c{shard}")) for shard in range(4)]
+        while sum([await admin.xlen(stream) for stream in streams]) < 2000:
             await asyncio.sleep(0.02)
     for shard in range(4):
         assert await data_of(admin, keys, f"c{shard}") == [b"%d" % n for n in range(500)]
 
 
+@pytest.mark.single_server("CommandQueues, which is for one server")
 async def test_nothing_is_done_where_the_head_is_not_what_was_read(
     server: Server, admin: Redis, keys: Keys
 ) -> None:
@@ -250,10 +252,11 @@ async def test_a_full_server_loses_nothing(server: Server, admin: Redis, keys: K
     async with taking(server, keys, taken):
         await admin.rpush(QUEUE, publish("1"))
         await taken.until(1)
-        await admin.rpush(f"{QUEUE}.x", *[publish(str(n)) for n in range(2, 6)])
+        # In the same slot as the queue.
+        await admin.rpush(f"{{{QUEUE}}}", *[publish(str(n)) for n in range(2, 6)])
         await admin.config_set("maxmemory", "1mb")
         try:
-            await admin.rename(f"{QUEUE}.x", QUEUE)
+            await admin.rename(f"{{{QUEUE}}}", QUEUE)
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.5):
                     await taken.until(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from relay.config.settings import NamespaceSettings, PublishSettings
 from relay.core.model import Channel
 from relay.stream.connection.connect import command
 from relay.stream.format.keys import Keys
+from relay.stream.shards.hash_map import HashMap
 from relay.stream.shards.making import shard_map
 from tests.support.valkey import Server
 
@@ -47,32 +49,49 @@ async def worker(server: Server, keys: Keys, name: str) -> AsyncIterator[None]:
             task.cancel()
 
 
-async def shares(admin: Redis, keys: Keys, *wanted: int) -> Counter[str]:
-    """Wait until the workers have these numbers of leases. Return the leases of each."""
-    async with asyncio.timeout(10):
-        while True:
-            holders: list[bytes | None] = [
-                await command(admin, "GET", keys.lease(f"queue:{name}")) for name in NAMES
-            ]
-            found = Counter(holder.decode() for holder in holders if holder)
-            if sorted(found.values()) == sorted(wanted):
-                return found
-            await asyncio.sleep(0.05)
+class Leases:
+    """The leases of all queues."""
+
+    def __init__(self, server: Server, admin: Redis, keys: Keys) -> None:
+        self._admin = admin
+        self.names = NAMES
+        shards = shard_map(server.settings())
+        if isinstance(shards, HashMap) and keys.has_site_tag:
+            # Each server has its own queues, and has the same name on all hosts.
+            self.names = [f"{name}@{shard.id}" for name in NAMES for shard in shards.shards]
+        self.keys = [keys.lease(f"queue:{name}") for name in self.names]
+
+    async def shared_by(self, workers: int, unseen: int = 0) -> dict[str, int]:
+        """Wait until so many workers have at most their shares. `unseen` of them hold no lease."""
+        share = math.ceil(len(self.keys) / workers)
+        held = min(len(self.keys), share * (workers - unseen))
+        async with asyncio.timeout(30):
+            while True:
+                holders = [await command(self._admin, "GET", key) for key in self.keys]
+                found = Counter(holder.decode() for holder in holders if holder)
+                is_fair = len(found) == workers - unseen and max(found.values()) <= share
+                if is_fair and found.total() == held:
+                    return found
+                await asyncio.sleep(0.05)
+
+
+@pytest.fixture
+def leases(server: Server, admin: Redis, keys: Keys) -> Leases:
+    return Leases(server, admin, keys)
 
 
 async def test_each_has_its_share_and_the_last_one_all(
-    server: Server, admin: Redis, keys: Keys
+    server: Server, admin: Redis, keys: Keys, leases: Leases
 ) -> None:
     async with worker(server, keys, "one"):
-        assert await shares(admin, keys, 8) == {"one": 8}
+        assert set(await leases.shared_by(1)) == {"one"}
         async with worker(server, keys, "two"):
-            await shares(admin, keys, 4, 4)
+            await leases.shared_by(2)
             async with worker(server, keys, "three"):
-                found = await shares(admin, keys, 3, 3, 2)
-                assert set(found) == {"one", "two", "three"}
+                assert set(await leases.shared_by(3)) == {"one", "two", "three"}
             # A clean stop releases its queues at once.
-            await shares(admin, keys, 4, 4)
-        assert await shares(admin, keys, 8) == {"one": 8}
+            await leases.shared_by(2)
+        assert set(await leases.shared_by(1)) == {"one"}
     assert not await admin.exists(keys.takers)
 
 
@@ -85,31 +104,32 @@ async def test_rejected_leases_do_not_end_the_process(
         while "API queue stopped: EVALSHA: WRONGTYPE" not in caplog.text:
             await asyncio.sleep(0.05)
         await command(admin, "DEL", keys.takers)
-        # The lease names the server in the same way on all hosts.
-        lease = keys.lease(f"queue:{QUEUE}@127.0.0.1:{server.port}/0")
+        lease = Leases(server, admin, keys).keys[0]
         while await command(admin, "GET", lease) != b"one":
             await asyncio.sleep(0.05)
 
 
-async def test_who_dies_counts_no_longer(server: Server, admin: Redis, keys: Keys) -> None:
+async def test_who_dies_counts_no_longer(
+    server: Server, admin: Redis, keys: Keys, leases: Leases
+) -> None:
     async with worker(server, keys, "one"):
-        await shares(admin, keys, 8)
+        await leases.shared_by(1)
         # A worker that was just killed has left its entry and its leases, for 1.5 s.
         seconds, micros = await command(admin, "TIME")
         until_ms = int(seconds) * 1000 + int(micros) // 1000 + 1500
         await command(admin, "ZADD", keys.takers, until_ms, "dead")
-        await shares(admin, keys, 4)
-        assert await shares(admin, keys, 8) == {"one": 8}
+        await leases.shared_by(2, unseen=1)
+        assert set(await leases.shared_by(1)) == {"one"}
         # The same with the clock of the server before a failover.
         await command(admin, "ZADD", keys.takers, until_ms + 3_600_000, "dead")
         async with asyncio.timeout(5):
             while await command(admin, "ZRANGE", keys.takers, 0, -1) != [b"one"]:
                 await asyncio.sleep(0.05)
-        assert await shares(admin, keys, 8) == {"one": 8}
+        assert set(await leases.shared_by(1)) == {"one"}
 
 
 async def test_order_holds_while_queues_change_hands(
-    server: Server, admin: Redis, keys: Keys
+    server: Server, admin: Redis, keys: Keys, leases: Leases
 ) -> None:
     pushed = 0
     enough = False
@@ -127,8 +147,8 @@ async def test_order_holds_while_queues_change_hands(
         tasks.create_task(push())
         for _ in range(2):
             async with worker(server, keys, "two"):
-                await shares(admin, keys, 4, 4)
-            await shares(admin, keys, 8)
+                await leases.shared_by(2)
+            await leases.shared_by(1)
         # Don't cancel it: redis-py 8 on Python 3.11 ignores many cancellations while it sends.
         enough = True
     async with worker(server, keys, "last"):

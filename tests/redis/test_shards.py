@@ -108,6 +108,7 @@ async def test_the_end_of_a_subscription_shifts_no_reply(cluster: RedisCluster) 
         connection.close()
 
 
+@pytest.mark.single_server("the shared server is the one without cluster mode")
 async def test_a_server_without_cluster_mode_is_named(server: Server) -> None:
     url = RedisCluster.url_of(server).replace("://", "://admin:any@")
     settings = RedisSettings(url=url)
@@ -227,6 +228,7 @@ def channels_of(clients: ShardClients, keys: Keys, port: int) -> Iterator[Channe
             yield channel
 
 
+@pytest.mark.single_server("combines the shared server with another")
 async def test_a_server_that_is_away_does_not_stop_the_jobs_for_others(server: Server) -> None:
     async with one_away(server) as (clients, keys, address):
         channel, empty = itertools.islice(channels_of(clients, keys, server.port), 2)
@@ -262,6 +264,7 @@ async def test_a_server_that_is_away_does_not_stop_the_jobs_for_others(server: S
         assert cleared == ["dead:1"]
 
 
+@pytest.mark.single_server("combines the shared server with another")
 async def test_commands_show_what_they_can_read_and_name_a_server_that_is_away(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -295,6 +298,7 @@ async def test_commands_show_what_they_can_read_and_name_a_server_that_is_away(
         assert await command(clients.home, "XLEN", keys.dead_letters) == 2
 
 
+@pytest.mark.single_server("combines the shared server with another")
 async def test_another_list_of_servers_is_refused(server: Server, valkey: Server) -> None:
     one, two = server.url("admin"), valkey.url("admin")
     keys = keys_of(RedisSettings(url=f"{one}, {two}"))
@@ -329,6 +333,7 @@ async def test_another_list_of_servers_is_refused(server: Server, valkey: Server
             await command(client, "FLUSHALL")
 
 
+@pytest.mark.single_server("combines the shared server with another")
 async def test_clients_of_several_servers(server: Server, valkey: Server) -> None:
     settings = RedisSettings(url=f"{server.url('admin')}, {valkey.url('admin')}")
     keys = keys_of(settings)

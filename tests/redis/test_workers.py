@@ -17,7 +17,7 @@ from relay.core.model import Channel
 from relay.core.worker_deaths import WorkerDeaths
 from relay.stream.cluster import leases, workers
 from relay.stream.cluster.directory import WorkerDirectory
-from relay.stream.connection.connect import command, redis_client
+from relay.stream.connection.connect import command
 from relay.stream.connection.refusals import Refusals
 from relay.stream.format.keys import Keys
 from relay.stream.read import groups, stream_commands
@@ -233,7 +233,7 @@ async def test_an_outage_kills_nobody(
 
 @pytest.mark.parametrize("what", ["entry", "once", "follower", "id"])
 async def test_a_stream_that_someone_used_stays(
-    client: Redis, admin: Redis, keys: Keys, what: str
+    clients: ShardClients, admin: Redis, keys: Keys, what: str
 ) -> None:
     key = keys.stream(NEWS)
     await command(admin, *groups.create_marker(key, 5, 1))
@@ -247,21 +247,23 @@ async def test_a_stream_that_someone_used_stays(
             await admin.xgroup_create(key, "mine")
         case _:
             await command(admin, "XSETID", key, "5-0")
+    ((_, client, _),) = await clients.split([key])
     assert await remove_unused(client, [key]) == 0
     assert await admin.exists(key)
 
 
-async def test_an_entry_appended_meanwhile_is_never_lost(server: Server, keys: Keys) -> None:
+async def test_an_entry_appended_meanwhile_is_never_lost(
+    server: Server, clients: ShardClients, keys: Keys
+) -> None:
     """Appends and removals race on one stream. Every append that returned an ID is in the stream.
 
     The removal only deletes the stream while it is empty.
     """
     key = keys.stream(NEWS)
     rounds = 300
-    async with (
-        redis_client(server.settings()) as client,
-        redis_client(server.settings("admin")) as admin,
-    ):
+    ((_, client, _),) = await clients.split([key])
+    async with shard_clients(server.settings("admin")) as admins:
+        ((_, admin, _),) = await admins.split([key])
         for n in range(rounds):
             await admin.delete(key)
             await command(admin, *groups.create_marker(key, 5, 1))

@@ -16,9 +16,8 @@ from relay.core.model import Channel
 from relay.process.cluster_services import ClusterServices
 from relay.stream.cluster.presence import CHECK_S
 from relay.stream.cluster.workers import HEARTBEAT_S, WorkerHeartbeat, describe_this_worker
-from relay.stream.connection.connect import redis_client
 from relay.stream.format.entry import decode
-from relay.stream.format.keys import Keys
+from relay.stream.shards.clients import shard_clients
 from relay.stream.shards.making import keys_of, shard_map
 from tests.support.clients import within
 from tests.support.valkey import Server
@@ -62,9 +61,10 @@ async def _check(one: ClusterServices) -> None:
 
 async def _be_present(url: str, instance: str, channel: str, clients: int) -> None:
     settings = RedisSettings(url=url)
-    async with redis_client(settings) as client, site(settings, instance) as one:
+    async with site(settings, instance) as one, shard_clients(settings) as servers:
         node = describe_this_worker("test", instance, "1")
-        heartbeat = WorkerHeartbeat(client=client, keys=Keys("relay:"), worker=node)
+        await servers.shards.refresh()
+        heartbeat = WorkerHeartbeat(client=servers.home, keys=keys_of(settings), worker=node)
         await heartbeat.beat()
         for number in range(clients):
             one.presence.add(Channel(channel), f"{instance}-{number}", b"{}")

@@ -12,8 +12,8 @@ from relay.config.settings import RedisSettings
 from relay.core.worker_deaths import WorkerDeaths
 from relay.stream.cluster.directory import WorkerDirectory
 from relay.stream.cluster.workers import HEARTBEAT_S, WorkerHeartbeat, describe_this_worker
-from relay.stream.connection.connect import redis_client
-from relay.stream.format.keys import Keys
+from relay.stream.shards.clients import shard_clients
+from relay.stream.shards.making import keys_of
 from relay.transports.between_workers.forwarder import Forwarder
 from relay.transports.between_workers.internal import InternalListener, Introduction
 from relay.transports.socket.listener import GuardedSite
@@ -22,8 +22,11 @@ from tests.support.sockjs import OPTIONS, EchoDoor
 
 
 async def main(url: str, port: int, instance: str) -> None:
-    settings, keys = RedisSettings(url=url), Keys("relay:")
-    async with site(settings, instance) as here, redis_client(settings) as client:
+    settings = RedisSettings(url=url)
+    keys = keys_of(settings)
+    async with site(settings, instance) as here, shard_clients(settings) as clients:
+        await clients.shards.refresh()
+        client = clients.home
         directory = WorkerDirectory(client=client, keys=keys, deaths=WorkerDeaths())
         forwarder = Forwarder(
             balance=None,
