@@ -11,7 +11,8 @@ from pathlib import Path
 
 from relay.cli.configured import configuration
 from relay.core.errors import ConfigError, RelayError
-from relay.process.handover import READY_S, outcome_path
+from relay.process.handover import READY_S
+from relay.process.pid_file import outcome_path
 
 _POLL_S = 0.1
 # The new relay reports that it is not ready before this ends.
@@ -31,11 +32,13 @@ def upgrade(options: argparse.Namespace) -> int:
     os.kill(pid, signal.SIGUSR2)
     end = time.monotonic() + _LIMIT_S
     while not outcome.exists():
+        if not _exists(pid) and not outcome.exists():
+            raise RelayError(f"process {pid} has ended before another one had taken over")
         if time.monotonic() > end:
             raise RelayError(f"process {pid} has not replaced itself within {_LIMIT_S:g} s")
         time.sleep(_POLL_S)
+    # The file stays, because another `relay upgrade` may be waiting for the same upgrade.
     line = outcome.read_text().strip()
-    outcome.unlink(missing_ok=True)
     if line:
         raise RelayError(f"{line}. Process {pid} continues to serve.")
     print(f"Process {_running(Path(path))} serves; process {pid} asks its clients to reconnect")
@@ -53,6 +56,14 @@ def _running(path: Path) -> int:
     except (OSError, ValueError) as exc:
         raise RelayError(f"[node] pid_file: {path} cannot be read: {exc}") from exc
     raise RelayError(f"[node] pid_file: {path} belongs to no running relay")
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _handles_upgrades(pid: int) -> bool:

@@ -81,6 +81,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _FIRST_READ_S = 10.0
+# At an upgrade, further time until Redis is being read.
+_UPGRADE_S = 10.0
 _LOOK_S = 0.1
 # A balancer that checks health every second removes this relay. If clients still arrive, it needs
 # longer.
@@ -151,6 +153,7 @@ class Relay:
         self._on_ready = on_ready
         self._worker = worker
         self._stop = asyncio.Event()
+        self._stop_signals = 0
         # The task of `run` until this relay serves. A stop signal cancels it.
         self._starting: asyncio.Task[int] | None = None
         self._announcing: asyncio.Task[None] | None = None
@@ -240,14 +243,20 @@ class Relay:
             for name, each in parts.producers.items()
         ]
         tasks = [reading, *producers, *self._start_tasks(base, parts, reloads)]
-        tasks.append(self._spawn(upgrades.run(), name="upgrades"))
+        upgrading = self._spawn(upgrades.run(), name="upgrades")
+        tasks.append(upgrading)
         try:
             await self._start(base, parts)
             self._starting = None
             with parts.collections:
                 await self._stop.wait()
-                if not self._is_handed_over:
-                    notify(STOPPING=1)
+                if self._is_handed_over:
+                    await asyncio.wait({upgrading})
+                else:
+                    # A relay that is being started must not take over.
+                    await end_all({upgrading})
+                    if self._worker is None:
+                        notify(STOPPING=1)
                     _log.info("Received a stop signal; stopping")
                 await self._leave(parts, producers, reading)
         finally:
@@ -285,14 +294,13 @@ class Relay:
     async def _start(self, base: Foundation, parts: Parts) -> None:
         """Open the listeners."""
         # Wait for the first read so that early clients are not rejected while Redis is reachable.
-        # At an upgrade, another relay serves them meanwhile.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(None if self._is_upgrade else _FIRST_READ_S):
+            async with asyncio.timeout(_FIRST_READ_S):
                 await parts.reader.wait_ready()
                 await parts.cluster.wait_open()
                 await parts.cluster.measure(base.metrics.clock)
-        while self._is_upgrade and parts.not_ready():  # noqa: ASYNC110  # as in `_announce`
-            await asyncio.sleep(_LOOK_S)
+        if self._is_upgrade:
+            await self._wait_replacing(base, parts)
         number = self._worker.number if self._worker else None
         inherited = self._inheritance.sockets
         parts.heartbeat.set_internal(
@@ -316,6 +324,22 @@ class Relay:
         _log.warning("Listening, but not ready: %s", reason)
         announce = self._announce(parts, port, base.redis.url)
         self._announcing = self._spawn(announce, name="announce")
+
+    @staticmethod
+    async def _wait_replacing(base: Foundation, parts: Parts) -> None:
+        """Wait until this relay serves as well as the one that it replaces.
+
+        With several servers, those that cannot be reached do not prevent an upgrade. Raise
+        StartError if nothing can be served: the other relay then continues.
+        """
+        try:
+            async with asyncio.timeout(_UPGRADE_S):
+                while parts.not_ready():  # noqa: ASYNC110  # as in `_announce`
+                    await asyncio.sleep(_LOOK_S)
+        except TimeoutError:
+            names = ", ".join(shard.name for shard in base.clients.shards.shards)
+            problem = parts.reader.problem() or f"Redis at {names} cannot be read"
+            raise StartError(f"the new relay is not ready: {problem}") from None
 
     async def _announce(self, parts: Parts, port: int, redis_url: str) -> None:
         """Report that this process is ready as soon as it is."""
@@ -456,7 +480,8 @@ class Relay:
         self._stop.set()
 
     def _on_stop_signal(self) -> None:
-        if self._stop.is_set():
+        self._stop_signals += 1
+        if self._stop_signals > 1:
             _log.warning("Received a second stop signal; exiting immediately")
             os._exit(1)
         self._stop.set()

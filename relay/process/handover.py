@@ -21,10 +21,12 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -32,8 +34,9 @@ from typing import TYPE_CHECKING, Any
 
 from relay.core.errors import RelayError, StartError
 from relay.process import logs
-from relay.process.pid_file import write_pid
+from relay.process.pid_file import outcome_path, write_pid
 from relay.process.service_manager import notify
+from relay.process.start_signals import hold_signals
 from relay.transports.socket.inherited import InheritedSocket, InheritedSockets
 
 if TYPE_CHECKING:
@@ -50,7 +53,11 @@ _GO_S = 5.0
 # The kernel passes at most 253 descriptors in one message.
 _AT_ONCE = 200
 _MESSAGE_BYTES = 65536
+# Limit for the reason of a failure, which must fit into one message.
+_LINE_CHARS = 2000
 _FIRST_SYSTEMD_SOCKET = 3
+_OTHER = "other"
+_UNREADABLE = "the new relay sent a message that this version cannot read"
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
 
 
@@ -72,8 +79,9 @@ def send_sockets(control: socket.socket, sockets: Sequence[InheritedSocket]) -> 
 
 def _read(control: socket.socket) -> tuple[dict[str, Any], list[int]]:
     message, descriptors, _, _ = socket.recv_fds(control, _MESSAGE_BYTES, _AT_ONCE)
-    values: dict[str, Any] = json.loads(message) if message else {}
-    return values, descriptors
+    values = json.loads(message) if message else {}
+    # Another version may send anything.
+    return values if isinstance(values, dict) else {_OTHER: values}, descriptors
 
 
 def _sockets(values: dict[str, Any], descriptors: Sequence[int]) -> list[InheritedSocket]:
@@ -158,7 +166,7 @@ class Inheritance:
             return cls._of_relay(*map(int, handover.split(":")))
         count, pid = os.environ.pop("LISTEN_FDS", "0"), os.environ.pop("LISTEN_PID", "")
         names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
-        if pid != str(os.getpid()) or not count.isdigit():
+        if pid != str(os.getpid()) or not re.fullmatch("[0-9]{1,6}", count):
             return cls()
         sockets = []
         for index in range(int(count)):
@@ -226,8 +234,8 @@ class Inheritance:
         """Report to the old relay why this one cannot start. Return False if there is none."""
         while isinstance(exc, BaseExceptionGroup):
             exc = exc.exceptions[0]
-        line = logs.redact(" ".join(str(exc).split()))
-        self._send({"failed": line if isinstance(exc, RelayError) else repr(exc)})
+        text = str(exc) if isinstance(exc, RelayError) else repr(exc)
+        self._send({"failed": logs.redact(" ".join(text.split()))[:_LINE_CHARS]})
         return self._control is not None
 
     async def take_over(self, pid_path: str) -> None:
@@ -240,7 +248,11 @@ class Inheritance:
         self._send({"ready": sorted(self.used)})
         await _readable(self._control)
         if PID_FILE in self.used:
-            write_pid(pid_path, self.files[PID_FILE])
+            try:
+                write_pid(pid_path, self.files[PID_FILE])
+            except StartError as exc:
+                # The old relay has stopped accepting, so this one must serve.
+                _log.error("%s", exc)
         self._control.close()
         self._control = None
 
@@ -270,25 +282,37 @@ class Upgrades:
         handed_over: Callable[[set[str]], None],
         pid_file: str,
     ) -> None:
-        """`handed_over` receives the names of the files that the new relay uses."""
+        """`handed_over` receives the names of the files that the new relay uses. From then on this
+        relay must not end the new one."""
         self._sockets = sockets
         self._files = files
         self._handed_over = handed_over
         self._pid_file = pid_file
         self._requested = asyncio.Event()
+        # Whether a new relay is being started, or has taken over.
+        self._is_running = False
+        self._successor: subprocess.Popen[bytes] | None = None
 
     def request(self) -> None:
-        """Start a new relay soon."""
-        self._requested.set()
+        """Start a new relay soon. Do nothing if one is already being started."""
+        if self._is_running:
+            _log.warning("Ignored a request to upgrade: another process is already taking over")
+        else:
+            self._requested.set()
 
     async def run(self) -> None:
-        """Wait for requests until a new relay has taken over, or until cancelled."""
+        """Wait for requests until a new relay has taken over, or until cancelled.
+
+        If cancelled before that, the new relay is ended. Don't cancel it after `handed_over`.
+        """
         while True:
             await self._requested.wait()
             self._requested.clear()
+            self._is_running = True
             try:
-                pid, used = await self._start()
+                pid = await self._replace()
             except (RelayError, OSError) as exc:
+                self._is_running = False
                 line = f"Upgrade failed: {exc}"
                 _log.error("%s. This relay continues to serve.", line)
                 write_outcome(self._pid_file, line)
@@ -296,45 +320,68 @@ class Upgrades:
             _log.info("Process %d has taken over; this one asks its clients to reconnect", pid)
             notify(MAINPID=pid)
             write_outcome(self._pid_file, "")
-            self._handed_over(used)
             return
 
-    async def _start(self) -> tuple[int, set[str]]:
-        """Start a new relay. Return its process ID and the files that it uses."""
+    async def _replace(self) -> int:
+        """Start a new relay and let it take over. Return its process ID."""
         if os.getpid() == 1:
             # The container would stop with this process.
             raise StartError("relay is process 1 of a container; start another container instead")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        error = os.dup(2)
-        with ours, theirs:
-            try:
+        with ours:
+            with theirs:
                 for name, descriptor in self._files().items():
                     socket.send_fds(ours, [json.dumps({"file": name}).encode()], [descriptor])
                 send_sockets(ours, await self._sockets())
-                # A child of asyncio would not outlive this process's event loop.
-                process = await asyncio.to_thread(
-                    subprocess.Popen,
-                    [sys.executable, *sys.orig_argv[1:]],
-                    stderr=subprocess.PIPE,
-                    pass_fds=(theirs.fileno(), error),
-                    env={**os.environ, _VARIABLE: f"{theirs.fileno()}:{error}"},
-                )
-            finally:
-                os.close(error)
-            theirs.close()
+                process = await self._spawn(theirs)
             ours.setblocking(False)
             try:
                 used = await self._wait_ready(process, ours)
+                ours.send(b"{}")
             except BaseException:
                 process.kill()
                 process.wait()
                 raise
-            ours.send(b"{}")
+            finally:
+                if process.stderr is not None:
+                    process.stderr.close()
+            self._successor = process
+            # In the same turn of the loop, so that no signal can stop both relays or none.
+            self._handed_over(used)
             # It closes its end when the PID file has its process ID.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_GO_S):
                     await _readable(ours)
-            return process.pid, used
+            return process.pid
+
+    @staticmethod
+    async def _spawn(control: socket.socket) -> subprocess.Popen[bytes]:
+        error = os.dup(2)
+
+        def start() -> subprocess.Popen[bytes]:
+            # For this thread and the new process, which releases them when it can handle them.
+            hold_signals()
+            # A child of asyncio would not outlive this process's event loop.
+            return subprocess.Popen(
+                [sys.executable, *sys.orig_argv[1:]],
+                stderr=subprocess.PIPE,
+                pass_fds=(control.fileno(), error),
+                env={**os.environ, _VARIABLE: f"{control.fileno()}:{error}"},
+            )
+
+        try:
+            with ThreadPoolExecutor(1) as executor:
+                starting = executor.submit(start)
+                try:
+                    return await asyncio.wrap_future(starting)
+                except asyncio.CancelledError:
+                    if not starting.cancelled():
+                        # The thread cannot be interrupted, but this takes milliseconds only.
+                        with starting.result() as process:
+                            process.kill()
+                    raise
+        finally:
+            os.close(error)
 
     @staticmethod
     async def _wait_ready(process: subprocess.Popen[bytes], control: socket.socket) -> set[str]:
@@ -350,18 +397,22 @@ class Upgrades:
                     return set(values["ready"])
                 if "failed" in values:
                     raise StartError(values["failed"])
+                if values:
+                    raise StartError(_UNREADABLE)
                 _, errors = await asyncio.to_thread(process.communicate)
         except TimeoutError:
             raise StartError(f"the new relay was not ready within {READY_S:g} s") from None
+        except ValueError:
+            raise StartError(_UNREADABLE) from None
         lines = errors.decode(errors="replace").splitlines()
         last = next((line.strip() for line in reversed(lines) if line.strip()), "see above")
-        code = process.returncode
-        raise StartError(f"the new relay ended with exit code {code}: {logs.redact(last[:500])}")
+        how = describe_exit(process.returncode)
+        raise StartError(f"the new relay ended with {how}: {logs.redact(last[:500])}")
 
 
-def outcome_path(pid_file: str) -> Path:
-    """Return the file in which `relay upgrade` finds the outcome."""
-    return Path(f"{pid_file}.upgrade")
+def describe_exit(code: int) -> str:
+    """Return the return code of a process for a message."""
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def write_outcome(pid_file: str, line: str) -> None:

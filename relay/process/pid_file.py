@@ -24,6 +24,11 @@ def write_error(path: str) -> str:
     return "" if os.access(place, needed) else os.strerror(errno.EACCES)
 
 
+def outcome_path(path: str) -> Path:
+    """Return the file in which `relay upgrade` finds the outcome, for a PID file."""
+    return Path(f"{path}.upgrade")
+
+
 def write_pid(path: str, file: int) -> None:
     """Write this process's ID to the open file. Raise StartError if that fails."""
     try:
@@ -57,6 +62,7 @@ def pid_file(path: str, inherited: int | None = None) -> Iterator[int | None]:
         finally:
             # Another process may have taken over.
             if os.pread(file.fileno(), 20, 0).strip() == str(os.getpid()).encode():
+                outcome_path(path).unlink(missing_ok=True)
                 Path(path).unlink(missing_ok=True)
 
 

@@ -49,6 +49,7 @@ from relay.process.handover import (
     VALKEY,
     Inheritance,
     Upgrades,
+    describe_exit,
     discard_sockets,
     inheritance,
     receive_sockets,
@@ -145,6 +146,7 @@ class Supervisor:
         self._processes: dict[int, Process] = {}
         self._port = 0
         self._stopping = asyncio.Event()
+        self._stop_signals = 0
         self._started: set[int] = set()
         self._all_started = asyncio.Event()
 
@@ -173,7 +175,9 @@ class Supervisor:
                     await self._stopping.wait()
                     announce.cancel()
                     reloads.cancel()
-                    upgrading.cancel()
+                    if not self._is_handed_over:
+                        # A relay that is being started must not take over.
+                        upgrading.cancel()
                     group.create_task(self._kill_slow_workers(keepers), name="limit")
                 finally:
                     if self._is_handed_over:
@@ -209,7 +213,7 @@ class Supervisor:
             _log.error(
                 "Worker %d exited unexpectedly (%s); restarting it in %.1f s",
                 number,
-                problem or _describe(code),
+                problem or describe_exit(code),
                 delay_s,
             )
             with contextlib.suppress(TimeoutError):
@@ -336,12 +340,14 @@ class Supervisor:
         release_signals()
 
     def _on_stop_signal(self) -> None:
-        if self._stopping.is_set():
+        self._stop_signals += 1
+        if self._stop_signals > 1:
             _log.warning("Received a second stop signal; exiting immediately")
             self._forward(signal.SIGKILL)
             os._exit(1)
         _log.info("Received a stop signal; stopping")
-        notify(STOPPING=1)
+        if not self._is_handed_over:
+            notify(STOPPING=1)
         self._stopping.set()
 
     def _reload(self, config: Config) -> None:
@@ -377,10 +383,6 @@ class Supervisor:
         if self._valkey is not None:
             self._valkey.take_over()
         self._on_ready(self._port, redis)
-
-
-def _describe(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def _send(process: Process, payload: bytes) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,12 +28,17 @@ pytestmark = pytest.mark.redis
 
 
 @contextmanager
-def relay_on(server: Server, url: str) -> Iterator[RelayProcess]:
-    relay = RelayProcess(server, flags=["--redis", url])
+def relay_on(server: Server, url: str, pids: Path | None = None) -> Iterator[RelayProcess]:
+    settings = [f"node.pid_file={pids}"] if pids else []
+    relay = RelayProcess(server, flags=["--redis", url], settings=settings)
     try:
         yield relay.start()
     finally:
         relay.kill()
+        if pids is not None and pids.exists():
+            with contextlib.suppress(ProcessLookupError):
+                # After an upgrade.
+                os.kill(int(pids.read_text()), signal.SIGKILL)
 
 
 @pytest.mark.timeout(120)
@@ -106,7 +113,8 @@ async def test_a_server_that_is_away_affects_only_its_channels(tmp_path: Path) -
 
     near = next(channel for channel in channels if is_of(here, channel))
     far, other = [channel for channel in channels if is_of(away, channel)][:2]
-    with running(*servers), relay_on(here, url) as relay:
+    pids = tmp_path / "pid"
+    with running(*servers), relay_on(here, url, pids) as relay:
         async with native(relay) as clients:
             one, two = await clients.sse(near), await clients.sse(far)
             redis(away, "XADD", stream_key(far), "*", "data", "1")
@@ -133,3 +141,12 @@ async def test_a_server_that_is_away_affects_only_its_channels(tmp_path: Path) -
             away.thaw()
             redis(away, "XADD", stream_key(far), "*", "data", "2")
             assert (await two.next(30)).data == "2"
+            # It does not prevent an upgrade either.
+            await asyncio.to_thread(away.stop)
+            old = pids.read_text()
+            relay.send(signal.SIGUSR2)
+            assert [each.event for each in await one.ended(60)] == ["relay:closing"]
+            assert pids.read_text() != old
+            redis(here, "XADD", stream_key(near), "*", "data", "3")
+            one = await clients.sse(near, last=one.last_id)
+            assert (await one.next()).data == "3"

@@ -1,16 +1,35 @@
-"""Listening sockets from systemd and from workers that answer late."""
+"""Listening sockets from systemd and from workers that answer late; new relays that misbehave."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
+import signal
 import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from relay.core.errors import StartError
 from relay.process import handover
-from relay.process.handover import Inheritance, discard_sockets, receive_sockets, send_sockets
+from relay.process.handover import (
+    Inheritance,
+    Upgrades,
+    discard_sockets,
+    receive_sockets,
+    send_sockets,
+)
+from relay.process.pid_file import outcome_path
 from relay.transports.socket.inherited import InheritedSocket
+from tests.support.clients import until
 
 
 @pytest.mark.parametrize("count", ["1", "3"])
@@ -38,3 +57,139 @@ async def test_sockets_of_an_earlier_attempt_are_not_used() -> None:
             (found,) = await receive_sockets(ours, 1)
             with found.socket:
                 assert found.socket.getsockname() == listening.getsockname()
+
+
+# A new relay of any version: it stores its process ID, sends a message and waits for the answer.
+_OTHER = """
+import os, pathlib, socket, sys
+control = socket.socket(fileno=int(os.environ["_RELAY_HANDOVER"].split(":")[0]))
+pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+if len(sys.argv) > 2:
+    control.send(sys.argv[2].encode())
+control.recv(65536)
+"""
+
+
+class Old:
+    """The old relay's side of an upgrade."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+        self.pid_file = folder / "pid"
+        self.child = folder / "child"
+        self.used: list[set[str]] = []
+        self._words = [sys.executable, "-S", "-E", "-c", _OTHER, str(self.child)]
+        self._monkeypatch = monkeypatch
+        self.answer(*words)
+        self.upgrades = Upgrades(
+            sockets=self._sockets,
+            files=dict,
+            handed_over=self.used.append,
+            pid_file=str(self.pid_file),
+        )
+
+    def answer(self, *words: str) -> None:
+        """Set the message of the next new relay."""
+        self._monkeypatch.setattr(sys, "orig_argv", [*self._words, *words])
+
+    async def _sockets(self) -> Sequence[InheritedSocket]:
+        return []
+
+    async def outcome(self) -> str:
+        path = outcome_path(str(self.pid_file))
+        await until(path.exists, 30)
+        line = path.read_text().strip()
+        path.unlink()
+        return line
+
+    async def started(self) -> int:
+        await until(lambda: self.child.exists() and bool(self.child.read_text()), 30)
+        return int(self.child.read_text())
+
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator[asyncio.Task[None]]:
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(self.upgrades.run())
+            try:
+                yield task
+            finally:
+                task.cancel()
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ('{"failed":"no"}', "Upgrade failed: no"),
+        ("<html>", "Upgrade failed: the new relay sent a message that this version cannot read"),
+        ("[]", "Upgrade failed: the new relay sent a message that this version cannot read"),
+    ],
+)
+async def test_the_old_relay_continues_whatever_the_new_one_sends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str, line: str
+) -> None:
+    old = Old(tmp_path, monkeypatch, message)
+    async with old.running() as task:
+        old.upgrades.request()
+        assert await old.outcome() == line
+        assert not task.done()
+        assert not old.used
+        # A later one may succeed.
+        old.answer('{"ready":["pid file"]}')
+        old.upgrades.request()
+        await until(lambda: bool(old.used), 30)
+        assert old.used == [{"pid file"}]
+        assert await old.outcome() == ""
+        successor = old.upgrades._successor
+        assert successor is not None
+        assert successor.wait() == 0
+
+
+async def test_requests_during_an_upgrade_start_no_further_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = Old(tmp_path, monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        async with old.running() as task:
+            old.upgrades.request()
+            child = await old.started()
+            for _ in range(3):
+                old.upgrades.request()
+            # It must not die of them before it can handle them.
+            for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+                os.kill(child, number)
+            os.kill(child, signal.SIGKILL)
+            ended = "Upgrade failed: the new relay ended with SIGKILL: "
+            assert (await old.outcome()).startswith(ended)
+            old.child.unlink()
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert not old.upgrades._is_running
+            assert not task.done()
+    assert sum("Ignored a request to upgrade" in each for each in caplog.messages) == 3
+    assert not old.child.exists()
+
+
+@pytest.mark.parametrize("during_start", [True, False])
+async def test_a_stop_during_an_upgrade_ends_the_new_relay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during_start: bool
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    starting = threading.Event()
+
+    def start(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        starting.set()
+        if during_start:
+            time.sleep(0.3)
+        started.append(popen(*args, **options))
+        return started[0]
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
+    old = Old(tmp_path, monkeypatch)
+    async with old.running():
+        old.upgrades.request()
+        if during_start:
+            await until(starting.is_set, 30)
+        else:
+            await old.started()
+    assert [each.returncode for each in started] == [-signal.SIGKILL]
+    assert not old.used
