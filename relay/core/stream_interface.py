@@ -87,6 +87,8 @@ class Followed(Protocol):
     settled: bool
     misaligned: bool
     average_bytes: float
+    # Digest of the entry at `position`, or None if it is not known or there is none.
+    digest: int | None
 
     @property
     def has_waiting(self) -> bool:

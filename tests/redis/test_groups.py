@@ -13,6 +13,7 @@ from relay.stream.connection import scripts
 from relay.stream.connection.connect import CommandRefused, command, discover
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.connection.primary import Primary
+from relay.stream.format.entry import digest
 from relay.stream.read import groups, stream_commands
 from tests.support.hub import NEWS, Reads, Words, join, make_hub
 from tests.support.several import shard_at
@@ -182,10 +183,10 @@ async def test_a_read_that_keeps_the_group_writes_nothing(connection: PipelineCo
     async def read(*, keeps_group: bool) -> list[EntryID]:
         commands = stream_commands.read_commands(stream, group, "c", 10, keeps_group=keeps_group)
         replies = await connection.execute(commands)
-        _, entries = stream_commands.parse_read(
-            replies, Primary(), aligning=False, keeps_group=keeps_group
-        )
+        own = (stream.position, stream.digest) if keeps_group else None
+        _, entries = stream_commands.parse_read(replies, Primary(), aligning=False, own=own)
         stream.position = stream_commands.parse_id(entries[-1][0])
+        stream.digest = digest(entries[-1][1] or ())
         return [stream_commands.parse_id(each[0]) for each in entries]
 
     assert await read(keeps_group=False) == [(7, 1)]
@@ -203,9 +204,14 @@ async def test_a_read_that_keeps_the_group_writes_nothing(connection: PipelineCo
     await connection.call("XGROUP", "SETID", STREAM, group, "7-2", "ENTRIESREAD", 2)
     (shown,) = cast(list[dict[bytes, object]], await connection.call("XINFO", "GROUPS", STREAM))
     assert shown[b"lag"] == 1
-    await connection.call("XGROUP", "DESTROY", STREAM, group)
-    with pytest.raises(CommandRefused, match="NOGROUP"):
-        await read(keeps_group=True)
+    for words in (
+        ("XADD", STREAM, "7-3", "data", "2"),
+        ("XADD", STREAM, "7-2", "data", "1"),
+        ("XADD", STREAM, "8-1", "data", "1"),
+    ):
+        await connection.execute([("MULTI",), ("DEL", STREAM), words, ("EXEC",)])
+        with pytest.raises(stream_commands.EntryMissing):
+            await read(keeps_group=True)
 
 
 async def test_a_key_of_another_type_is_refused(

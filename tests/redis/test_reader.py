@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
+import pytest
 from redis.asyncio import Redis
 
 from relay.config.settings import StreamSettings
@@ -87,6 +89,39 @@ async def append(admin: Redis, keys: Keys, *texts: str) -> list[EntryID]:
     key = keys.stream(NEWS)
     added = [await command(admin, "XADD", key, "*", "data", text) for text in texts]
     return [EntryID.parse(each) for each in added]
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        pytest.param({"5-1": "c", "5-2": "d"}, "c d ", id="equal IDs"),
+        pytest.param({"5-2": "d", "5-3": "e"}, "d e ", id="equal and greater IDs"),
+        pytest.param({"1-1": "c"}, "c ", id="smaller IDs"),
+        pytest.param({"6-1": "c"}, "c ", id="greater IDs"),
+        # The clients have received these.
+        pytest.param({"5-1": "a", "5-2": "b"}, "", id="the same entries"),
+    ],
+)
+async def test_a_stream_that_is_replaced_at_once_is_noticed(
+    clients: ShardClients, admin: Redis, keys: Keys, entries: dict[str, str], expected: str
+) -> None:
+    key, workers = keys.stream(NEWS), [Reading(clients, keys, name) for name in ("one", "two")]
+    async with running(*workers):
+        boxes = [worker.join(None) for worker in workers]
+        feeds = [worker.hub.feed(NEWS) for worker in workers]
+        await until(lambda: all(feed is not None and feed.live_count for feed in feeds))
+        for entry_id, text in (("5-1", "a "), ("5-2", "a b ")):
+            await command(admin, "XADD", key, entry_id, "data", text[-2])
+            for outbox in boxes:
+                await received(outbox, text.encode())
+        async with admin.pipeline(transaction=True) as replacing:
+            replacing.delete(key)
+            for entry_id, text in entries.items():
+                replacing.xadd(key, {"data": text}, id=entry_id)
+            await replacing.execute()
+        for outbox in boxes:
+            pattern = rf"a b (!news:(other_incarnation|position_ahead) )+{expected}".encode()
+            await until(lambda: re.fullmatch(pattern, b"".join(outbox.writes)))  # noqa: B023
 
 
 async def test_clients_that_return_one_after_another_share_the_reads(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from relay.core.stream_interface import ExamineRequest, Followed, PageRequest
 from relay.stream.connection.connect import CommandRefused
+from relay.stream.connection.pipeline_connection import ReplyError
 from relay.stream.connection.primary import Replication
 from relay.stream.connection.refusals import Effect, rule_of
 from relay.stream.read import stream_commands
@@ -45,6 +46,8 @@ _MEASURED_BLOCKS = 10_000
 _PIPELINE_BYTES = 16 << 20
 # Bytes of one live read, and of all pages of one pipeline, if every entry has the largest size.
 _LIVE_BYTES, _PAGES_BYTES = 64 << 20, 32 << 20
+# A read that keeps the group reads one entry again, unless entries are larger than this.
+_REREAD_BYTES = 16 << 10
 _MAX_COUNT = 1000
 
 
@@ -105,6 +108,9 @@ class LivePipelines:
         self._groups_moved: set[Followed] = set()
         self._groups_behind: dict[Followed, int | None] = {}
         self._groups_due: dict[Followed, int | None] = {}
+        # Streams whose newest entries are removed, so that there is none to read again. Their
+        # groups are moved with each read, for the rest of this second.
+        self._moving: set[Followed] = set()
         self._certify: list[RedisCommand] = []
         self._sent: _SentPipeline | None = None
 
@@ -199,18 +205,19 @@ class LivePipelines:
         self._groups_moved.discard(stream)
         self._groups_behind.pop(stream, None)
         self._groups_due.pop(stream, None)
+        self._moving.discard(stream)
         self._mode.paused.pop(stream, None)
 
-    def _move_groups(self) -> list[RedisCommand]:
-        """Return the commands that move groups to this worker's positions, for operators."""
-        moves: list[RedisCommand] = []
+    def _move_groups(self, sent: _SentPipeline, commands: list[RedisCommand]) -> None:
+        """Move groups to this worker's positions. A group that is gone shows that the stream may
+        be another one, even if it has the same newest entry."""
         for stream in list(itertools.islice(self._groups_due, _READ_BATCH)):
             read = self._groups_due.pop(stream)
             if stream.settled and not stream.misaligned:
                 at = ("XGROUP", "SETID", stream.key, self._group, str(stream.position))
+                sent.moved.append((stream, len(commands)))
                 # Without this number, XINFO GROUPS shows no lag.
-                moves.append(at if read is None else (*at, "ENTRIESREAD", read))
-        return moves
+                commands.append(at if read is None else (*at, "ENTRIESREAD", read))
 
     def retry_paused(self) -> bool:
         """Examine the streams again whose reads were rejected. Return True if there are any.
@@ -220,6 +227,7 @@ class LivePipelines:
         self._groups_due |= self._groups_behind
         self._groups_behind = {}
         self._groups_moved.clear()
+        self._moving.clear()
         streams = [stream for stream in self._mode.pop_paused() if stream.alive]
         for stream in streams:
             self.want_examine(stream)
@@ -237,6 +245,7 @@ class LivePipelines:
         self._groups_moved.clear()
         self._groups_behind.clear()
         self._groups_due.clear()
+        self._moving.clear()
         self._certify.clear()
         self._moved_from.clear()
         self._mode.paused.clear()
@@ -261,7 +270,7 @@ class LivePipelines:
             commands += self._certify
             self._certify = []
         if self._groups_due:
-            commands += self._move_groups()
+            self._move_groups(sent, commands)
         if self._urgent or self._examine:
             self._add_examinations(sent, commands)
         for stream in _pop_streams(self._read, _READ_BATCH, _UNKNOWN_COUNT):
@@ -271,10 +280,18 @@ class LivePipelines:
                 self._examine.pop(stream, None)
                 self._urgent[stream] = None
                 continue
-            aligning = stream.misaligned
+            aligning, keeps_group = stream.misaligned, False
             plain = self._mode.plain and self._mode.is_plain_for(stream)
-            behind = stream in self._groups_moved or stream in self._groups_due
-            form = _Form(aligning, plain, behind and not (aligning or plain))
+            is_behind = stream in self._groups_behind or stream in self._groups_due
+            if not (aligning or plain) and (is_behind or stream in self._groups_moved):
+                keeps_group = (
+                    stream.digest is not None
+                    and stream.average_bytes <= _REREAD_BYTES
+                    and stream not in self._moving
+                )
+                # If there is no entry to read again, the group must be at the position.
+                stream.misaligned = aligning = is_behind and not keeps_group
+            form = _Form(aligning, plain, keeps_group)
             if form.aligning and not form.plain:
                 self._counts.pop(stream, None)
                 self._caught_up.discard(stream)
@@ -291,8 +308,10 @@ class LivePipelines:
                 plain=form.plain,
                 keeps_group=form.keeps_group,
             )
-            if not (plain or form.keeps_group):
+            if not (form.plain or form.keeps_group):
                 self._groups_moved.add(stream)
+                self._groups_behind.pop(stream, None)
+                self._groups_due.pop(stream, None)
             stream.misaligned = False
             sent.read.append((stream, count, form, start, len(commands)))
         self._sent = sent
@@ -330,6 +349,12 @@ class LivePipelines:
             self._primary.observe(Replication.parse(info))
         for stream, request, plain, start, end in sent.examined:
             self._on_examined(stream, request, plain, replies[start:end])
+        for stream, at in sent.moved:
+            reply = replies[at]
+            if not isinstance(reply, ReplyError) or not (stream.alive and stream.settled):
+                continue
+            if self._mode.is_gone(CommandRefused("XGROUP SETID", str(reply))):
+                stream.on_unsettled()
         for stream, count, form, start, end in sent.read:
             self._on_read(stream, count, form, replies[start:end])
             if form.plain:
@@ -384,10 +409,17 @@ class LivePipelines:
         if not stream.alive or not stream.settled or stream.misaligned:
             return
         aligning, plain, keeps_group = form
+        own = (stream.position, stream.digest) if keeps_group else None
         try:
             state, entries = stream_commands.parse_read(
-                replies, self._primary, aligning=aligning, plain=plain, keeps_group=keeps_group
+                replies, self._primary, aligning=aligning, plain=plain, own=own
             )
+        except stream_commands.EntryMissing:
+            # It was trimmed or deleted, or the stream was. The next read checks the incarnation.
+            self._moving.add(stream)
+            stream.misaligned = True
+            self._read[stream] = None
+            return
         except stream_commands.StreamChanged:
             self._read[stream] = None
             return
@@ -570,7 +602,7 @@ class _Form(NamedTuple):
 class _SentPipeline:
     """The contents of a pipeline, with the position of each part in the replies."""
 
-    __slots__ = ("control", "control_end", "examined", "read", "replication")
+    __slots__ = ("control", "control_end", "examined", "moved", "read", "replication")
 
     def __init__(self, control: ControlReader | None) -> None:
         self.control = control
@@ -578,6 +610,7 @@ class _SentPipeline:
         self.replication: int | None = None
         self.examined: list[tuple[Followed, ExamineRequest, bool, int, int]] = []
         self.read: list[tuple[Followed, int, _Form, int, int]] = []
+        self.moved: list[tuple[Followed, int]] = []
 
 
 def _most_entries(settings: StreamSettings, most_bytes: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from typing import cast
+from zlib import crc32
 
 from relay.core.model import ZERO_ID, Channel, EntryID, Marker, Record, StreamState
 from relay.core.stream_interface import Examined, ExamineRequest, Followed, Page, PageRequest
@@ -29,6 +30,10 @@ def count_for(stream: Followed, page_bytes: int, most: int) -> int:
     reply is bounded by `most` and `[stream] max_entry_bytes`.
     """
     return max(1, min(most, int(page_bytes / stream.average_bytes)))
+
+
+class EntryMissing(Exception):  # not an error: the caller reads by group
+    """The entry at this worker's position does not exist or is another one."""
 
 
 class StreamChanged(Exception):  # not an error: the caller repeats the request
@@ -105,8 +110,8 @@ def read_commands(
     entries unnoticed. A group that is not at this worker's position is moved there first. The
     `plain` form writes nothing.
 
-    `keeps_group`: do not move the group, so that Redis has nothing to replicate. The history of the
-    group is empty. It is read to detect that the group was deleted, with the stream or without it.
+    `keeps_group`: do not move the group, so that Redis has nothing to replicate. The entry at the
+    position is read again, to detect that the stream was deleted and created again.
     """
     key = stream.key
     if plain:
@@ -120,9 +125,8 @@ def read_commands(
     if keeps_group:
         return [
             *commands,
-            ("XREADGROUP", "GROUP", group, consumer, "COUNT", 1, "STREAMS", key, "0"),
             # Without a call of `EntryID.__str__`, for speed.
-            ("XRANGE", key, b"(%d-%d" % stream.position, "+", "COUNT", count),
+            ("XRANGE", key, b"%d-%d" % stream.position, "+", "COUNT", count + 1),
             ("EXEC",),
         ]
     if stream.misaligned:
@@ -143,21 +147,29 @@ def parse_read(
     *,
     aligning: bool,
     plain: bool = False,
-    keeps_group: bool = False,
+    own: tuple[EntryID, int | None] | None = None,
 ) -> tuple[StreamState, list[RawEntry]]:
-    """Return the stream's state and its new entries. CommandRefused if the group does not exist.
+    """Return the stream's state and its new entries.
 
-    `aligning`: the stream was misaligned when the commands were built.
+    `aligning`: the stream was misaligned when the commands were built. `own`: the read keeps the
+    group; these are the position and the digest of the entry there.
+
+    Raises:
+        CommandRefused: The group does not exist, or Redis rejected a command.
+        EntryMissing: The first entry of a read that keeps the group is not the `own` one.
     """
     snapshot = _snapshot(replies, 0, plain=plain)
     state = parse_state(snapshot[0], snapshot[1] if aligning or plain else None, primary)
     if plain:
         return state, cast(list[RawEntry], _checked("XRANGE", snapshot[2]))
-    if keeps_group:
-        for command, reply in zip(("XREADGROUP", "XRANGE"), snapshot[1:], strict=True):
-            if isinstance(reply, ReplyError):
-                raise CommandRefused(command, str(reply))
-        return state, cast(list[RawEntry], snapshot[2])
+    if own is not None:
+        entries = cast(list[RawEntry], _checked("XRANGE", snapshot[1]))
+        if not entries or entries[0][0] != b"%d-%d" % own[0]:
+            raise EntryMissing
+        # The same as `digest`, inlined for speed.
+        if crc32(b"\0".join(entries[0][1] or ())) & 0xFFFF != own[1]:
+            raise EntryMissing
+        return state, entries[1:]
     read = snapshot[-1]
     if isinstance(read, dict):
         ((_, entries),) = cast(dict[bytes, list[RawEntry]], read).items()

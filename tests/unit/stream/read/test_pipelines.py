@@ -65,28 +65,47 @@ class Scene:
 
     def read(self, exec_reply: object) -> list[RedisCommand]:
         self.turns.want_read(self.feed)
-        commands = self.turns.commands()
-        replies = replied_in_form(commands, exec_reply)
-        self.turns.on_replies([b"OK", *[b"QUEUED"] * (len(commands) - 2), replies])
+        commands = self._reply(exec_reply)
+        if "XRANGE" in names(commands) and self.feed.settled and self.feed.misaligned:
+            # The entry at the position is missing.
+            self._reply(exec_reply)
         self.hub.flush()
+        return commands
+
+    def _reply(self, exec_reply: object) -> list[RedisCommand]:
+        commands = self.turns.commands()
+        replies = replied_in_form(commands, exec_reply, self.feed)
+        self.turns.on_replies([b"OK", *[b"QUEUED"] * (len(commands) - 2), replies])
         return commands
 
 
 def asked_count(commands: Sequence[RedisCommand]) -> int:
     """Return the number of entries that a read asks for."""
     reads = [each for each in commands if each[0] in ("XREADGROUP", "XRANGE")]
-    return int(reads[-1][reads[-1].index("COUNT") + 1])
+    count = int(reads[-1][reads[-1].index("COUNT") + 1])
+    # A read that keeps the group reads one entry again.
+    return count - (reads[-1][0] == "XRANGE")
 
 
-def replied_in_form(commands: Sequence[RedisCommand], replies: object) -> object:
-    """Return the replies to a read that moves the group, as those to one that does not."""
-    if "XRANGE" not in names(commands) or not isinstance(replies, list) or len(replies) != 2:
+def replied_in_form(commands: Sequence[RedisCommand], replies: object, feed: Feed) -> object:
+    """Return the replies to a read by group, as those to a read of another form."""
+    if not isinstance(replies, list) or len(replies) != 2:
         return replies
     state, found = replies
-    if isinstance(found, hiredis.ReplyError):
-        return [state, found, []]
+    if commands[2][:2] == ("XINFO", "GROUPS"):
+        return [state, MARKER, b"OK", b"OK", found]
+    if "XRANGE" not in names(commands) or isinstance(found, hiredis.ReplyError):
+        return replies
     entries = next(iter(found.values())) if found else []
-    return [state, {KEYS.stream(NEWS): []}, entries]
+    first, at = state[b"first-entry"], feed.position
+    if first is not None and EntryID.parse(first[0]) <= at:
+        entries = [own_entry(at.ms), *entries]
+    return [state, entries]
+
+
+def own_entry(number: int) -> list[object]:
+    """Return the entry with this number again, as a read returns it that keeps the group."""
+    return [b"%d-0" % number, [b"data", b"%d" % number]]
 
 
 def info(*numbers: int, added: int, last: int, deleted: int = 0) -> dict[bytes, object]:
@@ -146,16 +165,18 @@ def test_the_moves_of_many_groups_are_spread_over_several_pipelines() -> None:
     )
     for channel in channels:
         examine(hub, channel)
-    for _ in range(2):  # the second time, the groups are left behind
+    for number in (1, 2):  # the second time, the groups are left behind
         for channel in channels:
             feed = hub.feed(channel)
             assert feed
             turns.want_read(feed)
         while turns.has_work:
             replies: list[object] = []
+            state = info(*range(1, number + 1), added=number, last=number)
             for part in " ".join(map(str, names(turns.commands()))).split("MULTI ")[1:]:
-                state = info(added=0, last=0)
-                done = [state, {}, []] if "XRANGE" in part else [state, MARKER, b"OK", b"OK", None]
+                done = [state, MARKER, b"OK", b"OK", found(1)]
+                if "XRANGE" in part:
+                    done = [state, [own_entry(1), own_entry(2)]]
                 replies += [b"QUEUED"] * len(part.split()) + [done]
             turns.on_replies(replies)
     turns.retry_paused()
@@ -172,11 +193,11 @@ def test_a_group_is_moved_at_most_once_a_second() -> None:
     scene = Scene()
     examine(scene.hub)
     scene.read([info(added=0, last=0), MARKER, b"OK", b"OK", None])
-    for number in (1, 2):
-        entries = [[b"%d-0" % number, [b"data", b"%d" % number]]]
-        state = info(1, added=number, last=number)
-        again = scene.read([state, {KEYS.stream(NEWS): []}, entries])
-        assert names(again) == ["MULTI", "XINFO", "XREADGROUP", "XRANGE", "EXEC"]
+    # There is no entry yet that could be read again.
+    first = scene.read([info(1, added=1, last=1), found(1)])
+    assert names(first) == ["MULTI", "XINFO", "XREADGROUP", "EXEC"]
+    again = scene.read([info(1, 2, added=2, last=2), found(2)])
+    assert names(again) == ["MULTI", "XINFO", "XRANGE", "EXEC"]
     assert scene.outbox.writes == [b"1 ", b"2 "]
     # A second later the group is moved, although there are no new entries.
     scene.turns.retry_paused()
@@ -190,10 +211,45 @@ def test_a_group_is_moved_at_most_once_a_second() -> None:
     assert not scene.turns.has_work
     rare = scene.read([info(3, added=3, last=3), found(3)])
     assert names(rare) == ["MULTI", "XINFO", "XREADGROUP", "EXEC"]
-    # A deleted group is detected in each form.
-    scene.read([info(3, added=3, last=3), NO_GROUP, []])
+    # A deleted group is detected when it is moved.
+    scene.read([info(3, 4, added=4, last=4), found(4)])
+    assert scene.feed.settled
+    scene.turns.retry_paused()
+    scene.turns.commands()
+    scene.turns.on_replies([NO_GROUP])
     assert not scene.feed.settled
-    assert scene.outbox.writes == [b"1 ", b"2 ", b"3 "]
+    assert scene.outbox.writes == [b"1 ", b"2 ", b"3 ", b"4 "]
+
+
+@pytest.mark.parametrize("newest", [own_entry(3), [b"2-0", [b"data", b"another"]], None])
+def test_another_entry_at_the_position_is_examined(scene: Scene, newest: object) -> None:
+    scene.read([info(1, 2, added=2, last=2), found(1, 2)])
+    scene.turns.want_read(scene.feed)
+    assert names(scene.turns.commands()) == ["MULTI", "XINFO", "XRANGE", "EXEC"]
+    # The counters of the stream alone show no difference.
+    reply = [info(1, 2, added=2, last=2), [newest] if newest else []]
+    scene.turns.on_replies([b"OK", b"QUEUED", b"QUEUED", reply])
+    assert scene.feed.misaligned
+    # The next read checks the incarnation. The group is used for the rest of the second.
+    scene.read([info(1, 2, added=2, last=2), MARKER, b"OK", b"OK", None])
+    assert names(scene.read([info(1, 2, 3, added=3, last=3), found(3)])) == [
+        *("MULTI", "XINFO", "XREADGROUP", "EXEC")
+    ]
+    assert scene.outbox.writes == [b"1 2 ", b"3 "]
+
+
+def test_large_entries_are_not_read_again(scene: Scene) -> None:
+    scene.read([info(1, added=1, last=1), found(1)])
+    scene.read([info(1, 2, added=2, last=2), found(2)])
+    scene.feed.average_bytes = 100_000.0
+    # The group was left behind.
+    aligning = scene.read([info(1, 2, 3, added=3, last=3), found(3)])
+    assert names(aligning)[-2:] == ["XREADGROUP", "EXEC"]
+    assert "XGROUP" in names(aligning)
+    scene.feed.average_bytes = 100_000.0
+    by_group = scene.read([info(1, 2, 3, 4, added=4, last=4), found(4)])
+    assert names(by_group) == ["MULTI", "XINFO", "XREADGROUP", "EXEC"]
+    assert scene.outbox.writes == [b"1 ", b"2 ", b"3 ", b"4 "]
 
 
 def test_what_was_removed_unread_is_told_before_anything_is_delivered(scene: Scene) -> None:
@@ -454,7 +510,7 @@ def test_a_live_read_asks_for_more_only_after_one_that_was_full(scene: Scene) ->
         return asked_count(commands)
 
     def reply(state: object, entries: object) -> None:
-        replies = replied_in_form(commands, [state, entries])
+        replies = replied_in_form(commands, [state, entries], scene.feed)
         scene.turns.on_replies([*[b""] * (len(commands) - 1), replies])
 
     commands: list[RedisCommand] = []
@@ -488,7 +544,7 @@ def test_a_read_after_a_new_connection_is_bounded_though_no_entry_is_known(scene
         last += counts[-1]
         state = info(*range(1, 9999), added=9998, last=9998)
         groups = [MARKER, b"", b""] if "XGROUP" in names(commands) else []
-        replies = replied_in_form(commands, [state, *groups, found(*numbers)])
+        replies = replied_in_form(commands, [state, *groups, found(*numbers)], scene.feed)
         scene.turns.on_replies([*[b""] * (len(commands) - 1), replies])
     assert counts == [8, 16, 32, 64, 64]
 
