@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from relay.core.errors import RedisUnavailable
+from relay.core.slices import in_slices
 from relay.stream.connection.reconnecting import Backoff
+from relay.stream.shards.shard import slot_of
 
 if TYPE_CHECKING:
     from relay.core.model import Channel
@@ -36,8 +38,6 @@ _FIRST_LOOK_S, _LAST_LOOK_S = 0.05, 1.0
 _SIGN_S = 3.0
 # A change that no reply and no push has shown is found after this time.
 _PERIOD_S = 5.0
-# Streams that are given to other readers before the loop serves other tasks.
-_BATCH = 500
 
 
 class ShardReaders:
@@ -61,6 +61,10 @@ class ShardReaders:
         self._readers: dict[Shard, StreamReader] = {}
         self._tasks: dict[Shard, asyncio.Task[None]] = {}
         self._reader_of: dict[Followed, StreamReader] = {}
+        # The slots when streams were last moved, and the streams in each slot. Empty unless keys
+        # can move.
+        self._placed: list[Shard | None] = []
+        self._in_slot: dict[int, dict[Followed, None]] = {}
         # Streams whose slot has no server, or whose map was never read.
         self._homeless: dict[Followed, None] = {}
         self._look = asyncio.Event()
@@ -79,6 +83,8 @@ class ShardReaders:
         else:
             self._reader_of[stream] = reader
             reader.follow(stream)
+            if self._map.slots:
+                self._in_slot.setdefault(slot_of(stream.key), {})[stream] = None
 
     def want_join(self, stream: Followed) -> None:
         """See `StreamReads`."""
@@ -105,6 +111,12 @@ class ShardReaders:
         self._homeless.pop(stream, None)
         if (reader := self._reader_of.pop(stream, None)) is not None:
             reader.release(stream)
+            if self._in_slot:
+                slot = slot_of(stream.key)
+                neighbours = self._in_slot.get(slot, {})
+                neighbours.pop(stream, None)
+                if not neighbours:
+                    self._in_slot.pop(slot, None)
 
     # ---- health -----------------------------------------------------------------------------
 
@@ -236,9 +248,7 @@ class ShardReaders:
                 name = f"reader of {shard.name}"
                 self._tasks[shard] = tasks.create_task(reader.run(), name=name)
         self._place_control()
-        # Only a Redis Cluster moves keys.
-        can_move = any(shard.uses_sharded_pubsub for shard in present)
-        moved = await self._move() if can_move else False
+        moved = await self._move()
         self._follow_homeless()
         for shard in [shard for shard in self._readers if shard not in present]:
             _log.info("No longer reading streams from %s: it has no slots", shard.name)
@@ -255,21 +265,35 @@ class ShardReaders:
             reader.set_control(self._control if shard is home else None)
 
     async def _move(self) -> bool:
+        """Give the streams in slots whose shard has changed to its reader."""
+        slots, before = list(self._map.slots), self._placed
+        if slots == before:
+            return False
+        self._placed = slots
         moved = False
-        for number, (stream, source) in enumerate(list(self._reader_of.items())):
-            if number % _BATCH == _BATCH - 1:
-                await asyncio.sleep(0)
-            target = self._find(stream.channel)
-            if target is None or target is source or self._reader_of.get(stream) is not source:
-                continue
-            moved = True
-            source.drop(stream)
-            self._reader_of[stream] = target
-            target.moved_here(stream, source)
-            # The requests that were dropped are sent again to the new reader.
-            source.unpark()
-            stream.on_unsettled()
+        # Before the first look at the map, no stream had a reader.
+        pairs = enumerate(zip(before, slots, strict=True)) if before else ()
+        for slot in [slot for slot, (source, target) in pairs if source is not target]:
+            async for stream in in_slices(list(self._in_slot.get(slot, ()))):
+                target = self._find(stream.channel)
+                if target is None:
+                    # Another task has read a newer map in the meantime. Visit the slot again.
+                    slots[slot] = None
+                else:
+                    moved |= self._move_stream(stream, target)
         return moved
+
+    def _move_stream(self, stream: Followed, target: StreamReader) -> bool:
+        source = self._reader_of.get(stream)
+        if source is None or source is target:
+            return False
+        source.drop(stream)
+        self._reader_of[stream] = target
+        target.moved_here(stream, source)
+        # The requests that were dropped are sent again to the new reader.
+        source.unpark()
+        stream.on_unsettled()
+        return True
 
     def _follow_homeless(self) -> None:
         homeless, self._homeless = self._homeless, {}

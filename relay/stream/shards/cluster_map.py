@@ -93,6 +93,11 @@ class ClusterMap:
         """See `ShardMap`."""
         return self.shard_of(SITE_TAG)
 
+    @property
+    def slots(self) -> Sequence[Shard | None]:
+        """See `ShardMap`."""
+        return self._slots
+
     def shard_of(self, key: bytes) -> Shard:
         """See `ShardMap`."""
         slot = slot_of(key)

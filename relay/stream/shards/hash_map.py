@@ -63,6 +63,11 @@ class HashMap:
         """See `ShardMap`."""
         return self.shard_of(SITE_TAG)
 
+    @property
+    def slots(self) -> Sequence[Shard | None]:
+        """See `ShardMap`."""
+        return ()
+
     def shard_of(self, key: bytes) -> Shard:
         """See `ShardMap`."""
         return self._only or self._chosen(tag_of(key))

@@ -50,6 +50,10 @@ class ShardMap(Protocol):
     def home(self) -> Shard:
         """The shard of all keys that belong to no channel. Errors as of `shard_of`."""
 
+    @property
+    def slots(self) -> Sequence[Shard | None]:
+        """The shard of each slot, None if it has none. Empty if keys do not move."""
+
     def shard_of(self, key: bytes) -> Shard:
         """Return the shard that has this key now.
 

@@ -1,0 +1,143 @@
+"""Streams are given to other readers when their slots move."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, cast
+
+from relay.core.errors import RedisUnavailable
+from relay.core.model import Channel
+from relay.core.stream_interface import Followed
+from relay.stream.connection.primary import Primaries
+from relay.stream.read.control_reader import ControlReader
+from relay.stream.read.reader import StreamReader
+from relay.stream.read.shard_readers import ShardReaders
+from relay.stream.shards.shard import SLOTS, Shard, slot_of
+from tests.support.hub import KEYS
+
+STREAMS = 2000
+
+
+class OneShard:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.uses_sharded_pubsub = True
+
+
+class Map:
+    """A map whose slots are changed by the test. It counts how often a shard was asked for."""
+
+    def __init__(self, shards: Sequence[OneShard]) -> None:
+        self.shards = shards
+        self.slots: list[OneShard | None] = [shards[0]] * SLOTS
+        self.asked = 0
+        self.refreshed = asyncio.Event()
+
+    @property
+    def home(self) -> OneShard:
+        return self.shards[0]
+
+    def shard_of(self, key: bytes) -> OneShard:
+        self.asked += 1
+        if (shard := self.slots[slot_of(key)]) is None:
+            raise RedisUnavailable("no server")
+        return shard
+
+    async def refresh(self) -> None:
+        self.refreshed.set()
+
+
+class Reader:
+    """Records the streams of a shard."""
+
+    def __init__(self, shard: OneShard) -> None:
+        self.shard = shard
+        self.streams: set[object] = set()
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    def follow(self, stream: Followed) -> None:
+        stream.key = KEYS.stream(stream.channel)
+        self.streams.add(stream)
+
+    def moved_here(self, stream: Followed, _source: object) -> None:
+        self.follow(stream)
+
+    def drop(self, stream: Followed) -> None:
+        self.streams.remove(stream)
+
+    release = drop
+
+    def set_control(self, _control: object) -> None:
+        pass
+
+    def unpark(self) -> None:
+        pass
+
+
+class Stream:
+    def __init__(self, number: int) -> None:
+        self.channel = Channel(f"room{number}")
+        self.key = b""
+        self.alive = True
+        self.unsettled = 0
+
+    def on_unsettled(self) -> None:
+        self.unsettled += 1
+
+
+async def test_only_the_streams_of_slots_that_moved_are_visited() -> None:
+    shards = [OneShard("one"), OneShard("two")]
+    shard_map, made = Map(shards), dict[str, Reader]()
+
+    def make(shard: Shard) -> StreamReader:
+        reader = made[shard.name] = Reader(cast(Any, shard))
+        return cast(StreamReader, reader)
+
+    readers = ShardReaders(
+        shards=cast(Any, shard_map),
+        keys=KEYS,
+        control=cast(ControlReader, None),
+        primaries=Primaries(),
+        make=make,
+    )
+
+    async def looked() -> int:
+        """Let the readers look at the map. Return how many streams they have visited."""
+        shard_map.asked = 0
+        for _ in range(2):  # the second look begins when the first one is complete
+            shard_map.refreshed.clear()
+            readers.look()
+            await shard_map.refreshed.wait()
+        return shard_map.asked
+
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(readers.run())
+        streams = [Stream(number) for number in range(STREAMS)]
+        for stream in streams:
+            readers.follow(cast(Followed, stream))
+        await looked()
+        assert len(made["one"].streams) == STREAMS
+        for stream in streams:
+            stream.unsettled = 0
+        assert await looked() == 0
+        # Two slots move, one of them with its only stream.
+        moving = streams[:2]
+        for stream in moving:
+            shard_map.slots[slot_of(stream.key)] = shards[1]
+        neighbours = [each for each in streams if shard_map.shard_of(each.key) is shards[1]]
+        assert await looked() == len(neighbours)
+        assert made["two"].streams == set(neighbours)
+        assert [each for each in streams if each.unsettled] == neighbours
+        # A stream that was released is not visited, and one whose slot has no server is kept.
+        readers.release(cast(Followed, moving[0]))
+        shard_map.slots[slot_of(moving[0].key)] = shards[0]
+        shard_map.slots[slot_of(moving[1].key)] = None
+        await looked()
+        assert moving[1] in made["two"].streams
+        shard_map.slots[slot_of(moving[1].key)] = shards[0]
+        await looked()
+        assert moving[1] in made["one"].streams
+        running.cancel()
