@@ -15,7 +15,7 @@ from relay.config.settings import StreamSettings
 from relay.core.metrics import Metrics
 from relay.core.model import Channel, EntryID, Position, Principal
 from relay.hub.hub import Hub
-from relay.stream.connection.connect import command
+from relay.stream.connection.connect import command, transaction
 from relay.stream.format import entry
 from relay.stream.format.keys import Keys
 from relay.stream.read.reader import StreamReader
@@ -114,10 +114,10 @@ async def test_a_stream_that_is_replaced_at_once_is_noticed(
             await command(admin, "XADD", key, entry_id, "data", text[-2])
             for outbox in boxes:
                 await received(outbox, text.encode())
-        async with admin.pipeline(transaction=True) as replacing:
-            replacing.delete(key)
-            for entry_id, text in entries.items():
-                replacing.xadd(key, {"data": text}, id=entry_id)
+        async with transaction(admin) as replacing:
+            words = [("DEL", key), *(("XADD", key, at, "data", entries[at]) for at in entries)]
+            for each in words:
+                replacing.execute_command(*each)
             await replacing.execute()
         for outbox in boxes:
             pattern = rf"a b (!news:(other_incarnation|position_ahead) )+{expected}".encode()

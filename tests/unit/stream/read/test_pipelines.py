@@ -174,7 +174,7 @@ def test_the_moves_of_many_groups_are_spread_over_several_pipelines() -> None:
             replies: list[object] = []
             state = info(*range(1, number + 1), added=number, last=number)
             for part in " ".join(map(str, names(turns.commands()))).split("MULTI ")[1:]:
-                done = [state, MARKER, b"OK", b"OK", found(1)]
+                done: list[object] = [state, MARKER, b"OK", b"OK", found(1)]
                 if "XRANGE" in part:
                     done = [state, [own_entry(1), own_entry(2)]]
                 replies += [b"QUEUED"] * len(part.split()) + [done]
