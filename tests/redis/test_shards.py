@@ -26,7 +26,7 @@ from relay.core.durability import Durability
 from relay.core.errors import NotDurable, RedisUnavailable, StartError
 from relay.core.model import Channel, EntryID
 from relay.stream.connection.connect import command
-from relay.stream.connection.pipeline_connection import PipelineConnection
+from relay.stream.connection.pipeline_connection import PipelineConnection, connected
 from relay.stream.format.keys import Keys
 from relay.stream.read.groups import create_marker
 from relay.stream.shards.clients import ShardClients, shard_clients
@@ -38,6 +38,7 @@ from relay.stream.shards.shard import is_misplaced
 from relay.stream.upkeep.dead_workers import DeadWorkersJob
 from relay.stream.upkeep.retention import trim
 from relay.stream.upkeep.unused import UnusedStreamsJob
+from relay.stream.write.append import AppendCommands, send, send_one
 from relay.stream.write.appender import Appender
 from tests.support.clients import until
 from tests.support.redis_cluster import RedisCluster, running_cluster
@@ -204,6 +205,20 @@ async def test_a_known_uid_is_confirmed_only_when_the_replica_has_its_entry(
                         await appender.append(NEWS, [b"data", b"2"], "b", durability=wanted)
                 finally:
                     task.cancel()
+        async with AsyncPublisher(small.url, limit_ms=8000) as publisher:
+            with pytest.raises(PublishFailed, match="0 of 1 replicas"):
+                await publisher.publish("news", 2, uid="b", durability="replicated:1:300")
+        async with connected(
+            settings.model_copy(update={"url": small.servers[0].url("admin")})
+        ) as one:
+            commands = AppendCommands(
+                keys_of(settings), lambda _: NamespaceSettings(), uid_window_s=60
+            )
+            known = commands.build(NEWS, [b"data", b"2"], unless_latest=b"data", durability=wanted)
+            (found,) = await send(one, [known], wait_ms=300)
+            assert isinstance(found, NotDurable)
+            with pytest.raises(NotDurable):
+                await send_one(one, commands.build(NEWS, [b"data", b"2"], "b", durability=wanted))
         small.servers[1].thaw()
 
 

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 UID_BYTES = 255
 # How long `send` waits for confirmations. Keep it below the timeout of the connection.
 WAIT_MS = 1000
-# The name of a pub/sub channel to which nobody subscribes, see `Append.marker`.
-_MARKER = Channel("relay.confirm")
+# How long the keys of `Append.mark` exist.
+_MARK_MS = 1000
 
 # KEYS stream, uid key; ARGV window in ms, then the words of XADD after the key. Returns the ID of
 # the entry, or the ID of the first entry if the uid is known. The producers in other languages
@@ -99,15 +99,15 @@ class Append(NamedTuple):
     An append with a script may be repeated after its reply was lost.
 
     WAIT and WAITAOF confirm the last write of their connection. A script that finds a known uid
-    writes nothing, so a publish to the pub/sub channel `marker` precedes them: it is replicated
-    after everything that Redis has executed before. In a Redis Cluster it is not, see
-    `confirming_commands`.
+    writes nothing, so a SET of the key `mark` precedes them: it is replicated after everything that
+    Redis has executed before. The key is the one of an empty uid. It is with the stream, and the
+    users that publish with a uid may write it.
     """
 
     command: RedisCommand
     script: Script | None
     durability: Durability
-    marker: bytes
+    mark: bytes
 
     @property
     def stream(self) -> bytes:
@@ -155,7 +155,6 @@ class AppendCommands:
         self._keys = keys
         self._namespace_of = namespace_of
         self._window_ms = int(uid_window_s * 1000)
-        self._marker = keys.ephemeral(_MARKER)
 
     def durability(self, channel: Channel) -> Durability:
         """Return the durability of the channel's namespace."""
@@ -186,7 +185,7 @@ class AppendCommands:
         rules = self._namespace_of(channel)
         words = _words(rules, fields)
         stream = self._keys.stream(channel)
-        confirmed = durability or Durability.parse(rules.durability), self._marker
+        confirmed = self._confirmed(channel, durability or Durability.parse(rules.durability))
         if unless_latest is not None:
             values = dict(zip(fields[::2], fields[1::2], strict=True))
             same = values.get(b"type", b""), unless_latest, values[unless_latest]
@@ -202,7 +201,11 @@ class AppendCommands:
         rules = self._namespace_of(channel)
         stream, words = self._keys.stream(channel), _words(rules, fields)
         once = ("EVALSHA", APPEND_ONCE.sha, 2, stream, mark, self._window_ms, *words)
-        return Append(once, APPEND_ONCE, Durability.parse(rules.durability), self._marker)
+        confirmed = self._confirmed(channel, Durability.parse(rules.durability))
+        return Append(once, APPEND_ONCE, *confirmed)
+
+    def _confirmed(self, channel: Channel, wanted: Durability) -> tuple[Durability, bytes]:
+        return wanted, self._keys.uid(channel, "") if wanted.waits else b""
 
     def uid_key(self, channel: Channel, uid: str) -> bytes | None:
         """Return the key of the uid, or None if the channel may have entries with equal uids.
@@ -305,22 +308,15 @@ def parse_reply(append: Append, reply: object, confirmed: Confirmations) -> Entr
     return NotDurable(f"appended as {entry_id}, but {missing}", entry_id) if missing else entry_id
 
 
-def confirming_commands(
-    appends: Sequence[Append], most_ms: int, *, in_cluster: bool = False
-) -> list[RedisCommand]:
-    """Return the commands that wait for the confirmations of these appends, behind them.
-
-    `in_cluster`: a Redis Cluster does not replicate publishes. There the expiry of each uid is set
-    again instead, which needs the right to EXPIRE.
-    """
-    wanted = {each.durability for each in appends if each.durability.waits}
-    if not wanted:
+def confirming_commands(appends: Sequence[Append], most_ms: int) -> list[RedisCommand]:
+    """Return the commands that wait for the confirmations of these appends, behind them."""
+    waiting = [each for each in appends if each.durability.waits]
+    if not waiting:
         return []
-    marks: list[RedisCommand] = [("PUBLISH", appends[0].marker, b"")]
-    if in_cluster:
-        once = {each.uid_key: each.command[5] for each in appends if each.uid_key is not None}
-        marks = [("EXPIRE", key, -(-int(window_ms) // 1000)) for key, window_ms in once.items()]
-    return [*marks, *confirming(wanted, most_ms)]
+    # Not a publish: a Redis Cluster does not replicate it.
+    marks = {each.mark for each in waiting if each.script is not None}
+    writes: list[RedisCommand] = [("SET", mark, b"", "PX", _MARK_MS) for mark in marks]
+    return [*writes, *confirming({each.durability for each in waiting}, most_ms)]
 
 
 def is_missing_script(reply: object) -> bool:

@@ -542,8 +542,7 @@ class _Lane:
     def _send(self, connection: PipelineConnection, batch: list[_PendingAppend]) -> None:
         appends = [pending.append for pending in batch]
         commands = self._in_order(appends)
-        in_cluster = self._shard.uses_sharded_pubsub
-        waits = confirming_commands(appends, self._wait_ms, in_cluster=in_cluster)
+        waits = confirming_commands(appends, self._wait_ms)
         self._in_flight += len(batch)
         future = cast("asyncio.Future[list[object]]", connection.execute([*commands, *waits]))
         self._sent = future
@@ -621,7 +620,15 @@ class _Lane:
         replies: list[object],
         waits: Sequence[RedisCommand],
     ) -> None:
-        confirmed = parse_confirmations(waits, replies[len(batch) :], self._wait_ms)
+        rejected: set[bytes] = set()
+        if waits:
+            marks = {pending.append.mark for pending in batch}
+            rejected = marks.difference(
+                pending.append.mark
+                for pending, reply in zip(batch, replies, strict=False)
+                if isinstance(reply, bytes)
+            )
+        confirmed = parse_confirmations(waits, replies[len(batch) :], self._wait_ms, rejected)
         for pending, reply in zip(batch, replies, strict=False):
             if pending.future.done():  # the caller was cancelled
                 continue

@@ -11,7 +11,6 @@ from relay.core.errors import RelayError, StartError
 from relay.stream.connection import connect
 from relay.stream.connection.pipeline_connection import ReplyError
 from relay.stream.connection.refusals import without_arguments
-from relay.stream.shards.shard import is_misplaced
 
 if TYPE_CHECKING:
     from relay.config.settings import NamespaceSettings
@@ -69,14 +68,22 @@ def confirming(wanted: Collection[Durability], most_ms: int) -> list[RedisComman
 
 
 def parse_confirmations(
-    commands: Sequence[RedisCommand], replies: Sequence[object], most_ms: int
+    commands: Sequence[RedisCommand],
+    replies: Sequence[object],
+    most_ms: int,
+    rejected: Collection[bytes] = (),
 ) -> Confirmations:
-    """Return what the replies to the commands of `confirming` say."""
+    """Return what the replies to the commands of `confirming` say.
+
+    Args:
+        commands: The commands, and before them the writes to be confirmed.
+        replies: Their replies.
+        most_ms: The longest wait.
+        rejected: Keys of writes that were rejected together with all their appends.
+    """
     found = Confirmations(wait_ms=most_ms)
     for command, reply in zip(commands, replies, strict=True):
-        # The commands before are only the writes to be confirmed. If the slot of one is being
-        # moved, its append was rejected as well.
-        if isinstance(reply, ReplyError) and not is_misplaced(str(reply)):
+        if isinstance(reply, ReplyError) and command[1] not in rejected:
             found = found._replace(problem=f"{command[0]!s}: {reply}")
         elif command[0] == "WAIT" and isinstance(reply, int):
             found = found._replace(replicas=reply)
