@@ -11,7 +11,7 @@ from tests.support.contract import DRIVERS, RULES, Driver, Site, load
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server
 
-pytestmark = [pytest.mark.redis, pytest.mark.timeout(30)]
+pytestmark = [pytest.mark.redis, pytest.mark.timeout(90)]
 PROTOCOLS = protocol_names()
 
 

@@ -58,7 +58,7 @@ class Application:
         return web.json_response({"read": False})
 
     async def was_asked(self, times: int) -> None:
-        async with asyncio.timeout(5), self.arrived:
+        async with asyncio.timeout(30), self.arrived:
             await self.arrived.wait_for(lambda: len(self.asked) >= times)
 
 
@@ -285,7 +285,7 @@ async def test_waiting_for_a_request_slot_has_a_timeout(
 
     application.answer = never
     rights = make(http_timeout_ms=20)
-    async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
         asking = [
             tasks.create_task(rights.ask(ANN, Channel(f"c{number}")))
             for number in range(CONCURRENT * 20)

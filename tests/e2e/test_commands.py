@@ -132,7 +132,7 @@ def test_run_serves_and_its_lines_work_as_they_stand(folder: Path) -> None:
         with urllib.request.urlopen(lines["page"].partition("#")[0]) as page:  # noqa: S310
             assert b"<html" in page.read()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=30) == 0
     data = folder / "data"
     assert stat.S_IMODE(data.stat().st_mode) == 0o700
     assert not (data / "valkey.pid").exists()
@@ -155,7 +155,7 @@ def test_a_relay_killed_at_once_starts_again_with_its_data(folder: Path) -> None
         watched = run("sh", "-c", resumed + " --silent --max-time 2", cwd=folder)
         assert 'data: {"hello":1}' in watched.stdout
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=30) == 0
 
 
 def test_without_python_the_line_says_what_to_install(
@@ -234,7 +234,7 @@ def test_two_commands_at_once_build_the_venv_once(clone: Path, tools: Path, tmp_
         subprocess.Popen([clone / "scripts" / "run"], env=environment, stderr=subprocess.DEVNULL)
         for _ in range(2)
     ]
-    assert [process.wait(timeout=20) for process in both] == [0, 0]
+    assert [process.wait(timeout=30) for process in both] == [0, 0]
     assert (tmp_path / "calls").read_text().count("--require-hashes") == 1
 
 

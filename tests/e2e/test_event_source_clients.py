@@ -78,7 +78,7 @@ async def _got(browser: Chrome, name: str, count: int) -> list[list[Any]]:
         every: list[list[Any]] = browser.execute_script(script, name)
         return [each for each in every if each[0] not in ("open", "relay:open", "error")]
 
-    await until(lambda: len(found()) >= count, 20)
+    await until(lambda: len(found()) >= count, 30)
     return found()
 
 
@@ -161,7 +161,7 @@ async def test_a_proxy_that_compresses(relay: RelayProcess) -> None:
         port = int(await process.stdout.readline())
         url = f"http://127.0.0.1:{port}/sse?channel=compressed&token={relay.token()}"
         async with (
-            asyncio.timeout(10),
+            asyncio.timeout(30),
             aiohttp.ClientSession() as http,
             http.get(url, headers={"Accept-Encoding": "gzip"}) as answer,
         ):

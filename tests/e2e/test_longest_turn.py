@@ -124,7 +124,7 @@ async def native(site: Site) -> None:
     async with site.http.ws_connect(f"{site.relay.url}/ws") as socket:
         for number in range(1000):
             await socket.send_str(json.dumps({"cmd": "subscribe", "channel": f"n{number}"}))
-        await socket.receive(timeout=10)
+        await socket.receive(timeout=30)
     await site.http.get(f"{site.relay.url}/sse?channel=a&last_event_id=" + "A" * 60_000)
 
 

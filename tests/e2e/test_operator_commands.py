@@ -238,7 +238,7 @@ async def test_streams_shows_how_far_each_worker_is(
     redis(valkey, "XGROUP", "CREATE", stream_key(channel), "relay:gone:5f0c9a31", first)
     redis(valkey, "XGROUP", "CREATE", stream_key(channel), "mine", "0")
     stream: dict[str, Any] = {}
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         # A worker moves its group once a second.
         while not any(each["last"] == last for each in stream.get("groups", ())):
             words = ("streams", channel, "--set", "namespace.retention_age_s=0")

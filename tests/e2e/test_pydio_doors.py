@@ -122,7 +122,7 @@ async def test_the_documented_page_works(tmp_path: Path, valkey: Server) -> None
             with chromium(tmp_path / "profile") as chrome:
 
                 async def until(script: str, wanted: object) -> None:
-                    async with asyncio.timeout(20):
+                    async with asyncio.timeout(30):
                         while (
                             await asyncio.to_thread(chrome.execute_script, f"return {script}")
                             != wanted

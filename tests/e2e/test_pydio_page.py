@@ -31,7 +31,7 @@ async def seen(chrome: Chrome, script: str, wanted: object) -> None:
     """Wait until the expression has this value in the page."""
     found: object = None
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             while (found := await ask(chrome, script)) != wanted:
                 await asyncio.sleep(0.05)
     except TimeoutError:
@@ -47,7 +47,7 @@ async def enters(chrome: Chrome, relay: RelayProcess, repository: str) -> None:
     url = relay.url.replace("http", "ws") + "/public"
     await asyncio.to_thread(chrome.execute_script, f"enter('{repository}', '{url}')")
     probe = [{"REPO_ID": repository, "CONTENT": diff("add", "/probe")}]
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         while "/probe" not in await ask(chrome, FILES):
             await publish(relay.port, probe)
     await publish(

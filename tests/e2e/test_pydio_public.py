@@ -181,7 +181,7 @@ async def test_a_path_mask_hides_events_with_paths(
         assert answer in (content, RELOAD_FOLDER)
         return answer == RELOAD_FOLDER
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not await masked():
             pass
 
@@ -232,7 +232,7 @@ async def test_one_path_for_both_as_in_6_4_2(
     page = await browse(http, relay, "alice", path="/pydio")
     content = tree("shared")
     await page.register("1")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             answers = await publish(
                 relay.port, [{"REPO_ID": "1", "CONTENT": content}], path="/pydio"
@@ -434,7 +434,7 @@ async def test_a_page_that_registers_during_an_outage_of_redis_reloads_its_folde
         page = await browse(http, relay, "alice")
         await entered(relay, page, "1")
         server.kill()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while (await http.get(f"{relay.url}/readyz")).status == 200:
                 await asyncio.sleep(0.05)
         await page.register("2")

@@ -138,7 +138,7 @@ async def _presence(api: Centrifugo, two: RelayProcess) -> None:
     for client in (anna, ben):
         await client.subscribe("present")
     for url in ("", two.url):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             users: set[str] = set()
             while users != {"anna", "ben"}:
                 found = await api.api("presence", channel="present", url=url)
@@ -182,7 +182,7 @@ async def _limits(here: Native, there: Native) -> None:
         await there.sse("limited")
     for stream in streams:
         stream.drop()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             try:
                 await there.sse("limited")
@@ -208,6 +208,6 @@ async def _emits(services: Server, http: ClientSession, relay: RelayProcess) -> 
     message = msgpack.packb(["emitter", emit, options])
     with services.client() as client:
         client.publish("socket.io#/axr#", message)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         while "news" not in await polling.poll():
             pass

@@ -37,7 +37,7 @@ def streams(relay: RelayProcess) -> list[bytes]:
 
 async def ask(socket: aiohttp.ClientWebSocketResponse, command: dict[str, Any]) -> Any:
     await socket.send_json(command)
-    return await socket.receive_json(timeout=10)
+    return await socket.receive_json(timeout=30)
 
 
 async def connect(
@@ -85,7 +85,7 @@ async def test_subscriptions_of_one_user_leave_nothing(relay: RelayProcess) -> N
         assert len(streams(relay)) == NAMES
         relay.xadd("c0", data="1")
         await socket.close()
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(30):
         while len(streams(relay)) > 1:
             await asyncio.sleep(0.1)
     assert streams(relay) == [b"relay:stream:{c0}"]
@@ -99,7 +99,7 @@ async def test_messages_without_effect_close_a_sockjs_websocket(
     async with (
         aiohttp.ClientSession() as http,
         http.ws_connect(f"{relay.url}/connection/1/abcdefgh/websocket") as socket,
-        asyncio.timeout(10),
+        asyncio.timeout(30),
     ):
         assert await socket.receive_str() == "o"
         with contextlib.suppress(aiohttp.ClientConnectionError):

@@ -608,7 +608,7 @@ async def test_a_suspended_client_receives_all_events_since_its_suspension(
             await followed(door, library, user=user)
             await door.lock(library, "a")
             # Wait until relay has closed the connection.
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(30):
                 while await clients.metric('relay_connections{protocol="seafile"}'):
                     await asyncio.sleep(0.1)
             await door.lock(library, "b")

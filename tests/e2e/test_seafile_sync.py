@@ -159,7 +159,7 @@ async def test_events_reach_the_real_client(
         # Two pings are not answered for a while. Seafile's own server would stop serving this
         # client and never close its connection.
         one.client.stop()
-        await until(lambda: unread_bytes(one.port) >= 2 * PING_BYTES, 15)
+        await until(lambda: unread_bytes(one.port) >= 2 * PING_BYTES, 30)
         one.client.go_on()
         await one.hears_events()
 

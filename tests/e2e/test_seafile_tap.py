@@ -167,7 +167,7 @@ async def test_as_a_separate_process(valkey: Server, events: Server) -> None:
         await until(lambda: publish(events, old_form(library, "c")))
         await until(lambda: commits(valkey, library) == ["c"])
         process.terminate()
-        assert await within(10, process.wait()) == 0
+        assert await within(30, process.wait()) == 0
     finally:
         if process.returncode is None:
             process.kill()

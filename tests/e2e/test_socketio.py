@@ -354,7 +354,7 @@ async def test_garbage_closes_its_own_connection_and_no_other(
             async with session.get(f"{url}&sid={sid}") as answer:
                 return answer.status == 400
 
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(30):
             while not await unknown():
                 pass
     axr.xadd("axr:calm", data="1", type="msg")

@@ -59,7 +59,7 @@ async def test_the_api_says_so_and_presence_is_written_again(
                 await anna.until_closed()
                 carol = await site.client("carol")
                 await carol.subscribe("here:x")
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(30):
                     while True:
                         reply = await site.api("presence", channel="here:x")
                         if reply["error"] is None and set(reply["body"]["data"]) == {carol.id}:
@@ -67,7 +67,7 @@ async def test_the_api_says_so_and_presence_is_written_again(
                         await asyncio.sleep(0.1)
                 with server.client() as admin:
                     admin.delete(*admin.keys("relay:presen*"))
-                    async with asyncio.timeout(10):
+                    async with asyncio.timeout(30):
                         while set(admin.hkeys("relay:presence:{here:x}")) != {carol.id.encode()}:
                             await asyncio.sleep(0.05)
         finally:

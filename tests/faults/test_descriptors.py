@@ -15,7 +15,7 @@ from tests.support.clients import LIMIT_S, native, redis
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server
 
-pytestmark = pytest.mark.redis
+pytestmark = [pytest.mark.redis, pytest.mark.timeout(90)]
 
 LIMIT = 128
 

@@ -13,7 +13,7 @@ from tests.support.clients import native, until
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server, running
 
-pytestmark = pytest.mark.redis
+pytestmark = [pytest.mark.redis, pytest.mark.timeout(90)]
 
 
 async def test_the_relay_reads_on_after_a_freeze_longer_than_a_connect_takes(
@@ -70,7 +70,7 @@ async def test_a_stop_signal_during_the_start_takes_effect(tmp_path: Path) -> No
             group.create_task(asyncio.to_thread(start))
             await until(lambda: any("is disabled" in line for line in relay.log))
             relay.send(signal.SIGTERM)
-        assert await asyncio.to_thread(relay.ended, 5) == 0
+        assert await asyncio.to_thread(relay.ended) == 0
         assert "Stopped during the start" in relay.log[-1]
     finally:
         relay.kill()

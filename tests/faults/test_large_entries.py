@@ -100,7 +100,7 @@ async def test_an_entry_far_beyond_the_limit_becomes_a_dead_letter(server: Serve
                 admin.xadd("relay:stream:{news}", {"data": "x" * 60_000_000})
                 admin.xadd("relay:stream:{news}", {"data": "2"})
                 assert (await client.next(20)).data == "2"
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(30):
                     while not admin.xlen("relay:dead-letters"):
                         await asyncio.sleep(0.02)
                 ((_, letter),) = admin.xrange("relay:dead-letters")

@@ -24,10 +24,11 @@ from tests.support.clients import (
     stream_key,
     until,
 )
+from tests.support.redis_cluster import wait_for
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Flavour, SentinelServer, Server, running
 
-pytestmark = [pytest.mark.redis, pytest.mark.slow]
+pytestmark = [pytest.mark.redis, pytest.mark.slow, pytest.mark.timeout(120)]
 
 LARGE = "x" * 100_000
 
@@ -100,20 +101,20 @@ class Failover(Site):
     def running(self) -> Iterator[Server]:
         self.primary = Server(self.folder / "primary", self.flavour)
         self.replica = Server(self.folder / "replica", self.flavour, replica_of=self.primary)
-        self.relay_to = sentinel = SentinelServer(self.folder / "sentinel", self.primary)
-        with running(self.primary, self.replica, sentinel):
-            while not redis(sentinel, "SENTINEL", "REPLICAS", "main"):
-                pass
+        self.relay_to = self.sentinel = SentinelServer(self.folder / "sentinel", self.primary)
+        with running(self.primary, self.replica, self.sentinel):
+            wait_for(lambda: bool(redis(self.sentinel, "SENTINEL", "REPLICAS", "main")))
             yield self.primary
 
     def keep(self) -> None:
         with self.primary.client() as admin:
             admin.set("synced", "1")
-            assert admin.wait(1, 5000) == 1
+            assert admin.wait(1, 30_000) == 1
         self.replica.freeze()
         redis(self.primary, "CLIENT", "KILL", "TYPE", "replica")
 
     def lose(self) -> Server:
+        self.sentinel.expect_failover()
         self.primary.kill()
         self.replica.thaw()
         while True:
@@ -162,7 +163,7 @@ def told(blocks: list[Block]) -> list[object]:
 async def come_back(door: Native, *channels: str, last: str | None) -> SseClient:
     """Reconnect like a browser until relay has noticed the failover and found its Redis."""
     assert last is not None
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         while True:
             with contextlib.suppress(Refused, OSError):
                 client = await door.sse(*channels, header=last)
@@ -171,7 +172,6 @@ async def come_back(door: Native, *channels: str, last: str | None) -> SseClient
             await asyncio.sleep(0.05)
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("meanwhile", ["running", "stopped"])
 async def test_every_client_is_told_of_a_lost_tail(site: Site, meanwhile: str) -> None:
     with site.running() as server:
@@ -242,7 +242,7 @@ async def test_a_position_from_before_an_unnoticed_failover_is_told_after_the_ne
                 assert told(await client.take(1)) == [1]
                 client.drop()
                 relay.kill()
-                assert one.client().wait(1, 5000) == 1
+                assert one.client().wait(1, 30_000) == 1
                 other.client().replicaof("NO", "ONE")
                 one.client().replicaof("127.0.0.1", other.port)
                 await until(lambda: one.client().info("replication")["master_link_status"] == "up")

@@ -90,7 +90,7 @@ async def test_php_is_served_until_the_relay_has_ended(
             "own path": [],
             "own port": [f"protocol:pydio.private_port={port}"],
         }[own]
-        settings = [f"protocol:pydio.auth_url={pydio.auth_url}", "protocol:pydio.drain_s=2", *more]
+        settings = [f"protocol:pydio.auth_url={pydio.auth_url}", "protocol:pydio.drain_s=5", *more]
         relay = made(valkey, *settings, flags=("--workers", str(count)))
         await asyncio.to_thread(relay.start)
         try:
@@ -107,6 +107,8 @@ async def test_php_is_served_until_the_relay_has_ended(
             async def keep_publishing() -> str:
                 """Send one PHP request after the other until relay has ended."""
                 while True:
+                    # Each request starts a PHP.
+                    await asyncio.sleep(0.1)
                     content = tree(f"{len(sent)}")
                     (answer,) = await publish(
                         where, [{"REPO_ID": name, "CONTENT": content}], path=path
@@ -119,7 +121,7 @@ async def test_php_is_served_until_the_relay_has_ended(
             async with asyncio.TaskGroup() as group:
                 publishing = group.create_task(keep_publishing())
                 # Then new clients get no response. They reconnect, as after a rejection.
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(30):
                     while not await _is_rejected(http, f"{relay.url}/sse?channel=x"):
                         await asyncio.sleep(0.05)
                 with pytest.raises((aiohttp.ClientError, ConnectionError)):

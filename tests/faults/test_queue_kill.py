@@ -121,7 +121,7 @@ async def test_the_shards_of_a_killed_producer_are_taken_over(tmp_path: Path) ->
             async with redis_client(server.settings("admin")) as admin:
 
                 async def shares(*wanted: int) -> None:
-                    async with asyncio.timeout(15):
+                    async with asyncio.timeout(30):
                         found: list[int] = []
                         while found != list(wanted):
                             await asyncio.sleep(0.05)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.clients import Block, Native, native, redis, stream_key, until
+from tests.support.clients import Block, Native, native, publish_ephemeral, redis, stream_key, until
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server
 
@@ -150,15 +150,14 @@ async def test_killed_connections_lose_nothing(site: Site) -> None:
     await ephemeral.next()
     for number in range(5):
         relay.xadd("a", data=str(number))
-        killed = redis(server, "CLIENT", "KILL", "USER", "relay")
-        assert killed >= 2
+        # Wait until the next kill finds new connections.
+        await until(lambda: redis(server, "CLIENT", "KILL", "USER", "relay") >= 2)
         relay.xadd("a", data=str(number + 100))
-        # The next kill must find the new connections.
         assert [block.json() for block in await stream.take(2)] == [number, number + 100]
     assert [each["data"] for each in await ephemeral.take(10)] == [
         part for number in range(5) for part in (number, number + 100)
     ]
-    redis(server, "PUBLISH", "relay:ephemeral:{a}", '{"data":"live"}')
+    await publish_ephemeral(server, "a", '{"data":"live"}')
     assert (await ephemeral.next())["data"] == "live"
     assert await door.status("/readyz") == 200
 

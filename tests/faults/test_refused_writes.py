@@ -16,7 +16,7 @@ from tests.support.relay import RelayProcess
 from tests.support.valkey import Server, running
 
 pytestmark = pytest.mark.redis
-LIMIT_S = 15.0
+LIMIT_S = 30.0
 
 
 @pytest.fixture(params=[1, 2])

@@ -75,7 +75,7 @@ async def _move(cluster: RedisCluster, clients: Native) -> None:
         await asyncio.to_thread(append)
         # The move has ended the subscription to the sharded channel.
         payload = json.dumps({"data": f"moved to {target}"})
-        await until(partial(cluster.call, target, "SPUBLISH", name, payload), 20)
+        await until(partial(cluster.call, target, "SPUBLISH", name, payload), 30)
     while sum("id" in each for each in received) < len(sent):
         received.append(await client.next(20))
     assert [each["id"] for each in received if "id" in each] == sent

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,7 @@ def _append(server: Server, channel: str, first: int, count: int) -> None:
 
 
 async def _until_behind(door: Native, count: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while await door.metric("relay_catch_up_clients") != count:
             await asyncio.sleep(0.02)
 
@@ -64,12 +63,10 @@ async def test_a_slow_client_costs_a_cursor_and_gets_everything(
         # is asked to.
         sse_stalled.transport.pause_reading()
         before = _rss_bytes(relay)
-        began = time.monotonic()
         await asyncio.to_thread(_append, valkey, channel, 20, EVENTS - 20)
         await _until_behind(door, 2)
         for each in read:
             assert await each == list(range(EVENTS))
-        assert time.monotonic() - began < 10
         assert _rss_bytes(relay) - before < RSS_RISE_BYTES
 
         sse_stalled.transport.resume_reading()
@@ -117,7 +114,7 @@ async def test_a_client_that_takes_nothing_for_long_is_cut_off(
             stalled.transport.pause_reading()
             await asyncio.to_thread(_append, valkey, channel, 0, 600)
             await _until_behind(door, 1)
-            async with asyncio.timeout(8):
+            async with asyncio.timeout(30):
                 while await door.metric('relay_connections{protocol="native"}'):
                     await asyncio.sleep(0.05)
     finally:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.clients import redis, until
+from tests.support.clients import publish_ephemeral, redis, until
 from tests.support.relay import RelayProcess
 from tests.support.socketio import (
     SECRET,
@@ -164,7 +164,7 @@ async def test_polling_clients_that_recover_under_load_have_missed_nothing(valke
                 await asyncio.to_thread(produce, first, burst)
                 kill, at = divmod(first, events // (kills + 1))
                 if kill and not at:
-                    await until(lambda: len(workers(relay)) == 2, 20)
+                    await until(lambda: len(workers(relay)) == 2, 30)
                     os.kill(workers(relay)[1 + kill % 2], signal.SIGKILL)
             await asyncio.wait(followers)
         returns = [each for follower in followers for each in follower.result()]
@@ -183,9 +183,7 @@ async def test_a_text_at_the_end_and_volatile_events_do_not_break_recovery(valke
                 client, _ = await connect(npm, relay, uid, transports=transports)
                 relay.xadd(f"axr:{uid}", data='"a text"', type="msg")
                 assert (await client.event())[:2] == ["msg", "a text"]
-                publish = valkey.client().publish
-                name = f"relay:ephemeral:{{axr:{uid}}}"
-                await asyncio.to_thread(publish, name, '{"data":"live","type":"v"}')
+                await publish_ephemeral(valkey, f"axr:{uid}", '{"data":"live","type":"v"}')
                 assert (await client.event())[:2] == ["v", "live"]
                 if transports == ["websocket"]:
                     await client.until("offset")
@@ -227,7 +225,7 @@ async def test_what_is_gone_is_told_by_a_new_session(valkey: Server) -> None:
             key = "relay:stream:{axr:gone}"
             redis(valkey, "XTRIM", key, "MAXLEN", 1)
             relay.send(signal.SIGCONT)
-            again = await client.until("connect", 20)
+            again = await client.until("connect", 30)
             assert again["recovered"] is False
             assert again["id"] != connected["id"]
             relay.xadd("axr:gone", data="9", type="msg")
@@ -345,7 +343,7 @@ async def test_a_hand_over_of_the_tap_loses_and_repeats_nothing(
                 found = redis(valkey, "XRANGE", stream, "-", "+")
                 return [int(fields[b"data"]) for _, fields in found]
 
-            await until(lambda: len(appended()) >= 60, 20)
+            await until(lambda: len(appended()) >= 60, 30)
             assert appended() == list(range(60))
         finally:
             await asyncio.to_thread(relay.stop)

@@ -149,7 +149,7 @@ async def test_a_replica_and_replicas_that_nobody_waits_for(
             while (await other.info("replication"))["master_link_status"] != "up":
                 await asyncio.sleep(0.02)
             # The primary reports the replica as online after its first acknowledgement.
-            assert await admin.wait(1, 10_000) == 1
+            assert await admin.wait(1, 30_000) == 1
         found = await findings(configured(replica))
         assert found["redis.replica"].level is Level.ERROR
         assert str(healthy.port) in found["redis.replica"].fix

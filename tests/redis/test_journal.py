@@ -145,7 +145,7 @@ async def test_a_journal_whose_first_append_failed_is_found_at_once(
 
 
 async def until(found: Callable[[], Awaitable[object]]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         while not await found():
             await asyncio.sleep(0.02)
 
@@ -164,7 +164,7 @@ async def test_many_events_during_an_outage_do_not_end_the_journal(
         # More than one append has.
         for _ in range(2500):
             hub.open(Principal(user="ann"), Words(), Client(), ConnectionInfo()).attach(Outbox())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             while not written.dropped:
                 await asyncio.sleep(0.02)
         written._links = links

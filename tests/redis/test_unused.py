@@ -40,7 +40,7 @@ async def test_a_released_stream_is_removed_and_a_followed_or_used_one_stays(
         running = tasks.create_task(streams.run())
         for name in ("followed", "used", "empty", "never-created"):
             streams.released(Channel(name))
-        await asyncio.wait_for(gone(admin, empty), 5)
+        await asyncio.wait_for(gone(admin, empty), 30)
         running.cancel()
     assert await admin.exists(followed, used) == 2
 
@@ -55,7 +55,7 @@ async def test_a_worker_keeps_a_limited_number_of_released_streams(
         running = tasks.create_task(streams.run())
         for n in range(len(created)):
             streams.released(Channel(f"c{n}"))
-        await asyncio.wait_for(gone(admin, created[extra - 1]), 5)
+        await asyncio.wait_for(gone(admin, created[extra - 1]), 30)
         running.cancel()
     assert await admin.exists(*created) == unused.MAX_KEPT
 

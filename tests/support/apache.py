@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.support.programs import program
 from tests.support.valkey import free_port
 
-START_S = 10.0
+START_S = 60.0
 _APACHE_MODULES = Path("/usr/lib/apache2/modules")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from tests.support import npm
 
 DRIVER = Path(__file__).with_name("centrifuge_driver.js")
-LIMIT_S = 15.0
+LIMIT_S = 30.0
 Said = dict[str, Any]
 
 

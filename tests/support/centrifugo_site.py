@@ -25,7 +25,7 @@ from tests.support.relay import ROOT
 from tests.support.valkey import Server
 
 SECRET = "very-long-secret-key"
-START_S = 30.0
+START_S = 60.0
 
 
 class Site:

@@ -46,4 +46,4 @@ class ProducerProcess:
         if process is None:
             return 0
         process.send_signal(how)
-        return process.wait(15)
+        return process.wait(30)

@@ -19,7 +19,7 @@ from relay.config.settings import RedisSettings
 from relay.stream.shards.shard import SLOTS, slot_of
 from tests.support.valkey import Flavour, Server, User, free_port, password_of
 
-START_S = 30.0
+START_S = 60.0
 
 
 class ClusterNode(Server):

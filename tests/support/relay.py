@@ -99,18 +99,18 @@ class RelayProcess:
                     ready.set()
         ready.set()
 
-    def stop(self, limit_s: float = 15) -> int:
+    def stop(self, limit_s: float = 30) -> int:
         """Send SIGTERM and return the exit code."""
         return self._end(signal.SIGTERM, limit_s)
 
-    def ended(self, limit_s: float = 15) -> int:
+    def ended(self, limit_s: float = 30) -> int:
         """Wait until a relay that was asked to stop has ended. Return its exit code."""
         process, self._process = self._process, None
         return 0 if process is None else process.wait(limit_s)
 
     def kill(self) -> None:
         """Send SIGKILL."""
-        self._end(signal.SIGKILL, 5)
+        self._end(signal.SIGKILL, 30)
 
     def send(self, number: signal.Signals) -> None:
         """Send another signal."""

@@ -47,7 +47,7 @@ async def site(
             dead=dead,
         )
         tasks = [group.create_task(one.run()), group.create_task(_check(one))]
-        await within(5, one.wait_open())
+        await within(30, one.wait_open())
         yield one
         for task in tasks:
             task.cancel()

@@ -49,8 +49,6 @@ class GuardedServer(Server):
             # The first replica changes the replication ID.
             wait_for(lambda: bool(admin.set("synced", "1") and admin.wait(1, 1000)))
             wait_for(lambda: bool(sentinel.execute_command("SENTINEL", "REPLICAS", "main")))
-            # No failover because the machine is busy.
-            sentinel.execute_command("SENTINEL SET", "main", "down-after-milliseconds", 60_000)
         return self
 
     @override

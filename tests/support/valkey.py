@@ -7,7 +7,9 @@ block: call them in a fixture or through `asyncio.to_thread`.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -31,7 +33,9 @@ User = Literal["relay", "producer", "maintenance", "admin"]
 # Environment variable with the program of another Redis server or Valkey.
 PROGRAM = "RELAY_TEST_SERVER"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "redis.md"
-START_S = 10
+START_S = 60
+# Below the ports that Linux gives to outgoing connections.
+_PORTS = range(12_000, 32_000)
 
 
 def acl_lines() -> list[str]:
@@ -51,12 +55,27 @@ def password_of(user: User) -> str:
     return "any"
 
 
+def reserve(port: int) -> None:
+    """Reserve a free TCP port for this test process, or raise OSError.
+
+    A server binds its port seconds later, and again after a restart. Meanwhile no other test
+    process may choose it. A UDP socket with the same number shows that the port is reserved; it
+    does not disturb a TCP server.
+    """
+    with socket.socket() as probe, socket.socket(type=socket.SOCK_DGRAM) as reservation:
+        probe.bind(("", port))
+        reservation.bind(("127.0.0.1", port))
+        # A detached socket stays open until the process ends.
+        reservation.detach()
+
+
 def free_port() -> int:
-    """Return a TCP port on which no program listens."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-    return port
+    """Return a TCP port on which no program listens, reserved for this test process."""
+    while True:
+        port = random.choice(_PORTS)
+        with contextlib.suppress(OSError):
+            reserve(port)
+            return port
 
 
 def binary(flavour: Flavour) -> str:
@@ -196,7 +215,11 @@ class Server:
 
 
 class SentinelServer(Server):
-    """A Sentinel that watches `primary` under the name `main` and fails over within seconds."""
+    """A Sentinel that watches `primary` under the name `main`.
+
+    It fails over within seconds after `expect_failover`. Before, it does so neither, because the
+    machine may be busy.
+    """
 
     def __init__(self, folder: Path, primary: Server, tls: Sequence[str] = ()) -> None:
         """`tls`: lines of the configuration. The Sentinel then uses TLS, as the servers do."""
@@ -211,7 +234,7 @@ class SentinelServer(Server):
             f"sentinel monitor main 127.0.0.1 {primary.port} 1",
             "sentinel auth-user main admin",
             "sentinel auth-pass main any",
-            "sentinel down-after-milliseconds main 300",
+            "sentinel down-after-milliseconds main 60000",
             "sentinel failover-timeout main 2000",
         ]
         path = folder / "sentinel.conf"
@@ -221,6 +244,11 @@ class SentinelServer(Server):
     def url(self, user: User = "relay", db: int = 0) -> str:
         """Return the value of [redis] url."""
         return f"{self.scheme}://{user}:{password_of(user)}@127.0.0.1:{self.port}/main/{db}"
+
+    def expect_failover(self) -> None:
+        """Fail over soon after the primary has stopped answering."""
+        with self.client() as admin:
+            admin.execute_command("SENTINEL SET", "main", "down-after-milliseconds", 300)
 
     def client(self, user: User = "admin") -> redis.Redis:
         """Return a blocking client of the Sentinel itself."""

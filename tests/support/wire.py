@@ -18,7 +18,7 @@ class Wire:
     """A blocking RESP3 connection. Pushes are passed on when read, as in PipelineConnection."""
 
     def __init__(self, port: int, on_push: Callable[[list[object]], None] | None = None) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=5)
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=30)
         self._reader = hiredis.Reader(notEnoughData=_MORE)
         self._on_push = on_push
         self.execute([("HELLO", 3, "AUTH", "admin", "any")])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from tests.support.clients import Native, SseClient, native, redis, until
 from tests.support.relay import RelayProcess
-from tests.support.valkey import Server, free_port
+from tests.support.valkey import Server, free_port, reserve
 
 
 @asynccontextmanager
@@ -44,7 +43,7 @@ def workers(relay: RelayProcess) -> dict[int, int]:
 
 async def connections_by_worker(door: Native, total: int, count: int = 2) -> list[float]:
     """Return the number of clients of each worker, once they are `total` together."""
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(30):
         while True:
             found = [
                 await door.metric(f'relay_worker_connections{{worker="{number}"}}')
@@ -64,8 +63,8 @@ def neighbours() -> int:
     """Return a free port whose successor is free too."""
     while True:
         port = free_port()
-        with contextlib.suppress(OSError), socket.socket() as beside:
-            beside.bind(("127.0.0.1", port + 1))
+        with contextlib.suppress(OSError):
+            reserve(port + 1)
             return port
 
 

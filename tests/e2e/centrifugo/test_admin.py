@@ -226,7 +226,7 @@ async def test_watch_shows_publications_of_all_workers(valkey: Server) -> None:
                     return False
                 return bool(json.loads(message.data)["method"] == "message")
 
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while not await shown():
                     pass
             await client.ask("publish", channel="unseen:x", data=1)

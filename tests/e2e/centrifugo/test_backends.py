@@ -226,7 +226,7 @@ def test_requests_as_gocent_sends_them(relay: RelayProcess) -> None:
         f"Content-Type: application/json\r\nX-Api-Sign: {sign(body)}\r\n"
         "Accept-Encoding: gzip\r\nConnection: close\r\n\r\n"
     )
-    with socket.create_connection(("127.0.0.1", relay.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", relay.port), timeout=30) as connection:
         connection.sendall(head.encode() + body)
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     headers, _, text = answer.partition(b"\r\n\r\n")

@@ -199,13 +199,13 @@ async def test_a_client_that_does_not_read_is_closed_as_slow(
         await stuck.ask("subscribe", channel=name)
         await _append_all(valkey, name)
         # Relay has closed the connection. The pending data ends with the close reason.
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(30):
             while await door.metric('relay_connections{protocol="centrifugo"}') != 0:
                 await asyncio.sleep(0.05)
 
 
 async def _talk(silent: Wire) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         while True:
             await silent.send('{"method":"ping"}')
             await asyncio.sleep(0.1)

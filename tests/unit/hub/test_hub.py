@@ -164,7 +164,7 @@ MANY = [Channel(f"many:{number}") for number in range(1000)]
 
 
 async def until(done: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not done():
             await asyncio.sleep(0)
 

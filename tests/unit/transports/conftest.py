@@ -28,7 +28,7 @@ def run(request: pytest.FixtureRequest) -> Run:
     def go(main: Awaitable[None]) -> None:
         async def limited() -> None:
             asyncio.get_running_loop().set_exception_handler(lambda _, what: reported.append(what))
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(30):
                 await main
 
         with asyncio.Runner(loop_factory=factory) as runner:

@@ -60,7 +60,7 @@ class Browser:
 
 async def test_asks_again_if_rights_change_during_a_request() -> None:
     pydio, browser = Pydio(), Browser()
-    async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
         accounts = Accounts(
             cast(PydioServer, pydio),
             PydioSettings(auth_cache_s=0),
@@ -91,7 +91,7 @@ async def test_an_account_is_kept_while_its_only_browser_reconnects(
     async with (
         standing_in() as pydio,
         aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as http,
-        asyncio.timeout(10),
+        asyncio.timeout(30),
         asyncio.TaskGroup() as tasks,
     ):
         pydio.login("ann", w_1="rw")

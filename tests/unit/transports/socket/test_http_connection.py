@@ -96,7 +96,7 @@ PING = b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n"
 async def closed(reader: asyncio.StreamReader) -> bytes:
     """Return the data received until the connection is closed or reset."""
     text = b""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         with suppress(ConnectionError):
             while part := await reader.read(65536):
                 text += part
@@ -601,10 +601,10 @@ def test_incomplete_messages_of_all_websockets_have_a_common_limit(run: Run) -> 
                     await asyncio.sleep(0.01)
                 # Their sum now exceeds the limit, so the largest message is rejected.
                 second.write(whole[500_000:620_000])
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(30):
                     assert (await large.read(4))[2:] == (1013).to_bytes(2, "big")
                 first.write(whole[400_000:])
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(30):
                     while not messages:
                         await asyncio.sleep(0.01)
                 assert messages == [700_000]
@@ -612,7 +612,7 @@ def test_incomplete_messages_of_all_websockets_have_a_common_limit(run: Run) -> 
                 first.write(whole[:100_000])
                 while not limits.bodies.held_bytes:
                     await asyncio.sleep(0.01)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while limits.bodies.held_bytes:
                     await asyncio.sleep(0.01)
         finally:

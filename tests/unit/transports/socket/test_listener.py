@@ -87,7 +87,7 @@ class Server:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def connect(self) -> socket.socket:
-        client = socket.create_connection(("127.0.0.1", self.port), timeout=5)
+        client = socket.create_connection(("127.0.0.1", self.port), timeout=30)
         client.sendall(GET)
         return client
 
@@ -220,7 +220,7 @@ def test_a_reconnect_storm_is_queued_by_the_kernel(run: Run) -> None:
             # The loop does not run while these connect, so the queue exceeds asyncio's batch size.
             with ExitStack() as stack:
                 for _ in range(300):
-                    stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=2))
+                    stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
 
     run(main())
 

@@ -103,7 +103,7 @@ def on_site(request: pytest.FixtureRequest) -> RunSite:
             loop.set_exception_handler(lambda _, what: reported.append(what))
             site = Site(mode, options)
             async with (
-                asyncio.timeout(15),
+                asyncio.timeout(30),
                 site.workers[0].serving(site.doors[0].routes) as one,
                 site.workers[1].serving(site.doors[1].routes) as two,
                 # Otherwise passed connections would stay with the session's worker.
