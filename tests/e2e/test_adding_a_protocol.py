@@ -49,7 +49,7 @@ def polled(valkey: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """Run a relay that serves the protocol of the document."""
     root = tmp_path_factory.mktemp("tree")
     make_tree(root)
-    process = RelayProcess(valkey, settings=["protocol:poll.wait_s=5"], root=root).start()
+    process = RelayProcess(valkey, settings=["protocol:poll.wait_s=60"], root=root).start()
     yield process
     process.kill()
 
@@ -83,7 +83,7 @@ def test_events_arrive_in_order_at_once_and_later(polled: RelayProcess) -> None:
         while connections(polled) == 0:
             time.sleep(0.02)
         entry_id = polled.xadd("news", data="text")
-        assert waiting.result(10)["events"] == [{"id": entry_id, "data": "text"}]
+        assert waiting.result(30)["events"] == [{"id": entry_id, "data": "text"}]
 
 
 def test_a_trimmed_stream_is_reported(polled: RelayProcess) -> None:
@@ -120,7 +120,7 @@ def test_a_stop_ends_a_waiting_request(polled: RelayProcess) -> None:
         while connections(polled) == 0:
             time.sleep(0.02)
         polled.send(signal.SIGTERM)
-        assert waiting.result(10)["events"] == []
+        assert waiting.result(30)["events"] == []
         assert polled.ended() == 0
     polled.start()
 

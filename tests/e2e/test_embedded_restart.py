@@ -13,7 +13,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import RedisError
 
-from tests.support.clients import SseClient, native, until
+from tests.support.clients import Refused, SseClient, native, until
 from tests.support.relay import KEY, ROOT, RelayProcess
 from tests.support.valkey import free_port
 
@@ -68,7 +68,14 @@ async def test_a_clean_restart_is_not_reported_and_a_crash_is(tmp_path: Path, wo
     site = Site(tmp_path, workers)
 
     async def resumed(last: str | None) -> SseClient:
-        return await door.sse("news", header=last)
+        """Reconnect like a browser until relay is connected to Redis."""
+        async with asyncio.timeout(60):
+            while True:
+                with contextlib.suppress(Refused):
+                    client = await door.sse("news", header=last)
+                    if not client.opened.comment:
+                        return client
+                await asyncio.sleep(0.05)
 
     await site.run()
     try:

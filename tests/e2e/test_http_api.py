@@ -336,6 +336,8 @@ async def test_redis_away_is_an_error_and_never_a_success(tmp_path: Any) -> None
     server = Server(tmp_path)
     server.start()
     settings = [f"protocol:centrifugo.secret={SECRET}", "publish.timeout_s=0.5"]
+    # Only the time limit of a publication can end the wait.
+    settings.append("redis.command_timeout_s=300")
     process = RelayProcess(server, settings=settings)
     try:
         await asyncio.to_thread(process.start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import aiohttp
@@ -280,12 +281,14 @@ async def test_too_many_connections_of_one_user(strict: RelayProcess, channel: s
 async def test_commands_too_fast_close_with_4429(strict: RelayProcess, channel: str) -> None:
     async with native(strict, user=channel) as door:
         client = await door.ws()
-        for _ in range(60):
-            await client.send(cmd="ping")
+        # More than relay accepts in the time in which a busy machine sends them.
+        with suppress(ConnectionError):
+            for _ in range(2000):
+                await client.send(cmd="ping")
         said, code = await client.closed()
         assert code == 4429
         assert said[-1]["error"]["code"] == "limit_exceeded"
-        assert 20 <= len([each for each in said if "reply" in each]) < 60
+        assert 20 <= len([each for each in said if "reply" in each]) < 2000
 
 
 async def test_who_does_not_answer_pings_is_closed_with_4408(
