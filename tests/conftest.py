@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -53,6 +54,15 @@ def _one_slot_per_command(request: pytest.FixtureRequest) -> Iterator[None]:
     for server in servers:
         if isinstance(server, SeveralServers):
             server.check_slots()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Do without the summary of Hypothesis' plugin if no test has used Hypothesis.
+
+    The summary imports Hypothesis, which takes longer than many pytest runs.
+    """
+    if "hypothesis" not in sys.modules:
+        session.config.pluginmanager.unregister(name="hypothesispytest")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -16,6 +16,7 @@ import pytest
 
 from relay.cli.commands import main
 from tests.support.centrifugo_site import SECRET, V1, eventually, fetch, publish, redis_flags, site
+from tests.support.cli import run_here
 from tests.support.valkey import Server, free_port
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(120)]
@@ -230,13 +231,14 @@ def test_tls_with_centrifugos_options(valkey: Server, folder: Path) -> None:
     ],
 )
 def test_an_unsupported_option_stops_the_start_with_one_line(
-    folder: Path, text: str, flags: list[str], line: str
+    folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, flags: list[str], line: str
 ) -> None:
     (folder / "config.json").write_text(text)
-    with site(folder, "centrifugo", *flags, ready=False) as running:
-        assert running.ended() == 1
-    assert len(running.lines) == 1, running.lines
-    assert line in running.lines[0]
+    monkeypatch.chdir(folder)
+    done = run_here(["centrifugo", *flags], {})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert line in done.stderr
 
 
 def test_a_busy_port_and_an_unknown_flag(valkey: Server, folder: Path) -> None:
@@ -328,11 +330,12 @@ def test_formats_of_the_file(
     assert main(["genconfig", "-c", name]) == 1
 
 
-def test_the_tools(tmp_path: Path) -> None:
+def test_the_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
     def tool(*words: str) -> tuple[int, list[str]]:
-        with site(tmp_path, *words, ready=False) as running:
-            code = running.ended()
-        return code, running.lines
+        done = run_here(words, {})
+        return done.returncode, (done.stdout + done.stderr).splitlines()
 
     code, lines = tool("centrifugo", "help")
     assert code == 0

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from tests.support.cli import run_here
 from tests.support.relay import ROOT
 from tests.support.valkey import Server, free_port
 
@@ -24,8 +25,7 @@ WANTED = [
 
 def checked(*settings: str) -> subprocess.CompletedProcess[str]:
     options = [word for setting in settings for word in ("--set", setting)]
-    command = [sys.executable, "-m", "relay", "checkconfig", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run_here(["checkconfig", *options], {})
 
 
 @pytest.mark.parametrize(("protocol", "setting", "missing"), WANTED)

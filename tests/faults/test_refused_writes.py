@@ -19,7 +19,7 @@ pytestmark = pytest.mark.redis
 LIMIT_S = 30.0
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(scope="module", params=[1, 2])
 def relay(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[RelayProcess]:
@@ -78,19 +78,20 @@ async def test_while_writes_are_refused_events_are_delivered(
     end: Callable[[Redis], None],
 ) -> None:
     redis = admin(relay)
-    follower = await door.sse("news")
-    relay.xadd("news", data="1")
+    news, unused = f"{begin.__name__}:news", f"{begin.__name__}:unused"
+    follower = await door.sse(news)
+    relay.xadd(news, data="1")
     assert [block.json() for block in await follower.take(1)] == [1]
     begin(redis)
     await until(relay, lambda status, text: status == 200 and "refuses writes" in text)
     # New clients receive earlier entries, also of streams that do not exist.
-    resumed = await door.sse("news", header=follower.opened.id)
+    resumed = await door.sse(news, header=follower.opened.id)
     assert [block.json() for block in await resumed.take(1)] == [1]
-    idle = await door.sse("never-used")
+    idle = await door.sse(unused)
     end(redis)
     await until(relay, lambda status, text: status == 200 and "refuses" not in text)
-    relay.xadd("news", data="2")
-    relay.xadd("never-used", data="3")
+    relay.xadd(news, data="2")
+    relay.xadd(unused, data="3")
     for client in (follower, resumed):
         assert [block.json() for block in await client.take(1)] == [2]
     blocks = await idle.take(1)

@@ -25,7 +25,7 @@ from tests.support.workers import workers
 
 pytestmark = [pytest.mark.redis, pytest.mark.slow, pytest.mark.timeout(120)]
 NEW, OLD = "socket.io-client", "socket.io-client-2"
-EVENTS, CUTS = 2000, 20
+EVENTS, CUTS = 1200, 12
 
 
 async def start(server: Server, *settings: str, count: int = 2) -> RelayProcess:

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from unittest.mock import patch
@@ -32,6 +32,35 @@ def _environment(server: Server, user: User) -> dict[str, str]:
     return environment
 
 
+def run_here(
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    stdin: bytes = b"",
+    encoding: str = "utf-8",
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process. One command runs at a time.
+
+    Starting a process would take longer than most commands.
+    """
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        patch.dict(os.environ, environment),
+        patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin))),
+    ):
+        try:
+            code = main(words)
+        except SystemExit as left:  # argparse
+            code = int(left.code or 0)
+    texts = []
+    for stream in (out, err):
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode(encoding))
+    return subprocess.CompletedProcess(words, code, *texts)
+
+
 class Cli:
     """Runs commands on one Redis server."""
 
@@ -41,29 +70,11 @@ class Cli:
         self._user: User = user
 
     async def run(self, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
-        """Run a command to its end in this process. One command runs at a time.
-
-        Starting a process would take longer than most commands.
-        """
-        return await asyncio.to_thread(self._run, words, stdin)
-
-    def _run(self, words: Sequence[str], stdin: bytes) -> subprocess.CompletedProcess[str]:
-        out, err = (io.TextIOWrapper(io.BytesIO(), self._encoding) for _ in range(2))
-        with (
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            patch.dict(os.environ, _environment(self._server, self._user)),
-            patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin))),
-        ):
-            try:
-                code = main(words)
-            except SystemExit as left:  # argparse
-                code = int(left.code or 0)
-        texts = []
-        for stream in (out, err):
-            stream.flush()
-            texts.append(stream.buffer.getvalue().decode(self._encoding))
-        return subprocess.CompletedProcess(words, code, *texts)
+        """Run a command to its end in this process."""
+        environment = _environment(self._server, self._user)
+        return await asyncio.to_thread(
+            run_here, words, environment, stdin=stdin, encoding=self._encoding
+        )
 
     async def process(self, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
         """Run a command in its own process."""

@@ -23,7 +23,7 @@ from tests.support.valkey import Server
 from tests.support.workers import workers
 
 # Seconds during which clients are cut. Set RELAY_CUT_S=60 for a full minute.
-CUT_S = float(os.environ.get("RELAY_CUT_S", "8"))
+CUT_S = float(os.environ.get("RELAY_CUT_S", "4"))
 pytestmark = [pytest.mark.redis, pytest.mark.slow, pytest.mark.timeout(120 + int(CUT_S) * 2)]
 SECRET = "a secret of the application"
 CLIENTS = 100
@@ -214,10 +214,9 @@ async def test_cut_clients_lose_nothing(
         assert cutter.cuts > CUT_S * 5
 
 
-@pytest.mark.parametrize("package", ["centrifuge", "centrifuge-1.4.9"])
 @pytest.mark.parametrize("transport", ["eventsource", "xhr-streaming", "xhr-polling"])
 async def test_clients_of_killed_workers_lose_nothing(
-    relay: RelayProcess, valkey: Server, transport: str, package: str, channels: list[str]
+    relay: RelayProcess, valkey: Server, transport: str, channels: list[str]
 ) -> None:
     """Responses reach their size limit frequently, many of them passed on by another worker."""
     # Each response is full after two thirds of a second. With more or longer messages the clients
@@ -231,7 +230,7 @@ async def test_clients_of_killed_workers_lose_nothing(
                     f"{relay.url}/connection",
                     f"u{number}",
                     transports=[transport],
-                    package=package,
+                    package=("centrifuge", "centrifuge-1.4.9")[number % 2],
                     # A sockjs-client in Node does not detect an incomplete response.
                     options={"retry": 100, "pingInterval": 3000},
                 ),

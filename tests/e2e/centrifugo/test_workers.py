@@ -15,7 +15,7 @@ SECRET = "a secret of the application"
 CLIENTS = 12
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def relay(valkey: Server) -> Iterator[RelayProcess]:
     settings = ["publish=true", "presence=true", "user_connection_limit=3", f"secret={SECRET}"]
     process = RelayProcess(
@@ -31,21 +31,21 @@ def relay(valkey: Server) -> Iterator[RelayProcess]:
 async def test_polling_over_four_workers(relay: RelayProcess, transport: str) -> None:
     async with running_node(SECRET) as node:
         clients = [
-            node.client(f"{relay.url}/connection", f"u{number}", transports=[transport])
+            node.client(f"{relay.url}/connection", f"{transport}{number}", transports=[transport])
             for number in range(CLIENTS)
         ]
         for each in clients:
-            each.tell("subscribe", channel="room")
+            each.tell("subscribe", channel=transport)
             each.tell("connect")
         for each in clients:
             await each.next("subscribe")
         for number, each in enumerate(clients):
-            assert (await each.ask("publish", "room", data=number))["status"] is True
+            assert (await each.ask("publish", transport, data=number))["status"] is True
         for each in clients:
             heard = [(await each.next("message"))["data"] for _ in clients]
             assert heard == list(range(CLIENTS))
-        there = (await clients[0].ask("presence", "room"))["data"].values()
-        assert {each["user"] for each in there} == {f"u{number}" for number in range(CLIENTS)}
+        there = (await clients[0].ask("presence", transport))["data"].values()
+        assert {each["user"] for each in there} == {f"{transport}{n}" for n in range(CLIENTS)}
         assert not [said for each in clients for said in each.said if said["on"] == "disconnect"]
 
 
