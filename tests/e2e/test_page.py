@@ -206,9 +206,13 @@ def test_a_revocation_is_shown(page: Page, valkey: Server) -> None:
 
 def test_an_expired_token_is_shown(page: Page) -> None:
     """The page does not retry."""
-    page.visit("p:expired", token=page.relay.token("bob", ["p:expired"], ttl_s=4))
-    page.until_state("expired")
-    assert "p:expired" in page.text("#notices")
+    # A busy machine may connect only after the token has expired. Then the channel is not named.
+    for ttl_s in (3, 10, 25):
+        page.visit("p:expired", token=page.relay.token("bob", ["p:expired"], ttl_s=ttl_s))
+        page.until_state("expired")
+        if "p:expired" in page.text("#notices"):
+            return
+    pytest.fail(page.text("body"))
 
 
 def test_the_policy_is_at_work(page: Page) -> None:

@@ -26,7 +26,7 @@ from tests.support.socketio import axr_token, connect_options, npm_clients
 from tests.support.valkey import Server
 from tests.support.workers import running, said, workers
 
-pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.redis, pytest.mark.timeout(120)]
 # With this number, some requests reach the wrong worker except once in a million runs.
 CLIENTS = 20
 _NOTIFICATION_BYTES = 4096
