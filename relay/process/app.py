@@ -250,11 +250,12 @@ class Relay:
             self._starting = None
             with parts.collections:
                 await self._stop.wait()
-                if self._is_handed_over:
+                if self._is_handed_over and self._worker is None:
                     await asyncio.wait({upgrading})
                 else:
                     # A relay that is being started must not take over.
                     await end_all({upgrading})
+                if not self._is_handed_over:
                     if self._worker is None:
                         notify(STOPPING=1)
                     _log.info("Received a stop signal; stopping")
