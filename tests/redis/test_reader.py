@@ -18,6 +18,7 @@ from relay.hub.hub import Hub
 from relay.stream.connection.connect import command, transaction
 from relay.stream.format import entry
 from relay.stream.format.keys import Keys
+from relay.stream.read.groups import MARKER_GROUP
 from relay.stream.read.reader import StreamReader
 from relay.stream.shards.clients import ShardClients
 from relay.stream.upkeep.unused import UnusedStreams
@@ -145,3 +146,29 @@ async def test_clients_that_return_one_after_another_share_the_reads(
     # Each time one examination, which also reads the clients' own entry, and one page.
     assert states < 2 * moments + 10, f"{states} reads in {moments:.0f} moments"
     assert ranges < 2 * moments + 10, f"{ranges} reads in {moments:.0f} moments"
+
+
+async def test_certificates_are_stored_after_a_script_flush(
+    clients: ShardClients, admin: Redis, keys: Keys
+) -> None:
+    worker, key = Reading(clients, keys), keys.stream(NEWS)
+
+    async def marker() -> bytes:
+        groups = await command(admin, "XINFO", "GROUPS", key)
+        found: bytes
+        (found,) = [each[b"last-delivered-id"] for each in groups if each[b"name"] == MARKER_GROUP]
+        return found
+
+    async with running(worker):
+        await append(admin, keys, "0")
+        worker.join(None)
+        feed = worker.hub.feed(NEWS)
+        assert feed is not None
+        await until(lambda: feed.live_count)
+        await command(admin, "SCRIPT FLUSH")
+        # A marker of another server, as after a failover.
+        await command(admin, "XGROUP", "SETID", key, MARKER_GROUP, "7-1")
+        worker.join(None)
+        async with asyncio.timeout(15):
+            while await marker() == b"7-1":
+                await asyncio.sleep(0.01)

@@ -27,10 +27,12 @@ from relay.core.errors import NotDurable, RedisUnavailable, StartError
 from relay.core.model import Channel, EntryID
 from relay.stream.connection.connect import command
 from relay.stream.connection.pipeline_connection import PipelineConnection, connected
+from relay.stream.connection.scripts import Script
 from relay.stream.format.keys import Keys
 from relay.stream.read.groups import create_marker
 from relay.stream.shards.clients import ShardClients, shard_clients
 from relay.stream.shards.cluster_map import ClusterMap
+from relay.stream.shards.links import ShardLinks
 from relay.stream.shards.making import keys_of
 from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.shards.server_list import check_list
@@ -364,3 +366,31 @@ async def test_clients_of_several_servers(server: Server, valkey: Server) -> Non
             await command(client, "DEL", *here)
     assert sum(sizes) == 20
     assert 0 not in sizes
+
+
+async def test_scripts_are_loaded_again_after_a_flush(server: Server, valkey: Server) -> None:
+    settings = RedisSettings(url=f"{server.url('admin')}, {valkey.url('admin')}")
+    script = Script("return {KEYS[1], ARGV[1]}")
+    async with shard_clients(settings) as clients, asyncio.TaskGroup() as tasks:
+        links = ShardLinks(clients.shards, settings)
+        running_links = tasks.create_task(links.run())
+        await links.wait_open()
+        keys = [b"%d" % number for number in range(20)]
+        calls = [(script, [key], [b"x"]) for key in keys]
+        assert {clients.shards.shard_of(key) for key in keys} == {*clients.shards.shards}
+        for _ in range(2):
+            assert await links.evaluate(calls) == [[key, b"x"] for key in keys]
+            (shard, _), *_ = await clients.each()
+            assert await links.evaluate(calls[:1], shard) == [[keys[0], b"x"]]
+            for _, client in await clients.each():
+                await command(client, "SCRIPT", "FLUSH")
+        for _, client in await clients.each():
+            await command(client, "ACL", "SETUSER", "admin", "-script|load")
+        try:
+            found = await links.evaluate(calls)
+            assert {str(each).partition(" ")[0] for each in found} == {"NOPERM"}
+            assert "script|load" in str(found[0])
+        finally:
+            for _, client in await clients.each():
+                await command(client, "ACL", "SETUSER", "admin", "+script|load")
+        running_links.cancel()

@@ -37,3 +37,8 @@ async def load(connection: PipelineConnection, *scripts: Script) -> None:
             raise CommandRefused("SCRIPT", str(reply))
         if reply != script.sha.encode():
             raise CommandRefused("SCRIPT LOAD", "the server returned a different SHA-1")
+
+
+def is_missing(reply: object) -> bool:
+    """Return True if the server does not have the script: SCRIPT FLUSH was called, or it is new."""
+    return isinstance(reply, ReplyError) and str(reply).startswith("NOSCRIPT")

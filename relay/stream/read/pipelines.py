@@ -16,8 +16,9 @@ from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import ReplyError
 from relay.stream.connection.primary import Replication
 from relay.stream.connection.refusals import Effect, rule_of
+from relay.stream.connection.scripts import is_missing
 from relay.stream.read import stream_commands
-from relay.stream.read.groups import certify_commands, group_of
+from relay.stream.read.groups import CERTIFY, certify_commands, group_of
 from relay.stream.read.read_mode import ReadMode
 from relay.stream.shards.shard import is_misplaced
 
@@ -49,6 +50,7 @@ _LIVE_BYTES, _PAGES_BYTES = 64 << 20, 32 << 20
 # A read that keeps the group reads one entry again, unless entries are larger than this.
 _REREAD_BYTES = 16 << 10
 _MAX_COUNT = 1000
+_LOAD: RedisCommand = ("SCRIPT", "LOAD", CERTIFY.text)
 
 
 class LivePipelines:
@@ -267,8 +269,9 @@ class LivePipelines:
         commands = control.commands() if control else []
         sent.control_end = len(commands)
         if self._certify:
-            commands += self._certify
-            self._certify = []
+            sent.certify = slice(len(commands), len(commands) + len(self._certify))
+            sent.certified, self._certify = self._certify, []
+            commands += sent.certified
         if self._groups_due:
             self._move_groups(sent, commands)
         if self._urgent or self._examine:
@@ -344,6 +347,11 @@ class LivePipelines:
             return
         if sent.control and sent.control.on_replies(replies[: sent.control_end]):
             self._control_changed = True
+        if sent.certified and sent.certified[0] != _LOAD:
+            again = zip(sent.certified, replies[sent.certify], strict=True)
+            if missing := [command for command, reply in again if is_missing(reply)]:
+                # SCRIPT FLUSH was called. Load the script and repeat once.
+                self._certify += [_LOAD, *missing]
         info = None if sent.replication is None else replies[sent.replication]
         if isinstance(info, bytes):
             self._primary.observe(Replication.parse(info))
@@ -602,7 +610,10 @@ class _Form(NamedTuple):
 class _SentPipeline:
     """The contents of a pipeline, with the position of each part in the replies."""
 
-    __slots__ = ("control", "control_end", "examined", "moved", "read", "replication")
+    __slots__ = (
+        *("certified", "certify", "control", "control_end"),
+        *("examined", "moved", "read", "replication"),
+    )
 
     def __init__(self, control: ControlReader | None) -> None:
         self.control = control
@@ -611,6 +622,8 @@ class _SentPipeline:
         self.examined: list[tuple[Followed, ExamineRequest, bool, int, int]] = []
         self.read: list[tuple[Followed, int, _Form, int, int]] = []
         self.moved: list[tuple[Followed, int]] = []
+        self.certified: list[RedisCommand] = []
+        self.certify = slice(0)
 
 
 def _most_entries(settings: StreamSettings, most_bytes: int) -> int:

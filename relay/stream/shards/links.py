@@ -16,6 +16,7 @@ from relay.core.errors import RedisUnavailable, RelayError, Unavailable
 from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import ReplyError, unawaited
 from relay.stream.connection.reconnecting import ReconnectingConnection
+from relay.stream.connection.scripts import is_missing
 from relay.stream.shards.shard import is_misplaced
 
 if TYPE_CHECKING:
@@ -165,7 +166,9 @@ class ShardLinks:
         """
         if self._only is not None:
             return self._only
-        shard = self.shards.shard_of(key)
+        return self._link_to(self.shards.shard_of(key))
+
+    def _link_to(self, shard: Shard) -> ReconnectingConnection:
         link = self._links.get(shard)
         if link is None:
             raise RedisUnavailable(f"there is no connection to {shard.name} yet")
@@ -232,16 +235,30 @@ class ShardLinks:
             ("EVALSHA", script.sha, len(keys), *keys, *words) for script, keys, words in calls
         ]
         replies = await self.execute_at(commands, shard)
-        missing = [index for index, reply in enumerate(replies) if _is_missing_script(reply)]
+        missing = [index for index, reply in enumerate(replies) if is_missing(reply)]
         if missing:
-            for index in missing:
-                script, keys, _ = calls[index]
-                link = self.link_of(keys[0]) if shard is None else self._links[shard]
-                await link.execute([("SCRIPT", "LOAD", script.text)])
+            refused = await self._load([calls[index][:2] for index in missing], shard)
             again = await self.execute_at([commands[index] for index in missing], shard)
             for index, reply in zip(missing, again, strict=True):
-                replies[index] = reply
+                # Without the right to load scripts, Redis still replies NOSCRIPT.
+                replies[index] = refused if refused and is_missing(reply) else reply
         return replies
+
+    async def _load(
+        self, calls: Sequence[tuple[Script, Sequence[bytes]]], shard: Shard | None
+    ) -> ReplyError | None:
+        """Load each script once on each server that needs it. Return the error of one, if any."""
+        wanted = {
+            (self.link_of(keys[0]) if shard is None else self._link_to(shard), script)
+            for script, keys in calls
+        }
+        loading = [
+            (link, part, link.execute(part))
+            for link, script in wanted
+            for part in [[("SCRIPT", "LOAD", script.text)]]
+        ]
+        replies = await _replies(loading, may_repeat=False)
+        return next((each for (each,) in replies if isinstance(each, ReplyError)), None)
 
     async def execute_at(
         self, commands: Sequence[RedisCommand], shard: Shard | None
@@ -249,9 +266,7 @@ class ShardLinks:
         """Call `execute`. If `shard` is given, send the commands there, whatever their keys are."""
         if shard is None:
             return await self.execute(commands)
-        if (link := self._links.get(shard)) is None:
-            raise RedisUnavailable(f"there is no connection to {shard.name} yet")
-        return await link.execute(commands)
+        return await self._link_to(shard).execute(commands)
 
     async def call(self, *command: bytes | str | int) -> object:
         """Send one command and return its reply. Errors as of `call_all`."""
@@ -368,10 +383,6 @@ class ShardLinks:
     async def _look_again(self) -> None:
         await self.shards.refresh()
         await self._match()
-
-
-def _is_missing_script(reply: object) -> bool:
-    return isinstance(reply, ReplyError) and str(reply).startswith("NOSCRIPT")
 
 
 async def _replies(

@@ -23,7 +23,7 @@ from relay.core.errors import (
 from relay.core.model import RESERVED_NAMESPACES, Channel, EntryID, namespace_of
 from relay.stream.connection.connect import refusal
 from relay.stream.connection.pipeline_connection import ReplyError
-from relay.stream.connection.scripts import Script
+from relay.stream.connection.scripts import Script, is_missing
 from relay.stream.write.confirmations import (
     Confirmations,
     confirming,
@@ -262,7 +262,7 @@ async def send(
             commands[0] = rest[0].with_script_text()
         replies, confirmed = await _execute(connection, commands, rest, wait_ms)
         for append, reply in zip(rest, replies, strict=True):
-            if script_known and is_missing_script(reply):
+            if script_known and is_missing(reply):
                 # The script was removed by SCRIPT FLUSH or evicted by Redis 7.4. Repeat from here
                 # on. Later entries may have been appended already; their uids prevent duplicates.
                 break
@@ -317,11 +317,6 @@ def confirming_commands(appends: Sequence[Append], most_ms: int) -> list[RedisCo
     marks = {each.mark for each in waiting if each.script is not None}
     writes: list[RedisCommand] = [("SET", mark, b"", "PX", _MARK_MS) for mark in marks]
     return [*writes, *confirming({each.durability for each in waiting}, most_ms)]
-
-
-def is_missing_script(reply: object) -> bool:
-    """Return True if the server does not have the script."""
-    return isinstance(reply, ReplyError) and str(reply).startswith("NOSCRIPT")
 
 
 def _words(rules: NamespaceSettings, fields: Sequence[bytes]) -> list[bytes | str | int]:

@@ -37,7 +37,6 @@ from relay.stream.write.append import (
     Append,
     AppendCommands,
     confirming_commands,
-    is_missing_script,
     parse_reply,
 )
 from relay.stream.write.confirmations import parse_confirmations, unconfirmable
@@ -638,7 +637,7 @@ class _Lane:
                     self._on_overtaken(pending.append.stream)
                 if self._refusals.has(area):
                     self._refusals.accepted(area)
-            elif is_missing_script(reply):
+            elif scripts.is_missing(reply):
                 # SCRIPT FLUSH was called. The scripts are loaded again before the next batch.
                 self._scripts_missing = True
                 self._on_missing_script(pending)

@@ -24,7 +24,7 @@ from relay.core.errors import RedisUnavailable
 from relay.core.slices import in_slices
 from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import ReplyError
-from relay.stream.connection.scripts import Script, load
+from relay.stream.connection.scripts import Script, is_missing, load
 from relay.stream.write.append import APPEND_FUNCTION
 from relay.stream.write.confirmations import Confirmations, confirming, parse_confirmations
 from relay.stream.write.control import at_field
@@ -218,7 +218,7 @@ class CommandQueues:
 
 def _checked(name: str, reply: object) -> object:
     if isinstance(reply, ReplyError):
-        if str(reply).startswith("NOSCRIPT"):
+        if is_missing(reply):
             # SCRIPT FLUSH was called. The next connection loads the scripts again.
             raise RedisUnavailable("the scripts were removed from Redis")
         raise CommandRefused(name, str(reply))
