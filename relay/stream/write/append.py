@@ -11,9 +11,9 @@ programs that append on a connection of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
-from relay.core.durability import Durability
+from relay.core.durability import FAST, Durability
 from relay.core.errors import (
     DurabilityUnavailable,
     LimitExceeded,
@@ -94,7 +94,7 @@ end
 
 
 class Append(NamedTuple):
-    """One append: its command, the script if it has one, and its durability.
+    """One append: its command, the script if it has one, its durability, and keys.
 
     An append with a script may be repeated after its reply was lost.
 
@@ -108,16 +108,8 @@ class Append(NamedTuple):
     script: Script | None
     durability: Durability
     mark: bytes
-
-    @property
-    def stream(self) -> bytes:
-        """The key of the stream."""
-        return cast(bytes, self.command[1 if self.script is None else 3])
-
-    @property
-    def uid_key(self) -> bytes | None:
-        """The key of the uid, or None without one."""
-        return cast(bytes, self.command[4]) if self.script is APPEND_ONCE else None
+    stream: bytes
+    uid_key: bytes | None = None
 
     def behind(self, uid_key: bytes | None) -> RedisCommand:
         """Return the command in a form that Redis rejects if it rejects the append before this one.
@@ -185,7 +177,10 @@ class AppendCommands:
         rules = self._namespace_of(channel)
         words = _words(rules, fields)
         stream = self._keys.stream(channel)
-        confirmed = self._confirmed(channel, durability or Durability.parse(rules.durability))
+        if durability is None:
+            durability = Durability.parse(rules.durability)
+        mark = b"" if durability is FAST else self._keys.uid(channel, "")
+        confirmed = durability, mark, stream
         if unless_latest is not None:
             values = dict(zip(fields[::2], fields[1::2], strict=True))
             same = values.get(b"type", b""), unless_latest, values[unless_latest]
@@ -193,7 +188,7 @@ class AppendCommands:
             return Append(command, APPEND_CHANGED, *confirmed)
         if uid and (uid_key := self.uid_key(channel, uid)) is not None:
             once = ("EVALSHA", APPEND_ONCE.sha, 2, stream, uid_key, self._window_ms, *words)
-            return Append(once, APPEND_ONCE, *confirmed)
+            return Append(once, APPEND_ONCE, *confirmed, uid_key)
         return Append(("XADD", stream, *words), None, *confirmed)
 
     def build_once(self, channel: Channel, fields: Sequence[bytes], mark: bytes) -> Append:
@@ -201,11 +196,8 @@ class AppendCommands:
         rules = self._namespace_of(channel)
         stream, words = self._keys.stream(channel), _words(rules, fields)
         once = ("EVALSHA", APPEND_ONCE.sha, 2, stream, mark, self._window_ms, *words)
-        confirmed = self._confirmed(channel, Durability.parse(rules.durability))
-        return Append(once, APPEND_ONCE, *confirmed)
-
-    def _confirmed(self, channel: Channel, wanted: Durability) -> tuple[Durability, bytes]:
-        return wanted, self._keys.uid(channel, "") if wanted.waits else b""
+        wanted = Durability.parse(rules.durability)
+        return Append(once, APPEND_ONCE, wanted, self._keys.uid(channel, ""), stream, mark)
 
     def uid_key(self, channel: Channel, uid: str) -> bytes | None:
         """Return the key of the uid, or None if the channel may have entries with equal uids.

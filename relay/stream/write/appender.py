@@ -256,9 +256,10 @@ class _Lanes:
         def moved(pending: _PendingAppend) -> None:
             on_moved(pending, self)
 
-        self._fast = _Lane(shard, redis, refusals, moved)
+        self._fast = _Lane(shard, redis, refusals, moved, confirms=False)
         self._slow = {
-            level: _Lane(shard, redis, refusals, moved) for level in ("replicated", "fsynced")
+            level: _Lane(shard, redis, refusals, moved, confirms=True)
+            for level in ("replicated", "fsynced")
         }
         # Channels with pending appends in a slow lane: the lane and their number.
         self._pending: dict[Channel, tuple[_Lane, int]] = {}
@@ -298,8 +299,10 @@ class _Lanes:
 
     def add(self, pending: _PendingAppend) -> None:
         """Add an append. Raise Unavailable if too many are waiting."""
-        channel, append, usual = pending.channel, pending.append, pending.usual
-        level = append.durability.level if append.durability.waits else usual.level
+        channel, usual = pending.channel, pending.usual
+        level = pending.append.durability.level
+        if level == FAST.level:
+            level = usual.level
         if level == FAST.level and channel not in self._pending:
             self._fast.add(pending)
             return
@@ -342,7 +345,11 @@ class _Lane:
         redis: RedisSettings,
         refusals: Refusals,
         on_moved: Callable[[_PendingAppend], None],
+        *,
+        confirms: bool,
     ) -> None:
+        """`confirms`: some appends wait for confirmations."""
+        self._confirms = confirms
         self._shard = shard
         self._on_moved = on_moved
         self._redis = redis
@@ -417,7 +424,7 @@ class _Lane:
         """Add an append to the next pipeline. Raise Unavailable if too many are waiting."""
         if self._stopped:
             raise Unavailable(_STOPPING)
-        if len(self) >= _MAX_WAITING:
+        if len(self._again) + len(self._waiting) + self._in_flight >= _MAX_WAITING:
             raise Unavailable(_TOO_MANY)
         self.put(pending)
 
@@ -512,8 +519,8 @@ class _Lane:
         ):
             await self._load_scripts(connection)
         problems: dict[str, str] = {}
-        while levels := (
-            {pending.append.durability.level for pending in self._unsent()[:_BATCH]}
+        while self._confirms and (
+            levels := {pending.append.durability.level for pending in self._unsent()[:_BATCH]}
             - self._confirmable
             - problems.keys()
         ):
@@ -541,7 +548,7 @@ class _Lane:
     def _send(self, connection: PipelineConnection, batch: list[_PendingAppend]) -> None:
         appends = [pending.append for pending in batch]
         commands = self._in_order(appends)
-        waits = confirming_commands(appends, self._wait_ms)
+        waits = confirming_commands(appends, self._wait_ms) if self._confirms else []
         self._in_flight += len(batch)
         future = cast("asyncio.Future[list[object]]", connection.execute([*commands, *waits]))
         self._sent = future
@@ -568,10 +575,12 @@ class _Lane:
         commands: list[RedisCommand] = []
         unanswered = self._unanswered
         for append in appends:
-            stream, uid_key = append.stream, append.uid_key
-            if (before := unanswered.get(stream)) is None and append.script is None:
+            stream = append.stream
+            before = unanswered.get(stream) if unanswered else None
+            if before is None and append.script is None:
                 commands.append(append.command)
                 continue
+            uid_key = append.uid_key
             if uid_key is None and before is not None:
                 uid_key = before[1]
                 commands.append(append.behind(uid_key))
