@@ -19,7 +19,7 @@ from tests.support.valkey import Server, free_port
 from tests.support.workers import workers
 
 # PHP starts slowly on a machine that runs other tests too.
-pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.redis, pytest.mark.timeout(120)]
 ACCEPTED = "HTTP/1.1 101 Switching Protocols"
 STOPPING = "this worker is stopping\n"
 
@@ -100,8 +100,6 @@ async def test_php_is_served_until_the_relay_has_ended(
             await page.register(name)
             # The stream is created when a worker follows it for the browser.
             await until(lambda: redis(valkey, "EXISTS", stream_key(f"pydio:{name}")))
-            relay.send(signal.SIGTERM)
-            await until(lambda: any("stopping" in line for line in relay.log))
             sent: list[str] = []
 
             async def keep_publishing() -> str:
@@ -120,14 +118,19 @@ async def test_php_is_served_until_the_relay_has_ended(
             seen = []
             async with asyncio.TaskGroup() as group:
                 publishing = group.create_task(keep_publishing())
+                await until(lambda: len(sent) > 2)
+                relay.send(signal.SIGTERM)
+                await until(lambda: any("stopping" in line for line in relay.log))
                 # Then new clients get no response. They reconnect, as after a rejection.
                 async with asyncio.timeout(30):
                     while not await _is_rejected(http, f"{relay.url}/sse?channel=x"):
                         await asyncio.sleep(0.05)
                 with pytest.raises((aiohttp.ClientError, ConnectionError)):
                     await browse(http, relay, "alice")
-                async with http.get(f"{relay.url}/readyz") as answer:
-                    assert (answer.status, await answer.text()) == (503, STOPPING)
+                # On a busy machine, relay may have ended by now.
+                with suppress(aiohttp.ClientConnectionError):
+                    async with http.get(f"{relay.url}/readyz") as answer:
+                        assert (answer.status, await answer.text()) == (503, STOPPING)
                 with suppress(AssertionError):
                     while True:
                         seen.append(await page.next())
