@@ -351,6 +351,46 @@ async def test_another_list_of_servers_is_refused(server: Server, valkey: Server
 
 
 @pytest.mark.single_server("combines the shared server with another")
+def _stored(server: Server, keys: Keys) -> str:
+    found = server.client().get(keys.servers)
+    assert isinstance(found, bytes)
+    return found.decode()
+
+
+async def test_a_server_is_checked_when_it_becomes_reachable(
+    server: Server, valkey: Server, tmp_path: Path
+) -> None:
+    await asyncio.to_thread(valkey.client().flushall)
+    third = Server(tmp_path)
+    urls = [each.url("admin") for each in (server, valkey, third)]
+    settings = RedisSettings(url=", ".join(urls), command_timeout_s=1)
+    keys = keys_of(settings)
+    names = ", ".join(sorted(f"127.0.0.1:{each.port}/0" for each in (server, valkey, third)))
+    for is_other in (False, True):
+        async with shard_clients(settings) as clients:
+            await check_list(clients, keys)
+            shards = list(clients.shards.shards)
+            late = next(each for each in shards if str(third.port) in each.name)
+            for shard in shards:
+                if shard is not late:
+                    await shard.locate()
+            with pytest.raises(RedisUnavailable):
+                await late.locate()
+            with running(third):
+                if not is_other:
+                    for _ in range(2):
+                        await late.locate()
+                    assert await asyncio.to_thread(_stored, third, keys) == names
+                    continue
+                # The first connection is refused, and each later one.
+                await asyncio.to_thread(third.client().set, keys.servers, "127.0.0.1:1/0")
+                for _ in range(2):
+                    with pytest.raises(StartError) as refused:
+                        await late.locate()
+                    assert f"Here: {names}. Stored in Redis: 127.0.0.1:1/0." in str(refused.value)
+    await asyncio.to_thread(valkey.client().flushall)
+
+
 async def test_clients_of_several_servers(server: Server, valkey: Server) -> None:
     settings = RedisSettings(url=f"{server.url('admin')}, {valkey.url('admin')}")
     keys = keys_of(settings)

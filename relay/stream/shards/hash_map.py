@@ -7,7 +7,7 @@ the process. If a server is added to N, only 1/(N+1) of the keys change their se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING
@@ -35,9 +35,18 @@ class ServerShard:
         # Distinguishes databases of one server, because invalidations have no database.
         self.tag = tag
         self.seed = _hash(self.id.encode())
+        # A check that was not possible at the start, because the server could not be reached.
+        self.before_use: Callable[[], Awaitable[None]] | None = None
 
     async def locate(self) -> RedisEndpoint:
-        """See `Shard`. Asks the Sentinels again each time."""
+        """See `Shard`. Asks the Sentinels again each time.
+
+        Raises:
+            StartError: Other workers use this server with another list of servers.
+        """
+        if self.before_use is not None:
+            await self.before_use()
+            self.before_use = None
         return await discover(self.settings)
 
 

@@ -7,10 +7,11 @@ and read different streams of one channel, and their clients would receive nothi
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING
 
-from relay.core.errors import RelayError, StartError
-from relay.stream.connection.connect import command
+from relay.core.errors import RedisUnavailable, StartError
+from relay.stream.connection.connect import CommandRefused, command
 from relay.stream.format.keys import Keys
 from relay.stream.shards.hash_map import HashMap
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 async def check_list(clients: ShardClients, keys: Keys) -> None:
     """Store the list on all servers that have none.
 
-    Servers that cannot be reached are checked at the next start.
+    A server that cannot be reached now is checked before the first connection for its streams.
 
     Raises:
         StartError: A server is used with another list, or by workers without one.
@@ -31,19 +32,18 @@ async def check_list(clients: ShardClients, keys: Keys) -> None:
     if not isinstance(shards, HashMap):
         return
     own = shards.names()
-    servers = [client for _, client in sorted(await clients.each(), key=lambda each: each[0].name)]
-    for client in servers:
-        await _compare(client, keys, own)
-    if len(servers) == 1:
-        # A single server has no list: its address may be another one for each host.
-        return
-    for client in servers:
-        await _refuse_single(client, keys, own)
-    for client in servers:
-        with contextlib.suppress(RelayError):
-            await command(client, "SET", keys.servers, own, "NX")
-        # Another worker may have stored its list just now.
-        await _compare(client, keys, own)
+    # A single server has no list: its address may be another one for each host.
+    check = _compare if len(shards.shards) == 1 else _check_server
+    of_shard = dict(await clients.each())
+    servers = sorted(shards.shards, key=lambda shard: shard.name)
+    # Compare all of them before the list is stored on any.
+    for step in (_compare, check):
+        for shard in servers:
+            if shard.before_use is None:
+                try:
+                    await step(of_shard[shard], keys, own)
+                except RedisUnavailable:
+                    shard.before_use = partial(check, of_shard[shard], keys, own)
 
 
 async def store_list(clients: ShardClients, keys: Keys) -> None:
@@ -57,10 +57,26 @@ async def store_list(clients: ShardClients, keys: Keys) -> None:
             await command(client, "SET", keys.servers, clients.shards.names())
 
 
+async def _check_server(client: RedisClient, keys: Keys, own: str) -> None:
+    """Compare the list on one server, or store it there. Errors as of `_compare`."""
+    await _compare(client, keys, own)
+    await _refuse_single(client, keys, own)
+    with contextlib.suppress(CommandRefused):
+        await command(client, "SET", keys.servers, own, "NX")
+    # Another worker may have stored its list just now.
+    await _compare(client, keys, own)
+
+
 async def _compare(client: RedisClient, keys: Keys, own: str) -> None:
+    """Compare the list on one server, if there is one.
+
+    Raises:
+        StartError: It is another one.
+        RedisUnavailable: The server cannot be reached.
+    """
     try:
         found = await command(client, "GET", keys.servers)
-    except RelayError:
+    except CommandRefused:
         return
     stored = own if found is None else found.decode(errors="replace")
     if stored != own:
@@ -77,7 +93,7 @@ async def _refuse_single(client: RedisClient, keys: Keys, own: str) -> None:
         found = await command(client, "SMEMBERS", alone.nodes)
         names = [name.decode(errors="replace") for name in found]
         living = [name for name in names if await command(client, "EXISTS", alone.node(name))]
-    except RelayError:
+    except CommandRefused:
         return
     if living:
         raise StartError(
