@@ -25,7 +25,7 @@ _ROWS: list[tuple[str, list[tuple[str, str, str, list[tuple[str, str]]]]]] = [
                 "Redis connected",
                 "0 while a worker of the host has no connection to Redis.",
                 "short",
-                [(f"relay_redis_up{{{_OF}}}", "{{instance}}")],
+                [(f"relay_redis_up{{{_OF}}}", "{{instance}} {{server}}")],
             ),
             (
                 "Workers that read streams",

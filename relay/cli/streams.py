@@ -59,6 +59,7 @@ async def streams(site: OperatorContext, options: argparse.Namespace) -> int:
 def _show(site: OperatorContext, found: list[StreamOverview], alive: set[str] | None) -> None:
     """Print a table. `alive`: the instances of the live workers, or None if they are not known."""
     rows: list[list[str]] = []
+    has_servers = len(site.clients.shards.shards) > 1
     for stream in found:
         state, followers = stream.state, stream.followers
         worst = max(followers, key=lambda each: each.lag_ms, default=None)
@@ -72,6 +73,7 @@ def _show(site: OperatorContext, found: list[StreamOverview], alive: set[str] | 
                 _retention(site.config.namespace(stream.channel)),
                 "-" if alive is None else str(sum(each.worker in alive for each in followers)),
                 _behind(worst) if worst else "-",
+                *([stream.server] if has_servers else []),
             ]
         )
         key = site.keys.stream(stream.channel).decode()
@@ -84,7 +86,7 @@ def _show(site: OperatorContext, found: list[StreamOverview], alive: set[str] | 
             for follower in followers
             if follower.behind or (alive is not None and follower.worker not in alive)
         ]
-    table(_HEAD, rows, right=(1, 4, 6))
+    table((*_HEAD, "SERVER") if has_servers else _HEAD, rows, right=(1, 4, 6))
 
 
 def _behind(follower: Follower) -> str:

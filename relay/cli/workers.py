@@ -86,6 +86,9 @@ async def status(site: OperatorContext, options: argparse.Namespace) -> int:
         problems.append(str(exc))
     else:
         refusal = await _write_refusal(site, servers, errors)
+        values["servers"] = [
+            {"address": shard.name, "answers": shard not in errors} for shard, _ in servers
+        ]
         if refusal and not any(refusal in line for line in problems):
             problems.append(f"Redis refuses writes ({refusal}): publishing is rejected")
         problems += errors.lines()
@@ -165,14 +168,19 @@ async def _write_refusal(
 
 def _show(values: dict[str, Any]) -> None:
     rows = [("status", "good" if values["good"] else "NOT GOOD")]
-    if not values["redis"]:
-        rows.append(("redis", "unreachable or rejecting commands"))
+    servers = values.get("servers", [])
+    if len(servers) > 1:
+        answering = sum(each["answers"] for each in servers)
+        rows.append(("redis", f"{answering} of {len(servers)} servers answer"))
+    elif values["redis"]:
+        rows.append(("redis", "answers"))
     else:
+        rows.append(("redis", "unreachable or rejecting commands"))
+    if values["redis"]:
         workers = f"{values['workers']} alive, {values['ready']} ready"
         if values["silent"]:
             workers += f", {values['silent']} silent"
         rows += [
-            ("redis", "answers"),
             ("workers", workers),
             ("connections", str(values["connections"])),
             ("lag", duration(values["lag_ms"])),

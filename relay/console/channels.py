@@ -12,6 +12,7 @@ from relay.stream.cluster.workers import live_workers
 from relay.stream.connection import connect
 from relay.stream.format import entry
 from relay.stream.read.view import read_newest, read_view
+from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.upkeep import overview, reports, retention
 from relay.stream.write import revoke as revocations
 
@@ -37,14 +38,31 @@ async def channels(request: ApiRequest) -> object:
         raise BadRequest(f"at most {_MOST} channels in one request")
     if names:
         wanted = [channel_of(name) for name in names]
-        found = await overview.of_channels(services.clients, services.keys, wanted)
-        return {"channels": await _streams(services, found), "cursor": ""}
+        errors = ServerErrors()
+        found = await overview.of_channels(services.clients, services.keys, wanted, errors)
+        streams = await _streams(services, found)
+        return {"channels": streams, "cursor": "", "missing": _missing(services, errors)}
     pattern, cursor = request.text("pattern", "*") or "*", request.text("cursor", "")
     if cursor and not (cursor.isascii() and cursor.isdigit() and len(cursor) <= 24):
         raise BadRequest("cursor must be the one of the previous page")
     count = request.count("count", _PAGE, _MOST)
-    found, following = await overview.page(services.clients, services.keys, pattern, cursor, count)
-    return {"channels": await _streams(services, found), "cursor": following}
+    errors = ServerErrors()
+    found, following = await overview.page(
+        services.clients, services.keys, pattern, cursor, count, errors
+    )
+    streams = await _streams(services, found)
+    return {"channels": streams, "cursor": following, "missing": _missing(services, errors)}
+
+
+def _missing(services: ConsoleServices, errors: ServerErrors) -> list[str]:
+    """Return the problems of servers whose channels are missing.
+
+    Raises:
+        RelayError: There is only one server.
+    """
+    if len(services.clients.shards.shards) == 1:
+        errors.finish()
+    return errors.lines()
 
 
 async def _streams(

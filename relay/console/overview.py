@@ -19,16 +19,17 @@ _KEPT_S, _FRESH_S = 60.0, 5.0
 
 
 async def overview(request: ApiRequest) -> object:
-    """Return all workers, the Redis server and the number of dead letters."""
+    """Return all workers, the Redis servers and the number of dead letters."""
     clients, keys = request.services.clients, request.services.keys
     client = clients.home
+    servers: list[dict[str, object]] = []
     try:
+        servers = await reports.servers(clients)
         living, silent = await list_workers(client, keys)
         now_ms = await clients.time_ms(keys.nodes)
         dead_letters = await dead_letter_list.count(client, keys)
-        servers = [await reports.server(each) for _, each in await clients.each()]
     except RedisUnavailable as exc:
-        return {"redis_error": str(exc), "workers": [], "servers": []}
+        return {"redis_error": str(exc), "workers": [], "servers": servers}
     living.sort(key=lambda node: (node.host, node.instance))
     return {
         "time_ms": now_ms,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import platform
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Metric
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
@@ -110,6 +110,25 @@ class _HotCounts(Collector):
         yield sizes
 
 
+class _RedisServers(Collector):
+    """Whether the worker is connected to each Redis server. Servers may come and go."""
+
+    def __init__(self) -> None:
+        # Returns the servers by address.
+        self.connected: Callable[[], Mapping[str, bool]] = dict
+
+    @override
+    def collect(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily(
+            "relay_redis_up",
+            "1 if the worker is connected to this Redis server, else 0",
+            labels=["server"],
+        )
+        for address, is_connected in self.connected().items():
+            up.add_metric([address], is_connected)
+        yield up
+
+
 class Metrics:
     """Metrics of `/metrics`. Counters are incremented per batch, never per client."""
 
@@ -183,11 +202,8 @@ class Metrics:
             registry=self.registry,
         )
         self._complete = self._resumes.labels("complete")
-        self.redis_up = Gauge(
-            "relay_redis_up",
-            "1 if the worker is connected to Redis, else 0",
-            registry=self.registry,
-        )
+        self.redis = _RedisServers()
+        self.registry.register(self.redis)
         self.pending_appends = Gauge(
             "relay_pending_appends",
             "Events that wait to be appended to their streams",

@@ -297,7 +297,7 @@ class Journal(SessionObserver):
 
     async def run(self) -> None:
         """Append batches until cancelled."""
-        await self._links.wait_open()
+        await self._links.wait_home_open()
         # The first event, so that readers know that nothing is missing before it.
         self._waiting.insert(0, {"ms": int(self._now_ms()), "event": "started"})
         self._wake.set()

@@ -3,7 +3,7 @@
 The command line and the admin API use the same questions. Question and answer are JSON objects that
 travel over the message bus of the workers (`relay.stream.cluster.bus`):
 
-    topic "question": {"id": "3f..", "ask": "connections", "with": {...}}
+    topic "question": {"id": "3f..", "ask": "connections", "with": {...}, "within_s": 2.0}
     topic "answer":   {"id": "3f..", "answer": {...}} or {"id": "3f..", "error": "..."}
 
 Only programs that may publish to the bus in Redis can ask. A worker answers few questions at a
@@ -18,6 +18,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -37,6 +38,7 @@ _log = logging.getLogger(__name__)
 _QUESTION, _ANSWER = "question", "answer"
 WITHIN_S = 2.0
 _CONNECT_S = 5.0
+_LONGEST_S = 30.0
 # Questions that a worker answers at the same time. Further ones are rejected.
 _AT_ONCE = 8
 
@@ -94,6 +96,7 @@ class Questions:
         try:
             asked = orjson.loads(payload)
             number, name, values = str(asked["id"]), asked["ask"], dict(asked["with"])
+            within_s = min(float(asked.get("within_s", WITHIN_S)), _LONGEST_S)
         except (ValueError, KeyError, TypeError):
             _log.warning("Ignored a malformed question on the bus")
             return
@@ -104,11 +107,21 @@ class Questions:
             self._send(sender, number, {"error": "too many questions at the same time"})
         else:
             self._working += 1
-            self._spawn(self._work(sender, number, handler, values))
+            self._spawn(self._work(sender, number, partial(handler, values), within_s))
 
-    async def _work(self, sender: str, number: str, handler: Handler, values: Values) -> None:
+    async def _work(
+        self,
+        sender: str,
+        number: str,
+        handle: Callable[[], Awaitable[dict[str, Any]]],
+        within_s: float,
+    ) -> None:
         try:
-            answer: dict[str, Any] = {"answer": await handler(values)}
+            # The asker does not wait longer. Further work would only delay the next question.
+            async with asyncio.timeout(within_s):
+                answer: dict[str, Any] = {"answer": await handle()}
+        except TimeoutError:
+            answer = {"error": f"the worker is busy: no answer within {within_s:g} s"}
         except (BadQuestion, Unavailable) as exc:
             answer = {"error": str(exc)}
         finally:
@@ -144,7 +157,7 @@ class Questions:
                 complete.set()
 
         self._waiting[number] = received
-        payload = orjson.dumps({"id": number, "ask": name, "with": values})
+        payload = orjson.dumps({"id": number, "ask": name, "with": values, "within_s": within_s})
         try:
             for address in list(workers):
                 self._bus.send(address, _QUESTION, payload)
@@ -186,7 +199,7 @@ async def asking(
         try:
             try:
                 async with asyncio.timeout(_CONNECT_S):
-                    await bus.links.wait_open()
+                    await bus.links.wait_home_open()
             except TimeoutError:
                 raise RelayError(
                     f"could not subscribe to the workers' answers within {_CONNECT_S:.0f} s: Redis"

@@ -195,7 +195,7 @@ class Relay:
                 if config.redis.url != "embedded" and (
                     self._worker is None or self._worker.number == 1
                 ):
-                    await log_faults(config, clients.home)
+                    await log_faults(config, clients)
             self._background = await stack.enter_async_context(asyncio.TaskGroup())
             http = await stack.enter_async_context(
                 aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())

@@ -223,7 +223,7 @@ def build(base: Foundation) -> Parts:
     host_metrics = HostMetrics(
         base.metrics, base.worker, SiteMetrics(base.clients, keys, _queues(config))
     )
-    base.metrics.redis_up.set_function(reader.is_connected)
+    base.metrics.redis.connected = reader.connected
     base.metrics.pending_appends.set_function(appender.__len__)
     server = Server(
         metrics=base.metrics,

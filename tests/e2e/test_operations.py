@@ -106,7 +106,7 @@ async def test_every_metric_counts_what_clients_received(
     assert after['relay_delivery_lag_seconds_count{protocol="native"}'] >= 1
     assert after[sizes] > before.get(sizes, 0)
     assert after["relay_dead_letter_entries"] >= 1
-    assert after["relay_redis_up"] == 1
+    assert after[f'relay_redis_up{{server="127.0.0.1:{valkey.port}"}}'] == 1
     assert after["process_open_fds"] > 0
     assert any(name.startswith("relay_build_info{") for name in after)
     assert not [name for name in after if "_created" in name]

@@ -47,7 +47,7 @@ async def test_two_workers_serve_and_say_who_they_are(valkey: Server, channel: s
                 assert f'relay_worker_ready{{worker="{each}"}} 1.0' in text
             assert f'\nrelay_connections{{protocol="native"}} {len(streams)}.0\n' in text
             assert '\nrelay_delivery_lag_seconds_count{protocol="native"} 2.0\n' in text
-            assert "\nrelay_redis_up 1.0\n" in text
+            assert f'\nrelay_redis_up{{server="127.0.0.1:{valkey.port}"}} 1.0\n' in text
             assert "_created" not in text
         assert min(await connections_by_worker(door, len(streams))) > 0
         names = redis(valkey, "KEYS", f"relay:node:*_{relay.port}-*")

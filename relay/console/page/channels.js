@@ -88,10 +88,12 @@ export function channels(root, parameters, signal) {
   // A page comes from a part of the keys, so a rare name may need several.
   async function load() {
     const end = performance.now() + SEARCH_MS;
+    const missing = new Set();
     const wanted = rows.size + ROWS;
     do {
       const page = await get("channels", { pattern, cursor }, signal);
       for (const stream of page.channels) show(stream);
+      for (const problem of page.missing) missing.add(problem);
       cursor = page.cursor;
     } while (cursor && rows.size < wanted && performance.now() < end);
     more.hidden = !cursor;
@@ -100,6 +102,7 @@ export function channels(root, parameters, signal) {
       : cursor
         ? "No channel found yet. Load more to continue the search."
         : "No channel matches.";
+    if (missing.size) note.textContent += ` Channels are missing: ${visible([...missing].join("; "))}`;
   }
 
   function shown() {

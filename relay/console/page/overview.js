@@ -102,6 +102,9 @@ export function overview(root, _parameters, signal) {
   function showProblems(state, alive) {
     const lines = [];
     if (state.redis_error) lines.push(`Redis: ${state.redis_error}`);
+    for (const server of state.servers) {
+      if (server.error) lines.push(`Redis at ${server.address} does not answer. Its channels are neither delivered nor accepted.`);
+    }
     for (const worker of alive) {
       if (worker.ready === false) lines.push(`${worker.instance} does not read streams.`);
       if (worker.refused) lines.push(`${worker.instance}: ${worker.refused}`);
@@ -152,8 +155,12 @@ function workerCells(worker) {
 }
 
 function serverFacts(server) {
+  if (server.error) {
+    return facts([["Address", mono(server.address)], ["State", el("span", { class: "bad" }, visible(server.error))]]);
+  }
   const limit = server.memory_limit_bytes;
   return facts([
+    ["Address", mono(server.address)],
     ["Product", `${server.product} ${server.version}`],
     ["Role", server.role === "master" ? `primary, ${number(server.replicas)} replicas` : server.role],
     ["Up", duration(server.up_s * 1000)],

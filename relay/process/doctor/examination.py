@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from relay.core.errors import RelayError
@@ -15,7 +14,7 @@ from relay.process.doctor import (
     redis_checks,
     settings_checks,
 )
-from relay.process.doctor.finding import Finding, Level, error
+from relay.process.doctor.finding import Finding, Level, error, of_server
 from relay.process.internal_address import check_internal
 
 if TYPE_CHECKING:
@@ -46,9 +45,10 @@ async def _redis(config: Config, clients: ShardClients, keys: Keys) -> list[Find
         return [redis_checks.unreachable(config, exc)]
     found: list[Finding] = []
     for shard, client in shards:
-        for each in await redis_checks.check(config, client, keys, shard):
-            what = f"{shard.name}: {each.what}" if len(shards) > 1 else each.what
-            found.append(replace(each, what=what))
+        of_this = await redis_checks.check(config, client, keys, shard)
+        if len(shards) > 1:
+            of_this = [of_server(each, shard.name) for each in of_this]
+        found += of_this
     return found
 
 

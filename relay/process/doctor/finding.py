@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 
@@ -60,6 +60,15 @@ def warning(name: str, what: str, why: str, fix: str) -> Finding:
 def note(name: str, what: str, why: str, fix: str) -> Finding:
     """Return a note."""
     return Finding(level=Level.NOTE, name=name, what=what, why=why, fix=fix)
+
+
+def of_server(finding: Finding, address: str) -> Finding:
+    """Return a finding about one of several Redis servers: text and commands name the server."""
+    what = finding.what if address in finding.what else f"{address}: {finding.what}"
+    host, colon, port = address.rpartition(":")
+    here = f"redis-cli -h {host.strip('[]')} -p {port} " if colon else "redis-cli "
+    fix = finding.fix if "redis-cli -" in finding.fix else finding.fix.replace("redis-cli ", here)
+    return replace(finding, what=what, fix=fix)
 
 
 def quoted(text: str) -> str:

@@ -57,7 +57,7 @@ async def check(config: Config, client: RedisClient, keys: Keys, shard: Shard) -
             )
         ]
     except (RelayError, OSError) as exc:
-        return [unreachable(config, exc)]
+        return [unreachable(config, exc, shard.name)]
     found = [*of_information(config, info)]
     if config.redis.url != "embedded":
         found += await _fsync(client, info)
@@ -75,15 +75,17 @@ async def information(client: RedisClient) -> Info:
     return reply
 
 
-def unreachable(config: Config, exc: Exception) -> Finding:
-    """Return the finding for a Redis that does not answer."""
+def unreachable(config: Config, exc: Exception, server: str = "") -> Finding:
+    """Return the finding for a Redis that does not answer, or for one of several servers."""
     fix = "Start Redis, or correct [redis] url and password; try: redis-cli -u URL PING"
     if config.redis.url == "embedded":
         fix = "Start relay, which runs this server: relay serve; or set [redis] url to your Redis"
     return error(
         "redis.unreachable",
-        f"Redis ({connect.describe(config.redis)}) cannot be used: {exc}",
-        "No event is delivered or accepted.",
+        f"Redis ({server or connect.describe(config.redis)}) cannot be used: {exc}",
+        "No event of a channel on this server is delivered or accepted."
+        if server
+        else "No event is delivered or accepted.",
         fix,
     )
 

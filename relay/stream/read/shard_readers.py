@@ -142,6 +142,10 @@ class ShardReaders:
             for reader in readers
         )
 
+    def connected(self) -> dict[str, bool]:
+        """Return the addresses of the servers, and whether there is a connection to each."""
+        return {each.shard.name: each.is_connected() for each in self._readers.values()}
+
     def settled(self) -> bool:
         """Return False after a reconnect until all streams of a shard were checked for new entries.
 

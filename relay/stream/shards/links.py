@@ -17,7 +17,7 @@ from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import ReplyError, unawaited
 from relay.stream.connection.reconnecting import ReconnectingConnection
 from relay.stream.connection.scripts import is_missing
-from relay.stream.shards.shard import is_misplaced
+from relay.stream.shards.shard import SITE_TAG, is_misplaced
 
 if TYPE_CHECKING:
     from relay.config.settings import RedisSettings
@@ -157,6 +157,18 @@ class ShardLinks:
         await self._opened.wait()
         for link in list(self._links.values()):
             await link.wait_open()
+
+    async def wait_home_open(self) -> None:
+        """Wait until the connection to the shard of keys that belong to no channel is established.
+
+        It has the bus and the journals. Other servers may be away.
+        """
+        await self._opened.wait()
+        while True:
+            with contextlib.suppress(RedisUnavailable):
+                await self.link_of(SITE_TAG).wait_open()
+                return
+            await asyncio.sleep(_LAST_PAUSE_S)
 
     def link_of(self, key: bytes) -> ReconnectingConnection:
         """Return the connection to the shard of a key.

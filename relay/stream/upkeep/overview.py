@@ -5,6 +5,7 @@ Keys are scanned in batches, so that Redis is not blocked. Changes during the sc
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,13 +19,15 @@ from relay.stream.read import groups
 from relay.stream.read.view import stream_state
 from relay.stream.shards.clients import ShardClients
 from relay.stream.shards.server_errors import ServerErrors
+from relay.stream.shards.shard import Shard
 from relay.stream.upkeep.retention import describe_misnamed, streams_among
 
 # XINFO STREAM returns the first and the last entry, and each may have a megabyte.
 _STREAMS = 50
 _KEYS = 1000
-# A page of channels reads at most _SCANS times as many keys.
-_KEYS_OF_PAGE, _SCANS = 100, 50
+# A page of channels begins with few keys per step, and reads more if none of them matches.
+_KEYS_OF_PAGE, _KEYS_OF_STEP, _SCANS = 100, 500, 100
+_SCAN_S = 1.0
 _COUNTED = 100
 
 
@@ -46,9 +49,13 @@ class Follower:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamOverview:
-    """One stream. `age_ms` is the time since the last append, None if there was none."""
+    """One stream. `age_ms` is the time since the last append, None if there was none.
+
+    `server` is the address of the Redis server that has it.
+    """
 
     channel: Channel
+    server: str
     state: StreamState
     age_ms: int | None
     followers: tuple[Follower, ...]
@@ -74,46 +81,64 @@ async def walk(
                 fresh = [key for key in found if key not in seen and keys.channel_of_stream(key)]
                 seen.update(fresh)
                 for start in range(0, len(fresh), _STREAMS):
-                    yield await _overview(client, keys, fresh[start : start + _STREAMS])
+                    yield await _overview(client, keys, shard, fresh[start : start + _STREAMS])
                 on_keys(len(seen))
 
 
 async def page(
-    clients: ShardClients, keys: Keys, pattern: str, cursor: str, count: int
+    clients: ShardClients, keys: Keys, pattern: str, cursor: str, count: int, errors: ServerErrors
 ) -> tuple[list[StreamOverview], str]:
     """Return some streams of the channels that match the glob `pattern`, and the next cursor.
 
     Both cursors are '' at the beginning and the end. The page has about `count` streams, or fewer
-    if they are rare among the keys. Like SCAN, it may repeat a stream.
+    if they are rare among the keys. Like SCAN, it may repeat a stream. A server that fails is
+    skipped, see `errors`.
     """
-    found: dict[bytes, None] = {}
     servers = await clients.each()
     position, number = divmod(int(cursor or 0), len(servers))
-    _, client = servers[number]
-    for _ in range(_SCANS):
-        position, matching = await connect.scan_page(
-            client, position, keys.streams_matching(pattern), _KEYS_OF_PAGE
-        )
-        found.update(dict.fromkeys(key for key in matching if keys.channel_of_stream(key)))
-        if not position or len(found) >= count:
-            break
+    shard, client = servers[number]
     streams: list[StreamOverview] = []
-    batch = list(found)
-    for start in range(0, len(batch), _STREAMS):
-        streams += await _overview(client, keys, batch[start : start + _STREAMS])
-    if not position:
-        number = (number + 1) % len(servers)
+    with errors.collect(shard):
+        position, batch = await _scanned(client, keys, pattern, position, count)
+        for start in range(0, len(batch), _STREAMS):
+            streams += await _overview(client, keys, shard, batch[start : start + _STREAMS])
+    if not position or shard in errors:
+        position, number = 0, (number + 1) % len(servers)
     following = position * len(servers) + number
     return streams, str(following) if following else ""
 
 
+async def _scanned(
+    client: RedisClient, keys: Keys, pattern: str, position: int, count: int
+) -> tuple[int, list[bytes]]:
+    """Return the next position of SCAN, and streams that it found. Stop after a moment."""
+    found: dict[bytes, None] = {}
+    step, end = _KEYS_OF_PAGE, time.monotonic() + _SCAN_S
+    for _ in range(_SCANS):
+        position, matching = await connect.scan_page(
+            client, position, keys.streams_matching(pattern), step
+        )
+        fresh = [key for key in matching if keys.channel_of_stream(key)]
+        found.update(dict.fromkeys(fresh))
+        if not position or len(found) >= count or time.monotonic() >= end:
+            break
+        if not fresh:
+            # The channels are rare.
+            step = min(2 * step, _KEYS_OF_STEP)
+    return position, list(found)
+
+
 async def of_channels(
-    clients: ShardClients, keys: Keys, channels: Sequence[Channel]
+    clients: ShardClients, keys: Keys, channels: Sequence[Channel], errors: ServerErrors
 ) -> list[StreamOverview]:
-    """Return the streams of these channels. A channel without a stream is omitted."""
+    """Return the streams of these channels. A channel without a stream is omitted.
+
+    Servers that fail are skipped, see `errors`.
+    """
     found: list[StreamOverview] = []
-    for _, client, streams in await clients.split(map(keys.stream, channels)):
-        found += await _overview(client, keys, streams)
+    for shard, client, streams in await clients.split(map(keys.stream, channels)):
+        with errors.collect(shard):
+            found += await _overview(client, keys, shard, streams)
     return found
 
 
@@ -142,7 +167,7 @@ async def misnamed(
 
 
 async def _overview(
-    client: RedisClient, keys: Keys, batch: Sequence[bytes]
+    client: RedisClient, keys: Keys, shard: Shard, batch: Sequence[bytes]
 ) -> list[StreamOverview]:
     now_ms = await connect.time_ms(client)
     async with connect.pipelined(client) as pipeline:
@@ -167,6 +192,7 @@ async def _overview(
             overviews.append(
                 StreamOverview(
                     channel=channel,
+                    server=shard.name,
                     state=state,
                     age_ms=age_ms,
                     followers=tuple(followers.get(key, ())),

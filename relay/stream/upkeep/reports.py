@@ -5,6 +5,7 @@ The command line prints them with `--json`, and the console's API returns them.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -12,11 +13,14 @@ from typing import Any, cast
 import orjson
 
 from relay.config.settings import NamespaceSettings
+from relay.core.errors import RedisUnavailable
 from relay.core.model import Broken, EntryID, Event, Grant, Record, Revocation
 from relay.stream.cluster.workers import WorkerInfo
 from relay.stream.connection import connect
 from relay.stream.connection.connect import RedisClient
 from relay.stream.format.keys import Keys
+from relay.stream.shards.clients import ShardClients
+from relay.stream.shards.shard import Shard
 from relay.stream.upkeep.dead_letter_list import DeadLetter
 from relay.stream.upkeep.overview import StreamOverview
 
@@ -72,6 +76,7 @@ def stream(
     return {
         "channel": found.channel,
         "key": keys.stream(found.channel).decode(),
+        "server": found.server,
         "entries": state.length,
         "added": state.added,
         "first": optional(state.first),
@@ -132,6 +137,25 @@ def dead_letter(letter: DeadLetter) -> dict[str, object]:
 def optional(entry_id: EntryID | None) -> str | None:
     """Return the ID as text, or None."""
     return None if entry_id is None else str(entry_id)
+
+
+async def servers(clients: ShardClients) -> list[dict[str, object]]:
+    """Return all Redis servers with their addresses. One that does not answer has an `error`.
+
+    Raises:
+        RedisUnavailable: The servers of the Cluster are not known.
+    """
+
+    async def report(shard: Shard, client: RedisClient) -> dict[str, object]:
+        try:
+            return {"address": shard.name, **await server(client)}
+        except RedisUnavailable as exc:
+            return {"address": shard.name, "error": str(exc)}
+
+    present = await clients.each()
+    async with asyncio.TaskGroup() as tasks:
+        reporting = [tasks.create_task(report(*each)) for each in present]
+    return [each.result() for each in reporting]
 
 
 async def server(client: RedisClient) -> dict[str, object]:

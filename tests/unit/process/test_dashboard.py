@@ -41,6 +41,7 @@ def existing() -> dict[str, set[str]]:
     metrics.connections.labels("native").set(1)
     metrics.producer_items.labels("queue", "read").inc()
     metrics.round_trips.labels("read").inc()
+    metrics.redis.connected = lambda: {"127.0.0.1:6379": True}
     found: dict[str, set[str]] = dict(_OF_SITE)
     for family in collected(metrics.registry, ProcessCollector(registry=CollectorRegistry())):
         for name, labels in family.samples:
