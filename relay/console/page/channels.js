@@ -1,6 +1,6 @@
 // Channels: search by pattern, page by page.
 import { get } from "./api.js";
-import { attempt, duration, el, every, field, mono, number, panel, plural, rate, table } from "./dom.js";
+import { attempt, duration, el, every, field, mono, number, panel, plural, rate, table, visible } from "./dom.js";
 
 // Rows whose numbers are refreshed, and the length of the request for them.
 const REFRESHED = 40;
