@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from relay.core.connection import ConnectionInfo
     from relay.core.model import Channel
 
 # The field of an entry, and the header of a request (https://www.w3.org/TR/trace-context/).
@@ -17,10 +20,34 @@ FIELD = b"traceparent"
 _VALID = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
+# The ID of the client's connection whose message is handled, for the spans that it causes.
+_connection: ContextVar[str] = ContextVar("connection", default="")
+
+
+@contextmanager
+def caused_by(info: ConnectionInfo | None) -> Iterator[None]:
+    """Name the connection in the spans that begin in this block."""
+    token = _connection.set("" if info is None else info.id)
+    try:
+        yield
+    finally:
+        _connection.reset(token)
+
+
+def connection_id() -> str:
+    """Return the ID of the client's connection that causes the present work, or ''."""
+    return _connection.get()
+
+
+def is_valid(value: bytes) -> bool:
+    """Return True if this is a traceparent. Anyone who appends entries can store any value."""
+    return _VALID.fullmatch(value) is not None
+
+
 def field_of(text: str | None) -> Mapping[bytes, bytes] | None:
     """Return the entry field for a producer's traceparent. None if it is invalid."""
     value = (text or "").encode(errors="replace")
-    return {FIELD: value} if _VALID.fullmatch(value) else None
+    return {FIELD: value} if is_valid(value) else None
 
 
 class AppendSpan(Protocol):

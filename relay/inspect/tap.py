@@ -39,8 +39,11 @@ _GONE_S = 10.0
 _WATCHERS = 8
 # Records of one watcher: the most that wait, and the most per second. Others are only counted.
 _WAITING, _PER_S = 300, 100
-# Clients that are examined for one event with recipients, and named in its record.
-_EXAMINED, _NAMED = 500, 5
+# Clients that are examined for one event with recipients, those for all events of a second, and
+# those that are named in a record.
+_EXAMINED, _EXAMINED_PER_S, _NAMED = 500, 5_000, 5
+# Anyone who may append entries chooses their types and recipients.
+_RECIPIENTS, _TEXT_CHARS = 20, 100
 _TEXTS = ("watch", "channel", "user", "connection")
 
 
@@ -94,6 +97,8 @@ class Tap(FeedObserver):
         self._journal = journal
         self._now_ms = now_ms
         self._watchers: dict[str, _Watcher] = {}
+        # Clients that may still be examined in this second.
+        self._second, self._left = 0.0, _EXAMINED_PER_S
 
     async def answer(self, values: Values) -> dict[str, Any]:
         """Answer the question `tap`: the records since the last answer to this watcher."""
@@ -184,7 +189,8 @@ class Tap(FeedObserver):
         if watcher.connection:
             sessions = [watcher.session] if watcher.session is not None else []
         elif watcher.user:
-            sessions = self._hub.sessions_of(watcher.user)
+            # One more, so that it shows if there are too many.
+            sessions = self._hub.sessions_of(watcher.user)[: _EXAMINED + 1]
         else:
             return None
         found = (each.subscriptions.get(feed.channel) for each in sessions)
@@ -198,9 +204,9 @@ class Tap(FeedObserver):
             case Event() as event:
                 return self._about(event, feed, chosen, offered) | values
             case Revocation() as body:
-                values |= {"event": "revocation", "user": body.user}
+                values |= {"event": "revocation", "user": body.user[:_TEXT_CHARS]}
             case Grant() as body:
-                values |= {"event": "grant", "user": body.user}
+                values |= {"event": "grant", "user": body.user[:_TEXT_CHARS]}
             case Broken() as body:
                 values |= {"event": "broken", "reason": body.reason}
         return {"ms": int(self._now_ms()), **values}
@@ -216,12 +222,14 @@ class Tap(FeedObserver):
             "ms": int(self._now_ms()),
             "event": "received",
             "channel": feed.channel,
-            "type": event.type,
+            "type": event.type and event.type[:_TEXT_CHARS],
             "bytes": len(event.data),
             "followers": feed.live_count + feed.behind_count,
         }
         if event.to is not None:
-            values["to"] = sorted(event.to)[:20]
+            # Any of them: there may be thousands.
+            some = islice(event.to, _RECIPIENTS)
+            values["to"] = sorted(each[:_TEXT_CHARS] for each in some)
         if chosen is None and event.to is None:
             delivered = feed.live_count if offered is None else offered
             return values | {
@@ -234,20 +242,30 @@ class Tap(FeedObserver):
             followers = list(islice(feed.subscriptions(), _EXAMINED + 1))
         else:
             values["followers"] = len(followers)
+        examined = self._examinable(min(len(followers), _EXAMINED))
         counts: Counter[str] = Counter()
         named: list[dict[str, str]] = []
-        for subscription in followers[:_EXAMINED]:
+        for subscription in followers[:examined]:
             outcome = _outcome(event, subscription)
             counts[outcome] += 1
             if (chosen is not None or outcome != "delivered") and len(named) < _NAMED:
                 named.append(_named(subscription, outcome))
-        is_complete = len(followers) <= _EXAMINED
+        is_complete = len(followers) <= examined
         return values | {
             "delivered": counts["delivered"] if is_complete else offered,
             "behind": counts["behind"] if is_complete else feed.behind_count,
             "not_addressed": counts["not addressed"] if is_complete else None,
             "clients": named,
         }
+
+    def _examinable(self, wanted: int) -> int:
+        """Count clients that are examined, and return how many of the wanted ones may be."""
+        now = time.monotonic()
+        if now - self._second >= 1.0:
+            self._second, self._left = now, _EXAMINED_PER_S
+        granted = min(wanted, self._left)
+        self._left -= granted
+        return granted
 
 
 def _outcome(event: Event, subscription: Subscription) -> str:

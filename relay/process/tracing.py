@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -17,16 +18,21 @@ from aiohttp import web
 from relay import __version__
 from relay.core.errors import StartError
 from relay.core.model import Event
-from relay.core.tracing import FIELD
+from relay.core.tracing import FIELD, connection_id, is_valid
+from relay.hub.session import SubscriptionMode
+from relay.transports.socket.take_over import connection_of
 
 if TYPE_CHECKING:
     from relay.config.settings import TracingSettings
     from relay.core.model import Channel, Record
     from relay.hub.feed import Feed
 
-# A span takes about 50 us, and a batch must not hold the loop for long.
-_SPANS_OF_BATCH = 50
+# A span takes about 50 us. Deliveries of all streams in one turn must not hold the loop for long.
+_SPANS_OF_TURN = 50
 _FLUSH_MS = 2000
+# Clients that are searched for the only one that is live.
+_SEARCHED = 100
+_CONNECTION, _STATUS = "relay.connection_id", "http.response.status_code"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -94,6 +100,7 @@ class Tracing:
         self._tracer = self._provider.get_tracer("relay", __version__)
         self._context_of = TraceContextTextMapPropagator().extract
         self._trace = trace
+        self._left = _SPANS_OF_TURN
 
     async def close(self) -> None:
         """Export the last spans, for at most two seconds."""
@@ -109,13 +116,28 @@ class Tracing:
             if request.method != "POST":
                 return await handler(request)
             resource = request.match_info.route.resource
+            if resource is None:
+                # Scanners of the internet request any path.
+                return await handler(request)
             with self._tracer.start_as_current_span(
-                f"POST {resource.canonical if resource else ''}",
+                f"POST {resource.canonical}",
                 context=self._context_of({"traceparent": request.headers.get("traceparent", "")}),
                 kind=self._trace.SpanKind.SERVER,
+                attributes={_CONNECTION: connection_of(request).id},
+                record_exception=False,
+                set_status_on_exception=False,
             ) as span:
-                response = await handler(request)
-                span.set_attribute("http.response.status_code", response.status)
+                try:
+                    response = await handler(request)
+                except web.HTTPException as exc:
+                    # An answer, not a fault: its traceback would cost more than the request.
+                    span.set_attribute(_STATUS, exc.status)
+                    raise
+                except Exception as exc:
+                    span.record_exception(exc)
+                    span.set_status(self._trace.Status(self._trace.StatusCode.ERROR))
+                    raise
+                span.set_attribute(_STATUS, response.status)
                 return response
 
         return traced
@@ -134,6 +156,8 @@ class Tracing:
                 "relay.source": source,
             },
         )
+        if connection := connection_id():
+            span.set_attribute(_CONNECTION, connection)
         failed = self._trace.StatusCode.ERROR
         return _Span(span, lambda text: self._trace.Status(failed, text))
 
@@ -141,32 +165,47 @@ class Tracing:
         """Create a span for each entry with a traceparent that was offered to live clients."""
         if not offered:
             return
-        left = _SPANS_OF_BATCH
+        of_all = {
+            "messaging.system": "redis",
+            "messaging.destination.name": feed.channel,
+            "relay.deliveries_of_batch": offered,
+        }
+        if feed.live_count == 1 and (connection := _only_client(feed)):
+            of_all[_CONNECTION] = connection
         for record in records:
             body = record.body
             if not isinstance(body, Event) or not body.extra:
                 continue
             parent = body.extra.get(FIELD)
-            if parent is None:
+            if parent is None or not is_valid(parent):
                 continue
-            left -= 1
-            if left < 0:
+            if not self._has_room():
                 return
-            context = self._parent(parent)
-            if not self._trace.get_current_span(context).get_span_context().is_valid:
-                # Not a traceparent.
-                continue
             self._tracer.start_span(
                 "deliver",
-                context=context,
+                context=self._parent(parent),
                 kind=self._trace.SpanKind.CONSUMER,
-                attributes={
-                    "messaging.system": "redis",
-                    "messaging.destination.name": feed.channel,
-                    "messaging.message.id": str(record.id),
-                    "relay.deliveries_of_batch": offered,
-                },
+                attributes={**of_all, "messaging.message.id": str(record.id)},
             ).end()
+
+    def _has_room(self) -> bool:
+        """Count a span of a delivery. Return False if this turn of the loop has enough."""
+        if self._left == _SPANS_OF_TURN:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        self._left -= 1
+        return self._left >= 0
+
+    def _next_turn(self) -> None:
+        self._left = _SPANS_OF_TURN
 
     def _parent(self, traceparent: bytes) -> Any:
         return self._context_of({"traceparent": traceparent.decode("ascii", "replace")})
+
+
+def _only_client(feed: Feed) -> str:
+    """Return the connection ID of the only live client, or '' if it is not found at once."""
+    for each in islice(feed.subscriptions(), _SEARCHED):
+        if each.mode is SubscriptionMode.LIVE:
+            info = each.session.info
+            return "" if info is None else info.id
+    return ""

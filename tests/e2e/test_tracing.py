@@ -18,6 +18,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.support.centrifugo_client import SECRET, centrifugo
 from tests.support.clients import native, redis
 from tests.support.pypi import packages
 from tests.support.relay import ROOT, RelayProcess
@@ -27,7 +28,6 @@ pytestmark = [pytest.mark.redis, pytest.mark.timeout(120)]
 
 # Nobody listens there.
 _AWAY = "tracing.otlp_url=http://127.0.0.1:9/v1/traces"
-SECRET = "another key that is long enough"
 _DECODE = """
 import base64, json, sys
 from google.protobuf.json_format import MessageToDict
@@ -118,6 +118,7 @@ async def test_a_trace_from_each_producer_to_the_delivery(
         settings=[
             f"tracing.otlp_url={collector.url}",
             f"protocol:centrifugo.secret={SECRET}",
+            "protocol:centrifugo.publish=yes",
             "producer:queue.enabled=yes",
             f"producer:queue.name=centrifugo.api.{name}",
         ],
@@ -127,6 +128,7 @@ async def test_a_trace_from_each_producer_to_the_delivery(
     try:
         async with native(relay) as door, aiohttp.ClientSession() as http:
             reader = await door.sse(name)
+            follower = reader.headers["x-request-id"]
             # Over HTTP, with the producer's trace in the header.
             body = json.dumps({"method": "publish", "params": {"channel": name, "data": 1}})
             sign = hmac.new(SECRET.encode(), body.encode(), hashlib.sha256).hexdigest()
@@ -135,6 +137,16 @@ async def test_a_trace_from_each_producer_to_the_delivery(
             url = f"{relay.url}/api/"
             async with http.post(url, data=body, headers=headers) as response:
                 assert response.status == 200
+            headers["traceparent"] = parent(0xD4)[2]
+            headers["X-API-Sign"] = "0" * 64
+            async with http.post(url, data=body, headers=headers) as refusal:
+                assert refusal.status >= 400
+            async with centrifugo(relay.url) as clients:
+                client = await clients.client()
+                await client.subscribe(f"{name}.own")
+                assert (await client.ask("publish", channel=f"{name}.own", data=0))["body"][
+                    "status"
+                ]
             # By the queue, with the producer's trace in the parameters.
             params = {"channel": name, "data": 2, "traceparent": parent(0xB2)[2]}
             command = json.dumps({"method": "publish", "params": params})
@@ -150,6 +162,9 @@ async def test_a_trace_from_each_producer_to_the_delivery(
         relay.kill()
     spans = collector.spans()
     assert {span["service"] for span in spans} == {"relay"}
+    by_name = {
+        (span["name"], span["attributes"].get("messaging.destination.name")): span for span in spans
+    }
     by_trace: dict[str, dict[str, Any]] = {}
     for span in spans:
         by_trace.setdefault(span["trace"], {})[span["name"]] = span
@@ -164,6 +179,16 @@ async def test_a_trace_from_each_producer_to_the_delivery(
     entry = append["attributes"]["messaging.message.id"]
     assert delivery["attributes"]["messaging.message.id"] == entry
     assert append["attributes"]["messaging.destination.name"] == name
+    # The connections of the request and of the only client.
+    assert len(request["attributes"]["relay.connection_id"]) == len(follower)
+    assert delivery["attributes"]["relay.connection_id"] == follower
+    # A rejected request names the connection as its answer does, and has no traceback.
+    rejected = by_trace[parent(0xD4)[0]]["POST /api/{rest}"]
+    assert rejected["attributes"]["http.response.status_code"] == refusal.status
+    assert rejected["attributes"]["relay.connection_id"] == refusal.headers["X-Request-Id"]
+    # An event that a client has published itself.
+    published = by_name["XADD", f"{name}.own"]
+    assert len(published["attributes"]["relay.connection_id"]) == len(follower)
     trace, at_producer, _ = parent(0xB2)
     append, delivery = by_trace[trace]["XADD"], by_trace[trace]["deliver"]
     assert (append["parent"], delivery["parent"]) == (at_producer, append["id"])
@@ -171,7 +196,8 @@ async def test_a_trace_from_each_producer_to_the_delivery(
     trace, at_producer, _ = parent(0xC3)
     assert by_trace[trace].keys() == {"deliver"}
     assert by_trace[trace]["deliver"]["parent"] == at_producer
-    assert sum(span["name"] == "deliver" for span in spans) == 3
+    # The client's own event, and all others except that with an invalid traceparent.
+    assert sum(span["name"] == "deliver" for span in spans) == 4
 
 
 async def test_a_collector_that_is_away(valkey: Server, channel: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from relay.hub.session import Outbox
 
 if TYPE_CHECKING:
+    from relay.core.connection import ConnectionInfo
     from relay.core.reasons import Reason
     from relay.hub.session import Session
     from relay.protocols.centrifugo.clients.reply_queue import ReplySlot
@@ -55,6 +56,10 @@ class CommandContext(Protocol):
     @property
     def closed(self) -> bool:
         """Whether the connection has been closed."""
+
+    @property
+    def transport_info(self) -> ConnectionInfo | None:
+        """The network connection."""
 
     @property
     def user(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from relay.core import tracing
 from relay.core.errors import LimitExceeded, RelayError
 from relay.core.model import Channel
 from relay.protocols.centrifugo import codec, encoders, history
@@ -26,9 +27,10 @@ def publish(server: ServerState, connection: CommandContext, slot: ReplySlot) ->
         info = connection.info(name)
         try:
             server.stats.count("client_num_msg_published")
-            appending = server.publisher.publish(
-                Channel(name), data, client=connection.client, info=info
-            )
+            with tracing.caused_by(connection.transport_info):
+                appending = server.publisher.publish(
+                    Channel(name), data, client=connection.client, info=info
+                )
         except LimitExceeded:
             error = codec.LIMIT_EXCEEDED
         except ValueError:
