@@ -21,25 +21,31 @@ from relay.cli.operator_context import OperatorContext
 from relay.cli.streams import streams
 from relay.cli.workers import status
 from relay.config.loading import load
-from relay.config.settings import NamespaceSettings, PublishSettings, RedisSettings
+from relay.config.settings import NamespaceSettings, PublishSettings, RedisSettings, StreamSettings
 from relay.core.durability import Durability
 from relay.core.errors import NotDurable, RedisUnavailable, StartError
+from relay.core.metrics import Metrics
 from relay.core.model import Channel, EntryID
 from relay.stream.connection.connect import command
 from relay.stream.connection.pipeline_connection import PipelineConnection, connected
+from relay.stream.connection.primary import Primaries
 from relay.stream.connection.scripts import Script
+from relay.stream.format import entry
 from relay.stream.format.keys import Keys
+from relay.stream.read.control_reader import ControlReader
 from relay.stream.read.groups import create_marker
+from relay.stream.read.reader import StreamReader
+from relay.stream.read.shard_readers import ShardReaders
 from relay.stream.shards.clients import ShardClients, shard_clients
 from relay.stream.shards.cluster_map import ClusterMap
 from relay.stream.shards.links import ShardLinks
 from relay.stream.shards.making import keys_of
 from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.shards.server_list import check_list
-from relay.stream.shards.shard import is_misplaced
+from relay.stream.shards.shard import Shard, is_misplaced
 from relay.stream.upkeep.dead_workers import DeadWorkersJob
 from relay.stream.upkeep.retention import trim
-from relay.stream.upkeep.unused import UnusedStreamsJob
+from relay.stream.upkeep.unused import UnusedStreams, UnusedStreamsJob
 from relay.stream.write.append import AppendCommands, send, send_one
 from relay.stream.write.appender import Appender
 from tests.support.clients import until
@@ -434,3 +440,48 @@ async def test_scripts_are_loaded_again_after_a_flush(server: Server, valkey: Se
             for _, client in await clients.each():
                 await command(client, "ACL", "SETUSER", "admin", "+script|load")
         running_links.cancel()
+
+
+async def test_a_cluster_without_client_tracking_is_not_read(
+    cluster: RedisCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    user = f"relay:{'x' * 8}"
+    for number in range(3):
+        words = ("on", ">" + "x" * 8, "~*", "&*", "+@all", "-client|tracking")
+        cluster.call(number, "ACL", "SETUSER", "relay", *words)
+    denied = RedisSettings(url=cluster.url.replace("://", f"://{user}@"))
+    for settings, stream, cause in (
+        (denied, StreamSettings(), "the user needs +client|tracking"),
+        (cluster.settings(), StreamSettings(tracking="off"), "[stream] tracking is off: set it"),
+    ):
+        caplog.clear()
+        async with shard_clients(settings) as clients, asyncio.TaskGroup() as tasks:
+            readers = ShardReaders(
+                shards=clients.shards,
+                keys=keys_of(settings),
+                control=ControlReader(keys_of(settings), lambda _: None, lambda: None),
+                primaries=Primaries(),
+                make=partial(_reader, clients, keys_of(settings), stream),
+            )
+            reading = tasks.create_task(readers.run())
+            await until(lambda: cause in readers.problem(), 20)  # noqa: B023
+            assert not readers.ready()
+            await until(lambda: any(cause in line for line in caplog.messages), 20)  # noqa: B023
+            reading.cancel()
+
+
+def _reader(
+    clients: ShardClients, keys: Keys, settings: StreamSettings, shard: Shard
+) -> StreamReader:
+    return StreamReader(
+        keys=keys,
+        instance="one",
+        shard=shard,
+        settings=settings,
+        metrics=Metrics(),
+        decode=partial(entry.decode, max_bytes=settings.max_entry_bytes),
+        on_turn=lambda: None,
+        decode_ephemeral=lambda _channel, _payload: None,
+        control=None,
+        unused=UnusedStreams(clients, keys),
+    )

@@ -58,6 +58,8 @@ class Canary:
         self._refusals = refusals or Refusals()
         self._period_s = period_s
         self._received_at = 0.0
+        # Why the server has refused client tracking.
+        self.refusal = ""
 
     def touch(self) -> None:
         """Record that an invalidation has arrived."""
@@ -73,9 +75,11 @@ class Canary:
 
     async def start(self, connection: PipelineConnection) -> bool:
         """Turn tracking on. Return False if the server refuses it (an ACL rule, a proxy)."""
+        self.refusal = ""
         try:
             await connection.call("CLIENT", "TRACKING", "ON")
-        except CommandRefused:
+        except CommandRefused as exc:
+            self.refusal = f"{exc}; the user needs +client|tracking"
             return False
         self.touch()
         return True

@@ -147,6 +147,8 @@ class StreamReader:
         # Streams whose sharded pub/sub channels are not subscribed to.
         self._unsubscribed: dict[Followed, None] = {}
         self._reading = asyncio.Event()
+        # Why the server cannot be read although it can be reached.
+        self.problem = ""
         self._stopping = False
 
     # ---- relay.core.stream_interface.StreamReads --------------------------------------------
@@ -325,10 +327,12 @@ class StreamReader:
             tracking = self._settings.tracking == "auto" and await self._canary.start(connection)
             if not tracking and self.shard.uses_sharded_pubsub:
                 # A blocking read of many streams would need keys of many slots.
+                self.problem = self._canary.refusal or "[stream] tracking is off: set it to auto"
                 raise RedisUnavailable(
-                    f"Redis at {endpoint} refuses CLIENT TRACKING, or [stream] tracking is off:"
-                    " a Redis Cluster cannot be read without it"
+                    f"Redis at {endpoint} cannot be read: {self.problem}."
+                    " A Redis Cluster needs client tracking"
                 )
+            self.problem = ""
             if not tracking:
                 self._canary.touch()
                 _log.warning("Client tracking unavailable: polling streams with blocking reads")

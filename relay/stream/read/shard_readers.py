@@ -164,10 +164,12 @@ class ShardReaders:
         if self._problem:
             return self._problem
         found = {self._find(channel) for channel in channels} or set(self._readers.values())
-        if len(self._readers) < 2:
+        away = [reader for reader in found if reader is not None and not reader.ready()]
+        causes = "; ".join(sorted({reader.problem for reader in away if reader.problem}))
+        if not away or (len(self._readers) < 2 and not causes):
             return ""
-        away = [reader.shard.name for reader in found if reader is not None and not reader.ready()]
-        return f"Redis at {', '.join(sorted(away))} cannot be read" if away else ""
+        names = ", ".join(sorted(reader.shard.name for reader in away))
+        return f"Redis at {names} cannot be read" + (f": {causes}" if causes else "")
 
     async def wait_ready(self, channels: Iterable[Channel] = ()) -> None:
         """Wait until these channels are being read; without channels, those of all shards."""
