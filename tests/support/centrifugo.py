@@ -283,10 +283,13 @@ class Context:
         self.store = Store()
         self.tasks: set[asyncio.Task[None]] = set()
         self.is_ready = True
+        # Channels of a server that is unreachable, while the others are read.
+        self.away: set[Channel] = set()
         self.refusing: Exception | None = None
 
     def not_reading(self, channels: Sequence[Channel]) -> str:
-        return "" if self.is_ready else "Redis is not connected"
+        is_read = self.is_ready and self.away.isdisjoint(channels)
+        return "" if is_read else "Redis is not connected"
 
     def turned_away(self, info: ConnectionInfo | None, *reason: str) -> None:
         pass

@@ -68,6 +68,9 @@ class CommandContext(Protocol):
     def is_subscribed(self, name: str) -> bool:
         """Return True if the client is subscribed to the channel."""
 
+    def close(self, reason: Reason) -> None:
+        """Close with v1's text for the reason."""
+
     def info(self, name: str) -> bytes:
         """Return the client's info for a channel, as pushes and presence contain it."""
 

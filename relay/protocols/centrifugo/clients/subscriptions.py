@@ -7,6 +7,7 @@ position, so each event is sent once: in the recovered messages or after them.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,12 +21,17 @@ from relay.protocols.centrifugo.clients.interfaces import FatalError
 from relay.stream.format.json_text import is_json
 
 if TYPE_CHECKING:
+    import asyncio
+
     from relay.core.stream_interface import Snapshot
     from relay.hub.session import Subscription
     from relay.protocols.centrifugo.clients.interfaces import CommandContext
     from relay.protocols.centrifugo.clients.reply_queue import ReplySlot
     from relay.protocols.centrifugo.server_state import ServerState
     from relay.protocols.centrifugo.settings import CentrifugoNamespace
+
+# Interval between checks whether a server that was unreachable is read again.
+_RETRY_S = (0.5, 1.5)
 
 
 @dataclass(slots=True, eq=False)
@@ -41,7 +47,16 @@ class _PendingSubscription:
 class Subscriptions:
     """Active and pending subscriptions of one connection."""
 
-    __slots__ = ("_active", "_connection", "_infos", "_pending", "_server", "admitted")
+    __slots__ = (
+        "_active",
+        "_connection",
+        "_infos",
+        "_pending",
+        "_retry",
+        "_server",
+        "_unavailable",
+        "admitted",
+    )
 
     def __init__(self, server: ServerState, connection: CommandContext) -> None:
         self._server = server
@@ -49,6 +64,9 @@ class Subscriptions:
         self._active: set[str] = set()
         self._pending: dict[str, _PendingSubscription] = {}
         self._infos: dict[str, str] = {}
+        # Channels whose subscriptions were rejected because their server was unreachable.
+        self._unavailable: set[Channel] = set()
+        self._retry: asyncio.TimerHandle | None = None
         # Channels that the Centrifugo rules allow. The principal's `grant` looks them up.
         self.admitted: set[Channel] = set()
 
@@ -130,9 +148,35 @@ class Subscriptions:
             self.admitted.discard(channel)
             body = codec.subscribe_body(channel, status=False)
             self._connection.answer(pending.slot, body, codec.INTERNAL_ERROR, codec.RETRY)
+            if len(self._unavailable) < self._server.settings.client_channel_limit:
+                self._unavailable.add(channel)
+            self._retry_later()
             return
         position = None if pending.snapshot is None else history.position(pending.snapshot)
         context.subscribe(session, channel, position)
+
+    def _retry_later(self) -> None:
+        if self._retry is None:
+            delay_s = random.uniform(*_RETRY_S)  # noqa: S311  # not a key
+            self._retry = self._server.call_later(delay_s, self._on_retry)
+
+    def _on_retry(self) -> None:
+        """Close the connection when a channel can be read again.
+
+        centrifuge-js does not repeat a rejected subscribe command before it has reconnected.
+        """
+        self._retry = None
+        if all(self._server.context.not_reading([channel]) for channel in self._unavailable):
+            self._retry_later()
+        else:
+            self._connection.close(Reason.UNAVAILABLE)
+
+    def _is_available(self, channel: Channel) -> None:
+        """The client is subscribed, or no longer wants to be."""
+        self._unavailable.discard(channel)
+        if not self._unavailable and self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
 
     def unsubscribe(self, slot: ReplySlot) -> bool:
         """Unsubscribe, and reply.
@@ -143,6 +187,7 @@ class Subscriptions:
         name = codec.channel_of(slot.command.params)
         if not name:
             raise FatalError(Reason.BAD_MESSAGE)
+        self._is_available(Channel(name))
         error, active, session = "", name in self._active, self._connection.session
         if self._server.names.rules(name) is None and not (active and channels.is_foreign(name)):
             error = codec.NAMESPACE_NOT_FOUND
@@ -160,6 +205,7 @@ class Subscriptions:
         channel, session = subscription.feed.channel, subscription.session
         pending = self._pending.pop(channel)
         self._active.add(channel)
+        self._is_available(channel)
         self._server.stats.count("client_num_subscribe", "node_num_add_client_sub")
         # The client receives its own join push after the reply, because the push travels through
         # Redis.
@@ -207,6 +253,8 @@ class Subscriptions:
     def clear(self) -> None:
         """Remove all subscriptions of a closed connection."""
         self._pending.clear()
+        for channel in list(self._unavailable):
+            self._is_available(channel)
         for name in list(self._active):
             self._remove(Channel(name))
 

@@ -215,6 +215,35 @@ async def test_redis_is_unreachable_during_recovery(bench: Bench) -> None:
     assert heard(socket) == ['x 3000 {"reason":"internal server error","reconnect":true}']
 
 
+async def test_the_server_of_one_channel_is_unreachable(bench: Bench) -> None:
+    connection, socket = await connected(bench)
+    bench.context.away = {Channel("a")}
+    say(connection, ("subscribe", {"channel": "a"}), ("subscribe", {"channel": "b"}))
+    await bench.settle()
+    (replies,) = heard(socket)
+    assert [each.get("error") for each in replies] == ["internal server error", None]
+    bench.pass_(5)
+    assert heard(socket) == []
+    bench.context.away.clear()
+    bench.pass_(2)
+    # centrifuge-js subscribes again only when it has reconnected.
+    assert heard(socket) == ['x 3000 {"reason":"internal server error","reconnect":true}']
+
+
+@pytest.mark.parametrize("does", ["subscribe", "unsubscribe"])
+async def test_a_client_that_has_tried_again_stays_connected(bench: Bench, does: str) -> None:
+    connection, socket = await connected(bench)
+    bench.context.away = {Channel("a")}
+    say(connection, ("subscribe", {"channel": "a"}))
+    await bench.settle()
+    bench.context.away.clear()
+    say(connection, (does, {"channel": "a"}))
+    await bench.settle()
+    heard(socket)
+    bench.pass_(5)
+    assert heard(socket) == []
+
+
 async def test_redis_is_unreachable_during_queries_and_publishing(bench: Bench) -> None:
     connection, socket = await connected(bench)
     say(connection, ("subscribe", {"channel": "a"}))
