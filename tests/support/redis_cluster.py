@@ -49,21 +49,28 @@ class RedisCluster:
     ) -> None:
         self.primaries = primaries
         self._acl = acl
+        self._folder = folder
+        self._flavour: Flavour = flavour
+        self._timeout_ms = timeout_ms
         # `servers[primaries * n + i]` is a replica of `servers[i]` at first.
         self.servers: list[Server] = []
         self._bus: list[int] = []
-        for number in range(primaries * (1 + replicas)):
-            self._bus.append(free_port())
-            options: tuple[str, ...] = (
-                "--cluster-enabled",
-                "yes",
-                "--cluster-port",
-                str(self._bus[-1]),
-            )
-            options += ("--cluster-node-timeout", str(timeout_ms))
-            options += ("--cluster-require-full-coverage", "no")
-            node = ClusterNode if acl else Server
-            self.servers.append(node(folder / str(number), flavour, acl=acl, options=options))
+        for _ in range(primaries * (1 + replicas)):
+            self._make()
+
+    def _make(self) -> None:
+        self._bus.append(free_port())
+        options: tuple[str, ...] = (
+            "--cluster-enabled",
+            "yes",
+            "--cluster-port",
+            str(self._bus[-1]),
+        )
+        options += ("--cluster-node-timeout", str(self._timeout_ms))
+        options += ("--cluster-require-full-coverage", "no")
+        node = ClusterNode if self._acl else Server
+        folder = self._folder / str(len(self.servers))
+        self.servers.append(node(folder, self._flavour, acl=self._acl, options=options))
 
     def start(self) -> RedisCluster:
         """Start all servers and wait until the cluster is complete."""
@@ -92,6 +99,27 @@ class RedisCluster:
         for server in self.servers:
             server.kill()
 
+    def add(self) -> int:
+        """Start one more primary, without slots. Return its number."""
+        self._make()
+        added = len(self.servers) - 1
+        self.servers[added].start()
+        self.call(added, "CLUSTER", "MEET", "127.0.0.1", self.servers[0].port, self._bus[0])
+        wait_for(lambda: all(self._known(n) == str(added + 1) for n in self.running()))
+        return added
+
+    def running(self) -> list[int]:
+        """Return the numbers of the servers that were not killed."""
+        return [number for number, server in enumerate(self.servers) if server.is_running]
+
+    def present_primaries(self) -> list[int]:
+        """Return the numbers of the running primaries, with slots or without."""
+        return [number for number in self.running() if self.role_of(number) == "master"]
+
+    def role_of(self, number: int) -> str:
+        """Return "master" or "slave"."""
+        return str(self.call(number, "INFO", "replication")["role"])
+
     def call(self, number: int, *words: bytes | str | int) -> Any:
         """Send one command to this server, and raise its error."""
         with self.servers[number].client() as client:
@@ -110,9 +138,10 @@ class RedisCluster:
     def owner_of(self, key: bytes) -> int:
         """Return the number of the server that has this key's slot, as the servers see it."""
         slot = slot_of(key)
-        for number, server in enumerate(self.servers):
+        for number in self.running():
+            port_of_this = self.servers[number].port
             for begin, end, (_, port, *_), *_ in self.call(number, "CLUSTER", "SLOTS"):
-                if begin <= slot <= end and port == server.port:
+                if begin <= slot <= end and port == port_of_this:
                     return number
         raise AssertionError(f"no server has slot {slot}")
 
@@ -134,7 +163,7 @@ class RedisCluster:
             words = ("127.0.0.1", port, "", 0, 5000, *login, "KEYS", *names)
             self.call(source, "MIGRATE", *words)
         between("keys moved")
-        for number in (target, source, *range(self.primaries)):
+        for number in (target, source, *self.present_primaries()):
             self._settle(number, "CLUSTER", "SETSLOT", slot, "NODE", ids[1])
             between(f"node {number}")
 

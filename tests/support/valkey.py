@@ -190,6 +190,11 @@ class Server:
         os.kill(self.pid, signal.SIGCONT)
 
     @property
+    def is_running(self) -> bool:
+        """True from the start until the end, also while the server is frozen."""
+        return self._process is not None
+
+    @property
     def pid(self) -> int:
         """Return the process ID."""
         assert self._process is not None

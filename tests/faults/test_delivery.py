@@ -1,0 +1,67 @@
+"""Each event arrives once, or with a notice, while channels move and servers of Redis fail.
+
+`RELAY_DELIVERY_MOVES=20` runs it at full scale: more clients and moves, one more primary, and
+longer freezes. `RELAY_DELIVERY_DURABILITY` and `RELAY_DELIVERY_SEED` choose the publishers'
+durability and the random numbers. `RELAY_DELIVERY_STALL_S` is the time for which the replica of the
+killed primary receives nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support.delivery import (
+    ClusterSite,
+    Report,
+    ServersSite,
+    account,
+    cluster_faults,
+    server_faults,
+)
+
+MOVES = int(os.environ.get("RELAY_DELIVERY_MOVES", "3"))
+SEED = int(os.environ.get("RELAY_DELIVERY_SEED", "16"))
+DURABILITY = os.environ.get("RELAY_DELIVERY_DURABILITY", "fast")
+STALL_S = float(os.environ.get("RELAY_DELIVERY_STALL_S", "0"))
+IS_FULL = MOVES >= 10
+EVENTS_PER_S = 10 if IS_FULL else 4
+
+pytestmark = [pytest.mark.redis, pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+async def test_a_cluster_moves_slots_and_loses_a_primary(tmp_path: Path) -> None:
+    faults = cluster_faults(
+        MOVES, seed=SEED, settle_s=5 if IS_FULL else 1, stall_s=STALL_S, adds=IS_FULL
+    )
+    report = await account(
+        ClusterSite(tmp_path / "cluster"),
+        tmp_path,
+        faults,
+        durability=DURABILITY,
+        events_per_s=EVENTS_PER_S,
+        are_all=IS_FULL,
+    )
+    _check(report)
+
+
+async def test_several_servers_of_which_one_dies_and_one_freezes(tmp_path: Path) -> None:
+    faults = server_faults(seed=SEED, freeze_s=10 if IS_FULL else 2, settle_s=5 if IS_FULL else 1)
+    report = await account(
+        ServersSite(tmp_path / "servers"),
+        tmp_path,
+        faults,
+        durability=DURABILITY,
+        events_per_s=EVENTS_PER_S,
+        are_all=IS_FULL,
+    )
+    _check(report)
+
+
+def _check(report: Report) -> None:
+    print("\n".join([*report.details, str(report.figures)]))  # noqa: T201  # for a failure
+    assert report.problems == []
+    assert report.figures["acknowledged"] > 0
+    assert report.figures["deliveries"] > 0
