@@ -88,17 +88,25 @@ class Console(Mounted):
         self._services = services
         self._settings = settings
         self._doctor = overview.Doctor(services.examine)
-        self.routes = self.at("", lambda: SecretStr(""))
+        self.routes = self._address("", lambda: [self._settings.password])
 
     def at(self, prefix: str, password: Callable[[], SecretStr]) -> list[web.AbstractRouteDef]:
         """Return the routes of the console below `prefix`.
 
-        `password` is accepted there in addition to that of [console]. Empty passwords are not.
+        `password` is accepted there, and that of [console] unless [console] port keeps the console
+        away from the public listeners. Empty passwords are not accepted.
         """
 
+        def valid() -> list[SecretStr]:
+            return [password(), *([] if self._settings.port else [self._settings.password])]
+
+        return self._address(prefix, valid)
+
+    def _address(
+        self, prefix: str, valid: Callable[[], Sequence[SecretStr]]
+    ) -> list[web.AbstractRouteDef]:
         def passwords() -> list[str]:
-            both = (self._settings.password, password())
-            return [text for each in both if (text := each.get_secret_value())]
+            return [text for each in valid() if (text := each.get_secret_value())]
 
         return ConsoleAddress(self._services, self._doctor, prefix, passwords).routes
 

@@ -85,7 +85,7 @@ class CentrifugoSettings(CentrifugoNamespace, _ListenerSettings):
     api_port: int = Field(0, ge=0, le=65535, description="Port of a separate listener for /api/. 0: use the listener of this protocol.")
     api_max_bytes: int = Field(10485760, ge=1024, le=1073741824, description="Maximum size of one request to /api/. Larger requests are rejected with status 413.")
     admin: bool = Field(False, description="Enable the admin socket at /socket.")
-    admin_password: SecretStr = Field(SecretStr(""), description="Password for /auth/, and for the console at the admin paths, where the password of [console] is valid too. Leave empty to reject all logins at /auth/.")
+    admin_password: SecretStr = Field(SecretStr(""), description="Password for /auth/, and for the console at the admin paths, where the password of [console] is valid too unless [console] port is set. Leave empty to reject all logins at /auth/.")
     admin_secret: SecretStr = Field(SecretStr(""), description="Secret that signs the tokens issued by /auth/. Leave empty to reject all logins.")
     insecure_admin: bool = Field(False, description="Accept admin connections without a password. Use it only on a port that only administrators can reach.")
     admin_port: int = Field(0, ge=0, le=65535, description="Port of a separate listener for the admin paths. 0: use the listener of this protocol.")
