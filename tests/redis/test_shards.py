@@ -369,7 +369,7 @@ async def test_a_server_is_checked_when_it_becomes_reachable(
     await asyncio.to_thread(valkey.client().flushall)
     third = Server(tmp_path)
     urls = [each.url("admin") for each in (server, valkey, third)]
-    settings = RedisSettings(url=", ".join(urls), command_timeout_s=1)
+    settings = RedisSettings(url=", ".join(urls))
     keys = keys_of(settings)
     names = ", ".join(sorted(f"127.0.0.1:{each.port}/0" for each in (server, valkey, third)))
     for is_other in (False, True):

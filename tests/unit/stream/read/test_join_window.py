@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from relay.core.model import Channel, Principal
 from relay.core.stream_interface import Followed
 from relay.hub.feed import Feed
@@ -20,7 +22,23 @@ def _feed(name: str) -> Feed:
     return feed
 
 
-async def test_the_first_client_does_not_wait_and_the_next_share() -> None:
+class Clock:
+    """The time of the running event loop, which only the test advances."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._now = 1000.0
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: self._now)
+
+    async def advance(self, seconds: float) -> None:
+        self._now += seconds
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+
+async def test_the_first_client_does_not_wait_and_the_next_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
     examined: list[Followed] = []
     window, news, other = JoinWindow(examined.append), _feed("news"), _feed("other")
     window.join(news)
@@ -29,17 +47,18 @@ async def test_the_first_client_does_not_wait_and_the_next_share() -> None:
     for _ in range(5):
         window.join(news)
     assert examined == [news, other]
-    while len(examined) < 3:  # the limit is that of the test
-        await asyncio.sleep(0.001)
+    await clock.advance(0.03)
     # The stream was examined for those: the next window has begun.
     window.join(news)
     assert examined == [news, other, news]
-    while len(examined) < 4:
-        await asyncio.sleep(0.001)
+    await clock.advance(0.03)
     assert examined == [news, other, news, news]
 
 
-async def test_nothing_is_examined_without_a_waiting_client() -> None:
+async def test_nothing_is_examined_without_a_waiting_client(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
     examined: list[Followed] = []
     window, released, served, waiting = (
         JoinWindow(examined.append),
@@ -51,8 +70,7 @@ async def test_nothing_is_examined_without_a_waiting_client() -> None:
         window.join(stream)
     window.discard(released)
     served.examine_request()  # for another reason
-    while len(examined) < 4:
-        await asyncio.sleep(0.001)
+    await clock.advance(0.03)
     assert examined == [released, served, waiting, waiting]
     # A stream that was discarded may be followed again at once.
     window.join(released)

@@ -6,10 +6,13 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, cast
 
+import pytest
+
 from relay.core.errors import RedisUnavailable
 from relay.core.model import Channel
 from relay.core.stream_interface import Followed
 from relay.stream.connection.primary import Primaries
+from relay.stream.read import shard_readers
 from relay.stream.read.control_reader import ControlReader
 from relay.stream.read.reader import StreamReader
 from relay.stream.read.shard_readers import ShardReaders
@@ -88,7 +91,10 @@ class Stream:
         self.unsettled += 1
 
 
-async def test_only_the_streams_of_slots_that_moved_are_visited() -> None:
+async def test_only_the_streams_of_slots_that_moved_are_visited(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shard_readers, "_LAST_LOOK_S", 0.05)
     shards = [OneShard("one"), OneShard("two")]
     shard_map, made = Map(shards), dict[str, Reader]()
 
