@@ -105,6 +105,8 @@ async def _requeue(site: OperatorContext, options: argparse.Namespace) -> int:
     progress = Progress("requeued")
     done = failed = undeliverable = 0
     errors = ServerErrors()
+    # The slots of a Cluster are not known before.
+    await site.clients.shards.refresh()
     try:
         async with Connections(site.clients) as connections:
             async for letter in _chosen(site, options):

@@ -10,8 +10,8 @@ import pytest
 from relay.config.settings import RedisSettings
 from relay.inspect.connections import ConnectionFilter, find_connections
 from relay.inspect.questions import BadQuestion, asking
-from relay.stream.format.keys import Keys
 from relay.stream.shards.clients import shard_clients
+from relay.stream.shards.making import keys_of
 from tests.support.cli import Cli
 from tests.support.clients import LIMIT_S, Native
 from tests.support.relay import RelayProcess
@@ -108,7 +108,7 @@ async def test_a_question_of_another_version_is_rejected(
     valkey: Server, relay: RelayProcess
 ) -> None:
     settings = RedisSettings(url=valkey.url("maintenance"))
-    keys = Keys(settings.prefix)
+    keys = keys_of(settings)
     async with shard_clients(settings) as clients, asking(settings, clients, keys) as questions:
 
         async def failures() -> dict[str, str]:

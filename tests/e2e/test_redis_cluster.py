@@ -6,6 +6,7 @@ Each command of relay must name keys of one slot only: the servers would count C
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ import pytest
 from aiohttp import ClientSession
 
 from relay.core.model import Channel
+from relay.stream.connection.connect import command
 from relay.stream.format.keys import Keys
 from relay.stream.shards.clients import ShardClients, shard_clients
 from tests.support.centrifugo_client import SECRET, Centrifugo, centrifugo
@@ -72,7 +74,7 @@ def relays(cluster: RedisCluster, services: Server) -> Iterator[list[RelayProces
             relay.kill()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 async def test_every_feature_uses_one_slot_at_a_time(
     cluster: RedisCluster,
     relays: list[RelayProcess],
@@ -92,14 +94,14 @@ async def test_every_feature_uses_one_slot_at_a_time(
         await _events(api, here, there, two)
         await _polling(api, http, one, two)
         await _presence(api, two)
-        await _operators(Cli(cluster.servers[0]), api, two)
+        await _operators(Cli(cluster.servers[0]), admin, api, two)
         # The slots of the site and of a channel move. Everything works as before.
         for key in (KEYS.control, KEYS.stream(Channel(CHANNELS[0]))):
             target = (cluster.owner_of(key) + 1) % 3
             await asyncio.to_thread(cluster.move, key, target)
         await _events(api, here, there, two)
         await _queue(admin, here)
-        await _emits(services, http, two)
+        await _emits(services, http, one, two)
     for number in range(3):
         errors = cluster.call(number, "INFO", "errorstats")
         assert not {name for name in errors if "CROSSSLOT" in name or "NOPERM" in name}, errors
@@ -124,8 +126,19 @@ async def _polling(
     """Poll sessions of one relay through the other."""
     session, same = Xhr(http, one, "clustered"), Xhr(http, two, "clustered")
     await session.connect("sock", "polled")
-    await api.api("publish", channel="polled", data=1)
-    assert b"polled" in (await same.poll())[1]
+    # Requests come to both relays in turn, and concern channels of all primaries.
+    turns = itertools.cycle((same, session))
+    for name in CHANNELS:
+        assert await next(turns).send("subscribe", channel=name) == 204
+        assert f'\\"channel\\":\\"{name}\\"'.encode() in (await next(turns).poll())[1]
+        next(turns)
+    for number, name in enumerate(["polled", *CHANNELS]):
+        await api.api("publish", channel=name, data=f"polled {number}")
+    frames = b""
+    while frames.count(b'\\"method\\":\\"message\\"') <= len(CHANNELS):
+        frames += (await next(turns).poll())[1]
+    for number in range(len(CHANNELS) + 1):
+        assert frames.count(f'\\"polled {number}\\"'.encode()) == 1
 
     polling = EngineIoPolling(http, one)
     await polling.open("eve")
@@ -135,31 +148,42 @@ async def _polling(
 
 async def _presence(api: Centrifugo, two: RelayProcess) -> None:
     anna, ben = await api.client("anna"), await api.client("ben", url=two.url)
+    users: set[str] = set()
     for client in (anna, ben):
         await client.subscribe("present")
     for url in ("", two.url):
         async with asyncio.timeout(30):
-            users: set[str] = set()
+            users = set()
             while users != {"anna", "ben"}:
                 found = await api.api("presence", channel="present", url=url)
                 users = {each["user"] for each in found["body"]["data"].values()}
     for url in ("", two.url):
         channels = (await api.api("channels", url=url))["body"]["data"]
         assert "present" in channels
+    await ben.socket.close()
+    async with asyncio.timeout(30):
+        while len(users) > 1:
+            found = await api.api("presence", channel="present")
+            users = {each["user"] for each in found["body"]["data"].values()}
 
 
-async def _operators(cli: Cli, api: Centrifugo, relay: RelayProcess) -> None:
+async def _operators(cli: Cli, admin: ShardClients, api: Centrifugo, relay: RelayProcess) -> None:
     """Use commands and the console, which find the server of a channel by themselves."""
-    for name in CHANNELS[:3]:
-        async with cli.tail(name, "--after", "0-1", "--json") as tail:
-            line = await tail.line()
-            assert line, await tail.said()
-            first = json.loads(line)
-            assert first["data"] == name
-            await api.api("publish", channel=name, data="followed")
-            assert json.loads(await tail.line())["data"] == "followed"
-        (found,) = await cli.objects("explain", "nobody", name, first["id"])
-        assert found["outcome"] == "not_connected"
+    name = CHANNELS[0]
+    async with cli.tail(name, "--after", "0-1", "--json") as tail:
+        line = await tail.line()
+        assert line, await tail.said()
+        first = json.loads(line)
+        assert first["data"] == name
+        await api.api("publish", channel=name, data="followed")
+        while json.loads(await tail.line())["data"] != "followed":
+            pass
+    (found,) = await cli.objects("explain", "nobody", name, first["id"])
+    assert found["outcome"] == "not_connected"
+    fields = "stream", KEYS.stream(Channel(name)), "fields", '[["data","again"]]'
+    added = await command(admin.home, "XADD", KEYS.dead_letters, "*", *fields)
+    requeued = await cli.out("dead-letters", "requeue", added.decode())
+    assert requeued.startswith(f"{added.decode()} is {name} ")
     assert {row["channel"] for row in await cli.objects("streams")} >= set(CHANNELS)
     assert len(await cli.objects("workers")) == 2
     async with ClientSession() as http:
@@ -167,12 +191,10 @@ async def _operators(cli: Cli, api: Centrifugo, relay: RelayProcess) -> None:
         async with http.post(f"{console}login", json={"password": PASSWORD}) as answer:
             assert answer.status == 200, await answer.text()
             cookie = {"Cookie": f"relay_console={answer.cookies['relay_console'].value}"}
-        query = {"channel": CHANNELS[0], "after": "0-1"}
+        query = {"channel": name, "after": "0-1"}
         async with http.get(f"{console}entries", params=query, headers=cookie) as answer:
-            assert [each["data"] for each in (await answer.json())["entries"]] == [
-                CHANNELS[0],
-                "followed",
-            ]
+            shown = [each["data"] for each in (await answer.json())["entries"]]
+            assert (shown[0], shown[-2:]) == (name, ["followed", "again"])
 
 
 async def _limits(here: Native, there: Native) -> None:
@@ -200,9 +222,12 @@ async def _queue(admin: ShardClients, here: Native) -> None:
     assert (await stream.next(20)).json() == 7
 
 
-async def _emits(services: Server, http: ClientSession, relay: RelayProcess) -> None:
-    polling = EngineIoPolling(http, relay)
+async def _emits(
+    services: Server, http: ClientSession, one: RelayProcess, two: RelayProcess
+) -> None:
+    polling = EngineIoPolling(http, one)
     await polling.open("anna")
+    polling.url = polling.url.replace(one.url, two.url)
     emit = {"type": 2, "data": ["news", 1], "nsp": "/axr"}
     options = {"rooms": ["allusers", "anna"], "flags": {}}
     message = msgpack.packb(["emitter", emit, options])

@@ -60,6 +60,7 @@ async def client(server: Server) -> AsyncIterator[Redis]:
 async def clients(server: Server) -> AsyncIterator[ShardClients]:
     """Return relay's clients of all shards."""
     async with shard_clients(server.settings()) as opened:
+        await opened.shards.refresh()
         yield opened
 
 

@@ -114,7 +114,7 @@ async def test_status_shows_a_worker_that_redis_rejects_while_it_runs(
         monkeypatch.setattr(workers, "DEAD_AFTER_S", 0.3)
         await beat.beat()
         async with asyncio.timeout(30):
-            while "one:1 has not written its heartbeat for 0 s" not in await problems():
+            while "one:1 has not written its heartbeat for" not in await problems():
                 await asyncio.sleep(0.05)
         await command(admin, "ACL", "SETUSER", "relay", "+set")
         await beat.beat()
