@@ -146,7 +146,7 @@ async def test_a_server_that_is_away_affects_only_its_channels(tmp_path: Path) -
             old = pids.read_text()
             relay.send(signal.SIGUSR2)
             assert [each.event for each in await one.ended(60)] == ["relay:closing"]
-            assert pids.read_text() != old
+            await until(lambda: pids.read_text() != old, 60)
             redis(here, "XADD", stream_key(near), "*", "data", "3")
             one = await clients.sse(near, last=one.last_id)
             assert (await one.next()).data == "3"
