@@ -61,6 +61,7 @@ _TRANSPORTS = ("xhr-polling", "xhr-streaming", "eventsource", "websocket")
 _QUEUE = "centrifugo.api"
 # Time until all clients have received the last event.
 _CATCH_UP_S = 60.0
+_START_S = 100.0
 _NATIVE = ("http", "queue", "direct")
 
 
@@ -713,23 +714,21 @@ class Run:
                             reading = _read_socketio(said, follower)
                             running_tasks.append(tasks.create_task(reading))
             try:
-                async with asyncio.timeout(60):
-                    while not all(follower.is_connected for follower in self.followers):
-                        await asyncio.sleep(0.05)
+                await self.wait_for("connected", lambda follower: follower.is_connected)
                 yield
             finally:
                 for task in running_tasks:
                     task.cancel()
 
-    async def all_receive(self) -> None:
-        """Wait until each client has received an event."""
+    async def wait_for(self, what: str, is_true: Callable[[Follower], object]) -> None:
+        """Wait until this is true of each client."""
         try:
-            async with asyncio.timeout(60):
-                while not all(each.received for each in self.followers):
+            async with asyncio.timeout(_START_S):
+                while not all(map(is_true, self.followers)):
                     await asyncio.sleep(0.05)
         except TimeoutError:
-            silent = [each.name for each in self.followers if not each.received]
-            raise AssertionError(f"no event reached {silent}") from None
+            others = [f"{each.name} {each.log}" for each in self.followers if not is_true(each)]
+            raise AssertionError(f"not {what}: {others}") from None
 
     async def read_truth(self) -> None:
         """Read the numbers in all streams."""
@@ -823,7 +822,7 @@ async def account(
         async with run.clients(own_pydio, are_all=are_all), asyncio.TaskGroup() as tasks:
             publishing = [tasks.create_task(producers.run(channel)) for channel in run.channels]
             try:
-                await run.all_receive()
+                await run.wait_for("receiving", lambda follower: follower.received)
                 await asyncio.to_thread(faults, run)
             finally:
                 producers.is_stopping = True
