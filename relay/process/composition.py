@@ -239,7 +239,7 @@ def build(base: Foundation) -> Parts:
     hub.trace = base.tracing
     if base.tracing is not None:
         publish = _traced(publish, base.tracing)
-    attempts = LoginAttempts(base.clients.home, keys)
+    attempts = LoginAttempts(base.clients, keys)
     console = _console(base, keys, cluster, questions, publish, attempts)
     context = DoorContext(
         hub=hub,

@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 from relay.stream.cluster.login_attempts import LoginAttempts
 from relay.stream.connection.connect import command
 from relay.stream.format.keys import Keys
+from relay.stream.shards.clients import ShardClients
 from tests.support.several import SeveralServers
 from tests.support.valkey import Server
 
@@ -17,9 +18,9 @@ pytestmark = pytest.mark.redis
 
 
 async def test_many_guesses_at_once_need_few_connections_to_redis(
-    server: Server, client: Redis, keys: Keys, admin: Redis
+    server: Server, clients: ShardClients, keys: Keys, admin: Redis
 ) -> None:
-    attempts = LoginAttempts(client, keys)
+    attempts = LoginAttempts(clients, keys)
     before = (await command(admin, "INFO", "clients"))["connected_clients"]
     async with asyncio.TaskGroup() as tasks:
         guesses = [tasks.create_task(attempts.begin(f"10.0.1.{each}")) for each in range(200)]
@@ -30,8 +31,8 @@ async def test_many_guesses_at_once_need_few_connections_to_redis(
     assert after - before <= 8 * servers
 
 
-async def test_similar_addresses_share_their_attempts(client: Redis, keys: Keys) -> None:
-    attempts = LoginAttempts(client, keys)
+async def test_similar_addresses_share_their_attempts(clients: ShardClients, keys: Keys) -> None:
+    attempts = LoginAttempts(clients, keys)
     # One host has all of these IPv6 addresses.
     same = [f"2001:db8:0:0:{each:x}::1" for each in range(3)] + ["2001:db8::7", "2001:db8::8:7"]
     assert [await attempts.begin(each) for each in same] == [0.0] * 5

@@ -18,8 +18,8 @@ from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.scripts import Script
 
 if TYPE_CHECKING:
-    from relay.stream.connection.connect import RedisClient
     from relay.stream.format.keys import Keys
+    from relay.stream.shards.clients import ShardClients
 
 _PLACES = 256
 # After `burst` attempts, one more is allowed per interval.
@@ -54,8 +54,8 @@ return 0
 class LoginAttempts:
     """Counts attempts in one hash of at most 257 fields."""
 
-    def __init__(self, client: RedisClient, keys: Keys) -> None:
-        self._client = client
+    def __init__(self, clients: ShardClients, keys: Keys) -> None:
+        self._clients = clients
         self._key = keys.store("console:attempts")
         self._turns = asyncio.Semaphore(_AT_ONCE)
 
@@ -71,19 +71,20 @@ class LoginAttempts:
         except CommandRefused as exc:
             if exc.code != "NOSCRIPT":
                 raise
-            # As one word, the client of a Redis Cluster sends it to all primaries.
-            await connect.command(self._client, "SCRIPT LOAD", _ATTEMPT.text)
+            # To this server only: another one may be away.
+            ((_, server, _),) = await self._clients.split([self._key])
+            await connect.command(server, "SCRIPT", "LOAD", _ATTEMPT.text)
             wait_ms = await self._run(*words)
         return wait_ms / 1000
 
     async def succeeded(self, address: str) -> None:
         """Delete the attempts from this address."""
-        await connect.command(self._client, "HDEL", self._key, _place(address))
+        await connect.command(self._clients.home, "HDEL", self._key, _place(address))
 
     async def _run(self, *words: str | int) -> int:
         sent = "EVALSHA", _ATTEMPT.sha, 1, self._key, *words
         async with self._turns:
-            return int(await connect.command(self._client, *sent))
+            return int(await connect.command(self._clients.home, *sent))
 
 
 def _place(address: str) -> str:
