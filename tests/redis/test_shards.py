@@ -16,6 +16,7 @@ import pytest
 
 from producers.outgoing import PublishFailed
 from producers.publisher import AsyncPublisher
+from relay.cli.connections import connections
 from relay.cli.dead_letters import dead_letters
 from relay.cli.operator_context import OperatorContext
 from relay.cli.streams import streams
@@ -308,6 +309,11 @@ async def test_commands_show_what_they_can_read_and_name_a_server_that_is_away(
         assert orjson.loads(shown)["workers"] == 0
         assert said.count("\n") == 1
         assert address in said
+        found = {"user": None, "channel": None, "protocol": None, "address": None}
+        options = Namespace(**found, after="", limit=10, json=False)
+        assert await connections(site, options) == 0
+        shown, said = capsys.readouterr()
+        assert "0 connections" in shown
         for channel in (far, near, far):
             words = "stream", keys.stream(channel), "fields", '[["data","2"]]'
             await command(clients.home, "XADD", keys.dead_letters, "*", *words)
