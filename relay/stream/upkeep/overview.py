@@ -22,8 +22,9 @@ from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.shards.shard import Shard
 from relay.stream.upkeep.retention import describe_misnamed, streams_among
 
-# XINFO STREAM returns the first and the last entry, and each may have a megabyte.
-_STREAMS = 50
+# XINFO STREAM returns the first and the last entry, and each may have a megabyte. A worker parses
+# the replies about so many streams in one turn of its loop, which takes half a millisecond each.
+_STREAMS = 20
 _KEYS = 1000
 # A page of channels begins with few keys per step, and reads more if none of them matches.
 _KEYS_OF_PAGE, _KEYS_OF_STEP, _SCANS = 100, 500, 100
