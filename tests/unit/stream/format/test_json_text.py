@@ -38,7 +38,12 @@ def test_an_unpaired_surrogate_outside_of_a_string_is_not_json(data: bytes) -> N
     assert not is_json(data)
 
 
-@given(st.recursive(st.none() | st.floats() | st.text(), lambda inner: st.lists(inner)))
+_VALUES = st.none() | st.floats() | st.text()
+
+
+# Not st.recursive, which draws again when a value is too large. Hypothesis has reported the
+# repeated draws as inconsistent.
+@given(_VALUES | st.lists(_VALUES | st.lists(_VALUES)))
 def test_all_that_python_writes_is_json(value: object) -> None:
     written = json.dumps(value).encode()
     assert is_json(written) == by_python(written)
