@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 from redis.asyncio import Redis
 
+from relay.config.settings import RedisSettings
 from relay.core.model import Broken, Channel, EntryID, Grant, Revocation
 from relay.stream.connection.connect import CommandRefused
 from relay.stream.format import entry
@@ -18,7 +19,8 @@ from relay.stream.format.keys import Keys
 from relay.stream.shards.clients import ShardClients, shard_clients
 from relay.stream.write import control, dead_letters
 from relay.stream.write.revoke import grant, revoke
-from tests.support.valkey import Server
+from tests.support.cutter import cutting
+from tests.support.valkey import Server, password_of
 
 pytestmark = pytest.mark.redis
 NEWS = Channel("news")
@@ -75,6 +77,29 @@ async def test_a_dead_letter_is_written_once(
     assert json.loads(found["fields"]) == [["text", "hello"], ["raw", {"base64": raw}]]
     assert "truncated" not in found
     assert 86000 < await admin.ttl(keys.dead_letter_mark(NEWS, ID)) <= 86400
+
+
+@pytest.mark.single_server("the client of one server")
+async def test_a_dead_letter_is_written_although_a_reply_is_lost(
+    server: Server, admin: Redis, keys: Keys
+) -> None:
+    broken = Broken(ID, "no data", ())
+    mark = keys.dead_letter_mark(NEWS, ID)
+    async with cutting(server.port) as cutter:
+        url = f"redis://relay:{password_of('relay')}@127.0.0.1:{cutter.port}"
+        async with shard_clients(RedisSettings(url=url)) as clients:
+            assert await clients.home.ping()
+            cutter.silence_replies()
+            async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+                written = tasks.create_task(
+                    dead_letters.write(clients, keys, NEWS, broken, node="node:1")
+                )
+                while not await admin.exists(mark):
+                    await asyncio.sleep(0.01)
+                cutter.cut(0)
+            assert written.result()
+            assert (await letter(admin, keys))["id"] == "5-1"
+            assert not await dead_letters.write(clients, keys, NEWS, broken, node="node:1")
 
 
 @pytest.mark.parametrize(

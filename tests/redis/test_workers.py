@@ -158,6 +158,14 @@ async def test_a_full_redis_does_not_hide_the_other_workers(
     assert before.key == after.key == await admin.get(keys.internal_key)
 
 
+async def test_workers_that_start_together_have_one_key(client: Redis, keys: Keys) -> None:
+    made = [WorkerDirectory(client=client, keys=keys, deaths=WorkerDeaths()) for _ in range(8)]
+    async with asyncio.TaskGroup() as tasks:
+        for each in made:
+            tasks.create_task(each.refresh())
+    assert len({each.key for each in made}) == 1
+
+
 async def test_a_worker_whose_heartbeat_has_expired_is_not_dead_yet(
     client: Redis, admin: Redis, keys: Keys
 ) -> None:

@@ -35,6 +35,10 @@ class Cutter:
         """Drop all bytes of the present connections, as a firewall that has forgotten them."""
         self._silent |= {side for pair in self._open.items() for side in pair}
 
+    def silence_replies(self) -> None:
+        """Drop all bytes that the present connections receive from the server."""
+        self._silent |= set(self._open)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.refuses:
             writer.transport.abort()

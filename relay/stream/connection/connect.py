@@ -406,9 +406,11 @@ def translated() -> Iterator[None]:
 
 
 async def command(client: RedisClient, *words: bytes | str | int) -> Any:
-    """Send one command through redis-py and return the unparsed reply."""
+    """Send one command through redis-py and return its reply, parsed as redis-py does."""
+    # Without this option, redis-py's parser replaces the value that SET ... GET returns by False.
+    options = {"get": True} if words[0] == "SET" and "GET" in words[3:] else {}
     with translated():
-        return await client.execute_command(*words)  # type: ignore[no-untyped-call]
+        return await client.execute_command(*words, **options)  # type: ignore[no-untyped-call]
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ that worker dies in between, the dead letter is missing, but the entry remains i
 from __future__ import annotations
 
 import base64
+import secrets
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
@@ -33,7 +34,10 @@ async def write(
     if truncated:
         letter += "truncated", "1"
     mark = keys.dead_letter_mark(channel, broken.id)
-    if not await command(clients.for_key(mark), "SET", mark, node, "NX", "EX", MARK_S):
+    # The client repeats the command if its reply is lost. The value shows that it was this one.
+    own = f"{node} {secrets.token_hex(8)}".encode()
+    words = ("SET", mark, own, "NX", "GET", "EX", MARK_S)
+    if await command(clients.for_key(mark), *words) not in (None, own):
         return False
     await command(clients.home, "XADD", keys.dead_letters, "MAXLEN", "~", KEEP, "*", *letter)
     return True
