@@ -105,17 +105,20 @@ def _run(row: Row) -> str:
         for line in process.stdout or ():
             print(line, end="", flush=True)
             lines.append(line)
-    counts = dict.fromkeys(("passed", "failed", "error", "deselected"), 0)
+    counts = dict.fromkeys(("passed", "failed", "error", "skipped", "deselected"), 0)
     excluded: Counter[str] = Counter()
     for line in lines:
-        if found := re.fullmatch(r"(\d+) (passed|failed|error|deselected)\n", line):
+        if found := re.fullmatch(r"(\d+) (passed|failed|error|skipped|deselected)\n", line):
             counts[found[2]] = int(found[1])
         if found := re.match(r"SKIPPED \[(\d+)\] \S+ single server: (.*)", line):
             excluded[found[2]] += int(found[1])
     if not counts["passed"]:
         return f"ERROR: no test has run (exit code {process.returncode})"
     failed = counts["failed"] + counts["error"]
-    outcome = f"{counts['passed']} passed, {failed} failed"
+    if process.returncode and not failed:
+        # Such as a pytest process that was killed and has printed no result.
+        return f"ERROR: exit code {process.returncode}, although no test has failed"
+    outcome = f"{counts['passed']} passed, {failed} failed, {counts['skipped']} skipped"
     if row.topology != "single":
         outcome += f", {counts['deselected']} use their own servers"
         outcome += f", {excluded.total()} are about a single server"

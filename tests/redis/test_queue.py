@@ -309,7 +309,10 @@ async def test_a_restart_of_the_server_is_survived(
                 assert admin.xlen(keys.stream(NEWS)) == 2
 
 
-@pytest.mark.skipif(TOPOLOGY in os.environ, reason="replicas and Sentinels send commands, too")
+# In the form that scripts/matrix.py counts: unlike `single_server`, this concerns Sentinel, too.
+@pytest.mark.skipif(
+    TOPOLOGY in os.environ, reason="single server: replicas and Sentinels send commands, too"
+)
 async def test_an_idle_queue_asks_only_for_its_lease(
     server: Server, admin: Redis, keys: Keys
 ) -> None:

@@ -61,6 +61,8 @@ _TRANSPORTS = ("xhr-polling", "xhr-streaming", "eventsource", "websocket")
 _QUEUE = "centrifugo.api"
 # Time until all clients have received the last event.
 _CATCH_UP_S = 60.0
+# Producers whose events are appended later than they are sent.
+_LATER = ("queue", "emitter")
 _START_S = 100.0
 _NATIVE = ("http", "queue", "direct")
 
@@ -737,22 +739,29 @@ class Run:
                 found = await client.execute_command("XRANGE", channel.key, "-", "+")
                 channel.truth = [number for _, fields in found for number in _number(fields)]
 
-    async def catch_up(self) -> None:
-        """Wait until all events are in the streams and all clients have received the last one."""
+    async def catch_up(self) -> list[str]:
+        """Wait until all events are in the streams and all clients have received the last one.
+
+        Return a line for each channel whose last event is still not in its stream.
+        """
         before: list[list[int]] = []
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CATCH_UP_S):
                 while True:
                     await self.read_truth()
-                    # These are appended later than they are sent.
-                    later = (c for c in self.channels if c.producer in ("queue", "emitter"))
+                    later = (each for each in self.channels if each.producer in _LATER)
                     are_appended = all(each.sent in each.truth for each in later)
                     truths = [channel.truth for channel in self.channels]
                     is_same = truths == before
                     if are_appended and is_same and all(each.has_last() for each in self.followers):
-                        return
+                        return []
                     before = truths
                     await asyncio.sleep(1)
+        return [
+            f"{each.name} ({each.producer}): {each.sent} was not appended within {_CATCH_UP_S:g} s"
+            for each in self.channels
+            if each.producer in _LATER and each.sent not in each.truth
+        ]
 
 
 def _number(fields: Any) -> list[int]:
@@ -827,14 +836,13 @@ async def account(
             finally:
                 producers.is_stopping = True
             await asyncio.wait(publishing)
-            await run.catch_up()
+            problems = await run.catch_up()
         run.errors = producers.errors
-        return _report(run)
+        return _report(run, problems)
 
 
-def _report(run: Run) -> Report:
+def _report(run: Run, problems: list[str]) -> Report:
     figures: Counter[str] = Counter()
-    problems: list[str] = []
     details = list(run.log)
     for channel in run.channels:
         stored = set(channel.truth)

@@ -222,8 +222,7 @@ class Server:
 class SentinelServer(Server):
     """A Sentinel that watches `primary` under the name `main`.
 
-    It fails over within seconds after `expect_failover`. Before, it does so neither, because the
-    machine may be busy.
+    It starts a failover only after `expect_failover`. Before, a busy machine could cause one.
     """
 
     def __init__(self, folder: Path, primary: Server, tls: Sequence[str] = ()) -> None:
