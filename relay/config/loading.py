@@ -418,7 +418,7 @@ def _check_key(key: str, cls: type[Section], where: str) -> None:
     keys = list(_keys(cls))
     if key not in keys and key not in cls.removed:
         raise ConfigError(
-            f"{where}: no such setting{_near(key, keys)}; there are {', '.join(keys)}"
+            f"{where} is not a setting{_near(key, keys)}; there are {', '.join(keys)}"
         )
 
 

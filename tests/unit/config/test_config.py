@@ -92,7 +92,7 @@ def test_the_last_set_wins_and_insecure_is_a_flag_only() -> None:
     config = read(None, "server.port=3", "server.port = 4", flags={"insecure": "yes"})
     assert config.server.port == 4
     assert config.insecure
-    assert "no such setting" in error(None, "server.insecure=yes")
+    assert "is not a setting" in error(None, "server.insecure=yes")
 
 
 def test_a_namespace_inherits_from_the_default_section(
@@ -197,8 +197,8 @@ def test_values_keep_percent_hash_and_semicolon_and_may_span_lines(
         ("[log]\nlevel = loud", "level = loud: one of debug, info, warning, error"),
         ("[namespace:x]\nrights = all", "[namespace:x] rights = all: text that matches"),
         ("[namespace:x]\nrights = all", "hash (the rights hash in Redis)"),
-        ("[server]\nprot = 1\n", "relay.ini: [server] prot: no such setting, did you mean port?"),
-        ("[server]\nPort = 1\n", "[server] Port: no such setting, did you mean port?"),
+        ("[server]\nprot = 1\n", "relay.ini: [server] prot is not a setting, did you mean port?"),
+        ("[server]\nPort = 1\n", "[server] Port is not a setting, did you mean port?"),
         ("[severs]\n", "relay.ini: [severs]: no such section, did you mean server?"),
         ("[DEFAULT]\nport = 1\n", "[DEFAULT]: no such section"),
         ("[namespace:a:b]\n", "[namespace:a:b]: namespace name must not contain ':'"),
@@ -211,7 +211,7 @@ def test_values_keep_percent_hash_and_semicolon_and_may_span_lines(
         ("[jwt]\nkey_file = /nowhere/k", "key_file = /nowhere/k: cannot be read: No such file"),
         ("[jwt]\nkey_file = /proc/self/exe", "is not UTF-8 text"),
         ("[jwt]\nkey = a\nkey_file = b", "[jwt] key_file = b: key is set in the same source"),
-        ("[jwt]\naudience_file = b", "[jwt] audience_file: no such setting"),
+        ("[jwt]\naudience_file = b", "[jwt] audience_file is not a setting"),
     ],
 )
 def test_an_error_in_a_file_is_one_line(ini: Callable[[str], Path], text: str, line: str) -> None:
@@ -387,7 +387,7 @@ def test_one_environment_name_of_two_settings_is_an_error_once_it_is_used(
         (".port=1", "must be SECTION.KEY=VALUE"),
         ("server.=1", "must be SECTION.KEY=VALUE"),
         ("nowhere.port=1", "--set nowhere.port: no such section"),
-        ("server.prot=1", "--set server.prot: no such setting, did you mean port?"),
+        ("server.prot=1", "--set server.prot is not a setting, did you mean port?"),
         ("namespace:a:b.rights=hash", "namespace name must not contain ':'"),
     ],
 )
