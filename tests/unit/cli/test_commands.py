@@ -147,6 +147,14 @@ def test_checkconfig_says_what_serve_would(
         assert part in one_line(capsys)
 
 
+def test_an_unknown_setting_with_a_secret_name_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "relay.ini").write_text("[jwt]\nsecret = abc\n")
+    assert main(["checkconfig", "-c", "relay.ini"]) == 1
+    assert "[jwt] secret is not a setting; there are" in capfd.readouterr().err
+
+
 def test_the_environment_counts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
