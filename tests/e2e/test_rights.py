@@ -280,7 +280,7 @@ async def test_a_token_that_runs_out_ends_the_connection(
     relay: RelayProcess, door: Native, channel: str, kind: str
 ) -> None:
     # Long enough to connect on a busy machine.
-    token = relay.token("bob", ttl_s=3)
+    token = relay.token("bob", ttl_s=8)
     began = time.monotonic()
     if kind == "sse":
         stream = await door.sse(channel, token=token)
@@ -293,7 +293,7 @@ async def test_a_token_that_runs_out_ends_the_connection(
         assert (said["notice"], said["reason"]) == ("revoked", "expired")
         assert wrong["error"]["code"] == "unauthorized"
         assert code == 4401
-    assert time.monotonic() - began > 1.5
+    assert time.monotonic() - began > 4
     assert await _status(door, channel, token) == 401
 
 
@@ -301,7 +301,7 @@ async def test_refresh_prolongs_narrows_and_keeps_the_user(
     relay: RelayProcess, door: Native, channel: str
 ) -> None:
     other = f"{channel}-other"
-    client = await door.ws(channel, other, token=relay.token("bob", ttl_s=4))
+    client = await door.ws(channel, other, token=relay.token("bob", ttl_s=8))
     await client.take(2)
     wrong = await client.ask(cmd="refresh", token=relay.token("eve"), ref=1)
     assert (wrong["error"]["code"], wrong["ref"]) == ("unauthorized", 1)
@@ -313,7 +313,7 @@ async def test_refresh_prolongs_narrows_and_keeps_the_user(
         "revoked", other, "rights_changed",
     )  # fmt: skip
     with pytest.raises(TimeoutError):
-        await client.next(4.7)
+        await client.next(8.7)
     relay.xadd(channel, data="1")
     assert (await client.next())["data"] == 1
 

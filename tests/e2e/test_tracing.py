@@ -147,6 +147,8 @@ async def test_a_trace_from_each_producer_to_the_delivery(
                 assert (await client.ask("publish", channel=f"{name}.own", data=0))["body"][
                     "status"
                 ]
+                # It is delivered only while the client is there.
+                await client.push("message")
             # By the queue, with the producer's trace in the parameters.
             params = {"channel": name, "data": 2, "traceparent": parent(0xB2)[2]}
             command = json.dumps({"method": "publish", "params": params})
