@@ -84,7 +84,11 @@ class ShardReaders:
             self._reader_of[stream] = reader
             reader.follow(stream)
             if self._map.slots:
-                self._in_slot.setdefault(slot_of(stream.key), {})[stream] = None
+                slot = slot_of(stream.key)
+                self._in_slot.setdefault(slot, {})[stream] = None
+                if self._placed and self._placed[slot] is not reader.shard:
+                    # Another task has read a newer map. Visit the slot at the next look.
+                    self._placed[slot] = None
 
     def want_join(self, stream: Followed) -> None:
         """See `StreamReads`."""
@@ -282,10 +286,10 @@ class ShardReaders:
         for slot in [slot for slot, (source, target) in pairs if source is not target]:
             async for stream in in_slices(list(self._in_slot.get(slot, ()))):
                 target = self._find(stream.channel)
-                if target is None:
+                if target is None or target.shard is not slots[slot]:
                     # Another task has read a newer map in the meantime. Visit the slot again.
                     slots[slot] = None
-                else:
+                if target is not None:
                     moved |= self._move_stream(stream, target)
         return moved
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import pytest
@@ -91,6 +91,18 @@ class Stream:
         self.unsettled += 1
 
 
+class HookedStream(Stream):
+    """Calls `on_moved` when it is moved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.on_moved: Callable[[], None] = lambda: None
+
+    def on_unsettled(self) -> None:
+        super().on_unsettled()
+        self.on_moved()
+
+
 async def test_only_the_streams_of_slots_that_moved_are_visited(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -146,4 +158,61 @@ async def test_only_the_streams_of_slots_that_moved_are_visited(
         shard_map.slots[slot_of(moving[1].key)] = shards[0]
         await looked()
         assert moving[1] in made["one"].streams
+        running.cancel()
+
+
+async def test_a_stream_follows_its_slot_back_if_no_look_saw_it_move(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shard_readers, "_LAST_LOOK_S", 0.05)
+    shards = [OneShard("one"), OneShard("two")]
+    shard_map, made = Map(shards), dict[str, Reader]()
+
+    def make(shard: Shard) -> StreamReader:
+        reader = made[shard.name] = Reader(cast(Any, shard))
+        return cast(StreamReader, reader)
+
+    readers = ShardReaders(
+        shards=cast(Any, shard_map),
+        keys=KEYS,
+        control=cast(ControlReader, None),
+        primaries=Primaries(),
+        make=make,
+    )
+
+    async def looked() -> None:
+        for _ in range(3):  # the third look begins when two are complete
+            shard_map.refreshed.clear()
+            readers.look()
+            await shard_map.refreshed.wait()
+
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(readers.run())
+        await looked()
+        # Another task has read a newer map, and a client joins before the readers look at it.
+        joining = Stream(0)
+        slot = slot_of(KEYS.stream(joining.channel))
+        shard_map.slots[slot] = shards[1]
+        readers.follow(cast(Followed, joining))
+        assert joining in made["two"].streams
+        shard_map.slots[slot] = shards[0]
+        await looked()
+        assert joining in made["one"].streams
+        assert joining not in made["two"].streams
+        # Another task reads two newer maps while streams are being moved, one of them between the
+        # two streams.
+        moving = HookedStream(1), HookedStream(2)
+        first, second = sorted(moving, key=lambda each: slot_of(KEYS.stream(each.channel)))
+        for stream in (first, second):
+            readers.follow(cast(Followed, stream))
+            shard_map.slots[slot_of(stream.key)] = shards[1]
+        slot = slot_of(second.key)
+
+        def on_moved() -> None:
+            shard_map.slots[slot] = shards[0]
+            asyncio.get_running_loop().call_soon(shard_map.slots.__setitem__, slot, shards[1])
+
+        first.on_moved = on_moved
+        await looked()
+        assert made["two"].streams == {first, second}
         running.cancel()
