@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from relay.core.errors import Forbidden, RelayError
+from relay.core.errors import Forbidden, RelayError, Unavailable
 from relay.core.model import Channel, parse_channel
 from relay.core.reasons import Reason
 from relay.core.slices import in_slices
@@ -121,6 +121,7 @@ class Subscriptions:
         if self._server.names.is_private(channel) and is_json(params.info.encode()):
             self._infos[channel] = params.info
         pending = self._pending[channel] = _PendingSubscription(slot, params, rules)
+        self._stop_retry(channel)
         if rules is not None and rules.recover and params.recover:
             self._connection.run(self._recover(channel, pending, rules))
         else:
@@ -131,29 +132,48 @@ class Subscriptions:
         self, channel: Channel, pending: _PendingSubscription, rules: CentrifugoNamespace
     ) -> None:
         server = self._server
-        pending.snapshot = await server.context.history(channel, history.snapshot_size(rules))
+        if self._reject_if_away(channel, pending):
+            return
+        try:
+            pending.snapshot = await server.context.history(channel, history.snapshot_size(rules))
+        except Unavailable:
+            if self._reject_if_away(channel, pending):
+                return
+            raise
         missed = history.missed(pending.snapshot, rules, pending.params.last, server.clock())
         await encoders.encode_messages(missed.events)
         self._join(channel, pending)
 
     def _join(self, channel: Channel, pending: _PendingSubscription) -> None:
-        context, session = self._server.context, self._connection.session
-        if session is None or self._connection.closed:
-            return
-        if context.not_reading([channel]):
-            if context.not_reading([]):
-                raise FatalError(Reason.UNAVAILABLE)
-            # Only the server with this channel is away. A reconnect would affect all channels.
-            del self._pending[channel]
-            self.admitted.discard(channel)
-            body = codec.subscribe_body(channel, status=False)
-            self._connection.answer(pending.slot, body, codec.INTERNAL_ERROR, codec.RETRY)
-            if len(self._unavailable) < self._server.settings.client_channel_limit:
-                self._unavailable.add(channel)
-            self._retry_later()
+        session = self._connection.session
+        if session is None or self._reject_if_away(channel, pending):
             return
         position = None if pending.snapshot is None else history.position(pending.snapshot)
-        context.subscribe(session, channel, position)
+        self._server.context.subscribe(session, channel, position)
+
+    def _reject_if_away(self, channel: Channel, pending: _PendingSubscription) -> bool:
+        """Reject the command if only the server with this channel is away.
+
+        A reconnect would affect all channels. Return True if the subscription cannot go on.
+
+        Raises:
+            FatalError: No server can be read.
+        """
+        context = self._server.context
+        if self._connection.closed:
+            return True
+        if not context.not_reading([channel]):
+            return False
+        if context.not_reading([]):
+            raise FatalError(Reason.UNAVAILABLE)
+        del self._pending[channel]
+        self.admitted.discard(channel)
+        body = codec.subscribe_body(channel, status=False)
+        self._connection.answer(pending.slot, body, codec.INTERNAL_ERROR, codec.RETRY)
+        if len(self._unavailable) < self._server.settings.client_channel_limit:
+            self._unavailable.add(channel)
+        self._retry_later()
+        return True
 
     def _retry_later(self) -> None:
         if self._retry is None:
@@ -171,8 +191,8 @@ class Subscriptions:
         else:
             self._connection.close(Reason.UNAVAILABLE)
 
-    def _is_available(self, channel: Channel) -> None:
-        """The client is subscribed, or no longer wants to be."""
+    def _stop_retry(self, channel: Channel) -> None:
+        """Handle a new command for the channel: the connection need not be closed for it."""
         self._unavailable.discard(channel)
         if not self._unavailable and self._retry is not None:
             self._retry.cancel()
@@ -187,7 +207,7 @@ class Subscriptions:
         name = codec.channel_of(slot.command.params)
         if not name:
             raise FatalError(Reason.BAD_MESSAGE)
-        self._is_available(Channel(name))
+        self._stop_retry(Channel(name))
         error, active, session = "", name in self._active, self._connection.session
         if self._server.names.rules(name) is None and not (active and channels.is_foreign(name)):
             error = codec.NAMESPACE_NOT_FOUND
@@ -205,7 +225,6 @@ class Subscriptions:
         channel, session = subscription.feed.channel, subscription.session
         pending = self._pending.pop(channel)
         self._active.add(channel)
-        self._is_available(channel)
         self._server.stats.count("client_num_subscribe", "node_num_add_client_sub")
         # The client receives its own join push after the reply, because the push travels through
         # Redis.
@@ -254,7 +273,7 @@ class Subscriptions:
         """Remove all subscriptions of a closed connection."""
         self._pending.clear()
         for channel in list(self._unavailable):
-            self._is_available(channel)
+            self._stop_retry(channel)
         for name in list(self._active):
             self._remove(Channel(name))
 

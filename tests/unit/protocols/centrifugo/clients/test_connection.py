@@ -244,6 +244,65 @@ async def test_a_client_that_has_tried_again_stays_connected(bench: Bench, does:
     assert heard(socket) == []
 
 
+@pytest.mark.parametrize("fails", ["before", "during"])
+async def test_the_server_of_one_channel_is_unreachable_during_recovery(
+    bench: Bench, fails: str
+) -> None:
+    connection, socket = await connected(bench)
+    held = bench.context.history
+
+    async def away(channel: Channel, count: int) -> Any:
+        if channel == "b":
+            return await held(channel, count)
+        bench.context.away.add(channel)
+        raise Unavailable("Redis is away")
+
+    bench.context.history = away
+    if fails == "before":
+        bench.context.away.add(Channel("a"))
+    for channel in "ab":
+        say(connection, ("subscribe", {"channel": channel, "recover": True, "last": "0-0"}))
+        await bench.settle()
+    assert [each.get("error") for each in heard(socket)] == ["internal server error", None]
+    append(bench, "b", "1")
+    await bench.settle()
+    assert [each["body"]["data"] for each in heard(socket)] == [1]
+    bench.pass_(5)
+    assert heard(socket) == []
+    bench.context.away.clear()
+    bench.pass_(2)
+    assert heard(socket) == ['x 3000 {"reason":"internal server error","reconnect":true}']
+
+
+@pytest.mark.parametrize("recover", [False, True])
+async def test_a_connection_stays_open_while_a_second_subscribe_is_pending(
+    bench: Bench, *, recover: bool
+) -> None:
+    connection, socket = await connected(bench)
+    held, read = bench.context.history, asyncio.Event()
+
+    async def late(channel: Channel, count: int) -> Any:
+        await read.wait()
+        return await held(channel, count)
+
+    bench.context.history = late
+    bench.context.away = {Channel("a")}
+    say(connection, ("subscribe", {"channel": "a"}))
+    await bench.settle()
+    assert [each["error"] for each in heard(socket)] == ["internal server error"]
+    bench.context.away.clear()
+    bench.context.streams.frozen = True
+    say(connection, ("subscribe", {"channel": "a", "recover": recover, "last": "0-0"}))
+    await bench.settle()
+    bench.pass_(5)
+    assert heard(socket) == []
+    bench.context.streams.frozen = False
+    read.set()
+    bench.context.streams.answer()
+    await bench.settle()
+    assert [each["body"]["status"] for each in heard(socket)] == [True]
+
+
 async def test_redis_is_unreachable_during_queries_and_publishing(bench: Bench) -> None:
     connection, socket = await connected(bench)
     say(connection, ("subscribe", {"channel": "a"}))
