@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from relay.console.services import JsonBody, channel_of
 from relay.core.errors import BadRequest, RelayError
 from relay.core.model import Event
+from relay.core.slices import in_slices
 from relay.inspect.followers import count_followers
 from relay.stream.cluster.workers import live_workers
 from relay.stream.connection import connect
@@ -40,7 +41,7 @@ async def channels(request: ApiRequest) -> object:
         wanted = [channel_of(name) for name in names]
         errors = ServerErrors()
         found = await overview.of_channels(services.clients, services.keys, wanted, errors)
-        streams = await _streams(services, found)
+        streams = await _streams(services, found, errors)
         return {"channels": streams, "cursor": "", "missing": _missing(services, errors)}
     pattern, cursor = request.text("pattern", "*") or "*", request.text("cursor", "")
     if cursor and not (cursor.isascii() and cursor.isdigit() and len(cursor) <= 24):
@@ -50,7 +51,7 @@ async def channels(request: ApiRequest) -> object:
     found, following = await overview.page(
         services.clients, services.keys, pattern, cursor, count, errors
     )
-    streams = await _streams(services, found)
+    streams = await _streams(services, found, errors)
     return {"channels": streams, "cursor": following, "missing": _missing(services, errors)}
 
 
@@ -70,16 +71,21 @@ def _missing(services: ConsoleServices, errors: ServerErrors) -> list[str]:
 
 
 async def _streams(
-    services: ConsoleServices, found: Sequence[StreamOverview]
+    services: ConsoleServices, found: Sequence[StreamOverview], errors: ServerErrors
 ) -> list[dict[str, object]]:
-    alive = {each.instance for each in await live_workers(services.client, services.keys)}
-    config = services.config()
-    followers = await count_followers(services.questions, [each.channel for each in found])
-    return [
-        reports.stream(services.keys, config.namespace(each.channel), each, alive)
-        | {"followers": followers[each.channel]}
-        for each in found
-    ]
+    """Return the rows. Workers and followers are None if the home server fails, see `errors`."""
+    config, home = services.config(), services.clients.shards.home
+    alive: set[str] | None = None
+    followers: dict[Channel, dict[str, int]] = {}
+    if home not in errors:
+        with errors.collect(home):
+            alive = {each.instance for each in await live_workers(services.client, services.keys)}
+            followers = await count_followers(services.questions, [each.channel for each in found])
+    rows = []
+    async for each in in_slices(found):
+        row = reports.stream(services.keys, config.namespace(each.channel), each, alive)
+        rows.append(row | {"followers": followers.get(each.channel)})
+    return rows
 
 
 async def entries(request: ApiRequest) -> object:

@@ -45,10 +45,10 @@ class Followers:
 
 async def count_followers(
     questions: Questions, channels: Sequence[Channel]
-) -> dict[str, dict[str, int]]:
+) -> dict[Channel, dict[str, int]]:
     """Return the number of followers by channel and protocol. Workers that do not answer in time
     are not counted."""
-    totals: dict[str, Counter[str]] = {channel: Counter() for channel in channels}
+    totals: dict[Channel, Counter[str]] = {channel: Counter() for channel in channels}
     if channels:
         answers = await questions.ask(QUESTION, {"channels": list(channels)})
         for answer in answers.by_worker.values():

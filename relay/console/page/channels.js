@@ -13,6 +13,8 @@ export const channelLink = (channel) =>
   el("a", { href: `#/channel/${encodeURIComponent(channel)}` }, mono(channel));
 
 export function followerTexts(stream) {
+  // The server with the list of workers does not answer.
+  if (!stream.followers) return ["–", ""];
   const counts = Object.entries(stream.followers);
   const total = counts.reduce((sum, [, count]) => sum + count, 0);
   return [number(total), counts.map(([protocol, count]) => `${protocol} ${number(count)}`).join(", ")];
@@ -102,7 +104,7 @@ export function channels(root, parameters, signal) {
       : cursor
         ? "No channel found yet. Load more to continue the search."
         : "No channel matches.";
-    if (missing.size) note.textContent += ` Channels are missing: ${visible([...missing].join("; "))}`;
+    if (missing.size) note.textContent += ` Not complete: ${visible([...missing].join("; "))}`;
   }
 
   function shown() {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import TYPE_CHECKING
 
 from producers.settings import QueueSettings
@@ -44,40 +43,53 @@ class _Found:
         return ", ".join(self.examples) + (f" and {more} more" if more else "")
 
 
-async def check(config: Config, clients: ShardClients, keys: Keys) -> list[Finding]:
-    """Return what is wrong with the data."""
+async def check(
+    config: Config, clients: ShardClients, keys: Keys, errors: ServerErrors
+) -> list[Finding]:
+    """Return what is wrong with the data of all servers except those in `errors`."""
     found: list[Finding] = []
+    problems = errors.lines()
     for look in (_keys, _streams, _queues):
+        # A server that lacks a right for one check is still used for the next one.
+        own = errors.copy()
         try:
-            found += await look(config, clients, keys)
+            found += await look(config, clients, keys, own)
+            problems += own.lines()
         except RelayError as exc:
-            found.append(
-                note(
-                    "data.unreadable",
-                    f"Not all data could be checked: {exc}",
-                    "Faults in it are not shown here.",
-                    "Run relay doctor with the user relay of docs/redis.md",
-                )
+            problems.append(str(exc))
+    if problems:
+        found.append(
+            note(
+                "data.unreadable",
+                f"Not all data could be checked: {'; '.join(dict.fromkeys(problems))}",
+                "Faults in it are not shown here.",
+                "Start these servers, or run relay doctor with the user relay of docs/redis.md",
             )
+        )
     return found
 
 
-async def _keys(_config: Config, clients: ShardClients, keys: Keys) -> list[Finding]:
+async def _keys(
+    _config: Config, clients: ShardClients, keys: Keys, errors: ServerErrors
+) -> list[Finding]:
     """Find keys below `<prefix>stream:` that are not a stream of a channel."""
     misnamed, foreign, renames = _Found(), _Found(), _Found()
-    for _, client in await clients.each():
-        async for batch in connect.scan(client, keys.any_stream_pattern, _SCAN):
-            streams = set(await retention.streams_among(client, batch))
-            for key in batch:
-                name = key.decode(errors="backslashreplace")
-                if key not in streams:
-                    if keys.channel_of_stream(key) is not None:
-                        foreign.add(name)
-                elif keys.channel_of_stream(key) is None:
-                    misnamed.add(name)
-                    if (meant := keys.meant_by(key)) is not None:
-                        wanted = keys.stream(meant).decode()
-                        renames.add(f"redis-cli RENAMENX {quoted(name)} {quoted(wanted)}")
+    for shard, client in await clients.each():
+        if shard in errors:
+            continue
+        with errors.collect(shard):
+            async for batch in connect.scan(client, keys.any_stream_pattern, _SCAN):
+                streams = set(await retention.streams_among(client, batch))
+                for key in batch:
+                    name = key.decode(errors="backslashreplace")
+                    if key not in streams:
+                        if keys.channel_of_stream(key) is not None:
+                            foreign.add(name)
+                    elif keys.channel_of_stream(key) is None:
+                        misnamed.add(name)
+                        if (meant := keys.meant_by(key)) is not None:
+                            wanted = keys.stream(meant).decode()
+                            renames.add(f"redis-cli RENAMENX {quoted(name)} {quoted(wanted)}")
     found = []
     if misnamed.count:
         found.append(
@@ -103,11 +115,16 @@ async def _keys(_config: Config, clients: ShardClients, keys: Keys) -> list[Find
     return found
 
 
-async def _streams(config: Config, clients: ShardClients, keys: Keys) -> list[Finding]:
-    alive = {worker.instance for worker in await live_workers(clients.home, keys)}
+async def _streams(
+    config: Config, clients: ShardClients, keys: Keys, errors: ServerErrors
+) -> list[Finding]:
+    alive: set[str] | None = None
+    home = clients.shards.home
+    if home not in errors:
+        with errors.collect(home):
+            alive = {worker.instance for worker in await live_workers(clients.home, keys)}
     endless: dict[str, _Found] = {}
     orphans, destroys, strangers = _Found(), _Found(), _Found()
-    errors = ServerErrors()
     async for batch in overview.walk(clients, keys, "*", lambda _: None, errors):
         for stream in batch:
             rules = config.namespace(stream.channel)
@@ -118,11 +135,10 @@ async def _streams(config: Config, clients: ShardClients, keys: Keys) -> list[Fi
             for follower in stream.followers:
                 if follower.worker is None:
                     strangers.add(f"{follower.name} of {stream.channel}")
-                elif follower.worker not in alive:
+                elif alive is not None and follower.worker not in alive:
                     orphans.add(f"{follower.name} of {stream.channel}")
                     group = quoted(follower.name)
                     destroys.add(f"redis-cli XGROUP DESTROY {quoted(key)} {group}")
-    errors.finish()
     found = [
         warning(
             "data.retention",
@@ -161,9 +177,15 @@ def _section_of(config: Config, channel: str) -> str:
     return f"namespace:{name}" if colon and name in config.namespaces else "namespace"
 
 
-async def _queues(config: Config, clients: ShardClients, keys: Keys) -> list[Finding]:
+async def _queues(
+    config: Config, clients: ShardClients, keys: Keys, errors: ServerErrors
+) -> list[Finding]:
     found = []
-    letters = await dead_letter_list.count(clients.home, keys)
+    letters = 0
+    home = clients.shards.home
+    if home not in errors:
+        with errors.collect(home):
+            letters = await dead_letter_list.count(clients.home, keys)
     if letters:
         found.append(
             warning(
@@ -175,7 +197,7 @@ async def _queues(config: Config, clients: ShardClients, keys: Keys) -> list[Fin
         )
     queue = config.producers["producer:queue"]
     if isinstance(queue, QueueSettings):
-        if not queue.enabled and await _longer_than(clients, queue.names(), 0):
+        if not queue.enabled and await _longer_than(clients, queue.names(), 0, errors):
             found.append(
                 warning(
                     "data.queue",
@@ -185,7 +207,7 @@ async def _queues(config: Config, clients: ShardClients, keys: Keys) -> list[Fin
                     "[producer:queue]\nenabled = yes",
                 )
             )
-        elif await _longer_than(clients, queue.names(), _LONG_QUEUE):
+        elif await _longer_than(clients, queue.names(), _LONG_QUEUE, errors):
             found.append(
                 error(
                     "data.queue",
@@ -198,14 +220,20 @@ async def _queues(config: Config, clients: ShardClients, keys: Keys) -> list[Fin
     return found
 
 
-async def _longer_than(clients: ShardClients, names: Sequence[str], count: int) -> bool:
+async def _longer_than(
+    clients: ShardClients, names: Sequence[str], count: int, errors: ServerErrors
+) -> bool:
     """Return True if one of these lists has more than `count` items."""
-    for client, name in product(clients.of_queues(), names):
-        try:
-            # The user relay has no right to LLEN.
-            if await connect.command(client, "LINDEX", name, count) is not None:
-                return True
-        except connect.CommandRefused:
-            # If queues are not used, the user needs no right to them.
-            continue
+    for name in names:
+        for shard, client in await clients.of_queue(name):
+            if shard in errors:
+                continue
+            with errors.collect(shard):
+                try:
+                    # The user relay has no right to LLEN.
+                    if await connect.command(client, "LINDEX", name, count) is not None:
+                        return True
+                except connect.CommandRefused:
+                    # If queues are not used, the user needs no right to them.
+                    continue
     return False

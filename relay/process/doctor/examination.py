@@ -16,6 +16,7 @@ from relay.process.doctor import (
 )
 from relay.process.doctor.finding import Finding, Level, error, of_server
 from relay.process.internal_address import check_internal
+from relay.stream.shards.server_errors import ServerErrors
 
 if TYPE_CHECKING:
     from relay.config.loading import Config
@@ -31,25 +32,19 @@ async def examine(config: Config, clients: ShardClients, keys: Keys) -> list[Fin
     `config` and `clients` must be those of relay itself: rights are checked for its Redis user.
     """
     found = await asyncio.to_thread(_local, config)
-    of_redis = await _redis(config, clients, keys)
-    found += of_redis
-    if not any(each.name == "redis.unreachable" for each in of_redis):
-        found += await data_checks.check(config, clients, keys)
-    return in_order(found)
-
-
-async def _redis(config: Config, clients: ShardClients, keys: Keys) -> list[Finding]:
     try:
         shards = await clients.each()
     except RelayError as exc:
-        return [redis_checks.unreachable(config, exc)]
-    found: list[Finding] = []
+        return in_order([*found, redis_checks.unreachable(config, exc)])
+    errors = ServerErrors()
     for shard, client in shards:
-        of_this = await redis_checks.check(config, client, keys, shard)
+        of_this = await redis_checks.check(config, client, keys, shard, errors)
         if len(shards) > 1:
             of_this = [of_server(each, shard.name) for each in of_this]
         found += of_this
-    return found
+    if not all(shard in errors for shard, _ in shards):
+        found += await data_checks.check(config, clients, keys, errors)
+    return in_order(found)
 
 
 def in_order(found: list[Finding]) -> list[Finding]:

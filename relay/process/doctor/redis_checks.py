@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from relay.config.loading import Config
     from relay.stream.connection.connect import RedisClient
     from relay.stream.format.keys import Keys
+    from relay.stream.shards.server_errors import ServerErrors
     from relay.stream.shards.shard import Shard
 
 Info = Mapping[str, Any]
@@ -42,8 +43,13 @@ _LUA_FIXED = {
 _NEWEST = {"redis": (8, 2), "valkey": (8, 1)}
 
 
-async def check(config: Config, client: RedisClient, keys: Keys, shard: Shard) -> list[Finding]:
-    """Return what is wrong with one server. If it is unreachable, that is the only finding."""
+async def check(
+    config: Config, client: RedisClient, keys: Keys, shard: Shard, errors: ServerErrors
+) -> list[Finding]:
+    """Return what is wrong with one server.
+
+    If it is unreachable, that is the only finding, and it is added to `errors`.
+    """
     try:
         await connect.check_server(client, shard.settings)
         info = await information(client)
@@ -57,6 +63,7 @@ async def check(config: Config, client: RedisClient, keys: Keys, shard: Shard) -
             )
         ]
     except (RelayError, OSError) as exc:
+        errors.add(shard, exc if isinstance(exc, RelayError) else RelayError(str(exc)))
         return [unreachable(config, exc, shard.name)]
     found = [*of_information(config, info)]
     if config.redis.url != "embedded":

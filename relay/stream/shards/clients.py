@@ -47,9 +47,16 @@ class ShardClients:
         """Return a client for commands whose keys have the same tag as `key`."""
         return self._cluster or self._clients[self.shards.shard_of(key)]
 
-    def of_queues(self) -> list[RedisClient]:
-        """Return the clients for API queues: each of several servers may have one of each name."""
-        return list(self._clients.values()) if self._cluster is None else [self._cluster]
+    async def of_queue(self, name: str) -> list[tuple[Shard, RedisClient]]:
+        """Return the servers of an API queue: each of several servers may have one of this name.
+
+        Raises:
+            RedisUnavailable: The servers of the Cluster are not known.
+        """
+        if self._cluster is None:
+            return list(self._clients.items())
+        await self.shards.refresh()
+        return [(self.shards.shard_of(name.encode()), self._cluster)]
 
     async def each(self) -> list[tuple[Shard, RedisClient]]:
         """Return the present shards, each with a client that sends commands to this server only.

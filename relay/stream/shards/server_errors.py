@@ -27,13 +27,23 @@ class ServerErrors:
     def __contains__(self, shard: Shard) -> bool:
         return shard.name in self._found
 
+    def add(self, shard: Shard, error: RelayError) -> None:
+        """Keep the error of this server, unless there is an earlier one."""
+        self._found.setdefault(shard.name, error)
+
+    def copy(self) -> ServerErrors:
+        """Return a copy, to which errors of one of several tasks can be added."""
+        copied = ServerErrors()
+        copied._found = dict(self._found)
+        return copied
+
     @contextmanager
     def collect(self, shard: Shard) -> Iterator[None]:
         """Keep a RelayError of this block instead of raising it."""
         try:
             yield
         except RelayError as exc:
-            self._found.setdefault(shard.name, exc)
+            self.add(shard, exc)
 
     def lines(self) -> list[str]:
         """Return the errors. Each names its server."""

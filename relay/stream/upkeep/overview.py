@@ -71,11 +71,13 @@ async def walk(
 ) -> AsyncIterator[list[StreamOverview]]:
     """Yield the streams of the channels that match the glob `pattern`, each once, unordered.
 
-    `on_keys` is called with the number of streams found so far. Servers that fail are skipped, see
-    `errors`.
+    `on_keys` is called with the number of streams found so far. Servers that fail, or have failed
+    before, are skipped, see `errors`.
     """
     seen: set[bytes] = set()
     for shard, client in await clients.each():
+        if shard in errors:
+            continue
         with errors.collect(shard):
             async for found in connect.scan(client, keys.streams_matching(pattern), _KEYS):
                 # A key may come twice.

@@ -13,7 +13,7 @@ from typing import Any, cast
 import orjson
 
 from relay.config.settings import NamespaceSettings
-from relay.core.errors import RedisUnavailable
+from relay.core.errors import RelayError
 from relay.core.model import Broken, EntryID, Event, Grant, Record, Revocation
 from relay.stream.cluster.workers import WorkerInfo
 from relay.stream.connection import connect
@@ -140,7 +140,7 @@ def optional(entry_id: EntryID | None) -> str | None:
 
 
 async def servers(clients: ShardClients) -> list[dict[str, object]]:
-    """Return all Redis servers with their addresses. One that does not answer has an `error`.
+    """Return all Redis servers with their addresses. One without an answer has an `error`.
 
     Raises:
         RedisUnavailable: The servers of the Cluster are not known.
@@ -149,7 +149,7 @@ async def servers(clients: ShardClients) -> list[dict[str, object]]:
     async def report(shard: Shard, client: RedisClient) -> dict[str, object]:
         try:
             return {"address": shard.name, **await server(client)}
-        except RedisUnavailable as exc:
+        except RelayError as exc:
             return {"address": shard.name, "error": str(exc)}
 
     present = await clients.each()
