@@ -11,11 +11,6 @@ from relay.cli import connections, dead_letters, events, journal, reshard, strea
 from relay.cli.configured import configuration
 from relay.cli.operator_context import OperatorContext, operator_context
 from relay.config.loading import Config
-from relay.core.errors import RelayError
-from relay.stream.connection.connect import CommandRefused
-
-# redis-py's class for the error NOPERM.
-_NO_RIGHTS = "NoPermissionError"
 
 Command = Callable[[OperatorContext, argparse.Namespace], Awaitable[int]]
 
@@ -46,10 +41,5 @@ def run(options: argparse.Namespace) -> int:
 
 
 async def _run(options: argparse.Namespace, config: Config) -> int:
-    try:
-        async with operator_context(config) as site:
-            return await _COMMANDS[options.command](site, options)
-    except CommandRefused as exc:
-        if exc.code != _NO_RIGHTS and "NOPERM" not in str(exc):
-            raise
-        raise RelayError(f"{exc}; docs/redis.md has an ACL user for maintenance") from exc
+    async with operator_context(config) as site:
+        return await _COMMANDS[options.command](site, options)

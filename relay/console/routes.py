@@ -221,8 +221,7 @@ class ConsoleAddress:
                 return _error(503, Reason.UNAVAILABLE, str(exc))
             except CommandRefused as exc:
                 hint = (
-                    "; set [console] redis_url to a user with the rights of `maintenance` in"
-                    " docs/redis.md"
+                    ": set [console] redis_url to one with the rights of `maintenance`"
                     if exc.code == "NOPERM"
                     else ""
                 )

@@ -384,6 +384,7 @@ def test_status_without_redis_or_rights_is_1(
         assert json.loads(out)["redis"] is False
         assert err.count("\n") == 1
         assert word in err
+        assert ("docs/redis.md" in err) == (url != away)
 
 
 async def test_a_wrong_password_is_one_line(valkey: Server) -> None:

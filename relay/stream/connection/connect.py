@@ -86,13 +86,18 @@ _CLUSTER_ATTEMPTS, _CLUSTER_PAUSE_S = 8, 0.5
 
 
 class CommandRefused(RelayError):
-    """Redis refused a command. `code` is the first word of its reply."""
+    """Redis refused a command. `code` is the first word of its reply.
+
+    The text of a missing right says where the users and their rights are described.
+    """
 
     def __init__(self, command: str, answer: str) -> None:
         answer = without_arguments(answer)
-        super().__init__(f"{command}: {answer}")
         self.reply = answer
         self.code = code_of(answer)
+        advice = "; see the ACL users in docs/redis.md" if self.code == "NOPERM" else ""
+        super().__init__(f"{command}: {answer}{advice}")
+        self.command = command
 
 
 class RefusedForNow(RedisUnavailable):

@@ -171,7 +171,7 @@ class PipelineConnection(asyncio.Protocol):
             connection.close()
             remedy = rule_of(exc.reply).remedy
             raise RedisUnavailable(
-                f"Redis at {endpoint} refused {exc}{remedy and f'. {remedy}'}"
+                f"Redis at {endpoint} refused {exc.command}: {exc.reply}{remedy and f'. {remedy}'}"
             ) from exc
         except (OSError, UnicodeError) as exc:  # also ssl.SSLError and errors of name resolution
             connection.close()
