@@ -19,6 +19,7 @@ from relay.protocols import door_settings
 from relay.stream.connection.connect import command, redis_client
 from relay.stream.format.keys import Keys
 from relay.stream.shards.clients import shard_clients
+from relay.stream.upkeep import reports
 from tests.support.relay import KEY
 from tests.support.valkey import Server, free_port, running
 
@@ -134,6 +135,16 @@ async def test_missing_rights_are_named_with_the_command_that_grants_them(health
     text = found["redis.rights"].what + found["redis.rights"].fix
     assert "user relay" in text
     assert "ACL SETUSER relay +" in text
+
+
+async def test_a_server_that_rejects_info_is_shown_with_its_error(healthy: Server) -> None:
+    config = configured(healthy)
+    async with administrator(healthy) as admin:
+        await command(admin, "ACL", "SETUSER", "relay", "-info")
+    async with shard_clients(config.redis) as clients:
+        (shown,) = await reports.servers(clients)
+    assert "NOPERM" in str(shown["error"])
+    assert "docs/redis.md" in str(shown["error"])
 
 
 async def test_a_replica_and_replicas_that_nobody_waits_for(
