@@ -77,6 +77,8 @@ class FeedHub(Protocol):
     reads: StreamReads
     on_broken: Callable[[Channel, Broken], None]
     observer: SessionObserver
+    # Subscriptions of all feeds that receive pages.
+    behind_count: int
 
     @property
     def rights(self) -> Rights:
@@ -152,7 +154,7 @@ class Feed:
     def leave(self, subscription: Subscription) -> None:
         """Remove a subscription in any mode. Called once for each that joined."""
         self._new.pop(subscription, None)
-        self._behind.pop(subscription, None)
+        self._remove_behind(subscription)
         if subscription.mode is SubscriptionMode.LIVE:
             self._live.remove(subscription)
         if self._held and (held := self._held.pop(subscription, None)):
@@ -408,7 +410,7 @@ class Feed:
                 kept = start.added if verdict.counted else None
                 subscription.behind_at(verdict.resume, kept, start.digest)
         subscription.began = subscription.cursor
-        self._behind[subscription] = None
+        self._add_behind(subscription)
         self.hub.observer.subscribed(subscription)
         session.client.subscribed(subscription)
 
@@ -527,7 +529,17 @@ class Feed:
         self._live.remove(subscription)
         subscription.behind_at(self.position, self.added, self.digest)
         subscription.known_deleted, subscription.known_trimmed = self._known_deleted, None
-        self._behind[subscription] = None
+        self._add_behind(subscription)
+
+    def _add_behind(self, subscription: Subscription) -> None:
+        if subscription not in self._behind:
+            self._behind[subscription] = None
+            self.hub.behind_count += 1
+
+    def _remove_behind(self, subscription: Subscription) -> None:
+        if subscription in self._behind:
+            del self._behind[subscription]
+            self.hub.behind_count -= 1
 
     def catch_up(self, subscription: Subscription) -> None:
         """Make a subscription live if it is at W. Otherwise request the page that it needs."""
@@ -548,7 +560,7 @@ class Feed:
                 subscription.notify(Notice("gap", Reason.DELETED, self.position, deleted))
                 if subscription.has_ended:
                     return
-            del self._behind[subscription]
+            self._remove_behind(subscription)
             self._live.add(subscription)
         elif subscription.cursor is not None and subscription.cursor < self.position:
             self.hub.reads.want_page(self)

@@ -66,6 +66,8 @@ class Hub:
         self.total = 0
         # Number of sessions since the start.
         self.opened = 0
+        # Subscriptions that receive pages. The feeds change it: to add up all of them takes long.
+        self.behind_count = 0
         self._call_soon = call_soon
         self._spawn = spawn
         self._feeds: dict[Channel, Feed] = {}

@@ -377,7 +377,7 @@ def _hub(base: Foundation, rights: ReadRights, incoming: Incoming) -> Hub:
         connections_per_user=base.config.hub.connections_per_user,
         on_broken=incoming.add_dead_letter,
     )
-    base.metrics.behind.set_function(lambda: sum(feed.behind_count for feed in hub.feeds()))
+    base.metrics.behind.set_function(lambda: hub.behind_count)
     return hub
 
 

@@ -201,8 +201,10 @@ async def test_a_client_of_many_channels_stalls_and_catches_up_in_slices() -> No
     session.pause()
     assert all(is_live(each) for each in subscriptions)
     await until(lambda: not any(is_live(each) for each in subscriptions))
+    assert hub.behind_count == len(MANY)
     session.resume()
     await until(lambda: all(is_live(each) for each in subscriptions))
+    assert hub.behind_count == 0
     # The last call is effective, regardless of the order.
     session.pause()
     session.resume()
@@ -212,6 +214,10 @@ async def test_a_client_of_many_channels_stalls_and_catches_up_in_slices() -> No
     session.pause()
     session.resume()
     await until(lambda: all(is_live(each) for each in subscriptions))
+    session.pause()
+    await until(lambda: hub.behind_count == len(MANY))
+    hub.close(session)
+    await until(lambda: hub.behind_count == 0)
 
 
 async def test_what_concerns_all_channels_or_clients_is_done_in_slices() -> None:
