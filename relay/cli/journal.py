@@ -69,6 +69,9 @@ async def explain(site: OperatorContext, options: argparse.Namespace) -> int:
     print(safe(found.sentence))
     for client in found.clients:
         print(f"  {safe(client.sentence)}")
+    if found.others:
+        counts = (f"{count} {name.replace('_', ' ')}" for name, count in found.others.items())
+        print(f"  Other clients: {', '.join(counts)}.")
     for line in found.unknown:
         print(f"  Not known: {safe(line)}")
     return 0

@@ -2,8 +2,9 @@
 
 The answer is derived from the entry and its stream, the revocations and grants in the stream, the
 journals of all workers and their present connections. Each client has one sentence, and the user
-has one for all of them. `unknown` lists what could not be determined, so that an answer is never
-more certain than its sources.
+has one for all of them. A user may have thousands of clients: the answer lists a few, first those
+that did not receive the event, and counts the others. `unknown` lists what could not be determined,
+so that an answer is never more certain than its sources.
 
 "Received" means that relay has written the event to the client's connection. A protocol without
 acknowledgements contains no further information.
@@ -11,14 +12,17 @@ acknowledgements contains no further information.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from relay.core.model import Broken, EntryID, Event, Grant, Revocation
-from relay.inspect.connections import MOST, ConnectionFilter, find_connections
+from relay.core.slices import in_slices
+from relay.inspect.connections import ConnectionFilter, find_connections
 from relay.inspect.journal_reader import MOST as MOST_EVENTS
 from relay.inspect.journal_reader import EventFilter, JournalReader
 from relay.stream.connection import connect
@@ -32,8 +36,14 @@ if TYPE_CHECKING:
     from relay.stream.shards.clients import ShardClients
 
 # Entries before the event in which revocations and grants are searched.
-_RIGHTS_ENTRIES, _RIGHTS_PAGE = 10_000, 500
+_RIGHTS_ENTRIES, _RIGHTS_PAGE = 10_000, 100
 _DEAD_LETTERS = 10_000
+# Connections that are examined, and how long the workers are asked for them, page by page.
+_CONNECTIONS, _CONNECTIONS_S = 10_000, 10.0
+# A page of the largest size takes 10 ms of the event loop of the worker that asks.
+_PAGE = 200
+# Clients in the answer.
+_LISTED = 50
 
 
 class Outcome(StrEnum):
@@ -69,6 +79,18 @@ _PRECEDENCE = (
     Outcome.DISCONNECTED_BEFORE,
     Outcome.NOT_SUBSCRIBED,
 )
+# Clients with the first of these are listed first.
+_LIST_ORDER = (
+    Outcome.BEHIND,
+    Outcome.GAP,
+    Outcome.UNKNOWN,
+    Outcome.NOT_ADDRESSED,
+    Outcome.NO_RIGHT,
+    Outcome.SUBSCRIBED_LATER,
+    Outcome.DISCONNECTED_BEFORE,
+    Outcome.NOT_SUBSCRIBED,
+    Outcome.RECEIVED,
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,7 +105,10 @@ class ClientOutcome:
 
 @dataclass(slots=True, kw_only=True)
 class Explanation:
-    """The answer. `clients` are the user's connections in the journals and on the workers."""
+    """The answer. `clients` are the user's connections in the journals and on the workers.
+
+    At most `_LISTED` are listed; `others` counts the remaining ones by outcome.
+    """
 
     user: str
     channel: str
@@ -91,11 +116,41 @@ class Explanation:
     outcome: Outcome
     sentence: str
     clients: list[ClientOutcome] = field(default_factory=list)
+    others: dict[str, int] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
 
     def values(self) -> dict[str, Any]:
         """Return the explanation as JSON values."""
         return asdict(self)
+
+
+class _Outcomes:
+    """The outcomes of all clients: a count, and the newest clients of each outcome."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[Outcome] = Counter()
+        self.newest: dict[Outcome, list[ClientOutcome]] = {}
+        self.first_received_ms: int | None = None
+
+    def add(self, each: ClientOutcome) -> None:
+        """Add a client. Call it for the newest first."""
+        self.counts[each.outcome] += 1
+        kept = self.newest.setdefault(each.outcome, [])
+        if len(kept) < _LISTED:
+            kept.append(each)
+        if each.outcome is Outcome.RECEIVED:
+            at_ms = each.at_ms or 0
+            known = self.first_received_ms
+            self.first_received_ms = at_ms if known is None else min(known, at_ms)
+
+    def list_in(self, found: Explanation) -> None:
+        """List the clients in the explanation."""
+        kept = [each for outcome in _LIST_ORDER for each in self.newest.get(outcome, ())]
+        found.clients = kept[:_LISTED]
+        others = self.counts - Counter(each.outcome for each in found.clients)
+        found.others = {
+            outcome.value: others[outcome] for outcome in _LIST_ORDER if others[outcome]
+        }
 
 
 @dataclass(slots=True)
@@ -120,10 +175,25 @@ class _Client:
     ended_ms: int | None = None
     reason: str = ""
     intervals: list[_Following] = field(default_factory=list)
-    rejections: list[dict[str, Any]] = field(default_factory=list)
-    gaps: list[dict[str, Any]] = field(default_factory=list)
-    # Its row in the directory, if it is connected now.
-    row: dict[str, Any] | None = None
+    # The latest rejection.
+    rejection: dict[str, Any] | None = None
+    # The first notice that concerns the event.
+    gap: dict[str, Any] | None = None
+    # What the directory has about it, if it is connected now.
+    row: _Row | None = None
+    # It has not left, but is not among the connections that were found.
+    may_be_connected: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """The facts of a connection's row that are used. Thousands of whole rows would be large."""
+
+    client: str | None
+    groups: tuple[str, ...]
+    worker: str
+    waiting_bytes: int
+    subscription: Mapping[str, Any]
 
 
 class Explainer:
@@ -168,13 +238,16 @@ class Explainer:
             if missing[0] is Outcome.NO_ENTRY:
                 found.outcome, found.sentence = missing
                 return found
-        clients = await self._clients(found, user, channel)
+        clients, are_all_known = await self._clients(found, user, channel, event_id)
         to = event.to if isinstance(event, Event) else None
         not_addressed = _not_addressed(found, user, to, clients)
         no_right = await self._no_right(found, user, channel, event_id, view.state)
-        for each in clients:
-            found.clients.append(_judge(each, channel, event_id, not_addressed, no_right))
-        _summarize(found, missing, not_addressed, no_right, event_id)
+        outcomes = _Outcomes()
+        async for each in in_slices(clients):
+            each.may_be_connected = each.row is None and each.ended_ms is None and not are_all_known
+            outcomes.add(_judge(each, channel, event_id, not_addressed, no_right))
+        outcomes.list_in(found)
+        _summarize(found, outcomes, missing, not_addressed, no_right, event_id)
         return found
 
     # ---- the event --------------------------------------------------------------------------
@@ -263,72 +336,109 @@ class Explainer:
 
     # ---- the clients ------------------------------------------------------------------------
 
-    async def _clients(self, found: Explanation, user: str, channel: Channel) -> list[_Client]:
+    async def _clients(
+        self, found: Explanation, user: str, channel: Channel, event_id: EntryID
+    ) -> tuple[list[_Client], bool]:
+        """Return the clients, the newest first, and whether all present connections are known."""
         reader = JournalReader(self._servers.home, self._keys)
         events = await reader.newest(EventFilter(user=user), MOST_EVENTS)
         complete_ms = await reader.complete_since_ms()
-        event_ms = EntryID.parse(found.id).ms
         if complete_ms is None:
             found.unknown.append("There is no journal: clients that have left are not known.")
-        elif complete_ms > event_ms:
+        elif complete_ms > event_id.ms:
             found.unknown.append(
                 f"The journals are complete since {_when(complete_ms)}, after the event: clients"
                 " that had left before are not known."
             )
         clients: dict[str, _Client] = {}
         notices = []
-        for event in events:
+        dropped: Counter[str] = Counter()
+        async for event in in_slices(events):
             if event["event"] == "dropped":
-                found.unknown.append(
-                    f"{event['number']} events are missing in the journal of {event['worker']}"
-                    f" ({_when(event['ms'])})."
-                )
+                dropped[event["worker"]] += event["number"]
             elif "user" not in event:
-                if event.get("channel") == channel:
+                if event.get("channel") == channel and _is_in_gap(event, event_id):
                     notices.append(event)
             elif "connection" in event:
                 client = clients.setdefault(event["connection"], _Client(event["connection"]))
-                _note(client, event, channel)
-        for client in clients.values():
-            client.gaps += [each for each in notices if _followed_at(client, each["ms"])]
-        page = await find_connections(self._questions, ConnectionFilter(user=user, limit=MOST))
-        for instance in [*page.silent, *page.failed]:
-            found.unknown.append(f"{instance} did not answer: its connections are not known.")
-        if page.after:
-            found.unknown.append(f"More than {MOST} connections are open; the others are missing.")
-        for row in page.connections:
+                _note(client, event, channel, event_id)
+        found.unknown += (
+            f"{number} events are missing in the journal of {worker}."
+            for worker, number in dropped.items()
+        )
+        if notices:
+            async for client in in_slices(clients.values()):
+                if client.gap is None:
+                    own = (each for each in notices if _followed_at(client, each["ms"]))
+                    client.gap = next(own, None)
+        are_all_known = await self._note_connections(found, clients, user, channel)
+        newest = sorted(clients.values(), key=lambda each: each.connected_ms or 0, reverse=True)
+        return newest, are_all_known
+
+    async def _note_connections(
+        self, found: Explanation, clients: dict[str, _Client], user: str, channel: Channel
+    ) -> bool:
+        """Add the present connections. Return False if some are not known."""
+        problems: dict[str, None] = {}
+        # Clients with so many subscriptions that their row does not contain all of them.
+        unlisted: set[str] = set()
+        async for row in self._rows(ConnectionFilter(user=user, limit=_PAGE), problems):
             client = clients.setdefault(row["id"], _Client(row["id"]))
-            await self._note_row(client, row, channel)
-        return list(clients.values())
+            subscriptions = row["subscriptions"]
+            own = [each for each in subscriptions if each["channel"] == channel]
+            if not own and row["subscription_count"] > len(subscriptions):
+                unlisted.add(client.id)
+            _note_row(client, row, own)
+        if unlisted:
+            wanted = ConnectionFilter(user=user, channel=channel, limit=_PAGE)
+            async for row in self._rows(wanted, problems):
+                if row["id"] in unlisted:
+                    own = [each for each in row["subscriptions"] if each["channel"] == channel]
+                    _note_row(clients[row["id"]], row, own)
+        found.unknown += problems
+        return not problems
 
-    async def _note_row(self, client: _Client, row: dict[str, Any], channel: Channel) -> None:
-        client.row = row
-        client.protocol = row["protocol"]
-        client.connected_ms = client.connected_ms or row["since_ms"]
-        mine = [each for each in row["subscriptions"] if each["channel"] == channel]
-        if not mine and row["subscription_count"] > len(row["subscriptions"]):
-            wanted = ConnectionFilter(user=row["user"], channel=channel, after="", limit=MOST)
+    async def _rows(
+        self, wanted: ConnectionFilter, problems: dict[str, None]
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Yield the connections in slices. Add what is missing to `problems`."""
+        number, end = 0, time.monotonic() + _CONNECTIONS_S
+        while True:
             page = await find_connections(self._questions, wanted)
-            mine = [
-                each
-                for found in page.connections
-                if found["id"] == row["id"]
-                for each in found["subscriptions"]
-                if each["channel"] == channel
-            ]
-        for subscription in mine:
-            row["subscription"] = subscription
-            if subscription["began"] is None:
-                continue
-            began = EntryID.parse(subscription["began"])
-            opened = [each for each in client.intervals if each.ended_ms is None]
-            if not opened:
-                opened = [_Following(began, row["since_ms"])]
-                client.intervals += opened
-            opened[-1].until = EntryID.parse(subscription["position"])
+            for instance in [*page.silent, *page.failed]:
+                problems[f"{instance} did not answer: its connections are not known."] = None
+            async for row in in_slices(page.connections):
+                yield row
+            number += len(page.connections)
+            if not page.after:
+                return
+            if number >= _CONNECTIONS or time.monotonic() >= end:
+                problems[f"{page.total - number} connections were not examined."] = None
+                return
+            wanted = replace(wanted, after=page.after)
 
 
-def _note(client: _Client, event: dict[str, Any], channel: Channel) -> None:
+def _note_row(
+    client: _Client, row: dict[str, Any], subscriptions: Iterable[dict[str, Any]]
+) -> None:
+    """Add a connection, and its subscriptions to the channel."""
+    client.protocol = row["protocol"]
+    client.connected_ms = client.connected_ms or row["since_ms"]
+    present: Mapping[str, Any] = {}
+    for present in subscriptions:
+        if present["began"] is None:
+            continue
+        last = client.intervals[-1] if client.intervals else None
+        if last is None or last.ended_ms is not None:
+            last = _Following(EntryID.parse(present["began"]), row["since_ms"])
+            client.intervals.append(last)
+        last.until = EntryID.parse(present["position"])
+    client.row = _Row(
+        row["client"], tuple(row["groups"]), row["worker"], row["waiting_bytes"], present
+    )
+
+
+def _note(client: _Client, event: dict[str, Any], channel: Channel, event_id: EntryID) -> None:
     """Add an event of the journal to what is known of its client."""
     client.protocol = event.get("protocol", client.protocol)
     ms = int(event["ms"])
@@ -344,16 +454,18 @@ def _note(client: _Client, event: dict[str, Any], channel: Channel) -> None:
         case "unsubscribed" if event["channel"] == channel:
             _end(client, ms, str(event["reason"]), event["position"])
         case "rejected" if event.get("channel") == channel:
-            client.rejections.append(event)
+            client.rejection = event
         case "gap" | "reset" if event.get("channel") == channel:
-            client.gaps.append(event)
+            if client.gap is None and _is_in_gap(event, event_id):
+                client.gap = event
 
 
 def _end(client: _Client, ms: int, reason: str, position: str | None) -> None:
-    for interval in client.intervals:
-        if interval.ended_ms is None:
-            interval.ended_ms, interval.reason = ms, reason
-            interval.until = None if position is None else EntryID.parse(position)
+    for interval in reversed(client.intervals):
+        if interval.ended_ms is not None:
+            break
+        interval.ended_ms, interval.reason = ms, reason
+        interval.until = None if position is None else EntryID.parse(position)
 
 
 def _followed_at(client: _Client, ms: int) -> bool:
@@ -397,7 +509,7 @@ def _latest_change(records: Iterable[Record], user: str) -> Revocation | Grant |
 
 
 def _not_addressed(
-    found: Explanation, user: str, to: frozenset[str] | None, clients: Sequence[_Client]
+    found: Explanation, user: str, to: frozenset[str] | None, clients: Iterable[_Client]
 ) -> Callable[[_Client], str]:
     """Return the function that says why a client is not among the recipients, or ''."""
     if to is None or f"user:{user}" in to:
@@ -413,7 +525,7 @@ def _not_addressed(
     def check(client: _Client) -> str:
         row = client.row
         if row is not None:
-            mine = {f"group:{name}" for name in row["groups"]} | {f"client:{row['client']}"}
+            mine = {f"group:{name}" for name in row.groups} | {f"client:{row.client}"}
             return "" if to & mine else reason
         return reason if only_users else ""
 
@@ -433,8 +545,7 @@ def _judge(
         outcome, text, at_ms = Outcome.NOT_ADDRESSED, f"did not receive it: {reason}", None
     elif outcome in (Outcome.NOT_SUBSCRIBED, Outcome.SUBSCRIBED_LATER) and no_right:
         outcome, text = Outcome.NO_RIGHT, f"could not receive it: {no_right}"
-    elif outcome is Outcome.NOT_SUBSCRIBED and client.rejections:
-        last = client.rejections[-1]
+    elif outcome is Outcome.NOT_SUBSCRIBED and (last := client.rejection) is not None:
         why = last.get("rule") or last.get("detail") or last.get("reason")
         when = _when(last["ms"])
         outcome = Outcome.NO_RIGHT if last.get("reason") == "forbidden" else outcome
@@ -442,26 +553,25 @@ def _judge(
     elif outcome is Outcome.NOT_SUBSCRIBED:
         text = f"was not subscribed to {channel}"
     state = "connected now" if client.row is not None else "has left"
+    if client.may_be_connected:
+        state = "perhaps connected"
     sentence = f"Client {client.id} ({client.protocol}, {state}) {text}."
     return ClientOutcome(connection=client.id, outcome=outcome, sentence=sentence, at_ms=at_ms)
 
 
 def _judge_intervals(client: _Client, event_id: EntryID) -> tuple[Outcome, str, int | None]:
     # A gap also explains why an interval does not contain the event.
-    for gap in client.gaps:
-        if _is_in_gap(gap, event_id):
-            text = (
-                f"received a notice of missing events instead ({gap['event']}, {gap['reason']}) at"
-                f" {_when(gap['ms'])}"
-            )
-            return Outcome.GAP, text, None
-    found: tuple[Outcome, str, int | None] = (Outcome.NOT_SUBSCRIBED, "", None)
+    if (gap := client.gap) is not None:
+        text = (
+            f"received a notice of missing events instead ({gap['event']}, {gap['reason']}) at"
+            f" {_when(gap['ms'])}"
+        )
+        return Outcome.GAP, text, None
+    # The last ones of each kind. There may be thousands of intervals.
+    later = before = None
     for interval in client.intervals:
         if event_id <= interval.after:
-            if found[0] is not Outcome.DISCONNECTED_BEFORE:
-                when = _when(interval.since_ms)
-                text = f"subscribed later, at {when}, and asked for events after {interval.after}"
-                found = (Outcome.SUBSCRIBED_LATER, text, None)
+            later = interval
             continue
         if interval.until is not None and event_id <= interval.until:
             # A client that subscribed before the event received it at once, or a little later.
@@ -469,15 +579,26 @@ def _judge_intervals(client: _Client, event_id: EntryID) -> tuple[Outcome, str, 
             at_ms = event_id.ms if is_live else interval.since_ms
             how = "live, at about" if is_live else "as a missed event, soon after"
             return Outcome.RECEIVED, f"received it {how} {_when(at_ms)}", at_ms
+        if interval.ended_ms is None and client.may_be_connected:
+            return Outcome.UNKNOWN, "may have received it: its position is not known", None
         if interval.ended_ms is None:
             return Outcome.BEHIND, _behind(client), None
-        end = f"at {_when(interval.ended_ms)} ({interval.reason})"
         if interval.until is None and interval.ended_ms > event_id.ms:
-            text = f"may have received it: it left {end}, and its last position is not known"
-            return Outcome.UNKNOWN, text, None
-        text = f"stopped following the channel {end}, before it had received the event"
-        found = (Outcome.DISCONNECTED_BEFORE, text, None)
-    return found
+            text = f"may have received it: it left {_end_of(interval)}, and its last position is"
+            return Outcome.UNKNOWN, f"{text} not known", None
+        before = interval
+    if before is not None:
+        text = f"stopped following the channel {_end_of(before)}, before it had received the event"
+        return Outcome.DISCONNECTED_BEFORE, text, None
+    if later is not None:
+        when = _when(later.since_ms)
+        text = f"subscribed later, at {when}, and asked for events after {later.after}"
+        return Outcome.SUBSCRIBED_LATER, text, None
+    return Outcome.NOT_SUBSCRIBED, "", None
+
+
+def _end_of(interval: _Following) -> str:
+    return f"at {_when(interval.ended_ms or 0)} ({interval.reason})"
 
 
 def _is_in_gap(gap: dict[str, Any], event_id: EntryID) -> bool:
@@ -491,32 +612,31 @@ def _behind(client: _Client) -> str:
     row = client.row
     if row is None:
         return "had not received it when the journal ends"
-    subscription = row.get("subscription", {})
+    subscription = row.subscription
     number = subscription.get("behind")
     count = "an unknown number of entries" if number is None else f"{number} entries"
     return (
-        f"has not received it yet: on {row['worker']} it is {count} behind, at"
-        f" {subscription.get('position')}, and {row['waiting_bytes']:,} bytes wait to be sent"
+        f"has not received it yet: on {row.worker} it is {count} behind, at"
+        f" {subscription.get('position')}, and {row.waiting_bytes:,} bytes wait to be sent"
     )
 
 
 def _summarize(
     found: Explanation,
+    clients: _Outcomes,
     missing: tuple[Outcome, str] | None,
     not_addressed: Callable[[_Client], str],
     no_right: str,
     event_id: EntryID,
 ) -> None:
     user, channel = found.user or "an anonymous user", found.channel
-    outcomes = {each.outcome for each in found.clients}
-    received = [each for each in found.clients if each.outcome is Outcome.RECEIVED]
-    if received:
+    outcomes, total = set(clients.counts), clients.counts.total()
+    if clients.first_received_ms is not None:
         found.outcome = Outcome.RECEIVED
-        total = len(found.clients)
         found.sentence = (
-            f"{user} received {event_id} on {len(received)} of {total}"
+            f"{user} received {event_id} on {clients.counts[Outcome.RECEIVED]} of {total}"
             f" {'client' if total == 1 else 'clients'}, first at about"
-            f" {_when(min(each.at_ms or 0 for each in received))}."
+            f" {_when(clients.first_received_ms)}."
         )
         return
     if missing is not None and not outcomes & {Outcome.GAP, Outcome.UNKNOWN}:
@@ -538,19 +658,18 @@ def _summarize(
             " connected or in the journals."
         )
     else:
-        _summarize_clients(found, user, channel, event_id)
+        _summarize_clients(found, clients, user, channel, event_id)
 
 
-def _summarize_clients(found: Explanation, user: str, channel: str, event_id: EntryID) -> None:
-    connected_then = [each for each in found.clients if each.outcome in _PRECEDENCE]
-    first = next(
-        (each for wanted in _PRECEDENCE for each in connected_then if each.outcome is wanted), None
-    )
+def _summarize_clients(
+    found: Explanation, clients: _Outcomes, user: str, channel: str, event_id: EntryID
+) -> None:
+    first = next((clients.newest[each][0] for each in _PRECEDENCE if each in clients.newest), None)
     if first is None:
         found.sentence = f"It is not known whether {user} received {event_id} of {channel}."
         return
     found.outcome = first.outcome
-    more = len(found.clients) - 1
+    more = clients.counts.total() - 1
     others = f" ({more} other {'client' if more == 1 else 'clients'}: see below)" if more else ""
     found.sentence = f"{user} did not receive {event_id}: {_lower(first.sentence)[:-1]}{others}."
 

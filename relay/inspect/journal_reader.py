@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from relay.core.model import ZERO_ID, EntryID
-from relay.core.slices import next_slice
+from relay.core.slices import in_slices, next_slice
 from relay.inspect.journal import EXPIRY_S
 from relay.stream.connection import connect
 
@@ -69,18 +71,26 @@ class JournalReader:
 
         `read` continues after them.
         """
-        found: list[Event] = []
+        journals: list[list[Event]] = []
         for instance in await self._instances():
-            matched = 0
+            matching: list[Event] = []
             async for entry_id, events in self._backwards(instance):
                 self._last.setdefault(instance, entry_id)
-                matching = [{**each, "worker": instance} for each in events if wanted.matches(each)]
-                found += matching
-                matched += len(matching)
-                if matched >= limit:
+                matching += (
+                    {**each, "worker": instance}
+                    for each in reversed(events)
+                    if wanted.matches(each)
+                )
+                if len(matching) >= limit:
                     break
-        found.sort(key=lambda each: int(each["ms"]))
-        return found[-limit:] if limit else []
+            await next_slice()
+            # Nearly sorted already: the newest first.
+            matching.sort(key=_ms, reverse=True)
+            journals.append(matching)
+        merged = heapq.merge(*journals, key=_ms, reverse=True)
+        newest = [each async for each in in_slices(islice(merged, limit))]
+        newest.reverse()
+        return newest
 
     async def read(self, wanted: EventFilter) -> list[Event]:
         """Return matching events that were added since the last call, the oldest first."""
@@ -99,7 +109,7 @@ class JournalReader:
                     )
                 if len(entries) < _PAGE:
                     break
-        found.sort(key=lambda each: int(each["ms"]))
+        found.sort(key=_ms)
         return found
 
     async def complete_since_ms(self) -> int | None:
@@ -138,6 +148,10 @@ class JournalReader:
                 yield entry_id, events
             if len(entries) < _PAGE:
                 return
+
+
+def _ms(event: Event) -> int:
+    return int(event["ms"])
 
 
 def _parsed(entries: Any) -> Iterator[tuple[EntryID, list[Event]]]:

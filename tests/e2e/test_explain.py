@@ -77,6 +77,29 @@ async def test_who_received_it_when_and_who_came_too_late(
     late.drop()
 
 
+async def test_a_few_of_many_clients_are_listed_first_those_that_missed_it(
+    explain: Asking, relay: RelayProcess, door: Native, valkey: Server, channel: str
+) -> None:
+    token = relay.token("x-many")
+    clients = [await door.sse(channel, token=token) for _ in range(60)]
+    event = relay.xadd(channel, data="1")
+    for each in clients:
+        await each.next()
+    others = [await door.sse(channel, token=token) for _ in range(3)]
+    found = await explain("x-many", event, "received")
+    assert f"on 60 of {len(clients) + len(others)} clients" in found["sentence"]
+    assert [each["outcome"] for each in found["clients"]] == [
+        *["subscribed_later"] * 3,
+        *["received"] * 47,
+    ]
+    assert found["others"] == {"received": 13}
+    assert {each["connection"] for each in found["clients"][:3]} == {
+        each.headers["x-request-id"] for each in others
+    }
+    printed = await Cli(valkey).out("explain", "x-many", channel, event)
+    assert "  Other clients: 13 received." in printed
+
+
 async def test_entries_that_nobody_could_receive(
     explain: Asking, relay: RelayProcess, door: Native, valkey: Server, channel: str
 ) -> None:

@@ -1,6 +1,6 @@
 // Explain: did a user's clients receive an event, and if not, why?
 import { get } from "./api.js";
-import { attempt, el, field, message, mono, panel, table, visible } from "./dom.js";
+import { attempt, el, field, message, mono, number, panel, table, visible } from "./dom.js";
 
 const FIELDS = [
   ["user", "User"],
@@ -54,11 +54,15 @@ export function explain(root, parameters, signal) {
         ]),
       ),
     );
+    const others = Object.entries(found.others).map(
+      ([outcome, count]) => `${number(count)} ${outcome.replaceAll("_", " ")}`,
+    );
     answer.replaceChildren(
       panel(
         "Answer",
         el("p", { class: "answer", id: "answer" }, visible(found.sentence)),
         found.clients.length ? clients.element : null,
+        others.length ? el("p", { class: "quiet" }, `Other clients: ${others.join(", ")}.`) : null,
         found.unknown.length
           ? [el("h3", {}, "Not known"), el("ul", {}, found.unknown.map((each) => el("li", {}, visible(each))))]
           : null,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from relay.core.model import ZERO_ID, Channel, EntryID, Record, StreamState
+from relay.core.slices import in_slices
 from relay.stream.connection import connect
 from relay.stream.connection.connect import RedisClient
 from relay.stream.connection.primary import Primary, Replication
@@ -59,7 +60,7 @@ async def read_view(
             if isinstance(reply, Exception):
                 raise reply
         state = stream_state(stream, found, str(info["master_replid"]).encode())
-    records = [_record(channel, each, max_entry_bytes) for each in entries]
+    records = [_record(channel, each, max_entry_bytes) async for each in in_slices(entries)]
     return View(
         state=state,
         own=_record(channel, own[0], max_entry_bytes) if own else None,
@@ -87,7 +88,7 @@ async def read_newest(
     while len(records) < count and size < _NEWEST_BYTES:
         words = (keys.stream(channel), at, "-", "COUNT", min(most, count - len(records)))
         found = await connect.command(client, "XREVRANGE", *words)
-        records += [_record(channel, each, max_entry_bytes) for each in found]
+        records += [_record(channel, each, max_entry_bytes) async for each in in_slices(found)]
         if len(found) < most:
             break
         size += sum(len(part) for each in found for pair in each[1].items() for part in pair)
