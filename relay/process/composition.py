@@ -412,7 +412,7 @@ def _reader(
             refusals=of_server(shard),
             continued=_continued(base),
             others=primaries,
-            on_misplaced=readers.look,
+            on_misplaced=partial(readers.look, shard),
         )
 
     readers = ShardReaders(

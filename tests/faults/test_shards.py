@@ -1,12 +1,14 @@
-"""Channels on several servers: slots of a Redis Cluster that move, and a server that is away."""
+"""Channels on several servers: slots that move, promoted replicas, and a server that is away."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +28,8 @@ from tests.support.valkey import Flavour, Server, running
 
 pytestmark = pytest.mark.redis
 
+_FAILOVER_S = 6.0
+
 
 @contextmanager
 def relay_on(server: Server, url: str, pids: Path | None = None) -> Iterator[RelayProcess]:
@@ -42,14 +46,74 @@ def relay_on(server: Server, url: str, pids: Path | None = None) -> Iterator[Rel
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("flavour", ["valkey", "redis"])
-async def test_a_moved_slot_is_not_noticed(tmp_path: Path, flavour: Flavour) -> None:
+@pytest.mark.parametrize(("flavour", "replicas"), [("valkey", 1), ("redis", 0)])
+async def test_a_moved_slot_or_a_promoted_replica_rejects_no_client(
+    tmp_path: Path, flavour: Flavour, replicas: int
+) -> None:
     with (
-        running_cluster(RedisCluster(tmp_path, flavour)) as cluster,
+        running_cluster(RedisCluster(tmp_path, flavour, replicas=replicas)) as cluster,
         relay_on(cluster.servers[0], cluster.url) as relay,
     ):
         async with native(relay) as clients:
             await _move(cluster, clients)
+            # To the replica and back.
+            for _ in range(2 * replicas):
+                await _fail_over(cluster, clients)
+
+
+async def _fail_over(cluster: RedisCluster, clients: Native) -> None:
+    """Promote the replica of the server that has a channel, as for maintenance."""
+    stream = stream_key("news").encode()
+    source = await asyncio.to_thread(cluster.owner_of, stream)
+    target = (source + cluster.primaries) % len(cluster.servers)
+    sent: list[str] = []
+
+    def append() -> None:
+        # The server may have been replaced since it was found.
+        with contextlib.suppress(ResponseError):
+            owner = cluster.owner_of(stream)
+            sent.append(cluster.call(owner, "XADD", stream, "*", "data", len(sent)).decode())
+
+    asked_at = -math.inf
+
+    def promote() -> None:
+        nonlocal asked_at
+        # A replica gives up after 5 s, and refuses without a connection to its primary.
+        if time.monotonic() - asked_at > _FAILOVER_S:
+            with contextlib.suppress(ResponseError):
+                cluster.call(target, "CLUSTER", "FAILOVER")
+                asked_at = time.monotonic()
+
+    def is_promoted() -> bool:
+        return cluster.role_of(target) == "master" and cluster.owner_of(stream) == target
+
+    client = await clients.ws("news")
+    assert (await client.next())["reply"] == "subscribe"
+    # Clients that subscribe meanwhile wait, too.
+    others: list[dict[str, Any]] = []
+    enough = asyncio.Event()
+
+    async def subscribe() -> None:
+        while not enough.is_set():
+            other = await clients.ws("news")
+            others.append(await other.next(30))
+            await other.socket.close()
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(subscribe())
+        await asyncio.to_thread(append)
+        while not await asyncio.to_thread(is_promoted):
+            await asyncio.to_thread(promote)
+            await asyncio.to_thread(append)
+        await asyncio.to_thread(append)
+        received: list[str] = []
+        while not received or received[-1] != sent[-1]:
+            message = await client.next(30)
+            if "id" in message:
+                received.append(message["id"])
+        enough.set()
+    assert received == sent
+    assert [each for each in others if each.get("reply") != "subscribe"] == []
 
 
 async def _move(cluster: RedisCluster, clients: Native) -> None:

@@ -4,7 +4,8 @@ One task reads the shard map: at the start, periodically, and as soon as a reply
 that a key is in another shard. Streams whose shard has changed are given to its reader and examined
 there. Parked streams are examined again after each read of the map. After such a reply, the map is
 read repeatedly for a few seconds, after 50 ms at first and then at most once a second: a slot may
-still be moving, and the node that is asked may not have received the change yet.
+still be moving, and the node that is asked may not have received the change yet. The first such
+reply from another server ends the pause: it may be the next one that has been replaced.
 
 A server that cannot be reached affects only the channels in its shard. `problem` names it.
 """
@@ -34,10 +35,13 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.05, 1.0
+_SHORTEST_PAUSE_S = _FIRST_LOOK_S / 2
 # For this time after a sign that the map has changed, it is read again and again.
 _SIGN_S = 3.0
 # A change that no reply and no push has shown is found after this time.
 _PERIOD_S = 5.0
+# Subscriptions wait this long for a connection to a primary that was promoted just now.
+_PROMOTED_S = 3.0
 
 
 class ShardReaders:
@@ -69,6 +73,12 @@ class ShardReaders:
         self._homeless: dict[Followed, None] = {}
         self._look = asyncio.Event()
         self._look_until = 0.0
+        # The shards that have shown a change since the map last changed, and whether there is a new
+        # one since it was last read. Streams that are parked again and again are no news.
+        self._signs: set[Shard | None] = set()
+        self._new_sign = asyncio.Event()
+        # Until when the channels of a shard wait for its first connection.
+        self._promoted_until: dict[Shard, float] = {}
         self._stopping = False
         self._problem = "the shards are not known yet"
 
@@ -132,19 +142,26 @@ class ShardReaders:
         return any(reader.ready() for reader in self._readers.values())
 
     def is_connected(self, channels: Iterable[Channel] = ()) -> bool:
-        """Return True if there are connections over which these channels are read.
+        """Return True if there are connections over which these channels are read, or will be in a
+        moment, because a primary was just promoted.
 
         Without channels, return True if there is any such connection.
         """
-        readers = {self._find(channel) for channel in channels}
-        if not readers:
+        shards = {self._shard_of(channel) for channel in channels}
+        if not shards:
             return any(reader.is_connected() for reader in self._readers.values())
-        # A frozen server is still connected. If no reader is ready, this worker is only late.
         is_late = not self.ready()
-        return all(
-            reader is not None and reader.is_connected() and (is_late or not reader.is_silent())
-            for reader in readers
-        )
+        return all(shard is not None and self._serves(shard, is_late=is_late) for shard in shards)
+
+    def _serves(self, shard: Shard, *, is_late: bool) -> bool:
+        reader = self._readers.get(shard)
+        if reader is None:
+            # The map names a primary whose reader will be started after the next read of the map.
+            return not self._problem
+        if reader.is_connected():
+            # A frozen server is still connected. If no reader is ready, this worker is only late.
+            return is_late or not reader.is_silent()
+        return asyncio.get_running_loop().time() < self._promoted_until.get(shard, 0.0)
 
     def connected(self) -> dict[str, bool]:
         """Return the addresses of the servers, and whether there is a connection to each."""
@@ -198,8 +215,11 @@ class ShardReaders:
 
     # ---- life -------------------------------------------------------------------------------
 
-    def look(self) -> None:
-        """Read the map soon: a key is, or will be, in another shard."""
+    def look(self, source: Shard | None = None) -> None:
+        """Read the map soon: a key is, or will be, in another shard. `source` has shown this."""
+        if source not in self._signs:
+            self._signs.add(source)
+            self._new_sign.set()
         self._look_until = asyncio.get_running_loop().time() + _SIGN_S
         self._look.set()
 
@@ -210,6 +230,7 @@ class ShardReaders:
         async with asyncio.TaskGroup() as tasks:
             while not self._stopping:
                 self._look.clear()
+                self._new_sign.clear()
                 try:
                     await self._map.refresh()
                 except RedisUnavailable as exc:
@@ -219,19 +240,32 @@ class ShardReaders:
                 else:
                     self._problem = ""
                     if await self._place(tasks):
+                        self._signs.clear()
                         backoff.reset()
                 for reader in list(self._readers.values()):
                     reader.unpark()
                 if self._problem:
                     self.look()
-                # At least this time between two reads of the map.
-                await backoff.pause()
-                if loop.time() < self._look_until:
+                if await self._pause(backoff) or loop.time() < self._look_until:
                     continue
+                self._signs.clear()
                 backoff.reset()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_PERIOD_S):
                         await self._look.wait()
+
+    async def _pause(self, backoff: Backoff) -> bool:
+        """Pause between two reads of the map. Return True if a new sign has ended the pause."""
+        pause_s = backoff.next_s()
+        shortest_s = min(pause_s, _SHORTEST_PAUSE_S)
+        await asyncio.sleep(shortest_s)
+        try:
+            async with asyncio.timeout(pause_s - shortest_s):
+                await self._new_sign.wait()
+        except TimeoutError:
+            return False
+        backoff.reset()
+        return True
 
     async def stop(self) -> None:
         """Stop reading and destroy the groups of this worker."""
@@ -243,17 +277,25 @@ class ShardReaders:
 
     # ---- the map ----------------------------------------------------------------------------
 
-    def _find(self, channel: Channel) -> StreamReader | None:
+    def _shard_of(self, channel: Channel) -> Shard | None:
         try:
-            return self._readers.get(self._map.shard_of(self._keys.stream(channel)))
+            return self._map.shard_of(self._keys.stream(channel))
         except RedisUnavailable:
             return None
+
+    def _find(self, channel: Channel) -> StreamReader | None:
+        shard = self._shard_of(channel)
+        return None if shard is None else self._readers.get(shard)
 
     async def _place(self, tasks: asyncio.TaskGroup) -> bool:
         """Start and end readers, and give each stream to its reader. Return True if any moved."""
         present = self._map.shards
+        is_first = not self._readers
         for shard in present:
             if shard not in self._readers:
+                if not is_first:
+                    now = asyncio.get_running_loop().time()
+                    self._promoted_until[shard] = now + _PROMOTED_S
                 self._readers[shard] = reader = self._make(shard)
                 name = f"reader of {shard.name}"
                 self._tasks[shard] = tasks.create_task(reader.run(), name=name)
@@ -264,6 +306,10 @@ class ShardReaders:
             _log.info("No longer reading streams from %s: it has no slots", shard.name)
             self._tasks.pop(shard).cancel()
             self._readers.pop(shard).unpark()
+            self._promoted_until.pop(shard, None)
+            self._signs.discard(shard)
+        if not self._homeless:
+            self._signs.discard(None)
         return moved
 
     def _place_control(self) -> None:

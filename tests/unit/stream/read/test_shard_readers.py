@@ -17,6 +17,7 @@ from relay.stream.read.control_reader import ControlReader
 from relay.stream.read.reader import StreamReader
 from relay.stream.read.shard_readers import ShardReaders
 from relay.stream.shards.shard import SLOTS, Shard, slot_of
+from tests.support.clients import until
 from tests.support.hub import KEYS
 
 STREAMS = 2000
@@ -34,7 +35,7 @@ class Map:
     def __init__(self, shards: Sequence[OneShard]) -> None:
         self.shards = shards
         self.slots: list[OneShard | None] = [shards[0]] * SLOTS
-        self.asked = 0
+        self.asked = self.refreshes = 0
         self.refreshed = asyncio.Event()
 
     @property
@@ -48,6 +49,7 @@ class Map:
         return shard
 
     async def refresh(self) -> None:
+        self.refreshes += 1
         self.refreshed.set()
 
 
@@ -57,6 +59,15 @@ class Reader:
     def __init__(self, shard: OneShard) -> None:
         self.shard = shard
         self.streams: set[object] = set()
+        self.has_connection = False
+
+    def is_connected(self) -> bool:
+        return self.has_connection
+
+    ready = is_connected
+
+    def is_silent(self) -> bool:
+        return False
 
     async def run(self) -> None:
         await asyncio.Event().wait()
@@ -103,24 +114,27 @@ class HookedStream(Stream):
         self.on_moved()
 
 
-async def test_only_the_streams_of_slots_that_moved_are_visited(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(shard_readers, "_LAST_LOOK_S", 0.05)
-    shards = [OneShard("one"), OneShard("two")]
-    shard_map, made = Map(shards), dict[str, Reader]()
-
+def readers_of(shard_map: Map, made: dict[str, Reader]) -> ShardReaders:
     def make(shard: Shard) -> StreamReader:
         reader = made[shard.name] = Reader(cast(Any, shard))
         return cast(StreamReader, reader)
 
-    readers = ShardReaders(
+    return ShardReaders(
         shards=cast(Any, shard_map),
         keys=KEYS,
         control=cast(ControlReader, None),
         primaries=Primaries(),
         make=make,
     )
+
+
+async def test_only_the_streams_of_slots_that_moved_are_visited(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shard_readers, "_LAST_LOOK_S", 0.05)
+    shards = [OneShard("one"), OneShard("two")]
+    shard_map, made = Map(shards), dict[str, Reader]()
+    readers = readers_of(shard_map, made)
 
     async def looked() -> int:
         """Let the readers look at the map. Return how many streams they have visited."""
@@ -167,18 +181,7 @@ async def test_a_stream_follows_its_slot_back_if_no_look_saw_it_move(
     monkeypatch.setattr(shard_readers, "_LAST_LOOK_S", 0.05)
     shards = [OneShard("one"), OneShard("two")]
     shard_map, made = Map(shards), dict[str, Reader]()
-
-    def make(shard: Shard) -> StreamReader:
-        reader = made[shard.name] = Reader(cast(Any, shard))
-        return cast(StreamReader, reader)
-
-    readers = ShardReaders(
-        shards=cast(Any, shard_map),
-        keys=KEYS,
-        control=cast(ControlReader, None),
-        primaries=Primaries(),
-        make=make,
-    )
+    readers = readers_of(shard_map, made)
 
     async def looked() -> None:
         for _ in range(3):  # the third look begins when two are complete
@@ -215,4 +218,65 @@ async def test_a_stream_follows_its_slot_back_if_no_look_saw_it_move(
         first.on_moved = on_moved
         await looked()
         assert made["two"].streams == {first, second}
+        running.cancel()
+
+
+async def test_subscriptions_wait_for_a_primary_that_was_just_promoted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    old, new = OneShard("old"), OneShard("new")
+    shard_map, made = Map([old]), dict[str, Reader]()
+    readers = readers_of(shard_map, made)
+    channels = [Channel("room")]
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(readers.run())
+        # At the start, clients learn at once that the server is away.
+        assert not readers.is_connected(channels)
+        await until(lambda: "old" in made)
+        assert not readers.is_connected(channels)
+        made["old"].has_connection = True
+        assert readers.is_connected(channels)
+        # Another task has read the map, which names the promoted replica.
+        shard_map.shards, shard_map.slots = [new], [new] * SLOTS
+        assert readers.is_connected(channels)
+        readers.look()
+        await until(lambda: "new" in made)
+        assert readers.is_connected(channels)
+        shard_map.slots = [None] * SLOTS
+        assert not readers.is_connected(channels)
+        # They do not wait for it forever.
+        monkeypatch.setattr(shard_readers, "_PROMOTED_S", 0.0)
+        shard_map.shards, shard_map.slots = [old], [old] * SLOTS
+        made.clear()
+        readers.look()
+        await until(lambda: "old" in made)
+        assert not readers.is_connected(channels)
+        running.cancel()
+
+
+async def test_the_first_sign_of_another_shard_ends_the_pause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Without a sign, the next look would be after the end of the test.
+    monkeypatch.setattr(shard_readers, "_FIRST_LOOK_S", 300.0)
+    monkeypatch.setattr(shard_readers, "_LAST_LOOK_S", 300.0)
+    shards = [OneShard("one"), OneShard("two")]
+    shard_map = Map(shards)
+    one, two = cast("list[Shard]", shards)
+    readers = readers_of(shard_map, {})
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(readers.run())
+        await until(lambda: shard_map.refreshes == 1)
+        readers.look(one)
+        await until(lambda: shard_map.refreshes == 2)
+        # A stream that is parked again is no news, but another server is.
+        readers.look(one)
+        readers.look(two)
+        await until(lambda: shard_map.refreshes == 3)
+        readers.look(one)
+        readers.look(two)
+        for _ in range(10):
+            await asyncio.sleep(0.01)
+            readers.look(one)
+        assert shard_map.refreshes == 3
         running.cancel()
