@@ -24,6 +24,7 @@ from relay.stream.shards.making import keys_of, shard_map
 from tests.support.clients import Native, native, redis, stream_key, until
 from tests.support.redis_cluster import RedisCluster, running_cluster
 from tests.support.relay import RelayProcess
+from tests.support.seafile import KEY, seafile
 from tests.support.valkey import Flavour, Server, running
 
 pytestmark = pytest.mark.redis
@@ -32,8 +33,10 @@ _FAILOVER_S = 6.0
 
 
 @contextmanager
-def relay_on(server: Server, url: str, pids: Path | None = None) -> Iterator[RelayProcess]:
-    settings = [f"node.pid_file={pids}"] if pids else []
+def relay_on(
+    server: Server, url: str, pids: Path | None = None, *more: str
+) -> Iterator[RelayProcess]:
+    settings = [*more, f"node.pid_file={pids}"] if pids else [*more]
     relay = RelayProcess(server, flags=["--redis", url], settings=settings)
     try:
         yield relay.start()
@@ -178,8 +181,19 @@ async def test_a_server_that_is_away_affects_only_its_channels(tmp_path: Path) -
     near = next(channel for channel in channels if is_of(here, channel))
     far, other = [channel for channel in channels if is_of(away, channel)][:2]
     pids = tmp_path / "pid"
-    with running(*servers), relay_on(here, url, pids) as relay:
-        async with native(relay) as clients:
+    near_library = next(each for each in channels if is_of(here, f"seafile:{each}"))
+    far_library = next(each for each in channels if is_of(away, f"seafile:{each}"))
+
+    def commit(server: Server, library: str, commit_id: str) -> bytes:
+        content = json.dumps({"repo_id": library, "commit_id": commit_id})
+        key = stream_key(f"seafile:{library}")
+        found: bytes = redis(server, "XADD", key, "*", "type", "repo-update", "data", content)
+        return found
+
+    with running(*servers), relay_on(here, url, pids, f"protocol:seafile.key={KEY}") as relay:
+        async with native(relay) as clients, seafile(relay) as site:
+            seen = commit(away, far_library, "seen").decode()
+            commit(away, far_library, "missed")
             one, two = await clients.sse(near), await clients.sse(far)
             redis(away, "XADD", stream_key(far), "*", "data", "1")
             assert (await two.next()).data == "1"
@@ -200,11 +214,18 @@ async def test_a_server_that_is_away_affects_only_its_channels(tmp_path: Path) -
                         refused = await (await clients.ws(other)).next(1)
             assert refused["error"]["code"] == "unavailable"
             assert name in refused["error"]["message"]
+            syncing = await site.connect()
+            await syncing.subscribe(far_library, after=seen)
+            await syncing.subscribe(near_library)
+            await syncing.settle()
+            commit(here, near_library, "near")
+            assert (await syncing.next())["content"]["commit_id"] == "near"
             redis(here, "XADD", stream_key(near), "*", "data", "2")
             assert (await one.next()).data == "2"
             away.thaw()
             redis(away, "XADD", stream_key(far), "*", "data", "2")
             assert (await two.next(30)).data == "2"
+            assert (await syncing.next())["content"]["commit_id"] == "missed"
             # It does not prevent an upgrade either.
             await asyncio.to_thread(away.stop)
             old = pids.read_text()

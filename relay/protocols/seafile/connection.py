@@ -392,7 +392,10 @@ class SeafileClient(Client, TokenHolder):
         snapshot = await self._service.newest(channel)
         if not session.closed:
             position = None
-            if snapshot is not None and snapshot.state.exists:
+            if snapshot is None:
+                # The hub delivers all events after `seen` as soon as the server can be read.
+                position = Position(seen)
+            elif snapshot.state.exists:
                 state = snapshot.state
                 self._missed[channel] = missed.needed(snapshot.events, seen, session.selectors)
                 position = Position(state.last, state.added, state.incarnation)

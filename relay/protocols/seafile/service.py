@@ -61,7 +61,7 @@ class SeafileService:
         try:
             return await self.context.history(channel, self.settings.missed_events)
         except RelayError as exc:
-            _log.warning("Missed events of %s not sent: %s", channel, exc)
+            _log.debug("Could not read the newest events of %s: %s", channel, exc)
             return None
 
     async def stored_positions(self, name: str) -> missed.Stored:
