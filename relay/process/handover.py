@@ -291,6 +291,7 @@ class Upgrades:
         self._requested = asyncio.Event()
         # Whether a new relay is being started, or has taken over.
         self._is_running = False
+        # Kept because Popen warns (ResourceWarning) if it is deleted while its process runs.
         self._successor: subprocess.Popen[bytes] | None = None
 
     def request(self) -> None:
@@ -377,7 +378,7 @@ class Upgrades:
                 except asyncio.CancelledError:
                     if not starting.cancelled():
                         # The thread cannot be interrupted, but this takes milliseconds only.
-                        with starting.result() as process:
+                        with contextlib.suppress(OSError), starting.result() as process:
                             process.kill()
                     raise
         finally:
@@ -402,7 +403,7 @@ class Upgrades:
                 _, errors = await asyncio.to_thread(process.communicate)
         except TimeoutError:
             raise StartError(f"the new relay was not ready within {READY_S:g} s") from None
-        except ValueError:
+        except (ValueError, TypeError):
             raise StartError(_UNREADABLE) from None
         lines = errors.decode(errors="replace").splitlines()
         last = next((line.strip() for line in reversed(lines) if line.strip()), "see above")

@@ -121,7 +121,10 @@ class Old:
     [
         ('{"failed":"no"}', "Upgrade failed: no"),
         ("<html>", "Upgrade failed: the new relay sent a message that this version cannot read"),
-        ("[]", "Upgrade failed: the new relay sent a message that this version cannot read"),
+        *(
+            (each, "Upgrade failed: the new relay sent a message that this version cannot read")
+            for each in ("[]", '{"ready":5}', '{"ready":null}', '{"ready":[[1]]}')
+        ),
     ],
 )
 async def test_the_old_relay_continues_whatever_the_new_one_sends(
@@ -198,3 +201,24 @@ async def test_a_stop_during_an_upgrade_ends_the_new_relay(
     with pytest.raises(ProcessLookupError):
         os.kill(child.pid, 0)
     assert not old.used
+
+
+async def test_a_stop_while_a_new_relay_cannot_be_started_takes_effect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starting, may_fail = threading.Event(), threading.Event()
+
+    def start(*_: Any, **__: Any) -> None:
+        starting.set()
+        may_fail.wait(30)
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    old = Old(tmp_path, monkeypatch)
+    async with old.running() as task:
+        old.upgrades.request()
+        await until(starting.is_set, 30)
+        task.cancel()
+        may_fail.set()
+        await asyncio.wait([task], timeout=30)
+        assert task.cancelled()
