@@ -18,9 +18,12 @@ class RateLimit:
         self._updated_at = clock()
 
     def accept(self) -> bool:
-        """Count one message. Return False if there were too many."""
+        """Count one message if it is accepted. Return False if there were too many."""
         now = self._clock()
         earned = (now - self._updated_at) * self._per_s
         self._updated_at = now
-        self._allowance = min(self._burst, self._allowance + earned) - 1
-        return self._allowance >= 0
+        self._allowance = min(self._burst, self._allowance + earned)
+        if self._allowance < 1:
+            return False
+        self._allowance -= 1
+        return True

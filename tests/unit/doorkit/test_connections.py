@@ -38,6 +38,11 @@ def test_a_client_may_send_a_burst_and_then_its_rate() -> None:
     assert [rate.accept() for _ in range(4)] == [True, True, True, False]
     now = 60.0
     assert [rate.accept() for _ in range(4)] == [True, True, True, False]
+    # What is rejected does not extend the time.
+    for _ in range(1000):
+        assert not rate.accept()
+    now = 60.5
+    assert [rate.accept() for _ in range(2)] == [True, False]
 
 
 async def test_the_wait_ends_when_all_channels_are_decided() -> None:
