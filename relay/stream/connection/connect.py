@@ -259,8 +259,6 @@ def check(settings: RedisSettings, setting: str) -> None:
 
 def describe(settings: RedisSettings) -> str:
     """Return the server's address for logs and errors, without the password."""
-    if settings.url == "embedded":
-        return f"embedded, 127.0.0.1:{settings.embedded_port}"
     if len(servers := servers_of(settings)) > 1:
         return ", ".join(map(describe, servers))
     target = _parse(settings)

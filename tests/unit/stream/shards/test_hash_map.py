@@ -9,6 +9,7 @@ import pytest
 from relay.config.settings import RedisSettings
 from relay.core.errors import ConfigError
 from relay.core.model import Channel
+from relay.process.embedded import redis_address
 from relay.stream.connection.connect import cluster_seeds, describe
 from relay.stream.shards.hash_map import HashMap
 from relay.stream.shards.making import keys_of, shard_map
@@ -103,3 +104,10 @@ def test_cluster_nodes() -> None:
     assert all(seed.tls and seed.username == "anna" and seed.password == "p@" for seed in seeds)
     assert describe(settings) == "cluster at a:1, b:6379, [::1]:2"
     assert keys_of(settings).control == b"relay:{site}control"
+
+
+@pytest.mark.parametrize("port", [6379, 6399])
+def test_the_embedded_server_has_one_name(port: int) -> None:
+    settings = RedisSettings(url="embedded", embedded_port=port)
+    # Workers use its address, commands that run beside them use the setting.
+    assert describe(settings) == describe(redis_address(settings))
