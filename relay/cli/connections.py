@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from relay.cli.operator_context import OperatorContext, user_of
 from relay.cli.output import duration, emit, safe, say, table
@@ -15,9 +16,6 @@ from relay.inspect.questions import asking
 from relay.stream.cluster.workers import live_workers
 from relay.stream.write import control
 
-if TYPE_CHECKING:
-    from relay.inspect.connections import ConnectionPage
-
 _HEAD = ("ID", "USER", "PROTOCOL", "TRANSPORT", "SOFTWARE", "ADDRESS", "UP", "CHANNELS", "WAITING")
 _RIGHT = (6, 7, 8)
 
@@ -26,6 +24,8 @@ async def connections(site: OperatorContext, options: argparse.Namespace) -> int
     """List connections of all workers, in pages."""
     after, left = options.after, options.limit
     rows: list[dict[str, Any]] = []
+    silent: set[str] = set()
+    failed: dict[str, str] = {}
     async with asking(site.config.redis, site.clients, site.keys) as questions:
         while True:
             wanted = ConnectionFilter(
@@ -38,6 +38,8 @@ async def connections(site: OperatorContext, options: argparse.Namespace) -> int
             )
             page = await find_connections(questions, wanted)
             rows += page.connections[:left]
+            silent.update(page.silent)
+            failed |= page.failed
             left -= len(page.connections)
             after = page.after
             if not after or left <= 0:
@@ -49,7 +51,7 @@ async def connections(site: OperatorContext, options: argparse.Namespace) -> int
         table(_HEAD, [_row(each) for each in rows], right=_RIGHT)
         shown = f", {len(rows)} listed; continue with --after {after}" if after else ""
         print(f"{plural(page.total, 'connection')}{shown}")
-    return _complete(page)
+    return _complete(silent, failed)
 
 
 def _row(row: dict[str, Any]) -> list[str]:
@@ -75,12 +77,12 @@ async def connection(site: OperatorContext, options: argparse.Namespace) -> int:
     async with asking(site.config.redis, site.clients, site.keys) as questions:
         page = await find_connections(questions, ConnectionFilter(id=options.id))
     if not page.connections:
-        _complete(page)
+        _complete(page.silent, page.failed)
         raise RelayError(f"no connection {safe(options.id)} is open")
     (found,) = page.connections
     if options.json:
         emit(found)
-        return _complete(page)
+        return 0
     for name, text in _facts(found):
         print(f"{name:<15}{safe(text)}")
     print()
@@ -95,7 +97,7 @@ async def connection(site: OperatorContext, options: argparse.Namespace) -> int:
     more = found["subscription_count"] - len(found["subscriptions"])
     if more > 0:
         print(f"and {plural(more, 'more subscription')}")
-    return _complete(page)
+    return 0
 
 
 def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -123,13 +125,13 @@ def _behind(subscription: dict[str, Any]) -> str:
     return "unknown" if behind is None else str(behind)
 
 
-def _complete(page: ConnectionPage) -> int:
+def _complete(silent: Iterable[str], failed: Mapping[str, str]) -> int:
     """Name the workers whose connections are missing. Return the exit code."""
-    for instance in page.silent:
-        say(f"{instance} did not answer: its connections are missing")
-    for instance, reason in page.failed.items():
-        say(f"{instance} could not answer: {reason}")
-    return 1 if page.failed else 0
+    lines = [f"{each} did not answer: its connections are missing" for each in sorted(silent)]
+    lines += [f"{each} could not answer: {reason}" for each, reason in failed.items()]
+    for line in lines:
+        say(line)
+    return 1 if lines else 0
 
 
 async def disconnect(site: OperatorContext, options: argparse.Namespace) -> int:

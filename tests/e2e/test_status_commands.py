@@ -63,6 +63,10 @@ async def test_status_is_1_with_a_line_for_each_thing_that_is_wrong(
         "relay: 1 dead letter, expected at most 0",
     ]
     assert "killed:1" in await cli.out("workers")
+    # The list may be incomplete.
+    done = await cli.run("connections")
+    assert done.returncode == 1
+    assert done.stderr == "relay: killed:1 did not answer: its connections are missing\n"
     redis(valkey, "SREM", "relay:nodes", "killed:1")
 
 
