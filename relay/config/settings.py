@@ -125,7 +125,7 @@ class ServerSettings(Section):
     tls_key: str = Field("", description="PEM file with the private key of tls_cert.")
     trusted_proxies: str = Field(
         "",
-        description="Proxies in front of relay, separated by commas: addresses, or networks such as 10.0.0.0/8. Their X-Forwarded-For is used as the client's address (limits per address, journal, log) and X-Forwarded-Proto for the console's cookie. Each of them must set or append to these headers.",
+        description="Proxies in front of relay, separated by commas: addresses, or networks such as 10.0.0.0/8. Their X-Forwarded-For is used as the client's address (limits per address, journal, log) and X-Forwarded-Proto for the console's cookie. Each of them must append to X-Forwarded-For and overwrite X-Forwarded-Proto.",
     )
 
     @field_validator("trusted_proxies")

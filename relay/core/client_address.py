@@ -6,10 +6,19 @@ All limits per address use these rules.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from ipaddress import (
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    ip_address,
+    ip_network,
+)
 
 # The shortest network that an IPv6 host owns (RFC 6177). It can use any address in it.
 _HOST_PREFIX = 64
+# IPv4 addresses as IPv6 addresses: ::ffff:0:0/96.
+_MAPPED_PREFIX = 96
 # A client can send any number of addresses.
 _ADDRESSES = 32
 
@@ -19,7 +28,12 @@ class TrustedProxies:
 
     def __init__(self, networks: Iterable[str] = ()) -> None:
         """`networks` are addresses, or networks such as 10.0.0.0/8. Raise ValueError."""
-        self._networks = [ip_network(each) for each in networks]
+        self._networks = [_network(each) for each in networks]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no proxy is trusted."""
+        return not self._networks
 
     def trust(self, address: str) -> bool:
         """Return True if the address is that of a trusted proxy."""
@@ -55,6 +69,16 @@ def network_of(address: str) -> str:
     if isinstance(parsed, IPv6Address):
         return str(ip_network((parsed, _HOST_PREFIX), strict=False))
     return address if parsed is None else str(parsed)
+
+
+def _network(text: str) -> IPv4Network | IPv6Network:
+    found = ip_network(text)
+    if isinstance(found, IPv6Network):
+        first = found.network_address.ipv4_mapped
+        if first is not None and found.prefixlen >= _MAPPED_PREFIX:
+            # The addresses that are compared have been converted as well.
+            return IPv4Network((first, found.prefixlen - _MAPPED_PREFIX))
+    return found
 
 
 def _parse(text: str) -> IPv4Address | IPv6Address | None:

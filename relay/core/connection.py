@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 
-# A header that is longer than this is cut: anybody can send it, and it is stored and logged.
+# A header that is longer than this is cut: any client can send it, and it is stored and logged.
 _AGENT_CHARS = 200
 _ADDRESS_CHARS = 100
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e\xa1-\ud7ff\ue000-\U0010ffff]")

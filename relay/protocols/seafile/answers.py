@@ -6,6 +6,7 @@ from aiohttp import hdrs, web
 from typing_extensions import override
 
 from relay.doorkit.http_status import go_error
+from relay.transports.socket.take_over import connection_of
 
 
 class _Bare(web.Response):
@@ -17,14 +18,10 @@ class _Bare(web.Response):
         self.headers.popall(hdrs.CONTENT_TYPE, None)
 
 
-# Anybody can send the header, and it is logged.
-_ADDRESS_CHARS = 100
-
-
 def sender(request: web.Request) -> str:
-    """Return the client's address for the log: that in the proxy's header, or the peer's."""
-    address = request.headers.get("X-Forwarded-For", "")[:_ADDRESS_CHARS]
-    return address or request.remote or "a client that has disconnected"
+    """Return the client's address for the log."""
+    info = connection_of(request)
+    return info.forwarded_for or info.address or "a client that has disconnected"
 
 
 def pong() -> web.Response:

@@ -148,7 +148,8 @@ async def read_large_body(request: web.Request, limit_bytes: int, setting: str =
     try:
         return await _read(request, limit_bytes, f"{setting or 'the limit'} ({limit_bytes} bytes)")
     except BodyRejected as exc:
-        address = request.remote or "a client that has disconnected"
+        info = cast("HttpConnection", request.protocol).info(request)
+        address = info.address or "a client that has disconnected"
         _log.warning("Rejected a request of %s with status %d: %s", address, exc.status, exc)
         raise
 

@@ -356,8 +356,8 @@ class HttpConnection(RequestHandler):
             peer, proxies = request.remote or "", self.limits.proxies
             listed = _forwarded_for(request)
             self._info = ConnectionInfo(proxies.client(peer, listed), request.headers)
-            if proxies.trust(peer):
-                # The address says it already. What comes before it in the header is not verified.
+            if not proxies.is_empty:
+                # The address is that of the client. The header may contain what a client has sent.
                 self._info.forwarded_for = ""
         return self._info
 
@@ -439,7 +439,8 @@ class HttpConnection(RequestHandler):
             return _answer(400)
         if isinstance(exc, HttpProcessingError | RequestPayloadError):
             # Don't log the text or the traceback: they contain the client's data, perhaps a token.
-            _log.warning("Rejected a malformed HTTP request of %s", request.remote)
+            address = self.info(request).address
+            _log.warning("Rejected a malformed HTTP request of %s", address)
             _log.debug("The malformed HTTP request was a case of %s", type(exc).__name__)
             return _answer(431 if isinstance(exc, LineTooLong) else 400)
         if isinstance(exc, BodyRejected):

@@ -35,6 +35,14 @@ def test_clients_behind_proxies(peer: str, headers: list[str], client: str) -> N
     assert PROXIES.client(peer, headers) == client
 
 
+@pytest.mark.parametrize("proxy", ["::ffff:10.0.0.1", "::ffff:a00:0/104", "::ffff:10.0.0.0/127"])
+def test_proxies_may_be_written_as_ipv4_mapped_addresses(proxy: str) -> None:
+    trusted = TrustedProxies([proxy])
+    for peer in ("10.0.0.1", "::ffff:10.0.0.1"):
+        assert trusted.client(peer, ["203.0.113.9"]) == "203.0.113.9"
+    assert trusted.client("11.0.0.1", ["203.0.113.9"]) == "11.0.0.1"
+
+
 def test_without_proxies_the_header_does_not_count() -> None:
     assert TrustedProxies().client("10.0.0.1", ["203.0.113.9"]) == "10.0.0.1"
     with pytest.raises(ValueError, match="'proxy1' does not appear to be"):

@@ -13,17 +13,20 @@ import struct
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
+import orjson
 import pytest
 from aiohttp import web
 
+from relay.core.client_address import TrustedProxies
 from relay.core.free_memory import FreeMemory
+from relay.protocols.seafile import answers
 from relay.transports.socket import bodies, handshakes, http_connection, sse, websocket
 from relay.transports.socket.bodies import read_body
 from relay.transports.socket.handshakes import Handshakes
 from relay.transports.socket.http_connection import ConnectionLimits
 from relay.transports.socket.listener import GuardedSite
 from relay.transports.socket.reaper import Reaper
-from relay.transports.socket.take_over import take_over
+from relay.transports.socket.take_over import connection_of, take_over
 from tests.unit.transports.serving import HANDSHAKE, Run, head_of, masked, raw_client
 
 SECRET = b"SECRET-9f8e7d"
@@ -51,6 +54,11 @@ class Site:
         await self.go_on.wait()
         return web.Response(text="done")
 
+    async def sender(self, request: web.Request) -> web.StreamResponse:
+        info = connection_of(request)
+        found = [info.address, info.forwarded_for, answers.sender(request)]
+        return web.Response(body=orjson.dumps(found))
+
     async def large(self, _: web.Request) -> web.StreamResponse:
         return web.Response(body=bytes(64 * 1024 * 1024))
 
@@ -72,6 +80,7 @@ async def serving(
     app.router.add_get("/slow", it.slow)
     app.router.add_get("/large", it.large)
     app.router.add_get("/sse", it.stream)
+    app.router.add_get("/sender", it.sender)
     runner = web.AppRunner(app, shutdown_timeout=1.0, keepalive_timeout=75.0, access_log=None)
     await runner.setup()
     site = GuardedSite(runner, "127.0.0.1", 0, limits=limits)
@@ -729,5 +738,11 @@ def test_a_client_that_makes_room_for_another_address_is_told_so(
             monkeypatch.setattr(handshakes, "_MOST", 10)
             for reader in (other, *(each for each, _ in flood)):
                 assert b"200 OK" in await head_of(reader)
+            # Bytes behind a head count as well.
+            monkeypatch.setattr(handshakes, "_MOST_BYTES", limits.handshakes._held_bytes + 99)
+            more, writer = flood.pop()
+            writer.write(bytes(100))
+            assert (await closed(more)).startswith(b"HTTP/1.1 503 ")
+            assert len(limits.handshakes) == 3
 
     run(main())
