@@ -25,6 +25,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
+from urllib.parse import unquote_to_bytes
 
 from relay.core.client_address import TrustedProxies, network_of
 from relay.core.free_memory import FreeMemory, free_memory
@@ -51,6 +52,11 @@ _MEMORY_AGAIN = 1.5
 
 _ADDRESS_CHARS = 100
 _HEAD_END = b"\r\n\r\n"
+# The parser ignores line ends before a request, and accepts several spaces.
+_TARGET = re.compile(rb"[\r\n]*GET +([^ \r\n]+)")
+# Clients of Engine.IO append a slash to their path. Relay's own paths may have one, too.
+_ENGINE_IO = re.compile(rb"(?<!/ws)(?<!/sse)/$")
+_SESSION_ID = re.compile(rb"(?:^|&)sid=")
 _FIELDS = re.compile(
     rb"\r\n(?:upgrade:[^\r\n]*websocket|accept:[^\r\n]*(text/event-stream))", re.IGNORECASE
 )
@@ -111,8 +117,8 @@ class Handshakes:
         `size` is the number of bytes that are held until then. Return None, or the seconds after
         which the client should try again if it is rejected.
         """
-        if self._is_overloaded() and not self._make_room(request.source()):
-            return self.reject()
+        if self._is_overloaded(size) and not self._make_room(request.source(), size):
+            return self._reject()
         if not self._in_turns:
             self._begin_turn(self._clock())
         if self._handled < self._per_turn and not self._waiting:
@@ -124,6 +130,18 @@ class Handshakes:
             self._held_bytes += size
         return None
 
+    def extend(self, request: Waiting, size: int) -> float | None:
+        """Count further bytes of a request that waits. Return what `enter` returns."""
+        found = self._waiting.get(request)
+        if found is None:
+            return None
+        if self._held_bytes + size > _MOST_BYTES:
+            self.leave(request)
+            return self._reject()
+        self._waiting[request] = found[0], found[1] + size
+        self._held_bytes += size
+        return None
+
     def leave(self, request: Waiting) -> None:
         """Remove a request whose client has disconnected."""
         found = self._waiting.pop(request, None)
@@ -132,28 +150,27 @@ class Handshakes:
             self._queue.remove(source, request)
             self._held_bytes -= size
 
-    def rejects(self, source: Source) -> bool:
-        """Return whether a new client of this source is rejected at the moment."""
-        if not self._is_overloaded():
-            return False
-        return self._memory_short or self._queue.displaced_by(source) is None
+    @property
+    def is_overloaded(self) -> bool:
+        """Whether a new client may be rejected at the moment."""
+        return self._is_overloaded(0)
 
-    def _is_overloaded(self) -> bool:
-        self._check_wait()
+    def _is_overloaded(self, size: int) -> bool:
+        self._check_wait(size)
         self._check_memory()
         return self._too_many or self._memory_short
 
-    def _make_room(self, source: Source) -> bool:
+    def _make_room(self, source: Source, size: int) -> bool:
         """Reject a client of an address with more waiting handshakes. Return False if there is
-        none, or if memory is short."""
+        none, if `size` bytes would still be too many, or if memory is short."""
         other = None if self._memory_short else self._queue.displaced_by(source)
-        if other is None:
+        if other is None or self._held_bytes - self._waiting[other][1] + size > _MOST_BYTES:
             return False
         self.leave(other)
-        other.turn_away(self.reject())
+        other.turn_away(self._reject())
         return True
 
-    def reject(self) -> float:
+    def _reject(self) -> float:
         """Count a rejected client. Return the seconds after which it should try again.
 
         The times of several clients are consecutive.
@@ -171,11 +188,11 @@ class Handshakes:
     def _wait_s(self) -> float:
         return len(self._waiting) / self._rate
 
-    def _check_wait(self) -> None:
+    def _check_wait(self, size: int) -> None:
         wait_s, held = self._wait_s, self._held_bytes
         if self._too_many:
             self._too_many = wait_s > LONGEST_WAIT_S / 2 or held > _MOST_BYTES / 2
-        elif wait_s > LONGEST_WAIT_S or held > _MOST_BYTES:
+        elif wait_s > LONGEST_WAIT_S:
             self._too_many = True
             _log.warning(
                 "This worker is overloaded: %d new clients of %d peer addresses wait, and further"
@@ -184,6 +201,16 @@ class Handshakes:
                 len(self._waiting),
                 self._queue.groups,
                 LONGEST_WAIT_S,
+            )
+        elif held + size > _MOST_BYTES:
+            self._too_many = True
+            _log.warning(
+                "This worker is overloaded: the requests of %d new clients of %d peer addresses"
+                " wait, and together with a further one they would hold more than %d MB. Further"
+                " clients are asked to try again later. Find the clients that send large requests",
+                len(self._waiting),
+                self._queue.groups,
+                _MOST_BYTES >> 20,
             )
 
     def _check_memory(self) -> None:
@@ -241,15 +268,24 @@ def begins_client(head: bytes) -> bool:
     These are WebSockets, event streams and Engine.IO sessions. Requests of an open session are
     not: those with a session ID (`sid`), and the event streams of SockJS.
     """
-    if not head.startswith(b"GET ") or (end := head.find(_HEAD_END)) < 0:
+    request, end = _TARGET.match(head), _end_of(head)
+    if request is None or end < 0:
         return False
-    target = head[4 : head.find(b" ", 4, end)]
-    if b"sid=" in target:
-        return False
-    if b"EIO=" in target:
-        return True
+    path, _, query = request[1].partition(b"#")[0].partition(b"?")
     found = _FIELDS.search(head, 0, end)
-    return found is not None and not (found[1] and b"/eventsource" in target)
+    if b"EIO=" in (unquote_to_bytes(query) if b"%" in query else query):
+        if not _SESSION_ID.search(query):
+            return True
+        # Elsewhere, the parameters have no meaning.
+        return found is not None and not _ENGINE_IO.search(path)
+    if found is None:
+        return path.endswith((b"/sse", b"/sse/"))
+    return not (found[1] and path.endswith(b"/eventsource"))
+
+
+def _end_of(head: bytes) -> int:
+    """Return where the first request head ends, or -1."""
+    return head.find(_HEAD_END, len(head) - len(head.lstrip(b"\r\n")))
 
 
 def source_of(peer: str, forwarded_for: Sequence[str], proxies: TrustedProxies) -> Source:
@@ -267,7 +303,7 @@ def source_of(peer: str, forwarded_for: Sequence[str], proxies: TrustedProxies) 
 
 def forwarded_for(head: bytes) -> list[str]:
     """Return the values of all X-Forwarded-For headers."""
-    found = _FORWARDED_FOR.findall(head, 0, head.find(_HEAD_END))
+    found = _FORWARDED_FOR.findall(head, 0, _end_of(head))
     return [each.decode("latin-1") for each in found]
 
 
@@ -277,7 +313,7 @@ def rejection(head: bytes, retry_s: float) -> bytes:
     A browser's EventSource never connects again after a 503, but does so after the end of an empty
     stream, which may also set the time.
     """
-    end = head.find(_HEAD_END)
+    end = _end_of(head)
     origin = _ORIGIN.search(head, 0, end)
     # The answer contains nothing that another site must not see.
     cors = (

@@ -224,6 +224,10 @@ class HttpConnection(RequestHandler):
             self._pause_transport_reading()
             if len(self._handshake) > _MAX_HANDSHAKE_BYTES:
                 self._end(431)
+                return
+            retry_s = self.limits.handshakes.extend(self, len(data))
+            if retry_s is not None:
+                self.turn_away(retry_s)
             return
         if self._expects_request and (self._head or not self._head_bytes):
             head = self._head + data
@@ -470,21 +474,51 @@ class HttpConnection(RequestHandler):
 
 
 def is_overloaded(request: web.Request) -> bool:
-    """Return whether the worker is too busy for this new client."""
+    """Return whether the worker may be too busy for a new client (see `has_turn`)."""
+    return cast("HttpConnection", request.protocol).limits.handshakes.is_overloaded
+
+
+async def has_turn(request: web.Request) -> bool:
+    """Wait for the turn of a new client. Return False if it is rejected.
+
+    This is for requests that are not recognized as those of new clients before they are parsed.
+    """
     limits = cast("HttpConnection", request.protocol).limits
-    source = source_of(request.remote or "", _forwarded_for(request), limits.proxies)
-    return limits.handshakes.rejects(source)
+    turn = _Turn(source_of(request.remote or "", _forwarded_for(request), limits.proxies))
+    if limits.handshakes.enter(turn) is not None:
+        return False
+    try:
+        return await turn.is_accepted
+    finally:
+        limits.handshakes.leave(turn)
+
+
+class _Turn:
+    """A parsed request that waits for its turn."""
+
+    def __init__(self, source: Source) -> None:
+        self.is_accepted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._source = source
+
+    def source(self) -> Source:
+        return self._source
+
+    def proceed(self) -> None:
+        self._decide(True)
+
+    def turn_away(self, retry_s: float) -> None:
+        del retry_s
+        self._decide(False)
+
+    def _decide(self, is_accepted: bool) -> None:
+        if not self.is_accepted.done():
+            self.is_accepted.set_result(is_accepted)
 
 
 def _forwarded_for(request: BaseRequest) -> Sequence[str]:
     # A malformed request has an ordinary dict.
     headers = request.headers
     return headers.getall("X-Forwarded-For", ()) if headers else ()
-
-
-def handshakes_of(request: web.Request) -> Handshakes:
-    """Return the waiting handshakes of the worker that handles the request."""
-    return cast("HttpConnection", request.protocol).limits.handshakes
 
 
 def discard(transport: asyncio.Transport, limits: ConnectionLimits) -> None:

@@ -38,7 +38,7 @@ from relay.transports.socket.exchange import (
     as_response,
     http_request,
 )
-from relay.transports.socket.http_connection import handshakes_of, is_overloaded
+from relay.transports.socket.http_connection import has_turn, is_overloaded
 from relay.transports.socket.reaper import Reaper
 from relay.transports.socket.take_over import take_over
 from relay.transports.socket.websocket import accept_headers
@@ -183,13 +183,13 @@ class SockJs:
         session_id = received.route["session"]
         if session_id not in self._sessions:
             is_full = not self._sessions.has_room
-            is_refused = is_full or is_overloaded(request)
-            if is_refused and await self._registry.owner(session_id) is None:
+            may_refuse = is_full or is_overloaded(request)
+            if may_refuse and await self._registry.owner(session_id) is None:
                 if is_full:
                     return self._refuse(request, 503, b"Too many sessions are being opened\n")
-                # SockJS clients ignore when they should try again.
-                handshakes_of(request).reject()
-                return self._refuse(request, 503, b"relay is overloaded; try again later\n")
+                if not await has_turn(request):
+                    # SockJS clients ignore when they should try again.
+                    return self._refuse(request, 503, b"relay is overloaded; try again later\n")
             owner = await self._registry.claim(session_id)
             if owner != self._address:
                 moved = await self._forward(request, owner, _IGNORED_BYTES)

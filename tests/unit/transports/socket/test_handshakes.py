@@ -150,7 +150,7 @@ def test_the_decision_does_not_change_with_each_client(run: Run) -> None:
             if paced.enter(Request(done, source=source)) is not None:
                 break
         waits_s = paced._wait_s
-        while paced.rejects(OTHER):
+        while paced.is_overloaded:
             waits_s = paced._wait_s
             await asyncio.sleep(0)
         assert paced._wait_s <= handshakes.LONGEST_WAIT_S / 2 < waits_s
@@ -189,10 +189,9 @@ def test_no_address_can_fill_the_queue(
             sent.append(Request(done, source=source(address)))
             if paced.enter(sent[-1]) is not None:
                 break
-        assert paced.rejects(source(flood[0]))
+        assert paced.is_overloaded
         waiting = len(paced)
         for address in others:
-            assert not paced.rejects(source(address))
             assert paced.enter(Request(done, source=source(address))) is None
         # The newest ones of the flood have made room.
         assert len(paced) == waiting
@@ -231,25 +230,45 @@ def test_a_client_without_a_proxy_cannot_invent_addresses(run: Run) -> None:
     run(main())
 
 
-def test_the_requests_that_wait_have_a_limited_size(run: Run) -> None:
+def test_the_requests_that_wait_have_a_limited_size(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
     async def main() -> None:
         paced, done = pacer(), list[Request]()
         large = handshakes._MOST_BYTES // 100
-        answers = [paced.enter(Request(done), large) for _ in range(200)]
-        assert 100 <= answers.count(None) <= 102 + handshakes._FEWEST
+        sent = [Request(done) for _ in range(200)]
+        answers = [paced.enter(each, large) for each in sent]
+        assert answers.count(None) == 100 + handshakes._FEWEST
+        # Another address makes room, but only as much as the request that it replaces has used.
+        assert paced.enter(Request(done, source=OTHER), 2 * large) is not None
+        assert paced.enter(Request(done, source=OTHER), large) is None
+        assert paced.enter(Request(done, source=OTHER), 500) is None
+        # What arrives while a request waits counts as well.
+        last = sent[handshakes._FEWEST]
+        assert paced.extend(last, 1000) is None
+        assert paced._held_bytes <= handshakes._MOST_BYTES
+        retry_s = paced.extend(last, large)
+        assert retry_s is not None
+        assert len(paced) == 99
         while len(paced):
             await asyncio.sleep(0)
+        assert last not in done
         assert paced._held_bytes == 0
+        assert paced.extend(last, large) is None
         assert paced.enter(Request(done), large) is None
 
-    run(main())
+    with caplog.at_level(logging.WARNING):
+        run(main())
+    (line,) = caplog.messages
+    assert "hold more than 64 MB" in line
 
 
 def test_a_client_is_asked_to_wait_for_a_minute_at_most(run: Run) -> None:
     async def main() -> None:
         paced = pacer(FEW)
-        assert paced.rejects(OTHER)
-        retries = [paced.reject() for _ in range(200_000)]
+        clients = [paced.enter(Request([])) for _ in range(200_000)]
+        retries = [each for each in clients if each is not None]
+        assert len(retries) == len(clients)
         assert min(retries) >= 1
         assert 59 < max(retries) <= 60
         # The rest is spread as well.
@@ -292,6 +311,23 @@ def test_without_memory_clients_are_rejected_until_there_is_clearly_more(
         (HANDSHAKE[:-2], False),
         (b"GET /socket.io/?EIO=4&transport=polling&sid=~a HTTP/1.1\r\nHost: x\r\n\r\n", False),
         (HANDSHAKE.replace(b"GET /", b"GET /socket.io/?EIO=4&sid=~a"), False),
+        # Parameters that have no meaning for the path, or another one.
+        (HANDSHAKE.replace(b"GET /", b"GET /ws?channel=a&sid=1"), True),
+        (HANDSHAKE.replace(b"GET /", b"GET /ws?EIO=4&sid=1"), True),
+        (HANDSHAKE.replace(b"GET /", b"GET /ws/?EIO=4&sid=1"), True),
+        (SSE.replace(b"?", b"?sid=1&"), True),
+        (SSE.replace(b"?", b"?EIO=4&sid=1&"), True),
+        (SSE.replace(b"?", b"?a=/eventsource&"), True),
+        (b"GET /sse?channel=a HTTP/1.1\r\nHost: x\r\n\r\n", True),
+        (b"GET /socket.io/?E%49O=4&transport=polling HTTP/1.1\r\n\r\n", True),
+        (b"GET /socket.io/?EIO=4&x%26sid=1 HTTP/1.1\r\n\r\n", True),
+        (b"GET /socket.io/?EIO=4&xsid=1 HTTP/1.1\r\n\r\n", True),
+        (b"GET /socket.io/?EIO=4#&sid=1 HTTP/1.1\r\n\r\n", True),
+        (b"GET /socket.io/?sid=~a&EIO=4 HTTP/1.1\r\n\r\n", False),
+        # The parser accepts them.
+        (b"\r\n\r\n" + HANDSHAKE, True),
+        (b"\n" + SSE, True),
+        (b"GET  //socket.io/?EIO=4 HTTP/1.1\r\n\r\n", True),
         (SSE.replace(b"/sse?", b"/connection/1/abc/eventsource?"), False),
         (b"POST / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n\r\n", False),
         (b"GET /events HTTP/1.1\r\nHost: x\r\nX-Upgrade: websocket\r\n\r\n", False),
@@ -319,6 +355,7 @@ def test_answers_to_rejected_clients() -> None:
 def test_the_address_that_the_nearest_proxy_reports() -> None:
     sent = HANDSHAKE.replace(b"Host: x", b"X-Forwarded-For: 1.1.1.1\r\nx-forwarded-for: 2, 3::4 ")
     assert [each.strip() for each in forwarded_for(sent)] == ["1.1.1.1", "2, 3::4"]
+    assert forwarded_for(b"\r\n\r\n" + sent) == forwarded_for(sent)
     assert forwarded_for(HANDSHAKE) == []
     assert forwarded_for(HANDSHAKE + b"\r\nX-Forwarded-For: 1.1.1.1\r\n") == []
     none, trusted = TrustedProxies(), TrustedProxies(["10.0.0.1"])

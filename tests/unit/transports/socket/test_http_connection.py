@@ -78,9 +78,10 @@ async def serving(
     app.router.add_get("/ping", it.ping)
     app.router.add_post("/body", it.body)
     app.router.add_get("/slow", it.slow)
+    app.router.add_get("/socket.io/", it.ping)
     app.router.add_get("/large", it.large)
-    app.router.add_get("/sse", it.stream)
     app.router.add_get("/sender", it.sender)
+    app.router.add_get("/sse", it.stream)
     runner = web.AppRunner(app, shutdown_timeout=1.0, keepalive_timeout=75.0, access_log=None)
     await runner.setup()
     site = GuardedSite(runner, "127.0.0.1", 0, limits=limits)
@@ -665,8 +666,11 @@ def test_an_overloaded_worker_rejects_new_clients_only(run: Run) -> None:
                 assert await reader.readexactly(4) == b"pong"
                 writer.write(sent)
                 assert (await closed(reader)).startswith(b"HTTP/1.1 503 ")
+            without_meaning = sent.replace(b"/ping", b"/ping?sid=1")
+            async with raw_client(site.port, without_meaning) as (reader, _):
+                assert (await closed(reader)).startswith(b"HTTP/1.1 503 ")
             # Requests of open sessions and of producers are served.
-            with_session = sent.replace(b"/ping", b"/ping?sid=1")
+            with_session = sent.replace(b"/ping", b"/socket.io/?EIO=4&sid=1")
             for request in (PING, post(b"/body", b"abc"), with_session):
                 async with raw_client(site.port, request) as (reader, _):
                     assert b"200 OK" in await head_of(reader)
@@ -695,10 +699,10 @@ def test_clients_that_wait_for_their_turn_are_served_in_order(run: Run) -> None:
     run(main())
 
 
-def test_a_client_that_makes_room_for_another_address_is_told_so(
+def test_a_client_that_makes_room_for_another_address_receives_503(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Nobody has a turn, and five clients may wait.
+    # No handshake is handled, and five clients may wait.
     for name, value in {
         "_FEWEST": 0,
         "_MOST": 0,
@@ -734,15 +738,49 @@ def test_a_client_that_makes_room_for_another_address_is_told_so(
             writer.write(bytes(200_000))
             assert (await closed(flooding)).startswith(b"HTTP/1.1 431 ")
             assert len(limits.handshakes) == 4
-            monkeypatch.setattr(handshakes, "_FEWEST", 10)
-            monkeypatch.setattr(handshakes, "_MOST", 10)
-            for reader in (other, *(each for each, _ in flood)):
-                assert b"200 OK" in await head_of(reader)
             # Bytes behind a head count as well.
             monkeypatch.setattr(handshakes, "_MOST_BYTES", limits.handshakes._held_bytes + 99)
             more, writer = flood.pop()
             writer.write(bytes(100))
             assert (await closed(more)).startswith(b"HTTP/1.1 503 ")
             assert len(limits.handshakes) == 3
+            monkeypatch.setattr(handshakes, "_FEWEST", 10)
+            monkeypatch.setattr(handshakes, "_MOST", 10)
+            for reader in (other, *(each for each, _ in flood)):
+                assert b"200 OK" in await head_of(reader)
 
     run(main())
+
+
+# ---- addresses ---------------------------------------------------------------------------------
+
+
+def test_only_trusted_proxies_report_addresses(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    """In what operators see, and in all log lines."""
+
+    async def main() -> None:
+        limits = ConnectionLimits(proxies=TrustedProxies(["127.0.0.9"]))
+        async with serving(limits=limits) as site:
+            for peer, address in (("127.0.0.9", "6.6.6.6"), ("127.0.0.8", "127.0.0.8")):
+                forwarded = b"X-Forwarded-For: 5.5.5.5, 6.6.6.6"
+                requests = {
+                    b"GET /sender HTTP/1.1\r\nHost: x\r\n%b\r\n\r\n" % forwarded: b"200",
+                    post(b"/body", b"", forwarded, size=LIMIT_BYTES + 1): b"413",
+                }
+                for request, status in requests.items():
+                    reader, writer = await asyncio.open_connection(
+                        "127.0.0.1", site.port, local_addr=(peer, 0)
+                    )
+                    writer.write(request)
+                    head = await head_of(reader)
+                    assert head.startswith(b"HTTP/1.1 " + status), head
+                    if status == b"200":
+                        shown = orjson.dumps([address, "", address])
+                        assert await reader.readexactly(len(shown)) == shown
+                    writer.close()
+                (line,) = caplog.messages
+                assert line.startswith(f"Rejected a request of {address} with status 413")
+                caplog.clear()
+
+    with caplog.at_level(logging.WARNING):
+        run(main())

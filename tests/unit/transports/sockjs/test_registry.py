@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 
 import pytest
 
+from relay.transports.socket import handshakes
 from relay.transports.socket.handshakes import Handshakes
 from relay.transports.sockjs import registry as module
 from relay.transports.sockjs import sessions
 from relay.transports.sockjs.registry import SessionRegistry
 from tests.support.sockjs import MemoryStore
+from tests.unit.transports.serving import HANDSHAKE, raw_client
 from tests.unit.transports.sockjs.conftest import ADDRESSES, RunSite, Site
 
 
@@ -155,8 +158,53 @@ def test_an_overloaded_worker_opens_no_session(
     on_site(main)
 
 
-def _memory_is_short(handshakes: Handshakes) -> None:
-    handshakes._memory_short = True
+def test_sessions_that_are_opened_during_an_overload_wait_like_other_clients(
+    on_site: RunSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No handshake is handled, and five clients may wait.
+    for name, value in {
+        "_FEWEST": 0,
+        "_MOST": 0,
+        "_AVERAGE_S": 1e9,
+        "LONGEST_WAIT_S": 0.0045,
+    }.items():
+        monkeypatch.setattr(handshakes, name, value)
+    monkeypatch.setattr(Handshakes, "_check_memory", lambda _: None)
+
+    async def main(site: Site) -> None:
+        # Both workers would have a queue of their own.
+        site.ports[1] = site.ports[0]
+        async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+            head = HANDSHAKE.replace(b"Host: x", b"Host: x\r\nX-Forwarded-For: 10.0.0.1")
+            answers = []
+            for _ in range(6):
+                reader, _ = await stack.enter_async_context(raw_client(site.ports[0], head))
+                answers.append(group.create_task(reader.readline()))
+            # One is rejected, and five wait.
+            await asyncio.wait(answers, return_when=asyncio.FIRST_COMPLETED)
+            waiting = {
+                group.create_task(
+                    site.fetch("POST", site.session() + "/xhr", b"", X_Forwarded_For="10.0.0.2")
+                )
+                for _ in range(20)
+            }
+            # Two of them replace two of the others, and wait.
+            rejected: set[asyncio.Task[tuple[int, bytes]]] = set()
+            while len(rejected) < 18:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                rejected |= done
+            overloaded = (503, b"relay is overloaded; try again later\n")
+            assert [each.result() for each in rejected] == [overloaded] * 18
+            for name in ("_FEWEST", "_MOST"):
+                monkeypatch.setattr(handshakes, name, 10)
+            await asyncio.wait(waiting)
+            assert [each.result() for each in waiting] == [(200, b"o\n")] * 2
+
+    on_site(main)
+
+
+def _memory_is_short(waiting: Handshakes) -> None:
+    waiting._memory_short = True
 
 
 def test_a_client_of_a_dead_worker_gets_a_new_session(on_site: RunSite) -> None:
