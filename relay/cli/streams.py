@@ -45,6 +45,7 @@ async def streams(site: OperatorContext, options: argparse.Namespace) -> int:
         _show(site, found, alive)
     async for line in overview.misnamed(site.clients, site.keys, options.pattern, errors):
         say(line)
+    errors.raise_of_single(site.clients.shards)
     if errors:
         for line in errors.lines():
             say(f"the list is not complete: {line}")

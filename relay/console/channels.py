@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from relay.console.services import JsonBody, channel_of
-from relay.core.errors import BadRequest, RelayError
+from relay.core.errors import BadRequest
 from relay.core.model import Event
 from relay.core.slices import in_slices
 from relay.inspect.followers import count_followers
@@ -61,12 +61,7 @@ def _missing(services: ConsoleServices, errors: ServerErrors) -> list[str]:
     Raises:
         RelayError: There is only one server.
     """
-    if len(services.clients.shards.shards) == 1:
-        try:
-            errors.finish()
-        except RelayError as exc:
-            # The original says whether Redis is unreachable or rejects the command.
-            raise exc.__cause__ or exc from None
+    errors.raise_of_single(services.clients.shards)
     return errors.lines()
 
 

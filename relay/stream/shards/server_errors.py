@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from relay.core.errors import RedisUnavailable, RelayError
 
 if TYPE_CHECKING:
-    from relay.stream.shards.shard import Shard
+    from relay.stream.shards.shard import Shard, ShardMap
 
 
 class ServerErrors:
@@ -50,6 +50,16 @@ class ServerErrors:
         return [
             str(exc) if name in str(exc) else f"{name}: {exc}" for name, exc in self._found.items()
         ]
+
+    def raise_of_single(self, shards: ShardMap) -> None:
+        """Raise the error as it is if there is only one server: nothing else can be shown.
+
+        Raises:
+            RelayError: The only server has failed.
+        """
+        if len(shards.shards) == 1:
+            for error in self._found.values():
+                raise error
 
     def finish(self) -> None:
         """Raise one error with all `lines`, if there are any.
