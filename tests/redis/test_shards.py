@@ -40,7 +40,7 @@ from relay.stream.read.shard_readers import ShardReaders
 from relay.stream.shards.clients import ShardClients, shard_clients
 from relay.stream.shards.cluster_map import ClusterMap
 from relay.stream.shards.links import ShardLinks
-from relay.stream.shards.making import keys_of
+from relay.stream.shards.making import keys_of, shard_map
 from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.shards.server_list import check_list
 from relay.stream.shards.shard import Shard, is_misplaced
@@ -49,7 +49,7 @@ from relay.stream.upkeep.retention import trim
 from relay.stream.upkeep.unused import UnusedStreams, UnusedStreamsJob
 from relay.stream.write.append import AppendCommands, send, send_one
 from relay.stream.write.appender import Appender
-from tests.support.clients import until
+from tests.support.clients import until, within
 from tests.support.redis_cluster import RedisCluster, running_cluster
 from tests.support.valkey import Flavour, Server, free_port, running
 
@@ -362,13 +362,13 @@ async def test_another_list_of_servers_is_refused(server: Server, valkey: Server
             await command(client, "FLUSHALL")
 
 
-@pytest.mark.single_server("combines the shared server with another")
 def _stored(server: Server, keys: Keys) -> str:
     found = server.client().get(keys.servers)
     assert isinstance(found, bytes)
     return found.decode()
 
 
+@pytest.mark.single_server("combines the shared server with another")
 async def test_a_server_is_checked_when_it_becomes_reachable(
     server: Server, valkey: Server, tmp_path: Path
 ) -> None:
@@ -401,6 +401,59 @@ async def test_a_server_is_checked_when_it_becomes_reachable(
                         await late.locate()
                     assert f"Here: {names}. Stored in Redis: 127.0.0.1:1/0." in str(refused.value)
     await asyncio.to_thread(valkey.client().flushall)
+
+
+async def test_the_check_of_a_frozen_server_ends(tmp_path: Path) -> None:
+    servers = [Server(tmp_path / name) for name in ("one", "two")]
+    urls = ", ".join(each.url("admin") for each in servers)
+    settings = RedisSettings(url=urls, connect_timeout_s=60, command_timeout_s=60)
+    keys, shards = keys_of(settings), shard_map(settings)
+    frozen = servers[1]
+    channel = next(
+        channel
+        for channel in map(Channel, map(str, range(99)))
+        if str(frozen.port) in shards.shard_of(keys.stream(channel)).name
+    )
+
+    def appender() -> Appender:
+        return Appender(
+            shards=shards,
+            keys=keys,
+            redis=settings,
+            settings=PublishSettings(timeout_s=1),
+            namespace_of=lambda _: NamespaceSettings(),
+        )
+
+    with running(*servers):
+        frozen.freeze()
+        async with shard_clients(settings, shards) as clients:
+            await within(20, check_list(clients, keys))
+            appends = appender()
+            sending = asyncio.get_running_loop().create_task(appends.run())
+            with pytest.raises(RedisUnavailable):
+                await within(20, appends.append(channel, [b"data", b"1"]))
+            sending.cancel()
+            await asyncio.wait([sending])
+            # At whatever moment it is cancelled.
+            stopped = []
+            for turns in range(60):
+                appends = appender()
+                sending = asyncio.get_running_loop().create_task(appends.run())
+                await asyncio.sleep(0)
+                future = appends.append(channel, [b"data", b"1"])
+                future.add_done_callback(asyncio.Future.exception)
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                sending.cancel()
+                stopped.append(sending)
+            _, running_on = await asyncio.wait(stopped, timeout=20)
+            assert not running_on
+            frozen.thaw()
+            # It is still checked before its first use.
+            found = await asyncio.to_thread(_stored, servers[0], keys)
+            assert await asyncio.to_thread(frozen.client().get, keys.servers) is None
+            await within(20, shards.shard_of(keys.stream(channel)).locate())
+            assert await asyncio.to_thread(_stored, frozen, keys) == found
 
 
 async def test_clients_of_several_servers(server: Server, valkey: Server) -> None:

@@ -83,6 +83,8 @@ _CLUSTER_SCHEMES = ("redis+cluster", "rediss+cluster")
 _NEXT_URL = re.compile(r"\s*,\s*(?=[a-z][a-z+]*://)")
 # redis-py follows redirections for as long as a slot may take to move: about 2 s.
 _CLUSTER_ATTEMPTS, _CLUSTER_PAUSE_S = 8, 0.5
+# See `with_short_timeouts`.
+_SHORT_S = 1.0
 
 
 class CommandRefused(RelayError):
@@ -315,6 +317,13 @@ async def check_server(client: RedisClient, settings: RedisSettings) -> None:
             f"[redis] url: {describe(settings)} runs in cluster mode (cluster-enabled yes); set"
             f" url = {'rediss' if tls else 'redis'}+cluster://{describe(settings)}"
         )
+
+
+def with_short_timeouts(settings: RedisSettings) -> RedisSettings:
+    """Return settings for a question that others wait for, and that will be asked again."""
+    limit_s = min(_SHORT_S, settings.connect_timeout_s, settings.command_timeout_s)
+    limits = {"connect_timeout_s": limit_s, "command_timeout_s": limit_s}
+    return settings.model_copy(update=limits)
 
 
 async def discover(settings: RedisSettings) -> RedisEndpoint:

@@ -14,16 +14,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from relay.core.errors import RedisUnavailable, StartError
-from relay.stream.connection.connect import CommandRefused, cluster_seeds, describe
+from relay.stream.connection.connect import (
+    CommandRefused,
+    cluster_seeds,
+    describe,
+    with_short_timeouts,
+)
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.shards.shard import SITE_TAG, SLOTS, Shard, slot_of
 
 if TYPE_CHECKING:
     from relay.config.settings import RedisSettings
     from relay.stream.connection.connect import RedisEndpoint
-
-# A node that does not answer in this time is skipped: it may be the one that has just failed.
-_NODE_S = 1.0
 
 
 class PrimaryShard:
@@ -69,10 +71,8 @@ class ClusterMap:
 
     def __init__(self, settings: RedisSettings) -> None:
         self._settings = settings
-        limit_s = min(_NODE_S, settings.connect_timeout_s, settings.command_timeout_s)
-        self._timeouts = settings.model_copy(
-            update={"connect_timeout_s": limit_s, "command_timeout_s": limit_s}
-        )
+        # A node that does not answer soon is skipped: it may be the one that has just failed.
+        self._timeouts = with_short_timeouts(settings)
         self._nodes: list[tuple[str, int]] = []
         self._primaries: dict[tuple[str, int], PrimaryShard] = {}
         # All that were ever seen: one that returns is the same shard again.

@@ -36,7 +36,7 @@ class ServerShard:
         self.tag = tag
         self.seed = _hash(self.id.encode())
         # A check that was not possible at the start, because the server could not be reached.
-        self.before_use: Callable[[], Awaitable[None]] | None = None
+        self.before_use: Callable[[RedisEndpoint], Awaitable[None]] | None = None
 
     async def locate(self) -> RedisEndpoint:
         """See `Shard`. Asks the Sentinels again each time.
@@ -44,10 +44,11 @@ class ServerShard:
         Raises:
             StartError: Other workers use this server with another list of servers.
         """
+        endpoint = await discover(self.settings)
         if self.before_use is not None:
-            await self.before_use()
+            await self.before_use(endpoint)
             self.before_use = None
-        return await discover(self.settings)
+        return endpoint
 
 
 class HashMap:

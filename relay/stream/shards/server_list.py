@@ -7,17 +7,27 @@ and read different streams of one channel, and their clients would receive nothi
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from relay.core.errors import RedisUnavailable, StartError
-from relay.stream.connection.connect import CommandRefused, command
+from relay.stream.connection.connect import (
+    CommandRefused,
+    command,
+    discover,
+    with_short_timeouts,
+)
+from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.format.keys import Keys
 from relay.stream.shards.hash_map import HashMap
 
 if TYPE_CHECKING:
-    from relay.stream.connection.connect import RedisClient
+    from relay.config.settings import RedisSettings
+    from relay.stream.connection.connect import RedisEndpoint
     from relay.stream.shards.clients import ShardClients
+
+_Step = Callable[[PipelineConnection, Keys, str], Awaitable[None]]
 
 
 async def check_list(clients: ShardClients, keys: Keys) -> None:
@@ -33,17 +43,16 @@ async def check_list(clients: ShardClients, keys: Keys) -> None:
         return
     own = shards.names()
     # A single server has no list: its address may be another one for each host.
-    check = _compare if len(shards.shards) == 1 else _check_server
-    of_shard = dict(await clients.each())
-    servers = sorted(shards.shards, key=lambda shard: shard.name)
+    steps = (_compare,) if len(shards.shards) == 1 else (_compare, _check_server)
     # Compare all of them before the list is stored on any.
-    for step in (_compare, check):
-        for shard in servers:
+    for step in steps:
+        for shard in sorted(shards.shards, key=lambda shard: shard.name):
             if shard.before_use is None:
                 try:
-                    await step(of_shard[shard], keys, own)
+                    endpoint = await discover(shard.settings)
+                    await _examine(step, shard.settings, keys, own, endpoint)
                 except RedisUnavailable:
-                    shard.before_use = partial(check, of_shard[shard], keys, own)
+                    shard.before_use = partial(_examine, steps[-1], shard.settings, keys, own)
 
 
 async def store_list(clients: ShardClients, keys: Keys) -> None:
@@ -57,17 +66,33 @@ async def store_list(clients: ShardClients, keys: Keys) -> None:
             await command(client, "SET", keys.servers, clients.shards.names())
 
 
-async def _check_server(client: RedisClient, keys: Keys, own: str) -> None:
+async def _examine(
+    step: _Step, settings: RedisSettings, keys: Keys, own: str, endpoint: RedisEndpoint
+) -> None:
+    """Carry out one step on one server. Errors as of `_compare`.
+
+    Others are waiting for it: appends, and the end of their tasks.
+    """
+    connection = await PipelineConnection.open(
+        endpoint, settings=with_short_timeouts(settings), name="relay-list"
+    )
+    try:
+        await step(connection, keys, own)
+    finally:
+        connection.close()
+
+
+async def _check_server(connection: PipelineConnection, keys: Keys, own: str) -> None:
     """Compare the list on one server, or store it there. Errors as of `_compare`."""
-    await _compare(client, keys, own)
-    await _refuse_single(client, keys, own)
+    await _compare(connection, keys, own)
+    await _refuse_single(connection, keys, own)
     with contextlib.suppress(CommandRefused):
-        await command(client, "SET", keys.servers, own, "NX")
+        await connection.call("SET", keys.servers, own, "NX")
     # Another worker may have stored its list just now.
-    await _compare(client, keys, own)
+    await _compare(connection, keys, own)
 
 
-async def _compare(client: RedisClient, keys: Keys, own: str) -> None:
+async def _compare(connection: PipelineConnection, keys: Keys, own: str) -> None:
     """Compare the list on one server, if there is one.
 
     Raises:
@@ -75,7 +100,7 @@ async def _compare(client: RedisClient, keys: Keys, own: str) -> None:
         RedisUnavailable: The server cannot be reached.
     """
     try:
-        found = await command(client, "GET", keys.servers)
+        found = cast("bytes | None", await connection.call("GET", keys.servers))
     except CommandRefused:
         return
     stored = own if found is None else found.decode(errors="replace")
@@ -87,12 +112,12 @@ async def _compare(client: RedisClient, keys: Keys, own: str) -> None:
         )
 
 
-async def _refuse_single(client: RedisClient, keys: Keys, own: str) -> None:
+async def _refuse_single(connection: PipelineConnection, keys: Keys, own: str) -> None:
     alone = Keys(keys.prefix.decode())
     try:
-        found = await command(client, "SMEMBERS", alone.nodes)
+        found = cast("Iterable[bytes]", await connection.call("SMEMBERS", alone.nodes))
         names = [name.decode(errors="replace") for name in found]
-        living = [name for name in names if await command(client, "EXISTS", alone.node(name))]
+        living = [name for name in names if await connection.call("EXISTS", alone.node(name))]
     except CommandRefused:
         return
     if living:
