@@ -34,7 +34,7 @@ from relay.stream.connection.scripts import Script
 from relay.stream.format import entry as entries
 from relay.stream.format import ephemeral
 from relay.stream.write import control, dead_letters
-from relay.stream.write.append import APPEND_FUNCTION, APPEND_ONCE
+from relay.stream.write.append import APPEND_FUNCTION
 from relay.stream.write.confirmations import UnconfirmedLog, confirm
 
 if TYPE_CHECKING:
@@ -126,6 +126,28 @@ if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2])
 return 1
 """)
+# KEYS: a stream, and the uid key of each entry. ARGV: how long uids are kept (ms), then for each
+# entry the number of entries to keep (0: all), the number of words and the words. Returns the ID of
+# each entry, of the first one with its uid if that is known. After an error no other entry is
+# appended, to keep their order: they have the same error.
+_ALL_ONCE = Script(
+    APPEND_FUNCTION
+    + """\
+local found, a, failed = {}, 2, nil
+for i = 2, #KEYS do
+  local last = a + 1 + tonumber(ARGV[a + 1])
+  if not failed then
+    local id = append(KEYS[1], ARGV[a], {unpack(ARGV, a + 2, last)}, KEYS[i], ARGV[1])
+    if type(id) == 'table' then failed = id end
+    found[i - 1] = id
+  else
+    found[i - 1] = failed
+  end
+  a = last + 1
+end
+return found
+"""
+)
 # Longer than a listener is suspended before its connections are lost.
 _ONCE_MS = 600_000
 
@@ -400,13 +422,26 @@ class _Steps:
         return [reply if isinstance(reply, bytes) else b"0-0" for reply in replies]
 
     async def _once(self, entries: Sequence[_Once]) -> list[object]:
+        """Append entries, those of each stream in one step, and return their IDs or errors."""
+        by_stream: dict[bytes, list[int]] = {}
+        for index, each in enumerate(entries):
+            by_stream.setdefault(each.stream, []).append(index)
         calls: list[tuple[Script, Sequence[bytes], Words]] = []
-        for stream, keep, fields, uid in entries:
+        for stream, own in by_stream.items():
             words: Words = [_ONCE_MS]
-            if keep:
-                words += "MAXLEN", "~", keep
-            calls.append((APPEND_ONCE, [stream, uid], [*words, "*", *fields]))
-        return await self._links.evaluate(calls) if calls else []
+            for index in own:
+                _, keep, fields, _ = entries[index]
+                words += keep, len(fields), *fields
+            calls.append((_ALL_ONCE, [stream, *[entries[index].uid for index in own]], words))
+        replies: list[object] = [None] * len(entries)
+        if calls:
+            for own, found in zip(
+                by_stream.values(), await self._links.evaluate(calls), strict=True
+            ):
+                each_own = found if isinstance(found, list) else [found] * len(own)
+                for index, reply in zip(own, each_own, strict=True):
+                    replies[index] = reply
+        return replies
 
     def _letter(self, entry: _Once, reason: str) -> _Once:
         stream, _, fields, uid = entry

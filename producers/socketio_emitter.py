@@ -23,7 +23,7 @@ from producers import socketio_wire as wire
 from producers.registry import RunningProducer
 from producers.settings import EmitterSettings
 from producers.socketio_append import EmitBatch
-from producers.socketio_log import PubSubLog, split_count, with_count
+from producers.socketio_log import PubSubLog, first_count, split_count, with_count
 from producers.socketio_wire import Control
 from relay.core.errors import ConfigError, RedisUnavailable, Unavailable
 from relay.core.model import EntryID
@@ -175,6 +175,14 @@ class EmitterListener(RunningProducer):
                 if self._holds.is_set():
                     await self._wait_for_message()
                 continue
+            if done is None:
+                # Stored before any entry is appended: a listener that takes over appends the same
+                # messages with the same numbers.
+                done = first_count()
+                numbered = with_count(own, done)
+                if not await self._apply([], key, mark, numbered):
+                    return
+                mark = numbered
             count = len(pending)
             new = log.mark(count)
             if self._context.keys.has_site_tag:
@@ -201,8 +209,8 @@ class EmitterListener(RunningProducer):
                 self._context.count("lost", log.dropped)
                 log.dropped = 0
 
-    def _split(self, mark: bytes) -> tuple[bytes, int]:
-        """Return the mark for the log, and the number of messages up to it.
+    def _split(self, mark: bytes) -> tuple[bytes, int | None]:
+        """Return the mark for the log, and the number of messages up to it if it has one.
 
         On one server a batch and its mark are one step, and messages need no numbers.
         """

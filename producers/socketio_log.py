@@ -8,12 +8,15 @@ it. So a change of the appending listener neither loses nor repeats a message th
 
 from __future__ import annotations
 
+import secrets
 from collections import deque
 from hashlib import blake2b
 from typing import NamedTuple
 
 _DIGEST_BYTES = 8
 _DIGESTS = 16
+# Together with the character before them these are no multiple of the size of a digest.
+_COUNT_DIGITS = 19
 _MESSAGES = 10_000
 _BYTES = 32 << 20
 
@@ -29,13 +32,28 @@ class Message(NamedTuple):
 
 def with_count(mark: bytes, count: int) -> bytes:
     """Return the mark with the number of all messages up to it, which gives each an identity."""
-    return b"%s;%d" % (mark, count)
+    return b"%s;%0*d" % (mark, _COUNT_DIGITS, count)
 
 
-def split_count(mark: bytes) -> tuple[bytes, int]:
-    """Return a mark of `with_count` without its number, and the number. 0 if it has none."""
-    own, _, count = mark.rpartition(b";")
-    return (own, int(count)) if count.isdigit() else (mark, 0)
+def split_count(mark: bytes) -> tuple[bytes, int | None]:
+    """Return a mark of `with_count` without its number, and the number. None if it has none.
+
+    The digests of a mark may contain any bytes. Its length says whether there is a number.
+    """
+    head, colon, digests = mark.partition(b":")
+    after_head = digests if colon else head
+    own, digits = mark[: -_COUNT_DIGITS - 1], mark[-_COUNT_DIGITS:]
+    if len(after_head) % _DIGEST_BYTES != (_COUNT_DIGITS + 1) % _DIGEST_BYTES:
+        return mark, None
+    return (own, int(digits)) if digits.isdigit() else (mark, None)
+
+
+def first_count() -> int:
+    """Return the number to begin with if the mark has none.
+
+    The numbers that were in use before the mark was lost, if there were any, are not used again.
+    """
+    return secrets.randbits(62)
 
 
 class PubSubLog:

@@ -241,19 +241,27 @@ class ShardLinks:
     ) -> list[object]:
         """Run scripts with their keys and arguments, and load them where they are missing.
 
-        `shard`: see `execute_at`. Errors and replies as of `execute`.
+        A script that is missing is run after the others: calls for one key may change their order.
+
+        `shard`: see `execute_at`. Replies as of `execute`.
+
+        Raises:
+            RedisUnavailable: As of `execute`, or the scripts are removed again and again.
         """
         commands: list[RedisCommand] = [
             ("EVALSHA", script.sha, len(keys), *keys, *words) for script, keys, words in calls
         ]
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._redis.command_timeout_s
         replies = await self.execute_at(commands, shard)
-        missing = [index for index, reply in enumerate(replies) if is_missing(reply)]
-        if missing:
+        while missing := [index for index, reply in enumerate(replies) if is_missing(reply)]:
             refused = await self._load([calls[index][:2] for index in missing], shard)
             again = await self.execute_at([commands[index] for index in missing], shard)
             for index, reply in zip(missing, again, strict=True):
                 # Without the right to load scripts, Redis still replies NOSCRIPT.
                 replies[index] = refused if refused and is_missing(reply) else reply
+            if loop.time() >= until and any(map(is_missing, replies)):
+                raise RedisUnavailable("the scripts were removed from Redis again and again")
         return replies
 
     async def _load(

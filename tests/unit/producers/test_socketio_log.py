@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producers.socketio_log import PubSubLog
+from producers.socketio_log import PubSubLog, split_count, with_count
 
 
 def log_of(payloads: list[bytes]) -> PubSubLog:
@@ -86,3 +86,16 @@ def test_appended_messages_are_forgotten_after_a_time() -> None:
     empty.add(b"room", b"new", 1)
     empty.forget(mark, 2000)
     assert [each.payload for each in empty.pending(10)] == [b"new"]
+
+
+@given(st.lists(st.binary(min_size=8, max_size=8), max_size=16), st.integers(0, 2**63))
+def test_a_mark_with_or_without_a_count_is_read(digests: list[bytes], count: int) -> None:
+    for mark in (b"", b"1700000000000:" + b"".join(digests)):
+        assert split_count(mark) == (mark, None)
+        assert split_count(with_count(mark, count)) == (mark, count)
+
+
+def test_a_digest_may_look_like_a_count() -> None:
+    for end in (b";1234567", b"abcdef;1", b"1;234567" + b"1" * 16):
+        mark = b"1700000000000:" + end
+        assert split_count(mark) == (mark, None)
