@@ -272,12 +272,13 @@ def begins_client(head: bytes) -> bool:
     if request is None or end < 0:
         return False
     path, _, query = request[1].partition(b"#")[0].partition(b"?")
-    found = _FIELDS.search(head, 0, end)
     if b"EIO=" in (unquote_to_bytes(query) if b"%" in query else query):
         if not _SESSION_ID.search(query):
             return True
         # Elsewhere, the parameters have no meaning.
-        return found is not None and not _ENGINE_IO.search(path)
+        if _ENGINE_IO.search(path):
+            return False
+    found = _FIELDS.search(head, 0, end)
     if found is None:
         return path.endswith((b"/sse", b"/sse/"))
     return not (found[1] and path.endswith(b"/eventsource"))
