@@ -38,12 +38,13 @@ NEWS = Channel("news")
 async def appending(
     server: Server, keys: Keys, *, timeout_s: float = 2.0, window_s: float = 600, **rules: Any
 ) -> AsyncIterator[Appender]:
-    shards = shard_map(server.settings())
+    redis = server.settings().model_copy(update={"connect_timeout_s": timeout_s})
+    shards = shard_map(redis)
     await shards.refresh()
     appender = Appender(
         shards=shards,
         keys=keys,
-        redis=server.settings(),
+        redis=redis,
         settings=PublishSettings(timeout_s=timeout_s, uid_window_s=window_s),
         namespace_of=lambda _: NamespaceSettings(**rules),
     )
@@ -255,6 +256,38 @@ async def test_appends_that_are_sent_again_keep_their_order(
                 await last
         found = [fields[b"data"] for _, fields in admin.xrange(keys.stream(NEWS))]
         assert found == [b"0", b"1", b"2", b"3", b"4", b"last"]
+
+
+async def test_the_last_append_that_is_sent_again_may_end_first(
+    tmp_path: Path, flavour: Flavour, keys: Keys
+) -> None:
+    other, replicated = Channel("other"), Durability.parse("replicated:1:50")
+    server = Server(tmp_path, flavour)
+    with running(server), server.client() as admin:
+        async with appending(server, keys, timeout_s=10) as appender:
+            await appender.append(other, [b"data", b"1"])
+            with pytest.raises(NotDurable):
+                await appender.append(other, [b"data", b"1"], durability=replicated)
+            first = min(int(each["id"]) for each in admin.client_list() if each["name"] == "relay")
+            admin.execute_command("CLIENT", "PAUSE", 1000, "WRITE")
+            lost = appender.append(other, [b"data", b"1"])
+            early = appender.append(NEWS, [b"data", b"early"], "early")
+            cancelled = appender.append(other, [b"data", b"1"], "cancelled")
+            await asyncio.sleep(0.1)
+            # No new connection is ready before the other one gets its append.
+            with admin.pipeline(transaction=False) as commands:
+                commands.execute_command("CLIENT", "KILL", "ID", first)
+                commands.execute_command("CLIENT", "PAUSE", 1000, "ALL")
+                commands.execute()
+            with contextlib.suppress(RedisUnavailable):
+                await lost
+            cancelled.cancel()
+            late = appender.append(NEWS, [b"data", b"late"], durability=replicated)
+            await early
+            with pytest.raises(NotDurable):
+                await late
+        found = [fields[b"data"] for _, fields in admin.xrange(keys.stream(NEWS))]
+        assert found == [b"early", b"late"]
 
 
 @contextlib.contextmanager

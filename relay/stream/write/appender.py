@@ -361,10 +361,10 @@ class _Lane:
         self._scripts_refused: CommandRefused | None = None
         # The levels of durability that this connection can confirm.
         self._confirmable: set[str] = {FAST.level}
-        # The append that was added last, the one that is sent again and was added last, and the
-        # replies to the last pipeline.
+        # The append that was added last, those that are sent again, in order, and the replies to
+        # the last pipeline.
         self._last: asyncio.Future[EntryID] | None = None
-        self._repeated: asyncio.Future[EntryID] | None = None
+        self._repeated: deque[asyncio.Future[EntryID]] = deque()
         self._sent: asyncio.Future[list[object]] | None = None
         # Appends that are sent again, before those that wait.
         self._again: list[_PendingAppend] = []
@@ -388,10 +388,11 @@ class _Lane:
 
     @property
     def repeated(self) -> asyncio.Future[EntryID] | None:
-        """The last of the appends that are sent again, or None."""
-        if self._repeated is not None and self._repeated.done():
-            self._repeated = None
-        return self._repeated
+        """The last of the appends that are sent again and have not ended, or None."""
+        # The last one may end before others: its caller may be cancelled.
+        while self._repeated and self._repeated[-1].done():
+            del self._repeated[-1]
+        return self._repeated[-1] if self._repeated else None
 
     def stop(self) -> None:
         """Fail the waiting appends and reject later ones."""
@@ -619,7 +620,10 @@ class _Lane:
         elif again:
             # Behind those of earlier batches, which were in flight at the same time.
             self._again += again
-            self._repeated = again[-1].future
+            # Keep those only that have not ended.
+            while self._repeated and self._repeated[0].done():
+                del self._repeated[0]
+            self._repeated += [pending.future for pending in again]
             self._work.set()
 
     def _on_replies(
