@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from relay.stream.format.keys import Keys
     from relay.stream.shards.clients import ShardClients
 
-_SCAN = 1000
+# Keys of one pipeline. redis-py needs 20 us per command.
+_SCAN = 200
 _EXAMPLES = 3
 # A consumer takes less than a second for so many.
 _LONG_QUEUE = 10_000

@@ -30,7 +30,6 @@ NOT_READY_S = 0.5
 EXPIRY_S = 15
 # A worker is dead if its heartbeat has been missing for this long.
 DEAD_AFTER_S = 2 * HEARTBEAT_S
-BATCH = 500
 
 # Names of areas in `Refusals`.
 REGISTRY = "the list of workers"

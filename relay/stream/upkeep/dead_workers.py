@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 
-from relay.stream.cluster.workers import BATCH, HEARTBEAT_S, DeadWorkerDetector
+from relay.stream.cluster.workers import HEARTBEAT_S, DeadWorkerDetector
 from relay.stream.connection import connect
 from relay.stream.connection.connect import RedisClient
 from relay.stream.format.keys import Keys
@@ -16,6 +16,9 @@ from relay.stream.read import groups
 from relay.stream.shards.clients import ShardClients
 from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.upkeep.unused import remove_unused
+
+# Commands of one pipeline, for each of which redis-py needs 20 us, and its fewest keys.
+_COMMANDS, _FEWEST_KEYS = 200, 20
 
 
 class DeadWorkersJob:
@@ -52,9 +55,10 @@ class DeadWorkersJob:
             for instance in dead:
                 await self._clear(instance, errors)
         names = [groups.group_of(instance) for instance in dead]
+        batch = max(_FEWEST_KEYS, _COMMANDS // len(names))
         for shard, client in await self._clients.each():
             with errors.collect(shard):
-                async for found in connect.scan(client, self._keys.stream_pattern, BATCH):
+                async for found in connect.scan(client, self._keys.stream_pattern, batch):
                     streams = [key for key in found if self._keys.channel_of_stream(key)]
                     if streams:
                         await _destroy(client, streams, names)

@@ -18,7 +18,8 @@ from relay.stream.format.keys import Keys
 from relay.stream.shards.clients import ShardClients
 from relay.stream.shards.server_errors import ServerErrors
 
-BATCH = 500
+# Keys of one pipeline, with up to two commands for each. redis-py needs 20 us per command.
+_BATCH = 100
 _MOST_MISNAMED = 10
 
 
@@ -65,7 +66,7 @@ async def _trim_server(
     misnamed: list[bytes] = []
     # Entry IDs contain the time of Redis, which may differ from the time of this machine.
     now_ms = await connect.time_ms(client)
-    async for found in connect.scan(client, keys.any_stream_pattern, BATCH):
+    async for found in connect.scan(client, keys.any_stream_pattern, _BATCH):
         strange = [key for key in found if keys.channel_of_stream(key) is None]
         if strange and len(misnamed) < _MOST_MISNAMED:
             misnamed += await streams_among(client, strange)
