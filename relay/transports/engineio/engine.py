@@ -209,6 +209,11 @@ class Engine:
 
     def _finish(self) -> None:
         self.closing = True
+        if self.probed:
+            # A JavaScript client that has stopped polling would not poll again if this WebSocket
+            # failed: it would wait for a ping for 45 s. The session ends after the upgrade.
+            self._reaper.watch(self)
+            return
         self._drop_probe()
         if self._socket is not None:
             self._socket.close(_GOODBYE)
@@ -353,7 +358,7 @@ class Engine:
             return False
         self._probe, self._probe_timer = socket, timer
         socket.on_text = self._on_probe
-        socket.on_closed = self._drop_probe
+        socket.on_closed = self._probe_lost
         return True
 
     def _on_probe(self, text: bytes) -> None:
@@ -385,8 +390,18 @@ class Engine:
         was_full, self.full = self.full, False
         if waiting:
             socket.write(waiting)
-        if was_full and not self.full:
+        if self.closing:
+            if self._dismissed:
+                socket.write(_CLOSE)
+            socket.close(_GOODBYE)
+        elif was_full and not self.full:
             self.on_drained()
+
+    def _probe_lost(self) -> None:
+        if self._probe is not None:
+            self._drop_probe()
+            if self.closing and self._poll is not None:
+                self._answer_poll()
 
     def _drop_probe(self) -> None:
         probe, self._probe = self._probe, None

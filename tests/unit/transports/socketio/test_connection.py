@@ -310,3 +310,35 @@ async def test_polling_continues_after_a_failed_probe(new: Wire) -> None:
     socket.on_closed()
     assert timer.cancelled()
     assert new.poll() == b'40/axr,{"sid":"the-sid"}'
+
+
+@pytest.mark.parametrize("ends", ["close", "dismiss"])
+async def test_a_session_that_ends_during_an_upgrade_waits_for_it(new: Wire, ends: str) -> None:
+    """JavaScript clients that have stopped polling would wait 45 s if the WebSocket failed."""
+    timer = asyncio.get_running_loop().call_later(60, lambda: None)
+    socket = Socket()
+    assert new.engine.probe(socket, timer)  # type: ignore[arg-type]
+    socket.on_text(b"2probe")
+    new.post(b"40/axr,")
+    getattr(new.engine, ends)()
+    assert not socket.closing
+    socket.on_text(b"5")
+    assert socket.closing
+    assert timer.cancelled()
+    last = [Packet(MESSAGE, b'4/axr,{"message":"not authorized","data":{"code":401}}')]
+    sent = [packet for data in socket.out[1:] for packet in unframe(data, 4)]
+    assert sent == last + [Packet(1)] * (ends == "dismiss")
+
+
+async def test_a_session_that_ends_during_an_upgrade_that_fails(new: Wire) -> None:
+    timer = asyncio.get_running_loop().call_later(60, lambda: None)
+    socket = Socket()
+    assert new.engine.probe(socket, timer)  # type: ignore[arg-type]
+    socket.on_text(b"2probe")
+    new.engine.close()
+    assert not new.gone
+    socket.on_closed()
+    answers: list[bytes | None] = []
+    new.engine.poll(answers.append)
+    assert answers == [None]
+    assert new.gone
