@@ -71,6 +71,6 @@ async def test_a_stop_signal_during_the_start_takes_effect(tmp_path: Path) -> No
             await until(lambda: any("is disabled" in line for line in relay.log))
             relay.send(signal.SIGTERM)
         assert await asyncio.to_thread(relay.ended) == 0
-        assert "Stopped during the start" in relay.log[-1]
+        assert any("Stopped during the start" in line for line in relay.log)
     finally:
         relay.kill()

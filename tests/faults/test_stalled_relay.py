@@ -9,31 +9,30 @@ import time
 
 import pytest
 
-from tests.support.clients import native, redis, stream_key, until
+from tests.support.clients import native, redis, stream_key
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server
 
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
 
 
-async def test_it_reads_again_after_it_stood_still(valkey: Server, channel: str) -> None:
+async def test_it_reads_on_after_it_stood_still(valkey: Server, channel: str) -> None:
+    """Invalidations that are late have still arrived: the connection is kept."""
     relay = RelayProcess(valkey, settings=["stream.canary_s=0.1"])
     await asyncio.to_thread(relay.start)
     try:
         async with native(relay) as door:
             client = await door.sse(channel)
-            # Only if it was suspended between two proofs does it detect the silence first.
-            for _ in range(20):
-                if any("no invalidation arrived" in line for line in relay.log):
-                    break
+            for number in range(5):
                 relay.send(signal.SIGSTOP)
+                relay.xadd(channel, data=str(number))
                 await asyncio.to_thread(time.sleep, 0.5)
                 relay.send(signal.SIGCONT)
-                await asyncio.sleep(0.3)
-            relay.xadd(channel, data="1")
-            assert (await client.next()).data == "1"
-            await until(lambda: any("no invalidation arrived" in line for line in relay.log))
-            assert await door.status("/readyz") == 200
+                assert (await client.next()).data == str(number)
+            assert not any("no invalidation arrived" in line for line in relay.log)
+            async with asyncio.timeout(30):
+                while await door.status("/readyz") != 200:
+                    await asyncio.sleep(0.05)
     finally:
         relay.kill()
 

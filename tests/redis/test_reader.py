@@ -12,17 +12,21 @@ import pytest
 from redis.asyncio import Redis
 
 from relay.config.settings import StreamSettings
+from relay.core.errors import RedisUnavailable
 from relay.core.metrics import Metrics
 from relay.core.model import Channel, EntryID, Position, Principal
 from relay.hub.hub import Hub
-from relay.stream.connection.connect import command, transaction
+from relay.stream.connection.connect import command, discover, transaction
+from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.format import entry
 from relay.stream.format.keys import Keys
 from relay.stream.read.groups import MARKER_GROUP
+from relay.stream.read.invalidations import Canary
 from relay.stream.read.reader import StreamReader
 from relay.stream.shards.clients import ShardClients
 from relay.stream.upkeep.unused import UnusedStreams
 from tests.support.hub import NEWS, Client, Outbox, Reads, Words, make_hub
+from tests.support.valkey import Server
 
 CLIENTS = 200
 
@@ -172,3 +176,22 @@ async def test_certificates_are_stored_after_a_script_flush(
         async with asyncio.timeout(15):
             while await marker() == b"7-1":
                 await asyncio.sleep(0.01)
+
+
+@pytest.mark.single_server("the connection to one server")
+async def test_a_connection_without_invalidations_is_noticed(server: Server, keys: Keys) -> None:
+    """Something between relay and Redis has turned tracking off."""
+    settings = server.settings()
+    canary = Canary(keys=keys, instance="one", period_s=0.05)
+    endpoint = await discover(settings)
+    tracking = await PipelineConnection.open(endpoint, settings=settings)
+    writer = await PipelineConnection.open(endpoint, settings=settings)
+    try:
+        assert await canary.start(tracking)
+        await tracking.call("CLIENT", "TRACKING", "OFF")
+        async with asyncio.timeout(20):
+            with pytest.raises(RedisUnavailable, match="no invalidation arrived"):
+                await canary.verify(tracking, writer)
+    finally:
+        tracking.close()
+        writer.close()

@@ -309,9 +309,11 @@ class PipelineConnection(asyncio.Protocol):
             return
         reader = self._reader
         waiting = self._waiting
+        is_partial = True
         try:
             reader.feed(data)
             while (reply := reader.gets()) is not _MORE:
+                is_partial = False
                 if isinstance(reply, hiredis.PushNotification) and not (
                     reply and reply[0] in _CONFIRMATIONS and waiting
                 ):
@@ -337,6 +339,9 @@ class PipelineConnection(asyncio.Protocol):
                         pipeline.future.set_result(pipeline.replies)
         except hiredis.ProtocolError as exc:
             self._on_invalid_reply(exc)
+        if is_partial:
+            # A part of a large reply.
+            self._answered_at = self._loop.time()
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
@@ -372,7 +377,7 @@ class PipelineConnection(asyncio.Protocol):
         self._timer = None
         if not self._waiting:
             return
-        # A pipeline is not late while replies to earlier ones are still arriving.
+        # A pipeline is not late while replies to it or to earlier ones are still arriving.
         due = max(self._waiting[0].sent_at, self._answered_at) + self._timeout_s
         if due <= self._loop.time():
             text = f"Redis at {self.endpoint} did not answer within {self._timeout_s:g} s"

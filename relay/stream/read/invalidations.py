@@ -90,15 +90,24 @@ class Canary:
         A Redis that refuses SET may still accept EXPIRE, which also causes an invalidation. If it
         refuses both, its replies count as proof.
 
+        Redis sends pushes and replies in their order. So an invalidation is missing only if the
+        reply to a later command has arrived, however long a large reply before it has taken.
+
         Raises:
             RedisUnavailable: Invalidations no longer arrive.
         """
-        count = 0
+        loop = asyncio.get_running_loop()
+        count = missed = 0
+        sent_at = loop.time()
         while True:
-            count += 1
             # The tag changes if its slot has moved to another server.
             self.key = self._keys.canary(self._instance, self._tag())
             (armed,) = await tracking.execute([("GET", self.key)])
+            missed = missed + 1 if count and self._received_at < sent_at else 0
+            if missed == MISSED_CANARIES:
+                raise RedisUnavailable("no invalidation arrived from Redis: connecting again")
+            count += 1
+            sent_at = loop.time()
             set_, prolonged = await writer.execute(
                 [
                     ("SET", self.key, count, "EX", _CANARY_S),
@@ -120,8 +129,6 @@ class Canary:
                 self._refusals.accepted(CANARY_WRITES)
                 self._refusals.accepted(WRITES)
             await asyncio.sleep(self._period_s)
-            if not self.is_working():
-                raise RedisUnavailable("no invalidation arrived from Redis: connecting again")
 
 
 def sweep_steps(sweep_s: float) -> int:
