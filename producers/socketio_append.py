@@ -446,7 +446,7 @@ class _Steps:
     def _letter(self, entry: _Once, reason: str) -> _Once:
         stream, _, fields, uid = entry
         letter = dead_letters.of_command(
-            stream.decode(errors="replace"), fields[1], reason, node=self._node
+            stream.decode(errors="replace"), fields[1], reason, node=self._node, field=fields[0]
         )
         name = "refused:" + uid.rpartition(b":")[2].decode()
         key = self._keys.site_applied(self._keys.dead_letters, name)

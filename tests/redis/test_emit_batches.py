@@ -98,8 +98,9 @@ async def test_a_shorter_and_a_longer_batch_from_the_same_position(tmp_path: Pat
             letters: Any = await one.call("XRANGE", keys.dead_letters, "-", "+")
     numbers = [json.loads(dict(zip(f[::2], f[1::2], strict=True))[b"data"]) for _, f in entries]
     assert numbers == [1, 2, 3, 4, 5]
-    reasons = [dict(zip(f[::2], f[1::2], strict=True))[b"reason"] for _, f in letters]
-    assert [reason.split()[0] for reason in reasons] == [b"WRONGTYPE"] * 2
+    shown = [dict(zip(f[::2], f[1::2], strict=True)) for _, f in letters]
+    assert [each[b"reason"].split()[0] for each in shown] == [b"WRONGTYPE"] * 2
+    assert [json.loads(each[b"fields"]) for each in shown] == [[["data", "6"]], [["data", "7"]]]
 
 
 async def test_equal_emits_after_the_position_was_lost(tmp_path: Path) -> None:

@@ -43,9 +43,14 @@ async def write(
     return True
 
 
-def of_command(queue: str, command: bytes, reason: str, *, node: str) -> list[bytes]:
-    """Return the dead letter of a queue command as flat fields, in the format of `queue.APPLY`."""
-    text, truncated = _fields([(b"command", command)])
+def of_command(
+    queue: str, command: bytes, reason: str, *, node: str, field: bytes = b"command"
+) -> list[bytes]:
+    """Return the dead letter of a queue command as flat fields, in the format of `queue.APPLY`.
+
+    `field` is the name under which the command, or another value, is shown.
+    """
+    text, truncated = _fields([(field, command)])
     at = datetime.now(UTC).isoformat(timespec="milliseconds")
     letter = [b"queue", queue.encode(), b"reason", reason.encode(errors="replace")]
     letter += b"node", node.encode(), b"at", at.encode(), b"fields", text
