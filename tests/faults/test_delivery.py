@@ -25,6 +25,8 @@ from tests.support.delivery import (
 MOVES = int(os.environ.get("RELAY_DELIVERY_MOVES", "3"))
 SEED = int(os.environ.get("RELAY_DELIVERY_SEED", "16"))
 DURABILITY = os.environ.get("RELAY_DELIVERY_DURABILITY", "fast")
+# Redis 7.0 has no such command.
+RIGHTS = "+waitaof" if DURABILITY.startswith("fsynced") else ""
 STALL_S = float(os.environ.get("RELAY_DELIVERY_STALL_S", "0"))
 IS_FULL = MOVES >= 10
 EVENTS_PER_S = 10 if IS_FULL else 4
@@ -37,7 +39,7 @@ async def test_a_cluster_moves_slots_and_loses_a_primary(tmp_path: Path) -> None
         MOVES, seed=SEED, settle_s=5 if IS_FULL else 1, stall_s=STALL_S, adds=IS_FULL
     )
     report = await account(
-        ClusterSite(tmp_path / "cluster"),
+        ClusterSite(tmp_path / "cluster", RIGHTS),
         tmp_path,
         faults,
         durability=DURABILITY,
@@ -50,7 +52,7 @@ async def test_a_cluster_moves_slots_and_loses_a_primary(tmp_path: Path) -> None
 async def test_several_servers_of_which_one_dies_and_one_freezes(tmp_path: Path) -> None:
     faults = server_faults(seed=SEED, freeze_s=10 if IS_FULL else 2, settle_s=5 if IS_FULL else 1)
     report = await account(
-        ServersSite(tmp_path / "servers"),
+        ServersSite(tmp_path / "servers", RIGHTS),
         tmp_path,
         faults,
         durability=DURABILITY,

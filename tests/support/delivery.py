@@ -93,8 +93,9 @@ class _Client(Protocol):
 class ClusterSite:
     """A Redis Cluster."""
 
-    def __init__(self, folder: Path) -> None:
-        self.cluster = RedisCluster(folder, replicas=1, acl=True)
+    def __init__(self, folder: Path, rights: str = "") -> None:
+        """`rights`: see `Server`."""
+        self.cluster = RedisCluster(folder, replicas=1, acl=True, rights=rights)
         self.url = ""
 
     def start(self) -> None:
@@ -159,8 +160,9 @@ class _Hashed:
 class ServersSite:
     """Three independent servers."""
 
-    def __init__(self, folder: Path) -> None:
-        self.servers = [Server(folder / name) for name in ("a", "b", "c")]
+    def __init__(self, folder: Path, rights: str = "") -> None:
+        """`rights`: see `Server`."""
+        self.servers = [Server(folder / name, rights=rights) for name in ("a", "b", "c")]
         self.url = ", ".join(server.url("relay") for server in self.servers)
         self._map = shard_map(RedisSettings(url=self.url))
 

@@ -46,9 +46,12 @@ class RedisCluster:
         replicas: int = 0,
         timeout_ms: int = 2000,
         acl: bool = False,
+        rights: str = "",
     ) -> None:
+        """`rights`: see `Server`."""
         self.primaries = primaries
         self._acl = acl
+        self._rights = rights
         self._folder = folder
         self._flavour: Flavour = flavour
         self._timeout_ms = timeout_ms
@@ -70,7 +73,9 @@ class RedisCluster:
         options += ("--cluster-require-full-coverage", "no")
         node = ClusterNode if self._acl else Server
         folder = self._folder / str(len(self.servers))
-        self.servers.append(node(folder, self._flavour, acl=self._acl, options=options))
+        self.servers.append(
+            node(folder, self._flavour, acl=self._acl, rights=self._rights, options=options)
+        )
 
     def start(self) -> RedisCluster:
         """Start all servers and wait until the cluster is complete."""
@@ -106,6 +111,9 @@ class RedisCluster:
         self.servers[added].start()
         self.call(added, "CLUSTER", "MEET", "127.0.0.1", self.servers[0].port, self._bus[0])
         wait_for(lambda: all(self._known(n) == str(added + 1) for n in self.running()))
+        # It accepts no key before it knows the servers of all slots.
+        wait_for(lambda: self.info(added)["cluster_slots_assigned"] == str(SLOTS))
+        wait_for(lambda: self.info(added)["cluster_state"] == "ok")
         return added
 
     def running(self) -> list[int]:

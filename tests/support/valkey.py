@@ -104,10 +104,12 @@ class Server:
         flavour: Flavour = "valkey",
         *,
         acl: bool = True,
+        rights: str = "",
         options: tuple[str, ...] = (),
         replica_of: Server | None = None,
         scheme: str = "redis",
     ) -> None:
+        """`rights` are rules that each user has in addition to those of docs/redis.md."""
         self.folder = folder
         self.flavour: Flavour = flavour
         self.port = free_port()
@@ -115,6 +117,7 @@ class Server:
         self.log: list[str] = []
         self._process: subprocess.Popen[str] | None = None
         self._acl = acl
+        self._rights = rights
         folder.mkdir(parents=True, exist_ok=True)
         self._arguments = [binary(flavour), *self._configuration(replica_of), *options]
 
@@ -126,7 +129,8 @@ class Server:
         words += "--save", "", "--appendonly", "yes", "--appendfsync", "always"
         words += "--repl-diskless-sync-delay", "0", "--enable-debug-command", "yes"
         if self._acl:
-            users = [*acl_lines(), "user admin on nopass ~* &* +@all", "user default off"]
+            users = [f"{line} {self._rights}" for line in acl_lines()]
+            users += ["user admin on nopass ~* &* +@all", "user default off"]
             (self.folder / "users.acl").write_text("\n".join(users) + "\n")
             words += "--aclfile", str(self.folder / "users.acl")
             words += "--masteruser", "admin", "--masterauth", "any"
