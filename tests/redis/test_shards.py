@@ -456,6 +456,7 @@ async def test_the_check_of_a_frozen_server_ends(tmp_path: Path) -> None:
             assert await asyncio.to_thread(_stored, frozen, keys) == found
 
 
+@pytest.mark.single_server("combines the shared server with another")
 async def test_clients_of_several_servers(server: Server, valkey: Server) -> None:
     settings = RedisSettings(url=f"{server.url('admin')}, {valkey.url('admin')}")
     keys = keys_of(settings)
@@ -473,6 +474,23 @@ async def test_clients_of_several_servers(server: Server, valkey: Server) -> Non
     assert 0 not in sizes
 
 
+@pytest.mark.single_server("combines the shared server with another")
+async def test_commands_that_have_not_begun_end_with_the_connections(
+    server: Server, valkey: Server
+) -> None:
+    settings = RedisSettings(url=f"{server.url('admin')}, {valkey.url('admin')}")
+    async with shard_clients(settings) as clients, asyncio.TaskGroup() as tasks:
+        links = ShardLinks(clients.shards, settings)
+        running_links = tasks.create_task(links.run())
+        await links.wait_open()
+        running_links.cancel()
+        pending = links.execute([("GET", b"a"), ("GET", b"b")])
+        async with asyncio.timeout(20):
+            with pytest.raises(RedisUnavailable):
+                await pending
+
+
+@pytest.mark.single_server("combines the shared server with another")
 async def test_scripts_are_loaded_again_after_a_flush(server: Server, valkey: Server) -> None:
     settings = RedisSettings(url=f"{server.url('admin')}, {valkey.url('admin')}")
     script = Script("return {KEYS[1], ARGV[1]}")

@@ -213,20 +213,21 @@ class ShardLinks:
             except RelayError as exc:
                 if not future.done():
                     future.set_exception(exc)
-            except asyncio.CancelledError:
-                # The connections are closed, but the caller may be waiting.
-                if not future.done():
-                    future.set_exception(RedisUnavailable("Redis is unreachable"))
-                raise
             else:
                 if not future.done():
                     future.set_result(replies)
 
-        if self._group is None:
+        def ended(_: object = None) -> None:
+            # A task that was cancelled before its first step has not begun the work.
             work.close()
-            future.set_exception(RedisUnavailable("Redis is unreachable"))
+            if not future.done():
+                # The connections are closed, but the caller may be waiting.
+                future.set_exception(RedisUnavailable("Redis is unreachable"))
+
+        if self._group is None:
+            ended()
         else:
-            self._group.create_task(run(), name="commands")
+            self._group.create_task(run(), name="commands").add_done_callback(ended)
         return future
 
     @property
