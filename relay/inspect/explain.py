@@ -179,7 +179,7 @@ class _Client:
     rejection: dict[str, Any] | None = None
     # The first notice that concerns the event.
     gap: dict[str, Any] | None = None
-    # What the directory has about it, if it is connected now.
+    # Its row in the list of connections, or None if it is not connected now.
     row: _Row | None = None
     # It has not left, but is not among the connections that were found.
     may_be_connected: bool = False

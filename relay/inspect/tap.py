@@ -39,8 +39,8 @@ _GONE_S = 10.0
 _WATCHERS = 8
 # Records of one watcher: the most that wait, and the most per second. Others are only counted.
 _WAITING, _PER_S = 300, 100
-# Clients that are examined for one event with recipients, those for all events of a second, and
-# those that are named in a record.
+# Limits for events with recipients: clients examined per event, clients examined per second, and
+# clients named in a record.
 _EXAMINED, _EXAMINED_PER_S, _NAMED = 500, 5_000, 5
 # Anyone who may append entries chooses their types and recipients.
 _RECIPIENTS, _TEXT_CHARS = 20, 100

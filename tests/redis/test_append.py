@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from redis.asyncio import Redis
 
 from producers.outgoing import InvalidEvent, PublishFailed
@@ -226,25 +227,33 @@ async def test_no_caller_waits_longer_than_the_limit(
             await succeed()
 
 
+_REPLICATED = Durability.parse("replicated:1:50")
+
+
+async def _first_of_two_connections(appender: Appender, admin: redis.Redis) -> int:
+    """Return the ID of the connection for the default durability. The other one is open as well."""
+    other = Channel("other")
+    await appender.append(other, [b"data", b"1"])
+    with pytest.raises(NotDurable):
+        await appender.append(other, [b"data", b"1"], durability=_REPLICATED)
+    return min(int(each["id"]) for each in admin.client_list() if each["name"] == "relay")
+
+
 async def test_appends_that_are_sent_again_keep_their_order(
     tmp_path: Path, flavour: Flavour, keys: Keys
 ) -> None:
-    other, replicated = Channel("other"), Durability.parse("replicated:1:50")
+    other = Channel("other")
     server = Server(tmp_path, flavour)
     with running(server), server.client() as admin:
         async with appending(server, keys, timeout_s=10) as appender:
-            await appender.append(other, [b"data", b"1"])
-            with pytest.raises(NotDurable):
-                await appender.append(other, [b"data", b"1"], durability=replicated)
-            # The connection for other durabilities is the second one.
-            first = min(int(each["id"]) for each in admin.client_list() if each["name"] == "relay")
+            first = await _first_of_two_connections(appender, admin)
             admin.execute_command("CLIENT", "PAUSE", 60_000, "WRITE")
             repeated, lost = [], []
             for number in range(5):
                 repeated.append(appender.append(NEWS, [b"data", b"%d" % number], str(number)))
                 lost.append(appender.append(other, [b"data", b"1"]))
                 await asyncio.sleep(0.01)  # so that each is a pipeline of its own
-            last = appender.append(NEWS, [b"data", b"last"], durability=replicated)
+            last = appender.append(NEWS, [b"data", b"last"], durability=_REPLICATED)
             admin.execute_command("CLIENT", "KILL", "ID", first)
             for each in lost:
                 with pytest.raises(RedisUnavailable):
@@ -261,14 +270,11 @@ async def test_appends_that_are_sent_again_keep_their_order(
 async def test_the_last_append_that_is_sent_again_may_end_first(
     tmp_path: Path, flavour: Flavour, keys: Keys
 ) -> None:
-    other, replicated = Channel("other"), Durability.parse("replicated:1:50")
+    other = Channel("other")
     server = Server(tmp_path, flavour)
     with running(server), server.client() as admin:
         async with appending(server, keys, timeout_s=10) as appender:
-            await appender.append(other, [b"data", b"1"])
-            with pytest.raises(NotDurable):
-                await appender.append(other, [b"data", b"1"], durability=replicated)
-            first = min(int(each["id"]) for each in admin.client_list() if each["name"] == "relay")
+            first = await _first_of_two_connections(appender, admin)
             admin.execute_command("CLIENT", "PAUSE", 1000, "WRITE")
             lost = appender.append(other, [b"data", b"1"])
             early = appender.append(NEWS, [b"data", b"early"], "early")
@@ -282,7 +288,7 @@ async def test_the_last_append_that_is_sent_again_may_end_first(
             with contextlib.suppress(RedisUnavailable):
                 await lost
             cancelled.cancel()
-            late = appender.append(NEWS, [b"data", b"late"], durability=replicated)
+            late = appender.append(NEWS, [b"data", b"late"], durability=_REPLICATED)
             await early
             with pytest.raises(NotDurable):
                 await late

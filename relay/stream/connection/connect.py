@@ -83,7 +83,7 @@ _CLUSTER_SCHEMES = ("redis+cluster", "rediss+cluster")
 _NEXT_URL = re.compile(r"\s*,\s*(?=[a-z][a-z+]*://)")
 # redis-py follows redirections for as long as a slot may take to move: about 2 s.
 _CLUSTER_ATTEMPTS, _CLUSTER_PAUSE_S = 8, 0.5
-# See `with_short_timeouts`.
+# Limit of `with_short_timeouts`, in seconds.
 _SHORT_S = 1.0
 
 
