@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jwt
 
+from tests.support.forked import ForkedProcess
 from tests.support.valkey import Server, User, free_port
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +52,7 @@ class RelayProcess:
         self.prefix = list(prefix)
         self._root = root
         self._packages = packages
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[str] | ForkedProcess | None = None
         self._client = server.client("admin")
 
     @property
@@ -67,29 +68,33 @@ class RelayProcess:
 
     def start(self) -> RelayProcess:
         """Start the process and wait until it serves."""
-        command = [*self.prefix, sys.executable, "-m", "relay", "serve", "--port", str(self.port)]
-        command += ["--redis", self.server.url("relay"), *self.flags]
+        words = ["serve", "--port", str(self.port)]
+        words += ["--redis", self.server.url("relay"), *self.flags]
         key = [f"jwt.key={self.key}"] if self.key else []
         for setting in ["node.drain_s=0.2", *key, *self.settings]:
-            command += ["--set", setting]
+            words += ["--set", setting]
         environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         folders = [self._root, *([self._packages] if self._packages else [])]
         environment["PYTHONPATH"] = ":".join(map(str, folders))
         ready = threading.Event()
-        self._process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-            cwd=self._root,
-        )
+        if self.prefix or self._packages or self._root != ROOT:
+            # These have to be there when Python starts.
+            self._process = subprocess.Popen(
+                [*self.prefix, sys.executable, "-m", "relay", *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=environment,
+                cwd=self._root,
+            )
+        else:
+            self._process = ForkedProcess(words, environment, ROOT)
         threading.Thread(target=self._read, args=(self._process, ready), daemon=True).start()
         if not ready.wait(START_S) or self._process.poll() is not None:
             raise RuntimeError("the relay did not start:\n" + "\n".join(self.log[-20:]))
         return self
 
-    def _read(self, process: subprocess.Popen[str], ready: threading.Event) -> None:
+    def _read(self, process: subprocess.Popen[str] | ForkedProcess, ready: threading.Event) -> None:
         assert process.stdout is not None
         with process.stdout as lines:
             for line in lines:
@@ -97,6 +102,8 @@ class RelayProcess:
                 # The listeners are open. Relay prints the banner when it reads streams.
                 if line.startswith("relay is ready on") or "Listening, but not ready" in line:
                     ready.set()
+        # The output ends a moment before the process.
+        process.wait()
         ready.set()
 
     def stop(self, limit_s: float = 30) -> int:
