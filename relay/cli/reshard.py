@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from producers.settings import QueueSettings
 from relay.cli.operator_context import OperatorContext
 from relay.cli.output import Progress, emit, say, table
-from relay.core.errors import RelayError
+from relay.core.errors import ConfigError, RelayError
 from relay.stream.shards.clients import shard_clients
 from relay.stream.shards.server_list import store_list
 from relay.stream.upkeep.reshard import Reshard, Resharded
@@ -23,7 +23,10 @@ async def reshard(site: OperatorContext, options: argparse.Namespace) -> int:
         old = []
         if options.removed:
             settings = site.config.redis.model_copy(update={"url": options.removed})
-            old.append(await stack.enter_async_context(shard_clients(settings)))
+            try:
+                old.append(await stack.enter_async_context(shard_clients(settings)))
+            except ConfigError as exc:
+                raise ConfigError(str(exc).replace("[redis] url", "--removed")) from None
         work = Reshard(site.clients, old, site.keys)
         await work.connect()
         if not options.dry_run and (living := await work.live()):
@@ -47,7 +50,7 @@ async def reshard(site: OperatorContext, options: argparse.Namespace) -> int:
         names = queue.names() if isinstance(queue, QueueSettings) else []
         waiting = await work.waiting_queues(names)
         if not options.dry_run and not result.conflicts and not late:
-            await store_list(site.clients, site.keys)
+            await store_list(site.clients, site.keys, old)
     _show(result, options)
     for line in waiting:
         say(f"{line}: let a worker of the old list execute them")

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from relay.config.settings import RedisSettings
-from relay.core.errors import RelayError
+from relay.core.errors import RelayError, StartError
 from relay.core.model import Channel, EntryID
 from relay.stream.connection.connect import command
 from relay.stream.connection.primary import certificate_of
@@ -16,9 +16,9 @@ from relay.stream.format.keys import Keys
 from relay.stream.read.groups import MARKER_GROUP, create_marker, group_of
 from relay.stream.shards.clients import ShardClients, shard_clients
 from relay.stream.shards.hash_map import ServerShard
-from relay.stream.shards.server_list import store_list
+from relay.stream.shards.server_list import check_list, store_list
 from relay.stream.upkeep.reshard import Move, Reshard, Resharded
-from tests.support.valkey import Server, running
+from tests.support.valkey import Server, binary, running
 
 pytestmark = pytest.mark.redis
 CHANNELS = [Channel(f"c{number}") for number in range(40)]
@@ -235,3 +235,117 @@ async def test_a_changed_copy_is_not_deleted(servers: list[Server]) -> None:
         _, client = (await clients.each())[1]
         assert not await work.delete_copy(client, move, payload)
         assert await command(client, "XLEN", key) == 2
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Return a server of an older version, unless the tests run with one version only."""
+    found = Server(tmp_path_factory.mktemp("older"), "redis")
+    with running(found):
+        yield found
+
+
+def misplaced(clients: ShardClients, *, on: Server) -> Channel:
+    """Return a channel of which the keys belong to another server."""
+    shards = clients.shards
+    return next(
+        each for each in CHANNELS if str(on.port) not in shards.shard_of(ONE.stream(each)).name
+    )
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+async def test_contents_are_compared_if_servers_store_them_in_another_form(
+    servers: list[Server], older: Server, is_interrupted: bool
+) -> None:
+    # Redis serializes large hashes and sets in an order that depends on the process.
+    large = {f"user{number}": "r" for number in range(1000)}
+    async with shard_clients(settings(older, servers[0])) as clients:
+        channel = misplaced(clients, on=older)
+        client = clients.for_key(ONE.stream(channel))
+        with older.client() as admin:
+            admin.flushall()
+            admin.hset(ONE.rights(channel), mapping=large)
+            admin.sadd(ONE.group("kitchen"), *large)
+            admin.set(ONE.uid(channel, "u"), "1-0")
+            admin.zadd(b"relay:other:{%s}" % channel.encode(), {"a": 1.5})
+            admin.xadd(ONE.stream(channel), {"data": "1"})
+            if is_interrupted:
+                for key in (ONE.rights(channel), ONE.stream(channel)):
+                    await command(client, "RESTORE", key, 0, admin.dump(key))
+        result = await reshard(clients)
+        assert (result.conflicts, result.keys.total()) == ([], 5)
+        assert await command(client, "HGETALL", ONE.rights(channel)) == {
+            user.encode(): b"r" for user in large
+        }
+        assert await command(client, "XLEN", ONE.stream(channel)) == 1
+        assert not (await reshard(clients)).keys
+        with older.client() as admin:
+            assert not admin.exists(ONE.rights(channel), ONE.stream(channel))
+
+
+async def test_a_server_that_cannot_read_the_keys_is_named_before_any_is_moved(
+    servers: list[Server], older: Server
+) -> None:
+    if binary("redis") == binary("valkey"):
+        pytest.skip("needs servers of two versions")
+    async with shard_clients(settings(older, servers[0])) as clients:
+        channel = misplaced(clients, on=servers[0])
+        with older.client() as target, servers[0].client() as source:
+            target.flushall()
+            source.xadd(ONE.stream(channel), {"data": "1"})
+            for dry in (True, False):
+                expected = rf":{older.port} \(.*\) cannot read keys of .*:{servers[0].port} \("
+                with pytest.raises(RelayError, match=expected):
+                    await reshard(clients, dry=dry)
+                assert (target.dbsize(), source.xlen(ONE.stream(channel))) == (0, 1)
+
+
+async def test_another_name_of_a_server_loses_nothing(servers: list[Server]) -> None:
+    one, two, _ = servers
+    renamed = one.url("maintenance").replace("127.0.0.1", "localhost")
+    async with shard_clients(one.settings("admin")) as filled:
+        await fill(filled.home, await certificate(filled.home))
+    async with (
+        shard_clients(settings(one, two)) as clients,
+        shard_clients(RedisSettings(url=renamed)) as removed,
+    ):
+        await reshard(clients, removed)
+        assert len(await where(clients)) == 40
+        await _check(clients)
+    async with shard_clients(RedisSettings(url=f"{one.url('admin')}, {renamed}")) as clients:
+        for refused in (reshard(clients), check_list(clients, Keys("relay:", has_site_tag=True))):
+            with pytest.raises(StartError, match="127.0.0.1:.* and localhost:.* are the same"):
+                await refused
+
+
+async def test_lists_of_removed_servers_and_of_a_single_one(servers: list[Server]) -> None:
+    one, two, _ = servers
+    several = Keys("relay:", has_site_tag=True)
+    async with shard_clients(settings(one, two)) as clients:
+        await store_list(clients, several)
+        async with shard_clients(settings(one)) as left:
+            with pytest.raises(StartError, match="another list"):
+                await check_list(left, ONE)
+            await store_list(left, ONE, [clients])
+            await check_list(left, ONE)
+        with two.client() as admin:
+            assert not admin.exists(several.servers)
+        with pytest.raises(StartError, match="another list"):
+            await check_list(clients, several)
+    # Hosts may know a single server under different names.
+    url = one.url("admin").replace("127.0.0.1", "localhost")
+    async with shard_clients(RedisSettings(url=url)) as clients:
+        await check_list(clients, ONE)
+
+
+async def test_a_forgotten_reshard_is_noticed(servers: list[Server]) -> None:
+    one, two, _ = servers
+    async with shard_clients(one.settings("admin")) as filled:
+        await fill(filled.home, 77)
+    several = Keys("relay:", has_site_tag=True)
+    url = f"{one.url('admin')}, {two.url('admin')}"
+    async with shard_clients(RedisSettings(url=url)) as clients:
+        with pytest.raises(StartError, match="belongs to another server of the list.*reshard"):
+            await check_list(clients, several)
+        await reshard(clients)
+        await check_list(clients, several)

@@ -2,7 +2,8 @@
 
 No worker may be running. Each key is copied with DUMP and RESTORE, compared, and only then deleted
 on its old server, in a transaction that fails if the key has changed meanwhile. A repeated run
-continues an interrupted one.
+continues an interrupted one. The serialized form of equal hashes and sets depends on the server, so
+their contents are compared if it differs.
 
 A stream keeps its incarnation, so clients resume without a notice. Its certificate names the old
 server's replication ID. It is replaced by that of the new server if it is the present one: then it
@@ -25,6 +26,7 @@ from relay.stream.connection.primary import certificate_of
 from relay.stream.format.keys import Keys
 from relay.stream.read.groups import LOW, MARKER_GROUP
 from relay.stream.shards.hash_map import HashMap, ServerShard
+from relay.stream.shards.server_list import refuse_same
 from relay.stream.shards.shard import SITE_TAG, tag_of
 
 if TYPE_CHECKING:
@@ -37,6 +39,15 @@ _ATTEMPTS = 5
 _KEPT = (b"control", b"dead-letters", b"tap:", b"group:", b"store:")
 # Keys with a tag that belong to their server, or to workers that have stopped.
 _LEFT = (b"canary:", b"presence:", b"queue:", b"taken:")
+# Commands that return the whole contents of a key, by its type.
+_READ = {
+    "hash": ("HGETALL",),
+    "set": ("SMEMBERS",),
+    "string": ("GET",),
+    "zset": ("ZRANGE", "0", "-1", "WITHSCORES"),
+}
+# Begin of the replies to RESTORE of a payload from another software or a newer version.
+_UNREADABLE = ("ERR DUMP payload version", "ERR Bad data format")
 
 
 class Move(NamedTuple):
@@ -70,27 +81,41 @@ class Reshard:
             raise RelayError(
                 "a Redis Cluster moves its keys itself: use redis-cli --cluster reshard"
             )
+        if not all(isinstance(each.shards, HashMap) for each in old):
+            raise RelayError("--removed: keys of a Redis Cluster cannot be moved to other servers")
         self._shards = shards
         self._keys = keys
         self._all = [clients, *old]
         self._clients: dict[str, RedisClient] = {}
         self._servers: dict[str, ServerShard] = {}
         self._certificates: dict[str, int] = {}
+        # By server: its version, and its process and database. A removed name may be another name
+        # of a server that stays.
+        self._versions: dict[str, str] = {}
+        self._databases: dict[str, tuple[str, int]] = {}
+        # Pairs of servers of which the second has accepted a key of the first.
+        self._accepted: set[tuple[str, str]] = set()
 
     async def connect(self) -> None:
         """Connect to all servers. Call this first.
 
         Raises:
-            RelayError: A server cannot be reached, or one of the present list is missing.
+            RelayError: A server cannot be reached, one of the present list is missing, or two names
+                of the new list are of the same server.
         """
         for clients in self._all:
             for shard, client in await clients.each():
                 if isinstance(shard, ServerShard) and shard.id not in self._clients:
-                    information = await connect.command(client, "INFO", "replication")
+                    information = await connect.command(client, "INFO")
                     replid = str(information.get("master_replid", "")).encode()
                     self._certificates[shard.id] = certificate_of(replid)
                     self._clients[shard.id] = client
                     self._servers[shard.id] = shard
+                    self._versions[shard.id] = _version(information)
+                    process = str(information.get("run_id") or shard.id)
+                    database = (await connect.discover(shard.settings)).db
+                    self._databases[shard.id] = process, database
+        refuse_same({each.name: self._databases[each.id] for each in self._shards.shards})
         for name, client in self._clients.items():
             stored = await connect.command(client, "GET", self._keys.servers)
             names = (stored or b"").decode(errors="replace").split(", ")
@@ -124,6 +149,7 @@ class Reshard:
             async for moves in self._moves(name, client):
                 for move in moves:
                     servers = move.source.name, move.target.name
+                    await self._check_versions(move)
                     if not dry and not await self._move(move, result):
                         continue
                     result.keys[servers] += 1
@@ -148,11 +174,11 @@ class Reshard:
     async def waiting_queues(self, names: Sequence[str]) -> list[str]:
         """Return a line for each queue that has, or may have, commands on a server that is not in
         the new list."""
-        present = {shard.id for shard in self._shards.shards}
+        present = {self._databases[shard.id] for shard in self._shards.shards}
         keys = [name.encode() for name in names] + [self._keys.queue_taken(n) for n in names]
         found = []
         for name, client in self._clients.items():
-            for key in keys if name not in present else ():
+            for key in keys if self._databases[name] not in present else ():
                 where = f"{key.decode()} on {self._servers[name].name}"
                 try:
                     if await connect.command(client, "EXISTS", key):
@@ -171,7 +197,7 @@ class Reshard:
                 if new_key is None:
                     continue
                 target = cast(ServerShard, self._shards.shard_of(new_key))
-                if target.id != source.id or new_key != key:
+                if self._databases[target.id] != self._databases[name] or new_key != key:
                     moves.append(Move(source, target, key, new_key))
             yield moves
 
@@ -186,6 +212,30 @@ class Reshard:
         site = self._keys.prefix + (SITE_TAG if self._keys.has_site_tag else b"")
         return site + name
 
+    async def _check_versions(self, move: Move) -> None:
+        """Raise RelayError if the target cannot read keys of the source. Write nothing."""
+        servers = move.source.id, move.target.id
+        if servers in self._accepted:
+            return
+        payload = await connect.command(self._clients[move.source.id], "DUMP", move.key)
+        if payload is None:
+            return
+        try:
+            # Redis reads the payload, and discards it because its time to live is over.
+            probe = self._keys.prefix + b"reshard"
+            target = self._clients[move.target.id]
+            await connect.command(target, "RESTORE", probe, 1, payload, "ABSTTL")
+        except connect.CommandRefused as exc:
+            if not exc.reply.startswith(_UNREADABLE):
+                raise
+            raise RelayError(
+                f"{move.target.name} ({self._versions[move.target.id]}) cannot read keys of"
+                f" {move.source.name} ({self._versions[move.source.id]}). Nothing was moved between"
+                " them. Install a version there that reads keys of the other one, for example the"
+                " same version, then repeat"
+            ) from exc
+        self._accepted.add(servers)
+
     async def _move(self, move: Move, result: Resharded) -> bool:
         source, target = self._clients[move.source.id], self._clients[move.target.id]
         for _ in range(_ATTEMPTS):
@@ -195,7 +245,8 @@ class Reshard:
                 if payload is None:
                     return False
                 ttl_ms = max(0, await connect.command(pipeline, "PTTL", move.key))
-                if not await self._copy(source, target, move, payload, ttl_ms):
+                copied = await self._copy(source, target, move, payload, ttl_ms)
+                if copied is None:
                     result.conflicts.append(move)
                     return False
                 pipeline.multi()  # type: ignore[no-untyped-call]
@@ -205,34 +256,38 @@ class Reshard:
                         result.unproven += not await self._certify(target, move)
                     return True
             # The key was changed. Copy it again.
-            if not await self.delete_copy(target, move, payload):
+            if not await self.delete_copy(target, move, copied):
                 result.conflicts.append(move)
                 return False
         raise RelayError(f"{move.key.decode()} changes all the time: stop its producers")
 
     async def _copy(
         self, source: RedisClient, target: RedisClient, move: Move, payload: bytes, ttl_ms: int
-    ) -> bool:
-        """Return False if the target has another key of this name."""
-        present = await connect.command(target, "DUMP", move.new_key)
-        if present is not None and present != payload:
+    ) -> bytes | None:
+        """Return the payload of the copy. None if the target has another key of this name."""
+
+        async def is_equal(copy: bytes) -> bool:
+            if copy == payload:
+                return True
+            contents = await _contents(target, move.new_key)
+            return contents is not None and contents == await _contents(source, move.key)
+
+        present: bytes | None = await connect.command(target, "DUMP", move.new_key)
+        if present is not None:
+            if await is_equal(present):
+                return present  # of an interrupted run
             if not await self._is_empty_stream(target, move.new_key):
-                return False
+                return None
             if not await self.delete_copy(target, move, present):
-                return False
-            present = None
-        if present is None:
-            await connect.command(target, "RESTORE", move.new_key, ttl_ms, payload)
-        if await connect.command(target, "DUMP", move.new_key) == payload:
-            return True
-        # Another version of Redis may store the same data in another form.
-        copied, original = [
-            await _description(client, key)
-            for client, key in ((target, move.new_key), (source, move.key))
-        ]
-        if copied is None or copied != original:
-            raise RelayError(f"the copy of {move.key.decode()} differs: nothing was deleted")
-        return True
+                return None
+        await connect.command(target, "RESTORE", move.new_key, ttl_ms, payload)
+        copy: bytes | None = await connect.command(target, "DUMP", move.new_key)
+        if copy is None or not await is_equal(copy):
+            raise RelayError(
+                f"the copy of {move.key.decode(errors='replace')} on {move.target.name} differs, so"
+                f" the key was not deleted on {move.source.name}"
+            )
+        return copy
 
     async def delete_copy(self, target: RedisClient, move: Move, payload: bytes) -> bool:
         """Delete the key on the target. Return False if it has other contents meanwhile."""
@@ -248,13 +303,13 @@ class Reshard:
         """Return True for a stream that only workers or clients have created."""
         if self._keys.channel_of_stream(key) is None:
             return False
-        found = await _description(client, key)
+        found = await _stream(client, key)
         return found is not None and not found["entries-added"] and not found["length"]
 
     async def _certify(self, target: RedisClient, move: Move) -> bool:
         """Give the stream the certificate of its new server if that of the old one is present."""
-        described = await _description(target, move.new_key)
-        groups = cast("Mapping[bytes, str]", described["groups"]) if described else {}
+        stream = await _stream(target, move.new_key)
+        groups = cast("Mapping[bytes, str]", stream["groups"]) if stream else {}
         if MARKER_GROUP not in groups:
             return True  # no client has an incarnation
         marker = EntryID.parse(groups[MARKER_GROUP])
@@ -266,7 +321,20 @@ class Reshard:
         return True
 
 
-async def _description(client: RedisClient, key: bytes) -> dict[str, Any] | None:
+async def _contents(client: RedisClient, key: bytes) -> object:
+    """Return the contents of a key in a form that can be compared, or None if there is no key."""
+    kind = _text(await connect.command(client, "TYPE", key))
+    if kind == "stream":
+        return await _stream(client, key)
+    if kind in _READ:
+        name, *range_of_all = _READ[kind]
+        found = await connect.command(client, name, key, *range_of_all)
+        # The order of a set is not part of its contents.
+        return kind, sorted(found) if kind == "set" else found
+    return None
+
+
+async def _stream(client: RedisClient, key: bytes) -> dict[str, Any] | None:
     """Return what identifies the contents of a stream, or None if the key is another type."""
     try:
         stream: Mapping[Any, Any] = await connect.command(client, "XINFO", "STREAM", key)
@@ -282,6 +350,13 @@ async def _description(client: RedisClient, key: bytes) -> dict[str, Any] | None
         each[b"name"]: _text(each[b"last-delivered-id"]) for each in cast("list[Any]", groups)
     }
     return described
+
+
+def _version(information: Mapping[str, Any]) -> str:
+    # Valkey reports in redis_version the version of Redis that it is compatible with.
+    if version := information.get("valkey_version"):
+        return f"Valkey {version}"
+    return f"Redis {information.get('redis_version')}"
 
 
 def _text(value: object) -> str:
